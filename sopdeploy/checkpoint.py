@@ -151,7 +151,7 @@ def plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
     content = {
         "format": CHECKPOINT_FORMAT,
         "version": _VERSION,
-        # four are replaced
+        # All fields, of which the four below are replaced.
         **{field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)},
         "weights": {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()},
         "preprocess": checkpoint.preprocess.model_dump(mode="json"),

@@ -439,7 +439,7 @@ def encode_images(images: Sequence[object]) -> list[bytes]:
 
 def backoff(attempt: int) -> float:
     """Compute the delay in seconds before the next attempt: exponential with jitter."""
-    # no overflow after many attempts
+    # The exponent is limited, because many attempts would overflow.
     longest = min(MAX_DELAY, FIRST_DELAY * 2.0 ** min(attempt, 10))
     return random.uniform(0.5, 1.0) * longest  # noqa: S311 - jitter needs no secure randomness
 
@@ -478,7 +478,7 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
                 raise _foreign_answer_error(response)
     except httpx.DecodingError as error:
         raise _foreign_answer_error(response) from error
-    # not retried: the server has done the work
+    # Not tried again: the server has done the work.
     except (httpx.NetworkError, httpx.ProtocolError) as error:
         problem = f"status {response.status_code}, but the response breaks off ({error})"
         message = f"{_address(request)}: {problem}; send it again"

@@ -63,7 +63,7 @@ def parse_json(raw: bytes | str) -> Any:
     parts = [values]
     while parts:
         part = parts.pop()
-        # of 1e999, or of hundreds of digits and .0
+        # The number 1e999, or one of hundreds of digits and .0, is infinite.
         if isinstance(part, float) and math.isinf(part):
             raise ValueError("not JSON: has a number that is too large")
         if isinstance(part, list | dict):
@@ -86,7 +86,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
     try:
         values = tomllib.loads(text)
-    # a ValueError that is no TOMLDecodeError: a long number
+    # A long number is a ValueError that is no TOMLDecodeError.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not TOML: {error}") from error
 
@@ -129,7 +129,7 @@ class StrictModel(pydantic.BaseModel):
         while waiting:
             part = waiting.pop()
             if isinstance(part, dict):
-                # or a field's name
+                # In a table of fields, `type` may be the name of one, whose value is no text.
                 if part.get("type") in ("list", "tuple", "set", "frozenset", "dict"):
                     part["fail_fast"] = True
                     part.setdefault("max_length", MAX_ITEMS)
@@ -208,7 +208,7 @@ def with_registered(
                 return validate({**value, "kind": ""}, validate_union)
             if problem["type"] != "union_tag_invalid":
                 raise
-            # a plugin's config, which was validated when it was built
+            # The config of a plug-in was validated when it was built.
             if isinstance(value, base):
                 return value
 

@@ -78,9 +78,8 @@ class _Stream(httpcore.NetworkStream):
     """A connection whose every read and write ends at the deadline."""
 
     def __init__(self, stream: httpcore.NetworkStream) -> None:
-        # since the last write
         self._stream = stream
-        self.has_read = False
+        self.has_read = False  # since the last write
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         self.has_read = True

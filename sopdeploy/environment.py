@@ -76,7 +76,7 @@ def control_groups(controller: str) -> Iterator[tuple[Path, int]]:
             if number == "0":  # version 2, such as `0::/user.slice`
                 roots = [CGROUP]
                 version = 2
-            # version 1, such as `9:cpu,cpuacct:/docker/1f`
+            # A line of version 1, such as `9:cpu,cpuacct:/docker/1f`.
             elif controller in controllers.split(","):
                 roots = [CGROUP / name for name in dict.fromkeys((controller, controllers))]
                 version = 1
@@ -218,7 +218,7 @@ def missing_extras() -> Iterator[None]:
         module = error.name or ""
         # Its name on PyPI
         package = {"sklearn": "scikit-learn"}.get(module, module.replace("_", "-"))
-        # lines: `timm>=1; extra == "train"`
+        # Each line is like `timm>=1; extra == "train"`.
         requirements = "\n".join(metadata.requires("sopdeploy") or [])
         pairs = re.findall(r"^([\w.-]+).*\bextra == ['\"]([\w-]+)", requirements, re.MULTILINE)
         extras = [extra for required, extra in pairs if required == package]

@@ -65,7 +65,7 @@ def lock_file(
             raise
 
         tries += 1
-        # by its last owner, unless the file system changes inodes
+        # Its last owner has deleted it, unless the file system changes inodes.
         is_deleted = not _is_at(file, path)
         if failure or not is_deleted or tries == _MAX_TRIES:
             return Lock(file, failure)

@@ -82,7 +82,8 @@ def new_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
         yield
     finally:
         for folder in missing:
-            # it holds a file, was not created, or another process uses it
+            # The folder stays if it holds a file, was not created, or is used by another
+            # process.
             with suppress(OSError):
                 folder.rmdir()
 

@@ -271,7 +271,7 @@ def _run_and_flush() -> Any:
     try:
         sys.stdout.flush()  # the interpreter would do it too late to handle an error
     except OSError:
-        # a command that failed has printed its own error, so this one is not shown
+        # A command that failed has printed its own error, so this one is not shown.
         if not code:
             raise
 
@@ -287,13 +287,13 @@ def _to_config_error(error: Any) -> Exception:
     parameters = [] if error.ctx is None else error.ctx.command.params
     name = getattr(error, "option_name", None)
 
-    # an option that the command does not have
+    # The command does not have the option.
     if hasattr(error, "possibilities") and name is not None:
         message = f"No such option: {name}{_suggest_option(name, parameters)}"
     elif name is not None:  # an option without a value, or one that takes none
         # Not `--help`
         named = [parameter for parameter in parameters if name in parameter.opts]
-        # of a `Literal`
+        # The choices of a `Literal`.
         choices = get_args(named[0].type_descriptor.annotation) if named else ()
         if choices and all(isinstance(choice, str) for choice in choices):
             message += f", one of {', '.join(choices)}"

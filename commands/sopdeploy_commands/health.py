@@ -75,7 +75,7 @@ def _find_problem(url: str) -> str | None:
     # Each error with the address that was asked and the proxy that was used.
     except HTTPError as response:
         return f"{route}: {response.code} {response.read(200).decode(errors='replace')}"
-    # before `ValueError`, because the error of an invalid certificate is both
+    # This comes before `ValueError`, because the error of an invalid certificate is both.
     except OSError as error:
         reason = getattr(error, "reason", error)
         return f"{route}: {str(reason) or type(reason).__name__}"

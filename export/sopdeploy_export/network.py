@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -67,9 +68,15 @@ def tensors(network: nn.Module) -> dict[str, Tensor]:
         f"{owner}.{name}" if owner else name: tensor
         for table in ("_parameters", "_buffers")
         for owner, module in owners
-        for name, tensor in vars(module)[table].items()
+        for name, tensor in _table_of(module, table).items()
         if tensor is not None
     }
+
+
+def _table_of(module: nn.Module, name: str) -> Any:
+    """Return the table *name* of *module*; that of a ScriptModule is in C++."""
+    is_scripted = isinstance(module, torch.jit.ScriptModule)
+    return getattr(module, name) if is_scripted else vars(module)[name]
 
 
 def unstored_buffers(network: nn.Module) -> dict[str, Tensor | None]:

@@ -24,6 +24,8 @@ from sopdeploy_export.capture.deployed import INPUT, Deployed
 PROVIDER = "CPUExecutionProvider"
 LOGITS = "logits"
 SINGLE_PROBES = 4  # that run alone, too
+# The C library returns the memory of larger batches after each operator, and takes it again.
+PROBE_BATCH = 4
 
 Arrays = dict[str, NDArray[Any]]
 BatchRun = Callable[[Tensor], tuple[Tensor, ...]]
@@ -90,7 +92,7 @@ def widen_dtype(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class ProbeOutputs:
-    """The outputs of a run for probes: of the first ones alone, and of all in one batch.
+    """The outputs of a run for probes: of the first ones alone, and of all in batches.
 
     Each has one tensor of shape (P, ...) for every output of the network.
     """
@@ -102,9 +104,13 @@ class ProbeOutputs:
     @torch.no_grad()
     def of(cls, run: BatchRun, probes: Tensor) -> "ProbeOutputs":
         """Run uint8 *probes* (P, H, W, 3)."""
-        batched = run(probes)
+        starts = range(0, len(probes), PROBE_BATCH)
+        batched = [run(probes[start : start + PROBE_BATCH]) for start in starts]
         single = [run(probes[i : i + 1]) for i in range(min(SINGLE_PROBES, len(probes)))]
-        return cls(tuple(map(torch.cat, zip(*single, strict=True))), batched)
+        return cls(
+            tuple(map(torch.cat, zip(*single, strict=True))),
+            tuple(map(torch.cat, zip(*batched, strict=True))),
+        )
 
 
 def open_session(

@@ -34,12 +34,14 @@ def write_triton(bundle: Bundle, repository: Path) -> Path:
             "sends single images; export it with a minimum batch of 1"
         )
 
-    # Also "label\n"
+    # Each name is a line. The `.` shows a line break at the end of a name, too.
     broken = [label for label in bundle.labels if len(f"{label}.".splitlines()) > 1]
     if broken:
         raise BundleError(
             f"{bundle.path}: the class name {broken[0]!r} does not fit on a line of {_LABELS}; rename it"
         )
+
+    # Write a folder, and give it its name when it is complete.
     target = repository / bundle.name
     with staging(repository) as folder:
         (folder / "1").mkdir()
@@ -52,6 +54,7 @@ def write_triton(bundle: Bundle, repository: Path) -> Path:
         (folder / "warmup" / WARMUP).write_bytes(read_probes(bundle).images[0].tobytes())
         (folder / "config.pbtxt").write_text(_model_config(bundle), encoding="utf-8")
         folder.chmod(0o755)  # `staging` lets the owner only read it
+
         if not target.exists():
             folder.rename(target)
         elif _file_hashes(target) != _file_hashes(folder):
@@ -113,6 +116,8 @@ def _model_config(bundle: Bundle) -> str:
     manifest = bundle.manifest
     image = bundle.manifest.inputs[0]
     batch = manifest.batch
+
+    # The names of the classes belong to the first output.
     tensors = [_tensor_config("input", record, batch) for record in manifest.inputs]
     tensors += [
         _tensor_config(
@@ -120,6 +125,7 @@ def _model_config(bundle: Bundle) -> str:
         )
         for position, record in enumerate(manifest.outputs)
     ]
+
     text = CONFIG.format(
         name=json.dumps(bundle.name),  # JSON strings are valid in the text format
         max_batch=batch.maximum if batch.maximum > 1 else 0,
@@ -128,7 +134,7 @@ def _model_config(bundle: Bundle) -> str:
         onnx_sha256=manifest.files[GRAPH].sha256,
     )
 
-    # Triton repeats one probe image to this size
+    # Warm-up batches, in which Triton repeats one probe image.
     for size in sorted({1, batch.optimum, batch.maximum}):
         name = json.dumps(image.name)
         kind = TYPES[image.dtype]

@@ -7,7 +7,6 @@ A fork shares the imported libraries and takes milliseconds. `decoding.pool` and
 import ctypes
 import errno
 import os
-import signal
 import socket
 import struct
 import subprocess
@@ -26,8 +25,11 @@ STOPPED = "T"  # a state of `run_states`
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
-def end_with_parent(parent: int, number: signal.Signals) -> None:
-    """Let the kernel send this process the signal *number* when *parent* has ended, however (Linux)."""
+def end_with_parent(parent: int, number: int) -> None:
+    """Let the kernel send this process the signal *number* when *parent* has ended, however (Linux).
+
+    It also does so when the thread of *parent* that started this process has ended.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, number)
         if os.getppid() != parent:  # it has ended before

@@ -146,6 +146,6 @@ class ResNeXt(Backbone):
         """Build a bottleneck whose groups are as wide as in the stage of *out_channels*."""
         groups = self.config.cardinality
         first_width = self.config.group_width
-        # groups widen in proportion to the channels, from `group_width` in the first stage
+        # Groups widen in proportion to the channels, from `group_width` in the first stage.
         middle = groups * first_width * out_channels // WIDTHS[0]
         return Bottleneck(in_channels, out_channels, stride, middle=middle, groups=groups)

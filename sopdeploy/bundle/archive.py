@@ -190,7 +190,7 @@ def _open_store(url: str) -> Iterator[tuple[Any, str]]:
     except Exception as error:  # the clients of stores raise types of several libraries
         cause = error.__cause__ or error  # clients wrap errors of uploads
 
-        # of file:// and mounted disks
+        # An error of the system, as of file:// and of mounted disks.
         if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:
             with writing(url):  # converts it to `StorageError`
                 raise cause from error

@@ -93,9 +93,9 @@ def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
     turned = Image.Exif()
     turned[ORIENTATION] = TURNED
     sizes = [
-        # wide; with 7 more rows the last JPEG blocks are incomplete
+        # A wide image; with 7 more rows, the last JPEG blocks are incomplete.
         (side * 3 // 2, side + 7, "RGB", 2),
-        # tall; the shorter side is enlarged to `resize`
+        # A tall image, whose shorter side is enlarged to `resize`.
         (max(1, side * 3 // 4), side, "RGB", 0),
         (side, side * 5 // 4, "L", 0),  # gray
         (large * 5 // 4, large + 7, "RGB", 2),

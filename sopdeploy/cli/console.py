@@ -60,7 +60,7 @@ def _isolate_right_to_left(line: str) -> str:
     name.
     """
     classes = map(unicodedata.bidirectional, line.replace("_", "-"))
-    # a letter for each character
+    # The direction of each character, as a letter.
     directions = "".join(_DIRECTIONS.get(each, "-") for each in classes)
     if "R" not in directions:
         return line

@@ -94,9 +94,8 @@ class RandomResizedCrop(BoxCrop):
                 top = random.randint(0, image_height - height)
                 return left, top, left + width, top + height
 
-        # The nearest valid one
+        # The largest box in the middle whose ratio is the valid one nearest to the image's.
         ratio = min(max(image_width / image_height, self.ratio[0]), self.ratio[1])
-        # at least one side is the image's
         width = min(image_width, max(1, round(image_height * ratio)))
         height = min(image_height, max(1, round(image_width / ratio)))
         left = (image_width - width) // 2
@@ -169,7 +168,7 @@ class AugmentedDataset(FittedDataset):
     def pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Compute the augmented pixels (B, crop, crop, 3) of the images or copies at *indices*."""
         augmentation = self.augmentation
-        # an index is sample + copy * len(images)
+        # An index is sample + copy * len(images).
         samples = [index % len(self.images) for index in indices]
         randoms = [
             Random(derive_seed(self.seed, "augment", self.epoch, index))  # noqa: S311

@@ -146,7 +146,7 @@ class _BatchDataset:
 
 def _init_worker(_worker: int) -> None:
     """Leave the end of this loader process to the main process, and limit the memory that Pillow keeps."""
-    # a terminal sends Ctrl-C to the whole group; the main process decides when workers end
+    # A terminal sends Ctrl-C to the whole group, but the main process decides when workers end.
     os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     Image.core.set_blocks_max(PILLOW_BLOCKS)  # type: ignore[attr-defined]

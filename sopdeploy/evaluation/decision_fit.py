@@ -70,7 +70,7 @@ def fit_decision(
     """
     # Copies of a photograph count once.
     if groups is not None:
-        # indices, in the images' order
+        # The index of the first image of each group, in the order of the images.
         first_of_group = np.sort(np.unique(groups, return_index=True)[1])
         logits = logits[first_of_group]
         targets = targets[first_of_group]
@@ -222,7 +222,7 @@ def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
 
     # The distinct scores, ascending
     precision, recall, distinct = precision_recall_curve(true, scores)
-    # at each of them; the last is that of no prediction
+    # The last value is that of no prediction.
     precision = precision[:-1]
     recall = recall[:-1]
 

@@ -96,7 +96,7 @@ def accepted_interval(images: int, rank: int) -> tuple[float, float]:
     """
     from scipy.special import betaln  # noqa: PLC0415 # SciPy takes a quarter of a second
 
-    # parameters of the beta distribution of the accepted share
+    # The accepted share has a beta distribution with these parameters.
     a = images - rank + 1
     b = rank
 

@@ -48,7 +48,7 @@ def find_label_doubts(logits_NC: NDArray[np.float64], labels: NDArray[np.int64])
     # 0 without images
     average_C = sums_C / np.maximum(np.bincount(labels, minlength=len(sums_C)), 1)
 
-    # a class of few images whose labels are all wrong has an average near 0
+    # A class of few images whose labels are all wrong has an average near 0.
     floor = of_label_N.mean() / 2
     relative_NC = probabilities_NC / np.maximum(average_C, floor)
     relative_of_label_N = relative_NC[np.arange(len(labels)), labels]

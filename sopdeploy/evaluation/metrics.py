@@ -173,7 +173,7 @@ def classification_report(
 
     # The confusion matrix, for the classes that occur.
     shown = np.union1d(targets, predicted)  # sorted
-    # a row per target, a column per prediction
+    # The table has a row per target and a column per prediction.
     confusion = np.zeros((len(shown), len(shown)), np.int64)
     np.add.at(
         confusion, (np.searchsorted(shown, targets), np.searchsorted(shown, predicted)), 1

@@ -86,7 +86,7 @@ class Rule(NamedTuple):
 
         None if `MAX_IMAGES` are not enough, as for one that is worse: the tolerance shrinks.
         """
-        # of 1 for a win, -1 for a loss, 0 otherwise; never 0
+        # The variance of 1 for a win, -1 for a loss and 0 otherwise, which is never 0.
         variance = (counts.wins + counts.losses + 1) / (counts.images + 2)
 
         quantiles = self.quantile + Z_POWER

@@ -161,7 +161,7 @@ def predict_logits(
     was_training = model.training
 
     normalize = Normalize(preprocess, images_format(model)).to(device)
-    # of two: 0, 2, ... and 1, 3, ...
+    # Every process takes every n-th image: of two, one takes 0, 2, ... and the other 1, 3, ...
     images_here = range(processes.rank, len(dataset), processes.world)
 
     positions_by_batch = sequential_batches(len(images_here), batch_size)

@@ -53,7 +53,7 @@ def make_predictions(
             labels=images.labels,
             targets=images.targets.astype(np.float64),
             probabilities=np.stack([sigmoid(row) for row in logits]),
-            # never None with several classes
+            # With several classes per image, there are always thresholds.
             thresholds=cast(Sequence[float], decision.thresholds),
         )
 

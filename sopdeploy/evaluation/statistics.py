@@ -64,7 +64,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
     for rank, index in enumerate(ascending):
         num_not_smaller = len(values) - rank
-        # at least that of a smaller one
+        # A corrected p-value is at least that of a smaller one.
         largest = max(largest, min(1.0, num_not_smaller * values[index]))
         corrected[index] = largest
     return corrected
@@ -125,6 +125,6 @@ def smallest_difference(wins: int, losses: int, images: int) -> float:
 
     It is at least `TESTABLE` of the *images*, and at most 1.
     """
-    # of 1 for a win, -1 for a loss, 0 otherwise; never 0
+    # The variance of 1 for a win, -1 for a loss and 0 otherwise, which is never 0.
     variance = (wins + losses + 1) / (images + 2)
     return min(1.0, max(TESTABLE / images, (Z_95 + Z_POWER) * math.sqrt(variance / images)))

@@ -38,10 +38,9 @@ def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
     if body[4:8] == b"ftyp":
         return _heic_cost(body)
 
-    # several scans are 2
     width = 0
     height = 0
-    num_scans = 0
+    num_scans = 0  # several count as 2
 
     # Each format has the size at its own place near the beginning of the file.
     if body.startswith(b"\xff\xd8\xff"):

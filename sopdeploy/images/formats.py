@@ -152,7 +152,7 @@ def _jpeg_orientation_info(body: bytes) -> dict[str, bytes]:
 
 def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
     """Yield begin and end of the chunks that `without_metadata` leaves out."""
-    # after the signature; bytes of texts that may be unpacked
+    # Chunks follow the signature. Texts may be unpacked up to a number of bytes.
     begin = 8
     remaining = MAX_TEXT
     while (end := begin + 12 + int.from_bytes(body[begin : begin + 4])) <= len(body):
@@ -332,18 +332,18 @@ def webp_size(body: bytes) -> tuple[int, int]:
     kind = body[8:16]
     chunk = body[20:30]
 
-    # extended: 4 bytes of flags, then width - 1 and height - 1 of 3 bytes each
+    # Extended: 4 bytes of flags, then width - 1 and height - 1 of 3 bytes each.
     if kind == b"WEBPVP8X":
         width = 1 + int.from_bytes(chunk[4:7], "little")
         height = 1 + int.from_bytes(chunk[7:10], "little")
         return width, height
 
-    # lossless: a signature byte, then width - 1 and height - 1 of 14 bits each
+    # Lossless: a signature byte, then width - 1 and height - 1 of 14 bits each.
     if kind == b"WEBPVP8L":
         bits = int.from_bytes(chunk[1:5], "little")
         return 1 + (bits & 0x3FFF), 1 + ((bits >> 14) & 0x3FFF)
 
-    # lossy: 6 bytes, then width and height of 14 bits, each with 2 bits of scale
+    # Lossy: 6 bytes, then width and height of 14 bits, each with 2 bits of scale.
     if kind == b"WEBPVP8 ":
         width = int.from_bytes(chunk[6:8], "little") & 0x3FFF
         height = int.from_bytes(chunk[8:], "little") & 0x3FFF

@@ -92,7 +92,7 @@ def _hash_pixels(body: bytes) -> bytes | None:
     try:
         with Image.open(io.BytesIO(body), formats=("JPEG",)) as image:
             digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
-            # a few rows at a time need little memory
+            # A few rows at a time need little memory.
             for top in range(0, image.height, HASHED_ROWS):
                 rows = image.crop((0, top, image.width, min(top + HASHED_ROWS, image.height)))
                 digest.update(rows.tobytes())
@@ -105,7 +105,7 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
     """Copy what the first image in the JPEG *body* needs to show its pixels, and its *orientation*."""
     parts = [b"\xff\xd8"]
     if orientation != UPRIGHT:
-        # big-endian, with the directory of tags at byte 8
+        # The header is big-endian, with the directory of tags at byte 8.
         tiff_header = b"MM" + struct.pack(">HI", 42, 8)
         # One value of type 3, 16 bits
         tag = struct.pack(">HHIHxx", ORIENTATION, 3, 1, orientation)

@@ -218,7 +218,7 @@ def to_rgb(
         return image if image.mode == "RGB" else image.convert("RGB")
 
     rgb = Image.new("RGB", image.size)
-    # a tile at a time, because the copies in RGBA need much memory
+    # A tile at a time, because the copies in RGBA need much memory.
     for box in tile_boxes(image.size):
         tile = to_rgba(image.crop(box))
         if frame_alpha is not None:
@@ -257,7 +257,7 @@ def to_rgba(tile: Image.Image) -> Image.Image:
 
     values = np.asarray(tile)
     clipped: NDArray[np.uint32] = np.clip(values, 0, 65535).astype(np.uint32)
-    # nearest; 65535 becomes 255
+    # Round to the nearest; 65535 becomes 255.
     scaled = ((clipped + np.uint32(128)) // np.uint32(257)).astype(np.uint8)
     gray = Image.fromarray(scaled).convert("RGBA")
 
@@ -298,7 +298,7 @@ def center_view(size: tuple[int, int], rules: Preprocess) -> View:
     if rules.fit == "pad":
         return View((0, 0, *size), (width, height))
 
-    # source pixels per pixel of the resized image
+    # How many source pixels a pixel of the resized image has.
     x = size[0] / width
     y = size[1] / height
 
@@ -331,7 +331,7 @@ def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
     """List the conversions of the loaded *image* by `to_rgb` that users should know of, as warning codes."""
-    # a frame that leaves out a part of the image
+    # A frame may leave out a part of the image.
     has_transparent_pixels = FRAME_BOX in image.info
     if image.has_transparency_data:
         alphas = (to_rgba(image.crop(box)).getchannel("A") for box in tile_boxes(image.size))

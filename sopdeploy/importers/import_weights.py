@@ -123,6 +123,7 @@ def import_weights(
             f"{source}: already a sopdeploy checkpoint; use it without importing it"
         )
 
+    # Of a published file that is known to be wrong, the user must say what is right.
     problem = BROKEN.get(file.sha256[:8])
     if problem is not None and triangle is None:
         raise WeightsError(f"{source}: {problem}")
@@ -257,7 +258,7 @@ def _convert_by_importer(file: WeightFile, model: str) -> ConvertedWeights | Non
             continue
         try:
             converted = importer.convert(file, model)
-        # of tensors with other axes
+        # Tensors with other axes raise these.
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise WeightsError(

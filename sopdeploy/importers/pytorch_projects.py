@@ -106,7 +106,7 @@ def find_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple[str,
     to the file applies, or else, without a note, the usual resize to 256 and crop of 224.
     """
     models = importlib.import_module("torchvision.models")
-    # it has no resnet26
+    # torchvision has no resnet26.
     published = models.get_model_weights(name) if name in models.list_models() else ()
     for weights in published:
         if weights.url.endswith(f"-{file.sha256[:8]}.pth"):
@@ -136,8 +136,8 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     if pooling == "bcnn":
         model += " --option pooling=bcnn"
 
-    # fast-MPN-COV's files with average pooling are training checkpoints, where conv1 is
-    # `features.0`
+    # The files of fast-MPN-COV with average pooling are training checkpoints, where conv1 is
+    # `features.0`.
     is_torchvision = pooling == "gap" and "conv1.weight" in file.tensors
     project = "torchvision" if is_torchvision else "fast-MPN-COV"
 
@@ -187,7 +187,7 @@ def detect_pooling(renamed: WeightFile, channels: int, length: int) -> FieldValu
     if length == width * (width + 1) // 2:
         return {"pooling.kind": "isqrt", "pooling.width": width}
 
-    # fast-MPN-COV's average and bilinear pooling never reduce the channels
+    # The average and bilinear pooling of fast-MPN-COV never reduce the channels.
     if reduction is None and length in {channels, channels**2}:
         return {"pooling.kind": "gap" if length == channels else "bcnn"}
     raise WeightsError(
@@ -198,7 +198,7 @@ def detect_pooling(renamed: WeightFile, channels: int, length: int) -> FieldValu
 
 def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
     """Convert VGG-16 of torchvision or, with iSQRT-COV or B-CNN, of fast-MPN-COV; None for other files."""
-    # the classifier is one linear layer, or the layers 0, 3 and 6 of the module `classifier`
+    # The classifier is one linear layer, or the layers 0, 3 and 6 of the module `classifier`.
     is_linear = "classifier.weight" in file.tensors
     first, last = (
         ("classifier", "classifier") if is_linear else ("classifier.0", "classifier.6")
@@ -318,7 +318,8 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
 
 def _detect_block_options(file: WeightFile) -> FieldValues:
     """Determine the options of the blocks; without `attention` it is the sum or the maximum."""
-    # of weights; `layer4.2.conv_for_DR.weight` is under `conv_for_DR`, alike in all blocks
+    # The lengths of the weights. `layer4.2.conv_for_DR.weight` is under `conv_for_DR`, alike in
+    # all blocks.
     lengths = {
         name.split(".")[-2]: len(tensor)
         for name, tensor in file.tensors.items()

@@ -54,7 +54,7 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     pretrained = timm.get_pretrained_cfg(backbone).to_dict()
     config = read_hub_config(file.path)
     classifier = pretrained.get("classifier")
-    # a distilled network has two classifiers of the same classes
+    # A distilled network has two classifiers of the same classes.
     if isinstance(classifier, tuple):
         classifier = classifier[0]
 

@@ -118,7 +118,7 @@ def newton_schulz_adjoint(
     of all of T's gradient, made symmetric. The sum is T Q - H - H^T with H = T_grad / 4 + Q W_k
     / 2 = T_grad / 4 - Q T + 1.5 Q, as W_k = 3 I - 2 T.
     """
-    # of F_(N-1) and T_(N-1)
+    # These are the gradients of F_(N-1) and T_(N-1).
     f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, fs[-1], ts[-1])
 
     # The gradient of W_(N-1) is -H - H^T with H = T_grad / 4: W_N has no gradient, so Q is 0.
@@ -181,7 +181,7 @@ def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
     if type(positions) is not int or type(channels) is not int:
         return False
 
-    # of two square matrices, as counted at the top of this file
+    # Products of two square matrices, as counted at the top of this file.
     products = max(1, 3 * iterations - 3)
 
     # On G, X^T X and X Z_N also take d M^2 each. Left out: X X^T on A and (X Z_N) X^T on G, d^2
@@ -320,7 +320,7 @@ class ISqrtVector(torch.autograd.Function):
         # Through the steps, then through the normalization, to the product of the map with
         # itself.
         matrix_grad_Bnn = newton_schulz_adjoint(f_grad_Bnn, ts, fs)
-        # n times the gradient that n receives from n^p
+        # This is n times the gradient that n receives from n^p.
         norm_term_B11 = power * root_dot_grad_B11
         product_grad_Bnn = _prenorm_adjoint(
             matrix_grad_Bnn, matrix_Bnn, norm_B11, norm_term_B11, config
@@ -355,7 +355,7 @@ def _prenorm_adjoint(
     *matrix_grad_Bnn*.
     """
     through_matrix_B11 = (matrix_grad_Bnn * matrix_Bnn).sum(dim=(1, 2), keepdim=True)
-    # n g - <D, P / n>
+    # This is n g - <D, P / n>, and 0 for a norm of 0.
     total_term_B11 = (norm_term_B11 - through_matrix_B11) * (norm_B11 > SMALLEST_NORM)
 
     if config.prenorm == "trace":  # dn / dP = I

@@ -164,9 +164,9 @@ class Components(nn.Module):
     def routed_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
         """Compute the (B, D) weighted sum; run each component only on images where its weight is not 0."""
         x_BCHW = self.before(features_BCHW)
-        # by step, then by component
+        # The filters by step, then by component.
         filters = [weight_Noi.unbind() for weight_Noi in self.weights]
-        # of linear components only
+        # Only linear components have biases.
         biases = [bias.chunk(self.components) for bias in self.biases]
 
         # Each component runs once, on the images that chose it.

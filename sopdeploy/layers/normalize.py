@@ -51,7 +51,7 @@ def images_format(network: nn.Module) -> torch.memory_format:
         is_channels_last = weight.dim() == 4 and weight.is_contiguous(
             memory_format=torch.channels_last
         )
-        # a kernel of one position has both layouts
+        # A kernel of one position has both layouts.
         if is_channels_last and not weight.is_contiguous():
             return torch.channels_last
 

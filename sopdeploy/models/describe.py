@@ -77,10 +77,11 @@ def tally(network: nn.Module, image_size: int) -> Tally:
         parameters=Counter({name: p.numel() for name, p in network.named_parameters()})
     )
 
-    # Each call of a module adds its operations.
+    # Each call of a module adds its operations; a ScriptModule has no hooks.
     handles = [
         part.register_forward_hook(partial(_count_call, counts, name), with_kwargs=True)
         for name, part in network.named_modules()
+        if not isinstance(part, torch.jit.ScriptModule)
     ]
 
     # Batch norms take most of the time, also on `meta`, so they return their input. An
@@ -134,7 +135,7 @@ def _count_call(
         counts.macs[name] += output.numel() * module.in_features
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
         counts.macs[name] += output.numel() * module.weight[0].numel()
-    # which calls no module for its four projections
+    # It calls no module for its four projections.
     elif isinstance(module, nn.MultiheadAttention):
         tensors = {**dict(zip(("query", "key", "value"), inputs, strict=False)), **keywords}
         # Then probably self-attention
@@ -312,7 +313,7 @@ def describe(
     try:
         training = tally(network.train(), side)
         shipped = training if inference is None else tally(inference.eval(), side)
-    # of timm or the user, too
+    # The code of timm or of the user can raise these, too.
     except (AssertionError, LookupError, RuntimeError, ValueError) as problem:
         raise ConfigError(
             f"image_size: {name} cannot compute images of {side} pixels; choose another size"

@@ -138,8 +138,8 @@ class DSoPThreeStages(DSoP):
     def paper_branches(self) -> PaperBranches:
         """Return section V-D's branches, the same in every stage."""
         count = len(list(self.get_submodule("layer1").children()))
-        # without a pattern, a number: the blocks of one branch, which follows the last block of
-        # the stage
+        # Without a pattern, this is a number: the blocks of one branch, which follows the last
+        # block of the stage.
         blocks = self.patterns[count] if count in self.patterns else min(2, count)
 
         return PaperBranches(

@@ -184,7 +184,7 @@ class GMSOPResNet(Classifier, GatedResNet):
 
         # Route each image to its experts; the others compute nothing.
         features, weights_BN = self.features_and_noisy_weights(images)
-        # on `meta`, weights have no values that could be compared with 0 to route by them
+        # On `meta`, weights have no values that could be compared with 0 to route by them.
         mix = self.mixture if features.is_meta else self.mixture.routed_sum
         logits: Tensor = self.head(mix(features, weights_BN))
 

@@ -72,7 +72,8 @@ class GSoP(Classifier):
         for tap in self.attended_taps():  # the names of residual blocks, such as `layer1.2`
             stage, _, index = tap.partition(".")
             channels = self.tap_channels[tap]
-            # is built a second time, so that a seed gives the weights of earlier versions
+            # Blocks that are not the first of a stage are built a second time, so that a seed
+            # gives the weights of earlier versions.
             if index != "0":
                 self.set_submodule(tap, self.branch_block(channels, channels, 1))
             block: Any = self.get_submodule(tap)
@@ -108,7 +109,7 @@ class GSoP(Classifier):
         taps: list[str] = []
         for stage in self.stage_names if config.block_stages is None else config.block_stages:
             length = len(list(self.get_submodule(stage).children()))
-            # at most `length`, so each stage has a block
+            # The spacing is at most `length`, so each stage has a block.
             spacing = min(self.block_spacing or length, length)
             taps += [f"{stage}.{index}" for index in range(spacing - 1, length, spacing)]
 

@@ -159,7 +159,7 @@ class PooledHead(nn.Module, ExportHints):
         own_BD = at_least_float32(own_BD)
         length_B1 = own_BD.square().sum(dim=1, keepdim=True).clamp_min(_SMALLEST_SQUARE).sqrt()
 
-        # self.means have length 1
+        # The cosine of the vectors with the class means, which have length 1.
         cosine_B1 = linear(own_BD, self.means).amax(dim=1, keepdim=True) / length_B1
         return log_softmax(logits_BK, dim=1) + cosine_B1
 
@@ -239,7 +239,7 @@ class SecondOrderHead(Classifier):
         # The maps that the branches and the head read, in the order of computation.
         # of `DSoP`: the name of the branch by its tap
         branches: dict[str, str] = vars(self)["taps"]
-        # as computed
+        # The taps in the order in which they are computed.
         taps = [tap for tap in self.tap_channels if tap in branches or tap in self.maps]
         # Only a branch reads it
         taps += [tap for tap in branches if tap not in self.tap_channels]

@@ -164,7 +164,7 @@ class TimmBackbone(Backbone):
         self._parameters = network._parameters
         self._buffers = network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
-        # a tuple, because an attribute that is a module becomes a child
+        # It is in a tuple, because an attribute that is a module becomes a child.
         self.wrapped = (network,)
 
         self.tap_channels = find_timm_taps(config.backbone)

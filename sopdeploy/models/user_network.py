@@ -99,7 +99,7 @@ class UserNetwork(Classifier):
             logits, outputs = run_once(self.network, self.source.image_size)
             output: Any = outputs.get(name)  # `None` if the layer does not run in eval mode
             has_same_shape = isinstance(output, Tensor) and _shape(logits) == output.shape
-            # meta: no values
+            # Tensors on `meta` have no values to compare.
             if not has_same_shape or not (logits.is_meta or torch.equal(logits, output)):
                 raise ConfigError(
                     f"head: the network does not return the output of its last linear layer {name}; build it "
@@ -258,7 +258,7 @@ def register_model(
         ConfigError: *name* is that of a network of the catalog or of another module, or has other characters,
             or the method needs taps.
     """
-    # Training needs taps, and no name of the catalog.
+    # What cannot be registered: a name of the catalog, and DSoP without taps.
     if name in CATALOG:
         raise ConfigError(f"model {name!r}: is a network of the catalog; choose another name")
     if method is None:
@@ -406,7 +406,7 @@ def find_last_map(network: nn.Module, image_size: int) -> str:
     an attention.
     """
     _, outputs = run_once(network, image_size)
-    # a module returns after the modules inside of it
+    # A module returns after the modules inside of it.
     for name, output in reversed(outputs.items()):
         shape = _shape(output)
         if len(shape) == 4 and shape[2] == shape[3] > 1:

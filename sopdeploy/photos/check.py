@@ -123,10 +123,14 @@ def check_data(
     """
     opened = open_parts(data_folder(path))
     num_images = sum(len(images) for images in opened.parts.values())
+
+    # Edges are compared by small images of all files; the search for clips needs these, too.
     if num_images > MAX_FEATURES:
         group_by_features = None
     near_by_edges = near and group_by_features is None
     keeps_small = near_by_edges or num_images <= MAX_SIGNATURES
+
+    # Decode all images.
     infos: list[_FileInfo] = []
     parts = []
     for name, images in opened.parts.items():
@@ -136,18 +140,22 @@ def check_data(
         counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
         size = sum(info.length for info in infos_of_part)
         parts.append(PartReport(name=name, count=len(images), bytes=size, classes=counts))
+
     readable = [info for info in infos if not info.error]
     notes = [*opened.notes]
     if near_by_edges:
         notes.append(EDGES_MISS)
     if keeps_small and (possible_clip := _describe_clip(readable)):
         notes.append(possible_clip)
+
     # Two sides per image
     shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T
     train, *held_out = opened.parts.values()
+
     # If no images are held out by folder, training leaves out classes of one image: it cannot
     # divide them.
     too_few = () if held_out else tuple(single_images(train))
+
     return DataReport(
         path=path,
         parts=tuple(parts),
@@ -193,6 +201,7 @@ def _describe_clip(infos: Sequence[_FileInfo]) -> str:
     """Describe two files that may be frames of one clip, by names, times and edges; "" without any."""
     if len(infos) < 2:
         return ""
+
     names = [info.file for info in infos]
     times = np.asarray([info.taken for info in infos], np.int64)
     vectors = fit_and_whiten(
@@ -201,6 +210,7 @@ def _describe_clip(infos: Sequence[_FileInfo]) -> str:
     classes = np.unique([f"{info.part} {info.label}" for info in infos], return_inverse=True)[1]
     pixels = np.unique([info.pixel_hash for info in infos], return_inverse=True)[1]
     clips = find_clips(names, times, classes.astype(np.int64), vectors, pixels.astype(np.int64))
+
     pair = clips.doubtful if clips.found is None else clips.found
     return (
         ""
@@ -217,6 +227,7 @@ def _find_near(
     """Yield the groups of near-duplicates that are no exact duplicates; *train* names the training part."""
     if len(infos) < 2:
         return
+
     _, label_N = np.unique([info.label for info in infos], return_inverse=True)
     paths = np.asarray([os.fsencode(info.file) for info in infos], dtype=np.bytes_)
     images = ImageFiles(Path(), ("",), paths, label_N.astype(np.int64))  # without class names
@@ -225,6 +236,8 @@ def _find_near(
     else:
         small = [info.small for info in infos if info.small is not None]  # all have one then
         groups, _ = group_by_edges(images, [info.pixel_hash for info in infos], small)
+
+    # Groups of exact duplicates alone are listed elsewhere.
     hashes = {info.file: info.pixel_hash for info in infos}
     for group in _describe_groups(infos, groups.tolist(), train):
         if len({hashes[file] for file in group.files}) > 1:  # the others are exact duplicates

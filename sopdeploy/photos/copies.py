@@ -84,7 +84,7 @@ def find_near_duplicates(
     one first. *small* are the gray images (N, S, S) of `shrink`. Of images with equal *hashes*
     (N,), one is compared.
     """
-    # of the images with equal pixels, one
+    # Of images with equal pixels, the first one stands for all.
     first_N = np.sort(np.unique(hashes, return_index=True)[1])
     whole = [part[:, 0] for part in views]
     whiten = _fit_whitening([part[first_N] for part in whole])
@@ -120,14 +120,18 @@ def _find_candidates(
     num_others = min(num_others, count - 1)
     if num_others < 1:
         return NO_PAIRS
+
     # Lists of (N, D)
     parts_by_view = [[part[:, view] for part in views] for view in range(num_views)]
     whole_ND = whiten(parts_by_view[0])
+
     plain = [
         part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
         for part in parts_by_view[0]
     ]
     plain_ND = np.concatenate(plain, axis=1)
+
+    # The nearest images of each block: by the best view, then by plain vectors.
     found = []
     size = max(1, min(_BLOCK, _COSINES // count))
     for start in range(0, count, size):  # to save memory
@@ -141,6 +145,8 @@ def _find_candidates(
             cosines_KN[np.arange(len(block)), block] = -np.inf  # not the image itself
             nearest = np.argpartition(cosines_KN, -num_others, axis=1)[:, -num_others:]
             found.append(np.stack([np.repeat(block, num_others), nearest.ravel()]))
+
+    # Each pair once, as one number.
     pairs = np.sort(np.concatenate(found, axis=1), axis=0)
     numbers = np.unique(pairs[0] * count + pairs[1])
     return np.stack(np.divmod(numbers, count))
@@ -163,6 +169,8 @@ def _confirm(
     largest_N = np.zeros(len(classes), np.float32)
     for images in candidates[:, is_outside]:
         np.maximum.at(largest_N, images, shares[is_outside])
+
+    # Classes whose images look alike: most are like an image of another group.
     members_of_classes = np.split(
         np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1]
     )
@@ -171,14 +179,19 @@ def _confirm(
         is_alike_N[members] = (
             len(members) and np.quantile(largest_N[members], SHARE_ALIKE) >= ALIKE
         )
+
+    # Copies, of which nearly all parts are equal in such a class.
     are_copies = shares >= np.where(is_alike_N[candidates].any(axis=0), NEARLY, MOSTLY)
     pairs = np.concatenate([candidates[:, are_copies], turned], axis=1)
     groups = connect(len(classes), pairs)
+
+    # Classes that would nearly all be one group.
     for members in members_of_classes:
         if len(members) >= MIN_ONE_GROUP:
             is_one_group_N[members] = np.bincount(groups[members]).max() >= ONE_GROUP * len(
                 members
             )
+
     return pairs[:, ~is_one_group_N[pairs].any(axis=0)], is_alike_N | is_one_group_N
 
 
@@ -193,6 +206,7 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
         if key is not None:  # an edge from each image to the first one with its value
             _, first_of_value, value_N = np.unique(key, return_index=True, return_inverse=True)
             edges.append(np.stack([np.arange(count), first_of_value[value_N]]))
+
     one, other = np.concatenate(edges, axis=1)
     # Label propagation: each image takes over the lowest index among its neighbors until no
     # index changes.
@@ -296,7 +310,7 @@ def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:
     turns = np.arctan2(down, right) / (2 * np.pi)  # its direction, -0.5 to 0.5
     direction = (turns % 1) * DIRECTIONS  # in bins, 0 to 8
     lower_bin = direction.astype(int)
-    # an edge between two directions counts in both, in shares
+    # An edge between two directions counts in both, in shares.
     share_of_next = direction - lower_bin
     cell_of_row = np.arange(SMALL) * CELLS // SMALL  # (64,), 0 to 7; the same for columns
     cell_of_pixel = cell_of_row[:, None] * CELLS + cell_of_row  # (64, 64), 0 to 63

@@ -154,7 +154,6 @@ def _search(
     images, position = np.unique(pairs, return_inverse=True)
     first, second = position.reshape(2, -1)  # positions among the images of these pairs
     detailed = _remove_low(small[images].astype(np.float32), BLUR * width)
-
     smooth = _smooth(detailed, COARSE)
     own = _grid(COARSE)[None] * (side / 2) + (side - 1) / 2
 
@@ -226,6 +225,8 @@ def _align(
     num_pairs = pairs.shape[1]
     images, position = np.unique(pairs, return_inverse=True)
     first, second = position.reshape(2, -1)
+
+    # The second images, and how they change by the six numbers of a map.
     scenes = _smooth(small[images].astype(np.float32), num_samples)
     points_K2 = _grid(num_samples)
     own = np.broadcast_to(
@@ -242,6 +243,9 @@ def _align(
     slopes_P6K = np.concatenate([of_matrix.reshape(num_pairs, 4, -1), slopes_P2K], axis=1)
     expected_PK = expected_PTT.reshape(num_pairs, -1)
     damping = 1e-3 * len(points_K2) * np.eye(6, dtype=np.float32)
+
+    # Each step fits what the first image shows to the second one, whatever the contrast and the
+    # brightness. Pixels that differ much, as those of a caption, count less.
     weights_PK = np.ones_like(expected_PK)
     for step in range(STEPS + 1):
         shown_PK, is_inside_PK = _sample(
@@ -254,12 +258,15 @@ def _align(
         products = (weights_PK * shown_PK * wanted_PK).sum(axis=1, keepdims=True)
         if step == STEPS:
             break
+
         contrast = products / ((weights_PK * shown_PK**2).sum(axis=1, keepdims=True) + 1e-3)
         errors_PK = contrast.clip(0.2, 5.0) * shown_PK - wanted_PK
         deviation = (
             1.4826 * np.median(np.abs(errors_PK) * is_inside_PK, axis=1, keepdims=True) + 1
         )
         weights_PK = is_inside_PK / (1 + (errors_PK / (OUTLIER * deviation)) ** 2)
+
+        # The step, from the normal equations.
         weighted_P6K = slopes_P6K * weights_PK[:, None]
         curvatures = weighted_P6K @ slopes_P6K.transpose(0, 2, 1) + damping
         moves = np.linalg.solve(curvatures, weighted_P6K @ errors_PK[:, :, None]).clip(
@@ -269,10 +276,11 @@ def _align(
             np.float32
         )
         centers = centers - (matrices @ moves[:, 4:])[:, :, 0]
+
+    # A fit of a few samples proves little.
     correlations = products[:, 0] / np.sqrt(
         (weights_PK * shown_PK**2).sum(axis=1) * (weights_PK * wanted_PK**2).sum(axis=1) + 1e-3
     )
-    # A fit of a few samples proves little
     agreement = correlations * weights_PK.mean(axis=1)
     return _Fit(matrices, centers, shown_PK, expected_PK, is_inside_PK, agreement)
 
@@ -323,7 +331,7 @@ def _sample(
     side = images.shape[1]
     is_inside = ((points > -0.5) & (points < side - 0.5)).all(axis=2)
     points = points.clip(0, side - 1.001)
-    # of the four pixels around each point, the first row and column
+    # The first row and column of the four pixels around each point.
     lower = points.astype(np.intp)
     index = lower[:, :, 0] * side + lower[:, :, 1] + chosen[:, None] * side**2
     down, right = np.moveaxis(points - lower.astype(np.float32), 2, 0)

@@ -242,6 +242,7 @@ def list_images(
     images = set[str]()
     unsuffixed = list[str]()
     others = list[str]()
+
     for path in walk(root / folder, visited):
         relative = str(path.relative_to(root))
         if not is_image(path):
@@ -250,11 +251,14 @@ def list_images(
             images.add(relative)
         else:
             unsuffixed.append(relative)
+
+    # A copy beside an image has its name with another ending.
     for name in unsuffixed:
         if _is_copy_beside(name, images):
             others.append(name)
         else:
             images.add(name)
+
     return sorted(map(os.fsencode, images)), sorted(others)
 
 
@@ -275,25 +279,32 @@ def walk(
     Raises `DataError` for a folder that cannot be listed.
     """
     visited = set() if visited is None else visited
+
+    # Each folder on the way has the iterator of its entries; the innermost is the last one.
     root = folder.resolve()
     visited.update(folder_identity(parent) for parent in (folder, *root.parents))
     waiting = [(folder, iter(list_folder(folder, hidden=hidden)))]  # the innermost folder last
+
     while waiting:
         parent, entries = waiting[-1]
         entry = next(entries, None)
+
         if entry is None:
             waiting.pop()
             continue
         path = parent / entry.name
+
         if not _is_folder(entry):
             yield path
             continue
+
         if entry.is_symlink():
             real = path.resolve()
             if real.is_relative_to(root):
                 has_own_path = hidden or not any(map(is_hidden, real.relative_to(root).parts))
                 if has_own_path:  # the folder is listed under it
                     continue
+
         if (hidden or not holds_output(path)) and (
             identity := folder_identity(path)
         ) not in visited:
@@ -344,14 +355,17 @@ def find_parts(root: Path) -> Parts:
     """Find the parts of the data set in *root*; raises `DataError` for two folders of training images."""
     names = list_subfolders(root)
     kinds = {name: part_kind(name) for name in names}
+
+    # The training part. Beside other folders, `train` may be a class; a part contains folders.
     candidates = [name for name in names if kinds[name] in TRAINING]
-    # Beside others, `train` may be a class; as a part it contains folders
     if not all(kinds.values()):
         candidates = [name for name in candidates if list_subfolders(root / name)]
     if len(candidates) > 1:
         raise DataError(
             f"{root}: {shorten(candidates)} may all hold the training images; rename all but one"
         )
+
+    # The held-out parts, in the order of `HELD_OUT`.
     held_out = [name for name in names if kinds[name] in HELD_OUT]
     held_out.sort(key=lambda name: HELD_OUT.index(kinds[name]))
     train = candidates[0] if candidates else ""

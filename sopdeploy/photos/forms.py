@@ -164,6 +164,8 @@ def _propose_forms(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]
     """Yield the pairs of namesakes of every two folders that each class has, by the folders' names."""
     if len(images) < 2:
         return
+
+    # The files of each class, by the folder below it and by their names without suffixes.
     folders_of_class = []
     for paths in images.values():
         folders = defaultdict[str, dict[str, bytes]](dict)
@@ -171,6 +173,8 @@ def _propose_forms(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]
             file = PurePosixPath(os.fsdecode(path))
             folders[_below_class(file)][file.stem] = path
         folders_of_class.append(folders)
+
+    # Every two folders that each class has.
     of_all = set[str](folders_of_class[0]).intersection(*folders_of_class)
     for one, other in combinations(sorted(of_all), 2):
         pairs = [
@@ -191,6 +195,7 @@ def _worse_form(root: Path, pairs: Sequence[Pair]) -> int:
     """
     if len(pairs) < FORMS_READ:
         return 0
+
     try:
         read = [
             [_read(root, path) for path in form]
@@ -198,11 +203,14 @@ def _worse_form(root: Path, pairs: Sequence[Pair]) -> int:
         ]
     except DataError:
         return 0
+
+    # The pictures are the same if each is most like its namesake.
     one, other = (np.stack([_small(pixels) for pixels in form]) for form in read)
     likeness = one @ other.T
     order = np.arange(FORMS_READ)
     if (likeness.argmax(axis=1) != order).any() or (likeness.argmax(axis=0) != order).any():
         return 0
+
     qualities = [
         (sum(pixels.width * pixels.height for pixels in form), sum(map(_color, form)))
         for form in read

@@ -100,9 +100,8 @@ def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> Imag
             "use the official files in its layout"
         ) from error
     labels = sorted(dataset.class_to_idx, key=dataset.class_to_idx.get)
-    # The label of `/a/apartment_building/outdoor` is `apartment_building-outdoor`
+    # The label of `/a/apartment_building/outdoor` is `apartment_building-outdoor`.
     if kind == "places365":
-        # apartment_building/outdoor
         without_letter = [name.strip("/").partition("/")[2] for name in labels]
         labels = [name.replace("/", "-") for name in without_letter]
     paths = np.asarray(

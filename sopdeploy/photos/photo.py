@@ -295,7 +295,7 @@ class Split:
     left_out: tuple[LeftOut, ...] = ()
 
     def __post_init__(self) -> None:
-        # of data sources that plug-ins register
+        # Data sources that plug-ins register can have any labels.
         if problem := label_problem(self.train.labels):
             raise DataError(f"{problem}; rename the class")
 
@@ -597,6 +597,7 @@ def leave_out_unreadable(split: Split, first: DataError) -> Split:
     """
     found = list[LeftOut]()
     errors = list[str]()
+
     for name, images in (("train", split.train), ("held_out", split.held_out)):
         for index, error in find_unreadable(images).items():
             reason = error.removeprefix(f"{images.describe(index)}: ")
@@ -604,6 +605,8 @@ def leave_out_unreadable(split: Split, first: DataError) -> Split:
             errors.append(error)
     if not found:
         raise first
+
+    # What remains must suffice: two images of each class, or one with held-out images.
     count = len(split.train) + len(split.held_out)
     remaining = split.without(found)
     least = np.minimum(split.train.class_counts(), 1 if len(split.held_out) else 2)
@@ -612,6 +615,7 @@ def leave_out_unreadable(split: Split, first: DataError) -> Split:
     )
     if too_few or (len(found) >= MANY_DAMAGED and len(found) > MAX_DAMAGED * count):
         raise _name_all(first, errors)
+
     return replace(remaining, notes=(describe_left_out(errors),))
 
 

@@ -100,12 +100,16 @@ def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
         counts[parent][subfolder] += 1
     if not counts or "" in counts:  # no images, or a class folder that holds some itself
         return None
+
+    # Its subfolders may be classes if other folders have some of them, too, or if there is no
+    # other class.
     best = max(counts, key=lambda parent: (len(counts[parent]) > 1, counts[parent].total()))
     names = counts.pop(best)
     other_names = set[str]().union(*counts.values())
     is_only_class = len(set(images.targets.tolist())) == 1
     if len(names) < 2 or not (is_only_class or names.keys() & other_names):
         return None
+
     are_in_all = bool(counts) and all(names.keys() == one.keys() for one in counts.values())
     return _Subfolders(best, sorted(names), are_in_all)
 

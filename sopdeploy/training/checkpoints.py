@@ -206,7 +206,7 @@ def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Che
     """Build the content of `best.pt`, or with *resume* of `last.pt`; raises `TrainingError` for a NaN."""
     # A NaN must not replace the last good checkpoint.
     weights = fit.network.state_dict()
-    # raw, if *weights* are averages
+    # These are the raw weights, if *weights* are averages.
     learning = {} if fit.learning is None else fit.learning.state_dict()
     checked = tree_leaves({"weights": weights, "learning": learning, "resume": resume})
     if not all(bool(value.isfinite().all()) for value in checked if isinstance(value, Tensor)):
@@ -267,7 +267,7 @@ def _describe_training(setup: Setup, fit: Fit) -> TrainingRecord:
         },
         **({"plugins": plugins} if plugins else {}),
         "machine": {
-            # which other runs change
+            # Without the load, which other runs change.
             **{name: fact for name, fact in machine().items() if name != "load"},
             "device": torch.cuda.get_device_name(device)
             if device.type == "cuda"
@@ -381,7 +381,7 @@ def has_same_images(
         if targets is not None and not np.array_equal(targets.numpy(), images.targets):
             return False
 
-        # of a loop, or resumed by an older version
+        # Hashes of a loop, or of a run that an older version resumed, are sorted.
         if np.array_equal(recorded, np.unique(recorded)):
             file_hashes = np.unique(file_hashes)
         return (
@@ -436,11 +436,13 @@ class RunFolder:
                         self._lock = lock_file(path, of_process=True)
                     except BlockingIOError:
                         is_free = False
+
                 if self._lock is not None:
                     self._lock.warn_if_unlocked(
                         self.path, "train only one network in this folder at a time"
                     )
                     self._created = created.pop_all()
+
                     if not is_resumed:
                         self.check_new()
 

@@ -77,14 +77,14 @@ def best_epoch(history: Sequence[EpochRow], *, frozen_backbone: bool = False) ->
     branches.
     """
     if not frozen_backbone:
-        # of equal ones, the first
+        # Of equal ones, the first.
         return max(history, key=lambda row: (row.metrics.score, -row.epoch))
 
     def score_of_branches(row: EpochRow) -> float:
         heads = row.diagnostics.heads if row.diagnostics is not None else {}
         return sum(head.score for name, head in heads.items() if name != "main")
 
-    # of equal ones, the last
+    # Of equal ones, the last.
     return max(history, key=lambda row: (score_of_branches(row), row.epoch))
 
 
@@ -162,7 +162,7 @@ def diagnose(
     logits = network.split(joined)  # by head
 
     labels = held_out.images.labels
-    # no metric of these images, while all images have one
+    # These images have no metric, while all images have one.
     if targets.ndim == 2 and not targets.any():
         logits = {}
     right = ""  # a character per image, if each has one class

@@ -97,7 +97,7 @@ class Strategy(ProcessGroup):
             tensor = tensors[index]
             summands.append(torch.zeros_like(parameters[index]) if tensor is None else tensor)
 
-        # a copy of all, for a single sum
+        # A copy of all, for a single sum.
         flat = torch.cat([tensor.reshape(-1) for tensor in summands])
         dist.all_reduce(flat)  # in place
 

@@ -354,7 +354,8 @@ def _drop_foreign_options(values: FieldValues, changed: Mapping[str, Any]) -> No
         table = values.get(name)
         chosen = changed.get(f"{name}.{selector}")
         if not isinstance(table, dict) or not isinstance(chosen, str):
-            # no values or no choice; the validation of the recipe finds those of a wrong type
+            # There are no values or no choice; the validation of the recipe finds those of a
+            # wrong type.
             continue
 
         if chosen == table.get(selector):
@@ -433,7 +434,7 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
 
 def suggest_keys(name: str, cutoff: float = 0.6) -> list[str]:
     """List the keys that *name* may mean: those that are or end so, or else the one most alike."""
-    # of all kinds of optimizers, data sources and others
+    # The keys of all kinds of optimizers, data sources and others.
     known = sorted(set(_list_keys(Recipe)))
     same_name = [key for key in known if key == name or key.endswith(f".{name}")]
     return same_name or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)

@@ -352,7 +352,7 @@ class FewShotResult(StrictModel):
 
         # An accuracy that the largest class alone reaches may show nothing.
         label = max(counts, key=lambda label: counts[label])
-        # multi-label images may show none
+        # No image may show any class, if they may show several.
         majority = counts[label] / max(1, sum(counts.values()))
         comparison = ""
         if self.map is None and score.low <= majority:

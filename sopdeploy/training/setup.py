@@ -306,8 +306,7 @@ def divide_images(
     """
     images = opened.train
     config = recipe.data
-    # of no file
-    hashes = np.zeros(0, np.int64)
+    hashes = np.zeros(0, np.int64)  # of no file
     record = np.zeros((0, 2), np.int64)
 
     if isinstance(recipe.procedure, FewShotConfig):

@@ -41,7 +41,7 @@ from sopdeploy.pickled import distinct_values
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.recipe_files import parse_override, recipe_text
 from sopdeploy_commands.bundles.export import read_preprocess
-from sopdeploy_commands.promotion.compare import Promotion, read_promotions
+from sopdeploy_commands.promotion.history import Promotion, read_promotions
 from sopdeploy_service.http.api_keys import read_keys
 from sopdeploy_service.labelling.kept import KeptRecord, read_kept
 from sopdeploy_service.runtime.tensorrt_cache import EngineRecord, read_records

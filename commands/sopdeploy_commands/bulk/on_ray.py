@@ -129,7 +129,7 @@ class RayClassifier:
 
 def _connect(options: ClassifyOptions) -> None:
     """Connect to the Ray cluster of *options* or start one, or raise the error that says why not."""
-    # options of one that is started here
+    # The options are those of a cluster that is started here.
     address = str(options.ray)
     new_cluster = {}
 

@@ -201,7 +201,7 @@ def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
 
             # Folders, hidden entries and files of other formats are passed over.
             parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
-            # a file with holes, whose bytes are not in one place
+            # A file with holes has no bytes in one place.
             is_sparse = member.sparse is not None
             is_whole = member.isreg() and not is_sparse
             read = partial(_read_member_head, file, member) if is_whole else bytes

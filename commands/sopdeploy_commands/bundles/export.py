@@ -126,10 +126,10 @@ def export(
     path = Path(checkpoint)
     out = Path(out)
 
-    # A wrong file, folder or destination is an error here, before a proof that takes minutes.
+    # A wrong file, folder or destination is an error here, before imports that take seconds and a
+    # proof that takes minutes.
     if source.network is None:
         try:
-            # Before the imports, which take seconds, as the checks below
             check_is_checkpoint(path)
         except CheckpointError as error:
             if not describe_foreign(path) or path.suffix == ".onnx":
@@ -143,6 +143,8 @@ def export(
     if out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
     check_takes_output(out, "out")
+
+    # A network of the user, or one of the catalog.
     if source.network is not None:
         return _export_weights(path, out, source, options, on_step)
     from sopdeploy_export.pipeline import export_checkpoint

@@ -111,7 +111,7 @@ def print_prediction(prediction: FilePrediction) -> None:
         Text.assemble(image, " ", (unknown, "yellow"), plain_text(classes), (warnings, "dim"))
     )
     if prediction.explanation is not None:
-        # of the first class, if a cell of the image is hidden
+        # What the first class loses if a cell of the image is hidden.
         losses = np.array(prediction.explanation)
         row, column = np.unravel_index(losses.argmax(), losses.shape)
 
@@ -173,17 +173,18 @@ def predict(
         BundleError: The bundle is damaged.
         ConfigError: Unknown or invalid settings.
     """
+    # The images, which are checked before the network is loaded.
     sources: list[Any] = []
-
     for number, argument in enumerate(images if _are_several(images) else [images]):
         if isinstance(argument, str | Path) and Path(argument).is_dir():
             files = open_any_images(Path(argument))
             sources += [files.path(index) for index in range(len(files))]
         else:
             with naming(name_image(argument, number), DataError):
-                check_is_image(argument)  # before the network is loaded
+                check_is_image(argument)
             sources.append(argument)
 
+    # Their predictions; errors name the image.
     loaded_settings = load_settings(top_k=top_k, runtime=runtime, **settings)
     loaded = load_model(Path(bundle), loaded_settings)
     predictions = []

@@ -12,7 +12,7 @@ classes.
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypedDict
 
@@ -20,14 +20,10 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.live import LOG, read_log
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import err, plain_text, print_table, say
-from sopdeploy.config import OtherVersionError, StrictModel, Text, validate_format
-from sopdeploy.errors import ConfigError, DataError, amount, shorten
+from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.permission import (
-    MIN_IMAGES,
     TOLERANCE,
     Counts,
     Rule,
@@ -41,294 +37,31 @@ from sopdeploy.evaluation.statistics import (
     difference_interval,
     holm,
     mcnemar,
-    smallest_difference,
 )
-from sopdeploy.html.report import percent
-from sopdeploy.names import LinkPath
 from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
 from sopdeploy.photos.files import KEPT_NAME
 from sopdeploy.photos.folder import open_evaluation_images, open_unknown
 from sopdeploy.photos.photo import ImageFiles
-from sopdeploy.project import SAMPLED, Time
+from sopdeploy.project import SAMPLED
 from sopdeploy_commands.bundles.scores import logits_of_images
+from sopdeploy_commands.promotion.comparison import (
+    BundleComparison,
+    BundleScore,
+    Change,
+    Check,
+    ClassChange,
+    show_comparison,
+)
+from sopdeploy_commands.promotion.history import count_comparisons, read_anchor
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings, load_settings
 
 Tolerance = Annotated[float, pydantic.Field(ge=0, le=50)]  # percentage points
-FEW = 5  # photographs of a class, which tell whether it is worse only if nearly all change
 RECENT_DAYS = 14  # before the newest photograph that a server kept
 MIN_RECENT = 100  # photographs that decide, if there are as many
 
 
-class BundleScore(StrictModel):
-    """Scores of one bundle: accuracy on the recent photographs, `top1`, and on all of them, `top1_all`.
-
-    Log loss and the share of known images are those of recent photographs of classes that both
-    bundles have; `rejected` is that of unknown images, if there are any.
-    """
-
-    bundle: str
-    id: str
-    top1: Rate
-    top1_all: Rate | None = None
-    log_loss: float
-    accepted: Rate | None
-    rejected: Rate | None
-
-
-class Change(StrictModel):
-    """Images that only the second bundle answers correctly (`wins`), or only the first (`losses`).
-
-    `p` is McNemar's exact p-value. Of unknown images, a correct answer is that they are
-    unknown; a bundle without a threshold has none.
-    """
-
-    wins: int
-    losses: int
-    p: float | None = None
-
-    @property
-    def is_worse(self) -> bool:
-        """Whether the second bundle is worse on these images."""
-        return self.p is not None and self.p <= ALPHA and self.losses > self.wins
-
-
-class ClassChange(Change):
-    """One class; `p` is corrected by Holm's method over classes with `TESTABLE` changes, else None."""
-
-    label: str
-    num_images: int
-    first: int
-    second: int
-
-
-class Check(StrictModel):
-    """A bound on what the second bundle loses, as fractions: it passes if `low` is at least `limit`.
-
-    `of` are all recent photographs, those of `old` classes, which the first bundle has, or all
-    recent ones compared with the `anchor`, the best bundle that was live before.
-    """
-
-    of: Literal["all", "old", "anchor"]
-    num_images: int
-    wins: int
-    losses: int
-    difference: float
-    low: float
-    limit: float
-    num_more_images: int | None = None
-
-    @property
-    def passes(self) -> bool:
-        """Whether a difference below the limit is unlikely."""
-        return self.low >= self.limit
-
-    @property
-    def figures(self) -> str:
-        """The difference, its bound and the limit, in points."""
-        return (
-            f"{100 * self.difference:+.1f} points "
-            f"(at least {100 * self.low:+.1f}, limit {100 * self.limit:+.1f})"
-        )
-
-
-class BundleComparison(StrictModel):
-    """The second bundle compared with the first on `num_images` recent photographs.
-
-    Accuracies and differences are fractions. `classes` are those of the first bundle, `new` and
-    `removed` those of the second or the first bundle only. `num_copies` near-duplicates, those
-    of unknown images included, and `trained_on` training images were left out. `suspects` are
-    bundles some of whose training images were found, but whose record of them is incomplete.
-    `attempt` counts the comparisons of `promote` with this first bundle, and includes this one.
-    `checks` decide; a comparison of before 0.2 has none. `num_more_images` would decide what is
-    undecided, in the next attempt. `unknown` is None without unknown images; a second bundle
-    that rejects fewer of them is worse.
-    """
-
-    first: BundleScore
-    second: BundleScore
-    num_images: int
-    num_copies: int
-    trained_on: int
-    suspects: tuple[str, ...]
-    wins: int
-    losses: int
-    difference: float
-    low: float
-    high: float
-    p: float
-    tolerance: float
-    attempt: int
-    checks: tuple[Check, ...] = ()
-    verdict: Verdict
-    num_more_images: int | None
-    unknown: Change | None
-    classes: tuple[ClassChange, ...]
-    new: tuple[ClassChange, ...]
-    removed: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def passes(self) -> bool:
-        """Whether the second bundle may replace the first."""
-        return self.verdict in {"better", "not worse"}
-
-    @property
-    def summary(self) -> str:
-        """The verdict and what it follows from, in one line."""
-        if self.first.id == self.second.id:
-            return f"no difference, both are the same bundle: {self._figures}"
-        if self.passes:
-            return f"passes: {self._figures}"
-        return f"{'; '.join([self.verdict, *self._problems])}: {self._figures}"
-
-    @property
-    def _problems(self) -> Iterator[str]:
-        """What speaks against the second bundle, the failed checks first."""
-        of = {
-            "all": "",
-            "old": "the classes of both ",
-            "anchor": "than the best earlier bundle ",
-        }
-        for check in self.checks:
-            if not check.passes:
-                if check.num_images < MIN_IMAGES:
-                    yield f"{of[check.of]}{amount(check.num_images, 'photograph')}, too few"
-                    continue
-                loss = -100 * check.low
-                limit = -100 * check.limit
-                yield f"{of[check.of]}may lose up to {loss:.1f} points, the limit is {limit:.1f}"
-
-        if self.num_more_images is not None:
-            rounded = float(f"{self.num_more_images:.1e}")  # to two digits
-            yield f"label about {rounded:,.0f} more to decide"
-        if self.unknown is not None and self.unknown.is_worse:
-            yield f"rejects {self.unknown.losses - self.unknown.wins} fewer unknown images"
-
-    @property
-    def _figures(self) -> str:
-        """The differences on all photographs, on old classes and on new ones."""
-        right = self.second.top1.right
-        live = self.first.top1.right
-        checks = {check.of: check for check in self.checks}
-        text = (
-            f"of {self.num_images:,} recent photographs {right:,} right, the live one {live:,}"
-        )
-
-        # Only what the comparison has: old classes, new ones, an earlier bundle, earlier
-        # attempts.
-        if "all" in checks:
-            text += f": {checks['all'].figures}"
-        if "old" in checks:
-            text += f"; classes of both {checks['old'].figures}"
-        for change in self.new:
-            text += f"; new class {change.label} {change.second} of {change.num_images}"
-        if "anchor" in checks:
-            text += f"; to the best earlier bundle {checks['anchor'].figures}"
-
-        return text if self.attempt < 2 else f"{text}; attempt {self.attempt}"
-
-    @property
-    def evidence(self) -> str:
-        """What these photographs can show, and of which classes they show little, in one line."""
-        shown = 100 * smallest_difference(self.wins, self.losses, self.num_images)
-
-        text = f"{amount(self.num_images, 'photograph')} show differences from about {shown:.2g} points"
-        few = [
-            f"{change.num_images} of {change.label}"
-            for change in self.classes
-            if change.num_images < FEW
-        ]
-
-        return f"{text}; fewer than {FEW} of a class: {shorten(few)}" if few else text
-
-    @property
-    def worse_classes(self) -> list[str]:
-        """Classes in which the second bundle is worse."""
-        return [change.label for change in self.classes if change.is_worse]
-
-
-class Promotion(StrictModel):
-    """One move of the link named `link`, or a refused one: who, when, why, and the figures.
-
-    `before` and `after` are bundles, as paths relative to the folder of the link. `before` is
-    None for the first bundle; `comparison` is None if nothing was compared. `anchor` is the best
-    bundle after this move; None in the records of before 0.2.
-    """
-
-    time: Time
-    user: Text
-    link: LinkPath
-    before: LinkPath | None
-    after: LinkPath
-    reason: Text
-    refused: bool = False
-    comparison: BundleComparison | None = None
-    anchor: LinkPath | None = None
-
-
-def _show(result: BundleComparison) -> None:
-    """Print both bundles, their classes and the verdict."""
-    for note in result.notes:
-        err.print(plain_text(f"warning: {note}"))
-    rows = []
-
-    for score in (result.first, result.second):
-        interval = f"{percent(score.top1.low)} to {percent(score.top1.high)}"
-        shares = (
-            percent(rate.share) if rate else "-" for rate in (score.accepted, score.rejected)
-        )
-        rows.append(
-            (
-                score.bundle,
-                percent(score.top1.share),
-                interval,
-                f"{score.log_loss:.3f}",
-                *shares,
-            )
-        )
-
-    print_table(("bundle", "top-1", "95 %", "log loss", "known", "unknown rejected"), rows)
-
-    # The classes of both bundles; p values are corrected for their number.
-    class_rows = []
-    for change in result.classes:
-        shares = (percent(right / change.num_images) for right in (change.first, change.second))
-        p_value = "" if change.p is None else f"{change.p:.2g}"
-        class_rows.append(
-            (
-                change.label,
-                str(change.num_images),
-                *shares,
-                f"{change.wins}, {change.losses}",
-                p_value,
-            )
-        )
-
-    print_table(("class", "images", "first", "second", "better, worse", "p, Holm"), class_rows)
-    for change in result.new:
-        say(f"new class {change.label}: {change.second} of {change.num_images} correct")
-    if result.removed:
-        say(f"only in the first bundle: {', '.join(result.removed)}")
-    say(
-        f"left out: {result.num_copies} near-duplicates, {result.trained_on} photographs from the training",
-        f"better on {result.wins}, worse on {result.losses} photographs, McNemar p {result.p:.2g}",
-        result.evidence,
-    )
-
-    # Accuracy on recent photographs and, if there are older ones, on all.
-    for score in (result.first, result.second):
-        if score.top1_all is not None:
-            say(
-                f"accuracy on recent traffic, {score.bundle}: {percent(score.top1.share)} on "
-                f"{score.top1.count:,} photographs; on all {score.top1_all.count:,}: "
-                f"{percent(score.top1_all.share)}"
-            )
-
-    say(result.summary, style="bold")
-
-
-@command(_show, options={"data"})
+@command(show_comparison, options={"data"})
 def compare(
     first: Path,
     second: Path,
@@ -403,76 +136,52 @@ def compare_loaded(
         anchor = None
     models = [*pair] if anchor is None else [*pair, anchor]
 
-    # A photograph's target is an index in the labels of both bundles.
+    # The photographs, and unknown images.
     notes: list[str] = []
-    first_labels, second_labels = (set(model.bundle.labels) for model in pair)
-    all_labels = tuple(sorted(first_labels | second_labels))
-    all_images = open_evaluation_images(data, all_labels, other_classes=True, log=notes.append)
-    images, left_out = _leave_out_seen(all_images, models, notes)
-    labels = images.labels
-    targets_N = images.targets.astype(np.int64)
-
-    # What decides: recent photographs; those of old classes again, alone.
-    recent_N = _are_recent(images)
-    is_old_C = np.array([label in first_labels for label in labels])
-    is_common_C = np.array([label in first_labels & second_labels for label in labels])
-    old_N = is_old_C[targets_N]
-    common_N = recent_N & is_common_C[targets_N]
-    if not common_N.any():
-        raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
-
-    # Unknown images, of which near-duplicates count once.
+    photographs, left_out = _select_photographs(data, models, notes)
     unknown_images: ImageFiles | None = None
     if unknown is not None:
-        unknown_images, note = open_unknown(unknown)
-        if note:
-            notes.append(note)
-    if unknown_images is not None:
-        are_first = _are_first(group_photographs(unknown_images).groups)
-        left_out["num_copies"] += int((~are_first).sum())
-        unknown_images = unknown_images.select(are_first)
+        unknown_images, num_copies = _open_different_unknown(unknown, notes)
+        left_out["num_copies"] += num_copies
 
-    # Run all bundles on the same photographs; the progress counts every prediction.
+    # Run the bundles on the same photographs; the progress counts every prediction.
     num_unknown = 0 if unknown_images is None else len(unknown_images)
-    total = len(models) * len(images) + len(pair) * num_unknown  # predictions
-    done = itertools.count(1)
-    shared = (images, recent_N, common_N)
-    options = (settings, lambda: on_image(next(done), total))
-    first = _evaluate(pair[0], *shared, unknown_images, *options)
-    second = _evaluate(pair[1], *shared, unknown_images, *options)
+    num_predictions = len(models) * len(photographs.images) + len(pair) * num_unknown
+    numbers = itertools.count(1)
 
-    # Three bounds: on all recent photographs, on those of old classes, and to the anchor.
+    def evaluate(model: LoadedModel, no_class: ImageFiles | None) -> Evaluated:
+        return _evaluate(
+            model,
+            photographs,
+            no_class,
+            settings,
+            lambda: on_image(next(numbers), num_predictions),
+        )
+
+    first = evaluate(pair[0], unknown_images)
+    second = evaluate(pair[1], unknown_images)
+    best = None if anchor is None else evaluate(anchor, None)
+
+    # The verdict, by bounds on what the second bundle loses and by what changed for unknown images,
+    # if both bundles recognize them.
     attempt = num_earlier + 1
-    rule = rule_of_all(tolerance, attempt)
-    next_rule = rule_of_all(tolerance, attempt + 1)
-    checks = [_check("all", rule, next_rule, first.right, second.right, recent_N)]
-    if (recent_N & ~old_N).any():
-        rule_old = rule_of_old(tolerance)
-        old = recent_N & old_N
-        checks.append(_check("old", rule_old, rule_old, first.right, second.right, old))
-    if anchor is not None:
-        best = _evaluate(anchor, *shared, None, *options)
-        checks.append(_check("anchor", rule, next_rule, best.right, second.right, recent_N))
-
-    # What changed for unknown images, if both bundles recognize them.
+    checks = _bound_losses(photographs, first, second, best, tolerance, attempt)
     rejections: Change | None = None
     if first.rejected is not None and second.rejected is not None:
         counts = _count_changes(first.rejected, second.rejected)
         rejections = Change(**counts, p=mcnemar(**counts))
-
-    # The verdict, and how many more photographs would decide an undecided comparison.
-    in_all = checks[0]
     verdict = _decide(checks, rejections)
+
+    # How many more photographs would decide, if each check that fails could pass with more.
     num_more_images: int | None = None
     if verdict == "undecided":
-        failed = [check.num_more_images for check in checks if not check.passes]
-        if None not in failed:
-            num_more_images = max(count for count in failed if count is not None)
-    old_classes, new_classes = (
-        compare_classes(labels, targets_N[mask], first.right[mask], second.right[mask])
-        for mask in (recent_N & old_N, recent_N & ~old_N)
-    )
+        counts_to_pass = [check.num_more_images for check in checks if not check.passes]
+        if None not in counts_to_pass:
+            num_more_images = max(count for count in counts_to_pass if count is not None)
+
+    in_all = checks[0]
     interval = difference_interval(in_all.wins, in_all.losses, in_all.num_images)
+    first_labels, second_labels = (set(model.bundle.labels) for model in pair)
     return BundleComparison(
         first=first.score,
         second=second.score,
@@ -490,11 +199,102 @@ def compare_loaded(
         verdict=verdict,
         num_more_images=num_more_images,
         unknown=rejections,
-        classes=old_classes,
-        new=new_classes,
+        classes=compare_classes(photographs, photographs.old, first.right, second.right),
+        new=compare_classes(photographs, photographs.new, first.right, second.right),
         removed=sorted(first_labels - second_labels),
         notes=notes,
     )
+
+
+def load_anchor(link: Path, settings: Settings) -> LoadedModel | None:
+    """Load the bundle of `read_anchor`; None without one, or if it was deleted."""
+    anchor = read_anchor(link)
+    if anchor is None or not (link.parent / anchor).exists():
+        return None
+    return load_model(link.parent / anchor, settings)
+
+
+class Photographs(NamedTuple):
+    """The photographs of a comparison: `images` with N targets, and masks (N,) of them.
+
+    The `recent` ones decide. Of these, `old` are those of classes of the first bundle, `new` the
+    others, and `common` those of classes of both bundles.
+    """
+
+    images: ImageFiles
+    recent: NDArray[np.bool_]
+    old: NDArray[np.bool_]
+    new: NDArray[np.bool_]
+    common: NDArray[np.bool_]
+
+
+def _select_photographs(
+    data: Path, models: Sequence[LoadedModel], notes: list[str]
+) -> tuple[Photographs, "LeftOut"]:
+    """Open the photographs in *data* that no bundle of *models* has seen, and say what was left out.
+
+    The first two models are the pair. Raises `DataError` if none of a class of both remains.
+    """
+    # A target is an index in the labels of both bundles of the pair.
+    first_labels, second_labels = (set(model.bundle.labels) for model in models[:2])
+    labels = tuple(sorted(first_labels | second_labels))
+    all_images = open_evaluation_images(data, labels, other_classes=True, log=notes.append)
+    images, left_out = _leave_out_seen(all_images, models, notes)
+
+    recent_N = _are_recent(images)
+    targets_N = images.targets.astype(np.int64)
+    is_old_C = np.array([label in first_labels for label in images.labels])
+    is_common_C = np.array([label in first_labels & second_labels for label in images.labels])
+    common_N = recent_N & is_common_C[targets_N]
+    if not common_N.any():
+        raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
+
+    is_old_N = is_old_C[targets_N]
+    photographs = Photographs(
+        images, recent_N, old=recent_N & is_old_N, new=recent_N & ~is_old_N, common=common_N
+    )
+    return photographs, left_out
+
+
+def _open_different_unknown(folder: Path, notes: list[str]) -> tuple[ImageFiles | None, int]:
+    """Open the unknown images in *folder*, one of each group of near-duplicates; count the others.
+
+    None if no image remains.
+    """
+    images, note = open_unknown(folder)
+    if note:
+        notes.append(note)
+    if images is None:
+        return None, 0
+    is_first_N = _are_first(group_photographs(images).groups)
+    return images.select(is_first_N), int((~is_first_N).sum())
+
+
+def _bound_losses(
+    photographs: Photographs,
+    first: "Evaluated",
+    second: "Evaluated",
+    best: "Evaluated | None",
+    tolerance: float,
+    attempt: int,
+) -> list[Check]:
+    """Bound what the *second* bundle loses: to the *first* one, and to the *best* earlier one, if any.
+
+    The first check is that of all recent photographs. With new classes, the old ones are also
+    checked alone.
+    """
+    rule = rule_of_all(tolerance, attempt)
+    next_rule = rule_of_all(tolerance, attempt + 1)
+    recent_N = photographs.recent
+    checks = [_check("all", rule, next_rule, first.right, second.right, recent_N)]
+
+    if photographs.new.any():
+        rule_old = rule_of_old(tolerance)  # the same one in each attempt
+        old_N = photographs.old
+        checks.append(_check("old", rule_old, rule_old, first.right, second.right, old_N))
+    if best is not None:
+        checks.append(_check("anchor", rule, next_rule, best.right, second.right, recent_N))
+    return checks
 
 
 def _check(
@@ -525,13 +325,13 @@ def _decide(checks: Sequence[Check], unknown: Change | None) -> Verdict:
     """Decide by *checks*, of which the first is that of all photographs, and *unknown* images."""
     if unknown is not None and unknown.is_worse:  # even if it is better on the photographs
         return "worse"
+
     if all(check.passes for check in checks):
         in_all = checks[0]
+        wins_more = in_all.wins > in_all.losses
+        is_better = wins_more and mcnemar(in_all.wins, in_all.losses) <= ALPHA
+        return "better" if is_better else "not worse"
 
-        is_better = in_all.wins > in_all.losses
-        if is_better and mcnemar(in_all.wins, in_all.losses) <= ALPHA:
-            return "better"
-        return "not worse"
     for check in checks:
         if check.losses > check.wins and mcnemar(check.wins, check.losses) <= ALPHA:
             return "worse"
@@ -555,78 +355,6 @@ def _are_recent(images: ImageFiles) -> NDArray[np.bool_]:
     return ~is_kept_N | (times_N >= since)
 
 
-def read_promotions(link: Path) -> list[Promotion]:
-    """Read the recorded moves of *link* and the refused ones, the oldest first.
-
-    Raises `ConfigError` as `read_log` does, and for a line that cannot be read, as one of a later
-    version: each attempt and each move counts.
-    """
-    promotions = []
-    for number, fields in read_log(link.parent):
-        if fields.get("link") == link.name:
-            try:
-                promotions.append(validate_format(Promotion, fields))
-            except ValueError as error:
-                advice = (
-                    ""
-                    if isinstance(error, OtherVersionError)
-                    else "; repair or remove this line"
-                )
-                log = link.with_name(LOG)
-                raise ConfigError(f"{log}: line {number}: {error}{advice}") from error
-
-    return promotions
-
-
-def read_link(link: Path) -> str | None:
-    """Read the path of the bundle to which *link* leads, relative to its folder; None if it is no link."""
-    if not link.is_symlink():
-        return None
-    target = str(link.readlink())
-    if not (link.parent / target).is_symlink():
-        return target
-    return os.path.relpath(os.path.realpath(link), os.path.realpath(link.parent))
-
-
-def count_comparisons(link: Path) -> int:
-    """Count the recorded comparisons with the bundle that *link* leads to; equal ones count once."""
-    different = set()
-    live = read_link(link)
-    if live is None:
-        return 0
-
-    for promotion in read_promotions(link):
-        compared = promotion.comparison
-        if promotion.before == live and compared is not None:
-            different.add(
-                (promotion.after, compared.num_images, compared.wins, compared.losses)
-            )
-
-    return len(different)
-
-
-def read_anchor(link: Path) -> str | None:
-    """Read the best bundle that was live before the one that *link* leads to; None without another one.
-
-    A bundle that was moved to without a comparison, by force or as the first one, is the best.
-    """
-    live = read_link(link)
-    if live is None:
-        return None
-    moves = [move for move in read_promotions(link) if move.after == live and not move.refused]
-    if not moves or moves[-1].anchor == live:
-        return None
-    return moves[-1].anchor
-
-
-def load_anchor(link: Path, settings: Settings) -> LoadedModel | None:
-    """Load the bundle of `read_anchor`; None without one, or if it was deleted."""
-    anchor = read_anchor(link)
-    if anchor is None or not (link.parent / anchor).exists():
-        return None
-    return load_model(link.parent / anchor, settings)
-
-
 class LeftOut(TypedDict):
     """The fields of `BundleComparison` about photographs that are not compared."""
 
@@ -645,8 +373,9 @@ def _leave_out_seen(
     """
     grouped = group_photographs(images)
 
-    # A record has the hashes of at most `SAMPLED` training images; a full one may lack others.
-    recorded_N = np.zeros(len(images), np.bool_)  # whether the record of a bundle has the file
+    # The images that the record of a bundle has. It has the hashes of at most `SAMPLED` training
+    # images; a full one may lack others.
+    recorded_N = np.zeros(len(images), np.bool_)
     suspects = []
     for model in models:
         name = model.bundle.name
@@ -656,33 +385,33 @@ def _leave_out_seen(
                 f"{name}: its training images are not recorded; leave them out yourself"
             )
             continue
-        of_bundle_N = np.isin(grouped.file_hashes, origin.sample)
-        recorded_N |= of_bundle_N
-        if of_bundle_N.any() and len(origin.sample) == SAMPLED:
+
+        in_record_N = np.isin(grouped.file_hashes, origin.sample)
+        recorded_N |= in_record_N
+        if in_record_N.any() and len(origin.sample) == SAMPLED:
             suspects.append(name)
 
-    # Near-duplicates share a group; of each group, one photograph counts.
+    # Near-duplicates share a group. The whole group of a recorded image is left out; of another
+    # one, the first photograph counts.
     if len(images) > MAX_SIGNATURES:
         notes.append(
             f"{images.root}: over {MAX_SIGNATURES:,} images; only equal files are left out"
         )
-    group_N = grouped.groups  # equal for near-duplicates
-    # Also the near-duplicates of recorded images
+    group_N = grouped.groups
     trained_on_N = np.isin(group_N, group_N[recorded_N])
     is_first_N = _are_first(group_N)
-    kept_N = is_first_N & ~trained_on_N
-
-    if not kept_N.any():
+    counts_N = is_first_N & ~trained_on_N
+    if not counts_N.any():
         raise DataError(
             f"{images.root}: a bundle was trained on all of these photographs; give others"
         )
+
     left_out: LeftOut = {
         "num_copies": int((~is_first_N & ~trained_on_N).sum()),
         "trained_on": int(trained_on_N.sum()),
         "suspects": suspects,
     }
-
-    return images.select(kept_N), left_out
+    return images.select(counts_N), left_out
 
 
 def _are_first(group_N: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -702,55 +431,64 @@ class Evaluated(NamedTuple):
 
 def _evaluate(
     loaded: LoadedModel,
-    images: ImageFiles,
-    recent_N: NDArray[np.bool_],
-    common_N: NDArray[np.bool_],
+    photographs: Photographs,
     unknown: ImageFiles | None,
     settings: Settings,
     on_image: Callable[[], None],
 ) -> Evaluated:
-    """Run a bundle on *images* and, if given, *unknown* ones.
+    """Run a bundle on *photographs* and, if given, on *unknown* images.
 
-    It is scored on those of the mask *recent_N*. Those of *common_N*, whose classes both bundles
-    have, give the log loss and the share of known images.
+    The accuracy is that on recent photographs and on all. Those whose classes both bundles have
+    give the log loss and the share of known images.
     """
     bundle = loaded.bundle
-    labels = images.labels
+    images = photographs.images
     logits_NC, known_N = _predict_known(loaded, images, settings, on_image)
-    rejected = None  # or a mask (U,)
+    rejected_U: NDArray[np.bool_] | None = None
     if unknown is not None:
         _, known_U = _predict_known(loaded, unknown, settings, on_image)
-        rejected = ~known_U
+        rejected_U = ~known_U
 
-    # A class has two numbers: its target, the index in *labels*, and its output, the index in
-    # the bundle. The anchor may have classes that neither bundle of the pair has.
-    answers = [bundle.labels[output] for output in logits_NC.argmax(axis=1)]
-    labels_N = [labels[target] for target in images.targets]
+    # The names of the answers, and of the right classes. A class has another index in the bundle
+    # than in the labels of the photographs.
+    answers_N = [bundle.labels[output] for output in logits_NC.argmax(axis=1)]
+    labels_N = [images.labels[target] for target in images.targets]
     right_N = np.array(
-        [answer == label for answer, label in zip(answers, labels_N, strict=True)]
+        [answer == label for answer, label in zip(answers_N, labels_N, strict=True)]
     )
-    outputs = {label: output for output, label in enumerate(bundle.labels)}
-    has_class_N = np.array([label in outputs for label in labels_N])
-    scored_N = common_N & has_class_N
-    outputs_K = np.array([outputs[labels_N[index]] for index in np.flatnonzero(scored_N)])
+
+    # The log loss of K photographs. The anchor may lack a class that both bundles have.
+    output_of_label = {label: output for output, label in enumerate(bundle.labels)}
+    has_class_N = np.array([label in output_of_label for label in labels_N])
+    scored_N = photographs.common & has_class_N
+    outputs_K = np.array(
+        [output_of_label[labels_N[index]] for index in np.flatnonzero(scored_N)]
+    )
     loss = log_loss(logits_NC[scored_N].astype(np.float64), outputs_K)
 
-    # Shares of the recent photographs, and what the rejection does, if there is a rule.
-    has_rule = bundle.manifest.rules.rejection is not None
+    # What the rejection does with known and with unknown images, if there is a rule.
+    accepted: Rate | None = None
+    rejected: Rate | None = None
+    if bundle.manifest.rules.rejection is not None:
+        accepted = _share(known_N[photographs.common])
+        if rejected_U is not None:
+            rejected = _share(rejected_U)
+
     score = BundleScore(
         bundle=bundle.name,
         id=bundle.manifest.id,
-        top1=Rate.of(int(right_N[recent_N].sum()), int(recent_N.sum())),
-        top1_all=Rate.of(int(right_N.sum()), len(right_N)),
+        top1=_share(right_N[photographs.recent]),
+        top1_all=_share(right_N),
         log_loss=loss,
-        accepted=Rate.of(int(known_N[common_N].sum()), int(common_N.sum()))
-        if has_rule
-        else None,
-        rejected=Rate.of(int(rejected.sum()), len(rejected))
-        if has_rule and rejected is not None
-        else None,
+        accepted=accepted,
+        rejected=rejected,
     )
-    return Evaluated(score, right_N, rejected)
+    return Evaluated(score, right_N, rejected_U)
+
+
+def _share(mask: NDArray[np.bool_]) -> Rate:
+    """Return how many of the images of *mask* (N,) it marks, as a rate."""
+    return Rate.of(int(mask.sum()), len(mask))
 
 
 def _predict_known(
@@ -768,19 +506,23 @@ def _count_changes(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> dict[
 
 
 def compare_classes(
-    labels: Sequence[str],
-    targets_N: NDArray[np.int64],
+    photographs: Photographs,
+    counted_N: NDArray[np.bool_],
     first_N: NDArray[np.bool_],
     second_N: NDArray[np.bool_],
 ) -> list[ClassChange]:
-    """Compare the two bundles in each class of *targets_N*; *first_N* and *second_N*: what they get right."""
-    changes = []
+    """Compare the two bundles in each class of the photographs *counted_N*.
 
-    for target in np.unique(targets_N).tolist():
-        first = first_N[targets_N == target]
-        second = second_N[targets_N == target]
+    *first_N* and *second_N* mark the photographs that they classify correctly.
+    """
+    targets_N = photographs.images.targets
+    changes = []
+    for target in np.unique(targets_N[counted_N]).tolist():
+        of_class_N = counted_N & (targets_N == target)
+        first = first_N[of_class_N]
+        second = second_N[of_class_N]
         change = ClassChange(
-            label=labels[target],
+            label=photographs.images.labels[target],
             num_images=len(first),
             first=int(first.sum()),
             second=int(second.sum()),

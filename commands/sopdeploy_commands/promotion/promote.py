@@ -30,13 +30,11 @@ from sopdeploy.files import (
     writing,
 )
 from sopdeploy.project import utc_now
-from sopdeploy_commands.promotion.compare import (
-    BundleComparison,
+from sopdeploy_commands.promotion.compare import Tolerance, compare_loaded, load_anchor
+from sopdeploy_commands.promotion.comparison import BundleComparison
+from sopdeploy_commands.promotion.history import (
     Promotion,
-    Tolerance,
-    compare_loaded,
     count_comparisons,
-    load_anchor,
     read_anchor,
     read_link,
     read_promotions,
@@ -102,7 +100,7 @@ def promote(
             f"has {len(force):,} characters; give at most {MAX_LINE:,}", setting="force"
         )
 
-    # a link may lead to a bundle that was deleted
+    # The link may lead to a bundle that was deleted.
     before = _read_target(over)
     has_live = over.exists()
 
@@ -237,7 +235,7 @@ def _record_and_move(
     *before*, and `BundleError` if *after* has no longer the files of *manifest*, which were
     loaded and compared.
     """
-    # a container may have no name for the user
+    # A container may have no name for the user.
     user = os.environ.get("USER") or str(os.getuid())
 
     try:

@@ -175,7 +175,7 @@ def evaluate(
         facts=facts,
         metrics=measure_predictions(scores, labels),
         labels=labels,
-        # a list with one class per image
+        # Only with one class per image, this is a list.
         scores=tuple(scores) if isinstance(scores, list) else scores,
         decision=fitted_decision,
         mirror=options.mirror,

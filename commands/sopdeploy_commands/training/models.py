@@ -91,7 +91,7 @@ def _show_description(description: "Description") -> None:
         )
 
     options = []
-    # a pooling by its kind, text without quotes, else JSON
+    # A pooling is shown by its kind, text without quotes, and other values as JSON.
     for key, value in description.config.items():
         short = value.get("kind", value) if isinstance(value, dict) else value
         options.append(f"{key}={short if isinstance(short, str) else json.dumps(short)}")

@@ -88,7 +88,7 @@ def choose_network(
     data, _ = given.images or open_images(shared)
     strategy = Strategy(select_device(shared.device))
     if shared.threads:
-        # as in the run, which then finds the features in the cache
+        # As in the run, which then finds the features in the cache.
         torch.set_num_threads(shared.threads)
     recipes = select_procedures(configured, data)
     # Before the measurements

@@ -204,16 +204,20 @@ def read_changes(
     """Read *recipe* and parse its changes; raises `ConfigError` if they cannot be combined."""
     if recipe is None and data is None:
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
+
     if recipe is not None and options.from_ is not None:
         raise ConfigError(
             "not with a recipe, which the run has; omit one of them", setting="from"
         )
+
+    # What the options say of the recipe; the settings come on top.
     source = recipe or FOLDER_RECIPE
     set_by_options = {
         "project": options.name,
         "data.path": data,
         "rejection.unknown": options.unknown,
     }
+
     return RecipeChanges(
         source,
         None if options.from_ is not None else read_values(source),
@@ -242,14 +246,18 @@ def read_request(
     # What a user may have mistyped, before torch is imported
     changes = read_changes(data, recipe, options, settings)
     options.milliseconds  # noqa: B018 - raises the error of an invalid time
+
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
+
     unknown_folder = None if options.unknown is None else Path(options.unknown)
     for images in filter(None, (data, unknown_folder)):
         check_takes_output(out or RUNS, "out", images)
+
     if options.from_ is not None and not Path(options.from_).exists():
         message = f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them"
         raise ConfigError(message, setting="from")
+
     start_files = {}  # by network
     for name, network in changes.networks.items():
         if network.weights is not None and network.weights not in NO_FILES:

@@ -73,15 +73,15 @@ def unwrap_and_check(
             f"the {role} network has a hook or a forward of its own, which a network of the catalog does not "
             "use for its outputs; remove it"
         )
+    if isinstance(network, torch.jit.ScriptModule):
+        raise LoweringError(
+            f"the whole {role} network is a ScriptModule; export the module that was scripted or traced"
+        )
     parts = match_parts(network, training_only)
     for name, module in modules(network):
         if is_in(name, *parts):
             continue
         where = f"{name} of the {role} network" if name else f"the whole {role} network"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise LoweringError(
-                f"{where} is a ScriptModule; export the module that was scripted or traced"
-            )
         if isinstance(module, LazyModuleMixin):
             raise LoweringError(
                 f"{where} is not initialized; run the network once before the export"
@@ -176,11 +176,23 @@ def check_torch_state() -> None:
 def find_oddity(network: nn.Module, role: str, removed: tuple[str, ...] = ()) -> str | None:
     """Describe a hook, a replaced method or train mode of a module outside of *removed* parts; None if none.
 
+    A ScriptModule, which no capture can enter, counts in removed parts, too: it can run.
+
     *network* is in eval mode as far as its code lets it.
     """
     for name, module in modules(network):
+        if isinstance(module, torch.jit.ScriptModule):
+            return (
+                f"{name} of the {role} network is a ScriptModule; put the module that was scripted or "
+                "traced in its place or, if only training needs it, run it only if self.training"
+            )
         if is_in(name, *removed):
             continue
+        if any(kind.__name__ == "FakeQuantizeBase" for kind in type(module).__mro__):
+            return (
+                f"{name} of the {role} network is a {type(module).__name__}, which reads its own buffers; "
+                "put torch.nn.Identity in its place, and quantize with precision int8"
+            )
         where = name or "the whole network"
         if module._forward_hooks or module._forward_pre_hooks:
             remedy = (

@@ -18,6 +18,7 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     """
     names = [name for name, _ in modules(network) if name] + list(tensors(network))
     matched: list[str] = []
+
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:

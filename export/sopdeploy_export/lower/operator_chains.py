@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
@@ -32,6 +32,9 @@ PRODUCTS = (
 )
 # elements along an axis, on which a product of matrices or an elementwise operator is compared
 ENOUGH = 64
+CONVOLUTIONS = ("aten::convolution", "aten::conv1d", "aten::conv2d")
+# A sum of at most so many products of numbers below it is finite.
+SMALL = torch.finfo(torch.float32).max ** (1 / 3)
 CASTS = ("aten::_to_copy",)  # elementwise, but without torch's tag
 
 
@@ -179,27 +182,86 @@ class Chain(NamedTuple):
         return results
 
 
-class _Bounds(fx.Interpreter):
-    """Runs a program and collects the values that can be infinite or NaN, in `unbounded`; NaN in `undefined`.
+class _Filled(fx.Interpreter):
+    """Runs a program with *values*, if any, in turn as the results of every layer with weights.
 
-    The result of every layer with weights is replaced by *values* in turn. If they are equal, a
-    division by a sum, a norm or a deviation gives NaN, unless a constant is added to it.
+    Attributes:
+        layouts: Maps the layers whose results were filled to empty tensors like these.
     """
 
-    def __init__(self, program: fx.GraphModule, values: Sequence[float]) -> None:
+    def __init__(
+        self,
+        program: fx.GraphModule,
+        values: Sequence[float] | None,
+        layouts: Mapping[fx.Node, Tensor] | None = None,
+    ) -> None:
+        """With the *layouts* of another run of *program*, a product of small numbers is not computed."""
         super().__init__(program)
-        self.unbounded: set[str] = set()  # names of nodes, as the next one
-        self.undefined: set[str] = set()
-        self._values = torch.tensor(values)
+        self.layouts = dict(layouts or {})
+        self._values = None if values is None else torch.tensor(values)
         self._after_images = _nodes_after_images(self.graph)
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node, and replace its result if it is that of a layer with weights.
+        """Run one node, and fill its result if it is that of a layer with weights."""
+        operands = [node for node in n.all_input_nodes if isinstance(self.env[node], Tensor)]
 
-        The node is noted in `unbounded` if its result is infinite or NaN, in `undefined` if it
-        is NaN.
-        """
-        result = super().run_node(n)
+        # It reads the images, and a tensor that does not depend on them.
+        has_weights = n in self._after_images and not self._after_images.issuperset(operands)
+        if self._values is None or not has_weights:
+            return self.compute(n)
+        if n in self.layouts and _is_small_product(n, [self.env[node] for node in operands]):
+            return self._filled_like(self.layouts[n])
+        result = self.compute(n)
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.layouts[n] = torch.empty_strided(
+                result.shape, result.stride(), dtype=result.dtype, device="meta"
+            )
+        return tree_map_only(Tensor, self._filled_like, result)
+
+    def compute(self, n: fx.Node) -> Any:
+        """Run one node."""
+        return super().run_node(n)
+
+    def _filled_like(self, result: Tensor) -> Tensor:
+        """Return a tensor like a floating-point *result* with the values in turn; another one as it is."""
+        if self._values is None or not result.is_floating_point():
+            return result
+        content = self._values.repeat(-(-result.numel() // len(self._values)))[: result.numel()]
+        return torch.empty_like(result, device="cpu").copy_(content.reshape(result.shape))
+
+
+def _is_small_product(node: fx.Node, operands: Sequence[Tensor]) -> bool:
+    """Return whether *node* adds products of *operands*, all so small that its result is finite."""
+    name = str(node.target).replace(".", "::", 1).partition(".")[0]
+    if name not in (*CONVOLUTIONS, *PRODUCTS) or node.kwargs:
+        return False
+    return all(
+        operand.dtype == torch.float32 and float(operand.abs().max()) < SMALL
+        for operand in operands
+        if operand.numel()
+    )
+
+
+class _Bounds(_Filled):
+    """Collects the nodes whose values can be infinite or NaN, in `unbounded`; NaN in `undefined`.
+
+    If the values are equal, a division by a sum, a norm or a deviation gives NaN, unless a
+    constant is added to it.
+    """
+
+    def __init__(
+        self,
+        program: fx.GraphModule,
+        values: Sequence[float],
+        layouts: Mapping[fx.Node, Tensor] | None = None,
+    ) -> None:
+        super().__init__(program, values, layouts)
+        self.unbounded: set[str] = set()  # names of nodes, as the next one
+        self.undefined: set[str] = set()
+
+    def compute(self, n: fx.Node) -> Any:
+        """Run one node; note it if its result is infinite or NaN."""
+        result = super().compute(n)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
                 extremes = torch.stack(leaf.aminmax())  # both are NaN if any element is
@@ -207,18 +269,7 @@ class _Bounds(fx.Interpreter):
                     self.unbounded.add(n.name)
                 if extremes.isnan().any():
                     self.undefined.add(n.name)
-        operands = [node for node in n.all_input_nodes if isinstance(self.env[node], Tensor)]
-
-        # It reads the images, and a tensor that does not depend on them.
-        has_weights = n in self._after_images and not self._after_images.issuperset(operands)
-        return tree_map_only(Tensor, self._filled_like, result) if has_weights else result
-
-    def _filled_like(self, result: Tensor) -> Tensor:
-        """Return a copy of a floating-point *result* with the values in turn; another one as it is."""
-        if not result.is_floating_point():
-            return result
-        content = self._values.repeat(-(-result.numel() // len(self._values)))[: result.numel()]
-        return torch.empty_like(result).copy_(content.reshape(result.shape))
+        return result
 
 
 def _nodes_after_images(graph: fx.Graph) -> set[fx.Node]:
@@ -230,7 +281,7 @@ def _nodes_after_images(graph: fx.Graph) -> set[fx.Node]:
     return after_images
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(_Filled):
     """Runs a program and records its operators, and pairs of them, in `chains` by their descriptions.
 
     *bounds* has the nodes whose values can be infinite or NaN; *compared*, descriptions, are
@@ -238,15 +289,18 @@ class _Recorder(fx.Interpreter):
     """
 
     def __init__(
-        self, program: fx.GraphModule, bounds: Sequence[_Bounds], compared: Set[str]
+        self,
+        program: fx.GraphModule,
+        bounds: Sequence[_Bounds],
+        compared: Set[str],
+        values: Sequence[float] | None,
     ) -> None:
-        super().__init__(program)
+        super().__init__(program, values, bounds[0].layouts)
         self._unbounded = {name for each in bounds for name in each.unbounded}
         self._undefined = {name for each in bounds for name in each.undefined}
         self._compared = compared
         self.chains: dict[str, Chain] = {}
         self._by_node: dict[fx.Node, Operator] = {}
-        self._after_images = _nodes_after_images(self.graph)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; record its operator, and its pairs with the operators of its operands."""
@@ -317,12 +371,17 @@ def record_chains(
 
     A pair comes after its two operators.
     """
-    # Find the nodes whose values can be infinite or NaN although layers give ordinary ones.
-    bounds = [_Bounds(module, values) for values in (ORDINARY, (0.0,), (1.0,))]
-    for each in bounds:
-        # of code that cannot use them all, for example as positions in a table
+    # Find the nodes whose values can be infinite or NaN although layers give ordinary ones. Some
+    # code cannot use all values, for example as positions in a table.
+    bounds = list[_Bounds]()
+    usable = list[Sequence[float]]()
+    for values in (ORDINARY, (0.0,), (1.0,)):
+        bounds.append(_Bounds(module, values, bounds[0].layouts if bounds else None))
         with suppress(Exception):
-            each.run(pixels)
-    recorder = _Recorder(module, bounds, compared)
+            bounds[-1].run(pixels)
+            usable.append(values)
+
+    # With values that the code can use, the layers need not compute theirs.
+    recorder = _Recorder(module, bounds, compared, next(iter(usable), None))
     recorder.run(pixels)
     return recorder.chains

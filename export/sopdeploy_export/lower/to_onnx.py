@@ -5,9 +5,10 @@ it. `OPSET` is the lowest that torch writes and the most widely supported.
 """
 
 import ast
+import copy
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from onnxscript.values import TracedOnnxFunction
 from onnxscript.version_converter import convert_version
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.onnx._internal.exporter import _core, _flags, _fx_passes, _ir_passes
+from torch.onnx._internal.exporter import _core, _decomp, _flags, _fx_passes, _ir_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.fx.passes import InsertTypePromotion, type_promotion
 from torch.utils._pytree import tree_leaves
@@ -161,7 +162,7 @@ def _translate(
     """
     registry = _converters()
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        decomposed = _fx_passes.decompose_with_registry(program, registry)
+        decomposed = _decompose_others(program)
         for module in decomposed.graph_module.modules():
             promotion = InsertTypePromotion(module)
             promotion.interpreter = _Promotion(module, type_promotion.TypePromotionTable())
@@ -174,6 +175,27 @@ def _translate(
     _ir_passes.rename_inputs(model, list(inputs))
     _ir_passes.rename_outputs(model, list(outputs))
     return model
+
+
+def _decompose_others(program: ExportedProgram) -> ExportedProgram:
+    """Copy *program* with other operators in place of those that have no converter.
+
+    torch traces the whole program again for this, also if each operator has a converter.
+    """
+    table = _decompositions()
+    if any(node.target in table for node in program.graph.nodes):
+        decomposed: ExportedProgram = program.run_decompositions(table)
+        return decomposed
+    copied = copy.copy(program)
+    copied._graph_module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
+    return copied
+
+
+@cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return torch's decompositions of the operators that have no converter."""
+    converted = {*_decomp.get_onnx_implemented_overloads(_converters())}
+    return _decomp.create_onnx_friendly_decomposition_table(converted)
 
 
 class _Promotion(type_promotion._TypePromotionInterpreter):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,6 +36,7 @@ _COMPOSITE = "CompositeImplicitAutograd"
 _UNFILLED = ("empty", "new_empty")  # operators whose results have no content yet
 _IMAGE = "image"
 _UNKNOWN = "unfilled"
+_LEAVES = (bool, float, int, str, type(None), torch.dtype, torch.device)
 # What functions of torch may hand to code that asks for it: nothing of it is a value of a tensor.
 _HARMLESS = (Tensor, int, float, complex, type(None), torch.dtype, torch.device)
 # Hand out values, or the memory with them, as numbers, also to callbacks.
@@ -68,6 +70,23 @@ class BuiltinCall:
     reads: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The shape, strides and type of a tensor that an operator made in memory of its own."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def empty(self) -> Tensor:
+        """Return a tensor of this layout, without content."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
+
+
+class UnknownOperatorError(Exception):
+    """An operator whose results have no known layout."""
+
+
 @dataclass(slots=True)
 class Remains:
     """What earlier runs left in memory: its makers, what of it depends on an image, the memory itself."""
@@ -87,6 +106,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kept_writes: Operators that write what depends on the image to memory that outlives the run.
         reused: Operators that use what an earlier run made of its image.
         failures: Calls that cannot be recorded; the network's code may go on after the error.
+        layouts: Of the results of the operators that depend on the image, by the same hashes.
     """
 
     supports_higher_order_operators = True  # else they fail in the mode, and only there
@@ -97,7 +117,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stored: Mapping[str, Tensor],
         image: Tensor,
         remains: Remains,
+        known: Mapping[str, Sequence[Layout]] | None = None,
     ) -> None:
+        """Record a run on *image* of a *network* with *stored* tensors, after runs that left *remains*.
+
+        With the *known* layouts of another run, nothing that depends on the image is computed,
+        and an operator that this run lacks raises `UnknownOperatorError`.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.operators: dict[str, Operator] = {}
         self.reads: list[str] = []
@@ -105,6 +131,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.kept_writes: list[str] = []
         self.reused: list[str] = []
         self.failures: list[str] = []
+        self.layouts: dict[str, list[Layout]] = {}
+        self._known = known
         self.node: fx.Node | None = None  # the node that runs, if a graph does
 
         # The function of torch that runs, if it is built-in
@@ -118,17 +146,18 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._made_by[address(image)] = _IMAGE
         self._stored = {address(tensor) for tensor in stored.values()}
 
-        # What the run makes; memory is kept, so that an address always means the same tensor.
+        # What the run makes. Memory that is freed can be that of another tensor later.
         self._of_image = {address(image)}
         self._born = {address(image)}
         self._made = {address(image)}  # by operators; what enters from Python is not
-        self._alive = {address(image): image.untyped_storage()}
+        self._memory: dict[int, Any] = {}
+        self._refer_to(image)
         self._read_only: set[int] = set()  # operands of the user's own operator that runs
-        self._contents: dict[tuple[int, str], str] = {}
+        self._contents: dict[int, dict[str, str]] = {}
 
     def known_by(self, tensor: Tensor) -> str:
         """Return what *tensor* is known by, with its place in its memory."""
-        memory = address(tensor)
+        memory = self._address(tensor)
         place = (
             f"{tuple(tensor.shape)} {tensor.stride()} {tensor.storage_offset()} {tensor.dtype}"
         )
@@ -136,20 +165,21 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return f"{self._made_by[memory]} {place}"
 
         # A constant, known by its content.
-        if (memory, place) not in self._contents:
+        contents = self._contents.setdefault(memory, {})
+        if place not in contents:
             plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
             digest = hashlib.sha1(
                 plain.view(torch.uint8).numpy().tobytes(), usedforsecurity=False
             )
             kind = f"{tuple(tensor.shape)} {tensor.dtype}"
-            self._contents[memory, place] = f"constant {digest.hexdigest()} {kind}"
-            self._alive[memory] = tensor.untyped_storage()
-        return self._contents[memory, place]
+            contents[place] = f"constant {digest.hexdigest()} {kind}"
+            self._refer_to(tensor)
+        return contents[place]
 
     def depends_on_image(self, values: Any) -> bool:
         """Return whether a tensor in *values* was computed from the image."""
         return any(
-            not tensor.is_meta and address(tensor) in self._of_image
+            not tensor.is_meta and self._address(tensor) in self._of_image
             for tensor in _tensors(values)
         )
 
@@ -166,8 +196,25 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def is_made(self, tensor: Tensor) -> bool:
         """Return whether the memory of *tensor* is stored in the network, or an operator made it."""
-        memory = address(tensor)
+        memory = self._address(tensor)
         return memory in self._made or memory in self._stored
+
+    def _refer_to(self, tensor: Tensor) -> None:
+        """Note the memory of *tensor* by a weak reference, which shows when it is freed."""
+        reference: Any = StorageWeakRef
+        self._memory[address(tensor)] = reference(tensor.untyped_storage())
+
+    def _address(self, tensor: Tensor) -> int:
+        """Return the `address` of *tensor*; forget what is known of freed memory that it has now."""
+        memory = address(tensor)
+        known = self._memory.get(memory)
+        if known is not None and known.expired():
+            del self._memory[memory]
+            self._made_by.pop(memory, None)
+            for memories in (self._of_image, self._born, self._made):
+                memories.discard(memory)
+            self._contents.pop(memory, None)
+        return memory
 
     @contextlib.contextmanager
     def recording(self, function: Any) -> Iterator[None]:
@@ -190,10 +237,11 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def leave(self) -> None:
         """Note in the `Remains` what somebody else still holds after the run."""
-        for memory, storage in self._alive.items():
-            is_held = torch._C._storage_Use_Count(storage._cdata) > 1
-            if is_held and memory not in self._stored:
-                self._remains.alive[memory] = storage
+        for memory, storage in self._memory.items():
+            if not storage.expired() and memory not in self._stored:
+                self._remains.alive[memory] = torch.UntypedStorage._new_with_weak_ptr(
+                    storage.cdata
+                )
                 if self._made_by.get(memory, _IMAGE) != _IMAGE:
                     self._remains.made_by[memory] = self._made_by[memory]
                 if memory in self._of_image:
@@ -218,7 +266,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operands = _tensors((args, kwargs))
             of_image = self.depends_on_image(operands)
             is_random = _draws(func, args, kwargs)
-            has_maker = any(address(operand) in self._made_by for operand in operands)
+            has_maker = any(self._address(operand) in self._made_by for operand in operands)
             is_constant = not has_maker and not is_random
             text = f"{func} {self._describe(args)} {self._describe(kwargs)}"
             code = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
@@ -229,7 +277,10 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 is_random=is_random,
             )
 
-        result = self._run(func, operands, operator, args, kwargs)
+        if self._known is None or not of_image:
+            result = self._run(func, operands, operator, args, kwargs)
+        else:
+            result = self._imitate(func, code, args, kwargs)
 
         # What it tells: an operator that comes twice on the same operands is one.
         with self.recording(func):
@@ -277,6 +328,30 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.hidden_writes.append(str(operator))
         return result
 
+    def _imitate(self, func: Any, code: str, args: Any, kwargs: Any) -> Any:
+        """Return what *func* returns, without its content, by the layouts that are known for *code*."""
+        returned = [value.alias_info for value in func._schema.returns]
+        changes_shape = torch.Tag.inplace_view in func.tags
+        if func._schema.is_mutable and not changes_shape:
+            values = _by_name(func, args, kwargs)
+            written = [
+                argument.name for argument in func._schema.arguments if argument.is_write
+            ]
+            if len(written) == len(returned) == 1:
+                return values[written[0]]
+        # Views cost nothing, and neither do checks, which return nothing.
+        if func._schema.is_mutable or None not in returned:
+            return func(*args, **kwargs)
+        if self._known is None or code not in self._known:
+            raise UnknownOperatorError(str(func))
+        results = [layout.empty() for layout in self._known[code]]
+        types = [value.type for value in func._schema.returns]
+        if len(types) != len(results) or not all(
+            isinstance(each, torch.TensorType) for each in types
+        ):
+            raise UnknownOperatorError(str(func))
+        return results[0] if len(results) == 1 else tuple(results)
+
     def _note_writes(
         self,
         func: Any,
@@ -293,7 +368,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tree_leaves([values.get(name) for name in names]):
             if not isinstance(tensor, Tensor):
                 continue
-            memory = address(tensor)
+            memory = self._address(tensor)
             if memory in self._read_only:
                 self.hidden_writes.append(str(operator))
             if memory in self._stored or (of_image and memory not in self._born):
@@ -313,27 +388,29 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         returns_view = any(value.alias_info is not None for value in func._schema.returns)
         is_unfilled = func._schema.name.partition("::")[2].startswith(_UNFILLED)
         memories = {address(operand) for operand in operands}
+        results = _tensors(result)
+        if of_image and not returns_view and all(map(_is_plain, results)):
+            self.layouts.setdefault(code, [_layout(tensor) for tensor in results])
         for position, tensor in enumerate(tree_leaves(result)):
             if not isinstance(tensor, Tensor):
                 continue
-            if returns_view and address(tensor) in memories:
+            memory = self._address(tensor)
+            if returns_view and memory in memories:
                 if "lift_fresh" in str(func):
-                    self._born.add(address(tensor))
+                    self._born.add(memory)
                 continue
-            self._born.add(address(tensor))
-            self._made.add(address(tensor))
+            self._born.add(memory)
+            self._made.add(memory)
             maker = f"{code}#{position}"
             if is_unfilled:
                 maker = _UNKNOWN
             self._note(tensor, maker, of_image, is_constant and not is_unfilled)
 
     def _note(self, tensor: Tensor, maker: str, of_image: bool, is_constant: bool) -> None:
-        memory = address(tensor)
-        self._alive[memory] = tensor.untyped_storage()
+        memory = self._address(tensor)
+        self._refer_to(tensor)
         if is_constant:  # its content may be new
-            self._contents = {
-                key: text for key, text in self._contents.items() if key[0] != memory
-            }
+            self._contents.pop(memory, None)
             self._made_by.pop(memory, None)
             return
         self._made_by[memory] = maker
@@ -459,7 +536,30 @@ class GraphRun(fx.Interpreter):
         return super().get_attr(target, args, kwargs)
 
 
+def _layout(tensor: Tensor) -> Layout:
+    return Layout(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether *tensor* is dense, and begins where its memory does."""
+    is_lazy = tensor.is_conj() or tensor.is_neg()
+    return (
+        type(tensor) is Tensor
+        and tensor.layout == torch.strided
+        and not (is_lazy or tensor.is_meta or tensor.storage_offset())
+    )
+
+
 def _tensors(values: Any) -> list[Tensor]:
+    """List the tensors in *values*; most are tuples of few, for which `tree_leaves` takes long."""
+    if isinstance(values, Tensor):
+        return [values]
+    if type(values) in _LEAVES:
+        return []
+    if type(values) in (list, tuple):
+        return [tensor for value in values for tensor in _tensors(value)]
+    if type(values) is dict:
+        return [tensor for value in values.values() for tensor in _tensors(value)]
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 

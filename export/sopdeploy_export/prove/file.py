@@ -41,6 +41,7 @@ from sopdeploy_export.network import attributes_restored, tensors_converted
 from sopdeploy_export.runs import (
     LOGITS,
     PROVIDER,
+    SINGLE_PROBES,
     Arrays,
     GateRun,
     InFloat64,
@@ -307,23 +308,33 @@ def prove_file(
     # The maximum is mostly even; an odd size detects a graph that works for even sizes only.
     below_maximum = max(min(batch.maximum - 1, LARGEST_BATCH), 1)
     sizes = sorted({1, min(2, batch.maximum), batch.optimum, below_maximum})
-    by_size = {size: file_outputs(session, images, size) for size in sizes}
+
+    # All images run in the largest batches, and the last ones, which show most, in the others.
+    counts = {size: max(size, SINGLE_PROBES) for size in sizes} | {sizes[-1]: len(images)}
+    by_size = {
+        size: file_outputs(session, images[-count:], size) for size, count in counts.items()
+    }
+    all_of_file = by_size[sizes[-1]]
     routing = expected.routing
     compared = compared_images(routing, len(images))
+
+    # How far the file is from the network, and its batches from each other.
     floors_allowed = FLOORS_BY_PRECISION[expected.precision]
     outputs = {}
     for name, exact in expected.outputs.items():
-        single = by_size[1][name]
+        drift = {}
+        batch_difference = 0.0
+        for size, count in counts.items():
+            values = by_size[size][name]
+            of_images = compared[-count:]
+            drift[str(size)] = max_drift(name, values, exact[-count:], of_images)
+            difference = max_drift(name, values, all_of_file[name][-count:], of_images)
+            batch_difference = max(batch_difference, difference)
         outputs[name] = OutputParity(
             noise_floor=expected.noise_floor[name],
             tolerance=floors_allowed * expected.noise_floor[name],
-            drift={
-                str(size): max_drift(name, file[name], exact, compared)
-                for size, file in by_size.items()
-            },
-            batch_difference=max(
-                max_drift(name, file[name], single, compared) for file in by_size.values()
-            ),
+            drift=drift,
+            batch_difference=batch_difference,
         )
     logits = expected.outputs[LOGITS]
     report = ParityReport(
@@ -335,7 +346,7 @@ def prove_file(
         outputs=outputs,
         spread=logit_spread(logits[compared]),
         flips=count_flips(
-            by_size[1][LOGITS], logits, outputs[LOGITS].tolerance, rerouted=~compared
+            all_of_file[LOGITS], logits, outputs[LOGITS].tolerance, rerouted=~compared
         ),
         routing=routing,
         operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),

@@ -374,7 +374,7 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
 
     # An image as it is, unless curl has removed bytes of it.
     body = await read_body(admitted, settings.max_body_bytes)
-    # curl's --data sends this type, and removes zero bytes and line ends, which every image
+    # `curl --data` sends this type, and removes zero bytes and line ends, which every image
     # file has.
     may_be_curl_data = media_type == "application/x-www-form-urlencoded"
     if may_be_curl_data and body and CURL_REMOVES.search(body) is None:
@@ -436,7 +436,7 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
             raise RejectedError(results.CLIENT_GONE)
 
         piece = message.get("body", b"")
-        # negative: it came sooner
+        # A negative delay says that the piece came sooner.
         delay = time.monotonic() - began - len(piece) / settings.min_body_rate
         grace = min(settings.body_grace_seconds, grace - delay)
 

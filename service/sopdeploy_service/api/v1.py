@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.config import StrictModel
 from sopdeploy.http_api import Classes, ClassifyQuery, EmbedQuery, EncodedEmbedding, Problem
+from sopdeploy.names import class_problem
 from sopdeploy_service.api.admission import (
     AdmittedRequest,
     ClassifyRequest,
@@ -126,9 +127,8 @@ def check_report(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
     """Raise `RejectedError` unless the wrong answer that *query* reports can be kept.
 
     The server must keep images, and *query* must ask for no explanation. Its `reported` is the
-    class that the person suggests, one of the network, or empty.
+    class that the person suggests, which can be a new one, or empty.
     """
-    model = admitted.model
     if admitted.service.keep is None:
         raise bad_request(
             "not_keeping", "this server keeps no images; start it with keep, or omit reported"
@@ -137,10 +137,8 @@ def check_report(admitted: AdmittedRequest, query: ClassifyQuery) -> None:
     if query.explain:
         raise bad_request("malformed_request", "reported: is not explained; omit explain")
 
-    if query.reported and query.reported not in model.labels:
-        message = (
-            f"reported: {query.reported!r:.80} is no class of {model.name}; leave it empty"
-        )
+    if query.reported and (problem := class_problem(query.reported)):
+        message = f"reported: {problem}; write the name of a class, or leave it empty"
         raise bad_request("malformed_request", message)
 
 

@@ -271,6 +271,6 @@ def main() -> None:
     os.environ.clear()
     limit_heaps()
     sandbox.preload()  # before the forks, so that the children share these pages of memory
-    # the garbage collector of a child would write to the pages, and thereby copy them
+    # The garbage collector of a child would write to the pages, and thereby copy them.
     gc.freeze()
     run_template(socket.socket(fileno=int(sys.argv[1])))

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -143,35 +144,44 @@ class DecoderTemplate(TemplateProcess):
 
     def run(self, file: int) -> subprocess.Popen[bytes]:
         """Run the program; log what it writes to standard error."""
-        path = [os.path.abspath(entry) for entry in sys.path]  # noqa: PTH100 - an entry may be empty
-        code = f"import sys; sys.path[:] = {path!r}; from {self._program} import main; main()"
+        # A thread of its own starts it: the system ends a template with the thread that started it.
+        process: Future[subprocess.Popen[bytes]] = Future()
+        threading.Thread(
+            target=self._run_and_log, args=(file, process), name="template", daemon=True
+        ).start()
+        return process.result()
 
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-I",
-                "-c",
-                code,
-                str(file),
-            ],  # -I: ignores the user's site-packages
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env={
-                "OPENBLAS_NUM_THREADS": "1"
-            },  # no secrets, and no threads: a fork would lose them
-            pass_fds=[file],
-            cwd="/",
-            # Ctrl-C ends only the server, which decodes until it has drained. If the server ends
-            # while the template is stopped, the system ends this group, as it has no parent in
-            # the session any more (setpgid(2)).
-            process_group=0,
+    def _run_and_log(self, file: int, started: "Future[subprocess.Popen[bytes]]") -> None:
+        """Run the program, which *started* gets, and log its standard error until it has ended."""
+        path = [os.path.abspath(entry) for entry in sys.path]  # noqa: PTH100 - an entry may be empty
+        lines = (
+            f"import sys; sys.path[:] = {path!r}",
+            "from sopdeploy_service.templates import end_with_parent",
+            f"end_with_parent({os.getpid()}, {signal.SIGKILL:d})",  # before the imports, which take seconds
+            f"from {self._program} import main; main()",
         )
 
-        threading.Thread(
-            target=_log_stderr, args=(process,), name="stderr", daemon=True
-        ).start()
-        return process
+        # Start it without files, secrets and threads, which a fork would lose.
+        try:
+            process = subprocess.Popen(
+                # -I: ignores the user's site-packages
+                [sys.executable, "-I", "-c", "\n".join(lines), str(file)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={"OPENBLAS_NUM_THREADS": "1"},
+                pass_fds=[file],
+                cwd="/",
+                # Ctrl-C ends only the server, which decodes until it has drained.
+                process_group=0,
+            )
+        except OSError as error:  # for the caller of `run`
+            started.set_exception(error)
+            return
+
+        # Stay until it has ended.
+        started.set_result(process)
+        _log_stderr(process)
 
 
 def _log_stderr(process: "subprocess.Popen[bytes]") -> None:

@@ -204,7 +204,7 @@ def enter() -> str:
 
     # Deny files and TCP, then build the filter of system calls.
     version = _enter_landlock(libc)
-    # libde265, which decodes HEIC, always works in another thread; no other decoder does.
+    # The decoder of HEIC, libde265, always works in another thread; no other decoder does.
     instructions = build_filter(machine, os.getpid(), threads="HEIF" in Image.OPEN)
     code = ctypes.create_string_buffer(instructions)
 
@@ -227,11 +227,10 @@ def _enter_landlock(libc: ctypes.CDLL) -> int:
     if version < 1:
         return 0
 
-    # a later version also has the rights of earlier ones
+    # A later version also has the rights of earlier ones.
     numbers = LANDLOCK[min(version, max(LANDLOCK))]
 
-    # struct landlock_ruleset_attr: a mask for each kind of rights, with a bit for each right of
-    # the kind.
+    # A struct landlock_ruleset_attr: a mask for each kind of rights, with a bit for each right.
     rights = struct.pack("QQQ", *((1 << number) - 1 for number in numbers))
 
     ruleset = libc.syscall(CREATE_RULESET, rights, ctypes.c_size_t(len(rights)), 0)

@@ -147,14 +147,14 @@ def send_message(control: socket.socket, kind: bytes, rest: bytes = b"", *files:
 
 async def request_metrics(control: socket.socket | None) -> bytes:
     """Return the metrics of the process at the other end; empty if it sends too many bytes, or too late."""
-    # An OSError: no free file, or a TimeoutError.
+    # Without a free file, or without an answer in time (`TimeoutError`), there is an OSError.
     with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
         ours, theirs = map(stack.enter_context, socket.socketpair())
-
         if control is None or not send_message(control, SEND_METRICS, b"", theirs.fileno()):
             return b""
 
-        theirs.close()  # the page ends when the other process closes its copy
+        # The page ends when the other process closes its copy of the socket.
+        theirs.close()
         ours.setblocking(False)
         async with asyncio.timeout(METRICS_SECONDS):
             page = b""
@@ -164,7 +164,7 @@ async def request_metrics(control: socket.socket | None) -> bytes:
                     return b""
             return page
 
-    return b""  # no answer in time, or an error
+    return b""
 
 
 async def send_metrics(file: int, page: bytes) -> None:

@@ -66,7 +66,7 @@ class DeviceServer(DrainingServer):
         self._keys_number = 0  # of the keys that the supervisor has sent
         self._keeper = app.state.keeper
 
-        # of metrics, which the supervisor will send
+        # The page of metrics, which the supervisor will send.
         self._page: asyncio.Future[bytes] | None = None
         self._supervisor_left = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -94,13 +94,14 @@ class DeviceServer(DrainingServer):
             self._loop.remove_reader(self._supervisor)
             self._supervisor_left.set()
 
-        # Messages without files.
+        # Messages that need no file. A client counts also if this process can open no file for
+        # its connection.
         if message.kind == control.RELOAD:
             self.reload_bundles()
-        # it comes without a file if this process can open no more
         if message.kind == control.CLIENT:
             self._received += 1
 
+        # The keys come in two files.
         if message.kind == control.KEYS and len(message.files) == 2:
             self._use_keys(int(message.rest), *message.files)
             message.files.clear()
@@ -190,9 +191,8 @@ def main() -> int:
 
 def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
     """Load the models, then serve HTTP or front ends; return the exit code."""
-    # Load the bundles.
+    # Load the bundles. Links are read before: one that moves meanwhile then counts as moved.
     settings = config.settings
-    # Read before the bundles: a link that moves while they are loaded then counts as moved.
     STARTING.send(supervisor)
     links = find_links(config.sources, settings)
     registry = load_registry(
@@ -212,9 +212,6 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
     # Serve HTTP, or the front ends of an engine.
     if config.front_ends == 0:
         return serve_http(config, registry, supervisor, links)
-    for file in (config.shared, config.keys, config.limits):  # an engine serves no client
-        os.close(file)
-
     freeze_objects()
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
         return runner.run(Engine(registry, settings, supervisor, config.sources, links).run())

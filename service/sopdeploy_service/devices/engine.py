@@ -74,7 +74,7 @@ class FrontEndChannel(asyncio.Protocol):
         ]
 
         self._rest = b""  # of an incomplete record
-        # images minus cancellations, of which there is at most one for each
+        # Images minus cancellations, of which there is at most one for each.
         self._num_cancellable = 0
         self._answers = bytearray()  # not sent yet
         self.transport: asyncio.Transport | None = None

@@ -120,7 +120,7 @@ class EngineChannel(asyncio.Protocol):
             result = await future
         finally:
             timer.cancel()
-            # no answer yet; the one that comes frees the slot
+            # There is no answer yet; the one that comes frees the slot.
             if self._images.get(slot) is image:
                 self._send(channel.CANCEL, 0, number, slot, 0.0)
 

@@ -187,6 +187,7 @@ class Supervisor:
         self._code = 0
         self._gave_up = False  # waiting for processes that do not end when they are killed
 
+        self._failures: dict[str, list[str]] = {}  # not logged yet, with titles of processes
         self._reloads = Joined(self._reload)
         self._key_reloads = Joined(self._reload_keys)
         self._numbers = itertools.count(1)  # of channels and keys
@@ -238,6 +239,7 @@ class Supervisor:
                 for process in (*self._devices, *self._front_ends):
                     group.create_task(self._supervise(process))
 
+        self._log_failures()
         if self._error is not None:
             raise self._error
         return self._code
@@ -314,7 +316,7 @@ class Supervisor:
                     await self._start(process)
                 while process.child is not None and (code := process.child.poll()) is None:
                     if self._gave_up:
-                        log.error("%s: does not end", process.title)
+                        self._report(process, "does not end")
                         break
                     await asyncio.sleep(BEAT_SECONDS)
 
@@ -353,7 +355,7 @@ class Supervisor:
             )
             # 0, 0, 1, 3, 7 ...
             delay = min(MAX_RESTART_DELAY_SECONDS, 2 ** max(0, early_deaths - 1) - 1)
-            log.error("%s: %s; restart in %.0f s", process.title, end, delay)
+            self._report(process, f"{end}; restart in {delay:.0f} s")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
         self._end_unused_engines()
@@ -379,11 +381,13 @@ class Supervisor:
             others=tuple(ids_of_others),
         )
 
-        # Start it, with its sockets and the memory that all processes share.
+        # Start it, with its socket. One that serves HTTP also gets the keys, and what it shares.
         ours, theirs = control.socket_pair()
         with theirs, ExitStack() as unless_started:
             unless_started.enter_context(ours)
-            files = theirs.fileno(), self._shared, *self._keys.files
+            files = [theirs.fileno()]
+            if process in self._servers:
+                files += [self._shared, *self._keys.files]
             process.child = await self._template.start(config, *files)
             unless_started.pop_all()
 
@@ -441,10 +445,26 @@ class Supervisor:
 
     def _replace(self, process: Process, reason: str) -> None:
         """Log *reason* and kill the child of *process*, which gets nothing more; `_supervise` goes on."""
-        log.error("%s: %s; it is replaced", process.title, reason)
+        self._report(process, f"{reason}; it is replaced")
         if process.child is not None:
             process.child.kill()
+
         self._close_control(process)
+        process.silent_beats = 0  # also if it was closed: it has time to end
+
+    def _report(self, process: Process, failure: str) -> None:
+        """Log the *failure* of *process*, in one line with those that have the same within a beat."""
+        if not self._failures:
+            asyncio.get_running_loop().call_later(BEAT_SECONDS, self._log_failures)
+        titles = self._failures.setdefault(failure, [])
+        if process.title not in titles:  # its next start may have failed, too
+            titles.append(process.title)
+
+    def _log_failures(self) -> None:
+        """Log the failures that were reported, each with its processes."""
+        for failure, titles in self._failures.items():
+            log.error("%s: %s", ", ".join(titles), failure)
+        self._failures.clear()
 
     def _close_control(self, process: Process) -> None:
         """Send nothing more to *process*; this ends an engine."""

@@ -27,7 +27,7 @@ SET_NAME = 15
 SET_SUBREAPER = 36
 # a message: with the launch config and the files of a process
 LAUNCH = b"launch"
-NUM_FILES = 5
+FILES = ("control", "shared", "keys", "limits")  # those of `LaunchConfig`
 LIBC = ctypes.CDLL(None)
 
 
@@ -35,7 +35,7 @@ class ServerTemplate(templates.TemplateProcess):
     """Forks the processes of a server, which are children of this process and do not end with it."""
 
     async def start(self, config: LaunchConfig, *files: int) -> Child:
-        """Start a process with *config* and *files*: its control socket, shared memory, keys and limits.
+        """Start a process with *config* and *files*, which are the first ones of `FILES`.
 
         Raises `OSError` if the system has no room for it.
         """
@@ -72,23 +72,22 @@ def wait_for_launch() -> LaunchConfig:
     """
     templates.end_with_parent(os.getppid(), signal.SIGKILL)
     LIBC.prctl(SET_NAME, b"template")
-    # the garbage collector of a process would write to the pages, and thereby copy them
+    # The garbage collector of a process would write to the pages, and thereby copy them.
     gc.freeze()
     requests = socket.socket(fileno=int(sys.argv[1]))
     while True:
         # Wait for a message; without one, the supervisor has ended.
-        message, files, _, _ = socket.recv_fds(requests, len(LAUNCH), NUM_FILES)
+        message, files, _, _ = socket.recv_fds(requests, len(LAUNCH), 1 + len(FILES))
         if not message:
             raise SystemExit(0)
 
         if _fork_orphan(requests):
-            described, own, shared, keys, limits = files
+            described, *own = files
             config = LaunchConfig.model_validate_json(read_memory(described))
             LIBC.prctl(SET_NAME, config.name.encode())  # as `ps -o comm` and `top` show it
             os.environ.update(config.variables)
 
-            given = {"control": own, "shared": shared, "keys": keys, "limits": limits}
-            return config.model_copy(update=given)
+            return config.model_copy(update=dict(zip(FILES, own, strict=False)))
 
         for file in files:
             os.close(file)
@@ -119,7 +118,7 @@ def _fork_orphan(requests: socket.socket) -> bool:
     while os.getppid() == between:
         time.sleep(0.001)
 
-    # it has ended, or the system gives orphans to another process
+    # The supervisor has ended, or the system gives orphans to another process.
     if os.getppid() != supervisor:
         requests.send(templates.REPLY.pack(0, errno.ENOSYS))
         os._exit(1)

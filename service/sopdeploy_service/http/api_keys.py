@@ -195,7 +195,7 @@ class TokenBucket:
             raise RejectedError(HttpError("rate_limited", 429, message, wait))
 
         if not check_only:
-            # up to `_ROUNDING` may be missing
+            # Up to `_ROUNDING` tokens may be missing.
             self._state[_TOKENS] = max(0.0, tokens - num_images)
 
     def charge(self, num_tokens: int) -> float:
@@ -216,7 +216,7 @@ class TokenBucket:
         tokens = self._state[_TOKENS]
         filled = self._state[_FILLED]
 
-        # of a process that writes nonsense
+        # Another process may have written nonsense.
         if not (-burst <= tokens <= burst and filled <= now):
             tokens = burst
             filled = now

@@ -282,7 +282,7 @@ class Decoders:
         self.light = SharedChildren(metrics)
         self.large = SharedChildren(metrics, max(MAX_PIXELS, settings.max_pixels))
 
-        # bytes of memory of the children; None: what this process may use
+        # Bytes of memory of the children; None: what this process may use.
         self.budget: int | None = None
         self.are_stopped = False  # whether a child or the template is stopped, as by SIGSTOP
 

@@ -229,6 +229,8 @@ class DriftMonitor:
     async def _replace(self, traffic: Traffic, model: Model) -> None:
         """Make the newest answers the reference of *model*, a new bundle, which runs on their images."""
         traffic.reference = traffic.blocks[-NUM_BLOCKS:]
+
+        # Nothing is known of the answers of the new bundle yet.
         traffic.window.clear()
         traffic.version = model.version
         traffic.num_classes = len(model.labels)

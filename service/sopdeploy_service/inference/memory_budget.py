@@ -146,6 +146,8 @@ class BudgetedRegistry(ModelRegistry):
         request tries again.
         """
         name = lazy.placeholder.name
+
+        # One load after another; a failed one is not tried again at once.
         try:
             async with self.changing:
                 if time.monotonic() < lazy.retry_at:

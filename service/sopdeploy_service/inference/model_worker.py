@@ -213,7 +213,7 @@ class LocalModel(Model):
 
         self._must_check_device = False  # because every image of the last batch failed
         self._in_flight: list[_Batch] = []  # oldest first
-        # when the oldest batch got the device to itself
+        # When the oldest batch got the device to itself.
         self._batch_started: float | None = None
 
     @property

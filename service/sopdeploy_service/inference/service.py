@@ -221,7 +221,7 @@ class Service:
         self.registry = registry
         self.metrics = registry.metrics
         self.active_requests = 0  # counted by the middleware
-        # of all processes if the server has several
+        # The page of all processes, if the server has several.
         self.metrics_page = Shared(self.make_metrics)
         self.num_front_ends = 0  # set if the server has several processes
         # Set by the app if it keeps results; the text is a report.

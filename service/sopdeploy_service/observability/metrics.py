@@ -136,7 +136,7 @@ class Metrics:
         self.connections = gauge("connections", "Open connections")
         self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
 
-        # global; an attribute because the documentation lists attributes
+        # A global counter, which is an attribute because the documentation lists attributes.
         self.dropped_log_lines = DROPPED
         registry.register(DROPPED)
 

@@ -38,7 +38,7 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 CUDA_OPTIONS = {
     "use_tf32": "0",  # fp32 in the graph stays fp32
-    # the default measures every algorithm whenever the size changes
+    # By default, every algorithm is measured whenever the size changes.
     "cudnn_conv_algo_search": "HEURISTIC",
 }
 # onnxruntime runs these on the CPU if they compute a shape, and only then: all have CUDA
@@ -78,7 +78,7 @@ class OnnxRuntime(OwnRuntime):
 
         if self._provider != CPU and self._provider in onnxruntime.get_available_providers():
             load_cuda_libraries(onnxruntime)  # without the provider, `_open_session` raises
-            # of the CUDA provider; sessions have their own
+            # For messages of the CUDA provider; sessions have their own.
             onnxruntime.set_default_logger_severity(FATAL)
 
         self.name = f"onnxruntime {onnxruntime.__version__}"
@@ -145,7 +145,7 @@ class CudaOnnxRuntime(OnnxRuntime):
             "Conv" in operator for operator in _count_operators(self._session)
         )
 
-        # by batch size; the first session takes batches of one
+        # The sessions by batch size; the first one takes batches of one.
         self._sessions = {1: self._session}
         self._buffers: list[NDArray[np.uint8]] = []  # for batches, as many as were in flight
 
@@ -199,7 +199,7 @@ class CudaOnnxRuntime(OnnxRuntime):
         names = self._outputs if names is None else list(names)
         count = len(images)
         large_enough = [size for size in padded_sizes(self.largest_batch) if size >= count]
-        # a batch that is too large is not padded, and may fail
+        # A batch that is too large is not padded, and may fail.
         size = min(large_enough, default=count)
 
         # Memory that the system gives for each batch anew would cost more time than the copy of

@@ -62,8 +62,8 @@ class OpenVINORuntime(OwnRuntime):
 
         # Compile the graph.
         options = {
-            # float32 in the graph stays float32, such as a matrix square root; OpenVINO would
-            # use bfloat16.
+            # What is float32 in the graph stays so, such as a matrix square root; OpenVINO
+            # would use bfloat16.
             "EXECUTION_MODE_HINT": "ACCURACY",
             "INFERENCE_PRECISION_HINT": "f32",
             "INFERENCE_NUM_THREADS": settings.threads or usable_cores(),

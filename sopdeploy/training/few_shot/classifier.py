@@ -130,7 +130,7 @@ def spread_groups(
     fold_G = np.zeros(num_groups, np.intp)
     images_FS = np.zeros((num_folds, len(sizes_S)))  # number by fold and stratum, so far
     for group in shuffled_G[np.argsort(-images_GS[shuffled_G].std(axis=1), kind="stable")]:
-        # attempts_FFS[f] is `images_FS` after the group is added to the fold f.
+        # In attempts_FFS[f], the group is added to the fold f of `images_FS`.
         attempts_FFS = images_FS + np.eye(num_folds)[:, :, None] * images_GS[group]
         unevenness = (attempts_FFS / sizes_S).std(axis=1).mean(axis=1).tolist()
         sizes = images_FS.sum(axis=1).tolist()

@@ -42,12 +42,16 @@ def embed_files(paths: Sequence[Path]) -> Iterator[tuple[Path, NDArray[np.float3
         names = np.asarray(
             [os.fsencode(path.absolute().relative_to("/")) for path in part], np.bytes_
         )
+
         images = ImageFiles(Path("/"), ("one", "other"), names, np.zeros(len(part), np.int64))
+
+        # Images that cannot be read are left out.
         readable = []
         for index in range(len(part)):
             with suppress(DataError):
                 images.photo(index).check()
                 readable.append(index)
+
         for batch in network.batches(images, readable) if readable else ():
             vectors = unit_length(batch.own_vectors.float().cpu().numpy())
             for index, vector in zip(batch.indices, vectors, strict=True):

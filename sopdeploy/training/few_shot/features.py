@@ -84,6 +84,8 @@ def compute_features(
     total.
     """
     count = len(images)
+
+    # The first images determine the projections of the feature maps.
     pooled = outputs.network.pooled_head
     head = head_to_fit(outputs.network, kind)
     batches = outputs.batches(images, np.random.default_rng(0).permutation(count).tolist())
@@ -91,6 +93,8 @@ def compute_features(
     pooled.fit_projection([batch.maps for batch in first])
     columns = pooled.columns() if head.taps else pooled.columns()[:1]  # of what the head reads
     projection = _Projection(count, columns)
+
+    # What is known of each image, at its index.
     hashes = [""] * count
     num_done = 0
     file_hashes = np.zeros(count, np.int64)
@@ -98,6 +102,7 @@ def compute_features(
     small = np.zeros((count, SMALL, SMALL), np.uint8)
     own = np.zeros((count, columns[0].stop), np.float32)
     views: list[NDArray[np.float32]] = []
+
     for batch in chain(first, batches):
         vectors = pooled.vector(batch.own_vectors, batch.maps).float().cpu().numpy()
         projection.add(batch.indices, vectors)
@@ -106,13 +111,16 @@ def compute_features(
             views = [np.zeros((count, *part.shape[1:]), np.float32) for part in views_of_batch]
         for of_all, of_batch in zip(views, views_of_batch, strict=True):
             of_all[batch.indices] = of_batch
+
         own[batch.indices] = unit_length(vectors[:, columns[0]])
         file_hashes[batch.indices], times[batch.indices] = batch.file_hashes, batch.times
         small[batch.indices] = batch.small
         for index, pixel_hash in zip(batch.indices, batch.hashes, strict=True):
             hashes[index] = pixel_hash
+
         num_done += len(batch.indices)
         on_image(num_done, count)
+
     return Features(
         head=head,
         space=cast(Space, projection.space),  # all images are done

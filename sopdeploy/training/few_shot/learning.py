@@ -31,12 +31,15 @@ def found_when_reduced(
     random = np.random.default_rng(number)
     labels_N = problem.targets.strata
     groups_N = np.arange(len(labels_N)) if problem.groups is None else problem.groups
+
     found_K = [np.zeros(0, np.bool_)]
     for label in random.permutation(problem.targets.classes.shape[1])[:MAX_REDUCED].tolist():
+        # Different photographs of the class, in random order: some are kept, the others judged.
         of_class = random.permutation(np.flatnonzero(labels_N == label))
         different = of_class[np.unique(groups_N[of_class], return_index=True)[1]]
         kept = different[:number]
         judged = different[number:]
+
         if len(kept) == number and len(judged):
             fitted_N = labels_N != label
             fitted_N[kept] = True
@@ -90,6 +93,8 @@ def estimate_gains(
     error_K = (errors_K + PRIOR * mean_error) / (judged_K + PRIOR)
     remaining = min(1.0, mean_error / max(1e-9, 1 - share_found.get(half, 1.0)))
 
+    # A class with few photographs is found as the others are with `ENOUGH`; another one has
+    # fewer errors.
     few = []
     others = []
     enough_found = share_found.get(ENOUGH, 0.0)
@@ -108,6 +113,7 @@ def estimate_gains(
             more = 2 * int(independent_K[label])
             then = 1 - error * remaining
             others.append(Gain(**counts, found=1 - error, more=more, then=then))
+
     others = [gain for gain in others if gain.then - gain.found >= CLEAR]
     others.sort(key=lambda gain: gain.found - gain.then)
     return (*few, *others[:MAX_GAINS])

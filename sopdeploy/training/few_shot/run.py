@@ -126,6 +126,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
     """
     since = time.monotonic()
     recipe = setup.recipe
+
     images = setup.data.train
     with handle_signals(setup.strategy) as signals:
         expected = ExpectedTime(callback, LOOP_INSTEAD)
@@ -138,18 +139,21 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
 
         try:
             found = cross_validate(recipe, setup.model, images, on_progress)
-            # otherwise, `set_up_run` has read the files and warned
+            # Otherwise, `set_up_run` has read the files and warned.
             if not len(setup.file_hashes):
                 warn_of_equal_files(
                     images, setup.data.held_out, found.features.file_hashes, callback
                 )
+
+            # The network with the head of all images, and its score.
             problem = found.problem
             head = found.features.head
             network = build_fitted(
                 found.network, head, problem, problem.fit_all(found.scaling), recipe
             )
             score, metrics = _evaluate(setup, network, found)
-            # with several classes per image
+
+            # Labels are judged only with one class per image.
             label_logits = None
             is_doubted_N = np.zeros(len(images), np.bool_)
             if problem.targets.activation == "softmax":
@@ -158,13 +162,16 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
                 label_logits = problem.logits_without_doubted(logits_NK, found.folds, plain)
                 doubts = find_label_doubts(label_logits, images.targets.astype(np.int64))
                 is_doubted_N = doubts.listed
+
             signals.exchange()  # since the last progress
         except TrainingStoppedError as stop:
             stop.message = "stopped before the first checkpoint; start the same command again"
             raise
+
     seconds = time.monotonic() - since
     losses = {"loss": float(problem.targets.losses(found.shifted_logits).mean())}
     row = EpochRow(epoch=1, lr=0.0, losses=losses, metrics=metrics, seconds=seconds)
+
     fit = FewShotFit(
         name=head_name(recipe.model.name),
         network=network,
@@ -244,6 +251,8 @@ def cross_validate(
     count = len(images)
     targets = Targets.of(images)
     started = time.monotonic()
+
+    # The features: half of the work.
     outputs = CachedNetwork(full_head(recipe, model), recipe)
     features = compute_features(
         outputs,
@@ -253,6 +262,9 @@ def cross_validate(
             f"features of {name}", done, 2 * count
         ),  # half of the work
     )
+
+    # Groups of images that are not independent: near-duplicates, clips, and those that the user
+    # groups.
     if config.group_copies:
         near = find_near_duplicates(
             features.views, features.small, images.targets, features.hashes
@@ -263,17 +275,22 @@ def cross_validate(
     if not recipe.groups_by_name:
         clips = clips_of_images(images, features.times, near.vectors, clips.groups)
     pairs = clips.select_pairs(near.pairs)
+
     # Groups of copies, without the given groups
     copies_N = connect(count, pairs, features.hashes)
     groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
     judged = _choose_judged(images, targets, copies_N, groups_N)
+
     features_done = time.monotonic()
     on_progress("cross-validation", count, 2 * count)
+
     # Its hash is the key of the whole group
     _, first_image_G = np.unique(groups_N, return_index=True)
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
     folds_of_validations = make_folds(targets, keys_N, config.folds, recipe.seed)
     first_folds_N = folds_of_validations[0]  # the others count only in means
+
+    # Predict each image by classifiers without its fold, several times with few groups.
     weights_N = weights_in_means(images)
     problem = LinearProblem(
         features.space, features.reduced, features.own, targets, weights_N, groups_N
@@ -281,6 +298,8 @@ def cross_validate(
     validations = [problem.cross_validate(folds_N) for folds_N in folds_of_validations]
     scaling = Scaling.fit(validations, targets, has_margins=config.margins)
     logits_NK = problem.logits(validations[0], scaling)
+
+    # As the network computes the logits: their energies are cosines.
     shifted_NK = logits_NK
     left_out_N = None
     if targets.activation == "softmax":
@@ -289,7 +308,9 @@ def cross_validate(
         )
         shifted_NK = log_softmax(logits_NK, axis=1) + cosines_N[:, None]
         left_out_N = problem.cosines_without_class()
+
     seconds = {"features": features_done - started, "choice": time.monotonic() - features_done}
+
     return CrossValidation(
         recipe=recipe,
         network=outputs.network,
@@ -327,13 +348,14 @@ def _choose_judged(
     Those of a class that is one group do not count, because no classifier is fitted to others
     of it.
     """
-    # The first image of each group, often its only one
+    # The largest image of each group of copies. Only groups of several are opened.
     _, largest_G = np.unique(copies_N, return_index=True)
-    # Only the images of these groups are opened
     for group in np.flatnonzero(np.bincount(copies_N) > 1):
         members = np.flatnonzero(copies_N == group)
         num_pixels = [np.prod(images.photo(index).image.size) for index in members.tolist()]
         largest_G[group] = members[np.argmax(num_pixels)]
+
+    # Typical photographs, without those of classes that are one group.
     judged = largest_G[select_typical(images)[largest_G]]
     if images.is_multi_label:
         return judged
@@ -387,7 +409,7 @@ def _evaluate(
             expected.classes, expected.activation, logits, recipe.seed, groups
         ), metrics
     score = found.score()
-    # of copies of a photograph, one
+    # Of copies of a photograph, one counts.
     counted = np.arange(len(images)) if score is None else found.judged
     metrics = held_out_metrics(
         setup.labels, found.shifted_logits[counted], images.targets[counted]

@@ -107,7 +107,7 @@ class Teacher:
                 "teacher.weights: not set; give the checkpoint of the teacher, or teacher.model to train it"
             )
 
-        # of networks with a gate
+        # Only networks with a gate have this option.
         if self.learns and hasattr(self.model.config, "balance_weight"):
             raise ConfigError(
                 "teacher.model: a network with a gate cannot be trained jointly; train it first and set "

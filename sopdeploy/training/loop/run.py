@@ -209,11 +209,11 @@ def save_derived_files(run: LoopState, folder: RunFolder) -> None:
         return
 
     best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
-    # no step since the best epoch
+    # The network still has the weights of the best epoch: no step was made since.
     has_best_weights = position.step == 0 and best.epoch == position.epoch
     # Otherwise `best.pt` has the frozen network until the end
     if has_best_weights and run.frozen is None:
-        # in all processes, which together average the running statistics
+        # All processes call this, because they average the running statistics together.
         folder.save_best(run_record(run.setup, run.synchronized_fit()))
     folder.save_history(history)
 

@@ -14,6 +14,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 from torchvision import models
 from torchvision.ops import roi_align
 
@@ -229,6 +230,21 @@ def with_shared_classifier() -> nn.Module:
     return network
 
 
+def with_scripted_branch() -> nn.Module:
+    network = n.variant(lambda self, x: (self.fc(f := self.features(x)), self.aux(f))[0])
+    network.aux = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    return network
+
+
+def with_fake_quantization() -> nn.Module:
+    network = plain()
+    quantization = FakeQuantize(MovingAverageMinMaxObserver, quant_min=0, quant_max=255)
+    quantization(torch.linspace(-1, 1, 8))
+    quantization.disable_observer()
+    network.stem[1] = quantization
+    return network
+
+
 REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "NumPy": (lambda: n.variant(n.uses_numpy), {}, r"numpy|captured"),
     "NaN": (lambda: n.with_nan(n.Small()), {}, r"^stem\.0\.weight holds NaN"),
@@ -238,6 +254,16 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         r"^stem\.0\.weight is a Parameter of torch\.float16, .* with \.float\(\)",
     ),
     "a ScriptModule": (lambda: torch.jit.script(plain()), {}, r"is a ScriptModule"),
+    "a ScriptModule that also runs in eval mode": (
+        with_scripted_branch,
+        {"training_only": ["aux"]},
+        r"; one reason can be that aux of the trained network is a ScriptModule; .* only if self\.training$",
+    ),
+    "a quantization that reads its buffers": (
+        with_fake_quantization,
+        {},
+        r"; one reason can be that stem\.1 of the trained network is a FakeQuantize, .*; put .*Identity",
+    ),
     "lazy modules": (n.lazy, {}, r"^fc of the trained network is not initialized"),
     "too few labels": (
         plain,
@@ -247,7 +273,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a dict without a name": (
         lambda: n.variant(n.as_dict),
         {},
-        r"a dict with 'out', 'features'; choose .*: out \(12, 4\), features \(12, 8\); try logits_key",
+        r"a dict with 'out', 'features'; choose .*: out \(4, 4\), features \(4, 8\); try logits_key",
     ),
     "a part that does not exist": (
         n.Small,
@@ -281,7 +307,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
             )
         ),
         {},
-        r"fails for 12 images: .*ambiguous; its code depends on values of the image, .*: use torch\.where",
+        r"fails for 4 images: .*ambiguous; its code depends on values of the image, .*: use torch\.where",
     ),
     "weights of inference mode": (
         n.in_inference_mode,
@@ -313,6 +339,8 @@ AS_BUILT = (
     "NaN",
     "half precision",
     "a ScriptModule",
+    "a ScriptModule that also runs in eval mode",
+    "a quantization that reads its buffers",
     "lazy modules",
 )
 

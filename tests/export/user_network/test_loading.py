@@ -707,7 +707,7 @@ def test_the_command_that_inspect_prints_exports_without_the_exits_that_the_outp
     Path("labels.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
     Path("rules.json").write_text('{"resize": 12, "crop": 12}', encoding="utf-8")
     given = ("w.pth", "--network", f"{MODULE}:Exits", "--preprocess", "rules.json")
-    assert "choose one as the logits: 0 (12, 4), 1.0 (12, 4), 1.1 (12, 4)" in run(
+    assert "choose one as the logits: 0 (4, 4), 1.0 (4, 4), 1.1 (4, 4)" in run(
         "inspect", *given
     )
     inspected = json.loads(

@@ -20,7 +20,7 @@ from sopdeploy.bundle.sealed import CONTENT, SIZE, create_memory, map_memory, re
 from sopdeploy_service.decoding import pool
 from sopdeploy_service.devices import channel, control, processes, supervisor
 from sopdeploy_service.devices.control import Status
-from sopdeploy_service.devices.processes import Process
+from sopdeploy_service.devices.processes import LaunchConfig, Process
 from sopdeploy_service.devices.remote import EngineChannel, RemoteRegistry
 from sopdeploy_service.http.api_keys import TokenBucket
 from sopdeploy_service.inference.results import RUNTIME_DEAD, RejectedError
@@ -192,6 +192,7 @@ def test_a_process_that_sends_what_it_never_sends_is_replaced_in_one_line(name, 
             server = Server(stack)
             server.ends[sender].send({**FORGED, **OF_ENGINES}[name])
             server.receive(sender)
+            server.supervisor._log_failures()
             return server
 
     server = asyncio.run(scenario())
@@ -199,6 +200,43 @@ def test_a_process_that_sends_what_it_never_sends_is_replaced_in_one_line(name, 
     assert [record.message.startswith(f"{sender}: ") for record in caplog.records] == [True]
     assert caplog.records[0].exc_info is None
     assert len(caplog.records[0].message) < 200
+
+
+def test_processes_that_fail_at_once_are_named_in_one_line(caplog) -> None:
+    async def scenario() -> list[str]:
+        with ExitStack() as stack:
+            server = Server(stack)
+            for name in server.processes:
+                server.ends[name].send(b"x")
+                server.receive(name)
+            while not caplog.records:
+                await asyncio.sleep(0)
+            return server.killed
+
+    assert asyncio.run(scenario()) == ["engine", "front-0", "front-1"]
+    (record,) = caplog.records
+    assert record.message.startswith("engine, front-0, front-1: the message b'x' is not")
+
+
+@pytest.mark.parametrize(("name", "has_keys"), [("engine", False), ("front-1", True)])
+def test_only_a_process_that_serves_clients_gets_the_keys(name, has_keys, monkeypatch) -> None:
+    files: list[int] = []
+
+    async def start(_config: LaunchConfig, _control: int, *shared: int) -> None:
+        files.extend(shared)
+        raise BlockingIOError
+
+    async def scenario() -> None:
+        with ExitStack() as stack:
+            server = Server(stack)
+            server.supervisor._shared = -1
+            server.supervisor._keys = SimpleNamespace(files=(-2, -3))
+            monkeypatch.setattr(server.supervisor._template, "start", start)
+            with pytest.raises(BlockingIOError):
+                await server.supervisor._start(server.processes[name])
+
+    asyncio.run(scenario())
+    assert files == ([-1, -2, -3] if has_keys else [])
 
 
 def test_files_that_a_process_sends_unasked_are_closed_by_the_kernel() -> None:

@@ -28,6 +28,7 @@ from sopdeploy.images.limits import MAX_PIXELS
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import pool
 from sopdeploy_service.decoding.child import FAILED, ChildOptions
+from sopdeploy_service.devices.template import LIBC, SET_SUBREAPER
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.decoders import (
     LARGE_MEMORY,
@@ -313,17 +314,22 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @linux
-def test_a_stopped_template_of_decoders_ends_with_its_server() -> None:
-    command = [sys.executable, "-c", STOPS_ITS_TEMPLATE]
-    # In a session of its own: this process may be the one that gets its orphans.
-    done = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=60,
-        check=False,
-        start_new_session=True,
-    )
+@pytest.mark.parametrize("is_subreaper", [True, False])
+def test_a_stopped_template_of_decoders_ends_with_its_server_whoever_gets_its_orphans(
+    is_subreaper,
+) -> None:
+    LIBC.prctl(SET_SUBREAPER, int(is_subreaper))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", STOPS_ITS_TEMPLATE],
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+            start_new_session=not is_subreaper,
+        )
+    finally:
+        LIBC.prctl(SET_SUBREAPER, 0)
     assert done.returncode == -signal.SIGKILL
     wait_for(lambda: run_states(int(done.stdout))[0] <= {"Z"})  # nobody may have reaped it
 

@@ -62,7 +62,6 @@ def build_from_program(
     # One profile: TensorRT tunes the engine for its largest batch.
     images = torch_tensorrt.Input(
         min_shape=(profile.minimum, *manifest.image_shape),
-        # the engine is tuned for the largest batch
         opt_shape=(profile.maximum, *manifest.image_shape),
         max_shape=(profile.maximum, *manifest.image_shape),
         dtype=torch.uint8,

@@ -3,6 +3,8 @@
 
 const SEAL = "M12 2l2.4 2 3.1-.3 1 3 2.6 1.7-.9 3 .9 3-2.6 1.7-1 3-3.1-.3L12 21l-2.4-2.2-3.1.3-1-3L2.9 14.4l.9-3-.9-3 2.6-1.7 1-3 3.1.3z M8.5 11.6l2.4 2.4 4.6-4.8";
 
+const FEW_CLASSES = 24; // each has a button under "This is wrong"; of more, the field offers what begins with the letters
+
 /** Show `info`, a model of `/info`, `card`, the response of `/v1/card`, and `server`, the version of the server. */
 function showAbout(info, card, server) {
   document.title = `${info.name} · sopdeploy`;
@@ -13,10 +15,18 @@ function showAbout(info, card, server) {
   const chips = [...card.labels, ...(more > 0 ? [`and ${more} more`] : [])];
   byId("this-model").textContent = info.name;
   byId("known-classes").replaceChildren(...card.labels.map((label) => make("option", { value: label })));
+  byId("right-classes").replaceChildren(...(info.num_labels <= FEW_CLASSES ? card.labels : []).map(classButton));
   byId("labels").replaceChildren(...chips.map((label) => make("li", {}, make("bdi", {}, label))));
   byId("bundle").textContent = `${info.bundle} · sopdeploy ${server}`;
   byId("proof").replaceChildren(...(card.certificate ? proof(card.certificate) : [nothing("certificate")]));
   byId("card").replaceChildren(...(card.text ? markdown(card.text) : [nothing("README.md")]));
+}
+
+/** Button that reports the photo that is shown as one of the class `label`. */
+function classButton(label) {
+  const button = make("button", { type: "button" }, make("bdi", {}, label));
+  button.addEventListener("click", () => void report(label));
+  return button;
 }
 
 const counted = (count, what) => `${count.toLocaleString("en")} ${what}${count === 1 ? "" : "s"}`;

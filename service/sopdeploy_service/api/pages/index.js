@@ -214,11 +214,11 @@ function rows() {
 /** Whether `body` lists all classes above their thresholds. */
 const isMultiLabel = (body) => Boolean(body && state.info.thresholds);
 
-/** Send the photo that is shown once more, to be kept for a label; the class is a suggestion. */
-async function report() {
+/** Send the photo that is shown once more, to be kept for a label; the class `name` is a suggestion. */
+async function report(name) {
   const photo = state.shown;
   const { signal } = new AbortController();
-  const { problem } = await answer(photo, classifyUrl({ reported: byId("right").value.trim() }), signal, silently);
+  const { problem } = await answer(photo, classifyUrl({ reported: name }), signal, silently);
   photo.reported = problem ? sentence(problem) : "Sent. If there is room, it waits for a label.";
   if (photo !== state.shown) return;
   byId("report-note").textContent = photo.reported;
@@ -312,7 +312,7 @@ byId("order").addEventListener("change", showCounts);
 byId("save").addEventListener("click", () => save("answers.csv", csv(rows())));
 byId("report-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  void report();
+  void report(byId("right").value.trim());
 });
 closeCamera();
 document.addEventListener("paste", (event) => {

@@ -138,7 +138,7 @@ def parse_body(
 
 def _choose_formats(request: InferBody, names: Sequence[str]) -> dict[str, bool]:
     """Map each output to return, by default all of *names* but the embedding, to whether it is in binary."""
-    # of outputs that choose no format
+    # This is for outputs that choose no format.
     binary_by_default = bool(request.parameters.binary_data_output)
     is_binary: dict[str, bool] = {}
 
@@ -268,7 +268,7 @@ def _elements(tensor: InputTensor, shape: tuple[int, ...]) -> list[Any]:
     data = tensor.data
     elements = [tensor.data]
     is_flat = isinstance(data, list) and len(data) > 0 and not isinstance(data[0], list)
-    # of the lists at each level, from the outermost one
+    # The lengths of the lists at each level, from the outermost one.
     lengths = (prod(shape),) if is_flat else shape
 
     for length in lengths:

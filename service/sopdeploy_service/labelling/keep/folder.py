@@ -15,7 +15,7 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -36,7 +36,7 @@ from sopdeploy.files import (
     writing,
 )
 from sopdeploy.images.near_hash import NEAR_BITS
-from sopdeploy_service.labelling.kept import KeptRecord, Reason, read_kept
+from sopdeploy_service.labelling.kept import KeptRecord, read_kept
 
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 Deletion = Literal["expired", "no_room", "incomplete"]
@@ -116,7 +116,7 @@ class KeptFolder:
         self._failed = False  # whether the last write failed
         self._on_delete = on_delete
 
-        # seconds that keepers of this folder have run, and those in `AGES`
+        # Seconds that keepers of this folder have run, and those in `AGES`.
         self._counted = self._saved = 0.0
         self._ticked = time.monotonic()
 
@@ -211,23 +211,24 @@ class KeptFolder:
         finally:  # also if a file cannot be looked up
             self.expire()
 
-    def has_duplicate(self, name: str, reasons: Sequence[Reason], near_hash: str) -> bool:
-        """Tell whether the file *name*, without suffix, is kept for *reasons*, or a near-duplicate of it.
+    def has_duplicate(self, name: str, record: KeptRecord) -> bool:
+        """Tell whether the file *name*, without suffix, is kept as *record* says, or a near-duplicate of it.
 
         Those of the uniform sample may be near-duplicates, so that it shows all photographs.
         Those that others have deleted or labelled do not count and are forgotten.
         """
-        # The same file is a duplicate if it is kept for each of *reasons*.
+        # The same file is a duplicate if it is kept for each of the reasons, with the suggestion.
         for suffix in _SUFFIXES:
             previous = self._photos.get(f"{name}{suffix}")
             if previous is not None and not self._forget_if_gone(previous):
-                return previous.reasons.issuperset(reasons)
+                is_suggested = record.suggested in {None, previous.suggested}
+                return is_suggested and previous.reasons.issuperset(record.reasons)
 
         # Near-duplicates count only outside of the sample, which must stay uniform.
-        if "sample" in reasons:
+        if "sample" in record.reasons:
             return False
 
-        number = int(near_hash, 16)
+        number = int(record.near_hash, 16)
         near = [
             photo
             for photo in self._photos.values()
@@ -300,7 +301,7 @@ class KeptFolder:
     def _store(self, image: bytes, record: KeptRecord) -> KeptResult:
         """Keep *image* as `add` does, and make room for it first; raises `OSError`."""
         path = self.path / record.image
-        if self.has_duplicate(path.stem, record.reasons, record.near_hash):
+        if self.has_duplicate(path.stem, record):
             return "near_duplicate"
 
         # The same image, whose name is a hash of its bytes, is kept for the reasons of both.

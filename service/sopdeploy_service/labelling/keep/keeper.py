@@ -179,7 +179,7 @@ class Keeper:
         if self._folder is not None:
             forwarding.Receiver(end, self.receive, self._drop)
         else:
-            # the thread may still use an earlier one, whose other end is closed
+            # The thread may still use an earlier socket, whose other end is closed.
             self._socket = end
 
     def stop(self) -> None:
@@ -329,7 +329,7 @@ class Keeper:
             return None if is_taken else "dropped"
 
         name = Path(record.image).stem
-        if self._folder.has_duplicate(name, record.reasons, record.near_hash):
+        if self._folder.has_duplicate(name, record):
             return "near_duplicate"
 
         # Near-duplicates are refused from now on, also if an error follows.
@@ -375,7 +375,7 @@ def _describe(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) ->
     """Describe *photo*, which is worth a label for *reasons* and is kept as the file *image*."""
     manifest = photo.bundle.manifest
     labels = photo.bundle.labels
-    # of the labels in the record: all, or those with the largest logits
+    # The labels in the record: all, or those with the largest logits.
     indexes = list(range(len(labels)))
     if len(labels) > MAX_KEPT_LABELS:
         indexes = np.argsort(-photo.logits, kind="stable")[:MAX_KEPT_LABELS].tolist()

@@ -36,6 +36,7 @@ from sopdeploy_service.http.strict_json import parse_json
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.labelling.label.folders import GoneError, LabelFolders
 from sopdeploy_service.labelling.label.heap import Embed
+from sopdeploy_service.labelling.label.labelled import Labelled
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.origins import OwnOrigins, join_headers, without_prefix
 from sopdeploy_service.server.http_protocol import Connections, limited_config
@@ -64,19 +65,34 @@ _PAGE = Page(_HTML, ["dom.js", "label.js"], policy=TRUSTED_TYPES, folder=_FOLDER
 Session = Annotated[str, Header(alias="X-Session", max_length=100)]
 
 
+PhotographId = Annotated[
+    str, pydantic.Field(max_length=32), matching(r"[0-9a-f]{32}", "id of a photograph")
+]
+
+
 class GivenLabel(StrictModel):
     """What the user says about the photograph `id`; `name` is the class of the kind "class"."""
 
-    id: Annotated[
-        str, pydantic.Field(max_length=32), matching(r"[0-9a-f]{32}", "id of a photograph")
-    ]
+    id: PhotographId
     kind: Literal["class", "unknown", "skip"]
     name: Annotated[str, pydantic.Field(max_length=1000)] = ""
+
+
+class Correction(StrictModel):
+    """The right class `name` of the labelled photograph `id`; None is "not one of ours"."""
+
+    id: PhotographId
+    name: Annotated[str, pydantic.Field(max_length=1000)] | None
 
 
 async def read_label(request: Request) -> GivenLabel:
     """Read the body of *request*; raises `RejectedError` unless it is a label."""
     return parse_json(GivenLabel, await request.body(), MAX_BODY_BYTES)
+
+
+async def read_correction(request: Request) -> Correction:
+    """Read the body of *request*; raises `RejectedError` unless it is a correction."""
+    return parse_json(Correction, await request.body(), MAX_BODY_BYTES)
 
 
 def intercept(
@@ -183,10 +199,39 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
             )
         )
 
+    labelled: dict[str, Labelled] = {}  # what `/labelled` listed last
+
+    def list_labels() -> LabelledPhotographs:
+        labelled.clear()
+        labelled.update(folders.labelled())
+        return LabelledPhotographs(
+            photographs=tuple(
+                LabelledPhotograph(id=identity, name=photo.name, held_out=photo.is_held_out)
+                for identity, photo in labelled.items()
+            ),
+            classes=tuple(folders.classes()),
+        )
+
+    @app.get("/labelled")
+    def show_labels() -> LabelledPhotographs:
+        with lock:
+            return list_labels()
+
+    @app.post("/correct")
+    def correct(
+        answer: Annotated[Correction, Depends(read_correction)],
+    ) -> LabelledPhotographs:
+        with lock:
+            if answer.id not in labelled:
+                raise GoneError("that photograph is not in the list; read the list again")
+            folders.correct(labelled[answer.id], answer.name)
+            return list_labels()
+
     @app.get("/images/{identity}")
     def image(identity: str) -> Response:
         with lock:
-            path = folders.waiting[identity].path if identity in folders.waiting else None
+            photo = folders.waiting.get(identity) or labelled.get(identity)
+            path = None if photo is None else photo.path
 
         if path is None:
             return JSONResponse({"detail": "no such photograph"}, 404)
@@ -272,6 +317,21 @@ class Grids(StrictModel):
     grids: tuple[Grid, ...]
 
 
+class LabelledPhotograph(StrictModel):
+    """A photograph that has a label: its class `name`, None for none of ours."""
+
+    id: str
+    name: str | None
+    held_out: bool
+
+
+class LabelledPhotographs(StrictModel):
+    """The photographs that were labelled last, the latest first, and all classes."""
+
+    photographs: tuple[LabelledPhotograph, ...]
+    classes: tuple[str, ...]
+
+
 class LabelState(StrictModel):
     """What the page shows.
 
@@ -303,7 +363,7 @@ def describe_next(folders: LabelFolders, session: str = "") -> LabelState:
     probabilities: dict[str, float] = {}
 
     if folders.waiting:
-        # a photograph of a heap has no record
+        # A photograph of a heap has no record.
         identity = upcoming[0]
         record = folders.waiting[identity].record
         probabilities = folders.probabilities(identity)
@@ -322,8 +382,10 @@ def describe_next(folders: LabelFolders, session: str = "") -> LabelState:
         )
 
     # That of a person first, then by probability; without one: last.
+    suggestion = set() if suggested is None else {suggested}
     names = sorted(
-        folders.classes(), key=lambda name: (name != suggested, -probabilities.get(name, -1.0))
+        suggestion.union(folders.classes()),
+        key=lambda name: (name != suggested, -probabilities.get(name, -1.0), name),
     )
 
     return LabelState(

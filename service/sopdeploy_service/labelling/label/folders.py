@@ -45,6 +45,7 @@ from sopdeploy.photos.files import (
 from sopdeploy.photos.table import find_table
 from sopdeploy_service.labelling.kept import Kept, KeptRecord, read_kept
 from sopdeploy_service.labelling.label.heap import Embed, Suggestions, heap_id, list_heap
+from sopdeploy_service.labelling.label.labelled import Labelled, list_labelled
 
 SKIPPED = ".skipped"
 # Every second photograph is from the uniform sample: it decides about the next bundle, which
@@ -143,7 +144,7 @@ class LabelFolders:
 
         self.steps: list[LabelStep] = []
         self.suggestions = Suggestions(embed)
-        # in this session; kept ones have a file `ID.skipped`
+        # Those skipped in this session; kept ones have a file `ID.skipped`.
         self._skipped_of_heap: set[str] = set()
         # Near hashes of the uniform sample, which `label` compares
         self._sampled: set[int] = set()
@@ -245,12 +246,17 @@ class LabelFolders:
         self._leases = {
             identity: lease for identity, lease in self._leases.items() if lease[1] > now
         }
+
+        # What nobody else has leased; if nothing is left, what others have, too.
         free = [
             identity
             for identity in self.waiting
             if self._leases.get(identity, (session, now))[0] == session
         ]
+
         upcoming = (free or list(self.waiting))[:count]
+
+        # A lease of another session stays.
         for identity in upcoming:
             self._leases.setdefault(identity, (session, 0.0))
             if self._leases[identity][0] == session:
@@ -268,9 +274,14 @@ class LabelFolders:
     def suggestion(self, identity: str) -> str | None:
         """Return the class that a person has suggested for a photograph, who reported a wrong answer."""
         record = self.waiting[identity].record
-        return (
-            None if record is None or record.suggested is None else normalize(record.suggested)
-        )
+        if not record or not record.suggested:
+            return None
+
+        # A class in other letters is that class.
+        suggested = normalize(record.suggested).strip()
+        key = lookalike_key(suggested)
+        same = (name for name in self.classes() if lookalike_key(name) == key)
+        return next(same, suggested)
 
     def obvious(self) -> dict[str, list[str]]:
         """List the photographs that are probably of a class, by class, the surest ones first.
@@ -297,13 +308,9 @@ class LabelFolders:
         }
 
     def classes(self) -> list[str]:
-        """List the names of all classes: those of the bundles, of reports and of the folders, sorted."""
+        """List the names of all classes: those of the bundles and of the folders, sorted."""
         records = [record for _, record in self.waiting.values() if record is not None]
-
         names = {normalize(label) for record in records for label in record.labels}
-        names |= {
-            normalize(record.suggested) for record in records if record.suggested is not None
-        }
         return sorted(names.union(_class_folders(self.photos), _class_folders(self.held_out)))
 
     def label(self, identity: str, name: str | None) -> None:
@@ -314,31 +321,15 @@ class LabelFolders:
         is; without a class, they are in `SAMPLE_FOLDER`. Raises `ConfigError` if *name* cannot
         name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
-        # Choose the folder of the class.
         photo = self._find(identity)
-        if name is not None:
-            folders = _class_folders(self.photos) | _class_folders(self.held_out)
-            name = check_class_name(name, self.classes(), folders)
         folder = self._folder_for(name, is_held_out=self._is_near_sample(photo))
-
-        # Photographs of a heap can have equal names.
-        targets = (folder / numbered_name(photo.path, number) for number in itertools.count(1))
-        target = next(path for path in targets if not os.path.lexists(path))
-
-        # Move the photograph.
         is_new_folder = not folder.is_dir()
-        folder.mkdir(parents=True, exist_ok=True)
 
         try:
-            _move(photo.path, target)
+            target = _move_into(folder, photo.path)
         except FileNotFoundError:
             del self.waiting[identity]
             raise GoneError(GONE) from None
-        finally:
-            if is_new_folder:
-                # Only an empty folder is removed: after a move that failed
-                with suppress(OSError):
-                    folder.rmdir()
 
         # Note the step, and let the suggestions learn from a photograph of a heap.
         del self.waiting[identity]
@@ -347,8 +338,43 @@ class LabelFolders:
         if not photo.is_of_heap:
             photo.path.with_suffix(".json").unlink(missing_ok=True)  # its record
         elif name is not None:
-            self.suggestions.add(name, photo.path, target)
+            self.suggestions.add(normalize(folder.name), photo.path, target)
             self._order_heap()
+
+    def labelled(self) -> dict[str, Labelled]:
+        """List the photographs that have a label, by ID, the last label first.
+
+        Raises `OSError`.
+        """
+        parts = [
+            *((name, path, False) for name, path in _class_folders(self.photos).items()),
+            *((name, path, True) for name, path in _class_folders(self.held_out).items()),
+            (None, self.unknown, False),
+            (None, self.unknown / SAMPLE_FOLDER, True),
+        ]
+        return list_labelled(parts)
+
+    def correct(self, photo: Labelled, name: str | None) -> None:
+        """Move *photo*, which has a label, to the folder of the class *name*; None is "not one of ours".
+
+        It stays held out if it is. Its old folder goes if it was the last one there. Raises as
+        `label` does.
+        """
+        folder = self._folder_for(name, is_held_out=photo.is_held_out)
+        if folder == photo.path.parent:
+            return
+
+        try:
+            target = _move_into(folder, photo.path)
+        except FileNotFoundError:
+            raise GoneError(f"{photo.path}: is no longer there; read the list again") from None
+        with suppress(OSError):  # others are in it
+            photo.path.parent.rmdir()
+
+        self.suggestions.move(
+            photo.path, target, None if name is None else normalize(folder.name)
+        )
+        self._order_heap()
 
     def _is_near_sample(self, photo: Waiting) -> bool:
         """Tell whether *photo* is of the uniform sample, or a near-duplicate of one of it."""
@@ -358,9 +384,15 @@ class LabelFolders:
         return any((near_hash ^ other).bit_count() <= NEAR_BITS for other in self._sampled)
 
     def _folder_for(self, name: str | None, *, is_held_out: bool) -> Path:
-        """Return the folder of the class *name*; None is "not one of ours"."""
+        """Return the folder of the class *name*; None is "not one of ours".
+
+        Raises `ConfigError` if *name* cannot name a class.
+        """
         if name is None:
             return self.unknown / SAMPLE_FOLDER if is_held_out else self.unknown
+
+        folders = _class_folders(self.photos) | _class_folders(self.held_out)
+        name = check_class_name(name, self.classes(), folders)
         parent = self.held_out if is_held_out else self.photos
         return _class_folders(parent).get(name, parent / name)
 
@@ -498,7 +530,7 @@ def order_by_value(
         # Choose the photograph that is uncertain and far from those chosen before, up to
         # `MAX_SPREAD` times.
         for _ in range(min(MAX_SPREAD, len(left_L))):
-            # a position in *left_L*
+            # The position in *left_L* of the most useful one.
             best = int((distances_L * uncertainties_N[left_L]).argmax())
             order.append(int(left_L[best]))
 
@@ -556,6 +588,27 @@ def _find_name_problem(name: str, classes: list[str], folders: Collection[str]) 
     if spellings and name not in spellings:
         return f"use the class {spellings[0]!r}, which has the same name in other letters"
     return ""
+
+
+def _move_into(folder: Path, source: Path) -> Path:
+    """Move the photograph *source* into *folder*, which is made if it is missing; return its new path.
+
+    Raises `OSError`; then nothing has changed.
+    """
+    # Photographs of a heap can have equal names.
+    targets = (folder / numbered_name(source, number) for number in itertools.count(1))
+    target = next(path for path in targets if not os.path.lexists(path))
+
+    is_new_folder = not folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _move(source, target)
+    finally:
+        if is_new_folder:
+            # Only an empty folder is removed: after a move that failed
+            with suppress(OSError):
+                folder.rmdir()
+    return target
 
 
 def _move(source: Path, target: Path) -> None:

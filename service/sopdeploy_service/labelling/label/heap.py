@@ -135,6 +135,13 @@ class Suggestions:
         self._classes[target] = name, path
         self._num_changes += 1
 
+    def move(self, path: Path, target: Path, name: str | None) -> None:
+        """Follow the sorted photograph from *path* to *target*, of the class *name* or, for None, of none."""
+        entry = self._classes.pop(path, None)
+        if entry is not None and name is not None:
+            self._classes[target] = name, entry[1]
+        self._num_changes += 1
+
     def remove(self, target: Path) -> None:
         """Remove the photograph at *target*, whose label was undone, from its class."""
         self._classes.pop(target, None)

@@ -614,17 +614,21 @@ def test_a_wrong_answer_is_reported_only_where_images_are_kept(
     page = open_page(keeping.base_url)
     give(page, jpeg)
     page.get_by_text("This is wrong").click()
-    page.get_by_label("It shows").fill("no such class")
+    page.get_by_label("Another one").fill("a" * 100)
+    page.evaluate("document.getElementById('right').value += '\\u200b\\u0007'")
     page.get_by_role("button", name="Send").click()
-    page.locator("#report-note", has_text="is no class of tiny").wait_for()
+    page.locator("#report-note", has_text="control characters").wait_for()
     label = keeping.get("/v1/card").json()["labels"][2]
-    page.get_by_label("It shows").fill(label)
-    page.get_by_role("button", name="Send").click()
+    page.locator("#right-classes").get_by_role("button", name=label, exact=True).click()
     page.get_by_text("Sent. If there is room, it waits for a label.").wait_for()
     while not (kept := list((tmp_path / "kept").glob("*.json"))):
         page.wait_for_timeout(20)
     record = json.loads(kept[0].read_text(encoding="utf-8"))
     assert ("reported" in record["reasons"], record["suggested"]) == (True, label)
+    page.get_by_label("Another one").fill("a new class")
+    page.get_by_role("button", name="Send").click()
+    while "a new class" not in kept[0].read_text(encoding="utf-8"):
+        page.wait_for_timeout(20)
     assert shown(page) == expected(keeping, jpeg)
 
 

@@ -67,8 +67,8 @@ REFUSED = {
 
 
 PATHS = {
-    **dict.fromkeys(("/", "/state", f"/images/{ONE}", "/none"), "GET"),
-    **dict.fromkeys(("/label", "/undo"), "POST"),
+    **dict.fromkeys(("/", "/state", "/labelled", f"/images/{ONE}", "/none"), "GET"),
+    **dict.fromkeys(("/label", "/correct", "/undo"), "POST"),
 }
 
 
@@ -409,3 +409,21 @@ def test_the_printed_command_continues_from_the_live_run_if_it_is_here(
     assert app.training_command(folders, Path("photos")) == f"{start} --from bundles/live"
     Path("bundles/live").unlink()
     assert app.training_command(folders, Path("photos")) == start
+
+
+def test_only_labelled_photographs_of_the_list_are_shown_and_corrected(client, tmp_path):
+    (tmp_path / "photos" / "hat").mkdir(parents=True)
+    (tmp_path / "photos" / "hat" / "link.jpg").symlink_to("/etc/passwd")
+    (tmp_path / "photos" / "hat" / "notes.txt").write_text("no image")
+    assert client.get("/labelled").json()["photographs"] == []
+    client.post("/label", json=answer())
+    assert client.post("/correct", json={"id": ONE, "name": "shoes"}).status_code == 409
+    (labelled,) = client.get("/labelled").json()["photographs"]
+    assert (labelled["name"], labelled["held_out"]) == ("hat", False)
+    assert client.get(f"/images/{labelled['id']}").status_code == 200
+    body = {"id": labelled["id"], "name": "a/b"}
+    assert client.post("/correct", json=body).status_code == 422
+    (corrected,) = client.post("/correct", json={**body, "name": None}).json()["photographs"]
+    assert (corrected["name"], corrected["id"] != labelled["id"]) == (None, True)
+    assert client.get(f"/images/{labelled['id']}").status_code == 404
+    assert (tmp_path / "photos-unknown" / f"{ONE}.jpg").exists()

@@ -384,3 +384,41 @@ def test_the_first_photographs_come_from_all_regions_not_from_the_most_frequent_
     probabilities[100:, 2:] = 0.5  # between two others
     first = order_by_value(probabilities, np.ones(103, np.bool_))[:2]
     assert {index >= 100 for index in first.tolist()} == {False, True}
+
+
+def test_labels_of_earlier_sessions_are_corrected_and_the_held_out_stay_so(
+    tmp_path, keep, open_folders
+):
+    trained, sampled, foreign = keep(1), keep(2, reasons=("sample",)), keep(3)
+    first = open_folders()
+    for one, name in ((trained, "hat"), (sampled, "hat"), (foreign, None)):
+        first.label(one, name)
+    later = open_folders()
+    names = {photo.path.stem: (one, photo) for one, photo in later.labelled().items()}
+    assert {one: photo.name for one, (_, photo) in names.items()} == {
+        trained: "hat",
+        sampled: "hat",
+        foreign: None,
+    }
+    for one, name in ((trained, "t-shirt"), (sampled, None), (foreign, "a scarf ")):
+        later.correct(names[one][1], name)
+    assert files_below(tmp_path) == {
+        f"photos/t-shirt/{trained}.jpg",
+        f"photos-unknown/sample/{sampled}.jpg",
+        f"photos/a scarf/{foreign}.jpg",
+    }
+    assert not (tmp_path / "photos" / "hat").exists()
+    with pytest.raises(GoneError, match="no longer there"):
+        later.correct(names[trained][1], "shoes")
+    with pytest.raises(ConfigError, match="T-Shirt"):
+        later.correct(next(iter(later.labelled().values())), "T-Shirt")
+
+
+def test_a_suggestion_in_other_letters_is_the_class_and_no_class_of_other_photographs(
+    keep, open_folders
+):
+    one = keep(1, reasons=("reported",), suggested=" T-Shirt")
+    new = keep(2, reasons=("reported",), suggested="a scarf")
+    folders = open_folders()
+    assert (folders.suggestion(one), folders.suggestion(new)) == ("t-shirt", "a scarf")
+    assert "a scarf" not in folders.classes()

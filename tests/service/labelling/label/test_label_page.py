@@ -190,6 +190,37 @@ def test_what_a_person_reported_comes_first_with_the_suggested_class_but_is_no_l
     assert not (tmp_path / "photos").exists()
 
 
+def test_wrong_labels_of_earlier_sessions_are_corrected(
+    keep, open_label_page, open_folders, tmp_path
+):
+    for number in range(4):
+        keep(number, [float(number), 1.0, 2.5])
+    earlier = open_folders()
+    for number in range(3):
+        earlier.label(identity(number), "hat")
+    page = open_label_page(viewport={"width": 390, "height": 844}, has_touch=True)
+    page.locator("#as-labelled").tap()
+    cells = page.locator("#labels button")
+    cells.nth(2).wait_for()
+    assert cells.all_text_contents() == ["hat"] * 3
+    assert page.locator("#change").is_disabled()
+    cells.nth(0).tap()
+    cells.nth(2).tap()
+    page.get_by_label("Right class").fill("a/b")
+    page.get_by_role("button", name="Change 2 labels").tap()
+    page.locator("#labelled-error", has_text="Leave out").or_(
+        page.locator("#labelled-error", has_text="leave out")
+    ).wait_for()
+    cells.nth(0).tap()
+    page.get_by_label("Right class").fill("a scarf")
+    page.keyboard.press("Enter")
+    page.locator("#labels bdi", has_text="a scarf").wait_for()
+    assert cells.all_text_contents() == ["a scarf", "hat", "hat"]
+    assert files_below(tmp_path / "photos" / "a scarf") == {f"{identity(2)}.jpg"}
+    page.locator("#one-by-one").tap()
+    page.locator("#classes .name", has_text="a scarf").wait_for()
+
+
 def test_several_photographs_get_one_label_by_mouse_and_by_keyboard(
     keep, open_label_page, tmp_path
 ):

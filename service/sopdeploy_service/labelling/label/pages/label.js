@@ -1,11 +1,12 @@
 "use strict";
-// The label page: a grid of photographs that are probably of a class; then one at a time, with those selected beside it.
+// The label page: a grid of photographs that are probably of a class; one at a time, with those selected beside it; those with a label.
 
 const RESERVED = "gnsuxz"; // keys of the other buttons
 const WORTH_A_GRID = 8; // photographs of a class; with fewer, the page begins with one photograph
 const KEYS = [..."123456789", ..."abcdefghijklmnopqrstuvwxyz"].filter((key) => !RESERVED.includes(key));
 const state = { photograph: null, classes: [], next: [], selected: new Set(), from: 0, busy: false };
 const grid = { grids: [], name: "", others: new Set() }; // `others` are cells of another class
+const labelled = { photographs: [], wrong: new Set() }; // `wrong` are those that get another label
 const urls = new Map(); // promises of the URLs of loaded photographs, by their IDs
 
 const SESSION = { "X-Session": [...crypto.getRandomValues(new Uint32Array(4))].join("-") }; // another page gets other photographs
@@ -81,7 +82,7 @@ async function show(next) {
   byId("zoom").hidden = !photograph;
   byId("next").replaceChildren(...state.next.map(thumbnail));
   select([...state.selected].filter((id) => state.next.includes(id)));
-  const needed = new Set([...state.next, ...cells()]);
+  const needed = new Set([...state.next, ...cells(), ...labelled.photographs.map(({ id }) => id)]);
   for (const id of [...urls.keys()].filter((one) => !needed.has(one))) {
     void load(id).then(URL.revokeObjectURL);
     urls.delete(id);
@@ -134,12 +135,14 @@ function classButton({ name, probability }, place) {
 /** IDs of the photographs in the grid of the chosen class. */
 const cells = () => grid.grids.find(({ name }) => name === grid.name)?.ids ?? [];
 
-/** Show the grid, or with `isGrid` false one photograph. */
-function view(isGrid) {
-  byId("grid").hidden = !isGrid;
-  byId("main").hidden = isGrid;
-  byId("as-grid").setAttribute("aria-pressed", String(isGrid));
-  byId("one-by-one").setAttribute("aria-pressed", String(!isGrid));
+const VIEWS = { grid: "as-grid", main: "one-by-one", labelled: "as-labelled" }; // sections, and the buttons that show them
+
+/** Show the section `shown` of `VIEWS`. */
+function view(shown) {
+  for (const [section, button] of Object.entries(VIEWS)) {
+    byId(section).hidden = section !== shown;
+    byId(button).setAttribute("aria-pressed", String(section === shown));
+  }
 }
 
 /** Load the grids again; show that of `name` or, if it is empty, the largest one, whose size is returned. */
@@ -191,8 +194,58 @@ async function accept() {
   const { name } = grid;
   const ids = cells().filter((id) => !grid.others.has(id));
   const problem = await send("label", ids.map((id) => ({ id, kind: "class", name })));
-  if (!problem && !(await loadGrids())) view(false);
+  if (!problem && !(await loadGrids())) view("main");
 }
+
+/** Show `reply`, the photographs that have a label, none of them touched. */
+function showLabelled({ photographs, classes }) {
+  Object.assign(labelled, { photographs, wrong: new Set() });
+  byId("no-labels").hidden = photographs.length > 0;
+  byId("labelled-work").hidden = photographs.length === 0;
+  byId("all-classes").replaceChildren(...classes.map((name) => make("option", { value: name })));
+  byId("labels").replaceChildren(...photographs.map(labelledCell));
+  byId("right").value = "";
+  showWrong();
+}
+
+/** Button of a photograph with its label: pressed if the label is wrong. */
+function labelledCell({ id, name, held_out: isHeldOut }) {
+  const image = make("img", { alt: "" });
+  void load(id).then((url) => { image.src = url; });
+  const label = make("bdi", {}, name ?? "Not one of ours");
+  const button = make("button", { type: "button", "aria-pressed": "false", title: isHeldOut ? "Held out from training" : "" }, image, label);
+  button.addEventListener("click", () => {
+    if (!labelled.wrong.delete(id)) labelled.wrong.add(id);
+    button.setAttribute("aria-pressed", String(labelled.wrong.has(id)));
+    showWrong();
+  });
+  return button;
+}
+
+/** Say how many labels change. */
+function showWrong() {
+  const count = labelled.wrong.size;
+  byId("change").textContent = `Change ${count} ${count === 1 ? "label" : "labels"}`;
+  byId("change").disabled = byId("change-none").disabled = count === 0;
+}
+
+/** Read the list again, or change the labels of the touched photographs to `bodies` first; show the problem. */
+async function readLabelled(bodies = []) {
+  let problem = "", reply = null;
+  try {
+    for (const body of bodies) reply = await ask("correct", body);
+  } catch (error) {
+    problem = error.message;
+    reply = null; // the list tells what has changed
+  }
+  reply ??= await ask("labelled").catch((error) => { problem ||= error.message; });
+  if (reply) showLabelled(reply);
+  byId("labelled-error").textContent = sentence(problem);
+  byId("labelled-error").hidden = !problem;
+}
+
+/** Change the labels of the touched photographs to `name`, null for none of ours. */
+const correct = (name) => readLabelled([...labelled.wrong].map((id) => ({ id, name })));
 
 /** Show the photograph at `url` as large as it is. */
 function enlarge(url) {
@@ -202,11 +255,23 @@ function enlarge(url) {
 
 byId("accept").addEventListener("click", () => void accept());
 byId("zoom").addEventListener("click", () => enlarge(byId("photo").src));
-byId("one-by-one").addEventListener("click", () => view(false));
+byId("one-by-one").addEventListener("click", () => {
+  if (!byId("labelled").hidden) void send("state"); // a correction can have made a class
+  view("main");
+});
 byId("as-grid").addEventListener("click", () => {
-  view(true);
+  view("grid");
   void loadGrids(grid.name);
 });
+byId("as-labelled").addEventListener("click", () => {
+  view("labelled");
+  void readLabelled();
+});
+byId("correct").addEventListener("submit", (event) => {
+  event.preventDefault();
+  void correct(byId("right").value);
+});
+byId("change-none").addEventListener("click", () => void correct(null));
 byId("new").addEventListener("submit", (event) => {
   event.preventDefault();
   byId("name").blur(); // so that the next key is a label
@@ -219,14 +284,15 @@ document.addEventListener("keydown", (event) => {
   if (byId("enlarged").open) return; // which Escape closes
   if (event.key === "Escape" && event.target !== byId("name")) select([]);
   if (event.key === "Escape") byId("name").blur();
-  if (event.target === byId("name") || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.matches("input") || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   const key = event.key.toLowerCase();
   const place = KEYS.indexOf(key);
   const isGrid = !byId("grid").hidden;
-  const shown = isGrid ? event.target.closest(".cells button")?.firstChild : byId("photo");
+  const isLabelled = !byId("labelled").hidden;
+  const shown = isGrid ? event.target.closest(".cells button")?.firstChild : isLabelled ? event.target.closest(".labelled button")?.firstChild : byId("photo");
   if (key === "z" && shown) enlarge(shown.src);
   else if (key === "g") byId(isGrid ? "one-by-one" : "as-grid").click();
-  else if (isGrid) return; // the other keys are about one photograph
+  else if (isGrid || isLabelled) return; // the other keys are about one photograph
   else if (key === "n") byId("name").focus();
   else if (key === "x") label("unknown");
   else if (key === "s") label("skip");
@@ -237,6 +303,6 @@ document.addEventListener("keydown", (event) => {
 });
 
 void send("state").then(async () => {
-  if ((await loadGrids()) >= WORTH_A_GRID) view(true);
+  if ((await loadGrids()) >= WORTH_A_GRID) view("grid");
   byId("grid").setAttribute("aria-busy", "false");
 });

@@ -1,0 +1,269 @@
+"""The result of a comparison of two bundles: its figures, and how they are told."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from sopdeploy.cli.console import err, plain_text, print_table, say
+from sopdeploy.config import StrictModel
+from sopdeploy.errors import amount, shorten
+from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.evaluation.permission import MIN_IMAGES
+from sopdeploy.evaluation.statistics import ALPHA, Verdict, smallest_difference
+from sopdeploy.html.report import percent
+
+FEW = 5  # photographs of a class, which tell whether it is worse only if nearly all change
+
+
+class BundleScore(StrictModel):
+    """Scores of one bundle: accuracy on the recent photographs, `top1`, and on all of them, `top1_all`.
+
+    Log loss and the share of known images are those of recent photographs of classes that both
+    bundles have; `rejected` is that of unknown images, if there are any.
+    """
+
+    bundle: str
+    id: str
+    top1: Rate
+    top1_all: Rate | None = None
+    log_loss: float
+    accepted: Rate | None
+    rejected: Rate | None
+
+
+class Change(StrictModel):
+    """Images that only the second bundle answers correctly (`wins`), or only the first (`losses`).
+
+    `p` is McNemar's exact p-value. Of unknown images, a correct answer is that they are
+    unknown; a bundle without a threshold has none.
+    """
+
+    wins: int
+    losses: int
+    p: float | None = None
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the second bundle is worse on these images."""
+        return self.p is not None and self.p <= ALPHA and self.losses > self.wins
+
+
+class ClassChange(Change):
+    """One class; `p` is corrected by Holm's method over classes with `TESTABLE` changes, else None."""
+
+    label: str
+    num_images: int
+    first: int
+    second: int
+
+
+class Check(StrictModel):
+    """A bound on what the second bundle loses, as fractions: it passes if `low` is at least `limit`.
+
+    `of` are all recent photographs, those of `old` classes, which the first bundle has, or all
+    recent ones compared with the `anchor`, the best bundle that was live before.
+    """
+
+    of: Literal["all", "old", "anchor"]
+    num_images: int
+    wins: int
+    losses: int
+    difference: float
+    low: float
+    limit: float
+    num_more_images: int | None = None
+
+    @property
+    def passes(self) -> bool:
+        """Whether a difference below the limit is unlikely."""
+        return self.low >= self.limit
+
+    @property
+    def problem(self) -> str:
+        """Why it does not pass."""
+        images = {
+            "all": "",
+            "old": "classes of both: ",
+            "anchor": "compared with the best earlier bundle: ",
+        }[self.of]
+        if self.num_images < MIN_IMAGES:
+            return f"{images}{amount(self.num_images, 'photograph')}, too few"
+        loss = -100 * self.low  # that is not unlikely
+        limit = -100 * self.limit
+        return f"{images}may lose up to {loss:.1f} points, the limit is {limit:.1f}"
+
+    @property
+    def figures(self) -> str:
+        """The difference, its bound and the limit, in points."""
+        return (
+            f"{100 * self.difference:+.1f} points "
+            f"(at least {100 * self.low:+.1f}, limit {100 * self.limit:+.1f})"
+        )
+
+
+class BundleComparison(StrictModel):
+    """The second bundle compared with the first on `num_images` recent photographs.
+
+    Accuracies and differences are fractions. `classes` are those of the first bundle, `new` and
+    `removed` those of the second or the first bundle only. `num_copies` near-duplicates, those
+    of unknown images included, and `trained_on` training images were left out. `suspects` are
+    bundles some of whose training images were found, but whose record of them is incomplete.
+    `attempt` counts the comparisons of `promote` with this first bundle, and includes this one.
+    `checks` decide; a comparison of before 0.2 has none. `num_more_images` would decide what is
+    undecided, in the next attempt. `unknown` is None without unknown images; a second bundle
+    that rejects fewer of them is worse.
+    """
+
+    first: BundleScore
+    second: BundleScore
+    num_images: int
+    num_copies: int
+    trained_on: int
+    suspects: tuple[str, ...]
+    wins: int
+    losses: int
+    difference: float
+    low: float
+    high: float
+    p: float
+    tolerance: float
+    attempt: int
+    checks: tuple[Check, ...] = ()
+    verdict: Verdict
+    num_more_images: int | None
+    unknown: Change | None
+    classes: tuple[ClassChange, ...]
+    new: tuple[ClassChange, ...]
+    removed: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def passes(self) -> bool:
+        """Whether the second bundle may replace the first."""
+        return self.verdict in {"better", "not worse"}
+
+    @property
+    def summary(self) -> str:
+        """The verdict and what it follows from, in one line."""
+        if self.first.id == self.second.id:
+            return f"no difference, both are the same bundle: {self._figures}"
+        if self.passes:
+            return f"passes: {self._figures}"
+        return f"{'; '.join([self.verdict, *self._problems])}: {self._figures}"
+
+    @property
+    def _problems(self) -> Iterator[str]:
+        """What speaks against the second bundle, the failed checks first."""
+        for check in self.checks:
+            if not check.passes:
+                yield check.problem
+
+        if self.num_more_images is not None:
+            rounded = float(f"{self.num_more_images:.1e}")  # to two digits
+            yield f"label about {rounded:,.0f} more to decide"
+
+        if self.unknown is not None and self.unknown.is_worse:
+            yield f"rejects {self.unknown.losses - self.unknown.wins} fewer unknown images"
+
+    @property
+    def _figures(self) -> str:
+        """The differences on all photographs, on old classes and on new ones."""
+        right = self.second.top1.right
+        live = self.first.top1.right
+        checks = {check.of: check for check in self.checks}
+        text = (
+            f"of {self.num_images:,} recent photographs {right:,} right, the live one {live:,}"
+        )
+
+        # Only what the comparison has: old classes, new ones, an earlier bundle, earlier
+        # attempts.
+        if "all" in checks:
+            text += f": {checks['all'].figures}"
+        if "old" in checks:
+            text += f"; classes of both {checks['old'].figures}"
+        for change in self.new:
+            text += f"; new class {change.label} {change.second} of {change.num_images}"
+        if "anchor" in checks:
+            text += f"; to the best earlier bundle {checks['anchor'].figures}"
+
+        return text if self.attempt < 2 else f"{text}; attempt {self.attempt}"
+
+    @property
+    def evidence(self) -> str:
+        """What these photographs can show, and of which classes they show little, in one line."""
+        shown = 100 * smallest_difference(self.wins, self.losses, self.num_images)
+
+        text = f"{amount(self.num_images, 'photograph')} show differences from about {shown:.2g} points"
+        few = [
+            f"{change.num_images} of {change.label}"
+            for change in self.classes
+            if change.num_images < FEW
+        ]
+
+        return f"{text}; fewer than {FEW} of a class: {shorten(few)}" if few else text
+
+    @property
+    def worse_classes(self) -> list[str]:
+        """Classes in which the second bundle is worse."""
+        return [change.label for change in self.classes if change.is_worse]
+
+
+def show_comparison(result: BundleComparison) -> None:
+    """Print both bundles, their classes and the verdict."""
+    for note in result.notes:
+        err.print(plain_text(f"warning: {note}"))
+
+    # Both bundles.
+    rows = []
+    for score in (result.first, result.second):
+        interval = f"{percent(score.top1.low)} to {percent(score.top1.high)}"
+        shares = (
+            percent(rate.share) if rate else "-" for rate in (score.accepted, score.rejected)
+        )
+        rows.append(
+            (
+                score.bundle,
+                percent(score.top1.share),
+                interval,
+                f"{score.log_loss:.3f}",
+                *shares,
+            )
+        )
+
+    print_table(("bundle", "top-1", "95 %", "log loss", "known", "unknown rejected"), rows)
+
+    # The classes of both bundles; p values are corrected for their number.
+    class_rows = []
+    for change in result.classes:
+        shares = (percent(right / change.num_images) for right in (change.first, change.second))
+        p_value = "" if change.p is None else f"{change.p:.2g}"
+        class_rows.append(
+            (
+                change.label,
+                str(change.num_images),
+                *shares,
+                f"{change.wins}, {change.losses}",
+                p_value,
+            )
+        )
+
+    print_table(("class", "images", "first", "second", "better, worse", "p, Holm"), class_rows)
+    for change in result.new:
+        say(f"new class {change.label}: {change.second} of {change.num_images} correct")
+    if result.removed:
+        say(f"only in the first bundle: {', '.join(result.removed)}")
+    say(
+        f"left out: {result.num_copies} near-duplicates, {result.trained_on} photographs from the training",
+        f"better on {result.wins}, worse on {result.losses} photographs, McNemar p {result.p:.2g}",
+        result.evidence,
+    )
+
+    # Accuracy on recent photographs and, if there are older ones, on all.
+    for score in (result.first, result.second):
+        if score.top1_all is not None:
+            say(
+                f"accuracy on recent traffic, {score.bundle}: {percent(score.top1.share)} on "
+                f"{score.top1.count:,} photographs; on all {score.top1_all.count:,}: "
+                f"{percent(score.top1_all.share)}"
+            )
+
+    say(result.summary, style="bold")

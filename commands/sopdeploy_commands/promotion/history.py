@@ -1,0 +1,95 @@
+"""The history of a link to bundles: the recorded moves, and what they say about the live bundle."""
+
+import os
+from pathlib import Path
+
+from sopdeploy.bundle.live import LOG, read_log
+from sopdeploy.config import OtherVersionError, StrictModel, Text, validate_format
+from sopdeploy.errors import ConfigError
+from sopdeploy.names import LinkPath
+from sopdeploy.project import Time
+from sopdeploy_commands.promotion.comparison import BundleComparison
+
+
+class Promotion(StrictModel):
+    """One move of the link named `link`, or a refused one: who, when, why, and the figures.
+
+    `before` and `after` are bundles, as paths relative to the folder of the link. `before` is
+    None for the first bundle; `comparison` is None if nothing was compared. `anchor` is the best
+    bundle after this move; None in the records of before 0.2.
+    """
+
+    time: Time
+    user: Text
+    link: LinkPath
+    before: LinkPath | None
+    after: LinkPath
+    reason: Text
+    refused: bool = False
+    comparison: BundleComparison | None = None
+    anchor: LinkPath | None = None
+
+
+def read_promotions(link: Path) -> list[Promotion]:
+    """Read the recorded moves of *link* and the refused ones, the oldest first.
+
+    Raises `ConfigError` as `read_log` does, and for a line that cannot be read, as one of a later
+    version: each attempt and each move counts.
+    """
+    promotions = []
+
+    for number, fields in read_log(link.parent):
+        if fields.get("link") == link.name:
+            try:
+                promotions.append(validate_format(Promotion, fields))
+            except ValueError as error:
+                advice = (
+                    ""
+                    if isinstance(error, OtherVersionError)
+                    else "; repair or remove this line"
+                )
+                log = link.with_name(LOG)
+                raise ConfigError(f"{log}: line {number}: {error}{advice}") from error
+
+    return promotions
+
+
+def read_link(link: Path) -> str | None:
+    """Read the path of the bundle to which *link* leads, relative to its folder; None if it is no link."""
+    if not link.is_symlink():
+        return None
+    target = str(link.readlink())
+    if not (link.parent / target).is_symlink():
+        return target
+    return os.path.relpath(os.path.realpath(link), os.path.realpath(link.parent))
+
+
+def count_comparisons(link: Path) -> int:
+    """Count the recorded comparisons with the bundle that *link* leads to; equal ones count once."""
+    different = set()
+    live = read_link(link)
+    if live is None:
+        return 0
+
+    for promotion in read_promotions(link):
+        compared = promotion.comparison
+        if promotion.before == live and compared is not None:
+            different.add(
+                (promotion.after, compared.num_images, compared.wins, compared.losses)
+            )
+
+    return len(different)
+
+
+def read_anchor(link: Path) -> str | None:
+    """Read the best bundle that was live before the one that *link* leads to; None without another one.
+
+    A bundle that was moved to without a comparison, by force or as the first one, is the best.
+    """
+    live = read_link(link)
+    if live is None:
+        return None
+    moves = [move for move in read_promotions(link) if move.after == live and not move.refused]
+    if not moves or moves[-1].anchor == live:
+        return None
+    return moves[-1].anchor
