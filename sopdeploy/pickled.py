@@ -8,7 +8,7 @@ import math
 import pickletools
 import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -49,17 +49,16 @@ class StoredKind:
 
         Raises `ValueError` if it needs more or fewer bytes.
         """
-        if (
-            not isinstance(raw, bytes)
-            or not isinstance(self.text, str)
-            or not _NUMBERS.fullmatch(self.text)
-        ):
+        if not isinstance(raw, bytes) or not isinstance(self.text, str):
+            return None
+        if not _NUMBERS.fullmatch(self.text):
             return None
 
         dtype = np.dtype(self.order + self.text)
-        if not isinstance(shape, tuple) or math.prod(map(int, shape)) * dtype.itemsize != len(
-            raw
-        ):
+        has_size = isinstance(shape, tuple) and (
+            math.prod(map(int, shape)) * dtype.itemsize == len(raw)
+        )
+        if not has_size:
             raise ValueError("an array has another size than its numbers")
 
         values = np.frombuffer(raw, dtype).reshape(shape, order="F" if by_columns else "C")
@@ -144,31 +143,46 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
             stack.append(None)
             continue
 
-        # What the operation takes from the stack: all above the last mark, or a fixed number.
-        before = operation.stack_before
-        if pickletools.markobject in before:
-            operands = list(iter(stack.pop, None))  # those above the mark
-            for _ in range(before.index(pickletools.markobject)):
-                stack.pop()
-        else:
-            operands = [
-                extent for extent in (stack.pop() for _ in before) if extent is not None
-            ]
-
-        # of what the operation puts on the stack
-        values = 1
-        levels = 0
+        # A tuple has all values of what it takes; other results count as one. Keys, and the
+        # arguments of a call, may be hashed.
+        operands = _take_operands(operation, stack)
+        result = _Extent(1, 0)
         if name.startswith("TUPLE"):
-            values += sum(extent.values for extent in operands)
-            levels = 1 + max((extent.levels for extent in operands), default=0)
-        elif name in {"SETITEM", "SETITEMS", "REDUCE"}:  # these may hash what they take
+            result = _extent_of_container(operands)
+        elif name in {"SETITEM", "SETITEMS", "REDUCE"}:
             hashed += sum(extent.values for extent in operands)
 
-        if values > MAX_VALUES or cost + hashed > MAX_VALUES or levels > MAX_LEVELS:
+        has_too_many = result.values > MAX_VALUES or cost + hashed > MAX_VALUES
+        if has_too_many or result.levels > MAX_LEVELS:
             raise ValueError("a tuple has too many values or levels")
-        stack += [_Extent(values, levels)] * len(operation.stack_after)
+        stack += [result] * len(operation.stack_after)
 
     return hashed
+
+
+def _take_operands(
+    operation: pickletools.OpcodeInfo, stack: list[_Extent | None]
+) -> list[_Extent]:
+    """Take from *stack* what *operation* takes; return what is above the last mark or, without one, all."""
+    before = operation.stack_before
+    if pickletools.markobject not in before:
+        taken = [stack.pop() for _ in before]
+        return [extent for extent in taken if extent is not None]
+
+    # The operands above the mark, the mark, and what the operation names below it.
+    operands: list[_Extent] = []
+    while (extent := stack.pop()) is not None:
+        operands.append(extent)
+    for _ in range(before.index(pickletools.markobject)):
+        stack.pop()
+    return operands
+
+
+def _extent_of_container(parts: Sequence[_Extent]) -> _Extent:
+    """Return the extent of a container of *parts*."""
+    values = 1 + sum(extent.values for extent in parts)
+    levels = 1 + max((extent.levels for extent in parts), default=0)
+    return _Extent(values, levels)
 
 
 def distinct_values(content: Any) -> list[Any]:
@@ -178,8 +192,7 @@ def distinct_values(content: Any) -> list[Any]:
     than `MAX_LEVELS`, and if *content* contains itself.
     """
     leaves: list[Any] = []
-    # by the identity of an object; None while it is measured
-    extents: dict[int, _Extent | None] = {}
+    extents: dict[int, _Extent | None] = {}  # by the id of an object; None: being measured
 
     def measure(value: Any, outer_levels: int) -> _Extent:
         """Measure *value*, once for each object; add it to *leaves* if it is no container."""
@@ -197,17 +210,15 @@ def distinct_values(content: Any) -> list[Any]:
             parts = [*parts.keys(), *parts.values()]
         if isinstance(parts, list | tuple | set | frozenset):
             extents[id(value)] = None
-            inner = [measure(part, outer_levels + 1) for part in parts]
-            num_values = 1 + sum(extent.values for extent in inner)
-            levels = 1 + max((extent.levels for extent in inner), default=0)
-            if num_values > MAX_VALUES or levels > MAX_LEVELS:
+            extent = _extent_of_container([measure(part, outer_levels + 1) for part in parts])
+            if extent.values > MAX_VALUES or extent.levels > MAX_LEVELS:
                 raise ValueError("its lists name too many values or have too many levels")
         else:
-            num_values = 1
-            levels = 0
+            extent = _Extent(1, 0)
             leaves.append(value)
-        measured = extents[id(value)] = _Extent(num_values, levels)
-        return measured
+
+        extents[id(value)] = extent
+        return extent
 
     measure(content, 0)
     return leaves

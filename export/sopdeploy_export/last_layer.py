@@ -32,12 +32,14 @@ def find_last_layer(
         layer = last_linear(network, classes, training_only)
     if layer is None:
         return None
+
+    # A hook sees what the layer returns, each time that it runs.
     results: list[Tensor] = []
     with layer.register_forward_hook(lambda _part, _inputs, output: results.append(output)):
         logits = Deployed(network, preprocess).eval()(torch.from_numpy(images))[0]
-    return (
-        layer if len(results) == 1 and _have_equal_probabilities(results[0], logits) else None
-    )
+
+    computes_logits = len(results) == 1 and _have_equal_probabilities(results[0], logits)
+    return layer if computes_logits else None
 
 
 def _have_equal_probabilities(outputs: Tensor, logits: Tensor) -> bool:
@@ -46,13 +48,13 @@ def _have_equal_probabilities(outputs: Tensor, logits: Tensor) -> bool:
         return False
     if torch.equal(outputs.nan_to_num(), logits.nan_to_num()):
         return True
+
+    # The difference is the same in all columns of a row, up to rounding.
     shifts = (outputs - logits).double()
-    rounding = (
-        16
-        * torch.finfo(logits.dtype).eps
-        * torch.maximum(outputs.abs().amax(), logits.abs().amax())
-    )
-    return bool((shifts.amax(dim=1) - shifts.amin(dim=1) <= rounding).all())
+    spread = shifts.amax(dim=1) - shifts.amin(dim=1)
+    largest = torch.maximum(outputs.abs().amax(), logits.abs().amax())
+    rounding = 16 * torch.finfo(logits.dtype).eps * largest
+    return bool((spread <= rounding).all())
 
 
 def add_embedding_output(
@@ -72,10 +74,10 @@ def add_embedding_output(
         kind = type(network).__name__
         problem = f"no last linear layer computes the logits of {kind}, so it has no features in front of it"
         raise LoweringError(problem, setting="with_features")
+
+    # For `compute_outputs`; `vars` avoids a `__setattr__` of the user.
     name = next(name for name, module in network.named_modules() if module is layer)
-    vars(network)[EXPORT_EMBEDDING] = (
-        name  # for `compute_outputs`; `vars` avoids a user's `__setattr__`
-    )
+    vars(network)[EXPORT_EMBEDDING] = name
 
 
 @torch.no_grad()

@@ -21,29 +21,28 @@ def copy_network(network: _Network) -> _Network:
     """Copy *network* with `copy.deepcopy`; the locks of modules become new ones.
 
     Tensors in attributes lose the operations that computed them, without which they can be
-    copied.
-
-    Raises `LoweringError` if this fails, or if a `__deepcopy__` returns another class or parts
-    of *network*.
+    copied. Raises `LoweringError` if this fails, or if a `__deepcopy__` returns another class or
+    parts of *network*.
     """
+    # The copies that deepcopy is to use of what it cannot copy, by the id of the original.
     memo: dict[int, Any] = {}
     for _, module in modules(network):
         for value in tree_leaves(list(vars(module).values())):
-            if type(value) in LOCKS:  # which deepcopy cannot copy
+            if type(value) in LOCKS:
                 memo[id(value)] = LOCKS[type(value)]()
             elif type(value) is Tensor and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+
     try:
         copied = copy.deepcopy(network, memo)
     except Exception as error:  # classes can define how they are copied
         raise LoweringError(f"the network cannot be copied: {first_line(error)}") from error
-    originals = {id(module) for _, module in modules(network)}
 
-    # Each has its own class
+    # Every graph module has a class of its own.
     kind = fx.GraphModule if isinstance(network, fx.GraphModule) else type(network)
-    if not isinstance(copied, kind) or any(
-        id(module) in originals for _, module in modules(copied)
-    ):
+    originals = {id(module) for _, module in modules(network)}
+    shares_module = any(id(module) in originals for _, module in modules(copied))
+    if not isinstance(copied, kind) or shares_module:
         raise LoweringError(
             "the network is not copied by copy.deepcopy; remove its __deepcopy__"
         )
@@ -93,10 +92,12 @@ def tensors_converted(
     network: nn.Module, convert: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
     """Replace the content of each tensor of *network* by what *convert* makes of it, for the block."""
-    stored = {id(tensor): tensor for tensor in tensors(network).values()}
+    # Each tensor once, also if it has several names.
+    by_id = {id(tensor): tensor for tensor in tensors(network).values()}
     replaced: list[tuple[Tensor, Tensor]] = []
+
     try:
-        for tensor in stored.values():
+        for tensor in by_id.values():
             content = tensor.data
             converted = convert(content)
             if converted is not content:  # some tensors cannot be replaced
@@ -118,14 +119,16 @@ def attributes_restored(network: nn.Module) -> Iterator[None]:
     saved: list[tuple[Any, Any]] = [
         (container, container.copy()) for container in (*attributes, *nested)
     ]
+
     try:
         yield
     finally:
         for container, content in saved:
             container.clear()
-            # of a dict or a set
-            fill = container.extend if isinstance(container, list) else container.update
-            fill(content)
+            if isinstance(container, list):
+                container.extend(content)
+            else:  # a dict or a set
+                container.update(content)
 
 
 def _nested_containers(container: Any, depth: int) -> Iterator[Any]:

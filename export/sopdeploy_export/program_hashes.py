@@ -61,22 +61,27 @@ def program_root(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> Pro
             raise CertificateError(
                 f"the eval graph writes to {spec.target or spec.arg}; an exported network must be stateless"
             )
+
+    # The nodes behind the outputs, and behind operations with an effect, such as an assertion.
     outputs = program.graph.output_node()
-    reached = nodes_before(program.graph, outputs.all_input_nodes)
-    side_effects = []  # such as an assertion
+    needed = nodes_before(program.graph, outputs.all_input_nodes)
+    side_effects = []
     for node in program.graph.nodes:
         has_no_reader = node.op == "call_function" and not node.users
 
         # An assertion on the type of a value that no output depends on can never fail.
-        is_idle = node.target is CHECK_OF_TYPE and not reached.issuperset(node.all_input_nodes)
+        is_idle = node.target is CHECK_OF_TYPE and not needed.issuperset(node.all_input_nodes)
         if has_no_reader and node.is_impure() and not is_idle:
             side_effects.append(node)
-    reached |= nodes_before(program.graph, side_effects)
-    hashes, operations = _hash_nodes(program, reached, hash_of)
+    needed |= nodes_before(program.graph, side_effects)
+
+    # The root is over the outputs and the effects; the hash of a node is over what is behind it.
+    hashes, operations = _hash_nodes(program, needed, hash_of)
     encoded = [
         _encode(value, hashes.__getitem__, hash_of)
         for value in (outputs.args[0], *side_effects)
     ]
+
     signature = program.graph_signature
     state_names = signature.inputs_to_parameters | signature.inputs_to_buffers  # by placeholder
     return ProgramRoot(
@@ -100,12 +105,14 @@ def nodes_before(graph: fx.Graph, results: Iterable[fx.Node]) -> set[fx.Node]:
 
 def describe_difference(root: ProgramRoot, expected: ProgramRoot, reference: str) -> str:
     """Describe how *root* differs from *expected*, which is the root of the *reference* network."""
+    # The first operation that only one of both has.
     extra = next(
         (name for sha256, name in root.nodes.items() if sha256 not in expected.nodes), None
     )
     missing = next(
         (name for sha256, name in expected.nodes.items() if sha256 not in root.nodes), None
     )
+
     if extra is None:
         return "its inputs or outputs differ" if missing is None else f"it lacks {missing}"
     if missing is None:
@@ -123,43 +130,46 @@ def fingerprint(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> str 
     strides. Returns None, without an error, for a program with an argument, a subgraph or an
     operation that cannot be hashed.
     """
+    # The position of each node stands for its name: inputs that are used, then operations.
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    used_specs = [
+    specs_in_use = [
         spec
         for spec in program.graph_signature.input_specs
         if placeholders[spec.arg.name].users
     ]
-    used_placeholders = [placeholders[spec.arg.name] for spec in used_specs]
-    others = [node for node in program.graph.nodes if node.op != "placeholder"]
+    inputs_in_use = [placeholders[spec.arg.name] for spec in specs_in_use]
+    operations = [node for node in program.graph.nodes if node.op != "placeholder"]
     positions = {
-        node: str(position) for position, node in enumerate([*used_placeholders, *others])
+        node: str(position) for position, node in enumerate([*inputs_in_use, *operations])
     }
+
     described = [str(program.range_constraints)]
     try:
         hashes_by_placeholder = _hash_placeholders(program, hash_of)
-        for spec in used_specs:
+        for spec in specs_in_use:
             stored = _stored_value(program, spec)
             strides = stored.stride() if isinstance(stored, Tensor) else ""
             sha256 = hashes_by_placeholder[spec.arg.name]
             described.append(f"{spec.kind} {spec.persistent} {strides} {sha256}")
-        for node in others:
+
+        for node in operations:
             if node.op != "output":
-                # Raises an error unless the node is a call
-                described.append(_name_operation(node))
+                described.append(_name_operation(node))  # an error unless the node is a call
             described.append(_encode([node.args, node.kwargs], positions.__getitem__, hash_of))
     except CertificateError:
         return None
+
     return hash_parts(*described)
 
 
 def are_equal(first: Tensor, second: Tensor) -> bool:
     """Compare type, shape and content; as bytes, because 0 equals -0 and NaN differs from itself."""
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
+    if first.dtype != second.dtype or first.shape != second.shape:
         return False
-    content = [
+    first_bytes, second_bytes = (
         tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)
-    ]
-    return torch.equal(*content)
+    )
+    return torch.equal(first_bytes, second_bytes)
 
 
 class TensorHashes:
@@ -184,15 +194,17 @@ def _hash_placeholders(program: ExportedProgram, hash_of: HashOf) -> dict[str, s
 
     Raises `CertificateError` for one that is not a tensor.
     """
-    numbered_sizes: dict[str, str] = {}  # symbolic sizes are numbered by their first appearance
-    hashes: dict[str, str] = {}
     values = {
         node.name: node.meta.get("val")
         for node in program.graph.nodes
         if node.op == "placeholder"
     }
+    hashes: dict[str, str] = {}
     num_inputs = 0
+    name_of_size: dict[str, str] = {}  # symbolic sizes are numbered by their first appearance
+
     for spec in program.graph_signature.input_specs:
+        # A weight, a buffer or a constant.
         if spec.kind != InputKind.USER_INPUT:
             tensor = _stored_value(program, spec)
             if not isinstance(tensor, Tensor):
@@ -201,20 +213,22 @@ def _hash_placeholders(program: ExportedProgram, hash_of: HashOf) -> dict[str, s
                 )
             hashes[spec.arg.name] = hash_of(tensor)
             continue
+
+        # An input.
         value = values[spec.arg.name]
         if not isinstance(value, Tensor):
             raise CertificateError(f"input {num_inputs} is not a tensor")
         shape = []
         for size in value.shape:
-            new = f"S{len(numbered_sizes)}"
-            name = (
+            next_name = f"S{len(name_of_size)}"
+            shape.append(
                 str(size)
                 if isinstance(size, int)
-                else numbered_sizes.setdefault(str(size.node.expr), new)
+                else name_of_size.setdefault(str(size.node.expr), next_name)
             )
-            shape.append(name)
         hashes[spec.arg.name] = hash_parts("input", str(num_inputs), str(value.dtype), *shape)
         num_inputs += 1
+
     return hashes
 
 
@@ -255,9 +269,11 @@ def _hash_nodes(
     hashes_by_placeholder = _hash_placeholders(program, hash_of)
     hashes: dict[fx.Node, str] = {}
     operations: dict[str, str] = {}
+
     for node in program.graph.nodes:  # in topological order
         if node not in needed:
             continue
+
         if node.op == "placeholder":
             hashes[node] = hashes_by_placeholder[node.name]
         elif node.op == "get_attr":
@@ -272,6 +288,7 @@ def _hash_nodes(
             )
             hashes[node] = hash_parts(operation, *arguments)
             operations.setdefault(hashes[node], f"{operation} in {module_of(node)}")
+
     return hashes, operations
 
 
@@ -322,10 +339,10 @@ def _is_random(node: fx.Node) -> bool:
     target: Any = node.target
     if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
         return False
+
+    # Attention has `dropout_p`.
     names = [argument.name for argument in target._schema.arguments]
     arguments = dict(zip(names, _all_arguments(node), strict=True))
-
-    # `dropout_p` of attention
     is_off = any(arguments.get(name) == 0 for name in ("p", "dropout_p"))
     is_eval = any(arguments.get(name) is False for name in ("train", "training"))
     return not is_off and not is_eval

@@ -51,9 +51,12 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *func* writes to an operand.
         """
         del types
+
+        # Types that the code names.
         args = tuple(map(widen_dtype, args))
         kwargs = {name: widen_dtype(value) for name, value in (kwargs or {}).items()}
-        # so that `ReportsFloat32` does not change `value.dtype` here
+
+        # Operands. `ReportsFloat32`, a torch function, must not change what `dtype` gives here.
         with torch._C.DisableTorchFunction():
             dtypes = {
                 value.dtype
@@ -63,11 +66,8 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
             # An operation that writes to an operand needs this operand itself, not a converted
             # copy.
-            if (
-                torch.float64 in dtypes
-                and dtypes & set(REDUCED)
-                and not func._schema.is_mutable
-            ):
+            is_mixed = torch.float64 in dtypes and dtypes & set(REDUCED)
+            if is_mixed and not func._schema.is_mutable:
                 args, kwargs = tree_map_only(
                     Tensor, lambda t: t.double() if t.dtype in REDUCED else t, (args, kwargs)
                 )
@@ -118,7 +118,7 @@ def open_session(
 ) -> ort.InferenceSession:
     """Load *model* on the CPU; without *optimized*, its operators are not fused."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 3  # errors only
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if lacks_vnni():
         options.add_session_config_entry(*EXACT_INT8)
@@ -136,6 +136,7 @@ def file_outputs(
     Raises `ParityError` if the file does not accept this batch size.
     """
     names = [output.name for output in session.get_outputs()]
+
     chunks = []
     for start in range(0, len(images), batch):
         indices = np.arange(start, start + batch) % len(images)
@@ -147,6 +148,8 @@ def file_outputs(
                 f"the exported file rejects a batch of {batch}: {reason}"
             ) from problem
         chunks.append(dict(zip(names, outputs, strict=True)))
+
+    # Without the images that are repeated.
     return {
         name: np.concatenate([chunk[name] for chunk in chunks])[: len(images)] for name in names
     }
@@ -176,11 +179,10 @@ def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
 def mark_decided(logits: NDArray[Any], chosen: int, tolerance: float) -> NDArray[np.bool_]:
     """Mark the images (P,) whose *chosen* largest gate logits (P, N) stay the largest within *tolerance*."""
     ranked = -np.sort(-logits, axis=1)  # (P, N), the largest first
-    smallest_chosen = ranked[:, chosen - 1 : chosen]  # (P, 1)
-    # to each logit that is not chosen (P, N - chosen)
-    margins = smallest_chosen - ranked[:, chosen:]
 
-    # The two logits may both drift
+    # The distance to each logit that is not chosen (P, N - chosen). Both may drift.
+    smallest_chosen = ranked[:, chosen - 1 : chosen]  # (P, 1)
+    margins = smallest_chosen - ranked[:, chosen:]
     return np.asarray((margins > 2 * tolerance).all(axis=1), dtype=np.bool_)
 
 

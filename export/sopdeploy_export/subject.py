@@ -88,10 +88,7 @@ class ExportSubject:
     def plugins(self) -> dict[str, str]:
         """Return the versions of the plug-ins that define parts of the network or provided its images."""
         recorded = self.training.get("plugins")
-
-        # Checkpoints can hold anything
-        versions = recorded if isinstance(recorded, dict) else {}
-        return {
-            **{str(name): str(versions[name]) for name in versions},
-            **plugin_versions(self.network.modules()),
-        }
+        if not isinstance(recorded, dict):  # checkpoints can hold anything
+            recorded = {}
+        versions = {str(name): str(version) for name, version in recorded.items()}
+        return {**versions, **plugin_versions(self.network.modules())}

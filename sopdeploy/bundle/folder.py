@@ -203,37 +203,43 @@ def give_final_name(
     damaged bundle has the name; it stays as it is.
     """
     target = destination / manifest.name
-
-    # The bundle may be here already, also signed.
+    signature_file = target.with_name(target.name + SIGNATURE_SUFFIX)
     read_same = partial(_read_same_bundle, target, manifest, is_signed=signature is not None)
-    is_new = not os.path.lexists(target)
-    if not is_new:
+
+    # The bundle may be here already; then only its signature is written.
+    if os.path.lexists(target):
         if not target.is_dir():
             raise BundleError(
                 f"{target}: has the name of the bundle, but is no folder; move it away"
             )
         manifest_here = read_same()
-
-    # The signature comes first: nobody sees a bundle without it.
-    with writing(target), ExitStack() as undo:
         if signature is not None:
-            signature_file = target.with_name(target.name + SIGNATURE_SUFFIX)
+            with writing(target):
+                _write_signature(signature_file, signature)
+        return PlacedBundle(manifest_here, is_new=False)
+
+    # The signature comes first: nobody sees a bundle without it. After an error, it goes again.
+    with writing(target), ExitStack() as on_error:
+        if signature is not None:
             if not os.path.lexists(signature_file):
-                undo.callback(signature_file.unlink, missing_ok=True)
-            with atomic_write(signature_file) as partial_file:
-                partial_file.write_bytes(signature)
+                on_error.callback(signature_file.unlink, missing_ok=True)
+            _write_signature(signature_file, signature)
 
-        if is_new:
-            is_new = _rename_sealed(folder, target)  # false if another process was faster
-            try:
-                manifest_here = read_same()
-            except BundleError:
-                if is_new:  # somebody exchanged a file between the check and the new name
-                    target.rename(folder)  # the caller deletes it
-                raise
+        is_new = _rename_sealed(folder, target)  # false if another process was faster
+        try:
+            manifest_here = read_same()
+        except BundleError:
+            if is_new:  # somebody exchanged a file between the check and the new name
+                target.rename(folder)  # the caller deletes it
+            raise
 
-        undo.pop_all()  # keep the signature
+        on_error.pop_all()
     return PlacedBundle(manifest_here, is_new)
+
+
+def _write_signature(path: Path, signature: bytes) -> None:
+    with atomic_write(path) as partial_file:
+        partial_file.write_bytes(signature)
 
 
 def _rename_sealed(folder: Path, target: Path) -> bool:
@@ -408,7 +414,7 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
             # Each file is read once, and hashed while it is read.
             for name, record in manifest.files.items():
                 current = path / name
-                # it may be a link or a FIFO meanwhile
+                # By now, it may be a link or a FIFO.
                 flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
                 with os.fdopen(os.open(name, flags, dir_fd=folder), "rb", buffering=0) as file:
                     _check_type_and_size(current, os.fstat(file.fileno()), record)

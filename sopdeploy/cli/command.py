@@ -3,8 +3,8 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -78,24 +78,12 @@ def command(
 
     def decorate(function: _Function) -> _Function:
         """Set `function.run_command`, which Typer calls with the values of arguments and options."""
+        # The parameters of the function, of the result's printer, and of the service; --json.
         parameters = _declare_parameters(function, options)
-
-        # The options of the result's printer and those of the service follow those of the
-        # function.
-        show_parameters: list[inspect.Parameter] = []
-        if show is not None:
-            # The first is the result
-            result_name = next(iter(inspect.signature(show).parameters))
-            show_parameters = _declare_parameters(
-                show, options=(), hidden={result_name, "as_json"}
-            )
-            parameters += show_parameters
-
+        show_parameters = [] if show is None else _declare_show_parameters(show)
+        parameters += show_parameters
         if settings is not None:
-            for name, (value_type, text) in settings.flags.items():
-                parameters.append(_option(name, value_type, None, text))
-            text = "Any other setting of the service, NAME=VALUE; repeatable."
-            parameters.append(_option("setting", list[str] | None, None, text))
+            parameters += _declare_settings(settings)
         if show is not None:
             parameters.append(
                 _option("as_json", bool, False, "Print JSON for scripts.", "--json")
@@ -112,33 +100,28 @@ def command(
                 parameter.name: values.pop(parameter.name) for parameter in show_parameters
             }
 
-            # The function runs with errors as one line; with --json, nothing else gets on
-            # stdout.
+            # Run the function, with errors as one line.
             with one_line_errors(as_json), ExitStack() as stack:
-                # at the end, *err* is as before
-                stack.callback(setattr, err, "quiet", err.quiet)
-                err.quiet = err.quiet or as_json  # JSON comes without progress
                 if settings is not None:
                     flag_values = {flag: values.pop(flag) for flag in settings.flags}
                     assignments = values.pop("setting") or ()  # None without --setting
                     values |= settings.parse(assignments, **flag_values)
 
                 if as_json:
-                    stack.enter_context(stdout_to_stderr())
+                    stack.enter_context(_keeping_stdout())
                 skipped = stack.enter_context(noting_skipped())
                 result = function(**values, **_start_progress(function, as_json, stack))
 
-            # Of several processes, only the first prints the result.
-            if not distributed or is_main_process():
-                # Not as JSON: stdout may already hold the document of the result
-                with one_line_errors():
-                    exit_code = _show_result(
-                        result, show, summarize, show_values, as_json=as_json
-                    )
-                    for folder, counts in skipped.items():
-                        err.print(plain_text(f"{folder}: {describe_skipped(counts)}"))
-                if exit_code:
-                    raise typer.Exit(exit_code)
+            # Show the result; of several processes, only the first does. An error is none in
+            # JSON, because stdout may already hold the document of the result.
+            if distributed and not is_main_process():
+                return
+            with one_line_errors():
+                exit_code = _show_result(result, show, summarize, show_values, as_json=as_json)
+                for folder, counts in skipped.items():
+                    err.print(plain_text(f"{folder}: {describe_skipped(counts)}"))
+            if exit_code:
+                raise typer.Exit(exit_code)
 
         # Typer reads the help, without the sections of the docstring, and the options from the
         # signature.
@@ -164,20 +147,21 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     headings: dict[str, str] = {}  # of groups of options in the help, by option
 
     for parameter in inspect.signature(function).parameters.values():
-        options = parameter.annotation
-        if not (isinstance(options, type) and issubclass(options, Options)):
+        options_class = parameter.annotation
+        if not (isinstance(options_class, type) and issubclass(options_class, Options)):
             parameters.append(parameter)
             continue
-        option_classes[parameter.name] = options
-        for name, field in options.model_fields.items():
+
+        option_classes[parameter.name] = options_class
+        for name, field in options_class.model_fields.items():
             option = inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, annotation=field.annotation
             )
-            parameters.append(
-                option if field.is_required() else option.replace(default=field.default)
-            )
+            if not field.is_required():
+                option = option.replace(default=field.default)
+            parameters.append(option)
             option_lines.append(f"    {name}: {' '.join((field.description or '').split())}")
-        for heading, names in options.GROUPS.items():
+        for heading, names in options_class.GROUPS.items():
             headings |= dict.fromkeys(names, heading)
 
     parameters.sort(key=lambda parameter: parameter.kind)  # `**settings` stays last
@@ -185,15 +169,15 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> _Result:
         """Call *function* with models in place of their fields in *keywords*."""
-        for name, options in option_classes.items():
-            # The caller may give the model itself
-            if not isinstance(keywords.get(name), options):
-                fields = {
-                    field: keywords.pop(field)
-                    for field in options.model_fields
-                    if field in keywords
-                }
-                keywords[name] = options(**fields)
+        for name, options_class in option_classes.items():
+            if isinstance(keywords.get(name), options_class):
+                continue  # the caller gives the model itself
+            fields = {
+                field: keywords.pop(field)
+                for field in options_class.model_fields
+                if field in keywords
+            }
+            keywords[name] = options_class(**fields)
         return function(*args, **keywords)
 
     # The help and the signature show the fields in place of the models.
@@ -213,11 +197,13 @@ def _show_result(
     as_json: bool,
 ) -> int | None:
     """Print *result*, unless the function has printed it; return the exit code, None for success."""
-    # The function has printed its result, and returned the code; there is no --json
+    # The function has printed its result, and returned the code; there is no --json.
     if show is None:
         exit_code: int | None = result
         return exit_code
-    if "as_json" in inspect.signature(show).parameters:  # *show* itself prints text or JSON
+
+    # *show* prints text or, if it can, also JSON.
+    if "as_json" in inspect.signature(show).parameters:
         return show(result, **show_values, as_json=as_json)
     if as_json:
         print_json(as_data(result if summarize is None else summarize(result)))
@@ -238,6 +224,34 @@ def _start_progress(
     if "on_step" in parameters:
         arguments["on_step"] = stack.enter_context(show_steps(function.__name__))
     return arguments
+
+
+@contextmanager
+def _keeping_stdout() -> Iterator[None]:
+    """Keep stdout for JSON: what the block prints gets on stderr, without progress."""
+    was_quiet = err.quiet
+    err.quiet = True
+    try:
+        with stdout_to_stderr():
+            yield
+    finally:
+        err.quiet = was_quiet
+
+
+def _declare_show_parameters(show: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Declare the parameters of *show* that are options: all but the result, which is the first, and `as_json`."""
+    result_name = next(iter(inspect.signature(show).parameters))
+    return _declare_parameters(show, options=(), hidden={result_name, "as_json"})
+
+
+def _declare_settings(settings: SettingOptions) -> list[inspect.Parameter]:
+    """Declare the flags of *settings*, and `--setting` for all others."""
+    declared = [
+        _option(name, value_type, None, text)
+        for name, (value_type, text) in settings.flags.items()
+    ]
+    text = "Any other setting of the service, NAME=VALUE; repeatable."
+    return [*declared, _option("setting", list[str] | None, None, text)]
 
 
 def _declare_parameters(
@@ -305,13 +319,11 @@ def _limits(annotation: Any) -> dict[str, float]:
 
 def _command_line_type(annotation: Any) -> Any:
     """Return the type of an argument or option; None if the command line cannot express *annotation*."""
+    # The types of a union, without None.
     annotation = _without_metadata(annotation)
     is_union = get_origin(annotation) in {Union, UnionType}
-
-    members = {
-        _without_metadata(part)
-        for part in (get_args(annotation) if is_union else (annotation,))
-    }
+    parts = get_args(annotation) if is_union else (annotation,)
+    members = {_without_metadata(part) for part in parts}
     is_optional = NoneType in members
     members.discard(NoneType)
 

@@ -59,7 +59,7 @@ class Preprocess(StrictModel):
     @pydantic.model_validator(mode="after")
     def _set_resize(self) -> "Preprocess":
         """Set `resize` where only `crop` is given; raise `ValueError` if `crop` is larger."""
-        # in the usual ratio
+        # A crop alone sets the other side in the usual ratio.
         if "crop" in self.model_fields_set and "resize" not in self.model_fields_set:
             vars(self)["resize"] = self.scaled_resize(self.crop, 256, 224)
         if self.crop > self.resize:
@@ -119,8 +119,9 @@ class Preprocess(StrictModel):
         bicubic.
         """
         try:
-            # a `ValueError` for two sides
-            (crop,), (resize,) = (transforms.crop_size, transforms.resize_size)
+            # Each has one side; two raise a `ValueError`.
+            (crop,) = transforms.crop_size
+            (resize,) = transforms.resize_size
             interpolation = str(transforms.interpolation.value)
             colors = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
         except (AttributeError, TypeError, ValueError) as error:

@@ -190,6 +190,9 @@ def find_clips(
     def measure(relation: _Relation, groups: Groups) -> _Measured | None:
         return _measure(relation, groups, classes, nearest_NK, cosines_NK)
 
+    # Join the images of each relation that is clear. Of the relations by numbers in names of
+    # one form, the first clear one tells what the numbers of clips are; the others are frames
+    # and views.
     found: tuple[int, int] | None = None
     unclear: list[_Measured] = []
     clips_share: dict[str, str] = {}  # what identifies the clips, by the template of names
@@ -214,6 +217,9 @@ def find_clips(
                 break
         if measured is not None:
             unclear.append(measured)
+
+    # Of the others, the clearest that could still be told to the user: its images are not
+    # joined, and its pattern does not make most of a class one group.
     doubtful = []
     for measured in unclear:
         first, second = measured.pair
@@ -221,6 +227,7 @@ def find_clips(
         pattern = measured.relation.pattern
         if not is_joined and (not pattern or divides_classes(pattern, names, classes)):
             doubtful.append(measured)
+
     if not doubtful:
         return Clips(groups, found)
     clearest = max(doubtful, key=lambda measured: measured.excess)
@@ -232,11 +239,13 @@ def divides_classes(pattern: str, names: Sequence[str], classes: NDArray[np.int6
 
     A part that most names of a class share tells the class, or where its files are from.
     """
+    # Count the images of each group in each class; a name without the pattern is its own group.
     groups = Counter[tuple[int, str]]()
     for name, label in zip(names, classes.tolist(), strict=True):
         folder, _, file = name.rpartition("/")
         match = re.search(pattern, file.rpartition(".")[0] or file)
         groups[label, f"{folder}/{match.group()}" if match else name] += 1
+
     sizes = Counter(classes.tolist())
     is_one_group = any(
         count > 1 and count > ONE_GROUP * sizes[label] for (label, _), count in groups.items()
@@ -252,10 +261,13 @@ def _list_relations(
     parsed = [_Name.of(name) for name in names]
     groupings: list[_Relation] = []
     sequences: list[_Relation] = []
+
+    # Names of one form, such as `#_#.png`, differ in their numbers only.
     templates = Counter(name.template for name in parsed if name.numbers)
     for template, size in templates.most_common(MAX_PATTERNS):
         if size < MIN_IMAGES:
             break
+
         members = [index for index, name in enumerate(parsed) if name.template == template]
         class_and_texts = {i: (int(classes[i]), parsed[i].texts) for i in members}
         # Names with equal texts whose first or last numbers are equal: none, one or more, but
@@ -267,17 +279,20 @@ def _list_relations(
         ends = [
             (END, slice(-num, None), rf"{digits[num]}\D*$") for num in range(length - 1, 0, -1)
         ]
+
         for shared, which, pattern in starts + ends:
             keys = [(class_and_texts[i], parsed[i].numbers[which]) for i in members]
             if len(set(keys)) < len(keys):
                 runs = _number_runs(count, members, keys)
                 groupings.append(_Relation(template, shared, runs, pattern=pattern))
+
         # Neighbors among the names with equal texts, in the order of their numbers.
         by_number = sorted(members, key=lambda i: (class_and_texts[i], parsed[i].numbers))
         runs = _number_runs(count, by_number, [class_and_texts[i] for i in by_number])
         ranks = np.zeros(count, np.int64)
         ranks[by_number] = np.arange(len(by_number))
         sequences.append(_Relation(template, SEQUENCE, runs, ranks))
+
     # Photographs of a class that were taken in a chain of short gaps.
     timed = np.flatnonzero(times != NO_TIME)
     if len(timed) >= MIN_IMAGES:
@@ -287,6 +302,7 @@ def _list_relations(
         groupings.append(
             _Relation("", TIME, _number_runs(count, timed.tolist(), chains.tolist()))
         )
+
     groupings.sort(key=lambda relation: -relation.runs.max())  # many groups are small ones
     return groupings + sequences
 
@@ -309,11 +325,14 @@ def _nearest_of_class(
     count = len(classes)
     nearest_NK = np.repeat(np.arange(count)[:, None], NEAREST, axis=1)
     cosines_NK = np.full((count, NEAREST), -1.0, np.float32)
+
     for label in np.unique(classes):
         members = np.flatnonzero(classes == label)
         num_kept = min(NEAREST, len(members) - 1)
         if num_kept == 0:
             continue
+
+        # Blocks of images, because the cosines of many take much memory.
         size = max(1, _BLOCK // len(members))
         for start in range(0, len(members), size):
             block = members[start : start + size]
@@ -322,6 +341,7 @@ def _nearest_of_class(
             best = np.argsort(-cosines, axis=1, kind="stable")[:, :num_kept]
             nearest_NK[block, :num_kept] = members[best]
             cosines_NK[block, :num_kept] = np.take_along_axis(cosines, best, axis=1)
+
     return nearest_NK, cosines_NK
 
 
@@ -335,6 +355,7 @@ def _measure(
     """Measure *relation*; None if it is hardly more frequent than by chance, or images are too few."""
     runs = relation.runs
     ranks = relation.ranks
+
     # The most similar image of the class outside of the group, and whether it is related: a
     # hit.
     is_outside_NK = (groups[nearest_NK] != groups[:, None]) & (cosines_NK > -1)
@@ -345,22 +366,27 @@ def _measure(
     is_hit_N = runs[near_N] == runs
     if ranks is not None:
         is_hit_N &= np.abs(ranks[near_N] - ranks) <= WINDOW
+
     # The share of related ones among the images of the class outside of the group: a hit by
     # chance.
     outside_class_N = _count_equal(classes) - _count_equal(classes, groups)
     chance_N = _count_related(relation, groups) / np.maximum(outside_class_N, 1)
+
     # Hits beyond those by chance, over the images that can be a hit or none.
     counted_N = is_outside_NK.any(axis=1) & (chance_N > 0) & (chance_N < 1)
     chance = chance_N[counted_N]
     hits = is_hit_N[counted_N]
     evidence = float((1 - chance).sum())
     beyond = float(hits.sum() - chance.sum())
+
     if evidence < MIN_EVIDENCE or beyond < MIN_DEVIATIONS * np.sqrt(
         (chance * (1 - chance)).sum()
     ):
         return None
     if beyond / evidence < DOUBTFUL:
         return None
+
+    # The most similar pair of related images, and how similar such pairs are.
     hit_indices = np.flatnonzero(counted_N & is_hit_N)
     shown = hit_indices[np.argmax(cosine_N[hit_indices])]
     first, second = sorted((int(shown), int(near_N[shown])))
@@ -402,29 +428,39 @@ def _link_sequence(
     Two neighbors do if a cosine across the gap between them, of images at most two apart,
     exceeds this *quantile* of the cosines of images half a sequence apart.
     """
+    # The images of each sequence, in its order; images with a negative run are in none.
     runs = relation.runs
     ranks = np.zeros(len(runs), np.int64) if relation.ranks is None else relation.ranks
     order = np.lexsort((ranks, runs))
     order = order[runs[order] >= 0]
     starts = np.flatnonzero(np.diff(runs[order], prepend=-1))
-    links = []
-    strengths = []
-    distant = []
-    for members in np.split(order, starts[1:]):
+    sequences = np.split(order, starts[1:])
+
+    neighbors = []  # (2, gaps) of each sequence
+    cosines_of_gaps = []
+    distant_cosines = []
+    for members in sequences:
         rows = vectors[members]
         count = len(members)
         if count < 2:
             continue
-        # of each gap: the cosine of its two neighbors
-        strength = (rows[:-1] * rows[1:]).sum(axis=1)
-        over_one = (rows[:-2] * rows[2:]).sum(axis=1)  # of images two apart, across two gaps
-        strength[:-1] = np.maximum(strength[:-1], over_one)  # the first of the two gaps
-        strength[1:] = np.maximum(strength[1:], over_one)  # and the second
-        links.append(np.stack([members[:-1], members[1:]]))
-        strengths.append(strength)
-        if (half := count // 2) > WINDOW:
-            distant.append((rows[:-half] * rows[half:]).sum(axis=1))
-    if not distant:
+
+        # The largest cosine across each gap: of its two neighbors, or of images two apart, which
+        # span two gaps.
+        cosines = (rows[:-1] * rows[1:]).sum(axis=1)
+        cosines_over_two = (rows[:-2] * rows[2:]).sum(axis=1)
+        cosines[:-1] = np.maximum(cosines[:-1], cosines_over_two)
+        cosines[1:] = np.maximum(cosines[1:], cosines_over_two)
+        neighbors.append(np.stack([members[:-1], members[1:]]))
+        cosines_of_gaps.append(cosines)
+
+        half = count // 2
+        if half > WINDOW:
+            distant_cosines.append((rows[:-half] * rows[half:]).sum(axis=1))
+
+    # Without long sequences, nothing tells how similar distant images are.
+    if not distant_cosines:
         return NO_PAIRS
-    bound = np.quantile(np.concatenate(distant), quantile)
-    return np.concatenate(links, axis=1)[:, np.concatenate(strengths) > bound]
+    bound = np.quantile(np.concatenate(distant_cosines), quantile)
+    belong_together = np.concatenate(cosines_of_gaps) > bound
+    return np.concatenate(neighbors, axis=1)[:, belong_together]

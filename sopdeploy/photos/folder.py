@@ -627,11 +627,13 @@ def _match_classes(
     aliases = class_aliases()  # of WordNet IDs
     label_of_name = {normalize(label): label for label in labels}
     names = tuple(label_of_name.get(name, aliases.get(name, name)) for name in images.labels)
+
     unknown = [
         label for label, name in zip(images.labels, names, strict=True) if name not in labels
     ]
     are_allowed = allow_unknown and len(unknown) < len(names)  # at least one class must remain
     hint = hint_at_spelling(unknown, labels)
+
     if unknown and not are_allowed:
         hint = hint or suggest_folder(images, "give")
         verb = "are not classes" if len(unknown) > 1 else "is no class"
@@ -642,6 +644,7 @@ def _match_classes(
         )
     if unknown:
         log(f"{root}: left out, of no class: {shorten(unknown)}{hint}")
+
     matched = select_classes(images.replaced(labels=names), labels)
     if not len(matched):
         raise DataError(f"{root}: holds no images of these classes; add some")

@@ -1,6 +1,7 @@
 """The exports of label tools: files and classes in JSON, in CVAT's XML, and in VIA's CSV.
 
-All readers yield cells by column, `file` and `classes`, for `sopdeploy.photos.table`.
+All readers yield cells by column, `file` and `classes`, for `sopdeploy.photos.table`. An image
+that nobody has labelled yet has no `classes`.
 """
 
 import csv
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
+from sopdeploy.errors import shorten
 from sopdeploy.photos.files import lookalike_key
 
 SEPARATOR = "|"  # of classes
@@ -71,7 +73,11 @@ def _via_classes(attributes: Mapping[str, Any]) -> list[str]:
     values = [value for value in attributes.values() if value]
     if not values:
         return []
-    [value] = values  # a `ValueError` if several may be the class
+    if len(values) > 1:
+        raise ValueError(
+            f"has the attributes {shorten([*attributes])}, of which one may be the class"
+        )
+    value = values[0]
     if isinstance(value, dict):
         return [name for name, is_chosen in value.items() if is_chosen]
     return [str(value)]
@@ -87,34 +93,49 @@ def read_cvat(text: str) -> Iterator[dict[str, str]]:
 
 
 def _as_cells(file: str, classes: Iterable[str]) -> dict[str, str]:
-    """Return the cells of an image; raises `ValueError` without classes."""
-    if not classes:
-        raise ValueError(f"{file} has no class")
-    return {"file": file, "classes": SEPARATOR.join(sorted(classes))}
+    """Return the cells of an image, without `classes` if it has none."""
+    joined = SEPARATOR.join(sorted(classes))
+    return {"file": file, "classes": joined} if joined else {"file": file}
 
 
 def read_entry(entry: dict[str, Any]) -> dict[str, str]:
     """Return the cells of an image from an object with its file, and its label or labels.
 
-    Label Studio's JSON has the file in `data`, and the choices in results of `annotations`.
+    Label Studio's JSON has the file in `data`, and the labels in results of `annotations`.
     """
-    if "annotations" in entry and "data" in entry:
-        choices = [
-            choice
-            for annotation in entry["annotations"]
-            for result in annotation["result"]
-            for choice in result["value"]["choices"]
-        ]
-        entry = {**entry["data"], "choices": sorted(set(choices))}
-    columns = rename([lookalike_key(key) for key in entry])
-    values = dict(zip(columns, entry.values(), strict=True))
+    is_task = "annotations" in entry and "data" in entry
+    values = _rename_keys(entry["data"] if is_task else entry)
+    file = str(values["file"])
+    if is_task:
+        return _as_cells(file, _task_classes(entry["annotations"]))
+
     labels = values["classes"]
     if isinstance(labels, dict) and isinstance(labels.get("choices"), list):
         labels = labels["choices"]  # several of Label Studio's short JSON
     if isinstance(labels, dict):
         raise ValueError("no list of classes")
     labels = labels if isinstance(labels, list) else [labels]
-    return {"file": str(values["file"]), "classes": SEPARATOR.join(map(str, labels))}
+    return {"file": file, "classes": SEPARATOR.join(map(str, labels))}
+
+
+def _task_classes(annotations: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Collect the choices of a task's *annotations* or, without any, the labels of its regions."""
+    choices: set[str] = set()
+    of_regions: set[str] = set()
+    for annotation in annotations:
+        for result in annotation["result"]:
+            kind = result["type"]
+            if kind == "choices":
+                choices.update(result["value"][kind])
+            elif kind.endswith("labels"):
+                of_regions.update(result["value"][kind])
+    return choices or of_regions
+
+
+def _rename_keys(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of *entry* under names of columns."""
+    columns = rename([lookalike_key(key) for key in entry])
+    return dict(zip(columns, entry.values(), strict=True))
 
 
 def rename(headings: Sequence[str]) -> list[str]:
@@ -128,14 +149,16 @@ def rename(headings: Sequence[str]) -> list[str]:
 
 
 def _read_coco(content: Any) -> Iterator[dict[str, str]]:
-    """Yield the cells of each image of a COCO file, in which each has annotations of one category."""
+    """Yield the cells of each image of a COCO file; raises `ValueError` for one of several categories."""
     names = {category["id"]: str(category["name"]) for category in content["categories"]}
     labels: dict[Any, set[str]] = {image["id"]: set() for image in content["images"]}
     for annotation in content["annotations"]:
         labels[annotation["image_id"]].add(names[annotation["category_id"]])
     for image in content["images"]:
-        [label] = labels[image["id"]]  # a `ValueError` if there are none or several
-        yield {"file": str(image["file_name"]), "classes": label}
+        name = str(image["file_name"])
+        if len(labels[image["id"]]) > 1:
+            raise ValueError(f"{name} has annotations of several categories")
+        yield _as_cells(name, labels[image["id"]])
 
 
 def is_of_via(text: str) -> bool:
@@ -145,9 +168,11 @@ def is_of_via(text: str) -> bool:
 
 def read_via_csv(text: str) -> Iterator[dict[str, str]]:
     """Yield the cells of each image of the CSV file *text* of VIA, with a line per region."""
+    # The first line of VIA 1 is a comment.
+    lines = io.StringIO(text.removeprefix("#"), newline="")
     return _read_via(
         (line["filename"], json.loads(line[_VIA_FILE]), json.loads(line[_VIA_REGION]))
-        for line in csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        for line in csv.DictReader(lines, strict=True)
     )
 
 

@@ -14,7 +14,8 @@ columns need no heading.
 
 Without `labels.csv`, a valid export of a label tool counts (`EXPORTS`): such a table, JSON
 lines with `file_name` and `label`, a COCO file whose images have annotations of one category
-each, or the classes of images, or else of their regions, in files of CVAT and VIA.
+each, or the classes of images, or else of their regions, in files of CVAT, VIA and Label
+Studio. Images that these list without a class are left out.
 """
 
 import codecs
@@ -133,7 +134,10 @@ def find_table(root: Path) -> Path | None:
                 in_train = [
                     path for path in images if path.rpartition(b"/")[0] == os.fsencode(TRAIN)
                 ]
-                if {row.path for row in _read_rows(export, images)} >= {*(in_train or images)}:
+                rows = _read_rows(export, images)
+                num_labelled = sum(row.classes is not None for row in rows)
+                lists_all = {row.path for row in rows} >= {*(in_train or images)}
+                if lists_all and 2 * num_labelled > len(rows):
                     return export
     return None
 
@@ -158,7 +162,7 @@ def read_table_text(table: Path) -> str:
         name = encoding.removesuffix("-sig").upper()
         where = "it"
         if name == "UTF-8":  # in others, the byte of a line break is also a part of characters
-            # of what is behind the byte order mark
+            # The line in what is behind the byte order mark.
             number = error.object.count(b"\n", 0, error.start) + 1
             where = f"line {number}"
         raise DataError(
@@ -189,8 +193,15 @@ def read_label_table(
     root = table.parent
     image_paths, other_files = list_images(root)
     notes: list[str] = []
-    rows = _read_rows(table, image_paths, notes)
-    listed = {label for row in rows for label in row.classes}
+    all_rows = _read_rows(table, image_paths, notes)
+
+    # Label tools list all images, also those that nobody has labelled.
+    rows = [row for row in all_rows if row.classes is not None]
+    if unlabelled := [row.file for row in all_rows if row.classes is None]:
+        files = f"{amount(len(unlabelled), 'image')}: {shorten(unlabelled)}"
+        notes.append(f"{table}: left out, because they have no class there: {files}")
+
+    listed = {label for row in rows for label in row.classes or ()}
     labels = tuple(sorted(listed)) if labels is None else labels
     check_labels(table, labels)
     if len(labels) < 2:
@@ -216,7 +227,7 @@ def read_label_table(
         is_training_N = np.asarray([row.part == TRAIN for row in rows])
         parts = {TRAIN: images.select(is_training_N), VAL: images.select(~is_training_N)}
     notes += [f"{table}: {line}" for line in describe_confusable(listed)]
-    if unlisted := sorted(set(image_paths) - set(paths.tolist())):
+    if unlisted := sorted({*image_paths} - {row.path for row in all_rows}):
         files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
         notes.append(f"not listed in {table.name}: {amount(len(unlisted), 'image')}: {files}")
     ignored = count_suffixes(file for file in other_files if file != table.name)
@@ -232,10 +243,14 @@ def check_has_classes(table: Path, name: str, images: ImageFiles) -> None:
 def _build_targets(
     table: Path, rows: list["_Row"], labels: tuple[str, ...], multi_label: bool | None
 ) -> NDArray[Any]:
-    """Build the targets of *rows*: (N, C) if *multi_label* or not each has one class, else (N,)."""
+    """Build the targets of *rows*: (N, C) float32 with several classes per image, else (N,).
+
+    *multi_label* says which; with None, there are several classes unless each row has one.
+    Raises `DataError` if a row must have one and has not.
+    """
     names = [normalize(label) for label in labels]
     targets = np.array(
-        [[name in row.classes for name in names] for row in rows], dtype=np.float32
+        [[name in (row.classes or ()) for name in names] for row in rows], dtype=np.float32
     )
     not_single = np.flatnonzero(targets.sum(axis=1) != 1)  # indices of rows
     is_multi_label = not_single.size > 0 if multi_label is None else multi_label
@@ -250,11 +265,15 @@ def _build_targets(
 
 
 class _Row(NamedTuple):
-    """A line of a table: the part is None without a column `split`, the path until its file is found."""
+    """A line of a table.
+
+    The classes are None if nobody has labelled the image in a label tool, the part is None
+    without a column `split`, and the path until the file is found.
+    """
 
     line: int
     file: str
-    classes: set[str]
+    classes: set[str] | None
     part: str | None
     group: str
     path: bytes | None
@@ -274,7 +293,7 @@ def _read_rows(
     for line, cells in _read_cells(table, [] if notes is None else notes):
         where = f"{table}: line {line}"
         name = cells["file"]
-        listed = cells["classes"]
+        listed = cells.get("classes")
         has_windows_path = "\\" in name and not (root / name).is_file()
         file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
         found = _find_by_name(name, path_of_short_name)  # None: no image, or several
@@ -285,12 +304,10 @@ def _read_rows(
                 f"{where}: {name!r} is not the path of an image, relative to the folder, without .., or the "
                 "name of one image in it"
             )
-        classes = (
-            {normalize(label.strip()) for label in SEPARATORS.split(listed)}
-            if listed
-            else set()
-        )
-        if "" in classes:
+        classes = None if listed is None else set[str]()
+        if listed:
+            classes = {normalize(label.strip()) for label in SEPARATORS.split(listed)}
+        if classes and "" in classes:
             raise DataError(
                 f"{where}: {listed!r} has an empty class name; separate classes by one {SEPARATOR}"
             )
@@ -412,8 +429,9 @@ def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, 
         *(AttributeError, KeyError, RecursionError, TypeError, ValueError),
         *(csv.Error, ElementTree.ParseError),
     ) as error:
+        reason = f" ({error})" if isinstance(error, ValueError) else ""
         raise DataError(
-            f"{table}: does not give each image its classes; write {LABELS_FILE}"
+            f"{table}: does not give each image its classes{reason}; write {LABELS_FILE}"
         ) from error
 
 
@@ -450,7 +468,7 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, d
             f"{table}: has the columns {shorten(headings) or 'none'}; write file,classes and optionally "
             "split and group, or rename the file if the folders are the classes"
         )
-        # of classes with a column each
+        # Classes can have a column each.
         names = {
             column: name
             for column, name in zip(columns, written, strict=True)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import ClassificationReport, Rate
 from sopdeploy.evaluation.multi_label import (
@@ -56,10 +57,9 @@ from sopdeploy.training.train import FinishedRun
 
 PAGE = "report.html"
 _MAX_LABELS = 20
-# images, groups, and images of a group
-_MAX_SHOWN = 24
-_MAX_GROUPS = 12
-_MAX_COPIES = 4
+_MAX_SHOWN = 24  # photographs of a section
+_MAX_GROUPS = 12  # of copies
+_MAX_COPIES = 4  # of a group
 _MAX_CELLS = 60  # kinds of mistakes that are shown
 _SIDE = 480  # pixels of the longer side of an opened photograph
 _JPEG_QUALITY = 75
@@ -86,29 +86,18 @@ def write_run_page(
     """
     setup = run.setup
     fit = run.fit
-    page = folder / PAGE
     result: Any = fit.result
     texts = describe_for_page(result)
-    labels = setup.labels
-    rules = setup.recipe.preprocess
-    train = setup.data.train
+    data_folder = setup.recipe.data_folder
 
     # What the page judges: the held-out images, or the predictions of cross-validation.
     images, description, logits_NC = _predict_shown_images(setup, fit, texts.held_out, on_image)
-    predicted = make_predictions(logits_NC, images, labels, fit.decision)
+    predicted = make_predictions(logits_NC, images, setup.labels, fit.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
-    # Otherwise the predictions say nothing about other photographs
-    is_measured = result.score is not None
 
-    shown = labels[:_MAX_LABELS]
-    more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
-    classes = insert_names(
-        f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}", *shown
-    )
-
+    # Predictions and mistakes. Without a score, they say nothing about other photographs.
     sections: list[Section] = []
-
-    # Without a score, the predictions are not shown, only what the images tell.
+    is_measured = result.score is not None
     if is_measured:
         mistakes = _choose_mistakes(predicted)
         links = {cell: _name_mistake(cell) for cell in mistakes}
@@ -116,66 +105,97 @@ def write_run_page(
         sections.append(describe_predictions(metrics, measured_on, links))
         sections.append(_show_mistakes(mistakes, predicted, images))
 
+    # What the training images tell, how it was trained, and what it learned.
     if isinstance(fit, FewShotFit):
-        command = insert_folders(LIST_WRONG_LABELS, setup.recipe.data_folder, folder)
-        sections += [_show_wrong_labels(train, fit, command), _show_copies(train, fit)]
-
-    weights = "random weights"
-    side = rules.crop
-    if setup.weights is not None:
-        weights = f"the weights of {setup.weights.file} ({setup.weights.network})"
-    trained = f"{fit.name}, trained from {weights} on {len(train)} images, scaled to {side} x {side} pixels"
-    sections.append(Section(title="Training", text=[f"{trained}, {texts.procedure}."]))
-
-    # Sections that only some runs have: other networks, runs before, a decision rule.
+        command = insert_folders(LIST_WRONG_LABELS, data_folder, folder)
+        sections.append(_show_wrong_labels(setup.data.train, fit, command))
+        sections.append(_show_copies(setup.data.train, fit))
+    sections.append(_describe_training(setup, fit, texts.procedure))
     if networks:
-        rows = [network.row() for network in networks]
-        caption = "Cross-validated score, and time of an image with ONNX Runtime on one thread"
-        table = Table(caption=caption, columns=NetworkScore.COLUMNS, rows=rows)
-        sections.append(Section(title="Choice of the network", tables=[table]))
+        sections.append(_list_networks(networks))
     if before:
-        columns = ["date (UTC)", "run", "images", "classes", "accuracy"]
-        table = Table(
-            caption="Those of this project here, the newest first", columns=columns, rows=before
-        )
-        sections.append(Section(title="Runs before", tables=[table]))
-
-    lines = [insert_folders(line, setup.recipe.data_folder, folder) for line in result.lines()]
+        sections.append(_list_runs_before(before))
+    lines = [insert_folders(line, data_folder, folder) for line in result.lines()]
     sections.append(_describe_learning(fit.position.history, result, lines))
     if fit.decision is not None:
-        sentences = [_DECISION]
-        if fit.decision.temperature != 1:
-            sentences.append(_CALIBRATION)
-        if fit.decision.rejection is not None:
-            sentences.append(_REJECTION)
-        table = Table(caption="Fitted values", columns=["", ""], rows=fit.decision.rows(labels))
-        sections.append(Section(title="Decision", text=[" ".join(sentences)], tables=[table]))
+        sections.append(_describe_decision(fit.decision, setup.labels))
+    sections += _describe_run(setup, fit, run.record)
 
+    # The page begins with what is to be expected, the classes, and what comes next.
+    is_selected = isinstance(result, LoopResult) and result.selected_by == "same images"
+    gains = [gain[0].upper() + gain[1:] for gain in describe_gains(result)]
+    next_command = f"sopdeploy export {quote(str(folder / 'best.pt'))} --detach"
     content = HtmlReport(
         title=setup.recipe.project or fit.name,
         text=[
-            describe_in_a_sentence(
-                result.score,
-                is_selected=isinstance(result, LoopResult)
-                and result.selected_by == "same images",
-            ),
-            classes,
-            *(gain[0].upper() + gain[1:] for gain in describe_gains(result)),
-            insert_names(
-                "Next: {}",
-                f"sopdeploy export {quote(str(folder / 'best.pt'))} --detach",
-                tag="code",
-            ),
+            describe_in_a_sentence(result.score, is_selected=is_selected),
+            _describe_classes(setup.labels),
+            *gains,
+            insert_names("Next: {}", next_command, tag="code"),
         ],
         tiles={**texts.tiles, "time": f"{fit.position.seconds:.0f} s"},
-        sections=[*sections, *_describe_run(setup, fit, run.record)],
+        sections=sections,
     )
 
+    page = folder / PAGE
     with writing(page), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
-    return (
-        metrics.mistakes() if isinstance(metrics, ClassificationReport) and is_measured else []
+    if isinstance(metrics, ClassificationReport) and is_measured:
+        return metrics.mistakes()
+    return []
+
+
+def _describe_classes(labels: Sequence[str]) -> Any:
+    """Write the number of classes and the first names, as markup."""
+    shown = labels[:_MAX_LABELS]
+    more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
+    return insert_names(
+        f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}", *shown
     )
+
+
+def _describe_training(setup: Setup, fit: Fit, procedure: str) -> Section:
+    """Say what was trained, from which weights, on how many images, and by which *procedure*."""
+    weights = "random weights"
+    if setup.weights is not None:
+        weights = f"the weights of {setup.weights.file} ({setup.weights.network})"
+
+    num_images = len(setup.data.train)
+    side = setup.recipe.preprocess.crop
+    text = f"{fit.name}, trained from {weights} on {num_images} images, scaled to {side} x {side} pixels"
+    return Section(title="Training", text=[f"{text}, {procedure}."])
+
+
+def _list_networks(networks: Sequence[NetworkScore]) -> Section:
+    """List the *networks* that were compared."""
+    table = Table(
+        caption="Cross-validated score, and time of an image with ONNX Runtime on one thread",
+        columns=NetworkScore.COLUMNS,
+        rows=[network.row() for network in networks],
+    )
+    return Section(title="Choice of the network", tables=[table])
+
+
+def _list_runs_before(rows: Sequence[tuple[object, ...]]) -> Section:
+    """List the runs before, a row for each."""
+    table = Table(
+        caption="Those of this project here, the newest first",
+        columns=["date (UTC)", "run", "images", "classes", "accuracy"],
+        rows=rows,
+    )
+    return Section(title="Runs before", tables=[table])
+
+
+def _describe_decision(decision: Decision, labels: Sequence[str]) -> Section:
+    """List what was fitted for the decision, and say what the values do."""
+    sentences = [_DECISION]
+    if decision.temperature != 1:
+        sentences.append(_CALIBRATION)
+    if decision.rejection is not None:
+        sentences.append(_REJECTION)
+
+    table = Table(caption="Fitted values", columns=["", ""], rows=decision.rows(labels))
+    return Section(title="Decision", text=[" ".join(sentences)], tables=[table])
 
 
 def describe_in_a_sentence(
@@ -288,17 +308,17 @@ def _choose_mistakes(predicted: Predictions) -> dict[tuple[int, int], list[int]]
         (-score.confidence, index) for index, score in enumerate(scores) if not score.correct
     )
 
+    # A cell of the confusion matrix has a true and a predicted class.
     by_cell: dict[tuple[int, int], list[int]] = {}
     for _, index in wrong:
-        by_cell.setdefault((scores[index].target, scores[index].top5[0]), []).append(index)
+        cell = scores[index].target, scores[index].top5[0]
+        by_cell.setdefault(cell, []).append(index)
 
     # Each cell shows its most confident mistake; the next most confident ones fill the page.
-    others = {index for indices in by_cell.values() for index in indices[1:]}
-    first = [indices[0] for indices in by_cell.values()]
-    shown = {
-        *first,
-        *[index for _, index in wrong if index in others][: max(0, _MAX_SHOWN - len(first))],
-    }
+    first_of_cells = {indices[0] for indices in by_cell.values()}
+    others = [index for _, index in wrong if index not in first_of_cells]
+    num_others = max(0, _MAX_SHOWN - len(first_of_cells))
+    shown = first_of_cells.union(others[:num_others])
 
     cells = list(by_cell.items())[:_MAX_CELLS]
     return {cell: [index for index in indices if index in shown] for cell, indices in cells}

@@ -90,15 +90,15 @@ def fit_fine_tune(
         run = LoopState(setup, frozen)
         restore_loop(run, last, folder.last)
 
+    # Near-duplicates are not independent. With too few groups no comparison can decide, so all
+    # epochs count as trained.
     held_out = setup.data.held_out
-    # near-duplicates are not independent, but few images need no search
     groups = np.arange(len(held_out))
-    if len(held_out) >= TESTABLE:
+    if len(held_out) >= TESTABLE:  # fewer need no search
         groups = group_photographs(held_out).groups
-
     if len(np.unique(groups)) < TESTABLE:
-        # no comparison can decide, so there is nothing to train
         run.position.epoch = setup.recipe.epochs
+
     folder.save_best(run_record(setup, frozen))
     return fit_loop(run, folder, callback, partial(keep_better, groups))
 
@@ -138,9 +138,8 @@ def keep_better(
     if not tuning.is_better:
         return _keep_frozen(run, frozen, tuning, folder)
 
+    # The fine-tuned network is better: fit its temperature and its decision.
     logits_NK = _apply_temperature(tuned, logits_NK, targets)
-
-    # The fine-tuned network is better: fit its decision, and describe what selected it.
     decision = fit_decision(
         logits_NK,
         targets,
@@ -151,7 +150,13 @@ def keep_better(
         unknown=predict_unknown(tuned, run.setup.unknown, recipe.preprocess, recipe.workers),
         are_cosines=True,
     )
+    return _keep_tuned(run, frozen, tuning, decision, folder)
 
+
+def _keep_tuned(
+    run: LoopState, frozen: FewShotFit, tuning: Tuning, decision: Decision, folder: RunFolder
+) -> tuple[Fit, Mapping[str, Any]]:
+    """Write `best.pt` with the trained network of *run*, which *tuning* selected, and its *decision*."""
     result = LoopResult(
         epoch=run.position.epoch,  # the last one
         num_epochs=run.position.epoch,
@@ -160,12 +165,12 @@ def keep_better(
         selected_by="same images",
         tuning=tuning,
     )
-
-    fitted_decision = None if decision == Decision() else decision
     seconds = frozen.position.seconds + run.position.seconds
-    position = run.position.model_copy(update={"seconds": seconds})
     fit = replace(
-        run.synchronized_fit(), result=result, decision=fitted_decision, position=position
+        run.synchronized_fit(),
+        result=result,
+        decision=None if decision == Decision() else decision,  # nothing was fitted
+        position=run.position.model_copy(update={"seconds": seconds}),
     )
 
     best = run_record(run.setup, fit)

@@ -315,7 +315,11 @@ def create_initial_model(
 
 
 def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]) -> Classifier:
-    """Create the model of *recipe*; position embeddings are for its `preprocess.crop`, or for *tensors*."""
+    """Create the model of *recipe*, whose random weights depend on the seed alone.
+
+    Position embeddings of a network of timm are for the set `preprocess.crop`, or else for the
+    size of *tensors*, start weights.
+    """
     name = recipe.model.name
     config = recipe.model.config
 
@@ -323,17 +327,17 @@ def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]
         torch.manual_seed(derive_seed(recipe.seed, "weights"))
         return create_model(name, num_classes=num_classes, **config, **size)
 
+    # Only some networks are for one size of images, and the recipe may set it.
     model = create()
-    if (
-        not isinstance(model, TimmBackbone)
-        or model.fixed_size is None
-        or "image_size" in config
-    ):
+    if not isinstance(model, TimmBackbone) or model.fixed_size is None:
+        return model
+    if "image_size" in config:
         return model
 
+    # One for another size is created again, because the size decides the weights.
     has_crop = "crop" in recipe.preprocess.model_fields_set
-    wanted = recipe.preprocess.crop if has_crop else model.size_of(tensors)
-    return model if wanted is None or wanted == model.fixed_size else create(image_size=wanted)
+    size = recipe.preprocess.crop if has_crop else model.size_of(tensors)
+    return model if size is None or size == model.fixed_size else create(image_size=size)
 
 
 def classifier_name(model: Classifier) -> str:

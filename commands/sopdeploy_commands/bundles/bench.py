@@ -86,7 +86,6 @@ def bench(
         settings: Settings of the service; by default those of the environment.
         on_step: Called with the name of each step.
     """
-    # Their range is checked below
     settings = settings or load_settings()
     batches = parse_batch_sizes(batch)
 
@@ -95,7 +94,8 @@ def bench(
     loaded = load_model(bundle, settings)
     manifest = loaded.bundle.manifest
     runtime = loaded.runtime
-    if wrong := [size for size in batches if not 1 <= size <= runtime.largest_batch]:
+    wrong = [size for size in batches if not 1 <= size <= runtime.largest_batch]
+    if wrong:
         raise ConfigError(
             f"{loaded.bundle.name} takes batches of 1 to {runtime.largest_batch}, not of {wrong[0]}"
             "; choose sizes in this range"

@@ -183,8 +183,8 @@ def _delete(traces: "_Traces") -> list[Path]:
     with ExitStack() as locks:
         for folder in {_output_folder(table) for table in rows}:
             _lock_output(folder, locks)
-        # the list comes last, because a repeated command finds the rows of the other tables by
-        # it
+        # The list comes last, because a repeated command finds the rows of the other tables by
+        # it.
         for table in sorted(rows, key=lambda table: table.name == LISTING):
             with writing(table):
                 _empty_rows(table, [row.number for row in rows[table]])
@@ -215,18 +215,21 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
                 f"{folder}: no such folder; name folders of photographs or of `classify`"
             )
 
-    found_paths = chain.from_iterable(walk(folder, hidden=True) for folder in folders)
-    by_absolute_path = {os.path.abspath(path): path for path in found_paths}  # noqa: PTH100
-    files = list(by_absolute_path.values())  # each once: folders may contain one another
+    # All files, each once: folders may contain one another.
+    paths = chain.from_iterable(walk(folder, hidden=True) for folder in folders)
+    by_absolute_path = {os.path.abspath(path): path for path in paths}  # noqa: PTH100
+    files = list(by_absolute_path.values())
     tables = [path for path in files if path.suffix == ".parquet" and path.is_file()]
     for table in tables:
         _check_format(table)
 
+    # The photograph. Kept ones are named by their ids, and so are the records beside them.
     images = [path for path in files if wanted.is_shown_by(path)]
+    ids_of_images = {kept_id(_final_path(image).name) for image in images}
+    ids = wanted.ids.union(ids_of_images - {""})
 
-    # A kept photograph is named by its id, and so are the records beside it.
-    ids = wanted.ids.union(filter(None, (kept_id(_final_path(image).name) for image in images)))
-
+    # Records and other images with these ids, and blocks of traffic, which hold the network's
+    # inputs of consecutive answers.
     traces = set(images)
     for path in files:
         final_path = _final_path(path)
@@ -235,12 +238,12 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
         ):
             traces.add(path)
 
-        # The network's inputs of consecutive answers, of which the photograph is one.
         if path.parent.parent.name == TRAFFIC and path.suffix == BLOCK_SUFFIX:
             with suppress(*DAMAGED):
                 if ids.intersection(read_block(path).identities.tolist()):
                     traces.add(path)
 
+    # Rows of tables; then a name must be that of one photograph.
     rows = _find_rows(wanted._replace(ids=ids), tables)
     if not wanted.is_file and not ids:
         _check_one_photograph(photograph, images, rows)

@@ -1,10 +1,11 @@
 """`sopdeploy.train`, `sopdeploy train` and `sopdeploy recipes`."""
 
 import tomllib
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import ProgressBars, err, print_table, say
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from sopdeploy.checkpoint import Checkpoint
     from sopdeploy.training.callback import Callback
     from sopdeploy.training.checkpoints import Setup
-    from sopdeploy.training.train import TrainingResult
+    from sopdeploy.training.recipe import Recipe
+    from sopdeploy.training.setup import Given
+    from sopdeploy.training.train import FinishedRun, TrainingResult
 
 
 def print_result(result: "TrainingResult") -> None:
@@ -103,12 +106,10 @@ def train(
 
     networks_to_train, previous = read_request(data, recipe, out, options, settings)
 
-    from sopdeploy.evaluation.decision_fit import describe_weakness
     from sopdeploy.report.page import PAGE, write_run_page
     from sopdeploy.training.callback import Callback
-    from sopdeploy.training.checkpoints import RunFolder, numbered_folder
-    from sopdeploy.training.distributed import Strategy, join_processes, select_device
-    from sopdeploy.training.train import summarize_run, train_run
+    from sopdeploy.training.distributed import join_processes
+    from sopdeploy.training.train import summarize_run
     from sopdeploy_commands.training.runs import list_runs_before
 
     with ExitStack() as stack:
@@ -121,70 +122,110 @@ def train(
         if draws_bars:
             observer = stack.enter_context(ProgressBars(err))
 
-        networks: tuple[NetworkScore, ...] = ()  # those that were compared
-
         # Of several networks, the fastest of those with the best cross-validated score.
-        chosen = RECIPE_NETWORK
+        networks: tuple[NetworkScore, ...] = ()
+        name = RECIPE_NETWORK
         if options.compares:
-            from sopdeploy_commands.training.network_choice import choose_network
+            networks = _compare_networks(networks_to_train, options, out, observer)
+            name = next(network.name for network in networks if network.chosen)
 
-            # Raises the error of another run there before minutes of measurements
-            if out is not None:
-                RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
-            if skipped := [
-                name for name in options.networks() if name not in networks_to_train
-            ]:
-                observer.on_warning(
-                    f"skipped, because {options.weights} lacks them: {', '.join(skipped)}"
-                )
-            networks = choose_network(
-                networks_to_train,
-                options.milliseconds,
-                observer,
-                may_skip=options.models is None,
-            )
-            chosen = next(network.name for network in networks if network.chosen)
-
-        selected, given = networks_to_train[chosen]
-        strategy = Strategy(select_device(selected.device))
-        resume = options.resumes
-        options_of_run = {"resume": resume, "callback": observer, "strategy": strategy}
-
-        # Reserve the next folder `runs/NAME-N` and train in it.
-        while True:
-            folder = out or numbered_folder(
-                str(selected.project), strategy, resume=bool(resume)
-            )
-            try:
-                run = train_run(selected, folder, given=given, **options_of_run)
-                break
-            except ConfigError as error:
-                # Else another process was faster to take this number, and may have ended by now
-                if error.setting != "out" or out is not None or resume:
-                    raise
-
+        # The run. Of several processes, the first one alone writes the page.
+        recipe_of_run, given = networks_to_train[name]
+        run, folder = _train_in_folder(recipe_of_run, given, out, options.resumes, observer)
         if not is_main_process():
             return summarize_run(run, folder)
 
         def on_image(done: int, total: int) -> None:
             observer.on_stage(name="report", done=done, total=total)
 
-        before = list_runs_before(folder, selected.project)
+        runs_before = list_runs_before(folder, recipe_of_run.project)
+        mistakes = write_run_page(run, folder, on_image, networks, runs_before)
+        _warn_of_weak_rule(run, previous, observer)
 
-        # The most frequent ones first
-        mistakes = write_run_page(run, folder, on_image, networks, before)
+    return summarize_run(
+        run,
+        folder,
+        networks,
+        report=folder / PAGE,
+        mistakes=tuple(mistakes[:2]),  # the most frequent ones
+        previous="" if previous is None else _describe_changes(previous, run.setup),
+    )
 
-        # A decision rule can be weak by itself, or weaker than that of the run before.
-        decisions = (run.fit.decision, None if previous is None else previous.decision)
-        rule, rule_before = (
-            None if decision is None else decision.rejection for decision in decisions
+
+def _compare_networks(
+    networks_to_train: "Mapping[str, tuple[Recipe, Given]]",
+    options: TrainOptions,
+    out: Path | None,
+    observer: "Callback",
+) -> tuple[NetworkScore, ...]:
+    """Measure and cross-validate the networks of *options*; one of the result is `chosen`.
+
+    A warning names those that the weights of the user lack.
+    """
+    from sopdeploy.training.checkpoints import RunFolder
+    from sopdeploy.training.distributed import Strategy, select_device
+    from sopdeploy_commands.training.network_choice import choose_network
+
+    # Another run in *out* is an error, which must not come after minutes of measurements.
+    if out is not None:
+        RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
+
+    skipped = [name for name in options.networks() if name not in networks_to_train]
+    if skipped:
+        observer.on_warning(
+            f"skipped, because {options.weights} lacks them: {', '.join(skipped)}"
         )
-        if weakness := describe_weakness(rule, rule_before):
-            observer.on_warning(weakness)
+    return choose_network(
+        networks_to_train, options.milliseconds, observer, may_skip=options.models is None
+    )
 
-    changes = "" if previous is None else _describe_changes(previous, run.setup)
-    page = {"report": folder / PAGE, "mistakes": tuple(mistakes[:2]), "previous": changes}
-    return summarize_run(run, folder, networks, **page)
+
+def _train_in_folder(
+    recipe: "Recipe",
+    given: "Given",
+    out: Path | None,
+    resume: "bool | Literal['auto']",
+    observer: "Callback",
+) -> "tuple[FinishedRun, Path]":
+    """Train *recipe* in *out* or, without it, in the next folder `runs/NAME-N`; return the run and its folder."""
+    from sopdeploy.training.checkpoints import numbered_folder
+    from sopdeploy.training.distributed import Strategy, select_device
+    from sopdeploy.training.train import train_run
+
+    strategy = Strategy(select_device(recipe.device))
+    while True:
+        folder = out or numbered_folder(str(recipe.project), strategy, resume=bool(resume))
+        try:
+            run = train_run(
+                recipe,
+                folder,
+                given=given,
+                resume=resume,
+                callback=observer,
+                strategy=strategy,
+            )
+        except ConfigError as error:
+            # Another process was faster to take this number, so try the next one.
+            has_lost_number = error.setting == "out" and out is None and not resume
+            if not has_lost_number:
+                raise
+        else:
+            return run, folder
+
+
+def _warn_of_weak_rule(
+    run: "FinishedRun", previous: "Checkpoint | None", observer: "Callback"
+) -> None:
+    """Warn if the rule of *run* that rejects unknown images is weak, or weaker than that of the run before."""
+    from sopdeploy.evaluation.decision_fit import describe_weakness
+
+    decisions = (run.fit.decision, None if previous is None else previous.decision)
+    rule, rule_before = (
+        None if decision is None else decision.rejection for decision in decisions
+    )
+    weakness = describe_weakness(rule, rule_before)
+    if weakness:
+        observer.on_warning(weakness)
 
 
 def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
@@ -194,9 +235,9 @@ def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
     if result_before is None or origin is None:
         return ""
 
-    names = [name for name in setup.labels if name not in before.labels]
+    new_classes = [name for name in setup.labels if name not in before.labels]
     added = len(setup.data.train) + len(setup.data.held_out) - origin.num_images
-    new = f", new: {', '.join(names)}" if names else ""
+    new = f", new: {', '.join(new_classes)}" if new_classes else ""
     accuracy = dict(result_before.rows())["accuracy"]
     return (
         f"before, {origin.run}: {accuracy}; since then {amount(added, 'photograph', '+')}{new}"

@@ -67,6 +67,8 @@ def unwrap_and_check(
             f"the {role} network is a {type(network).__name__}, not a torch.nn.Module"
         )
     network = unwrap(network)
+
+    # The outputs of a network of the catalog are computed by its methods, not by calling it.
     has_hook = network._forward_hooks or network._forward_pre_hooks
     if isinstance(network, Backbone) and (has_hook or "forward" in vars(network)):
         raise LoweringError(
@@ -77,6 +79,8 @@ def unwrap_and_check(
         raise LoweringError(
             f"the whole {role} network is a ScriptModule; export the module that was scripted or traced"
         )
+
+    # Modules that cannot be read, run or captured.
     parts = match_parts(network, training_only)
     for name, module in modules(network):
         if is_in(name, *parts):
@@ -104,21 +108,23 @@ def prepared(
     train mode is no reason to refuse a network, but can be the cause of one. Raises
     `LoweringError` for modules that are not accepted, and `DetachError` for *training_only*.
     """
-    given = unwrap_and_check(network, "trained", training_only)
-    parts = match_parts(given, training_only)
-    with attributes_restored(given), tensors_converted(given, _on_cpu):
-        given.eval()
-        for _, module in modules(given):
+    unwrapped = unwrap_and_check(network, "trained", training_only)
+    parts = match_parts(unwrapped, training_only)
+
+    with attributes_restored(unwrapped), tensors_converted(unwrapped, _on_cpu):
+        unwrapped.eval()
+        for _, module in modules(unwrapped):
             vars(module)["_compiled_call_impl"] = None
         if logits_key is not None:
-            # not by `setattr`, which a class can define
-            vars(given)[EXPORT_LOGITS] = logits_key
-        odd = find_oddity(given, "trained", parts)
+            # Not by `setattr`, which a class can define.
+            vars(unwrapped)[EXPORT_LOGITS] = logits_key
+
+        oddity = find_oddity(unwrapped, "trained", parts)
         try:
-            yield given
+            yield unwrapped
         except (CertificateError, LoweringError) as error:
-            if odd is not None:
-                error.message += f"; one reason can be that {odd}"
+            if oddity is not None:
+                error.message += f"; one reason can be that {oddity}"
             raise
 
 
@@ -132,13 +138,14 @@ def tensors_with_nan(network: nn.Module, removed: tuple[str, ...]) -> list[str]:
     A buffer may hold infinities, such as those of a mask; running statistics learn, too.
     """
     broken = []
+
     for name, tensor in tensors(network).items():
-        learns = isinstance(tensor, nn.Parameter) or name.endswith(
-            ("running_mean", "running_var")
-        )
+        is_statistic = name.endswith(("running_mean", "running_var"))
+        learns = isinstance(tensor, nn.Parameter) or is_statistic
         is_broken = ~torch.isfinite(tensor) if learns else torch.isnan(tensor)
         if bool(is_broken.any()) and not is_in(name, *removed):
             broken.append(name)
+
     return broken
 
 
@@ -149,6 +156,7 @@ def check_torch_state() -> None:
     agree, but the exported file would compute something else. Raises `CertificateError` with
     the name of the mode.
     """
+    # Types.
     if torch.get_default_dtype() != torch.float32:
         raise CertificateError(
             f"torch.set_default_dtype({torch.get_default_dtype()}) is active; set it back to torch.float32"
@@ -158,15 +166,19 @@ def check_torch_state() -> None:
             raise CertificateError(
                 f"torch.autocast is active for {device}; export outside of it"
             )
-    for kind, modes in (
-        ("function", _get_current_function_mode_stack()),  # type: ignore[no-untyped-call]
-        ("dispatch", _get_current_dispatch_mode_stack()),
-    ):
+
+    # Modes, which see every call of a torch function, or of an operator.
+    modes_by_kind = {
+        "function": _get_current_function_mode_stack(),  # type: ignore[no-untyped-call]
+        "dispatch": _get_current_dispatch_mode_stack(),
+    }
+    for kind, modes in modes_by_kind.items():
         if modes:
             name = type(modes[-1]).__name__
             raise CertificateError(
                 f"the torch {kind} mode {name} is active; export outside of it"
             )
+
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         raise CertificateError(
             "a forward hook is registered on all modules; remove it before the export"
@@ -194,23 +206,26 @@ def find_oddity(network: nn.Module, role: str, removed: tuple[str, ...] = ()) ->
                 "put torch.nn.Identity in its place, and quantize with precision int8"
             )
         where = name or "the whole network"
+
         if module._forward_hooks or module._forward_pre_hooks:
             remedy = (
                 "remove it first, or register a method of the module in place of a function"
             )
             return f"the {role} network has a forward hook on {where}; {remedy}"
-        if replaced := _replaced_method(module):
-            where = f"{name} of the" if name else "the whole"
+
+        method = _replaced_method(module)
+        if method is not None:
+            owner = f"{name} of the" if name else "the whole"
             remedy = "change the class, or bind a function of self with types.MethodType"
-            return (
-                f"{replaced} of {where} {role} network was replaced on the instance; {remedy}"
-            )
+            return f"{method} of {owner} {role} network was replaced on the instance; {remedy}"
+
         if module.training:
             remedy = "call .eval() first"
             if type(module).train is not nn.Module.train:
-                remedy = "keeps it there after .eval(): replace it by a layer that does not"
-                remedy = f"{type(module).__name__}.train() {remedy}"
+                keeps = "keeps it there after .eval(): replace it by a layer that does not"
+                remedy = f"{type(module).__name__}.train() {keeps}"
             return f"the {role} network is in train mode ({where}); {remedy}"
+
     return None
 
 
@@ -220,11 +235,14 @@ def _replaced_method(module: nn.Module) -> str | None:
     Another method of the same class, bound to *module*, is no other form: a copy has its own.
     """
     methods = [method for kind in type(module).__mro__ for method in vars(kind).values()]
+
     for attribute, value in vars(module).items():
-        if callable(value) and callable(getattr(type(module), attribute, None)):
+        hides_method = callable(value) and callable(getattr(type(module), attribute, None))
+        if hides_method:
             is_bound = getattr(value, "__self__", None) is module
             if not (is_bound and any(method is value.__func__ for method in methods)):
                 return attribute
+
     return None
 
 
@@ -236,30 +254,41 @@ def check_tensors(network: nn.Module, removed: tuple[str, ...] = ()) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raise `LoweringError` unless *tensor* is dense, of float32 or integers, and not of inference mode."""
+    """Raise an error unless *tensor* is dense, of float32 or integers, and holds its own values.
+
+    `LoweringError` for another class, layout or type, one without values, and one made in
+    inference mode; `CertificateError` for a negated view.
+    """
     if tensor.is_inference():  # its values cannot be replaced
         remedy = "build the network outside of it, or replace it by its .clone()"
         raise LoweringError(f"{name} was made in torch.inference_mode; {remedy}")
-    dense = (
+
+    is_dense = (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout == torch.strided
         and not tensor.is_meta
     )
     has_fractions = tensor.is_floating_point() or tensor.is_complex()
-    if not dense or (has_fractions and tensor.dtype != torch.float32):
+    if not is_dense or (has_fractions and tensor.dtype != torch.float32):
         kind = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout} on {tensor.device}"
-        advice = "convert it, for example with .float(), and choose the precision of the export"
-        if tensor.is_meta:
-            advice = "load its values"
-        elif tensor.layout != torch.strided:
-            advice = "replace it by its .to_dense()"
-        elif tensor.is_complex():  # of which .float() would keep the real part only
-            advice = "keep its torch.view_as_real, and call torch.view_as_complex in forward"
         raise LoweringError(
-            f"{name} is a {kind}; the exporter accepts dense tensors of float32 or integers: {advice}"
+            f"{name} is a {kind}; the exporter accepts dense tensors of float32 or integers: {_advise(tensor)}"
         )
+
+    # Bytes of memory are hashed and written, and here these are not the values.
     if tensor.is_neg():
         remedy = "replace it by its .resolve_neg()"
         raise CertificateError(
             f"{name} is a negated view, whose memory holds other numbers; {remedy}"
         )
+
+
+def _advise(tensor: Tensor) -> str:
+    """Say what makes a dense tensor of float32 out of *tensor*, which is none."""
+    if tensor.is_meta:
+        return "load its values"
+    if tensor.layout != torch.strided:
+        return "replace it by its .to_dense()"
+    if tensor.is_complex():  # of which .float() would keep the real part only
+        return "keep its torch.view_as_real, and call torch.view_as_complex in forward"
+    return "convert it, for example with .float(), and choose the precision of the export"

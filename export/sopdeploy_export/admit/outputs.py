@@ -62,6 +62,7 @@ def check_logits(logits: Tensor) -> tuple[str, ...]:
             "the trained network returns probabilities, to which the service would apply a softmax; return "
             "the logits before its softmax, or the logarithms of the probabilities"
         )
+
     if torch.equal(logits, logits[:1].expand_as(logits)):
         return (
             "the trained network returns the same logits for every probe image; is it trained?",
@@ -88,22 +89,23 @@ def run_and_check(
         if READS_ONE_VALUE.search(problem):
             problem += f"; {DEPENDS_ON_VALUES}"
         raise LoweringError(problem) from error
+
+    # The logits are a table with a row for each image.
     logits = outputs[0]
     shape = tuple(logits.shape)
     is_table = type(logits) is Tensor and len(shape) == 2 and shape[0] == size
-    if is_table and classes is not None and shape[1] != classes:
+    if not is_table:
+        raise LoweringError(
+            f"the trained network returns {shape} for {amount(size, 'image')}, not ({size}, {classes or 'classes'}): "
+            "one row per image, also for a single one, and one logit per label"
+        )
+
+    # Its columns are the classes.
+    if classes is not None and shape[1] != classes:
         raise ConfigError(
             f"{amount(classes, 'name')} for {amount(shape[1], 'logit')} of the trained network; give "
             "one name per logit, in their order",
             setting="labels",
-        )
-    if type(logits) is not Tensor or shape != (
-        size,
-        shape[-1] if classes is None and shape else classes,
-    ):
-        raise LoweringError(
-            f"the trained network returns {shape} for {amount(size, 'image')}, not ({size}, {classes or 'classes'}): "
-            "one row per image, also for a single one, and one logit per label"
         )
     return outputs
 
@@ -112,8 +114,11 @@ def check_ends_in_logits(program: ExportedProgram) -> None:
     """Raise `LoweringError` if the logits of *program* are the results of a sigmoid."""
     aten = torch.ops.aten
     node, *_ = program.graph.output_node().args[0]  # the logits are the first output
+
+    # What computes their values: later operators only choose some, or change the shape.
     while operator_name(node) in SUBSET_OF_VALUES:
         node = node.args[0]
+
     if node.target in (
         aten.sigmoid.default,
         aten.hardsigmoid.default,

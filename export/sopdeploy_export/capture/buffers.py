@@ -23,14 +23,17 @@ def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...
     images = torch.zeros(2, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
     device = next((tensor.device for tensor in tensors(network).values()), images.device)
     pixels = Normalize(preprocess, images_format(network))(images).to(device)
+
+    # Most networks create none. A run with values is tried first: one without values can leave
+    # such tensors in objects that are not restored.
     before = unstored_buffers(network)
     if not _changed_buffers(network, pixels, before):
         return ()
 
-    # Only now, because a run without values can leave such tensors in objects that are not
-    # restored.
-    unknown = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(pixels)
-    created = _changed_buffers(network, unknown, before)
+    # Of images without values, only a buffer that does not depend on them has values.
+    without_values = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(pixels)
+    created = _changed_buffers(network, without_values, before)
+
     owners = dict(modules(network))
     for name, tensor in created.items():
         owner, _, key = name.rpartition(".")
@@ -49,6 +52,8 @@ def _changed_buffers(
         with suppress(Exception):  # of the user's code; a later run gives the message
             compute_outputs(network, pixels)
         after = unstored_buffers(network)
+
+    # Tensors without values are of a class of their own.
     return {
         name: tensor
         for name, tensor in after.items()

@@ -1,6 +1,6 @@
 """The network as it is deployed: from uint8 images to its outputs; and the images that are generated."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,25 +44,29 @@ class Deployed(nn.Module):
         Raises `LoweringError` if the network writes to its tensors, or as `compute_outputs`
         does.
         """
-        # A buffer that no state dict stores may be made anew, as a table for another size.
-        unstored = unstored_buffers(self.network)
-        before = {
-            name: _state(tensor)
-            for name, tensor in tensors(self.network).items()
-            if name not in unstored
-        }
+        before = _states(self.network)
         outputs = compute_outputs(self.network, self.normalise(images))
-        after = tensors(self.network)
-        for name, state in before.items():
-            if name not in after or _state(after[name]) != state:
-                owner = dict(modules(self.network)).get(name.rpartition(".")[0])
-                remedy = NOT_IN_EVAL
-                if getattr(owner, "max_norm", None) is not None:  # as `nn.Embedding` can
-                    remedy = f"{STATELESS}: scale its rows once, and set max_norm to None"
-                raise LoweringError(f"the network writes to {name} while it runs; {remedy}")
+        _refuse_writes(self.network, before)
+
+        # Within `InFloat64`, which turns casts to float32 into casts to float64, `float` gives
+        # float64.
         return tuple(
             value if value.dtype == torch.float32 else value.float() for value in outputs
         )
+
+
+def _states(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the state of each tensor of *network*, by name, which a write changes.
+
+    A buffer that no state dict stores is left out. It may be made anew, as a table for another
+    size.
+    """
+    unstored = unstored_buffers(network)
+    return {
+        name: _state(tensor)
+        for name, tensor in tensors(network).items()
+        if name not in unstored
+    }
 
 
 def _state(tensor: Tensor) -> tuple[int, ...]:
@@ -72,6 +76,19 @@ def _state(tensor: Tensor) -> tuple[int, ...]:
         return (id(tensor),)
     version = -1 if tensor.is_inference() else tensor._version
     return id(tensor), version, tensor.data_ptr()
+
+
+def _refuse_writes(network: nn.Module, before: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `LoweringError` if a tensor of *network* is not as *before*, the states that it had."""
+    after = tensors(network)
+
+    for name, state in before.items():
+        if name not in after or _state(after[name]) != state:
+            owner = dict(modules(network)).get(name.rpartition(".")[0])
+            remedy = NOT_IN_EVAL
+            if getattr(owner, "max_norm", None) is not None:  # as `nn.Embedding` can
+                remedy = f"{STATELESS}: scale its rows once, and set max_norm to None"
+            raise LoweringError(f"the network writes to {name} while it runs; {remedy}")
 
 
 def output_names(network: nn.Module) -> tuple[str, ...]:
@@ -89,6 +106,8 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     embedding_layer = vars(network).get(EXPORT_EMBEDDING)
     if embedding_layer is None:
         return _network_outputs(network, pixels)
+
+    # A hook sees the input of the layer.
     inputs: list[Tensor] = []
     layer = network.get_submodule(embedding_layer)
     with layer.register_forward_pre_hook(lambda _, values: inputs.append(values[0])):
@@ -105,10 +124,13 @@ def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """
     if isinstance(network, Backbone):
         return network.outputs_tuple(pixels)
+
+    # A network of the user returns the logits alone, or the key says where they are.
     output = network(pixels)
     key = vars(network).get(EXPORT_LOGITS)
     if key is not None and not isinstance(output, Tensor):
         output = choose_output(output, key)
+
     if not isinstance(output, Tensor):
         shapes = list_tensor_keys(output, "" if key is None else str(key))
         choices = ", ".join(f"{path} {shape}" for path, shape in shapes) or "it holds no tensor"
@@ -122,15 +144,18 @@ def choose_output(output: Any, key: str | int) -> Any:
 
     Raises `LoweringError` if *output* has none.
     """
-    chosen = output
-    steps = [key] if isinstance(key, int) or _has_key(output, key) else key.split(".")
+    # A key with dots may be a single one.
+    is_single = isinstance(key, int) or _has_key(output, key)
+    steps: Sequence[str | int] = [key] if is_single else str(key).split(".")
+
+    value = output
     for step in steps:
-        if not _has_key(chosen, step):
+        if not _has_key(value, step):
             paths = ", ".join(path for path, _ in list_tensor_keys(output))
             problem = f"the network returns {_describe_output(output)}, without logits {key!r}; it has {paths}"
             raise LoweringError(problem, setting="logits_key", value=key)
-        chosen = _look_up(chosen, step)
-    return chosen
+        value = _look_up(value, step)
+    return value
 
 
 def _has_key(output: Any, key: str | int) -> bool:
@@ -154,35 +179,44 @@ def _look_up(output: Any, key: str | int) -> Any:
 def list_tensor_keys(output: Any, path: str = "") -> list[tuple[str, str]]:
     """List (key, shape) of the tensors in *output*, what a network returned.
 
-    A key chooses the tensor, as in `choose_output`; *path* is the key of *output* itself. The
-    deepest listed tensor is in `DEPTH` + 2 containers.
+    A key chooses the tensor, as in `choose_output`; *path* is the key of *output* itself.
+    Outputs can refer to themselves, so tensors in more than `DEPTH` + 2 containers are left out.
     """
     if isinstance(output, Tensor):
         sizes = [str(size) if isinstance(size, int) else "B" for size in output.shape]
         return [(path, f"({', '.join(sizes)})")]
-    if path.count(".") > DEPTH:  # outputs can refer to themselves
+    if path.count(".") > DEPTH:
         return []
-    fields = getattr(output, "_fields", None)  # of a named tuple
-    if isinstance(output, Mapping):
-        children = [(str(key), value) for key, value in output.items()]
-    elif isinstance(output, list | tuple) and fields is None:
-        children = [(str(index), value) for index, value in enumerate(output)]
-    else:
-        # A function or a module holds no outputs; some objects have no dict.
-        attributes = {} if callable(output) else getattr(output, "__dict__", {})
-        children = [(name, getattr(output, name)) for name in fields or attributes]
+
     listed = []
-    for key, value in children:
+    for key, value in _children(output):
         listed += list_tensor_keys(value, f"{path}.{key}" if path else key)
     return listed
+
+
+def _children(output: Any) -> list[tuple[str, Any]]:
+    """List (key, value) of what the container *output* holds; of another object, its attributes."""
+    if isinstance(output, Mapping):
+        return [(str(key), value) for key, value in output.items()]
+
+    field_names = getattr(output, "_fields", None)  # of a named tuple
+    if field_names is not None:
+        return [(name, getattr(output, name)) for name in field_names]
+    if isinstance(output, list | tuple):
+        return [(str(index), value) for index, value in enumerate(output)]
+
+    # A function or a module holds no outputs; some objects have no dict.
+    attributes = {} if callable(output) else getattr(output, "__dict__", {})
+    return [(name, getattr(output, name)) for name in attributes]
 
 
 def _describe_output(output: Any) -> str:
     """Describe *output*, the return value of a network: its type with its keys, fields or length."""
     if isinstance(output, Mapping):
         return f"a dict with {', '.join(map(repr, output))}"
-    if (fields := getattr(output, "_fields", None)) is not None:
-        return f"a named tuple with {', '.join(fields)}"
+    field_names = getattr(output, "_fields", None)
+    if field_names is not None:
+        return f"a named tuple with {', '.join(field_names)}"
     length = f" of {len(output)}" if isinstance(output, list | tuple) else ""
     return f"a {type(output).__name__}{length}"
 
@@ -193,11 +227,13 @@ def generated_images(side: int) -> NDArray[np.uint8]:
     There are fewer if *side* is at most 4, because some are equal then.
     """
     random = np.random.default_rng(_SEED)
-    horizontal_ramp = np.tile(np.linspace(0, 255, side), (side, 1))
 
-    # Number of the square, 4 pixels wide, that a row or column belongs to
+    # A ramp from left to right, and squares of 4 pixels, by the number of each in its row.
+    horizontal_ramp = np.tile(np.linspace(0, 255, side), (side, 1))
     square = np.arange(side) // 4
     checkerboard = 255.0 * ((square[:, None] + square) % 2)
+
+    # Plain colors, the patterns, and noise. The order of the draws decides the images.
     colors = [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)]
     images = [
         *(np.broadcast_to(color, (side, side, 3)) for color in colors),
@@ -206,15 +242,17 @@ def generated_images(side: int) -> NDArray[np.uint8]:
         random.integers(0, 256, (side, side, 3)),
     ]
 
-    # The others are enlarged noise, first the coarsest
+    # The others are enlarged noise, first the coarsest.
     for i in range(GENERATED - len(images)):
         size = min(side, 2 + 6 * i)
         noise = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
-        images.append(
-            np.asarray(Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC))
-        )
+        enlarged = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
+        images.append(np.asarray(enlarged))
+
+    # Each image once.
     pixels = [np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images]
-    return np.stack([*{image.tobytes(): image for image in pixels}.values()])
+    different = {image.tobytes(): image for image in pixels}
+    return np.stack([*different.values()])
 
 
 def evenly_spread(count: int, most: int) -> NDArray[np.int64]:

@@ -75,19 +75,24 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Trac
     graph with runs of one image, too. Raises `LoweringError` if the network cannot be captured.
     """
     with attributes_restored(network):
+        # Most networks are captured at once. A write to a buffer, or a failure, can be that of a
+        # first run that creates buffers.
+        failure: LoweringError | None = None
         try:
             program = export_program(network, preprocess, batch)
             specs = program.graph_signature.output_specs
             if all(spec.kind != OutputKind.BUFFER_MUTATION for spec in specs):
                 return Trace(program, ())
-            created = create_buffers(network, preprocess)
-            if not created:  # it writes to a buffer that is stored
-                return Trace(program, ())
-        except LoweringError:
-            created = create_buffers(network, preprocess)
-            if not created:
-                raise
-        return Trace(export_program(network, preprocess, batch), created)
+        except LoweringError as error:
+            failure = error
+
+        # With these buffers, the network is captured as in its second run.
+        created = create_buffers(network, preprocess)
+        if created:
+            return Trace(export_program(network, preprocess, batch), created)
+        if failure is not None:
+            raise failure
+        return Trace(program, ())  # it writes to a buffer that is stored
 
 
 def capture_any_batch(
@@ -111,24 +116,28 @@ def export_program(
     size = min(2, batch.maximum)  # torch.export makes a dimension of size 1 constant
     images = torch.zeros(size, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
     shapes = None if size == 1 else ({0: Dim("batch", min=1, max=batch.maximum)},)
+
+    def run_export() -> ExportedProgram:
+        return torch.export.export(deployed, (images,), dynamic_shapes=shapes)
+
     with (
         capturing(),  # raises the `LoweringError`
         SymbolicForms(),  # replaces functions that fit one batch size only
-        redirect_stderr(io.StringIO()),  # torch prints part of the graph on failure
+        as_captured(deployed),  # layers compute what they compute in a graph
+        answering_plain_run(),  # code that asks whether it is exported gets the answer no
         attributes_restored(deployed),  # such as caches, in which torch leaves empty tensors
-        as_captured(deployed),
-        answering_plain_run(),
-        warnings.catch_warnings(
-            action="ignore"
-        ),  # torch warns about caches that forward assigns
+        redirect_stderr(io.StringIO()),  # torch prints part of the graph on failure
+        warnings.catch_warnings(action="ignore"),  # of torch, about caches
     ):
         try:
-            return torch.export.export(deployed, (images,), dynamic_shapes=shapes)
+            return run_export()
         except Exception as error:  # the network's own code, which can raise anything
             if not BATCH_GUARD.search(str(error)):
                 raise
-            with recording_fixed_sizes() as places, suppress(Exception):  # fails again
-                torch.export.export(deployed, (images,), dynamic_shapes=shapes)
+
+            # Run it again, only to see which line needs the batch size as a number.
+            with recording_fixed_sizes() as places, suppress(Exception):
+                run_export()
             where = f" in {places[0]}" if places else ""
             raise LoweringError(f"{NO_GRAPH}: {BY_SIZE}{where}; {SIZE_REMEDY}") from error
 
@@ -136,20 +145,23 @@ def export_program(
 @contextmanager
 def as_captured(network: nn.Module) -> Iterator[None]:
     """Let layers of *network* compute in the block what they compute in a graph (`ExportHints`)."""
-    hinted = [module for _, module in modules(network) if isinstance(module, ExportHints)]
-    before = [module.is_captured for module in hinted]
-    for module in hinted:
-        module.is_captured = True
+    layers = [module for _, module in modules(network) if isinstance(module, ExportHints)]
+    before = [layer.is_captured for layer in layers]
+
+    for layer in layers:
+        layer.is_captured = True
     try:
         yield
     finally:
-        for module, was_captured in zip(hinted, before, strict=True):
-            module.is_captured = was_captured
+        for layer, was_captured in zip(layers, before, strict=True):
+            layer.is_captured = was_captured
 
 
 @contextmanager
 def answering_plain_run() -> Iterator[None]:
     """Answer code outside of torch, if it asks whether it is exported or compiled, that it is not.
+
+    The functions that it asks are replaced in the block, for the whole process.
 
     The graph is then that of a plain run. Code that imported the functions by their names, or
     asks in another way, still gets torch's answer; `prove.plain_run` finds what it does then.
@@ -196,21 +208,23 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
     Code of torch and of this package does not count.
     """
     places: list[str] = []
+    # torch calls these for a symbolic size: for its number, and for the result of a comparison.
     needs_number = SymNode.guard_int.__code__
     compares = SymNode.guard_bool.__code__
 
     def record(frame: FrameType, event: str, _argument: object) -> None:
         if event != "call" or frame.f_code not in (needs_number, compares):
             return
+
+        # The line is in the nearest caller that is code of neither package.
         caller = frame.f_back
         while caller is not None:
             module = str(caller.f_globals.get("__name__", ""))
             if module.partition(".")[0] not in ("torch", "sopdeploy", "sopdeploy_export"):
                 file = caller.f_code.co_filename
                 line = caller.f_lineno
-                places.append(
-                    f"{Path(file).name}:{line} ({linecache.getline(file, line).strip()})"
-                )
+                text = linecache.getline(file, line).strip()
+                places.append(f"{Path(file).name}:{line} ({text})")
                 return
 
             # A comparison in a network comes through these modules alone. Those of torch's
@@ -226,41 +240,51 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
 def functionalize(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
     """Replace writes to operands, some forms of pooling, and the ellipsis of `einsum` in *program*.
 
-    What its outputs do not need is left out. *program* is changed. Raises `LoweringError` if
-    torch cannot do this, or if some batch of 1 to `batch.maximum` is not accepted.
+    What its outputs do not need is left out. *program* is changed; the result is another one.
+    Raises `LoweringError` if torch cannot do this, or if some batch of 1 to `batch.maximum` is
+    not accepted.
     """
     with capturing():
         simplify_operators(program)
-        program = program.run_decompositions({})
-    remove_unneeded(program)
+        functional = program.run_decompositions({})
+    remove_unneeded(functional)
+    check_batch_sizes(functional, batch)
+    return functional
+
+
+def check_batch_sizes(program: ExportedProgram, batch: BatchRange) -> None:
+    """Raise `LoweringError` unless *program* accepts every batch of 1 to `batch.maximum` images."""
     if batch.maximum == 1:
-        return program
+        return
+
+    # The batch size is the first dimension of the images; a number, if code fixes it.
     name = program.graph_signature.user_inputs[0]
-    dimension = (
-        next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[0]
-    )
+    images = next(node for node in program.graph.nodes if node.name == name)
+    dimension = images.meta["val"].shape[0]
     if isinstance(dimension, int):
         raise LoweringError(
             f"the network fixes the batch size to {dimension}; it must accept every size"
         )
-    # torch.export narrows the range that it is asked for, 1 to `batch.maximum`, if code
-    # requires it.
+
+    # torch.export narrows the range that it is asked for if code requires it.
     allowed = program.range_constraints[dimension.node.expr]
     if int(allowed.lower) > 1 or int(allowed.upper) != batch.maximum:
         raise LoweringError(
             f"the network accepts batches of {allowed.lower} to {allowed.upper} images only, not of "
             f"1 to {batch.maximum}; its code depends on the batch size"
         )
-    return program
 
 
 def remove_unneeded(program: ExportedProgram) -> None:
     """Remove what the outputs of *program* do not need, also checks of its types."""
     graph = program.graph
+
+    # torch counts checks of types as needed, also those of values that no output reads.
     needed = nodes_before(graph, graph.output_node().all_input_nodes)
     for node in reversed(graph.nodes):
         if node.target is CHECK_OF_TYPE and not needed.issuperset(node.all_input_nodes):
             graph.erase_node(node)
+
     graph.eliminate_dead_code()
     program.graph_module.recompile()
 
@@ -291,6 +315,8 @@ def capturing() -> Iterator[None]:
     except Exception as error:  # tracing runs the network's own code, which can raise anything
         causes = (error, error.__cause__, error.__context__)
         text = "\n".join(str(cause) for cause in causes if cause is not None)
+
+        # Causes that torch tells in words of its own, or else its first line.
         if BATCH_GUARD.search(text):
             problem = f"{BY_SIZE}; {SIZE_REMEDY}"
         elif HASHED_SIZE.search(text):

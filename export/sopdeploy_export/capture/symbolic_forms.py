@@ -47,19 +47,24 @@ def simplify_operators(program: ExportedProgram) -> None:
     """
     aten = torch.ops.aten
     for node in program.graph.nodes:
-        if (activation := _out_of_place(node)) is not None:
+        activation = _out_of_place(node)
+        if activation is not None:
             node.target = activation
+
+    # Average pooling over 1, 2 or 3 axes to one position is the mean of these axes, the last ones.
     poolings = (aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d)
     for num_axes, pooling in enumerate(poolings, start=1):
         for node in program.graph.find_nodes(op="call_function", target=pooling.default):
             x, output_size = node.args
             if output_size == [1] * num_axes:
+                axes = [-1 - number for number in range(num_axes)]
                 node.target = aten.mean.dim
-                node.args = (x, [*range(-1, -1 - num_axes, -1)], True)
+                node.args = (x, axes, True)
 
-    # With `ceil_mode`, ONNX counts windows that begin behind the map, ATen does not.
+    # With `ceil_mode`, ONNX counts windows that begin behind the map, ATen does not. It is left
+    # out where it has no effect.
     for node in program.graph.find_nodes(op="call_function", target=aten.max_pool2d.default):
-        # The last argument is `ceil_mode`, by default False
+        # The last argument is `ceil_mode`, by default False.
         if len(node.args) == 6 and node.args[5]:
             x, kernel, stride, padding, dilation, _ = node.args
             image = torch.empty(x.meta["val"].shape[1:], device="meta")  # (C, H, W)
@@ -73,48 +78,54 @@ def simplify_operators(program: ExportedProgram) -> None:
         if "..." in equation.partition("->")[0]:
             ranks = [operand.meta["val"].ndim for operand in operands]
             node.args = (_label_hidden_axes(equation, ranks), operands)
+
     program.graph_module.recompile()
 
 
 def _out_of_place(node: fx.Node) -> OpOverload | None:
-    """Return the activation that *node* computes in place, if nothing else can see what it writes to."""
+    """Return the activation that *node* computes in place, if nothing else can see what it writes to.
+
+    None for another operator, or if something else reads or shares the memory of its operand.
+    """
     target = node.target
     if not isinstance(target, OpOverload) or str(target) not in IN_PLACE:
         return None
     operand, *others = node.all_input_nodes
     if others or len(operand.users) > 1 or not operand.meta["val"].is_floating_point():
         return None
-    source = operand.target
-    if not isinstance(source, OpOverload) or any(
-        result.alias_info for result in source._schema.returns
-    ):
-        return None
 
-    # Others of torch's composite operators can return their operand, as `dropout` does.
+    # The operand must be a new tensor, not a view. Some of torch's composite operators can return
+    # their own operand, as `dropout` does, and do not say so.
+    source = operand.target
+    if not isinstance(source, OpOverload):
+        return None
+    if any(result.alias_info for result in source._schema.returns):
+        return None
     if source not in RETURN_NEW and source.has_kernel_for_dispatch_key(COMPOSITE):
         return None
-    found: OpOverload = getattr(torch.ops.aten, IN_PLACE[str(target)]).default
-    return found
+
+    activation: OpOverload = getattr(torch.ops.aten, IN_PLACE[str(target)]).default
+    return activation
 
 
 def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
     """Replace every "..." by labels: for *ranks* 4 and 3, "...ij,...jk" becomes "baij,ajk->baik"."""
     terms, arrow, result = equation.replace(" ", "").partition("->")
     if not arrow:  # then the result has the labels that occur once, in alphabetical order
-        result = "..." + "".join(
-            sorted(x for x in set(terms) - set(",.") if terms.count(x) == 1)
-        )
+        labels_once = [x for x in set(terms) - set(",.") if terms.count(x) == 1]
+        result = "..." + "".join(sorted(labels_once))
+
+    # Operands are aligned at their last hidden axes, which therefore have the first unused letter.
     unused = [letter for letter in ascii_letters if letter not in terms]
     labeled_terms = []
     longest = ""
     for term, rank in zip(terms.split(","), ranks, strict=True):
         num_hidden = rank - len(term.replace("...", ""))
-
-        # Reversed, so that the last hidden axis, at which operands are aligned, is always
-        # unused[0].
         labels = "".join(reversed(unused[:num_hidden]))
         labeled_terms.append(term.replace("...", labels))
-        longest = max(longest, labels, key=len)  # the result has all hidden axes
+        longest = max(longest, labels, key=len)
+
+    # The result has all hidden axes.
     return f"{','.join(labeled_terms)}->{result.replace('...', longest)}"
 
 
@@ -133,41 +144,43 @@ class PythonNumbers:
     })  # fmt: skip
 
     def __init__(self) -> None:
-        # Also of tensors that torch.export gives no values
+        # The values of known tensors, which themselves have none while torch.export runs.
         self._values = WeakIdKeyDictionary()
 
     def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Compute a call on known tensors, or one that makes a tensor of Python numbers.
 
-        Returns the value, which the caller passes to `remember`, so that the result of the call
-        is a known tensor; None for any other call, which makes all tensors unknown if it has a
-        known one as operand.
+        Returns a Python number, or a tensor, which the caller passes to `remember`. None for any
+        other call; if it has a known tensor as operand, which it can change, all tensors become
+        unknown.
         """
         if not len(self._values) and function not in self.MAKERS:  # most calls
             return None
+
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         are_known = [operand in self._values for operand in operands]
         if operands:
             computes = all(are_known) and getattr(function, "__name__", "") in self.FUNCTIONS
-        else:
-            # Without an array, whose memory the tensor can share
+        else:  # of Python numbers, not of an array, whose memory the tensor can share
             numbers = tree_leaves(args[:1])
             are_numbers = bool(numbers) and all(
                 isinstance(number, int | float) for number in numbers
             )
             computes = function in self.MAKERS and are_numbers
+
         if not computes:
             if any(are_known):
                 self._values = WeakIdKeyDictionary()
             return None
+
+        # The same call on the values, which torch.export does not see.
         args, kwargs = tree_map_only(Tensor, self._values.__getitem__, (args, kwargs))
         with _disable_current_modes():
             return function(*args, **kwargs)
 
-    def remember(self, result: Any, value: Any) -> None:
-        """Remember *value*, if it is a tensor: `compute` returned it for the call with *result*."""
-        if isinstance(value, Tensor):
-            self._values[result] = value
+    def remember(self, result: Any, value: Tensor) -> None:
+        """Note that *result* is a known tensor with *value*, which `compute` returned for its call."""
+        self._values[result] = value
 
 
 class SymbolicForms(TorchFunctionMode):
@@ -191,11 +204,17 @@ class SymbolicForms(TorchFunctionMode):
         A Python value that is read from a tensor of Python numbers is returned without a call.
         """
         del types
-        known_value = self._numbers.compute(function, args, kwargs or {})
-        if known_value is not None and not isinstance(known_value, Tensor):
-            return known_value
-        result = OTHER_FORMS.get(function, function)(*args, **(kwargs or {}))
-        self._numbers.remember(result, known_value)
+        kwargs = kwargs or {}
+
+        # A number, which the caller's code reads; a tensor of known values; None: not known.
+        # This also forgets the known tensors if the call may change one of them.
+        value = self._numbers.compute(function, args, kwargs)
+        if value is not None and not isinstance(value, Tensor):
+            return value
+
+        result = OTHER_FORMS.get(function, function)(*args, **kwargs)
+        if value is not None:
+            self._numbers.remember(result, value)
         return result
 
 

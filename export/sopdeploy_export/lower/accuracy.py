@@ -55,15 +55,19 @@ class AccuracyCheck:
         """
         self.options = options
         self._preprocess = subject.preprocess
+        self._float32_logits: NDArray[np.float32] | None = None
+
+        # The images of `calibrate`: some calibrate, the others measure.
         self.calibration = np.empty((0, 0, 0, 3), np.uint8)
         self._measured: NDArray[np.uint8] | None = None
-        self._labeled: ImageFiles | None = None
-        self._float32_logits: NDArray[np.float32] | None = None
         if options.calibrate is not None:
             images = calibration_images(options.calibrate, subject.preprocess)
-            is_measured = choose_measured(images)
-            self.calibration = images[~is_measured]
-            self._measured = images[is_measured]
+            is_measured_P = choose_measured(images)
+            self.calibration = images[~is_measured_P]
+            self._measured = images[is_measured_P]
+
+        # Those of `evaluate`, which measure instead.
+        self._labeled: ImageFiles | None = None
         if options.evaluate is not None:
             if subject.decision is not None and subject.decision.activation == "sigmoid":
                 raise ConfigError(
@@ -86,19 +90,19 @@ class AccuracyCheck:
             self._float32_logits = self._logits(open_session(float32))
         before = self._float32_logits
         after = self._logits(exported)
+
         truth = None if self._labeled is None else np.asarray(self._labeled.targets, np.int64)
         compared = compare_top_classes(before.argmax(axis=1), after.argmax(axis=1), truth)
         return compared.model_copy(update={"deviation": logit_deviation(before, after)})
 
     def images(self) -> MeasuringImages:
         """Return the images that calibrate, and for fp16 some of `evaluate`, evenly spread."""
-        files = self._labeled if self.options.precision == "fp16" else None
-        positions = () if files is None else evenly_spread(len(files), PHOTOGRAPHS).tolist()
-        photographs = (
-            []
-            if files is None
-            else [files.preprocess(one, self._preprocess) for one in positions]
-        )
+        photographs: list[NDArray[np.uint8]] = []
+        if self._labeled is not None and self.options.precision == "fp16":
+            positions = evenly_spread(len(self._labeled), PHOTOGRAPHS).tolist()
+            photographs = [
+                self._labeled.preprocess(position, self._preprocess) for position in positions
+            ]
         return MeasuringImages(self.calibration, photographs)
 
     def check_drop(self, report: PrecisionReport) -> None:
@@ -110,11 +114,10 @@ class AccuracyCheck:
         limit = self.options.max_drop
         if measured is None:
             return
-        advice = (
-            ""
-            if report.quantisation is None
-            else "; calibrate with images like those of production"
-        )
+        advice = ""
+        if report.quantisation is not None:
+            advice = "; calibrate with images like those of production"
+
         if not measured.deviation <= MAX_DEVIATION:  # larger, or NaN
             raise ParityError(
                 f"{report.precision} changes the logits by {measured.deviation:.2f} standard deviations on "
@@ -123,7 +126,7 @@ class AccuracyCheck:
         if measured.drop <= limit:
             return
 
-        # Which needs labels
+        # Top-1 needs labels.
         metric = "agreement with float32" if measured.before is None else "top-1"
         raise ParityError(
             f"{report.precision} loses {measured.drop:.2f} points of {metric} on {measured.num_images} "
@@ -140,15 +143,14 @@ class AccuracyCheck:
     def _batches(self) -> Iterator[NDArray[np.uint8]]:
         """Yield batches (B, H, W, 3) of the images that measure; those of `calibrate` are batches of one."""
         if self._labeled is not None:
+            count = len(self._labeled)
             size = min(_BATCH, self.options.batch.maximum)
-            for start in range(0, len(self._labeled), size):
-                positions = range(start, min(start + size, len(self._labeled)))
-                yield np.stack(
-                    [
-                        self._labeled.preprocess(position, self._preprocess)
-                        for position in positions
-                    ]
-                )
+            for start in range(0, count, size):
+                images = [
+                    self._labeled.preprocess(position, self._preprocess)
+                    for position in range(start, min(start + size, count))
+                ]
+                yield np.stack(images)
         elif self._measured is not None:
             for image in self._measured:
                 yield image[None]
@@ -177,15 +179,23 @@ def compare_top_classes(
     """
     count = len(float32)
     agree = int((float32 == exported).sum())
+
+    before: float | None = None
+    after: float | None = None
     if truth is None:
-        drop = round(100 * (1 - agree / count), 6)
-        return Accuracy(
-            num_images=count, before=None, after=None, num_agreeing=agree, drop=drop
-        )
-    before = float((float32 == truth).mean())
-    after = float((exported == truth).mean())
-    drop = round(100 * (before - after), 6)
-    return Accuracy(num_images=count, before=before, after=after, num_agreeing=agree, drop=drop)
+        drop = 1 - agree / count
+    else:
+        before = float((float32 == truth).mean())
+        after = float((exported == truth).mean())
+        drop = before - after
+
+    return Accuracy(
+        num_images=count,
+        before=before,
+        after=after,
+        num_agreeing=agree,
+        drop=round(100 * drop, 6),
+    )
 
 
 def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
@@ -210,14 +220,18 @@ def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
     Images whose thumbnails are alike count as one distinct image: all of them measure, or none.
     Raises `DataError` for fewer than 32 distinct images.
     """
+    # Distances (P, P) of thumbnails with D numbers.
     size = (GRAY_SIDE, GRAY_SIDE)
     thumbnails = [Image.fromarray(image).resize(size, Image.Resampling.BOX) for image in images]
-    pixels = np.stack([np.asarray(image, np.float32).reshape(-1) for image in thumbnails])
-    distances = np.stack([np.sqrt(np.square(pixels - one).mean(axis=1)) for one in pixels])
-    pairs = np.argwhere(distances <= ALIKE).T
-    # (P,): images that are alike have the same number, from 0
-    groups = connect(len(images), pairs)
-    count = int(groups.max()) + 1
+    pixels_PD = np.stack([np.asarray(image, np.float32).reshape(-1) for image in thumbnails])
+    distances_PP = np.stack(
+        [np.sqrt(np.square(pixels_PD - pixels_D).mean(axis=1)) for pixels_D in pixels_PD]
+    )
+
+    # Images that are alike, also through others, have the same number, from 0.
+    pairs = np.argwhere(distances_PP <= ALIKE).T
+    distinct_P = connect(len(images), pairs)
+    count = int(distinct_P.max()) + 1
     if count < MIN_DISTINCT:
         raise DataError(
             f"{count} distinct images, and images that are alike count once; give at least {MIN_DISTINCT}: "
@@ -225,6 +239,6 @@ def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
             setting="calibrate",
         )
 
-    # The distinct images 3, 7, 11 and so on
-    measured: NDArray[np.bool_] = groups % EVERY == EVERY - 1
-    return measured
+    # The distinct images 3, 7, 11 and so on.
+    is_measured_P: NDArray[np.bool_] = distinct_P % EVERY == EVERY - 1
+    return is_measured_P

@@ -28,7 +28,9 @@ def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
     constant = _constant_nodes(program)
     if not any(map(_has_size_from_values, constant)) and not _constant_masks(program, constant):
         return program
-    program = program.run_decompositions({})  # a copy
+
+    # The nodes of a copy, and the tensors that it stores.
+    program = program.run_decompositions({})
     constant = _constant_nodes(program)
     stored = {**program.state_dict, **program.constants}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
@@ -42,21 +44,24 @@ def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
         function: Any = node.target
         return function(*args, **kwargs)
 
-    # Constant nodes whose values decide sizes, and those behind them
+    # Constant nodes whose values decide sizes, and those behind them.
     evaluated: set[fx.Node] = set()
     for node in program.graph.nodes:
         is_behind = not evaluated.isdisjoint(node.all_input_nodes)
         if node in constant and (is_behind or _has_size_from_values(node)):
             evaluated.add(node)
+
+    # Replace them, and constant masks, which are listed before, because replacements change
+    # what a node reads.
+    masks = _constant_masks(program, constant)
     with torch.no_grad():
-        # Before masks that depend on sizes are replaced
-        masks = _constant_masks(program, constant)
         for node in list(program.graph.nodes):
             if node in evaluated and node.op == "call_function":
                 _replace_by_value(program, node, evaluate(node), constant)
             elif node in masks:
                 values = [None if mask is None else evaluate(mask) for mask in masks[node]]
                 _replace_masks(program, node, values)
+
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
     return program.run_decompositions({})  # computes all sizes again
@@ -111,19 +116,25 @@ def _replace_by_value(
 ) -> None:
     """Give the users of *node* that are not *constant* its *value*; erase *node* if it is a check."""
     users = [user for user in node.users if user not in constant]
-    if users and isinstance(value, Tensor):
+    if not users:
+        if node.is_impure():
+            program.graph.erase_node(node)
+        return
+
+    # A tensor becomes an input of the program.
+    if isinstance(value, Tensor):
         added = _add_constant(program, value)
         for user in users:
             user.replace_input_with(node, added)
-    elif users:  # a number, such as a size
-        for user in users:
-            user.args, user.kwargs = tree_map_only(
-                fx.Node,
-                lambda operand: value if operand is node else operand,
-                (user.args, user.kwargs),
-            )
-    elif node.is_impure():
-        program.graph.erase_node(node)
+        return
+
+    # A number, such as a size, becomes an argument.
+    for user in users:
+        user.args, user.kwargs = tree_map_only(
+            fx.Node,
+            lambda operand: value if operand is node else operand,
+            (user.args, user.kwargs),
+        )
 
 
 def _replace_masks(
@@ -131,26 +142,30 @@ def _replace_masks(
 ) -> None:
     """Replace the indices of *node* that have a mask in *masks* by the positions that it chooses."""
     x, indices = cast(tuple[Any, Any], node.args)
-    chosen: list[Any] = []
+
+    new_indices: list[Any] = []
     for index, mask in zip(indices, masks, strict=True):
         if mask is None:
-            chosen.append(index)
+            new_indices.append(index)
         else:  # one index per axis of the mask
-            chosen += [
-                _add_constant(program, positions) for positions in mask.nonzero(as_tuple=True)
-            ]
-    node.args = (x, chosen)
+            positions_by_axis = mask.nonzero(as_tuple=True)
+            new_indices += [_add_constant(program, each) for each in positions_by_axis]
+    node.args = (x, new_indices)
 
 
 def _add_constant(program: ExportedProgram, value: Tensor) -> fx.Node:
     """Add the constant *value* to the inputs of *program*; return its node."""
     value = value.detach().clone()
-    first = next(iter(program.graph.nodes))
     target = f"{PREFIX}_{len(program.constants)}"
+
+    # The node, as the first input, with a tensor that has its shape and type only.
+    first = next(iter(program.graph.nodes))
     with program.graph.inserting_before(first):
         node = program.graph.placeholder(target)
     fake_mode = first.meta["val"].fake_mode
     node.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
+
+    # The signature has the inputs in the order of their nodes.
     spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(name=node.name), target)
     program.graph_signature.input_specs.insert(0, spec)
     program.constants[target] = value

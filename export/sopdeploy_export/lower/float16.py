@@ -37,7 +37,7 @@ from sopdeploy_export.runs import InFloat64, ReportsFloat32
 _Part = TypeVar("_Part", bound=nn.Module)
 # ONNX's LayerNormalization adds in float32 (its attribute `stash_type`).
 ADDS_IN_FLOAT32 = (torch.ops.aten.layer_norm.default, torch.ops.aten.native_layer_norm.default)
-# of a result, as shares of their number: in the middle, anywhere, the last one
+# The elements of a result, as shares of their number: in the middle, anywhere, the last one.
 ELEMENTS = (
     0.5,
     0.62,
@@ -53,32 +53,21 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
 
     *program* is the captured network; it shows which batch norms fold into the convolution
     before them. Raises `LoweringError` if folding changes the float64 logits of *pixels*,
-    normalized images (P, 3, H, W). Later comparisons would miss a wrong fold, because their
-    tolerance is a multiple of this copy's error.
+    normalized images (P, 3, H, W).
     """
-    exact = copy_network(network).double()
-
-    # `InFloat64` computes in float64; `ReportsFloat32` shows the network's code the dtype it
-    # usually gets.
-    with torch.no_grad(), ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
-        expected = compute_outputs(exact, pixels.double())[0]
-        fold_batch_norms(exact, program)
-        logits = compute_outputs(exact, pixels.double())[0]
-    scale = max(float(expected.abs().max()), torch.finfo(torch.float64).tiny)  # not 0
-    difference = float((logits - expected).abs().max()) / scale
-    if not difference <= FOLD_TOLERANCE:  # also if it is NaN
-        raise LoweringError(
-            f"batch norms folded into the convolutions change the output by {difference:.2g} of its largest "
-            "value in float64; nothing was written; choose precision fp32"
-        )
+    _check_fold(network, program, pixels)
     cast = copy_network(network)
     fold_batch_norms(cast, program)
+
     dtypes = weight_dtypes(cast)
     for name, part in cast.named_modules():
+        # Its own weights and buffers; integers stay.
         for parameter in part.parameters(recurse=False):
             parameter.data = parameter.data.to(dtypes[name])
         for buffer_name, buffer in list(part.named_buffers(recurse=False)):
             setattr(part, buffer_name, _cast(buffer, dtypes[name]))
+
+        # Its input, before each run.
         dtype = _input_dtype(part, dtypes[name])
         if dtype is not None:
             part.register_forward_pre_hook(partial(_cast_first_input, dtype), with_kwargs=True)
@@ -88,7 +77,32 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
             part.register_forward_hook(
                 lambda _part, _inputs, output: _cast(output, torch.float16)
             )
+
     return cast.eval()
+
+
+def _check_fold(network: nn.Module, program: ExportedProgram, pixels: Tensor) -> None:
+    """Raise `LoweringError` if `fold_batch_norms` changes the float64 logits of *network* for *pixels*.
+
+    Later comparisons would miss a wrong fold, because their tolerance is a multiple of the error
+    of the folded network.
+    """
+    exact = copy_network(network).double()
+
+    # `InFloat64` computes in float64 also where code casts to float32. `ReportsFloat32` shows
+    # the code the dtype that it usually gets.
+    with torch.no_grad(), ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
+        expected = compute_outputs(exact, pixels.double())[0]
+        fold_batch_norms(exact, program)
+        logits = compute_outputs(exact, pixels.double())[0]
+
+    scale = max(float(expected.abs().max()), torch.finfo(torch.float64).tiny)  # not 0
+    difference = float((logits - expected).abs().max()) / scale
+    if not difference <= FOLD_TOLERANCE:  # also if it is NaN
+        raise LoweringError(
+            f"batch norms folded into the convolutions change the output by {difference:.2g} of its largest "
+            "value in float64; nothing was written; choose precision fp32"
+        )
 
 
 def sum_in_float32(program: ExportedProgram, images: Tensor) -> ExportedProgram:
@@ -99,9 +113,13 @@ def sum_in_float32(program: ExportedProgram, images: Tensor) -> ExportedProgram:
     """
     sums = _Sums(program.module(check_guards=False))
     sums.run(images)
-    adding = [operator for operator, adds in sums.adds_elements.items() if adds]
-    table = {operator: partial(_in_float32, operator) for operator in adding}
-    summed: ExportedProgram = program.run_decompositions(table)
+
+    forms = {
+        operator: partial(_in_float32, operator)
+        for operator, adds in sums.adds_elements.items()
+        if adds
+    }
+    summed: ExportedProgram = program.run_decompositions(forms)
     return summed
 
 
@@ -119,6 +137,8 @@ class _Sums(fx.Interpreter):
         """Run one node, in float32 if its operator adds elements, which is decided if it is not known."""
         if not isinstance(n.target, OpOverload) or not n.users:  # an assertion has no users
             return super().run_node(n)
+
+        # Decide about its operator, unless an earlier node with it did.
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if torch.Tag.pointwise in n.target.tags or n.target in ADDS_IN_FLOAT32:
             self.adds_elements[n.target] = False
@@ -126,7 +146,8 @@ class _Sums(fx.Interpreter):
             adds = adds_elements(n.target, args, kwargs)
             if adds is not None:
                 self.adds_elements[n.target] = adds
-        # in float32 also because CPUs have no float16 form of some
+
+        # CPUs have no float16 form of some that add.
         if self.adds_elements.get(n.target):
             result = _in_float32(n.target, *args, **kwargs)
             if result is not NotImplemented:
@@ -137,62 +158,73 @@ class _Sums(fx.Interpreter):
 def adds_elements(
     operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bool | None:
-    """Return whether *operator* adds elements of its first operand, in float16, without those of another one.
+    """Tell whether *operator* adds elements of its first operand, in float16, and of no other one.
 
-    An element of a sum has derivatives with respect to several elements of one operand. One of
-    a product, such as a convolution or attention, has some with respect to several elements of
-    two operands: runtimes accumulate it in float32. None: each element depends on a single one,
-    as that of a maximum or a copy, at least with these sizes.
+    True for a sum, such as a mean or a norm. False for a product, such as a convolution or
+    attention, which adds elements of two operands: runtimes accumulate it in float32. None if
+    each element of the result depends on a single one, as that of a maximum or a copy, at least
+    with these sizes, and for a first operand in another type.
     """
     if not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.float16:
         return None
     random = torch.Generator().manual_seed(0)
 
     def positive(x: Tensor) -> Tensor:
-        """Return values in [0.5, 1.5) in place of a floating-point operand; integers stay."""
+        """Return float32 values in [0.5, 1.5) in place of a floating-point operand; integers stay."""
         return torch.rand(x.shape, generator=random) + 0.5 if x.is_floating_point() else x
 
-    wide, named = tree_map_only(Tensor, positive, (tuple(args), dict(kwargs)))
-    leaves = [leaf for leaf in tree_leaves((wide, named)) if isinstance(leaf, Tensor)]
-    operands = [leaf for leaf in leaves if leaf.is_floating_point()]
+    # Derivatives are computed in float32, for new operands of the same shapes.
+    float32_args, float32_kwargs = tree_map_only(Tensor, positive, (tuple(args), dict(kwargs)))
+    leaves = tree_leaves((float32_args, float32_kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    operands = [tensor for tensor in tensors if tensor.is_floating_point()]
+
+    # Some operators have no derivatives of all operands, such as running statistics.
     try:
-        return _adds_by_derivatives(operator, wide, named, operands)
-    except (
-        RuntimeError
-    ):  # some operators have no derivatives of all operands, such as running statistics
-        return _adds_by_derivatives(operator, wide, named, operands[:1])
+        counts = _influences(operator, float32_args, float32_kwargs, operands)
+    except RuntimeError:
+        counts = _influences(operator, float32_args, float32_kwargs, operands[:1])
+    if counts is None:
+        return None
+    return all(count <= 1 for count in counts[1:])
 
 
-def _adds_by_derivatives(
+def _influences(
     operator: OpOverload,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     operands: Sequence[Tensor],
-) -> bool | None:
-    """Decide as `adds_elements` does, by the derivatives with respect to *operands* among the arguments."""
+) -> list[int] | None:
+    """Count how many elements of each of *operands* influence an element of the first result.
+
+    These have a derivative that is not 0. `ELEMENTS` of the result are looked at; the first one
+    counts that several elements of the first operand influence. None without such an element,
+    or without derivatives. *operands* are among the arguments; they require gradients
+    afterwards, and other arguments do not.
+    """
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
             leaf.requires_grad_(any(leaf is operand for operand in operands))
+
     with torch.enable_grad():
-        results = [
-            leaf for leaf in tree_leaves(operator(*args, **kwargs)) if isinstance(leaf, Tensor)
-        ]
+        leaves = tree_leaves(operator(*args, **kwargs))
+        results = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not results or not results[0].requires_grad or not results[0].numel():
             return None
+
         elements = results[0].flatten()
         for share in ELEMENTS:
             element = elements[round(share * (len(elements) - 1))]
             gradients = torch.autograd.grad(
                 element, operands, retain_graph=True, allow_unused=True
             )
-
-            # So many elements of each operand have an influence on this element of the result.
-            first, *others = (
+            counts = [
                 0 if gradient is None else int(gradient.count_nonzero())
                 for gradient in gradients
-            )
-            if first > 1:
-                return all(count <= 1 for count in others)
+            ]
+            if counts[0] > 1:
+                return counts
+
     return None
 
 
@@ -204,8 +236,11 @@ def _in_float32(operator: Any, *args: Any, **kwargs: Any) -> Any:
     """
     if args[0].dtype != torch.float16:
         return NotImplemented
-    wide, named = tree_map_only(Tensor, lambda x: _cast(x, torch.float32), (args, kwargs))
-    return tree_map_only(Tensor, lambda x: _cast(x, torch.float16), operator(*wide, **named))
+    float32_args, float32_kwargs = tree_map_only(
+        Tensor, lambda x: _cast(x, torch.float32), (args, kwargs)
+    )
+    results = operator(*float32_args, **float32_kwargs)
+    return tree_map_only(Tensor, lambda x: _cast(x, torch.float16), results)
 
 
 def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | None:
@@ -214,11 +249,12 @@ def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | No
     A part with weights or floating-point buffers of its own computes in their dtype,
     *weight_dtype*.
     """
+    # A list of parameters holds weights of the part, too.
     tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-    # of its own weights
     has_lists = any(isinstance(child, nn.ParameterList) for child in part.children())
     if has_lists or any(tensor.is_floating_point() for tensor in tensors):
         return weight_dtype
+
     if isinstance(part, nn.LocalResponseNorm):  # squares of activations can overflow in float16
         return torch.float32
     hints = export_hints(part)
@@ -233,16 +269,15 @@ def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
     A part has the dtype of its parent, unless it keeps float32 or its parent lists it as a
     low-precision child.
     """
-    kept = set(float32_parts(network))
+    names_in_float32 = set(float32_parts(network))
     dtypes: dict[str, torch.dtype] = {}
+
     for name, _ in network.named_modules():  # parents come before their children
         parent, _, child = name.rpartition(".")
-        if name in kept:
+        hints_of_parent = export_hints(network.get_submodule(parent))
+        if name in names_in_float32:
             dtypes[name] = torch.float32
-        elif (
-            name == ""
-            or child in export_hints(network.get_submodule(parent)).low_precision_children
-        ):
+        elif not name or child in hints_of_parent.low_precision_children:
             dtypes[name] = torch.float16
         else:
             dtypes[name] = dtypes[parent]
@@ -280,51 +315,76 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
-    """Fold the batch norms of *network* into its convolutions, in place; return the number of folds."""
+    """Fold the batch norms of *network* into its convolutions, in place; return the number of folds.
+
+    *program* shows which batch norm reads which convolution.
+    """
     signature = program.graph_signature
-    num_folds = 0
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    for node in program.graph.nodes:
-        if node.target is not BATCH_NORM:
+    num_folds = 0
+
+    for node in program.graph.find_nodes(op="call_function", target=BATCH_NORM):
+        pair = _foldable_pair(node, names)
+        if pair is None:
             continue
-        convolved, norm_weight = node.args[:2]  # the input and the weight of the batch norm
-        if convolved.target not in _CONVOLUTIONS or norm_weight is None:
-            continue
-        weight = convolved.args[1]
-        if any(len(value.users) != 1 for value in (convolved, weight, norm_weight)):
-            continue  # it runs twice, or something else reads its output or weights
-        if weight.name not in names or norm_weight.name not in names:
-            continue  # a weight is computed
-        convolution_name, norm_name = (
-            names[value.name].removeprefix(NETWORK_PREFIX).rpartition(".")[0]
-            for value in (weight, norm_weight)
-        )
+        convolution_name, norm_name = pair
         convolution = network.get_submodule(convolution_name)
         norm = network.get_submodule(norm_name)
+
+        # What is left of the batch norm; an unknown class can compute anything.
         if type(norm) is nn.BatchNorm2d:
             after_norm: nn.Module = nn.Identity()
-        elif (
-            isinstance(norm, nn.BatchNorm2d) and type(norm).__name__ == "BatchNormAct2d"
-        ):  # of timm
+        elif isinstance(norm, nn.BatchNorm2d) and type(norm).__name__ == "BatchNormAct2d":
             after_norm = nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))
-        else:  # an unknown class can compute anything
+        else:
             continue
+
         if isinstance(convolution, nn.Conv2d):
             fold_norm(convolution, norm)
             owner, _, attribute = norm_name.rpartition(".")
             setattr(network.get_submodule(owner), attribute, after_norm)
             num_folds += 1
+
     return num_folds
+
+
+def _foldable_pair(norm: fx.Node, names: Mapping[str, str]) -> tuple[str, str] | None:
+    """Name the convolution and the batch norm whose computation is the node *norm*.
+
+    *names* maps the inputs of the program to tensors of the network. None if *norm* reads no
+    convolution, if one of both runs twice, if something else reads the output of the convolution
+    or a weight, or if a weight is computed.
+    """
+    convolved: Any = norm.args[0]
+    norm_weight: Any = norm.args[1]
+    if convolved.target not in _CONVOLUTIONS or norm_weight is None:
+        return None
+
+    weight = convolved.args[1]
+    if any(len(value.users) != 1 for value in (convolved, weight, norm_weight)):
+        return None
+    if weight.name not in names or norm_weight.name not in names:
+        return None
+
+    convolution_name, norm_name = (
+        names[value.name].removeprefix(NETWORK_PREFIX).rpartition(".")[0]
+        for value in (weight, norm_weight)
+    )
+    return convolution_name, norm_name
 
 
 @torch.no_grad()
 def fold_norm(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """Fold *norm*, (W x + b - mean) * scale + shift, into the weights and bias of *convolution*, in place."""
+    # In float64; one scale per output channel.
     mean = norm.get_buffer("running_mean")
     variance = norm.get_buffer("running_var")
     scale = norm.weight.double() / torch.sqrt(variance.double() + norm.eps)
+    kernel = convolution.weight.double() * scale[:, None, None, None]
     bias_before = 0.0 if convolution.bias is None else convolution.bias.double()
     bias = (bias_before - mean.double()) * scale + norm.bias.double()
-    kernel = convolution.weight.double() * scale[:, None, None, None]
-    convolution.weight = nn.Parameter(kernel.to(convolution.weight.dtype), requires_grad=False)
-    convolution.bias = nn.Parameter(bias.to(convolution.weight.dtype), requires_grad=False)
+
+    # Rounded once, to the type of the convolution.
+    dtype = convolution.weight.dtype
+    convolution.weight = nn.Parameter(kernel.to(dtype), requires_grad=False)
+    convolution.bias = nn.Parameter(bias.to(dtype), requires_grad=False)

@@ -20,6 +20,10 @@ LARGEST_MATRIX = 256
 BLOCK = 256  # numbers that are added one after the other
 
 
+# Whether attention is called by `_masked_attention`, whose mask is not to be handled again.
+_handles_mask: ContextVar[bool] = ContextVar("_handles_mask", default=False)
+
+
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -30,8 +34,8 @@ def _attention(
 ) -> Any:
     """Write attention with a mask by `_masked_attention`, and other than four axes as matrix products.
 
-    `_masked_attention` calls it again, with a mask of numbers. `NotImplemented` leaves the
-    operator as it is.
+    `NotImplemented` leaves the operator as it is. torch calls this form wherever `ATTENTION` is
+    called, also in `_masked_attention`: `_handles_mask` is true then.
     """
     if mask is not None and not _handles_mask.get():
         return _masked_attention(query, key, value, mask, *args, **options)
@@ -49,30 +53,30 @@ def _masked_attention(
 
     The result of a query that may read nothing is 0, not the NaN of a softmax over -inf alone.
     """
-    added = mask
-    allowed = mask != -torch.inf
+    # Which keys a query may read, and the numbers that are added to their scores.
     if mask.dtype == torch.bool:
+        is_allowed = mask
         added = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
-        allowed = mask
+    else:
+        is_allowed = mask != -torch.inf
+        added = mask
+
+    # This calls `_attention` again, which leaves the mask as it is now.
     token = _handles_mask.set(True)
     try:
-        # Calls `_attention` again
         result = ATTENTION(query, key, value, added, *args, **options)
     finally:
         _handles_mask.reset(token)
-    filled = result.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
 
-    # The strides stay those of attention, so that a view of the result stays possible.
+    may_read_nothing = ~is_allowed.any(-1, keepdim=True)
+    return _with_strides_of(result, result.masked_fill(may_read_nothing, 0.0))
+
+
+def _with_strides_of(result: Tensor, values: Tensor) -> Tensor:
+    """Return *values* with the order of strides of *result*, so that a view of it stays possible."""
     axes = sorted(range(result.dim()), key=result.stride, reverse=True)
-    return (
-        filled.permute(axes)
-        .contiguous()
-        .permute([axes.index(axis) for axis in range(len(axes))])
-    )
-
-
-# Whether `_attention` is called by `_masked_attention`.
-_handles_mask: ContextVar[bool] = ContextVar("_handles_mask", default=False)
+    inverse = [axes.index(axis) for axis in range(len(axes))]
+    return values.permute(axes).contiguous().permute(inverse)
 
 
 def _log1p(values: Tensor) -> Tensor:
@@ -91,18 +95,19 @@ def _expm1(values: Tensor) -> Tensor:
 
 def _atan2(y: Tensor, x: Tensor) -> Tensor:
     """Write the angle of the point (x, y), from -pi to pi, also if a coordinate is 0 or -0."""
-    below, left = ((value < 0) | (1 / value < 0) for value in (y, x))  # 1 / -0 is negative
+    # The sign of 0 counts: 1 / -0 is negative.
+    is_below = (y < 0) | (1 / y < 0)
+    is_left = (x < 0) | (1 / x < 0)
 
-    # Then the angle is that of a diagonal
-    far = (y.abs() == torch.inf) & (x.abs() == torch.inf)
+    # With two infinite coordinates, the angle is that of a diagonal.
+    is_far = (y.abs() == torch.inf) & (x.abs() == torch.inf)
     divisor = torch.where((x == 0) & (y == 0), 1.0, x)
-    slope = torch.where(far, y.sign() * x.sign(), y / divisor)
+    slope = torch.where(is_far, y.sign() * x.sign(), y / divisor)
 
-    # This is right for x > 0; left of the y-axis, it is the angle of the opposite point (-x,
-    # -y).
+    # Right for x > 0; left of the y-axis, the angle of the opposite point (-x, -y).
     angle = slope.atan()
-    half_turn = torch.where(below, -torch.pi, torch.pi)
-    return angle + torch.where(left, half_turn, 0.0)
+    half_turn = torch.where(is_below, -torch.pi, torch.pi)
+    return angle + torch.where(is_left, half_turn, 0.0)
 
 
 def _sort(values: Tensor, *, dim: int = -1, descending: bool = False, **_stable: bool) -> Any:
@@ -119,10 +124,11 @@ def _index_put(
     is_mask = len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
     if not is_mask or new.numel() != 1 or accumulate:
         return NotImplemented  # the operator stays
+
+    # The mask is about the first axes.
     mask = cast(Tensor, indices[0])
-    return torch.where(
-        mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim())), new.reshape(()), values
-    )
+    num_others = values.dim() - mask.dim()
+    return torch.where(mask.reshape(*mask.shape, *[1] * num_others), new.reshape(()), values)
 
 
 def norm(
@@ -145,12 +151,16 @@ def norm(
     count = math.prod(sizes)
     if count <= BLOCK:
         return NotImplemented  # the operator stays
-    kept = [axis for axis in range(values.dim()) if axis not in axes]
-    squares = (values * values).permute(*kept, *axes).flatten(len(kept))
+
+    # The squares in one axis, the last one, then in blocks, of which the last has zeros.
+    other_axes = [axis for axis in range(values.dim()) if axis not in axes]
+    squares = (values * values).permute(*other_axes, *axes).flatten(len(other_axes))
     blocks = F.pad(squares, (0, -count % BLOCK)).reshape(*squares.shape[:-1], -1, BLOCK)
+
     result = blocks.sum(-1).sum(-1).sqrt()
-    for axis in axes if keepdim else ():
-        result = result.unsqueeze(axis)
+    if keepdim:
+        for axis in axes:
+            result = result.unsqueeze(axis)
     return result
 
 
@@ -161,23 +171,30 @@ def squeeze(values: Tensor, dim: int | Sequence[int]) -> Any:
     fixed.
     """
     axes = [dim] if isinstance(dim, int) else list(dim)
-    sizes = {axis: values.shape[axis] for axis in axes}
-    if not all(isinstance(size, int) for size in sizes.values()) or all(
-        size == 1 for size in sizes.values()
-    ):
+    size_of_axis = {axis: values.shape[axis] for axis in axes}
+    sizes = size_of_axis.values()
+    if not all(isinstance(size, int) for size in sizes) or all(size == 1 for size in sizes):
         return NotImplemented  # the operator stays
-    single = [axis for axis, size in sizes.items() if size == 1]
+
+    single = [axis for axis, size in size_of_axis.items() if size == 1]
     return torch.squeeze(values, tuple(single)) if single else values.clone()
 
 
 def transform_real(values: Tensor, *, dim: Sequence[int], onesided: bool) -> Any:
-    """Write the Fourier transform of real *values* as products with constant matrices."""
+    """Write the Fourier transform of real *values* as products with constant matrices.
+
+    With *onesided*, only the first half of the last axis of *dim*: the others are conjugates.
+    """
     if not _have_fixed_sizes(values, dim):
         return NotImplemented  # the operator stays
-    real, imaginary = _transform_axis(values, None, dim[-1], inverse=False)
+
+    # The last axis first, while all values are real; then the others, of complex values.
+    last = dim[-1]
+    real, imaginary = _transform_axis(values, None, last, inverse=False)
     if onesided:
-        half = values.shape[dim[-1]] // 2 + 1
-        real, imaginary = (part.narrow(dim[-1], 0, half) for part in (real, imaginary))
+        half = values.shape[last] // 2 + 1
+        real = real.narrow(last, 0, half)
+        imaginary = imaginary.narrow(last, 0, half)
     for axis in dim[:-1]:
         real, imaginary = _transform_axis(real, imaginary, axis, inverse=False)
     return torch.complex(real, imaginary)
@@ -201,19 +218,24 @@ def transform_to_real(values: Tensor, *, dim: Sequence[int], last_dim_size: int)
     size = last_dim_size
     if not _have_fixed_sizes(values, dim) or not isinstance(size, int):
         return NotImplemented  # the operator stays
+
+    # All axes but the last one.
     real, imaginary = torch.view_as_real(values).unbind(-1)
     for axis in dim[:-1]:
         real, imaginary = _transform_axis(real, imaginary, axis, inverse=True)
 
-    # Values 1 to `mirrored` occur again, in reverse
+    # Complete the last axis: values 1 to `num_mirrored` occur again as conjugates, in reverse.
     last = dim[-1]
-    mirrored = size - size // 2 - 1
-    real, imaginary = (part.narrow(last, 0, size // 2 + 1) for part in (real, imaginary))
-    if mirrored:
-        real = torch.cat([real, real.narrow(last, 1, mirrored).flip(last)], last)
-        imaginary = torch.cat(
-            [imaginary, -imaginary.narrow(last, 1, mirrored).flip(last)], last
-        )
+    half = size // 2 + 1
+    num_mirrored = size - half
+    real = real.narrow(last, 0, half)
+    imaginary = imaginary.narrow(last, 0, half)
+    if num_mirrored:
+        mirrored_real = real.narrow(last, 1, num_mirrored).flip(last)
+        mirrored_imaginary = imaginary.narrow(last, 1, num_mirrored).flip(last)
+        real = torch.cat([real, mirrored_real], last)
+        imaginary = torch.cat([imaginary, -mirrored_imaginary], last)
+
     result, _ = _transform_axis(real, imaginary, last, inverse=True)
     return result
 
@@ -243,24 +265,38 @@ def _transform(
     size = real.shape[-1]
     root = math.isqrt(size)
     rows = next((count for count in range(root, 1, -1) if size % count == 0), 1)
+
+    # By one matrix.
     if size <= LARGEST_MATRIX or rows == 1:
         cosines, sines = _waves(size, size, size, inverse=inverse)
         if imaginary is None:
             return real @ cosines, real @ sines
         return real @ cosines - imaginary @ sines, real @ sines + imaginary @ cosines
+
+    # The values as a table; transforms of its columns.
     columns = size // rows
     shape = (*real.shape[:-1], rows, columns)
-    table = None if imaginary is None else imaginary.reshape(shape)
-    real, imaginary = _transform_axis(real.reshape(shape), table, -2, inverse=inverse)
+    real_table = real.reshape(shape)
+    imaginary_table = None if imaginary is None else imaginary.reshape(shape)
+    real_table, imaginary_table = _transform_axis(
+        real_table, imaginary_table, -2, inverse=inverse
+    )
+
+    # The factors; then transforms of the rows.
     cosines, sines = _waves(rows, columns, size, inverse=inverse)
-    real, imaginary = real * cosines - imaginary * sines, real * sines + imaginary * cosines
-    real, imaginary = _transform(real, imaginary, inverse=inverse)
-    return real.transpose(-1, -2).flatten(-2), imaginary.transpose(-1, -2).flatten(-2)
+    turned_real = real_table * cosines - imaginary_table * sines
+    turned_imaginary = real_table * sines + imaginary_table * cosines
+    real_table, imaginary_table = _transform(turned_real, turned_imaginary, inverse=inverse)
+
+    # The result is read column by column.
+    result_real = real_table.transpose(-1, -2).flatten(-2)
+    result_imaginary = imaginary_table.transpose(-1, -2).flatten(-2)
+    return result_real, result_imaginary
 
 
 def _waves(rows: int, columns: int, size: int, *, inverse: bool) -> tuple[Tensor, Tensor]:
     """Return cos and sin of -2 pi j k / *size*, or of 2 pi j k / *size*, as float32 (*rows*, *columns*)."""
-    # exact, unlike the angle of j k
+    # Integers are exact, unlike the angle of j k.
     steps = torch.outer(torch.arange(rows), torch.arange(columns)) % size
     angles = steps.double() * ((2 if inverse else -2) * math.pi / size)
     return angles.cos().float(), angles.sin().float()

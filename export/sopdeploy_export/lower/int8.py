@@ -115,19 +115,20 @@ class Int8Quantizer:
 
     def quantize(self) -> onnx.ModelProto:
         """Quantize the chosen convolutions, with corrected biases, and their activations or shortcuts."""
+        # The activations behind the convolutions. The scheme says whether they are quantized.
         nodes = self.model.graph.node
         convolved = {name for node in nodes if node.name in self.chosen for name in node.output}
-
-        # Quantized only if the form lists their operator
         activations = {
             node.name
             for node in nodes
             if node.op_type in ACTIVATIONS and convolved.intersection(node.input)
         }
+
+        # Quantize a copy, which the quantizer changes.
         copied = onnx.ModelProto()
         copied.CopyFrom(self.model)
         quantizer = QDQQuantizer(
-            copied,  # which the quantizer changes
+            copied,
             per_channel=True,
             reduce_range=False,
             weight_qType=QuantType.QInt8,
@@ -160,10 +161,9 @@ class Int8Quantizer:
 
     def measure_ranges(self) -> TensorsData:
         """Find the smallest and largest inputs and outputs of the operators on the images."""
-        # it prints progress
         with (
             tempfile.TemporaryDirectory() as folder,
-            redirect_stdout(StringIO()),
+            redirect_stdout(StringIO()),  # it prints progress
         ):
             path = Path(folder) / "float.onnx"
             onnx.save(self.model, path)
@@ -173,7 +173,7 @@ class Int8Quantizer:
                 augmented_model_path=str(Path(folder) / "augmented.onnx"),
                 calibrate_method=CalibrationMethod.MinMax,
             )
-            # a reader for each, because a reader's activations stay in memory
+            # A reader for each image, because the activations of a reader stay in memory.
             for image in self.images:
                 calibrator.collect_data(_OneImage(image))
             return calibrator.compute_data()
@@ -182,9 +182,12 @@ class Int8Quantizer:
         """Name the convolutions with constant weights outside of *in_float* that do not read the image."""
         sizes = {tensor.name: tensor.dims for tensor in self.model.graph.initializer}
         chosen = set()
+
         for node in self.model.graph.node:
             if node.op_type != "Conv" or node.input[1] not in sizes:
                 continue
+
+            # The weights are (output channels, input channels / groups, ...).
             weight = node.input[1]
             groups = next(
                 (attribute.i for attribute in node.attribute if attribute.name == "group"), 1
@@ -192,6 +195,7 @@ class Int8Quantizer:
             num_input_channels = int(sizes[weight][1]) * groups
             if num_input_channels > IMAGE_CHANNELS and not is_in(weight, *in_float):
                 chosen.add(node.name)
+
         return chosen
 
     def _separate_constants(self) -> None:
@@ -203,27 +207,34 @@ class Int8Quantizer:
         graph = self.model.graph
         num_readers = Counter(name for node in graph.node for name in node.input)
         tensors = {tensor.name: tensor for tensor in graph.initializer}
+
         for position, node in enumerate(graph.node):
             if node.name not in self.chosen:
                 continue
+
+            # A copy of shared weights. The inputs of the node are image, weights and bias.
             weight = tensors[node.input[1]]
             if num_readers[weight.name] > 1:
                 node.input[1] = f"{weight.name}_{position}"
                 graph.initializer.append(
                     numpy_helper.from_array(numpy_helper.to_array(weight), node.input[1])
                 )
+
+            # A bias of its own. One that the graph computes stays, and is not corrected.
             bias = np.zeros(weight.dims[0], np.float32)
             if len(node.input) > 2 and node.input[2]:  # "" is no bias
                 if node.input[2] not in tensors:
-                    continue  # computed by the graph: stays, and is not corrected
+                    continue
                 bias = numpy_helper.to_array(tensors[node.input[2]])
             del node.input[2:]
             node.input.append(f"{node.input[1]}_bias_{position}")
             graph.initializer.append(numpy_helper.from_array(bias, node.input[2]))
-        used = {name for node in graph.node for name in node.input}
-        kept = [tensor for tensor in graph.initializer if tensor.name in used]
+
+        # Leave out what nothing reads any more.
+        names_in_use = {name for node in graph.node for name in node.input}
+        in_use = [tensor for tensor in graph.initializer if tensor.name in names_in_use]
         del graph.initializer[:]
-        graph.initializer.extend(kept)
+        graph.initializer.extend(in_use)
 
     def _correct_biases(self, quantized: onnx.ModelProto) -> None:
         """Add the mean of (W - Q) x over the images to each bias of *quantized*, in place.
@@ -243,7 +254,8 @@ class Int8Quantizer:
         inputs = {
             node.name: node.input for node in quantized.graph.node if node.name in self.chosen
         }
-        # of the weights (C, ...) for C output channels, by the name of the convolution
+
+        # W - Q of shape (C, ...), for C output channels, by the name of the convolution.
         errors = {}
         for node in self.model.graph.node:
             if node.name not in self.chosen or node.input[2] not in originals:
@@ -253,23 +265,23 @@ class Int8Quantizer:
             codes, scale = (
                 numpy_helper.to_array(tensors[name]) for name in codes_and_scale[weight_name]
             )
-            # (C, 1, ...); zero points are 0
-            scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))
-            errors[node.name] = (weight - codes * scale_by_channel).astype(np.float32)  # W - Q
-        for convolution, missing in self._mean_outputs(errors).items():  # (C,)
-            _, _, bias = inputs[convolution]
-            if bias in codes_and_scale:  # int32 codes (C,), in the form for CPUs
-                stored, scale = (tensors[name] for name in codes_and_scale[bias])
-                steps = np.rint(missing / numpy_helper.to_array(scale).astype(np.float64))
-                low = np.iinfo(np.int32).min
-                high = np.iinfo(np.int32).max
-                corrected = np.clip(numpy_helper.to_array(stored) + steps, low, high).astype(
-                    np.int32
-                )
-            else:  # float32 (C,), in the form for TensorRT
-                stored = tensors[bias]
-                corrected = (numpy_helper.to_array(stored) + missing).astype(np.float32)
-            stored.CopyFrom(numpy_helper.from_array(corrected, stored.name))
+            scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))  # (C, 1, ...)
+            dequantized = codes * scale_by_channel  # zero points are 0
+            errors[node.name] = (weight - dequantized).astype(np.float32)
+
+        # Add the means (C,) to the biases: codes in int32 for CPUs, float32 for TensorRT.
+        for convolution, mean in self._mean_outputs(errors).items():
+            _, _, bias_name = inputs[convolution]
+            if bias_name in codes_and_scale:
+                bias, scale = (tensors[name] for name in codes_and_scale[bias_name])
+                steps = np.rint(mean / numpy_helper.to_array(scale).astype(np.float64))
+                limits = np.iinfo(np.int32)
+                codes = np.clip(numpy_helper.to_array(bias) + steps, limits.min, limits.max)
+                corrected = codes.astype(np.int32)
+            else:
+                bias = tensors[bias_name]
+                corrected = (numpy_helper.to_array(bias) + mean).astype(np.float32)
+            bias.CopyFrom(numpy_helper.from_array(corrected, bias.name))
 
     def _mean_outputs(
         self, weights: Mapping[str, NDArray[np.float32]]
@@ -280,34 +292,40 @@ class Int8Quantizer:
         """
         if not weights:  # a graph without outputs cannot run
             return {}
-        probed = onnx.ModelProto()
 
-        # Its values have the same names as those of `self.model`
+        # The values of the copy have the same names as those of `self.model`.
+        probed = onnx.ModelProto()
         probed.CopyFrom(self.original)
         del probed.graph.output[:]
+
         for node in self.model.graph.node:
             if node.name not in weights:
                 continue
-            weight, axes, raw, mean = (
-                f"{node.name}:{part}" for part in ("weight", "axes", "raw", "mean")
-            )
-            conv = helper.make_node("Conv", [node.input[0], weight], [raw])
+            weight = f"{node.name}:weight"
+            axes = f"{node.name}:axes"
+            result = f"{node.name}:result"
+            mean = f"{node.name}:mean"
+
+            # The convolution of the same input, with the other weights.
+            conv = helper.make_node("Conv", [node.input[0], weight], [result])
             conv.attribute.extend(node.attribute)
-            spatial = np.arange(2, weights[node.name].ndim)
             probed.graph.initializer.append(numpy_helper.from_array(weights[node.name], weight))
+
+            # Its mean over the spatial axes, (P, C).
+            spatial = np.arange(2, weights[node.name].ndim)
             probed.graph.initializer.append(numpy_helper.from_array(spatial, axes))
-            probed.graph.node.extend(
-                [conv, helper.make_node("ReduceMean", [raw, axes], [mean], keepdims=0)]
-            )
-            probed.graph.output.append(
-                helper.make_tensor_value_info(mean, onnx.TensorProto.FLOAT, None)
-            )
+            reduction = helper.make_node("ReduceMean", [result, axes], [mean], keepdims=0)
+            probed.graph.node.extend([conv, reduction])
+            output = helper.make_tensor_value_info(mean, onnx.TensorProto.FLOAT, None)
+            probed.graph.output.append(output)
+
+        # The mean over the images.
         images = self.images[evenly_spread(len(self.images), CORRECTION_IMAGES)]
-        outputs = file_outputs(open_session(probed), images, 1)  # (P, C) of each convolution
-        means = {
-            name: values.mean(axis=0, dtype=np.float64) for name, values in outputs.items()
+        outputs = file_outputs(open_session(probed), images, 1)
+        return {
+            name.removesuffix(":mean"): values.mean(axis=0, dtype=np.float64)
+            for name, values in outputs.items()
         }
-        return {name.removesuffix(":mean"): mean for name, mean in means.items()}
 
 
 def _shortcuts(model: onnx.ModelProto, chosen: set[str]) -> list[str]:
@@ -320,8 +338,11 @@ def _shortcuts(model: onnx.ModelProto, chosen: set[str]) -> list[str]:
         node.output[0]: node.input[0] for node in model.graph.node if node.name in chosen
     }
     num_readers = Counter(name for node in model.graph.node for name in node.input)
-    added: list[str] = []  # outputs of two convolutions each
+
+    # The outputs of two convolutions that are added, of each addition.
+    added: list[str] = []
     for node in model.graph.node:
         if node.op_type == "Add" and all(name in input_of for name in node.input):
             added += node.input
+
     return [name for name in added if num_readers[input_of[name]] > 1]

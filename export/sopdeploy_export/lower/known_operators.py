@@ -53,8 +53,10 @@ def read_known() -> Executed:
 
 def write_known(executed: Mapping[str, Counter[str]]) -> None:
     """Write the last `MOST_OPERATORS` entries of *executed*, unless the folder cannot be written."""
-    content = json.dumps(dict([*executed.items()][-MOST_OPERATORS:])).encode()
+    last_entries = dict([*executed.items()][-MOST_OPERATORS:])
+    content = json.dumps(last_entries).encode()
     path = _path()
+
     with suppress(OSError):
         if path.is_absolute():  # the XDG specification ignores relative paths
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -79,11 +81,8 @@ def _identity() -> bytes:
         torch.backends.cpu.get_cpu_capability(),
         platform.machine(),
     ]
-    code = [
-        file.read_bytes()
-        for file in sorted(
-            files("sopdeploy_export.lower").iterdir(), key=lambda file: file.name
-        )
-        if file.name.endswith(".py")
-    ]
+
+    # The modules of this folder.
+    paths = sorted(files("sopdeploy_export.lower").iterdir(), key=lambda path: path.name)
+    code = [path.read_bytes() for path in paths if path.name.endswith(".py")]
     return repr([*facts, *code]).encode()

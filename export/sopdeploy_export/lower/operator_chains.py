@@ -83,21 +83,20 @@ class Operator(NamedTuple):
         )
         if self.name in SIZELESS:  # their integers are sizes, such as a padding, and no values
             described = tree_map_only(int, lambda number: min(number, limit), described)
-        return (
-            f"{self.target} {described} {self.used} {[tuple(can_be) for can_be in self.ranges]}"
-        )
+
+        ranges = [tuple(range_of_operand) for range_of_operand in self.ranges]
+        return f"{self.target} {described} {self.used} {ranges}"
 
     def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """Compute the used results for other *operands*, in the order of the property `operands`."""
-        # `tree_map_only` visits the tensors in the order of `tree_leaves`
+        # `tree_map_only` visits the tensors in the order of `tree_leaves`, that of `operands`.
         remaining = iter(operands)
         args, kwargs = tree_map_only(Tensor, lambda _: next(remaining), self.arguments)
+
         results = self.target(*args, **kwargs)
-        return (
-            [results]
-            if isinstance(results, Tensor)
-            else [results[position] for position in self.used]
-        )
+        if isinstance(results, Tensor):
+            return [results]
+        return [results[position] for position in self.used]
 
 
 class Chain(NamedTuple):
@@ -118,10 +117,12 @@ class Chain(NamedTuple):
     @property
     def inputs(self) -> list[tuple[Tensor, _Range]]:
         """The operands that are not the first operator's result, each with its range."""
-        first, *second = self.operators
+        first = self.operators[0]
         inputs = [*zip(first.operands, first.ranges, strict=True)]
-        for operator in second:  # if there is one
-            pairs = zip(operator.operands, operator.ranges, strict=True)
+
+        if len(self.operators) > 1:
+            second = self.last
+            pairs = zip(second.operands, second.ranges, strict=True)
             inputs += [pair for i, pair in enumerate(pairs) if i not in self.reads_first_at]
         return inputs
 
@@ -157,10 +158,13 @@ class Chain(NamedTuple):
 
     def cropped(self) -> "Chain":
         """Return the chain with a part of large operands, unless an operator needs whole operands."""
+        if any(
+            not each.is_elementwise and each.name not in PRODUCTS for each in self.operators
+        ):
+            return self
+
         operators = []
         for operator in self.operators:
-            if not operator.is_elementwise and operator.name not in PRODUCTS:
-                return self
             arguments = tree_map_only(
                 Tensor, lambda x: x[(slice(ENOUGH),) * x.dim()], operator.arguments
             )
@@ -170,15 +174,17 @@ class Chain(NamedTuple):
     def run(self, operands: Sequence[Tensor]) -> list[list[Tensor]]:
         """Compute the used results of each operator for other *operands*, in the order of `operands`."""
         remaining = iter(operands)
-        first, *second = self.operators
+        first = self.operators[0]
         results = [first.run([next(remaining) for _ in first.operands])]
-        for operator in second:  # if there is one
-            positions = range(len(operator.operands))
-            read = [
+
+        # The second operator reads the first one's result and what is left of the operands.
+        if len(self.operators) > 1:
+            second = self.last
+            operands_of_second = [
                 results[0][0] if i in self.reads_first_at else next(remaining)
-                for i in positions
+                for i in range(len(second.operands))
             ]
-            results.append(operator.run(read))
+            results.append(second.run(operands_of_second))
         return results
 
 
@@ -203,12 +209,13 @@ class _Filled(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, and fill its result if it is that of a layer with weights."""
+        # A layer with weights reads the images, and a tensor that does not depend on them.
         operands = [node for node in n.all_input_nodes if isinstance(self.env[node], Tensor)]
-
-        # It reads the images, and a tensor that does not depend on them.
         has_weights = n in self._after_images and not self._after_images.issuperset(operands)
         if self._values is None or not has_weights:
             return self.compute(n)
+
+        # The shape and the strides of the result suffice, if they are known and it is finite.
         if n in self.layouts and _is_small_product(n, [self.env[node] for node in operands]):
             return self._filled_like(self.layouts[n])
         result = self.compute(n)
@@ -226,7 +233,9 @@ class _Filled(fx.Interpreter):
         """Return a tensor like a floating-point *result* with the values in turn; another one as it is."""
         if self._values is None or not result.is_floating_point():
             return result
-        content = self._values.repeat(-(-result.numel() // len(self._values)))[: result.numel()]
+        count = result.numel()
+        repeats = -(-count // len(self._values))  # rounded up
+        content = self._values.repeat(repeats)[:count]
         return torch.empty_like(result, device="cpu").copy_(content.reshape(result.shape))
 
 
@@ -306,29 +315,33 @@ class _Recorder(_Filled):
         """Run one node; record its operator, and its pairs with the operators of its operands."""
         arguments: Any = self.fetch_args_kwargs_from_env(n)
         results = super().run_node(n)
+
+        # The range of each operand. Weights are ordinary numbers.
         nodes = [leaf for leaf in tree_leaves((n.args, n.kwargs)) if isinstance(leaf, fx.Node)]
         operands = [node for node in nodes if isinstance(self.env.get(node), Tensor)]
         ranges = []
         for node in operands:
             is_varying = node in self._after_images
-            can_be_unbounded = is_varying and node.name in self._unbounded
-            ranges.append(
-                _Range(
-                    is_varying, can_be_unbounded, is_varying and node.name in self._undefined
-                )
-            )
+            is_unbounded = is_varying and node.name in self._unbounded
+            is_undefined = is_varying and node.name in self._undefined
+            ranges.append(_Range(is_varying, is_unbounded, is_undefined))
+
+        # The operator alone.
         operator = _as_operator(n, arguments, results, tuple(ranges))
         if operator is None:
             return results
         self._record(Chain((operator,)))
         if isinstance(results, Tensor):
             self._by_node[n] = operator
+
+        # Its pair with the operator of each operand, which it can read twice.
         for node in dict.fromkeys(operands):
             if node in self._by_node:
                 positions = frozenset(
                     i for i, operand in enumerate(operands) if operand is node
                 )
                 self._record(Chain((self._by_node[node], operator), positions))
+
         return results
 
     def _record(self, chain: Chain) -> None:
@@ -346,21 +359,28 @@ def _as_operator(
     results: Any,
     ranges: tuple[_Range, ...],
 ) -> Operator | None:
-    """Return the operator of *node*; None if it has no operands or no results that can be compared."""
+    """Return the operator of *node*, of which *ranges* has an item for each operand.
+
+    None if it is not compared: an operator that is not of ATen, has complex numbers, no tensors
+    as operands, or no results that something reads.
+    """
     is_aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"
     has_tensors = isinstance(results, Tensor | list | tuple)
     if not (is_aten and has_tensors and node.users):
         return None
-    leaves = [leaf for leaf in tree_leaves((arguments, results)) if isinstance(leaf, Tensor)]
-    if any(leaf.is_complex() for leaf in leaves):
+
+    tensors = [leaf for leaf in tree_leaves((arguments, results)) if isinstance(leaf, Tensor)]
+    if any(tensor.is_complex() for tensor in tensors):
         return None
 
-    # Of several results, the users are `getitem` nodes, whose second argument is the position.
-    positions: set[Any] = (
-        {0} if isinstance(results, Tensor) else {user.args[1] for user in node.users}
-    )
+    # The results that something reads. Of several, the users of the node are `getitem` nodes,
+    # whose second argument is the position of the result.
+    used: set[Any] = {0}
+    if not isinstance(results, Tensor):
+        used = {user.args[1] for user in node.users}
+
     target = cast(OpOverload, node.target)
-    operator = Operator(target, arguments, tuple(sorted(positions)), module_of(node), ranges)
+    operator = Operator(target, arguments, tuple(sorted(used)), module_of(node), ranges)
     return operator if operator.operands else None
 
 

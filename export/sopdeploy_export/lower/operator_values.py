@@ -12,8 +12,7 @@ from sopdeploy_export.lower.operator_chains import ORDINARY, Chain
 
 INF = math.inf
 NAN = math.nan
-# TINY / 4 is denormal
-TINY = torch.finfo(torch.float32).tiny
+TINY = torch.finfo(torch.float32).tiny  # TINY / 4 is denormal
 LARGEST = torch.finfo(torch.float32).max
 BEYOND_INT32 = (3e9, -3e9)
 # Operands without differences, or with one: the value of every third element, and of the
@@ -43,20 +42,21 @@ def fill(chain: Chain, values: Sequence[float], start: int) -> list[Tensor]:
     of values occur: of two values, the first operand gets 0 1 0 1, the second one 0 0 1 1.
     Those of other operators begin at different values, five apart.
     """
-    # so many elements in a row get the same value
     filled = []
-    run_length = 1
+    run_length = 1  # so many elements in a row get the same value
+
     for number, operand in enumerate(chain.operands):
+        # Which of *values* each element gets (numel,).
         elements = start + np.arange(operand.numel())
         counts = elements // run_length if chain.is_elementwise else elements + 5 * number
-
-        # Which of *values* each element gets (numel,)
         positions = torch.from_numpy(counts % len(values))
+
         if operand.dtype == torch.bool:  # True and False in turn
             filled.append(_with_content(operand, positions % 2 == 0))
         else:
             filled.append(_with_content(operand, torch.tensor(values)[positions]))
             run_length *= len(values) if operand.is_floating_point() else 1
+
     return filled
 
 
@@ -68,7 +68,7 @@ def _with_content(operand: Tensor, content: Tensor) -> Tensor:
     elif dtype != torch.bool:
         content = operand.flatten()
 
-    # With its strides
+    # `empty_like` has the strides of the operand.
     return torch.empty_like(operand, dtype=dtype).copy_(content.reshape(operand.shape))
 
 
@@ -81,23 +81,24 @@ def fill_in_rounds(chain: Chain) -> Iterator[list[Tensor]]:
     ordinary = fill(chain, ORDINARY, 0)
     yield ordinary
     yield fill(chain, [-1 - abs(value) for value in ORDINARY], 0)
+
+    # Whether a sum of the largest values overflows depends on the order of additions; a sum of
+    # products of these roots does not.
     if not chain.is_elementwise:
         yield from _fill_uniformly(chain, ordinary)
-
-        # The order of additions decides whether a sum overflows; one of products of these roots
-        # does not.
         low = TINY**0.25
         high = LARGEST**0.25
         yield fill(chain, (*ORDINARY, low, -low, high, -high), 0)
         return
-    # of the first result of each operator
-    dtypes = [results[0].dtype for results in chain.run(ordinary)]
+
+    # An integer cannot hold infinities and NaN, and what their conversion gives is not defined.
+    dtypes = [results[0].dtype for results in chain.run(ordinary)]  # one for each operator
     if any(not (dtype.is_floating_point or dtype == torch.bool) for dtype in dtypes):
-        # An integer cannot hold infinities and NaN, and what their conversion gives is not
-        # defined.
         if dtypes[0] == torch.int64:
             yield fill(chain, (*ORDINARY, *BEYOND_INT32), 0)
         return
+
+    # All pairs of extreme values.
     values = (*ORDINARY, TINY, -TINY, TINY / 4, -TINY / 4, LARGEST, -LARGEST, INF, -INF, NAN)
     num_pairs = len(values) ** 2  # each round has `chain.size` of them, one for each element
     for number in range(min(math.ceil(num_pairs / chain.size), MAX_ROUNDS)):
@@ -111,43 +112,49 @@ def _fill_uniformly(chain: Chain, ordinary: Sequence[Tensor]) -> Iterator[list[T
     the values, `INFINITE` and `UNDEFINED` further ones for operands that can be infinite or
     NaN.
     """
-    ranges = [can_be for _, can_be in chain.inputs]
-    varying = [i for i, can_be in enumerate(ranges) if can_be.is_varying]
+    # Which operands get uniform values, by position.
+    ranges = [range_of_operand for _, range_of_operand in chain.inputs]
+    varying = [i for i, range_of_operand in enumerate(ranges) if range_of_operand.is_varying]
     choices = [[i] for i in varying]
     if len(varying) > 1:
         choices.append(varying)
-    for chosen in choices:
+
+    for positions in choices:
+        # The values that all of these can have.
         fillings: list[tuple[float, float]] = [*UNIFORM]
-        if all(ranges[i].is_unbounded for i in chosen):
+        if all(ranges[i].is_unbounded for i in positions):
             fillings += INFINITE
-        if all(ranges[i].is_undefined for i in chosen):
+        if all(ranges[i].is_undefined for i in positions):
             fillings += UNDEFINED
+
         for every_third, others in fillings:
             filled = list(ordinary)
-            for i in chosen:
+            for i in positions:
                 is_third = torch.arange(ordinary[i].numel()) % 3 == 1
-                filled[i] = _with_content(
-                    ordinary[i], torch.where(is_third, every_third, others)
-                )
+                content = torch.where(is_third, every_third, others)
+                filled[i] = _with_content(ordinary[i], content)
             yield filled
 
 
 def check_result(
-    chain: Chain, operands: Sequence[Tensor], found: Tensor, expected: Tensor
+    chain: Chain, operands: Sequence[Tensor], result: Tensor, expected: Tensor
 ) -> None:
-    """Raise `LoweringError` if *found*, for *operands*, differs from *expected* by more than rounding."""
-    wrong = _mark_wrong(chain, operands, found, expected)
-    if not wrong.any():
+    """Raise `LoweringError` if *result*, for *operands*, differs from *expected* by more than rounding."""
+    is_wrong = _mark_wrong(chain, operands, result, expected)
+    if not is_wrong.any():
         return
+
+    # The first wrong value; of an elementwise operator, with the operands that it is computed of.
     difference = "values of another shape"
-    if found.shape == expected.shape:
-        position = int(wrong.flatten().nonzero()[0])
+    if result.shape == expected.shape:
+        position = int(is_wrong.flatten().nonzero()[0])
         difference = (
-            f"{found.flatten()[position]:.6g} instead of {expected.flatten()[position]:.6g}"
+            f"{result.flatten()[position]:.6g} instead of {expected.flatten()[position]:.6g}"
         )
         if chain.is_elementwise:
             values = (operand.expand_as(expected).flatten()[position] for operand in operands)
             difference += f" for {', '.join(f'{value:.6g}' for value in values)}"
+
     remedy = "use torch.sort(stable=True)" if chain.is_one_of(SORTED) else "use other operators"
     target = " and ".join(str(operator.target) for operator in chain.operators)
     raise LoweringError(
@@ -156,28 +163,30 @@ def check_result(
 
 
 def _mark_wrong(
-    chain: Chain, operands: Sequence[Tensor], found: Tensor, expected: Tensor
+    chain: Chain, operands: Sequence[Tensor], result: Tensor, expected: Tensor
 ) -> Tensor:
-    """Mark the elements of *found* that differ from *expected*; all of them if the shapes differ.
+    """Mark the elements of *result* that differ from *expected*; all of them if the shapes differ.
 
     What does not occur in the network, such as NaN of bounded operands, and overflowing sums do
     not count.
     """
-    if found.shape != expected.shape:
+    if result.shape != expected.shape:
         return torch.tensor(True)
     if not expected.is_floating_point():
-        return found != expected
-    limits = torch.finfo(expected.dtype)
+        return result != expected
 
-    # ATen's `gelu` of the largest number is infinite
+    # ATen's `gelu` of the largest number is infinite.
+    limits = torch.finfo(expected.dtype)
     bounded = expected.clamp(limits.min, limits.max)
     magnitudes = [
         operand.nan_to_num(0, 0, 0).abs() for operand in operands if operand.is_floating_point()
     ]
-    compared = torch.ones_like(expected, dtype=torch.bool)
+
+    is_compared = torch.ones_like(expected, dtype=torch.bool)
     if chain.is_elementwise:
         if not chain.can_be_unbounded:  # NaN does not occur
-            compared = ~found.isnan() if chain.is_one_of(NOT_NAN) else ~expected.isnan()
+            with_nan = result if chain.is_one_of(NOT_NAN) else expected
+            is_compared = ~with_nan.isnan()
 
         # Allowed: the rounding of the operands and of the 1 in exp(x) - 1, plus a share of the
         # result.
@@ -186,14 +195,17 @@ def _mark_wrong(
             scale = scale + 1
         allowed = ROUNDING * limits.eps * scale + TOLERANCE * bounded.abs()
     else:
-        # A sum of products can cancel, so its error is relative to the largest product or
-        # result.
-        factors = sorted(float(values.max()) for values in magnitudes if values.numel())[-2:]
+        # A sum of products can cancel, so its error is relative to the largest product, of the
+        # largest values of two operands, or to the largest result.
+        largest_values = sorted(float(values.max()) for values in magnitudes if values.numel())
+        largest_product = math.prod(largest_values[-2:])
         finite = expected.where(expected.isfinite(), 0).abs()
-        largest = max(math.prod(factors), float(finite.max()) if finite.numel() else 0.0)
+        largest_result = float(finite.max()) if finite.numel() else 0.0
+        largest = max(largest_product, largest_result)
         allowed = torch.tensor(TOLERANCE * largest)
         if largest > FAR:  # whether a sum overflows depends on the order of additions
-            compared &= expected.isfinite()
-    is_close = (found - bounded).abs() <= allowed  # false for NaN
-    is_same = (found == expected) | (found.isnan() & expected.isnan())
-    return compared & ~is_same & ~is_close
+            is_compared &= expected.isfinite()
+
+    is_close = (result - bounded).abs() <= allowed  # false for NaN
+    is_same = (result == expected) | (result.isnan() & expected.isnan())
+    return is_compared & ~is_same & ~is_close

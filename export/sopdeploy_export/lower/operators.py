@@ -60,16 +60,19 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
 
     # Compare groups, because the time of a capture grows with the square of its number of
     # operands.
-    group = dict[str, Chain]()
+    group: dict[str, Chain] = {}
     num_operands = 0
-    done = 0
+    num_done = 0
     for description, chain in chains.items():
         group[description] = chain
         num_operands += len(chain.operands)
         if num_operands >= OPERANDS or description == last:
-            step(f"comparing operators with their ONNX forms, {done} of {len(chains)} done")
+            step(f"comparing operators with their ONNX forms, {num_done} of {len(chains)} done")
             _compare_group(group)
-            group, num_operands, done = {}, 0, done + len(group)
+            num_done += len(group)
+            num_operands = 0
+            group = {}
+
     if chains:
         write_known(_executed_operators)
 
@@ -86,8 +89,8 @@ class _Chains(nn.Module):
         remaining = iter(operands)
         results = []
         for chain in self.chains:
-            *_, compared = chain.run([next(remaining) for _ in chain.operands])
-            results += compared
+            results_by_operator = chain.run([next(remaining) for _ in chain.operands])
+            results += results_by_operator[-1]
         return results
 
 
@@ -107,42 +110,45 @@ def _compare_group(chains: Mapping[str, Chain]) -> None:
     pair is compared only if ONNX Runtime executes other operators for it than for its two
     operators.
     """
+    # The names of the operands and results of each chain in the graph of the group.
     captured = []
     for i, (description, chain) in enumerate(chains.items()):
         operand_names = [f"operand {i} {j}" for j in range(len(chain.operands))]
         result_names = [f"result {i} {j}" for j in chain.last.used]
         captured.append(_CapturedChain(description, chain, operand_names, result_names))
+
+    # Capture all in one graph, and convert it.
     operands = tuple(
         itertools.chain.from_iterable(fill(chain, ORDINARY, 0) for chain in chains.values())
     )
     with capturing():
-        # One graph for all
         program = torch.export.export(_Chains([*chains.values()]), operands)
     inputs = [name for each in captured for name in each.operand_names]
     outputs = [name for each in captured for name in each.result_names]
     model = ir.to_proto(to_ir(program, inputs, outputs))
+
+    # Compare each operator. This runs before the whole graph, so that an error names the operator
+    # that cannot run.
     extractor = Extractor(model)
     singles = [single for single in captured if len(single.chain.operators) == 1]
     pairs = [pair for pair in captured if len(pair.chain.operators) == 2]
-
-    # Before the whole graph: an error names the operator that cannot run
     for single in singles:
         _compare_values(single, extractor)
+
+    # Compare the pairs that ONNX Runtime executes otherwise than their two operators, of which
+    # one can be in an earlier group.
     producers = _executed_producers(model)
     executed = {
         each.description: _count_operators(producers, each.result_names) for each in captured
     }
-    # an operator of a pair can be in an earlier group
-    known = {
-        **_executed_operators,
-        **executed,
-    }
+    known = {**_executed_operators, **executed}
     for pair in pairs:
         first, second = (
             Chain((operator,)).cropped().describe() for operator in pair.chain.operators
         )
         if known[pair.description] != known[first] + known[second]:
             _compare_values(pair, extractor)
+
     _executed_operators.update(executed)  # not before a comparison, which can raise an error
 
 
@@ -162,17 +168,19 @@ def _count_operators(
 ) -> Counter[str]:
     """Count the operators that *results* depend on, by type; a copy (`Identity`) does not count."""
     operators: Counter[str] = Counter()
-    unread = list(results)
-    seen = set[str]()
-    while unread:
-        name = unread.pop()
-        if name in seen or name not in producers:  # inputs and constants have no producer
+    names_to_visit = list(results)
+    visited: set[str] = set()
+
+    while names_to_visit:
+        name = names_to_visit.pop()
+        if name in visited or name not in producers:  # inputs and constants have no producer
             continue
         node = producers[name]
-        seen.update(node.output)
-        unread += node.input
+        visited.update(node.output)
+        names_to_visit += node.input
         if node.op_type != "Identity":
             operators[node.op_type] += 1
+
     return operators
 
 
@@ -181,29 +189,29 @@ def _compare_values(captured: _CapturedChain, extractor: Extractor) -> None:
 
     Raises `LoweringError` if the form cannot run or gives other results.
     """
+    # A constant result depends on shapes only, as that of `zeros_like` does.
     chain = captured.chain
     constants = {tensor.name for tensor in extractor.graph.initializer}
-    # it depends on shapes only, as `zeros_like` does
     if not constants.isdisjoint(captured.result_names):
         return
-    graph = extractor.extract_model(
-        captured.operand_names, captured.result_names
-    ).SerializeToString()
+
+    # The ONNX form alone.
+    form = extractor.extract_model(captured.operand_names, captured.result_names)
     options = ort.SessionOptions()
     options.log_severity_level = 4  # prints fatal errors only; the others are raised
     try:
-        session = ort.InferenceSession(graph, options, providers=[PROVIDER])
+        session = ort.InferenceSession(form.SerializeToString(), options, providers=[PROVIDER])
     except Exception as error:  # onnxruntime's errors share no base class
         problem = f"ONNX Runtime cannot run its ONNX form: {first_line(error)}"
         raise LoweringError(f"{chain.last.target}: {problem}") from error
 
-    # The ONNX form can need fewer operands
+    # It can need fewer operands than the chain.
     needed_names = {value.name for value in session.get_inputs()}
     for operands in fill_in_rounds(chain):
         named = zip(captured.operand_names, operands, strict=True)
-        feed = {name: operand.numpy() for name, operand in named if name in needed_names}
-        *_, compared = chain.run(operands)  # the results of the last operator
-        for result, expected in zip(
-            session.run(captured.result_names, feed), compared, strict=True
-        ):
+        inputs = {name: operand.numpy() for name, operand in named if name in needed_names}
+        results = session.run(captured.result_names, inputs)
+
+        results_by_operator = chain.run(operands)
+        for result, expected in zip(results, results_by_operator[-1], strict=True):
             check_result(chain, operands, torch.from_numpy(result), expected)

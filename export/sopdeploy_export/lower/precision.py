@@ -45,7 +45,7 @@ from sopdeploy_export.runs import (
 )
 
 OBSERVED_IMAGES = 2  # the smallest batch of several images
-# the largest finite value of float16 is at least so many times the largest value of an image
+# The largest finite value of float16 is at least so many times the largest value of an image.
 HEADROOM = 8
 HEADROOM_BATCH = 4
 TYPE_NAMES = {
@@ -112,13 +112,15 @@ class Lowered(NamedTuple):
 
 def weight_types(model: onnx.ModelProto) -> dict[str, str]:
     """Map each part to the type of its largest weight in *model*."""
-    largest: dict[str, tuple[int, str]] = {}
+    largest: dict[str, tuple[int, str]] = {}  # by part: bytes and type
+
     for tensor in model.graph.initializer:
         part = tensor.name.rpartition(".")[0]
-        size = len(tensor.raw_data)  # in bytes
-        size_before, _ = largest.get(part, (0, ""))
-        if part and tensor.data_type in TYPE_NAMES and size > size_before:
+        size = len(tensor.raw_data)
+        largest_size, _ = largest.get(part, (0, ""))
+        if part and tensor.data_type in TYPE_NAMES and size > largest_size:
             largest[part] = size, TYPE_NAMES[tensor.data_type]
+
     return {part: name for part, (_, name) in largest.items()}
 
 
@@ -136,9 +138,8 @@ def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
     }
 
     # Folding can remove the weights of a part from the graph.
-    if wrong := [
-        part for part, dtype in expected.items() if in_graph.get(part, dtype) != dtype
-    ]:
+    wrong = [part for part, dtype in expected.items() if in_graph.get(part, dtype) != dtype]
+    if wrong:
         raise LoweringError(
             f"fp16 was requested, but the graph holds {wrong[0]} in {in_graph[wrong[0]]}: "
             f"{len(wrong)} of {len(expected)} parts have the wrong type"
@@ -176,9 +177,12 @@ def cast_types(certified: Lowered, preprocess: Preprocess, options: ExportOption
                 f"{node.target} in {module_of(node)} computes complex numbers, which runtimes do not have in "
                 "float16; choose precision fp32"
             )
+
+    # A copy of the network with casts, checked and observed on a few images.
     images = torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES])
     normalize = Normalize(preprocess, images_format(certified.network))
     cast = in_float16(certified.network, certified.program, normalize(images))
+
     program = capture_any_batch(cast, preprocess, options.batch)
     program = sum_in_float32(program, images[: options.max_batch])
     return Lowered(cast, program, lower(program, output_names(certified.network)))
@@ -196,6 +200,7 @@ class _Headroom(fx.Interpreter):
             or value.dtype != torch.float16
         ):
             return value
+
         unmasked = value.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=0)  # -inf is a mask
         largest = float(unmasked.abs().max())
         if largest * HEADROOM > torch.finfo(torch.float16).max:
@@ -218,6 +223,7 @@ def check_headroom(
     """
     interpreter = _Headroom(program.module(check_guards=False))
     size = min(batch, HEADROOM_BATCH)
+
     for start in range(0, len(images), size):
         interpreter.run(torch.from_numpy(np.stack(images[start : start + size])))
 
@@ -234,51 +240,64 @@ def convert_precision(
     int8, so do those of *certified*. Raises `LoweringError` if the types in the graph are not
     the requested ones, or as `check_headroom` does.
     """
-    source = certified  # fp32 exports its graph as it is, int8 quantizes this graph
+    # fp32 exports the certified graph as it is, int8 quantizes it; fp16 captures another network.
+    lowered = certified
     if options.precision == "fp16":
-        source = cast_types(certified, preprocess, options)
+        lowered = cast_types(certified, preprocess, options)
         observed = [*images.photographs, *generated_images(preprocess.crop)]
-        check_headroom(source.program, observed, options.max_batch)
-        check_float16(source.model, certified.network)
-    for node in source.model.graph.node:
-        del node.metadata_props[:]  # the part of every node, which is needed for messages only
-    model = source.model
+        check_headroom(lowered.program, observed, options.max_batch)
+        check_float16(lowered.model, certified.network)
+
+    # The metadata name the part of each node, which only messages about the graph needed.
+    for node in lowered.model.graph.node:
+        del node.metadata_props[:]
+
+    # What the file is compared with: the network or, since no module computes in int8, the
+    # quantized graph without the runtime's fusions.
+    model = lowered.model
     quantization: Quantization | None = None
     if options.precision == "int8":
-        from sopdeploy_export.lower.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
-
-        calibration = images.calibration
-        runtime = options.int8_for
-        quantizer = Int8Quantizer(
-            source.model, calibration, float32_parts(source.network), runtime
-        )
-        num_layers = len(quantizer.chosen)
-        quantization = Quantization(
-            runtime=runtime, num_images=len(calibration), num_layers=num_layers
-        )
-        try:
-            model = quantizer.quantize()
-        except Exception as error:  # ONNX Runtime's quantizer does not limit what it raises
-            problem = f"ONNX Runtime cannot quantize the graph: {first_line(error)}"
-            raise LoweringError(f"{problem}; choose precision fp32 or fp16") from error
-        # no module computes in int8
+        model, quantization = _quantize(lowered, images.calibration, options.int8_for)
         run = unfused_runner(model)
-        gate = _gate_runner(model, source.network)
+        gate = _gate_runner(model, lowered.network)
     else:
-        run = deployed = Deployed(source.network, preprocess).eval()
+        deployed = Deployed(lowered.network, preprocess).eval()
+        run = deployed
         gate = partial(gate_logits, deployed)
-    parts = weight_types(model)
+
     report = PrecisionReport(
-        precision=options.precision, parts=parts, quantisation=quantization
+        precision=options.precision, parts=weight_types(model), quantisation=quantization
     )
     return Converted(model=model, run=run, gate=gate, precision=report)
+
+
+def _quantize(
+    lowered: Lowered, calibration: NDArray[np.uint8], runtime: Int8For
+) -> tuple[onnx.ModelProto, Quantization]:
+    """Quantize convolutions of the graph of *lowered* to int8 for *runtime*, by *calibration* images.
+
+    Raises `LoweringError` if ONNX Runtime cannot quantize the graph.
+    """
+    from sopdeploy_export.lower.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
+
+    quantizer = Int8Quantizer(
+        lowered.model, calibration, float32_parts(lowered.network), runtime
+    )
+    quantization = Quantization(
+        runtime=runtime, num_images=len(calibration), num_layers=len(quantizer.chosen)
+    )
+    try:
+        return quantizer.quantize(), quantization
+    except Exception as error:  # ONNX Runtime's quantizer does not limit what it raises
+        problem = f"ONNX Runtime cannot quantize the graph: {first_line(error)}"
+        raise LoweringError(f"{problem}; choose precision fp32 or fp16") from error
 
 
 def unfused_runner(model: onnx.ModelProto) -> BatchRun:
     """Build a function that runs *model* operator by operator, without fusions."""
     session = open_session(model, optimized=False)
-    # 0 if the batch varies
-    fixed_batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0]
+    fixed_batch = batch.dim_value  # 0 if the batch varies
 
     def run(pixels: Tensor) -> tuple[Tensor, ...]:
         outputs = file_outputs(session, pixels.numpy(), fixed_batch or len(pixels))
@@ -289,14 +308,19 @@ def unfused_runner(model: onnx.ModelProto) -> BatchRun:
 
 def _gate_runner(model: onnx.ModelProto, network: nn.Module) -> GateRun | None:
     """Build a function that computes the gate's logits with *model*, without fusions; None without a gate."""
-    if (gate := find_gate(network)) is None:
+    gate = find_gate(network)
+    if gate is None:
         return None
+
+    # The node that computes its logits is the one that reads its weights.
     name = next(name for name, module in network.named_modules() if module is gate)
     readers = [node for node in model.graph.node if f"{name}.weight" in node.input]
     if len(readers) != 1:
         raise LoweringError(
             f"{len(readers)} nodes of the graph read the weights of {name}, expected one"
         )
+
+    # A copy of the graph in which these logits are the first output.
     logits = readers[0].output[0]
     with_gate = onnx.ModelProto()
     with_gate.CopyFrom(model)

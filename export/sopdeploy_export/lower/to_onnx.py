@@ -73,31 +73,23 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     network that computes it; `convert_precision` removes it. Raises `LoweringError` if an
     operator has no ONNX form or the weights exceed 2 GB.
     """
-    for node in program.graph.nodes:
-        values = (
-            value for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)
-        )
-        if node.op == "call_function" and any(
-            value.dtype == torch.bfloat16 for value in values
-        ):
-            # CPUs have no kernels for it
-            raise LoweringError(
-                f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
-                "from forward"
-            )
+    _refuse_bfloat16(program)
     model = to_ir(fold_constant_parts(program), [INPUT], outputs)
     _clear_metadata_and_inner_shapes(model)
+
+    # Name the batch dimension and the weights. A name stays if the network has another tensor
+    # with the new one, as with `normalise.scale` of this package. The list is a copy, because a
+    # new name changes the dict.
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None and not isinstance(value.shape[0], int):
             value.shape[0] = ir.SymbolicDim("batch")
-    # a list, because a new name changes the dict
     for name, value in list(model.graph.initializers.items()):
         name_in_network = name.removeprefix(NETWORK_PREFIX)
-        # as `normalise.scale` of this package may be
         if name_in_network not in model.graph.initializers:
             value.name = name_in_network
     common.NameFixPass()(model)  # a buffer can have the name of a result, such as `mean`
     model.graph.name = "sopdeploy"
+
     size = sum(
         value.const_value.nbytes
         for value in model.graph.initializers.values()
@@ -107,10 +99,23 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
         raise LoweringError(
             f"the weights take {size} bytes; one ONNX file holds at most {_MAX_BYTES}"
         )
+
     model.ir_version = IR_VERSION
     proto: onnx.ModelProto = ir.to_proto(model)
     check_onnx(proto)
     return proto
+
+
+def _refuse_bfloat16(program: ExportedProgram) -> None:
+    """Raise `LoweringError` if *program* computes in bfloat16, for which CPUs have no kernels."""
+    for node in program.graph.nodes:
+        leaves = tree_leaves(node.meta.get("val"))
+        dtypes = {leaf.dtype for leaf in leaves if isinstance(leaf, Tensor)}
+        if node.op == "call_function" and torch.bfloat16 in dtypes:
+            raise LoweringError(
+                f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
+                "from forward"
+            )
 
 
 def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
@@ -120,7 +125,9 @@ def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
     scopes = {
         node: node.metadata_props.get("pkg.torch.onnx.name_scopes") for node in model.graph
     }
-    common.ClearMetadataAndDocStringPass()(model)  # of nodes and the graph
+
+    # Clear nodes and the graph, the model, and values.
+    common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
     for value in (
         *model.graph.inputs,
@@ -128,10 +135,13 @@ def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
         *model.graph.initializers.values(),
     ):
         value.metadata_props.clear()
+
+    # The part is the innermost module.
     for node, scope in scopes.items():
         if scope is not None:
             part = ast.literal_eval(scope)[-2].removeprefix(NETWORK_PREFIX)
             node.metadata_props["part"] = part if part not in ("", "network") else "forward"
+
         for output in node.outputs:
             if not output.is_graph_output():
                 output.shape = None
@@ -168,6 +178,7 @@ def _translate(
             promotion.interpreter = _Promotion(module, type_promotion.TypePromotionTable())
             promotion.run()
         decomposed._graph_module = _fx_passes.remove_assertion_nodes(decomposed.graph_module)
+
     model: ir.Model = _core._exported_program_to_onnx_program(
         decomposed, registry=registry
     ).model
@@ -234,13 +245,19 @@ def _describe_failure(error: BaseException, program: ExportedProgram) -> str:
     while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)
     problems = [first_line(cause) for cause in causes]
+
+    # The operator, with its module if its node is still in the program.
     for problem in problems:
-        if match := TRANSLATED.search(problem):
-            name, operator = match.groups()
+        match = TRANSLATED.search(problem)
+        if match is not None:
+            node_name, operator = match.groups()
             places = [
-                f" in {module_of(node)}" for node in program.graph.nodes if node.name == name
+                f" in {module_of(node)}"
+                for node in program.graph.nodes
+                if node.name == node_name
             ]
             return f"{operator}{''.join(places)}; use other operators"
+
     first_problem = problems[-1]
     return DEPENDS_ON_VALUES if DATA_DEPENDENT.search(first_problem) else first_problem
 
@@ -251,6 +268,8 @@ def _simplify(model: ir.Model) -> None:
         fold_constants(model, onnx_shape_inference=True)
         _bypass_constant_choices(model)
         rewrite(model, EXACT_RULES)  # removes what nothing reads, too
+
+    # Constants once, each as an initializer; equal computations once; names without conflicts.
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
@@ -263,7 +282,9 @@ def _bypass_constant_choices(model: ir.Model) -> None:
     for node in model.graph:
         if node.op_type != "Where":
             continue
-        (mask, _, otherwise), result = node.inputs, node.outputs[0]
+        mask, _, otherwise = node.inputs
+        result = node.outputs[0]
+
         if mask is None or mask.const_value is None or mask.const_value.numpy().any():
             continue
         if otherwise is None or otherwise.shape is None or otherwise.shape != result.shape:
@@ -283,11 +304,13 @@ def check_onnx(proto: onnx.ModelProto) -> None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise LoweringError(f"no ONNX form in opset {OPSET}: {reason}") from error
+
     opsets = {imported.domain: imported.version for imported in proto.opset_import}
     if opsets != {"": OPSET}:
         raise LoweringError(
             f"the graph needs operator sets {opsets}, but only ONNX opset {OPSET} is allowed"
         )
+
     for node in proto.graph.node:
         if node.op_type in REJECTED:
             part = next(

@@ -44,15 +44,17 @@ def count_costs(
     *network* cannot be copied or fails in this mode, for example without targets, it runs in
     eval mode.
     """
+    # What ships: the counts in eval mode, without those of the removed parts.
     in_eval = tally(network, side)
     parameters, macs = (
         Counter({name: count for name, count in counts.items() if not is_in(name, *removed)})
         for counts in (in_eval.parameters, in_eval.macs)
     )
     shipped = Tally(parameters=parameters, macs=macs)
+
+    # What was trained, with a copy, because code can change what it holds in train mode.
     with torch.random.fork_rng(devices=()):  # dropout draws random numbers
         try:
-            # a copy, because code can change what it holds in train mode
             trained = tally(copy_network(network).train(), side)
         except Exception:  # the network's own code, which can raise anything
             trained = in_eval
@@ -67,22 +69,22 @@ def as_probes(
     If drift was allowed, the tolerance of an output is at least twice the difference that was
     measured from float64 and between batch sizes.
     """
-    compared = compared_images(parity.routing, len(images))
-    factor = 2 if parity.drift_allowed else 0  # otherwise the drift is within the tolerance
+    is_compared_P = compared_images(parity.routing, len(images))
+
+    tolerances = {}
+    for name, output in parity.outputs.items():
+        tolerances[name] = output.tolerance
+        if parity.drift_allowed:
+            difference = max(output.largest_drift, output.batch_difference)
+            tolerances[name] = max(output.tolerance, 2 * difference)
+
     return Probes(
-        images=images[compared],
+        images=images[is_compared_P],
         expected={
-            name: values[compared].astype(np.float32)
+            name: values[is_compared_P].astype(np.float32)
             for name, values in expected.outputs.items()
         },
-        tolerance={
-            name: max(
-                output.tolerance,
-                factor * output.largest_drift,
-                factor * output.batch_difference,
-            )
-            for name, output in parity.outputs.items()
-        },
+        tolerance=tolerances,
     )
 
 
@@ -126,10 +128,13 @@ def write_reports(
 
     *folder* has the other files already.
     """
+    # The reports and the class names.
     for name in ("parity", "precision"):
         report = getattr(results, name).model_dump(mode="json")
         (folder / f"{name}.json").write_bytes(to_json(report))
     (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
+
+    # The fields of the manifest.
     certificate = results.certificate
     side = subject.preprocess.crop
     precision = options.precision
@@ -167,6 +172,8 @@ def write_reports(
         "int8_for": options.int8_for if precision == "int8" else None,
         "opset": opset,
     }
+
+    # The model card, which shows some of them; then the manifest, over all files.
     (folder / "README.md").write_text(
         render_model_card(subject, results, fields), encoding="utf-8"
     )

@@ -7,10 +7,10 @@ from html import escape
 from sopdeploy.html.report import Figure
 from sopdeploy_export.prove.file import OutputParity, ParityReport
 
-# pixels: names, the limit, the distance of rows, the font
-_NAMES = 130
-_BARS = 170
-_ROW = 22
+# Widths, distances and sizes in pixels.
+_NAMES = 130  # the names in front of the bars
+_BARS = 170  # a bar at the limit
+_ROW = 22  # from one row to the next
 _TEXT = 12
 
 
@@ -22,13 +22,18 @@ def draw_drift(parity: ParityReport) -> Figure:
         for size, drift in output.drift.items()
     ]
     limit = parity.floors_allowed
+    width = _NAMES + round(1.1 * _BARS) + 45
     height = _ROW * len(rows) + 2 * _ROW
+
+    # Vertical lines at 1 and at the limit, with their numbers below.
     bottom = _ROW * len(rows) + 4
     marks = ""
     for floors, label in ((1.0, "1"), (limit, f"limit {limit:g}")):
         x = _NAMES + _BARS * floors / limit
         marks += f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{bottom}" stroke="#888" stroke-dasharray="3 3"/>'
         marks += f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle" fill="#555">{label}</text>'
+
+    # A row for each: the name, the bar, the number; a bar over the limit is cut and red.
     bars = ""
     for number, (name, floors) in enumerate(rows):
         y = _ROW * number + 4
@@ -37,12 +42,13 @@ def draw_drift(parity: ParityReport) -> Figure:
         bars += f'<text x="{_NAMES - 8}" y="{y + 11}" text-anchor="end">{escape(name)}</text>'
         bars += f'<rect x="{_NAMES}" y="{y}" width="{max(length, 1):.1f}" height="14" rx="3" fill="{color}"/>'
         bars += f'<text x="{_NAMES + max(length, 0) + 6:.1f}" y="{y + 11}">{floors:.2g}</text>'
-    width = _NAMES + round(1.1 * _BARS) + 45
+
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="{_TEXT}">{marks}{bars}</svg>'
     )
     image = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode('ascii')}"
+
     largest = max(floors for _, floors in rows)
     caption = (
         "Drift from float64, in noise floors, which are the rounding error of the network itself: "

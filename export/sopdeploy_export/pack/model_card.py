@@ -9,6 +9,7 @@ from typing import Any
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.html.report import HtmlReport, Section, Table, insert_names, render, sanitize
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.pack.drift_chart import draw_drift
 from sopdeploy_export.pack.results import Exported, ExportResults
 from sopdeploy_export.prove.certificate import STATEMENTS
@@ -45,24 +46,23 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
 
     Raises `StorageError` if it cannot be written.
     """
-    manifest = exported.manifest
     facts = exported.facts()
     bundle = str(exported.path)
     path = exported.path.with_name(f"{exported.path.name}.html")
-    equal = (
-        "answers as the trained one"
-        if exported.parity.passed
-        else "differs from the trained one"
-    )
-    kept = labels[:MAX_LABELS]
+
+    # What it does, the first classes, and what comes next.
+    answers = "differs from the trained one"
+    if exported.parity.passed:
+        answers = "answers as the trained one"
+    shown = labels[:MAX_LABELS]
     more = f" and {len(labels) - MAX_LABELS} more" if len(labels) > MAX_LABELS else ""
+    classes = f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}"
+
     content = HtmlReport(
-        title=manifest.project,
+        title=exported.manifest.project,
         text=[
-            f"The exported network {equal}: {facts['answers']}; {facts['batch']}.",
-            insert_names(
-                f"{len(labels)} classes: {', '.join(['{}'] * len(kept))}{more}", *kept
-            ),
+            f"The exported network {answers}: {facts['answers']}; {facts['batch']}.",
+            insert_names(classes, *shown),
             insert_names("Next: {}", f"sopdeploy serve {quote(bundle)}", tag="code"),
         ],
         tiles={
@@ -118,8 +118,8 @@ def _facts_table(facts: Mapping[str, str]) -> Table:
 def _statements_table() -> Table:
     """List what the statements of the certificate say."""
     rows = [
-        (f"{number}. {name}", one.STATEMENT)
-        for number, (name, one) in enumerate(STATEMENTS.items(), 1)
+        (f"{number}. {name}", module.STATEMENT)
+        for number, (name, module) in enumerate(STATEMENTS.items(), 1)
     ]
     return Table(
         caption="The export stops at the first statement that does not hold. None says how accurate it is.",
@@ -143,6 +143,8 @@ def render_model_card(
     """
     preprocess = subject.preprocess
     batch = fields["batch"]
+
+    # Classes and outputs.
     labels = ", ".join(map(as_markdown, subject.labels[:MAX_LABELS]))
     if len(subject.labels) > MAX_LABELS:
         labels += f", ... ({len(subject.labels)} in total, see labels.json)"
@@ -150,6 +152,8 @@ def render_model_card(
         f"`{output.name}`: {output.dtype}, (batch, {', '.join(str(size) for size in output.shape[1:])})"
         for output in fields["outputs"]
     )
+
+    # Lists of the training and of the results.
     rows = training_rows(subject.training)
     training = "\n".join(
         f"- {as_markdown(key)}: {as_markdown(str(value))}" for key, value in rows
@@ -157,16 +161,8 @@ def render_model_card(
     facts = "\n".join(
         f"- {name}: {as_markdown(text)}" for name, text in results.facts().items()
     )
-    resizing = {
-        "crop": f"Resize the\nshorter side of an image to {preprocess.resize} pixels "
-        f"({preprocess.interpolation}), then crop the center;",
-        "pad": f"Resize the\nlonger side of an image to {preprocess.crop} pixels "
-        f"({preprocess.interpolation}), then center it on RGB {preprocess.background};",
-        "squash-crop": f"Resize both\nsides of an image to {preprocess.resize} pixels "
-        f"({preprocess.interpolation}) "
-        f"and crop the center to\n{preprocess.crop} x {preprocess.crop};",
-        "squash": f"Resize both\nsides of an image to {preprocess.crop} pixels ({preprocess.interpolation});",
-    }[preprocess.fit]
+
+    resizing = _describe_resizing(preprocess)
     int8 = results.precision.quantisation
     session = INT8_SESSION if int8 is not None and int8.runtime == "cpu" else ""
     return f"""# {subject.project}
@@ -201,6 +197,25 @@ and hashes, `parity.json` the drift of every output.
 """
 
 
+def _describe_resizing(preprocess: Preprocess) -> str:
+    """Say how an image gets the size of the input, with line breaks as in the model card."""
+    by = preprocess.interpolation
+    side = preprocess.crop
+    if preprocess.fit == "crop":
+        return f"Resize the\nshorter side of an image to {preprocess.resize} pixels ({by}), then crop the center;"
+    if preprocess.fit == "pad":
+        return (
+            f"Resize the\nlonger side of an image to {side} pixels ({by}), then center it on RGB "
+            f"{preprocess.background};"
+        )
+    if preprocess.fit == "squash-crop":
+        return (
+            f"Resize both\nsides of an image to {preprocess.resize} pixels ({by}) and crop the center to\n"
+            f"{side} x {side};"
+        )
+    return f"Resize both\nsides of an image to {side} pixels ({by});"
+
+
 def as_markdown(text: str) -> str:
     """Write *text* on one line such that Markdown shows it as it is, without links, markup or HTML."""
     shown = sanitize(" ".join(text.split()))
@@ -216,15 +231,17 @@ def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
     from sopdeploy.training.results import LoopResult, read_result  # noqa: PLC0415 # most exports need none
 
     result = read_result(training)
-    rows = [] if result is None else list(result.rows())
-    if result is None or isinstance(result, LoopResult):
-        return [*_scalars(training), *rows]
-    if start := training.get("start"):
-        rows.insert(
-            0,
-            ("start weights", f"{start['network']}, {start['file']}, sha256 {start['sha256']}"),
-        )
-    return rows
+    if result is None:
+        return _scalars(training)
+    if isinstance(result, LoopResult):
+        return [*_scalars(training), *result.rows()]
+
+    rows: list[tuple[str, object]] = []
+    start = training.get("start")
+    if start:
+        weights = f"{start['network']}, {start['file']}, sha256 {start['sha256']}"
+        rows.append(("start weights", weights))
+    return [*rows, *result.rows()]
 
 
 def _scalars(training: Mapping[str, Any]) -> list[tuple[str, object]]:

@@ -9,7 +9,7 @@ from sopdeploy.bundle.manifest import Int8For, Manifest
 from sopdeploy.decision import Decision
 from sopdeploy.errors import shorten
 from sopdeploy.models.describe import Counts
-from sopdeploy_export.lower.precision import PrecisionReport
+from sopdeploy_export.lower.precision import Accuracy, PrecisionReport
 from sopdeploy_export.prove.certificate import Certificate
 from sopdeploy_export.prove.file import ParityReport
 
@@ -44,12 +44,15 @@ class ExportResults:
         parity = self.parity
         parts_by_type = sorted(Counter(self.precision.parts.values()).items())
         types = ", ".join(f"{count} parts in {name}" for name, count in parts_by_type)
+
+        # The drift from float64, and the classes that it changed.
         drift = (
             f"{parity.logits.largest_drift:.2g} = {parity.logits.drift_in_floors:.1f} noise floors "
             f"(limit {parity.floors_allowed:g})"
         )
         if not parity.passed:
             drift += "; THE COMPARISON DID NOT PASS, which was allowed"
+
         answers = (
             f"top class equal on {parity.num_agreeing} of {parity.num_images} probe images"
         )
@@ -85,11 +88,16 @@ class Exported(ExportResults):
         """Join what `facts` describes to the four lines of `sopdeploy export`, by their labels."""
         facts = self.facts()
         certificate = self.certificate
-        compared = " = ".join(certificate.compared)
-        equal = f"{compared}: equal graphs" if len(certificate.compared) > 1 else None
-        proof = "; ".join(
-            filter(None, (equal, WEAKER_PROOFS.get(certificate.proof), facts["batch"]))
-        )
+
+        # The compared networks, what their comparison lacks, and whether images are independent.
+        proof_parts = []
+        if len(certificate.compared) > 1:
+            proof_parts.append(f"{' = '.join(certificate.compared)}: equal graphs")
+        if certificate.proof in WEAKER_PROOFS:
+            proof_parts.append(WEAKER_PROOFS[certificate.proof])
+        proof_parts.append(facts["batch"])
+        proof = "; ".join(proof_parts)
+
         drift = "; ".join(facts[name] for name in ("drift", "images") if name in facts)
         bundle = f"{self.path} ({self.seconds:.0f} s; README.md describes it)"
         return {"removed": facts["removed"], "proof": proof, "drift": drift, "bundle": bundle}
@@ -121,70 +129,81 @@ class Exported(ExportResults):
 
 def _proof_facts(certificate: Certificate) -> dict[str, str]:
     """Describe what was removed, kept and proved."""
-    used_modules = {tensor.name.rpartition(".")[0] for tensor in certificate.kept}
-    integers = [
-        tensor for tensor in certificate.unreached if not tensor.dtype.startswith("float")
-    ]
-
-    # Counters of modules that are used, such as `num_batches_tracked`, are not worth a mention.
-    counters = {
-        tensor.name for tensor in integers if tensor.name.rpartition(".")[0] in used_modules
+    num_needed = len(certificate.kept)  # by the outputs
+    num_kept = num_needed + len(certificate.unreached)
+    facts = {
+        "removed": _describe_removed(certificate),
+        "kept": f"{num_kept} tensors, sha256 equal before and after; the outputs depend on {num_needed}",
     }
-    unused = [tensor for tensor in certificate.unreached if tensor.name not in counters]
+    if certificate.proof in WEAKER_PROOFS:
+        facts["proof"] = f"{certificate.proof}: {WEAKER_PROOFS[certificate.proof]}"
+
+    roots = certificate.roots
+    compared = " = ".join(certificate.compared)
+    facts["graph"] = (
+        f"{compared}, root {roots.any_batch[:16]} ({roots.num_operations} operations)"
+    )
+    sizes = ", ".join(map(str, certificate.batches))
+    facts["plain run"] = f"the operators of the graph, with {sizes} images"
+
+    facts["batch"] = "no output depends on other images"
+    if certificate.mixes_images:
+        operators = ", ".join(certificate.mixes_images)
+        facts["batch"] = f"outputs may depend on other images: {operators}"
+    return facts
+
+
+def _describe_removed(certificate: Certificate) -> str:
+    """Describe the removed parts; without any, the tensors that could be removed, too."""
     if certificate.detached:
         tensors = (
             f"{len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes saved"
         )
-        removed = f"{', '.join(certificate.detached)} ({tensors})"
-    elif unused:
-        names = shorten([tensor.name for tensor in unused])
-        size = sum(tensor.bytes for tensor in unused)
-        removed = f"nothing, although the outputs do not depend on {names} ({size:,} bytes), which was not named"
-    else:
-        removed = "nothing: the network has no training-only parts"
-    proof = {}
-    if certificate.proof in WEAKER_PROOFS:
-        proof["proof"] = f"{certificate.proof}: {WEAKER_PROOFS[certificate.proof]}"
-    return {
-        "removed": removed,
-        "kept": f"{len(certificate.kept) + len(certificate.unreached)} tensors, sha256 equal before and "
-        f"after; the outputs depend on {len(certificate.kept)}",
-        **proof,
-        "graph": f"{' = '.join(certificate.compared)}, root {certificate.roots.any_batch[:16]} "
-        f"({certificate.roots.num_operations} operations)",
-        "plain run": "the operators of the graph, with "
-        f"{', '.join(map(str, certificate.batches))} images",
-        "batch": f"outputs may depend on other images: {', '.join(certificate.mixes_images)}"
-        if certificate.mixes_images
-        else "no output depends on other images",
-    }
+        return f"{', '.join(certificate.detached)} ({tensors})"
+
+    # Tensors that no output depends on, without the counters of modules that are used, such as
+    # `num_batches_tracked`.
+    used_modules = {tensor.name.rpartition(".")[0] for tensor in certificate.kept}
+    unused = [
+        tensor
+        for tensor in certificate.unreached
+        if tensor.dtype.startswith("float")
+        or tensor.name.rpartition(".")[0] not in used_modules
+    ]
+    if not unused:
+        return "nothing: the network has no training-only parts"
+    names = shorten([tensor.name for tensor in unused])
+    size = sum(tensor.bytes for tensor in unused)
+    return f"nothing, although the outputs do not depend on {names} ({size:,} bytes), which was not named"
 
 
 def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
-    """Describe the measured accuracy loss and the quantization."""
+    """Describe the measured accuracy loss and the quantization, if there are any."""
     facts: dict[str, str] = {}
-    accuracy = precision.accuracy
+    if precision.accuracy is not None:
+        facts["images"] = _describe_accuracy(precision.accuracy)
+
     int8 = precision.quantisation
-    if accuracy is not None:
-        top1 = ""
-        images = accuracy.num_images
-        if accuracy.before is not None and accuracy.after is not None:
-            before, after = (
-                _share(round(top * images), images) for top in (accuracy.before, accuracy.after)
-            )
-            top1 = f"top-1 {before} before, {after} after; "
-        facts["images"] = (
-            f"{top1}same class as float32 on {_share(accuracy.num_agreeing, images)}"
-        )
-        facts["images"] += f"; logits differ by {accuracy.deviation:.2g} standard deviations"
-        if images < SHOWS_ONE_POINT:
-            facts["images"] += (
-                f"; too few to show a loss of one point, which needs {SHOWS_ONE_POINT}"
-            )
     if int8 is not None:
         layers = f"{int8.num_layers} layers {TARGETS[int8.runtime]}"
         facts["int8"] = f"{layers}, ranges of {int8.num_images} images"
     return facts
+
+
+def _describe_accuracy(accuracy: Accuracy) -> str:
+    """Describe top-1 before and after, if measured, the equal classes, and the change of the logits."""
+    count = accuracy.num_images
+    text = ""
+    if accuracy.before is not None and accuracy.after is not None:
+        before = _share(round(accuracy.before * count), count)
+        after = _share(round(accuracy.after * count), count)
+        text = f"top-1 {before} before, {after} after; "
+
+    text += f"same class as float32 on {_share(accuracy.num_agreeing, count)}"
+    text += f"; logits differ by {accuracy.deviation:.2g} standard deviations"
+    if count < SHOWS_ONE_POINT:
+        text += f"; too few to show a loss of one point, which needs {SHOWS_ONE_POINT}"
+    return text
 
 
 def _share(count: int, images: int) -> str:

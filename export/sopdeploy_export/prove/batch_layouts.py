@@ -15,7 +15,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-# The limits of `--max-batch` above 1, and the last size but one
+# Batch sizes for which shapes are computed: the limits of `--max-batch` above 1, and the last
+# size but one.
 BATCHES = (
     2,
     999_999,
@@ -119,8 +120,7 @@ class OperatorCall:
         self.shapes = shapes
         self.rank = len(shapes[0])
         self.present = [value for value in inputs if value is not None]
-        # "" is one that nothing reads
-        self.num_outputs = len([name for name in node.output if name])
+        self.num_outputs = len([name for name in node.output if name])  # "": nothing reads it
         self.x = self[0]
 
     def __getitem__(self, index: int) -> TracedValue:
@@ -133,7 +133,7 @@ class OperatorCall:
     def axis_attribute(self, default: int, rank: int | None = None) -> int:
         """Return the attribute `axis` of a value of *rank*, by default that of `x`, counted from 0."""
         rank = self.x.rank if rank is None else rank
-        # a scalar has axis 0, as in torch
+        # A scalar has axis 0, as in torch.
         return int(self.attributes.get("axis", default)) % max(rank, 1)
 
     def axes_operand(self, index: int, default: Sequence[int]) -> list[int]:
@@ -145,13 +145,11 @@ class OperatorCall:
 
 def common_layout(*layouts: BatchLayout) -> BatchLayout:
     """Return the layout of a result whose rows are computed from the same row of every operand."""
-    # an operand without images fits all others
+    # An operand without images fits all others, and equal rows fit any run length.
     axes = {layout.axis for layout in layouts} - {None}
-
-    # Equal rows (None) fit any run length
-    lengths = {layout.run_length for layout in layouts} - {None}
-    require(len(axes) <= 1 and len(lengths) <= 1)
-    return BatchLayout(axis=next(iter(axes), None), run_length=next(iter(lengths), None))
+    run_lengths = {layout.run_length for layout in layouts} - {None}
+    require(len(axes) <= 1 and len(run_lengths) <= 1)
+    return BatchLayout(axis=next(iter(axes), None), run_length=next(iter(run_lengths), None))
 
 
 def common_layout_of(values: Sequence[TracedValue | None]) -> BatchLayout:
@@ -169,10 +167,13 @@ def batch_axis_of(shapes: Shapes) -> int | None:
     if not axes:
         return None
     require(len(axes) == 1)
-    sizes = [shape[axes[0]] for shape in shapes]
-    rows_of_image = sizes[0] // BATCHES[0]
-    require(sizes == [rows_of_image * batch for batch in BATCHES])
-    return axes[0]
+
+    # Its size is a multiple of the batch, the same one for every batch size.
+    batch_axis = axes[0]
+    sizes_by_batch = [shape[batch_axis] for shape in shapes]
+    rows_of_image = sizes_by_batch[0] // BATCHES[0]
+    require(sizes_by_batch == [rows_of_image * batch for batch in BATCHES])
+    return batch_axis
 
 
 def layout_after_broadcast(call: OperatorCall) -> BatchLayout:
@@ -195,16 +196,15 @@ def layout_after_combining(
     if keeps or batch_axis is None:
         return call.x.layout
 
-    # Each moves the batch axis to the left
+    # Each removed axis before it moves the batch axis to the left.
     removed_before = {axis for axis in axes if axis < batch_axis}
     return call.x.layout_shifted(-len(removed_before))
 
 
 def layout_after_reduction(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that reduces the listed axes, by default all."""
-    axes = call.axes_operand(
-        1, [] if call.attributes.get("noop_with_empty_axes") else range(call.x.rank)
-    )
+    reduces_none = call.attributes.get("noop_with_empty_axes")
+    axes = call.axes_operand(1, default=[] if reduces_none else range(call.x.rank))
     return layout_after_combining(call, axes, keeps=call.attributes.get("keepdims", 1))
 
 
@@ -217,7 +217,7 @@ def layout_after_rowwise(call: OperatorCall, operands: int = 1) -> BatchLayout:
     require(layout.axis in (None, 0))
     require(common_layout_of(call.inputs[operands:]) == NO_BATCH)
 
-    # The second output of MaxPool numbers elements of the whole batch
+    # The second output of MaxPool numbers elements of the whole batch.
     require(call.num_outputs == 1)
 
     # In training mode, batch norm subtracts the mean of all images.
@@ -242,19 +242,18 @@ def layout_after_reshape(call: OperatorCall) -> BatchLayout:
         require(axis == new_axis)  # neither has the batch
         return NO_BATCH
 
-    # All for the smallest batch
+    # How many neighboring elements an image has, and how many rows they fill in the result. All
+    # shapes are those for the smallest batch.
     shape = call.x.shapes[0]
     new_shape = call.shapes[0]
     batch = BATCHES[0]
     if run_length is None:  # of equal rows, any number is right
         run_length = shape[axis] // batch
     elements_of_run = run_length * math.prod(shape[axis + 1 :])
-    # 1 for a value without elements
-    elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1
+    elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1  # 0 without elements
     new_run_length, rest = divmod(elements_of_run, elements_of_row)
 
-    # The neighboring elements of an image fill whole rows, and whole batches of these fill the
-    # axis.
+    # They must fill whole rows, and whole batches of these must fill the axis.
     require(rest == 0 and new_run_length > 0)
     require(new_shape[new_axis] // batch % new_run_length == 0)
     return BatchLayout(axis=new_axis, run_length=new_run_length)
@@ -272,13 +271,15 @@ def layout_after_product(call: OperatorCall) -> BatchLayout:
     """Rule of the product of *a* (..., m, k) and *b* (..., k, n) or (k,); the batch may be any axis but k."""
     a = call.x
     b = call[1]
-    require(a.batch_axis != a.rank - 1)  # so a vector *a* has no batch axis
+    require(a.batch_axis != a.rank - 1)  # k; so a vector *a* has no batch axis
+
+    # Of a vector, the result (..., m) has the axes of *a* before k.
     if a.rank == 1 or b.rank == 1:
         require(b.batch_axis is None)
-        return a.layout  # the result (..., m) has the axes of *a* before k
-    require(b.batch_axis != b.rank - 2)
+        return a.layout
 
-    # The axes before the last two are broadcast, m and n stay in place
+    # The axes before the last two are broadcast, m and n stay in place.
+    require(b.batch_axis != b.rank - 2)  # k
     return layout_after_broadcast(call)
 
 
@@ -292,13 +293,17 @@ def layout_after_gemm(call: OperatorCall) -> BatchLayout:
     axis_of_m = 1 if call.attributes.get("transA") else 0
     axis_of_n = 0 if call.attributes.get("transB") else 1
     require(a.batch_axis in (None, axis_of_m) and b.batch_axis in (None, axis_of_n))
+
+    # In the result (m, n), in which *added* is aligned at the last axis.
     layouts_of_added = (added.layout_shifted(2 - added.rank) for added in call.present[2:])
     return common_layout(a.layout_at(0), b.layout_at(1), *layouts_of_added)
 
 
 def layout_after_einsum(call: OperatorCall) -> BatchLayout:
     """Rule of `einsum`: each term has the label of the batch axis once, and the result keeps it."""
-    terms, _, result = call.attributes["equation"].decode().replace(" ", "").partition("->")
+    equation = call.attributes["equation"].decode().replace(" ", "")
+    terms, _, result = equation.partition("->")
+
     layouts = []
     for i, term in enumerate(terms.split(",")):
         axis = call[i].batch_axis
@@ -324,6 +329,7 @@ def layout_of_whole_batches(call: OperatorCall) -> BatchLayout:
     layout = common_layout_of(call.inputs)
     if layout.axis is None:
         return layout
+
     run_length = layout.run_length or 1
     for value in call.present:
         require(value.batch_axis == layout.axis)  # rows of a constant would belong to no image
@@ -332,8 +338,10 @@ def layout_of_whole_batches(call: OperatorCall) -> BatchLayout:
 
 
 def layout_after_element_access(call: OperatorCall) -> BatchLayout:
-    """Rule of an operator that reads or writes single elements along another axis than that of the batch."""
-    # of data with more rows than indices, the first are accessed
+    """Rule of an operator that reads or writes single elements along another axis than that of the batch.
+
+    Of data with more rows than indices, it accesses the first ones, which must be whole batches.
+    """
     layout = layout_of_whole_batches(call)
     require(layout.axis != call.axis_attribute(0))
     return layout
@@ -341,41 +349,55 @@ def layout_after_element_access(call: OperatorCall) -> BatchLayout:
 
 def layout_after_slice(call: OperatorCall) -> BatchLayout:
     """Rule of a slice at constant positions; along the batch axis, of whole batches."""
-    # The inputs are data, starts, ends, axes and steps; the shape of the result shows where a
-    # slice ends.
+    # The inputs are data, starts, ends, axes and steps.
     starts_by_batch = [start.reshape(-1).tolist() for start in call[1].contents]
     axes = call.axes_operand(3, default=range(len(starts_by_batch[0])))
-    steps = call[4].numbers() if len(call.inputs) > 4 and call.inputs[4] else [1] * len(axes)
-    for i, axis in enumerate(axes):
-        # a number for each batch size
-        starts = [starts_of_batch[i] for starts_of_batch in starts_by_batch]
-        if axis != call.x.batch_axis:
-            require(len(set(starts)) == 1)
-            continue
-        require(steps[i] == 1)
-        slices_in_batches = set()
-        for batch, start, shape, result in zip(
-            BATCHES, starts, call.x.shapes, call.shapes, strict=True
-        ):
-            # Equal rows (None) can be cut anywhere
-            rows_of_batch = batch * (call.x.layout.run_length or 1)
-            first = start if start >= 0 else max(start + shape[axis], 0)  # counted from the end
-            require(first % rows_of_batch == 0 and result[axis] % rows_of_batch == 0)
-            slices_in_batches.add((first // rows_of_batch, result[axis] // rows_of_batch))
+    steps = [1] * len(axes)
+    if len(call.inputs) > 4 and call.inputs[4]:
+        steps = call[4].numbers()
 
-        # The same, such as the second batch, for each size
-        require(len(slices_in_batches) == 1)
+    for i, axis in enumerate(axes):
+        starts = [starts_of_batch[i] for starts_of_batch in starts_by_batch]
+        if axis == call.x.batch_axis:
+            require(steps[i] == 1)
+            _require_whole_batches(call, axis, starts)
+        else:
+            require(len(set(starts)) == 1)
+
     return call.x.layout
+
+
+def _require_whole_batches(call: OperatorCall, axis: int, starts: Sequence[int]) -> None:
+    """Raise `MixesError` unless a slice along *axis*, that of the batch, takes the same whole batches.
+
+    *starts* has a number for each batch size; the shape of the result shows where the slice
+    ends. The same batch, such as the second one, must be taken at each batch size.
+    """
+    slices_in_batches = set()
+    for batch, start, shape, result in zip(
+        BATCHES, starts, call.x.shapes, call.shapes, strict=True
+    ):
+        rows_of_batch = batch * (call.x.layout.run_length or 1)  # equal rows: cut anywhere
+        first = start if start >= 0 else max(start + shape[axis], 0)  # counted from the end
+        num_rows = result[axis]
+        require(first % rows_of_batch == 0 and num_rows % rows_of_batch == 0)
+        slices_in_batches.add((first // rows_of_batch, num_rows // rows_of_batch))
+
+    require(len(slices_in_batches) == 1)
 
 
 def layout_after_pad(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that pads other axes than the batch."""
     axes = call.axes_operand(3, range(call.x.rank))
+
+    # The sizes in front of all axes, then those behind them.
     sizes = call[1].numbers()
-    # in front of an axis, and behind it
-    pairs = zip(sizes[: len(axes)], sizes[len(axes) :], strict=True)
+    sizes_before = sizes[: len(axes)]
+    sizes_after = sizes[len(axes) :]
     padded = [
-        axis for axis, (before, after) in zip(axes, pairs, strict=True) if before or after
+        axis
+        for axis, before, after in zip(axes, sizes_before, sizes_after, strict=True)
+        if before or after
     ]
     return layout_after_combining(call, padded)
 
@@ -387,19 +409,22 @@ def layout_after_repeat(call: OperatorCall, *, tile: bool = False) -> BatchLayou
     4) becomes (batch * 3, 4), where each image has a copy.
     """
     axis = batch_axis_of(call.shapes)
-
-    # The result has the batch axis of `x`, or none
     if axis is None or call.x.batch_axis is not None:
-        return layout_after_broadcast(call)
-    run_length = call.shapes[0][axis] // BATCHES[0] if tile else None  # None: equal rows
-    return BatchLayout(axis=axis, run_length=run_length)
+        return layout_after_broadcast(call)  # the result has the batch axis of `x`, or none
+
+    # A constant got the batch axis.
+    if not tile:
+        return BatchLayout(axis=axis, run_length=None)  # equal rows
+    rows_of_image = call.shapes[0][axis] // BATCHES[0]
+    return BatchLayout(axis=axis, run_length=rows_of_image)
 
 
 def layout_of_range(call: OperatorCall) -> BatchLayout:
     """Rule of a range of constant length, or of 0, ..., batch - 1: the number of each image in the batch."""
     if batch_axis_of(call.shapes) is None:
         return NO_BATCH
-    # input 1 is the limit
+
+    # The inputs are start, limit and step.
     start = call[0].numbers()
     step = call[2].numbers()
     require(start == [0] and step == [1] and call.shapes[0] == (BATCHES[0],))
@@ -412,14 +437,20 @@ def layout_after_gather(call: OperatorCall) -> BatchLayout:
     data = call.x
     indices = call[1]
     axis = call.axis_attribute(0)
-    if data.batch_axis == axis:  # data (batch, 7), indices (batch,): image i must take row i
+
+    # Data (batch, 7), indices (batch,): image i must take row i.
+    if data.batch_axis == axis:
         require(indices.image_numbers == "all" and data.shapes[0][axis] == BATCHES[0])
         return indices.layout_shifted(axis)
-    require(not indices.image_numbers)  # they would select a row by the position in the batch
-    if data.layout == NO_BATCH:  # data (5, 7), indices (batch, 2), axis 0: result (batch, 2, 7)
+
+    # Other data, from which the number of an image would select by its position in the batch.
+    require(not indices.image_numbers)
+
+    # Data (5, 7), indices (batch, 2), axis 0: result (batch, 2, 7).
+    if data.layout == NO_BATCH:
         return indices.layout_shifted(axis)
 
-    # Data (5, batch), indices (2, 3), axis 0: result (2, 3, batch)
+    # Data (5, batch), indices (2, 3), axis 0: result (2, 3, batch).
     require(indices.layout == NO_BATCH)
     is_behind = data.batch_axis is not None and data.batch_axis > axis
     return data.layout_shifted(indices.rank - 1 if is_behind else 0)
@@ -435,19 +466,19 @@ def layout_after_gather_nd(call: OperatorCall) -> BatchLayout:
     data = call.x
     indices = call[1]
     num_shared = call.attributes.get("batch_dims", 0)
-    # n is no batch axis
-    require(indices.batch_axis is None or indices.batch_axis < indices.rank - 1)
+    axis_of_n = indices.rank - 1
+    require(indices.batch_axis != axis_of_n)
 
-    # Data (batch, 7), pairs of image and column (batch, 2)
+    # Data (batch, 7), pairs of image and column (batch, 2).
     if selects_own_rows(data, indices, num_shared):
         return indices.layout
     require(not indices.image_numbers)
 
-    # All images select from the same data (5, 7), indices (batch, 2)
+    # All images select from the same data (5, 7), indices (batch, 2).
     if data.batch_axis is None:
         return indices.layout
 
-    # Data (batch, 7), indices (batch, 3, 1), where the batch axis is shared
+    # Data (batch, 7), indices (batch, 3, 1), where the batch axis is shared.
     if data.batch_axis < num_shared:
         require(data.batch_axis == indices.batch_axis)
         return common_layout_of([data, indices])
@@ -464,18 +495,16 @@ def layout_after_scatter_nd(call: OperatorCall) -> BatchLayout:
     data = call.x
     indices = call[1]
     updates = call[2]
-    if indices.batch_axis is not None:
-        # Data (batch, 7), indices (batch, 2) with pairs of image and column, updates (batch,).
-        require(selects_own_rows(data, indices, 0) and updates.batch_axis == indices.batch_axis)
 
-        # Raises `MixesError` if the run lengths differ.
+    # Data (batch, 7), indices (batch, 2) with pairs of image and column, updates (batch,).
+    if indices.batch_axis is not None:
+        require(selects_own_rows(data, indices, 0) and updates.batch_axis == indices.batch_axis)
         return common_layout(data.layout, indices.layout_at(0), updates.layout_at(0))
 
-    # The batch axis, if any, must be a kept one: data (7, batch), indices (3, 1), updates (3,
-    # batch).
+    # The batch axis, if any, must be a kept one, the same of the data and the updates: data
+    # (7, batch), indices (3, 1), updates (3, batch).
     first_kept = indices.shapes[0][-1]
     first_kept_of_updates = indices.rank - 1
-    # in the axes of the data
     layout_of_updates = updates.layout_shifted(first_kept - first_kept_of_updates)
     require(data.batch_axis is None or data.batch_axis >= first_kept)
     require(data.batch_axis == layout_of_updates.axis)
@@ -484,10 +513,8 @@ def layout_after_scatter_nd(call: OperatorCall) -> BatchLayout:
 
 def layout_after_one_hot(call: OperatorCall) -> BatchLayout:
     """Rule of an operator that inserts an axis of classes, which moves a batch axis there or behind it."""
-    is_moved = (
-        call.x.batch_axis is not None
-        and call.axis_attribute(-1, rank=call.rank) <= call.x.batch_axis
-    )
+    axis_of_classes = call.axis_attribute(-1, rank=call.rank)
+    is_moved = call.x.batch_axis is not None and axis_of_classes <= call.x.batch_axis
     return call.x.layout_shifted(1 if is_moved else 0)
 
 
@@ -507,8 +534,8 @@ def layouts_after_recurrence(call: OperatorCall) -> list[BatchLayout]:
     require(not call.attributes.get("layout"))  # another layout has the batch first
 
     # The outputs are all results (length, directions, batch, features), and the last states.
-    layout_in_results = layout if layout.axis is None else layout._replace(axis=2)
-    return [layout_in_results, layout, layout]
+    layout_of_results = layout if layout.axis is None else layout._replace(axis=2)
+    return [layout_of_results, layout, layout]
 
 
 _TABLE: dict[str, Callable[[OperatorCall], BatchLayout | list[BatchLayout]]] = {

@@ -10,7 +10,7 @@ from sopdeploy.errors import LoweringError
 from sopdeploy_export.capture.program import NETWORK_PREFIX
 from sopdeploy_export.program_hashes import are_equal
 
-# Numbers of a tensor that is no parameter or buffer, such as a mean and a deviation
+# Numbers of a tensor that is no parameter or buffer, such as a mean and a deviation.
 MAX_CONSTANT = 16
 
 
@@ -26,16 +26,23 @@ def check_constants(
     constants = [*_large_constants(program)]
     if not constants:
         return
+
+    # A view of a weight is registered; so is what shares its memory.
     registered = _addresses(
         program.state_dict.get(spec.target or "", program.constants.get(spec.target or ""))
         for spec in program.graph_signature.input_specs
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
     )
-    rebuilt = [] if rebuild is None else [each for _, each in _large_constants(rebuild())]
+
+    # An equal one of the rebuilt network, in other memory, shows that code makes it.
+    rebuilt = [] if rebuild is None else [tensor for _, tensor in _large_constants(rebuild())]
     shared = _addresses(rebuilt)
     for spec, constant in constants:
-        (memory,) = _addresses([constant])
-        is_made = memory not in shared and any(are_equal(constant, each) for each in rebuilt)
+        memory = constant.untyped_storage().data_ptr()
+        is_made = memory not in shared and any(
+            are_equal(constant, tensor) for tensor in rebuilt
+        )
+
         if memory not in registered and not is_made:
             has_name = "lifted_tensor" not in str(spec.target)  # as torch names what has none
             name = str(spec.target).removeprefix(NETWORK_PREFIX) if has_name else "a tensor"
@@ -54,6 +61,7 @@ def _addresses(stored: Iterable[Tensor | None]) -> set[int]:
 def _large_constants(program: ExportedProgram) -> Iterator[tuple[InputSpec, Tensor]]:
     """Yield the tensors of more than `MAX_CONSTANT` numbers that *program* uses and no module registers."""
     users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
+
     for spec in program.graph_signature.input_specs:
         constant = program.constants.get(spec.target or "")
         if spec.kind != InputKind.CONSTANT_TENSOR or not isinstance(constant, Tensor):

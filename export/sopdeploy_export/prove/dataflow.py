@@ -339,9 +339,11 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ]
             if len(written) == len(returned) == 1:
                 return values[written[0]]
+
         # Views cost nothing, and neither do checks, which return nothing.
         if func._schema.is_mutable or None not in returned:
             return func(*args, **kwargs)
+
         if self._known is None or code not in self._known:
             raise UnknownOperatorError(str(func))
         results = [layout.empty() for layout in self._known[code]]
@@ -365,9 +367,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Give the memory that an operator wrote to a new maker."""
         values = _by_name(func, args, kwargs)
         names = [argument.name for argument in func._schema.arguments if argument.is_write]
+
+        # Faults are a write to an operand that is only read, and to a tensor of the network; also
+        # one of what depends on an image to memory from before the run.
         for tensor in tree_leaves([values.get(name) for name in names]):
             if not isinstance(tensor, Tensor):
                 continue
+
             memory = self._address(tensor)
             if memory in self._read_only:
                 self.hidden_writes.append(str(operator))
@@ -388,12 +394,16 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         returns_view = any(value.alias_info is not None for value in func._schema.returns)
         is_unfilled = func._schema.name.partition("::")[2].startswith(_UNFILLED)
         memories = {address(operand) for operand in operands}
+
+        # The layouts of new results, by which the graph need not compute them.
         results = _tensors(result)
         if of_image and not returns_view and all(map(_is_plain, results)):
             self.layouts.setdefault(code, [_layout(tensor) for tensor in results])
+
         for position, tensor in enumerate(tree_leaves(result)):
             if not isinstance(tensor, Tensor):
                 continue
+
             memory = self._address(tensor)
             if returns_view and memory in memories:
                 if "lift_fresh" in str(func):
@@ -477,6 +487,8 @@ class FunctionReads(TorchFunctionMode):
         flow = self._flow
         with flow.recording(function):
             call = BuiltinCall(frozenset(map(address, _tensors((args, kwargs)))), [])
+
+        # What a built-in function reads of its own results is noted in its call.
         outer = flow.call
         is_builtin = isinstance(function, BuiltinFunctionType | MethodDescriptorType)
         flow.call = call if is_builtin else None

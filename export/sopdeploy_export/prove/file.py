@@ -59,13 +59,12 @@ STATEMENT = (
     "float32 (4 times for reduced precision), and no class flips without this error explaining it."
 )
 
-# An odd size above the 12 generated probes; larger ones take more time and memory
+# An odd size above the 12 generated probes; larger ones take more time and memory.
 LARGEST_BATCH = 13
 BATCH_IN_FLOAT64 = 4  # attention in float64 takes 0.1 GB per image of 518 pixels
 UNDECIDED = "train longer"
-# Four float32 rounding errors, relative to the value
+# Four float32 rounding errors, relative to the value.
 FOUR_ROUNDINGS = 4 * float(np.finfo(np.float32).eps)
-
 
 FlipCause = Literal["noise", "routing", "error"]
 FLOORS = 16.0
@@ -180,19 +179,27 @@ def compare_routes(
     noise = max(
         FOUR_ROUNDINGS * float(np.abs(exact).max()), float(np.abs(rounded - exact).max())
     )
-    decided = mark_decided(exact, chosen, floors * noise)
-    compared = decided
-    if not decided.any():  # then, rather than no image, those with the same route
-        # A stable sort resolves ties in favor of the lower index, as the gate does.
-        rankings = (np.argsort(-logits, axis=1, kind="stable") for logits in (exact, rounded))
-        route, rounded_route = (np.sort(ranking[:, :chosen], axis=1) for ranking in rankings)
-        compared = (route == rounded_route).all(axis=1)
+    is_decided_P = mark_decided(exact, chosen, floors * noise)
+
+    # Compared are decided images or, rather than none, those with the same route.
+    is_compared_P = is_decided_P
+    if not is_decided_P.any():
+        same = _routes(exact, chosen) == _routes(rounded, chosen)
+        is_compared_P = same.all(axis=1)
+
     return RoutingParity(
         noise_floor=noise,
         tolerance=floors * noise,
-        num_undecided=int((~decided).sum()),
-        left_out=tuple(np.flatnonzero(~compared).tolist()),
+        num_undecided=int((~is_decided_P).sum()),
+        left_out=tuple(np.flatnonzero(~is_compared_P).tolist()),
     )
+
+
+def _routes(logits: NDArray[Any], chosen: int) -> NDArray[np.intp]:
+    """Return the *chosen* components (P, chosen) of the largest gate logits (P, N), in ascending order."""
+    # A stable sort resolves ties in favor of the lower index, as the gate does.
+    ranking = np.argsort(-logits, axis=1, kind="stable")
+    return np.sort(ranking[:, :chosen], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,11 +228,15 @@ def compute_reference(
     """
     names = output_names(deployed.network)
     pixels = torch.from_numpy(images)
+
+    # In float64: the modes change the types that code names, and the dtype that it reads.
     gate_layer = find_gate(deployed.network)
     with attributes_restored(deployed), tensors_converted(deployed, _widened):
         with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
             exact = run_in_batches(deployed, names, images, BATCH_IN_FLOAT64)
         exact_gate = None if gate_layer is None else gate_logits(deployed, pixels)
+
+    # In the exported precision, and which images have a route that can be compared.
     if rounded is None:
         rounded = ProbeOutputs.of(deployed, pixels)
     routing = None
@@ -236,22 +247,25 @@ def compute_reference(
             chosen=gate_layer.chosen,
             floors=FLOORS_BY_PRECISION[precision],
         )
-    compared = compared_images(routing, len(images))
-    if not compared.any():
+    is_compared_P = compared_images(routing, len(images))
+    if not is_compared_P.any():
         raise ParityError(
             f"the gate is undecided on every probe image and rounding to {precision} changes every route, "
             f"so no output can be compared; {UNDECIDED}"
         )
+
+    # The noise floor of each output, from runs of all images and of the first ones alone.
     noise_floor = {}
-    for name, *of_output in zip(names, rounded.batched, rounded.single, strict=True):
+    for name, batched, single in zip(names, rounded.batched, rounded.single, strict=True):
         values = exact[name]
-        # of all images, and of the first ones
-        rounded_values = [tensor.numpy() for tensor in of_output]
-        _require_finite(name, values, rounded_values, precision)
+        runs = [batched.numpy(), single.numpy()]
+        _require_finite(name, values, runs, precision)
         noise_floor[name] = FOUR_ROUNDINGS * float(np.abs(values).max())
-        for found in rounded_values:
-            errors = np.abs(found - values[: len(found)])[compared[: len(found)]]
+        for rounded_values in runs:
+            count = len(rounded_values)
+            errors = np.abs(rounded_values - values[:count])[is_compared_P[:count]]
             noise_floor[name] = max(noise_floor[name], float(errors.max(initial=0.0)))
+
     return ParityReference(
         outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing
     )
@@ -336,6 +350,7 @@ def prove_file(
             drift=drift,
             batch_difference=batch_difference,
         )
+
     logits = expected.outputs[LOGITS]
     report = ParityReport(
         precision=expected.precision,
@@ -353,6 +368,8 @@ def prove_file(
         file_bytes=model.ByteSize(),
         drift_allowed=False,
     )
+
+    # Refuse what exceeds a limit, unless the user allowed it.
     violation = _first_violation(report)
     if violation is None:
         return report
@@ -370,19 +387,21 @@ def count_flips(
 
     *rerouted* (P,) marks images whose gate chose other components.
     """
-    top_of_network = expected.argmax(axis=1)
-    top_of_file = values.argmax(axis=1)
+    top_of_network_P = expected.argmax(axis=1)
+    top_of_file_P = values.argmax(axis=1)
+    is_flipped_P = top_of_network_P != top_of_file_P
+
+    # The margin of the network between both classes. Both logits may drift, towards each other.
     images = np.arange(len(expected))
-    # of the network (P,)
-    margins = expected[images, top_of_network] - expected[images, top_of_file]
-    is_small = margins <= 2 * tolerance  # both logits may drift, towards each other
+    margins_P = expected[images, top_of_network_P] - expected[images, top_of_file_P]
+    is_small_P = margins_P <= 2 * tolerance
+
     by_cause: dict[FlipCause, NDArray[np.bool_]] = {
-        "noise": is_small & ~rerouted,
+        "noise": is_small_P & ~rerouted,
         "routing": rerouted,
-        "error": ~is_small & ~rerouted,
+        "error": ~is_small_P & ~rerouted,
     }
-    flipped = top_of_network != top_of_file
-    return {cause: int((mask & flipped).sum()) for cause, mask in by_cause.items()}
+    return {cause: int((mask & is_flipped_P).sum()) for cause, mask in by_cause.items()}
 
 
 def logit_spread(logits: NDArray[Any]) -> float:
@@ -413,21 +432,22 @@ def max_drift(
 
 def _first_violation(report: ParityReport) -> str | None:
     """Describe the first limit that *report* exceeds, if any; a cause is checked before its effects."""
+    # The network: its logits hardly depend on the image.
     if report.unverifiable:
         if report.spread == 0:
             return "cannot be verified: the spread of the network's logits is 0; train longer"
         floor = report.logits.noise_floor
-        advice = (
-            "train longer"
-            if report.precision == "fp32"
-            else "train longer, or choose precision fp32"
-        )
+        advice = "train longer"
+        if report.precision != "fp32":
+            advice += ", or choose precision fp32"
         too_large_share = report.smallest_unverifiable_share
         return (
             f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is "
             f"{floor / report.spread:.0%} of the spread of the logits, and at {too_large_share:.1%} or more "
             f"a file that ignores its input would pass; {advice}"
         )
+
+    # The file.
     for name, output in report.outputs.items():
         if output.largest_drift > output.tolerance:
             return (

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, defs, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
@@ -32,6 +33,7 @@ from sopdeploy_export.prove.batch_layouts import (
     BatchLayout,
     MixesError,
     OperatorCall,
+    Shapes,
     TracedValue,
     batch_axis_of,
     require,
@@ -41,8 +43,8 @@ STATEMENT = (
     "No output depends on other images of the batch. Otherwise the export names the operators."
 )
 
-_MOST_NUMBERS = 1024  # of a value that is evaluated
-# The numbers of the inputs that are sizes or positions
+_MOST_NUMBERS = 1024  # of a value whose contents are computed
+# By operator: the positions of the inputs that are sizes or positions.
 _SIZES = {
     "Reshape": (1,), "Expand": (1,), "Tile": (1,), "ConstantOfShape": (0,), "Range": (1,), "Slice": (1, 2),
     "Split": (1,), "Resize": (3,),
@@ -61,31 +63,36 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
 
     The name of an operator without a rule follows `NO_RULE`.
     """
-    image = model.graph.input[0]
-    opsets = list(model.opset_import)
-    batch, *sizes = [size.dim_value for size in image.type.tensor_type.shape.dim]
+    # What is known of the images: a row for each, along the first axis.
+    images = model.graph.input[0]
+    batch, *sizes = [size.dim_value for size in images.type.tensor_type.shape.dim]
     if batch == 1:  # there are no other images
         return ()
+    images_type = images.type.tensor_type.elem_type
     shapes = [(batch, *sizes) for batch in BATCHES]
-    values = {
-        image.name: TracedValue(
-            image.type.tensor_type.elem_type, shapes, layout=BatchLayout(0, 1)
-        )
-    }
+    values = {images.name: TracedValue(images_type, shapes, layout=BatchLayout(0, 1))}
+
+    # What is known of the weights: the same for every batch size.
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)
         contents = [array] * len(BATCHES) if array.size <= _MOST_NUMBERS else ()
-        values[tensor.name] = TracedValue(
-            tensor.data_type, [array.shape] * len(BATCHES), contents
-        )
+        shapes = [array.shape] * len(BATCHES)
+        values[tensor.name] = TracedValue(tensor.data_type, shapes, contents)
+
+    # Follow the data through the graph, whose nodes are in topological order.
+    opsets = list(model.opset_import)
     for node in model.graph.node:
         values |= zip(node.output, _trace_node(node, values, opsets), strict=True)
+
+    # The operators behind the outputs that mix images. An output also needs a row for each image,
+    # and may not contain its number in the batch, which depends on the images in front of it.
     outputs = {output.name: values[output.name] for output in model.graph.output}
     mixing = [name for value in outputs.values() for name in value.mixed]
     for name, value in outputs.items():
-        # The number of an image depends on how many images are in front of it in the batch.
-        if not value.mixed and (not value.has_row_per_image or value.image_numbers):
+        is_of_image = value.has_row_per_image and not value.image_numbers
+        if not value.mixed and not is_of_image:
             mixing.append(f"output {name}")
+
     return tuple(dict.fromkeys(mixing))  # each once
 
 
@@ -94,26 +101,31 @@ def _trace_node(
 ) -> list[TracedValue]:
     """Find out what is known of the results of *node*; an operator that mixes images is named in them.
 
-    *values* are what is known of its inputs.
+    *values* are what is known of its inputs. After an operator that mixes images, nothing is left
+    to show, and the name of the first one counts.
     """
+    # The operators in front that mix images. Shapes never depend on the contents of images.
     inputs = [values[name] if name else None for name in node.input]
+    mixed: tuple[str, ...] = ()
+    if node.op_type != "Shape":
+        names = [name for value in inputs if value is not None for name in value.mixed]
+        mixed = tuple(dict.fromkeys(names))
 
-    # Shapes never depend on the contents of images.
-    with_contents = [value for value in inputs if value is not None and node.op_type != "Shape"]
-    mixed = tuple(dict.fromkeys(name for value in with_contents for name in value.mixed))
+    # Results whose contents are known are sizes, and no data of images.
     results = [TracedValue()] * len(node.output)  # if the shapes cannot be inferred
     try:
         results = infer_results(node, inputs, opsets)
-        are_sizes = all(len(result.contents) for result in results)  # and so no data of images
-        if not mixed and not are_sizes:  # after one that mixes images, nothing is left to show
+        are_sizes = all(len(result.contents) for result in results)
+        if not mixed and not are_sizes:
             results = locate_batch_axes(node, inputs, results)
     except Exception as error:  # no rule, or an operator that onnx does not know
-        if not mixed:  # otherwise, the first problem counts
+        if not mixed:
             part = next(
                 (item.value for item in node.metadata_props if item.key == "part"), "forward"
             )
             operator = f"{node.op_type} in {part}"
             mixed = (operator if isinstance(error, MixesError) else f"{NO_RULE}{operator}",)
+
     return [replace(result, mixed=mixed) for result in results]
 
 
@@ -129,37 +141,44 @@ def infer_results(
         name: value for name, value in zip(node.input, inputs, strict=True) if value is not None
     }
     results = _infer_shapes(node, named, opsets)
-    shapes = results[0].shapes
-
-    # For every batch size
-    is_small = len(set(shapes)) == 1 and math.prod(shapes[0]) <= _MOST_NUMBERS
-
-    # Reads no contents, so the operand can be an array that takes no memory
-    if node.op_type == "Shape":
-        name = node.input[0]
-        operands_by_batch = [
-            {name: np.broadcast_to(False, shape)} for shape in named[name].shapes
-        ]
-    elif is_small and all(value.contents for value in named.values()):
-        operands_by_batch = [
-            {name: value.contents[i] for name, value in named.items()}
-            for i in range(len(BATCHES))
-        ]
-    else:
+    operands_by_batch = _known_operands(node, named, results[0].shapes)
+    if operands_by_batch is None:
         return results
+
+    # Compute all results for each batch size; then the contents of each result.
     runs: list[Any] = [
         ReferenceEvaluator(node).run(None, operands) for operands in operands_by_batch
     ]
     computed = []
+    for position, result in enumerate(results):
+        contents = [np.asarray(results_of_run[position]) for results_of_run in runs]
+        computed.append(replace(result, contents=contents))
 
-    # Its contents for each batch size
-    for result, *contents in zip(results, *runs, strict=True):
-        computed.append(replace(result, contents=[np.asarray(content) for content in contents]))
-
-    # `is_linear` says why three are enough
+    # `is_linear` says why three batch sizes are enough.
     if any(value.depends_on_batch_size for value in named.values()):
         require(node.op_type in _SIZE_OPERATORS and all(map(is_linear, computed)))
     return computed
+
+
+def _known_operands(
+    node: onnx.NodeProto, named: dict[str, TracedValue], shapes: Shapes
+) -> list[dict[str, NDArray[Any]]] | None:
+    """Return the operands of *node* by name, for each batch size; None if their contents are not known.
+
+    None also if the result, of *shapes*, is large or has a batch axis.
+    """
+    # `Shape` reads no contents, so its operand can be an array that takes no memory.
+    if node.op_type == "Shape":
+        name = node.input[0]
+        return [{name: np.broadcast_to(False, shape)} for shape in named[name].shapes]
+
+    # A result that the graph leaves out has no shapes.
+    is_small = len(set(shapes)) == 1 and math.prod(shapes[0]) <= _MOST_NUMBERS
+    if not is_small or not all(value.contents for value in named.values()):
+        return None
+    return [
+        {name: value.contents[i] for name, value in named.items()} for i in range(len(BATCHES))
+    ]
 
 
 def _infer_shapes(
@@ -171,34 +190,39 @@ def _infer_shapes(
     """
     version = next(opset.version for opset in opsets if opset.domain == node.domain)
     schema = defs.get_schema(node.op_type, version, node.domain)
-    types_by_batch = []  # for each batch size, a dict from the name of each result to its type
+
+    # The types of the results by name, for each batch size.
+    types_by_batch = []
     for i in range(len(BATCHES)):
         contents = {
-            name: numpy_helper.from_array(v.contents[i])
-            for name, v in named.items()
-            if v.contents
+            name: numpy_helper.from_array(value.contents[i])
+            for name, value in named.items()
+            if value.contents
         }
         types = {
-            name: helper.make_tensor_type_proto(v.type, v.shapes[i])
-            for name, v in named.items()
+            name: helper.make_tensor_type_proto(value.type, value.shapes[i])
+            for name, value in named.items()
         }
         types_by_batch.append(
             shape_inference.infer_node_outputs(
                 schema, node, types, contents, opset_imports=opsets
             )
         )
+
+    # The shapes of each result.
     results = []
     for name in node.output:
         if not name:  # an optional result that the graph leaves out
             results.append(TracedValue())
             continue
+
         tensors = [types[name].tensor_type for types in types_by_batch]
-        if not all(
-            size.HasField("dim_value") for tensor in tensors for size in tensor.shape.dim
-        ):
+        sizes = [size for tensor in tensors for size in tensor.shape.dim]
+        if not all(size.HasField("dim_value") for size in sizes):
             raise ValueError("onnx infers no shape")
         shapes = [tuple(size.dim_value for size in tensor.shape.dim) for tensor in tensors]
         results.append(TracedValue(tensors[0].elem_type, shapes))
+
     return results
 
 
@@ -211,12 +235,11 @@ def is_linear(value: TracedValue) -> bool:
     """
     if not value.contents:
         return True
-    # a truth value, such as that of size > 100, can change anywhere
     if value.contents[0].dtype.kind == "b":
-        return False
-    low, middle, high = BATCHES
+        return False  # a truth value, such as that of size > 100, can change anywhere
 
-    # Cannot overflow
+    # Python's numbers cannot overflow.
+    low, middle, high = BATCHES
     at_low, at_middle, at_high = (content.astype(object) for content in value.contents)
 
     # The slope (at_middle - at_low) / (middle - low) equals the next one. Without divisions:
@@ -233,22 +256,25 @@ def locate_batch_axes(
     Raises `MixesError` if the rule of the operator does not show that images are independent,
     and `KeyError` if the operator has no rule.
     """
-    sizes = _SIZES.get(node.op_type, ())
-    data = [value for i, value in enumerate(inputs) if value and i not in sizes]
-    require(not any(value.depends_on_batch_size for value in data))  # only sizes may
+    # A number that depends on the batch size may be a size, but no data.
+    positions_of_sizes = _SIZES.get(node.op_type, ())
+    data = [value for i, value in enumerate(inputs) if value and i not in positions_of_sizes]
+    require(not any(value.depends_on_batch_size for value in data))
+
+    # The rule of the operator, with one layout for all results, or one for each.
     call = OperatorCall(node, inputs, results[0].shapes)
     layouts = RULES[node.op_type](call)
-    if isinstance(layouts, BatchLayout):  # one for all results
+    if isinstance(layouts, BatchLayout):
         layouts = [layouts] * len(results)
 
-    # The number of an image may stay such a number, or be an index that selects the row of this
-    # image.
+    # The number of an image may stay such a number, or be an index, in input 1, that selects the
+    # row of this image.
     image_numbers = find_image_numbers(node.op_type, call)
     inputs_with_numbers = [i for i, value in enumerate(inputs) if value and value.image_numbers]
     if inputs_with_numbers:
-        # Input 1 holds indices
         are_indices = node.op_type in TAKES_INDICES and inputs_with_numbers == [1]
         require(image_numbers != "" or are_indices)
+
     pairs = zip(results, layouts, strict=False)  # a recurrent layer can have fewer results
     located = [
         replace(result, layout=layout, image_numbers=image_numbers) for result, layout in pairs
@@ -264,12 +290,13 @@ def has_whole_images(value: TracedValue) -> bool:
     axis = batch_axis_of(value.shapes)
     if axis != value.batch_axis:
         return False
+    if axis is None:
+        return True
 
-    # Runs of 3 fit batch * 6, not batch * 4
+    # Runs of 3 rows fit batch * 6, not batch * 4. By `batch_axis_of`, the smallest batch stands for
+    # all.
     rows_of_batch = BATCHES[0] * (value.layout.run_length or 1)
-
-    # `batch_axis_of` covers other sizes
-    return axis is None or value.shapes[0][axis] % rows_of_batch == 0
+    return value.shapes[0][axis] % rows_of_batch == 0
 
 
 def find_image_numbers(kind: str, call: OperatorCall) -> Literal["", "all", "first"]:
@@ -277,13 +304,14 @@ def find_image_numbers(kind: str, call: OperatorCall) -> Literal["", "all", "fir
 
     They are none, all, or the first of the last axis, as `TracedValue.image_numbers` says.
     """
-    # 0, ..., batch - 1, as `layout_of_range` requires, or a range of constant length
+    # 0, ..., batch - 1, as `layout_of_range` requires, or a range of constant length.
     if kind == "Range":
         return "" if batch_axis_of(call.shapes) is None else "all"
     if call.x.image_numbers != "all":
         return ""
+
+    # The same numbers, unless a smaller type repeats them.
     if kind in SAME_NUMBERS:
-        # Smaller types repeat numbers
         wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64
         return "" if wraps else "all"
 
@@ -301,8 +329,6 @@ def prove_images(model: onnx.ModelProto, *, allowed: bool) -> tuple[str, ...]:
     if not mixing or allowed:
         return mixing
     problem = f"the network mixes images: {mixing[0]} combines them, or uses their number or positions"
-
-    # For example "no rule for Einsum in head shows that it keeps ..."
-    if mixing[0].startswith(NO_RULE):
+    if mixing[0].startswith(NO_RULE):  # such as "no rule for Einsum in head"
         problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"
     raise LoweringError(problem, remedies={"allow_batch_dependence": True})

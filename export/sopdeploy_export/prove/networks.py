@@ -74,16 +74,19 @@ class Compared:
         hash_of = TensorHashes()
         hashes = {name: hash_of(tensor) for name, tensor in named.items()}
 
-        # What torch.export makes, before it is changed
+        # What torch.export makes; a copy, because `functionalize` changes the program.
         traced = trace(network, preprocess, batch)
         graph = traced.program.module(check_guards=False)
         sha256 = fingerprint(traced.program, hash_of)
+
+        # The functional program.
         if other is not None and sha256 is not None and sha256 == other.fingerprint:
             program = other.program
             root = other.root
         else:
             program = functionalize(traced.program, batch)
             root = program_root(program, hash_of)
+
         return cls(
             role=role,
             network=network,
@@ -99,10 +102,10 @@ class Compared:
 
     @property
     def needed(self) -> set[str]:
-        """All names of the tensors that the outputs depend on."""
-        reached = {name.removeprefix(NETWORK_PREFIX) for name in self.root.tensors}
-        reached_ids = {id(self.tensors[name]) for name in reached & self.tensors.keys()}
-        return {name for name, tensor in self.tensors.items() if id(tensor) in reached_ids}
+        """All names of the tensors that the outputs depend on; a tensor can have several."""
+        names = {name.removeprefix(NETWORK_PREFIX) for name in self.root.tensors}
+        ids = {id(self.tensors[name]) for name in names & self.tensors.keys()}
+        return {name for name, tensor in self.tensors.items() if id(tensor) in ids}
 
     def check_unchanged(self, removed: tuple[str, ...]) -> None:
         """Raise `CertificateError` if a tensor outside of *removed* parts changed.
@@ -110,11 +113,11 @@ class Compared:
         Code outside of the graph may have written to it in a way that nothing else shows.
         """
         current = tensors(self.network)
-        for name in self.hashes:
-            is_kept = not is_in(name, *removed)
-            if is_kept and (
-                name not in current or tensor_hash(current[name]) != self.hashes[name]
-            ):
+
+        for name, sha256 in self.hashes.items():
+            if is_in(name, *removed):
+                continue
+            if name not in current or tensor_hash(current[name]) != sha256:
                 problem = f"{name} changed during the proof, in the {self.role} network"
                 raise CertificateError(f"{problem}; forward must not write to it")
 
@@ -131,8 +134,10 @@ def rename_with_prefix(
     if names == renamed or not names or not renamed:
         return rename
 
-    # The shortest name of each network, of equal ones the first, is that of the same tensor.
-    shortest, shortest_renamed = (min(sorted(group), key=len) for group in (names, renamed))
+    # The shortest name of each network, of equal ones the first, is that of the same tensor. So
+    # one of both has a prefix in front.
+    shortest = min(sorted(names), key=len)
+    shortest_renamed = min(sorted(renamed), key=len)
     surplus = shortest_renamed.removesuffix(shortest)
     missing = shortest.removesuffix(shortest_renamed)
     if {name.removeprefix(surplus) for name in renamed} == names:
@@ -158,7 +163,7 @@ def build_plain(
     parts = detachment.training_only
     kept = {name: tensor for name, tensor in trained.tensors.items() if not is_in(name, *parts)}
 
-    # The rebuilt network has the removed parts, too.
+    # Its names may have another prefix. A rebuilt network has the removed parts, too.
     rename = detachment.rename
     plain_tensors = tensors(plain)
     if detachment.role == "plain":
@@ -168,36 +173,42 @@ def build_plain(
             name: tensor for name, tensor in plain_tensors.items() if not is_in(name, *parts)
         }
 
+    # It has the same outputs, and reads images in the same layout.
     embedding_layer = vars(trained.network).get(EXPORT_EMBEDDING)
     if embedding_layer is not None:  # *rename* takes names of tensors, such as its weight
-        vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(
-            ".weight"
-        )
+        renamed_weight = rename(f"{embedding_layer}.weight")
+        vars(plain)[EXPORT_EMBEDDING] = renamed_weight.removesuffix(".weight")
     vars(plain)[IMAGES_FORMAT] = images_format(trained.network)
 
     # Each tensor of the one network is one of the other.
     weights = {rename(name): tensor for name, tensor in kept.items()}
     if len(weights) != len(kept):
         raise CertificateError("rename gives two tensors of the trained network the same name")
-    if missing := sorted(plain_tensors.keys() - weights.keys()):
+    missing = sorted(plain_tensors.keys() - weights.keys())
+    if missing:
         raise CertificateError(
             f"the plain network needs {missing[0]}, which the trained one lacks"
         )
-    if extra := sorted(weights.keys() - plain_tensors.keys()):
+    extra = sorted(weights.keys() - plain_tensors.keys())
+    if extra:
         raise CertificateError(
             f"the trained network still has {extra[0]}, which the plain one lacks"
         )
 
-    # Buffers that no state dict stores count if the outputs need them as they are: those that a
-    # run of the trained network makes, a run of the plain one makes, too.
+    # Of the buffers that no state dict stores, those count that the outputs need. The others are
+    # left out, and so are those that a run of the trained network makes: a run of the plain one
+    # makes them, too.
     made = trained.trace.created
     counting = {rename(name) for name in trained.needed if name not in made}
-    passing = unstored_buffers(plain).keys() - counting
-    weights = {name: weight for name, weight in weights.items() if name not in passing}
+    not_counting = unstored_buffers(plain).keys() - counting
+    weights = {name: weight for name, weight in weights.items() if name not in not_counting}
+
+    # If one of those that count differs, the first run of the trained network made it.
     unstored = unstored_buffers(plain).keys() & weights.keys()
     if not all(are_equal(plain_tensors[name], weights[name]) for name in unstored):
-        create_buffers(plain, preprocess)  # as the first run of the trained network did
+        create_buffers(plain, preprocess)
         plain_tensors = {name: tensors(plain)[name] for name in weights}
+
     _load(plain, plain_tensors, weights)
     try:
         return Compared.of(detachment.role, plain.eval(), preprocess, batch, trained)
@@ -209,14 +220,20 @@ def build_plain(
 def _load(
     plain: nn.Module, plain_tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> None:
-    """Copy *weights* to *plain_tensors* of *plain*, in their layouts, which graphs can depend on."""
+    """Copy *weights* to *plain_tensors* of *plain*, in their layouts, which graphs can depend on.
+
+    Buffers that no state dict stores are compared instead. Raises `CertificateError` if one
+    differs, and for another shape or dtype.
+    """
     unstored = unstored_buffers(plain)
+
     for name, weight in weights.items():
         tensor = plain_tensors[name]
         if weight.shape != tensor.shape or weight.dtype != tensor.dtype:
             raise CertificateError(
                 f"{name} has a different shape or dtype in the plain network"
             )
+
         if name in unstored:
             if not are_equal(tensor, weight):
                 raise CertificateError(

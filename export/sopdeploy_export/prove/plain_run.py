@@ -68,24 +68,31 @@ class Run:
 
 
 class Recorder:
-    """Records runs of the network *compared* and of its graph on the first of uint8 *images* (N, H, W, 3).
+    """Records runs of the network *compared* and of its graph on the last of uint8 *images* (N, H, W, 3).
 
-    A recorded run leaves what the network keeps, such as tables.
+    The last of the generated images are noise: others are equal in parts. A recorded run leaves
+    what the network keeps, such as tables.
 
     Attributes:
-        sizes: Of the batches that are compared.
-        repeated: The batch that runs twice.
+        sizes: The sizes of the batches that are compared.
+        repeated: The size of the batch that runs twice.
     """
 
     def __init__(self, compared: Compared, images: Tensor, largest_batch: int) -> None:
         self.sizes = tuple(range(1, min(LARGEST, largest_batch) + 1))
         self.repeated = min(REPEATED, largest_batch)
+        self._images = images[-LARGEST:]
         self._deployed = compared.deployed
         self._stored = dict(tensors(compared.deployed))
+
+        # The graph makes the buffers itself that a first run of the network creates.
         created = {NETWORK_PREFIX + name for name in compared.trace.created}
-        own = {name: value for name, value in self._stored.items() if name not in created}
-        self._graph = GraphRun(compared.graph, own)
-        self._images = images[-LARGEST:]
+        not_created = {
+            name: tensor for name, tensor in self._stored.items() if name not in created
+        }
+        self._graph = GraphRun(compared.graph, not_created)
+
+        # What runs leave for later ones, and the runs that are compared again.
         self._remains = Remains()
         self._first: Run | None = None
         self._again: dict[int, Run] = {}

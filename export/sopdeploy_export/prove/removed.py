@@ -54,6 +54,8 @@ def prove_removed(trained: Compared, recorder: Recorder, parts: tuple[str, ...])
     # While the removed parts hold other values, a run does the same.
     expected = recorder.run_again(recorder.repeated)
     _check_behind(expected, parts)
+
+    # The removed tensors that share no memory with those that stay.
     stored = trained.tensors
     kept = {address(tensor) for name, tensor in stored.items() if not is_in(name, *parts)}
     values = [
@@ -61,6 +63,7 @@ def prove_removed(trained: Compared, recorder: Recorder, parts: tuple[str, ...])
         for name, tensor in stored.items()
         if is_in(name, *parts) and address(tensor) not in kept
     ]
+
     with other_values(values):
         changed = recorder.run_network(recorder.repeated)
     if changed.results != expected.results:
@@ -78,9 +81,11 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
     Nor may a tensor of them share its memory with a kept one.
     """
     network = trained.network
-    if shared := find_shared(trained.tensors, parts):
+
+    # Shared memory. The remedy is a module of the part that shares nothing, if there is one.
+    shared = find_shared(trained.tensors, parts)
+    if shared is not None:
         name, kept_name = shared
-        # Of the part that shares it, the first module that shares nothing
         part = next(part for part in parts if is_in(name, part))
         submodules = network.get_submodule(part)._modules if part != name else {}
         children = [f"{part}.{submodule}" for submodule in submodules]
@@ -94,14 +99,18 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
             "only what is in a part alone",
             remedies={"training_only": own[0]} if own else {},
         )
-    if leaking := sorted(name for name in trained.needed if is_in(name, *parts)):
+
+    # Tensors behind the outputs, then modules whose operations are.
+    tensor_names = sorted(name for name in trained.needed if is_in(name, *parts))
+    if tensor_names:
         raise CertificateError(
-            f"the outputs depend on {shorten(leaking)}; omit what holds them",
+            f"the outputs depend on {shorten(tensor_names)}; omit what holds them",
             setting="training_only",
         )
-    if leaking := sorted(trained.root.modules & removed_modules(network, parts)):
+    module_names = sorted(trained.root.modules & removed_modules(network, parts))
+    if module_names:
         raise CertificateError(
-            f"the outputs depend on operations of {shorten(leaking)}: a removed part changes a "
+            f"the outputs depend on operations of {shorten(module_names)}: a removed part changes a "
             "value that is needed; keep it",
             setting="training_only",
         )
@@ -138,11 +147,13 @@ def other_values(values: Sequence[Tensor]) -> Iterator[None]:
     """Give tensors other values in the block."""
     generator = torch.Generator().manual_seed(_SEED)
     saved = [tensor.detach().clone() for tensor in values]
+
     try:
         for tensor in values:
-            has_fractions = tensor.is_floating_point()
-            others = torch.rand(tensor.shape, generator=generator) if has_fractions else 1
-            tensor.data.copy_(torch.as_tensor(others))
+            if tensor.is_floating_point():
+                tensor.data.copy_(torch.rand(tensor.shape, generator=generator))
+            else:
+                tensor.data.fill_(1)
         yield
     finally:
         for tensor, value in zip(values, saved, strict=True):
@@ -156,11 +167,15 @@ def find_shared(stored: Mapping[str, Tensor], parts: tuple[str, ...]) -> tuple[s
         for name, tensor in stored.items()
         if not is_in(name, *parts)
     ]
+
     for name, tensor in stored.items():
-        start, end = _addresses(tensor) if is_in(name, *parts) else (0, 0)
+        if not is_in(name, *parts):
+            continue
+        start, end = _addresses(tensor)
         for kept_name, kept_start, kept_end in kept:
             if start < kept_end and kept_start < end:
                 return name, kept_name
+
     return None
 
 
@@ -168,11 +183,12 @@ def _addresses(tensor: Tensor) -> tuple[int, int]:
     """Return the first address of *tensor* and the address after its last; (0, 0) if it is empty."""
     if not tensor.numel():
         return 0, 0
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
 
-    # Strides are never negative
-    elements = 1 + sum((size - 1) * stride for size, stride in steps)
-    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
+    # The position of the last element; strides are never negative.
+    sizes_and_strides = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in sizes_and_strides)
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
 
 
 def list_tensors(
@@ -184,8 +200,12 @@ def list_tensors(
     """
     needed = trained.needed
     listed: dict[str, list[TensorEntry]] = {"removed": [], "kept": [], "unreached": []}
+
     for name, tensor in trained.tensors.items():
-        kind = "removed" if is_in(name, *parts) else "kept" if name in needed else "unreached"
+        if is_in(name, *parts):
+            kind = "removed"
+        else:
+            kind = "kept" if name in needed else "unreached"
         entry = TensorEntry(
             name=name,
             shape=tuple(tensor.shape),
@@ -204,20 +224,30 @@ def find_unneeded(trained: Compared, parts: tuple[str, ...]) -> tuple[str, ...]:
     Counters of modules with needed tensors, such as `num_batches_tracked`, count as needed.
     """
     needed = trained.needed
-    owners = {name.rpartition(".")[0] for name in needed}
-    memory = {address(trained.tensors[name]) for name in needed}
-    unneeded = {
-        name
-        for name, tensor in trained.tensors.items()
-        if not (name in needed or is_in(name, *parts) or address(tensor) in memory)
-        and (tensor.is_floating_point() or name.rpartition(".")[0] not in owners)
-    }
+    owners_of_needed = {name.rpartition(".")[0] for name in needed}
+    needed_memory = {address(trained.tensors[name]) for name in needed}
+
+    # The tensors that are not needed.
+    unneeded: set[str] = set()
+    for name, tensor in trained.tensors.items():
+        if name in needed or is_in(name, *parts) or address(tensor) in needed_memory:
+            continue
+        is_counter = (
+            not tensor.is_floating_point() and name.rpartition(".")[0] in owners_of_needed
+        )
+        if not is_counter:
+            unneeded.add(name)
+
+    # The outermost modules that hold such tensors only, and do not run. Outer modules come first.
     outermost: list[str] = []
     for name, module in modules(trained.network):
-        if name == "" or is_in(name, *outermost):  # "" is the network
+        is_network = name == ""
+        if is_network or is_in(name, *outermost):
             continue
-        inner = {f"{name}.{tensor}" for tensor in tensors(module)}
-        runs = any(is_in(each, name) for each in trained.root.modules)
-        if inner and inner <= unneeded and not runs:
+        names_inside = {f"{name}.{tensor_name}" for tensor_name in tensors(module)}
+        runs = any(is_in(module_name, name) for module_name in trained.root.modules)
+        if names_inside and names_inside <= unneeded and not runs:
             outermost.append(name)
-    return (*outermost, *sorted(name for name in unneeded if not is_in(name, *outermost)))
+
+    others = sorted(name for name in unneeded if not is_in(name, *outermost))
+    return (*outermost, *others)

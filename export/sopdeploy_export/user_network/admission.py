@@ -84,20 +84,22 @@ def admit(
     outputs = run_first(Deployed(given, preprocess).eval(), images, classes)
     warnings = check_logits(outputs.batched[0])
     num_classes = outputs.batched[0].shape[1]
-    if options.with_features:
+    if options.with_features:  # `outputs` lack this one
         add_embedding_output(given, preprocess, generated, num_classes, parts)
 
-    # What its graph shows
+    # What its graph shows. A broken tensor counts if the outputs need it.
     step("capturing the network")
     trained = Compared.of("trained", given, preprocess, options.batch)
-    broken = tensors_with_nan(given, parts)
-    if name := next((name for name in broken if name in trained.needed), None):
+    needed = trained.needed
+    broken = [name for name in tensors_with_nan(given, parts) if name in needed]
+    if broken:
         raise LoweringError(
-            f"{name} holds NaN or infinite values; train again or use an earlier checkpoint"
+            f"{broken[0]} holds NaN or infinite values; train again or use an earlier checkpoint"
         )
     check_finite(outputs.batched[0])
     check_ends_in_logits(trained.program)
     check_graph(trained, parts)
+
     return Admitted(
         trained=trained,
         outputs=None if options.with_features else outputs,
@@ -113,7 +115,8 @@ def check_labels(labels: Sequence[str]) -> None:
     are_names = bool(labels) and all(isinstance(label, str) for label in labels)
     if not are_names or len(set(labels)) != len(labels):
         raise ConfigError("give one name per class, each once", setting="labels")
-    if problem := label_problem(labels):
+    problem = label_problem(labels)
+    if problem:
         raise ConfigError(f"{problem}; rename the class", setting="labels")
 
 

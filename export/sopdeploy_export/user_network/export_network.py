@@ -90,6 +90,7 @@ def export_network(
         CertificateError: A statement of the proof does not hold.
         SopdeployError: Another step failed; nothing is left in *destination* then.
     """
+    # Check the arguments.
     if options is None:
         options = ExportOptions()
     training_only = [training_only] if isinstance(training_only, str) else training_only
@@ -101,49 +102,52 @@ def export_network(
     check_labels(labels)
     check_takes_output(Path(destination), "destination")
     options = options.model_copy(update={"detach": options.detach or bool(training_only)})
-    with reporting(on_step), prepared(trained, training_only, logits_key) as given:
+
+    with reporting(on_step), prepared(trained, training_only, logits_key) as network:
+        # Check and capture the network.
         admitted = admit(
-            given,
+            network,
             preprocess,
             classes=len(labels),
             training_only=training_only,
             options=options,
         )
+
+        # What it is compared with: the plain network, or itself built again.
         builder = plain or rebuild
         if builder is None and not allow_constants:
             check_constants(admitted.trained.trace.program)
-        class_name = f"{type(given).__module__}.{type(given).__qualname__}"
-        description = {
-            "network": class_name,
-            "logits": logits_key,
-            "training_only": list(training_only),
-        }
-        sigmoid = (
-            Decision(activation="sigmoid", thresholds=(0.5,) * len(labels))
-            if several_classes
-            else None
+        detachment = Detachment(
+            training_only=admitted.parts,
+            plain=builder and checked_builder(builder, network, logits_key),
+            role="plain" if plain is not None else "rebuilt",
+            rename=rename or str,
+            allow_constants=allow_constants,
         )
+        removable_warnings = _report_removable(admitted, proposes=options.detach)
+
+        # What the bundle records of it.
+        if config is None:
+            config = {
+                "network": f"{type(network).__module__}.{type(network).__qualname__}",
+                "logits": logits_key,
+                "training_only": list(training_only),
+            }
+        decision: Decision | None = None
+        if several_classes:
+            decision = Decision(activation="sigmoid", thresholds=(0.5,) * len(labels))
+
         subject = ExportSubject(
             name=name,
             project=options.name or name,
-            network=given,
-            detachment=Detachment(
-                training_only=admitted.parts,
-                plain=builder and checked_builder(builder, given, logits_key),
-                role="plain" if plain is not None else "rebuilt",
-                rename=rename or str,
-                allow_constants=allow_constants,
-            ),
+            network=network,
+            detachment=detachment,
             labels=tuple(labels),
             preprocess=preprocess,
-            config=description if config is None else config,
+            config=config,
             sha256=_hash_network(admitted.trained) if sha256 is None else sha256,
-            decision=sigmoid,
-            warnings=(
-                *warnings,
-                *admitted.warnings,
-                *_report_removable(admitted, proposes=options.detach),
-            ),
+            decision=decision,
+            warnings=(*warnings, *admitted.warnings, *removable_warnings),
         )
         return export_subject(
             subject, Path(destination), options, admitted.trained, admitted.outputs
@@ -156,19 +160,19 @@ def _report_removable(admitted: Admitted, *, proposes: bool) -> tuple[str, ...]:
     With *proposes* and no parts to remove, always raises `DetachError`, which names those to
     remove or says that there are none.
     """
-    proposes = proposes and not admitted.parts
-    if proposes and not admitted.removable:
-        raise DetachError(
-            "the output depends on every part of the network; omit it", setting="detach"
-        )
-    if not admitted.removable:
+    removable = admitted.removable
+    problem = f"the output does not depend on {', '.join(removable)}"
+
+    if proposes and not admitted.parts:
+        if not removable:
+            raise DetachError(
+                "the output depends on every part of the network; omit it", setting="detach"
+            )
+        words = [word for name in removable for word in ("--training-only", name)]
+        raise DetachError(f"{problem}; add {join(words)}")
+
+    if not removable:
         return ()
-    problem = f"the output does not depend on {', '.join(admitted.removable)}"
-    if proposes:
-        remedy = join(
-            [word for name in admitted.removable for word in ("--training-only", name)]
-        )
-        raise DetachError(f"{problem}; add {remedy}")
     return (f"{problem}; name it as training-only to prove its removal",)
 
 

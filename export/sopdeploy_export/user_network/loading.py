@@ -43,16 +43,17 @@ def network_builder(
 ) -> Callable[[], nn.Module]:
     """Create a function that builds the network *import_path*, `package.module:callable`.
 
-    *option_texts* are its options, as `parse_option` reads them.
-
-    Messages say that *import_path* is the value of *setting*. Raises `ConfigError` if it cannot
-    be imported; the created function raises `ConfigError` if the network cannot be built.
+    *option_texts* are its options, as `parse_option` reads them. Messages say that *import_path*
+    is the value of *setting*. Raises `ConfigError` if it cannot be imported; the created
+    function raises `ConfigError` if the network cannot be built.
     """
     invalid = partial(ConfigError, setting=setting, value=import_path)
     if not all(import_path.partition(":")):  # the module, the colon or the callable is missing
         raise invalid("write package.module:callable, as in torchvision.models:googlenet")
+
+    # Import it, also from the current folder, as `python -m` does.
     if "" not in sys.path:
-        sys.path.insert(0, "")  # finds modules in the current folder, as `python -m` does
+        sys.path.insert(0, "")
     try:
         builder = pkgutil.resolve_name(import_path)
     except (Exception, SystemExit) as error:  # importing runs the user's code
@@ -64,6 +65,7 @@ def network_builder(
         raise invalid(
             f"is a {type(builder).__name__}, not a function or a class; name one of these"
         )
+
     options = dict(map(parse_option, option_texts))
     _check_option_values(builder, options, import_path)
 
@@ -89,28 +91,30 @@ def _advise_import(import_path: str, error: BaseException) -> str:
     """Say what to do after *error*, with which *import_path*, `package.module:callable`, was not found."""
     module_name, _, attribute = import_path.partition(":")
     wanted = ""
-    known = []
+    known_names = []
+
     if isinstance(error, ModuleNotFoundError) and error.name:
-        if not f"{module_name}.".startswith(f"{error.name}."):  # code of the user imports it
+        # Not the module of the user: a package that this module imports.
+        if not f"{module_name}.".startswith(f"{error.name}."):
             package, _, submodule = error.name.partition(".")
             if submodule and find_spec(package) is not None:
                 return f"install a release of {package} that has {submodule}"
             return f"install {package}"
+
+        # The other modules of its package, or the packages that can be imported.
         wanted = error.name
         parent = error.name.rpartition(".")[0]
         folders = (
             getattr(sys.modules[parent], "__path__", []) if parent in sys.modules else None
         )
-        known = [
-            found.name
-            for found in pkgutil.iter_modules(folders, f"{parent}." if parent else "")
-        ]
+        prefix = f"{parent}." if parent else ""
+        known_names = [module.name for module in pkgutil.iter_modules(folders, prefix)]
     elif isinstance(error, AttributeError) and module_name in sys.modules:
         wanted = attribute
-        known = [
-            name for name, value in vars(sys.modules[module_name]).items() if callable(value)
-        ]
-    close = get_close_matches(wanted, known, n=1)
+        members = vars(sys.modules[module_name])
+        known_names = [name for name, value in members.items() if callable(value)]
+
+    close = get_close_matches(wanted, known_names, n=1)
     return f"did you mean {close[0]}?" if close else "check its name"
 
 
@@ -140,6 +144,7 @@ def _check_option_values(
     builder: Callable[..., Any], options: Mapping[str, Any], import_path: str
 ) -> None:
     """Raise `ConfigError` for *options* that *builder* does not have, and for text in place of a number."""
+    # The options that it has, with their defaults.
     try:
         parameters = inspect.signature(builder).parameters.values()
     except (TypeError, ValueError):  # as of some functions that are written in C
@@ -149,6 +154,7 @@ def _check_option_values(
         parameter.name: parameter.default for parameter in parameters if parameter.kind in kinds
     }
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
     for name, value in options.items():
         if name not in defaults and not takes_any:
             close = get_close_matches(name, defaults, n=1)
@@ -254,70 +260,87 @@ def load_weights(
     """
     weights = read_weights(file) if isinstance(file, Path) else file
     path = weights.path
-    content = weights.content
     state = _own_state(network, path)
     expected = _tensors_of(state)
-    tables = dict(find_tables(content))
+
+    # Which table of the file, under which names, is that of the network.
+    tables = dict(find_tables(weights.content))
     if not tables:
         raise WeightsError(f"{path}: holds no table of tensors; {WEIGHTS_ADVICE}")
     fits = [fit for name in tables for fit in _find_fits(name, tables[name], expected)]
-
-    # Each may hold one part of the network
     if all(fit.missing for fit in fits) and len(tables) > 1:
+        # Each table may hold one part of the network, so try all as one.
         tables[""] = {
             f"{name}.{each}".strip("."): value
             for name, table in tables.items()
             for each, value in table.items()
         }
         fits += [fit for fit in _find_fits("", tables[""], expected) if not fit.missing]
-    chosen = _choose_fit(path, _with_key(path, fits, key), tables, expected)
-    if chosen.missing:
+    fit = _choose_fit(path, _with_key(path, fits, key), tables, expected)
+    if fit.missing:
         raise WeightsError(
-            f"{path}: {chosen.missing[0]} is missing; {len(chosen.sources)} of {len(expected)} tensors fit: "
+            f"{path}: {fit.missing[0]} is missing; {len(fit.sources)} of {len(expected)} tensors fit: "
             "check the network and its options, or choose another table of weights"
         )
-    named = tables[chosen.table]
-    tensors = check_tensors(
-        path, {name: named[source] for name, source in chosen.sources.items()}
-    )
-    for name, tensor in tensors.items():
-        # Some files have counters of shape (1,)
-        if name.endswith(COUNTERS) and tensor.numel() == 1:
-            tensors[name] = tensor.reshape(expected[name].shape)
-        elif tensor.shape != expected[name].shape:
-            shape = tuple(tensor.shape)
-            expected_shape = tuple(expected[name].shape)
-            raise WeightsError(
-                f"{path}: {name} is {shape} in the file and {expected_shape} in the network; check its "
-                "options"
-            )
+
+    # Its tensors in the shapes of the network, and the extra state of layers.
+    table = tables[fit.table]
+    tensors = check_tensors(path, {name: table[source] for name, source in fit.sources.items()})
+    tensors = _in_shapes_of(expected, tensors, path)
     extra = {name: value for name, value in state.items() if name not in expected}
-    extra_sources = chosen.naming.find(extra, named)
-    extra |= {name: named[source] for name, source in extra_sources.items()}
-    used = {*chosen.sources.values(), *extra_sources.values()}
-    ignored = {name: value for name, value in named.items() if name not in used}
-    _check_ignored(network, path, chosen, _tensors_of(ignored))
+    extra_sources = fit.naming.find(extra, table)
+    extra |= {name: table[source] for name, source in extra_sources.items()}
+
+    # What is left must not show that the network was built with other options.
+    used = {*fit.sources.values(), *extra_sources.values()}
+    ignored = {name: value for name, value in table.items() if name not in used}
+    _check_ignored(network, path, fit, _tensors_of(ignored))
+
     _load_and_compare(network, path, {**expected, **tensors}, extra)
     return LoadedWeights(
-        table=chosen.table, sha256=weights.sha256, ignored=tuple(ignored), labels=weights.labels
+        table=fit.table, sha256=weights.sha256, ignored=tuple(ignored), labels=weights.labels
     )
+
+
+def _in_shapes_of(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path
+) -> dict[str, Tensor]:
+    """Return *tensors* with the shapes of those *expected*; raise `WeightsError` for another shape.
+
+    A counter, which some files have in the shape (1,), is reshaped.
+    """
+    reshaped: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        shape = expected[name].shape
+        if name.endswith(COUNTERS) and tensor.numel() == 1:
+            reshaped[name] = tensor.reshape(shape)
+        elif tensor.shape == shape:
+            reshaped[name] = tensor
+        else:
+            raise WeightsError(
+                f"{path}: {name} is {tuple(tensor.shape)} in the file and {tuple(shape)} in the network; "
+                "check its options"
+            )
+    return reshaped
 
 
 def _with_key(path: Path, fits: Sequence[_TableFit], key: str | None) -> Sequence[_TableFit]:
     """Return those of *fits* that *key* names; raises `WeightsError` if there is none."""
     if key is None:
         return fits
-    chosen = [fit for fit in fits if fit.key == key]
-    chosen = chosen or [
-        fit for fit in fits if key in (fit.table, fit.naming.prefix.rstrip("."))
-    ]
-    if not chosen:
+
+    # The full key of one. Otherwise the key is a table or a prefix alone, which several can have.
+    fits_of_key = [fit for fit in fits if fit.key == key]
+    if not fits_of_key:
+        fits_of_key = [fit for fit in fits if key in (fit.table, fit.naming.prefix.rstrip("."))]
+
+    if not fits_of_key:
         keys = dict.fromkeys(fit.key for fit in fits if fit.key != ".")
         problem = (
             f"has only {', '.join(keys)}" if keys else "is a single table of tensors; omit it"
         )
         raise WeightsError(f"{path} {problem}", setting="weights_key", value=key)
-    return chosen
+    return fits_of_key
 
 
 def _choose_fit(
@@ -331,12 +354,14 @@ def _choose_fit(
     Of several, one with the shapes of *expected* is chosen. Raises `WeightsError` if those that
     are left take different tensors.
     """
-    choices = [fit for fit in fits if not fit.missing]
-    if not choices:
+    complete = [fit for fit in fits if not fit.missing]
+    if not complete:
         return max(fits, key=lambda fit: len(fit.sources))
+
+    # Those in which all shapes are right, if there are any.
     with_shapes = [
         fit
-        for fit in choices
+        for fit in complete
         if all(
             tables[fit.table][source].shape == expected[name].shape
             for name, source in fit.sources.items()
@@ -344,13 +369,14 @@ def _choose_fit(
         )
     ]
 
-    # One choice of tensors can have several keys; the last one names the part of the network
-    # that has all.
+    # Fits that take the same tensors differ in their keys only; the last one remains, whose key
+    # names the part of the network that has all.
     different = {
-        (fit.table, *sorted(fit.sources.items())): fit for fit in with_shapes or choices
+        (fit.table, *sorted(fit.sources.items())): fit for fit in with_shapes or complete
     }
     if len(different) == 1:
         return next(iter(different.values()))
+
     has_several_tables = len({fit.table for fit in different.values()}) > 1
     problem = (
         "several tables of tensors" if has_several_tables else "the network under several names"
@@ -383,12 +409,52 @@ def _check_ignored(
     """
     modules = dict(network.named_modules(remove_duplicate=False))
     wrappers = fit.naming.wrappers
+    owners = _modules_by_file_name(fit, modules)
 
-    # Names of modules, by those in the file; the root of either is ""
+    for name, tensor in ignored.items():
+        if name.endswith(COUNTERS):
+            continue
+
+        # The innermost module of the network that the name in the file begins with.
+        parts = without_wrappers(name, wrappers).split(".")
+        known_depths = [
+            depth for depth in range(len(parts)) if ".".join(parts[:depth]) in owners
+        ]
+        if not known_depths:
+            continue
+        depth = known_depths[-1]
+        owner = owners[".".join(parts[:depth])]
+
+        # The next part of the name is a module that it lacks, or a tensor of its own.
+        part = parts[depth]
+        is_module = depth < len(parts) - 1
+        place = f"{owner}.{part}".lstrip(".")
+        own = {**modules[owner]._parameters, **modules[owner]._buffers}.get(part)
+        if own is not None:
+            is_equal = own.shape == tensor.shape and own.cpu().equal(tensor.to(own.dtype))
+            problem = "" if is_equal else f"the network gives {place} other values"
+        else:
+            is_lacking = _lacks_place(modules[owner], part, is_module=is_module)
+            problem = f"the network is built without {place}" if is_lacking else ""
+
+        if problem:
+            advice = "check its options, or save the weights without it"
+            raise WeightsError(f"{path}: has {name}, but {problem}; {advice}")
+
+
+def _modules_by_file_name(fit: _TableFit, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Map the names that the file of *fit* has for modules of the network to the names of *modules*.
+
+    They are the prefixes of the names of tensors; the root of either is "".
+    """
+    wrappers = fit.naming.wrappers
     owners: dict[str, str] = {}
+
     for name, source in fit.sources.items():
         of_network = name.split(".")[:-1]
         of_file = without_wrappers(source, wrappers).split(".")[:-1]
+
+        # From the owner of the tensor outwards, as long as both names end in the same part.
         while ".".join(of_network) in modules:
             owners.setdefault(".".join(of_file), ".".join(of_network))
             if not of_network:
@@ -396,36 +462,21 @@ def _check_ignored(
             part = of_network.pop()
             if of_file and of_file[-1] == part:
                 of_file.pop()
-            elif part not in wrappers:
+            elif part not in wrappers:  # the file has no names for wrappers
                 break
-    for name, tensor in ignored.items():
-        parts = without_wrappers(name, wrappers).split(".")
-        known = (
-            depth
-            for depth in range(len(parts) - 1, -1, -1)
-            if ".".join(parts[:depth]) in owners
-        )
-        if name.endswith(COUNTERS) or (depth := next(known, None)) is None:
-            continue
-        owner = owners[".".join(parts[:depth])]
-        part = parts[depth]
-        module = modules[owner]
-        own = {**module._parameters, **module._buffers}.get(part, ...)
-        if depth < len(parts) - 1:
-            is_empty = isinstance(module, nn.Sequential | nn.ModuleList) and part.isdecimal()
-        else:
-            is_empty = own is None or (
-                isinstance(module, nn.ParameterList) and part.isdecimal()
-            )
-        place = f"{owner}.{part}".lstrip(".")
-        problem = f"the network is built without {place}" if is_empty else ""
-        if isinstance(own, Tensor) and not (
-            own.shape == tensor.shape and own.cpu().equal(tensor.to(own.dtype))
-        ):
-            problem = f"the network gives {place} other values"
-        if problem:
-            advice = "check its options, or save the weights without it"
-            raise WeightsError(f"{path}: has {name}, but {problem}; {advice}")
+
+    return owners
+
+
+def _lacks_place(owner: nn.Module, part: str, *, is_module: bool) -> bool:
+    """Tell whether *owner* has an empty place for *part*, a module or a tensor.
+
+    That is one more element of a list, or an optional tensor such as a bias.
+    """
+    if is_module:
+        return isinstance(owner, nn.Sequential | nn.ModuleList) and part.isdecimal()
+    own = {**owner._parameters, **owner._buffers}.get(part, ...)
+    return own is None or (isinstance(owner, nn.ParameterList) and part.isdecimal())
 
 
 def _load_and_compare(
@@ -437,7 +488,7 @@ def _load_and_compare(
     """
     advice = "remove its load_state_dict, or let it load all tensors"
 
-    # The network may keep or change them
+    # It gets copies, which it may keep or change.
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     try:
         network.load_state_dict({**copies, **extra})
@@ -445,12 +496,14 @@ def _load_and_compare(
         raise WeightsError(
             f"{path}: the network cannot load it ({first_line(error)}); {advice}"
         ) from error
+
     for name, loaded in _tensors_of(_own_state(network, path)).items():
         expected = tensors.get(name)
         if expected is None or expected.shape != loaded.shape:
             raise WeightsError(f"{path}: {name} has another shape after loading; {advice}")
-        loaded, expected = loaded.cpu(), expected.to(loaded.dtype)
-        if not bool(loaded.isclose(expected, rtol=0, atol=0, equal_nan=True).all()):
+        same_type = expected.to(loaded.dtype)
+        is_equal_N = loaded.cpu().isclose(same_type, rtol=0, atol=0, equal_nan=True)
+        if not bool(is_equal_N.all()):
             raise WeightsError(
                 f"{path}: {name} has other values in the network after loading than in the file; {advice}"
             )
@@ -464,35 +517,36 @@ def _find_fits(
     The file may have a prefix in front of the names of the network. Or the network wraps
     another one, whose file it is: then the file may lack the parts with which all begin.
     """
+    # The names in the file, and those of the network that must be there, without wrappers.
     stored = _tensors_of(named)
     wrappers = find_wrappers(expected, stored)
-    short_names = dict.fromkeys(without_wrappers(name, wrappers) for name in stored)
-    # "" is in no file
+    names_in_file = dict.fromkeys(without_wrappers(name, wrappers) for name in stored)
     required = [
         without_wrappers(name, wrappers) for name in expected if not name.endswith(COUNTERS)
-    ] or [""]
-    parts_by_depth = zip(*(name.split(".")[:-1] for name in required), strict=False)
-    shared = [
-        parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, parts_by_depth)
     ]
+    required = required or [""]  # which is in no file
 
-    # How many of the required names the file has, by prefix and by first parts that it lacks.
-    num_found: dict[tuple[str, str], int] = {}
+    # How many of them the file has, by its prefix and by the first parts that it lacks.
+    num_in_file: dict[tuple[str, str], int] = {}
+    shared = _shared_parts(required)
     for depth in range(len(shared) + 1):
         added = "".join(f"{part}." for part in shared[:depth])
         suffixes = [name.removeprefix(added) for name in required]
+
+        # The prefixes with which it has the first name.
         first = suffixes[0]
         prefixes = (
-            name.removesuffix(first) for name in short_names if f".{name}".endswith(f".{first}")
+            name.removesuffix(first)
+            for name in names_in_file
+            if f".{name}".endswith(f".{first}")
         )
         for prefix in ("", *islice(filter(None, dict.fromkeys(prefixes)), _MAX_PREFIXES)):
-            num_found[prefix, added] = sum(
-                prefix + suffix in short_names for suffix in suffixes
-            )
+            count = sum(prefix + suffix in names_in_file for suffix in suffixes)
+            num_in_file[prefix, added] = count
 
     # All ways that are complete, or the closest one.
-    complete = [way for way, count in num_found.items() if count == len(required)]
-    closest = max(num_found, key=num_found.__getitem__)
+    complete = [way for way, count in num_in_file.items() if count == len(required)]
+    closest = max(num_in_file, key=num_in_file.__getitem__)
     fits = []
     for prefix, added in complete or [closest]:
         naming = _Naming(prefix=prefix, added=added, wrappers=wrappers)
@@ -503,4 +557,12 @@ def _find_fits(
         fits.append(
             _TableFit(table=table, naming=naming, sources=sources, missing=tuple(missing))
         )
+
     return fits
+
+
+def _shared_parts(names: Sequence[str]) -> list[str]:
+    """List the parts, without the last one, with which all dotted *names* begin."""
+    parts_by_depth = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    shared = takewhile(lambda parts: len(set(parts)) == 1, parts_by_depth)
+    return [parts[0] for parts in shared]

@@ -83,11 +83,17 @@ class Child:
         The code is `UNKNOWN_CODE` if the process ended, and was forgotten as an orphan, before
         it was known.
         """
-        with suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                if (child := self._running.pop(ended[0], None)) is not None:
-                    child._code = os.waitstatus_to_exitcode(ended[1])
+        # Collect all children that have ended, also orphans that became children.
+        with suppress(ChildProcessError):  # there is no child
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:  # the others run
+                    break
+                child = self._running.pop(pid, None)
+                if child is not None:
+                    child._code = os.waitstatus_to_exitcode(status)
 
+        # Without a code, it still runs, or somebody else has collected it.
         if self._code is None:
             try:
                 os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -304,7 +310,7 @@ def visible_devices(device: str, environment: Mapping[str, str] = os.environ) ->
     # Take the device from those that this process may use.
     if VISIBLE in environment:
         listed = [name.strip() for name in environment[VISIBLE].split(",")]
-        # as CUDA does
+        # Like CUDA, ignore what follows an empty name or -1.
         allowed = list(itertools.takewhile(lambda name: name and name != "-1", listed))
 
         is_position = device.isdecimal()  # in the list; anything else is the UUID of a GPU

@@ -17,7 +17,6 @@ that does not report, or lacks what the supervisor has sent it, is replaced by a
 import asyncio
 import contextlib
 import itertools
-import json
 import logging
 import os
 import signal
@@ -27,15 +26,14 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from http import HTTPStatus
 from pathlib import Path
-from typing import cast
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from sopdeploy.bundle.sealed import create_memory, map_memory
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError
 from sopdeploy_service.devices import control
+from sopdeploy_service.devices.channels import Channels, connect_keeper
 from sopdeploy_service.devices.control import Message, Status
 from sopdeploy_service.devices.processes import (
     LEAVE_SECONDS,
@@ -45,17 +43,10 @@ from sopdeploy_service.devices.processes import (
     list_devices,
     list_front_ends,
 )
+from sopdeploy_service.devices.refusal import Refusal, describe_refusal
+from sopdeploy_service.devices.shared_keys import SharedKeys
 from sopdeploy_service.devices.template import ServerTemplate
-from sopdeploy_service.http.api_keys import (
-    STATE_BYTES,
-    Key,
-    KeyFile,
-    KeyRing,
-    file_identity,
-    keys_of_server,
-    read_again,
-)
-from sopdeploy_service.inference import results
+from sopdeploy_service.http.api_keys import file_identity, keys_of_server, read_again
 from sopdeploy_service.inference.load_time import load_seconds
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability import logs
@@ -101,70 +92,6 @@ def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
         return asyncio.run(Supervisor(sources, settings, devices, listener).run())
 
 
-def describe_refusal(root_path: str) -> bytes:
-    """Write the response while no process serves HTTP, below *root_path*, as `http.problems` does."""
-    reason = results.RUNTIME_DEAD
-    title = HTTPStatus(reason.status).phrase
-    page = f"{root_path}/errors#{reason.code}"
-    problem = {"type": page, "title": title, "status": reason.status, "code": reason.code}
-    body = json.dumps({**problem, "detail": reason.message}, separators=(",", ":")).encode()
-
-    lines = (
-        f"HTTP/1.1 {reason.status} {title}",
-        "Content-Type: application/problem+json",
-        f"Content-Length: {len(body)}",
-        f"Retry-After: {reason.retry_after}",
-        "Connection: close",
-    )
-    return "".join(f"{line}\r\n" for line in lines).encode() + b"\r\n" + body
-
-
-class SharedKeys:
-    """The API *keys* in *files* for the processes that serve HTTP: the keys, and the state of their limits."""
-
-    def __init__(self, keys: Sequence[Key], earlier: KeyRing | None = None) -> None:
-        """Write *keys*; those that *earlier* has, too, keep the state of their limits. Raises `OSError`."""
-        states = memoryview(bytearray()) if earlier is None else earlier.states_of(keys)
-        with ExitStack() as unless_written:
-            described = create_memory(
-                "sopdeploy-keys", [KeyFile(key=tuple(keys)).model_dump_json().encode()]
-            )
-            unless_written.callback(os.close, described)
-
-            # At least one byte: nothing else can be mapped.
-            limits = create_memory("sopdeploy-limits", STATE_BYTES * max(1, len(keys)))
-            unless_written.callback(os.close, limits)
-            memory = memoryview(map_memory(os.dup(limits)))
-            unless_written.pop_all()
-
-        self.files = described, limits
-        memory[: states.nbytes] = states.cast("B")
-        self.ring = KeyRing(keys, memory.cast("d"))
-
-    def close(self) -> None:
-        """Close the files; the processes that have got them keep theirs."""
-        for file in self.files:
-            os.close(file)
-
-
-class Refusal(asyncio.Protocol):
-    """Sends *response* to a client, whatever it sends."""
-
-    def __init__(self, response: bytes) -> None:
-        self._response = response
-        self.ended = asyncio.Event()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Send the response as the last one."""
-        self.transport = cast(asyncio.Transport, transport)
-        self.transport.write(self._response)
-        self.transport.write_eof()
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Note that the client has closed the connection."""
-        self.ended.set()
-
-
 class Supervisor:
     """Runs *devices* and front ends, which serve the bundles at *sources* on *listener*, until a signal."""
 
@@ -191,6 +118,7 @@ class Supervisor:
         self._reloads = Joined(self._reload)
         self._key_reloads = Joined(self._reload_keys)
         self._numbers = itertools.count(1)  # of channels and keys
+        self._channels = Channels(self._devices, self._front_ends, self._numbers)
         self._tasks: set[asyncio.Task[None]] = set()
 
         self._metrics = CollectorRegistry()  # of this process
@@ -212,16 +140,19 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop)
         self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+
         keys = () if self._settings.keys is None else keys_of_server(self._settings.keys)
         with ExitStack() as stack:
+            # Memory that all processes share: how many images each has admitted.
             self._shared = create_memory("sopdeploy-shared", control.ADMITTED_BYTES)
             stack.callback(os.close, self._shared)
+            self._admitted = memoryview(map_memory(os.dup(self._shared))).cast("q")
 
-            # The same for every child, whenever it starts: the file may change.
+            # The keys are the same for every child, whenever it starts: the file may change. A
+            # reload replaces them.
             self._keys = SharedKeys(keys)
             stack.callback(lambda: self._keys.close())
             stack.callback(self._template.close)
-            self._admitted = memoryview(map_memory(os.dup(self._shared))).cast("q")
 
             # Reload on changes, and replace processes that cannot work.
             start_task(self._tasks, self._replace_failing())
@@ -308,38 +239,14 @@ class Supervisor:
         """Start *process* whenever it has ended, until the server stops."""
         early_deaths = 0
         while not self._stopping.is_set():
-            # Start the process, and wait until it has ended.
             started = time.monotonic()
-            code = None
-            try:
-                async with self._starting:  # each process knows those before it
-                    await self._start(process)
-                while process.child is not None and (code := process.child.poll()) is None:
-                    if self._gave_up:
-                        self._report(process, "does not end")
-                        break
-                    await asyncio.sleep(BEAT_SECONDS)
+            end, code = await self._run_child(process)
 
-                end = f"exited with code {code}"
-            except TimeoutError:  # of the template
-                end = NOT_STARTED
-                self._fail_start(process, HANGS_AT_START)
-            except (
-                OSError,
-                RuntimeError,
-            ) as error:  # the template has ended, or there is no room
-                if not isinstance(error, OSError) and not lacks_room(error):
-                    raise
-                end = f"cannot start ({getattr(error, 'strerror', None) or error})"
-                self._fail_start(
-                    process, f"{end}; allow more processes and files, or choose fewer"
-                )
-
+            # Its channels, and what it had admitted, have ended with it.
             self._close_control(process)
             process.expected.clear()
-            for other in self._front_ends:  # its channels have ended with it
-                other.expected.pop(process.name, None)
-            if process in self._servers:  # what it had admitted makes room
+            self._channels.forget(process)
+            if process in self._servers:
                 self._admitted[process.position] = 0
 
             if self._stopping.is_set():
@@ -349,16 +256,45 @@ class Supervisor:
                 self._stop()
                 break
 
-            # A process that ends soon after its start waits longer for the next one.
-            early_deaths = (
-                early_deaths + 1 if time.monotonic() - started < STABLE_SECONDS else 0
-            )
-            # 0, 0, 1, 3, 7 ...
+            # A process that ends soon after its start waits longer for the next one: 0, 0, 1, 3,
+            # 7 s, and so on.
+            is_early = time.monotonic() - started < STABLE_SECONDS
+            early_deaths = early_deaths + 1 if is_early else 0
             delay = min(MAX_RESTART_DELAY_SECONDS, 2 ** max(0, early_deaths - 1) - 1)
             self._report(process, f"{end}; restart in {delay:.0f} s")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
+
         self._end_unused_engines()
+
+    async def _run_child(self, process: Process) -> tuple[str, int | None]:
+        """Start a child of *process*, and wait until it has ended; return how, and its exit code.
+
+        The code is None if it did not start, or cannot even be killed. The server ends if this is
+        its first start.
+        """
+        code: int | None = None
+        try:
+            async with self._starting:  # each process knows those before it
+                await self._start(process)
+
+            while process.child is not None and (code := process.child.poll()) is None:
+                if self._gave_up:
+                    self._report(process, "does not end")
+                    break
+                await asyncio.sleep(BEAT_SECONDS)
+        except TimeoutError:  # of the template
+            self._fail_start(process, HANGS_AT_START)
+            return NOT_STARTED, None
+        except (OSError, RuntimeError) as error:  # the template has ended, or there is no room
+            if not isinstance(error, OSError) and not lacks_room(error):
+                raise
+            problem = f"cannot start ({getattr(error, 'strerror', None) or error})"
+            advice = "allow more processes and files, or choose fewer"
+            self._fail_start(process, f"{problem}; {advice}")
+            return problem, None
+
+        return f"exited with code {code}", code
 
     async def _start(self, process: Process) -> None:
         """Start a child of *process*, or raise `OSError`; connect a front end with the engines."""
@@ -394,54 +330,19 @@ class Supervisor:
         if self._stopping.is_set():  # meanwhile
             process.child.kill()
 
-        # Listen to it, and connect it with the engines that are ready.
+        # Listen to it, and connect a front end with the engines that are ready.
         process.reset(ours)
         self._loop.add_reader(ours, self._receive, process)
 
         if process.is_front_end:
-            for engine in self._devices:
-                if engine.is_ready:
-                    self._connect(engine, process)
-
-    def _connect(self, engine: Process, front_end: Process) -> None:
-        """Send a new channel to *engine* and *front_end*, which report it when it is open."""
-        number = front_end.expected[engine.name] = next(self._numbers)
-
-        with contextlib.suppress(OSError):  # too many files: the channel is missing
-            for end, process, other in zip(
-                socket.socketpair(), (engine, front_end), (front_end, engine), strict=True
-            ):
-                with end:
-                    described = f"{number} {other.name}".encode()
-                    process.send(control.CHANNEL, described, end.fileno())
+            self._channels.connect_engines(process)
 
     def _lacks(self, process: Process) -> bool:
-        """Tell whether *process* does not have what it needs for its work.
-
-        Both ends of a channel have to report it. An engine lacks channels if no front end has
-        one to it, a front end that starts if it has none to any engine.
-        """
-        # An engine lacks its work if none of its channels to front ends is open.
-        if process in self._devices and self._front_ends:
-            connected = [one for one in self._front_ends if process.name in one.expected]
-            return bool(connected) and all(
-                self._lacks_channel(one, process) for one in connected
-            )
-
-        # A front end lacks it without a channel to any engine; a server, without the present
-        # keys.
-        engines = [one for one in self._devices if one.name in process.expected]
-        lacks_channel = [self._lacks_channel(process, engine) for engine in engines]
-
-        if not process.is_ready:
-            return bool(engines) and all(lacks_channel)
+        """Tell whether *process* does not have what it needs for its work: channels, the present keys."""
+        if self._channels.are_missing(process):
+            return True
         number = process.expected.get(KEYS)
-        return (number is not None and number not in process.has) or any(lacks_channel)
-
-    @staticmethod
-    def _lacks_channel(front_end: Process, engine: Process) -> bool:
-        number = front_end.expected[engine.name]
-        return number not in front_end.has or number not in engine.has
+        return process.is_ready and number is not None and number not in process.has
 
     def _replace(self, process: Process, reason: str) -> None:
         """Log *reason* and kill the child of *process*, which gets nothing more; `_supervise` goes on."""
@@ -512,25 +413,7 @@ class Supervisor:
             case control.METRICS:
                 start_task(self._tasks, self._send_page(process))
             case control.NEW_MODELS:
-                self._connect_front_ends(process)
-
-    def _connect_front_ends(self, engine: Process) -> None:
-        """Create channels between *engine* and all front ends that run."""
-        for front_end in self._front_ends:
-            if front_end.control is not None:
-                self._connect(engine, front_end)
-
-    def _connect_keeper(self, process: Process) -> None:
-        """Create channels for photographs, from *process* or to it, if another process keeps them."""
-        keeper, *others = self._servers
-        for other in others if process is keeper else [process]:
-            if self._settings.keep is None or not keeper.is_ready or not other.is_ready:
-                continue
-
-            with contextlib.suppress(OSError):  # too many files: no photograph is kept
-                for end, receiver in zip(control.socket_pair(), (keeper, other), strict=True):
-                    with end:
-                        receiver.send(control.PHOTOS, b"", end.fileno())
+                self._channels.connect_front_ends(process)
 
     def _handle_status(self, process: Process, status: Status) -> None:
         """Record the *status* of *process*; open and print the port once all are ready; resume `_accept`."""
@@ -540,10 +423,10 @@ class Supervisor:
 
         if process.is_ready and not was_ready:
             log.info("%s: ready", process.title)
-            if process in self._servers:
-                self._connect_keeper(process)
-            else:
-                self._connect_front_ends(process)
+            if process not in self._servers:
+                self._channels.connect_front_ends(process)
+            elif self._settings.keep is not None:
+                connect_keeper(self._servers, process)
 
         # Open the port when all processes are ready.
         expected = (*self._devices, *self._front_ends)
@@ -675,12 +558,13 @@ class Supervisor:
 
     async def _collect_metrics(self) -> bytes:
         """Return a page with the metrics of all processes, which a thread makes."""
+        # Without a socket, the page is empty: a process that loads its models would not answer.
         processes = [*self._devices, *self._front_ends]
-        # One that loads its models would not answer.
-        sockets = [one.control if one.is_ready else None for one in processes]
-
+        sockets = [process.control if process.is_ready else None for process in processes]
         replies = await asyncio.gather(*map(control.request_metrics, sockets))
-        pages = {one.name: page for one, page in zip(processes, replies, strict=True)}
+
+        names = [process.name for process in processes]
+        pages = dict(zip(names, replies, strict=True))
         return await asyncio.to_thread(
             lambda: merge_metrics(pages, generate_latest(self._metrics))
         )

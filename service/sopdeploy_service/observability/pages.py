@@ -55,38 +55,41 @@ def merge_metrics(pages: Mapping[str, bytes], supervisor: bytes) -> bytes:
     is empty or no page of metrics.
     """
     # Which processes have answered is a metric of its own.
-    valid = {process: page for process, page in pages.items() if _is_page(page)}
-    up = [
-        b'sopdeploy_worker_up{process="%b"} %d.0' % (name.encode(), name in valid)
-        for name in pages
+    valid_pages = {process: page for process, page in pages.items() if _is_page(page)}
+    up_samples = [
+        b'sopdeploy_worker_up{process="%b"} %d.0' % (process.encode(), process in valid_pages)
+        for process in pages
     ]
-    merged = {_UP[1].split()[2]: (_UP, up)}
 
-    # Take the pages apart into lines, and add the process to the labels of each sample.
-    help_line = b""
-    samples = up
-
-    for process, page in {**valid, "supervisor": supervisor}.items():
-        label = b'process="%b"' % process.encode()
-
+    # The lines of each metric, by its name: help, type, and the samples of all processes.
+    lines_of_metric = {_name_of_type(_UP[1]): [*_UP, *up_samples]}
+    for process, page in {**valid_pages, "supervisor": supervisor}.items():
+        help_line = b""
+        lines: list[bytes] = []
         for line in page.split(b"\n")[:-1]:
             if line.startswith(b"# HELP"):
                 help_line = line
             elif line.startswith(b"# TYPE"):
                 # A metric has one type, that of the first process.
-                _, samples = merged.setdefault(
-                    line.split()[2], ((help_line, line), list[bytes]())
-                )
+                lines = lines_of_metric.setdefault(_name_of_type(line), [help_line, line])
             else:
-                first = b"{" if b"{" in line else b" "  # after the name
-                name, _, rest = line.partition(first)
-                samples.append(
-                    b"%b{%b%b%b" % (name, label, b"," if first == b"{" else b"} ", rest)
-                )
+                lines.append(_with_label(line, b'process="%b"' % process.encode()))
 
-    return (
-        b"\n".join(line for head, lines in merged.values() for line in (*head, *lines)) + b"\n"
-    )
+    return b"".join(line + b"\n" for lines in lines_of_metric.values() for line in lines)
+
+
+def _name_of_type(line: bytes) -> bytes:
+    """Return the name of the metric in a *line* `# TYPE name type`."""
+    return line.split()[2]
+
+
+def _with_label(sample: bytes, label: bytes) -> bytes:
+    """Put *label* first into the line of a *sample*, `name value` or `name{labels} value`."""
+    name, brace, rest = sample.partition(b"{")
+    if brace:
+        return b"%b{%b,%b" % (name, label, rest)
+    name, _, value = sample.partition(b" ")
+    return b"%b{%b} %b" % (name, label, value)
 
 
 def _is_page(page: bytes) -> bool:

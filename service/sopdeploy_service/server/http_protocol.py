@@ -225,7 +225,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._shared = shared
         self._limits = shared.settings
 
-        # of the client or proxy
+        # The address of the client or proxy.
         self.address = ""
         self.is_trusted = False
         self.body_bytes = 0  # of the present request
@@ -243,7 +243,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._ignores_input = False  # true after the last request
         self._closed = False  # whether `close` was called; the transport may still have output
 
-        # limits the wait for headers, a body or the end
+        # This limits the wait for headers, a body or the end.
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -267,15 +267,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._start_header_timeout()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop all timers."""
+        """Stop all timers, and let go of the cycle of the last request."""
         self._shared.remove(self)
         self._unset_keepalive_if_required()
         self._stop_timer()
-
         self.resume_writing()  # stops the write timeout
+
+        # The cycle referred to this object as its transport, which refers to the cycle: memory
+        # would wait for the garbage collector.
         super().connection_lost(exc)
         if self.cycle is not None:
-            # Not this object, which also refers to the cycle
             self.cycle.transport = self.transport
 
     def data_received(self, data: bytes) -> None:
@@ -333,7 +334,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             ]
             head = b"\r\n".join([b"POST / HTTP/1.1", *lengths]) + b"\r\n\r\n"
 
-            # httptools's offset, in *data*, of the first byte after the headers
+            # The offset in *data*, by httptools, of the first byte after the headers.
             body_start = upgrade.args[0]
             callbacks = SimpleNamespace(
                 on_body=self.on_body,
@@ -423,7 +424,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._in_body = True
         self.body_bytes = 0
 
-        # so that it calls `write` and `close` here
+        # The cycle then calls `write` and `close` of this object.
         self.cycle.transport = cast(asyncio.Transport, self)
 
     def on_chunk_header(self) -> None:
@@ -513,7 +514,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._start_timer(LINGER_SECONDS, self.abort)
             self._shared.note_last_response(self)
         else:
-            # after the pending output, for which the client has limited time
+            # It closes after the pending output, for which the client has limited time.
             self.transport.close()
             self._start_timer(self._limits.write_timeout, self.abort)
             # Until the output is sent, it counts as unread, but a grace later than one that

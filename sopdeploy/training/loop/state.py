@@ -74,6 +74,9 @@ class FinishedStep:
 class LoopState:
     """A training loop in progress; raises `ConfigError` for a teacher that does not fit the images.
 
+    `optimizer`, `parameters` and `float_buffers` are made when they are first read. If
+    `start_epoch` replaces the model, or more of it learns, they are deleted and made again.
+
     Attributes:
         frozen: What the few-shot procedure has fitted, if the loop starts from it.
         model: The network that learns; `start_epoch` may replace it.
@@ -85,34 +88,31 @@ class LoopState:
     groups: list[dict[str, Any]]
 
     def __init__(self, setup: Setup, frozen: FewShotFit | None = None) -> None:
+        recipe: Recipe = setup.recipe
         self.setup = setup
-        self.recipe = setup.recipe
+        self.recipe = recipe
         self.strategy = setup.strategy
         self.frozen = frozen
-        self.name = (
-            setup.recipe.model.name if frozen is None else tuned_name(setup.recipe.model.name)
-        )
+        self.name = recipe.model.name if frozen is None else tuned_name(recipe.model.name)
         self.activation: Activation = setup.activation
-        self.model = setup.model
         self.position = setup.position
         self.unread: list[FinishedStep] = []
 
+        # The network, what of it can learn, and what makes its input of images.
+        self.model = setup.model
         self.trainable = {
             name for name, value in setup.model.named_parameters() if value.requires_grad
         }
+        normalize = Normalize(recipe.preprocess, images_format(self.model))
+        self.normalize = normalize.to(self.strategy.device)
 
-        recipe: Recipe = setup.recipe
-        if self.activation == "sigmoid" and recipe.teacher is not None:
-            raise ConfigError(
-                "teacher: distillation needs one class per image; remove the table"
-            )
-
-        self.normalize = Normalize(recipe.preprocess, images_format(self.model)).to(
-            self.strategy.device
-        )
-
+        # The teacher: a stored network, or one with new weights that learns, too.
         self.teacher: Teacher | None = None
         if recipe.teacher is not None:
+            if self.activation == "sigmoid":
+                raise ConfigError(
+                    "teacher: distillation needs one class per image; remove the table"
+                )
             smoothing = recipe.loss.label_smoothing
             self.teacher = Teacher(
                 recipe.teacher, setup.labels, recipe.preprocess, smoothing, recipe.seed
@@ -120,13 +120,15 @@ class LoopState:
 
         self._prepare_training()
 
-        # A network that cannot compute these images must fail here, not after an epoch.
-        if self.teacher is not None:  # it sees training images only
+        # A teacher that cannot compute training images must fail here, not after an epoch. The
+        # check leaves it in eval mode.
+        if self.teacher is not None:
             teacher = self.teacher.model
             sides = {recipe.training_crop}
             find_images_format(sides, teacher, self.strategy.device, "teacher: its network")
             teacher.train(self.teacher.learns)
 
+        # The average begins with the weights of the network.
         self.average: ExponentialMovingAverage | None = None
         if recipe.ema is not None:
             self.average = ExponentialMovingAverage(recipe.ema.decay, self.model)
@@ -171,13 +173,12 @@ class LoopState:
 
         self.unread = []
 
-        # All values of all steps as one tensor, so that the device is read once.
-        # a network may have penalties in some steps only
-        values = [step.values() for step in steps]
-        numbers = iter(torch.cat(values).tolist())
-        rows = [list(itertools.islice(numbers, len(of_step))) for of_step in values]
+        # All values of all steps as one tensor, so that the device is read once. Their number
+        # differs: a network may have penalties in some steps only.
+        values_of_steps = [step.values() for step in steps]
+        numbers = iter(torch.cat(values_of_steps).tolist())
+        rows = [list(itertools.islice(numbers, len(values))) for values in values_of_steps]
 
-        # A process with a value that is not finite makes the count too low, in all processes.
         losses = []
         first_number = position.step - len(steps) + 1
         for number, (step, row) in enumerate(zip(steps, rows, strict=True), first_number):
@@ -185,6 +186,7 @@ class LoopState:
             norm, finite_count, *counts = row[1 + len(parts) :]
             part_of_name = dict(zip(step.loss.parts, parts, strict=True))
 
+            # A process with a value that is not finite makes the count too low, in all processes.
             if finite_count != self.strategy.world:
                 damaged = (
                     name for name, part in part_of_name.items() if not math.isfinite(part)
@@ -199,8 +201,7 @@ class LoopState:
             for name, part in {"loss": total, **part_of_name}.items():
                 position.sums[name] = position.sums.get(name, 0.0) + part * step.num_samples
             if counts:
-                # Empty before the first step
-                before = position.component_counts or (0,) * len(counts)
+                before = position.component_counts or (0,) * len(counts)  # () at first
                 position.component_counts = tuple(map(operator.add, before, map(int, counts)))
 
             position.seen += step.num_samples
@@ -215,8 +216,7 @@ class LoopState:
         position = self.position
         row = EpochRow(
             epoch=position.epoch + 1,
-            # of the last step; the `LR_FACTOR` of this group is 1
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=self.optimizer.param_groups[0]["lr"],  # of the last step; its `LR_FACTOR` is 1
             losses={name: total / position.seen for name, total in position.sums.items()},
             metrics=metrics,
             gradient=position.gradient / position.seen,
@@ -265,8 +265,10 @@ class LoopState:
             parameter.requires_grad_(name in self.trainable)
         set_train_mode(self.model, start)
 
-        for name in ("parameters", "float_buffers"):  # of the model before
+        # Forget the cached properties of the model before.
+        for name in ("parameters", "float_buffers"):
             vars(self).pop(name, None)
+
         freeze(self.model, start)
         self.groups = group_parameters(self.model, start)
 
@@ -326,11 +328,10 @@ def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
     if learn == "last_stages":
         frozen = first_stages(model)
         for name, module in model.named_modules():
-            keeps_statistics = isinstance(module, _BatchNorm) and not is_in(
-                name, *model.training_only
-            )
-            # The mode of the root is that of its branches
-            if name and (name in frozen or keeps_statistics):
+            is_branch = is_in(name, *model.training_only)
+            keeps_statistics = isinstance(module, _BatchNorm) and not is_branch
+            is_root = name == ""  # its mode decides whether it computes the branches
+            if not is_root and (name in frozen or keeps_statistics):
                 module.training = False
         return
 

@@ -202,6 +202,7 @@ def test_a_process_that_lacks_what_it_was_sent_gets_no_connections_and_is_replac
     with socket.socket() as listener:
         server = supervisor.Supervisor([], settings, [engine], listener)
         server._front_ends, server._announced = front_ends, True
+        server._channels.front_ends = front_ends
         for number, process in enumerate([*front_ends, engine], 1):
             process.reset(SimpleNamespace(close=lambda: None))
             process.child = SimpleNamespace(
@@ -293,7 +294,7 @@ def test_a_front_end_for_which_no_channel_can_be_made_lacks_it(monkeypatch) -> N
     with socket.socket() as listener:
         server = supervisor.Supervisor([], settings, [engine], listener)
         monkeypatch.setattr(supervisor.socket, "socketpair", refuse)
-        server._connect(engine, front_end)
+        server._channels.connect(engine, front_end)
         front_end.record_status(Status(0, 0, ""))
         assert server._lacks(front_end)
 

@@ -133,6 +133,7 @@ class Server:
         listener = stack.enter_context(socket.socket())
         self.supervisor = supervisor.Supervisor([], settings, [engine], listener)
         self.supervisor._front_ends = self.front_ends
+        self.supervisor._channels.front_ends = self.front_ends
         self.supervisor._loop = asyncio.get_running_loop()
         self.killed: list[str] = []
         self.ends: dict[str, socket.socket] = {}

@@ -440,7 +440,7 @@ UNCERTAIN = {
     "_annotations.coco.json": coco(
         {name: [one] for name, one in CATS.items()} | {"0.png": [1, 2]}
     ),
-    "annotations.xml": EXPORTED["annotations.xml"].replace('<tag label="Cat"/>', "", 1),
+    "annotations.xml": EXPORTED["annotations.xml"].replace("<tag label", "<note kind"),
     "via_project_1.json": EXPORTED["via_project_1.json"].replace(
         '"class": "Cat"', '"class": "Cat", "caption": "a cat"', 1
     ),
@@ -449,6 +449,44 @@ UNCERTAIN = {
         "0.png", "missing.png"
     ),
 }
+
+
+# Without the class of the first image
+UNLABELLED = {
+    "annotations.xml": EXPORTED["annotations.xml"].replace('<tag label="Cat"/>', "", 1),
+    "via_project_1.json": EXPORTED["via_project_1.json"].replace('"class": "Cat"', "", 1),
+    "via_export_csv.csv": EXPORTED["via_export_csv.csv"].replace('""class"":""Cat""', "", 1),
+    "_annotations.coco.json": coco({name: [one] for name, one in CATS.items()} | {"0.png": []}),
+    "project-1.json": json.dumps([
+        {
+            "data": {"image": name},
+            "annotations": [{"result": [{
+                "type": "rectanglelabels", "value": {"rectanglelabels": [label_of(one)]},
+            }]}] if number else [],
+        }
+        for number, (name, one) in enumerate(CATS.items())
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNLABELLED)
+def test_an_image_that_a_label_tool_lists_without_a_class_is_left_out_and_named(
+    tmp_path: Path, name: str
+) -> None:
+    write_export(tmp_path / "photos", name, UNLABELLED[name])
+    opened = open_folder(tmp_path / "photos")
+    assert opened.train.targets.tolist() == [one - 1 for one in CATS.values()][1:]
+    note = (
+        f"{tmp_path}/photos/{name}: left out, because they have no class there: 1 image: 0.png"
+    )
+    assert note in opened.notes
+    assert not any("not listed" in note for note in opened.notes)
+
+
+def test_the_first_line_of_via_1_is_a_comment(tmp_path: Path) -> None:
+    name = "via_export_csv.csv"
+    write_export(tmp_path / "photos", name, f"#{EXPORTED[name]}")
+    assert open_folder(tmp_path / "photos").train.labels == ("Cat", "dog")
 
 
 @pytest.mark.parametrize("shape", ["tag", "box"])

@@ -1,0 +1,36 @@
+"""The API keys in memory that the processes that serve HTTP share."""
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from sopdeploy.bundle.sealed import create_memory, map_memory
+from sopdeploy_service.http.api_keys import STATE_BYTES, Key, KeyFile, KeyRing
+
+
+class SharedKeys:
+    """The API *keys* in *files* for the processes that serve HTTP: the keys, and the state of their limits."""
+
+    def __init__(self, keys: Sequence[Key], earlier: KeyRing | None = None) -> None:
+        """Write *keys*; those that *earlier* has, too, keep the state of their limits. Raises `OSError`."""
+        states = memoryview(bytearray()) if earlier is None else earlier.states_of(keys)
+        with ExitStack() as unless_written:
+            described = create_memory(
+                "sopdeploy-keys", [KeyFile(key=tuple(keys)).model_dump_json().encode()]
+            )
+            unless_written.callback(os.close, described)
+
+            # At least one byte: nothing else can be mapped.
+            limits = create_memory("sopdeploy-limits", STATE_BYTES * max(1, len(keys)))
+            unless_written.callback(os.close, limits)
+            memory = memoryview(map_memory(os.dup(limits)))
+            unless_written.pop_all()
+
+        self.files = described, limits
+        memory[: states.nbytes] = states.cast("B")
+        self.ring = KeyRing(keys, memory.cast("d"))
+
+    def close(self) -> None:
+        """Close the files; the processes that have got them keep theirs."""
+        for file in self.files:
+            os.close(file)
