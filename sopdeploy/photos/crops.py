@@ -1,17 +1,18 @@
 """Whether two photographs show one, by aligning small gray images and correlating their tiles.
 
 Vectors tell which photographs are similar; only pixels tell whether one is a copy, or a part,
-of the other. Normalized cross-correlation at several sizes and all positions finds where an
-image correlates most with another one (`_search`). Robust Gauss-Newton steps then fit an affine
-map (`_align`; Baker and Matthews, "Lucas-Kanade 20 Years On", 2004). Where it was fitted,
+of the other: also turned, mirrored, squashed or enlarged, as tools that augment photographs
+write them. The middle of an image, under many such changes (`_list_changes`), is correlated with
+all places of another one (`_search`). From the best ones, robust Gauss-Newton steps fit an
+affine map (`_align`; Baker and Matthews, "Lucas-Kanade 20 Years On", 2004). Where it was fitted,
 nearly every tile of a copy equals the photograph, but for those that a caption or a watermark
 covers; in a similar photograph, nearly every tile differs a little.
 
 Letters: N images, P pairs (an image, and another one that may be a part of it), S and T pixels
-of a side, K samples of an image.
+of a side, K samples of an image, C changes, L places.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -28,21 +29,29 @@ TILES = 8
 MIN_TILES = 6
 # Standard deviation of the gray levels of a tile, or of an image, that shows nothing
 PLAIN = 2.0
-# Pixels of a side that are compared, and standard deviation of the removed frequencies
-SIDE = 32
-BLUR = 1.25
-SIZES = np.arange(0.6, 1.01, 0.05)  # shares of a side of the image that a part may show
-# pixels by which a part may exceed the image, as the middle of a crop of a wide photograph does
-MARGIN = 4
-MIN_FOUND = 0.4  # correlation below which a place is not aligned
-# Share of the correlation in the better way from which on both ways are aligned
-OTHER_WAY = 0.9
+SIDE = 32  # pixels of a side that are compared
+# What is searched: pixels of a side of an image and of its middle, and pixels by which the middle
+# may exceed the other image, as that of a crop of a wide photograph does
+COARSE = 16
+MIDDLE = 10
+MARGIN = 2
+BLUR = 1.5  # standard deviation of the removed frequencies, in pixels of `COARSE`
+# Changes of the middle: turned by degrees, the part of the image that it shows, from smaller to
+# larger, and height by width
+TURNS = (-30, -15, 0, 15, 30)
+ZOOMS = (0.8, 1.0, 1.2, 1.4, 1.65)
+PROPORTIONS = (0.75, 1.0, 1.33)
+MIN_FOUND = 0.3  # correlation or agreement below which a place is not aligned
+# Share of the largest correlation of a pair from which on a start is aligned, and their number
+OTHER_START = 0.5
+MAX_STARTS = 6
+MAX_FITS = 2  # rough ones, which are aligned exactly
 # Gauss-Newton steps, and the largest change of an affine map by one of them
 STEPS = 8
 MAX_STEP = 0.15
 # of the first image that the second one may show
 MIN_AREA = 0.3
-MAX_AREA = 1.3
+MAX_AREA = 1 / MIN_AREA
 OUTLIER = 1.5  # standard deviations of a difference that counts half
 _BLOCK = 1024  # pairs that are compared at once
 
@@ -54,81 +63,163 @@ def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray
 
     Each image of a pair may show a part of the other one.
     """
-    # Search in both ways, in blocks of pairs with the same first image.
     num_pairs = pairs.shape[1]
     both_ways = np.concatenate([pairs, pairs[::-1]], axis=1)
+
+    # The best starts of each pair in each way; pairs of one image are searched together
     order = np.argsort(both_ways[0], kind="stable")
-    correlations = np.empty(2 * num_pairs, np.float32)
-    boxes = np.empty((2 * num_pairs, 4))
+    correlations = np.empty((2 * num_pairs, MAX_STARTS), np.float32)
+    matrices = np.empty((2 * num_pairs, MAX_STARTS, 2, 2), np.float32)
+    centers = np.empty((2 * num_pairs, MAX_STARTS, 2), np.float32)
     for start in range(0, 2 * num_pairs, _BLOCK):
-        block = order[start : start + _BLOCK]
-        correlations[block], boxes[block] = _search(small, both_ways[:, block])
+        searched = order[start : start + _BLOCK]
+        correlations[searched], matrices[searched], centers[searched] = _search(
+            small, both_ways[:, searched]
+        )
 
-    # Equal frames correlate equally in both ways; a part correlates less with what contains it.
-    best = np.tile(np.maximum(correlations[:num_pairs], correlations[num_pairs:]), 2)
-    found = np.flatnonzero((correlations >= MIN_FOUND) & (correlations >= OTHER_WAY * best))
+    # Of both ways: equal frames correlate equally, a part with what contains it less
+    is_start = _select_best(np.tile(np.arange(num_pairs), 2), correlations, MAX_STARTS)
+    row, rank = np.nonzero(is_start)
+    matrix = matrices[row, rank]
+    center = centers[row, rank]
 
-    # Align those that correlate well; of both ways, the better one counts.
-    shares = np.zeros(2 * num_pairs, np.float32)
-    for start in range(0, len(found), _BLOCK):
-        block = found[start : start + _BLOCK]
-        shares[block] = _align(small, both_ways[:, block], boxes[block])
-    return np.maximum(shares[:num_pairs], shares[num_pairs:])
+    # Roughly first, and the best of these maps exactly
+    roughly = np.empty(len(row), np.float32)
+    for start in range(0, len(row), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        fit = _align(small, both_ways[:, row[block]], matrix[block], center[block], COARSE)
+        matrix[block], center[block], roughly[block] = fit.matrices, fit.centers, fit.agreement
+    chosen = _select_best(row % num_pairs, roughly[:, None], MAX_FITS)[:, 0]
+
+    # Also the images as they are: a caption misleads rough fits, and middles may differ
+    side = small.shape[1]
+    as_it_is = np.tile(np.eye(2, dtype=np.float32) * (side / 2), (num_pairs, 1, 1))
+    middle = np.full((num_pairs, 2), (side - 1) / 2, np.float32)
+    row = np.concatenate([row[chosen], np.arange(num_pairs)])
+    matrix = np.concatenate([matrix[chosen], as_it_is])
+    center = np.concatenate([center[chosen], middle])
+    shares = np.zeros(num_pairs, np.float32)
+    for start in range(0, len(row), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        fit = _align(small, both_ways[:, row[block]], matrix[block], center[block], SIDE)
+        np.maximum.at(shares, row[block] % num_pairs, _share_equal(fit, side))
+    return shares
+
+
+def _select_best(
+    pairs: NDArray[np.intp], correlations: _Images, num_kept: int
+) -> NDArray[np.bool_]:
+    """Select *num_kept* of the *correlations* (M, R) of each of the numbers *pairs* (M,), (M, R).
+
+    None is below `MIN_FOUND`, or below the share `OTHER_START` of the largest one of its pair.
+    """
+    pair = np.repeat(pairs, correlations.shape[1])
+    flat = correlations.reshape(-1)
+    order = np.lexsort((-flat, pair))
+    # Of each pair the largest one first
+    is_first = np.diff(pair[order], prepend=-1) != 0
+    first = np.flatnonzero(is_first)[np.cumsum(is_first) - 1]
+    rank = np.arange(len(flat)) - first
+    is_best = np.empty(len(flat), np.bool_)
+    is_best[order] = (rank < num_kept) & (
+        flat[order] >= np.maximum(MIN_FOUND, OTHER_START * flat[order][first])
+    )
+    return is_best.reshape(correlations.shape)
+
+
+def _list_changes() -> _Images:
+    """List the matrices (C, 2, 2) from the middle of an image to the image, mirrored and not."""
+    changes = []
+    for mirror in (1, -1):
+        for degrees in TURNS:
+            cosine, sine = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+            turn = np.asarray([[cosine, -sine], [sine, cosine]])
+            for zoom in ZOOMS:
+                for proportion in PROPORTIONS:
+                    squash = np.diag([proportion**-0.5, mirror * proportion**0.5])
+                    changes.append(zoom * turn @ squash)
+    return np.asarray(changes, np.float32)
 
 
 def _search(
     small: NDArray[np.uint8], pairs: NDArray[np.intp]
-) -> tuple[_Images, NDArray[np.float64]]:
-    """Find correlations (P,) and boxes (P, 4) of the second images of *pairs*, sorted, in the first ones."""
+) -> tuple[_Images, _Images, _Images]:
+    """Find where the first images of *pairs* (2, P) show the second ones, by `MAX_STARTS` changes.
+
+    Returns the correlations (P, `MAX_STARTS`), and for each the affine map that `_align` starts
+    with: matrix (P, `MAX_STARTS`, 2, 2) and center (P, `MAX_STARTS`, 2).
+    """
     side = small.shape[1]
-    num_pairs = pairs.shape[1]
+    width = side // COARSE
     images, position = np.unique(pairs, return_inverse=True)
-
     first, second = position.reshape(2, -1)  # positions among the images of these pairs
-    whole = np.tile([0.0, 0.0, side, side], (len(images), 1))
-    margins = ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN))
-    scenes = np.pad(_remove_low(_resample(small[images], whole, SIDE)), margins)
+    detailed = _remove_low(small[images].astype(np.float32), BLUR * width)
+    smooth = _smooth(detailed, COARSE)
+    own = _grid(COARSE)[None] * (side / 2) + (side - 1) / 2
 
-    # The best correlation of each pair so far, and where it is.
-    best = np.full(num_pairs, -1.0, np.float32)
-    boxes = np.tile(whole[0], (num_pairs, 1))
+    # All places (N, L, K) in each image
+    coarse = np.concatenate(
+        [_sample(smooth[[index]], np.zeros(1, np.intp), own)[0] for index in range(len(images))]
+    )
+    coarse = coarse.reshape(-1, COARSE, COARSE)
+    padded = np.pad(coarse, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN)))
+    windows = sliding_window_view(padded, (MIDDLE, MIDDLE), axis=(1, 2))
+    num_places = windows.shape[1]  # per side
+    places_NLK = _normalize(windows.reshape(len(images), num_places**2, MIDDLE**2))
 
-    # Where the pairs of each first image begin
-    starts = np.flatnonzero(np.diff(first, prepend=-1))
+    # The middle of each image under all changes (N, C, K)
+    changes = _list_changes()
+    points_K2 = _grid(MIDDLE) * (MIDDLE * width / 2)
+    points = (points_K2 @ changes.transpose(0, 2, 1)).reshape(-1, 2) + (side - 1) / 2
+    middles = [
+        _sample(smooth[[index]], np.zeros(1, np.intp), points[None])[0]
+        for index in range(len(images))
+    ]
+    middles_NCK = _normalize(np.concatenate(middles).reshape(len(images), len(changes), -1))
 
-    for size in (SIDE * SIZES).round().astype(int).tolist():
-        crops = _normalize(_resample(small[images], whole, size)).reshape(len(images), -1)
+    # Of each change the best place, and the best changes
+    correlations = np.empty((len(first), MAX_STARTS), np.float32)
+    place = np.empty((len(first), MAX_STARTS), np.intp)
+    change = np.empty((len(first), MAX_STARTS), np.intp)
+    for pair, (one, other) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+        of_places = middles_NCK[other] @ places_NLK[one].T
+        best_C = of_places.max(axis=1)
+        change[pair] = np.argpartition(-best_C, MAX_STARTS)[:MAX_STARTS]
+        correlations[pair] = best_C[change[pair]]
+        place[pair] = of_places[change[pair]].argmax(axis=1)
+    top_left = np.stack(np.divmod(place, num_places), axis=2) - MARGIN
+    centers = (top_left + MIDDLE / 2) * width - 0.5
+    return correlations, np.linalg.inv(changes)[change] * (side / 2), centers.astype(np.float32)
 
-        num_places = SIDE + 2 * MARGIN - size + 1  # per side
-        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), num_pairs], strict=True):
-            # The first image of these pairs, compared at all places at once
-            scene = scenes[first[start]]
-            windows = sliding_window_view(scene, (size, size)).reshape(-1, size * size)
-            windows = windows - windows.mean(axis=1, keepdims=True)
-            lengths = np.maximum(np.linalg.norm(windows, axis=1), 1e-3)
 
-            correlations = (windows @ crops[second[start:stop]].T) / lengths[:, None]
-            place = correlations.argmax(axis=0)
-            reached = correlations.max(axis=0)
+class _Fit(NamedTuple):
+    """Affine maps of P pairs: `matrices` (P, 2, 2) and `centers` (P, 2).
 
-            # Note the place where the correlation is larger than at other sizes.
-            is_better = reached > best[start:stop]
-            best[start:stop][is_better] = reached[is_better]
-            top, left = np.divmod(place[is_better], num_places)
-            extent = np.full(len(top), size)
-            boxes[start:stop][is_better] = np.stack(
-                [top - MARGIN, left - MARGIN, extent, extent], axis=1
-            ) * (side / SIDE)
-    return best, boxes
+    With them, the first images `shown` (P, K) resemble the second ones `expected` (P, K) where
+    they are `inside` (P, K). The `agreement` (P,) is their correlation without outliers, times
+    the share of the samples that are none.
+    """
+
+    matrices: _Images
+    centers: _Images
+    shown: _Images
+    expected: _Images
+    inside: NDArray[np.bool_]
+    agreement: _Images
 
 
 def _align(
-    small: NDArray[np.uint8], pairs: NDArray[np.intp], boxes: NDArray[np.float64]
-) -> _Images:
-    """Fit affine maps from the second images of *pairs* to *boxes* (P, 4); return shares of equal tiles.
+    small: NDArray[np.uint8],
+    pairs: NDArray[np.intp],
+    matrices: _Images,
+    centers: _Images,
+    num_samples: int,
+) -> _Fit:
+    """Fit affine maps from the second images of *pairs* (2, P) to the first, by *num_samples* per side.
 
-    The maps change inversely: how the second image changes with a map of itself is computed
-    once.
+    They start with *matrices* (P, 2, 2) and *centers* (P, 2), which map rows and columns of -1
+    to 1 to pixels of the first image. The maps change inversely: how the second image changes
+    with a map of itself is computed once.
     """
     side = small.shape[1]
     num_pairs = pairs.shape[1]
@@ -136,24 +227,22 @@ def _align(
     first, second = position.reshape(2, -1)
 
     # The second images, and how they change by the six numbers of a map.
-    whole = np.tile([0.0, 0.0, side, side], (len(images), 1))
-    expected_PTT = _resample(small[images], whole, SIDE)[second]
-    grid = (np.arange(SIDE, dtype=np.float32) + 0.5) * 2 / SIDE - 1
-    points_K2 = np.stack([np.repeat(grid, SIDE), np.tile(grid, SIDE)], axis=1)  # row and column
-    down_PTT, right_PTT = np.gradient(expected_PTT, 2 / SIDE, axis=(1, 2))
+    scenes = _smooth(small[images].astype(np.float32), num_samples)
+    points_K2 = _grid(num_samples)
+    own = np.broadcast_to(
+        points_K2 * (side / 2) + (side - 1) / 2, (len(images), *points_K2.shape)
+    )
+    expected_PTT = _sample(scenes, np.arange(len(images)), own)[0][second].reshape(
+        num_pairs, num_samples, -1
+    )
+    down_PTT = np.gradient(expected_PTT, 2 / num_samples, axis=1)
+    right_PTT = np.gradient(expected_PTT, 2 / num_samples, axis=2)
     slopes_P2K = np.stack([down_PTT, right_PTT], axis=1).reshape(num_pairs, 2, -1)
     # Per row and column: by the four numbers of the matrix, and by the two of the shift.
     of_matrix = slopes_P2K[:, :, None] * points_K2.T
     slopes_P6K = np.concatenate([of_matrix.reshape(num_pairs, 4, -1), slopes_P2K], axis=1)
     expected_PK = expected_PTT.reshape(num_pairs, -1)
-
     damping = 1e-3 * len(points_K2) * np.eye(6, dtype=np.float32)
-
-    # From `points_K2` to pixels of the first image
-    matrices = np.zeros((num_pairs, 2, 2), np.float32)
-    matrices[:, [0, 1], [0, 1]] = boxes[:, 2:] / 2
-    centers = (boxes[:, :2] + boxes[:, 2:] / 2 - 0.5).astype(np.float32)
-    scenes = _smooth(small[images])
 
     # Each step fits what the first image shows to the second one, whatever the contrast and the
     # brightness. Pixels that differ much, as those of a caption, count less.
@@ -162,16 +251,15 @@ def _align(
         shown_PK, is_inside_PK = _sample(
             scenes, first, points_K2 @ matrices.transpose(0, 2, 1) + centers[:, None]
         )
-        if step == STEPS:
-            break
         weights_PK *= is_inside_PK
-
         total = np.maximum(weights_PK.sum(axis=1, keepdims=True), 1e-6)
         shown_PK -= (weights_PK * shown_PK).sum(axis=1, keepdims=True) / total
         wanted_PK = expected_PK - (weights_PK * expected_PK).sum(axis=1, keepdims=True) / total
         products = (weights_PK * shown_PK * wanted_PK).sum(axis=1, keepdims=True)
-        contrast = products / ((weights_PK * shown_PK**2).sum(axis=1, keepdims=True) + 1e-3)
+        if step == STEPS:
+            break
 
+        contrast = products / ((weights_PK * shown_PK**2).sum(axis=1, keepdims=True) + 1e-3)
         errors_PK = contrast.clip(0.2, 5.0) * shown_PK - wanted_PK
         deviation = (
             1.4826 * np.median(np.abs(errors_PK) * is_inside_PK, axis=1, keepdims=True) + 1
@@ -189,45 +277,51 @@ def _align(
         )
         centers = centers - (matrices @ moves[:, 4:])[:, :, 0]
 
-    # Only a part of a possible size counts.
-    area = np.linalg.det(matrices) * 4 / side**2  # of the part, as a share of the first image
-    return np.where(
-        (area > MIN_AREA) & (area < MAX_AREA),
-        _share_equal(shown_PK, expected_PK, is_inside_PK),
-        0,
+    # A fit of a few samples proves little.
+    correlations = products[:, 0] / np.sqrt(
+        (weights_PK * shown_PK**2).sum(axis=1) * (weights_PK * wanted_PK**2).sum(axis=1) + 1e-3
     )
+    agreement = correlations * weights_PK.mean(axis=1)
+    return _Fit(matrices, centers, shown_PK, expected_PK, is_inside_PK, agreement)
 
 
-def _share_equal(
-    shown_PK: _Images, expected_PK: _Images, is_inside_PK: NDArray[np.bool_]
-) -> _Images:
-    """Return the share (P,) of the tiles that are equal, among those that show something."""
+def _share_equal(fit: _Fit, side: int) -> _Images:
+    """Return the share (P,) of the tiles that are equal, among those that show something.
+
+    It is 0 where the part is too small or too large for images of *side* pixels.
+    """
 
     def cut(samples_PK: NDArray[Any]) -> NDArray[Any]:
         tiles = samples_PK.reshape(len(samples_PK), TILES, SIDE // TILES, TILES, SIDE // TILES)
         return tiles.transpose(0, 1, 3, 2, 4).reshape(len(samples_PK), TILES**2, -1)
 
-    shown = cut(shown_PK)
-    expected = cut(expected_PK)
+    shown = cut(fit.shown)
+    expected = cut(fit.expected)
     shown = shown - shown.mean(axis=2, keepdims=True)
     expected = expected - expected.mean(axis=2, keepdims=True)
     contrasts = [np.sqrt((part**2).mean(axis=2)) for part in (shown, expected)]
     correlations = (shown * expected).mean(axis=2) / np.maximum(
         contrasts[0] * contrasts[1], 1e-3
     )
-    counts = cut(is_inside_PK).all(axis=2) & (np.maximum(*contrasts) >= PLAIN)
+    counts = cut(fit.inside).all(axis=2) & (np.maximum(*contrasts) >= PLAIN)
     num_counted = counts.sum(axis=1)
     num_equal = ((correlations >= SAME) & counts).sum(axis=1)
-    return np.where(num_counted >= MIN_TILES, num_equal / np.maximum(num_counted, 1), 0)
+    area = (
+        np.abs(np.linalg.det(fit.matrices)) * 4 / side**2
+    )  # of the part, as a share of the first image
+    is_part = (area > MIN_AREA) & (area < MAX_AREA) & (num_counted >= MIN_TILES)
+    return np.where(is_part, num_equal / np.maximum(num_counted, 1), 0)
 
 
-def _smooth(images: NDArray[np.uint8]) -> _Images:
-    """Average each pixel of *images* (N, S, S) with its neighbors, as samples two pixels apart need."""
+def _smooth(images: _Images, num_samples: int) -> _Images:
+    """Average each pixel of *images* (N, S, S) with its neighbors, as *num_samples* per side need."""
     side = images.shape[1]
     shifted = [np.eye(side, k=shift, dtype=np.float32) for shift in (-1, 0, 0, 1)]
-    filters = np.sum(shifted, axis=0)
-    filters /= filters.sum(axis=1, keepdims=True)
-    return filters @ images.astype(np.float32) @ filters.T
+    weights = np.sum(shifted, axis=0)
+    weights /= weights.sum(axis=1, keepdims=True)
+    # The variance of a filter adds up, and grows with the square of the distance of samples
+    weights = np.linalg.matrix_power(weights, (side // num_samples) ** 2 // 4)
+    return weights @ images @ weights.T
 
 
 def _sample(
@@ -247,34 +341,21 @@ def _sample(
     return top * (1 - down) + bottom * down, is_inside
 
 
-def _resample(images: NDArray[np.uint8], boxes: NDArray[np.float64], side: int) -> _Images:
-    """Resample the *boxes* (P, 4) of *images* (P, S, S) to squares of *side* pixels, (P, T, T)."""
-
-    def weights(starts: NDArray[np.float64], extents: NDArray[np.float64]) -> _Images:
-        """Return a linear filter (P, T, S) for the pixels of an axis, as wide as a pixel of the result."""
-        step = (extents / side)[:, None]
-        centers = starts[:, None] + step * (np.arange(side) + 0.5) - 0.5
-        distances = np.abs(np.arange(images.shape[1]) - centers[:, :, None])
-        filters = np.maximum(0.0, 1.0 - distances / np.maximum(1.0, step[:, :, None]))
-        return (filters / np.maximum(filters.sum(axis=2, keepdims=True), 1e-6)).astype(
-            np.float32
-        )
-
-    rows = weights(boxes[:, 0], boxes[:, 2])
-    columns = weights(boxes[:, 1], boxes[:, 3])
-    return rows @ images.astype(np.float32) @ columns.transpose(0, 2, 1)
-
-
-def _remove_low(images: _Images) -> _Images:
-    """Subtract the *images* (P, T, T) blurred by a Gaussian: smooth shades are alike in many photographs."""
+def _remove_low(images: _Images, blur: float) -> _Images:
+    """Subtract the *images* (N, S, S) blurred by a Gaussian: smooth shades are alike in many photographs."""
     pixels = np.arange(images.shape[1])
-    blur = np.exp(-0.5 * ((pixels[:, None] - pixels) / BLUR) ** 2)
-    blur = (blur / blur.sum(axis=1, keepdims=True)).astype(np.float32)
-    return images - blur @ images @ blur.T
+    weights = np.exp(-0.5 * ((pixels[:, None] - pixels) / blur) ** 2)
+    weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return images - weights @ images @ weights.T
 
 
-def _normalize(images: _Images) -> _Images:
-    """Remove the low frequencies of *images* (P, T, T) and their means, and scale them to norm 1."""
-    images = _remove_low(images)
-    images = images - images.mean(axis=(1, 2), keepdims=True)
-    return images / np.maximum(np.linalg.norm(images, axis=(1, 2), keepdims=True), 1e-3)
+def _normalize(rows: _Images) -> _Images:
+    """Remove the means of *rows* (..., K), and scale them to norm 1."""
+    rows = rows - rows.mean(axis=-1, keepdims=True)
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-3)
+
+
+def _grid(side: int) -> _Images:
+    """List rows and columns of -1 to 1 of a square of *side* pixels, (side**2, 2)."""
+    steps = (np.arange(side, dtype=np.float32) + 0.5) * 2 / side - 1
+    return np.stack([np.repeat(steps, side), np.tile(steps, side)], axis=1)
