@@ -525,7 +525,8 @@ class Supervisor:
                 if not process.is_running:
                     continue
 
-                lacks = not self._stopping.is_set() and self._lacks(process)
+                works = process.control is not None and not self._stopping.is_set()
+                lacks = works and self._lacks(process)
                 reason = process.count_beat(lacks=lacks, load_seconds=seconds)
                 if reason == NOT_STARTED:
                     self._fail_start(process, HANGS_AT_START)
