@@ -382,9 +382,11 @@ def describe_next(folders: LabelFolders, session: str = "") -> LabelState:
         )
 
     # That of a person first, then by probability; without one: last.
-    suggestion = set() if suggested is None else {suggested}
-    names = sorted(
-        suggestion.union(folders.classes()),
+    names = set(folders.classes())
+    if suggested is not None and folders.can_be_class(suggested):
+        names.add(suggested)
+    ordered_names = sorted(
+        names,
         key=lambda name: (name != suggested, -probabilities.get(name, -1.0), name),
     )
 
@@ -392,7 +394,7 @@ def describe_next(folders: LabelFolders, session: str = "") -> LabelState:
         photograph=photograph,
         next=tuple(upcoming),
         classes=tuple(
-            ShownClass(name=name, probability=probabilities.get(name)) for name in names
+            ShownClass(name=name, probability=probabilities.get(name)) for name in ordered_names
         ),
         done=len(folders.steps),
         left=len(folders.waiting),

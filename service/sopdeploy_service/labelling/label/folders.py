@@ -341,6 +341,11 @@ class LabelFolders:
             self.suggestions.add(normalize(folder.name), photo.path, target)
             self._order_heap()
 
+    def can_be_class(self, name: str) -> bool:
+        """Tell whether a photograph can get the class *name*, which need not exist yet."""
+        folders = _class_folders(self.photos) | _class_folders(self.held_out)
+        return not _find_name_problem(name, self.classes(), folders)
+
     def labelled(self) -> dict[str, Labelled]:
         """List the photographs that have a label, by ID, the last label first.
 

@@ -427,3 +427,11 @@ def test_only_labelled_photographs_of_the_list_are_shown_and_corrected(client, t
     assert (corrected["name"], corrected["id"] != labelled["id"]) == (None, True)
     assert client.get(f"/images/{labelled['id']}").status_code == 404
     assert (tmp_path / "photos-unknown" / f"{ONE}.jpg").exists()
+
+
+def test_a_suggestion_that_names_no_class_is_told_but_not_offered(keep, open_folders):
+    keep(1, reasons=("reported",), suggested="../train")
+    with label_server(open_folders()) as client:
+        state = client.get("/state").json()
+    assert state["photograph"]["suggested"] == "../train"
+    assert "../train" not in [one["name"] for one in state["classes"]]
