@@ -29,7 +29,12 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.results import DAMAGED, RejectedError
-from sopdeploy_service.labelling.label.app import COOKIE, GivenLabel, create_label_app
+from sopdeploy_service.labelling.label.app import (
+    COOKIE,
+    Correction,
+    GivenLabel,
+    create_label_app,
+)
 from sopdeploy_service.labelling.label.folders import LabelFolders
 from sopdeploy_service.observability import pages
 from sopdeploy_service.origins import parse_host
@@ -304,12 +309,19 @@ FIELDS = {  # by model: a request with `%b` in the place of the field
         "an unknown one": b'{"x": %b}',
         "the body": b"%b",
     },
+    Correction: {
+        "id": b'{"id": %b, "name": "hat"}',
+        "name": b'{"id": "00000000000000000000000000000001", "name": %b}',
+        "an unknown one": b'{"x": %b}',
+        "the body": b"%b",
+    },
 }
 INFER, VERSIONED = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"
 MODELS = {  # routes that read JSON, and their models
     ("service", "/v1/classify"): ClassifyRequest,
     ("service", INFER): InferBody,
     ("label page", "/label"): GivenLabel,
+    ("label page", "/correct"): Correction,
 }
 UNLIMITED = {  # fields without a maximum length, which the size of the body limits
     "ClassifyRequest.image", "ClassifyRequest.images",  # base64 of images
@@ -629,7 +641,9 @@ ROUTES: dict[str, dict[tuple[str, str], Price]] = {  # by site
         ("GET", "/state"): Price("key", 2600),
         ("GET", "/grids"): Price("key", 2500),
         ("GET", "/images/{identity}"): Price("key", 2500),
+        ("GET", "/labelled"): Price("key", 2500),
         ("POST", "/label"): Price("key", 2500),
+        ("POST", "/correct"): Price("key", 2500),
         ("POST", "/undo"): Price("key", 2500),
     },
 }
