@@ -224,7 +224,7 @@ class DrainingServer(uvicorn.Server):
         # While it drains, end when no request is left, or when its time is over.
         if self._drain_until is not None:
             if not self._is_draining:
-                # Nothing is logged here: a signal handler may interrupt another log line.
+                # It is logged here, because a signal handler may interrupt another log line.
                 self._is_draining = True
                 seconds = self._service.settings.drain_seconds
                 log.info(
