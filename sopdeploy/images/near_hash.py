@@ -18,3 +18,8 @@ def near_hash(pixels: Pixels) -> str:
     gray = Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX)
     cells = np.asarray(gray, np.int16)
     return np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes().hex()
+
+
+def are_near(one: int, other: int) -> bool:
+    """Tell whether two hashes, as numbers, are those of copies: they differ in at most `NEAR_BITS`."""
+    return (one ^ other).bit_count() <= NEAR_BITS

@@ -35,7 +35,7 @@ from sopdeploy.files import (
     remove_leftovers,
     writing,
 )
-from sopdeploy.images.near_hash import NEAR_BITS
+from sopdeploy.images.near_hash import are_near
 from sopdeploy_service.labelling.kept import KeptRecord, read_kept
 
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
@@ -229,11 +229,7 @@ class KeptFolder:
             return False
 
         number = int(record.near_hash, 16)
-        near = [
-            photo
-            for photo in self._photos.values()
-            if (number ^ photo.near_hash).bit_count() <= NEAR_BITS
-        ]
+        near = [photo for photo in self._photos.values() if are_near(number, photo.near_hash)]
         return any(not self._forget_if_gone(photo) for photo in near)
 
     def _forget_if_gone(self, photo: _StoredPhoto) -> bool:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ImageError
-from sopdeploy.images.near_hash import NEAR_BITS, near_hash
+from sopdeploy.images.near_hash import are_near, near_hash
 from sopdeploy.version import __version__
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction, RejectedError
@@ -362,7 +362,7 @@ class Keeper:
         )
         self._refilled = now
 
-        if any((near ^ other).bit_count() <= NEAR_BITS for other in self._recent):
+        if any(are_near(near, other) for other in self._recent):
             return "near_duplicate"
 
         if self._copy_budget > 0:

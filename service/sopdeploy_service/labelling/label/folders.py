@@ -1,4 +1,4 @@
-"""Photographs that wait for a label, their order, and the folders into which labels move them.
+"""Photographs that wait for a label, and the folders into which labels move them.
 
 They are kept photographs, with a record of what a network predicted, or a heap: the images of a
 folder, in which nobody has sorted them. Suggestions for these come from the photographs that
@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.file_systems import set_mode, set_owner
 from sopdeploy.files import LOCK, atomic_write, expand_user
-from sopdeploy.images.near_hash import NEAR_BITS
+from sopdeploy.images.near_hash import are_near
 from sopdeploy.images.signatures import count_suffixes, note_skipped
 from sopdeploy.names import can_be_typed, class_problem
 from sopdeploy.photos.files import (
@@ -46,19 +45,15 @@ from sopdeploy.photos.table import find_table
 from sopdeploy_service.labelling.kept import Kept, KeptRecord, read_kept
 from sopdeploy_service.labelling.label.heap import Embed, Suggestions, heap_id, list_heap
 from sopdeploy_service.labelling.label.labelled import Labelled, list_labelled
+from sopdeploy_service.labelling.label.order import find_repeated, order_records
 
 SKIPPED = ".skipped"
 # Every second photograph is from the uniform sample: it decides about the next bundle, which
 # learns from the others only.
 SAMPLE_EVERY = 2
-# Kept photographs show one object if they came within so many seconds and differ in so few bits
-# of their near hashes. Of frames of an object, 46 to 64 % do, of others at most 0.7 %.
-OBJECT_SECONDS = 60.0
-OBJECT_BITS = 14
 LEASE_SECONDS = 60.0  # for which a browser's photographs are offered to no other one
 OBVIOUS = 0.5  # probability of a class from which a photograph is offered in its grid
 MAX_CLASS_BYTES = 100  # of a name in UTF-8
-MAX_SPREAD = 500  # photographs of a group that are chosen one by one; a session labels fewer
 GONE = "that photograph has a label already or is no longer kept; this is the next one"
 NOT_IN_NAMES = '/\\:*?"<>|'  # of folders on some systems
 
@@ -343,8 +338,11 @@ class LabelFolders:
 
     def can_be_class(self, name: str) -> bool:
         """Tell whether a photograph can get the class *name*, which need not exist yet."""
-        folders = _class_folders(self.photos) | _class_folders(self.held_out)
-        return not _find_name_problem(name, self.classes(), folders)
+        try:
+            self._folder_for(name, is_held_out=False)
+        except ConfigError:
+            return False
+        return True
 
     def labelled(self) -> dict[str, Labelled]:
         """List the photographs that have a label, by ID, the last label first.
@@ -386,7 +384,7 @@ class LabelFolders:
         if photo.record is None:  # a photograph of a heap
             return False
         near_hash = int(photo.record.near_hash, 16)
-        return any((near_hash ^ other).bit_count() <= NEAR_BITS for other in self._sampled)
+        return any(are_near(near_hash, other) for other in self._sampled)
 
     def _folder_for(self, name: str | None, *, is_held_out: bool) -> Path:
         """Return the folder of the class *name*; None is "not one of ours".
@@ -474,78 +472,6 @@ class LabelFolders:
         if identity not in self.waiting:
             raise GoneError(GONE)
         return self.waiting[identity]
-
-
-def find_repeated(kept: list[Kept]) -> set[str]:
-    """Return the names of the photographs, of *kept* in the order of time, whose object an earlier one shows."""
-    repeated = set[str]()
-    earlier: list[tuple[float, int]] = []  # times and near hashes
-
-    for photo in kept:
-        taken = photo.record.time.timestamp()
-        number = int(photo.record.near_hash, 16)
-        earlier = [other for other in earlier if other[0] >= taken - OBJECT_SECONDS]
-        if any((number ^ other).bit_count() <= OBJECT_BITS for _, other in earlier):
-            repeated.add(photo.path.name)
-        earlier.append((taken, number))
-
-    return repeated
-
-
-def order_records(photos: list[Kept]) -> list[Kept]:
-    """Order photographs by how useful their labels are; their bundles may have different classes."""
-    names = {label for _, record in photos for label in record.labels}
-    columns = {name: column for column, name in enumerate(sorted(names))}
-
-    # Write the probabilities of each photograph into the columns of its classes.
-    probabilities_NC = np.zeros((len(photos), len(names)))
-    for row, (_, record) in zip(probabilities_NC, photos, strict=True):
-        row[[columns[label] for label in record.labels]] = softmax(np.asarray(record.logits))
-
-    # A photograph counts as known if its bundle has no threshold, so that `known` is None.
-    known_N = np.asarray([record.known is not False for _, record in photos], np.bool_)
-    return [photos[index] for index in order_by_value(probabilities_NC, known_N)]
-
-
-def order_by_value(
-    probabilities_NC: NDArray[np.float64], known_N: NDArray[np.bool_]
-) -> NDArray[np.intp]:
-    """Return the order (N,) of photographs with *probabilities_NC*: uncertain and different ones first.
-
-    Those that are not *known_N* come last, because most of them show nothing that the network
-    has to learn. In each group, the next one has the largest product of two numbers: its
-    uncertainty, 1 minus the margin between its two largest probabilities (Scheffer et al., IDA
-    2001), and the distance of its probabilities from the closest ones chosen before (k-center:
-    Sener and Savarese, ICLR 2018). After `MAX_SPREAD`, the uncertainty decides alone.
-    """
-    # A photograph is as uncertain as the margin of its two best classes is small. Two columns of
-    # zeros are added, in case C is below 2.
-    padded = np.pad(probabilities_NC, ((0, 0), (2, 0)))
-    ascending = np.sort(padded, axis=1)
-    uncertainties_N = 1 - (ascending[:, -1] - ascending[:, -2])
-
-    # Take the known photographs first, then the unknown ones.
-    order: list[int] = []
-    for group in (np.flatnonzero(known_N), np.flatnonzero(~known_N)):
-        # Indices of the L photographs of the group that are not chosen yet, the most uncertain
-        # one first.
-        left_L = group[np.argsort(-uncertainties_N[group], kind="stable")]
-        distances_L = np.ones(len(left_L))  # to the closest one chosen before; at most 1
-
-        # Choose the photograph that is uncertain and far from those chosen before, up to
-        # `MAX_SPREAD` times.
-        for _ in range(min(MAX_SPREAD, len(left_L))):
-            # The position in *left_L* of the most useful one.
-            best = int((distances_L * uncertainties_N[left_L]).argmax())
-            order.append(int(left_L[best]))
-
-            from_best_L = np.linalg.norm(
-                probabilities_NC[left_L] - probabilities_NC[left_L[best]], axis=1
-            )
-            distances_L = np.delete(np.minimum(distances_L, from_best_L), best)
-            left_L = np.delete(left_L, best)
-        order += left_L.tolist()
-    return np.asarray(order, np.intp)
 
 
 def _class_folders(parent: Path) -> dict[str, Path]:

@@ -14,12 +14,11 @@ import pytest
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy_service.labelling.label.folders import (
     LEASE_SECONDS,
-    MAX_SPREAD,
     GoneError,
     LabelFolders,
     check_class_name,
-    order_by_value,
 )
+from sopdeploy_service.labelling.label.order import MAX_SPREAD, order_by_value
 from tests.service.labelling.label.conftest import LABELS, files_below
 
 

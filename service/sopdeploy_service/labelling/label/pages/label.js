@@ -111,10 +111,16 @@ function load(id) {
   return urls.get(id);
 }
 
-/** Button that selects the photograph `id`. */
-function thumbnail(id, place) {
+/** Image of the photograph `id`, as soon as it is loaded. */
+function picture(id) {
   const image = make("img", { alt: "" });
   void load(id).then((url) => { image.src = url; });
+  return image;
+}
+
+/** Button that selects the photograph `id`. */
+function thumbnail(id, place) {
+  const image = picture(id);
   const button = make("button", { type: "button", "aria-label": `Photograph ${place + 1}`, "aria-pressed": "false" }, image);
   button.addEventListener("click", (event) => toggle(place, event.shiftKey));
   return button;
@@ -170,8 +176,7 @@ function chooseGrid(name) {
 
 /** Button of the photograph `id` in the grid: pressed if it is of the class. */
 function cell(id, place) {
-  const image = make("img", { alt: "" });
-  void load(id).then((url) => { image.src = url; });
+  const image = picture(id);
   const button = make("button", { type: "button", "aria-label": `Photograph ${place + 1}`, "aria-pressed": "true" }, image);
   button.addEventListener("click", () => {
     if (!grid.others.delete(id)) grid.others.add(id);
@@ -210,8 +215,7 @@ function showLabelled({ photographs, classes }) {
 
 /** Button of a photograph with its label: pressed if the label is wrong. */
 function labelledCell({ id, name, held_out: isHeldOut }) {
-  const image = make("img", { alt: "" });
-  void load(id).then((url) => { image.src = url; });
+  const image = picture(id);
   const label = make("bdi", {}, name ?? "Not one of ours");
   const button = make("button", { type: "button", "aria-pressed": "false", title: isHeldOut ? "Held out from training" : "" }, image, label);
   button.addEventListener("click", () => {
@@ -287,12 +291,11 @@ document.addEventListener("keydown", (event) => {
   if (event.target.matches("input") || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   const key = event.key.toLowerCase();
   const place = KEYS.indexOf(key);
-  const isGrid = !byId("grid").hidden;
-  const isLabelled = !byId("labelled").hidden;
-  const shown = isGrid ? event.target.closest(".cells button")?.firstChild : isLabelled ? event.target.closest(".labelled button")?.firstChild : byId("photo");
+  const isOne = !byId("main").hidden; // not a view of many photographs
+  const shown = isOne ? byId("photo") : event.target.closest(".cells button, .labelled button")?.firstChild;
   if (key === "z" && shown) enlarge(shown.src);
-  else if (key === "g") byId(isGrid ? "one-by-one" : "as-grid").click();
-  else if (isGrid || isLabelled) return; // the other keys are about one photograph
+  else if (key === "g") byId(byId("grid").hidden ? "as-grid" : "one-by-one").click();
+  else if (!isOne) return; // the other keys are about one photograph
   else if (key === "n") byId("name").focus();
   else if (key === "x") label("unknown");
   else if (key === "s") label("skip");
