@@ -77,7 +77,7 @@ def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray
             small, both_ways[:, searched]
         )
 
-    # Of both ways: equal frames correlate equally, a part with what contains it less
+    # Equal frames correlate equally in both ways; a part correlates less with what contains it.
     is_start = _select_best(np.tile(np.arange(num_pairs), 2), correlations, MAX_STARTS)
     row, rank = np.nonzero(is_start)
     matrix = matrices[row, rank]

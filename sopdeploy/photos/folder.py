@@ -701,8 +701,8 @@ def open_unknown(root: Path) -> UnknownImages:
     images = open_any_images(root)
     paths = [images.path(index) for index in range(len(images))]
 
-    # An ID as its name tells a kept photograph; those in `SAMPLE_FOLDER` were drawn whatever
-    # their scores.
+    # A kept photograph has an ID as its name. Those in `SAMPLE_FOLDER` were drawn whatever their
+    # scores.
     is_unbiased_N = np.array(
         [
             path.parent.name == SAMPLE_FOLDER or not is_kept_photograph(path.name)

@@ -181,7 +181,7 @@ def compare_routes(
     )
     is_decided_P = mark_decided(exact, chosen, floors * noise)
 
-    # Compared are decided images or, rather than none, those with the same route.
+    # The decided images are compared or, if there are none, those with the same route.
     is_compared_P = is_decided_P
     if not is_decided_P.any():
         same = _routes(exact, chosen) == _routes(rounded, chosen)

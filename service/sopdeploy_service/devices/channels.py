@@ -59,13 +59,13 @@ class Channels:
         An engine does if no front end has one to it, a front end that starts if it has none to
         any engine, and one that is ready if it lacks any.
         """
-        # Of an engine. Its channels are those that front ends expect.
+        # The channels of an engine are those that front ends expect.
         if process in self.engines:
             front_ends = [each for each in self.front_ends if process.name in each.expected]
             are_missing = [self._is_missing(each, process) for each in front_ends]
             return bool(are_missing) and all(are_missing)
 
-        # Of a front end.
+        # A front end that serves lacks any; one that starts, only if it has none.
         engines = [engine for engine in self.engines if engine.name in process.expected]
         are_missing = [self._is_missing(process, engine) for engine in engines]
         if process.is_ready:

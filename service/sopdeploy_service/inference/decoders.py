@@ -82,8 +82,8 @@ log = logging.getLogger("sopdeploy.service")
 
 _Result = TypeVar("_Result")
 
-# Images that take turns with those of other groups: of a client, and whether they are slow ones.
-# None: light images, and the server's own requests.
+# Whose images take turns with those of others: a client, and whether its images are slow ones.
+# None is for light images, and for the server's own requests.
 Group: TypeAlias = tuple[str, bool] | None
 
 
