@@ -10,8 +10,8 @@ descriptor remains, every response names its bundle and equals `sopdeploy predic
 bundle, no 5xx. Exit code 1 if a limit is exceeded.
 
 With `--front-ends`, batches run in an engine behind so many front ends. With `--kills`, a
-process is killed or stopped every `KILL_SECONDS`; clients then repeat requests whose connection
-was lost, and images may get 503 `runtime_dead`.
+process is killed or stopped every `KILL_SECONDS`, also before its first report; clients then
+repeat requests whose connection was lost, and images may get 503 `runtime_dead`.
 
     python benchmarks/soak.py --seconds 300
     python benchmarks/soak.py --seconds 7200 --front-ends 2 --kills
@@ -19,6 +19,7 @@ was lost, and images may get 503 `runtime_dead`.
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import os
@@ -46,7 +47,7 @@ from PIL import Image
 
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.decision import softmax
-from sopdeploy.files import move_link
+from sopdeploy.files import atomic_write, move_link
 
 NAME = "soak"
 SIZES = ((16, 16), (97, 61), (500, 375), (1600, 1200))
@@ -54,6 +55,10 @@ CLASSES = 100  # maximum number of compared classes
 FLOOD, REQUESTS = 100, 48
 PAUSE = 0.02
 KILL_SECONDS = 7.0
+NEW_STOPPED = 0.5  # share of the processes that replace a killed one
+KEYS_SECONDS = 5.0  # after a reload, until all processes have the new keys
+KEY_REQUESTS = 5
+REPLACED = '\n[[key]]\nname = "replaced"\n'
 RETRIES = 20  # of a request whose connection was lost
 ROUND_SECONDS = 15.0
 SETTLE_SECONDS = 20.0
@@ -130,15 +135,21 @@ class Scenario:
     labels: Sequence[str]
     link: Path
     bundles: Sequence[Path]
-    killed: int | None = None  # the supervisor whose children are killed
+    pid: int  # of the server
+    keys: Path  # the file with the API keys
+    secret: str  # the key that stays
+    kill: bool = False  # whether children of the server are killed
 
     def client(self) -> httpx.AsyncClient:
-        """Open a client of the server."""
+        """Open a client of the server, with the key that stays."""
         limits = httpx.Limits(max_connections=FLOOD)
         transport = httpx.AsyncHTTPTransport(limits=limits)
-        if self.killed is not None:
+        if self.kill:
             transport = RepeatingTransport(limits=limits)
-        return httpx.AsyncClient(base_url=self.url, timeout=60, transport=transport)
+        headers = {"X-API-Key": self.secret}
+        return httpx.AsyncClient(
+            base_url=self.url, timeout=60, transport=transport, headers=headers
+        )
 
     def draw(self, rng: random.Random, count: int) -> list[tuple[str, bytes]]:
         """Draw valid bodies with their names."""
@@ -162,7 +173,7 @@ class Scenario:
             digest = reply.headers["x-model-digest"]
             self.tally.digests.add(digest)
             for name, probabilities in zip(names, found, strict=True):
-                if not probabilities and self.killed is not None:
+                if not probabilities and self.kill:
                     continue  # an image of a list, whose engine was killed
                 self.tally.compare(kind, probabilities, self.expected[digest][name])
         await asyncio.sleep(PAUSE if reply.status_code == 200 else 0.5)
@@ -288,11 +299,7 @@ async def model_swaps(scenario: Scenario, rng: random.Random) -> None:
             index = (scenario.tally.outcomes["swap", "200"] + 1) % len(scenario.bundles)
             move_link(scenario.link, str(scenario.bundles[index]))
             ready = await client.get(f"/v2/models/{NAME}/ready")
-            code = (
-                "runtime_dead"
-                if scenario.killed is not None and ready.status_code == 503
-                else ""
-            )
+            code = "runtime_dead" if scenario.kill and ready.status_code == 503 else ""
             scenario.tally.note("swap", ready.status_code, code)
 
 
@@ -314,7 +321,10 @@ async def disconnecting(scenario: Scenario, rng: random.Random) -> None:
     while True:
         ((_, body),) = scenario.draw(rng, 1)
         sent = rng.choice((len(body) // 2, len(body)))
-        head = f"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {scenario.secret}\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
         _, writer = await asyncio.open_connection(url.host, url.port)
         writer.write(head.encode() + body[:sent])
         with suppress(ConnectionError):
@@ -349,7 +359,7 @@ async def monitoring(scenario: Scenario, _: random.Random) -> None:
         while True:
             for path in ("/livez", "/readyz", "/metrics", "/info"):
                 status = (await client.get(path)).status_code
-                is_starting = path == "/readyz" and scenario.killed is not None
+                is_starting = path == "/readyz" and scenario.kill
                 scenario.tally.note(
                     path, status, expected=503 if is_starting and status == 503 else 200
                 )
@@ -357,21 +367,59 @@ async def monitoring(scenario: Scenario, _: random.Random) -> None:
 
 
 async def kills(scenario: Scenario, rng: random.Random) -> None:
-    """End or stop a child of the supervisor now and then; a stopped one is killed by the supervisor."""
+    """End or stop a child of the supervisor now and then; a stopped one is killed by the supervisor.
+
+    The process that replaces it is sometimes stopped, too, before its first report.
+    """
+    file = Path(f"/proc/{scenario.pid}/task/{scenario.pid}/children")
     while True:
         await asyncio.sleep(KILL_SECONDS)
-        if scenario.killed is not None:
-            file = Path(f"/proc/{scenario.killed}/task/{scenario.killed}/children")
-            victim = int(rng.choice(file.read_text().split()))
-            number = rng.choice((signal.SIGKILL, signal.SIGSTOP))
+        if not scenario.kill:
+            continue
+
+        before = {*file.read_text().split()}
+        number = rng.choice((signal.SIGKILL, signal.SIGSTOP))
+        with suppress(ProcessLookupError):
+            os.kill(int(rng.choice(sorted(before))), number)
             scenario.tally.note(f"kill {number.name}", 200)
-            with suppress(ProcessLookupError):
-                os.kill(victim, number)
+
+        if number == signal.SIGKILL and rng.random() < NEW_STOPPED:
+            deadline = time.monotonic() + KILL_SECONDS
+            while time.monotonic() < deadline and not {*file.read_text().split()} - before:
+                await asyncio.sleep(0.001)
+            for pid in {*file.read_text().split()} - before:
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGSTOP)
+                    scenario.tally.note("kill SIGSTOP before the first report", 200)
+
+
+async def new_keys(scenario: Scenario, rng: random.Random) -> None:
+    """Replace an API key every few seconds; soon all processes accept the new one, and refuse the old one."""
+    first_tables = scenario.keys.read_text().partition(REPLACED)[0]
+    old = ""
+    while True:
+        # Write the key that stays, and another one; the server reads them at SIGHUP.
+        new = f"sop_{rng.getrandbits(128):x}"
+        sha256 = hashlib.sha256(new.encode()).hexdigest()
+        with atomic_write(scenario.keys) as partial:
+            partial.write_text(f'{first_tables}{REPLACED}sha256 = "{sha256}"\n')
+        os.kill(scenario.pid, signal.SIGHUP)
+
+        # Each request opens a connection, so that it may reach any process.
+        await asyncio.sleep(KEYS_SECONDS)
+        for secret, expected in ((new, 200), (old, 401)):
+            for _ in range(KEY_REQUESTS):
+                async with scenario.client() as client:
+                    headers = {"X-API-Key": secret}
+                    status = (await client.get("/v1/card", headers=headers)).status_code
+                code = "runtime_dead" if scenario.kill and status == 503 else ""
+                scenario.tally.note("key", status, code, expected=expected)
+        old = new
 
 
 MIX: Sequence[Callable[[Scenario, random.Random], Coroutine[Any, Any, None]]] = (
     *[single_images] * 5, forms, json_bodies, inference_protocol, model_swaps, invalid_images,
-    disconnecting, floods, monitoring, kills,
+    disconnecting, floods, monitoring, new_keys, kills,
 )  # fmt: skip
 
 
@@ -410,19 +458,25 @@ class Resources:
 
 
 def read_resources(pid: int) -> Resources:
-    """Sum the resources of the process *pid* and its children; shared memory counts once for each."""
+    """Sum the resources of the process *pid* and its children; shared memory counts once for each.
+
+    A child that ends meanwhile has none.
+    """
     files = Path(f"/proc/{pid}/task").glob("*/children")  # each thread has its own
-    folders = [
-        Path(f"/proc/{found}")
-        for found in (pid, *(p for file in files for p in file.read_text().split()))
-    ]
-    status = [(folder / "status").read_text(encoding="utf-8") for folder in folders]
-    resident, threads = (
-        sum(int(re.findall(rf"^{name}:\s+(\d+)", text, re.M)[0]) for text in status)
-        for name in ("VmRSS", "Threads")
-    )
-    descriptors = sum(len(list((folder / "fd").iterdir())) for folder in folders)
-    return Resources(time.monotonic(), len(folders), resident * 1024, threads, descriptors)
+    children = (child for file in files for child in file.read_text().split())
+    num_processes = resident = threads = descriptors = 0
+    for folder in (Path(f"/proc/{one}") for one in (pid, *children)):
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            status = (folder / "status").read_text(encoding="utf-8")
+            numbers = dict(re.findall(r"^(VmRSS|Threads):\s+(\d+)", status, re.M))
+            if "VmRSS" not in numbers:
+                continue
+
+            descriptors += len(list((folder / "fd").iterdir()))
+            resident += int(numbers["VmRSS"])
+            threads += int(numbers["Threads"])
+            num_processes += 1
+    return Resources(time.monotonic(), num_processes, resident * 1024, threads, descriptors)
 
 
 def is_busy(url: str) -> bool:
@@ -553,14 +607,25 @@ def soak(
     }
     link = folder / "live"
     move_link(link, str(bundles[0]))
-    options = ["--setting", "queue_size=64", "--threads", "1", "--setting", "follow=true"]
+    keys = folder / "keys.toml"
+    secret = sopdeploy("key", "client", "--keys", str(keys)).split()[-1]
+    options = [
+        "--keys",
+        str(keys),
+        "--setting",
+        "queue_size=64",
+        "--threads",
+        "1",
+        "--setting",
+        "follow=true",
+    ]
     options += ["--front-ends", str(front_ends)]
     with serving(f"{NAME}={link}", *options) as (process, url):
 
         def scenario(tally: Tally) -> Scenario:
             return Scenario(
                 url=url, bodies=bodies, expected=expected, tally=tally, classes=classes, labels=labels,
-                link=link, bundles=bundles, killed=process.pid if kill else None,
+                link=link, bundles=bundles, pid=process.pid, keys=keys, secret=secret, kill=kill,
             )  # fmt: skip
 
         rounds(process.pid, scenario(Tally()), warm_up, seed=1)

@@ -1,6 +1,7 @@
 """The answer to a client while no process serves HTTP."""
 
 import asyncio
+import contextlib
 import json
 from http import HTTPStatus
 from typing import cast
@@ -37,7 +38,8 @@ class Refusal(asyncio.Protocol):
         """Send the response as the last one."""
         self.transport = cast(asyncio.Transport, transport)
         self.transport.write(self._response)
-        self.transport.write_eof()
+        with contextlib.suppress(OSError):  # the client has gone
+            self.transport.write_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """Note that the client has closed the connection."""

@@ -60,7 +60,7 @@ from sopdeploy_service.server.lifetime import (
     room_required,
     terminal_is_closed,
 )
-from sopdeploy_service.server.sockets import MAX_PENDING, SPARE, accept_pending, bind, url
+from sopdeploy_service.server.sockets import SPARE, Arrivals, bind, raise_file_limit, url
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 
@@ -87,8 +87,8 @@ def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
         logs.configured(settings),
         bind(settings.host, settings.port) as listener,
     ):
+        raise_file_limit(0)
         devices = list_devices(settings)
-        listener.setblocking(False)
         return asyncio.run(Supervisor(sources, settings, devices, listener).run())
 
 
@@ -106,6 +106,7 @@ class Supervisor:
         self._settings = settings
         self._devices = devices
         self._listener = listener
+        self._arrivals = Arrivals(listener, self._pass_on)
         self._front_ends = list_front_ends(settings)
 
         self._stopping = asyncio.Event()
@@ -375,7 +376,7 @@ class Supervisor:
             process.control = None
 
             process.silent_beats = 0
-            self._resume_accepting()
+            self._pass_on()
 
     def _receive(self, process: Process) -> None:
         """Handle a message of *process*, which is replaced if it may not send it."""
@@ -416,7 +417,7 @@ class Supervisor:
                 self._channels.connect_front_ends(process)
 
     def _handle_status(self, process: Process, status: Status) -> None:
-        """Record the *status* of *process*; open and print the port once all are ready; resume `_accept`."""
+        """Record the *status* of *process*, open and print the port once all are ready, and `_pass_on`."""
         # Record it. A process that is ready now gets its channels.
         was_ready = process.is_ready
         process.record_status(status)
@@ -432,19 +433,13 @@ class Supervisor:
         expected = (*self._devices, *self._front_ends)
         if not self._announced and all(other.is_ready for other in expected):
             self._announced = True
-            self._listener.listen(MAX_PENDING)
+            self._arrivals.open()
 
             with contextlib.suppress(OSError):  # nobody reads it
                 # Each process serves the same bundles.
                 sys.stdout.write(f"ready: {url(self._listener)}  {process.bundles}\n")
                 sys.stdout.flush()
-        self._resume_accepting()
-
-    def _resume_accepting(self) -> None:
-        """Let `_accept` look again, which removes this reader while all processes have enough connections."""
-        # -1: closed at the end of the drain
-        if self._announced and self._listener.fileno() != -1:
-            self._loop.add_reader(self._listener, self._accept)
+        self._pass_on()
 
     def _stop_sending(self, process: Process) -> None:
         """Send nothing more to *process*; the last one of a drain gets the pending connections first."""
@@ -454,53 +449,45 @@ class Supervisor:
             )
 
             if is_last and self._stopping.is_set():
-                self._loop.remove_reader(self._listener)
-                for connection in accept_pending(self._listener):
+                for connection in self._arrivals.close():
                     with connection:
                         process.send(control.CLIENT, b"", connection.fileno())
-                self._listener.close()
 
         self._close_control(process)
 
-    def _accept(self) -> None:
-        """Pass a waiting connection to the least loaded process that takes it; refuse it if there is none."""
-        serving = [
-            process
-            for process in self._servers
-            if process.is_ready and process.control is not None
-        ]
+    def _pass_on(self) -> None:
+        """Pass connections that wait to the least loaded process that takes them; refuse them if there is none."""
+        while self._arrivals:
+            serving = [
+                process
+                for process in self._servers
+                if process.is_ready and process.control is not None
+            ]
 
-        # One that lacks an engine answers fast, with 503; without any other, clients get that.
-        able = [process for process in serving if not process.lacking_beats]
-        accepting = [process for process in able or serving if process.accepts]
+            # One that lacks an engine answers fast, with 503; without any other, clients get that.
+            able = [process for process in serving if not process.lacking_beats]
+            accepting = [process for process in able or serving if process.accepts]
 
-        # Pause until there is room again
-        if len(self._refusals) >= SPARE or (serving and not accepting):
-            self._loop.remove_reader(self._listener)
-            return
+            # They wait until there is room again.
+            if len(self._refusals) >= SPARE or (serving and not accepting):
+                return
 
-        # Accept the connection.
-        try:
-            connection, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionError):  # the client has gone
-            return
-        except OSError:
-            # No free file: the connection still waits, so pause until the next report.
-            self._loop.remove_reader(self._listener)
-            return
+            connection = self._arrivals.take()
+            if connection is None:
+                return
+            if not serving:
+                start_task(self._refusals, self._refuse(connection))
+                continue
 
-        if not serving:
-            start_task(self._refusals, self._refuse(connection))
-            return
-
-        # Pass it on.
-        with connection:
             # Among processes with as many open connections, in turn: the one with the fewest so
             # far.
-            for process in sorted(accepting, key=lambda process: (process.load, process.sent)):
-                if process.send(control.CLIENT, b"", connection.fileno()):
-                    process.sent += 1
-                    return
+            with connection:
+                for process in sorted(
+                    accepting, key=lambda process: (process.load, process.sent)
+                ):
+                    if process.send(control.CLIENT, b"", connection.fileno()):
+                        process.sent += 1
+                        break
 
     async def _refuse(self, connection: socket.socket) -> None:
         """Answer *connection* with 503, and ignore what its client still sends until it closes."""
@@ -510,7 +497,7 @@ class Supervisor:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(refusal.ended.wait(), LINGER_SECONDS)
         refusal.transport.abort()
-        self._resume_accepting()
+        self._pass_on()
 
     async def _replace_failing(self) -> None:
         """Replace each process that cannot work; time in which this process is paused does not count."""

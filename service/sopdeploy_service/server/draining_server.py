@@ -33,7 +33,7 @@ from sopdeploy_service.server.lifetime import (
     follow,
     terminal_is_closed,
 )
-from sopdeploy_service.server.sockets import accept_pending, url
+from sopdeploy_service.server.sockets import Arrivals, url
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 
@@ -41,6 +41,7 @@ LAST_SECONDS = 1.0  # for connections that are open without a request when the p
 _POLL_SECONDS = 0.02
 EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
 BEATS = 100  # the last ten seconds
+BEGUN_AT_ONCE = 16  # connections; one from another address waits for these, not for all
 # threshold of the youngest garbage collector generation; Python's default is 700
 _YOUNG_OBJECTS = 10_000
 
@@ -116,6 +117,9 @@ class DrainingServer(uvicorn.Server):
         self._bundle_reload = Joined(self._reload_bundles)
         self._key_reload = Joined(self._reload_keys)
 
+        self._arrivals: Arrivals | None = None  # of the own port
+        self._beginning: asyncio.Task[None] | None = None  # serves them
+
         self._drain_until: float | None = None
         self._is_draining = False
 
@@ -138,12 +142,9 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the app, open the port and call `on_open`, which prints the `ready` line."""
         self.lifespan = AppLifespan(self._app)  # instead of uvicorn's own
-        try:
-            await super().startup(sockets)
-        except OSError as problem:
-            raise ConfigError(
-                f"cannot listen ({problem.strerror}); choose another port"
-            ) from problem
+        await super().startup([])
+        for listener in sockets or ():
+            self._open_port(listener)
 
         # Follow the signals, the links and the key file that lead to reloads.
         if threading.current_thread() is threading.main_thread():
@@ -159,6 +160,26 @@ class DrainingServer(uvicorn.Server):
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 
+    def _open_port(self, listener: socket.socket) -> None:
+        """Serve the connections of *listener*; raises `ConfigError`."""
+        self._arrivals = Arrivals(listener, self._on_arrival)
+        try:
+            self._arrivals.open()
+        except OSError as problem:
+            raise ConfigError(
+                f"cannot listen ({problem.strerror}); choose another port"
+            ) from problem
+
+    def _on_arrival(self) -> None:
+        if self._beginning is None or self._beginning.done():
+            self._beginning = start_task(self._following, self._begin_all())
+
+    async def _begin_all(self) -> None:
+        """Begin to serve all that have arrived: a few at once, between which others arrive."""
+        while self._arrivals:
+            taken = [self._arrivals.take() for _ in range(BEGUN_AT_ONCE)]
+            await self.serve_connections([one for one in taken if one is not None])
+
     def on_open(self, sockets: Sequence[socket.socket]) -> None:
         """Print that the server is ready on *sockets*."""
         sys.stdout.write(f"ready: {url(sockets[0])}  {self.bundles}\n")
@@ -173,10 +194,11 @@ class DrainingServer(uvicorn.Server):
             app_state=self.lifespan.state,
         )
 
-        for connection in connections:
-            await asyncio.get_running_loop().connect_accepted_socket(
-                create_protocol, connection
-            )
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(
+            *(loop.connect_accepted_socket(create_protocol, one) for one in connections),
+            return_exceptions=True,  # one that cannot be served does not concern the others
+        )
 
     def on_hangup(self) -> None:
         """Drain if the terminal was closed; a SIGHUP that a program sends reloads bundles and keys."""
@@ -241,15 +263,11 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the port and respond to the connections that were pending, unless a runtime has died."""
-        # Accept what the system has accepted already, then close the port.
-        if self._is_draining:  # otherwise a runtime has died, and the process ends at once
-            pending: list[socket.socket] = []
-            for listener in sockets or []:
-                pending += accept_pending(listener)
-
-            for server in self.servers:
-                server.close()
+        """Close the port, respond to the connections that were pending, and end."""
+        # Close the port. Serve what has arrived unless a runtime has died: then the process ends
+        # at once.
+        pending = [] if self._arrivals is None else self._arrivals.close()
+        if self._is_draining:
             await self.serve_connections(pending)
 
             # Give the responses time, until every connection waits for another request.

@@ -1,20 +1,28 @@
-"""Listening sockets and the limit of open files."""
+"""Listening sockets, the order in which their connections are served, and the limit of open files."""
 
+import asyncio
 import contextlib
 import resource
 import socket
+from collections import deque
+from collections.abc import Callable
 
 from sopdeploy.errors import ConfigError
 
 SPARE = 64  # connections over the limit that get a 503 response; further ones are aborted
-MAX_PENDING = 4096  # connections that are not accepted yet; the Linux default
+MAX_PENDING = 4096  # connections that nobody serves yet; the Linux default
+ACCEPTED_AT_ONCE = 64  # so that other events are handled in between
+FILE_SECONDS = 0.1  # without a free file for a connection, until the next attempt
 OTHER_FILES = 64  # bundles, libraries
 # of a connection in the kernel, beside those on the way; its default is megabytes
 UNSENT_BYTES = 131_072
 
 
 def raise_file_limit(num_connections: int) -> None:
-    """Raise the limit of open files for *num_connections*; raises `ConfigError` if this is not possible."""
+    """Raise the limit of open files for *num_connections*, and if possible for `MAX_PENDING` that wait.
+
+    Raises `ConfigError` if the system does not allow the former.
+    """
     needed = num_connections + SPARE + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
@@ -24,8 +32,11 @@ def raise_file_limit(num_connections: int) -> None:
             "lower max_connections or raise `ulimit -n`"
         )
 
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    wanted = needed + MAX_PENDING
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -52,17 +63,95 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def accept_pending(listener: socket.socket) -> list[socket.socket]:
-    """Accept all pending connections of the non-blocking *listener*.
+class Arrivals:
+    """The connections of *listener* that nobody serves yet; the addresses that they come from take turns.
 
-    Call it before closing the listener: the kernel resets the connections that are not accepted
-    by then.
+    The system has one queue. In it, an address that opens connections faster than they are
+    served lets all others wait, probes too; here it lets its own wait. *on_arrival* is called
+    after some were accepted.
     """
-    accepted: list[socket.socket] = []
-    with contextlib.suppress(OSError):  # no pending connection is left, or no file descriptor
-        while len(accepted) < MAX_PENDING:
-            accepted.append(listener.accept()[0])
-    return accepted
+
+    def __init__(self, listener: socket.socket, on_arrival: Callable[[], None]) -> None:
+        self._listener = listener
+        self._on_arrival = on_arrival
+        self._num_waiting = 0
+        # By address; the first one has the next turn. No queue is empty.
+        self._queues: dict[str, deque[socket.socket]] = {}
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    def open(self) -> None:
+        """Listen, and accept connections on the running event loop; raises `OSError`."""
+        self._listener.setblocking(False)
+        self._listener.listen(MAX_PENDING)
+        self._resume()
+
+    def _resume(self) -> None:
+        if self._listener.fileno() != -1:  # it was not closed
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            self.accept(ACCEPTED_AT_ONCE)
+        except OSError:  # no free file: further ones wait in the system's queue
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listener)
+            loop.call_later(FILE_SECONDS, self._resume)
+        self._on_arrival()
+
+    def accept(self, limit: int) -> None:
+        """Accept up to *limit* pending connections.
+
+        Of more than `MAX_PENDING` that wait, the oldest one of the address with most of them is
+        closed. Raises `OSError` without a free file.
+        """
+        for _ in range(limit):
+            try:
+                connection, address = self._listener.accept()
+            except BlockingIOError:  # no pending connection is left
+                return
+            except ConnectionError:  # this client has gone
+                continue
+
+            self._queues.setdefault(str(address[0]), deque()).append(connection)
+            self._num_waiting += 1
+            if self._num_waiting > MAX_PENDING:
+                self._take_of(max(self._queues, key=lambda one: len(self._queues[one]))).close()
+
+    def take(self) -> socket.socket | None:
+        """Take the oldest connection of the address whose turn it is; None if none waits."""
+        if not self._queues:
+            return None
+        address = next(iter(self._queues))
+        connection = self._take_of(address)
+
+        # It is the last one's turn again after all others.
+        if address in self._queues:
+            self._queues[address] = self._queues.pop(address)
+        return connection
+
+    def close(self) -> list[socket.socket]:
+        """Close the port; return all connections that wait, or that the system has accepted.
+
+        The kernel would reset the latter.
+        """
+        asyncio.get_running_loop().remove_reader(self._listener)
+        with contextlib.suppress(OSError):  # no free file
+            self.accept(MAX_PENDING)
+        self._listener.close()
+
+        taken = []
+        while (connection := self.take()) is not None:
+            taken.append(connection)
+        return taken
+
+    def _take_of(self, address: str) -> socket.socket:
+        connection = self._queues[address].popleft()
+        self._num_waiting -= 1
+        if not self._queues[address]:
+            del self._queues[address]
+        return connection
 
 
 def url(listener: socket.socket) -> str:

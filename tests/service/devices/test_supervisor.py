@@ -299,24 +299,6 @@ def test_a_front_end_for_which_no_channel_can_be_made_lacks_it(monkeypatch) -> N
         assert server._lacks(front_end)
 
 
-@pytest.mark.parametrize(
-    "number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ECONNABORTED]
-)
-def test_without_a_free_file_the_port_waits_for_the_next_report(number: int) -> None:
-    def refuse() -> None:
-        raise OSError(number, os.strerror(number))
-
-    listener, paused = SimpleNamespace(accept=refuse), []
-    process = Process("cpu", {}, load_settings(), "cpu", 0)
-    server = supervisor.Supervisor([], load_settings(front_ends=0), [process], listener)
-    server._loop = SimpleNamespace(remove_reader=paused.append)
-    process.reset(SimpleNamespace())
-    process.record_status(Status(0, 0, ""))
-    server._accept()
-    is_of_client = number in {errno.EAGAIN, errno.ECONNABORTED}
-    assert paused == ([] if is_of_client else [listener])
-
-
 def test_a_connection_for_which_a_process_has_no_file_counts_as_received() -> None:
     ours, theirs = control.socket_pair()
     with ours, theirs:

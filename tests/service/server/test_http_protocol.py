@@ -582,7 +582,7 @@ def test_the_kernel_takes_little_for_a_client_that_does_not_read():
 
 
 @pytest.mark.parametrize(
-    ("soft", "hard", "raised"), [(100, 628, 628), (10_000, 10_000, None), (100, -1, 628)]
+    ("soft", "hard", "raised"), [(100, 628, 628), (10_000, 10_000, None), (100, -1, 4724)]
 )
 def test_the_limit_of_open_files_is_raised_for_the_connections(monkeypatch, soft, hard, raised):
     calls = []
