@@ -24,6 +24,7 @@ ORIGINS = {  # values of `allowed_origins`: origins that are allowed, and others
         ["app://.", "chrome-extension://abcdef"],
         ["app://x", "chrome-extension://abcdeg", "app://"],
     ),
+    "file://": (["file://"], ["app://", "null", SHOP]),
     "moz-extension://*": (
         ["moz-extension://3c078156-979c-498b-8990-85f7987dd929"],
         ["chrome-extension://abcdef", SHOP],
