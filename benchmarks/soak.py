@@ -116,7 +116,10 @@ class RepeatingTransport(httpx.AsyncHTTPTransport):
             await asyncio.sleep(0.2)
             if not isinstance(request.stream, httpx.ByteStream):
                 break
-        return httpx.Response(503, json={"code": "runtime_dead"}, request=request)
+        headers = {"x-error-code": "runtime_dead"}
+        return httpx.Response(
+            503, json={"code": "runtime_dead"}, headers=headers, request=request
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,12 +166,7 @@ class Scenario:
         found: Sequence[Probabilities],
     ) -> None:
         """Count *reply*, and compare *found*, its probabilities for the images *names*."""
-        code = (
-            reply.headers.get("x-error-code")
-            or (reply.status_code != 200 and reply.json()["code"])
-            or ""
-        )
-        self.tally.note(kind, reply.status_code, code)
+        self.tally.note(kind, reply.status_code, error_code(reply))
         if reply.status_code == 200:
             digest = reply.headers["x-model-digest"]
             self.tally.digests.add(digest)
@@ -177,6 +175,13 @@ class Scenario:
                     continue  # an image of a list, whose engine was killed
                 self.tally.compare(kind, probabilities, self.expected[digest][name])
         await asyncio.sleep(PAUSE if reply.status_code == 200 else 0.5)
+
+
+def error_code(reply: httpx.Response) -> str:
+    """Read the code of an error; empty for an answer without one."""
+    if "problem+json" in reply.headers.get("content-type", ""):
+        return str(reply.json()["code"])
+    return reply.headers.get("x-error-code", "")
 
 
 def probabilities(reply: httpx.Response) -> list[dict[str, float]]:
@@ -350,7 +355,7 @@ async def floods(scenario: Scenario, rng: random.Random) -> None:
         for reply in replies:
             scenario.tally.note("flood", reply.status_code, reply.json().get("code", ""))
         for page in pages:
-            scenario.tally.note("flood of /metrics", page.status_code)
+            scenario.tally.note("flood of /metrics", page.status_code, error_code(page))
 
 
 async def monitoring(scenario: Scenario, _: random.Random) -> None:
@@ -358,10 +363,14 @@ async def monitoring(scenario: Scenario, _: random.Random) -> None:
     async with scenario.client() as client:
         while True:
             for path in ("/livez", "/readyz", "/metrics", "/info"):
-                status = (await client.get(path)).status_code
+                reply = await client.get(path)
+                status = reply.status_code
                 is_starting = path == "/readyz" and scenario.kill
                 scenario.tally.note(
-                    path, status, expected=503 if is_starting and status == 503 else 200
+                    path,
+                    status,
+                    error_code(reply),
+                    expected=503 if is_starting and status == 503 else 200,
                 )
             await asyncio.sleep(1)
 
