@@ -57,7 +57,11 @@ def predict_one(
     *,
     explain: bool,
 ) -> FilePrediction:
-    """Predict the classes of *image*, in batches of one; one that cannot be used gets an `error`."""
+    """Predict the classes of *image* in batches of one, under the *name* that the prediction shows.
+
+    An image that cannot be used gets an `error`. If *explain*, the prediction has an
+    explanation, for which occluded copies of the image are classified, too.
+    """
     manifest = loaded.bundle.manifest
 
     try:
