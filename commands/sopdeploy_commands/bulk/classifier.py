@@ -76,9 +76,9 @@ class ImageRow(TypedDict, total=False):
     features: NDArray[np.float32]
 
 
-# (H, W, 3), zeros for an image with an error
+# A row, and the pixels (H, W, 3): zeros for an image with an error
 DecodedImage: TypeAlias = tuple[ImageRow, NDArray[np.uint8]]
-OnImages = Callable[[int], None]  # is called with a number of images when they are classified
+OnImages = Callable[[int], None]  # called with the number of images of each classified batch
 
 
 class BatchClassifier:
@@ -137,7 +137,7 @@ class BatchClassifier:
         schema = make_schema(COLUMNS | dict.fromkeys(self._optional, pa.list_(pa.float32())))
         images = (image for part in parts for image in folder.images(part))
 
-        # Yields the images of all parts, in order
+        # `decoded` yields the images of all parts, in order.
         with closing(self._decode_ahead(images)) as decoded:
             for part in parts:
                 # The batches of a part in order: predictions depend on nothing but the part.
@@ -196,7 +196,7 @@ class BatchClassifier:
 
     def _run_batch(self, pixels: list[NDArray[np.uint8]]) -> list[ImageOutputs]:
         """Return the outputs of a batch, which is halved if it fails; raises `RuntimeUnavailableError`."""
-        # Each once
+        # The outputs that the rows need, each once
         names = list({self._bundle.manifest.outputs[0].name, *self._optional.values()})
 
         try:
@@ -204,16 +204,16 @@ class BatchClassifier:
                 lambda images: self._runtime.run(np.stack(images)), pixels, names
             )
             if all(output is INFERENCE_FAILED for output in outputs):
-                # Raises `DeviceLostError` if no image can run
+                # Raises `DeviceLostError` if a blank image fails, too
                 check_device(self._runtime, pixels[0].shape)
         except DeviceLostError as error:
             raise RuntimeUnavailableError(
                 f"the device is lost ({error}); run again to continue"
             ) from error
 
-        # A row records that inference fails on its image, but not a lack of memory, which may
-        # be over in the next run. A smaller batch needs another folder, because the last bits
-        # of results depend on its size.
+        # A row may record that inference fails on its image, but not a lack of memory, which may
+        # be over in the next run. Smaller batches need another folder, because the last bits of
+        # results depend on their size.
         if any(output is OUT_OF_MEMORY for output in outputs):
             raise RuntimeUnavailableError(
                 f"{self._runtime.name} failed on a batch of {len(pixels)}; run again to continue, or choose "
@@ -223,7 +223,10 @@ class BatchClassifier:
         return outputs
 
     def _add_prediction(self, row: ImageRow, output: ImageOutputs) -> None:
-        """Add the prediction to the *row* of an image; the *output* of one with an error is ignored."""
+        """Add the prediction or the error of *output* to the *row* of an image.
+
+        If the row has an error already, *output* is that of zeros, and is ignored.
+        """
         manifest = self._bundle.manifest
         labels = self._bundle.labels
         row["bundle"] = manifest.id

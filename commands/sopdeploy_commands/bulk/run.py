@@ -127,7 +127,7 @@ def classify(
             done += num_images
             on_image(done, total)
 
-        # Parts of earlier runs with the same state stay as they are.
+        # Parts that earlier runs have written stay as they are.
         pending = [part for part, size in enumerate(sizes) if not folder.is_written(part, size)]
         # The images that earlier runs classified
         add_done(total - sum(sizes[part] for part in pending))
