@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sopdeploy.training.start_weights import WeightSource
 
 FOLDER_RECIPE = "photos"
-# Stands for the name of the only network, that of the recipe, if none is chosen
+# Stands for the name of the network if only one is trained, that of the recipe
 RECIPE_NETWORK = ""
 NO_FILES = ("imagenet", "none")  # start weights that are no file
 Changes = Sequence[tuple[str, Any]]  # of a recipe: keys and values
@@ -175,6 +175,7 @@ class RecipeChanges(NamedTuple):
     Attributes:
         source: The recipe, a name or a file; by default that for photos.
         values: Its values; None for those of the run to start from.
+        is_named: Whether the user named the recipe.
         networks: The networks to train by name, with their start weights and the values of `--set`.
         settings: Values of the recipe, also as nested tables, that a Python program gives.
         options: Values of the recipe that other options set, by dotted key.
@@ -210,7 +211,7 @@ def read_changes(
             "not with a recipe, which the run has; omit one of them", setting="from"
         )
 
-    # What the options say of the recipe; the settings come on top.
+    # The values of the recipe that options have names for
     source = recipe or FOLDER_RECIPE
     set_by_options = {
         "project": options.name,
@@ -263,13 +264,13 @@ def read_request(
         if network.weights is not None and network.weights not in NO_FILES:
             start_files[name] = _check_weights(network.weights)
 
-    # The images, unless the recipe says what is read of them
+    # The images. Those of the folder are opened later if the recipe may say what is read of it.
     unknown = None if unknown_folder is None else open_unknown(unknown_folder)
     data_of_folder = None
     if data is not None and changes.values is not None and not changes.is_named:
         data_of_folder = None if changes.changes_data else open_folder(data)
 
-    # The networks, which are torch's
+    # The recipes; from here on, torch is imported.
     from sopdeploy.training.setup import open_images
 
     previous = None if options.from_ is None else read_previous(Path(options.from_))
@@ -287,7 +288,7 @@ def read_request(
 
 
 def _check_weights(weights: str) -> WeightPath:
-    """Check that there is a file of *weights*; raises `WeightsError`."""
+    """Check that *weights* name a weight file; raises `WeightsError`."""
     try:
         return check_is_weights(expand_user(weights))
     except WeightsError as error:
@@ -355,7 +356,7 @@ def configure(
     changed = change_recipe(values or {}, changes, source)
     keys = [key for key, _ in flatten(dict(changes))]
 
-    # The classes of the previous run
+    # With a previous run, margins protect its classes from new ones of few photographs.
     protects = previous is not None and "procedure.margins" not in keys
     if protects and isinstance(changed.procedure, HeadOptions):
         procedure = changed.procedure.model_copy(update={"margins": True})

@@ -160,7 +160,7 @@ def _compare_networks(
 ) -> tuple[NetworkScore, ...]:
     """Measure and cross-validate the networks of *options*; one of the result is `chosen`.
 
-    A warning names those that the weights of the user lack.
+    A warning names the networks that have no file in the user's folder of weights.
     """
     from sopdeploy.training.checkpoints import RunFolder
     from sopdeploy.training.distributed import Strategy, select_device
