@@ -5,8 +5,8 @@
     OUT/_run.json                  what the rows depend on
 
 A file with its final name is complete. Programs that read parquet files from OUT ignore names
-with an underscore, so they read only the rows. A part is a fixed range of the list, so a resumed run writes the same parts as an
-uninterrupted one.
+with an underscore, so they read only the rows. A part is a fixed range of the list, so a
+resumed run writes the same parts as an uninterrupted one.
 
 `RunState` and the columns are format 1: a later version may add optional fields and columns,
 and each file names the version of sopdeploy that wrote it.
