@@ -148,7 +148,7 @@ class RequestContextMiddleware:
             self.service.active_requests -= 1
 
             seconds = time.monotonic() - started
-            # The router adds it to the scope that the app was called with
+            # The router has added it to the scope with which the app was called.
             route = inner.get("route")
             self._record(context, scope["method"], route, status, seconds)
 
