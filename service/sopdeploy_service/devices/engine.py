@@ -130,7 +130,7 @@ class FrontEndChannel(asyncio.Protocol):
         if kind == channel.CANCEL:
             is_slot_free = cancel is not None and cancel()
             if is_slot_free:
-                # Nobody reads it; the front end reuses the slot
+                # Nobody waits for the answer, but it lets the front end use the slot again.
                 self._answer(slot, (), results.CLIENT_GONE)
             return
 
@@ -184,11 +184,11 @@ class FrontEndChannel(asyncio.Protocol):
 
 
 class Engine:
-    """Runs the images of front ends with *registry*, whose bundles are at *sources*, until it may end.
+    """Runs the images of front ends with *registry* until it may end.
 
-    The *supervisor* sends the channels of front ends and gets status reports. A front end may
-    have twice `queue_size` images here: those admitted, and those cancelled while their batch
-    runs.
+    The bundles are at *sources*; a move of one of *links* reloads them. The *supervisor* sends
+    the channels of front ends and gets status reports. A front end may have twice `queue_size`
+    images here: those admitted, and those cancelled while their batch runs.
     """
 
     def __init__(
@@ -242,10 +242,9 @@ class Engine:
 
         # Answer what is left, and give the front ends time to read it.
         is_dead = self.registry.problem is not None
-        # Unless the death of the runtime has answered all images
-        self.registry.close(results.DRAINING)
+        self.registry.close(results.DRAINING)  # a runtime that died has answered all images
 
-        await asyncio.sleep(0)  # `FrontEndChannel._flush`
+        await asyncio.sleep(0)  # lets `FrontEndChannel._flush` run
         for front_end in self.front_ends:
             if front_end.transport is not None:
                 front_end.transport.close()  # after it has sent the last answers

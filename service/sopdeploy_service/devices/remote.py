@@ -181,7 +181,7 @@ class RemoteModel(Model):
     """A model that engines run; *routes* are channels to them, each with the number of the model there."""
 
     def __init__(self, routes: Sequence[tuple[EngineChannel, int]], settings: Settings) -> None:
-        """Describe the model of *routes*, of which there is at least one; the newest channel is the last."""
+        """Describe the model as the last of *routes* does, which is the newest channel; there is at least one."""
         self.routes = routes
         newest, number = routes[-1]
         facts = newest.models[number]
@@ -289,7 +289,9 @@ class RemoteRegistry(Registry):
         async with self._attaching:
             try:
                 new = await asyncio.to_thread(EngineChannel, engine, connection, number)
-            except ChannelError as error:  # it is missing in the next reports
+            except (
+                ChannelError
+            ) as error:  # the supervisor misses the number in the next reports
                 log.warning("no channel to engine %s", error)
                 return
 

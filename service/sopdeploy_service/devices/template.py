@@ -21,11 +21,9 @@ from sopdeploy_service.devices.processes import Child, LaunchConfig
 from sopdeploy_service.server.lifetime import STDERR
 
 MODULE = "sopdeploy_service.devices.device_server"
-# PR_SET_NAME, PR_SET_CHILD_SUBREAPER
-SET_NAME = 15
-SET_SUBREAPER = 36
-# a message: with the launch config and the files of a process
-LAUNCH = b"launch"
+SET_NAME = 15  # PR_SET_NAME
+SET_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
+LAUNCH = b"launch"  # a message, with files: the launch config, and those of the process
 FILES = ("control", "shared", "keys", "limits")  # those of `LaunchConfig`
 LIBC = ctypes.CDLL(None)
 
@@ -66,8 +64,8 @@ class ServerTemplate(templates.TemplateProcess):
 def wait_for_launch() -> LaunchConfig:
     """Fork a process for each message of the supervisor; return in each of them, with its config.
 
-    The socket to the supervisor is the argument of the command line. Exits when the supervisor
-    ends, also while it is stopped.
+    The socket to the supervisor is the argument of the command line. The template ends with the
+    supervisor, even if it is stopped by a signal then.
     """
     templates.end_with_parent(os.getppid())
     LIBC.prctl(SET_NAME, b"template")
