@@ -31,7 +31,7 @@ from sopdeploy_commands.tables import make_schema
 from sopdeploy_service.inference.daemon_threads import running_loop
 from sopdeploy_service.inference.decoders import Decoders
 from sopdeploy_service.inference.loader import largest_batch, load_model
-from sopdeploy_service.inference.model_worker import ImageOutputs, check_device, run_bisected
+from sopdeploy_service.inference.model_worker import OutputsOrError, check_device, run_bisected
 from sopdeploy_service.inference.results import (
     INFERENCE_FAILED,
     OUT_OF_MEMORY,
@@ -194,7 +194,7 @@ class BatchClassifier:
             pixels = np.zeros((rules.crop, rules.crop, 3), np.uint8)
         return row, pixels
 
-    def _run_batch(self, pixels: list[NDArray[np.uint8]]) -> list[ImageOutputs]:
+    def _run_batch(self, pixels: list[NDArray[np.uint8]]) -> list[OutputsOrError]:
         """Return the outputs of a batch, which is halved if it fails; raises `RuntimeUnavailableError`."""
         # The outputs that the rows need, each once
         names = list({self._bundle.manifest.outputs[0].name, *self._optional.values()})
@@ -222,7 +222,7 @@ class BatchClassifier:
 
         return outputs
 
-    def _add_prediction(self, row: ImageRow, output: ImageOutputs) -> None:
+    def _add_prediction(self, row: ImageRow, output: OutputsOrError) -> None:
         """Add the prediction or the error of *output* to the *row* of an image.
 
         If the row has an error already, *output* is that of zeros, and is ignored.
