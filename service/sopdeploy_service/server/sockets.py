@@ -9,7 +9,7 @@ from sopdeploy.errors import ConfigError
 SPARE = 64  # connections over the limit that get a 503 response; further ones are aborted
 MAX_PENDING = 4096  # connections that are not accepted yet; the Linux default
 OTHER_FILES = 64  # bundles, libraries
-# of a connection in the kernel, beside those on the way; its default is megabytes
+# Bytes of a connection that wait in the kernel, beside those on the way; its default is megabytes.
 UNSENT_BYTES = 131_072
 
 
