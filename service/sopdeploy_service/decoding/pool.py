@@ -30,15 +30,14 @@ from sopdeploy_service.templates import START_SECONDS, TemplateProcess
 
 DECODER_MODULE = "sopdeploy_service.decoding.child"
 ERROR_KINDS = range(child.FIRST_ERROR, child.FIRST_ERROR + len(child.ERRORS))
-# of what children write to standard error at once
+# Of what children write to standard error at once, the last ones
 LOGGED_CHARACTERS = 500
 LOG_PAUSE_SECONDS = 0.1
 
-# Why a child ends: one of these (`UNKNOWN`: its template has ended, too) or the name of a
-# signal.
+# Why a child ends: one of these, or the name of a signal.
 TIME = "time"
 WRONG_REPLY = "wrong_reply"
-UNKNOWN = "unknown"
+UNKNOWN = "unknown"  # its template has ended, too, or there was no child
 EXIT = "exit"
 
 log = logging.getLogger("sopdeploy.decoding")

@@ -119,7 +119,7 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
     # Also for other libraries, whose level stays at warning
     logging.getLogger().addHandler(handler)
 
-    is_quiet = settings.log is None and not for_people  # then writes warnings and errors only
+    is_quiet = settings.log is None and not for_people  # then it has warnings and errors only
     level = (
         "warning"
         if is_quiet and settings.log_level in {"debug", "info"}

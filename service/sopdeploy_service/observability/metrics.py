@@ -225,7 +225,7 @@ class Metrics:
         stages: Mapping[str, float],
     ) -> None:
         """Count a request with images that ended after *seconds*; *stages* has those spent in each stage."""
-        # The others are counted per image and batch
+        # The other stages are counted per image and batch.
         for stage in stages.keys() & {"load", "receive"}:
             self.observe_stage(stage, stages[stage])
 

@@ -66,7 +66,7 @@ def load_cuda_libraries(onnxruntime: Any) -> None:
     # Load the provider itself, which shows what it misses.
     capi = Path(onnxruntime.__file__).parent / "capi"
     try:
-        # Has symbols that the provider needs
+        # This library has symbols that the provider needs.
         ctypes.CDLL(str(capi / SHARED), mode=ctypes.RTLD_GLOBAL)
         for library in (str(capi / CUDA_PROVIDER), CUDNN):
             ctypes.CDLL(library, mode=os.RTLD_LAZY)

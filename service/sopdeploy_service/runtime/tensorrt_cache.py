@@ -106,7 +106,7 @@ class EngineKey(StrictModel):
     precision: str
     profiles: Annotated[tuple[Profile, ...], pydantic.Field(min_length=1)]
     via: Literal["onnx", "torch-tensorrt"] = "onnx"  # TensorRT's ONNX parser, or torch-tensorrt
-    # Increased when the lint or the builder flags change what a plan computes.
+    # Increased when `cast_images_first` or the flags of the builder change what a plan computes.
     builder: Literal[1] = 1
 
     @property
