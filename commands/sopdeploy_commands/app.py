@@ -137,11 +137,11 @@ class Commands(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         source, _summary = COMMANDS[name]
         module, _, function = source.partition(":")
-        # Set by `command`
+        # `command` has set this attribute.
         run = getattr(import_module(module, __package__), function).run_command
         app = typer.Typer(add_completion=False, **SETTINGS)
         app.command(ONLY_COMMAND_OF_GROUP.get(name, name), cls=CommandLine)(run)
-        # With a callback, Typer keeps a group of a single command
+        # Typer replaces a group of a single command by the command, unless it has a callback.
         if name in ONLY_COMMAND_OF_GROUP:
             app.callback(help=run.__doc__)(lambda: None)
 

@@ -44,7 +44,7 @@ from sopdeploy_service.settings import Settings
 
 IMAGES_AHEAD = 16  # of each worker
 MAX_WORKERS = 16  # unless more are requested
-# of a row; docs/batch.md
+# The columns of a row; docs/batch.md describes them.
 COLUMNS = {
     "path": pa.string(),
     "sha256": pa.string(),

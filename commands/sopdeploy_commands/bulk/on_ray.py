@@ -100,11 +100,11 @@ class RayClassifier:
     @cached_property
     def state(self) -> RowsState:
         """The `BatchClassifier.state` of one of the machines."""
-        read = ray.remote(**self._resources)(
+        read_state = ray.remote(**self._resources)(
             lambda *arguments: BatchClassifier(*arguments).state
         )
         with errors_of_actors():
-            state: RowsState = ray.get(read.remote(*self._arguments))
+            state: RowsState = ray.get(read_state.remote(*self._arguments))
             return state
 
     def close(self) -> None:

@@ -113,7 +113,7 @@ class OutputFolder:
         """
         with ExitStack() as created:
             with writing(self.path):
-                # Removes what this run created and left empty
+                # This removes the folder at the end if this run created it and left it empty.
                 created.enter_context(new_folder(self.path))
                 try:
                     lock = lock_file(self.path / LOCK)

@@ -129,7 +129,7 @@ def classify(
 
         # Parts that earlier runs have written stay as they are.
         pending = [part for part, size in enumerate(sizes) if not folder.is_written(part, size)]
-        # The images that earlier runs classified
+        # The images that earlier runs have classified count as done.
         add_done(total - sum(sizes[part] for part in pending))
         try:
             if pending:
@@ -139,7 +139,7 @@ def classify(
 
         error_counts = [folder.num_errors(part, size) for part, size in enumerate(sizes)]
 
-    # Now all parts are written
+    # All parts are written, so no count is None.
     num_errors = sum(count for count in error_counts if count is not None)
     rows = folder.path / ROWS_FOLDER
     return Classified(rows=rows, num_images=done, num_errors=num_errors, skipped=dict(skipped))

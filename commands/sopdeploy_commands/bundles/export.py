@@ -290,10 +290,10 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     build = network_builder("network", options.network, options.option)
     network = build()
     loaded = load_weights(network, file, options.weights_key)
-    with prepared(network, logits_key=options.logits_key) as given:
-        admitted = admit(given, preprocess)
+    with prepared(network, logits_key=options.logits_key) as prepared_network:
+        admitted = admit(prepared_network, preprocess)
         if not options.allow_constants:
-            rebuild = checked_builder(build, given, options.logits_key)
+            rebuild = checked_builder(build, prepared_network, options.logits_key)
             check_constants(
                 admitted.trained.trace.program,
                 lambda: trace(rebuild(), preprocess, BatchRange()).program,

@@ -195,9 +195,9 @@ class BundleComparison(StrictModel):
     @property
     def evidence(self) -> str:
         """What these photographs can show, and of which classes they show little, in one line."""
-        shown = 100 * smallest_difference(self.wins, self.losses, self.num_images)
+        points = 100 * smallest_difference(self.wins, self.losses, self.num_images)
 
-        text = f"{amount(self.num_images, 'photograph')} show differences from about {shown:.2g} points"
+        text = f"{amount(self.num_images, 'photograph')} show differences from about {points:.2g} points"
         few = [
             f"{change.num_images} of {change.label}"
             for change in self.classes

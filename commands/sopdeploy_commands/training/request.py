@@ -92,11 +92,11 @@ class TrainOptions(Options):
             raise ConfigError(
                 "not with resume, which continues the network of a run", setting=setting
             )
-        changed = [*changes, *settings.items()]
+        all_changes = [*changes, *settings.items()]
         tables = [
-            value for key, value in changed if key == "model" and isinstance(value, Mapping)
+            value for key, value in all_changes if key == "model" and isinstance(value, Mapping)
         ]
-        if any(key == "model.name" for key, _ in changed) or any(
+        if any(key == "model.name" for key, _ in all_changes) or any(
             "name" in table for table in tables
         ):
             raise ConfigError("not with model.name, the name of one network", setting=setting)
@@ -211,8 +211,9 @@ def read_changes(
             "not with a recipe, which the run has; omit one of them", setting="from"
         )
 
-    # The values of the recipe that options have names for
     source = recipe or FOLDER_RECIPE
+
+    # The values of the recipe that have options of their own
     set_by_options = {
         "project": options.name,
         "data.path": data,
@@ -353,17 +354,17 @@ def configure(
     if weights_of_network is not None:
         changes.append(("start.weights", weights_of_network))
     source = str(request.source)
-    changed = change_recipe(values or {}, changes, source)
+    recipe = change_recipe(values or {}, changes, source)
     keys = [key for key, _ in flatten(dict(changes))]
 
     # With a previous run, margins protect its classes from new ones of few photographs.
     protects = previous is not None and "procedure.margins" not in keys
-    if protects and isinstance(changed.procedure, HeadOptions):
-        procedure = changed.procedure.model_copy(update={"margins": True})
-        changed = changed.model_copy(update={"procedure": procedure})
+    if protects and isinstance(recipe.procedure, HeadOptions):
+        procedure = recipe.procedure.model_copy(update={"margins": True})
+        recipe = recipe.model_copy(update={"procedure": procedure})
 
     # If nobody names the network, the weights determine it.
-    start_weights = None if changed.start is None else changed.start.weights
+    start_weights = None if recipe.start is None else recipe.start.weights
     names_network = request.is_named or previous is not None or "model.name" in keys
     weights: WeightSource | None = start_file
     if not names_network and isinstance(start_weights, Path):
@@ -372,14 +373,14 @@ def configure(
             start_file = check_is_weights(path)
         weights = None if start_file is None else open_weights(start_file)
         if isinstance(weights, WeightFile):
-            name = network_of_weights(weights, changed.model.name)
-            if name != changed.model.name:
-                changed = change_recipe(values or {}, [*changes, ("model.name", name)], source)
+            name = network_of_weights(weights, recipe.model.name)
+            if name != recipe.model.name:
+                recipe = change_recipe(values or {}, [*changes, ("model.name", name)], source)
 
     # A project without a name is called like its data, or like its recipe.
-    if changed.project is None:
-        folder = changed.data_folder
+    if recipe.project is None:
+        folder = recipe.data_folder
         project = "" if folder is None else folder_project(folder)
         project = project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
-        changed = changed.model_copy(update={"project": project})
-    return changed, Given(keys, weights)
+        recipe = recipe.model_copy(update={"project": project})
+    return recipe, Given(keys, weights)
