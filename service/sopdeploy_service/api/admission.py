@@ -413,7 +413,9 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
 
     if context.headers.get("content-encoding", "").strip().lower() not in NO_CODING:
         raise RejectedError(ENCODED)
-    announced = int(context.headers.get("content-length", "0"))  # a chunked body has no length
+    announced_bytes = int(
+        context.headers.get("content-length", "0")
+    )  # a chunked body has no length
 
     pieces: list[bytes] = []
     # Seconds by which the body may still fall behind the minimum rate
@@ -422,7 +424,7 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     while True:
         # Already before the first byte: a client that waits for `100 Continue` must not send a
         # body in vain.
-        service.uploads.check(body, max(0, announced - context.bytes))
+        service.uploads.check(body, max(0, announced_bytes - context.bytes))
 
         # Wait for the next piece, as long as the minimum rate allows.
         began = time.monotonic()

@@ -224,12 +224,12 @@ def open_channel(
     output_bytes = math.ceil(output_bytes / LINE) * LINE
     pixel_bytes = math.ceil(pixel_bytes / LINE) * LINE
 
-    described = json.dumps([model.to_fields() for model in models]).encode()
-    check_size(len(described))
-    check_parts(described)
+    description = json.dumps([model.to_fields() for model in models]).encode()
+    check_size(len(description))
+    check_parts(description)
 
     # The opening has a few bytes, which a new connection takes at once.
-    opening = OPENING.pack(num_slots, output_bytes, pixel_bytes, len(described))
+    opening = OPENING.pack(num_slots, output_bytes, pixel_bytes, len(description))
 
     file = create_memory("sopdeploy-slots", num_slots * (output_bytes + pixel_bytes))
     try:
@@ -238,7 +238,7 @@ def open_channel(
         os.close(file)
         raise
 
-    return Slots(map_memory(file), num_slots, output_bytes, pixel_bytes), described
+    return Slots(map_memory(file), num_slots, output_bytes, pixel_bytes), description
 
 
 def check_size(size: int) -> None:
@@ -282,9 +282,9 @@ def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]
 
     # The models.
     check_size(size)
-    described = receive(connection, size, end)
-    check_parts(described)
-    models = [ModelFacts.from_fields(fields) for fields in json.loads(described)]
+    description = receive(connection, size, end)
+    check_parts(description)
+    models = [ModelFacts.from_fields(fields) for fields in json.loads(description)]
 
     for model in models:
         needed_outputs, needed_pixels = needed_bytes(model.bundle)

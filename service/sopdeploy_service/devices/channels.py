@@ -33,8 +33,8 @@ class Channels:
                 socket.socketpair(), (engine, front_end), (front_end, engine), strict=True
             ):
                 with end:
-                    described = f"{number} {other.name}".encode()
-                    process.send(control.CHANNEL, described, end.fileno())
+                    description = f"{number} {other.name}".encode()
+                    process.send(control.CHANNEL, description, end.fileno())
 
     def connect_front_ends(self, engine: Process) -> None:
         """Create channels between *engine* and all front ends that run."""

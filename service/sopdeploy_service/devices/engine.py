@@ -289,7 +289,7 @@ class Engine:
         facts = [ModelFacts.describe(model) for model in models]
 
         try:
-            slots, described = channel.open_channel(
+            slots, description = channel.open_channel(
                 connection, facts, 2 * self._settings.queue_size
             )
         except (OSError, ChannelError) as error:
@@ -299,7 +299,7 @@ class Engine:
                 log.error("front end %s: has no channel (%s)", name, reason)
             return
 
-        front_end = FrontEndChannel(name, self, models, slots, described, number)
+        front_end = FrontEndChannel(name, self, models, slots, description, number)
         self.front_ends.add(front_end)
         await asyncio.get_running_loop().connect_accepted_socket(lambda: front_end, connection)
 

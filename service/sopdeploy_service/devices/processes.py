@@ -273,10 +273,10 @@ def list_devices(settings: Settings) -> list[Process]:
 
         # Change the settings for this process.
         changed: dict[str, object] = {"devices": ()}  # the process itself starts no others
-        # "auto" chooses CUDA wherever it is installed
+        # "auto" would choose CUDA wherever it is installed.
         if device == "cpu" and settings.runtime == "auto":
             changed["runtime"] = cpu_runtime()
-        # "auto" would take all cores for one GPU
+        # "auto" would take all cores for the decoders of one device.
         if device != "cpu" and settings.decoders == "auto":
             changed["decoders"] = decoders
 

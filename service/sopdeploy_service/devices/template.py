@@ -36,11 +36,11 @@ class ServerTemplate(templates.TemplateProcess):
 
         Raises `OSError` if the system has no room for it.
         """
-        described = create_memory("sopdeploy-launch", [config.model_dump_json().encode()])
+        config_file = create_memory("sopdeploy-launch", [config.model_dump_json().encode()])
         try:
-            process, code = await asyncio.to_thread(self.ask, LAUNCH, described, *files)
+            process, code = await asyncio.to_thread(self.ask, LAUNCH, config_file, *files)
         finally:
-            os.close(described)
+            os.close(config_file)
 
         if process == 0:
             raise OSError(code, os.strerror(code))
@@ -79,12 +79,12 @@ def wait_for_launch() -> LaunchConfig:
             raise SystemExit(0)
 
         if _fork_orphan(requests):
-            described, *own = files
-            config = LaunchConfig.model_validate_json(read_memory(described))
+            config_file, *own_files = files
+            config = LaunchConfig.model_validate_json(read_memory(config_file))
             LIBC.prctl(SET_NAME, config.name.encode())  # as `ps -o comm` and `top` show it
             os.environ.update(config.variables)
 
-            return config.model_copy(update=dict(zip(FILES, own, strict=False)))
+            return config.model_copy(update=dict(zip(FILES, own_files, strict=False)))
 
         for file in files:
             os.close(file)

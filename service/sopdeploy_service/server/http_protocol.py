@@ -69,24 +69,22 @@ UNKNOWN_CODING = HttpError(
 class Connections:
     """The connections of one server; used on its event loop only.
 
-    `waiting` has those without complete headers, `bodies` those without a complete body,
-    `unread` those whose client does not read; each with the time at which this began. `closing`
-    has those that have their last response and do not count any more. They stay open until the
-    client has read it, or `SPARE` others follow.
+    `open` are all, in the order of their arrival, `idle` those between two requests, in the
+    order in which this began. `waiting` has those without complete headers, the earliest first,
+    `bodies` those without a complete body, `unread` those whose client does not read; each with
+    the time at which this began. `closing` has those that have their last response and do not
+    count any more, the earliest first. They stay open until the client has read it, or `SPARE`
+    others follow. `num_by_address` does not count those of trusted proxies.
     """
 
     settings: Settings
     metrics: Metrics
-    open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by arrival
-    # Ordered by start of idle time
+    open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)
     idle: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)
-    # Ordered by this time
     waiting: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
     bodies: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
     unread: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
-    # Ordered by time of closing
     closing: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)
-    # Without those of trusted proxies
     num_by_address: Counter[str] = field(default_factory=Counter)
 
     def admit(self, connection: "LimitedHttpProtocol") -> HttpError | None:
@@ -110,7 +108,7 @@ class Connections:
         return None
 
     def note_last_response(self, connection: "LimitedHttpProtocol") -> None:
-        """Note that *connection* has its last response; abort the one that has it longest if many have."""
+        """Note that *connection* has its last response; of more than `SPARE`, abort the one that has it longest."""
         for state in (self.idle, self.waiting, self.bodies, self.unread):
             state.pop(connection, None)
 
@@ -298,7 +296,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._error = self._error or _MALFORMED
 
         self._overhead_bytes = max(0, self._overhead_bytes)  # content is no credit for later
-        # With the URL
+        # The headers arrive with the URL.
         limit = MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES
         if self._error is None and self._overhead_bytes > limit:
             self._error = LARGE_HEADERS

@@ -15,17 +15,17 @@ UNSENT_BYTES = 131_072
 
 def raise_file_limit(num_connections: int) -> None:
     """Raise the limit of open files for *num_connections*; raises `ConfigError` if this is not possible."""
-    needed = num_connections + SPARE + OTHER_FILES
+    needed_files = num_connections + SPARE + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    if hard != resource.RLIM_INFINITY and hard < needed_files:
         raise ConfigError(
-            f"max_connections {num_connections}: needs {needed} open files, but the system allows {hard}; "
+            f"max_connections {num_connections}: needs {needed_files} open files, but the system allows {hard}; "
             "lower max_connections or raise `ulimit -n`"
         )
 
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    if soft != resource.RLIM_INFINITY and soft < needed_files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed_files, hard))
 
 
 def bind(host: str, port: int) -> socket.socket:
