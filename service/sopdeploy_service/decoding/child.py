@@ -151,8 +151,10 @@ def restrict(options: ChildOptions) -> str:
     # only read. Only Linux has this file.
     with contextlib.suppress(FileNotFoundError):
         lines = Path("/proc/self/status").read_text().splitlines()
-        used = next(int(line.split()[1]) for line in lines if line.startswith("VmSize:")) * 1024
-        limit = used + options.memory
+        used_bytes = (
+            next(int(line.split()[1]) for line in lines if line.startswith("VmSize:")) * 1024
+        )
+        limit = used_bytes + options.memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     os.nice(options.niceness)
 

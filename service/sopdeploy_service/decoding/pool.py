@@ -163,7 +163,7 @@ class DecoderTemplate(TemplateProcess):
         # Start it without files, secrets and threads, which a fork would lose.
         try:
             process = subprocess.Popen(
-                # -I: ignores the user's site-packages
+                # The option -I ignores the user's site-packages.
                 [sys.executable, "-I", "-c", "\n".join(lines), str(file)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -225,7 +225,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
         self._on_end = on_end
 
         self.process = self._number = 0  # id of the child; number of the last request
-        # None: there is no child, or it has to be replaced
+        # None if there is no child, or if it has to be replaced
         self._transport: asyncio.Transport | None = None
 
         self._reason = ""  # for which the child has to be replaced, if not for its exit code

@@ -392,9 +392,9 @@ def delete_unneeded(traffic: Traffic, keep_seconds: float) -> None:
     """Delete the files that neither the reference nor the window has, and those too old."""
     if traffic.folder is None or not traffic.folder.is_dir():
         return
-    needed = {block.path for block in traffic.blocks}
+    needed_paths = {block.path for block in traffic.blocks}
     for path in list_blocks(traffic.folder, keep_seconds):
-        if path not in needed:
+        if path not in needed_paths:
             path.unlink(missing_ok=True)
 
 

@@ -250,7 +250,10 @@ def _replay_all(
     *,
     thorough: bool,
 ) -> dict[int, Replay]:
-    """Replay *probes* alone and in batches, as `load_model` says; add (images, seconds) to *timings*."""
+    """Replay *probes*; add (images, seconds) of each run to *timings*.
+
+    The first one runs alone, the others in batches; with *thorough*, all run in both ways.
+    """
 
     def timed_run(images: NDArray[np.uint8]) -> Outputs:
         started = time.monotonic()
@@ -258,7 +261,6 @@ def _replay_all(
         timings.append((len(images), time.monotonic() - started))
         return outputs
 
-    # Unless *thorough*, a probe runs once: the first one alone, the others in batches.
     size = min(max_batch, len(probes.images))
     alone = probes
     in_batches = probes

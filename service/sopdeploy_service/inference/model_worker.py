@@ -298,7 +298,7 @@ class LocalModel(Model):
             batches = tuple(self._in_flight)
             started = self._batch_started
 
-            # Without a batch, `check_device` may run
+            # Without a batch in flight, `check_device` may run, on a single image.
             num_images = len(batches[0].images) if batches else 0
             seconds = 0.0 if started is None else time.monotonic() - max(started, resumed)
             limit = self.hang_seconds(num_images)

@@ -107,7 +107,7 @@ class ModelRegistry(Registry):
                     check_trust(bundle, self._settings)
                 else:
                     loaded[name] = await load_in_background(bundle, self._settings)
-                    # If another one cannot be loaded
+                    # Close it if another one cannot be loaded.
                     stack.callback(loaded[name].runtime.close)
             stack.pop_all()
 

@@ -124,7 +124,7 @@ class Metrics:
             *(kind.code for kind in SopdeployError.__subclasses__()),
         ]
 
-        # From 0 on: Prometheus sees no increase in a series that begins at 1
+        # These series begin at 0: Prometheus sees no increase in one that begins at 1.
         for code in codes:
             self.load_failures.labels(code)
 

@@ -31,15 +31,15 @@ def package_folders() -> list[Path]:
     it, such as `cu13`. A folder is left out if earlier ones have all of its libraries.
     """
     folders: list[Path] = []
-    found: set[str] = set()
+    earlier_libraries: set[str] = set()
 
     for packages in sys.path:
         for folder in sorted(Path(packages, "nvidia").glob("*/lib")):
             libraries = {path.name for path in folder.glob("*.so*")}
 
-            if not libraries <= found:
+            if not libraries <= earlier_libraries:
                 folders.append(folder)
-            found |= libraries
+            earlier_libraries |= libraries
     return folders
 
 

@@ -231,11 +231,11 @@ def _describe_differences(key: EngineKey, wanted: Mapping[str, Any]) -> list[str
 
 def read_records(folder: Path) -> list[EngineRecord]:
     """Read every valid record in *folder* that has the name of its key, sorted by file name."""
-    found = []
+    records = []
 
     for path in sorted(folder.glob("*.json")):
         with suppress(OSError, ValueError):
             record = EngineRecord.model_validate_json(read_file(path, MAX_TEXT_BYTES))
             if record.key.name == path.stem:
-                found.append(record)
-    return found
+                records.append(record)
+    return records

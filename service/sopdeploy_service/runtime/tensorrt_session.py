@@ -239,7 +239,7 @@ class BatchBuffer:
         self.host: dict[str, NDArray[Any]] = {}
         self.device: dict[str, int] = {}
         for tensor in tensors:
-            # Only the first size is None
+            # Only the first size, that of the batch, is None.
             sizes = [size for size in tensor.shape[1:] if size is not None]
             shape = (largest, *sizes)
 

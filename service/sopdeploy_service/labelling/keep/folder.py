@@ -431,13 +431,13 @@ def _find_incomplete(folder: Path) -> list[Path]:
 
     Files that no `KeptFolder` wrote are not listed, nor damaged records with their photographs.
     """
-    own = {file for file in folder.iterdir() if _OWN.fullmatch(file.name)}
+    own_files = {file for file in folder.iterdir() if _OWN.fullmatch(file.name)}
 
     def has_partner(file: Path) -> bool:
         suffixes = _SUFFIXES if file.suffix == ".json" else (".json",)
-        return any(file.with_suffix(suffix) in own for suffix in suffixes)
+        return any(file.with_suffix(suffix) in own_files for suffix in suffixes)
 
-    return [file for file in own if file.suffix == PARTIAL or not has_partner(file)]
+    return [file for file in own_files if file.suffix == PARTIAL or not has_partner(file)]
 
 
 def _write(file: Path, content: bytes) -> None:

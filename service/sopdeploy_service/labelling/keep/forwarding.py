@@ -35,10 +35,12 @@ log = logging.getLogger("sopdeploy.keep")
 
 def forward(end: socket.socket, image: bytes, record: KeptRecord) -> bool:
     """Send *image* with its *record*; return whether there was room. Thread-safe."""
-    described = record.model_dump_json().encode()
+    record_json = record.model_dump_json().encode()
 
     try:
-        file = create_memory("sopdeploy-photo", [SIZE.pack(len(described)), described, image])
+        file = create_memory(
+            "sopdeploy-photo", [SIZE.pack(len(record_json)), record_json, image]
+        )
         try:
             socket.send_fds(end, [b"photo"], [file])
         finally:

@@ -19,12 +19,14 @@ def find_repeated(kept: list[Kept]) -> set[str]:
     earlier: list[tuple[float, int]] = []  # times and near hashes
 
     for photo in kept:
-        taken = photo.record.time.timestamp()
+        taken_at = photo.record.time.timestamp()
         near_hash = int(photo.record.near_hash, 16)
-        earlier = [(time, other) for time, other in earlier if time >= taken - OBJECT_SECONDS]
+        earlier = [
+            (time, other) for time, other in earlier if time >= taken_at - OBJECT_SECONDS
+        ]
         if any((near_hash ^ other).bit_count() <= OBJECT_BITS for _, other in earlier):
             repeated.add(photo.path.name)
-        earlier.append((taken, near_hash))
+        earlier.append((taken_at, near_hash))
 
     return repeated
 
