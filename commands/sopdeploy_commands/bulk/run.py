@@ -185,7 +185,7 @@ def _classify_to_csv(
         # An image with an error gets its row, too; the others are classified.
         for done, image in enumerate(images, 1):
             try:
-                content = read_listed(image, settings.max_body_bytes + 1)
+                content = read_listed(image, settings.max_body_bytes + 1)  # enough to refuse it
                 prediction = predict_one(loaded, content, image.path, settings, explain=False)
             except ImageError as error:
                 failure = describe_error(HttpError.from_image_error(error))

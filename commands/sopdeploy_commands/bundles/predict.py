@@ -65,7 +65,8 @@ def predict_one(
     manifest = loaded.bundle.manifest
 
     try:
-        # Only files have a limit: an image in memory is there already.
+        # Files and buffers have a limit. An array or PIL image has none: it is encoded here, so the
+        # limit of `decode` is the length of *body* itself.
         body = encode_image(image, limit=settings.max_body_bytes, compress_level=0)
         decoded = decode(
             body,

@@ -159,7 +159,11 @@ def choose_network(
 def select_procedures(
     configured: Mapping[str, tuple[Recipe, Given]], data: Split
 ) -> dict[str, Recipe]:
-    """Return the recipes with the procedure for *data*; raise `ConfigError` if it is not the few-shot procedure."""
+    """Return the recipes with the procedure for *data*.
+
+    Raises `ConfigError` for a network that cannot be cross-validated: all its weights are
+    random, or another procedure than the few-shot one trains it.
+    """
     count = len(data.train)
     recipes = {
         name: select_procedure(recipe, count).recipe for name, (recipe, _) in configured.items()

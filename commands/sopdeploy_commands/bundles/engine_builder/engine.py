@@ -73,7 +73,7 @@ def get_engine(
     if is_via_torch:  # torch-tensorrt builds plans with one profile
         profiles = (cache.Profile(minimum=profiles[0].minimum, maximum=profiles[-1].maximum),)
 
-    # The key names all on which a plan depends: graph, profiles, TensorRT and the GPU.
+    # The key names all on which a plan depends: graph, profiles, converter, TensorRT and the GPU.
     trt = import_tensorrt()
     cuda = open_cuda()
     gpu = cuda.gpu()
