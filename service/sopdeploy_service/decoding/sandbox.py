@@ -146,10 +146,8 @@ def preload() -> None:
 def build_filter(machine: str, process: int, *, threads: bool) -> bytes:
     """Assemble the seccomp filter of *process* on *machine*, `x86_64` or `aarch64`.
 
-    Only with *threads* can the process start some.
-
-    An instruction is (operation, instructions to skip if a comparison holds, to skip if not,
-    operand).
+    Without *threads*, the process cannot start any. An instruction is (operation, number of
+    instructions to skip if a comparison holds, number to skip if not, operand).
     """
     # Kill a process of another architecture: its numbers mean other calls.
     column, architecture = ARCHITECTURES[machine]

@@ -127,6 +127,7 @@ class FrontEndChannel(asyncio.Protocol):
         if self._num_cancellable < 0:
             raise ChannelError("it cancels more images than it has sent")
 
+        # Without `cancel`, the image was answered in the meantime.
         if kind == channel.CANCEL:
             is_slot_free = cancel is not None and cancel()
             if is_slot_free:

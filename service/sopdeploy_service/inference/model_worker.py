@@ -201,7 +201,7 @@ class LocalModel(Model):
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None
 
-        # From here on, used by the thread only, except that the watchdog and `close` read
+        # The following is for the thread only, until it has ended. The watchdog and `close` read
         # `_in_flight` and `_batch_started`.
         self._runtime = runtime
         # The same runtime if it can have two batches in flight.

@@ -128,6 +128,7 @@ class Metrics:
         for code in codes:
             self.load_failures.labels(code)
 
+        # What the server has to do now, and how busy it is.
         self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
         self.runtime_seconds = counter(
             "runtime_seconds", "Busy time of the runtime", ("model",)

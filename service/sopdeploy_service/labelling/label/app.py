@@ -144,7 +144,7 @@ async def guard(
     request: Request,
     call_next: RequestResponseEndpoint,
 ) -> Response:
-    """Handle a request, whose path loses the prefix `root_path`, or refuse it, also if its body is slow."""
+    """Remove the prefix `root_path` from the path of a request, then refuse or handle it; its body must not be slow."""
     full_path = request.scope["path"]
     root_path = settings.root_path
     request.scope["path"] = without_prefix(full_path, root_path)

@@ -525,7 +525,7 @@ def _find_name_problem(name: str, classes: list[str], folders: Collection[str]) 
 def _move_into(folder: Path, source: Path) -> Path:
     """Move the photograph *source* into *folder*, which is made if it is missing; return its new path.
 
-    Raises `OSError`; then nothing has changed.
+    Raises `OSError`; then the photograph is where it was.
     """
     # Photographs of a heap can have equal names.
     targets = (folder / numbered_name(source, number) for number in itertools.count(1))
@@ -537,7 +537,7 @@ def _move_into(folder: Path, source: Path) -> Path:
         _move(source, target)
     finally:
         if is_new_folder:
-            # Only an empty folder is removed: after a move that failed
+            # This removes the folder only if it is empty, as after a move that failed.
             with suppress(OSError):
                 folder.rmdir()
     return target
