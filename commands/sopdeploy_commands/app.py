@@ -16,7 +16,7 @@ ABOUT = "Train an image classifier on a folder of images, export it with a proof
 OUTPUT_CLOSED = 1  # the exit code of Typer and Rich if stdout is closed
 INTERRUPTED = 130  # the exit code after Ctrl-C, as in a shell
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Typer does not export it
-# of every `typer.Typer`
+# Arguments of every `typer.Typer`
 SETTINGS: Any = {
     "rich_markup_mode": None,  # tables of Rich cut the names of options
     "pretty_exceptions_enable": False,
@@ -137,11 +137,11 @@ class Commands(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         source, _summary = COMMANDS[name]
         module, _, function = source.partition(":")
-        # Set by `command`
+        # `command` has set this attribute.
         run = getattr(import_module(module, __package__), function).run_command
         app = typer.Typer(add_completion=False, **SETTINGS)
         app.command(ONLY_COMMAND_OF_GROUP.get(name, name), cls=CommandLine)(run)
-        # With a callback, Typer keeps a group of a single command
+        # Typer replaces a group of a single command by the command, unless it has a callback.
         if name in ONLY_COMMAND_OF_GROUP:
             app.callback(help=run.__doc__)(lambda: None)
 
@@ -232,8 +232,8 @@ def main() -> None:
     Any other failure to write to stdout, such as a full disk, is a user error. If stdout or
     stderr was closed before the start (`>&-`), its output is discarded.
     """
-    # Also stdin: stdout would get its number, and the next file that of stdout, to which
-    # libraries write.
+    # Also stdin: its number would go to the file opened for stdout, and the number of stdout, to
+    # which libraries write, to the next file that is opened.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
@@ -291,9 +291,9 @@ def _to_config_error(error: Any) -> Exception:
     if hasattr(error, "possibilities") and name is not None:
         message = f"No such option: {name}{_suggest_option(name, parameters)}"
     elif name is not None:  # an option without a value, or one that takes none
-        # Not `--help`
+        # Empty for `--help`, which is no parameter of the command
         named = [parameter for parameter in parameters if name in parameter.opts]
-        # The choices of a `Literal`.
+        # The choices, if the parameter is a `Literal`
         choices = get_args(named[0].type_descriptor.annotation) if named else ()
         if choices and all(isinstance(choice, str) for choice in choices):
             message += f", one of {', '.join(choices)}"

@@ -14,7 +14,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.proxies import describe_route, find_proxy
 
 TIMEOUT = 3  # seconds for each step of the request
-# of the response; a network that wants a login sends a page with status 200, too
+# How a response begins: a network that wants a login sends a page with status 200, too
 START = b'{"status"'
 NOT_READY = 1  # Docker reserves every other nonzero exit code of a health check
 

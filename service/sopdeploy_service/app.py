@@ -85,7 +85,7 @@ def create_app(
             keeper.start()
         yield
         if keeper is not None:
-            # Before the service, whose decoders make its copies
+            # The keeper ends before the service, whose decoders make its copies.
             await asyncio.to_thread(keeper.stop)
         await service.stop()
 

@@ -286,22 +286,22 @@ class Settings(StrictModel):
                 f"runtime={self.runtime} uses the CPU; set devices=cpu, or remove it"
             )
 
-        # Bundles under a budget are not reloaded
+        # Bundles under a budget are not reloaded.
         if self.follow and self.memory_budget is not None:
             raise ValueError("follow excludes memory_budget; remove one of them")
 
-        # Engines load all models
+        # Engines load all models.
         if self.front_ends not in {"auto", 0} and self.memory_budget is not None:
             raise ValueError("front_ends excludes memory_budget; remove one of them")
 
-        # Else a request of so many images is never admitted
+        # Otherwise, a request of so many images would never be admitted.
         if self.max_images > self.queue_size:
             sizes = (
                 f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size})"
             )
             raise ValueError(f"{sizes}; lower it")
 
-        # Such a body is never admitted
+        # Such a body would never be admitted.
         if self.max_body_bytes > self.max_upload_bytes * LARGE_BODY_SHARE:
             limit = (
                 f"{100 * LARGE_BODY_SHARE:.1f} % of max_upload_bytes ({self.max_upload_bytes})"
@@ -408,6 +408,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def decoders_per_process(processes: int) -> int:
-    """Return the decoders of each of *processes* without CPU inference: one per core, from 2 to 8."""
-    return max(DECODERS_BESIDE_CPU_INFERENCE, min(MAX_DECODERS, usable_cores() // processes))
+def decoders_per_process(num_processes: int) -> int:
+    """Return how many decoders each of *num_processes* without CPU inference has: one per core, from 2 to 8."""
+    per_core = usable_cores() // num_processes
+    return max(DECODERS_BESIDE_CPU_INFERENCE, min(MAX_DECODERS, per_core))

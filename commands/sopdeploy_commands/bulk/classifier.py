@@ -31,7 +31,7 @@ from sopdeploy_commands.tables import make_schema
 from sopdeploy_service.inference.daemon_threads import running_loop
 from sopdeploy_service.inference.decoders import Decoders
 from sopdeploy_service.inference.loader import largest_batch, load_model
-from sopdeploy_service.inference.model_worker import ImageOutputs, check_device, run_bisected
+from sopdeploy_service.inference.model_worker import OutputsOrError, check_device, run_bisected
 from sopdeploy_service.inference.results import (
     INFERENCE_FAILED,
     OUT_OF_MEMORY,
@@ -44,7 +44,7 @@ from sopdeploy_service.settings import Settings
 
 IMAGES_AHEAD = 16  # of each worker
 MAX_WORKERS = 16  # unless more are requested
-# of a row; docs/batch.md
+# The columns of a row; docs/batch.md describes them.
 COLUMNS = {
     "path": pa.string(),
     "sha256": pa.string(),
@@ -76,9 +76,9 @@ class ImageRow(TypedDict, total=False):
     features: NDArray[np.float32]
 
 
-# (H, W, 3), zeros for an image with an error
+# A row, and the pixels (H, W, 3): zeros for an image with an error
 DecodedImage: TypeAlias = tuple[ImageRow, NDArray[np.uint8]]
-OnImages = Callable[[int], None]  # is called with a number of images when they are classified
+OnImages = Callable[[int], None]  # called with the number of images of each classified batch
 
 
 class BatchClassifier:
@@ -137,7 +137,7 @@ class BatchClassifier:
         schema = make_schema(COLUMNS | dict.fromkeys(self._optional, pa.list_(pa.float32())))
         images = (image for part in parts for image in folder.images(part))
 
-        # Yields the images of all parts, in order
+        # `decoded` yields the images of all parts, in order.
         with closing(self._decode_ahead(images)) as decoded:
             for part in parts:
                 # The batches of a part in order: predictions depend on nothing but the part.
@@ -194,9 +194,9 @@ class BatchClassifier:
             pixels = np.zeros((rules.crop, rules.crop, 3), np.uint8)
         return row, pixels
 
-    def _run_batch(self, pixels: list[NDArray[np.uint8]]) -> list[ImageOutputs]:
+    def _run_batch(self, pixels: list[NDArray[np.uint8]]) -> list[OutputsOrError]:
         """Return the outputs of a batch, which is halved if it fails; raises `RuntimeUnavailableError`."""
-        # Each once
+        # The outputs that the rows need, each once
         names = list({self._bundle.manifest.outputs[0].name, *self._optional.values()})
 
         try:
@@ -204,16 +204,16 @@ class BatchClassifier:
                 lambda images: self._runtime.run(np.stack(images)), pixels, names
             )
             if all(output is INFERENCE_FAILED for output in outputs):
-                # Raises `DeviceLostError` if no image can run
+                # Raises `DeviceLostError` if a blank image fails, too
                 check_device(self._runtime, pixels[0].shape)
         except DeviceLostError as error:
             raise RuntimeUnavailableError(
                 f"the device is lost ({error}); run again to continue"
             ) from error
 
-        # A row records that inference fails on its image, but not a lack of memory, which may
-        # be over in the next run. A smaller batch needs another folder, because the last bits
-        # of results depend on its size.
+        # A row may record that inference fails on its image, but not a lack of memory, which may
+        # be over in the next run. Smaller batches need another folder, because the last bits of
+        # results depend on their size.
         if any(output is OUT_OF_MEMORY for output in outputs):
             raise RuntimeUnavailableError(
                 f"{self._runtime.name} failed on a batch of {len(pixels)}; run again to continue, or choose "
@@ -222,8 +222,11 @@ class BatchClassifier:
 
         return outputs
 
-    def _add_prediction(self, row: ImageRow, output: ImageOutputs) -> None:
-        """Add the prediction to the *row* of an image; the *output* of one with an error is ignored."""
+    def _add_prediction(self, row: ImageRow, output: OutputsOrError) -> None:
+        """Add the prediction or the error of *output* to the *row* of an image.
+
+        If the row has an error already, *output* is that of zeros, and is ignored.
+        """
         manifest = self._bundle.manifest
         labels = self._bundle.labels
         row["bundle"] = manifest.id

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -58,7 +59,7 @@ class PartActor:
             )
 
     def __call__(self, task: dict[str, NDArray[np.int64]]) -> dict[str, list[int]]:
-        """Classify parts, unless a lost actor has written them; return their numbers of images."""
+        """Classify the parts of *task*, but those that a lost actor has written; return the numbers of images."""
         all_sizes = self._folder.sizes()
         sizes = {part: all_sizes[part] for part in task["part"].tolist()}
         missing = [
@@ -99,11 +100,11 @@ class RayClassifier:
     @cached_property
     def state(self) -> RowsState:
         """The `BatchClassifier.state` of one of the machines."""
-        read = ray.remote(**self._resources)(
+        read_state = ray.remote(**self._resources)(
             lambda *arguments: BatchClassifier(*arguments).state
         )
         with errors_of_actors():
-            state: RowsState = ray.get(read.remote(*self._arguments))
+            state: RowsState = ray.get(read_state.remote(*self._arguments))
             return state
 
     def close(self) -> None:
@@ -129,15 +130,14 @@ class RayClassifier:
 
 def _connect(options: ClassifyOptions) -> None:
     """Connect to the Ray cluster of *options* or start one, or raise the error that says why not."""
-    # The options are those of a cluster that is started here.
     address = str(options.ray)
-    new_cluster = {}
+    start_options: dict[str, Any] = {}  # of `ray.init`, for a cluster that starts here
 
     try:
         if options.starts_cluster:
-            # Ray waits for CPUs that it lacks
+            # With fewer CPUs than the actors request, Ray would wait for more without an end.
             requested = (options.actors or 1) * (options.workers or 1)
-            new_cluster = {
+            start_options = {
                 "num_cpus": max(usable_cores(), requested),
                 "include_dashboard": False,
             }
@@ -146,7 +146,7 @@ def _connect(options: ClassifyOptions) -> None:
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
         ray.init(
-            address=address, logging_level=logging.ERROR, log_to_driver=False, **new_cluster
+            address=address, logging_level=logging.ERROR, log_to_driver=False, **start_options
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -160,13 +160,14 @@ def _connect(options: ClassifyOptions) -> None:
 
 @contextmanager
 def errors_of_actors() -> Iterator[None]:
-    """Raise an actor's error of sopdeploy as itself, others as `RuntimeUnavailableError` of one line."""
+    """Raise an error of sopdeploy in an actor as itself, any other as a `RuntimeUnavailableError` of one line."""
     try:
         yield
     except Exception as error:  # Ray's own, or made by it from an actor's
         last_line = str(error).strip().rpartition("\n")[2]
 
-        # Class and message, each after its cause
+        # Class and message of each error of ours. An error follows its cause, so the last one is
+        # that of the actor.
         own_errors = ERROR_OF_ACTOR.findall(str(error))
         class_name, text = (
             own_errors[-1] if own_errors else ("RuntimeUnavailableError", last_line)

@@ -1,12 +1,12 @@
 """The output folder of `sopdeploy classify`: one parquet file per part of the list of images.
 
-    OUT/rows/part-00000.parquet     the rows of the first part; a file with its final name is
-    complete OUT/_list.parquet               all images in the order of the rows, one row group
-    per part OUT/_run.json                   what the rows depend on
+    OUT/rows/part-00000.parquet    the rows of the first part
+    OUT/_list.parquet              all images in the order of the rows, one row group per part
+    OUT/_run.json                  what the rows depend on
 
-Programs that read parquet files from OUT ignore names with an underscore, so they read only the
-rows. A part is a fixed range of the list, so a resumed run writes the same parts as an
-uninterrupted one.
+A file with its final name is complete. Programs that read parquet files from OUT ignore names
+with an underscore, so they read only the rows. A part is a fixed range of the list, so a
+resumed run writes the same parts as an uninterrupted one.
 
 `RunState` and the columns are format 1: a later version may add optional fields and columns,
 and each file names the version of sopdeploy that wrote it.
@@ -87,7 +87,10 @@ class RunState(RowsState):
     images: str
 
     def difference(self, other: "RunState | None") -> str:
-        """Describe the first field but `written_by` that differs in *other*, if any; None differs in all."""
+        """Describe the first field that differs in *other*, or return ""; `written_by` may differ.
+
+        If *other* is None, the first field differs.
+        """
         here = self.model_dump(mode="json", exclude={"written_by"})
         there = {} if other is None else other.model_dump(mode="json")
         name = next((name for name in sorted(here) if there.get(name) != here[name]), None)
@@ -102,14 +105,15 @@ class OutputFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder and reserve it for this process; without `begin`, nothing of it remains.
+        """Create the folder and reserve it for this process in the block.
 
-        Raises `ConfigError` if another process uses it. Without locks, two runs at once write
-        the same rows twice, so a line warns of it.
+        If the block ends without `begin`, what was created is removed again. Raises
+        `ConfigError` if another process uses the folder. If its file system has no locks, a
+        line warns not to start a second run, which would write the same rows again.
         """
         with ExitStack() as created:
             with writing(self.path):
-                # Removes what this run created and left empty
+                # This removes the folder at the end if this run created it and left it empty.
                 created.enter_context(new_folder(self.path))
                 try:
                     lock = lock_file(self.path / LOCK)
@@ -123,8 +127,8 @@ class OutputFolder:
             created.callback(os.close, lock.file)
             created.callback(self._remove_lock_unless_begun)
 
-            # An `OSError` in the caller's block is also one of this folder: reading an image
-            # raises others.
+            # An `OSError` in the caller's block is one of this folder, too: an image that cannot be
+            # read raises other errors.
             with writing(self.path):
                 created.enter_context(new_folder(self.path / ROWS_FOLDER))
                 self._remove_partial(is_locked=not lock.failure)
@@ -136,7 +140,11 @@ class OutputFolder:
             (self.path / LOCK).unlink(missing_ok=True)
 
     def _remove_partial(self, *, is_locked: bool) -> None:
-        """Remove what killed processes left: those of an earlier run, and lost machines of a Ray cluster."""
+        """Remove temporary files of killed processes, also of lost machines of a Ray cluster.
+
+        Unless the folder *is_locked*, another run may still write some of them; then only those
+        are removed whose processes have surely ended.
+        """
         for folder in (self.path, self.path / ROWS_FOLDER):
             remove_leftovers(folder)
         for name in (LISTING, STATE, f"{ROWS_FOLDER}/part-*.parquet") if is_locked else ():
@@ -148,7 +156,7 @@ class OutputFolder:
     ) -> None:
         """Write the list of *images* in parts of *part_images*, and *state*.
 
-        None takes the parts of the run that the folder holds, or those of `PART_IMAGES`.
+        If *part_images* is None, it is that of the run that the folder holds, or `PART_IMAGES`.
         Raises `ConfigError` if the folder belongs to another run: rows of different runs must
         not be mixed.
         """

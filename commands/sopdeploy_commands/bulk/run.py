@@ -127,9 +127,9 @@ def classify(
             done += num_images
             on_image(done, total)
 
-        # Parts of earlier runs with the same state stay as they are.
+        # Parts that earlier runs have written stay as they are.
         pending = [part for part, size in enumerate(sizes) if not folder.is_written(part, size)]
-        # The images that earlier runs classified
+        # The images that earlier runs have classified count as done.
         add_done(total - sum(sizes[part] for part in pending))
         try:
             if pending:
@@ -139,7 +139,7 @@ def classify(
 
         error_counts = [folder.num_errors(part, size) for part, size in enumerate(sizes)]
 
-    # Now all parts are written
+    # All parts are written, so no count is None.
     num_errors = sum(count for count in error_counts if count is not None)
     rows = folder.path / ROWS_FOLDER
     return Classified(rows=rows, num_images=done, num_errors=num_errors, skipped=dict(skipped))
@@ -185,7 +185,7 @@ def _classify_to_csv(
         # An image with an error gets its row, too; the others are classified.
         for done, image in enumerate(images, 1):
             try:
-                content = read_listed(image, settings.max_body_bytes + 1)
+                content = read_listed(image, settings.max_body_bytes + 1)  # enough to refuse it
                 prediction = predict_one(loaded, content, image.path, settings, explain=False)
             except ImageError as error:
                 failure = describe_error(HttpError.from_image_error(error))

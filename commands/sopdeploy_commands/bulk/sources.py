@@ -33,7 +33,7 @@ _TAR_SUFFIX = ".tar"
 _LIST_SUFFIX = ".txt"
 MAX_HEADER_BYTES = 1 << 20  # of an entry of an archive, such as a long name
 MAX_LINE = 65_536  # characters of a list
-# Objects of a store with one suffix, not of an image, whose first bytes are read
+# Objects of a store, with the same suffix, that may turn out to be no images by their first bytes
 MAX_OPENED = 100
 UNKNOWN = -1  # size of an image that is not known before it is read
 
@@ -157,7 +157,7 @@ def _list_store(address: str, skipped: Counter[str]) -> Iterator[ListedImage]:
 
 
 def _is_used(name: str, skipped: Counter[str], read: Callable[[], bytes]) -> bool:
-    """Check whether the visible file *name*, whose first bytes *read* reads, is an image; count others."""
+    """Check whether the visible file *name*, whose first bytes *read* reads, is an image; else count it."""
     if counts_as_image(name, read):
         return True
     skipped[suffix_of(name)] += 1
@@ -165,7 +165,7 @@ def _is_used(name: str, skipped: Counter[str], read: Callable[[], bytes]) -> boo
 
 
 def _read_object_head(store: Any, name: str, skipped: Counter[str]) -> bytes:
-    """Read the first bytes of an object, unless `MAX_OPENED` with its suffix were no images."""
+    """Read the first bytes of an object; none, if `MAX_OPENED` objects with its suffix were no images."""
     return (
         b""
         if skipped[suffix_of(name)] >= MAX_OPENED
@@ -176,14 +176,17 @@ def _read_object_head(store: Any, name: str, skipped: Counter[str]) -> bytes:
 def _describe_file(path: str) -> ListedImage:
     """Look up size and location of the image file *path*; a missing one is no error yet."""
     size = UNKNOWN
-    # The file does not exist, or a line of a list has null bytes
+    # The file may not exist, and a line of a list may have null bytes.
     with suppress(OSError, ValueError):
         size = os.stat(path).st_size  # noqa: PTH116 - `Path` would change the text of a line
     return ListedImage(path=path, location=os.path.abspath(path), size=size)  # noqa: PTH100
 
 
 def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
-    """Yield the images of the archive *name* as if it were a folder with this name."""
+    """Yield the images of the archive *name* as if it were a folder with this name.
+
+    Symbolic links and files with holes are left out. Raises `DataError` for hard links.
+    """
     location = name if _is_address(name) else os.path.abspath(name)  # noqa: PTH100
 
     archive: Any  # its list of members is not part of the typed interface
@@ -195,17 +198,18 @@ def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
     ):
         while (member := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep all members in memory
-            # The next entry: tarfile would read the same ones for ever
+            # A damaged entry leads back to an earlier one; tarfile would read the same ones without
+            # an end.
             if archive.offset <= member.offset:
                 raise ValueError(f"an entry of {member.size} bytes")
 
-            # Folders, hidden entries and files of other formats are passed over.
+            # A file with holes does not have its bytes in one place.
             parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
-            # A file with holes has no bytes in one place.
             is_sparse = member.sparse is not None
             is_whole = member.isreg() and not is_sparse
             read = partial(_read_member_head, file, member) if is_whole else bytes
 
+            # Folders, hidden entries and files of other formats are passed over.
             if not parts or any(map(is_hidden, parts)) or member.isdir():
                 continue
             if not _is_used(parts[-1], skipped, read):

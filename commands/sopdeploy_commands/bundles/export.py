@@ -290,10 +290,10 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     build = network_builder("network", options.network, options.option)
     network = build()
     loaded = load_weights(network, file, options.weights_key)
-    with prepared(network, logits_key=options.logits_key) as given:
-        admitted = admit(given, preprocess)
+    with prepared(network, logits_key=options.logits_key) as prepared_network:
+        admitted = admit(prepared_network, preprocess)
         if not options.allow_constants:
-            rebuild = checked_builder(build, given, options.logits_key)
+            rebuild = checked_builder(build, prepared_network, options.logits_key)
             check_constants(
                 admitted.trained.trace.program,
                 lambda: trace(rebuild(), preprocess, BatchRange()).program,
@@ -301,7 +301,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     unused = admitted.removable
     labels = loaded.labels
     if labels is not None and (len(labels) != admitted.num_classes or label_problem(labels)):
-        labels = None  # those of another network
+        labels = None  # they are those of another network
 
     # The same options as a command that exports without these parts.
     names_file = CLASS_NAMES_FILE if labels is None else None
@@ -343,13 +343,12 @@ def read_preprocess(text: str | None) -> Preprocess:
     try:
         if prefix in CONVENTIONS and (name.isdecimal() or text == prefix):
             return Preprocess.of_convention(prefix, int(name or 224))
+        # These prefixes name rules that a package publishes; any other text is the name of a file.
         if prefix == "timm":
             from sopdeploy.models.timm_networks import import_timm
 
             config = import_timm(name).get_pretrained_cfg(name)
             if config is None:
-                # A prefix names rules that a package publishes; any other text is the name of a
-                # file.
                 raise ValueError("timm publishes no preprocessing for it")
             return Preprocess.from_timm(config.to_dict())
 

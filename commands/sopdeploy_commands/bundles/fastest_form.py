@@ -21,9 +21,8 @@ from sopdeploy_service.runtime.base import OwnRuntime, Runtime
 from sopdeploy_service.settings import Settings
 
 ONE_THREAD = Settings(threads=1)
-# Seconds of all rounds together; the first round is not counted
-MIN_ROUNDS = 4
-ROUND_SECONDS = 1.5
+MIN_ROUNDS = 4  # the first one is not counted
+ROUND_SECONDS = 1.5  # of all rounds together
 SMALLEST_GAIN = 1.1  # less is within the noise of a measurement
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -97,7 +96,7 @@ def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
         for title, runtime in runtimes_on_cpu().items():
             if precision not in runtime.precisions():
                 continue
-            # Not installed, or an operator that it lacks
+            # The runtime is not installed, or lacks an operator.
             with suppress(RuntimeUnavailableError):
                 forms[BundleForm(precision, title)] = runtime(form_bundle, ONE_THREAD)
 
@@ -107,7 +106,7 @@ def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
 
 
 def measure_alternately(runs: Mapping[_Key, Callable[[], object]]) -> dict[_Key, list[float]]:
-    """Measure the processor seconds of each of *runs*, in turn; the first time is not counted."""
+    """Measure the processor seconds of *runs* in rounds, in which each runs once; the first is not counted."""
     times: dict[_Key, list[float]] = {name: [] for name in runs}
     end = time.process_time() + ROUND_SECONDS
     rounds = 0

@@ -57,11 +57,16 @@ def predict_one(
     *,
     explain: bool,
 ) -> FilePrediction:
-    """Predict the classes of *image*, in batches of one; one that cannot be used gets an `error`."""
+    """Predict the classes of *image* in batches of one, under the *name* that the prediction shows.
+
+    An image that cannot be used gets an `error`. If *explain*, the prediction has an
+    explanation, for which occluded copies of the image are classified, too.
+    """
     manifest = loaded.bundle.manifest
 
     try:
-        # Only files have a limit: an image in memory is there already.
+        # Files and buffers have a limit. An array or PIL image has none: it is encoded here, so the
+        # limit of `decode` is the length of *body* itself.
         body = encode_image(image, limit=settings.max_body_bytes, compress_level=0)
         decoded = decode(
             body,

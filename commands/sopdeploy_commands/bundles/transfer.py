@@ -136,7 +136,7 @@ def pull(
     check_takes_output(destination, None)
     with ExitStack() as stack:
         folder = stack.enter_context(staging(destination))
-        # Without a name, so that nobody exchanges it and nothing can stay
+        # A file without a name: nobody can exchange it, and nothing of it can stay.
         with writing(destination):
             archive = stack.enter_context(tempfile.TemporaryFile(dir=destination))
         name = re.sub(r"[^\w.:/@-]", "_", without_password(source))[-200:]  # in messages
@@ -222,7 +222,8 @@ def _check_is_not_older(manifest: Manifest, source: str, destination: Path) -> N
 
     time = manifest.exported_at
     for other in of_project:
-        # The same bundle: a later time in the archive does not make it newer
+        # The bundle is in the folder already: its time there counts, so that a later one in the
+        # archive does not make it newer.
         if other.id == manifest.id:
             time = other.exported_at
 

@@ -38,11 +38,11 @@ RECORDS = ".json", ".skipped"  # beside a kept photograph
 # What a temporary file has after the name of the other file; a file called `.partial` names no
 # other one.
 _PARTIAL_NAME = re.compile(rf"(?<=.)(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}")
-# of `classify`
+# Names in an output folder of `classify`
 LISTING = "_list.parquet"
 STATE = "_run.json"
 ROWS_FOLDER = "rows"
-# Values of columns that cannot be empty.
+# Values of a forgotten row in columns that cannot be empty
 FORGOTTEN = {"path": "forgotten", "location": "forgotten", "offset": 0, "size": 0}
 
 
@@ -129,7 +129,10 @@ def forget(photograph: str, folders: list[Path]) -> Forgotten:
 
 
 def _holds_any(path: Path, texts: list[bytes]) -> bool:
-    """Tell whether the file at *path*, which is not empty, holds one of *texts*; it may be a checkpoint."""
+    """Tell whether the file at *path*, which must not be empty, contains one of *texts*.
+
+    It is mapped instead of read, because it may be as large as a checkpoint.
+    """
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
@@ -150,7 +153,7 @@ def _find_remainders(names: set[str], hashes: set[int]) -> Iterator[Remainder]:
             reason = f"named in {shorten(holding)}"
             yield Remainder(run, reason, shlex.join(["rm", "-r", str(run)]))
 
-    # The record of a bundle may be incomplete, if it was trained on many.
+    # A bundle that was trained on many images has the hashes of some only, so it may be missed.
     for bundle in _subfolders(BUNDLES):
         with suppress(BundleError):
             origin = read_manifest(bundle).origin
@@ -189,7 +192,7 @@ def _delete(traces: "_Traces") -> list[Path]:
             with writing(table):
                 _empty_rows(table, [row.number for row in rows[table]])
 
-    # Then the files, and what an interrupted write has left beside them.
+    # Then the files, and what interrupted writes have left in the searched folders.
     for path in traces.files:
         with writing(path):
             path.unlink(missing_ok=True)
@@ -200,7 +203,10 @@ def _delete(traces: "_Traces") -> list[Path]:
 
 
 class _Traces(NamedTuple):
-    """What remains of a photograph: files, in the order to delete them, rows by table, temporary files."""
+    """What remains of a photograph: files, in the order to delete them, and rows by table.
+
+    `unfinished` are all temporary files of the searched folders, whatever they were to become.
+    """
 
     files: list[Path]
     rows: "dict[Path, list[_TableRow]]"
@@ -243,7 +249,7 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
                 if ids.intersection(read_block(path).identities.tolist()):
                     traces.add(path)
 
-    # Rows of tables; then a name must be that of one photograph.
+    # Rows of tables. A name that was given must be that of one photograph.
     rows = _find_rows(wanted._replace(ids=ids), tables)
     if not wanted.is_file and not ids:
         _check_one_photograph(photograph, images, rows)
@@ -314,7 +320,11 @@ class _Wanted(NamedTuple):
 
 
 class _TableRow(NamedTuple):
-    """A row of a table; a member of an archive has its `location`, and an `offset`, which is never 0."""
+    """A row of a table.
+
+    `location` and `offset` are the file with the bytes of the image and their position in it.
+    The position is 0, except in an archive, where it never is.
+    """
 
     number: int
     path: str
@@ -329,7 +339,7 @@ class _TableRow(NamedTuple):
 
 
 def _final_path(path: Path) -> Path:
-    """Return *path*, for a temporary file that of the file that it would have become."""
+    """Return *path*; for a temporary file, the path of the file that it would have become."""
     return (
         path.with_name(_PARTIAL_NAME.sub("", path.name))
         if path.name.endswith(PARTIAL)
@@ -352,8 +362,8 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Tabl
             output = _output_folder(table)
             listed_rows |= {(output, row.path): row for row in rows}
 
-    # A row that the list has, too, is looked up with the location there; its number stays that
-    # of its own table.
+    # A row of results gets the location of its image from the list; its number stays that of its
+    # own table.
     wanted_rows: dict[Path, list[_TableRow]] = {}
     for table, rows in rows_of_table.items():
         output = _output_folder(table)
@@ -366,15 +376,13 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Tabl
 
 
 def _read_table(table: Path) -> Iterator[_TableRow]:
-    """Yield the rows of *table* that are not forgotten; one of another program or without paths has none."""
+    """Yield the rows of *table* that are not forgotten; none of a table of another program or without paths."""
     import pyarrow.parquet as pq  # of an extra
 
     from sopdeploy_commands.tables import VERSION_KEY
 
     schema = pq.read_schema(table)
-    # Without `number`
-    columns = [name for name in _TableRow._fields[1:] if name in schema.names]
-    # Selected columns keep the key
+    columns = [name for name in _TableRow._fields[1:] if name in schema.names]  # not `number`
     if VERSION_KEY not in (schema.metadata or {}) or "path" not in columns:
         return
 
@@ -409,12 +417,12 @@ def _lock_output(folder: Path, locks: ExitStack) -> None:
 def _check_one_photograph(
     name: str, images: Sequence[Path], rows: dict[Path, list[_TableRow]]
 ) -> None:
-    """Raise `DataError` if *name* is that of photographs with different contents."""
+    """Raise `DataError` if *name* is that of photographs with different contents, of *images* and *rows*."""
     files = {str(path): path for path in images}  # by the path that the message shows
     for row in chain.from_iterable(rows.values()):
         files[row.path] = Path(row.path if row.is_in_archive else row.location)
 
-    # The first path of each, by hash or, if not readable, absolute path
+    # The first path of each photograph, by its hash or, if it cannot be read, by its absolute path
     photographs: dict[str, str] = {}
     for shown_path, file in files.items():
         is_readable = file.is_file() and is_image(file)  # not an archive
@@ -441,7 +449,7 @@ def _check_format(table: Path) -> None:
 
 
 def _empty_rows(table: Path, numbers: Sequence[int]) -> None:
-    """Empty the rows with *numbers* of a table, which keeps their number so that a run can continue."""
+    """Empty the rows *numbers* of *table*, which keeps its number of rows, so that a run can continue."""
     import pyarrow as pa  # of an extra
     import pyarrow.parquet as pq
 
@@ -449,15 +457,14 @@ def _empty_rows(table: Path, numbers: Sequence[int]) -> None:
         schema = file.schema_arrow
         groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
 
-    # Each group of rows is read, emptied and written alone.
     num_before = 0  # rows of earlier groups
     with (
         atomic_write(table) as partial,
         pq.ParquetWriter(partial, schema, compression="zstd") as writer,
     ):
-        # A row keeps its place, and so do the rows of the groups after it.
+        # Row groups stay as they were; every row keeps its place.
         for group in groups:
-            emptied = [
+            emptied = [  # positions in the group
                 number - num_before
                 for number in numbers
                 if 0 <= number - num_before < group.num_rows

@@ -45,8 +45,7 @@ def label(
         print_field("page", url, style="bold green")
 
     settings = load_settings(host=host, port=port)
-    # Returns after Ctrl-C
-    folders = run_label_server(kept, photos, settings, print_page, embed_lazily)
+    folders = run_label_server(kept, photos, settings, print_page, embed_lazily)  # until Ctrl-C
     num_labels = sum(not step.is_skip for step in folders.steps)
     say(f"{num_labels:,} labels")
     if folders.photos.is_dir():

@@ -73,9 +73,9 @@ def compare(
 ) -> BundleComparison:
     """Say whether a bundle is better than another one, not worse, or worse, on the same photographs.
 
-    The recent photographs decide: those that a server kept in the last 14 days, at least 100,
-    and those of others. Training images and near-duplicates are left out; so are folders that
-    are no class of either bundle, with a note.
+    The recent photographs decide: those that a server kept in the 14 days before the newest one,
+    at least the newest 100, and all that no server kept. Training images and near-duplicates
+    are left out; so are folders that are no class of either bundle, with a note.
 
     Example: sopdeploy compare bundles/photos-3f6c01d2a4b7 bundles/latest --data held-out
 
@@ -121,7 +121,7 @@ def compare_loaded(
     anchor: LoadedModel | None = None,
     on_image: Callable[[int, int], None],
 ) -> BundleComparison:
-    """Compare the two bundles of *pair* as `compare` does, after *num_earlier* comparisons.
+    """Compare the two bundles of *pair* as `compare` does, after *num_earlier* comparisons with the first one.
 
     The second one is also compared with the *anchor*, the best bundle that was live before.
     """
@@ -131,7 +131,7 @@ def compare_loaded(
             raise ConfigError(
                 f"{model.bundle.name}: predicts several classes per image; use `sopdeploy eval`"
             )
-    # The best earlier bundle itself loses nothing to it.
+    # A second bundle that is the anchor itself loses nothing to it.
     if anchor is not None and anchor.bundle.manifest.id == pair[1].bundle.manifest.id:
         anchor = None
     models = [*pair] if anchor is None else [*pair, anchor]
@@ -207,7 +207,7 @@ def compare_loaded(
 
 
 def load_anchor(link: Path, settings: Settings) -> LoadedModel | None:
-    """Load the bundle of `read_anchor`; None without one, or if it was deleted."""
+    """Load the bundle that `read_anchor` names; None if it names none, or if the bundle was deleted."""
     anchor = read_anchor(link)
     if anchor is None or not (link.parent / anchor).exists():
         return None
@@ -231,11 +231,12 @@ class Photographs(NamedTuple):
 def _select_photographs(
     data: Path, models: Sequence[LoadedModel], notes: list[str]
 ) -> tuple[Photographs, "LeftOut"]:
-    """Open the photographs in *data* that no bundle of *models* has seen, and say what was left out.
+    """Open the photographs in *data* that no bundle of *models* was trained on; also return what was left out.
 
-    The first two models are the pair. Raises `DataError` if none of a class of both remains.
+    The first two models are the pair. *notes* receives lines about the folder. Raises
+    `DataError` if no recent photograph of a class of both remains.
     """
-    # A target is an index in the labels of both bundles of the pair.
+    # A target is an index in the sorted classes of the pair, which one bundle or both have.
     first_labels, second_labels = (set(model.bundle.labels) for model in models[:2])
     labels = tuple(sorted(first_labels | second_labels))
     all_images = open_evaluation_images(data, labels, other_classes=True, log=notes.append)
@@ -259,7 +260,7 @@ def _select_photographs(
 def _open_different_unknown(folder: Path, notes: list[str]) -> tuple[ImageFiles | None, int]:
     """Open the unknown images in *folder*, one of each group of near-duplicates; count the others.
 
-    None if no image remains.
+    Returns None and 0 if the folder has no image that counts.
     """
     images, note = open_unknown(folder)
     if note:
@@ -305,7 +306,12 @@ def _check(
     second_N: NDArray[np.bool_],
     counted_N: NDArray[np.bool_],
 ) -> Check:
-    """Bound what is lost on the photographs *counted_N*, with *next_rule* at the next attempt."""
+    """Bound by *rule* what the second bundle loses on the photographs that *counted_N* marks.
+
+    *second_N* marks the photographs that the second bundle classifies correctly, *first_N* those
+    of the bundle that it is compared with. `num_more_images` is by *next_rule*, the rule of the
+    next attempt.
+    """
     changes = _count_changes(first_N[counted_N], second_N[counted_N])
     counts = Counts(int(counted_N.sum()), changes["wins"], changes["losses"])
     bound = rule.bound(counts)
@@ -339,10 +345,12 @@ def _decide(checks: Sequence[Check], unknown: Change | None) -> Verdict:
 
 
 def _are_recent(images: ImageFiles) -> NDArray[np.bool_]:
-    """Return the mask (N,) of recent *images*: those of the last `RECENT_DAYS`, at least `MIN_RECENT`.
+    """Return the mask (N,) of recent *images*.
 
-    A label keeps the time of the file, at which a server kept it. The newest one counts as
-    today. Photographs that no server kept have no such time, and are recent.
+    Recent photographs are those that a server kept in the `RECENT_DAYS` before its newest one,
+    but at least the `MIN_RECENT` newest. The time of a kept photograph is that of its file,
+    which does not change when it is labelled. All photographs that no server kept are recent,
+    because their time is not known.
     """
     paths = [images.path(index) for index in range(len(images))]
     is_kept_N = np.array([KEPT_NAME.fullmatch(path.name) is not None for path in paths])
@@ -366,15 +374,15 @@ class LeftOut(TypedDict):
 def _leave_out_seen(
     images: ImageFiles, models: Sequence[LoadedModel], notes: list[str]
 ) -> tuple[ImageFiles, LeftOut]:
-    """Leave out training images of the bundles with their near-duplicates, and copies among the others.
+    """Leave out training images of *models* with their near-duplicates, and copies among the others.
 
     Also returns what was left out. A suspect is a bundle that was trained on some of the
-    images, and whose record is full: it may have seen more of them.
+    images, and whose record is full: it may have been trained on more of them.
     """
     grouped = group_photographs(images)
 
-    # The images that the record of a bundle has. It has the hashes of at most `SAMPLED` training
-    # images; a full one may lack others.
+    # The images whose hashes a bundle has recorded. A record has at most `SAMPLED` hashes; a full
+    # one may lack training images.
     recorded_N = np.zeros(len(images), np.bool_)
     suspects = []
     for model in models:
@@ -436,10 +444,11 @@ def _evaluate(
     settings: Settings,
     on_image: Callable[[], None],
 ) -> Evaluated:
-    """Run a bundle on *photographs* and, if given, on *unknown* images.
+    """Run a bundle, one of the pair or the anchor, on *photographs* and, if given, on *unknown* images.
 
-    The accuracy is that on recent photographs and on all. Those whose classes both bundles have
-    give the log loss and the share of known images.
+    `top1` is the accuracy on the recent photographs, `top1_all` that on all. Log loss and the
+    share of known images are those of the recent photographs whose class both bundles of the
+    pair have.
     """
     bundle = loaded.bundle
     images = photographs.images
@@ -449,15 +458,16 @@ def _evaluate(
         _, known_U = _predict_known(loaded, unknown, settings, on_image)
         rejected_U = ~known_U
 
-    # The names of the answers, and of the right classes. A class has another index in the bundle
-    # than in the labels of the photographs.
+    # Answers and right classes are compared by name: the index of a class in the bundle differs
+    # from that in the labels of the photographs.
     answers_N = [bundle.labels[output] for output in logits_NC.argmax(axis=1)]
     labels_N = [images.labels[target] for target in images.targets]
     right_N = np.array(
         [answer == label for answer, label in zip(answers_N, labels_N, strict=True)]
     )
 
-    # The log loss of K photographs. The anchor may lack a class that both bundles have.
+    # The log loss, of K photographs: those `common` ones whose class this bundle has, too. The
+    # anchor may lack one.
     output_of_label = {label: output for output, label in enumerate(bundle.labels)}
     has_class_N = np.array([label in output_of_label for label in labels_N])
     scored_N = photographs.common & has_class_N
@@ -494,7 +504,7 @@ def _share(mask: NDArray[np.bool_]) -> Rate:
 def _predict_known(
     loaded: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return the logits (N, C) of *images* and the mask (N,) of known ones: all without a threshold."""
+    """Return the logits (N, C) of *images* and the mask (N,) of known ones: all, if the bundle has no threshold."""
     logits = logits_of_images(loaded, images, settings, on_image)
     answers = [loaded.bundle.manifest.rules.answer(row, top_k=1) for row in logits]
     return logits, np.array([answer.known is not False for answer in answers])

@@ -17,8 +17,9 @@ FEW = 5  # photographs of a class, which tell whether it is worse only if nearly
 class BundleScore(StrictModel):
     """Scores of one bundle: accuracy on the recent photographs, `top1`, and on all of them, `top1_all`.
 
-    Log loss and the share of known images are those of recent photographs of classes that both
-    bundles have; `rejected` is that of unknown images, if there are any.
+    `log_loss` and `accepted`, the share of known images, are those of recent photographs whose
+    class both bundles have. `rejected` is the share of unknown images that are rejected, if
+    there are any.
     """
 
     bundle: str
@@ -33,8 +34,8 @@ class BundleScore(StrictModel):
 class Change(StrictModel):
     """Images that only the second bundle answers correctly (`wins`), or only the first (`losses`).
 
-    `p` is McNemar's exact p-value. Of unknown images, a correct answer is that they are
-    unknown; a bundle without a threshold has none.
+    `p` is McNemar's exact p-value. The correct answer for an unknown image is that it is
+    unknown.
     """
 
     wins: int
@@ -59,8 +60,11 @@ class ClassChange(Change):
 class Check(StrictModel):
     """A bound on what the second bundle loses, as fractions: it passes if `low` is at least `limit`.
 
-    `of` are all recent photographs, those of `old` classes, which the first bundle has, or all
-    recent ones compared with the `anchor`, the best bundle that was live before.
+    `of` says what is compared:
+
+    - `all`: with the first bundle, on all recent photographs,
+    - `old`: with the first bundle, on recent photographs of classes that it has,
+    - `anchor`: with the best bundle that was live before, on all recent photographs.
     """
 
     of: Literal["all", "old", "anchor"]
@@ -74,7 +78,7 @@ class Check(StrictModel):
 
     @property
     def passes(self) -> bool:
-        """Whether a difference below the limit is unlikely."""
+        """Whether a difference below `limit` is unlikely."""
         return self.low >= self.limit
 
     @property
@@ -87,7 +91,7 @@ class Check(StrictModel):
         }[self.of]
         if self.num_images < MIN_IMAGES:
             return f"{images}{amount(self.num_images, 'photograph')}, too few"
-        loss = -100 * self.low  # that is not unlikely
+        loss = -100 * self.low  # the largest one that is not unlikely
         limit = -100 * self.limit
         return f"{images}may lose up to {loss:.1f} points, the limit is {limit:.1f}"
 
@@ -104,9 +108,10 @@ class BundleComparison(StrictModel):
     """The second bundle compared with the first on `num_images` recent photographs.
 
     Accuracies and differences are fractions. `classes` are those of the first bundle, `new` and
-    `removed` those of the second or the first bundle only. `num_copies` near-duplicates, those
-    of unknown images included, and `trained_on` training images were left out. `suspects` are
-    bundles some of whose training images were found, but whose record of them is incomplete.
+    `removed` those of the second or the first bundle only. Left out were `num_copies`
+    near-duplicates, also of unknown images, and `trained_on` photographs, the number of training
+    images and their near-duplicates. `suspects` are bundles some of whose training images were
+    found, but whose record of them is incomplete.
     `attempt` counts the comparisons of `promote` with this first bundle, and includes this one.
     `checks` decide; a comparison of before 0.2 has none. `num_more_images` would decide what is
     undecided, in the next attempt. `unknown` is None without unknown images; a second bundle
@@ -190,9 +195,9 @@ class BundleComparison(StrictModel):
     @property
     def evidence(self) -> str:
         """What these photographs can show, and of which classes they show little, in one line."""
-        shown = 100 * smallest_difference(self.wins, self.losses, self.num_images)
+        points = 100 * smallest_difference(self.wins, self.losses, self.num_images)
 
-        text = f"{amount(self.num_images, 'photograph')} show differences from about {shown:.2g} points"
+        text = f"{amount(self.num_images, 'photograph')} show differences from about {points:.2g} points"
         few = [
             f"{change.num_images} of {change.label}"
             for change in self.classes
@@ -213,13 +218,13 @@ def show_comparison(result: BundleComparison) -> None:
         err.print(plain_text(f"warning: {note}"))
 
     # Both bundles.
-    rows = []
+    score_rows = []
     for score in (result.first, result.second):
         interval = f"{percent(score.top1.low)} to {percent(score.top1.high)}"
         shares = (
             percent(rate.share) if rate else "-" for rate in (score.accepted, score.rejected)
         )
-        rows.append(
+        score_rows.append(
             (
                 score.bundle,
                 percent(score.top1.share),
@@ -229,9 +234,12 @@ def show_comparison(result: BundleComparison) -> None:
             )
         )
 
-    print_table(("bundle", "top-1", "95 %", "log loss", "known", "unknown rejected"), rows)
+    print_table(
+        ("bundle", "top-1", "95 %", "log loss", "known", "unknown rejected"), score_rows
+    )
 
-    # The classes of both bundles; p values are corrected for their number.
+    # The classes of the first bundle with recent photographs, also those that the second one
+    # lacks.
     class_rows = []
     for change in result.classes:
         shares = (percent(right / change.num_images) for right in (change.first, change.second))

@@ -33,8 +33,8 @@ class Promotion(StrictModel):
 def read_promotions(link: Path) -> list[Promotion]:
     """Read the recorded moves of *link* and the refused ones, the oldest first.
 
-    Raises `ConfigError` as `read_log` does, and for a line that cannot be read, as one of a later
-    version: each attempt and each move counts.
+    Raises `ConfigError` if the log cannot be read, or one of its records, for example one of a
+    later version: it is not skipped, because each attempt and each move counts.
     """
     promotions = []
 
@@ -82,9 +82,10 @@ def count_comparisons(link: Path) -> int:
 
 
 def read_anchor(link: Path) -> str | None:
-    """Read the best bundle that was live before the one that *link* leads to; None without another one.
+    """Read the best earlier bundle from the record of the last move to the live one, to which *link* leads.
 
-    A bundle that was moved to without a comparison, by force or as the first one, is the best.
+    None if the live bundle is the best. It counts as the best if the move to it was forced or
+    had no comparison.
     """
     live = read_link(link)
     if live is None:

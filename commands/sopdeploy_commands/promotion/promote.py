@@ -123,8 +123,7 @@ def promote(
     if not has_live or data is None:
         return _record_and_move(over, before, after, force or "first bundle", None, manifest)
 
-    # Both bundles on the same photographs, with the best bundle that was ever live as the
-    # anchor.
+    # Both bundles on the same photographs; the new one also with the best earlier bundle.
     live = load_model(over, settings)
     comparison = compare_loaded(
         (live, loaded), data, count_comparisons(over), settings, unknown=unknown,
@@ -133,7 +132,7 @@ def promote(
 
     objections = _list_objections(comparison, live.bundle.manifest.project, manifest.project)
 
-    # A refused promotion is recorded, too: the next comparison counts it as an attempt.
+    # A refused move is recorded, too: the next comparison counts it as an attempt.
     if objections and force is None:
         _record_and_move(
             over, before, after, "; ".join(objections), comparison, manifest, refused=True
@@ -143,7 +142,8 @@ def promote(
             lists={"objections": objections},
         )
 
-    # The anchor of the next comparisons: this bundle, unless an earlier one is better.
+    # The anchor of the next comparisons: this bundle, unless an earlier one is better. A forced
+    # one begins anew.
     anchor = after
     if force is None and before is not None:
         anchor = _best_of(comparison, before, read_anchor(over), after)
@@ -152,7 +152,10 @@ def promote(
 
 
 def _best_of(comparison: BundleComparison, live: str, anchor: str | None, after: str) -> str:
-    """Return *after* or, if it is worse on these photographs, the *anchor*, by default the *live* bundle."""
+    """Return the best bundle: *after*, unless it gets fewer photographs right than the *anchor*.
+
+    If *comparison* has no anchor, the *live* bundle takes its place.
+    """
     checks = {check.of: check for check in comparison.checks}
     if anchor is None or "anchor" not in checks:
         anchor = live
@@ -164,12 +167,12 @@ def _best_of(comparison: BundleComparison, live: str, anchor: str | None, after:
 
 
 def _move_back(link: Path) -> Promotion:
-    """Move *link* back to the bundle before the last promotion of the live one, and record it."""
+    """Move *link* back to the bundle that was live before the last move to the live one, and record it."""
     live = _read_target(link)
     all_moves = [move for move in read_promotions(link) if not move.refused]
     moves = [move for move in all_moves if move.after == live]
 
-    # Oldest first; a first bundle has none
+    # Oldest first; before the first bundle, none was live.
     previous = [move.before for move in moves if move.before]
     if not previous:
         log = link.with_name(LOG)
@@ -178,8 +181,7 @@ def _move_back(link: Path) -> Promotion:
         )
 
     after = target_of(link, link.parent / previous[-1])
-    # Raises an error for a damaged bundle
-    loaded = load_model(link.parent / after, load_settings())
+    loaded = load_model(link.parent / after, load_settings())  # raises for a damaged one
     anchors = [move.anchor for move in all_moves if move.after == after]
     anchor = anchors[-1] if anchors else None
     manifest = loaded.bundle.manifest
@@ -187,7 +189,7 @@ def _move_back(link: Path) -> Promotion:
 
 
 def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
-    """List what speaks against the second bundle, such as another name of its project."""
+    """List what speaks against the second bundle; *old_name* and *new_name* are those of the projects."""
     objections = []
     if not comparison.passes:
         objections.append(comparison.summary)
@@ -266,7 +268,7 @@ def _record_and_move(
                 f"{path}: larger than {MAX_NAMES_BYTES:,} bytes, the limit; move it elsewhere"
             )
 
-        # Its last line is not complete
+        # A process that was killed may have left an incomplete last line.
         is_torn = bool(recorded) and not recorded.endswith(b"\n")
         log.write((b"\n" if is_torn else b"") + move.model_dump_json().encode() + b"\n")
         log.flush()

@@ -117,7 +117,7 @@ def _print_report(report: "DataReport") -> None:
     # What was not counted, and what the user should know.
     if report.passed_over:
         lines.append(describe_skipped(report.passed_over))
-    lines += [*report.notes, *report.classes]  # the latter are problems of class folders
+    lines += [*report.notes, *report.classes]  # `classes` are problems of class folders
     if report.unreadable:
         lines.append(f"{len(report.unreadable)} cannot be read")
     elif report.formats:
@@ -126,7 +126,7 @@ def _print_report(report: "DataReport") -> None:
 
 
 def _duplicate_lines(name: str, content: str, groups: "Sequence[Duplicates]") -> list[str]:
-    """Summarize the *groups* of images and list them, the most harmful ones first."""
+    """Summarize the *groups* of images with equal *content*; list `_MAX_GROUPS`, the most harmful ones first."""
     if not groups:
         return [f"{name}: none"]
 

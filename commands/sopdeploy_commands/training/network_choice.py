@@ -62,7 +62,11 @@ class Speed(NamedTuple):
 
 
 class Validated(NamedTuple):
-    """A score, which of N images are `right` (N,), None with several classes per image, and `groups` (N,)."""
+    """The score of a network in cross-validation, on N images.
+
+    `right` (N,) says which images it classifies correctly; None with several classes per image.
+    `groups` (N,) are equal for images that count as one.
+    """
 
     score: Rate | MeanPrecision
     right: NDArray[np.bool_] | None
@@ -78,11 +82,13 @@ def choose_network(
 ) -> tuple[NetworkScore, ...]:
     """Measure and cross-validate networks; `chosen` is the fastest of the best.
 
-    It sets the threads of torch, and downloads the weights of the networks that need at most
-    *within* milliseconds; only these are cross-validated. *configured* are the recipes by name,
-    with what is known of each run. With *may_skip*, networks whose weights cannot be reached
-    are skipped. Raises `ConfigError` if all networks take longer, or if one would not be
-    trained by the few-shot procedure, and the errors of `fetch_weights`.
+    *configured* are the recipes by name, with what is known of each run. Only networks that
+    need at most *within* milliseconds for an image are cross-validated; their weights are
+    downloaded. With *may_skip*, networks whose weights cannot be reached are skipped. The
+    function also sets the threads of torch.
+
+    Raises `ConfigError` if all networks take longer, or if one would not be trained by the
+    few-shot procedure, and the errors of `fetch_weights`.
     """
     shared, given = next(iter(configured.values()))  # the recipes differ in the network only
     data, _ = given.images or open_images(shared)
@@ -91,7 +97,7 @@ def choose_network(
         # As in the run, which then finds the features in the cache.
         torch.set_num_threads(shared.threads)
     recipes = select_procedures(configured, data)
-    # Before the measurements
+    # Weights that cannot be reached are an error before the measurements.
     reachable = fetch_weights(recipes, callback, may_skip=may_skip, download=False)
     speeds = measure_networks(recipes, len(data.train.labels), callback)
 
@@ -112,9 +118,9 @@ def choose_network(
         raise WeightsError(
             f"the weights of {shorten(fast)}, which are fast enough, cannot be reached"
         )
-    validated = {}
 
     # Cross-validate each; the features stay in the cache for the run with the chosen network.
+    validated = {}
     for name in fetch_weights(candidates, callback, may_skip=may_skip):
         weights = configured[name][1].weights
         try:
@@ -153,7 +159,11 @@ def choose_network(
 def select_procedures(
     configured: Mapping[str, tuple[Recipe, Given]], data: Split
 ) -> dict[str, Recipe]:
-    """Return the recipes with the procedure for *data*; raise `ConfigError` if it does not fit a head."""
+    """Return the recipes with the procedure for *data*.
+
+    Raises `ConfigError` for a network that cannot be cross-validated: all its weights are
+    random, or another procedure than the few-shot one trains it.
+    """
     count = len(data.train)
     recipes = {
         name: select_procedure(recipe, count).recipe for name, (recipe, _) in configured.items()
@@ -174,7 +184,7 @@ def select_procedures(
 
 
 def measure_networks(
-    recipes: Mapping[str, Recipe], classes: int, callback: Callback
+    recipes: Mapping[str, Recipe], num_classes: int, callback: Callback
 ) -> dict[str, Speed]:
     """Export the network of each of *recipes* with random weights; measure its size and time for an image."""
     onnxruntime = import_onnxruntime()
@@ -184,7 +194,7 @@ def measure_networks(
     # Random weights take as long as trained ones, so no weights are needed to measure the time.
     for number, (name, recipe) in enumerate(recipes.items()):
         callback.on_stage(name=f"time of {name}", done=number, total=len(recipes))
-        graphs[name], images[name] = _export_unfitted(recipe, classes)
+        graphs[name], images[name] = _export_unfitted(recipe, num_classes)
 
     def run_alternately() -> dict[str, list[float]]:
         """Measure all graphs in sessions of one thread."""
@@ -211,13 +221,13 @@ def measure_networks(
     }
 
 
-def _export_unfitted(recipe: Recipe, classes: int) -> tuple[bytes, NDArray[np.uint8]]:
+def _export_unfitted(recipe: Recipe, num_classes: int) -> tuple[bytes, NDArray[np.uint8]]:
     """Export the network of *recipe* with random weights to ONNX; return the file and an image of noise."""
     procedure: Any = recipe.procedure
     side = entry(recipe.model.name).image_size
     preprocess = complete_preprocess(recipe, Preprocess(resize=side, crop=side)).preprocess
 
-    model = create_sized(recipe, classes, {})
+    model = create_sized(recipe, num_classes, {})
     network = unfitted_network(recipe, procedure.head, model)
     program = capture_any_batch(network, preprocess, BatchRange())
     graph: bytes = lower(program, output_names(network)).SerializeToString()
@@ -228,11 +238,11 @@ def _export_unfitted(recipe: Recipe, classes: int) -> tuple[bytes, NDArray[np.ui
 def fetch_weights(
     recipes: Mapping[str, Recipe], callback: Callback, *, may_skip: bool, download: bool = True
 ) -> list[str]:
-    """Fetch the published start weights of *recipes*, before any is cross-validated; return the names of all.
+    """Fetch the published start weights of *recipes*; return the names of the networks that have their weights.
 
-    Without *download*, it only asks whether they can be fetched. With *may_skip*, those that
-    cannot be are missing, and a warning names them. Raises `WeightsError` for the first one
-    without *may_skip*, and if none can be fetched.
+    Without *download*, only ask whether they can be fetched. Weights that cannot be fetched
+    raise `WeightsError`. With *may_skip*, their networks are left out instead, and a warning
+    names them; then, `WeightsError` is raised if no network remains.
     """
     problems: dict[str, WeightsError] = {}
 
@@ -249,7 +259,7 @@ def fetch_weights(
     if not problems:
         return list(recipes)
 
-    # Without any weights there is no choice; with some, the built-in list may be shortened.
+    # With *may_skip*, some networks must remain.
     first = next(iter(problems.values())).message
     if len(problems) == len(recipes):
         advice = (
@@ -296,7 +306,11 @@ def score_network(
 
 
 def is_significantly_better(best: Validated, other: Validated) -> bool:
-    """Tell whether *best* is significantly better than *other*, by the interval of their difference."""
+    """Tell whether *best* is significantly better than *other*.
+
+    With one class per image, the interval of their difference must be above 0; otherwise, the
+    score of *other* must be below the interval of *best*.
+    """
     if best.right is None or other.right is None:
         return other.score.value < best.score.low
     first_G = np.unique(best.groups, return_index=True)[1]  # the first image of each group

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sopdeploy.training.start_weights import WeightSource
 
 FOLDER_RECIPE = "photos"
-# Stands for the name of the only network, that of the recipe, if none is chosen
+# Stands for the name of the network if only one is trained, that of the recipe
 RECIPE_NETWORK = ""
 NO_FILES = ("imagenet", "none")  # start weights that are no file
 Changes = Sequence[tuple[str, Any]]  # of a recipe: keys and values
@@ -92,11 +92,11 @@ class TrainOptions(Options):
             raise ConfigError(
                 "not with resume, which continues the network of a run", setting=setting
             )
-        changed = [*changes, *settings.items()]
+        all_changes = [*changes, *settings.items()]
         tables = [
-            value for key, value in changed if key == "model" and isinstance(value, Mapping)
+            value for key, value in all_changes if key == "model" and isinstance(value, Mapping)
         ]
-        if any(key == "model.name" for key, _ in changed) or any(
+        if any(key == "model.name" for key, _ in all_changes) or any(
             "name" in table for table in tables
         ):
             raise ConfigError("not with model.name, the name of one network", setting=setting)
@@ -175,6 +175,7 @@ class RecipeChanges(NamedTuple):
     Attributes:
         source: The recipe, a name or a file; by default that for photos.
         values: Its values; None for those of the run to start from.
+        is_named: Whether the user named the recipe.
         networks: The networks to train by name, with their start weights and the values of `--set`.
         settings: Values of the recipe, also as nested tables, that a Python program gives.
         options: Values of the recipe that other options set, by dotted key.
@@ -210,8 +211,9 @@ def read_changes(
             "not with a recipe, which the run has; omit one of them", setting="from"
         )
 
-    # What the options say of the recipe; the settings come on top.
     source = recipe or FOLDER_RECIPE
+
+    # The values of the recipe that have options of their own
     set_by_options = {
         "project": options.name,
         "data.path": data,
@@ -263,13 +265,13 @@ def read_request(
         if network.weights is not None and network.weights not in NO_FILES:
             start_files[name] = _check_weights(network.weights)
 
-    # The images, unless the recipe says what is read of them
+    # The images. Those of the folder are opened later if the recipe may say what is read of it.
     unknown = None if unknown_folder is None else open_unknown(unknown_folder)
     data_of_folder = None
     if data is not None and changes.values is not None and not changes.is_named:
         data_of_folder = None if changes.changes_data else open_folder(data)
 
-    # The networks, which are torch's
+    # The recipes; from here on, torch is imported.
     from sopdeploy.training.setup import open_images
 
     previous = None if options.from_ is None else read_previous(Path(options.from_))
@@ -287,7 +289,7 @@ def read_request(
 
 
 def _check_weights(weights: str) -> WeightPath:
-    """Check that there is a file of *weights*; raises `WeightsError`."""
+    """Check that *weights* name a weight file; raises `WeightsError`."""
     try:
         return check_is_weights(expand_user(weights))
     except WeightsError as error:
@@ -352,17 +354,17 @@ def configure(
     if weights_of_network is not None:
         changes.append(("start.weights", weights_of_network))
     source = str(request.source)
-    changed = change_recipe(values or {}, changes, source)
+    recipe = change_recipe(values or {}, changes, source)
     keys = [key for key, _ in flatten(dict(changes))]
 
-    # The classes of the previous run
+    # With a previous run, margins protect its classes from new ones of few photographs.
     protects = previous is not None and "procedure.margins" not in keys
-    if protects and isinstance(changed.procedure, HeadOptions):
-        procedure = changed.procedure.model_copy(update={"margins": True})
-        changed = changed.model_copy(update={"procedure": procedure})
+    if protects and isinstance(recipe.procedure, HeadOptions):
+        procedure = recipe.procedure.model_copy(update={"margins": True})
+        recipe = recipe.model_copy(update={"procedure": procedure})
 
     # If nobody names the network, the weights determine it.
-    start_weights = None if changed.start is None else changed.start.weights
+    start_weights = None if recipe.start is None else recipe.start.weights
     names_network = request.is_named or previous is not None or "model.name" in keys
     weights: WeightSource | None = start_file
     if not names_network and isinstance(start_weights, Path):
@@ -371,14 +373,14 @@ def configure(
             start_file = check_is_weights(path)
         weights = None if start_file is None else open_weights(start_file)
         if isinstance(weights, WeightFile):
-            name = network_of_weights(weights, changed.model.name)
-            if name != changed.model.name:
-                changed = change_recipe(values or {}, [*changes, ("model.name", name)], source)
+            name = network_of_weights(weights, recipe.model.name)
+            if name != recipe.model.name:
+                recipe = change_recipe(values or {}, [*changes, ("model.name", name)], source)
 
     # A project without a name is called like its data, or like its recipe.
-    if changed.project is None:
-        folder = changed.data_folder
+    if recipe.project is None:
+        folder = recipe.data_folder
         project = "" if folder is None else folder_project(folder)
         project = project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
-        changed = changed.model_copy(update={"project": project})
-    return changed, Given(keys, weights)
+        recipe = recipe.model_copy(update={"project": project})
+    return recipe, Given(keys, weights)

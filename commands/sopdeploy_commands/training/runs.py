@@ -83,10 +83,9 @@ def runs() -> list[RunRow]:
     from sopdeploy.bundle.folder import list_bundles  # not for `train`, which lists runs, too
 
     row_of_run = _read_runs()
-    # `exported` are the ids of runs with a bundle
     rows = []
-    exported = set()
-    projects = set()
+    exported = set()  # ids of runs with a bundle
+    projects = set()  # whose newest bundle has a row
 
     # A row for each bundle, which knows its run by its id.
     for listed in list_bundles(Path("bundles")):
@@ -95,7 +94,7 @@ def runs() -> list[RunRow]:
         if manifest is not None:
             run_id = "" if manifest.origin is None else manifest.origin.run_id
             exported.add(run_id)
-            # The run may be elsewhere
+            # The run may be elsewhere; then the bundle says what is known of it.
             row = row_of_run.get(run_id, _describe_origin(manifest.origin))
             row = replace(row, project=manifest.project, date=manifest.exported_at)
 
@@ -119,7 +118,7 @@ def runs() -> list[RunRow]:
 
 
 def _read_runs() -> dict[str, RunRow]:
-    """Return the rows of the runs in `runs` by run id; a run without an id or a readable file by its name."""
+    """Return the rows of the runs in `runs` by id, as `read_run` returns them."""
     rows = {}
     for best in sorted(Path("runs").glob("*/best.pt")):
         if best.parent.is_symlink():  # `runs/latest`
@@ -130,7 +129,10 @@ def _read_runs() -> dict[str, RunRow]:
 
 
 def read_run(best: Path) -> tuple[str, RunRow]:
-    """Return the id and the row of the run of the checkpoint *best*; the name, if one cannot be read."""
+    """Return the id and the row of the run of the checkpoint *best*.
+
+    If the checkpoint cannot be read or has no id, the name of its folder takes the place of the id.
+    """
     from sopdeploy.checkpoint import read_checkpoint  # imports torch, which only runs need
     from sopdeploy_export.pack.model_card import training_rows
 

@@ -117,8 +117,8 @@ def train(
 
         # The user's callback, bars on a terminal, or nothing.
         observer: Any = callback or Callback()
-        shown = (err.is_terminal or err.is_jupyter) if progress is None else progress
-        draws_bars = callback is None and shown and is_main_process()
+        shows_progress = (err.is_terminal or err.is_jupyter) if progress is None else progress
+        draws_bars = callback is None and shows_progress and is_main_process()
         if draws_bars:
             observer = stack.enter_context(ProgressBars(err))
 
@@ -160,7 +160,7 @@ def _compare_networks(
 ) -> tuple[NetworkScore, ...]:
     """Measure and cross-validate the networks of *options*; one of the result is `chosen`.
 
-    A warning names those that the weights of the user lack.
+    A warning names the networks that have no file in the user's folder of weights.
     """
     from sopdeploy.training.checkpoints import RunFolder
     from sopdeploy.training.distributed import Strategy, select_device

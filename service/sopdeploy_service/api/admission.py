@@ -128,7 +128,7 @@ class AdmittedRequest:
     async def parse(
         self, parse_body: Callable[[*_Values], _Value], *values: *_Values
     ) -> _Value:
-        """Call *parse_body* with *values* in one of the threads for JSON."""
+        """Call *parse_body* with *values* in one of the threads that parse."""
         async with self.preparing():
             return await asyncio.get_running_loop().run_in_executor(
                 self.service.parsers, parse_body, *values
@@ -152,7 +152,7 @@ class AdmittedRequest:
         context = self.context
         service = self.service
         num_images = len(images) * (IMAGES_PER_MAP if explain else 1)
-        # The parser has checked len(images)
+        # Without *explain*, the parser has checked the number.
         if explain and num_images > service.settings.max_images:
             message = f"with explain=true, an image counts as {IMAGES_PER_MAP}; send fewer, or omit explain"
             raise RejectedError(HttpError("too_many_explained", 422, message))
@@ -163,7 +163,7 @@ class AdmittedRequest:
         context.num_images += num_images
 
         stages = context.stage_seconds
-        # All but the load
+        # All that came before, without the load of the model
         stages["receive"] = time.monotonic() - self.started - stages.get("load", 0.0)
 
         # Run them, unless the client leaves.
@@ -202,12 +202,12 @@ async def admit(
     another per `SMALL_BODY` bytes read, unless the client should send the request again or the
     tokens of its images are spent already.
     """
-    # The deadline holds until the body has arrived.
+    # This deadline holds until the body has arrived, which begins the time for the answer.
     started = time.monotonic()
     service = service_of(request)
     context: RequestContext = request.scope["state"]["context"]
     timeout = timeout_of(context.headers, service.settings.request_timeout)
-    deadline = started + timeout  # until the body has arrived
+    deadline = started + timeout
 
     proxies = service.settings.trusted_proxies
     client = context.key_name or client_address(context.headers, context.peer, proxies)
@@ -218,7 +218,7 @@ async def admit(
     try:
         service.check_admission(model, deadline)
         if context.rate_limit is not None:
-            context.rate_limit.spend(1, check_only=True)  # before the body is read
+            context.rate_limit.spend(1, check_only=True)
 
         with service.registry.use(model), service.uploads.open(client) as body:
             admitted = AdmittedRequest(
@@ -235,7 +235,7 @@ async def admit(
         result = "success"
     except RejectedError as error:
         is_own_fault = error.reason.retry_after is None  # else the client should send it again
-        # These are paid
+        # A request with images has spent their tokens already.
         if context.rate_limit is not None and is_own_fault and not context.num_images:
             context.rate_limit.charge(1 + context.bytes // SMALL_BODY)
         raise
@@ -413,7 +413,9 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
 
     if context.headers.get("content-encoding", "").strip().lower() not in NO_CODING:
         raise RejectedError(ENCODED)
-    announced = int(context.headers.get("content-length", "0"))  # a chunked body has no length
+    announced_bytes = int(
+        context.headers.get("content-length", "0")
+    )  # a chunked body has no length
 
     pieces: list[bytes] = []
     # Seconds by which the body may still fall behind the minimum rate
@@ -422,7 +424,7 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     while True:
         # Already before the first byte: a client that waits for `100 Continue` must not send a
         # body in vain.
-        service.uploads.check(body, max(0, announced - context.bytes))
+        service.uploads.check(body, max(0, announced_bytes - context.bytes))
 
         # Wait for the next piece, as long as the minimum rate allows.
         began = time.monotonic()

@@ -46,7 +46,7 @@ class CertificateSummary(StrictModel):
 
 
 MAX_SHOWN_LABELS = 100
-# Values; a larger one is not summarized: parsing holds up other requests
+# JSON values; a larger certificate is not summarized, because parsing it would hold up other requests.
 MAX_CERTIFICATE_PARTS = 200_000
 DISK_SECONDS = 0.5  # for `/readyz`; probes wait longer
 DISK_HANGS = "the disk of the bundles does not respond; they are served until this process ends"

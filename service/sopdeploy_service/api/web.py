@@ -37,7 +37,7 @@ _ICON = f"data:image/svg+xml;base64,{base64.b64encode(_LOGO.encode()).decode()}"
 MAX_EXAMPLES = 8
 PIECE_BYTES = 1 << 16  # of a response, for one client at a time
 EXAMPLE_SECONDS = 10.0  # for reading one; the disk may hang
-# a file of the owner never runs in this origin
+# Headers of a file of the owner, which never runs in this origin
 _INERT = {
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "X-Content-Type-Options": "nosniff",

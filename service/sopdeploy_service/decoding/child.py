@@ -54,8 +54,9 @@ ERRORS = (
     ("decoder_failed", 500),
 )
 WARNINGS = ("alpha_flattened", "exif_rotated", "first_frame_only", "sixteen_bit_scaled")
-# that the decoder of an ordinary file needs at most, lossless WebP with a rotation
-PIXEL_BYTES = 20
+PIXEL_BYTES = (
+    20  # that the decoder of an ordinary file needs at most: lossless WebP with a rotation
+)
 
 
 class ChildOptions(NamedTuple):
@@ -93,7 +94,7 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
         pixels = decoded.pixels.tobytes()
         bits = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
 
-        # One part wakes the server once
+        # The reply is one part, which wakes the server once.
         return [REPLY.pack(number, PIXELS, bits, len(pixels)) + pixels]
     except ImageError as error:
         # *error* is not kept beyond this block: its traceback holds the memory of the failed decoder.
@@ -150,8 +151,10 @@ def restrict(options: ChildOptions) -> str:
     # only read. Only Linux has this file.
     with contextlib.suppress(FileNotFoundError):
         lines = Path("/proc/self/status").read_text().splitlines()
-        used = next(int(line.split()[1]) for line in lines if line.startswith("VmSize:")) * 1024
-        limit = used + options.memory
+        used_bytes = (
+            next(int(line.split()[1]) for line in lines if line.startswith("VmSize:")) * 1024
+        )
+        limit = used_bytes + options.memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     os.nice(options.niceness)
 

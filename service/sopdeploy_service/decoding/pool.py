@@ -30,15 +30,14 @@ from sopdeploy_service.templates import START_SECONDS, TemplateProcess
 
 DECODER_MODULE = "sopdeploy_service.decoding.child"
 ERROR_KINDS = range(child.FIRST_ERROR, child.FIRST_ERROR + len(child.ERRORS))
-# of what children write to standard error at once
+# Of what children write to standard error at once, the last ones
 LOGGED_CHARACTERS = 500
 LOG_PAUSE_SECONDS = 0.1
 
-# Why a child ends: one of these (`UNKNOWN`: its template has ended, too) or the name of a
-# signal.
+# Why a child ends: one of these, or the name of a signal.
 TIME = "time"
 WRONG_REPLY = "wrong_reply"
-UNKNOWN = "unknown"
+UNKNOWN = "unknown"  # its template has ended, too, or there was no child
 EXIT = "exit"
 
 log = logging.getLogger("sopdeploy.decoding")
@@ -164,7 +163,7 @@ class DecoderTemplate(TemplateProcess):
         # Start it without files, secrets and threads, which a fork would lose.
         try:
             process = subprocess.Popen(
-                # -I: ignores the user's site-packages
+                # The option -I ignores the user's site-packages.
                 [sys.executable, "-I", "-c", "\n".join(lines), str(file)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -226,7 +225,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
         self._on_end = on_end
 
         self.process = self._number = 0  # id of the child; number of the last request
-        # None: there is no child, or it has to be replaced
+        # None if there is no child, or if it has to be replaced
         self._transport: asyncio.Transport | None = None
 
         self._reason = ""  # for which the child has to be replaced, if not for its exit code

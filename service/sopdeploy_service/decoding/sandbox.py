@@ -63,12 +63,10 @@ class AllowedValues(NamedTuple):
 INT = 0xFFFFFFFF  # the bits of an argument of the type `int`
 EXECUTABLE = 4  # PROT_EXEC
 EMPTY_PATH = 0x1000  # AT_EMPTY_PATH: `newfstatat` describes an open file, as `fstat` does
-# CLONE_THREAD; CLONE_NEW*
-THREAD = 0x10000
-NAMESPACES = 0x7E020080
-# PR_SET_NAME and PR_SET_VMA: names of threads and of memory
-SET_NAME = 15
-SET_VMA = 0x53564D41
+THREAD = 0x10000  # CLONE_THREAD
+NAMESPACES = 0x7E020080  # CLONE_NEW*
+SET_NAME = 15  # PR_SET_NAME: the name of a thread
+SET_VMA = 0x53564D41  # PR_SET_VMA: the name of memory
 
 
 def argument_rules(process: int, *, threads: bool) -> tuple[AllowedValues, ...]:
@@ -148,10 +146,8 @@ def preload() -> None:
 def build_filter(machine: str, process: int, *, threads: bool) -> bytes:
     """Assemble the seccomp filter of *process* on *machine*, `x86_64` or `aarch64`.
 
-    Only with *threads* can the process start some.
-
-    An instruction is (operation, instructions to skip if a comparison holds, to skip if not,
-    operand).
+    Without *threads*, the process cannot start any. An instruction is (operation, number of
+    instructions to skip if a comparison holds, number to skip if not, operand).
     """
     # Kill a process of another architecture: its numbers mean other calls.
     column, architecture = ARCHITECTURES[machine]
@@ -175,10 +171,10 @@ def build_filter(machine: str, process: int, *, threads: bool) -> bytes:
             check += [(EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW)]
         check.append((RETURN, 0, 0, deny))
 
-        # Other calls skip the check
+        # Other calls skip the check of this one.
         code += [(EQUAL, 0, len(check), rule.numbers[column]), *check]
 
-    # The C library then calls clone
+    # Say that clone3 does not exist: the C library then calls clone.
     code += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, FAIL | errno.ENOSYS)]
 
     # Deny all others.
@@ -210,7 +206,7 @@ def enter() -> str:
 
     # The number of instructions, of 8 bytes each, and their address (struct sock_fprog).
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(code))
-    # > 0: a thread has another filter
+    # A positive result is the id of a thread that has another filter.
     if libc.syscall(SECCOMP[machine], SET_FILTER, ALL_THREADS, program):
         raise OSError(ctypes.get_errno() or errno.EBUSY, "seccomp is not available")
     return f"no_new_privs, {f'landlock {version}' if version else 'no landlock'}, seccomp"
@@ -222,7 +218,7 @@ def _enter_landlock(libc: ctypes.CDLL) -> int:
     Landlock denies every right of a rule set except those that a rule allows, and this set has
     no rules.
     """
-    # 1: asks for the version
+    # With the flag 1, this call asks for the version.
     version: int = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if version < 1:
         return 0

@@ -7,8 +7,8 @@ same until the channel ends; after a reload, the front ends get new channels.
 
 The engine creates the memory, whose size is sealed. Nothing that a front end sends has a
 length, and nothing that it writes into a slot is anything else than pixels. A front end checks
-what an engine sends, too: an invalid message ends the channel. A stream ends when the other
-process ends, however.
+what an engine sends, too: an invalid message ends the channel. However a process ends, its
+streams end with it.
 """
 
 import errno
@@ -38,22 +38,23 @@ from sopdeploy_service.inference.model import Model, RuntimeFacts
 from sopdeploy_service.inference.results import HttpError
 
 REQUEST = struct.Struct("=BBHId")  # kind, flags, number of the model, slot, deadline
-# kinds; the others are numbers of a slot in use
+# kinds
 RUN = 1
-CANCEL = 2
+CANCEL = 2  # of the image in a slot; the other fields are not read
 # flags
-FEATURES = 1
-# slot; images in the batch, or `FAILED`; seconds of queue and batch
+FEATURES = 1  # the answer needs the features, too
+# slot; number of images in the batch, or `FAILED`; seconds in the queue and of the batch
 RESULT = struct.Struct("=IHdd")
 FAILED = 0  # in place of the images in the batch: the slot has the error
-# slots, bytes of the outputs and of the pixels in each, bytes of the models
+# number of slots; bytes of the outputs and of the pixels in each; bytes of the models
 OPENING = struct.Struct("=IIII")
 ERROR_SIZE = struct.Struct("=I")
 MAX_ERROR_BYTES = 1020
 MAX_SLOTS = 1 << 20
 # One bundle needs up to 40 MB: its manifest, labels, card and certificate; an ordinary one 50 kB.
 MAX_MODELS_BYTES = 1 << 26
-MAX_PARTS = 100_000  # values of the models without their files, about 40 each; or of a manifest
+# JSON values, of the models without their files, about 40 each, and of each manifest
+MAX_PARTS = 100_000
 OPENING_SECONDS = 30.0  # for the opening to arrive
 MAX_UNSENT_BYTES = 1 << 20  # of results that a front end does not read
 LINE = 64  # bytes of a cache line; outputs and pixels begin where one does
@@ -64,7 +65,7 @@ class ChannelError(Exception):
 
 
 class ModelFields(TypedDict):
-    """The values of `ModelFacts` in JSON: of bytes, base64, in which nothing is a part of the JSON."""
+    """The values of `ModelFacts` in JSON; bytes are in base64, so that nothing in them counts as JSON."""
 
     name: str
     path: str
@@ -188,7 +189,7 @@ class Slots:
 def output_shapes(
     bundle: Bundle,
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Return the shape of each output of an image by name, in order: without the embedding, and of all."""
+    """Return two tables of the outputs of an image, without and with the embedding: shapes by name, in order."""
     # Only the number of images is None in a manifest; 1 is for the type.
     shapes = {
         one.name: tuple(side or 1 for side in one.shape[1:]) for one in bundle.manifest.outputs
@@ -223,12 +224,12 @@ def open_channel(
     output_bytes = math.ceil(output_bytes / LINE) * LINE
     pixel_bytes = math.ceil(pixel_bytes / LINE) * LINE
 
-    described = json.dumps([model.to_fields() for model in models]).encode()
-    check_size(len(described))
-    check_parts(described)
+    description = json.dumps([model.to_fields() for model in models]).encode()
+    check_size(len(description))
+    check_parts(description)
 
     # The opening has a few bytes, which a new connection takes at once.
-    opening = OPENING.pack(num_slots, output_bytes, pixel_bytes, len(described))
+    opening = OPENING.pack(num_slots, output_bytes, pixel_bytes, len(description))
 
     file = create_memory("sopdeploy-slots", num_slots * (output_bytes + pixel_bytes))
     try:
@@ -237,7 +238,7 @@ def open_channel(
         os.close(file)
         raise
 
-    return Slots(map_memory(file), num_slots, output_bytes, pixel_bytes), described
+    return Slots(map_memory(file), num_slots, output_bytes, pixel_bytes), description
 
 
 def check_size(size: int) -> None:
@@ -249,7 +250,7 @@ def check_size(size: int) -> None:
 
 
 def check_parts(document: bytes) -> None:
-    """Raise `ChannelError` for JSON that takes too long: a front end serves meanwhile, but waits for it."""
+    """Raise `ChannelError` for a JSON *document* that takes too long to parse: a front end serves meanwhile."""
     num_parts = count_parts(document)
     if num_parts > MAX_PARTS:
         raise ChannelError(
@@ -281,9 +282,9 @@ def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]
 
     # The models.
     check_size(size)
-    described = receive(connection, size, end)
-    check_parts(described)
-    models = [ModelFacts.from_fields(fields) for fields in json.loads(described)]
+    description = receive(connection, size, end)
+    check_parts(description)
+    models = [ModelFacts.from_fields(fields) for fields in json.loads(description)]
 
     for model in models:
         needed_outputs, needed_pixels = needed_bytes(model.bundle)

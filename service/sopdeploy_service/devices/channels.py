@@ -24,7 +24,7 @@ class Channels:
         self._numbers = numbers
 
     def connect(self, engine: Process, front_end: Process) -> None:
-        """Send a new channel to *engine* and *front_end*, which report it when it is open."""
+        """Send the ends of a new channel to *engine* and *front_end*, which report it when it is open."""
         number = next(self._numbers)
         front_end.expected[engine.name] = number
 
@@ -33,8 +33,8 @@ class Channels:
                 socket.socketpair(), (engine, front_end), (front_end, engine), strict=True
             ):
                 with end:
-                    described = f"{number} {other.name}".encode()
-                    process.send(control.CHANNEL, described, end.fileno())
+                    description = f"{number} {other.name}".encode()
+                    process.send(control.CHANNEL, description, end.fileno())
 
     def connect_front_ends(self, engine: Process) -> None:
         """Create channels between *engine* and all front ends that run."""
@@ -54,18 +54,20 @@ class Channels:
             front_end.expected.pop(process.name, None)
 
     def are_missing(self, process: Process) -> bool:
-        """Tell whether *process* lacks channels that it needs: both ends have to report one.
+        """Tell whether *process* lacks channels that it needs.
 
-        An engine does if no front end has one to it, a front end that starts if it has none to
-        any engine, and one that is ready if it lacks any.
+        A channel that was sent is missing until both ends report it. Of its channels,
+
+        - an engine needs one at least,
+        - a front end that starts needs one at least,
+        - a front end that is ready needs all.
         """
-        # The channels of an engine are those that front ends expect.
+        # Only front ends note which channels they expect, by engine.
         if process in self.engines:
             front_ends = [each for each in self.front_ends if process.name in each.expected]
             are_missing = [self._is_missing(each, process) for each in front_ends]
             return bool(are_missing) and all(are_missing)
 
-        # A front end that serves lacks any; one that starts, only if it has none.
         engines = [engine for engine in self.engines if engine.name in process.expected]
         are_missing = [self._is_missing(process, engine) for engine in engines]
         if process.is_ready:

@@ -31,27 +31,26 @@ CLIENT = b"client"
 CHANNEL = b"channel"
 PHOTOS = b"photos"
 KEYS = b"keys"  # with two files: the keys and the state of their limits; their number follows
-# With a file: a socket for its metrics; those of all processes
-SEND_METRICS = b"send-metrics"
-PAGE = b"page"
+SEND_METRICS = b"send-metrics"  # its metrics, to the socket that comes with it
+PAGE = b"page"  # with a file: the metrics of all processes
 RELOAD = b"reload"  # the bundles
 # To the supervisor
-# `Status`; asks for `PAGE`
-STATUS = b"status"
-METRICS = b"metrics"
+STATUS = b"status"  # a `Status` follows
+METRICS = b"metrics"  # asks for a `PAGE`
 NEW_MODELS = b"models"  # of an engine, after a reload
 COSTS = {STATUS: 1, METRICS: 1, NEW_MODELS: 20}  # of messages, in tokens
 # Tokens of a process. It gets another one for each client, because it reports its arrival.
 TOKENS_PER_SECOND = 5 / BEAT_SECONDS
 MAX_TOKENS = 500
 MAX_MESSAGE = 1 << 14
-# of a socket: while the supervisor is stopped, fewer messages wait than `MAX_TOKENS`
+# Bytes of a socket: so few that fewer messages than `MAX_TOKENS` wait while the supervisor is stopped
 BUFFER_BYTES = 1 << 16
 
-COUNTS = struct.Struct("=QI?H")  # of `Status`; whether it is ready; how many numbers follow
+# Of `Status`: received; open; whether the process is ready; how many numbers follow
+COUNTS = struct.Struct("=QI?H")
 NUMBER = struct.Struct("=I")
 ADMITTED_BYTES = 4096  # of the shared memory of admitted images
-# a process that takes longer counts as down; the supervisor has twice the time
+# Time for the metrics of a process, which then counts as down; for those of all, it is twice as long
 METRICS_SECONDS = 1.0
 MAX_PAGE_BYTES = 1 << 20  # of the metrics of a process
 
@@ -65,10 +64,10 @@ class Message(NamedTuple):
 
 
 class Status(NamedTuple):
-    """What a process reports: connections received and open ones, or images; names of its bundles.
+    """What a process reports: how many connections it has *received*, how many are *open*, and its *bundles*.
 
-    A process that starts has no *bundles*. *has* are the numbers of its open channels and of
-    its API keys.
+    An engine has no connections; its images are *open*. A process that starts has no *bundles*.
+    *has* are the numbers of its open channels and of its API keys.
     """
 
     received: int

@@ -78,7 +78,7 @@ class DeviceServer(DrainingServer):
         self._loop.add_reader(self._supervisor, self._receive)
 
     def _report(self) -> None:
-        """Tell the supervisor which connections came and are open, which bundles are served, and what is here."""
+        """Report the `Status` of this process to the supervisor."""
         num_open = len(self.server_state.connections) + len(self._tasks)  # those being accepted
         registry = self._service.registry
         channels = registry.open_channels if isinstance(registry, RemoteRegistry) else ()
@@ -146,12 +146,15 @@ class DeviceServer(DrainingServer):
         return await self._service.make_metrics()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at SIGTERM, which may also come from what ends all processes; only SIGINT ends the drain."""
-        if sig != signal.SIGTERM or self._drain_until is None:
+        """Drain at the first SIGTERM; only SIGINT ends the drain.
+
+        Another SIGTERM has no effect: it may come from what ends all processes of the server.
+        """
+        if sig != signal.SIGTERM or not self._drains:
             super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
-        """Also report to the supervisor, which shows that the event loop runs."""
+        """Also report to the supervisor, as long as the server goes on: the event loop runs."""
         ends = await super().on_tick(counter)
         if not ends:
             self._report()
@@ -267,7 +270,8 @@ def serve_http(
     service.num_front_ends = config.front_ends
     service.uploads.budget = upload_budget(settings, count)
 
-    # The supervisor, the other processes as far as they run, and processes like this one.
+    # The memory that is in use without any image: of the supervisor, of processes like this one
+    # and, for a front end, of the other processes that run.
     at_rest = resident_bytes(os.getppid()) + count * resident_bytes()
     if config.device is None:
         at_rest += sum(map(resident_bytes, config.others))

@@ -127,10 +127,11 @@ class FrontEndChannel(asyncio.Protocol):
         if self._num_cancellable < 0:
             raise ChannelError("it cancels more images than it has sent")
 
+        # Without `cancel`, the image was answered in the meantime.
         if kind == channel.CANCEL:
             is_slot_free = cancel is not None and cancel()
             if is_slot_free:
-                # Nobody reads it; the front end reuses the slot
+                # Nobody waits for the answer, but it lets the front end use the slot again.
                 self._answer(slot, (), results.CLIENT_GONE)
             return
 
@@ -184,11 +185,11 @@ class FrontEndChannel(asyncio.Protocol):
 
 
 class Engine:
-    """Runs the images of front ends with *registry*, whose bundles are at *sources*, until it may end.
+    """Runs the images of front ends with *registry* until it may end.
 
-    The *supervisor* sends the channels of front ends and gets status reports. A front end may
-    have twice `queue_size` images here: those admitted, and those cancelled while their batch
-    runs.
+    The bundles are at *sources*; a move of one of *links* reloads them. The *supervisor* sends
+    the channels of front ends and gets status reports. A front end may have twice `queue_size`
+    images here: those admitted, and those cancelled while their batch runs.
     """
 
     def __init__(
@@ -242,10 +243,9 @@ class Engine:
 
         # Answer what is left, and give the front ends time to read it.
         is_dead = self.registry.problem is not None
-        # Unless the death of the runtime has answered all images
-        self.registry.close(results.DRAINING)
+        self.registry.close(results.DRAINING)  # a runtime that died has answered all images
 
-        await asyncio.sleep(0)  # `FrontEndChannel._flush`
+        await asyncio.sleep(0)  # lets `FrontEndChannel._flush` run
         for front_end in self.front_ends:
             if front_end.transport is not None:
                 front_end.transport.close()  # after it has sent the last answers
@@ -290,7 +290,7 @@ class Engine:
         facts = [ModelFacts.describe(model) for model in models]
 
         try:
-            slots, described = channel.open_channel(
+            slots, description = channel.open_channel(
                 connection, facts, 2 * self._settings.queue_size
             )
         except (OSError, ChannelError) as error:
@@ -300,7 +300,7 @@ class Engine:
                 log.error("front end %s: has no channel (%s)", name, reason)
             return
 
-        front_end = FrontEndChannel(name, self, models, slots, described, number)
+        front_end = FrontEndChannel(name, self, models, slots, description, number)
         self.front_ends.add(front_end)
         await asyncio.get_running_loop().connect_accepted_socket(lambda: front_end, connection)
 

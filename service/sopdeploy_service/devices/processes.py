@@ -22,17 +22,16 @@ from sopdeploy_service.templates import STOPPED, run_states
 
 ANY_DEVICE = ""
 MAX_ON_THE_WAY = 16  # connections that a process has not received
-# When a process is replaced: it has not reported since its last step of loading (beside the
-# time of a load), hangs, does nothing at all, has left, or reports that it lacks something.
-START_SECONDS = 60.0
-HANG_SECONDS = 5.0
-IDLE_SECONDS = 2.0
-LEAVE_SECONDS = 8.0
-LACK_SECONDS = 5.0
-QUIET_BEATS = 5  # without report, from which on the CPU time of a process is watched
-# states: stopped by a debugger; runs, or waits for a disk or memory
-TRACED = "t"
-BUSY = {"R", "D"}
+# How long a process may go on before it is replaced:
+START_SECONDS = 60.0  # without a report while it starts, beside the time of a load
+HANG_SECONDS = 5.0  # without a report while it serves
+IDLE_SECONDS = 2.0  # without a report while it does nothing at all
+LEAVE_SECONDS = 8.0  # after it has left
+LACK_SECONDS = 5.0  # while a front end lacks something; twice as long for a device
+QUIET_BEATS = 5  # without a report, from which on the CPU time of a process is watched
+# states of a thread
+TRACED = "t"  # stopped by a debugger
+BUSY = {"R", "D"}  # runs; waits for a disk or memory
 NOT_STARTED = "does not start"
 UNKNOWN_CODE = 1  # of a process whose exit code nobody has
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -80,10 +79,10 @@ class Child:
     def poll(self) -> int | None:
         """Return the exit code, None while the process runs; forget all children and orphans that ended.
 
-        The code is `UNKNOWN_CODE` if the process ended, and was forgotten as an orphan, before
-        it was known.
+        The code is `UNKNOWN_CODE` if the process was collected as an orphan before this object
+        existed.
         """
-        # Collect all children that have ended, also orphans that became children.
+        # Collect all children that have ended, also orphans that became children of this process.
         with suppress(ChildProcessError):  # there is no child
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -136,9 +135,9 @@ class Process:
     has: frozenset[int] = frozenset()  # numbers of channels and keys
     # Numbers that the child should report: of keys, and of the channel to each other process.
     expected: dict[str, int] = field(default_factory=dict)
-    lacking_beats: int = 0  # since the child has, or is, all that it should
+    lacking_beats: int = 0  # in a row, in which the child lacked something
     silent_beats: int = 0  # since the last report, or since the process has left
-    silent_ticks: int = 0  # of CPU time, after `QUIET_BEATS` of these
+    silent_ticks: int = 0  # its CPU time after `QUIET_BEATS` silent beats
     tokens: TokenBucket | None = None  # for messages; each child has its own
 
     @property
@@ -200,10 +199,10 @@ class Process:
         self.silent_beats = 0
 
     def count_beat(self, *, lacks: bool, load_seconds: float) -> str:
-        """Count a beat, after which the child *lacks* what it needs or not; return why it is to be replaced.
+        """Count a beat, in which the child *lacks* what it needs or not; return why it is to be replaced.
 
-        The reason is empty if the child can do its work, or may soon: a step of its start takes
-        *load_seconds* at most.
+        The reason is empty if the child can do its work, or may be able to soon. A step of its
+        start may take *load_seconds*.
         """
         self.lacking_beats = self.lacking_beats + 1 if lacks else 0
         if self.lacking_beats * BEAT_SECONDS > LACK_SECONDS * (1 if self.is_front_end else 2):
@@ -232,10 +231,13 @@ class Process:
         return reason if self.silent_beats * BEAT_SECONDS > limit else ""
 
     def _is_idle(self) -> bool:
-        """Tell whether the silent child does nothing; one under a debugger does not count as silent.
+        """Tell whether the silent child does nothing.
 
-        A child that waits for a CPU or memory is silent, too, but it is about to run. One that
-        starts or ends may wait for a disk; it does nothing only if it is stopped.
+        - One that serves does nothing if no thread of it runs or waits for a disk or memory, and
+          its CPU time has not grown since it had been silent for `QUIET_BEATS`.
+        - One that starts or ends may wait for anything; it does nothing only if it is stopped.
+
+        A child under a debugger does not count as silent: its `silent_beats` are set back.
         """
         if self.child is None or self.silent_beats < QUIET_BEATS:
             return False
@@ -254,7 +256,7 @@ class Process:
         if self.control is None or not control.send_message(self.control, kind, rest, *files):
             return False
         if self.tokens is not None and kind == control.CLIENT:
-            self.tokens.charge(-1)  # for the report that follows
+            self.tokens.charge(-1)  # gives a token for the report that follows
         return True
 
 
@@ -271,10 +273,10 @@ def list_devices(settings: Settings) -> list[Process]:
 
         # Change the settings for this process.
         changed: dict[str, object] = {"devices": ()}  # the process itself starts no others
-        # "auto" chooses CUDA wherever it is installed
+        # "auto" would choose CUDA wherever it is installed.
         if device == "cpu" and settings.runtime == "auto":
             changed["runtime"] = cpu_runtime()
-        # "auto" would take all cores for one GPU
+        # "auto" would take all cores for the decoders of one device.
         if device != "cpu" and settings.decoders == "auto":
             changed["decoders"] = decoders
 

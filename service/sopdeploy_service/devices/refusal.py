@@ -9,8 +9,11 @@ from typing import cast
 from sopdeploy_service.inference import results
 
 
-def describe_refusal(root_path: str) -> bytes:
-    """Write the response while no process serves HTTP, below *root_path*, as `http.problems` does."""
+def refusal_response(root_path: str) -> bytes:
+    """Build the HTTP response to every request while no process serves HTTP: problem details.
+
+    Paths below `/v2` get them, too. The link to the page of errors is below *root_path*.
+    """
     reason = results.RUNTIME_DEAD
     title = HTTPStatus(reason.status).phrase
     page = f"{root_path}/errors#{reason.code}"

@@ -181,7 +181,7 @@ class RemoteModel(Model):
     """A model that engines run; *routes* are channels to them, each with the number of the model there."""
 
     def __init__(self, routes: Sequence[tuple[EngineChannel, int]], settings: Settings) -> None:
-        """Describe the model of *routes*, of which there is at least one; the newest channel is the last."""
+        """Describe the model as the last of *routes* does, which is the newest channel; there is at least one."""
         self.routes = routes
         newest, number = routes[-1]
         facts = newest.models[number]
@@ -255,8 +255,8 @@ class RemoteRegistry(Registry):
 
     def close(self, reason: HttpError) -> None:
         """Give *reason* to every image without an outcome, also in channels that were replaced."""
-        used = {to_engine for model in self._in_use for to_engine, _ in model.routes}
-        for to_engine in used.union(self._channels.values()):
+        channels = {to_engine for model in self._in_use for to_engine, _ in model.routes}
+        for to_engine in channels.union(self._channels.values()):
             to_engine.close(reason)
 
     async def stop(self) -> None:
@@ -268,15 +268,15 @@ class RemoteRegistry(Registry):
     @contextmanager
     def use(self, model: Model) -> Iterator[None]:
         """Keep the channels of *model* open during the block."""
-        used = cast(RemoteModel, model)
+        remote = cast(RemoteModel, model)
 
-        self._in_use.add(used)
+        self._in_use.add(remote)
         try:
             with super().use(model):
                 yield
         finally:
-            if not used.users:
-                self._in_use.discard(used)
+            if not remote.users:
+                self._in_use.discard(remote)
 
     @property
     def open_channels(self) -> frozenset[int]:
@@ -289,7 +289,9 @@ class RemoteRegistry(Registry):
         async with self._attaching:
             try:
                 new = await asyncio.to_thread(EngineChannel, engine, connection, number)
-            except ChannelError as error:  # it is missing in the next reports
+            except (
+                ChannelError
+            ) as error:  # the supervisor misses the number in the next reports
                 log.warning("no channel to engine %s", error)
                 return
 

@@ -9,24 +9,24 @@ from sopdeploy_service.http.api_keys import STATE_BYTES, Key, KeyFile, KeyRing
 
 
 class SharedKeys:
-    """The API *keys* in *files* for the processes that serve HTTP: the keys, and the state of their limits."""
+    """The API *keys* in two *files* for the processes that serve HTTP: the keys, the states of their limits."""
 
     def __init__(self, keys: Sequence[Key], earlier: KeyRing | None = None) -> None:
         """Write *keys*; those that *earlier* has, too, keep the state of their limits. Raises `OSError`."""
         states = memoryview(bytearray()) if earlier is None else earlier.states_of(keys)
         with ExitStack() as unless_written:
-            described = create_memory(
+            keys_file = create_memory(
                 "sopdeploy-keys", [KeyFile(key=tuple(keys)).model_dump_json().encode()]
             )
-            unless_written.callback(os.close, described)
+            unless_written.callback(os.close, keys_file)
 
             # At least one byte: nothing else can be mapped.
-            limits = create_memory("sopdeploy-limits", STATE_BYTES * max(1, len(keys)))
-            unless_written.callback(os.close, limits)
-            memory = memoryview(map_memory(os.dup(limits)))
+            limits_file = create_memory("sopdeploy-limits", STATE_BYTES * max(1, len(keys)))
+            unless_written.callback(os.close, limits_file)
+            memory = memoryview(map_memory(os.dup(limits_file)))
             unless_written.pop_all()
 
-        self.files = described, limits
+        self.files = keys_file, limits_file
         memory[: states.nbytes] = states.cast("B")
         self.ring = KeyRing(keys, memory.cast("d"))
 

@@ -43,7 +43,7 @@ from sopdeploy_service.devices.processes import (
     list_devices,
     list_front_ends,
 )
-from sopdeploy_service.devices.refusal import Refusal, describe_refusal
+from sopdeploy_service.devices.refusal import Refusal, refusal_response
 from sopdeploy_service.devices.shared_keys import SharedKeys
 from sopdeploy_service.devices.template import ServerTemplate
 from sopdeploy_service.http.api_keys import file_identity, keys_of_server, read_again
@@ -177,7 +177,7 @@ class Supervisor:
         return self._code
 
     def _stop(self) -> None:
-        """Let the processes that serve HTTP drain; a second call ends this. Engines end after them."""
+        """Let the processes that serve HTTP drain; a second call ends the drain. Engines end after them."""
         number = signal.SIGINT if self._stopping.is_set() else signal.SIGTERM
 
         if not self._stopping.is_set():
@@ -257,8 +257,8 @@ class Supervisor:
                 self._stop()
                 break
 
-            # A process that ends soon after its start waits longer for the next one: 0, 0, 1, 3,
-            # 7 s, and so on.
+            # After each end soon after a start, the next start comes later: after 0, 1, 3, 7, 7 s,
+            # and so on.
             is_early = time.monotonic() - started < STABLE_SECONDS
             early_deaths = early_deaths + 1 if is_early else 0
             delay = min(MAX_RESTART_DELAY_SECONDS, 2 ** max(0, early_deaths - 1) - 1)
@@ -271,12 +271,14 @@ class Supervisor:
     async def _run_child(self, process: Process) -> tuple[str, int | None]:
         """Start a child of *process*, and wait until it has ended; return how, and its exit code.
 
-        The code is None if it did not start, or cannot even be killed. The server ends if this is
-        its first start.
+        The code is None if it did not start, or cannot even be killed. If it did not start and the
+        server has never been ready, the server ends.
         """
         code: int | None = None
         try:
-            async with self._starting:  # each process knows those before it
+            async with (
+                self._starting
+            ):  # one after another: each gets the ids of those before it
                 await self._start(process)
 
             while process.child is not None and (code := process.child.poll()) is None:
@@ -346,7 +348,7 @@ class Supervisor:
         return process.is_ready and number is not None and number not in process.has
 
     def _replace(self, process: Process, reason: str) -> None:
-        """Log *reason* and kill the child of *process*, which gets nothing more; `_supervise` goes on."""
+        """Log *reason* and kill the child of *process*, which gets nothing more; `_supervise` starts another."""
         self._report(process, f"{reason}; it is replaced")
         if process.child is not None:
             process.child.kill()
@@ -491,7 +493,7 @@ class Supervisor:
 
     async def _refuse(self, connection: socket.socket) -> None:
         """Answer *connection* with 503, and ignore what its client still sends until it closes."""
-        refusal = Refusal(describe_refusal(self._settings.root_path))
+        refusal = Refusal(refusal_response(self._settings.root_path))
         await self._loop.connect_accepted_socket(lambda: refusal, connection)
 
         with contextlib.suppress(TimeoutError):
@@ -521,7 +523,7 @@ class Supervisor:
                     self._replace(process, reason)
 
     def _fail_start(self, process: Process, problem: str) -> None:
-        """End the server with the *problem* of *process* if it has never been ready."""
+        """End the server with the *problem* of *process* if the server has never been ready."""
         if not self._announced and not self._stopping.is_set():
             self._error = RuntimeUnavailableError(f"{process.title}: it {problem}")
             self._stop()
@@ -538,7 +540,7 @@ class Supervisor:
 
     async def _send_page(self, process: Process) -> None:
         """Send the metrics of all processes to *process*."""
-        # Without a free file or thread, it sends its own metrics.
+        # Without a free file or thread, *process* gets no page, and shows its own metrics.
         with contextlib.suppress(OSError, RuntimeError):
             file = create_memory("sopdeploy-metrics", [await self._metrics_page.get()])
             process.send(control.PAGE, b"", file)

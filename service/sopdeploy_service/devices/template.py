@@ -21,11 +21,9 @@ from sopdeploy_service.devices.processes import Child, LaunchConfig
 from sopdeploy_service.server.lifetime import STDERR
 
 MODULE = "sopdeploy_service.devices.device_server"
-# PR_SET_NAME, PR_SET_CHILD_SUBREAPER
-SET_NAME = 15
-SET_SUBREAPER = 36
-# a message: with the launch config and the files of a process
-LAUNCH = b"launch"
+SET_NAME = 15  # PR_SET_NAME
+SET_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
+LAUNCH = b"launch"  # a message, with files: the launch config, and those of the process
 FILES = ("control", "shared", "keys", "limits")  # those of `LaunchConfig`
 LIBC = ctypes.CDLL(None)
 
@@ -38,11 +36,11 @@ class ServerTemplate(templates.TemplateProcess):
 
         Raises `OSError` if the system has no room for it.
         """
-        described = create_memory("sopdeploy-launch", [config.model_dump_json().encode()])
+        config_file = create_memory("sopdeploy-launch", [config.model_dump_json().encode()])
         try:
-            process, code = await asyncio.to_thread(self.ask, LAUNCH, described, *files)
+            process, code = await asyncio.to_thread(self.ask, LAUNCH, config_file, *files)
         finally:
-            os.close(described)
+            os.close(config_file)
 
         if process == 0:
             raise OSError(code, os.strerror(code))
@@ -66,8 +64,8 @@ class ServerTemplate(templates.TemplateProcess):
 def wait_for_launch() -> LaunchConfig:
     """Fork a process for each message of the supervisor; return in each of them, with its config.
 
-    The socket to the supervisor is the argument of the command line. Exits when the supervisor
-    ends, also while it is stopped.
+    The socket to the supervisor is the argument of the command line. The template ends with the
+    supervisor, even if it is stopped by a signal then.
     """
     templates.end_with_parent(os.getppid())
     LIBC.prctl(SET_NAME, b"template")
@@ -81,12 +79,12 @@ def wait_for_launch() -> LaunchConfig:
             raise SystemExit(0)
 
         if _fork_orphan(requests):
-            described, *own = files
-            config = LaunchConfig.model_validate_json(read_memory(described))
+            config_file, *own_files = files
+            config = LaunchConfig.model_validate_json(read_memory(config_file))
             LIBC.prctl(SET_NAME, config.name.encode())  # as `ps -o comm` and `top` show it
             os.environ.update(config.variables)
 
-            return config.model_copy(update=dict(zip(FILES, own, strict=False)))
+            return config.model_copy(update=dict(zip(FILES, own_files, strict=False)))
 
         for file in files:
             os.close(file)

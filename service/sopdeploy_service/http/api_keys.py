@@ -181,8 +181,9 @@ class TokenBucket:
     def spend(self, num_images: int, *, check_only: bool = False, work: int = 0) -> None:
         """Take the tokens of *num_images*, unless *check_only*.
 
-        Raises `RejectedError` if they exceed the *burst* or the tokens that are there now; in
-        the latter case it takes *work* instead, the tokens of what was done for the request.
+        Raises `RejectedError` for more images than the *burst*, and takes nothing. Raises it for
+        more images than there are tokens now, and takes *work* tokens instead, those of what
+        was done for the request.
         """
         tokens = self._fill()
         if num_images > self.burst:
@@ -190,7 +191,8 @@ class TokenBucket:
             raise RejectedError(HttpError("too_many_images", 400, message))
 
         if num_images > tokens + _ROUNDING:
-            wait = math.ceil((num_images - self.charge(work)) / self._rate)
+            num_left = self.charge(work)  # what was done for the refused request
+            wait = math.ceil((num_images - num_left) / self._rate)
             message = f"this key may send {self._rate:g} images per second; retry later"
             raise RejectedError(HttpError("rate_limited", 429, message, wait))
 
@@ -199,9 +201,13 @@ class TokenBucket:
             self._state[_TOKENS] = max(0.0, tokens - num_images)
 
     def charge(self, num_tokens: int) -> float:
-        """Take *num_tokens*, up to *burst* of them before they are there; return how many are left."""
-        tokens = self._state[_TOKENS] = max(-float(self.burst), self._fill() - num_tokens)
-        return tokens
+        """Take *num_tokens*, or give some if the number is negative; return how many are left.
+
+        Tokens are also taken before they are there: down to minus *burst*.
+        """
+        num_left = max(-float(self.burst), self._fill() - num_tokens)
+        self._state[_TOKENS] = num_left
+        return num_left
 
     def headers(self) -> dict[str, str]:
         """Format the response headers; `Reset` is the time in seconds until the bucket is full."""

@@ -132,8 +132,8 @@ class RequestContextMiddleware:
         self.service.active_requests += 1
         try:
             limit = self.service.settings.max_body_bytes
-            announced = context.headers.get("content-length", "0")
-            if int(announced) > limit:  # the server has checked that it is a number
+            announced_length = context.headers.get("content-length", "0")
+            if int(announced_length) > limit:  # the server has checked that it is a number
                 raise body_too_large(context.headers, limit)
 
             for guard in self.guards:
@@ -148,7 +148,7 @@ class RequestContextMiddleware:
             self.service.active_requests -= 1
 
             seconds = time.monotonic() - started
-            # The router adds it to the scope that the app was called with
+            # The router has added it to the scope with which the app was called.
             route = inner.get("route")
             self._record(context, scope["method"], route, status, seconds)
 
@@ -195,7 +195,7 @@ class RequestContextMiddleware:
         self, context: RequestContext, method: str, route: object, status: int, seconds: float
     ) -> None:
         """Record a request in metrics and access log; *status* is 0 if no response was sent."""
-        # The template: few values, whatever clients send
+        # The template of the path has few values, whatever clients send.
         path = getattr(route, "path", "other")
         self.service.metrics.count_request(path, status, seconds, context.model_name)
 

@@ -26,7 +26,7 @@ INTERNAL = HttpError("internal_error", 500, "internal error; the server log has 
 
 
 def body_too_large(headers: Mapping[str, str], limit: int) -> RejectedError:
-    """Create the error of a body of more than *limit* bytes, which a form or JSON has together."""
+    """Create the error of a body of more than *limit* bytes; *headers* tell whether it has several images."""
     error = HttpError.from_image_error(too_large_error(limit))
     content_type = headers.get("content-type", "").lower()
     if content_type.startswith(("multipart/", "application/json")):

@@ -23,7 +23,7 @@ from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import has_manifest
 
-# Name in the server, folder, its manifest
+# Reads a bundle: its name in the server, its folder, its manifest
 ReadNamed: TypeAlias = Callable[[str, Path, Manifest], Bundle]
 
 log = logging.getLogger("sopdeploy.models")
@@ -68,9 +68,11 @@ def find_bundles(
     """Find the bundles of *sources*, each `PATH` or `NAME=PATH`, by name; *read* reads each, once.
 
     For a folder, the log gets a line about each project, a warning if a bundle cannot be
-    served. Raises `BundleError` for a path without a bundle and `ConfigError` for different
-    bundles with one name, and for a source that is one bundle whose project is not the one that
-    *projects*, if given, has for its name: clients of the server rely on the classes.
+    served. *projects*, if given, are those that the server serves now, by name. A bundle that a
+    source names must have the same project, because clients rely on its classes.
+
+    Raises `BundleError` for a path without a bundle. Raises `ConfigError` for different bundles
+    with one name, and for a bundle of another project.
     """
     bundles: dict[str, Bundle] = {}
     for chosen_name, source in map(_parse_source, sources):

@@ -62,19 +62,21 @@ LIGHT_BODY = 2_000_000
 LIGHT_SECONDS = 0.03
 SECONDS_PER_PIXEL = 40e-9
 SECONDS_PER_BYTE = 20e-9
-# of a JPEG with one scan
+# Limits of a light JPEG with one scan
 PROPORTIONAL_BODY = 6_000_000
 PROPORTIONAL_PIXELS = 25_000_000
 OWN_MEMORY = 8 * _MIB  # of an idle child, beside the pages that it shares with its template
 LARGE_MEMORY = 384 * _MIB  # for each child for large images, if there are several
 NICENESS = 10  # of children for large images
-# of the memory; the rest is for batches, JSON, and pages that the allocator keeps
+# Of the memory, for all that is planned; the rest is for batches, JSON, and pages that the allocator
+# keeps
 USED_SHARE = 3 / 4
 UPLOAD_SHARE = 1 / 8  # of the memory, at most, for request bodies
 MAX_COPY_BYTES = 1 << 26
 MAX_WAITING = 8  # large images of the largest size, or 46 of 12 megapixels; others get 503
-# Of a client whose image was too slow for a light child: for so long, at most so many clients.
-SLOW_SECONDS = 10.0
+SLOW_SECONDS = (
+    10.0  # for which a client is slow, after an image that was too slow for a light child
+)
 MAX_SLOW_CLIENTS = 10_000
 WATCH_SECONDS = 1.0  # between two looks at the processes; one that is stopped at both is ended
 
@@ -82,8 +84,8 @@ log = logging.getLogger("sopdeploy.service")
 
 _Result = TypeVar("_Result")
 
-# Whose images take turns with those of others: a client, and whether its images are slow ones.
-# None is for light images, and for the server's own requests.
+# Groups take turns: a client, and whether its images are slow ones. None is for light images, and
+# for the server's own requests.
 Group: TypeAlias = tuple[str, bool] | None
 
 
@@ -103,20 +105,21 @@ class Plan(NamedTuple):
     large_memory: int
 
 
-def upload_budget(settings: Settings, processes: int = 1) -> int:
-    """Return how many bytes of request bodies one of *processes* may hold."""
-    # Admits one body of the largest size
+def upload_budget(settings: Settings, num_processes: int = 1) -> int:
+    """Return how many bytes of request bodies one of *num_processes* may hold."""
+    # At least enough for one body of the largest size
     least = math.ceil(settings.max_body_bytes / LARGE_BODY_SHARE)
 
     return min(
-        settings.max_upload_bytes, max(least, int(memory_limit() * UPLOAD_SHARE / processes))
+        settings.max_upload_bytes,
+        max(least, int(memory_limit() * UPLOAD_SHARE / num_processes)),
     )
 
 
-def decode_budget(settings: Settings, at_rest: int, processes: int = 1) -> int:
-    """Return the bytes for the children of one of *processes*; all processes occupy *at_rest* bytes."""
-    uploads = upload_budget(settings, processes) * processes
-    return (int(memory_limit() * USED_SHARE) - at_rest - uploads) // processes
+def decode_budget(settings: Settings, at_rest: int, num_processes: int = 1) -> int:
+    """Return the bytes for the children of one of *num_processes*; all of these occupy *at_rest* bytes."""
+    uploads = upload_budget(settings, num_processes) * num_processes
+    return (int(memory_limit() * USED_SHARE) - at_rest - uploads) // num_processes
 
 
 def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
@@ -148,11 +151,9 @@ def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
 
 
 def light_seconds(length: int, cost: Cost | None, max_pixels: int) -> float:
-    """Return the CPU time that a light child gives a file of *length* bytes and *cost*; 0 if it is large.
-
-    A decoder reads only the header of a file that has more than *max_pixels*, or that does not
-    tell its cost, in which case it is usually damaged.
-    """
+    """Return the CPU time that a light child gives a file of *length* bytes and *cost*; 0 if it is large."""
+    # A decoder reads only the header of a file that has too many pixels, and of one whose header
+    # does not tell the cost: that is usually damaged.
     if cost is None or cost.encoded > max_pixels:
         return LIGHT_SECONDS
 
@@ -185,10 +186,10 @@ class SharedChildren:
     def put(self, request: Request, group: Group) -> None:
         """Let an idle child run *request* of *group*, or let it wait.
 
-        While the images that wait have too many pixels, the last one of the group with most
-        pixels is refused. This is *request* unless another group has more than its own, in
-        which it is counted. Those of the group None are refused only after `close`, as every
-        request is then.
+        If the images that wait, this one included, have too many pixels, the group with most
+        pixels loses its last image, until they have few enough. If that group is its own,
+        *request* is refused. Requests of the group None are never refused for this. After
+        `close`, every request is refused.
         """
         if self._is_closed:
             request.settle(results.DRAINING)
@@ -205,7 +206,7 @@ class SharedChildren:
         request.result.add_done_callback(lambda _: self._remove(request, group))
 
     def has_room(self, pixels: int, group: Group) -> bool:
-        """Tell whether an image of *pixels* of *group* would now run or wait."""
+        """Estimate whether an image of *pixels* of *group* would run or wait now, and not be refused."""
         counts = self._count_pixels(pixels, group)
         is_largest = counts[group] == max(counts.values())
         return bool(self.idle) or counts.total() <= self._max_waiting_pixels or not is_largest
@@ -222,7 +223,7 @@ class SharedChildren:
         """Refuse images until *request* of *group* can wait; return False if it is itself to be refused."""
         pixels = self._count_pixels(request.pixels, group)
 
-        # Refuse the last image of the group with most pixels, unless it is that of *request*.
+        # Refuse the last image of the group with most pixels, unless that is the own group.
         while pixels.total() > self._max_waiting_pixels:
             largest = max(
                 (other for other in pixels if other is not None),
@@ -485,7 +486,7 @@ class Decoders:
         return reply
 
     def _note_slow(self, client: str) -> None:
-        """Remember that an image of *client* was too slow; forget the client that was it longest ago."""
+        """Remember that an image of *client* was too slow; of too many, forget the client that was slow first."""
         self._slow_until[client] = time.monotonic() + SLOW_SECONDS
         self._slow_until.move_to_end(client)
         if len(self._slow_until) > MAX_SLOW_CLIENTS:
@@ -532,22 +533,22 @@ class Decoders:
     async def _watch(self) -> None:
         """End processes that are stopped; their images are decoded again, and others are started."""
         template = shared_template()
-        suspects: set[int] = set()  # stopped at the last look
+        suspects: set[int] = set()  # process ids of those that were stopped at the last look
 
         while True:
             # Find the processes that are stopped now.
             await asyncio.sleep(WATCH_SECONDS)
-            processes = [template.process, *(decoder.process for decoder in self._children)]
-            stopped = {process for process in processes if process and is_stopped(process)}
+            ids = [template.process, *(decoder.process for decoder in self._children)]
+            stopped = {number for number in ids if number and is_stopped(number)}
 
             self.are_stopped = bool(stopped)
 
             # End those that were stopped at the last look, too.
-            for process in stopped & suspects:
-                log.warning("the decoder process %d is stopped; it is ended", process)
+            for number in stopped & suspects:
+                log.warning("the decoder process %d is stopped; it is ended", number)
                 with suppress(ProcessLookupError):
-                    # Not by the template, which may be the one
-                    os.kill(process, signal.SIGKILL)
+                    # Not by the template, which may be the one that is stopped
+                    os.kill(number, signal.SIGKILL)
             suspects = stopped
 
 

@@ -79,7 +79,7 @@ class Seen(NamedTuple):
 
 
 class Block(NamedTuple):
-    """`BLOCK` consecutive answers of the bundle *version*; *path* is their file, if they have one."""
+    """`BLOCK` answers of the bundle *version* in their order; *path* is their file, if they have one."""
 
     version: str
     answers: Answers
@@ -209,7 +209,11 @@ class DriftMonitor:
         self._publish(traffic)
 
     def _report(self, traffic: Traffic) -> None:
-        """Log when an alarm begins or ends; a reference of an earlier bundle serves until it raises none."""
+        """Log when an alarm begins or ends.
+
+        If there is none, and the reference has answers of an earlier bundle, the window becomes
+        the reference.
+        """
         alarms = describe_alarms(traffic.comparisons)
         if alarms and not traffic.was_alarm:
             log.warning(
@@ -355,7 +359,10 @@ def read_inputs(block: Block) -> list[NDArray[np.uint8]]:
 
 
 def read_traffic(traffic: Traffic, folder: Path, keep_seconds: float) -> None:
-    """Read the blocks in *folder*, of the last bundle that answered, which is the version of *traffic*."""
+    """Read the blocks in *folder* of the last bundle that answered, and make *traffic* that of this bundle.
+
+    The oldest `NUM_BLOCKS` are the reference, the others the window.
+    """
     remove_leftovers(folder)
     blocks = list[Block]()
     for path in list_blocks(folder, keep_seconds):
@@ -385,16 +392,18 @@ def delete_unneeded(traffic: Traffic, keep_seconds: float) -> None:
     """Delete the files that neither the reference nor the window has, and those too old."""
     if traffic.folder is None or not traffic.folder.is_dir():
         return
-    needed = {block.path for block in traffic.blocks}
+    needed_paths = {block.path for block in traffic.blocks}
     for path in list_blocks(traffic.folder, keep_seconds):
-        if path not in needed:
+        if path not in needed_paths:
             path.unlink(missing_ok=True)
 
 
 def find_labelled(blocks: Sequence[Block], folder: Path | None) -> list[NDArray[np.bool_]]:
-    """Return which answers of each of *blocks* show what was kept in *folder* and is not there any more.
+    """Return, for each of *blocks*, the mask of the answers whose photographs were labelled.
 
-    These were labelled, perhaps to be trained on; their near-duplicates count like them.
+    A labelled photograph was kept in *folder* and is not there any more; it may have been
+    trained on. Its near-duplicates count like it. Letters: N answers of a block, L labelled
+    photographs.
     """
     if folder is None or not blocks:
         return [np.zeros(len(block.identities), np.bool_) for block in blocks]
@@ -415,7 +424,7 @@ def find_labelled(blocks: Sequence[Block], folder: Path | None) -> list[NDArray[
 
 
 def compare_traffic(traffic: Traffic) -> dict[str, Comparison]:
-    """Compare the window with the reference; the photographs alone if that has answers of another bundle."""
+    """Compare the window with the reference; of a reference with answers of another bundle, only the photographs."""
     reference = join_answers(traffic.reference)
     window = join_answers(traffic.window)
     if all(block.version == traffic.version for block in traffic.reference):

@@ -48,7 +48,7 @@ from sopdeploy_service.runtime.base import (
 from sopdeploy_service.runtime.choice import cpu_runtime
 from sopdeploy_service.settings import Settings
 
-# larger batches gain nothing on a CPU and delay the first image of the batch
+# Larger batches gain nothing on a CPU, and delay the first image of the batch
 LARGEST_ON_CPU = 4
 
 log = logging.getLogger("sopdeploy.inference")
@@ -58,10 +58,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
-    """A verified bundle and its runtime; after a thorough load with all contents, otherwise `reduced`.
+    """A verified bundle and its runtime.
 
-    `replays` maps batch sizes to replays of the probes. `timings` has (images, seconds) of each
-    run. `onnx_root` is the root of the graph, if it was recomputed.
+    After a thorough load, the bundle has all its contents; otherwise it is `reduced`. `replays`
+    maps batch sizes to replays of the probes. `timings` has (images, seconds) of each run.
+    `onnx_root` is the root of the graph, if it was recomputed.
     """
 
     bundle: Bundle
@@ -194,13 +195,15 @@ def _open_named(name: str, bundle: Bundle, settings: Settings) -> Runtime:
 def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int, float]]:
     """Run batches of 1, 2, 4 ... *max_batch* images twice on a GPU, and check their outputs.
 
-    Returns (images, seconds) of each run. The first batch of a size takes many times as long as
-    the others: libraries choose kernels and allocate memory. Without this, it would be a
-    client's batch. Every row of every batch is compared with the output of its image, because
-    kernels for other sizes are other kernels; small and large batches alternate the second
-    time, because an engine then changes its profile. Raises `ParityError`. A CPU has no such
-    cost; it runs *max_batch* images once if there are fewer probes, because `_replay_all` then
-    runs smaller batches.
+    Returns (images, seconds) of each run. Raises `ParityError`.
+
+    The first batch of a size takes many times as long as the others: libraries choose kernels
+    and allocate memory. Without this function, it would be a client's batch. Every row of every
+    batch is compared with the output of its image, because other sizes have other kernels. The
+    second time, small and large batches alternate, so that an engine changes its profile.
+
+    A CPU has no such cost. It runs *max_batch* images once if there are fewer probes, because
+    `_replay_all` then runs smaller batches only.
     """
     # Choose the sizes to run.
     timings: list[tuple[int, float]] = []
@@ -247,7 +250,10 @@ def _replay_all(
     *,
     thorough: bool,
 ) -> dict[int, Replay]:
-    """Replay *probes* alone and in batches, as `load_model` says; add (images, seconds) to *timings*."""
+    """Replay *probes*; add (images, seconds) of each run to *timings*.
+
+    The first one runs alone, the others in batches; with *thorough*, all run in both ways.
+    """
 
     def timed_run(images: NDArray[np.uint8]) -> Outputs:
         started = time.monotonic()
@@ -255,7 +261,6 @@ def _replay_all(
         timings.append((len(images), time.monotonic() - started))
         return outputs
 
-    # Unless *thorough*, a probe runs once: the first one alone, the others in batches.
     size = min(max_batch, len(probes.images))
     alone = probes
     in_batches = probes

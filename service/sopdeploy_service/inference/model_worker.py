@@ -49,11 +49,11 @@ MIN_HANG_SECONDS = 4.0  # tolerates a clock that jumps and a machine that stalls
 HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
 _JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue was closed
 WATCH_SECONDS = 1.0  # longest time between two checks of the thread
-# a check that is later than this comes after a pause of the process, as by Ctrl-Z
+# A check that is later than this comes after a pause of the process, as by Ctrl-Z
 PAUSE_SECONDS = 1.0
 
 _Pixels: TypeAlias = Sequence[NDArray[np.uint8]]
-ImageOutputs: TypeAlias = dict[str, NDArray[np.float32]] | HttpError
+OutputsOrError: TypeAlias = dict[str, NDArray[np.float32]] | HttpError  # of one image
 
 log = logging.getLogger("sopdeploy.inference")
 
@@ -62,8 +62,9 @@ log = logging.getLogger("sopdeploy.inference")
 class QueuedImage:
     """One image (H, W, 3) uint8 and *deliver*, which gets its result on the event loop, at most once.
 
-    Times are those of `time.monotonic`. *features* requests the embedding. It *is_over* when it
-    has its result, or when nobody waits for one. *in_batch* says that the pixels are read until it is settled.
+    Times are those of `time.monotonic`. *features* requests the embedding. The image *is_over*
+    when it has its result, or when nobody waits for one. Once it is *in_batch*, its pixels are
+    read until it is settled.
     """
 
     pixels: NDArray[np.uint8] = field(repr=False)
@@ -200,8 +201,8 @@ class LocalModel(Model):
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None
 
-        # Used by the thread, except that the watchdog and `close` read `_in_flight` and
-        # `_batch_started`.
+        # The following is for the thread only, until it has ended. The watchdog and `close` read
+        # `_in_flight` and `_batch_started`.
         self._runtime = runtime
         # The same runtime if it can have two batches in flight.
         self._overlapping = runtime if isinstance(runtime, OverlappingRuntime) else None
@@ -297,7 +298,7 @@ class LocalModel(Model):
             batches = tuple(self._in_flight)
             started = self._batch_started
 
-            # Without a batch, `check_device` may run
+            # Without a batch in flight, `check_device` may run, on a single image.
             num_images = len(batches[0].images) if batches else 0
             seconds = 0.0 if started is None else time.monotonic() - max(started, resumed)
             limit = self.hang_seconds(num_images)
@@ -379,10 +380,10 @@ class LocalModel(Model):
         if self._batch_started is None:
             self._batch_started = time.monotonic()
 
-        # Before it begins: the watchdog must see a call that hangs
+        # It is added before it begins: the watchdog must see a call that hangs.
         self._in_flight.append(batch)
         if self._overlapping is not None:
-            # `_run_images` tries again, and handles errors
+            # After an error, `wait` stays None: `_run_images` tries again, and its errors count.
             with contextlib.suppress(Exception):
                 pixels = [image.pixels for image in images]
                 batch.wait = self._overlapping.begin(pixels, self._names_of(images))
@@ -414,7 +415,7 @@ class LocalModel(Model):
     def _settle_and_count(
         self,
         images: Sequence[QueuedImage],
-        rows: Sequence[ImageOutputs],
+        rows: Sequence[OutputsOrError],
         started: float,
         ended: float,
     ) -> None:
@@ -451,8 +452,8 @@ def check_device(runtime: Runtime, image_shape: tuple[int, ...]) -> None:
 
 def run_bisected(
     run: Callable[[_Pixels], Outputs], images: _Pixels, names: Sequence[str]
-) -> list[ImageOutputs]:
-    """Run *images* (H, W, 3) as one batch; halve it as long as it fails.
+) -> list[OutputsOrError]:
+    """Run *images* (H, W, 3) as one batch; halve a batch that fails, down to single images.
 
     Returns each image's row of the outputs *names*, or an `HttpError`. Raises `DeviceLostError`
     at once.
@@ -476,7 +477,9 @@ def run_bisected(
     return [row for half in halves for row in run_bisected(run, half, names)]
 
 
-def _split_rows(outputs: Outputs, names: Sequence[str], num_images: int) -> list[ImageOutputs]:
+def _split_rows(
+    outputs: Outputs, names: Sequence[str], num_images: int
+) -> list[OutputsOrError]:
     """Split the *outputs* of a batch into rows with *names*; reject a row if one of them is not finite."""
     finite = np.ones(num_images, dtype=bool)
 

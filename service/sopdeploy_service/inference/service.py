@@ -48,9 +48,9 @@ from sopdeploy_service.settings import (
 )
 
 MAX_RETRY_SECONDS = 60
-# An image that a new bundle runs for the drift waits so long for requests, in such steps.
-IDLE_SECONDS = 1.0
-IDLE_STEP = 0.02
+# For an image that a new bundle runs for the drift
+IDLE_SECONDS = 1.0  # its longest wait for a moment without requests
+IDLE_STEP = 0.02  # between two looks
 # A request none of whose images has another outcome is refused as a whole.
 UNANSWERED = {results.DEADLINE, results.DECODERS_BUSY}
 PARSERS = 2  # threads; a JSON parser holds the interpreter lock
@@ -107,7 +107,7 @@ class ModelRegistry(Registry):
                     check_trust(bundle, self._settings)
                 else:
                     loaded[name] = await load_in_background(bundle, self._settings)
-                    # Unless all of them can be loaded
+                    # Close it if another one cannot be loaded.
                     stack.callback(loaded[name].runtime.close)
             stack.pop_all()
 
@@ -126,8 +126,8 @@ class ModelRegistry(Registry):
         """Read the bundles of *sources* again and serve them, or log why this is not possible."""
         try:
             async with self.changing:
-                # Reads those that are served, too: a folder may have other files under the same
-                # manifest.
+                # This reads bundles that are served already, too: a folder may have other files under
+                # the same manifest.
                 projects = {
                     name: model.bundle.manifest.project for name, model in self._by_name.items()
                 }
@@ -173,7 +173,7 @@ class ModelRegistry(Registry):
         await asyncio.gather(*(model.stop() for model in models))
 
     def _start_model(self, name: str, loaded: LoadedModel) -> LocalModel:
-        """Start the model *name*, and count its bundle as loaded; without a thread, release its memory."""
+        """Start the model *name*, and count its bundle as loaded; if it cannot start, release its memory."""
         with ExitStack() as unless_started:
             unless_started.callback(loaded.runtime.close)
             model = LocalModel(name, loaded, self._settings, self.metrics)
@@ -200,9 +200,11 @@ class ModelRegistry(Registry):
 
 
 class Traffic(NamedTuple):
-    """That images are those of a client; *reported* is the class of a report, which is kept as such.
+    """Marks images of clients, which may be kept and count for the drift.
 
-    A report, None without one, was an image before, so that it does not count for the drift.
+    *reported* is the class that a person suggests after a wrong answer, or "" without a
+    suggestion; None if no answer is reported. A reported image was sent before, so it does not
+    count for the drift again.
     """
 
     reported: str | None = None
@@ -283,7 +285,7 @@ class Service:
 
         if all(model.runtime.device == "cpu" for model in self.registry.models()):
             return DECODERS_BESIDE_CPU_INFERENCE
-        return decoders_per_process(processes=1)
+        return decoders_per_process(1)
 
     @property
     def state(self) -> State:
@@ -350,7 +352,7 @@ class Service:
 
     def _count_earlier(self, model: Model) -> int:
         """Estimate how many admitted images run before the next one of *model*, on the same device."""
-        # Engines share the images of all front ends, which have about as many each
+        # Engines share the images of all front ends, which have about as many each as this one.
         if self.num_front_ends:
             about = self.admitted * len(self._cells)
             return min(about, self._count_admitted()) // model.num_engines
@@ -450,7 +452,10 @@ class Service:
     async def _run_for_drift(
         self, model: Model, pixels: NDArray[np.uint8]
     ) -> NDArray[np.float32] | None:
-        """Run *pixels* (H, W, 3) when no request waits, or soon; None if *model* cannot run them."""
+        """Run *pixels* (H, W, 3) when no request waits, or after `IDLE_SECONDS`; return the logits (C,).
+
+        None if *model* cannot run them.
+        """
         end = time.monotonic() + IDLE_SECONDS
         await asyncio.sleep(IDLE_STEP)
         while self.admitted and time.monotonic() < end:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.settings import LARGE_BODY_SHARE
 
-# most images are smaller; the last eighth of the budget is reserved for such bodies
+# Most images are smaller; the rest of the budget, beside `LARGE_BODY_SHARE`, is for such bodies
 SMALL_BODY = 1_000_000
 
 UPLOADS_FULL = HttpError(

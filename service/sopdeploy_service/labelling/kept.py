@@ -2,8 +2,8 @@
 
 In a folder of kept photographs, `ID.jpg` or `ID.png` is a photograph without metadata except
 its orientation, and `ID.json` its `KeptRecord`. The photograph is written first, so a record
-always has its photograph; a photograph without a record is not complete. A server with several
-devices has a subfolder for each.
+always has its photograph; a photograph without a record is not complete. Subfolders to which
+other servers write, each with its lock, are read, too.
 
 `label` moves photographs without changing their names. Those outside of the uniform sample are
 atypical: they were kept because the network was not sure of them. Figures about new photographs
@@ -91,17 +91,17 @@ class Kept(NamedTuple):
 
 
 def read_kept(folder: Path) -> list[Kept]:
-    """Read the kept photographs in *folder* and its subfolders of devices, the oldest first.
+    """Read the kept photographs in *folder* and in its subfolders that a server has locked, the oldest first.
 
     Records that are damaged, copied or of a later version, or whose photograph is missing or a
     link, are skipped; warnings tell how many, and which version reads them. Raises `OSError` if
     *folder* cannot be read.
     """
-    # The subfolder of a device has the lock of its server. `Path.is_file` would raise an error
-    # for a subfolder that cannot be read, such as `lost+found`.
-    device_folders = [path for path in sorted(folder.iterdir()) if os.path.isfile(path / LOCK)]  # noqa: PTH113
+    # A folder to which a server writes has its lock. `Path.is_file` would raise an error for a
+    # subfolder that cannot be read, such as `lost+found`.
+    subfolders = [path for path in sorted(folder.iterdir()) if os.path.isfile(path / LOCK)]  # noqa: PTH113
     record_paths = [
-        path for parent in (folder, *device_folders) for path in sorted(parent.glob("*.json"))
+        path for parent in (folder, *subfolders) for path in sorted(parent.glob("*.json"))
     ]
 
     # Read the records whose photograph is here.

@@ -64,7 +64,7 @@ class LineQueue(logging.Handler):
             data = f"{line}\n".encode(errors="backslashreplace")
             try:
                 while data:
-                    # The rest, if only a part was written
+                    # Go on with the rest if only a part was written.
                     data = data[os.write(self._file, data) :]
             except OSError:  # the disk is full, or nobody has the pipe open
                 DROPPED.inc()
@@ -116,10 +116,10 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors)
     )
 
-    # Also for other libraries, whose level stays at warning
+    # The handler is also for other libraries, whose level stays at warning.
     logging.getLogger().addHandler(handler)
 
-    is_quiet = settings.log is None and not for_people  # then writes warnings and errors only
+    is_quiet = settings.log is None and not for_people  # then it has warnings and errors only
     level = (
         "warning"
         if is_quiet and settings.log_level in {"debug", "info"}

@@ -124,10 +124,11 @@ class Metrics:
             *(kind.code for kind in SopdeployError.__subclasses__()),
         ]
 
-        # From 0 on: Prometheus sees no increase in a series that begins at 1
+        # These series begin at 0: Prometheus sees no increase in one that begins at 1.
         for code in codes:
             self.load_failures.labels(code)
 
+        # What the server has to do now, and how busy it is.
         self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
         self.runtime_seconds = counter(
             "runtime_seconds", "Busy time of the runtime", ("model",)
@@ -225,7 +226,7 @@ class Metrics:
         stages: Mapping[str, float],
     ) -> None:
         """Count a request with images that ended after *seconds*; *stages* has those spent in each stage."""
-        # The others are counted per image and batch
+        # The other stages are counted per image and batch.
         for stage in stages.keys() & {"load", "receive"}:
             self.observe_stage(stage, stages[stage])
 

@@ -49,7 +49,7 @@ class Shared(Generic[_Value]):
 
 
 def merge_metrics(pages: Mapping[str, bytes], supervisor: bytes) -> bytes:
-    """Merge the metrics *pages* of processes by name, and that of the *supervisor*.
+    """Merge the metrics *pages* of processes, by their names, and the page of the *supervisor*.
 
     Adds the label `process`, and the metric `sopdeploy_worker_up`, which is 0 for a page that
     is empty or no page of metrics.

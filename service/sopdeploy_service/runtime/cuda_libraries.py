@@ -31,15 +31,15 @@ def package_folders() -> list[Path]:
     it, such as `cu13`. A folder is left out if earlier ones have all of its libraries.
     """
     folders: list[Path] = []
-    found: set[str] = set()
+    earlier_libraries: set[str] = set()
 
     for packages in sys.path:
         for folder in sorted(Path(packages, "nvidia").glob("*/lib")):
             libraries = {path.name for path in folder.glob("*.so*")}
 
-            if not libraries <= found:
+            if not libraries <= earlier_libraries:
                 folders.append(folder)
-            found |= libraries
+            earlier_libraries |= libraries
     return folders
 
 
@@ -66,7 +66,7 @@ def load_cuda_libraries(onnxruntime: Any) -> None:
     # Load the provider itself, which shows what it misses.
     capi = Path(onnxruntime.__file__).parent / "capi"
     try:
-        # Has symbols that the provider needs
+        # This library has symbols that the provider needs.
         ctypes.CDLL(str(capi / SHARED), mode=ctypes.RTLD_GLOBAL)
         for library in (str(capi / CUDA_PROVIDER), CUDNN):
             ctypes.CDLL(library, mode=os.RTLD_LAZY)

@@ -40,11 +40,12 @@ class TensorRTRuntime(EngineSession, OwnRuntime):
         fields = key_fields(bundle, str(trt.__version__), cuda.gpu())
         reasons: list[str] = []  # of each folder without an engine that can be used
         for folder in engine_folders(bundle, settings):
-            found = load_engine(folder, fields)
-            if not isinstance(found, str):  # an engine, not the reason why there is none
-                super().__init__(trt, cuda, found.plan, bundle.manifest, found.record.key)
-                return
-            reasons.append(found)
+            engine = load_engine(folder, fields)
+            if isinstance(engine, str):  # the reason why there is none
+                reasons.append(engine)
+                continue
+            super().__init__(trt, cuda, engine.plan, bundle.manifest, engine.record.key)
+            return
 
         reason = reasons[0] if reasons else EMPTY
         raise RuntimeUnavailableError(

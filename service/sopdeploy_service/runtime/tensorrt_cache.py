@@ -106,7 +106,7 @@ class EngineKey(StrictModel):
     precision: str
     profiles: Annotated[tuple[Profile, ...], pydantic.Field(min_length=1)]
     via: Literal["onnx", "torch-tensorrt"] = "onnx"  # TensorRT's ONNX parser, or torch-tensorrt
-    # Increased when the lint or the builder flags change what a plan computes.
+    # Increased when `cast_images_first` or the flags of the builder change what a plan computes.
     builder: Literal[1] = 1
 
     @property
@@ -231,11 +231,11 @@ def _describe_differences(key: EngineKey, wanted: Mapping[str, Any]) -> list[str
 
 def read_records(folder: Path) -> list[EngineRecord]:
     """Read every valid record in *folder* that has the name of its key, sorted by file name."""
-    found = []
+    records = []
 
     for path in sorted(folder.glob("*.json")):
         with suppress(OSError, ValueError):
             record = EngineRecord.model_validate_json(read_file(path, MAX_TEXT_BYTES))
             if record.key.name == path.stem:
-                found.append(record)
-    return found
+                records.append(record)
+    return records

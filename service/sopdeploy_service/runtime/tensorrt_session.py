@@ -239,7 +239,7 @@ class BatchBuffer:
         self.host: dict[str, NDArray[Any]] = {}
         self.device: dict[str, int] = {}
         for tensor in tensors:
-            # Only the first size is None
+            # Only the first size, that of the batch, is None.
             sizes = [size for size in tensor.shape[1:] if size is not None]
             shape = (largest, *sizes)
 
@@ -370,7 +370,7 @@ class EngineSession:
             )
             call("cudaEventRecord", buffer.uploaded, self._upload_stream)
 
-            # Kernels start after the upload
+            # The kernels start after the upload.
             call("cudaStreamWaitEvent", self._stream, buffer.uploaded, 0)
             self._enqueue_kernels(index, buffer, count)
 
@@ -406,7 +406,7 @@ class EngineSession:
             )
 
         if not context.execute_async_v3(int(self._stream)):
-            # Raises if the device failed
+            # This raises its own error if the device failed.
             self._cuda.call("cudaStreamSynchronize", self._stream)
             raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._logger)}")
 

@@ -40,9 +40,9 @@ from sopdeploy_service.tasks import start_task
 LAST_SECONDS = 1.0  # for connections that are open without a request when the port closes
 _POLL_SECONDS = 0.02
 EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
-BEATS = 100  # the last ten seconds
+BEATS = 100  # of the last ten seconds
 BEGUN_AT_ONCE = 16  # connections; one from another address waits for these, not for all
-# threshold of the youngest garbage collector generation; Python's default is 700
+# Threshold of the youngest generation of the garbage collector; Python's default is 700
 _YOUNG_OBJECTS = 10_000
 
 log = logging.getLogger("sopdeploy.server")
@@ -112,7 +112,7 @@ class DrainingServer(uvicorn.Server):
         self._sources = sources
         self._links = links or {}
 
-        # The end of the server does not wait for these.
+        # The tasks that follow links and files; the end of the server does not wait for them.
         self._following: set[asyncio.Task[None]] = set()
         self._bundle_reload = Joined(self._reload_bundles)
         self._key_reload = Joined(self._reload_keys)
@@ -121,12 +121,17 @@ class DrainingServer(uvicorn.Server):
         self._beginning: asyncio.Task[None] | None = None  # serves them
 
         self._drain_until: float | None = None
-        self._is_draining = False
+        self._has_logged_drain = False
 
         self._last_beat = time.monotonic()
         # Seconds by which ticks of uvicorn were late
         self._lags: deque[float] = deque([0.0], maxlen=BEATS)
         self._service.metrics.loop_lag.set_function(lambda: max(self._lags))
+
+    @property
+    def _drains(self) -> bool:
+        """Whether a signal has begun the drain."""
+        return self._drain_until is not None
 
     def serve_until_end(self, *listeners: socket.socket) -> int:
         """Serve on *listeners* until a signal or the death of a runtime; return the exit code.
@@ -210,7 +215,7 @@ class DrainingServer(uvicorn.Server):
 
     def reload_bundles(self) -> None:
         """Begin to serve bundles that have changed, unless the server drains."""
-        if self._drain_until is None:
+        if not self._drains:
             self._bundle_reload.request()
 
     async def _reload_bundles(self) -> None:
@@ -227,10 +232,8 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Start to drain, or end the drain; uvicorn would exit with the code of the signal."""
-        again = self._drain_until is not None
-        self._drain_until = time.monotonic() + (
-            0.0 if again else self._service.settings.drain_seconds
-        )
+        seconds = 0.0 if self._drains else self._service.settings.drain_seconds
+        self._drain_until = time.monotonic() + seconds
         self._service.drain()
 
     async def on_tick(self, counter: int) -> bool:
@@ -245,9 +248,9 @@ class DrainingServer(uvicorn.Server):
 
         # While it drains, end when no request is left, or when its time is over.
         if self._drain_until is not None:
-            if not self._is_draining:
+            if not self._has_logged_drain:
                 # It is logged here, because a signal handler may interrupt another log line.
-                self._is_draining = True
+                self._has_logged_drain = True
                 seconds = self._service.settings.drain_seconds
                 log.info(
                     "draining",
@@ -267,7 +270,7 @@ class DrainingServer(uvicorn.Server):
         # Close the port. Serve what has arrived unless a runtime has died: then the process ends
         # at once.
         pending = [] if self._arrivals is None else self._arrivals.close()
-        if self._is_draining:
+        if self._service.state != "runtime_dead":
             await self.serve_connections(pending)
 
             # Give the responses time, until every connection waits for another request.

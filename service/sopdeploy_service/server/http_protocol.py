@@ -28,18 +28,19 @@ from sopdeploy_service.settings import Settings
 
 CLOSING_SECONDS = 2  # for sending the last responses after the end
 MAX_URL_BYTES = 8192  # path and query
-# of one request
-MAX_HEADERS = 100
-MAX_HEADER_BYTES = 32_768
-# a connection closed with unread input is reset: the client could not read the response
+MAX_HEADERS = 100  # of one request
+MAX_HEADER_BYTES = 32_768  # of all headers of a request
+# For which input is read, and ignored, after the last response: closing a connection with unread
+# input resets it, and the client could not read the response.
 LINGER_SECONDS = 2.0
-# seconds for headers, a body or reading; who takes longer may have to make room for another one
+# Seconds for headers, a body or reading; who takes longer may have to make room for another one.
 GRACE = 1.0
 MIN_SECONDS = 0.001  # of a body, for its rate
-# connections of an address, or a quarter of `max_connections`; more make room at once
+# Connections of an address, or a quarter of `max_connections` if that is more; those beyond make
+# room at once.
 MIN_SHARE = 64
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
-# of content pay for a chunk or a read, each of which the parser calls back for
+# Bytes of content that pay for a chunk or a read, for each of which the parser calls back
 CALLBACK_BYTES = 64
 
 FULL = HttpError("too_many_connections", 503, "too many connections; retry later", 1)
@@ -68,24 +69,22 @@ UNKNOWN_CODING = HttpError(
 class Connections:
     """The connections of one server; used on its event loop only.
 
-    `waiting` has those without complete headers, `bodies` those without a complete body,
-    `unread` those whose client does not read; each with the time at which this began. `closing`
-    has those that have their last response and do not count any more. They stay open until the
-    client has read it, or `SPARE` others follow.
+    `open` are all, in the order of their arrival, `idle` those between two requests, in the
+    order in which this began. `waiting` has those without complete headers, the earliest first,
+    `bodies` those without a complete body, `unread` those whose client does not read; each with
+    the time at which this began. `closing` has those that have their last response and do not
+    count any more, the earliest first. They stay open until the client has read it, or `SPARE`
+    others follow. `num_by_address` does not count those of trusted proxies.
     """
 
     settings: Settings
     metrics: Metrics
-    open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by arrival
-    # Ordered by start of idle time
+    open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)
     idle: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)
-    # Ordered by this time
     waiting: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
     bodies: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
     unread: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
-    # Ordered by time of closing
     closing: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)
-    # Without those of trusted proxies
     num_by_address: Counter[str] = field(default_factory=Counter)
 
     def admit(self, connection: "LimitedHttpProtocol") -> HttpError | None:
@@ -109,7 +108,7 @@ class Connections:
         return None
 
     def note_last_response(self, connection: "LimitedHttpProtocol") -> None:
-        """Note that *connection* has its last response; abort the one that has it longest if many have."""
+        """Note that *connection* has its last response; of more than `SPARE`, abort the one that has it longest."""
         for state in (self.idle, self.waiting, self.bodies, self.unread):
             state.pop(connection, None)
 
@@ -231,13 +230,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.body_bytes = 0  # of the present request
         self._error: HttpError | None = None  # set by a callback of the parser
 
-        # Whether the headers or the body of a request are arriving now; neither between two
-        # requests.
+        # Whether the headers, or the body, of a request are arriving now.
         self._in_headers = self._in_body = False
         self._header_bytes = 0  # of the names and values of complete headers and trailers
 
-        # What has arrived of the headers or, besides its content, of the body, and
-        # `CALLBACK_BYTES` for each read and chunk. Content pays for as many bytes of it.
+        # The overhead: the bytes of the headers, or those of the body besides its content, and
+        # `CALLBACK_BYTES` for each read and chunk. Each byte of content pays for one of them.
         # `_read_bytes` are those of the present read.
         self._overhead_bytes = self._read_bytes = 0
         self._ignores_input = False  # true after the last request
@@ -298,7 +296,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._error = self._error or _MALFORMED
 
         self._overhead_bytes = max(0, self._overhead_bytes)  # content is no credit for later
-        # With the URL
+        # The headers arrive with the URL.
         limit = MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES
         if self._error is None and self._overhead_bytes > limit:
             self._error = LARGE_HEADERS
@@ -430,13 +428,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_chunk_header(self) -> None:
         """Limit the number of chunks whose content does not pay for them."""
         self._overhead_bytes += CALLBACK_BYTES
-        # What the read has added, too
+        # The present read was added as a whole, its content included.
         if self._overhead_bytes > MAX_HEADER_BYTES + self._read_bytes:
             self._refuse(LARGE_HEADERS)
 
     def on_body(self, body: bytes) -> None:
         """Pass a piece of the body to the request."""
-        self._overhead_bytes -= 2 * len(body)  # it is no overhead, and pays for as much
+        self._overhead_bytes -= 2 * len(body)  # content is no overhead, and pays for as much
         self.body_bytes += len(body)
         if not self._ignores_input:
             super().on_body(body)
@@ -451,7 +449,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._shared.bodies.pop(self, None)
         super().on_message_complete()
 
-        # Before the end of the body: the idle time begins only now
+        # The response was complete before the body: the idle time begins only now.
         if self.cycle.response_complete:
             self._stop_timer()  # stops the timer of the rest of the body
             self._begin_idle_time()
@@ -507,7 +505,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         is_input_in_transit |= self._ignores_input or self._in_body or self._in_headers
         self._ignores_input = self._closed = True
 
-        if is_input_in_transit:  # read on, as `LINGER_SECONDS` says
+        if is_input_in_transit:
+            # Read on: closing with unread input would reset the connection.
             self.flow.resume_reading()
             if self.transport.can_write_eof() and not self.transport.is_closing():
                 self.transport.write_eof()
@@ -517,8 +516,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             # It closes after the pending output, for which the client has limited time.
             self.transport.close()
             self._start_timer(self._limits.write_timeout, self.abort)
-            # Until the output is sent, it counts as unread, but a grace later than one that
-            # began now.
+            # Until then it counts as one whose client does not read, since a time that is `GRACE`
+            # in the future: it has to make room later than one that stops reading now.
             self._shared.unread.setdefault(self, self.loop.time() + GRACE)
 
     timeout_keep_alive_handler = close
@@ -539,7 +538,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def _reject(self, reason: HttpError) -> None:
-        """Respond with *reason*, or let a response that has begun or is to an earlier request end; close."""
+        """Respond with *reason*, and close.
+
+        A response that has begun, or that is to an earlier request, ends instead; it is the last
+        one.
+        """
         if self.transport.is_closing():
             return
 
@@ -588,7 +591,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _start_header_timeout(self) -> None:
         """Note that headers are due; reject the request if they do not arrive in time."""
         self._shared.waiting.pop(self, None)
-        self._shared.waiting[self] = self.loop.time()  # the last one
+        self._shared.waiting[self] = (
+            self.loop.time()
+        )  # at the end: the order is that of the times
         self._start_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
 
     def _start_timer(self, seconds: float, callback: Callable[[], None]) -> None:

@@ -55,7 +55,10 @@ async def follow(
 
 
 class Joined:
-    """Does *work* when it is requested; requests that come during it are one more time. For one event loop."""
+    """Does *work* when it is requested. For one event loop.
+
+    Requests that come while it is done make it be done once more, however many they are.
+    """
 
     def __init__(self, work: Callable[[], Awaitable[None]]) -> None:
         self._work = work

@@ -25,9 +25,8 @@ from sopdeploy_service.settings import Settings
 if TYPE_CHECKING:  # a supervisor does not import it
     from sopdeploy_service.inference.service import ModelRegistry
 
-# the other cores decode
 MIN_FRONT_ENDS = 2
-CORES_PER_FRONT_END = 4
+CORES_PER_FRONT_END = 4  # all but one of them decode
 
 
 def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
@@ -39,7 +38,7 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     errors of `find_bundles` and `load_bundle`.
     """
     if threading.current_thread() is threading.main_thread():
-        # They would end a server that is not ready yet
+        # By default, these signals would end a server that is not ready yet.
         for number in (signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
 
@@ -109,7 +108,7 @@ def load_registry(
         # With a memory budget, the graphs are hashed only, and read again when they are loaded.
         return read_files(path, manifest, with_graph=settings.memory_budget is None)
 
-    # Before the slow imports
+    # This begins before the slow imports.
     finding = daemon_threads.start(partial(find_bundles, sources, read))
 
     bundles = wait_in_time(finding, "the bundles", settings)

@@ -14,7 +14,7 @@ MAX_PENDING = 4096  # connections that nobody serves yet; the Linux default
 ACCEPTED_AT_ONCE = 64  # so that other events are handled in between
 FILE_SECONDS = 0.1  # without a free file for a connection, until the next attempt
 OTHER_FILES = 64  # bundles, libraries
-# of a connection in the kernel, beside those on the way; its default is megabytes
+# Bytes of a connection that wait in the kernel, beside those on the way; its default is megabytes.
 UNSENT_BYTES = 131_072
 
 
@@ -23,20 +23,20 @@ def raise_file_limit(num_connections: int) -> None:
 
     Raises `ConfigError` if the system does not allow the former.
     """
-    needed = num_connections + SPARE + OTHER_FILES
+    needed_files = num_connections + SPARE + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    if hard != resource.RLIM_INFINITY and hard < needed_files:
         raise ConfigError(
-            f"max_connections {num_connections}: needs {needed} open files, but the system allows {hard}; "
+            f"max_connections {num_connections}: needs {needed_files} open files, but the system allows {hard}; "
             "lower max_connections or raise `ulimit -n`"
         )
 
-    wanted = needed + MAX_PENDING
+    wanted_files = needed_files + MAX_PENDING
     if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        wanted_files = min(wanted_files, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted_files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted_files, hard))
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -35,9 +35,8 @@ def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
         return copied
 
     # Find the operators that read uint8 values: the images themselves, or moved ones.
-    # names of values, and the operators that read them
-    uint8_values = {name}
-    readers = set()
+    uint8_values = {name}  # names
+    readers = set()  # types of operators
     for node in copied.graph.node:  # in topological order
         if uint8_values.isdisjoint(node.input):
             continue
@@ -119,9 +118,12 @@ def parse_and_build(
 
 @contextmanager
 def interrupts_recorded() -> Iterator[threading.Event]:
-    """Set an event on Ctrl-C in the block; raise at its end, because TensorRT's C++ code must not see it."""
+    """Give an event that Ctrl-C sets in the block; raise `KeyboardInterrupt` at its end only.
+
+    Otherwise, it would be raised in a callback, whose caller is TensorRT's C++ code.
+    """
     interrupt = threading.Event()
-    # Others cannot set handlers
+    # Other threads cannot set handlers; a handler of the caller stays.
     in_main_thread = threading.current_thread() is threading.main_thread()
     is_replaced = (
         in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler

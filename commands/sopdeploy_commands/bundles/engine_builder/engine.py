@@ -31,7 +31,8 @@ from sopdeploy_service.runtime.tensorrt_session import (
     open_cuda,
 )
 
-BuildViaTorch: TypeAlias = Callable[[cache.Profile, int], bytes]  # *workspace* in bytes
+# Builds a plan for the batches of a profile, in a workspace of a number of bytes.
+BuildViaTorch: TypeAlias = Callable[[cache.Profile, int], bytes]
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,17 @@ def get_engine(
 ) -> EngineFile:
     """Find the engine of *bundle* for this machine in the cache, or build it; replay the probes on it.
 
-    *report* receives the progress; *build_via_torch* builds the plan if *options* name
-    torch-tensorrt. Raises `RuntimeUnavailableError` without TensorRT or a GPU, `LoweringError`
-    or `EngineError` if no engine can be built, and `ParityError` if its outputs deviate from
-    the probes.
+    *report* receives the progress. *build_via_torch* builds the plan instead of TensorRT's
+    parser; it is given if, and only if, *options* name torch-tensorrt. Raises
+    `RuntimeUnavailableError` without TensorRT or a GPU, `LoweringError` or `EngineError` if no
+    engine can be built, and `ParityError` if the outputs of a new one deviate from the probes.
     """
-    # TensorRT reads its uint8 as int8, and rejects zero points
+    is_via_torch = options.via == "torch-tensorrt"
+    if is_via_torch != (build_via_torch is not None):
+        raise ValueError(f"build_via_torch does not fit via={options.via}")
+
+    # TensorRT cannot read a graph that is quantized for CPUs: it takes uint8 for int8, and
+    # rejects zero points.
     if bundle.manifest.int8_for == "cpu":
         raise LoweringError(
             f"{bundle.path}: is quantized for CPUs, but TensorRT needs int8 with zero point 0: export again "
@@ -64,10 +70,10 @@ def get_engine(
         )
 
     profiles = cache.parse_profiles(options.profiles, bundle.manifest.batch)
-    if options.via == "torch-tensorrt":  # it builds plans with one profile
+    if is_via_torch:  # torch-tensorrt builds plans with one profile
         profiles = (cache.Profile(minimum=profiles[0].minimum, maximum=profiles[-1].maximum),)
 
-    # The key names all on which a plan depends: graph, profiles, TensorRT and the GPU.
+    # The key names all on which a plan depends: graph, profiles, converter, TensorRT and the GPU.
     trt = import_tensorrt()
     cuda = open_cuda()
     gpu = cuda.gpu()
@@ -77,7 +83,7 @@ def get_engine(
     folder = cache.cache_folder(bundle, options.cache)
     cached = cache.load_engine(folder, dict(key))
 
-    # A cached engine must also pass the probes here, or it is built again.
+    # A cached engine must pass the probes again, or it is rebuilt; `reason` says why.
     if isinstance(cached, cache.StoredEngine):
         report("replaying the probes on the cached engine")
         try:
@@ -107,12 +113,13 @@ def get_engine(
 
     # Only an engine that passes the probes gets into the cache.
     report("checking outputs")
+    replays = replay_probes(trt, cuda, bundle, plan, key)  # raises `ParityError`
     record = cache.EngineRecord(
         key=key,
         plan_sha256=hashlib.sha256(plan).hexdigest(),
         plan_bytes=len(plan),
         build_seconds=seconds,
-        replays=replay_probes(trt, cuda, bundle, plan, key),
+        replays=replays,
     )
 
     return EngineFile(

@@ -83,7 +83,7 @@ def build_from_program(
             )
         )
     except Exception as error:  # its errors have no common base class
-        # Names the operator; the error itself shows the graph
+        # The cause names the operator; the error itself shows the whole graph.
         cause = first_line(error.__cause__ or error)
         raise EngineError(
             f"{bundle.path}: torch-tensorrt cannot build the engine: {cause}"

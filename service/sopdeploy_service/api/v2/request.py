@@ -22,12 +22,11 @@ from sopdeploy_service.inference.results import RejectedError
 
 MICROSECONDS = 1e6
 MAX_DIGITS = 20  # of the header; `int` rejects thousands of digits
-# the input for encoded files; a request gives either it or the input of the bundle
+# The input for encoded files; a request gives either it or the input of the bundle.
 IMAGE_INPUT = "IMAGE"
-# datatypes of the bundle's input and of encoded files
-UINT8 = "UINT8"
-BYTES = "BYTES"
-# datatype of all outputs; clients that compute in floating point also send pixels in it
+UINT8 = "UINT8"  # datatype of the bundle's input
+BYTES = "BYTES"  # datatype of encoded files
+# Datatype of all outputs; clients that compute in floating point also send pixels in it.
 FP32 = "FP32"
 PIXELS_ONLY = (
     "values must be whole numbers from 0 to 255: send pixels before any scaling and normalization, "
@@ -120,7 +119,7 @@ def parse_body(
 
     # Parse the JSON, and the inputs from it or from the binary data.
     pixel_input = manifest.inputs[0]
-    # None is the number of images
+    # In the shape, None stands for the number of images.
     values_per_image = prod(size or 1 for size in pixel_input.shape)
 
     request = parse_json(InferBody, body[:json_length], max_json, max_images * values_per_image)
@@ -138,7 +137,7 @@ def parse_body(
 
 def _choose_formats(request: InferBody, names: Sequence[str]) -> dict[str, bool]:
     """Map each output to return, by default all of *names* but the embedding, to whether it is in binary."""
-    # This is for outputs that choose no format.
+    # The format of outputs that choose none.
     binary_by_default = bool(request.parameters.binary_data_output)
     is_binary: dict[str, bool] = {}
 

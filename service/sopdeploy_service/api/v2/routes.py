@@ -189,7 +189,7 @@ def format_response(
     for name, follows_json in is_binary.items():
         array = np.ascontiguousarray(values[name], "<f4")
 
-        described: dict[str, object] = {
+        description: dict[str, object] = {
             "name": name,
             "datatype": FP32,
             "shape": list(array.shape),
@@ -197,10 +197,10 @@ def format_response(
 
         if follows_json:
             binary_parts.append(array.tobytes())
-            described["parameters"] = {"binary_data_size": array.nbytes}
+            description["parameters"] = {"binary_data_size": array.nbytes}
         else:
-            described["data"] = array.reshape(-1)
-        outputs.append(described)
+            description["data"] = array.reshape(-1)
+        outputs.append(description)
 
     text = orjson.dumps({**head, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
     if not binary_parts:

@@ -41,12 +41,12 @@ from sopdeploy_service.labelling.kept import KeptRecord, read_kept
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 Deletion = Literal["expired", "no_room", "incomplete"]
 FILE_BLOCK = 4096  # bytes
-# between two checks of the ages; less if photographs are kept for a short time
-CHECK_SECONDS = 60.0
-# intervals of checks that count between two checks; a machine that slept counts no more
+CHECK_SECONDS = (
+    60.0  # between two checks of the ages; less if photographs are kept for a short time
+)
+# Of the time between two checks, at most so many intervals count, even if the machine slept.
 MAX_STEP = 2.0
-# counted between two writes of the ages, which a process that is killed loses
-SAVE_SECONDS = 600.0
+SAVE_SECONDS = 600.0  # between two writes of the ages; a process that is killed loses as much
 AGES = ".ages"
 MAX_AGES_BYTES = 1 << 26
 SAMPLE_SHARE = 0.5  # of the bytes; with more, the uniform sample makes room
@@ -330,10 +330,10 @@ class KeptFolder:
     def _replace_record(
         self, previous: _StoredPhoto, record: KeptRecord, content: bytes
     ) -> KeptResult:
-        """Write *content*, the *record*, for the photograph of *previous*, which stays if this fails.
+        """Replace the record of *previous* by *record*, whose JSON is *content*.
 
-        It is then the newest one. Without room for both records, the previous one stays: a
-        near-duplicate.
+        The photograph is then the newest one. If this fails, the previous record stays. So it
+        does if there is no room for both records; the result is then "near_duplicate".
         """
         # Refuse it if both records would not fit at once: the new one replaces the old one in
         # one step.
@@ -431,13 +431,13 @@ def _find_incomplete(folder: Path) -> list[Path]:
 
     Files that no `KeptFolder` wrote are not listed, nor damaged records with their photographs.
     """
-    own = {file for file in folder.iterdir() if _OWN.fullmatch(file.name)}
+    own_files = {file for file in folder.iterdir() if _OWN.fullmatch(file.name)}
 
     def has_partner(file: Path) -> bool:
         suffixes = _SUFFIXES if file.suffix == ".json" else (".json",)
-        return any(file.with_suffix(suffix) in own for suffix in suffixes)
+        return any(file.with_suffix(suffix) in own_files for suffix in suffixes)
 
-    return [file for file in own if file.suffix == PARTIAL or not has_partner(file)]
+    return [file for file in own_files if file.suffix == PARTIAL or not has_partner(file)]
 
 
 def _write(file: Path, content: bytes) -> None:

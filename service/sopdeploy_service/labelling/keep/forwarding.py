@@ -20,10 +20,10 @@ from sopdeploy_service.inference import results
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.labelling.kept import KeptRecord
 
-# Of a message; tokens are kilobytes, of which a message needs at least `MIN_TOKENS`.
-MAX_BYTES = 64_000_000
+MAX_BYTES = 64_000_000  # of a message
 MAX_RECORD_BYTES = 1 << 17
-MIN_TOKENS = 640
+# Tokens are kilobytes.
+MIN_TOKENS = 640  # of a message, however small it is
 TOKENS_PER_SECOND = 64_000
 MAX_TOKENS = 160_000
 PAUSE_SECONDS = 0.1  # without tokens
@@ -35,10 +35,12 @@ log = logging.getLogger("sopdeploy.keep")
 
 def forward(end: socket.socket, image: bytes, record: KeptRecord) -> bool:
     """Send *image* with its *record*; return whether there was room. Thread-safe."""
-    described = record.model_dump_json().encode()
+    record_json = record.model_dump_json().encode()
 
     try:
-        file = create_memory("sopdeploy-photo", [SIZE.pack(len(described)), described, image])
+        file = create_memory(
+            "sopdeploy-photo", [SIZE.pack(len(record_json)), record_json, image]
+        )
         try:
             socket.send_fds(end, [b"photo"], [file])
         finally:
@@ -101,7 +103,10 @@ class Receiver:
             self._receive(data[SIZE.size + size :], record)
 
     def _read(self, files: Sequence[int]) -> bytes:
-        """Read and close the one of *files*; raises `RejectedError` without it, or tokens for its bytes."""
+        """Read and close the only one of *files*.
+
+        Raises `RejectedError` if there is none, or if there are no tokens for its bytes.
+        """
         if not files:  # this process can open no more
             raise RejectedError(results.OUT_OF_MEMORY)
 

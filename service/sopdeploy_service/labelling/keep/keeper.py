@@ -40,10 +40,9 @@ from sopdeploy_service.settings import Settings
 LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
 MAX_QUEUED_PHOTOS = 256
 MAX_QUEUED_PHOTO_BYTES = 64_000_000
-# of the time; seconds that may be spent at once, or owed
-COPY_SHARE = 0.01
-COPY_BURST = 0.25
-# outside of the sample, whose copies were not kept; others near them are not copied
+COPY_SHARE = 0.01  # of the time, that copies may take
+COPY_BURST = 0.25  # seconds that may be spent at once, or owed
+# Photographs outside of the sample whose copies were not kept; others near them are not copied.
 RECENT_PHOTOS = 1000
 LOG_SECONDS = 60.0  # between two lines about dropped photographs
 _STOP_SECONDS = 5.0  # for the photographs in the queue
@@ -136,8 +135,8 @@ class WorthPhoto(NamedTuple):
 class Keeper:
     """Passes copies made by *copy* to *folder* in a thread; *share* of all photographs are the sample.
 
-    The thread also deletes what is too old. Without a folder, another process keeps:
-    photographs that are worth a label go to it. With one, those of other processes are kept,
+    The thread also deletes what is too old. Without a *folder*, photographs that are worth a
+    label go to another process, which keeps them. With one, those of other processes are kept,
     too.
     """
 
@@ -162,11 +161,13 @@ class Keeper:
         # those that it takes out.
         self._bytes_in = self._bytes_out = 0
 
-        # The seconds that copies may take, negative if they took more, and what was dropped.
+        # The seconds that copies may take; negative if they took more.
         self._copy_budget = COPY_BURST
         self._refilled = time.monotonic()  # when seconds were last added to the budget
-        self._num_unqueued = self._num_uncopied = 0  # dropped; the event loop counts the former
-        self._num_logged = 0  # of both
+
+        # Dropped photographs: those that the event loop did not queue, those that the thread did
+        # not copy, and those of both that were logged.
+        self._num_unqueued = self._num_uncopied = self._num_logged = 0
         self._recent: deque[int] = deque(maxlen=RECENT_PHOTOS)  # near hashes
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 

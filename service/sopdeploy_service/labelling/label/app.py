@@ -43,7 +43,7 @@ from sopdeploy_service.server.http_protocol import Connections, limited_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
 
-# with the port: a browser sends the cookies of a host to all its ports
+# Its name has the port, because a browser sends the cookies of a host to all its ports.
 COOKIE = "sopdeploy-label-{}"
 MAX_BODY_BYTES = 10_000
 BODY_SECONDS = 10.0
@@ -130,7 +130,7 @@ def intercept(
 
     key_in_address = parse_qs(request.url.query).get("key", [""])[0]
     if navigates and secrets.compare_digest(key_in_address.encode(), key.encode()):
-        # So that the key is not in the history of the browser.
+        # After this redirect, the key is not in the history of the browser.
         response = RedirectResponse(f"{settings.root_path or '.'}/", 303)
         response.set_cookie(cookie, key, httponly=True, samesite="lax")
         return response
@@ -144,7 +144,7 @@ async def guard(
     request: Request,
     call_next: RequestResponseEndpoint,
 ) -> Response:
-    """Handle a request, whose path loses the prefix `root_path`, or refuse it, also if its body is slow."""
+    """Remove the prefix `root_path` from the path of a request, then refuse or handle it; its body must not be slow."""
     full_path = request.scope["path"]
     root_path = settings.root_path
     request.scope["path"] = without_prefix(full_path, root_path)
@@ -381,7 +381,8 @@ def describe_next(folders: LabelFolders, session: str = "") -> LabelState:
             suggested=suggested,
         )
 
-    # That of a person first, then by probability; without one: last.
+    # The class that a person has suggested comes first, then the others by probability; classes
+    # without a probability come last.
     names = set(folders.classes())
     if suggested is not None and folders.can_be_class(suggested):
         names.add(suggested)
@@ -450,11 +451,11 @@ def run_label_server(
         listener.listen()  # requests from now on wait for the server
 
         key = secrets.token_urlsafe(16)
-        # The given one may be 0
+        # The setting may be 0, for any free port.
         bound = settings.model_copy(update={"port": listener.getsockname()[1]})
 
         app = create_label_app(folders, bound, key)
-        # For other machines
+        # An address that other machines can open, too.
         address = url(listener).replace("//0.0.0.0:", f"//{socket.gethostname()}:")
         on_ready(f"{address}/?key={key}", len(folders.waiting))
         with suppress(KeyboardInterrupt):  # uvicorn raises it after its end

@@ -154,7 +154,7 @@ class LabelFolders:
             if not os.path.exists(self.kept / name / LOCK)  # noqa: PTH110
         ]
 
-        if not self.waiting and others:  # subfolders that are not those of a server's devices
+        if not self.waiting and others:  # only subfolders to which no server writes
             raise DataError(
                 f"{self.kept}: holds no kept photographs, but folders ({shorten(others)}); give the folder "
                 "of `serve --setting keep=FOLDER`"
@@ -184,8 +184,8 @@ class LabelFolders:
 
         self._sampled.update(int(record.near_hash, 16) for _, record in samples)
 
-        # Reported ones come first, then the sample and, between, the most useful ones: first
-        # one photograph of each object.
+        # The order: reported ones, then the rest, the most useful ones first. Of the rest, further
+        # photographs of an object come last, and every second one is of the sample.
         repeated = find_repeated(others)
         others = sorted(order_records(others), key=lambda photo: photo.path.name in repeated)
         is_reported = [photo for photo in others if "reported" in photo.record.reasons]
@@ -259,7 +259,7 @@ class LabelFolders:
         return upcoming
 
     def probabilities(self, identity: str) -> dict[str, float]:
-        """Return the probability of each class that the network has for a photograph, or those suggested."""
+        """Return the probabilities of classes for a photograph: of the network, or of a heap those suggested."""
         path, record = self.waiting[identity]
         if record is None:
             return self.suggestions.suggest(path)
@@ -281,8 +281,9 @@ class LabelFolders:
     def obvious(self) -> dict[str, list[str]]:
         """List the photographs that are probably of a class, by class, the surest ones first.
 
-        Those that probably show none of the classes are not listed, nor those of the uniform
-        sample, since each of them counts in comparisons, nor those that a person has reported.
+        These are not listed: photographs that probably show none of the classes; those of the
+        uniform sample, because each of them counts in comparisons; those that a person has
+        reported.
         """
         ranked_by_class: dict[str, list[tuple[float, str]]] = {}
         for identity, (path, record) in self.waiting.items():
@@ -311,9 +312,9 @@ class LabelFolders:
     def label(self, identity: str, name: str | None) -> None:
         """Move the photograph *identity* to the folder of the class *name*; None is "not one of ours".
 
-        Photographs of the uniform sample are held out from training, with their
-        near-duplicates, which would make a network that was trained on them look better than it
-        is; without a class, they are in `SAMPLE_FOLDER`. Raises `ConfigError` if *name* cannot
+        Photographs of the uniform sample and their near-duplicates are held out from training: a
+        network that was trained on them would look better than it is. Without a class, they are
+        in `SAMPLE_FOLDER`. Raises `ConfigError` if *name* cannot
         name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
         photo = self._find(identity)
@@ -360,8 +361,8 @@ class LabelFolders:
     def correct(self, photo: Labelled, name: str | None) -> None:
         """Move *photo*, which has a label, to the folder of the class *name*; None is "not one of ours".
 
-        It stays held out if it is. Its old folder goes if it was the last one there. Raises as
-        `label` does.
+        A held-out photograph stays held out. The old folder is deleted if this was the last
+        photograph there. Raises as `label` does.
         """
         folder = self._folder_for(name, is_held_out=photo.is_held_out)
         if folder == photo.path.parent:
@@ -524,7 +525,7 @@ def _find_name_problem(name: str, classes: list[str], folders: Collection[str]) 
 def _move_into(folder: Path, source: Path) -> Path:
     """Move the photograph *source* into *folder*, which is made if it is missing; return its new path.
 
-    Raises `OSError`; then nothing has changed.
+    Raises `OSError`; then the photograph is where it was.
     """
     # Photographs of a heap can have equal names.
     targets = (folder / numbered_name(source, number) for number in itertools.count(1))
@@ -536,7 +537,7 @@ def _move_into(folder: Path, source: Path) -> Path:
         _move(source, target)
     finally:
         if is_new_folder:
-            # Only an empty folder is removed: after a move that failed
+            # This removes the folder only if it is empty, as after a move that failed.
             with suppress(OSError):
                 folder.rmdir()
     return target

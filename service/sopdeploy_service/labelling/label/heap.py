@@ -197,10 +197,10 @@ class Suggestions:
 
 
 def _find_thresholds(members: Mapping[str, Sequence[Vector]]) -> dict[str, float]:
-    """Find the cosine above which others of a class of *members* are, for classes of `MIN_PROBABLE`.
+    """Find the smallest cosine at which a class of *members* is probable, if it has `MIN_PROBABLE` vectors.
 
-    It is that of `known` (`known_threshold.bound_cosines`), of each photograph and the mean of the
-    others of its class.
+    It is bounded as that of `known` (`known_threshold.bound_cosines`), by the cosines between
+    each photograph and the mean of the others of its class.
     """
     from sopdeploy.evaluation.known_threshold import bound_cosines  # noqa: PLC0415 # with SciPy
 

@@ -32,8 +32,8 @@ def list_labelled(parts: Iterable[tuple[str | None, Path, bool]]) -> dict[str, L
         for entry in entries:
             path = folder / entry.name
             if entry.is_file(follow_symlinks=False) and is_image(path):
-                changed = entry.stat(follow_symlinks=False).st_ctime_ns
-                dated.append((changed, Labelled(path, name, is_held_out)))
+                changed_at = entry.stat(follow_symlinks=False).st_ctime_ns
+                dated.append((changed_at, Labelled(path, name, is_held_out)))
 
     dated.sort(key=lambda item: (-item[0], item[1].path))
     return {_identity(photo.path): photo for _, photo in dated[:MAX_LABELLED]}

@@ -6,25 +6,27 @@ from numpy.typing import NDArray
 from sopdeploy.decision import softmax
 from sopdeploy_service.labelling.kept import Kept
 
-# Kept photographs show one object if they came within so many seconds and differ in so few bits
-# of their near hashes. Of frames of an object, 46 to 64 % do, of others at most 0.7 %.
+# Kept photographs count as of one object if they came within so many seconds and differ in so few
+# bits of their near hashes. Of the frames of an object, 46 to 64 % do, of others at most 0.7 %.
 OBJECT_SECONDS = 60.0
 OBJECT_BITS = 14
 MAX_SPREAD = 500  # photographs of a group that are chosen one by one; a session labels fewer
 
 
 def find_repeated(kept: list[Kept]) -> set[str]:
-    """Return the names of the photographs, of *kept* in the order of time, whose object an earlier one shows."""
+    """Name the photographs of *kept*, the oldest first, that show the same object as an earlier one."""
     repeated = set[str]()
     earlier: list[tuple[float, int]] = []  # times and near hashes
 
     for photo in kept:
-        taken = photo.record.time.timestamp()
-        number = int(photo.record.near_hash, 16)
-        earlier = [other for other in earlier if other[0] >= taken - OBJECT_SECONDS]
-        if any((number ^ other).bit_count() <= OBJECT_BITS for _, other in earlier):
+        taken_at = photo.record.time.timestamp()
+        near_hash = int(photo.record.near_hash, 16)
+        earlier = [
+            (time, other) for time, other in earlier if time >= taken_at - OBJECT_SECONDS
+        ]
+        if any((near_hash ^ other).bit_count() <= OBJECT_BITS for _, other in earlier):
             repeated.add(photo.path.name)
-        earlier.append((taken, number))
+        earlier.append((taken_at, near_hash))
 
     return repeated
 
