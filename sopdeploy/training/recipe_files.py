@@ -151,7 +151,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{override}: write key=value, for example optimizer.lr=0.05")
 
-    if text == "null":  # which TOML has not
+    if text == "null":  # TOML has no null
         return key, None
     try:
         parsed = parse_toml(f"value = {text}")

@@ -204,7 +204,7 @@ def load_start_weights(
 
     # What of the network keeps its random weights, and what may keep them without an error.
     has_other_classes = weights.labels is not None and weights.labels != labels
-    # Even if their shapes fit
+    # not loaded even if their shapes fit
     not_loaded = [*classifiers, *branch_classifiers] if has_other_classes else []
     training_only = (*model.training_only, *weights.training_only)
     may_be_new = (*not_loaded, *training_only, *classifiers)
@@ -246,13 +246,12 @@ def _match_tensors(
     tensor that fits.
     """
     own = model.state_dict()
-    # `classifier` of `classifier.6`; "" of `fc`
+    # The module around the classifier: `classifier` of `classifier.6`, "" of `fc`. It may contain
+    # the backbone, to which the first tensor belongs.
     container = classifier_name(model).rpartition(".")[0]
-
-    # The first tensor belongs to the backbone
     contains_backbone = is_in(next(iter(own)), container)
 
-    # Each one is loaded, in a new part, a counter, or an error
+    # Each tensor is loaded, in a new part, a counter that files may lack, or an error.
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
     for name, tensor in own.items():
@@ -307,7 +306,7 @@ def create_initial_model(
     start = None if weights is None else load_start_weights(weights, model, labels)
     preprocess = Preprocess() if weights is None else weights.preprocess
     side = model.fixed_size if isinstance(model, TimmBackbone) else None
-    if side is not None and side != preprocess.crop:  # the network has the size of the weights
+    if side is not None and side != preprocess.crop:  # images have the size of the network
         resize = Preprocess.scaled_resize(side, preprocess.resize, preprocess.crop)
         preprocess = preprocess.model_copy(update={"crop": side, "resize": resize})
 
@@ -317,8 +316,9 @@ def create_initial_model(
 def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]) -> Classifier:
     """Create the model of *recipe*, whose random weights depend on the seed alone.
 
-    Position embeddings of a network of timm are for the set `preprocess.crop`, or else for the
-    size of *tensors*, start weights.
+    A network of timm with position embeddings is for images of one size. Its config may set it
+    (`image_size`); otherwise, it is the `preprocess.crop` that the recipe sets, or else the size
+    of *tensors*, the start weights.
     """
     name = recipe.model.name
     config = recipe.model.config
@@ -341,7 +341,10 @@ def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]
 
 
 def classifier_name(model: Classifier) -> str:
-    """Return the name of the last linear layer of the deployed network; some classify by a convolution."""
+    """Return the name of the last linear layer of the deployed network.
+
+    A network without one classifies by a convolution: its last layer with weights.
+    """
     exported = [
         (name, module)
         for name, module in model.named_modules()

@@ -36,8 +36,8 @@ _PACKAGES = ("sopdeploy", "torch", "pillow", "pillow-heif", "timm")
 class FeatureCache:
     """Entries by photograph for one network, in `features_folder`.
 
-    The entries that this run did not use for the longest time are deleted when all exceed
-    *limit* bytes.
+    When the entries exceed *limit* bytes, the least recently used ones are deleted, but none that
+    this run has used.
     """
 
     def __init__(

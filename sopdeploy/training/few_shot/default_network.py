@@ -35,7 +35,10 @@ def group_by_features(images: LabeledImages, on_image: Callable[[int, int], None
 
 @torch.no_grad()
 def embed_files(paths: Sequence[Path]) -> Iterator[tuple[Path, NDArray[np.float32]]]:
-    """Yield the vector (D,) of length 1 of each image of *paths* by the default network, which is fetched."""
+    """Yield the vector (D,) of length 1 of each readable image of *paths*, by the default network.
+
+    Its weights are downloaded if they are not on this machine.
+    """
     network = _open_default_network()
     for start in range(0, len(paths), network.batch_size):
         part = paths[start : start + network.batch_size]

@@ -247,7 +247,8 @@ class CachedNetwork:
         size = self.batch_size
         chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
         for chosen, (loaded, entries) in zip(chunks, self._load(images, chunks), strict=True):
-            # All hashes, all own vectors, all maps of each tap
+            # From entries by image to arrays of all images: hashes, small images, own vectors, and
+            # the maps of each tap.
             outputs = zip(*entries, strict=True)
             digests, small, own_vectors, *maps = (
                 np.ascontiguousarray(np.stack(arrays)) for arrays in outputs
@@ -274,7 +275,7 @@ class CachedNetwork:
         """
         photographs = _Photographs(images, self.recipe.preprocess, self.cache, batches[0][0])
         loader = load_batches(photographs, batches, self.recipe.workers, torch.device("cpu"))
-        # Until a full batch of photographs without an entry is there
+        # Batches wait until their photographs without an entry fill batches of the network.
         waiting: list[_Loaded] = []
         for batch, (pixels, facts) in zip(batches, loader, strict=True):
             hashes, times, are_decoded = facts.numpy().T
@@ -287,7 +288,7 @@ class CachedNetwork:
                     yield from self._load(images, batches)  # again, without the cache
                     return
             for position, entry in enumerate(entries):
-                # The cache has an entry, but it is damaged
+                # The entry is damaged, so the photograph was not decoded.
                 if entry is None and not are_decoded[position]:
                     decoded = images.preprocess(batch[position], self.recipe.preprocess)
                     pixels[position] = torch.tensor(decoded)  # a copy
@@ -320,7 +321,7 @@ class CachedNetwork:
 
     def _compute(self, pixels: Tensor) -> list[Entry]:
         """Compute the entries of *pixels* (B, H, W, 3) in a full batch: its size decides the last bits."""
-        # 0, 1, ... and the last one
+        # Of fewer images than a batch, the last one is repeated.
         positions = torch.arange(self.batch_size).clamp(max=len(pixels) - 1)
         own, maps = self.network.head_inputs(self.normalize(pixels[positions].to(self.device)))
         outputs = [output.cpu().numpy() for output in (own, *maps.values())]
