@@ -269,7 +269,7 @@ def _describe_learning(
     if shown_heads and last.diagnostics is not None:
         text.append(
             f"The deployed network is evaluated on all {last.metrics.count} held-out images, the heads on a "
-            f"fixed subset of {last.diagnostics.num_images} with the raw weights."
+            f"fixed subset of {last.diagnostics.num_images}."
         )
 
     def plot_columns(label: str, column_by_curve: Mapping[str, str], caption: str) -> Figure:
@@ -426,7 +426,7 @@ def _describe_run(setup: Setup, fit: Fit, record: Mapping[str, Any]) -> list[Sec
     """List the recipe and the environment of the run, in a section each."""
     values = []
     for key, value in flatten(setup.recipe.model_dump(mode="json")):
-        # The latter are shown as `network.`
+        # The config of the network is shown below, as `network.`
         is_hidden = key.startswith(("summary", "model.config."))
         if setup.recipe.reads(key) and not is_hidden:
             values.append((key, value))
