@@ -58,10 +58,11 @@ def fit_decision(
 
     Args:
         logits: Predictions for images that the network was not trained on.
+        estimated_on: Where these predictions come from, for reports.
         accepts: Fraction of known images to accept. With 1, or if N is too small for the quantile, there is
-            no rejection; `missing_threshold` describes the reason.
-        scalable: Whether the logits can be divided; otherwise the temperature is 1, as it is if
-            `fit_temperature` or `temperature_lowers_loss` finds no evidence for another value.
+            no rejection; for cosines, `missing_threshold` says why.
+        scalable: Whether the logits can be divided; otherwise the temperature is 1. It is also 1 without
+            evidence for another value (`fit_temperature`, `temperature_lowers_loss`).
         groups: The groups of the images; by default, all images are different.
         unknown: Predictions (M, C) for images of no class, which the rejection is tested with.
         is_unknown_shipped: Whether these are images that come with the network, not those of a folder.
@@ -127,7 +128,8 @@ def new_class_interval(
 ) -> tuple[float, float]:
     """Compute the 95 % interval of the rejected share of a new class, from that of each class left out.
 
-    It is Student's prediction interval of one more class, and at least Wilson's interval with as
+    *is_rejected_N* tells which images are rejected while their class, *targets* (N,), is left
+    out. The interval is Student's prediction interval of one more class, and at least Wilson's interval with as
     many trials as classes: two or three equal shares say little about the next one.
     """
     from scipy.special import stdtrit  # noqa: PLC0415 # SciPy takes a quarter of a second

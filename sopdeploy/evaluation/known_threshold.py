@@ -34,8 +34,8 @@ def choose_threshold(
 ) -> Threshold | None:
     """Choose the threshold of known images' *energies_N* that accepts the share *accepts* of new ones.
 
-    It is an order statistic; that of few cosines is a prediction bound. None if *accepts* is 1,
-    or too large for so few images.
+    It is one of the energies, by rank. If *are_cosines* and there are too few for a rank of
+    `MIN_RANK`, it is a prediction bound. None if *accepts* is 1, or too large for so few images.
     """
     count = len(energies_N)
     rank = threshold_rank(count, accepts)
@@ -49,10 +49,10 @@ def choose_threshold(
 def bound_cosines(cosines_N: NDArray[np.float64], accepts: float) -> Threshold:
     """Compute the prediction bound of normally distributed *cosines_N*, mean - t s sqrt(1 + 1 / N).
 
-    A new one is below it with the probability `BOUND_SHARE` (1 - *accepts*). The number of
-    accepted ones of N new images is binomial, with a probability that depends on the errors of
-    the mean, which is normally distributed, and of the deviation s, whose square has a
-    chi-square distribution. Its distribution is the average over `GRID` quantiles of each.
+    A new one is below it with the probability `BOUND_SHARE` (1 - *accepts*). Of N new images, the
+    number of accepted ones is binomial. Its probability depends on two errors: that of the mean,
+    which is normally distributed, and that of the deviation s, whose square has a chi-square
+    distribution. The binomial distribution is averaged over `GRID` quantiles of each error.
     """
     from scipy.special import bdtr, chdtri, ndtr, ndtri, stdtrit  # noqa: PLC0415 # a quarter of a second
 

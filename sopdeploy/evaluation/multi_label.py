@@ -42,7 +42,7 @@ class MeanPrecision(StrictModel):
         """Compute the mAP of *scores* (N, C), where *true* (N, C) marks the classes of each image.
 
         The interval comes from `_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by
-        default images. Resamples of a perfect ranking are all perfect, so the interval is at
+        default images; *seed* determines them. Resamples of a perfect ranking are all perfect, so the interval is at
         least Wilson's of a share of as many independent images. Raises `DataError` if no image
         shows any class.
         """
@@ -57,8 +57,7 @@ class MeanPrecision(StrictModel):
 
         # The interval: groups are drawn with replacement, and each draw has its own value.
         given_N = np.arange(len(true)) if groups is None else groups
-        # The groups as numbers from 0
-        unique, group_N = np.unique(given_N, return_inverse=True)
+        unique, group_N = np.unique(given_N, return_inverse=True)  # numbered from 0
         equal_shares_G = [1 / len(unique)] * len(unique)
         draws_BG = np.random.default_rng(seed).multinomial(
             len(unique), equal_shares_G, _RESAMPLES
@@ -201,9 +200,9 @@ def resampled_precision(
 ) -> NDArray[np.float64]:
     """Compute the average precision (B,) of a class in each of B resamples; NaN if no image shows the class.
 
-    *true* (N,) marks the images that show the class, *scores* (N,) are its logits, and *draws*
-    (B, N) counts how often each resample contains each image. Images with equal scores have the
-    same rank.
+    *true* (N,) marks the images that show the class, *scores* (N,) rank them, the highest first,
+    and *draws* (B, N) counts how often each resample contains each image. Images with equal
+    scores have the same rank.
     """
     best_first = np.argsort(-scores, kind="stable")
     # The next image has another score
@@ -211,10 +210,9 @@ def resampled_precision(
 
     counts = draws[:, best_first].astype(np.float64)
 
-    # (B, R): for each of R ranks, how many images have this rank or a better one, and how many
-    # of them show the class. hits / images is the precision of a rank; its weight is the number
-    # of hits it adds.
-    # 0 before the first image drawn
+    # (B, R): for each of R ranks, how many images have this rank or a better one (at least 1, for
+    # the division), and how many of them show the class. hits / images is the precision of a
+    # rank; its weight is the number of hits it adds.
     images = np.maximum(np.cumsum(counts, axis=1)[:, is_last_of_rank], 1)
     hits = np.cumsum(counts * true[best_first], axis=1)[:, is_last_of_rank]
 

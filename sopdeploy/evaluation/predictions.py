@@ -83,8 +83,8 @@ def measure_predictions(
 ) -> ClassificationReport | MultiLabelReport:
     """Compute the metrics of *predicted* for the sorted *labels*.
 
-    *score* is that of the run. If it counts the same images, it replaces the accuracy, because
-    its interval takes copies and folds into account.
+    *score* is that of the run. If it counts as many images and right answers, it replaces the
+    accuracy, because its interval takes copies and folds into account.
     """
     if isinstance(predicted, MultiLabelPredictions):
         return predicted.report()
