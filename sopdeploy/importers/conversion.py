@@ -130,10 +130,10 @@ def choose_config(
     the file belongs to another network, `ConfigError` if a setting contradicts the file or is
     missing.
     """
-    defaults = entry(model).defaults
     # First, the file must be of the network that the user asks for.
+    defaults = entry(model).defaults
     requested = make_config(model, _with_values(defaults, settings)).model_dump()
-    # Some networks have a name here, or no pooling
+    # The pooling is a table, but some networks have a name instead, or none.
     if isinstance(pooling := requested.get("pooling"), dict):
         requested["pooling.kind"] = pooling.get("kind")
     for key, detected in converted.detected.items():

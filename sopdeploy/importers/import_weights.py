@@ -215,8 +215,9 @@ def convert_weights(
 ) -> ConvertedWeights:
     """Convert *file* for catalog *model*; its covariance vectors become triangles row by row.
 
-    *triangle* is their order in the file, by default that of its project. Raises `WeightsError`
-    if no importer recognizes the file, with a network of timm that fits.
+    *triangle* is their order in the file, by default that of its project. Raises `ConfigError` for
+    a *triangle* if the file has no covariance vectors, and `WeightsError` if no importer
+    recognizes the file; this error names the network of timm that fits, if there is one.
     """
     if converted := _convert_by_importer(file, model):
         if triangle is not None and not converted.triangles:

@@ -113,7 +113,10 @@ NOT_EXPANDED = ("", "", "conv_dw", "bn1", "conv_pw", "bn2")
 
 
 def _name_as_timm(file: WeightFile, model: str) -> dict[str, Tensor]:
-    """Give the tensors of EfficientNet-PyTorch's *file* timm's names; it numbers the blocks of all stages."""
+    """Give the tensors of EfficientNet-PyTorch's *file* timm's names.
+
+    The file numbers the blocks of all stages in one sequence.
+    """
     names = _learned_shapes(model)
 
     blocks = list(
@@ -165,7 +168,7 @@ def find_network(file: WeightFile) -> str | None:
 
 
 def refuse_other_network(file: WeightFile, model: str) -> None:
-    """Raise `WeightsError` with the network of timm that has the tensors of *file*, if there is one."""
+    """Raise `WeightsError` if another network of timm has the tensors of *file*; the error names it."""
     if network := find_network(file):
         raise WeightsError(
             f"{file.path}: does not fit {model}; its tensors are those of {network}; name that network"
