@@ -253,8 +253,8 @@ class Concatenation(nn.Module):
                 "; choose average, sum or maximum, or a wider network"
             )
 
-        # Few large groups get a long kernel, so that each output reads a comparable number of
-        # inputs.
+        # As in the released code: twice as many groups, of 64 channels each, have a kernel that is
+        # shorter by 2.
         reach = int(math.log2(MOST_GROUPS / groups)) + 2  # 5, 4, 3, 2 for 4, 8, 16, 32 groups
         kernel = (2 * reach + 1, 1)
         padding = (reach, 0)

@@ -133,8 +133,7 @@ class Components(nn.Module):
         The other weights must be 0. Whole roots of covariances are summed, and the triangle is
         taken of the sum, once per image instead of K times.
         """
-        # The K components of each image.
-        # ties: the lower index
+        # The K components of each image; of equal weights, the lower index comes first.
         sorted_BN, order_BN = weights_BN.sort(dim=1, descending=True, stable=True)
         largest_BK = sorted_BN[:, : self.evaluated]
         # (B K,), the K components of each image

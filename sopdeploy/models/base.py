@@ -18,7 +18,10 @@ def is_in(name: str, *modules: str) -> bool:
 def last_linear(
     module: nn.Module, outputs: int, training_only: Sequence[str] = ()
 ) -> nn.Linear | None:
-    """Find the last part of *module* outside of *training_only*; None unless linear with *outputs*."""
+    """Find the last module with parameters in *module*, outside of *training_only*.
+
+    None unless it is a linear layer with so many *outputs*.
+    """
     exported = [
         part
         for name, part in module.named_modules()

@@ -160,7 +160,7 @@ class DSoP(Classifier):
         # One branch for each tap of a stage that has blocks in it.
         plans = []
         for index, (stage, taps) in enumerate(stages.items()):
-            # The numbers of blocks in the branch of each tap, or in that of the last tap.
+            # The numbers of blocks in the branch of each tap; a single one is for the last tap.
             counts = blocks[index]
             if isinstance(counts, int):
                 counts = (*[0] * (len(taps) - 1), counts)

@@ -54,7 +54,8 @@ class DSoPResNet(DSoP, ResNet):
         With the `aux_stride` "table", those of the paper's table: its strides, and for
         bottlenecks also its blocks (3, 4, 7, 3) and widths.
         """
-        # The paper's printed counts do not fit its text
+        # The parameters and FLOPs that the paper prints are of other branches than its text
+        # describes.
         table = self.config.aux_stride == "table"
         blocks = (2, 2, 2, 2)
         widths = (64, 128, 256, 256)

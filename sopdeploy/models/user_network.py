@@ -346,7 +346,7 @@ def run_once(network: nn.Module, image_size: int) -> tuple[Any, dict[str, Any]]:
     device = next((parameter.device for parameter in network.parameters()), None)
     names = [name for name, _ in network.named_modules() if name]
 
-    # An image that is valid for every network; the modes of all modules are restored.
+    # One black image in eval mode; afterwards, all modules get their modes back.
     network.eval()
     try:
         with torch.no_grad():
