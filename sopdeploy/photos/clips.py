@@ -412,7 +412,7 @@ def _count_related(relation: _Relation, groups: Groups) -> NDArray[np.int64]:
 
 
 def _count_equal(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Count the images (N,) with the same values in all *keys* (N,)."""
+    """Count for each image (N,) those with its values in all *keys* (N,), itself included."""
     _, number_N, counts = np.unique(
         np.stack(keys), axis=1, return_inverse=True, return_counts=True
     )

@@ -288,7 +288,7 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
     rows = np.stack(turned, axis=1).reshape(count, 8, -1)
     rows -= rows.mean(axis=2, keepdims=True)
     lengths = np.linalg.norm(rows, axis=2, keepdims=True)
-    # Which all plain images would equal
+    # All images without contrast would equal each other.
     is_plain_N = lengths[:, 0, 0] < PLAIN * small[0].size ** 0.5
     units = (rows / np.maximum(lengths, 1.0)).reshape(count * 8, -1)
     whitened = fit_and_whiten([units]).reshape(count, 8, -1)

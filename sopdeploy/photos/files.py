@@ -30,9 +30,9 @@ SYSTEM_FOLDERS = {
     "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found",
     "__pycache__",
 }  # fmt: skip
+FOLDERS = "folders"  # where the classes are, if each folder at the top is one
 # A photograph that a server kept, in any folder into which its label moved it, and the folder
 # of those of its uniform sample among photographs that show no class.
-FOLDERS = "folders"  # where the classes are, if each folder at the top is one
 SAMPLE_FOLDER = "sample"
 KEPT_NAME = re.compile(r"[0-9a-f]{32}\.(jpg|png)")  # as a server writes it
 # Also of copies: ID-2, `ID (1)`, `ID copy`
@@ -124,7 +124,7 @@ class UndecodableNameError(DataError):
 
 @contextmanager
 def naming_all_undecodable(root: Path) -> Iterator[None]:
-    """Name all files below *root* whose names are not UTF-8 in the error of the first one."""
+    """Let the error of the first name below *root* that is not UTF-8 name all such files and folders."""
     try:
         yield
     except UndecodableNameError:

@@ -244,7 +244,10 @@ def _first_parts(folders: Mapping[str, Path], max_held_out: int | None) -> dict[
 
 
 def _has_no_classes(listing: "ClassListing", labels: Sequence[str]) -> bool:
-    """Tell whether a held-out folder holds images of unknown classes: none of *labels*, or no class folders."""
+    """Tell whether a held-out folder has no classes.
+
+    That is if fewer than two of its folders hold images, and none of them is one of *labels*.
+    """
     num_classes = int(np.count_nonzero(listing.images.class_counts()))
     return num_classes < 2 and not {*listing.images.labels} & {*labels}
 
@@ -503,7 +506,10 @@ def single_images(images: ImageFiles) -> Iterator[str]:
 
 
 def no_classes(root: Path, part: Path | None = None, hint: str = "") -> DataError:
-    """Build the error for *root*, or a *part* of it, without classes; it names a table of the images."""
+    """Build the error for *root*, or a *part* of it, without classes.
+
+    It names a table that lists the images, or else ends in the *hint*, or in how to sort them.
+    """
     images, others = list_images(root)
     table = find_other_table(images, (root / file for file in others))
     other_table = "" if table is None else describe_other_table(root, table)

@@ -475,7 +475,7 @@ def crop_padded(
 def select_classes(images: _Images, labels: tuple[str, ...]) -> _Images:
     """Keep the classes *labels* of *images*, in this order; leave out images of other classes.
 
-    With several classes per image, these remain without a class.
+    With several classes per image, no image is left out; some may remain without a class.
     """
     if images.is_multi_label:
         columns = [images.labels.index(label) for label in labels]

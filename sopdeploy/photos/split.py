@@ -83,10 +83,10 @@ def choose_held_out(
 ) -> Choice:
     """Hold out about *fraction* of the groups of every class, at least one, never all.
 
-    A class that is one group has no held-out image. A group of *groups* (N,) counts for all
-    classes of its images, which are on one side. Returns (N,): the number of the group of each
-    held-out image, in which groups are numbered from 0, and `NONE` for training images. *seed*
-    and the identities of the first images determine which groups are held out.
+    A class that is one group has no held-out image. A group of *groups* (N,) is held out as a
+    whole or not at all, and counts for all classes of its images. Returns (N,): for held-out
+    images the number of their group, from 0, and `NONE` for training images. *seed* and the
+    identity of the first image of each group determine which groups are held out.
     """
     # Of G groups, the first image stands for the others.
     _, first_G, group_N = np.unique(groups, return_index=True, return_inverse=True)

@@ -110,9 +110,9 @@ class OpenedParts(NamedTuple):
 def find_table(root: Path) -> Path | None:
     """Find the table with the classes of the images in *root*; None if its folders are the classes.
 
-    This is `labels.csv`, or an export of a label tool that lists all images, or all in `train/`
-    itself; those beside it may have no classes. Raises `DataError` for another `labels.*`, such
-    as `labels.xlsx`.
+    This is `labels.csv`, or else an export of a label tool. An export must list all images, or
+    all that are directly in `train/` if there are any there, and more than half of its rows must
+    have a class. Raises `DataError` for another `labels.*`, such as `labels.xlsx`.
     """
     path = root / LABELS_FILE
     if os.path.lexists(path) and not path.is_dir():  # a folder may be a class
