@@ -485,7 +485,7 @@ def has_key(config: type[pydantic.BaseModel], key: Sequence[str]) -> bool:
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested tables, such as those of a recipe, with dotted keys.
+    """Yield the values of nested tables, such as those of a recipe, with dotted keys behind *prefix*.
 
     An empty table is a value if the recipe may omit it.
     """

@@ -367,8 +367,9 @@ def estimate_excess(validations: Sequence[OutOfFold], is_shown_NK: NDArray[np.bo
     """Estimate what the noise of one photograph adds to the squared norm of the mean of its class.
 
     The weights of a class fit the noise of its mean. By these weights, the mean of n photographs
-    therefore exceeds held-out images of the class, by *excess* / n on average. The excess is the
-    sum of these surpluses, over all heads and held-out images, divided by the sum of 1 / n.
+    therefore exceeds held-out images of the class: on average by the result, divided by n. The
+    result is the sum of these surpluses, over all heads and held-out images, divided by the sum
+    of 1 / n. *is_shown_NK* tells which classes an image shows.
 
     With one class per image, the surplus is 1 - 1 / K times as large, because the mean of all
     class means, with which a class is compared, has 1 / K of the noise, too. With several classes
@@ -649,7 +650,8 @@ def estimate_score(
 ) -> Rate | MeanPrecision:
     """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval, of independent *groups_N*.
 
-    *folds* is the number of folds of a cross-validation, or 0 for held-out images. The heads of
+    *folds* is the number of folds of a cross-validation, or 0 for held-out images; *seed* is that
+    of the bootstrap. The heads of
     a cross-validation share most of their training images, so the interval of top-1 is widened:
     Nadeau and Bengio, "Inference for the Generalization Error" (2003), section 3. Of a class
     with fewer groups than `MIN_FOLDS`, each head lacks one of few; the network, fitted to all,
