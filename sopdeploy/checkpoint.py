@@ -208,8 +208,8 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
 
     written_by = writer_of(content.get("training"))
 
-    # Only weights may be tensors that share or lack values; their network checks them.
-    for name in content.keys() - {"weights"}:  # `build_classifier` checks the weights
+    # Only the weights may have tensors that share or lack values; `build_classifier` checks them.
+    for name in content.keys() - {"weights"}:
         for value in distinct_values(content[name]):
             if isinstance(value, Tensor) and not (
                 _is_dense(value) and _stores_all_numbers(value)

@@ -27,7 +27,7 @@ _STYLE: Any = {
 def plot(
     curves: Mapping[str, Points], x_label: str, y_label: str, *, logarithmic: bool = False
 ) -> str:
-    """Draw *curves*, lists of points (x, y) by name, with a legend; return a `data:` URL.
+    """Draw *curves*, lists of points (x, y) by name, with labels and a legend; return a `data:` URL.
 
     The x axis can be *logarithmic*.
     """

@@ -61,7 +61,7 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
             original_hash = _hash_pixels(body)
             if copy_hash is None and original_hash is None:
                 raise ImageError("damaged", code="damaged_image", status=422)
-            # None: it lacks the end marker, which the copy has
+            # None: the original does not decode, as without the end marker, which the copy has.
             if original_hash in {None, copy_hash}:
                 return copy, ".jpg"
             # `_copy_jpeg` does not read this kind of JPEG, so it becomes a PNG, as other

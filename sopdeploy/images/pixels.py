@@ -96,7 +96,10 @@ class View(NamedTuple):
 
     @property
     def scale(self) -> int:
-        """The largest 8, 4, 2 or 1 by which the sides can be divided and have twice the pixels of `size`."""
+        """The largest of 8, 4, 2 and 1 by which the box can be reduced and still be twice as large as `size`.
+
+        It is 1 for a smaller box, too.
+        """
         left, top, right, bottom = self.box
         ratio = min((right - left) / self.size[0], (bottom - top) / self.size[1])
         return next(scale for scale in (8, 4, 2, 1) if ratio >= 2 * scale or scale == 1)
