@@ -463,7 +463,7 @@ def _limit_parameters(weights: Mapping[str, Tensor]) -> Iterator[None]:
     they are built.
     """
     stored = [tensor.untyped_storage() for tensor in weights.values() if _is_dense(tensor)]
-    # Tensors may share one
+    # Tensors may share a storage, which counts once.
     bytes_by_address = {storage.data_ptr(): storage.nbytes() for storage in stored}
     left_numbers = _MORE_NUMBERS + 2 * sum(bytes_by_address.values())
     left_parameters = _MORE_PARAMETERS + 10 * len(weights)
@@ -498,7 +498,7 @@ def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
         raise CheckpointError(
             f"{path}: {error}{version_advice(writer_of(checkpoint.training))}"
         ) from error
-    # torch's, for sizes
+    # What torch and Python raise for sizes that no network can have.
     except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{checkpoint.model} cannot be built with its config ({first_line(error)})"
         raise CheckpointError(f"{path}: {reason}; train or import it again") from error

@@ -338,7 +338,7 @@ class _Shortener(reprlib.Repr):
         return f"a number of {value.bit_length()} bits" if is_long else str(value)
 
     def repr_dict(self, value: dict[Any, Any], level: int) -> str:
-        # The base class sorts all
+        # The base class would sort all items before it takes the first ones.
         return super().repr_dict(dict(islice(value.items(), self.maxdict)), level)
 
 
@@ -362,7 +362,7 @@ def first_problem(error: pydantic.ValidationError, values: Any = None) -> str:
 def describe_problem(
     problem: Mapping[str, Any] | pydantic_core.ErrorDetails, values: Any = None
 ) -> str:
-    """Describe *problem*, an entry of `pydantic.ValidationError.errors`, as `first_problem` does."""
+    """Describe *problem*, an entry of `pydantic.ValidationError.errors`, for the validated *values*."""
     kind = problem["type"]
     context = problem.get("ctx", {})
     where = _name_key(problem["loc"], values, is_missing=kind.startswith("missing"))

@@ -75,7 +75,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 @contextmanager
 def new_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
     """Create *path* and the missing folders above it; at the end, remove those of them that are empty."""
-    # The innermost first
+    # The innermost folder comes first, as `rmdir` needs it.
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(mode, parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
 def read_at_most(file: IO[bytes], limit: int) -> bytes:
     """Read the rest of *file*, at most *limit* bytes; the memory depends on the content, not on *limit*."""
     content = bytearray()
-    # Empty at the end and at *limit*
+    # A piece is empty at the end of the file, and at *limit*.
     while piece := file.read(min(limit - len(content), BLOCK_BYTES)):
         content += piece
     return bytes(content)

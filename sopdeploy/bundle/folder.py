@@ -377,8 +377,8 @@ def note_meaning(path: Path) -> Path:
 def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bundle:
     """Read the files of *manifest* in the folder *path*, each once, and compare their hashes.
 
-    Without *with_graph*, the graph is hashed and not kept. Raises `BundleError` as
-    `open_bundle` does.
+    Without *with_graph*, the graph is hashed and not kept. Raises `BundleError` for the first file
+    whose path, size or hash differs.
     """
     # Names, and sizes in total, before anything is opened.
     for name in manifest.files:
@@ -548,7 +548,7 @@ def read_bundles(folder: Path) -> Iterator[ListedBundle]:
                 continue
             if any((path / name).exists() for name in (MANIFEST, *REQUIRED)):
                 yield ListedBundle(path, read_manifest(path))  # raises without a valid manifest
-        # `RuntimeError`: a link that leads to itself
+        # A link that leads to itself raises a `RuntimeError`.
         except (BundleError, OSError, RuntimeError) as error:
             yield ListedBundle(path, None, str(error))
 

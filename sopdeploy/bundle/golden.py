@@ -74,7 +74,7 @@ class Golden:
 
 
 def count_examples(preprocess: Preprocess) -> int:
-    """Return the number of examples of an export, of which a mixture leaves out some."""
+    """Return the number of examples of an export; a mixture may leave out some of them."""
     return 4 if preprocess.decoding == "scaled" and preprocess.resize <= MAX_LARGE_RESIZE else 3
 
 
@@ -87,7 +87,8 @@ def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
     random = np.random.default_rng(_SEED)
     side = preprocess.resize
 
-    # The sizes of JPEGs in which decoders and resizing differ.
+    # JPEGs in which decoders and resizing differ: width, height, mode, and how much fewer samples
+    # the chroma has (2: 4:2:0).
     files = []
     large = LARGE * side
     turned = Image.Exif()
@@ -98,10 +99,10 @@ def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
         # A tall image, whose shorter side is enlarged to `resize`.
         (max(1, side * 3 // 4), side, "RGB", 0),
         (side, side * 5 // 4, "L", 0),  # gray
-        (large * 5 // 4, large + 7, "RGB", 2),
+        (large * 5 // 4, large + 7, "RGB", 2),  # the large one; `count_examples` may exclude it
     ]
 
-    # Colors from few random cells, so that resizing has something to do.
+    # Few random cells of color, enlarged, so that resizing has something to do; then the JPEG.
     for width, height, mode, subsampling in sizes[: count_examples(preprocess)]:
         cell = CELL if height < large else LARGE_CELL
         cells = (height // cell + 2, width // cell + 2)  # rows and columns, at least 2

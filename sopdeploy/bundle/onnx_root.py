@@ -64,7 +64,7 @@ def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
                 "the file has unknown or repeated fields, which a runtime may read in another way"
             )
         return model, onnx_root(model)
-    # `CertificateError` is none of these
+    # A `CertificateError` is none of these, so it is not converted.
     except (DecodeError, ValueError, KeyError, TypeError) as error:
         raise CertificateError(
             "not a complete ONNX model; its root cannot be computed"

@@ -341,7 +341,7 @@ def _command_line_type(annotation: Any) -> Any:
         return list[str]
     if not all(member in _SCALARS or get_origin(member) is Literal for member in members):
         return None
-    value_type = Path if Path in members else members.pop()
+    value_type = Path if Path in members else members.pop()  # a path can be any other text, too
     return Optional[value_type] if is_optional else value_type  # noqa: UP045 - of a variable
 
 

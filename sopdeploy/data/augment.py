@@ -120,7 +120,7 @@ class RandomSide(BoxCrop):
         window = crop * (min(width, height) / side)  # side of the crop, in source pixels
         left = random.random() * (width - window)
         top = random.random() * (height - window)
-        # Despite rounding errors
+        # `min`, because of rounding errors.
         return (left, top, min(width, left + window), min(height, top + window))
 
 

@@ -194,7 +194,7 @@ def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
 
     # A better temperature at the bound, or by chance, is none.
     at_bound = abs(optimum.x) > bound - 0.01  # within 1 % of the temperature
-    # `loss` is a mean over images
+    # The likelihood ratio is of sums; `loss` is a mean over images.
     significant = len(targets) * (loss(0.0) - optimum.fun) >= SIGNIFICANT
     return math.exp(optimum.x) if significant and not at_bound else 1.0
 
@@ -222,7 +222,7 @@ def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
     """Return the logit with the largest F1 of *scores* (N,) for *true* (N,), half-way between two of them."""
     from sklearn.metrics import precision_recall_curve  # noqa: PLC0415  # its import takes a second
 
-    # The distinct scores, ascending
+    # Precision and recall at each distinct score, ascending.
     precision, recall, distinct = precision_recall_curve(true, scores)
     # The last value is that of no prediction.
     precision = precision[:-1]
@@ -246,7 +246,7 @@ def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     """
     now = _recognition_rate(rule)
     earlier = _recognition_rate(before)
-    # Different images cannot be compared
+    # Shares of different images cannot be compared.
     if rule and before and rule.is_unknown_shipped != before.is_unknown_shipped:
         earlier = None
 

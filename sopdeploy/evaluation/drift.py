@@ -171,6 +171,7 @@ def compare_samples(first_NF: _Floats, second_NF: _Floats) -> Comparison:
     mean = float(squares_E.mean())
     variance = float(squares_E.var())
 
+    # The distance beyond that of exchanged blocks, in standard deviations within a sample.
     shift = math.sqrt(max(0.0, squared - mean) / (within / 2))
     if variance == 0:  # all blocks are equal
         return Comparison(shift, 1.0)

@@ -56,7 +56,7 @@ def bound_cosines(cosines_N: NDArray[np.float64], accepts: float) -> Threshold:
     """
     from scipy.special import bdtr, chdtri, ndtr, ndtri, stdtrit  # noqa: PLC0415 # a quarter of a second
 
-    # The bound
+    # The bound itself.
     count = len(cosines_N)
     quantile = float(stdtrit(count - 1, 1 - BOUND_SHARE * (1 - accepts)))
     deviations = quantile * math.sqrt(1 + 1 / count)
@@ -81,7 +81,7 @@ def threshold_rank(images: int, accepts: float) -> int:
     of at most k / (images + 1). The result is the largest k for which this is at most 1 -
     *accepts*.
     """
-    # 1e-9: in floats, 10 * (1 - 0.9) is below 1
+    # 1e-9 corrects floats, in which 10 * (1 - 0.9) is below 1.
     rank = math.floor((images + 1) * (1 - accepts) + 1e-9)
     return min(images, rank)  # *accepts* = 0 gives images + 1
 
@@ -100,7 +100,7 @@ def accepted_interval(images: int, rank: int) -> tuple[float, float]:
     a = images - rank + 1
     b = rank
 
-    # New images, and all possible numbers of accepted ones
+    # n new images, of which k are accepted, from 0 to n.
     n = images
     k = np.arange(images + 1)
 

@@ -46,7 +46,7 @@ def find_label_doubts(logits_NC: NDArray[np.float64], labels: NDArray[np.int64])
     # of the class.
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
     sums_C = np.bincount(labels, of_label_N, minlength=probabilities_NC.shape[1])
-    # 0 without images
+    # The average of a class without images is 0.
     average_C = sums_C / np.maximum(np.bincount(labels, minlength=len(sums_C)), 1)
 
     # A class of few images whose labels are all wrong has an average near 0.

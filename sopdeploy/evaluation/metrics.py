@@ -160,7 +160,8 @@ def classification_report(
     if not count:
         raise DataError(NO_IMAGES)
 
-    # Images of one group are not independent; they count as fewer.
+    # Images of one group are not independent; they count as fewer. An image without a group gets
+    # one of its own, with a negative number.
     targets = np.array([score.target for score in scores])
     predicted = np.array([score.top5[0] for score in scores])
     groups = np.array(

@@ -42,11 +42,11 @@ class MeanPrecision(StrictModel):
         """Compute the mAP of *scores* (N, C), where *true* (N, C) marks the classes of each image.
 
         The interval comes from `_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by
-        default images; *seed* determines them. Resamples of a perfect ranking are all perfect, so the interval is at
-        least Wilson's of a share of as many independent images. Raises `DataError` if no image
-        shows any class.
+        default images; *seed* determines them. Resamples of a perfect ranking are all perfect.
+        The interval therefore includes Wilson's, of a share of as many independent images. Raises
+        `DataError` if no image shows any class.
         """
-        # The columns of classes that have an image
+        # Only classes that have an image count.
         shown = np.flatnonzero(true.any(axis=0)).tolist()
         if not shown:
             raise DataError(NO_CLASS)
@@ -205,7 +205,7 @@ def resampled_precision(
     scores have the same rank.
     """
     best_first = np.argsort(-scores, kind="stable")
-    # The next image has another score
+    # An image is the last one of its rank if the next one has another score.
     is_last_of_rank = np.append(np.diff(scores[best_first]) != 0, True)
 
     counts = draws[:, best_first].astype(np.float64)

@@ -178,7 +178,7 @@ def predict_logits(
     try:
         loader = load_batches(dataset, batches, workers, device)
         for finished_rounds, batch in zip_longest(rounds, loader):
-            # None in the last round, if only other processes have images left
+            # There is no batch in the last round if only other processes have images left.
             if batch is not None:
                 computed.append(model(normalize(batch[0])).double().cpu())
             on_batch(min(len(dataset), finished_rounds * images_per_round))
@@ -189,7 +189,7 @@ def predict_logits(
     num_classes = computed[0].shape[1] if computed else len(dataset.images.labels)
     logits = torch.zeros(len(dataset), num_classes, dtype=torch.float64)
     if computed:
-        # The rows of `images_here`
+        # These are the rows of `images_here`.
         logits[processes.rank :: processes.world] = torch.cat(computed)
 
     # The rows of other processes are 0, so the sum holds all rows.

@@ -101,9 +101,10 @@ def describe_predictions(
     images: str,
     links: Mapping[tuple[int, int], str] = MappingProxyType({}),
 ) -> Section:
-    """Describe *metrics* by a sentence about *images*, the scores, and tables, the worst classes first.
+    """Describe *metrics* by the sentence *images*, the scores, and tables, the worst classes first.
 
-    *links* are those of the confusion matrix (`Table.links`).
+    *images* says which images they are of. *links* are those of the confusion matrix
+    (`Table.links`).
     """
     if isinstance(metrics, ClassificationReport):
         return _describe_classes(metrics, images, links)

@@ -34,7 +34,7 @@ def plot(
 
     def draw(axes: Any) -> None:
         for number, points in enumerate(curves.values()):
-            # Another one after each ten curves: ten colors
+            # There are ten colors, so the style of the line changes after ten curves.
             style = ("-", "--", ":", "-.")[number // 10 % 4]
             xs = [x for x, _ in points]
             ys = [y for _, y in points]

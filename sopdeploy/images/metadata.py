@@ -107,9 +107,9 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
     if orientation != UPRIGHT:
         # The header is big-endian, with the directory of tags at byte 8.
         tiff_header = b"MM" + struct.pack(">HI", 42, 8)
-        # One value of type 3, 16 bits
+        # The tag has one value of type 3, which has 16 bits.
         tag = struct.pack(">HHIHxx", ORIENTATION, 3, 1, orientation)
-        # One tag, no second directory
+        # The directory has one tag, and no other directory follows.
         exif = b"Exif\0\0" + tiff_header + b"\0\1" + tag + bytes(4)
         parts += [b"\xff\xe1", struct.pack(">H", 2 + len(exif)), exif]
 

@@ -78,7 +78,7 @@ def _read_orientation(data: bytes) -> int | None:
         (start,) = struct.unpack_from(order + "I", data, 4)  # of the directory
         (count,) = struct.unpack_from(order + "H", data, start)
 
-        # 12 bytes: tag, type, number of values, and the value if it fits
+        # Each entry has 12 bytes: tag, type, number of values, and the value if it fits.
         for number in range(count):
             tag, type_code, _, value = struct.unpack_from(
                 order + "HHI4s", data, start + 2 + 12 * number
@@ -305,7 +305,7 @@ def center_view(size: tuple[int, int], rules: Preprocess) -> View:
     x = size[0] / width
     y = size[1] / height
 
-    # Not negative: crop <= resize
+    # Left and top are not negative, because the crop is at most `resize`.
     left, top = (round((side - rules.crop) / 2.0) for side in (width, height))
     # Rounding may move right and bottom out of the image.
     right = min(size[0], (left + rules.crop) * x)

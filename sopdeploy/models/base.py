@@ -136,7 +136,7 @@ class Classifier(Backbone):
         The network then returns this vector. Raises `ConfigError` if the last layer is not
         linear.
         """
-        # The method of a subclass returns the layer of its new head
+        # Not `self.logits_layer`: that of a network with a head returns the layer of the head.
         layer = Classifier.logits_layer(self)
         if layer is None:
             raise ConfigError(

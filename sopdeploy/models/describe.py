@@ -125,13 +125,13 @@ def _count_call(
 ) -> None:
     """Add to *counts* the operations of a call of *module*.
 
-    The call is for one image, of which the inputs may have many rows, such as its windows.
+    The network runs on one image; the inputs of a module may have many rows, such as windows.
     """
     output = next((leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)), None)
     if output is None:
         return
 
-    # Layers of the paper, then those of torch.
+    # Multiply-adds of layers; for DSoP's tables, outputs of batch norms and d^3 of roots, too.
     if isinstance(module, Components):
         counts.macs[name] += module.macs(inputs[0].shape)
     elif isinstance(module, nn.Linear):

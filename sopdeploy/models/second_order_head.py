@@ -314,9 +314,9 @@ def tuned_name(name: str) -> str:
 def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead:
     """Build `head:NAME` with *head* for *model*, the network *name* of the catalog with any weights.
 
-    The result is a new network on the same device and in the same mode, with copies of the
-    tensors of *model* except those of its classifier and its training-only parts. The weights
-    of the head are random. Raises `ConfigError` if the network cannot have this head.
+    The result is a new network on the same device and in the same mode. It has copies of the
+    tensors of *model*, without its classifier and its training-only parts. The weights of the
+    head are random. Raises `ConfigError` if the network cannot have this head.
     """
     with_head_entry = entry(head_name(name))
     # Options that `head:NAME` lacks are left out: they are of the training-only parts, such as
@@ -367,6 +367,6 @@ def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
     _, vectors_CC = torch.linalg.eigh(covariance_CC)
     components_dC = vectors_CC.flip(1)[:, :width].T  # `eigh` puts the largest eigenvalue last
 
-    # Index of each component's largest element
+    # The element of each component whose sign becomes positive.
     largest_d1 = components_dC.abs().argmax(dim=1, keepdim=True)
     return components_dC * components_dC.gather(1, largest_d1).sign()

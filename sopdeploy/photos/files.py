@@ -199,7 +199,7 @@ def check_takes_output(folder: Path, setting: str | None, images: Path | None = 
     images. *setting* names *folder* unless it is an argument.
     """
     advice = "choose a folder outside of them"
-    # `resolve` raises an error for a link that leads to itself
+    # `realpath`, because `resolve` raises an error for a link that leads to itself.
     real_folder = Path(os.path.realpath(folder))
     if images is not None and real_folder.is_relative_to(os.path.realpath(expand_user(images))):
         raise ConfigError(
@@ -210,7 +210,7 @@ def check_takes_output(folder: Path, setting: str | None, images: Path | None = 
         inner = waiting.pop()
         if holds_images(inner):
             raise ConfigError(f"{folder} holds photographs; {advice}", setting=setting)
-        # Its class folders, and those of train/ and val/
+        # Search its class folders, and those in train/ and val/.
         if inner == folder or part_kind(inner.name):
             waiting += [inner / name for name in list_subfolders(inner)]
 
@@ -272,11 +272,14 @@ def walk(
 ) -> Iterator[Path]:
     """Yield the files below *folder*, sorted by name in each folder; with *hidden*, also hidden ones.
 
-    Links to folders are followed. Each real folder is listed once: under its own path if it is
-    below *folder*, otherwise under the first link. Those that contain *folder* or are in
-    *visited* are not listed, nor, without *hidden*, bundles and runs, some of which hold
-    images; those that are listed are added to it. The time is linear in the number of entries.
-    Raises `DataError` for a folder that cannot be listed.
+    Links to folders are followed. Each real folder is listed once, and added to *visited*: under
+    its own path if it is below *folder*, otherwise under the first link. Not listed are
+
+    - folders in *visited*, and those that contain *folder*,
+    - without *hidden*, bundles and runs, some of which hold images.
+
+    The time is linear in the number of entries. Raises `DataError` for a folder that cannot be
+    listed.
     """
     visited = set() if visited is None else visited
 

@@ -267,7 +267,10 @@ def _describe_unlabelled(listing: "ClassListing") -> str:
 def _open_part_tables(
     root: Path, folders: Mapping[str, Path], tables: Mapping[str, Path]
 ) -> OpenedParts:
-    """Open the parts of *root*, each of whose *folders* has a table of its own; raises `DataError`."""
+    """Open the parts of *root*, by *folders*, each with a table of its own; raises `DataError`.
+
+    *tables* are those that were found, by part.
+    """
     parts = dict[str, ImageFiles]()
     notes = list[str]()
     ignored = Counter[str]()
@@ -574,7 +577,7 @@ def _open_evaluation_images(
                 f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
                 "images and their classes in this file"
             )
-        # Has exactly the classes *labels*
+        # With *labels*, the images of the table have exactly these classes.
         return _held_out_of_table(table, labels, multi_label=True)
     kind = detect_kind(root)
     if kind is not None:
@@ -589,7 +592,7 @@ def _open_evaluation_images(
             note_skipped(
                 root, count_suffixes(chain.from_iterable(listing.other_files.values()))
             )
-    # The names of official classes are no mistakes
+    # Other classes of an official layout are no mistakes of the user.
     allow_unknown = other_classes or kind is not None
     images = _match_classes(root, images, labels, allow_unknown, log)
     empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
@@ -601,7 +604,7 @@ def _open_evaluation_images(
 def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
     """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself."""
     names = {normalize(name) for name in list_subfolders(root)}
-    # Each one is a class, even if named val
+    # If each subfolder is a class, none is a part, even if it is named val.
     if names <= {normalize(label) for label in labels}:
         return root
     parts = find_parts(root)

@@ -76,8 +76,11 @@ def _find_masks(root: Path, images: Mapping[str, Sequence[bytes]]) -> set[bytes]
 def _propose_masks(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]]:
     """Yield the pairs of each kind of images that may be masks, by their names.
 
-    A kind are the images of equally named folders of all classes, those whose names add the
-    same text to the names of others, or those of one folder at the top.
+    One kind are
+
+    - the images of equally named folders in all classes,
+    - images whose names are those of others and the same text, or
+    - the images of a folder at the top.
     """
     kinds = defaultdict[tuple[str, str], list[Pair]](list)
     folders_of_stem = defaultdict[str, dict[str, bytes]](dict)  # one path per folder at the top

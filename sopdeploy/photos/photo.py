@@ -67,7 +67,7 @@ class Photo:
 
     @cached_property
     def image(self) -> Image.Image:
-        """The image, of which only the header is read; raises `DataError` if it is none."""
+        """The image; only its header is read. Raises `DataError` if the file is no image."""
         with image_errors(self.name):
             return open_image(self.content)
 
@@ -516,13 +516,13 @@ def count_formats(images: LabeledImages) -> Counter[str]:
 def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) -> str:
     """Name the images with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
     _, first_of_hash, hash_number_N = np.unique(hashes, return_index=True, return_inverse=True)
-    # For each image, the index of the first with its hash
+    # For each image, the index of the first one with its hash.
     first_N = first_of_hash[hash_number_N].tolist()
-    # (N,), or (N, C) if an image has several classes
+    # Shape (N,), or (N, C) if an image can have several classes.
     is_equal = images.targets[first_N] == images.targets
     same_labels_N = is_equal if is_equal.ndim == 1 else is_equal.all(axis=1)
     is_readable_N = hashes != UNREADABLE
-    # Never the first of its hash
+    # Images with other labels than the first one with their hash.
     contradictions = np.flatnonzero(is_readable_N & ~same_labels_N).tolist()
     pairs = [
         f"{images.describe(first_N[index])} = {images.describe(index)}"
@@ -591,9 +591,9 @@ def _name_all(first: DataError, errors: Sequence[str]) -> DataError:
 def leave_out_unreadable(split: Split, first: DataError) -> Split:
     """Leave the damaged and missing images of *split* out, after *first*, the error of one; its note names them.
 
-    Raises *first* if all can be read, and an error with all of them if they are too many
-    (`MAX_DAMAGED`, `MANY_DAMAGED`), or if too few remain of a class or of those that are held
-    out.
+    Raises *first* if all images can be read. Raises an error that names all unusable images if
+    they are too many (`MAX_DAMAGED`, `MANY_DAMAGED`), or if too few images remain of a class, or
+    no held-out ones.
     """
     found = list[LeftOut]()
     errors = list[str]()

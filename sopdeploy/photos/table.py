@@ -282,7 +282,7 @@ class _Row(NamedTuple):
 def _read_rows(
     table: Path, image_paths: list[bytes], notes: list[str] | None = None
 ) -> list[_Row]:
-    """Read the rows of *table*, of whose folder *image_paths* are the images; raises `DataError`.
+    """Read the rows of *table*; *image_paths* are the images in its folder. Raises `DataError`.
 
     *notes* gets a line about the columns that are left out.
     """
@@ -436,13 +436,14 @@ def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, 
 
 
 def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the lines of the CSV file *table*, which contains *text*, as `_read_cells` does.
+    """Yield the number and the cells of each line of the CSV file *table*, which contains *text*.
 
     The separator is that of a first line `sep=;`, or the most frequent one in the heading.
     Without a column `classes`, other columns are classes with 1 and 0. If the first of two
     columns begins with the name of an image, there is no heading.
     """
     try:
+        # The separator. `lines_before` is how many lines of the file the reader does not count.
         heading, _, rest = text.partition("\n")
         if given_separator := re.fullmatch(r"\s*\"?sep=(.)\"?\s*", heading, re.IGNORECASE):
             text = rest

@@ -426,7 +426,7 @@ def _describe_run(setup: Setup, fit: Fit, record: Mapping[str, Any]) -> list[Sec
     """List the recipe and the environment of the run, in a section each."""
     values = []
     for key, value in flatten(setup.recipe.model_dump(mode="json")):
-        # The config of the network is shown below, as `network.`
+        # The config of the network is added below, as `network.`.
         is_hidden = key.startswith(("summary", "model.config."))
         if setup.recipe.reads(key) and not is_hidden:
             values.append((key, value))

@@ -213,7 +213,7 @@ def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Che
     """
     # A NaN must not replace the last good checkpoint.
     weights = fit.network.state_dict()
-    # the raw weights, if `weights` are averages
+    # If `weights` are averages, these are the raw weights.
     learning = {} if fit.learning is None else fit.learning.state_dict()
     checked = tree_leaves({"weights": weights, "learning": learning, "resume": resume})
     if not all(bool(value.isfinite().all()) for value in checked if isinstance(value, Tensor)):
@@ -349,7 +349,7 @@ def read_resumed(last: Checkpoint, source: Path) -> Resumed:
         raise CheckpointError(f"{source}: resume.{min(unknown)}: unknown key{advice}")
 
     with state_errors(last, source):
-        # The raw ones; those of the checkpoint may be averages
+        # These are the raw weights; those of the checkpoint may be averages.
         if not is_state_dict(state.get("weights")):
             raise ValueError  # which becomes a `CheckpointError`
         report = last.training.get("start")
@@ -421,7 +421,7 @@ class RunFolder:
         self.history = path / "history.csv"
         self.saved_at = time.monotonic()
         self._lock: Lock | None = None
-        # Removes the folders that `lock` created, if they are empty
+        # When it is closed, the folders that `lock` created are removed, if they are empty.
         self._created = ExitStack()
 
     def lock(self, *, is_resumed: bool = False) -> None:

@@ -86,7 +86,7 @@ class Strategy(ProcessGroup):
             return list(tensors)
 
         counts = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int())
-        # Indices of the parameters that any process passes
+        # The parameters for which any process passes a tensor.
         passed = counts.nonzero().flatten().tolist()
         sums: list[Tensor | None] = [None] * len(parameters)
         if not passed:
@@ -103,7 +103,7 @@ class Strategy(ProcessGroup):
 
         parts = torch.split(flat, [tensor.numel() for tensor in summands])
         for index, part in zip(passed, parts, strict=True):
-            # With the memory layout of the parameter
+            # The sum gets the memory layout of the parameter.
             like_parameter = torch.empty_like(parameters[index])
             sums[index] = like_parameter.copy_(part.view_as(like_parameter))
         return sums

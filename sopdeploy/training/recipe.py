@@ -354,7 +354,7 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
     if not isinstance(table, dict):
         return
     sides: list[Any] = [table.get("crop"), before.get("resize"), before.get("crop")]
-    # Else the validation names it
+    # A side of another type is left to the validation, which names it.
     if all(isinstance(side, int) and side > 0 for side in sides):
         table["resize"] = Preprocess.scaled_resize(*sides)
 
@@ -380,7 +380,7 @@ def _drop_foreign_options(values: FieldValues, changed: Mapping[str, Any]) -> No
             config = _find_config(name, chosen)
             options = table
 
-        # None: the validation names the unknown kind
+        # Without a config, the kind is unknown; the validation names it.
         if isinstance(options, dict) and config is not None:
             for key in options.keys() - config.model_fields.keys():
                 del options[key]
@@ -490,10 +490,10 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
     An empty table is a value if the recipe may omit it.
     """
     for key, value in table.items():
-        # Tables in tables are never optional
+        # Only a table of the recipe itself can be optional, not one in a table.
         field = None if prefix else Recipe.model_fields.get(key)
         is_optional = field is not None and field.default is None
-        # Like None: an empty table, such as `ema`, selects its defaults
+        # An empty table, such as `ema`, is a value as None is: it selects the defaults.
         is_value = is_optional and not value
 
         if isinstance(value, Mapping) and not is_value:

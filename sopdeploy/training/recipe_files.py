@@ -131,7 +131,7 @@ def set_value(values: FieldValues, key: str, value: Any) -> None:
     *tables, last = key.split(".")
     table = values
     for name in tables:
-        # Such as an average, a teacher or start weights that a recipe omits
+        # A recipe may omit a table, such as `ema`, `teacher` or `start`.
         if table.get(name) is None:
             table[name] = {}
         table = table[name]

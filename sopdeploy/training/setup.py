@@ -125,8 +125,9 @@ def set_up_run(
 ) -> Setup:
     """Open the data and the network of a new run, or of the run of *last* in *folder*; writes no file.
 
-    Raises `ConfigError` if the recipe changed, `DataError` if the data cannot be used or
-    changed, and `CheckpointError` if *last* has no valid state to resume from.
+    *given* is what the caller knows already; *callback* receives warnings. Raises `ConfigError`
+    if the recipe changed, `DataError` if the data cannot be used or changed, and
+    `CheckpointError` if *last* has no valid state to resume from.
     """
     strategy = folder.strategy
     recorded = None if last is None else read_recorded_recipe(last, folder.last)
@@ -337,7 +338,7 @@ def divide_images(
             choice = choose_held_out(images, groups, config.hold_out, config.hold_out_seed)
         record = record_choice(choice, hashes)
 
-    # The other processes add zeros
+    # The other processes add zeros to the choice of the first one.
     choice = strategy.all_reduce(torch.from_numpy(choice)).numpy()
     of_training_files = hashes[choice == NONE] if len(hashes) else hashes
     return Division(divide(opened, choice), of_training_files, record)

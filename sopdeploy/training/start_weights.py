@@ -96,15 +96,16 @@ def read_start_weights(
         )
 
     weights = _read_weights_file(recipe, source) if strategy.rank == 0 else None
-    # The others wait until the first process has filled the cache
+    # This sum lets the others wait until the first process has filled the cache.
     strategy.all_reduce(torch.zeros(1))
     return _read_weights_file(recipe, source) if weights is None else weights
 
 
 def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str]:
-    """Find or fetch the ImageNet weights of the network of *recipe*, as `fetch_imagenet_weights` does.
+    """Find or fetch the ImageNet weights of the network of *recipe*, with the errors of the importer.
 
-    Returns the file, and the catalog name under which the importers read it.
+    Returns the file, and the catalog name under which the importers read it. Without *download*,
+    it only asks whether a missing file can be fetched.
     """
     from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
 
@@ -116,7 +117,7 @@ def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str
 
 def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeights:
     """Read the file of `start.weights`, or *source*, which was opened before."""
-    # `head:resnet50` reads the file of `resnet50`
+    # `head:resnet50` reads the file of `resnet50`.
     model = recipe.model.name.removeprefix("head:")
 
     weights = recipe.start.weights if recipe.start is not None else None
@@ -204,7 +205,7 @@ def load_start_weights(
 
     # What of the network keeps its random weights, and what may keep them without an error.
     has_other_classes = weights.labels is not None and weights.labels != labels
-    # not loaded even if their shapes fit
+    # They are not loaded even if their shapes fit.
     not_loaded = [*classifiers, *branch_classifiers] if has_other_classes else []
     training_only = (*model.training_only, *weights.training_only)
     may_be_new = (*not_loaded, *training_only, *classifiers)
@@ -267,7 +268,7 @@ def _match_tensors(
             if not name.endswith(COUNTER):  # a file may lack counters of batches
                 raise _misfit_error(weights, f"{name} is missing")
         elif is_in(name, container) and not contains_backbone:
-            # Another pooling gives this layer an input of another length
+            # Another pooling gives this layer an input of another length.
             new.add(name.rpartition(".")[0])
         else:
             raise _misfit_error(

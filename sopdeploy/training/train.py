@@ -91,8 +91,8 @@ def train_run(
     """Train *recipe* and write the run to *out_dir*.
 
     *resume* continues from `last.pt` in *out_dir*; "auto" does so if there is one. *callback*
-    is used in the first process only. If a new run of one process meets a damaged image, or one
-    that is gone, it begins again without all of these (`leave_out_unreadable`). *strategy*
+    is used in the first process only. If a new run of one process meets a damaged or missing
+    image, it begins again without all such images (`leave_out_unreadable`). *strategy*
     defaults to the processes that torchrun started. *given* is what the caller knows already.
 
     Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a value is not

@@ -132,7 +132,7 @@ def spread_groups(
     _, stratum_N, sizes_S = np.unique(strata_N, return_inverse=True, return_counts=True)
     images_GS = np.zeros((num_groups, len(sizes_S)))  # number by group and stratum
     np.add.at(images_GS, (groups_N, stratum_N), 1)
-    # NumPy's limit for seeds
+    # NumPy's seeds are below 2**32.
     shuffled_G = np.random.RandomState(seed % 2**32).permutation(num_groups)
     fold_G = np.zeros(num_groups, np.intp)
     images_FS = np.zeros((num_folds, len(sizes_S)))  # number by fold and stratum, so far
@@ -263,7 +263,7 @@ class Moments(NamedTuple):
         )
         differences_KR = np.where(present[:, None], means_KR - others_KR, 0)
         weight = count * solve(shrunk_RR, differences_KR.T, assume_a="pos").T
-        # Without the scatter between presence and absence (Sherman, Morrison)
+        # Remove the scatter between presence and absence (Sherman, Morrison).
         if activation == "sigmoid":
             shares_K = counts_K * (count - counts_K) / max(1, count) ** 2
             between_K = (1 - SHRINKAGE) * shares_K * (weight * differences_KR).sum(axis=1)
@@ -454,7 +454,7 @@ class Space(NamedTuple):
         inputs = []
         for part, center in zip(parts, centers, strict=True):
             centered = part - center
-            # 0 without differences
+            # If all vectors are equal, their norm is 0, and 1 replaces it.
             norm = np.sqrt(np.square(centered).sum(axis=1).mean()) or 1.0
             scales.append(np.full(part.shape[1], 1 / norm))
             inputs.append(centered / norm)
@@ -468,11 +468,11 @@ class Space(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LinearProblem:
-    """N images with `targets`: coordinates `reduced` (N, R) of their vectors in `space`, and `own` (N, D_0).
+    """N images with `targets`, their vectors, and what is computed from them; folds (N,) count from 0.
 
-    The latter are the network's own vectors, scaled to length 1, with `weights` (N,) in the
-    class means. Images of one of the `groups` (N,) count as one photograph; by default, all are
-    different. Folds (N,) are numbered from 0.
+    `reduced` (N, R) are the coordinates of the vectors in `space`. `own` (N, D_0) are the network's
+    own vectors, scaled to length 1, with `weights` (N,) in the class means. Images of one of the
+    `groups` (N,) count as one photograph; by default, all are different.
     """
 
     space: Space
@@ -539,7 +539,7 @@ class LinearProblem:
     ) -> Array:
         """Compute out-of-fold logits (N, K) by heads that are not fitted to images with doubtful labels.
 
-        These contradict wrong labels more clearly (Northcutt et al., "Confident Learning", JAIR
+        These logits contradict wrong labels more clearly (Northcutt et al., "Confident Learning", JAIR
         2021, section 3). A label is doubtful if by *logits_NK* it is less probable than another
         class and than `IMPLAUSIBLE`.
         """

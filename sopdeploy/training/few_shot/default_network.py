@@ -69,6 +69,6 @@ def _open_default_network() -> CachedNetwork:
     """Build the default network with its ImageNet weights, which are downloaded if they are not here."""
     recipe = _default_recipe()
     strategy = Strategy(select_device(recipe.device))
-    # Its classes are not used
+    # The network needs classes, which are not used.
     model, recipe, _ = create_initial_model(recipe, ("one", "other"), strategy)
     return CachedNetwork(full_head(recipe, model.to(strategy.device)), recipe)

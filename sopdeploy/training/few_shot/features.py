@@ -175,7 +175,7 @@ def build_fitted(
     has_energy = problem.targets.activation == "softmax"
     deployed = network.copy_with_head(head.model_copy(update={"cosine": has_energy}))
     pooled = deployed.pooled_head
-    # The head reads roots of covariances, after the projections of *network*
+    # If the head reads roots of covariances, it needs the projections of *network*.
     if pooled.poolings:
         pooled.poolings.load_state_dict(network.pooled_head.poolings.state_dict())
     if has_energy:
@@ -300,7 +300,7 @@ class CachedNetwork:
                 waiting = []
 
     def _complete(self, waiting: list[_Loaded]) -> Iterator[tuple[_Loaded, list[Entry]]]:
-        """Compute the missing entries of the batches *waiting*, write them, and yield as `_load` does."""
+        """Compute and write the missing entries of the batches *waiting*; yield the batches with all entries."""
         missing: list[tuple[_Loaded, int]] = []
         for loaded in waiting:
             missing += [

@@ -135,7 +135,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
 
         def on_progress(step: str, done: int, total: int) -> None:
             callback.on_stage(name=step, done=done, total=total)
-            # The features take most of the time
+            # Only the features count for the expected time: they take most of it.
             expected.update(min(done, len(images)), len(images))
             signals.exchange()  # raises `TrainingStoppedError` after a stop signal
 
@@ -451,7 +451,7 @@ def _describe(
         indices = np.flatnonzero(found.copies == photograph)
         first_of_labels = np.unique(labels_N[indices], return_index=True)[1]
         if len(first_of_labels) > 1:
-            # Such as the frames of a clip: one image of each class
+            # Of many copies, such as the frames of a clip, one image of each class is named.
             if len(indices) > MAX_COPIES:
                 indices = indices[np.sort(first_of_labels)]
             contradictions.append(" = ".join(map(images.identity, indices.tolist())))
@@ -502,9 +502,9 @@ def _score_without_doubted(
 ) -> tuple[float, float] | None:
     """Compute the accuracy on the judged images without those whose label *is_doubted_N*.
 
-    Returns two accuracies, the lower one first: of classifiers that were fitted to the doubted
-    labels, too, as the network is, and of those behind *label_logits*, which were not. None if no
-    label is doubted, or all are.
+    Returns two accuracies, the lower one first. One is of the classifiers that were fitted to the
+    doubted labels, too, as the network is; the other of those of *label_logits*, which were not.
+    None if no label is doubted, or all are.
     """
     kept = found.judged[~is_doubted_N[found.judged]]
     if not is_doubted_N.any() or not len(kept):
@@ -583,7 +583,7 @@ def _predict_other_things(setup: Setup, fit: FewShotFit) -> Array | None:
     network: Any = fit.network
     means_KD = network.pooled_head.means.cpu().numpy()
     cosines_M1 = (vectors @ means_KD.T).max(axis=1, keepdims=True)
-    # The log-sum-exp of K equal logits exceeds them by log K
+    # The log-sum-exp of K equal logits exceeds them by log K, which is subtracted.
     return np.repeat(cosines_M1.astype(np.float64), len(means_KD), axis=1) - np.log(
         len(means_KD)
     )

@@ -88,7 +88,8 @@ class AdaHessian(Optimizer):
         gradients: Sequence[Tensor | None] = torch.autograd.grad(
             loss, self.trainable, create_graph=True, allow_unused=True
         )
-        # Gradients that depend on parameters; the others are constant
+        # The gradients that depend on parameters; the others are constant, so their curvature
+        # is 0.
         curved: dict[Tensor, Tensor] = {}
         for parameter, gradient in zip(self.trainable, gradients, strict=True):
             if gradient is None:  # the loss does not depend on the parameter

@@ -323,9 +323,10 @@ def estimate_best(
 
 
 def corrected_score(right_EN: NDArray[np.bool_], group_N: NDArray[np.intp]) -> float:
-    """Estimate the accuracy of the best of E epochs by B resamples of the groups (N,), numbered from 0.
+    """Estimate the accuracy of the best of E epochs by B resamples of the groups of N images.
 
-    *right_EN* tells which of the N images each epoch classifies correctly.
+    *right_EN* tells which images each epoch classifies correctly, *group_N* the group of each
+    image, from 0 to G - 1.
     """
     count = int(group_N.max()) + 1
     resamples_BG = np.random.default_rng(0).multinomial(count, [1 / count] * count, _RESAMPLES)

@@ -219,7 +219,7 @@ class LoopState:
         position = self.position
         row = EpochRow(
             epoch=position.epoch + 1,
-            # of the last step; the first group has no factor, or 1
+            # The rate of the last step: the first group has no factor, or the factor 1.
             lr=self.optimizer.param_groups[0]["lr"],
             losses={name: total / position.seen for name, total in position.sums.items()},
             metrics=metrics,
