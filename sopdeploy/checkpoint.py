@@ -449,7 +449,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return dict(tensors)
 
 
-def _describe_storage(tensor: Tensor) -> str:
+def _describe_type(tensor: Tensor) -> str:
     """Describe dtype, layout and device, such as "float32 strided on cpu"."""
     return f"{tensor.dtype} {tensor.layout} on {tensor.device}".replace("torch.", "")
 
@@ -528,8 +528,8 @@ def first_difference(expected: Mapping[str, Tensor], weights: Mapping[str, Tenso
         actual = weights[name]
         if actual.shape != tensor.shape:
             return f"{name} is {tuple(actual.shape)}, not {tuple(tensor.shape)}"
-        if _describe_storage(actual) != _describe_storage(tensor):
-            return f"{name} is {_describe_storage(actual)}, not {_describe_storage(tensor)}"
+        if _describe_type(actual) != _describe_type(tensor):
+            return f"{name} is {_describe_type(actual)}, not {_describe_type(tensor)}"
         if actual.is_floating_point() and not bool(torch.isfinite(actual).all()):
             return f"{name} has values that are not finite"
 

@@ -34,7 +34,7 @@ MAX_TEMPERATURE = 20.0  # the smallest temperature is 1 / MAX_TEMPERATURE
 SIGNIFICANT = 1.920729  # half the 95 % quantile of chi-square with one degree of freedom
 NESTED_FOLDS = 5
 PRIOR_IMAGES = 10  # with this many images of a class, the logit of its threshold is halved
-FEW = 0.8  # share of recognized unknown images
+MIN_RECOGNIZED = 0.8  # share of the unknown images; fewer are a weakness
 MAX_LOGIT = 30.0  # larger absolute values are clipped
 
 
@@ -148,7 +148,10 @@ def new_class_interval(
 
 
 def missing_threshold(images: int, classes: int, accepts: float) -> str:
-    """Say why `fit_decision` fits no threshold of cosines for unknown images; empty if it fits one."""
+    """Say why `fit_decision` fits no threshold of cosines for unknown images; empty if it fits one.
+
+    *images* and *classes* are numbers; *accepts* is that of `fit_decision`.
+    """
     min_images = least_images(are_cosines=True)
     if images < min_images:
         return (
@@ -241,7 +244,7 @@ def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
 def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     """Say that *rule* rejects few unknown images, or clearly fewer than *before*; empty if neither holds.
 
-    "Few" is less than `FEW` of the images that test the threshold, "clearly" a 95 % interval
+    "Few" is less than `MIN_RECOGNIZED` of the images that test the threshold, "clearly" a 95 % interval
     below the other.
     """
     now = _recognition_rate(rule)
@@ -253,7 +256,7 @@ def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     if now is None:
         return ""
     has_fallen = earlier is not None and now.high < earlier.low
-    if now.share >= FEW and not has_fallen:
+    if now.share >= MIN_RECOGNIZED and not has_fallen:
         return ""
 
     text = f"only {now.right} of {now.count} unknown images are recognized"

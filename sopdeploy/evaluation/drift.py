@@ -155,18 +155,18 @@ def compare_samples(first_NF: _Floats, second_NF: _Floats) -> Comparison:
         is_equal = bool((joined_NF == joined_NF[0]).all())
         return Comparison(0.0, 1.0) if is_equal else Comparison(math.inf, 0.0)
 
-    # The squared distance of the means is a quadratic form in the sides of the blocks.
+    # The squared distance of the means is a quadratic form in the weights of the blocks.
     num_first = len(first_NF) // BLOCK
     blocks_BF = joined_NF.reshape(-1, BLOCK, joined_NF.shape[1]).mean(axis=1)
     blocks_BF -= blocks_BF.mean(axis=0)
     gram_BB = blocks_BF @ blocks_BF.T
     num_second = len(blocks_BF) - num_first
-    sides_B = np.repeat([1 / num_first, -1 / num_second], [num_first, num_second])
-    squared = max(0.0, float(sides_B @ gram_BB @ sides_B))
+    weights_B = np.repeat([1 / num_first, -1 / num_second], [num_first, num_second])
+    squared = max(0.0, float(weights_B @ gram_BB @ weights_B))
 
     # The same distance after exchanges of blocks, which are random but always the same.
     random = np.random.default_rng(0)
-    exchanged_EB = random.permuted(np.tile(sides_B, (NUM_EXCHANGES, 1)), axis=1)
+    exchanged_EB = random.permuted(np.tile(weights_B, (NUM_EXCHANGES, 1)), axis=1)
     squares_E = np.einsum("eb,bc,ec->e", exchanged_EB, gram_BB, exchanged_EB, optimize=True)
     mean = float(squares_E.mean())
     variance = float(squares_E.var())

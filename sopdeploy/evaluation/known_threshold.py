@@ -75,7 +75,7 @@ def bound_cosines(cosines_N: NDArray[np.float64], accepts: float) -> Threshold:
 
 
 def threshold_rank(images: int, accepts: float) -> int:
-    """Return the rank of the energy of *images* that is the threshold: 1 is the lowest, 0 no threshold.
+    """Return the rank of the threshold among the energies of so many *images*: 1 is the lowest, 0 none.
 
     A new known image has an energy below that of rank k, and so is rejected, with a probability
     of at most k / (images + 1). The result is the largest k for which this is at most 1 -
@@ -89,10 +89,10 @@ def threshold_rank(images: int, accepts: float) -> int:
 def accepted_interval(images: int, rank: int) -> tuple[float, float]:
     """Compute the 95 % interval of the fraction of new known images that the threshold accepts.
 
-    The threshold is the energy with this *rank*, from the lowest, among those of *images*. Of
-    as many new images, the number of accepted ones has a beta-binomial distribution (Marques
-    F., arXiv 2303.02770, 2023): both the threshold and the share of a finite number of new
-    images vary.
+    The threshold is the energy with this *rank*, from the lowest, among those of so many *images*.
+    Of as many new images, the number of accepted ones has a beta-binomial distribution (Marques
+    F., arXiv 2303.02770, 2023): both the threshold and the share of a finite number of new images
+    vary.
     """
     from scipy.special import betaln  # noqa: PLC0415 # SciPy takes a quarter of a second
 

@@ -20,7 +20,7 @@ from sopdeploy.evaluation.statistics import LEVEL
 
 DEFAULT_THRESHOLD = 0.5
 NO_CLASS = "no image shows a class of the network; add images that do"
-_RESAMPLES = 500  # for the interval of an mAP
+_NUM_RESAMPLES = 500  # for the interval of an mAP
 
 
 class MeanPrecision(StrictModel):
@@ -41,7 +41,7 @@ class MeanPrecision(StrictModel):
     ) -> "MeanPrecision":
         """Compute the mAP of *scores* (N, C), where *true* (N, C) marks the classes of each image.
 
-        The interval comes from `_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by
+        The interval comes from `_NUM_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by
         default images; *seed* determines them. Resamples of a perfect ranking are all perfect.
         The interval therefore includes Wilson's, of a share of as many independent images. Raises
         `DataError` if no image shows any class.
@@ -60,7 +60,7 @@ class MeanPrecision(StrictModel):
         unique, group_N = np.unique(given_N, return_inverse=True)  # numbered from 0
         equal_shares_G = [1 / len(unique)] * len(unique)
         draws_BG = np.random.default_rng(seed).multinomial(
-            len(unique), equal_shares_G, _RESAMPLES
+            len(unique), equal_shares_G, _NUM_RESAMPLES
         )
 
         draws_BN = draws_BG[:, group_N]  # how often each resample contains each image

@@ -52,8 +52,9 @@ class Components(nn.Module):
 
     A component of the kind "gap" is 1x1 convolutions to *widths* channels, each with ReLU, and
     global average; "sop" is parametric SR-SOP with the configuration *root*; "linear" is linear
-    layers with bias on the averaged features, the expert of SG-MoE. *evaluated* is the number
-    of components that a routed mixture evaluates per image; `macs` counts these.
+    layers with bias on the averaged features, the expert of SG-MoE. *components* is N,
+    *evaluated* the number of components that a routed mixture evaluates per image; `macs` counts
+    these.
     """
 
     def __init__(

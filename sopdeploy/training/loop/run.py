@@ -34,7 +34,7 @@ from sopdeploy.training.loop.state import (
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import LoopResult, SelectedBy
 
-_RESAMPLES = 1000
+_NUM_RESAMPLES = 1000
 Finish = Callable[
     [LoopState, PreprocessedDataset, RunFolder, Callback], tuple[Fit, Mapping[str, Any]]
 ]
@@ -329,7 +329,9 @@ def corrected_score(right_EN: NDArray[np.bool_], group_N: NDArray[np.intp]) -> f
     image, from 0 to G - 1.
     """
     count = int(group_N.max()) + 1
-    resamples_BG = np.random.default_rng(0).multinomial(count, [1 / count] * count, _RESAMPLES)
+    resamples_BG = np.random.default_rng(0).multinomial(
+        count, [1 / count] * count, _NUM_RESAMPLES
+    )
     resamples_BN = resamples_BG[:, group_N]  # how often each one contains each image
 
     # Each resample selects an epoch, which is judged by the images outside of the resample.
