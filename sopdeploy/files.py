@@ -62,6 +62,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     name = os.fsencode(path.name)[:MAX_PARTIAL_BYTES].decode("utf-8", "ignore")
     partial = path.with_name(f"{name}.{secrets.token_hex(4)}{PARTIAL}")
 
+    # The lock tells other processes that the temporary file is in use.
     lock = lock_file(partial)
     try:
         yield partial

@@ -132,6 +132,7 @@ def preprocess_image(
         else:
             return center_crop(rgb, rules)
 
+    # A padded image is in the middle of the background.
     if rules.fit != "pad":
         return np.asarray(fitted)
     canvas = Image.new("RGB", (rules.crop, rules.crop), rules.background)
@@ -213,6 +214,7 @@ def to_rgb(
     if orientation is None:
         orientation = exif_orientation(image) if rules.exif_orientation else UPRIGHT
 
+    # Turn the image, and the mask with it.
     if orientation != UPRIGHT:
         image = image.transpose(TURNS[orientation])
         frame_alpha = None if frame_alpha is None else frame_alpha.transpose(TURNS[orientation])

@@ -84,7 +84,7 @@ def find_near_duplicates(
     one first. *small* are the gray images (N, S, S) of `shrink`. Of images with equal *hashes*
     (N,), one is compared.
     """
-    # Of images with equal pixels, the first one stands for all.
+    # Of images with equal pixels, the first one stands for all; the others are added at the end.
     first_N = np.sort(np.unique(hashes, return_index=True)[1])
     whole = [part[:, 0] for part in views]
     whiten = _fit_whitening([part[first_N] for part in whole])
@@ -279,6 +279,7 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
 
     Copies that are turned, smaller and re-encoded reach 0.97, different photographs up to 0.94.
     """
+    # Each image in eight orientations, as rows without their mean.
     count = len(small)
     width = SMALL // TURNED_SIDE
     small = small.reshape(count, TURNED_SIDE, width, TURNED_SIDE, width).mean(
@@ -291,6 +292,8 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
     lengths = np.linalg.norm(rows, axis=2, keepdims=True)
     # All images without contrast would equal each other.
     is_plain_N = lengths[:, 0, 0] < PLAIN * small[0].size ** 0.5
+
+    # Pairs of an upright image and any orientation of another one, by whitened rows.
     units = (rows / np.maximum(lengths, 1.0)).reshape(count * 8, -1)
     whitened = fit_and_whiten([units]).reshape(count, 8, -1)
     pairs = []

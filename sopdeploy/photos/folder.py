@@ -89,7 +89,10 @@ def open_folder(path: Path, classes_from: str = "") -> Split:
     notes = [*opened.notes]
     if opened.ignored:
         notes.append(f"{root}: {describe_skipped(opened.ignored)}")
-    if opened.problems:  # only then, because training finds unreadable images itself
+
+    # Other problems end the run; unreadable images are named with them, though training would
+    # leave some out.
+    if opened.problems:
         unreadable = (
             error for part in opened.parts.values() for error in find_unreadable(part).values()
         )
@@ -98,6 +101,7 @@ def open_folder(path: Path, classes_from: str = "") -> Split:
     train, *held_out = opened.parts.values()
     if held_out:
         return Split(train=train, held_out=held_out[0], notes=tuple(notes))
+
     # Of a class of one image, none could be held out.
     counts = train.class_counts().tolist()
     kept = tuple(label for label, count in zip(train.labels, counts, strict=True) if count > 1)
@@ -127,10 +131,13 @@ def open_parts(
 
 
 def _open_parts(root: Path, max_held_out: int | None, classes_from: str) -> OpenedParts:
+    # An official layout.
     if (kind := detect_kind(root)) is not None:
         train = open_part(kind, "train", root)
         held_out = open_part(kind, "held_out", root)
         return OpenedParts({"train": train, "test": held_out})
+
+    # Class folders, or a table of all images.
     where = None if classes_from else find_table(root)
     if where is None:
         return _open_class_folders(root, max_held_out, classes_from)
@@ -285,6 +292,8 @@ def _open_part_tables(
                 f"{table}: not read here; write one for all images in {root}, with a column "
                 f"{SPLIT}, or rename it if the folders are the classes"
             )
+
+        # The first table is that of the training images, and tells the classes of the others.
         train = next(iter(parts.values()), None)
         if train is None:
             opened = read_label_table(table)
@@ -368,6 +377,8 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
     paths_of_folder, other_files = _list_folders(root)
     beside, _ = list_files(root)
     notes = list[str]()
+
+    # Images that are no photographs of their own are left out.
     if classes_from != FOLDERS:
         for leftover in find_leftovers(root, paths_of_folder):
             remaining = {
@@ -384,6 +395,8 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
                 f"{root}: left out, because they are {leftover.content}: "
                 f"{amount(len(leftover.paths), 'image')} in {shorten(where)}"
             )
+
+    # With a pattern, the names of files tell the classes, not the folders.
     if is_pattern(classes_from):
         paths = [*map(os.fsencode, beside), *chain.from_iterable(paths_of_folder.values())]
         return _list_by_name(root, sorted(paths), other_files, classes_from, notes)
@@ -411,6 +424,8 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
     images = ImageFiles(
         root, labels, np.asarray(paths, np.bytes_), np.asarray(targets, np.int64), known_groups
     )
+
+    # What the user may not have intended.
     nested_folders = sorted(map(os.fsdecode, nested))
     if nested_folders:
         notes.append(
@@ -428,6 +443,8 @@ def _list_folders(root: Path) -> tuple[dict[str, list[bytes]], dict[str, list[st
     for name in list_subfolders(root):
         folders[normalize(name)].append(name)
     check_labels(root, sorted(folders))
+
+    # A folder that a link leads to is listed in its own class only.
     visited = {folder_identity(root / name) for names in folders.values() for name in names}
     images = dict[str, list[bytes]]()
     other_files = dict[str, list[str]]()
@@ -477,6 +494,8 @@ def _describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> 
     root = images.root
     folders = set(images.labels)
     unknown = sorted(folders - set(labels))
+
+    # Folders that are probably classes under another spelling.
     missing = list[str]()
     for label in sorted(set(labels) - folders):
         alike = [folder for folder in unknown if lookalike_key(folder) == lookalike_key(label)]
@@ -486,10 +505,14 @@ def _describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> 
             unknown = [folder for folder in unknown if folder not in alike]
         else:
             missing.append(label)
+
+    # Other unknown classes, and missing ones.
     if unknown:
         yield f"{root}: classes {shorten(unknown)} are not training classes, remove them or train on them"
     if missing and unknown:
         yield f"{root}: training classes {shorten(missing)} are missing, add them"
+
+    # Class folders without images.
     used = set(images.targets.tolist())
     empty = [label for index, label in enumerate(images.labels) if index not in used]
     if empty:

@@ -222,6 +222,7 @@ def describe_in_a_sentence(
     else:
         share = "nearly all"
 
+    # The sentence, with the interval if the score is not too high.
     sentence = f"{qualifier}{share} new photographs like these will be right"
     sentence += (
         "." if is_selected else f"; likely {100 * score.low:.0f} to {100 * score.high:.0f} %."

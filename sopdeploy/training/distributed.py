@@ -180,6 +180,7 @@ def handle_signals(processes: ProcessGroup) -> Iterator[SignalState]:
     processes that take too long. Outside the main thread, where Python delivers no signals, no
     handlers are installed.
     """
+    # Python delivers signals to the main thread only.
     state = SignalState(processes)
     if threading.current_thread() is not threading.main_thread():
         yield state

@@ -486,6 +486,7 @@ class PageTexts(NamedTuple):
 
 def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
     """Build the texts of the page; for a training loop, they say why scores are too high."""
+    # The key figure: the score, with its interval if it has one.
     score = result.score
     shown = "no estimate"
     if isinstance(score, float):

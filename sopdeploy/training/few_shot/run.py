@@ -445,6 +445,8 @@ def _describe(
     num_groups = {
         label: len(of_class) for label, of_class in zip(images.labels, groups, strict=True)
     }
+
+    # Copies of one photograph with different labels.
     contradictions = []
     labels_N = number_classes(images.targets)
     for photograph in np.flatnonzero(np.bincount(found.copies) > 1):
@@ -455,6 +457,8 @@ def _describe(
             if len(indices) > MAX_COPIES:
                 indices = indices[np.sort(first_of_labels)]
             contradictions.append(" = ".join(map(images.identity, indices.tolist())))
+
+    # What the images that count tell about the classes.
     has_one_class = targets.activation == "softmax"
     right = found.logits[found.judged].argmax(axis=1) == targets.strata[found.judged]
     gains = estimate_gains(found.problem, found.scaling, found.judged, right, images.labels)

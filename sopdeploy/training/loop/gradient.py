@@ -77,6 +77,7 @@ def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
         if run.teacher is not None:
             loss = run.teacher.distillation_loss(loss, images, targets, output)
 
+    # The gradient, summed over all processes.
     share = len(targets) / num_samples
     if isinstance(run.optimizer, AdaHessian):  # which also needs the curvature
         seed = derive_seed(recipe.seed, "curvature", position.epoch, position.step)
@@ -85,6 +86,7 @@ def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
     else:
         run.strategy.backward(loss.total * share, run.trained())
 
+    # The values of the loss, summed over all processes, too.
     weighted = [
         (value * share).double() for value in (loss.total.detach(), *loss.parts.values())
     ]

@@ -146,6 +146,7 @@ class Teacher:
         total = (1 - share) * loss.total + share * divergence
         parts = {**loss.parts, "teacher": divergence.detach()}
 
+        # A teacher that learns has a loss of its own.
         if self.learns:
             weights = self.model.loss_weights()
             teacher_loss = training_loss(

@@ -329,6 +329,7 @@ def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
     if learn == "all":
         return
 
+    # The second half of the stages; batch norms keep their statistics, except in branches.
     if learn == "last_stages":
         frozen = first_stages(model)
         for name, module in model.named_modules():
@@ -339,6 +340,7 @@ def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
                 module.training = False
         return
 
+    # The branches, with or without the classifier, and the modules around them.
     parts = learning_parts(model, learn)
     for name, module in model.named_modules():
         contains_part = any(part.startswith(f"{name}.") for part in parts)
