@@ -75,7 +75,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
-    """Create *path* and the missing folders above it; at the end, remove those of them that are empty."""
+    """Create *path* and the missing folders above it; at the end, remove the created ones that are empty."""
     # The innermost folder comes first, as `rmdir` needs it.
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:

@@ -50,8 +50,8 @@ def read_live(folder: Path) -> Live:
     """Read what is live in *folder*, and what was refused; nothing of a folder without a log.
 
     A link that is missing, as in a copy of the folder, leads where its last move led. A bundle
-    counts as refused if its last line says so, and it is not live. Raises `ConfigError` as
-    `read_log` does.
+    counts as refused if its last line says so, and it is not live. Raises `ConfigError` for a log
+    that cannot be read.
     """
     # The log tells what each link led to last, and what was refused and not promoted later.
     target_of_link: dict[str, str] = {}  # in the order of the last moves

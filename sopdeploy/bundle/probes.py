@@ -147,7 +147,7 @@ def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tup
     """Run the probes in batches of each size, in turn, and compare every output; return a replay per size.
 
     So consecutive batches have different sizes, and an engine uses another profile for each of
-    them. Raises `ParityError` as `replay` does.
+    them. Raises `ParityError` for an output that is not within its tolerance.
     """
     sizes = list(probes_by_batch)
 

@@ -8,6 +8,8 @@ images.
 Rejection: an image whose energy is below a threshold (`evaluation.known_threshold`) counts as
 unknown. With several classes per image, each class has a threshold. The energy of a network of
 the few-shot procedure is a cosine (`models.second_order_head`).
+
+Letters: N images, M images of no class, C outputs, K classes that images show.
 """
 
 import math

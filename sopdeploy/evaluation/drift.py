@@ -11,7 +11,7 @@ scaled chi-square with the mean and the variance of the exchanged statistics has
 Annals of Mathematical Statistics 1954). With enough answers, every difference becomes
 significant, so an alarm also needs a large one: a *shift* in standard deviations of one answer.
 
-Letters: N answers, B blocks, F numbers of a statistic.
+Letters: N answers, B blocks, F numbers of a statistic, E exchanges.
 """
 
 import math

@@ -3,6 +3,8 @@
 Does not import torch. Average precision is the mean precision at the rank of every image that
 shows the class, with equal probabilities at one rank; mAP is its mean over the classes. F1 is 2
 TP / (2 TP + FP + FN).
+
+Letters: N images, C classes, B resamples, G groups.
 """
 
 from collections.abc import Sequence

@@ -179,8 +179,8 @@ def find_clips(
     """Join the *groups* (N,) of images that show one clip or object.
 
     *names* (N,) are paths, *times* (N,) seconds or `NO_TIME`, *classes* (N,) numbers. *vectors*
-    (N, D) have length 1; they are those of `copies.find_pairs`, which lack what the images of a
-    class have in common.
+    (N, D) have length 1; they are whitened, as those of `copies.NearDuplicates`, so that they lack
+    what the images of a class have in common.
     """
     relations = _list_relations(names, times, classes)
     if not relations:

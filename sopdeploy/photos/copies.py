@@ -12,7 +12,7 @@ orientations (`find_turned`). A group is a connected component.
 Where classes look alike, as parts before one camera do, pixels do not tell copies from other
 images: there, nearly all tiles must be equal (`_confirm`).
 
-Letters: N images, P pairs, V views, D components of a vector.
+Letters: N images, K images of a block, P pairs, V views, D components of a vector.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,8 +61,8 @@ DECIMALS = 4  # of a signature; float32 differs between processors from the seve
 class NearDuplicates(NamedTuple):
     """The `pairs` (2, P) of near-duplicates among N images, which images (N,) are `alike`, and `vectors`.
 
-    Alike are the images of classes among whose images few copies are found: frames of one clip,
-    or parts before one camera. The vectors are those of the whole images (N, D), whitened, of
+    Alike are the images of a class in which images that are no copies resemble each other, too,
+    as frames of one clip do, or parts before one camera. The vectors are those of the whole images (N, D), whitened, of
     length 1.
     """
 

@@ -2,6 +2,8 @@
 
 A folder with `labels.csv`, or an export of a label tool, holds images that this table lists
 with their classes (`table`), and official layouts are read by torchvision (`libraries`).
+
+Letter: N images.
 """
 
 import os
@@ -353,8 +355,8 @@ def _check_no_parts_inside(listing: "ClassListing") -> None:
 class ClassListing(NamedTuple):
     """What class folders hold, with paths relative to the root of `images`.
 
-    `other_files` are the files that are no images by class, `nested` the folders of class
-    folders that hold several, and `beside` the images of no class. `notes` name what is left
+    `other_files` are, by class, the files that are no images. `nested` are the folders inside of
+    class folders that hold several, `beside` the images of no class. `notes` name what is left
     out and what may be a mistake.
     """
 

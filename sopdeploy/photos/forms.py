@@ -44,8 +44,8 @@ class Leftover(NamedTuple):
 def find_leftovers(root: Path, images: Mapping[str, Sequence[bytes]]) -> list[Leftover]:
     """Find masks, and photographs that another folder of the class holds in a better form.
 
-    *images* are the paths below each class folder, relative to *root*. Reads a few files for
-    each kind of names that could be those of masks, and none where no names propose it.
+    *images* are the paths below each class folder, relative to *root*. A few files are read of
+    each kind whose names could be those of masks or of other forms; the others are not read.
     """
     masks = _find_masks(root, images)
     others = set[bytes]()

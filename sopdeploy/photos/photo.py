@@ -1,4 +1,7 @@
-"""Labeled photographs: their bytes, targets and identities, their parts, and the arrays that networks see."""
+"""Labeled photographs: their bytes, targets and identities, their parts, and the arrays that networks see.
+
+Letters: N images, B images of a batch, C classes.
+"""
 
 import copy
 import hashlib

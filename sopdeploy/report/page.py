@@ -1,4 +1,7 @@
-"""Write the page about a finished run: curves, predictions, photographs, recipe and environment."""
+"""Write the page about a finished run: curves, predictions, photographs, recipe and environment.
+
+Letters: N images, C classes.
+"""
 
 import base64
 import io

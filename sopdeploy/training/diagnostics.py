@@ -4,6 +4,8 @@ Diagnostics never influence training: they use eval mode, fixed held-out images,
 numbers.
 
 The field names of the classes here are keys in checkpoints and columns of `history.csv`.
+
+Letters: N images, C classes.
 """
 
 import csv

@@ -126,7 +126,7 @@ def spread_groups(
 
     This is the algorithm of scikit-learn's `StratifiedGroupKFold`, whose import takes two
     seconds: groups in random order, the most uneven ones first, each into the fold that spreads
-    the strata best.
+    the strata best. Letters: G groups, S strata, F folds.
     """
     num_groups = int(groups_N.max()) + 1
     _, stratum_N, sizes_S = np.unique(strata_N, return_inverse=True, return_counts=True)

@@ -1,4 +1,7 @@
-"""What more photographs of a class would give: classes of the folder are reduced, and found less often."""
+"""What more photographs of a class would give: classes of the folder are reduced, and found less often.
+
+Letters: N images, K classes.
+"""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -5,7 +5,8 @@
 3. Fit the classifier to all training images. The reported score stays the cross-validated one, or that of a
    held-out folder.
 
-The only checkpoints are those of the finished run. Letters: N images, K classes.
+The only checkpoints are those of the finished run. Letters: N images, K classes, G groups, M
+photographs of other things, D length of the network's own vector.
 """
 
 import time
@@ -524,8 +525,8 @@ def _find_confused(
 ) -> tuple[tuple[str, str], ...]:
     """Find the pairs of classes that are predicted as each other as by chance.
 
-    Of the images of each class that are predicted as one of the two, at least the share `CHANCE`,
-    and at least `MIN_CONFUSED`, are predicted as the other class.
+    Only images that are predicted as one of the two classes count. Of these, each class has at
+    least the share `CHANCE`, and at least `MIN_CONFUSED`, that are predicted as the other one.
     """
     classes = found.problem.targets.strata[found.judged]
     predicted = found.logits[found.judged].argmax(axis=1)
