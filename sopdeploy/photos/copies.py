@@ -62,8 +62,8 @@ class NearDuplicates(NamedTuple):
     """The `pairs` (2, P) of near-duplicates among N images, which images (N,) are `alike`, and `vectors`.
 
     Alike are the images of a class in which images that are no copies resemble each other, too,
-    as frames of one clip do, or parts before one camera. The vectors are those of the whole images (N, D), whitened, of
-    length 1.
+    as frames of one clip do, or parts before one camera. The vectors are those of the whole images
+    (N, D), whitened, of length 1.
     """
 
     pairs: NDArray[np.intp]
