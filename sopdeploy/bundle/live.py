@@ -26,8 +26,8 @@ class Live(NamedTuple):
 def read_log(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number and the fields of each line of the log in *folder*, the oldest first.
 
-    A line that is not JSON is skipped: the machine stopped while it was written. Raises
-    `ConfigError` for a log that cannot be read.
+    A line that is not JSON is skipped, as one that was being written when the machine stopped.
+    Raises `ConfigError` for a log that cannot be read.
     """
     log = folder / LOG
     try:

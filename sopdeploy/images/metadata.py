@@ -51,7 +51,8 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
     """Copy the image file *body*; return the copy and its suffix, `.jpg` or `.png`.
 
     An orientation other than upright stays as the only EXIF tag of a JPEG. Raises `ImageError`
-    for a damaged file, more than *max_pixels*, or a PNG of more than `MAX_COPIED_PIXELS`.
+    for a damaged file, for more than *max_pixels*, and if the copy is a PNG, for more than
+    `MAX_COPIED_PIXELS`.
     """
     with open_image(body, max_bytes=len(body), max_pixels=max_pixels) as image:
         # A JPEG is copied by segments, if the copy decodes to the same pixels.

@@ -130,7 +130,10 @@ def _find_keys(data: Any, levels: int = _MAX_TABLE_LEVELS) -> Iterator[tuple[str
 
 
 def _names_of_value(value: Any) -> tuple[str, ...] | None:
-    """Return the names of a list, or of a dict from numbers to names or from names to numbers, else None."""
+    """Return the names of a list, or of a dict from numbers to names or from names to numbers, else None.
+
+    Raises `ValueError` for a dict whose numbers are not 0 to the number of names - 1.
+    """
     if isinstance(value, list | tuple):
         return tuple(value) if value and all(isinstance(name, str) for name in value) else None
     if not isinstance(value, dict) or not value:
@@ -219,7 +222,8 @@ def _begin_with_ids(lines: Sequence[str]) -> bool:
 def _without_index(lines: Sequence[str]) -> tuple[str, ...] | None:
     """Return *lines* without the numbers with which all begin or end, if they count the lines from 0 or 1.
 
-    The first line may be the heading of two columns. None if the lines have no such column.
+    The first line may be the heading of two columns. None if the lines have no numbers, or only
+    some that may be parts of names. Raises `ValueError` for other numbers.
     """
     has_heading = len(lines) > 2 and _has_columns(lines[0])
     for side, pattern in (("begins", _LEADING), ("ends", _TRAILING)):

@@ -303,6 +303,8 @@ def _share_equal(fit: _Fit, side: int) -> _Images:
     correlations = (shown * expected).mean(axis=2) / np.maximum(
         contrasts[0] * contrasts[1], 1e-3
     )
+
+    # Tiles count if all of their samples are inside, and one of the two shows something.
     counts = cut(fit.inside).all(axis=2) & (np.maximum(*contrasts) >= PLAIN)
     num_counted = counts.sum(axis=1)
     num_equal = ((correlations >= SAME) & counts).sum(axis=1)

@@ -372,9 +372,9 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
 
     Folders with one name in two encodings are one class. The images of a folder in a class
     folder are a group, unless it holds all images of the class. A link to a class folder is not
-    followed. Masks, and photographs in another form, are left out (`find_leftovers`), and so is
-    a class of nothing else, unless *classes_from* is `FOLDERS`. A regular expression in it finds
-    the class in the names of all images below *root* instead.
+    followed. Masks, photographs in another form (`find_leftovers`), and classes that hold nothing
+    else are left out, unless *classes_from* is `FOLDERS`. If *classes_from* is a regular
+    expression, it finds the class in the name of each image below *root*, whatever its folder.
     """
     paths_of_folder, other_files = _list_folders(root)
     beside, _ = list_files(root)
@@ -416,7 +416,7 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
         if len({*entries}) > 1:
             nested |= {*entries} - {*class_paths}
             groups += entries
-        else:  # it says nothing: each image is then a group of its own
+        else:  # one folder with all images tells nothing: each image is a group of its own
             groups += class_paths
         targets += [target] * len(class_paths)
         paths += class_paths

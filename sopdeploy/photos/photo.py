@@ -592,9 +592,9 @@ def _name_all(first: DataError, errors: Sequence[str]) -> DataError:
 
 
 def leave_out_unreadable(split: Split, first: DataError) -> Split:
-    """Leave the damaged and missing images of *split* out, after *first*, the error of one; its note names them.
+    """Leave the damaged and missing images of *split* out; its note names them.
 
-    Raises *first* if all images can be read. Raises an error that names all unusable images if
+    *first* is the error of the image that was met first. Raises *first* if all images can be read. Raises an error that names all unusable images if
     they are too many (`MAX_DAMAGED`, `MANY_DAMAGED`), or if too few images remain of a class, or
     no held-out ones.
     """

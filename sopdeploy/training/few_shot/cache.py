@@ -46,8 +46,8 @@ class FeatureCache:
         self.folder = features_folder()
         self.limit = limit
         self.used: set[str] = set()  # names of the entries of this run
-        # Modules of other packages have no version in `identity`: entries are neither read nor
-        # written.
+        # `identity` has no version of other packages, so the entries of a network with modules of
+        # these are neither read nor written.
         classes = {base for module in network.modules() for base in type(module).__mro__[:-1]}
         packages = {base.__module__.split(".")[0] for base in classes}
         self.is_stale = not packages <= {*_PACKAGES, "torchvision", "abc"}

@@ -105,10 +105,9 @@ class Targets:
             raise DataError(
                 "all training images are copies of one photograph; cross-validation needs different images"
             )
-        # How many groups each stratum has.
-        groups_of_strata = np.unique(
-            np.stack([self.strata, groups_N]), axis=1
-        )  # each pair once
+
+        # How many groups each stratum has: each pair of both counts once.
+        groups_of_strata = np.unique(np.stack([self.strata, groups_N]), axis=1)
         _, stratum_sizes = np.unique(groups_of_strata[0], return_counts=True)
         num_folds = min(
             at_most, num_groups, *stratum_sizes[stratum_sizes >= MIN_FOLDS].tolist()

@@ -281,17 +281,22 @@ class CachedNetwork:
             hashes, times, are_decoded = facts.numpy().T
             paths = [self.cache.mark_used(file_hash) for file_hash in hashes.tolist()]
             entries = [self.cache.read(path) for path in paths]
+
+            # The first photograph tells whether the cache can be read.
             if batch is batches[0] and entries[0] is not None:
                 [computed] = self._compute(pixels[:1])
                 if not all(map(np.array_equal, entries[0], computed)):
                     self.cache.is_stale = True
                     yield from self._load(images, batches)  # again, without the cache
                     return
+
             for position, entry in enumerate(entries):
                 # The entry is damaged, so the photograph was not decoded.
                 if entry is None and not are_decoded[position]:
                     decoded = images.preprocess(batch[position], self.recipe.preprocess)
                     pixels[position] = torch.tensor(decoded)  # a copy
+
+            # Compute the missing entries of several batches together.
             waiting.append(_Loaded(pixels, hashes, times, paths, entries))
             num_missing = sum(loaded.entries.count(None) for loaded in waiting)
             is_last = batch is batches[-1]
@@ -339,7 +344,10 @@ class CachedNetwork:
 
 
 def average_views(own_vectors: Tensor, maps: Mapping[str, Tensor]) -> list[NDArray[np.float32]]:
-    """Average each of *maps* (B, C, H, W) as a whole and in four corners; (B, 5, C) each."""
+    """Average each of *maps* (B, C, H, W) as a whole and in four corners; (B, 5, C) each.
+
+    Without maps, the only views are the *own_vectors*, (B, 1, D_0).
+    """
     if not maps:
         return [own_vectors.float().cpu().numpy()[:, None]]
     averages = []
