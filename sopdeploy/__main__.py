@@ -21,7 +21,7 @@ def main() -> None:
     """
     if sys.getfilesystemencoding() != "utf-8":
         os.environ["PYTHONUTF8"] = "1"  # also for child processes
-        # With -I or -X utf8=0, the variable has no effect
+        # An option, because with -I or -X utf8=0 the variable has no effect.
         arguments = ["-X", "utf8", *sys.orig_argv[1:]]
         os.execv(sys.executable, [sys.executable, *arguments])  # noqa: S606 - the same program
 

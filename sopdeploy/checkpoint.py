@@ -208,8 +208,8 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
 
     written_by = writer_of(content.get("training"))
 
-    # Only weights may be tensors that share or lack values; their network checks them.
-    for name in content.keys() - {"weights"}:  # `build_classifier` checks the weights
+    # Only the weights may have tensors that share or lack values; `build_classifier` checks them.
+    for name in content.keys() - {"weights"}:
         for value in distinct_values(content[name]):
             if isinstance(value, Tensor) and not (
                 _is_dense(value) and _stores_all_numbers(value)
@@ -449,7 +449,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return dict(tensors)
 
 
-def _describe_storage(tensor: Tensor) -> str:
+def _describe_type(tensor: Tensor) -> str:
     """Describe dtype, layout and device, such as "float32 strided on cpu"."""
     return f"{tensor.dtype} {tensor.layout} on {tensor.device}".replace("torch.", "")
 
@@ -463,7 +463,7 @@ def _limit_parameters(weights: Mapping[str, Tensor]) -> Iterator[None]:
     they are built.
     """
     stored = [tensor.untyped_storage() for tensor in weights.values() if _is_dense(tensor)]
-    # Tensors may share one
+    # Tensors may share a storage, which counts once.
     bytes_by_address = {storage.data_ptr(): storage.nbytes() for storage in stored}
     left_numbers = _MORE_NUMBERS + 2 * sum(bytes_by_address.values())
     left_parameters = _MORE_PARAMETERS + 10 * len(weights)
@@ -498,7 +498,7 @@ def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
         raise CheckpointError(
             f"{path}: {error}{version_advice(writer_of(checkpoint.training))}"
         ) from error
-    # torch's, for sizes
+    # What torch and Python raise for sizes that no network can have.
     except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{checkpoint.model} cannot be built with its config ({first_line(error)})"
         raise CheckpointError(f"{path}: {reason}; train or import it again") from error
@@ -528,8 +528,8 @@ def first_difference(expected: Mapping[str, Tensor], weights: Mapping[str, Tenso
         actual = weights[name]
         if actual.shape != tensor.shape:
             return f"{name} is {tuple(actual.shape)}, not {tuple(tensor.shape)}"
-        if _describe_storage(actual) != _describe_storage(tensor):
-            return f"{name} is {_describe_storage(actual)}, not {_describe_storage(tensor)}"
+        if _describe_type(actual) != _describe_type(tensor):
+            return f"{name} is {_describe_type(actual)}, not {_describe_type(tensor)}"
         if actual.is_floating_point() and not bool(torch.isfinite(actual).all()):
             return f"{name} has values that are not finite"
 

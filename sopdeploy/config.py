@@ -195,10 +195,10 @@ def with_registered(
     """
 
     def validate(value: Any, validate_union: Callable[[Any], Any]) -> Any:
-        """Validate *value* by the union, or, if its `kind` is that of no member, by the registered config.
+        """Validate *value* by the union; if no member has its `kind`, by the registered config.
 
-        The error of an unknown or missing `kind` names those of the members and the registered
-        ones.
+        The error of an unknown or missing `kind` names the kinds of the members and of the
+        registered configs.
         """
         try:
             return validate_union(value)
@@ -291,15 +291,22 @@ class OtherVersionError(ValueError):
 
 
 def validate_format(model: type[ModelT], fields: Any) -> ModelT:
-    """Validate the *fields* of a file, a table of format 1, as *model*.
+    """Validate the *fields* of a file, a table whose `version` is that of its format, as *model*.
 
-    Raises `OtherVersionError` for another format, and for fields of another version that do not
-    fit; `ValueError` for others that do not fit. Both messages have one line.
+    Raises `OtherVersionError`
+
+    - for another format than 1, whoever wrote the file,
+    - for an unknown field, unless this version of sopdeploy wrote the file,
+    - for an invalid value, if another version wrote the file.
+
+    Raises `ValueError` for other fields and values that are not valid. Messages have one line.
     """
     if not isinstance(fields, Mapping):
         raise ValueError("not a table")
     written_by = writer_of(fields)
-    unknown = fields.keys() - model.model_fields.keys() if written_by != __version__ else ()
+    # In a file of this version, an unknown field is a mistake, which `model_validate` reports.
+    is_own = written_by == __version__
+    unknown = () if is_own else fields.keys() - model.model_fields.keys()
     check_format(fields.get("version", 1), 1, written_by, unknown)
 
     try:
@@ -331,7 +338,7 @@ class _Shortener(reprlib.Repr):
         return f"a number of {value.bit_length()} bits" if is_long else str(value)
 
     def repr_dict(self, value: dict[Any, Any], level: int) -> str:
-        # The base class sorts all
+        # The base class would sort all items before it takes the first ones.
         return super().repr_dict(dict(islice(value.items(), self.maxdict)), level)
 
 
@@ -347,7 +354,7 @@ def shown(value: Any) -> str:
 def first_problem(error: pydantic.ValidationError, values: Any = None) -> str:
     """Describe the first problem in *error* as `key: reason (got value)` on one line, in our own words.
 
-    *values* are what was validated, if known: the key has no parts that they do not have.
+    *values* are what was validated, if known. Then the key has only parts that occur in them.
     """
     return describe_problem(error.errors(include_url=False)[0], values)
 
@@ -355,7 +362,7 @@ def first_problem(error: pydantic.ValidationError, values: Any = None) -> str:
 def describe_problem(
     problem: Mapping[str, Any] | pydantic_core.ErrorDetails, values: Any = None
 ) -> str:
-    """Describe *problem*, an entry of `pydantic.ValidationError.errors`, as `first_problem` does."""
+    """Describe *problem*, an entry of `pydantic.ValidationError.errors`, for the validated *values*."""
     kind = problem["type"]
     context = problem.get("ctx", {})
     where = _name_key(problem["loc"], values, is_missing=kind.startswith("missing"))
@@ -473,7 +480,8 @@ def _name_key(path: Iterable[str | int], values: Any, *, is_missing: bool) -> st
     """Return the dotted key of *path* in *values*, without what pydantic inserts for unions.
 
     The key of ("optimizer", "adamw", "lr") is `optimizer.lr`, that of ("data", "folder",
-    "path", "str") `data.path`. Only a missing key, the last part, is none of *values*.
+    "path", "str") `data.path`. If the error *is_missing*, the last part is a key that *values* do
+    not have.
     """
     parts = list(path)
     keys = []

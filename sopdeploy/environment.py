@@ -216,7 +216,7 @@ def missing_extras() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         module = error.name or ""
-        # Its name on PyPI
+        # The name of the package on PyPI.
         package = {"sklearn": "scikit-learn"}.get(module, module.replace("_", "-"))
         # Each line is like `timm>=1; extra == "train"`.
         requirements = "\n".join(metadata.requires("sopdeploy") or [])

@@ -247,9 +247,8 @@ def is_memory_exhausted(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """Describe *error*, from a library or the user's code, in one line that says what it is.
 
-    That is its type and the first line of its message, without what the library asks of its own
-    users, such as to file an issue; or what to do, if that is known and the message does not
-    say it.
+    The line has its type and the first line of its message, without what the library asks of its
+    own users, such as to file an issue. For the errors of `_REMEDIES`, it says what to do instead.
     """
     message = str(error)
     for cause, remedy in _REMEDIES:
@@ -279,7 +278,7 @@ def shorten(names: Sequence[str], separator: str = ", ") -> str:
 def shorten_problems(problems: Sequence[str]) -> str:
     """Join *problems*, texts `PLACE: REASON`, for a message: each reason once.
 
-    It stands behind its place, or before the first of its places.
+    A reason stands behind its place, or in front of several places.
     """
     places_by_reason: dict[str, list[str]] = {}
     for problem in problems:

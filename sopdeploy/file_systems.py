@@ -164,7 +164,7 @@ def _try_lock(file: int, *, wait: bool = False, of_process: bool = False) -> str
     except BlockingIOError:
         raise
     except OSError as error:
-        # POSIX allows it for a lock that is held
+        # For a lock that another process holds, POSIX allows this error, too.
         if of_process and error.errno == errno.EACCES:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
         return os.strerror(error.errno or errno.ENOLCK)

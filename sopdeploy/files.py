@@ -62,6 +62,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     name = os.fsencode(path.name)[:MAX_PARTIAL_BYTES].decode("utf-8", "ignore")
     partial = path.with_name(f"{name}.{secrets.token_hex(4)}{PARTIAL}")
 
+    # The lock tells other processes that the temporary file is in use.
     lock = lock_file(partial)
     try:
         yield partial
@@ -74,8 +75,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
-    """Create *path* and the missing folders above it; at the end, remove those of them that are empty."""
-    # The innermost first
+    """Create *path* and the missing folders above it; at the end, remove the created ones that are empty."""
+    # The innermost folder comes first, as `rmdir` needs it.
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(mode, parents=True, exist_ok=True)
@@ -190,7 +191,7 @@ def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
 def read_at_most(file: IO[bytes], limit: int) -> bytes:
     """Read the rest of *file*, at most *limit* bytes; the memory depends on the content, not on *limit*."""
     content = bytearray()
-    # Empty at the end and at *limit*
+    # A piece is empty at the end of the file, and at *limit*.
     while piece := file.read(min(limit - len(content), BLOCK_BYTES)):
         content += piece
     return bytes(content)

@@ -112,10 +112,10 @@ class EncodedEmbedding(StrictModel):
 class ModelInfo(StrictModel):
     """A loaded network and its runtime; `id` is its bundle ID.
 
-    `thresholds` (by class) is set for a multi-label network, `embedding_size`, the length of a
-    vector of `/v1/embed`, if the bundle has features, and `known_from`, the smallest score of a
-    known image, if it has a threshold for them. `loaded` is false for a network that a memory
-    budget keeps out.
+    `thresholds` (by class) is set for a multi-label network. `embedding_size`, the length of a
+    vector of `/v1/embed`, is set if the bundle has features. `known_from`, the smallest score of
+    a known image, is set if the bundle has a threshold for known images. `loaded` is false for a
+    network that a memory budget keeps out.
     """
 
     name: str

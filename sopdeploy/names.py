@@ -17,10 +17,10 @@ MAX_LINK = 4_096  # characters of a path in a link
 _PROJECT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 # Before the id of a bundle, which ends its name
 _BUNDLE_END = re.compile(r"-(?=[0-9a-f]{12}$)")
-# The ends of the Unicode names of characters that are letters or symbols by category, but have
-# no glyph.
 # In words of some scripts, and in emojis
 _JOINERS = "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
+# The ends of the Unicode names of characters that are letters or symbols by category, but have
+# no glyph.
 _BLANKS = ("FILLER", "BLANK", "NULL NOTEHEAD")
 
 

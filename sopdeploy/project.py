@@ -75,7 +75,7 @@ def folder_project(folder: Path) -> str:
     name = folder_name(named)
 
     if name.lower() in {"train", "training"}:
-        # `named.parent` would be wrong where *folder* ends with `..`
+        # Not `named.parent`, which would be wrong if *folder* ends with `..`.
         name = folder_name(named / "..")
     return _as_project(name)
 

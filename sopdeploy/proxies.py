@@ -147,7 +147,7 @@ def is_this_machine(host: str) -> bool:
         if ip_address(address[0]).is_loopback:
             return True
         with socket.socket(family, kind) as probe:
-            # Sends nothing: the system chooses the address that it would send from
+            # This sends nothing: the system only chooses the address that it would send from.
             probe.connect(address)
             source = probe.getsockname()[0]
     except (OSError, ValueError):  # a name, or an address without a route

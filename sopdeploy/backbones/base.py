@@ -125,7 +125,7 @@ def initialize(network: nn.Module) -> None:
 
         if isinstance(module, nn.Conv2d):
             is_depthwise = module.groups == module.in_channels == module.out_channels
-            # torch counts k^2 as the fan in of a depthwise convolution
+            # For a depthwise convolution, torch's fan in is k^2.
             mode: Literal["fan_in", "fan_out"] = "fan_in" if is_depthwise else "fan_out"
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
             if module.bias is not None:

@@ -239,7 +239,6 @@ class EfficientNetLite(Backbone):
 
             # Channels in multiples of 8 that lose at most a tenth.
             scaled = stage.channels * config.width
-            # The nearest multiple
             out = max(DIVISOR, DIVISOR * math.floor(scaled / DIVISOR + 0.5))
             if out < 0.9 * scaled:
                 out += DIVISOR

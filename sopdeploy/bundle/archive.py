@@ -86,7 +86,8 @@ def read_archived_manifest(archive: IO[bytes], name: str) -> Manifest:
 def unpack(archive: IO[bytes], name: str, manifest: Manifest, folder: Path) -> None:
     """Write the files of *archive* into the empty *folder*; *manifest* comes from `read_archived_manifest`.
 
-    Raises `BundleError` if anything but file contents differs from what `write_archive` writes.
+    Errors call the archive *name*. Raises `BundleError` if anything but file contents differs
+    from what `write_archive` writes.
     """
     for file in manifest.files:
         check_file_name(Path(name), file)

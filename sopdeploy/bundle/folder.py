@@ -145,9 +145,8 @@ def seal(
     files = {path.name: record(path) for path in folder.iterdir()}
     manifest = manifest_of(files)
 
-    # The certificate names the contents, which it is then a part of.
+    # The certificate names the hash of the manifest without it; the final manifest lists it, too.
     if certificate is not None:
-        # Without the certificate
         fields = {**certificate, "contents": manifest.contents_sha256}
         path = folder / CERTIFICATE
         path.write_bytes(
@@ -168,10 +167,9 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     """
     existing = give_final_name(folder, manifest, destination).manifest
 
-    # A bundle with this id is here already, with another time: the new one replaces its
-    # manifest.
+    # If the bundle was here before, with another time, the new manifest replaces its manifest.
     target = destination / manifest.name
-    if existing != manifest:  # it has another time
+    if existing != manifest:
         signature = target.with_name(target.name + SIGNATURE_SUFFIX)
         if signature.exists():  # it would no longer be valid
             raise BundleError(
@@ -218,7 +216,8 @@ def give_final_name(
                 _write_signature(signature_file, signature)
         return PlacedBundle(manifest_here, is_new=False)
 
-    # The signature comes first: nobody sees a bundle without it. After an error, it goes again.
+    # The signature comes first: nobody sees a bundle without it. After an error, a new one is
+    # deleted again.
     with writing(target), ExitStack() as on_error:
         if signature is not None:
             if not os.path.lexists(signature_file):
@@ -378,11 +377,11 @@ def note_meaning(path: Path) -> Path:
 def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bundle:
     """Read the files of *manifest* in the folder *path*, each once, and compare their hashes.
 
-    Without *with_graph*, the graph is hashed and not kept. Raises `BundleError` as
-    `open_bundle` does.
+    Without *with_graph*, the graph is hashed and not kept. Raises `BundleError` for the first file
+    whose path, size or hash differs.
     """
+    # Names, and sizes in total, before anything is opened.
     for name in manifest.files:
-        # Names, and sizes in total, before anything is opened.
         check_file_name(path, name)
     for required in REQUIRED:
         if required not in manifest.files:
@@ -390,7 +389,6 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
                 f"{path}: the manifest lists no {required}; export the bundle again"
             )
     total = sum(record.bytes for name, record in manifest.files.items() if name != GRAPH)
-
     if total > MAX_CONTENT_BYTES:
         raise BundleError(
             f"{path}: its files are larger than {MAX_CONTENT_BYTES} bytes; export it again"
@@ -498,9 +496,9 @@ def labels_problem(labels: Sequence[str], manifest: Manifest) -> str | None:
 class ListedBundle(NamedTuple):
     """A bundle of a folder of bundles; an unreadable `manifest` is None.
 
-    `why_not_served` is empty for the bundle that is served, which then is `bundle`.
-    `is_replaced` is true if a later export, or the bundle of which this is a copy, is served
-    instead, or `promote` has refused it. `is_live` is true if `promote` has recorded it as live.
+    `why_not_served` is empty for a bundle that is served; then `bundle` has its files.
+    `is_replaced` is true if another bundle of the project is served instead, or if `promote` has
+    refused this one. `is_live` is true if `promote` has recorded it as live.
     """
 
     path: Path
@@ -550,7 +548,7 @@ def read_bundles(folder: Path) -> Iterator[ListedBundle]:
                 continue
             if any((path / name).exists() for name in (MANIFEST, *REQUIRED)):
                 yield ListedBundle(path, read_manifest(path))  # raises without a valid manifest
-        # `RuntimeError`: a link that leads to itself
+        # A link that leads to itself raises a `RuntimeError`.
         except (BundleError, OSError, RuntimeError) as error:
             yield ListedBundle(path, None, str(error))
 
@@ -579,7 +577,7 @@ def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedB
             live_by_project[manifest.project] = manifest
             bundles[place] = bundles[place]._replace(is_live=True)
 
-    # Every bundle in order: the first of each project that is complete is served.
+    # Every bundle in order. Without a live one, the first of a project that is complete is served.
     listed = []
     served_by_project = dict(live_by_project)
     for bundle, real in zip(bundles, real_paths, strict=True):

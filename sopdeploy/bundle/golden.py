@@ -74,20 +74,21 @@ class Golden:
 
 
 def count_examples(preprocess: Preprocess) -> int:
-    """Return the number of examples of an export, of which a mixture leaves out some."""
+    """Return the number of examples of an export; a mixture may leave out some of them."""
     return 4 if preprocess.decoding == "scaled" and preprocess.resize <= MAX_LARGE_RESIZE else 3
 
 
 def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
     """Draw JPEGs from a fixed seed: a wide one with 4:2:0, a tall one that is enlarged, and a gray one.
 
-    If JPEGs are decoded at a smaller scale, a fourth one is large and turned, so that its
-    pixels tell which.
+    If JPEGs are decoded at a smaller scale, a fourth one is large and turned, so that its pixels
+    tell at which scale a program decodes.
     """
     random = np.random.default_rng(_SEED)
     side = preprocess.resize
 
-    # The sizes of JPEGs in which decoders and resizing differ.
+    # JPEGs in which decoders and resizing differ: width, height, mode, and how much fewer samples
+    # the chroma has (2: 4:2:0).
     files = []
     large = LARGE * side
     turned = Image.Exif()
@@ -98,10 +99,10 @@ def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
         # A tall image, whose shorter side is enlarged to `resize`.
         (max(1, side * 3 // 4), side, "RGB", 0),
         (side, side * 5 // 4, "L", 0),  # gray
-        (large * 5 // 4, large + 7, "RGB", 2),
+        (large * 5 // 4, large + 7, "RGB", 2),  # the large one; `count_examples` may exclude it
     ]
 
-    # Colors from few random cells, so that resizing has something to do.
+    # Few random cells of color, enlarged, so that resizing has something to do; then the JPEG.
     for width, height, mode, subsampling in sizes[: count_examples(preprocess)]:
         cell = CELL if height < large else LARGE_CELL
         cells = (height // cell + 2, width // cell + 2)  # rows and columns, at least 2
@@ -124,7 +125,11 @@ def write_golden(
     tolerance: float,
     usable: Callable[[NDArray[np.uint8]], bool] = lambda _: True,
 ) -> None:
-    """Write the examples with *usable* pixels into *folder*; *run* computes logits with the exported file."""
+    """Write the examples with *usable* pixels into *folder*.
+
+    *run* computes logits with the exported file; *tolerance* is how far those of another program
+    may deviate from them.
+    """
     examples = []
 
     for number, body in enumerate(draw_jpegs(preprocess)):
@@ -149,7 +154,7 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
     manifest = bundle.manifest
     examples = list[Golden]()
 
-    # Which may have fewer examples
+    # A mixture may have fewer examples.
     is_mixture = any(output.name == GATES for output in manifest.outputs)
 
     # The files of the examples have the shapes of the manifest.
@@ -164,7 +169,7 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
             examples.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
 
         logit_tolerance = read_probes(bundle).tolerance[manifest.outputs[0].name]
-        # Otherwise a wrong runtime could pass
+        # With a larger tolerance, a wrong runtime could pass.
         is_strict = index.tolerance <= TOLERANCES * logit_tolerance
         fits = is_strict and (
             is_mixture or len(examples) == count_examples(manifest.preprocess)
@@ -185,8 +190,9 @@ def check_golden(
 ) -> None:
     """Compare *pixels* that were decoded here, and the logits of *run*, with *example*.
 
-    Raises `ParityError` for pixels more than `_MAX_LEVELS` off, as with another Pillow than
-    *exporter*, and for logits outside of the tolerance.
+    *exporter* is the version of Pillow that the export used, if it is known. Raises `ParityError`
+    for pixels that differ by more than `_MAX_LEVELS`, as another version may compute them, and
+    for logits outside of the tolerance.
     """
     deviation = float(np.abs(run(example.pixels) - example.logits).max())
     if not deviation <= example.tolerance:  # larger, or NaN

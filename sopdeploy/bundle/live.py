@@ -26,8 +26,8 @@ class Live(NamedTuple):
 def read_log(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number and the fields of each line of the log in *folder*, the oldest first.
 
-    A line that is not JSON is skipped: the machine stopped while it was written. Raises
-    `ConfigError` for a log that cannot be read.
+    A line that is not JSON is skipped, as one that was being written when the machine stopped.
+    Raises `ConfigError` for a log that cannot be read.
     """
     log = folder / LOG
     try:
@@ -50,7 +50,8 @@ def read_live(folder: Path) -> Live:
     """Read what is live in *folder*, and what was refused; nothing of a folder without a log.
 
     A link that is missing, as in a copy of the folder, leads where its last move led. A bundle
-    counts as refused if its last line says so. Raises `ConfigError` as `read_log` does.
+    counts as refused if its last line says so, and it is not live. Raises `ConfigError` for a log
+    that cannot be read.
     """
     # The log tells what each link led to last, and what was refused and not promoted later.
     target_of_link: dict[str, str] = {}  # in the order of the last moves

@@ -152,8 +152,8 @@ class Manifest(StrictModel):
     def to_bytes(self) -> bytes:
         """Serialize to `manifest.json`, with a hash of all fields; there is exactly one serialization.
 
-        Fields that were not given are left out, so that a file of an earlier version, without
-        the fields that this one has added, keeps its bytes and its id.
+        Fields that were not given are left out. A file of an earlier version, which lacks newer
+        fields, therefore keeps its bytes and its id.
         """
         fields = self.model_dump(mode="json", exclude_unset=True)
         return to_json(
@@ -172,7 +172,7 @@ class Manifest(StrictModel):
         if not isinstance(fields, dict):
             raise ValueError("not a JSON object")
 
-        # Computed by `to_bytes`, and compared with all other bytes below
+        # `to_bytes` computes these two anew; the comparison below includes them.
         for name in ("id", "sha256"):
             fields.pop(name, None)
 

@@ -64,7 +64,7 @@ def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
                 "the file has unknown or repeated fields, which a runtime may read in another way"
             )
         return model, onnx_root(model)
-    # `CertificateError` is none of these
+    # A `CertificateError` is none of these, so it is not converted.
     except (DecodeError, ValueError, KeyError, TypeError) as error:
         raise CertificateError(
             "not a complete ONNX model; its root cannot be computed"
@@ -72,7 +72,11 @@ def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
 
 
 def onnx_root(model: "onnx.ModelProto") -> str:
-    """Compute the root of the graph of *model*; raises other types than `read_model` if it is incomplete."""
+    """Compute the root of the graph of *model*.
+
+    Raises `CertificateError` if it can be read in two ways, and another type, such as `KeyError`,
+    if it is incomplete.
+    """
     if not model.HasField("graph"):
         raise ValueError("no graph")
 
@@ -278,7 +282,7 @@ def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
     def fits(value: "onnx.ValueInfoProto", record: TensorRecord) -> bool:
         tensor = value.type.tensor_type
 
-        # 0: the graph states none
+        # 0: the graph states no size. That of the batch, the first one, is not compared.
         sizes = [dimension.dim_value for dimension in tensor.shape.dim]
         return (
             value.name == record.name

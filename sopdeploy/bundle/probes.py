@@ -94,7 +94,7 @@ def read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
 
 
 def read_probes(bundle: Bundle) -> Probes:
-    """Read the probes of *bundle*; raises `BundleError` unless they can tell another network."""
+    """Read the probes of *bundle*; raises `BundleError` if another network could pass them."""
     path = bundle.path / PROBES
     manifest = bundle.manifest
     try:
@@ -111,7 +111,7 @@ def read_probes(bundle: Bundle) -> Probes:
     except Exception as error:  # numpy raises many types for damaged files
         raise BundleError(f"{path}: not a probe file; export the bundle again") from error
 
-    # Limits, shapes and images that could let any network pass.
+    # A tolerance without a limit would let any network pass.
     for name, tolerance in probes.tolerance.items():
         if not 0 <= tolerance < math.inf:
             raise BundleError(
@@ -130,8 +130,8 @@ def read_probes(bundle: Bundle) -> Probes:
     if not has_images or shapes != required_shapes:
         raise BundleError(f"{path}: does not probe every output; export the bundle again")
 
-    # Now the images have pixels: an array of any number of images without any takes no bytes in
-    # a file.
+    # All images differ. They are compared only now that they have pixels: without any, a small
+    # file could have any number of images.
     if len({image.tobytes() for image in probes.images}) < count:
         raise BundleError(f"{path}: has the same image twice; export the bundle again")
 
@@ -147,11 +147,10 @@ def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tup
     """Run the probes in batches of each size, in turn, and compare every output; return a replay per size.
 
     So consecutive batches have different sizes, and an engine uses another profile for each of
-    them. Raises `ParityError` as `replay` does.
+    them. Raises `ParityError` for an output that is not within its tolerance.
     """
     sizes = list(probes_by_batch)
 
-    # One batch of each size after another, so that all sizes meet the same load.
     replays: dict[int, Replay] = {}  # of all batches so far, by their size
     for number in range(
         max(math.ceil(len(probes_by_batch[size].images) / size) for size in sizes)

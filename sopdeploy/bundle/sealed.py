@@ -29,8 +29,8 @@ CONTENT = SIZE | getattr(fcntl, "F_SEAL_WRITE", 0)
 def create_memory(name: str, content: Iterable[bytes] | int) -> int:
     """Create a file in memory that processes share; return its descriptor.
 
-    It has so many bytes, which every process may write, or blocks of *content*, which nothing
-    can change any more. Raises `OSError`.
+    *content* is the size in bytes of a file that every process may write, or the blocks of one
+    that nothing can change any more. Raises `OSError`.
     """
     file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with ExitStack() as unless_sealed:
@@ -52,9 +52,9 @@ def _fill_and_seal(file: int, content: Iterable[bytes] | int) -> None:
 
 
 def map_memory(file: int, size: int | None = None) -> mmap.mmap:
-    """Map *file*, and close it; raises `OSError` unless `create_memory` made it, with *size* bytes if given.
+    """Map *file*, and close it; another process may write to it at any time.
 
-    Another process may write to it at any time.
+    Raises `OSError` unless `create_memory` made it, and with *size* unless it has so many bytes.
     """
     try:
         _check_seals(file, SIZE)

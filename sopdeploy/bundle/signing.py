@@ -130,7 +130,10 @@ def _import(module: str) -> Any:
 
 @contextmanager
 def _reading(key: Path, content: str) -> Iterator[None]:
-    """Limit the size of *key*, and convert the error of a block that reads its *content*."""
+    """Limit the size of the file *key*, and convert the errors of the block, which reads it.
+
+    *content* names what the file should contain.
+    """
     try:
         read_file(key, MAX_FILE_BYTES)  # the package reads a file of any size
         yield

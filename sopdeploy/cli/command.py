@@ -196,7 +196,10 @@ def _show_result(
     *,
     as_json: bool,
 ) -> int | None:
-    """Print *result*, unless the function has printed it; return the exit code, None for success."""
+    """Print *result*, unless the function has printed it; return the exit code, None for success.
+
+    *show* and *summarize* are those of `command`; *show_values* are the options of *show*.
+    """
     # The function has printed its result, and returned the code; there is no --json.
     if show is None:
         exit_code: int | None = result
@@ -257,7 +260,10 @@ def _declare_settings(settings: SettingOptions) -> list[inspect.Parameter]:
 def _declare_parameters(
     function: Callable[..., Any], options: Collection[str], hidden: Collection[str] = ()
 ) -> list[inspect.Parameter]:
-    """Declare the parameters of *function* that the command line can express, without *hidden* ones."""
+    """Declare the parameters of *function* that the command line can express, without *hidden* ones.
+
+    Keyword parameters, and those in *options*, become options, others arguments.
+    """
     texts = dict(_PARAMETER.findall(inspect.getdoc(function) or ""))
     headings = getattr(function, "headings", {})  # of options in the help, by parameter
     declared = []
@@ -290,7 +296,11 @@ def _option(
     limits: Mapping[str, Any] = {},
     group: str | None = None,
 ) -> inspect.Parameter:
-    """Declare the option of the parameter *name*, such as `from_`, whose underscore avoids a keyword."""
+    """Declare the option of the parameter *name*, such as `from_`, whose underscore avoids a keyword.
+
+    *flag* is by default made of the name. *text* is the help, below the heading *group*; *limits*
+    are `min` and `max`.
+    """
     if flag is None:
         flag = "--" + name.strip("_").replace("_", "-")
     if default is True:  # the flag itself would change nothing, so its negation is added
@@ -331,7 +341,7 @@ def _command_line_type(annotation: Any) -> Any:
         return list[str]
     if not all(member in _SCALARS or get_origin(member) is Literal for member in members):
         return None
-    value_type = Path if Path in members else members.pop()
+    value_type = Path if Path in members else members.pop()  # a path can be any other text, too
     return Optional[value_type] if is_optional else value_type  # noqa: UP045 - of a variable
 
 

@@ -66,7 +66,7 @@ def _isolate_right_to_left(line: str) -> str:
         return line
 
     copied = [match.span() for match in _COPIED.finditer(line)]
-    # From the end: positions before it stay
+    # From the last run to the first one, so that the positions of the others stay right.
     for run in reversed([*_RIGHT_TO_LEFT.finditer(directions)]):
         start, end = run.span()
         if not any(first < end and start < last for first, last in copied):
@@ -182,7 +182,7 @@ def stdout_to_stderr() -> Iterator[None]:
             os.dup2(2, 1)
             stack.callback(os.dup2, saved, 1)
             with suppress(OSError, TypeError):  # not on Windows
-                # Writes what C has kept, before `dup2`
+                # At the end, this writes what C has kept, before stdout is restored.
                 stack.callback(ctypes.CDLL(None).fflush, None)
 
         stack.enter_context(redirect_stdout(sys.stderr))

@@ -80,7 +80,10 @@ class RandomResizedCrop(BoxCrop):
     ratio: tuple[Ratio, Ratio] = (0.75, 4 / 3)
 
     def box(self, size: tuple[int, int], crop: int, random: Random) -> Box:  # noqa: ARG002
-        """Draw a box in source pixels; if ten do not fit, return the largest centered one of valid ratio."""
+        """Draw a box in source pixels; if ten do not fit, return the largest centered one of valid ratio.
+
+        *size* is that of the image; *crop* has no effect.
+        """
         image_width, image_height = size
         log_ratios = [math.log(bound) for bound in self.ratio]
 
@@ -114,13 +117,16 @@ class RandomSide(BoxCrop):
     sides: tuple[Side, Side] = (256, 512)
 
     def box(self, size: tuple[int, int], crop: int, random: Random) -> Box:
-        """Draw the square in source pixels that becomes the crop after the resize to a random side."""
+        """Draw the square in source pixels that becomes the crop after the resize to a random side.
+
+        *size* is that of the image.
+        """
         width, height = size
         side = max(crop, random.randint(*sorted(self.sides)))  # the crop must fit
         window = crop * (min(width, height) / side)  # side of the crop, in source pixels
         left = random.random() * (width - window)
         top = random.random() * (height - window)
-        # Despite rounding errors
+        # `min`, because of rounding errors.
         return (left, top, min(width, left + window), min(height, top + window))
 
 

@@ -56,11 +56,13 @@ class DataSource(HoldOut):
 class FolderConfig(HoldOut):
     """Location of the images, and of the held-out ones if there is a folder; see `HoldOut`.
 
-    Images of a folder in whose names, without suffix, the regular expression `groups` finds the
-    same text are never divided, such as `clip1_01.jpg` and `clip1_02.jpg` with `^clip[0-9]+`.
-    It replaces all other groups but those of copies. `classes_from` is `folders` if each folder
-    is a class even if it seems to be none, or a regular expression that finds the class in the
-    names of files, such as `^\\D+` for `cat.1.jpg`.
+    `groups` is a regular expression for names of files without suffix. Images of a folder in
+    whose names it finds the same text are never divided: `^clip[0-9]+` keeps `clip1_01.jpg` and
+    `clip1_02.jpg` together. It replaces all other groups but those of copies.
+
+    `classes_from` is `folders` if each folder is a class even if it seems to be none. It can also
+    be a regular expression that finds the class in the names of files, such as `^\\D+` for
+    `cat.1.jpg`.
     """
 
     kind: Literal["folder"]

@@ -1,4 +1,7 @@
-"""Evaluate a checkpoint on a folder of images, and fit its decision to them."""
+"""Evaluate a checkpoint on a folder of images, and fit its decision to them.
+
+Letters: N images, C classes.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

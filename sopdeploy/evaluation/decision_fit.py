@@ -8,6 +8,8 @@ images.
 Rejection: an image whose energy is below a threshold (`evaluation.known_threshold`) counts as
 unknown. With several classes per image, each class has a threshold. The energy of a network of
 the few-shot procedure is a cosine (`models.second_order_head`).
+
+Letters: N images, M images of no class, C outputs, K classes that images show.
 """
 
 import math
@@ -34,7 +36,7 @@ MAX_TEMPERATURE = 20.0  # the smallest temperature is 1 / MAX_TEMPERATURE
 SIGNIFICANT = 1.920729  # half the 95 % quantile of chi-square with one degree of freedom
 NESTED_FOLDS = 5
 PRIOR_IMAGES = 10  # with this many images of a class, the logit of its threshold is halved
-FEW = 0.8  # share of recognized unknown images
+MIN_RECOGNIZED = 0.8  # share of the unknown images; fewer are a weakness
 MAX_LOGIT = 30.0  # larger absolute values are clipped
 
 
@@ -58,10 +60,11 @@ def fit_decision(
 
     Args:
         logits: Predictions for images that the network was not trained on.
+        estimated_on: Where these predictions come from, for reports.
         accepts: Fraction of known images to accept. With 1, or if N is too small for the quantile, there is
-            no rejection; `missing_threshold` describes the reason.
-        scalable: Whether the logits can be divided; otherwise the temperature is 1, as it is if
-            `fit_temperature` or `temperature_lowers_loss` finds no evidence for another value.
+            no rejection; for cosines, `missing_threshold` says why.
+        scalable: Whether the logits can be divided; otherwise the temperature is 1. It is also 1 without
+            evidence for another value (`fit_temperature`, `temperature_lowers_loss`).
         groups: The groups of the images; by default, all images are different.
         unknown: Predictions (M, C) for images of no class, which the rejection is tested with.
         is_unknown_shipped: Whether these are images that come with the network, not those of a folder.
@@ -127,7 +130,8 @@ def new_class_interval(
 ) -> tuple[float, float]:
     """Compute the 95 % interval of the rejected share of a new class, from that of each class left out.
 
-    It is Student's prediction interval of one more class, and at least Wilson's interval with as
+    *is_rejected_N* tells which images are rejected while their class, *targets* (N,), is left
+    out. The interval is Student's prediction interval of one more class, and at least Wilson's interval with as
     many trials as classes: two or three equal shares say little about the next one.
     """
     from scipy.special import stdtrit  # noqa: PLC0415 # SciPy takes a quarter of a second
@@ -146,7 +150,10 @@ def new_class_interval(
 
 
 def missing_threshold(images: int, classes: int, accepts: float) -> str:
-    """Say why `fit_decision` fits no threshold of cosines for unknown images; empty if it fits one."""
+    """Say why `fit_decision` fits no threshold of cosines for unknown images; empty if it fits one.
+
+    *images* and *classes* are numbers; *accepts* is that of `fit_decision`.
+    """
     min_images = least_images(are_cosines=True)
     if images < min_images:
         return (
@@ -192,7 +199,7 @@ def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
 
     # A better temperature at the bound, or by chance, is none.
     at_bound = abs(optimum.x) > bound - 0.01  # within 1 % of the temperature
-    # `loss` is a mean over images
+    # The likelihood ratio is of sums; `loss` is a mean over images.
     significant = len(targets) * (loss(0.0) - optimum.fun) >= SIGNIFICANT
     return math.exp(optimum.x) if significant and not at_bound else 1.0
 
@@ -220,7 +227,7 @@ def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
     """Return the logit with the largest F1 of *scores* (N,) for *true* (N,), half-way between two of them."""
     from sklearn.metrics import precision_recall_curve  # noqa: PLC0415  # its import takes a second
 
-    # The distinct scores, ascending
+    # Precision and recall at each distinct score, ascending.
     precision, recall, distinct = precision_recall_curve(true, scores)
     # The last value is that of no prediction.
     precision = precision[:-1]
@@ -239,19 +246,19 @@ def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
 def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     """Say that *rule* rejects few unknown images, or clearly fewer than *before*; empty if neither holds.
 
-    "Few" is less than `FEW` of the images that test the threshold, "clearly" a 95 % interval
+    "Few" is less than `MIN_RECOGNIZED` of the images that test the threshold, "clearly" a 95 % interval
     below the other.
     """
     now = _recognition_rate(rule)
     earlier = _recognition_rate(before)
-    # Different images cannot be compared
+    # Shares of different images cannot be compared.
     if rule and before and rule.is_unknown_shipped != before.is_unknown_shipped:
         earlier = None
 
     if now is None:
         return ""
     has_fallen = earlier is not None and now.high < earlier.low
-    if now.share >= FEW and not has_fallen:
+    if now.share >= MIN_RECOGNIZED and not has_fallen:
         return ""
 
     text = f"only {now.right} of {now.count} unknown images are recognized"

@@ -11,7 +11,7 @@ scaled chi-square with the mean and the variance of the exchanged statistics has
 Annals of Mathematical Statistics 1954). With enough answers, every difference becomes
 significant, so an alarm also needs a large one: a *shift* in standard deviations of one answer.
 
-Letters: N answers, B blocks, F numbers of a statistic.
+Letters: N answers, B blocks, F numbers of a statistic, E exchanges.
 """
 
 import math
@@ -76,7 +76,10 @@ class Answers(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Result of one statistic: the *shift* in standard deviations, and the *p_value* without drift."""
+    """Result of one statistic: the *shift* in standard deviations, and the *p_value*.
+
+    The p-value is the probability of a difference of this size without drift.
+    """
 
     shift: float
     p_value: float
@@ -135,9 +138,10 @@ def compare_answers(
 def compare_samples(first_NF: _Floats, second_NF: _Floats) -> Comparison:
     """Compare the means of two samples, each of whole blocks of `BLOCK` consecutive rows.
 
-    All columns count alike. Equal samples have the shift 0 and the p-value 1.
+    Columns count in their standard deviations, those of several classes as they are, so that
+    rare classes count less. Equal samples have the shift 0 and the p-value 1.
     """
-    # Columns in standard deviations; those of classes stay shares, so that rare ones count less.
+    # Columns in standard deviations, except those of classes, which are 0 or 1.
     joined_NF = np.concatenate([first_NF, second_NF])
     is_share = bool(((joined_NF == 0) | (joined_NF == 1)).all()) and joined_NF.shape[1] > 1
     if not is_share:
@@ -151,22 +155,23 @@ def compare_samples(first_NF: _Floats, second_NF: _Floats) -> Comparison:
         is_equal = bool((joined_NF == joined_NF[0]).all())
         return Comparison(0.0, 1.0) if is_equal else Comparison(math.inf, 0.0)
 
-    # The squared distance of the means is a quadratic form in the sides of the blocks.
+    # The squared distance of the means is a quadratic form in the weights of the blocks.
     num_first = len(first_NF) // BLOCK
     blocks_BF = joined_NF.reshape(-1, BLOCK, joined_NF.shape[1]).mean(axis=1)
     blocks_BF -= blocks_BF.mean(axis=0)
     gram_BB = blocks_BF @ blocks_BF.T
     num_second = len(blocks_BF) - num_first
-    sides_B = np.repeat([1 / num_first, -1 / num_second], [num_first, num_second])
-    squared = max(0.0, float(sides_B @ gram_BB @ sides_B))
+    weights_B = np.repeat([1 / num_first, -1 / num_second], [num_first, num_second])
+    squared = max(0.0, float(weights_B @ gram_BB @ weights_B))
 
-    # The same for blocks that are exchanged at random, always in the same way.
+    # The same distance after exchanges of blocks, which are random but always the same.
     random = np.random.default_rng(0)
-    exchanged_EB = random.permuted(np.tile(sides_B, (NUM_EXCHANGES, 1)), axis=1)
+    exchanged_EB = random.permuted(np.tile(weights_B, (NUM_EXCHANGES, 1)), axis=1)
     squares_E = np.einsum("eb,bc,ec->e", exchanged_EB, gram_BB, exchanged_EB, optimize=True)
     mean = float(squares_E.mean())
     variance = float(squares_E.var())
 
+    # The distance beyond that of exchanged blocks, in standard deviations within a sample.
     shift = math.sqrt(max(0.0, squared - mean) / (within / 2))
     if variance == 0:  # all blocks are equal
         return Comparison(shift, 1.0)

@@ -34,8 +34,8 @@ def choose_threshold(
 ) -> Threshold | None:
     """Choose the threshold of known images' *energies_N* that accepts the share *accepts* of new ones.
 
-    It is an order statistic; that of few cosines is a prediction bound. None if *accepts* is 1,
-    or too large for so few images.
+    It is one of the energies, by rank. If *are_cosines* and there are too few for a rank of
+    `MIN_RANK`, it is a prediction bound. None if *accepts* is 1, or too large for so few images.
     """
     count = len(energies_N)
     rank = threshold_rank(count, accepts)
@@ -49,14 +49,14 @@ def choose_threshold(
 def bound_cosines(cosines_N: NDArray[np.float64], accepts: float) -> Threshold:
     """Compute the prediction bound of normally distributed *cosines_N*, mean - t s sqrt(1 + 1 / N).
 
-    A new one is below it with the probability `BOUND_SHARE` (1 - *accepts*). The number of
-    accepted ones of N new images is binomial, with a probability that depends on the errors of
-    the mean, which is normally distributed, and of the deviation s, whose square has a
-    chi-square distribution. Its distribution is the average over `GRID` quantiles of each.
+    A new one is below it with the probability `BOUND_SHARE` (1 - *accepts*). Of N new images, the
+    number of accepted ones is binomial. Its probability depends on two errors: that of the mean,
+    which is normally distributed, and that of the deviation s, whose square has a chi-square
+    distribution. The binomial distribution is averaged over `GRID` quantiles of each error.
     """
     from scipy.special import bdtr, chdtri, ndtr, ndtri, stdtrit  # noqa: PLC0415 # a quarter of a second
 
-    # The bound
+    # The bound itself.
     count = len(cosines_N)
     quantile = float(stdtrit(count - 1, 1 - BOUND_SHARE * (1 - accepts)))
     deviations = quantile * math.sqrt(1 + 1 / count)
@@ -75,13 +75,13 @@ def bound_cosines(cosines_N: NDArray[np.float64], accepts: float) -> Threshold:
 
 
 def threshold_rank(images: int, accepts: float) -> int:
-    """Return the rank of the energy of *images* that is the threshold: 1 is the lowest, 0 no threshold.
+    """Return the rank of the threshold among the energies of so many *images*: 1 is the lowest, 0 none.
 
     A new known image has an energy below that of rank k, and so is rejected, with a probability
     of at most k / (images + 1). The result is the largest k for which this is at most 1 -
     *accepts*.
     """
-    # 1e-9: in floats, 10 * (1 - 0.9) is below 1
+    # 1e-9 corrects floats, in which 10 * (1 - 0.9) is below 1.
     rank = math.floor((images + 1) * (1 - accepts) + 1e-9)
     return min(images, rank)  # *accepts* = 0 gives images + 1
 
@@ -89,10 +89,10 @@ def threshold_rank(images: int, accepts: float) -> int:
 def accepted_interval(images: int, rank: int) -> tuple[float, float]:
     """Compute the 95 % interval of the fraction of new known images that the threshold accepts.
 
-    The threshold is the energy with this *rank*, from the lowest, among those of *images*. Of
-    as many new images, the number of accepted ones has a beta-binomial distribution (Marques
-    F., arXiv 2303.02770, 2023): both the threshold and the share of a finite number of new
-    images vary.
+    The threshold is the energy with this *rank*, from the lowest, among those of so many *images*.
+    Of as many new images, the number of accepted ones has a beta-binomial distribution (Marques
+    F., arXiv 2303.02770, 2023): both the threshold and the share of a finite number of new images
+    vary.
     """
     from scipy.special import betaln  # noqa: PLC0415 # SciPy takes a quarter of a second
 
@@ -100,7 +100,7 @@ def accepted_interval(images: int, rank: int) -> tuple[float, float]:
     a = images - rank + 1
     b = rank
 
-    # New images, and all possible numbers of accepted ones
+    # n new images, of which k are accepted, from 0 to n.
     n = images
     k = np.arange(images + 1)
 

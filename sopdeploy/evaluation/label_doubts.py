@@ -15,8 +15,8 @@ LISTED_RATIO = 6
 # listed although it is right: chosen on three sets, where it was 0 to 0.37 in folders without wrong
 # labels, and not confirmed on others (docs/benchmarks/head.md).
 LISTED_BY_CHANCE = 0.25
-# None is listed if chance lists as many of as many errors in more of the folders than this. Two
-# of two are listed.
+# No label is listed if chance would list as many, of as many errors, with a higher probability
+# than this. If both of two errors would be listed, they are.
 CHANCE_LEVEL = LISTED_BY_CHANCE**2
 
 
@@ -34,7 +34,8 @@ def find_label_doubts(logits_NC: NDArray[np.float64], labels: NDArray[np.int64])
     Each class has an average probability for the images with its label, which is low for
     similar classes. A label is listed if, divided by these averages, the probability of another
     class is more than `LISTED_RATIO` times its own ("confident learning", Northcutt et al.,
-    JAIR 2021). None is if `LISTED_BY_CHANCE` of the errors explains their number (binomial test).
+    JAIR 2021). No label is listed if their number is no more than chance lists
+    (`LISTED_BY_CHANCE` of the errors, binomial test).
     """
     from scipy.special import bdtrc  # noqa: PLC0415 # SciPy takes a quarter of a second
 
@@ -45,7 +46,7 @@ def find_label_doubts(logits_NC: NDArray[np.float64], labels: NDArray[np.int64])
     # of the class.
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
     sums_C = np.bincount(labels, of_label_N, minlength=probabilities_NC.shape[1])
-    # 0 without images
+    # The average of a class without images is 0.
     average_C = sums_C / np.maximum(np.bincount(labels, minlength=len(sums_C)), 1)
 
     # A class of few images whose labels are all wrong has an average near 0.

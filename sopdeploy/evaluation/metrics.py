@@ -160,7 +160,8 @@ def classification_report(
     if not count:
         raise DataError(NO_IMAGES)
 
-    # Images of one group are not independent; they count as fewer.
+    # Images of one group are not independent; they count as fewer. An image without a group gets
+    # one of its own, with a negative number.
     targets = np.array([score.target for score in scores])
     predicted = np.array([score.top5[0] for score in scores])
     groups = np.array(
@@ -171,9 +172,8 @@ def classification_report(
     )
     units = effective_count(groups)
 
-    # The confusion matrix, for the classes that occur.
+    # The confusion matrix of the classes that occur: a row per target, a column per prediction.
     shown = np.union1d(targets, predicted)  # sorted
-    # The table has a row per target and a column per prediction.
     confusion = np.zeros((len(shown), len(shown)), np.int64)
     np.add.at(
         confusion, (np.searchsorted(shown, targets), np.searchsorted(shown, predicted)), 1
@@ -183,17 +183,19 @@ def classification_report(
     classes = []
     for row, class_index in enumerate(shown.tolist()):
         hits = int(confusion[row, row])
-        images = int(confusion[row].sum())
-        predictions = int(confusion[:, row].sum())
+        num_images = int(confusion[row].sum())
+        num_answered = int(confusion[:, row].sum())
 
         of_class = groups[targets == class_index]
         classes.append(
             ClassMetrics(
                 label=labels[class_index],
-                count=images,
-                answered=predictions,
-                precision=hits / predictions if predictions else None,
-                recall=Rate.of(hits, images, effective_count(of_class)) if images else None,
+                count=num_images,
+                answered=num_answered,
+                precision=hits / num_answered if num_answered else None,
+                recall=Rate.of(hits, num_images, effective_count(of_class))
+                if num_images
+                else None,
             )
         )
 

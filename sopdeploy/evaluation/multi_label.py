@@ -3,6 +3,8 @@
 Does not import torch. Average precision is the mean precision at the rank of every image that
 shows the class, with equal probabilities at one rank; mAP is its mean over the classes. F1 is 2
 TP / (2 TP + FP + FN).
+
+Letters: N images, C classes, B resamples, G groups.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from sopdeploy.evaluation.statistics import LEVEL
 
 DEFAULT_THRESHOLD = 0.5
 NO_CLASS = "no image shows a class of the network; add images that do"
-_RESAMPLES = 500  # for the interval of an mAP
+_NUM_RESAMPLES = 500  # for the interval of an mAP
 
 
 class MeanPrecision(StrictModel):
@@ -41,12 +43,12 @@ class MeanPrecision(StrictModel):
     ) -> "MeanPrecision":
         """Compute the mAP of *scores* (N, C), where *true* (N, C) marks the classes of each image.
 
-        The interval comes from `_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by
-        default images. Resamples of a perfect ranking are all perfect, so the interval is at
-        least Wilson's of a share of as many independent images. Raises `DataError` if no image
-        shows any class.
+        The interval comes from `_NUM_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by
+        default images; *seed* determines them. Resamples of a perfect ranking are all perfect.
+        The interval therefore includes Wilson's, of a share of as many independent images. Raises
+        `DataError` if no image shows any class.
         """
-        # The columns of classes that have an image
+        # Only classes that have an image count.
         shown = np.flatnonzero(true.any(axis=0)).tolist()
         if not shown:
             raise DataError(NO_CLASS)
@@ -57,11 +59,10 @@ class MeanPrecision(StrictModel):
 
         # The interval: groups are drawn with replacement, and each draw has its own value.
         given_N = np.arange(len(true)) if groups is None else groups
-        # The groups as numbers from 0
-        unique, group_N = np.unique(given_N, return_inverse=True)
+        unique, group_N = np.unique(given_N, return_inverse=True)  # numbered from 0
         equal_shares_G = [1 / len(unique)] * len(unique)
         draws_BG = np.random.default_rng(seed).multinomial(
-            len(unique), equal_shares_G, _RESAMPLES
+            len(unique), equal_shares_G, _NUM_RESAMPLES
         )
 
         draws_BN = draws_BG[:, group_N]  # how often each resample contains each image
@@ -201,20 +202,19 @@ def resampled_precision(
 ) -> NDArray[np.float64]:
     """Compute the average precision (B,) of a class in each of B resamples; NaN if no image shows the class.
 
-    *true* (N,) marks the images that show the class, *scores* (N,) are its logits, and *draws*
-    (B, N) counts how often each resample contains each image. Images with equal scores have the
-    same rank.
+    *true* (N,) marks the images that show the class, *scores* (N,) rank them, the highest first,
+    and *draws* (B, N) counts how often each resample contains each image. Images with equal
+    scores have the same rank.
     """
     best_first = np.argsort(-scores, kind="stable")
-    # The next image has another score
+    # An image is the last one of its rank if the next one has another score.
     is_last_of_rank = np.append(np.diff(scores[best_first]) != 0, True)
 
     counts = draws[:, best_first].astype(np.float64)
 
-    # (B, R): for each of R ranks, how many images have this rank or a better one, and how many
-    # of them show the class. hits / images is the precision of a rank; its weight is the number
-    # of hits it adds.
-    # 0 before the first image drawn
+    # (B, R): for each of R ranks, how many images have this rank or a better one (at least 1, for
+    # the division), and how many of them show the class. hits / images is the precision of a
+    # rank; its weight is the number of hits it adds.
     images = np.maximum(np.cumsum(counts, axis=1)[:, is_last_of_rank], 1)
     hits = np.cumsum(counts * true[best_first], axis=1)[:, is_last_of_rank]
 

@@ -40,7 +40,7 @@ class Counts(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """A difference of accuracies, the smallest one that is likely, and the limit for that one."""
+    """A difference of accuracies, the smallest likely one (*low*), and the *limit* that *low* must reach."""
 
     difference: float
     low: float

@@ -50,7 +50,7 @@ class ProcessGroup:
 
 
 class EvalMetrics(StrictModel):
-    """Top-1 and top-5 accuracy, of at most all classes, and mean loss over `count` images."""
+    """Top-1 and top-5 accuracy, and mean loss over `count` images; with fewer classes, top-5 is of all."""
 
     score_name: ClassVar[str] = "top-1"
     top1: Fraction
@@ -153,9 +153,9 @@ def predict_logits(
     """Compute the logits (N, C) of *model* on *dataset*; return them and the targets of its images.
 
     The model is in eval mode meanwhile. Each of *processes* computes a different part of the
-    images; each returns the logits of all images. In a round, every process computes a batch,
-    if it has images left, and calls *on_batch* with the number of images that all processes
-    have done.
+    images, in batches of *batch_size*; each returns the logits of all images. In a round, every
+    process computes a batch, if it has images left, and calls *on_batch* with the number of
+    images that all processes have done.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -169,8 +169,8 @@ def predict_logits(
         [images_here[position] for position in positions] for positions in positions_by_batch
     ]
 
+    # Process 0 has a batch in each round.
     images_per_round = batch_size * processes.world
-    # Process 0 has a batch in each one
     rounds = range(1, math.ceil(len(dataset) / images_per_round) + 1)
 
     computed: list[Tensor] = []
@@ -178,7 +178,7 @@ def predict_logits(
     try:
         loader = load_batches(dataset, batches, workers, device)
         for finished_rounds, batch in zip_longest(rounds, loader):
-            # None in the last round, if only other processes have images left
+            # There is no batch in the last round if only other processes have images left.
             if batch is not None:
                 computed.append(model(normalize(batch[0])).double().cpu())
             on_batch(min(len(dataset), finished_rounds * images_per_round))
@@ -189,7 +189,7 @@ def predict_logits(
     num_classes = computed[0].shape[1] if computed else len(dataset.images.labels)
     logits = torch.zeros(len(dataset), num_classes, dtype=torch.float64)
     if computed:
-        # The rows of `images_here`
+        # These are the rows of `images_here`.
         logits[processes.rank :: processes.world] = torch.cat(computed)
 
     # The rows of other processes are 0, so the sum holds all rows.
@@ -204,9 +204,8 @@ class Mirrored(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        # The mode that `predict_logits` restores
         self.model = model
-        self.training = model.training
+        self.training = model.training  # the mode that `predict_logits` restores
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the logits (B, C) of normalized (B, 3, H, W) images."""
@@ -224,9 +223,8 @@ class AllHeads(nn.Module):
 
     def __init__(self, model: Classifier) -> None:
         super().__init__()
-        # The mode that `predict_logits` restores
         self.model = model
-        self.training = model.training
+        self.training = model.training  # the mode that `predict_logits` restores
         self.names: tuple[str, ...] = ()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -83,8 +83,8 @@ def measure_predictions(
 ) -> ClassificationReport | MultiLabelReport:
     """Compute the metrics of *predicted* for the sorted *labels*.
 
-    *score* is that of the run. If it counts the same images, it replaces the accuracy, because
-    its interval takes copies and folds into account.
+    *score* is that of the run. If it counts as many images and right answers, it replaces the
+    accuracy, because its interval takes copies and folds into account.
     """
     if isinstance(predicted, MultiLabelPredictions):
         return predicted.report()
@@ -101,9 +101,10 @@ def describe_predictions(
     images: str,
     links: Mapping[tuple[int, int], str] = MappingProxyType({}),
 ) -> Section:
-    """Describe *metrics* by a sentence about *images*, the scores, and tables, the worst classes first.
+    """Describe *metrics* by the sentence *images*, the scores, and tables, the worst classes first.
 
-    *links* are those of the confusion matrix (`Table.links`).
+    *images* says which images they are of. *links* are those of the confusion matrix
+    (`Table.links`).
     """
     if isinstance(metrics, ClassificationReport):
         return _describe_classes(metrics, images, links)

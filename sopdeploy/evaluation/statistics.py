@@ -84,9 +84,8 @@ def score_statistic(wins: int, losses: int, images: int, difference: float) -> f
     constant = -losses * difference * (1 - difference)
     share = (math.sqrt(max(0.0, linear**2 - 8 * images * constant)) - linear) / (4 * images)
 
-    # 0 if wins = losses = difference = 0
+    # If wins = losses = difference = 0, the variance is 0, and the result 0.
     variance = images * (2 * share + difference * (1 - difference))
-    # Then 0, not 0 / 0
     return (wins - losses - images * difference) / math.sqrt(max(variance, 1e-12))
 
 
@@ -107,7 +106,7 @@ def difference_interval(wins: int, losses: int, images: int) -> Interval:
 
 
 def decide(wins: int, losses: int, images: int, tolerance: float) -> Verdict:
-    """Compare the second classifier with the first; "not worse" means by less than *tolerance*.
+    """Compare the second classifier with the first; "not worse" means worse by less than *tolerance*.
 
     If it is worse by at least *tolerance*, the result is "better" or "not worse" in at most 5 %
     of cases.

@@ -27,14 +27,14 @@ _STYLE: Any = {
 def plot(
     curves: Mapping[str, Points], x_label: str, y_label: str, *, logarithmic: bool = False
 ) -> str:
-    """Draw *curves*, lists of points (x, y) by name, with a legend; return a `data:` URL.
+    """Draw *curves*, lists of points (x, y) by name, with labels and a legend; return a `data:` URL.
 
     The x axis can be *logarithmic*.
     """
 
     def draw(axes: Any) -> None:
         for number, points in enumerate(curves.values()):
-            # Another one after each ten curves: ten colors
+            # There are ten colors, so the style of the line changes after ten curves.
             style = ("-", "--", ":", "-.")[number // 10 % 4]
             xs = [x for x, _ in points]
             ys = [y for _, y in points]

@@ -80,7 +80,7 @@ def _heic_cost(body: bytes) -> Cost | None:
 
 def _jpeg_fields(body: bytes) -> tuple[int, int, int]:
     """Read width, height and number of scans (1, or 2 for several) of the JPEG *body*; zeros if unclear."""
-    # `frame`: width, height, number of components
+    # What a frame header says: width, height and number of components.
     position = 2
     frame = (0, 0, 0)
     is_progressive = False

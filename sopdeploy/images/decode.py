@@ -146,7 +146,7 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     scan_end = len(body)
     for (marker, _), (_, next_begin) in itertools.pairwise(jpeg_segments(body)):
         if marker == SCAN:
-            # The content of the next segment begins after its marker
+            # `next_begin` is behind the marker of the next segment.
             scan_end = next_begin - MARKER_BYTES
             break
 
@@ -155,7 +155,7 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     # the last in the scan.
     restarts = RESTART.findall(body[:scan_end])
 
-    # Number of the next marker, modulo 8
+    # The number of the next marker; `% NUM_RESTARTS` below makes it 0 to 7.
     due = restarts[-1][0] - FIRST_RESTART + 1 if restarts else 0
     noise = NOISE
     for number in range(due, due + NUM_RESTARTS):

@@ -253,6 +253,7 @@ def _to_png(image: Image.Image, compress_level: int) -> bytes:
     else:
         picture = image if image.mode in PNG_MODES else image.convert("RGB")
 
+    # A frame that covers a part of its canvas shows nothing elsewhere.
     if mask is not None:
         picture.putalpha(mask)
 

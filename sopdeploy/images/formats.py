@@ -78,7 +78,7 @@ def open_image(
 
         if detected == "JPEG":
             for marker, _ in jpeg_segments(body):
-                # Libjpeg does not tell whether their data are complete
+                # Libjpeg does not tell whether the data of arithmetic frames are complete.
                 if marker in ARITHMETIC_FRAMES:
                     reason = "JPEG files with the arithmetic code are not accepted; use the Huffman code"
                     raise _unsupported_error(reason)
@@ -289,7 +289,7 @@ def detect_format(body: bytes, formats: Collection[str] | None = None) -> str:
 
     if not detected:
         raise ImageError(f"this is not an image; {advice}", code="not_an_image", status=415)
-    # Pillow's name of the format is not the common one
+    # Pillow calls HEIC files HEIF.
     shown = "HEIC" if detected == "HEIF" else detected
     raise _unsupported_error(f"{shown} files are not accepted; {advice}")
 
@@ -328,7 +328,7 @@ def webp_size(body: bytes) -> tuple[int, int]:
     libwebp allocates the pixels before Pillow knows the size, and does not say that it lacks
     memory. Source: RFC 9649, sections 2.5 to 2.7.
     """
-    # The content of the first chunk, after its name and length
+    # The name of the first chunk is in front of 4 bytes of length, then follows its content.
     kind = body[8:16]
     chunk = body[20:30]
 

@@ -51,7 +51,8 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
     """Copy the image file *body*; return the copy and its suffix, `.jpg` or `.png`.
 
     An orientation other than upright stays as the only EXIF tag of a JPEG. Raises `ImageError`
-    for a damaged file, more than *max_pixels*, or a PNG of more than `MAX_COPIED_PIXELS`.
+    for a damaged file, for more than *max_pixels*, and if the copy is a PNG, for more than
+    `MAX_COPIED_PIXELS`.
     """
     with open_image(body, max_bytes=len(body), max_pixels=max_pixels) as image:
         # A JPEG is copied by segments, if the copy decodes to the same pixels.
@@ -61,7 +62,7 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
             original_hash = _hash_pixels(body)
             if copy_hash is None and original_hash is None:
                 raise ImageError("damaged", code="damaged_image", status=422)
-            # None: it lacks the end marker, which the copy has
+            # None: the original does not decode, as without the end marker, which the copy has.
             if original_hash in {None, copy_hash}:
                 return copy, ".jpg"
             # `_copy_jpeg` does not read this kind of JPEG, so it becomes a PNG, as other
@@ -107,9 +108,9 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
     if orientation != UPRIGHT:
         # The header is big-endian, with the directory of tags at byte 8.
         tiff_header = b"MM" + struct.pack(">HI", 42, 8)
-        # One value of type 3, 16 bits
+        # The tag has one value of type 3, which has 16 bits.
         tag = struct.pack(">HHIHxx", ORIENTATION, 3, 1, orientation)
-        # One tag, no second directory
+        # The directory has one tag, and no other directory follows.
         exif = b"Exif\0\0" + tiff_header + b"\0\1" + tag + bytes(4)
         parts += [b"\xff\xe1", struct.pack(">H", 2 + len(exif)), exif]
 

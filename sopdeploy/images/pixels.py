@@ -78,7 +78,7 @@ def _read_orientation(data: bytes) -> int | None:
         (start,) = struct.unpack_from(order + "I", data, 4)  # of the directory
         (count,) = struct.unpack_from(order + "H", data, start)
 
-        # 12 bytes: tag, type, number of values, and the value if it fits
+        # Each entry has 12 bytes: tag, type, number of values, and the value if it fits.
         for number in range(count):
             tag, type_code, _, value = struct.unpack_from(
                 order + "HHI4s", data, start + 2 + 12 * number
@@ -96,7 +96,10 @@ class View(NamedTuple):
 
     @property
     def scale(self) -> int:
-        """The largest 8, 4, 2 or 1 by which the sides can be divided and have twice the pixels of `size`."""
+        """The largest of 8, 4, 2 and 1 by which the box can be reduced and still be twice as large as `size`.
+
+        It is 1 for a smaller box, too.
+        """
         left, top, right, bottom = self.box
         ratio = min((right - left) / self.size[0], (bottom - top) / self.size[1])
         return next(scale for scale in (8, 4, 2, 1) if ratio >= 2 * scale or scale == 1)
@@ -129,6 +132,7 @@ def preprocess_image(
         else:
             return center_crop(rgb, rules)
 
+    # A padded image is in the middle of the background.
     if rules.fit != "pad":
         return np.asarray(fitted)
     canvas = Image.new("RGB", (rules.crop, rules.crop), rules.background)
@@ -210,6 +214,7 @@ def to_rgb(
     if orientation is None:
         orientation = exif_orientation(image) if rules.exif_orientation else UPRIGHT
 
+    # Turn the image, and the mask with it.
     if orientation != UPRIGHT:
         image = image.transpose(TURNS[orientation])
         frame_alpha = None if frame_alpha is None else frame_alpha.transpose(TURNS[orientation])
@@ -302,7 +307,7 @@ def center_view(size: tuple[int, int], rules: Preprocess) -> View:
     x = size[0] / width
     y = size[1] / height
 
-    # Not negative: crop <= resize
+    # Left and top are not negative, because the crop is at most `resize`.
     left, top = (round((side - rules.crop) / 2.0) for side in (width, height))
     # Rounding may move right and bottom out of the image.
     right = min(size[0], (left + rules.crop) * x)

@@ -38,9 +38,9 @@ class Preprocess(StrictModel):
     composited onto `background`.
 
     `decoding` says how many pixels of a JPEG are decoded. "full" decodes all and resizes the
-    whole image. "scaled" decodes at the smallest scale of JPEG, 1/8, 1/4, 1/2 or 1, at which
-    both sides have at least twice the pixels that they are resized to, and resizes only the box
-    that the crop keeps. It is left out of what is written if it is "full", as in files of
+    whole image. "scaled" decodes at a scale of 1/8, 1/4, 1/2 or 1, the smallest at which both
+    sides have at least twice the pixels that they are resized to. It resizes only the box that
+    the crop keeps. `decoding` is left out of what is written if it is "full", as in files of
     versions that do not know it.
     """
 

@@ -38,7 +38,7 @@ _KEYS = (
 _LEADING = re.compile(r"(?P<index>\d+)(?:\s*[,;:)=\t]\s*|\.(?!\d)\s*|\s+)(?P<name>\S.*)")
 _TRAILING = re.compile(r"(?P<name>\S.*?)(?P<between>\s*[,;:=\t]\s*|\s+)(?P<index>\d+)")
 _BULLET = re.compile(r"[-*+\u2022\u2013]\s+")
-_QUOTED = re.compile(r"""(["'`])(.*)\1""")
+_QUOTED = re.compile(r"""(["'`])((?:(?!\1).)*)\1""")
 # of tables; `tench, Tinca tinca` is one name
 _CELL_ENDS = (re.compile(r"\t"), re.compile(r"[,;](?!\s)"))
 # What lines of other files are
@@ -130,7 +130,10 @@ def _find_keys(data: Any, levels: int = _MAX_TABLE_LEVELS) -> Iterator[tuple[str
 
 
 def _names_of_value(value: Any) -> tuple[str, ...] | None:
-    """Return the names of a list, or of a dict from numbers to names or from names to numbers, else None."""
+    """Return the names of a list, or of a dict from numbers to names or from names to numbers, else None.
+
+    Raises `ValueError` for a dict whose numbers are not 0 to the number of names - 1.
+    """
     if isinstance(value, list | tuple):
         return tuple(value) if value and all(isinstance(name, str) for name in value) else None
     if not isinstance(value, dict) or not value:
@@ -162,20 +165,30 @@ def _is_index(value: Any) -> bool:
 
 
 def _names_of_lines(lines: Sequence[str]) -> tuple[str, ...]:
-    """Return the names in *lines*, without what all lines have beside them; raises `ValueError`."""
-    # Leave out commas, quotes, bullets and numbers, if all lines have them.
+    """Return the names in *lines*, without what all lines have beside them; raises `ValueError`.
+
+    This is a comma at the end, then a bullet, then a number, then quotes. If quotes are around
+    the whole line, only they are left out.
+    """
     if len(lines) > 1 and all(line.endswith(",") for line in lines[:-1]):
         lines = [line.removesuffix(",").rstrip() for line in lines]
+
+    if not all(map(_QUOTED.fullmatch, lines)):
+        if all(map(_BULLET.match, lines)):
+            lines = [_BULLET.sub("", line, count=1) for line in lines]
+        without_index = _without_index(lines)
+        lines = lines if without_index is None else without_index
+
     quoted = [_QUOTED.fullmatch(line) for line in lines]
     if all(quoted) and len({match[1] for match in quoted if match}) == 1:
         return tuple(match[2].strip() for match in quoted if match)
-    if all(map(_BULLET.match, lines)):
-        lines = [_BULLET.sub("", line, count=1) for line in lines]
 
-    if (names := _without_index(lines)) is not None:
-        return names
+    _refuse_more_than_names(lines)
+    return tuple(lines)
 
-    # What remains must be plain names: no headings, no columns, no ids.
+
+def _refuse_more_than_names(lines: Sequence[str]) -> None:
+    """Raise `ValueError` if *lines* may be more than plain names: headings, columns or ids."""
     for position, line in enumerate(lines, 1):
         for problem, pattern in _NO_NAMES.items():
             if pattern.fullmatch(line) or (pattern is _BULLET and pattern.match(line)):
@@ -188,22 +201,29 @@ def _names_of_lines(lines: Sequence[str]) -> tuple[str, ...]:
     if len(lines) == 1 and "," in lines[0]:
         raise ValueError("all names stand in one line")
 
+    if _begin_with_ids(lines):
+        first_id = lines[0].split()[0]
+        raise ValueError(f"each line begins with an id such as {first_id}; leave the ids out")
+
+
+def _begin_with_ids(lines: Sequence[str]) -> bool:
+    """Tell whether each of several *lines* is an id and a name.
+
+    Ids have the same pattern of letters and digits, such as n01440764, and no two are equal.
+    """
     words = [line.split(maxsplit=1) for line in lines]
-    shapes = {re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "9", first)) for first, *_ in words}
-    has_ids = (
-        len(shapes) == 1 and "9" in min(shapes) and all(len(parts) == 2 for parts in words)
-    )
-    if has_ids and 1 < len(lines) == len({first for first, _ in words}):
-        raise ValueError(
-            f"each line begins with an id such as {words[0][0]}; leave the ids out"
-        )
-    return tuple(lines)
+    ids = {first for first, *_ in words}
+    patterns = {re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "9", one)) for one in ids}
+    has_one_pattern = len(patterns) == 1 and "9" in min(patterns)
+    has_names = all(len(parts) == 2 for parts in words)
+    return has_one_pattern and has_names and len(lines) > 1 and len(ids) == len(lines)
 
 
 def _without_index(lines: Sequence[str]) -> tuple[str, ...] | None:
     """Return *lines* without the numbers with which all begin or end, if they count the lines from 0 or 1.
 
-    The first line may be the heading of two columns. None if the lines have no such column.
+    The first line may be the heading of two columns. None if the lines have no numbers, or only
+    some that may be parts of names. Raises `ValueError` for other numbers.
     """
     has_heading = len(lines) > 2 and _has_columns(lines[0])
     for side, pattern in (("begins", _LEADING), ("ends", _TRAILING)):

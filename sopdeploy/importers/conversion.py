@@ -79,8 +79,8 @@ class ConvertedWeights:
 class Importer:
     """Reads the published weight files of a project.
 
-    `convert` takes a file and the catalog name that the user gave; it returns None for files of
-    other projects, and is asked only about files in which the name of a tensor contains one of
+    `convert` takes a file and the catalog name that the user gave, and returns None for files of
+    other projects. It is called only for files in which the name of a tensor contains one of
     `marks`. Files of another format than those of torch and safetensors begin with `magic`;
     `read` takes their path and their sha256.
     """
@@ -130,10 +130,10 @@ def choose_config(
     the file belongs to another network, `ConfigError` if a setting contradicts the file or is
     missing.
     """
-    defaults = entry(model).defaults
     # First, the file must be of the network that the user asks for.
+    defaults = entry(model).defaults
     requested = make_config(model, _with_values(defaults, settings)).model_dump()
-    # Some networks have a name here, or no pooling
+    # The pooling is a table, but some networks have a name instead, or none.
     if isinstance(pooling := requested.get("pooling"), dict):
         requested["pooling.kind"] = pooling.get("kind")
     for key, detected in converted.detected.items():
@@ -194,7 +194,7 @@ def fit_tensors(
 
     for name, tensor in converted.tensors.items():
         is_count = name.endswith(COUNTER) and tensor.numel() == 1
-        # Some files have counters of shape (1,)
+        # Some files have counters of shape (1,); the network's have shape ().
         state[name] = tensor.reshape(()) if is_count else tensor
         if name in expected and expected[name].shape == state[name].shape:
             state[name] = state[name].detach().to(expected[name].dtype).contiguous().clone()

@@ -215,8 +215,9 @@ def convert_weights(
 ) -> ConvertedWeights:
     """Convert *file* for catalog *model*; its covariance vectors become triangles row by row.
 
-    *triangle* is their order in the file, by default that of its project. Raises `WeightsError`
-    if no importer recognizes the file, with a network of timm that fits.
+    *triangle* is their order in the file, by default that of its project. Raises `ConfigError` for
+    a *triangle* if the file has no covariance vectors, and `WeightsError` if no importer
+    recognizes the file; this error names the network of timm that fits, if there is one.
     """
     if converted := _convert_by_importer(file, model):
         if triangle is not None and not converted.triangles:
@@ -251,7 +252,7 @@ def network_of_weights(file: WeightFile, default: str) -> str:
 
 def _convert_by_importer(file: WeightFile, model: str) -> ConvertedWeights | None:
     """Convert *file* by the first importer that recognizes it; None if none does."""
-    # Read by a registered importer, which alone knows it
+    # A file of a subclass was read by a registered importer; sopdeploy's own cannot convert it.
     has_own_format = type(file) is not WeightFile
     for importer in chain(() if has_own_format else OWN_IMPORTERS, _registered_importers()):
         if not any(mark in name for mark in importer.marks for name in file.tensors):

@@ -69,7 +69,7 @@ def fetch_imagenet_weights(
             _lite_repository(model), download
         ), model
 
-    # "timm:resnet26", or torchvision's name "vgg16_bn"
+    # Such as "timm:resnet26", or torchvision's name "vgg16_bn".
     published = published_network(model, config)
     family, _, name = published.rpartition(":")
 
@@ -85,7 +85,7 @@ def fetch_imagenet_weights(
     weights = importlib.import_module("torchvision.models").get_model_weights(name)[
         TORCHVISION_VERSION
     ]
-    # The catalog's name is vgg16-bn
+    # The catalog writes vgg16-bn for torchvision's vgg16_bn.
     return _fetch_url(weights.url, download), name.replace("_", "-")
 
 
@@ -101,7 +101,7 @@ def find_lite_weights(model: str) -> Path | None:
         return Path(cached)
 
     packaged = PACKAGES.get(model)
-    # Imports no code of it
+    # `find_spec` imports no code of the package.
     module = None if packaged is None else importlib.util.find_spec(packaged.package)
     if packaged is None or module is None or module.origin is None:
         return None
@@ -131,7 +131,7 @@ def published_network(model: str, config: StrictModel) -> str:
     if family:  # timm or dsop-timm
         return f"timm:{name}"
 
-    # Only b0; the Lite networks are no subclasses
+    # This is b0 alone: the Lite networks are no subclasses.
     if issubclass(entry(model).network, EfficientNet):
         return "timm:efficientnet_b0"
     if isinstance(config, VGGConfig):
@@ -147,7 +147,10 @@ def published_network(model: str, config: StrictModel) -> str:
 
 
 def _fetch_url(url: str, download: bool) -> Path:
-    """Download *url* of torchvision to torch.hub's cache unless it is there, and check its hash."""
+    """Download *url* of torchvision to torch.hub's cache unless it is there, and check its hash.
+
+    Without *download*, it only asks whether the file can be fetched.
+    """
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
 
@@ -166,7 +169,11 @@ def _fetch_url(url: str, download: bool) -> Path:
 
 
 def _fetch_from_hub(repository: str, download: bool) -> Path:
-    """Fetch the weights of the hub's *repository*, with @REVISION if any, as `_fetch_url` does."""
+    """Fetch the weights of the hub's *repository*, with @REVISION if any, unless they are in its cache.
+
+    Without *download*, it only asks whether they can be fetched, and returns a path that does not
+    exist.
+    """
     hub = importlib.import_module("huggingface_hub")
     name, _, revision = repository.partition("@")
     location = {"repo_id": name, "filename": HUB_FILE, "revision": revision or "main"}
@@ -177,7 +184,7 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
         file = f"{name}/{HUB_FILE}"
         advice = f"get {url} on another machine and copy it here"
         with _download_error(file, url, HTTPX_PROXIES, advice, **OWN_FILE):
-            # The download would retry for longer
+            # This ends soon without an answer; the download would retry for longer.
             hub.get_hf_file_metadata(url, timeout=UNREACHABLE_SECONDS)
             if not download:
                 return Path(HUB_FILE)
@@ -186,7 +193,7 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
     path = Path(cached)
     blob = path.resolve().name
 
-    # The hub's cache names large files by their hash; others are not compared
+    # The hub's cache names large files by their hash; others are not compared.
     if SHA256.fullmatch(blob):
         _remove_unless_hash(path, blob)
     return path

@@ -79,7 +79,7 @@ SUM_OR_MAXIMUM = (
 
 def find_resnet_depth(file: WeightFile) -> int:
     """Find the depth of the ResNet in *file*; raises `WeightsError`."""
-    # Such as ("layer3", "0")
+    # Pairs of a stage and a block, such as ("layer3", "0").
     blocks = {tuple(name.split(".")[:2]) for name in file.tensors if "." in name}
     stages = [stage for stage, _ in blocks]  # each stage once per block
     counts = tuple(stages.count(stage) for stage in STAGES)
@@ -290,7 +290,7 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
         **_detect_block_options(file),
     }
 
-    # None: the sum or the maximum, which the user must choose
+    # Without `attention`, it is the sum or the maximum, and the user must choose.
     attention = detected.get("attention")
     reduction = file.tensors.get("layer_reduce.weight")
     net = 1 if reduction is None else 2

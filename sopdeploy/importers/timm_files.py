@@ -58,8 +58,8 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     if isinstance(classifier, tuple):
         classifier = classifier[0]
 
-    # DINOv2's and SigLIP's networks have no classifier, and other networks may be stored
-    # without theirs
+    # DINOv2's and SigLIP's networks have no classifier, and others may be stored without
+    # theirs.
     has_classifier = classifier is not None and f"{classifier}.weight" in file.tensors
 
     return ConvertedWeights(
@@ -78,7 +78,7 @@ def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights 
     if model not in LITE:
         return None
 
-    # EfficientNet-PyTorch's names, which others have kept
+    # Whether the names are those of EfficientNet-PyTorch, which other projects have kept.
     is_original = "_conv_stem.weight" in file.tensors
     named = replace(file, tensors=_name_as_timm(file, model)) if is_original else file
     if not _has_tensors_of(model, named):
@@ -113,7 +113,10 @@ NOT_EXPANDED = ("", "", "conv_dw", "bn1", "conv_pw", "bn2")
 
 
 def _name_as_timm(file: WeightFile, model: str) -> dict[str, Tensor]:
-    """Give the tensors of EfficientNet-PyTorch's *file* timm's names; it numbers the blocks of all stages."""
+    """Give the tensors of EfficientNet-PyTorch's *file* timm's names.
+
+    The file numbers the blocks of all stages in one sequence.
+    """
     names = _learned_shapes(model)
 
     blocks = list(
@@ -152,9 +155,9 @@ def _name_as_timm(file: WeightFile, model: str) -> dict[str, Tensor]:
 def find_network(file: WeightFile) -> str | None:
     """Find the network of timm that has the tensors of *file*, as `timm:NAME`.
 
-    NAME is the longest of timm's names that occurs in one text: the architecture in the
-    config.json next to the file, else the one in the file, else the file's name. None if no
-    name occurs or the tensors differ.
+    NAME is the longest of timm's names in the architecture that the config.json next to the file
+    has, else in the architecture that the file has, else in the name of the file. None if there
+    is no such name, or if the tensors differ.
     """
     text = str(_read_hub_json(file.path).get("architecture") or file.arch or file.path.name)
     names = [name for name in importlib.import_module("timm").list_models() if name in text]
@@ -165,7 +168,7 @@ def find_network(file: WeightFile) -> str | None:
 
 
 def refuse_other_network(file: WeightFile, model: str) -> None:
-    """Raise `WeightsError` with the network of timm that has the tensors of *file*, if there is one."""
+    """Raise `WeightsError` if another network of timm has the tensors of *file*; the error names it."""
     if network := find_network(file):
         raise WeightsError(
             f"{file.path}: does not fit {model}; its tensors are those of {network}; name that network"

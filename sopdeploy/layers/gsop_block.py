@@ -210,7 +210,8 @@ class PositionAttention(nn.Module, ExportHints):
         with without_autocast(reduced_BdHW):
             small_Bdss = resample(at_least_float32(reduced_BdHW), side, side, averaging_rows)
             small_BdP = small_Bdss.flatten(start_dim=2)
-            # `covariance_factor` reads (B, variables, samples)
+            # `covariance_factor` reads (B, variables, samples); here, the positions are the
+            # variables.
             if config.position_covariance == "centred":
                 cov_BPP = covariance(covariance_factor(small_BdP.transpose(1, 2)))
             else:  # `uncentred_covariance` reads (B, samples, variables)
@@ -253,8 +254,8 @@ class Concatenation(nn.Module):
                 "; choose average, sum or maximum, or a wider network"
             )
 
-        # Few large groups get a long kernel, so that each output reads a comparable number of
-        # inputs.
+        # As in the released code: twice as many groups, of 64 channels each, have a kernel that is
+        # shorter by 2.
         reach = int(math.log2(MOST_GROUPS / groups)) + 2  # 5, 4, 3, 2 for 4, 8, 16, 32 groups
         kernel = (2 * reach + 1, 1)
         padding = (reach, 0)
@@ -301,7 +302,7 @@ class GSoPBlock(nn.Module):
         if self.position is None:
             return by_channel
         by_position = features_BCHW * self.position(features_BCHW)
-        # Otherwise the ReLU is inside of `self.position`
+        # With "reduced", the ReLU is inside of `self.position`.
         if self.config.position_rectify == "scaled":
             by_position = F.relu(by_position)
 

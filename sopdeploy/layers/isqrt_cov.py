@@ -91,7 +91,7 @@ def newton_schulz_steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
     """
     identity = torch.eye(a_BCC.shape[-1], dtype=a_BCC.dtype, device=a_BCC.device)
 
-    # Z_0 = I, so T_0 = (3 I - A) / 2
+    # Z_0 is I, so T_0 is (3 I - A) / 2.
     step = Step(y=a_BCC, z=None, t=1.5 * identity - 0.5 * a_BCC)
     yield step
 
@@ -143,7 +143,7 @@ def _factor_gradients(
     f_grad_BCC: Tensor, f_BCC: Tensor | None, t_BCC: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of F_k and of T from that of F_(k+1) = F_k T; F is Y or Z, and Z_k T = T Z_k."""
-    # F_0 is the identity, so F_1 is T; the caller does not use the gradient of F_0
+    # F_0 is the identity, so F_1 is T. The caller does not use the gradient of F_0.
     if f_BCC is None:
         return f_grad_BCC, f_grad_BCC
     return f_grad_BCC @ t_BCC, f_BCC @ f_grad_BCC
@@ -170,7 +170,8 @@ class ISqrtCov(nn.Module, ExportHints):
         """Compute the upper triangle, row by row."""
         trains = features_BdHW.requires_grad and torch.is_grad_enabled()
         with without_autocast(features_BdHW):
-            # Compilers and exporters trace the last line
+            # Only eager training has the handwritten gradient; compilers and exporters trace the
+            # last line.
             if trains and not torch.compiler.is_compiling():
                 return ISqrtVector.apply(features_BdHW, self.triangle, self.config)
             return isqrt_vector(features_BdHW, self.triangle, self.config)
@@ -249,7 +250,7 @@ class ISqrtVector(torch.autograd.Function):
         # The steps save what `newton_schulz_adjoint` reads.
         start = prenormalize(features_BdHW, config)
 
-        # T_k and F_k of `newton_schulz_adjoint`, where F is Z on G and Y on A
+        # T_k and F_k of `newton_schulz_adjoint`; F is Z on G and Y on A.
         ts = []
         fs = []
         last: Step
@@ -294,7 +295,7 @@ class ISqrtVector(torch.autograd.Function):
 
         # What `forward` saved, by step.
         ts = factors[: config.iterations]
-        # Z_0 = I or Y_0 = A
+        # F_0 is Z_0 = I (None) on G, and Y_0 = A on A.
         fs = [None if ctx.use_gram else matrix_Bnn, *factors[config.iterations :]]
 
         # The gradient of the whole root: each number of the triangle stands at two places of

@@ -52,8 +52,9 @@ class Components(nn.Module):
 
     A component of the kind "gap" is 1x1 convolutions to *widths* channels, each with ReLU, and
     global average; "sop" is parametric SR-SOP with the configuration *root*; "linear" is linear
-    layers with bias on the averaged features, the expert of SG-MoE. *evaluated* is the number
-    of components that a routed mixture evaluates per image; `macs` counts these.
+    layers with bias on the averaged features, the expert of SG-MoE. *components* is N,
+    *evaluated* the number of components that a routed mixture evaluates per image; `macs` counts
+    these.
     """
 
     def __init__(
@@ -101,7 +102,8 @@ class Components(nn.Module):
         x = self.before(features_BCHW)
 
         for step, weight_Noi in enumerate(self.weights):
-            # All components read the same features first
+            # In the first step, all components read the same features, so that there is one
+            # group.
             groups = 1 if step == 0 else self.components
             kernel = weight_Noi.flatten(end_dim=1).unsqueeze(2).unsqueeze(3)  # (N o, i, 1, 1)
             if self.is_linear:
@@ -133,21 +135,20 @@ class Components(nn.Module):
         The other weights must be 0. Whole roots of covariances are summed, and the triangle is
         taken of the sum, once per image instead of K times.
         """
-        # The K components of each image.
-        # ties: the lower index
+        # The K components of each image; of equal weights, the lower index comes first.
         sorted_BN, order_BN = weights_BN.sort(dim=1, descending=True, stable=True)
         largest_BK = sorted_BN[:, : self.evaluated]
-        # (B K,), the K components of each image
+        # `chosen` (B K,) has the K components of each image, one image after the other.
         chosen = order_BN[:, : self.evaluated].flatten()
 
-        # (B, 1, C, M), the same for all K at first
+        # At first (B, 1, C, M), because all K components read the same map.
         x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(1)
 
         # Run their filters, which differ from image to image.
         for weight_Noi in self.weights:
             filters_BKoi = weight_Noi.index_select(0, chosen).unflatten(0, (-1, self.evaluated))
             x_BKcM = F.relu(filters_BKoi @ x_BKcM)
-        # (B K, c, H, W)
+        # Maps (B K, c, H, W) again, for the pooling.
         maps = torch.unflatten(x_BKcM.flatten(end_dim=1), 2, features_BCHW.shape[2:])
 
         # Sum covariance roots before the triangle is taken, once per image.
@@ -155,7 +156,7 @@ class Components(nn.Module):
         if root_layer is None:
             pooled = self.after(maps)
         else:
-            # Whole roots, c^2 numbers
+            # Whole roots, of c^2 numbers.
             pooled = covariance_root(maps, root_layer.config).flatten(start_dim=1)
         pooled_BKD = torch.unflatten(at_least_float32(pooled), 0, (-1, self.evaluated))
         sum_BD = (largest_BK.unsqueeze(1) @ pooled_BKD).squeeze(1)
@@ -280,7 +281,7 @@ def rank(logits_BN: Tensor) -> Tensor:
     other_B1N = logits_BN.unsqueeze(1)
     index_N = torch.arange(logits_BN.shape[1], device=logits_BN.device)
 
-    # [own, other]: the other has the lower index
+    # At [own, other], true if the other one has the lower index.
     earlier_NN = index_N.unsqueeze(0) < index_N.unsqueeze(1)
     ahead_BNN = (other_B1N > own_BN1) | ((other_B1N == own_BN1) & earlier_NN)
     return ahead_BNN.sum(dim=2, dtype=torch.int32)
@@ -302,12 +303,12 @@ def balance_loss(weights_BN: Tensor, alpha: float) -> Tensor:
     """
     count = weights_BN.new_full((1,), weights_BN.shape[0])
 
-    # One tensor, so that one reduction sums both
+    # Loads and number of images are one tensor, so that one reduction sums both.
     summed = torch.cat([weights_BN.sum(dim=0), count])
     if dist.is_available() and dist.is_initialized():
         summed = all_reduce(summed)  # type: ignore[no-untyped-call]
 
-    # `images` is S
+    # The sums; `images` is S.
     load_N = summed[:-1]
     images = summed[-1].detach()
     return alpha / images * (load_N.var(correction=1) / load_N.mean().square())

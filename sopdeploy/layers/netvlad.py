@@ -25,7 +25,8 @@ class NetVLAD(GlobalPooling):
         self.centres = nn.Parameter(torch.randn(words, channels) / math.sqrt(channels))
         self.out_features = words * channels
 
-        # The softmax over words of x c - |c|^2 / 2, because |x|^2 / 2 cancels out
+        # The logits start as x c - |c|^2 / 2: |x|^2 / 2 is the same for all words, so the
+        # softmax does not change.
         with torch.no_grad():
             self.assignment.weight.copy_(self.centres[:, :, None, None])
             self.assignment.get_parameter("bias").copy_(-0.5 * self.centres.square().sum(dim=1))

@@ -28,7 +28,7 @@ class Normalize(nn.Module):
         self.register_buffer("offset", (-mean / std).float().reshape(1, 3, 1, 1))
 
     def forward(self, images_BHWC: Tensor) -> Tensor:
-        """Compute the normalized images, channels first."""
+        """Compute the normalized images, channels first; C is 3."""
         images_BCHW = images_BHWC.permute(0, 3, 1, 2).contiguous(
             memory_format=self.memory_format
         )

@@ -18,7 +18,10 @@ def is_in(name: str, *modules: str) -> bool:
 def last_linear(
     module: nn.Module, outputs: int, training_only: Sequence[str] = ()
 ) -> nn.Linear | None:
-    """Find the last part of *module* outside of *training_only*; None unless linear with *outputs*."""
+    """Find the last module with parameters in *module*, outside of *training_only*.
+
+    None unless it is a linear layer with so many *outputs*.
+    """
     exported = [
         part
         for name, part in module.named_modules()
@@ -133,7 +136,7 @@ class Classifier(Backbone):
         The network then returns this vector. Raises `ConfigError` if the last layer is not
         linear.
         """
-        # The method of a subclass returns the layer of its new head
+        # Not `self.logits_layer`: that of a network with a head returns the layer of the head.
         layer = Classifier.logits_layer(self)
         if layer is None:
             raise ConfigError(

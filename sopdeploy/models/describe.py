@@ -123,22 +123,24 @@ def _count_call(
     keywords: dict[str, Any],
     returned: Any,
 ) -> None:
-    """Add to *counts* the operations of *module* for one image, which may be rows of many windows."""
+    """Add to *counts* the operations of a call of *module*.
+
+    The network runs on one image; the inputs of a module may have many rows, such as windows.
+    """
     output = next((leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)), None)
     if output is None:
         return
 
-    # Layers of the paper, then those of torch.
+    # Multiply-adds of layers; for DSoP's tables, outputs of batch norms and d^3 of roots, too.
     if isinstance(module, Components):
         counts.macs[name] += module.macs(inputs[0].shape)
     elif isinstance(module, nn.Linear):
         counts.macs[name] += output.numel() * module.in_features
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
         counts.macs[name] += output.numel() * module.weight[0].numel()
-    # It calls no module for its four projections.
-    elif isinstance(module, nn.MultiheadAttention):
+    elif isinstance(module, nn.MultiheadAttention):  # calls no module for its four projections
         tensors = {**dict(zip(("query", "key", "value"), inputs, strict=False)), **keywords}
-        # Then probably self-attention
+        # The inputs of a subclass are not known; it is taken for self-attention.
         if type(module).forward is not nn.MultiheadAttention.forward:
             tensors = dict.fromkeys(("query", "key", "value"), output)
         query, keys, values = (tensors[key].numel() for key in ("query", "key", "value"))

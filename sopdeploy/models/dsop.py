@@ -38,9 +38,9 @@ Blocks = Annotated[int, pydantic.Field(ge=0)]
 class DSoPConfig(NewtonSchulzOptions):
     """The branches, stage by stage; `None` selects the paper's value for this backbone.
 
-    `aux_blocks` gives for each stage either the number of blocks of a branch after its last
-    block (0: no branch) or one such number per block of the stage (section V-D's patterns, "[1,
-    0, 2]"). `aux_widths` are the target channels of the covariance, `aux_weights` the weights
+    `aux_blocks` has a value for each stage: the number of blocks of a branch after its last block
+    (0: no branch), or one such number per block of the stage, as in section V-D's pattern
+    [1, 0, 2]. `aux_widths` are the target channels of the covariance, `aux_weights` the weights
     of the losses (beta), `main_weight` that of the main loss (alpha). `aux_pooling` is
     iSQRT-COV or "gap", Table VII's control. `keep_unused_branches` keeps one block and the head
     of a branch of 0 blocks, as Table X counts.
@@ -160,7 +160,7 @@ class DSoP(Classifier):
         # One branch for each tap of a stage that has blocks in it.
         plans = []
         for index, (stage, taps) in enumerate(stages.items()):
-            # The numbers of blocks in the branch of each tap, or in that of the last tap.
+            # The numbers of blocks in the branch of each tap; a single one is for the last tap.
             counts = blocks[index]
             if isinstance(counts, int):
                 counts = (*[0] * (len(taps) - 1), counts)
@@ -236,7 +236,7 @@ class DSoP(Classifier):
         if self.normalize_branches:
             ending = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
         if self.config.aux_pooling == "isqrt":
-            # Otherwise they are equal: `plan` limits the width to the channels
+            # `plan` limits the width to the channels, so otherwise they are equal.
             if channels > plan.width:
                 reduction = dimension_reduction(channels, plan.width, self.branch_activation)
             root = ISqrtCov(plan.width, self.config.root_config())

@@ -54,7 +54,8 @@ class DSoPResNet(DSoP, ResNet):
         With the `aux_stride` "table", those of the paper's table: its strides, and for
         bottlenecks also its blocks (3, 4, 7, 3) and widths.
         """
-        # The paper's printed counts do not fit its text
+        # The parameters and FLOPs that the paper prints are of other branches than its text
+        # describes.
         table = self.config.aux_stride == "table"
         blocks = (2, 2, 2, 2)
         widths = (64, 128, 256, 256)
@@ -88,7 +89,7 @@ class DSoPEfficientNet(DSoP, EfficientNet):
 
     def __init__(self, config: DSoPEfficientNetConfig, *arguments: Any) -> None:
         super().__init__(config, *arguments)
-        # Only branches read it: the plain network has no such tap
+        # Branches alone read this map; the plain network has no such tap.
         del self.tap_channels["conv_head"]
 
     def paper_branches(self) -> PaperBranches:
@@ -120,7 +121,7 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         )
         for index, plan in enumerate(plans):
             if plan.used and plan.tap.startswith(f"{self.stage_names[-1]}."):
-                # `plan.width` is at most the channels of the block
+                # Not `plan.width`, which is limited by the channels of the last block.
                 width = min(widths[-1], HEAD_CHANNELS)
                 plans[index] = plan._replace(tap="conv_head", blocks=0, width=width)
         return plans

@@ -30,6 +30,8 @@ the paper does not say: the batch norm and dropout after the pooling, which sect
 describes for the mixture, are also used with the averages of K, but not with single poolings
 (the published counts of ResNet-Xd and SR-SOP do not include them). The README of the released
 code prints 0.9M parameters for ResNet-18; the network has 829,192.
+
+Letters: B images, N components, K chosen ones, C channels, D length of a vector.
 """
 
 from itertools import pairwise

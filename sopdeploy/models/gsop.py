@@ -68,7 +68,7 @@ class GSoP(Classifier):
     def __init__(self, config: GSoPConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
 
-        # A block at the end of each attended residual block.
+        # A GSoP block in each attended residual block.
         for tap in self.attended_taps():  # the names of residual blocks, such as `layer1.2`
             stage, _, index = tap.partition(".")
             channels = self.tap_channels[tap]

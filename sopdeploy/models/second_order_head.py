@@ -232,18 +232,17 @@ class SecondOrderHead(Classifier):
         return not self.pooled_head.config.cosine
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute the logits of every head; the branches of DSoP read the same feature maps."""
+        """Compute the logits of every head in one run: of the branches of DSoP, and of this head, `main`."""
         if not self.has_training_heads:
             return {"main": self.pooled_head(*self.head_inputs(images))}
 
-        # The maps that the branches and the head read, in the order of computation.
-        # of `DSoP`: the name of the branch by its tap
-        branches: dict[str, str] = vars(self)["taps"]
-        # The taps in the order in which they are computed.
+        # The taps of the branches and of this head, in the order of computation. EfficientNet's
+        # `conv_head` comes last; only a branch reads it, so `tap_channels` lacks it.
+        branches: dict[str, str] = vars(self)["taps"]  # of `DSoP`: names of branches by tap
         taps = [tap for tap in self.tap_channels if tap in branches or tap in self.maps]
-        # Only a branch reads it
         taps += [tap for tap in branches if tap not in self.tap_channels]
 
+        # Each branch reads the map at its tap, this head its own maps.
         last, tapped = self.feature_maps(images, taps)
         maps = dict(zip(taps, tapped, strict=True))
         logits = {
@@ -252,7 +251,8 @@ class SecondOrderHead(Classifier):
         }
 
         own_maps = {tap: maps[tap] for tap in self.maps}
-        return {**logits, "main": self.pooled_head(super().classify(last), own_maps)}
+        own_vector = super().classify(last)  # the identity has replaced its classifier
+        return {**logits, "main": self.pooled_head(own_vector, own_maps)}
 
     def head_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute what the head reads: the network's own vector (B, D_0), and maps (B, C, H, W) by tap."""
@@ -314,9 +314,9 @@ def tuned_name(name: str) -> str:
 def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead:
     """Build `head:NAME` with *head* for *model*, the network *name* of the catalog with any weights.
 
-    The result is a new network on the same device and in the same mode, with copies of the
-    tensors of *model* except those of its classifier and its training-only parts. The weights
-    of the head are random. Raises `ConfigError` if the network cannot have this head.
+    The result is a new network on the same device and in the same mode. It has copies of the
+    tensors of *model*, without its classifier and its training-only parts. The weights of the
+    head are random. Raises `ConfigError` if the network cannot have this head.
     """
     with_head_entry = entry(head_name(name))
     # Options that `head:NAME` lacks are left out: they are of the training-only parts, such as
@@ -367,6 +367,6 @@ def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
     _, vectors_CC = torch.linalg.eigh(covariance_CC)
     components_dC = vectors_CC.flip(1)[:, :width].T  # `eigh` puts the largest eigenvalue last
 
-    # Index of each component's largest element
+    # The element of each component whose sign becomes positive.
     largest_d1 = components_dC.abs().argmax(dim=1, keepdim=True)
     return components_dC * components_dC.gather(1, largest_d1).sign()

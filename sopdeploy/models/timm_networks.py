@@ -46,7 +46,10 @@ class TimmConfig(StrictModel):
     image_size: Count | None = None
 
     def build(self, **sizes: Any) -> nn.Module:
-        """Build timm's network with fresh weights; raise `ConfigError` if it does not have an option."""
+        """Build timm's network with fresh weights; *sizes* are more arguments of `timm.create_model`.
+
+        Raises `ConfigError` if the network does not have an option.
+        """
         set_options = self.model_dump(
             include={"attn_layer", "output_stride", "image_size"}, exclude_defaults=True
         )
@@ -252,7 +255,7 @@ class TimmBackbone(Backbone):
             for number, stage in enumerate(network.feature_info)
             if stage["module"] in taps
         ]
-        # Two networks without this module do not accept norm=True
+        # Two networks of timm have no such module, and do not accept norm=True.
         with_norm = hasattr(network, "norm")
         return network.forward_intermediates(images, indices=wanted, norm=with_norm)
 

@@ -226,8 +226,8 @@ def _build_from_network(
     _, config_class = METHODS[name]
     options = parse_options(name, config_class, config)
     _, num_classes = find_taps(network, taps, image_size)
-    # `network_class` calls `build` for its part `network`, which exists already with this
-    # number of classes
+    # `network_class` calls `build` for its part `network`, which exists already, with this
+    # number of classes.
     source = Source(build=lambda _num_classes: network, taps=tuple(taps), image_size=image_size)
     return network_class(options, num_classes, source)
 
@@ -346,7 +346,7 @@ def run_once(network: nn.Module, image_size: int) -> tuple[Any, dict[str, Any]]:
     device = next((parameter.device for parameter in network.parameters()), None)
     names = [name for name, _ in network.named_modules() if name]
 
-    # An image that is valid for every network; the modes of all modules are restored.
+    # One black image in eval mode; afterwards, all modules get their modes back.
     network.eval()
     try:
         with torch.no_grad():
@@ -368,7 +368,8 @@ def find_taps(
 ) -> tuple[dict[str, int], int]:
     """Run *network* on one black image to find the channels at *taps* and the number of classes.
 
-    The taps are in the order of computation. Raises `ConfigError` as `dsop` does.
+    The taps are in the order of computation. Raises `ConfigError` for an unknown tap, one without a
+    feature map, and a network that cannot run or returns no logits.
     """
     modules = dict(network.named_modules())
     for tap in taps:
@@ -434,7 +435,7 @@ def remove_after(network: nn.Module, tap: str, image_size: int) -> None:
             removed.append(name)
 
     for name in removed:
-        # Otherwise it is removed with its parent
+        # A module in a removed one goes with it.
         if not is_in(name.rpartition(".")[0], *removed):
             network.set_submodule(name, nn.Identity())
     run_once(network, image_size)

@@ -83,7 +83,7 @@ class DataReport(StrictModel):
     def must_be_usable(self) -> None:
         """Raise `DataError` with every problem that would stop a training run."""
         problems = [*self.classes, *self.unreadable]
-        # The first part is the training part
+        # The first part holds the training images.
         num_trained = len(self.parts[0].classes) - len(self.too_few)
         if num_trained < 2:  # training leaves classes of one image out, and needs two others
             problems += self.too_few
@@ -148,7 +148,7 @@ def check_data(
     if keeps_small and (possible_clip := _describe_clip(readable)):
         notes.append(possible_clip)
 
-    # Two sides per image
+    # The two sides of each image, the shorter one first.
     shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T
     train, *held_out = opened.parts.values()
 

@@ -96,11 +96,11 @@ class _Name(NamedTuple):
         """Divide the path *identity*; the folders are a part of the first text, and their digits are text."""
         folder, slash, file = identity.rpartition("/")
         stem = file.rpartition(".")[0] or file
-        # Texts and numbers in turn; the first and the last are texts
+        # Texts and numbers in turn; the first one and the last one are texts.
         parts = re.split(r"(\d+)", stem)
         texts = parts[::2]
         numbers = tuple(map(int, parts[1::2]))
-        # `a` for letters, `#` for a number
+        # In a template, `a` stands for letters and `#` for a number.
         template = re.sub(r"[^\W\d_]+", "a", "#".join(texts))
         return cls((folder + slash + texts[0], *texts[1:]), numbers, template)
 
@@ -123,8 +123,8 @@ class _Measured(NamedTuple):
     """How much more often than by chance the most similar image outside of the group is related.
 
     `excess` is the share beyond chance (Cohen, "A Coefficient of Agreement for Nominal Scales",
-    1960), `similar` the median cosine of these images, and `pair` one of them with its most
-    similar image.
+    1960). Of the images whose most similar one is related, `similar` is the median cosine with
+    it, and `pair` the most similar pair.
     """
 
     excess: float
@@ -139,7 +139,7 @@ class _Measured(NamedTuple):
 
 
 def describe_clip(files: Sequence[str]) -> str:
-    """Describe groups of which *files* are an example."""
+    """Describe groups of images that were found; *files* are two of them."""
     return (
         f"files named like {' and '.join(files)} are frames of one clip, or show one object, by their names "
         "and likeness: they share a fold; if all files show different ones, give --set data.groups='.*'"
@@ -162,7 +162,7 @@ def clips_of_images(
     vectors: NDArray[np.float32],
     groups: Groups,
 ) -> Clips:
-    """Join the *groups* (N,) of *images* as `find_clips` does; without *vectors* (N, D), none."""
+    """Find the clips among *images* by `find_clips`; without *vectors* (N, D), the *groups* (N,) stay."""
     if not len(vectors):
         return Clips(groups)
     names = [images.identity(index) for index in range(len(images))]
@@ -179,8 +179,8 @@ def find_clips(
     """Join the *groups* (N,) of images that show one clip or object.
 
     *names* (N,) are paths, *times* (N,) seconds or `NO_TIME`, *classes* (N,) numbers. *vectors*
-    (N, D) have length 1; they are those of `copies.find_pairs`, which lack what the images of a
-    class have in common.
+    (N, D) have length 1; they are whitened, as those of `copies.NearDuplicates`, so that they lack
+    what the images of a class have in common.
     """
     relations = _list_relations(names, times, classes)
     if not relations:
@@ -190,15 +190,15 @@ def find_clips(
     def measure(relation: _Relation, groups: Groups) -> _Measured | None:
         return _measure(relation, groups, classes, nearest_NK, cosines_NK)
 
-    # Join the images of each relation that is clear. Of the relations by numbers in names of
-    # one form, the first clear one tells what the numbers of clips are; the others are frames
-    # and views.
+    # Join the images of each relation that is clear. Names of one template have several numbers:
+    # the first clear relation tells which of them identify the clips, and relations by the other
+    # ones, those of frames and views, are skipped.
     found: tuple[int, int] | None = None
     unclear: list[_Measured] = []
     clips_share: dict[str, str] = {}  # what identifies the clips, by the template of names
     for relation in relations:
         if clips_share.get(relation.template, relation.shared) != relation.shared:
-            continue  # the other numbers are those of frames and views
+            continue
         measured = measure(relation, groups)
         if measured is None:
             continue
@@ -273,7 +273,7 @@ def _list_relations(
         # Names with equal texts whose first or last numbers are equal: none, one or more, but
         # not all.
         length = len(parsed[members[0]].numbers)
-        # Patterns of 0, 1, .. numbers
+        # Regular expressions for 0, 1 and more numbers.
         digits = [r"\D+".join([r"\d+"] * num) for num in range(length)]
         starts = [(START, slice(num), rf"^\D*{digits[num]}") for num in range(length)]
         ends = [
@@ -412,7 +412,7 @@ def _count_related(relation: _Relation, groups: Groups) -> NDArray[np.int64]:
 
 
 def _count_equal(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Count the images (N,) with the same values in all *keys* (N,)."""
+    """Count for each image (N,) those with its values in all *keys* (N,), itself included."""
     _, number_N, counts = np.unique(
         np.stack(keys), axis=1, return_inverse=True, return_counts=True
     )

@@ -12,7 +12,7 @@ orientations (`find_turned`). A group is a connected component.
 Where classes look alike, as parts before one camera do, pixels do not tell copies from other
 images: there, nearly all tiles must be equal (`_confirm`).
 
-Letters: N images, P pairs, V views, D components of a vector.
+Letters: N images, K images of a block, P pairs, V views, D components of a vector.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,9 +61,9 @@ DECIMALS = 4  # of a signature; float32 differs between processors from the seve
 class NearDuplicates(NamedTuple):
     """The `pairs` (2, P) of near-duplicates among N images, which images (N,) are `alike`, and `vectors`.
 
-    Alike are the images of classes among whose images few copies are found: frames of one clip,
-    or parts before one camera. The vectors are those of the whole images (N, D), whitened, of
-    length 1.
+    Alike are the images of a class in which images that are no copies resemble each other, too,
+    as frames of one clip do, or parts before one camera. The vectors are those of the whole images
+    (N, D), whitened, of length 1.
     """
 
     pairs: NDArray[np.intp]
@@ -84,7 +84,7 @@ def find_near_duplicates(
     one first. *small* are the gray images (N, S, S) of `shrink`. Of images with equal *hashes*
     (N,), one is compared.
     """
-    # Of images with equal pixels, the first one stands for all.
+    # Of images with equal pixels, the first one stands for all; the others are added at the end.
     first_N = np.sort(np.unique(hashes, return_index=True)[1])
     whole = [part[:, 0] for part in views]
     whiten = _fit_whitening([part[first_N] for part in whole])
@@ -121,7 +121,7 @@ def _find_candidates(
     if num_others < 1:
         return NO_PAIRS
 
-    # Lists of (N, D)
+    # For each view, the parts of the vectors, (N, D) each.
     parts_by_view = [[part[:, view] for part in views] for view in range(num_views)]
     whole_ND = whiten(parts_by_view[0])
 
@@ -160,10 +160,10 @@ def _confirm(
 ) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
     """Select the *candidates* (2, P) with *shares* (P,) of equal tiles as copies have them, and *turned*.
 
-    Also tells which images (N,) are of *classes* (N,) that look alike, or whose images would
-    nearly all be one group: no pairs of the latter are selected.
+    Also tells which images (N,) are of *classes* (N,) that look alike. These include classes whose
+    images would nearly all be one group, of which no pairs are selected.
     """
-    # Pairs of two copies do not count
+    # For each image the largest share with another one; pairs of two copies do not count.
     groups = connect(len(classes), candidates[:, shares >= MOSTLY])
     is_outside = groups[candidates[0]] != groups[candidates[1]]
     largest_N = np.zeros(len(classes), np.float32)
@@ -216,7 +216,8 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
         before = lowest_N.copy()
         np.minimum.at(lowest_N, one, before[other])
         np.minimum.at(lowest_N, other, before[one])
-        # The lowest index of that image, too: long chains need few rounds
+        # Each image also takes over the index of that image, so that long chains need few
+        # rounds.
         lowest_N = lowest_N[lowest_N]
         has_changed = not np.array_equal(lowest_N, before)
     _, groups = np.unique(lowest_N, return_inverse=True)  # without gaps in the numbers
@@ -230,7 +231,7 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
         np.square(part - mean).sum(axis=1).mean()
         for part, mean in zip(parts, means, strict=True)
     ]
-    # Not 0 if all vectors are equal
+    # If all vectors are equal, the norm would be 0.
     norms = [max(float(np.sqrt(square)), 1e-12) for square in squares]
 
     def center_and_join(given: _Parts) -> NDArray[np.float32]:
@@ -251,7 +252,7 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     kept = eigenvalues > 1e-6 * damping  # the others are rounding errors
     eigenvalues = eigenvalues[kept]
     vectors = vectors[:, kept]
-    # (D, K), norm 1
+    # The components (D, K) have norm 1.
     components = rows_ND.T @ (vectors / np.sqrt(eigenvalues)) if is_wide else vectors
     projection = (components / np.sqrt(eigenvalues + damping)).astype(np.float32)
 
@@ -278,6 +279,7 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
 
     Copies that are turned, smaller and re-encoded reach 0.97, different photographs up to 0.94.
     """
+    # Each image in eight orientations, as rows without their mean.
     count = len(small)
     width = SMALL // TURNED_SIDE
     small = small.reshape(count, TURNED_SIDE, width, TURNED_SIDE, width).mean(
@@ -288,8 +290,10 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
     rows = np.stack(turned, axis=1).reshape(count, 8, -1)
     rows -= rows.mean(axis=2, keepdims=True)
     lengths = np.linalg.norm(rows, axis=2, keepdims=True)
-    # Which all plain images would equal
+    # All images without contrast would equal each other.
     is_plain_N = lengths[:, 0, 0] < PLAIN * small[0].size ** 0.5
+
+    # Pairs of an upright image and any orientation of another one, by whitened rows.
     units = (rows / np.maximum(lengths, 1.0)).reshape(count * 8, -1)
     whitened = fit_and_whiten([units]).reshape(count, 8, -1)
     pairs = []
@@ -304,7 +308,7 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
 
 def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Compute a histogram of the directions of edges in 8 x 8 cells of a *small* image, (512,)."""
-    # (64, 64) each, as all arrays of pixels below
+    # Arrays of pixels are (64, 64), here and below.
     down, right = np.gradient(small.astype(np.float32))
     strength = np.hypot(down, right)  # of the edge at each pixel
     turns = np.arctan2(down, right) / (2 * np.pi)  # its direction, -0.5 to 0.5
@@ -317,7 +321,7 @@ def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:
     first_bin = cell_of_pixel * DIRECTIONS  # position in the histogram, where a cell has 8 bins
     histogram = np.zeros(CELLS * CELLS * DIRECTIONS)
     for shift, share in ((0, 1 - share_of_next), (1, share_of_next)):
-        # After the last direction comes the first one
+        # Directions are a circle: the first one follows the last one.
         bins = first_bin + (lower_bin + shift) % DIRECTIONS
         histogram += np.bincount(
             bins.ravel(), (strength * share).ravel(), minlength=len(histogram)
@@ -333,7 +337,7 @@ def group_by_edges(
 
     Also returns the vectors (N, D) that tell how similar the images are.
     """
-    # (N, 1, 512): the whole image is the only view
+    # The views (N, 1, 512): the whole image is the only one.
     views = np.stack([signature(one) for one in small])[:, None]
     found = find_near_duplicates(
         [views], np.stack(small), images.targets, hashes, CANDIDATES_BY_EDGES
@@ -386,6 +390,6 @@ def group_photographs(images: LabeledImages) -> Grouped:
         groups, vectors = group_by_edges(images, [one.pixel_hash for one in inspected], small)
         return Grouped(groups, file_hashes, times, vectors)
     known = connect(len(images), NO_PAIRS, images.groups)
-    # Unreadable files are no equal files
+    # Unreadable files share a hash, but are not equal: their known groups count instead.
     files = np.where(file_hashes == UNREADABLE, known, file_hashes)
     return Grouped(connect(len(images), NO_PAIRS, known, files), file_hashes, times)

@@ -66,7 +66,7 @@ def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray
     num_pairs = pairs.shape[1]
     both_ways = np.concatenate([pairs, pairs[::-1]], axis=1)
 
-    # The best starts of each pair in each way; pairs of one image are searched together
+    # The best starts of each pair in each way; pairs of one image are searched together.
     order = np.argsort(both_ways[0], kind="stable")
     correlations = np.empty((2 * num_pairs, MAX_STARTS), np.float32)
     matrices = np.empty((2 * num_pairs, MAX_STARTS, 2, 2), np.float32)
@@ -83,7 +83,7 @@ def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray
     matrix = matrices[row, rank]
     center = centers[row, rank]
 
-    # Roughly first, and the best of these maps exactly
+    # Align roughly first, and the best of these maps exactly.
     roughly = np.empty(len(row), np.float32)
     for start in range(0, len(row), _BLOCK):
         block = slice(start, start + _BLOCK)
@@ -91,7 +91,8 @@ def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray
         matrix[block], center[block], roughly[block] = fit.matrices, fit.centers, fit.agreement
     chosen = _select_best(row % num_pairs, roughly[:, None], MAX_FITS)[:, 0]
 
-    # Also the images as they are: a caption misleads rough fits, and middles may differ
+    # The images as they are count as a start, too: a caption misleads rough fits, and middles
+    # may differ.
     side = small.shape[1]
     as_it_is = np.tile(np.eye(2, dtype=np.float32) * (side / 2), (num_pairs, 1, 1))
     middle = np.full((num_pairs, 2), (side - 1) / 2, np.float32)
@@ -116,7 +117,7 @@ def _select_best(
     pair = np.repeat(pairs, correlations.shape[1])
     flat = correlations.reshape(-1)
     order = np.lexsort((-flat, pair))
-    # Of each pair the largest one first
+    # The position of the largest correlation of each pair, and the rank of each one.
     is_first = np.diff(pair[order], prepend=-1) != 0
     first = np.flatnonzero(is_first)[np.cumsum(is_first) - 1]
     rank = np.arange(len(flat)) - first
@@ -157,7 +158,7 @@ def _search(
     smooth = _smooth(detailed, COARSE)
     own = _grid(COARSE) * (side / 2) + (side - 1) / 2
 
-    # All places (N, L, K) in each image
+    # All places (N, L, K) in each image.
     points_NK2 = np.broadcast_to(own, (len(images), *own.shape))
     coarse = _sample(smooth, np.arange(len(images)), points_NK2)[0]
     coarse = coarse.reshape(-1, COARSE, COARSE)
@@ -166,7 +167,7 @@ def _search(
     num_places = windows.shape[1]  # per side
     places_NLK = _normalize(windows.reshape(len(images), num_places**2, MIDDLE**2))
 
-    # The middle of each image under all changes (N, C, K)
+    # The middle of each image under all changes, (N, C, K).
     changes = _list_changes()
     points_K2 = _grid(MIDDLE) * (MIDDLE * width / 2)
     points = (points_K2 @ changes.transpose(0, 2, 1)).reshape(-1, 2) + (side - 1) / 2
@@ -176,7 +177,7 @@ def _search(
     ]
     middles_NCK = _normalize(np.concatenate(middles).reshape(len(images), len(changes), -1))
 
-    # Of each change the best place, and the best changes
+    # For each change its best place; for each pair the best changes.
     correlations = np.empty((len(first), MAX_STARTS), np.float32)
     place = np.empty((len(first), MAX_STARTS), np.intp)
     change = np.empty((len(first), MAX_STARTS), np.intp)
@@ -302,6 +303,8 @@ def _share_equal(fit: _Fit, side: int) -> _Images:
     correlations = (shown * expected).mean(axis=2) / np.maximum(
         contrasts[0] * contrasts[1], 1e-3
     )
+
+    # Tiles count if all of their samples are inside, and one of the two shows something.
     counts = cut(fit.inside).all(axis=2) & (np.maximum(*contrasts) >= PLAIN)
     num_counted = counts.sum(axis=1)
     num_equal = ((correlations >= SAME) & counts).sum(axis=1)
@@ -318,7 +321,8 @@ def _smooth(images: _Images, num_samples: int) -> _Images:
     shifted = [np.eye(side, k=shift, dtype=np.float32) for shift in (-1, 0, 0, 1)]
     weights = np.sum(shifted, axis=0)
     weights /= weights.sum(axis=1, keepdims=True)
-    # The variance of a filter adds up, and grows with the square of the distance of samples
+    # The variances of repeated filters add up. What is needed grows with the square of the
+    # distance of samples.
     weights = np.linalg.matrix_power(weights, (side // num_samples) ** 2 // 4)
     return weights @ images @ weights.T
 

@@ -30,9 +30,9 @@ SYSTEM_FOLDERS = {
     "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found",
     "__pycache__",
 }  # fmt: skip
+FOLDERS = "folders"  # where the classes are, if each folder at the top is one
 # A photograph that a server kept, in any folder into which its label moved it, and the folder
 # of those of its uniform sample among photographs that show no class.
-FOLDERS = "folders"  # where the classes are, if each folder at the top is one
 SAMPLE_FOLDER = "sample"
 KEPT_NAME = re.compile(r"[0-9a-f]{32}\.(jpg|png)")  # as a server writes it
 # Also of copies: ID-2, `ID (1)`, `ID copy`
@@ -124,7 +124,7 @@ class UndecodableNameError(DataError):
 
 @contextmanager
 def naming_all_undecodable(root: Path) -> Iterator[None]:
-    """Name all files below *root* whose names are not UTF-8 in the error of the first one."""
+    """Let the error of the first name below *root* that is not UTF-8 name all such files and folders."""
     try:
         yield
     except UndecodableNameError:
@@ -199,7 +199,7 @@ def check_takes_output(folder: Path, setting: str | None, images: Path | None = 
     images. *setting* names *folder* unless it is an argument.
     """
     advice = "choose a folder outside of them"
-    # `resolve` raises an error for a link that leads to itself
+    # `realpath`, because `resolve` raises an error for a link that leads to itself.
     real_folder = Path(os.path.realpath(folder))
     if images is not None and real_folder.is_relative_to(os.path.realpath(expand_user(images))):
         raise ConfigError(
@@ -210,7 +210,7 @@ def check_takes_output(folder: Path, setting: str | None, images: Path | None = 
         inner = waiting.pop()
         if holds_images(inner):
             raise ConfigError(f"{folder} holds photographs; {advice}", setting=setting)
-        # Its class folders, and those of train/ and val/
+        # Search its class folders, and those in train/ and val/.
         if inner == folder or part_kind(inner.name):
             waiting += [inner / name for name in list_subfolders(inner)]
 
@@ -272,11 +272,14 @@ def walk(
 ) -> Iterator[Path]:
     """Yield the files below *folder*, sorted by name in each folder; with *hidden*, also hidden ones.
 
-    Links to folders are followed. Each real folder is listed once: under its own path if it is
-    below *folder*, otherwise under the first link. Those that contain *folder* or are in
-    *visited* are not listed, nor, without *hidden*, bundles and runs, some of which hold
-    images; those that are listed are added to it. The time is linear in the number of entries.
-    Raises `DataError` for a folder that cannot be listed.
+    Links to folders are followed. Each real folder is listed once, and added to *visited*: under
+    its own path if it is below *folder*, otherwise under the first link. Not listed are
+
+    - folders in *visited*, and those that contain *folder*,
+    - without *hidden*, bundles and runs, some of which hold images.
+
+    The time is linear in the number of entries. Raises `DataError` for a folder that cannot be
+    listed.
     """
     visited = set() if visited is None else visited
 

@@ -2,6 +2,8 @@
 
 A folder with `labels.csv`, or an export of a label tool, holds images that this table lists
 with their classes (`table`), and official layouts are read by torchvision (`libraries`).
+
+Letter: N images.
 """
 
 import os
@@ -89,7 +91,10 @@ def open_folder(path: Path, classes_from: str = "") -> Split:
     notes = [*opened.notes]
     if opened.ignored:
         notes.append(f"{root}: {describe_skipped(opened.ignored)}")
-    if opened.problems:  # only then, because training finds unreadable images itself
+
+    # Other problems end the run; unreadable images are named with them, though training would
+    # leave some out.
+    if opened.problems:
         unreadable = (
             error for part in opened.parts.values() for error in find_unreadable(part).values()
         )
@@ -98,6 +103,7 @@ def open_folder(path: Path, classes_from: str = "") -> Split:
     train, *held_out = opened.parts.values()
     if held_out:
         return Split(train=train, held_out=held_out[0], notes=tuple(notes))
+
     # Of a class of one image, none could be held out.
     counts = train.class_counts().tolist()
     kept = tuple(label for label, count in zip(train.labels, counts, strict=True) if count > 1)
@@ -127,10 +133,13 @@ def open_parts(
 
 
 def _open_parts(root: Path, max_held_out: int | None, classes_from: str) -> OpenedParts:
+    # An official layout.
     if (kind := detect_kind(root)) is not None:
         train = open_part(kind, "train", root)
         held_out = open_part(kind, "held_out", root)
         return OpenedParts({"train": train, "test": held_out})
+
+    # Class folders, or a table of all images.
     where = None if classes_from else find_table(root)
     if where is None:
         return _open_class_folders(root, max_held_out, classes_from)
@@ -244,7 +253,10 @@ def _first_parts(folders: Mapping[str, Path], max_held_out: int | None) -> dict[
 
 
 def _has_no_classes(listing: "ClassListing", labels: Sequence[str]) -> bool:
-    """Tell whether a held-out folder holds images of unknown classes: none of *labels*, or no class folders."""
+    """Tell whether a held-out folder has no classes.
+
+    That is if fewer than two of its folders hold images, and none of them is one of *labels*.
+    """
     num_classes = int(np.count_nonzero(listing.images.class_counts()))
     return num_classes < 2 and not {*listing.images.labels} & {*labels}
 
@@ -264,7 +276,10 @@ def _describe_unlabelled(listing: "ClassListing") -> str:
 def _open_part_tables(
     root: Path, folders: Mapping[str, Path], tables: Mapping[str, Path]
 ) -> OpenedParts:
-    """Open the parts of *root*, each of whose *folders* has a table of its own; raises `DataError`."""
+    """Open the parts of *root*, by *folders*, each with a table of its own; raises `DataError`.
+
+    *tables* are those that were found, by part.
+    """
     parts = dict[str, ImageFiles]()
     notes = list[str]()
     ignored = Counter[str]()
@@ -279,6 +294,8 @@ def _open_part_tables(
                 f"{table}: not read here; write one for all images in {root}, with a column "
                 f"{SPLIT}, or rename it if the folders are the classes"
             )
+
+        # The first table is that of the training images, and tells the classes of the others.
         train = next(iter(parts.values()), None)
         if train is None:
             opened = read_label_table(table)
@@ -338,8 +355,8 @@ def _check_no_parts_inside(listing: "ClassListing") -> None:
 class ClassListing(NamedTuple):
     """What class folders hold, with paths relative to the root of `images`.
 
-    `other_files` are the files that are no images by class, `nested` the folders of class
-    folders that hold several, and `beside` the images of no class. `notes` name what is left
+    `other_files` are, by class, the files that are no images. `nested` are the folders inside of
+    class folders that hold several, `beside` the images of no class. `notes` name what is left
     out and what may be a mistake.
     """
 
@@ -355,13 +372,15 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
 
     Folders with one name in two encodings are one class. The images of a folder in a class
     folder are a group, unless it holds all images of the class. A link to a class folder is not
-    followed. Masks, and photographs in another form, are left out (`find_leftovers`), and so is
-    a class of nothing else, unless *classes_from* is `FOLDERS`. A regular expression in it finds
-    the class in the names of all images below *root* instead.
+    followed. Masks, photographs in another form (`find_leftovers`), and classes that hold nothing
+    else are left out, unless *classes_from* is `FOLDERS`. If *classes_from* is a regular
+    expression, it finds the class in the name of each image below *root*, whatever its folder.
     """
     paths_of_folder, other_files = _list_folders(root)
     beside, _ = list_files(root)
     notes = list[str]()
+
+    # Images that are no photographs of their own are left out.
     if classes_from != FOLDERS:
         for leftover in find_leftovers(root, paths_of_folder):
             remaining = {
@@ -378,6 +397,8 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
                 f"{root}: left out, because they are {leftover.content}: "
                 f"{amount(len(leftover.paths), 'image')} in {shorten(where)}"
             )
+
+    # With a pattern, the names of files tell the classes, not the folders.
     if is_pattern(classes_from):
         paths = [*map(os.fsencode, beside), *chain.from_iterable(paths_of_folder.values())]
         return _list_by_name(root, sorted(paths), other_files, classes_from, notes)
@@ -395,7 +416,7 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
         if len({*entries}) > 1:
             nested |= {*entries} - {*class_paths}
             groups += entries
-        else:  # it says nothing: each image is then a group of its own
+        else:  # one folder with all images tells nothing: each image is a group of its own
             groups += class_paths
         targets += [target] * len(class_paths)
         paths += class_paths
@@ -405,6 +426,8 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
     images = ImageFiles(
         root, labels, np.asarray(paths, np.bytes_), np.asarray(targets, np.int64), known_groups
     )
+
+    # What the user may not have intended.
     nested_folders = sorted(map(os.fsdecode, nested))
     if nested_folders:
         notes.append(
@@ -422,6 +445,8 @@ def _list_folders(root: Path) -> tuple[dict[str, list[bytes]], dict[str, list[st
     for name in list_subfolders(root):
         folders[normalize(name)].append(name)
     check_labels(root, sorted(folders))
+
+    # A folder that a link leads to is listed in its own class only.
     visited = {folder_identity(root / name) for names in folders.values() for name in names}
     images = dict[str, list[bytes]]()
     other_files = dict[str, list[str]]()
@@ -471,6 +496,8 @@ def _describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> 
     root = images.root
     folders = set(images.labels)
     unknown = sorted(folders - set(labels))
+
+    # Folders that are probably classes under another spelling.
     missing = list[str]()
     for label in sorted(set(labels) - folders):
         alike = [folder for folder in unknown if lookalike_key(folder) == lookalike_key(label)]
@@ -480,10 +507,14 @@ def _describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> 
             unknown = [folder for folder in unknown if folder not in alike]
         else:
             missing.append(label)
+
+    # Other unknown classes, and missing ones.
     if unknown:
         yield f"{root}: classes {shorten(unknown)} are not training classes, remove them or train on them"
     if missing and unknown:
         yield f"{root}: training classes {shorten(missing)} are missing, add them"
+
+    # Class folders without images.
     used = set(images.targets.tolist())
     empty = [label for index, label in enumerate(images.labels) if index not in used]
     if empty:
@@ -503,7 +534,10 @@ def single_images(images: ImageFiles) -> Iterator[str]:
 
 
 def no_classes(root: Path, part: Path | None = None, hint: str = "") -> DataError:
-    """Build the error for *root*, or a *part* of it, without classes; it names a table of the images."""
+    """Build the error for *root*, or a *part* of it, without classes.
+
+    It names a table that lists the images, or else ends in the *hint*, or in how to sort them.
+    """
     images, others = list_images(root)
     table = find_other_table(images, (root / file for file in others))
     other_table = "" if table is None else describe_other_table(root, table)
@@ -568,7 +602,7 @@ def _open_evaluation_images(
                 f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
                 "images and their classes in this file"
             )
-        # Has exactly the classes *labels*
+        # With *labels*, the images of the table have exactly these classes.
         return _held_out_of_table(table, labels, multi_label=True)
     kind = detect_kind(root)
     if kind is not None:
@@ -583,7 +617,7 @@ def _open_evaluation_images(
             note_skipped(
                 root, count_suffixes(chain.from_iterable(listing.other_files.values()))
             )
-    # The names of official classes are no mistakes
+    # Other classes of an official layout are no mistakes of the user.
     allow_unknown = other_classes or kind is not None
     images = _match_classes(root, images, labels, allow_unknown, log)
     empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
@@ -595,7 +629,7 @@ def _open_evaluation_images(
 def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
     """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself."""
     names = {normalize(name) for name in list_subfolders(root)}
-    # Each one is a class, even if named val
+    # If each subfolder is a class, none is a part, even if it is named val.
     if names <= {normalize(label) for label in labels}:
         return root
     parts = find_parts(root)

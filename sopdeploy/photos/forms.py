@@ -44,8 +44,8 @@ class Leftover(NamedTuple):
 def find_leftovers(root: Path, images: Mapping[str, Sequence[bytes]]) -> list[Leftover]:
     """Find masks, and photographs that another folder of the class holds in a better form.
 
-    *images* are the paths below each class folder, relative to *root*. Reads a few files for
-    each kind of names that could be those of masks, and none where no names propose it.
+    *images* are the paths below each class folder, relative to *root*. A few files are read of
+    each kind whose names could be those of masks or of other forms; the others are not read.
     """
     masks = _find_masks(root, images)
     others = set[bytes]()
@@ -76,8 +76,11 @@ def _find_masks(root: Path, images: Mapping[str, Sequence[bytes]]) -> set[bytes]
 def _propose_masks(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]]:
     """Yield the pairs of each kind of images that may be masks, by their names.
 
-    A kind are the images of equally named folders of all classes, those whose names add the
-    same text to the names of others, or those of one folder at the top.
+    One kind are
+
+    - the images of equally named folders in all classes,
+    - images whose names are those of others and the same text, or
+    - the images of a folder at the top.
     """
     kinds = defaultdict[tuple[str, str], list[Pair]](list)
     folders_of_stem = defaultdict[str, dict[str, bytes]](dict)  # one path per folder at the top

@@ -69,7 +69,10 @@ def _read_via(
 
 
 def _via_classes(attributes: Mapping[str, Any]) -> list[str]:
-    """List the classes in *attributes*, of which one may have a value: a text, or options with true or false."""
+    """List the classes in *attributes*; raises `ValueError` if several attributes have a value.
+
+    The value is a text, or options with true or false.
+    """
     values = [value for value in attributes.values() if value]
     if not values:
         return []

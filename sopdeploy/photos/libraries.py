@@ -89,7 +89,7 @@ def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> Imag
     )
     options: dict[str, Any] = {"loader": str}  # the images are their paths
     if kind == "places365":
-        # The official files with images of 256 pixels
+        # `val_256` is in the official files with images of 256 pixels.
         options["small"] = (root / "val_256").is_dir()
     try:
         dataset = dataset_class(str(root), split=split, download=False, **options)

@@ -1,4 +1,7 @@
-"""Labeled photographs: their bytes, targets and identities, their parts, and the arrays that networks see."""
+"""Labeled photographs: their bytes, targets and identities, their parts, and the arrays that networks see.
+
+Letters: N images, B images of a batch, C classes.
+"""
 
 import copy
 import hashlib
@@ -67,7 +70,7 @@ class Photo:
 
     @cached_property
     def image(self) -> Image.Image:
-        """The image, of which only the header is read; raises `DataError` if it is none."""
+        """The image; only its header is read. Raises `DataError` if the file is no image."""
         with image_errors(self.name):
             return open_image(self.content)
 
@@ -475,7 +478,7 @@ def crop_padded(
 def select_classes(images: _Images, labels: tuple[str, ...]) -> _Images:
     """Keep the classes *labels* of *images*, in this order; leave out images of other classes.
 
-    With several classes per image, these remain without a class.
+    With several classes per image, no image is left out; some may remain without a class.
     """
     if images.is_multi_label:
         columns = [images.labels.index(label) for label in labels]
@@ -516,13 +519,13 @@ def count_formats(images: LabeledImages) -> Counter[str]:
 def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) -> str:
     """Name the images with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
     _, first_of_hash, hash_number_N = np.unique(hashes, return_index=True, return_inverse=True)
-    # For each image, the index of the first with its hash
+    # For each image, the index of the first one with its hash.
     first_N = first_of_hash[hash_number_N].tolist()
-    # (N,), or (N, C) if an image has several classes
+    # Shape (N,), or (N, C) if an image can have several classes.
     is_equal = images.targets[first_N] == images.targets
     same_labels_N = is_equal if is_equal.ndim == 1 else is_equal.all(axis=1)
     is_readable_N = hashes != UNREADABLE
-    # Never the first of its hash
+    # Images with other labels than the first one with their hash.
     contradictions = np.flatnonzero(is_readable_N & ~same_labels_N).tolist()
     pairs = [
         f"{images.describe(first_N[index])} = {images.describe(index)}"
@@ -589,11 +592,11 @@ def _name_all(first: DataError, errors: Sequence[str]) -> DataError:
 
 
 def leave_out_unreadable(split: Split, first: DataError) -> Split:
-    """Leave the damaged and missing images of *split* out, after *first*, the error of one; its note names them.
+    """Leave the damaged and missing images of *split* out; its note names them.
 
-    Raises *first* if all can be read, and an error with all of them if they are too many
-    (`MAX_DAMAGED`, `MANY_DAMAGED`), or if too few remain of a class or of those that are held
-    out.
+    *first* is the error of the image that was met first. Raises *first* if all images can be
+    read. Raises an error that names all unusable images if they are too many (`MAX_DAMAGED`,
+    `MANY_DAMAGED`), or if too few images remain of a class, or no held-out ones.
     """
     found = list[LeftOut]()
     errors = list[str]()

@@ -51,8 +51,10 @@ def ask_about_repeated_folders(images: ImageFiles) -> None:
 def ask_about_numbered_folders(images: ImageFiles, listing: str) -> None:
     """Raise `DataError` if the class folders seem to be the parts of an archive.
 
-    Their names differ in a number only, and *listing* describes a table that lists the images
-    without these names, or the names of files begin with the same words in all of them.
+    That is if their names differ in a number only, and one of these holds:
+
+    - *listing* is not empty: it describes a table that lists the images without these names,
+    - the names of files begin with the same words in all class folders.
     """
     without_numbers = {*map(_without_digits, images.labels)}
     if len(without_numbers) > 1 or not re.search(r"[^\W\d_]{2}", next(iter(without_numbers))):

@@ -39,16 +39,16 @@ def hold_out(
     the images without a class, as in the iterative stratification of Sechidis et al. (ECML
     2011), section 4.
     """
-    # Equal hashes are sorted by key
+    # The order of the selection: by hashes, and equal hashes by key.
     ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]
-    # Image indices
+    # The indices of the images in this order.
     shuffled_N = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)
     classes_of_N: NDArray[np.int64] | list[NDArray[np.int64]]
     if targets.ndim == 1:
         classes_of_N = targets[:, None].astype(np.int64)
         in_training_C = np.bincount(targets)
         sorted_by_class = shuffled_N[np.argsort(targets[shuffled_N], kind="stable")]
-        # Where the class changes
+        # Divide them where the class changes.
         starts = np.flatnonzero(np.diff(targets[sorted_by_class])) + 1
         class_members = np.split(sorted_by_class, starts)
     else:
@@ -56,14 +56,14 @@ def hold_out(
         in_training_C = np.count_nonzero(targets, axis=0)
         rarest_first = np.argsort(in_training_C, kind="stable")
         class_members = [shuffled_N[targets[shuffled_N, column] > 0] for column in rarest_first]
-        # The images without a class
+        # The images without a class are last.
         class_members.append(shuffled_N[~targets[shuffled_N].any(axis=1)])
     held_out = np.zeros(len(keys), np.bool_)
     decided = np.zeros(len(keys), np.bool_)
     # An image of several classes is decided once, with the rarest of them, and counts for all
     # of them.
     for members in class_members:  # image indices in random order
-        # One image remains for training; a class may have no images here
+        # One image remains for training. A class may have no images here.
         at_most = max(0, len(members) - 1)
         quota = min(max(1, round(fraction * len(members))), at_most)
         missing = quota - int(held_out[members].sum())  # some may be held out already
@@ -83,10 +83,10 @@ def choose_held_out(
 ) -> Choice:
     """Hold out about *fraction* of the groups of every class, at least one, never all.
 
-    A class that is one group has no held-out image. A group of *groups* (N,) counts for all
-    classes of its images, which are on one side. Returns (N,): the number of the group of each
-    held-out image, in which groups are numbered from 0, and `NONE` for training images. *seed*
-    and the identities of the first images determine which groups are held out.
+    A class that is one group has no held-out image. A group of *groups* (N,) is held out as a
+    whole or not at all, and counts for all classes of its images. Returns (N,): for held-out
+    images the number of their group, from 0, and `NONE` for training images. *seed* and the
+    identity of the first image of each group determine which groups are held out.
     """
     # Of G groups, the first image stands for the others.
     _, first_G, group_N = np.unique(groups, return_index=True, return_inverse=True)

@@ -110,9 +110,9 @@ class OpenedParts(NamedTuple):
 def find_table(root: Path) -> Path | None:
     """Find the table with the classes of the images in *root*; None if its folders are the classes.
 
-    This is `labels.csv`, or an export of a label tool that lists all images, or all in `train/`
-    itself; those beside it may have no classes. Raises `DataError` for another `labels.*`, such
-    as `labels.xlsx`.
+    This is `labels.csv`, or else an export of a label tool. An export must list all images, or
+    all that are directly in `train/` if there are any there, and more than half of its rows must
+    have a class. Raises `DataError` for another `labels.*`, such as `labels.xlsx`.
     """
     path = root / LABELS_FILE
     if os.path.lexists(path) and not path.is_dir():  # a folder may be a class
@@ -124,6 +124,8 @@ def find_table(root: Path) -> Path | None:
                 f"{other}: not read; save it as {LABELS_FILE} with the columns file,classes, or rename it if "
                 "the folders are the classes"
             )
+
+    # An export counts if it lists all images, and has a class for most of its rows.
     exports = [root / name for name in EXPORTS]
     for pattern in NUMBERED:
         exports += sorted(root.glob(pattern))
@@ -151,6 +153,8 @@ def read_table_text(table: Path) -> str:
         raise DataError(
             f"{table}: cannot be read ({reason}); replace it by a CSV file, or remove it"
         ) from error
+
+    # Decode it by its mark; the error names the line that is wrong.
     encoding = next(
         (name for mark, name in _ENCODINGS.items() if content.startswith(mark)), "utf-8"
     )
@@ -201,6 +205,7 @@ def read_label_table(
         files = f"{amount(len(unlabelled), 'image')}: {shorten(unlabelled)}"
         notes.append(f"{table}: left out, because they have no class there: {files}")
 
+    # The classes, which a network may prescribe.
     listed = {label for row in rows for label in row.classes or ()}
     labels = tuple(sorted(listed)) if labels is None else labels
     check_labels(table, labels)
@@ -214,6 +219,8 @@ def read_label_table(
         raise DataError(
             f"{table}: {shorten(unknown)} are not classes of the network; remove them{hint}"
         )
+
+    # The images with targets and groups, divided if there is a column `split`.
     targets = _build_targets(table, rows, labels, multi_label)
     paths = np.asarray([row.path for row in rows], dtype=np.bytes_)
     groups = None
@@ -226,6 +233,8 @@ def read_label_table(
     if rows[0].part is not None:
         is_training_N = np.asarray([row.part == TRAIN for row in rows])
         parts = {TRAIN: images.select(is_training_N), VAL: images.select(~is_training_N)}
+
+    # What the user may not have intended.
     notes += [f"{table}: {line}" for line in describe_confusable(listed)]
     if unlisted := sorted({*image_paths} - {row.path for row in all_rows}):
         files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
@@ -282,7 +291,7 @@ class _Row(NamedTuple):
 def _read_rows(
     table: Path, image_paths: list[bytes], notes: list[str] | None = None
 ) -> list[_Row]:
-    """Read the rows of *table*, of whose folder *image_paths* are the images; raises `DataError`.
+    """Read the rows of *table*; *image_paths* are the images in its folder. Raises `DataError`.
 
     *notes* gets a line about the columns that are left out.
     """
@@ -291,6 +300,7 @@ def _read_rows(
     path_of_short_name = _index_names(image_paths)
     rows: dict[bytes | str, _Row] = {}
     for line, cells in _read_cells(table, [] if notes is None else notes):
+        # The file: a path relative to the folder, or the name of one image in it.
         where = f"{table}: line {line}"
         name = cells["file"]
         listed = cells.get("classes")
@@ -304,6 +314,8 @@ def _read_rows(
                 f"{where}: {name!r} is not the path of an image, relative to the folder, without .., or the "
                 "name of one image in it"
             )
+
+        # Its classes and its part.
         classes = None if listed is None else set[str]()
         if listed:
             classes = {normalize(label.strip()) for label in SEPARATORS.split(listed)}
@@ -314,6 +326,8 @@ def _read_rows(
         part = cells.get(SPLIT)  # None without this column
         if part not in (TRAIN, VAL, None):
             raise DataError(f"{where}: split is {part!r}; write {TRAIN} or {VAL}")
+
+        # A row for each file; two rows for one file are an error.
         path = os.fsencode(file) if exists else path_of_name.get(normalize(str(file)), found)
         row = _Row(line, str(file), classes, part, cells.get(GROUP, ""), path)
         first = rows.setdefault(path or str(file), row)
@@ -323,6 +337,8 @@ def _read_rows(
             )
     if not rows:
         raise DataError(f"{table}: lists no images; add a line per image")
+
+    # All files must exist.
     missing = [row for row in rows.values() if row.path is None]
     if missing:
         more = f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
@@ -436,13 +452,14 @@ def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, 
 
 
 def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the lines of the CSV file *table*, which contains *text*, as `_read_cells` does.
+    """Yield the number and the cells of each line of the CSV file *table*, which contains *text*.
 
     The separator is that of a first line `sep=;`, or the most frequent one in the heading.
     Without a column `classes`, other columns are classes with 1 and 0. If the first of two
     columns begins with the name of an image, there is no heading.
     """
     try:
+        # The separator. `lines_before` is how many lines of the file the reader does not count.
         heading, _, rest = text.partition("\n")
         if given_separator := re.fullmatch(r"\s*\"?sep=(.)\"?\s*", heading, re.IGNORECASE):
             text = rest
@@ -451,6 +468,8 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, d
         else:
             lines_before = 0
             separator = max(_SEPARATORS, key=heading.count)
+
+        # The columns, under the names that are known here; a table of two needs no heading.
         first = next(csv.reader([heading], delimiter=separator), [])
         if len(first) == 2 and has_image_suffix(first[0].strip()):
             text = f"{separator.join(REQUIRED)}\n{text}"
@@ -468,7 +487,8 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, d
             f"{table}: has the columns {shorten(headings) or 'none'}; write file,classes and optionally "
             "split and group, or rename the file if the folders are the classes"
         )
-        # Classes can have a column each.
+
+        # Classes can have a column each, instead of one column for all.
         names = {
             column: name
             for column, name in zip(columns, written, strict=True)
@@ -481,6 +501,8 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, d
         is_doubled = len({*columns}) < len(columns)
         if "file" not in columns or is_doubled or not (names or "classes" in columns):
             raise wrong
+
+        # The cells of each line, with the classes in one of them.
         for record in reader:
             line = reader.line_num + lines_before
             if None in record or None in record.values():  # more or fewer cells than columns

@@ -1,4 +1,7 @@
-"""Write the page about a finished run: curves, predictions, photographs, recipe and environment."""
+"""Write the page about a finished run: curves, predictions, photographs, recipe and environment.
+
+Letters: N images, C classes.
+"""
 
 import base64
 import io
@@ -222,6 +225,7 @@ def describe_in_a_sentence(
     else:
         share = "nearly all"
 
+    # The sentence, with the interval if the score is not too high.
     sentence = f"{qualifier}{share} new photographs like these will be right"
     sentence += (
         "." if is_selected else f"; likely {100 * score.low:.0f} to {100 * score.high:.0f} %."
@@ -269,7 +273,7 @@ def _describe_learning(
     if shown_heads and last.diagnostics is not None:
         text.append(
             f"The deployed network is evaluated on all {last.metrics.count} held-out images, the heads on a "
-            f"fixed subset of {last.diagnostics.num_images} with the raw weights."
+            f"fixed subset of {last.diagnostics.num_images}."
         )
 
     def plot_columns(label: str, column_by_curve: Mapping[str, str], caption: str) -> Figure:
@@ -426,7 +430,7 @@ def _describe_run(setup: Setup, fit: Fit, record: Mapping[str, Any]) -> list[Sec
     """List the recipe and the environment of the run, in a section each."""
     values = []
     for key, value in flatten(setup.recipe.model_dump(mode="json")):
-        # The latter are shown as `network.`
+        # The config of the network is added below, as `network.`.
         is_hidden = key.startswith(("summary", "model.config."))
         if setup.recipe.reads(key) and not is_hidden:
             values.append((key, value))

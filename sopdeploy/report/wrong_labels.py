@@ -1,4 +1,7 @@
-"""Find training images whose label is probably wrong, by the out-of-fold predictions of a run."""
+"""Find training images whose label is probably wrong, by the out-of-fold predictions of a run.
+
+Letters: N images, C classes.
+"""
 
 from pathlib import Path
 

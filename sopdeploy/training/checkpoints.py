@@ -91,7 +91,8 @@ class Setup:
 
     Attributes:
         recipe: The recipe with the selected procedure and complete preprocessing.
-        file_hashes, held_out: Those of `Division`.
+        file_hashes: Hashes (N,) int64 of the files of the training images; empty if unknown.
+        held_out: Which images the run itself holds out, if any.
         model: The network with its weights on the device; the training loop changes them in place.
         weights: The report on the start weights; None for random ones.
         reason: Why "auto" selected the procedure; empty if it did not.
@@ -137,7 +138,7 @@ class Setup:
         if self.weights is None:
             return "all weights"
 
-        # Not below the head
+        # The frozen network with a head does not contain these parts.
         replaced = (*self.model.training_only, classifier_name(self.model))
 
         remaining = []
@@ -188,7 +189,10 @@ class Fit:
 
 
 class ResumeState(TypedDict, total=False):
-    """What `last.pt` contains to resume a run; the last four are of a loop, `frozen` is a checkpoint."""
+    """What `last.pt` contains to resume a run; `optimizer` and what follows it are of a training loop.
+
+    `frozen` is the content of a checkpoint.
+    """
 
     position: FieldValues
     train_count: int
@@ -203,10 +207,13 @@ class ResumeState(TypedDict, total=False):
 
 
 def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Checkpoint:
-    """Build the content of `best.pt`, or with *resume* of `last.pt`; raises `TrainingError` for a NaN."""
+    """Build the content of `best.pt`, or with *resume* of `last.pt`.
+
+    Raises `TrainingError` if a value is not finite.
+    """
     # A NaN must not replace the last good checkpoint.
     weights = fit.network.state_dict()
-    # These are the raw weights, if *weights* are averages.
+    # If `weights` are averages, these are the raw weights.
     learning = {} if fit.learning is None else fit.learning.state_dict()
     checked = tree_leaves({"weights": weights, "learning": learning, "resume": resume})
     if not all(bool(value.isfinite().all()) for value in checked if isinstance(value, Tensor)):
@@ -215,8 +222,8 @@ def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Che
             "optimizer.clip_norm"
         )
 
+    # With several classes per image and no decision: the thresholds of the last finished epoch.
     decision = fit.decision
-    # With the thresholds of the last finished epoch
     if decision is None and setup.activation == "sigmoid":
         thresholds: tuple[float, ...] = (DEFAULT_THRESHOLD,) * len(setup.labels)
         metrics = fit.position.history[-1].metrics if fit.position.history else None
@@ -342,7 +349,7 @@ def read_resumed(last: Checkpoint, source: Path) -> Resumed:
         raise CheckpointError(f"{source}: resume.{min(unknown)}: unknown key{advice}")
 
     with state_errors(last, source):
-        # The raw ones; those of the checkpoint may be averages
+        # These are the raw weights; those of the checkpoint may be averages.
         if not is_state_dict(state.get("weights")):
             raise ValueError  # which becomes a `CheckpointError`
         report = last.training.get("start")
@@ -368,11 +375,11 @@ def state_errors(last: Checkpoint, source: Path) -> Iterator[None]:
 def has_same_images(
     last: Checkpoint, source: Path, images: LabeledImages, file_hashes: NDArray[np.int64]
 ) -> bool:
-    """Check that *images*, whose files have the *file_hashes* (N,), are the training images of *last*.
+    """Tell whether *images*, whose files have the *file_hashes* (N,), are the training images of *last*.
 
-    A run with out-of-fold predictions has recorded order and labels, others only which files
-    they are. What is unknown is not compared: hashes that are empty, and what older runs do not
-    record. Raises `CheckpointError` if the record is damaged.
+    A run with out-of-fold predictions has recorded the files in their order, and the labels;
+    other runs only which files they are. What is unknown is not compared: hashes that are empty,
+    and what older runs do not record. Raises `CheckpointError` if the record is damaged.
     """
     with state_errors(last, source):
         arrays = (last.resume or {}).get("procedure", {})
@@ -390,7 +397,7 @@ def has_same_images(
 
 
 def numbered_folder(name: str, strategy: Strategy, *, resume: bool) -> Path:
-    """Choose `runs/<name>-<number>`: the newest one to *resume*, if there is one, otherwise the next one."""
+    """Choose `runs/<name>-<number>`: with *resume* the newest one, if there is one, otherwise the next one."""
     number = 0
     if strategy.rank == 0:  # the sum below passes its choice to the other processes
         pattern = re.compile(rf"{re.escape(name)}-([1-9][0-9]*)")
@@ -414,7 +421,7 @@ class RunFolder:
         self.history = path / "history.csv"
         self.saved_at = time.monotonic()
         self._lock: Lock | None = None
-        # Removes the folders that `lock` created, if they are empty
+        # When it is closed, the folders that `lock` created are removed, if they are empty.
         self._created = ExitStack()
 
     def lock(self, *, is_resumed: bool = False) -> None:

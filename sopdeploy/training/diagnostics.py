@@ -4,6 +4,8 @@ Diagnostics never influence training: they use eval mode, fixed held-out images,
 numbers.
 
 The field names of the classes here are keys in checkpoints and columns of `history.csv`.
+
+Letters: N images, C classes.
 """
 
 import csv
@@ -26,7 +28,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.photos.photo import PreprocessedDataset
 
 MAX_IMAGES = 512
-# Those that a network has
+# in the order of the columns; each network has some of them
 HELD_OUT_METRICS = (
     "loss",
     "top1",
@@ -145,7 +147,7 @@ def diagnose(
     *,
     mirror: bool = False,
 ) -> Diagnostics:
-    """Compute the diagnostics of *model* on `MAX_IMAGES` of *held_out*, in every epoch the same.
+    """Compute the diagnostics of *model* on at most `MAX_IMAGES` of *held_out*, in every epoch the same.
 
     With *mirror*, the logits are means over an image and its mirror image.
     """
@@ -162,7 +164,7 @@ def diagnose(
     logits = network.split(joined)  # by head
 
     labels = held_out.images.labels
-    # These images have no metric, while all images have one.
+    # If none of these images shows a class, they have no metric, though all held-out images may.
     if targets.ndim == 2 and not targets.any():
         logits = {}
     right = ""  # a character per image, if each has one class

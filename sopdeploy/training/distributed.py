@@ -86,7 +86,7 @@ class Strategy(ProcessGroup):
             return list(tensors)
 
         counts = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int())
-        # Indices of the parameters that any process passes
+        # The parameters for which any process passes a tensor.
         passed = counts.nonzero().flatten().tolist()
         sums: list[Tensor | None] = [None] * len(parameters)
         if not passed:
@@ -103,7 +103,7 @@ class Strategy(ProcessGroup):
 
         parts = torch.split(flat, [tensor.numel() for tensor in summands])
         for index, part in zip(passed, parts, strict=True):
-            # With the memory layout of the parameter
+            # The sum gets the memory layout of the parameter.
             like_parameter = torch.empty_like(parameters[index])
             sums[index] = like_parameter.copy_(part.view_as(like_parameter))
         return sums
@@ -180,6 +180,7 @@ def handle_signals(processes: ProcessGroup) -> Iterator[SignalState]:
     processes that take too long. Outside the main thread, where Python delivers no signals, no
     handlers are installed.
     """
+    # Python delivers signals to the main thread only.
     state = SignalState(processes)
     if threading.current_thread() is not threading.main_thread():
         yield state

@@ -6,7 +6,7 @@
    rule of `sopdeploy compare`. The fine-tuned network is kept only if it is better.
 
 Until the comparison, `best.pt` has the frozen network. `last.pt` has both. Letters: N images, K
-classes.
+classes, D length of the network's own vector.
 """
 
 from collections.abc import Mapping

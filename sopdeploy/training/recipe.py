@@ -60,8 +60,8 @@ class HeadOptions(StrictModel):
         group_copies: Whether near-duplicates share a fold; exact duplicates and given groups always do.
         head: What the classifier reads: the network's own vector, and the roots of the covariances of its
             last two feature maps; or the vector alone.
-        margins: Whether a class of fewer than five images beside classes that have five must exceed these by
-            a margin, so that it takes few of their images, and is found less often; `train --from` sets it.
+        margins: Whether a class of fewer than five images must exceed classes that have five by a margin. It
+            then takes fewer of their images, and is found less often. `train --from` sets it.
     """
 
     folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 10
@@ -108,10 +108,15 @@ class StartWeights(StrictModel):
 class StartConfig(StartWeights):
     """The weights to start from, and which parameters are trained.
 
-    `learn =
-    "branches"` freezes everything but the branches, including batch norm statistics, and
-    "classifier" everything but the classifier. With "last_stages", the second half of the
-    stages and what follows it learn; batch norms keep their statistics, except in branches.
+    `learn` names what is trained:
+
+    - "all": everything,
+    - "branches": the training-only parts, such as branches; batch norms elsewhere keep their
+      statistics,
+    - "classifier": the same parts, and the classifier,
+    - "last_stages": the second half of the stages and what follows it; batch norms keep their
+      statistics, except in training-only parts.
+
     `head_factor` multiplies the learning rate of the classifier.
 
     `classifier_epochs` of the run are a first phase that trains what "classifier" trains, at
@@ -204,7 +209,10 @@ class Recipe(SharedSettings, LoopSettings):
         )
 
     def check_effect(self, given: Sequence[str], *, holds_out: bool = True) -> None:
-        """Raise `ConfigError` for *given* keys without effect; *holds_out*: the run chooses its images."""
+        """Raise `ConfigError` for *given* keys without effect.
+
+        *holds_out* tells whether the run chooses held-out images, because the data have none.
+        """
         if ignored := [key for key in given if not self.reads(key)]:
             raise ConfigError(
                 f"{', '.join(ignored)}: without effect in the procedure {self.procedure.kind}; remove them, "
@@ -252,7 +260,10 @@ class Recipe(SharedSettings, LoopSettings):
         return self.start.model_copy(update={"learn": "classifier"})
 
     def learning_rate(self, time: float, factor: float = 1.0) -> float:
-        """Compute the learning rate after *time* epochs of a group with this *factor*."""
+        """Compute the learning rate after *time* epochs of a group of parameters with this *factor*.
+
+        In the first phase, only the classifier learns, with a rate that has its own setting.
+        """
         if self.start is not None and time < self.first_phase:
             rate = self.start.classifier_lr
             return self.optimizer.lr * self.start.head_factor if rate is None else rate
@@ -343,7 +354,7 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
     if not isinstance(table, dict):
         return
     sides: list[Any] = [table.get("crop"), before.get("resize"), before.get("crop")]
-    # Else the validation names it
+    # A side of another type is left to the validation, which names it.
     if all(isinstance(side, int) and side > 0 for side in sides):
         table["resize"] = Preprocess.scaled_resize(*sides)
 
@@ -369,7 +380,7 @@ def _drop_foreign_options(values: FieldValues, changed: Mapping[str, Any]) -> No
             config = _find_config(name, chosen)
             options = table
 
-        # None: the validation names the unknown kind
+        # Without a config, the kind is unknown; the validation names it.
         if isinstance(options, dict) and config is not None:
             for key in options.keys() - config.model_fields.keys():
                 del options[key]
@@ -433,7 +444,7 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
 
 
 def suggest_keys(name: str, cutoff: float = 0.6) -> list[str]:
-    """List the keys that *name* may mean: those that are or end so, or else the one most alike."""
+    """List the keys that *name* may mean: those equal to it or ending with it, or else the closest one."""
     # The keys of all kinds of optimizers, data sources and others.
     known = sorted(set(_list_keys(Recipe)))
     same_name = [key for key in known if key == name or key.endswith(f".{name}")]
@@ -474,15 +485,15 @@ def has_key(config: type[pydantic.BaseModel], key: Sequence[str]) -> bool:
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested tables, such as those of a recipe, with dotted keys.
+    """Yield the values of nested tables, such as those of a recipe, with dotted keys behind *prefix*.
 
     An empty table is a value if the recipe may omit it.
     """
     for key, value in table.items():
-        # Tables in tables are never optional
+        # Only a table of the recipe itself can be optional, not one in a table.
         field = None if prefix else Recipe.model_fields.get(key)
         is_optional = field is not None and field.default is None
-        # Like None: an empty table, such as `ema`, selects its defaults
+        # An empty table, such as `ema`, is a value as None is: it selects the defaults.
         is_value = is_optional and not value
 
         if isinstance(value, Mapping) and not is_value:

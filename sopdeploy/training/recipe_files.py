@@ -131,7 +131,7 @@ def set_value(values: FieldValues, key: str, value: Any) -> None:
     *tables, last = key.split(".")
     table = values
     for name in tables:
-        # Such as an average, a teacher or start weights that a recipe omits
+        # A recipe may omit a table, such as `ema`, `teacher` or `start`.
         if table.get(name) is None:
             table[name] = {}
         table = table[name]
@@ -151,7 +151,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{override}: write key=value, for example optimizer.lr=0.05")
 
-    if text == "null":  # which TOML has not
+    if text == "null":  # TOML has no null
         return key, None
     try:
         parsed = parse_toml(f"value = {text}")

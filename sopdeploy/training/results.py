@@ -264,8 +264,8 @@ class FewShotResult(StrictModel):
         num_selected: Images that a server kept because its network was not sure of them; the network learns
             them, but they count neither for the score nor for the threshold.
         num_doubted: Training images whose label is probably wrong (`evaluation.label_doubts`).
-        without_doubted: The cross-validated accuracy if these labels are wrong: of the network that learned
-            them, and of one that did not, the lower first. None without any.
+        without_doubted: The cross-validated accuracy on the other images, the lower of two first: of classifiers
+            that learned the doubted labels, and of others that did not. None without doubted labels.
         head: The network, and the statistics that its classifier reads.
         temperature: What the scores of the classifier are divided by; the network contains it.
         strength: In results of earlier versions, scikit-learn's C of a logistic regression.
@@ -451,7 +451,7 @@ class FewShotResult(StrictModel):
         counts = self.class_counts
         text = ", ".join(f"{label} {count}" for label, count in counts.items())
         if self.is_uneven:
-            # The smallest may have no images
+            # The smallest class may have no images, and counts as one.
             ratio = max(counts.values()) / max(1, min(counts.values()))
             text += f"; the largest is {ratio:.1f} times the smallest, and the logits are corrected for it"
 
@@ -470,7 +470,7 @@ class FewShotResult(StrictModel):
 
 
 def describe_gains(result: LoopResult | FewShotResult) -> Iterator[str]:
-    """Yield a line for each class of which more photographs would help most, the first ten."""
+    """Yield a line for each of the classes of which more photographs would help, at most ten."""
     gains = result.gains if isinstance(result, FewShotResult) else ()
     for number, gain in enumerate(gains[:10]):
         yield f"{'and' if number else 'more photographs would help:'} {gain.describe()}"
@@ -486,6 +486,7 @@ class PageTexts(NamedTuple):
 
 def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
     """Build the texts of the page; for a training loop, they say why scores are too high."""
+    # The key figure: the score, with its interval if it has one.
     score = result.score
     shown = "no estimate"
     if isinstance(score, float):

@@ -50,7 +50,7 @@ class Cosine(StrictModel):
         """Compute the factor on the base learning rate after *time* of *epochs* epochs."""
         if time < self.warmup_epochs:
             return time / self.warmup_epochs
-        # 0 or less if the warm-up is as long as the run
+        # The time after the warm-up; 0 or less if the warm-up is as long as the run.
         remaining = epochs - self.warmup_epochs
         progress = min(1.0, (time - self.warmup_epochs) / remaining) if remaining > 0 else 1.0
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2

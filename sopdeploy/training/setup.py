@@ -125,8 +125,9 @@ def set_up_run(
 ) -> Setup:
     """Open the data and the network of a new run, or of the run of *last* in *folder*; writes no file.
 
-    Raises `ConfigError` if the recipe changed, `DataError` if the data cannot be used or
-    changed, and `CheckpointError` if *last* has no valid state to resume from.
+    *given* is what the caller knows already; *callback* receives warnings. Raises `ConfigError`
+    if the recipe changed, `DataError` if the data cannot be used or changed, and
+    `CheckpointError` if *last* has no valid state to resume from.
     """
     strategy = folder.strategy
     recorded = None if last is None else read_recorded_recipe(last, folder.last)
@@ -137,6 +138,7 @@ def set_up_run(
     for note in opened.notes:
         callback.on_warning(note)
 
+    # The procedure, the images that train and those that are held out.
     selected, reason = select_procedure(
         recipe, len(opened.train), None if recorded is None else recorded.procedure
     )
@@ -148,6 +150,7 @@ def set_up_run(
     if isinstance(selected.procedure, LoopConfig):
         check_batch_size(selected, len(division.data.train), strategy.world)
 
+    # The network, a new one or that of the resumed run.
     if last is None or recorded is None:
         setup = new_setup(selected, division, strategy, given.weights)
         if parts := setup.random_frozen_parts():
@@ -159,7 +162,7 @@ def set_up_run(
         setup = _resume_setup(selected, recorded, division, folder, last)
     check_same_step(setup, folder)
 
-    # Only the first process writes the origin
+    # The formats of the images; only the first process writes them, so it alone counts.
     formats = Counter[str]()
     if strategy.rank == 0:
         formats = count_formats(setup.data.train) + count_formats(setup.data.held_out)
@@ -196,7 +199,7 @@ def new_setup(
 def _resume_setup(
     recipe: Recipe, recorded: Recipe, division: Division, folder: RunFolder, last: Checkpoint
 ) -> Setup:
-    """Rebuild the network of *last*, whose recipe is *recorded*, for an equal recipe and equal images."""
+    """Rebuild the network of *last*, whose recipe is *recorded*; *recipe* and images must be the same."""
     source = folder.last
     images = division.data.train
     recipe = complete_preprocess(recipe, last.preprocess)
@@ -247,15 +250,21 @@ def select_procedure(
 ) -> Selected:
     """Select the procedure of *recipe* for *num_images* training images.
 
-    "auto" selects the *recorded* procedure of a resumed run. In a new run, it selects
-    `few_shot` for up to `FEW_IMAGES` training images if the network has start weights and a
-    head for it, and torchrun did not start the run, and else the training loop. Raises
-    `ConfigError` if `few_shot` or `fine_tune` has no head for the network.
+    "auto" selects the *recorded* procedure of a resumed run. In a new run, it selects `few_shot`
+    if all of these hold, otherwise the training loop:
+
+    - the network has start weights,
+    - there is a head for it,
+    - there are at most `FEW_IMAGES` training images,
+    - torchrun did not start the run.
+
+    Raises `ConfigError` for `few_shot` and `fine_tune` if there is no head for the network, or
+    if torchrun started the run.
     """
     config: AnyProcedureConfig = LoopConfig()
     reason = ""
 
-    # The set procedure, that of the resumed run, or one by the number of images.
+    # The procedure that the recipe names, that of the resumed run, or a choice.
     if not isinstance(recipe.procedure, AutoConfig):
         config = recipe.procedure
     elif recorded is not None:
@@ -300,9 +309,9 @@ def divide_images(
 ) -> Division:
     """Hold out images of *opened* if the procedure of *recipe* needs them and the source has none.
 
-    A new run chooses them; the run of *last* has recorded its choice, or repeats it for more
-    than `MAX_HASHED` images. The first process decides for all, and alone reads the files, each
-    once.
+    A new run chooses them. The run of *last* has recorded its choice; for more than `MAX_HASHED`
+    images, it chooses again, with the same result. The first process decides for all, and alone
+    reads the files, each once.
     """
     images = opened.train
     config = recipe.data
@@ -329,7 +338,7 @@ def divide_images(
             choice = choose_held_out(images, groups, config.hold_out, config.hold_out_seed)
         record = record_choice(choice, hashes)
 
-    # The other processes add zeros
+    # The other processes add zeros to the choice of the first one.
     choice = strategy.all_reduce(torch.from_numpy(choice)).numpy()
     of_training_files = hashes[choice == NONE] if len(hashes) else hashes
     return Division(divide(opened, choice), of_training_files, record)
@@ -372,8 +381,9 @@ def _check_data(
                 f"{names}: without effect where images have several classes; remove it"
             )
 
-    # Without hashes, `fit_new` warns as soon as it has read the files; a loop does not read
-    # them before. An image that the run itself holds out has its copies on its side.
+    # Without hashes, the few-shot procedure warns later, when it has read the files; a loop of
+    # more than `MAX_HASHED` images does not warn. Images that the run itself holds out are not
+    # compared: their copies are held out, too.
     if len(file_hashes):
         warn_of_equal_files(data.train, opened.held_out, file_hashes, callback)
 
@@ -412,7 +422,7 @@ def warn_of_equal_files(
 
 
 def check_count(images: LabeledImages) -> None:
-    """Raise `DataError` unless there are two training images."""
+    """Raise `DataError` unless there are at least two training images."""
     if len(images) < 2:
         raise DataError("there is only one training image; add another, a step needs two")
 
@@ -420,8 +430,8 @@ def check_count(images: LabeledImages) -> None:
 def check_same_step(setup: Setup, folder: RunFolder) -> None:
     """Raise `ConfigError`, in at least one process, if the processes would resume from different steps."""
     position = torch.tensor([setup.position.epoch, setup.position.step])
-    # If positions differ, at least one differs from their mean; its multiple is then not the
-    # sum of all.
+    # If positions differ, at least one differs from their mean. The multiple of this one by the
+    # number of processes is not the sum of all.
     if not torch.equal(setup.strategy.all_reduce(position), position * setup.strategy.world):
         raise ConfigError(
             f"{folder.path}: the processes find different checkpoints; use a disk that all machines share"

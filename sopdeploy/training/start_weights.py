@@ -96,15 +96,16 @@ def read_start_weights(
         )
 
     weights = _read_weights_file(recipe, source) if strategy.rank == 0 else None
-    # The others wait until the first process has filled the cache
+    # This sum lets the others wait until the first process has filled the cache.
     strategy.all_reduce(torch.zeros(1))
     return _read_weights_file(recipe, source) if weights is None else weights
 
 
 def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str]:
-    """Find or fetch the ImageNet weights of the network of *recipe*, as `fetch_imagenet_weights` does.
+    """Find or fetch the ImageNet weights of the network of *recipe*, with the errors of the importer.
 
-    Returns the file, and the catalog name under which the importers read it.
+    Returns the file, and the catalog name under which the importers read it. Without *download*,
+    it only asks whether a missing file can be fetched.
     """
     from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
 
@@ -116,7 +117,7 @@ def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str
 
 def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeights:
     """Read the file of `start.weights`, or *source*, which was opened before."""
-    # `head:resnet50` reads the file of `resnet50`
+    # `head:resnet50` reads the file of `resnet50`.
     model = recipe.model.name.removeprefix("head:")
 
     weights = recipe.start.weights if recipe.start is not None else None
@@ -204,7 +205,7 @@ def load_start_weights(
 
     # What of the network keeps its random weights, and what may keep them without an error.
     has_other_classes = weights.labels is not None and weights.labels != labels
-    # Even if their shapes fit
+    # They are not loaded even if their shapes fit.
     not_loaded = [*classifiers, *branch_classifiers] if has_other_classes else []
     training_only = (*model.training_only, *weights.training_only)
     may_be_new = (*not_loaded, *training_only, *classifiers)
@@ -246,13 +247,12 @@ def _match_tensors(
     tensor that fits.
     """
     own = model.state_dict()
-    # `classifier` of `classifier.6`; "" of `fc`
+    # The module around the classifier: `classifier` of `classifier.6`, "" of `fc`. It may contain
+    # the backbone, to which the first tensor belongs.
     container = classifier_name(model).rpartition(".")[0]
-
-    # The first tensor belongs to the backbone
     contains_backbone = is_in(next(iter(own)), container)
 
-    # Each one is loaded, in a new part, a counter, or an error
+    # Each tensor is loaded, in a new part, a counter that files may lack, or an error.
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
     for name, tensor in own.items():
@@ -268,7 +268,7 @@ def _match_tensors(
             if not name.endswith(COUNTER):  # a file may lack counters of batches
                 raise _misfit_error(weights, f"{name} is missing")
         elif is_in(name, container) and not contains_backbone:
-            # Another pooling gives this layer an input of another length
+            # Another pooling gives this layer an input of another length.
             new.add(name.rpartition(".")[0])
         else:
             raise _misfit_error(
@@ -307,7 +307,7 @@ def create_initial_model(
     start = None if weights is None else load_start_weights(weights, model, labels)
     preprocess = Preprocess() if weights is None else weights.preprocess
     side = model.fixed_size if isinstance(model, TimmBackbone) else None
-    if side is not None and side != preprocess.crop:  # the network has the size of the weights
+    if side is not None and side != preprocess.crop:  # images have the size of the network
         resize = Preprocess.scaled_resize(side, preprocess.resize, preprocess.crop)
         preprocess = preprocess.model_copy(update={"crop": side, "resize": resize})
 
@@ -317,8 +317,9 @@ def create_initial_model(
 def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]) -> Classifier:
     """Create the model of *recipe*, whose random weights depend on the seed alone.
 
-    Position embeddings of a network of timm are for the set `preprocess.crop`, or else for the
-    size of *tensors*, start weights.
+    A network of timm with position embeddings is for images of one size. Its config may set it
+    (`image_size`); otherwise, it is the `preprocess.crop` that the recipe sets, or else the size
+    of *tensors*, the start weights.
     """
     name = recipe.model.name
     config = recipe.model.config
@@ -341,7 +342,10 @@ def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]
 
 
 def classifier_name(model: Classifier) -> str:
-    """Return the name of the last linear layer of the deployed network; some classify by a convolution."""
+    """Return the name of the last linear layer of the deployed network.
+
+    A network without one classifies by a convolution: its last layer with weights.
+    """
     exported = [
         (name, module)
         for name, module in model.named_modules()

@@ -91,9 +91,9 @@ def train_run(
     """Train *recipe* and write the run to *out_dir*.
 
     *resume* continues from `last.pt` in *out_dir*; "auto" does so if there is one. *callback*
-    is used in the first process only. If a new run of one process meets a damaged image, or
-    one that is gone, it begins again without all of these (`leave_out_unreadable`). *strategy* defaults to the
-    processes that torchrun started.
+    is used in the first process only. If a new run of one process meets a damaged or missing
+    image, it begins again without all such images (`leave_out_unreadable`). *strategy*
+    defaults to the processes that torchrun started. *given* is what the caller knows already.
 
     Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a value is not
     finite, `TrainingStoppedError` after Ctrl-C or SIGTERM.
@@ -112,7 +112,7 @@ def train_run(
         if last is None:  # before minutes of work, so that others take the next number
             folder.lock()
 
-        # Both attempts have one list of files, in which those that vanish are missed.
+        # Both attempts use one list of files, so that a file that vanishes is noticed.
         images = given.images or open_images(recipe)
         given = given._replace(images=images)
         setup = set_up_run(recipe, folder, last, callback, given)

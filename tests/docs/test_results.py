@@ -91,8 +91,8 @@ FROM_CODE: list[
         "{:.0f} points with 100 images, {:.1f} with 1,000",
         *(LEVEL_ERROR / count**0.5 for count in (100, 1000)),
     ),
-    ("below {:.0f} %, `train` warns", PERCENT * decision_fit.FEW),
-    ("warns if it is less than {:.0f} %", PERCENT * decision_fit.FEW),
+    ("below {:.0f} %, `train` warns", PERCENT * decision_fit.MIN_RECOGNIZED),
+    ("warns if it is less than {:.0f} %", PERCENT * decision_fit.MIN_RECOGNIZED),
     ("stays in use for {:.0f} s", memory_budget.ROOM_SECONDS),
     (
         "three times the size of its `model.onnx` and {:.0f} MB",

@@ -64,7 +64,7 @@ class ReducedPooling(GlobalPooling):
         super().__init__()
         self.channels = min(channels, width)
 
-        # Missing if nothing is reduced: `reduce` runs the children that exist
+        # If nothing is reduced, there is no such child: `reduce` runs those that exist.
         self.layer_reduce: nn.Module
         if self.channels < channels and linear:
             self.layer_reduce = nn.Conv2d(channels, self.channels, 1, bias=False)
@@ -96,7 +96,7 @@ def unit_length(values: Tensor, dim: int) -> Tensor:
     ONNX Runtime does on the CPU.
     """
     length = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
-    # 1e-12 would be 0 in float16
+    # In float16, 1e-12 would be 0.
     smallest = max(SMALLEST_LENGTH, torch.finfo(values.dtype).tiny)
     return values / length.clamp_min(smallest)
 

@@ -48,7 +48,7 @@ def root_of_eigenvalues(lambda_BC: Tensor) -> tuple[Tensor, Tensor]:
     smallest_B1 = (lambda_BC[:, -1:] * rounding).clamp_min(torch.finfo(torch.float32).tiny)
     positive_BC = lambda_BC > smallest_B1
 
-    # 1 avoids a division by 0; its results are replaced below
+    # Where an eigenvalue counts as 0, 1 avoids a division by 0; the results are replaced below.
     base_BC = lambda_BC.where(positive_BC, 1.0)
     slope_BC = 0.5 * base_BC.pow(-0.5)
     return base_BC.pow(0.5).where(positive_BC, 0.0), slope_BC.where(positive_BC, 0.0)
@@ -101,9 +101,9 @@ def _divided_differences(lambda_BC: Tensor, function: EigenvalueFunction) -> Ten
     rise_BCC = value_BC[:, :, None] - value_BC[:, None, :]
     mean_slope_BCC = 0.5 * (slope_BC[:, :, None] + slope_BC[:, None, :])
 
-    # The last one is the largest
+    # The last eigenvalue is the largest one.
     close_BCC = gap_BCC.abs() <= TOO_CLOSE * lambda_BC[:, -1:, None]
-    # 1 avoids a division by 0; its results are not used
+    # Where they are close, 1 avoids a division by 0; the results are not used.
     divisor_BCC = gap_BCC.masked_fill(close_BCC, 1.0)
 
     return torch.where(close_BCC, mean_slope_BCC, rise_BCC / divisor_BCC)

@@ -36,8 +36,8 @@ _PACKAGES = ("sopdeploy", "torch", "pillow", "pillow-heif", "timm")
 class FeatureCache:
     """Entries by photograph for one network, in `features_folder`.
 
-    The entries that this run did not use for the longest time are deleted when all exceed
-    *limit* bytes.
+    When the entries exceed *limit* bytes, the least recently used ones are deleted, but none that
+    this run has used.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class FeatureCache:
         self.folder = features_folder()
         self.limit = limit
         self.used: set[str] = set()  # names of the entries of this run
-        # Modules of other packages have no version in `identity`: entries are neither read nor
-        # written.
+        # `identity` has no version of other packages, so the entries of a network with modules of
+        # these are neither read nor written.
         classes = {base for module in network.modules() for base in type(module).__mro__[:-1]}
         packages = {base.__module__.split(".")[0] for base in classes}
         self.is_stale = not packages <= {*_PACKAGES, "torchvision", "abc"}

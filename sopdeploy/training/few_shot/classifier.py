@@ -86,12 +86,18 @@ class Targets:
         return np.log(counts_K + 0.5) - np.log(len(self.classes) - counts_K + 0.5)
 
     def folds(self, keys: Sequence[str], at_most: int, seed: int) -> Indices:
-        """Assign each image to a fold (N,); the folds have equal shares of each class.
+        """Assign each image to a fold (N,).
 
-        Images with equal *keys* are a group and share a fold. There are *at_most* folds, and no
-        more than groups, or than groups of any class that has at least `MIN_FOLDS`: with more,
-        some heads would lack images of the class and be biased against it. Raises `DataError`
-        if all keys are equal.
+        Images with equal *keys* are a group, and a group stays in one fold. The folds have equal
+        shares of each stratum if some stratum has a group for every fold, otherwise equal sizes.
+        Their number is the smallest of these:
+
+        - *at_most*,
+        - the number of groups,
+        - the number of groups of any stratum that has `MIN_FOLDS` or more. With more folds, some
+          heads would lack images of the class and be biased against it.
+
+        Empty folds are left out. Raises `DataError` if all keys are equal.
         """
         _, groups_N = np.unique(keys, return_inverse=True)  # each key as a number from 0
         num_groups = int(groups_N.max()) + 1
@@ -99,14 +105,14 @@ class Targets:
             raise DataError(
                 "all training images are copies of one photograph; cross-validation needs different images"
             )
-        # Each pair once
+
+        # How many groups each stratum has: each pair of both counts once.
         groups_of_strata = np.unique(np.stack([self.strata, groups_N]), axis=1)
         _, stratum_sizes = np.unique(groups_of_strata[0], return_counts=True)
         num_folds = min(
             at_most, num_groups, *stratum_sizes[stratum_sizes >= MIN_FOLDS].tolist()
         )
-        # If no stratum has an image for every fold, only the sizes of the folds are balanced:
-        # one stratum.
+        # Without a stratum that has a group for every fold, all images count as one stratum.
         strata = self.strata if stratum_sizes.max() >= num_folds else np.zeros_like(self.strata)
         folds_N = spread_groups(groups_N, strata, num_folds, seed)
         return np.unique(folds_N, return_inverse=True)[1]  # renumbered, without empty folds
@@ -119,13 +125,13 @@ def spread_groups(
 
     This is the algorithm of scikit-learn's `StratifiedGroupKFold`, whose import takes two
     seconds: groups in random order, the most uneven ones first, each into the fold that spreads
-    the strata best.
+    the strata best. Letters: G groups, S strata, F folds.
     """
     num_groups = int(groups_N.max()) + 1
     _, stratum_N, sizes_S = np.unique(strata_N, return_inverse=True, return_counts=True)
     images_GS = np.zeros((num_groups, len(sizes_S)))  # number by group and stratum
     np.add.at(images_GS, (groups_N, stratum_N), 1)
-    # NumPy's limit for seeds
+    # NumPy's seeds are below 2**32.
     shuffled_G = np.random.RandomState(seed % 2**32).permutation(num_groups)
     fold_G = np.zeros(num_groups, np.intp)
     images_FS = np.zeros((num_folds, len(sizes_S)))  # number by fold and stratum, so far
@@ -174,12 +180,12 @@ class Discriminant(NamedTuple):
     other_numbers: Array
 
     def bias(self, excess: float) -> Array:
-        """Compute the bias (K,), from squared norms of class means that are as for many photographs.
+        """Compute the bias (K,) from the squared norms of the class means, corrected for few photographs.
 
-        The squared norm of an estimated mean is larger than that of the true one by *excess* /
-        n on average, so that a class of few photographs would be chosen too rarely. As the
-        corrected norm is uncertain for few, with one class per image that of all classes counts
-        as `COMMON` photographs of each class.
+        The squared norm of the mean of n photographs exceeds that of the true mean by *excess* / n
+        on average, so that a class of few photographs would be chosen too rarely. The corrected
+        norm of few photographs is uncertain. With one class per image, it is therefore averaged
+        with the norm of all classes, which counts as `COMMON` photographs.
         """
         present_K = self.numbers > 0
         counted_K = np.maximum(self.numbers, 1e-12)
@@ -193,8 +199,9 @@ class Discriminant(NamedTuple):
             common = (shares_K * norms_K).sum() / max(shares_K.sum(), 1e-12)
             norms_K = shares_K * norms_K + (1 - shares_K) * common
         bias_K = -self.others - norms_K / 2
-        # A class without images is never the largest: the mean of the others is at least their
-        # lowest bias.
+        # The score of a class without images is this bias, and never the largest: with one class
+        # per image, the weights of the others sum to 0, so the mean of their scores is the mean of
+        # their biases, and not below the lowest one.
         bias_K[~present_K] = bias_K[present_K].min(initial=0.0) - np.log1p(self.numbers.sum())
         return bias_K
 
@@ -202,7 +209,7 @@ class Discriminant(NamedTuple):
 class Moments(NamedTuple):
     """Sums over inputs with a 1 at the end: `products` (R + 1, R + 1), and `sums` (K, R + 1) by class.
 
-    `squares` (K,) are the sums of the squared numbers of images of each class in a group.
+    `squares` (K,) are sums over the groups: of the squared number of images of the class in it.
     """
 
     products: Array
@@ -247,14 +254,15 @@ class Moments(NamedTuple):
             present = (counts_K > 0) & (counts_K < count)
             others_KR = (total_R - sums_KR) / np.maximum(count - counts_K1, 1)
             scatter_RR = total_RR
-        # With one image per class, nothing is known of the scatter within classes.
+        # The shrunk covariance. With one image per class, nothing is known of the scatter within
+        # classes, whose trace is then 0.
         trace = max(np.trace(scatter_RR), 1e-6 * np.trace(total_RR)) or 1.0
         shrunk_RR = (1 - SHRINKAGE) * scatter_RR + SHRINKAGE * trace / len(mean_R) * np.eye(
             len(mean_R)
         )
         differences_KR = np.where(present[:, None], means_KR - others_KR, 0)
         weight = count * solve(shrunk_RR, differences_KR.T, assume_a="pos").T
-        # Without the scatter between presence and absence (Sherman, Morrison)
+        # Remove the scatter between presence and absence (Sherman, Morrison).
         if activation == "sigmoid":
             shares_K = counts_K * (count - counts_K) / max(1, count) ** 2
             between_K = (1 - SHRINKAGE) * shares_K * (weight * differences_KR).sum(axis=1)
@@ -298,10 +306,11 @@ class OutOfFold(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """What makes logits of the scores of a head: `excess` and `margins` correct its biases.
+    """What turns the scores of a head into logits.
 
-    By the `margins` (K,), 0 for most classes, a class of few photographs must exceed the
-    others. The `temperature` divides.
+    `excess` and `margins` correct the biases, then `temperature` divides the scores. A class of
+    few photographs must exceed the others by its entry of `margins` (K,), which is 0 for most
+    classes.
     """
 
     temperature: float
@@ -322,7 +331,9 @@ class Scaling(NamedTuple):
         wrong = 1 / (len(targets.classes) + 2)
         excess = estimate_excess(validations, classes_NK > 0)
         scores_VNK = np.stack([one.scores(excess) for one in validations])
-        margins: Array | float = 0.0  # with them, the temperature would be too high
+        margins: Array | float = 0.0  # not part of the loss: the temperature would be too high
+
+        # Smoothed targets, and the weight of each image in the loss.
         weights_VNK = np.ones((1, 1, 1))
         if targets.activation == "softmax":
             smooth_NK = classes_NK * (1 - wrong) + (1 - classes_NK) * wrong / max(
@@ -335,6 +346,7 @@ class Scaling(NamedTuple):
                 margins = estimate_margins(validations, scores_VNK, targets)
         else:
             smooth_NK = classes_NK * (1 - 2 * wrong) + wrong
+        # The temperature, searched in units of the deviation of the scores.
         unit = float(scores_VNK.std()) or 1.0
 
         def loss(log_scale: float) -> float:
@@ -353,23 +365,30 @@ class Scaling(NamedTuple):
 def estimate_excess(validations: Sequence[OutOfFold], is_shown_NK: NDArray[np.bool_]) -> float:
     """Estimate what the noise of one photograph adds to the squared norm of the mean of its class.
 
-    It is how much closer the mean of a class is to itself than held-out images of the class
-    are, by its own weights, times the photographs in the mean; 1 / K of it is also in the mean
-    of all class means. With several classes per image, the images that do not show a class have
-    a mean, too.
+    The weights of a class fit the noise of its mean. By these weights, the mean of n photographs
+    therefore exceeds held-out images of the class: on average by the result, divided by n. The
+    result is the sum of these surpluses, over all heads and held-out images, divided by the sum
+    of 1 / n. *is_shown_NK* tells which classes an image shows.
+
+    With one class per image, the surplus is 1 - 1 / K times as large, because the mean of all
+    class means, with which a class is compared, has 1 / K of the noise, too. With several classes
+    per image, the mean of the images that do not show a class adds a surplus of its own.
     """
     surplus = expected = 0.0
     for one in validations:
         for index, head in enumerate(one.heads):
             products_nK = one.products[one.folds == index]
             shown_nK = is_shown_NK[one.folds == index]
-            # One class per image
             present_K = head.numbers > 0
-            is_single_K = np.isinf(head.other_numbers)
+            is_single_K = np.isinf(head.other_numbers)  # one class per image
+
+            # How far the mean of a class exceeds held-out images that show it.
             of_class_K = present_K * shown_nK.sum(axis=0)
             surplus += (present_K * shown_nK * (head.own - products_nK)).sum()
             in_common_K = is_single_K / max(1, present_K.sum())
             expected += (of_class_K * (1 - in_common_K) / np.maximum(head.numbers, 1)).sum()
+
+            # How far held-out images that do not show it exceed the mean of such images.
             without_K = present_K & ~is_single_K
             surplus += (without_K * ~shown_nK * (products_nK - head.others)).sum()
             expected += (
@@ -381,21 +400,29 @@ def estimate_excess(validations: Sequence[OutOfFold], is_shown_NK: NDArray[np.bo
 def estimate_margins(
     validations: Sequence[OutOfFold], scores_VNK: Array, targets: Targets
 ) -> Array:
-    """Estimate by how much classes of fewer than `ENOUGH` photographs must exceed the others, (K,).
+    """Estimate the margins (K,), by which a class of fewer than `ENOUGH` photographs must exceed the others.
 
-    The mean of two photographs is uncertain, and would win against photographs of classes that
-    are learned. A margin is what `TAKEN` of these exceed, if the surplus of the class over the
-    right one is normally distributed as that of held-out photographs: the upper end of a
-    prediction interval, which is wide if it is known of few. So a new class costs the known
-    ones little until it has enough photographs. Where no class has enough, all margins are 0.
+    The others are learned. The score of a class of few photographs is uncertain: without a
+    margin, the class would take photographs of learned classes. With it, it takes about the share
+    `TAKEN` of them. The margin is the upper end of a prediction interval of the surplus: how far
+    the class exceeds the right one in held-out photographs that the learned classes alone get
+    right. The fewer such photographs, the wider the interval. The margin is 0 for learned
+    classes, with fewer than two such photographs, and if no class is learned.
+
+    Letters: V cross-validations, L learned classes, F the others, P predictions that count.
     """
     is_learned_K = validations[0].numbers >= ENOUGH - 1e-6
     margins_K = np.zeros(len(is_learned_K))
     if is_learned_K.all() or not is_learned_K.any():
         return margins_K
+
+    # Which predictions the learned classes alone get right, and the surplus of the others.
     of_learned_VNL = scores_VNK[..., is_learned_K]
     is_right_VN = np.flatnonzero(is_learned_K)[of_learned_VNL.argmax(axis=2)] == targets.strata
     surplus_VNF = scores_VNK[..., ~is_learned_K] - of_learned_VNL.max(axis=2, keepdims=True)
+
+    # The upper end of the interval of each class. A photograph counts once, though V
+    # cross-validations predict it.
     has_class_VNK = np.stack([one.has_class() for one in validations])
     for position, label in enumerate(np.flatnonzero(~is_learned_K)):
         is_judged_VN = is_right_VN & has_class_VNK[..., label]
@@ -426,7 +453,7 @@ class Space(NamedTuple):
         inputs = []
         for part, center in zip(parts, centers, strict=True):
             centered = part - center
-            # 0 without differences
+            # If all vectors are equal, their norm is 0, and 1 replaces it.
             norm = np.sqrt(np.square(centered).sum(axis=1).mean()) or 1.0
             scales.append(np.full(part.shape[1], 1 / norm))
             inputs.append(centered / norm)
@@ -440,11 +467,11 @@ class Space(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LinearProblem:
-    """N images with `targets`: coordinates `reduced` (N, R) of their vectors in `space`, and `own` (N, D_0).
+    """N images with `targets`, their vectors, and what is computed from them; folds (N,) count from 0.
 
-    The latter are the network's own vectors, scaled to length 1, with `weights` (N,) in the
-    class means. Images of one of the `groups` (N,) count as one photograph; by default, all are
-    different. Folds (N,) are numbered from 0.
+    `reduced` (N, R) are the coordinates of the vectors in `space`. `own` (N, D_0) are the network's
+    own vectors, scaled to length 1, with `weights` (N,) in the class means. Images of one of the
+    `groups` (N,) count as one photograph; by default, all are different.
     """
 
     space: Space
@@ -511,13 +538,12 @@ class LinearProblem:
     ) -> Array:
         """Compute out-of-fold logits (N, K) by heads that are not fitted to images with doubtful labels.
 
-        These contradict wrong labels more clearly (Northcutt et al., "Confident Learning", JAIR
+        These logits contradict wrong labels more clearly (Northcutt et al., "Confident Learning", JAIR
         2021, section 3). A label is doubtful if by *logits_NK* it is less probable than another
         class and than `IMPLAUSIBLE`.
         """
         log_probabilities_NK = log_softmax(logits_NK, axis=1)
-        # True once in each row, so that it selects N values
-        is_label_NK = self.targets.classes > 0
+        is_label_NK = self.targets.classes > 0  # once in each row, so that it selects N values
         of_label_N = log_probabilities_NK[is_label_NK]
         another_is_likelier_N = of_label_N < log_probabilities_NK.max(axis=1)
         doubted_N = another_is_likelier_N & (of_label_N < np.log(IMPLAUSIBLE))
@@ -554,9 +580,10 @@ class LinearProblem:
     def diffuse_classes(self) -> Indices:
         """Find the classes whose images resemble each other far less than those of the other classes.
 
-        Their mean cosine of two images is below `DIFFUSE` of the median class: a class of
-        anything else has 0.3 to 0.47 of it, others have 0.6 or more. None is found among fewer
-        than three large enough ones.
+        The mean cosine of two of their images is below `DIFFUSE` times that of the median class. A
+        class of anything else has 0.3 to 0.47 times the cosine of the median class, others have
+        0.6 or more. Classes of fewer than `MIN_FOLDS` images are not judged; among fewer than
+        three judged ones, none is found.
         """
         classes_NK = self.targets.classes
         counts_K = classes_NK.sum(axis=0)
@@ -622,7 +649,8 @@ def estimate_score(
 ) -> Rate | MeanPrecision:
     """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval, of independent *groups_N*.
 
-    *folds* is the number of folds of a cross-validation, or 0 for held-out images. The heads of
+    *folds* is the number of folds of a cross-validation, or 0 for held-out images; *seed* is that
+    of the bootstrap. The heads of
     a cross-validation share most of their training images, so the interval of top-1 is widened:
     Nadeau and Bengio, "Inference for the Generalization Error" (2003), section 3. Of a class
     with fewer groups than `MIN_FOLDS`, each head lacks one of few; the network, fitted to all,
@@ -630,14 +658,16 @@ def estimate_score(
     """
     if activation == "sigmoid":
         return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)
+
     right = logits_NK.argmax(axis=1) == classes_NK.argmax(axis=1)
     # The variance of a mean of J folds is s (1 / J + r), not s / J, where r = 1 / (J - 1) is
     # the ratio of test images to training images of a fold. So the factor is 1 + r J.
     variance_factor = 1 + folds / (folds - 1) if folds > 0 else 1.0
     units = effective_count(groups_N) / variance_factor
     rate = Rate.of(int(right.sum()), len(right), units)
+
+    # With G groups of a class, the network has ((G - 1) / G)^LEARNING of the errors.
     highest_share = rate.share
-    # With G groups of a class, the network has ((G - 1) / G)^LEARNING of the errors
     if folds > 0:
         num_groups_K = np.asarray(
             [len(np.unique(groups_N[of_class > 0])) for of_class in classes_NK.T]

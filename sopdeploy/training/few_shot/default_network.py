@@ -35,7 +35,10 @@ def group_by_features(images: LabeledImages, on_image: Callable[[int, int], None
 
 @torch.no_grad()
 def embed_files(paths: Sequence[Path]) -> Iterator[tuple[Path, NDArray[np.float32]]]:
-    """Yield the vector (D,) of length 1 of each image of *paths* by the default network, which is fetched."""
+    """Yield the vector (D,) of length 1 of each readable image of *paths*, by the default network.
+
+    Its weights are downloaded if they are not on this machine.
+    """
     network = _open_default_network()
     for start in range(0, len(paths), network.batch_size):
         part = paths[start : start + network.batch_size]
@@ -66,6 +69,6 @@ def _open_default_network() -> CachedNetwork:
     """Build the default network with its ImageNet weights, which are downloaded if they are not here."""
     recipe = _default_recipe()
     strategy = Strategy(select_device(recipe.device))
-    # Its classes are not used
+    # The network needs classes, which are not used.
     model, recipe, _ = create_initial_model(recipe, ("one", "other"), strategy)
     return CachedNetwork(full_head(recipe, model.to(strategy.device)), recipe)

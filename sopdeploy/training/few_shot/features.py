@@ -175,7 +175,7 @@ def build_fitted(
     has_energy = problem.targets.activation == "softmax"
     deployed = network.copy_with_head(head.model_copy(update={"cosine": has_energy}))
     pooled = deployed.pooled_head
-    # The head reads roots of covariances, after the projections of *network*
+    # If the head reads roots of covariances, it needs the projections of *network*.
     if pooled.poolings:
         pooled.poolings.load_state_dict(network.pooled_head.poolings.state_dict())
     if has_energy:
@@ -247,7 +247,8 @@ class CachedNetwork:
         size = self.batch_size
         chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
         for chosen, (loaded, entries) in zip(chunks, self._load(images, chunks), strict=True):
-            # All hashes, all own vectors, all maps of each tap
+            # From entries by image to arrays of all images: hashes, small images, own vectors, and
+            # the maps of each tap.
             outputs = zip(*entries, strict=True)
             digests, small, own_vectors, *maps = (
                 np.ascontiguousarray(np.stack(arrays)) for arrays in outputs
@@ -274,23 +275,28 @@ class CachedNetwork:
         """
         photographs = _Photographs(images, self.recipe.preprocess, self.cache, batches[0][0])
         loader = load_batches(photographs, batches, self.recipe.workers, torch.device("cpu"))
-        # Until a full batch of photographs without an entry is there
+        # Batches wait until their photographs without an entry fill batches of the network.
         waiting: list[_Loaded] = []
         for batch, (pixels, facts) in zip(batches, loader, strict=True):
             hashes, times, are_decoded = facts.numpy().T
             paths = [self.cache.mark_used(file_hash) for file_hash in hashes.tolist()]
             entries = [self.cache.read(path) for path in paths]
+
+            # The first photograph tells whether the cache can be read.
             if batch is batches[0] and entries[0] is not None:
                 [computed] = self._compute(pixels[:1])
                 if not all(map(np.array_equal, entries[0], computed)):
                     self.cache.is_stale = True
                     yield from self._load(images, batches)  # again, without the cache
                     return
+
             for position, entry in enumerate(entries):
-                # The cache has an entry, but it is damaged
+                # The entry is damaged, so the photograph was not decoded.
                 if entry is None and not are_decoded[position]:
                     decoded = images.preprocess(batch[position], self.recipe.preprocess)
                     pixels[position] = torch.tensor(decoded)  # a copy
+
+            # Compute the missing entries of several batches together.
             waiting.append(_Loaded(pixels, hashes, times, paths, entries))
             num_missing = sum(loaded.entries.count(None) for loaded in waiting)
             is_last = batch is batches[-1]
@@ -299,7 +305,7 @@ class CachedNetwork:
                 waiting = []
 
     def _complete(self, waiting: list[_Loaded]) -> Iterator[tuple[_Loaded, list[Entry]]]:
-        """Compute the missing entries of the batches *waiting*, write them, and yield as `_load` does."""
+        """Compute and write the missing entries of the batches *waiting*; yield the batches with all entries."""
         missing: list[tuple[_Loaded, int]] = []
         for loaded in waiting:
             missing += [
@@ -320,7 +326,7 @@ class CachedNetwork:
 
     def _compute(self, pixels: Tensor) -> list[Entry]:
         """Compute the entries of *pixels* (B, H, W, 3) in a full batch: its size decides the last bits."""
-        # 0, 1, ... and the last one
+        # Of fewer images than a batch, the last one is repeated.
         positions = torch.arange(self.batch_size).clamp(max=len(pixels) - 1)
         own, maps = self.network.head_inputs(self.normalize(pixels[positions].to(self.device)))
         outputs = [output.cpu().numpy() for output in (own, *maps.values())]
@@ -338,7 +344,10 @@ class CachedNetwork:
 
 
 def average_views(own_vectors: Tensor, maps: Mapping[str, Tensor]) -> list[NDArray[np.float32]]:
-    """Average each of *maps* (B, C, H, W) as a whole and in four corners; (B, 5, C) each."""
+    """Average each of *maps* (B, C, H, W) as a whole and in four corners; (B, 5, C) each.
+
+    Without maps, the only views are the *own_vectors*, (B, 1, D_0).
+    """
     if not maps:
         return [own_vectors.float().cpu().numpy()[:, None]]
     averages = []

@@ -1,4 +1,7 @@
-"""What more photographs of a class would give: classes of the folder are reduced, and found less often."""
+"""What more photographs of a class would give: classes of the folder are reduced, and found less often.
+
+Letters: N images, K classes.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +26,10 @@ MAX_GAINS = 3
 def found_when_reduced(
     problem: LinearProblem, excess: float, number: int, margin: float
 ) -> NDArray[np.bool_]:
-    """Tell which photographs are found if their class has only *number* others, and all classes keep theirs.
+    """Tell which photographs are found if their class has only *number* others; other classes keep all.
 
-    Each class is reduced in turn, to one with this *margin*; one photograph of each group is
-    judged.
+    One class after the other is reduced, at most `MAX_REDUCED`, and gets this *margin*. One
+    photograph of each group is judged. Returns all judged photographs (n,) in one array.
     """
     random = np.random.default_rng(number)
     labels_N = problem.targets.strata
@@ -57,13 +60,16 @@ def estimate_gains(
     right: NDArray[np.bool_],
     labels: tuple[str, ...],
 ) -> tuple[Gain, ...]:
-    """Estimate what more photographs of a class would give: of those with few, and of those that gain most.
+    """Estimate what more photographs would give: of classes with few, and of those that gain most.
 
     *right* tells which of the *judged* images are classified correctly by a head without them.
-    A class with fewer than `ENOUGH` photographs is found as the others are with as few. The
-    errors of another one fall with twice as many as they fall on average between half of the
-    photographs and all. Nothing is estimated of more than `MAX_RANK` images, or with several
-    classes per image.
+
+    - A class with fewer than `ENOUGH` photographs is found as often as other classes are if they
+      have as few.
+    - Of any other class, twice as many photographs divide the errors by as much as all photographs
+      do on average, compared with half of them.
+
+    Nothing is estimated for more than `MAX_RANK` images, or with several classes per image.
     """
     classes_NK = problem.targets.classes
     if len(classes_NK) > MAX_RANK or problem.targets.activation != "softmax" or not len(judged):

@@ -23,8 +23,8 @@ def read_other_things(
 ) -> NDArray[np.float32] | None:
     """Read the vectors (M, D_0) of length 1 for a frozen network; None if there are none for it.
 
-    *weights* are those that it started from, *preprocess* tells how its images are prepared: as
-    for the weights, but for the scale at which they are decoded.
+    *weights* are those that it started from. The *preprocess* of its images must be that of the
+    weights, except for `decoding`.
     """
     if weights is None:
         return None

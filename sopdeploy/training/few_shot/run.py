@@ -5,7 +5,8 @@
 3. Fit the classifier to all training images. The reported score stays the cross-validated one, or that of a
    held-out folder.
 
-The only checkpoints are those of the finished run. Letters: N images, K classes.
+The only checkpoints are those of the finished run. Letters: N images, K classes, G groups, M
+photographs of other things, D length of the network's own vector.
 """
 
 import time
@@ -96,19 +97,21 @@ UNEVEN = 1.5
 def fit_few_shot(
     setup: Setup, last: Checkpoint | None, folder: RunFolder, callback: Callback
 ) -> tuple[FewShotFit, Mapping[str, Any]]:
-    """Fit a classifier to the training images and write `best.pt`, `last.pt` and the history.
+    """Fit a classifier to the training images; write `best.pt`, the history, and `last.pt` of a new run.
 
-    The run of *last* is finished and not trained again. The decision is fitted to the
-    out-of-fold predictions. Held-out images, if there are any, are used only for the score.
-    Returns the fit and the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a
-    stop signal, and `DataError` for images that cannot be used.
+    *last* is the checkpoint of a finished run, which is not trained again; None begins a new one.
+    The decision is fitted to the out-of-fold predictions. Held-out images, if there are any, are
+    used only for the score. Returns the fit and the entry `training` of `best.pt`. Raises
+    `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot be used.
     """
     if last is None:
         fit = fit_new(setup, callback)
         folder.save_last(last_few_shot_record(setup, fit))
-    else:  # `rejection` may have changed
+    else:
+        # The recipe's `rejection` may have changed since the run, so the decision is made again.
         fit = read_few_shot_fit(setup, last, folder.last)
         fit = with_decision(setup, fit)
+
     best = run_record(setup, fit)
     history = fit.position.history
     folder.save_best(best)
@@ -133,7 +136,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
 
         def on_progress(step: str, done: int, total: int) -> None:
             callback.on_stage(name=step, done=done, total=total)
-            # The features take most of the time
+            # Only the features count for the expected time: they take most of it.
             expected.update(min(done, len(images)), len(images))
             signals.exchange()  # raises `TrainingStoppedError` after a stop signal
 
@@ -153,11 +156,12 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
             )
             score, metrics = _evaluate(setup, network, found)
 
-            # Labels are judged only with one class per image.
+            # Labels are judged only with one class per image, and without margins: a class that
+            # must exceed others contradicts no label.
             label_logits = None
             is_doubted_N = np.zeros(len(images), np.bool_)
             if problem.targets.activation == "softmax":
-                plain = found.scaling._replace(margins=0.0)  # they contradict no label
+                plain = found.scaling._replace(margins=0.0)
                 logits_NK = found.logits + found.scaling.margins / found.scaling.temperature
                 label_logits = problem.logits_without_doubted(logits_NK, found.folds, plain)
                 doubts = find_label_doubts(label_logits, images.targets.astype(np.int64))
@@ -195,14 +199,16 @@ class CrossValidation:
     Attributes:
         network: The frozen network that computed the features, with a head on all statistics.
         problem: The linear problem of the features that the head reads, with the targets.
-        groups, judged: The group (N,) of each image, and the indices of the images that the score counts.
-        alike: The classes of `NearDuplicates.alike`.
-        clips: The `groups` and images that tell how they were found.
-        copies: The photograph (N,) that each image shows; those of an object are a group, too.
+        groups: The group (N,) of each image: copies, clips, and images that the user groups.
+        alike: Classes whose images look so much alike that only nearly equal ones are copies.
+        clips: What was found about clips.
+        copies: The photograph (N,) that each image shows; copies have the same.
+        judged: The indices of the images that the score counts.
         folds, logits: The folds (N,) of the first cross-validation, and its logits (N, K).
         shifted_logits: These logits as the network computes them: their energies are cosines, the means of
             all cross-validations. With several classes per image, `logits`.
-        left_out: The cosines (N,) of images whose class is left out; None with several classes per image.
+        left_out: The cosine (N,) of each image and the nearest mean of the other classes; None with several
+            classes per image.
     """
 
     recipe: Recipe
@@ -276,7 +282,7 @@ def cross_validate(
         clips = clips_of_images(images, features.times, near.vectors, clips.groups)
     pairs = clips.select_pairs(near.pairs)
 
-    # Groups of copies, without the given groups
+    # Copies alone, these with clips and the user's groups, and the images that the score counts.
     copies_N = connect(count, pairs, features.hashes)
     groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
     judged = _choose_judged(images, targets, copies_N, groups_N)
@@ -284,7 +290,7 @@ def cross_validate(
     features_done = time.monotonic()
     on_progress("cross-validation", count, 2 * count)
 
-    # Its hash is the key of the whole group
+    # The folds; the key of a group is the hash of its first image.
     _, first_image_G = np.unique(groups_N, return_index=True)
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
     folds_of_validations = make_folds(targets, keys_N, config.folds, recipe.seed)
@@ -333,7 +339,7 @@ def cross_validate(
 
 
 def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> list[Indices]:
-    """Assign images to folds (N,), those with equal *keys_N* to one; with few keys, in three ways."""
+    """Assign images to folds (N,), those with equal *keys_N* to the same; with few keys, in three ways."""
     seeds = [derive_seed(seed, "folds")]
     if targets.activation == "softmax" and len(set(keys_N)) < FEW_GROUPS:
         seeds += [derive_seed(seed, "folds", attempt) for attempt in (1, 2)]
@@ -343,10 +349,10 @@ def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> 
 def _choose_judged(
     images: LabeledImages, targets: Targets, copies_N: Indices, groups_N: Indices
 ) -> Indices:
-    """Choose the images that the score counts: of the typical photographs, the copy with the most pixels.
+    """Choose the images that the score counts: of each typical photograph, the copy with the most pixels.
 
-    Those of a class that is one group do not count, because no classifier is fitted to others
-    of it.
+    Images of a class that is one group do not count: the classifiers that predict them were
+    fitted to no image of the class.
     """
     # The largest image of each group of copies. Only groups of several are opened.
     _, largest_G = np.unique(copies_N, return_index=True)
@@ -371,11 +377,14 @@ def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
 
 
 def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
-    """Select images (N,) that are like new photographs: those that no server kept.
+    """Select the images (N,) that are like new photographs: those that no server kept.
 
-    Of the kept ones, fewer are known and fewer are classified correctly. Those of a class
-    without others are selected, and all if too few are not kept for a threshold, or if images
-    have several classes.
+    Of photographs that a server kept, fewer are known and fewer are classified correctly. They are
+    selected, too:
+
+    - in a class that has no others,
+    - if fewer than `MIN_COSINES` are not kept, which are too few for a threshold,
+    - if images have several classes.
     """
     names = [PurePath(images.identity(index)).name for index in range(len(images))]
     is_kept_N = np.asarray([is_kept_photograph(name) for name in names], np.bool_)
@@ -437,16 +446,20 @@ def _describe(
     num_groups = {
         label: len(of_class) for label, of_class in zip(images.labels, groups, strict=True)
     }
+
+    # Copies of one photograph with different labels.
     contradictions = []
     labels_N = number_classes(images.targets)
     for photograph in np.flatnonzero(np.bincount(found.copies) > 1):
         indices = np.flatnonzero(found.copies == photograph)
         first_of_labels = np.unique(labels_N[indices], return_index=True)[1]
         if len(first_of_labels) > 1:
-            # Such as the frames of a clip: one image of each class
+            # Of many copies, such as the frames of a clip, one image of each class is named.
             if len(indices) > MAX_COPIES:
                 indices = indices[np.sort(first_of_labels)]
             contradictions.append(" = ".join(map(images.identity, indices.tolist())))
+
+    # What the images that count tell about the classes.
     has_one_class = targets.activation == "softmax"
     right = found.logits[found.judged].argmax(axis=1) == targets.strata[found.judged]
     gains = estimate_gains(found.problem, found.scaling, found.judged, right, images.labels)
@@ -492,10 +505,11 @@ def _describe(
 def _score_without_doubted(
     found: CrossValidation, is_doubted_N: NDArray[np.bool_], label_logits: Array
 ) -> tuple[float, float] | None:
-    """Compute the accuracy if all labels *is_doubted_N* are wrong; None without any, or without others.
+    """Compute the accuracy on the judged images without those whose label *is_doubted_N*.
 
-    The network is fitted to these labels, too, and the classifiers of *label_logits* are not:
-    the lower and the higher of both accuracies on the other images.
+    Returns two accuracies, the lower one first. One is of the classifiers that were fitted to the
+    doubted labels, too, as the network is; the other of those of *label_logits*, which were not.
+    None if no label is doubted, or all are.
     """
     kept = found.judged[~is_doubted_N[found.judged]]
     if not is_doubted_N.any() or not len(kept):
@@ -509,7 +523,11 @@ def _score_without_doubted(
 def _find_confused(
     found: CrossValidation, labels: tuple[str, ...]
 ) -> tuple[tuple[str, str], ...]:
-    """Find pairs of classes of whose images at least `CHANCE` are predicted as the other one."""
+    """Find the pairs of classes that are predicted as each other as by chance.
+
+    Only images that are predicted as one of the two classes count. Of these, each class has at
+    least the share `CHANCE`, and at least `MIN_CONFUSED`, that are predicted as the other one.
+    """
     classes = found.problem.targets.strata[found.judged]
     predicted = found.logits[found.judged].argmax(axis=1)
     counts_KK = np.zeros((len(labels), len(labels)), np.int64)
@@ -570,7 +588,7 @@ def _predict_other_things(setup: Setup, fit: FewShotFit) -> Array | None:
     network: Any = fit.network
     means_KD = network.pooled_head.means.cpu().numpy()
     cosines_M1 = (vectors @ means_KD.T).max(axis=1, keepdims=True)
-    # The log-sum-exp of K equal logits exceeds them by log K
+    # The log-sum-exp of K equal logits exceeds them by log K, which is subtracted.
     return np.repeat(cosines_M1.astype(np.float64), len(means_KD), axis=1) - np.log(
         len(means_KD)
     )

@@ -15,8 +15,8 @@ from sopdeploy.training.loop.state import LR_FACTOR, FinishedStep, LoopState
 def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) -> FinishedStep:
     """Run one of the *steps* steps of an epoch on *batch*, this process' part of the *num_samples* samples.
 
-    Waits for no result of the device. `LoopState.read_steps` finds what is not finite before it
-    is written.
+    Waits for no result of the device. `LoopState.read_steps` later finds values that are not
+    finite, before a checkpoint is written.
     """
     recipe = run.recipe
     position = run.position
@@ -39,9 +39,9 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
         [parameter.grad for parameter in run.parameters if parameter.grad is not None]
     )
 
-    # Counts the processes in which gradient, loss and all buffers are finite, before weights
-    # change. The buffers are batch norm's running statistics, which include this batch; their
-    # norm is the largest value.
+    # Count the processes in which gradient, loss and all buffers are finite, before weights
+    # change. The buffers are above all the running statistics of batch norms, which include this
+    # batch; their norm is the largest absolute value.
     largest = [get_total_norm(run.float_buffers, math.inf)] if run.float_buffers else []
     is_finite = (
         torch.stack([value.double() for value in (norm, loss.total, *largest)]).isfinite().all()
@@ -58,9 +58,10 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
 
 
 def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
-    """Compute the gradient of a step from normalized images, and return the loss over all processes.
+    """Compute the gradient of a step from a *batch* of normalized images; return the loss over all processes.
 
-    The mean loss of a part is weighted by its share, so that the sum is the mean over the step.
+    Each process computes the mean loss of its batch. It is weighted by the share of the batch in
+    the *num_samples* of the step, so that the sum over processes is the mean over the step.
     """
     images, targets = batch
     recipe = run.recipe
@@ -76,7 +77,7 @@ def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
         if run.teacher is not None:
             loss = run.teacher.distillation_loss(loss, images, targets, output)
 
-    # Each process computes its share of the mean over all samples of the step.
+    # The gradient, summed over all processes.
     share = len(targets) / num_samples
     if isinstance(run.optimizer, AdaHessian):  # which also needs the curvature
         seed = derive_seed(recipe.seed, "curvature", position.epoch, position.step)
@@ -85,6 +86,7 @@ def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
     else:
         run.strategy.backward(loss.total * share, run.trained())
 
+    # The values of the loss, summed over all processes, too.
     weighted = [
         (value * share).double() for value in (loss.total.detach(), *loss.parts.values())
     ]

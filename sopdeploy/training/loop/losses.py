@@ -119,8 +119,9 @@ class Teacher:
     ) -> Loss:
         """Combine the student's *loss* with the divergence of its main head from the teacher's outputs.
 
-        The squared temperature keeps the scale of its gradient (Hinton et al., section 2),
-        which does not reach the teacher. A teacher that learns adds its own loss.
+        The squared temperature keeps the scale of the gradient of the divergence (Hinton et al.,
+        section 2). This gradient does not reach the teacher. A teacher that learns adds its own
+        loss.
         """
         logits = output if isinstance(output, Tensor) else output.logits
         temperature = self.config.temperature
@@ -145,6 +146,7 @@ class Teacher:
         total = (1 - share) * loss.total + share * divergence
         parts = {**loss.parts, "teacher": divergence.detach()}
 
+        # A teacher that learns has a loss of its own.
         if self.learns:
             weights = self.model.loss_weights()
             teacher_loss = training_loss(

@@ -18,8 +18,8 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # parameters or parame
 def create_optimizer(config: OptimizerConfig, parameters: Parameters) -> Optimizer:
     """Create the optimizer of *config* for *parameters* or their groups.
 
-    "foreach" updates all parameters in a few calls, with the bits of a loop over them; RAdam
-    has other bits.
+    `foreach` updates all parameters in a few calls. The results are bitwise those of a loop over
+    the parameters, except for RAdam, which keeps torch's default.
     """
     options: dict[str, Any] = config.model_dump(exclude={"kind", "clip_norm", "tensorflow"})
     if isinstance(config, AdaHessianConfig):
@@ -88,7 +88,8 @@ class AdaHessian(Optimizer):
         gradients: Sequence[Tensor | None] = torch.autograd.grad(
             loss, self.trainable, create_graph=True, allow_unused=True
         )
-        # Gradients that depend on parameters; the others are constant
+        # The gradients that depend on parameters; the others are constant, so their curvature
+        # is 0.
         curved: dict[Tensor, Tensor] = {}
         for parameter, gradient in zip(self.trainable, gradients, strict=True):
             if gradient is None:  # the loss does not depend on the parameter
@@ -130,7 +131,7 @@ class AdaHessian(Optimizer):
 
     @torch.no_grad()
     def step(self, _closure: Any = None, /) -> None:  # type: ignore[override]
-        """Update the parameters w that have a gradient by Eqs. (11) and (12) of the paper of the class.
+        """Update the parameters w that have a gradient, by Eqs. (11) and (12) of AdaHessian's paper.
 
         With the unbiased means m of the gradients and v of the squared Hessian diagonals, w is
         multiplied by 1 - lr * weight_decay, and lr * m / (v^(k/2) + eps) is subtracted. The

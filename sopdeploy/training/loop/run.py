@@ -34,7 +34,7 @@ from sopdeploy.training.loop.state import (
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import LoopResult, SelectedBy
 
-_RESAMPLES = 1000
+_NUM_RESAMPLES = 1000
 Finish = Callable[
     [LoopState, PreprocessedDataset, RunFolder, Callback], tuple[Fit, Mapping[str, Any]]
 ]
@@ -43,7 +43,7 @@ Finish = Callable[
 def fit_loop(
     run: LoopState, folder: RunFolder, callback: Callback, finish: Finish | None = None
 ) -> tuple[Fit, Mapping[str, Any]]:
-    """Train all weights of *run*, which may be a resumed one, by gradient descent.
+    """Train the network of *run*, which may be a resumed one, by gradient descent.
 
     Writes `best.pt` of the best epoch, `last.pt` and the history. Returns what *finish* does,
     by default `fit_best`: the fit, and the entry `training` of `best.pt`, which is empty in all
@@ -124,8 +124,9 @@ def train_epoch(
 ) -> None:
     """Run the remaining steps of the current epoch on the images of *training*.
 
-    The values of steps are read, reported and saved together, `STEPS_PER_READ` at a time.
-    Raises `TrainingStoppedError` then if a process was stopped.
+    The values of `STEPS_PER_READ` steps are read and reported together. After that,
+    `TrainingStoppedError` is raised if a process was stopped, and `last.pt` is written if it is
+    due.
     """
     recipe = run.recipe
     epoch = run.position.epoch
@@ -209,9 +210,9 @@ def save_derived_files(run: LoopState, folder: RunFolder) -> None:
         return
 
     best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
-    # The network still has the weights of the best epoch: no step was made since.
+    # Whether the network still has the weights of the best epoch: no step was made since.
     has_best_weights = position.step == 0 and best.epoch == position.epoch
-    # Otherwise `best.pt` has the frozen network until the end
+    # In a run that starts from a frozen network, `best.pt` has that network until the end.
     if has_best_weights and run.frozen is None:
         # All processes call this, because they average the running statistics together.
         folder.save_best(run_record(run.setup, run.synchronized_fit()))
@@ -282,12 +283,14 @@ def estimate_best(
     frozen_backbone: bool = False,
     mirrored: bool = False,
 ) -> LoopResult:
-    """Estimate the score of the best epoch of *history*, which is too high on the images that select it.
+    """Estimate the score of the best epoch of *history* on new images.
 
-    An accuracy is corrected by resamples of the *groups* (N,), by default images: each selects
-    an epoch, which the images outside of it measure (bootstrap bias corrected cross-validation:
+    The images that select the epoch measure too high a score. An accuracy is therefore corrected
+    by resamples of the *groups* (N,), by default images: each resample selects an epoch, and the
+    images outside of the resample measure it (bootstrap bias corrected cross-validation:
     Tsamardinos et al., Machine Learning 107, 2018). This needs the predictions of all epochs
-    for all images.
+    for all images, and several groups. With *frozen_backbone*, no image selects the epoch
+    (`best_epoch`). *mirrored* is noted in the result.
     """
     best = best_epoch(history, frozen_backbone=frozen_backbone)
     count = best.metrics.count
@@ -304,7 +307,7 @@ def estimate_best(
     selected_by: SelectedBy = "nothing"
     if len(history) > 1 and not frozen_backbone:
         selected_by = "same images"
-        if are_complete and group_N.any():
+        if are_complete and group_N.any():  # several groups, numbered from 0
             score = corrected_score(np.array([list(text) for text in texts]) == "1", group_N)
             selected_by = "other images"
 
@@ -320,12 +323,15 @@ def estimate_best(
 
 
 def corrected_score(right_EN: NDArray[np.bool_], group_N: NDArray[np.intp]) -> float:
-    """Estimate the accuracy of the best of E epochs by B resamples of the groups (N,), numbered from 0.
+    """Estimate the accuracy of the best of E epochs by B resamples of the groups of N images.
 
-    *right_EN* tells which of the N images each epoch classifies correctly.
+    *right_EN* tells which images each epoch classifies correctly, *group_N* the group of each
+    image, from 0 to G - 1.
     """
     count = int(group_N.max()) + 1
-    resamples_BG = np.random.default_rng(0).multinomial(count, [1 / count] * count, _RESAMPLES)
+    resamples_BG = np.random.default_rng(0).multinomial(
+        count, [1 / count] * count, _NUM_RESAMPLES
+    )
     resamples_BN = resamples_BG[:, group_N]  # how often each one contains each image
 
     # Each resample selects an epoch, which is judged by the images outside of the resample.

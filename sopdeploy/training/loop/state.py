@@ -158,7 +158,7 @@ class LoopState:
 
     @cached_property
     def float_buffers(self) -> list[Tensor]:
-        """The floating-point buffers of what learns: the running statistics of batch norms."""
+        """The floating-point buffers of what learns, such as the running statistics of batch norms."""
         return [buffer for buffer in self.trained().buffers() if buffer.is_floating_point()]
 
     def read_steps(self) -> list[float]:
@@ -212,11 +212,15 @@ class LoopState:
     def begin_next_epoch(
         self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float
     ) -> None:
-        """Begin the next epoch with a row about this one, whose evaluation took *seconds*, in the history."""
+        """Add the row of the finished epoch to the history, and begin the next one.
+
+        The values of all its steps are read (`read_steps`). Its evaluation took *seconds*.
+        """
         position = self.position
         row = EpochRow(
             epoch=position.epoch + 1,
-            lr=self.optimizer.param_groups[0]["lr"],  # of the last step; its `LR_FACTOR` is 1
+            # The rate of the last step: the first group has no factor, or the factor 1.
+            lr=self.optimizer.param_groups[0]["lr"],
             losses={name: total / position.seen for name, total in position.sums.items()},
             metrics=metrics,
             gradient=position.gradient / position.seen,
@@ -232,10 +236,10 @@ class LoopState:
         )
 
     def synchronize_buffers(self) -> None:
-        """Average the running statistics of batch norms over processes.
+        """Average the floating-point buffers over processes: the running statistics of batch norms.
 
-        They are linear in those of the batches, so averaging once equals averaging in every
-        step.
+        They are linear in the statistics of the batches, so averaging once equals averaging in
+        every step.
         """
         if self.strategy.world == 1:
             return
@@ -259,7 +263,7 @@ class LoopState:
         """Set train mode, frozen parameters and `groups` of the epoch; move the teacher to the device."""
         recipe = self.recipe
 
-        # The gradient is computed for what learns in this epoch alone.
+        # All that can learn; `freeze` below excludes what does not learn in this epoch.
         start = self.recipe.start_of(self.position.epoch)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trainable)
@@ -286,8 +290,8 @@ class LoopState:
         if removal is not None and epoch >= removal:
             model = model.without_branches()
 
-        # A run that resumes after a step of the epoch has begun it with the rate of its last
-        # step.
+        # Within an epoch, a resumed run needs nothing: `__init__` has prepared it for this epoch.
+        # A new optimizer would lose the learning rate of the last step, which the history shows.
         begins = self.position.step == 0
         is_second_phase = begins and epoch > 0 and epoch == self.recipe.first_phase
         if model is self.model and not is_second_phase:
@@ -325,6 +329,7 @@ def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
     if learn == "all":
         return
 
+    # The second half of the stages; batch norms keep their statistics, except in branches.
     if learn == "last_stages":
         frozen = first_stages(model)
         for name, module in model.named_modules():
@@ -335,6 +340,7 @@ def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
                 module.training = False
         return
 
+    # The branches, with or without the classifier, and the modules around them.
     parts = learning_parts(model, learn)
     for name, module in model.named_modules():
         contains_part = any(part.startswith(f"{name}.") for part in parts)

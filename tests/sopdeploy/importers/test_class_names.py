@@ -29,6 +29,11 @@ UNDERSTOOD: dict[str, tuple[str, str]] = {
     "a table with numbers at the end": ("a.tsv", "cat\t0\ndog\t1\nbird\t2\n"),
     "quotes": ("a.txt", '"cat"\n"dog"\n"bird"\n'),
     "quotes and commas": ("a.txt", "'cat',\n'dog',\n'bird'\n"),
+    "numbers and quotes": ("a.txt", "0: 'cat'\n1: 'dog'\n2: 'bird'\n"),
+    "quotes and numbers": ("a.txt", '"cat": 0,\n"dog": 1,\n"bird": 2\n'),
+    "bullets and quotes": ("a.txt", '- "cat"\n- "dog"\n- "bird"\n'),
+    "bullets, numbers and quotes": ("a.md", '* 0 "cat"\n* 1 "dog"\n* 2 "bird"\n'),
+    "a table with a heading and quotes": ("a.csv", 'id,name\n0,"cat"\n1,"dog"\n2,"bird"\n'),
     "commas": ("a.txt", "cat,\ndog,\nbird,\n"),
     "bullets": ("a.md", "- cat\n- dog\n- bird\n"),
     "bullets and numbers": ("a.md", "* 0 cat\n* 1 dog\n* 2 bird\n"),
@@ -104,6 +109,11 @@ REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
         b"n01440764 tench\nn01443537 goldfish",
         "an id such as n01440764; leave",
     ),
+    "numbers and ids": (
+        "a.txt",
+        b"0 n01440764 tench\n1 n01443537 goldfish",
+        "an id such as n01440764",
+    ),
     "more columns": (
         "a.csv",
         b"0,cat,pet\n1,dog,pet",
@@ -118,6 +128,9 @@ REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
         "name 2 begins with a bullet",
     ),
     "some quotes": ("a.txt", b"'cat'\ndog", "name 1 begins with a quote"),
+    "numbers and some quotes": ("a.txt", b"0 'cat'\n1 dog", "name 1 begins with a quote"),
+    "numbers and bullets": ("a.txt", b"0 - cat\n1 - dog", "name 1 begins with a bullet"),
+    "columns in quotes": ("a.csv", b'"0","cat"\n"1","dog"', "name 1 begins with a quote"),
     "a key": ("a.txt", b"nc: 3\nnames: [cat, dog]", "name 1 has a key"),
     "a label map of TensorFlow": (
         "a.pbtxt",
