@@ -482,9 +482,10 @@ def _lacks_place(owner: nn.Module, part: str, *, is_module: bool) -> bool:
 def _load_and_compare(
     network: nn.Module, path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]
 ) -> None:
-    """Load *tensors* and *extra* state into *network*, and check that it has these tensors afterwards.
+    """Load *tensors* and *extra* state into *network*, and check that it then has exactly these tensors.
 
-    Raises `WeightsError`.
+    Raises `WeightsError` if its code cannot load them, or if a tensor is missing, new, or has
+    another shape or other values afterwards.
     """
     advice = "remove its load_state_dict, or let it load all tensors"
 
@@ -497,13 +498,23 @@ def _load_and_compare(
             f"{path}: the network cannot load it ({first_line(error)}); {advice}"
         ) from error
 
-    for name, loaded in _tensors_of(_own_state(network, path)).items():
-        expected = tensors.get(name)
-        if expected is None or expected.shape != loaded.shape:
+    # It has the same names.
+    loaded = _tensors_of(_own_state(network, path))
+    missing = [name for name in tensors if name not in loaded]
+    if missing:
+        raise WeightsError(f"{path}: {missing[0]} is missing after loading; {advice}")
+    new = [name for name in loaded if name not in tensors]
+    if new:
+        raise WeightsError(f"{path}: {new[0]} is new after loading; {advice}")
+
+    # Under each name, it has the values of the file in its own type.
+    for name, tensor in loaded.items():
+        expected = tensors[name]
+        if expected.shape != tensor.shape:
             raise WeightsError(f"{path}: {name} has another shape after loading; {advice}")
-        same_type = expected.to(loaded.dtype)
-        is_equal_N = loaded.cpu().isclose(same_type, rtol=0, atol=0, equal_nan=True)
-        if not bool(is_equal_N.all()):
+        same_type = expected.to(tensor.dtype)
+        is_equal = tensor.cpu().isclose(same_type, rtol=0, atol=0, equal_nan=True)
+        if not bool(is_equal.all()):
             raise WeightsError(
                 f"{path}: {name} has other values in the network after loading than in the file; {advice}"
             )
