@@ -89,7 +89,8 @@ def export_network(
         DetachError: *training_only* names no part, or must name parts that no output depends on.
         LoweringError: The network cannot be exported; the message says why.
         CertificateError: A statement of the proof does not hold.
-        SopdeployError: Another step failed; nothing is left in *destination* then.
+        SopdeployError: Another step failed. Then nothing is left in *destination*, or only the bundle,
+            if the page about it cannot be written.
     """
     # Check the arguments.
     if options is None:
