@@ -60,12 +60,12 @@ class AccuracyCheck:
 
         # The images of `calibrate`: some calibrate, the others measure.
         self.calibration = np.empty((0, 0, 0, 3), np.uint8)
-        self._measured: NDArray[np.uint8] | None = None
+        self._measuring_images: NDArray[np.uint8] | None = None
         if options.calibrate is not None:
             images = calibration_images(options.calibrate, subject.preprocess)
             is_measured_P = choose_measured(images)
             self.calibration = images[~is_measured_P]
-            self._measured = images[is_measured_P]
+            self._measuring_images = images[is_measured_P]
 
         # The images of `evaluate`, which measure instead if there are any.
         self._labeled: ImageFiles | None = None
@@ -156,8 +156,8 @@ class AccuracyCheck:
                     for position in range(start, min(start + size, count))
                 ]
                 yield np.stack(images)
-        elif self._measured is not None:
-            for image in self._measured:
+        elif self._measuring_images is not None:
+            for image in self._measuring_images:
                 yield image[None]
 
 

@@ -25,13 +25,14 @@ def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
     A constant mask becomes the positions that it chooses. Returns *program* itself if it has
     neither such nodes nor constant masks.
     """
-    constant = _constant_nodes(program)
-    if not any(map(_has_size_from_values, constant)) and not _constant_masks(program, constant):
+    constant_nodes = _constant_nodes(program)
+    have_sizes_from_values = any(map(_has_size_from_values, constant_nodes))
+    if not have_sizes_from_values and not _constant_masks(program, constant_nodes):
         return program
 
     # A copy of the program, its constant nodes, and the tensors that it stores.
     program = program.run_decompositions({})
-    constant = _constant_nodes(program)
+    constant_nodes = _constant_nodes(program)
     stored = {**program.state_dict, **program.constants}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
 
@@ -48,16 +49,16 @@ def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
     evaluated: set[fx.Node] = set()
     for node in program.graph.nodes:
         is_behind = not evaluated.isdisjoint(node.all_input_nodes)
-        if node in constant and (is_behind or _has_size_from_values(node)):
+        if node in constant_nodes and (is_behind or _has_size_from_values(node)):
             evaluated.add(node)
 
     # Replace these nodes and the constant masks. The masks are listed first, because replacements
     # change what a node reads.
-    masks = _constant_masks(program, constant)
+    masks = _constant_masks(program, constant_nodes)
     with torch.no_grad():
         for node in list(program.graph.nodes):
             if node in evaluated and node.op == "call_function":
-                _replace_by_value(program, node, evaluate(node), constant)
+                _replace_by_value(program, node, evaluate(node), constant_nodes)
             elif node in masks:
                 values = [None if mask is None else evaluate(mask) for mask in masks[node]]
                 _replace_masks(program, node, values)
@@ -70,17 +71,17 @@ def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
 def _constant_nodes(program: ExportedProgram) -> set[fx.Node]:
     """Find the nodes of *program* that depend on no image and on no random number."""
     images = set(program.graph_signature.user_inputs)
-    constant = set[fx.Node]()
+    constant_nodes = set[fx.Node]()
     for node in program.graph.nodes:
         if node.op == "placeholder":
             is_constant = node.name not in images
         else:
             is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
             is_call = node.op == "call_function" and not is_random
-            is_constant = is_call and constant.issuperset(node.all_input_nodes)
+            is_constant = is_call and constant_nodes.issuperset(node.all_input_nodes)
         if is_constant:
-            constant.add(node)
-    return constant
+            constant_nodes.add(node)
+    return constant_nodes
 
 
 def _has_size_from_values(node: fx.Node) -> bool:
@@ -98,28 +99,29 @@ def _is_mask(index: fx.Node | None) -> bool:
 
 
 def _constant_masks(
-    program: ExportedProgram, constant: set[fx.Node]
+    program: ExportedProgram, constant_nodes: set[fx.Node]
 ) -> dict[fx.Node, list[fx.Node | None]]:
-    """Map each node that indexes a tensor by *constant* masks to its masks, with None for its other indices."""
+    """Map each node that indexes a tensor by masks in *constant_nodes* to these masks; None is another index."""
     masks = {}
     for node in program.graph.find_nodes(op="call_function", target=INDEX):
         masks_of_node = [
-            index if _is_mask(index) and index in constant else None for index in node.args[1]
+            index if _is_mask(index) and index in constant_nodes else None
+            for index in node.args[1]
         ]
-        if node not in constant and any(masks_of_node):
+        if node not in constant_nodes and any(masks_of_node):
             masks[node] = masks_of_node
     return masks
 
 
 def _replace_by_value(
-    program: ExportedProgram, node: fx.Node, value: Any, constant: set[fx.Node]
+    program: ExportedProgram, node: fx.Node, value: Any, constant_nodes: set[fx.Node]
 ) -> None:
-    """Give the users of *node* that are not *constant* its *value*.
+    """Give the users of *node* that are not in *constant_nodes* its *value*.
 
     If there are none and *node* is a check, it is erased; other nodes without users are removed
     later.
     """
-    users = [user for user in node.users if user not in constant]
+    users = [user for user in node.users if user not in constant_nodes]
     if not users:
         if node.is_impure():
             program.graph.erase_node(node)

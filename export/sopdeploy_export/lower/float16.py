@@ -59,11 +59,11 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
     folding changes the float64 logits of *pixels*, normalized images (P, 3, H, W).
     """
     _check_fold(network, program, pixels)
-    cast = copy_network(network)
-    fold_batch_norms(cast, program)
+    converted = copy_network(network)
+    fold_batch_norms(converted, program)
 
-    dtypes = weight_dtypes(cast)
-    for name, part in cast.named_modules():
+    dtypes = weight_dtypes(converted)
+    for name, part in converted.named_modules():
         # Convert its own weights and buffers; integers stay.
         for parameter in part.parameters(recurse=False):
             parameter.data = parameter.data.to(dtypes[name])
@@ -81,7 +81,7 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
                 lambda _part, _inputs, output: _cast(output, torch.float16)
             )
 
-    return cast.eval()
+    return converted.eval()
 
 
 def _check_fold(network: nn.Module, program: ExportedProgram, pixels: Tensor) -> None:

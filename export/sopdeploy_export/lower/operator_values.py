@@ -121,11 +121,11 @@ def _fill_uniformly(chain: Chain, ordinary: Sequence[Tensor]) -> Iterator[list[T
     # The groups of operands that get uniform values together, by position.
     ranges = [range_of_operand for _, range_of_operand in chain.inputs]
     varying = [i for i, range_of_operand in enumerate(ranges) if range_of_operand.is_varying]
-    choices = [[i] for i in varying]
+    groups = [[i] for i in varying]
     if len(varying) > 1:
-        choices.append(varying)
+        groups.append(varying)
 
-    for positions in choices:
+    for positions in groups:
         # The values that all operands of the group can have.
         fillings: list[tuple[float, float]] = [*UNIFORM]
         if all(ranges[i].is_unbounded for i in positions):

@@ -184,11 +184,11 @@ def cast_types(certified: Lowered, preprocess: Preprocess, options: ExportOption
     # which operators add.
     images = torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES])
     normalize = Normalize(preprocess, images_format(certified.network))
-    cast = in_float16(certified.network, certified.program, normalize(images))
+    network = in_float16(certified.network, certified.program, normalize(images))
 
-    program = capture_any_batch(cast, preprocess, options.batch)
+    program = capture_any_batch(network, preprocess, options.batch)
     program = sum_in_float32(program, images[: options.max_batch])
-    return Lowered(cast, program, lower(program, output_names(certified.network)))
+    return Lowered(network, program, lower(program, output_names(certified.network)))
 
 
 class _Headroom(fx.Interpreter):

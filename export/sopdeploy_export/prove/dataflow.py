@@ -107,13 +107,14 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the dataflow of the run in its block.
 
     Attributes:
-        operators: The operators that ran, by the hash of their first result, in their order.
+        operators: The operators that ran, in their order, each by a hash of it and its arguments.
         reads: Where values of the image, or sizes that depend on them, reached Python.
         hidden_writes: Operators that write to an operand, although their schemas say they do not.
-        kept_writes: Operators that write what depends on the image to memory that outlives the run.
+        kept_writes: Operators that write to stored tensors, or what depends on the image to other
+            memory from before the run.
         reused: Operators that use what an earlier run made of its image.
         failures: Calls that cannot be recorded; the network's code may go on after the error.
-        layouts: Of the results of the operators that depend on the image, by the same hashes.
+        layouts: The layouts of new results that depend on the image, by the hashes of `operators`.
     """
 
     supports_higher_order_operators = True  # else they fail in the mode, and only there
@@ -124,11 +125,11 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stored: Mapping[str, Tensor],
         image: Tensor,
         remains: Remains,
-        known: Mapping[str, Sequence[Layout]] | None = None,
+        known_layouts: Mapping[str, Sequence[Layout]] | None = None,
     ) -> None:
         """Record a run on *image* of a *network* with *stored* tensors, after runs that left *remains*.
 
-        *known* are the `layouts` of another run. With them, operators on what depends on the
+        *known_layouts* are the `layouts` of another run. With them, operators on what depends on the
         image are not computed (`_imitate`), and one that the other run lacks raises
         `UnknownOperatorError`.
         """
@@ -140,7 +141,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reused: list[str] = []
         self.failures: list[str] = []
         self.layouts: dict[str, list[Layout]] = {}
-        self._known = known
+        self._known_layouts = known_layouts
         self.node: fx.Node | None = None  # the node that runs, if a graph does
 
         # The call of a function of torch that runs, if the function is built-in.
@@ -158,9 +159,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # tensor later, so `_memory` has a weak reference to each.
         self._of_image = {address(image)}  # whose content depends on the image
         self._born = {address(image)}  # the image, and what was allocated during the run
-        self._made = {
-            address(image)
-        }  # of these, what operators made: nothing that Python holds
+        self._made = {address(image)}  # the image, and what operators returned
         self._memory: dict[int, Any] = {}
         self._refer_to(image)
         self._read_only: set[int] = set()  # operands of the user's own operator that runs
@@ -218,8 +217,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _address(self, tensor: Tensor) -> int:
         """Return the `address` of *tensor*; forget what was known of it if that memory was freed before."""
         memory = address(tensor)
-        known = self._memory.get(memory)
-        if known is not None and known.expired():
+        reference = self._memory.get(memory)
+        if reference is not None and reference.expired():
             del self._memory[memory]
             self._made_by.pop(memory, None)
             for memories in (self._of_image, self._born, self._made):
@@ -290,7 +289,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 is_random=is_random,
             )
 
-        if self._known is None or not of_image:
+        if self._known_layouts is None or not of_image:
             result = self._run(func, operands, operator, args, kwargs)
         else:
             result = self._imitate(func, code, args, kwargs)
@@ -354,7 +353,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         Raises `UnknownOperatorError` if the layouts of its results are not known.
         """
-        # An operator that writes to one operand and returns it.
+        # An operator that writes to one operand returns this operand.
         returned = [value.alias_info for value in func._schema.returns]
         changes_shape = torch.Tag.inplace_view in func.tags
         if func._schema.is_mutable and not changes_shape:
@@ -370,9 +369,9 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
 
         # New tensors.
-        if self._known is None or code not in self._known:
+        if self._known_layouts is None or code not in self._known_layouts:
             raise UnknownOperatorError(str(func))
-        results = [layout.empty() for layout in self._known[code]]
+        results = [layout.empty() for layout in self._known_layouts[code]]
         types = [value.type for value in func._schema.returns]
         if len(types) != len(results) or not all(
             isinstance(each, torch.TensorType) for each in types

@@ -299,10 +299,10 @@ def _require_finite(
 
 def compared_images(routing: RoutingParity | None, count: int) -> NDArray[np.bool_]:
     """Mark those of *count* images (P,) whose outputs are compared: *routing* does not leave them out."""
-    compared = np.ones(count, dtype=np.bool_)
+    is_compared_P = np.ones(count, dtype=np.bool_)
     if routing is not None:
-        compared[list(routing.left_out)] = False
-    return compared
+        is_compared_P[list(routing.left_out)] = False
+    return is_compared_P
 
 
 def prove_file(
@@ -334,7 +334,7 @@ def prove_file(
     }
     all_of_file = by_size[sizes[-1]]
     routing = expected.routing
-    compared = compared_images(routing, len(images))
+    is_compared_P = compared_images(routing, len(images))
 
     # How far the file is from the network, and its batches from each other.
     floors_allowed = FLOORS_BY_PRECISION[expected.precision]
@@ -344,9 +344,9 @@ def prove_file(
         batch_difference = 0.0
         for size, count in counts.items():
             values = by_size[size][name]
-            compared_in_size = compared[-count:]
-            drift[str(size)] = max_drift(name, values, exact[-count:], compared_in_size)
-            difference = max_drift(name, values, all_of_file[name][-count:], compared_in_size)
+            is_compared = is_compared_P[-count:]
+            drift[str(size)] = max_drift(name, values, exact[-count:], is_compared)
+            difference = max_drift(name, values, all_of_file[name][-count:], is_compared)
             batch_difference = max(batch_difference, difference)
         outputs[name] = OutputParity(
             noise_floor=expected.noise_floor[name],
@@ -363,9 +363,9 @@ def prove_file(
         num_images=len(images),
         floors_allowed=floors_allowed,
         outputs=outputs,
-        spread=logit_spread(logits[compared]),
+        spread=logit_spread(logits[is_compared_P]),
         flips=count_flips(
-            all_of_file[LOGITS], logits, outputs[LOGITS].tolerance, rerouted=~compared
+            all_of_file[LOGITS], logits, outputs[LOGITS].tolerance, rerouted=~is_compared_P
         ),
         routing=routing,
         operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),

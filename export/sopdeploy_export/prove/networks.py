@@ -141,12 +141,12 @@ def rename_with_prefix(
     # those of the same tensor, and one of these two names has the prefix in front.
     shortest = min(sorted(names), key=len)
     shortest_renamed = min(sorted(renamed), key=len)
-    surplus = shortest_renamed.removesuffix(shortest)
-    missing = shortest.removesuffix(shortest_renamed)
-    if {name.removeprefix(surplus) for name in renamed} == names:
-        return lambda name: rename(name).removeprefix(surplus)
-    if {missing + name for name in renamed} == names:
-        return lambda name: missing + rename(name)
+    extra_prefix = shortest_renamed.removesuffix(shortest)
+    missing_prefix = shortest.removesuffix(shortest_renamed)
+    if {name.removeprefix(extra_prefix) for name in renamed} == names:
+        return lambda name: rename(name).removeprefix(extra_prefix)
+    if {missing_prefix + name for name in renamed} == names:
+        return lambda name: missing_prefix + rename(name)
     return rename
 
 
@@ -203,9 +203,9 @@ def build_plain(
     # A buffer that no state dict stores is compared if the outputs need it, unless the capture
     # of the trained network created it: that of the plain network creates it, too.
     created = trained.trace.created
-    compared = {rename(name) for name in trained.needed if name not in created}
-    not_compared = unstored_buffers(plain).keys() - compared
-    weights = {name: weight for name, weight in weights.items() if name not in not_compared}
+    needed = {rename(name) for name in trained.needed if name not in created}
+    left_out = unstored_buffers(plain).keys() - needed
+    weights = {name: weight for name, weight in weights.items() if name not in left_out}
 
     # If such a buffer differs, an earlier run of the trained network may have replaced it, so let
     # a run of the plain network do so, too. If it still differs, `_load` raises an error.

@@ -142,9 +142,11 @@ class Recorder:
         except CertificateError:
             return self._run_graph(size)
 
-    def _run_graph(self, size: int, known: Mapping[str, Sequence[Layout]] | None = None) -> Run:
+    def _run_graph(
+        self, size: int, known_layouts: Mapping[str, Sequence[Layout]] | None = None
+    ) -> Run:
         images = self._images[:size].clone()
-        flow = Dataflow(self._deployed, self._stored, images, self._remains, known)
+        flow = Dataflow(self._deployed, self._stored, images, self._remains, known_layouts)
         self._graph.flow = flow
         with _running(self._deployed), flow:
             outputs = self._graph.run(images)

@@ -89,7 +89,7 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
         part = next(part for part in parts if is_in(name, part))
         submodules = network.get_submodule(part)._modules if part != name else {}
         children = [f"{part}.{submodule}" for submodule in submodules]
-        own = [
+        unshared = [
             child
             for child in children
             if has_tensors(network, (child,)) and not find_shared(trained.tensors, (child,))
@@ -97,7 +97,7 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
         raise CertificateError(
             f"{name} was removed but shares its memory with {kept_name}, which was kept; name "
             "only what is in a part alone",
-            remedies={"training_only": own[0]} if own else {},
+            remedies={"training_only": unshared[0]} if unshared else {},
         )
 
     # Tensors behind the outputs; then modules with operations behind the outputs.

@@ -58,40 +58,40 @@ class Admitted:
 
 
 def admit(
-    given: nn.Module,
+    network: nn.Module,
     preprocess: Preprocess,
     *,
     classes: int | None = None,
     training_only: Sequence[str] = (),
     options: ExportOptions | None = None,
 ) -> Admitted:
-    """Check and capture *given*, which is `prepared`, and find the parts that its outputs do not need.
+    """Check and capture *network*, which is `prepared`, and find the parts that its outputs do not need.
 
     With *classes*, it must have so many logits. The other arguments are those of `export_network`.
     Raises `ConfigError` for another number of logits, `DetachError` for *training_only*, and
-    `LoweringError` or `CertificateError` for *given*.
+    `LoweringError` or `CertificateError` for *network*.
     """
     options = ExportOptions() if options is None else options
     check_torch_state()
-    parts = match_parts(given, training_only)
-    check_exportable(given, parts)
-    check_tensors(given, parts)
+    parts = match_parts(network, training_only)
+    check_exportable(network, parts)
+    check_tensors(network, parts)
 
     # It runs once on the images of all later comparisons.
     step("running the network")
     generated = generated_images(preprocess.crop)
     images = torch.from_numpy(generated)
-    outputs = run_first(Deployed(given, preprocess).eval(), images, classes)
+    outputs = run_first(Deployed(network, preprocess).eval(), images, classes)
     warnings = check_logits(outputs.batched[0])
     num_classes = outputs.batched[0].shape[1]
     if options.with_features:  # an output that `outputs` lack
-        add_embedding_output(given, preprocess, generated, num_classes, parts)
+        add_embedding_output(network, preprocess, generated, num_classes, parts)
 
     # Capture it, and check what the graph shows. A broken tensor counts if the outputs need it.
     step("capturing the network")
-    trained = Compared.of("trained", given, preprocess, options.batch)
+    trained = Compared.of("trained", network, preprocess, options.batch)
     needed = trained.needed
-    broken = [name for name in tensors_with_nan(given, parts) if name in needed]
+    broken = [name for name in tensors_with_nan(network, parts) if name in needed]
     if broken:
         raise LoweringError(
             f"{broken[0]} holds NaN or infinite values; train again or use an earlier checkpoint"
