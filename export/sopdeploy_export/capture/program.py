@@ -239,7 +239,7 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
 
 
 def functionalize(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
-    """Make a functional program of *program*: without writes to operands, and what no output needs.
+    """Return *program* in functional form: without writes to operands, and without what no output needs.
 
     First, `simplify_operators` changes *program* in place. Raises `LoweringError` if torch cannot
     do this, or if some batch of 1 to `batch.maximum` images is not accepted.

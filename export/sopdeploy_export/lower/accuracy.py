@@ -110,10 +110,10 @@ class AccuracyCheck:
         return MeasuringImages(self.calibration, photographs)
 
     def check_drop(self, report: PrecisionReport) -> None:
-        """Raise `ParityError` if the accuracy in *report* exceeds a limit, also with `allow_drift`.
+        """Raise `ParityError` if a loss in *report* exceeds its limit, also with `allow_drift`.
 
-        The limits are `max_drop` for the loss of accuracy and `MAX_DEVIATION` for the change of the
-        logits.
+        The limits are `max_drop` for top-1, or for agreement without labels, and `MAX_DEVIATION` for
+        the change of the logits.
         """
         measured = report.accuracy
         limit = self.options.max_drop

@@ -224,7 +224,8 @@ class _Filled(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, and fill its result if it is that of a layer with weights."""
-        # A layer with weights reads the images, and a tensor that does not depend on them.
+        # What reads both the images and a tensor that does not depend on them counts as a layer with
+        # weights.
         operands = [node for node in n.all_input_nodes if isinstance(self.env[node], Tensor)]
         has_weights = n in self._after_images and not self._after_images.issuperset(operands)
         if self._values is None or not has_weights:

@@ -10,7 +10,8 @@ from sopdeploy.errors import LoweringError
 from sopdeploy_export.capture.program import NETWORK_PREFIX
 from sopdeploy_export.program_hashes import are_equal
 
-# Numbers of a tensor that is no parameter or buffer, such as a mean and a deviation.
+# The most numbers of an accepted tensor that is no parameter or buffer, such as a mean and a
+# deviation.
 MAX_CONSTANT = 16
 
 

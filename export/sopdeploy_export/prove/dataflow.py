@@ -4,7 +4,7 @@ A tensor is known by a hash of the operator that made it and of what this operat
 known by, down to the image and the stored tensors of the network. Two runs whose results are
 known by the same hash computed them in the same way, for images and weights of any values.
 
-- The image is known by its place, a stored tensor by its name.
+- The image is known as `image`, a stored tensor by its name.
 - Everything that depends on neither is a constant, known by its content, however it was computed:
   `torch.arange` in forward, or a table in the graph.
 - A view is known by its memory, shape, strides and offset; a write gives the memory a new maker.
@@ -562,7 +562,10 @@ class FunctionReads(TorchFunctionMode):
 
 
 class GraphRun(fx.Interpreter):
-    """Runs a captured graph with *stored* tensors of a network, and tells *flow* which node runs."""
+    """Runs a captured graph with *stored* tensors of a network.
+
+    If `flow` is set, it is told which node runs.
+    """
 
     def __init__(self, graph: fx.GraphModule, stored: Mapping[str, Tensor]) -> None:
         super().__init__(graph)

@@ -117,6 +117,7 @@ class ParityReport(StrictModel):
     `spread` is the largest range of a logit over the images. `flips` counts changed top classes
     by cause: `routing` for images that are excluded for their route, `noise` if the network's
     margin between the two classes is at most twice the tolerance, otherwise `error`.
+    `drift_allowed` says that a limit was exceeded and the user allowed it.
     """
 
     precision: Precision = "fp32"

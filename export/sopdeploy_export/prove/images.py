@@ -138,11 +138,11 @@ def infer_results(
     Contents are known if they depend on sizes and constants only. Raises `MixesError` if they
     are not linear in the batch size.
     """
-    named = {
+    values_by_name = {
         name: value for name, value in zip(node.input, inputs, strict=True) if value is not None
     }
-    results = _infer_shapes(node, named, opsets)
-    operands_by_batch = _known_operands(node, named, results[0].shapes)
+    results = _infer_shapes(node, values_by_name, opsets)
+    operands_by_batch = _known_operands(node, values_by_name, results[0].shapes)
     if operands_by_batch is None:
         return results
 
@@ -157,37 +157,38 @@ def infer_results(
 
     # Contents that depend on the batch size must be linear in it: then three batch sizes show them
     # for all (`is_linear`).
-    if any(value.depends_on_batch_size for value in named.values()):
+    if any(value.depends_on_batch_size for value in values_by_name.values()):
         require(node.op_type in _SIZE_OPERATORS and all(map(is_linear, computed)))
     return computed
 
 
 def _known_operands(
-    node: onnx.NodeProto, named: dict[str, TracedValue], shapes: Shapes
+    node: onnx.NodeProto, values_by_name: dict[str, TracedValue], shapes: Shapes
 ) -> list[dict[str, NDArray[Any]]] | None:
     """Return the operands of *node* by name, for each batch size, with which its results can be computed.
 
-    None if the contents of an operand in *named* are not known, or if the first result, whose
+    None if the contents of an operand in *values_by_name* are not known, or if the first result, whose
     *shapes* are given, is large or has another shape for another batch size.
     """
     # `Shape` reads no contents, so its operand can be an array that takes no memory.
     if node.op_type == "Shape":
         name = node.input[0]
-        return [{name: np.broadcast_to(False, shape)} for shape in named[name].shapes]
+        return [{name: np.broadcast_to(False, shape)} for shape in values_by_name[name].shapes]
 
     # One shape for all batch sizes; a result that the graph leaves out has none.
     is_small = len(set(shapes)) == 1 and math.prod(shapes[0]) <= _MOST_NUMBERS
-    if not is_small or not all(value.contents for value in named.values()):
+    if not is_small or not all(value.contents for value in values_by_name.values()):
         return None
     return [
-        {name: value.contents[i] for name, value in named.items()} for i in range(len(BATCHES))
+        {name: value.contents[i] for name, value in values_by_name.items()}
+        for i in range(len(BATCHES))
     ]
 
 
 def _infer_shapes(
-    node: onnx.NodeProto, named: dict[str, TracedValue], opsets: list[Any]
+    node: onnx.NodeProto, values_by_name: dict[str, TracedValue], opsets: list[Any]
 ) -> list[TracedValue]:
-    """Infer the types and shapes of the results of *node*, whose operands are *named*.
+    """Infer the types and shapes of the results of *node*, whose operands are *values_by_name*.
 
     Raises `ValueError` if onnx infers no shape, and the errors of onnx.
     """
@@ -199,12 +200,12 @@ def _infer_shapes(
     for i in range(len(BATCHES)):
         contents = {
             name: numpy_helper.from_array(value.contents[i])
-            for name, value in named.items()
+            for name, value in values_by_name.items()
             if value.contents
         }
         types = {
             name: helper.make_tensor_type_proto(value.type, value.shapes[i])
-            for name, value in named.items()
+            for name, value in values_by_name.items()
         }
         types_by_batch.append(
             shape_inference.infer_node_outputs(
@@ -305,7 +306,9 @@ def has_whole_images(value: TracedValue) -> bool:
 def find_image_numbers(op_type: str, call: OperatorCall) -> Literal["", "all", "first"]:
     """Return which elements of a result of *op_type* are the number of their image in the batch.
 
-    None (""), all, or the first along the last axis ("first").
+    - "": no elements,
+    - "all": all elements,
+    - "first": the first ones along the last axis.
     """
     # A range with the batch axis is 0, ..., batch - 1, because `layout_of_range` requires it.
     if op_type == "Range":
@@ -313,7 +316,7 @@ def find_image_numbers(op_type: str, call: OperatorCall) -> Literal["", "all", "
     if call.x.image_numbers != "all":
         return ""
 
-    # The same numbers, unless a smaller type makes different ones equal.
+    # The same numbers, unless they are cast to a type in which different ones can be equal.
     if op_type in SAME_NUMBERS:
         wraps = op_type == "Cast" and call.attributes["to"] != TensorProto.INT64
         return "" if wraps else "all"

@@ -49,6 +49,7 @@ def prove_removed(trained: Compared, recorder: Recorder, parts: tuple[str, ...])
     """
     if not parts:
         return
+
     # Neither the graph nor a plain run needs anything of the parts.
     check_graph(trained, parts)
     expected = recorder.run_again(recorder.repeated)

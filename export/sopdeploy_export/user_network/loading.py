@@ -143,7 +143,10 @@ def parse_option(text: str) -> tuple[str, Any]:
 def _check_option_values(
     builder: Callable[..., Any], options: Mapping[str, Any], import_path: str
 ) -> None:
-    """Raise `ConfigError` for *options* that *builder* does not have, and for text in place of a number."""
+    """Raise `ConfigError` for *options* that *builder* does not have.
+
+    Also for text as the value of an option whose default is a number or a truth value.
+    """
     # The options that it has, with their defaults.
     try:
         parameters = inspect.signature(builder).parameters.values()
@@ -158,9 +161,10 @@ def _check_option_values(
     for name, value in options.items():
         if name not in defaults and not takes_any:
             close = get_close_matches(name, defaults, n=1)
-            known = f"it has {', '.join(defaults)}" if defaults else "it has none"
-            known = f"did you mean {close[0]}?" if close else known
-            raise ConfigError(f"{import_path} has no option {name}; {known}")
+            hint = f"it has {', '.join(defaults)}" if defaults else "it has none"
+            if close:
+                hint = f"did you mean {close[0]}?"
+            raise ConfigError(f"{import_path} has no option {name}; {hint}")
         default = defaults.get(name)
         if isinstance(value, str) and isinstance(default, bool | int | float):
             raise ConfigError(
@@ -504,7 +508,7 @@ def _load_and_compare(
             f"{path}: the network cannot load it ({first_line(error)}); {advice}"
         ) from error
 
-    # It has the same names.
+    # It must have tensors of the same names.
     loaded = _tensors_of(_own_state(network, path))
     missing = [name for name in tensors if name not in loaded]
     if missing:
@@ -513,7 +517,7 @@ def _load_and_compare(
     if new:
         raise WeightsError(f"{path}: {new[0]} is new after loading; {advice}")
 
-    # Under each name, it has the values of the file in its own type.
+    # Each must have the values of the file, in the type of the network.
     for name, tensor in loaded.items():
         expected = tensors[name]
         if expected.shape != tensor.shape:
