@@ -66,8 +66,9 @@ def add_embedding_output(
 ) -> None:
     """Make the input of the last linear layer an output of *network*, in place.
 
-    The arguments are as in `find_last_layer`. Raises `LoweringError` if no linear layer
-    computes the logits.
+    *classes* is the number of logits, and *images*, uint8 (P, H, W, 3), show which layer computes
+    them. Parts in *training_only* are left out. Raises `LoweringError` if no linear layer computes
+    the logits.
     """
     layer = find_last_layer(network, preprocess, images, classes, training_only)
     if layer is None:

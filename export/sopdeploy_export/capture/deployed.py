@@ -41,8 +41,8 @@ class Deployed(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs of (B, H, W, 3) uint8 *images* in float32, or within `InFloat64` in float64.
 
-        Raises `LoweringError` if the network writes to its tensors, or as `compute_outputs`
-        does.
+        Raises `LoweringError` if the network writes to its tensors, and the errors of
+        `compute_outputs`.
         """
         before = _states(self.network)
         outputs = compute_outputs(self.network, self.normalise(images))

@@ -364,8 +364,8 @@ def _foldable_pair(norm: fx.Node, names: Mapping[str, str]) -> tuple[str, str] |
     convolution, if one of the two runs twice, if something else reads the output of the
     convolution or a weight, or if a weight is computed.
     """
-    # Nothing else may read the output of the convolution. A weight that two nodes read is that of a
-    # layer that runs twice.
+    # Nothing else may read the output of the convolution. A weight that several nodes read is that
+    # of a layer that runs twice, or is shared.
     convolved: Any = norm.args[0]
     norm_weight: Any = norm.args[1]
     if convolved.target not in _CONVOLUTIONS or norm_weight is None:

@@ -126,10 +126,11 @@ def weight_types(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
-    """Raise `LoweringError` if a part of *model* has weights in another type than in `weight_dtypes`.
+    """Raise `LoweringError` if *model* has weights in another type than in `weight_dtypes`.
 
-    Also if no part has weights in float16. *network* is the certified network, without casts, so
-    that a missing cast is detected.
+    Convolutions, linear layers and lists of parameters are checked, each by its largest weight. It
+    is also an error if no part has weights in float16. *network* is the certified network, without
+    casts, so that a missing cast is detected.
     """
     in_graph = weight_types(model)
     dtypes = weight_dtypes(network)

@@ -299,7 +299,7 @@ def _bypass_constant_choices(model: ir.Model) -> None:
 
 
 def check_onnx(proto: onnx.ModelProto) -> None:
-    """Raise `LoweringError` unless *proto* is a graph that every runtime can execute.
+    """Raise `LoweringError` unless *proto* has only what the runtimes have in common.
 
     It must be valid, use only `OPSET` of the standard domain, and hold none of the operators
     `REJECTED`, such as control flow and `NonZero`.

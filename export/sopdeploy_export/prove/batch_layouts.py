@@ -214,14 +214,14 @@ def layout_after_reduction(call: OperatorCall) -> BatchLayout:
     return layout_after_combining(call, axes, keeps=call.attributes.get("keepdims", 1))
 
 
-def layout_after_rowwise(call: OperatorCall, operands: int = 1) -> BatchLayout:
+def layout_after_rowwise(call: OperatorCall, num_operands: int = 1) -> BatchLayout:
     """Rule of an operator that computes each row, along the first axis, from this row of its operands.
 
-    *operands* is their number: they are its first inputs. The other inputs must be without images.
+    These are its first *num_operands* inputs. The other inputs must be without images.
     """
-    layout = common_layout_of(call.inputs[:operands])
+    layout = common_layout_of(call.inputs[:num_operands])
     require(layout.axis in (None, 0))
-    require(common_layout_of(call.inputs[operands:]) == NO_BATCH)
+    require(common_layout_of(call.inputs[num_operands:]) == NO_BATCH)
 
     # The second output of MaxPool has positions in the whole batch.
     require(call.num_outputs == 1)
@@ -447,8 +447,8 @@ def layout_of_range(call: OperatorCall) -> BatchLayout:
 def layout_after_gather(call: OperatorCall) -> BatchLayout:
     """Rule of a selection along one axis of data, by indices.
 
-    One of three must hold: along the batch axis, each image selects its own row; the data are
-    without images; or the indices are, and they select along another axis than that of the batch.
+    One of three must hold: along the batch axis, each image selects its own row; the data have no
+    batch axis; or the indices have none, and select along another axis than that of the batch.
     """
     data = call.x
     indices = call[1]
@@ -569,7 +569,7 @@ _TABLE: dict[str, Callable[[OperatorCall], BatchLayout | list[BatchLayout]]] = {
     "AveragePool BatchNormalization Conv ConvTranspose DepthToSpace GlobalAveragePool GlobalMaxPool "
     "Col2Im GroupNormalization InstanceNormalization LRN LpPool MaxPool Resize "
     "SpaceToDepth": layout_after_rowwise,
-    "GridSample": partial(layout_after_rowwise, operands=2),
+    "GridSample": partial(layout_after_rowwise, num_operands=2),
     "Flatten Reshape Squeeze Unsqueeze": layout_after_reshape,
     "LogSoftmax Softmax Hardmax LpNormalization TopK": lambda call: layout_after_combining(
         call, [call.axis_attribute(-1)]

@@ -147,8 +147,10 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # The call of a function of torch that runs, if the function is built-in.
         self.call: BuiltinCall | None = None
 
-        # What the memory is known by before the run: that of stored tensors by their first names.
+        # The names of modules by their ids.
         self._names = {id(module): name for name, module in modules(network)}
+
+        # What the memory is known by before the run: that of stored tensors by their first names.
         self._remains = remains
         self._made_by = dict(remains.made_by)
         self._made_by |= {address(tensor): name for name, tensor in reversed([*stored.items()])}
@@ -265,6 +267,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one operator, and record it."""
         del types
         kwargs = kwargs or {}
+
+        # Operators that run others are not recorded themselves.
         if isinstance(func, HigherOrderOperator):  # such as `cond`: values choose the code
             if self.depends_on_image((args, kwargs)):
                 self.reads.append(f"{func} {self.place()}")

@@ -71,9 +71,9 @@ class Compared:
         *other* is used again, because making one takes longer than torch.export. Raises the
         errors of the capture and of `program_root`.
         """
-        named = tensors(network)
+        tensors_by_name = tensors(network)
         hash_of = TensorHashes()
-        hashes = {name: hash_of(tensor) for name, tensor in named.items()}
+        hashes = {name: hash_of(tensor) for name, tensor in tensors_by_name.items()}
 
         # `graph` is a copy of what torch.export makes, taken before `functionalize` changes the
         # original.
@@ -93,7 +93,7 @@ class Compared:
             role=role,
             network=network,
             deployed=Deployed(network, preprocess).eval(),
-            tensors=named,
+            tensors=tensors_by_name,
             hashes=hashes,
             trace=traced,
             graph=graph,

@@ -432,19 +432,20 @@ def _check_ignored(
         if not known_depths:
             continue
         depth = known_depths[-1]
-        owner = owners[".".join(parts[:depth])]
+        owner_name = owners[".".join(parts[:depth])]
+        owner = modules[owner_name]
 
         # The next part of the name is that of a module that this one lacks, or of a tensor.
         part = parts[depth]
         is_module = depth < len(parts) - 1
-        place = f"{owner}.{part}".lstrip(".")
-        own = {**modules[owner]._parameters, **modules[owner]._buffers}.get(part)
+        place = f"{owner_name}.{part}".lstrip(".")
+        own = {**owner._parameters, **owner._buffers}.get(part)
         if own is not None:
             is_equal = own.shape == tensor.shape and own.cpu().equal(tensor.to(own.dtype))
             problem = "" if is_equal else f"the network gives {place} other values"
         else:
-            is_lacking = _lacks_place(modules[owner], part, is_module=is_module)
-            problem = f"the network is built without {place}" if is_lacking else ""
+            is_empty = _has_empty_place(owner, part, is_module=is_module)
+            problem = f"the network is built without {place}" if is_empty else ""
 
         if problem:
             advice = "check its options, or save the weights without it"
@@ -478,7 +479,7 @@ def _modules_by_file_name(fit: _TableFit, modules: Mapping[str, nn.Module]) -> d
     return owners
 
 
-def _lacks_place(owner: nn.Module, part: str, *, is_module: bool) -> bool:
+def _has_empty_place(owner: nn.Module, part: str, *, is_module: bool) -> bool:
     """Tell whether *owner* has an empty place for *part*, a module or a tensor.
 
     That is one more element of a list, or an optional tensor such as a bias.
