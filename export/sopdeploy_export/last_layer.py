@@ -23,8 +23,8 @@ def find_last_layer(
 ) -> nn.Linear | None:
     """Find the linear layer, outside of *training_only*, whose *classes* outputs are the logits of *network*.
 
-    None unless the network runs it once on *images*, uint8 (P, H, W, 3), and returns its
-    outputs, or these plus one number per image, which changes no probability.
+    None if there is none: the network must run the layer once on *images*, uint8 (P, H, W, 3), and
+    return its outputs, or these plus one number per image, which changes no probability.
     """
     if isinstance(network, Classifier):
         layer = network.logits_layer()
@@ -33,7 +33,7 @@ def find_last_layer(
     if layer is None:
         return None
 
-    # A hook sees what the layer returns, each time that it runs.
+    # A hook collects what the layer returns each time that it runs.
     results: list[Tensor] = []
     with layer.register_forward_hook(lambda _part, _inputs, output: results.append(output)):
         logits = Deployed(network, preprocess).eval()(torch.from_numpy(images))[0]
@@ -49,7 +49,7 @@ def _have_equal_probabilities(outputs: Tensor, logits: Tensor) -> bool:
     if torch.equal(outputs.nan_to_num(), logits.nan_to_num()):
         return True
 
-    # The difference is the same in all columns of a row, up to rounding.
+    # The difference must be the same in all columns of a row, up to rounding.
     shifts = (outputs - logits).double()
     spread = shifts.amax(dim=1) - shifts.amin(dim=1)
     largest = torch.maximum(outputs.abs().amax(), logits.abs().amax())
@@ -66,8 +66,9 @@ def add_embedding_output(
 ) -> None:
     """Make the input of the last linear layer an output of *network*, in place.
 
-    The arguments are as in `find_last_layer`. Raises `LoweringError` if no linear layer
-    computes the logits.
+    *classes* is the number of logits, and *images*, uint8 (P, H, W, 3), show which layer computes
+    them. Parts in *training_only* are left out. Raises `LoweringError` if no linear layer computes
+    the logits.
     """
     layer = find_last_layer(network, preprocess, images, classes, training_only)
     if layer is None:
@@ -90,8 +91,8 @@ def fold_temperature(
 ) -> None:
     """Divide the weights and the bias of the last linear layer of *network* by *temperature*, in place.
 
-    This divides the logits without any cost at inference; training-only heads keep their
-    logits. Raises `LoweringError` if no linear layer computes the logits (P, *classes*) of
+    This divides the logits without any cost at inference. Heads that only training needs keep
+    their logits. Raises `LoweringError` if no linear layer computes the logits (P, *classes*) of
     *images*, uint8 (P, H, W, 3).
     """
     layer = find_last_layer(network, preprocess, images, classes)

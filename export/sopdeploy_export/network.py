@@ -18,11 +18,11 @@ _Network = TypeVar("_Network", bound=nn.Module)
 
 
 def copy_network(network: _Network) -> _Network:
-    """Copy *network* with `copy.deepcopy`; the locks of modules become new ones.
+    """Copy *network* with `copy.deepcopy`, also if its modules hold what deepcopy refuses.
 
-    Tensors in attributes lose the operations that computed them, without which they can be
-    copied. Raises `LoweringError` if this fails, or if a `__deepcopy__` returns another class or
-    parts of *network*.
+    Locks become new ones. A tensor that autograd has computed becomes a copy without its history.
+    Raises `LoweringError` if copying fails, or if a `__deepcopy__` returns another class or shares
+    modules with *network*.
     """
     # The copies that deepcopy is to use of what it cannot copy, by the id of the original.
     memo: dict[int, Any] = {}
@@ -38,7 +38,8 @@ def copy_network(network: _Network) -> _Network:
     except Exception as error:  # classes can define how they are copied
         raise LoweringError(f"the network cannot be copied: {first_line(error)}") from error
 
-    # Every graph module has a class of its own.
+    # The copy must have the same class, but each graph module has a class of its own. It must not
+    # share a module with the original.
     kind = fx.GraphModule if isinstance(network, fx.GraphModule) else type(network)
     originals = {id(module) for _, module in modules(network)}
     shares_module = any(id(module) in originals for _, module in modules(copied))
@@ -100,7 +101,7 @@ def tensors_converted(
         for tensor in by_id.values():
             content = tensor.data
             converted = convert(content)
-            if converted is not content:  # some tensors cannot be replaced
+            if converted is not content:  # the `data` of some tensors cannot be set
                 replaced.append((tensor, content))
                 tensor.data = converted
         yield
@@ -111,7 +112,7 @@ def tensors_converted(
 
 @contextmanager
 def attributes_restored(network: nn.Module) -> Iterator[None]:
-    """Restore the attributes of all modules of *network*, and the containers in them, at the end."""
+    """Restore the attributes of all modules of *network*, and the containers in them, after the block."""
     attributes = [vars(module) for _, module in modules(network)]
     nested = [
         container for table in attributes for container in _nested_containers(table, DEPTH)

@@ -63,8 +63,8 @@ def export_checkpoint(
     """Convert the checkpoint at *path* to a bundle in *destination*, as `sopdeploy.export` does.
 
     For a network outside of the catalog, call `sopdeploy.export_network`. Calls *on_step* with
-    a description of each step as it begins. Raises a `SopdeployError` if a step failed;
-    *destination* contains nothing new.
+    a description of each step as it begins. Raises a `SopdeployError` if a step failed. Then
+    *destination* contains nothing new, or only the bundle, if the page about it cannot be written.
     """
     if options is None:
         options = ExportOptions()
@@ -72,7 +72,7 @@ def export_checkpoint(
     subject = _as_subject(checkpoint, build_classifier(checkpoint, path), options.name)
     check_torch_state()
     check_exportable(subject.network, subject.detachment.training_only)
-    # a name that the user gave may be that of a bundle, in order to replace it
+    # A name that the user gave may be that of another network, in order to replace it.
     if options.name is None:
         refuse_other_images(destination, subject.project, checkpoint)
     _check_subject(subject, options)
@@ -107,9 +107,9 @@ def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
 
 
 def _change_last_layer(subject: ExportSubject, *, with_features: bool) -> None:
-    """Divide the logits of the network of *subject* by its temperature, in place.
+    """Fold the temperature of the decision of *subject* into the last linear layer of its network, in place.
 
-    With *with_features*, the input of the last linear layer becomes an output.
+    With *with_features*, the input of this layer becomes an output.
     """
     network = subject.network
     preprocess = subject.preprocess
@@ -126,7 +126,10 @@ def _change_last_layer(subject: ExportSubject, *, with_features: bool) -> None:
 def _as_subject(
     checkpoint: Checkpoint, network: Classifier, name: str | None = None
 ) -> ExportSubject:
-    """Describe *network*, which was built from *checkpoint*, as the subject of an export."""
+    """Make the subject of an export of *network*, which was built from *checkpoint*.
+
+    *name* is that of the project, by default that in the checkpoint, or else that of the network.
+    """
     return ExportSubject(
         name=checkpoint.model,
         project=name or checkpoint.project or checkpoint.model.replace(":", "-"),
@@ -146,11 +149,11 @@ def refuse_other_images(destination: Path, project: str, checkpoint: Checkpoint)
     """Raise `ConfigError` if *destination* has bundles of *project*, but none with images of *checkpoint*.
 
     A server would replace one network by the other. The caller omits this check if the user
-    named the *project*. Without hashes, a checkpoint or a bundle fits any other.
+    named the *project*. A checkpoint or bundle without hashes of its images is not refused.
     """
     images = set(checkpoint.image_hashes.tolist())
     manifests = [
-        found.manifest for found in read_bundles(destination) if found.manifest is not None
+        listed.manifest for listed in read_bundles(destination) if listed.manifest is not None
     ]
     origins = [
         manifest.origin
@@ -177,8 +180,9 @@ def export_subject(
 ) -> Exported:
     """Export *subject* as a bundle in *destination*, as `export_checkpoint` does.
 
-    *trained* is its network, if it is captured already, and *outputs* those for the generated
-    images, if it ran. Tells `progress.step` each step.
+    *trained* is its network if the caller has captured it already; then its last layer is not
+    changed any more. *outputs* are its outputs for the generated images, if it ran on them. Tells
+    `progress.step` each step.
     """
     started = time.monotonic()
     has_photos = options.calibrate is not None or options.evaluate is not None
@@ -186,9 +190,9 @@ def export_subject(
     preprocess = subject.preprocess
     parts = subject.detachment.training_only
     images = generated_images(preprocess.crop)
-    # first, because it checks that the folder can be written
+    # The folder of the bundle comes first, which checks that *destination* can be written.
     with bundle.staging(destination) as folder, attributes_restored(subject.network):
-        # The statements about the network
+        # Prove the statements about the network.
         if trained is None:
             step("capturing the network")
             _change_last_layer(subject, with_features=options.with_features)
@@ -203,7 +207,7 @@ def export_subject(
             announce("Plain run")
             prove_plain_run(recorder)
 
-        # Its graph in ONNX
+        # Convert its graph to ONNX.
         step("converting to ONNX")
         folded = fold_constant_parts(trained.program)
         model = lower(folded, output_names(trained.network))
@@ -213,7 +217,7 @@ def export_subject(
         mixes_images = prove_images(model, allowed=options.allow_batch_dependence)
         check_operators(folded, images[: min(OPERATOR_IMAGES, options.max_batch)])
 
-        # The file, in its precision
+        # Convert it to the precision, write the file, and compare the file with the network.
         if options.precision != "fp32":
             step(f"converting the graph to {options.precision}")
         measuring = NO_IMAGES if accuracy_check is None else accuracy_check.images()
@@ -241,7 +245,7 @@ def export_subject(
         )
         trained.check_unchanged(parts)
 
-        # What was proved and measured
+        # Collect what was proved and measured.
         shipped_root = root if options.precision == "fp32" else onnx_root(converted.model)
         kind = kind_of_proof(plain, parts)
         certificate = Certificate(
@@ -271,7 +275,7 @@ def export_subject(
             decision=subject.decision,
         )
 
-        # The bundle
+        # Write the bundle.
         step("writing the bundle")
         probes = as_probes(images, exact, parity)
         write_probes(folder / "probes.npz", probes)
@@ -284,7 +288,7 @@ def export_subject(
         path = bundle.publish(folder, manifest, destination)
         seconds = time.monotonic() - started
 
-    # `Exported` has all fields of `ExportResults`, its base class, and these four.
+    # `Exported` has the fields of `ExportResults`, its base class, and these. The page needs it.
     exported = Exported(
         **vars(results),
         path=path,
@@ -310,7 +314,10 @@ def _check_subject(subject: ExportSubject, options: ExportOptions) -> None:
 def _build_plain(
     detachment: Detachment, trained: Compared, preprocess: Preprocess, batch: BatchRange
 ) -> Compared | None:
-    """Build and capture the plain network of *detachment*, if there is a builder."""
+    """Build and capture the plain network of *detachment*, None without a builder; check large constants.
+
+    Raises the errors of `build_plain` and `check_constants`.
+    """
     if detachment.plain is None:
         return None
     plain = build_plain(detachment, trained, preprocess, batch)

@@ -1,11 +1,11 @@
 """Merkle hashes over a captured program; `sopdeploy.bundle.onnx_root` has those over an ONNX graph.
 
-The root covers the outputs. The hash of an operation covers its name, every argument of its
-schema with defaults filled in, and the hashes of its operands in order. Weights and constants
-are hashed by content, inputs by position, dtype and (symbolic) shape. Names are not hashed, nor
-are operations that no output depends on, nor the memory layout of the images. So a network that
-was trained with branches has the root of the plain network if and only if its output is
-computed the same way.
+The root covers the outputs, and operations with an effect, such as assertions. The hash of an
+operation covers its name, every argument of its schema with defaults filled in, and the hashes
+of its operands in order. Weights and constants are hashed by content, inputs by position, dtype
+and (symbolic) shape. Names are not hashed, nor are operations that no output depends on, nor the
+memory layout of the images. So a network that was trained with branches has the root of the
+plain network if and only if its output is computed the same way.
 """
 
 import hashlib
@@ -51,10 +51,11 @@ def tensor_hash(tensor: Tensor) -> str:
 
 
 def program_root(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> ProgramRoot:
-    """Compute the Merkle root of *program*, with *hash_of* for its tensors.
+    """Compute the Merkle root of *program*; *hash_of* hashes its tensors.
 
     Raises `CertificateError` if the program writes to a buffer or an input, because its outputs
-    would then depend on earlier calls, or if it draws random numbers.
+    would then depend on earlier calls, and if it has an operation that no proof covers, such as
+    one that draws random numbers.
     """
     for spec in program.graph_signature.output_specs:
         if spec.kind != OutputKind.USER_OUTPUT:
@@ -62,20 +63,21 @@ def program_root(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> Pro
                 f"the eval graph writes to {spec.target or spec.arg}; an exported network must be stateless"
             )
 
-    # The nodes behind the outputs, and behind operations with an effect, such as an assertion.
+    # The nodes behind the outputs, and those behind operations with an effect, which no node reads.
     outputs = program.graph.output_node()
     needed = nodes_before(program.graph, outputs.all_input_nodes)
     side_effects = []
     for node in program.graph.nodes:
         has_no_reader = node.op == "call_function" and not node.users
 
-        # An assertion on the type of a value that no output depends on can never fail.
+        # A check of the type of a value that no output depends on is no such effect: the type is
+        # fixed, so the check cannot fail.
         is_idle = node.target is CHECK_OF_TYPE and not needed.issuperset(node.all_input_nodes)
         if has_no_reader and node.is_impure() and not is_idle:
             side_effects.append(node)
     needed |= nodes_before(program.graph, side_effects)
 
-    # The root is over the outputs and the effects; the hash of a node is over what is behind it.
+    # The root covers the outputs and the effects; the hash of a node covers what is behind it.
     hashes, operations = _hash_nodes(program, needed, hash_of)
     encoded = [
         _encode(value, hashes.__getitem__, hash_of)
@@ -95,7 +97,7 @@ def program_root(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> Pro
 
 
 def nodes_before(graph: fx.Graph, results: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return the nodes of *graph* that *results* depend on, and these."""
+    """Return the nodes of *graph* that *results* depend on, and *results* themselves."""
     needed = set(results)
     for node in reversed(graph.nodes):  # a node comes before its operands
         if node in needed:
@@ -105,7 +107,7 @@ def nodes_before(graph: fx.Graph, results: Iterable[fx.Node]) -> set[fx.Node]:
 
 def describe_difference(root: ProgramRoot, expected: ProgramRoot, reference: str) -> str:
     """Describe how *root* differs from *expected*, which is the root of the *reference* network."""
-    # The first operation that only one of both has.
+    # The first operation that only *root* has, and the first that only *expected* has.
     extra = next(
         (name for sha256, name in root.nodes.items() if sha256 not in expected.nodes), None
     )
@@ -125,12 +127,12 @@ def describe_difference(root: ProgramRoot, expected: ProgramRoot, reference: str
 def fingerprint(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> str | None:
     """Hash every operation of *program* in order, with its operands by position, and the tensors they use.
 
-    Two programs with equal fingerprints differ in names only, and in tensors that nothing uses,
-    so torch's passes give both the same result. Tensors are hashed by content, kind and
-    strides. Returns None, without an error, for a program with an argument, a subgraph or an
-    operation that cannot be hashed.
+    Two programs with equal fingerprints differ at most in names, and in tensors that nothing
+    uses, so torch's passes give both the same result. Tensors are hashed by content (*hash_of*),
+    kind and strides. Returns None, without an error, for a program with an argument, a subgraph
+    or an operation that cannot be hashed.
     """
-    # The position of each node stands for its name: inputs that are used, then operations.
+    # A node is known by its position: first the inputs that are used, then the operations.
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     specs_in_use = [
         spec
@@ -154,7 +156,7 @@ def fingerprint(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> str 
 
         for node in operations:
             if node.op != "output":
-                described.append(_name_operation(node))  # an error unless the node is a call
+                described.append(_name_operation(node))  # raises an error unless it is a call
             described.append(_encode([node.args, node.kwargs], positions.__getitem__, hash_of))
     except CertificateError:
         return None
@@ -176,7 +178,7 @@ class TensorHashes:
     """The sha256 of each tensor by its place in memory, computed when it is first asked for."""
 
     def __init__(self) -> None:
-        # The tensor is kept, so that no other one gets its place.
+        # The tensors are kept, so that no other tensor gets their places.
         self._by_place: dict[object, tuple[Tensor, str]] = {}
 
     def __call__(self, tensor: Tensor) -> str:
@@ -239,7 +241,11 @@ def _stored_value(program: ExportedProgram, spec: InputSpec) -> Any:
 
 
 def _encode(value: Any, hash_of_node: Callable[[fx.Node], str], hash_of: HashOf) -> str:
-    """Encode *value*, an argument of an operation, as text; the functions hash operands and tensors."""
+    """Encode *value*, an argument of an operation, as text.
+
+    *hash_of_node* gives the hash of an operand, *hash_of* that of a tensor. Raises
+    `CertificateError` for an argument of another type.
+    """
     if isinstance(value, fx.Node):
         return hash_of_node(value)
     if isinstance(value, Tensor):
@@ -263,8 +269,8 @@ def _hash_nodes(
 ) -> tuple[dict[fx.Node, str], dict[str, str]]:
     """Return the hashes of the *needed* nodes, and for each hash a text with its operation and module.
 
-    The operands of a needed node are needed, too. Raises `CertificateError` for an operation
-    that no proof covers.
+    *needed* must contain the operands of each of its nodes. Raises `CertificateError` for an
+    operation that no proof covers.
     """
     hashes_by_placeholder = _hash_placeholders(program, hash_of)
     hashes: dict[fx.Node, str] = {}
@@ -349,7 +355,7 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _get_constant(node: fx.Node) -> Tensor:
-    """Return the constant that *node* refers to; raises `CertificateError` for a subgraph of control flow."""
+    """Return the constant tensor that *node* refers to; raises `CertificateError` for anything else."""
     value: Any = node.graph.owning_module
     for part in str(node.target).split("."):
         value = getattr(value, part)

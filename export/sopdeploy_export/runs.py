@@ -38,8 +38,8 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Compute in float64 also where the code of a network names another type, as `.float()` does.
 
     Constants that `.double()` does not reach, such as tensors made in `forward`, are converted
-    where an operation combines them with float64. The code of a network reads float32 as the
-    `dtype` of float64, so that it takes the same path.
+    where an operation combines them with float64. `ReportsFloat32` beside it lets the code of
+    the network read float32 as the `dtype` of float64, so that it takes the same path.
     """
 
     def __torch_dispatch__(
@@ -64,8 +64,8 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if isinstance(value, Tensor)
             }
 
-            # An operation that writes to an operand needs this operand itself, not a converted
-            # copy.
+            # Operands of several types are converted, unless the operation writes to an operand:
+            # it needs this operand itself, not a converted copy.
             is_mixed = torch.float64 in dtypes and dtypes & set(REDUCED)
             if is_mixed and not func._schema.is_mutable:
                 args, kwargs = tree_map_only(
@@ -103,7 +103,7 @@ class ProbeOutputs:
     @classmethod
     @torch.no_grad()
     def of(cls, run: BatchRun, probes: Tensor) -> "ProbeOutputs":
-        """Run uint8 *probes* (P, H, W, 3)."""
+        """Run uint8 *probes* (P, H, W, 3); *run* computes the outputs of one batch."""
         starts = range(0, len(probes), PROBE_BATCH)
         batched = [run(probes[start : start + PROBE_BATCH]) for start in starts]
         single = [run(probes[i : i + 1]) for i in range(min(SINGLE_PROBES, len(probes)))]
@@ -149,7 +149,7 @@ def file_outputs(
             ) from problem
         chunks.append(dict(zip(names, outputs, strict=True)))
 
-    # Without the images that are repeated.
+    # Leave out the outputs for repeated images.
     return {
         name: np.concatenate([chunk[name] for chunk in chunks])[: len(images)] for name in names
     }
@@ -165,7 +165,10 @@ def find_gate(network: nn.Module) -> Any:
 
 
 def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
-    """Compute the logits (P, N) of the gate, which exists, in the dtype that *deployed* uses for *pixels*."""
+    """Compute the logits (P, N) of the gate for uint8 *pixels* (P, H, W, 3).
+
+    *deployed* must have a gate (`find_gate`). The dtype is that in which it computes the logits.
+    """
     gate = find_gate(deployed.network)
     computed: list[Tensor] = []
     hook = gate.feature.register_forward_hook(
@@ -177,10 +180,14 @@ def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
 
 
 def mark_decided(logits: NDArray[Any], chosen: int, tolerance: float) -> NDArray[np.bool_]:
-    """Mark the images (P,) whose *chosen* largest gate logits (P, N) stay the largest within *tolerance*."""
+    """Mark the images (P,) whose *chosen* largest gate *logits* (P, N) stay the largest.
+
+    Each logit may drift by *tolerance*.
+    """
     ranked = -np.sort(-logits, axis=1)  # (P, N), the largest first
 
-    # The distance to each logit that is not chosen (P, N - chosen). Both may drift.
+    # The distance from the smallest chosen logit to each one that is not chosen (P, N - chosen).
+    # Both may drift, towards each other.
     smallest_chosen = ranked[:, chosen - 1 : chosen]  # (P, 1)
     margins = smallest_chosen - ranked[:, chosen:]
     return np.asarray((margins > 2 * tolerance).all(axis=1), dtype=np.bool_)

@@ -21,9 +21,9 @@ class Detachment:
 
     Attributes:
         training_only: Dotted names of the removed parts.
-        plain: Builds the plain network, with any weights; `None` if there is none to compare with.
-        role: What *plain* builds: the `plain` network, or with the builder of the trained network a
-            `rebuilt` one.
+        plain: Builds the network to compare with, with any weights; `None` if there is no builder.
+        role: `plain` if *plain* builds the network without the removed parts; `rebuilt` if it builds the
+            trained network again.
         rename: Maps the name of a tensor of the trained network to its name in the plain network.
         allow_constants: Accept large tensors that no module registers.
     """
@@ -36,7 +36,10 @@ class Detachment:
 
     @classmethod
     def of(cls, network: Classifier) -> "Detachment":
-        """Build the detachment that *network*, a network of the catalog, declares."""
+        """Build the detachment that *network*, a network of the catalog, declares.
+
+        Parts without tensors are left out.
+        """
 
         def plain() -> Backbone:
             built = network.inference_model()

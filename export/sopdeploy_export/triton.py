@@ -154,9 +154,9 @@ def _tensor_config(field: str, record: TensorRecord, batch: BatchRange, more: st
 
 
 def _dims(record: TensorRecord, batch: BatchRange) -> list[int]:
-    """List the sizes of *record* behind the batch; -1 for one that varies.
+    """List the sizes of the tensor of *record* for Triton, -1 for one that varies.
 
-    Triton adds the batch axis itself unless the maximum is 0, which a graph for one image
-    needs.
+    Triton adds the batch axis itself. It does not if `max_batch_size` is 0, which stands for a
+    graph for one image only, so there the list begins with 1.
     """
     return [1] * (batch.maximum == 1) + [int(size or -1) for size in record.shape[1:]]

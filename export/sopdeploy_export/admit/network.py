@@ -34,7 +34,7 @@ def check_exportable(network: nn.Module, training_only: tuple[str, ...] = ()) ->
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """Return the network inside `WRAPPERS`, such as DataParallel, and torch.compile.
+    """Return the network inside wrappers: `WRAPPERS`, such as DataParallel, and that of torch.compile.
 
     Raises `LoweringError` if torch.compile has another backend than inductor.
     """
@@ -60,7 +60,8 @@ def unwrap_and_check(
 ) -> nn.Module:
     """Return *network*, unwrapped; raise `LoweringError` for modules that are not accepted.
 
-    Those that match *training_only* do not count.
+    Modules that match *training_only* are not checked. *role* is that of the network in messages,
+    such as `trained`.
     """
     if not isinstance(network, nn.Module):
         raise LoweringError(
@@ -103,9 +104,9 @@ def prepared(
 ) -> Iterator[nn.Module]:
     """Unwrap *network*, and prepare it for the block: on the CPU, in eval mode, uncompiled.
 
-    *logits_key* says which of its outputs to export. Afterwards, it is as before. If the block
-    refuses it, the message says what is odd in its code: a hook, a replaced method or a part in
-    train mode is no reason to refuse a network, but can be the cause of one. Raises
+    *logits_key* says which of its outputs to export. Afterwards, it is as before. A hook, a
+    replaced method or a part in train mode is no reason to refuse a network. But if the block
+    refuses it, the message also names such an oddity, which can be the cause. Raises
     `LoweringError` for modules that are not accepted, and `DetachError` for *training_only*.
     """
     unwrapped = unwrap_and_check(network, "trained", training_only)
@@ -133,9 +134,10 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def tensors_with_nan(network: nn.Module, removed: tuple[str, ...]) -> list[str]:
-    """List the tensors of *network* outside of *removed* parts that hold NaN, or infinity if they learn.
+    """List the tensors of *network* outside of *removed* parts that hold NaN or infinity.
 
-    A buffer may hold infinities, such as those of a mask; running statistics learn, too.
+    Infinity counts in parameters and running statistics only: other buffers may hold it, such as a
+    mask.
     """
     broken = []
 
@@ -152,9 +154,9 @@ def tensors_with_nan(network: nn.Module, removed: tuple[str, ...]) -> list[str]:
 def check_torch_state() -> None:
     """Reject another default type than float32, autocast, torch modes and hooks on all modules.
 
-    These change the operations of every network in the same way: the three networks would
+    These change the operations of every network in the same way: the compared networks would
     agree, but the exported file would compute something else. Raises `CertificateError` with
-    the name of the mode.
+    the name of what is active.
     """
     # Types.
     if torch.get_default_dtype() != torch.float32:
@@ -167,7 +169,7 @@ def check_torch_state() -> None:
                 f"torch.autocast is active for {device}; export outside of it"
             )
 
-    # Modes, which see every call of a torch function, or of an operator.
+    # Modes, which can change every call of a torch function, or of an operator.
     modes_by_kind = {
         "function": _get_current_function_mode_stack(),  # type: ignore[no-untyped-call]
         "dispatch": _get_current_dispatch_mode_stack(),
@@ -186,11 +188,11 @@ def check_torch_state() -> None:
 
 
 def find_oddity(network: nn.Module, role: str, removed: tuple[str, ...] = ()) -> str | None:
-    """Describe a hook, a replaced method or train mode of a module outside of *removed* parts; None if none.
+    """Describe the first oddity of a module of *network* outside of *removed* parts; None if there is none.
 
-    A ScriptModule, which no capture can enter, counts in removed parts, too: it can run.
-
-    *network* is in eval mode as far as its code lets it.
+    An oddity is a hook, a replaced method, a FakeQuantize module, or a module that is still in
+    train mode after `eval`. A ScriptModule counts in removed parts, too: no capture can enter it,
+    and it can run. *role* is that of the network in messages.
     """
     for name, module in modules(network):
         if isinstance(module, torch.jit.ScriptModule):
@@ -230,9 +232,10 @@ def find_oddity(network: nn.Module, role: str, removed: tuple[str, ...] = ()) ->
 
 
 def _replaced_method(module: nn.Module) -> str | None:
-    """Name a method of the class of *module* that the instance has in another form; None if there is none.
+    """Name a method of the class of *module* that an attribute of the instance hides; None if there is none.
 
-    Another method of the same class, bound to *module*, is no other form: a copy has its own.
+    An attribute that is a method of the class, bound to *module*, does not count: in a copy, it is
+    bound to the copy.
     """
     methods = [method for kind in type(module).__mro__ for method in vars(kind).values()]
 
@@ -240,14 +243,15 @@ def _replaced_method(module: nn.Module) -> str | None:
         hides_method = callable(value) and callable(getattr(type(module), attribute, None))
         if hides_method:
             is_bound = getattr(value, "__self__", None) is module
-            if not (is_bound and any(method is value.__func__ for method in methods)):
+            is_of_class = is_bound and any(method is value.__func__ for method in methods)
+            if not is_of_class:
                 return attribute
 
     return None
 
 
 def check_tensors(network: nn.Module, removed: tuple[str, ...] = ()) -> None:
-    """Raise `LoweringError` if `check_tensor` does for a tensor of *network* outside of *removed* parts."""
+    """Check each tensor of *network* outside of *removed* parts with `check_tensor`; raises its errors."""
     for name, tensor in tensors(network).items():
         if not is_in(name, *removed):
             check_tensor(name, tensor)
@@ -256,8 +260,8 @@ def check_tensors(network: nn.Module, removed: tuple[str, ...] = ()) -> None:
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Raise an error unless *tensor* is dense, of float32 or integers, and holds its own values.
 
-    `LoweringError` for another class, layout or type, one without values, and one made in
-    inference mode; `CertificateError` for a negated view.
+    This is a `LoweringError` if the tensor has another class, layout or type, has no values, or was
+    made in inference mode. It is a `CertificateError` if the tensor is a negated view.
     """
     if tensor.is_inference():  # its values cannot be replaced
         remedy = "build the network outside of it, or replace it by its .clone()"
@@ -284,7 +288,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def _advise(tensor: Tensor) -> str:
-    """Say what makes a dense tensor of float32 out of *tensor*, which is none."""
+    """Say how to make a dense tensor of float32 of *tensor*, which `check_tensor` refuses."""
     if tensor.is_meta:
         return "load its values"
     if tensor.layout != torch.strided:

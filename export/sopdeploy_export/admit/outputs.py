@@ -20,9 +20,9 @@ from sopdeploy_export.program_hashes import operator_name
 from sopdeploy_export.runs import ProbeOutputs
 
 SUM_TOLERANCE = 1e-3  # of probabilities
-# What torch says of `item` and `if` on several values, as at an exit of a single image.
+# What torch says of `item` and `if` on several values: code can be written for a single image.
 READS_ONE_VALUE = re.compile(r"converted to Scalar|more than one value is ambiguous")
-# Operators whose result has values of their first operand.
+# Operators whose result has only values of their first operand, also in another shape or type.
 SUBSET_OF_VALUES = (
     "aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.view",
     "aten._unsafe_view", "aten.reshape", "aten.squeeze", "aten.unsqueeze", "aten.flatten", "aten.unflatten",
@@ -32,9 +32,9 @@ SUBSET_OF_VALUES = (
 
 
 def run_first(deployed: Deployed, images: Tensor, classes: int | None) -> ProbeOutputs:
-    """Run the network on uint8 *images* (P, H, W, 3); afterwards, it is as before.
+    """Run the network on uint8 *images* (P, H, W, 3), and check its outputs; afterwards, it is as before.
 
-    Raises the errors of `run_and_check`.
+    With None, any number of *classes* is accepted. Raises the errors of `run_and_check`.
     """
 
     def run(pixels: Tensor) -> tuple[Tensor, ...]:
@@ -73,10 +73,10 @@ def check_logits(logits: Tensor) -> tuple[str, ...]:
 def run_and_check(
     deployed: nn.Module, images: Tensor, classes: int | None
 ) -> tuple[Tensor, ...]:
-    """Compute the outputs for *images*, first the logits (B, classes).
+    """Compute the outputs for *images* (B, H, W, 3), of which the first are the logits (B, classes).
 
-    With None, any number of *classes* is accepted; another number of logits is a `ConfigError`.
-    All errors of the user's code become `LoweringError`.
+    With None, any number of *classes* is accepted. Raises `ConfigError` for another number of
+    logits, and `LoweringError` for another shape and for any error of the user's code.
     """
     size = len(images)
     try:
@@ -90,7 +90,7 @@ def run_and_check(
             problem += f"; {DEPENDS_ON_VALUES}"
         raise LoweringError(problem) from error
 
-    # The logits are a table with a row for each image.
+    # The logits must be a table with a row for each image.
     logits = outputs[0]
     shape = tuple(logits.shape)
     is_table = type(logits) is Tensor and len(shape) == 2 and shape[0] == size
@@ -100,7 +100,7 @@ def run_and_check(
             "one row per image, also for a single one, and one logit per label"
         )
 
-    # Its columns are the classes.
+    # Its columns must be the classes.
     if classes is not None and shape[1] != classes:
         raise ConfigError(
             f"{amount(classes, 'name')} for {amount(shape[1], 'logit')} of the trained network; give "
@@ -115,7 +115,8 @@ def check_ends_in_logits(program: ExportedProgram) -> None:
     aten = torch.ops.aten
     node, *_ = program.graph.output_node().args[0]  # the logits are the first output
 
-    # What computes their values: later operators only choose some, or change the shape.
+    # Find the operator that computes their values. The ones behind it only choose some of them, or
+    # change their shape.
     while operator_name(node) in SUBSET_OF_VALUES:
         node = node.args[0]
 

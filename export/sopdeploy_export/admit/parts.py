@@ -29,6 +29,6 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
             raise DetachError(problem, setting="training_only", value=pattern)
         matched += matches
 
-    # A match is outermost if its parent module is neither a match nor inside one.
+    # A match is outermost if its parent module neither matches nor is inside a match.
     outer = (name for name in matched if not is_in(name.rpartition(".")[0], *matched))
     return tuple(dict.fromkeys(outer))  # each once

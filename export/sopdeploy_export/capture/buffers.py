@@ -1,4 +1,4 @@
-"""Buffers that the first run of a network makes."""
+"""Buffers that the first run of a network creates or replaces."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,20 +17,20 @@ def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...
     """Give *network* the buffers that its first run creates or replaces; return their names.
 
     These are buffers that the state dict does not store, such as a table of positions for the
-    size of the images. They are those of a run on images without values, so a buffer that
-    depends on the images is not among them.
+    size of the images. Buffers that depend on the images are not among them.
     """
     images = torch.zeros(2, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
     device = next((tensor.device for tensor in tensors(network).values()), images.device)
     pixels = Normalize(preprocess, images_format(network))(images).to(device)
 
-    # Most networks create none. A run with values is tried first: one without values can leave
-    # such tensors in objects that are not restored.
+    # Most networks create none. A run on images with values shows this. It comes first, because a
+    # run on images without values can leave tensors without values in objects that are not
+    # restored.
     before = unstored_buffers(network)
     if not _changed_buffers(network, pixels, before):
         return ()
 
-    # Of images without values, only a buffer that does not depend on them has values.
+    # In a run on images without values, a buffer has values only if it does not depend on them.
     without_values = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(pixels)
     created = _changed_buffers(network, without_values, before)
 
@@ -44,9 +44,10 @@ def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...
 def _changed_buffers(
     network: nn.Module, pixels: Tensor, before: Mapping[str, Tensor | None]
 ) -> dict[str, Tensor]:
-    """Map the names of unstored buffers that a run on *pixels* creates or replaces to their tensors.
+    """Map the names of unstored buffers that a run on *pixels* creates or replaces to the new tensors.
 
-    Tensors without values are left out. *network* is unchanged afterwards.
+    *before* are the unstored buffers of *network* now. Tensors without values are left out.
+    *network* is unchanged afterwards.
     """
     with attributes_restored(network), torch.no_grad():
         with suppress(Exception):  # of the user's code; a later run gives the message

@@ -41,8 +41,8 @@ class Deployed(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs of (B, H, W, 3) uint8 *images* in float32, or within `InFloat64` in float64.
 
-        Raises `LoweringError` if the network writes to its tensors, or as `compute_outputs`
-        does.
+        Raises `LoweringError` if the network writes to its tensors, and the errors of
+        `compute_outputs`.
         """
         before = _states(self.network)
         outputs = compute_outputs(self.network, self.normalise(images))
@@ -56,10 +56,10 @@ class Deployed(nn.Module):
 
 
 def _states(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the state of each tensor of *network*, by name, which a write changes.
+    """Return the `_state` of each tensor of *network* by name.
 
-    A buffer that no state dict stores is left out. It may be made anew, as a table for another
-    size.
+    A buffer that no state dict stores is left out: the network may make it anew, for example a
+    table for another size.
     """
     unstored = unstored_buffers(network)
     return {
@@ -71,7 +71,7 @@ def _states(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _state(tensor: Tensor) -> tuple[int, ...]:
     """Identify *tensor* and its content, by numbers that a write changes."""
-    # Those of torch.export's tracing have no address, and those of inference mode no version.
+    # Tensors of torch.export's tracing have no address, and those of inference mode no version.
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
         return (id(tensor),)
     version = -1 if tensor.is_inference() else tensor._version
@@ -79,7 +79,7 @@ def _state(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _refuse_writes(network: nn.Module, before: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise `LoweringError` if a tensor of *network* is not as *before*, the states that it had."""
+    """Raise `LoweringError` if a tensor of *network* has another state than *before*, its states by name."""
     after = tensors(network)
 
     for name, state in before.items():
@@ -228,10 +228,10 @@ def generated_images(side: int) -> NDArray[np.uint8]:
     """
     random = np.random.default_rng(_SEED)
 
-    # A ramp from left to right, and squares of 4 pixels, by the number of each in its row.
+    # A ramp from left to right, and a checkerboard with squares of 4 pixels.
     horizontal_ramp = np.tile(np.linspace(0, 255, side), (side, 1))
-    square = np.arange(side) // 4
-    checkerboard = 255.0 * ((square[:, None] + square) % 2)
+    square_of_pixel = np.arange(side) // 4  # the number of the square along either axis
+    checkerboard = 255.0 * ((square_of_pixel[:, None] + square_of_pixel) % 2)
 
     # Plain colors, the patterns, and noise. The order of the draws decides the images.
     colors = [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)]
@@ -256,5 +256,5 @@ def generated_images(side: int) -> NDArray[np.uint8]:
 
 
 def evenly_spread(count: int, most: int) -> NDArray[np.int64]:
-    """Choose at most *most* of *count* positions, evenly spread."""
+    """Choose at most *most* of the positions 0 to *count* - 1, evenly spread."""
     return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)

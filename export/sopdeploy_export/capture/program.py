@@ -58,10 +58,11 @@ DEPENDS_ON_VALUES = (
 
 
 class Trace(NamedTuple):
-    """What torch.export makes of a network, before its operators become functional.
+    """What torch.export makes of a network.
 
-    `program` is for any batch size. `created` names the buffers that a first run creates: they
-    belong to the program only.
+    `program` is for any batch size; `functionalize` changes it in place. `created` names the
+    buffers that a first run of the network creates or replaces. The program has them; the
+    network itself is unchanged.
     """
 
     program: ExportedProgram
@@ -69,14 +70,14 @@ class Trace(NamedTuple):
 
 
 def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Trace:
-    """Run torch.export on *network*, in eval mode, for the batch range; *network* is unchanged afterwards.
+    """Run torch.export on *network*, in eval mode, for all sizes of *batch*; *network* is unchanged afterwards.
 
     torch.export assumes that a dynamic dimension is at least 2; `prove.plain_run` compares the
     graph with runs of one image, too. Raises `LoweringError` if the network cannot be captured.
     """
     with attributes_restored(network):
-        # Most networks are captured at once. A write to a buffer, or a failure, can be that of a
-        # first run that creates buffers.
+        # Capture it as it is, which succeeds for most networks. If it writes to a buffer or fails,
+        # the reason can be that its first run creates buffers.
         failure: LoweringError | None = None
         try:
             program = export_program(network, preprocess, batch)
@@ -86,19 +87,19 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Trac
         except LoweringError as error:
             failure = error
 
-        # With these buffers, the network is captured as in its second run.
+        # Create them, and capture what the network does in its second run.
         created = create_buffers(network, preprocess)
         if created:
             return Trace(export_program(network, preprocess, batch), created)
         if failure is not None:
             raise failure
-        return Trace(program, ())  # it writes to a buffer that is stored
+        return Trace(program, ())  # it writes to a stored buffer, which `program_root` refuses
 
 
 def capture_any_batch(
     network: nn.Module, preprocess: Preprocess, batch: BatchRange
 ) -> ExportedProgram:
-    """Capture *network* for every batch size of the range, as one functional program.
+    """Capture *network* for all batch sizes of *batch*, as one functional program.
 
     Raises the errors of `trace` and `functionalize`.
     """
@@ -108,9 +109,10 @@ def capture_any_batch(
 def export_program(
     network: nn.Module, preprocess: Preprocess, batch: BatchRange
 ) -> ExportedProgram:
-    """Run torch.export on *network* for every batch size of the range; *network* is unchanged afterwards.
+    """Run torch.export on *network* for all batch sizes of *batch*; *network* is unchanged afterwards.
 
-    Raises `LoweringError` with the first line of torch's message.
+    Raises `LoweringError` with a cause that `capturing` knows, or with the first line of torch's
+    message.
     """
     deployed = Deployed(network, preprocess).eval()
     size = min(2, batch.maximum)  # torch.export makes a dimension of size 1 constant
@@ -159,12 +161,11 @@ def as_captured(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def answering_plain_run() -> Iterator[None]:
-    """Answer code outside of torch, if it asks whether it is exported or compiled, that it is not.
+    """Answer no in the block if code outside of torch asks whether it is exported or compiled.
 
-    The functions that it asks are replaced in the block, for the whole process.
-
-    The graph is then that of a plain run. Code that imported the functions by their names, or
-    asks in another way, still gets torch's answer; `prove.plain_run` finds what it does then.
+    The graph is then that of a plain run. The functions that the code asks are replaced for the
+    whole process. Code that imported them by their names, or asks in another way, still gets
+    torch's answer; `prove.plain_run` finds what it does then.
     """
     functions = {
         name: getattr(torch.compiler, name) for name in ("is_exporting", "is_compiling")
@@ -203,9 +204,9 @@ def recording_calls(record: Callable[[FrameType, str, Any], None]) -> Iterator[N
 
 @contextmanager
 def recording_fixed_sizes() -> Iterator[list[str]]:
-    """Yield a list, and record in it the lines of code in the block that need sizes as numbers.
+    """Yield a list, which gets the lines of code in the block that need sizes as numbers.
 
-    Code of torch and of this package does not count.
+    Code of torch and of this project does not count.
     """
     places: list[str] = []
     # torch calls these for a symbolic size: for its number, and for the result of a comparison.
@@ -216,7 +217,7 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
         if event != "call" or frame.f_code not in (needs_number, compares):
             return
 
-        # The line is in the nearest caller that is code of neither package.
+        # The line is in the nearest caller that is neither code of torch nor of this project.
         caller = frame.f_back
         while caller is not None:
             module = str(caller.f_globals.get("__name__", ""))
@@ -227,8 +228,8 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
                 places.append(f"{Path(file).name}:{line} ({text})")
                 return
 
-            # A comparison in a network comes through these modules alone. Those of torch's
-            # operators, which come through others, fit every size.
+            # A comparison in the code of a network is called through these two modules only.
+            # Comparisons of torch's own operators come through others, and fit every size.
             if frame.f_code is compares and module not in ("torch", SymNode.__module__):
                 return
             caller = caller.f_back
@@ -238,11 +239,10 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
 
 
 def functionalize(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
-    """Replace writes to operands, some forms of pooling, and the ellipsis of `einsum` in *program*.
+    """Return *program* in functional form: without writes to operands, and without what no output needs.
 
-    What its outputs do not need is left out. *program* is changed; the result is another one.
-    Raises `LoweringError` if torch cannot do this, or if some batch of 1 to `batch.maximum` is
-    not accepted.
+    First, `simplify_operators` changes *program* in place. Raises `LoweringError` if torch cannot
+    do this, or if some batch of 1 to `batch.maximum` images is not accepted.
     """
     with capturing():
         simplify_operators(program)
@@ -276,10 +276,10 @@ def check_batch_sizes(program: ExportedProgram, batch: BatchRange) -> None:
 
 
 def remove_unneeded(program: ExportedProgram) -> None:
-    """Remove what the outputs of *program* do not need, also checks of its types."""
+    """Remove what the outputs of *program* do not need, in place."""
     graph = program.graph
 
-    # torch counts checks of types as needed, also those of values that no output reads.
+    # Checks of the types of values that no output needs, which `eliminate_dead_code` would keep.
     needed = nodes_before(graph, graph.output_node().all_input_nodes)
     for node in reversed(graph.nodes):
         if node.target is CHECK_OF_TYPE and not needed.issuperset(node.all_input_nodes):
@@ -291,9 +291,10 @@ def remove_unneeded(program: ExportedProgram) -> None:
 
 @contextmanager
 def garbage_kept() -> Iterator[None]:
-    """Switch the garbage collector off: it would visit all nodes of a graph again and again.
+    """Switch the garbage collector off in the block.
 
-    This takes a tenth of the time of a capture or a conversion.
+    It would visit all nodes of a graph again and again, for a tenth of the time of a capture or a
+    conversion.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -306,7 +307,7 @@ def garbage_kept() -> Iterator[None]:
 
 @contextmanager
 def capturing() -> Iterator[None]:
-    """Run a step of the capture; raise `LoweringError` with the first line of torch's message if it fails."""
+    """Run a step of the capture in the block; raise `LoweringError` with the cause if it fails."""
     try:
         with garbage_kept(), torch.no_grad():
             yield
@@ -316,7 +317,7 @@ def capturing() -> Iterator[None]:
         causes = (error, error.__cause__, error.__context__)
         text = "\n".join(str(cause) for cause in causes if cause is not None)
 
-        # Causes that torch tells in words of its own, or else its first line.
+        # Known causes, by the words with which torch tells them; for another one, torch's first line.
         if BATCH_GUARD.search(text):
             problem = f"{BY_SIZE}; {SIZE_REMEDY}"
         elif HASHED_SIZE.search(text):

@@ -38,13 +38,15 @@ IN_PLACE = {
 def simplify_operators(program: ExportedProgram) -> None:
     """Simplify activations, average pooling, `ceil_mode` without effect, and ellipses in `einsum`, in place.
 
-    Average pooling to one position becomes the mean that ATen computes for it. ATen then
-    restores the strides of a map in channels-last layout with `as_strided`
-    (AdaptiveAveragePooling.cpp), which torch-tensorrt cannot convert, and ONNX needs five
-    operators for it. An activation in place becomes that out of place, which it will be in the
-    functional program: torch's own way there, by fifteen operators with symbolic sizes, takes
-    half of the time of a MobileNet.
+    - Average pooling to one position becomes a mean, as which ATen computes it. ATen also restores
+      the strides of a map in channels-last layout with `as_strided`
+      (AdaptiveAveragePooling.cpp). torch-tensorrt cannot convert this operator, and ONNX needs
+      five operators for it.
+    - An activation in place becomes the same activation out of place. torch would do so in the
+      functional program, but by fifteen operators with symbolic sizes, which takes half of the
+      time of a MobileNet.
     """
+    # Activations in place.
     aten = torch.ops.aten
     for node in program.graph.nodes:
         activation = _out_of_place(node)
@@ -83,9 +85,10 @@ def simplify_operators(program: ExportedProgram) -> None:
 
 
 def _out_of_place(node: fx.Node) -> OpOverload | None:
-    """Return the activation that *node* computes in place, if nothing else can see what it writes to.
+    """Return the operator that computes the in-place activation of *node* out of place.
 
-    None for another operator, or if something else reads or shares the memory of its operand.
+    None for another operator, and if something else reads the operand of *node* or can share its
+    memory: then the write in place can have an effect there.
     """
     target = node.target
     if not isinstance(target, OpOverload) or str(target) not in IN_PLACE:
@@ -132,9 +135,9 @@ def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
 class PythonNumbers:
     """Tensors that code makes of Python numbers, such as a deviation per channel, and comparisons of them.
 
-    Code may read them, as `normalize` of torchvision does: they are the same for all images.
-    They are unknown from the first other call on one of them, which can write to its memory or
-    share it.
+    They are the same for all images, so code may read them, as `normalize` of torchvision does.
+    Another call on one of them can write to its memory or share it. From the first such call on,
+    no tensor is known any more.
     """
 
     MAKERS = (torch.tensor, torch.as_tensor)
@@ -150,13 +153,14 @@ class PythonNumbers:
     def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Compute a call on known tensors, or one that makes a tensor of Python numbers.
 
-        Returns a Python number, or a tensor, which the caller passes to `remember`. None for any
-        other call; if it has a known tensor as operand, which it can change, all tensors become
-        unknown.
+        Returns a Python number, or a tensor, which the caller passes to `remember`. Returns None
+        for any other call; if one of its operands is known, the call can change it, so all
+        tensors become unknown.
         """
         if not len(self._values) and function not in self.MAKERS:  # most calls
             return None
 
+        # Whether the call is one of the two kinds.
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         are_known = [operand in self._values for operand in operands]
         if operands:
@@ -173,7 +177,7 @@ class PythonNumbers:
                 self._values = WeakIdKeyDictionary()
             return None
 
-        # The same call on the values, which torch.export does not see.
+        # Make the same call on the values; torch.export does not see this call.
         args, kwargs = tree_map_only(Tensor, self._values.__getitem__, (args, kwargs))
         with _disable_current_modes():
             return function(*args, **kwargs)
@@ -206,7 +210,7 @@ class SymbolicForms(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
 
-        # A number, which the caller's code reads; a tensor of known values; None: not known.
+        # The result is a number, which the network's code reads; a tensor; or not known (None).
         # This also forgets the known tensors if the call may change one of them.
         value = self._numbers.compute(function, args, kwargs)
         if value is not None and not isinstance(value, Tensor):
@@ -252,7 +256,7 @@ def _take_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tenso
 
 
 def _instance_norm(*args: Any, **options: Any) -> Tensor:
-    """Normalize by running statistics, as a batch norm does, unless each image has its own."""
+    """Compute an instance norm with running statistics as a batch norm; leave another one to torch."""
     named = inspect.signature(F.instance_norm).bind(*args, **options).arguments
     if named.pop("use_input_stats", True):
         return F.instance_norm(*args, **options)

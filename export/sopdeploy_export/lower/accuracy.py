@@ -42,15 +42,16 @@ GRAY_SIDE = 8
 class AccuracyCheck:
     """Compares the top classes and the logits of graphs with those of the float32 graph.
 
-    The images are the labeled ones of `evaluate`, or else a quarter of those of `calibrate`.
-    `calibration` holds the others as uint8 (P, H, W, 3); it is empty without `calibrate`.
+    The images that measure are the labeled ones of `evaluate`, or else every fourth distinct one
+    of `calibrate`. `calibration` holds the others of `calibrate`, uint8 (P, H, W, 3); it is empty
+    without `calibrate`.
     """
 
     def __init__(self, subject: ExportSubject, options: ExportOptions) -> None:
         """Open the folders of *options* for the network of *subject*.
 
-        Raises `DataError` if a folder has too few images or other classes than *subject*, and
-        `ConfigError` for one folder given twice or `evaluate` with a network that predicts
+        Raises `DataError` if a folder has too few images or other classes than *subject*. Raises
+        `ConfigError` if one folder is given twice, and for `evaluate` with a network that predicts
         several classes per image.
         """
         self.options = options
@@ -59,14 +60,14 @@ class AccuracyCheck:
 
         # The images of `calibrate`: some calibrate, the others measure.
         self.calibration = np.empty((0, 0, 0, 3), np.uint8)
-        self._measured: NDArray[np.uint8] | None = None
+        self._measuring_images: NDArray[np.uint8] | None = None
         if options.calibrate is not None:
             images = calibration_images(options.calibrate, subject.preprocess)
             is_measured_P = choose_measured(images)
             self.calibration = images[~is_measured_P]
-            self._measured = images[is_measured_P]
+            self._measuring_images = images[is_measured_P]
 
-        # Those of `evaluate`, which measure instead.
+        # The images of `evaluate`, which measure instead if there are any.
         self._labeled: ImageFiles | None = None
         if options.evaluate is not None:
             if subject.decision is not None and subject.decision.activation == "sigmoid":
@@ -85,7 +86,10 @@ class AccuracyCheck:
             self._labeled = open_evaluation_images(options.evaluate, subject.labels)
 
     def measure(self, float32: onnx.ModelProto, exported: InferenceSession) -> Accuracy:
-        """Compare the graphs on the images; the logits of *float32* are computed once and kept."""
+        """Compare the graphs *float32* and *exported* on the images.
+
+        The logits of *float32* are computed in the first call and kept for later ones.
+        """
         if self._float32_logits is None:
             self._float32_logits = self._logits(open_session(float32))
         before = self._float32_logits
@@ -96,7 +100,7 @@ class AccuracyCheck:
         return compared.model_copy(update={"deviation": logit_deviation(before, after)})
 
     def images(self) -> MeasuringImages:
-        """Return the images that calibrate, and for fp16 some of `evaluate`, evenly spread."""
+        """Return the images that calibrate, and for fp16 at most `PHOTOGRAPHS` of `evaluate`, evenly spread."""
         photographs: list[NDArray[np.uint8]] = []
         if self._labeled is not None and self.options.precision == "fp16":
             positions = evenly_spread(len(self._labeled), PHOTOGRAPHS).tolist()
@@ -106,9 +110,10 @@ class AccuracyCheck:
         return MeasuringImages(self.calibration, photographs)
 
     def check_drop(self, report: PrecisionReport) -> None:
-        """Raise `ParityError` if *report* lost more than the limits, which `allow_drift` does not change.
+        """Raise `ParityError` if a loss in *report* exceeds its limit, also with `allow_drift`.
 
-        These are `max_drop` for the accuracy and `MAX_DEVIATION` for the logits.
+        The limits are `max_drop` for top-1, or for agreement without labels, and `MAX_DEVIATION` for
+        the change of the logits.
         """
         measured = report.accuracy
         limit = self.options.max_drop
@@ -126,7 +131,7 @@ class AccuracyCheck:
         if measured.drop <= limit:
             return
 
-        # Top-1 needs labels.
+        # Without labels, top-1 is not known, so the loss is one of agreement.
         metric = "agreement with float32" if measured.before is None else "top-1"
         raise ParityError(
             f"{report.precision} loses {measured.drop:.2f} points of {metric} on {measured.num_images} "
@@ -151,16 +156,16 @@ class AccuracyCheck:
                     for position in range(start, min(start + size, count))
                 ]
                 yield np.stack(images)
-        elif self._measured is not None:
-            for image in self._measured:
+        elif self._measuring_images is not None:
+            for image in self._measuring_images:
                 yield image[None]
 
 
 def logit_deviation(before: NDArray[np.float32], after: NDArray[np.float32]) -> float:
     """Compute the root mean square of *after* - *before*, logits (P, C), in standard deviations of *before*.
 
-    These are the deviations of a class over the images, also as a root mean square over the
-    classes.
+    The standard deviation is that of the logits of a class over the images, as a root mean square
+    over the classes.
     """
     spread = float(np.sqrt(np.square(before - before.mean(axis=0), dtype=np.float64).mean()))
     error = float(np.sqrt(np.square(after - before, dtype=np.float64).mean()))
@@ -174,8 +179,9 @@ def compare_top_classes(
 ) -> Accuracy:
     """Compare the classes that the *float32* graph and the *exported* graph predict.
 
-    The drop is the loss of top-1 in percentage points. Without the labels *truth*, it is the
-    percentage of images whose class differs, which is an upper bound of this loss.
+    All are class numbers (P,). The drop is the loss of top-1 in percentage points. Without the
+    labels *truth*, it is the percentage of images whose class differs, which is an upper bound of
+    this loss.
     """
     count = len(float32)
     agree = int((float32 == exported).sum())
@@ -201,8 +207,8 @@ def compare_top_classes(
 def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
     """Load at most 340 images of *folder* as uint8 (P, crop, crop, 3), spread evenly over the sorted paths.
 
-    So they cover every class. Raises `DataError` if *folder* does not exist, holds no image or
-    holds one that cannot be read.
+    If each class has a folder, they thus come from all large classes. Raises `DataError` if
+    *folder* does not exist, holds no image or holds one that cannot be read.
     """
     try:
         images = open_any_images(folder)
@@ -215,7 +221,7 @@ def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8
 
 
 def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Mark a quarter (P,) of *images*, uint8 (P, H, W, 3), which measure the agreement.
+    """Mark the *images*, uint8 (P, H, W, 3), that measure the agreement: every fourth distinct one (P,).
 
     Images whose thumbnails are alike count as one distinct image: all of them measure, or none.
     Raises `DataError` for fewer than 32 distinct images.
@@ -228,7 +234,7 @@ def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
         [np.sqrt(np.square(pixels_PD - pixels_D).mean(axis=1)) for pixels_D in pixels_PD]
     )
 
-    # Images that are alike, also through others, have the same number, from 0.
+    # Number the distinct images from 0. Images that are alike, also through others, get one number.
     pairs = np.argwhere(distances_PP <= ALIKE).T
     distinct_P = connect(len(images), pairs)
     count = int(distinct_P.max()) + 1

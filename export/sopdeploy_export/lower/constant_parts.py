@@ -1,7 +1,7 @@
-"""Evaluate parts of a program that no image reaches once, where their values decide the sizes of others.
+"""Evaluate the parts of a program that no image reaches, if their values decide the size of a result.
 
-These are for example the positions of the upper triangle, `ones.triu().nonzero()`, and x[:,
-mask] with a constant mask. ONNX has no fixed size for them. Only the program that is converted
+Examples are the positions of the upper triangle, `ones.triu().nonzero()`, and x[:, mask] with a
+constant mask. ONNX has no fixed size for such results. Only the program that is converted
 changes, not the one that the certificate is about.
 """
 
@@ -20,18 +20,19 @@ PREFIX = "constant"  # of the names of evaluated tensors
 
 
 def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
-    """Copy *program* with constants in place of what no image reaches, where its values decide sizes.
+    """Copy *program* with constants in place of nodes that no image reaches and whose values decide sizes.
 
-    Also a constant mask becomes the positions that it chooses. Returns *program* itself if it
-    has neither.
+    A constant mask becomes the positions that it chooses. Returns *program* itself if it has
+    neither such nodes nor constant masks.
     """
-    constant = _constant_nodes(program)
-    if not any(map(_has_size_from_values, constant)) and not _constant_masks(program, constant):
+    constant_nodes = _constant_nodes(program)
+    have_sizes_from_values = any(map(_has_size_from_values, constant_nodes))
+    if not have_sizes_from_values and not _constant_masks(program, constant_nodes):
         return program
 
-    # The nodes of a copy, and the tensors that it stores.
+    # A copy of the program, its constant nodes, and the tensors that it stores.
     program = program.run_decompositions({})
-    constant = _constant_nodes(program)
+    constant_nodes = _constant_nodes(program)
     stored = {**program.state_dict, **program.constants}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
 
@@ -44,20 +45,20 @@ def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
         function: Any = node.target
         return function(*args, **kwargs)
 
-    # Constant nodes whose values decide sizes, and those behind them.
+    # The constant nodes whose values decide sizes, and the constant nodes behind them.
     evaluated: set[fx.Node] = set()
     for node in program.graph.nodes:
         is_behind = not evaluated.isdisjoint(node.all_input_nodes)
-        if node in constant and (is_behind or _has_size_from_values(node)):
+        if node in constant_nodes and (is_behind or _has_size_from_values(node)):
             evaluated.add(node)
 
-    # Replace them, and constant masks, which are listed before, because replacements change
-    # what a node reads.
-    masks = _constant_masks(program, constant)
+    # Replace these nodes and the constant masks. The masks are listed first, because replacements
+    # change what a node reads.
+    masks = _constant_masks(program, constant_nodes)
     with torch.no_grad():
         for node in list(program.graph.nodes):
             if node in evaluated and node.op == "call_function":
-                _replace_by_value(program, node, evaluate(node), constant)
+                _replace_by_value(program, node, evaluate(node), constant_nodes)
             elif node in masks:
                 values = [None if mask is None else evaluate(mask) for mask in masks[node]]
                 _replace_masks(program, node, values)
@@ -68,19 +69,19 @@ def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
 
 
 def _constant_nodes(program: ExportedProgram) -> set[fx.Node]:
-    """Find the nodes that depend on no image and on no random number."""
+    """Find the nodes of *program* that depend on no image and on no random number."""
     images = set(program.graph_signature.user_inputs)
-    constant = set[fx.Node]()
+    constant_nodes = set[fx.Node]()
     for node in program.graph.nodes:
         if node.op == "placeholder":
             is_constant = node.name not in images
         else:
             is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
             is_call = node.op == "call_function" and not is_random
-            is_constant = is_call and constant.issuperset(node.all_input_nodes)
+            is_constant = is_call and constant_nodes.issuperset(node.all_input_nodes)
         if is_constant:
-            constant.add(node)
-    return constant
+            constant_nodes.add(node)
+    return constant_nodes
 
 
 def _has_size_from_values(node: fx.Node) -> bool:
@@ -98,24 +99,29 @@ def _is_mask(index: fx.Node | None) -> bool:
 
 
 def _constant_masks(
-    program: ExportedProgram, constant: set[fx.Node]
+    program: ExportedProgram, constant_nodes: set[fx.Node]
 ) -> dict[fx.Node, list[fx.Node | None]]:
-    """Map the nodes that choose elements by *constant* masks to these, with None for other indices."""
+    """Map each node that indexes a tensor by masks in *constant_nodes* to these masks; None is another index."""
     masks = {}
     for node in program.graph.find_nodes(op="call_function", target=INDEX):
         masks_of_node = [
-            index if _is_mask(index) and index in constant else None for index in node.args[1]
+            index if _is_mask(index) and index in constant_nodes else None
+            for index in node.args[1]
         ]
-        if node not in constant and any(masks_of_node):
+        if node not in constant_nodes and any(masks_of_node):
             masks[node] = masks_of_node
     return masks
 
 
 def _replace_by_value(
-    program: ExportedProgram, node: fx.Node, value: Any, constant: set[fx.Node]
+    program: ExportedProgram, node: fx.Node, value: Any, constant_nodes: set[fx.Node]
 ) -> None:
-    """Give the users of *node* that are not *constant* its *value*; erase *node* if it is a check."""
-    users = [user for user in node.users if user not in constant]
+    """Give the users of *node* that are not in *constant_nodes* its *value*.
+
+    If there are none and *node* is a check, it is erased; other nodes without users are removed
+    later.
+    """
+    users = [user for user in node.users if user not in constant_nodes]
     if not users:
         if node.is_impure():
             program.graph.erase_node(node)
@@ -140,7 +146,7 @@ def _replace_by_value(
 def _replace_masks(
     program: ExportedProgram, node: fx.Node, masks: Sequence[Tensor | None]
 ) -> None:
-    """Replace the indices of *node* that have a mask in *masks* by the positions that it chooses."""
+    """Replace each index of *node* that has a mask in *masks* by the positions that this mask chooses."""
     x, indices = cast(tuple[Any, Any], node.args)
 
     new_indices: list[Any] = []
@@ -158,14 +164,14 @@ def _add_constant(program: ExportedProgram, value: Tensor) -> fx.Node:
     value = value.detach().clone()
     target = f"{PREFIX}_{len(program.constants)}"
 
-    # The node, as the first input, with a tensor that has its shape and type only.
+    # The node is the first input. Its `val` is a tensor that has the shape and type of *value* only.
     first = next(iter(program.graph.nodes))
     with program.graph.inserting_before(first):
         node = program.graph.placeholder(target)
     fake_mode = first.meta["val"].fake_mode
     node.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
 
-    # The signature has the inputs in the order of their nodes.
+    # The signature must have the inputs in the order of their nodes.
     spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(name=node.name), target)
     program.graph_signature.input_specs.insert(0, spec)
     program.constants[target] = value

@@ -1,13 +1,15 @@
 """Place casts in the network, so that every runtime computes in the same types.
 
 The casts are placed in a copy of the certified network, before its conversion to ONNX. A part
-with weights receives its inputs in the dtype of its own weights. Layers that declare
-`keep_float32` stay in float32, including their operations without weights: covariance, trace,
-Newton-Schulz, gate, softmax, and means over a feature map. Experts multiply maps by their
-weights in the dtype of the maps, and compute roots and sums in float32. A local response norm
-also computes in float32, because squares of activations overflow in float16, and so does every
-operator that adds elements of one operand, such as a mean or a norm. Everything else is
-converted to float16, including the classifier; all outputs are float32.
+with weights receives its first input in the dtype of its own weights.
+
+- Layers that declare `keep_float32` stay in float32, including their operations without weights:
+  covariance, trace, Newton-Schulz, gate, softmax, and means over a feature map.
+- Experts multiply maps by their weights in the dtype of the maps, and compute roots and sums in
+  float32.
+- A local response norm computes in float32, because squares of activations can overflow in float16.
+- So does every operator that adds elements of one operand, such as a mean or a norm.
+- Everything else is converted to float16, including the classifier. All outputs are float32.
 
 Before the casts, batch norms are folded in float64 into the convolutions before them: y = s (W
 x) + t is the convolution (s W) x + t. Rounding the weights once, after folding, is more
@@ -37,7 +39,8 @@ from sopdeploy_export.runs import InFloat64, ReportsFloat32
 _Part = TypeVar("_Part", bound=nn.Module)
 # ONNX's LayerNormalization adds in float32 (its attribute `stash_type`).
 ADDS_IN_FLOAT32 = (torch.ops.aten.layer_norm.default, torch.ops.aten.native_layer_norm.default)
-# The elements of a result, as shares of their number: in the middle, anywhere, the last one.
+# The elements of a result that `_influences` looks at, by position from 0 to 1: in the middle,
+# anywhere, the last one.
 ELEMENTS = (
     0.5,
     0.62,
@@ -51,46 +54,46 @@ BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Part:
     """Copy *network*, which is in eval mode, with folded batch norms, weights in float16 and casts as hooks.
 
-    *program* is the captured network; it shows which batch norms fold into the convolution
-    before them. Raises `LoweringError` if folding changes the float64 logits of *pixels*,
-    normalized images (P, 3, H, W).
+    Parts that `weight_dtypes` lists in float32 stay in it. *program* is the captured network; it
+    shows which batch norms fold into the convolution before them. Raises `LoweringError` if
+    folding changes the float64 logits of *pixels*, normalized images (P, 3, H, W).
     """
     _check_fold(network, program, pixels)
-    cast = copy_network(network)
-    fold_batch_norms(cast, program)
+    converted = copy_network(network)
+    fold_batch_norms(converted, program)
 
-    dtypes = weight_dtypes(cast)
-    for name, part in cast.named_modules():
-        # Its own weights and buffers; integers stay.
+    dtypes = weight_dtypes(converted)
+    for name, part in converted.named_modules():
+        # Convert its own weights and buffers; integers stay.
         for parameter in part.parameters(recurse=False):
             parameter.data = parameter.data.to(dtypes[name])
         for buffer_name, buffer in list(part.named_buffers(recurse=False)):
             setattr(part, buffer_name, _cast(buffer, dtypes[name]))
 
-        # Its input, before each run.
+        # Cast its first input before each run.
         dtype = _input_dtype(part, dtypes[name])
         if dtype is not None:
             part.register_forward_pre_hook(partial(_cast_first_input, dtype), with_kwargs=True)
 
-        # These parts compute in float32, and the layers that follow them in float16.
+        # Cast the output of parts that compute in float32 in the midst of layers in float16.
         if export_hints(part).output_in_network_dtype or isinstance(part, nn.LocalResponseNorm):
             part.register_forward_hook(
                 lambda _part, _inputs, output: _cast(output, torch.float16)
             )
 
-    return cast.eval()
+    return converted.eval()
 
 
 def _check_fold(network: nn.Module, program: ExportedProgram, pixels: Tensor) -> None:
     """Raise `LoweringError` if `fold_batch_norms` changes the float64 logits of *network* for *pixels*.
 
-    Later comparisons would miss a wrong fold, because their tolerance is a multiple of the error
-    of the folded network.
+    Rounding in float64 is allowed (`FOLD_TOLERANCE`). Later comparisons would miss a wrong fold,
+    because their tolerance is a multiple of the error of the folded network.
     """
     exact = copy_network(network).double()
 
-    # `InFloat64` computes in float64 also where code casts to float32. `ReportsFloat32` shows
-    # the code the dtype that it usually gets.
+    # `InFloat64` computes in float64 also where code casts to float32. With `ReportsFloat32`, the
+    # code reads the dtype that it usually reads.
     with torch.no_grad(), ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
         expected = compute_outputs(exact, pixels.double())[0]
         fold_batch_norms(exact, program)
@@ -106,10 +109,11 @@ def _check_fold(network: nn.Module, program: ExportedProgram, pixels: Tensor) ->
 
 
 def sum_in_float32(program: ExportedProgram, images: Tensor) -> ExportedProgram:
-    """Compute the sums of *program* over float16 values in float32, as ATen does and not every runtime.
+    """Compute the sums of *program* over float16 values in float32, as ATen does but not every runtime.
 
-    The sum of 10,000 values of 60 / 9 exceeds the largest number of float16, although their
-    mean does not. *program* runs on uint8 *images* (B, H, W, 3) to find its operators that add.
+    For example, the sum of 10,000 values of 60 / 9 exceeds the largest number of float16, although
+    their mean does not. *program* runs on uint8 *images* (B, H, W, 3) to find its operators that
+    add.
     """
     sums = _Sums(program.module(check_guards=False))
     sums.run(images)
@@ -126,7 +130,8 @@ def sum_in_float32(program: ExportedProgram, images: Tensor) -> ExportedProgram:
 class _Sums(fx.Interpreter):
     """Runs a program and finds out which of its operators add several elements of a float16 operand.
 
-    `adds_elements` has the answer for each operator that could be decided.
+    `adds_elements` maps each operator to the answer of the function `adds_elements`; those without
+    an answer are missing.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -134,7 +139,7 @@ class _Sums(fx.Interpreter):
         self.adds_elements: dict[OpOverload, bool] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node, in float32 if its operator adds elements, which is decided if it is not known."""
+        """Decide whether the operator of one node adds elements; run the node, in float32 if it does."""
         if not isinstance(n.target, OpOverload) or not n.users:  # an assertion has no users
             return super().run_node(n)
 
@@ -147,7 +152,7 @@ class _Sums(fx.Interpreter):
             if adds is not None:
                 self.adds_elements[n.target] = adds
 
-        # CPUs have no float16 form of some that add.
+        # In float32, because CPUs have no float16 form of some operators that add.
         if self.adds_elements.get(n.target):
             result = _in_float32(n.target, *args, **kwargs)
             if result is not NotImplemented:
@@ -160,10 +165,11 @@ def adds_elements(
 ) -> bool | None:
     """Tell whether *operator* adds elements of its first operand, in float16, and of no other one.
 
-    True for a sum, such as a mean or a norm. False for a product, such as a convolution or
-    attention, which adds elements of two operands: runtimes accumulate it in float32. None if
-    each element of the result depends on a single one, as that of a maximum or a copy, at least
-    with these sizes, and for a first operand in another type.
+    - True for a sum, such as a mean or a norm.
+    - False for a product, such as a convolution or attention, which adds products of elements of
+      two operands: runtimes accumulate it in float32.
+    - None if the call does not tell: the first operand is not in float16, or with these sizes, each
+      element of the result depends on a single one of its elements, as in a maximum or a copy.
     """
     if not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.float16:
         return None
@@ -173,13 +179,14 @@ def adds_elements(
         """Return float32 values in [0.5, 1.5) in place of a floating-point operand; integers stay."""
         return torch.rand(x.shape, generator=random) + 0.5 if x.is_floating_point() else x
 
-    # Derivatives are computed in float32, for new operands of the same shapes.
+    # New operands of the same shapes, in float32, for which derivatives are computed.
     float32_args, float32_kwargs = tree_map_only(Tensor, positive, (tuple(args), dict(kwargs)))
     leaves = tree_leaves((float32_args, float32_kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     operands = [tensor for tensor in tensors if tensor.is_floating_point()]
 
-    # Some operators have no derivatives of all operands, such as running statistics.
+    # Count for all operands, or for the first one: some operators have no derivatives for others,
+    # such as running statistics.
     try:
         counts = _influences(operator, float32_args, float32_kwargs, operands)
     except RuntimeError:
@@ -195,12 +202,14 @@ def _influences(
     kwargs: Mapping[str, Any],
     operands: Sequence[Tensor],
 ) -> list[int] | None:
-    """Count how many elements of each of *operands* influence an element of the first result.
+    """Count how many elements of each of *operands* influence one element of the first result.
 
-    These have a derivative that is not 0. `ELEMENTS` of the result are looked at; the first one
-    counts that several elements of the first operand influence. None without such an element,
-    or without derivatives. *operands* are among the arguments; they require gradients
-    afterwards, and other arguments do not.
+    An element has influence if the derivative by it is not 0. The elements `ELEMENTS` of the result
+    are tried in turn, until one is influenced by several elements of the first operand. None if
+    there is no such element, or no derivative.
+
+    *operands* are among the arguments. Afterwards, they require gradients, and other arguments do
+    not.
     """
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
@@ -231,8 +240,7 @@ def _influences(
 def _in_float32(operator: Any, *args: Any, **kwargs: Any) -> Any:
     """Compute *operator* in float32 and return its results in float16.
 
-    Returns `NotImplemented`, which keeps the operator as it is, if the first operand is not in
-    float16.
+    If the first operand is not in float16, returns `NotImplemented`: the operator stays as it is.
     """
     if args[0].dtype != torch.float16:
         return NotImplemented
@@ -246,10 +254,9 @@ def _in_float32(operator: Any, *args: Any, **kwargs: Any) -> Any:
 def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | None:
     """Return the dtype that *part* needs its first input in; None if it accepts every dtype.
 
-    A part with weights or floating-point buffers of its own computes in their dtype,
-    *weight_dtype*.
+    *weight_dtype* is the dtype of the weights and floating-point buffers of its own, if it has any.
     """
-    # A list of parameters holds weights of the part, too.
+    # It computes in the dtype of its weights, also of those in a list of parameters.
     tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
     has_lists = any(isinstance(child, nn.ParameterList) for child in part.children())
     if has_lists or any(tensor.is_floating_point() for tensor in tensors):
@@ -264,7 +271,7 @@ def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | No
 
 
 def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
-    """Map the name of every part to the dtype of its own weights in fp16.
+    """Map the name of every part to the dtype of its own weights in precision fp16.
 
     A part has the dtype of its parent, unless it keeps float32 or its parent lists it as a
     low-precision child.
@@ -286,8 +293,8 @@ def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
 
 def float32_parts(network: nn.Module) -> list[str]:
     """List the names of the parts of *network* that stay in float32 in reduced precisions."""
-    # BatchNorm1d mostly reads second-order features, in float32; squares in LocalResponseNorm
-    # can overflow.
+    # BatchNorm1d mostly reads second-order features, which are in float32. In LocalResponseNorm,
+    # squares can overflow.
     types = (nn.BatchNorm1d, nn.LocalResponseNorm)
     parts = network.named_modules()
     return [
@@ -300,7 +307,7 @@ def float32_parts(network: nn.Module) -> list[str]:
 def _cast_first_input(
     dtype: torch.dtype, _part: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return *inputs* and *keywords* of a part, as a hook in front of it, with the first cast to *dtype*."""
+    """Return *inputs* and *keywords* of a part, as its forward pre-hook, with the first value cast to *dtype*."""
     if inputs:
         return (_cast(inputs[0], dtype), *inputs[1:]), keywords
     first = dict(islice(keywords.items(), 1))
@@ -315,9 +322,11 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
-    """Fold the batch norms of *network* into its convolutions, in place; return the number of folds.
+    """Fold batch norms of *network* into its convolutions, in place; return the number of folds.
 
-    *program* shows which batch norm reads which convolution.
+    A batch norm is folded if it alone reads the output of a convolution, as *program*, the captured
+    network, shows. The convolution must be an `nn.Conv2d`; the batch norm an `nn.BatchNorm2d`, of
+    no subclass but timm's `BatchNormAct2d`.
     """
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -331,7 +340,7 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
         convolution = network.get_submodule(convolution_name)
         norm = network.get_submodule(norm_name)
 
-        # What is left of the batch norm; an unknown class can compute anything.
+        # What remains in its place. A batch norm of another class can compute anything, so it stays.
         if type(norm) is nn.BatchNorm2d:
             after_norm: nn.Module = nn.Identity()
         elif isinstance(norm, nn.BatchNorm2d) and type(norm).__name__ == "BatchNormAct2d":
@@ -349,12 +358,14 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
 
 
 def _foldable_pair(norm: fx.Node, names: Mapping[str, str]) -> tuple[str, str] | None:
-    """Name the convolution and the batch norm whose computation is the node *norm*.
+    """Name the convolution and the batch norm that can be folded; *norm* is the node of the batch norm.
 
     *names* maps the inputs of the program to tensors of the network. None if *norm* reads no
-    convolution, if one of both runs twice, if something else reads the output of the convolution
-    or a weight, or if a weight is computed.
+    convolution, if one of the two runs twice, if something else reads the output of the
+    convolution or a weight, or if a weight is computed.
     """
+    # Nothing else may read the output of the convolution. A weight that several nodes read is that
+    # of a layer that runs twice, or is shared.
     convolved: Any = norm.args[0]
     norm_weight: Any = norm.args[1]
     if convolved.target not in _CONVOLUTIONS or norm_weight is None:
@@ -375,7 +386,7 @@ def _foldable_pair(norm: fx.Node, names: Mapping[str, str]) -> tuple[str, str] |
 
 @torch.no_grad()
 def fold_norm(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Fold *norm*, (W x + b - mean) * scale + shift, into the weights and bias of *convolution*, in place."""
+    """Fold *norm* into *convolution*, in place: (W x + b - mean) * scale + shift becomes one convolution."""
     # In float64; one scale per output channel.
     mean = norm.get_buffer("running_mean")
     variance = norm.get_buffer("running_var")

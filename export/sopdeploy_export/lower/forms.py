@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-# Rows of the matrix of a Fourier transform, unless the size has no such factors
+# A Fourier transform of at most so many values is a product with one matrix. A larger one is made
+# of transforms whose sizes are factors of its size, unless this is prime.
 LARGEST_MATRIX = 256
 BLOCK = 256  # numbers that are added one after the other
 
 
-# Whether attention is called by `_masked_attention`, whose mask is not to be handled again.
+# Whether `_masked_attention` calls attention: then `_attention` must not handle the mask again.
 _handles_mask: ContextVar[bool] = ContextVar("_handles_mask", default=False)
 
 
@@ -32,10 +33,10 @@ def _attention(
     *args: Any,
     **options: Any,
 ) -> Any:
-    """Write attention with a mask by `_masked_attention`, and other than four axes as matrix products.
+    """Write attention with a mask by `_masked_attention`, and attention over other than four axes by products.
 
-    `NotImplemented` leaves the operator as it is. torch calls this form wherever `ATTENTION` is
-    called, also in `_masked_attention`: `_handles_mask` is true then.
+    Other attention stays as it is (`NotImplemented`). torch calls this form wherever `ATTENTION`
+    is called, also in `_masked_attention`; `_handles_mask` is true there.
     """
     if mask is not None and not _handles_mask.get():
         return _masked_attention(query, key, value, mask, *args, **options)
@@ -49,9 +50,9 @@ def _attention(
 def _masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **options: Any
 ) -> Any:
-    """Write *mask* as numbers that attention adds, 0 or -inf if it is boolean.
+    """Write attention with *mask* as numbers that it adds to its scores: 0 or -inf for a boolean mask.
 
-    The result of a query that may read nothing is 0, not the NaN of a softmax over -inf alone.
+    The result of a query that may read no key is 0, not the NaN of a softmax over -inf alone.
     """
     # Which keys a query may read, and the numbers that are added to their scores.
     if mask.dtype == torch.bool:
@@ -73,7 +74,7 @@ def _masked_attention(
 
 
 def _with_strides_of(result: Tensor, values: Tensor) -> Tensor:
-    """Return *values* with the order of strides of *result*, so that a view of it stays possible."""
+    """Copy *values* with its axes in memory in the order of those of *result*, which the same views need."""
     axes = sorted(range(result.dim()), key=result.stride, reverse=True)
     inverse = [axes.index(axis) for axis in range(len(axes))]
     return values.permute(axes).contiguous().permute(inverse)
@@ -94,24 +95,28 @@ def _expm1(values: Tensor) -> Tensor:
 
 
 def _atan2(y: Tensor, x: Tensor) -> Tensor:
-    """Write the angle of the point (x, y), from -pi to pi, also if a coordinate is 0 or -0."""
-    # The sign of 0 counts: 1 / -0 is negative.
+    """Write the angle of the point (x, y), from -pi to pi, also if a coordinate is 0, -0 or infinite."""
+    # The signs of coordinates, also of zeros: 1 / -0 is negative.
     is_below = (y < 0) | (1 / y < 0)
     is_left = (x < 0) | (1 / x < 0)
 
-    # With two infinite coordinates, the angle is that of a diagonal.
+    # The slope. With two infinite coordinates, it is that of a diagonal.
     is_far = (y.abs() == torch.inf) & (x.abs() == torch.inf)
     divisor = torch.where((x == 0) & (y == 0), 1.0, x)
     slope = torch.where(is_far, y.sign() * x.sign(), y / divisor)
 
-    # Right for x > 0; left of the y-axis, the angle of the opposite point (-x, -y).
+    # The arc tangent is the angle if x is positive. Left of the y-axis, it is the angle of the
+    # opposite point (-x, -y), half a turn away.
     angle = slope.atan()
     half_turn = torch.where(is_below, -torch.pi, torch.pi)
     return angle + torch.where(is_left, half_turn, 0.0)
 
 
 def _sort(values: Tensor, *, dim: int = -1, descending: bool = False, **_stable: bool) -> Any:
-    """Write a stable sort as the choice of all elements: `TopK` is stable, and needs no shape at run time."""
+    """Write a stable sort as `TopK` of all elements, which is stable, and needs no shape at run time.
+
+    A scalar, and an axis whose size varies, are sorted by `sort`.
+    """
     if values.dim() == 0 or not isinstance(values.shape[dim], int):
         return torch.ops.aten.sort.default(values, dim, descending)
     return torch.ops.aten.topk.default(values, values.shape[dim], dim, descending)
@@ -120,12 +125,15 @@ def _sort(values: Tensor, *, dim: int = -1, descending: bool = False, **_stable:
 def _index_put(
     values: Tensor, indices: Sequence[Tensor | None], new: Tensor, accumulate: bool = False
 ) -> Tensor:
-    """Write x[mask] = number as a choice, because the number of chosen values is no size of a graph."""
+    """Write x[mask] = number as a `where`, because a graph has no size for the number of chosen values.
+
+    Returns NotImplemented for other indices, for several numbers and for additions.
+    """
     is_mask = len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
     if not is_mask or new.numel() != 1 or accumulate:
         return NotImplemented  # the operator stays
 
-    # The mask is about the first axes.
+    # The mask belongs to the first axes, so it gets axes of size 1 for the others.
     mask = cast(Tensor, indices[0])
     num_others = values.dim() - mask.dim()
     return torch.where(mask.reshape(*mask.shape, *[1] * num_others), new.reshape(()), values)
@@ -139,9 +147,9 @@ def norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Write a 2-norm of many values as sums of sums; NotImplemented for others.
+    """Write a 2-norm of more than `BLOCK` values with sums of blocks; NotImplemented for other norms.
 
-    ONNX Runtime adds all squares one after the other, and the error of one sum grows with its
+    ONNX Runtime adds all squares one after the other, and the error of such a sum grows with its
     length (Higham, "Accuracy and Stability", section 4.2).
     """
     axes = sorted(axis % values.dim() for axis in (dim or range(values.dim())))
@@ -152,7 +160,8 @@ def norm(
     if count <= BLOCK:
         return NotImplemented  # the operator stays
 
-    # The squares in one axis, the last one, then in blocks, of which the last has zeros.
+    # The squares of a norm along one axis, the last one; then in blocks along two. The last block is
+    # filled up with zeros.
     other_axes = [axis for axis in range(values.dim()) if axis not in axes]
     squares = (values * values).permute(*other_axes, *axes).flatten(len(other_axes))
     blocks = F.pad(squares, (0, -count % BLOCK)).reshape(*squares.shape[:-1], -1, BLOCK)
@@ -165,10 +174,9 @@ def norm(
 
 
 def squeeze(values: Tensor, dim: int | Sequence[int]) -> Any:
-    """Remove those of the axes *dim* that have size 1, as torch does.
+    """Remove those of the axes *dim* that have size 1, as torch does; ONNX fails for the other ones.
 
-    ONNX fails for other axes. Returns NotImplemented if all have size 1, or if a size is not
-    fixed.
+    Returns NotImplemented if all of *dim* have size 1, or if a size is not fixed.
     """
     axes = [dim] if isinstance(dim, int) else list(dim)
     size_of_axis = {axis: values.shape[axis] for axis in axes}
@@ -183,7 +191,8 @@ def squeeze(values: Tensor, dim: int | Sequence[int]) -> Any:
 def transform_real(values: Tensor, *, dim: Sequence[int], onesided: bool) -> Any:
     """Write the Fourier transform of real *values* as products with constant matrices.
 
-    With *onesided*, only the first half of the last axis of *dim*: the others are conjugates.
+    With *onesided*, the result has only the first half of the last axis of *dim*: the other half
+    would be the conjugates of the first.
     """
     if not _have_fixed_sizes(values, dim):
         return NotImplemented  # the operator stays
@@ -213,13 +222,14 @@ def transform_complex(values: Tensor, *, dim: Sequence[int], forward: bool) -> A
 def transform_to_real(values: Tensor, *, dim: Sequence[int], last_dim_size: int) -> Any:
     """Write the inverse transform to *last_dim_size* real values as products with constant matrices.
 
-    *values* are the first half of the last axis of *dim*; the others are their conjugates.
+    Along the last axis of *dim*, *values* are the first half only: the other half would be their
+    conjugates.
     """
     size = last_dim_size
     if not _have_fixed_sizes(values, dim) or not isinstance(size, int):
         return NotImplemented  # the operator stays
 
-    # All axes but the last one.
+    # Transform all axes but the last one.
     real, imaginary = torch.view_as_real(values).unbind(-1)
     for axis in dim[:-1]:
         real, imaginary = _transform_axis(real, imaginary, axis, inverse=True)
@@ -247,7 +257,7 @@ def _have_fixed_sizes(values: Tensor, dim: Sequence[int]) -> bool:
 def _transform_axis(
     real: Tensor, imaginary: Tensor | None, axis: int, *, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Transform one axis of complex values, without a factor; *imaginary* is None if all are real."""
+    """Transform one axis of complex values, without a scaling factor; *imaginary* is None if all are real."""
     moved = None if imaginary is None else imaginary.movedim(axis, -1)
     results = _transform(real.movedim(axis, -1), moved, inverse=inverse)
     return results[0].movedim(-1, axis), results[1].movedim(-1, axis)
@@ -256,24 +266,25 @@ def _transform_axis(
 def _transform(
     real: Tensor, imaginary: Tensor | None, *, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Transform the last axis, of size n, by a matrix, or if n is large by those of two factors of n.
+    """Transform the last axis, of size n, by one matrix, or if n is large by transforms of smaller sizes.
 
-    With n = p q, the value at q i + j is in row i and column j. Transforms of the columns,
-    factors exp(-2 pi i j k / n) and transforms of the rows give the transform (Cooley and
-    Tukey, 1965).
+    With n = p q, the values are a table of p rows and q columns, row by row. The transform is made
+    in three steps (Cooley and Tukey, 1965): transform the columns; multiply the value in row k and
+    column j by exp(-2 pi sqrt(-1) j k / n), with *inverse* by its conjugate; transform the rows.
+    The result is read column by column.
     """
     size = real.shape[-1]
     root = math.isqrt(size)
     rows = next((count for count in range(root, 1, -1) if size % count == 0), 1)
 
-    # By one matrix.
+    # One matrix.
     if size <= LARGEST_MATRIX or rows == 1:
         cosines, sines = _waves(size, size, size, inverse=inverse)
         if imaginary is None:
             return real @ cosines, real @ sines
         return real @ cosines - imaginary @ sines, real @ sines + imaginary @ cosines
 
-    # The values as a table; transforms of its columns.
+    # Arrange the values as a table, and transform its columns.
     columns = size // rows
     shape = (*real.shape[:-1], rows, columns)
     real_table = real.reshape(shape)
@@ -282,13 +293,13 @@ def _transform(
         real_table, imaginary_table, -2, inverse=inverse
     )
 
-    # The factors; then transforms of the rows.
+    # Multiply by the factors, and transform the rows.
     cosines, sines = _waves(rows, columns, size, inverse=inverse)
     turned_real = real_table * cosines - imaginary_table * sines
     turned_imaginary = real_table * sines + imaginary_table * cosines
     real_table, imaginary_table = _transform(turned_real, turned_imaginary, inverse=inverse)
 
-    # The result is read column by column.
+    # Read the result column by column.
     result_real = real_table.transpose(-1, -2).flatten(-2)
     result_imaginary = imaginary_table.transpose(-1, -2).flatten(-2)
     return result_real, result_imaginary
@@ -296,7 +307,7 @@ def _transform(
 
 def _waves(rows: int, columns: int, size: int, *, inverse: bool) -> tuple[Tensor, Tensor]:
     """Return cos and sin of -2 pi j k / *size*, or of 2 pi j k / *size*, as float32 (*rows*, *columns*)."""
-    # Integers are exact, unlike the angle of j k.
+    # j k modulo *size* is exact in integers, and gives the same angle.
     steps = torch.outer(torch.arange(rows), torch.arange(columns)) % size
     angles = steps.double() * ((2 if inverse else -2) * math.pi / size)
     return angles.cos().float(), angles.sin().float()
@@ -305,7 +316,8 @@ def _waves(rows: int, columns: int, size: int, *, inverse: bool) -> tuple[Tensor
 _TRANSFORMS = [
     f"{kind}fft{axes}" for kind in ("", "i", "r", "ir", "h", "ih") for axes in ("", "2", "n")
 ]
-# Operators whose form of the converter is missing, or wrong for some values
+# Forms for operators that the converter cannot write, or writes in a form that is wrong for some
+# values.
 DECOMPOSED = {
     # torch's own forms of these call the three below.
     **{
@@ -346,9 +358,9 @@ DECOMPOSED = {
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """Write the operators in `DECOMPOSED` in a form that the converter knows; *program* does not change.
 
-    The results of these forms, and the converter's of attention, have other strides than those
-    of torch, with which a view may be impossible. Every view therefore becomes a contiguous
-    copy in another shape.
+    The results of these forms, and of the converter's form of attention, have other strides than
+    those of torch. A view of them may be impossible, so every view becomes a contiguous copy in
+    another shape.
     """
     if not any(node.target in DECOMPOSED for node in program.graph.nodes):
         return program

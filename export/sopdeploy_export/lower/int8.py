@@ -14,6 +14,8 @@ float32. The runtimes need different activations:
 The convolution that reads the image stays in float32: it takes a few percent of the time,
 rounding its input costs more accuracy than any other layer of EfficientNet-Lite0, and TensorRT
 has no int8 kernel that fuses three input channels, ReLU and max pooling (observed with 10.16).
+It is not searched in the graph: each convolution of at most `IMAGE_CHANNELS` input channels
+counts as one that reads the image.
 
 Biases are corrected (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and
 Bias Correction", section 4.2, here with measured inputs): rounding the weights W to W' shifts
@@ -43,7 +45,7 @@ from sopdeploy_export.capture.deployed import INPUT, evenly_spread
 from sopdeploy_export.runs import file_outputs, open_session
 
 ACTIVATIONS = ("Clip", "Relu")  # become part of the convolution before them
-IMAGE_CHANNELS = 3  # a convolution with more input channels does not read the image
+IMAGE_CHANNELS = 3  # a convolution of at most so many input channels is taken to read the image
 CORRECTION_IMAGES = 64
 
 
@@ -71,7 +73,7 @@ SCHEMES: Mapping[Int8For, Scheme] = {
 
 
 class _OneImage:
-    """Gives *image* (H, W, 3) to ONNX Runtime's calibrator as a batch, then None, which ends the data."""
+    """Gives *image* (H, W, 3) to ONNX Runtime's calibrator as a batch of one; then None ends the data."""
 
     def __init__(self, image: NDArray[np.uint8]) -> None:
         self._batches = [{INPUT: image[None]}]
@@ -94,10 +96,10 @@ class Int8Quantizer:
         in_float: Sequence[str] = (),
         runtime: Int8For = "cpu",
     ) -> None:
-        """Prepare *model* for calibration on *images*, uint8 (P, H, W, 3).
+        """Prepare *model* for calibration on *images*, uint8 (P, H, W, 3), and for *runtime*.
 
         Parts named in *in_float* stay in float32. Raises `LoweringError` if no convolution is
-        left.
+        left to quantize.
         """
         self.images = images
         self.scheme = SCHEMES[runtime]
@@ -114,8 +116,12 @@ class Int8Quantizer:
         self._separate_constants()
 
     def quantize(self) -> onnx.ModelProto:
-        """Quantize the chosen convolutions, with corrected biases, and their activations or shortcuts."""
-        # The activations behind the convolutions. The scheme says whether they are quantized.
+        """Quantize the chosen convolutions, and correct their biases.
+
+        For CPUs, the activations behind them are quantized, too; for TensorRT, shortcuts.
+        """
+        # The activations behind the convolutions. The quantizer skips them unless they are among
+        # the operators of the scheme.
         nodes = self.model.graph.node
         convolved = {name for node in nodes if node.name in self.chosen for name in node.output}
         activations = {
@@ -147,8 +153,8 @@ class Int8Quantizer:
         quantized: onnx.ModelProto = quantizer.model.model
         self._correct_biases(quantized)
 
-        # Versions stay those of the original. Nothing needs the metadata and shapes that the
-        # quantizer added.
+        # Restore the versions of the original, and remove the metadata and shapes that the quantizer
+        # added.
         del quantized.opset_import[:]
         quantized.opset_import.extend(self.original.opset_import)
         quantized.producer_name = self.original.producer_name
@@ -160,7 +166,7 @@ class Int8Quantizer:
         return quantized
 
     def measure_ranges(self) -> TensorsData:
-        """Find the smallest and largest inputs and outputs of the operators on the images."""
+        """Find the smallest and largest inputs and outputs of the scheme's operators on the images."""
         with (
             tempfile.TemporaryDirectory() as folder,
             redirect_stdout(StringIO()),  # it prints progress
@@ -179,7 +185,11 @@ class Int8Quantizer:
             return calibrator.compute_data()
 
     def _choose_convolutions(self, in_float: Sequence[str]) -> set[str]:
-        """Name the convolutions with constant weights outside of *in_float* that do not read the image."""
+        """Name the convolutions with constant weights outside of *in_float*.
+
+        Those of at most `IMAGE_CHANNELS` input channels are left out: they are taken for the ones
+        that read the image.
+        """
         sizes = {tensor.name: tensor.dims for tensor in self.model.graph.initializer}
         chosen = set()
 
@@ -201,8 +211,9 @@ class Int8Quantizer:
     def _separate_constants(self) -> None:
         """Give every chosen convolution weights and a constant bias of its own, zeros if it has none.
 
-        The scale of weights depends on the range of the input, because that of the bias is
-        their product.
+        Convolutions that share weights can read inputs of different ranges. The scale of a quantized
+        bias is that of the weights times that of the input, so the scale of the weights depends on
+        the input, too.
         """
         graph = self.model.graph
         num_readers = Counter(name for node in graph.node for name in node.input)
@@ -220,7 +231,7 @@ class Int8Quantizer:
                     numpy_helper.from_array(numpy_helper.to_array(weight), node.input[1])
                 )
 
-            # A bias of its own. One that the graph computes stays, and is not corrected.
+            # A bias of its own. One that the graph computes stays as it is.
             bias = np.zeros(weight.dims[0], np.float32)
             if len(node.input) > 2 and node.input[2]:  # "" is no bias
                 if node.input[2] not in tensors:
@@ -239,14 +250,14 @@ class Int8Quantizer:
     def _correct_biases(self, quantized: onnx.ModelProto) -> None:
         """Add the mean of (W - Q) x over the images to each bias of *quantized*, in place.
 
-        W are the weights of a convolution, Q the quantized ones and x its inputs in float32, so
-        that rounded weights change no mean output (Nagel et al., "Data-Free Quantization",
-        2019, section 4.2). A bias that the graph computes stays.
+        W are the weights of a convolution, Q the quantized ones and x its inputs in float32. With
+        this, rounding the weights changes no mean output (Nagel et al., "Data-Free Quantization",
+        2019, section 4.2). A bias that the graph computes stays as it is.
         """
         originals = {tensor.name: tensor for tensor in self.model.graph.initializer}
         tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
 
-        # A dequantized tensor is codes * scale. Map its name to the names of both.
+        # A dequantized tensor is codes * scale. Map its name to the names of its codes and scale.
         dequantizers = [
             node for node in quantized.graph.node if node.op_type == "DequantizeLinear"
         ]
@@ -269,7 +280,8 @@ class Int8Quantizer:
             dequantized = codes * scale_by_channel  # zero points are 0
             errors[node.name] = (weight - dequantized).astype(np.float32)
 
-        # Add the means (C,) to the biases: codes in int32 for CPUs, float32 for TensorRT.
+        # Add the means (C,) to the biases, which are codes in int32 for CPUs, and float32 for
+        # TensorRT.
         for convolution, mean in self._mean_outputs(errors).items():
             _, _, bias_name = inputs[convolution]
             if bias_name in codes_and_scale:
@@ -286,9 +298,11 @@ class Int8Quantizer:
     def _mean_outputs(
         self, weights: Mapping[str, NDArray[np.float32]]
     ) -> dict[str, NDArray[np.float64]]:
-        """Compute the mean output (C,) per channel of the convolutions with these *weights*, without biases.
+        """Compute the mean output (C,) over the images of convolutions with other *weights*, without biases.
 
-        A copy of the float32 graph gets these convolutions, and a mean after each, as outputs.
+        *weights* maps the names of convolutions to tensors in place of their weights. In a copy of
+        the float32 graph, each convolution gets a second one beside it, with these weights; the
+        means of the second ones are the outputs of the copy.
         """
         if not weights:  # a graph without outputs cannot run
             return {}
@@ -331,15 +345,15 @@ class Int8Quantizer:
 def _shortcuts(model: onnx.ModelProto, chosen: set[str]) -> list[str]:
     """List the outputs of *chosen* convolutions in shortcuts, which the caller quantizes for TensorRT.
 
-    Of two convolutions whose outputs are added, the one in the shortcut shares its input with
-    other nodes.
+    If the outputs of two chosen convolutions are added, the one in the shortcut is the one that
+    shares its input with other nodes.
     """
     input_of = {
         node.output[0]: node.input[0] for node in model.graph.node if node.name in chosen
     }
     num_readers = Counter(name for node in model.graph.node for name in node.input)
 
-    # The outputs of two convolutions that are added, of each addition.
+    # The operands of every addition of the outputs of two chosen convolutions.
     added: list[str] = []
     for node in model.graph.node:
         if node.op_type == "Add" and all(name in input_of for name in node.input):

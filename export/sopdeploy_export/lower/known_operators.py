@@ -1,6 +1,6 @@
 """Operators that earlier exports have compared, in a file of the user's cache folder.
 
-An entry maps the hash of a description to the ONNX operators that ONNX Runtime executes for it.
+An entry maps the description of a chain, a hash, to the ONNX operators that ONNX Runtime executes.
 The file begins with a hash of its content and of everything else that decides a comparison: the
 versions of packages, the code of this folder, and the processor. A file with another hash
 counts as none: its operators are compared again.
@@ -38,7 +38,7 @@ Executed = dict[str, Counter[str]]
 
 
 def read_known() -> Executed:
-    """Read the ONNX operators by description; none if there is no file with the hash of its content."""
+    """Read the ONNX operators by description; there are none without a file that begins with its hash."""
     try:
         digest, _, content = read_file(_path(), MOST_BYTES).partition(b"\n")
         if digest != _digest(content):
@@ -52,7 +52,7 @@ def read_known() -> Executed:
 
 
 def write_known(executed: Mapping[str, Counter[str]]) -> None:
-    """Write the last `MOST_OPERATORS` entries of *executed*, unless the folder cannot be written."""
+    """Write the last `MOST_OPERATORS` entries of *executed*; do nothing if the folder cannot be written."""
     last_entries = dict([*executed.items()][-MOST_OPERATORS:])
     content = json.dumps(last_entries).encode()
     path = _path()

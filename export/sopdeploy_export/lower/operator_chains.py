@@ -39,7 +39,11 @@ CASTS = ("aten::_to_copy",)  # elementwise, but without torch's tag
 
 
 class _Range(NamedTuple):
-    """Whether an operand depends on the images, or else is a weight; can be infinite; can be NaN."""
+    """Which values an operand can have.
+
+    `is_varying` if it depends on the images, else it is a weight; `is_unbounded` if it can be
+    infinite or NaN; `is_undefined` if it can be NaN.
+    """
 
     is_varying: bool
     is_unbounded: bool
@@ -49,8 +53,8 @@ class _Range(NamedTuple):
 class Operator(NamedTuple):
     """One operator of a program: its arguments, and the part of the network that it is in.
 
-    `used` has the positions of the results that something reads, `ranges` an item for each of
-    the `operands`.
+    `used` has the positions of the results that something reads. `ranges` has an item for each
+    tensor in `operands`. `part` is the innermost module of the network.
     """
 
     target: OpOverload
@@ -76,7 +80,7 @@ class Operator(NamedTuple):
 
     def describe(self) -> str:
         """Describe the operator; those with equal descriptions are compared once."""
-        # All sizes above the limit count as the limit.
+        # Sizes above `LARGE` count as `LARGE`, if the operator has one ONNX form for all of them.
         limit = LARGE if self.is_elementwise or self.name in SIZELESS else sys.maxsize
         described = tree_map_only(
             Tensor, lambda x: (x.dtype, [min(size, limit) for size in x.shape]), self.arguments
@@ -102,8 +106,8 @@ class Operator(NamedTuple):
 class Chain(NamedTuple):
     """What is compared: one operator, or two of which the first one's result is the second one's operand.
 
-    `reads_first_at` has the positions of this operand among those of the second operator, which
-    can read it twice.
+    `reads_first_at` has the positions of this operand among the operands of the second operator,
+    which can read it twice.
     """
 
     operators: tuple[Operator, ...]
@@ -116,7 +120,7 @@ class Chain(NamedTuple):
 
     @property
     def inputs(self) -> list[tuple[Tensor, _Range]]:
-        """The operands that are not the first operator's result, each with its range."""
+        """The operands of all operators, each with its range, without the result of the first operator."""
         first = self.operators[0]
         inputs = [*zip(first.operands, first.ranges, strict=True)]
 
@@ -157,7 +161,11 @@ class Chain(NamedTuple):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def cropped(self) -> "Chain":
-        """Return the chain with a part of large operands, unless an operator needs whole operands."""
+        """Return the chain with at most `ENOUGH` elements along each axis of its operands.
+
+        The chain stays as it is unless all of its operators are elementwise or products of
+        matrices.
+        """
         if any(
             not each.is_elementwise and each.name not in PRODUCTS for each in self.operators
         ):
@@ -189,10 +197,13 @@ class Chain(NamedTuple):
 
 
 class _Filled(fx.Interpreter):
-    """Runs a program with *values*, if any, in turn as the results of every layer with weights.
+    """Runs a program, with *values* in turn in the result of every layer with weights.
+
+    Without *values*, it only runs.
 
     Attributes:
-        layouts: Maps the layers whose results were filled to empty tensors like these.
+        layouts: Maps the layers whose results were filled to tensors on `meta` with their shapes
+            and strides.
     """
 
     def __init__(
@@ -201,7 +212,11 @@ class _Filled(fx.Interpreter):
         values: Sequence[float] | None,
         layouts: Mapping[fx.Node, Tensor] | None = None,
     ) -> None:
-        """With the *layouts* of another run of *program*, a product of small numbers is not computed."""
+        """Prepare a run.
+
+        With the *layouts* of another run of *program*, a layer that is a product of small numbers is
+        not computed, because its result is replaced anyway.
+        """
         super().__init__(program)
         self.layouts = dict(layouts or {})
         self._values = None if values is None else torch.tensor(values)
@@ -209,13 +224,14 @@ class _Filled(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, and fill its result if it is that of a layer with weights."""
-        # A layer with weights reads the images, and a tensor that does not depend on them.
+        # What reads both the images and a tensor that does not depend on them counts as a layer with
+        # weights.
         operands = [node for node in n.all_input_nodes if isinstance(self.env[node], Tensor)]
         has_weights = n in self._after_images and not self._after_images.issuperset(operands)
         if self._values is None or not has_weights:
             return self.compute(n)
 
-        # The shape and the strides of the result suffice, if they are known and it is finite.
+        # If the layout of the result is known and the result is finite, fill it without computing it.
         if n in self.layouts and _is_small_product(n, [self.env[node] for node in operands]):
             return self._filled_like(self.layouts[n])
         result = self.compute(n)
@@ -230,7 +246,7 @@ class _Filled(fx.Interpreter):
         return super().run_node(n)
 
     def _filled_like(self, result: Tensor) -> Tensor:
-        """Return a tensor like a floating-point *result* with the values in turn; another one as it is."""
+        """Return a tensor like *result* with the values in turn; *result* itself if it is no floating-point one."""
         if self._values is None or not result.is_floating_point():
             return result
         count = result.numel()
@@ -240,7 +256,7 @@ class _Filled(fx.Interpreter):
 
 
 def _is_small_product(node: fx.Node, operands: Sequence[Tensor]) -> bool:
-    """Return whether *node* adds products of *operands*, all so small that its result is finite."""
+    """Return whether *node* adds products of its *operands*, and all are so small that its result is finite."""
     name = str(node.target).replace(".", "::", 1).partition(".")[0]
     if name not in (*CONVOLUTIONS, *PRODUCTS) or node.kwargs:
         return False
@@ -251,11 +267,11 @@ def _is_small_product(node: fx.Node, operands: Sequence[Tensor]) -> bool:
     )
 
 
-class _Bounds(_Filled):
-    """Collects the nodes whose values can be infinite or NaN, in `unbounded`; NaN in `undefined`.
+class _BoundsRun(_Filled):
+    """Collects the nodes whose results are infinite or NaN in `unbounded`, and those with NaN in `undefined`.
 
-    If the values are equal, a division by a sum, a norm or a deviation gives NaN, unless a
-    constant is added to it.
+    Runs with one value only show a division by a sum, a norm or a deviation that can be 0: it
+    gives NaN, unless a constant is added to it.
     """
 
     def __init__(
@@ -293,20 +309,21 @@ def _nodes_after_images(graph: fx.Graph) -> set[fx.Node]:
 class _Recorder(_Filled):
     """Runs a program and records its operators, and pairs of them, in `chains` by their descriptions.
 
-    *bounds* has the nodes whose values can be infinite or NaN; *compared*, descriptions, are
-    left out.
+    *bounds_runs* are runs of the program that show which nodes can be infinite or NaN; the first
+    one also has the layouts of the layers. Chains whose descriptions are in *compared* are not
+    recorded. *values* fill the results of layers, as in `_Filled`.
     """
 
     def __init__(
         self,
         program: fx.GraphModule,
-        bounds: Sequence[_Bounds],
+        bounds_runs: Sequence[_BoundsRun],
         compared: Set[str],
         values: Sequence[float] | None,
     ) -> None:
-        super().__init__(program, values, bounds[0].layouts)
-        self._unbounded = {name for each in bounds for name in each.unbounded}
-        self._undefined = {name for each in bounds for name in each.undefined}
+        super().__init__(program, values, bounds_runs[0].layouts)
+        self._unbounded = {name for run in bounds_runs for name in run.unbounded}
+        self._undefined = {name for run in bounds_runs for name in run.undefined}
         self._compared = compared
         self.chains: dict[str, Chain] = {}
         self._by_node: dict[fx.Node, Operator] = {}
@@ -316,7 +333,7 @@ class _Recorder(_Filled):
         arguments: Any = self.fetch_args_kwargs_from_env(n)
         results = super().run_node(n)
 
-        # The range of each operand. Weights are ordinary numbers.
+        # The range of each operand. Weights count as ordinary numbers.
         nodes = [leaf for leaf in tree_leaves((n.args, n.kwargs)) if isinstance(leaf, fx.Node)]
         operands = [node for node in nodes if isinstance(self.env.get(node), Tensor)]
         ranges = []
@@ -345,7 +362,7 @@ class _Recorder(_Filled):
         return results
 
     def _record(self, chain: Chain) -> None:
-        """Record *chain* with small operands, unless one with its description is smaller or was compared."""
+        """Record *chain*, cropped, unless one with its description was compared or is recorded and not larger."""
         chain = chain.cropped()
         description = chain.describe()
         known = self.chains.get(description)
@@ -359,10 +376,10 @@ def _as_operator(
     results: Any,
     ranges: tuple[_Range, ...],
 ) -> Operator | None:
-    """Return the operator of *node*, of which *ranges* has an item for each operand.
+    """Return the operator of *node*, which has run; *ranges* has an item for each of its operands.
 
-    None if it is not compared: an operator that is not of ATen, has complex numbers, no tensors
-    as operands, or no results that something reads.
+    None if it is not compared: if it is not of ATen, has complex numbers, has no tensors as
+    operands, or nothing reads its results.
     """
     is_aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"
     has_tensors = isinstance(results, Tensor | list | tuple)
@@ -387,21 +404,23 @@ def _as_operator(
 def record_chains(
     module: fx.GraphModule, pixels: Tensor, compared: Set[str]
 ) -> dict[str, Chain]:
-    """Run *module* on *pixels* (B, H, W, 3), and return its chains by descriptions, without those *compared*.
+    """Run *module* on *pixels* (B, H, W, 3), and return its chains by their descriptions.
 
-    A pair comes after its two operators.
+    Chains whose descriptions are in *compared* are left out. A pair comes after its two operators.
     """
     # Find the nodes whose values can be infinite or NaN although layers give ordinary ones. Some
-    # code cannot use all values, for example as positions in a table.
-    bounds = list[_Bounds]()
+    # code fails with some values, for example if it uses them as positions in a table.
+    bounds_runs = list[_BoundsRun]()
     usable = list[Sequence[float]]()
     for values in (ORDINARY, (0.0,), (1.0,)):
-        bounds.append(_Bounds(module, values, bounds[0].layouts if bounds else None))
+        layouts = bounds_runs[0].layouts if bounds_runs else None
+        run = _BoundsRun(module, values, layouts)
+        bounds_runs.append(run)
         with suppress(Exception):
-            bounds[-1].run(pixels)
+            run.run(pixels)
             usable.append(values)
 
-    # With values that the code can use, the layers need not compute theirs.
-    recorder = _Recorder(module, bounds, compared, next(iter(usable), None))
+    # The first values with which the code runs also save the work of layers here.
+    recorder = _Recorder(module, bounds_runs, compared, next(iter(usable), None))
     recorder.run(pixels)
     return recorder.chains

@@ -15,8 +15,8 @@ NAN = math.nan
 TINY = torch.finfo(torch.float32).tiny  # TINY / 4 is denormal
 LARGEST = torch.finfo(torch.float32).max
 BEYOND_INT32 = (3e9, -3e9)
-# Operands without differences, or with one: the value of every third element, and of the
-# others.
+# Values of an operand whose elements are equal, or are two values: that of every third element,
+# and that of the others.
 UNIFORM = ((0, 0), (1, 1), (1, 0))
 # The same, for values that can be infinite or NaN.
 INFINITE = ((INF, INF), (-INF, -INF), (1, -INF), (INF, 1))
@@ -38,9 +38,9 @@ FAR = 1e18  # products of such values can overflow
 def fill(chain: Chain, values: Sequence[float], start: int) -> list[Tensor]:
     """Fill the operands of *chain* with *values* in turn, from number *start* on; keep integers.
 
-    The operands of an elementwise operator count like the digits of a number, so that all pairs
-    of values occur: of two values, the first operand gets 0 1 0 1, the second one 0 0 1 1.
-    Those of other operators begin at different values, five apart.
+    The operands of an elementwise chain count like the digits of a number, so that all pairs of
+    values occur: of two values 0 and 1, the first operand gets 0 1 0 1, the second one 0 0 1 1.
+    The operands of another chain begin at different values, five apart.
     """
     filled = []
     run_length = 1  # so many elements in a row get the same value
@@ -61,7 +61,10 @@ def fill(chain: Chain, values: Sequence[float], start: int) -> list[Tensor]:
 
 
 def _with_content(operand: Tensor, content: Tensor) -> Tensor:
-    """Copy *operand* with other *content* (numel,), in float32 at least if it is floating; integers stay."""
+    """Copy *operand* with other *content* (numel,).
+
+    A floating-point copy is in float32 at least. An operand of integers keeps its content.
+    """
     dtype = operand.dtype
     if operand.is_floating_point():
         dtype = torch.promote_types(dtype, torch.float32)
@@ -75,15 +78,18 @@ def _with_content(operand: Tensor, content: Tensor) -> Tensor:
 def fill_in_rounds(chain: Chain) -> Iterator[list[Tensor]]:
     """Yield operands of *chain* with ordinary values, with negative ones, and with difficult ones.
 
-    Difficult for an elementwise chain are all pairs of extreme values or, if it gives integers,
-    numbers beyond int32; for another one, equal values, and large and small ones.
+    Which values are difficult depends on the chain:
+
+    - elementwise: all pairs of extreme values,
+    - elementwise, and an operator gives integers: numbers beyond int32, if the first one gives int64,
+    - not elementwise: equal values, and fourth roots of the extreme ones.
     """
     ordinary = fill(chain, ORDINARY, 0)
     yield ordinary
     yield fill(chain, [-1 - abs(value) for value in ORDINARY], 0)
 
-    # Whether a sum of the largest values overflows depends on the order of additions; a sum of
-    # products of these roots does not.
+    # Not elementwise: an operator can add. Whether a sum of the largest values overflows depends on
+    # the order of the additions; a sum of products of their fourth roots does not overflow.
     if not chain.is_elementwise:
         yield from _fill_uniformly(chain, ordinary)
         low = TINY**0.25
@@ -91,7 +97,8 @@ def fill_in_rounds(chain: Chain) -> Iterator[list[Tensor]]:
         yield fill(chain, (*ORDINARY, low, -low, high, -high), 0)
         return
 
-    # An integer cannot hold infinities and NaN, and what their conversion gives is not defined.
+    # Integers: they cannot hold infinities and NaN, and what a conversion of these gives is not
+    # defined.
     dtypes = [results[0].dtype for results in chain.run(ordinary)]  # one for each operator
     if any(not (dtype.is_floating_point or dtype == torch.bool) for dtype in dtypes):
         if dtypes[0] == torch.int64:
@@ -106,21 +113,20 @@ def fill_in_rounds(chain: Chain) -> Iterator[list[Tensor]]:
 
 
 def _fill_uniformly(chain: Chain, ordinary: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the *ordinary* operands again and again, each time with uniform values in other ones.
+    """Yield the *ordinary* operands, with uniform values in those that depend on the images.
 
-    First in each operand alone that depends on the images, then in all of these. `UNIFORM` has
-    the values, `INFINITE` and `UNDEFINED` further ones for operands that can be infinite or
-    NaN.
+    First, each of these gets uniform values alone, then all of them together. The values are those
+    of `UNIFORM`; operands that can be infinite or NaN also get those of `INFINITE` and `UNDEFINED`.
     """
-    # Which operands get uniform values, by position.
+    # The groups of operands that get uniform values together, by position.
     ranges = [range_of_operand for _, range_of_operand in chain.inputs]
     varying = [i for i, range_of_operand in enumerate(ranges) if range_of_operand.is_varying]
-    choices = [[i] for i in varying]
+    groups = [[i] for i in varying]
     if len(varying) > 1:
-        choices.append(varying)
+        groups.append(varying)
 
-    for positions in choices:
-        # The values that all of these can have.
+    for positions in groups:
+        # The values that all operands of the group can have.
         fillings: list[tuple[float, float]] = [*UNIFORM]
         if all(ranges[i].is_unbounded for i in positions):
             fillings += INFINITE
@@ -139,12 +145,12 @@ def _fill_uniformly(chain: Chain, ordinary: Sequence[Tensor]) -> Iterator[list[T
 def check_result(
     chain: Chain, operands: Sequence[Tensor], result: Tensor, expected: Tensor
 ) -> None:
-    """Raise `LoweringError` if *result*, for *operands*, differs from *expected* by more than rounding."""
+    """Raise `LoweringError` if *result* of *chain* for *operands* differs from *expected* by more than rounding."""
     is_wrong = _mark_wrong(chain, operands, result, expected)
     if not is_wrong.any():
         return
 
-    # The first wrong value; of an elementwise operator, with the operands that it is computed of.
+    # The first wrong value; of an elementwise chain, also the operands from which it is computed.
     difference = "values of another shape"
     if result.shape == expected.shape:
         position = int(is_wrong.flatten().nonzero()[0])
@@ -167,15 +173,15 @@ def _mark_wrong(
 ) -> Tensor:
     """Mark the elements of *result* that differ from *expected*; all of them if the shapes differ.
 
-    What does not occur in the network, such as NaN of bounded operands, and overflowing sums do
-    not count.
+    NaN does not count if no operand can be infinite or NaN in the network, and neither do sums
+    that overflow.
     """
     if result.shape != expected.shape:
         return torch.tensor(True)
     if not expected.is_floating_point():
         return result != expected
 
-    # ATen's `gelu` of the largest number is infinite.
+    # Infinite results are compared as the largest number: ATen's `gelu` of this number is infinite.
     limits = torch.finfo(expected.dtype)
     bounded = expected.clamp(limits.min, limits.max)
     magnitudes = [

@@ -49,9 +49,9 @@ _executed_operators: dict[str, Counter[str]] = {}
 def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None:
     """Compare every operator of *program*, which runs on uint8 *images* (B, H, W, 3), with its ONNX form.
 
-    An operator with the same attributes and shapes is compared once, also by other exports.
-    Raises `LoweringError` with the operator, the part of the network and the values if they
-    differ.
+    Operators with the same description, which has attributes, shapes and ranges, are compared
+    once, by this or an earlier export. Raises `LoweringError` with the operator, the part of the network and the
+    values if the results differ.
     """
     _executed_operators.update(read_known())
     module = program.module(check_guards=False)
@@ -104,11 +104,11 @@ class _CapturedChain(NamedTuple):
 
 
 def _compare_group(chains: Mapping[str, Chain]) -> None:
-    """Compare *chains*, and note in `_executed_operators` that this is done.
+    """Compare *chains*, and note in `_executed_operators` what ONNX Runtime executes for each.
 
-    Raises `LoweringError` for the first chain that ONNX Runtime cannot run or that differs. A
-    pair is compared only if ONNX Runtime executes other operators for it than for its two
-    operators.
+    A pair is compared only if ONNX Runtime executes other operators for it than for its two
+    operators one by one. Raises `LoweringError` for the first chain that it cannot run or that
+    differs.
     """
     # The names of the operands and results of each chain in the graph of the group.
     captured = []
@@ -127,16 +127,16 @@ def _compare_group(chains: Mapping[str, Chain]) -> None:
     outputs = [name for each in captured for name in each.result_names]
     model = ir.to_proto(to_ir(program, inputs, outputs))
 
-    # Compare each operator. This runs before the whole graph, so that an error names the operator
-    # that cannot run.
+    # Compare the single operators. ONNX Runtime loads each of them before the whole graph, so that
+    # an error names the operator that cannot run.
     extractor = Extractor(model)
     singles = [single for single in captured if len(single.chain.operators) == 1]
     pairs = [pair for pair in captured if len(pair.chain.operators) == 2]
     for single in singles:
         _compare_values(single, extractor)
 
-    # Compare the pairs that ONNX Runtime executes otherwise than their two operators, of which
-    # one can be in an earlier group.
+    # Compare the pairs that ONNX Runtime executes otherwise than their two operators. One of these
+    # can be in an earlier group.
     producers = _executed_producers(model)
     executed = {
         each.description: _count_operators(producers, each.result_names) for each in captured
@@ -153,7 +153,7 @@ def _compare_group(chains: Mapping[str, Chain]) -> None:
 
 
 def _executed_producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """Map each value to the operator that ONNX Runtime, which optimizes *model*, computes it with."""
+    """Map each value to the node that computes it after ONNX Runtime has optimized *model*."""
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -189,7 +189,7 @@ def _compare_values(captured: _CapturedChain, extractor: Extractor) -> None:
 
     Raises `LoweringError` if the form cannot run or gives other results.
     """
-    # A constant result depends on shapes only, as that of `zeros_like` does.
+    # A result that became a constant depends on shapes only, as that of `zeros_like` does.
     chain = captured.chain
     constants = {tensor.name for tensor in extractor.graph.initializer}
     if not constants.isdisjoint(captured.result_names):
@@ -205,7 +205,7 @@ def _compare_values(captured: _CapturedChain, extractor: Extractor) -> None:
         problem = f"ONNX Runtime cannot run its ONNX form: {first_line(error)}"
         raise LoweringError(f"{chain.last.target}: {problem}") from error
 
-    # It can need fewer operands than the chain.
+    # The ONNX form can need fewer operands than the chain.
     needed_names = {value.name for value in session.get_inputs()}
     for operands in fill_in_rounds(chain):
         named = zip(captured.operand_names, operands, strict=True)

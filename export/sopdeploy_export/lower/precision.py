@@ -45,7 +45,8 @@ from sopdeploy_export.runs import (
 )
 
 OBSERVED_IMAGES = 2  # the smallest batch of several images
-# The largest finite value of float16 is at least so many times the largest value of an image.
+# The largest finite number of float16 must be at least so many times the largest value that the
+# network computes in float16.
 HEADROOM = 8
 HEADROOM_BATCH = 4
 TYPE_NAMES = {
@@ -125,9 +126,11 @@ def weight_types(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
-    """Raise `LoweringError` if a weight of *model* is not in its type of `weight_dtypes`, or none is float16.
+    """Raise `LoweringError` if *model* has weights in another type than in `weight_dtypes`.
 
-    *network* is the certified network, without casts, so that a missing cast is detected.
+    Convolutions, linear layers and lists of parameters are checked, each by its largest weight. It
+    is also an error if no part has weights in float16. *network* is the certified network, without
+    casts, so that a missing cast is detected.
     """
     in_graph = weight_types(model)
     dtypes = weight_dtypes(network)
@@ -137,7 +140,7 @@ def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
         if isinstance(module, nn.Conv2d | nn.Linear | nn.ParameterList)
     }
 
-    # Folding can remove the weights of a part from the graph.
+    # A part whose weights are no longer in the graph, because of folding, has no wrong type.
     wrong = [part for part, dtype in expected.items() if in_graph.get(part, dtype) != dtype]
     if wrong:
         raise LoweringError(
@@ -155,7 +158,7 @@ class Converted:
     Attributes:
         model: The graph in the requested precision.
         run: Runs the same computation without the runtime's fusions; its error is the noise floor.
-        gate: Computes the gate's logits in the same precision; called only if there is a gate.
+        gate: Computes the gate's logits in the same precision. Must not be called without a gate.
         precision: Report of the types.
     """
 
@@ -166,7 +169,7 @@ class Converted:
 
 
 def cast_types(certified: Lowered, preprocess: Preprocess, options: ExportOptions) -> Lowered:
-    """Place the casts of fp16 in a copy of the certified network, and convert it to ONNX.
+    """Place the casts of fp16 in a copy of the *certified* network, capture it, and convert it to ONNX.
 
     Raises `LoweringError` if the network computes complex numbers, as Fourier transforms do.
     """
@@ -178,21 +181,22 @@ def cast_types(certified: Lowered, preprocess: Preprocess, options: ExportOption
                 "float16; choose precision fp32"
             )
 
-    # A copy of the network with casts, checked and observed on a few images.
+    # A copy of the network with casts. A few images check the folds of its batch norms, and show
+    # which operators add.
     images = torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES])
     normalize = Normalize(preprocess, images_format(certified.network))
-    cast = in_float16(certified.network, certified.program, normalize(images))
+    network = in_float16(certified.network, certified.program, normalize(images))
 
-    program = capture_any_batch(cast, preprocess, options.batch)
+    program = capture_any_batch(network, preprocess, options.batch)
     program = sum_in_float32(program, images[: options.max_batch])
-    return Lowered(cast, program, lower(program, output_names(certified.network)))
+    return Lowered(network, program, lower(program, output_names(certified.network)))
 
 
 class _Headroom(fx.Interpreter):
-    """Runs a program, and raises `LoweringError` for a float16 value without headroom."""
+    """Runs a program, and raises `LoweringError` if a float16 value is too close to the largest number."""
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node; refuse values close to float16's largest, but not infinite masks of attention."""
+        """Run one node; refuse values close to float16's largest. -inf, as in masks of attention, may occur."""
         value = super().run_node(n)
         if (
             n.op != "call_function"
@@ -216,10 +220,10 @@ class _Headroom(fx.Interpreter):
 def check_headroom(
     program: ExportedProgram, images: Sequence[NDArray[np.uint8]], batch: int
 ) -> None:
-    """Raise `LoweringError` if a float16 value of *program* exceeds an eighth of the largest one.
+    """Raise `LoweringError` if a float16 value of *program* exceeds an eighth of the largest float16 number.
 
-    *images* are uint8 (H, W, 3), and run in batches of at most *batch*. The message names the
-    part.
+    *program* runs on *images*, uint8 (H, W, 3) each, in batches of at most *batch*. The message
+    names the part of the network.
     """
     interpreter = _Headroom(program.module(check_guards=False))
     size = min(batch, HEADROOM_BATCH)
@@ -236,9 +240,9 @@ def convert_precision(
 ) -> Converted:
     """Convert the *certified* graph to the precision in *options*.
 
-    int8 needs *images* that calibrate. Nodes of the result lose their metadata; in fp32 and
-    int8, so do those of *certified*. Raises `LoweringError` if the types in the graph are not
-    the requested ones, or as `check_headroom` does.
+    int8 needs *images* that calibrate. The nodes of the result have no metadata; in fp32 and
+    int8, those of *certified* lose theirs, too. Raises `LoweringError` if the types in the graph
+    are not the requested ones, and the errors of `cast_types` and `check_headroom`.
     """
     # fp32 exports the certified graph as it is, int8 quantizes it; fp16 captures another network.
     lowered = certified
@@ -248,12 +252,12 @@ def convert_precision(
         check_headroom(lowered.program, observed, options.max_batch)
         check_float16(lowered.model, certified.network)
 
-    # The metadata name the part of each node, which only messages about the graph needed.
+    # Remove the metadata, which name the part of each node for messages about the graph.
     for node in lowered.model.graph.node:
         del node.metadata_props[:]
 
-    # What the file is compared with: the network or, since no module computes in int8, the
-    # quantized graph without the runtime's fusions.
+    # The run and the gate whose error is the noise floor: those of the network. No module computes
+    # in int8, so there, they are those of the quantized graph without the runtime's fusions.
     model = lowered.model
     quantization: Quantization | None = None
     if options.precision == "int8":
@@ -274,9 +278,10 @@ def convert_precision(
 def _quantize(
     lowered: Lowered, calibration: NDArray[np.uint8], runtime: Int8For
 ) -> tuple[onnx.ModelProto, Quantization]:
-    """Quantize convolutions of the graph of *lowered* to int8 for *runtime*, by *calibration* images.
+    """Quantize convolutions of the graph of *lowered* to int8 for *runtime*.
 
-    Raises `LoweringError` if ONNX Runtime cannot quantize the graph.
+    *calibration* are the images, uint8 (P, H, W, 3), that show the ranges. Raises `LoweringError`
+    if there is no convolution to quantize, or if ONNX Runtime cannot quantize the graph.
     """
     from sopdeploy_export.lower.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
 
@@ -312,7 +317,7 @@ def _gate_runner(model: onnx.ModelProto, network: nn.Module) -> GateRun | None:
     if gate is None:
         return None
 
-    # The node that computes its logits is the one that reads its weights.
+    # The node that computes the gate's logits is the one that reads its weights.
     name = next(name for name, module in network.named_modules() if module is gate)
     readers = [node for node in model.graph.node if f"{name}.weight" in node.input]
     if len(readers) != 1:

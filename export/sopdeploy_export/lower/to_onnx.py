@@ -51,7 +51,7 @@ IR_VERSION = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", O
 # How the converter names the node that it cannot translate, and the operator of it.
 TRANSLATED = re.compile(r"translating node %(\w+) :.*?\[target=torch\.ops\.([\w.]+)\]")
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
-PASSES = 2  # of the converter's optimizer: the second one simplifies what the first has made
+PASSES = 2  # of the converter's optimizer: the second one simplifies what the first one made
 # The optimizer's rules that can change a result; `_simplify` leaves them out. The others are
 # exact up to the rounding of `fuse_batchnorm` (folded weights are rounded once more) and
 # `cast_cast` (of 64-bit numbers).
@@ -69,17 +69,18 @@ _MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for
 def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     """Convert *program* to ONNX with input `images` and a symbolic batch dimension.
 
-    Weights have their names in the network. The metadata `part` of a node names the part of the
-    network that computes it; `convert_precision` removes it. Raises `LoweringError` if an
-    operator has no ONNX form or the weights exceed 2 GB.
+    *outputs* are the names of the outputs. Weights have their names in the network. The metadata
+    `part` of a node names the part of the network that computes it; `convert_precision` removes
+    it. Raises `LoweringError` if an operator has no ONNX form, if the weights exceed 2 GB, and the
+    errors of `check_onnx`.
     """
     _refuse_bfloat16(program)
     model = to_ir(fold_constant_parts(program), [INPUT], outputs)
     _clear_metadata_and_inner_shapes(model)
 
-    # Name the batch dimension and the weights. A name stays if the network has another tensor
-    # with the new one, as with `normalise.scale` of this package. The list is a copy, because a
-    # new name changes the dict.
+    # Name the batch dimension, and the weights as in the network. A weight keeps its name if another
+    # tensor has the new one, such as `normalise.scale` of this package. The list is a copy, because
+    # a new name changes the dict.
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None and not isinstance(value.shape[0], int):
             value.shape[0] = ir.SymbolicDim("batch")
@@ -120,13 +121,13 @@ def _refuse_bfloat16(program: ExportedProgram) -> None:
 
 def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
     """Remove shapes of inner values, and metadata, such as source lines; keep the part of each node."""
-    # The modules of a node from the outermost to the innermost, then its operation, as the text
-    # of a list.
+    # For each node, the text of a list: its modules from the outermost to the innermost, then its
+    # operation.
     scopes = {
         node: node.metadata_props.get("pkg.torch.onnx.name_scopes") for node in model.graph
     }
 
-    # Clear nodes and the graph, the model, and values.
+    # Clear the metadata of nodes and the graph, of the model, and of values.
     common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
     for value in (
@@ -136,7 +137,7 @@ def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
     ):
         value.metadata_props.clear()
 
-    # The part is the innermost module.
+    # Write the part of each node, its innermost module; clear the shapes of its results.
     for node, scope in scopes.items():
         if scope is not None:
             part = ast.literal_eval(scope)[-2].removeprefix(NETWORK_PREFIX)
@@ -149,7 +150,10 @@ def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
 
 
 def to_ir(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
-    """Convert *program* to ONNX with named inputs and outputs; raise `LoweringError` if it has no form."""
+    """Convert *program* to ONNX, with the names *inputs* and *outputs*.
+
+    Raises `LoweringError` if an operator has no ONNX form.
+    """
     with garbage_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the converter warns about its own internals
         try:
@@ -167,8 +171,8 @@ def _translate(
 ) -> ir.Model:
     """Convert *program* as `torch.onnx.export` does, without its optimizer.
 
-    Types are promoted by the values of the capture; torch's own pass computes each of them
-    again.
+    torch's own pass that promotes types computes all values again; here, it takes those of the
+    capture (`_Promotion`).
     """
     registry = _converters()
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
@@ -191,7 +195,8 @@ def _translate(
 def _decompose_others(program: ExportedProgram) -> ExportedProgram:
     """Copy *program* with other operators in place of those that have no converter.
 
-    torch traces the whole program again for this, also if each operator has a converter.
+    torch would trace the whole program again for this, so it is only copied if each operator has
+    a converter.
     """
     table = _decompositions()
     if any(node.target in table for node in program.graph.nodes):
@@ -225,10 +230,10 @@ class _Promotion(type_promotion._TypePromotionInterpreter):
 
 @cache
 def _converters() -> ONNXRegistry:
-    """Return torch's converters of all operators, which `torch.onnx.export` collects in each call again.
+    """Return torch's converters of all operators, collected once.
 
-    It also parses the source of each, for a domain that nothing reads: most of the time, which
-    is left out.
+    `torch.onnx.export` collects them in each call. It also parses the source of each, which takes
+    most of the time, for a domain that nothing reads; the patch leaves this out.
     """
     with patch.object(
         TracedOnnxFunction, "function_ir", SimpleNamespace(domain=""), create=True
@@ -239,14 +244,14 @@ def _converters() -> ONNXRegistry:
 def _describe_failure(error: BaseException, program: ExportedProgram) -> str:
     """Name the operator of *program* that the converter cannot translate, or else describe the first cause.
 
-    *error* is the last one of a chain, in which each names its cause.
+    *error* is the last error of a chain, in which the `__cause__` of each is the one before.
     """
     causes = [error]
     while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)
     problems = [first_line(cause) for cause in causes]
 
-    # The operator, with its module if its node is still in the program.
+    # The operator that an error names, with its module if its node is still in the program.
     for problem in problems:
         match = TRANSLATED.search(problem)
         if match is not None:
@@ -278,7 +283,7 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _bypass_constant_choices(model: ir.Model) -> None:
-    """Bypass each `Where` with an all-false constant mask, if this keeps the shape."""
+    """Bypass each `Where` whose mask is constant and all false, if its third operand has the shape of the result."""
     for node in model.graph:
         if node.op_type != "Where":
             continue
@@ -294,10 +299,10 @@ def _bypass_constant_choices(model: ir.Model) -> None:
 
 
 def check_onnx(proto: onnx.ModelProto) -> None:
-    """Check that every runtime can execute *proto*; raises `LoweringError`.
+    """Raise `LoweringError` unless *proto* has only what the runtimes have in common.
 
-    The graph must be valid, use only `OPSET` of the standard domain, and hold no control flow
-    and no `NonZero`.
+    It must be valid, use only `OPSET` of the standard domain, and hold none of the operators
+    `REJECTED`, such as control flow and `NonZero`.
     """
     try:
         onnx.checker.check_model(proto, full_check=True)

@@ -40,9 +40,9 @@ def count_costs(
 ) -> tuple[Counts, Counts]:
     """Count the costs of *network* in train mode, and in eval mode without its *removed* parts.
 
-    The image has *side* x *side* pixels. Training-only parts may run in train mode only. If
-    *network* cannot be copied or fails in this mode, for example without targets, it runs in
-    eval mode.
+    They are for an image of *side* x *side* pixels. Parts that only training needs may run in train
+    mode only. If *network* cannot be copied, or fails in train mode, for example without targets,
+    the first costs are those in eval mode, too.
     """
     # What ships: the counts in eval mode, without those of the removed parts.
     in_eval = tally(network, side)
@@ -52,7 +52,7 @@ def count_costs(
     )
     shipped = Tally(parameters=parameters, macs=macs)
 
-    # What was trained, with a copy, because code can change what it holds in train mode.
+    # What was trained: the counts of a copy in train mode, in which code can change what it holds.
     with torch.random.fork_rng(devices=()):  # dropout draws random numbers
         try:
             trained = tally(copy_network(network).train(), side)
@@ -66,8 +66,8 @@ def as_probes(
 ) -> Probes:
     """Create the bundle's probes from those of *images* (P, H, W, 3) whose outputs *parity* compared.
 
-    If drift was allowed, the tolerance of an output is at least twice the difference that was
-    measured from float64 and between batch sizes.
+    If drift beyond the tolerance was allowed, the tolerance of each output is at least twice the
+    largest measured difference, from float64 or between batch sizes.
     """
     is_compared_P = compared_images(parity.routing, len(images))
 
@@ -96,9 +96,10 @@ def write_golden_examples(
     parity: ParityReport,
     tolerance: float,
 ) -> None:
-    """Write golden examples of *session*; leave out images for which rounding can change the gate's choice.
+    """Write golden examples of *session* to *folder*.
 
-    *gate* computes its logits. *tolerance* is that of the probes' logits.
+    Images for which rounding can change the choice of the gate are left out; *gate* computes the
+    gate's logits. *tolerance* is the tolerance of the logits of the probes.
     """
 
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -173,7 +174,7 @@ def write_reports(
         "opset": opset,
     }
 
-    # The model card, which shows some of them; then the manifest, over all files.
+    # The model card, which shows some of these fields; then the manifest, with hashes of all files.
     (folder / "README.md").write_text(
         render_model_card(subject, results, fields), encoding="utf-8"
     )

@@ -7,45 +7,51 @@ from html import escape
 from sopdeploy.html.report import Figure
 from sopdeploy_export.prove.file import OutputParity, ParityReport
 
-# Widths, distances and sizes in pixels.
-_NAMES = 130  # the names in front of the bars
-_BARS = 170  # a bar at the limit
-_ROW = 22  # from one row to the next
-_TEXT = 12
+# In pixels.
+_NAMES_WIDTH = 130  # of the names in front of the bars
+_LIMIT_LENGTH = 170  # of a bar at the limit
+_NUMBER_WIDTH = 45  # of the number behind a bar
+_ROW_HEIGHT = 22
+_TEXT_SIZE = 12
+
+_LONGEST = 1.1  # length of a bar, in lengths of one at the limit; longer bars are cut
 
 
 def draw_drift(parity: ParityReport) -> Figure:
-    """Draw a bar for each output and batch size of *parity*: its drift, in noise floors of this output."""
+    """Draw a bar for each output and batch size of *parity*: the drift, in noise floors of this output."""
     rows = [
         (f"{name}, batch {size}", _in_floors(output, drift))
         for name, output in parity.outputs.items()
         for size, drift in output.drift.items()
     ]
     limit = parity.floors_allowed
-    width = _NAMES + round(1.1 * _BARS) + 45
-    height = _ROW * len(rows) + 2 * _ROW
+    width = _NAMES_WIDTH + round(_LONGEST * _LIMIT_LENGTH) + _NUMBER_WIDTH
+    height = _ROW_HEIGHT * len(rows) + 2 * _ROW_HEIGHT
 
-    # Vertical lines at 1 and at the limit, with their numbers below.
-    bottom = _ROW * len(rows) + 4
+    # Vertical lines at one noise floor and at the limit, with their numbers below.
+    bottom = _ROW_HEIGHT * len(rows) + 4
     marks = ""
     for floors, label in ((1.0, "1"), (limit, f"limit {limit:g}")):
-        x = _NAMES + _BARS * floors / limit
+        x = _NAMES_WIDTH + _LIMIT_LENGTH * floors / limit
         marks += f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{bottom}" stroke="#888" stroke-dasharray="3 3"/>'
         marks += f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle" fill="#555">{label}</text>'
 
-    # A row for each: the name, the bar, the number; a bar over the limit is cut and red.
+    # A row for each bar: its name, the bar, its number. A bar over the limit is red.
     bars = ""
     for number, (name, floors) in enumerate(rows):
-        y = _ROW * number + 4
-        length = _BARS * min(floors / limit, 1.1)
+        y = _ROW_HEIGHT * number + 4
+        length = _LIMIT_LENGTH * min(floors / limit, _LONGEST)
+        shown = max(length, 1)  # a pixel shows that there is a bar
         color = "#0a7a5c" if floors <= limit else "#a8201a"
-        bars += f'<text x="{_NAMES - 8}" y="{y + 11}" text-anchor="end">{escape(name)}</text>'
-        bars += f'<rect x="{_NAMES}" y="{y}" width="{max(length, 1):.1f}" height="14" rx="3" fill="{color}"/>'
-        bars += f'<text x="{_NAMES + max(length, 0) + 6:.1f}" y="{y + 11}">{floors:.2g}</text>'
+        bars += (
+            f'<text x="{_NAMES_WIDTH - 8}" y="{y + 11}" text-anchor="end">{escape(name)}</text>'
+        )
+        bars += f'<rect x="{_NAMES_WIDTH}" y="{y}" width="{shown:.1f}" height="14" rx="3" fill="{color}"/>'
+        bars += f'<text x="{_NAMES_WIDTH + length + 6:.1f}" y="{y + 11}">{floors:.2g}</text>'
 
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="{_TEXT}">{marks}{bars}</svg>'
+        f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="{_TEXT_SIZE}">{marks}{bars}</svg>'
     )
     image = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode('ascii')}"
 
@@ -58,7 +64,7 @@ def draw_drift(parity: ParityReport) -> Figure:
 
 
 def _in_floors(output: OutputParity, drift: float) -> float:
-    """Return *drift* in noise floors of *output*; one that does not depend on the image has none."""
+    """Return *drift* in noise floors of *output*; without a noise floor, 0 if it does not drift, else infinity."""
     if output.noise_floor == 0:
         return math.inf if drift else 0.0
     return drift / output.noise_floor

@@ -50,7 +50,7 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
     bundle = str(exported.path)
     path = exported.path.with_name(f"{exported.path.name}.html")
 
-    # What it does, the first classes, and what comes next.
+    # How it compares with the trained network, and the first of its classes.
     answers = "differs from the trained one"
     if exported.parity.passed:
         answers = "answers as the trained one"
@@ -105,7 +105,7 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
 
 
 def _facts_table(facts: Mapping[str, str]) -> Table:
-    """List *facts*; those that a statement proves lead to it."""
+    """List *facts*, with links to the statements that prove them."""
     names = [STATEMENT_OF.get(fact, "") for fact in facts]
     return Table(
         caption="All facts",
@@ -138,8 +138,8 @@ def render_model_card(
 ) -> str:
     """Render the model card as Markdown; *fields* are those of the manifest.
 
-    Names, classes, facts and training records, which a checkpoint contains, are text without
-    markup.
+    Classes, facts and training records, which a checkpoint can fill with anything, become text
+    without markup.
     """
     preprocess = subject.preprocess
     batch = fields["batch"]
@@ -225,8 +225,12 @@ def as_markdown(text: str) -> str:
 
 
 def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
-    """List scalars and the result of the training loop, or start weights and result of another procedure."""
-    if "procedure" not in training:  # nor a result
+    """List what the record *training* of a checkpoint says.
+
+    These are, after the training loop, its scalars and its result; after another procedure, the start
+    weights and its result; without a result, the scalars.
+    """
+    if "procedure" not in training:  # there is no result, either
         return _scalars(training)
     from sopdeploy.training.results import LoopResult, read_result  # noqa: PLC0415 # most exports need none
 
@@ -245,7 +249,7 @@ def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
 
 
 def _scalars(training: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """List the numbers and texts in the record of a training, but no truth values, sorted by key."""
+    """List the numbers and texts in *training*, without truth values, sorted by key."""
     scalars = (
         (key, value) for key, value in sorted(training.items()) if not isinstance(value, bool)
     )

@@ -40,12 +40,12 @@ class ExportResults:
     decision: Decision | None
 
     def facts(self) -> dict[str, str]:
-        """Describe the results, one line for each."""
+        """Describe each result on one line, by a short name such as `drift`."""
         parity = self.parity
         parts_by_type = sorted(Counter(self.precision.parts.values()).items())
         types = ", ".join(f"{count} parts in {name}" for name, count in parts_by_type)
 
-        # The drift from float64, and the classes that it changed.
+        # The drift from float64, and on how many images it changed the top class.
         drift = (
             f"{parity.logits.largest_drift:.2g} = {parity.logits.drift_in_floors:.1f} noise floors "
             f"(limit {parity.floors_allowed:g})"
@@ -85,7 +85,7 @@ class Exported(ExportResults):
     seconds: float
 
     def lines(self) -> dict[str, str]:
-        """Join what `facts` describes to the four lines of `sopdeploy export`, by their labels."""
+        """Join results of `facts` to the four lines that `sopdeploy export` prints, by their labels."""
         facts = self.facts()
         certificate = self.certificate
 
@@ -154,15 +154,15 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
 
 
 def _describe_removed(certificate: Certificate) -> str:
-    """Describe the removed parts; without any, the tensors that could be removed, too."""
+    """Describe the removed parts; if there are none, name the tensors that could be removed."""
     if certificate.detached:
         tensors = (
             f"{len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes saved"
         )
         return f"{', '.join(certificate.detached)} ({tensors})"
 
-    # Tensors that no output depends on, without the counters of modules that are used, such as
-    # `num_batches_tracked`.
+    # The tensors that no output depends on, without counters, such as `num_batches_tracked`, of
+    # modules that are used.
     used_modules = {tensor.name.rpartition(".")[0] for tensor in certificate.kept}
     unused = [
         tensor
@@ -191,7 +191,7 @@ def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
 
 
 def _describe_accuracy(accuracy: Accuracy) -> str:
-    """Describe top-1 before and after, if measured, the equal classes, and the change of the logits."""
+    """Describe the measured accuracy: top-1 if there were labels, agreement, and the change of the logits."""
     count = accuracy.num_images
     text = ""
     if accuracy.before is not None and accuracy.after is not None:
@@ -207,7 +207,7 @@ def _describe_accuracy(accuracy: Accuracy) -> str:
 
 
 def _share(count: int, images: int) -> str:
-    """Write *count* of *images* images with the 95 % interval of this share."""
+    """Write "*count* of *images* images" and the 95 % interval of this share."""
     from sopdeploy.evaluation.metrics import wilson  # noqa: PLC0415 # only with photographs
 
     low, high = wilson(count, images)

@@ -28,9 +28,9 @@ Shapes = Sequence[tuple[int, ...]]  # one for each batch size
 class BatchLayout(NamedTuple):
     """The batch axis of a value, and how many neighboring rows along it belong to one image.
 
-    For example, (batch * 3, 4) has `axis` 0 and `run_length` 3: rows 0 to 2 belong to the first
-    image. Both are None for a value without the images; only `run_length` is None if all rows
-    are equal and thus fit any image.
+    For example, (batch * 3, 4) has `axis` 0 and `run_length` 3 if rows 0 to 2 belong to the first
+    image. `axis` is None for a value without a batch axis. `run_length` is None then, too, and if
+    all rows are equal, so that they fit any image.
     """
 
     axis: int | None = None
@@ -41,11 +41,11 @@ NO_BATCH = BatchLayout()
 
 
 class MixesError(Exception):
-    """An operator may combine several images; every rule raises it unless the operator keeps them apart."""
+    """An operator may combine several images. A rule raises this unless it shows the contrary."""
 
 
 def require(fact: bool) -> None:
-    """Raise `MixesError` unless *fact*, which a rule needs, holds."""
+    """Raise `MixesError` unless *fact*, a condition of a rule, holds."""
     if not fact:
         raise MixesError
 
@@ -80,7 +80,7 @@ class TracedValue:
 
     @property
     def depends_on_batch_size(self) -> bool:
-        """Whether the contents, known for each of `BATCHES`, differ between these batch sizes."""
+        """Whether the contents differ between the sizes in `BATCHES`; False if they are not known."""
         return any(not np.array_equal(content, self.contents[0]) for content in self.contents)
 
     def layout_at(self, axis: int) -> BatchLayout:
@@ -96,10 +96,10 @@ class TracedValue:
         )
 
     def numbers(self) -> list[int]:
-        """List the integers of a constant; raise `MixesError` if they depend on images or the batch size."""
+        """List the integers of a constant; raise `MixesError` if they are not known or not constant."""
         require(len(self.contents) > 0 and not self.depends_on_batch_size)
 
-        # Equal for every batch size
+        # The contents are equal for every batch size.
         return [int(number) for number in self.contents[0].reshape(-1)]
 
 
@@ -131,13 +131,15 @@ class OperatorCall:
         return value
 
     def axis_attribute(self, default: int, rank: int | None = None) -> int:
-        """Return the attribute `axis` of a value of *rank*, by default that of `x`, counted from 0."""
+        """Return the attribute `axis`, or *default*, counted from 0.
+
+        It is an axis of a value of *rank*; of `x` without *rank*. For a scalar it is 0, as in torch.
+        """
         rank = self.x.rank if rank is None else rank
-        # A scalar has axis 0, as in torch.
         return int(self.attributes.get("axis", default)) % max(rank, 1)
 
     def axes_operand(self, index: int, default: Sequence[int]) -> list[int]:
-        """List the axes of `x` that input *index* or the attribute names, counted from 0."""
+        """List axes of `x`, counted from 0: those in input *index*, else in the attribute `axes`, else *default*."""
         operand = self.inputs[index] if index < len(self.inputs) else None
         listed = self.attributes.get("axes", default) if operand is None else operand.numbers()
         return [int(axis) % max(self.x.rank, 1) for axis in listed]
@@ -153,22 +155,25 @@ def common_layout(*layouts: BatchLayout) -> BatchLayout:
 
 
 def common_layout_of(values: Sequence[TracedValue | None]) -> BatchLayout:
-    """Return the layout on which all *values* agree that are not None; raise `MixesError` if they do not.
+    """Return the common layout of the *values* that are not None; raise `MixesError` if there is none.
 
-    Axes are counted from the first one, unlike in `layout_after_broadcast`, which aligns the
-    last ones.
+    Values are aligned at their first axes here, and at their last ones in
+    `layout_after_broadcast`.
     """
     return common_layout(*(value.layout for value in values if value is not None))
 
 
 def batch_axis_of(shapes: Shapes) -> int | None:
-    """Return the axis whose size is a multiple of the batch, if any; all others must be constant."""
+    """Return the axis whose size is a multiple of the batch size; None if all sizes are constant.
+
+    Raises `MixesError` if several sizes change, or one changes in another way.
+    """
     axes = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
     if not axes:
         return None
     require(len(axes) == 1)
 
-    # Its size is a multiple of the batch, the same one for every batch size.
+    # Its size must be the same multiple of every batch size.
     batch_axis = axes[0]
     sizes_by_batch = [shape[batch_axis] for shape in shapes]
     rows_of_image = sizes_by_batch[0] // BATCHES[0]
@@ -186,9 +191,10 @@ def layout_after_broadcast(call: OperatorCall) -> BatchLayout:
 def layout_after_combining(
     call: OperatorCall, axes: Sequence[int], *, keeps: bool = True
 ) -> BatchLayout:
-    """Rule of an operator that combines elements of `x` along *axes*, which must not be that of the batch.
+    """Rule of an operator that combines elements of `x` along *axes*; the batch axis must not be among them.
 
-    The result lacks these axes unless the operator *keeps* them. Further inputs are weights.
+    The result lacks these axes unless the operator *keeps* them. The other inputs must be without
+    images.
     """
     batch_axis = call.x.batch_axis
     require(batch_axis not in axes)
@@ -196,7 +202,7 @@ def layout_after_combining(
     if keeps or batch_axis is None:
         return call.x.layout
 
-    # Each removed axis before it moves the batch axis to the left.
+    # Each removed axis in front of the batch axis moves this one to the left.
     removed_before = {axis for axis in axes if axis < batch_axis}
     return call.x.layout_shifted(-len(removed_before))
 
@@ -208,23 +214,23 @@ def layout_after_reduction(call: OperatorCall) -> BatchLayout:
     return layout_after_combining(call, axes, keeps=call.attributes.get("keepdims", 1))
 
 
-def layout_after_rowwise(call: OperatorCall, operands: int = 1) -> BatchLayout:
+def layout_after_rowwise(call: OperatorCall, num_operands: int = 1) -> BatchLayout:
     """Rule of an operator that computes each row, along the first axis, from this row of its operands.
 
-    These are the first *operands* of its inputs; the others are weights.
+    These are its first *num_operands* inputs. The other inputs must be without images.
     """
-    layout = common_layout_of(call.inputs[:operands])
+    layout = common_layout_of(call.inputs[:num_operands])
     require(layout.axis in (None, 0))
-    require(common_layout_of(call.inputs[operands:]) == NO_BATCH)
+    require(common_layout_of(call.inputs[num_operands:]) == NO_BATCH)
 
-    # The second output of MaxPool numbers elements of the whole batch.
+    # The second output of MaxPool has positions in the whole batch.
     require(call.num_outputs == 1)
 
     # In training mode, batch norm subtracts the mean of all images.
     require(not call.attributes.get("training_mode"))
 
-    # Resize can change the number of rows, or cut a region first, so that a row comes from
-    # other rows of `x`.
+    # Resize can change the number of rows, or cut a region out first: then a row comes from other
+    # rows of `x`.
     require([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])
     require(call.attributes.get("coordinate_transformation_mode") != b"tf_crop_and_resize")
     return layout
@@ -242,8 +248,8 @@ def layout_after_reshape(call: OperatorCall) -> BatchLayout:
         require(axis == new_axis)  # neither has the batch
         return NO_BATCH
 
-    # How many neighboring elements an image has, and how many rows they fill in the result. All
-    # shapes are those for the smallest batch.
+    # How many neighboring elements an image has, and how many rows of the result they fill. Here,
+    # all shapes are those for the smallest batch size.
     shape = call.x.shapes[0]
     new_shape = call.shapes[0]
     batch = BATCHES[0]
@@ -268,25 +274,25 @@ def layout_after_transpose(call: OperatorCall) -> BatchLayout:
 
 
 def layout_after_product(call: OperatorCall) -> BatchLayout:
-    """Rule of the product of *a* (..., m, k) and *b* (..., k, n) or (k,); the batch may be any axis but k."""
+    """Rule of the product of a (..., m, k) or (k,) and b (..., k, n) or (k,); k must not be the batch axis."""
     a = call.x
     b = call[1]
-    require(a.batch_axis != a.rank - 1)  # k; so a vector *a* has no batch axis
+    require(a.batch_axis != a.rank - 1)  # its k; so if a is a vector, it has no batch axis
 
-    # Of a vector, the result (..., m) has the axes of *a* before k.
+    # With a vector b (k,), the result (..., m) has the axes of a in front of k.
     if a.rank == 1 or b.rank == 1:
         require(b.batch_axis is None)
         return a.layout
 
     # The axes before the last two are broadcast, m and n stay in place.
-    require(b.batch_axis != b.rank - 2)  # k
+    require(b.batch_axis != b.rank - 2)  # its k
     return layout_after_broadcast(call)
 
 
 def layout_after_gemm(call: OperatorCall) -> BatchLayout:
-    """Rule of *a* (m, k) @ *b* (k, n) + *added*, which is broadcast to (m, n); the batch is m or n.
+    """Rule of a (m, k) @ b (k, n) + added, which is broadcast to (m, n); the batch axis may be m or n.
 
-    The attributes transA and transB say that *a* is stored as (k, m), and *b* as (n, k).
+    If the attribute transA is set, a is stored as (k, m); with transB, b as (n, k).
     """
     a = call.x
     b = call[1]
@@ -294,13 +300,13 @@ def layout_after_gemm(call: OperatorCall) -> BatchLayout:
     axis_of_n = 0 if call.attributes.get("transB") else 1
     require(a.batch_axis in (None, axis_of_m) and b.batch_axis in (None, axis_of_n))
 
-    # In the result (m, n), in which *added* is aligned at the last axis.
+    # The result is (m, n); what is added is aligned at its last axis.
     layouts_of_added = (added.layout_shifted(2 - added.rank) for added in call.present[2:])
     return common_layout(a.layout_at(0), b.layout_at(1), *layouts_of_added)
 
 
 def layout_after_einsum(call: OperatorCall) -> BatchLayout:
-    """Rule of `einsum`: each term has the label of the batch axis once, and the result keeps it."""
+    """Rule of `einsum`: a term with the batch axis must have its label once, and so must the result."""
     equation = call.attributes["equation"].decode().replace(" ", "")
     terms, _, result = equation.partition("->")
 
@@ -315,7 +321,7 @@ def layout_after_einsum(call: OperatorCall) -> BatchLayout:
 
 
 def layout_after_concat(call: OperatorCall) -> BatchLayout:
-    """Rule of an operator that joins values; along the batch axis, their rows keep their images."""
+    """Rule of an operator that joins values; along the batch axis, it must join whole batches."""
     layout = common_layout_of(call.inputs)
     return layout_of_whole_batches(call) if layout.axis == call.axis_attribute(0) else layout
 
@@ -323,8 +329,8 @@ def layout_after_concat(call: OperatorCall) -> BatchLayout:
 def layout_of_whole_batches(call: OperatorCall) -> BatchLayout:
     """Rule of an operator whose operands can have different numbers of rows along the batch axis.
 
-    Each must have whole batches of runs. The equal rows (None) of one operand can differ from
-    those of another, so a result with the batch axis has a run length.
+    Each must have whole batches of runs. Operands with equal rows (run length None) can differ
+    from each other, so the rows of the result need not be equal: it gets a run length.
     """
     layout = common_layout_of(call.inputs)
     if layout.axis is None:
@@ -338,9 +344,10 @@ def layout_of_whole_batches(call: OperatorCall) -> BatchLayout:
 
 
 def layout_after_element_access(call: OperatorCall) -> BatchLayout:
-    """Rule of an operator that reads or writes single elements along another axis than that of the batch.
+    """Rule of an operator that reads or writes single elements along an axis other than that of the batch.
 
-    Of data with more rows than indices, it accesses the first ones, which must be whole batches.
+    If the data have more rows than the indices, it accesses the first rows, which must be whole
+    batches.
     """
     layout = layout_of_whole_batches(call)
     require(layout.axis != call.axis_attribute(0))
@@ -348,16 +355,20 @@ def layout_after_element_access(call: OperatorCall) -> BatchLayout:
 
 
 def layout_after_slice(call: OperatorCall) -> BatchLayout:
-    """Rule of a slice at constant positions; along the batch axis, of whole batches."""
+    """Rule of a slice that begins at the same position for every batch size; along the batch axis, of whole batches.
+
+    The ends need no rule. An end that changes with the batch size either changes the shape of the
+    result, which `has_whole_images` refuses, or nothing.
+    """
     # The inputs are data, starts, ends, axes and steps.
-    starts_by_batch = [start.reshape(-1).tolist() for start in call[1].contents]
-    axes = call.axes_operand(3, default=range(len(starts_by_batch[0])))
+    starts_by_size = [start.reshape(-1).tolist() for start in call[1].contents]
+    axes = call.axes_operand(3, default=range(len(starts_by_size[0])))
     steps = [1] * len(axes)
     if len(call.inputs) > 4 and call.inputs[4]:
         steps = call[4].numbers()
 
     for i, axis in enumerate(axes):
-        starts = [starts_of_batch[i] for starts_of_batch in starts_by_batch]
+        starts = [starts_of_axes[i] for starts_of_axes in starts_by_size]
         if axis == call.x.batch_axis:
             require(steps[i] == 1)
             _require_whole_batches(call, axis, starts)
@@ -370,14 +381,15 @@ def layout_after_slice(call: OperatorCall) -> BatchLayout:
 def _require_whole_batches(call: OperatorCall, axis: int, starts: Sequence[int]) -> None:
     """Raise `MixesError` unless a slice along *axis*, that of the batch, takes the same whole batches.
 
-    *starts* has a number for each batch size; the shape of the result shows where the slice
-    ends. The same batch, such as the second one, must be taken at each batch size.
+    For example, it may take the second batch at every batch size. *starts* has a number for each
+    batch size; the shape of the result shows where the slice ends.
     """
     slices_in_batches = set()
     for batch, start, shape, result in zip(
         BATCHES, starts, call.x.shapes, call.shapes, strict=True
     ):
-        rows_of_batch = batch * (call.x.layout.run_length or 1)  # equal rows: cut anywhere
+        run_length = call.x.layout.run_length or 1  # of equal rows, any number is right
+        rows_of_batch = batch * run_length
         first = start if start >= 0 else max(start + shape[axis], 0)  # counted from the end
         num_rows = result[axis]
         require(first % rows_of_batch == 0 and num_rows % rows_of_batch == 0)
@@ -387,7 +399,7 @@ def _require_whole_batches(call: OperatorCall, axis: int, starts: Sequence[int])
 
 
 def layout_after_pad(call: OperatorCall) -> BatchLayout:
-    """Rule of an operator that pads other axes than the batch."""
+    """Rule of an operator that pads axes other than that of the batch."""
     axes = call.axes_operand(3, range(call.x.rank))
 
     # The sizes in front of all axes, then those behind them.
@@ -405,8 +417,8 @@ def layout_after_pad(call: OperatorCall) -> BatchLayout:
 def layout_after_repeat(call: OperatorCall, *, tile: bool = False) -> BatchLayout:
     """Rule of an operator that repeats `x`; a constant can get a batch axis.
 
-    Expanded from (1, 4) to (batch, 4), it has equal rows, which fit any image. With *tile*, (3,
-    4) becomes (batch * 3, 4), where each image has a copy.
+    A constant (1, 4) that is expanded to (batch, 4) has equal rows, which fit any image. With
+    *tile*, (3, 4) becomes (batch * 3, 4): each image has a copy of the 3 rows.
     """
     axis = batch_axis_of(call.shapes)
     if axis is None or call.x.batch_axis is not None:
@@ -420,7 +432,7 @@ def layout_after_repeat(call: OperatorCall, *, tile: bool = False) -> BatchLayou
 
 
 def layout_of_range(call: OperatorCall) -> BatchLayout:
-    """Rule of a range of constant length, or of 0, ..., batch - 1: the number of each image in the batch."""
+    """Rule of a range: of constant length, or 0, ..., batch - 1, the number of each image in the batch."""
     if batch_axis_of(call.shapes) is None:
         return NO_BATCH
 
@@ -433,7 +445,11 @@ def layout_of_range(call: OperatorCall) -> BatchLayout:
 
 
 def layout_after_gather(call: OperatorCall) -> BatchLayout:
-    """Rule of a selection along another axis than the batch, from a constant table, or of the own row."""
+    """Rule of a selection along one axis of data, by indices.
+
+    One of three must hold: along the batch axis, each image selects its own row; the data have no
+    batch axis; or the indices have none, and select along another axis than that of the batch.
+    """
     data = call.x
     indices = call[1]
     axis = call.axis_attribute(0)
@@ -443,7 +459,7 @@ def layout_after_gather(call: OperatorCall) -> BatchLayout:
         require(indices.image_numbers == "all" and data.shapes[0][axis] == BATCHES[0])
         return indices.layout_shifted(axis)
 
-    # Other data, from which the number of an image would select by its position in the batch.
+    # Anywhere else, what an image selects by its number would depend on its place in the batch.
     require(not indices.image_numbers)
 
     # Data (5, 7), indices (batch, 2), axis 0: result (batch, 2, 7).
@@ -460,8 +476,8 @@ def layout_after_gather_nd(call: OperatorCall) -> BatchLayout:
     """Rule of a selection by positions in several axes.
 
     The inputs are data (*shared, *selected, *kept) and indices (*shared, *others, n); the
-    result is (*shared, *others, *kept). The n numbers of a position are for the n selected
-    axes.
+    result is (*shared, *others, *kept). The last axis of the indices holds a position: one
+    number for each of the n selected axes. There are `batch_dims` shared axes.
     """
     data = call.x
     indices = call[1]
@@ -469,21 +485,21 @@ def layout_after_gather_nd(call: OperatorCall) -> BatchLayout:
     axis_of_n = indices.rank - 1
     require(indices.batch_axis != axis_of_n)
 
-    # Data (batch, 7), pairs of image and column (batch, 2).
+    # Each image selects from its own row: data (batch, 7), pairs of image and column (batch, 2).
     if selects_own_rows(data, indices, num_shared):
         return indices.layout
     require(not indices.image_numbers)
 
-    # All images select from the same data (5, 7), indices (batch, 2).
+    # All images select from the same data: data (5, 7), indices (batch, 2).
     if data.batch_axis is None:
         return indices.layout
 
-    # Data (batch, 7), indices (batch, 3, 1), where the batch axis is shared.
+    # The batch axis is shared: data (batch, 7), indices (batch, 3, 1).
     if data.batch_axis < num_shared:
         require(data.batch_axis == indices.batch_axis)
         return common_layout_of([data, indices])
 
-    # The batch axis must be a kept one: data (7, batch), indices (3, 1), result (3, batch).
+    # Else it must be a kept axis: data (7, batch), indices (3, 1), result (3, batch).
     first_kept = num_shared + indices.shapes[0][-1]
     first_kept_of_result = indices.rank - 1
     require(indices.batch_axis is None and data.batch_axis >= first_kept)
@@ -496,12 +512,13 @@ def layout_after_scatter_nd(call: OperatorCall) -> BatchLayout:
     indices = call[1]
     updates = call[2]
 
-    # Data (batch, 7), indices (batch, 2) with pairs of image and column, updates (batch,).
+    # Each image writes to its own row: data (batch, 7), pairs of image and column (batch, 2),
+    # updates (batch,).
     if indices.batch_axis is not None:
         require(selects_own_rows(data, indices, 0) and updates.batch_axis == indices.batch_axis)
         return common_layout(data.layout, indices.layout_at(0), updates.layout_at(0))
 
-    # The batch axis, if any, must be a kept one, the same of the data and the updates: data
+    # Else the batch axis, if any, must be the same kept axis of the data and the updates: data
     # (7, batch), indices (3, 1), updates (3, batch).
     first_kept = indices.shapes[0][-1]
     first_kept_of_updates = indices.rank - 1
@@ -512,14 +529,17 @@ def layout_after_scatter_nd(call: OperatorCall) -> BatchLayout:
 
 
 def layout_after_one_hot(call: OperatorCall) -> BatchLayout:
-    """Rule of an operator that inserts an axis of classes, which moves a batch axis there or behind it."""
+    """Rule of an operator that inserts an axis of classes: axes there and behind it move to the right."""
     axis_of_classes = call.axis_attribute(-1, rank=call.rank)
     is_moved = call.x.batch_axis is not None and axis_of_classes <= call.x.batch_axis
     return call.x.layout_shifted(1 if is_moved else 0)
 
 
 def selects_own_rows(data: TracedValue, indices: TracedValue, num_shared: int) -> bool:
-    """Return whether each position in *indices* begins with the number of its image, a row of *data*."""
+    """Return whether each position in *indices* begins with the number of its image, and *data* has a row for each.
+
+    *num_shared* is the number of shared axes, which must be 0.
+    """
     numbers_of_position = indices.shapes[0][-1]
     begin_with_image = indices.image_numbers == ("first" if numbers_of_position > 1 else "all")
     return data.has_row_per_image and num_shared == 0 and begin_with_image
@@ -531,7 +551,7 @@ def layouts_after_recurrence(call: OperatorCall) -> list[BatchLayout]:
     shared = [*call.inputs[1:5], *call.inputs[7:]]  # `W`, `R`, `B`, `sequence_lens` and `P`
     layout = common_layout_of([call.x, *first_states])
     require(layout.axis in (None, 1) and common_layout_of(shared) == NO_BATCH)
-    require(not call.attributes.get("layout"))  # another layout has the batch first
+    require(not call.attributes.get("layout"))  # layout 1 has the batch first
 
     # The outputs are all results (length, directions, batch, features), and the last states.
     layout_of_results = layout if layout.axis is None else layout._replace(axis=2)
@@ -549,7 +569,7 @@ _TABLE: dict[str, Callable[[OperatorCall], BatchLayout | list[BatchLayout]]] = {
     "AveragePool BatchNormalization Conv ConvTranspose DepthToSpace GlobalAveragePool GlobalMaxPool "
     "Col2Im GroupNormalization InstanceNormalization LRN LpPool MaxPool Resize "
     "SpaceToDepth": layout_after_rowwise,
-    "GridSample": partial(layout_after_rowwise, operands=2),
+    "GridSample": partial(layout_after_rowwise, num_operands=2),
     "Flatten Reshape Squeeze Unsqueeze": layout_after_reshape,
     "LogSoftmax Softmax Hardmax LpNormalization TopK": lambda call: layout_after_combining(
         call, [call.axis_attribute(-1)]

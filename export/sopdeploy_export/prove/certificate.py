@@ -30,10 +30,11 @@ STATEMENTS = {
 
 
 class Roots(StrictModel):
-    """Merkle roots: of the program for any batch size, over `num_operations`; and of ONNX graphs.
+    """Merkle roots of the program and of the ONNX graphs.
 
-    `onnx` is that of the graph in float32, and `shipped` that of `model.onnx`, which differs in
-    another precision.
+    `any_batch` is the root of the program for any batch size, which has `num_operations`.
+    `onnx` is that of the graph in float32, and `shipped` that of `model.onnx`: the same in
+    float32, another one in other precisions.
     """
 
     any_batch: str
@@ -43,16 +44,23 @@ class Roots(StrictModel):
 
 
 class Certificate(StrictModel):
-    """What was proved, and the graph that ships in a precision.
+    """What was proved, and of which graph.
 
-    `proof` is `three-way` (trained = detached = plain), `trained-detached` (no plain network
-    was given), `trained-plain` (nothing to detach), `trained-only`, or with `rebuilt` in place
-    of `plain` if the builder of the trained network built the other one; `compared` lists the
-    networks. The detached one is the trained one without its removed parts, whose graph ships.
-    Each tensor of the trained network is in `removed`, which the user or the catalog declared
-    as training-only; in `kept`, which the outputs depend on; or in `unreached`, which was
-    neither declared nor needed. `batches` are those of the plain runs, and `num_images` the
-    images on which the file was compared. `mixes_images` names the operators through which an
+    `compared` lists the networks, and `proof` names the combination:
+
+    - `three-way`: trained = detached = plain,
+    - `trained-detached`: no plain network was given,
+    - `trained-plain`: there was nothing to detach,
+    - `trained-only`: no plain network was given, and there was nothing to detach,
+    - with `rebuilt`: the builder of the trained network built the other one.
+
+    The detached network is the trained one without its removed parts. Its graph ships.
+
+    Each tensor of the trained network is in `removed`, if the user or the catalog declared it as
+    training-only; in `kept`, if it was not declared and the outputs depend on it; or else in
+    `unreached`. `batches` are the batch sizes of the plain runs, and `num_images` is the number
+    of images on which the file was compared. `largest_difference` is always 0: equal graphs
+    have equal outputs. `mixes_images` names the operators through which an
     output may depend on other images of the batch.
     """
 
@@ -77,7 +85,7 @@ class Certificate(StrictModel):
 
 
 def kind_of_proof(plain: Compared | None, parts: tuple[str, ...]) -> ProofKind:
-    """Return which networks were compared: the trained one, without *parts* if any, and *plain*."""
+    """Return the kind of proof: by whether *parts* are removed, and whether there is a *plain* network."""
     roles = {"trained"}
     if parts:
         roles.add("detached")

@@ -10,7 +10,8 @@ from sopdeploy.errors import LoweringError
 from sopdeploy_export.capture.program import NETWORK_PREFIX
 from sopdeploy_export.program_hashes import are_equal
 
-# Numbers of a tensor that is no parameter or buffer, such as a mean and a deviation.
+# The most numbers of an accepted tensor that is no parameter or buffer, such as a mean and a
+# deviation.
 MAX_CONSTANT = 16
 
 
@@ -19,22 +20,22 @@ def check_constants(
 ) -> None:
     """Raise `LoweringError` if *program* contains a large tensor that its network does not register.
 
-    The network may have such a tensor if the program of one that a builder made, which
-    *rebuild* returns, has an equal one in memory of its own: then code makes it. What both
-    networks hold, such as a global variable, may be trained and is in no weight file.
+    Such a tensor may be trained, and is in no weight file. It is accepted if code makes it: then
+    the program that *rebuild* returns, of a network that a builder made anew, has an equal tensor
+    in memory of its own. What both programs share, such as a global variable, is not accepted.
     """
     constants = [*_large_constants(program)]
     if not constants:
         return
 
-    # A view of a weight is registered; so is what shares its memory.
+    # The memory of parameters and buffers. A view of one is not refused.
     registered = _addresses(
         program.state_dict.get(spec.target or "", program.constants.get(spec.target or ""))
         for spec in program.graph_signature.input_specs
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
     )
 
-    # An equal one of the rebuilt network, in other memory, shows that code makes it.
+    # Refuse a constant unless it is such a view, or code made it.
     rebuilt = [] if rebuild is None else [tensor for _, tensor in _large_constants(rebuild())]
     shared = _addresses(rebuilt)
     for spec, constant in constants:
@@ -44,7 +45,7 @@ def check_constants(
         )
 
         if memory not in registered and not is_made:
-            has_name = "lifted_tensor" not in str(spec.target)  # as torch names what has none
+            has_name = "lifted_tensor" not in str(spec.target)  # torch's name for those without
             name = str(spec.target).removeprefix(NETWORK_PREFIX) if has_name else "a tensor"
             raise LoweringError(
                 f"the output depends on {name} of shape {tuple(constant.shape)}, which is no parameter or "
@@ -54,7 +55,7 @@ def check_constants(
 
 
 def _addresses(stored: Iterable[Tensor | None]) -> set[int]:
-    """Return the addresses of the memory of tensors, also of views."""
+    """Return where the storages of *stored* tensors begin; a view has the storage of its base."""
     return {tensor.untyped_storage().data_ptr() for tensor in stored if tensor is not None}
 
 

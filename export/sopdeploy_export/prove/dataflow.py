@@ -4,7 +4,7 @@ A tensor is known by a hash of the operator that made it and of what this operat
 known by, down to the image and the stored tensors of the network. Two runs whose results are
 known by the same hash computed them in the same way, for images and weights of any values.
 
-- The image is known by its place, a stored tensor by its name.
+- The image is known as `image`, a stored tensor by its name.
 - Everything that depends on neither is a constant, known by its content, however it was computed:
   `torch.arange` in forward, or a table in the graph.
 - A view is known by its memory, shape, strides and offset; a write gives the memory a new maker.
@@ -37,9 +37,10 @@ _UNFILLED = ("empty", "new_empty")  # operators whose results have no content ye
 _IMAGE = "image"
 _UNKNOWN = "unfilled"
 _LEAVES = (bool, float, int, str, type(None), torch.dtype, torch.device)
-# What functions of torch may hand to code that asks for it: nothing of it is a value of a tensor.
+# Types of results without values that no operator shows, unless a function in `_READERS` returns
+# them.
 _HARMLESS = (Tensor, int, float, complex, type(None), torch.dtype, torch.device)
-# Hand out values, or the memory with them, as numbers, also to callbacks.
+# Functions that hand out values, or the address of the memory with them, as numbers.
 _READERS = ("apply_", "data_ptr", "map2_", "map_", "tolist")
 
 
@@ -64,7 +65,7 @@ class Operator:
 
 @dataclass(frozen=True, slots=True)
 class BuiltinCall:
-    """A call of a built-in function of torch: the memory of its arguments, and what it reads inside."""
+    """A call of a built-in function of torch: the memory of its arguments; the reads of its own results."""
 
     arguments: frozenset[int]
     reads: list[str]
@@ -89,24 +90,31 @@ class UnknownOperatorError(Exception):
 
 @dataclass(slots=True)
 class Remains:
-    """What earlier runs left in memory: its makers, what of it depends on an image, the memory itself."""
+    """What earlier runs left in memory, by the `address` of this memory.
+
+    Attributes:
+        made_by: What the memory is known by.
+        of_image: The memory whose content depends on an image.
+        alive: References to the memory, which keep its addresses from being used again.
+    """
 
     made_by: dict[int, str] = field(default_factory=dict)
     of_image: set[int] = field(default_factory=set)
-    alive: dict[int, Any] = field(default_factory=dict)  # so that no address is used again
+    alive: dict[int, Any] = field(default_factory=dict)
 
 
 class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the dataflow of the run in its block.
 
     Attributes:
-        operators: The operators that ran, by the hash of their first result, in their order.
+        operators: The operators that ran, in their order, each by a hash of it and its arguments.
         reads: Where values of the image, or sizes that depend on them, reached Python.
         hidden_writes: Operators that write to an operand, although their schemas say they do not.
-        kept_writes: Operators that write what depends on the image to memory that outlives the run.
+        kept_writes: Operators that write to stored tensors, or what depends on the image to other
+            memory from before the run.
         reused: Operators that use what an earlier run made of its image.
         failures: Calls that cannot be recorded; the network's code may go on after the error.
-        layouts: Of the results of the operators that depend on the image, by the same hashes.
+        layouts: The layouts of new results that depend on the image, by the hashes of `operators`.
     """
 
     supports_higher_order_operators = True  # else they fail in the mode, and only there
@@ -117,12 +125,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stored: Mapping[str, Tensor],
         image: Tensor,
         remains: Remains,
-        known: Mapping[str, Sequence[Layout]] | None = None,
+        known_layouts: Mapping[str, Sequence[Layout]] | None = None,
     ) -> None:
         """Record a run on *image* of a *network* with *stored* tensors, after runs that left *remains*.
 
-        With the *known* layouts of another run, nothing that depends on the image is computed,
-        and an operator that this run lacks raises `UnknownOperatorError`.
+        *known_layouts* are the `layouts` of another run. With them, operators on what depends on the
+        image are not computed (`_imitate`), and one that the other run lacks raises
+        `UnknownOperatorError`.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.operators: dict[str, Operator] = {}
@@ -132,24 +141,27 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reused: list[str] = []
         self.failures: list[str] = []
         self.layouts: dict[str, list[Layout]] = {}
-        self._known = known
+        self._known_layouts = known_layouts
         self.node: fx.Node | None = None  # the node that runs, if a graph does
 
-        # The function of torch that runs, if it is built-in
+        # The call of a function of torch that runs, if the function is built-in.
         self.call: BuiltinCall | None = None
 
-        # What is known before the run: stored tensors by their first name, and the image.
+        # The names of modules by their ids.
         self._names = {id(module): name for name, module in modules(network)}
+
+        # What the memory is known by before the run: that of stored tensors by their first names.
         self._remains = remains
         self._made_by = dict(remains.made_by)
         self._made_by |= {address(tensor): name for name, tensor in reversed([*stored.items()])}
         self._made_by[address(image)] = _IMAGE
         self._stored = {address(tensor) for tensor in stored.values()}
 
-        # What the run makes. Memory that is freed can be that of another tensor later.
-        self._of_image = {address(image)}
-        self._born = {address(image)}
-        self._made = {address(image)}  # by operators; what enters from Python is not
+        # The memory of the run, each set by address. Memory that is freed can be that of another
+        # tensor later, so `_memory` has a weak reference to each.
+        self._of_image = {address(image)}  # whose content depends on the image
+        self._born = {address(image)}  # the image, and what was allocated during the run
+        self._made = {address(image)}  # the image, and what operators returned
         self._memory: dict[int, Any] = {}
         self._refer_to(image)
         self._read_only: set[int] = set()  # operands of the user's own operator that runs
@@ -200,15 +212,15 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return memory in self._made or memory in self._stored
 
     def _refer_to(self, tensor: Tensor) -> None:
-        """Note the memory of *tensor* by a weak reference, which shows when it is freed."""
+        """Keep a weak reference to the memory of *tensor*, which shows when it is freed."""
         reference: Any = StorageWeakRef
         self._memory[address(tensor)] = reference(tensor.untyped_storage())
 
     def _address(self, tensor: Tensor) -> int:
-        """Return the `address` of *tensor*; forget what is known of freed memory that it has now."""
+        """Return the `address` of *tensor*; forget what was known of it if that memory was freed before."""
         memory = address(tensor)
-        known = self._memory.get(memory)
-        if known is not None and known.expired():
+        reference = self._memory.get(memory)
+        if reference is not None and reference.expired():
             del self._memory[memory]
             self._made_by.pop(memory, None)
             for memories in (self._of_image, self._born, self._made):
@@ -218,9 +230,11 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def recording(self, function: Any) -> Iterator[None]:
-        """Note it if the record of *function* fails: code may catch the error and do something else.
+        """Record *function* in the block; note in `failures` if this fails, and raise the error again.
 
-        What the record itself asks of tensors is not what the network's code does.
+        It is noted because the network's code may catch the error and do something else. In the
+        block, `FunctionReads` sees no calls: what the record asks of tensors is not what the
+        network's code does.
         """
         try:
             with torch._C.DisableTorchFunction():
@@ -236,7 +250,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return f"in {module or 'the network'} ({line})"
 
     def leave(self) -> None:
-        """Note in the `Remains` what somebody else still holds after the run."""
+        """Note in the `Remains` what the run made and something still holds, but for stored tensors."""
         for memory, storage in self._memory.items():
             if not storage.expired() and memory not in self._stored:
                 self._remains.alive[memory] = torch.UntypedStorage._new_with_weak_ptr(
@@ -253,7 +267,9 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one operator, and record it."""
         del types
         kwargs = kwargs or {}
-        if isinstance(func, HigherOrderOperator):  # runs code of the network, by values
+
+        # Operators that run others are not recorded themselves.
+        if isinstance(func, HigherOrderOperator):  # such as `cond`: values choose the code
             if self.depends_on_image((args, kwargs)):
                 self.reads.append(f"{func} {self.place()}")
             return func(*args, **kwargs)
@@ -261,7 +277,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:  # in inference mode alone, composite operators arrive undivided
                 return func.decompose(*args, **kwargs)
 
-        # What it reads, before it runs: it may write to its operands.
+        # Describe the operator and its operands before it runs: it may write to them.
         with self.recording(func):
             operands = _tensors((args, kwargs))
             of_image = self.depends_on_image(operands)
@@ -277,12 +293,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 is_random=is_random,
             )
 
-        if self._known is None or not of_image:
+        if self._known_layouts is None or not of_image:
             result = self._run(func, operands, operator, args, kwargs)
         else:
             result = self._imitate(func, code, args, kwargs)
 
-        # What it tells: an operator that comes twice on the same operands is one.
+        # Record it, and what it reads and writes. Of two runs of an operator on the same operands,
+        # which have the same code, the first one is kept.
         with self.recording(func):
             if any(
                 address(operand) in self._remains.of_image
@@ -299,9 +316,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _reads_of(self, func: Any, operands: Sequence[Tensor]) -> list[str]:
-        """Return the list for a read by *func*: that of the built-in function which reads its own results."""
-        has_size = torch.Tag.dynamic_output_shape in func.tags
-        if self.call is None or has_size:
+        """Return the list to which a read by *func* is added.
+
+        It is that of the built-in function that runs, if this reads what it has made itself,
+        and `reads` otherwise: also if values decide the size of a result.
+        """
+        has_size_from_values = torch.Tag.dynamic_output_shape in func.tags
+        if self.call is None or has_size_from_values:
             return self.reads
         is_argument = not self.call.arguments.isdisjoint(map(address, operands))
         return self.reads if is_argument else self.call.reads
@@ -309,17 +330,20 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _run(
         self, func: Any, operands: Sequence[Tensor], operator: Operator, args: Any, kwargs: Any
     ) -> Any:
-        """Run *func*; an operator of the user must not write to operands that its schema reads."""
-        is_own = func.namespace not in ("aten", "prim", "prims") and not func._schema.is_mutable
-        if not is_own:
+        """Run *func*; note it in `hidden_writes` if it changes an operand although its schema does not say so.
+
+        Only operators of the user are checked, not those of torch.
+        """
+        is_of_torch = func.namespace in ("aten", "prim", "prims")
+        if is_of_torch or func._schema.is_mutable:
             return func(*args, **kwargs)
 
-        # What a kernel in Python runs is recorded, too.
+        # While it runs, its operands are read-only. Copies show what is written unseen.
         copies = [operand.clone() for operand in operands]
         outer = self._read_only
         self._read_only = {address(operand) for operand in operands}
         try:
-            with self:
+            with self:  # also records the operators that a kernel in Python runs
                 keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
                 result = func.redispatch(keys, *args, **kwargs)
         finally:
@@ -329,7 +353,11 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _imitate(self, func: Any, code: str, args: Any, kwargs: Any) -> Any:
-        """Return what *func* returns, without its content, by the layouts that are known for *code*."""
+        """Return what *func* returns, without computing its content, by the layouts known for *code*.
+
+        Raises `UnknownOperatorError` if the layouts of its results are not known.
+        """
+        # An operator that writes to one operand returns this operand.
         returned = [value.alias_info for value in func._schema.returns]
         changes_shape = torch.Tag.inplace_view in func.tags
         if func._schema.is_mutable and not changes_shape:
@@ -340,13 +368,14 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if len(written) == len(returned) == 1:
                 return values[written[0]]
 
-        # Views cost nothing, and neither do checks, which return nothing.
+        # Other operators that write, views, and checks, which return nothing, do run.
         if func._schema.is_mutable or None not in returned:
             return func(*args, **kwargs)
 
-        if self._known is None or code not in self._known:
+        # New tensors.
+        if self._known_layouts is None or code not in self._known_layouts:
             raise UnknownOperatorError(str(func))
-        results = [layout.empty() for layout in self._known[code]]
+        results = [layout.empty() for layout in self._known_layouts[code]]
         types = [value.type for value in func._schema.returns]
         if len(types) != len(results) or not all(
             isinstance(each, torch.TensorType) for each in types
@@ -364,12 +393,14 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         of_image: bool,
         is_constant: bool,
     ) -> None:
-        """Give the memory that an operator wrote to a new maker."""
+        """Give the memory that an operator wrote to a new maker, and note writes that are faults.
+
+        These are writes to an operand that is read-only, to a stored tensor of the network and,
+        if what is written depends on the image, to memory from before the run.
+        """
         values = _by_name(func, args, kwargs)
         names = [argument.name for argument in func._schema.arguments if argument.is_write]
 
-        # Faults are a write to an operand that is only read, and to a tensor of the network; also
-        # one of what depends on an image to memory from before the run.
         for tensor in tree_leaves([values.get(name) for name in names]):
             if not isinstance(tensor, Tensor):
                 continue
@@ -390,12 +421,12 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         of_image: bool,
         is_constant: bool,
     ) -> None:
-        """Name the maker of each result; a view stays what its memory is."""
+        """Name the maker of each result; a view has the maker of its memory."""
         returns_view = any(value.alias_info is not None for value in func._schema.returns)
         is_unfilled = func._schema.name.partition("::")[2].startswith(_UNFILLED)
         memories = {address(operand) for operand in operands}
 
-        # The layouts of new results, by which the graph need not compute them.
+        # The layouts of new results, with which `_imitate` need not compute them.
         results = _tensors(result)
         if of_image and not returns_view and all(map(_is_plain, results)):
             self.layouts.setdefault(code, [_layout(tensor) for tensor in results])
@@ -404,11 +435,14 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not isinstance(tensor, Tensor):
                 continue
 
+            # A view of an operand. `torch.tensor` in forward calls `lift_fresh` on what it allocates.
             memory = self._address(tensor)
             if returns_view and memory in memories:
                 if "lift_fresh" in str(func):
                     self._born.add(memory)
                 continue
+
+            # New memory.
             self._born.add(memory)
             self._made.add(memory)
             maker = f"{code}#{position}"
@@ -417,9 +451,10 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._note(tensor, maker, of_image, is_constant and not is_unfilled)
 
     def _note(self, tensor: Tensor, maker: str, of_image: bool, is_constant: bool) -> None:
+        """Note that *maker* wrote to the memory of *tensor*; a constant is known by its content instead."""
         memory = self._address(tensor)
         self._refer_to(tensor)
-        if is_constant:  # its content may be new
+        if is_constant:  # forget its hash: the content may be new
             self._contents.pop(memory, None)
             self._made_by.pop(memory, None)
             return
@@ -428,7 +463,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._of_image.add(memory)
 
     def _describe(self, value: Any) -> str:
-        """Describe an argument; the nesting counts, because `[None, i]` is not `[i, None]`."""
+        """Describe *value*, an argument, with its nesting, because `[None, i]` is not `[i, None]`."""
         if isinstance(value, Tensor):
             return self.known_by(value)
         if isinstance(value, list | tuple):
@@ -439,7 +474,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return repr(value)
 
     def _hands_out_values(self, func: Any, args: Any, operands: Sequence[Tensor]) -> bool:
-        """Return whether a value of the image, or a size that depends on one, leaves the operator."""
+        """Return whether *func* gives Python a value of the image, or a size that depends on its values."""
         if not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}:
             return False
         if func is torch.ops.aten.index.Tensor:  # the size depends on masks, not on indices
@@ -468,10 +503,11 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class FunctionReads(TorchFunctionMode):
     """Reports what operators do not show: text, lists, arrays and addresses made of a tensor.
 
-    A number that a built-in function computes and reads itself, and then returns tensors of the
-    image, does not reach the code of the network: `one_hot` compares its smallest number with 0.
-    An argument that becomes a number does: `x.narrow(1, start, 4)` is another operator for each
-    `start`, and `torch.tensor([value])`, which no operator makes, another constant.
+    What a built-in function reads of its own results is not reported if it returns tensors of the
+    image only: then no number reaches the code of the network. For example, `one_hot` compares its
+    smallest number with 0. A tensor of the image that becomes a number as an argument is reported:
+    `x.narrow(1, start, 4)` is another operator for each `start`, and `torch.tensor([value])`, which
+    no operator makes, another constant.
     """
 
     def __init__(self, flow: Dataflow) -> None:
@@ -481,14 +517,14 @@ class FunctionReads(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Call *function*; report what of the image it hands to Python."""
+        """Call *function*; note in the `reads` of the flow if it hands values of the image to Python."""
         del types
         kwargs = kwargs or {}
         flow = self._flow
         with flow.recording(function):
             call = BuiltinCall(frozenset(map(address, _tensors((args, kwargs)))), [])
 
-        # What a built-in function reads of its own results is noted in its call.
+        # While a built-in function runs, its call collects what it reads of its own results.
         outer = flow.call
         is_builtin = isinstance(function, BuiltinFunctionType | MethodDescriptorType)
         flow.call = call if is_builtin else None
@@ -510,8 +546,9 @@ class FunctionReads(TorchFunctionMode):
         flow = self._flow
         leaves = tree_leaves(result)
         if call.reads and not all(map(flow.depends_on_image, leaves)):
-            return True  # what the function read of its own results
+            return True  # what it read of its own results decides what it returns
 
+        # An attribute hands out nothing, and neither does a call without tensors of the image.
         name = getattr(function, "__name__", "")
         is_attribute = name in ("__get__", "__set__", "type")
         if is_attribute or not flow.depends_on_image((args, kwargs)):
@@ -519,7 +556,8 @@ class FunctionReads(TorchFunctionMode):
         if name in _READERS or not all(isinstance(leaf, _HARMLESS) for leaf in leaves):
             return True
 
-        # A new constant; of the tensor whose method it is, the function needs the dtype only.
+        # A result that no operator made is a new constant, with values of the image if an argument
+        # depends on it. Of its own tensor, a method such as `new_tensor` needs the dtype only.
         data = args[1:] if isinstance(function, MethodDescriptorType) else args
         return flow.depends_on_image((data, kwargs)) and not all(
             flow.is_made(tensor) or address(tensor) in call.arguments
@@ -528,7 +566,10 @@ class FunctionReads(TorchFunctionMode):
 
 
 class GraphRun(fx.Interpreter):
-    """Runs a captured graph with *stored* tensors of a network, and tells *flow* which node runs."""
+    """Runs a captured graph with *stored* tensors of a network.
+
+    If `flow` is set, it is told which node runs.
+    """
 
     def __init__(self, graph: fx.GraphModule, stored: Mapping[str, Tensor]) -> None:
         super().__init__(graph)
@@ -553,7 +594,7 @@ def _layout(tensor: Tensor) -> Layout:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Return whether *tensor* is dense, and begins where its memory does."""
+    """Return whether *tensor* is a dense `Tensor`, of no subclass, that begins where its memory does."""
     is_lazy = tensor.is_conj() or tensor.is_neg()
     return (
         type(tensor) is Tensor
@@ -584,12 +625,13 @@ def address(tensor: Tensor) -> int:
 
 
 def _by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a call of *func* by their names; those that are left out are missing."""
     names = [argument.name for argument in func._schema.arguments]
     return dict(zip(names, args, strict=False)) | kwargs
 
 
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether *func* draws random numbers: not with probability 0, and not in eval mode."""
+    """Return whether *func* draws random numbers; with probability 0 or in eval mode, it does not."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     defaults = {argument.name: argument.default_value for argument in func._schema.arguments}

@@ -99,9 +99,10 @@ class OutputParity(StrictModel):
 class RoutingParity(StrictModel):
     """How clearly the gate of a mixture chooses the components of the probe images.
 
-    The gate is undecided on an image if the margin between its K-th and the next logit is at
-    most twice `tolerance`, the allowed drift of these logits; `num_undecided` counts these
-    images. `left_out` lists the images excluded from the drift and from the probes.
+    The gate chooses the K components of the largest logits. It is undecided on an image if the
+    margin between the K-th and the next logit is at most twice `tolerance`, the allowed drift of
+    these logits. `num_undecided` counts these images. `left_out` lists the positions of the
+    images that are excluded from the drift and from the probes.
     """
 
     noise_floor: float
@@ -116,6 +117,7 @@ class ParityReport(StrictModel):
     `spread` is the largest range of a logit over the images. `flips` counts changed top classes
     by cause: `routing` for images that are excluded for their route, `noise` if the network's
     margin between the two classes is at most twice the tolerance, otherwise `error`.
+    `drift_allowed` says that a limit was exceeded and the user allowed it.
     """
 
     precision: Precision = "fp32"
@@ -134,8 +136,8 @@ class ParityReport(StrictModel):
     @property
     def passed(self) -> bool:
         """Whether all outputs are within their limits."""
-        # It is set only if a limit was exceeded; where the user did not allow this, the export
-        # has failed.
+        # `drift_allowed` is true only if a limit was exceeded and the user allowed this; without
+        # the permission, the export fails.
         return not self.drift_allowed
 
     @property
@@ -155,9 +157,9 @@ class ParityReport(StrictModel):
 
     @property
     def smallest_unverifiable_share(self) -> float:
-        """The share of the noise floor in the spread from which on the file is `unverifiable`.
+        """The smallest ratio of the noise floor to the spread with which the file is `unverifiable`.
 
-        The tolerance, floors_allowed * floor, is then at least spread / 2.
+        At this ratio, the tolerance, floors_allowed * floor, is spread / 2.
         """
         return 0.5 / self.floors_allowed
 
@@ -170,11 +172,11 @@ class ParityReport(StrictModel):
 def compare_routes(
     exact: NDArray[Any], rounded: NDArray[Any], chosen: int, floors: float
 ) -> RoutingParity:
-    """Find the images whose route to *chosen* components can be compared.
+    """Find the images whose route, the *chosen* components of the largest gate logits, can be compared.
 
-    *exact* and *rounded* are the gate logits (P, N) in float64 and in the exported precision;
-    the tolerance is *floors* times their largest difference, or four roundings of the largest
-    logit if these are more.
+    *exact* and *rounded* are the gate logits (P, N) of P images and N components, in float64 and
+    in the exported precision. The noise floor is their largest difference, or four roundings of
+    the largest logit to float32 if these are more. The tolerance is *floors* noise floors.
     """
     noise = max(
         FOUR_ROUNDINGS * float(np.abs(exact).max()), float(np.abs(rounded - exact).max())
@@ -204,7 +206,7 @@ def _routes(logits: NDArray[Any], chosen: int) -> NDArray[np.intp]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParityReference:
-    """The float64 outputs of the network, its noise floor per output in *precision*, and undecided images."""
+    """The float64 outputs of the network, its noise floor per output in `precision`, and how its gate decides."""
 
     outputs: Arrays
     noise_floor: dict[str, float]
@@ -221,22 +223,23 @@ def compute_reference(
 ) -> ParityReference:
     """Compute the float64 outputs of *deployed* for *images* (P, H, W, 3), and the noise floor.
 
-    *rounded* are the outputs in *precision*, by default of *deployed* itself, and *gate*
-    computes the gate logits in it. The noise floor of an output is the largest of the errors of
-    *rounded* and of four roundings of its largest value to float32. Raises `ParityError` if
-    outputs are not finite or the route of no image can be compared.
+    *rounded* are the outputs in *precision*, and *gate* computes the gate logits in *precision*;
+    by default, both are of *deployed* itself. The noise floor of an output is the largest error
+    of *rounded*, or four roundings of its largest value to float32 if these are more. Raises
+    `ParityError` if outputs are not finite or the route of no image can be compared.
     """
     names = output_names(deployed.network)
     pixels = torch.from_numpy(images)
 
-    # In float64: the modes change the types that code names, and the dtype that it reads.
+    # In float64. The modes also change the types that the network's code names, and the dtypes
+    # that it reads.
     gate_layer = find_gate(deployed.network)
     with attributes_restored(deployed), tensors_converted(deployed, _widened):
         with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
             exact = run_in_batches(deployed, names, images, BATCH_IN_FLOAT64)
         exact_gate = None if gate_layer is None else gate_logits(deployed, pixels)
 
-    # In the exported precision, and which images have a route that can be compared.
+    # In the exported precision; and which images have a route that can be compared.
     if rounded is None:
         rounded = ProbeOutputs.of(deployed, pixels)
     routing = None
@@ -272,7 +275,7 @@ def compute_reference(
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """Convert *tensor* to float64 if it has a smaller type with fractions."""
+    """Convert *tensor* to float64 if its type is floating-point."""
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
@@ -297,10 +300,10 @@ def _require_finite(
 
 def compared_images(routing: RoutingParity | None, count: int) -> NDArray[np.bool_]:
     """Mark those of *count* images (P,) whose outputs are compared: *routing* does not leave them out."""
-    compared = np.ones(count, dtype=np.bool_)
+    is_compared_P = np.ones(count, dtype=np.bool_)
     if routing is not None:
-        compared[list(routing.left_out)] = False
-    return compared
+        is_compared_P[list(routing.left_out)] = False
+    return is_compared_P
 
 
 def prove_file(
@@ -319,18 +322,20 @@ def prove_file(
     despite a clear margin. With *allow_drift*, the report records these errors instead; values
     that are not finite always raise.
     """
-    # The maximum is mostly even; an odd size detects a graph that works for even sizes only.
+    # Below the maximum, which is mostly even: an odd size detects a graph that works for even sizes
+    # only.
     below_maximum = max(min(batch.maximum - 1, LARGEST_BATCH), 1)
     sizes = sorted({1, min(2, batch.maximum), batch.optimum, below_maximum})
 
-    # All images run in the largest batches, and the last ones, which show most, in the others.
+    # All images run in batches of the largest size, and the last ones, which are noise, in batches
+    # of the others. `counts` has the number of images for each size.
     counts = {size: max(size, SINGLE_PROBES) for size in sizes} | {sizes[-1]: len(images)}
     by_size = {
         size: file_outputs(session, images[-count:], size) for size, count in counts.items()
     }
     all_of_file = by_size[sizes[-1]]
     routing = expected.routing
-    compared = compared_images(routing, len(images))
+    is_compared_P = compared_images(routing, len(images))
 
     # How far the file is from the network, and its batches from each other.
     floors_allowed = FLOORS_BY_PRECISION[expected.precision]
@@ -340,9 +345,9 @@ def prove_file(
         batch_difference = 0.0
         for size, count in counts.items():
             values = by_size[size][name]
-            of_images = compared[-count:]
-            drift[str(size)] = max_drift(name, values, exact[-count:], of_images)
-            difference = max_drift(name, values, all_of_file[name][-count:], of_images)
+            is_compared = is_compared_P[-count:]
+            drift[str(size)] = max_drift(name, values, exact[-count:], is_compared)
+            difference = max_drift(name, values, all_of_file[name][-count:], is_compared)
             batch_difference = max(batch_difference, difference)
         outputs[name] = OutputParity(
             noise_floor=expected.noise_floor[name],
@@ -359,9 +364,9 @@ def prove_file(
         num_images=len(images),
         floors_allowed=floors_allowed,
         outputs=outputs,
-        spread=logit_spread(logits[compared]),
+        spread=logit_spread(logits[is_compared_P]),
         flips=count_flips(
-            all_of_file[LOGITS], logits, outputs[LOGITS].tolerance, rerouted=~compared
+            all_of_file[LOGITS], logits, outputs[LOGITS].tolerance, rerouted=~is_compared_P
         ),
         routing=routing,
         operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
@@ -385,13 +390,13 @@ def count_flips(
 ) -> dict[FlipCause, int]:
     """Count the top classes that differ between logits *values* and *expected*, both (P, C), by cause.
 
-    *rerouted* (P,) marks images whose gate chose other components.
+    *rerouted* (P,) marks the images that are left out because of their route.
     """
     top_of_network_P = expected.argmax(axis=1)
     top_of_file_P = values.argmax(axis=1)
     is_flipped_P = top_of_network_P != top_of_file_P
 
-    # The margin of the network between both classes. Both logits may drift, towards each other.
+    # The margin of the network between the two classes. Both logits may drift, towards each other.
     images = np.arange(len(expected))
     margins_P = expected[images, top_of_network_P] - expected[images, top_of_file_P]
     is_small_P = margins_P <= 2 * tolerance
@@ -405,9 +410,9 @@ def count_flips(
 
 
 def logit_spread(logits: NDArray[Any]) -> float:
-    """Compute the range over images of each class's logit in *logits* (P, C), and return the largest.
+    """Return the spread of *logits* (P, C): the largest range, over the images, of the logit of a class.
 
-    A single image gives the range over its classes. The tolerance must be below half of the
+    For a single image, it is the range over its classes. The tolerance must be below half of the
     spread: a file that returns the middle of each range for every image has an error of half of
     the largest range.
     """
@@ -417,9 +422,10 @@ def logit_spread(logits: NDArray[Any]) -> float:
 def max_drift(
     name: str, values: NDArray[Any], expected: NDArray[Any], compared: NDArray[np.bool_]
 ) -> float:
-    """Compute the maximum absolute difference over the *compared* images (P,).
+    """Compute the maximum absolute difference between *values* and *expected* over the *compared* images (P,).
 
-    Raises `ParityError` if the shapes differ or *values* are not finite.
+    *values* are those of the file for output *name*. Raises `ParityError` if the shapes differ or
+    *values* are not finite.
     """
     if values.shape != expected.shape:
         raise ParityError(
@@ -431,7 +437,7 @@ def max_drift(
 
 
 def _first_violation(report: ParityReport) -> str | None:
-    """Describe the first limit that *report* exceeds, if any; a cause is checked before its effects."""
+    """Describe the first limit that *report* exceeds, if any; causes are checked before their effects."""
     # The network: its logits hardly depend on the image.
     if report.unverifiable:
         if report.spread == 0:

@@ -43,12 +43,13 @@ STATEMENT = (
     "No output depends on other images of the batch. Otherwise the export names the operators."
 )
 
-_MOST_NUMBERS = 1024  # of a value whose contents are computed
-# By operator: the positions of the inputs that are sizes or positions.
+_MOST_NUMBERS = 1024  # in a value whose contents are computed
+# By operator: the numbers of the inputs that hold sizes, or positions along an axis.
 _SIZES = {
     "Reshape": (1,), "Expand": (1,), "Tile": (1,), "ConstantOfShape": (0,), "Range": (1,), "Slice": (1, 2),
     "Split": (1,), "Resize": (3,),
 }  # fmt: skip
+# Operators that may compute sizes from the batch size, see `is_linear`.
 _SIZE_OPERATORS = (
     "Add", "Cast", "Concat", "Div", "Gather", "Identity", "Mul", "Neg", "Reshape", "Slice", "Squeeze", "Sub",
     "Unsqueeze",
@@ -61,7 +62,7 @@ TAKES_INDICES = ("Gather", "GatherND", "ScatterND")
 def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     """Name the operators of *model* through which its outputs depend on other images; none if proved.
 
-    The name of an operator without a rule follows `NO_RULE`.
+    In front of the name of an operator without a rule stands `NO_RULE`.
     """
     # What is known of the images: a row for each, along the first axis.
     images = model.graph.input[0]
@@ -85,7 +86,7 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
         values |= zip(node.output, _trace_node(node, values, opsets), strict=True)
 
     # The operators behind the outputs that mix images. An output also needs a row for each image,
-    # and may not contain its number in the batch, which depends on the images in front of it.
+    # and must not contain the number of an image in the batch, which depends on other images.
     outputs = {output.name: values[output.name] for output in model.graph.output}
     mixing = [name for value in outputs.values() for name in value.mixed]
     for name, value in outputs.items():
@@ -99,10 +100,10 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
 def _trace_node(
     node: onnx.NodeProto, values: dict[str, TracedValue], opsets: list[Any]
 ) -> list[TracedValue]:
-    """Find out what is known of the results of *node*; an operator that mixes images is named in them.
+    """Find out what is known of the results of *node*, from what is known of its inputs, *values* by name.
 
-    *values* are what is known of its inputs. After an operator that mixes images, nothing is left
-    to show, and the name of the first one counts.
+    If the operator mixes images, the results name it in `mixed`. Behind such an operator, only
+    its name is handed on, because nothing is left to show.
     """
     # The operators in front that mix images. Shapes never depend on the contents of images.
     inputs = [values[name] if name else None for name in node.input]
@@ -111,7 +112,7 @@ def _trace_node(
         names = [name for value in inputs if value is not None for name in value.mixed]
         mixed = tuple(dict.fromkeys(names))
 
-    # Results whose contents are known are sizes, and no data of images.
+    # Results with known contents do not depend on images, so they have no batch axis.
     results = [TracedValue()] * len(node.output)  # if the shapes cannot be inferred
     try:
         results = infer_results(node, inputs, opsets)
@@ -135,13 +136,13 @@ def infer_results(
     """Infer the shapes of the results of *node*, and the contents of small ones.
 
     Contents are known if they depend on sizes and constants only. Raises `MixesError` if they
-    depend on the batch size in another way than linearly.
+    are not linear in the batch size.
     """
-    named = {
+    values_by_name = {
         name: value for name, value in zip(node.input, inputs, strict=True) if value is not None
     }
-    results = _infer_shapes(node, named, opsets)
-    operands_by_batch = _known_operands(node, named, results[0].shapes)
+    results = _infer_shapes(node, values_by_name, opsets)
+    operands_by_batch = _known_operands(node, values_by_name, results[0].shapes)
     if operands_by_batch is None:
         return results
 
@@ -154,37 +155,40 @@ def infer_results(
         contents = [np.asarray(results_of_run[position]) for results_of_run in runs]
         computed.append(replace(result, contents=contents))
 
-    # `is_linear` says why three batch sizes are enough.
-    if any(value.depends_on_batch_size for value in named.values()):
+    # Contents that depend on the batch size must be linear in it: then three batch sizes show them
+    # for all (`is_linear`).
+    if any(value.depends_on_batch_size for value in values_by_name.values()):
         require(node.op_type in _SIZE_OPERATORS and all(map(is_linear, computed)))
     return computed
 
 
 def _known_operands(
-    node: onnx.NodeProto, named: dict[str, TracedValue], shapes: Shapes
+    node: onnx.NodeProto, values_by_name: dict[str, TracedValue], shapes: Shapes
 ) -> list[dict[str, NDArray[Any]]] | None:
-    """Return the operands of *node* by name, for each batch size; None if their contents are not known.
+    """Return the operands of *node* by name, for each batch size, with which its results can be computed.
 
-    None also if the result, of *shapes*, is large or has a batch axis.
+    None if the contents of an operand in *values_by_name* are not known, or if the first result, whose
+    *shapes* are given, is large or has another shape for another batch size.
     """
     # `Shape` reads no contents, so its operand can be an array that takes no memory.
     if node.op_type == "Shape":
         name = node.input[0]
-        return [{name: np.broadcast_to(False, shape)} for shape in named[name].shapes]
+        return [{name: np.broadcast_to(False, shape)} for shape in values_by_name[name].shapes]
 
-    # A result that the graph leaves out has no shapes.
+    # One shape for all batch sizes; a result that the graph leaves out has none.
     is_small = len(set(shapes)) == 1 and math.prod(shapes[0]) <= _MOST_NUMBERS
-    if not is_small or not all(value.contents for value in named.values()):
+    if not is_small or not all(value.contents for value in values_by_name.values()):
         return None
     return [
-        {name: value.contents[i] for name, value in named.items()} for i in range(len(BATCHES))
+        {name: value.contents[i] for name, value in values_by_name.items()}
+        for i in range(len(BATCHES))
     ]
 
 
 def _infer_shapes(
-    node: onnx.NodeProto, named: dict[str, TracedValue], opsets: list[Any]
+    node: onnx.NodeProto, values_by_name: dict[str, TracedValue], opsets: list[Any]
 ) -> list[TracedValue]:
-    """Infer the types and shapes of the results of *node*, whose operands are *named*.
+    """Infer the types and shapes of the results of *node*, whose operands are *values_by_name*.
 
     Raises `ValueError` if onnx infers no shape, and the errors of onnx.
     """
@@ -196,12 +200,12 @@ def _infer_shapes(
     for i in range(len(BATCHES)):
         contents = {
             name: numpy_helper.from_array(value.contents[i])
-            for name, value in named.items()
+            for name, value in values_by_name.items()
             if value.contents
         }
         types = {
             name: helper.make_tensor_type_proto(value.type, value.shapes[i])
-            for name, value in named.items()
+            for name, value in values_by_name.items()
         }
         types_by_batch.append(
             shape_inference.infer_node_outputs(
@@ -256,7 +260,7 @@ def locate_batch_axes(
     Raises `MixesError` if the rule of the operator does not show that images are independent,
     and `KeyError` if the operator has no rule.
     """
-    # A number that depends on the batch size may be a size, but no data.
+    # A number that depends on the batch size may be used as a size, but not as data.
     positions_of_sizes = _SIZES.get(node.op_type, ())
     data = [value for i, value in enumerate(inputs) if value and i not in positions_of_sizes]
     require(not any(value.depends_on_batch_size for value in data))
@@ -267,8 +271,8 @@ def locate_batch_axes(
     if isinstance(layouts, BatchLayout):
         layouts = [layouts] * len(results)
 
-    # The number of an image may stay such a number, or be an index, in input 1, that selects the
-    # row of this image.
+    # An input may have numbers of images in two cases: the result has them, too, or input 1 uses
+    # them as indices, which then select the row of the same image.
     image_numbers = find_image_numbers(node.op_type, call)
     inputs_with_numbers = [i for i, value in enumerate(inputs) if value and value.image_numbers]
     if inputs_with_numbers:
@@ -284,7 +288,7 @@ def locate_batch_axes(
 
 
 def has_whole_images(value: TracedValue) -> bool:
-    """Return whether only the batch axis of *value* changes its size, with as many rows for every image."""
+    """Return whether only the batch axis of *value* changes its size, and has whole runs for every image."""
     if not value.shapes:  # an optional result that the graph leaves out
         return True
     axis = batch_axis_of(value.shapes)
@@ -293,31 +297,33 @@ def has_whole_images(value: TracedValue) -> bool:
     if axis is None:
         return True
 
-    # Runs of 3 rows fit batch * 6, not batch * 4. By `batch_axis_of`, the smallest batch stands for
-    # all.
+    # Runs of 3 rows fit batch * 6, not batch * 4. The size is the same multiple of every batch
+    # (`batch_axis_of`), so the smallest batch shows it for all.
     rows_of_batch = BATCHES[0] * (value.layout.run_length or 1)
     return value.shapes[0][axis] % rows_of_batch == 0
 
 
-def find_image_numbers(kind: str, call: OperatorCall) -> Literal["", "all", "first"]:
-    """Return which elements of a result are the number of their image in the batch.
+def find_image_numbers(op_type: str, call: OperatorCall) -> Literal["", "all", "first"]:
+    """Return which elements of a result of *op_type* are the number of their image in the batch.
 
-    They are none, all, or the first of the last axis, as `TracedValue.image_numbers` says.
+    - "": no elements,
+    - "all": all elements,
+    - "first": the first ones along the last axis.
     """
-    # 0, ..., batch - 1, as `layout_of_range` requires, or a range of constant length.
-    if kind == "Range":
+    # A range with the batch axis is 0, ..., batch - 1, because `layout_of_range` requires it.
+    if op_type == "Range":
         return "" if batch_axis_of(call.shapes) is None else "all"
     if call.x.image_numbers != "all":
         return ""
 
-    # The same numbers, unless a smaller type repeats them.
-    if kind in SAME_NUMBERS:
-        wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64
+    # The same numbers, unless they are cast to a type in which different ones can be equal.
+    if op_type in SAME_NUMBERS:
+        wraps = op_type == "Cast" and call.attributes["to"] != TensorProto.INT64
         return "" if wraps else "all"
 
-    # For `x[arange(batch), k]`, `GatherND` takes pairs of an image and its k, which `Concat`
-    # joins.
-    if kind == "Concat" and not any(value.image_numbers for value in call.present[1:]):
+    # For `x[arange(batch), k]`, `GatherND` reads pairs of an image and its k, and `Concat` makes
+    # these pairs.
+    if op_type == "Concat" and not any(value.image_numbers for value in call.present[1:]):
         is_column = call.axis_attribute(0) == call.rank - 1 and call.x.shapes[0][-1] == 1
         return "first" if is_column else ""
     return ""

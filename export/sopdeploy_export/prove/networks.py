@@ -36,12 +36,13 @@ class Compared:
         network: It, in eval mode on the CPU.
         deployed: The network with the normalization of its images.
         tensors: Its tensors by name.
-        hashes: The sha256 of each, before anything ran.
-        trace: What torch.export made of it.
-        graph: The graph in it, which runs.
-        fingerprint: Of the trace; None: it cannot be hashed.
-        program: Its program, functional, without what its outputs do not need.
-        root: The root of the program.
+        hashes: The sha256 of each, computed before the capture.
+        trace: What torch.export made of it. Its program was then simplified in place by
+            `functionalize`, unless *program* is that of another network.
+        graph: The graph as torch.export made it, as a module that runs.
+        fingerprint: The hash of this graph; None if it cannot be hashed.
+        program: Its functional program, without what its outputs do not need.
+        root: The Merkle root of *program*.
     """
 
     role: str
@@ -66,20 +67,21 @@ class Compared:
     ) -> "Compared":
         """Hash and capture *network*.
 
-        If torch.export makes the same program of it as of *other*, the functional program is
-        that of *other*, because making one takes longer than torch.export. Raises the errors of
-        the capture and of `program_root`.
+        If torch.export makes the same program of it as of *other*, the functional program of
+        *other* is used again, because making one takes longer than torch.export. Raises the
+        errors of the capture and of `program_root`.
         """
-        named = tensors(network)
+        tensors_by_name = tensors(network)
         hash_of = TensorHashes()
-        hashes = {name: hash_of(tensor) for name, tensor in named.items()}
+        hashes = {name: hash_of(tensor) for name, tensor in tensors_by_name.items()}
 
-        # What torch.export makes; a copy, because `functionalize` changes the program.
+        # `graph` is a copy of what torch.export makes, taken before `functionalize` changes the
+        # original.
         traced = trace(network, preprocess, batch)
         graph = traced.program.module(check_guards=False)
         sha256 = fingerprint(traced.program, hash_of)
 
-        # The functional program.
+        # The functional program and its root, or those of *other*.
         if other is not None and sha256 is not None and sha256 == other.fingerprint:
             program = other.program
             root = other.root
@@ -91,7 +93,7 @@ class Compared:
             role=role,
             network=network,
             deployed=Deployed(network, preprocess).eval(),
-            tensors=named,
+            tensors=tensors_by_name,
             hashes=hashes,
             trace=traced,
             graph=graph,
@@ -102,15 +104,15 @@ class Compared:
 
     @property
     def needed(self) -> set[str]:
-        """All names of the tensors that the outputs depend on; a tensor can have several."""
+        """The names of the tensors that the outputs depend on: all names of each, if it has several."""
         names = {name.removeprefix(NETWORK_PREFIX) for name in self.root.tensors}
         ids = {id(self.tensors[name]) for name in names & self.tensors.keys()}
         return {name for name, tensor in self.tensors.items() if id(tensor) in ids}
 
     def check_unchanged(self, removed: tuple[str, ...]) -> None:
-        """Raise `CertificateError` if a tensor outside of *removed* parts changed.
+        """Raise `CertificateError` if a tensor outside of *removed* parts no longer has its hash.
 
-        Code outside of the graph may have written to it in a way that nothing else shows.
+        Code outside of the graph may have written to it in a way that no other check shows.
         """
         current = tensors(self.network)
 
@@ -123,27 +125,28 @@ class Compared:
 
 
 def rename_with_prefix(
-    plain: nn.Module, trained: set[str], rename: Callable[[str], str]
+    plain: nn.Module, kept: set[str], rename: Callable[[str], str]
 ) -> Callable[[str], str]:
-    """Extend *rename*, from the names *trained* to names of *plain*, by a prefix that one of them has.
+    """Extend *rename* by the prefix that one of the two networks has in front of all its names.
 
-    Returns *rename* itself if the names are already equal, or differ by more than a prefix.
+    *rename* maps the names *kept* of the trained network to names of *plain*. It is returned as
+    it is if these are already equal, or differ by more than a prefix.
     """
     names = set(tensors(plain))
-    renamed = {rename(name) for name in trained}
+    renamed = {rename(name) for name in kept}
     if names == renamed or not names or not renamed:
         return rename
 
-    # The shortest name of each network, of equal ones the first, is that of the same tensor. So
-    # one of both has a prefix in front.
+    # If the networks differ by a prefix only, their shortest names (the first of several) are
+    # those of the same tensor, and one of these two names has the prefix in front.
     shortest = min(sorted(names), key=len)
     shortest_renamed = min(sorted(renamed), key=len)
-    surplus = shortest_renamed.removesuffix(shortest)
-    missing = shortest.removesuffix(shortest_renamed)
-    if {name.removeprefix(surplus) for name in renamed} == names:
-        return lambda name: rename(name).removeprefix(surplus)
-    if {missing + name for name in renamed} == names:
-        return lambda name: missing + rename(name)
+    extra_prefix = shortest_renamed.removesuffix(shortest)
+    missing_prefix = shortest.removesuffix(shortest_renamed)
+    if {name.removeprefix(extra_prefix) for name in renamed} == names:
+        return lambda name: rename(name).removeprefix(extra_prefix)
+    if {missing_prefix + name for name in renamed} == names:
+        return lambda name: missing_prefix + rename(name)
     return rename
 
 
@@ -152,10 +155,10 @@ def build_plain(
 ) -> Compared:
     """Build the plain network of *detachment*, with the weights of *trained* outside of removed parts.
 
-    `rename` maps the name of a tensor in *trained* to its name in the plain network. Buffers
-    that checkpoints do not store follow from the config, so they are compared instead of
-    copied. Raises `CertificateError` if such a buffer differs, if the networks have tensors of
-    other names or shapes, or if the plain network cannot be captured.
+    `detachment.rename` maps the name of a tensor in *trained* to its name in the plain network.
+    Buffers that checkpoints do not store must follow from the config, so they are compared
+    instead of copied. Raises `CertificateError` if such a buffer differs, if the networks have
+    tensors of other names or shapes, or if the plain network cannot be captured.
     """
     if detachment.plain is None:
         raise CertificateError("there is no builder of a plain network")
@@ -163,7 +166,8 @@ def build_plain(
     parts = detachment.training_only
     kept = {name: tensor for name, tensor in trained.tensors.items() if not is_in(name, *parts)}
 
-    # Its names may have another prefix. A rebuilt network has the removed parts, too.
+    # The names of a plain network may have another prefix. A rebuilt network still has the parts
+    # that are removed from the trained one; they are not compared.
     rename = detachment.rename
     plain_tensors = tensors(plain)
     if detachment.role == "plain":
@@ -173,14 +177,15 @@ def build_plain(
             name: tensor for name, tensor in plain_tensors.items() if not is_in(name, *parts)
         }
 
-    # It has the same outputs, and reads images in the same layout.
+    # Give it the outputs of the trained network, and the layout in which this one reads images.
     embedding_layer = vars(trained.network).get(EXPORT_EMBEDDING)
     if embedding_layer is not None:  # *rename* takes names of tensors, such as its weight
         renamed_weight = rename(f"{embedding_layer}.weight")
         vars(plain)[EXPORT_EMBEDDING] = renamed_weight.removesuffix(".weight")
     vars(plain)[IMAGES_FORMAT] = images_format(trained.network)
 
-    # Each tensor of the one network is one of the other.
+    # Each kept tensor of the trained network must be one of the plain network, and the other way
+    # round.
     weights = {rename(name): tensor for name, tensor in kept.items()}
     if len(weights) != len(kept):
         raise CertificateError("rename gives two tensors of the trained network the same name")
@@ -195,15 +200,15 @@ def build_plain(
             f"the trained network still has {extra[0]}, which the plain one lacks"
         )
 
-    # Of the buffers that no state dict stores, those count that the outputs need. The others are
-    # left out, and so are those that a run of the trained network makes: a run of the plain one
-    # makes them, too.
-    made = trained.trace.created
-    counting = {rename(name) for name in trained.needed if name not in made}
-    not_counting = unstored_buffers(plain).keys() - counting
-    weights = {name: weight for name, weight in weights.items() if name not in not_counting}
+    # A buffer that no state dict stores is compared if the outputs need it, unless the capture
+    # of the trained network created it: that of the plain network creates it, too.
+    created = trained.trace.created
+    needed = {rename(name) for name in trained.needed if name not in created}
+    left_out = unstored_buffers(plain).keys() - needed
+    weights = {name: weight for name, weight in weights.items() if name not in left_out}
 
-    # If one of those that count differs, the first run of the trained network made it.
+    # If such a buffer differs, an earlier run of the trained network may have replaced it, so let
+    # a run of the plain network do so, too. If it still differs, `_load` raises an error.
     unstored = unstored_buffers(plain).keys() & weights.keys()
     if not all(are_equal(plain_tensors[name], weights[name]) for name in unstored):
         create_buffers(plain, preprocess)
@@ -220,10 +225,10 @@ def build_plain(
 def _load(
     plain: nn.Module, plain_tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> None:
-    """Copy *weights* to *plain_tensors* of *plain*, in their layouts, which graphs can depend on.
+    """Copy *weights* to *plain_tensors*, those of *plain*, with their strides, on which a graph can depend.
 
     Buffers that no state dict stores are compared instead. Raises `CertificateError` if one
-    differs, and for another shape or dtype.
+    differs, or if a weight has another shape or dtype than its plain tensor.
     """
     unstored = unstored_buffers(plain)
 

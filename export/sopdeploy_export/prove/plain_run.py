@@ -2,9 +2,9 @@
 
 The network runs on a few images, and so does its graph. `dataflow` records how each of the two
 runs made its outputs. Equal records show equal computations for images and weights of any values,
-unless the code of the network asks for values; where it does, the run reports it. So the graph's
-run computes nothing that depends on an image: an operator of the plain run tells the layout of
-its results.
+unless the code of the network asks for values; where it does, the run reports it. The values do
+not matter, so the graph's run computes nothing that depends on an image: it takes the layouts of
+such results from the plain run.
 
 Both runs are without the fast path of `nn.MultiheadAttention`, which no graph takes, with the
 forms of `capture.symbolic_forms`, and with those that layers of this package take in a graph.
@@ -45,7 +45,7 @@ STATEMENT = (
     "operators of its graph on the same operands, and no value or size that depends on an image "
     "reaches its code."
 )
-LARGEST = 3  # of the batches from 1 on that run: code can treat one image in its own way
+LARGEST = 3  # batches of 1 to so many images run: code can treat one image in its own way
 REPEATED = 2  # the batch that runs twice
 USE_TENSORS = "use operators of torch on all images, such as torch.where"
 
@@ -59,7 +59,7 @@ class Run:
     values: tuple[Tensor, ...]
 
     def first_other(self, other: "Run") -> str:
-        """Describe the first operator behind the outputs that *other* does not run on these operands."""
+        """Describe the first operator behind the outputs that *other* does not run on the same operands."""
         for result in self.results:
             for code, operator in self.flow.behind(result).items():
                 if code not in other.flow.operators:
@@ -70,8 +70,8 @@ class Run:
 class Recorder:
     """Records runs of the network *compared* and of its graph on the last of uint8 *images* (N, H, W, 3).
 
-    The last of the generated images are noise: others are equal in parts. A recorded run leaves
-    what the network keeps, such as tables.
+    The last of the generated images are noise; the first ones have equal parts. What the network
+    keeps of a run, such as a table, is there in the next one.
 
     Attributes:
         sizes: The sizes of the batches that are compared.
@@ -85,26 +85,26 @@ class Recorder:
         self._deployed = compared.deployed
         self._stored = dict(tensors(compared.deployed))
 
-        # The graph makes the buffers itself that a first run of the network creates.
+        # The graph has its own buffers where a first run of the network creates or replaces them.
         created = {NETWORK_PREFIX + name for name in compared.trace.created}
         not_created = {
             name: tensor for name, tensor in self._stored.items() if name not in created
         }
         self._graph = GraphRun(compared.graph, not_created)
 
-        # What runs leave for later ones, and the runs that are compared again.
+        # What runs leave for later ones, and the runs that are recorded once.
         self._remains = Remains()
         self._first: Run | None = None
-        self._again: dict[int, Run] = {}
+        self._again: dict[int, Run] = {}  # by the number of images
 
     def run_first(self) -> Run:
-        """Record the first plain run of all, unless it was: it makes what others use, such as tables."""
+        """Return the first plain run of all; it makes what later runs use, such as tables."""
         if self._first is None:
             self._first = self.run_network(self.repeated)
         return self._first
 
     def run_again(self, size: int) -> Run:
-        """Return the plain run on *size* images after the first one."""
+        """Return a plain run on *size* images that is not the first run of the network."""
         self.run_first()
         if size not in self._again:
             self._again[size] = self.run_network(size)
@@ -113,7 +113,7 @@ class Recorder:
     def run_network(self, size: int) -> Run:
         """Record a plain run, and check it.
 
-        Raises `CertificateError` if the network's code fails, or as `check_run` does.
+        Raises `CertificateError` if the network's code fails, and the errors of `check_run`.
         """
         images = self._images[:size].clone()
         flow = Dataflow(self._deployed, self._stored, images, self._remains)
@@ -123,7 +123,7 @@ class Recorder:
             results = tuple(map(flow.known_by, outputs))
             values = tuple(output.clone() for output in outputs)
 
-        # What is still held when this run's own names are gone is left for later ones.
+        # What something else than this function still holds is left for later runs.
         del outputs, images
         flow.leave()
         run = Run(flow, results, values)
@@ -133,8 +133,8 @@ class Recorder:
     def run_graph(self, plain: Run) -> Run:
         """Record a run of the graph on the images of *plain*.
 
-        It computes nothing that depends on an image, because the operators of *plain* tell the
-        layouts of their results, unless the graph has others.
+        With the layouts of *plain*, it computes nothing that depends on an image. If this fails,
+        for example because the graph has other operators, it computes everything.
         """
         size = plain.values[0].shape[0]
         try:
@@ -142,9 +142,11 @@ class Recorder:
         except CertificateError:
             return self._run_graph(size)
 
-    def _run_graph(self, size: int, known: Mapping[str, Sequence[Layout]] | None = None) -> Run:
+    def _run_graph(
+        self, size: int, known_layouts: Mapping[str, Sequence[Layout]] | None = None
+    ) -> Run:
         images = self._images[:size].clone()
-        flow = Dataflow(self._deployed, self._stored, images, self._remains, known)
+        flow = Dataflow(self._deployed, self._stored, images, self._remains, known_layouts)
         self._graph.flow = flow
         with _running(self._deployed), flow:
             outputs = self._graph.run(images)
@@ -153,7 +155,7 @@ class Recorder:
 
 @contextmanager
 def _running(deployed: Deployed) -> Iterator[None]:
-    """Let *deployed* run in the block as it is captured; raise `CertificateError` if its code fails."""
+    """Let layers of *deployed* compute as in a graph in the block; raise `CertificateError` if code fails."""
     try:
         with torch.no_grad(), as_captured(deployed), _without_fast_path():
             yield
@@ -187,7 +189,7 @@ def prove_plain_run(recorder: Recorder) -> None:
 
 
 def check_run(run: Run) -> None:
-    """Raise `CertificateError` if values of images reach Python, or if the run leaves traces."""
+    """Raise `CertificateError` for what the dataflow of *run* noted, and for outputs from random numbers."""
     flow = run.flow
     if flow.failures:
         raise CertificateError(
@@ -217,7 +219,7 @@ def check_run(run: Run) -> None:
 
 
 def check_repeated(first: Run, again: Run) -> None:
-    """Raise `CertificateError` unless a second run performs, and returns, what the *first* one did."""
+    """Raise `CertificateError` unless the run *again* performs, and returns, what the *first* one did."""
     if first.results != again.results:
         raise CertificateError(
             f"a second run of the network does something else: the first one runs "
@@ -229,7 +231,7 @@ def check_repeated(first: Run, again: Run) -> None:
 
 @contextmanager
 def _without_fast_path() -> Iterator[None]:
-    """Switch the fast path of `nn.MultiheadAttention` off, and warnings of the network's code."""
+    """Switch off the fast path of `nn.MultiheadAttention`, and all warnings, in the block."""
     was_enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

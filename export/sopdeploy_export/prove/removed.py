@@ -1,8 +1,8 @@
 """Removed: nothing of a removed part is behind the outputs.
 
-The graph shows the tensors and the modules behind the outputs. Code can also ask for a value of
-a removed tensor, which no graph contains: while these tensors hold other values, a plain run
-does what it did before. It is not proved that the removed tensors are useless in training.
+The graph shows the tensors and the modules behind the outputs. It does not show code that asks
+for a value of a removed tensor. Therefore a plain run is repeated while the removed tensors hold
+other values, and must do the same. It is not proved that they are useless in training.
 
 Refused: a branch times zero, a weight that a kept one overlaps in memory, or of which code reads
 a number (`tests/attacks/planted/branches.py`).
@@ -49,22 +49,23 @@ def prove_removed(trained: Compared, recorder: Recorder, parts: tuple[str, ...])
     """
     if not parts:
         return
-    check_graph(trained, parts)
 
-    # While the removed parts hold other values, a run does the same.
+    # Neither the graph nor a plain run needs anything of the parts.
+    check_graph(trained, parts)
     expected = recorder.run_again(recorder.repeated)
     _check_behind(expected, parts)
 
-    # The removed tensors that share no memory with those that stay.
+    # The removed tensors, without those in a storage that a kept tensor is in, too.
     stored = trained.tensors
     kept = {address(tensor) for name, tensor in stored.items() if not is_in(name, *parts)}
-    values = [
+    removed = [
         tensor
         for name, tensor in stored.items()
         if is_in(name, *parts) and address(tensor) not in kept
     ]
 
-    with other_values(values):
+    # While they hold other values, a plain run does the same.
+    with other_values(removed):
         changed = recorder.run_network(recorder.repeated)
     if changed.results != expected.results:
         raise CertificateError(
@@ -78,18 +79,18 @@ def prove_removed(trained: Compared, recorder: Recorder, parts: tuple[str, ...])
 def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
     """Raise `CertificateError` if a tensor or a module of *parts* is behind the outputs of *trained*.
 
-    Nor may a tensor of them share its memory with a kept one.
+    Also raises it if a tensor of *parts* shares its memory with a kept one.
     """
     network = trained.network
 
-    # Shared memory. The remedy is a module of the part that shares nothing, if there is one.
+    # Shared memory. The message proposes a child of the part that shares nothing, if there is one.
     shared = find_shared(trained.tensors, parts)
     if shared is not None:
         name, kept_name = shared
         part = next(part for part in parts if is_in(name, part))
         submodules = network.get_submodule(part)._modules if part != name else {}
         children = [f"{part}.{submodule}" for submodule in submodules]
-        own = [
+        unshared = [
             child
             for child in children
             if has_tensors(network, (child,)) and not find_shared(trained.tensors, (child,))
@@ -97,10 +98,10 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
         raise CertificateError(
             f"{name} was removed but shares its memory with {kept_name}, which was kept; name "
             "only what is in a part alone",
-            remedies={"training_only": own[0]} if own else {},
+            remedies={"training_only": unshared[0]} if unshared else {},
         )
 
-    # Tensors behind the outputs, then modules whose operations are.
+    # Tensors behind the outputs; then modules with operations behind the outputs.
     tensor_names = sorted(name for name in trained.needed if is_in(name, *parts))
     if tensor_names:
         raise CertificateError(
@@ -119,8 +120,8 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
 def removed_modules(network: nn.Module, parts: Sequence[str]) -> set[str]:
     """Return the names of the modules in *parts* of *network*, except those that it also has elsewhere."""
     named = list(modules(network))
-    stays = {id(module) for name, module in named if not is_in(name, *parts)}
-    return {name for name, module in named if id(module) not in stays}
+    kept_ids = {id(module) for name, module in named if not is_in(name, *parts)}
+    return {name for name, module in named if id(module) not in kept_ids}
 
 
 def has_tensors(network: nn.Module, parts: tuple[str, ...]) -> bool:
@@ -129,7 +130,7 @@ def has_tensors(network: nn.Module, parts: tuple[str, ...]) -> bool:
 
 
 def _check_behind(run: Run, parts: tuple[str, ...]) -> None:
-    """Raise `CertificateError` if a plain run needs a tensor or a module of *parts*."""
+    """Raise `CertificateError` if the outputs of the plain *run* need a tensor or a module of *parts*."""
     prefixed = [f"{NETWORK_PREFIX}{part}" for part in parts]
     for result in run.results:
         for operator in run.flow.behind(result).values():
@@ -143,25 +144,25 @@ def _check_behind(run: Run, parts: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def other_values(values: Sequence[Tensor]) -> Iterator[None]:
-    """Give tensors other values in the block."""
+def other_values(tensors_to_change: Sequence[Tensor]) -> Iterator[None]:
+    """Fill tensors in the block: with random numbers from 0 to 1, integers and truth values with 1."""
     generator = torch.Generator().manual_seed(_SEED)
-    saved = [tensor.detach().clone() for tensor in values]
+    saved = [tensor.detach().clone() for tensor in tensors_to_change]
 
     try:
-        for tensor in values:
+        for tensor in tensors_to_change:
             if tensor.is_floating_point():
                 tensor.data.copy_(torch.rand(tensor.shape, generator=generator))
             else:
                 tensor.data.fill_(1)
         yield
     finally:
-        for tensor, value in zip(values, saved, strict=True):
-            tensor.data.copy_(value)
+        for tensor, content in zip(tensors_to_change, saved, strict=True):
+            tensor.data.copy_(content)
 
 
 def find_shared(stored: Mapping[str, Tensor], parts: tuple[str, ...]) -> tuple[str, str] | None:
-    """Name a tensor in *parts* and another one whose memory it overlaps, even in another storage."""
+    """Name a tensor in *parts* and a kept one whose memory it overlaps, in the same storage or in another."""
     kept = [
         (name, *_addresses(tensor))
         for name, tensor in stored.items()
@@ -194,9 +195,9 @@ def _addresses(tensor: Tensor) -> tuple[int, int]:
 def list_tensors(
     trained: Compared, parts: tuple[str, ...]
 ) -> dict[str, tuple[TensorEntry, ...]]:
-    """List the tensors of *trained*: those `removed` with *parts*, those `kept`, and those `unreached`.
+    """List the tensors of *trained* under `removed`, `kept` and `unreached`, fields of `Certificate`.
 
-    The outputs depend on those that are kept; the last ones are neither needed nor in *parts*.
+    Removed are those in *parts*. Of the others, the outputs depend on those that are kept.
     """
     needed = trained.needed
     listed: dict[str, list[TensorEntry]] = {"removed": [], "kept": [], "unreached": []}
@@ -218,10 +219,12 @@ def list_tensors(
 
 
 def find_unneeded(trained: Compared, parts: tuple[str, ...]) -> tuple[str, ...]:
-    """Name the outermost modules of *trained* that its outputs do not need, then the other tensors.
+    """Name the outermost modules of *trained* that its outputs do not need, then further such tensors.
 
-    What is in *parts* is left out, and what shares memory or operations with what is needed.
-    Counters of modules with needed tensors, such as `num_batches_tracked`, count as needed.
+    A module is named if its outputs need none of its tensors and none of its operations; the
+    further tensors are those outside of these modules. Left out are tensors in *parts*, those
+    that share memory with a needed one, and counters, such as `num_batches_tracked`, of modules
+    with a needed tensor.
     """
     needed = trained.needed
     owners_of_needed = {name.rpartition(".")[0] for name in needed}
@@ -238,7 +241,8 @@ def find_unneeded(trained: Compared, parts: tuple[str, ...]) -> tuple[str, ...]:
         if not is_counter:
             unneeded.add(name)
 
-    # The outermost modules that hold such tensors only, and do not run. Outer modules come first.
+    # The outermost modules that hold such tensors only, and of whose operations none is in the
+    # graph. Outer modules come first.
     outermost: list[str] = []
     for name, module in modules(trained.network):
         is_network = name == ""

@@ -1,7 +1,7 @@
 """The admission of a network of the user: what can be captured and stored, and what can be removed.
 
 `export_network` and `sopdeploy inspect` both call `admit`, so the command that `inspect` prints
-is refused for nothing that it could know. What the proof decides is left to the proof.
+passes all checks here. What the proof decides is left to the proof.
 """
 
 from collections.abc import Sequence
@@ -42,10 +42,10 @@ class Admitted:
 
     Attributes:
         trained: It, captured.
-        outputs: Its outputs for the generated images; None if others were added since.
+        outputs: Its outputs for the generated images; None if the embedding became an output later.
         parts: The outermost parts to remove.
         num_classes: The number of its logits.
-        removable: The further parts that no output depends on.
+        removable: Further modules and tensors that no output depends on, see `find_unneeded`.
         warnings: Findings that do not stop the export.
     """
 
@@ -58,40 +58,40 @@ class Admitted:
 
 
 def admit(
-    given: nn.Module,
+    network: nn.Module,
     preprocess: Preprocess,
     *,
     classes: int | None = None,
     training_only: Sequence[str] = (),
     options: ExportOptions | None = None,
 ) -> Admitted:
-    """Check and capture *given*, which is `prepared`, and find the parts that its output does not need.
+    """Check and capture *network*, which is `prepared`, and find the parts that its outputs do not need.
 
-    Without *classes*, it may have any number of logits. The other arguments are those of
-    `export_network`. Raises `DetachError` for *training_only*, and `LoweringError` or
-    `CertificateError` for *given*.
+    With *classes*, it must have so many logits. The other arguments are those of `export_network`.
+    Raises `ConfigError` for another number of logits, `DetachError` for *training_only*, and
+    `LoweringError` or `CertificateError` for *network*.
     """
     options = ExportOptions() if options is None else options
     check_torch_state()
-    parts = match_parts(given, training_only)
-    check_exportable(given, parts)
-    check_tensors(given, parts)
+    parts = match_parts(network, training_only)
+    check_exportable(network, parts)
+    check_tensors(network, parts)
 
     # It runs once on the images of all later comparisons.
     step("running the network")
     generated = generated_images(preprocess.crop)
     images = torch.from_numpy(generated)
-    outputs = run_first(Deployed(given, preprocess).eval(), images, classes)
+    outputs = run_first(Deployed(network, preprocess).eval(), images, classes)
     warnings = check_logits(outputs.batched[0])
     num_classes = outputs.batched[0].shape[1]
-    if options.with_features:  # `outputs` lack this one
-        add_embedding_output(given, preprocess, generated, num_classes, parts)
+    if options.with_features:  # an output that `outputs` lack
+        add_embedding_output(network, preprocess, generated, num_classes, parts)
 
-    # What its graph shows. A broken tensor counts if the outputs need it.
+    # Capture it, and check what the graph shows. A broken tensor counts if the outputs need it.
     step("capturing the network")
-    trained = Compared.of("trained", given, preprocess, options.batch)
+    trained = Compared.of("trained", network, preprocess, options.batch)
     needed = trained.needed
-    broken = [name for name in tensors_with_nan(given, parts) if name in needed]
+    broken = [name for name in tensors_with_nan(network, parts) if name in needed]
     if broken:
         raise LoweringError(
             f"{broken[0]} holds NaN or infinite values; train again or use an earlier checkpoint"
@@ -123,7 +123,7 @@ def check_labels(labels: Sequence[str]) -> None:
 def unused_modules(
     network: nn.Module, preprocess: Preprocess, logits_key: str | int | None = None
 ) -> tuple[str, ...]:
-    """Name the outermost modules of *network* that its output in eval mode does not depend on.
+    """Name the outermost modules of *network*, and further tensors, on which no output in eval mode depends.
 
     `training_only` may name them. *logits_key* is the attribute, key or index of the logits, if
     the network returns more than one tensor. Raises the errors of `export_network` before its

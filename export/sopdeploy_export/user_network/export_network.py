@@ -69,8 +69,8 @@ def export_network(
         name: Name of the network and, without `options.name`, of the project: at most 200 letters, digits,
             `.`, `_` and `-`, the first not `.`.
         logits_key: Attribute, key or index of the logits, if the network returns more than one tensor.
-        allow_constants: Accept tensors of more than 16 numbers that are neither parameters nor buffers, if
-            no builder builds them again, it holds the same tensors, or they are those of a layer.
+        allow_constants: Accept tensors of more than 16 numbers that are neither parameters nor buffers.
+            Otherwise, they are accepted only if *plain* or *rebuild* makes new ones with equal content.
         several_classes: An image may have several classes: each logit is that of a sigmoid, and the class is
             present from a probability of 0.5.
         rename: Maps the name of a tensor of *trained* to its name in the plain network.
@@ -86,9 +86,11 @@ def export_network(
 
     Raises:
         ConfigError: An argument is invalid.
+        DetachError: *training_only* names no part, or must name parts that no output depends on.
         LoweringError: The network cannot be exported; the message says why.
         CertificateError: A statement of the proof does not hold.
-        SopdeployError: Another step failed; nothing is left in *destination* then.
+        SopdeployError: Another step failed. Then nothing is left in *destination*, or only the bundle,
+            if the page about it cannot be written.
     """
     # Check the arguments.
     if options is None:
@@ -155,10 +157,10 @@ def export_network(
 
 
 def _report_removable(admitted: Admitted, *, proposes: bool) -> tuple[str, ...]:
-    """Return a warning of the parts that could be removed, too, if there are any.
+    """Return a warning that names the parts that could be removed, too, if there are any.
 
-    With *proposes* and no parts to remove, always raises `DetachError`, which names those to
-    remove or says that there are none.
+    With *proposes*, it raises `DetachError` if the user named no parts to remove. The message
+    names those that could be removed, or says that there are none.
     """
     removable = admitted.removable
     problem = f"the output does not depend on {', '.join(removable)}"
@@ -179,9 +181,10 @@ def _report_removable(admitted: Admitted, *, proposes: bool) -> tuple[str, ...]:
 def checked_builder(
     build: Callable[[], nn.Module], trained: nn.Module, logits_key: str | int | None
 ) -> Callable[[], nn.Module]:
-    """Return a builder of the network of *build*, unwrapped, on the CPU and in eval mode.
+    """Return a function that builds the network of *build*, unwrapped, on the CPU and in eval mode.
 
-    It raises `CertificateError` if this network shares memory with *trained*.
+    *logits_key* is that of `export_network`. The function raises `CertificateError` if this
+    network shares memory with *trained*, and `LoweringError` if it is not accepted.
     """
 
     def addresses(network: nn.Module) -> set[int]:

@@ -44,8 +44,8 @@ def network_builder(
     """Create a function that builds the network *import_path*, `package.module:callable`.
 
     *option_texts* are its options, as `parse_option` reads them. Messages say that *import_path*
-    is the value of *setting*. Raises `ConfigError` if it cannot be imported; the created
-    function raises `ConfigError` if the network cannot be built.
+    is the value of *setting*. Raises `ConfigError` if it cannot be imported or does not have such
+    options; the created function raises `ConfigError` if the network cannot be built.
     """
     invalid = partial(ConfigError, setting=setting, value=import_path)
     if not all(import_path.partition(":")):  # the module, the colon or the callable is missing
@@ -88,7 +88,7 @@ def network_builder(
 
 
 def _advise_import(import_path: str, error: BaseException) -> str:
-    """Say what to do after *error*, with which *import_path*, `package.module:callable`, was not found."""
+    """Say what to do after *error*, which the import of *import_path*, `package.module:callable`, raised."""
     module_name, _, attribute = import_path.partition(":")
     wanted = ""
     known_names = []
@@ -143,7 +143,10 @@ def parse_option(text: str) -> tuple[str, Any]:
 def _check_option_values(
     builder: Callable[..., Any], options: Mapping[str, Any], import_path: str
 ) -> None:
-    """Raise `ConfigError` for *options* that *builder* does not have, and for text in place of a number."""
+    """Raise `ConfigError` for *options* that *builder* does not have.
+
+    Also for text as the value of an option whose default is a number or a truth value.
+    """
     # The options that it has, with their defaults.
     try:
         parameters = inspect.signature(builder).parameters.values()
@@ -158,9 +161,10 @@ def _check_option_values(
     for name, value in options.items():
         if name not in defaults and not takes_any:
             close = get_close_matches(name, defaults, n=1)
-            known = f"it has {', '.join(defaults)}" if defaults else "it has none"
-            known = f"did you mean {close[0]}?" if close else known
-            raise ConfigError(f"{import_path} has no option {name}; {known}")
+            hint = f"it has {', '.join(defaults)}" if defaults else "it has none"
+            if close:
+                hint = f"did you mean {close[0]}?"
+            raise ConfigError(f"{import_path} has no option {name}; {hint}")
         default = defaults.get(name)
         if isinstance(value, str) and isinstance(default, bool | int | float):
             raise ConfigError(
@@ -192,8 +196,8 @@ class LoadedWeights:
 class _Naming:
     """How names of a table differ from those of a network, once *wrappers* are left out of both.
 
-    A table has *prefix* in front of them, and lacks the parts *added* with which all names of
-    the network begin.
+    A name of the network without *added*, parts with which all its names begin, is a name of the
+    table without *prefix*.
     """
 
     prefix: str
@@ -201,7 +205,7 @@ class _Naming:
     wrappers: frozenset[str]
 
     def find(self, names: Iterable[str], table: Iterable[str]) -> dict[str, str]:
-        """Map those of *names*, of the network, that the *table* has to their names in it."""
+        """Map *names* of the network to their names in the *table*; those that it lacks are left out."""
         stored = {without_wrappers(name, self.wrappers): name for name in table}
         sources = {
             name: self.prefix + without_wrappers(name, self.wrappers).removeprefix(self.added)
@@ -250,20 +254,22 @@ def load_weights(
 ) -> LoadedWeights:
     """Load *file* into *network*; it must have all tensors of the network, in the same shapes.
 
-    The file may have several tables of tensors, and a table more tensors than the network. The
-    table and the prefix such as `model.` under which all names of the network are found are
-    chosen; if there are several, *key* names one, such as `model_ema` or `encoder_q`. Counters
-    of batch norms may be missing. What the network lacks is ignored, unless a tensor shows that
-    it was built with other options. A layer gets its extra state, which need not be a tensor.
-    After loading, all tensors are compared with those of the file, because a network can define
-    how it is loaded. Raises `WeightsError` for a file that cannot be read or does not fit.
+    The file may have several tables of tensors, and its names a prefix such as `model.`. The
+    table and the prefix are chosen that have all tensors of the network. If several do, *key*
+    must name one, such as `model_ema` or `encoder_q`.
+
+    Counters of batch norms may be missing. Tensors that the network lacks are ignored, unless
+    they show that it was built with other options. A layer gets its extra state, which need not
+    be a tensor. After loading, the network must have exactly the tensors of the file, because it
+    can define itself how it is loaded. Raises `WeightsError` for a file that cannot be read or
+    does not fit.
     """
     weights = read_weights(file) if isinstance(file, Path) else file
     path = weights.path
     state = _own_state(network, path)
     expected = _tensors_of(state)
 
-    # Which table of the file, under which names, is that of the network.
+    # Choose a table of the file, and the naming with which it fits the network.
     tables = dict(find_tables(weights.content))
     if not tables:
         raise WeightsError(f"{path}: holds no table of tensors; {WEIGHTS_ADVICE}")
@@ -271,9 +277,9 @@ def load_weights(
     if all(fit.missing for fit in fits) and len(tables) > 1:
         # Each table may hold one part of the network, so try all as one.
         tables[""] = {
-            f"{name}.{each}".strip("."): value
-            for name, table in tables.items()
-            for each, value in table.items()
+            f"{table_name}.{name}".strip("."): value
+            for table_name, table in tables.items()
+            for name, value in table.items()
         }
         fits += [fit for fit in _find_fits("", tables[""], expected) if not fit.missing]
     fit = _choose_fit(path, _with_key(path, fits, key), tables, expected)
@@ -283,7 +289,7 @@ def load_weights(
             "check the network and its options, or choose another table of weights"
         )
 
-    # Its tensors in the shapes of the network, and the extra state of layers.
+    # The tensors of the table, in the shapes of the network, and the extra state of layers.
     table = tables[fit.table]
     tensors = check_tensors(path, {name: table[source] for name, source in fit.sources.items()})
     tensors = _in_shapes_of(expected, tensors, path)
@@ -305,9 +311,9 @@ def load_weights(
 def _in_shapes_of(
     expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path
 ) -> dict[str, Tensor]:
-    """Return *tensors* with the shapes of those *expected*; raise `WeightsError` for another shape.
+    """Return *tensors* in the shapes of the *expected* ones; raise `WeightsError` if a shape differs.
 
-    A counter, which some files have in the shape (1,), is reshaped.
+    Only a counter, which some files have in the shape (1,), is reshaped.
     """
     reshaped: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -325,11 +331,11 @@ def _in_shapes_of(
 
 
 def _with_key(path: Path, fits: Sequence[_TableFit], key: str | None) -> Sequence[_TableFit]:
-    """Return those of *fits* that *key* names; raises `WeightsError` if there is none."""
+    """Return those of *fits* that *key* names, all without a key; raises `WeightsError` if there is none."""
     if key is None:
         return fits
 
-    # The full key of one. Otherwise the key is a table or a prefix alone, which several can have.
+    # It is the full key of a fit, or else a table or a prefix alone, which several fits can have.
     fits_of_key = [fit for fit in fits if fit.key == key]
     if not fits_of_key:
         fits_of_key = [fit for fit in fits if key in (fit.table, fit.naming.prefix.rstrip("."))]
@@ -349,16 +355,16 @@ def _choose_fit(
     tables: Mapping[str, Mapping[str, Any]],
     expected: Mapping[str, Tensor],
 ) -> _TableFit:
-    """Choose the fit without missing tensors, or if there is none, the closest one.
+    """Choose the fit without missing tensors; if there is none, the one with the most tensors.
 
-    Of several, one with the shapes of *expected* is chosen. Raises `WeightsError` if those that
-    are left take different tensors.
+    Of several without missing tensors, one with the shapes of *expected* is chosen. Raises
+    `WeightsError` if those that are left take different tensors.
     """
     complete = [fit for fit in fits if not fit.missing]
     if not complete:
         return max(fits, key=lambda fit: len(fit.sources))
 
-    # Those in which all shapes are right, if there are any.
+    # The complete fits in which all shapes are right. If there are none, all complete ones count.
     with_shapes = [
         fit
         for fit in complete
@@ -369,8 +375,8 @@ def _choose_fit(
         )
     ]
 
-    # Fits that take the same tensors differ in their keys only; the last one remains, whose key
-    # names the part of the network that has all.
+    # Fits that take the same tensors differ in their keys only. The last one remains, whose key has
+    # most of the parts with which all names begin, such as `model.encoder` and not `model`.
     different = {
         (fit.table, *sorted(fit.sources.items())): fit for fit in with_shapes or complete
     }
@@ -404,8 +410,11 @@ def _check_ignored(
 ) -> None:
     """Raise `WeightsError` if *ignored* tensors show that *network* was trained with other options.
 
-    That is a tensor for which a module has an empty place, such as the bias of a convolution
-    without one, an unstored buffer with other values, and one more block of a list of blocks.
+    These are:
+
+    - a tensor for which a module has an empty place, such as the bias of a convolution without one,
+    - one more block of a list of blocks,
+    - other values of a buffer that the network has but no state dict stores.
     """
     modules = dict(network.named_modules(remove_duplicate=False))
     wrappers = fit.naming.wrappers
@@ -423,19 +432,20 @@ def _check_ignored(
         if not known_depths:
             continue
         depth = known_depths[-1]
-        owner = owners[".".join(parts[:depth])]
+        owner_name = owners[".".join(parts[:depth])]
+        owner = modules[owner_name]
 
-        # The next part of the name is a module that it lacks, or a tensor of its own.
+        # The next part of the name is that of a module that this one lacks, or of a tensor.
         part = parts[depth]
         is_module = depth < len(parts) - 1
-        place = f"{owner}.{part}".lstrip(".")
-        own = {**modules[owner]._parameters, **modules[owner]._buffers}.get(part)
+        place = f"{owner_name}.{part}".lstrip(".")
+        own = {**owner._parameters, **owner._buffers}.get(part)
         if own is not None:
             is_equal = own.shape == tensor.shape and own.cpu().equal(tensor.to(own.dtype))
             problem = "" if is_equal else f"the network gives {place} other values"
         else:
-            is_lacking = _lacks_place(modules[owner], part, is_module=is_module)
-            problem = f"the network is built without {place}" if is_lacking else ""
+            is_empty = _has_empty_place(owner, part, is_module=is_module)
+            problem = f"the network is built without {place}" if is_empty else ""
 
         if problem:
             advice = "check its options, or save the weights without it"
@@ -443,32 +453,33 @@ def _check_ignored(
 
 
 def _modules_by_file_name(fit: _TableFit, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Map the names that the file of *fit* has for modules of the network to the names of *modules*.
+    """Map the names that the file of *fit* has for modules of the network to their names in *modules*.
 
-    They are the prefixes of the names of tensors; the root of either is "".
+    The file names a module by what is in front of the names of its tensors. The name of the whole
+    network is "" in both.
     """
     wrappers = fit.naming.wrappers
     owners: dict[str, str] = {}
 
     for name, source in fit.sources.items():
-        of_network = name.split(".")[:-1]
-        of_file = without_wrappers(source, wrappers).split(".")[:-1]
+        parts_in_network = name.split(".")[:-1]
+        parts_in_file = without_wrappers(source, wrappers).split(".")[:-1]
 
         # From the owner of the tensor outwards, as long as both names end in the same part.
-        while ".".join(of_network) in modules:
-            owners.setdefault(".".join(of_file), ".".join(of_network))
-            if not of_network:
+        while ".".join(parts_in_network) in modules:
+            owners.setdefault(".".join(parts_in_file), ".".join(parts_in_network))
+            if not parts_in_network:
                 break
-            part = of_network.pop()
-            if of_file and of_file[-1] == part:
-                of_file.pop()
-            elif part not in wrappers:  # the file has no names for wrappers
+            part = parts_in_network.pop()
+            if parts_in_file and parts_in_file[-1] == part:
+                parts_in_file.pop()
+            elif part not in wrappers:  # the names in the file are without wrappers
                 break
 
     return owners
 
 
-def _lacks_place(owner: nn.Module, part: str, *, is_module: bool) -> bool:
+def _has_empty_place(owner: nn.Module, part: str, *, is_module: bool) -> bool:
     """Tell whether *owner* has an empty place for *part*, a module or a tensor.
 
     That is one more element of a list, or an optional tensor such as a bias.
@@ -482,9 +493,10 @@ def _lacks_place(owner: nn.Module, part: str, *, is_module: bool) -> bool:
 def _load_and_compare(
     network: nn.Module, path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]
 ) -> None:
-    """Load *tensors* and *extra* state into *network*, and check that it has these tensors afterwards.
+    """Load *tensors* and *extra* state into *network*, and check that it then has exactly these tensors.
 
-    Raises `WeightsError`.
+    Raises `WeightsError` if its code cannot load them, or if a tensor is missing, new, or has
+    another shape or other values afterwards.
     """
     advice = "remove its load_state_dict, or let it load all tensors"
 
@@ -497,43 +509,54 @@ def _load_and_compare(
             f"{path}: the network cannot load it ({first_line(error)}); {advice}"
         ) from error
 
-    for name, loaded in _tensors_of(_own_state(network, path)).items():
-        expected = tensors.get(name)
-        if expected is None or expected.shape != loaded.shape:
+    # It must have tensors of the same names.
+    loaded = _tensors_of(_own_state(network, path))
+    missing = [name for name in tensors if name not in loaded]
+    if missing:
+        raise WeightsError(f"{path}: {missing[0]} is missing after loading; {advice}")
+    new = [name for name in loaded if name not in tensors]
+    if new:
+        raise WeightsError(f"{path}: {new[0]} is new after loading; {advice}")
+
+    # Each must have the values of the file, in the type of the network.
+    for name, tensor in loaded.items():
+        expected = tensors[name]
+        if expected.shape != tensor.shape:
             raise WeightsError(f"{path}: {name} has another shape after loading; {advice}")
-        same_type = expected.to(loaded.dtype)
-        is_equal_N = loaded.cpu().isclose(same_type, rtol=0, atol=0, equal_nan=True)
-        if not bool(is_equal_N.all()):
+        same_type = expected.to(tensor.dtype)
+        is_equal = tensor.cpu().isclose(same_type, rtol=0, atol=0, equal_nan=True)
+        if not bool(is_equal.all()):
             raise WeightsError(
                 f"{path}: {name} has other values in the network after loading than in the file; {advice}"
             )
 
 
 def _find_fits(
-    table: str, named: Mapping[str, Any], expected: Mapping[str, Tensor]
+    table: str, entries: Mapping[str, Any], expected: Mapping[str, Tensor]
 ) -> list[_TableFit]:
-    """List the ways in which the table *named* has all tensors *expected*; if there is none, the closest one.
+    """List the ways in which *entries*, those of *table*, have all tensors *expected*.
 
-    The file may have a prefix in front of the names of the network. Or the network wraps
-    another one, whose file it is: then the file may lack the parts with which all begin.
+    The file may have a prefix in front of the names of the network. Or the file is that of another
+    network that this one wraps: then it may lack the parts with which all names of this one begin.
+    If no way is complete, the list has the one with the most tensors.
     """
     # The names in the file, and those of the network that must be there, without wrappers.
-    stored = _tensors_of(named)
+    stored = _tensors_of(entries)
     wrappers = find_wrappers(expected, stored)
     names_in_file = dict.fromkeys(without_wrappers(name, wrappers) for name in stored)
     required = [
         without_wrappers(name, wrappers) for name in expected if not name.endswith(COUNTERS)
     ]
-    required = required or [""]  # which is in no file
+    required = required or [""]  # a network without tensors: a name that no file has
 
-    # How many of them the file has, by its prefix and by the first parts that it lacks.
+    # How many of the required names the file has, by its prefix and the first parts that it lacks.
     num_in_file: dict[tuple[str, str], int] = {}
     shared = _shared_parts(required)
     for depth in range(len(shared) + 1):
         added = "".join(f"{part}." for part in shared[:depth])
         suffixes = [name.removeprefix(added) for name in required]
 
-        # The prefixes with which it has the first name.
+        # The prefixes with which the file has the first required name.
         first = suffixes[0]
         prefixes = (
             name.removesuffix(first)
@@ -544,7 +567,7 @@ def _find_fits(
             count = sum(prefix + suffix in names_in_file for suffix in suffixes)
             num_in_file[prefix, added] = count
 
-    # All ways that are complete, or the closest one.
+    # All complete ways, or else the one with the most tensors.
     complete = [way for way, count in num_in_file.items() if count == len(required)]
     closest = max(num_in_file, key=num_in_file.__getitem__)
     fits = []

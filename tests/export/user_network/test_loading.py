@@ -352,6 +352,27 @@ class Halves(Small):
         )
 
 
+class Deletes(Small):
+    def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> Any:
+        loaded = super().load_state_dict(state_dict)
+        self.fc.bias = None
+        return loaded
+
+
+class Adds(Small):
+    def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> Any:
+        loaded = super().load_state_dict(state_dict)
+        self.register_buffer("scale", torch.ones(1))
+        return loaded
+
+
+class Reshapes(Small):
+    def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> Any:
+        loaded = super().load_state_dict(state_dict)
+        self.fc.bias.data = self.fc.bias[None]
+        return loaded
+
+
 class Raises(Small):
     def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> Any:
         raise KeyError("head")
@@ -380,6 +401,9 @@ class Hides(Small):
         (Halves, "has other values in the network after loading"),
         (SkipsInside, r"fc\.bias has other values in the network after loading"),
         (Hides, "has other values in the network after loading"),
+        (Deletes, r"fc\.bias is missing after loading; remove its load_state_dict"),
+        (Adds, "scale is new after loading; remove its load_state_dict"),
+        (Reshapes, r"fc\.bias has another shape after loading; remove its load_state_dict"),
         (
             Raises,
             r"the network cannot load it \(KeyError: 'head'\); remove its load_state_dict",
