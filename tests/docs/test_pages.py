@@ -13,9 +13,15 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy_service.observability.pages import merge_metrics
+from sopdeploy_service.settings import Settings
 from tests.docs.page_commands import FIRST_BUNDLE, LAST_BUNDLE
 from tests.docs.reading import PAGES, ROOT, blocks, module_at, name
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.service import LABELS, picture_bytes, running, write_bundle
 
 ERRORS = module_at(ROOT / "docs" / "generate_errors.py")
 
@@ -152,6 +158,22 @@ def test_the_page_of_alerts_has_every_rule_with_its_severity() -> None:
     page = (ROOT / "docs" / "howto" / "alerts.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", page, re.MULTILINE)
     assert rows == [(rule["alert"], rule["labels"]["severity"]) for rule in rules]
+
+
+def test_the_page_of_metrics_has_each_metric_that_a_server_exports_and_no_other(
+    tmp_path: Path,
+) -> None:
+    bundle = open_bundle(write_bundle(tmp_path))
+    with running(FakeRuntime(num_classes=len(LABELS)), bundle, Settings()) as client:
+        client.post("/v1/classify", content=picture_bytes())
+        of_process = client.get("/metrics").content
+    exported = text_string_to_metric_families(merge_metrics({"0": of_process}, b"").decode())
+    names = {re.sub("^process_.*", "process_...", family.name) for family in exported}
+
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    described = re.findall(r"^\| `([\w.]+?)(?:_total)?` \|", page, re.MULTILINE)
+    assert names | {"process_..."} == {*described}  # which only Linux has
+    assert len(described) == len({*described})
 
 
 LOADED = re.compile(
