@@ -48,9 +48,10 @@ def metrics_table() -> str:
     """Build one table row per metric of a server: name, type, labels and meaning."""
     metrics = Metrics()
     labels = {
-        metric.describe()[0].name: ", ".join(metric._labelnames)
+        family.name: ", ".join(metric._labelnames)
         for metric in vars(metrics).values()
         if isinstance(metric, MetricWrapperBase)
+        for family in metric.describe()
     }
 
     # As a server with several processes exports them, with a metric more.

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
@@ -52,6 +53,7 @@ from sopdeploy.files import (
     temporary_folder,
     writing,
 )
+from sopdeploy.images.signatures import has_image_suffix
 from sopdeploy.names import read_labels
 
 GRAPH = "model.onnx"
@@ -354,6 +356,8 @@ def describe_no_bundle(path: Path) -> str:
         return (
             f"a folder of runs, not a bundle; run: sopdeploy export {quote(str(best))} --detach"
         )
+    if any(has_image_suffix(file.name) for file in chain(path.glob("*"), path.glob("*/*"))):
+        return f"photographs, not a bundle; run: sopdeploy train --data {quote(str(path))}"
     return f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
 
 

@@ -17,7 +17,7 @@ from tests.docs.reading import PAGES, name
 from tests.support.service import write_bundle
 
 NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a GPU, or hours
-    r"pip (install|wheel)|python3 -m venv ",
+    r"pip (install|wheel)|python3 -m venv |\. \.venv/bin/activate",
     r"sopdeploy demo",  # `tests/test_walk.py` runs it
     r"(git|make|docker|helm) ",
     r".* s3://",
