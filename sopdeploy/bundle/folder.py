@@ -356,7 +356,8 @@ def describe_no_bundle(path: Path) -> str:
         return (
             f"a folder of runs, not a bundle; run: sopdeploy export {quote(str(best))} --detach"
         )
-    if any(has_image_suffix(file.name) for file in chain(path.glob("*"), path.glob("*/*"))):
+    files = chain(path.glob("*"), path.glob("*/*"))
+    if not (path / GRAPH).exists() and any(has_image_suffix(file.name) for file in files):
         return f"photographs, not a bundle; run: sopdeploy train --data {quote(str(path))}"
     return f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
 

@@ -150,6 +150,49 @@ def test_the_home_page_names_a_task_and_its_page(task: str) -> None:
     )  # the search ranks titles first
 
 
+# What three kinds of users want, the page that says how, and what stands there.
+WANTED = {
+    # Sixty photographs, and no knowledge of machine learning.
+    "see it without photographs": ("README.md", "make demo"),
+    "train on one folder per class": ("README.md", "sopdeploy train --data photos"),
+    "sort photographs": ("docs/howto/second-week.md", "sopdeploy label camera --photos photos"),
+    "know how good it is": ("docs/howto/report.md", "95 % interval"),
+    "use photographs of a phone": ("docs/data.md", "sopdeploy[train,cpu,heif]"),
+    "open the page on another machine": ("docs/keys.md", "--host 0.0.0.0"),
+    # A PyTorch network with two auxiliary heads.
+    "export without the heads": ("docs/howto/your-network.md", "--training-only 'aux*'"),
+    "know what is proved": ("docs/concepts.md", "refused"),
+    "give my preprocessing": ("docs/howto/your-network.md", "--preprocess FILE"),
+    "run the file in C++": ("deploy/samples/README.md", "cpp/classify.cpp"),
+    "compute known in my program": ("docs/bundle.md", "log-sum-exp"),
+    "make it smaller": ("docs/howto/int8.md", "--precision int8"),
+    # Kubernetes behind nginx.
+    "install the chart": ("docs/kubernetes.md", "helm install shop"),
+    "serve a path behind nginx": ("docs/howto/proxies.md", "location /ml"),
+    "give keys to pods": ("docs/kubernetes.md", "`keys.secret`"),
+    "limit memory": ("docs/limits.md", "resources.limits.memory"),
+    "alert": ("docs/howto/alerts.md", "SopdeployRestarts"),
+    "undo a release": ("docs/howto/roll-back.md", "helm rollback shop"),
+    "serve two versions": ("docs/http.md", "serve old=A new=B"),
+}
+CLICK = re.compile(r"\]\(([^)#:]+\.md)(?:#[^)]*)?\)")
+
+
+def clicks(page: Path) -> set[Path]:
+    """Pages to which links of *page* lead."""
+    links = CLICK.findall(page.read_text(encoding="utf-8"))
+    return {(page.parent / link).resolve() for link in links}
+
+
+@pytest.mark.parametrize("task", WANTED)
+def test_each_task_of_three_kinds_of_users_is_two_clicks_from_the_readme(task: str) -> None:
+    page, words = WANTED[task]
+    first = clicks(README)
+    near = {README, *first}.union(*map(clicks, first))
+    assert ROOT / page in near
+    assert words in (ROOT / page).read_text(encoding="utf-8")
+
+
 def test_the_page_of_alerts_has_every_rule_with_its_severity() -> None:
     chart = yaml.safe_load(
         (ROOT / "deploy" / "helm" / "sopdeploy" / "alerts.yaml").read_text(encoding="utf-8")
