@@ -333,6 +333,8 @@ def describe_no_bundle(path: Path) -> str:
     """Say what *path* is, which is no bundle, and what to do."""
     if not path.is_dir():
         file = str(path)
+        if (path.parent / MANIFEST).is_file():
+            return f"a file of a bundle; give its folder, {path.parent}"
         if is_own_checkpoint(path):
             return f"a checkpoint, not a bundle; run: sopdeploy export {quote(file)} --detach"
         if path.is_file() and holds_weights(path):
