@@ -182,7 +182,7 @@ wheel-test: $(STAMP)  ## build the wheel, install it with changing extras, train
 	cd build/wheel && $(INSTALL_ALONE)[cpu]" && $(EVERY_COMMAND)
 	cd build/wheel && $(ALONE)/python ../../deploy/no_torch.py && $(ALONE)/sopdeploy verify bundles/latest
 
-samples-test: $(STAMP)  ## run the programs of the README and of deploy/samples; needs g++ with headers, node, and `npm ci` there
+samples-test: $(STAMP)  ## run the programs of the README and of deploy/samples; needs g++ with headers, javac, go, node, and `npm ci` there
 	$(BIN)/pytest --slow --no-skips tests/deploy/test_samples.py
 
 alerts-test: $(STAMP)  ## check and test the alert rules and the queries of the dashboard; needs promtool (Debian: prometheus)

@@ -4,10 +4,13 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+from prometheus_client import generate_latest
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.parser import text_string_to_metric_families
 
 from sopdeploy_export.prove.certificate import STATEMENTS
 from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.observability.pages import merge_metrics
 from sopdeploy_service.settings import VARIABLE_PREFIX, Settings
 
 FOLDER = Path(__file__).parent
@@ -38,16 +41,29 @@ def settings_table() -> str:
     )
 
 
+OF_PROCESSES = "| `process_...` | counter, gauge |  | CPU time, memory and open files of the process, on Linux |"
+
+
 def metrics_table() -> str:
-    """Build one table row per metric: name, type, labels and meaning."""
+    """Build one table row per metric of a server: name, type, labels and meaning."""
+    metrics = Metrics()
+    labels = {
+        family.name: ", ".join(metric._labelnames)
+        for metric in vars(metrics).values()
+        if isinstance(metric, MetricWrapperBase)
+        for family in metric.describe()
+    }
+
+    # As a server with several processes exports them, with a metric more.
+    page = merge_metrics({"front-0": generate_latest(metrics.registry)}, b"").decode()
     rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
-    for metric in vars(Metrics()).values():
-        if isinstance(metric, MetricWrapperBase):
-            (family,) = metric.describe()
-            labels = ", ".join(metric._labelnames)
-            shown = f"{family.name}_total" if family.type == "counter" else family.name
-            rows.append(f"| `{shown}` | {family.type} | {labels} | {family.documentation} |")
-    return "\n".join(rows)
+    for family in text_string_to_metric_families(page):
+        if family.name.startswith("process_"):
+            continue  # these depend on the system
+        shown = f"{family.name}_total" if family.type == "counter" else family.name
+        named = labels.get(family.name, "process")
+        rows.append(f"| `{shown}` | {family.type} | {named} | {family.documentation} |")
+    return "\n".join([*rows, OF_PROCESSES])
 
 
 def statements_table() -> str:

@@ -80,6 +80,7 @@ def photograph_pages(work: Path, folder: Path) -> None:
             while page.evaluate("ask('grids').then(({ grids }) => grids.length)") < 5:
                 page.wait_for_timeout(500)  # the network computes the suggestions
             page.reload()
+            page.click("#as-grid")
             page.wait_for_selector("#cells img[src]")
             photograph(page, folder / "label-grid.png", "#grid")
             page.click("#one-by-one")
@@ -87,15 +88,18 @@ def photograph_pages(work: Path, folder: Path) -> None:
 
 
 def sort_some(work: Path) -> tuple[Path, Path]:
-    """Copy two photographs of each class to a folder of classes, and the others to one heap."""
+    """Copy five photographs of each class to a folder of classes, and the others to one heap.
+
+    From five on, the label page has a grid of a class.
+    """
     photos, heap = work / "photos", work / "camera"
     heap.mkdir()
     for of_class in sorted((PHOTOS / "clothing").iterdir()):
         files = sorted(of_class.iterdir())
         (photos / of_class.name).mkdir(parents=True)
-        for file in files[:2]:
+        for file in files[:5]:
             shutil.copy(file, photos / of_class.name)
-        for file in files[2:]:
+        for file in files[5:]:
             shutil.copy(file, heap)
     return photos, heap
 

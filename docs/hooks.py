@@ -9,8 +9,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 LAST = "Research notes"  # a tab of mkdocs.yml
 LINK = re.compile(
-    r"\]\(\.\./((?:\.\./)*)((?:deploy|examples|export|tests)/[\w./-]+)\)"
-)  # to the checkout
+    r"(?<=\]\()\.\./([\w./-]+)(?=\))"
+)  # to a folder above, perhaps to the checkout
 NAME = re.compile(r"<code>([^\s<]{1,32})</code>")  # in the HTML of a page
 BLOCK = re.compile(r"<pre>.*?</pre>", re.DOTALL)
 OPTION = re.compile(r"(<[^>]*>)|(?<![\w-])(--?[a-zA-Z][\w-]*)")  # a tag, or an option
@@ -24,8 +24,17 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         page.meta["search"] = {"boost": 0.01}
     elif page.file.src_uri.startswith("howto/"):
         page.meta["search"] = {"boost": 2}
-    linked.update(path for _, path in LINK.findall(markdown))
-    return LINK.sub(r"](\1\2)", markdown)
+    source = Path(page.file.abs_src_path)
+    pages = ROOT / "docs"
+
+    def lead_to_copy(link: re.Match[str]) -> str:
+        target = (source.parent / link[0]).resolve()
+        if target.is_relative_to(pages) or not target.is_file():
+            return link[0]
+        linked.add(target.relative_to(ROOT).as_posix())
+        return link[1]  # the folder `docs` is the root of the site
+
+    return LINK.sub(lead_to_copy, markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -218,7 +218,7 @@ def with_registered(
             if registered is None:
                 names = ", ".join([context["expected_tags"], *map(repr, registry.names())])
                 if context["tag"]:
-                    names += f", and no {registry.kind} of an installed plug-in"
+                    names += "; choose one, or install the plug-in that has it"
                 known = {**context, "expected_tags": names}
                 raise pydantic_core.PydanticKnownError("union_tag_invalid", known) from error
             return registered.model_validate(value)
@@ -464,16 +464,15 @@ def _suggest(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
     """Return the end of a message: the accepted name that is most like the text of *problem*, if one is."""
     context = problem.get("ctx", {})
     wanted = context.get("tag", problem["input"])
-    names = re.findall(
-        r"'([^']+)'", str(context.get("expected_tags", context.get("expected", "")))
-    )
+    expected = str(context.get("expected_tags", context.get("expected", "")))
+    names = {name.lower(): name for name in re.findall(r"'([^']+)'", expected)}
 
     close = (
-        difflib.get_close_matches(wanted[:MAX_SHOWN], names, n=1)
+        difflib.get_close_matches(wanted[:MAX_SHOWN].lower(), names, n=1)
         if isinstance(wanted, str)
         else ()
     )
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {names[close[0]]}?" if close else ""
 
 
 def _name_key(path: Iterable[str | int], values: Any, *, is_missing: bool) -> str:

@@ -121,10 +121,11 @@ def test_the_pooling_of_the_plug_in_is_found_by_its_name_and_trains_its_exponent
 
 
 @pytest.mark.slow
-def test_an_own_network_is_exported_with_proof(tmp_path: Path) -> None:
+def test_an_own_network_is_exported_with_proof_twice(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", FOLDER / "own_network.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("trained = detached = plain")
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("trained = detached = plain")
     assert (tmp_path / "bundles" / "latest" / "model.onnx").is_file()
 
 
@@ -139,15 +140,16 @@ def test_the_notebook_is_committed_without_output() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_notebook_runs_from_the_first_to_the_last_cell(
+def test_the_notebook_runs_from_the_first_to_the_last_cell_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MPLBACKEND", "agg")
     shutil.copytree(FOLDER / "photos", tmp_path / "photos")
-    names: dict[str, Any] = {}
-    with chdir(tmp_path):
-        for cell in CELLS:
-            exec(compile(cell, "photographs.ipynb", "exec"), names)  # noqa: S102
-    assert names["right"] >= 8
-    assert sum(answer.known is False for answer in names["answers"]) >= 8
+    for _ in range(2):
+        names: dict[str, Any] = {}
+        with chdir(tmp_path):
+            for cell in CELLS:
+                exec(compile(cell, "photographs.ipynb", "exec"), names)  # noqa: S102
+        assert names["right"] >= 8
+        assert sum(answer.known is False for answer in names["answers"]) >= 8
     assert "trained = plain" in capsys.readouterr().out

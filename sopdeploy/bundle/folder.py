@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
@@ -52,6 +53,7 @@ from sopdeploy.files import (
     temporary_folder,
     writing,
 )
+from sopdeploy.images.signatures import has_image_suffix
 from sopdeploy.names import read_labels
 
 GRAPH = "model.onnx"
@@ -330,6 +332,8 @@ def describe_no_bundle(path: Path) -> str:
     """Say what *path* is, which is no bundle, and what to do."""
     if not path.is_dir():
         file = str(path)
+        if (path.parent / MANIFEST).is_file():
+            return f"a file of a bundle; give its folder, {path.parent}"
         if is_own_checkpoint(path):
             return f"a checkpoint, not a bundle; run: sopdeploy export {quote(file)} --detach"
         if path.is_file() and holds_weights(path):
@@ -353,6 +357,9 @@ def describe_no_bundle(path: Path) -> str:
         return (
             f"a folder of runs, not a bundle; run: sopdeploy export {quote(str(best))} --detach"
         )
+    files = chain(path.glob("*"), path.glob("*/*"))
+    if not (path / GRAPH).exists() and any(has_image_suffix(file.name) for file in files):
+        return f"photographs, not a bundle; run: sopdeploy train --data {quote(str(path))}"
     return f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
 
 

@@ -351,10 +351,10 @@ def parse_options(
     try:
         return options(**values)
     except pydantic.ValidationError as problem:
-        known = ", ".join(options.model_fields)
-        raise ConfigError(
-            f"{name}: {first_problem(problem, values)}; its keys are {known}"
-        ) from problem
+        described = first_problem(problem, values)
+        if described.endswith(": unknown key"):
+            described += f"; its keys are {', '.join(options.model_fields)}"
+        raise ConfigError(f"{name}: {described}") from problem
 
 
 class CatalogModel(StrictModel):

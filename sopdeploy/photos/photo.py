@@ -196,7 +196,10 @@ def image_errors(name: str) -> Iterator[None]:
     try:
         yield
     except ImageError as error:
-        raise DataError(f"{name}: {error}; repair, convert or delete it") from error
+        # That of a format names its own cure.
+        is_format = error.code == "unsupported_format"
+        cure = "" if is_format else "; repair, convert or delete it"
+        raise DataError(f"{name}: {error}{cure}") from error
 
 
 @dataclass(frozen=True, slots=True)

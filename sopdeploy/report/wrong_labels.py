@@ -44,19 +44,21 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
             f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`"
         )
 
-    # The same images, if the folder was moved, are at *data*.
     last = read_checkpoint(path)
-    recipe = read_recorded_recipe(last, path)
-    if data is not None:
-        recipe = recipe.model_copy(
-            update={"data": recipe.data.model_copy(update={"path": data})}
-        )
-
     logits = read_label_logits(last)
     if logits is None:
         raise ConfigError(
             f"{run}: has no out-of-fold predictions of files with one class each; give a run of the few-shot "
             "procedure on such files"
+        )
+
+    # The same images, if the folder was moved, are at *data*.
+    recipe = read_recorded_recipe(last, path)
+    if data is not None:
+        if "path" not in type(recipe.data).model_fields:
+            raise ConfigError(f"{run}: was trained on {recipe.data.kind}, not on a folder")
+        recipe = recipe.model_copy(
+            update={"data": recipe.data.model_copy(update={"path": data})}
         )
 
     # The predictions are in the order of the images, which must be the same.

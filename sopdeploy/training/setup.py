@@ -14,7 +14,7 @@ from sopdeploy.checkpoint import Checkpoint, build_classifier
 from sopdeploy.data.sources import HoldOut, open_data
 from sopdeploy.errors import ConfigError, DataError, amount, is_memory_exhausted, shorten
 from sopdeploy.evaluation.metrics import NO_IMAGES
-from sopdeploy.images.limits import EXTRAS
+from sopdeploy.images.limits import EXTRAS, missing_extra
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import entry
@@ -167,6 +167,8 @@ def set_up_run(
     if strategy.rank == 0:
         formats = count_formats(setup.data.train) + count_formats(setup.data.held_out)
     for name in formats.keys() & EXTRAS:
+        if missing_extra(name):
+            continue  # the first image says so
         extra, _ = EXTRAS[name]
         callback.on_warning(
             f"{amount(formats[name], 'image')} in {name.upper()}: install sopdeploy[{extra}] where the "

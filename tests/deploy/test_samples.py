@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -176,12 +177,36 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, st
             server.terminate()
 
 
-PROGRAMS = {"sh": "program.sh", "python": "program.py", "js": "program.mjs"}
-RUN = {"sh": "sh", "python": sys.executable, "js": "node"}
+@dataclass(frozen=True)
+class Language:
+    """How a program of a page is stored and run."""
+
+    file: str
+    run: tuple[str, ...]
+    needs: str
+    marks: tuple[pytest.MarkDecorator, ...] = ()
+
+
+COMPILED = (pytest.mark.slow,)
+LANGUAGES = {
+    "sh": Language("program.sh", ("sh",), needs="curl"),
+    "python": Language("program.py", (sys.executable,), needs=sys.executable),
+    "js": Language("program.mjs", ("node",), needs="node"),
+    "java": Language("Classify.java", ("java",), needs="javac", marks=COMPILED),
+    "go": Language("classify.go", ("go", "run"), needs="go", marks=COMPILED),
+}
+
+
+def missing_tools() -> list[str]:
+    """List the programs that the shown ones need and that are not installed."""
+    return [how.needs for how in LANGUAGES.values() if shutil.which(how.needs) is None]
+
+
+OF_LANGUAGES = ("howto/javascript.md", "howto/java-and-go.md")
 SHOWN = [
     (page, language, block)
-    for page in (ROOT / "README.md", ROOT / "docs" / "howto" / "javascript.md")
-    for language in PROGRAMS
+    for page in (ROOT / "README.md", *(ROOT / "docs" / page for page in OF_LANGUAGES))
+    for language in LANGUAGES
     for block in blocks(page, language)
     if "v1/classify" in block or "client.classify" in block
 ]
@@ -189,20 +214,28 @@ SHOWN = [
 
 @pytest.mark.parametrize(
     ("page", "language", "program"),
-    SHOWN,
-    ids=[f"{page.stem}-{language}" for page, language, _ in SHOWN],
+    [
+        pytest.param(*shown, id=f"{shown[0].stem}-{shown[1]}", marks=LANGUAGES[shown[1]].marks)
+        for shown in SHOWN
+    ],
 )
 def test_a_shown_program_classifies(
     page: Path, language: str, program: str, serving: tuple[Path, str]
 ) -> None:
-    if shutil.which("node" if language == "js" else "curl") is None:
-        pytest.skip("node or curl is not installed")
+    how = LANGUAGES[language]
+    if shutil.which(how.needs) is None:
+        pytest.skip(f"{how.needs} is not installed")
     folder, url = serving
-    file = folder / PROGRAMS[language]
+    file = folder / how.file
     file.write_text(program.replace("http://127.0.0.1:8000", url), encoding="utf-8")
-    environment = {**os.environ, "NO_PROXY": "127.0.0.1"}
+    environment = {
+        **os.environ,
+        "NO_PROXY": "127.0.0.1",
+        "GOCACHE": str(folder / "go"),
+        "GOTOOLCHAIN": "local",
+    }
     done = subprocess.run(
-        [RUN[language], file],
+        [*how.run, file],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -216,4 +249,4 @@ def test_a_shown_program_classifies(
 def test_the_readme_classifies_from_curl_and_python_and_pages_from_every_language() -> None:
     of_readme = [language for page, language, _ in SHOWN if page.name == "README.md"]
     assert of_readme == ["sh", "python"]
-    assert {language for _, language, _ in SHOWN} == {*PROGRAMS}
+    assert {language for _, language, _ in SHOWN} == {*LANGUAGES}

@@ -14,7 +14,7 @@ import pytest
 from builders import choose_builder
 
 import sopdeploy
-from tests.deploy.test_samples import NODE_MODULES, no_headers
+from tests.deploy.test_samples import NODE_MODULES, missing_tools, no_headers
 from tests.deploy.test_workflows import ROOT, WORKFLOWS, jobs
 
 TAG = f"v{sopdeploy.__version__}"
@@ -55,7 +55,9 @@ NEEDS: dict[str, Any] = {
     ),
     "install-test": lambda: "hours",
     "samples-test": lambda: (
-        "needs headers and npm" if no_headers() or not NODE_MODULES.is_dir() else None
+        "needs headers, a compiler or npm"
+        if no_headers() or not NODE_MODULES.is_dir() or missing_tools()
+        else None
     ),
     "tests": lambda: "all other tests",
 }

@@ -52,7 +52,7 @@ TINY_PYTHON = 'recipe="photos-dsop", epochs=1, threads=1, preprocess={"resize": 
 QUICKER = {
     "train --data photos": f"train --data photos --weights none --set procedure.kind=loop {TINY}",
     "--recipe photos-dsop --data photos": f"--recipe photos-dsop --data photos {TINY}",
-    'train(data="photos", ': f'train(data="photos", {TINY_PYTHON}, ',
+    'train(data="photos")': f'train(data="photos", {TINY_PYTHON})',
     "--seconds 20": "--seconds 2",
     "range(240)": "range(60)",
     "--set epochs=8": "--set epochs=2",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.docs.reading import COMMANDS, PAGES, command_lines, name
+from tests.docs.reading import COMMANDS, PAGES, blocks, command_lines, name
 
 ROOT_OPTIONS = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
 SHOWN = [(page, words) for page in PAGES for words in command_lines(page)]
@@ -40,6 +40,15 @@ def test_a_shown_command_line_parses(page: Path, words: list[str]) -> None:
         return
     command, rest = resolve(words)
     assert command.make_context(command, rest).args == []
+
+
+def test_each_training_of_a_page_can_be_typed_again() -> None:
+    """A training in a folder that holds a run is an error, unless it continues this run."""
+    trainings = [words for _, words in SHOWN if words[:1] == ["train"]]
+    programs = [block for page in PAGES for block in blocks(page, "python")]
+    assert len(trainings) >= 10
+    assert [words for words in trainings if "--out" in words and "--resume" not in words] == []
+    assert [program for program in programs if 'out="runs' in program] == []
 
 
 def test_a_flag_that_may_be_repeated_may_be_in_every_command() -> None:

@@ -13,9 +13,15 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy_service.observability.pages import merge_metrics
+from sopdeploy_service.settings import Settings
 from tests.docs.page_commands import FIRST_BUNDLE, LAST_BUNDLE
 from tests.docs.reading import PAGES, ROOT, blocks, module_at, name
+from tests.support.fake_runtime import FakeRuntime
+from tests.support.service import LABELS, picture_bytes, running, write_bundle
 
 ERRORS = module_at(ROOT / "docs" / "generate_errors.py")
 
@@ -144,6 +150,49 @@ def test_the_home_page_names_a_task_and_its_page(task: str) -> None:
     )  # the search ranks titles first
 
 
+# What three kinds of users want, the page that says how, and what stands there.
+WANTED = {
+    # Sixty photographs, and no knowledge of machine learning.
+    "see it without photographs": ("README.md", "make demo"),
+    "train on one folder per class": ("README.md", "sopdeploy train --data photos"),
+    "sort photographs": ("docs/howto/second-week.md", "sopdeploy label camera --photos photos"),
+    "know how good it is": ("docs/howto/report.md", "95 % interval"),
+    "use photographs of a phone": ("docs/data.md", "sopdeploy[train,cpu,heif]"),
+    "open the page on another machine": ("docs/keys.md", "--host 0.0.0.0"),
+    # A PyTorch network with two auxiliary heads.
+    "export without the heads": ("docs/howto/your-network.md", "--training-only 'aux*'"),
+    "know what is proved": ("docs/concepts.md", "refused"),
+    "give my preprocessing": ("docs/howto/your-network.md", "--preprocess FILE"),
+    "run the file in C++": ("deploy/samples/README.md", "cpp/classify.cpp"),
+    "compute known in my program": ("docs/bundle.md", "log-sum-exp"),
+    "make it smaller": ("docs/howto/int8.md", "--precision int8"),
+    # Kubernetes behind nginx.
+    "install the chart": ("docs/kubernetes.md", "helm install shop"),
+    "serve a path behind nginx": ("docs/howto/proxies.md", "location /ml"),
+    "give keys to pods": ("docs/kubernetes.md", "`keys.secret`"),
+    "limit memory": ("docs/limits.md", "resources.limits.memory"),
+    "alert": ("docs/howto/alerts.md", "SopdeployRestarts"),
+    "undo a release": ("docs/howto/roll-back.md", "helm rollback shop"),
+    "serve two versions": ("docs/http.md", "serve old=A new=B"),
+}
+CLICK = re.compile(r"\]\(([^)#:]+\.md)(?:#[^)]*)?\)")
+
+
+def clicks(page: Path) -> set[Path]:
+    """Pages to which links of *page* lead."""
+    links = CLICK.findall(page.read_text(encoding="utf-8"))
+    return {(page.parent / link).resolve() for link in links}
+
+
+@pytest.mark.parametrize("task", WANTED)
+def test_each_task_of_three_kinds_of_users_is_two_clicks_from_the_readme(task: str) -> None:
+    page, words = WANTED[task]
+    first = clicks(README)
+    near = {README, *first}.union(*map(clicks, first))
+    assert ROOT / page in near
+    assert words in (ROOT / page).read_text(encoding="utf-8")
+
+
 def test_the_page_of_alerts_has_every_rule_with_its_severity() -> None:
     chart = yaml.safe_load(
         (ROOT / "deploy" / "helm" / "sopdeploy" / "alerts.yaml").read_text(encoding="utf-8")
@@ -152,6 +201,22 @@ def test_the_page_of_alerts_has_every_rule_with_its_severity() -> None:
     page = (ROOT / "docs" / "howto" / "alerts.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", page, re.MULTILINE)
     assert rows == [(rule["alert"], rule["labels"]["severity"]) for rule in rules]
+
+
+def test_the_page_of_metrics_has_each_metric_that_a_server_exports_and_no_other(
+    tmp_path: Path,
+) -> None:
+    bundle = open_bundle(write_bundle(tmp_path))
+    with running(FakeRuntime(num_classes=len(LABELS)), bundle, Settings()) as client:
+        client.post("/v1/classify", content=picture_bytes())
+        of_process = client.get("/metrics").content
+    exported = text_string_to_metric_families(merge_metrics({"0": of_process}, b"").decode())
+    names = {re.sub("^process_.*", "process_...", family.name) for family in exported}
+
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    described = re.findall(r"^\| `([\w.]+?)(?:_total)?` \|", page, re.MULTILINE)
+    assert names | {"process_..."} == {*described}  # which only Linux has
+    assert len(described) == len({*described})
 
 
 LOADED = re.compile(

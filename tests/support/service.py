@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -69,6 +69,7 @@ def write_bundle(
     preprocess: Preprocess = RULES,
     project: str = "tiny",
     exported_at: str | None = None,
+    labels: Sequence[str] = LABELS,
 ) -> Path:
     """Write the tiny bundle into *folder*, with so many probes of *output*, *wrong_by* so much.
 
@@ -77,7 +78,7 @@ def write_bundle(
     images = np.random.default_rng(1).integers(0, 256, (probes, 32, 32, 3), dtype=np.uint8)
     fields = {"project": project, "exported_at": exported_at or utc_now(), "decision": decision}
     return write_computed(
-        folder, tiny_graph(seed), images, 1e-4, preprocess=preprocess, labels=LABELS, wrong_by=wrong_by,
+        folder, tiny_graph(seed), images, 1e-4, preprocess=preprocess, labels=labels, wrong_by=wrong_by,
         renamed={"logits": output}, config={}, detached=(), **fields,
     )  # fmt: skip
 

@@ -58,7 +58,8 @@ class Metrics:
 
         self._stage_seconds = seconds_of(
             "stage_duration_seconds",
-            "Load (wait for the model), receive, decode_queue, decode, queue, infer",
+            "load (wait for the model), receive, decode_queue (wait for a decoder), decode, "
+            "queue (wait for the runtime), infer",
             ("stage",),
         )
 

@@ -19,7 +19,7 @@ _PAGE = re.compile(
     rb"(?:# HELP %b [^\n]*\n# TYPE %b [a-z]+\n(?:%b)*)*" % (_NAME, _NAME, _SAMPLE)
 )
 _UP = (
-    b"# HELP sopdeploy_worker_up Whether a process answers",
+    b"# HELP sopdeploy_worker_up With several processes: whether this one answers",
     b"# TYPE sopdeploy_worker_up gauge",
 )
 

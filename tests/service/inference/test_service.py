@@ -247,12 +247,19 @@ NO_BUNDLES = {
     "checkpoint.bin": "a checkpoint, not a bundle; run: sopdeploy export .*checkpoint.bin --detach",
     "weights.pt": "weights, not a bundle; run: sopdeploy export .*weights.pt --network MODULE",
     "weights.safetensors": "weights, not a bundle; run: .* --network MODULE:CALLABLE",
+    "tiny/model.onnx": "a file of a bundle; give its folder, .*tiny",
+    "photos": "photographs, not a bundle; run: sopdeploy train --data .*photos",
 }
 
 
 @pytest.mark.parametrize("name", NO_BUNDLES)
-def test_what_is_no_bundle_is_named_with_the_command_that_exports_it(name, tmp_path) -> None:
+def test_what_is_no_bundle_is_named_with_the_next_command(name, tmp_path) -> None:
     (tmp_path / "runs" / "photos-1").mkdir(parents=True)
+    (tmp_path / "photos" / "hat").mkdir(parents=True)
+    (tmp_path / "photos" / "hat" / "1.jpg").touch()
+    (tmp_path / "tiny").mkdir()
+    for file in ("model.onnx", "manifest.json"):
+        (tmp_path / "tiny" / file).touch()
     (tmp_path / "weights.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     pickled = {"weights.pt": b"}", "checkpoint.bin": CHECKPOINT_FORMAT.encode()}
     for file in ("runs/photos-1/best.pt", *pickled):

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sopdeploy.errors import DataError, amount
+from sopdeploy.errors import DataError, ImageError, amount
 from sopdeploy.photos.check import check_data
-from sopdeploy.photos.photo import ArrayImages, Split, leave_out_unreadable
+from sopdeploy.photos.photo import ArrayImages, Split, image_errors, leave_out_unreadable
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.setup import Setup, set_up_run
@@ -65,6 +65,21 @@ def test_damaged_images_are_left_out_named_and_counted(tmp_path, names) -> None:
     resumed = train_recipe(recipe_for(root), tmp_path / "run", resume=True)
     assert (resumed.train_count, resumed.best_top1) == (num_train, result.best_top1)
     assert resumed.procedure == result.procedure
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("unsupported_format", "a.heic: run pip"),
+        ("damaged_image", "a.heic: run pip; repair, convert or delete it"),
+    ],
+)
+def test_an_image_of_an_unsupported_format_has_the_cure_of_its_format_alone(
+    code: str, message: str
+) -> None:
+    with pytest.raises(DataError) as caught, image_errors("a.heic"):
+        raise ImageError("run pip", code=code)
+    assert str(caught.value) == message
 
 
 def test_a_file_that_vanishes_during_a_run_is_left_out_and_named(tmp_path, monkeypatch) -> None:

@@ -221,6 +221,28 @@ def test_wrong_labels_of_earlier_sessions_are_corrected(
     page.locator("#classes .name", has_text="a scarf").wait_for()
 
 
+def test_each_view_is_the_main_one_and_the_keyboard_keeps_its_place_in_it(
+    keep, open_label_page
+):
+    for number in range(4):
+        keep(number, [2.0, 4.0 * (number > 1), 0.0])
+    page = open_label_page()
+    for button in ("#as-grid", "#as-labelled", "#one-by-one"):
+        page.locator(button).click()
+        assert page.get_by_role("main").count() == 1  # of those that are visible
+
+    page.locator("#as-grid").click()
+    page.locator("#kinds button").nth(1).focus()
+    page.keyboard.press("Enter")
+    focused = "document.activeElement.textContent"
+    assert page.evaluate(focused) == page.locator("#kinds [aria-pressed=true]").text_content()
+
+    page.locator("#one-by-one").click()
+    page.locator("#classes button").first.focus()
+    press(page, "Enter", 3)
+    assert page.evaluate("document.activeElement.id") == "main"  # a space labels nothing
+
+
 def test_several_photographs_get_one_label_by_mouse_and_by_keyboard(
     keep, open_label_page, tmp_path
 ):

@@ -98,7 +98,9 @@ async function show(next) {
     ...(photograph?.suggested ? ["A person suggests: ", make("bdi", {}, photograph.suggested)] : []));
   byId("progress").textContent = `${done} done in this session, ${left} left`;
   byId("bar").value = done / Math.max(1, done + left);
+  const hadFocus = byId("classes").contains(document.activeElement);
   byId("classes").replaceChildren(...classes.map(classButton));
+  if (hadFocus) byId("main").focus({ preventScroll: true }); // no button, which a space would press
   byId("undo").disabled = done === 0;
   byId("new").hidden = byId("not-ours").disabled = byId("skip").disabled = !photograph;
   byId("name").value = "";
@@ -138,6 +140,14 @@ function classButton({ name, probability }, place) {
   return make("li", {}, button);
 }
 
+/** Replace the children of `id`, and keep the place of the keyboard, if it was among them. */
+function replaceButtons(id, children) {
+  const hadFocus = byId(id).contains(document.activeElement);
+  byId(id).replaceChildren(...children);
+  const next = byId(id).querySelector("[aria-pressed=true]") ?? byId(id).querySelector("button");
+  if (hadFocus) next?.focus({ preventScroll: true });
+}
+
 /** IDs of the photographs in the grid of the chosen class. */
 const cells = () => grid.grids.find(({ name }) => name === grid.name)?.ids ?? [];
 
@@ -165,7 +175,7 @@ function chooseGrid(name) {
   byId("grid-title").replaceChildren(...(name ? ["Are these ", make("bdi", {}, name), "?"] : ["Photographs that are probably of a class"]));
   byId("grid-work").hidden = !name;
   byId("no-grid").hidden = Boolean(name);
-  byId("kinds").replaceChildren(...grid.grids.map(({ name: other, count }) => {
+  replaceButtons("kinds", grid.grids.map(({ name: other, count }) => {
     const button = make("button", { type: "button", "aria-pressed": String(other === name) }, make("bdi", {}, other), ` ${count}`);
     button.addEventListener("click", () => chooseGrid(other));
     return button;
@@ -208,7 +218,7 @@ function showLabelled({ photographs, classes }) {
   byId("no-labels").hidden = photographs.length > 0;
   byId("labelled-work").hidden = photographs.length === 0;
   byId("all-classes").replaceChildren(...classes.map((name) => make("option", { value: name })));
-  byId("labels").replaceChildren(...photographs.map(labelledCell));
+  replaceButtons("labels", photographs.map(labelledCell));
   byId("right").value = "";
   showWrong();
 }
