@@ -78,17 +78,22 @@ def suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --dat
     """Give *advice* with the folder below the root of *images* whose subfolders may be the classes, or "".
 
     For `archive/images/rose/1.jpg`, it is `archive/images`. There is none if a class folder
-    holds images itself, or if the subfolders of several class folders share no name: they are
-    then the objects of each class.
+    holds images itself, if the subfolders are parts, or if those of several class folders share no
+    name: they are then the objects of each class.
     """
     subfolders = _find_subfolders(images)
-    if subfolders is None:
+    if subfolders is None or all(map(part_kind, subfolders.names)):
         return ""
     folder = subfolders.folder
     while part_kind(folder.rpartition("/")[2]):  # a part of the data set
         folder = folder.rpartition("/")[0]
     names = shorten(subfolders.names)
-    return f"; if {names} are the classes, {advice} {quote(str(images.root / folder))}"
+
+    # Folders beside it may hold other images of the same classes.
+    inside = os.fsencode(folder + "/")
+    count = sum(path.startswith(inside) for path in images.paths.tolist())
+    share = f" (of {count:,} of {len(images):,} images)" if count < len(images) else ""
+    return f"; if {names} are the classes{share}, {advice} {quote(str(images.root / folder))}"
 
 
 def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
