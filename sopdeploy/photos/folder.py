@@ -56,8 +56,10 @@ from sopdeploy.photos.questions import (
     ask_about_numbered_folders,
     ask_about_repeated_folders,
     class_in_name,
+    sort_by_hand,
     suggest_folder,
     suggest_names,
+    suggest_sorting,
 )
 from sopdeploy.photos.table import (
     LABELS_FILE,
@@ -231,7 +233,7 @@ def _check_tells_classes(
         if len(images.labels) == 1:
             raise DataError(
                 f"{images.root}: holds only one class ({images.labels[0]}); a classifier needs at least two"
-                + (hint or _suggest_sorting(images))
+                + (hint or suggest_sorting(images))
             )
         if filled and hint:
             raise DataError(
@@ -508,7 +510,7 @@ def _describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> 
         yield (
             f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
             f"add some ({describe_formats()}) or remove the folder"
-            + (suggest_folder(images) or _suggest_sorting(images))
+            + (suggest_folder(images) or suggest_sorting(images))
         )
 
 
@@ -524,28 +526,10 @@ def no_classes(root: Path, part: Path | None = None, hint: str = "") -> DataErro
     table = find_other_table(images, (root / file for file in others))
     other_table = "" if table is None else describe_other_table(root, table)
     unsorted = root if part is None else part
-    by_hand = _by_hand(unsorted) if images else ""
+    by_hand = sort_by_hand(unsorted) if images else ""
     return DataError(
         f"{unsorted}: holds no class folders and no labels.csv; "
         + (other_table or f"sort the images into one subfolder per class{hint or by_hand}")
-    )
-
-
-def _by_hand(folder: Path) -> str:
-    """Say how the images of *folder* can be sorted into classes."""
-    return f", by hand or in a browser: sopdeploy label {quote(str(folder))} --photos sorted"
-
-
-def _suggest_sorting(images: ImageFiles) -> str:
-    """Say that *images* can be sorted into classes if only one folder at the top holds some; else ""."""
-    filled = np.flatnonzero(images.class_counts())
-    if len(filled) != 1:
-        return ""
-    folders = {images.path(index).parent for index in range(len(images))}
-    by_hand = _by_hand(folders.pop()) if len(folders) == 1 else ""
-    return (
-        f"; if {images.labels[filled[0]]} holds those of all classes, sort them into one subfolder "
-        f"per class{by_hand}"
     )
 
 

@@ -12,6 +12,8 @@ from pathlib import Path, PurePosixPath
 from shlex import quote
 from typing import NamedTuple
 
+import numpy as np
+
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.photos.files import FOLDERS, normalize, part_kind
 from sopdeploy.photos.photo import ImageFiles
@@ -117,6 +119,24 @@ def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
 
     are_in_all = bool(counts) and all(names.keys() == one.keys() for one in counts.values())
     return _Subfolders(best, sorted(names), are_in_all)
+
+
+def sort_by_hand(folder: Path) -> str:
+    """Say how the images of *folder* can be sorted into classes."""
+    return f", by hand or in a browser: sopdeploy label {quote(str(folder))} --photos sorted"
+
+
+def suggest_sorting(images: ImageFiles) -> str:
+    """Say that *images* can be sorted into classes if only one folder at the top holds some; else ""."""
+    filled = np.flatnonzero(images.class_counts())
+    if len(filled) != 1:
+        return ""
+    folders = {images.path(index).parent for index in range(len(images))}
+    by_hand = sort_by_hand(folders.pop()) if len(folders) == 1 else ""
+    return (
+        f"; if {images.labels[filled[0]]} holds those of all classes, sort them into one subfolder "
+        f"per class{by_hand}"
+    )
 
 
 def suggest_names(root: Path, paths: Sequence[bytes]) -> str:
