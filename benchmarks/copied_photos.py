@@ -2,7 +2,7 @@
 
     python benchmarks/copied_photos.py --data DIR --test DIR --model NAME --weights FILE --cache DIR
         [--kinds none,encoded,cropped,half,burst,mixed] [--copies 1,2] [--sizes 10,20] [--draws 6] [--first 0]
-        [--json]
+        [--pairs 0] [--json]
 
 --data and --test are folders of photographs, <class>/*.jpg. Each draw takes --sizes photographs
 per class from --data and adds --copies copies of each, so that the true groups are known; seeds
@@ -12,7 +12,14 @@ start with --first. Kinds of copies:
 - cropped: 75 to 92 % of each side, scaled by 0.7 to 1.3; half: 70 % of each side, half of the photograph;
 - burst: shifted by up to 5 % of each side, brightness 0.85 to 1.18, blurred;
 - mixed: each copy of one of these kinds; none: no copies;
-- turned, if it is named: turned by a quarter or a half, or mirrored, half to all of each side.
+- if they are named: turned by a quarter or a half, or mirrored, half to all of each side; each of
+  `photo_changes.CHANGES`;
+- exported: instead of the photograph, versions of it as annotation tools write them, changed in all
+  ways, with their names; renamed: the same with names that tell nothing;
+- lying: no copies, but every two photographs have the names of copies.
+
+With --pairs, nothing is trained: for each of `CHANGES`, pixels compare so many photographs of --data
+with one copy of each, and the result is how many they confirm.
 
 Each run is `sopdeploy train` with default options; the cache of features is in --cache. "error"
 is the difference of the estimate and the accuracy on --test. Intervals are the printed ones:
@@ -26,6 +33,7 @@ accuracy, and 341 in --test.
 """
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -38,6 +46,7 @@ from typing import Any
 import numpy as np
 from measure import Result, keep_draw, make_parser, one_line_errors, report
 from numpy.typing import NDArray
+from photo_changes import CHANGES
 from photo_vectors import class_folders
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
@@ -45,7 +54,9 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.decision import log_sum_exp
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.prediction import score_images
-from sopdeploy.photos.folder import open_evaluation_images
+from sopdeploy.photos.copies import shrink
+from sopdeploy.photos.crops import MOSTLY, compare_pixels
+from sopdeploy.photos.folder import open_any_images, open_evaluation_images
 from sopdeploy.training.few_shot.state import FewShotFit
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.results import FewShotResult
@@ -53,12 +64,19 @@ from sopdeploy.training.train import FinishedRun, train_run
 
 Array = NDArray[Any]
 KINDS = ("encoded", "cropped", "half", "burst")
+WITHOUT_COPIES = ("none", "lying")
+VERSIONS = ("exported", "renamed")  # instead of the photograph
 
 
 def copy_photograph(image: Image.Image, kind: str, source: random.Random) -> bytes:
-    """Encode a copy of *image* of one of `KINDS` as JPEG."""
+    """Encode a copy of *image* of one of `KINDS` or `CHANGES` as JPEG."""
     width, height = image.size
     quality = 90
+    if kind in CHANGES:
+        image = CHANGES[kind](image, source)
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=quality)
+        return file.getvalue()
     if kind == "turned":
         image = image.transpose(source.choice(list(Image.Transpose)))
         width, height = image.size
@@ -91,35 +109,78 @@ def draw(
     source = random.Random(1000 * size + seed)  # noqa: S311  # not a secret
     for label in sorted(path for path in given.data.iterdir() if path.is_dir()):
         (folder / label.name).mkdir(parents=True)
-        for path in source.sample(sorted(label.iterdir()), size):
-            (folder / label.name / path.name).symlink_to(path.resolve())
-            for number in range(copies):
+        for position, path in enumerate(source.sample(sorted(label.iterdir()), size)):
+            files = [] if kind in VERSIONS else [path.resolve()]
+            for number in range(copies + (kind in VERSIONS)):
                 chosen = source.choice(KINDS) if kind == "mixed" else kind
-                copy = (
-                    given.cache
-                    / "copies"
-                    / f"{chosen}-{number}"
-                    / label.name
-                    / f"{path.stem}~{number}.jpg"
-                )
-                if not copy.exists():
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    key = f"{label.name}/{path.name}-{chosen}-{number}"
-                    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-                    own = random.Random(key)  # noqa: S311
-                    copy.write_bytes(copy_photograph(image, chosen, own))
-                (folder / label.name / copy.name).symlink_to(copy)
+                chosen = "augmented" if kind in VERSIONS else chosen
+                files.append(write_copy(given.cache / "copies", path, chosen, number))
+            for file in files:
+                (folder / label.name / choose_name(file, kind, position)).symlink_to(file)
+
+
+def choose_name(file: Path, kind: str, position: int) -> str:
+    """Return the name of *file*, of the photograph at *position*, in a folder of *kind*."""
+    digest = hashlib.sha256(file.name.encode()).hexdigest()[:32]
+    if kind == "exported":
+        return f"{file.stem.split('~')[0]}_jpg.rf.{digest}.jpg"
+    if kind == "renamed":
+        return f"{digest}.jpg"
+    if kind == "lying":
+        # As a tool, a browser and a camera name copies and bursts
+        first = position // 2
+        names = (f"{first}_jpg.rf.{digest}", f"IMG_{first}", f"IMG_{first}-{position % 2}")
+        again = " (1)" if position % 2 and first % 3 == 1 else ""
+        return f"{names[first % 3]}{again}.jpg"
+    return file.name
+
+
+def write_copy(folder: Path, path: Path, kind: str, number: int) -> Path:
+    """Write the copy *number* of *kind* of the photograph *path* into *folder*, unless it is there."""
+    label = path.parent.name
+    copy = folder / f"{kind}-{number}" / label / f"{path.stem}~{number}.jpg"
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        own = random.Random(f"{label}/{path.name}-{kind}-{number}")  # noqa: S311
+        copy.write_bytes(copy_photograph(image, kind, own))
+    return copy
 
 
 def count_errors(folder: Path, groups: np.ndarray) -> tuple[float, float]:
     """Return the shares of photographs in *folder* that are grouped wrongly, and that are divided."""
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*"))
-    true = np.asarray([path.rpartition(".")[0].split("~")[0] for path in paths])
+    true = np.asarray(
+        [
+            f"{Path(path).parent}/{(folder / path).resolve().stem.split('~')[0]}"
+            for path in paths
+        ]
+    )
     originals = np.unique(true)
     mixed = {group for group in set(groups) if len(set(true[groups == group])) > 1}
     wrong = [any(group in mixed for group in groups[true == name]) for name in originals]
     divided = [len(set(groups[true == name])) > 1 for name in originals]
     return float(np.mean(wrong)), float(np.mean(divided))
+
+
+def count_confirmed(given: argparse.Namespace) -> list[Result]:
+    """Count, for each of `CHANGES`, the copies of --pairs photographs that their pixels confirm."""
+    images = open_any_images(given.data)
+    chosen = random.Random(given.first).sample(range(len(images)), given.pairs)  # noqa: S311
+    results = []
+    for change in CHANGES:
+        small = []
+        for index in chosen:
+            photograph = images.photo(index).pixels.convert("RGB")
+            source = random.Random(f"{images.identity(index)}-{change}")  # noqa: S311
+            copy = Image.open(io.BytesIO(copy_photograph(photograph, change, source)))
+            small += [shrink(photograph), shrink(copy)]
+        pairs = np.arange(len(small)).reshape(-1, 2).T
+        found = int((compare_pixels(np.stack(small), pairs) >= MOSTLY).sum())
+        results.append(
+            Result(case=f"{change}, confirmed", ours=found, unit="copies", runs=given.pairs)
+        )
+    return results
 
 
 def run_draw(
@@ -228,14 +289,22 @@ def main(arguments: list[str]) -> int:
             type=lambda text: [int(part) for part in text.split(",")],
             default=values,
         )
+    parser.add_argument(
+        "--pairs", type=int, default=0, help="photographs to compare with copies"
+    )
     given = parse_draws(parser, arguments)
     results, passed = [], True
+    if given.pairs:
+        with one_line_errors():
+            results = count_confirmed(given)
+        report(results, as_json=given.json)
+        return 0
     with one_line_errors():
         for kind in given.kinds:
             draws = [
                 run_draw(given, kind, copies, size, seed)
                 for size in given.sizes
-                for copies in (given.copies if kind != "none" else [0])
+                for copies in (given.copies if kind not in WITHOUT_COPIES else [0])
                 for seed in given.seeds
             ]
             errors = [one["estimate"] - one["accuracy"] for one in draws]
@@ -253,7 +322,7 @@ def main(arguments: list[str]) -> int:
                 abs(error) <= 2.5
                 and inside >= 0.9
                 and accepted >= 0.9
-                and (kind != "none" or wrong <= 1)
+                and (kind not in WITHOUT_COPIES or wrong <= 1)
             )
             for case, value, unit in (
                 ("accuracy", float(np.mean([one["accuracy"] for one in draws])), "%"),

@@ -52,6 +52,7 @@ MAX_STEP = 0.15
 # of the first image that the second one may show
 MIN_AREA = 0.3
 MAX_AREA = 1 / MIN_AREA
+BLURS = 3  # of an image, which may show a third of the other one
 OUTLIER = 1.5  # standard deviations of a difference that counts half
 _BLOCK = 1024  # pairs that are compared at once
 
@@ -226,13 +227,20 @@ def _align(
     images, position = np.unique(pairs, return_inverse=True)
     first, second = position.reshape(2, -1)
 
+    # A part of an image, enlarged, is sharper than the image in the same place. So parts are
+    # blurred more.
+    plain = small[images].astype(np.float32)
+    scenes = np.concatenate([_smooth(plain, num_samples, 1 + level) for level in range(BLURS)])
+    area = np.abs(np.linalg.det(matrices)) * 4 / side**2
+    first = first + len(images) * _blur_level(area)
+    second = second + len(images) * _blur_level(1 / np.maximum(area, 1e-6))
+
     # The second images, and how they change by the six numbers of a map.
-    scenes = _smooth(small[images].astype(np.float32), num_samples)
     points_K2 = _grid(num_samples)
     own = np.broadcast_to(
-        points_K2 * (side / 2) + (side - 1) / 2, (len(images), *points_K2.shape)
+        points_K2 * (side / 2) + (side - 1) / 2, (len(scenes), *points_K2.shape)
     )
-    expected_PTT = _sample(scenes, np.arange(len(images)), own)[0][second].reshape(
+    expected_PTT = _sample(scenes, np.arange(len(scenes)), own)[0][second].reshape(
         num_pairs, num_samples, -1
     )
     down_PTT = np.gradient(expected_PTT, 2 / num_samples, axis=1)
@@ -315,15 +323,20 @@ def _share_equal(fit: _Fit, side: int) -> _Images:
     return np.where(is_part, num_equal / np.maximum(num_counted, 1), 0)
 
 
-def _smooth(images: _Images, num_samples: int) -> _Images:
-    """Average each pixel of *images* (N, S, S) with its neighbors, as *num_samples* per side need."""
+def _blur_level(area: _Images) -> NDArray[np.intp]:
+    """Return how often images are blurred again of which the others show an *area* (P,) as large."""
+    return (area - 1).round().clip(0, BLURS - 1).astype(np.intp)
+
+
+def _smooth(images: _Images, num_samples: int, times: int = 1) -> _Images:
+    """Average each pixel of *images* (N, S, S) with its neighbors, *times* as *num_samples* per side need."""
     side = images.shape[1]
     shifted = [np.eye(side, k=shift, dtype=np.float32) for shift in (-1, 0, 0, 1)]
     weights = np.sum(shifted, axis=0)
     weights /= weights.sum(axis=1, keepdims=True)
     # The variances of repeated filters add up. What is needed grows with the square of the
     # distance of samples.
-    weights = np.linalg.matrix_power(weights, (side // num_samples) ** 2 // 4)
+    weights = np.linalg.matrix_power(weights, times * (side // num_samples) ** 2 // 4)
     return weights @ images @ weights.T
 
 

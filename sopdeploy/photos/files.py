@@ -76,12 +76,33 @@ def is_hidden(name: str) -> bool:
 
 def part_kind(name: str) -> str:
     """Return *name* without affixes, `train` for `seg_train2`; "" if it is not in `TRAINING` or `HELD_OUT`."""
+    kind, others = _read_part(name)
+    return "" if others else kind
+
+
+def _read_part(name: str) -> tuple[str, str]:
+    """Return the word of *name* in `TRAINING` or `HELD_OUT`, "" unless there is one, and its other words."""
     without_number = re.sub(r"\d+$", "", name.lower())  # of `test1` or `val_2017`
     words = [
         word for word in re.split(r"[\s_.-]+", without_number) if word and word not in AFFIXES
     ]
-    kind = words[0].removesuffix("set") if len(words) == 1 else ""  # as in `trainset`
-    return kind if kind in TRAINING or kind in HELD_OUT else ""
+    singular = [word.removesuffix("set") for word in words]  # as in `trainset`
+    kinds = [word for word in singular if word in TRAINING or word in HELD_OUT]
+    others = [word for word, one in zip(words, singular, strict=True) if one not in kinds]
+    return (kinds[0] if len(kinds) == 1 else ""), " ".join(others)
+
+
+def part_kinds(names: Iterable[str]) -> dict[str, str]:
+    """Return the kind of the part that each of the folders *names* is, or "".
+
+    Other words may name the data set if a training part and a held-out one share them, as
+    `cars_train` and `cars_test` do.
+    """
+    read = {name: _read_part(name) for name in names}
+    trained = {others for kind, others in read.values() if kind in TRAINING}
+    held_out = {others for kind, others in read.values() if kind in HELD_OUT}
+    shared = {"", *(trained & held_out)}
+    return {name: kind if others in shared else "" for name, (kind, others) in read.items()}
 
 
 def normalize(name: str) -> str:
@@ -222,6 +243,12 @@ def holds_images(folder: Path) -> bool:
     )
 
 
+def holds_other_files(root: Path, name: str) -> bool:
+    """Tell whether the folder *name* in *root* holds files, and no images; raises `DataError`."""
+    images, others = list_images(root, name)
+    return bool(others) and not images
+
+
 def list_files(folder: Path) -> tuple[list[str], list[str]]:
     """List the names of the images and of the other files in *folder* itself; raises `DataError`."""
     names = [entry.name for entry in list_folder(folder) if entry.is_file()]
@@ -357,12 +384,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def find_parts(root: Path) -> Parts:
     """Find the parts of the data set in *root*; raises `DataError` for two folders of training images."""
     names = list_subfolders(root)
-    kinds = {name: part_kind(name) for name in names}
+    kinds = part_kinds(names)
 
-    # The training part. Beside other folders, `train` may be a class; a part contains folders.
+    # The training part. A part contains folders; without any, it may be a class beside others.
     candidates = [name for name in names if kinds[name] in TRAINING]
-    if not all(kinds.values()):
-        candidates = [name for name in candidates if list_subfolders(root / name)]
+    flat = [name for name in candidates if not list_subfolders(root / name)]
+    if flat and any(not kinds[name] and not holds_other_files(root, name) for name in names):
+        candidates = [name for name in candidates if name not in flat]
     if len(candidates) > 1:
         raise DataError(
             f"{root}: {shorten(candidates)} may all hold the training images; rename all but one"
@@ -379,6 +407,10 @@ def find_parts(root: Path) -> Parts:
 def part_folder(root: Path, name: str) -> Path:
     """Return the folder of the part *name* in *root*; for `seg_train/seg_train/`, the inner folder."""
     folder = root / name
-    while len(inner := list_subfolders(folder)) == 1 and part_kind(inner[0]) == part_kind(name):
+    kind, others = _read_part(name)
+    while len(inner := list_subfolders(folder)) == 1 and _read_part(inner[0]) in (
+        (kind, others),
+        (kind, ""),
+    ):
         folder /= inner[0]
     return folder

@@ -58,8 +58,10 @@ from sopdeploy.photos.questions import (
     ask_about_numbered_folders,
     ask_about_repeated_folders,
     class_in_name,
+    sort_by_hand,
     suggest_folder,
     suggest_names,
+    suggest_sorting,
 )
 from sopdeploy.photos.table import (
     LABELS_FILE,
@@ -168,7 +170,7 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
     # The training images tell the classes, or nothing does.
     train_name, *held_out_names = folders
     train = list_classes(folders[train_name], classes_from)
-    other_table = _find_other_table(root, train)
+    other_table = _find_other_table(root, parts, train)
     _check_tells_classes(root, train, other_table, classes_from)
 
     # Held-out images need classes, but not all of them.
@@ -229,16 +231,23 @@ def _check_tells_classes(
     listing = f"; {describe_other_table(root, other_table)}" if other_table else ""
     if not images.labels:
         raise no_classes(root, images.root, suggest_names(root, train.beside))
-    if len(images.labels) == 1:
+    filled = [images.labels[index] for index in np.flatnonzero(images.class_counts())]
+    if len(filled) < 2:
         hints = (
             suggest_folder(images),
             listing,
             suggest_names(root, images.paths.tolist()),
         )
-        raise DataError(
-            f"{images.root}: holds only one class ({images.labels[0]}); a classifier needs at least two"
-            + next(filter(None, hints), "")
-        )
+        hint = next(filter(None, hints), "")
+        if len(images.labels) == 1:
+            raise DataError(
+                f"{images.root}: holds only one class ({images.labels[0]}); a classifier needs at least two"
+                + (hint or suggest_sorting(images))
+            )
+        if filled and hint:
+            raise DataError(
+                f"{images.root}: only {filled[0]} holds images; a classifier needs at least two classes{hint}"
+            )
     _check_no_parts_inside(train)
     if not classes_from:
         ask_about_repeated_folders(images)
@@ -312,9 +321,13 @@ def _open_part_tables(
     return OpenedParts(parts, notes=notes, ignored=ignored)
 
 
-def _find_other_table(root: Path, train: "ClassListing") -> Path | None:
-    """Find a table in *root*, in the training part or in a class that lists its images; None without one."""
-    folders = dict.fromkeys((root, train.images.root))
+def _find_other_table(root: Path, parts: Parts, train: "ClassListing") -> Path | None:
+    """Find a table that lists the training images; None without one.
+
+    It is in *root* or another folder there, in the training part or in a class.
+    """
+    beside = parts.others if parts.train else ()
+    folders = dict.fromkeys((root, train.images.root, *(root / name for name in beside)))
     files = [file for folder in folders for file in sorted(folder.glob("*.*"))]
     for others in train.other_files.values():
         files += [train.images.root / file for file in others]
@@ -344,11 +357,15 @@ def _find_part_folders(root: Path, parts: Parts) -> dict[str, Path]:
 def _check_no_parts_inside(listing: "ClassListing") -> None:
     """Raise `DataError` if class folders hold folders of training images, such as `cat/train`."""
     inside = [path for path in listing.nested if part_kind(path.rpartition("/")[2])]
-    if any(part_kind(path.rpartition("/")[2]) in TRAINING for path in inside):
+    if np.count_nonzero(listing.images.class_counts()) > 1 and any(
+        part_kind(path.rpartition("/")[2]) in TRAINING for path in inside
+    ):
         label, _, part = inside[0].rpartition("/")
+        advice = suggest_folder(listing.images) or (
+            f"; put the parts above the classes, such as {part}/{label}"
+        )
         raise DataError(
-            f"{listing.images.root}: class folders hold parts of the data: {shorten(inside)}; put the "
-            f"parts above the classes, such as {part}/{label}"
+            f"{listing.images.root}: class folders hold parts of the data: {shorten(inside)}{advice}"
         )
 
 
@@ -523,7 +540,8 @@ def _describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> 
         only_others = f", only other files ({ignored})" if ignored else ""
         yield (
             f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
-            f"add some ({describe_formats()}) or remove the folder{suggest_folder(images)}"
+            f"add some ({describe_formats()}) or remove the folder"
+            + (suggest_folder(images) or suggest_sorting(images))
         )
 
 
@@ -542,11 +560,7 @@ def no_classes(root: Path, part: Path | None = None, hint: str = "") -> DataErro
     table = find_other_table(images, (root / file for file in others))
     other_table = "" if table is None else describe_other_table(root, table)
     unsorted = root if part is None else part
-    by_hand = (
-        f", by hand or in a browser: sopdeploy label {quote(str(unsorted))} --photos sorted"
-        if images
-        else ""
-    )
+    by_hand = sort_by_hand(unsorted) if images else ""
     return DataError(
         f"{unsorted}: holds no class folders and no labels.csv; "
         + (other_table or f"sort the images into one subfolder per class{hint or by_hand}")

@@ -12,6 +12,8 @@ from pathlib import Path, PurePosixPath
 from shlex import quote
 from typing import NamedTuple
 
+import numpy as np
+
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.photos.files import FOLDERS, normalize, part_kind
 from sopdeploy.photos.photo import ImageFiles
@@ -80,17 +82,22 @@ def suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --dat
     """Give *advice* with the folder below the root of *images* whose subfolders may be the classes, or "".
 
     For `archive/images/rose/1.jpg`, it is `archive/images`. There is none if a class folder
-    holds images itself, or if the subfolders of several class folders share no name: they are
-    then the objects of each class.
+    holds images itself, if the subfolders are parts, or if those of several class folders share no
+    name: they are then the objects of each class.
     """
     subfolders = _find_subfolders(images)
-    if subfolders is None:
+    if subfolders is None or all(map(part_kind, subfolders.names)):
         return ""
     folder = subfolders.folder
     while part_kind(folder.rpartition("/")[2]):  # a part of the data set
         folder = folder.rpartition("/")[0]
     names = shorten(subfolders.names)
-    return f"; if {names} are the classes, {advice} {quote(str(images.root / folder))}"
+
+    # Folders beside it may hold other images of the same classes.
+    inside = os.fsencode(folder + "/")
+    count = sum(path.startswith(inside) for path in images.paths.tolist())
+    share = f" (of {count:,} of {len(images):,} images)" if count < len(images) else ""
+    return f"; if {names} are the classes{share}, {advice} {quote(str(images.root / folder))}"
 
 
 def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
@@ -114,6 +121,24 @@ def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
 
     are_in_all = bool(counts) and all(names.keys() == one.keys() for one in counts.values())
     return _Subfolders(best, sorted(names), are_in_all)
+
+
+def sort_by_hand(folder: Path) -> str:
+    """Say how the images of *folder* can be sorted into classes."""
+    return f", by hand or in a browser: sopdeploy label {quote(str(folder))} --photos sorted"
+
+
+def suggest_sorting(images: ImageFiles) -> str:
+    """Say that *images* can be sorted into classes if only one folder at the top holds some; else ""."""
+    filled = np.flatnonzero(images.class_counts())
+    if len(filled) != 1:
+        return ""
+    folders = {images.path(index).parent for index in range(len(images))}
+    by_hand = sort_by_hand(folders.pop()) if len(folders) == 1 else ""
+    return (
+        f"; if {images.labels[filled[0]]} holds those of all classes, sort them into one subfolder "
+        f"per class{by_hand}"
+    )
 
 
 def suggest_names(root: Path, paths: Sequence[bytes]) -> str:

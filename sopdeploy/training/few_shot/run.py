@@ -54,6 +54,7 @@ from sopdeploy.training.checkpoints import Position, RunFolder, Setup, run_recor
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import TrainingStoppedError, handle_signals
 from sopdeploy.training.few_shot.classifier import (
+    ENOUGH,
     Array,
     Indices,
     LinearProblem,
@@ -204,7 +205,8 @@ class CrossValidation:
         clips: What was found about clips.
         copies: The photograph (N,) that each image shows; copies have the same.
         judged: The indices of the images that the score counts.
-        folds, logits: The folds (N,) of the first cross-validation, and its logits (N, K).
+        folds, logits: The folds (N,) of the first cross-validation, and the logits (N, K) of images
+            without their fold, or that of `judge_few_apart`.
         shifted_logits: These logits as the network computes them: their energies are cosines, the means of
             all cross-validations. With several classes per image, `logits`.
         left_out: The cosine (N,) of each image and the nearest mean of the other classes; None with several
@@ -303,7 +305,13 @@ def cross_validate(
     )
     validations = [problem.cross_validate(folds_N) for folds_N in folds_of_validations]
     scaling = Scaling.fit(validations, targets, has_margins=config.margins)
-    logits_NK = problem.logits(validations[0], scaling)
+
+    # The network has all photographs of small classes; so have the classifiers that judge others.
+    judging_folds_N = judge_few_apart(targets, first_folds_N, groups_N)
+    judged_once = validations[0]
+    if not np.array_equal(judging_folds_N, first_folds_N):
+        judged_once = problem.cross_validate(judging_folds_N)
+    logits_NK = problem.logits(judged_once, scaling)
 
     # As the network computes the logits: their energies are cosines.
     shifted_NK = logits_NK
@@ -344,6 +352,28 @@ def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> 
     if targets.activation == "softmax" and len(set(keys_N)) < FEW_GROUPS:
         seeds += [derive_seed(seed, "folds", attempt) for attempt in (1, 2)]
     return [targets.folds(keys_N, at_most, fold_seed) for fold_seed in seeds]
+
+
+def judge_few_apart(targets: Targets, folds_N: Indices, groups_N: Indices) -> Indices:
+    """Move classes of fewer than `ENOUGH` groups, beside larger ones, from *folds_N* to own folds (N,).
+
+    Without one of its two photographs, a class takes more images of the others than the network
+    lets it. So these are judged by heads that have all images of such a class. At most four own
+    folds have one group of each of these classes.
+    """
+    # The groups of each class, in this order, and the rank of each in its class
+    labels_P, groups_P = np.unique(np.stack([targets.strata, groups_N]), axis=1)
+    _, first_P, class_P = np.unique(labels_P, return_index=True, return_inverse=True)
+    rank_P = np.arange(len(labels_P)) - first_P[class_P]
+    is_few_P = np.bincount(class_P)[class_P] < ENOUGH
+    if is_few_P.all() or not is_few_P.any() or targets.activation == "sigmoid":
+        return folds_N
+
+    own_fold_G = np.full(int(groups_N.max()) + 1, -1)
+    own_fold_G[groups_P[is_few_P]] = rank_P[is_few_P]
+    own_fold_N = own_fold_G[groups_N]
+    moved_N = np.where(own_fold_N < 0, folds_N, int(folds_N.max()) + 1 + own_fold_N)
+    return np.unique(moved_N, return_inverse=True)[1]  # renumbered, without empty folds
 
 
 def _choose_judged(

@@ -41,6 +41,16 @@ def test_a_part_of_a_photograph_is_found_among_photographs_that_look_alike(
     assert equal_pairs(small, pairs[::-1] if is_first else pairs) == [[3, NUM_SCENES]]
 
 
+def test_a_third_of_a_photograph_is_found_although_it_is_sharper():
+    boxes = [(32, 24, 128, 96), (10, 8, 106, 80), (60, 40, 156, 112)]
+    scenes = [scene(seed) for seed in range(6)]
+    parts = [image.crop(box) for image in scenes for box in boxes]
+    small = np.stack([shrink(image) for image in (*scenes, *parts)])
+    of_part = np.arange(len(parts)) // len(boxes)
+    shares = compare_pixels(small, np.stack([of_part, np.arange(len(parts)) + len(scenes)]))
+    assert shares.min() >= MOSTLY
+
+
 def test_the_number_of_pairs_that_are_compared_at_once_changes_no_share(
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -283,6 +283,8 @@ LAYOUTS = [
     below("seg_train/seg_train", "seg_test/seg_test"),
     below("train-images", "dev"),
     below("trainset", "testset"),
+    below("asl_alphabet_train/asl_alphabet_train", "asl_alphabet_test/asl_alphabet_test"),
+    below("cars_train", "cars_test"),
 ]
 
 
@@ -358,14 +360,16 @@ TOO_HIGH = [  # folders, the one that was meant; "" if there is none
 def test_a_folder_one_level_too_high_is_named_with_the_command(tmp_path, counts, meant) -> None:
     shown = CliRunner().invoke(app, ["data", "check", str(make(tmp_path, **counts))])
     found = re.search(
-        r"if rose, tulip are the classes, run: sopdeploy train --data (.*?)(\. |$)",
+        r"if rose, tulip are the classes(?: \(of .*?\))?, run: sopdeploy train --data (.*?)(\. |$)",
         shown.output,
         re.M,
     )
     assert (found is not None) == bool(meant), shown.output
     if found is not None:
         assert shlex.split(found[1])[0] == str(tmp_path / meant)
-        with pytest.raises(DataError, match="if rose, tulip are the classes, give "):
+        with pytest.raises(
+            DataError, match=r"if rose, tulip are the classes(?: \(of .*\))?, give "
+        ):
             open_evaluation_images(tmp_path, ("rose", "tulip"))
 
 
@@ -616,6 +620,54 @@ def test_a_folder_of_masks_is_no_class_and_the_names_may_hold_the_classes(tmp_pa
     data = open_data(FolderConfig(kind="folder", path=tmp_path, classes_from=pattern))
     assert data.train.labels == ("Persian", "shiba_inu")
     assert data.train.class_counts().tolist() == [4, 4]
+
+
+# Archives: images of each folder, other files, the problem that is named, and the option that goes on
+ARCHIVES: dict[str, tuple[dict[str, int], dict[str, str], str, str]] = {
+    "annotations beside parts": (
+        {"train2017": 4, "val2017": 2},
+        {"annotations/train.json": "000.jpg 001.jpg 002.jpg 003.jpg"},
+        "train2017: holds no class folders",
+        "annotations/train.json: lists the images, but is not read; if the classes are in it",
+    ),
+    "annotations beside images of parts": (
+        {"images__train": 4, "images__val": 2},
+        {"annotations/train.json": "000.jpg 001.jpg 002.jpg 003.jpg"},
+        "only images holds images",
+        "annotations/train.json: lists the images, but is not read; if the classes are in it",
+    ),
+    "labels of boxes": (
+        {"images": 4}, {"labels/000.txt": "0 .5 .5 1 1"}, "labels: no images in this class folder",
+        "if images holds those of all classes, sort them into one subfolder per class, by hand or in a browser: "
+        "sopdeploy label {root}/images --photos sorted",
+    ),
+    "images below one folder": (
+        {"VOC__JPEGImages": 4}, {}, "holds only one class (VOC)", "sopdeploy label {root}/VOC/JPEGImages --photos"
+    ),
+    "an archive twice": (
+        below("DATASET/TRAIN", "DATASET/TEST", "copy/DATASET/TRAIN"), {}, "class folders hold parts of the data",
+        "if cats, dogs are the classes (of 12 of 18 images), run: sopdeploy train --data {root}/DATASET",
+    ),
+    "parts of other things": (
+        {"steam_train": 3, "test_tube": 3, "docs": 0}, {"docs/a.txt": ""}, "docs: no images in this class folder", ""
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("counts", "files", "problem", "option"), ARCHIVES.values(), ids=ARCHIVES
+)
+def test_an_archive_as_it_is_distributed_is_named_with_the_option_that_goes_on(
+    tmp_path, counts, files, problem, option
+) -> None:
+    make(tmp_path, **counts)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError) as caught:
+        open_folder(tmp_path)
+    assert problem in str(caught.value)
+    assert option.format(root=tmp_path) in str(caught.value)
 
 
 @pytest.mark.parametrize("test", ["test", "test1"])

@@ -54,7 +54,7 @@ from sopdeploy.training.few_shot.classifier import (
 )
 from sopdeploy.training.few_shot.features import CachedNetwork, Features, compute_features
 from sopdeploy.training.few_shot.learning import estimate_gains
-from sopdeploy.training.few_shot.run import select_typical
+from sopdeploy.training.few_shot.run import judge_few_apart, select_typical
 from sopdeploy.training.recipe import FewShotConfig, LoopConfig, Recipe, read_recipe
 from sopdeploy.training.results import read_result
 from sopdeploy.training.setup import FEW_IMAGES, divide_images, select_procedure, set_up_run
@@ -474,7 +474,7 @@ def test_heads_without_doubted_labels_separate_wrong_labels_better():
 
 
 def test_improbable_labels_are_listed_the_least_probable_first():
-    wrong = [[0.02, 0.97, 0.01], [0.93, 0.01, 0.06], [0.01, 0.04, 0.95]]
+    wrong = [[0.01, 0.98, 0.01], [0.96, 0.01, 0.03], [0.01, 0.02, 0.97]]
     right = [
         [0.95, 0.03, 0.02],
         [0.4, 0.11, 0.49],
@@ -490,7 +490,7 @@ def test_improbable_labels_are_listed_the_least_probable_first():
         (2, "b", "c"),
         (1, "c", "a"),
     ]
-    assert [one.probability for _, one in listed] == pytest.approx([0.02, 0.04, 0.06])
+    assert [one.probability for _, one in listed] == pytest.approx([0.01, 0.02, 0.03])
 
 
 def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(
@@ -1189,6 +1189,37 @@ def test_the_result_says_how_many_labels_it_doubts_and_how_to_list_them(
         "2 labels of 36 probably wrong; list them: sopdeploy data check DIR" in lines
     ) == bool(wrong)
     assert ("% if the 2 doubtful labels are wrong" in lines) == bool(wrong)
+
+
+def test_large_classes_are_judged_by_heads_with_all_photographs_of_small_ones():
+    features, classes = blobs(120)
+    kept = [
+        image
+        for label, count in enumerate((12, 12, 12, 2))
+        for image in np.flatnonzero(classes == label)[:count]
+    ]
+    targets = softmax_targets(classes[kept])
+    folds = np.arange(38) % 10
+
+    def numbers_of_small(groups: np.ndarray) -> list[float]:
+        moved = judge_few_apart(targets, folds, groups)
+        problem = replace(problem_of([features[kept]], targets), groups=groups)
+        heads = problem.cross_validate(moved).heads
+        return [float(heads[fold].numbers[3]) for fold in moved.tolist()]
+
+    different = np.arange(38)
+    assert numbers_of_small(different) == [2.0] * 36 + [1.0, 1.0]
+    # A copy of another class's photograph is in no head that judges this one.
+    with_copy = np.where(different == 37, 7, different)
+    expected = [1.0 if image in (7, 36, 37) else 2.0 for image in range(38)]
+    assert numbers_of_small(with_copy) == expected
+
+
+@pytest.mark.parametrize("counts", [(3, 3, 3), (12, 12, 5)], ids=["all small", "none small"])
+def test_only_small_classes_beside_larger_ones_are_judged_apart(counts: tuple[int, ...]):
+    classes = np.repeat(np.arange(3), counts)
+    folds = np.arange(len(classes)) % 3
+    assert judge_few_apart(softmax_targets(classes), folds, np.arange(len(classes))) is folds
 
 
 @pytest.mark.parametrize(("spread", "named"), [(1.0, []), (1.4, []), (6.0, [2])])
