@@ -1,6 +1,6 @@
 """All planted networks, by the kind and the name."""
 
-from tests.attacks.planted import branches, graphs, plain_runs, state
+from tests.attacks.planted import branches, compiled, graphs, plain_runs, state, values
 from tests.attacks.planted.network import Row
 
 GROUPS: dict[str, dict[str, Row]] = {
@@ -27,6 +27,8 @@ GROUPS: dict[str, dict[str, Row]] = {
     "asks what runs it": plain_runs.AROUND,
     "reads": plain_runs.READS,
     "writes unseen": plain_runs.WRITES,
+    "infinity": values.INFINITIES,
+    "compiled": compiled.COMPILED,
     "control": plain_runs.PLAIN,
 }
 TABLE = {f"{kind}: {name}": row for kind, rows in GROUPS.items() for name, row in rows.items()}
@@ -45,6 +47,7 @@ NOT_SEEN = dict.fromkeys(
         "reads: tolist with torch functions disabled",
         "reads: numpy with torch functions disabled",
         "reads: numpy in another thread",
+        "compiled: a scripted function that reads a list",
         "writes unseen: another thread",
     ],
     NOT_CAPTURED,
