@@ -1,6 +1,6 @@
 """All planted networks, by the kind and the name."""
 
-from tests.attacks.planted import branches, compiled, graphs, plain_runs, state, values
+from tests.attacks.planted import branches, compiled, graphs, images, plain_runs, state, values
 from tests.attacks.planted.network import Row
 
 GROUPS: dict[str, dict[str, Row]] = {
@@ -16,7 +16,7 @@ GROUPS: dict[str, dict[str, Row]] = {
     "valid": graphs.VALID,
     "plain network": graphs.OTHERS,
     "active": graphs.ACTIVE,
-    "images": graphs.IMAGES,
+    "images": images.IMAGES,
     "value of a branch": branches.VALUES,
     "alias of a branch": branches.ALIASES,
     "effect of a branch": branches.EFFECTS,
