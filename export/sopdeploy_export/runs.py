@@ -37,9 +37,10 @@ REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Compute in float64 also where the code of a network names another type, as `.float()` does.
 
-    Constants that `.double()` does not reach, such as tensors made in `forward`, are converted
-    where an operation combines them with float64. `ReportsFloat32` beside it lets the code of
-    the network read float32 as the `dtype` of float64, so that it takes the same path.
+    Constants that `.double()` does not reach are converted: tensors made in `forward` where they
+    are made, others where an operation combines them with float64. `ReportsFloat32` beside it
+    lets the code of the network read float32 as the `dtype` of float64, so that it takes the
+    same path.
     """
 
     def __torch_dispatch__(
@@ -48,7 +49,7 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run *func* in float64 where the code of a network names a smaller type.
 
         A `dtype` argument becomes float64, and so do the operands if one of them is, unless
-        *func* writes to an operand.
+        *func* writes to an operand; and so does the result.
         """
         del types
 
@@ -64,14 +65,17 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if isinstance(value, Tensor)
             }
 
-            # Operands of several types are converted, unless the operation writes to an operand:
-            # it needs this operand itself, not a converted copy.
-            is_mixed = torch.float64 in dtypes and dtypes & set(REDUCED)
-            if is_mixed and not func._schema.is_mutable:
-                args, kwargs = tree_map_only(
-                    Tensor, lambda t: t.double() if t.dtype in REDUCED else t, (args, kwargs)
-                )
-            return func(*args, **kwargs)
+            # An operation that writes to an operand needs this operand itself, not a converted
+            # copy.
+            if func._schema.is_mutable:
+                return func(*args, **kwargs)
+            if torch.float64 in dtypes and dtypes & set(REDUCED):
+                args, kwargs = tree_map_only(Tensor, _widen, (args, kwargs))
+            return tree_map_only(Tensor, _widen, func(*args, **kwargs))
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.dtype in REDUCED else tensor
 
 
 class ReportsFloat32(TorchFunctionMode):

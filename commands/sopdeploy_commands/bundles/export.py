@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -229,7 +229,8 @@ class Inspection(StrictModel):
     """The parts of a network that its output ignores; `command` exports the network without them.
 
     `table` names the table of weights in the file, `ignored` its tensors that the network does
-    not have; `labels` are the class names in the file, if it has one for each logit.
+    not have; `labels` are the class names in the file, if it has one for each logit. `shared`
+    says which parts are not unused as a whole, because a tensor in them is also one of the rest.
     """
 
     network: str
@@ -237,6 +238,7 @@ class Inspection(StrictModel):
     num_tensors: int
     table: str
     unused: tuple[str, ...]
+    shared: Mapping[str, str]
     command: str
     ignored: tuple[str, ...] = ()
     labels: tuple[str, ...] | None = None
@@ -248,6 +250,8 @@ def _show_unused(inspected: Inspection) -> None:
     print_field("weights", f"{inspected.num_tensors} tensors fit{ignored}")
     unused = ", ".join(inspected.unused) or "nothing; the output depends on every part"
     print_field("unused", unused)
+    for part, tensor in inspected.shared.items():
+        print_field("", f"not all of {part}: {tensor}", style="dim")
 
     if inspected.labels is None:
         names = f"{inspected.num_classes} class names, one per line,"
@@ -319,6 +323,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         num_tensors=len(network.state_dict()),
         table=loaded.table,
         unused=unused,
+        shared=admitted.shared_rests,
         command=" ".join(words),
         ignored=loaded.ignored,
         labels=labels,

@@ -133,24 +133,6 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_cpu or tensor.is_meta else tensor.cpu()
 
 
-def tensors_with_nan(network: nn.Module, removed: tuple[str, ...]) -> list[str]:
-    """List the tensors of *network* outside of *removed* parts that hold NaN or infinity.
-
-    Infinity counts in parameters and running statistics only: other buffers may hold it, such as a
-    mask.
-    """
-    broken = []
-
-    for name, tensor in tensors(network).items():
-        is_statistic = name.endswith(("running_mean", "running_var"))
-        learns = isinstance(tensor, nn.Parameter) or is_statistic
-        is_broken = ~torch.isfinite(tensor) if learns else torch.isnan(tensor)
-        if bool(is_broken.any()) and not is_in(name, *removed):
-            broken.append(name)
-
-    return broken
-
-
 def check_torch_state() -> None:
     """Reject another default type than float32, autocast, torch modes and hooks on all modules.
 

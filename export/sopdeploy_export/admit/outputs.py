@@ -1,6 +1,7 @@
 """Checks of what a network returns, and of how its graph ends."""
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +45,24 @@ def run_first(deployed: Deployed, images: Tensor, classes: int | None) -> ProbeO
         return ProbeOutputs.of(run, images)
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raise `LoweringError` unless *logits* are finite."""
-    if not bool(torch.isfinite(logits).all()):
+def check_finite(needed: Mapping[str, Tensor], logits: Tensor) -> None:
+    """Raise `LoweringError` for NaN in a tensor of those *needed*, or if *logits* (P, C) are not finite.
+
+    An infinity can be right, as in the mask of an attention: the logits show whether it is. They
+    do not show that of a running statistic, by which a batch norm makes a constant of all images.
+    """
+    is_finite = bool(torch.isfinite(logits).all())
+
+    for name, tensor in needed.items():
+        is_statistic = name.endswith(("running_mean", "running_var"))
+        may_be_infinite = is_finite and not is_statistic
+        is_broken = torch.isnan(tensor) if may_be_infinite else ~torch.isfinite(tensor)
+        if bool(is_broken.any()):
+            raise LoweringError(
+                f"{name} holds NaN or infinite values; train again or use an earlier checkpoint"
+            )
+
+    if not is_finite:
         raise LoweringError(
             "the trained network returns NaN or infinite logits for a probe image; the probes include "
             "images of one color, so add a small constant wherever it divides, such as by a norm"

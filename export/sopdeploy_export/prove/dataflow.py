@@ -293,10 +293,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 is_random=is_random,
             )
 
-        if self._known_layouts is None or not of_image:
-            result = self._run(func, operands, operator, args, kwargs)
-        else:
-            result = self._imitate(func, code, args, kwargs)
+        # Compiled code, such as TorchScript's, hides its call from `FunctionReads`, which would
+        # take this one for a call of the network's code.
+        with torch._C.DisableTorchFunction():
+            if self._known_layouts is None or not of_image:
+                result = self._run(func, operands, operator, args, kwargs)
+            else:
+                result = self._imitate(func, code, args, kwargs)
 
         # Record it, and what it reads and writes. Of two runs of an operator on the same operands,
         # which have the same code, the first one is kept.

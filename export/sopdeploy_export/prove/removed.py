@@ -255,3 +255,27 @@ def find_unneeded(trained: Compared, parts: tuple[str, ...]) -> tuple[str, ...]:
 
     others = sorted(name for name in unneeded if not is_in(name, *outermost))
     return (*outermost, *others)
+
+
+def find_shared_rests(trained: Compared, unneeded: tuple[str, ...]) -> dict[str, str]:
+    """Map the parts that stay only for what they share to that, such as `aux` to `aux.1.weight is fc.weight`.
+
+    *unneeded* are names of `find_unneeded`; such a part is around one of them.
+    """
+    shared_rests = {}
+
+    for part in sorted({name.rpartition(".")[0] for name in unneeded} - {""}):
+        inside = {name for name in trained.needed if is_in(name, part)}
+        other_names = {
+            address(tensor): name
+            for name, tensor in trained.tensors.items()
+            if not is_in(name, part)
+        }
+        rest = {
+            name: other_names.get(address(trained.tensors[name])) for name in sorted(inside)
+        }
+        if rest and all(rest.values()):
+            name = next(iter(rest))
+            shared_rests[part] = f"{name} is {rest[name]}"
+
+    return shared_rests

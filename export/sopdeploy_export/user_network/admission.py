@@ -4,21 +4,21 @@
 passes all checks here. What the proof decides is left to the proof.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from sopdeploy.errors import ConfigError, LoweringError
+from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.base import is_in
 from sopdeploy.names import label_problem
 from sopdeploy_export.admit.network import (
     check_exportable,
     check_tensors,
     check_torch_state,
     prepared,
-    tensors_with_nan,
 )
 from sopdeploy_export.admit.outputs import (
     check_ends_in_logits,
@@ -32,7 +32,7 @@ from sopdeploy_export.last_layer import add_embedding_output
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.progress import step
 from sopdeploy_export.prove.networks import Compared
-from sopdeploy_export.prove.removed import check_graph, find_unneeded
+from sopdeploy_export.prove.removed import check_graph, find_shared_rests, find_unneeded
 from sopdeploy_export.runs import ProbeOutputs
 
 
@@ -46,6 +46,7 @@ class Admitted:
         parts: The outermost parts to remove.
         num_classes: The number of its logits.
         removable: Further modules and tensors that no output depends on, see `find_unneeded`.
+        shared_rests: What parts around these share with the rest, as `find_shared_rests` says.
         warnings: Findings that do not stop the export.
     """
 
@@ -54,6 +55,7 @@ class Admitted:
     parts: tuple[str, ...]
     num_classes: int
     removable: tuple[str, ...]
+    shared_rests: Mapping[str, str]
     warnings: tuple[str, ...]
 
 
@@ -87,25 +89,23 @@ def admit(
     if options.with_features:  # an output that `outputs` lack
         add_embedding_output(network, preprocess, generated, num_classes, parts)
 
-    # Capture it, and check what the graph shows. A broken tensor counts if the outputs need it.
+    # Capture it, and check what the graph shows. A tensor with broken values counts if the
+    # outputs need it.
     step("capturing the network")
     trained = Compared.of("trained", network, preprocess, options.batch)
-    needed = trained.needed
-    broken = [name for name in tensors_with_nan(network, parts) if name in needed]
-    if broken:
-        raise LoweringError(
-            f"{broken[0]} holds NaN or infinite values; train again or use an earlier checkpoint"
-        )
-    check_finite(outputs.batched[0])
+    needed = {name: trained.tensors[name] for name in trained.needed if not is_in(name, *parts)}
+    check_finite(needed, outputs.batched[0])
     check_ends_in_logits(trained.program)
     check_graph(trained, parts)
 
+    removable = find_unneeded(trained, parts)
     return Admitted(
         trained=trained,
         outputs=None if options.with_features else outputs,
         parts=parts,
         num_classes=num_classes,
-        removable=find_unneeded(trained, parts),
+        removable=removable,
+        shared_rests=find_shared_rests(trained, removable),
         warnings=warnings,
     )
 

@@ -1,6 +1,6 @@
 """All planted networks, by the kind and the name."""
 
-from tests.attacks.planted import branches, graphs, plain_runs, state
+from tests.attacks.planted import branches, compiled, graphs, images, plain_runs, state, values
 from tests.attacks.planted.network import Row
 
 GROUPS: dict[str, dict[str, Row]] = {
@@ -16,7 +16,7 @@ GROUPS: dict[str, dict[str, Row]] = {
     "valid": graphs.VALID,
     "plain network": graphs.OTHERS,
     "active": graphs.ACTIVE,
-    "images": graphs.IMAGES,
+    "images": images.IMAGES,
     "value of a branch": branches.VALUES,
     "alias of a branch": branches.ALIASES,
     "effect of a branch": branches.EFFECTS,
@@ -27,6 +27,8 @@ GROUPS: dict[str, dict[str, Row]] = {
     "asks what runs it": plain_runs.AROUND,
     "reads": plain_runs.READS,
     "writes unseen": plain_runs.WRITES,
+    "infinity": values.INFINITIES,
+    "compiled": compiled.COMPILED,
     "control": plain_runs.PLAIN,
 }
 TABLE = {f"{kind}: {name}": row for kind, rows in GROUPS.items() for name, row in rows.items()}
@@ -45,6 +47,7 @@ NOT_SEEN = dict.fromkeys(
         "reads: tolist with torch functions disabled",
         "reads: numpy with torch functions disabled",
         "reads: numpy in another thread",
+        "compiled: a scripted function that reads a list",
         "writes unseen: another thread",
     ],
     NOT_CAPTURED,

@@ -161,6 +161,7 @@ g (float[batch, 4, 2, 2] f) => (float[batch, n] logits)
  int64[2] ones = {1, 1}, int64[2] pairs = {-1, 2}, int64[3] joined = {2, -1, 4},
  int64[3] pairs_of_rows = {-1, 2, 4}, int64 many = {300},
  int64[1, 4] columns = {0, 1, 2, 3}, int64[1] three = {3}, int64[2] fours = {-1, 4},
+ float[1] unit = {1}, float huge = {1e9},
  float[1, 4] row = {1, 2, 3, 4}, float[1, 4] other = {5, 6, 7, 8}, float none = {0}, float step = {1}>
 { v = ReduceMean<keepdims = 0>(f, space)
   t = Reshape(f, tokens)
@@ -309,10 +310,24 @@ MIXING = {
         "n = Unsqueeze(number, one)  logits = Cast<to = 1>(n)",
         "Cast",
     ),
-    "indices in another order": (
-        """n = Unsqueeze(number, one)  i = ArgMax<axis = 1, keepdims = 1>(v)  c = Concat<axis = 1>(n, i)
-        x = Reshape(c, all)  y = Reshape(x, pairs)  logits = GatherND(v, y)""",
-        "Reshape",
+    "another image where a value is large": (
+        "b = Slice(v, back, start, zero, back)  g = Greater(v, huge)  logits = Where(g, b, v)",
+        "Slice",
+    ),
+    "the row of another image where a value is large": (
+        """m = ReduceMax(v, one)  g = Greater(m, huge)  c = Cast<to = 7>(g)  u = Unsqueeze(number, one)
+        i = Add(u, c)  a = Concat<axis = 0>(v, v)  e = GatherND(a, i)  logits = Add(v, e)""",
+        "Add",
+    ),
+    "whether any value of the batch is large": (
+        """g = Greater(v, huge)  c = Cast<to = 7>(g)  m = ReduceMax<keepdims = 1>(c)
+        x = Cast<to = 1>(m)  logits = Add(v, x)""",
+        "ReduceMax",
+    ),
+    "images that are equal": (
+        """k = Unsqueeze(v, zero)  u = Unsqueeze(v, one)  e = Equal(k, u)  x = Cast<to = 1>(e)
+        logits = ReduceSum<keepdims = 0>(x, one)""",
+        "Equal",
     ),
     "a number of the image that wraps": (
         "a = Cast<to = 3>(number)  n = Cast<to = 7>(a)  u = Unsqueeze(n, one)  logits = GatherND(v, u)",
@@ -360,6 +375,25 @@ MIXING = {
     ),
 }
 
+
+# Right, and refused: the rules see axes, and neither numbers nor the order of a few indices.
+NOT_SHOWN = {
+    "indices of the rows of all images": (
+        """s = Reshape(v, all)  r = Mul(number, width)  u = Unsqueeze(r, one)
+        i = ArgMax<axis = 1, keepdims = 1>(v)  k = Add(u, i)  logits = Gather<axis = 0>(s, k)""",
+        "Mul",
+    ),
+    "indices in the order that they have": (
+        """n = Unsqueeze(number, one)  i = ArgMax<axis = 1, keepdims = 1>(v)  c = Concat<axis = 1>(n, i)
+        x = Reshape(c, all)  y = Reshape(x, pairs)  logits = GatherND(v, y)""",
+        "Reshape",
+    ),
+    "the largest constant of all images": (
+        """u = Unsqueeze(v, two)  n = LayerNormalization(u, unit, unit)
+        m = ReduceMax<keepdims = 0>(n)  logits = Mul(v, m)""",
+        "ReduceMax",
+    ),
+}
 
 # The rows of an image depend on how many images the batch has.
 REGROUPED = {
@@ -419,6 +453,14 @@ def test_images_are_independent(name: str) -> None:
 @pytest.mark.parametrize("name", REGROUPED)
 def test_rows_of_other_images_change_the_numbers(name: str) -> None:
     assert not gives_each_image_its_own(graph(REGROUPED[name][0]))
+
+
+@pytest.mark.parametrize("name", NOT_SHOWN)
+def test_what_the_rules_do_not_show_is_refused_by_its_operator(name: str) -> None:
+    body, operator = NOT_SHOWN[name]
+    (found,) = find_mixing(graph(body))
+    assert found.startswith(operator)
+    assert gives_each_image_its_own(graph(body))
 
 
 @pytest.mark.parametrize("name", MIXING)

@@ -605,6 +605,19 @@ EXPORTED: dict[str, Case] = {
     "a table that the first run makes": (Distances, {}, ONLY),
     "a table that also the plain network makes": (Distances, {"plain": Distances}, PLAIN),
     "a buffer that the first run registers": (forward(registers), {}, ONLY),
+    "a convolution of positions that forward makes": (
+        with_parts(
+            lambda net, x: net.fc(
+                (
+                    net.stem(x)
+                    + net.positions(torch.linspace(-1, 1, 12)[None, None])[..., None]
+                ).mean((2, 3))
+            ),
+            positions=lambda: nn.Conv1d(1, 8, 1),
+        ),
+        {},
+        ONLY,
+    ),
     "without autocast": (forward(without_autocast), {}, ONLY),
     "average pooling with ceil_mode": (forward(average), {}, ONLY),
     "no gradient": (forward(torch.no_grad()(logits)), {}, ONLY),

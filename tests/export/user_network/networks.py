@@ -115,6 +115,20 @@ class Exits(Small):
         return self.fc(features), [self.heads[i](features) for i in range(len(self.heads))]
 
 
+class SharesClassifier(Small):
+    """Has a branch that ends in the classifier of the trunk."""
+
+    def __init__(self) -> None:
+        super().__init__(aux=False)
+        self.branch = nn.Sequential(nn.Linear(8, 8), self.fc)
+
+    def forward(self, images: Tensor) -> Any:
+        features = self.features(images)
+        if self.training:
+            return self.fc(features), self.branch(features)
+        return self.fc(features)
+
+
 class Sketch(Small):
     """Multiplies by random signs, which the state dict does not hold."""
 

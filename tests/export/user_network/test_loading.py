@@ -25,7 +25,14 @@ from sopdeploy_commands.bundles.export import read_preprocess
 from sopdeploy_export.capture.deployed import EXPORT_LOGITS, choose_output
 from sopdeploy_export.user_network.loading import load_weights, network_builder
 from tests.export.user_network import networks as n
-from tests.export.user_network.networks import Exits, Sketch, Small, export_small, trained
+from tests.export.user_network.networks import (
+    Exits,
+    SharesClassifier,
+    Sketch,
+    Small,
+    export_small,
+    trained,
+)
 
 MODULE = "tests.export.user_network.networks"
 STATE = trained(Small()).state_dict()
@@ -703,7 +710,7 @@ def test_the_key_of_the_logits_stays_text(
 
     def choose(network: nn.Module, _preprocess: object) -> Any:
         chosen.append(choose_output(outputs, vars(network)[EXPORT_LOGITS]))
-        return SimpleNamespace(removable=(), num_classes=4)
+        return SimpleNamespace(removable=(), shared_rests={}, num_classes=4)
 
     monkeypatch.setattr("sopdeploy_export.user_network.admission.admit", choose)
     given = (
@@ -745,6 +752,16 @@ def test_the_command_that_inspect_prints_exports_without_the_exits_that_the_outp
     assert "removed  heads (4 tensors" in exported
     assert "trained = detached = rebuilt: equal graphs" in exported
     assert "no plain network was given" in exported
+
+
+def test_inspect_says_what_a_branch_shares_with_the_rest(tmp_path: Path) -> None:
+    torch.save(trained(SharesClassifier()).state_dict(), tmp_path / "w.pth")
+    (tmp_path / "rules.json").write_text('{"resize": 12, "crop": 12}', encoding="utf-8")
+    given = (str(tmp_path / "w.pth"), "--network", f"{MODULE}:SharesClassifier")
+    inspected = run("inspect", *given, "--preprocess", str(tmp_path / "rules.json"))
+    assert "unused   branch.0\n" in inspected
+    assert "not all of branch: branch.1.bias is fc.bias\n" in inspected
+    assert "--training-only branch.0 " in inspected
 
 
 def test_a_builder_that_draws_what_the_weight_file_does_not_hold_is_refused(
