@@ -15,7 +15,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, assert_never
 
 import pydantic
 import torch
@@ -43,6 +43,7 @@ from sopdeploy.files import (
     check_is_checkpoint,
     new_folder,
     read_file,
+    weight_format,
     writing,
 )
 from sopdeploy.images.preprocess import Preprocess
@@ -331,8 +332,9 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
         ) from error
     digest = hashlib.sha256(raw).hexdigest()
 
-    # Two formats: safetensors has tensors alone, a file of torch may hold them in tables.
-    if raw[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
+    # safetensors has tensors alone, a file of torch may hold them in tables.
+    file_format = weight_format(raw[:16])
+    if file_format == "safetensors":
         safetensors = import_optional(
             "safetensors.torch", "safetensors", "sopdeploy[train]", WeightsError, str(path)
         )
@@ -342,6 +344,9 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
             raise WeightsError(
                 f"{path}: damaged safetensors file ({error}); copy it again"
             ) from error
+
+    if file_format != "torch" and file_format is not None:  # without one, the error below
+        assert_never(file_format)
 
     try:
         with torch.serialization.safe_globals(list(PLAIN_TYPES)):

@@ -24,6 +24,7 @@ Occurrences = Annotated[int, pydantic.Field(ge=0, le=2**53)]
 CONFIDENCE_BOUNDS = (
     0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999,
 )  # fmt: skip
+ACCEPTS = 0.95  # of new known images, unless a recipe or a user says another fraction
 _MAX_LISTED = 20  # with more classes, a report shows only the range of the thresholds
 
 
@@ -70,6 +71,7 @@ class Rejection(StrictModel):
     """
 
     threshold: float
+    # Of files that do not say it, whatever new thresholds accept
     accepts: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.95
     accepted: tuple[Fraction, Fraction] | None = None
     recognized: tuple[Occurrences, Occurrences] | None = None

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 from sopdeploy.errors import CheckpointError, StorageError, WeightsError
 from sopdeploy.file_systems import Lock, lock_file, lock_if_abandoned, rename_file
@@ -28,6 +28,7 @@ BLOCK_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1_000_000  # of a file that people write: a recipe, settings, keys, rules
 MAX_NAMES_BYTES = 100_000_000  # of a file that programs write: class names, tables, results
 MAX_IMAGE_BYTES = 256_000_000  # of a photograph that is not decoded here
+WeightFormat = Literal["torch", "safetensors"]
 TORCH_MAGIC = b"PK", b"\x80"  # of zip archives, and of the pickles before torch 1.6
 MAX_WEIGHTS_BYTES = 16 << 30  # of a checkpoint, with the state of an optimizer, or an engine
 # Operating system errors that the user can fix: permissions, disk space, file names.
@@ -305,7 +306,14 @@ def holds_weights(path: Path) -> bool:
                 return any(name.endswith("data.pkl") for name in archive.namelist())
     except Exception:  # zipfile raises many types for damaged files
         return False
-    return first.startswith(TORCH_MAGIC) or first[8:9] == b"{"
+    return weight_format(first) is not None
+
+
+def weight_format(first: bytes) -> WeightFormat | None:
+    """Tell the format of a weight file by its *first* 16 bytes; None if it has none of these."""
+    if first[8:9] == b"{":  # 8 bytes of length, then JSON
+        return "safetensors"
+    return "torch" if first.startswith(TORCH_MAGIC) else None
 
 
 def is_tar(path: Path) -> bool:
@@ -352,12 +360,7 @@ def check_is_weights(path: Path) -> WeightPath:
     with path.open("rb") as file:
         first = file.read(16)
 
-    is_safetensors = first[8:9] == b"{"  # 8 bytes of length, then JSON
-    if not (
-        is_safetensors
-        or first.startswith(TORCH_MAGIC)
-        or first.startswith(_magic_of_importers())
-    ):
+    if weight_format(first) is None and not first.startswith(_magic_of_importers()):
         raise WeightsError(
             f"{path}: not a weight file of PyTorch, safetensors or MATLAB; save a state_dict()"
         )

@@ -1,20 +1,41 @@
 """Lists that repeat a list: both sides are compared, so that neither can change alone."""
 
 import ast
-from collections.abc import Iterable
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import get_args, get_type_hints
 
-from sopdeploy.decision import Answer, AnswerFields
+import yaml
+
+from sopdeploy.config import StrictModel
+from sopdeploy.data import augment
+from sopdeploy.data.augment import Augmentation
+from sopdeploy.decision import ACCEPTS, Answer, AnswerFields
+from sopdeploy.evaluation.drift import MIN_SHIFT, SIGNIFICANCE
 from sopdeploy.http_api import Classes
 from sopdeploy.layers.isqrt_cov import Prenorm
+from sopdeploy.photos.label_tools import NUMBERED
+from sopdeploy.photos.table import EXPORTS
+from sopdeploy.training import loop_settings, recipe, schedules
+from sopdeploy.training.recipe import Recipe
 from sopdeploy_commands.bulk.classifier import COLUMNS, ImageRow
+from sopdeploy_commands.bulk.run import CsvRow
 from sopdeploy_commands.bundles.predict import FilePrediction
 from sopdeploy_service.decoding import child
+from sopdeploy_service.http import api_keys
+from sopdeploy_service.http.api_keys import Key
+from tests.docs.reading import blocks
 from tests.support.rooms import PACKAGES, ROOT
 
 IMAGES = PACKAGES["sopdeploy"] / "images"
+DOCS = ROOT / "docs"
 DECODING = {"warnings"}  # of the image, not of the answer
 ON_REQUEST = {"explanation"}  # not of `classify`, which writes columns
+# Fields of an answer that a spreadsheet shows under another name, or not
+NOT_IN_CSV = {"classes", "score", "warnings"}
 
 
 SHARE = 0.75  # of the words; a list with fewer is another one
@@ -95,6 +116,127 @@ def test_an_answer_has_the_same_fields_everywhere() -> None:
     assert fields <= set(FilePrediction.model_fields)
     assert fields - ON_REQUEST <= set(COLUMNS)
     assert set(COLUMNS) | {"logits", "features"} == set(get_type_hints(ImageRow))
+    cells = set(CsvRow.__annotations__)
+    assert cells == fields - ON_REQUEST - NOT_IN_CSV | {
+        "image",
+        "class",
+        "probability",
+        "error",
+    }
+    # The page of a server saves the same file.
+    script = (PACKAGES["sopdeploy_service"] / "api" / "pages" / "index.js").read_text("utf-8")
+    (columns,) = re.findall(r"const columns = (\[.*\]);", script)
+    assert ["image", *json.loads(columns), "error"] == [*CsvRow.__annotations__]
+
+
+def test_an_answer_and_its_row_are_described_with_all_fields() -> None:
+    fields = set(Classes.model_fields) - {"classes"}
+    described = Classes.__doc__ or ""
+    http_page = (DOCS / "http.md").read_text(encoding="utf-8")
+    assert {name for name in fields if f"`{name}`" not in described} == set()
+    assert {name for name in fields if f'"{name}"' not in http_page} - ON_REQUEST == set()
+    columns = first_column(DOCS / "batch.md", "| column | content |")
+    assert columns == set(get_type_hints(ImageRow))
+
+
+def first_column(page: Path, heading: str) -> set[str]:
+    """Return the code in the first column of the table of *page* with the line *heading*."""
+    table = page.read_text(encoding="utf-8").partition(heading)[2].partition("\n\n")[0]
+    return {
+        code
+        for row in table.splitlines()
+        for code in re.findall(r"`([^`]+)`", row.split(" | ")[0])
+    }
+
+
+def test_the_page_of_data_has_the_exports_of_label_tools() -> None:
+    page = (DOCS / "data.md").read_text(encoding="utf-8")
+    table = page.partition("| tool | files |\n")[2].partition("\n\n")[0]
+    files = [row.split(" | ")[1] for row in table.splitlines()[1:]]
+    listed = {name for cell in files for name in re.findall(r"`([^`/]+\.\w+)`", cell)}
+    assert listed == {*EXPORTS, *NUMBERED}
+
+
+def test_the_page_of_recipes_has_every_key_and_its_default() -> None:
+    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    named = {key.partition(".")[0] for key in re.findall(r"`([\w.]+)`", page)}
+    assert set(Recipe.model_fields) - named == set()
+
+    # A single number or word in the column of values is a default.
+    table = page.partition("\n## ")[0]
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*?) \|", table, re.MULTILINE)
+    fields = dict(all_fields(Recipe))
+    defaults = {
+        key: re.fullmatch(r"`?(\w[\w.]*)`?(?: disables)?", value) for key, value in rows
+    }
+    different = {
+        key: fields[key]
+        for key, value in defaults.items()
+        if value is not None and key in fields and yaml.safe_load(value[1]) != fields[key]
+    }
+    assert different == {}
+    assert len(defaults) > 10
+
+    # A row with several words has all of them.
+    union, _ = get_args(Augmentation)
+    kinds = {get_args(one.model_fields["kind"].annotation)[0] for one in get_args(union)}
+    assert {*re.findall(r"`([^`]+)`", dict(rows)["augment.kind"])} == kinds
+
+
+def all_fields(config: type[StrictModel], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the dotted keys of *config* and of the tables that it has by default, with defaults."""
+    for name, field in config.model_fields.items():
+        default = field.get_default()
+        yield prefix + name, default
+        if isinstance(default, StrictModel):
+            yield from all_fields(type(default), f"{prefix}{name}.")
+
+
+def test_the_page_of_keys_has_every_field_of_a_key() -> None:
+    (example,) = blocks(DOCS / "keys.md", "toml")
+    assert tomllib.loads(example)["key"][0].keys() == Key.model_fields.keys()
+
+
+def test_the_page_of_limits_has_every_error_of_an_image_with_its_status() -> None:
+    page = (DOCS / "limits.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|.*?\| .*?(\d{3}).*? \| (.*?) \|", page, re.MULTILINE)
+    named = {
+        (code, int(status)) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)
+    }
+    assert set(child.ERRORS) - named == set()
+
+
+def test_the_pages_have_the_limits_of_an_alarm_and_of_known() -> None:
+    monitoring = (DOCS / "howto" / "monitoring.md").read_text(encoding="utf-8")
+    p_values = re.findall(r"drift_p_value`? (?:<|below) ([0-9.]+)\b", monitoring)
+    shifts = re.findall(r"drift_shift`? (?:>|over) ([0-9.]+)\b", monitoring)
+    assert {*map(float, p_values)} == {SIGNIFICANCE}
+    assert {*map(float, shifts)} == {MIN_SHIFT}
+    assert (len(p_values), len(shifts)) == (2, 2)
+    assert f"`rejection.accepts` ({ACCEPTS})" in (DOCS / "evaluating.md").read_text("utf-8")
+
+
+def test_something_reads_every_setting_of_a_training_and_of_a_key() -> None:
+    """By its name, as an attribute, in the packages; options of optimizers go to them as they are."""
+    read = {
+        node.attr
+        for folder in PACKAGES.values()
+        for path in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    configs = [
+        config
+        for module in (recipe, loop_settings, schedules, augment, api_keys)
+        for config in vars(module).values()
+        if isinstance(config, type)
+        and issubclass(config, StrictModel)
+        and config.__module__ == module.__name__
+        and not issubclass(config, loop_settings.OptimizerSettings)
+    ]
+    fields = {f"{config.__name__}.{name}" for config in configs for name in config.model_fields}
+    assert len(fields) > 60
+    assert {field for field in fields if field.rpartition(".")[2] not in read} == set()
 
 
 def test_a_decoder_can_reply_with_every_error_of_an_image() -> None:

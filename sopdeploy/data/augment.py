@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Annotated, Literal
+from typing import Annotated, Literal, assert_never
 
 import numpy as np
 import pydantic
@@ -189,8 +189,10 @@ class AugmentedDataset(FittedDataset):
                 for sample, random in zip(samples, randoms, strict=True)
             ]
             arrays = np.stack(crops)
-        else:
+        elif isinstance(augmentation, CenterCrop | PadCrop):
             arrays = self.fit(samples, self.preprocess)
+        else:
+            assert_never(augmentation)
 
         # Cut out a window of each, at a random place and perhaps mirrored.
         pad = 0

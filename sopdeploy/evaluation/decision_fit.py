@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.decision import (
+    ACCEPTS,
     Calibration,
     Decision,
     Estimate,
@@ -45,7 +46,7 @@ def fit_decision(
     targets: NDArray[np.int64],
     *,
     estimated_on: Estimate,
-    accepts: float = 0.95,
+    accepts: float = ACCEPTS,
     scalable: bool = True,
     groups: NDArray[np.integer] | None = None,
     unknown: Logits | None = None,

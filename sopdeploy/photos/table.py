@@ -87,7 +87,7 @@ SEPARATORS = re.compile(r"[|;]")
 MAX_TABLES = 20
 MAX_SAMPLED = 30
 MAX_SEARCHED = 2**24
-_TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml")
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml")
 VAL = "val"
 UNSPLIT = "all"  # the name of the only part if the images are not split
 
@@ -382,7 +382,7 @@ def find_other_table(images: Sequence[bytes], files: Iterable[Path]) -> Path | N
     tables = [
         path
         for path in files
-        if path.suffix.lower() in _TABLE_SUFFIXES and path.name != LABELS_FILE
+        if path.suffix.lower() in TABLE_SUFFIXES and path.name != LABELS_FILE
     ]
     sample = images[:: -(-len(images) // MAX_SAMPLED)] if images else []
     names = [PurePosixPath(os.fsdecode(path)) for path in sample]

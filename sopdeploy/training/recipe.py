@@ -16,6 +16,7 @@ import pydantic
 from sopdeploy.config import Count, FieldValues, PositiveRate, StrictModel, first_problem
 from sopdeploy.data.augment import BoxCrop
 from sopdeploy.data.sources import DataConfig, DataOptions, FolderConfig, HoldOut, OwnDataConfig
+from sopdeploy.decision import ACCEPTS
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel, entry
@@ -161,7 +162,7 @@ class RejectionConfig(StrictModel):
     `unknown` is a folder of images of no class, which test the rejection.
     """
 
-    accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.95
+    accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = ACCEPTS
     unknown: Path | None = None
 
 

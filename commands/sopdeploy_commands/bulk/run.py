@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import pydantic
 
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from sopdeploy_commands.bulk.classifier import BatchClassifier
     from sopdeploy_commands.bulk.on_ray import RayClassifier
     from sopdeploy_commands.bundles.predict import FilePrediction
+
+
+# The columns of a CSV file; a cell is empty where an image has no value.
+CsvRow = TypedDict(
+    "CsvRow", {"image": str, "class": str, "probability": str, "known": str, "error": str}
+)
 
 
 class Classified(StrictModel):
@@ -179,8 +185,8 @@ def _classify_to_csv(
         atomic_write(out) as partial,
         partial.open("w", encoding="utf-8-sig", newline="") as file,  # for spreadsheets
     ):
-        rows = csv.writer(file)
-        rows.writerow(("image", "class", "probability", "known", "error"))  # as `_csv_cells`
+        rows = csv.DictWriter(file, CsvRow.__annotations__)
+        rows.writeheader()
 
         # An image with an error gets its row, too; the others are classified.
         for done, image in enumerate(images, 1):
@@ -192,7 +198,7 @@ def _classify_to_csv(
                 prediction = FilePrediction(image=image.path, error=failure)
             if prediction.error is not None:
                 num_errors += 1
-            rows.writerow(_csv_cells(prediction, is_multi_label=is_multi_label))
+            rows.writerow(_csv_row(prediction, is_multi_label=is_multi_label))
             on_image(done, len(images))
 
     return Classified(
@@ -200,14 +206,20 @@ def _classify_to_csv(
     )
 
 
-def _csv_cells(prediction: "FilePrediction", *, is_multi_label: bool) -> tuple[str, ...]:
-    """Format name, classes, largest probability, known and error of one image; empty where it has none."""
+def _csv_row(prediction: "FilePrediction", *, is_multi_label: bool) -> CsvRow:
+    """Format the row of one image, with its classes and the largest probability."""
     ranked = prediction.classes if is_multi_label else prediction.classes[:1]
     labels = "; ".join(each.label for each in ranked)
     probability = f"{ranked[0].probability:.4f}" if ranked else ""
     known = "" if prediction.known is None else str(prediction.known).lower()
     problem = "" if prediction.error is None else prediction.error.detail
-    return _no_formula(prediction.image), _no_formula(labels), probability, known, problem
+    return {
+        "image": _no_formula(prediction.image),
+        "class": _no_formula(labels),
+        "probability": probability,
+        "known": known,
+        "error": problem,
+    }
 
 
 def _no_formula(text: str) -> str:

@@ -10,7 +10,7 @@ import pydantic
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import Options
-from sopdeploy.decision import Decision
+from sopdeploy.decision import ACCEPTS, Decision
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
@@ -30,7 +30,7 @@ class EvaluateOptions(Options):
     fit_decision: Path | None = None
     """Fit temperature and threshold for unknown images of a checkpoint to these images, and write a copy with
     them to this file; for several classes per image, a threshold per class."""
-    accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.95
+    accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = ACCEPTS
     """Fraction of images of known classes to accept as known, with the fitted threshold; 1 rejects none."""
     mirror: bool = False
     """Average the logits of each image and of its mirror image; a server answers for the image alone."""

@@ -16,8 +16,10 @@ from PIL import Image
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError, RuntimeUnavailableError
+from sopdeploy.http_api import Classes
 from sopdeploy.images.decode import decode
 from sopdeploy_commands.bulk import classifier, run
+from sopdeploy_commands.bulk.classifier import COLUMNS
 from sopdeploy_commands.bulk.options import ClassifyOptions
 from sopdeploy_commands.bulk.output import OutputFolder
 from sopdeploy_commands.bundles.predict import predict
@@ -58,6 +60,8 @@ def test_every_image_gets_one_row_that_equals_its_prediction(complete, photos, b
             expected = [entry.probability for entry in one.classes]
             assert row["probabilities"] == pytest.approx(expected, abs=1e-6)
             assert row["warnings"] == list(one.warnings)
+            for field in set(COLUMNS) & set(Classes.model_fields) - {"classes", "warnings"}:
+                assert row[field] == pytest.approx(getattr(one, field), abs=1e-6), field
     assert {position for position, row in enumerate(rows) if row["error"]} == BAD.keys()
     assert pq.read_table(complete).to_pylist() == rows  # of the whole folder
 

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import hashlib
 import itertools
+import math
 import os
 import socket
 import stat
@@ -211,7 +212,7 @@ def test_metrics_can_require_a_key(serve_with, keys) -> None:
 def test_the_rate_limit_counts_every_image_and_tells_when_to_retry(
     locked, keys, jpeg, monkeypatch
 ) -> None:
-    now = time.monotonic()
+    now = float(math.ceil(time.monotonic()))  # exact sums, whatever the uptime
     monkeypatch.setattr(api_keys, "time", SimpleNamespace(monotonic=lambda: now))
     mine = {"x-api-key": keys["four"]}
 
@@ -267,7 +268,7 @@ REFUSED = {  # path, headers, body: tokens that it costs
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_work_costs_tokens(serve_with, tmp_path, monkeypatch, case) -> None:
-    now = time.monotonic()
+    now = float(math.ceil(time.monotonic()))  # exact sums, whatever the uptime
     monkeypatch.setattr(api_keys, "time", SimpleNamespace(monotonic=lambda: now))
     secret = new_key(tmp_path / "keys.toml", "app", 1.0)
     client = serve_with(FakeRuntime(num_classes=7), keys=tmp_path / "keys.toml")
@@ -281,7 +282,7 @@ def test_refused_work_costs_tokens(serve_with, tmp_path, monkeypatch, case) -> N
 def test_a_key_without_tokens_is_not_served_until_it_has_paid_for_refused_work(
     serve_with, tmp_path, monkeypatch, jpeg
 ) -> None:
-    now = time.monotonic()
+    now = float(math.ceil(time.monotonic()))  # exact sums, whatever the uptime
     monkeypatch.setattr(api_keys, "time", SimpleNamespace(monotonic=lambda: now))
     secret = new_key(tmp_path / "keys.toml", "app", 1.0)
     text = (tmp_path / "keys.toml").read_text()

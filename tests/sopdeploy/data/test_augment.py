@@ -1,6 +1,7 @@
 """Augmentation: functions of seed, epoch and sample, whatever the image, the order and the workers."""
 
 from random import Random
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sopdeploy.data.augment import (
+    Augmentation,
     AugmentedDataset,
     CenterCrop,
     PadCrop,
@@ -32,6 +34,11 @@ SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
 def images(count: int = 12) -> ArrayImages:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 30, 20, 3), dtype=np.uint8)
     return ArrayImages(("a", "b"), pixels, np.arange(count) % 2)
+
+
+def test_every_augmentation_is_tested() -> None:
+    union, _ = get_args(Augmentation)
+    assert {type(crop) for crop in CROPS} == set(get_args(union))
 
 
 @pytest.mark.parametrize("crop", CROPS, ids=str)

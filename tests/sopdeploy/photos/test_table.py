@@ -1,5 +1,6 @@
 """`labels.csv`: images with any number of classes, their split, and one line for everything that is wrong."""
 
+import fnmatch
 import json
 import os
 import shutil
@@ -17,7 +18,9 @@ from sopdeploy.photos.check import check_data
 from sopdeploy.photos.copies import group_photographs
 from sopdeploy.photos.files import FOLDERS
 from sopdeploy.photos.folder import open_evaluation_images, open_folder
+from sopdeploy.photos.label_tools import NUMBERED
 from sopdeploy.photos.split import choose_held_out, divide
+from sopdeploy.photos.table import EXPORTS, TABLE_SUFFIXES
 from tests.support.counted import counted
 from tests.support.two_objects import CLASSES, draw_scenes
 
@@ -592,6 +595,13 @@ TOOLS: dict[str, tuple[str, str]] = {
     "CVAT": ("labels.csv", "file,classes\nimages/train/a.png,cat\nimages/b.png,dog\nd,dog\n"),
     "makesense": ("labels.csv", "file,classes\na.png,cat\nb.png,dog\nd.png,dog\n"),
 }  # fmt: skip
+
+
+def test_every_kind_of_export_is_tested_and_counts_as_a_table() -> None:
+    examples = {*EXPORTED, *(name for name, _ in TOOLS.values()), "train.csv"}
+    kinds = {*EXPORTS, *NUMBERED}
+    assert {kind for kind in kinds if not fnmatch.filter(examples, kind)} == set()
+    assert {Path(kind).suffix for kind in kinds} <= {*TABLE_SUFFIXES}
 
 
 @pytest.mark.parametrize("tool", TOOLS)
