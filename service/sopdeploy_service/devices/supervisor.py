@@ -465,7 +465,7 @@ class Supervisor:
         self._close_control(process)
 
     def _accept(self) -> None:
-        """Pass a waiting connection to the least loaded process that takes it; refuse it if there is none."""
+        """Pass a waiting connection to the least loaded process that takes it; refuse it if no process serves."""
         serving = [
             process
             for process in self._servers
@@ -497,8 +497,8 @@ class Supervisor:
 
         # Pass it on.
         with connection:
-            # Among processes with as many open connections, in turn: the one with the fewest so
-            # far.
+            # First the process with the fewest open connections; of several, the one that has got
+            # the fewest so far.
             for process in sorted(accepting, key=lambda process: (process.load, process.sent)):
                 if process.send(control.CLIENT, b"", connection.fileno()):
                     process.sent += 1

@@ -126,8 +126,8 @@ def plan_children(budget: int, max_children: int, max_pixels: int) -> Plan:
     """Divide *budget* bytes among children for light images and at least one child for large ones.
 
     There are at most *max_children* of each kind. Each light child gets `LIGHT_MEMORY`; the
-    others share the rest, up to the need of *max_pixels*. Of 1000 MiB, 4 light ones get 80 MiB each and one for large images gets 640,
-    each beside 8 MiB of its own.
+    others share the rest, up to the need of *max_pixels*. Of 1000 MiB, 4 light ones get 80 MiB
+    each and one for large images gets 640, each beside 8 MiB of its own.
     """
     # Give light children what they need, and leave enough for one for large images.
     light_bytes = LIGHT_MEMORY + OWN_MEMORY  # of one child
