@@ -104,15 +104,17 @@ def serve(
         return 0
     from sopdeploy_service.server.process import run_server
 
+    # A server that keeps photographs says when they suffice for a first comparison.
     if loaded.keep is not None and loaded.keep_sample > 0:
         rate = loaded.keep_sample
         sample = f"about {1000 * rate:.4g} of 1,000 photographs are the uniform sample (keep_sample={rate:g})"
         needed = f"about {COMPARED} of it, from {math.ceil(COMPARED / rate):,} photographs"
         err.print(plain_text(f"keep: {sample}; compare needs {needed}"))
 
+    # The server runs an event loop of its own in this thread, which must not have one.
     try:
         asyncio.get_running_loop()
-    except RuntimeError:  # no event loop runs in this thread, as it should be
+    except RuntimeError:  # none runs
         return run_server(sources, loaded)
     reason = "an event loop runs in this thread, as in a notebook"
     raise ConfigError(f"serve: {reason}; run the command in another process")

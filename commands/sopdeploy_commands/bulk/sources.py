@@ -203,8 +203,9 @@ def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
             if archive.offset <= member.offset:
                 raise ValueError(f"an entry of {member.size} bytes")
 
-            # A file with holes does not have its bytes in one place.
             parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
+
+            # A file with holes does not have its bytes in one place.
             is_sparse = member.sparse is not None
             is_whole = member.isreg() and not is_sparse
             read = partial(_read_member_head, file, member) if is_whole else bytes

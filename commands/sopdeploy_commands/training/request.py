@@ -143,8 +143,8 @@ class TrainOptions(Options):
         if self.weights is None or self.weights in NO_FILES:  # the same for every network
             return dict.fromkeys(names, self.weights)
 
-        # A folder has a file for each network, which it names; a list has them in the order of
-        # the networks.
+        # The files in a folder are named like the networks; those of a list are in the order of the
+        # networks.
         if (folder := expand_user(self.weights)).is_dir():
             by_stem = {path.stem: str(path) for path in sorted(folder.iterdir())}
             by_network = {name: by_stem.get(file_stem(name)) for name in names}

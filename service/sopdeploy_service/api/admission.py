@@ -413,9 +413,8 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
 
     if context.headers.get("content-encoding", "").strip().lower() not in NO_CODING:
         raise RejectedError(ENCODED)
-    announced_bytes = int(
-        context.headers.get("content-length", "0")
-    )  # a chunked body has no length
+    # A chunked body announces no length.
+    announced_bytes = int(context.headers.get("content-length", "0"))
 
     pieces: list[bytes] = []
     # Seconds by which the body may still fall behind the minimum rate

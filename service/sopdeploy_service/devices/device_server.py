@@ -127,9 +127,9 @@ class DeviceServer(DrainingServer):
 
         self._report()
 
-    def _use_keys(self, number: int, keys: int, states: int) -> None:
-        """Accept the keys in the file *keys*, whose limits are in the memory *states*."""
-        self._app.state.keys.replace(read_keys(keys), map_states(states))
+    def _use_keys(self, number: int, keys_file: int, limits_file: int) -> None:
+        """Accept the keys with *number* in *keys_file*; the states of their limits are in *limits_file*."""
+        self._app.state.keys.replace(read_keys(keys_file), map_states(limits_file))
         self._keys_number = number
 
     async def _reload_keys(self) -> None:

@@ -458,7 +458,7 @@ class Supervisor:
         self._close_control(process)
 
     def _pass_on(self) -> None:
-        """Pass connections that wait to the least loaded process that takes them; refuse them if there is none."""
+        """Pass connections that wait to the least loaded process that takes them; refuse them if no process serves."""
         while self._arrivals:
             serving = [
                 process
@@ -481,8 +481,8 @@ class Supervisor:
                 start_task(self._refusals, self._refuse(connection))
                 continue
 
-            # Among processes with as many open connections, in turn: the one with the fewest so
-            # far.
+            # First the process with the fewest open connections; of several, the one that has
+            # got the fewest so far.
             with connection:
                 for process in sorted(
                     accepting, key=lambda process: (process.load, process.sent)

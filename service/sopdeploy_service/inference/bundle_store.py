@@ -76,7 +76,7 @@ def find_bundles(
     """
     bundles: dict[str, Bundle] = {}
     for chosen_name, source in map(_parse_source, sources):
-        # Every process then serves the same bundle, even if the link changes.
+        # A link is followed once: manifest and files are then those of one bundle, even if it moves.
         path = note_meaning(source)
 
         # In a folder of bundles, each project is a name.

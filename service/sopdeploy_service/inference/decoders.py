@@ -122,30 +122,30 @@ def decode_budget(settings: Settings, at_rest: int, num_processes: int = 1) -> i
     return (int(memory_limit() * USED_SHARE) - at_rest - uploads) // num_processes
 
 
-def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
-    """Divide *budget* bytes among up to *decoders* children for light images and at least one for large ones.
+def plan_children(budget: int, max_children: int, max_pixels: int) -> Plan:
+    """Divide *budget* bytes among children for light images and at least one child for large ones.
 
-    Each light child gets `LIGHT_MEMORY`; the others share the rest, up to the need of
-    *max_pixels*. Of 1000 MiB, 4 light ones get 80 MiB each and one for large images gets 640,
-    each beside 8 MiB of its own.
+    There are at most *max_children* of each kind. Each light child gets `LIGHT_MEMORY`; the
+    others share the rest, up to the need of *max_pixels*. Of 1000 MiB, 4 light ones get 80 MiB
+    each and one for large images gets 640, each beside 8 MiB of its own.
     """
     # Give light children what they need, and leave enough for one for large images.
     light_bytes = LIGHT_MEMORY + OWN_MEMORY  # of one child
-    light = max(1, min(decoders, budget // light_bytes - 1))
+    light = max(1, min(max_children, budget // light_bytes - 1))
     rest = budget - light * light_bytes
 
     # Divide the rest among the children for large images.
-    large = max(1, min(decoders, rest // (LARGE_MEMORY + OWN_MEMORY)))
+    large = max(1, min(max_children, rest // (LARGE_MEMORY + OWN_MEMORY)))
     largest_need = max_pixels * PIXEL_BYTES  # of any image
     # At least `LIGHT_MEMORY`: even if *max_pixels* is small, the file of an image can be large.
     large_memory = max(LIGHT_MEMORY, min(rest // large - OWN_MEMORY, largest_need))
 
     # Warn if there is too little memory for all children, or for a photo of a phone (10 megapixels).
     usual_need = min(LARGE_MEMORY // 2, largest_need)
-    if light < decoders or large_memory < usual_need:
+    if light < max_children or large_memory < usual_need:
         log.warning(
             "the memory suffices for %d of %d decoders, and for large images that need %d MB",
-            light, decoders, large_memory // 10**6,
+            light, max_children, large_memory // 10**6,
         )  # fmt: skip
     return Plan(light, large, large_memory)
 

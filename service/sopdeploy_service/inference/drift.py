@@ -399,14 +399,15 @@ def delete_unneeded(traffic: Traffic, keep_seconds: float) -> None:
 
 
 def find_labelled(blocks: Sequence[Block], folder: Path | None) -> list[NDArray[np.bool_]]:
-    """Return, for each of *blocks*, the mask of the answers whose photographs were labelled.
+    """Return, for each of *blocks*, the mask of the answers whose photographs count as labelled.
 
-    A labelled photograph was kept in *folder* and is not there any more; it may have been
-    trained on. Its near-duplicates count like it. Letters: N answers of a block, L labelled
-    photographs.
+    These were kept in *folder* to be trained on and are not there any more, and their
+    near-duplicates. Letters: N answers of a block, L labelled photographs.
     """
     if folder is None or not blocks:
         return [np.zeros(len(block.identities), np.bool_) for block in blocks]
+
+    # What still has a record in the folder waits for its label.
     waiting = [path.stem for path in folder.iterdir() if path.suffix == ".json"]
     labelled_hashes = np.concatenate(
         [

@@ -89,24 +89,25 @@ class Uploads:
         for other in self._bodies:
             sizes[other.client] += other.num_bytes
 
-        # A body that has arrived stays until it is answered.
+        # Only bodies that are still arriving can leave: one that has arrived is being answered.
         now = time.monotonic()
         leaving = []
         arriving = {one for one in self._bodies if one.timer is not None and one.num_bytes}
 
+        # Of the client with most bytes, if it has more than this one, the slowest body leaves.
         while excess > 0:
-            largest = max(
+            slowest = max(
                 (one for one in arriving if sizes[one.client] > sizes[body.client]),
                 key=lambda one: (sizes[one.client], -one.rate(now)),
                 default=None,
             )
 
-            if largest is None:
+            if slowest is None:
                 raise RejectedError(UPLOADS_FULL)
-            arriving.discard(largest)
-            leaving.append(largest)
-            sizes[largest.client] -= largest.num_bytes
-            excess -= largest.num_bytes
+            arriving.discard(slowest)
+            leaving.append(slowest)
+            sizes[slowest.client] -= slowest.num_bytes
+            excess -= slowest.num_bytes
         return leaving
 
     def _remove(self, body: Body) -> None:

@@ -350,7 +350,7 @@ def _open_session(
     """Return a session on *provider* with the tensors of the manifest, or raise `RuntimeUnavailableError`.
 
     onnxruntime adds the CPU to a session on a GPU; only operators that compute shapes may run
-    there.
+    there. *like* is an earlier session of the graph, as in `open_graph`.
     """
     # The package here must have the provider.
     version = onnxruntime.__version__

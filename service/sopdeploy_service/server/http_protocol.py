@@ -540,8 +540,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _reject(self, reason: HttpError) -> None:
         """Respond with *reason*, and close.
 
-        A response that has begun, or that is to an earlier request, ends instead; it is the last
-        one.
+        A response that has begun, or that is to an earlier request, is completed instead, as the
+        last one.
         """
         if self.transport.is_closing():
             return

@@ -69,7 +69,7 @@ class Receiver:
         self._loop.add_reader(self._end, self._receive_next)
 
     def _receive_next(self) -> None:
-        """Receive the photograph that waits; after one too many, pause."""
+        """Receive the photograph that waits; if there are no tokens for it, drop it and pause."""
         # Receive the file descriptor of one photograph.
         try:
             message, files, _, _ = socket.recv_fds(self._end, len(b"photo"), 1)

@@ -144,7 +144,7 @@ async def guard(
     request: Request,
     call_next: RequestResponseEndpoint,
 ) -> Response:
-    """Remove the prefix `root_path` from the path of a request, then refuse or handle it; limit its body in time."""
+    """Refuse a request, also one whose body is slow, or handle it without the prefix `root_path` of its path."""
     full_path = request.scope["path"]
     root_path = settings.root_path
     request.scope["path"] = without_prefix(full_path, root_path)

@@ -111,8 +111,8 @@ class LabelFolders:
         is no folder or holds only folders, or if *photos* has its classes in a folder `train/`
         or in a table, as `find_table` tells.
         """
-        # Absolute, but through the links that the user named: the siblings have the names that
-        # commands get.
+        # The path is absolute, but its links stay: the two folders beside it are named like the
+        # folder that the user gave.
         self.kept = expand_user(kept)
         self.photos = Path(os.path.abspath(expand_user(photos)))  # noqa: PTH100
 
@@ -139,7 +139,7 @@ class LabelFolders:
 
         self.steps: list[LabelStep] = []
         self.suggestions = Suggestions(embed)
-        # Those skipped in this session; kept ones have a file `ID.skipped`.
+        # The ids of those skipped in this session; a kept photograph gets a file `ID.skipped`.
         self._skipped_of_heap: set[str] = set()
         # Near hashes of the uniform sample, which `label` compares
         self._sampled: set[int] = set()
@@ -188,11 +188,11 @@ class LabelFolders:
         # photographs of an object come last, and every second one is of the sample.
         repeated = find_repeated(others)
         others = sorted(order_records(others), key=lambda photo: photo.path.name in repeated)
-        is_reported = [photo for photo in others if "reported" in photo.record.reasons]
+        reported = [photo for photo in others if "reported" in photo.record.reasons]
         rest = [photo for photo in others if "reported" not in photo.record.reasons]
         for number, photo in enumerate(samples):  # beyond the end of *rest*, `insert` appends
             rest.insert(SAMPLE_EVERY * number, photo)
-        queue = [*is_reported, *rest]
+        queue = [*reported, *rest]
 
         # The photographs of a heap come last.
         images, unused = list_heap(self.kept)
