@@ -399,7 +399,8 @@ def _send_list(
     else:
         return _parse_results(response, result_type, len(bodies))
 
-    # Each half again; an image that is too large alone leaves the others their results.
+    # Send each half again. An image that is too large alone gets an error as its result, and the
+    # others get theirs.
     results: list[Result] = []
     middle = len(bodies) // 2
     for half in (bodies[:middle], bodies[middle:]):

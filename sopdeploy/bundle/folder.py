@@ -260,7 +260,10 @@ def _rename_sealed(folder: Path, target: Path) -> bool:
 
 
 def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> Manifest:
-    """Read the bundle *target*; raise `BundleError` unless it has *manifest*; unsigned, of any time."""
+    """Read the bundle *target* and return its manifest; raise `BundleError` unless it is *manifest*.
+
+    Unless it *is_signed*, the time of the export may differ.
+    """
     manifest_here = open_bundle(target, with_graph=False).manifest
 
     if not manifest_here.has_content_of(manifest):
@@ -277,10 +280,10 @@ def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> M
 
 
 def follow_link(path: Path) -> Path:
-    """Return the bundle that *path* means now: of a link, where it leads; of `latest`, the live one.
+    """Return the bundle that *path* means now: for a link, where it leads; for `latest`, the live bundle.
 
-    `latest` leads to the last export, which `promote` may have refused. Where it has recorded a
-    live bundle of the same project beside this link, that one is meant.
+    `latest` leads to the last export, which `promote` may have refused. If `promote` has recorded
+    a live bundle of the same project beside this link, that one is meant.
     """
     if not path.is_symlink():
         return path

@@ -109,6 +109,7 @@ def measure_image(pixels: Pixels) -> NDArray[np.float32]:
         differences = np.abs(np.diff(coarse, axis=0)).mean() + np.abs(np.diff(coarse)).mean()
         details.append(math.log(float(differences) + 1.0))
 
+    # Light, contrast, border against middle, three of color, dark and bright parts, details.
     colorfulness = (values.max(axis=2) - values.min(axis=2)).mean()
     return np.asarray(
         [

@@ -64,7 +64,10 @@ class Rule(NamedTuple):
         return -min(0.99, self.tolerance / 100 * 2.0**-halvings)
 
     def bound(self, counts: Counts) -> Bound:
-        """Bound the difference of *counts*: `score_statistic` rejects the ones below at this level."""
+        """Bound the difference of *counts*: `score_statistic` rejects differences below `low` at this level.
+
+        With fewer than `MIN_IMAGES`, nothing is rejected.
+        """
         if counts.images < MIN_IMAGES:
             return Bound(counts.difference, -1.0, self.limit(counts.images))
 

@@ -142,7 +142,7 @@ def _below_class(file: PurePosixPath) -> str:
 
 
 def _is_mask(root: Path, photograph: bytes, other: bytes) -> bool:
-    """Tell whether *other* has few values, and *photograph* many in the same proportions."""
+    """Tell whether *other* has few values, and *photograph* has many and the same proportions."""
     try:
         pixels = _read(root, other)
         if not _has_few_values(pixels):

@@ -594,9 +594,9 @@ def _name_all(first: DataError, errors: Sequence[str]) -> DataError:
 def leave_out_unreadable(split: Split, first: DataError) -> Split:
     """Leave the damaged and missing images of *split* out; its note names them.
 
-    *first* is the error of the image that was met first. Raises *first* if all images can be read. Raises an error that names all unusable images if
-    they are too many (`MAX_DAMAGED`, `MANY_DAMAGED`), or if too few images remain of a class, or
-    no held-out ones.
+    *first* is the error of the image that was met first; it is raised if all images can be read.
+    Raises an error that names all unusable images if they are too many (`MAX_DAMAGED`,
+    `MANY_DAMAGED`), or if too few images remain of a class, or no held-out ones.
     """
     found = list[LeftOut]()
     errors = list[str]()
