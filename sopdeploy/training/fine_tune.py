@@ -53,7 +53,7 @@ def fit_fine_tune(
 
     *last* resumes a run. Without enough held-out images to decide, nothing is fine-tuned.
     Returns the fit and the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a
-    stop signal, `TrainingError` if a loss is not finite, and `DataError` for images that cannot
+    stop signal, `TrainingError` if a value is not finite, and `DataError` for images that cannot
     be used.
     """
     if last is None:

@@ -342,7 +342,10 @@ def change_recipe(
 
 
 def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) -> None:
-    """Scale `resize` if `crop` is *changed* without it, and both had values *before*."""
+    """Scale `resize` with `crop`, if `crop` alone is *changed*.
+
+    *before* is the table `preprocess` before the changes, which must have both values.
+    """
     if (
         "preprocess.crop" not in changed
         or "preprocess.resize" in changed
