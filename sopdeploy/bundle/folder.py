@@ -562,7 +562,8 @@ BundleReader = Callable[[Path, Manifest], Bundle]
 def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedBundle]:
     """List the bundles in *folder*, the last export first, and say which one of each project is served.
 
-    That is the live one, if there is one, otherwise the first complete one that was not refused.
+    The live bundle of a project is served or, without one, its first complete bundle that was not
+    refused.
     Every manifest is read once. *read* reads all files of the bundles that are served, by
     default `read_files` without the graph. Raises `ConfigError` for a log of promotions that
     cannot be read.

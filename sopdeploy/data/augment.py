@@ -226,7 +226,11 @@ def _crop_box(
     rules: Preprocess,
     random: Random,
 ) -> NDArray[np.uint8]:
-    """Crop a random box of an image and resize it; the size in the header determines the box."""
+    """Crop a random box of an image and resize it.
+
+    With the fit "crop", the box is chosen by the size in the header of the file. Otherwise it is a
+    box of the square that evaluation sees.
+    """
     size = (rules.crop, rules.crop)
 
     def choose_view(image_size: tuple[int, int]) -> View:

@@ -131,8 +131,9 @@ def new_class_interval(
     """Compute the 95 % interval of the rejected share of a new class, from that of each class left out.
 
     *is_rejected_N* tells which images are rejected while their class, *targets* (N,), is left
-    out. The interval is Student's prediction interval of one more class, and at least Wilson's interval with as
-    many trials as classes: two or three equal shares say little about the next one.
+    out. The interval is Student's prediction interval of one more class. It contains Wilson's
+    interval with as many trials as classes, because two or three equal shares say little about
+    the next one.
     """
     from scipy.special import stdtrit  # noqa: PLC0415 # SciPy takes a quarter of a second
 
@@ -209,7 +210,7 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tupl
 
     The logit of the best threshold is multiplied by n / (n + PRIOR_IMAGES), where n images show
     the class: few images determine it only roughly, so the threshold moves towards 0.5. It is
-    0.5 if none or all do.
+    0.5 if no image or every image shows the class.
     """
     thresholds = []
 
@@ -246,8 +247,8 @@ def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
 def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     """Say that *rule* rejects few unknown images, or clearly fewer than *before*; empty if neither holds.
 
-    "Few" is less than `MIN_RECOGNIZED` of the images that test the threshold, "clearly" a 95 % interval
-    below the other.
+    "Few" is less than `MIN_RECOGNIZED` of the images that test the threshold. "Clearly" means that
+    the 95 % interval of *rule* is below that of *before*.
     """
     now = _recognition_rate(rule)
     earlier = _recognition_rate(before)

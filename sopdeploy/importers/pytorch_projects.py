@@ -180,7 +180,7 @@ def find_conv5_stride(file: WeightFile, depth: int) -> int | None:
 def detect_pooling(renamed: WeightFile, channels: int, length: int) -> FieldValues:
     """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers.
 
-    *renamed* has our tensor names. Raises `WeightsError` if there is none.
+    *renamed* has our tensor names. Raises `WeightsError` if no supported pooling does.
     """
     reduction = renamed.tensors.get("pooling.layer_reduce.weight")
     width = channels if reduction is None else len(reduction)

@@ -76,10 +76,10 @@ def _find_masks(root: Path, images: Mapping[str, Sequence[bytes]]) -> set[bytes]
 def _propose_masks(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]]:
     """Yield the pairs of each kind of images that may be masks, by their names.
 
-    One kind are
+    These are of one kind:
 
     - the images of equally named folders in all classes,
-    - images whose names are those of others and the same text, or
+    - images with the names of others and one added text, such as `_mask`,
     - the images of a folder at the top.
     """
     kinds = defaultdict[tuple[str, str], list[Pair]](list)

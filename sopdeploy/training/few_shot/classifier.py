@@ -647,14 +647,15 @@ def estimate_score(
     groups_N: Indices,
     folds: int = 0,
 ) -> Rate | MeanPrecision:
-    """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval, of independent *groups_N*.
+    """Compute top-1 with Wilson's interval or, with several classes per image, mAP with a bootstrap interval.
 
-    *folds* is the number of folds of a cross-validation, or 0 for held-out images; *seed* is that
-    of the bootstrap. The heads of
-    a cross-validation share most of their training images, so the interval of top-1 is widened:
-    Nadeau and Bengio, "Inference for the Generalization Error" (2003), section 3. Of a class
-    with fewer groups than `MIN_FOLDS`, each head lacks one of few; the network, fitted to all,
-    errs less than these heads. The upper end allows for this.
+    Images of different groups, *groups_N*, are independent. *folds* is the number of folds of a
+    cross-validation, or 0 for held-out images; *seed* is that of the bootstrap.
+
+    The heads of a cross-validation share most of their training images, so the interval of top-1
+    is widened: Nadeau and Bengio, "Inference for the Generalization Error" (2003), section 3. If
+    a class has fewer groups than `MIN_FOLDS`, a head that lacks one of them errs more than
+    the network, which is fitted to all. The upper end allows for this.
     """
     if activation == "sigmoid":
         return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)
@@ -666,7 +667,8 @@ def estimate_score(
     units = effective_count(groups_N) / variance_factor
     rate = Rate.of(int(right.sum()), len(right), units)
 
-    # With G groups of a class, the network has ((G - 1) / G)^LEARNING of the errors.
+    # In a class of G groups, the network is expected to make ((G - 1) / G)^LEARNING of the errors
+    # of the heads.
     highest_share = rate.share
     if folds > 0:
         num_groups_K = np.asarray(

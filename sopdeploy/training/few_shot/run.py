@@ -379,8 +379,8 @@ def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
 def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
     """Select the images (N,) that are like new photographs: those that no server kept.
 
-    Of photographs that a server kept, fewer are known and fewer are classified correctly. They are
-    selected, too:
+    Photographs that a server kept are more often unknown or classified wrongly than new ones. They
+    are selected, too:
 
     - in a class that has no others,
     - if fewer than `MIN_COSINES` are not kept, which are too few for a threshold,
@@ -505,11 +505,11 @@ def _describe(
 def _score_without_doubted(
     found: CrossValidation, is_doubted_N: NDArray[np.bool_], label_logits: Array
 ) -> tuple[float, float] | None:
-    """Compute the accuracy on the judged images without those whose label *is_doubted_N*.
+    """Compute two accuracies on the judged images whose labels are not doubted, the lower one first.
 
-    Returns two accuracies, the lower one first. One is of the classifiers that were fitted to the
-    doubted labels, too, as the network is; the other of those of *label_logits*, which were not.
-    None if no label is doubted, or all are.
+    One is that of the classifiers that were fitted to the doubted labels, too, as the network is.
+    The other is that of the classifiers of *label_logits*, which were not. None if no label is
+    doubted, or all are.
     """
     kept = found.judged[~is_doubted_N[found.judged]]
     if not is_doubted_N.any() or not len(kept):
@@ -523,10 +523,11 @@ def _score_without_doubted(
 def _find_confused(
     found: CrossValidation, labels: tuple[str, ...]
 ) -> tuple[tuple[str, str], ...]:
-    """Find the pairs of classes that are predicted as each other as by chance.
+    """Find the pairs of classes that the network tells apart hardly better than by chance.
 
-    Only images that are predicted as one of the two classes count. Of these, each class has at
-    least the share `CHANCE`, and at least `MIN_CONFUSED`, that are predicted as the other one.
+    Only the images of the two classes that are predicted as one of them count. In each class, at
+    least the share `CHANCE` of these, and at least `MIN_CONFUSED`, are predicted as the other
+    class.
     """
     classes = found.problem.targets.strata[found.judged]
     predicted = found.logits[found.judged].argmax(axis=1)
