@@ -312,7 +312,7 @@ class Client:
         params: Mapping[str, str | float | None],
         timeout: float | None,
     ) -> Result | list[Result]:
-        """Send *image* as the body, or a list as a form; return its result, or a list of results."""
+        """Send one *image* as the body, or a list of images as a form; return a result, or a list of them."""
         is_list = isinstance(image, list | tuple)
         images: Any = image if is_list else [image]
         bodies = encode_images(images)
@@ -453,10 +453,14 @@ def retry_after(response: httpx.Response) -> float:
 
 
 def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
-    """Send *request*, read the response, decode its content; raises `ServiceError` for what is not ours."""
+    """Send *request*, read the response and decode its content.
+
+    Raises `ServiceError` for a response that no server of ours sends, `UnreachableError` for one
+    that breaks off, and `httpx.RequestError` if there is no response to this request.
+    """
     # The answer must be that of this request, and come after it.
     response = client.send(request, stream=True)
-    if is_early(response):  # it answers something else
+    if is_early(response):
         response.close()
         raise httpx.RemoteProtocolError("an answer came before its request", request=request)
 

@@ -129,7 +129,7 @@ def _select_best(
 
 
 def _list_changes() -> _Images:
-    """List the matrices (C, 2, 2) from the middle of an image to the image, mirrored and not."""
+    """List the matrices (C, 2, 2) that turn, zoom and squash the middle of an image, mirrored and not."""
     changes = []
     for mirror in (1, -1):
         for degrees in TURNS:
@@ -330,7 +330,10 @@ def _smooth(images: _Images, num_samples: int) -> _Images:
 def _sample(
     images: _Images, chosen: NDArray[np.intp], points: NDArray[Any]
 ) -> tuple[_Images, NDArray[np.bool_]]:
-    """Interpolate *images* (N, S, S) at *points* (P, K, 2) of the *chosen* (P,); tell which are inside."""
+    """Interpolate *images* (N, S, S) at *points* (P, K, 2), K in each image of the indices *chosen* (P,).
+
+    Also tells which points (P, K) are inside of their image.
+    """
     side = images.shape[1]
     is_inside = ((points > -0.5) & (points < side - 0.5)).all(axis=2)
     points = points.clip(0, side - 1.001)

@@ -325,7 +325,10 @@ class CachedNetwork:
             yield loaded, cast(list[Entry], loaded.entries)
 
     def _compute(self, pixels: Tensor) -> list[Entry]:
-        """Compute the entries of *pixels* (B, H, W, 3) in a full batch: its size decides the last bits."""
+        """Compute the entries of *pixels* (B, H, W, 3) in a full batch.
+
+        The size of a batch decides the last bits of the outputs.
+        """
         # Of fewer images than a batch, the last one is repeated.
         positions = torch.arange(self.batch_size).clamp(max=len(pixels) - 1)
         own, maps = self.network.head_inputs(self.normalize(pixels[positions].to(self.device)))

@@ -142,7 +142,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
 
         try:
             found = cross_validate(recipe, setup.model, images, on_progress)
-            # Otherwise, `set_up_run` has read the files and warned.
+            # If the hashes of the files are known, `set_up_run` has warned already.
             if not len(setup.file_hashes):
                 warn_of_equal_files(
                     images, setup.data.held_out, found.features.file_hashes, callback
@@ -167,7 +167,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
                 doubts = find_label_doubts(label_logits, images.targets.astype(np.int64))
                 is_doubted_N = doubts.listed
 
-            signals.exchange()  # since the last progress
+            signals.exchange()  # for a signal since the last progress
         except TrainingStoppedError as stop:
             stop.message = "stopped before the first checkpoint; start the same command again"
             raise
@@ -351,8 +351,8 @@ def _choose_judged(
 ) -> Indices:
     """Choose the images that the score counts: of each typical photograph, the copy with the most pixels.
 
-    Images of a class that is one group do not count: the classifiers that predict them were
-    fitted to no image of the class.
+    With one class per image, images of a class that is one group do not count: the classifiers
+    that predict them were fitted to no image of the class.
     """
     # The largest image of each group of copies. Only groups of several are opened.
     _, largest_G = np.unique(copies_N, return_index=True)
@@ -475,7 +475,8 @@ def _describe(
         and max(counts.values()) > UNEVEN * max(1, min(counts.values())),
         num_images=len(images),
         left_out=tuple(map(str, setup.data.left_out)),
-        num_selected=int((~select_typical(images)).sum()),  # by a server
+        # Photographs that a server kept; they do not count as typical.
+        num_selected=int((~select_typical(images)).sum()),
         num_doubted=int(is_doubted_N.sum()),
         without_doubted=None
         if label_logits is None or len(setup.data.held_out)
