@@ -225,7 +225,10 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tupl
 
 
 def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
-    """Return the logit with the largest F1 of *scores* (N,) for *true* (N,), half-way between two of them."""
+    """Return the threshold, as a logit, with the largest F1 of *scores* (N,) for *true* (N,).
+
+    It is half-way between the logits of two scores.
+    """
     from sklearn.metrics import precision_recall_curve  # noqa: PLC0415  # its import takes a second
 
     # Precision and recall at each distinct score, ascending.

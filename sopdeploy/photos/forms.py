@@ -191,10 +191,11 @@ def _propose_forms(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]
 
 
 def _worse_form(root: Path, pairs: Sequence[Pair]) -> int:
-    """Return 1 or 2, which of *pairs* shows the same pictures with fewer pixels or less color, or 0.
+    """Return which form of *pairs* is the worse one, 1 or 2; 0 if they do not show the same pictures.
 
-    The pictures are the same if each is most like its namesake. Otherwise these folders hold
-    different photographs with the same numbers, such as those of two days.
+    The worse form has fewer pixels or, with as many, less color; of equal forms, it is 2. The
+    pictures are the same if each is most like its namesake. Otherwise these folders hold different
+    photographs with the same numbers, such as those of two days.
     """
     if len(pairs) < FORMS_READ:
         return 0

@@ -103,7 +103,8 @@ class Targets:
         num_groups = int(groups_N.max()) + 1
         if num_groups == 1:
             raise DataError(
-                "all training images are copies of one photograph; cross-validation needs different images"
+                "all training images are one group, such as a clip or copies of one photograph; "
+                "cross-validation needs different images"
             )
 
         # How many groups each stratum has: each pair of both counts once.
@@ -321,11 +322,12 @@ class Scaling(NamedTuple):
     def fit(
         cls, validations: Sequence[OutOfFold], targets: Targets, *, has_margins: bool = False
     ) -> "Scaling":
-        """Fit the logits of V cross-validations; with "softmax", all classes have equal weights in the loss.
+        """Fit temperature, excess and margins to V cross-validations.
 
-        Images whose class is absent from their head tell nothing. The targets are smoothed by 1
-        / (N + 2), the rule of succession: without errors, the temperature would otherwise be 0.
-        The margins are 0 unless *has_margins*.
+        With "softmax", all classes have equal weights in the loss, and an image whose class is
+        absent from the head that predicts it has the weight 0. The targets are smoothed by 1 / (N +
+        2), the rule of succession: without errors, the temperature would otherwise be 0. The
+        margins are 0 unless *has_margins*.
         """
         classes_NK = targets.classes
         wrong = 1 / (len(targets.classes) + 2)

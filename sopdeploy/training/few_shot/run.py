@@ -249,8 +249,8 @@ def cross_validate(
 ) -> CrossValidation:
     """Cross-validate classifiers on the features of *images* by *model*, the network of *recipe*.
 
-    *on_progress* receives (step, done, total). Raises `DataError` if all images are one group
-    of copies.
+    *on_progress* receives (step, done, total). Raises `DataError` if all images are one group, such
+    as a clip or copies of one photograph.
     """
     config: Any = recipe.procedure
     name = recipe.model.name
