@@ -87,7 +87,8 @@ class Rule(NamedTuple):
     def labels_to_pass(self, counts: Counts) -> int | None:
         """Estimate how many more labels let a bundle pass in 80 % of cases if the shares stay.
 
-        None if `MAX_IMAGES` are not enough, as for one that is worse: the tolerance shrinks.
+        None if `MAX_IMAGES` are not enough. They may never be for a bundle that is worse, because
+        the tolerance shrinks with the number of images.
         """
         # The variance of 1 for a win, -1 for a loss and 0 otherwise, which is never 0.
         variance = (counts.wins + counts.losses + 1) / (counts.images + 2)
