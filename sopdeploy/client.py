@@ -196,6 +196,7 @@ class Client:
         replaces that of the client. Raises `ServiceError` if the server rejects the request or
         its only image, `OverloadedError` if it is overloaded, `UnreachableError` without a
         response in time, and `DataError` for what is no image.
+
         Arrays are (H, W, 3), (H, W, 4) or (H, W); a PIL image is turned by its EXIF tag, as its
         file is.
 
