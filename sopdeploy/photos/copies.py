@@ -182,7 +182,7 @@ def _confirm(
             len(members) and np.quantile(largest_N[members], SHARE_ALIKE) >= ALIKE
         )
 
-    # Copies, of which nearly all parts are equal in such a class.
+    # Copies. In a class whose images look alike, nearly all of their tiles are equal.
     are_copies = shares >= np.where(is_alike_N[candidates].any(axis=0), NEARLY, MOSTLY)
     pairs = np.concatenate([candidates[:, are_copies], turned], axis=1)
     groups = connect(len(classes), pairs)
@@ -218,8 +218,8 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
         before = lowest_N.copy()
         np.minimum.at(lowest_N, one, before[other])
         np.minimum.at(lowest_N, other, before[one])
-        # Each image also takes over the index of that image, so that long chains need few
-        # rounds.
+        # Each image also takes over what the image with its lowest index has, so that long chains
+        # need few rounds.
         lowest_N = lowest_N[lowest_N]
         has_changed = not np.array_equal(lowest_N, before)
     _, groups = np.unique(lowest_N, return_inverse=True)  # without gaps in the numbers
