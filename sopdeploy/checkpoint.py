@@ -249,8 +249,8 @@ def load_plain(
 ) -> Any:
     """Load *raw*, the content of *path*, by `torch.load(weights_only=True)`, which never runs code from it.
 
-    Raises `CheckpointError` if it is damaged, expands or would run code; that message ends in
-    *advice*.
+    Raises `CheckpointError` if it is damaged, takes much more memory than its size explains, or
+    would run code; the last message ends in *advice*.
     """
     if _is_torchscript(raw):
         raise CheckpointError(

@@ -545,7 +545,8 @@ def _no_response_error(
     elif isinstance(failure, httpx.RemoteProtocolError) and getattr(
         failure.__cause__, "__context__", None
     ):
-        # Its parser has failed; a server that has disconnected is no cause of an error.
+        # The parser of the response has failed. If the server has disconnected, the error has no
+        # such cause.
         kind = ServiceError
         code = FOREIGN
         text = f"no HTTP response ({reason[:200]}); check the URL"

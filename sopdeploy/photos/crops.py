@@ -110,9 +110,11 @@ def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray
 def _select_best(
     pairs: NDArray[np.intp], correlations: _Images, num_kept: int
 ) -> NDArray[np.bool_]:
-    """Select *num_kept* of the *correlations* (M, R) of each of the numbers *pairs* (M,), (M, R).
+    """Select the *num_kept* largest *correlations* (M, R) of each pair; the result is (M, R).
 
-    None is below `MIN_FOUND`, or below the share `OTHER_START` of the largest one of its pair.
+    A row of correlations is of the pair with the number in *pairs* (M,); a pair may have several
+    rows. None is below `MIN_FOUND`, or below the share `OTHER_START` of the largest one of its
+    pair.
     """
     pair = np.repeat(pairs, correlations.shape[1])
     flat = correlations.reshape(-1)

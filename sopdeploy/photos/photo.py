@@ -464,7 +464,10 @@ class Window(NamedTuple):
 def crop_padded(
     arrays: NDArray[np.uint8], pad: int, windows: Sequence[Window]
 ) -> NDArray[np.uint8]:
-    """Pad *arrays* (B, H, W, 3) with *pad* black pixels and crop each to (H, W) at its window."""
+    """Pad *arrays* (B, H, W, 3) with *pad* black pixels and crop each to (H, W) at its window.
+
+    A window may mirror what it shows.
+    """
     count, height, width, channels = arrays.shape
     padded = np.zeros((count, height + 2 * pad, width + 2 * pad, channels), np.uint8)
     padded[:, pad : pad + height, pad : pad + width] = arrays
