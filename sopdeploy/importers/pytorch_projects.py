@@ -317,7 +317,10 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
 
 
 def _detect_block_options(file: WeightFile) -> FieldValues:
-    """Determine the options of the blocks; without `attention` it is the sum or the maximum."""
+    """Determine the options of the blocks.
+
+    `attention` is missing if it is the sum or the maximum, whose files have the same tensors.
+    """
     # The lengths of the weights. `layer4.2.conv_for_DR.weight` is under `conv_for_DR`, alike in
     # all blocks.
     lengths = {

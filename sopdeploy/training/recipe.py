@@ -262,7 +262,7 @@ class Recipe(SharedSettings, LoopSettings):
     def learning_rate(self, time: float, factor: float = 1.0) -> float:
         """Compute the learning rate after *time* epochs of a group of parameters with this *factor*.
 
-        In the first phase, only the classifier learns, with a rate that has its own setting.
+        In the first phase, only the classifier learns, with the constant rate of `StartConfig`.
         """
         if self.start is not None and time < self.first_phase:
             rate = self.start.classifier_lr

@@ -205,7 +205,10 @@ class _Photographs(Dataset):
     always_decoded: int
 
     def batch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Return the pixels, black if not decoded, and [hash of the file, `taken`, 1 if decoded] (B, 3)."""
+        """Return the pixels, black if not decoded, and [hash of the file, `taken`, 1 if decoded] (B, 3).
+
+        Photographs with an entry in the cache are not decoded, except for `always_decoded`.
+        """
         side = self.preprocess.crop
         pixels = np.zeros((len(indices), side, side, 3), np.uint8)
         facts = []
