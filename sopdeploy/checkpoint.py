@@ -63,7 +63,7 @@ MAX_TENSORS = 1_000_000
 COUNTER = "num_batches_tracked"
 # Of batch norms, `AveragedModel` and packages that count operations; no output depends on them.
 COUNTERS = (COUNTER, "n_averaged", "total_ops", "total_params")
-# of a network while it is built
+# Numbers and parameters that a network may have while it is built, besides multiples of the file's.
 _MORE_NUMBERS = 1 << 28
 _MORE_PARAMETERS = 20_000
 MAX_TABLE_LEVELS = 3  # of dicts, as in {"checkpoint": {"model": {"conv.weight": ..}}}
@@ -250,8 +250,8 @@ def load_plain(
 ) -> Any:
     """Load *raw*, the content of *path*, by `torch.load(weights_only=True)`, which never runs code from it.
 
-    Raises `CheckpointError` if it is damaged, expands or would run code; that message ends in
-    *advice*.
+    Raises `CheckpointError` if it is damaged, takes much more memory than its size explains, or
+    would run code; the last message ends in *advice*.
     """
     if _is_torchscript(raw):
         raise CheckpointError(
@@ -464,8 +464,8 @@ def _limit_parameters(weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Raise `ValueError` if the block creates many more parameters than *weights* can fill.
 
     A few bytes of a config can ask for any width or number of blocks. Parameters are counted
-    before they get values, so they take no memory yet. Networks may replace some of them while
-    they are built.
+    before they get values, so they take no memory yet. A network may replace some of them while it
+    is built, so the limits exceed what the file has.
     """
     stored = [tensor.untyped_storage() for tensor in weights.values() if _is_dense(tensor)]
     # Tensors may share a storage, which counts once.

@@ -196,6 +196,7 @@ class Client:
         replaces that of the client. Raises `ServiceError` if the server rejects the request or
         its only image, `OverloadedError` if it is overloaded, `UnreachableError` without a
         response in time, and `DataError` for what is no image.
+
         Arrays are (H, W, 3), (H, W, 4) or (H, W); a PIL image is turned by its EXIF tag, as its
         file is.
 
@@ -312,7 +313,7 @@ class Client:
         params: Mapping[str, str | float | None],
         timeout: float | None,
     ) -> Result | list[Result]:
-        """Send *image* as the body, or a list as a form; return its result, or a list of results."""
+        """Send one *image* as the body, or a list of images as a form; return a result, or a list of them."""
         is_list = isinstance(image, list | tuple)
         images: Any = image if is_list else [image]
         bodies = encode_images(images)
@@ -399,7 +400,8 @@ def _send_list(
     else:
         return _parse_results(response, result_type, len(bodies))
 
-    # Each half again; an image that is too large alone leaves the others their results.
+    # Send each half again. An image that is too large alone gets an error as its result, and the
+    # others get theirs.
     results: list[Result] = []
     middle = len(bodies) // 2
     for half in (bodies[:middle], bodies[middle:]):
@@ -452,10 +454,14 @@ def retry_after(response: httpx.Response) -> float:
 
 
 def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
-    """Send *request*, read the response, decode its content; raises `ServiceError` for what is not ours."""
+    """Send *request*, read the response and decode its content.
+
+    Raises `ServiceError` for a response that no server of ours sends, `UnreachableError` for one
+    that breaks off, and `httpx.RequestError` if there is no response to this request.
+    """
     # The answer must be that of this request, and come after it.
     response = client.send(request, stream=True)
-    if is_early(response):  # it answers something else
+    if is_early(response):
         response.close()
         raise httpx.RemoteProtocolError("an answer came before its request", request=request)
 
@@ -539,7 +545,8 @@ def _no_response_error(
     elif isinstance(failure, httpx.RemoteProtocolError) and getattr(
         failure.__cause__, "__context__", None
     ):
-        # Its parser has failed; a server that has disconnected is no cause of an error.
+        # The parser of the response has failed. If the server has disconnected, the error has no
+        # such cause.
         kind = ServiceError
         code = FOREIGN
         text = f"no HTTP response ({reason[:200]}); check the URL"

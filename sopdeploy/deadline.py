@@ -123,7 +123,7 @@ class _Backend(httpcore.NetworkBackend):
     ) -> httpcore.NetworkStream:
         addresses = _look_up(host, port, _remaining(timeout, httpcore.ConnectTimeout))
 
-        # One that does not answer leaves the others their share of the time.
+        # An address that does not answer leaves the others their share of the time.
         for number, address in enumerate(addresses):
             left = _remaining(timeout, httpcore.ConnectTimeout)
             num_left = len(addresses) - number

@@ -80,7 +80,7 @@ class Rejection(StrictModel):
     new_class_share: tuple[Fraction, Fraction] | None = None
 
     def rows(self) -> list[tuple[str, str]]:
-        """Describe what it accepts of known classes, and rejects of others, in (name, text) rows."""
+        """Describe which share of known classes is accepted, and of others rejected, in (name, text) rows."""
         # Known classes.
         accepted = f"accepts about {100 * self.accepts:g} % of new images like these"
         if self.accepted is not None:

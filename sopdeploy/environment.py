@@ -40,7 +40,7 @@ def machine() -> dict[str, str | int | float]:
 
 
 def usable_cores() -> int:
-    """Count the cores that this process may use: at least 1, at most the CPU time of the container's quota.
+    """Count the cores that this process may use, at least 1; a container's quota of CPU time limits them.
 
     macOS has neither affinity nor quotas, so all cores count there.
     """

@@ -74,7 +74,7 @@ def lock_file(
 
 @contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """Wait for other processes that use this for the folder *path*; no effect where it cannot be locked."""
+    """Lock the folder *path* during the block, once no other process has; no effect if it cannot be locked."""
     folder = None
     with suppress(OSError):  # no such folder, or no permission to read it
         folder = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -72,7 +72,10 @@ def class_problem(name: str) -> str | None:
 
 
 def label_problem(labels: Sequence[str]) -> str | None:
-    """Describe the first of *labels* that occurs twice or cannot name a class; None if all can."""
+    """Describe why *labels* cannot be the classes; None if they can.
+
+    They are too many, or one cannot name a class or occurs twice; the first such one is described.
+    """
     if len(labels) > MAX_CLASSES:
         return f"{len(labels)} classes, more than {MAX_CLASSES}, the limit"
 

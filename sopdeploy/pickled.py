@@ -45,9 +45,10 @@ class StoredKind:
             self.order = state[1]
 
     def read(self, raw: Any, shape: Any, *, by_columns: bool = False) -> NDArray[Any] | None:
-        """Read an array from its bytes *raw*; None if it does not contain numbers.
+        """Read an array of *shape* from its bytes *raw*; None if it does not contain numbers.
 
-        Raises `ValueError` if it needs more or fewer bytes.
+        With *by_columns*, the bytes are in the order of Fortran: the first index varies fastest.
+        Raises `ValueError` if an array of *shape* needs more or fewer bytes.
         """
         if not isinstance(raw, bytes) or not isinstance(self.text, str):
             return None

@@ -67,8 +67,8 @@ def folder_name(folder: str | Path) -> str:
 def folder_project(folder: Path) -> str:
     """Name the project of the data by their *folder*; by its parent if it is a file or named `train`.
 
-    Characters that no name has become `-`, and the end of a bundle's name `.`; the name may be
-    empty.
+    `-` replaces characters that names of projects do not have, and `without_bundle_end` changes a
+    name that ends like that of a bundle. The name may be empty.
     """
     path = expand_user(folder).absolute()
     named = path.parent if path.is_file() else path

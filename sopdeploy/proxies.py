@@ -38,8 +38,8 @@ def find_proxy(url: str, schemes: Collection[str] = HTTP_PROXIES) -> Proxy | Non
     """Return the proxy through which *url* is requested, or None for a direct connection.
 
     That is HTTP_PROXY or HTTPS_PROXY, else ALL_PROXY. NO_PROXY lists hosts, domains, addresses
-    and networks without a proxy; this machine never has one. Raises `ConfigError` for no URL of
-    one of *schemes*.
+    and networks without a proxy; requests to this machine never have one. Raises `ConfigError` if
+    the variable has no URL with one of *schemes*.
     """
     target = urlsplit(url)
     host = (target.hostname or "").rstrip(".")
@@ -70,7 +70,7 @@ def find_proxy(url: str, schemes: Collection[str] = HTTP_PROXIES) -> Proxy | Non
 
 
 def _configured_proxy(target: SplitResult, host: str) -> Proxy | None:
-    """Return the proxy for *target* on *host* as its variable is written; None if the host is reached without."""
+    """Return the proxy for *target* on *host*, as its variable has it; None for a direct connection."""
     proxies = getproxies()
     kind = next((kind for kind in (target.scheme, "all") if proxies.get(kind)), None)
     if (

@@ -262,7 +262,10 @@ def _rename_sealed(folder: Path, target: Path) -> bool:
 
 
 def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> Manifest:
-    """Read the bundle *target*; raise `BundleError` unless it has *manifest*; unsigned, of any time."""
+    """Read the bundle *target* and return its manifest; raise `BundleError` unless it is *manifest*.
+
+    Unless it *is_signed*, the time of the export may differ.
+    """
     manifest_here = open_bundle(target, with_graph=False).manifest
 
     if not manifest_here.has_content_of(manifest):
@@ -279,10 +282,10 @@ def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> M
 
 
 def follow_link(path: Path) -> Path:
-    """Return the bundle that *path* means now: of a link, where it leads; of `latest`, the live one.
+    """Return the bundle that *path* means now: for a link, where it leads; for `latest`, the live bundle.
 
-    `latest` leads to the last export, which `promote` may have refused. Where it has recorded a
-    live bundle of the same project beside this link, that one is meant.
+    `latest` leads to the last export, which `promote` may have refused. If `promote` has recorded
+    a live bundle of the same project beside this link, that one is meant.
     """
     if not path.is_symlink():
         return path
@@ -566,9 +569,9 @@ BundleReader = Callable[[Path, Manifest], Bundle]
 def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedBundle]:
     """List the bundles in *folder*, the last export first, and say which one of each project is served.
 
-    That is the live one, if there is one, otherwise the first complete one that was not refused.
-    Every manifest is read once. *read* reads all files of the bundles that are served, by
-    default `read_files` without the graph. Raises `ConfigError` for a log of promotions that
+    The live bundle of a project is served or, without one, its first complete bundle that was not
+    refused. Every manifest is read once. *read* reads all files of the bundles that are served,
+    by default `read_files` without the graph. Raises `ConfigError` for a log of promotions that
     cannot be read.
     """
     read = read or partial(read_files, with_graph=False)

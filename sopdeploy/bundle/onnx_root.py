@@ -74,8 +74,8 @@ def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
 def onnx_root(model: "onnx.ModelProto") -> str:
     """Compute the root of the graph of *model*.
 
-    Raises `CertificateError` if it can be read in two ways, and another type, such as `KeyError`,
-    if it is incomplete.
+    Raises `CertificateError` if the model can be read in two ways. An incomplete model raises other
+    types, such as `KeyError`.
     """
     if not model.HasField("graph"):
         raise ValueError("no graph")

@@ -146,8 +146,8 @@ def replay(probes: Probes, run: RunImages, *, batch: int = 1) -> Replay:
 def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tuple[Replay, ...]:
     """Run the probes in batches of each size, in turn, and compare every output; return a replay per size.
 
-    So consecutive batches have different sizes, and an engine uses another profile for each of
-    them. Raises `ParityError` for an output that is not within its tolerance.
+    So an engine changes its profile from batch to batch, as long as several sizes have images left.
+    Raises `ParityError` for an output that is not within its tolerance.
     """
     sizes = list(probes_by_batch)
 

@@ -66,14 +66,19 @@ def command(
 ) -> Callable[[_Function], _Function]:
     """Make a function a command, and leave it as it is for Python.
 
-    Positional parameters become arguments, except those in *options*; keyword parameters become
-    options. Parameters that no option can express, such as callbacks, are for Python only.
-    *show* prints the result, or with `--json` the command prints it as JSON; *summarize*
-    selects what. The other parameters of *show* are options, too; if one is `as_json`, *show*
-    itself prints text or JSON. *settings* become options, too, and keyword arguments of the
-    function. The number that *show*, or without it the function, returns is the exit code. A
-    user error is one line and exit code 2. If torchrun starts several processes of a
-    *distributed* command, only the first one shows the result.
+    The command takes
+
+    - the positional parameters of the function as arguments, except those in *options*,
+    - its keyword parameters as options; those that no option can express, such as callbacks, are
+      for Python only,
+    - *settings* as options, which become keyword arguments of the function,
+    - the parameters of *show*, besides the result, as options.
+
+    *show* prints the result. With `--json`, the command prints what *summarize* selects of it as
+    JSON, and the exit code is 0. If *show* has a parameter `as_json`, it prints text or JSON
+    itself. The number that *show*, or without it the function, returns is the exit code. A user
+    error is one line and exit code 2. If torchrun starts several processes of a *distributed*
+    command, only the first one shows the result.
     """
 
     def decorate(function: _Function) -> _Function:
@@ -112,8 +117,8 @@ def command(
                 skipped = stack.enter_context(noting_skipped())
                 result = function(**values, **_start_progress(function, as_json, stack))
 
-            # Show the result; of several processes, only the first does. An error is none in
-            # JSON, because stdout may already hold the document of the result.
+            # Show the result; of several processes, only the first does. An error is printed as
+            # text even with --json, because stdout may already hold the document of the result.
             if distributed and not is_main_process():
                 return
             with one_line_errors():

@@ -103,7 +103,10 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _system_errors_as_user_errors() -> Iterator[None]:
-    """Convert an `OSError` that names a file or is in `STORAGE_ERRNOS`, and exhausted memory."""
+    """Convert system errors of the block to `StorageError`, and those of exhausted memory to `NoMemoryError`.
+
+    A system error counts if it names a file or is in `STORAGE_ERRNOS`.
+    """
     try:
         yield
     except OSError as error:

@@ -176,6 +176,7 @@ class AugmentedDataset(FittedDataset):
         augmentation = self.augmentation
         # An index is sample + copy * len(images).
         samples = [index % len(self.images) for index in indices]
+        # Random numbers of an image do not depend on its batch.
         randoms = [
             Random(derive_seed(self.seed, "augment", self.epoch, index))  # noqa: S311
             for index in indices
@@ -201,7 +202,6 @@ class AugmentedDataset(FittedDataset):
             pad = augmentation.pad
             is_doubled = augmentation.doubled
 
-        # Random numbers of an image do not depend on its batch.
         windows = []
         for index, random in zip(indices, randoms, strict=True):
             top, left = (
@@ -211,10 +211,11 @@ class AugmentedDataset(FittedDataset):
             is_mirrored = copy % 2 == 1 if is_doubled else random.random() < augmentation.flip
             windows.append(Window(top, left, is_mirrored))
 
-        # Colors are shifted by random numbers of their own.
         arrays = crop_padded(arrays, pad, windows)
         if self.color == NO_COLOR_SHIFT:
             return arrays
+
+        # Colors are shifted by random numbers of their own.
         seeds = (derive_seed(self.seed, "color", self.epoch, index) for index in indices)
         return np.stack(
             [self.color(array, seed) for array, seed in zip(arrays, seeds, strict=True)]
@@ -228,7 +229,11 @@ def _crop_box(
     rules: Preprocess,
     random: Random,
 ) -> NDArray[np.uint8]:
-    """Crop a random box of an image and resize it; the size in the header determines the box."""
+    """Crop a random box of an image and resize it.
+
+    With the fit "crop", the box is chosen by the size in the header of the file. Otherwise it is a
+    box of the square that evaluation sees.
+    """
     size = (rules.crop, rules.crop)
 
     def choose_view(image_size: tuple[int, int]) -> View:

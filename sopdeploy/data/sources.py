@@ -148,7 +148,7 @@ def open_data(config: DataConfig | DataSource) -> Split:
 
 
 def _group_by_name(split: Split, pattern: str) -> Split:
-    """Group the images of a folder in whose names *pattern* finds the same text; "" keeps their groups."""
+    """Group the images of a folder if *pattern* finds the same text in their names; "" keeps the groups."""
     if not pattern:
         return split
 

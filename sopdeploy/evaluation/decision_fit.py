@@ -132,8 +132,9 @@ def new_class_interval(
     """Compute the 95 % interval of the rejected share of a new class, from that of each class left out.
 
     *is_rejected_N* tells which images are rejected while their class, *targets* (N,), is left
-    out. The interval is Student's prediction interval of one more class, and at least Wilson's interval with as
-    many trials as classes: two or three equal shares say little about the next one.
+    out. The interval is Student's prediction interval of one more class. It contains Wilson's
+    interval with as many trials as classes, because two or three equal shares say little about
+    the next one.
     """
     from scipy.special import stdtrit  # noqa: PLC0415 # SciPy takes a quarter of a second
 
@@ -210,7 +211,7 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tupl
 
     The logit of the best threshold is multiplied by n / (n + PRIOR_IMAGES), where n images show
     the class: few images determine it only roughly, so the threshold moves towards 0.5. It is
-    0.5 if none or all do.
+    0.5 if no image or every image shows the class.
     """
     thresholds = []
 
@@ -225,7 +226,10 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tupl
 
 
 def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
-    """Return the logit with the largest F1 of *scores* (N,) for *true* (N,), half-way between two of them."""
+    """Return the threshold, as a logit, with the largest F1 of *scores* (N,) for *true* (N,).
+
+    It is half-way between the logits of two scores.
+    """
     from sklearn.metrics import precision_recall_curve  # noqa: PLC0415  # its import takes a second
 
     # Precision and recall at each distinct score, ascending.
@@ -247,8 +251,8 @@ def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
 def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     """Say that *rule* rejects few unknown images, or clearly fewer than *before*; empty if neither holds.
 
-    "Few" is less than `MIN_RECOGNIZED` of the images that test the threshold, "clearly" a 95 % interval
-    below the other.
+    "Few" is less than `MIN_RECOGNIZED` of the images that test the threshold. "Clearly" means that
+    the 95 % interval of *rule* is below that of *before*.
     """
     now = _recognition_rate(rule)
     earlier = _recognition_rate(before)

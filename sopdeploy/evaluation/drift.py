@@ -109,6 +109,7 @@ def measure_image(pixels: Pixels) -> NDArray[np.float32]:
         differences = np.abs(np.diff(coarse, axis=0)).mean() + np.abs(np.diff(coarse)).mean()
         details.append(math.log(float(differences) + 1.0))
 
+    # Light, contrast, border against middle, three of color, dark and bright parts, details.
     colorfulness = (values.max(axis=2) - values.min(axis=2)).mean()
     return np.asarray(
         [
@@ -138,8 +139,8 @@ def compare_answers(
 def compare_samples(first_NF: _Floats, second_NF: _Floats) -> Comparison:
     """Compare the means of two samples, each of whole blocks of `BLOCK` consecutive rows.
 
-    Columns count in their standard deviations, those of several classes as they are, so that
-    rare classes count less. Equal samples have the shift 0 and the p-value 1.
+    Each column is divided by its standard deviation. Columns of several classes, which are 0 or 1,
+    are not, so that rare classes count less. Equal samples have the shift 0 and the p-value 1.
     """
     # Columns in standard deviations, except those of classes, which are 0 or 1.
     joined_NF = np.concatenate([first_NF, second_NF])

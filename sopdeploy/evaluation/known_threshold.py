@@ -49,8 +49,8 @@ def choose_threshold(
 def bound_cosines(cosines_N: NDArray[np.float64], accepts: float) -> Threshold:
     """Compute the prediction bound of normally distributed *cosines_N*, mean - t s sqrt(1 + 1 / N).
 
-    A new one is below it with the probability `BOUND_SHARE` (1 - *accepts*). Of N new images, the
-    number of accepted ones is binomial. Its probability depends on two errors: that of the mean,
+    A new cosine is below it with the probability `BOUND_SHARE` (1 - *accepts*). Of N new images,
+    the number of accepted ones is binomial. Its probability depends on two errors: that of the mean,
     which is normally distributed, and that of the deviation s, whose square has a chi-square
     distribution. The binomial distribution is averaged over `GRID` quantiles of each error.
     """

@@ -32,10 +32,10 @@ def find_label_doubts(logits_NC: NDArray[np.float64], labels: NDArray[np.int64])
     """Find which *labels* (N,) of images their out-of-fold *logits_NC* contradict.
 
     Each class has an average probability for the images with its label, which is low for
-    similar classes. A label is listed if, divided by these averages, the probability of another
-    class is more than `LISTED_RATIO` times its own ("confident learning", Northcutt et al.,
-    JAIR 2021). No label is listed if their number is no more than chance lists
-    (`LISTED_BY_CHANCE` of the errors, binomial test).
+    similar classes. All probabilities are divided by these averages. A label is listed if then
+    the probability of another class is more than `LISTED_RATIO` times its own ("confident
+    learning", Northcutt et al., JAIR 2021). No label is listed if chance, which lists
+    `LISTED_BY_CHANCE` of the errors, explains their number (binomial test).
     """
     from scipy.special import bdtrc  # noqa: PLC0415 # SciPy takes a quarter of a second
 

@@ -64,7 +64,10 @@ class Rule(NamedTuple):
         return -min(0.99, self.tolerance / 100 * 2.0**-halvings)
 
     def bound(self, counts: Counts) -> Bound:
-        """Bound the difference of *counts*: `score_statistic` rejects the ones below at this level."""
+        """Bound the difference of *counts*: `score_statistic` rejects differences below `low` at this level.
+
+        With fewer than `MIN_IMAGES`, nothing is rejected.
+        """
         if counts.images < MIN_IMAGES:
             return Bound(counts.difference, -1.0, self.limit(counts.images))
 
@@ -84,7 +87,8 @@ class Rule(NamedTuple):
     def labels_to_pass(self, counts: Counts) -> int | None:
         """Estimate how many more labels let a bundle pass in 80 % of cases if the shares stay.
 
-        None if `MAX_IMAGES` are not enough, as for one that is worse: the tolerance shrinks.
+        None if `MAX_IMAGES` are not enough. They may never be for a bundle that is worse, because
+        the tolerance shrinks with the number of images.
         """
         # The variance of 1 for a win, -1 for a loss and 0 otherwise, which is never 0.
         variance = (counts.wins + counts.losses + 1) / (counts.images + 2)

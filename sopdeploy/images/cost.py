@@ -34,7 +34,7 @@ class Cost(NamedTuple):
 
 
 def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
-    """Estimate the cost of decoding *body* by *rules* (None: in full); None if it does not tell."""
+    """Estimate the cost of decoding *body* by *rules* (None: in full); None if *body* does not tell it."""
     if body[4:8] == b"ftyp":
         return _heic_cost(body)
 

@@ -49,7 +49,10 @@ _skipped: ContextVar[dict[Path, Mapping[str, int]] | None] = ContextVar("skipped
 
 
 def find_format(head: bytes) -> str:
-    """Name the format of the file that begins with *head*, as Pillow does; "" for an unknown one."""
+    """Name the format of the file that begins with *head*; "" for an unknown one.
+
+    Formats of images have Pillow's names.
+    """
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "WEBP"
     if head[4:8] == b"ftyp":

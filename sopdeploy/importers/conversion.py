@@ -226,7 +226,10 @@ def _misfit_error(
 def make_row_wise(
     tensors: Mapping[str, Tensor], triangles: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Return *tensors* with *triangles*, by name and number of rows, that were column by column."""
+    """Reorder triangles in *tensors* from column by column to row by row.
+
+    *triangles* has the number of rows of their matrices, by the name of the tensor.
+    """
     row_wise = dict(tensors)
     for name, channels in triangles.items():
         rows, columns = torch.triu_indices(channels, channels)  # row by row

@@ -281,7 +281,11 @@ def _registered_importers() -> Iterator[Importer]:
 def _find_class_names(
     weights: WeightFile, converted: ConvertedWeights, file: Path | None
 ) -> tuple[tuple[str, ...], str]:
-    """Find the class names in output order, by default those in the file or of its data, and their origin."""
+    """Return the class names in output order, and where they are from.
+
+    They are those in *file* or, without it, those in the weight file, or those of its training
+    data, or numbers.
+    """
     count = converted.num_classes
     names = weights.labels if file is None else read_class_names(file)
 

@@ -180,7 +180,7 @@ def find_conv5_stride(file: WeightFile, depth: int) -> int | None:
 def detect_pooling(renamed: WeightFile, channels: int, length: int) -> FieldValues:
     """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers.
 
-    *renamed* has our tensor names. Raises `WeightsError` if there is none.
+    *renamed* has our tensor names. Raises `WeightsError` if no supported pooling does.
     """
     reduction = renamed.tensors.get("pooling.layer_reduce.weight")
     width = channels if reduction is None else len(reduction)
@@ -317,7 +317,10 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
 
 
 def _detect_block_options(file: WeightFile) -> FieldValues:
-    """Determine the options of the blocks; without `attention` it is the sum or the maximum."""
+    """Determine the options of the blocks.
+
+    `attention` is missing if it is the sum or the maximum, whose files have the same tensors.
+    """
     # The lengths of the weights. `layer4.2.conv_for_DR.weight` is under `conv_for_DR`, alike in
     # all blocks.
     lengths = {

@@ -155,9 +155,9 @@ def _name_as_timm(file: WeightFile, model: str) -> dict[str, Tensor]:
 def find_network(file: WeightFile) -> str | None:
     """Find the network of timm that has the tensors of *file*, as `timm:NAME`.
 
-    NAME is the longest of timm's names in the architecture that the config.json next to the file
-    has, else in the architecture that the file has, else in the name of the file. None if there
-    is no such name, or if the tensors differ.
+    The architecture is that in the config.json next to the file, or else in the file, or else the
+    name of the file. NAME is the longest of timm's names that it contains. None if it contains
+    none, or if the tensors differ.
     """
     text = str(_read_hub_json(file.path).get("architecture") or file.arch or file.path.name)
     names = [name for name in importlib.import_module("timm").list_models() if name in text]

@@ -294,7 +294,7 @@ class GSoPBlock(nn.Module):
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Scale the map by channel, by position, or by both and fuse the two."""
-        # Scale by channel, by position, or by both.
+        # The map scaled by channel, and the map scaled by position.
         by_channel = features_BCHW
         if self.channel is not None:
             by_channel = features_BCHW * self.channel(features_BCHW)

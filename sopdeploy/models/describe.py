@@ -218,7 +218,11 @@ def find_published(
     shipped: Tally,
     representation: int,
 ) -> tuple[Published, ...]:
-    """Look up the figures that papers print for exactly this network at its catalog's image size."""
+    """Look up the figures that papers print for exactly this network.
+
+    *training* and *shipped* are the counts of the whole network and of what is exported, at the
+    image size of the catalog; *representation* is the length of the vector before the classifier.
+    """
     figures: list[Published] = []
     for row in PUBLISHED_ROWS:
         if row.model != name or make_config(name, row.config) != config:

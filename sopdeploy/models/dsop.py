@@ -146,7 +146,7 @@ class DSoP(Classifier):
         weights = paper_weights if config.aux_weights is None else config.aux_weights
         strides = paper.strides or (1,) * len(stages)
 
-        # Each has one value for a stage.
+        # Each of these options has one value per stage.
         for key, values in (
             ("aux_blocks", blocks),
             ("aux_widths", widths),

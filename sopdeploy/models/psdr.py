@@ -61,7 +61,8 @@ class ProgressivePooling(GlobalPooling):
             self.widths.append(width)
             width = int(config.decay * width)
 
-        # Each step of the chain halves the channels, or decays them.
+        # The first step halves the channels, the next ones multiply them by `decay`, and the last
+        # one leads to `width`.
         inputs = [channels, *self.widths]
         outputs = [*self.widths, config.width]
         self.chain = nn.ModuleList(map(dimension_reduction, inputs, outputs))

@@ -117,9 +117,9 @@ def check_data(
 ) -> DataReport:
     """Decode every image below *path* and report contents and problems.
 
-    With *near*, near-duplicates are searched, too: among up to `MAX_FEATURES` images by
-    *group_by_features*, which returns a group number (N,) per image, otherwise by edges. Raises
-    `DataError` for fewer than two classes.
+    With *near*, near-duplicates are searched, too. Up to `MAX_FEATURES` images are compared by
+    *group_by_features*, which returns a group number (N,) per image; more images are compared by
+    edges. Raises `DataError` for fewer than two classes.
     """
     opened = open_parts(data_folder(path))
     num_images = sum(len(images) for images in opened.parts.values())

@@ -356,8 +356,7 @@ def _measure(
     runs = relation.runs
     ranks = relation.ranks
 
-    # The most similar image of the class outside of the group, and whether it is related: a
-    # hit.
+    # The most similar image of the class outside of the group. It is a hit if it is related.
     is_outside_NK = (groups[nearest_NK] != groups[:, None]) & (cosines_NK > -1)
     first_N = is_outside_NK.argmax(axis=1)
     index_N = np.arange(len(runs))
@@ -367,12 +366,13 @@ def _measure(
     if ranks is not None:
         is_hit_N &= np.abs(ranks[near_N] - ranks) <= WINDOW
 
-    # The share of related ones among the images of the class outside of the group: a hit by
-    # chance.
+    # The probability of a hit by chance: the share of related images among those of the class
+    # outside of the group.
     outside_class_N = _count_equal(classes) - _count_equal(classes, groups)
     chance_N = _count_related(relation, groups) / np.maximum(outside_class_N, 1)
 
-    # Hits beyond those by chance, over the images that can be a hit or none.
+    # How many more hits there are than by chance, among the images where both a hit and none is
+    # possible.
     counted_N = is_outside_NK.any(axis=1) & (chance_N > 0) & (chance_N < 1)
     chance = chance_N[counted_N]
     hits = is_hit_N[counted_N]
@@ -425,8 +425,9 @@ def _link_sequence(
 ) -> NDArray[np.intp]:
     """Return the pairs (2, P) of neighbors in the sequences of *relation* that belong together.
 
-    Two neighbors do if a cosine across the gap between them, of images at most two apart,
-    exceeds this *quantile* of the cosines of images half a sequence apart.
+    The gap between two neighbors is judged by the largest cosine of two images, at most two apart,
+    on either side of it. The neighbors belong together if this cosine exceeds the *quantile* of
+    the cosines of images half a sequence apart.
     """
     # The images of each sequence, in its order; images with a negative run are in none.
     runs = relation.runs

@@ -112,9 +112,10 @@ def _find_candidates(
     whiten: Callable[[_Parts], NDArray[np.float32]],
     num_others: int,
 ) -> NDArray[np.intp]:
-    """Pair each image of *views*, (N, V, D) each, with *num_others* by whitened and by plain vectors.
+    """Pair each image with the *num_others* most similar ones by whitened, and by plain vectors.
 
-    By whitened vectors, the whole of one image resembles a view of the other one.
+    *views* has an array (N, V, D) for each part of the vectors. By whitened vectors, any view of
+    an image is compared with the whole of the others; by plain ones, the whole image is.
     """
     count, num_views = views[0].shape[:2]
     num_others = min(num_others, count - 1)
@@ -158,10 +159,11 @@ def _confirm(
     turned: NDArray[np.intp],
     classes: NDArray[np.int64],
 ) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-    """Select the *candidates* (2, P) with *shares* (P,) of equal tiles as copies have them, and *turned*.
+    """Select the *candidates* (2, P) that are copies by their *shares* (P,) of equal tiles, and *turned*.
 
-    Also tells which images (N,) are of *classes* (N,) that look alike. These include classes whose
-    images would nearly all be one group, of which no pairs are selected.
+    Also tells for each image (N,) whether the images of its class, *classes* (N,), look alike. If
+    nearly all images of a class would be one group, they look alike, and no pairs of them are
+    selected.
     """
     # For each image the largest share with another one; pairs of two copies do not count.
     groups = connect(len(classes), candidates[:, shares >= MOSTLY])
@@ -180,7 +182,7 @@ def _confirm(
             len(members) and np.quantile(largest_N[members], SHARE_ALIKE) >= ALIKE
         )
 
-    # Copies, of which nearly all parts are equal in such a class.
+    # Copies. In a class whose images look alike, nearly all of their tiles are equal.
     are_copies = shares >= np.where(is_alike_N[candidates].any(axis=0), NEARLY, MOSTLY)
     pairs = np.concatenate([candidates[:, are_copies], turned], axis=1)
     groups = connect(len(classes), pairs)
@@ -216,8 +218,8 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
         before = lowest_N.copy()
         np.minimum.at(lowest_N, one, before[other])
         np.minimum.at(lowest_N, other, before[one])
-        # Each image also takes over the index of that image, so that long chains need few
-        # rounds.
+        # Each image also takes over what the image with its lowest index has, so that long chains
+        # need few rounds.
         lowest_N = lowest_N[lowest_N]
         has_changed = not np.array_equal(lowest_N, before)
     _, groups = np.unique(lowest_N, return_inverse=True)  # without gaps in the numbers

@@ -111,9 +111,11 @@ def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray
 def _select_best(
     pairs: NDArray[np.intp], correlations: _Images, num_kept: int
 ) -> NDArray[np.bool_]:
-    """Select *num_kept* of the *correlations* (M, R) of each of the numbers *pairs* (M,), (M, R).
+    """Select the *num_kept* largest *correlations* (M, R) of each pair; the result is (M, R).
 
-    None is below `MIN_FOUND`, or below the share `OTHER_START` of the largest one of its pair.
+    A row of correlations is of the pair with the number in *pairs* (M,); a pair may have several
+    rows. None is below `MIN_FOUND`, or below the share `OTHER_START` of the largest one of its
+    pair.
     """
     pair = np.repeat(pairs, correlations.shape[1])
     flat = correlations.reshape(-1)
@@ -130,7 +132,7 @@ def _select_best(
 
 
 def _list_changes() -> _Images:
-    """List the matrices (C, 2, 2) from the middle of an image to the image, mirrored and not."""
+    """List the matrices (C, 2, 2) that turn, zoom and squash the middle of an image, mirrored and not."""
     changes = []
     for mirror in (1, -1):
         for degrees in TURNS:
@@ -343,7 +345,10 @@ def _smooth(images: _Images, num_samples: int, times: int = 1) -> _Images:
 def _sample(
     images: _Images, chosen: NDArray[np.intp], points: NDArray[Any]
 ) -> tuple[_Images, NDArray[np.bool_]]:
-    """Interpolate *images* (N, S, S) at *points* (P, K, 2) of the *chosen* (P,); tell which are inside."""
+    """Interpolate *images* (N, S, S) at *points* (P, K, 2), K in each image of the indices *chosen* (P,).
+
+    Also tells which points (P, K) are inside of their image.
+    """
     side = images.shape[1]
     is_inside = ((points > -0.5) & (points < side - 0.5)).all(axis=2)
     points = points.clip(0, side - 1.001)

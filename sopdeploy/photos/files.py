@@ -214,10 +214,10 @@ def list_outputs(folder: Path) -> list[str]:
 
 
 def check_takes_output(folder: Path, setting: str | None, images: Path | None = None) -> None:
-    """Raise `ConfigError` if *folder*, where bundles or runs are to be written, is one of photographs.
+    """Raise `ConfigError` if *folder*, where bundles or runs are to be written, belongs to photographs.
 
-    That is *images*, a folder below it, or any folder that holds images or class folders of
-    images. *setting* names *folder* unless it is an argument.
+    It does if it is *images* or below it. Unless it already holds bundles or runs, it also does if
+    it holds images or class folders of images. *setting* names *folder* unless it is an argument.
     """
     advice = "choose a folder outside of them"
     # `realpath`, because `resolve` raises an error for a link that leads to itself.

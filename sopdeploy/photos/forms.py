@@ -76,10 +76,10 @@ def _find_masks(root: Path, images: Mapping[str, Sequence[bytes]]) -> set[bytes]
 def _propose_masks(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]]:
     """Yield the pairs of each kind of images that may be masks, by their names.
 
-    One kind are
+    These are of one kind:
 
     - the images of equally named folders in all classes,
-    - images whose names are those of others and the same text, or
+    - images with the names of others and one added text, such as `_mask`,
     - the images of a folder at the top.
     """
     kinds = defaultdict[tuple[str, str], list[Pair]](list)
@@ -142,7 +142,7 @@ def _below_class(file: PurePosixPath) -> str:
 
 
 def _is_mask(root: Path, photograph: bytes, other: bytes) -> bool:
-    """Tell whether *other* has few values, and *photograph* many in the same proportions."""
+    """Tell whether *other* has few values, and *photograph* has many and the same proportions."""
     try:
         pixels = _read(root, other)
         if not _has_few_values(pixels):
@@ -191,10 +191,11 @@ def _propose_forms(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]
 
 
 def _worse_form(root: Path, pairs: Sequence[Pair]) -> int:
-    """Return 1 or 2, which of *pairs* shows the same pictures with fewer pixels or less color, or 0.
+    """Return which form of *pairs* is the worse one, 1 or 2; 0 if they do not show the same pictures.
 
-    The pictures are the same if each is most like its namesake. Otherwise these folders hold
-    different photographs with the same numbers, such as those of two days.
+    The worse form has fewer pixels or, with as many, less color; of equal forms, it is 2. The
+    pictures are the same if each is most like its namesake. Otherwise these folders hold different
+    photographs with the same numbers, such as those of two days.
     """
     if len(pairs) < FORMS_READ:
         return 0

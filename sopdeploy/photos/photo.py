@@ -467,7 +467,10 @@ class Window(NamedTuple):
 def crop_padded(
     arrays: NDArray[np.uint8], pad: int, windows: Sequence[Window]
 ) -> NDArray[np.uint8]:
-    """Pad *arrays* (B, H, W, 3) with *pad* black pixels and crop each to (H, W) at its window."""
+    """Pad *arrays* (B, H, W, 3) with *pad* black pixels and crop each to (H, W) at its window.
+
+    A window may mirror what it shows.
+    """
     count, height, width, channels = arrays.shape
     padded = np.zeros((count, height + 2 * pad, width + 2 * pad, channels), np.uint8)
     padded[:, pad : pad + height, pad : pad + width] = arrays
@@ -597,8 +600,8 @@ def _name_all(first: DataError, errors: Sequence[str]) -> DataError:
 def leave_out_unreadable(split: Split, first: DataError) -> Split:
     """Leave the damaged and missing images of *split* out; its note names them.
 
-    *first* is the error of the image that was met first. Raises *first* if all images can be
-    read. Raises an error that names all unusable images if they are too many (`MAX_DAMAGED`,
+    *first* is the error of the image that was met first; it is raised if all images can be read.
+    Raises an error that names all unusable images if they are too many (`MAX_DAMAGED`,
     `MANY_DAMAGED`), or if too few images remain of a class, or no held-out ones.
     """
     found = list[LeftOut]()

@@ -424,7 +424,8 @@ def _is_named(image: PurePosixPath, text: str) -> bool:
 def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the number and the cells by column of each line; raises `DataError` at the first invalid one.
 
-    *notes* gets a line about the columns of a CSV file that are left out.
+    In JSON, in XML and in VIA's CSV, an image counts as a line, from 1. *notes* gets a line about
+    the columns of a CSV file that are left out.
     """
     text = read_table_text(table)
     if table.suffix == ".csv" and not is_of_via(text):

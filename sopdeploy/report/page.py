@@ -204,7 +204,10 @@ def _describe_decision(decision: Decision, labels: Sequence[str]) -> Section:
 def describe_in_a_sentence(
     score: Rate | MeanPrecision | float | None, *, is_selected: bool = False
 ) -> str:
-    """Say what *score* means for new photographs; if it *is_selected*, it is too high."""
+    """Say what *score* means for new photographs.
+
+    If *is_selected*, its images have also selected the epoch, so that it is too high.
+    """
     qualifier = "at most " if is_selected else ""
     if score is None:
         return "There are too few different photographs to say how many new ones will be right."

@@ -469,10 +469,11 @@ class RunFolder:
             self._created.close()
 
     def open(self, *, resume: bool | Literal["auto"]) -> Checkpoint | None:
-        """Lock the folder and read `last.pt` to *resume*; for a new run, `check_new` and return None.
+        """Lock the folder and read `last.pt` to *resume*; return None for a new run.
 
-        The caller locks the folder of a new run before it writes. Raises `ConfigError` if there
-        is no run to resume.
+        "auto" resumes a run if there is one. For a new run, this only checks the folder
+        (`check_new`); the caller locks it before it writes. Raises `ConfigError` if there is no
+        run to resume.
         """
         has_run = self.last.exists()
         if resume is True and not has_run:

@@ -173,7 +173,7 @@ class SignalState:
 
 @contextmanager
 def handle_signals(processes: ProcessGroup) -> Iterator[SignalState]:
-    """Record signals instead of acting on them; the second stop signal calls the previous handler.
+    """Record stop signals instead of acting on them; a single process lets the previous handlers act on a second.
 
     With several processes, all signals are only recorded: torchrun and the batch system often
     both send one, and the second one must not end a process that is saving. torchrun kills

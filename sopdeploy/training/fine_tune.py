@@ -53,7 +53,7 @@ def fit_fine_tune(
 
     *last* resumes a run. Without enough held-out images to decide, nothing is fine-tuned.
     Returns the fit and the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a
-    stop signal, `TrainingError` if a loss is not finite, and `DataError` for images that cannot
+    stop signal, `TrainingError` if a value is not finite, and `DataError` for images that cannot
     be used.
     """
     if last is None:
@@ -181,7 +181,7 @@ def _keep_tuned(
 def _keep_frozen(
     run: LoopState, frozen: FewShotFit, tuning: Tuning, folder: RunFolder
 ) -> tuple[Fit, Mapping[str, Any]]:
-    """Write `best.pt` with the frozen network, whose result tells the comparison, and the history."""
+    """Write `best.pt` with the *frozen* network, and the history; its result gets the comparison *tuning*."""
     result: Any = frozen.result
     seconds = frozen.position.seconds + run.position.seconds
     position = frozen.position.model_copy(update={"seconds": seconds})

@@ -263,7 +263,7 @@ class Recipe(SharedSettings, LoopSettings):
     def learning_rate(self, time: float, factor: float = 1.0) -> float:
         """Compute the learning rate after *time* epochs of a group of parameters with this *factor*.
 
-        In the first phase, only the classifier learns, with a rate that has its own setting.
+        In the first phase, only the classifier learns, with the constant rate of `StartConfig`.
         """
         if self.start is not None and time < self.first_phase:
             rate = self.start.classifier_lr
@@ -343,7 +343,10 @@ def change_recipe(
 
 
 def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) -> None:
-    """Scale `resize` if `crop` is *changed* without it, and both had values *before*."""
+    """Scale `resize` with `crop`, if `crop` alone is *changed*.
+
+    *before* is the table `preprocess` before the changes, which must have both values.
+    """
     if (
         "preprocess.crop" not in changed
         or "preprocess.resize" in changed

@@ -352,7 +352,7 @@ class FewShotResult(StrictModel):
 
         # An accuracy that the largest class alone reaches may show nothing.
         label = max(counts, key=lambda label: counts[label])
-        # No image may show any class, if they may show several.
+        # With several classes per image, it is possible that no image shows any: `max`.
         majority = counts[label] / max(1, sum(counts.values()))
         comparison = ""
         if self.map is None and score.low <= majority:

@@ -365,7 +365,7 @@ def open_division(recipe: Recipe, last: Checkpoint) -> Division:
 def _check_data(
     recipe: Recipe, opened: Split, division: Division, keys: Sequence[str], callback: Callback
 ) -> None:
-    """Check the images before the training; raises errors about what could not be used after it."""
+    """Check the images before the training; raises errors that would otherwise come after it."""
     data = division.data
     file_hashes = division.file_hashes
     if data.train.is_multi_label:

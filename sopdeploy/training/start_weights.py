@@ -294,10 +294,14 @@ def create_initial_model(
 ) -> InitialModel:
     """Create the model of *recipe* for the classes *labels*; random weights depend on the seed.
 
-    *source* is the file of `start.weights`, if it was checked or opened before. Without
-    `start`, the recipe stays as it is; with weights, these are loaded, and their preprocessing
-    completes that of the recipe; with "none", the default preprocessing does. Raises the errors
-    of `read_start_weights` and `load_start_weights`.
+    *source* is the file of `start.weights`, if it was checked or opened before. The recipe that is
+    returned depends on `start.weights`:
+
+    - without a table `start`, it stays as it is,
+    - with weights, these are loaded, and their preprocessing completes that of the recipe,
+    - with "none", the default preprocessing completes it.
+
+    Raises the errors of `read_start_weights` and `load_start_weights`.
     """
     weights = read_start_weights(recipe, strategy, source)
     model = create_sized(recipe, len(labels), {} if weights is None else weights.tensors)

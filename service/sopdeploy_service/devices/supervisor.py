@@ -458,7 +458,7 @@ class Supervisor:
         self._close_control(process)
 
     def _pass_on(self) -> None:
-        """Pass connections that wait to the least loaded process that takes them; refuse them if no process serves."""
+        """Pass connections that wait to the least loaded process that takes them, or refuse them without any."""
         while self._arrivals:
             serving = [
                 process

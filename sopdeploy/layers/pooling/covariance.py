@@ -91,10 +91,10 @@ class SpectralFunction(torch.autograd.Function):
 
 
 def _divided_differences(lambda_BC: Tensor, function: EigenvalueFunction) -> Tensor:
-    """Compute K (B, C, C): the slope of f between each two of the ascending eigenvalues (B, C).
+    """Compute K (B, C, C): the slope of *function* f between each two of the ascending eigenvalues l (B, C).
 
-    K_ij is (f(l_i) - f(l_j)) / (l_i - l_j), or the mean of f'(l_i) and f'(l_j) if l_i and l_j
-    are too close.
+    K_ij is (f(l_i) - f(l_j)) / (l_i - l_j), or the mean of the derivatives f'(l_i) and f'(l_j) if
+    l_i and l_j are too close.
     """
     value_BC, slope_BC = function(lambda_BC)
     gap_BCC = lambda_BC[:, :, None] - lambda_BC[:, None, :]

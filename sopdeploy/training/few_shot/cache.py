@@ -90,7 +90,8 @@ class FeatureCache:
         """Write an entry; stop writing any if the folder is not writable or full of entries of this run."""
         size = sum(array.nbytes for array in entry)
         if self.writable and self.bytes + size > self.limit:
-            # A tenth more than needed is deleted, so that many more fit before the next time.
+            # A tenth of the limit more than needed is deleted, so that many more entries fit
+            # before the next time.
             self._delete_oldest(self.limit * 9 // 10 - size)
             self.writable = self.bytes + size <= self.limit
         if not self.writable:

@@ -103,7 +103,8 @@ class Targets:
         num_groups = int(groups_N.max()) + 1
         if num_groups == 1:
             raise DataError(
-                "all training images are copies of one photograph; cross-validation needs different images"
+                "all training images are one group, such as a clip or copies of one photograph; "
+                "cross-validation needs different images"
             )
 
         # How many groups each stratum has: each pair of both counts once.
@@ -321,11 +322,12 @@ class Scaling(NamedTuple):
     def fit(
         cls, validations: Sequence[OutOfFold], targets: Targets, *, has_margins: bool = False
     ) -> "Scaling":
-        """Fit the logits of V cross-validations; with "softmax", all classes have equal weights in the loss.
+        """Fit temperature, excess and margins to V cross-validations.
 
-        Images whose class is absent from their head tell nothing. The targets are smoothed by 1
-        / (N + 2), the rule of succession: without errors, the temperature would otherwise be 0.
-        The margins are 0 unless *has_margins*.
+        With "softmax", all classes have equal weights in the loss, and an image whose class is
+        absent from the head that predicts it has the weight 0. The targets are smoothed by 1 / (N +
+        2), the rule of succession: without errors, the temperature would otherwise be 0. The
+        margins are 0 unless *has_margins*.
         """
         classes_NK = targets.classes
         wrong = 1 / (len(targets.classes) + 2)
@@ -647,14 +649,15 @@ def estimate_score(
     groups_N: Indices,
     folds: int = 0,
 ) -> Rate | MeanPrecision:
-    """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval, of independent *groups_N*.
+    """Compute top-1 with Wilson's interval or, with several classes per image, mAP with a bootstrap interval.
 
-    *folds* is the number of folds of a cross-validation, or 0 for held-out images; *seed* is that
-    of the bootstrap. The heads of
-    a cross-validation share most of their training images, so the interval of top-1 is widened:
-    Nadeau and Bengio, "Inference for the Generalization Error" (2003), section 3. Of a class
-    with fewer groups than `MIN_FOLDS`, each head lacks one of few; the network, fitted to all,
-    errs less than these heads. The upper end allows for this.
+    Images of different groups, *groups_N*, are independent. *folds* is the number of folds of a
+    cross-validation, or 0 for held-out images; *seed* is that of the bootstrap.
+
+    The heads of a cross-validation share most of their training images, so the interval of top-1
+    is widened: Nadeau and Bengio, "Inference for the Generalization Error" (2003), section 3. If
+    a class has fewer groups than `MIN_FOLDS`, a head that lacks one of them errs more than
+    the network, which is fitted to all. The upper end allows for this.
     """
     if activation == "sigmoid":
         return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)
@@ -666,7 +669,8 @@ def estimate_score(
     units = effective_count(groups_N) / variance_factor
     rate = Rate.of(int(right.sum()), len(right), units)
 
-    # With G groups of a class, the network has ((G - 1) / G)^LEARNING of the errors.
+    # In a class of G groups, the network is expected to make ((G - 1) / G)^LEARNING of the errors
+    # of the heads.
     highest_share = rate.share
     if folds > 0:
         num_groups_K = np.asarray(

@@ -205,7 +205,10 @@ class _Photographs(Dataset):
     always_decoded: int
 
     def batch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Return the pixels, black if not decoded, and [hash of the file, `taken`, 1 if decoded] (B, 3)."""
+        """Return the pixels, black if not decoded, and [hash of the file, `taken`, 1 if decoded] (B, 3).
+
+        Photographs with an entry in the cache are not decoded, except for `always_decoded`.
+        """
         side = self.preprocess.crop
         pixels = np.zeros((len(indices), side, side, 3), np.uint8)
         facts = []
@@ -325,7 +328,10 @@ class CachedNetwork:
             yield loaded, cast(list[Entry], loaded.entries)
 
     def _compute(self, pixels: Tensor) -> list[Entry]:
-        """Compute the entries of *pixels* (B, H, W, 3) in a full batch: its size decides the last bits."""
+        """Compute the entries of *pixels* (B, H, W, 3) in a full batch.
+
+        The size of a batch decides the last bits of the outputs.
+        """
         # Of fewer images than a batch, the last one is repeated.
         positions = torch.arange(self.batch_size).clamp(max=len(pixels) - 1)
         own, maps = self.network.head_inputs(self.normalize(pixels[positions].to(self.device)))

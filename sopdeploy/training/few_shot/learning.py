@@ -60,14 +60,16 @@ def estimate_gains(
     right: NDArray[np.bool_],
     labels: tuple[str, ...],
 ) -> tuple[Gain, ...]:
-    """Estimate what more photographs would give: of classes with few, and of those that gain most.
+    """Estimate how often a class would be found with more photographs.
+
+    The estimates are those of classes with few photographs, and of the others that gain most.
 
     *right* tells which of the *judged* images are classified correctly by a head without them.
 
     - A class with fewer than `ENOUGH` photographs is found as often as other classes are if they
-      have as few.
-    - Of any other class, twice as many photographs divide the errors by as much as all photographs
-      do on average, compared with half of them.
+      have as few. With `ENOUGH`, it would be found as often as they are with `ENOUGH`.
+    - In any other class, twice as many photographs would reduce the errors by the same factor as
+      all photographs do on average, compared with half the median number of a class.
 
     Nothing is estimated for more than `MAX_RANK` images, or with several classes per image.
     """

@@ -21,9 +21,9 @@ LARGEST = 127  # of int8
 def read_other_things(
     weights: StartReport | None, preprocess: Preprocess
 ) -> NDArray[np.float32] | None:
-    """Read the vectors (M, D_0) of length 1 for a frozen network; None if there are none for it.
+    """Read the vectors (M, D_0), of length 1, of other things by a frozen network; None without any.
 
-    *weights* are those that it started from. The *preprocess* of its images must be that of the
+    *weights* are those that the network started from. The *preprocess* of its images must be that of the
     weights, except for `decoding`.
     """
     if weights is None:

@@ -143,7 +143,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
 
         try:
             found = cross_validate(recipe, setup.model, images, on_progress)
-            # Otherwise, `set_up_run` has read the files and warned.
+            # If the hashes of the files are known, `set_up_run` has warned already.
             if not len(setup.file_hashes):
                 warn_of_equal_files(
                     images, setup.data.held_out, found.features.file_hashes, callback
@@ -168,7 +168,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
                 doubts = find_label_doubts(label_logits, images.targets.astype(np.int64))
                 is_doubted_N = doubts.listed
 
-            signals.exchange()  # since the last progress
+            signals.exchange()  # for a signal since the last progress
         except TrainingStoppedError as stop:
             stop.message = "stopped before the first checkpoint; start the same command again"
             raise
@@ -251,8 +251,8 @@ def cross_validate(
 ) -> CrossValidation:
     """Cross-validate classifiers on the features of *images* by *model*, the network of *recipe*.
 
-    *on_progress* receives (step, done, total). Raises `DataError` if all images are one group
-    of copies.
+    *on_progress* receives (step, done, total). Raises `DataError` if all images are one group, such
+    as a clip or copies of one photograph.
     """
     config: Any = recipe.procedure
     name = recipe.model.name
@@ -381,8 +381,8 @@ def _choose_judged(
 ) -> Indices:
     """Choose the images that the score counts: of each typical photograph, the copy with the most pixels.
 
-    Images of a class that is one group do not count: the classifiers that predict them were
-    fitted to no image of the class.
+    With one class per image, images of a class that is one group do not count: the classifiers
+    that predict them were fitted to no image of the class.
     """
     # The largest image of each group of copies. Only groups of several are opened.
     _, largest_G = np.unique(copies_N, return_index=True)
@@ -409,8 +409,8 @@ def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
 def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
     """Select the images (N,) that are like new photographs: those that no server kept.
 
-    Of photographs that a server kept, fewer are known and fewer are classified correctly. They are
-    selected, too:
+    Photographs that a server kept are more often unknown or classified wrongly than new ones. They
+    are selected, too:
 
     - in a class that has no others,
     - if fewer than `MIN_COSINES` are not kept, which are too few for a threshold,
@@ -505,7 +505,8 @@ def _describe(
         and max(counts.values()) > UNEVEN * max(1, min(counts.values())),
         num_images=len(images),
         left_out=tuple(map(str, setup.data.left_out)),
-        num_selected=int((~select_typical(images)).sum()),  # by a server
+        # Photographs that a server kept; they do not count as typical.
+        num_selected=int((~select_typical(images)).sum()),
         num_doubted=int(is_doubted_N.sum()),
         without_doubted=None
         if label_logits is None or len(setup.data.held_out)
@@ -535,11 +536,11 @@ def _describe(
 def _score_without_doubted(
     found: CrossValidation, is_doubted_N: NDArray[np.bool_], label_logits: Array
 ) -> tuple[float, float] | None:
-    """Compute the accuracy on the judged images without those whose label *is_doubted_N*.
+    """Compute two accuracies on the judged images whose labels are not doubted, the lower one first.
 
-    Returns two accuracies, the lower one first. One is of the classifiers that were fitted to the
-    doubted labels, too, as the network is; the other of those of *label_logits*, which were not.
-    None if no label is doubted, or all are.
+    One is that of the classifiers that were fitted to the doubted labels, too, as the network is.
+    The other is that of the classifiers of *label_logits*, which were not. None if no label is
+    doubted, or all are.
     """
     kept = found.judged[~is_doubted_N[found.judged]]
     if not is_doubted_N.any() or not len(kept):
@@ -553,10 +554,11 @@ def _score_without_doubted(
 def _find_confused(
     found: CrossValidation, labels: tuple[str, ...]
 ) -> tuple[tuple[str, str], ...]:
-    """Find the pairs of classes that are predicted as each other as by chance.
+    """Find the pairs of classes that the network tells apart hardly better than by chance.
 
-    Only images that are predicted as one of the two classes count. Of these, each class has at
-    least the share `CHANCE`, and at least `MIN_CONFUSED`, that are predicted as the other one.
+    Only the images of the two classes that are predicted as one of them count. In each class, at
+    least the share `CHANCE` of these, and at least `MIN_CONFUSED`, are predicted as the other
+    class.
     """
     classes = found.problem.targets.strata[found.judged]
     predicted = found.logits[found.judged].argmax(axis=1)

@@ -219,7 +219,7 @@ class LoopState:
         position = self.position
         row = EpochRow(
             epoch=position.epoch + 1,
-            # The rate of the last step: the first group has no factor, or the factor 1.
+            # The rate of the last step, without `head_factor`, which the first group never has.
             lr=self.optimizer.param_groups[0]["lr"],
             losses={name: total / position.seen for name, total in position.sums.items()},
             metrics=metrics,
