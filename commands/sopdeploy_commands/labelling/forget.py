@@ -452,7 +452,7 @@ def _empty_rows(table: Path, numbers: Sequence[int]) -> None:
     # Each group of rows is read, emptied and written alone.
     num_before = 0  # rows of earlier groups
     with (
-        atomic_write(table) as partial,
+        atomic_write(table, durable=True) as partial,
         pq.ParquetWriter(partial, schema, compression="zstd") as writer,
     ):
         # A row keeps its place, and so do the rows of the groups after it.
