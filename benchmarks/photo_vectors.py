@@ -100,12 +100,18 @@ def fit_draw(
     seed: int,
     drawn: Array,
     num_classes: int,
+    *,
+    has_margins: bool = False,
 ) -> FittedDraw:
-    """Cross-validate heads on *vectors* (n, D) of *drawn* photographs (n,), with the *classes* (n,)."""
+    """Cross-validate heads on *vectors* (n, D) of *drawn* photographs (n,), with the *classes* (n,).
+
+    *has_margins* is that of the recipe, which `train --from` sets.
+    """
     targets = Targets(np.eye(num_classes)[classes], classes, "softmax")
     by_part = [vectors[:, part] for part in parts]
     space = Space.of([part[:MAX_RANK] for part in by_part])
     problem = LinearProblem(space, space.project(vectors), unit_length(by_part[0]), targets)
     folds = make_folds(targets, [str(index) for index in drawn.tolist()], FOLDS, seed)
     validations = [problem.cross_validate(one) for one in folds]
-    return FittedDraw(problem, folds, validations, Scaling.fit(validations, targets))
+    scaling = Scaling.fit(validations, targets, has_margins=has_margins)
+    return FittedDraw(problem, folds, validations, scaling)

@@ -34,7 +34,7 @@ from sopdeploy.config import (
 from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError, first_line
-from sopdeploy.file_systems import flush, flush_folder
+from sopdeploy.file_systems import flush_folder
 from sopdeploy.files import (
     CHECKPOINT_FORMAT,
     MAX_WEIGHTS_BYTES,
@@ -167,13 +167,11 @@ def plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
 def write_plain(path: Path, content: Mapping[str, Any]) -> None:
     """Write *content*, which `load_plain` can read, to *path* atomically; raises `StorageError`."""
     with writing(path), new_folder(path.parent):
-        with atomic_write(path) as partial, partial.open("wb") as file:
+        with atomic_write(path, durable=True) as partial, partial.open("wb") as file:
             try:
                 torch.save(dict(content), file)
             except RuntimeError as error:  # if the disk is full
                 raise OSError("the file is not complete") from error
-            file.flush()
-            flush(file.fileno())
         flush_folder(path.parent)
 
 

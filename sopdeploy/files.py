@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
 from sopdeploy.errors import CheckpointError, StorageError, WeightsError
-from sopdeploy.file_systems import Lock, lock_file, lock_if_abandoned, rename_file
+from sopdeploy.file_systems import Lock, flush, lock_file, lock_if_abandoned, rename_file
 from sopdeploy.plugins import FIRST_BYTES, IMPORTERS
 
 PARTIAL = ".partial"
@@ -46,11 +46,12 @@ log = logging.getLogger("sopdeploy.files")
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield the path of an empty temporary file; rename it to *path* on success, delete it on error.
 
-    What killed processes left in the folder is removed once per process. Raises `OSError`, also
-    for a folder.
+    A *durable* file has its content on the disk before it has its name, so that a loss of power
+    leaves no empty one; a write takes some milliseconds more. What killed processes left in the
+    folder is removed once per process. Raises `OSError`, also for a folder.
     """
     if path.is_dir():  # also `.` and `/`, which have no name to extend
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -67,6 +68,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     lock = lock_file(partial)
     try:
         yield partial
+        if durable:
+            flush(lock.file)
         rename_file(lock.file, partial, path)
     finally:
         with suppress(OSError):

@@ -141,7 +141,11 @@ def upload(file: Path, destination: str, name: str) -> str:
         return url
 
     target = Path(folder) / name
-    with writing(target), new_folder(target.parent), atomic_write(target) as partial:
+    with (
+        writing(target),
+        new_folder(target.parent),
+        atomic_write(target, durable=True) as partial,
+    ):
         shutil.copyfile(file, partial)
     return str(target) if folder == destination else url
 

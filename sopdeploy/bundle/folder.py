@@ -178,7 +178,10 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
                 f"{target} exists, signed with the time of its export; move {signature.name} to another "
                 "folder, export again and sign it again"
             )
-        with writing(target / MANIFEST), atomic_write(target / MANIFEST) as partial:
+        with (
+            writing(target / MANIFEST),
+            atomic_write(target / MANIFEST, durable=True) as partial,
+        ):
             partial.write_bytes(manifest.to_bytes())
 
     link_latest(target)
@@ -239,7 +242,7 @@ def give_final_name(
 
 
 def _write_signature(path: Path, signature: bytes) -> None:
-    with atomic_write(path) as partial_file:
+    with atomic_write(path, durable=True) as partial_file:
         partial_file.write_bytes(signature)
 
 

@@ -45,7 +45,7 @@ def write_signature(path: Path, key: Path) -> Path:
 
     with _reading(key, "private elliptic curve key, as `openssl genpkey -algorithm EC` writes"):
         config = signing.Config().use_elliptic_key_signer(private_key=key)
-    with writing(file), atomic_write(file) as partial:
+    with writing(file), atomic_write(file, durable=True) as partial:
         config.set_hashing_config(_HashesOf(bundle)).sign(bundle.path, partial)
     return file
 

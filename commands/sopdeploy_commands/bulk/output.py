@@ -163,7 +163,7 @@ class OutputFolder:
         before = self._read_state()
         size = part_images or (PART_IMAGES if before is None else before.part_images)
 
-        with atomic_write(self.path / LISTING) as partial:
+        with atomic_write(self.path / LISTING, durable=True) as partial:
             hashed = _write_list(partial, images, size)
             now = RunState(**state.model_dump(), part_images=size, images=hashed)
 
@@ -172,7 +172,7 @@ class OutputFolder:
                 advice = "continue with the same images and options, or choose another folder"
                 message = f"{self.path} was begun with {difference}; {advice}"
                 raise ConfigError(message, setting="out")  # `atomic_write` keeps the old list
-        with atomic_write(self.path / STATE) as partial:
+        with atomic_write(self.path / STATE, durable=True) as partial:
             partial.write_text(now.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     def _read_state(self) -> RunState | None:
@@ -211,7 +211,7 @@ class OutputFolder:
     def write(self, part: int, rows: Sequence[Mapping[str, object]], schema: Any) -> None:
         """Write the *rows* of *part*; its file has its final name only when it is complete."""
         table = pa.Table.from_pylist(rows, schema=schema)
-        with atomic_write(self._file(part)) as partial:
+        with atomic_write(self._file(part), durable=True) as partial:
             pq.write_table(table, partial, compression="zstd")
 
     def _file(self, part: int) -> Path:

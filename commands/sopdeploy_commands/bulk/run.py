@@ -182,7 +182,7 @@ def _classify_to_csv(
     with (
         writing(out),
         new_folder(out.parent),
-        atomic_write(out) as partial,
+        atomic_write(out, durable=True) as partial,
         partial.open("w", encoding="utf-8-sig", newline="") as file,  # for spreadsheets
     ):
         rows = csv.DictWriter(file, CsvRow.__annotations__)

@@ -459,7 +459,7 @@ def _empty_rows(table: Path, numbers: Sequence[int]) -> None:
 
     num_before = 0  # rows of earlier groups
     with (
-        atomic_write(table) as partial,
+        atomic_write(table, durable=True) as partial,
         pq.ParquetWriter(partial, schema, compression="zstd") as writer,
     ):
         # Row groups stay as they were; every row keeps its place.

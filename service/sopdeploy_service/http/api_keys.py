@@ -158,7 +158,7 @@ def new_key(path: Path, name: str, rate: float | None = None) -> str:
         )
         table = f'\n[[key]]\nname = "{key.name}"\nsha256 = "{key.sha256}"\n{limit}\n'
 
-        with atomic_write(path) as partial:
+        with atomic_write(path, durable=True) as partial:
             set_mode(partial, 0o600)
             if path.exists():
                 table = read_text(path) + table

@@ -217,7 +217,8 @@ class DriftMonitor:
         alarms = describe_alarms(traffic.comparisons)
         if alarms and not traffic.was_alarm:
             log.warning(
-                "%s: drift in the last %s images: %s; label 30 of the sample, train, compare, promote",
+                "%s: drift in the last %s images: %s; label 60, half of them of the sample, train, compare, "
+                "promote",
                 traffic.name,
                 f"{WINDOW:,}",
                 alarms,

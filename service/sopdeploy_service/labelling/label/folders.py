@@ -25,7 +25,7 @@ import numpy as np
 
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
-from sopdeploy.file_systems import set_mode, set_owner
+from sopdeploy.file_systems import flush_folder, set_mode, set_owner
 from sopdeploy.files import LOCK, atomic_write, expand_user
 from sopdeploy.images.near_hash import are_near
 from sopdeploy.images.signatures import count_suffixes, note_skipped
@@ -184,13 +184,16 @@ class LabelFolders:
 
         self._sampled.update(int(record.near_hash, 16) for _, record in samples)
 
-        # The order: reported ones, then the rest, the most useful ones first. Of the rest, further
-        # photographs of an object come last, and every second one is of the sample.
+        # Reported ones come first, then the sample and, between, the most useful ones: first one
+        # photograph of each object, the further ones last. The newest of the sample comes first,
+        # because the recent ones decide about the next bundle.
         repeated = find_repeated(others)
         others = sorted(order_records(others), key=lambda photo: photo.path.name in repeated)
         reported = [photo for photo in others if "reported" in photo.record.reasons]
         rest = [photo for photo in others if "reported" not in photo.record.reasons]
-        for number, photo in enumerate(samples):  # beyond the end of *rest*, `insert` appends
+        for number, photo in enumerate(
+            reversed(samples)
+        ):  # beyond the end of *rest*, `insert` appends
             rest.insert(SAMPLE_EVERY * number, photo)
         queue = [*reported, *rest]
 
@@ -551,7 +554,7 @@ def _move(source: Path, target: Path) -> None:
         if error.errno != errno.EXDEV:
             raise
 
-        with atomic_write(target) as partial:
+        with atomic_write(target, durable=True) as partial:
             # As a rename does, so that only the owner can read a kept one; it must be written,
             # too.
             set_owner(partial, source)
@@ -562,4 +565,6 @@ def _move(source: Path, target: Path) -> None:
                 reason = copy_error.strerror
                 raise OSError(copy_error.errno, reason, str(target.parent)) from copy_error
 
+        # The copy and its name are on the disk before the only other one goes.
+        flush_folder(target.parent)
         source.unlink()

@@ -174,7 +174,7 @@ def test_a_photograph_that_another_process_has_labelled_or_deleted_is_refused(
     assert list(folders.waiting) == [other]
 
 
-def test_reported_ones_come_first_then_in_turn_the_sample_and_one_photograph_of_each_object(
+def test_reported_ones_come_first_then_in_turn_the_newest_of_the_sample_and_one_of_each_object(
     keep, open_folders
 ):
     keep(1, [0.0, 0.1, 0.0], near_hash="0" * 16)
@@ -187,7 +187,7 @@ def test_reported_ones_come_first_then_in_turn_the_sample_and_one_photograph_of_
         keep(number, reasons=("sample",))
     keep(30, reasons=("reported",))
     waiting = [int(name, 16) for name in open_folders().waiting]
-    assert [waiting[place] for place in (0, 1, 3)] == [30, 20, 21]
+    assert [waiting[place] for place in (0, 1, 3)] == [30, 21, 20]
     assert sorted(waiting[place] for place in (2, 4, 5)) == [1, 3, 4]
     assert waiting[6:] == [2]
 

@@ -1,0 +1,157 @@
+"""Sets of photographs with their vectors and measures, computed once, and bundles as `train` fits them."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from photo_vectors import class_folders, fit_draw, join_vectors, open_network, read_batches
+from PIL import Image, ImageEnhance
+
+from sopdeploy.decision import log_sum_exp
+from sopdeploy.evaluation.drift import measure_image
+from sopdeploy.photos.photo import ImageFiles
+from sopdeploy.training.few_shot.classifier import unit_length
+from sopdeploy.training.few_shot.run import make_folds
+
+Array = NDArray[Any]
+DIM = 0.6  # share of the light that a dim lamp gives
+
+
+@dataclass
+class Photographs:
+    """Vectors (N, D), their columns by part, classes (N,), and measures (N, F) in usual and in dim light."""
+
+    vectors: Array
+    columns: list[slice]
+    classes: Array
+    usual: Array
+    dim: Array
+    labels: tuple[str, ...]
+
+
+def read_sets(
+    data: Path, unknown: Path, weights: Path, cache: Path | None = None
+) -> tuple[Photographs, Photographs]:
+    """Compute the photographs of *data*, which determine the projections, and those of *unknown*.
+
+    Both are folders <class>/*.jpg. With the folder *cache*, they are computed once; its file has
+    the name of *data*.
+    """
+    file = None if cache is None else cache / f"{data.name}-{unknown.name}.npz"
+    if file is not None and file.exists():
+        return _load(file)
+
+    network = open_network(weights)
+    columns = network.network.pooled_head.columns()
+    stored: dict[str, Array] = {"stops": np.asarray([part.stop for part in columns])}
+    fitted: Any = ()
+    for name, folder in (("data", data), ("unknown", unknown)):
+        images = _list_images(folder)
+        batches = read_batches(network, images)
+        fitted = fitted or batches
+        stored[f"{name}-vectors"] = join_vectors(network, batches, fitted)
+        stored[f"{name}-classes"] = images.targets
+        stored[f"{name}-labels"] = np.asarray(images.labels)
+        usual, dim = _measure(images, network.recipe.preprocess)
+        stored[f"{name}-usual"] = usual
+        stored[f"{name}-dim"] = dim
+
+    if file is None:
+        return _describe(stored)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(file, allow_pickle=False, **stored)
+    return _load(file)
+
+
+def _load(file: Path) -> tuple[Photographs, Photographs]:
+    with np.load(file) as stored:
+        return _describe(stored)
+
+
+def _describe(stored: Any) -> tuple[Photographs, Photographs]:
+    stops = stored["stops"].tolist()
+    columns = [slice(*bounds) for bounds in zip([0, *stops], stops, strict=False)]
+    data, unknown = (
+        Photographs(
+            stored[f"{name}-vectors"],
+            columns,
+            stored[f"{name}-classes"],
+            stored[f"{name}-usual"],
+            stored[f"{name}-dim"],
+            tuple(stored[f"{name}-labels"].tolist()),
+        )
+        for name in ("data", "unknown")
+    )
+    return data, unknown
+
+
+def _list_images(folder: Path) -> ImageFiles:
+    """List the photographs below *folder*, by class."""
+    labels = class_folders(folder)
+    files = [
+        (number, path)
+        for number, label in enumerate(labels)
+        for path in sorted((folder / label).iterdir())
+    ]
+    names = np.asarray([os.fsencode(path.relative_to(folder)) for _, path in files], np.bytes_)
+    return ImageFiles(folder, labels, names, np.asarray([number for number, _ in files]))
+
+
+def _measure(images: ImageFiles, rules: Any) -> tuple[Array, Array]:
+    """Measure *images* in usual light and under a dim lamp, both (N, F)."""
+    usual = []
+    dim = []
+    for index in range(len(images)):
+        pixels = np.asarray(images.preprocess(index, rules))
+        usual.append(measure_image(pixels))
+        darker = ImageEnhance.Brightness(Image.fromarray(pixels)).enhance(DIM)
+        dim.append(measure_image(np.asarray(darker)))
+    return np.stack(usual), np.stack(dim)
+
+
+class Bundle:
+    """A head on photographs with the numbers *chosen* (n,) and *labels* (n,), with the threshold of `known`.
+
+    *is_first* says that no bundle was live before, so that `train` has no `--from`.
+    """
+
+    def __init__(
+        self,
+        photographs: Photographs,
+        chosen: Array,
+        labels: Array,
+        seed: int,
+        *,
+        is_first: bool = False,
+    ) -> None:
+        # Only the classes that have photographs.
+        self.known_classes = np.unique(labels)
+        numbers = np.searchsorted(self.known_classes, labels)
+        vectors = photographs.vectors[chosen]
+        fitted = fit_draw(
+            vectors,
+            numbers,
+            photographs.columns,
+            seed,
+            chosen,
+            len(self.known_classes),
+            has_margins=not is_first,
+        )
+        self.head = fitted.problem.fit_all(fitted.scaling)
+        self.own = photographs.columns[0]
+        self.means = fitted.problem.class_means()
+        folds = make_folds(fitted.problem.targets, [str(index) for index in chosen], 5, seed)[0]
+        self.threshold = float(np.quantile(fitted.problem.cosines(folds), 0.05))
+
+    def logits(self, vectors: Array) -> Array:
+        """Compute the logits (n, K), whose log-sum-exp is the cosine to the nearest class mean."""
+        logits = self.head.logits(vectors)
+        cosines = (unit_length(vectors[:, self.own]) @ self.means.T).max(axis=1)
+        return np.asarray(logits - log_sum_exp(logits)[:, None] + cosines[:, None], np.float32)
+
+    def answers(self, vectors: Array) -> Array:
+        """Return the most probable classes (n,)."""
+        return np.asarray(self.known_classes[self.logits(vectors).argmax(axis=1)])

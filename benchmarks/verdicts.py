@@ -1,0 +1,78 @@
+"""The verdict of `promote`, by its own functions, of answers instead of bundles."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.errors import shorten
+from sopdeploy.evaluation.permission import TOLERANCE
+from sopdeploy_commands.promotion.compare import Photographs, compare_classes
+from sopdeploy_commands.promotion.compare import _bound_losses as bound_losses
+from sopdeploy_commands.promotion.compare import _decide as decide_by
+
+Array = NDArray[Any]
+
+
+class Verdict(NamedTuple):
+    """Whether a bundle is promoted, the labels that could decide if it is not, and what `promote` prints.
+
+    `worse` are classes in which it is worse, and `is_best` says that it is not worse than the best
+    bundle that was live.
+    """
+
+    passes: bool
+    num_more: int | None
+    text: str
+    worse: list[str]
+    is_best: bool
+
+
+def decide(
+    right: Sequence[Array],
+    targets: Array,
+    is_old: Array,
+    labels: Sequence[str],
+    *,
+    attempt: int = 1,
+) -> Verdict:
+    """Decide by N photographs of the classes *targets*, indices of *labels*.
+
+    *right* tells (N,) of the live bundle, of the new one and, if there is a better one than the
+    live one, of the best one which photographs it is right on; *is_old* (N,) which show a class
+    of the live one.
+    """
+    counted = np.ones(len(targets), np.bool_)
+    live_right, new_right, *_ = right
+    images: Any = SimpleNamespace(targets=targets, labels=labels)
+    photographs = Photographs(images, counted, is_old, ~is_old, is_old)
+    evaluated: list[Any] = [SimpleNamespace(right=one) for one in right]
+    live, new, best = evaluated if len(right) > 2 else [*evaluated, None]
+    checks = bound_losses(photographs, live, new, best, TOLERANCE, attempt)
+    against = next((check for check in checks if check.of == "anchor"), checks[0])
+    is_best = against.wins >= against.losses
+    verdict = decide_by(checks, None)
+
+    # As `promote` refuses: the checks, then classes.
+    problems = [check.problem for check in checks if not check.passes]
+    worse = [
+        change.label
+        for change in compare_classes(photographs, is_old, live_right, new_right)
+        if change.is_worse
+    ]
+    if worse:
+        problems.append(f"worse in {shorten(worse)}")
+    if not problems:
+        return Verdict(True, None, f"passes: {checks[0].figures}", [], is_best)
+
+    num_more: int | None = None
+    if verdict == "undecided":
+        counts = [check.num_more_images for check in checks if not check.passes]
+        if None not in counts:
+            num_more = max(count for count in counts if count is not None)
+            problems.append(f"label about {float(f'{num_more:.1e}'):,.0f} more to decide")
+    parts = [*([] if verdict in {"better", "not worse"} else [verdict]), *problems]
+    text = f"{'; '.join(parts)}: {checks[0].figures}"
+    return Verdict(False, num_more, text, worse, is_best)
