@@ -167,6 +167,186 @@ CANDIDATES = [
         logits="0.0",
     ),
 ]
+# Networks of further kinds, 2026-11-28
+HIGH_RESOLUTION = """
+from yacs.config import CfgNode
+from models.cls_hrnet import get_cls_net
+def stage(branches, block, channels):
+    widths = [channels * 2**i for i in range(branches)]
+    return {"NUM_MODULES": 1, "NUM_BRANCHES": branches, "BLOCK": block, "NUM_BLOCKS": [1] * branches,
+            "NUM_CHANNELS": widths, "FUSE_METHOD": "SUM"}
+def build():
+    stages = [stage(1, "BOTTLENECK", 32)] + [stage(number, "BASIC", 16) for number in (2, 3, 4)]
+    extra = {f"STAGE{number}": each for number, each in enumerate(stages, 1)}
+    return get_cls_net(CfgNode({"MODEL": {"EXTRA": extra}}))
+"""
+FREQUENCIES = """
+import sys
+import types
+import numpy
+sys.modules["numpy.lib.arraypad"] = types.SimpleNamespace(pad=numpy.pad)  # of an older NumPy
+from gfnet import GFNet
+def build():
+    return GFNet(img_size=32, patch_size=4, embed_dim=32, depth=2, num_classes=10)
+"""
+FACES = """
+from torch import nn
+from resnet import resnet_face18
+class Gray(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = resnet_face18(use_se=True)
+    def forward(self, images):
+        return self.net(images.mean(1, keepdim=True))
+"""
+CAPSULES = """
+from torch import nn
+from capsnet import ConvLayer, DigitCaps, PrimaryCaps
+class Lengths(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = ConvLayer(3, 32)
+        self.primary = PrimaryCaps(8, 32, 8, 9, 8 * 6 * 6)
+        self.digits = DigitCaps(10, 8 * 6 * 6, 8, 16)
+    def forward(self, images):
+        return self.digits(self.primary(self.conv(images))).squeeze(-1).norm(dim=2)
+"""
+SPLINES = """
+from torch import nn
+from KANConv import KAN_Convolutional_Layer
+from KANLinear import KANLinear
+def build():
+    layer = KAN_Convolutional_Layer(3, 2, (3, 3))
+    return nn.Sequential(layer, nn.MaxPool2d(5), nn.Flatten(), KANLinear(2 * 6 * 6, 10))
+"""
+STATE_SPACE = """
+from torch import nn
+from mambapy.vim import MambaConfig, VMamba
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 8, 8)
+        self.mamba = VMamba(MambaConfig(d_model=32, n_layers=2))
+        self.head = nn.Linear(32, 10)
+    def forward(self, images):
+        return self.head(self.mamba(self.patches(images).flatten(2).transpose(1, 2)).mean(1))
+"""
+AROUND = """
+from torch import nn
+def around(*layers, channels=32):
+    stem = (nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU())
+    head = (nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*stem, *layers, *head, nn.Linear(channels, 10))
+"""
+MIXED_ATTENTION = f"""{AROUND}
+from test_bottleneck import ACmix
+def build():
+    return around(ACmix(16, 32, head=4))
+"""
+INVOLUTION = f"""{AROUND}
+from involution import Involution2d
+def build():
+    return around(Involution2d(16, 32, groups=4))
+"""
+GRAPH = """
+from types import SimpleNamespace
+from vig import DeepGCN
+def build():
+    kinds = {"conv": "mr", "act": "gelu", "norm": "batch", "bias": True}
+    sizes = {"k": 3, "n_blocks": 2, "n_filters": 32, "n_classes": 10}
+    choices = {"use_dilation": True, "use_stochastic": False, "epsilon": 0.2}
+    return DeepGCN(SimpleNamespace(**kinds, **sizes, **choices, dropout=0.0, drop_path=0.0))
+"""
+LARGE_KERNELS = """
+from models.van import VAN
+def build():
+    widths = {"embed_dims": [16, 32, 32, 64], "mlp_ratios": [2] * 4, "depths": [1] * 4}
+    return VAN(img_size=64, num_classes=10, **widths)
+"""
+SMALL_SWIN = (
+    "hidden_dim=24",
+    "layers=(2,2,2,2)",
+    "heads=(1,2,2,4)",
+    "window_size=4",
+    "num_classes=10",
+    "downscaling_factors=(2,2,2,1)",
+)
+MIXER = ("dim=64", "depth=4", "kernel_size=5", "patch_size=4", "n_classes=10")
+# With statistics of noise, because the logits of these nearly vanish with those of a new network
+NOISE = f"[net.train()(torch.randn(16, 3, 64, 64)) for _ in range(9)] and {STATE}"
+MODEL = f"{{'model': {STATE}}}"
+CANDIDATES += [
+    Candidate("kentaroy47/vision-transformers-cifar10", "models.swin:swin_t", NET, SMALL_SWIN),
+    Candidate("clovaai/rexnet", "rexnetv1:ReXNetV1", NOISE, ("classes=10",), 64),
+    Candidate(
+        "rwightman/gen-efficientnet-pytorch",
+        "geffnet.mobilenetv3:mobilenetv3_small_075",
+        NOISE,
+        ("num_classes=10",),
+        64,
+    ),
+    Candidate(
+        "rwightman/gen-efficientnet-pytorch",
+        "geffnet.gen_efficientnet:mixnet_s",
+        NOISE,
+        ("num_classes=10",),
+        64,
+    ),
+    Candidate(
+        "HRNet/HRNet-Image-Classification/lib",
+        "mine:build",
+        SINGLE,
+        pixels=64,
+        code=HIGH_RESOLUTION,
+    ),
+    Candidate("raoyongming/GFNet", "mine:build", MODEL, code=FREQUENCIES),
+    Candidate(
+        "SHI-Labs/Compact-Transformers",
+        "src.cct:cct_2_3x2_32",
+        STATE,
+        ("pretrained=False", "progress=False", "num_classes=10"),
+    ),
+    Candidate(
+        "ronghuaiyang/arcface-pytorch/models", "mine:Gray", PARALLEL, pixels=128, code=FACES
+    ),
+    Candidate(
+        "jindongwang/Pytorch-CapsuleNet", "mine:Lengths", STATE, pixels=28, code=CAPSULES
+    ),
+    Candidate("locuslab/convmixer", "convmixer:ConvMixer", STATE, MIXER),
+    Candidate(
+        "AntonioTepsich/Convolutional-KANs/kan_convolutional",
+        "mine:build",
+        STATE,
+        code=SPLINES,
+    ),
+    Candidate("alxndrTL/mamba.py", "mine:Classifier", STATE, code=STATE_SPACE),
+    Candidate(
+        "iduta/pyconv", "models.pyconvresnet:pyconvresnet18", SINGLE, ("num_classes=10",), 64
+    ),
+    Candidate(
+        "Visual-Attention-Network/VAN-Classification",
+        "mine:build",
+        SINGLE,
+        pixels=64,
+        code=LARGE_KERNELS,
+    ),
+    Candidate("LeapLabTHU/ACmix/ResNet", "mine:build", STATE, code=MIXED_ATTENTION),
+    Candidate("ChristophReich1996/Involution", "mine:build", STATE, code=INVOLUTION),
+    Candidate(
+        "huawei-noah/Efficient-AI-Backbones/vig_pytorch",
+        "mine:build",
+        SINGLE,
+        pixels=224,
+        code=GRAPH,
+    ),
+    Candidate(
+        "mmaaz60/EdgeNeXt",
+        "models.model:edgenext_xx_small",
+        MODEL,
+        ("num_classes=10", "classifier_dropout=0.0"),
+        64,
+    ),
+]
 SAVE = """
 import sys
 import torch

@@ -92,7 +92,7 @@ def unwrap_and_check(
                 f"{where} is not initialized; run the network once before the export"
             )
         if isinstance(module, OptimizedModule):
-            raise LoweringError(f"{where} is compiled; put its _orig_mod in its place")
+            check_backend(where, module)
         if vars(module).get("_compiled_call_impl") is not None:
             check_backend(where, vars(module)["_compiled_call_impl"])
     return network

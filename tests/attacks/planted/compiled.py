@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.attacks.planted.graphs import COPIED, doubled
 from tests.attacks.planted.network import (
     WIDTH,
     Change,
@@ -67,9 +68,11 @@ def scripted_list(x: Tensor) -> bool:
     return max(numbers) > 0.0
 
 
-@torch.jit.script_if_tracing
-def scripted_if_traced(x: Tensor) -> Tensor:
+def gated(x: Tensor) -> Tensor:
     return x.mul(torch.sigmoid(x))
+
+
+scripted_if_traced: Any = torch.jit.script_if_tracing(gated)  # type: ignore[no-untyped-call]
 
 
 class Swish(torch.autograd.Function):
@@ -154,6 +157,13 @@ COMPILED: dict[str, Row] = {
     "a function that is scripted if it is traced": acts(scripted_if_traced),
     "a compiled function": acts(compiled),
     "a compiled forward": through(CompiledForward),
+    "a compiled part": through(lambda: torch.compile(nn.Linear(WIDTH, WIDTH))),
+    "a compiled part that is removed": Row(
+        network(
+            lambda n, f, y: (y, n.part(f)), part(lambda: torch.compile(nn.Linear(WIDTH, WIDTH)))
+        ),
+        parts=("part",),
+    ),
     "a function of each image": acts(torch.vmap(lambda row: row.relu() - row.mean())),
     "a checkpoint": acts(lambda x: checkpoint(torch.tanh, x, use_reentrant=False)),
     "a checkpoint of the old kind": acts(
@@ -165,6 +175,12 @@ COMPILED: dict[str, Row] = {
     ),
     "a scripted function that asks for the size": acts(
         scripted_by_size, r"with 1 image, a plain run|treats some batch sizes", batch=5
+    ),
+    "a part that a backend of its own compiles": through(
+        lambda: torch.compile(nn.Linear(WIDTH, WIDTH), backend=doubled), COPIED
+    ),
+    "a function that a backend of its own compiles": acts(
+        torch.compile(lambda x: x.relu(), backend=doubled), r"noise floor of"
     ),
     "a scripted part": through(
         lambda: script(nn.Linear(WIDTH, WIDTH)), r"part of .* is a ScriptModule"
