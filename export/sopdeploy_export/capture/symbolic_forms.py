@@ -63,8 +63,8 @@ def simplify_operators(program: ExportedProgram) -> None:
                 node.target = aten.mean.dim
                 node.args = (x, axes, True)
 
-    # With `ceil_mode`, ONNX counts windows that begin behind the map, ATen does not. It is left
-    # out where it has no effect.
+    # With `ceil_mode`, ONNX counts windows that begin behind the map, ATen does not. `ceil_mode` is
+    # left out where it has no effect.
     for node in program.graph.find_nodes(op="call_function", target=aten.max_pool2d.default):
         # The last argument is `ceil_mode`, by default False.
         if len(node.args) == 6 and node.args[5]:

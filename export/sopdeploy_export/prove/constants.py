@@ -24,7 +24,7 @@ def check_constants(
     the program that *rebuild* returns, of a network that a builder made anew, has an equal tensor
     in memory of its own. What both programs share, such as a global variable, is not accepted.
     """
-    constants = [*_large_constants(program)]
+    constants = _large_constants(program)
     if not constants:
         return
 
@@ -59,13 +59,22 @@ def _addresses(stored: Iterable[Tensor | None]) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in stored if tensor is not None}
 
 
-def _large_constants(program: ExportedProgram) -> Iterator[tuple[InputSpec, Tensor]]:
-    """Yield the tensors of more than `MAX_CONSTANT` numbers that *program* uses and no module registers."""
+def constants_in_use(program: ExportedProgram) -> Iterator[tuple[InputSpec, Tensor]]:
+    """Yield the tensors that operations of *program* read and no module registers."""
     users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
 
     for spec in program.graph_signature.input_specs:
         constant = program.constants.get(spec.target or "")
         if spec.kind != InputKind.CONSTANT_TENSOR or not isinstance(constant, Tensor):
             continue
-        if constant.numel() > MAX_CONSTANT and users[spec.arg.name]:
+        if users[spec.arg.name]:
             yield spec, constant
+
+
+def _large_constants(program: ExportedProgram) -> list[tuple[InputSpec, Tensor]]:
+    """List those of `constants_in_use` that have more than `MAX_CONSTANT` numbers."""
+    return [
+        (spec, constant)
+        for spec, constant in constants_in_use(program)
+        if constant.numel() > MAX_CONSTANT
+    ]

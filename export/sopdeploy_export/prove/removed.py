@@ -19,6 +19,7 @@ from sopdeploy.errors import CertificateError, shorten
 from sopdeploy.models.base import is_in
 from sopdeploy_export.capture.program import NETWORK_PREFIX
 from sopdeploy_export.network import modules, tensors
+from sopdeploy_export.prove.constants import constants_in_use
 from sopdeploy_export.prove.dataflow import address
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.prove.plain_run import Recorder, Run
@@ -55,16 +56,8 @@ def prove_removed(trained: Compared, recorder: Recorder, parts: tuple[str, ...])
     expected = recorder.run_again(recorder.repeated)
     _check_behind(expected, parts)
 
-    # The removed tensors, without those in a storage that a kept tensor is in, too.
-    stored = trained.tensors
-    kept = {address(tensor) for name, tensor in stored.items() if not is_in(name, *parts)}
-    removed = [
-        tensor
-        for name, tensor in stored.items()
-        if is_in(name, *parts) and address(tensor) not in kept
-    ]
-
-    # While they hold other values, a plain run does the same.
+    # While the removed tensors hold other values, a plain run does the same.
+    removed = [tensor for name, tensor in trained.tensors.items() if is_in(name, *parts)]
     with other_values(removed):
         changed = recorder.run_network(recorder.repeated)
     if changed.results != expected.results:
@@ -79,7 +72,8 @@ def prove_removed(trained: Compared, recorder: Recorder, parts: tuple[str, ...])
 def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
     """Raise `CertificateError` if a tensor or a module of *parts* is behind the outputs of *trained*.
 
-    Also raises it if a tensor of *parts* shares its memory with a kept one.
+    Also raises it if a tensor of *parts* shares its memory with a kept one, or with a constant of
+    the graph.
     """
     network = trained.network
 
@@ -115,6 +109,18 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
             "value that is needed; keep it",
             setting="training_only",
         )
+
+    # Constants of the graph over the memory of a removed tensor, such as a view in an attribute.
+    removed = {name: tensor for name, tensor in trained.tensors.items() if is_in(name, *parts)}
+    for _, constant in constants_in_use(trained.program):
+        start, end = _addresses(constant)
+        for name, tensor in removed.items():
+            removed_start, removed_end = _addresses(tensor)
+            if start < removed_end and removed_start < end:
+                raise CertificateError(
+                    f"the outputs depend on {name}, which is removed, by a view of its memory; keep it",
+                    setting="training_only",
+                )
 
 
 def removed_modules(network: nn.Module, parts: Sequence[str]) -> set[str]:

@@ -290,14 +290,23 @@ def shares_transposed(built: Any) -> None:
     built.aux.weight.data = built.fc.weight.data
 
 
-def reads_memory() -> nn.Module:
+def stored_beside(built: Any) -> None:
+    """Give a kept and a removed weight one storage, in which they do not overlap."""
+    kept = built.fc.weight
+    removed = built.aux.weight
+    both = torch.cat([kept.detach().flatten(), removed.detach().flatten()])
+    kept.data = both[: kept.numel()].view_as(kept)
+    removed.data = both[kept.numel() :].view_as(removed)
+
+
+def reads_memory(*changes: Change) -> nn.Module:
     """Build a network that reads the memory of its branch in Python, which no graph shows."""
 
     def answer(built: Any, _features: Tensor, logits: Tensor) -> Tensor:
         array, before = built.numbers
         return logits if (array == before).all() else logits + 1e-9
 
-    built = trained(network(answer)())
+    built = trained(network(answer, *changes)())
     array = built.aux.weight.detach().numpy()
     built.numbers = (array, array.copy())
     return built
@@ -316,6 +325,15 @@ ALIASES: dict[str, Row] = {
         alias(lambda n: n.aux.weight.detach().numpy()),
     ),
     "a number of its memory, read in Python": Row(reads_memory, DRAWN, ("aux",)),
+    "a view of its weight, stored beside a kept one": case(
+        lambda n, f, y: y + f @ n.alias[0].t(),
+        DRAWN,
+        stored_beside,
+        alias(lambda n: n.aux.weight.data),
+    ),
+    "a number of its memory, stored beside a kept one": Row(
+        lambda: reads_memory(stored_beside), DRAWN, ("aux",)
+    ),
     "a global variable": case(
         lambda n, f, y: y + f @ GLOBAL.weight.t(), DRAWN, shares_globally
     ),
