@@ -53,7 +53,7 @@ DIM_DAY = 12
 GONE_DAY = 20  # when a class goes
 PER_DAY = 220
 FRAMES = 2
-JITTER = 0.1  # of the frames of an object, in standard deviations of each number
+JITTER = 0.1  # share of the difference of two photographs, by which a frame differs
 FOREIGN = 0.1
 NEW_SHARE = 0.25
 SAMPLE = 0.2
@@ -173,7 +173,6 @@ class World:
 
         self.is_sampled = self.random.random(len(photographs.classes)) < SAMPLE
         self.is_foreign_sampled = self.random.random(len(foreign.classes)) < SAMPLE
-        self.spread = JITTER * photographs.vectors.std(axis=0)
 
     def shares(self, day: int) -> Array:
         """Return the share of each class among the photographs of *day* that show one."""
@@ -208,7 +207,10 @@ class World:
         light = "dim" if day >= DIM_DAY else "usual"
         measures = choose(getattr(self.photographs, light), getattr(self.foreign, light))
         vectors = choose(self.photographs.vectors, self.foreign.vectors)
-        vectors = vectors + self.random.normal(0, self.spread, vectors.shape)
+        # Frames differ as photographs do: noise in each number would be unlike any photograph.
+        first, second = self.random.choice(self.pool, (2, len(vectors)))
+        every = self.photographs.vectors
+        vectors = vectors + JITTER * (every[first] - every[second])
         in_sample = choose(self.is_sampled, self.is_foreign_sampled)
         return Sent(numbers, is_foreign, vectors.astype(np.float32), measures, in_sample)
 

@@ -12,6 +12,7 @@ from sopdeploy.evaluation.permission import TOLERANCE
 from sopdeploy_commands.promotion.compare import Photographs, compare_classes
 from sopdeploy_commands.promotion.compare import _bound_losses as bound_losses
 from sopdeploy_commands.promotion.compare import _decide as decide_by
+from sopdeploy_commands.promotion.comparison import list_worse
 
 Array = NDArray[Any]
 
@@ -57,11 +58,8 @@ def decide(
 
     # As `promote` refuses: the checks, then classes.
     problems = [check.problem for check in checks if not check.passes]
-    worse = [
-        change.label
-        for change in compare_classes(photographs, is_old, live_right, new_right)
-        if change.is_worse
-    ]
+    classes = compare_classes(photographs, is_old, live_right, new_right)
+    worse = list_worse(classes, TOLERANCE)
     if worse:
         problems.append(f"worse in {shorten(worse)}")
     if not problems:

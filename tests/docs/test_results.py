@@ -77,7 +77,11 @@ FROM_CODE: list[
     ("`/livez` fails for {} s", LIVENESS["periodSeconds"] * LIVENESS["failureThreshold"]),
     ("`preStop` waits {} s", int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])),
     ("does not reject 1 at the {:.0f} % level", ALPHA),
-    ("(p at most {:.0f} %)", ALPHA),
+    (
+        "certainly loses more than {:.0f} points in a class",
+        permission.CLASS_TOLERANCES * permission.TOLERANCE,
+    ),
+    ("({:.0f} % for all classes together)", ALPHA),
     ("(McNemar, {:.0f} %)", ALPHA),
     ("one-sided, {:.0f} %)", ALPHA),
     ("attempt k has {:.0f} % / k", ALPHA),

@@ -1,13 +1,13 @@
 """The result of a comparison of two bundles: its figures, and how they are told."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import amount, shorten
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.evaluation.permission import MIN_IMAGES
+from sopdeploy.evaluation.permission import MIN_IMAGES, Counts, proves_class_loss
 from sopdeploy.evaluation.statistics import ALPHA, Verdict, smallest_difference
 from sopdeploy.html.report import percent
 
@@ -208,8 +208,20 @@ class BundleComparison(StrictModel):
 
     @property
     def worse_classes(self) -> list[str]:
-        """Classes in which the second bundle is worse."""
-        return [change.label for change in self.classes if change.is_worse]
+        """Classes in which the second bundle loses much."""
+        return list_worse(self.classes, 100 * self.tolerance)
+
+
+def list_worse(classes: Sequence[ClassChange], tolerance: float) -> list[str]:
+    """Return the labels of *classes* that lose significantly, and provably much (`proves_class_loss`)."""
+    return [
+        change.label
+        for change in classes
+        if change.is_worse
+        and proves_class_loss(
+            Counts(change.num_images, change.wins, change.losses), tolerance, len(classes)
+        )
+    ]
 
 
 def show_comparison(result: BundleComparison) -> None:

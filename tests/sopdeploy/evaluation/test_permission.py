@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sopdeploy.evaluation.permission import MIN_IMAGES, Counts, rule_of_all, rule_of_old
+from sopdeploy.evaluation.permission import (
+    MIN_IMAGES,
+    Counts,
+    proves_class_loss,
+    rule_of_all,
+    rule_of_old,
+)
 from sopdeploy.evaluation.statistics import score_statistic
 
 
@@ -90,3 +96,20 @@ def test_as_many_labels_as_stated_let_most_bundles_pass(wins: int, losses: int) 
 
 def test_no_number_of_labels_lets_a_bundle_pass_that_is_clearly_worse() -> None:
     assert rule_of_all(5, 1).labels_to_pass(Counts(200, 2, 22)) is None
+
+
+@pytest.mark.parametrize(
+    ("images", "wins", "losses", "is_refused"),
+    [
+        (20, 0, 12, True),  # of the photographs of a class: 60 points
+        (140, 4, 20, False),  # significant (p = 0.002), 11 points
+        (140, 4, 36, True),  # 23 points
+        (1_400, 40, 110, False),  # 5 points
+        (140, 0, 0, False),
+    ],
+)
+def test_a_class_refuses_only_a_loss_that_is_proved_to_be_over_10_points(
+    images: int, wins: int, losses: int, is_refused: bool
+) -> None:
+    assert proves_class_loss(Counts(images, wins, losses), 5.0, num_classes=7) is is_refused
+    assert not proves_class_loss(Counts(images, wins, losses), 50.0, num_classes=7)
