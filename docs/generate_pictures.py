@@ -43,6 +43,9 @@ ENGINES = {
 }
 
 
+# Whether the label page has a grid of each class, and suggests the class of its photograph.
+SUGGESTED = """Promise.all([ask("grids"), ask("state")]).then(([{ grids }, { classes }]) =>
+  grids.length === 5 && classes[0].probability !== null)"""
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sopdeploy",
@@ -77,9 +80,9 @@ def photograph_pages(work: Path, folder: Path) -> None:
         photos, heap = sort_some(work)
         with printed_address("label", str(heap), "--photos", str(photos), "--port", "0") as url:
             page.goto(url)
-            while page.evaluate("ask('grids').then(({ grids }) => grids.length)") < 5:
+            while not page.evaluate(SUGGESTED):
                 page.wait_for_timeout(500)  # the network computes the suggestions
-            page.reload()
+            page.evaluate("send('state')")
             page.click("#as-grid")
             page.wait_for_selector("#cells img[src]")
             photograph(page, folder / "label-grid.png", "#grid")

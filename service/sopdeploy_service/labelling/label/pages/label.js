@@ -8,6 +8,9 @@ const state = { photograph: null, classes: [], next: [], selected: new Set(), fr
 const grid = { grids: [], name: "", others: new Set() }; // `others` are cells of another class
 const labelled = { photographs: [], wrong: new Set() }; // `wrong` are those that get another label
 const urls = new Map(); // promises of the URLs of loaded photographs, by their IDs
+const waiting = []; // IDs of photographs to load, and the functions that resolve their promises
+const AT_ONCE = 3; // photographs that are loaded: a browser has six connections, of which labels need one
+let loading = 0;
 
 const SESSION = { "X-Session": [...crypto.getRandomValues(new Uint32Array(4))].join("-") }; // another page gets other photographs
 
@@ -76,17 +79,14 @@ function toggle(place, range) {
 /** Show the photograph, classes and progress of `next`, a response of the server. */
 async function show(next) {
   const { photograph, classes, done, left } = next;
-  const url = photograph ? await load(photograph.id) : ""; // until then, thumbnails are those of the old `state`
+  const url = photograph ? await load(photograph.id, true) : ""; // until then, thumbnails are those of the old `state`
   Object.assign(state, { photograph, classes, next: next.next, from: 0 });
   byId("photo").src = url;
   byId("zoom").hidden = !photograph;
   byId("next").replaceChildren(...state.next.map(thumbnail));
   select([...state.selected].filter((id) => state.next.includes(id)));
   const needed = new Set([...state.next, ...cells(), ...labelled.photographs.map(({ id }) => id)]);
-  for (const id of [...urls.keys()].filter((one) => !needed.has(one))) {
-    void load(id).then(URL.revokeObjectURL);
-    urls.delete(id);
-  }
+  [...urls.keys()].filter((id) => !needed.has(id)).forEach(unload);
   byId("empty").hidden = Boolean(photograph);
   byId("command").textContent = next.command;
   byId("then").hidden = classes.length === 0; // all were skipped
@@ -107,10 +107,33 @@ async function show(next) {
 }
 
 /** URL of the bytes of the photograph `id`, which is loaded once; empty if it cannot be loaded. */
-function load(id) {
-  const url = async (reply) => (reply.ok ? URL.createObjectURL(await reply.blob()) : "");
-  if (!urls.has(id)) urls.set(id, fetch(`images/${id}`).then(url).catch(() => ""));
+function load(id, isNext = false) {
+  if (!urls.has(id)) urls.set(id, new Promise((resolve) => { waiting.push({ id, resolve }); }));
+  if (isNext) waiting.sort((one, other) => (other.id === id) - (one.id === id)); // before thumbnails
+  loadWaiting();
   return urls.get(id);
+}
+
+/** Load photographs that wait, a few at once. */
+function loadWaiting() {
+  while (loading < AT_ONCE && waiting.length) {
+    const { id, resolve } = waiting.shift();
+    const url = async (reply) => (reply.ok ? URL.createObjectURL(await reply.blob()) : "");
+    loading += 1;
+    void fetch(`images/${id}`).then(url).catch(() => "").then((loaded) => {
+      loading -= 1;
+      resolve(loaded);
+      loadWaiting();
+    });
+  }
+}
+
+/** Forget the photograph `id`, and do not load it if it waits. */
+function unload(id) {
+  const place = waiting.findIndex((one) => one.id === id);
+  if (place < 0) void urls.get(id).then(URL.revokeObjectURL);
+  else waiting.splice(place, 1);
+  urls.delete(id);
 }
 
 /** Image of the photograph `id`, as soon as it is loaded. */
