@@ -191,7 +191,7 @@ class SymbolicForms(TorchFunctionMode):
     """Replaces functions that torch.export captures for one batch size only, or not at all.
 
     These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, and
-    `take_along_dim`. Instance norm with running statistics is a batch norm, for which torch
+    `take_along_dim`, and `contiguous`. Instance norm with running statistics is a batch norm, for which torch
     would make one image of the whole batch. Code that reads tensors of Python numbers gets
     their values.
     """
@@ -241,6 +241,17 @@ def is_batch_axis(x: Tensor, dim: int) -> bool:
     return dim in (0, -x.ndim) and not isinstance(x, nn.Parameter)
 
 
+def _contiguous(
+    input: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    """Call the operator, also for a contiguous operand, which torch returns without recording a call.
+
+    That of a single image can have another layout than those of the capture.
+    """
+    result: Tensor = torch.ops.aten.contiguous.default(input, memory_format=memory_format)
+    return result
+
+
 def _take_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
     """Compute `take_along_dim` by `gather`, after all axes but *dim* are expanded to common sizes."""
     if dim is None:  # both are flattened
@@ -270,4 +281,5 @@ OTHER_FORMS: dict[
     **dict.fromkeys((torch.split, Tensor.split), _split),
     **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), _take_along),
     F.instance_norm: _instance_norm,
+    Tensor.contiguous: _contiguous,
 }

@@ -125,7 +125,7 @@ def trained(built: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in sorted(built.named_parameters()):
-            if not bool(tensor.isfinite().all()):
+            if not tensor.is_meta and not bool(tensor.isfinite().all()):
                 continue  # a mask, or what is planted
             scale = 0.4 if "weight" in name else 0.1
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)

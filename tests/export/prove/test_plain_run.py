@@ -89,6 +89,12 @@ def is_called_by_export(_: Tensor) -> bool:
     return False
 
 
+def rows(x: Tensor) -> Tensor:
+    """Return (2 B, 3): *x* (B, 3) twice, contiguous unless it is of a single image."""
+    columns = x[:, :, None].expand(-1, -1, 2).contiguous()  # (B, 3, 2)
+    return columns.transpose(1, 2).flatten(0, 1)
+
+
 WRONG: dict[str, tuple[Logits, str]] = {
     "imports is_exporting": (asks(lambda x: imported_by_its_name()), "graph"),
     "looks at the stack": (asks(is_called_by_export), "graph"),
@@ -147,6 +153,9 @@ RIGHT: dict[str, Logits] = {
     "a constant mask": lambda n, x: n.fc(x[:, torch.tensor([True, True, True])]),
     "compares values in C++": lambda n, x: n.fc(F.one_hot(x.argmax(1), 3).float()),
     "chunks of the batch": lambda n, x: n.fc(sum(torch.cat([x, 2 * x]).chunk(2))),
+    "a layout that only one image has": lambda n, x: n.fc(
+        rows(x).contiguous().view(x.shape[0], 6)[:, :3]
+    ),
     "a constant of the image's dtype": lambda n, x: n.fc(x + x.new_tensor([1, 2, 3])),
     "a table of the image's dtype": lambda n, x: n.fc(x + torch.arange(3).to(x).expand_as(x)),
     "dropout in eval mode": lambda n, x: n.fc(F.dropout(x, 0.5, training=n.training)),
