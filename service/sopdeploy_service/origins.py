@@ -26,12 +26,11 @@ MAX_ADDRESS = 64  # characters of an IP address with its zone
 # The host of the requests of Starlette's `TestClient`, and its address, which no network has
 TEST_HOST = "testserver"
 TEST_PEER = "testclient"
-LOCAL_FILES = "file://"
 ANY_NAME = "*"  # of a scheme that is not of the web, such as that of extensions
 _PATTERN = re.compile(
     rf"(?:(?P<scheme>[a-z][a-z0-9+.-]{{0,{MAX_SCHEME - 1}}})://)?"
     r"(?P<subdomains>\*\.)?"
-    r"(?P<host>\*|[^/\s*@?#]*)",
+    r"(?P<host>\*|[^/\s*@?#]+|(?<=file://))",  # pages in the files of an app have no host
     re.IGNORECASE,
 )
 
@@ -91,9 +90,8 @@ def parse_host(text: str) -> HostPattern:
     if not name.isascii():
         name = name.encode("idna").decode()  # raises UnicodeError, which is a ValueError
 
-    # Pages in the files of an app have the origin `file://`. The web has no pattern for all hosts.
-    has_name = 1 <= len(name) <= MAX_NAME or text.lower() == LOCAL_FILES
-    if not has_name:
+    # The web has no pattern for all hosts.
+    if len(name) > MAX_NAME or (not name and match["host"]):
         raise ValueError(f"{text!r} has no host, or one of more than {MAX_NAME} characters")
     if name == ANY_NAME and (is_web or is_for_subdomains):
         raise ValueError(
