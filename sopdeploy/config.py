@@ -287,19 +287,18 @@ def writer_of(fields: Any) -> Any:
 
 
 class OtherVersionError(ValueError):
-    """A file that this version of sopdeploy cannot read, and that another one wrote."""
+    """A file that this version of sopdeploy cannot read, but another one may."""
 
 
 def validate_format(model: type[ModelT], fields: Any) -> ModelT:
-    """Validate the *fields* of a file, a table whose `version` is that of its format, as *model*.
+    """Validate the *fields* of a file of format 1, a table, as *model*.
 
-    Raises `OtherVersionError`
+    Raises `ValueError` with one line if they are invalid. It is an `OtherVersionError` in three
+    cases, in which another version of sopdeploy may read the file:
 
-    - for another format than 1, whoever wrote the file,
-    - for an unknown field, unless this version of sopdeploy wrote the file,
-    - for an invalid value, if another version wrote the file.
-
-    Raises `ValueError` for other fields and values that are not valid. Messages have one line.
+    - The format in the field `version` is not 1.
+    - A field is unknown, and the file does not say that this version wrote it.
+    - A value is invalid, and the file says that another version wrote it.
     """
     if not isinstance(fields, Mapping):
         raise ValueError("not a table")
@@ -312,7 +311,7 @@ def validate_format(model: type[ModelT], fields: Any) -> ModelT:
     try:
         return model.model_validate(fields)
     except pydantic.ValidationError as error:
-        advice = version_advice(written_by)
+        advice = version_advice(written_by)  # empty unless another version wrote the file
         problem = OtherVersionError if advice else ValueError
         raise problem(first_problem(error, fields) + advice) from error
 

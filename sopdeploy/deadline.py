@@ -51,7 +51,12 @@ def _remaining(timeout: float | None, expired: type[Exception]) -> float | None:
 
 
 def _look_up(host: str, port: int, timeout: float | None) -> list[str]:
-    """Return the IP addresses of *host* within *timeout* seconds; a thread asks, which nothing can interrupt."""
+    """Return the IP addresses of *host*; raises `httpcore.ConnectTimeout` after *timeout* seconds.
+
+    A thread of its own asks the name server, because nothing can interrupt that. After a
+    timeout, the thread goes on, and its answer is ignored. Raises `httpcore.ConnectError` if the
+    name server finds no address.
+    """
     answer: Future[list[str]] = Future()
 
     def ask() -> None:

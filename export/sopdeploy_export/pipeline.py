@@ -94,8 +94,11 @@ def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
             f"{path}: not the checkpoint of {manifest.name}; give the one that was exported"
         )
     subject = _as_subject(checkpoint, build_classifier(checkpoint, path))
+
+    # The changes that the export made before it captured the network.
     has_embedding = EMBEDDING in [output.name for output in manifest.outputs]
     _change_last_layer(subject, with_features=has_embedding)
+
     program = capture_any_batch(subject.network, subject.preprocess, manifest.batch)
     root = program_root(program).sha256
     if root != lineage.program_root:

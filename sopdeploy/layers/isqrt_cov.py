@@ -112,11 +112,20 @@ def newton_schulz_adjoint(
     F is Y or Z. *f_grad_BCC* is symmetric. *ts* are T_0 .. T_(N-1), *fs* are F_0 .. F_(N-1):
     F_0 is the input matrix where F is Y, and `None`, the identity, where F is Z.
 
-    Let W_k = Z_k Y_k. A step computes T = (3 I - W_k) / 2, F_(k+1) = F_k T and W_(k+1) = T W_k
-    T. T_grad is the gradient of T through F_(k+1), W_grad that of W_(k+1), and Q = W_grad T.
-    From W_(k+1), T receives Q W_k + (Q W_k)^T and W_k receives T Q. From T, W_k receives -1/2
-    of all of T's gradient, made symmetric. The sum is T Q - H - H^T with H = T_grad / 4 + Q W_k
-    / 2 = T_grad / 4 - Q T + 1.5 Q, as W_k = 3 I - 2 T.
+    Let W_k = Z_k Y_k, and T = T_k. T, W_k and F_k commute. A step computes
+
+        T = (3 I - W_k) / 2,    F_(k+1) = F_k T,    W_(k+1) = T W_k T.
+
+    Given are two gradients of the loss: W_grad by W_(k+1), and T_grad by T, as far as it comes
+    through F_(k+1). With Q = W_grad T,
+
+        T receives through W_(k+1):      Q W_k + (Q W_k)^T,
+        W_k receives through W_(k+1):    T Q,
+        W_k receives through T:          -(T_grad + T_grad^T) / 4 - (Q W_k + (Q W_k)^T) / 2.
+
+    The sum of the last two is the gradient by W_k. As W_k = 3 I - 2 T, it is
+
+        T Q - H - H^T    with    H = T_grad / 4 + Q W_k / 2 = T_grad / 4 - Q T + 1.5 Q.
     """
     # These are the gradients of F_(N-1) and T_(N-1).
     f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, fs[-1], ts[-1])

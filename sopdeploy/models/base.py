@@ -22,6 +22,7 @@ def last_linear(
 
     None unless it is a linear layer with so many *outputs*.
     """
+    # A norm without weights counts, too, because it changes logits: its `_parameters` are None.
     exported = [
         part
         for name, part in module.named_modules()
@@ -111,10 +112,10 @@ class Classifier(Backbone):
         """Tell whether a temperature may divide the logits: a linear layer computes them."""
         return self.logits_layer() is not None
 
-    def map_channels(self, taps: Sequence[str] | None) -> dict[str, int]:
-        """Look up the channels of the feature maps at *taps*, in the order of computation.
+    def channels_of_maps(self, taps: Sequence[str] | None) -> dict[str, int]:
+        """Return the number of channels of each feature map at *taps*, in the order of computation.
 
-        `None` is the last map. Raises `ConfigError` for an unknown tap or a network without
+        With `None`, it is that of the last map only. Raises `ConfigError` for an unknown tap or a network without
         feature maps.
         """
         names = list(self.tap_channels)

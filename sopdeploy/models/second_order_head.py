@@ -195,7 +195,7 @@ class SecondOrderHead(Classifier):
         head: HeadConfig = config.head
         self.maps: dict[str, int] = {}
         if head.parts != ("gap",):  # which reads no maps
-            self.maps = self.map_channels(head.taps)
+            self.maps = self.channels_of_maps(head.taps)
 
         own_length = self.remove_classifier()
         self.pooled_head = PooledHead(head, own_length, self.maps, num_classes)

@@ -76,8 +76,10 @@ class UserNetwork(Classifier):
         """Return the logits, which `feature_maps` computes."""
         return features
 
-    def map_channels(self, taps: Sequence[str] | None) -> dict[str, int]:
-        """Run one image to find the channels at the modules *taps*; `None` is the last feature map.
+    def channels_of_maps(self, taps: Sequence[str] | None) -> dict[str, int]:
+        """Run one image to find the number of channels at each of the modules *taps*.
+
+        `None` is the last feature map.
 
         Raises `ConfigError` for an unknown module, one without a feature map, or a network that
         cannot run.
@@ -145,7 +147,7 @@ class PooledNetwork(UserNetwork):
         taps = self.source.taps
         if len(taps) > 1:
             raise ConfigError(f"taps: this method reads one feature map, not {len(taps)}")
-        self.tap_channels = self.map_channels(taps or None)  # without a tap, the last map
+        self.tap_channels = self.channels_of_maps(taps or None)  # without a tap, the last map
         self.tap = next(iter(self.tap_channels))
         remove_after(self.network, self.tap, self.source.image_size)
 

@@ -618,9 +618,11 @@ def _open_evaluation_images(
             )
         # With *labels*, the images of the table have exactly these classes.
         return _held_out_of_table(table, labels, multi_label=True)
-    kind = detect_kind(root)
-    if kind is not None:
-        images = open_part(kind, "held_out", root)
+
+    # One class per image: the official layout of a public data set, a table, or class folders.
+    layout = detect_kind(root)  # None for a folder of the user
+    if layout is not None:
+        images = open_part(layout, "held_out", root)
     else:
         folder = _held_out_folder(root, labels, log)
         if table := find_table(folder):
@@ -631,8 +633,9 @@ def _open_evaluation_images(
             note_skipped(
                 root, count_suffixes(chain.from_iterable(listing.other_files.values()))
             )
+
     # Other classes of an official layout are no mistakes of the user.
-    allow_unknown = other_classes or kind is not None
+    allow_unknown = other_classes or layout is not None
     images = _match_classes(root, images, labels, allow_unknown, log)
     empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
     if empty:

@@ -191,8 +191,8 @@ def read_label_table(
 
     The parts are `train` and `val`, or `UNSPLIT` without a column `split`. Their targets are
     (N, C) float32, 1 for the classes of an image, or class indices (N,). *multi_label* is by
-    default true if an image does not have exactly one class. Raises `DataError` naming the line
-    of the first invalid row, or missing files.
+    default true if an image does not have exactly one class. Raises `DataError`, which names the
+    place of the first invalid row in the table, or missing files.
     """
     root = table.parent
     image_paths, other_files = list_images(root)
@@ -266,21 +266,22 @@ def _build_targets(
     if is_multi_label:
         return targets
     if not_single.size > 0:
-        line = rows[not_single[0]].line
+        place = rows[not_single[0]].place
         raise DataError(
-            f"{table}: line {line}: has no class or several, but the network predicts one; keep one class"
+            f"{table}: {place}: has no class or several, but the network predicts one; keep one class"
         )
     return targets.argmax(axis=1)
 
 
 class _Row(NamedTuple):
-    """A line of a table.
+    """An image of a table.
 
-    The classes are None if nobody has labelled the image in a label tool, the part is None
-    without a column `split`, and the path until the file is found.
+    The place is "line 3" or "image 3" (`_read_cells`). The classes are None if nobody has
+    labelled the image in a label tool, the part is None without a column `split`, and the path
+    until the file is found.
     """
 
-    line: int
+    place: str
     file: str
     classes: set[str] | None
     part: str | None
@@ -299,9 +300,9 @@ def _read_rows(
     path_of_name = {normalize(os.fsdecode(path)): path for path in image_paths}
     path_of_short_name = _index_names(image_paths)
     rows: dict[bytes | str, _Row] = {}
-    for line, cells in _read_cells(table, [] if notes is None else notes):
+    for place, cells in _read_cells(table, [] if notes is None else notes):
         # The file: a path relative to the folder, or the name of one image in it.
-        where = f"{table}: line {line}"
+        where = f"{table}: {place}"
         name = cells["file"]
         listed = cells.get("classes")
         has_windows_path = "\\" in name and not (root / name).is_file()
@@ -329,21 +330,21 @@ def _read_rows(
 
         # A row for each file; two rows for one file are an error.
         path = os.fsencode(file) if exists else path_of_name.get(normalize(str(file)), found)
-        row = _Row(line, str(file), classes, part, cells.get(GROUP, ""), path)
+        row = _Row(place, str(file), classes, part, cells.get(GROUP, ""), path)
         first = rows.setdefault(path or str(file), row)
         if first is not row:
             raise DataError(
-                f"{where}: {file} is listed in line {first.line}, too; keep one line per file"
+                f"{where}: {file} is the file of {first.place}, too; list each file once"
             )
     if not rows:
-        raise DataError(f"{table}: lists no images; add a line per image")
+        raise DataError(f"{table}: lists no images; add some")
 
     # All files must exist.
     missing = [row for row in rows.values() if row.path is None]
     if missing:
         more = f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
-        problem = f"line {missing[0].line}: {missing[0].file} does not exist"
-        raise DataError(f"{table}: {problem}{more}; add the file or remove the line")
+        problem = f"{missing[0].place}: {missing[0].file} does not exist"
+        raise DataError(f"{table}: {problem}{more}; add the file, or remove it from the table")
     return list(rows.values())
 
 
@@ -421,16 +422,18 @@ def _is_named(image: PurePosixPath, text: str) -> bool:
     )
 
 
-def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the number and the cells by column of each line; raises `DataError` at the first invalid one.
+def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the place and the cells by column of each image; raises `DataError` at the first invalid one.
 
-    In JSON, in XML and in VIA's CSV, an image counts as a line, from 1. *notes* gets a line about
-    the columns of a CSV file that are left out.
+    The place is "line 3" of a file with a line per image. In JSON, in XML and in VIA's CSV, it is
+    "image 3", counted from 1. *notes* gets a line about the columns of a CSV file that are left
+    out.
     """
     text = read_table_text(table)
     if table.suffix == ".csv" and not is_of_via(text):
         yield from _read_csv(table, text, notes)
         return
+    unit = "image"
     try:
         read: Iterable[dict[str, str]]
         if table.suffix == ".csv":
@@ -441,7 +444,8 @@ def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, 
             read = read_json(json.loads(text))
         else:
             read = (read_entry(json.loads(line)) for line in text.splitlines())
-        yield from enumerate(read, 1)
+            unit = "line"
+        yield from ((f"{unit} {number}", cells) for number, cells in enumerate(read, 1))
     except (
         *(AttributeError, KeyError, RecursionError, TypeError, ValueError),
         *(csv.Error, ElementTree.ParseError),
@@ -452,8 +456,8 @@ def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, 
         ) from error
 
 
-def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the number and the cells of each line of the CSV file *table*, which contains *text*.
+def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the place and the cells of each line of the CSV file *table*, which contains *text*.
 
     The separator is that of a first line `sep=;`, or the most frequent one in the heading.
     Without a column `classes`, other columns are classes with 1 and 0. If the first of two
@@ -518,7 +522,10 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[int, d
                     names[column] for column in names if cells[column] == "1"
                 )
             cells["classes"] = without_brackets(cells["classes"])
-            yield line, {column: cells[column] for column in COLUMNS if column in cells}
+            yield (
+                f"line {line}",
+                {column: cells[column] for column in COLUMNS if column in cells},
+            )
     except csv.Error as error:
         raise DataError(
             f"{table}: cannot be read ({error}); write a CSV file in UTF-8"

@@ -201,7 +201,10 @@ def new_setup(
 def _resume_setup(
     recipe: Recipe, recorded: Recipe, division: Division, folder: RunFolder, last: Checkpoint
 ) -> Setup:
-    """Rebuild the network of *last*, whose recipe is *recorded*; *recipe* and images must be the same."""
+    """Set up the run of *last* again; *recorded* is the recipe with which it began.
+
+    Raises an error unless *recipe* is the same, and the images are those with which it began.
+    """
     source = folder.last
     images = division.data.train
     recipe = complete_preprocess(recipe, last.preprocess)
@@ -226,9 +229,10 @@ def _resume_setup(
         )
 
     check_count(images)
-    model = move_to_device(
-        recipe, build_classifier(replace(last, weights=state.weights), source), folder.strategy
-    )
+
+    # The run goes on with the raw weights. Those of *last* itself may be averages of them.
+    resumed = replace(last, weights=state.weights)
+    model = move_to_device(recipe, build_classifier(resumed, source), folder.strategy)
 
     return Setup(
         **division._asdict(),

@@ -102,17 +102,19 @@ def read_start_weights(
 
 
 def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str]:
-    """Find or fetch the ImageNet weights of the network of *recipe*, with the errors of the importer.
+    """Find the ImageNet weights of the network of *recipe*, or download them.
 
     Returns the file, and the catalog name under which the importers read it. Without *download*,
-    it only asks whether a missing file can be fetched.
+    a missing file is not downloaded: it only checks that this is possible, and the returned
+    path does not exist. Raises the errors of `fetch_imagenet_weights`.
     """
     from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
 
     config = make_config(recipe.model.name, recipe.model.config)
-    return fetch_imagenet_weights(
-        recipe.model.name.removeprefix("head:"), config, download=download
-    )
+    name = recipe.model.name.removeprefix(
+        "head:"
+    )  # `head:NAME` starts with the weights of NAME
+    return fetch_imagenet_weights(name, config, download=download)
 
 
 def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeights:

@@ -13,6 +13,7 @@ from sopdeploy.bundle.probes import read_probes
 from sopdeploy.client import Client
 from sopdeploy.errors import LoweringError, ServiceError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.base import last_linear
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.last_layer import find_last_layer, fold_temperature
@@ -61,6 +62,13 @@ def test_a_temperature_changes_the_probabilities_of_a_head_and_not_the_cosine():
 def test_a_network_of_a_user_has_the_embedding_of_its_classifier(plain, tmp_path):
     exported = export_user_network(Small(), tmp_path, plain=plain, training_only=["aux"])
     assert exported.manifest.outputs[1].shape == (None, 8)
+
+
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_a_norm_behind_the_last_linear_layer_changes_its_outputs(has_weights):
+    network = nn.Sequential(nn.Linear(8, CLASSES), nn.BatchNorm1d(CLASSES, affine=has_weights))
+    assert last_linear(network[:1], CLASSES) is network[0]
+    assert last_linear(network, CLASSES) is None
 
 
 REJECTED = {

@@ -22,9 +22,9 @@ def label(
     suggests classes as soon as each class has two.
 
     Each label moves a photograph to PHOTOS/<class>/, one of the uniform sample to
-    PHOTOS-held-out/<class>/, and one of no class to PHOTOS-unknown/. Behind a proxy, the page
-    has the settings of `serve` in the environment and in the file that SOPDEPLOY_CONFIG names,
-    such as allowed_hosts and root_path.
+    PHOTOS-held-out/<class>/, and one of no class to PHOTOS-unknown/. The page has the settings
+    of `serve` in the environment and in the file that SOPDEPLOY_CONFIG names. Behind a proxy,
+    it needs allowed_hosts and root_path.
 
     Example: sopdeploy label camera --photos photos
 

@@ -40,7 +40,7 @@ def print_result(result: "TrainingResult") -> None:
 
     if result.decision is not None:
         say(*(f"{name}: {text}" for name, text in result.decision.rows()))
-    if result.previous:
+    if result.previous:  # a text: which run it started from, and what was added since
         say(result.previous)
 
     steps = result.procedure.describe_time()

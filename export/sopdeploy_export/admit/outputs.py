@@ -126,13 +126,17 @@ def run_and_check(
     return outputs
 
 
-def check_ends_in_logits(program: ExportedProgram) -> None:
-    """Raise `LoweringError` if the logits of *program* are the results of a sigmoid."""
+def check_ends_in_no_sigmoid(program: ExportedProgram) -> None:
+    """Raise `LoweringError` if the logits of *program* are the results of a sigmoid.
+
+    `check_logits` finds the results of a softmax by their values, which sum to 1. Those of a
+    sigmoid do not.
+    """
     aten = torch.ops.aten
     node, *_ = program.graph.output_node().args[0]  # the logits are the first output
 
-    # Find the operator that computes their values. The ones behind it only choose some of them, or
-    # change their shape.
+    # Go back to the operator that computes their values, past those that only choose some of them,
+    # or change their shape or dtype.
     while operator_name(node) in SUBSET_OF_VALUES:
         node = node.args[0]
 

@@ -87,8 +87,9 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
 def _check_fold(network: nn.Module, program: ExportedProgram, pixels: Tensor) -> None:
     """Raise `LoweringError` if `fold_batch_norms` changes the float64 logits of *network* for *pixels*.
 
-    Rounding in float64 is allowed (`FOLD_TOLERANCE`). Later comparisons would miss a wrong fold,
-    because their tolerance is a multiple of the error of the folded network.
+    *program*, the captured network, says which batch norms are folded. Rounding in float64 is
+    allowed (`FOLD_TOLERANCE`). Later comparisons would miss a wrong fold, because their
+    tolerance is a multiple of the error of the folded network.
     """
     exact = copy_network(network).double()
 
@@ -96,7 +97,7 @@ def _check_fold(network: nn.Module, program: ExportedProgram, pixels: Tensor) ->
     # code reads the dtype that it usually reads.
     with torch.no_grad(), ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
         expected = compute_outputs(exact, pixels.double())[0]
-        fold_batch_norms(exact, program)
+        fold_batch_norms(exact, program)  # in place
         logits = compute_outputs(exact, pixels.double())[0]
 
     scale = max(float(expected.abs().max()), torch.finfo(torch.float64).tiny)  # not 0

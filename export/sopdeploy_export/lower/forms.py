@@ -33,10 +33,12 @@ def _attention(
     *args: Any,
     **options: Any,
 ) -> Any:
-    """Write attention with a mask by `_masked_attention`, and attention over other than four axes by products.
+    """Rewrite attention with a mask, and attention of tensors that do not have four axes.
 
-    Other attention stays as it is (`NotImplemented`). torch calls this form wherever `ATTENTION`
-    is called, also in `_masked_attention`; `_handles_mask` is true there.
+    `_masked_attention` handles a mask. For another number of axes, products of matrices and a
+    softmax take the place of the operator. All other attention stays as it is
+    (`NotImplemented`). torch calls this form wherever `ATTENTION` is called, also in
+    `_masked_attention`; `_handles_mask` is true there.
     """
     if mask is not None and not _handles_mask.get():
         return _masked_attention(query, key, value, mask, *args, **options)

@@ -87,6 +87,12 @@ class Int8Quantizer:
 
     `quantize_static` of ONNX Runtime does the same in one call, without the correction of
     biases and without the shortcuts for TensorRT.
+
+    Attributes:
+        original: The float32 graph.
+        model: A copy of it with inferred shapes and a name for each node. Each chosen convolution
+            has weights and a bias of its own. All other values have their names in `original`.
+        chosen: The names of the convolutions to quantize, in `model`.
     """
 
     def __init__(
@@ -307,7 +313,7 @@ class Int8Quantizer:
         if not weights:  # a graph without outputs cannot run
             return {}
 
-        # The values of the copy have the same names as those of `self.model`.
+        # A copy of the original, in which the inputs of convolutions have the same names.
         probed = onnx.ModelProto()
         probed.CopyFrom(self.original)
         del probed.graph.output[:]
@@ -333,7 +339,7 @@ class Int8Quantizer:
             output = helper.make_tensor_value_info(mean, onnx.TensorProto.FLOAT, None)
             probed.graph.output.append(output)
 
-        # The mean over the images.
+        # The mean over at most `CORRECTION_IMAGES` images.
         images = self.images[evenly_spread(len(self.images), CORRECTION_IMAGES)]
         outputs = file_outputs(open_session(probed), images, 1)
         return {

@@ -197,9 +197,9 @@ class Chain(NamedTuple):
 
 
 class _Filled(fx.Interpreter):
-    """Runs a program, with *values* in turn in the result of every layer with weights.
+    """Runs a program, and fills the result of every layer with weights: with *values*, repeated to its size.
 
-    Without *values*, it only runs.
+    Without *values*, it replaces no result.
 
     Attributes:
         layouts: Maps the layers whose results were filled to tensors on `meta` with their shapes
@@ -214,8 +214,10 @@ class _Filled(fx.Interpreter):
     ) -> None:
         """Prepare a run.
 
-        With the *layouts* of another run of *program*, a layer that is a product of small numbers is
-        not computed, because its result is replaced anyway.
+        *layouts*, those of another run of *program*, save computation: of a layer that multiplies
+        and adds small numbers, only the layout of the result is used. The results of other
+        layers can be infinite or NaN, which a subclass notes, so they are computed before they
+        are filled.
         """
         super().__init__(program)
         self.layouts = dict(layouts or {})

@@ -312,7 +312,10 @@ def unfused_runner(model: onnx.ModelProto) -> BatchRun:
 
 
 def _gate_runner(model: onnx.ModelProto, network: nn.Module) -> GateRun | None:
-    """Build a function that computes the gate's logits with *model*, without fusions; None without a gate."""
+    """Build a function that computes the logits of a mixture's gate with *model*, without fusions.
+
+    None if *network* has no such gate (`find_gate`).
+    """
     gate = find_gate(network)
     if gate is None:
         return None

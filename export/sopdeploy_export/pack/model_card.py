@@ -162,7 +162,7 @@ def render_model_card(
         f"- {name}: {as_markdown(text)}" for name, text in results.facts().items()
     )
 
-    resizing = _describe_resizing(preprocess)
+    resizing = _describe_resizing(preprocess)  # ends in ";", the template ends the sentence
     int8 = results.precision.quantisation
     session = INT8_SESSION if int8 is not None and int8.runtime == "cpu" else ""
     return f"""# {subject.project}

@@ -334,10 +334,15 @@ def prove_file(
         size: file_outputs(session, images[-count:], size) for size, count in counts.items()
     }
     all_of_file = by_size[sizes[-1]]
+
+    # The images that are compared. Left out are those on which the gate of a mixture may choose
+    # other components in the file (`compare_routes`): their outputs may differ by more than
+    # rounding.
     routing = expected.routing
     is_compared_P = compared_images(routing, len(images))
 
-    # How far the file is from the network, and its batches from each other.
+    # How far the file is from the network, and its batches from each other. `max_drift` raises for
+    # values that are not finite.
     floors_allowed = FLOORS_BY_PRECISION[expected.precision]
     outputs = {}
     for name, exact in expected.outputs.items():
@@ -366,7 +371,7 @@ def prove_file(
         outputs=outputs,
         spread=logit_spread(logits[is_compared_P]),
         flips=count_flips(
-            all_of_file[LOGITS], logits, outputs[LOGITS].tolerance, rerouted=~is_compared_P
+            all_of_file[LOGITS], logits, outputs[LOGITS].tolerance, left_out=~is_compared_P
         ),
         routing=routing,
         operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
@@ -386,11 +391,11 @@ def prove_file(
 
 
 def count_flips(
-    values: NDArray[Any], expected: NDArray[Any], tolerance: float, rerouted: NDArray[np.bool_]
+    values: NDArray[Any], expected: NDArray[Any], tolerance: float, left_out: NDArray[np.bool_]
 ) -> dict[FlipCause, int]:
     """Count the top classes that differ between logits *values* and *expected*, both (P, C), by cause.
 
-    *rerouted* (P,) marks the images that are left out because of their route.
+    *left_out* (P,) marks the images that are not compared: the gate may choose otherwise there.
     """
     top_of_network_P = expected.argmax(axis=1)
     top_of_file_P = values.argmax(axis=1)
@@ -402,9 +407,9 @@ def count_flips(
     is_small_P = margins_P <= 2 * tolerance
 
     by_cause: dict[FlipCause, NDArray[np.bool_]] = {
-        "noise": is_small_P & ~rerouted,
-        "routing": rerouted,
-        "error": ~is_small_P & ~rerouted,
+        "noise": is_small_P & ~left_out,
+        "routing": left_out,
+        "error": ~is_small_P & ~left_out,
     }
     return {cause: int((mask & is_flipped_P).sum()) for cause, mask in by_cause.items()}
 

@@ -21,7 +21,7 @@ from sopdeploy_export.admit.network import (
     prepared,
 )
 from sopdeploy_export.admit.outputs import (
-    check_ends_in_logits,
+    check_ends_in_no_sigmoid,
     check_finite,
     check_logits,
     run_first,
@@ -95,7 +95,7 @@ def admit(
     trained = Compared.of("trained", network, preprocess, options.batch)
     needed = {name: trained.tensors[name] for name in trained.needed if not is_in(name, *parts)}
     check_finite(needed, outputs.batched[0])
-    check_ends_in_logits(trained.program)
+    check_ends_in_no_sigmoid(trained.program)
     check_graph(trained, parts)
 
     removable = find_unneeded(trained, parts)

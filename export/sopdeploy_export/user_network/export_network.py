@@ -126,7 +126,7 @@ def export_network(
             rename=rename or str,
             allow_constants=allow_constants,
         )
-        removable_warnings = _report_removable(admitted, proposes=options.detach)
+        removable_warnings = _warn_of_removable(admitted, detach=options.detach)
 
         # What the bundle records of it.
         if config is None:
@@ -156,16 +156,17 @@ def export_network(
         )
 
 
-def _report_removable(admitted: Admitted, *, proposes: bool) -> tuple[str, ...]:
-    """Return a warning that names the parts that could be removed, too, if there are any.
+def _warn_of_removable(admitted: Admitted, *, detach: bool) -> tuple[str, ...]:
+    """Return a warning that names the parts that could be removed, too; no warning if there are none.
 
-    With *proposes*, it raises `DetachError` if the user named no parts to remove. The message
-    names those that could be removed, or says that there are none.
+    With *detach*, the user wants parts to be removed. If the user named none of them
+    (`--training-only`), it raises `DetachError` instead: it names those that could be removed,
+    or says that there are none.
     """
     removable = admitted.removable
     problem = f"the output does not depend on {', '.join(removable)}"
 
-    if proposes and not admitted.parts:
+    if detach and not admitted.parts:
         if not removable:
             raise DetachError(
                 "the output depends on every part of the network; omit it", setting="detach"

@@ -81,17 +81,18 @@ class Channels:
 
 
 def connect_keeper(servers: Sequence[Process], process: Process) -> None:
-    """Create channels for photographs to the first of *servers*, which keeps them, from *process*.
+    """Connect *process* to the keeper of photographs, the first of *servers*, by a channel.
 
-    If *process* is the first, it gets one from each other server. Only those that are ready get
-    channels.
+    If *process* is the keeper, connect all others to it. No process is connected before both it
+    and the keeper are ready.
     """
     keeper, *others = servers
-    for other in others if process is keeper else [process]:
-        if not keeper.is_ready or not other.is_ready:
+    senders = others if process is keeper else [process]
+    for sender in senders:
+        if not keeper.is_ready or not sender.is_ready:
             continue
 
         with suppress(OSError):  # too many files: no photograph is kept
-            for end, receiver in zip(control.socket_pair(), (keeper, other), strict=True):
+            for end, receiver in zip(control.socket_pair(), (keeper, sender), strict=True):
                 with end:
                     receiver.send(control.PHOTOS, b"", end.fileno())

@@ -62,8 +62,9 @@ class DeviceServer(DrainingServer):
         super().__init__(app, settings, sources, links)
         self._supervisor = supervisor
 
-        self._received = 0  # connections
-        self._keys_number = 0  # of the keys that the supervisor has sent
+        self._num_received = 0  # connections
+        # The supervisor numbers the sets of keys that it sends. This is the number of the last one.
+        self._keys_number = 0
         self._keeper = app.state.keeper
 
         # The page of metrics, which the supervisor will send.
@@ -83,7 +84,7 @@ class DeviceServer(DrainingServer):
         registry = self._service.registry
         channels = registry.open_channels if isinstance(registry, RemoteRegistry) else ()
         has = frozenset((*channels, self._keys_number))
-        Status(self._received, num_open, self.bundles, has).send(self._supervisor)
+        Status(self._num_received, num_open, self.bundles, has).send(self._supervisor)
 
     def _receive(self) -> None:
         """Act on a message of the supervisor; an empty one says that it has ended or sends no more."""
@@ -99,7 +100,7 @@ class DeviceServer(DrainingServer):
         if message.kind == control.RELOAD:
             self.reload_bundles()
         if message.kind == control.CLIENT:
-            self._received += 1
+            self._num_received += 1
 
         # The keys come in two files.
         if message.kind == control.KEYS and len(message.files) == 2:

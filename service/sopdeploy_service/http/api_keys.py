@@ -168,6 +168,11 @@ def new_key(path: Path, name: str, rate: float | None = None) -> str:
         return secret
 
 
+def _whole(tokens: float) -> int:
+    """Return how many images *tokens* pay for: of the last one, `_ROUNDING` may be missing."""
+    return math.floor(tokens + _ROUNDING)
+
+
 class TokenBucket:
     """Holds up to *burst* tokens and gains *rate* per second; an image takes one. For one event loop."""
 
@@ -190,7 +195,7 @@ class TokenBucket:
             message = f"{num_images} images exceed the limit of this key ({self.burst}); send fewer per request"
             raise RejectedError(HttpError("too_many_images", 400, message))
 
-        if num_images > tokens + _ROUNDING:
+        if num_images > _whole(tokens):
             num_left = self.charge(work)  # what was done for the refused request
             wait = math.ceil((num_images - num_left) / self._rate)
             message = f"this key may send {self._rate:g} images per second; retry later"
@@ -212,7 +217,11 @@ class TokenBucket:
     def headers(self) -> dict[str, str]:
         """Format the response headers; `Reset` is the time in seconds until the bucket is full."""
         tokens = self._fill()
-        values = self.burst, max(0, int(tokens)), math.ceil((self.burst - tokens) / self._rate)
+        values = (
+            self.burst,
+            max(0, _whole(tokens)),
+            math.ceil((self.burst - tokens) / self._rate),
+        )
         return dict(zip(RATE_HEADERS, map(str, values), strict=True))
 
     def _fill(self) -> float:

@@ -72,9 +72,10 @@ class Connections:
     `open` are all, in the order of their arrival, `idle` those between two requests, in the
     order in which this began. `waiting` has those without complete headers, the earliest first,
     `bodies` those without a complete body, `unread` those whose client does not read; each with
-    the time at which this began. `closing` has those that have their last response and do not
-    count any more, the earliest first. They stay open until the client has read it, or `SPARE`
-    others follow. `num_by_address` does not count those of trusted proxies.
+    the time at which this began. For one that closes after its last response, the time in
+    `unread` is later (`LimitedHttpProtocol.close`). `closing` has those that have their last
+    response and do not count any more, the earliest first. They stay open until the client has
+    read it, or `SPARE` others follow. `num_by_address` does not count those of trusted proxies.
     """
 
     settings: Settings
@@ -134,24 +135,27 @@ class Connections:
             of_busiest = [
                 connection for connection in self.open if connection.address == busiest
             ]
-            evictable = self._find_slowest(of_busiest, now - GRACE) or self._find_slowest(
-                of_busiest, now
-            )
-            if evictable is not None:
-                return evictable
+            for before in (now - GRACE, now):
+                evictable = self._find_first_to_close(of_busiest, before)
+                if evictable is not None:
+                    return evictable
 
         # Of all.
-        return self._find_slowest(self.open, now - GRACE)
+        return self._find_first_to_close(self.open, now - GRACE)
 
-    def _find_slowest(
+    def _find_first_to_close(
         self, among: "Iterable[LimitedHttpProtocol]", before: float
     ) -> "LimitedHttpProtocol | None":
         """Find the first connection to close *among* these, or None.
 
-        The order is: the one that is longest in its headers; the longest idle one; of the
-        address with most connections, one that does not read; of this address, the one with the
-        slowest body. One that is not idle counts only if its state began at the time *before*,
-        or earlier.
+        It looks for them in this order:
+
+        1. the one that has waited longest for its headers,
+        2. the one that has been idle longest,
+        3. among those whose client does not read or sends a body, one of the address with the
+           most connections: one whose client does not read; else the one with the slowest body.
+
+        Those that are not idle count only if their state began at the time *before*, or earlier.
         """
         # One that has waited for its headers for too long.
         candidates = set(among)
@@ -164,17 +168,17 @@ class Connections:
         if longest_idle is not None:
             return longest_idle
 
-        # The slowest one of the address with the most connections: bytes per second, 0 if the
-        # client does not read.
+        # The slowest one of the address with the most connections: bytes per second, -1 if the
+        # client does not read, even if it sends a body.
         rates: dict[LimitedHttpProtocol, float] = {}
 
-        for connection, since in self.unread.items():
-            if connection in candidates and since <= before:
-                rates[connection] = 0.0
         for connection, since in self.bodies.items():
             if connection in candidates and since <= before:
                 seconds = max(connection.loop.time() - since, MIN_SECONDS)
                 rates[connection] = connection.body_bytes / seconds
+        for connection, since in self.unread.items():
+            if connection in candidates and since <= before:
+                rates[connection] = -1.0
         return min(
             rates, key=lambda one: (-self.num_by_address[one.address], rates[one]), default=None
         )

@@ -325,6 +325,20 @@ def test_no_sequence_of_requests_gets_more_than_burst_plus_rate_times_time(steps
             assert 0 <= int(bucket.headers()["RateLimit-Remaining"]) <= 8
 
 
+@pytest.mark.parametrize(
+    ("tokens", "remaining"), [(0.99, 0), (0.9999999, 1), (1.0, 1), (8.0, 8)]
+)
+def test_as_many_images_as_a_response_announces_are_accepted_at_once_and_no_more(
+    tokens, remaining, monkeypatch
+):
+    monkeypatch.setattr(api_keys, "time", SimpleNamespace(monotonic=lambda: 1000.0))
+    bucket = TokenBucket(1.0, 8, [tokens, 1000.0])
+    assert bucket.headers()["RateLimit-Remaining"] == str(remaining)
+    with pytest.raises(RejectedError):
+        bucket.spend(remaining + 1)
+    bucket.spend(remaining)
+
+
 def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, jpeg):
     limits = {
         "max_body_bytes": 2_000_000,

@@ -9,13 +9,16 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server import http_protocol
+from sopdeploy_service.server.http_protocol import Connections
 from sopdeploy_service.server.sockets import UNSENT_BYTES, bind, raise_file_limit
 from sopdeploy_service.settings import Settings
 from tests.support.fake_runtime import FakeRuntime
@@ -483,6 +486,36 @@ def test_a_connection_over_the_limit_ends_the_slowest_body_with_a_response(crowd
     for each in others:
         each.sendall(bytes(200_000))
         assert read(each, to_the_end=False).status == 415  # the body is no image
+
+
+class SendsABody:
+    """A connection of which so many bytes of a body have arrived."""
+
+    is_trusted = False
+    address = "192.0.2.1"
+    loop = SimpleNamespace(time=lambda: 10.0)
+
+    def __init__(self, body_bytes):
+        self.body_bytes = body_bytes
+        self.is_evicted = False
+
+    def evict(self):
+        self.is_evicted = True
+
+
+@pytest.mark.parametrize("does_not_read", [False, True])
+def test_a_client_that_does_not_read_makes_room_before_one_with_a_slower_body(
+    does_not_read,
+):
+    connections = Connections(Settings(max_connections=2), Metrics())
+    slow, fast, new = SendsABody(0), SendsABody(1000), SendsABody(0)
+    for connection in (slow, fast):
+        connections.admit(connection)
+        connections.bodies[connection] = 0.0
+    if does_not_read:
+        connections.unread[fast] = 0.0
+    assert connections.admit(new) is None
+    assert [slow.is_evicted, fast.is_evicted] == [not does_not_read, does_not_read]
 
 
 def responded(connection, num_requests):

@@ -85,7 +85,7 @@ def test_a_table_finds_files_and_classes_in_any_encoding(
 def test_a_file_that_two_rows_name_differently_is_listed_twice(folder: Path) -> None:
     (folder / f"{DECOMPOSED}.png").write_bytes((folder / "a.png").read_bytes())
     for pair in ((f"{COMPOSED}.png", f"{DECOMPOSED}.png"), ("sub/c.png", "sub\\c.png")):
-        with pytest.raises(DataError, match=r"line 3: .* is listed in line 2, too"):
+        with pytest.raises(DataError, match=r"line 3: .* is the file of line 2, too"):
             open_folder(write(folder, f"file,classes\n{pair[0]},cat\n{pair[1]},dog\n"))
 
 
@@ -113,7 +113,7 @@ def test_classes_of_a_table_that_are_easily_confused_are_named(folder: Path) -> 
 
 PROBLEMS = {
     "file,classes\n": "lists no images",
-    "file,classes\na.png,cat|dog\na.png,dog\n": "line 3: a.png is listed in line 2, too",
+    "file,classes\na.png,cat|dog\na.png,dog\n": "line 3: a.png is the file of line 2, too",
     "file,classes\na.png,cat|dog\nx.png,cat\ny.png,\n": "line 3: x.png does not exist, and 1 more files",
     "file,classes\n..\\a.png,cat\n": "line 2: '..\\\\\\\\a.png' is not the path of an image, relative to",
     "file,classes\n../a.png,cat\n": "line 2: '../a.png' is not the path of an image, relative to",
@@ -484,6 +484,34 @@ def test_an_image_that_a_label_tool_lists_without_a_class_is_left_out_and_named(
     )
     assert note in opened.notes
     assert not any("not listed" in note for note in opened.notes)
+
+
+TWO_CLASSES = {
+    "metadata.csv": EXPORTED["metadata.csv"].replace("Cat", "Cat|dog", 1),
+    "metadata.jsonl": EXPORTED["metadata.jsonl"].replace('"Cat"', '"Cat|dog"', 1),
+    "annotations.xml": EXPORTED["annotations.xml"].replace(
+        '<tag label="Cat"/>', '<tag label="Cat"/><tag label="dog"/>', 1
+    ),
+    "labels_my-project_2026-11-28.json": EXPORTED["labels_my-project_2026-11-28.json"].replace(
+        '"Cat"', '"Cat", "dog"', 1
+    ),
+}
+# Of the first image
+PLACES = {
+    "metadata.csv": "line 2",
+    "metadata.jsonl": "line 1",
+    "annotations.xml": "image 1",
+    "labels_my-project_2026-11-28.json": "image 1",
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_row_is_named_by_its_line_or_in_a_file_without_lines_by_the_number_of_its_image(
+    tmp_path: Path, name: str
+) -> None:
+    write_export(tmp_path / "photos", name, TWO_CLASSES[name])
+    with pytest.raises(DataError, match=f"{name}: {PLACES[name]}: has no class or several"):
+        open_evaluation_images(tmp_path / "photos", ("Cat", "dog"))
 
 
 def test_the_first_line_of_via_1_is_a_comment(tmp_path: Path) -> None:

@@ -104,13 +104,22 @@ class InferRequest:
 
 
 def parse_body(
-    body: bytes, header_length: str | None, manifest: Manifest, max_images: int, max_json: int
+    body: bytes,
+    json_length_header: str | None,
+    manifest: Manifest,
+    max_images: int,
+    max_json: int,
 ) -> InferRequest:
-    """Parse *body*, in a thread; raises `RejectedError` if it is invalid or has too many images or bytes."""
+    """Parse *body*; raises `RejectedError` if it is invalid or has too many images or bytes.
+
+    *json_length_header* is the header Inference-Header-Content-Length: the length of the JSON in
+    bytes, behind which binary data follow. None says that all of *body* is JSON. Runs in one of
+    the threads that parse.
+    """
     # Find the end of the JSON, behind which binary data may follow.
     json_length = len(body)  # without the header, all of it is JSON
-    if header_length is not None:
-        digits = header_length.strip()
+    if json_length_header is not None:
+        digits = json_length_header.strip()
         is_number = digits.isascii() and digits.isdecimal() and len(digits) <= MAX_DIGITS
         if not is_number or int(digits) > len(body):
             message = f"Inference-Header-Content-Length must be a number of bytes, at most {len(body)}"

@@ -53,7 +53,7 @@ INFER_BODY = {
         },
     }
 }
-HeaderLength = Annotated[
+JsonLengthHeader = Annotated[
     str | None,
     Header(
         alias=HEADER_LENGTH, description="the length of the JSON, if binary tensors follow it"
@@ -125,7 +125,10 @@ async def model_metadata(request: Request, name: str, version: str | None = None
 @router.post(MODEL + "/infer", openapi_extra=INFER_BODY)
 @router.post(VERSION + "/infer", openapi_extra=INFER_BODY)
 async def model_infer(
-    request: Request, name: str, version: str | None = None, header_length: HeaderLength = None
+    request: Request,
+    name: str,
+    version: str | None = None,
+    json_length_header: JsonLengthHeader = None,
 ) -> Response:
     """Return the outputs of 1..n images, sent as a tensor or as encoded files."""
     # Read the body.
@@ -134,7 +137,7 @@ async def model_infer(
         model = admitted.model
         body = await read_body(admitted, settings.max_body_bytes)
         parsed = await admitted.parse(
-            parse_body, body, header_length, model.bundle.manifest, settings.max_images,
+            parse_body, body, json_length_header, model.bundle.manifest, settings.max_images,
             settings.max_json_bytes,
         )  # fmt: skip
 

@@ -230,7 +230,8 @@ class Keeper:
     def _run(self) -> None:
         """Keep photographs from the queue until None, clean up the folder, and log what was dropped."""
         next_clean_up = next_log = 0.0
-        seconds = None if self._folder is None else self._folder.clean_up_seconds
+        # How long it waits for a photograph; without a folder to clean up, without limit.
+        timeout = None if self._folder is None else self._folder.clean_up_seconds
         while True:
             # Log what was dropped, and clean up the folder, now and then.
             if time.monotonic() >= next_log:
@@ -246,7 +247,7 @@ class Keeper:
                 next_clean_up = time.monotonic() + self._folder.clean_up_seconds
 
             try:
-                photo = self._photos.get(timeout=seconds)
+                photo = self._photos.get(timeout=timeout)
             except queue.Empty:
                 continue
 
@@ -262,7 +263,7 @@ class Keeper:
                 log.exception("a photograph of %d bytes is not kept", len(photo.image))
                 result = "failed"
 
-            if result is not None:
+            if result is not None:  # None: not worth a label, or counted by the keeping process
                 self._counts[result].inc()
 
     def _log_dropped(self) -> None:
