@@ -265,7 +265,11 @@ class Decision(StrictModel):
         return Answer(ranked, is_known, score, explanation)
 
     def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
-        """Describe calibration, rejection and thresholds in (name, text) rows; up to 20 are listed."""
+        """Describe calibration, rejection and thresholds in (name, text) rows.
+
+        With at most 20 *labels*, the row of the thresholds lists the one of each label. With more or
+        none, it tells only their range.
+        """
         rows = []
         if self.calibration is not None:
             rows.append(self.calibration.row())

@@ -232,8 +232,9 @@ def main() -> None:
     Any other failure to write to stdout, such as a full disk, is a user error. If stdout or
     stderr was closed before the start (`>&-`), its output is discarded.
     """
-    # Also stdin: its number would go to the file opened for stdout, and the number of stdout, to
-    # which libraries write, to the next file that is opened.
+    # stdin, too: otherwise, the file opened for stdout would get the free number 0 of stdin. Number
+    # 1 would stay free for the next file that is opened, and libraries, which write to number 1,
+    # would write into that file.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115

@@ -240,20 +240,20 @@ def _stored_value(program: ExportedProgram, spec: InputSpec) -> Any:
     return program.state_dict.get(name, program.constants.get(name))
 
 
-def _encode(value: Any, hash_of_node: Callable[[fx.Node], str], hash_of: HashOf) -> str:
+def _encode(value: Any, text_of_node: Callable[[fx.Node], str], hash_of: HashOf) -> str:
     """Encode *value*, an argument of an operation, as text.
 
-    *hash_of_node* gives the hash of an operand, *hash_of* that of a tensor. Raises
-    `CertificateError` for an argument of another type.
+    *text_of_node* gives the text that stands for an operand, its hash or its position; *hash_of*
+    gives the hash of a tensor. Raises `CertificateError` for an argument of another type.
     """
     if isinstance(value, fx.Node):
-        return hash_of_node(value)
+        return text_of_node(value)
     if isinstance(value, Tensor):
         return hash_of(value)
     if isinstance(value, list | tuple):
-        return hash_parts("list", *(_encode(item, hash_of_node, hash_of) for item in value))
+        return hash_parts("list", *(_encode(item, text_of_node, hash_of) for item in value))
     if isinstance(value, dict):
-        items = (f"{key}={_encode(value[key], hash_of_node, hash_of)}" for key in sorted(value))
+        items = (f"{key}={_encode(value[key], text_of_node, hash_of)}" for key in sorted(value))
         return hash_parts("dict", *items)
     if isinstance(value, float):
         return f"float {value.hex()}"

@@ -229,7 +229,7 @@ def give_final_name(
                 on_error.callback(signature_file.unlink, missing_ok=True)
             _write_signature(signature_file, signature)
 
-        is_new = _rename_sealed(folder, target)  # false if another process was faster
+        is_new = _publish(folder, target)  # false if another process was faster
         try:
             manifest_here = read_same()
         except BundleError:
@@ -246,8 +246,11 @@ def _write_signature(path: Path, signature: bytes) -> None:
         partial_file.write_bytes(signature)
 
 
-def _rename_sealed(folder: Path, target: Path) -> bool:
-    """Let everybody read *folder*, flush its files and rename it; return false if *target* exists."""
+def _publish(folder: Path, target: Path) -> bool:
+    """Let everybody read the sealed *folder*, flush its files and rename it to *target*.
+
+    Returns false if *target* exists.
+    """
     set_mode(folder, 0o755)
 
     for path in folder.iterdir():

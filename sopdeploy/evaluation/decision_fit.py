@@ -256,7 +256,8 @@ def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     """
     now = _recognition_rate(rule)
     earlier = _recognition_rate(before)
-    # Shares of different images cannot be compared.
+    # Shares of different images, those that come with the network or those of a folder, cannot be
+    # compared.
     if rule and before and rule.is_unknown_shipped != before.is_unknown_shipped:
         earlier = None
 

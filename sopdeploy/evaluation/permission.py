@@ -90,11 +90,12 @@ class Rule(NamedTuple):
     def labels_to_pass(self, counts: Counts) -> int | None:
         """Estimate how many more labels let a bundle pass in 80 % of cases if the shares stay.
 
-        None if `MAX_IMAGES` are not enough. They may never be for a bundle that is worse, because
-        the tolerance shrinks with the number of images.
+        None if `MAX_IMAGES` in all are not enough. For a bundle that is worse, it can be that no
+        number is enough, because the tolerance shrinks with the number of images.
         """
-        # The variance of 1 for a win, -1 for a loss and 0 otherwise, which is never 0.
-        variance = (counts.wins + counts.losses + 1) / (counts.images + 2)
+        # The mean square of the outcomes: 1 for a win, -1 for a loss, else 0. It is at least their
+        # variance. One more image with a win or loss, and one without, keep it above 0.
+        mean_square = (counts.wins + counts.losses + 1) / (counts.images + 2)
 
         quantiles = self.quantile + Z_POWER
         images = counts.images
@@ -102,7 +103,7 @@ class Rule(NamedTuple):
         while images < MAX_IMAGES:
             images += max(1, images // 50)
             distance = counts.difference - self.limit(images)
-            if images >= MIN_IMAGES and quantiles * math.sqrt(variance / images) <= distance:
+            if images >= MIN_IMAGES and quantiles * math.sqrt(mean_square / images) <= distance:
                 return images - counts.images
         return None
 

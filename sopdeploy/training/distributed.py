@@ -230,8 +230,8 @@ def join_processes() -> Iterator[None]:
     # count restarts separately.
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_machine else "0"
-    store = PrefixStore(attempt, store)
-    dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=world)
+    store = PrefixStore(f"run {attempt}", store)
+    dist.init_process_group(store=store, rank=rank, world_size=world)
 
     # A process leaves the group only where all do: at the end of the run, and at a stop, which
     # all raise after the same step. After another error, which the others do not know, they may

@@ -399,7 +399,11 @@ def _output_folder(table: Path) -> Path:
 
 
 def _lock_output(folder: Path, locks: ExitStack) -> None:
-    """Keep runs of `classify` out of *folder*, if it has one, until *locks* are closed."""
+    """Keep runs of `classify` out of *folder* until *locks* are closed.
+
+    Does nothing without the file in which a run keeps its state: then *folder* is no output folder
+    of `classify`.
+    """
     if not (folder / STATE).exists():
         return
 

@@ -227,7 +227,7 @@ def _export_unfitted(recipe: Recipe, num_classes: int) -> tuple[bytes, NDArray[n
     side = entry(recipe.model.name).image_size
     preprocess = complete_preprocess(recipe, Preprocess(resize=side, crop=side)).preprocess
 
-    model = create_sized(recipe, num_classes, {})
+    model = create_sized(recipe, num_classes, tensors={})  # no start weights decide its size
     network = unfitted_network(recipe, procedure.head, model)
     program = capture_any_batch(network, preprocess, BatchRange())
     graph: bytes = lower(program, output_names(network)).SerializeToString()

@@ -48,8 +48,9 @@ def run_first(deployed: Deployed, images: Tensor, classes: int | None) -> ProbeO
 def check_finite(needed: Mapping[str, Tensor], logits: Tensor) -> None:
     """Raise `LoweringError` for NaN in a tensor of those *needed*, or if *logits* (P, C) are not finite.
 
-    An infinity can be right, as in the mask of an attention: the logits show whether it is. They
-    do not show that of a running statistic, by which a batch norm makes a constant of all images.
+    An infinite weight can be right, as in the mask of an attention, if the logits are finite. An
+    infinite running statistic is always refused: with it, a batch norm returns the same values for
+    all images, and the logits can still be finite.
     """
     is_finite = bool(torch.isfinite(logits).all())
 

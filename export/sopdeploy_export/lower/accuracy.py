@@ -42,9 +42,10 @@ GRAY_SIDE = 8
 class AccuracyCheck:
     """Compares the top classes and the logits of graphs with those of the float32 graph.
 
-    The images that measure are the labeled ones of `evaluate`, or else every fourth distinct one
-    of `calibrate`. `calibration` holds the others of `calibrate`, uint8 (P, H, W, 3); it is empty
-    without `calibrate`.
+    Every fourth distinct image of `calibrate` is held out. `calibration` holds the rest, uint8
+    (P, H, W, 3); it is empty without `calibrate`. The images that measure are the labeled ones of
+    `evaluate`, or without `evaluate` those held out. With both folders, the images held out are not
+    used.
     """
 
     def __init__(self, subject: ExportSubject, options: ExportOptions) -> None:
@@ -58,7 +59,7 @@ class AccuracyCheck:
         self._preprocess = subject.preprocess
         self._float32_logits: NDArray[np.float32] | None = None
 
-        # The images of `calibrate`: some calibrate, the others measure.
+        # The images of `calibrate`: three quarters calibrate, the rest measures without `evaluate`.
         self.calibration = np.empty((0, 0, 0, 3), np.uint8)
         self._measuring_images: NDArray[np.uint8] | None = None
         if options.calibrate is not None:
@@ -67,7 +68,7 @@ class AccuracyCheck:
             self.calibration = images[~is_measured_P]
             self._measuring_images = images[is_measured_P]
 
-        # The images of `evaluate`, which measure instead if there are any.
+        # The images of `evaluate`: if the folder is given, they measure instead.
         self._labeled: ImageFiles | None = None
         if options.evaluate is not None:
             if subject.decision is not None and subject.decision.activation == "sigmoid":

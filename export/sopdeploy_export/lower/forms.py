@@ -64,13 +64,14 @@ def _masked_attention(
         is_allowed = mask != -torch.inf
         added = mask
 
-    # This calls `_attention` again, which leaves the mask as it is now.
+    # This calls `_attention` again, which handles no mask while `_handles_mask` is true.
     token = _handles_mask.set(True)
     try:
         result = ATTENTION(query, key, value, added, *args, **options)
     finally:
         _handles_mask.reset(token)
 
+    # The operators that follow may view the result, which needs the strides that it has now.
     may_read_nothing = ~is_allowed.any(-1, keepdim=True)
     return _with_strides_of(result, result.masked_fill(may_read_nothing, 0.0))
 

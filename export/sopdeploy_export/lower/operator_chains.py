@@ -345,7 +345,7 @@ class _Recorder(_Filled):
             is_undefined = is_varying and node.name in self._undefined
             ranges.append(_Range(is_varying, is_unbounded, is_undefined))
 
-        # The operator alone.
+        # The operator alone; None if it is not compared.
         operator = _as_operator(n, arguments, results, tuple(ranges))
         if operator is None:
             return results
@@ -353,7 +353,8 @@ class _Recorder(_Filled):
         if isinstance(results, Tensor):
             self._by_node[n] = operator
 
-        # Its pair with the operator of each operand, which it can read twice.
+        # Its pair with the operator of each operand. It can read an operand at several positions, as
+        # in `x * x`.
         for node in dict.fromkeys(operands):
             if node in self._by_node:
                 positions = frozenset(

@@ -63,7 +63,8 @@ def fill(chain: Chain, values: Sequence[float], start: int) -> list[Tensor]:
 def _with_content(operand: Tensor, content: Tensor) -> Tensor:
     """Copy *operand* with other *content* (numel,).
 
-    A floating-point copy is in float32 at least. An operand of integers keeps its content.
+    A floating-point copy is in float32 at least. An operand of integers keeps its content, because
+    these can be indices or sizes.
     """
     dtype = operand.dtype
     if operand.is_floating_point():

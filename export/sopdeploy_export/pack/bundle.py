@@ -66,6 +66,7 @@ def as_probes(
 ) -> Probes:
     """Create the bundle's probes from those of *images* (P, H, W, 3) whose outputs *parity* compared.
 
+    `parity.routing` names the images whose outputs were not compared.
     If drift beyond the tolerance was allowed, the tolerance of each output is at least twice the
     largest measured difference, from float64 or between batch sizes.
     """

@@ -335,7 +335,7 @@ def _with_key(path: Path, fits: Sequence[_TableFit], key: str | None) -> Sequenc
     if key is None:
         return fits
 
-    # It is the full key of a fit, or else a table or a prefix alone, which several fits can have.
+    # *key* is the full key of a fit, or else a table or a prefix alone, which several fits can have.
     fits_of_key = [fit for fit in fits if fit.key == key]
     if not fits_of_key:
         fits_of_key = [fit for fit in fits if key in (fit.table, fit.naming.prefix.rstrip("."))]

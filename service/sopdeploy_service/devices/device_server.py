@@ -237,8 +237,10 @@ def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
 
         if message.kind == control.CHANNEL and message.files:
             number, engine = control.parse_channel(message.rest)
-            with suppress(ChannelError):  # without it, this process is replaced
+            # After an error, this process stays without a channel; the supervisor replaces it.
+            with suppress(ChannelError):
                 first = EngineChannel(engine, socket.socket(fileno=message.files[0]), number)
+                # It still starts, but the supervisor knows that the channel is open.
                 STARTING._replace(has=frozenset((number,))).send(supervisor)
                 return first
             continue

@@ -23,7 +23,7 @@ class SharedKeys:
             # At least one byte: nothing else can be mapped.
             limits_file = create_memory("sopdeploy-limits", STATE_BYTES * max(1, len(keys)))
             unless_written.callback(os.close, limits_file)
-            memory = memoryview(map_memory(os.dup(limits_file)))
+            memory = memoryview(map_memory(os.dup(limits_file)))  # closes what it maps
             unless_written.pop_all()
 
         self.files = keys_file, limits_file

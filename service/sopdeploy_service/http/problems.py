@@ -21,7 +21,7 @@ from sopdeploy_service.inference.results import HttpError, RejectedError
 PROBLEM_JSON = "application/problem+json"
 # Parts of the paths at which servers of MLflow, SageMaker, TorchServe, TensorFlow and others
 # classify.
-PATHS_OF_OTHERS = {"predict", "predictions", "invocations", "infer", "inference"}
+PATH_PARTS_OF_OTHER_SERVERS = {"predict", "predictions", "invocations", "infer", "inference"}
 INTERNAL = HttpError("internal_error", 500, "internal error; the server log has the details")
 
 
@@ -119,9 +119,11 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
         # Tell what to do: the nearest path, or the methods that the path has.
         if status == HTTPStatus.NOT_FOUND:
             near = difflib.get_close_matches(path[:100], paths, n=1)
-            if not path.startswith("/v2/") and not PATHS_OF_OTHERS.isdisjoint(
-                re.split("[/:]", path[:100])
-            ):
+            # Where another server classifies, such as TorchServe at `/predictions/NAME`, tell where
+            # this one does. Paths below `/v2/` are those of this server itself.
+            parts = re.split("[/:]", path[:100])
+            is_of_other_server = bool(PATH_PARTS_OF_OTHER_SERVERS.intersection(parts))
+            if is_of_other_server and not path.startswith("/v2/"):
                 near = ["/v1/classify"]
             hint = f" did you mean {root}{near[0]}?" if near else ""
             detail = f"no such path;{hint} {root}/docs lists all"

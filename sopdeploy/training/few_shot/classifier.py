@@ -129,17 +129,21 @@ def spread_groups(
     the strata best. Letters: G groups, S strata, F folds.
     """
     num_groups = int(groups_N.max()) + 1
-    _, stratum_N, sizes_S = np.unique(strata_N, return_inverse=True, return_counts=True)
+    _, stratum_index_N, sizes_S = np.unique(strata_N, return_inverse=True, return_counts=True)
     images_GS = np.zeros((num_groups, len(sizes_S)))  # number by group and stratum
-    np.add.at(images_GS, (groups_N, stratum_N), 1)
+    np.add.at(images_GS, (groups_N, stratum_index_N), 1)
+
     # NumPy's seeds are below 2**32.
     shuffled_G = np.random.RandomState(seed % 2**32).permutation(num_groups)
+
     fold_G = np.zeros(num_groups, np.intp)
     images_FS = np.zeros((num_folds, len(sizes_S)))  # number by fold and stratum, so far
     for group in shuffled_G[np.argsort(-images_GS[shuffled_G].std(axis=1), kind="stable")]:
         # In attempts_FFS[f], the group is added to the fold f of `images_FS`.
         attempts_FFS = images_FS + np.eye(num_folds)[:, :, None] * images_GS[group]
         unevenness = (attempts_FFS / sizes_S).std(axis=1).mean(axis=1).tolist()
+
+        # The fold that becomes least uneven; of folds that become as even, the smallest.
         sizes = images_FS.sum(axis=1).tolist()
         best = 0
         for fold in range(1, num_folds):
@@ -147,8 +151,10 @@ def spread_groups(
             is_as_even = abs(difference) <= 1e-8 + 1e-5 * unevenness[best]
             if difference < 0 or (is_as_even and sizes[fold] < sizes[best]):
                 best = fold
+
         fold_G[group] = best
         images_FS[best] += images_GS[group]
+
     return fold_G[groups_N]
 
 

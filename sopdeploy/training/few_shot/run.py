@@ -298,7 +298,8 @@ def cross_validate(
     folds_of_validations = make_folds(targets, keys_N, config.folds, recipe.seed)
     first_folds_N = folds_of_validations[0]  # the others count only in means
 
-    # Predict each image by classifiers without its fold, several times with few groups.
+    # Predict each image by classifiers without its fold; if there are few groups, for several
+    # divisions into folds.
     weights_N = weights_in_means(images)
     problem = LinearProblem(
         features.space, features.reduced, features.own, targets, weights_N, groups_N
@@ -306,14 +307,17 @@ def cross_validate(
     validations = [problem.cross_validate(folds_N) for folds_N in folds_of_validations]
     scaling = Scaling.fit(validations, targets, has_margins=config.margins)
 
-    # The network has all photographs of small classes; so have the classifiers that judge others.
+    # The deployed network learns from all photographs of a small class. The classifiers that judge
+    # the images of the other classes must, too: if one of its two photographs is missing, they take
+    # more of these images for it. So small classes get folds of their own.
     judging_folds_N = judge_few_apart(targets, first_folds_N, groups_N)
     judged_once = validations[0]
     if not np.array_equal(judging_folds_N, first_folds_N):
         judged_once = problem.cross_validate(judging_folds_N)
     logits_NK = problem.logits(judged_once, scaling)
 
-    # As the network computes the logits: their energies are cosines.
+    # The deployed network shifts the logits of an image so that their energy, the log-sum-exp, is
+    # its cosine to the nearest class mean. After `log_softmax`, the energy is 0.
     shifted_NK = logits_NK
     left_out_N = None
     if targets.activation == "softmax":
@@ -357,9 +361,10 @@ def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> 
 def judge_few_apart(targets: Targets, folds_N: Indices, groups_N: Indices) -> Indices:
     """Move classes of fewer than `ENOUGH` groups, beside larger ones, from *folds_N* to own folds (N,).
 
-    Without one of its two photographs, a class takes more images of the others than the network
-    lets it. So these are judged by heads that have all images of such a class. At most four own
-    folds have one group of each of these classes.
+    If one of its two photographs is missing, a head takes more images of other classes for such a
+    class than the deployed network, which learns from both. So heads that have all images of the
+    small classes judge the images of the other classes. There are at most four own folds, each with
+    one group of each small class.
     """
     # The groups of each class, in this order, and the rank of each in its class
     labels_P, groups_P = np.unique(np.stack([targets.strata, groups_N]), axis=1)

@@ -530,7 +530,7 @@ def _move_into(folder: Path, source: Path) -> Path:
 
     Raises `OSError`; then the photograph is where it was.
     """
-    # Photographs of a heap can have equal names.
+    # Photographs that no server has kept (a heap) can have equal names.
     targets = (folder / numbered_name(source, number) for number in itertools.count(1))
     target = next(path for path in targets if not os.path.lexists(path))
 
