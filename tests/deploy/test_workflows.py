@@ -79,10 +79,12 @@ def test_a_release_changes_every_file_with_the_version_and_they_agree() -> None:
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 PYTHONS = ("3.11", "3.12", "3.13")
 LINUX, ARM, MACOS = "x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin"
+OLDEST_MACOS = "14.0"  # of onnxruntime
+ARM_OF_OPENVINO = "aarch64-manylinux_2_35"
 PLATFORMS = {
     "cpu": (LINUX, ARM, MACOS),
     "train": (LINUX, ARM, MACOS),
-    "dev": (LINUX, ARM, MACOS),
+    "dev": (LINUX, ARM_OF_OPENVINO, MACOS),
 }
 UV = Path(sys.executable).with_name("uv")
 UNREACHABLE = (
@@ -111,6 +113,7 @@ def test_every_extra_resolves(
     extra: str, python: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("UV_CONSTRAINT", raising=False)  # make exports the lock
+    monkeypatch.setenv("MACOSX_DEPLOYMENT_TARGET", OLDEST_MACOS)
     for platform in PLATFORMS.get(extra, (LINUX,)):
         command = [
             UV,
