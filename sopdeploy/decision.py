@@ -34,9 +34,9 @@ class Calibration(StrictModel):
     Attributes:
         temperature: Divisor of the network's logits (Guo et al., ICML 2017, section 4.2).
         loss_before: Log loss of these predictions without the temperature: the mean negative log-likelihood.
-        loss_after: Their log loss with the temperature.
+        loss_after: Log loss of these predictions with the temperature.
         num_images: Number of predictions that the temperature was fitted to, one per image.
-        estimated_on: Whether these are held-out images or out-of-fold predictions of a cross-validation.
+        estimated_on: Whether the predictions are of held-out images or out-of-fold predictions of a cross-validation.
     """
 
     temperature: Positive
@@ -65,13 +65,13 @@ class Rejection(StrictModel):
         accepted: 95 % interval of the fraction that it accepts of as many new known images as in the fit, if
             they are taken in the same way.
         recognized: How many unknown images it rejects, and of how many, if there are any.
-        is_unknown_shipped: Whether these come with the network, so that they are none of a folder of the user.
+        is_unknown_shipped: Whether the unknown images come with the network, not from a folder of the user.
         new_class: How many known images it rejects if their own class is left out, and of how many.
         new_class_share: 95 % interval of the fraction of a new class that it rejects.
     """
 
     threshold: float
-    # Of files that do not say it, whatever new thresholds accept
+    # The default is for files without this field, whatever new thresholds accept
     accepts: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.95
     accepted: tuple[Fraction, Fraction] | None = None
     recognized: tuple[Occurrences, Occurrences] | None = None
@@ -80,7 +80,7 @@ class Rejection(StrictModel):
     new_class_share: tuple[Fraction, Fraction] | None = None
 
     def rows(self) -> list[tuple[str, str]]:
-        """Describe which share of known classes is accepted, and of others rejected, in (name, text) rows."""
+        """Describe which share of known classes is accepted, and of unknown images rejected, in (name, text) rows."""
         # Known classes.
         accepted = f"accepts about {100 * self.accepts:g} % of new images like these"
         if self.accepted is not None:
@@ -88,7 +88,7 @@ class Rejection(StrictModel):
             accepted += f" (95 % interval {low:.0f} to {high:.0f} %)"
         rows = [("unknown images", f"score below {self.threshold:.4g}; {accepted}")]
 
-        # Other things. Only images of them tell, not those of the classes that were left out.
+        # Other things. Only images of other things tell, not images of a class that was left out.
         others = ""
         if self.recognized is not None:
             others = "{} of {} rejected".format(*self.recognized)
@@ -99,7 +99,7 @@ class Rejection(StrictModel):
         if others:
             rows.append(("photographs of other things", others))
 
-        # A class like the known ones, by leaving each of these out.
+        # A new class like the known ones: how images of a known class fare if it is left out.
         if self.new_class is not None:
             rejected, count = self.new_class
             interval = ""

@@ -20,7 +20,7 @@ from sopdeploy.file_systems import Lock, flush, lock_file, lock_if_abandoned, re
 from sopdeploy.plugins import FIRST_BYTES, IMPORTERS
 
 PARTIAL = ".partial"
-MAX_PARTIAL_BYTES = 230  # of the name of the file in that of its temporary file
+MAX_PARTIAL_BYTES = 230  # of the name of a file, as a part of the name of its temporary file
 LOCK = ".lock"  # in a folder to which one process writes
 MANIFEST = "manifest.json"  # of a bundle
 LATEST = "latest"  # the link to the newest run or bundle of a folder
@@ -40,7 +40,7 @@ STORAGE_ERRNOS = {
 FULL_ERRNOS = {errno.EDQUOT, errno.ENOSPC}
 _LEFT_FILE = re.compile(rf".*\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
 _LEFT_FOLDER = re.compile(rf"\.(?:new|bundle)-\w{{8}}{re.escape(PARTIAL)}")
-_CLEANED: set[str] = set()  # folders from which this process has removed those of others
+_CLEANED: set[str] = set()  # folders without files of processes killed before
 
 log = logging.getLogger("sopdeploy.files")
 
@@ -125,7 +125,7 @@ def _create_locked_folder(parent: Path) -> tuple[Path, Lock]:
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files and folders in *folder* whose processes have ended.
 
-    On a file system without locks they stay, because another process may write them.
+    On a file system without locks, the files stay, because another process may write them.
     """
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in list(entries):
@@ -313,7 +313,7 @@ def holds_weights(path: Path) -> bool:
 
 
 def weight_format(first: bytes) -> WeightFormat | None:
-    """Tell the format of a weight file by its *first* 16 bytes; None if it has none of these."""
+    """Tell the format of a weight file by its *first* 16 bytes; None for any other file."""
     if first[8:9] == b"{":  # 8 bytes of length, then JSON
         return "safetensors"
     return "torch" if first.startswith(TORCH_MAGIC) else None

@@ -100,7 +100,7 @@ class CommandLine(TyperCommand):
                 ctx.fail(f"{previous}: an empty value")
             previous = arg
 
-        ctx.allow_extra_args = True  # they are returned instead of rejected
+        ctx.allow_extra_args = True  # surplus arguments are returned instead of rejected
         try:
             rest: list[str] = super().parse_args(ctx, args)
         except UsageError as error:

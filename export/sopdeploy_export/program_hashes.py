@@ -22,7 +22,7 @@ from sopdeploy.bundle.onnx_root import hash_parts
 from sopdeploy.errors import CertificateError
 
 CHECK_OF_TYPE = torch.ops.aten._assert_tensor_metadata.default
-HashOf = Callable[[Tensor], str]  # of the content of a tensor
+HashOf = Callable[[Tensor], str]  # returns a hash of a tensor's type, shape and content
 SCALARS = (bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -63,21 +63,23 @@ def program_root(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> Pro
                 f"the eval graph writes to {spec.target or spec.arg}; an exported network must be stateless"
             )
 
-    # The nodes behind the outputs, and those behind operations with an effect, which no node reads.
+    # The nodes that the outputs depend on, and operations with an effect, whose results no node
+    # reads, with the nodes that these operations depend on.
     outputs = program.graph.output_node()
     needed = nodes_before(program.graph, outputs.all_input_nodes)
     side_effects = []
     for node in program.graph.nodes:
         has_no_reader = node.op == "call_function" and not node.users
 
-        # A check of the type of a value that no output depends on is no such effect: the type is
-        # fixed, so the check cannot fail.
+        # A check of a type has no effect if no output depends on the value: the type is fixed, so
+        # the check cannot fail.
         is_idle = node.target is CHECK_OF_TYPE and not needed.issuperset(node.all_input_nodes)
         if has_no_reader and node.is_impure() and not is_idle:
             side_effects.append(node)
     needed |= nodes_before(program.graph, side_effects)
 
-    # The root covers the outputs and the effects; the hash of a node covers what is behind it.
+    # The root covers the outputs and the effects; the hash of a node covers all nodes that it
+    # depends on.
     hashes, operations = _hash_nodes(program, needed, hash_of)
     encoded = [
         _encode(value, hashes.__getitem__, hash_of)
@@ -371,8 +373,11 @@ def _all_arguments(node: fx.Node) -> list[Any]:
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return [*node.args, dict(node.kwargs)]
-    others = target._schema.arguments[len(node.args) :]  # given by name, or not at all
+    not_by_position = target._schema.arguments[len(node.args) :]  # given by name, or not at all
     return [
         *node.args,
-        *(node.kwargs.get(argument.name, argument.default_value) for argument in others),
+        *(
+            node.kwargs.get(argument.name, argument.default_value)
+            for argument in not_by_position
+        ),
     ]

@@ -73,8 +73,8 @@ log = logging.getLogger("sopdeploy.bundle")
 class Bundle:
     """A bundle as it was read: the bytes that have the sizes and hashes of the manifest.
 
-    `path` is where it was read, for messages and for what lies beside it; nothing reads its
-    files again. `contents` has the bytes of the files by name, except those of the graph.
+    `path` is where it was read, for messages and for what lies beside it; nothing reads the
+    files there again. `contents` has the bytes of the files by name, except the graph.
     `graph` is None if the graph was hashed only, or is in a runtime already.
     """
 
@@ -97,7 +97,7 @@ class Bundle:
         return self.graph
 
     def reduced(self) -> "Bundle":
-        """Return the bundle with only the files that a server shows, so that the memory of others is free."""
+        """Return the bundle with only the files that a server shows, which frees the memory of its other files."""
         shown = {
             name: self.contents[name] for name in (CARD, CERTIFICATE) if name in self.contents
         }
@@ -556,7 +556,8 @@ def read_bundles(folder: Path) -> Iterator[ListedBundle]:
             f"{folder}: cannot be read ({error.strerror}); check its permissions"
         ) from error
 
-    # Folders and links to elsewhere; others, such as `latest`, are names of these.
+    # Folders, and links to folders elsewhere. A link to a folder here, such as `latest`, is a
+    # second name of it.
     for path in paths:
         try:
             is_link_to_sibling = path.is_symlink() and path.resolve().parent == folder.resolve()

@@ -123,7 +123,7 @@ def open_data(config: DataConfig | DataSource) -> Split:
 
     Raises `ConfigError` if no path is set and `DataError` if the data cannot be used.
     """
-    # A plug-in's source, then those of this package.
+    # A plug-in's source, then the sources of this package.
     if isinstance(config, DataSource):
         lines: list[str] = []
         split = config.open(lines.append)

@@ -61,14 +61,14 @@ def fit_decision(
 
     Args:
         logits: Predictions for images that the network was not trained on.
-        estimated_on: Where these predictions come from, for reports.
+        estimated_on: Where the predictions come from, for reports.
         accepts: Fraction of known images to accept. With 1, or if N is too small for the quantile, there is
             no rejection; for cosines, `missing_threshold` says why.
         scalable: Whether the logits can be divided; otherwise the temperature is 1. It is also 1 without
             evidence for another value (`fit_temperature`, `temperature_lowers_loss`).
         groups: The groups of the images; by default, all images are different.
         unknown: Predictions (M, C) for images of no class, which the rejection is tested with.
-        is_unknown_shipped: Whether these are images that come with the network, not those of a folder.
+        is_unknown_shipped: Whether the unknown images come with the network, not from a folder.
         left_out: Energies (N,) of the images if their own class is left out, another test.
         are_cosines: Whether the energies of the *logits* are cosines.
     """
@@ -129,7 +129,7 @@ def _count_rejected(
 def new_class_interval(
     is_rejected_N: NDArray[np.bool_], targets: NDArray[np.int64]
 ) -> tuple[float, float]:
-    """Compute the 95 % interval of the rejected share of a new class, from that of each class left out.
+    """Compute the 95 % interval of the rejected share of a new class, from the share of each class left out.
 
     *is_rejected_N* tells which images are rejected while their class, *targets* (N,), is left
     out. The interval is Student's prediction interval of one more class. It contains Wilson's
@@ -154,7 +154,7 @@ def new_class_interval(
 def missing_threshold(images: int, classes: int, accepts: float) -> str:
     """Say why `fit_decision` fits no threshold of cosines for unknown images; empty if it fits one.
 
-    *images* and *classes* are numbers; *accepts* is that of `fit_decision`.
+    *images* and *classes* are numbers; *accepts* is the argument of `fit_decision`.
     """
     min_images = least_images(are_cosines=True)
     if images < min_images:
@@ -234,7 +234,7 @@ def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
 
     # Precision and recall at each distinct score, ascending.
     precision, recall, distinct = precision_recall_curve(true, scores)
-    # The last value is that of no prediction.
+    # The last value belongs to no score: it is for a threshold above all of them.
     precision = precision[:-1]
     recall = recall[:-1]
 
@@ -251,8 +251,8 @@ def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
 def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     """Say that *rule* rejects few unknown images, or clearly fewer than *before*; empty if neither holds.
 
-    "Few" is less than `MIN_RECOGNIZED` of the images that test the threshold. "Clearly" means that
-    the 95 % interval of *rule* is below that of *before*.
+    "Few" is less than `MIN_RECOGNIZED` of the images that test the threshold. "Clearly" means
+    that the 95 % interval of *rule* is below the interval of *before*.
     """
     now = _recognition_rate(rule)
     earlier = _recognition_rate(before)

@@ -24,7 +24,7 @@ TOLERANCE_IMAGES = 100
 MIN_TOLERANCE_IMAGES = 60
 MIN_IMAGES = 20  # with fewer, the score test errs more often than stated, and nothing passes
 OLD_TOLERANCES = 2  # tolerances that the old classes alone may lose
-OLD_ALPHA = 0.2  # probability that they pass although they lose as much
+OLD_ALPHA = 0.2  # probability that a bundle passes although its old classes lose as much
 CLASS_TOLERANCES = 2  # tolerances of 100 photographs that each class may lose
 MAX_IMAGES = 100_000
 

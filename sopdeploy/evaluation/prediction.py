@@ -234,7 +234,7 @@ class AllHeads(nn.Module):
         return torch.cat(list(heads.values()), dim=1)
 
     def split(self, logits: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-        """Divide *logits* (N, H * C), which `forward` has computed, into those of its heads, (N, C)."""
+        """Divide *logits* (N, H * C), which `forward` has computed, into the logits of each head, (N, C)."""
         return dict(zip(self.names, np.split(logits, len(self.names), axis=1), strict=True))
 
 

@@ -233,9 +233,9 @@ def join_processes() -> Iterator[None]:
     store = PrefixStore(f"run {attempt}", store)
     dist.init_process_group(store=store, rank=rank, world_size=world)
 
-    # A process leaves the group only where all do: at the end of the run, and at a stop, which
-    # all raise after the same step. After another error, which the others do not know, they may
-    # still wait for a sum.
+    # A process leaves the group only where all processes leave it: at the end of the run, and at
+    # a stop, which all raise after the same step. Another error may be raised in this process
+    # alone. Then the other processes may still wait for a sum.
     try:
         yield
     except TrainingStoppedError:

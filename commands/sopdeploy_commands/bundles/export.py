@@ -182,7 +182,7 @@ def _export_weights(
     )
     build = network_builder("network", str(source.network), source.option)
 
-    # The class names are those of the option, or else those in the file.
+    # The class names of the option, or else those in the file.
     file = read_weights(weights)
     labels = labels or file.labels
     if labels is None:
@@ -305,7 +305,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     unused = admitted.removable
     labels = loaded.labels
     if labels is not None and (len(labels) != admitted.num_classes or label_problem(labels)):
-        labels = None  # they are those of another network
+        labels = None  # the labels are of another network
 
     # The same options as a command that exports without these parts.
     names_file = CLASS_NAMES_FILE if labels is None else None

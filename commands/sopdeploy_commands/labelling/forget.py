@@ -229,7 +229,7 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
     for table in tables:
         _check_format(table)
 
-    # The photograph. Kept ones are named by their ids, and so are the records beside them.
+    # The photograph. A kept photograph has its id as its name, and so has the record beside it.
     images = [path for path in files if wanted.is_shown_by(path)]
     ids_of_images = {kept_id(_final_path(image).name) for image in images}
     ids = wanted.ids.union(ids_of_images - {""})
@@ -249,7 +249,7 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
                 if ids.intersection(read_block(path).identities.tolist()):
                     traces.add(path)
 
-    # Rows of tables. A name that was given must be that of one photograph.
+    # Rows of tables. If a name was given, it must be the name of one photograph only.
     rows = _find_rows(wanted._replace(ids=ids), tables)
     if not wanted.is_file and not ids:
         _check_one_photograph(photograph, images, rows)
@@ -362,8 +362,8 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_Tabl
             output = _output_folder(table)
             listed_rows |= {(output, row.path): row for row in rows}
 
-    # A row of results gets the location of its image from the list; its number stays that of its
-    # own table.
+    # A row of results gets the location of its image from the list; its number stays the one in
+    # its own table.
     wanted_rows: dict[Path, list[_TableRow]] = {}
     for table, rows in rows_of_table.items():
         output = _output_folder(table)
@@ -421,7 +421,7 @@ def _lock_output(folder: Path, locks: ExitStack) -> None:
 def _check_one_photograph(
     name: str, images: Sequence[Path], rows: dict[Path, list[_TableRow]]
 ) -> None:
-    """Raise `DataError` if *name* is that of photographs with different contents, of *images* and *rows*."""
+    """Raise `DataError` if photographs of *images* and *rows*, all named *name*, have different contents."""
     files = {str(path): path for path in images}  # by the path that the message shows
     for row in chain.from_iterable(rows.values()):
         files[row.path] = Path(row.path if row.is_in_archive else row.location)

@@ -125,7 +125,7 @@ def export_program(
     with (
         capturing(),  # raises the `LoweringError`
         SymbolicForms(),  # replaces functions that fit one batch size only
-        as_captured(deployed),  # layers compute what they compute in a graph
+        as_captured(deployed),  # layers may use operators that are faster in a runtime
         answering_plain_run(),  # code that asks whether it is exported gets the answer no
         attributes_restored(deployed),  # such as caches, in which torch leaves empty tensors
         redirect_stderr(io.StringIO()),  # torch prints part of the graph on failure
@@ -146,7 +146,7 @@ def export_program(
 
 @contextmanager
 def as_captured(network: nn.Module) -> Iterator[None]:
-    """Let layers of *network* compute in the block what they compute in a graph (`ExportHints`)."""
+    """Tell the layers of *network* in the block that they are captured (`ExportHints.is_captured`)."""
     layers = [module for _, module in modules(network) if isinstance(module, ExportHints)]
     before = [layer.is_captured for layer in layers]
 

@@ -32,7 +32,7 @@ MIN_DISTINCT = 32
 # Standard deviations: a quarter of the logits' variance. Trained networks measure 0.03 to 0.07
 # in int8 (docs/howto/int8.md), a file that returns the mean logits of all images 1.
 MAX_DEVIATION = 0.5
-# Of the distinct images of `calibrate`, every fourth measures and the others calibrate
+# Of the distinct images of `calibrate`, every fourth is held out to measure
 EVERY = 4
 # Root mean square difference in gray levels, of thumbnails of 8 x 8 pixels
 ALIKE = 5.0
@@ -208,7 +208,7 @@ def compare_top_classes(
 def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
     """Load at most 340 images of *folder* as uint8 (P, crop, crop, 3), spread evenly over the sorted paths.
 
-    If each class has a folder, they thus come from all large classes. Raises `DataError` if
+    If each class has a folder, the images thus come from all large classes. Raises `DataError` if
     *folder* does not exist, holds no image or holds one that cannot be read.
     """
     try:

@@ -77,7 +77,10 @@ def _masked_attention(
 
 
 def _with_strides_of(result: Tensor, values: Tensor) -> Tensor:
-    """Copy *values* with its axes in memory in the order of those of *result*, which the same views need."""
+    """Copy *values* with its axes in memory in the order of the axes of *result*.
+
+    Then the values can be viewed as *result* can.
+    """
     axes = sorted(range(result.dim()), key=result.stride, reverse=True)
     inverse = [axes.index(axis) for axis in range(len(axes))]
     return values.permute(axes).contiguous().permute(inverse)
@@ -103,7 +106,7 @@ def _atan2(y: Tensor, x: Tensor) -> Tensor:
     is_below = (y < 0) | (1 / y < 0)
     is_left = (x < 0) | (1 / x < 0)
 
-    # The slope. With two infinite coordinates, it is that of a diagonal.
+    # The slope. With two infinite coordinates, it is the slope of a diagonal.
     is_far = (y.abs() == torch.inf) & (x.abs() == torch.inf)
     divisor = torch.where((x == 0) & (y == 0), 1.0, x)
     slope = torch.where(is_far, y.sign() * x.sign(), y / divisor)
@@ -136,10 +139,10 @@ def _index_put(
     if not is_mask or new.numel() != 1 or accumulate:
         return NotImplemented  # the operator stays
 
-    # The mask belongs to the first axes, so it gets axes of size 1 for the others.
+    # The mask belongs to the first axes, so it gets an axis of size 1 for each further axis.
     mask = cast(Tensor, indices[0])
-    num_others = values.dim() - mask.dim()
-    return torch.where(mask.reshape(*mask.shape, *[1] * num_others), new.reshape(()), values)
+    num_further = values.dim() - mask.dim()
+    return torch.where(mask.reshape(*mask.shape, *[1] * num_further), new.reshape(()), values)
 
 
 def norm(
@@ -177,7 +180,7 @@ def norm(
 
 
 def squeeze(values: Tensor, dim: int | Sequence[int]) -> Any:
-    """Remove those of the axes *dim* that have size 1, as torch does; ONNX fails for the other ones.
+    """Remove those of the axes *dim* that have size 1, as torch does; ONNX fails for an axis of another size.
 
     Returns NotImplemented if all of *dim* have size 1, or if a size is not fixed.
     """
@@ -200,7 +203,7 @@ def transform_real(values: Tensor, *, dim: Sequence[int], onesided: bool) -> Any
     if not _have_fixed_sizes(values, dim):
         return NotImplemented  # the operator stays
 
-    # The last axis first, while all values are real; then the others, of complex values.
+    # The last axis first, while all values are real; then the other axes, of complex values.
     last = dim[-1]
     real, imaginary = _transform_axis(values, None, last, inverse=False)
     if onesided:
@@ -322,7 +325,7 @@ _TRANSFORMS = [
 # Forms for operators that the converter cannot write, or writes in a form that is wrong for some
 # values.
 DECOMPOSED = {
-    # torch's own forms of these call the three below.
+    # torch's own forms of these transforms call the operators `fft_r2c`, `fft_c2c` and `fft_c2r`.
     **{
         getattr(torch.ops.aten, f"fft_{name}").default: getattr(torch._refs.fft, name)
         for name in _TRANSFORMS
@@ -341,7 +344,7 @@ DECOMPOSED = {
     torch.ops.aten.log_sigmoid.default: lambda values: -torch.nn.functional.softplus(-values),
     torch.ops.aten.argsort.stable: lambda *args, **options: _sort(*args, **options)[1],
     torch.ops.aten.sort.stable: _sort,
-    # The converter writes these with a loop over the tensors.
+    # The converter writes the stacking operators that follow with a loop over the tensors.
     torch.ops.aten.atleast_1d.Sequence: lambda values: [*map(torch.atleast_1d, values)],
     torch.ops.aten.atleast_2d.Sequence: lambda values: [*map(torch.atleast_2d, values)],
     torch.ops.aten.atleast_3d.Sequence: lambda values: [*map(torch.atleast_3d, values)],
@@ -362,8 +365,8 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     """Write the operators in `DECOMPOSED` in a form that the converter knows; *program* does not change.
 
     The results of these forms, and of the converter's form of attention, have other strides than
-    those of torch. A view of them may be impossible, so every view becomes a contiguous copy in
-    another shape.
+    the results of torch. A view of them may be impossible, so every view becomes a contiguous
+    copy in another shape.
     """
     if not any(node.target in DECOMPOSED for node in program.graph.nodes):
         return program

@@ -124,9 +124,10 @@ class Int8Quantizer:
     def quantize(self) -> onnx.ModelProto:
         """Quantize the chosen convolutions, and correct their biases.
 
-        For CPUs, the activations behind them are quantized, too; for TensorRT, shortcuts.
+        For CPUs, the activations after the convolutions are quantized, too; for TensorRT,
+        shortcuts.
         """
-        # The activations behind the convolutions. The quantizer skips them unless they are among
+        # The activations after the convolutions. The quantizer skips them unless they are among
         # the operators of the scheme.
         nodes = self.model.graph.node
         convolved = {name for node in nodes if node.name in self.chosen for name in node.output}
@@ -193,8 +194,8 @@ class Int8Quantizer:
     def _choose_convolutions(self, in_float: Sequence[str]) -> set[str]:
         """Name the convolutions with constant weights outside of *in_float*.
 
-        Those of at most `IMAGE_CHANNELS` input channels are left out: they are taken for the ones
-        that read the image.
+        Convolutions of at most `IMAGE_CHANNELS` input channels are left out, as if they all read
+        the image.
         """
         sizes = {tensor.name: tensor.dims for tensor in self.model.graph.initializer}
         chosen = set()
@@ -217,9 +218,9 @@ class Int8Quantizer:
     def _separate_constants(self) -> None:
         """Give every chosen convolution weights and a constant bias of its own, zeros if it has none.
 
-        Convolutions that share weights can read inputs of different ranges. The scale of a quantized
-        bias is that of the weights times that of the input, so the scale of the weights depends on
-        the input, too.
+        Convolutions that share weights can read inputs of different ranges. The scale of a
+        quantized bias is the scale of the weights times the scale of the input, so the scale of
+        the weights depends on the input, too.
         """
         graph = self.model.graph
         num_readers = Counter(name for node in graph.node for name in node.input)

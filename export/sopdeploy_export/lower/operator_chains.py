@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sopdeploy_export.program_hashes import module_of
 
 ORDINARY = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, 45.0, -45.0, 100.0, -100.0)
-# Elementwise operators and these have one ONNX form for all sizes from `LARGE`.
+# These operators, like elementwise ones, have one ONNX form for all sizes from `LARGE`.
 SIZELESS = (
     "aten::convolution",
     "aten::conv2d",
@@ -79,13 +79,13 @@ class Operator(NamedTuple):
         return [leaf for leaf in tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
 
     def describe(self) -> str:
-        """Describe the operator; those with equal descriptions are compared once."""
+        """Describe the operator; operators with equal descriptions are compared once."""
         # Sizes above `LARGE` count as `LARGE`, if the operator has one ONNX form for all of them.
         limit = LARGE if self.is_elementwise or self.name in SIZELESS else sys.maxsize
         described = tree_map_only(
             Tensor, lambda x: (x.dtype, [min(size, limit) for size in x.shape]), self.arguments
         )
-        if self.name in SIZELESS:  # their integers are sizes, such as a padding, and no values
+        if self.name in SIZELESS:  # its integers are sizes, such as a padding, and no values
             described = tree_map_only(int, lambda number: min(number, limit), described)
 
         ranges = [tuple(range_of_operand) for range_of_operand in self.ranges]
@@ -151,7 +151,7 @@ class Chain(NamedTuple):
         return any(can_be.is_unbounded for _, can_be in self.inputs)
 
     def is_one_of(self, names: Sequence[str]) -> bool:
-        """Return whether an operator has one of *names*."""
+        """Return whether an operator of the chain has one of *names*."""
         return any(operator.name in names for operator in self.operators)
 
     def describe(self) -> str:

@@ -15,8 +15,8 @@ NAN = math.nan
 TINY = torch.finfo(torch.float32).tiny  # TINY / 4 is denormal
 LARGEST = torch.finfo(torch.float32).max
 BEYOND_INT32 = (3e9, -3e9)
-# Values of an operand whose elements are equal, or are two values: that of every third element,
-# and that of the others.
+# Two values of an operand: every third element has the first value, the other elements have the
+# second one.
 UNIFORM = ((0, 0), (1, 1), (1, 0))
 # The same, for values that can be infinite or NaN.
 INFINITE = ((INF, INF), (-INF, -INF), (1, -INF), (INF, 1))
@@ -82,7 +82,8 @@ def fill_in_rounds(chain: Chain) -> Iterator[list[Tensor]]:
     Which values are difficult depends on the chain:
 
     - elementwise: all pairs of extreme values,
-    - elementwise, and an operator gives integers: numbers beyond int32, if the first one gives int64,
+    - elementwise, and an operator gives integers: numbers beyond int32, if the first operator gives
+      int64,
     - not elementwise: equal values, and fourth roots of the extreme ones.
     """
     ordinary = fill(chain, ORDINARY, 0)
@@ -98,8 +99,8 @@ def fill_in_rounds(chain: Chain) -> Iterator[list[Tensor]]:
         yield fill(chain, (*ORDINARY, low, -low, high, -high), 0)
         return
 
-    # Integers: they cannot hold infinities and NaN, and what a conversion of these gives is not
-    # defined.
+    # An operator gives integers: they cannot hold infinities and NaN, and what a conversion of
+    # infinities and NaN gives is not defined.
     dtypes = [results[0].dtype for results in chain.run(ordinary)]  # one for each operator
     if any(not (dtype.is_floating_point or dtype == torch.bool) for dtype in dtypes):
         if dtypes[0] == torch.int64:
@@ -116,8 +117,9 @@ def fill_in_rounds(chain: Chain) -> Iterator[list[Tensor]]:
 def _fill_uniformly(chain: Chain, ordinary: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the *ordinary* operands, with uniform values in those that depend on the images.
 
-    First, each of these gets uniform values alone, then all of them together. The values are those
-    of `UNIFORM`; operands that can be infinite or NaN also get those of `INFINITE` and `UNDEFINED`.
+    First, each of these operands gets uniform values alone, then all of them together. They get
+    the values of `UNIFORM`; operands that can be infinite or NaN also get those of `INFINITE` and
+    `UNDEFINED`.
     """
     # The groups of operands that get uniform values together, by position.
     ranges = [range_of_operand for _, range_of_operand in chain.inputs]
@@ -134,11 +136,11 @@ def _fill_uniformly(chain: Chain, ordinary: Sequence[Tensor]) -> Iterator[list[T
         if all(ranges[i].is_undefined for i in positions):
             fillings += UNDEFINED
 
-        for every_third, others in fillings:
+        for every_third, other_elements in fillings:
             filled = list(ordinary)
             for i in positions:
                 is_third = torch.arange(ordinary[i].numel()) % 3 == 1
-                content = torch.where(is_third, every_third, others)
+                content = torch.where(is_third, every_third, other_elements)
                 filled[i] = _with_content(ordinary[i], content)
             yield filled
 

@@ -40,11 +40,11 @@ def count_costs(
 ) -> tuple[Counts, Counts]:
     """Count the costs of *network* in train mode, and in eval mode without its *removed* parts.
 
-    They are for an image of *side* x *side* pixels. Parts that only training needs may run in train
-    mode only. If *network* cannot be copied, or fails in train mode, for example without targets,
-    the first costs are those in eval mode, too.
+    The costs are for an image of *side* x *side* pixels. Parts that only training needs may run
+    in train mode only. If *network* cannot be copied, or fails in train mode, for example without
+    targets, the first costs are those in eval mode, too.
     """
-    # What ships: the counts in eval mode, without those of the removed parts.
+    # What ships: the counts in eval mode, without the counts of the removed parts.
     in_eval = tally(network, side)
     parameters, macs = (
         Counter({name: count for name, count in counts.items() if not is_in(name, *removed)})
@@ -52,7 +52,8 @@ def count_costs(
     )
     shipped = Tally(parameters=parameters, macs=macs)
 
-    # What was trained: the counts of a copy in train mode, in which code can change what it holds.
+    # What was trained: the counts of a copy in train mode, in which its code can change what
+    # the network holds.
     with torch.random.fork_rng(devices=()):  # dropout draws random numbers
         try:
             trained = tally(copy_network(network).train(), side)

@@ -1,11 +1,12 @@
-"""Removed: nothing of a removed part is behind the outputs.
+"""Removed: the outputs depend on nothing of a removed part.
 
-The graph shows the tensors and the modules behind the outputs. It does not show code that asks
-for a value of a removed tensor. Therefore a plain run is repeated while the removed tensors hold
-other values, and must do the same. It is not proved that they are useless in training.
+The graph shows the tensors and the modules that the outputs depend on. It does not show code that
+asks for a value of a removed tensor. Therefore a plain run is repeated while the removed tensors
+hold other values, and must do the same. It is not proved that removed tensors are useless in
+training.
 
-Refused: a branch times zero, a weight that a kept one overlaps in memory, or of which code reads
-a number (`tests/attacks/planted/branches.py`).
+Refused: a branch times zero, a weight that a kept one overlaps in memory, and a weight of which
+code reads a number (`tests/attacks/planted/branches.py`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ class TensorEntry(StrictModel):
 def prove_removed(trained: Compared, recorder: Recorder, parts: tuple[str, ...]) -> None:
     """Prove that the outputs of *trained* need nothing of its *parts*.
 
-    Raises `CertificateError` with the tensor, module or operator that they need.
+    Raises `CertificateError` with the tensor, module or operator that the outputs need.
     """
     if not parts:
         return
@@ -70,7 +71,7 @@ def prove_removed(trained: Compared, recorder: Recorder, parts: tuple[str, ...])
 
 
 def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
-    """Raise `CertificateError` if a tensor or a module of *parts* is behind the outputs of *trained*.
+    """Raise `CertificateError` if the outputs of *trained* depend on a tensor or a module of *parts*.
 
     Also raises it if a tensor of *parts* shares its memory with a kept one, or with a constant of
     the graph.
@@ -95,7 +96,7 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
             remedies={"training_only": unshared[0]} if unshared else {},
         )
 
-    # Tensors behind the outputs; then modules with operations behind the outputs.
+    # Tensors that the outputs depend on; then modules whose operations they depend on.
     tensor_names = sorted(name for name in trained.needed if is_in(name, *parts))
     if tensor_names:
         raise CertificateError(
@@ -203,7 +204,8 @@ def list_tensors(
 ) -> dict[str, tuple[TensorEntry, ...]]:
     """List the tensors of *trained* under `removed`, `kept` and `unreached`, fields of `Certificate`.
 
-    Removed are those in *parts*. Of the others, the outputs depend on those that are kept.
+    Removed tensors are in *parts*. Of the other tensors, those that the outputs depend on are
+    kept.
     """
     needed = trained.needed
     listed: dict[str, list[TensorEntry]] = {"removed": [], "kept": [], "unreached": []}
@@ -227,10 +229,12 @@ def list_tensors(
 def find_unneeded(trained: Compared, parts: tuple[str, ...]) -> tuple[str, ...]:
     """Name the outermost modules of *trained* that its outputs do not need, then further such tensors.
 
-    A module is named if its outputs need none of its tensors and none of its operations; the
-    further tensors are those outside of these modules. Left out are tensors in *parts*, those
-    that share memory with a needed one, and counters, such as `num_batches_tracked`, of modules
-    with a needed tensor.
+    A module is named if the outputs need none of its tensors and none of its operations. The
+    further tensors are outside of the named modules. Left out are:
+
+    - tensors in *parts*,
+    - tensors that share memory with a needed one,
+    - counters, such as `num_batches_tracked`, of modules with a needed tensor.
     """
     needed = trained.needed
     owners_of_needed = {name.rpartition(".")[0] for name in needed}
@@ -259,14 +263,15 @@ def find_unneeded(trained: Compared, parts: tuple[str, ...]) -> tuple[str, ...]:
         if names_inside and names_inside <= unneeded and not runs:
             outermost.append(name)
 
-    others = sorted(name for name in unneeded if not is_in(name, *outermost))
-    return (*outermost, *others)
+    tensors_outside = sorted(name for name in unneeded if not is_in(name, *outermost))
+    return (*outermost, *tensors_outside)
 
 
 def find_shared_rests(trained: Compared, unneeded: tuple[str, ...]) -> dict[str, str]:
-    """Map the parts that stay only for what they share to that, such as `aux` to `aux.1.weight is fc.weight`.
+    """Find the parts that stay only because of shared tensors, and map each to one of these tensors.
 
-    *unneeded* are names of `find_unneeded`; such a part is around one of them.
+    For example, `aux` is mapped to `aux.1.weight is fc.weight`. *unneeded* are names of
+    `find_unneeded`; only the parts directly around them are looked at.
     """
     shared_rests = {}
 

@@ -205,7 +205,7 @@ class _Naming:
     wrappers: frozenset[str]
 
     def find(self, names: Iterable[str], table: Iterable[str]) -> dict[str, str]:
-        """Map *names* of the network to their names in the *table*; those that it lacks are left out."""
+        """Map *names* of the network to their names in the *table*, without names that the table lacks."""
         stored = {without_wrappers(name, self.wrappers): name for name in table}
         sources = {
             name: self.prefix + without_wrappers(name, self.wrappers).removeprefix(self.added)
@@ -229,7 +229,7 @@ class _TableFit:
 
     @property
     def key(self) -> str:
-        """Return the value of `weights_key` that chooses it; "." for the names as they are."""
+        """Return the value of `weights_key` that chooses this table and prefix; "." if there is neither."""
         return ".".join(filter(None, (self.table, self.naming.prefix.rstrip(".")))) or "."
 
 
@@ -259,10 +259,10 @@ def load_weights(
     must name one, such as `model_ema` or `encoder_q`.
 
     Counters of batch norms may be missing. Tensors that the network lacks are ignored, unless
-    they show that it was built with other options. A layer gets its extra state, which need not
-    be a tensor. After loading, the network must have exactly the tensors of the file, because it
-    can define itself how it is loaded. Raises `WeightsError` for a file that cannot be read or
-    does not fit.
+    they show that the network was built with other options. A layer gets its extra state, which
+    need not be a tensor. After loading, the network must have exactly the tensors of the file,
+    because it can define itself how it is loaded. Raises `WeightsError` for a file that cannot be
+    read or does not fit.
     """
     weights = read_weights(file) if isinstance(file, Path) else file
     path = weights.path
@@ -410,7 +410,7 @@ def _check_ignored(
 ) -> None:
     """Raise `WeightsError` if *ignored* tensors show that *network* was trained with other options.
 
-    These are:
+    These tensors show it:
 
     - a tensor for which a module has an empty place, such as the bias of a convolution without one,
     - one more block of a list of blocks,
@@ -435,7 +435,7 @@ def _check_ignored(
         owner_name = owners[".".join(parts[:depth])]
         owner = modules[owner_name]
 
-        # The next part of the name is that of a module that this one lacks, or of a tensor.
+        # The next part of the name names a module that *owner* lacks, or a tensor.
         part = parts[depth]
         is_module = depth < len(parts) - 1
         place = f"{owner_name}.{part}".lstrip(".")
@@ -495,12 +495,12 @@ def _load_and_compare(
 ) -> None:
     """Load *tensors* and *extra* state into *network*, and check that it then has exactly these tensors.
 
-    Raises `WeightsError` if its code cannot load them, or if a tensor is missing, new, or has
-    another shape or other values afterwards.
+    Raises `WeightsError` if the code of the network cannot load them, or if a tensor is missing,
+    new, or has another shape or other values afterwards.
     """
     advice = "remove its load_state_dict, or let it load all tensors"
 
-    # It gets copies, which it may keep or change.
+    # The network gets copies, which it may keep or change.
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     try:
         network.load_state_dict({**copies, **extra})
@@ -509,7 +509,7 @@ def _load_and_compare(
             f"{path}: the network cannot load it ({first_line(error)}); {advice}"
         ) from error
 
-    # It must have tensors of the same names.
+    # The network must now have tensors of the same names.
     loaded = _tensors_of(_own_state(network, path))
     missing = [name for name in tensors if name not in loaded]
     if missing:
@@ -534,7 +534,7 @@ def _load_and_compare(
 def _find_fits(
     table: str, entries: Mapping[str, Any], expected: Mapping[str, Tensor]
 ) -> list[_TableFit]:
-    """List the ways in which *entries*, those of *table*, have all tensors *expected*.
+    """List the ways in which *entries* of the table *table* have all tensors *expected*.
 
     The file may have a prefix in front of the names of the network. Or the file is that of another
     network that this one wraps: then it may lack the parts with which all names of this one begin.

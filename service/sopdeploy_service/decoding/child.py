@@ -60,7 +60,7 @@ PIXEL_BYTES = (
 
 
 class ChildOptions(NamedTuple):
-    """Limits of a child: *memory* in bytes beyond its own need; those of images are as in `Settings`."""
+    """Limits of a child: *memory* in bytes beyond its own need; the limits of images are as in `Settings`."""
 
     memory: int
     niceness: int
@@ -179,8 +179,8 @@ def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
 
         end.sendall(REPLY.pack(0, kind, 0, len(text)) + text)  # number 0: of no request
 
-        # After FAILED, a server that requires a sandbox closes its end; others use this child
-        # without one.
+        # After FAILED, a server that requires a sandbox closes its end; other servers use
+        # this child without a sandbox.
         while True:
             number, rules_size, size, cpu_seconds = REQUEST.unpack(receive(end, REQUEST.size))
             rules = receive(end, rules_size)

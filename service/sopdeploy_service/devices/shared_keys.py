@@ -12,7 +12,7 @@ class SharedKeys:
     """The API *keys* in two *files* for the processes that serve HTTP: the keys, the states of their limits."""
 
     def __init__(self, keys: Sequence[Key], earlier: KeyRing | None = None) -> None:
-        """Write *keys*; those that *earlier* has, too, keep the state of their limits. Raises `OSError`."""
+        """Write *keys*; a key that *earlier* has, too, keeps the state of its limit. Raises `OSError`."""
         states = memoryview(bytearray()) if earlier is None else earlier.states_of(keys)
         with ExitStack() as unless_written:
             keys_file = create_memory(
@@ -31,6 +31,6 @@ class SharedKeys:
         self.ring = KeyRing(keys, memory.cast("d"))
 
     def close(self) -> None:
-        """Close the files; the processes that have got them keep theirs."""
+        """Close the files here; processes that have received them still have them open."""
         for file in self.files:
             os.close(file)

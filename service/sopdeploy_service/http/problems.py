@@ -64,14 +64,16 @@ def problem_response(
     if reason.retry_after is not None:
         headers["Retry-After"] = str(reason.retry_after)
 
-    # The body may be unread, or another server should be asked.
+    # The connection is no longer of use: the rest of the body may be unread (408, 413), or the
+    # client should ask another server (503).
     if reason.status in {408, 413, 503}:
         headers["Connection"] = "close"
 
     if reason.status == 401:
         headers["WWW-Authenticate"] = 'Bearer realm="sopdeploy"'
 
-    # The paths of Triton have its errors, all others problem details (RFC 9457).
+    # Paths of Triton's protocol have the errors of that protocol, all other paths problem details
+    # (RFC 9457).
     if path == "/v2" or path.startswith("/v2/"):
         headers["X-Error-Code"] = reason.code
         body = orjson.dumps({"error": reason.message})

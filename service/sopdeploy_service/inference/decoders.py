@@ -117,7 +117,7 @@ def upload_budget(settings: Settings, num_processes: int = 1) -> int:
 
 
 def decode_budget(settings: Settings, at_rest: int, num_processes: int = 1) -> int:
-    """Return the bytes for the children of one of *num_processes*; all of these occupy *at_rest* bytes."""
+    """Return the bytes for the children of one of *num_processes*; without images, the server has *at_rest* bytes."""
     uploads = upload_budget(settings, num_processes) * num_processes
     return (int(memory_limit() * USED_SHARE) - at_rest - uploads) // num_processes
 
@@ -126,10 +126,10 @@ def plan_children(budget: int, max_children: int, max_pixels: int) -> Plan:
     """Divide *budget* bytes among children for light images and at least one child for large ones.
 
     There are at most *max_children* of each kind. Each light child gets `LIGHT_MEMORY`; the
-    others share the rest, up to the need of *max_pixels*. Of 1000 MiB, 4 light ones get 80 MiB
-    each and one for large images gets 640, each beside 8 MiB of its own.
+    children for large images share the rest, up to the need of *max_pixels*. Of 1000 MiB, 4 light
+    children get 80 MiB each and one for large images gets 640, each beside 8 MiB of its own.
     """
-    # Give light children what they need, and leave enough for one for large images.
+    # Give light children what they need, and leave enough for one child for large images.
     light_bytes = LIGHT_MEMORY + OWN_MEMORY  # of one child
     light = max(1, min(max_children, budget // light_bytes - 1))
     rest = budget - light * light_bytes
@@ -187,7 +187,7 @@ class SharedChildren:
         """Let an idle child run *request* of *group*, or let it wait.
 
         If the images that wait, this one included, have too many pixels, the group with most
-        pixels loses its last image, until they have few enough. If that group is its own,
+        pixels loses its last image, until few enough pixels wait. If *group* has most pixels,
         *request* is refused. Requests of the group None are never refused for this. After
         `close`, every request is refused.
         """
@@ -223,7 +223,7 @@ class SharedChildren:
         """Refuse images until *request* of *group* can wait; return False if it is itself to be refused."""
         pixels = self._count_pixels(request.pixels, group)
 
-        # Refuse the last image of the group with most pixels, unless that is the own group.
+        # Refuse the last image of the group with most pixels, unless that is *group*.
         while pixels.total() > self._max_waiting_pixels:
             largest = max(
                 (other for other in pixels if other is not None),
@@ -371,7 +371,7 @@ class Decoders:
             raise empty_error()
         detect_format(image, self._settings.formats)
 
-        # Decode. The seconds that no child had the image are those of the queue.
+        # Decode. The seconds that no child had the image count as time in the queue.
         shape = (preprocess.crop, preprocess.crop, 3)
         sizes = range(math.prod(shape), math.prod(shape) + 1)  # only one is valid
         started = time.monotonic()
@@ -493,7 +493,7 @@ class Decoders:
             self._slow_until.popitem(last=False)
 
     async def _run_in_turn(self, request: Request, deadline: float) -> Reply | ChildEnded:
-        """Let a light child run *request* after those of other clients with slow images."""
+        """Let a light child run *request* after requests of other clients with slow images."""
         end = None if deadline == math.inf else deadline
         try:
             async with asyncio.timeout_at(end):
@@ -531,7 +531,7 @@ class Decoders:
         return outcome
 
     async def _watch(self) -> None:
-        """End processes that are stopped; their images are decoded again, and others are started."""
+        """End processes that are stopped; their images are decoded again, and new processes are started."""
         template = shared_template()
         suspects: set[int] = set()  # process ids of those that were stopped at the last look
 

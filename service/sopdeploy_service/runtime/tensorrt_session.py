@@ -43,8 +43,8 @@ def import_tensorrt() -> Any:
 def reset_logger(trt: Any) -> Any:
     """Empty and return the logger of this process, which collects TensorRT's errors.
 
-    TensorRT registers the logger of the first builder or runtime and ignores others while that
-    one exists.
+    TensorRT registers the logger of the first builder or runtime. As long as this one exists, it
+    ignores other loggers.
     """
     logger = _process_logger(trt)
     logger.errors.clear()
@@ -313,7 +313,7 @@ class EngineSession:
         # 0 bytes would have no address
         shared = self._resources.allocate_device_memory(max(1, size))
 
-        # The engine and the contexts get no local variables: a traceback keeps these alive.
+        # No local variable holds the engine or a context: a traceback would keep it alive.
         for index, profile in enumerate(self._profiles):
             try:
                 self._contexts.append(self._engine.create_execution_context(strategy))
@@ -346,11 +346,11 @@ class EngineSession:
     ) -> Callable[[], dict[str, NDArray[np.float32]]]:
         """Start a batch of n *images* (H, W, 3) uint8; return a function to call once, which waits for it.
 
-        That function returns the outputs *names* by name, by default all, (n, ...) float32.
-        Others are not copied from the GPU. The images are copied before `begin` returns. Raises
+        That function returns the outputs *names* by name, by default all, (n, ...) float32. Other
+        outputs are not copied from the GPU. The images are copied before `begin` returns. Raises
         `RuntimeError` if two batches are in flight or TensorRT rejects the batch, `ConfigError`
-        if no profile accepts that many images. Both functions raise `RuntimeUnavailableError`
-        if CUDA fails.
+        if no profile accepts that many images. Both functions raise `RuntimeUnavailableError` if
+        CUDA fails.
         """
         if not self._free:
             raise RuntimeError(f"{BUFFERS} batches are in flight; wait for the first one")

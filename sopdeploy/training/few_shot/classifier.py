@@ -40,9 +40,10 @@ DIFFUSE = 0.53
 # Errors fall with the number of objects to the power of 0.7 to 1.7
 # (docs/benchmarks/copied_photos.md).
 LEARNING = 1.5
-# Photographs of a class, from which on it is learned about as well as classes of ten
+# A class of so many photographs is learned about as well as a class of ten
 ENOUGH = 5
-# share of their photographs that a class of fewer may take from these (docs/benchmarks/head.md)
+# Share of the photographs of larger classes that a class of fewer than `ENOUGH` may take, by the
+# measurements in docs/benchmarks/head.md
 TAKEN = 0.01
 ROWS = 4096  # images whose sums are computed at once
 
@@ -90,7 +91,7 @@ class Targets:
 
         Images with equal *keys* are a group, and a group stays in one fold. The folds have equal
         shares of each stratum if some stratum has a group for every fold, otherwise equal sizes.
-        Their number is the smallest of these:
+        The number of folds is the smallest of these:
 
         - *at_most*,
         - the number of groups,
@@ -207,8 +208,8 @@ class Discriminant(NamedTuple):
             norms_K = shares_K * norms_K + (1 - shares_K) * common
         bias_K = -self.others - norms_K / 2
         # The score of a class without images is this bias, and never the largest: with one class
-        # per image, the weights of the others sum to 0, so the mean of their scores is the mean of
-        # their biases, and not below the lowest one.
+        # per image, the weights of the other classes sum to 0, so the mean of their scores is the
+        # mean of their biases, and not below the lowest one.
         bias_K[~present_K] = bias_K[present_K].min(initial=0.0) - np.log1p(self.numbers.sum())
         return bias_K
 
@@ -274,8 +275,8 @@ class Moments(NamedTuple):
             shares_K = counts_K * (count - counts_K) / max(1, count) ** 2
             between_K = (1 - SHRINKAGE) * shares_K * (weight * differences_KR).sum(axis=1)
             weight /= np.maximum(1 - between_K, 1e-6)[:, None]
-        # Heads of more images have shorter weights, so that those of the folds and the network
-        # would differ.
+        # Scale the weights: heads of more images have shorter ones, so that the heads of the
+        # folds and the head of the network would differ.
         weight /= (
             np.sqrt(np.square(weight).sum(axis=1)[present].mean()) if weight.any() else 1.0
         )
@@ -396,7 +397,7 @@ def estimate_excess(validations: Sequence[OutOfFold], is_shown_NK: NDArray[np.bo
             in_common_K = is_single_K / max(1, present_K.sum())
             expected += (of_class_K * (1 - in_common_K) / np.maximum(head.numbers, 1)).sum()
 
-            # How far held-out images that do not show it exceed the mean of such images.
+            # How far held-out images that do not show the class exceed the mean of such images.
             without_K = present_K & ~is_single_K
             surplus += (without_K * ~shown_nK * (products_nK - head.others)).sum()
             expected += (
@@ -496,7 +497,7 @@ class LinearProblem:
         products_NK = np.zeros(self.targets.classes.shape)
         heads: list[Discriminant] = []
 
-        # The sums of each fold; a head has those of all folds but one.
+        # The sums of each fold; a head has the sums of all folds but one.
         folds = [folds_N == fold for fold in range(int(folds_N.max()) + 1)]
         of_folds = [self.moments(in_fold_N & fitted) for in_fold_N in folds]
         total = Moments.sum(of_folds)
@@ -588,10 +589,10 @@ class LinearProblem:
     def diffuse_classes(self) -> Indices:
         """Find the classes whose images resemble each other far less than those of the other classes.
 
-        The mean cosine of two of their images is below `DIFFUSE` times that of the median class. A
-        class of anything else has 0.3 to 0.47 times the cosine of the median class, others have
-        0.6 or more. Classes of fewer than `MIN_FOLDS` images are not judged; among fewer than
-        three judged ones, none is found.
+        The mean cosine of two of their images is below `DIFFUSE` times that of the median class.
+        A class of anything else has 0.3 to 0.47 times the cosine of the median class, the other
+        classes have 0.6 or more. Classes of fewer than `MIN_FOLDS` images are not judged; among
+        fewer than three judged ones, none is found.
         """
         classes_NK = self.targets.classes
         counts_K = classes_NK.sum(axis=0)
@@ -658,7 +659,7 @@ def estimate_score(
     """Compute top-1 with Wilson's interval or, with several classes per image, mAP with a bootstrap interval.
 
     Images of different groups, *groups_N*, are independent. *folds* is the number of folds of a
-    cross-validation, or 0 for held-out images; *seed* is that of the bootstrap.
+    cross-validation, or 0 for held-out images; *seed* is for the bootstrap.
 
     The heads of a cross-validation share most of their training images, so the interval of top-1
     is widened: Nadeau and Bengio, "Inference for the Generalization Error" (2003), section 3. If

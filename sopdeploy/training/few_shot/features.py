@@ -40,7 +40,7 @@ BATCHES = {
     "cuda": 64,
 }
 CORNER = 0.7  # share of each side of a map that a corner covers; its average finds crops
-MAX_WAITING = 16  # batches that wait for others with photographs to compute
+MAX_WAITING = 16  # batches that wait until more photographs are to be computed
 PROJECTION_IMAGES = 128  # for the projections: with 49 positions per image, 6,272 rows
 
 
@@ -51,9 +51,9 @@ class Features:
     Attributes:
         head: The head to fit.
         space: The span of the inputs of `head`.
-        reduced: The coordinates (N, R) of the inputs in it.
+        reduced: The coordinates (N, R) of the inputs in `space`.
         own: The network's own vectors (N, D_0) of length 1.
-        views: Those of `average_views`, (N, V, C) for each map.
+        views: What `average_views` returns, (N, V, C) for each map.
         hashes: Hashes of the pixels.
         file_hashes, times: Hashes (N,) of the files, and `Photo.taken` (N,).
         small: Small images (N, S, S).
@@ -80,7 +80,7 @@ def compute_features(
     """Fit the projections of the network to its feature maps, and compute the features of *images*.
 
     The images are shuffled, because the first ones determine the projections and the space.
-    *kind* is that of the head to fit. *on_image* receives the numbers of images done and in
+    *kind* is the kind of the head to fit. *on_image* receives the numbers of images done and in
     total.
     """
     count = len(images)

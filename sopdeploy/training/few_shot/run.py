@@ -157,8 +157,8 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
             )
             score, metrics = _evaluate(setup, network, found)
 
-            # Labels are judged only with one class per image, and without margins: a class that
-            # must exceed others contradicts no label.
+            # Labels are judged only with one class per image, and without margins: with its
+            # margin, a class of few photographs would contradict no label.
             label_logits = None
             is_doubted_N = np.zeros(len(images), np.bool_)
             if problem.targets.activation == "softmax":
@@ -207,8 +207,9 @@ class CrossValidation:
         judged: The indices of the images that the score counts.
         folds, logits: The folds (N,) of the first cross-validation, and the logits (N, K) of images
             without their fold, or that of `judge_few_apart`.
-        shifted_logits: These logits as the network computes them: their energies are cosines, the means of
-            all cross-validations. With several classes per image, `logits`.
+        shifted_logits: `logits`, shifted as the deployed network does: the energy of an image is its cosine
+            to the nearest class mean, on average over all cross-validations. With several classes per image,
+            they are not shifted.
         left_out: The cosine (N,) of each image and the nearest mean of the other classes; None with several
             classes per image.
     """
@@ -230,7 +231,7 @@ class CrossValidation:
     seconds: dict[str, float]
 
     def score(self) -> Rate | MeanPrecision | None:
-        """Estimate the score of the classifier by the images that count; None if they are of one class."""
+        """Estimate the score of the classifier by the images that count; None if all show one class."""
         targets = self.problem.targets
         if len(np.unique(targets.strata[self.judged])) < 2 and targets.activation == "softmax":
             return None
@@ -284,7 +285,8 @@ def cross_validate(
         clips = clips_of_images(images, features.times, near.vectors, clips.groups)
     pairs = clips.select_pairs(near.pairs)
 
-    # Copies alone, these with clips and the user's groups, and the images that the score counts.
+    # Groups of copies alone, groups of copies, clips and the user's groups, and the images that
+    # the score counts.
     copies_N = connect(count, pairs, features.hashes)
     groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
     judged = _choose_judged(images, targets, copies_N, groups_N)
@@ -296,7 +298,8 @@ def cross_validate(
     _, first_image_G = np.unique(groups_N, return_index=True)
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
     folds_of_validations = make_folds(targets, keys_N, config.folds, recipe.seed)
-    first_folds_N = folds_of_validations[0]  # the others count only in means
+    # The folds of further validations count only in means.
+    first_folds_N = folds_of_validations[0]
 
     # Predict each image by classifiers without its fold; if there are few groups, for several
     # divisions into folds.
@@ -396,7 +399,7 @@ def _choose_judged(
         num_pixels = [np.prod(images.photo(index).image.size) for index in members.tolist()]
         largest_G[group] = members[np.argmax(num_pixels)]
 
-    # Typical photographs, without those of classes that are one group.
+    # Typical photographs, except photographs of classes that are one group.
     judged = largest_G[select_typical(images)[largest_G]]
     if images.is_multi_label:
         return judged
@@ -414,11 +417,11 @@ def _groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
 def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
     """Select the images (N,) that are like new photographs: those that no server kept.
 
-    Photographs that a server kept are more often unknown or classified wrongly than new ones. They
-    are selected, too:
+    Photographs that a server kept are more often unknown or classified wrongly than new ones.
+    Kept photographs are selected, too:
 
-    - in a class that has no others,
-    - if fewer than `MIN_COSINES` are not kept, which are too few for a threshold,
+    - in a class that has no other photographs,
+    - if fewer than `MIN_COSINES` photographs are not kept, too few for a threshold,
     - if images have several classes.
     """
     names = [PurePath(images.identity(index)).name for index in range(len(images))]
@@ -430,7 +433,7 @@ def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
 
 
 def weights_in_means(images: LabeledImages) -> NDArray[np.float64]:
-    """Return the weights (N,) in the class means; those of typical images are 1."""
+    """Return the weights (N,) in the class means; the weight of a typical image is 1."""
     return np.where(select_typical(images), 1.0, KEPT_WEIGHT)
 
 
@@ -543,9 +546,9 @@ def _score_without_doubted(
 ) -> tuple[float, float] | None:
     """Compute two accuracies on the judged images whose labels are not doubted, the lower one first.
 
-    One is that of the classifiers that were fitted to the doubted labels, too, as the network is.
-    The other is that of the classifiers of *label_logits*, which were not. None if no label is
-    doubted, or all are.
+    One accuracy is of the classifiers that were fitted to the doubted labels, too, as the network
+    is. The other one is of the classifiers of *label_logits*, which were not fitted to them. None
+    if no label is doubted, or all are.
     """
     kept = found.judged[~is_doubted_N[found.judged]]
     if not is_doubted_N.any() or not len(kept):
@@ -562,8 +565,8 @@ def _find_confused(
     """Find the pairs of classes that the network tells apart hardly better than by chance.
 
     Only the images of the two classes that are predicted as one of them count. In each class, at
-    least the share `CHANCE` of these, and at least `MIN_CONFUSED`, are predicted as the other
-    class.
+    least the share `CHANCE` of these images, and at least `MIN_CONFUSED`, are predicted as the
+    other class.
     """
     classes = found.problem.targets.strata[found.judged]
     predicted = found.logits[found.judged].argmax(axis=1)
@@ -618,7 +621,7 @@ def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
 
 
 def _predict_other_things(setup: Setup, fit: FewShotFit) -> Array | None:
-    """Return logits (M, K) whose energies are those of photographs of other things; None without any."""
+    """Return logits (M, K) with the energies of photographs of other things; None without such photographs."""
     vectors = read_other_things(setup.weights, setup.recipe.preprocess)
     if vectors is None:
         return None

@@ -48,8 +48,8 @@ from sopdeploy_service.labelling.label.labelled import Labelled, list_labelled
 from sopdeploy_service.labelling.label.order import find_repeated, order_records
 
 SKIPPED = ".skipped"
-# Every second photograph is from the uniform sample: it decides about the next bundle, which
-# learns from the others only.
+# Every second photograph is from the uniform sample. The sample decides about the next bundle, so
+# the bundle does not learn from it.
 SAMPLE_EVERY = 2
 LEASE_SECONDS = 60.0  # for which a browser's photographs are offered to no other one
 OBVIOUS = 0.5  # probability of a class from which a photograph is offered in its grid
@@ -63,14 +63,14 @@ class GoneError(DataError):
 
 
 class Waiting(NamedTuple):
-    """The path of a photograph that waits for a label, and its record; one of a heap has none."""
+    """The path of a photograph that waits for a label, and its record, which a photograph of a heap has not."""
 
     path: Path
     record: KeptRecord | None
 
     @property
     def is_of_heap(self) -> bool:
-        """Whether no server has kept it."""
+        """Whether no server has kept the photograph."""
         return self.record is None
 
     @property
@@ -101,7 +101,7 @@ class LabelFolders:
     Attributes:
         waiting: The photographs without a label and their records, by ID; the next one is first.
         steps: The labels and skips of this session.
-        suggestions: Those for the photographs of a heap.
+        suggestions: The suggested classes of the photographs of a heap.
     """
 
     def __init__(self, kept: Path, photos: Path, embed: Embed | None = None) -> None:
@@ -148,31 +148,30 @@ class LabelFolders:
 
         self.read()
 
-        others = [
+        other_folders = [
             name
             for name in list_subfolders(self.kept)
             if not os.path.exists(self.kept / name / LOCK)  # noqa: PTH110
         ]
 
-        if not self.waiting and others:  # only subfolders to which no server writes
+        if not self.waiting and other_folders:  # only subfolders to which no server writes
             raise DataError(
-                f"{self.kept}: holds no kept photographs, but folders ({shorten(others)}); give the folder "
+                f"{self.kept}: holds no kept photographs, but folders ({shorten(other_folders)}); give the folder "
                 "of `serve --setting keep=FOLDER`"
             )
 
     def read(self) -> None:
         """Read and order what waits for a label again, and start to compute suggestions; raises `OSError`.
 
-        Kept photographs come first, then those of the heap, the images that no server has kept.
-        The near hashes of the uniform sample are remembered, also after their photographs are
-        labelled.
+        Kept photographs come first, then the heap: images that no server has kept. The near hashes
+        of the uniform sample are remembered, also after its photographs are labelled.
         """
-        # Divide the photographs that wait into the uniform sample and the others. One that was
-        # sent, and kept, again has its label already.
+        # Divide the photographs that wait into the uniform sample and the rest. A photograph that
+        # was sent and kept again has its label already.
         labelled = self._labelled_ids()
         skipped_of_kept = {path.stem for path in self.kept.rglob(f"*{SKIPPED}")}
         samples: list[Kept] = []
-        others: list[Kept] = []
+        not_sampled: list[Kept] = []
 
         for photo in read_kept(self.kept):
             if photo.path.stem in skipped_of_kept or photo.path.stem in labelled:
@@ -180,20 +179,22 @@ class LabelFolders:
             if "sample" in photo.record.reasons:
                 samples.append(photo)
             else:
-                others.append(photo)
+                not_sampled.append(photo)
 
         self._sampled.update(int(record.near_hash, 16) for _, record in samples)
 
-        # Reported ones come first, then the sample and, between, the most useful ones: first one
-        # photograph of each object, the further ones last. The newest of the sample comes first,
-        # because the recent ones decide about the next bundle.
-        repeated = find_repeated(others)
-        others = sorted(order_records(others), key=lambda photo: photo.path.name in repeated)
-        reported = [photo for photo in others if "reported" in photo.record.reasons]
-        rest = [photo for photo in others if "reported" not in photo.record.reasons]
-        for number, photo in enumerate(
-            reversed(samples)
-        ):  # beyond the end of *rest*, `insert` appends
+        # Reported photographs come first. Then photographs of the sample alternate with the
+        # others, the most useful ones first; further photographs of an object come last. The
+        # newest photograph of the sample comes first, because recent ones decide about the next
+        # bundle.
+        repeated = find_repeated(not_sampled)
+        useful_first = sorted(
+            order_records(not_sampled), key=lambda photo: photo.path.name in repeated
+        )
+        reported = [photo for photo in useful_first if "reported" in photo.record.reasons]
+        rest = [photo for photo in useful_first if "reported" not in photo.record.reasons]
+        for number, photo in enumerate(reversed(samples)):
+            # Beyond the end of *rest*, `insert` appends.
             rest.insert(SAMPLE_EVERY * number, photo)
         queue = [*reported, *rest]
 
@@ -237,15 +238,15 @@ class LabelFolders:
     def upcoming(self, session: str, count: int) -> list[str]:
         """Return the next *count* photographs for a browser's *session*, which leases them.
 
-        They are none that another session has leased in the last `LEASE_SECONDS`, as long as
-        there are others.
+        Photographs that another session has leased in the last `LEASE_SECONDS` are returned only
+        if nothing else waits.
         """
         now = time.monotonic()
         self._leases = {
             identity: lease for identity, lease in self._leases.items() if lease[1] > now
         }
 
-        # What nobody else has leased; if nothing is left, what others have, too.
+        # What no other session has leased; if that is nothing, everything.
         free = [
             identity
             for identity in self.waiting
@@ -284,9 +285,11 @@ class LabelFolders:
     def obvious(self) -> dict[str, list[str]]:
         """List the photographs that are probably of a class, by class, the surest ones first.
 
-        These are not listed: photographs that probably show none of the classes; those of the
-        uniform sample, because each of them counts in comparisons; those that a person has
-        reported.
+        These photographs are not listed:
+
+        - photographs that probably show none of the classes,
+        - the uniform sample, because each of its photographs counts in comparisons,
+        - photographs that a person has reported.
         """
         ranked_by_class: dict[str, list[tuple[float, str]]] = {}
         for identity, (path, record) in self.waiting.items():
@@ -316,9 +319,9 @@ class LabelFolders:
         """Move the photograph *identity* to the folder of the class *name*; None is "not one of ours".
 
         Photographs of the uniform sample and their near-duplicates are held out from training: a
-        network that was trained on them would look better than it is. Without a class, they are
-        in `SAMPLE_FOLDER`. Raises `ConfigError` if *name* cannot
-        name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
+        network that was trained on them would look better than it is. Without a class, such
+        photographs go to `SAMPLE_FOLDER`. Raises `ConfigError` if *name* cannot name a class,
+        `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
         photo = self._find(identity)
         folder = self._folder_for(name, is_held_out=self._is_near_sample(photo))
@@ -375,7 +378,7 @@ class LabelFolders:
             target = _move_into(folder, photo.path)
         except FileNotFoundError:
             raise GoneError(f"{photo.path}: is no longer there; read the list again") from None
-        with suppress(OSError):  # others are in it
+        with suppress(OSError):  # the folder stays if other photographs are in it
             photo.path.parent.rmdir()
 
         self.suggestions.move(
@@ -453,7 +456,8 @@ class LabelFolders:
         # record.
         if photo.record is not None:
             with atomic_write(photo.path.with_suffix(".json")) as partial:
-                set_mode(partial, 0o600)  # as that of the server, which must read it
+                # The mode and the owner that the server gave it, so that the server can read it.
+                set_mode(partial, 0o600)
                 set_owner(partial, photo.path.parent)
                 partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
         elif os.path.lexists(photo.path):
@@ -487,7 +491,7 @@ def _class_folders(parent: Path) -> dict[str, Path]:
 def check_class_name(name: str, classes: list[str], folders: Collection[str] = ()) -> str:
     """Return the name of the class *name*; raise `ConfigError` unless it can name a class.
 
-    A new name must not be easily confused with one of *classes*. Those of the existing
+    A new name must not be easily confused with one of *classes*. The names of the existing
     *folders* may have any length and characters.
     """
     name = normalize(name)
