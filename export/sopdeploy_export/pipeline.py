@@ -72,7 +72,8 @@ def export_checkpoint(
     subject = _as_subject(checkpoint, build_classifier(checkpoint, path), options.name)
     check_torch_state()
     check_exportable(subject.network, subject.detachment.training_only)
-    # A name that the user gave may be that of another network, in order to replace it.
+    # A server would replace a bundle of the same name, so one that was trained on other images is
+    # refused; not if the user gave the name, who may want to replace it.
     if options.name is None:
         refuse_other_images(destination, subject.project, checkpoint)
     _check_subject(subject, options)

@@ -189,7 +189,11 @@ def png_frames(body: bytes) -> int:
 
 
 def _gif_metadata(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of the graphic control blocks before the first image that are too short."""
+    """Yield begin and end of what `without_metadata` leaves out: control blocks that are too short.
+
+    Pillow fails on them. Only those before the first image are looked for.
+    """
+    # Behind the signature and the screen, 13 bytes, is the palette if there is one.
     has_palette = body[10] & 0x80
     palette_size = 6 << (body[10] & 7)
     begin = 13 + (palette_size if has_palette else 0)

@@ -323,7 +323,7 @@ class ISqrtVector(torch.autograd.Function):
             scale_B11 = norm_B11.pow(power) / positions
             rv_BdM = root_grad_Bdd @ centered_BdM
             f_grad_Bnn = (centered_BdM.transpose(1, 2) @ rv_BdM) * scale_B11
-        else:  # Y_N has the gradient R n^p
+        else:  # Y_N has the gradient R n^p; n^0 is left out
             power = 0.5 if config.compensate else 0.0
             f_grad_Bnn = root_grad_Bdd * norm_B11.sqrt() if config.compensate else root_grad_Bdd
 
@@ -337,7 +337,8 @@ class ISqrtVector(torch.autograd.Function):
         )
         product_grad_Bnn *= 2.0 / positions  # the product is V V^T / M on A, V^T V / M on G
 
-        # Through the product to the map.
+        # Through the product to the map. Centering changes nothing more: each row of V sums to 0,
+        # and so does each row of this gradient.
         if ctx.use_gram:
             z_BMM = ts[-1] if fs[-1] is None else ts[-1] @ fs[-1]  # Z_N = T Z_(N-1)
             # Besides, V is a factor of the root, V Z_N V^T n^p / M. This gives it 2 R V Z_N n^p

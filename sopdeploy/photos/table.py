@@ -112,11 +112,12 @@ def find_table(root: Path) -> Path | None:
 
     This is `labels.csv`, or else an export of a label tool. An export must list all images, or
     all that are directly in `train/` if there are any there, and more than half of its rows must
-    have a class. Raises `DataError` for another `labels.*`, such as `labels.xlsx`.
+    have a class. Raises `DataError` for a `labels.csv` that cannot be read, and for another
+    `labels.*`, such as `labels.xlsx`.
     """
     path = root / LABELS_FILE
     if os.path.lexists(path) and not path.is_dir():  # a folder may be a class
-        read_table_text(path)
+        read_table_text(path)  # only for its error
         return path
     for other in sorted(root.glob("[lL][aA][bB][eE][lL][sS].*")):
         if other.is_file() and not is_image(other):

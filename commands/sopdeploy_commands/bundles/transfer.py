@@ -191,7 +191,7 @@ def _download_signature(source: str, destination: Path) -> bytes:
 
 
 def _check_project(manifest: Manifest, source: str, project: str | None) -> None:
-    """Raise `BundleError` unless *manifest* is of *project*, or, without one, has the name in *source*.
+    """Raise `BundleError` unless *manifest* is of *project*, or, without one, of what *source* is named after.
 
     A signature does not contain the name of an archive: without this check, who can write to a
     store could put one signed bundle in the place of another.
@@ -200,10 +200,10 @@ def _check_project(manifest: Manifest, source: str, project: str | None) -> None
 
     if project is not None:
         is_wanted = manifest.project == project
-    elif is_bundle_name(name):
+    elif is_bundle_name(name):  # PROJECT-ID: this bundle only
         is_wanted = name == manifest.name
-    else:
-        is_wanted = name in {manifest.name, manifest.project}
+    else:  # PROJECT: any bundle of it
+        is_wanted = name == manifest.project
 
     if not is_wanted:
         raise BundleError(

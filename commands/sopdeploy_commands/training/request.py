@@ -101,6 +101,8 @@ class TrainOptions(Options):
         ):
             raise ConfigError("not with model.name, the name of one network", setting=setting)
 
+        # The list gives some networks another image size than that of their weights; *changes*
+        # come after it, so they win.
         networks = {}
         resized = {one.name: one.pixels for one in read_choices().networks if one.resized}
         for name, weights in self._weights_by_network().items():

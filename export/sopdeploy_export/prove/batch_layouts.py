@@ -259,7 +259,8 @@ def layout_after_reshape(call: OperatorCall) -> BatchLayout:
     elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1  # 0 without elements
     new_run_length, rest = divmod(elements_of_run, elements_of_row)
 
-    # They must fill whole rows, and whole batches of these must fill the axis.
+    # The elements of an image must fill whole rows. The new axis must hold whole batches of them:
+    # several, if axes in front of the batch axis became part of it.
     require(rest == 0 and new_run_length > 0)
     require(new_shape[new_axis] // batch % new_run_length == 0)
     return BatchLayout(axis=new_axis, run_length=new_run_length)

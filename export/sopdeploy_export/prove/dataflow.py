@@ -487,12 +487,15 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.depends_on_image(list(operands))
 
     def _locate(self) -> tuple[str, str]:
-        """Return the module whose forward runs, and the line of its code that calls the operator."""
+        """Return the innermost module whose forward runs, and the innermost line of code of the network.
+
+        For a layer of torch, this is the line that calls the layer.
+        """
         if self.node is not None:
             return _locate_node(self.node)
         module: str | None = None
         line = ""
-        frame: FrameType | None = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(2)  # behind this method and its caller
         while frame is not None and (module is None or not line):
             file = frame.f_code.co_filename
             if not line and not file.startswith((_TORCH, _OWN_CODE, contextlib.__file__)):

@@ -292,9 +292,9 @@ class LocalModel(Model):
         """Declare the model dead if a batch hangs; look again when the oldest counts as hung, or sooner."""
         resumed = 0.0  # time of the end of the last pause; the seconds before do not count
         while not self._is_dead:
-            # The thread sets the start of a batch before the batch becomes the oldest. So the
-            # batch is read first: the start that is read next is not that of an earlier batch,
-            # which would seem to hang.
+            # Read the batch before its start. The thread sets the start of the next batch, then
+            # removes the batch in front of it. So a batch may be read with a later start, which
+            # is harmless, but never with an earlier one, with which it would seem to hang.
             batches = tuple(self._in_flight)
             started = self._batch_started
 

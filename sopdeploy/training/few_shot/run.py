@@ -267,9 +267,7 @@ def cross_validate(
         outputs,
         config.head,
         images,
-        lambda done, _total: on_progress(
-            f"features of {name}", done, 2 * count
-        ),  # half of the work
+        lambda done, _total: on_progress(f"features of {name}", done, 2 * count),
     )
 
     # Groups of images that are not independent: near-duplicates, clips, and those that the user
@@ -283,10 +281,10 @@ def cross_validate(
     clips = Clips(connect(count, NO_PAIRS, features.hashes, images.groups))
     if not recipe.groups_by_name:
         clips = clips_of_images(images, features.times, near.vectors, clips.groups)
-    pairs = clips.select_pairs(near.pairs)
+    pairs = clips.select_pairs(near.pairs)  # without those that would join two clips
 
-    # Groups of copies alone, groups of copies, clips and the user's groups, and the images that
-    # the score counts.
+    # Groups by copies alone; groups by copies, clips and the user's groups together; and the
+    # images that the score counts.
     copies_N = connect(count, pairs, features.hashes)
     groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
     judged = _choose_judged(images, targets, copies_N, groups_N)
@@ -310,9 +308,10 @@ def cross_validate(
     validations = [problem.cross_validate(folds_N) for folds_N in folds_of_validations]
     scaling = Scaling.fit(validations, targets, has_margins=config.margins)
 
-    # The deployed network learns from all photographs of a small class. The classifiers that judge
-    # the images of the other classes must, too: if one of its two photographs is missing, they take
-    # more of these images for it. So small classes get folds of their own.
+    # A classifier that lacks one of the two photographs of a small class assigns more images of
+    # other classes to it than the deployed network, which learns from both. So the images of the
+    # other classes are judged by classifiers that have all photographs of the small classes, which
+    # get folds of their own.
     judging_folds_N = judge_few_apart(targets, first_folds_N, groups_N)
     judged_once = validations[0]
     if not np.array_equal(judging_folds_N, first_folds_N):

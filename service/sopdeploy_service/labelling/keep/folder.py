@@ -105,8 +105,9 @@ class KeptFolder:
         """Reserve *path* for this process, and create it if needed; only its owner can read the files.
 
         *on_delete* is called for each photograph that was deleted. Raises `StorageError` if the
-        folder cannot be written or locked, and `ConfigError` if another process keeps
-        photographs there, or if none ever has and there are labelled ones.
+        folder cannot be written or locked. Raises `ConfigError` if another process keeps
+        photographs there, or if no process ever did and there are photographs without records,
+        such as labelled ones: they would be deleted as incomplete.
         """
         self.path = path
         self._max_bytes = max_bytes
