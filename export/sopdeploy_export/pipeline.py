@@ -318,9 +318,10 @@ def _check_subject(subject: ExportSubject, options: ExportOptions) -> None:
 def _build_plain(
     detachment: Detachment, trained: Compared, preprocess: Preprocess, batch: BatchRange
 ) -> Compared | None:
-    """Build and capture the plain network of *detachment*, None without a builder; check large constants.
+    """Build and capture the plain network of *detachment*; None without a builder.
 
-    Raises the errors of `build_plain` and `check_constants`.
+    A large constant of the *trained* program must then be in the plain one, too, made anew by its
+    code. Raises the errors of `build_plain` and `check_constants`.
     """
     if detachment.plain is None:
         return None

@@ -78,10 +78,15 @@ def _heic_cost(body: bytes) -> Cost | None:
     return Cost(pixels, pixels, is_proportional=False, is_slow=True) if pixels else None
 
 
+def _byte(body: bytes, position: int) -> int:
+    """Read a byte; 0 behind the end of a *body* that was cut."""
+    return int.from_bytes(body[position : position + 1])
+
+
 def _jpeg_fields(body: bytes) -> tuple[int, int, int]:
     """Read width, height and number of scans (1, or 2 for several) of the JPEG *body*; zeros if unclear."""
+    position = 2  # behind the marker that begins the file
     # What a frame header says: width, height and number of components.
-    position = 2
     frame = (0, 0, 0)
     is_progressive = False
 
@@ -95,11 +100,11 @@ def _jpeg_fields(body: bytes) -> tuple[int, int, int]:
             height, width = (
                 int.from_bytes(body[position + at : position + at + 2]) for at in (5, 7)
             )
-            frame = (width, height, body[position + 9])
+            frame = (width, height, _byte(body, position + 9))
             is_progressive = marker == PROGRESSIVE
 
         if marker == SCAN:
-            has_one_scan = not is_progressive and body[position + 4] == frame[2]
+            has_one_scan = not is_progressive and _byte(body, position + 4) == frame[2]
             return frame[0], frame[1], 1 if has_one_scan else 2
         position += 2 + length
     return 0, 0, 0

@@ -132,8 +132,8 @@ class Components(nn.Module):
     def gathered_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
         """Compute the (B, D) weighted sum of the `evaluated` components of largest weight of each image.
 
-        The other weights must be 0. Whole roots of covariances are summed, and the triangle is
-        taken of the sum, once per image instead of K times.
+        The other weights must be 0. Not for linear components, which average first and have
+        biases and no ReLU; see `gathering_is_faster`.
         """
         # The K components of each image; of equal weights, the lower index comes first.
         sorted_BN, order_BN = weights_BN.sort(dim=1, descending=True, stable=True)
@@ -151,7 +151,8 @@ class Components(nn.Module):
         # Maps (B K, c, H, W) again, for the pooling.
         maps = torch.unflatten(x_BKcM.flatten(end_dim=1), 2, features_BCHW.shape[2:])
 
-        # Sum covariance roots before the triangle is taken, once per image.
+        # Sum whole covariance roots, and take the triangle of the sum: once per image instead of
+        # K times.
         root_layer = self.after if isinstance(self.after, ISqrtCov) else None
         if root_layer is None:
             pooled = self.after(maps)

@@ -376,7 +376,7 @@ def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes 
 
 
 def find_other_table(images: Sequence[bytes], files: Iterable[Path]) -> Path | None:
-    """Find one of the *files* that lists *images* but is not read; None without one.
+    """Find one of the *files* that lists the paths *images*, but that training does not read; None without one.
 
     It is a text file that contains the names of half of a sample of the images, with or without
     suffix.

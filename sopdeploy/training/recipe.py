@@ -465,7 +465,7 @@ def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[s
 
 
 def has_key(config: type[pydantic.BaseModel], key: Sequence[str]) -> bool:
-    """Check whether *config* has the *key*: names of tables in one another, then of a value or a table.
+    """Check whether *config* has the *key*, a path such as `("optimizer", "lr")` to a value or a table.
 
     In a table with several kinds, such as `optimizer`, each key counts as present.
     """

@@ -98,6 +98,8 @@ def read_values(source: str | Path) -> FieldValues:
         )
 
     merged = read_values(base)
+    # A recipe that selects `fine_tune` on a base with another procedure begins with
+    # `FINE_TUNE_SETTINGS`, not with the settings of the base.
     procedure = values.get("procedure")
     add_fine_tune_settings(
         merged, procedure.get("kind") if isinstance(procedure, dict) else None

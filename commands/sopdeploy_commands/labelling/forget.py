@@ -249,7 +249,7 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
                 if ids.intersection(read_block(path).identities.tolist()):
                     traces.add(path)
 
-    # Rows of tables. If a name was given, it must be the name of one photograph only.
+    # Rows of tables. A given name must be that of one photograph only; an id always is.
     rows = _find_rows(wanted._replace(ids=ids), tables)
     if not wanted.is_file and not ids:
         _check_one_photograph(photograph, images, rows)

@@ -18,8 +18,8 @@ def label(
 ) -> None:
     """Sort photographs into classes on a local web page, by keyboard or touch; Ctrl-C ends it.
 
-    They are those that a server has kept, or any images in a folder. For these, a network
-    suggests classes as soon as each class has two.
+    They are those that a server has kept, or any images in a folder. For images that no server
+    has kept, a network suggests classes as soon as each class has two.
 
     Each label moves a photograph to PHOTOS/<class>/, one of the uniform sample to
     PHOTOS-held-out/<class>/, and one of no class to PHOTOS-unknown/. The page has the settings

@@ -228,9 +228,9 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
                 places.append(f"{Path(file).name}:{line} ({text})")
                 return
 
-            # A comparison in the code of a network is called through `torch` and the module of
-            # `SymNode` only. Other modules of torch are on the way to it if one of torch's own
-            # operators compares sizes. The operator is right for every size.
+            # If the network's own code compares sizes, only `torch` and the module of `SymNode`
+            # lie between. Any other module belongs to an operator that itself compares sizes, and
+            # is right for every size.
             if frame.f_code is compares and module not in ("torch", SymNode.__module__):
                 return
             caller = caller.f_back

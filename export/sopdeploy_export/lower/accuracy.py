@@ -34,9 +34,9 @@ MIN_DISTINCT = 32
 MAX_DEVIATION = 0.5
 # Of the distinct images of `calibrate`, every fourth is held out to measure
 EVERY = 4
-# Root mean square difference in gray levels, of thumbnails of 8 x 8 pixels
+# Root mean square difference, of 255, of the red, green and blue of thumbnails of 8 x 8 pixels
 ALIKE = 5.0
-GRAY_SIDE = 8
+THUMBNAIL_SIDE = 8
 
 
 class AccuracyCheck:
@@ -228,7 +228,7 @@ def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
     Raises `DataError` for fewer than 32 distinct images.
     """
     # Distances (P, P) of thumbnails with D numbers.
-    size = (GRAY_SIDE, GRAY_SIDE)
+    size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
     thumbnails = [Image.fromarray(image).resize(size, Image.Resampling.BOX) for image in images]
     pixels_PD = np.stack([np.asarray(image, np.float32).reshape(-1) for image in thumbnails])
     distances_PP = np.stack(

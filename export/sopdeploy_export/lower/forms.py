@@ -283,7 +283,7 @@ def _transform(
     root = math.isqrt(size)
     rows = next((count for count in range(root, 1, -1) if size % count == 0), 1)
 
-    # One matrix.
+    # One matrix, also for a large prime number.
     if size <= LARGEST_MATRIX or rows == 1:
         cosines, sines = _waves(size, size, size, inverse=inverse)
         if imaginary is None:

@@ -181,7 +181,7 @@ class Supervisor:
         number = signal.SIGINT if self._stopping.is_set() else signal.SIGTERM
 
         if not self._stopping.is_set():
-            start_task(self._tasks, self._end_drain())
+            start_task(self._tasks, self._limit_drain())
         self._stopping.set()
 
         self._template.abort()
@@ -528,8 +528,8 @@ class Supervisor:
             self._error = RuntimeUnavailableError(f"{process.title}: it {problem}")
             self._stop()
 
-    async def _end_drain(self) -> None:
-        """Kill the processes that do not end, and do not wait for those that cannot even be killed."""
+    async def _limit_drain(self) -> None:
+        """Kill the processes that outlast `drain_seconds`; do not wait for those that cannot be killed."""
         await asyncio.sleep(self._settings.drain_seconds + LEAVE_SECONDS)
         for process in (*self._devices, *self._front_ends):
             if process.is_running:

@@ -83,7 +83,7 @@ class BudgetedRegistry(ModelRegistry):
     def __init__(self, bundles: Mapping[str, Bundle], settings: Settings) -> None:
         """Check *bundles* as `check_trust` does; raises `ConfigError` for one larger than the budget."""
         super().__init__({}, settings)
-        self._budget = settings.memory_budget or 0  # not None: see `load_registry`
+        self._budget = settings.memory_budget or 0  # never 0: `load_registry` checks for None
         # By name; the one used longest ago comes first.
         self._lazy_models: OrderedDict[str, LazyModel] = OrderedDict()
 

@@ -371,7 +371,11 @@ class LocalModel(Model):
             call_soon(loop, self._declare_dead, "the model worker has ended")
 
     def _begin_batch(self, *, only_full: bool = False) -> bool:
-        """Wait for a batch, as `RequestQueue.take` does, and begin it; return False for none."""
+        """Wait for a batch and begin it; return False if the queue is closed.
+
+        With *only_full*, never wait: begin a full batch, or return False if too few images are
+        queued.
+        """
         images = self.queue.take(self.largest_batch, only_full=only_full)
         if not images:
             return False

@@ -169,6 +169,7 @@ class Metrics:
         self._info = gauge(
             "bundle_info", "Always 1", ("digest", "model", "precision", "runtime")
         )
+        # How often a bundle is loaded, by the labels of `_info`.
         self._loaded: Counts[tuple[str, ...]] = Counts()
 
     def create_series(self, model_name: str, *, rejects: bool) -> None:

@@ -352,7 +352,7 @@ class CachedNetwork:
 def average_views(own_vectors: Tensor, maps: Mapping[str, Tensor]) -> list[NDArray[np.float32]]:
     """Average each of *maps* (B, C, H, W) as a whole and in four corners; (B, 5, C) each.
 
-    Without maps, the only views are the *own_vectors*, (B, 1, D_0).
+    Without maps, the *own_vectors* (B, D_0) are the only view, (B, 1, D_0).
     """
     if not maps:
         return [own_vectors.float().cpu().numpy()[:, None]]

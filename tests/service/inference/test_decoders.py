@@ -468,6 +468,19 @@ def test_the_pixels_that_a_decoder_holds_decide_which_child_decodes(name) -> Non
     assert (light_seconds(length, cost, MAX_PIXELS) > 0) == is_light
 
 
+@pytest.mark.parametrize(
+    "body",
+    [picture_bytes(kind=kind) for kind in ("JPEG", "PNG", "GIF", "WEBP", "BMP")]
+    + [b"\xff\xd8\xff\xc0\0\x11", b"\xff\xd8\xff\xda\0\x08"],
+    ids=["JPEG", "PNG", "GIF", "WEBP", "BMP", "cut frame", "cut scan"],
+)
+def test_a_file_that_was_cut_anywhere_has_a_cost_or_none(body: bytes) -> None:
+    head = body[:1000]
+    for length in range(len(head) + 1):
+        cost = estimate_cost(head[:length], SCALED)
+        assert cost is None or cost.pixels > 0
+
+
 def test_pixels_and_the_bytes_of_a_jpeg_with_one_scan_limit_the_time_in_a_light_child() -> None:
     for body in (
         picture_bytes(kind="PNG"),

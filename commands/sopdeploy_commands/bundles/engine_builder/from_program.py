@@ -28,7 +28,8 @@ def build_from_program(
     torch-tensorrt or a GPU, and `EngineError` if the bundle has another precision or the build
     fails.
     """
-    # What this way cannot do is an error before the program is rebuilt.
+    # Refuse a wrong precision and a missing torch-tensorrt before `read_program` captures the
+    # program again.
     manifest = bundle.manifest
     if manifest.precision != "fp32":
         raise EngineError(

@@ -352,10 +352,11 @@ class LabelFolders:
         return True
 
     def labelled(self) -> dict[str, Labelled]:
-        """List the photographs that have a label, by ID, the last label first.
+        """List the photographs that were labelled last, by ID, the last label first.
 
-        Raises `OSError`.
+        There are at most as many as the page lists. Raises `OSError`.
         """
+        # The class, its folder, and whether it is held out.
         parts = [
             *((name, path, False) for name, path in _class_folders(self.photos).items()),
             *((name, path, True) for name, path in _class_folders(self.held_out).items()),
