@@ -304,7 +304,7 @@ def test_a_connection_for_which_a_process_has_no_file_counts_as_received() -> No
     with ours, theirs:
         server = DeviceServer.__new__(DeviceServer)
         server._service, server._keeper = SimpleNamespace(registry=None), None
-        server._supervisor, server._received, server.bundles = theirs, 0, ""
+        server._supervisor, server._num_received, server.bundles = theirs, 0, ""
         server._keys_number = 7
         server.server_state, server._tasks = SimpleNamespace(connections=()), set()
         assert control.send_message(ours, control.CLIENT)  # the kernel drops the file
