@@ -475,8 +475,6 @@ class Supervisor:
                 return
 
             connection = self._arrivals.take()
-            if connection is None:
-                return
             if not serving:
                 start_task(self._refusals, self._refuse(connection))
                 continue

@@ -112,8 +112,9 @@ class DrainingServer(uvicorn.Server):
         self._sources = sources
         self._links = links or {}
 
-        # The tasks that follow links and files; the end of the server does not wait for them.
-        self._following: set[asyncio.Task[None]] = set()
+        # The tasks that follow links and files, and that begin connections; the end of the server
+        # does not wait for them.
+        self._background: set[asyncio.Task[None]] = set()
         self._bundle_reload = Joined(self._reload_bundles)
         self._key_reload = Joined(self._reload_keys)
 
@@ -157,11 +158,11 @@ class DrainingServer(uvicorn.Server):
 
         if self._links:
             links = partial(read_links, self._links)
-            start_task(self._following, follow(links, self._links, self.reload_bundles))
+            start_task(self._background, follow(links, self._links, self.reload_bundles))
 
         if self._service.settings.follow and self._service.settings.keys is not None:
             identity = partial(file_identity, self._service.settings.keys)
-            start_task(self._following, follow(identity, None, self._key_reload.request))
+            start_task(self._background, follow(identity, None, self._key_reload.request))
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 
@@ -177,13 +178,13 @@ class DrainingServer(uvicorn.Server):
 
     def _on_arrival(self) -> None:
         if self._beginning is None or self._beginning.done():
-            self._beginning = start_task(self._following, self._begin_all())
+            self._beginning = start_task(self._background, self._begin_all())
 
     async def _begin_all(self) -> None:
         """Begin to serve all that have arrived: a few at once, between which others arrive."""
         while self._arrivals:
-            taken = [self._arrivals.take() for _ in range(BEGUN_AT_ONCE)]
-            await self.serve_connections([one for one in taken if one is not None])
+            count = min(BEGUN_AT_ONCE, len(self._arrivals))
+            await self.serve_connections([self._arrivals.take() for _ in range(count)])
 
     def on_open(self, sockets: Sequence[socket.socket]) -> None:
         """Print that the server is ready on *sockets*."""

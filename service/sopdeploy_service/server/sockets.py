@@ -119,10 +119,8 @@ class Arrivals:
             if self._num_waiting > MAX_PENDING:
                 self._take_of(max(self._queues, key=lambda one: len(self._queues[one]))).close()
 
-    def take(self) -> socket.socket | None:
-        """Take the oldest connection of the address whose turn it is; None if none waits."""
-        if not self._queues:
-            return None
+    def take(self) -> socket.socket:
+        """Take the oldest connection of the address whose turn it is; one must wait."""
         address = next(iter(self._queues))
         connection = self._take_of(address)
 
@@ -141,10 +139,7 @@ class Arrivals:
             self.accept(MAX_PENDING)
         self._listener.close()
 
-        taken = []
-        while (connection := self.take()) is not None:
-            taken.append(connection)
-        return taken
+        return [self.take() for _ in range(len(self))]
 
     def _take_of(self, address: str) -> socket.socket:
         connection = self._queues[address].popleft()
