@@ -73,6 +73,13 @@ JUDGED_SECONDS = 60.0  # shorter runs are not judged: the allocator dominates th
 Probabilities = Mapping[str, float]  # by label
 
 
+def largest_difference(received: Probabilities, expected: Probabilities) -> float:
+    """Return the largest difference of a probability; infinite for other labels."""
+    if received.keys() != expected.keys():
+        return float("inf")
+    return max(abs(received[label] - expected[label]) for label in received)
+
+
 @dataclass(slots=True)
 class Tally:
     """Results of all requests; `failures` lists unexpected ones."""
@@ -91,12 +98,7 @@ class Tally:
 
     def compare(self, kind: str, found: Probabilities, expected: Probabilities) -> None:
         """Compare a response with direct inference."""
-        same = found.keys() == expected.keys()
-        difference = (
-            max(abs(found[label] - expected[label]) for label in found)
-            if same
-            else float("inf")
-        )
+        difference = largest_difference(found, expected)
         self.compared += 1
         self.worst = max(self.worst, difference)
         if not difference <= CLOSE:
