@@ -21,6 +21,7 @@ from sopdeploy.photos.class_folders import (
     list_classes,
     no_classes,
 )
+from sopdeploy.photos.file_checks import find_unreadable
 from sopdeploy.photos.files import (
     TRAIN,
     TRAINING,
@@ -35,7 +36,7 @@ from sopdeploy.photos.files import (
     part_kind,
 )
 from sopdeploy.photos.libraries import detect_kind, open_part
-from sopdeploy.photos.photo import ImageFiles, Split, find_unreadable, select_classes
+from sopdeploy.photos.photo import ImageFiles, Split, select_classes
 from sopdeploy.photos.questions import (
     ask_about_numbered_folders,
     ask_about_repeated_folders,

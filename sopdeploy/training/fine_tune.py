@@ -34,7 +34,7 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy.models.registry import create_model
 from sopdeploy.models.second_order_head import SecondOrderHead, tuned_name
 from sopdeploy.photos.copies import Groups, group_photographs
-from sopdeploy.photos.photo import PreprocessedDataset
+from sopdeploy.photos.network_inputs import PreprocessedDataset
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import Fit, RunFolder, Setup, read_resumed, run_record
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length

@@ -11,7 +11,7 @@ from sopdeploy.bundle import archive, folder
 from sopdeploy.evaluation import decision_fit, permission, statistics
 from sopdeploy.images import limits, occlusion
 from sopdeploy.models.second_order_head import HeadConfig
-from sopdeploy.photos import photo
+from sopdeploy.photos import file_checks
 from sopdeploy.project import SAMPLED
 from sopdeploy.training.few_shot import cache as feature_cache
 from sopdeploy.training.few_shot import classifier, features
@@ -142,7 +142,10 @@ FROM_CODE: list[
         HeadConfig().width,
         features.WIDTH,
     ),
-    ("if more than {:.0f} % of the images, and at least three", PERCENT * photo.MAX_DAMAGED),
+    (
+        "if more than {:.0f} % of the images, and at least three",
+        PERCENT * file_checks.MAX_DAMAGED,
+    ),
     (
         "at least {:.0f} % of the new photographs right, at least {:.0f} % of other things unknown, at least "
         "{:.0f} % of the digits right",

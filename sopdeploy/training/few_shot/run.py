@@ -47,7 +47,8 @@ from sopdeploy.photos.copies import (
     number_classes,
 )
 from sopdeploy.photos.files import is_kept_photograph
-from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
+from sopdeploy.photos.network_inputs import PreprocessedDataset
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Position, RunFolder, Setup, run_record

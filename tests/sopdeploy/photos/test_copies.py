@@ -28,8 +28,9 @@ from sopdeploy.photos.copies import (
     shrink,
     signature,
 )
+from sopdeploy.photos.file_checks import describe_seen, hash_images
 from sopdeploy.photos.folder import open_folder
-from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split, describe_seen, hash_images
+from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split
 from sopdeploy.photos.split import (
     NONE,
     choose_held_out,
