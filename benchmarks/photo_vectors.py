@@ -19,13 +19,13 @@ from sopdeploy.training.few_shot.classifier import (
     Targets,
     unit_length,
 )
+from sopdeploy.training.few_shot.cross_validation import make_folds
 from sopdeploy.training.few_shot.features import (
     PROJECTION_IMAGES,
     CachedNetwork,
     FeatureBatch,
     full_head,
 )
-from sopdeploy.training.few_shot.run import make_folds
 from sopdeploy.training.recipe import FewShotConfig, read_recipe
 from sopdeploy.training.start_weights import create_initial_model
 
