@@ -14,7 +14,7 @@ from sopdeploy.models.second_order_head import HeadConfig
 from sopdeploy.photos import file_checks
 from sopdeploy.project import SAMPLED
 from sopdeploy.training.few_shot import cache as feature_cache
-from sopdeploy.training.few_shot import classifier, description, features
+from sopdeploy.training.few_shot import description, features, scaling
 from sopdeploy.training.recipe import RejectionConfig
 from sopdeploy_commands import demo
 from sopdeploy_commands.bulk import sources
@@ -134,8 +134,8 @@ FROM_CODE: list[
     ),
     ("at most {:.0f} GB, the least recently used", feature_cache.LIMIT_BYTES / 1e9),
     ("has more than {} times the images of the smallest", description.UNEVEN),
-    ("a margin, which about {:.0f} % of their", PERCENT * classifier.TAKEN),
-    ("which about {:.0f} % exceed", PERCENT * classifier.TAKEN),
+    ("a margin, which about {:.0f} % of their", PERCENT * scaling.TAKEN),
+    ("which about {:.0f} % exceed", PERCENT * scaling.TAKEN),
     (
         "{} principal components ({} in the few-shot procedure)",
         HeadConfig().width,

@@ -24,21 +24,16 @@ from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates, connect, find_near
 from sopdeploy.photos.files import is_kept_photograph
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.seeds import derive_seed
-from sopdeploy.training.few_shot.classifier import (
-    ENOUGH,
-    Array,
-    Indices,
-    LinearProblem,
-    Scaling,
-    Targets,
-    estimate_score,
-)
+from sopdeploy.training.few_shot.classifier import LinearProblem
 from sopdeploy.training.few_shot.features import (
     CachedNetwork,
     Features,
     compute_features,
     full_head,
 )
+from sopdeploy.training.few_shot.scaling import ENOUGH, Scaling
+from sopdeploy.training.few_shot.score import estimate_score
+from sopdeploy.training.few_shot.targets import Array, Indices, Targets
 from sopdeploy.training.recipe import Recipe
 
 # Below this number of groups, temperature and cosines come from three cross-validations: the

@@ -10,13 +10,13 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.photos.copies import number_classes
 from sopdeploy.training.checkpoints import Setup
-from sopdeploy.training.few_shot.classifier import Array
 from sopdeploy.training.few_shot.cross_validation import (
     CrossValidation,
     groups_of_classes,
     select_typical,
 )
 from sopdeploy.training.few_shot.learning import estimate_gains
+from sopdeploy.training.few_shot.targets import Array
 from sopdeploy.training.results import FewShotResult
 
 MAX_COPIES = 10  # of a photograph with different labels, all of which are named

@@ -35,7 +35,6 @@ from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Position, RunFolder, Setup, run_record
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import TrainingStoppedError, handle_signals
-from sopdeploy.training.few_shot.classifier import Array, Targets, estimate_score
 from sopdeploy.training.few_shot.cross_validation import (
     CrossValidation,
     cross_validate,
@@ -44,11 +43,13 @@ from sopdeploy.training.few_shot.cross_validation import (
 from sopdeploy.training.few_shot.description import describe_run
 from sopdeploy.training.few_shot.features import build_fitted
 from sopdeploy.training.few_shot.other_things import read_other_things
+from sopdeploy.training.few_shot.score import estimate_score
 from sopdeploy.training.few_shot.state import (
     FewShotFit,
     last_few_shot_record,
     read_few_shot_fit,
 )
+from sopdeploy.training.few_shot.targets import Array, Targets
 from sopdeploy.training.setup import LOOP_INSTEAD, warn_of_equal_files
 
 

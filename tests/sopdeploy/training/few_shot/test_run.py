@@ -40,21 +40,14 @@ from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.few_shot.classifier import (
-    SHRINKAGE,
-    Discriminant,
-    LinearProblem,
-    OutOfFold,
-    Scaling,
-    Space,
-    Targets,
-    estimate_excess,
-    estimate_score,
-    unit_length,
-)
+from sopdeploy.training.few_shot.classifier import LinearProblem, Space, unit_length
 from sopdeploy.training.few_shot.cross_validation import judge_few_apart, select_typical
+from sopdeploy.training.few_shot.discriminant import SHRINKAGE, Discriminant
 from sopdeploy.training.few_shot.features import CachedNetwork, Features, compute_features
 from sopdeploy.training.few_shot.learning import estimate_gains
+from sopdeploy.training.few_shot.scaling import OutOfFold, Scaling, estimate_excess
+from sopdeploy.training.few_shot.score import estimate_score
+from sopdeploy.training.few_shot.targets import Targets
 from sopdeploy.training.recipe import FewShotConfig, LoopConfig, Recipe, read_recipe
 from sopdeploy.training.results import read_result
 from sopdeploy.training.setup import FEW_IMAGES, divide_images, select_procedure, set_up_run
@@ -264,7 +257,7 @@ def test_a_new_class_takes_few_photographs_of_the_known_ones_until_it_has_enough
 def test_scores_of_a_class_of_few_images_are_corrected_to_those_of_many(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("sopdeploy.training.few_shot.classifier.COMMON", 0.0)
+    monkeypatch.setattr("sopdeploy.training.few_shot.discriminant.COMMON", 0.0)
     features, classes = blobs(4000)
     space = Space.of([features])
 
