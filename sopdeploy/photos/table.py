@@ -146,7 +146,10 @@ def find_table(root: Path) -> Path | None:
 
 
 def read_table_text(table: Path) -> str:
-    """Read *table* in UTF-8, or with its mark in UTF-16 or UTF-32; raises `DataError`."""
+    """Read *table* in UTF-8 or, with a byte order mark, in UTF-16 or UTF-32.
+
+    Raises `DataError` if it cannot be read or decoded, or is empty.
+    """
     try:
         content = read_file(table, MAX_TABLE_BYTES)
     except OSError as error:
@@ -164,14 +167,16 @@ def read_table_text(table: Path) -> str:
         if "\0" in text:
             raise ValueError("it has null characters, as UTF-16 without a byte order mark")
     except UnicodeDecodeError as error:
-        name = encoding.removesuffix("-sig").upper()
+        written = encoding.removesuffix("-sig").upper()
         where = "it"
-        if name == "UTF-8":  # in others, the byte of a line break is also a part of characters
+        if (
+            written == "UTF-8"
+        ):  # in others, the byte of a line break is in other characters, too
             # The line in what is behind the byte order mark.
             number = error.object.count(b"\n", 0, error.start) + 1
             where = f"line {number}"
         raise DataError(
-            f"{table}: cannot be read ({where} is not {name}); write a CSV file in UTF-8, "
+            f"{table}: cannot be read ({where} is not {written}); write a CSV file in UTF-8, "
             "in a spreadsheet the format 'CSV UTF-8'"
         ) from error
     except ValueError as error:
@@ -308,10 +313,10 @@ def _read_rows(
         listed = cells.get("classes")
         has_windows_path = "\\" in name and not (root / name).is_file()
         file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
-        found = _find_by_name(name, path_of_short_name)  # None: no image, or several
+        named_path = _find_by_name(name, path_of_short_name)  # None: no image, or several
         exists = (root / file).is_file()
         is_wrong = not is_image(root / file) if exists else not has_image_suffix(file.name)
-        if found is None and (file.is_absolute() or ".." in file.parts or is_wrong):
+        if named_path is None and (file.is_absolute() or ".." in file.parts or is_wrong):
             raise DataError(
                 f"{where}: {name!r} is not the path of an image, relative to the folder, without .., or the "
                 "name of one image in it"
@@ -330,7 +335,9 @@ def _read_rows(
             raise DataError(f"{where}: split is {part!r}; write {TRAIN} or {VAL}")
 
         # A row for each file; two rows for one file are an error.
-        path = os.fsencode(file) if exists else path_of_name.get(normalize(str(file)), found)
+        path: bytes | None = os.fsencode(file)
+        if not exists:  # it may be there in another encoding, or elsewhere
+            path = path_of_name.get(normalize(str(file)), named_path)
         row = _Row(place, str(file), classes, part, cells.get(GROUP, ""), path)
         first = rows.setdefault(path or str(file), row)
         if first is not row:
@@ -360,10 +367,10 @@ def _index_names(image_paths: list[bytes]) -> dict[str, bytes | None]:
 
 
 def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes | None:
-    """Find the one image that *name* means, a path elsewhere or an address, if need be; else None.
+    """Find the one image that *name* means: its name, a path elsewhere or an address; None without one.
 
-    Label Studio names an uploaded image `/data/upload/1/0a1b2c3d-photo.jpg`, and one of a folder
-    `/data/local-files/?d=folder/photo.jpg`.
+    *path_of_name* is the result of `_index_names`. Label Studio names an uploaded image
+    `/data/upload/1/0a1b2c3d-photo.jpg`, and one of a folder `/data/local-files/?d=folder/photo.jpg`.
     """
     path = PurePosixPath(unquote(name.rpartition("?d=")[2]).replace("\\", "/"))
     names = [name]
@@ -376,10 +383,10 @@ def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes 
 
 
 def find_other_table(images: Sequence[bytes], files: Iterable[Path]) -> Path | None:
-    """Find one of the *files* that lists the paths *images*, but that training does not read; None without one.
+    """Find one of the *files* that lists the *images*, but that training does not read; None without one.
 
     It is a text file that contains the names of half of a sample of the images, with or without
-    suffix.
+    suffix. A single image is no sample: any text may have its name.
     """
     tables = [
         path
@@ -436,17 +443,18 @@ def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, 
         return
     unit = "image"
     try:
-        read: Iterable[dict[str, str]]
+        cells_of_images: Iterable[dict[str, str]]
         if table.suffix == ".csv":
-            read = read_via_csv(text)
+            cells_of_images = read_via_csv(text)
         elif table.suffix == ".xml":
-            read = read_cvat(text)
+            cells_of_images = read_cvat(text)
         elif table.suffix == ".json":
-            read = read_json(json.loads(text))
+            cells_of_images = read_json(json.loads(text))
         else:
-            read = (read_entry(json.loads(line)) for line in text.splitlines())
+            cells_of_images = (read_entry(json.loads(line)) for line in text.splitlines())
             unit = "line"
-        yield from ((f"{unit} {number}", cells) for number, cells in enumerate(read, 1))
+        for number, cells in enumerate(cells_of_images, 1):
+            yield f"{unit} {number}", cells
     except (
         *(AttributeError, KeyError, RecursionError, TypeError, ValueError),
         *(csv.Error, ElementTree.ParseError),
