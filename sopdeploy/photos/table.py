@@ -483,11 +483,12 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
             lines_before = 0
             separator = max(_SEPARATORS, key=heading.count)
 
-        # The columns, under the names that are known here; a table of two needs no heading.
-        first = next(csv.reader([heading], delimiter=separator), [])
+        # The columns, under the names that are known here. A table of two needs no heading; the one
+        # that is added here is no line of the file.
+        first = next(csv.reader([text.partition("\n")[0]], delimiter=separator), [])
         if len(first) == 2 and has_image_suffix(first[0].strip()):
             text = f"{separator.join(REQUIRED)}\n{text}"
-            lines_before = lines_before - 1
+            lines_before -= 1
         reader = csv.DictReader(
             io.StringIO(text, newline=""),
             delimiter=separator,
