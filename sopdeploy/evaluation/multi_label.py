@@ -57,7 +57,7 @@ class MeanPrecision(StrictModel):
             np.mean([average_precision(true[:, column], scores[:, column]) for column in shown])
         )
 
-        # The interval: groups are drawn with replacement, and each draw has its own value.
+        # The interval: groups are drawn with replacement, and each resample has an mAP.
         given_N = np.arange(len(true)) if groups is None else groups
         unique, group_N = np.unique(given_N, return_inverse=True)  # numbered from 0
         equal_shares_G = [1 / len(unique)] * len(unique)

@@ -330,15 +330,16 @@ def change_recipe(
     the file or key, and the closest key.
     """
     values = deepcopy(dict(base))
+    # By keys of values: a change may be a whole table.
     changed = {key: value for change in changes for key, value in flatten(dict([change]))}
     _drop_foreign_options(values, changed)
 
-    preprocess = deepcopy(values.get("preprocess"))
+    preprocess_before = deepcopy(values.get("preprocess"))
     add_fine_tune_settings(values, changed.get("procedure.kind"))
     for key, value in changes:
         set_value(values, key, value)
 
-    _scale_resize(values, preprocess, dict(changes))
+    _scale_resize(values, preprocess_before, dict(changes))
     return validate_recipe(values, source)
 
 
@@ -358,7 +359,7 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
     if not isinstance(table, dict):
         return
     sides: list[Any] = [table.get("crop"), before.get("resize"), before.get("crop")]
-    # A side of another type is left to the validation, which names it.
+    # The new crop, and both sides before; one of another type is left to the validation.
     if all(isinstance(side, int) and side > 0 for side in sides):
         table["resize"] = Preprocess.scaled_resize(*sides)
 
