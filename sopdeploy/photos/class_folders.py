@@ -137,7 +137,8 @@ def _list_folders(root: Path) -> tuple[dict[str, list[bytes]], dict[str, list[st
     images = dict[str, list[bytes]]()
     other_files = dict[str, list[str]]()
     for label in sorted(folders):
-        images[label], other_files[label] = [], []
+        images[label] = []
+        other_files[label] = []
         for name in folders[label]:
             images_of_folder, others = list_images(root, name, visited)
             images[label] += images_of_folder
@@ -197,7 +198,7 @@ def describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> I
         else:
             missing.append(label)
 
-    # Other unknown classes, and missing ones.
+    # Other unknown classes. Missing ones are told with them: these may be the same ones.
     if unknown:
         yield f"{root}: classes {shorten(unknown)} are not training classes, remove them or train on them"
     if missing and unknown:

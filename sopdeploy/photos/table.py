@@ -110,9 +110,9 @@ class OpenedParts(NamedTuple):
 def find_table(root: Path) -> Path | None:
     """Find the table with the classes of the images in *root*; None if its folders are the classes.
 
-    This is `labels.csv`, or else an export of a label tool. An export must list all images, or
-    all that are directly in `train/` if there are any there, and more than half of its rows must
-    have a class. Raises `DataError` for a `labels.csv` that cannot be read, and for another
+    This is `labels.csv`, or else an export of a label tool. An export must list all images or, if
+    some are directly in `train/`, all of these, as Kaggle's tables do. More than half of its rows
+    must have a class. Raises `DataError` for a `labels.csv` that cannot be read, and for another
     `labels.*`, such as `labels.xlsx`.
     """
     path = root / LABELS_FILE
@@ -168,11 +168,9 @@ def read_table_text(table: Path) -> str:
             raise ValueError("it has null characters, as UTF-16 without a byte order mark")
     except UnicodeDecodeError as error:
         written = encoding.removesuffix("-sig").upper()
+        # The line; in other encodings, the byte of a line break is a part of other characters, too.
         where = "it"
-        if (
-            written == "UTF-8"
-        ):  # in others, the byte of a line break is in other characters, too
-            # The line in what is behind the byte order mark.
+        if written == "UTF-8":
             number = error.object.count(b"\n", 0, error.start) + 1
             where = f"line {number}"
         raise DataError(
@@ -197,8 +195,9 @@ def read_label_table(
 
     The parts are `train` and `val`, or `UNSPLIT` without a column `split`. Their targets are
     (N, C) float32, 1 for the classes of an image, or class indices (N,). *multi_label* is by
-    default true if an image does not have exactly one class. Raises `DataError`, which names the
-    place of the first invalid row in the table, or missing files.
+    default true if an image does not have exactly one class. Raises `DataError` for the first
+    invalid row, by its place in the table, for missing files, for fewer than two classes, and for
+    other classes than *labels*.
     """
     root = table.parent
     image_paths, other_files = list_images(root)

@@ -196,15 +196,19 @@ class Recipe(SharedSettings, LoopSettings):
     start: StartConfig | None = None
 
     def reads(self, key: str) -> bool:
-        """Check whether the procedure reads the dotted *key*, of a value or of a table with such values."""
+        """Check whether the procedure reads the dotted *key*, which may be that of a table."""
         procedure = self.procedure
         is_few_shot = isinstance(procedure, FewShotConfig)
+
+        # Of the options of the network, those that the network with a head has.
         if key.startswith("model.config.") and isinstance(procedure, HeadOptions):
             from sopdeploy.models.second_order_head import head_name, tuned_name  # noqa: PLC0415 # torch
 
             network = head_name(self.model.name) if is_few_shot else tuned_name(self.model.name)
             _model, _config, option, *_ = key.split(".")
             return option in entry(network).config.model_fields
+
+        # The few-shot procedure reads the shared settings alone, and holds out nothing.
         return not is_few_shot or (
             key not in HOLD_OUT_KEYS and has_key(SharedSettings, key.split("."))
         )

@@ -118,7 +118,7 @@ def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str
 
 
 def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeights:
-    """Read the file of `start.weights`, or *source*, which was opened before."""
+    """Read the file of `start.weights`; *source* is this file, if it was checked or opened before."""
     # `head:resnet50` reads the file of `resnet50`.
     model = recipe.model.name.removeprefix("head:")
 

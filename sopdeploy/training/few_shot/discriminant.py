@@ -117,16 +117,17 @@ class Moments(NamedTuple):
             others_KR = (total_R - sums_KR) / np.maximum(count - counts_K1, 1)
             scatter_RR = total_RR
 
-        # The shrunk covariance. With one image per class, nothing is known of the scatter within
-        # classes, whose trace is then 0.
+        # The shrunk scatter: `count` times the covariance. With one image per class, nothing is known
+        # of the scatter within classes, whose trace is then 0.
         trace = max(np.trace(scatter_RR), 1e-6 * np.trace(total_RR)) or 1.0
         shrunk_RR = (1 - SHRINKAGE) * scatter_RR + SHRINKAGE * trace / len(mean_R) * np.eye(
             len(mean_R)
         )
 
-        # The weights: the shrunk covariance is that scatter, divided by the number of inputs.
+        # The weights: the inverse of the covariance, times the differences of the means.
         differences_KR = np.where(present[:, None], means_KR - others_KR, 0)
         weight = count * solve(shrunk_RR, differences_KR.T, assume_a="pos").T
+
         # Remove the scatter between presence and absence (Sherman, Morrison).
         if activation == "sigmoid":
             shares_K = counts_K * (count - counts_K) / max(1, count) ** 2

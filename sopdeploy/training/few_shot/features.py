@@ -176,6 +176,7 @@ def build_fitted(
     recipe: Recipe,
 ) -> SecondOrderHead:
     """Copy *network*, on its device and in its mode, with a *head* of the weights *fitted* to *problem*."""
+    # With one class per image, the energy of the logits is the cosine to the nearest class mean.
     has_energy = problem.targets.activation == "softmax"
     deployed = network.copy_with_head(head.model_copy(update={"cosine": has_energy}))
     pooled = deployed.pooled_head

@@ -177,7 +177,7 @@ def _evaluate(
         return held_out_score, metrics
 
     score = validation.score()
-    # Of copies of a photograph, one counts.
+    # The images that the score counts; all if there is no score.
     counted = np.arange(len(images)) if score is None else validation.judged
     metrics = held_out_metrics(
         setup.labels, validation.shifted_logits[counted], images.targets[counted]

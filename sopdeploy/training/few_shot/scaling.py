@@ -70,9 +70,7 @@ class Scaling(NamedTuple):
         margins are 0 unless *has_margins*.
         """
         classes_NK = targets.classes
-        wrong = 1 / (
-            len(targets.classes) + 2
-        )  # a share of the labels, by the rule of succession
+        wrong = 1 / (len(targets.classes) + 2)  # the rule of succession
         excess = estimate_excess(validations, classes_NK > 0)
         scores_VNK = np.stack([one.scores(excess) for one in validations])
         margins: Array | float = 0.0  # not part of the loss: the temperature would be too high
