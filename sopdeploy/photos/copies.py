@@ -171,9 +171,8 @@ def _confirm(
     groups = connect(len(classes), candidates[:, shares >= MOSTLY])
     is_outside = groups[candidates[0]] != groups[candidates[1]]
     largest_N = np.zeros(len(classes), np.float32)
-    for images in candidates[
-        :, is_outside
-    ]:  # the first ones of the pairs, then the second ones
+    one, other = candidates[:, is_outside]
+    for images in (one, other):
         np.maximum.at(largest_N, images, shares[is_outside])
 
     # Classes whose images look alike: most are like an image of another group.

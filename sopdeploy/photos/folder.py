@@ -195,9 +195,9 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
         beside, others = list_files(folder)
         other_files += others
         if beside and not is_pattern(classes_from):
-            count = amount(len(beside), "image")
             notes.append(
-                f"{folder}: {count} beside the class folders left out: {shorten(beside)}"
+                f"{folder}: {amount(len(beside), 'image')} beside the class folders left out: "
+                f"{shorten(beside)}"
             )
     if other_table:
         notes.append(describe_other_table(root, other_table))

@@ -377,8 +377,8 @@ def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes 
         names.append(path.name)
     if uploaded := UPLOADED.fullmatch(path.name):
         names.append(uploaded[1])
-    found = (path_of_name.get(normalize(each)) for each in names)
-    return next((each for each in found if each is not None), None)
+    paths = (path_of_name.get(normalize(each)) for each in names)
+    return next((each for each in paths if each is not None), None)
 
 
 def find_other_table(images: Sequence[bytes], files: Iterable[Path]) -> Path | None:

@@ -111,9 +111,8 @@ def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str
     from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
 
     config = make_config(recipe.model.name, recipe.model.config)
-    name = recipe.model.name.removeprefix(
-        "head:"
-    )  # `head:NAME` starts with the weights of NAME
+    # `head:NAME` starts with the weights of NAME.
+    name = recipe.model.name.removeprefix("head:")
     return fetch_imagenet_weights(name, config, download=download)
 
 

@@ -119,7 +119,7 @@ class FeatureCache:
         return sorted(entries)
 
     def _delete_oldest(self, limit: int) -> None:
-        """Delete entries until *limit* bytes remain, the least recently used first, but none of this run."""
+        """Delete the least recently used entries, but none of this run, until at most *limit* bytes remain."""
         entries = self._entries()
         self.bytes = sum(size for _, size, _ in entries)
         for _, size, path in entries:

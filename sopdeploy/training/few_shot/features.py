@@ -114,7 +114,8 @@ def compute_features(
             of_all[batch.indices] = of_batch
 
         own[batch.indices] = unit_length(vectors[:, columns[0]])
-        file_hashes[batch.indices], times[batch.indices] = batch.file_hashes, batch.times
+        file_hashes[batch.indices] = batch.file_hashes
+        times[batch.indices] = batch.times
         small[batch.indices] = batch.small
         for index, pixel_hash in zip(batch.indices, batch.hashes, strict=True):
             hashes[index] = pixel_hash

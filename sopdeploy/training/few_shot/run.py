@@ -186,7 +186,10 @@ def _evaluate(
 
 
 def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
-    """Return *fit* with the decision for its out-of-fold logits, without images that a server kept."""
+    """Return *fit* with the decision for its out-of-fold logits, without images that a server kept.
+
+    With one class per image, its result also tells why there is no threshold for unknown images.
+    """
     recipe = setup.recipe
     targets = setup.data.train.targets
     accepts = recipe.rejection.accepts
