@@ -202,12 +202,14 @@ def find_clips(
     for relation in relations:
         if clips_share.get(relation.template, relation.shared) != relation.shared:
             continue
+
         measured = measure(relation, groups)
         if measured is None:
             continue
         if not measured.is_clear:
             remaining.append(measured)
             continue
+
         found = measured.pair if found is None else found
         clips_share[relation.template] = relation.shared
         if relation.shared != SEQUENCE:

@@ -213,9 +213,9 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
             _, first_of_value, value_N = np.unique(key, return_index=True, return_inverse=True)
             edges.append(np.stack([np.arange(count), first_of_value[value_N]]))
 
-    one, other = np.concatenate(edges, axis=1)
     # Label propagation: each image takes over the lowest index among its neighbors until no
     # index changes.
+    one, other = np.concatenate(edges, axis=1)
     lowest_N = np.arange(count)
     has_changed = True
     while has_changed:
@@ -226,6 +226,7 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
         # need few rounds.
         lowest_N = lowest_N[lowest_N]
         has_changed = not np.array_equal(lowest_N, before)
+
     _, groups = np.unique(lowest_N, return_inverse=True)  # without gaps in the numbers
     return groups.astype(np.int64)
 
@@ -255,8 +256,10 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     is_wide = rows_ND.shape[0] <= rows_ND.shape[1]
     product = rows_ND @ rows_ND.T if is_wide else rows_ND.T @ rows_ND
     eigenvalues, vectors = np.linalg.eigh(product.astype(np.float64))
+
+    # Components without variance are rounding errors.
     damping = max(float(eigenvalues.mean()), 1e-12)  # the mean over min(N, D) components
-    kept = eigenvalues > 1e-6 * damping  # the others are rounding errors
+    kept = eigenvalues > 1e-6 * damping
     eigenvalues = eigenvalues[kept]
     vectors = vectors[:, kept]
     # The components, one per column, have norm 1.
@@ -325,9 +328,12 @@ def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:
     lower_bin = direction.astype(int)
     # An edge between two directions counts in both, in shares.
     share_of_next = direction - lower_bin
+
+    # Where the bins of the cell of each pixel begin.
     cell_of_row = np.arange(SMALL) * CELLS // SMALL  # (64,), 0 to 7; the same for columns
     cell_of_pixel = cell_of_row[:, None] * CELLS + cell_of_row  # (64, 64), 0 to 63
     first_bin = cell_of_pixel * DIRECTIONS  # position in the histogram, where a cell has 8 bins
+
     histogram = np.zeros(CELLS * CELLS * DIRECTIONS)
     for shift, share in ((0, 1 - share_of_next), (1, share_of_next)):
         # Directions are a circle: the first one follows the last one.
@@ -335,6 +341,7 @@ def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:
         histogram += np.bincount(
             bins.ravel(), (strength * share).ravel(), minlength=len(histogram)
         )
+
     root = np.sqrt(histogram)  # a few strong edges then do not determine the cosine
     return (root / max(float(np.linalg.norm(root)), 1e-12)).round(DECIMALS).astype(np.float32)
 

@@ -164,6 +164,8 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
             unlabelled[name] = _describe_unlabelled(listing)
         else:
             listings[name] = listing
+
+    # What is wrong with the classes, and which folders are not used.
     problems = [
         problem
         for listing in listings.values()

@@ -69,6 +69,7 @@ def hold_out(
         at_most = max(0, len(members) - 1)
         quota = min(max(1, round(fraction * len(members))), at_most)
         missing = quota - int(held_out[members].sum())  # some may be held out already
+
         for image in members[~decided[members]]:
             if missing <= 0:
                 break

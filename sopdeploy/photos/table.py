@@ -119,6 +119,7 @@ def find_table(root: Path) -> Path | None:
     if os.path.lexists(path) and not path.is_dir():  # a folder may be a class
         read_table_text(path)  # only for its error
         return path
+
     for other in sorted(root.glob("[lL][aA][bB][eE][lL][sS].*")):
         if other.is_file() and not is_image(other):
             raise DataError(
@@ -181,6 +182,7 @@ def read_table_text(table: Path) -> str:
         raise DataError(
             f"{table}: cannot be read ({error}); write a CSV file in UTF-8"
         ) from error
+
     if not text.strip():
         raise DataError(
             f"{table}: is empty; list the images and their classes in it, or remove it"
@@ -310,6 +312,7 @@ def _read_rows(
         where = f"{table}: {place}"
         name = cells["file"]
         listed = cells.get("classes")
+
         has_windows_path = "\\" in name and not (root / name).is_file()
         file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
         named_path = _find_by_name(name, path_of_short_name)  # None: no image, or several
@@ -329,6 +332,7 @@ def _read_rows(
             raise DataError(
                 f"{where}: {listed!r} has an empty class name; separate classes by one {SEPARATOR}"
             )
+
         part = cells.get(SPLIT)  # None without this column
         if part not in (TRAIN, VAL, None):
             raise DataError(f"{where}: split is {part!r}; write {TRAIN} or {VAL}")
@@ -440,6 +444,7 @@ def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, 
     if table.suffix == ".csv" and not is_of_via(text):
         yield from _read_csv(table, text, notes)
         return
+
     unit = "image"
     try:
         cells_of_images: Iterable[dict[str, str]]
@@ -488,6 +493,7 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
         if len(first) == 2 and has_image_suffix(first[0].strip()):
             text = f"{separator.join(REQUIRED)}\n{text}"
             lines_before -= 1
+
         reader = csv.DictReader(
             io.StringIO(text, newline=""),
             delimiter=separator,
@@ -508,10 +514,11 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
             for column, name in zip(columns, written, strict=True)
             if column not in COLUMNS
         }
-        others = shorten([*names.values()])
         if "classes" in columns and names:
+            others = shorten([*names.values()])
             notes.append(f"{table}: these columns are left out: {others}")
             names = {}
+
         is_doubled = len({*columns}) < len(columns)
         if "file" not in columns or is_doubled or not (names or "classes" in columns):
             raise wrong
@@ -523,6 +530,7 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
                 raise DataError(
                     f"{table}: line {line}: does not have {len(columns)} columns; quote names with commas"
                 )
+
             cells = {name: value.strip() for name, value in record.items()}
             if names:
                 if not {cells[column] for column in names} <= {"0", "1"}:

@@ -247,6 +247,7 @@ def _match_tensors(
     tensor that fits.
     """
     own = model.state_dict()
+
     # The module around the classifier: `classifier` of `classifier.6`, "" of `fc`. It may contain
     # the backbone, to which the first tensor belongs.
     container = classifier_name(model).rpartition(".")[0]

@@ -96,6 +96,7 @@ class FeatureCache:
             self.writable = self.bytes + size <= self.limit
         if not self.writable:
             return
+
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             # safetensors writes the bytes of an array in the order in which they are in memory.

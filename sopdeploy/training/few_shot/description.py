@@ -34,10 +34,14 @@ def describe_run(
     is_doubted_N: NDArray[np.bool_],
     label_logits: Array | None,
 ) -> FewShotResult:
-    """Describe the training images, their groups and copies, the classifier and its *score*."""
+    """Describe the training images, their groups and copies, the classifier and its *score*.
+
+    *is_doubted_N* (N,) tells which labels `find_label_doubts` lists, by *label_logits* (N, K).
+    """
     images = setup.data.train
     targets = validation.problem.targets
-    head = validation.features.head
+
+    # The images of each class: all, those that the score counts, and their groups.
     classes_NK = targets.classes
     counts = dict(zip(images.labels, classes_NK.sum(axis=0).astype(int).tolist(), strict=True))
     judged_K = classes_NK[validation.judged].sum(axis=0).astype(int)
@@ -69,7 +73,11 @@ def describe_run(
         validation.problem, validation.scaling, validation.judged, right, images.labels
     )
     diffuse = validation.problem.diffuse_classes().tolist() if has_one_class else []
+
+    # What the classifier reads.
+    head = validation.features.head
     taps = f" of {', '.join(head.taps)}" if head.taps else ""
+
     return FewShotResult(
         top1=score if isinstance(score, Rate) else None,
         map=score if isinstance(score, MeanPrecision) else None,

@@ -217,9 +217,10 @@ def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
         left_out=None if fit.left_out is None else fit.left_out[typical_N],
         are_cosines=True,
     )
-    is_nothing_fitted = decision == Decision()
     num_typical_groups = len(np.unique(fit.groups[typical_N]))
     why_no_threshold = missing_threshold(num_typical_groups, fit.logits.shape[1], accepts)
+
+    is_nothing_fitted = decision == Decision()
     result: Any = fit.result
     return replace(
         fit,
