@@ -153,7 +153,8 @@ def refuse_other_images(destination: Path, project: str, checkpoint: Checkpoint)
     """Raise `ConfigError` if *destination* has bundles of *project*, but none with images of *checkpoint*.
 
     A server would replace one network by the other. The caller omits this check if the user
-    named the *project*. A checkpoint or bundle without hashes of its images is not refused.
+    named the *project*. Bundles without an origin are ignored. A checkpoint without hashes of its
+    images is not refused, and none is if a bundle has no hashes: its images can be the same ones.
     """
     images = set(checkpoint.image_hashes.tolist())
     manifests = [
@@ -202,7 +203,7 @@ def export_subject(
             _change_last_layer(subject, with_features=options.with_features)
             trained = Compared.of("trained", subject.network, preprocess, options.batch)
         recorder = Recorder(trained, torch.from_numpy(images), options.max_batch)
-        with attributes_restored(subject.network):
+        with attributes_restored(subject.network):  # without what these runs leave in it
             announce("Removed")
             prove_removed(trained, recorder, parts)
             announce("Graph")
@@ -224,8 +225,10 @@ def export_subject(
         # Convert it to the precision, write the file, and compare the file with the network.
         if options.precision != "fp32":
             step(f"converting the graph to {options.precision}")
-        measuring = NO_IMAGES if accuracy_check is None else accuracy_check.images()
-        converted = convert_precision(certified, preprocess, options, measuring)
+        user_images = (
+            NO_IMAGES if accuracy_check is None else accuracy_check.images_to_convert()
+        )
+        converted = convert_precision(certified, preprocess, options, user_images)
         precision = converted.precision
         (folder / ONNX_FILE).write_bytes(converted.model.SerializeToString(deterministic=True))
         session = open_session(folder / ONNX_FILE)
@@ -234,7 +237,7 @@ def export_subject(
             precision = precision.model_copy(update={"accuracy": measured})
             accuracy_check.check_drop(precision)
         announce("File")
-        if outputs is None or options.precision != "fp32":
+        if outputs is None or options.precision != "fp32":  # the caller's are in float32
             outputs = ProbeOutputs.of(converted.run, torch.from_numpy(images))
         exact = compute_reference(
             trained.deployed, images, outputs, options.precision, converted.gate

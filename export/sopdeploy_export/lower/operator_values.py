@@ -176,8 +176,8 @@ def _mark_wrong(
 ) -> Tensor:
     """Mark the elements of *result* that differ from *expected*; all of them if the shapes differ.
 
-    NaN does not count if no operand can be infinite or NaN in the network, and neither do sums
-    that overflow.
+    Of an elementwise chain, NaN does not count if no operand can be infinite or NaN in the network.
+    Of another chain, sums that overflow do not count.
     """
     if result.shape != expected.shape:
         return torch.tensor(True)

@@ -170,9 +170,9 @@ class ParityReport(StrictModel):
 
 
 def compare_routes(
-    exact: NDArray[Any], rounded: NDArray[Any], chosen: int, floors: float
+    exact: NDArray[Any], rounded: NDArray[Any], num_chosen: int, floors: float
 ) -> RoutingParity:
-    """Find the images whose route, the *chosen* components of the largest gate logits, can be compared.
+    """Find the images whose route can be compared: the *num_chosen* components of the largest gate logits.
 
     *exact* and *rounded* are the gate logits (P, N) of P images and N components, in float64 and
     in the exported precision. The noise floor is their largest difference, or four roundings of
@@ -181,13 +181,13 @@ def compare_routes(
     noise = max(
         FOUR_ROUNDINGS * float(np.abs(exact).max()), float(np.abs(rounded - exact).max())
     )
-    is_decided_P = mark_decided(exact, chosen, floors * noise)
+    is_decided_P = mark_decided(exact, num_chosen, floors * noise)
 
     # The decided images are compared or, if there are none, those with the same route.
     is_compared_P = is_decided_P
     if not is_decided_P.any():
-        same = _routes(exact, chosen) == _routes(rounded, chosen)
-        is_compared_P = same.all(axis=1)
+        is_same = _routes(exact, num_chosen) == _routes(rounded, num_chosen)
+        is_compared_P = is_same.all(axis=1)
 
     return RoutingParity(
         noise_floor=noise,
@@ -197,11 +197,11 @@ def compare_routes(
     )
 
 
-def _routes(logits: NDArray[Any], chosen: int) -> NDArray[np.intp]:
-    """Return the *chosen* components (P, chosen) of the largest gate logits (P, N), in ascending order."""
+def _routes(logits: NDArray[Any], num_chosen: int) -> NDArray[np.intp]:
+    """Return the components of the *num_chosen* largest gate *logits* (P, N), ascending (P, num_chosen)."""
     # A stable sort resolves ties in favor of the lower index, as the gate does.
     ranking = np.argsort(-logits, axis=1, kind="stable")
-    return np.sort(ranking[:, :chosen], axis=1)
+    return np.sort(ranking[:, :num_chosen], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,7 +247,7 @@ def compute_reference(
         routing = compare_routes(
             exact=exact_gate,
             rounded=gate_logits(deployed, pixels) if gate is None else gate(pixels),
-            chosen=gate_layer.chosen,
+            num_chosen=gate_layer.chosen,
             floors=FLOORS_BY_PRECISION[precision],
         )
     is_compared_P = compared_images(routing, len(images))

@@ -152,7 +152,7 @@ def _check_behind(run: Run, parts: tuple[str, ...]) -> None:
 
 @contextmanager
 def other_values(tensors_to_change: Sequence[Tensor]) -> Iterator[None]:
-    """Fill tensors in the block: with random numbers from 0 to 1, integers and truth values with 1."""
+    """Fill tensors with random numbers from 0 to 1, integers and truth values with 1, for the block."""
     generator = torch.Generator().manual_seed(_SEED)
     saved = [tensor.detach().clone() for tensor in tensors_to_change]
 
@@ -276,17 +276,20 @@ def find_shared_rests(trained: Compared, unneeded: tuple[str, ...]) -> dict[str,
     shared_rests = {}
 
     for part in sorted({name.rpartition(".")[0] for name in unneeded} - {""}):
-        inside = {name for name in trained.needed if is_in(name, part)}
-        other_names = {
+        outside_by_address = {
             address(tensor): name
             for name, tensor in trained.tensors.items()
             if not is_in(name, part)
         }
-        rest = {
-            name: other_names.get(address(trained.tensors[name])) for name in sorted(inside)
+
+        # What the outputs need of the part, with the names of the same tensors outside of it.
+        needed_inside = sorted(name for name in trained.needed if is_in(name, part))
+        outside_names = {
+            name: outside_by_address.get(address(trained.tensors[name]))
+            for name in needed_inside
         }
-        if rest and all(rest.values()):
-            name = next(iter(rest))
-            shared_rests[part] = f"{name} is {rest[name]}"
+        if needed_inside and all(outside_names.values()):
+            first = needed_inside[0]
+            shared_rests[part] = f"{first} is {outside_names[first]}"
 
     return shared_rests
