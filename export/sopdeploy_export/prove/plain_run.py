@@ -119,7 +119,7 @@ class Recorder:
             results = tuple(map(flow.known_by, outputs))
             values = tuple(output.clone() for output in outputs)
 
-        # What something else than this function still holds is left for later runs.
+        # What is still held now, by the network or its code, is left for later runs.
         del outputs, images
         flow.leave()
         run = Run(flow, results, values)

@@ -76,25 +76,7 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
     Also raises it if a tensor of *parts* shares its memory with a kept one, or with a constant of
     the graph.
     """
-    network = trained.network
-
-    # Shared memory. The message proposes a child of the part that shares nothing, if there is one.
-    shared = find_shared(trained.tensors, parts)
-    if shared is not None:
-        name, kept_name = shared
-        part = next(part for part in parts if is_in(name, part))
-        submodules = network.get_submodule(part)._modules if part != name else {}
-        children = [f"{part}.{submodule}" for submodule in submodules]
-        unshared = [
-            child
-            for child in children
-            if has_tensors(network, (child,)) and not find_shared(trained.tensors, (child,))
-        ]
-        raise CertificateError(
-            f"{name} was removed but shares its memory with {kept_name}, which was kept; name "
-            "only what is in a part alone",
-            remedies={"training_only": unshared[0]} if unshared else {},
-        )
+    _refuse_shared_memory(trained, parts)
 
     # Tensors that the outputs depend on; then modules whose operations they depend on.
     tensor_names = sorted(name for name in trained.needed if is_in(name, *parts))
@@ -103,7 +85,7 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
             f"the outputs depend on {shorten(tensor_names)}; omit what holds them",
             setting="training_only",
         )
-    module_names = sorted(trained.root.modules & removed_modules(network, parts))
+    module_names = sorted(trained.root.modules & removed_modules(trained.network, parts))
     if module_names:
         raise CertificateError(
             f"the outputs depend on operations of {shorten(module_names)}: a removed part changes a "
@@ -122,6 +104,34 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
                     f"the outputs depend on {name}, which is removed, by a view of its memory; keep it",
                     setting="training_only",
                 )
+
+
+def _refuse_shared_memory(trained: Compared, parts: tuple[str, ...]) -> None:
+    """Raise `CertificateError` if a tensor of *parts* shares its memory with a kept tensor of *trained*.
+
+    The error proposes a child of the part that shares nothing, if there is one.
+    """
+    shared = find_shared(trained.tensors, parts)
+    if shared is None:
+        return
+    name, kept_name = shared
+
+    network = trained.network
+    part = next(part for part in parts if is_in(name, part))
+    submodules = (
+        network.get_submodule(part)._modules if part != name else {}
+    )  # a tensor has none
+    children = [f"{part}.{submodule}" for submodule in submodules]
+    unshared = [
+        child
+        for child in children
+        if has_tensors(network, (child,)) and not find_shared(trained.tensors, (child,))
+    ]
+    raise CertificateError(
+        f"{name} was removed but shares its memory with {kept_name}, which was kept; name "
+        "only what is in a part alone",
+        remedies={"training_only": unshared[0]} if unshared else {},
+    )
 
 
 def removed_modules(network: nn.Module, parts: Sequence[str]) -> set[str]:

@@ -48,24 +48,7 @@ def network_builder(
     options; the created function raises `ConfigError` if the network cannot be built.
     """
     invalid = partial(ConfigError, setting=setting, value=import_path)
-    if not all(import_path.partition(":")):  # the module, the colon or the callable is missing
-        raise invalid("write package.module:callable, as in torchvision.models:googlenet")
-
-    # Import it, also from the current folder, as `python -m` does.
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        builder = pkgutil.resolve_name(import_path)
-    except (Exception, SystemExit) as error:  # importing runs the user's code
-        reason = first_line(error)
-        raise invalid(
-            f"cannot be imported ({reason}); {_advise_import(import_path, error)}"
-        ) from error
-    if not callable(builder):
-        raise invalid(
-            f"is a {type(builder).__name__}, not a function or a class; name one of these"
-        )
-
+    builder = _import_callable(import_path, invalid)
     options = dict(map(parse_option, option_texts))
     _check_option_values(builder, options, import_path)
 
@@ -85,6 +68,32 @@ def network_builder(
         return network
 
     return build
+
+
+def _import_callable(
+    import_path: str, invalid: Callable[[str], ConfigError]
+) -> Callable[..., Any]:
+    """Import *import_path*, `package.module:callable`, also from the current folder, as `python -m` does.
+
+    Raises what *invalid* makes of a message if this fails.
+    """
+    if not all(import_path.partition(":")):  # the module, the colon or the callable is missing
+        raise invalid("write package.module:callable, as in torchvision.models:googlenet")
+
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        imported: Any = pkgutil.resolve_name(import_path)
+    except (Exception, SystemExit) as error:  # importing runs the user's code
+        reason = first_line(error)
+        raise invalid(
+            f"cannot be imported ({reason}); {_advise_import(import_path, error)}"
+        ) from error
+    if not callable(imported):
+        raise invalid(
+            f"is a {type(imported).__name__}, not a function or a class; name one of these"
+        )
+    return imported
 
 
 def _advise_import(import_path: str, error: BaseException) -> str:
