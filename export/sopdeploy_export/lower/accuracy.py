@@ -87,7 +87,7 @@ class AccuracyCheck:
             self._labeled = open_evaluation_images(options.evaluate, subject.labels)
 
     def measure(self, float32: onnx.ModelProto, exported: InferenceSession) -> Accuracy:
-        """Compare the graphs *float32* and *exported* on the images.
+        """Compare the file that *exported* has loaded with the graph *float32*, on the images that measure.
 
         The logits of *float32* are computed in the first call and kept for later ones.
         """
@@ -188,12 +188,12 @@ def compare_top_classes(
     this loss.
     """
     count = len(float32)
-    agree = int((float32 == exported).sum())
+    num_agreeing = int((float32 == exported).sum())
 
     before: float | None = None
     after: float | None = None
     if truth is None:
-        drop = 1 - agree / count
+        drop = 1 - num_agreeing / count
     else:
         before = float((float32 == truth).mean())
         after = float((exported == truth).mean())
@@ -203,7 +203,7 @@ def compare_top_classes(
         num_images=count,
         before=before,
         after=after,
-        num_agreeing=agree,
+        num_agreeing=num_agreeing,
         drop=round(100 * drop, 6),
     )
 

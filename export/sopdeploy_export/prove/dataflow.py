@@ -282,8 +282,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 is_random=is_random,
             )
 
-        # Compiled code, such as TorchScript's, hides its call from `FunctionReads`, which would
-        # take this one for a call of the network's code.
+        # `FunctionReads` must not see this call. Compiled code, such as TorchScript's, hides its own
+        # call from it, so it would take this one for a call of the network's code.
         with torch._C.DisableTorchFunction():
             if self._known_layouts is None or not of_image:
                 result = self._run(func, operands, operator, args, kwargs)
@@ -362,7 +362,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if len(written) == len(returned) == 1:
                 return values[written[0]]
 
-        # Other operators that write, views, and checks, which return nothing, do run.
+        # Other operators that write, and those that make no new tensor, views and checks, do run.
         if func._schema.is_mutable or None not in returned:
             return func(*args, **kwargs)
 

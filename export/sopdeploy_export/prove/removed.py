@@ -118,9 +118,8 @@ def _refuse_shared_memory(trained: Compared, parts: tuple[str, ...]) -> None:
 
     network = trained.network
     part = next(part for part in parts if is_in(name, part))
-    submodules = (
-        network.get_submodule(part)._modules if part != name else {}
-    )  # a tensor has none
+    is_tensor = part == name
+    submodules = {} if is_tensor else network.get_submodule(part)._modules
     children = [f"{part}.{submodule}" for submodule in submodules]
     unshared = [
         child
@@ -151,6 +150,7 @@ def _check_behind(run: Run, parts: tuple[str, ...]) -> None:
     prefixed = [f"{NETWORK_PREFIX}{part}" for part in parts]
     for result in run.results:
         for operator in run.flow.behind(result).values():
+            # Stored tensors are known by their names.
             names = [name for name in operator.operands if is_in(name, *prefixed)]
             if names or is_in(operator.module, *parts):
                 cause = names[0].removeprefix(NETWORK_PREFIX) if names else operator.module
