@@ -175,7 +175,7 @@ def _stack_components(tensors: dict[str, Tensor], num_components: int) -> list[i
     and so are the second ones.
     """
     widths: list[int] = []
-    for letter in "abcdefgh":  # a component has at most 8 convolutions, and mostly fewer
+    for letter in "abcdefgh":  # of up to 8 convolutions
         if f"CM_1_{letter}.weight" in tensors:
             numbers = range(1, num_components + 1)
             kernels = [tensors.pop(f"CM_{number}_{letter}.weight") for number in numbers]
