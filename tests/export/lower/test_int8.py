@@ -21,7 +21,7 @@ from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.lower.accuracy import (
     AccuracyCheck,
     calibration_images,
-    choose_measured,
+    choose_held_out,
     compare_top_classes,
     logit_deviation,
 )
@@ -266,7 +266,7 @@ def test_agreement_is_measured_on_images_that_did_not_calibrate(
 ) -> None:
     (tmp_path / "repeated").mkdir()
     loaded = calibration_images(painted(tmp_path / "repeated", 80), preprocess)
-    measured = choose_measured(loaded)
+    measured = choose_held_out(loaded)
     assert int(measured.sum()) == 20
     sides = [{image.tobytes() for image in loaded[mask]} for mask in (measured, ~measured)]
     assert not sides[0] & sides[1]
