@@ -70,9 +70,9 @@ SET_VMA = 0x53564D41  # PR_SET_VMA: the name of memory
 
 
 def argument_rules(process: int, *, threads: bool) -> tuple[AllowedValues, ...]:
-    """List the system calls that *process* may use with certain arguments only; with *threads*, or without.
+    """List the system calls that *process* may use with certain arguments only.
 
-    No value of `clone` starts a process.
+    With *threads*, `clone` may start a thread; it may never start a process.
     """
     return (
         AllowedValues(

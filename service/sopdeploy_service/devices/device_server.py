@@ -80,7 +80,8 @@ class DeviceServer(DrainingServer):
 
     def _report(self) -> None:
         """Report the `Status` of this process to the supervisor."""
-        num_open = len(self.server_state.connections) + len(self._tasks)  # those being accepted
+        # With connections that are being accepted, which are tasks.
+        num_open = len(self.server_state.connections) + len(self._tasks)
         registry = self._service.registry
         channels = registry.open_channels if isinstance(registry, RemoteRegistry) else ()
         has = frozenset((*channels, self._keys_number))
@@ -163,6 +164,7 @@ class DeviceServer(DrainingServer):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Get no more connections, and serve those that are on their way."""
+        # The supervisor then sends what waits, and closes its end.
         self._supervisor.shutdown(socket.SHUT_WR)
         await self._supervisor_left.wait()
         if self._tasks:

@@ -279,7 +279,7 @@ class Engine:
             if message.kind == control.SEND_METRICS:
                 page = generate_latest(self.registry.metrics.registry)
                 start_task(self._tasks, control.send_metrics(file, page))
-            else:
+            else:  # `CHANNEL`: an engine gets no other files
                 number, name = control.parse_channel(message.rest)
                 connection = socket.socket(fileno=file)
                 start_task(self._tasks, self.connect(name, connection, number))

@@ -135,7 +135,8 @@ class DriftMonitor:
     def offer(self, model: Model, image: object, prediction: Prediction) -> None:
         """Take the answer of *model*, the one that is served now, if a block is being taken or due.
 
-        *image* is a file, as bytes, or pixels.
+        The first answer of another bundle is not taken: it lets this bundle run on the images of
+        the earlier ones. *image* is a file, as bytes, or pixels.
         """
         traffic = self._traffic.get(model.name) or self._open(model)
         if traffic.is_busy:
@@ -195,6 +196,8 @@ class DriftMonitor:
     async def _close_block(self, traffic: Traffic) -> None:
         """Add the block that is complete, and compare the window if it is due."""
         block = await asyncio.to_thread(make_block, traffic, traffic.seen)
+
+        # The window begins when the reference is complete.
         if len(traffic.reference) < NUM_BLOCKS and not traffic.window:
             traffic.reference.append(block)
         else:
@@ -205,15 +208,13 @@ class DriftMonitor:
         if len(traffic.window) == NUM_BLOCKS and traffic.num_untested >= TEST_BLOCKS:
             traffic.num_untested = 0
             traffic.comparisons = await asyncio.to_thread(compare_traffic, traffic)
-            self._report(traffic)
+            self._log_alarms(traffic)
+            if not traffic.was_alarm:
+                renew_reference(traffic)
         self._publish(traffic)
 
-    def _report(self, traffic: Traffic) -> None:
-        """Log when an alarm begins or ends.
-
-        If there is none, and the reference has answers of an earlier bundle, the window becomes
-        the reference.
-        """
+    def _log_alarms(self, traffic: Traffic) -> None:
+        """Log when an alarm begins or ends, as the last comparison shows."""
         alarms = describe_alarms(traffic.comparisons)
         if alarms and not traffic.was_alarm:
             log.warning(
@@ -226,10 +227,6 @@ class DriftMonitor:
         if traffic.was_alarm and not alarms:
             log.info("%s: no drift any more", traffic.name)
         traffic.was_alarm = bool(alarms)
-
-        if not alarms and any(block.version != traffic.version for block in traffic.reference):
-            traffic.reference = list(traffic.window)
-            traffic.window.clear()
 
     async def _replace(self, traffic: Traffic, model: Model) -> None:
         """Make the newest answers the reference of *model*, a new bundle, which runs on their images."""
@@ -250,6 +247,7 @@ class DriftMonitor:
         seen = list[Seen]()
         for block, left_out in zip(traffic.reference, are_labelled, strict=True):
             images = await asyncio.to_thread(read_inputs, block)
+            # A block whose file is missing or damaged has no images.
             for image, identity, is_left_out in zip(
                 images, block.identities.tolist(), left_out.tolist(), strict=False
             ):
@@ -423,6 +421,13 @@ def find_labelled(blocks: Sequence[Block], folder: Path | None) -> list[NDArray[
         return near_N
 
     return [resemble_labelled(block.near_hashes) for block in blocks]
+
+
+def renew_reference(traffic: Traffic) -> None:
+    """Make the window the reference, if that has answers of an earlier bundle: then answers compare, too."""
+    if any(block.version != traffic.version for block in traffic.reference):
+        traffic.reference = list(traffic.window)
+        traffic.window.clear()
 
 
 def compare_traffic(traffic: Traffic) -> dict[str, Comparison]:

@@ -471,7 +471,7 @@ class Service:
                 outcomes = await self.infer(ready, pixels[None], deadline)
         except RejectedError:
             return None
-        [outcome] = outcomes
+        outcome = outcomes[0]
         return outcome.outputs[model.logits_name] if isinstance(outcome, Prediction) else None
 
     async def explain(

@@ -213,7 +213,7 @@ class KeptFolder:
             self.expire()
 
     def has_duplicate(self, name: str, record: KeptRecord) -> bool:
-        """Tell whether the file *name*, without suffix, is kept as *record* says, or a near-duplicate of it.
+        """Tell whether the file *name*, without suffix, is kept as *record* says, or a near-duplicate is kept.
 
         Those of the uniform sample may be near-duplicates, so that it shows all photographs.
         Those that others have deleted or labelled do not count and are forgotten.

@@ -199,19 +199,21 @@ class Suggestions:
 def _find_thresholds(members: Mapping[str, Sequence[Vector]]) -> dict[str, float]:
     """Find the smallest cosine at which a class of *members* is probable, if it has `MIN_PROBABLE` vectors.
 
-    It is bounded as that of `known` (`known_threshold.bound_cosines`), by the cosines between
-    each photograph and the mean of the others of its class.
+    All classes have the same one. It is bounded as that of `known`
+    (`known_threshold.bound_cosines`), by the cosines between each photograph and the mean of the
+    others of its class.
     """
     from sopdeploy.evaluation.known_threshold import bound_cosines  # noqa: PLC0415 # with SciPy
 
     large = {name: vectors for name, vectors in members.items() if len(vectors) >= MIN_PROBABLE}
+    if not large:
+        return {}
+
     cosines = list[float]()
     for vectors in large.values():
         stacked = np.stack(vectors)
-        without = _unit(stacked.sum(axis=0) - stacked)
-        cosines += (stacked * without).sum(axis=1).tolist()
-    if not large:
-        return {}
+        means_of_others = _unit(stacked.sum(axis=0) - stacked)
+        cosines += (stacked * means_of_others).sum(axis=1).tolist()
     return dict.fromkeys(large, bound_cosines(np.asarray(cosines), ACCEPTS).value)
 
 
