@@ -311,11 +311,12 @@ def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
         if option.startswith("--")
     ]
 
-    # A word that means the GPU, or one that is like the name of a setting.
-    key = name.lstrip("-").replace("-", "_")
-    means_gpu = key in {"gpu", "cuda", "device", "gpus"}
     if close := difflib.get_close_matches(name, options, n=1, cutoff=0.8):
         return f"; did you mean {close[0]}?"
+
+    # The setting of a server or of a recipe: that of the device, or one with a similar name.
+    key = name.lstrip("-").replace("-", "_")
+    means_gpu = key in {"gpu", "cuda", "device", "gpus"}
     if "--setting" in options:
         from sopdeploy_service.settings import Settings
 

@@ -52,7 +52,8 @@ def scores_of_bundle(
     target_labels = labels if multi_label else sorted_labels
     images = open_evaluation_images(data, target_labels, multi_label=multi_label, log=log)
 
-    # Photographs that trained the network make its scores too good.
+    # Photographs that trained the network make its scores too good. A full record has the hashes
+    # of some training images only.
     origin = loaded.bundle.manifest.origin
     if origin is not None:
         is_sample = len(origin.sample) == SAMPLED

@@ -95,7 +95,8 @@ def compare(
     """
     settings = load_settings()
 
-    # `latest` is the last export here, even if another bundle is live.
+    # The folders to which the links lead: without this, `load_model` would take `latest` for the
+    # live bundle of the project, which is what new bundles are compared with.
     pair = [load_model(Path(os.path.realpath(path)), settings) for path in (first, second)]
 
     return compare_loaded(

@@ -172,7 +172,7 @@ def _move_back(link: Path) -> Promotion:
     all_moves = [move for move in read_promotions(link) if not move.refused]
     moves = [move for move in all_moves if move.after == live]
 
-    # Oldest first; before the first bundle, none was live.
+    # The bundles before it, the oldest first; before the first bundle of all, none was live.
     previous = [move.before for move in moves if move.before]
     if not previous:
         log = link.with_name(LOG)

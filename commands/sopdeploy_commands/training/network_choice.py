@@ -144,11 +144,12 @@ def choose_network(
 
     scores = []
     for name, speed in speeds.items():
+        is_validated = name in validated  # each fast one that has its weights
         score = NetworkScore(
             name=name,
             **speed._asdict(),
-            score=validated[name].score if name in validated else None,
-            has_weights=name in validated or name not in fast,
+            score=validated[name].score if is_validated else None,
+            has_weights=is_validated or name not in fast,
             chosen=name == chosen,
         )
         scores.append(score)

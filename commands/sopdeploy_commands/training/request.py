@@ -92,14 +92,13 @@ class TrainOptions(Options):
             raise ConfigError(
                 "not with resume, which continues the network of a run", setting=setting
             )
-        all_changes = [*changes, *settings.items()]
-        tables = [
-            value for key, value in all_changes if key == "model" and isinstance(value, Mapping)
-        ]
-        if any(key == "model.name" for key, _ in all_changes) or any(
-            "name" in table for table in tables
-        ):
-            raise ConfigError("not with model.name, the name of one network", setting=setting)
+        for key, value in [*changes, *settings.items()]:
+            is_named_in_table = (
+                key == "model" and isinstance(value, Mapping) and "name" in value
+            )
+            if key == "model.name" or is_named_in_table:
+                message = "not with model.name, the name of one network"
+                raise ConfigError(message, setting=setting)
 
         # The list gives some networks another image size than that of their weights; *changes*
         # come after it, so they win.
@@ -151,6 +150,8 @@ class TrainOptions(Options):
             by_stem = {path.stem: str(path) for path in sorted(folder.iterdir())}
             by_network = {name: by_stem.get(file_stem(name)) for name in names}
             missing = [name for name, file in by_network.items() if file is None]
+
+            # The user wants each network of `models`; of the built-in list, those with a file.
             if missing and (self.models is not None or len(missing) == len(names)):
                 advice = f"name files like {file_stem(missing[0])}.safetensors"
                 problem = f"there are no weights of {shorten(missing)}; {advice}"
