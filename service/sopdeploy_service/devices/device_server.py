@@ -113,9 +113,12 @@ class DeviceServer(DrainingServer):
             if message.kind == control.SEND_METRICS:
                 page = generate_latest(self._service.metrics.registry)
                 start_task(self._tasks, control.send_metrics(file, page))
-            elif message.kind == control.PAGE:
-                if self._page is not None and not self._page.done():
-                    self._page.set_result(read_memory(file))
+            elif (
+                message.kind == control.PAGE
+                and self._page is not None
+                and not self._page.done()
+            ):
+                self._page.set_result(read_memory(file))
             elif message.kind == control.CHANNEL and isinstance(registry, RemoteRegistry):
                 number, engine = control.parse_channel(message.rest)
                 connection = socket.socket(fileno=file)
@@ -124,7 +127,7 @@ class DeviceServer(DrainingServer):
                 self._keeper.connect(socket.socket(fileno=file))
             elif message.kind == control.CLIENT:
                 start_task(self._tasks, self.serve_connections([socket.socket(fileno=file)]))
-            else:
+            else:  # also a page that is late
                 os.close(file)
 
         self._report()
