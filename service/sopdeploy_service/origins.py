@@ -189,7 +189,7 @@ class OwnOrigins:
             if not is_test and not is_among(host, self._own, or_address=True):
                 return f"requests for {host[:100]!r}"
 
-        # A page of another site sends its origin, or in newer browsers tells where it is.
+        # A page of another site sends its origin.
         origin = headers.get("origin")
         if origin is not None:
             if self._all_pages:
@@ -199,6 +199,8 @@ class OwnOrigins:
             is_own_origin = scheme in schemes and host in hosts
             if not is_own_origin:
                 return "" if is_among(origin, self._pages) else FOREIGN_PAGES
+
+        # Newer browsers also tell whether the page is of this site.
         is_own_page = is_link or headers.get("sec-fetch-site") in {None, "none", "same-origin"}
         return "" if is_own_page else FOREIGN_PAGES
 

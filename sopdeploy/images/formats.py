@@ -158,7 +158,7 @@ def _jpeg_orientation_info(body: bytes) -> dict[str, bytes]:
 
 
 def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of the chunks that `without_metadata` leaves out."""
+    """Yield begin and end of the chunks that `without_metadata` leaves out, also of damaged ones."""
     # Chunks follow the signature. Texts may be unpacked up to a number of bytes.
     begin = 8
     remaining = MAX_TEXT
@@ -174,7 +174,9 @@ def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
         if name[:1].islower():
             is_needed = name == b"eXIf"
             if name == b"tRNS":
-                is_needed = content.stop - content.start >= TRANSPARENCY_BYTES.get(body[25], 0)
+                color_type = body[25]  # in the first chunk
+                least = TRANSPARENCY_BYTES.get(color_type, 0)
+                is_needed = content.stop - content.start >= least
             elif (
                 name in {b"tEXt", b"zTXt", b"iTXt"}
                 and remaining

@@ -363,8 +363,8 @@ class Decoders:
         """Decode *image* of *client*, a key or address that shares the children for large images.
 
         Raises `ImageError`, and `RejectedError` if its children end, if none is free before
-        *deadline*, or if too many large images wait; those without a client, of the server
-        itself, are never refused.
+        *deadline*, or if too many large images wait. Images without a client are those of the
+        server itself, and never too many.
         """
         # Refuse by the first bytes what no decoder accepts.
         if not image:

@@ -373,8 +373,8 @@ class Service:
 
         Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`,
         *client* the key or address that shares the decoders for large images; *features*
-        requests the embedding, and only images that are *traffic* may be kept and count for the
-        drift. Cancelling the call removes its images from the queue; call `check_queue` before.
+        requests the embedding. Only with *traffic*, images may be kept and count for the drift.
+        Cancelling the call removes its images from the queue; call `check_queue` before.
         Raises `RejectedError` if all images miss the deadline or find too many others waiting
         for a decoder.
         """
@@ -407,7 +407,7 @@ class Service:
         if traffic is None:
             return outcomes
 
-        # Keep the images that clients have sent encoded, if the server keeps any.
+        # Answers count for the drift, and images that clients have sent encoded may be kept.
         for image, outcome in zip(images, outcomes, strict=True):
             if not isinstance(outcome, Prediction):
                 continue

@@ -104,7 +104,7 @@ def load_registry(
     settings: Settings,
     on_progress: Callable[[], object] = lambda: None,
 ) -> "ModelRegistry":
-    """Load the bundles at *sources* in the time that *settings* allow; call *on_progress* for each."""
+    """Load the bundles at *sources* in the time that *settings* allow; *on_progress* is called before each."""
 
     def read(_name: str, path: Path, manifest: Manifest) -> Bundle:
         # With a memory budget, the graphs are hashed only, and read again when they are loaded.

@@ -389,8 +389,12 @@ class KeptFolder:
 
 
 def _lock_folder(path: Path) -> int:
-    """Lock the folder at *path* for this process; return the lock's file descriptor."""
-    # Checked before the lock file exists: a process that is killed now leaves none.
+    """Lock the folder at *path* for this process; return the lock's file descriptor.
+
+    Raises `ConfigError` and `StorageError` as `KeptFolder` does.
+    """
+    # Checked before the lock file exists: if this process is killed here, the next one checks
+    # again.
     is_new = not (path / LOCK).exists()
     if is_new and any(file.suffix in _SUFFIXES for file in _find_incomplete(path)):
         raise ConfigError(
