@@ -168,8 +168,14 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
                 manifest.image_shape
             )
             logits = np.array(example.logits, np.float32).reshape(len(bundle.labels))
-            jpeg = bundle.contents[example.jpeg]
-            examples.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
+            golden = Golden(
+                name=example.jpeg,
+                jpeg=bundle.contents[example.jpeg],
+                pixels=pixels,
+                logits=logits,
+                tolerance=index.tolerance,
+            )
+            examples.append(golden)
 
         logit_tolerance = read_probes(bundle).tolerance[manifest.outputs[0].name]
         # With a larger tolerance, a wrong runtime could pass.

@@ -233,9 +233,9 @@ def _record_and_move(
 ) -> Promotion:
     """Record the move of *link* from *before* to *after*, then make it; a *refused* one is only recorded.
 
-    The line of a move that fails is removed. Raises `ConfigError` if *link* no longer leads to
-    *before*, and `BundleError` if *after* has no longer the files of *manifest*, which were
-    loaded and compared.
+    The line has `MAX_LINE` characters of the *reason* at most; that of a move that fails is
+    removed. Raises `ConfigError` if *link* no longer leads to *before*, and `BundleError` if
+    *after* has no longer the files of *manifest*, which were loaded and compared.
     """
     # A container may have no name for the user.
     user = os.environ.get("USER") or str(os.getuid())

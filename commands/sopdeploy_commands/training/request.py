@@ -225,12 +225,12 @@ def read_changes(
     }
 
     return RecipeChanges(
-        source,
-        None if options.from_ is not None else read_values(source),
-        recipe is not None,
-        options.networks_to_train([*map(parse_override, options.set)], settings),
-        settings,
-        {key: value for key, value in set_by_options.items() if value is not None},
+        source=source,
+        values=None if options.from_ is not None else read_values(source),
+        is_named=recipe is not None,
+        networks=options.networks_to_train([*map(parse_override, options.set)], settings),
+        settings=settings,
+        options={key: value for key, value in set_by_options.items() if value is not None},
     )
 
 

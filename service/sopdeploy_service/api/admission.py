@@ -224,7 +224,15 @@ async def admit(
 
         with service.registry.use(model), service.uploads.open(client) as body:
             admitted = AdmittedRequest(
-                request, service, context, model, body, started, timeout, started, deadline
+                request=request,
+                service=service,
+                context=context,
+                model=model,
+                body=body,
+                started=started,
+                timeout=timeout,
+                received=started,  # until `end_upload`
+                deadline=deadline,
             )
 
             if not model.is_loaded:

@@ -281,10 +281,14 @@ def list_devices(settings: Settings) -> list[Process]:
         if device != "cpu" and settings.decoders == "auto":
             changed["decoders"] = decoders
 
-        variables = visible_devices(device) if device != ANY_DEVICE else {}
-        processes.append(
-            Process(name, variables, settings.model_copy(update=changed), device, position)
+        process = Process(
+            name=name,
+            variables=visible_devices(device) if device != ANY_DEVICE else {},
+            settings=settings.model_copy(update=changed),
+            device=device,
+            position=position,
         )
+        processes.append(process)
     return processes
 
 
@@ -297,7 +301,14 @@ def list_front_ends(settings: Settings) -> list[Process]:
 
     own = settings.model_copy(update=changed)
     return [
-        Process(f"front-{number}", {VISIBLE: ""}, own, None, number) for number in range(count)
+        Process(
+            name=f"front-{number}",
+            variables={VISIBLE: ""},  # no GPU
+            settings=own,
+            device=None,
+            position=number,
+        )
+        for number in range(count)
     ]
 
 

@@ -440,17 +440,22 @@ class Decoders:
         # Otherwise, run it in a child for large images. If it took too long for a light one, it
         # counts as one of the largest.
         is_slow = light_end is not None and is_fault_of_image(light_end)
-        has_crashed = light_end is not None and not is_slow
-        request_large = partial(make_request, pixels=max_pixels if is_slow else pixels)
+        if is_slow:
+            pixels = max_pixels
         group = None if client is None else (client, is_slow)
-        num_tries = 1 if has_crashed else 2
+        has_crashed = light_end is not None and not is_slow
 
-        reply, large_busy = await self._run_large(request_large, group, deadline, num_tries)
+        reply, large_busy = await self._run_large(
+            partial(make_request, pixels=pixels),
+            group,
+            deadline,
+            num_tries=1 if has_crashed else 2,
+        )
         return reply, light_busy + large_busy
 
     async def _run_large(
         self,
-        make_request: Callable[["asyncio.Future[object]"], Request],
+        make_request: Callable[["asyncio.Future[Any]"], Request],
         group: Group,
         deadline: float,
         num_tries: int,

@@ -289,11 +289,11 @@ def make_block(traffic: Traffic, seen: Sequence[Seen]) -> Block:
     measures = np.stack([measure_image(answer.pixels) for answer in seen])
     hashes = [int(near_hash(answer.pixels), 16) for answer in seen]
     block = Block(
-        traffic.version,
-        Answers.of(np.stack([answer.logits for answer in seen]), measures),
-        np.asarray([answer.identity for answer in seen]),
-        np.asarray(hashes, np.uint64),
-        np.asarray([answer.is_worth for answer in seen]),
+        version=traffic.version,
+        answers=Answers.of(np.stack([answer.logits for answer in seen]), measures),
+        identities=np.asarray([answer.identity for answer in seen]),
+        near_hashes=np.asarray(hashes, np.uint64),
+        are_worth=np.asarray([answer.is_worth for answer in seen]),
     )
     if traffic.folder is None:
         return block
@@ -332,12 +332,12 @@ def read_block(path: Path) -> Block:
     """Read a block without its images; raises one of `DAMAGED` for a damaged file."""
     with np.load(io.BytesIO(read_file(path, MAX_IMAGE_BYTES)), allow_pickle=False) as arrays:
         return Block(
-            str(arrays["version"]),
-            Answers(*(arrays[name] for name in Answers._fields)),
-            arrays["identities"],
-            arrays["near_hashes"],
-            arrays["are_worth"],
-            path,
+            version=str(arrays["version"]),
+            answers=Answers(*(arrays[name] for name in Answers._fields)),
+            identities=arrays["identities"],
+            near_hashes=arrays["near_hashes"],
+            are_worth=arrays["are_worth"],
+            path=path,
         )
 
 
