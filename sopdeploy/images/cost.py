@@ -100,6 +100,8 @@ def _jpeg_fields(body: bytes) -> tuple[int, int, int]:
         marker = body[position + 1]
         length = int.from_bytes(body[position + 2 : position + 4])
 
+        # Behind its marker, length and precision, a frame has height, width and number of
+        # components.
         if marker in FRAMES:
             height, width = (
                 int.from_bytes(body[position + at : position + at + 2]) for at in (5, 7)

@@ -69,7 +69,7 @@ class TimmConfig(StrictModel):
                 self.backbone, **options, **sizes
             )
         except (AssertionError, NotImplementedError, TypeError) as error:
-            if not options:
+            if not options:  # timm cannot build its own network
                 raise
             raise ConfigError(
                 f"timm:{self.backbone}: {', '.join(set_options)}: {first_line(error)}; leave them out"

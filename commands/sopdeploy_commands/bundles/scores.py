@@ -98,7 +98,7 @@ def logits_of_images(
         except ImageError as error:
             raise DataError(f"{path}: {error}; repair or remove it") from error
 
-        # A user's view of an image and, with `mirror`, of its mirror image count as much.
+        # The image and, with *mirror*, its mirror image, of whose logits the mean counts.
         views = [pixels, np.ascontiguousarray(pixels[:, ::-1])] if mirror else [pixels]
         with translating_errors(loaded.runtime):
             logits = [

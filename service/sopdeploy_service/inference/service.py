@@ -210,7 +210,7 @@ class Traffic(NamedTuple):
     reported: str | None = None
 
 
-# Keeps an image if it is worth a label.
+# Keeps an image if it is worth a label; the text is the class of `Traffic.reported`.
 KeepImage: TypeAlias = Callable[[Model, bytes, Prediction, str | None], None]
 
 
@@ -223,11 +223,10 @@ class Service:
         self.registry = registry
         self.metrics = registry.metrics
         self.active_requests = 0  # counted by the middleware
-        # The page of all processes, if the server has several.
+        # Replaced by the page of all processes, if the server has several.
         self.metrics_page = Shared(self.make_metrics)
         self.num_front_ends = 0  # set if the server has several processes
-        # Set by the app if it keeps results; the text is a report.
-        self.keep: KeepImage | None = None
+        self.keep: KeepImage | None = None  # set by the app if it keeps photographs
         self.drift = DriftMonitor(self.metrics, self._run_for_drift)
 
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
