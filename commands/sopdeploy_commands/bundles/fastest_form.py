@@ -61,6 +61,8 @@ def describe_fastest_form(bundle: Bundle) -> str:
     else:
         faster = f"{best.precision} with {best.runtime}: {gain:.1f} x faster on this processor"
         text = f"{faster}: {', '.join(options)}"
+
+    # Runtimes that are not installed were not measured.
     missing = [runtime for runtime in runtimes.values() if not runtime.is_set_up()]
     return text + "".join(
         f" ({install_hint(runtime.title, f'sopdeploy[{runtime.extra}]')})"

@@ -271,9 +271,8 @@ def read_request(
 
     # The images. Those of the folder are opened later if the recipe may say what is read of it.
     unknown = None if unknown_folder is None else open_unknown(unknown_folder)
-    data_of_folder = None
-    if data is not None and changes.values is not None and not changes.is_named:
-        data_of_folder = None if changes.changes_data else open_folder(data)
+    recipe_may_say = changes.values is None or changes.is_named or changes.changes_data
+    data_of_folder = None if data is None or recipe_may_say else open_folder(data)
 
     # The recipes; from here on, torch is imported.
     from sopdeploy.training.setup import open_images

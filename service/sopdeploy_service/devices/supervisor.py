@@ -482,7 +482,7 @@ class Supervisor:
                 continue
 
             # First the process with the fewest open connections; of several, the one that has
-            # got the fewest so far.
+            # got the fewest so far. If none can be sent it, it is closed.
             with connection:
                 for process in sorted(
                     accepting, key=lambda process: (process.load, process.sent)

@@ -400,8 +400,8 @@ def delete_unneeded(traffic: Traffic, keep_seconds: float) -> None:
 def find_labelled(blocks: Sequence[Block], folder: Path | None) -> list[NDArray[np.bool_]]:
     """Return, for each of *blocks*, the mask of the answers whose photographs count as labelled.
 
-    These were kept in *folder* to be trained on and are not there any more, and their
-    near-duplicates. Letters: N answers of a block, L labelled photographs.
+    A photograph is labelled if it was kept in *folder* to be trained on and is not there any
+    more; its near-duplicates count, too. Letters: N answers of a block, L labelled photographs.
     """
     if folder is None or not blocks:
         return [np.zeros(len(block.identities), np.bool_) for block in blocks]

@@ -84,8 +84,8 @@ class Suggestions:
         self._embed = embed
         self._vectors: dict[Path, Vector] = {}
 
-        # The class of each sorted photograph, and the path under which it may have a vector
-        # already.
+        # The class of each sorted photograph, and its first path, under which it may have a
+        # vector already.
         self._classes: dict[Path, tuple[str, Path]] = {}
         self._asked: set[Path] = set()
         self._num_changes = 0  # of the classes
@@ -113,7 +113,7 @@ class Suggestions:
 
         # Compute only the vectors that nobody has asked for yet.
         sorted_paths = [
-            path for path, (_, old) in self._classes.items() if old not in self._vectors
+            path for path, (_, first) in self._classes.items() if first not in self._vectors
         ]
         missing = [path for path in (*sorted_paths, *heap) if path not in self._asked]
         self._asked.update(missing)
@@ -168,8 +168,8 @@ class Suggestions:
 
         # Collect the vectors of the photographs of each class.
         members: dict[str, list[Vector]] = {name: [] for name, _ in self._classes.values()}
-        for path, (name, old) in self._classes.items():
-            if (vector := self._vectors.get(old, self._vectors.get(path))) is not None:
+        for path, (name, first) in self._classes.items():
+            if (vector := self._vectors.get(first, self._vectors.get(path))) is not None:
                 members[name].append(vector)
 
         # Compute the means, if there are enough of each class.
