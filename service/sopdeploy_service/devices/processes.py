@@ -240,7 +240,7 @@ class Process:
         if TRACED in states:
             self.silent_beats = QUIET_BEATS
 
-        # The CPU time at the begin of the watch, with which that of later beats is compared.
+        # When the watch begins, note the CPU time, with which that of later beats is compared.
         if self.silent_beats == QUIET_BEATS:
             self.silent_ticks = ticks
 

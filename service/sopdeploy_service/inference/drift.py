@@ -424,7 +424,7 @@ def find_labelled(blocks: Sequence[Block], folder: Path | None) -> list[NDArray[
 
 
 def renew_reference(traffic: Traffic) -> None:
-    """Make the window the reference, if that has answers of an earlier bundle: then answers compare, too."""
+    """Replace a reference with answers of an earlier bundle by the window, so that answers compare, too."""
     if any(block.version != traffic.version for block in traffic.reference):
         traffic.reference = list(traffic.window)
         traffic.window.clear()

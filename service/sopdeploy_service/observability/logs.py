@@ -110,7 +110,7 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
             structlog.processors.JSONRenderer(default=str),
         ]
 
-    # The log of all libraries, whose level stays at warning.
+    # The handler gets the log of this project and of libraries, whose level stays at warning.
     handler = LineQueue(file)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors)
