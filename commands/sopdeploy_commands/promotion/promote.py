@@ -159,7 +159,7 @@ def _best_of(comparison: BundleComparison, live: str, anchor: str | None, after:
     checks = {check.of: check for check in comparison.checks}
     if anchor is None or "anchor" not in checks:
         anchor = live
-        against = checks["all"]
+        against = checks["all"]  # compares with the live bundle
     else:
         against = checks["anchor"]
 

@@ -77,7 +77,7 @@ async def livez(request: Request) -> Response:
 
 @router.get("/readyz", summary="Readiness", response_model=Health)
 async def readyz(request: Request) -> Response:
-    """Return status 200 if the server accepts images, and 503 if it is draining, has no model or is dead.
+    """Return status 200 if the server accepts images, else 503; `status` says why.
 
     The probes of every bundle are replayed before the server starts to listen. `reason` names a
     bundle whose folder was deleted or cannot be read: a restarted process cannot load it.

@@ -188,7 +188,7 @@ def main() -> int:
                 return run_device(config, supervisor)
 
             registry = RemoteRegistry([wait_for_channel(supervisor)], config.settings)
-            return serve_http(config, registry, supervisor, {})
+            return serve_http(config, registry, supervisor, links={})
     except SopdeployError as problem:
         if config.device is None:
             where = f"front end {config.name}: "

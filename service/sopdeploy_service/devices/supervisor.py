@@ -502,7 +502,10 @@ class Supervisor:
         self._pass_on()
 
     async def _replace_failing(self) -> None:
-        """Replace each process that cannot work; time in which this process is paused does not count."""
+        """Replace each process that cannot work.
+
+        Beats are counted, not seconds, so that time in which this process is paused has no effect.
+        """
         seconds = load_seconds(self._settings)
         while True:
             await asyncio.sleep(BEAT_SECONDS)

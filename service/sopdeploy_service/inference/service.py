@@ -291,6 +291,7 @@ class Service:
         """The health: `ok`, or why the server is not ready."""
         problem = self.registry.problem
 
+        # A dead runtime counts most: nothing can be drained.
         if problem != "runtime_dead":
             if self._draining:
                 return "draining"

@@ -323,7 +323,7 @@ class Keeper:
         if not reasons:
             return None
 
-        # The suffix is not known before the copy is made.
+        # The suffix is not known before the copy is made; until then, it is `.jpg`.
         return WorthPhoto(photo.image, _describe(photo, reasons, f"{sha256[:32]}.jpg"))
 
     def _store(self, photo: WorthPhoto) -> KeptResult | None:
