@@ -79,30 +79,29 @@ def _propose_masks(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]
     These are of one kind:
 
     - the images of equally named folders in all classes,
-    - images with the names of others and one added text, such as `_mask`,
+    - images with the names of others and one added text, such as `_mask`, or another suffix,
     - the images of a folder at the top.
     """
     kinds = defaultdict[tuple[str, str], list[Pair]](list)
     folders_of_stem = defaultdict[str, dict[str, bytes]](dict)  # one path per folder at the top
     for label, paths in images.items():
-        by_stem = defaultdict[str, list[PurePosixPath]](list)
-        by_numbers = defaultdict[str, list[PurePosixPath]](list)
+        by_stem = defaultdict[tuple[PurePosixPath, str], list[PurePosixPath]](list)
+        # One image of each folder, by the numbers in names
+        by_numbers = defaultdict[str, dict[PurePosixPath, PurePosixPath]](dict)
         files = [PurePosixPath(os.fsdecode(path)) for path in paths]
         for file, path in zip(files, paths, strict=True):
-            by_stem[file.stem].append(file)
-            by_numbers[_numbers(file.stem)].append(file)
+            by_stem[file.parent, file.stem].append(file)
+            by_numbers[_numbers(file.stem) or file.stem].setdefault(file.parent, file)
             folders_of_stem[file.stem].setdefault(label, path)
 
         for file in files:
-            for part in _parts(file.stem):
-                for photograph in by_stem.get(part, ()):
-                    if photograph != file and photograph.parent == file.parent:
+            for part in (file.stem, *_parts(file.stem)):
+                for photograph in by_stem.get((file.parent, part), ()):
+                    if photograph != file:
                         added = re.sub(r"\d+", "", file.stem.replace(part, "", 1))
-                        kinds["", added].append(_pair(photograph, file))
-            others = (
-                by_numbers[_numbers(file.stem)] if _numbers(file.stem) else by_stem[file.stem]
-            )
-            other = next((one for one in others if one.parent != file.parent), None)
+                        kinds["", added or file.suffix].append(_pair(photograph, file))
+            others = by_numbers[_numbers(file.stem) or file.stem].items()
+            other = next((one for folder, one in others if folder != file.parent), None)
             if other is not None:
                 kinds[_below_class(file), ""].append(_pair(other, file))
 
