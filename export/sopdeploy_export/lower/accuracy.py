@@ -32,7 +32,7 @@ MIN_DISTINCT = 32
 # Standard deviations: a quarter of the logits' variance. Trained networks measure 0.03 to 0.07
 # in int8 (docs/howto/int8.md), a file that returns the mean logits of all images 1.
 MAX_DEVIATION = 0.5
-# Of the distinct images of `calibrate`, every fourth is held out to measure
+# Without `evaluate`, every fourth of the distinct images of `calibrate` is held out to measure
 HELD_OUT_EVERY = 4
 # Root mean square difference, of 255, of the red, green and blue of thumbnails of 8 x 8 pixels
 ALIKE = 5.0
@@ -42,10 +42,9 @@ THUMBNAIL_SIDE = 8
 class AccuracyCheck:
     """Compares the top classes and the logits of graphs with those of the float32 graph.
 
-    Every fourth distinct image of `calibrate` is held out. `calibration` holds the rest, uint8
-    (P, H, W, 3); it is empty without `calibrate`. The images that measure are the labeled ones of
-    `evaluate`, or without `evaluate` those held out. With both folders, the images held out are not
-    used.
+    The images that measure are the labeled ones of `evaluate`; without that folder, every fourth
+    distinct image of `calibrate`. `calibration` holds the other images of `calibrate`, uint8
+    (P, H, W, 3); it is empty without `calibrate`.
     """
 
     def __init__(self, subject: ExportSubject, options: ExportOptions) -> None:
@@ -59,16 +58,19 @@ class AccuracyCheck:
         self._preprocess = subject.preprocess
         self._float32_logits: NDArray[np.float32] | None = None
 
-        # The images of `calibrate`: three quarters calibrate, the rest measures without `evaluate`.
+        # The images of `calibrate`: all calibrate if `evaluate` measures, else three quarters.
         self.calibration = np.empty((0, 0, 0, 3), np.uint8)
         self._held_out: NDArray[np.uint8] | None = None
         if options.calibrate is not None:
-            images = calibration_images(options.calibrate, subject.preprocess)
-            is_held_out_P = choose_held_out(images)
-            self.calibration = images[~is_held_out_P]
-            self._held_out = images[is_held_out_P]
+            self.calibration = calibration_images(options.calibrate, subject.preprocess)
+            distinct_P = number_distinct(self.calibration)
+            if options.evaluate is None:
+                # The distinct images 3, 7, 11 and so on.
+                is_held_out_P = distinct_P % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+                self._held_out = self.calibration[is_held_out_P]
+                self.calibration = self.calibration[~is_held_out_P]
 
-        # The images of `evaluate`: if the folder is given, they measure instead.
+        # The images of `evaluate`
         self._labeled: ImageFiles | None = None
         if options.evaluate is not None:
             if subject.decision is not None and subject.decision.activation == "sigmoid":
@@ -224,11 +226,11 @@ def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8
     )
 
 
-def choose_held_out(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Mark the *images*, uint8 (P, H, W, 3), to hold out of calibration: every fourth distinct one (P,).
+def number_distinct(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Number the distinct ones of *images*, uint8 (P, H, W, 3), from 0: the number of each (P,).
 
-    Images whose thumbnails are alike count as one distinct image: all are held out, or none.
-    Raises `DataError` for fewer than 32 distinct images.
+    Images whose thumbnails are alike, also through others, count as one distinct image. Raises
+    `DataError` for fewer than 32 distinct images.
     """
     # Distances (P, P) of thumbnails with D numbers.
     size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
@@ -238,17 +240,12 @@ def choose_held_out(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
         [np.sqrt(np.square(pixels_PD - pixels_D).mean(axis=1)) for pixels_D in pixels_PD]
     )
 
-    # Number the distinct images from 0. Images that are alike, also through others, get one number.
     pairs = np.argwhere(distances_PP <= ALIKE).T
     distinct_P = connect(len(images), pairs)
     count = int(distinct_P.max()) + 1
     if count < MIN_DISTINCT:
         raise DataError(
-            f"{count} distinct images, and images that are alike count once; give at least {MIN_DISTINCT}: "
-            "some calibrate, the others measure the loss",
+            f"{count} distinct images, and images that are alike count once; give at least {MIN_DISTINCT}",
             setting="calibrate",
         )
-
-    # The distinct images 3, 7, 11 and so on.
-    is_held_out_P: NDArray[np.bool_] = distinct_P % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    return is_held_out_P
+    return distinct_P
