@@ -79,7 +79,7 @@ def _propose_masks(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]
     These are of one kind:
 
     - the images of folders with one name below the classes, such as `cat/masks` and `dog/masks`,
-    - images with the names of others and one added text, such as `_mask`,
+    - images with the names of others and one added text, such as `_mask`, or another suffix,
     - the images of a folder at the top.
     """
     yield from _pair_with_other_classes(images)
@@ -87,26 +87,25 @@ def _propose_masks(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]
     # By the folder below the class, or by the added text.
     kinds = defaultdict[tuple[str, str], list[Pair]](list)
     for paths in images.values():
-        by_stem = defaultdict[str, list[PurePosixPath]](list)
-        by_numbers = defaultdict[str, list[PurePosixPath]](list)
+        by_stem = defaultdict[tuple[PurePosixPath, str], list[PurePosixPath]](list)
+        # By the numbers in names or, without any, the names: an image of each folder.
+        by_numbers = defaultdict[str, dict[PurePosixPath, PurePosixPath]](dict)
         files = [PurePosixPath(os.fsdecode(path)) for path in paths]
         for file in files:
-            by_stem[file.stem].append(file)
-            by_numbers[_numbers(file.stem)].append(file)
+            by_stem[file.parent, file.stem].append(file)
+            by_numbers[_numbers(file.stem) or file.stem].setdefault(file.parent, file)
 
         for file in files:
-            # Another image of its folder, to whose name its own one adds a text.
-            for part in _parts(file.stem):
-                for photograph in by_stem.get(part, ()):
-                    if photograph != file and photograph.parent == file.parent:
+            # Another image of its folder, to whose name its own one adds a text or another suffix.
+            for part in (file.stem, *_parts(file.stem)):
+                for photograph in by_stem.get((file.parent, part), ()):
+                    if photograph != file:
                         added = re.sub(r"\d+", "", file.stem.replace(part, "", 1))
-                        kinds["", added].append(_pair(photograph, file))
+                        kinds["", added or file.suffix].append(_pair(photograph, file))
 
             # An image of another folder with the same numbers or, without any, the same name.
-            others = (
-                by_numbers[_numbers(file.stem)] if _numbers(file.stem) else by_stem[file.stem]
-            )
-            other = next((one for one in others if one.parent != file.parent), None)
+            others = by_numbers[_numbers(file.stem) or file.stem].items()
+            other = next((one for folder, one in others if folder != file.parent), None)
             if other is not None:
                 kinds[_below_class(file), ""].append(_pair(other, file))
     yield from kinds.values()

@@ -556,6 +556,7 @@ MASKS = {
     "beside each photograph": ("a ({}).jpg", "a ({})_mask.png"),
     "several of a photograph": ("a ({}).jpg", "a ({})_mask_1.png"),
     "named before": ("{}.jpg", "mask-{}.png"),
+    "of another format": ("{}.jpg", "{}.png"),
     "in a folder beside the photographs": ("{}.jpg", "segmentation/{}.png"),
 }
 
