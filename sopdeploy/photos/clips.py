@@ -362,7 +362,10 @@ def _measure(
     nearest_NK: NDArray[np.intp],
     cosines_NK: NDArray[np.float32],
 ) -> _Measured | None:
-    """Measure *relation*; None if it is hardly more frequent than by chance, or images are too few."""
+    """Measure *relation*; None if it is hardly more frequent than by chance, or images are too few.
+
+    *nearest_NK* and *cosines_NK* are the results of `_nearest_of_class`.
+    """
     runs = relation.runs
     ranks = relation.ranks
 

@@ -139,7 +139,10 @@ def _open_parts(root: Path, max_held_out: int | None, classes_from: str) -> Open
 
 
 def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str) -> OpenedParts:
-    """Open the classes of the parts in *root*, or those in *root* itself; raises `DataError`."""
+    """Open the classes of the parts in *root*, or those in *root* itself, as `open_parts` says.
+
+    Raises `DataError`.
+    """
     parts = find_parts(root)
     folders = _find_part_folders(root, parts)
     tables = {name: table for name, folder in folders.items() if (table := find_table(folder))}
@@ -210,7 +213,10 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
 def _check_tells_classes(
     root: Path, train: "ClassListing", other_table: Path | None, classes_from: str
 ) -> None:
-    """Raise `DataError` if the training images have fewer than two classes, or doubtful ones."""
+    """Raise `DataError` if the training images have fewer than two classes, or doubtful ones.
+
+    *other_table* lists the images, but is not read; errors name it.
+    """
     images = train.images
     table_hint = f"; {describe_other_table(root, other_table)}" if other_table else ""
     if not images.labels:
@@ -371,7 +377,11 @@ def single_images(images: ImageFiles) -> Iterator[str]:
 def _describe_parts(
     root: Path, parts: Parts, used: Sequence[str], unlabelled: Mapping[str, str]
 ) -> Iterator[str]:
-    """Describe the folders of *root* that training ignores, and folders such as val that count as classes."""
+    """Describe the folders of *root* that training ignores, and folders such as val that count as classes.
+
+    *used* are the parts that it uses; *unlabelled* has the lines about held-out parts without
+    classes.
+    """
     yield from unlabelled.values()
     if parts.train:
         unused = {*parts.held_out, *parts.others} - {*used, *unlabelled}

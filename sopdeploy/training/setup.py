@@ -372,7 +372,11 @@ def open_division(recipe: Recipe, last: Checkpoint) -> Division:
 def _check_data(
     recipe: Recipe, opened: Split, division: Division, keys: Sequence[str], callback: Callback
 ) -> None:
-    """Check the images before the training; raises errors that would otherwise come after it."""
+    """Check the images before the training; raises errors that would otherwise come after it.
+
+    *opened* is what the source has, *division* what trains and is held out; *keys* are the recipe
+    keys that the user has set.
+    """
     data = division.data
     file_hashes = division.file_hashes
     if data.train.is_multi_label:

@@ -240,8 +240,9 @@ def _choose_judged(
 ) -> Indices:
     """Choose the images that the score counts: of each typical photograph, the copy with the most pixels.
 
-    With one class per image, images of a class that is one group do not count: the classifiers
-    that predict them were fitted to no image of the class.
+    *copies_N* is the photograph that each image shows. With one class per image, images of a class
+    that is one group of *groups_N* do not count: the classifiers that predict them were fitted to
+    no image of the class.
     """
     # The largest image of each group of copies. Only groups of several are opened.
     _, largest_G = np.unique(copies_N, return_index=True)
