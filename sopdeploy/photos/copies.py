@@ -136,7 +136,7 @@ def _find_candidates(
     plain_ND = np.concatenate(plain, axis=1)
 
     # The nearest images of each block: by the best view, then by plain vectors.
-    found = []  # (2, P) each
+    neighbors = []  # (2, P) each: an image, and one that is near it
     size = max(1, min(_BLOCK, _COSINES // count))
     for start in range(0, count, size):  # to save memory
         block = np.arange(start, min(start + size, count))
@@ -148,10 +148,10 @@ def _find_candidates(
         for cosines_KN in (largest_KN, plain_ND[block] @ plain_ND.T):
             cosines_KN[np.arange(len(block)), block] = -np.inf  # not the image itself
             nearest = np.argpartition(cosines_KN, -num_others, axis=1)[:, -num_others:]
-            found.append(np.stack([np.repeat(block, num_others), nearest.ravel()]))
+            neighbors.append(np.stack([np.repeat(block, num_others), nearest.ravel()]))
 
     # Each pair once, as one number.
-    pairs = np.sort(np.concatenate(found, axis=1), axis=0)
+    pairs = np.sort(np.concatenate(neighbors, axis=1), axis=0)
     numbers = np.unique(pairs[0] * count + pairs[1])
     return np.stack(np.divmod(numbers, count))
 

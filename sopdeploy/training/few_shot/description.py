@@ -106,7 +106,7 @@ def describe_run(
         alike=validation.alike,
         confused=_find_confused(validation, images.labels) if has_one_class else (),
         diffuse=tuple(images.labels[label] for label in diffuse),
-        clip=tuple(map(images.identity, validation.clips.found or ())),
+        clip=tuple(map(images.identity, validation.clips.certain or ())),
         possible_clip=tuple(map(images.identity, validation.clips.doubtful or ())),
         clip_pattern=validation.clips.pattern,
         head=f"{setup.recipe.model.name} {head.kind}{taps}",
