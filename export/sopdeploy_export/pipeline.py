@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from sopdeploy.bundle import folder as bundle
-from sopdeploy.bundle.folder import read_bundles
+from sopdeploy.bundle import publication
+from sopdeploy.bundle.listing import read_bundles
 from sopdeploy.bundle.manifest import EMBEDDING, PROOFS, BatchRange, Manifest
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import write_probes
@@ -195,7 +195,7 @@ def export_subject(
     parts = subject.detachment.training_only
     images = generated_images(preprocess.crop)
     # The folder of the bundle comes first, which checks that *destination* can be written.
-    with bundle.staging(destination) as folder, attributes_restored(subject.network):
+    with publication.staging(destination) as folder, attributes_restored(subject.network):
         # Prove the statements about the network.
         if trained is None:
             step("capturing the network")
@@ -289,7 +289,7 @@ def export_subject(
         manifest = write_reports(
             subject, folder, options, probes, results, converted.model.opset_import[0].version
         )
-        path = bundle.publish(folder, manifest, destination)
+        path = publication.publish(folder, manifest, destination)
         seconds = time.monotonic() - started
 
     # `Exported` has the fields of `ExportResults`, its base class, and these. The page needs it.

@@ -9,9 +9,10 @@ waited too long, and is ready only after warm-up batches have run.
 import json
 from pathlib import Path
 
-from sopdeploy.bundle.folder import GRAPH, Bundle, staging
+from sopdeploy.bundle.folder import GRAPH, Bundle
 from sopdeploy.bundle.manifest import BatchRange, TensorRecord
 from sopdeploy.bundle.probes import read_probes
+from sopdeploy.bundle.publication import staging
 from sopdeploy.errors import BundleError
 from sopdeploy.files import sha256
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import DataError
-from sopdeploy.photos.photo import Dataset
+from sopdeploy.photos.network_inputs import Dataset
 from sopdeploy.seeds import derive_seed
 
 PILLOW_BLOCKS = 2  # of 16 MB each that Pillow keeps: enough for a photograph and its conversion

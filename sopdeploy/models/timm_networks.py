@@ -9,7 +9,6 @@ conv5_x. timm's `forward_intermediates` returns their maps; in a transformer, th
 patch tokens of a block after the network's last norm.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
@@ -27,6 +26,7 @@ from sopdeploy.errors import ConfigError, MissingPackageError, first_line
 from sopdeploy.layers.residual import BasicBlock, Bottleneck
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import Entry
+from sopdeploy.nearest import did_you_mean
 
 FIRST_STRIDE = 4  # stages of smaller stride belong to the stem
 
@@ -86,13 +86,8 @@ def import_timm(name: str) -> Any:
 
     names = [*timm.list_models(), *timm.list_pretrained()]
     if name not in names:
-        near = (
-            ", ".join(difflib.get_close_matches(name, names, n=3))
-            or "one of timm.list_models()"
-        )
-        raise ConfigError(
-            f"timm:{name}: timm {timm.__version__} has no such network; did you mean {near}?"
-        )
+        hint = did_you_mean(name, names, "timm.list_models() lists them")
+        raise ConfigError(f"timm:{name}: timm {timm.__version__} has no such network; {hint}")
     return timm
 
 

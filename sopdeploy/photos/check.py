@@ -22,10 +22,11 @@ from sopdeploy.photos.copies import (
     shrink,
     signature,
 )
+from sopdeploy.photos.file_checks import map_threaded
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import open_parts, single_images
 from sopdeploy.photos.label_tools import SEPARATOR
-from sopdeploy.photos.photo import ImageFiles, map_threaded
+from sopdeploy.photos.photo import ImageFiles
 
 # Images whose features are computed, which takes about four minutes on a CPU
 MAX_FEATURES = 10_000

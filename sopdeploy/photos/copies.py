@@ -26,7 +26,8 @@ from PIL import Image
 from sopdeploy.errors import DataError
 from sopdeploy.images.metadata import NO_TIME
 from sopdeploy.photos.crops import MOSTLY, PLAIN, compare_pixels
-from sopdeploy.photos.photo import UNREADABLE, LabeledImages, map_threaded
+from sopdeploy.photos.file_checks import UNREADABLE, map_threaded
+from sopdeploy.photos.photo import LabeledImages
 
 Groups = NDArray[np.int64]  # a number per image
 _Parts = Sequence[NDArray[np.float32]]  # vectors (N, D_i) of N images, in one or several parts

@@ -4,7 +4,6 @@
 closest known one.
 """
 
-import difflib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -20,6 +19,7 @@ from sopdeploy.decision import ACCEPTS
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel, entry
+from sopdeploy.nearest import did_you_mean
 from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.project import Name
 from sopdeploy.training.loop_settings import LoopSettings
@@ -441,18 +441,15 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
     if reason != "unknown key":
         return described
 
-    if key in set(_list_keys(Recipe)):
+    if key in recipe_keys():
         return f"{described} of this kind"  # such as `optimizer.nesterov` of the kind adamw
-    close = suggest_keys(key)
-    return described + (f"; did you mean {close[0]}?" if close else "")
+    hint = did_you_mean(key, recipe_keys())
+    return described + (f"; {hint}" if hint else "")
 
 
-def suggest_keys(name: str, cutoff: float = 0.6) -> list[str]:
-    """List the keys that *name* may mean: those equal to it or ending with it, or else the closest one."""
-    # The keys of all kinds of optimizers, data sources and others.
-    known = sorted(set(_list_keys(Recipe)))
-    same_name = [key for key in known if key == name or key.endswith(f".{name}")]
-    return same_name or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+def recipe_keys() -> list[str]:
+    """List the dotted keys of recipes: those of all kinds of optimizers, data sources and others."""
+    return sorted(set(_list_keys(Recipe)))
 
 
 def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:

@@ -24,7 +24,7 @@ from sopdeploy.evaluation.statistics import (
 )
 from sopdeploy.html.report import NO_BREAK_SPACE, percent
 from sopdeploy.photos.clips import describe_clip, describe_possible_clip
-from sopdeploy.photos.photo import describe_left_out
+from sopdeploy.photos.file_checks import describe_left_out
 
 # The result names classes with fewer images, because each fold tests hardly any of them
 _FEW_IMAGES = 5

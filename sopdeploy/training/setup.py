@@ -21,15 +21,14 @@ from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.clips import clips_of_images
 from sopdeploy.photos.copies import NO_PAIRS, Groups, connect, group_photographs
-from sopdeploy.photos.folder import UnknownImages, open_unknown
-from sopdeploy.photos.photo import (
-    LabeledImages,
-    Split,
+from sopdeploy.photos.evaluation_images import UnknownImages, open_unknown
+from sopdeploy.photos.file_checks import (
     count_formats,
     count_seen,
     describe_contradictions,
     hash_images,
 )
+from sopdeploy.photos.photo import LabeledImages, Split
 from sopdeploy.photos.split import (
     NONE,
     Record,

@@ -34,8 +34,8 @@ from sopdeploy.files import (
 from sopdeploy.images.preprocess import CONVENTIONS, Preprocess
 from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.names import label_problem
+from sopdeploy.photos.evaluation_images import ANY_IMAGES
 from sopdeploy.photos.files import check_takes_output, data_folder
-from sopdeploy.photos.folder import ANY_IMAGES
 from sopdeploy.project import file_project
 from sopdeploy_export.options import (
     EngineOptions,

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.images.decode import decode
+from sopdeploy.photos.evaluation_images import open_evaluation_images
+from sopdeploy.photos.file_checks import describe_seen
 from sopdeploy.photos.files import Log
-from sopdeploy.photos.folder import open_evaluation_images
-from sopdeploy.photos.photo import ImageFiles, describe_seen
+from sopdeploy.photos.photo import ImageFiles
 from sopdeploy.project import SAMPLED
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import translating_errors

@@ -39,8 +39,8 @@ from sopdeploy.evaluation.statistics import (
     mcnemar,
 )
 from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
+from sopdeploy.photos.evaluation_images import open_evaluation_images, open_unknown
 from sopdeploy.photos.files import KEPT_NAME
-from sopdeploy.photos.folder import open_evaluation_images, open_unknown
 from sopdeploy.photos.photo import ImageFiles
 from sopdeploy.project import SAMPLED
 from sopdeploy_commands.bundles.scores import logits_of_images

@@ -26,11 +26,12 @@ from sopdeploy.evaluation.statistics import difference_interval
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.choices import file_stem
 from sopdeploy.models.registry import entry
-from sopdeploy.photos.photo import LabeledImages, Split, leave_out_unreadable
+from sopdeploy.photos.file_checks import leave_out_unreadable
+from sopdeploy.photos.photo import LabeledImages, Split
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, select_device
+from sopdeploy.training.few_shot.cross_validation import cross_validate
 from sopdeploy.training.few_shot.features import unfitted_network
-from sopdeploy.training.few_shot.run import cross_validate
 from sopdeploy.training.recipe import HeadOptions, Recipe
 from sopdeploy.training.results import NetworkScore
 from sopdeploy.training.setup import (

@@ -14,8 +14,9 @@ from sopdeploy.config import FieldValues, Options
 from sopdeploy.errors import ConfigError, WeightsError, shorten
 from sopdeploy.files import WeightPath, check_is_weights, expand_user, has_manifest
 from sopdeploy.models.choices import file_stem, read_choices
+from sopdeploy.photos.evaluation_images import open_unknown
 from sopdeploy.photos.files import check_takes_output
-from sopdeploy.photos.folder import open_folder, open_unknown
+from sopdeploy.photos.folder import open_folder
 from sopdeploy.project import RUNS, Name, folder_project
 from sopdeploy.training.recipe_files import parse_override, read_values
 from sopdeploy.training.results import read_result

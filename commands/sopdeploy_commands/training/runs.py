@@ -80,7 +80,7 @@ def runs() -> list[RunRow]:
 
     Example: sopdeploy runs
     """
-    from sopdeploy.bundle.folder import list_bundles  # not for `train`, which lists runs, too
+    from sopdeploy.bundle.listing import list_bundles
 
     row_of_run = _read_runs()
     rows = []

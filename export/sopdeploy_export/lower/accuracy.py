@@ -17,7 +17,7 @@ from PIL import Image
 from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.copies import connect
-from sopdeploy.photos.folder import open_any_images, open_evaluation_images
+from sopdeploy.photos.evaluation_images import open_any_images, open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles
 from sopdeploy_export.capture.deployed import INPUT, evenly_spread
 from sopdeploy_export.lower.precision import Accuracy, MeasuringImages, PrecisionReport

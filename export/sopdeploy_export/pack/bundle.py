@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from sopdeploy.bundle import folder as bundle
+from sopdeploy.bundle import publication
 from sopdeploy.bundle.golden import TOLERANCES, write_golden
 from sopdeploy.bundle.manifest import Lineage, Manifest, TensorRecord, to_json
 from sopdeploy.bundle.probes import Probes
@@ -180,4 +180,4 @@ def write_reports(
     (folder / "README.md").write_text(
         render_model_card(subject, results, fields), encoding="utf-8"
     )
-    return bundle.seal(folder, fields, certificate.model_dump(mode="json"))
+    return publication.seal(folder, fields, certificate.model_dump(mode="json"))

@@ -16,19 +16,19 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import BuiltinFunctionType, FrameType, MethodDescriptorType
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import first_line
 from sopdeploy_export.network import modules
+from sopdeploy_export.prove.tensors import Layout, address, is_plain, layout_of, tensors_in
 
 _TORCH = str(Path(torch.__file__).parent)
 _OWN_CODE = str(Path(__file__).parents[1])  # of this package, whose lines tell a user nothing
@@ -36,12 +36,6 @@ _COMPOSITE = "CompositeImplicitAutograd"
 _UNFILLED = ("empty", "new_empty")  # operators whose results have no content yet
 _IMAGE = "image"
 _UNKNOWN = "unfilled"
-_LEAVES = (bool, float, int, str, type(None), torch.dtype, torch.device)
-# Types of results without values that no operator shows, unless a function in `_READERS` returns
-# them.
-_HARMLESS = (Tensor, int, float, complex, type(None), torch.dtype, torch.device)
-# Functions that hand out values, or the address of the memory with them, as numbers.
-_READERS = ("apply_", "data_ptr", "map2_", "map_", "tolist")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +63,6 @@ class BuiltinCall:
 
     arguments: frozenset[int]
     reads: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The shape, strides and type of a tensor that an operator made in memory of its own."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-    def empty(self) -> Tensor:
-        """Return a tensor of this layout, without content."""
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
 
 
 class UnknownOperatorError(Exception):
@@ -192,7 +173,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return whether a tensor in *values* was computed from the image."""
         return any(
             not tensor.is_meta and self._address(tensor) in self._of_image
-            for tensor in _tensors(values)
+            for tensor in tensors_in(values)
         )
 
     def behind(self, result: str) -> dict[str, Operator]:
@@ -279,7 +260,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         # Describe the operator and its operands before it runs: it may write to them.
         with self.recording(func):
-            operands = _tensors((args, kwargs))
+            operands = tensors_in((args, kwargs))
             of_image = self.depends_on_image(operands)
             is_random = _draws(func, args, kwargs)
             has_maker = any(self._address(operand) in self._made_by for operand in operands)
@@ -430,9 +411,9 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         memories = {address(operand) for operand in operands}
 
         # The layouts of new results, with which `_imitate` need not compute them.
-        results = _tensors(result)
-        if of_image and not returns_view and all(map(_is_plain, results)):
-            self.layouts.setdefault(code, [_layout(tensor) for tensor in results])
+        results = tensors_in(result)
+        if of_image and not returns_view and all(map(is_plain, results)):
+            self.layouts.setdefault(code, [layout_of(tensor) for tensor in results])
 
         for position, tensor in enumerate(tree_leaves(result)):
             if not isinstance(tensor, Tensor):
@@ -506,71 +487,6 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return (module or "").removeprefix("network").removeprefix("."), line
 
 
-class FunctionReads(TorchFunctionMode):
-    """Reports what operators do not show: text, lists, arrays and addresses made of a tensor.
-
-    What a built-in function reads of its own results is not reported if it returns tensors of the
-    image only: then no number reaches the code of the network. For example, `one_hot` compares its
-    smallest number with 0. A tensor of the image that becomes a number as an argument is reported:
-    `x.narrow(1, start, 4)` is another operator for each `start`, and `torch.tensor([value])`, which
-    no operator makes, another constant.
-    """
-
-    def __init__(self, flow: Dataflow) -> None:
-        super().__init__()
-        self._flow = flow
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Call *function*; note in the `reads` of the flow if it hands values of the image to Python."""
-        del types
-        kwargs = kwargs or {}
-        flow = self._flow
-        with flow.recording(function):
-            call = BuiltinCall(frozenset(map(address, _tensors((args, kwargs)))), [])
-
-        # While a built-in function runs, its call collects what it reads of its own results.
-        outer = flow.call
-        is_builtin = isinstance(function, BuiltinFunctionType | MethodDescriptorType)
-        flow.call = call if is_builtin else None
-        try:
-            result = function(*args, **kwargs)
-        finally:
-            flow.call = outer
-
-        with flow.recording(function):
-            if self._hands_out(function, args, kwargs, result, call):
-                name = getattr(function, "__name__", str(function))
-                flow.reads.append(f"{name} {flow.place()}")
-        return result
-
-    def _hands_out(
-        self, function: Any, args: Any, kwargs: Any, result: Any, call: BuiltinCall
-    ) -> bool:
-        """Return whether *result* holds values of the image that no operator shows."""
-        flow = self._flow
-        leaves = tree_leaves(result)
-        if call.reads and not all(map(flow.depends_on_image, leaves)):
-            return True  # what it read of its own results decides what it returns
-
-        # An attribute hands out nothing, and neither does a call without tensors of the image.
-        name = getattr(function, "__name__", "")
-        is_attribute = name in ("__get__", "__set__", "type")
-        if is_attribute or not flow.depends_on_image((args, kwargs)):
-            return False
-        if name in _READERS or not all(isinstance(leaf, _HARMLESS) for leaf in leaves):
-            return True
-
-        # A result that no operator made is a new constant, with values of the image if an argument
-        # depends on it. Of its own tensor, a method such as `new_tensor` needs the dtype only.
-        data = args[1:] if isinstance(function, MethodDescriptorType) else args
-        return flow.depends_on_image((data, kwargs)) and not all(
-            flow.is_made(tensor) or address(tensor) in call.arguments
-            for tensor in _tensors(result)
-        )
-
-
 class GraphRun(fx.Interpreter):
     """Runs a captured graph with *stored* tensors of a network.
 
@@ -593,41 +509,6 @@ class GraphRun(fx.Interpreter):
         if target in self._stored:
             return self._stored[target]
         return super().get_attr(target, args, kwargs)
-
-
-def _layout(tensor: Tensor) -> Layout:
-    return Layout(tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Return whether *tensor* is a dense `Tensor`, of no subclass, that begins where its memory does."""
-    is_lazy = tensor.is_conj() or tensor.is_neg()
-    return (
-        type(tensor) is Tensor
-        and tensor.layout == torch.strided
-        and not (is_lazy or tensor.is_meta or tensor.storage_offset())
-    )
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    """List the tensors in *values*; most are tuples of few, for which `tree_leaves` takes long."""
-    if isinstance(values, Tensor):
-        return [values]
-    if type(values) in _LEAVES:
-        return []
-    if type(values) in (list, tuple):
-        return [tensor for value in values for tensor in _tensors(value)]
-    if type(values) is dict:
-        return [tensor for value in values.values() for tensor in _tensors(value)]
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def address(tensor: Tensor) -> int:
-    """Return a number that tells the memory of *tensor* from any other."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # within vmap
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    storage = tensor.untyped_storage()
-    return storage.data_ptr() or storage._cdata
 
 
 def _by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:

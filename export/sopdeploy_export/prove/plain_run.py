@@ -31,14 +31,10 @@ from sopdeploy_export.capture.program import NETWORK_PREFIX, as_captured
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms
 from sopdeploy_export.network import tensors
 from sopdeploy_export.program_hashes import are_equal
-from sopdeploy_export.prove.dataflow import (
-    Dataflow,
-    FunctionReads,
-    GraphRun,
-    Layout,
-    Remains,
-)
+from sopdeploy_export.prove.dataflow import Dataflow, GraphRun, Remains
+from sopdeploy_export.prove.function_reads import FunctionReads
 from sopdeploy_export.prove.networks import Compared
+from sopdeploy_export.prove.tensors import Layout
 
 STATEMENT = (
     "For 1, 2 and 3 images, a plain run of the trained network, alone and again, performs the "

@@ -21,9 +21,9 @@ from sopdeploy.models.base import is_in
 from sopdeploy_export.capture.program import NETWORK_PREFIX
 from sopdeploy_export.network import modules, tensors
 from sopdeploy_export.prove.constants import constants_in_use
-from sopdeploy_export.prove.dataflow import address
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.prove.plain_run import Recorder, Run
+from sopdeploy_export.prove.tensors import address
 
 STATEMENT = (
     "No tensor of a removed part and no operation captured inside one is behind the outputs, and no memory is "

@@ -10,7 +10,6 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain, islice, takewhile
@@ -32,6 +31,7 @@ from sopdeploy.checkpoint import (
 )
 from sopdeploy.errors import ConfigError, WeightsError, first_line, shorten
 from sopdeploy.files import check_is_weights
+from sopdeploy.nearest import did_you_mean
 
 WORDS = {"true": True, "false": False}  # as in TOML
 NO_LITERALS = {"none", "null", "nil", "yes", "no", "on", "off", "true", "false"}
@@ -114,8 +114,7 @@ def _advise_import(import_path: str, error: BaseException) -> str:
         members = vars(sys.modules[module_name])
         known_names = [name for name, value in members.items() if callable(value)]
 
-    close = get_close_matches(wanted, known_names, n=1)
-    return f"did you mean {close[0]}?" if close else "check its name"
+    return did_you_mean(wanted, known_names, "check its name")
 
 
 def parse_option(text: str) -> tuple[str, Any]:
@@ -160,10 +159,8 @@ def _check_option_values(
 
     for name, value in options.items():
         if name not in defaults and not takes_any:
-            close = get_close_matches(name, defaults, n=1)
-            hint = f"it has {', '.join(defaults)}" if defaults else "it has none"
-            if close:
-                hint = f"did you mean {close[0]}?"
+            known = f"it has {', '.join(defaults) or 'none'}"
+            hint = did_you_mean(name, defaults.keys(), known)
             raise ConfigError(f"{import_path} has no option {name}; {hint}")
         default = defaults.get(name)
         if isinstance(value, str) and isinstance(default, bool | int | float):

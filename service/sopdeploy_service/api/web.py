@@ -26,7 +26,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.files import read_file
 from sopdeploy.images.limits import MAX_BYTES, describe_formats, missing_extra
 from sopdeploy.images.signatures import HEAD_BYTES, SUFFIXES, media_type_of
-from sopdeploy.photos.folder import open_any_images
+from sopdeploy.photos.evaluation_images import open_any_images
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.middleware import PAGE_FILES, RequestContext
 

@@ -22,11 +22,8 @@ from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployErro
 from sopdeploy_service.http.api_keys import KeyRing, file_identity, read_again
 from sopdeploy_service.inference.bundle_store import read_links
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.server.http_protocol import (
-    Connections,
-    LimitedHttpProtocol,
-    limited_config,
-)
+from sopdeploy_service.server.connections import Connections
+from sopdeploy_service.server.http_protocol import LimitedHttpProtocol, limited_config
 from sopdeploy_service.server.lifetime import (
     BEAT_SECONDS,
     Joined,

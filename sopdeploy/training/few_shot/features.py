@@ -19,7 +19,8 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
 from sopdeploy.photos.copies import SMALL, shrink
-from sopdeploy.photos.photo import Dataset, LabeledImages
+from sopdeploy.photos.network_inputs import Dataset
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
 from sopdeploy.training.few_shot.classifier import (

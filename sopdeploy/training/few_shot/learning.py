@@ -6,13 +6,9 @@ Letters: N images, K classes.
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.training.few_shot.classifier import (
-    ENOUGH,
-    MAX_RANK,
-    Indices,
-    LinearProblem,
-    Scaling,
-)
+from sopdeploy.training.few_shot.classifier import MAX_RANK, LinearProblem
+from sopdeploy.training.few_shot.scaling import ENOUGH, Scaling
+from sopdeploy.training.few_shot.targets import Indices
 from sopdeploy.training.results import Gain
 
 MIN_JUDGED = 20  # photographs; a share of fewer says little

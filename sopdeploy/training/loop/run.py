@@ -19,7 +19,8 @@ from sopdeploy.evaluation.prediction import (
     predict_logits,
     predict_unknown,
 )
-from sopdeploy.photos.photo import FittedPixels, LabeledImages, PreprocessedDataset
+from sopdeploy.photos.network_inputs import FittedPixels, PreprocessedDataset
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Fit, RunFolder, run_record, with_result
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose

@@ -7,7 +7,6 @@ joined to one text. The counts that papers print for networks are in
 `sopdeploy/models/published.toml`.
 """
 
-import difflib
 import json
 import tomllib
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ import pydantic
 from sopdeploy.config import Options, Positive, StrictModel, matching
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.registry import GSOP_RELEASED, CatalogModel, make_config
+from sopdeploy.nearest import did_you_mean
 
 Percent = Annotated[float, pydantic.Field(ge=0, le=100)]
 Column = Literal["params", "gflops", "train_params", "train_gflops", "dim"]
@@ -265,12 +265,7 @@ def find_table(name: str) -> PrintedTable:
     """Look up a table by its id; raise `ConfigError` with the nearest ids if it is unknown."""
     tables = load_tables()
     if name not in tables:
-        near = difflib.get_close_matches(name, tables, n=3)
-        hint = (
-            f"did you mean {', '.join(near)}?"
-            if near
-            else "`sopdeploy reproduce list` shows them"
-        )
+        hint = did_you_mean(name, tables.keys(), "`sopdeploy reproduce list` shows them")
         raise ConfigError(f"table {name!r}: no such table; {hint}")
     return tables[name]
 

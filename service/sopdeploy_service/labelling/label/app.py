@@ -39,7 +39,8 @@ from sopdeploy_service.labelling.label.heap import Embed
 from sopdeploy_service.labelling.label.labelled import Labelled
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.origins import OwnOrigins, join_headers, without_prefix
-from sopdeploy_service.server.http_protocol import Connections, limited_config
+from sopdeploy_service.server.connections import Connections
+from sopdeploy_service.server.http_protocol import limited_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
 
