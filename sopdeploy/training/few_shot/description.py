@@ -3,12 +3,15 @@
 Letters: N images, K classes.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.photos.copies import number_classes
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.checkpoints import Setup
 from sopdeploy.training.few_shot.cross_validation import (
     CrossValidation,
@@ -16,7 +19,7 @@ from sopdeploy.training.few_shot.cross_validation import (
     select_typical,
 )
 from sopdeploy.training.few_shot.learning import estimate_gains
-from sopdeploy.training.few_shot.targets import Array
+from sopdeploy.training.few_shot.targets import Array, Indices
 from sopdeploy.training.results import FewShotResult
 
 MAX_COPIES = 10  # of a photograph with different labels, all of which are named
@@ -51,18 +54,6 @@ def describe_run(
     num_groups = {
         label: len(of_class) for label, of_class in zip(images.labels, groups, strict=True)
     }
-
-    # Copies of one photograph with different labels.
-    contradictions = []
-    labels_N = number_classes(images.targets)
-    for photograph in np.flatnonzero(np.bincount(validation.copies) > 1):
-        indices = np.flatnonzero(validation.copies == photograph)
-        first_of_labels = np.unique(labels_N[indices], return_index=True)[1]
-        if len(first_of_labels) > 1:
-            # Of many copies, such as the frames of a clip, one image of each class is named.
-            if len(indices) > MAX_COPIES:
-                indices = indices[np.sort(first_of_labels)]
-            contradictions.append(" = ".join(map(images.identity, indices.tolist())))
 
     # What the images that count tell about the classes.
     has_one_class = targets.activation == "softmax"
@@ -102,7 +93,7 @@ def describe_run(
         two_groups=tuple(
             label for label, number in num_groups.items() if number == 2 and counts[label] > 2
         ),
-        contradictions=tuple(contradictions),
+        contradictions=tuple(_find_contradictions(images, validation.copies)),
         alike=validation.alike,
         confused=_find_confused(validation, images.labels) if has_one_class else (),
         diffuse=tuple(images.labels[label] for label in diffuse),
@@ -114,6 +105,19 @@ def describe_run(
         temperature=validation.scaling.temperature,
         seconds=validation.seconds,
     )
+
+
+def _find_contradictions(images: LabeledImages, copies_N: Indices) -> Iterator[str]:
+    """Name the copies of each photograph that have different labels; *copies_N* tells what images show."""
+    labels_N = number_classes(images.targets)
+    for photograph in np.flatnonzero(np.bincount(copies_N) > 1):
+        indices = np.flatnonzero(copies_N == photograph)
+        first_of_labels = np.unique(labels_N[indices], return_index=True)[1]
+        if len(first_of_labels) > 1:
+            # Of many copies, such as the frames of a clip, one image of each class is named.
+            if len(indices) > MAX_COPIES:
+                indices = indices[np.sort(first_of_labels)]
+            yield " = ".join(map(images.identity, indices.tolist()))
 
 
 def _score_without_doubted(
