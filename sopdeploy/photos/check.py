@@ -216,7 +216,7 @@ def _describe_clip(infos: Sequence[_FileInfo]) -> str:
         names, times, class_N.astype(np.int64), vectors, group_N.astype(np.int64)
     )
 
-    pair = clips.doubtful if clips.found is None else clips.found
+    pair = clips.doubtful if clips.certain is None else clips.certain
     return (
         ""
         if pair is None

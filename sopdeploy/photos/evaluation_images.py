@@ -48,8 +48,8 @@ def open_evaluation_images(
     It opens only the held-out images if the data are split. Classes are matched by name;
     WordNet IDs match the names of ImageNet's classes. With *multi_label*, `labels.csv` lists
     several classes per image. *log* receives a line about classes without images and about the
-    part that is opened. Raises `DataError` for folders that are no class of the network, unless
-    *other_classes* are left out, or if there are no images.
+    part that is opened. Raises `DataError` if there are no images, and for folders that are no
+    class of the network; with *other_classes*, these are left out.
     """
     with naming_all_undecodable(root):
         return _open_evaluation_images(

@@ -1,6 +1,5 @@
 """The start of a run: what it was given, after all checks, before a file is written."""
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from secrets import token_hex
@@ -164,10 +163,16 @@ def set_up_run(
         setup = _resume_setup(selected, recorded, division, folder, last)
     check_same_step(setup, folder)
 
-    # The formats of the images; only the first process writes them, so it alone counts.
-    formats = Counter[str]()
-    if strategy.rank == 0:
-        formats = count_formats(setup.data.train) + count_formats(setup.data.held_out)
+    # Only the first process writes the formats of the images, so it alone counts them.
+    formats = _find_formats(setup.data, callback) if strategy.rank == 0 else []
+    origin = _describe_origin(setup, folder, last, formats)
+    unknown_images = None if unknown is None else unknown.images
+    return replace(setup, reason=reason, origin=origin, unknown=unknown_images)
+
+
+def _find_formats(data: Split, callback: Callback) -> list[str]:
+    """List the formats of the images, sorted; warn of those that a server reads only with an extra."""
+    formats = count_formats(data.train) + count_formats(data.held_out)
     for name in formats.keys() & EXTRAS:
         if missing_extra(name):
             continue  # the first image says so
@@ -176,9 +181,7 @@ def set_up_run(
             f"{amount(formats[name], 'image')} in {name.upper()}: install sopdeploy[{extra}] where the "
             "network is served, too"
         )
-    origin = _describe_origin(setup, folder, last, sorted(formats))
-    unknown_images = None if unknown is None else unknown.images
-    return replace(setup, reason=reason, origin=origin, unknown=unknown_images)
+    return sorted(formats)
 
 
 def new_setup(
@@ -372,7 +375,11 @@ def open_division(recipe: Recipe, last: Checkpoint) -> Division:
 def _check_data(
     recipe: Recipe, opened: Split, division: Division, keys: Sequence[str], callback: Callback
 ) -> None:
-    """Check the images before the training; raises errors that would otherwise come after it."""
+    """Check the images before the training; raises errors that would otherwise come after it.
+
+    *opened* is what the source has, *division* what trains and is held out; *keys* are the recipe
+    keys that the user has set.
+    """
     data = division.data
     file_hashes = division.file_hashes
     if data.train.is_multi_label:

@@ -111,9 +111,8 @@ def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str
     from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
 
     config = make_config(recipe.model.name, recipe.model.config)
-    name = recipe.model.name.removeprefix(
-        "head:"
-    )  # `head:NAME` starts with the weights of NAME
+    # `head:NAME` starts with the weights of NAME.
+    name = recipe.model.name.removeprefix("head:")
     return fetch_imagenet_weights(name, config, download=download)
 
 
@@ -248,6 +247,7 @@ def _match_tensors(
     tensor that fits.
     """
     own = model.state_dict()
+
     # The module around the classifier: `classifier` of `classifier.6`, "" of `fc`. It may contain
     # the backbone, to which the first tensor belongs.
     container = classifier_name(model).rpartition(".")[0]

@@ -114,7 +114,8 @@ def compute_features(
             of_all[batch.indices] = of_batch
 
         own[batch.indices] = unit_length(vectors[:, columns[0]])
-        file_hashes[batch.indices], times[batch.indices] = batch.file_hashes, batch.times
+        file_hashes[batch.indices] = batch.file_hashes
+        times[batch.indices] = batch.times
         small[batch.indices] = batch.small
         for index, pixel_hash in zip(batch.indices, batch.hashes, strict=True):
             hashes[index] = pixel_hash
@@ -155,6 +156,7 @@ class _Projection:
         self.waiting.append((indices, vectors))
         if self.num_added < min(self.count, MAX_RANK):  # the vectors wait for the space
             return
+
         waiting_indices = np.concatenate([indices for indices, _ in self.waiting])
         parts = [
             np.concatenate([vectors[:, part] for _, vectors in self.waiting])
@@ -262,6 +264,8 @@ class CachedNetwork:
                 np.ascontiguousarray(np.stack(arrays)) for arrays in outputs
             )
             hashes = [digest.tobytes().hex() for digest in digests]
+
+            # The own vectors and the maps, on the device of the network.
             maps_by_tap = {
                 tap: torch.from_numpy(features).to(
                     self.device, memory_format=torch.channels_last
@@ -269,6 +273,7 @@ class CachedNetwork:
                 for tap, features in zip(self.network.maps, maps, strict=True)
             }
             own = torch.from_numpy(own_vectors).to(self.device)
+
             yield FeatureBatch(
                 chosen, loaded.hashes, loaded.times, small, hashes, own, maps_by_tap
             )
@@ -321,6 +326,7 @@ class CachedNetwork:
                 for position, entry in enumerate(loaded.entries)
                 if entry is None
             ]
+
         for start in range(0, len(missing), self.batch_size):
             part = missing[start : start + self.batch_size]
             computed = self._compute(
@@ -329,6 +335,7 @@ class CachedNetwork:
             for (loaded, position), entry in zip(part, computed, strict=True):
                 loaded.entries[position] = entry
                 self.cache.write(loaded.paths[position], entry)
+
         for loaded in waiting:
             yield loaded, cast(list[Entry], loaded.entries)
 

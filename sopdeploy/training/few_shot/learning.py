@@ -25,8 +25,8 @@ def found_when_reduced(
     """Tell which photographs are found if their class has only *number* others; other classes keep all.
 
     Those that it keeps are of its first groups. One class after the other is reduced, at most
-    `MAX_REDUCED`, and gets this *margin*. One photograph of each group is judged. Returns all judged
-    photographs (n,) in one array.
+    `MAX_REDUCED`, and gets this *margin*; *excess* is that of `Scaling`. One photograph of each
+    group is judged. Returns all judged photographs (n,) in one array.
     """
     random = np.random.default_rng(number)
     labels_N = problem.targets.strata

@@ -186,7 +186,10 @@ def _evaluate(
 
 
 def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
-    """Return *fit* with the decision for its out-of-fold logits, without images that a server kept."""
+    """Return *fit* with the decision for its out-of-fold logits, without images that a server kept.
+
+    With one class per image, its result also tells why there is no threshold for unknown images.
+    """
     recipe = setup.recipe
     targets = setup.data.train.targets
     accepts = recipe.rejection.accepts
@@ -214,9 +217,10 @@ def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
         left_out=None if fit.left_out is None else fit.left_out[typical_N],
         are_cosines=True,
     )
-    is_nothing_fitted = decision == Decision()
     num_typical_groups = len(np.unique(fit.groups[typical_N]))
     why_no_threshold = missing_threshold(num_typical_groups, fit.logits.shape[1], accepts)
+
+    is_nothing_fitted = decision == Decision()
     result: Any = fit.result
     return replace(
         fit,
