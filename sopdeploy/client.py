@@ -534,7 +534,7 @@ def _response_error(response: httpx.Response) -> ServiceError:
 def _no_response_error(
     request: httpx.Request, failure: Exception, seconds: float
 ) -> ServiceError:
-    """Build the exception for the *failure* of a request without a response, which may take *seconds*."""
+    """Build the exception for a request without a response; *failure* is why, *seconds* its time limit."""
     reason = str(failure) or type(failure).__name__
     kind: type[ServiceError] = UnreachableError
     code = "unreachable"

@@ -106,7 +106,7 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
     """Copy what the first image in the JPEG *body* needs to show its pixels, and its *orientation*."""
     parts = [b"\xff\xd8"]
     if orientation != UPRIGHT:
-        # The header is big-endian, with the directory of tags at byte 8.
+        # The header is big-endian: TIFF's number 42, and the directory of tags at byte 8.
         tiff_header = b"MM" + struct.pack(">HI", 42, 8)
         # The tag has one value of type 3, which has 16 bits.
         tag = struct.pack(">HHIHxx", ORIENTATION, 3, 1, orientation)

@@ -296,8 +296,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """End the request."""
-        # If an upgrade is asked for, httptools calls this before the body, `_end_last_request`
-        # after it.
+        # If an upgrade is asked for, httptools calls this before the body. `_end_last_request`
+        # calls it again after the body.
         if self.parser.should_upgrade():
             return
         self._in_body = False
