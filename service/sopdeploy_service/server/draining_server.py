@@ -235,7 +235,7 @@ class DrainingServer(uvicorn.Server):
         self._service.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Measure the lag and log the begin of a drain; return whether to close the port."""
+        """Measure the lag, log the begin of a drain, abort one that is late; return whether to shut down."""
         # Measure by how much the loop is late.
         now = time.monotonic()
         self._lags.append(max(0.0, now - self._last_beat - BEAT_SECONDS))
