@@ -91,7 +91,10 @@ class Block(NamedTuple):
 
 @dataclass(eq=False)
 class Traffic:
-    """The answers of the model *name* in its present *version*, in blocks."""
+    """The answers of the model *name*, in blocks.
+
+    *version* is that of its present bundle; the *reference* may be of an earlier one.
+    """
 
     name: str
     version: str
