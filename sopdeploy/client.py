@@ -39,7 +39,7 @@ Result = TypeVar("Result", bound="ImageResult")
 # The server detects the format; a wrong type causes a warning
 CONTENT_TYPE = "application/octet-stream"
 REQUEST_ID = "X-Request-ID"  # a server returns that of the request
-FIRST_DELAY = 0.2
+FIRST_DELAY = 0.2  # seconds before a retry
 MAX_DELAY = 5.0
 # linear, whatever a server sends
 DURATION = re.compile(r"(?<![a-z])([a-z]+);dur=(\d+(?:\.\d+)?)")

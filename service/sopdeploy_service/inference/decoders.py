@@ -54,6 +54,7 @@ from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
 from sopdeploy_service.templates import is_stopped
 
 _MIB = 1 << 20
+# Of an image for a light child, at most: memory, pixels, bytes of the file
 LIGHT_MEMORY = 80 * _MIB
 LIGHT_PIXELS = 3_000_000
 LIGHT_BODY = 2_000_000

@@ -48,7 +48,7 @@ from sopdeploy_service.tasks import start_task
 
 BLOCK_SECONDS = 60.0  # between the begins of two blocks: a window is no moment of a busy hour
 NUM_BLOCKS = WINDOW // BLOCK
-TEST_BLOCKS = 10
+TEST_BLOCKS = 10  # new ones in the window from test to test
 MIN_BLOCKS = 20  # of a reference, after the labelled photographs are left out
 TRAFFIC = ".traffic"  # subfolder of the folder of kept photographs
 BLOCK_SUFFIX = ".npz"
