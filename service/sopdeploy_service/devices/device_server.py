@@ -45,7 +45,8 @@ from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 from sopdeploy_service.templates import end_with_parent
 
-STARTING = Status(0, 0, None)  # of a process that loads, or waits for an engine
+# Of a process that loads, or waits for an engine
+STARTING = Status(received=0, open=0, bundles=None)
 
 
 class DeviceServer(DrainingServer):

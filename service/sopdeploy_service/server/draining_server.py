@@ -158,8 +158,10 @@ class DrainingServer(uvicorn.Server):
             start_task(self._background, follow(links, self._links, self.reload_bundles))
 
         if self._service.settings.follow and self._service.settings.keys is not None:
+            # The first look also reloads: the file may have changed since it was read.
             identity = partial(file_identity, self._service.settings.keys)
-            start_task(self._background, follow(identity, None, self._key_reload.request))
+            request = self._key_reload.request
+            start_task(self._background, follow(identity, before=None, reload=request))
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 

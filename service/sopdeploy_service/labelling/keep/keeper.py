@@ -119,7 +119,7 @@ def open_keeper(
             settings.keep,
             settings.keep_bytes,
             settings.keep_days,
-            lambda reason: metrics.kept_deleted.labels(reason).inc(),
+            on_delete=lambda reason: metrics.kept_deleted.labels(reason).inc(),
         )
 
     return Keeper(folder, settings.keep_sample, metrics, copy)
