@@ -506,8 +506,9 @@ def _refuse_redirect(response: httpx.Response) -> None:
     if response.has_redirect_location:
         where = f"redirects to {response.headers['Location'][:200]!a}"
         advice = "give the URL of the server itself, or log in to the network"
-        message = f"{_address(response.request)}: status {response.status_code}, which {where}; {advice}"
-        raise ServiceError(message, code="http_error", status=response.status_code)
+        status = response.status_code
+        message = f"{_address(response.request)}: status {status}, which {where}; {advice}"
+        raise ServiceError(message, code="http_error", status=status)
 
 
 def _response_error(response: httpx.Response) -> ServiceError:

@@ -157,7 +157,8 @@ def describe_no_bundle(path: Path) -> str:
     bundles = sorted(manifest.parent for manifest in path.glob(f"[!.]*/{MANIFEST}"))
     if bundles:
         latest = path / LATEST
-        return f"a folder of bundles; choose one, such as {latest if latest in bundles else bundles[0]}"
+        example = latest if latest in bundles else bundles[0]
+        return f"a folder of bundles; choose one, such as {example}"
     if runs := sorted(best.parent for best in path.glob("[!.]*/best.pt")):
         latest = path / LATEST
         best = (latest if latest in runs else runs[0]) / "best.pt"

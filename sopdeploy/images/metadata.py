@@ -95,7 +95,8 @@ def _hash_pixels(body: bytes) -> bytes | None:
             digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
             # A few rows at a time need little memory.
             for top in range(0, image.height, HASHED_ROWS):
-                rows = image.crop((0, top, image.width, min(top + HASHED_ROWS, image.height)))
+                bottom = min(top + HASHED_ROWS, image.height)
+                rows = image.crop((0, top, image.width, bottom))
                 digest.update(rows.tobytes())
     except Exception:  # a decoder may raise anything
         return None
