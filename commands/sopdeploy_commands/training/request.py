@@ -380,10 +380,13 @@ def configure(
             if name != recipe.model.name:
                 recipe = change_recipe(values or {}, [*changes, ("model.name", name)], source)
 
-    # A project without a name is called like its data, or like its recipe.
     if recipe.project is None:
-        folder = recipe.data_folder
-        project = "" if folder is None else folder_project(folder)
-        project = project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
-        recipe = recipe.model_copy(update={"project": project})
+        recipe = recipe.model_copy(update={"project": _name_project(recipe, source)})
     return recipe, Given(keys, weights)
+
+
+def _name_project(recipe: "Recipe", source: str) -> str:
+    """Name the project of *recipe* like its data or, without a name of theirs, like its *source*."""
+    folder = recipe.data_folder
+    project = "" if folder is None else folder_project(folder)
+    return project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
