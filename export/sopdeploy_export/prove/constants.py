@@ -22,7 +22,8 @@ def check_constants(
 
     Such a tensor may be trained, and is in no weight file. It is accepted if code makes it: then
     the program that *rebuild* returns, of a network that a builder made anew, has an equal tensor
-    in memory of its own. What both programs share, such as a global variable, is not accepted.
+    in memory of its own. What both programs share, such as a global variable, is not accepted;
+    the results that a function keeps are made anew (`make_kept_results_anew`).
     """
     constants = _large_constants(program)
     if not constants:
@@ -52,6 +53,11 @@ def check_constants(
                 "buffer, so no weight file contains it; use ModuleList, ModuleDict or register_buffer",
                 remedies={"allow_constants": True},
             )
+
+
+def has_large_constants(program: ExportedProgram) -> bool:
+    """Return whether *program* contains a large tensor that its network does not register."""
+    return bool(_large_constants(program))
 
 
 def _addresses(tensors: Iterable[Tensor | None]) -> set[int]:

@@ -12,7 +12,7 @@ from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy.models.base import is_in
-from sopdeploy_export.capture.buffers import create_buffers
+from sopdeploy_export.capture.buffers import create_buffers, make_kept_results_anew
 from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, Deployed
 from sopdeploy_export.capture.program import NETWORK_PREFIX, Trace, functionalize, trace
 from sopdeploy_export.network import tensors, unstored_buffers
@@ -24,6 +24,7 @@ from sopdeploy_export.program_hashes import (
     program_root,
     tensor_hash,
 )
+from sopdeploy_export.prove.constants import has_large_constants
 from sopdeploy_export.subject import Detachment
 
 
@@ -206,6 +207,10 @@ def build_plain(
         plain_tensors = {name: tensors(plain)[name] for name in weights}
 
     _load(plain, plain_tensors, weights)
+
+    # A constant that a function keeps for later calls is not taken from the trained network.
+    if has_large_constants(trained.trace.program):
+        make_kept_results_anew(plain, preprocess)
     try:
         return Compared.of(detachment.role, plain.eval(), preprocess, batch, trained)
     except LoweringError as error:

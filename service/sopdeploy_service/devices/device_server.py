@@ -279,16 +279,21 @@ def serve_http(
     service.num_front_ends = config.front_ends
     service.uploads.budget = upload_budget(settings, count)
 
-    # The memory that is in use without any image: of the supervisor, of processes like this one
-    # and, for a front end, of the other processes that run.
-    at_rest = resident_bytes(os.getppid()) + count * resident_bytes()
-    if config.device is None:
-        at_rest += sum(map(resident_bytes, config.others))
-    service.decoders.budget = decode_budget(settings, at_rest, count)
+    service.decoders.budget = decode_budget(settings, bytes_at_rest(config), count)
 
     server = DeviceServer(app, settings, supervisor, config.sources, links)
     service.metrics_page = Shared(server.collect_metrics)
     return server.serve_until_end()
+
+
+def bytes_at_rest(config: LaunchConfig) -> int:
+    """Return the memory that the processes of a server use without any image, in one that serves HTTP.
+
+    Each process that serves HTTP, this one and others, counts as much as this one; with front
+    ends, the engines are the rest.
+    """
+    serving = config.num_servers * resident_bytes()
+    return resident_bytes(os.getppid()) + serving + sum(map(resident_bytes, config.engines))
 
 
 def read_keys(file: int) -> tuple[Key, ...]:

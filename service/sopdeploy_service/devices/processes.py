@@ -47,7 +47,7 @@ class LaunchConfig(pydantic.BaseModel):
 
     A front end has no *device*. *front_ends* is their number; without them, devices serve HTTP.
     *position* counts the processes of a kind; *num_servers* of them serve HTTP. *supervisor*
-    and *others* are process ids.
+    and, for a front end, *engines* are process ids.
     """
 
     name: str
@@ -59,7 +59,7 @@ class LaunchConfig(pydantic.BaseModel):
     front_ends: int
     position: int
     num_servers: int
-    others: tuple[int, ...]
+    engines: tuple[int, ...]
     control: int = -1
     shared: int = -1
     keys: int = -1

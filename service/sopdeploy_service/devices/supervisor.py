@@ -302,15 +302,12 @@ class Supervisor:
 
         return f"exited with code {code}", code
 
-    async def _start(self, process: Process) -> None:
-        """Start a child of *process*, or raise `OSError`; connect a front end with the engines."""
-        # Describe the process for the template.
-        others = [
-            other for other in (*self._devices, *self._front_ends) if other is not process
-        ]
-        ids_of_others = [other.child.pid for other in others if other.child is not None]
+    def _describe(self, process: Process) -> LaunchConfig:
+        """Describe *process* for the template."""
+        engines = self._devices if process.device is None else []
+        running = [engine.child for engine in engines if engine.child is not None]
 
-        config = LaunchConfig(
+        return LaunchConfig(
             name=process.name,
             device=process.device,
             variables=process.variables,
@@ -320,8 +317,12 @@ class Supervisor:
             front_ends=len(self._front_ends),
             position=process.position,
             num_servers=len(self._servers),
-            others=tuple(ids_of_others),
+            engines=tuple(child.pid for child in running),
         )
+
+    async def _start(self, process: Process) -> None:
+        """Start a child of *process*, or raise `OSError`; connect a front end with the engines."""
+        config = self._describe(process)
 
         # Start it, with its socket. One that serves HTTP also gets the keys, and what it shares.
         ours, theirs = control.socket_pair()
