@@ -287,7 +287,7 @@ def serve_http(
 
 
 def bytes_at_rest(config: LaunchConfig) -> int:
-    """Return the memory that the processes of a server use without any image, in one that serves HTTP.
+    """Return the memory of all processes of a server without any image; called in one that serves HTTP.
 
     Each process that serves HTTP, this one and others, counts as much as this one; with front
     ends, the engines are the rest.
