@@ -135,7 +135,7 @@ class DeviceServer(DrainingServer):
 
     def _use_keys(self, number: int, keys_file: int, limits_file: int) -> None:
         """Accept the keys with *number* in *keys_file*; the states of their limits are in *limits_file*."""
-        self._app.state.keys.replace(read_keys(keys_file), map_states(limits_file))
+        self._app.state.keys.replace(read_shared_keys(keys_file), map_states(limits_file))
         self._keys_number = number
 
     async def _reload_keys(self) -> None:
@@ -269,7 +269,7 @@ def serve_http(
     app = create_app(
         registry,
         settings,
-        keys=KeyRing(read_keys(config.keys), map_states(config.limits)),
+        keys=KeyRing(read_shared_keys(config.keys), map_states(config.limits)),
         is_keeper=config.position == 0,
     )
 
@@ -296,7 +296,7 @@ def bytes_at_rest(config: LaunchConfig) -> int:
     return resident_bytes(os.getppid()) + serving + sum(map(resident_bytes, config.engines))
 
 
-def read_keys(file: int) -> tuple[Key, ...]:
+def read_shared_keys(file: int) -> tuple[Key, ...]:
     """Read the keys that the supervisor has written to *file*."""
     return KeyFile.model_validate_json(read_memory(file)).key
 
