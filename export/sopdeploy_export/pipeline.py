@@ -201,7 +201,7 @@ def export_subject(
             step("capturing the network")
             _change_last_layer(subject, with_features=options.with_features)
             trained = Compared.of("trained", subject.network, preprocess, options.batch)
-        recorder = Recorder(trained, torch.from_numpy(images), options.max_batch)
+        recorder = Recorder(trained, torch.from_numpy(images), options.max_batch, parts)
         with attributes_restored(subject.network):
             announce("Removed")
             prove_removed(trained, recorder, parts)
