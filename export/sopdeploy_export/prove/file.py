@@ -234,9 +234,13 @@ def compute_reference(
     # In float64. The modes also change the types that the network's code names, and the dtypes
     # that it reads.
     gate_layer = find_gate(deployed.network)
-    with attributes_restored(deployed), tensors_converted(deployed, _widened):
-        with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
-            exact = run_in_batches(deployed, names, images, BATCH_IN_FLOAT64)
+    with (
+        attributes_restored(deployed),
+        tensors_converted(deployed, _widened),
+        ReportsFloat32(),
+        InFloat64(),  # type: ignore[no-untyped-call]
+    ):
+        exact = run_in_batches(deployed, names, images, BATCH_IN_FLOAT64)
         exact_gate = None if gate_layer is None else gate_logits(deployed, pixels)
 
     # In the exported precision; and which images have a route that can be compared.

@@ -328,3 +328,15 @@ def test_a_gate_that_rounding_changes_on_every_image_is_refused(
             "int8",
             lambda images: -gate_logits(deployed, images),
         )
+
+
+def test_the_gate_of_the_reference_computes_in_float64_also_where_code_names_float32(
+    preprocess: Preprocess, probes: torch.Tensor
+) -> None:
+    network = trained("gmgap-16-8-resnet18", **GMGAP)
+    deployed = Deployed(network, preprocess).eval()
+    usual = compute_reference(deployed, probes[:2].numpy())
+
+    network.gate.feature.register_forward_hook(lambda _part, _inputs, output: output.float())
+    casting = compute_reference(deployed, probes[:2].numpy())
+    assert casting.routing == usual.routing
