@@ -30,6 +30,7 @@ from sopdeploy.cli.console import (
     show_steps,
 )
 from sopdeploy.models.registry import CATALOG, FAMILIES
+from sopdeploy.report.wrong_labels import WrongLabel
 from sopdeploy.training.recipe_files import list_recipes
 from sopdeploy_commands import env
 from sopdeploy_commands.app import QUICK_START, app
@@ -193,7 +194,7 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "a port out of range": (("serve", "bundle", "--port", "99999"), "port"),
     "a mistyped command": (
         ("exprt",),
-        "sopdeploy: No such command 'exprt'. Did you mean 'export'",
+        r"sopdeploy: No such command 'exprt'; did you mean export\?;",
     ),
     "a mistyped option": (
         ("models", "--jsn"),
@@ -566,6 +567,22 @@ def test_a_row_of_a_table_is_one_line_in_a_pipe_and_not_cut(
     ]
 
 
+def test_a_probably_wrong_label_is_a_row_with_the_probabilities_of_both_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = WrongLabel(
+        file="hat/1.jpg",
+        label="hat",
+        suggested="shoe",
+        probability=0.25,
+        probability_suggested=0.5,
+    )
+    monkeypatch.setattr("sopdeploy.report.wrong_labels.find_wrong_labels", lambda *_: (wrong,))
+    command = ["data", "check", str(tmp_path), "--wrong-labels", "runs/latest"]
+    row = CliRunner().invoke(app, command).stdout.splitlines()[1]
+    assert row.split() == ["hat/1.jpg", "hat", "25.0", "%", "shoe", "50.0", "%"]
+
+
 USAGE = {
     "train --resume": "sopdeploy train: Option '--resume' requires an argument, one of never, always, auto",
     "serve --port": "sopdeploy serve: Option '--port' requires an argument; see sopdeploy serve --help",
@@ -574,11 +591,11 @@ USAGE = {
     "runs .": "sopdeploy runs: Unexpected argument '.';",
     "runs ...": "sopdeploy runs: Unexpected argument '...';",
     "serve b --gpu": "No such option: --gpu; use --setting runtime=onnxruntime-cuda;",
-    "serve b --max-batch 3": "No such option: --max-batch; use --setting max_batch=VALUE;",
+    "serve b --max-batch 3": "No such option: --max-batch; did you mean --setting max_batch=VALUE?;",
     "serve b --device cpu": "No such option: --device; did you mean --devices?;",
     "serve b --zebra": "No such option: --zebra; --print-config lists all settings;",
-    "train --epochs 3": "No such option: --epochs; use --set epochs=VALUE;",
-    "train --lr 3": "No such option: --lr; use --set optimizer.lr=VALUE;",
+    "train --epochs 3": "No such option: --epochs; did you mean --set epochs=VALUE?;",
+    "train --lr 3": "No such option: --lr; did you mean --set optimizer.lr=VALUE?;",
     "train --cuda": "No such option: --cuda; use --set device=cuda;",
     "export a --gpu": "sopdeploy export: No such option: --gpu; see sopdeploy export --help",
     "serve b --setting port": "port: give it a value, port=VALUE",

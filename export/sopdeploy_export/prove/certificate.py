@@ -19,7 +19,7 @@ from sopdeploy_export.prove import file, graphs, images, plain_run, removed
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.prove.removed import TensorEntry
 
-# by title: the module beside this one with the sentence `STATEMENT`
+# By title: the module of this folder with the sentence `STATEMENT`.
 STATEMENTS = {
     "Removed": removed,
     "Graph": graphs,

@@ -11,11 +11,7 @@ from onnx import helper
 
 # Batch sizes for which shapes are computed: the limits of `--max-batch` above 1, and the last
 # size but one.
-BATCHES = (
-    2,
-    999_999,
-    1_000_000,
-)
+BATCHES = (2, 999_999, 1_000_000)
 Shapes = Sequence[tuple[int, ...]]  # one for each batch size
 
 
