@@ -164,7 +164,10 @@ def check_result(
             values = (operand.expand_as(expected).flatten()[position] for operand in operands)
             difference += f" for {', '.join(f'{value:.6g}' for value in values)}"
 
-    remedy = "use torch.sort(stable=True)" if chain.is_one_of(SORTED) else "use other operators"
+    remedy = "use other operators"
+    if chain.is_one_of(SORTED):
+        difference += ", because equal values have no defined order"
+        remedy = "use torch.sort(stable=True)"
     target = " and ".join(str(operator.target) for operator in chain.operators)
     raise LoweringError(
         f"{target} in {chain.last.part}: its ONNX form gives {difference}; {remedy}"

@@ -277,7 +277,7 @@ def check(function: Callable[[Tensor], Tensor], preprocess: Preprocess) -> None:
     )
 
 
-SORTED = r"use torch\.sort\(stable=True\)"
+SORTED = r"because equal values have no defined order; use torch\.sort\(stable=True\)"
 
 
 def attend_masked(images: Tensor, added: Tensor) -> Tensor:
