@@ -1,6 +1,6 @@
 """Run the default tests in other surroundings than those in which they were written: `make elsewhere`.
 
-    python deploy/elsewhere.py [--only NAME,NAME] [--list] [--write docs/elsewhere.md]
+    python deploy/elsewhere.py [--only NAME,NAME] [--workers N] [--list] [--write docs/elsewhere.md]
 
 A journey is one run of the tests in several surroundings at once. If tests fail there, they run
 again in each of these surroundings alone and in none of them, so that the table names what they
@@ -27,7 +27,8 @@ from xml.etree import ElementTree
 from sopdeploy.environment import processor, usable_cores
 
 ROOT = Path(__file__).parents[1]
-PARALLEL = ("-n", str((os.cpu_count() or 1) + 1), "--dist", "loadfile")
+# One worker more than cores: many tests wait for servers and processes.
+WORKERS = (os.cpu_count() or 1) + 1
 # ends with this program
 BURN = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 OTHER_USER = 65534  # nobody
@@ -374,8 +375,8 @@ def test_id(case: ElementTree.Element) -> str:
     return f"{case.get('file')}::{case.get('name')}"
 
 
-def run_files(process: Process) -> Outcome:
-    """Run every test file in a process of its own, as many at once as there are cores."""
+def run_files(process: Process, workers: int, say: Callable[[str], None]) -> Outcome:
+    """Run every test file in a process of its own, *workers* of them at once; say at once which fail."""
     began = time.monotonic()
 
     def run_file(path: Path) -> Outcome:
@@ -385,9 +386,12 @@ def run_files(process: Process) -> Outcome:
         if "exit code 5" in outcome.problem:  # all tests of the file are deselected
             return Outcome((), 0, 0, outcome.seconds)
         name = (f"{path.name}: {outcome.problem}",) if outcome.problem else ()
-        return replace(outcome, failed=(*outcome.failed, *name))
+        failed = (*outcome.failed, *name)
+        for test in failed:
+            say(f"  failed: {test}")
+        return replace(outcome, failed=failed)
 
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         outcomes = list(
             pool.map(run_file, sorted((process.folder / "tests").rglob("test_*.py")))
         )
@@ -414,13 +418,16 @@ def entered(surroundings: Sequence[Surroundings]) -> Iterator[tuple[Process, dic
 
 
 def travel(
-    name: str, surroundings: Sequence[Surroundings], say: Callable[[str], None]
+    name: str, surroundings: Sequence[Surroundings], workers: int, say: Callable[[str], None]
 ) -> list[list[str]]:
-    """Run the tests of a journey; return the rows of the table."""
+    """Run the tests of a journey in *workers* processes; return the rows of the table."""
     with entered(surroundings) as (process, unavailable):
         if len(unavailable) == len(surroundings):
             return [[one.name, f"not run: {unavailable[one.name]}", ""] for one in surroundings]
-        outcome = run_files(process) if process.alone else run_tests(process, *PARALLEL)
+        if process.alone:
+            outcome = run_files(process, workers, say)
+        else:
+            outcome = run_tests(process, "-n", str(workers), "--dist", "loadfile")
     counts = f"{outcome.passed} passed, {len(outcome.failed)} failed"
     say(f"{name}: {counts} in {outcome.seconds:.0f} s {outcome.problem}")
     blamed = blame(surroundings, unavailable, outcome.failed, say) if outcome.failed else {}
@@ -529,6 +536,7 @@ def main() -> None:
     parser.add_argument(
         "--list", action="store_true", help="print the surroundings of each journey"
     )
+    parser.add_argument("--workers", type=int, default=WORKERS, help="test processes at once")
     parser.add_argument("--write", type=Path, help="write the rows into the table of this page")
     arguments = parser.parse_args()
     chosen = {name: JOURNEYS[name] for name in arguments.only.split(",")}
@@ -538,7 +546,9 @@ def main() -> None:
         return
     say = partial(print, flush=True)
     rows = [
-        row for name, surroundings in chosen.items() for row in travel(name, surroundings, say)
+        row
+        for name, surroundings in chosen.items()
+        for row in travel(name, surroundings, arguments.workers, say)
     ]
     target = arguments.write
     before = (

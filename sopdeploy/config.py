@@ -1,6 +1,5 @@
 """Base classes of configs, manifests, reports and options: immutable, without unknown keys."""
 
-import difflib
 import math
 import re
 import reprlib
@@ -13,6 +12,7 @@ import pydantic
 import pydantic_core
 
 from sopdeploy.errors import ConfigError
+from sopdeploy.nearest import did_you_mean
 from sopdeploy.plugins import PluginRegistry
 from sopdeploy.version import __version__
 
@@ -464,14 +464,10 @@ def _suggest(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
     context = problem.get("ctx", {})
     wanted = context.get("tag", problem["input"])
     expected = str(context.get("expected_tags", context.get("expected", "")))
-    names = {name.lower(): name for name in re.findall(r"'([^']+)'", expected)}
+    names = re.findall(r"'([^']+)'", expected)
 
-    close = (
-        difflib.get_close_matches(wanted[:MAX_SHOWN].lower(), names, n=1)
-        if isinstance(wanted, str)
-        else ()
-    )
-    return f"; did you mean {names[close[0]]}?" if close else ""
+    hint = did_you_mean(wanted, names) if isinstance(wanted, str) else ""
+    return hint and f"; {hint}"
 
 
 def _name_key(path: Iterable[str | int], values: Any, *, is_missing: bool) -> str:

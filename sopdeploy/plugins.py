@@ -15,7 +15,6 @@ names. It is always called, and imports no torch: it registers `module:name` in 
 object.
 """
 
-import difflib
 import logging
 import os
 import re
@@ -26,6 +25,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 from sopdeploy.errors import ConfigError, first_line
+from sopdeploy.nearest import did_you_mean
 
 # groups of entry points
 _GROUP = "sopdeploy.plugins"
@@ -130,10 +130,9 @@ class PluginRegistry(Generic[_Item]):
             log.warning(problem)
         return list({**self.own(), **self.registered})
 
-    def suggest(self, name: str, count: int = 1) -> str:
-        """Return "did you mean NAMES?" with the *count* known names nearest to *name*, "" if none is near."""
-        close = difflib.get_close_matches(name, {**self.own(), **self.registered}, n=count)
-        return f"did you mean {', '.join(close)}?" if close else ""
+    def suggest(self, name: str, otherwise: str = "") -> str:
+        """Ask "did you mean NAMES?" with the known names nearest to *name*; *otherwise* if none is near."""
+        return did_you_mean(name, [*self.own(), *self.registered], otherwise)
 
 
 def import_if_named(source: Any) -> Any:

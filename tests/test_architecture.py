@@ -189,6 +189,12 @@ def imports_of(path: Path) -> set[str]:
     return names
 
 
+def test_one_module_decides_which_names_are_alike() -> None:
+    paths = [path for folder in PACKAGES.values() for path in sorted(folder.rglob("*.py"))]
+    found = [name(path) for path in paths if "difflib" in imports_of(path)]
+    assert found == ["sopdeploy/nearest.py"]
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout of git")
 def test_no_file_of_the_project_is_ignored_which_a_wheel_would_lack() -> None:
     command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]

@@ -1,6 +1,5 @@
 """The `sopdeploy` command line. A command is imported when it runs, so that help and completion are fast."""
 
-import difflib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Annotated, Any, get_args
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from sopdeploy.nearest import ask_for, did_you_mean
 from sopdeploy.version import __version__
 
 ABOUT = "Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."
@@ -111,7 +111,7 @@ class CommandLine(TyperCommand):
             hint = ""
             if any("--data" in parameter.opts for parameter in self.params):
                 option = "--recipe" if rest[0].endswith(".toml") else "--data"
-                hint = f"; did you mean {option} {rest[0]}?"
+                hint = f"; {ask_for(f'{option} {rest[0]}')}"
             ctx.fail(f"Unexpected argument '{rest[0]}'{hint}")
 
         return rest
@@ -139,7 +139,7 @@ class Commands(Mapping[str, Any]):
         module, _, function = source.partition(":")
         # `command` has set this attribute.
         run = getattr(import_module(module, __package__), function).run_command
-        app = typer.Typer(add_completion=False, **SETTINGS)
+        app = typer.Typer(add_completion=False, cls=Group, **SETTINGS)
         app.command(ONLY_COMMAND_OF_GROUP.get(name, name), cls=CommandLine)(run)
         # Typer replaces a group of a single command by the command, unless it has a callback.
         if name in ONLY_COMMAND_OF_GROUP:
@@ -154,7 +154,19 @@ class Commands(Mapping[str, Any]):
         return len(COMMANDS)
 
 
-class Program(TyperGroup):
+class Group(TyperGroup):
+    """A group of commands that asks for the nearest one if a command is unknown."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that *args* begin with; raises the usage errors of Typer."""
+        name = args[0]
+        if name in self.commands or name.startswith("-"):
+            return super().resolve_command(ctx, args)
+        hint = did_you_mean(name, list(self.commands))
+        return ctx.fail(f"No such command '{name}'" + (f"; {hint}" if hint else ""))
+
+
+class Program(Group):
     """The group of all commands; its help lists them without importing them."""
 
     def __init__(self, **settings: Any) -> None:
@@ -290,7 +302,8 @@ def _to_config_error(error: Any) -> Exception:
 
     # The command does not have the option.
     if hasattr(error, "possibilities") and name is not None:
-        message = f"No such option: {name}{_suggest_option(name, parameters)}"
+        hint = _suggest_option(name, parameters)
+        message = f"No such option: {name}" + (f"; {hint}" if hint else "")
     elif name is not None:  # an option without a value, or one that takes none
         # Empty for `--help`, which is no parameter of the command
         named = [parameter for parameter in parameters if name in parameter.opts]
@@ -304,38 +317,39 @@ def _to_config_error(error: Any) -> Exception:
 
 def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
     """Say which option, or which setting that an option takes, the unknown option *name* may mean; or ""."""
-    options = [
-        option
+    options = {
+        option.lstrip("-").replace("-", "_"): option
         for parameter in parameters
         for option in parameter.opts
         if option.startswith("--")
-    ]
+    }
 
-    # A word that means the GPU, or one that is like the name of a setting.
-    key = name.lstrip("-").replace("-", "_")
-    means_gpu = key in {"gpu", "cuda", "device", "gpus"}
-    if close := difflib.get_close_matches(name, options, n=1, cutoff=0.8):
-        return f"; did you mean {close[0]}?"
-    if "--setting" in options:
+    # An option of the command may take more names: settings of a server, or values of a recipe.
+    keys: list[str] = []
+    assign = ""
+    on_gpu = ""
+    otherwise = ""
+    if "setting" in options:
         from sopdeploy_service.settings import Settings
 
-        if means_gpu:
-            return "; use --setting runtime=onnxruntime-cuda"
-        keys = difflib.get_close_matches(key, Settings.model_fields, 1, 0.7)
-        return (
-            f"; use --setting {keys[0]}=VALUE"
-            if keys
-            else "; --print-config lists all settings"
-        )
+        keys = list(Settings.model_fields)
+        assign = "--setting"
+        on_gpu = "runtime=onnxruntime-cuda"
+        otherwise = "--print-config lists all settings"
+    elif "set" in options:
+        from sopdeploy.training.recipe import recipe_keys
 
-    if "--set" in options:
-        from sopdeploy.training.recipe import suggest_keys
+        keys = recipe_keys()
+        assign = "--set"
+        on_gpu = "device=cuda"
 
-        if means_gpu:
-            return "; use --set device=cuda"
-        keys = suggest_keys(key)
-        return f"; use --set {keys[0]}=VALUE" if keys else ""
-    return ""
+    # A word that means the GPU comes first: names of other things look like it.
+    wanted = name.lstrip("-").replace("-", "_")
+    if on_gpu and wanted in {"gpu", "gpus", "cuda"}:
+        return f"use {assign} {on_gpu}"
+    return did_you_mean(
+        wanted, {key: f"{assign} {key}=VALUE" for key in keys} | options, otherwise
+    )
 
 
 def _print_user_error(error: Exception, as_json: bool = False) -> int:

@@ -5,7 +5,6 @@ Flags override the environment (`SOPDEPLOY_PORT=9000`), the environment override
 the one named by `SOPDEPLOY_CONFIG`.
 """
 
-import difflib
 import json
 import os
 from collections.abc import Iterable
@@ -28,6 +27,7 @@ from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import read_text
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS
+from sopdeploy.nearest import did_you_mean
 from sopdeploy.plugins import RUNTIMES, VARIABLE
 from sopdeploy_service.origins import Network, parse_host, parse_network
 
@@ -369,9 +369,8 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
             raise ConfigError(f"{name}: give it a value, {name}=VALUE")
 
         if name not in Settings.model_fields:
-            close = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.7)
-            hint = (
-                f"did you mean {close[0]}?" if close else "`--print-config` lists all settings"
+            hint = did_you_mean(
+                name, Settings.model_fields.keys(), "`--print-config` lists all settings"
             )
             raise ConfigError(f"{name}: expected name=value with the name of a setting; {hint}")
 

@@ -30,7 +30,9 @@ from sopdeploy.evaluation.multi_label import (
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier
-from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset, unreadable_images_error
+from sopdeploy.photos.file_checks import unreadable_images_error
+from sopdeploy.photos.network_inputs import PreprocessedDataset
+from sopdeploy.photos.photo import LabeledImages
 
 SCORE_BATCH = 32  # images
 

@@ -12,6 +12,7 @@ import pydantic
 
 from sopdeploy.config import FieldValues, StrictModel, first_problem
 from sopdeploy.errors import ConfigError
+from sopdeploy.nearest import ask_for
 from sopdeploy.plugins import MODELS, import_if_named
 
 if TYPE_CHECKING:
@@ -69,7 +70,14 @@ def with_config(
     num_classes: int = 1000,
 ) -> Entry:
     """Build the entry of a *network* whose config has its name and `Config`."""
-    return Entry(network, f"{network}Config", defaults, summary, image_size, num_classes)
+    return Entry(
+        network_source=network,
+        config_source=f"{network}Config",
+        defaults=defaults,
+        summary=summary,
+        image_size=image_size,
+        num_classes=num_classes,
+    )
 
 
 def at_32(network: str, defaults: Mapping[str, Any], title: str) -> Entry:
@@ -334,8 +342,11 @@ def entry(name: str) -> Entry:
         return replace(registered, name=name)
 
     is_tag = "." in name  # of timm, such as resnet18.a1_in1k
-    hint = f"did you mean timm:{name}?" if is_tag else MODELS.suggest(name, 3)
-    hint = hint or "`sopdeploy models` lists them all"
+    hint = (
+        ask_for(f"timm:{name}")
+        if is_tag
+        else MODELS.suggest(name, "`sopdeploy models` lists them all")
+    )
     raise ConfigError(f"model {name!r} is not in the catalog; {hint}")
 
 

@@ -4,7 +4,6 @@
 closest known one.
 """
 
-import difflib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -20,6 +19,7 @@ from sopdeploy.decision import ACCEPTS
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel, entry
+from sopdeploy.nearest import did_you_mean
 from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.project import Name
 from sopdeploy.training.loop_settings import LoopSettings
@@ -196,15 +196,19 @@ class Recipe(SharedSettings, LoopSettings):
     start: StartConfig | None = None
 
     def reads(self, key: str) -> bool:
-        """Check whether the procedure reads the dotted *key*, of a value or of a table with such values."""
+        """Check whether the procedure reads the dotted *key*, which may be that of a table."""
         procedure = self.procedure
         is_few_shot = isinstance(procedure, FewShotConfig)
+
+        # Of the options of the network, those that the network with a head has.
         if key.startswith("model.config.") and isinstance(procedure, HeadOptions):
             from sopdeploy.models.second_order_head import head_name, tuned_name  # noqa: PLC0415 # torch
 
             network = head_name(self.model.name) if is_few_shot else tuned_name(self.model.name)
             _model, _config, option, *_ = key.split(".")
             return option in entry(network).config.model_fields
+
+        # The few-shot procedure reads the shared settings alone, and holds out nothing.
         return not is_few_shot or (
             key not in HOLD_OUT_KEYS and has_key(SharedSettings, key.split("."))
         )
@@ -330,15 +334,16 @@ def change_recipe(
     the file or key, and the closest key.
     """
     values = deepcopy(dict(base))
+    # By keys of values: a change may be a whole table.
     changed = {key: value for change in changes for key, value in flatten(dict([change]))}
     _drop_foreign_options(values, changed)
 
-    preprocess = deepcopy(values.get("preprocess"))
+    preprocess_before = deepcopy(values.get("preprocess"))
     add_fine_tune_settings(values, changed.get("procedure.kind"))
     for key, value in changes:
         set_value(values, key, value)
 
-    _scale_resize(values, preprocess, dict(changes))
+    _scale_resize(values, preprocess_before, dict(changes))
     return validate_recipe(values, source)
 
 
@@ -358,7 +363,7 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
     if not isinstance(table, dict):
         return
     sides: list[Any] = [table.get("crop"), before.get("resize"), before.get("crop")]
-    # A side of another type is left to the validation, which names it.
+    # The new crop, and both sides before; one of another type is left to the validation.
     if all(isinstance(side, int) and side > 0 for side in sides):
         table["resize"] = Preprocess.scaled_resize(*sides)
 
@@ -441,18 +446,15 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
     if reason != "unknown key":
         return described
 
-    if key in set(_list_keys(Recipe)):
+    if key in recipe_keys():
         return f"{described} of this kind"  # such as `optimizer.nesterov` of the kind adamw
-    close = suggest_keys(key)
-    return described + (f"; did you mean {close[0]}?" if close else "")
+    hint = did_you_mean(key, recipe_keys())
+    return described + (f"; {hint}" if hint else "")
 
 
-def suggest_keys(name: str, cutoff: float = 0.6) -> list[str]:
-    """List the keys that *name* may mean: those equal to it or ending with it, or else the closest one."""
-    # The keys of all kinds of optimizers, data sources and others.
-    known = sorted(set(_list_keys(Recipe)))
-    same_name = [key for key in known if key == name or key.endswith(f".{name}")]
-    return same_name or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+def recipe_keys() -> list[str]:
+    """List the dotted keys of recipes: those of all kinds of optimizers, data sources and others."""
+    return sorted(set(_list_keys(Recipe)))
 
 
 def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:

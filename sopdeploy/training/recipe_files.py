@@ -1,6 +1,5 @@
 """Recipes as text: the packaged ones and TOML files, their base, and `key=value`. Does not import torch."""
 
-import difflib
 from collections.abc import Mapping
 from copy import deepcopy
 from importlib import resources
@@ -11,6 +10,7 @@ from typing import Any
 from sopdeploy.config import FieldValues, parse_toml
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import read_text
+from sopdeploy.nearest import did_you_mean
 from sopdeploy.plugins import RECIPES, own_entry_points
 
 # What selecting the procedure `fine_tune` sets: short training by small steps, because the
@@ -66,12 +66,7 @@ def recipe_text(source: str | Path) -> str:
 
     if str(source) not in recipes:
         names = sorted(recipes)
-        close = difflib.get_close_matches(str(source), names, n=3)
-        hint = (
-            f"did you mean {', '.join(close)}?"
-            if close
-            else f"choose one of {', '.join(names)}"
-        )
+        hint = did_you_mean(str(source), names, f"choose one of {', '.join(names)}")
         raise ConfigError(
             f"recipe {str(source)!r}: no such recipe; {hint} (a file must end in .toml)"
         )

@@ -194,7 +194,7 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "a port out of range": (("serve", "bundle", "--port", "99999"), "port"),
     "a mistyped command": (
         ("exprt",),
-        "sopdeploy: No such command 'exprt'. Did you mean 'export'",
+        r"sopdeploy: No such command 'exprt'; did you mean export\?;",
     ),
     "a mistyped option": (
         ("models", "--jsn"),
@@ -591,11 +591,11 @@ USAGE = {
     "runs .": "sopdeploy runs: Unexpected argument '.';",
     "runs ...": "sopdeploy runs: Unexpected argument '...';",
     "serve b --gpu": "No such option: --gpu; use --setting runtime=onnxruntime-cuda;",
-    "serve b --max-batch 3": "No such option: --max-batch; use --setting max_batch=VALUE;",
+    "serve b --max-batch 3": "No such option: --max-batch; did you mean --setting max_batch=VALUE?;",
     "serve b --device cpu": "No such option: --device; did you mean --devices?;",
     "serve b --zebra": "No such option: --zebra; --print-config lists all settings;",
-    "train --epochs 3": "No such option: --epochs; use --set epochs=VALUE;",
-    "train --lr 3": "No such option: --lr; use --set optimizer.lr=VALUE;",
+    "train --epochs 3": "No such option: --epochs; did you mean --set epochs=VALUE?;",
+    "train --lr 3": "No such option: --lr; did you mean --set optimizer.lr=VALUE?;",
     "train --cuda": "No such option: --cuda; use --set device=cuda;",
     "export a --gpu": "sopdeploy export: No such option: --gpu; see sopdeploy export --help",
     "serve b --setting port": "port: give it a value, port=VALUE",

@@ -1,18 +1,18 @@
 """The parts of a network that the user names."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from sopdeploy.errors import DetachError
 from sopdeploy.models.base import is_in
+from sopdeploy.nearest import did_you_mean
 from sopdeploy_export.network import modules, tensors
 
 
 def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Find the outermost modules and tensors of *network* that match *patterns*.
+    """Name the outermost modules and tensors of *network* that match *patterns*, such as `aux*`.
 
     Raises `DetachError` for a pattern without a match.
     """
@@ -22,9 +22,8 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
-            close = get_close_matches(pattern, names, n=1)
             children = ", ".join(name for name, _ in network.named_children())
-            hint = f"did you mean {close[0]}?" if close else f"the network has {children}"
+            hint = did_you_mean(pattern, names, f"the network has {children}")
             problem = f"no such part; {hint}"
             raise DetachError(problem, setting="training_only", value=pattern)
         matched += matches

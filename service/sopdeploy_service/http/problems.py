@@ -1,6 +1,5 @@
 """Error responses: `application/problem+json` (RFC 9457) for every error status."""
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from starlette.types import Scope
 from sopdeploy.config import describe_problem
 from sopdeploy.http_api import Problem
 from sopdeploy.images.formats import too_large_error
+from sopdeploy.nearest import did_you_mean
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
 PROBLEM_JSON = "application/problem+json"
@@ -120,15 +120,17 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
 
         # Tell what to do: the nearest path, or the methods that the path has.
         if status == HTTPStatus.NOT_FOUND:
-            near = difflib.get_close_matches(path[:100], paths, n=1)
             # Where another server classifies, such as TorchServe at `/predictions/NAME`, tell where
             # this one does. Paths below `/v2/` are those of this server itself.
             parts = re.split("[/:]", path[:100])
             is_of_other_server = bool(PATH_PARTS_OF_OTHER_SERVERS.intersection(parts))
+            wanted = path
             if is_of_other_server and not path.startswith("/v2/"):
-                near = ["/v1/classify"]
-            hint = f" did you mean {root}{near[0]}?" if near else ""
-            detail = f"no such path;{hint} {root}/docs lists all"
+                wanted = "/v1/classify"
+
+            hint = did_you_mean(wanted, {known: f"{root}{known}" for known in paths})
+            hints = filter(None, (hint, f"{root}/docs lists all"))
+            detail = f"no such path; {' '.join(hints)}"
         elif status == HTTPStatus.METHOD_NOT_ALLOWED:
             use = f"use {headers['Allow']} ({root}/docs has examples)"
             if path == "/" and request.method == "POST":

@@ -22,11 +22,8 @@ from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployErro
 from sopdeploy_service.http.api_keys import KeyRing, file_identity, read_again
 from sopdeploy_service.inference.bundle_store import read_links
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.server.http_protocol import (
-    Connections,
-    LimitedHttpProtocol,
-    limited_config,
-)
+from sopdeploy_service.server.connections import Connections
+from sopdeploy_service.server.http_protocol import LimitedHttpProtocol, limited_config
 from sopdeploy_service.server.lifetime import (
     BEAT_SECONDS,
     Joined,
@@ -148,7 +145,7 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the app, open the port and call `on_open`, which prints the `ready` line."""
         self.lifespan = AppLifespan(self._app)  # instead of uvicorn's own
-        await super().startup([])
+        await super().startup([])  # `Arrivals` accept connections, not uvicorn
         for listener in sockets or ():
             self._open_port(listener)
 

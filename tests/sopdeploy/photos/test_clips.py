@@ -15,7 +15,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.clips import Clips, divides_classes, find_clips
 from sopdeploy.photos.photo import Photo
-from sopdeploy.training.few_shot.classifier import estimate_score
+from sopdeploy.training.few_shot.score import estimate_score
 from sopdeploy.training.recipe import read_recipe
 from tests.sopdeploy.photos.test_copies import encoded, scene
 from tests.support.small_data import write_classes

@@ -17,6 +17,7 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import Rate, effective_count
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.check import EDGES_MISS, check_data
+from sopdeploy.photos.class_folders import list_classes
 from sopdeploy.photos.copies import (
     NO_PAIRS,
     NearDuplicates,
@@ -27,8 +28,9 @@ from sopdeploy.photos.copies import (
     shrink,
     signature,
 )
-from sopdeploy.photos.folder import list_classes, open_folder
-from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split, describe_seen, hash_images
+from sopdeploy.photos.file_checks import describe_seen, hash_images
+from sopdeploy.photos.folder import open_folder
+from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split
 from sopdeploy.photos.split import (
     NONE,
     choose_held_out,

@@ -16,8 +16,9 @@ from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.copies import group_photographs
+from sopdeploy.photos.evaluation_images import open_evaluation_images
 from sopdeploy.photos.files import FOLDERS
-from sopdeploy.photos.folder import open_evaluation_images, open_folder
+from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.photo import Split
 from sopdeploy.photos.split import choose_held_out, divide
 from sopdeploy_commands.app import app
@@ -422,6 +423,7 @@ def test_forty_broken_files_are_ten_and_a_number_and_one_reason(tmp_path) -> Non
 
 TABLES = {
     "file,classes": ",", "filename,label": ",", "file;classes": ";", "sep=;\nfile;classes": ";",
+    "sep=;": ";",
     "image\tlabel": "\t", '"sep=,"\r\nPath,Class': ",",
 }  # fmt: skip
 
@@ -554,6 +556,7 @@ MASKS = {
     "beside each photograph": ("a ({}).jpg", "a ({})_mask.png"),
     "several of a photograph": ("a ({}).jpg", "a ({})_mask_1.png"),
     "named before": ("{}.jpg", "mask-{}.png"),
+    "of another format": ("{}.jpg", "{}.png"),
     "in a folder beside the photographs": ("{}.jpg", "segmentation/{}.png"),
 }
 

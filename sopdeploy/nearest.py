@@ -1,0 +1,63 @@
+"""Which known names a wrong name may mean, and the question "did you mean ...?" of all messages."""
+
+from collections.abc import Iterable, Mapping
+from difflib import SequenceMatcher, get_close_matches
+
+CUTOFF = 0.6  # of the ratio of `SequenceMatcher`
+MARGIN = 0.05  # to the ratio of the nearest name
+MAX_NAMES = 3
+# Comparing takes time that grows with the square of the length, and a client may send any name.
+MAX_COMPARED = 100
+
+
+def nearest_names(wanted: str, names: Iterable[str]) -> list[str]:
+    """List at most three of *names* that *wanted* may mean, the nearest first.
+
+    A name that is equal but for case, or that ends with a dot and *wanted*, as `optimizer.lr`
+    does with `lr`, is nearer than any other.
+    """
+    wanted = wanted[:MAX_COMPARED].lower()
+    # Of names that differ in case only, the first one.
+    by_lower: dict[str, str] = {}
+    for name in names:
+        by_lower.setdefault(name.lower(), name)
+    if not wanted:
+        return []
+
+    if wanted in by_lower:
+        return [by_lower[wanted]]
+    same_end = sorted(name for name in by_lower if name.endswith(f".{wanted}"))
+    if same_end:
+        return [by_lower[name] for name in same_end[:MAX_NAMES]]
+
+    # The nearest first; of those that are as near, the first one of *names*.
+    close = set(get_close_matches(wanted, by_lower, n=max(1, len(by_lower)), cutoff=CUTOFF))
+    ratios = {
+        name: SequenceMatcher(None, name, wanted).ratio() for name in by_lower if name in close
+    }
+    ranked = sorted(ratios, key=lambda name: -ratios[name])
+
+    # Others only if they are about as near as the nearest one.
+    return [
+        by_lower[name]
+        for name in ranked[:MAX_NAMES]
+        if ratios[name] >= ratios[ranked[0]] - MARGIN
+    ]
+
+
+def did_you_mean(
+    wanted: str, names: Iterable[str] | Mapping[str, str], otherwise: str = ""
+) -> str:
+    """Ask "did you mean A, B or C?" with the names nearest to *wanted*; *otherwise* if none is near.
+
+    *names* may be a mapping from names to what the question shows for them.
+    """
+    shown = names if isinstance(names, Mapping) else {name: name for name in names}
+    near = nearest_names(wanted, shown)
+    return ask_for(*[shown[name] for name in near]) if near else otherwise
+
+
+def ask_for(*texts: str) -> str:
+    """Ask "did you mean A?", or "did you mean A, B or C?"."""
+    *first, last = texts
+    return f"did you mean {', '.join(first)} or {last}?" if first else f"did you mean {last}?"
