@@ -168,6 +168,7 @@ def test_an_example_is_read_once_and_costs_a_key_one_image(
     monkeypatch.setattr(web, "read_file", read_once)
     client = serve_with(FakeRuntime(num_classes=7), examples=tmp_path / "images", keys=keys)
     headers = {"x-api-key": secret}
+    assert client.get("/examples/1", headers=headers).status_code == 404  # of one example
     replies = [client.get("/examples/0", headers=headers) for _ in range(4)]
     assert [reply.status_code for reply in replies] == [404, 200, 200, 429]
     assert [reply.content == content for reply in replies[1:3]] == [True, True]

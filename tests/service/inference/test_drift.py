@@ -192,6 +192,14 @@ def test_a_model_that_is_not_served_any_more_has_no_metrics() -> None:
     assert not site.monitor._traffic
 
 
+def test_a_new_bundle_has_no_metrics_of_the_one_before() -> None:
+    site = Site()
+    site.send(20)
+    assert site.sample("p_value", "image") is not None
+    site.send(1, model("two"), seed=1)
+    assert site.sample("p_value", "image") is None
+
+
 def test_blocks_that_are_too_old_are_deleted(tmp_path) -> None:
     Site(tmp_path).send(3)
     again = Site()
