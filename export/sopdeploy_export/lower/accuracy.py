@@ -20,7 +20,7 @@ from sopdeploy.photos.copies import connect
 from sopdeploy.photos.evaluation_images import open_any_images, open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles
 from sopdeploy_export.capture.deployed import INPUT, evenly_spread
-from sopdeploy_export.lower.precision import Accuracy, MeasuringImages, PrecisionReport
+from sopdeploy_export.lower.precision import Accuracy, PrecisionReport, UserImages
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.runs import LOGITS, open_session
 from sopdeploy_export.subject import ExportSubject
@@ -32,8 +32,8 @@ MIN_DISTINCT = 32
 # Standard deviations: a quarter of the logits' variance. Trained networks measure 0.03 to 0.07
 # in int8 (docs/howto/int8.md), a file that returns the mean logits of all images 1.
 MAX_DEVIATION = 0.5
-# Without `evaluate`, every fourth of the distinct images of `calibrate` measures
-EVERY = 4
+# Without `evaluate`, every fourth of the distinct images of `calibrate` is held out to measure
+HELD_OUT_EVERY = 4
 # Root mean square difference, of 255, of the red, green and blue of thumbnails of 8 x 8 pixels
 ALIKE = 5.0
 THUMBNAIL_SIDE = 8
@@ -60,16 +60,15 @@ class AccuracyCheck:
 
         # The images of `calibrate`: all calibrate if `evaluate` measures, else three quarters.
         self.calibration = np.empty((0, 0, 0, 3), np.uint8)
-        self._measuring_images: NDArray[np.uint8] | None = None
+        self._held_out: NDArray[np.uint8] | None = None
         if options.calibrate is not None:
             self.calibration = calibration_images(options.calibrate, subject.preprocess)
             distinct_P = number_distinct(self.calibration)
             if options.evaluate is None:
-                is_measured_P = (
-                    distinct_P % EVERY == EVERY - 1
-                )  # of distinct images 3, 7, 11, ...
-                self._measuring_images = self.calibration[is_measured_P]
-                self.calibration = self.calibration[~is_measured_P]
+                # The distinct images 3, 7, 11 and so on.
+                is_held_out_P = distinct_P % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+                self._held_out = self.calibration[is_held_out_P]
+                self.calibration = self.calibration[~is_held_out_P]
 
         # The images of `evaluate`
         self._labeled: ImageFiles | None = None
@@ -90,7 +89,7 @@ class AccuracyCheck:
             self._labeled = open_evaluation_images(options.evaluate, subject.labels)
 
     def measure(self, float32: onnx.ModelProto, exported: InferenceSession) -> Accuracy:
-        """Compare the graphs *float32* and *exported* on the images.
+        """Compare the file that *exported* has loaded with the graph *float32*, on the images that measure.
 
         The logits of *float32* are computed in the first call and kept for later ones.
         """
@@ -103,18 +102,21 @@ class AccuracyCheck:
         compared = compare_top_classes(before.argmax(axis=1), after.argmax(axis=1), truth)
         return compared.model_copy(update={"deviation": logit_deviation(before, after)})
 
-    def images(self) -> MeasuringImages:
-        """Return the images that calibrate, and for fp16 at most `PHOTOGRAPHS` of `evaluate`, evenly spread."""
+    def images_to_convert(self) -> UserImages:
+        """Return what `convert_precision` needs: all images that calibrate, for fp16 some of `evaluate`.
+
+        These are at most `PHOTOGRAPHS`, evenly spread.
+        """
         photographs: list[NDArray[np.uint8]] = []
         if self._labeled is not None and self.options.precision == "fp16":
             positions = evenly_spread(len(self._labeled), PHOTOGRAPHS).tolist()
             photographs = [
                 self._labeled.preprocess(position, self._preprocess) for position in positions
             ]
-        return MeasuringImages(self.calibration, photographs)
+        return UserImages(self.calibration, photographs)
 
     def check_drop(self, report: PrecisionReport) -> None:
-        """Raise `ParityError` if a loss in *report* exceeds its limit, also with `allow_drift`.
+        """Raise `ParityError` if a loss in *report* exceeds its limit, even with `allow_drift`.
 
         The limits are `max_drop` for top-1, or for agreement without labels, and `MAX_DEVIATION` for
         the change of the logits.
@@ -160,8 +162,8 @@ class AccuracyCheck:
                     for position in range(start, min(start + size, count))
                 ]
                 yield np.stack(images)
-        elif self._measuring_images is not None:
-            for image in self._measuring_images:
+        elif self._held_out is not None:
+            for image in self._held_out:
                 yield image[None]
 
 
@@ -188,12 +190,12 @@ def compare_top_classes(
     this loss.
     """
     count = len(float32)
-    agree = int((float32 == exported).sum())
+    num_agreeing = int((float32 == exported).sum())
 
     before: float | None = None
     after: float | None = None
     if truth is None:
-        drop = 1 - agree / count
+        drop = 1 - num_agreeing / count
     else:
         before = float((float32 == truth).mean())
         after = float((exported == truth).mean())
@@ -203,7 +205,7 @@ def compare_top_classes(
         num_images=count,
         before=before,
         after=after,
-        num_agreeing=agree,
+        num_agreeing=num_agreeing,
         drop=round(100 * drop, 6),
     )
 

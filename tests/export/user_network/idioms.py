@@ -5,7 +5,6 @@ import functools
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -75,15 +74,6 @@ class ModelOutput(collections.OrderedDict[str, Tensor]):
 class Head(nn.Linear):
     def forward(self, x: Tensor) -> Any:
         return ModelOutput(logits=super().forward(x))
-
-
-class Confidence(float, Enum):
-    LOW = 0.5
-
-
-class Judge(nn.Linear):
-    def forward(self, _: Tensor) -> Any:
-        return Confidence.LOW
 
 
 @dataclass
@@ -487,14 +477,6 @@ EXPORTED: dict[str, Case] = {
         {"training_only": ["criterion"]},
         DETACHED,
     ),
-    "a removed part that returns a member of an enumeration": (
-        with_parts(
-            lambda net, x: logits(net, x) if net.head(x) is Confidence.LOW else None,
-            head=lambda: Judge(8, CLASSES),
-        ),
-        {"training_only": ["head"]},
-        DETACHED,
-    ),
     "an adapter that is not merged": (
         changed(lambda n: setattr(n, "fc", Adapter(n.fc))),
         {},
@@ -574,17 +556,7 @@ EXPORTED: dict[str, Case] = {
     ),
     "forward is another method": (Chooses, {}, ONLY),
     "a state dict of its own": (SavesHead, {"plain": SavesHead}, PLAIN),
-    "an attribute named as one of the exporter": (
-        with_parts(logits, export_embedding=lambda: False, export_logits=lambda: True),
-        {},
-        ONLY,
-    ),
     "a lazy registry": (with_parts(logits, registry=Lazy), {}, ONLY),
-    "paths of the training images": (
-        with_parts(logits, samples=lambda: [(f"{i}.jpg", i % 4) for i in range(1000)]),
-        {},
-        ONLY,
-    ),
     "a part that is profiled": (forward(profiled), {}, ONLY),
     "a parallel part": (
         changed(lambda n: setattr(n, "stem", nn.DataParallel(n.stem))),

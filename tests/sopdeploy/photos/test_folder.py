@@ -422,6 +422,7 @@ def test_forty_broken_files_are_ten_and_a_number_and_one_reason(tmp_path) -> Non
 
 TABLES = {
     "file,classes": ",", "filename,label": ",", "file;classes": ";", "sep=;\nfile;classes": ";",
+    "sep=;": ";",
     "image\tlabel": "\t", '"sep=,"\r\nPath,Class': ",",
 }  # fmt: skip
 
