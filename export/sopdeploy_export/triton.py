@@ -129,7 +129,7 @@ def _model_config(bundle: Bundle) -> str:
 
     text = CONFIG.format(
         name=json.dumps(bundle.name),  # JSON strings are valid in the text format
-        max_batch=batch.maximum if batch.maximum > 1 else 0,
+        max_batch=batch.maximum if batch.maximum > 1 else 0,  # see `_dims`
         tensors="\n".join(tensors),
         precision=manifest.precision,
         onnx_sha256=manifest.files[GRAPH].sha256,
@@ -160,4 +160,5 @@ def _dims(record: TensorRecord, batch: BatchRange) -> list[int]:
     Triton adds the batch axis itself. It does not if `max_batch_size` is 0, which stands for a
     graph for one image only, so there the list begins with 1.
     """
-    return [1] * (batch.maximum == 1) + [int(size or -1) for size in record.shape[1:]]
+    batch_sizes = [1] if batch.maximum == 1 else []
+    return batch_sizes + [int(size or -1) for size in record.shape[1:]]

@@ -157,7 +157,7 @@ class SameConv2d(nn.Conv2d):
 def convolution(
     in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1
 ) -> nn.Conv2d:
-    """Build a convolution without bias, because batch norm follows it."""
+    """Build a convolution without bias, because batch norm follows it; a *stride* pads as TensorFlow."""
     if stride == 1:
         return nn.Conv2d(
             in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False

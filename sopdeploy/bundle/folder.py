@@ -11,8 +11,8 @@ import logging
 import os
 import stat
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -94,7 +94,7 @@ def follow_link(path: Path) -> Path:
     if not path.is_symlink():
         return path
 
-    # Links other than `latest` lead to one bundle for ever.
+    # Other links mean the bundle to which they lead now.
     target = path.parent / path.readlink()
     if path.name != LATEST or not (live := read_live(path.parent).live):
         return target
@@ -194,19 +194,7 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
     Without *with_graph*, the graph is hashed and not kept. Raises `BundleError` for the first file
     whose path, size or hash differs.
     """
-    # Names, and sizes in total, before anything is opened.
-    for name in manifest.files:
-        check_file_name(path, name)
-    for required in REQUIRED:
-        if required not in manifest.files:
-            raise BundleError(
-                f"{path}: the manifest lists no {required}; export the bundle again"
-            )
-    total = sum(record.bytes for name, record in manifest.files.items() if name != GRAPH)
-    if total > MAX_CONTENT_BYTES:
-        raise BundleError(
-            f"{path}: its files are larger than {MAX_CONTENT_BYTES} bytes; export it again"
-        )
+    _check_names_and_sizes(path, manifest)  # before anything is opened
 
     # The folder is opened once, so that no other one can take its name meanwhile.
     contents: dict[str, bytes] = {}
@@ -226,23 +214,13 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
             # Each file is read once, and hashed while it is read.
             for name, record in manifest.files.items():
                 current = path / name
-                # By now, it may be a link or a FIFO.
-                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-                with os.fdopen(os.open(name, flags, dir_fd=folder), "rb", buffering=0) as file:
-                    _check_type_and_size(current, os.fstat(file.fileno()), record)
-                    blocks = HashedBlocks(file, record.bytes)
-
+                with _open_hashed(folder, current, record) as blocks:
                     if name != GRAPH:
                         contents[name] = b"".join(blocks)
                     elif with_graph:
                         graph = SealedFile(blocks)
                     else:
                         deque(blocks, maxlen=0)  # hash without keeping
-                    if blocks.sha256 != record.sha256:
-                        raise BundleError(
-                            f"{current}: its sha256 is not the one in the manifest; the file was damaged: "
-                            "copy or export the bundle again"
-                        )
     except OSError as error:
         problem = (
             "missing"
@@ -253,6 +231,46 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
 
     labels = _parse_labels(path / "labels.json", contents["labels.json"], manifest)
     return Bundle(path=path, manifest=manifest, labels=labels, contents=contents, graph=graph)
+
+
+def _check_names_and_sizes(path: Path, manifest: Manifest) -> None:
+    """Raise `BundleError` unless *manifest* of the folder *path* lists the files and sizes of a bundle."""
+    for name in manifest.files:
+        check_file_name(path, name)
+
+    for required in REQUIRED:
+        if required not in manifest.files:
+            raise BundleError(
+                f"{path}: the manifest lists no {required}; export the bundle again"
+            )
+
+    total = sum(record.bytes for name, record in manifest.files.items() if name != GRAPH)
+    if total > MAX_CONTENT_BYTES:
+        raise BundleError(
+            f"{path}: its files are larger than {MAX_CONTENT_BYTES} bytes; export it again"
+        )
+
+
+@contextmanager
+def _open_hashed(folder: int, file: Path, record: FileRecord) -> Iterator[HashedBlocks]:
+    """Open *file* in the open *folder* for the block, which reads it once.
+
+    Raises `BundleError` if its type, its size or, at the end, its hash is not that of *record*.
+    """
+    # By now, it may be a link or a FIFO.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(file.name, flags, dir_fd=folder)
+
+    with os.fdopen(descriptor, "rb", buffering=0) as stream:
+        _check_type_and_size(file, os.fstat(stream.fileno()), record)
+        blocks = HashedBlocks(stream, record.bytes)
+        yield blocks
+
+    if blocks.sha256 != record.sha256:
+        raise BundleError(
+            f"{file}: its sha256 is not the one in the manifest; the file was damaged: "
+            "copy or export the bundle again"
+        )
 
 
 def _check_type_and_size(file: Path, status: os.stat_result, record: FileRecord) -> None:

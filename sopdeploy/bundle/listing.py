@@ -95,10 +95,13 @@ def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedB
     live, refused = read_live(folder)
     bundles = sorted(read_bundles(folder), key=lambda bundle: bundle.rank, reverse=True)
 
-    # The last promoted bundle of a project counts.
+    # Of the bundles of a project that were promoted, the last one is live.
     real_paths = [os.path.realpath(bundle.path) for bundle in bundles]
     live_by_project: dict[str, Manifest] = {}
-    for place in (real_paths.index(real) for real in live if real in real_paths):
+    for real in live:  # the last promoted first
+        if real not in real_paths:  # deleted, or in another folder
+            continue
+        place = real_paths.index(real)
         manifest = bundles[place].manifest
         if manifest is not None and manifest.project not in live_by_project:
             live_by_project[manifest.project] = manifest
@@ -113,11 +116,13 @@ def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedB
             listed.append(bundle)
             continue
 
+        reason = ""
         served = served_by_project.get(manifest.project)
-        if real in refused or (served is not None and not bundle.is_live):
+        if real in refused:
             reason = "refused by promote"
-            if served is not None and real not in refused:
-                reason = _why_not_served(manifest, served)
+        elif served is not None and not bundle.is_live:
+            reason = _why_not_served(manifest, served)
+        if reason:
             listed.append(bundle._replace(why_not_served=reason, is_replaced=True))
             continue
 

@@ -59,6 +59,7 @@ def _isolate_right_to_left(line: str) -> str:
     Otherwise, a terminal that reorders "قبعة 10, hat 9" shows the 10 on the other side of the
     name.
     """
+    # Names are joined by `_`, too, whose own class would end a word.
     classes = map(unicodedata.bidirectional, line.replace("_", "-"))
     # The direction of each character, as a letter.
     directions = "".join(_DIRECTIONS.get(each, "-") for each in classes)

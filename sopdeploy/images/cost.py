@@ -4,6 +4,7 @@ A server chooses the decoder by it. Nothing depends on it being right: each deco
 work itself.
 """
 
+import math
 from typing import NamedTuple
 
 from sopdeploy.images.formats import FRAMES, ITEM_SIZE, SCAN, webp_size
@@ -62,13 +63,16 @@ def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
     encoded = width * height
     if not encoded:
         return None
-    pixels = encoded
 
-    # A JPEG can be decoded at a smaller scale; several scans need all coefficients in memory.
+    # A JPEG can be decoded at a smaller scale.
+    pixels = encoded
     if num_scans and rules is not None and rules.decoding == "scaled":
         scale = center_view((width, height), rules).scale
-        pixels = -(-width // scale) * -(-height // scale)
-    return Cost(pixels + encoded * (num_scans > 1), encoded, num_scans == 1)
+        pixels = math.ceil(width / scale) * math.ceil(height / scale)
+
+    if num_scans > 1:  # the coefficients of the whole image are in memory, too
+        pixels += encoded
+    return Cost(pixels, encoded, is_proportional=num_scans == 1)
 
 
 def _heic_cost(body: bytes) -> Cost | None:
@@ -96,6 +100,8 @@ def _jpeg_fields(body: bytes) -> tuple[int, int, int]:
         marker = body[position + 1]
         length = int.from_bytes(body[position + 2 : position + 4])
 
+        # Behind its marker, length and precision, a frame has height, width and number of
+        # components.
         if marker in FRAMES:
             height, width = (
                 int.from_bytes(body[position + at : position + at + 2]) for at in (5, 7)

@@ -106,14 +106,19 @@ def _loaded(
     max_pixels: int,
     choose_view: ChooseView | None,
 ) -> Iterator[_Loaded]:
-    """Decode the opened *image* of *body* at the smallest scale that *rules* allow for what is seen of it."""
+    """Decode the opened *image* of *body* at the smallest scale that *rules* allow for what is seen of it.
+
+    An error here or in the block becomes an `ImageError`.
+    """
     try:
+        # Formats that are decoded at one scale only. Of a PNG, EXIF may follow the pixels.
         opened_size = image.size
         scale = 1
-        if image.format not in JPEG:  # of a PNG, EXIF may follow the pixels
+        if image.format not in JPEG:
             image.load()
             check_decoded_size(image, opened_size)
 
+        # What is seen of the upright image; of a JPEG, it decides the scale.
         orientation = exif_orientation(image) if rules.exif_orientation else UPRIGHT
         size = turned_size(opened_size, orientation)
         view = center_view(size, rules) if choose_view is None else choose_view(size)

@@ -115,8 +115,9 @@ def _check_path(path: str | bytes) -> None:
             raise DataError("looks like base64; give base64.b64decode(...) of it")
 
     with _reading():
-        # What is read from a pipe is gone.
-        if has_image_suffix(text) or not Path(text).exists() or Path(text).is_file():
+        # A pipe is not opened: what is read from it is gone.
+        is_other_file = Path(text).exists() and not Path(text).is_file()
+        if has_image_suffix(text) or not is_other_file:
             open_path(text).close()
 
 

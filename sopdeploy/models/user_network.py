@@ -279,8 +279,14 @@ def register_model(
         inference = _with_source(UserNetwork, source, module, inference_class=None)
     network = _with_source(method_class, source, module, inference_class=inference)
 
-    summary = f"of {module}"
-    MODELS.register(name, Entry(network, config_class, {}, summary, image_size), module)
+    new_entry = Entry(
+        network_source=network,
+        config_source=config_class,
+        defaults={},
+        summary=f"of {module}",
+        image_size=image_size,
+    )
+    MODELS.register(name, new_entry, module)
 
 
 def _with_source(

@@ -61,21 +61,22 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
     else are left out, unless *classes_from* is `FOLDERS`. If *classes_from* is a regular
     expression, it finds the class in the name of each image below *root*, whatever its folder.
     """
-    paths_of_folder, other_files = _list_folders(root)
+    paths_of_class, other_files = _list_folders(root)
     beside, _ = list_files(root)
     notes = list[str]()
 
     # Images that are no photographs of their own are left out.
     if classes_from != FOLDERS:
-        for leftover in find_leftovers(root, paths_of_folder):
+        for leftover in find_leftovers(root, paths_of_class):
             remaining = {
                 label: [path for path in paths if path not in leftover.paths]
-                for label, paths in paths_of_folder.items()
+                for label, paths in paths_of_class.items()
             }
-            paths_of_folder = {
+            # A folder that holds nothing else is no class; one that was empty before is told later.
+            paths_of_class = {
                 label: paths
                 for label, paths in remaining.items()
-                if paths or not paths_of_folder[label]
+                if paths or not paths_of_class[label]
             }
             where = sorted({str(Path(os.fsdecode(path)).parent) for path in leftover.paths})
             notes.append(
@@ -85,18 +86,18 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
 
     # With a pattern, the names of files tell the classes, not the folders.
     if is_pattern(classes_from):
-        paths = [*map(os.fsencode, beside), *chain.from_iterable(paths_of_folder.values())]
+        paths = [*map(os.fsencode, beside), *chain.from_iterable(paths_of_class.values())]
         return _list_by_name(root, sorted(paths), other_files, classes_from, notes)
 
     # A class folder's entry that holds each image: the folder `cat/x` for `cat/x/1.jpg` and for
     # `cat/x/y/2.jpg`, the file itself for `cat/3.jpg`.
-    labels = tuple(sorted(paths_of_folder))
+    labels = tuple(sorted(paths_of_class))
     paths = list[bytes]()
     groups = list[bytes]()
     targets = list[int]()
     nested = set[bytes]()
     for target, label in enumerate(labels):
-        class_paths = paths_of_folder[label]
+        class_paths = paths_of_class[label]
         entries = [b"/".join(path.split(b"/")[:2]) for path in class_paths]
         if len({*entries}) > 1:
             nested |= {*entries} - {*class_paths}
@@ -136,7 +137,8 @@ def _list_folders(root: Path) -> tuple[dict[str, list[bytes]], dict[str, list[st
     images = dict[str, list[bytes]]()
     other_files = dict[str, list[str]]()
     for label in sorted(folders):
-        images[label], other_files[label] = [], []
+        images[label] = []
+        other_files[label] = []
         for name in folders[label]:
             images_of_folder, others = list_images(root, name, visited)
             images[label] += images_of_folder
@@ -151,18 +153,21 @@ def _list_by_name(
     pattern: str,
     notes: list[str],
 ) -> ClassListing:
-    """Sort the images *paths* in *root* by the classes that *pattern* finds in their names."""
-    found = [class_in_name(path, pattern) for path in paths]
-    labels = tuple(sorted(filter(None, set(found))))
+    """Sort the images *paths* in *root* by the classes that *pattern* finds in their names.
+
+    Images without a class, and lookalike classes, are named in *notes*.
+    """
+    label_of_path = [class_in_name(path, pattern) for path in paths]  # "" without a class
+    labels = tuple(sorted(filter(None, set(label_of_path))))
     check_labels(root, labels)
-    without = [path for path, label in zip(paths, found, strict=True) if not label]
+    without = [path for path, label in zip(paths, label_of_path, strict=True) if not label]
     if without and labels:
         names = shorten([*map(os.fsdecode, without)])
         notes.append(
             f"{root}: {amount(len(without), 'image')} left out, in whose names {pattern!r} finds no class: {names}"
         )
-    kept = [path for path, label in zip(paths, found, strict=True) if label]
-    targets = [labels.index(label) for label in found if label]
+    kept = [path for path, label in zip(paths, label_of_path, strict=True) if label]
+    targets = [labels.index(label) for label in label_of_path if label]
     images = ImageFiles(
         root, labels, np.asarray(kept, np.bytes_), np.asarray(targets, np.int64)
     )
@@ -193,7 +198,7 @@ def describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> I
         else:
             missing.append(label)
 
-    # Other unknown classes, and missing ones.
+    # Other unknown classes. Missing ones are told with them: these may be the same ones.
     if unknown:
         yield f"{root}: classes {shorten(unknown)} are not training classes, remove them or train on them"
     if missing and unknown:

@@ -78,6 +78,7 @@ class Clips(NamedTuple):
         """
         if self.found is None:
             return pairs
+        # A pair stays if both are in one group, or if one of them is in a group of its own.
         is_clip_2P = np.bincount(self.groups)[self.groups[pairs]] > 1
         return pairs[
             :, (self.groups[pairs[0]] == self.groups[pairs[1]]) | ~is_clip_2P.all(axis=0)
@@ -85,7 +86,10 @@ class Clips(NamedTuple):
 
 
 class _Name(NamedTuple):
-    """A name without suffix: texts and numbers in turn, and its template without digits and letters."""
+    """A name without suffix: texts and numbers in turn, and its template.
+
+    In a template, `a` stands for letters and `#` for a number: `a_#-#` for `frame_12-3`.
+    """
 
     texts: tuple[str, ...]
     numbers: tuple[int, ...]
@@ -100,7 +104,6 @@ class _Name(NamedTuple):
         parts = re.split(r"(\d+)", stem)
         texts = parts[::2]
         numbers = tuple(map(int, parts[1::2]))
-        # In a template, `a` stands for letters and `#` for a number.
         template = re.sub(r"[^\W\d_]+", "a", "#".join(texts))
         return cls((folder + slash + texts[0], *texts[1:]), numbers, template)
 
@@ -194,7 +197,7 @@ def find_clips(
     # the first clear relation tells which of them identify the clips, and relations by the other
     # ones, those of frames and views, are skipped.
     found: tuple[int, int] | None = None
-    unclear: list[_Measured] = []
+    remaining: list[_Measured] = []  # what is related and not joined
     clips_share: dict[str, str] = {}  # what identifies the clips, by the template of names
     for relation in relations:
         if clips_share.get(relation.template, relation.shared) != relation.shared:
@@ -203,25 +206,28 @@ def find_clips(
         if measured is None:
             continue
         if not measured.is_clear:
-            unclear.append(measured)
+            remaining.append(measured)
             continue
         found = measured.pair if found is None else found
         clips_share[relation.template] = relation.shared
         if relation.shared != SEQUENCE:
             groups = connect(len(names), NO_PAIRS, groups, relation.runs)
             continue
-        for quantile in LINK_QUANTILES:  # a lower one divides the sequence less
+
+        # A lower quantile divides the sequence less; it is tried if the sequence is still clear
+        # between the groups that a higher one has joined.
+        for quantile in LINK_QUANTILES:
             groups = connect(len(names), _link_sequence(relation, vectors, quantile), groups)
-            measured = measure(relation, groups)  # what the groups do not explain yet
+            measured = measure(relation, groups)
             if measured is None or not measured.is_clear:
                 break
         if measured is not None:
-            unclear.append(measured)
+            remaining.append(measured)
 
-    # Of the others, the clearest that could still be told to the user: its images are not
+    # Of what remains, the clearest that could still be told to the user: its images are not
     # joined, and its pattern does not make most of a class one group.
     doubtful = []
-    for measured in unclear:
+    for measured in remaining:
         first, second = measured.pair
         is_joined = groups[first] == groups[second]  # by another relation
         pattern = measured.relation.pattern
@@ -270,10 +276,11 @@ def _list_relations(
 
         members = [index for index, name in enumerate(parsed) if name.template == template]
         class_and_texts = {i: (int(classes[i]), parsed[i].texts) for i in members}
-        # Names with equal texts whose first or last numbers are equal: none, one or more, but
-        # not all.
+
+        # Names with equal texts are related by their first numbers, none to all but one, or by
+        # their last numbers, all but one to one.
         length = len(parsed[members[0]].numbers)
-        # Regular expressions for 0, 1 and more numbers.
+        # `digits[num]` is a regular expression for *num* numbers.
         digits = [r"\D+".join([r"\d+"] * num) for num in range(length)]
         starts = [(START, slice(num), rf"^\D*{digits[num]}") for num in range(length)]
         ends = [
@@ -282,7 +289,7 @@ def _list_relations(
 
         for shared, which, pattern in starts + ends:
             keys = [(class_and_texts[i], parsed[i].numbers[which]) for i in members]
-            if len(set(keys)) < len(keys):
+            if len(set(keys)) < len(keys):  # some names are related
                 runs = _number_runs(count, members, keys)
                 groupings.append(_Relation(template, shared, runs, pattern=pattern))
 
@@ -303,7 +310,8 @@ def _list_relations(
             _Relation("", TIME, _number_runs(count, timed.tolist(), chains.tolist()))
         )
 
-    groupings.sort(key=lambda relation: -relation.runs.max())  # many groups are small ones
+    # The number of groups is the largest number of a run, plus 1; many groups are small ones.
+    groupings.sort(key=lambda relation: -relation.runs.max())
     return groupings + sequences
 
 
@@ -356,7 +364,8 @@ def _measure(
     runs = relation.runs
     ranks = relation.ranks
 
-    # The most similar image of the class outside of the group. It is a hit if it is related.
+    # The most similar image of the class outside of the group. It is a hit if it is related. A
+    # cosine of -1 stands for no image.
     is_outside_NK = (groups[nearest_NK] != groups[:, None]) & (cosines_NK > -1)
     first_N = is_outside_NK.argmax(axis=1)
     index_N = np.arange(len(runs))
@@ -400,6 +409,8 @@ def _count_related(relation: _Relation, groups: Groups) -> NDArray[np.int64]:
     ranks = relation.ranks
     if ranks is None:
         return _count_equal(runs) - _count_equal(runs, groups)
+
+    # In a sequence, the images of a run that are at most `WINDOW` places apart.
     related_N = np.zeros(len(runs), np.int64)
     order = np.lexsort((ranks, runs))
     for step in range(1, WINDOW + 1):

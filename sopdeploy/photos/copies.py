@@ -83,9 +83,10 @@ def find_near_duplicates(
 
     *views* has an array (N, V, D) for each part of the vectors: V views of an image, the whole
     one first. *small* are the gray images (N, S, S) of `shrink`. Of images with equal *hashes*
-    (N,), one is compared.
+    (N,), only the first one is compared and is in pairs; `connect` adds the others by their hash.
     """
-    # Of images with equal pixels, the first one stands for all; the others are added at the end.
+    # Of images with equal pixels, the first one stands for all. The result has the vectors of
+    # all, and tells of all whether they are alike.
     first_N = np.sort(np.unique(hashes, return_index=True)[1])
     whole = [part[:, 0] for part in views]
     whiten = _fit_whitening([part[first_N] for part in whole])
@@ -134,7 +135,7 @@ def _find_candidates(
     plain_ND = np.concatenate(plain, axis=1)
 
     # The nearest images of each block: by the best view, then by plain vectors.
-    found = []
+    found = []  # (2, P) each
     size = max(1, min(_BLOCK, _COSINES // count))
     for start in range(0, count, size):  # to save memory
         block = np.arange(start, min(start + size, count))
@@ -170,14 +171,16 @@ def _confirm(
     groups = connect(len(classes), candidates[:, shares >= MOSTLY])
     is_outside = groups[candidates[0]] != groups[candidates[1]]
     largest_N = np.zeros(len(classes), np.float32)
-    for images in candidates[:, is_outside]:
+    for images in candidates[
+        :, is_outside
+    ]:  # the first ones of the pairs, then the second ones
         np.maximum.at(largest_N, images, shares[is_outside])
 
     # Classes whose images look alike: most are like an image of another group.
     members_of_classes = np.split(
         np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1]
     )
-    is_alike_N, is_one_group_N = np.zeros((2, len(classes)), np.bool_)
+    is_alike_N = np.zeros(len(classes), np.bool_)
     for members in members_of_classes:
         is_alike_N[members] = (
             len(members) and np.quantile(largest_N[members], SHARE_ALIKE) >= ALIKE
@@ -188,7 +191,8 @@ def _confirm(
     pairs = np.concatenate([candidates[:, are_copies], turned], axis=1)
     groups = connect(len(classes), pairs)
 
-    # Classes that would nearly all be one group.
+    # Classes of which nearly all images would be one group.
+    is_one_group_N = np.zeros(len(classes), np.bool_)
     for members in members_of_classes:
         if len(members) >= MIN_ONE_GROUP:
             is_one_group_N[members] = np.bincount(groups[members]).max() >= ONE_GROUP * len(
@@ -237,13 +241,14 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     # If all vectors are equal, the norm would be 0.
     norms = [max(float(np.sqrt(square)), 1e-12) for square in squares]
 
-    def center_and_join(given: _Parts) -> NDArray[np.float32]:
+    def center_and_join(others: _Parts) -> NDArray[np.float32]:
         scaled = [
-            (part - mean) / norm for part, mean, norm in zip(given, means, norms, strict=True)
+            (part - mean) / norm for part, mean, norm in zip(others, means, norms, strict=True)
         ]
         return np.concatenate(scaled, axis=1)
 
     rows_ND = center_and_join(parts)
+
     # The components are the eigenvectors of rows.T @ rows (D, D). Its eigenvalues are N times
     # the variances; the norm in `apply` removes this factor. If N <= D, rows @ rows.T (N, N) is
     # decomposed: it has the same eigenvalues above 0, and for each of its eigenvectors v,
@@ -255,12 +260,12 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     kept = eigenvalues > 1e-6 * damping  # the others are rounding errors
     eigenvalues = eigenvalues[kept]
     vectors = vectors[:, kept]
-    # The components (D, K) have norm 1.
+    # The components, one per column, have norm 1.
     components = rows_ND.T @ (vectors / np.sqrt(eigenvalues)) if is_wide else vectors
     projection = (components / np.sqrt(eigenvalues + damping)).astype(np.float32)
 
-    def apply(given: _Parts) -> NDArray[np.float32]:
-        whitened = center_and_join(given) @ projection
+    def apply(others: _Parts) -> NDArray[np.float32]:
+        whitened = center_and_join(others) @ projection
         length = np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), 1e-12)
         return (whitened / length).astype(np.float32)
 
@@ -293,7 +298,8 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
     rows = np.stack(turned, axis=1).reshape(count, 8, -1)
     rows -= rows.mean(axis=2, keepdims=True)
     lengths = np.linalg.norm(rows, axis=2, keepdims=True)
-    # All images without contrast would equal each other.
+    # All images without contrast would equal each other. `PLAIN` is a standard deviation of
+    # pixels, which is this length by the root of their number.
     is_plain_N = lengths[:, 0, 0] < PLAIN * small[0].size ** 0.5
 
     # Pairs of an upright image and any orientation of another one, by whitened rows.
@@ -305,8 +311,9 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
         cosines = whitened[start : start + size, 0] @ whitened.reshape(count * 8, -1).T
         row, column = np.nonzero(cosines.reshape(len(cosines), count, 8).max(axis=2) >= TURNED)
         pairs.append(np.stack([row + start, column]))
-    found = np.concatenate(pairs, axis=1)
-    return found[:, (found[0] < found[1]) & ~is_plain_N[found].any(axis=0)]
+    pairs_2P = np.concatenate(pairs, axis=1)  # each in both orders, and images with themselves
+    is_once = pairs_2P[0] < pairs_2P[1]
+    return pairs_2P[:, is_once & ~is_plain_N[pairs_2P].any(axis=0)]
 
 
 def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -342,14 +349,18 @@ def group_by_edges(
     """
     # The views (N, 1, 512): the whole image is the only one.
     views = np.stack([signature(one) for one in small])[:, None]
-    found = find_near_duplicates(
+    near = find_near_duplicates(
         [views], np.stack(small), images.targets, hashes, CANDIDATES_BY_EDGES
     )
-    return connect(len(images), found.pairs, hashes, images.groups), found.vectors
+    return connect(len(images), near.pairs, hashes, images.groups), near.vectors
 
 
 class Grouped(NamedTuple):
-    """Groups (N,) of photographs, hashes of files, times, and vectors (N, D) unless only files were equal."""
+    """Groups (N,) of photographs, and what told them: hashes of files, times and vectors (N, D).
+
+    If only equal files are grouped, there are no vectors, and times that were not read are
+    `NO_TIME`.
+    """
 
     groups: Groups
     file_hashes: NDArray[np.int64]
@@ -369,21 +380,21 @@ class _Inspected(NamedTuple):
 def group_photographs(images: LabeledImages) -> Grouped:
     """Group *images* by their known groups and by near-duplicates; each image is read once.
 
-    Near-duplicates have equal pixels, or similar edges and equal tiles. If an image cannot be
-    decoded, or there are more than `MAX_SIGNATURES`, they are equal files.
+    Near-duplicates have equal pixels, or similar edges and equal tiles. If any image cannot be
+    decoded, or there are more than `MAX_SIGNATURES`, only equal files are near-duplicates.
     """
     by_edges = len(images) <= MAX_SIGNATURES
 
     def inspect(index: int) -> _Inspected:
-        found = _Inspected()
+        known = _Inspected()  # what is known if the next step raises an error
         with suppress(DataError):  # whoever uses the image names it
             photo = images.photo(index)
-            found = _Inspected(photo.file_hash)
+            known = _Inspected(photo.file_hash)
             if by_edges:
-                found = _Inspected(
+                known = _Inspected(
                     photo.file_hash, photo.taken, photo.pixel_hash, shrink(photo.pixels)
                 )
-        return found
+        return known
 
     inspected = list(map_threaded(inspect, len(images)))
     file_hashes = np.asarray([one.file_hash for one in inspected], np.int64)
@@ -392,7 +403,8 @@ def group_photographs(images: LabeledImages) -> Grouped:
     if by_edges and len(small) == len(images):
         groups, vectors = group_by_edges(images, [one.pixel_hash for one in inspected], small)
         return Grouped(groups, file_hashes, times, vectors)
-    known = connect(len(images), NO_PAIRS, images.groups)
+
     # Unreadable files share a hash, but are not equal: their known groups count instead.
-    files = np.where(file_hashes == UNREADABLE, known, file_hashes)
-    return Grouped(connect(len(images), NO_PAIRS, known, files), file_hashes, times)
+    known_groups = connect(len(images), NO_PAIRS, images.groups)
+    files = np.where(file_hashes == UNREADABLE, known_groups, file_hashes)
+    return Grouped(connect(len(images), NO_PAIRS, known_groups, files), file_hashes, times)

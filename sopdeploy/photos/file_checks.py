@@ -84,7 +84,10 @@ def count_seen(images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64])
 def describe_seen(
     images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64], *, is_sample: bool = False
 ) -> str:
-    """Say how many of *images* a network was trained on, whose training files have *hashes*; "" if none."""
+    """Say how many of *images* a network was trained on, whose training files have *hashes*; "" if none.
+
+    *is_sample* tells that these are the hashes of some training files only.
+    """
     seen = count_seen(images, hashes)
     if not seen:
         return ""
@@ -133,25 +136,25 @@ def leave_out_unreadable(split: Split, first: DataError) -> Split:
     Raises an error that names all unusable images if they are too many (`MAX_DAMAGED`,
     `MANY_DAMAGED`), or if too few images remain of a class, or no held-out ones.
     """
-    found = list[LeftOut]()
+    unusable = list[LeftOut]()
     errors = list[str]()
 
     for name, images in (("train", split.train), ("held_out", split.held_out)):
         for index, error in find_unreadable(images).items():
             reason = error.removeprefix(f"{images.describe(index)}: ")
-            found.append(LeftOut(name, images.identity(index), reason))
+            unusable.append(LeftOut(name, images.identity(index), reason))
             errors.append(error)
-    if not found:
+    if not unusable:
         raise first
 
     # What remains must suffice: two images of each class, or one with held-out images.
     count = len(split.train) + len(split.held_out)
-    remaining = split.without(found)
+    remaining = split.without(unusable)
     least = np.minimum(split.train.class_counts(), 1 if len(split.held_out) else 2)
     too_few = (remaining.train.class_counts() < least).any() or (
         len(split.held_out) and not len(remaining.held_out)
     )
-    if too_few or (len(found) >= MANY_DAMAGED and len(found) > MAX_DAMAGED * count):
+    if too_few or (len(unusable) >= MANY_DAMAGED and len(unusable) > MAX_DAMAGED * count):
         raise _name_all(first, errors)
 
     return replace(remaining, notes=(describe_left_out(errors),))

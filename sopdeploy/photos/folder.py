@@ -121,21 +121,21 @@ def _open_parts(root: Path, max_held_out: int | None, classes_from: str) -> Open
         return OpenedParts({"train": train, "test": held_out})
 
     # Class folders, or a table of all images.
-    where = None if classes_from else find_table(root)
-    if where is None:
+    table = None if classes_from else find_table(root)
+    if table is None:
         return _open_class_folders(root, max_held_out, classes_from)
-    table = read_label_table(where)
-    for name, images in table.parts.items():
-        check_has_classes(where, name, images)
-    train, *_ = table.parts.values()
+    opened = read_label_table(table)
+    for name, images in opened.parts.items():
+        check_has_classes(table, name, images)
+    train, *_ = opened.parts.values()
     problems = [
-        f"{where}: no training image of {train.labels[index]}; set the split of one of its images to {TRAIN}"
+        f"{table}: no training image of {train.labels[index]}; set the split of one of its images to {TRAIN}"
         for index in np.flatnonzero(train.class_counts() == 0)
     ]
-    notes = [*table.notes]
+    notes = [*opened.notes]
     if not train.is_multi_label:
-        notes.append(f"{where}: every image has one class, so the network predicts one")
-    return table._replace(problems=problems, notes=notes)
+        notes.append(f"{table}: every image has one class, so the network predicts one")
+    return opened._replace(problems=problems, notes=notes)
 
 
 def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str) -> OpenedParts:
@@ -169,7 +169,10 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
         for listing in listings.values()
         for problem in describe_class_problems(listing, labels)
     ]
-    notes = [*_describe_parts(root, parts, [*listings][:2], unlabelled)]
+    used_to_train = [*listings][:2]  # the training part, and one that is held out
+    notes = [*_describe_parts(root, parts, used_to_train, unlabelled)]
+
+    # Held-out images get the classes of the training images, some of which they may lack.
     for name, listing in listings.items():
         if not problems and listing.images.labels != labels:
             missing = [label for label in labels if label not in listing.images.labels]
@@ -207,14 +210,16 @@ def _check_tells_classes(
 ) -> None:
     """Raise `DataError` if the training images have fewer than two classes, or doubtful ones."""
     images = train.images
-    listing = f"; {describe_other_table(root, other_table)}" if other_table else ""
+    table_hint = f"; {describe_other_table(root, other_table)}" if other_table else ""
     if not images.labels:
         raise no_classes(root, images.root, suggest_names(root, train.beside))
+
+    # Two classes, unless folders are only empty, which `describe_class_problems` tells.
     filled = [images.labels[index] for index in np.flatnonzero(images.class_counts())]
     if len(filled) < 2:
         hints = (
             suggest_folder(images),
-            listing,
+            table_hint,
             suggest_names(root, images.paths.tolist()),
         )
         hint = next(filter(None, hints), "")
@@ -227,11 +232,13 @@ def _check_tells_classes(
             raise DataError(
                 f"{images.root}: only {filled[0]} holds images; a classifier needs at least two classes{hint}"
             )
+
+    # Folders that may be no classes.
     _check_no_parts_inside(train)
     if not classes_from:
         ask_about_repeated_folders(images)
         is_listed = other_table and not mentions(other_table, images.labels)
-        ask_about_numbered_folders(images, listing if is_listed else "")
+        ask_about_numbered_folders(images, table_hint if is_listed else "")
 
 
 def _first_parts(folders: Mapping[str, Path], max_held_out: int | None) -> dict[str, Path]:
@@ -314,7 +321,11 @@ def _find_other_table(root: Path, parts: Parts, train: "ClassListing") -> Path |
 
 
 def _find_part_folders(root: Path, parts: Parts) -> dict[str, Path]:
-    """Find the folder of training images, or *root*, and then those of held-out ones."""
+    """Find the folder of training images, or *root*, and then those of held-out ones, by part.
+
+    Raises `DataError` if there are only held-out ones, or if the part with training images may be
+    a class.
+    """
     if parts.held_out and not parts.train and not parts.others:
         raise DataError(
             f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there, or rename the "
@@ -336,6 +347,7 @@ def _find_part_folders(root: Path, parts: Parts) -> dict[str, Path]:
 def _check_no_parts_inside(listing: "ClassListing") -> None:
     """Raise `DataError` if class folders hold folders of training images, such as `cat/train`."""
     inside = [path for path in listing.nested if part_kind(path.rpartition("/")[2])]
+    # A folder that is the only one with images may hold the data set itself.
     if np.count_nonzero(listing.images.class_counts()) > 1 and any(
         part_kind(path.rpartition("/")[2]) in TRAINING for path in inside
     ):

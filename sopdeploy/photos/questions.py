@@ -50,24 +50,27 @@ def ask_about_repeated_folders(images: ImageFiles) -> None:
         )
 
 
-def ask_about_numbered_folders(images: ImageFiles, listing: str) -> None:
+def ask_about_numbered_folders(images: ImageFiles, table_hint: str) -> None:
     """Raise `DataError` if the class folders seem to be the parts of an archive.
 
     That is if their names differ in a number only, and one of these holds:
 
-    - *listing* is not empty: it describes a table that lists the images without these names,
+    - *table_hint* is not empty: it describes a table that lists the images without these names,
     - the names of files begin with the same words in all class folders.
     """
+    # Names without two letters in a row, such as `1` and `a1`, are classes.
     without_numbers = {*map(_without_digits, images.labels)}
     if len(without_numbers) > 1 or not re.search(r"[^\W\d_]{2}", next(iter(without_numbers))):
         return
+
+    # What the names of files begin with in all folders.
     words_of_class = defaultdict[str, set[str]](set)
     for path in images.paths.tolist():
         label = os.fsdecode(path).partition("/")[0]
         words_of_class[label].add(class_in_name(path, NAME_PATTERNS[0]))
     words = {word for word in set.intersection(*words_of_class.values()) if word}
-    hint = listing or suggest_names(images.root, images.paths.tolist())
-    if hint and (listing or len(words) > 1):
+    hint = table_hint or suggest_names(images.root, images.paths.tolist())
+    if hint and (table_hint or len(words) > 1):
         raise DataError(
             f"{images.root}: {shorten(images.labels)} would be the classes, but may be parts of one archive; "
             f"{GO_ON} if they are classes{hint}"
@@ -82,14 +85,14 @@ def suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --dat
     """Give *advice* with the folder below the root of *images* whose subfolders may be the classes, or "".
 
     For `archive/images/rose/1.jpg`, it is `archive/images`. There is none if a class folder
-    holds images itself, if the subfolders are parts, or if those of several class folders share no
+    holds images itself, if all subfolders are parts, or if those of several class folders share no
     name: they are then the objects of each class.
     """
     subfolders = _find_subfolders(images)
     if subfolders is None or all(map(part_kind, subfolders.names)):
         return ""
     folder = subfolders.folder
-    while part_kind(folder.rpartition("/")[2]):  # a part of the data set
+    while part_kind(folder.rpartition("/")[2]):  # a part of the data set, which is above it
         folder = folder.rpartition("/")[0]
     names = shorten(subfolders.names)
 
@@ -101,7 +104,11 @@ def suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --dat
 
 
 def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
-    """Find the subfolders that may be the classes, of the folder with the most images; None without any."""
+    """Find the subfolders that may be the classes; None without any.
+
+    They are those of one folder: of the folders with several subfolders, or else of all, that
+    with the most images.
+    """
     # Images of each subfolder, by the path of its parent.
     counts = defaultdict[str, Counter[str]](Counter)
     for path in images.paths.tolist():
@@ -142,7 +149,11 @@ def suggest_sorting(images: ImageFiles) -> str:
 
 
 def suggest_names(root: Path, paths: Sequence[bytes]) -> str:
-    """Give the option that reads the classes from the names of the images *paths*, or ""."""
+    """Give the option that reads the classes from the names of the images *paths*, or "".
+
+    It is given if a pattern finds several texts, each in `FEW_WORDS` names on average, and hardly
+    any name has none (`IN_NAMES`).
+    """
     for pattern in NAME_PATTERNS:
         counts = Counter(class_in_name(path, pattern) for path in paths)
         without = counts.pop("", 0)

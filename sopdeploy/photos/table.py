@@ -110,9 +110,9 @@ class OpenedParts(NamedTuple):
 def find_table(root: Path) -> Path | None:
     """Find the table with the classes of the images in *root*; None if its folders are the classes.
 
-    This is `labels.csv`, or else an export of a label tool. An export must list all images, or
-    all that are directly in `train/` if there are any there, and more than half of its rows must
-    have a class. Raises `DataError` for a `labels.csv` that cannot be read, and for another
+    This is `labels.csv`, or else an export of a label tool. An export must list all images or, if
+    some are directly in `train/`, all of these, as Kaggle's tables do. More than half of its rows
+    must have a class. Raises `DataError` for a `labels.csv` that cannot be read, and for another
     `labels.*`, such as `labels.xlsx`.
     """
     path = root / LABELS_FILE
@@ -146,7 +146,10 @@ def find_table(root: Path) -> Path | None:
 
 
 def read_table_text(table: Path) -> str:
-    """Read *table* in UTF-8, or with its mark in UTF-16 or UTF-32; raises `DataError`."""
+    """Read *table* in UTF-8 or, with a byte order mark, in UTF-16 or UTF-32.
+
+    Raises `DataError` if it cannot be read or decoded, or is empty.
+    """
     try:
         content = read_file(table, MAX_TABLE_BYTES)
     except OSError as error:
@@ -164,14 +167,14 @@ def read_table_text(table: Path) -> str:
         if "\0" in text:
             raise ValueError("it has null characters, as UTF-16 without a byte order mark")
     except UnicodeDecodeError as error:
-        name = encoding.removesuffix("-sig").upper()
+        written = encoding.removesuffix("-sig").upper()
+        # The line; in other encodings, the byte of a line break is a part of other characters, too.
         where = "it"
-        if name == "UTF-8":  # in others, the byte of a line break is also a part of characters
-            # The line in what is behind the byte order mark.
+        if written == "UTF-8":
             number = error.object.count(b"\n", 0, error.start) + 1
             where = f"line {number}"
         raise DataError(
-            f"{table}: cannot be read ({where} is not {name}); write a CSV file in UTF-8, "
+            f"{table}: cannot be read ({where} is not {written}); write a CSV file in UTF-8, "
             "in a spreadsheet the format 'CSV UTF-8'"
         ) from error
     except ValueError as error:
@@ -192,8 +195,9 @@ def read_label_table(
 
     The parts are `train` and `val`, or `UNSPLIT` without a column `split`. Their targets are
     (N, C) float32, 1 for the classes of an image, or class indices (N,). *multi_label* is by
-    default true if an image does not have exactly one class. Raises `DataError`, which names the
-    place of the first invalid row in the table, or missing files.
+    default true if an image does not have exactly one class. Raises `DataError` for the first
+    invalid row, by its place in the table, for missing files, for fewer than two classes, and for
+    other classes than *labels*.
     """
     root = table.parent
     image_paths, other_files = list_images(root)
@@ -308,10 +312,10 @@ def _read_rows(
         listed = cells.get("classes")
         has_windows_path = "\\" in name and not (root / name).is_file()
         file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
-        found = _find_by_name(name, path_of_short_name)  # None: no image, or several
+        named_path = _find_by_name(name, path_of_short_name)  # None: no image, or several
         exists = (root / file).is_file()
         is_wrong = not is_image(root / file) if exists else not has_image_suffix(file.name)
-        if found is None and (file.is_absolute() or ".." in file.parts or is_wrong):
+        if named_path is None and (file.is_absolute() or ".." in file.parts or is_wrong):
             raise DataError(
                 f"{where}: {name!r} is not the path of an image, relative to the folder, without .., or the "
                 "name of one image in it"
@@ -330,7 +334,9 @@ def _read_rows(
             raise DataError(f"{where}: split is {part!r}; write {TRAIN} or {VAL}")
 
         # A row for each file; two rows for one file are an error.
-        path = os.fsencode(file) if exists else path_of_name.get(normalize(str(file)), found)
+        path: bytes | None = os.fsencode(file)
+        if not exists:  # it may be there in another encoding, or elsewhere
+            path = path_of_name.get(normalize(str(file)), named_path)
         row = _Row(place, str(file), classes, part, cells.get(GROUP, ""), path)
         first = rows.setdefault(path or str(file), row)
         if first is not row:
@@ -360,10 +366,10 @@ def _index_names(image_paths: list[bytes]) -> dict[str, bytes | None]:
 
 
 def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes | None:
-    """Find the one image that *name* means, a path elsewhere or an address, if need be; else None.
+    """Find the one image that *name* means: its name, a path elsewhere or an address; None without one.
 
-    Label Studio names an uploaded image `/data/upload/1/0a1b2c3d-photo.jpg`, and one of a folder
-    `/data/local-files/?d=folder/photo.jpg`.
+    *path_of_name* is the result of `_index_names`. Label Studio names an uploaded image
+    `/data/upload/1/0a1b2c3d-photo.jpg`, and one of a folder `/data/local-files/?d=folder/photo.jpg`.
     """
     path = PurePosixPath(unquote(name.rpartition("?d=")[2]).replace("\\", "/"))
     names = [name]
@@ -376,10 +382,10 @@ def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes 
 
 
 def find_other_table(images: Sequence[bytes], files: Iterable[Path]) -> Path | None:
-    """Find one of the *files* that lists the paths *images*, but that training does not read; None without one.
+    """Find one of the *files* that lists the *images*, but that training does not read; None without one.
 
     It is a text file that contains the names of half of a sample of the images, with or without
-    suffix.
+    suffix. A single image is no sample: any text may have its name.
     """
     tables = [
         path
@@ -436,17 +442,18 @@ def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, 
         return
     unit = "image"
     try:
-        read: Iterable[dict[str, str]]
+        cells_of_images: Iterable[dict[str, str]]
         if table.suffix == ".csv":
-            read = read_via_csv(text)
+            cells_of_images = read_via_csv(text)
         elif table.suffix == ".xml":
-            read = read_cvat(text)
+            cells_of_images = read_cvat(text)
         elif table.suffix == ".json":
-            read = read_json(json.loads(text))
+            cells_of_images = read_json(json.loads(text))
         else:
-            read = (read_entry(json.loads(line)) for line in text.splitlines())
+            cells_of_images = (read_entry(json.loads(line)) for line in text.splitlines())
             unit = "line"
-        yield from ((f"{unit} {number}", cells) for number, cells in enumerate(read, 1))
+        for number, cells in enumerate(cells_of_images, 1):
+            yield f"{unit} {number}", cells
     except (
         *(AttributeError, KeyError, RecursionError, TypeError, ValueError),
         *(csv.Error, ElementTree.ParseError),
@@ -475,11 +482,12 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
             lines_before = 0
             separator = max(_SEPARATORS, key=heading.count)
 
-        # The columns, under the names that are known here; a table of two needs no heading.
-        first = next(csv.reader([heading], delimiter=separator), [])
+        # The columns, under the names that are known here. A table of two needs no heading; the one
+        # that is added here is no line of the file.
+        first = next(csv.reader([text.partition("\n")[0]], delimiter=separator), [])
         if len(first) == 2 and has_image_suffix(first[0].strip()):
             text = f"{separator.join(REQUIRED)}\n{text}"
-            lines_before = lines_before - 1
+            lines_before -= 1
         reader = csv.DictReader(
             io.StringIO(text, newline=""),
             delimiter=separator,

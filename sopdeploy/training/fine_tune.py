@@ -170,7 +170,7 @@ def _keep_tuned(
     fit = replace(
         run.synchronized_fit(),
         result=result,
-        decision=None if decision == Decision() else decision,  # nothing was fitted
+        decision=None if decision == Decision() else decision,  # None if nothing was fitted
         position=run.position.model_copy(update={"seconds": seconds}),
     )
 
@@ -192,6 +192,7 @@ def _keep_frozen(
 
     best = run_record(run.setup, fit)
     folder.save_best(best)
+    # The epochs of the loop or, if it has trained none, the row of the frozen network.
     folder.save_history(run.position.history or position.history)
     return fit, best.training
 

@@ -108,7 +108,10 @@ NOTHING_GIVEN = Given()
 def open_images(
     recipe: Recipe, data: Split | None = None, unknown: UnknownImages | None = None
 ) -> RunImages:
-    """Open the images of *recipe*, without those that are open; raises as `open_data`."""
+    """Open the images of *recipe*; *data* and *unknown* are those that are open already.
+
+    Raises the errors of `open_data`, and `DataError` for the folder of unknown images.
+    """
     folder = recipe.rejection.unknown
     if unknown is None and folder is not None:
         unknown = open_unknown(folder)
@@ -323,6 +326,7 @@ def divide_images(
     hashes = np.zeros(0, np.int64)  # of no file
     record = np.zeros((0, 2), np.int64)
 
+    # The few-shot procedure holds out nothing. A new run hashes the files with their features.
     if isinstance(recipe.procedure, FewShotConfig):
         return Division(opened, hashes if last is None else hash_images(images), record)
     reads_files = strategy.rank == 0 and len(images) <= MAX_HASHED
@@ -351,11 +355,11 @@ def divide_images(
 
 def _group_and_hash(recipe: Recipe, images: LabeledImages) -> tuple[Groups, NDArray[np.int64]]:
     """Read the files of *images* once; return the groups (N,) of copies and clips, and the hashes (N,)."""
-    found = group_photographs(images)
+    copies = group_photographs(images)
     if recipe.groups_by_name:
-        return found.groups, found.file_hashes
-    clips = clips_of_images(images, found.times, found.vectors, found.groups)
-    return clips.groups, found.file_hashes
+        return copies.groups, copies.file_hashes
+    clips = clips_of_images(images, copies.times, copies.vectors, copies.groups)
+    return clips.groups, copies.file_hashes
 
 
 def open_division(recipe: Recipe, last: Checkpoint) -> Division:

@@ -132,7 +132,9 @@ def export(
         try:
             check_is_checkpoint(path)
         except CheckpointError as error:
-            if not describe_foreign(path) or path.suffix == ".onnx":
+            # A weight file needs the code of its network, too; a graph has no use for it.
+            may_be_weights = describe_foreign(path) and path.suffix != ".onnx"
+            if not may_be_weights:
                 raise
             raise CheckpointError(
                 error.message, remedies={"network": "module:callable"}
@@ -425,6 +427,8 @@ def engine(
 
     if options.checkpoint is None:
         return get_engine(opened_bundle, options, on_step)
+
+    # `EngineOptions` has a checkpoint with torch-tensorrt only.
     check_is_checkpoint(options.checkpoint)
     from sopdeploy_commands.bundles.engine_builder.from_program import build_from_program
     from sopdeploy_export.pipeline import rebuild_program

@@ -159,7 +159,7 @@ def _best_of(comparison: BundleComparison, live: str, anchor: str | None, after:
     checks = {check.of: check for check in comparison.checks}
     if anchor is None or "anchor" not in checks:
         anchor = live
-        against = checks["all"]
+        against = checks["all"]  # compares with the live bundle
     else:
         against = checks["anchor"]
 
@@ -172,7 +172,7 @@ def _move_back(link: Path) -> Promotion:
     all_moves = [move for move in read_promotions(link) if not move.refused]
     moves = [move for move in all_moves if move.after == live]
 
-    # Oldest first; before the first bundle, none was live.
+    # The bundles before it, the oldest first; before the first bundle of all, none was live.
     previous = [move.before for move in moves if move.before]
     if not previous:
         log = link.with_name(LOG)
@@ -233,9 +233,9 @@ def _record_and_move(
 ) -> Promotion:
     """Record the move of *link* from *before* to *after*, then make it; a *refused* one is only recorded.
 
-    The line of a move that fails is removed. Raises `ConfigError` if *link* no longer leads to
-    *before*, and `BundleError` if *after* has no longer the files of *manifest*, which were
-    loaded and compared.
+    The line has `MAX_LINE` characters of the *reason* at most; that of a move that fails is
+    removed. Raises `ConfigError` if *link* no longer leads to *before*, and `BundleError` if
+    *after* has no longer the files of *manifest*, which were loaded and compared.
     """
     # A container may have no name for the user.
     user = os.environ.get("USER") or str(os.getuid())

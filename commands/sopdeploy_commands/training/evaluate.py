@@ -85,7 +85,7 @@ class Evaluation:
 
 
 def _show(evaluation: Evaluation) -> None:
-    """Print the metrics, and the frequent mistakes."""
+    """Print the metrics, and the first rows of the tables that a terminal has room for."""
     for note in evaluation.notes:
         err.print(plain_text(f"warning: {note}"))
     mirrored = " with their mirror images" if evaluation.mirror else ""

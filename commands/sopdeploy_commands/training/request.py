@@ -93,14 +93,13 @@ class TrainOptions(Options):
             raise ConfigError(
                 "not with resume, which continues the network of a run", setting=setting
             )
-        all_changes = [*changes, *settings.items()]
-        tables = [
-            value for key, value in all_changes if key == "model" and isinstance(value, Mapping)
-        ]
-        if any(key == "model.name" for key, _ in all_changes) or any(
-            "name" in table for table in tables
-        ):
-            raise ConfigError("not with model.name, the name of one network", setting=setting)
+        for key, value in [*changes, *settings.items()]:
+            is_named_in_table = (
+                key == "model" and isinstance(value, Mapping) and "name" in value
+            )
+            if key == "model.name" or is_named_in_table:
+                message = "not with model.name, the name of one network"
+                raise ConfigError(message, setting=setting)
 
         # The list gives some networks another image size than that of their weights; *changes*
         # come after it, so they win.
@@ -152,6 +151,8 @@ class TrainOptions(Options):
             by_stem = {path.stem: str(path) for path in sorted(folder.iterdir())}
             by_network = {name: by_stem.get(file_stem(name)) for name in names}
             missing = [name for name, file in by_network.items() if file is None]
+
+            # The user wants each network of `models`; of the built-in list, those with a file.
             if missing and (self.models is not None or len(missing) == len(names)):
                 advice = f"name files like {file_stem(missing[0])}.safetensors"
                 problem = f"there are no weights of {shorten(missing)}; {advice}"
@@ -224,12 +225,12 @@ def read_changes(
     }
 
     return RecipeChanges(
-        source,
-        None if options.from_ is not None else read_values(source),
-        recipe is not None,
-        options.networks_to_train([*map(parse_override, options.set)], settings),
-        settings,
-        {key: value for key, value in set_by_options.items() if value is not None},
+        source=source,
+        values=None if options.from_ is not None else read_values(source),
+        is_named=recipe is not None,
+        networks=options.networks_to_train([*map(parse_override, options.set)], settings),
+        settings=settings,
+        options={key: value for key, value in set_by_options.items() if value is not None},
     )
 
 
@@ -270,9 +271,8 @@ def read_request(
 
     # The images. Those of the folder are opened later if the recipe may say what is read of it.
     unknown = None if unknown_folder is None else open_unknown(unknown_folder)
-    data_of_folder = None
-    if data is not None and changes.values is not None and not changes.is_named:
-        data_of_folder = None if changes.changes_data else open_folder(data)
+    recipe_may_say = changes.values is None or changes.is_named or changes.changes_data
+    data_of_folder = None if data is None or recipe_may_say else open_folder(data)
 
     # The recipes; from here on, torch is imported.
     from sopdeploy.training.setup import open_images

@@ -150,7 +150,10 @@ def read_run(best: Path) -> tuple[str, RunRow]:
 
 
 def list_runs_before(folder: Path, project: str | None) -> list[tuple[object, ...]]:
-    """Return date, name, images, classes and accuracy of the newest runs of *project* beside *folder*."""
+    """Return date, name, images, classes and accuracy of runs of *project* beside *folder*.
+
+    These are the `MAX_BEFORE` newest ones whose accuracy is known.
+    """
     files = folder.parent.glob("*/best.pt")
     others = [best for best in files if not best.parent.is_symlink() and best.parent != folder]
     others.sort(key=lambda best: best.stat().st_mtime, reverse=True)

@@ -255,7 +255,7 @@ def functionalize(program: ExportedProgram, batch: BatchRange) -> ExportedProgra
 
 def check_batch_sizes(program: ExportedProgram, batch: BatchRange) -> None:
     """Raise `LoweringError` unless *program* accepts every batch of 1 to `batch.maximum` images."""
-    if batch.maximum == 1:
+    if batch.maximum == 1:  # it was captured for this size
         return
 
     # The batch size is the first dimension of the images; a number, if code fixes it.

@@ -17,11 +17,7 @@ from onnx import helper
 
 # Batch sizes for which shapes are computed: the limits of `--max-batch` above 1, and the last
 # size but one.
-BATCHES = (
-    2,
-    999_999,
-    1_000_000,
-)
+BATCHES = (2, 999_999, 1_000_000)
 Shapes = Sequence[tuple[int, ...]]  # one for each batch size
 
 
@@ -356,10 +352,11 @@ def layout_after_element_access(call: OperatorCall) -> BatchLayout:
 
 
 def layout_after_slice(call: OperatorCall) -> BatchLayout:
-    """Rule of a slice that begins at the same position for every batch size; along the batch axis, of whole batches.
+    """Rule of a slice: along the batch axis, it must take whole batches.
 
-    The ends need no rule. An end that changes with the batch size either changes the shape of the
-    result, which `has_whole_images` refuses, or nothing.
+    Along other axes, it must begin at the same position for every batch size. The ends need
+    no rule: one that changes with the batch size either changes the shape of the result, which
+    `has_whole_images` refuses, or nothing.
     """
     # The inputs are data, starts, ends, axes and steps.
     starts_by_size = [start.reshape(-1).tolist() for start in call[1].contents]

@@ -19,7 +19,7 @@ from sopdeploy_export.prove import file, graphs, images, plain_run, removed
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.prove.removed import TensorEntry
 
-# by title: the module beside this one with the sentence `STATEMENT`
+# By title: the module of this folder with the sentence `STATEMENT`.
 STATEMENTS = {
     "Removed": removed,
     "Graph": graphs,
@@ -60,8 +60,8 @@ class Certificate(StrictModel):
     training-only; in `kept`, if it was not declared and the outputs depend on it; or else in
     `unreached`. `batches` are the batch sizes of the plain runs, and `num_images` is the number
     of images on which the file was compared. `largest_difference` is always 0: equal graphs
-    have equal outputs. `mixes_images` names the operators through which an
-    output may depend on other images of the batch.
+    have equal outputs. `mixes_images` names the operators through which an output may depend on
+    other images of the batch.
     """
 
     model: str

@@ -33,9 +33,10 @@ from sopdeploy_export.prove.tensors import Layout, address, is_plain, layout_of,
 _TORCH = str(Path(torch.__file__).parent)
 _OWN_CODE = str(Path(__file__).parents[1])  # of this package, whose lines tell a user nothing
 _COMPOSITE = "CompositeImplicitAutograd"
-_UNFILLED = ("empty", "new_empty")  # operators whose results have no content yet
+_ALLOCATORS = ("empty", "new_empty")  # operators whose results have no content yet
+# What the image, and the results of allocators, are known by.
 _IMAGE = "image"
-_UNKNOWN = "unfilled"
+_UNFILLED = "unfilled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # The names of modules by their ids.
         self._names = {id(module): name for name, module in modules(network)}
 
-        # What the memory is known by before the run: that of stored tensors by their first names.
+        # What memory is known by before the run. That of a stored tensor with several names is known by
+        # the first, which comes last here.
         self._remains = remains
         self._made_by = dict(remains.made_by)
         self._made_by |= {address(tensor): name for name, tensor in reversed([*stored.items()])}
@@ -146,6 +148,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._memory: dict[int, Any] = {}
         self._refer_to(image)
         self._read_only: set[int] = set()  # operands of the user's own operator that runs
+
+        # What constants are known by: by memory, then by the place of the tensor in it.
         self._contents: dict[int, dict[str, str]] = {}
 
     def known_by(self, tensor: Tensor) -> str:
@@ -178,6 +182,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def behind(self, result: str) -> dict[str, Operator]:
         """Return the operators behind *result*, what a tensor is known by, in the order of the run."""
+        # A tensor is known by the code of its operator, "#", the position of the result, and its place.
         needed: set[str] = set()
         unvisited = [result.partition(" ")[0]]
         while unvisited:
@@ -211,16 +216,16 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def recording(self, function: Any) -> Iterator[None]:
-        """Record *function* in the block; note in `failures` if this fails, and raise the error again.
+        """Let the caller record a call of *function* in the block, and note in `failures` if this fails.
 
-        It is noted because the network's code may catch the error and do something else. In the
+        The error is raised again, but the network's code may catch it and do something else. In the
         block, `FunctionReads` sees no calls: what the record asks of tensors is not what the
         network's code does.
         """
         try:
             with torch._C.DisableTorchFunction():
                 yield
-        except Exception as error:  # which the network's own `except` would hide
+        except Exception as error:
             name = getattr(function, "__name__", str(function))
             self.failures.append(f"{name} {self.place()}: {first_line(error)}")
             raise
@@ -231,7 +236,10 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return f"in {module or 'the network'} ({line})"
 
     def leave(self) -> None:
-        """Note in the `Remains` what the run made and something still holds, but for stored tensors."""
+        """Note in the `Remains` the memory of the run that something still holds, but for stored tensors.
+
+        Constants, and the image of the run, are known by their content afterwards.
+        """
         for memory, storage in self._memory.items():
             if not storage.expired() and memory not in self._stored:
                 self._remains.alive[memory] = torch.UntypedStorage._new_with_weak_ptr(
@@ -274,8 +282,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 is_random=is_random,
             )
 
-        # Compiled code, such as TorchScript's, hides its call from `FunctionReads`, which would
-        # take this one for a call of the network's code.
+        # `FunctionReads` must not see this call. Compiled code, such as TorchScript's, hides its own
+        # call from it, so it would take this one for a call of the network's code.
         with torch._C.DisableTorchFunction():
             if self._known_layouts is None or not of_image:
                 result = self._run(func, operands, operator, args, kwargs)
@@ -285,6 +293,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Record it, and what it reads and writes. Of two runs of an operator on the same operands,
         # which have the same code, the first one is kept.
         with self.recording(func):
+            # Memory that an earlier run has filled, and this one has not.
             if any(
                 address(operand) in self._remains.of_image
                 and address(operand) not in self._of_image
@@ -322,7 +331,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if is_of_torch or func._schema.is_mutable:
             return func(*args, **kwargs)
 
-        # While it runs, its operands are read-only. Copies show what is written unseen.
+        # While it runs, its operands are read-only: `_note_writes` notes what its own operators write
+        # to them. Copies show other writes.
         copies = [operand.clone() for operand in operands]
         outer = self._read_only
         self._read_only = {address(operand) for operand in operands}
@@ -352,7 +362,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if len(written) == len(returned) == 1:
                 return values[written[0]]
 
-        # Other operators that write, views, and checks, which return nothing, do run.
+        # Other operators that write, and those that make no new tensor, views and checks, do run.
         if func._schema.is_mutable or None not in returned:
             return func(*args, **kwargs)
 
@@ -407,7 +417,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         """Name the maker of each result; a view has the maker of its memory."""
         returns_view = any(value.alias_info is not None for value in func._schema.returns)
-        is_unfilled = func._schema.name.partition("::")[2].startswith(_UNFILLED)
+        is_unfilled = func._schema.name.partition("::")[2].startswith(_ALLOCATORS)
         memories = {address(operand) for operand in operands}
 
         # The layouts of new results, with which `_imitate` need not compute them.
@@ -431,7 +441,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._made.add(memory)
             maker = f"{code}#{position}"
             if is_unfilled:
-                maker = _UNKNOWN
+                maker = _UNFILLED
             self._note(tensor, maker, of_image, is_constant and not is_unfilled)
 
     def _note(self, tensor: Tensor, maker: str, of_image: bool, is_constant: bool) -> None:
@@ -531,6 +541,8 @@ def _locate_node(node: fx.Node) -> tuple[str, str]:
     """Return the module and the line of the code that *node* was captured from."""
     stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     module = stack[-1].removeprefix("L['self'].") if stack else ""
+
+    # The last line of the trace that is in code of the network: `File "net.py", line 3, in forward`.
     text = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith("File ")]
     of_network = [line for line in lines if _TORCH not in line and _OWN_CODE not in line]

@@ -1,6 +1,6 @@
 """The compared networks: what is known of each is made once, and handed on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -190,16 +190,7 @@ def build_plain(
     weights = {rename(name): tensor for name, tensor in kept.items()}
     if len(weights) != len(kept):
         raise CertificateError("rename gives two tensors of the trained network the same name")
-    missing = sorted(plain_tensors.keys() - weights.keys())
-    if missing:
-        raise CertificateError(
-            f"the plain network needs {missing[0]}, which the trained one lacks"
-        )
-    extra = sorted(weights.keys() - plain_tensors.keys())
-    if extra:
-        raise CertificateError(
-            f"the trained network still has {extra[0]}, which the plain one lacks"
-        )
+    _check_names(weights.keys(), plain_tensors.keys())
 
     # A buffer that no state dict stores is compared if the outputs need it, unless the capture
     # of the trained network created it: that of the plain network creates it, too.
@@ -225,6 +216,20 @@ def build_plain(
         return Compared.of(detachment.role, plain, preprocess, batch, trained)
     except LoweringError as error:
         raise CertificateError(f"{detachment.role} network: {error}") from error
+
+
+def _check_names(weights: Set[str], plain_tensors: Set[str]) -> None:
+    """Raise `CertificateError` unless the names of *weights* and *plain_tensors* are the same."""
+    missing = sorted(plain_tensors - weights)
+    if missing:
+        raise CertificateError(
+            f"the plain network needs {missing[0]}, which the trained one lacks"
+        )
+    extra = sorted(weights - plain_tensors)
+    if extra:
+        raise CertificateError(
+            f"the trained network still has {extra[0]}, which the plain one lacks"
+        )
 
 
 @torch.no_grad()

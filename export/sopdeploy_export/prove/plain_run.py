@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sopdeploy.errors import CertificateError, SopdeployError, first_line
+from sopdeploy.errors import CertificateError, SopdeployError, amount, first_line
 from sopdeploy_export.capture.deployed import STATELESS, Deployed
 from sopdeploy_export.capture.program import NETWORK_PREFIX, as_captured
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms
@@ -119,7 +119,7 @@ class Recorder:
             results = tuple(map(flow.known_by, outputs))
             values = tuple(output.clone() for output in outputs)
 
-        # What something else than this function still holds is left for later runs.
+        # What is still held now, by the network or its code, is left for later runs.
         del outputs, images
         flow.leave()
         run = Run(flow, results, values)
@@ -175,7 +175,7 @@ def prove_plain_run(recorder: Recorder) -> None:
         captured = recorder.run_graph(plain)
         if plain.results != captured.results:
             raise CertificateError(
-                f"with {size} image{'s' * (size > 1)}, a plain run of the network does "
+                f"with {amount(size, 'image')}, a plain run of the network does "
                 f"something else than its graph: the network runs {plain.first_other(captured)}, "
                 f"the graph {captured.first_other(plain)}; its code must depend on neither the batch size "
                 "nor being exported, nor write outside of torch's operators"

@@ -124,6 +124,7 @@ def _policy_sources(tag: str, html: str, assets: tuple[str, ...]) -> str:
 
 async def _show_page(page: Page, request: Request) -> Response:
     """Return *page* with the formats that the server accepts, or redirect from `root_path` to its `/`."""
+    # The path is `/` with and without the slash, so `raw_path` has to tell.
     root = request.scope["root_path"]
     if root and request.scope.get("raw_path") == root.encode():
         return RedirectResponse(f"{root}/")  # the links of the page are relative to it

@@ -80,7 +80,8 @@ class DeviceServer(DrainingServer):
 
     def _report(self) -> None:
         """Report the `Status` of this process to the supervisor."""
-        num_open = len(self.server_state.connections) + len(self._tasks)  # those being accepted
+        # With connections that are being accepted, which are tasks.
+        num_open = len(self.server_state.connections) + len(self._tasks)
         registry = self._service.registry
         channels = registry.open_channels if isinstance(registry, RemoteRegistry) else ()
         has = frozenset((*channels, self._keys_number))
@@ -112,9 +113,12 @@ class DeviceServer(DrainingServer):
             if message.kind == control.SEND_METRICS:
                 page = generate_latest(self._service.metrics.registry)
                 start_task(self._tasks, control.send_metrics(file, page))
-            elif message.kind == control.PAGE:
-                if self._page is not None and not self._page.done():
-                    self._page.set_result(read_memory(file))
+            elif (
+                message.kind == control.PAGE
+                and self._page is not None
+                and not self._page.done()
+            ):
+                self._page.set_result(read_memory(file))
             elif message.kind == control.CHANNEL and isinstance(registry, RemoteRegistry):
                 number, engine = control.parse_channel(message.rest)
                 connection = socket.socket(fileno=file)
@@ -123,7 +127,7 @@ class DeviceServer(DrainingServer):
                 self._keeper.connect(socket.socket(fileno=file))
             elif message.kind == control.CLIENT:
                 start_task(self._tasks, self.serve_connections([socket.socket(fileno=file)]))
-            else:
+            else:  # also a page that is late
                 os.close(file)
 
         self._report()
@@ -163,6 +167,7 @@ class DeviceServer(DrainingServer):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Get no more connections, and serve those that are on their way."""
+        # The supervisor then sends what waits, and closes its end.
         self._supervisor.shutdown(socket.SHUT_WR)
         await self._supervisor_left.wait()
         if self._tasks:
@@ -183,7 +188,7 @@ def main() -> int:
                 return run_device(config, supervisor)
 
             registry = RemoteRegistry([wait_for_channel(supervisor)], config.settings)
-            return serve_http(config, registry, supervisor, {})
+            return serve_http(config, registry, supervisor, links={})
     except SopdeployError as problem:
         if config.device is None:
             where = f"front end {config.name}: "
@@ -273,16 +278,21 @@ def serve_http(
     service.num_front_ends = config.front_ends
     service.uploads.budget = upload_budget(settings, count)
 
-    # The memory that is in use without any image: of the supervisor, of processes like this one
-    # and, for a front end, of the other processes that run.
-    at_rest = resident_bytes(os.getppid()) + count * resident_bytes()
-    if config.device is None:
-        at_rest += sum(map(resident_bytes, config.others))
-    service.decoders.budget = decode_budget(settings, at_rest, count)
+    service.decoders.budget = decode_budget(settings, bytes_at_rest(config), count)
 
     server = DeviceServer(app, settings, supervisor, config.sources, links)
     service.metrics_page = Shared(server.collect_metrics)
     return server.serve_until_end()
+
+
+def bytes_at_rest(config: LaunchConfig) -> int:
+    """Return the memory that the processes of a server use without any image, in one that serves HTTP.
+
+    Each process that serves HTTP, this one and others, counts as much as this one; with front
+    ends, the engines are the rest.
+    """
+    serving = config.num_servers * resident_bytes()
+    return resident_bytes(os.getppid()) + serving + sum(map(resident_bytes, config.engines))
 
 
 def read_keys(file: int) -> tuple[Key, ...]:

@@ -135,7 +135,8 @@ class DriftMonitor:
     def offer(self, model: Model, image: object, prediction: Prediction) -> None:
         """Take the answer of *model*, the one that is served now, if a block is being taken or due.
 
-        *image* is a file, as bytes, or pixels.
+        The first answer of another bundle is not taken: it lets this bundle run on the images of
+        the earlier ones. *image* is a file, as bytes, or pixels.
         """
         traffic = self._traffic.get(model.name) or self._open(model)
         if traffic.is_busy:
@@ -195,6 +196,8 @@ class DriftMonitor:
     async def _close_block(self, traffic: Traffic) -> None:
         """Add the block that is complete, and compare the window if it is due."""
         block = await asyncio.to_thread(make_block, traffic, traffic.seen)
+
+        # The window begins when the reference is complete.
         if len(traffic.reference) < NUM_BLOCKS and not traffic.window:
             traffic.reference.append(block)
         else:
@@ -205,15 +208,13 @@ class DriftMonitor:
         if len(traffic.window) == NUM_BLOCKS and traffic.num_untested >= TEST_BLOCKS:
             traffic.num_untested = 0
             traffic.comparisons = await asyncio.to_thread(compare_traffic, traffic)
-            self._report(traffic)
+            self._log_alarms(traffic)
+            if not traffic.was_alarm:
+                renew_reference(traffic)
         self._publish(traffic)
 
-    def _report(self, traffic: Traffic) -> None:
-        """Log when an alarm begins or ends.
-
-        If there is none, and the reference has answers of an earlier bundle, the window becomes
-        the reference.
-        """
+    def _log_alarms(self, traffic: Traffic) -> None:
+        """Log when an alarm begins or ends, as the last comparison shows."""
         alarms = describe_alarms(traffic.comparisons)
         if alarms and not traffic.was_alarm:
             log.warning(
@@ -226,10 +227,6 @@ class DriftMonitor:
         if traffic.was_alarm and not alarms:
             log.info("%s: no drift any more", traffic.name)
         traffic.was_alarm = bool(alarms)
-
-        if not alarms and any(block.version != traffic.version for block in traffic.reference):
-            traffic.reference = list(traffic.window)
-            traffic.window.clear()
 
     async def _replace(self, traffic: Traffic, model: Model) -> None:
         """Make the newest answers the reference of *model*, a new bundle, which runs on their images."""
@@ -250,6 +247,7 @@ class DriftMonitor:
         seen = list[Seen]()
         for block, left_out in zip(traffic.reference, are_labelled, strict=True):
             images = await asyncio.to_thread(read_inputs, block)
+            # A block whose file is missing or damaged has no images.
             for image, identity, is_left_out in zip(
                 images, block.identities.tolist(), left_out.tolist(), strict=False
             ):
@@ -291,11 +289,11 @@ def make_block(traffic: Traffic, seen: Sequence[Seen]) -> Block:
     measures = np.stack([measure_image(answer.pixels) for answer in seen])
     hashes = [int(near_hash(answer.pixels), 16) for answer in seen]
     block = Block(
-        traffic.version,
-        Answers.of(np.stack([answer.logits for answer in seen]), measures),
-        np.asarray([answer.identity for answer in seen]),
-        np.asarray(hashes, np.uint64),
-        np.asarray([answer.is_worth for answer in seen]),
+        version=traffic.version,
+        answers=Answers.of(np.stack([answer.logits for answer in seen]), measures),
+        identities=np.asarray([answer.identity for answer in seen]),
+        near_hashes=np.asarray(hashes, np.uint64),
+        are_worth=np.asarray([answer.is_worth for answer in seen]),
     )
     if traffic.folder is None:
         return block
@@ -334,12 +332,12 @@ def read_block(path: Path) -> Block:
     """Read a block without its images; raises one of `DAMAGED` for a damaged file."""
     with np.load(io.BytesIO(read_file(path, MAX_IMAGE_BYTES)), allow_pickle=False) as arrays:
         return Block(
-            str(arrays["version"]),
-            Answers(*(arrays[name] for name in Answers._fields)),
-            arrays["identities"],
-            arrays["near_hashes"],
-            arrays["are_worth"],
-            path,
+            version=str(arrays["version"]),
+            answers=Answers(*(arrays[name] for name in Answers._fields)),
+            identities=arrays["identities"],
+            near_hashes=arrays["near_hashes"],
+            are_worth=arrays["are_worth"],
+            path=path,
         )
 
 
@@ -402,8 +400,8 @@ def delete_unneeded(traffic: Traffic, keep_seconds: float) -> None:
 def find_labelled(blocks: Sequence[Block], folder: Path | None) -> list[NDArray[np.bool_]]:
     """Return, for each of *blocks*, the mask of the answers whose photographs count as labelled.
 
-    These were kept in *folder* to be trained on and are not there any more, and their
-    near-duplicates. Letters: N answers of a block, L labelled photographs.
+    A photograph is labelled if it was kept in *folder* to be trained on and is not there any
+    more; its near-duplicates count, too. Letters: N answers of a block, L labelled photographs.
     """
     if folder is None or not blocks:
         return [np.zeros(len(block.identities), np.bool_) for block in blocks]
@@ -423,6 +421,13 @@ def find_labelled(blocks: Sequence[Block], folder: Path | None) -> list[NDArray[
         return near_N
 
     return [resemble_labelled(block.near_hashes) for block in blocks]
+
+
+def renew_reference(traffic: Traffic) -> None:
+    """Replace a reference with answers of an earlier bundle by the window, so that answers compare, too."""
+    if any(block.version != traffic.version for block in traffic.reference):
+        traffic.reference = list(traffic.window)
+        traffic.window.clear()
 
 
 def compare_traffic(traffic: Traffic) -> dict[str, Comparison]:

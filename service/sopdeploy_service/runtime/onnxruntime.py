@@ -284,7 +284,7 @@ def session_options(onnxruntime: Any, threads: int, provider: str) -> Any:
     # Spinning threads would take the cores from the decoders.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
-    if provider == CPU and lacks_vnni():
+    if provider == CPU and lacks_vnni():  # sums of int8 products could saturate
         options.add_session_config_entry(*EXACT_INT8)
     if provider != CPU:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

@@ -145,7 +145,7 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the app, open the port and call `on_open`, which prints the `ready` line."""
         self.lifespan = AppLifespan(self._app)  # instead of uvicorn's own
-        await super().startup([])
+        await super().startup([])  # `Arrivals` accept connections, not uvicorn
         for listener in sockets or ():
             self._open_port(listener)
 

@@ -29,21 +29,21 @@ UNEVEN = 1.5
 
 def describe_run(
     setup: Setup,
-    found: CrossValidation,
+    validation: CrossValidation,
     score: Rate | MeanPrecision | None,
     is_doubted_N: NDArray[np.bool_],
     label_logits: Array | None,
 ) -> FewShotResult:
     """Describe the training images, their groups and copies, the classifier and its *score*."""
     images = setup.data.train
-    targets = found.problem.targets
-    head = found.features.head
+    targets = validation.problem.targets
+    head = validation.features.head
     classes_NK = targets.classes
     counts = dict(zip(images.labels, classes_NK.sum(axis=0).astype(int).tolist(), strict=True))
-    judged_K = classes_NK[found.judged].sum(axis=0).astype(int)
+    judged_K = classes_NK[validation.judged].sum(axis=0).astype(int)
     if len(setup.data.held_out):
         judged_K = setup.data.held_out.class_counts()
-    groups = groups_of_classes(targets, found.groups)
+    groups = groups_of_classes(targets, validation.groups)
     num_groups = {
         label: len(of_class) for label, of_class in zip(images.labels, groups, strict=True)
     }
@@ -51,8 +51,8 @@ def describe_run(
     # Copies of one photograph with different labels.
     contradictions = []
     labels_N = number_classes(images.targets)
-    for photograph in np.flatnonzero(np.bincount(found.copies) > 1):
-        indices = np.flatnonzero(found.copies == photograph)
+    for photograph in np.flatnonzero(np.bincount(validation.copies) > 1):
+        indices = np.flatnonzero(validation.copies == photograph)
         first_of_labels = np.unique(labels_N[indices], return_index=True)[1]
         if len(first_of_labels) > 1:
             # Of many copies, such as the frames of a clip, one image of each class is named.
@@ -62,9 +62,13 @@ def describe_run(
 
     # What the images that count tell about the classes.
     has_one_class = targets.activation == "softmax"
-    right = found.logits[found.judged].argmax(axis=1) == targets.strata[found.judged]
-    gains = estimate_gains(found.problem, found.scaling, found.judged, right, images.labels)
-    diffuse = found.problem.diffuse_classes().tolist() if has_one_class else []
+    right = (
+        validation.logits[validation.judged].argmax(axis=1) == targets.strata[validation.judged]
+    )
+    gains = estimate_gains(
+        validation.problem, validation.scaling, validation.judged, right, images.labels
+    )
+    diffuse = validation.problem.diffuse_classes().tolist() if has_one_class else []
     taps = f" of {', '.join(head.taps)}" if head.taps else ""
     return FewShotResult(
         top1=score if isinstance(score, Rate) else None,
@@ -81,31 +85,31 @@ def describe_run(
         num_doubted=int(is_doubted_N.sum()),
         without_doubted=None
         if label_logits is None or len(setup.data.held_out)
-        else _score_without_doubted(found, is_doubted_N, label_logits),
+        else _score_without_doubted(validation, is_doubted_N, label_logits),
         gains=gains,
-        num_duplicates=len(images) - len(set(found.features.hashes)),
-        num_groups=int(found.groups.max()) + 1,
-        num_photographs=int(found.copies.max()) + 1,
+        num_duplicates=len(images) - len(set(validation.features.hashes)),
+        num_groups=int(validation.groups.max()) + 1,
+        num_photographs=int(validation.copies.max()) + 1,
         one_group=tuple(label for label, number in num_groups.items() if number == 1),
         two_groups=tuple(
             label for label, number in num_groups.items() if number == 2 and counts[label] > 2
         ),
         contradictions=tuple(contradictions),
-        alike=found.alike,
-        confused=_find_confused(found, images.labels) if has_one_class else (),
+        alike=validation.alike,
+        confused=_find_confused(validation, images.labels) if has_one_class else (),
         diffuse=tuple(images.labels[label] for label in diffuse),
-        clip=tuple(map(images.identity, found.clips.found or ())),
-        possible_clip=tuple(map(images.identity, found.clips.doubtful or ())),
-        clip_pattern=found.clips.pattern,
+        clip=tuple(map(images.identity, validation.clips.found or ())),
+        possible_clip=tuple(map(images.identity, validation.clips.doubtful or ())),
+        clip_pattern=validation.clips.pattern,
         head=f"{setup.recipe.model.name} {head.kind}{taps}",
-        num_features=len(found.problem.space.center),
-        temperature=found.scaling.temperature,
-        seconds=found.seconds,
+        num_features=len(validation.problem.space.center),
+        temperature=validation.scaling.temperature,
+        seconds=validation.seconds,
     )
 
 
 def _score_without_doubted(
-    found: CrossValidation, is_doubted_N: NDArray[np.bool_], label_logits: Array
+    validation: CrossValidation, is_doubted_N: NDArray[np.bool_], label_logits: Array
 ) -> tuple[float, float] | None:
     """Compute two accuracies on the judged images whose labels are not doubted, the lower one first.
 
@@ -113,17 +117,17 @@ def _score_without_doubted(
     is. The other one is of the classifiers of *label_logits*, which were not fitted to them. None
     if no label is doubted, or all are.
     """
-    kept = found.judged[~is_doubted_N[found.judged]]
+    kept = validation.judged[~is_doubted_N[validation.judged]]
     if not is_doubted_N.any() or not len(kept):
         return None
-    labels = found.problem.targets.strata[kept]
-    with_them = float((found.logits[kept].argmax(axis=1) == labels).mean())
+    labels = validation.problem.targets.strata[kept]
+    with_them = float((validation.logits[kept].argmax(axis=1) == labels).mean())
     without_them = float((label_logits[kept].argmax(axis=1) == labels).mean())
     return min(with_them, without_them), max(with_them, without_them)
 
 
 def _find_confused(
-    found: CrossValidation, labels: tuple[str, ...]
+    validation: CrossValidation, labels: tuple[str, ...]
 ) -> tuple[tuple[str, str], ...]:
     """Find the pairs of classes that the network tells apart hardly better than by chance.
 
@@ -131,8 +135,8 @@ def _find_confused(
     least the share `CHANCE` of these images, and at least `MIN_CONFUSED`, are predicted as the
     other class.
     """
-    classes = found.problem.targets.strata[found.judged]
-    predicted = found.logits[found.judged].argmax(axis=1)
+    classes = validation.problem.targets.strata[validation.judged]
+    predicted = validation.logits[validation.judged].argmax(axis=1)
     counts_KK = np.zeros((len(labels), len(labels)), np.int64)
     np.add.at(counts_KK, (classes, predicted), 1)
     right_K = np.diagonal(counts_KK)

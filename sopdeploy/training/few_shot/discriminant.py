@@ -95,6 +95,7 @@ class Moments(NamedTuple):
         the mean of all class means. With "sigmoid", each class is compared with the images that
         do not show it.
         """
+        # The means of the classes and of all inputs. The last column of the sums counts images.
         sums_KR = self.sums[:, :-1]
         counts_K1 = self.sums[:, -1:]
         counts_K = self.sums[:, -1]
@@ -103,6 +104,8 @@ class Moments(NamedTuple):
         means_KR = sums_KR / np.maximum(counts_K1, 1)
         mean_R = total_R / max(1, count)
         total_RR = self.products[:-1, :-1] - count * np.outer(mean_R, mean_R)
+
+        # What a class is compared with, and the scatter of the inputs.
         if activation == "softmax":
             present = counts_K > 0
             others_KR = np.broadcast_to(
@@ -113,24 +116,31 @@ class Moments(NamedTuple):
             present = (counts_K > 0) & (counts_K < count)
             others_KR = (total_R - sums_KR) / np.maximum(count - counts_K1, 1)
             scatter_RR = total_RR
-        # The shrunk covariance. With one image per class, nothing is known of the scatter within
-        # classes, whose trace is then 0.
+
+        # The shrunk scatter: `count` times the covariance. With one image per class, nothing is known
+        # of the scatter within classes, whose trace is then 0.
         trace = max(np.trace(scatter_RR), 1e-6 * np.trace(total_RR)) or 1.0
         shrunk_RR = (1 - SHRINKAGE) * scatter_RR + SHRINKAGE * trace / len(mean_R) * np.eye(
             len(mean_R)
         )
+
+        # The weights: the inverse of the covariance, times the differences of the means.
         differences_KR = np.where(present[:, None], means_KR - others_KR, 0)
         weight = count * solve(shrunk_RR, differences_KR.T, assume_a="pos").T
+
         # Remove the scatter between presence and absence (Sherman, Morrison).
         if activation == "sigmoid":
             shares_K = counts_K * (count - counts_K) / max(1, count) ** 2
             between_K = (1 - SHRINKAGE) * shares_K * (weight * differences_KR).sum(axis=1)
             weight /= np.maximum(1 - between_K, 1e-6)[:, None]
+
         # Scale the weights: heads of more images have shorter ones, so that the heads of the
         # folds and the head of the network would differ.
         weight /= (
             np.sqrt(np.square(weight).sum(axis=1)[present].mean()) if weight.any() else 1.0
         )
+
+        # What the biases are computed from.
         numbers_K = present * self.numbers()
         other_numbers_K = (
             count - counts_K if activation == "sigmoid" else np.full(len(counts_K), np.inf)

@@ -97,13 +97,13 @@ def compute_features(
 
     # What is known of each image, at its index.
     hashes = [""] * count
-    num_done = 0
     file_hashes = np.zeros(count, np.int64)
     times = np.zeros(count, np.int64)
     small = np.zeros((count, SMALL, SMALL), np.uint8)
     own = np.zeros((count, columns[0].stop), np.float32)
     views: list[NDArray[np.float32]] = []
 
+    num_done = 0
     for batch in chain(first, batches):
         vectors = pooled.vector(batch.own_vectors, batch.maps).float().cpu().numpy()
         projection.add(batch.indices, vectors)
@@ -147,7 +147,10 @@ class _Projection:
         self.waiting: list[tuple[list[int], NDArray[np.float32]]] = []
 
     def add(self, indices: list[int], vectors: NDArray[np.float32]) -> None:
-        """Add *vectors* (B, D) of the images *indices*; enough of them build the space."""
+        """Add *vectors* (B, D) of the images *indices*; enough of them, or all, build the space.
+
+        Until then, `reduced` has none of them.
+        """
         self.num_added += len(indices)
         self.waiting.append((indices, vectors))
         if self.num_added < min(self.count, MAX_RANK):  # the vectors wait for the space
@@ -173,6 +176,7 @@ def build_fitted(
     recipe: Recipe,
 ) -> SecondOrderHead:
     """Copy *network*, on its device and in its mode, with a *head* of the weights *fitted* to *problem*."""
+    # With one class per image, the energy of the logits is the cosine to the nearest class mean.
     has_energy = problem.targets.activation == "softmax"
     deployed = network.copy_with_head(head.model_copy(update={"cosine": has_energy}))
     pooled = deployed.pooled_head

@@ -100,29 +100,34 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
             signals.exchange()  # raises `TrainingStoppedError` after a stop signal
 
         try:
-            found = cross_validate(recipe, setup.model, images, on_progress)
+            validation = cross_validate(recipe, setup.model, images, on_progress)
             # If the hashes of the files are known, `set_up_run` has warned already.
             if not len(setup.file_hashes):
                 warn_of_equal_files(
-                    images, setup.data.held_out, found.features.file_hashes, callback
+                    images, setup.data.held_out, validation.features.file_hashes, callback
                 )
 
             # The network with the head of all images, and its score.
-            problem = found.problem
-            head = found.features.head
+            problem = validation.problem
+            head = validation.features.head
             network = build_fitted(
-                found.network, head, problem, problem.fit_all(found.scaling), recipe
+                validation.network, head, problem, problem.fit_all(validation.scaling), recipe
             )
-            score, metrics = _evaluate(setup, network, found)
+            score, metrics = _evaluate(setup, network, validation)
 
             # Labels are judged only with one class per image, and without margins: with its
             # margin, a class of few photographs would contradict no label.
             label_logits = None
             is_doubted_N = np.zeros(len(images), np.bool_)
             if problem.targets.activation == "softmax":
-                plain = found.scaling._replace(margins=0.0)
-                logits_NK = found.logits + found.scaling.margins / found.scaling.temperature
-                label_logits = problem.logits_without_doubted(logits_NK, found.folds, plain)
+                plain = validation.scaling._replace(margins=0.0)
+                logits_NK = (
+                    validation.logits
+                    + validation.scaling.margins / validation.scaling.temperature
+                )
+                label_logits = problem.logits_without_doubted(
+                    logits_NK, validation.folds, plain
+                )
                 doubts = find_label_doubts(label_logits, images.targets.astype(np.int64))
                 is_doubted_N = doubts.listed
 
@@ -132,27 +137,27 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
             raise
 
     seconds = time.monotonic() - since
-    losses = {"loss": float(problem.targets.losses(found.shifted_logits).mean())}
+    losses = {"loss": float(problem.targets.losses(validation.shifted_logits).mean())}
     row = EpochRow(epoch=1, lr=0.0, losses=losses, metrics=metrics, seconds=seconds)
 
     fit = FewShotFit(
         name=head_name(recipe.model.name),
         network=network,
         position=Position(epoch=1, seconds=seconds, history=(row,)),
-        file_hashes=found.features.file_hashes,
-        result=describe_run(setup, found, score, is_doubted_N, label_logits),
-        logits=found.shifted_logits,
-        groups=found.groups,
-        copies=found.copies,
-        judged=found.judged,
+        file_hashes=validation.features.file_hashes,
+        result=describe_run(setup, validation, score, is_doubted_N, label_logits),
+        logits=validation.shifted_logits,
+        groups=validation.groups,
+        copies=validation.copies,
+        judged=validation.judged,
         label_logits=label_logits,
-        left_out=found.left_out,
+        left_out=validation.left_out,
     )
     return with_decision(setup, fit)
 
 
 def _evaluate(
-    setup: Setup, network: Classifier, found: CrossValidation
+    setup: Setup, network: Classifier, validation: CrossValidation
 ) -> tuple[Rate | MeanPrecision | None, HeldOutMetrics]:
     """Return the score and the metrics of the held-out images, or else of the cross-validation."""
     recipe = setup.recipe
@@ -164,16 +169,18 @@ def _evaluate(
             network, dataset, recipe.preprocess, workers=recipe.workers
         )
         groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
-        expected = Targets.of(held_out)
         metrics = held_out_metrics(setup.labels, logits, targets)
-        return estimate_score(
-            expected.classes, expected.activation, logits, recipe.seed, groups
-        ), metrics
-    score = found.score()
-    # Of copies of a photograph, one counts.
-    counted = np.arange(len(images)) if score is None else found.judged
+        true = Targets.of(held_out)
+        held_out_score = estimate_score(
+            true.classes, true.activation, logits, recipe.seed, groups
+        )
+        return held_out_score, metrics
+
+    score = validation.score()
+    # The images that the score counts; all if there is no score.
+    counted = np.arange(len(images)) if score is None else validation.judged
     metrics = held_out_metrics(
-        setup.labels, found.shifted_logits[counted], images.targets[counted]
+        setup.labels, validation.shifted_logits[counted], images.targets[counted]
     )
     return score, metrics
 

@@ -70,7 +70,7 @@ class Scaling(NamedTuple):
         margins are 0 unless *has_margins*.
         """
         classes_NK = targets.classes
-        wrong = 1 / (len(targets.classes) + 2)
+        wrong = 1 / (len(targets.classes) + 2)  # the rule of succession
         excess = estimate_excess(validations, classes_NK > 0)
         scores_VNK = np.stack([one.scores(excess) for one in validations])
         margins: Array | float = 0.0  # not part of the loss: the temperature would be too high
@@ -88,6 +88,7 @@ class Scaling(NamedTuple):
                 margins = estimate_margins(validations, scores_VNK, targets)
         else:
             smooth_NK = classes_NK * (1 - 2 * wrong) + wrong
+
         # The temperature, searched in units of the deviation of the scores.
         unit = float(scores_VNK.std()) or 1.0
 

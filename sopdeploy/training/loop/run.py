@@ -204,7 +204,10 @@ def evaluate_epoch(
 
 
 def save_derived_files(run: LoopState, folder: RunFolder) -> None:
-    """Write the history, the link `latest`, and `best.pt` if the last of the finished epochs is the best."""
+    """Write the history, the link `latest`, and `best.pt` if the last of the finished epochs is the best.
+
+    Without a finished epoch, nothing is written.
+    """
     position = run.position
     history = run.position.history
     if not history:

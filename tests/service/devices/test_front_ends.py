@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from sopdeploy_service.devices import device_server
+from sopdeploy_service.devices.processes import Child, LaunchConfig, Process
+from sopdeploy_service.devices.supervisor import Supervisor
 from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime
 from sopdeploy_service.server.process import choose_front_ends
 from sopdeploy_service.settings import Settings
@@ -212,6 +216,30 @@ def test_the_number_of_front_ends_follows_the_cores_if_a_gpu_is_used(monkeypatch
     monkeypatch.setattr("sopdeploy_service.server.process.usable_cores", lambda: cores)
     monkeypatch.setattr(CudaOnnxRuntime, "is_set_up", lambda: has_gpu)
     assert choose_front_ends(Settings(**settings)) == expected
+
+
+def test_each_process_is_counted_once_in_the_memory_at_rest(monkeypatch) -> None:
+    sizes = {os.getppid(): 1, "self": 10, 71: 100, 72: 1_000}
+    monkeypatch.setattr(device_server, "resident_bytes", lambda process="self": sizes[process])
+    config = LaunchConfig(
+        name="front-0", device=None, variables={}, sources=(), settings=Settings(), supervisor=1,
+        front_ends=3, position=0, num_servers=3, engines=(71, 72),
+    )  # fmt: skip
+    assert device_server.bytes_at_rest(config) == 1 + 3 * 10 + 100 + 1_000
+
+
+def test_a_front_end_is_told_of_the_engines_that_run_and_of_no_front_end() -> None:
+    settings = Settings(front_ends=2)
+    engines = [
+        Process(f"cpu-{number}", {}, settings, "cpu", number, child)
+        for number, child in enumerate((Child(71), None))
+    ]
+    with socket.socket() as listener:
+        supervisor = Supervisor((), settings, engines, listener)
+    front_end, other = supervisor._front_ends
+    other.child = Child(72)
+    assert supervisor._describe(front_end).engines == (71,)
+    assert supervisor._describe(engines[0]).engines == ()
 
 
 @pytest.mark.parametrize("options", [(), ("--front-ends", "2")])

@@ -423,6 +423,7 @@ def test_forty_broken_files_are_ten_and_a_number_and_one_reason(tmp_path) -> Non
 
 TABLES = {
     "file,classes": ",", "filename,label": ",", "file;classes": ";", "sep=;\nfile;classes": ";",
+    "sep=;": ";",
     "image\tlabel": "\t", '"sep=,"\r\nPath,Class': ",",
 }  # fmt: skip
 
@@ -555,6 +556,7 @@ MASKS = {
     "beside each photograph": ("a ({}).jpg", "a ({})_mask.png"),
     "several of a photograph": ("a ({}).jpg", "a ({})_mask_1.png"),
     "named before": ("{}.jpg", "mask-{}.png"),
+    "of another format": ("{}.jpg", "{}.png"),
     "in a folder beside the photographs": ("{}.jpg", "segmentation/{}.png"),
 }
 

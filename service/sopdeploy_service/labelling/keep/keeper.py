@@ -195,11 +195,15 @@ class Keeper:
 
         *reported* is the class that a person suggests instead, "" without a suggestion.
         """
-        logits = prediction.outputs[model.bundle.manifest.outputs[0].name]
-        now = datetime.now(UTC)
-
+        logits_name = model.bundle.manifest.outputs[0].name
         photo = PredictedPhoto(
-            image, prediction.pixels, logits, model.bundle, model.name, now, reported
+            image=image,
+            pixels=prediction.pixels,
+            logits=prediction.outputs[logits_name],
+            bundle=model.bundle,
+            model=model.name,
+            time=datetime.now(UTC),
+            reported=reported,
         )
         self._queue_or_drop(photo)
 
@@ -319,7 +323,7 @@ class Keeper:
         if not reasons:
             return None
 
-        # The suffix is not known before the copy is made.
+        # The suffix is not known before the copy is made; until then, it is `.jpg`.
         return WorthPhoto(photo.image, _describe(photo, reasons, f"{sha256[:32]}.jpg"))
 
     def _store(self, photo: WorthPhoto) -> KeptResult | None:

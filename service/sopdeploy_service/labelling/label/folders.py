@@ -95,6 +95,13 @@ class LabelStep(NamedTuple):
         return self.target is None
 
 
+class Lease(NamedTuple):
+    """The browser's *session* that a photograph was shown to, and the *end* by `time.monotonic`."""
+
+    session: str
+    end: float
+
+
 class LabelFolders:
     """Photographs in the order in which they are labelled, and the labels of this session.
 
@@ -143,8 +150,7 @@ class LabelFolders:
         self._skipped_of_heap: set[str] = set()
         # Near hashes of the uniform sample, which `label` compares
         self._sampled: set[int] = set()
-        # The session that a photograph was shown to, and when its lease ends.
-        self._leases: dict[str, tuple[str, float]] = {}
+        self._leases: dict[str, Lease] = {}  # by ID
 
         self.read()
 
@@ -243,23 +249,20 @@ class LabelFolders:
         """
         now = time.monotonic()
         self._leases = {
-            identity: lease for identity, lease in self._leases.items() if lease[1] > now
+            identity: lease for identity, lease in self._leases.items() if lease.end > now
+        }
+        leased_to_others = {
+            identity for identity, lease in self._leases.items() if lease.session != session
         }
 
         # What no other session has leased; if that is nothing, everything.
-        free = [
-            identity
-            for identity in self.waiting
-            if self._leases.get(identity, (session, now))[0] == session
-        ]
-
+        free = [identity for identity in self.waiting if identity not in leased_to_others]
         upcoming = (free or list(self.waiting))[:count]
 
         # A lease of another session stays.
         for identity in upcoming:
-            self._leases.setdefault(identity, (session, 0.0))
-            if self._leases[identity][0] == session:
-                self._leases[identity] = (session, now + LEASE_SECONDS)
+            if identity not in leased_to_others:
+                self._leases[identity] = Lease(session, now + LEASE_SECONDS)
         return upcoming
 
     def probabilities(self, identity: str) -> dict[str, float]:
