@@ -98,9 +98,10 @@ def ask_about_parts_inside(images: ImageFiles) -> None:
         above, _, part = training[0].rpartition("/")
         advice = f"; put the parts above the classes, such as {part}/{above}"
         if "/" in above:
-            folder = quote(str(images.root / above))
+            folder = images.root / above
             advice = (
-                f"; if {part} holds the training images, run: sopdeploy train --data {folder}"
+                f"; if {part} holds the training images, run: "
+                f"sopdeploy train --data {quote(str(folder))}"
             )
         advice = suggest_folder(images) or advice
         raise DataError(
