@@ -54,6 +54,8 @@ MIN_AREA = 0.3
 MAX_AREA = 1 / MIN_AREA
 BLURS = 3  # of an image, which may show a third of the other one
 OUTLIER = 1.5  # standard deviations of a difference that counts half
+MEDIAN_TO_DEVIATION = 1.4826  # of normally distributed differences, by their median size
+MAX_CONTRAST = 5.0  # of an image, relative to the other one
 _BLOCK = 1024  # pairs that are compared at once
 
 _Images = NDArray[np.float32]
@@ -260,6 +262,8 @@ def _align(
         shown_PK, is_inside_PK = _sample(
             scenes, first, points_K2 @ matrices.transpose(0, 2, 1) + centers[:, None]
         )
+
+        # Both without their weighted means: brightness does not count.
         weights_PK *= is_inside_PK
         total = np.maximum(weights_PK.sum(axis=1, keepdims=True), 1e-6)
         shown_PK -= (weights_PK * shown_PK).sum(axis=1, keepdims=True) / total
@@ -268,10 +272,14 @@ def _align(
         if step == STEPS:
             break
 
+        # The differences at the best contrast. Their deviation is that of a normal distribution with
+        # this median difference, plus a gray level.
         contrast = products / ((weights_PK * shown_PK**2).sum(axis=1, keepdims=True) + 1e-3)
-        errors_PK = contrast.clip(0.2, 5.0) * shown_PK - wanted_PK
+        errors_PK = contrast.clip(1 / MAX_CONTRAST, MAX_CONTRAST) * shown_PK - wanted_PK
         deviation = (
-            1.4826 * np.median(np.abs(errors_PK) * is_inside_PK, axis=1, keepdims=True) + 1
+            MEDIAN_TO_DEVIATION
+            * np.median(np.abs(errors_PK) * is_inside_PK, axis=1, keepdims=True)
+            + 1
         )
         weights_PK = is_inside_PK / (1 + (errors_PK / (OUTLIER * deviation)) ** 2)
 
