@@ -147,7 +147,7 @@ def _describe_classes(
 ) -> Section:
     """Describe accuracies, mistakes, and precision and recall by class; those without images are last."""
     # Accuracies and loss in one paragraph of text.
-    top5 = f", top-5 {_with_interval(metrics.top5)}" if len(metrics.classes) > 5 else ""
+    top5 = f", top-5 {_with_interval(metrics.top5)}" if len(metrics.classes) > TOP_K else ""
     scores = (
         f"Top-1 {_with_interval(metrics.top1)}{top5}, log loss {metrics.log_loss:.4f}. Top-1 is the share of "
         f"right answers{', top-5 of those among the best five' if top5 else ''}; the log loss is 0 if each "

@@ -128,7 +128,7 @@ class Setup:
 
     @property
     def is_few_shot(self) -> bool:
-        """Whether the run has no epochs."""
+        """Whether the few-shot procedure fits the network; the run then has no epochs."""
         return isinstance(self.recipe.procedure, FewShotConfig)
 
     def random_frozen_parts(self) -> str:

@@ -144,7 +144,7 @@ class LinearProblem:
 
         These logits contradict wrong labels more clearly (Northcutt et al., "Confident Learning", JAIR
         2021, section 3). A label is doubtful if by *logits_NK* it is less probable than another
-        class and than `IMPLAUSIBLE`.
+        class and than `IMPLAUSIBLE`. If none is, these logits are returned.
         """
         log_probabilities_NK = log_softmax(logits_NK, axis=1)
         is_label_NK = self.targets.classes > 0  # once in each row, so that it selects N values

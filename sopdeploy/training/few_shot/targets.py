@@ -115,7 +115,8 @@ def spread_groups(
         attempts_FFS = images_FS + np.eye(num_folds)[:, :, None] * images_GS[group]
         unevenness = (attempts_FFS / sizes_S).std(axis=1).mean(axis=1).tolist()
 
-        # The fold that becomes least uneven; of folds that become as even, the smallest.
+        # The fold that becomes least uneven; of folds that become as even, by the tolerances of
+        # `numpy.isclose`, the smallest.
         sizes = images_FS.sum(axis=1).tolist()
         best = 0
         for fold in range(1, num_folds):
