@@ -65,24 +65,8 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
     beside, _ = list_files(root)
     notes = list[str]()
 
-    # Images that are no photographs of their own are left out.
     if classes_from != FOLDERS:
-        for leftover in find_leftovers(root, paths_of_class):
-            remaining = {
-                label: [path for path in paths if path not in leftover.paths]
-                for label, paths in paths_of_class.items()
-            }
-            # A folder that holds nothing else is no class; one that was empty before is told later.
-            paths_of_class = {
-                label: paths
-                for label, paths in remaining.items()
-                if paths or not paths_of_class[label]
-            }
-            where = sorted({str(Path(os.fsdecode(path)).parent) for path in leftover.paths})
-            notes.append(
-                f"{root}: left out, because they are {leftover.content}: "
-                f"{amount(len(leftover.paths), 'image')} in {shorten(where)}"
-            )
+        paths_of_class = _without_leftovers(root, paths_of_class, notes)
 
     # With a pattern, the names of files tell the classes, not the folders.
     if is_pattern(classes_from):
@@ -123,6 +107,29 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
         )
     notes += [f"{root}: {line}" for line in describe_confusable(labels)]
     return ClassListing(images, other_files, nested_folders, [*map(os.fsencode, beside)], notes)
+
+
+def _without_leftovers(
+    root: Path, paths_of_class: dict[str, list[bytes]], notes: list[str]
+) -> dict[str, list[bytes]]:
+    """Leave out images that are no photographs of their own (`find_leftovers`), and name them in *notes*."""
+    for leftover in find_leftovers(root, paths_of_class):
+        remaining = {
+            label: [path for path in paths if path not in leftover.paths]
+            for label, paths in paths_of_class.items()
+        }
+        # A folder that holds nothing else is no class; one that was empty before is told later.
+        paths_of_class = {
+            label: paths
+            for label, paths in remaining.items()
+            if paths or not paths_of_class[label]
+        }
+        where = sorted({str(Path(os.fsdecode(path)).parent) for path in leftover.paths})
+        notes.append(
+            f"{root}: left out, because they are {leftover.content}: "
+            f"{amount(len(leftover.paths), 'image')} in {shorten(where)}"
+        )
+    return paths_of_class
 
 
 def _list_folders(root: Path) -> tuple[dict[str, list[bytes]], dict[str, list[str]]]:

@@ -162,10 +162,8 @@ def cross_validate(
     shifted_NK = logits_NK
     left_out_N = None
     if targets.activation == "softmax":
-        cosines_N = np.mean(
-            [problem.cosines(folds_N) for folds_N in folds_of_validations], axis=0
-        )
-        shifted_NK = log_softmax(logits_NK, axis=1) + cosines_N[:, None]
+        cosines_VN = [problem.cosines(folds_N) for folds_N in folds_of_validations]
+        shifted_NK = log_softmax(logits_NK, axis=1) + np.mean(cosines_VN, axis=0)[:, None]
         left_out_N = problem.cosines_without_class()
 
     seconds = {"features": features_done - started, "choice": time.monotonic() - features_done}

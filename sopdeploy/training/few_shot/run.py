@@ -115,19 +115,11 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
             )
             score, metrics = _evaluate(setup, network, validation)
 
-            # Labels are judged only with one class per image, and without margins: with its
-            # margin, a class of few photographs would contradict no label.
+            # Labels are judged only with one class per image.
             label_logits = None
             is_doubted_N = np.zeros(len(images), np.bool_)
             if problem.targets.activation == "softmax":
-                plain = validation.scaling._replace(margins=0.0)
-                logits_NK = (
-                    validation.logits
-                    + validation.scaling.margins / validation.scaling.temperature
-                )
-                label_logits = problem.logits_without_doubted(
-                    logits_NK, validation.folds, plain
-                )
+                label_logits = _judge_labels(validation)
                 doubts = find_label_doubts(label_logits, images.targets.astype(np.int64))
                 is_doubted_N = doubts.listed
 
@@ -154,6 +146,18 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
         left_out=validation.left_out,
     )
     return with_decision(setup, fit)
+
+
+def _judge_labels(validation: CrossValidation) -> Array:
+    """Compute the out-of-fold logits (N, K) that contradict wrong labels, without margins.
+
+    With its margin, a class of few photographs would contradict no label.
+    """
+    scaling = validation.scaling
+    logits_NK = validation.logits + scaling.margins / scaling.temperature
+    return validation.problem.logits_without_doubted(
+        logits_NK, validation.folds, scaling._replace(margins=0.0)
+    )
 
 
 def _evaluate(
