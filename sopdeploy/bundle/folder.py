@@ -137,27 +137,34 @@ def read_manifest(path: Path) -> Manifest:
 
 def describe_no_bundle(path: Path) -> str:
     """Say what *path* is, which is no bundle, and what to do."""
-    if not path.is_dir():
-        file = str(path)
-        if (path.parent / MANIFEST).is_file():
-            return f"a file of a bundle; give its folder, {path.parent}"
-        if is_own_checkpoint(path):
-            return f"a checkpoint, not a bundle; run: sopdeploy export {quote(file)} --detach"
-        if path.is_file() and holds_weights(path):
-            return f"weights, not a bundle; run: sopdeploy export {quote(file)} --network MODULE:CALLABLE"
-        if path.is_file() and is_tar(path):
-            return f"an archive, not a bundle; run: sopdeploy pull {quote(str(path))} bundles"
-        if (path.is_file() or ":" in path.name) and (foreign := describe_foreign(path)):
-            return f"{foreign}, and export it"
-        return f"no bundle here; a bundle is a folder with a {MANIFEST}"
+    return _describe_folder(path) if path.is_dir() else _describe_file(path)
 
-    # A folder: a run, or one that holds bundles.
+
+def _describe_file(path: Path) -> str:
+    """Say what the file *path* is, if there is one, and what to do."""
+    file = quote(str(path))
+    if (path.parent / MANIFEST).is_file():
+        return f"a file of a bundle; give its folder, {path.parent}"
+    if is_own_checkpoint(path):
+        return f"a checkpoint, not a bundle; run: sopdeploy export {file} --detach"
+    if path.is_file() and holds_weights(path):
+        return f"weights, not a bundle; run: sopdeploy export {file} --network MODULE:CALLABLE"
+    if path.is_file() and is_tar(path):
+        return f"an archive, not a bundle; run: sopdeploy pull {file} bundles"
+    if (path.is_file() or ":" in path.name) and (foreign := describe_foreign(path)):
+        return f"{foreign}, and export it"
+    return f"no bundle here; a bundle is a folder with a {MANIFEST}"
+
+
+def _describe_folder(path: Path) -> str:
+    """Say what the folder *path*, which is no bundle, holds: a run, bundles, runs or photographs."""
     if (best := path / "best.pt").is_file():
         return f"a run, not a bundle; run: sopdeploy export {quote(str(best))} --detach"
     bundles = sorted(manifest.parent for manifest in path.glob(f"[!.]*/{MANIFEST}"))
     if bundles:
         latest = path / LATEST
-        return f"a folder of bundles; choose one, such as {latest if latest in bundles else bundles[0]}"
+        example = latest if latest in bundles else bundles[0]
+        return f"a folder of bundles; choose one, such as {example}"
     if runs := sorted(best.parent for best in path.glob("[!.]*/best.pt")):
         latest = path / LATEST
         best = (latest if latest in runs else runs[0]) / "best.pt"

@@ -187,8 +187,13 @@ def is_pattern(classes_from: str) -> bool:
     return classes_from not in ("", FOLDERS)
 
 
-def describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> Iterator[str]:
-    """Describe classes of *listing* that are not in *labels*, labels without a folder, and empty folders."""
+def describe_class_problems(
+    listing: ClassListing, labels: tuple[str, ...], unread: str = ""
+) -> Iterator[str]:
+    """Describe classes of *listing* that are not in *labels*, labels without a folder, and empty folders.
+
+    *unread* describes a table that lists the images.
+    """
     images = listing.images
     root = images.root
     folders = set(images.labels)
@@ -221,7 +226,7 @@ def describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> I
         yield (
             f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
             f"add some ({describe_formats()}) or remove the folder"
-            + (suggest_folder(images) or suggest_sorting(images))
+            + (suggest_folder(images) or unread or suggest_sorting(images))
         )
 
 

@@ -36,9 +36,11 @@ CANDIDATES = 8
 CANDIDATES_BY_EDGES = 20
 # Share of equal tiles of pairs that are no copies, which a tenth of the images of a class reach
 # if they look alike: 0 to 0.2 for scenes, clothing and flowers, 0.37 for coins, 0.5 for hand
-# signs and solar cells.
+# signs and solar cells. Two or three photographs of any kind do, on one cloth, and copies that
+# are not confirmed: so a tenth of the photographs of all classes must, and at least six.
 ALIKE = 0.45
-SHARE_ALIKE = 0.9
+SHARE_ALIKE = 0.1
+MIN_ALIKE = 6
 NEARLY = 0.85  # share of the equal tiles of a copy where images look alike
 # Share of a class that no group may reach, and the number of its images
 ONE_GROUP = 0.9
@@ -176,14 +178,22 @@ def _confirm(
     for images in (one, other):
         np.maximum.at(largest_N, images, shares[is_outside])
 
-    # Classes whose images look alike: most are like an image of another group.
+    # Images look alike only where enough photographs do, whatever the number of their copies.
+    largest_G = np.zeros(len(classes), np.float32)
+    np.maximum.at(largest_G, groups, largest_N)
+    num_alike = np.count_nonzero(largest_G >= ALIKE)
+    may_be_alike = num_alike >= max(MIN_ALIKE, SHARE_ALIKE * (groups.max(initial=0) + 1))
+
+    # Classes whose images look alike: a tenth of them are like an image of another group.
     members_of_classes = np.split(
         np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1]
     )
     is_alike_N = np.zeros(len(classes), np.bool_)
     for members in members_of_classes:
         is_alike_N[members] = (
-            len(members) and np.quantile(largest_N[members], SHARE_ALIKE) >= ALIKE
+            may_be_alike
+            and len(members)
+            and np.quantile(largest_N[members], 1 - SHARE_ALIKE) >= ALIKE
         )
 
     # Copies. In a class whose images look alike, nearly all of their tiles are equal.

@@ -38,7 +38,10 @@ from sopdeploy.photos.files import (
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, Split, select_classes
 from sopdeploy.photos.questions import (
+    ask_about_held_out_classes,
     ask_about_numbered_folders,
+    ask_about_one_large_folder,
+    ask_about_parts_inside,
     ask_about_repeated_folders,
     suggest_folder,
     suggest_names,
@@ -153,7 +156,7 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
     train_name, *held_out_names = folders
     train = list_classes(folders[train_name], classes_from)
     other_table = _find_other_table(root, parts, train)
-    _check_tells_classes(root, train, other_table, classes_from)
+    _check_tells_classes(root, parts, train, other_table, classes_from)
 
     # Held-out images need classes, but not all of them.
     labels = train.images.labels
@@ -162,10 +165,11 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
     listings = {train_name: train, **held_out}
 
     # What is wrong with the classes, and which folders are not used.
+    unread = f"; {describe_other_table(root, other_table)}" if other_table else ""
     problems = [
         problem
         for listing in listings.values()
-        for problem in describe_class_problems(listing, labels)
+        for problem in describe_class_problems(listing, labels, unread)
     ]
     used_to_train = [*listings][:2]  # the training part, and one that is held out
     notes = [*_describe_parts(root, parts, used_to_train, unlabelled)]
@@ -186,7 +190,6 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
         )
     other_files = list[str]()
     for listing in listings.values():
-        _check_no_parts_inside(listing)
         notes += listing.notes
         other_files += chain.from_iterable(listing.other_files.values())
     for folder in dict.fromkeys((root, *(one.images.root for one in listings.values()))):
@@ -229,7 +232,11 @@ def _list_held_out(
 
 
 def _check_tells_classes(
-    root: Path, train: ClassListing, other_table: Path | None, classes_from: str
+    root: Path,
+    parts: Parts,
+    train: ClassListing,
+    other_table: Path | None,
+    classes_from: str,
 ) -> None:
     """Raise `DataError` if the training images have fewer than two classes, or doubtful ones.
 
@@ -260,9 +267,12 @@ def _check_tells_classes(
             )
 
     # Folders that may be no classes.
-    _check_no_parts_inside(train)
     if not classes_from:
+        if not parts.train:
+            ask_about_held_out_classes(images, parts.held_out)
+        ask_about_parts_inside(images)
         ask_about_repeated_folders(images)
+        ask_about_one_large_folder(images)
         is_listed = other_table and not mentions(other_table, images.labels)
         ask_about_numbered_folders(images, table_hint if is_listed else "")
 
@@ -370,22 +380,6 @@ def _find_part_folders(root: Path, parts: Parts) -> dict[str, Path]:
     return {name: part_folder(root, name) for name in (parts.train, *parts.held_out)}
 
 
-def _check_no_parts_inside(listing: ClassListing) -> None:
-    """Raise `DataError` if class folders hold folders of training images, such as `cat/train`."""
-    inside = [path for path in listing.nested if part_kind(path.rpartition("/")[2])]
-    # A folder that is the only one with images may hold the data set itself.
-    if np.count_nonzero(listing.images.class_counts()) > 1 and any(
-        part_kind(path.rpartition("/")[2]) in TRAINING for path in inside
-    ):
-        label, _, part = inside[0].rpartition("/")
-        advice = suggest_folder(listing.images) or (
-            f"; put the parts above the classes, such as {part}/{label}"
-        )
-        raise DataError(
-            f"{listing.images.root}: class folders hold parts of the data: {shorten(inside)}{advice}"
-        )
-
-
 def single_images(images: ImageFiles) -> Iterator[str]:
     """Describe the classes with a single image, which training leaves out."""
     for target in np.flatnonzero(images.class_counts() == 1):
@@ -395,7 +389,7 @@ def single_images(images: ImageFiles) -> Iterator[str]:
 def _describe_parts(
     root: Path, parts: Parts, used: Sequence[str], unlabelled: Mapping[str, str]
 ) -> Iterator[str]:
-    """Describe the folders of *root* that training ignores, and folders such as val that count as classes.
+    """Describe the folders of *root* that training ignores, and a folder train that counts as a class.
 
     *used* are the parts that it uses; *unlabelled* has the lines about held-out parts without
     classes.
@@ -409,5 +403,3 @@ def _describe_parts(
         trains := [name for name in parts.others if part_kind(name) in TRAINING]
     ):
         yield f"{root}: {shorten(trains)} counts as a class, because it holds no folders"
-    elif parts.held_out and parts.others:
-        yield f"{root}: {shorten(parts.held_out)} counts as a class, because there is no folder {TRAIN}"

@@ -121,7 +121,8 @@ def promote(
 
     # Nothing to compare with, or a forced move without photographs
     if not has_live or data is None:
-        return _record_and_move(over, before, after, force or "first bundle", None, manifest)
+        reason = force or "first bundle"
+        return _record_and_move(over, before, after, reason, comparison=None, manifest=manifest)
 
     # Both bundles on the same photographs; the new one also with the best earlier bundle.
     live = load_model(over, settings)
@@ -184,8 +185,15 @@ def _move_back(link: Path) -> Promotion:
     loaded = load_model(link.parent / after, load_settings())  # raises for a damaged one
     anchors = [move.anchor for move in all_moves if move.after == after]
     anchor = anchors[-1] if anchors else None
-    manifest = loaded.bundle.manifest
-    return _record_and_move(link, live, after, "back", None, manifest, anchor=anchor)
+    return _record_and_move(
+        link,
+        before=live,
+        after=after,
+        reason="back",
+        comparison=None,
+        manifest=loaded.bundle.manifest,
+        anchor=anchor,
+    )
 
 
 def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:

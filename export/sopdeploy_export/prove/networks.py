@@ -207,12 +207,13 @@ def build_plain(
         plain_tensors = {name: tensors(plain)[name] for name in weights}
 
     _load(plain, plain_tensors, weights)
+    plain.eval()
 
     # A constant that a function keeps for later calls is not taken from the trained network.
     if has_large_constants(trained.trace.program):
         make_kept_results_anew(plain, preprocess)
     try:
-        return Compared.of(detachment.role, plain.eval(), preprocess, batch, trained)
+        return Compared.of(detachment.role, plain, preprocess, batch, trained)
     except LoweringError as error:
         raise CertificateError(f"{detachment.role} network: {error}") from error
 

@@ -234,7 +234,8 @@ class CudaOnnxRuntime(OnnxRuntime):
     def _session_for(self, size: int) -> Any:
         """Return the session for batches of *size*, opened at first use.
 
-        This is the first session if memory is short, and for sizes beyond `largest_batch`.
+        This is the first session for a graph without convolutions and for sizes beyond
+        `largest_batch`, and if memory is short.
         """
         if size > self.largest_batch or not self._needs_session_per_size:
             return self._session

@@ -169,8 +169,25 @@ class LabelFolders:
     def read(self) -> None:
         """Read and order what waits for a label again, and start to compute suggestions; raises `OSError`.
 
-        Kept photographs come first, then the heap: images that no server has kept. The near hashes
-        of the uniform sample are remembered, also after its photographs are labelled.
+        Kept photographs come first, then the heap: images that no server has kept.
+        """
+        kept = self._read_kept()
+        images, unused = list_heap(self.kept)
+        note_skipped(self.kept, count_suffixes(unused))
+        heap = [path for path in images if heap_id(path) not in self._skipped_of_heap]
+
+        waiting = [Waiting(path, record) for path, record in kept]
+        waiting += [Waiting(path, None) for path in heap]
+        self.waiting = {photo.identity: photo for photo in waiting}
+        self.suggestions.learn(_class_folders(self.photos))
+        self.suggestions.compute(heap)
+        self._order_heap()
+
+    def _read_kept(self) -> list[Kept]:
+        """Read the kept photographs that wait, in the order in which they are to be labelled.
+
+        The near hashes of the uniform sample are remembered, also after its photographs are
+        labelled.
         """
         # Divide the photographs that wait into the uniform sample and the rest. A photograph that
         # was sent and kept again has its label already.
@@ -202,19 +219,7 @@ class LabelFolders:
         for number, photo in enumerate(reversed(samples)):
             # Beyond the end of *rest*, `insert` appends.
             rest.insert(SAMPLE_EVERY * number, photo)
-        queue = [*reported, *rest]
-
-        # The photographs of a heap come last.
-        images, unused = list_heap(self.kept)
-        note_skipped(self.kept, count_suffixes(unused))
-        heap = [path for path in images if heap_id(path) not in self._skipped_of_heap]
-        waiting = [Waiting(path, record) for path, record in queue] + [
-            Waiting(path, None) for path in heap
-        ]
-        self.waiting = {photo.identity: photo for photo in waiting}
-        self.suggestions.learn(_class_folders(self.photos))
-        self.suggestions.compute(heap)
-        self._order_heap()
+        return [*reported, *rest]
 
     def _order_heap(self) -> None:
         """Put photographs of a heap with the same suggestion beside each other, the surest ones first."""
