@@ -188,11 +188,11 @@ def is_pattern(classes_from: str) -> bool:
 
 
 def describe_class_problems(
-    listing: ClassListing, labels: tuple[str, ...], unread: str = ""
+    listing: ClassListing, labels: tuple[str, ...], table_hint: str = ""
 ) -> Iterator[str]:
     """Describe classes of *listing* that are not in *labels*, labels without a folder, and empty folders.
 
-    *unread* describes a table that lists the images.
+    *table_hint* describes a table that lists the images and is not read; "" without one.
     """
     images = listing.images
     root = images.root
@@ -226,7 +226,7 @@ def describe_class_problems(
         yield (
             f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
             f"add some ({describe_formats()}) or remove the folder"
-            + (suggest_folder(images) or unread or suggest_sorting(images))
+            + (suggest_folder(images) or table_hint or suggest_sorting(images))
         )
 
 

@@ -165,11 +165,11 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
     listings = {train_name: train, **held_out}
 
     # What is wrong with the classes, and which folders are not used.
-    unread = f"; {describe_other_table(root, other_table)}" if other_table else ""
+    table_hint = f"; {describe_other_table(root, other_table)}" if other_table else ""
     problems = [
         problem
         for listing in listings.values()
-        for problem in describe_class_problems(listing, labels, unread)
+        for problem in describe_class_problems(listing, labels, table_hint)
     ]
     used_to_train = [*listings][:2]  # the training part, and one that is held out
     notes = [*_describe_parts(root, parts, used_to_train, unlabelled)]

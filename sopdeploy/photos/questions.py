@@ -144,8 +144,9 @@ def suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --dat
     """Give *advice* with the folder below the root of *images* whose subfolders may be the classes, or "".
 
     For `archive/images/rose/1.jpg`, it is `archive/images`. There is none if all subfolders are
-    parts, or if those of several class folders share no name or a class folder holds images itself,
-    unless these subfolders hold nearly all images: they are then the objects of each class.
+    parts. Unless the subfolders hold nearly all images, there is none either if a class folder
+    holds images itself, or if those of several class folders share no name: they are then the
+    objects of each class.
     """
     subfolders = _find_subfolders(images)
     if subfolders is None or all(map(part_kind, subfolders.names)):
@@ -166,14 +167,15 @@ def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
     """Find the subfolders that may be the classes; None without any.
 
     They are those of one folder: of the folders with several subfolders, or else of all, that
-    with the most images. Other folders share some of them, or they hold nearly all images, or all.
+    with the most images. Unless there is no other class, other folders share some of them, or
+    they hold nearly all images (`NEARLY_ALL`).
     """
     # Images of each subfolder, by the path of its parent.
     counts = defaultdict[str, Counter[str]](Counter)
     for path in images.paths.tolist():
         parent, _, subfolder = os.fsdecode(path).rpartition("/")[0].rpartition("/")
         counts[parent][subfolder] += 1
-    # Class folders that hold images themselves
+    # Images that are in class folders themselves, by class.
     direct = counts.pop("", Counter[str]())
     if not counts:
         return None
