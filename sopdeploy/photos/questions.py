@@ -85,6 +85,7 @@ def ask_about_one_large_folder(images: ImageFiles) -> None:
 
 def ask_about_parts_inside(images: ImageFiles) -> None:
     """Raise `DataError` if class folders hold folders of training images, such as `cat/train`."""
+    # The folders below class folders that are named as parts are.
     parents = {PurePosixPath(os.fsdecode(path)).parent for path in images.paths.tolist()}
     folders = {folder for parent in parents for folder in (parent, *parent.parents)}
     inside = sorted(
@@ -93,11 +94,12 @@ def ask_about_parts_inside(images: ImageFiles) -> None:
         if len(folder.parts) > 1 and part_kind(folder.name)
     )
     training = [path for path in inside if part_kind(path.rpartition("/")[2]) in TRAINING]
+
     # A folder that is the only one with images may hold the data set itself.
     if training and np.count_nonzero(images.class_counts()) > 1:
         above, _, part = training[0].rpartition("/")
         advice = f"; put the parts above the classes, such as {part}/{above}"
-        if "/" in above:
+        if "/" in above:  # the whole data set may be in a class folder
             folder = quote(str(images.root / above))
             advice = (
                 f"; if {part} holds the training images, run: sopdeploy train --data {folder}"
