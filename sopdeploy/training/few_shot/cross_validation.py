@@ -64,6 +64,8 @@ class CrossValidation:
             they are not shifted.
         left_out: The cosine (N,) of each image and the nearest mean of the other classes; None with several
             classes per image.
+        scaling: What turns the scores of all heads, also of one that is fitted to all images, into logits.
+        seconds: The time of the features, and of the rest.
     """
 
     recipe: Recipe
