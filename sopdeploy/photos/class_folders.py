@@ -230,7 +230,7 @@ def describe_class_problems(
         )
 
 
-def no_classes(root: Path, part: Path | None = None, hint: str = "") -> DataError:
+def no_classes_error(root: Path, part: Path | None = None, hint: str = "") -> DataError:
     """Build the error for *root*, or a *part* of it, without classes.
 
     It names a table that lists the images, or else ends in the *hint*, or in how to sort them.

@@ -13,7 +13,7 @@ import numpy as np
 
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.signatures import count_suffixes, note_skipped
-from sopdeploy.photos.class_folders import list_classes, no_classes
+from sopdeploy.photos.class_folders import list_classes, no_classes_error
 from sopdeploy.photos.files import (
     SAMPLE_FOLDER,
     Log,
@@ -162,7 +162,7 @@ def check_holds_classes(root: Path) -> Path:
     root = data_folder(root)
     if list_subfolders(root) or find_table(root) or detect_kind(root) is not None:
         return root
-    raise no_classes(root)
+    raise no_classes_error(root)
 
 
 @cache

@@ -18,7 +18,11 @@ import numpy as np
 
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.decision import Decision, sigmoid
-from sopdeploy.evaluation.decision_fit import fit_decision, fit_thresholds, missing_threshold
+from sopdeploy.evaluation.decision_fit import (
+    explain_missing_threshold,
+    fit_decision,
+    fit_thresholds,
+)
 from sopdeploy.evaluation.label_doubts import find_label_doubts
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
@@ -222,7 +226,9 @@ def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
         are_cosines=True,
     )
     num_typical_groups = len(np.unique(fit.groups[typical_N]))
-    why_no_threshold = missing_threshold(num_typical_groups, fit.logits.shape[1], accepts)
+    why_no_threshold = explain_missing_threshold(
+        num_typical_groups, fit.logits.shape[1], accepts
+    )
 
     is_nothing_fitted = decision == Decision()
     result: Any = fit.result

@@ -50,7 +50,7 @@ class Targets:
             return (np.logaddexp(0.0, logits) - self.classes * logits).mean(axis=1)
         return -(self.classes * log_softmax(logits, axis=1)).sum(axis=1)
 
-    def log_frequencies(self) -> Array:
+    def log_odds(self) -> Array:
         """Compute the log-odds (K,) of each class; with "softmax", a discriminant needs none: zeros."""
         if self.activation == "softmax":
             return np.zeros(self.classes.shape[1])
