@@ -30,9 +30,9 @@ from sopdeploy.photos.forms import find_leftovers
 from sopdeploy.photos.photo import ImageFiles
 from sopdeploy.photos.questions import (
     class_in_name,
-    sort_by_hand,
     suggest_folder,
     suggest_sorting,
+    suggest_sorting_by_hand,
 )
 from sopdeploy.photos.table import describe_other_table, find_other_table
 
@@ -239,7 +239,7 @@ def no_classes_error(root: Path, part: Path | None = None, hint: str = "") -> Da
     table = find_other_table(images, (root / file for file in others))
     other_table = "" if table is None else describe_other_table(root, table)
     unsorted = root if part is None else part
-    by_hand = sort_by_hand(unsorted) if images else ""
+    by_hand = suggest_sorting_by_hand(unsorted) if images else ""
     return DataError(
         f"{unsorted}: holds no class folders and no labels.csv; "
         + (other_table or f"sort the images into one subfolder per class{hint or by_hand}")

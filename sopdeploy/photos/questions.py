@@ -204,7 +204,7 @@ def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
     return _Subfolders(best, sorted(names), are_in_all, hold_nearly_all)
 
 
-def sort_by_hand(folder: Path) -> str:
+def suggest_sorting_by_hand(folder: Path) -> str:
     """Say how the images of *folder* can be sorted into classes."""
     return f", by hand or in a browser: sopdeploy label {quote(str(folder))} --photos sorted"
 
@@ -215,7 +215,7 @@ def suggest_sorting(images: ImageFiles) -> str:
     if len(filled) != 1:
         return ""
     folders = {images.path(index).parent for index in range(len(images))}
-    by_hand = sort_by_hand(folders.pop()) if len(folders) == 1 else ""
+    by_hand = suggest_sorting_by_hand(folders.pop()) if len(folders) == 1 else ""
     return (
         f"; if {images.labels[filled[0]]} holds those of all classes, sort them into one subfolder "
         f"per class{by_hand}"

@@ -131,7 +131,7 @@ class Setup:
         """Whether the few-shot procedure fits the network; the run then has no epochs."""
         return isinstance(self.recipe.procedure, FewShotConfig)
 
-    def random_frozen_parts(self) -> str:
+    def name_random_frozen_parts(self) -> str:
         """Name the random parts of the frozen network to which a head is fitted, or ""."""
         if not isinstance(self.recipe.procedure, HeadOptions):
             return ""

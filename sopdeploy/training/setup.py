@@ -154,7 +154,7 @@ def set_up_run(
     # The network, a new one or that of the resumed run.
     if last is None or recorded is None:
         setup = new_setup(selected, division, strategy, given.weights)
-        if parts := setup.random_frozen_parts():
+        if parts := setup.name_random_frozen_parts():
             problem = f"{parts} of the frozen network would stay random; {LOOP_INSTEAD}"
             if "procedure.kind" in given.keys:
                 raise ConfigError(f"procedure {selected.procedure.kind}: {problem}")
