@@ -142,15 +142,14 @@ def describe_no_bundle(path: Path) -> str:
 
 def _describe_file(path: Path) -> str:
     """Say what the file *path* is, if there is one, and what to do."""
-    file = quote(str(path))
     if (path.parent / MANIFEST).is_file():
         return f"a file of a bundle; give its folder, {path.parent}"
     if is_own_checkpoint(path):
-        return f"a checkpoint, not a bundle; run: sopdeploy export {file} --detach"
+        return f"a checkpoint, not a bundle; run: sopdeploy export {quote(str(path))} --detach"
     if path.is_file() and holds_weights(path):
-        return f"weights, not a bundle; run: sopdeploy export {file} --network MODULE:CALLABLE"
+        return f"weights, not a bundle; run: sopdeploy export {quote(str(path))} --network MODULE:CALLABLE"
     if path.is_file() and is_tar(path):
-        return f"an archive, not a bundle; run: sopdeploy pull {file} bundles"
+        return f"an archive, not a bundle; run: sopdeploy pull {quote(str(path))} bundles"
     if (path.is_file() or ":" in path.name) and (foreign := describe_foreign(path)):
         return f"{foreign}, and export it"
     return f"no bundle here; a bundle is a folder with a {MANIFEST}"

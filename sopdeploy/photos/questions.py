@@ -100,9 +100,10 @@ def ask_about_parts_inside(images: ImageFiles) -> None:
         above, _, part = training[0].rpartition("/")
         advice = f"; put the parts above the classes, such as {part}/{above}"
         if "/" in above:  # the whole data set may be in a class folder
-            folder = quote(str(images.root / above))
+            folder = images.root / above
             advice = (
-                f"; if {part} holds the training images, run: sopdeploy train --data {folder}"
+                f"; if {part} holds the training images, run: "
+                f"sopdeploy train --data {quote(str(folder))}"
             )
         advice = suggest_folder(images) or advice
         raise DataError(

@@ -225,7 +225,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             with torch._C.DisableTorchFunction():
                 yield
-        except Exception as error:
+        except Exception as error:  # which the network's own `except` would hide
             name = getattr(function, "__name__", str(function))
             self.failures.append(f"{name} {self.place()}: {first_line(error)}")
             raise
