@@ -401,7 +401,7 @@ def _check_data(
     # more than `MAX_HASHED` images does not warn. Images that the run itself holds out are not
     # compared: their copies are held out, too.
     if len(file_hashes):
-        warn_of_equal_files(data.train, opened.held_out, file_hashes, callback)
+        warn_of_equal_files(data.train, file_hashes, opened.held_out, callback)
 
     # Classes of which nothing could be held out have no score.
     if not len(opened.held_out) and not isinstance(recipe.procedure, FewShotConfig):
@@ -424,7 +424,7 @@ def _check_data(
 
 
 def warn_of_equal_files(
-    train: LabeledImages, held_out: LabeledImages, hashes: NDArray[np.int64], callback: Callback
+    train: LabeledImages, hashes: NDArray[np.int64], held_out: LabeledImages, callback: Callback
 ) -> None:
     """Warn of files of *train*, with *hashes* (N,), that have several labels or are in *held_out*, too."""
     if warning := describe_contradictions(train, hashes):

@@ -108,7 +108,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
             # If the hashes of the files are known, `set_up_run` has warned already.
             if not len(setup.file_hashes):
                 warn_of_equal_files(
-                    images, setup.data.held_out, validation.features.file_hashes, callback
+                    images, validation.features.file_hashes, setup.data.held_out, callback
                 )
 
             # The network with the head of all images, and its score.
