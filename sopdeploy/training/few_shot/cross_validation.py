@@ -239,12 +239,14 @@ def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> 
 def judge_few_apart(targets: Targets, folds_N: Indices, groups_N: Indices) -> Indices:
     """Move classes of fewer than `ENOUGH` groups, beside larger ones, from *folds_N* to own folds (N,).
 
-    If one of its two photographs is missing, a head takes more images of other classes for such a
-    class than the deployed network, which learns from both. So heads that have all images of the
+    A head that lacks one of the two photographs of such a class takes more images of other classes
+    for it than the deployed network, which learns from both. So heads that have all images of the
     small classes judge the images of the other classes. There are at most four own folds, each with
-    one group of each small class.
+    one group of each small class. With several classes per image, or without both kinds of classes,
+    nothing is moved.
     """
-    # The groups of each class, in this order, and the rank of each in its class
+    # The pairs of a class and a group with its images, sorted, and the rank of the group in the
+    # class.
     labels_P, groups_P = np.unique(np.stack([targets.strata, groups_N]), axis=1)
     _, first_P, class_P = np.unique(labels_P, return_index=True, return_inverse=True)
     rank_P = np.arange(len(labels_P)) - first_P[class_P]

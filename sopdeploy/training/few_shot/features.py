@@ -304,7 +304,7 @@ class CachedNetwork:
 
             # The first photograph tells whether the cache can be read.
             if batch is batches[0] and entries[0] is not None:
-                [computed] = self._compute(pixels[:1])
+                computed = self._compute(pixels[:1])[0]
                 if not all(map(np.array_equal, entries[0], computed)):
                     self.cache.is_stale = True
                     yield from self._load(images, batches)  # again, without the cache
