@@ -426,7 +426,10 @@ def _check_data(
 def warn_of_equal_files(
     train: LabeledImages, hashes: NDArray[np.int64], held_out: LabeledImages, callback: Callback
 ) -> None:
-    """Warn of files of *train*, with *hashes* (N,), that have several labels or are in *held_out*, too."""
+    """Warn of files of *train*, with *hashes* (N,), that have several labels or are in *held_out*, too.
+
+    More than `MAX_HASHED` held-out images are not compared.
+    """
     if warning := describe_contradictions(train, hashes):
         callback.on_warning(warning)
 
