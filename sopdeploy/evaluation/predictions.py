@@ -145,7 +145,11 @@ def describe_predictions(
 def _describe_classes(
     metrics: ClassificationReport, which_images: str, links: Mapping[tuple[int, int], str]
 ) -> Section:
-    """Describe accuracies, mistakes, and precision and recall by class; those without images are last."""
+    """Describe accuracies, mistakes, and precision and recall by class; those without images are last.
+
+    More than `_MAX_MATRIX_CLASSES` have no confusion matrix, only the `_MAX_CONFUSIONS` most frequent
+    mistakes.
+    """
     # Accuracies and loss in one paragraph of text.
     top5 = f", top-5 {_with_interval(metrics.top5)}" if len(metrics.classes) > TOP_K else ""
     scores = (

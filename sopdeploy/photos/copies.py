@@ -87,6 +87,7 @@ def find_near_duplicates(
     one first. *small* are the gray images (N, S, S) of `shrink`. Of images with equal *hashes*
     (N,), only the first one is compared and is in pairs; `connect` adds the others by their hash.
     An image is compared with *num_candidates* others by whitened, and as many by plain vectors.
+    Among more than `MAX_SIGNATURES` images, turned copies are not found.
     """
     # Of images with equal pixels, the first one stands for all. The result has the vectors of
     # all, and tells of all whether they are alike.

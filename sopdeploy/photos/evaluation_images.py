@@ -101,7 +101,7 @@ def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
     if names <= {normalize(label) for label in labels}:
         return root
     parts = find_parts(root)
-    # As in training, val/ is a class if it is beside other folders and there is no train/.
+    # Beside other folders, and without train/, val/ is a class.
     val_is_a_class = parts.others and not parts.train
     if val_is_a_class or not parts.held_out:
         return root

@@ -78,7 +78,8 @@ def estimate_gains(
 ) -> tuple[Gain, ...]:
     """Estimate how often a class would be found with more photographs.
 
-    The estimates are those of classes with few photographs, and of the others that gain most.
+    The estimates are those of classes with few photographs, and of the `MAX_GAINS` others that gain
+    most.
 
     *right* tells which of the *judged* images are classified correctly by a head without them.
 

@@ -230,9 +230,9 @@ def fit_best(
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Estimate the score of `best.pt`, fit its decision to the held-out images, and add both to it.
 
-    The decision is fitted without mirror images, because a server computes none. With few
-    images, or several classes per image, that of `best.pt` remains. The other processes only
-    estimate the score.
+    The decision is fitted without mirror images, because a server computes none. With fewer
+    than `MIN_IMAGES`, or several classes per image, that of `best.pt` remains. The other
+    processes only estimate the score.
     """
     # The score of the epoch that is in `best.pt`.
     recipe = run.recipe
