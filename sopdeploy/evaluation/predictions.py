@@ -103,8 +103,8 @@ def describe_predictions(
 ) -> Section:
     """Describe *metrics* by a sentence, the scores, and tables, the worst classes first.
 
-    The sentence *which_images* says which images they are of. *links* are those of the confusion matrix
-    (`Table.links`).
+    The sentence *which_images* says which images they are of. *links* are those of the confusion
+    matrix (`Table.links`).
     """
     if isinstance(metrics, ClassificationReport):
         return _describe_classes(metrics, which_images, links)

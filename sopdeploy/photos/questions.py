@@ -183,7 +183,8 @@ def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
     if not counts:
         return None
 
-    # Subfolders may be classes if other folders have some of them, too, or if there is no other class.
+    # Subfolders may be classes if other folders have some of them, too, or if there is no other
+    # class.
     best = max(counts, key=lambda parent: (len(counts[parent]) > 1, counts[parent].total()))
     names = counts.pop(best)
     other_names = set[str]().union(*counts.values())
