@@ -56,7 +56,7 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.photos.copies import shrink
 from sopdeploy.photos.crops import MOSTLY, compare_pixels
-from sopdeploy.photos.folder import open_any_images, open_evaluation_images
+from sopdeploy.photos.evaluation_images import open_any_images, open_evaluation_images
 from sopdeploy.training.few_shot.state import FewShotFit
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.results import FewShotResult

@@ -32,7 +32,7 @@ from photo_vectors import (
 from scipy.special import softmax
 from scipy.stats import t
 
-from sopdeploy.photos.folder import open_evaluation_images
+from sopdeploy.photos.evaluation_images import open_evaluation_images
 
 Array = NDArray[Any]
 MAX_LOSS = 1.0  # points

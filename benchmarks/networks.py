@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
+from branches import largest_difference
 from measure import markdown
 from torch import nn
 from torchvision import models
@@ -82,7 +83,8 @@ class Row(StrictModel):
     """What became of a network: its `proof`, why it is `refused`, or the bug that `crashed` the export.
 
     `pixels` is empty if the network computes no size; `drift` is the largest difference from
-    float64.
+    float64, `difference` that of the file from the network on images that the export has not
+    seen, relative to the largest logit.
     """
 
     library: str
@@ -91,6 +93,7 @@ class Row(StrictModel):
     pixels: int | Literal[""] = ""
     proof: str = ""
     drift: float | None = None
+    difference: float | None = None
     refused: str = ""
     crashed: str = ""
     seconds: float | None = None
@@ -235,10 +238,13 @@ def attempt(candidate: Candidate) -> Row:
     """Export *candidate* and describe the result."""
     row = Row(library=candidate.library, family=candidate.family, network=candidate.name)
     start = time.process_time()
+
     try:
         network, side = prepare(candidate)
     except RuntimeError as error:  # the network is none for single tensors of images
         return row.model_copy(update={"refused": str(error).partition("\n")[0]})
+
+    rules = Preprocess(resize=side, crop=side)
     found: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -246,17 +252,24 @@ def attempt(candidate: Candidate) -> Row:
                 network,
                 plain=lambda: candidate.build(side),
                 labels=[f"class {number}" for number in range(CLASSES)],
-                preprocess=Preprocess(resize=side, crop=side),
+                preprocess=rules,
                 destination=folder,
                 name="sweep",
                 logits_key=candidate.logits_key,
             )
             drift = exported.parity.outputs["logits"].largest_drift
-            found = {"proof": exported.certificate.proof, "drift": drift}
+            file = exported.path / "model.onnx"
+            difference = largest_difference(network, rules, candidate.logits_key, file)
+            found = {
+                "proof": exported.certificate.proof,
+                "drift": drift,
+                "difference": difference,
+            }
         except SopdeployError as error:
             found = {"refused": str(error)}
         except Exception as error:  # a bug of the exporter, which the table must show
             found = {"crashed": f"{type(error).__name__}: {error}".partition("\n")[0]}
+
     seconds = round(time.process_time() - start, 1)
     return row.model_copy(update={"pixels": side, "seconds": seconds, **found})
 
@@ -280,12 +293,14 @@ def tables(rows: list[Row]) -> str:
             f"`{row.network}`{f' ({row.family})' if row.library == 'timm' else ''}",
             row.pixels,
             f"{row.drift:.1e}",
+            "" if row.difference is None else f"{row.difference:.1e}",
         )
         for row in rows
         if row.proof
     ]
     head = ("library", "network", "pixels")
-    return f"{markdown((*head, 'reason'), refused)}\n\n{markdown((*head, 'drift'), exported)}"
+    measured = ("drift", "file differs by")
+    return f"{markdown((*head, 'reason'), refused)}\n\n{markdown((*head, *measured), exported)}"
 
 
 def main() -> None:

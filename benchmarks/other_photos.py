@@ -46,9 +46,10 @@ from sklearn.linear_model import LogisticRegression
 
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.known_threshold import choose_threshold
-from sopdeploy.photos.folder import open_any_images, open_evaluation_images
-from sopdeploy.training.few_shot.classifier import LinearProblem, Space, Targets, unit_length
-from sopdeploy.training.few_shot.run import make_folds
+from sopdeploy.photos.evaluation_images import open_any_images, open_evaluation_images
+from sopdeploy.training.few_shot.classifier import LinearProblem, Space, unit_length
+from sopdeploy.training.few_shot.cross_validation import make_folds
+from sopdeploy.training.few_shot.targets import Targets
 from sopdeploy.training.recipe import RejectionConfig
 
 Array = NDArray[Any]

@@ -14,7 +14,7 @@ from sopdeploy.decision import log_sum_exp
 from sopdeploy.evaluation.drift import measure_image
 from sopdeploy.photos.photo import ImageFiles
 from sopdeploy.training.few_shot.classifier import unit_length
-from sopdeploy.training.few_shot.run import make_folds
+from sopdeploy.training.few_shot.cross_validation import make_folds
 
 Array = NDArray[Any]
 DIM = 0.6  # share of the light that a dim lamp gives

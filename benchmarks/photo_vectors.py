@@ -10,22 +10,16 @@ from numpy.typing import NDArray
 
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.few_shot.classifier import (
-    MAX_RANK,
-    LinearProblem,
-    OutOfFold,
-    Scaling,
-    Space,
-    Targets,
-    unit_length,
-)
+from sopdeploy.training.few_shot.classifier import MAX_RANK, LinearProblem, Space, unit_length
+from sopdeploy.training.few_shot.cross_validation import make_folds
 from sopdeploy.training.few_shot.features import (
     PROJECTION_IMAGES,
     CachedNetwork,
     FeatureBatch,
     full_head,
 )
-from sopdeploy.training.few_shot.run import make_folds
+from sopdeploy.training.few_shot.scaling import OutOfFold, Scaling
+from sopdeploy.training.few_shot.targets import Targets
 from sopdeploy.training.recipe import FewShotConfig, read_recipe
 from sopdeploy.training.start_weights import create_initial_model
 

@@ -347,6 +347,102 @@ CANDIDATES += [
         64,
     ),
 ]
+# Classifiers of papers of 2021 to 2024, 2026-11-28
+STAND_INS = """
+import importlib
+import math
+import sys
+import types
+def stand_in(name, **values):
+    sys.modules[name] = types.SimpleNamespace(__path__=[], **values)
+stand_in("timm.models.layers.helpers", to_2tuple=importlib.import_module("timm.layers").to_2tuple)
+"""
+POOLS = f"""{STAND_INS}
+from models.poolformer import PoolFormer
+def build():
+    sizes = dict(embed_dims=[16, 32, 40, 64], mlp_ratios=[4] * 4, downsamples=[True] * 4)
+    return PoolFormer([1, 1, 1, 1], num_classes=10, **sizes)
+"""
+CLUSTERS = f"""{STAND_INS}
+from models.context_cluster import coc_tiny
+def build():
+    return coc_tiny(num_classes=10)
+"""
+PRUNED_TOKENS = f"""{STAND_INS}
+stand_in("torch._six", inf=math.inf)
+stand_in("tensorboardX", SummaryWriter=None)
+from models.dyvit import VisionTransformerDiffPruning
+def build():
+    ratios = dict(pruning_loc=[1, 2], token_ratio=[0.7, 0.5])
+    return VisionTransformerDiffPruning(embed_dim=64, depth=4, num_heads=2, num_classes=10, **ratios)
+"""
+CHOSEN_PARTS = """
+from models.modeling import CONFIGS, VisionTransformer
+def build():
+    config = CONFIGS["ViT-B_16"]
+    config.hidden_size = 48
+    config.transformer.update(mlp_dim=96, num_heads=2, num_layers=3)
+    return VisionTransformer(config, 64, 10)
+"""
+ROUTED_WINDOWS = f"""{STAND_INS}
+stand_in("fairscale")
+stand_in("fairscale.nn")
+stand_in("fairscale.nn.checkpoint", checkpoint_wrapper=None)
+from models.biformer import BiFormer
+def build():
+    widths = [32, 64, 96, 128]
+    windows = dict(kv_downsample_mode="identity", kv_per_wins=[-1] * 4, topks=[1, 4, 16, -2])
+    return BiFormer([1] * 4, num_classes=10, embed_dim=widths, head_dim=32, qk_dims=widths, **windows)
+"""
+OFFSETS = f"""{STAND_INS}
+stand_in("natten")
+stand_in("natten.functional", NATTEN2DQKRPBFunction=None, NATTEN2DAVFunction=None)
+from models.dat import DAT
+def build():
+    sizes = dict(dim_stem=24, dims=[24, 48, 96, 192], depths=[2, 2, 2, 2], heads=[1, 2, 4, 8])
+    offsets = dict(groups=[1, 1, 2, 4], strides=[8, 4, 2, 1], use_pes=[True] * 4)
+    return DAT(num_classes=10, stage_spec=[["L", "D"]] * 4, **sizes, **offsets)
+"""
+MERGED_TOKENS = """
+import sys
+import types
+import timm
+sys.modules["tome.vis"] = types.SimpleNamespace(make_visualization=None)
+import tome
+def build():
+    net = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10, depth=4)
+    tome.patch.timm(net)
+    net.r = 3
+    return net
+"""
+LARGE_KERNEL_SIZES = """
+from replknet import RepLKNet
+def build():
+    sizes = dict(large_kernel_sizes=[31, 29, 27, 13], layers=[1] * 4, channels=[16, 32, 32, 64])
+    return RepLKNet(**sizes, drop_path_rate=0.0, small_kernel=5, num_classes=10, use_sync_bn=False)
+"""
+CANDIDATES += [
+    Candidate("sail-sg/poolformer", "mine:build", STATE, pixels=64, code=POOLS),
+    Candidate("ma-xu/Context-Cluster", "mine:build", STATE, pixels=64, code=CLUSTERS),
+    Candidate("raoyongming/DynamicViT", "mine:build", MODEL, pixels=224, code=PRUNED_TOKENS),
+    Candidate("TACJu/TransFG", "mine:build", MODEL, pixels=64, code=CHOSEN_PARTS),
+    Candidate("rayleizhu/BiFormer", "mine:build", MODEL, pixels=224, code=ROUTED_WINDOWS),
+    Candidate("LeapLabTHU/DAT", "mine:build", MODEL, (), 224, "0", OFFSETS),
+    Candidate("facebookresearch/ToMe", "mine:build", STATE, pixels=64, code=MERGED_TOKENS),
+    Candidate(
+        "DingXiaoH/RepLKNet-pytorch", "mine:build", MODEL, pixels=64, code=LARGE_KERNEL_SIZES
+    ),
+    Candidate(
+        "ma-xu/Rewrite-the-Stars/imagenet", "starnet:starnet_s1", STATE, ("num_classes=10",), 64
+    ),
+    Candidate(
+        "yitu-opensource/T2T-ViT",
+        "models.t2t_vit:t2t_vit_7",
+        STATE,
+        ("num_classes=10", "img_size=64"),
+        64,
+    ),
+]
 SAVE = """
 import sys
 import torch

@@ -29,16 +29,13 @@ from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead
 from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone, TimmConfig
 from sopdeploy.paths import check_is_weights
 from sopdeploy.photos.folder import open_folder
-from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
+from sopdeploy.photos.network_inputs import PreprocessedDataset
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.seeds import derive_seed
-from sopdeploy.training.few_shot.classifier import (
-    LinearProblem,
-    Scaling,
-    Space,
-    Targets,
-    unit_length,
-)
+from sopdeploy.training.few_shot.classifier import LinearProblem, Space, unit_length
 from sopdeploy.training.few_shot.features import WIDTH
+from sopdeploy.training.few_shot.scaling import Scaling
+from sopdeploy.training.few_shot.targets import Targets
 from sopdeploy.training.recipe import FewShotConfig
 
 BACKBONE, FROZEN_BLOCKS = "tf_efficientnet_lite0", 3

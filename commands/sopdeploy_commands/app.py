@@ -323,11 +323,12 @@ def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
         for option in parameter.opts
         if option.startswith("--")
     }
+
+    # An option of the command may take more names: settings of a server, or values of a recipe.
     keys: list[str] = []
     assign = ""
     on_gpu = ""
     otherwise = ""
-
     if "setting" in options:
         from sopdeploy_service.settings import Settings
 
@@ -342,7 +343,7 @@ def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
         assign = "--set"
         on_gpu = "device=cuda"
 
-    # A word that means the GPU is like the names of other things.
+    # A word that means the GPU comes first: names of other things look like it.
     wanted = name.lstrip("-").replace("-", "_")
     if on_gpu and wanted in {"gpu", "gpus", "cuda"}:
         return f"use {assign} {on_gpu}"

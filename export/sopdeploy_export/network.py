@@ -112,7 +112,10 @@ def tensors_converted(
 
 @contextmanager
 def attributes_restored(network: nn.Module) -> Iterator[None]:
-    """Restore the attributes of all modules of *network*, and the containers in them, after the block."""
+    """Restore the attributes of all modules of *network* after the block.
+
+    The dicts, lists and sets in them, down to `DEPTH` levels, get their items back, too.
+    """
     attributes = [vars(module) for _, module in modules(network)]
     nested = [
         container for table in attributes for container in _nested_containers(table, DEPTH)

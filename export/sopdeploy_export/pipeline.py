@@ -4,11 +4,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.export import ExportedProgram
 
-from sopdeploy.bundle import folder as bundle
-from sopdeploy.bundle.folder import read_bundles
+from sopdeploy.bundle import publication
+from sopdeploy.bundle.listing import read_bundles
 from sopdeploy.bundle.manifest import EMBEDDING, PROOFS, BatchRange, Manifest
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import write_probes
@@ -153,7 +155,8 @@ def refuse_other_images(destination: Path, project: str, checkpoint: Checkpoint)
     """Raise `ConfigError` if *destination* has bundles of *project*, but none with images of *checkpoint*.
 
     A server would replace one network by the other. The caller omits this check if the user
-    named the *project*. A checkpoint or bundle without hashes of its images is not refused.
+    named the *project*. Bundles without an origin are ignored. A checkpoint without hashes of its
+    images is not refused, and none is if a bundle has no hashes: its images can be the same ones.
     """
     images = set(checkpoint.image_hashes.tolist())
     manifests = [
@@ -195,46 +198,35 @@ def export_subject(
     parts = subject.detachment.training_only
     images = generated_images(preprocess.crop)
     # The folder of the bundle comes first, which checks that *destination* can be written.
-    with bundle.staging(destination) as folder, attributes_restored(subject.network):
+    with publication.staging(destination) as folder, attributes_restored(subject.network):
         # Prove the statements about the network.
         if trained is None:
             step("capturing the network")
             _change_last_layer(subject, with_features=options.with_features)
             trained = Compared.of("trained", subject.network, preprocess, options.batch)
-        recorder = Recorder(trained, torch.from_numpy(images), options.max_batch)
-        with attributes_restored(subject.network):
-            announce("Removed")
-            prove_removed(trained, recorder, parts)
-            announce("Graph")
-            plain = _build_plain(subject.detachment, trained, preprocess, options.batch)
-            prove_graph(trained, plain)
-            announce("Plain run")
-            prove_plain_run(recorder)
+        recorder = Recorder(trained, torch.from_numpy(images), options.max_batch, parts)
+        plain = _prove_network(subject, trained, recorder, options.batch)
 
-        # Convert its graph to ONNX.
-        step("converting to ONNX")
-        folded = fold_constant_parts(trained.program)
-        model = lower(folded, output_names(trained.network))
-        certified = Lowered(trained.network, trained.program, model)
-        root = onnx_root(model)
-        announce("Images")
-        mixes_images = prove_images(model, allowed=options.allow_batch_dependence)
-        check_operators(folded, images[: min(OPERATOR_IMAGES, options.max_batch)])
-
-        # Convert it to the precision, write the file, and compare the file with the network.
+        # Convert its graph to ONNX, then to the precision.
+        certified, mixes_images = _convert_to_onnx(trained, images, options)
+        root = onnx_root(certified.model)
         if options.precision != "fp32":
             step(f"converting the graph to {options.precision}")
-        measuring = NO_IMAGES if accuracy_check is None else accuracy_check.images()
-        converted = convert_precision(certified, preprocess, options, measuring)
+        user_images = (
+            NO_IMAGES if accuracy_check is None else accuracy_check.images_to_convert()
+        )
+        converted = convert_precision(certified, preprocess, options, user_images)
         precision = converted.precision
+
+        # Write the file, and compare it with the network.
         (folder / ONNX_FILE).write_bytes(converted.model.SerializeToString(deterministic=True))
         session = open_session(folder / ONNX_FILE)
         if accuracy_check is not None:
-            measured = accuracy_check.measure(model, session)
+            measured = accuracy_check.measure(certified.model, session)
             precision = precision.model_copy(update={"accuracy": measured})
             accuracy_check.check_drop(precision)
         announce("File")
-        if outputs is None or options.precision != "fp32":
+        if outputs is None or options.precision != "fp32":  # the caller's are in float32
             outputs = ProbeOutputs.of(converted.run, torch.from_numpy(images))
         exact = compute_reference(
             trained.deployed, images, outputs, options.precision, converted.gate
@@ -289,7 +281,7 @@ def export_subject(
         manifest = write_reports(
             subject, folder, options, probes, results, converted.model.opset_import[0].version
         )
-        path = bundle.publish(folder, manifest, destination)
+        path = publication.publish(folder, manifest, destination)
         seconds = time.monotonic() - started
 
     # `Exported` has the fields of `ExportResults`, its base class, and these. The page needs it.
@@ -301,6 +293,42 @@ def export_subject(
         seconds=seconds,
     )
     return replace(exported, page=write_page(exported, subject.labels))
+
+
+def _prove_network(
+    subject: ExportSubject, trained: Compared, recorder: Recorder, batch: BatchRange
+) -> Compared | None:
+    """Prove the statements about the network of *subject*; return the plain one, or None without a builder.
+
+    *trained* is this network, captured. What the runs of *recorder* leave in it is removed
+    afterwards.
+    """
+    with attributes_restored(subject.network):
+        announce("Removed")
+        prove_removed(trained, recorder, subject.detachment.training_only)
+        announce("Graph")
+        plain = _build_plain(subject.detachment, trained, subject.preprocess, batch)
+        prove_graph(trained, plain)
+        announce("Plain run")
+        prove_plain_run(recorder)
+    return plain
+
+
+def _convert_to_onnx(
+    trained: Compared, images: NDArray[np.uint8], options: ExportOptions
+) -> tuple[Lowered, tuple[str, ...]]:
+    """Convert the program of *trained* to ONNX, and check the result.
+
+    Also returns the operators through which the images of a batch are mixed, as `prove_images`
+    does. For the comparison of operators, the program runs on some of *images*, uint8 (P, H, W, 3).
+    """
+    step("converting to ONNX")
+    folded = fold_constant_parts(trained.program)
+    model = lower(folded, output_names(trained.network))
+    announce("Images")
+    mixes_images = prove_images(model, allowed=options.allow_batch_dependence)
+    check_operators(folded, images[: min(OPERATOR_IMAGES, options.max_batch)])
+    return Lowered(trained.network, trained.program, model), mixes_images
 
 
 def _check_subject(subject: ExportSubject, options: ExportOptions) -> None:

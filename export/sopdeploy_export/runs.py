@@ -24,7 +24,8 @@ from sopdeploy_export.capture.deployed import INPUT, Deployed
 PROVIDER = "CPUExecutionProvider"
 LOGITS = "logits"
 SINGLE_PROBES = 4  # that run alone, too
-# The C library returns the memory of larger batches after each operator, and takes it again.
+# For larger batches, the C library takes memory from the system for each operator and gives it
+# back, which is slow.
 PROBE_BATCH = 4
 
 Arrays = dict[str, NDArray[Any]]
@@ -48,8 +49,8 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run *func* in float64 where the code of a network names a smaller type.
 
-        A `dtype` argument becomes float64, and so do the operands if one of them is, unless
-        *func* writes to an operand; and so does the result.
+        A `dtype` argument becomes float64, and so does the result; so do all operands, if one of
+        them is in float64. If *func* writes to an operand, operands and result stay as they are.
         """
         del types
 
@@ -57,7 +58,7 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args = tuple(map(widen_dtype, args))
         kwargs = {name: widen_dtype(value) for name, value in (kwargs or {}).items()}
 
-        # Operands. `ReportsFloat32`, a torch function, must not change what `dtype` gives here.
+        # Operands. The mode `ReportsFloat32` must not change what `dtype` gives here.
         with torch._C.DisableTorchFunction():
             dtypes = {
                 value.dtype
@@ -96,9 +97,11 @@ def widen_dtype(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class ProbeOutputs:
-    """The outputs of a run for probes: of the first ones alone, and of all in batches.
+    """The outputs of a network for P probes, as one tensor for every output of the network.
 
-    Each has one tensor of shape (P, ...) for every output of the network.
+    Attributes:
+        single: (S, ...) of the first S probes, at most `SINGLE_PROBES`, each run alone.
+        batched: (P, ...) of all probes, run in batches of at most `PROBE_BATCH`.
     """
 
     single: tuple[Tensor, ...]
@@ -135,9 +138,10 @@ def open_session(
 def file_outputs(
     session: ort.InferenceSession, images: NDArray[np.uint8], batch: int
 ) -> Arrays:
-    """Run *images* in batches of exactly *batch* images; repeated images fill the last batch.
+    """Run *images* (P, H, W, 3) in batches of exactly *batch*; repeated images fill the last batch.
 
-    Raises `ParityError` if the file does not accept this batch size.
+    Returns the outputs (P, ...) by name. Raises `ParityError` if the file does not accept this
+    batch size.
     """
     names = [output.name for output in session.get_outputs()]
 
@@ -160,7 +164,7 @@ def file_outputs(
 
 
 def find_gate(network: nn.Module) -> Any:
-    """Find the gate of *network*, a layer that declares `is_gate`.
+    """Find the gate of *network*, the layer of a mixture of poolings that declares `is_gate`.
 
     Returns None unless there is exactly one and its weights are an output of *network*.
     """
@@ -174,6 +178,7 @@ def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
     *deployed* must have a gate (`find_gate`). The dtype is that in which it computes the logits.
     """
     gate = find_gate(deployed.network)
+    # The gate returns weights. A hook computes its logits of what they are made of, too.
     computed: list[Tensor] = []
     hook = gate.feature.register_forward_hook(
         lambda _, _args, feature: computed.append(gate.logits(feature))
@@ -183,24 +188,27 @@ def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
     return computed[0].numpy()
 
 
-def mark_decided(logits: NDArray[Any], chosen: int, tolerance: float) -> NDArray[np.bool_]:
-    """Mark the images (P,) whose *chosen* largest gate *logits* (P, N) stay the largest.
+def mark_decided(logits: NDArray[Any], num_chosen: int, tolerance: float) -> NDArray[np.bool_]:
+    """Mark the images (P,) for which the same components stay chosen if each logit drifts by *tolerance*.
 
-    Each logit may drift by *tolerance*.
+    The gate chooses the *num_chosen* components with the largest *logits* (P, N).
     """
     ranked = -np.sort(-logits, axis=1)  # (P, N), the largest first
 
-    # The distance from the smallest chosen logit to each one that is not chosen (P, N - chosen).
-    # Both may drift, towards each other.
-    smallest_chosen = ranked[:, chosen - 1 : chosen]  # (P, 1)
-    margins = smallest_chosen - ranked[:, chosen:]
+    # The distance from the smallest chosen logit to each one that is not chosen. Both may drift,
+    # towards each other.
+    smallest_chosen = ranked[:, num_chosen - 1 : num_chosen]  # (P, 1)
+    margins = smallest_chosen - ranked[:, num_chosen:]  # (P, N - num_chosen)
     return np.asarray((margins > 2 * tolerance).all(axis=1), dtype=np.bool_)
 
 
 def run_in_batches(
     run: BatchRun, names: Sequence[str], images: NDArray[np.uint8], batch: int
 ) -> Arrays:
-    """Run *images* in batches of at most *batch* and concatenate the outputs by name."""
+    """Run *images* (P, H, W, 3) in batches of at most *batch*; return the outputs (P, ...) by name.
+
+    *names* are those of what *run* returns, in its order.
+    """
     pixels = torch.from_numpy(images)
     with torch.no_grad():
         chunks = [run(pixels[i : i + batch]) for i in range(0, len(pixels), batch)]

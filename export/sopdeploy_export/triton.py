@@ -9,9 +9,10 @@ waited too long, and is ready only after warm-up batches have run.
 import json
 from pathlib import Path
 
-from sopdeploy.bundle.folder import Bundle, staging
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange, TensorRecord
 from sopdeploy.bundle.probes import read_probes
+from sopdeploy.bundle.publication import staging
 from sopdeploy.errors import BundleError
 from sopdeploy.files import GRAPH, sha256
 
@@ -128,7 +129,7 @@ def _model_config(bundle: Bundle) -> str:
 
     text = CONFIG.format(
         name=json.dumps(bundle.name),  # JSON strings are valid in the text format
-        max_batch=batch.maximum if batch.maximum > 1 else 0,
+        max_batch=batch.maximum if batch.maximum > 1 else 0,  # see `_dims`
         tensors="\n".join(tensors),
         precision=manifest.precision,
         onnx_sha256=manifest.files[GRAPH].sha256,
@@ -159,4 +160,5 @@ def _dims(record: TensorRecord, batch: BatchRange) -> list[int]:
     Triton adds the batch axis itself. It does not if `max_batch_size` is 0, which stands for a
     graph for one image only, so there the list begins with 1.
     """
-    return [1] * (batch.maximum == 1) + [int(size or -1) for size in record.shape[1:]]
+    batch_sizes = [1] if batch.maximum == 1 else []
+    return batch_sizes + [int(size or -1) for size in record.shape[1:]]

@@ -46,8 +46,8 @@ def create_app(
     *keys* are those of the key file, if it was read before. If one process keeps the
     photographs of several, *is_keeper* says whether it is this one. `app.state.service` is the
     `Service`, `app.state.keeper` the `Keeper` or None, `app.state.keys` the `KeyRing` or None.
-    Raises `ConfigError` if the key file, the folder
-    `keep` or `root_path` of *settings* cannot be used.
+    Raises `ConfigError` if the key file, the folder `keep` or `root_path` of *settings* cannot be
+    used.
     """
     # Read the keys, if the settings name a file and no other process has read it.
     if settings.keys is None:
@@ -68,12 +68,12 @@ def create_app(
     keeper = open_keeper(
         settings,
         service.metrics,
-        lambda image: decoders.wait_for(decoders.copy(image)),
+        copy=lambda image: decoders.wait_for(decoders.copy(image)),  # in the keeper's thread
         is_keeper=is_keeper,
     )
     if keeper is not None:
         service.keep = keeper.offer
-        if settings.keep is not None and is_keeper:
+        if settings.keep is not None and is_keeper:  # one process writes to the folder
             service.drift.keep_in(settings.keep, settings.keep_days, keeper.is_worth_training)
 
     @asynccontextmanager

@@ -48,22 +48,32 @@ class HostPattern(NamedTuple):
     is_for_subdomains: bool = False
 
     def matches(self, host: "HostPattern") -> bool:
-        """Tell whether *host*, a single one, is among these hosts."""
-        name = self.name
-        is_named = name in {host.name, ANY_NAME}
+        """Tell whether *host*, the value of a header, is among these hosts."""
+        if host.is_for_subdomains:  # a pattern, which no client sends
+            return False
+
+        # The name.
         if self.is_for_subdomains:
-            is_named = host.name.endswith(f".{name}")
+            has_name = host.name.endswith(f".{self.name}")
+        else:
+            has_name = self.name in {host.name, ANY_NAME}
+
+        # The scheme, which only an origin has; the header `Host` has none.
         schemes = DEFAULT_PORTS if self.scheme is None else {self.scheme}
         has_scheme = host.scheme is None or host.scheme in schemes
 
-        if host.is_for_subdomains or not is_named or not has_scheme:
-            return False
+        return has_name and has_scheme and self._has_port_of(host)
 
-        port = self.port or DEFAULT_PORTS.get(self.scheme or "")  # None: any
-        # `Host: a.example` has a default port that only the proxy knows, so it matches whatever
-        # port is here.
-        default_of_host = port if host.scheme is None else DEFAULT_PORTS.get(host.scheme)
-        return port is None or (host.port or default_of_host) == port
+    def _has_port_of(self, host: "HostPattern") -> bool:
+        """Tell whether the port of *host*, or the default port of its scheme, is that of these hosts."""
+        port = self.port or DEFAULT_PORTS.get(self.scheme or "")
+        if port is None:  # any
+            return True
+
+        # `Host: a.example` means a default port that only the proxy knows, so it can be any.
+        if not host.port and host.scheme is None:
+            return True
+        return (host.port or DEFAULT_PORTS.get(host.scheme or "")) == port
 
 
 @functools.lru_cache(maxsize=256)
@@ -179,7 +189,7 @@ class OwnOrigins:
             if not is_test and not is_among(host, self._own, or_address=True):
                 return f"requests for {host[:100]!r}"
 
-        # A page of another site sends its origin, or in newer browsers tells where it is.
+        # A page of another site sends its origin.
         origin = headers.get("origin")
         if origin is not None:
             if self._all_pages:
@@ -189,6 +199,8 @@ class OwnOrigins:
             is_own_origin = scheme in schemes and host in hosts
             if not is_own_origin:
                 return "" if is_among(origin, self._pages) else FOREIGN_PAGES
+
+        # Newer browsers also tell whether the page is of this site.
         is_own_page = is_link or headers.get("sec-fetch-site") in {None, "none", "same-origin"}
         return "" if is_own_page else FOREIGN_PAGES
 

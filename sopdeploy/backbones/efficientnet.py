@@ -157,7 +157,7 @@ class SameConv2d(nn.Conv2d):
 def convolution(
     in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1
 ) -> nn.Conv2d:
-    """Build a convolution without bias, because batch norm follows it."""
+    """Build a convolution without bias, because batch norm follows it; a *stride* pads as TensorFlow."""
     if stride == 1:
         return nn.Conv2d(
             in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False
@@ -225,7 +225,7 @@ class EfficientNetLite(Backbone):
     def __init__(self, config: EfficientNetLiteConfig, num_classes: int) -> None:
         # The stem.
         super().__init__(config, num_classes)
-        self.conv_stem = convolution(3, STEM_CHANNELS, 3, 2)
+        self.conv_stem = convolution(3, STEM_CHANNELS, kernel=3, stride=2)
         self.bn1 = _batch_norm(STEM_CHANNELS)
         self.act1 = nn.ReLU6(inplace=True)
 

@@ -11,7 +11,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import PIL
@@ -104,7 +104,8 @@ def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
 
     # Few random cells of color, enlarged, so that resizing has something to do; then the JPEG.
     for width, height, mode, subsampling in sizes[: count_examples(preprocess)]:
-        cell = CELL if height < large else LARGE_CELL
+        is_large = height > large
+        cell = LARGE_CELL if is_large else CELL
         cells = (height // cell + 2, width // cell + 2)  # rows and columns, at least 2
         coarse = random.integers(
             0, 256, (*cells, 3) if mode == "RGB" else cells, dtype=np.uint8
@@ -112,8 +113,10 @@ def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
 
         image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
         file = io.BytesIO()
-        quality, more = (60, {"exif": turned}) if height > large else (90, {})
-        image.save(file, "JPEG", quality=quality, subsampling=subsampling, **more)
+        options: dict[str, Any] = {"quality": 90}
+        if is_large:
+            options = {"quality": 60, "exif": turned}
+        image.save(file, "JPEG", subsampling=subsampling, **options)
         files.append(file.getvalue())
     return files
 
@@ -165,8 +168,14 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
                 manifest.image_shape
             )
             logits = np.array(example.logits, np.float32).reshape(len(bundle.labels))
-            jpeg = bundle.contents[example.jpeg]
-            examples.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
+            golden = Golden(
+                name=example.jpeg,
+                jpeg=bundle.contents[example.jpeg],
+                pixels=pixels,
+                logits=logits,
+                tolerance=index.tolerance,
+            )
+            examples.append(golden)
 
         logit_tolerance = read_probes(bundle).tolerance[manifest.outputs[0].name]
         # With a larger tolerance, a wrong runtime could pass.
@@ -188,11 +197,11 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
 def check_golden(
     example: Golden, pixels: NDArray[np.uint8], run: RunOne, exporter: str | None
 ) -> None:
-    """Compare *pixels* that were decoded here, and the logits of *run*, with *example*.
+    """Compare *pixels* that were decoded here with those of *example*, and its logits with those of *run*.
 
-    *exporter* is the version of Pillow that the export used, if it is known. Raises `ParityError`
-    for pixels that differ by more than `_MAX_LEVELS`, as another version may compute them, and
-    for logits outside of the tolerance.
+    *run* gets the pixels of the example. *exporter* is the version of Pillow that the export
+    used, if it is known. Raises `ParityError` for pixels that differ by more than `_MAX_LEVELS`,
+    as another version may compute them, and for logits outside of the tolerance.
     """
     deviation = float(np.abs(run(example.pixels) - example.logits).max())
     if not deviation <= example.tolerance:  # larger, or NaN

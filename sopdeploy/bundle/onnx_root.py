@@ -221,8 +221,6 @@ def check_certificate(bundle: Bundle) -> None:
         raise BundleError(f"{path}: {problem}; {ADVICE} from its checkpoint")
 
     try:
-        # The certificate, field by field: it must be about this network, this graph and these
-        # files.
         program_root, shipped_root, float32_root = (
             certificate["roots"][name] for name in CERTIFIED_ROOTS
         )
@@ -233,6 +231,7 @@ def check_certificate(bundle: Bundle) -> None:
     except (KeyError, TypeError) as error:
         raise BundleError(f"{path}: contains no graph roots; {ADVICE}") from error
 
+    # It is about this network, and about this graph.
     if program_root != manifest.lineage.program_root or mixes_images != manifest.mixes_images:
         raise BundleError(f"{path}: belongs to another network than the manifest; {ADVICE}")
     is_other_float32 = certificate["precision"] == "fp32" and float32_root != shipped_root

@@ -150,11 +150,12 @@ def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tup
     Raises `ParityError` for an output that is not within its tolerance.
     """
     sizes = list(probes_by_batch)
+    num_batches = [
+        math.ceil(len(probes.images) / size) for size, probes in probes_by_batch.items()
+    ]
 
     replays: dict[int, Replay] = {}  # of all batches so far, by their size
-    for number in range(
-        max(math.ceil(len(probes_by_batch[size].images) / size) for size in sizes)
-    ):
+    for number in range(max(num_batches)):
         for size in sizes:
             part = probes_by_batch[size].select(slice(number * size, (number + 1) * size))
 

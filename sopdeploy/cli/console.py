@@ -59,6 +59,7 @@ def _isolate_right_to_left(line: str) -> str:
     Otherwise, a terminal that reorders "قبعة 10, hat 9" shows the 10 on the other side of the
     name.
     """
+    # Names are joined by `_`, too, whose own class would end a word.
     classes = map(unicodedata.bidirectional, line.replace("_", "-"))
     # The direction of each character, as a letter.
     directions = "".join(_DIRECTIONS.get(each, "-") for each in classes)
@@ -143,7 +144,8 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[str | Text]]) ->
     fields = [Column(plain_text(name), overflow="fold") for name in columns]
     table = Table(*fields, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(plain_text(cell) if isinstance(cell, str) else cell for cell in row))
+        cells = (plain_text(cell) if isinstance(cell, str) else cell for cell in row)
+        table.add_row(*cells)
 
     # A terminal folds long cells; what is read by programs stays on one line.
     width = out.width

@@ -20,7 +20,8 @@ from PIL import Image
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.images.pixels import RESAMPLING, View
 from sopdeploy.images.preprocess import Box, Preprocess, Side
-from sopdeploy.photos.photo import FittedDataset, LabeledImages, Window, crop_padded
+from sopdeploy.photos.network_inputs import FittedDataset, Window, crop_padded
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.seeds import derive_seed
 
 # Principal components of the colors (0 to 1) of ImageNet's training images: columns, and

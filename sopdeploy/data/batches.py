@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import DataError
-from sopdeploy.photos.photo import Dataset
+from sopdeploy.photos.network_inputs import Dataset
 from sopdeploy.seeds import derive_seed
 
 PILLOW_BLOCKS = 2  # of 16 MB each that Pillow keeps: enough for a photograph and its conversion
@@ -24,8 +24,8 @@ Batch = tuple[Tensor, Tensor]  # images (B, H, W, 3) uint8; labels (B,) int64 or
 def count_batches(samples: int, batch_size: int) -> int:
     """Count the batches of an epoch so that each has two or more samples, because batch norm needs them.
 
-    Batch sizes differ by at most one. With an odd number of samples and a *batch_size* of 2,
-    one is 3.
+    A single sample is one batch. Batch sizes differ by at most one. With an odd number of samples
+    and a *batch_size* of 2, one is 3.
     """
     rounded_up = -(-samples // batch_size)
     return min(rounded_up, max(1, samples // 2))
@@ -67,7 +67,7 @@ def load_batches(
 
 
 class Loader:
-    """Up to *workers* processes that load batches of *datasets*, from the first one to the end of `with`.
+    """Up to *workers* processes that load batches of *datasets*: from the first batch to the end of `with`.
 
     Each process gets the images once, and then the other fields of a data set with the indices
     of a batch.

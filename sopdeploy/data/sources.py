@@ -148,11 +148,13 @@ def open_data(config: DataConfig | DataSource) -> Split:
 
 
 def _group_by_name(split: Split, pattern: str) -> Split:
-    """Group the images of a folder if *pattern* finds the same text in their names; "" keeps the groups."""
+    """Group the images of each folder in whose names *pattern* finds the same text; "" keeps the groups.
+
+    Raises `DataError` if it finds nothing in any name.
+    """
     if not pattern:
         return split
 
-    # A pattern that matches no name is probably a mistake.
     names = (
         PurePosixPath(split.train.identity(index)).stem for index in range(len(split.train))
     )

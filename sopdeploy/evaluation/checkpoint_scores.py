@@ -16,9 +16,9 @@ from sopdeploy.errors import DataError, amount
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, fit_thresholds
 from sopdeploy.evaluation.prediction import as_evaluated, score_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
+from sopdeploy.photos.evaluation_images import open_evaluation_images
+from sopdeploy.photos.file_checks import describe_seen
 from sopdeploy.photos.files import Log
-from sopdeploy.photos.folder import open_evaluation_images
-from sopdeploy.photos.photo import describe_seen
 
 
 class CheckpointScores(NamedTuple):

@@ -151,19 +151,19 @@ def new_class_interval(
     return low, high
 
 
-def missing_threshold(images: int, classes: int, accepts: float) -> str:
+def missing_threshold(num_images: int, num_classes: int, accepts: float) -> str:
     """Say why `fit_decision` fits no threshold of cosines for unknown images; empty if it fits one.
 
-    *images* and *classes* are numbers; *accepts* is the argument of `fit_decision`.
+    *num_images* counts different images; *accepts* is the argument of `fit_decision`.
     """
     min_images = least_images(are_cosines=True)
-    if images < min_images:
+    if num_images < min_images:
         return (
-            f"not recognized, because a threshold needs {min_images} different images and there are {images}"
-            f"; add {min_images - images}"
+            f"not recognized, because a threshold needs {min_images} different images and there are "
+            f"{num_images}; add {min_images - num_images}"
         )
 
-    if classes < 2:
+    if num_classes < 2:
         return "not recognized, because there is only one class"
     if accepts == 1:
         return "not recognized, because all images are to be accepted"
@@ -228,7 +228,8 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tupl
 def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
     """Return the threshold, as a logit, with the largest F1 of *scores* (N,) for *true* (N,).
 
-    It is half-way between the logits of two scores.
+    It is half-way between the logits of two scores. Of several with the largest F1, it is the one
+    nearest to 0, the probability 0.5.
     """
     from sklearn.metrics import precision_recall_curve  # noqa: PLC0415  # its import takes a second
 

@@ -92,6 +92,7 @@ class Comparison(NamedTuple):
 
 def measure_image(pixels: Pixels) -> NDArray[np.float32]:
     """Measure *pixels* (H, W, 3) uint8: light, color, contrast and sharpness, eleven numbers."""
+    # Colors of a quarter of the pixels, which suffice, and the gray levels of all.
     values = pixels[::2, ::2].astype(np.float32)
     red, green, blue = values[..., 0], values[..., 1], values[..., 2]
     gray = pixels.astype(np.float32) @ np.asarray([0.299, 0.587, 0.114], np.float32)

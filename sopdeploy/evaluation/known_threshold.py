@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from sopdeploy.evaluation.statistics import LEVEL
 
-# Of a quantile of cosines: 100 images for 5 %; with fewer, it is a prediction bound
+# Smallest rank of a threshold among cosines, which 5 % of 100 images have; with fewer images, the
+# threshold is a prediction bound
 MIN_RANK = 5
 # Share of new images below this bound, of those that may be rejected: known images have more low
 # cosines than a normal distribution (docs/benchmarks/other_photos.md).

@@ -173,15 +173,15 @@ def classification_report(
     units = effective_count(groups)
 
     # The confusion matrix of the classes that occur: a row per target, a column per prediction.
-    shown = np.union1d(targets, predicted)  # sorted
-    confusion = np.zeros((len(shown), len(shown)), np.int64)
-    np.add.at(
-        confusion, (np.searchsorted(shown, targets), np.searchsorted(shown, predicted)), 1
-    )
+    occurring = np.union1d(targets, predicted)  # sorted
+    confusion = np.zeros((len(occurring), len(occurring)), np.int64)
+    rows = np.searchsorted(occurring, targets)
+    columns = np.searchsorted(occurring, predicted)
+    np.add.at(confusion, (rows, columns), 1)
 
     # Precision, the share of right answers, and recall, that of recognized images, by class.
     classes = []
-    for row, class_index in enumerate(shown.tolist()):
+    for row, class_index in enumerate(occurring.tolist()):
         hits = int(confusion[row, row])
         num_images = int(confusion[row].sum())
         num_answered = int(confusion[:, row].sum())
@@ -199,6 +199,7 @@ def classification_report(
             )
         )
 
+    # Without a threshold, no image is known or unknown.
     known = [score.known for score in scores if score.known is not None]
 
     return ClassificationReport(

@@ -44,9 +44,9 @@ class MeanPrecision(StrictModel):
         """Compute the mAP of *scores* (N, C), where *true* (N, C) marks the classes of each image.
 
         The interval comes from `_NUM_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by
-        default images; *seed* determines them. Resamples of a perfect ranking are all perfect.
-        The interval therefore includes Wilson's, of a share of as many independent images. Raises
-        `DataError` if no image shows any class.
+        default images; *seed* determines them. Resamples of a perfect ranking are all perfect, so
+        the interval is widened to Wilson's interval of an equal share of as many independent
+        images. Raises `DataError` if no image shows any class.
         """
         # Only classes that have an image count.
         shown = np.flatnonzero(true.any(axis=0)).tolist()
@@ -57,7 +57,7 @@ class MeanPrecision(StrictModel):
             np.mean([average_precision(true[:, column], scores[:, column]) for column in shown])
         )
 
-        # The interval: groups are drawn with replacement, and each draw has its own value.
+        # The interval: groups are drawn with replacement, and each resample has an mAP.
         given_N = np.arange(len(true)) if groups is None else groups
         unique, group_N = np.unique(given_N, return_inverse=True)  # numbered from 0
         equal_shares_G = [1 / len(unique)] * len(unique)
@@ -153,7 +153,10 @@ class MultiLabelPredictions:
     thresholds: Sequence[float]
 
     def report(self) -> MultiLabelReport:
-        """Compute all metrics, with classes sorted by name; raise `DataError` if no image shows any class."""
+        """Compute all metrics, with classes sorted by name.
+
+        Raises `DataError` without images, and if none shows a class.
+        """
         if not len(self.targets):
             raise DataError(NO_IMAGES)
 

@@ -88,15 +88,18 @@ class Rule(NamedTuple):
         return Bound(counts.difference, accepted, self.limit(counts.images))
 
     def labels_to_pass(self, counts: Counts) -> int | None:
-        """Estimate how many more labels let a bundle pass in 80 % of cases if the shares stay.
+        """Estimate how many more labels let a bundle pass in 80 % of cases.
 
-        None if `MAX_IMAGES` in all are not enough. For a bundle that is worse, it can be that no
-        number is enough, because the tolerance shrinks with the number of images.
+        The shares of wins and losses are taken to stay as they are in *counts*. None if
+        `MAX_IMAGES` in all are not enough. For a bundle that is worse, it can be that no number is
+        enough, because the tolerance shrinks with the number of images.
         """
         # The mean square of the outcomes: 1 for a win, -1 for a loss, else 0. It is at least their
         # variance. One more image with a win or loss, and one without, keep it above 0.
         mean_square = (counts.wins + counts.losses + 1) / (counts.images + 2)
 
+        # The smallest number, in steps of 2 %, at which the difference is as far above the limit as
+        # this level and this power need.
         quantiles = self.quantile + Z_POWER
         images = counts.images
 

@@ -98,16 +98,16 @@ def measure_predictions(
 
 def describe_predictions(
     metrics: ClassificationReport | MultiLabelReport,
-    images: str,
+    which_images: str,
     links: Mapping[tuple[int, int], str] = MappingProxyType({}),
 ) -> Section:
-    """Describe *metrics* by the sentence *images*, the scores, and tables, the worst classes first.
+    """Describe *metrics* by a sentence, the scores, and tables, the worst classes first.
 
-    *images* says which images they are of. *links* are those of the confusion matrix
+    The sentence *which_images* says which images they are of. *links* are those of the confusion matrix
     (`Table.links`).
     """
     if isinstance(metrics, ClassificationReport):
-        return _describe_classes(metrics, images, links)
+        return _describe_classes(metrics, which_images, links)
 
     values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
     scores = ", ".join(f"{name} {percent(value, 2)}" for name, value in values.items())
@@ -139,11 +139,11 @@ def describe_predictions(
         "and the average precision, whose mean is the mAP, join both: 100 % is best."
     )
     tables = [Table(caption="Every class", columns=columns, rows=rows)]
-    return Section(title="Predictions", text=[images, explained], tables=tables)
+    return Section(title="Predictions", text=[which_images, explained], tables=tables)
 
 
 def _describe_classes(
-    metrics: ClassificationReport, images: str, links: Mapping[tuple[int, int], str]
+    metrics: ClassificationReport, which_images: str, links: Mapping[tuple[int, int], str]
 ) -> Section:
     """Describe accuracies, mistakes, and precision and recall by class; those without images are last."""
     # Accuracies and loss in one paragraph of text.
@@ -198,7 +198,7 @@ def _describe_classes(
     columns = ["class", "images", "answers", "right of these", "found", "95 % interval"]
     caption = "Every class: how many answers are right (precision), and how many of its images are found (recall)"
     tables.append(Table(caption=caption, columns=columns, rows=rows_of_classes, folded=True))
-    return Section(title="Predictions", text=[images, scores], tables=tables)
+    return Section(title="Predictions", text=[which_images, scores], tables=tables)
 
 
 def _with_interval(rate: Rate) -> str:

@@ -4,6 +4,7 @@ A server chooses the decoder by it. Nothing depends on it being right: each deco
 work itself.
 """
 
+import math
 from typing import NamedTuple
 
 from sopdeploy.images.formats import FRAMES, ITEM_SIZE, SCAN, webp_size
@@ -38,37 +39,45 @@ def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
     if body[4:8] == b"ftyp":
         return _heic_cost(body)
 
-    width = 0
-    height = 0
-    num_scans = 0  # several count as 2
-
-    # Each format has the size at its own place near the beginning of the file.
     if body.startswith(b"\xff\xd8\xff"):
-        width, height, num_scans = _jpeg_fields(body)
-    elif body.startswith(b"\x89PNG"):
-        width, height = (int.from_bytes(body[start : start + 4]) for start in (16, 20))
-    elif body.startswith(b"GIF8"):
-        width, height = (int.from_bytes(body[start : start + 2], "little") for start in (6, 8))
-    elif body.startswith(b"RIFF"):
-        width, height = webp_size(body)
-    elif body.startswith(b"BM"):
+        width, height, num_scans = _jpeg_fields(body)  # several scans count as 2
+    else:
+        width, height = _read_size(body)
+        num_scans = 0
+
+    encoded = width * height
+    if not encoded:
+        return None
+
+    # A JPEG can be decoded at a smaller scale.
+    pixels = encoded
+    if num_scans and rules is not None and rules.decoding == "scaled":
+        scale = center_view((width, height), rules).scale
+        pixels = math.ceil(width / scale) * math.ceil(height / scale)
+
+    if num_scans > 1:  # the coefficients of the whole image are in memory, too
+        pixels += encoded
+    return Cost(pixels, encoded, is_proportional=num_scans == 1)
+
+
+def _read_size(body: bytes) -> tuple[int, int]:
+    """Read (width, height) near the beginning of a PNG, GIF, WebP or bitmap; (0, 0) for other formats."""
+    if body.startswith(b"\x89PNG"):
+        return int.from_bytes(body[16:20]), int.from_bytes(body[20:24])
+    if body.startswith(b"GIF8"):
+        return int.from_bytes(body[6:8], "little"), int.from_bytes(body[8:10], "little")
+    if body.startswith(b"RIFF"):
+        return webp_size(body)
+
+    if body.startswith(b"BM"):
         is_old = body[14:18] == b"\x0c\0\0\0"  # 12 bytes, with sides of two bytes
         starts, length = ((18, 20), 2) if is_old else ((18, 22), 4)
         width, height = (
             abs(int.from_bytes(body[start : start + length], "little", signed=not is_old))
             for start in starts
         )
-
-    encoded = width * height
-    if not encoded:
-        return None
-    pixels = encoded
-
-    # A JPEG can be decoded at a smaller scale; several scans need all coefficients in memory.
-    if num_scans and rules is not None and rules.decoding == "scaled":
-        scale = center_view((width, height), rules).scale
-        pixels = -(-width // scale) * -(-height // scale)
-    return Cost(pixels + encoded * (num_scans > 1), encoded, num_scans == 1)
+        return width, height
+    return 0, 0
 
 
 def _heic_cost(body: bytes) -> Cost | None:
@@ -96,6 +105,8 @@ def _jpeg_fields(body: bytes) -> tuple[int, int, int]:
         marker = body[position + 1]
         length = int.from_bytes(body[position + 2 : position + 4])
 
+        # Behind its marker, length and precision, a frame has height, width and number of
+        # components.
         if marker in FRAMES:
             height, width = (
                 int.from_bytes(body[position + at : position + at + 2]) for at in (5, 7)

@@ -84,7 +84,8 @@ def decode(
         _loaded(image, body, rules, max_pixels, choose_view) as (size, scale, view),
     ):
         has_own_view = choose_view is not None or rules.decoding == "scaled"
-        pixels = preprocess_image(image, rules, view if has_own_view else None, size, scale)
+        own_view = view if has_own_view else None
+        pixels = preprocess_image(image, rules, own_view, size, scale)
 
         warnings = list(list_changes(image, rules))
         if _has_more_frames(image, body):
@@ -94,7 +95,10 @@ def decode(
 
 def decode_upright(body: bytes, rules: Preprocess) -> Image.Image:
     """Decode the file *body* to upright RGB, at the scale that *rules* allow; raises `ImageError`."""
-    with open_image(body) as image, _loaded(image, body, rules, MAX_PIXELS, None):
+    with (
+        open_image(body) as image,
+        _loaded(image, body, rules, MAX_PIXELS, choose_view=None),
+    ):
         return to_rgb(image, rules)
 
 
@@ -106,14 +110,19 @@ def _loaded(
     max_pixels: int,
     choose_view: ChooseView | None,
 ) -> Iterator[_Loaded]:
-    """Decode the opened *image* of *body* at the smallest scale that *rules* allow for what is seen of it."""
+    """Decode the opened *image* of *body* at the smallest scale that *rules* allow for what is seen of it.
+
+    An error here or in the block becomes an `ImageError`.
+    """
     try:
+        # Formats that are decoded at one scale only. Of a PNG, EXIF may follow the pixels.
         opened_size = image.size
         scale = 1
-        if image.format not in JPEG:  # of a PNG, EXIF may follow the pixels
+        if image.format not in JPEG:
             image.load()
             check_decoded_size(image, opened_size)
 
+        # What is seen of the upright image; of a JPEG, it decides the scale.
         orientation = exif_orientation(image) if rules.exif_orientation else UPRIGHT
         size = turned_size(opened_size, orientation)
         view = center_view(size, rules) if choose_view is None else choose_view(size)

@@ -39,6 +39,7 @@ END = 0xD9
 # Of the segments of applications, those that the colors depend on, with the least length that
 # libjpeg reads.
 COLOR_SEGMENTS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}
+APPLICATIONS = range(0xE0, 0xF0)
 APPLICATION_1 = 0xE1
 EXIF = b"Exif\0\0"
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
@@ -132,10 +133,16 @@ def _jpeg_metadata(body: bytes) -> Iterator[tuple[int, int]]:
         if marker in {SCAN, END} or length < 2 or position + length > len(body):
             return
 
-        if marker == COMMENT or 0xE0 <= marker <= 0xEF:
-            name, least = COLOR_SEGMENTS.get(marker, (b"", MAX_BYTES))
-            if length - 2 < least or not body.startswith(name, position + 2):
-                yield position - MARKER_BYTES, position + length
+        if marker != COMMENT and marker not in APPLICATIONS:
+            continue
+
+        # The colors depend on few of these; the length counts its own two bytes.
+        is_needed = False
+        if marker in COLOR_SEGMENTS:
+            name, least = COLOR_SEGMENTS[marker]
+            is_needed = length - 2 >= least and body.startswith(name, position + 2)
+        if not is_needed:
+            yield position - MARKER_BYTES, position + length
 
 
 def _jpeg_orientation_info(body: bytes) -> dict[str, bytes]:
@@ -151,7 +158,7 @@ def _jpeg_orientation_info(body: bytes) -> dict[str, bytes]:
 
 
 def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of the chunks that `without_metadata` leaves out."""
+    """Yield begin and end of the chunks that `without_metadata` leaves out, also of damaged ones."""
     # Chunks follow the signature. Texts may be unpacked up to a number of bytes.
     begin = 8
     remaining = MAX_TEXT
@@ -167,13 +174,16 @@ def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
         if name[:1].islower():
             is_needed = name == b"eXIf"
             if name == b"tRNS":
-                is_needed = content.stop - content.start >= TRANSPARENCY_BYTES.get(body[25], 0)
+                color_type = body[25]  # in the first chunk
+                least = TRANSPARENCY_BYTES.get(color_type, 0)
+                is_needed = content.stop - content.start >= least
             elif (
                 name in {b"tEXt", b"zTXt", b"iTXt"}
                 and remaining
                 and TEXTS.match(body, begin + 8)
             ):
-                remaining = max(0, remaining - _count_text(name, body[content], remaining))
+                used = _count_text(name, body[content], remaining)
+                remaining = max(0, remaining - used)
                 is_needed = remaining > 0
 
             checksum = int.from_bytes(body[end - 4 : end])

@@ -93,7 +93,10 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         del self.tap_channels["conv_head"]
 
     def paper_branches(self) -> PaperBranches:
-        """Return two branches, of `blocks.4` and `blocks.6`, the fifth and the seventh stage."""
+        """Return two branches, of `blocks.4` and `blocks.6`, the fifth and the seventh stage.
+
+        The blocks of the second one say only that it is used: `plan` leaves them out.
+        """
         return PaperBranches(
             blocks=(
                 0,
@@ -110,7 +113,7 @@ class DSoPEfficientNet(DSoP, EfficientNet):
 
     def plan(self) -> list[BranchPlan]:
         """Plan the branches; that of the last stage reads `conv_head` and has no blocks of its own."""
-        self.tap_channels["conv_head"] = HEAD_CHANNELS
+        self.tap_channels["conv_head"] = HEAD_CHANNELS  # until the end of `__init__`
         plans = super().plan()  # its check ensures that `widths` has one value per stage
 
         # The last branch gets the width of its stage.

@@ -70,7 +70,14 @@ def with_config(
     num_classes: int = 1000,
 ) -> Entry:
     """Build the entry of a *network* whose config has its name and `Config`."""
-    return Entry(network, f"{network}Config", defaults, summary, image_size, num_classes)
+    return Entry(
+        network_source=network,
+        config_source=f"{network}Config",
+        defaults=defaults,
+        summary=summary,
+        image_size=image_size,
+        num_classes=num_classes,
+    )
 
 
 def at_32(network: str, defaults: Mapping[str, Any], title: str) -> Entry:

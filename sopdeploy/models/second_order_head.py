@@ -203,7 +203,8 @@ class SecondOrderHead(Classifier):
     def copy_with_head(self, head: HeadConfig) -> "SecondOrderHead":
         """Copy the network with another *head*, of random weights, on some of the maps of this one.
 
-        Raises `ConfigError` if an attribute of the network cannot be copied, such as a lock.
+        The taps of *head* name these maps; without taps, it must read none. Raises `ConfigError`
+        if an attribute of the network cannot be copied, such as a lock.
         """
         try:
             network = copy.deepcopy(self)

@@ -25,7 +25,7 @@ from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, MissingPackageError, first_line
 from sopdeploy.layers.residual import BasicBlock, Bottleneck
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.registry import Entry
+from sopdeploy.models.registry import Entry, with_config
 from sopdeploy.nearest import did_you_mean
 
 FIRST_STRIDE = 4  # stages of smaller stride belong to the stem
@@ -69,7 +69,7 @@ class TimmConfig(StrictModel):
                 self.backbone, **options, **sizes
             )
         except (AssertionError, NotImplementedError, TypeError) as error:
-            if not options:
+            if not options:  # timm cannot build its own network
                 raise
             raise ConfigError(
                 f"timm:{self.backbone}: {', '.join(set_options)}: {first_line(error)}; leave them out"
@@ -193,7 +193,10 @@ class TimmBackbone(Backbone):
         return {**tensors, "pos_embed": fitted}
 
     def size_of(self, tensors: Mapping[str, Tensor]) -> int | None:
-        """Return the image size of the position embeddings in *tensors*; None if there are none."""
+        """Return the image size of the position embeddings in *tensors*.
+
+        None if there are none, if they are of no square image, or if the network takes any size.
+        """
         stored = tensors.get("pos_embed")
         patches = getattr(self.timm_network, "patch_embed", None)
         if self.fixed_size is None or stored is None or stored.ndim != 3 or patches is None:
@@ -280,9 +283,14 @@ def timm_entry(family: str, name: str) -> Entry:
     Raises `ConfigError` if timm has no network *name*.
     """
     side = import_timm(name).get_pretrained_cfg(name).input_size[-1]
+    defaults = {"backbone": name}
     if family == "timm":
-        return Entry(PlainTimm, TimmConfig, {"backbone": name}, f"timm's {name}", side)
-    network = "sopdeploy.models.dsop_networks:DSoPTimm"
-    return Entry(
-        network, f"{network}Config", {"backbone": name}, f"DSoP on timm's {name}", side
+        return Entry(PlainTimm, TimmConfig, defaults, f"timm's {name}", image_size=side)
+
+    # `dsop-timm:NAME`
+    return with_config(
+        "sopdeploy.models.dsop_networks:DSoPTimm",
+        defaults,
+        f"DSoP on timm's {name}",
+        image_size=side,
     )

@@ -279,8 +279,14 @@ def register_model(
         inference = _with_source(UserNetwork, source, module, inference_class=None)
     network = _with_source(method_class, source, module, inference_class=inference)
 
-    summary = f"of {module}"
-    MODELS.register(name, Entry(network, config_class, {}, summary, image_size), module)
+    new_entry = Entry(
+        network_source=network,
+        config_source=config_class,
+        defaults={},
+        summary=f"of {module}",
+        image_size=image_size,
+    )
+    MODELS.register(name, new_entry, module)
 
 
 def _with_source(
@@ -289,7 +295,7 @@ def _with_source(
     module: str,
     inference_class: type[Classifier] | None,
 ) -> type[UserNetwork]:
-    """Derive a class from *base* with *source*, which the catalog calls as (config, num_classes).
+    """Derive a class from *base* that gets *source* from here: the catalog gives config and classes only.
 
     Its checkpoints record the version of the package of *module*. *inference_class* is the class
     of the network that is exported; None: it is exported as it is.

@@ -22,10 +22,11 @@ from sopdeploy.photos.copies import (
     shrink,
     signature,
 )
+from sopdeploy.photos.file_checks import map_threaded
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import open_parts, single_images
 from sopdeploy.photos.label_tools import SEPARATOR
-from sopdeploy.photos.photo import ImageFiles, map_threaded
+from sopdeploy.photos.photo import ImageFiles
 
 # Images whose features are computed, which takes about four minutes on a CPU
 MAX_FEATURES = 10_000
@@ -84,8 +85,8 @@ class DataReport(StrictModel):
         """Raise `DataError` with every problem that would stop a training run."""
         problems = [*self.classes, *self.unreadable]
         # The first part holds the training images.
-        num_trained = len(self.parts[0].classes) - len(self.too_few)
-        if num_trained < 2:  # training leaves classes of one image out, and needs two others
+        num_trained_classes = len(self.parts[0].classes) - len(self.too_few)
+        if num_trained_classes < 2:  # training leaves those of one image out, and needs two
             problems += self.too_few
         if problems:
             raise DataError(
@@ -124,7 +125,8 @@ def check_data(
     opened = open_parts(data_folder(path))
     num_images = sum(len(images) for images in opened.parts.values())
 
-    # Edges are compared by small images of all files; the search for clips needs these, too.
+    # Small gray images of all files tell near-duplicates by edges, and clips; for clips alone,
+    # they are kept of at most `MAX_SIGNATURES` files.
     if num_images > MAX_FEATURES:
         group_by_features = None
     near_by_edges = near and group_by_features is None
@@ -207,11 +209,14 @@ def _describe_clip(infos: Sequence[_FileInfo]) -> str:
     vectors = fit_and_whiten(
         [np.stack([signature(info.small) for info in infos if info.small is not None])]
     )
-    classes = np.unique([f"{info.part} {info.label}" for info in infos], return_inverse=True)[1]
-    pixels = np.unique([info.pixel_hash for info in infos], return_inverse=True)[1]
-    clips = find_clips(names, times, classes.astype(np.int64), vectors, pixels.astype(np.int64))
+    class_N = np.unique([f"{info.part} {info.label}" for info in infos], return_inverse=True)[1]
+    # Files with equal pixels are a group already.
+    group_N = np.unique([info.pixel_hash for info in infos], return_inverse=True)[1]
+    clips = find_clips(
+        names, times, class_N.astype(np.int64), vectors, group_N.astype(np.int64)
+    )
 
-    pair = clips.doubtful if clips.found is None else clips.found
+    pair = clips.doubtful if clips.certain is None else clips.certain
     return (
         ""
         if pair is None
@@ -240,7 +245,7 @@ def _find_near(
     # Groups of exact duplicates alone are listed elsewhere.
     hashes = {info.file: info.pixel_hash for info in infos}
     for group in _describe_groups(infos, groups.tolist(), train):
-        if len({hashes[file] for file in group.files}) > 1:  # the others are exact duplicates
+        if len({hashes[file] for file in group.files}) > 1:
             yield group
 
 

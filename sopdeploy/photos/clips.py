@@ -60,13 +60,13 @@ _BLOCK = 2**25  # cosines that are computed at once
 class Clips(NamedTuple):
     """The `groups` (N,) of images of one clip or object, and pairs of images; None without such ones.
 
-    `found` are two images of a group that its copies do not explain, `doubtful` two that may
+    `certain` are two images of a group that its copies do not explain, `doubtful` two that may
     show one object, but are no group. `pattern` is a regular expression that groups the
     doubtful ones by name, or empty.
     """
 
     groups: Groups
-    found: tuple[int, int] | None = None
+    certain: tuple[int, int] | None = None
     doubtful: tuple[int, int] | None = None
     pattern: str = ""
 
@@ -76,8 +76,9 @@ class Clips(NamedTuple):
         If names tell the objects, some frames of different ones resemble each other as copies
         do.
         """
-        if self.found is None:
+        if self.certain is None:
             return pairs
+        # A pair stays if both are in one group, or if one of them is in a group of its own.
         is_clip_2P = np.bincount(self.groups)[self.groups[pairs]] > 1
         return pairs[
             :, (self.groups[pairs[0]] == self.groups[pairs[1]]) | ~is_clip_2P.all(axis=0)
@@ -85,7 +86,10 @@ class Clips(NamedTuple):
 
 
 class _Name(NamedTuple):
-    """A name without suffix: texts and numbers in turn, and its template without digits and letters."""
+    """A name without suffix: texts and numbers in turn, and its template.
+
+    In a template, `a` stands for letters and `#` for a number: `a_#-#` for `frame_12-3`.
+    """
 
     texts: tuple[str, ...]
     numbers: tuple[int, ...]
@@ -100,7 +104,6 @@ class _Name(NamedTuple):
         parts = re.split(r"(\d+)", stem)
         texts = parts[::2]
         numbers = tuple(map(int, parts[1::2]))
-        # In a template, `a` stands for letters and `#` for a number.
         template = re.sub(r"[^\W\d_]+", "a", "#".join(texts))
         return cls((folder + slash + texts[0], *texts[1:]), numbers, template)
 
@@ -193,45 +196,62 @@ def find_clips(
     # Join the images of each relation that is clear. Names of one template have several numbers:
     # the first clear relation tells which of them identify the clips, and relations by the other
     # ones, those of frames and views, are skipped.
-    found: tuple[int, int] | None = None
-    unclear: list[_Measured] = []
+    certain: tuple[int, int] | None = None  # the pair of the first clear relation
+    remaining: list[_Measured] = []  # what is related and not joined
     clips_share: dict[str, str] = {}  # what identifies the clips, by the template of names
     for relation in relations:
         if clips_share.get(relation.template, relation.shared) != relation.shared:
             continue
+
         measured = measure(relation, groups)
         if measured is None:
             continue
         if not measured.is_clear:
-            unclear.append(measured)
+            remaining.append(measured)
             continue
-        found = measured.pair if found is None else found
+
+        if certain is None:
+            certain = measured.pair
         clips_share[relation.template] = relation.shared
         if relation.shared != SEQUENCE:
             groups = connect(len(names), NO_PAIRS, groups, relation.runs)
             continue
-        for quantile in LINK_QUANTILES:  # a lower one divides the sequence less
+
+        # A lower quantile divides the sequence less; it is tried if the sequence is still clear
+        # between the groups that a higher one has joined.
+        for quantile in LINK_QUANTILES:
             groups = connect(len(names), _link_sequence(relation, vectors, quantile), groups)
-            measured = measure(relation, groups)  # what the groups do not explain yet
+            measured = measure(relation, groups)
             if measured is None or not measured.is_clear:
                 break
         if measured is not None:
-            unclear.append(measured)
+            remaining.append(measured)
 
-    # Of the others, the clearest that could still be told to the user: its images are not
-    # joined, and its pattern does not make most of a class one group.
+    doubtful = _find_doubtful(remaining, groups, names, classes)
+    if doubtful is None:
+        return Clips(groups, certain)
+    return Clips(groups, certain, doubtful.pair, doubtful.relation.pattern)
+
+
+def _find_doubtful(
+    remaining: Sequence[_Measured],
+    groups: Groups,
+    names: Sequence[str],
+    classes: NDArray[np.int64],
+) -> _Measured | None:
+    """Find the clearest of the *remaining* relations that could still be told to the user, or None.
+
+    Its images are not joined in *groups* (N,), and its pattern does not make most of a class one
+    group.
+    """
     doubtful = []
-    for measured in unclear:
+    for measured in remaining:
         first, second = measured.pair
         is_joined = groups[first] == groups[second]  # by another relation
         pattern = measured.relation.pattern
         if not is_joined and (not pattern or divides_classes(pattern, names, classes)):
             doubtful.append(measured)
-
-    if not doubtful:
-        return Clips(groups, found)
-    clearest = max(doubtful, key=lambda measured: measured.excess)
-    return Clips(groups, found, clearest.pair, clearest.relation.pattern)
+    return max(doubtful, key=lambda measured: measured.excess, default=None)
 
 
 def divides_classes(pattern: str, names: Sequence[str], classes: NDArray[np.int64]) -> bool:
@@ -270,10 +290,11 @@ def _list_relations(
 
         members = [index for index, name in enumerate(parsed) if name.template == template]
         class_and_texts = {i: (int(classes[i]), parsed[i].texts) for i in members}
-        # Names with equal texts whose first or last numbers are equal: none, one or more, but
-        # not all.
+
+        # Names with equal texts are related by their first numbers, none to all but one, or by
+        # their last numbers, all but one to one.
         length = len(parsed[members[0]].numbers)
-        # Regular expressions for 0, 1 and more numbers.
+        # `digits[num]` is a regular expression for *num* numbers.
         digits = [r"\D+".join([r"\d+"] * num) for num in range(length)]
         starts = [(START, slice(num), rf"^\D*{digits[num]}") for num in range(length)]
         ends = [
@@ -282,7 +303,7 @@ def _list_relations(
 
         for shared, which, pattern in starts + ends:
             keys = [(class_and_texts[i], parsed[i].numbers[which]) for i in members]
-            if len(set(keys)) < len(keys):
+            if len(set(keys)) < len(keys):  # some names are related
                 runs = _number_runs(count, members, keys)
                 groupings.append(_Relation(template, shared, runs, pattern=pattern))
 
@@ -303,7 +324,8 @@ def _list_relations(
             _Relation("", TIME, _number_runs(count, timed.tolist(), chains.tolist()))
         )
 
-    groupings.sort(key=lambda relation: -relation.runs.max())  # many groups are small ones
+    # The number of groups is the largest number of a run, plus 1; many groups are small ones.
+    groupings.sort(key=lambda relation: -relation.runs.max())
     return groupings + sequences
 
 
@@ -352,11 +374,15 @@ def _measure(
     nearest_NK: NDArray[np.intp],
     cosines_NK: NDArray[np.float32],
 ) -> _Measured | None:
-    """Measure *relation*; None if it is hardly more frequent than by chance, or images are too few."""
+    """Measure *relation*; None if it is hardly more frequent than by chance, or images are too few.
+
+    *nearest_NK* and *cosines_NK* are the results of `_nearest_of_class`.
+    """
     runs = relation.runs
     ranks = relation.ranks
 
-    # The most similar image of the class outside of the group. It is a hit if it is related.
+    # The most similar image of the class outside of the group. It is a hit if it is related. A
+    # cosine of -1 stands for no image.
     is_outside_NK = (groups[nearest_NK] != groups[:, None]) & (cosines_NK > -1)
     first_N = is_outside_NK.argmax(axis=1)
     index_N = np.arange(len(runs))
@@ -388,8 +414,8 @@ def _measure(
 
     # The most similar pair of related images, and how similar such pairs are.
     hit_indices = np.flatnonzero(counted_N & is_hit_N)
-    shown = hit_indices[np.argmax(cosine_N[hit_indices])]
-    first, second = sorted((int(shown), int(near_N[shown])))
+    nearest_hit = hit_indices[np.argmax(cosine_N[hit_indices])]
+    first, second = sorted((int(nearest_hit), int(near_N[nearest_hit])))
     similar = float(np.median(cosine_N[hit_indices]))
     return _Measured(beyond / evidence, similar, (first, second), relation)
 
@@ -400,6 +426,8 @@ def _count_related(relation: _Relation, groups: Groups) -> NDArray[np.int64]:
     ranks = relation.ranks
     if ranks is None:
         return _count_equal(runs) - _count_equal(runs, groups)
+
+    # In a sequence, the images of a run that are at most `WINDOW` places apart.
     related_N = np.zeros(len(runs), np.int64)
     order = np.lexsort((ranks, runs))
     for step in range(1, WINDOW + 1):

@@ -26,7 +26,8 @@ from PIL import Image
 from sopdeploy.errors import DataError
 from sopdeploy.images.metadata import NO_TIME
 from sopdeploy.photos.crops import MOSTLY, PLAIN, compare_pixels
-from sopdeploy.photos.photo import UNREADABLE, LabeledImages, map_threaded
+from sopdeploy.photos.file_checks import UNREADABLE, map_threaded
+from sopdeploy.photos.photo import LabeledImages
 
 Groups = NDArray[np.int64]  # a number per image
 _Parts = Sequence[NDArray[np.float32]]  # vectors (N, D_i) of N images, in one or several parts
@@ -35,9 +36,11 @@ CANDIDATES = 8
 CANDIDATES_BY_EDGES = 20
 # Share of equal tiles of pairs that are no copies, which a tenth of the images of a class reach
 # if they look alike: 0 to 0.2 for scenes, clothing and flowers, 0.37 for coins, 0.5 for hand
-# signs and solar cells.
+# signs and solar cells. Two or three photographs of any kind do, on one cloth, and copies that
+# are not confirmed: so a tenth of the photographs of all classes must, and at least six.
 ALIKE = 0.45
-SHARE_ALIKE = 0.9
+SHARE_ALIKE = 0.1
+MIN_ALIKE = 6
 NEARLY = 0.85  # share of the equal tiles of a copy where images look alike
 # Share of a class that no group may reach, and the number of its images
 ONE_GROUP = 0.9
@@ -82,9 +85,11 @@ def find_near_duplicates(
 
     *views* has an array (N, V, D) for each part of the vectors: V views of an image, the whole
     one first. *small* are the gray images (N, S, S) of `shrink`. Of images with equal *hashes*
-    (N,), one is compared.
+    (N,), only the first one is compared and is in pairs; `connect` adds the others by their hash.
+    An image is compared with *num_candidates* others by whitened, and as many by plain vectors.
     """
-    # Of images with equal pixels, the first one stands for all; the others are added at the end.
+    # Of images with equal pixels, the first one stands for all. The result has the vectors of
+    # all, and tells of all whether they are alike.
     first_N = np.sort(np.unique(hashes, return_index=True)[1])
     whole = [part[:, 0] for part in views]
     whiten = _fit_whitening([part[first_N] for part in whole])
@@ -133,7 +138,7 @@ def _find_candidates(
     plain_ND = np.concatenate(plain, axis=1)
 
     # The nearest images of each block: by the best view, then by plain vectors.
-    found = []
+    neighbors = []  # (2, P) each: an image, and one that is near it
     size = max(1, min(_BLOCK, _COSINES // count))
     for start in range(0, count, size):  # to save memory
         block = np.arange(start, min(start + size, count))
@@ -145,10 +150,10 @@ def _find_candidates(
         for cosines_KN in (largest_KN, plain_ND[block] @ plain_ND.T):
             cosines_KN[np.arange(len(block)), block] = -np.inf  # not the image itself
             nearest = np.argpartition(cosines_KN, -num_others, axis=1)[:, -num_others:]
-            found.append(np.stack([np.repeat(block, num_others), nearest.ravel()]))
+            neighbors.append(np.stack([np.repeat(block, num_others), nearest.ravel()]))
 
     # Each pair once, as one number.
-    pairs = np.sort(np.concatenate(found, axis=1), axis=0)
+    pairs = np.sort(np.concatenate(neighbors, axis=1), axis=0)
     numbers = np.unique(pairs[0] * count + pairs[1])
     return np.stack(np.divmod(numbers, count))
 
@@ -169,17 +174,26 @@ def _confirm(
     groups = connect(len(classes), candidates[:, shares >= MOSTLY])
     is_outside = groups[candidates[0]] != groups[candidates[1]]
     largest_N = np.zeros(len(classes), np.float32)
-    for images in candidates[:, is_outside]:
+    one, other = candidates[:, is_outside]
+    for images in (one, other):
         np.maximum.at(largest_N, images, shares[is_outside])
 
-    # Classes whose images look alike: most are like an image of another group.
+    # Images look alike only where enough photographs do, whatever the number of their copies.
+    largest_G = np.zeros(len(classes), np.float32)
+    np.maximum.at(largest_G, groups, largest_N)
+    num_alike = np.count_nonzero(largest_G >= ALIKE)
+    may_be_alike = num_alike >= max(MIN_ALIKE, SHARE_ALIKE * (groups.max(initial=0) + 1))
+
+    # Classes whose images look alike: a tenth of them are like an image of another group.
     members_of_classes = np.split(
         np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1]
     )
-    is_alike_N, is_one_group_N = np.zeros((2, len(classes)), np.bool_)
+    is_alike_N = np.zeros(len(classes), np.bool_)
     for members in members_of_classes:
         is_alike_N[members] = (
-            len(members) and np.quantile(largest_N[members], SHARE_ALIKE) >= ALIKE
+            may_be_alike
+            and len(members)
+            and np.quantile(largest_N[members], 1 - SHARE_ALIKE) >= ALIKE
         )
 
     # Copies. In a class whose images look alike, nearly all of their tiles are equal.
@@ -187,7 +201,8 @@ def _confirm(
     pairs = np.concatenate([candidates[:, are_copies], turned], axis=1)
     groups = connect(len(classes), pairs)
 
-    # Classes that would nearly all be one group.
+    # Classes of which nearly all images would be one group.
+    is_one_group_N = np.zeros(len(classes), np.bool_)
     for members in members_of_classes:
         if len(members) >= MIN_ONE_GROUP:
             is_one_group_N[members] = np.bincount(groups[members]).max() >= ONE_GROUP * len(
@@ -209,9 +224,9 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
             _, first_of_value, value_N = np.unique(key, return_index=True, return_inverse=True)
             edges.append(np.stack([np.arange(count), first_of_value[value_N]]))
 
-    one, other = np.concatenate(edges, axis=1)
     # Label propagation: each image takes over the lowest index among its neighbors until no
     # index changes.
+    one, other = np.concatenate(edges, axis=1)
     lowest_N = np.arange(count)
     has_changed = True
     while has_changed:
@@ -222,6 +237,7 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
         # need few rounds.
         lowest_N = lowest_N[lowest_N]
         has_changed = not np.array_equal(lowest_N, before)
+
     _, groups = np.unique(lowest_N, return_inverse=True)  # without gaps in the numbers
     return groups.astype(np.int64)
 
@@ -236,13 +252,14 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     # If all vectors are equal, the norm would be 0.
     norms = [max(float(np.sqrt(square)), 1e-12) for square in squares]
 
-    def center_and_join(given: _Parts) -> NDArray[np.float32]:
+    def center_and_join(others: _Parts) -> NDArray[np.float32]:
         scaled = [
-            (part - mean) / norm for part, mean, norm in zip(given, means, norms, strict=True)
+            (part - mean) / norm for part, mean, norm in zip(others, means, norms, strict=True)
         ]
         return np.concatenate(scaled, axis=1)
 
     rows_ND = center_and_join(parts)
+
     # The components are the eigenvectors of rows.T @ rows (D, D). Its eigenvalues are N times
     # the variances; the norm in `apply` removes this factor. If N <= D, rows @ rows.T (N, N) is
     # decomposed: it has the same eigenvalues above 0, and for each of its eigenvectors v,
@@ -250,16 +267,18 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     is_wide = rows_ND.shape[0] <= rows_ND.shape[1]
     product = rows_ND @ rows_ND.T if is_wide else rows_ND.T @ rows_ND
     eigenvalues, vectors = np.linalg.eigh(product.astype(np.float64))
+
+    # Components without variance are rounding errors.
     damping = max(float(eigenvalues.mean()), 1e-12)  # the mean over min(N, D) components
-    kept = eigenvalues > 1e-6 * damping  # the others are rounding errors
+    kept = eigenvalues > 1e-6 * damping
     eigenvalues = eigenvalues[kept]
     vectors = vectors[:, kept]
-    # The components (D, K) have norm 1.
+    # The components, one per column, have norm 1.
     components = rows_ND.T @ (vectors / np.sqrt(eigenvalues)) if is_wide else vectors
     projection = (components / np.sqrt(eigenvalues + damping)).astype(np.float32)
 
-    def apply(given: _Parts) -> NDArray[np.float32]:
-        whitened = center_and_join(given) @ projection
+    def apply(others: _Parts) -> NDArray[np.float32]:
+        whitened = center_and_join(others) @ projection
         length = np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), 1e-12)
         return (whitened / length).astype(np.float32)
 
@@ -292,7 +311,8 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
     rows = np.stack(turned, axis=1).reshape(count, 8, -1)
     rows -= rows.mean(axis=2, keepdims=True)
     lengths = np.linalg.norm(rows, axis=2, keepdims=True)
-    # All images without contrast would equal each other.
+    # All images without contrast would equal each other. `PLAIN` is a standard deviation of
+    # pixels, which is this length by the root of their number.
     is_plain_N = lengths[:, 0, 0] < PLAIN * small[0].size ** 0.5
 
     # Pairs of an upright image and any orientation of another one, by whitened rows.
@@ -304,8 +324,9 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
         cosines = whitened[start : start + size, 0] @ whitened.reshape(count * 8, -1).T
         row, column = np.nonzero(cosines.reshape(len(cosines), count, 8).max(axis=2) >= TURNED)
         pairs.append(np.stack([row + start, column]))
-    found = np.concatenate(pairs, axis=1)
-    return found[:, (found[0] < found[1]) & ~is_plain_N[found].any(axis=0)]
+    pairs_2P = np.concatenate(pairs, axis=1)  # each in both orders, and images with themselves
+    is_once = pairs_2P[0] < pairs_2P[1]
+    return pairs_2P[:, is_once & ~is_plain_N[pairs_2P].any(axis=0)]
 
 
 def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -318,9 +339,12 @@ def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:
     lower_bin = direction.astype(int)
     # An edge between two directions counts in both, in shares.
     share_of_next = direction - lower_bin
+
+    # Where the bins of the cell of each pixel begin.
     cell_of_row = np.arange(SMALL) * CELLS // SMALL  # (64,), 0 to 7; the same for columns
     cell_of_pixel = cell_of_row[:, None] * CELLS + cell_of_row  # (64, 64), 0 to 63
     first_bin = cell_of_pixel * DIRECTIONS  # position in the histogram, where a cell has 8 bins
+
     histogram = np.zeros(CELLS * CELLS * DIRECTIONS)
     for shift, share in ((0, 1 - share_of_next), (1, share_of_next)):
         # Directions are a circle: the first one follows the last one.
@@ -328,6 +352,7 @@ def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:
         histogram += np.bincount(
             bins.ravel(), (strength * share).ravel(), minlength=len(histogram)
         )
+
     root = np.sqrt(histogram)  # a few strong edges then do not determine the cosine
     return (root / max(float(np.linalg.norm(root)), 1e-12)).round(DECIMALS).astype(np.float32)
 
@@ -341,14 +366,18 @@ def group_by_edges(
     """
     # The views (N, 1, 512): the whole image is the only one.
     views = np.stack([signature(one) for one in small])[:, None]
-    found = find_near_duplicates(
+    near = find_near_duplicates(
         [views], np.stack(small), images.targets, hashes, CANDIDATES_BY_EDGES
     )
-    return connect(len(images), found.pairs, hashes, images.groups), found.vectors
+    return connect(len(images), near.pairs, hashes, images.groups), near.vectors
 
 
 class Grouped(NamedTuple):
-    """Groups (N,) of photographs, hashes of files, times, and vectors (N, D) unless only files were equal."""
+    """Groups (N,) of photographs, and what told them: hashes of files, times and vectors (N, D).
+
+    If only equal files are grouped, there are no vectors, and times that were not read are
+    `NO_TIME`.
+    """
 
     groups: Groups
     file_hashes: NDArray[np.int64]
@@ -368,21 +397,21 @@ class _Inspected(NamedTuple):
 def group_photographs(images: LabeledImages) -> Grouped:
     """Group *images* by their known groups and by near-duplicates; each image is read once.
 
-    Near-duplicates have equal pixels, or similar edges and equal tiles. If an image cannot be
-    decoded, or there are more than `MAX_SIGNATURES`, they are equal files.
+    Near-duplicates have equal pixels, or similar edges and equal tiles. If any image cannot be
+    decoded, or there are more than `MAX_SIGNATURES`, only equal files are near-duplicates.
     """
     by_edges = len(images) <= MAX_SIGNATURES
 
     def inspect(index: int) -> _Inspected:
-        found = _Inspected()
+        known = _Inspected()  # what is known if the next step raises an error
         with suppress(DataError):  # whoever uses the image names it
             photo = images.photo(index)
-            found = _Inspected(photo.file_hash)
+            known = _Inspected(photo.file_hash)
             if by_edges:
-                found = _Inspected(
+                known = _Inspected(
                     photo.file_hash, photo.taken, photo.pixel_hash, shrink(photo.pixels)
                 )
-        return found
+        return known
 
     inspected = list(map_threaded(inspect, len(images)))
     file_hashes = np.asarray([one.file_hash for one in inspected], np.int64)
@@ -391,7 +420,8 @@ def group_photographs(images: LabeledImages) -> Grouped:
     if by_edges and len(small) == len(images):
         groups, vectors = group_by_edges(images, [one.pixel_hash for one in inspected], small)
         return Grouped(groups, file_hashes, times, vectors)
-    known = connect(len(images), NO_PAIRS, images.groups)
+
     # Unreadable files share a hash, but are not equal: their known groups count instead.
-    files = np.where(file_hashes == UNREADABLE, known, file_hashes)
-    return Grouped(connect(len(images), NO_PAIRS, known, files), file_hashes, times)
+    known_groups = connect(len(images), NO_PAIRS, images.groups)
+    files = np.where(file_hashes == UNREADABLE, known_groups, file_hashes)
+    return Grouped(connect(len(images), NO_PAIRS, known_groups, files), file_hashes, times)

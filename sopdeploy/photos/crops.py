@@ -80,31 +80,33 @@ def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray
 
     # Equal frames correlate equally in both ways; a part correlates less with what contains it.
     is_start = _select_best(np.tile(np.arange(num_pairs), 2), correlations, MAX_STARTS)
-    row, rank = np.nonzero(is_start)
-    matrix = matrices[row, rank]
-    center = centers[row, rank]
+    way, rank = np.nonzero(is_start)  # the column of each start in `both_ways`
+    matrix = matrices[way, rank]
+    center = centers[way, rank]
 
     # Align roughly first, and the best of these maps exactly.
-    roughly = np.empty(len(row), np.float32)
-    for start in range(0, len(row), _BLOCK):
+    roughly = np.empty(len(way), np.float32)
+    for start in range(0, len(way), _BLOCK):
         block = slice(start, start + _BLOCK)
-        fit = _align(small, both_ways[:, row[block]], matrix[block], center[block], COARSE)
+        fit = _align(small, both_ways[:, way[block]], matrix[block], center[block], COARSE)
         matrix[block], center[block], roughly[block] = fit.matrices, fit.centers, fit.agreement
-    chosen = _select_best(row % num_pairs, roughly[:, None], MAX_FITS)[:, 0]
+    chosen = _select_best(way % num_pairs, roughly[:, None], MAX_FITS)[:, 0]
 
-    # The images as they are count as a start, too: a caption misleads rough fits, and middles
-    # may differ.
+    # The images as they are count as a start, too, in one way: a caption misleads rough fits, and
+    # middles may differ.
     side = small.shape[1]
     as_it_is = np.tile(np.eye(2, dtype=np.float32) * (side / 2), (num_pairs, 1, 1))
     middle = np.full((num_pairs, 2), (side - 1) / 2, np.float32)
-    row = np.concatenate([row[chosen], np.arange(num_pairs)])
+    way = np.concatenate([way[chosen], np.arange(num_pairs)])
     matrix = np.concatenate([matrix[chosen], as_it_is])
     center = np.concatenate([center[chosen], middle])
+
+    # The share of a pair is the largest one of its exact fits.
     shares = np.zeros(num_pairs, np.float32)
-    for start in range(0, len(row), _BLOCK):
+    for start in range(0, len(way), _BLOCK):
         block = slice(start, start + _BLOCK)
-        fit = _align(small, both_ways[:, row[block]], matrix[block], center[block], SIDE)
-        np.maximum.at(shares, row[block] % num_pairs, _share_equal(fit, side))
+        fit = _align(small, both_ways[:, way[block]], matrix[block], center[block], SIDE)
+        np.maximum.at(shares, way[block] % num_pairs, _share_equal(fit, side))
     return shares
 
 
@@ -159,10 +161,10 @@ def _search(
     first, second = position.reshape(2, -1)  # positions among the images of these pairs
     detailed = _remove_low(small[images].astype(np.float32), BLUR * width)
     smooth = _smooth(detailed, COARSE)
-    own = _grid(COARSE) * (side / 2) + (side - 1) / 2
 
-    # All places (N, L, K) in each image.
-    points_NK2 = np.broadcast_to(own, (len(images), *own.shape))
+    # All places (N, L, K) in each image, whose samples are a grid of `COARSE` per side.
+    whole_K2 = _grid(COARSE) * (side / 2) + (side - 1) / 2
+    points_NK2 = np.broadcast_to(whole_K2, (len(images), *whole_K2.shape))
     coarse = _sample(smooth, np.arange(len(images)), points_NK2)[0]
     coarse = coarse.reshape(-1, COARSE, COARSE)
     padded = np.pad(coarse, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN)))
@@ -185,11 +187,13 @@ def _search(
     place = np.empty((len(first), MAX_STARTS), np.intp)
     change = np.empty((len(first), MAX_STARTS), np.intp)
     for pair, (one, other) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
-        of_places = middles_NCK[other] @ places_NLK[one].T
-        best_C = of_places.max(axis=1)
+        correlations_CL = middles_NCK[other] @ places_NLK[one].T
+        best_C = correlations_CL.max(axis=1)
         change[pair] = np.argpartition(-best_C, MAX_STARTS)[:MAX_STARTS]
         correlations[pair] = best_C[change[pair]]
-        place[pair] = of_places[change[pair]].argmax(axis=1)
+        place[pair] = correlations_CL[change[pair]].argmax(axis=1)
+
+    # As maps of rows and columns of -1 to 1 to pixels of the first image.
     top_left = np.stack(np.divmod(place, num_places), axis=2) - MARGIN
     centers = (top_left + MIDDLE / 2) * width - 0.5
     return correlations, np.linalg.inv(changes)[change] * (side / 2), centers.astype(np.float32)
@@ -239,10 +243,10 @@ def _align(
 
     # The second images, and how they change by the six numbers of a map.
     points_K2 = _grid(num_samples)
-    own = np.broadcast_to(
+    whole = np.broadcast_to(
         points_K2 * (side / 2) + (side - 1) / 2, (len(scenes), *points_K2.shape)
     )
-    expected_PTT = _sample(scenes, np.arange(len(scenes)), own)[0][second].reshape(
+    expected_PTT = _sample(scenes, np.arange(len(scenes)), whole)[0][second].reshape(
         num_pairs, num_samples, -1
     )
     down_PTT = np.gradient(expected_PTT, 2 / num_samples, axis=1)
@@ -255,7 +259,8 @@ def _align(
     damping = 1e-3 * len(points_K2) * np.eye(6, dtype=np.float32)
 
     # Each step fits what the first image shows to the second one, whatever the contrast and the
-    # brightness. Pixels that differ much, as those of a caption, count less.
+    # brightness. Pixels that differ much, as those of a caption, count less. The last round only
+    # measures the fit.
     weights_PK = np.ones_like(expected_PK)
     for step in range(STEPS + 1):
         shown_PK, is_inside_PK = _sample(
@@ -326,7 +331,7 @@ def _share_equal(fit: _Fit, side: int) -> _Images:
 
 
 def _blur_level(area: _Images) -> NDArray[np.intp]:
-    """Return how often images are blurred again of which the others show an *area* (P,) as large."""
+    """Return how much more (P,) to blur images whose partners show *area* (P,) times as much, 0 to 2."""
     return (area - 1).round().clip(0, BLURS - 1).astype(np.intp)
 
 
@@ -351,7 +356,7 @@ def _sample(
     """
     side = images.shape[1]
     is_inside = ((points > -0.5) & (points < side - 0.5)).all(axis=2)
-    points = points.clip(0, side - 1.001)
+    points = points.clip(0, side - 1.001)  # so that there is a next row and column
     # The first row and column of the four pixels around each point.
     lower = points.astype(np.intp)
     index = lower[:, :, 0] * side + lower[:, :, 1] + chosen[:, None] * side**2

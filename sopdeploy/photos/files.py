@@ -82,7 +82,10 @@ def part_kind(name: str) -> str:
 
 
 def _read_part(name: str) -> tuple[str, str]:
-    """Return the word of *name* in `TRAINING` or `HELD_OUT`, "" unless there is one, and its other words."""
+    """Divide *name* into its word in `TRAINING` or `HELD_OUT`, "" unless it has exactly one, and the others.
+
+    `AFFIXES` and a number at the end are left out.
+    """
     without_number = re.sub(r"\d+$", "", name.lower())  # of `test1` or `val_2017`
     words = [
         word for word in re.split(r"[\s_.-]+", without_number) if word and word not in AFFIXES
@@ -315,7 +318,7 @@ def walk(
     """
     visited = set() if visited is None else visited
 
-    # Each folder on the way has the iterator of its entries; the innermost is the last one.
+    # Each folder on the way has the iterator of its entries.
     root = folder.resolve()
     visited.update(folder_identity(parent) for parent in (folder, *root.parents))
     waiting = [(folder, iter(list_folder(folder, hidden=hidden)))]  # the innermost folder last

@@ -48,18 +48,18 @@ def find_leftovers(root: Path, images: Mapping[str, Sequence[bytes]]) -> list[Le
     each kind whose names could be those of masks or of other forms; the others are not read.
     """
     masks = _find_masks(root, images)
-    others = set[bytes]()
+    worse_forms = set[bytes]()
     photographs = {
         label: [path for path in paths if path not in masks] for label, paths in images.items()
     }
     for pairs in _propose_forms(photographs):
         # The form of an earlier pair of folders may be left out already.
-        remaining = [pair for pair in pairs if others.isdisjoint(pair)]
+        remaining = [pair for pair in pairs if worse_forms.isdisjoint(pair)]
         if worse := _worse_form(root, remaining):
-            others.update(pair[worse - 1] for pair in remaining)
+            worse_forms.update(pair[worse - 1] for pair in remaining)
     leftovers = [
         Leftover(masks, "masks of photographs"),
-        Leftover(others, "the same photographs in another form"),
+        Leftover(worse_forms, "the same photographs in another form"),
     ]
     return [leftover for leftover in leftovers if leftover.paths]
 
@@ -78,45 +78,59 @@ def _propose_masks(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]
 
     These are of one kind:
 
-    - the images of equally named folders in all classes,
-    - images with the names of others and one added text, such as `_mask`,
+    - the images of folders with one name below the classes, such as `cat/masks` and `dog/masks`,
+    - images with the names of others and one added text, such as `_mask`, or another suffix,
     - the images of a folder at the top.
     """
+    yield from _pair_with_other_classes(images)
+
+    # By the folder below the class, or by the added text.
     kinds = defaultdict[tuple[str, str], list[Pair]](list)
-    folders_of_stem = defaultdict[str, dict[str, bytes]](dict)  # one path per folder at the top
-    for label, paths in images.items():
-        by_stem = defaultdict[str, list[PurePosixPath]](list)
-        by_numbers = defaultdict[str, list[PurePosixPath]](list)
+    for paths in images.values():
+        by_stem = defaultdict[tuple[PurePosixPath, str], list[PurePosixPath]](list)
+        # By the numbers in names or, without any, the names: an image of each folder.
+        by_numbers = defaultdict[str, dict[PurePosixPath, PurePosixPath]](dict)
         files = [PurePosixPath(os.fsdecode(path)) for path in paths]
-        for file, path in zip(files, paths, strict=True):
-            by_stem[file.stem].append(file)
-            by_numbers[_numbers(file.stem)].append(file)
-            folders_of_stem[file.stem].setdefault(label, path)
+        for file in files:
+            by_stem[file.parent, file.stem].append(file)
+            by_numbers[_numbers(file.stem) or file.stem].setdefault(file.parent, file)
 
         for file in files:
-            for part in _parts(file.stem):
-                for photograph in by_stem.get(part, ()):
-                    if photograph != file and photograph.parent == file.parent:
+            # Another image of its folder, to whose name its own one adds a text or another suffix.
+            for part in (file.stem, *_parts(file.stem)):
+                for photograph in by_stem.get((file.parent, part), ()):
+                    if photograph != file:
                         added = re.sub(r"\d+", "", file.stem.replace(part, "", 1))
-                        kinds["", added].append(_pair(photograph, file))
-            others = (
-                by_numbers[_numbers(file.stem)] if _numbers(file.stem) else by_stem[file.stem]
-            )
-            other = next((one for one in others if one.parent != file.parent), None)
+                        kinds["", added or file.suffix].append(_pair(photograph, file))
+
+            # An image of another folder with the same numbers or, without any, the same name.
+            others = by_numbers[_numbers(file.stem) or file.stem].items()
+            other = next((one for folder, one in others if folder != file.parent), None)
             if other is not None:
                 kinds[_below_class(file), ""].append(_pair(other, file))
+    yield from kinds.values()
 
-    # A folder at the top is of one kind if most of its images have namesakes in another one.
+
+def _pair_with_other_classes(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]]:
+    """Yield the pairs of each class folder of which half of the images have namesakes in another one."""
+    first_of_class = defaultdict[str, dict[str, bytes]](dict)  # by stem: a path of each class
+    for label, paths in images.items():
+        for path in paths:
+            first_of_class[_stem(path)].setdefault(label, path)
+
     for label, paths in images.items():
         pairs = []
         for path in paths:
-            namesakes = folders_of_stem[PurePosixPath(os.fsdecode(path)).stem]
+            namesakes = first_of_class[_stem(path)]
             elsewhere = [one for name, one in namesakes.items() if name != label]
             if elsewhere:
                 pairs.append((elsewhere[0], path))
         if pairs and 2 * len(pairs) >= len(paths):
             yield pairs
-    yield from kinds.values()
+
+
+def _stem(path: bytes) -> str:
+    return PurePosixPath(os.fsdecode(path)).stem
 
 
 def _pair(photograph: PurePosixPath, other: PurePosixPath) -> Pair:
@@ -144,16 +158,17 @@ def _below_class(file: PurePosixPath) -> str:
 def _is_mask(root: Path, photograph: bytes, other: bytes) -> bool:
     """Tell whether *other* has few values, and *photograph* has many and the same proportions."""
     try:
-        pixels = _read(root, other)
-        if not _has_few_values(pixels):
+        mask = _read(root, other)
+        if not _has_few_values(mask):
             return False
-        against = _read(root, photograph)
+        original = _read(root, photograph)
     except DataError:
         return False
-    (width, height), (other_width, other_height) = against.size, pixels.size
-    products = width * other_height, other_width * height
+
+    # Equal proportions: width / height of one is that of the other.
+    products = (original.width * mask.height, mask.width * original.height)
     is_similar = abs(products[0] - products[1]) <= PROPORTIONS * max(products)
-    return is_similar and not _has_few_values(against)
+    return is_similar and not _has_few_values(original)
 
 
 def _has_few_values(pixels: Image.Image) -> bool:
@@ -164,7 +179,11 @@ def _has_few_values(pixels: Image.Image) -> bool:
 
 
 def _propose_forms(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]]:
-    """Yield the pairs of namesakes of every two folders that each class has, by the folders' names."""
+    """Yield the pairs of namesakes in every two folders, such as `raw` and `small`, that each class has.
+
+    Folders with fewer than `FORMS_READ` pairs are left out, as are those of which most of the
+    images in the second one have no namesake.
+    """
     if len(images) < 2:
         return
 
@@ -201,15 +220,15 @@ def _worse_form(root: Path, pairs: Sequence[Pair]) -> int:
         return 0
 
     try:
-        read = [
-            [_read(root, path) for path in form]
-            for form in zip(*_spread(pairs, FORMS_READ), strict=True)
+        forms = [
+            [_read(root, path) for path in paths]
+            for paths in zip(*_spread(pairs, FORMS_READ), strict=True)
         ]
     except DataError:
         return 0
 
-    # The pictures are the same if each is most like its namesake.
-    one, other = (np.stack([_small(pixels) for pixels in form]) for form in read)
+    # Whether each picture is most like its namesake.
+    one, other = (np.stack([_small(pixels) for pixels in form]) for form in forms)
     likeness = one @ other.T
     order = np.arange(FORMS_READ)
     if (likeness.argmax(axis=1) != order).any() or (likeness.argmax(axis=0) != order).any():
@@ -217,7 +236,7 @@ def _worse_form(root: Path, pairs: Sequence[Pair]) -> int:
 
     qualities = [
         (sum(pixels.width * pixels.height for pixels in form), sum(map(_color, form)))
-        for form in read
+        for form in forms
     ]
     return 2 if qualities[0] >= qualities[1] else 1
 

@@ -46,7 +46,7 @@ def read_json(content: Any) -> Iterable[dict[str, str]]:
     return _read_via(
         (image["filename"], image[_VIA_FILE], region.get(_VIA_REGION, {}))
         for image in images.values()
-        for region in [{}, *_values(image["regions"])]
+        for region in [{}, *_values(image["regions"])]  # at least one for each image
     )
 
 

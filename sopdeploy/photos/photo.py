@@ -1,19 +1,15 @@
-"""Labeled photographs: their bytes, targets and identities, their parts, and the arrays that networks see.
+"""Labeled photographs: their bytes, targets and identities, and the parts of a data source.
 
-Letters: N images, B images of a batch, C classes.
+Letters: N images, C classes.
 """
 
 import copy
 import hashlib
-import math
-import mmap
 import os
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -23,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.environment import usable_cores
-from sopdeploy.errors import DataError, ImageError, amount, shorten, shorten_problems
+from sopdeploy.errors import DataError, ImageError
 from sopdeploy.files import read_file
 from sopdeploy.images.decode import decode, decode_upright
 from sopdeploy.images.formats import open_image
@@ -32,21 +27,13 @@ from sopdeploy.images.limits import MAX_BYTES
 from sopdeploy.images.metadata import capture_time
 from sopdeploy.images.pixels import ChooseView, preprocess_image
 from sopdeploy.images.preprocess import Pixels, Preprocess
-from sopdeploy.images.signatures import HEAD_BYTES, format_of, read_head
+from sopdeploy.images.signatures import HEAD_BYTES, read_head
 from sopdeploy.names import label_problem
 from sopdeploy.photos.files import normalize
 
-UNREADABLE = 0  # the hash of a file that cannot be read
-# A run leaves damaged images out, up to this share and fewer than this number of them.
-MAX_DAMAGED = 0.05
-MANY_DAMAGED = 3
-# Bytes of the pixels of a data set: 174,000 images of 32 x 32, or 3,500 of 224 x 224
-MAX_IN_MEMORY = 2**29
-CHUNK = 64  # images per task of a thread; decoding releases the GIL
 # How much of a photograph is decoded to compare it, or to show it
 SHOWN = Preprocess(decoding="scaled")
 SMALLEST = Preprocess(decoding="scaled", resize=1, crop=1)  # still reads every byte
-_Result = TypeVar("_Result")
 _Images = TypeVar("_Images", bound="LabeledImages")
 
 
@@ -328,159 +315,6 @@ class Split:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Dataset(ABC):
-    """Base class of network inputs: the `images` of a source, converted to uint8 arrays of one size."""
-
-    images: LabeledImages
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @abstractmethod
-    def batch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[Any]]:
-        """Compute the pixels (B, H, W, 3) of the images at *indices*, and what else belongs to them."""
-
-
-class FittedPixels:
-    """The pixels (N, crop, crop, 3) of *images* by *rules*; not kept if they exceed `MAX_IN_MEMORY`.
-
-    The memory is anonymous and shared: forked loader processes fill and read the same pages,
-    without the small /dev/shm of containers. Two processes may compute the same image; they
-    write the same bytes.
-    """
-
-    def __init__(self, images: LabeledImages, rules: Preprocess) -> None:
-        self.images = images
-        self.rules = rules
-        shape = (len(images), rules.crop, rules.crop, 3)
-        self.is_kept = 0 < math.prod(shape) <= MAX_IN_MEMORY
-        kept_shape = shape if self.is_kept else (0, 0, 0, 3)
-        self.pixels = shared_zeros(kept_shape)
-        self.is_computed = shared_zeros(kept_shape[:1])
-        self.rows = np.arange(len(images))  # the row of `pixels` of each image
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the images without their pixels."""
-        return type(self), (self.images, self.rules)
-
-    def read(self, samples: Sequence[int]) -> Pixels:
-        """Return the pixels (B, crop, crop, 3) of the images at the indices *samples*.
-
-        If pixels are kept, they are computed at their first use only. Raises `DataError` for a
-        damaged image.
-        """
-        if not self.is_kept:
-            return np.stack([self.images.preprocess(sample, self.rules) for sample in samples])
-        rows = self.rows[np.asarray(samples)]
-        missing = {
-            samples[position]
-            for position in np.flatnonzero(self.is_computed[rows] == 0).tolist()
-        }
-        for sample in sorted(missing):
-            self.pixels[self.rows[sample]] = self.images.preprocess(sample, self.rules)
-        self.is_computed[rows] = 1  # after the pixels, which other processes read then
-        pixels: Pixels = self.pixels[rows]
-        return pixels
-
-    def select(self, mask: NDArray[np.bool_]) -> Self:
-        """Keep the images where *mask* (N,) is true; both objects share their pixels."""
-        selected = copy.copy(self)
-        selected.images = self.images.select(mask)
-        selected.rows = self.rows[mask]
-        return selected
-
-
-def shared_zeros(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Create an array of zeros that this process and those that it forks share; pages exist when used."""
-    memory = mmap.mmap(-1, max(1, math.prod(shape)))
-    return np.frombuffer(memory, np.uint8, math.prod(shape)).reshape(shape)
-
-
-@dataclass(frozen=True, slots=True)
-class FittedDataset(Dataset):
-    """Base class of inputs whose images are fitted to the network; index `sample + copy * N` is a copy.
-
-    `fitted` are the pixels that stay in memory, if there are any.
-    """
-
-    fitted: FittedPixels | None = field(default=None, kw_only=True)
-
-    @abstractmethod
-    def pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Compute the pixels (B, H, W, 3) of the images at *indices*, which may be those of copies."""
-
-    def batch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[Any]]:
-        """Compute the pixels (B, H, W, 3) and the targets, (B,) int64 or (B, C), of images or copies."""
-        targets = self.images.targets[np.asarray(indices) % len(self.images)]
-        return self.pixels(indices), targets if self.images.is_multi_label else targets.astype(
-            np.int64
-        )
-
-    def fit(self, indices: Sequence[int], rules: Preprocess) -> NDArray[np.uint8]:
-        """Return images at *indices* fitted by *rules*, (B, crop, crop, 3), or the `fitted` ones."""
-        if self.fitted is not None:
-            return self.fitted.read(indices)
-        return np.stack([self.images.preprocess(index, rules) for index in indices])
-
-    def select(self, mask: NDArray[np.bool_]) -> Self:
-        """Keep the images where *mask* (N,) is true."""
-        fitted = None if self.fitted is None else self.fitted.select(mask)
-        return replace(self, images=self.images.select(mask), fitted=fitted)
-
-
-@dataclass(frozen=True, slots=True)
-class PreprocessedDataset(FittedDataset):
-    """Images preprocessed exactly as the service does, for evaluation.
-
-    With `pad`, they are padded with that many black pixels and cropped at an offset that the
-    pixels decide.
-    """
-
-    preprocess: Preprocess
-    pad: int = 0
-
-    def pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Compute the pixels (B, crop, crop, 3) at *indices*, shifted by `pad` at most."""
-        arrays = self.fit(indices, self.preprocess)
-        pad = self.pad
-        if not pad:
-            return arrays
-        windows = []
-        for array in arrays:  # the offset is the same in every epoch
-            digest = hashlib.blake2b(array.tobytes(), digest_size=16).digest()
-            top, left = (
-                int.from_bytes(half, "big") % (2 * pad + 1) for half in (digest[:8], digest[8:])
-            )
-            windows.append(Window(top, left))
-        return crop_padded(arrays, pad, windows)
-
-
-class Window(NamedTuple):
-    """Where a padded image is cropped, in pixels, and whether the result is mirrored."""
-
-    top: int
-    left: int
-    is_mirrored: bool = False
-
-
-def crop_padded(
-    arrays: NDArray[np.uint8], pad: int, windows: Sequence[Window]
-) -> NDArray[np.uint8]:
-    """Pad *arrays* (B, H, W, 3) with *pad* black pixels and crop each to (H, W) at its window.
-
-    A window may mirror what it shows.
-    """
-    count, height, width, channels = arrays.shape
-    padded = np.zeros((count, height + 2 * pad, width + 2 * pad, channels), np.uint8)
-    padded[:, pad : pad + height, pad : pad + width] = arrays
-    cropped = np.empty_like(arrays)
-    for array, result, (top, left, is_mirrored) in zip(padded, cropped, windows, strict=True):
-        window = array[top : top + height, left : left + width]
-        result[:] = window[:, ::-1] if is_mirrored else window
-    return cropped
-
-
 def select_classes(images: _Images, labels: tuple[str, ...]) -> _Images:
     """Keep the classes *labels* of *images*, in this order; leave out images of other classes.
 
@@ -494,140 +328,3 @@ def select_classes(images: _Images, labels: tuple[str, ...]) -> _Images:
     targets = new_index[images.targets.astype(np.int64)]
     kept = targets >= 0  # -1 is a class to leave out
     return images.select(kept).replaced(labels=labels, targets=targets[kept])
-
-
-def map_threaded(function: Callable[[int], _Result], count: int) -> Iterator[_Result]:
-    """Yield *function*(0) to *function*(count - 1) in order, computed by one thread per core."""
-    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        for results in pool.map(lambda chunk: [function(index) for index in chunk], chunks):
-            yield from results
-
-
-def hash_images(images: LabeledImages) -> NDArray[np.int64]:
-    """Return the `file_hash` of each of *images*, (N,); that of an unreadable file is `UNREADABLE`."""
-
-    def hash_image(index: int) -> int:
-        try:
-            return images.photo(index).file_hash
-        except DataError:
-            return UNREADABLE
-
-    return np.fromiter(map_threaded(hash_image, len(images)), dtype=np.int64, count=len(images))
-
-
-def count_formats(images: LabeledImages) -> Counter[str]:
-    """Count *images* by the format of their file, a name of `FORMATS`; others are left out."""
-    heads = map_threaded(images.read_head, len(images))
-    return Counter(filter(None, map(format_of, heads)))
-
-
-def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) -> str:
-    """Name the images with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
-    _, first_of_hash, hash_number_N = np.unique(hashes, return_index=True, return_inverse=True)
-    # For each image, the index of the first one with its hash.
-    first_N = first_of_hash[hash_number_N].tolist()
-    # Shape (N,), or (N, C) if an image can have several classes.
-    is_equal = images.targets[first_N] == images.targets
-    same_labels_N = is_equal if is_equal.ndim == 1 else is_equal.all(axis=1)
-    is_readable_N = hashes != UNREADABLE
-    # Images with other labels than the first one with their hash.
-    contradictions = np.flatnonzero(is_readable_N & ~same_labels_N).tolist()
-    pairs = [
-        f"{images.describe(first_N[index])} = {images.describe(index)}"
-        for index in contradictions
-    ]
-    return (
-        f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}"
-        if pairs
-        else ""
-    )
-
-
-def count_seen(images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64]) -> int:
-    """Count the *images* whose files have one of the *hashes*, those of training images."""
-    if not len(hashes):
-        return 0
-    hashes_N = hash_images(images)
-    return int((np.isin(hashes_N, hashes) & (hashes_N != UNREADABLE)).sum())
-
-
-def describe_seen(
-    images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64], *, is_sample: bool = False
-) -> str:
-    """Say how many of *images* a network was trained on, whose training files have *hashes*; "" if none."""
-    seen = count_seen(images, hashes)
-    if not seen:
-        return ""
-    return (
-        f"{'at least ' if is_sample else ''}{seen} of {len(images)} images are training images of this "
-        "network, so that these figures are too high for new images"
-    )
-
-
-def find_unreadable(images: LabeledImages) -> dict[int, str]:
-    """Return the messages of the errors of the images that cannot be decoded, by index."""
-
-    def error_of(index: int) -> str:
-        try:
-            images.photo(index).check()
-        except DataError as error:
-            return str(error)
-        return ""
-
-    return {
-        index: error for index, error in enumerate(map_threaded(error_of, len(images))) if error
-    }
-
-
-def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataError:
-    """Build an error with every unreadable image of *parts*; return *first* if there is only one."""
-    return _name_all(
-        first, [error for part in parts for error in find_unreadable(part).values()]
-    )
-
-
-def _name_all(first: DataError, errors: Sequence[str]) -> DataError:
-    if len(errors) < 2:
-        return first
-    return DataError(
-        f"{len(errors)} images cannot be used (`sopdeploy data check --json` lists all): "
-        f"{shorten_problems(errors)}",
-        lists={"images": errors},
-    )
-
-
-def leave_out_unreadable(split: Split, first: DataError) -> Split:
-    """Leave the damaged and missing images of *split* out; its note names them.
-
-    *first* is the error of the image that was met first; it is raised if all images can be read.
-    Raises an error that names all unusable images if they are too many (`MAX_DAMAGED`,
-    `MANY_DAMAGED`), or if too few images remain of a class, or no held-out ones.
-    """
-    found = list[LeftOut]()
-    errors = list[str]()
-
-    for name, images in (("train", split.train), ("held_out", split.held_out)):
-        for index, error in find_unreadable(images).items():
-            reason = error.removeprefix(f"{images.describe(index)}: ")
-            found.append(LeftOut(name, images.identity(index), reason))
-            errors.append(error)
-    if not found:
-        raise first
-
-    # What remains must suffice: two images of each class, or one with held-out images.
-    count = len(split.train) + len(split.held_out)
-    remaining = split.without(found)
-    least = np.minimum(split.train.class_counts(), 1 if len(split.held_out) else 2)
-    too_few = (remaining.train.class_counts() < least).any() or (
-        len(split.held_out) and not len(remaining.held_out)
-    )
-    if too_few or (len(found) >= MANY_DAMAGED and len(found) > MAX_DAMAGED * count):
-        raise _name_all(first, errors)
-
-    return replace(remaining, notes=(describe_left_out(errors),))
-
-
-def describe_left_out(errors: Sequence[str]) -> str:
-    """Name the images that a run leaves out, given as texts `IMAGE: REASON`."""
-    return f"{amount(len(errors), 'unusable image')} left out: {shorten_problems(errors)}"

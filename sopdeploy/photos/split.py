@@ -30,19 +30,20 @@ def hold_out(
 ) -> NDArray[np.bool_]:
     """Select about *fraction* of every class for the held-out set, as a mask (N,).
 
-    This is at least one of two or more images, and never all. If images have several classes,
-    it may be none, because an image is held out only if each of its classes keeps another one
-    for training. The selection depends on *seed* and the images' *keys* only. It is the same on
-    every machine and in every version, so that an image used for training is never used for
+    Of a class of two images or more, this is at least one image, and never all. If images have
+    several classes, it may be none, because an image is held out only if each of its classes keeps
+    another one for training. The selection depends on *seed* and the images' *keys* only. It is the
+    same on every machine and in every version, so that an image used for training is never used for
     evaluation later. *targets* are class indices (N,), or (N, C) with 1 for every class of an
     image. With (N, C), the classes are processed from the rarest to the most frequent one, then
     the images without a class, as in the iterative stratification of Sechidis et al. (ECML
     2011), section 4.
     """
-    # The order of the selection: by hashes, and equal hashes by key.
+    # The indices of the images in the order of the selection: by hashes, equal ones by key.
     ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]
-    # The indices of the images in this order.
     shuffled_N = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)
+
+    # The classes of each image, the images of each class in this order, and their number.
     classes_of_N: NDArray[np.int64] | list[NDArray[np.int64]]
     if targets.ndim == 1:
         classes_of_N = targets[:, None].astype(np.int64)
@@ -58,15 +59,17 @@ def hold_out(
         class_members = [shuffled_N[targets[shuffled_N, column] > 0] for column in rarest_first]
         # The images without a class are last.
         class_members.append(shuffled_N[~targets[shuffled_N].any(axis=1)])
-    held_out = np.zeros(len(keys), np.bool_)
-    decided = np.zeros(len(keys), np.bool_)
+
     # An image of several classes is decided once, with the rarest of them, and counts for all
     # of them.
-    for members in class_members:  # image indices in random order
+    held_out = np.zeros(len(keys), np.bool_)
+    decided = np.zeros(len(keys), np.bool_)
+    for members in class_members:
         # One image remains for training. A class may have no images here.
         at_most = max(0, len(members) - 1)
         quota = min(max(1, round(fraction * len(members))), at_most)
         missing = quota - int(held_out[members].sum())  # some may be held out already
+
         for image in members[~decided[members]]:
             if missing <= 0:
                 break
@@ -93,13 +96,12 @@ def choose_held_out(
     keys_G = [images.identity(index) for index in first_G.tolist()]
     targets_G = images.targets[first_G]
     if (targets_G[group_N] != images.targets).any():  # images of a group have different classes
-        classes = (
-            np.nonzero(images.targets)
-            if images.is_multi_label
-            else (slice(None), images.targets)
-        )
         targets_G = np.zeros((len(first_G), len(images.labels)), np.bool_)
-        targets_G[group_N[classes[0]], classes[1]] = True
+        if images.is_multi_label:
+            image_indices, class_indices = np.nonzero(images.targets)
+            targets_G[group_N[image_indices], class_indices] = True
+        else:
+            targets_G[group_N, images.targets] = True
     is_held_out_G = hold_out(keys_G, targets_G, fraction, seed)
     return np.where(is_held_out_G[group_N], group_N, NONE)
 

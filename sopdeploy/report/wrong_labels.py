@@ -13,7 +13,8 @@ from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.label_doubts import find_label_doubts
 from sopdeploy.paths import describe_wrong
-from sopdeploy.photos.photo import LabeledImages, hash_images
+from sopdeploy.photos.file_checks import hash_images
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.checkpoints import has_same_images, read_recorded_recipe
 from sopdeploy.training.few_shot.state import read_label_logits
 from sopdeploy.training.setup import open_division

@@ -66,9 +66,7 @@ class ExpectedTime:
 
         remaining = seconds / measured * (total - done)
         if remaining >= WORTH_A_LINE:
-            hours = (
-                f"{remaining / 3600:.1f} hours"
-                if remaining >= 7200
-                else f"{remaining / 60:.0f} minutes"
-            )
-            self.callback.on_message(f"expected time: about {hours}; {self.advice}")
+            duration = f"{remaining / 60:.0f} minutes"
+            if remaining >= 2 * 3600:
+                duration = f"{remaining / 3600:.1f} hours"
+            self.callback.on_message(f"expected time: about {duration}; {self.advice}")

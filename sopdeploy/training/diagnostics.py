@@ -25,7 +25,7 @@ from sopdeploy.evaluation.prediction import (
 )
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy.photos.photo import PreprocessedDataset
+from sopdeploy.photos.network_inputs import PreprocessedDataset
 
 MAX_IMAGES = 512
 # in the order of the columns; each network has some of them

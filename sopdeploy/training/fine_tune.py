@@ -34,11 +34,12 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy.models.registry import create_model
 from sopdeploy.models.second_order_head import SecondOrderHead, tuned_name
 from sopdeploy.photos.copies import Groups, group_photographs
-from sopdeploy.photos.photo import PreprocessedDataset
+from sopdeploy.photos.network_inputs import PreprocessedDataset
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import Fit, RunFolder, Setup, read_resumed, run_record
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
-from sopdeploy.training.few_shot.run import fit_new, weights_in_means, with_decision
+from sopdeploy.training.few_shot.cross_validation import weights_in_means
+from sopdeploy.training.few_shot.run import fit_new, with_decision
 from sopdeploy.training.few_shot.state import FewShotFit, read_few_shot_fit
 from sopdeploy.training.loop.run import fit_loop
 from sopdeploy.training.loop.state import LoopState, last_loop_record, read_frozen, restore_loop
@@ -169,7 +170,7 @@ def _keep_tuned(
     fit = replace(
         run.synchronized_fit(),
         result=result,
-        decision=None if decision == Decision() else decision,  # nothing was fitted
+        decision=None if decision == Decision() else decision,  # None if nothing was fitted
         position=run.position.model_copy(update={"seconds": seconds}),
     )
 
@@ -191,6 +192,7 @@ def _keep_frozen(
 
     best = run_record(run.setup, fit)
     folder.save_best(best)
+    # The epochs of the loop or, if it has trained none, the row of the frozen network.
     folder.save_history(run.position.history or position.history)
     return fit, best.training
 

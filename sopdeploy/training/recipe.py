@@ -196,15 +196,19 @@ class Recipe(SharedSettings, LoopSettings):
     start: StartConfig | None = None
 
     def reads(self, key: str) -> bool:
-        """Check whether the procedure reads the dotted *key*, of a value or of a table with such values."""
+        """Check whether the procedure reads the dotted *key*, which may be that of a table."""
         procedure = self.procedure
         is_few_shot = isinstance(procedure, FewShotConfig)
+
+        # Of the options of the network, those that the network with a head has.
         if key.startswith("model.config.") and isinstance(procedure, HeadOptions):
             from sopdeploy.models.second_order_head import head_name, tuned_name  # noqa: PLC0415 # torch
 
             network = head_name(self.model.name) if is_few_shot else tuned_name(self.model.name)
             _model, _config, option, *_ = key.split(".")
             return option in entry(network).config.model_fields
+
+        # The few-shot procedure reads the shared settings alone, and holds out nothing.
         return not is_few_shot or (
             key not in HOLD_OUT_KEYS and has_key(SharedSettings, key.split("."))
         )
@@ -330,15 +334,16 @@ def change_recipe(
     the file or key, and the closest key.
     """
     values = deepcopy(dict(base))
+    # By keys of values: a change may be a whole table.
     changed = {key: value for change in changes for key, value in flatten(dict([change]))}
     _drop_foreign_options(values, changed)
 
-    preprocess = deepcopy(values.get("preprocess"))
+    preprocess_before = deepcopy(values.get("preprocess"))
     add_fine_tune_settings(values, changed.get("procedure.kind"))
     for key, value in changes:
         set_value(values, key, value)
 
-    _scale_resize(values, preprocess, dict(changes))
+    _scale_resize(values, preprocess_before, dict(changes))
     return validate_recipe(values, source)
 
 
@@ -358,7 +363,7 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
     if not isinstance(table, dict):
         return
     sides: list[Any] = [table.get("crop"), before.get("resize"), before.get("crop")]
-    # A side of another type is left to the validation, which names it.
+    # The new crop, and both sides before; one of another type is left to the validation.
     if all(isinstance(side, int) and side > 0 for side in sides):
         table["resize"] = Preprocess.scaled_resize(*sides)
 

@@ -24,7 +24,7 @@ from sopdeploy.evaluation.statistics import (
 )
 from sopdeploy.html.report import NO_BREAK_SPACE, percent
 from sopdeploy.photos.clips import describe_clip, describe_possible_clip
-from sopdeploy.photos.photo import describe_left_out
+from sopdeploy.photos.file_checks import describe_left_out
 
 # The result names classes with fewer images, because each fold tests hardly any of them
 _FEW_IMAGES = 5
@@ -241,7 +241,7 @@ class FewShotResult(StrictModel):
     """Result of the few-shot procedure.
 
     Attributes:
-        top1: Accuracy with its 95 % interval (`classifier.estimate_score`); `None` with several classes per
+        top1: Accuracy with its 95 % interval (`score.estimate_score`); `None` with several classes per
             image, and if fewer than two classes have images that can be judged.
         map: Mean average precision with its interval; only with several classes per image.
         estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
@@ -352,7 +352,7 @@ class FewShotResult(StrictModel):
 
         # An accuracy that the largest class alone reaches may show nothing.
         label = max(counts, key=lambda label: counts[label])
-        # With several classes per image, it is possible that no image shows any: `max`.
+        # With several classes per image, perhaps no image shows any class; 1 then replaces the sum.
         majority = counts[label] / max(1, sum(counts.values()))
         comparison = ""
         if self.map is None and score.low <= majority:
@@ -455,6 +455,7 @@ class FewShotResult(StrictModel):
             ratio = max(counts.values()) / max(1, min(counts.values()))
             text += f"; the largest is {ratio:.1f} times the smallest, and the logits are corrected for it"
 
+        # Classes with few images, unless a line of `gains` names them.
         estimated = {gain.label for gain in self.gains}
         few = [
             label

@@ -1,6 +1,5 @@
 """The start of a run: what it was given, after all checks, before a file is written."""
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from secrets import token_hex
@@ -21,15 +20,14 @@ from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.clips import clips_of_images
 from sopdeploy.photos.copies import NO_PAIRS, Groups, connect, group_photographs
-from sopdeploy.photos.folder import UnknownImages, open_unknown
-from sopdeploy.photos.photo import (
-    LabeledImages,
-    Split,
+from sopdeploy.photos.evaluation_images import UnknownImages, open_unknown
+from sopdeploy.photos.file_checks import (
     count_formats,
     count_seen,
     describe_contradictions,
     hash_images,
 )
+from sopdeploy.photos.photo import LabeledImages, Split
 from sopdeploy.photos.split import (
     NONE,
     Record,
@@ -109,7 +107,10 @@ NOTHING_GIVEN = Given()
 def open_images(
     recipe: Recipe, data: Split | None = None, unknown: UnknownImages | None = None
 ) -> RunImages:
-    """Open the images of *recipe*, without those that are open; raises as `open_data`."""
+    """Open the images of *recipe*; *data* and *unknown* are those that are open already.
+
+    Raises the errors of `open_data`, and `DataError` for the folder of unknown images.
+    """
     folder = recipe.rejection.unknown
     if unknown is None and folder is not None:
         unknown = open_unknown(folder)
@@ -162,10 +163,16 @@ def set_up_run(
         setup = _resume_setup(selected, recorded, division, folder, last)
     check_same_step(setup, folder)
 
-    # The formats of the images; only the first process writes them, so it alone counts.
-    formats = Counter[str]()
-    if strategy.rank == 0:
-        formats = count_formats(setup.data.train) + count_formats(setup.data.held_out)
+    # Only the first process writes the formats of the images, so it alone counts them.
+    formats = _find_formats(setup.data, callback) if strategy.rank == 0 else []
+    origin = _describe_origin(setup, folder, last, formats)
+    unknown_images = None if unknown is None else unknown.images
+    return replace(setup, reason=reason, origin=origin, unknown=unknown_images)
+
+
+def _find_formats(data: Split, callback: Callback) -> list[str]:
+    """List the formats of the images, sorted; warn of those that a server reads only with an extra."""
+    formats = count_formats(data.train) + count_formats(data.held_out)
     for name in formats.keys() & EXTRAS:
         if missing_extra(name):
             continue  # the first image says so
@@ -174,9 +181,7 @@ def set_up_run(
             f"{amount(formats[name], 'image')} in {name.upper()}: install sopdeploy[{extra}] where the "
             "network is served, too"
         )
-    origin = _describe_origin(setup, folder, last, sorted(formats))
-    unknown_images = None if unknown is None else unknown.images
-    return replace(setup, reason=reason, origin=origin, unknown=unknown_images)
+    return sorted(formats)
 
 
 def new_setup(
@@ -324,6 +329,7 @@ def divide_images(
     hashes = np.zeros(0, np.int64)  # of no file
     record = np.zeros((0, 2), np.int64)
 
+    # The few-shot procedure holds out nothing. A new run hashes the files with their features.
     if isinstance(recipe.procedure, FewShotConfig):
         return Division(opened, hashes if last is None else hash_images(images), record)
     reads_files = strategy.rank == 0 and len(images) <= MAX_HASHED
@@ -352,11 +358,11 @@ def divide_images(
 
 def _group_and_hash(recipe: Recipe, images: LabeledImages) -> tuple[Groups, NDArray[np.int64]]:
     """Read the files of *images* once; return the groups (N,) of copies and clips, and the hashes (N,)."""
-    found = group_photographs(images)
+    copies = group_photographs(images)
     if recipe.groups_by_name:
-        return found.groups, found.file_hashes
-    clips = clips_of_images(images, found.times, found.vectors, found.groups)
-    return clips.groups, found.file_hashes
+        return copies.groups, copies.file_hashes
+    clips = clips_of_images(images, copies.times, copies.vectors, copies.groups)
+    return clips.groups, copies.file_hashes
 
 
 def open_division(recipe: Recipe, last: Checkpoint) -> Division:
@@ -369,7 +375,11 @@ def open_division(recipe: Recipe, last: Checkpoint) -> Division:
 def _check_data(
     recipe: Recipe, opened: Split, division: Division, keys: Sequence[str], callback: Callback
 ) -> None:
-    """Check the images before the training; raises errors that would otherwise come after it."""
+    """Check the images before the training; raises errors that would otherwise come after it.
+
+    *opened* is what the source has, *division* what trains and is held out; *keys* are the recipe
+    keys that the user has set.
+    """
     data = division.data
     file_hashes = division.file_hashes
     if data.train.is_multi_label:

@@ -112,14 +112,13 @@ def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str
     from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
 
     config = make_config(recipe.model.name, recipe.model.config)
-    name = recipe.model.name.removeprefix(
-        "head:"
-    )  # `head:NAME` starts with the weights of NAME
+    # `head:NAME` starts with the weights of NAME.
+    name = recipe.model.name.removeprefix("head:")
     return fetch_imagenet_weights(name, config, download=download)
 
 
 def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeights:
-    """Read the file of `start.weights`, or *source*, which was opened before."""
+    """Read the file of `start.weights`; *source* is this file, if it was checked or opened before."""
     # `head:resnet50` reads the file of `resnet50`.
     model = recipe.model.name.removeprefix("head:")
 
@@ -196,19 +195,18 @@ def load_start_weights(
     another width or of other classes. Raises `WeightsError` for the first other tensor that
     does not fit or is not finite.
     """
+    # The classifiers: linear layers with an output per class, if they have a usual name or are in a
+    # branch. Others have so many outputs by chance.
     linear = [
         (name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)
     ]
-
     class_wide = [name for name, layer in linear if layer.out_features == model.num_classes]
-    # Of these, only the ones with a usual name are classifiers; others have an output per class
-    # by chance.
     classifiers = {classifier_name(model), *CLASSIFIER_PARTS.intersection(class_wide)}
     branch_classifiers = [name for name in class_wide if is_in(name, *model.training_only)]
 
-    # What of the network keeps its random weights, and what may keep them without an error.
+    # What of the network keeps its random weights, even if shapes fit, and what may keep them
+    # without an error.
     has_other_classes = weights.labels is not None and weights.labels != labels
-    # They are not loaded even if their shapes fit.
     not_loaded = [*classifiers, *branch_classifiers] if has_other_classes else []
     training_only = (*model.training_only, *weights.training_only)
     may_be_new = (*not_loaded, *training_only, *classifiers)
@@ -250,6 +248,7 @@ def _match_tensors(
     tensor that fits.
     """
     own = model.state_dict()
+
     # The module around the classifier: `classifier` of `classifier.6`, "" of `fc`. It may contain
     # the backbone, to which the first tensor belongs.
     container = classifier_name(model).rpartition(".")[0]

@@ -15,7 +15,7 @@ from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
-from sopdeploy.photos.photo import leave_out_unreadable, unreadable_images_error
+from sopdeploy.photos.file_checks import leave_out_unreadable, unreadable_images_error
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import Fit, RunFolder, Setup
 from sopdeploy.training.distributed import Strategy, select_device

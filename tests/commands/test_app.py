@@ -30,6 +30,7 @@ from sopdeploy.cli.console import (
     show_steps,
 )
 from sopdeploy.models.registry import CATALOG, FAMILIES
+from sopdeploy.report.wrong_labels import WrongLabel
 from sopdeploy.training.recipe_files import list_recipes
 from sopdeploy_commands import env
 from sopdeploy_commands.app import QUICK_START, app
@@ -564,6 +565,22 @@ def test_a_row_of_a_table_is_one_line_in_a_pipe_and_not_cut(
     assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
         [name, "98.7", "%"] for name in names
     ]
+
+
+def test_a_probably_wrong_label_is_a_row_with_the_probabilities_of_both_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = WrongLabel(
+        file="hat/1.jpg",
+        label="hat",
+        suggested="shoe",
+        probability=0.25,
+        probability_suggested=0.5,
+    )
+    monkeypatch.setattr("sopdeploy.report.wrong_labels.find_wrong_labels", lambda *_: (wrong,))
+    command = ["data", "check", str(tmp_path), "--wrong-labels", "runs/latest"]
+    row = CliRunner().invoke(app, command).stdout.splitlines()[1]
+    assert row.split() == ["hat/1.jpg", "hat", "25.0", "%", "shoe", "50.0", "%"]
 
 
 USAGE = {

@@ -10,8 +10,8 @@ from PIL import Image
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.images import limits
 from sopdeploy.images.limits import FORMATS
+from sopdeploy.photos.file_checks import count_formats
 from sopdeploy.photos.folder import open_folder
-from sopdeploy.photos.photo import count_formats
 from sopdeploy.project import Origin
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_service.inference.loader import describe_refusals, load_bundle

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.photos.check import check_data
+from sopdeploy.photos.evaluation_images import open_any_images, open_evaluation_images
 from sopdeploy.photos.files import check_takes_output
-from sopdeploy.photos.folder import open_any_images, open_evaluation_images, open_folder
+from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.table import read_label_table
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bulk.sources import MAX_OPENED, list_sources

@@ -11,11 +11,10 @@ from sopdeploy.bundle import archive, folder
 from sopdeploy.evaluation import decision_fit, permission, statistics
 from sopdeploy.images import limits, occlusion
 from sopdeploy.models.second_order_head import HeadConfig
-from sopdeploy.photos import photo
+from sopdeploy.photos import file_checks
 from sopdeploy.project import SAMPLED
 from sopdeploy.training.few_shot import cache as feature_cache
-from sopdeploy.training.few_shot import classifier, features
-from sopdeploy.training.few_shot import run as few_shot
+from sopdeploy.training.few_shot import description, features, scaling
 from sopdeploy.training.recipe import RejectionConfig
 from sopdeploy_commands import demo
 from sopdeploy_commands.bulk import sources
@@ -134,15 +133,18 @@ FROM_CODE: list[
         keeper.MAX_QUEUED_PHOTO_BYTES / MEGA,
     ),
     ("at most {:.0f} GB, the least recently used", feature_cache.LIMIT_BYTES / 1e9),
-    ("has more than {} times the images of the smallest", few_shot.UNEVEN),
-    ("a margin, which about {:.0f} % of their", PERCENT * classifier.TAKEN),
-    ("which about {:.0f} % exceed", PERCENT * classifier.TAKEN),
+    ("has more than {} times the images of the smallest", description.UNEVEN),
+    ("a margin, which about {:.0f} % of their", PERCENT * scaling.TAKEN),
+    ("which about {:.0f} % exceed", PERCENT * scaling.TAKEN),
     (
         "{} principal components ({} in the few-shot procedure)",
         HeadConfig().width,
         features.WIDTH,
     ),
-    ("if more than {:.0f} % of the images, and at least three", PERCENT * photo.MAX_DAMAGED),
+    (
+        "if more than {:.0f} % of the images, and at least three",
+        PERCENT * file_checks.MAX_DAMAGED,
+    ),
     (
         "at least {:.0f} % of the new photographs right, at least {:.0f} % of other things unknown, at least "
         "{:.0f} % of the digits right",

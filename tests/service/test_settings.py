@@ -24,6 +24,7 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
         3,
         256,
     )
+    assert load_settings(file, port=0).port == 0  # an argument, and not the lack of one
     settings = Settings(keep=tmp_path / 'an "odd" name 😀', devices=("0", "1"))
     assert Settings(**tomllib.loads(to_toml(settings))).model_dump() == settings.model_dump()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sopdeploy.bundle.archive import upload
-from sopdeploy.bundle.folder import staging
+from sopdeploy.bundle.publication import staging
 from sopdeploy.checkpoint import write_plain
 from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.file_systems import lock_file

@@ -35,7 +35,7 @@ from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.importers.timm_files import read_hub_config
 from sopdeploy.names import read_labels
 from sopdeploy.paths import check_is_checkpoint, check_is_weights
-from sopdeploy.photos.folder import open_any_images
+from sopdeploy.photos.evaluation_images import open_any_images
 from sopdeploy.photos.table import read_label_table
 from sopdeploy.pickled import distinct_values
 from sopdeploy.training.recipe import read_recipe
@@ -491,9 +491,9 @@ def read_bytes_calls(file: Path) -> list[str]:
 
 UNLIMITED = {
     # Files of a package.
-    "html/report.py", "models/choices.py", "models/describe.py", "photos/folder.py", "reproduction/tables.py",
-    "training/recipe_files.py", "few_shot/cache.py", "lower/known_operators.py", "api/web.py",
-    "label/app.py",
+    "html/report.py", "models/choices.py", "models/describe.py", "photos/evaluation_images.py",
+    "reproduction/tables.py", "training/recipe_files.py", "few_shot/cache.py",
+    "lower/known_operators.py", "api/web.py", "label/app.py",
     # Files of the kernel.
     "sopdeploy/environment.py", "decoding/child.py", "sopdeploy_service/templates.py",
     "runtime/device_memory.py",

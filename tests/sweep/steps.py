@@ -23,7 +23,7 @@ from sopdeploy_export.lower.operators import check_operators
 from sopdeploy_export.lower.precision import (
     NO_IMAGES,
     Lowered,
-    MeasuringImages,
+    UserImages,
     convert_precision,
 )
 from sopdeploy_export.lower.to_onnx import lower
@@ -149,7 +149,7 @@ def write_graph(
     preprocess: Preprocess,
     destination: Path,
     options: ExportOptions,
-    measuring: MeasuringImages = NO_IMAGES,
+    measuring: UserImages = NO_IMAGES,
 ) -> tuple[ParityReference, ParityReport]:
     """Write the graph in the precision of *options*, and compare the file with the network."""
     images = generated_images(preprocess.crop)

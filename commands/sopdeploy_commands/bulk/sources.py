@@ -205,7 +205,8 @@ def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
 
             parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
 
-            # A file with holes does not have its bytes in one place.
+            # A file with holes does not have its bytes in one place. It and other entries count
+            # by their names: `bytes` reads nothing.
             is_sparse = member.sparse is not None
             is_whole = member.isreg() and not is_sparse
             read = partial(_read_member_head, file, member) if is_whole else bytes

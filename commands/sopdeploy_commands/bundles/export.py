@@ -28,8 +28,8 @@ from sopdeploy.images.preprocess import CONVENTIONS, Preprocess
 from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.names import label_problem
 from sopdeploy.paths import check_is_checkpoint, check_is_weights, describe_foreign, what_is
+from sopdeploy.photos.evaluation_images import ANY_IMAGES
 from sopdeploy.photos.files import check_takes_output, data_folder
-from sopdeploy.photos.folder import ANY_IMAGES
 from sopdeploy.project import file_project
 from sopdeploy_export.options import (
     EngineOptions,
@@ -126,7 +126,9 @@ def export(
         try:
             check_is_checkpoint(path)
         except CheckpointError as error:
-            if not describe_foreign(path) or path.suffix == ".onnx":
+            # A weight file needs the code of its network, too; a graph has no use for it.
+            may_be_weights = describe_foreign(path) and path.suffix != ".onnx"
+            if not may_be_weights:
                 raise
             raise CheckpointError(
                 error.message, remedies={"network": "module:callable"}
@@ -417,6 +419,8 @@ def engine(
 
     if options.checkpoint is None:
         return get_engine(opened_bundle, options, on_step)
+
+    # `EngineOptions` has a checkpoint with torch-tensorrt only.
     check_is_checkpoint(options.checkpoint)
     from sopdeploy_commands.bundles.engine_builder.from_program import build_from_program
     from sopdeploy_export.pipeline import rebuild_program

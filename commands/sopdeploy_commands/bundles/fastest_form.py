@@ -22,7 +22,7 @@ from sopdeploy_service.settings import Settings
 
 ONE_THREAD = Settings(threads=1)
 MIN_ROUNDS = 4  # the first one is not counted
-ROUND_SECONDS = 1.5  # of all rounds together
+MEASURED_SECONDS = 1.5  # of all rounds together
 SMALLEST_GAIN = 1.1  # less is within the noise of a measurement
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -61,6 +61,8 @@ def describe_fastest_form(bundle: Bundle) -> str:
     else:
         faster = f"{best.precision} with {best.runtime}: {gain:.1f} x faster on this processor"
         text = f"{faster}: {', '.join(options)}"
+
+    # Runtimes that are not installed were not measured.
     missing = [runtime for runtime in runtimes.values() if not runtime.is_set_up()]
     return text + "".join(
         f" ({install_hint(runtime.title, f'sopdeploy[{runtime.extra}]')})"
@@ -108,7 +110,7 @@ def measure_forms(bundle: Bundle) -> dict[BundleForm, list[float]]:
 def measure_alternately(runs: Mapping[_Key, Callable[[], object]]) -> dict[_Key, list[float]]:
     """Measure the processor seconds of *runs* in rounds, in which each runs once; the first is not counted."""
     times: dict[_Key, list[float]] = {name: [] for name in runs}
-    end = time.process_time() + ROUND_SECONDS
+    end = time.process_time() + MEASURED_SECONDS
     rounds = 0
 
     while rounds < MIN_ROUNDS or time.process_time() < end:

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.images.decode import decode
+from sopdeploy.photos.evaluation_images import open_evaluation_images
+from sopdeploy.photos.file_checks import describe_seen
 from sopdeploy.photos.files import Log
-from sopdeploy.photos.folder import open_evaluation_images
-from sopdeploy.photos.photo import ImageFiles, describe_seen
+from sopdeploy.photos.photo import ImageFiles
 from sopdeploy.project import SAMPLED
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import translating_errors
@@ -52,7 +53,8 @@ def scores_of_bundle(
     target_labels = labels if multi_label else sorted_labels
     images = open_evaluation_images(data, target_labels, multi_label=multi_label, log=log)
 
-    # Photographs that trained the network make its scores too good.
+    # Photographs that trained the network make its scores too good. A full record has the hashes
+    # of some training images only.
     origin = loaded.bundle.manifest.origin
     if origin is not None:
         is_sample = len(origin.sample) == SAMPLED
@@ -96,7 +98,7 @@ def logits_of_images(
         except ImageError as error:
             raise DataError(f"{path}: {error}; repair or remove it") from error
 
-        # A user's view of an image and, with `mirror`, of its mirror image count as much.
+        # The image and, with *mirror*, its mirror image, of whose logits the mean counts.
         views = [pixels, np.ascontiguousarray(pixels[:, ::-1])] if mirror else [pixels]
         with translating_errors(loaded.runtime):
             logits = [

@@ -11,15 +11,10 @@ from pathlib import Path
 
 from sopdeploy.bundle import archive as tar
 from sopdeploy.bundle import signing
-from sopdeploy.bundle.folder import (
-    SIGNATURE_SUFFIX,
-    give_final_name,
-    open_bundle,
-    read_bundles,
-    read_files,
-    staging,
-)
+from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, open_bundle, read_files
+from sopdeploy.bundle.listing import read_bundles
 from sopdeploy.bundle.manifest import Manifest
+from sopdeploy.bundle.publication import give_final_name, staging
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field
 from sopdeploy.errors import BundleError, ConfigError

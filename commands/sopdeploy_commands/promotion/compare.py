@@ -39,8 +39,8 @@ from sopdeploy.evaluation.statistics import (
     mcnemar,
 )
 from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
+from sopdeploy.photos.evaluation_images import open_evaluation_images, open_unknown
 from sopdeploy.photos.files import KEPT_NAME
-from sopdeploy.photos.folder import open_evaluation_images, open_unknown
 from sopdeploy.photos.photo import ImageFiles
 from sopdeploy.project import SAMPLED
 from sopdeploy_commands.bundles.scores import logits_of_images
@@ -95,7 +95,8 @@ def compare(
     """
     settings = load_settings()
 
-    # `latest` is the last export here, even if another bundle is live.
+    # The folders to which the links lead: without this, `load_model` would take `latest` for the
+    # live bundle of the project, which is what new bundles are compared with.
     pair = [load_model(Path(os.path.realpath(path)), settings) for path in (first, second)]
 
     return compare_loaded(
@@ -160,7 +161,7 @@ def compare_loaded(
 
     first = evaluate(pair[0], unknown_images)
     second = evaluate(pair[1], unknown_images)
-    best = None if anchor is None else evaluate(anchor, None)
+    best = None if anchor is None else evaluate(anchor, no_class=None)
 
     # The verdict, by bounds on what the second bundle loses and by what changed for unknown images,
     # if both bundles recognize them.
@@ -172,13 +173,7 @@ def compare_loaded(
         rejections = Change(**counts, p=mcnemar(**counts))
     verdict = _decide(checks, rejections)
 
-    # How many more photographs would decide, if each check that fails could pass with more.
-    num_more_images: int | None = None
-    if verdict == "undecided":
-        counts_to_pass = [check.num_more_images for check in checks if not check.passes]
-        if None not in counts_to_pass:
-            num_more_images = max(count for count in counts_to_pass if count is not None)
-
+    # The figures are those of all recent photographs.
     in_all = checks[0]
     interval = difference_interval(in_all.wins, in_all.losses, in_all.num_images)
     first_labels, second_labels = (set(model.bundle.labels) for model in pair)
@@ -197,7 +192,7 @@ def compare_loaded(
         attempt=attempt,
         checks=checks,
         verdict=verdict,
-        num_more_images=num_more_images,
+        num_more_images=_count_needed(checks) if verdict == "undecided" else None,
         unknown=rejections,
         classes=compare_classes(photographs, photographs.old, first.right, second.right),
         new=compare_classes(photographs, photographs.new, first.right, second.right),
@@ -342,6 +337,18 @@ def _decide(checks: Sequence[Check], unknown: Change | None) -> Verdict:
         if check.losses > check.wins and mcnemar(check.wins, check.losses) <= ALPHA:
             return "worse"
     return "undecided"
+
+
+def _count_needed(checks: Sequence[Check]) -> int | None:
+    """Return with how many more photographs all *checks* would pass; None if no number is enough for one."""
+    needed = 0
+    for check in checks:
+        if check.passes:
+            continue
+        if check.num_more_images is None:
+            return None
+        needed = max(needed, check.num_more_images)
+    return needed
 
 
 def _are_recent(images: ImageFiles) -> NDArray[np.bool_]:

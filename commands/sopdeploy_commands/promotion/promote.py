@@ -29,8 +29,8 @@ from sopdeploy.files import (
     target_of,
     writing,
 )
+from sopdeploy.photos.evaluation_images import ANY_IMAGES
 from sopdeploy.photos.files import data_folder
-from sopdeploy.photos.folder import ANY_IMAGES
 from sopdeploy.project import utc_now
 from sopdeploy_commands.promotion.compare import Tolerance, compare_loaded, load_anchor
 from sopdeploy_commands.promotion.comparison import BundleComparison
@@ -129,7 +129,8 @@ def promote(
 
     # Nothing to compare with, or a forced move without photographs
     if not has_live or data is None:
-        return _record_and_move(over, before, after, force or "first bundle", None, manifest)
+        reason = force or "first bundle"
+        return _record_and_move(over, before, after, reason, comparison=None, manifest=manifest)
 
     # Both bundles on the same photographs; the new one also with the best earlier bundle.
     live = load_model(over, settings)
@@ -167,7 +168,7 @@ def _best_of(comparison: BundleComparison, live: str, anchor: str | None, after:
     checks = {check.of: check for check in comparison.checks}
     if anchor is None or "anchor" not in checks:
         anchor = live
-        against = checks["all"]
+        against = checks["all"]  # compares with the live bundle
     else:
         against = checks["anchor"]
 
@@ -180,7 +181,7 @@ def _move_back(link: Path) -> Promotion:
     all_moves = [move for move in read_promotions(link) if not move.refused]
     moves = [move for move in all_moves if move.after == live]
 
-    # Oldest first; before the first bundle, none was live.
+    # The bundles before it, the oldest first; before the first bundle of all, none was live.
     previous = [move.before for move in moves if move.before]
     if not previous:
         log = link.with_name(LOG)
@@ -192,8 +193,15 @@ def _move_back(link: Path) -> Promotion:
     loaded = load_model(link.parent / after, load_settings())  # raises for a damaged one
     anchors = [move.anchor for move in all_moves if move.after == after]
     anchor = anchors[-1] if anchors else None
-    manifest = loaded.bundle.manifest
-    return _record_and_move(link, live, after, "back", None, manifest, anchor=anchor)
+    return _record_and_move(
+        link,
+        before=live,
+        after=after,
+        reason="back",
+        comparison=None,
+        manifest=loaded.bundle.manifest,
+        anchor=anchor,
+    )
 
 
 def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
@@ -241,9 +249,9 @@ def _record_and_move(
 ) -> Promotion:
     """Record the move of *link* from *before* to *after*, then make it; a *refused* one is only recorded.
 
-    The line of a move that fails is removed. Raises `ConfigError` if *link* no longer leads to
-    *before*, and `BundleError` if *after* has no longer the files of *manifest*, which were
-    loaded and compared.
+    The line has `MAX_LINE` characters of the *reason* at most; that of a move that fails is
+    removed. Raises `ConfigError` if *link* no longer leads to *before*, and `BundleError` if
+    *after* has no longer the files of *manifest*, which were loaded and compared.
     """
     # A container may have no name for the user.
     user = os.environ.get("USER") or str(os.getuid())

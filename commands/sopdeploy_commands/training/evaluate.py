@@ -16,7 +16,7 @@ from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.predictions import describe_predictions, measure_predictions
 from sopdeploy.paths import check_is_checkpoint, what_is
-from sopdeploy.photos.folder import check_holds_classes
+from sopdeploy.photos.evaluation_images import check_holds_classes
 
 _MAX_ROWS = 50  # of a table; the page of a run and --json have all
 MAX_COLUMNS = 13  # with more, the terminal shows no confusion matrix
@@ -85,7 +85,7 @@ class Evaluation:
 
 
 def _show(evaluation: Evaluation) -> None:
-    """Print the metrics, and the frequent mistakes."""
+    """Print the metrics, and the first rows of the tables that a terminal has room for."""
     for note in evaluation.notes:
         err.print(plain_text(f"warning: {note}"))
     mirrored = " with their mirror images" if evaluation.mirror else ""

@@ -26,11 +26,12 @@ from sopdeploy.evaluation.statistics import difference_interval
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.choices import file_stem
 from sopdeploy.models.registry import entry
-from sopdeploy.photos.photo import LabeledImages, Split, leave_out_unreadable
+from sopdeploy.photos.file_checks import leave_out_unreadable
+from sopdeploy.photos.photo import LabeledImages, Split
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, select_device
+from sopdeploy.training.few_shot.cross_validation import cross_validate
 from sopdeploy.training.few_shot.features import unfitted_network
-from sopdeploy.training.few_shot.run import cross_validate
 from sopdeploy.training.recipe import HeadOptions, Recipe
 from sopdeploy.training.results import NetworkScore
 from sopdeploy.training.setup import (
@@ -123,15 +124,13 @@ def choose_network(
     validated = {}
     for name in fetch_weights(candidates, callback, may_skip=may_skip):
         weights = configured[name][1].weights
+        score = partial(score_network, recipes[name], weights, strategy, callback)
         try:
-            validated[name] = score_network(
-                recipes[name], data.train, weights, strategy, callback
-            )
-        except DataError as error:  # perhaps of a damaged image, which the run names
+            validated[name] = score(data.train)
+        except DataError as error:
+            # Perhaps of an image that cannot be read; otherwise, this raises the error again.
             data = leave_out_unreadable(data, error)
-            validated[name] = score_network(
-                recipes[name], data.train, weights, strategy, callback
-            )
+            validated[name] = score(data.train)
 
     # Of the most accurate network and those that are not significantly worse, the fastest.
     best = max(validated.values(), key=lambda network: network.score.value)
@@ -142,18 +141,19 @@ def choose_network(
     ]
     chosen = min(as_good, key=lambda name: speeds[name].milliseconds)
 
-    scores = []
+    rows = []
     for name, speed in speeds.items():
-        score = NetworkScore(
+        is_validated = name in validated  # each fast one that has its weights
+        row = NetworkScore(
             name=name,
             **speed._asdict(),
-            score=validated[name].score if name in validated else None,
-            has_weights=name in validated or name not in fast,
+            score=validated[name].score if is_validated else None,
+            has_weights=is_validated or name not in fast,
             chosen=name == chosen,
         )
-        scores.append(score)
+        rows.append(row)
 
-    return tuple(scores)
+    return tuple(rows)
 
 
 def select_procedures(
@@ -276,10 +276,10 @@ def fetch_weights(
 
 def score_network(
     recipe: Recipe,
-    images: LabeledImages,
     weights: WeightSource | None,
     strategy: Strategy,
     callback: Callback,
+    images: LabeledImages,
 ) -> Validated:
     """Cross-validate the network of *recipe* on *images*; a cache keeps their features for a later run."""
     check_count(images)

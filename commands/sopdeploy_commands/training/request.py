@@ -15,8 +15,9 @@ from sopdeploy.errors import ConfigError, WeightsError, shorten
 from sopdeploy.files import expand_user, has_manifest
 from sopdeploy.models.choices import file_stem, read_choices
 from sopdeploy.paths import WeightPath, check_is_weights, describe_wrong, what_is
+from sopdeploy.photos.evaluation_images import ANY_IMAGES, open_unknown
 from sopdeploy.photos.files import check_takes_output, data_folder
-from sopdeploy.photos.folder import ANY_IMAGES, open_folder, open_unknown
+from sopdeploy.photos.folder import open_folder
 from sopdeploy.project import RUNS, Name, folder_project
 from sopdeploy.training.recipe_files import parse_override, read_values
 from sopdeploy.training.results import read_result
@@ -93,14 +94,13 @@ class TrainOptions(Options):
             raise ConfigError(
                 "not with resume, which continues the network of a run", setting=setting
             )
-        all_changes = [*changes, *settings.items()]
-        tables = [
-            value for key, value in all_changes if key == "model" and isinstance(value, Mapping)
-        ]
-        if any(key == "model.name" for key, _ in all_changes) or any(
-            "name" in table for table in tables
-        ):
-            raise ConfigError("not with model.name, the name of one network", setting=setting)
+        for key, value in [*changes, *settings.items()]:
+            is_named_in_table = (
+                key == "model" and isinstance(value, Mapping) and "name" in value
+            )
+            if key == "model.name" or is_named_in_table:
+                message = "not with model.name, the name of one network"
+                raise ConfigError(message, setting=setting)
 
         # The list gives some networks another image size than that of their weights; *changes*
         # come after it, so they win.
@@ -152,6 +152,8 @@ class TrainOptions(Options):
             by_stem = {path.stem: str(path) for path in sorted(folder.iterdir())}
             by_network = {name: by_stem.get(file_stem(name)) for name in names}
             missing = [name for name, file in by_network.items() if file is None]
+
+            # The user wants each network of `models`; of the built-in list, those with a file.
             if missing and (self.models is not None or len(missing) == len(names)):
                 advice = f"name files like {file_stem(missing[0])}.safetensors"
                 problem = f"there are no weights of {shorten(missing)}; {advice}"
@@ -224,12 +226,12 @@ def read_changes(
     }
 
     return RecipeChanges(
-        source,
-        None if options.from_ is not None else read_values(source),
-        recipe is not None,
-        options.networks_to_train([*map(parse_override, options.set)], settings),
-        settings,
-        {key: value for key, value in set_by_options.items() if value is not None},
+        source=source,
+        values=None if options.from_ is not None else read_values(source),
+        is_named=recipe is not None,
+        networks=options.networks_to_train([*map(parse_override, options.set)], settings),
+        settings=settings,
+        options={key: value for key, value in set_by_options.items() if value is not None},
     )
 
 
@@ -271,9 +273,8 @@ def read_request(
 
     # The images. Those of the folder are opened later if the recipe may say what is read of it.
     unknown = None if unknown_folder is None else open_unknown(unknown_folder)
-    data_of_folder = None
-    if data is not None and changes.values is not None and not changes.is_named:
-        data_of_folder = None if changes.changes_data else open_folder(data)
+    recipe_may_say = changes.values is None or changes.is_named or changes.changes_data
+    data_of_folder = None if data is None or recipe_may_say else open_folder(data)
 
     # The recipes; from here on, torch is imported.
     from sopdeploy.training.setup import open_images
@@ -346,12 +347,12 @@ def read_previous(source: Path) -> "Checkpoint":
 
 
 def configure(
-    request: RecipeChanges,
+    recipe_changes: RecipeChanges,
     network: str = RECIPE_NETWORK,
     previous: "Checkpoint | None" = None,
     start_file: WeightPath | None = None,
 ) -> "tuple[Recipe, Given]":
-    """Change the recipe of *request*, or that of the *previous* run, for *network*, and name its project.
+    """Apply *recipe_changes* for *network* to their recipe or that of the *previous* run; name the project.
 
     Without a recipe and a network, a weight file determines the network. *start_file* is the
     file of the start weights, if it is checked. Returns the recipe and what is known of its
@@ -363,12 +364,12 @@ def configure(
     from sopdeploy.training.setup import Given
 
     # The recipe with all changes
-    values = request.values if previous is None else previous.training["recipe"]
-    weights_of_network, of_network = request.networks[network]
-    changes = [*of_network, *flatten(request.settings), *request.options.items()]
+    values = recipe_changes.values if previous is None else previous.training["recipe"]
+    weights_of_network, of_network = recipe_changes.networks[network]
+    changes = [*of_network, *flatten(recipe_changes.settings), *recipe_changes.options.items()]
     if weights_of_network is not None:
         changes.append(("start.weights", weights_of_network))
-    source = str(request.source)
+    source = str(recipe_changes.source)
     recipe = change_recipe(values or {}, changes, source)
     keys = [key for key, _ in flatten(dict(changes))]
 
@@ -380,7 +381,7 @@ def configure(
 
     # If nobody names the network, the weights determine it.
     start_weights = None if recipe.start is None else recipe.start.weights
-    names_network = request.is_named or previous is not None or "model.name" in keys
+    names_network = recipe_changes.is_named or previous is not None or "model.name" in keys
     weights: WeightSource | None = start_file
     if not names_network and isinstance(start_weights, Path):
         path = expand_user(start_weights)
@@ -392,10 +393,13 @@ def configure(
             if name != recipe.model.name:
                 recipe = change_recipe(values or {}, [*changes, ("model.name", name)], source)
 
-    # A project without a name is called like its data, or like its recipe.
     if recipe.project is None:
-        folder = recipe.data_folder
-        project = "" if folder is None else folder_project(folder)
-        project = project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
-        recipe = recipe.model_copy(update={"project": project})
+        recipe = recipe.model_copy(update={"project": _name_project(recipe, source)})
     return recipe, Given(keys, weights)
+
+
+def _name_project(recipe: "Recipe", source: str) -> str:
+    """Name the project of *recipe* like its data or, without a name of theirs, like its *source*."""
+    folder = recipe.data_folder
+    project = "" if folder is None else folder_project(folder)
+    return project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE

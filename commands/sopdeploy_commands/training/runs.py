@@ -80,7 +80,7 @@ def runs() -> list[RunRow]:
 
     Example: sopdeploy runs
     """
-    from sopdeploy.bundle.folder import list_bundles  # not for `train`, which lists runs, too
+    from sopdeploy.bundle.listing import list_bundles
 
     row_of_run = _read_runs()
     rows = []
@@ -150,7 +150,10 @@ def read_run(best: Path) -> tuple[str, RunRow]:
 
 
 def list_runs_before(folder: Path, project: str | None) -> list[tuple[object, ...]]:
-    """Return date, name, images, classes and accuracy of the newest runs of *project* beside *folder*."""
+    """Return date, name, images, classes and accuracy of runs of *project* beside *folder*.
+
+    These are the `MAX_BEFORE` newest ones whose accuracy is known.
+    """
     files = folder.parent.glob("*/best.pt")
     others = [best for best in files if not best.parent.is_symlink() and best.parent != folder]
     others.sort(key=lambda best: best.stat().st_mtime, reverse=True)

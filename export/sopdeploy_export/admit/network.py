@@ -48,7 +48,10 @@ def unwrap(network: nn.Module) -> nn.Module:
 
 
 def check_backend(where: str, compiled: Any) -> None:
-    """Raise `LoweringError` unless inductor compiled; another backend can compute anything."""
+    """Raise `LoweringError` if *compiled*, made by torch.compile, has another backend than inductor.
+
+    Such a backend can compute anything. *where* names the module in the message.
+    """
     if compiled.get_compiler_config() is None:  # only inductor has one
         raise LoweringError(
             f"{where} is compiled with a backend of its own; export it before it is compiled"
@@ -93,7 +96,7 @@ def unwrap_and_check(
             )
         if isinstance(module, OptimizedModule):
             check_backend(where, module)
-        if vars(module).get("_compiled_call_impl") is not None:
+        if vars(module).get("_compiled_call_impl") is not None:  # by `module.compile()`
             check_backend(where, vars(module)["_compiled_call_impl"])
     return network
 
@@ -173,8 +176,8 @@ def find_oddity(network: nn.Module, role: str, removed: tuple[str, ...] = ()) ->
     """Describe the first oddity of a module of *network* outside of *removed* parts; None if there is none.
 
     An oddity is a hook, a replaced method, a FakeQuantize module, or a module that is still in
-    train mode after `eval`. A ScriptModule counts in removed parts, too: no capture can enter it,
-    and it can run. *role* is that of the network in messages.
+    train mode after `eval`. A ScriptModule counts in removed parts, too: these can still run, and
+    no capture can enter it. *role* is that of the network in messages.
     """
     for name, module in modules(network):
         if isinstance(module, torch.jit.ScriptModule):

@@ -15,7 +15,7 @@ from sopdeploy.errors import (
     first_line,
 )
 from sopdeploy_export.capture.deployed import Deployed
-from sopdeploy_export.capture.program import DEPENDS_ON_VALUES
+from sopdeploy_export.capture.failures import DEPENDS_ON_VALUES
 from sopdeploy_export.network import attributes_restored
 from sopdeploy_export.program_hashes import operator_name
 from sopdeploy_export.runs import ProbeOutputs
@@ -46,11 +46,11 @@ def run_first(deployed: Deployed, images: Tensor, classes: int | None) -> ProbeO
 
 
 def check_finite(needed: Mapping[str, Tensor], logits: Tensor) -> None:
-    """Raise `LoweringError` for NaN in a tensor of those *needed*, or if *logits* (P, C) are not finite.
+    """Raise `LoweringError` if *logits* (P, C), or tensors that the network needs, are not finite.
 
-    An infinite weight can be right, as in the mask of an attention, if the logits are finite. An
-    infinite running statistic is always refused: with it, a batch norm returns the same values for
-    all images, and the logits can still be finite.
+    *needed* are these tensors by name. An infinite weight is accepted if the logits are finite, as
+    in the mask of an attention; NaN and an infinite running statistic never are. With such a
+    statistic, a batch norm returns the same values for all images, and the logits can be finite.
     """
     is_finite = bool(torch.isfinite(logits).all())
 
@@ -71,7 +71,11 @@ def check_finite(needed: Mapping[str, Tensor], logits: Tensor) -> None:
 
 
 def check_logits(logits: Tensor) -> tuple[str, ...]:
-    """Return warnings of the *logits* (P, C); raise `LoweringError` if they are probabilities."""
+    """Return warnings of the *logits* (P, C); raise `LoweringError` if they are probabilities.
+
+    Those are probabilities that are not negative and sum to 1 for each image.
+    """
+    # `check_finite` refuses the others, when it is known which tensors the network needs.
     finite = logits[torch.isfinite(logits).all(dim=1)]
     sums_to_one = bool(((finite.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all())
     if len(finite) and bool((finite >= 0).all()) and sums_to_one:
@@ -149,5 +153,6 @@ def check_ends_in_no_sigmoid(program: ExportedProgram) -> None:
         raise LoweringError(
             "the trained network ends in a sigmoid, and the service applies a softmax or a sigmoid "
             "itself; return the logits before it and, if an image may have several classes,",
+            # completes the sentence
             remedies={"several_classes": True},
         )

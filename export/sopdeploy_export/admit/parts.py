@@ -12,7 +12,7 @@ from sopdeploy_export.network import modules, tensors
 
 
 def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Find the outermost modules and tensors of *network* that match *patterns*.
+    """Name the outermost modules and tensors of *network* that match *patterns*, such as `aux*`.
 
     Raises `DetachError` for a pattern without a match.
     """

@@ -1,7 +1,12 @@
-"""Buffers that the first run of a network creates or replaces."""
+"""What the first run of a network makes: buffers, and the results that functions keep."""
 
-from collections.abc import Mapping
+import functools
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +24,7 @@ def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...
     These are buffers that the state dict does not store, such as a table of positions for the
     size of the images. Buffers that depend on the images are not among them.
     """
-    images = torch.zeros(2, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
-    device = next((tensor.device for tensor in tensors(network).values()), images.device)
-    pixels = Normalize(preprocess, images_format(network))(images).to(device)
+    pixels = _blank_images(network, preprocess)
 
     # Most networks create none. A run on images with values shows this. It comes first, because a
     # run on images without values can leave tensors without values in objects that are not
@@ -39,6 +42,59 @@ def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...
         owner, _, key = name.rpartition(".")
         owners[owner].register_buffer(key, tensor, persistent=False)
     return tuple(created)
+
+
+def _blank_images(network: nn.Module, preprocess: Preprocess) -> Tensor:
+    """Make two normalized black images (2, 3, H, W) for *network*, on its device."""
+    images = torch.zeros(2, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
+    device = next((tensor.device for tensor in tensors(network).values()), images.device)
+    return Normalize(preprocess, images_format(network))(images).to(device)
+
+
+def make_kept_results_anew(network: nn.Module, preprocess: Preprocess) -> None:
+    """Let functions whose results `functools.lru_cache` keeps compute those of a run of *network* anew.
+
+    These are the functions in the packages of its classes, but for torch's. The results have
+    values: those of a run while torch.export captures would have none.
+    """
+    classes = {type(module) for _, module in modules(network)}
+    for function in _functions_that_keep({_package(kind) for kind in classes} - {"torch"}):
+        function.cache_clear()
+    _changed_buffers(network, _blank_images(network, preprocess), unstored_buffers(network))
+
+
+def _functions_that_keep(packages: set[str]) -> Iterator[Any]:
+    """Yield the functions of *packages* whose results `functools.lru_cache` keeps.
+
+    They are in modules, in classes, and inside of what a decorator returns.
+    """
+    imported = {name: module for name, module in sys.modules.items() if module is not None}
+    unvisited = [
+        value
+        for name, module in imported.items()
+        if name.partition(".")[0] in packages
+        for value in vars(module).values()
+    ]
+    visited: set[int] = set()
+
+    while unvisited:
+        value = unvisited.pop()
+        if id(value) in visited:
+            continue
+        visited.add(id(value))
+
+        if isinstance(value, functools._lru_cache_wrapper):
+            yield value
+        elif isinstance(value, staticmethod | classmethod):
+            unvisited.append(value.__func__)
+        elif isinstance(value, type) and _package(value) in packages:
+            unvisited += vars(value).values()
+        elif isinstance(value, FunctionType) and _package(value) in packages:
+            unvisited += inspect.getclosurevars(value).nonlocals.values()
+
+
+def _package(of: type | FunctionType) -> str:
+    return str(of.__module__).partition(".")[0]
 
 
 def _changed_buffers(

@@ -183,6 +183,7 @@ def list_tensor_keys(output: Any, path: str = "") -> list[tuple[str, str]]:
     Outputs can refer to themselves, so tensors in more than `DEPTH` + 2 containers are left out.
     """
     if isinstance(output, Tensor):
+        # A symbolic size is that of the batch.
         sizes = [str(size) if isinstance(size, int) else "B" for size in output.shape]
         return [(path, f"({', '.join(sizes)})")]
     if path.count(".") > DEPTH:

@@ -36,7 +36,9 @@ IN_PLACE = {
 
 
 def simplify_operators(program: ExportedProgram) -> None:
-    """Simplify activations, average pooling, `ceil_mode` without effect, and ellipses in `einsum`, in place.
+    """Simplify activations, average pooling, `ceil_mode` without effect, and ellipses in `einsum`.
+
+    *program* changes in place.
 
     - Average pooling to one position becomes a mean, as which ATen computes it. ATen also restores
       the strides of a map in channels-last layout with `as_strided`
@@ -87,8 +89,8 @@ def simplify_operators(program: ExportedProgram) -> None:
 def _out_of_place(node: fx.Node) -> OpOverload | None:
     """Return the operator that computes the in-place activation of *node* out of place.
 
-    None for another operator, and if something else reads the operand of *node* or can share its
-    memory: then the write in place can have an effect there.
+    None for another operator, for an operand of integers, and if something else reads the operand
+    of *node* or can share its memory: then the write in place can have an effect there.
     """
     target = node.target
     if not isinstance(target, OpOverload) or str(target) not in IN_PLACE:
@@ -136,8 +138,8 @@ class PythonNumbers:
     """Tensors that code makes of Python numbers, such as a deviation per channel, and comparisons of them.
 
     They are the same for all images, so code may read them, as `normalize` of torchvision does.
-    Another call on one of them can write to its memory or share it. From the first such call on,
-    no tensor is known any more.
+    Another call on one of them can write to its memory or share it. After such a call, none of the
+    tensors that were made before it is known any more.
     """
 
     MAKERS = (torch.tensor, torch.as_tensor)
@@ -190,10 +192,10 @@ class PythonNumbers:
 class SymbolicForms(TorchFunctionMode):
     """Replaces functions that torch.export captures for one batch size only, or not at all.
 
-    These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, and
-    `take_along_dim`, and `contiguous`. Instance norm with running statistics is a batch norm, for which torch
-    would make one image of the whole batch. Code that reads tensors of Python numbers gets
-    their values.
+    These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, `take_along_dim`
+    and `contiguous`. Instance norm with running statistics becomes a batch norm; torch would make
+    one image of the whole batch for it. Code that reads tensors of Python numbers gets their
+    values.
     """
 
     def __init__(self) -> None:
@@ -274,9 +276,9 @@ def _instance_norm(*args: Any, **options: Any) -> Tensor:
     return F.batch_norm(**named)
 
 
-OTHER_FORMS: dict[
-    Any, Any
-] = {  # parameters have torch's names, or are given by position (split)
+# Parameters have torch's names, by which calls can give them. torch itself gives those of `split` by
+# position, except `dim`.
+OTHER_FORMS: dict[Any, Any] = {
     **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
     **dict.fromkeys((torch.split, Tensor.split), _split),
     **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), _take_along),

@@ -17,10 +17,10 @@ from PIL import Image
 from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.copies import connect
-from sopdeploy.photos.folder import open_any_images, open_evaluation_images
+from sopdeploy.photos.evaluation_images import open_any_images, open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles
 from sopdeploy_export.capture.deployed import INPUT, evenly_spread
-from sopdeploy_export.lower.precision import Accuracy, MeasuringImages, PrecisionReport
+from sopdeploy_export.lower.precision import Accuracy, PrecisionReport, UserImages
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.runs import LOGITS, open_session
 from sopdeploy_export.subject import ExportSubject
@@ -32,8 +32,8 @@ MIN_DISTINCT = 32
 # Standard deviations: a quarter of the logits' variance. Trained networks measure 0.03 to 0.07
 # in int8 (docs/howto/int8.md), a file that returns the mean logits of all images 1.
 MAX_DEVIATION = 0.5
-# Of the distinct images of `calibrate`, every fourth is held out to measure
-EVERY = 4
+# Without `evaluate`, every fourth of the distinct images of `calibrate` is held out to measure
+HELD_OUT_EVERY = 4
 # Root mean square difference, of 255, of the red, green and blue of thumbnails of 8 x 8 pixels
 ALIKE = 5.0
 THUMBNAIL_SIDE = 8
@@ -42,10 +42,9 @@ THUMBNAIL_SIDE = 8
 class AccuracyCheck:
     """Compares the top classes and the logits of graphs with those of the float32 graph.
 
-    Every fourth distinct image of `calibrate` is held out. `calibration` holds the rest, uint8
-    (P, H, W, 3); it is empty without `calibrate`. The images that measure are the labeled ones of
-    `evaluate`, or without `evaluate` those held out. With both folders, the images held out are not
-    used.
+    The images that measure are the labeled ones of `evaluate`; without that folder, every fourth
+    distinct image of `calibrate`. `calibration` holds the other images of `calibrate`, uint8
+    (P, H, W, 3); it is empty without `calibrate`.
     """
 
     def __init__(self, subject: ExportSubject, options: ExportOptions) -> None:
@@ -59,16 +58,19 @@ class AccuracyCheck:
         self._preprocess = subject.preprocess
         self._float32_logits: NDArray[np.float32] | None = None
 
-        # The images of `calibrate`: three quarters calibrate, the rest measures without `evaluate`.
+        # The images of `calibrate`: all calibrate if `evaluate` measures, else three quarters.
         self.calibration = np.empty((0, 0, 0, 3), np.uint8)
-        self._measuring_images: NDArray[np.uint8] | None = None
+        self._held_out: NDArray[np.uint8] | None = None
         if options.calibrate is not None:
-            images = calibration_images(options.calibrate, subject.preprocess)
-            is_measured_P = choose_measured(images)
-            self.calibration = images[~is_measured_P]
-            self._measuring_images = images[is_measured_P]
+            self.calibration = calibration_images(options.calibrate, subject.preprocess)
+            distinct_P = number_distinct(self.calibration)
+            if options.evaluate is None:
+                # The distinct images 3, 7, 11 and so on.
+                is_held_out_P = distinct_P % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+                self._held_out = self.calibration[is_held_out_P]
+                self.calibration = self.calibration[~is_held_out_P]
 
-        # The images of `evaluate`: if the folder is given, they measure instead.
+        # The images of `evaluate`
         self._labeled: ImageFiles | None = None
         if options.evaluate is not None:
             if subject.decision is not None and subject.decision.activation == "sigmoid":
@@ -87,7 +89,7 @@ class AccuracyCheck:
             self._labeled = open_evaluation_images(options.evaluate, subject.labels)
 
     def measure(self, float32: onnx.ModelProto, exported: InferenceSession) -> Accuracy:
-        """Compare the graphs *float32* and *exported* on the images.
+        """Compare the file that *exported* has loaded with the graph *float32*, on the images that measure.
 
         The logits of *float32* are computed in the first call and kept for later ones.
         """
@@ -100,18 +102,21 @@ class AccuracyCheck:
         compared = compare_top_classes(before.argmax(axis=1), after.argmax(axis=1), truth)
         return compared.model_copy(update={"deviation": logit_deviation(before, after)})
 
-    def images(self) -> MeasuringImages:
-        """Return the images that calibrate, and for fp16 at most `PHOTOGRAPHS` of `evaluate`, evenly spread."""
+    def images_to_convert(self) -> UserImages:
+        """Return what `convert_precision` needs: all images that calibrate, for fp16 some of `evaluate`.
+
+        These are at most `PHOTOGRAPHS`, evenly spread.
+        """
         photographs: list[NDArray[np.uint8]] = []
         if self._labeled is not None and self.options.precision == "fp16":
             positions = evenly_spread(len(self._labeled), PHOTOGRAPHS).tolist()
             photographs = [
                 self._labeled.preprocess(position, self._preprocess) for position in positions
             ]
-        return MeasuringImages(self.calibration, photographs)
+        return UserImages(self.calibration, photographs)
 
     def check_drop(self, report: PrecisionReport) -> None:
-        """Raise `ParityError` if a loss in *report* exceeds its limit, also with `allow_drift`.
+        """Raise `ParityError` if a loss in *report* exceeds its limit, even with `allow_drift`.
 
         The limits are `max_drop` for top-1, or for agreement without labels, and `MAX_DEVIATION` for
         the change of the logits.
@@ -157,8 +162,8 @@ class AccuracyCheck:
                     for position in range(start, min(start + size, count))
                 ]
                 yield np.stack(images)
-        elif self._measuring_images is not None:
-            for image in self._measuring_images:
+        elif self._held_out is not None:
+            for image in self._held_out:
                 yield image[None]
 
 
@@ -185,12 +190,12 @@ def compare_top_classes(
     this loss.
     """
     count = len(float32)
-    agree = int((float32 == exported).sum())
+    num_agreeing = int((float32 == exported).sum())
 
     before: float | None = None
     after: float | None = None
     if truth is None:
-        drop = 1 - agree / count
+        drop = 1 - num_agreeing / count
     else:
         before = float((float32 == truth).mean())
         after = float((exported == truth).mean())
@@ -200,7 +205,7 @@ def compare_top_classes(
         num_images=count,
         before=before,
         after=after,
-        num_agreeing=agree,
+        num_agreeing=num_agreeing,
         drop=round(100 * drop, 6),
     )
 
@@ -221,11 +226,11 @@ def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8
     )
 
 
-def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Mark the *images*, uint8 (P, H, W, 3), that measure the agreement: every fourth distinct one (P,).
+def number_distinct(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Number the distinct ones of *images*, uint8 (P, H, W, 3), from 0: the number of each (P,).
 
-    Images whose thumbnails are alike count as one distinct image: all of them measure, or none.
-    Raises `DataError` for fewer than 32 distinct images.
+    Images whose thumbnails are alike, also through others, count as one distinct image. Raises
+    `DataError` for fewer than 32 distinct images.
     """
     # Distances (P, P) of thumbnails with D numbers.
     size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
@@ -235,17 +240,12 @@ def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
         [np.sqrt(np.square(pixels_PD - pixels_D).mean(axis=1)) for pixels_D in pixels_PD]
     )
 
-    # Number the distinct images from 0. Images that are alike, also through others, get one number.
     pairs = np.argwhere(distances_PP <= ALIKE).T
     distinct_P = connect(len(images), pairs)
     count = int(distinct_P.max()) + 1
     if count < MIN_DISTINCT:
         raise DataError(
-            f"{count} distinct images, and images that are alike count once; give at least {MIN_DISTINCT}: "
-            "some calibrate, the others measure the loss",
+            f"{count} distinct images, and images that are alike count once; give at least {MIN_DISTINCT}",
             setting="calibrate",
         )
-
-    # The distinct images 3, 7, 11 and so on.
-    is_measured_P: NDArray[np.bool_] = distinct_P % EVERY == EVERY - 1
-    return is_measured_P
+    return distinct_P

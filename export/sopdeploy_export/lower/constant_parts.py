@@ -118,8 +118,8 @@ def _replace_by_value(
 ) -> None:
     """Give the users of *node* that are not in *constant_nodes* its *value*.
 
-    If there are none and *node* is a check, it is erased; other nodes without users are removed
-    later.
+    The others are evaluated themselves. If there are only others and *node* is a check, it is
+    erased; other nodes that nothing needs are removed later.
     """
     users = [user for user in node.users if user not in constant_nodes]
     if not users:

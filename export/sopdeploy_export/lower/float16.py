@@ -41,11 +41,7 @@ _Part = TypeVar("_Part", bound=nn.Module)
 ADDS_IN_FLOAT32 = (torch.ops.aten.layer_norm.default, torch.ops.aten.native_layer_norm.default)
 # The elements of a result that `_influences` looks at, by position from 0 to 1: in the middle,
 # anywhere, the last one.
-ELEMENTS = (
-    0.5,
-    0.62,
-    1.0,
-)
+ELEMENTS = (0.5, 0.62, 1.0)
 FOLD_TOLERANCE = 1e-9  # relative to the largest value; correct folds differ by 1e-15 to 1e-12
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
 BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
@@ -362,16 +358,16 @@ def _foldable_pair(norm: fx.Node, names: Mapping[str, str]) -> tuple[str, str] |
     """Name the convolution and the batch norm that can be folded; *norm* is the node of the batch norm.
 
     *names* maps the inputs of the program to tensors of the network. None if *norm* reads no
-    convolution, if one of the two runs twice, if something else reads the output of the
-    convolution or a weight, or if a weight is computed.
+    convolution or has no weight, if one of the two runs twice, if something else reads the output
+    of the convolution or a weight, or if a weight is computed.
     """
-    # Nothing else may read the output of the convolution. A weight that several nodes read is that
-    # of a layer that runs twice, or is shared.
     convolved: Any = norm.args[0]
     norm_weight: Any = norm.args[1]
     if convolved.target not in _CONVOLUTIONS or norm_weight is None:
         return None
 
+    # Nothing else may read the output of the convolution. A weight that several nodes read is that
+    # of a layer that runs twice, or is shared.
     weight = convolved.args[1]
     if any(len(value.users) != 1 for value in (convolved, weight, norm_weight)):
         return None

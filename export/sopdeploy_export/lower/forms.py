@@ -166,8 +166,8 @@ def norm(
     if count <= BLOCK:
         return NotImplemented  # the operator stays
 
-    # The squares of a norm along one axis, the last one; then in blocks along two. The last block is
-    # filled up with zeros.
+    # The squares, with the axes of the norm as the last one (..., count). Then in blocks (...,
+    # number of blocks, BLOCK), of which zeros fill up the last one.
     other_axes = [axis for axis in range(values.dim()) if axis not in axes]
     squares = (values * values).permute(*other_axes, *axes).flatten(len(other_axes))
     blocks = F.pad(squares, (0, -count % BLOCK)).reshape(*squares.shape[:-1], -1, BLOCK)

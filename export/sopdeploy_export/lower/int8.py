@@ -218,9 +218,9 @@ class Int8Quantizer:
     def _separate_constants(self) -> None:
         """Give every chosen convolution weights and a constant bias of its own, zeros if it has none.
 
-        Convolutions that share weights can read inputs of different ranges. The scale of a
-        quantized bias is the scale of the weights times the scale of the input, so the scale of
-        the weights depends on the input, too.
+        A quantized bias has the scale of the weights times that of the input. If this is too small
+        for the bias, the quantizer increases the scale of the weights. So it can depend on the
+        input, and convolutions that share weights can read different inputs.
         """
         graph = self.model.graph
         num_readers = Counter(name for node in graph.node for name in node.input)

@@ -423,7 +423,7 @@ def record_chains(
             run.run(pixels)
             usable.append(values)
 
-    # The first values with which the code runs also save the work of layers here.
+    # Here, too, values take the place of the results of layers: the first with which the code runs.
     recorder = _Recorder(module, bounds_runs, compared, next(iter(usable), None))
     recorder.run(pixels)
     return recorder.chains

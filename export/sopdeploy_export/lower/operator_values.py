@@ -164,11 +164,25 @@ def check_result(
             values = (operand.expand_as(expected).flatten()[position] for operand in operands)
             difference += f" for {', '.join(f'{value:.6g}' for value in values)}"
 
-    remedy = "use torch.sort(stable=True)" if chain.is_one_of(SORTED) else "use other operators"
+    # What helps depends on the values.
+    remedy = "use other operators"
+    if chain.is_one_of(SORTED):
+        difference += ", because equal values have no defined order"
+        remedy = "use torch.sort(stable=True)"
+    elif not chain.is_elementwise and any(map(_has_nan, operands)):
+        remedy = (
+            "its operand can be NaN, as behind a division by a sum or norm that is 0: add a small number to the "
+            "divisor, or use F.normalize"
+        )
+
     target = " and ".join(str(operator.target) for operator in chain.operators)
     raise LoweringError(
         f"{target} in {chain.last.part}: its ONNX form gives {difference}; {remedy}"
     )
+
+
+def _has_nan(operand: Tensor) -> bool:
+    return bool(operand.isnan().any())
 
 
 def _mark_wrong(
@@ -176,8 +190,8 @@ def _mark_wrong(
 ) -> Tensor:
     """Mark the elements of *result* that differ from *expected*; all of them if the shapes differ.
 
-    NaN does not count if no operand can be infinite or NaN in the network, and neither do sums
-    that overflow.
+    Of an elementwise chain, NaN does not count if no operand can be infinite or NaN in the network.
+    Of another chain, sums that overflow do not count.
     """
     if result.shape != expected.shape:
         return torch.tensor(True)
@@ -191,30 +205,45 @@ def _mark_wrong(
         operand.nan_to_num(0, 0, 0).abs() for operand in operands if operand.is_floating_point()
     ]
 
+    # Which elements are compared, and how much they may differ.
     is_compared = torch.ones_like(expected, dtype=torch.bool)
     if chain.is_elementwise:
+        allowed = _allow_elementwise(chain, magnitudes, bounded)
         if not chain.can_be_unbounded:  # NaN does not occur
             with_nan = result if chain.is_one_of(NOT_NAN) else expected
             is_compared = ~with_nan.isnan()
-
-        # Allowed: the rounding of the operands and of the 1 in exp(x) - 1, plus a share of the
-        # result.
-        scale = sum(magnitudes, torch.zeros_like(expected))
-        if chain.is_one_of(NOT_NEAR_ZERO):
-            scale = scale + 1
-        allowed = ROUNDING * limits.eps * scale + TOLERANCE * bounded.abs()
     else:
-        # A sum of products can cancel, so its error is relative to the largest product, of the
-        # largest values of two operands, or to the largest result.
-        largest_values = sorted(float(values.max()) for values in magnitudes if values.numel())
-        largest_product = math.prod(largest_values[-2:])
-        finite = expected.where(expected.isfinite(), 0).abs()
-        largest_result = float(finite.max()) if finite.numel() else 0.0
-        largest = max(largest_product, largest_result)
+        largest = _largest_term(magnitudes, expected)
         allowed = torch.tensor(TOLERANCE * largest)
         if largest > FAR:  # whether a sum overflows depends on the order of additions
-            is_compared &= expected.isfinite()
+            is_compared = expected.isfinite()
 
     is_close = (result - bounded).abs() <= allowed  # false for NaN
     is_same = (result == expected) | (result.isnan() & expected.isnan())
     return is_compared & ~is_same & ~is_close
+
+
+def _allow_elementwise(chain: Chain, magnitudes: Sequence[Tensor], expected: Tensor) -> Tensor:
+    """Compute how much each element of the result of an elementwise *chain* may differ from *expected*.
+
+    This is the rounding of the operands, whose absolute values are *magnitudes*, and of the 1 in
+    exp(x) - 1, plus a share of the result.
+    """
+    scale = sum(magnitudes, torch.zeros_like(expected))
+    if chain.is_one_of(NOT_NEAR_ZERO):
+        scale = scale + 1
+    rounding = ROUNDING * torch.finfo(expected.dtype).eps * scale
+    return rounding + TOLERANCE * expected.abs()
+
+
+def _largest_term(magnitudes: Sequence[Tensor], expected: Tensor) -> float:
+    """Return what the error of sums of products is relative to, because a sum can cancel.
+
+    This is the largest product of values of two operands, whose absolute values are *magnitudes*,
+    or the largest finite result in *expected*.
+    """
+    largest_values = sorted(float(values.max()) for values in magnitudes if values.numel())
+    largest_product = math.prod(largest_values[-2:])
+    finite = expected.where(expected.isfinite(), 0).abs()
+    largest_result = float(finite.max()) if finite.numel() else 0.0
+    return max(largest_product, largest_result)

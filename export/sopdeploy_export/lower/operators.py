@@ -50,8 +50,8 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
     """Compare every operator of *program*, which runs on uint8 *images* (B, H, W, 3), with its ONNX form.
 
     Operators with the same description, which has attributes, shapes and ranges, are compared
-    once, by this or an earlier export. Raises `LoweringError` with the operator, the part of the network and the
-    values if the results differ.
+    once, by this or an earlier export. Raises `LoweringError` with the operator, the part of the
+    network and the values if the results differ.
     """
     _executed_operators.update(read_known())
     module = program.module(check_guards=False)

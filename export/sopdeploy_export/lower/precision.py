@@ -48,6 +48,7 @@ OBSERVED_IMAGES = 2  # the smallest batch of several images
 # The largest finite number of float16 must be at least so many times the largest value that the
 # network computes in float16.
 HEADROOM = 8
+LARGEST_USED = torch.finfo(torch.float16).max / HEADROOM
 HEADROOM_BATCH = 4
 TYPE_NAMES = {
     onnx.TensorProto.FLOAT: "float32",
@@ -93,14 +94,19 @@ class PrecisionReport(StrictModel):
     accuracy: Accuracy | None = None
 
 
-class MeasuringImages(NamedTuple):
-    """Images of the user: `calibration`, uint8 (P, H, W, 3), and `photographs`, uint8 (H, W, 3) each."""
+class UserImages(NamedTuple):
+    """Images of the user that a conversion needs.
+
+    Attributes:
+        calibration: For int8, uint8 (P, H, W, 3): the ranges of values are measured on them.
+        photographs: For fp16, uint8 (H, W, 3) each: what the network computes of them must fit float16.
+    """
 
     calibration: NDArray[np.uint8]
     photographs: Sequence[NDArray[np.uint8]]
 
 
-NO_IMAGES = MeasuringImages(np.empty((0, 0, 0, 3), np.uint8), ())
+NO_IMAGES = UserImages(np.empty((0, 0, 0, 3), np.uint8), ())
 
 
 class Lowered(NamedTuple):
@@ -158,7 +164,8 @@ class Converted:
     Attributes:
         model: The graph in the requested precision.
         run: Runs the same computation without the runtime's fusions; its error is the noise floor.
-        gate: Computes the gate's logits in the same precision. Must not be called without a gate.
+        gate: Computes the gate's logits in the same precision. If the network has no gate, it is
+            None or must not be called.
         precision: Report of the types.
     """
 
@@ -207,10 +214,10 @@ class _Headroom(fx.Interpreter):
 
         unmasked = value.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=0)  # -inf is a mask
         largest = float(unmasked.abs().max())
-        if largest * HEADROOM > torch.finfo(torch.float16).max:
+        if largest > LARGEST_USED:
             raise LoweringError(
                 f"{module_of(n)} computes {largest:.3g} in float16 on a probe or photograph; values above "
-                "8188, an eighth of the largest, are refused, because other images may overflow; train "
+                f"{LARGEST_USED:g}, an eighth of the largest, are refused, because other images may overflow; train "
                 "longer, normalize the input of this part, or choose precision fp32"
             )
         return value
@@ -236,20 +243,21 @@ def convert_precision(
     certified: Lowered,
     preprocess: Preprocess,
     options: ExportOptions,
-    images: MeasuringImages = NO_IMAGES,
+    images: UserImages = NO_IMAGES,
 ) -> Converted:
     """Convert the *certified* graph to the precision in *options*.
 
-    int8 needs *images* that calibrate. The nodes of the result have no metadata; in fp32 and
-    int8, those of *certified* lose theirs, too. Raises `LoweringError` if the types in the graph
-    are not the requested ones, and the errors of `cast_types` and `check_headroom`.
+    int8 needs *images* that calibrate; fp16 also runs the photographs in *images*. The nodes of the
+    result have no metadata; in fp32 and int8, those of *certified* lose theirs, too. Raises
+    `LoweringError` if the types in the graph are not the requested ones, and the errors of
+    `cast_types` and `check_headroom`.
     """
     # fp32 exports the certified graph as it is, int8 quantizes it; fp16 captures another network.
     lowered = certified
     if options.precision == "fp16":
         lowered = cast_types(certified, preprocess, options)
-        observed = [*images.photographs, *generated_images(preprocess.crop)]
-        check_headroom(lowered.program, observed, options.max_batch)
+        images_to_run = [*images.photographs, *generated_images(preprocess.crop)]
+        check_headroom(lowered.program, images_to_run, options.max_batch)
         check_float16(lowered.model, certified.network)
 
     # Remove the metadata, which name the part of each node for messages about the graph.

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from sopdeploy.bundle import folder as bundle
+from sopdeploy.bundle import publication
 from sopdeploy.bundle.golden import TOLERANCES, write_golden
 from sopdeploy.bundle.manifest import Lineage, Manifest, TensorRecord, to_json
 from sopdeploy.bundle.probes import Probes
@@ -67,9 +67,9 @@ def as_probes(
 ) -> Probes:
     """Create the bundle's probes from those of *images* (P, H, W, 3) whose outputs *parity* compared.
 
-    `parity.routing` names the images whose outputs were not compared.
-    If drift beyond the tolerance was allowed, the tolerance of each output is at least twice the
-    largest measured difference, from float64 or between batch sizes.
+    `parity.routing` names the other images. If drift beyond the tolerance was allowed, the
+    tolerance of each output is at least twice the largest measured difference, from float64 or
+    between batch sizes.
     """
     is_compared_P = compared_images(parity.routing, len(images))
 
@@ -101,7 +101,8 @@ def write_golden_examples(
     """Write golden examples of *session* to *folder*.
 
     Images for which rounding can change the choice of the gate are left out; *gate* computes the
-    gate's logits. *tolerance* is the tolerance of the logits of the probes.
+    gate's logits. *tolerance* is the tolerance of the logits of the probes; that of the examples is
+    a multiple of it (`TOLERANCES`).
     """
 
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -113,8 +114,8 @@ def write_golden_examples(
         if gate is None or parity.routing is None:
             return True
         logits = gate(torch.tensor(pixels[None]))
-        chosen = find_gate(subject.network).chosen
-        return bool(mark_decided(logits, chosen, parity.routing.tolerance).all())
+        num_chosen = find_gate(subject.network).chosen
+        return bool(mark_decided(logits, num_chosen, parity.routing.tolerance).all())
 
     write_golden(folder, subject.preprocess, run, TOLERANCES * tolerance, has_decided_gate)
 
@@ -180,4 +181,4 @@ def write_reports(
     (folder / "README.md").write_text(
         render_model_card(subject, results, fields), encoding="utf-8"
     )
-    return bundle.seal(folder, fields, certificate.model_dump(mode="json"))
+    return publication.seal(folder, fields, certificate.model_dump(mode="json"))

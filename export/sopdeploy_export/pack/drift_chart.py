@@ -41,12 +41,12 @@ def draw_drift(parity: ParityReport) -> Figure:
     for number, (name, floors) in enumerate(rows):
         y = _ROW_HEIGHT * number + 4
         length = _LIMIT_LENGTH * min(floors / limit, _LONGEST)
-        shown = max(length, 1)  # a pixel shows that there is a bar
+        shown_length = max(length, 1)  # a pixel shows that there is a bar
         color = "#0a7a5c" if floors <= limit else "#a8201a"
         bars += (
             f'<text x="{_NAMES_WIDTH - 8}" y="{y + 11}" text-anchor="end">{escape(name)}</text>'
         )
-        bars += f'<rect x="{_NAMES_WIDTH}" y="{y}" width="{shown:.1f}" height="14" rx="3" fill="{color}"/>'
+        bars += f'<rect x="{_NAMES_WIDTH}" y="{y}" width="{shown_length:.1f}" height="14" rx="3" fill="{color}"/>'
         bars += f'<text x="{_NAMES_WIDTH + length + 6:.1f}" y="{y + 11}">{floors:.2g}</text>'
 
     svg = (

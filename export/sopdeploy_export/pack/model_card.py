@@ -162,7 +162,7 @@ def render_model_card(
         f"- {name}: {as_markdown(text)}" for name, text in results.facts().items()
     )
 
-    resizing = _describe_resizing(preprocess)  # ends in ";", the template ends the sentence
+    resizing = _describe_resizing(preprocess)  # the template ends the sentence
     int8 = results.precision.quantisation
     session = INT8_SESSION if int8 is not None and int8.runtime == "cpu" else ""
     return f"""# {subject.project}
@@ -198,7 +198,7 @@ and hashes, `parity.json` the drift of every output.
 
 
 def _describe_resizing(preprocess: Preprocess) -> str:
-    """Say how an image gets the size of the input, with line breaks as in the model card."""
+    """Say how an image gets the size of the input, with line breaks as in the model card; ends in ";"."""
     by = preprocess.interpolation
     side = preprocess.crop
     if preprocess.fit == "crop":
@@ -227,8 +227,11 @@ def as_markdown(text: str) -> str:
 def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
     """List what the record *training* of a checkpoint says.
 
-    These are, after the training loop, its scalars and its result; after another procedure, the start
-    weights and its result; without a result, the scalars.
+    These are:
+
+    - without a result: its scalars,
+    - after the training loop: its scalars, and the result,
+    - after another procedure: the start weights, and the result.
     """
     if "procedure" not in training:  # there is no result, either
         return _scalars(training)

@@ -45,7 +45,7 @@ class ExportResults:
         parts_by_type = sorted(Counter(self.precision.parts.values()).items())
         types = ", ".join(f"{count} parts in {name}" for name, count in parts_by_type)
 
-        # The drift from float64, and on how many images it changed the top class.
+        # The drift from float64; then on how many images the top class is the same.
         drift = (
             f"{parity.logits.largest_drift:.2g} = {parity.logits.drift_in_floors:.1f} noise floors "
             f"(limit {parity.floors_allowed:g})"

@@ -22,14 +22,15 @@ def check_constants(
 
     Such a tensor may be trained, and is in no weight file. It is accepted if code makes it: then
     the program that *rebuild* returns, of a network that a builder made anew, has an equal tensor
-    in memory of its own. What both programs share, such as a global variable, is not accepted.
+    in memory of its own. What both programs share, such as a global variable, is not accepted;
+    the results that a function keeps are made anew (`make_kept_results_anew`).
     """
     constants = _large_constants(program)
     if not constants:
         return
 
     # The memory of parameters and buffers. A view of one is not refused.
-    registered = _addresses(
+    registered_memory = _addresses(
         program.state_dict.get(spec.target or "", program.constants.get(spec.target or ""))
         for spec in program.graph_signature.input_specs
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
@@ -37,14 +38,14 @@ def check_constants(
 
     # Refuse a constant unless it is such a view, or code made it.
     rebuilt = [] if rebuild is None else [tensor for _, tensor in _large_constants(rebuild())]
-    shared = _addresses(rebuilt)
+    rebuilt_memory = _addresses(rebuilt)
     for spec, constant in constants:
         memory = constant.untyped_storage().data_ptr()
-        is_made = memory not in shared and any(
+        is_made = memory not in rebuilt_memory and any(
             are_equal(constant, tensor) for tensor in rebuilt
         )
 
-        if memory not in registered and not is_made:
+        if memory not in registered_memory and not is_made:
             has_name = "lifted_tensor" not in str(spec.target)  # torch's name for those without
             name = str(spec.target).removeprefix(NETWORK_PREFIX) if has_name else "a tensor"
             raise LoweringError(
@@ -54,9 +55,14 @@ def check_constants(
             )
 
 
-def _addresses(stored: Iterable[Tensor | None]) -> set[int]:
-    """Return where the storages of *stored* tensors begin; a view has the storage of its base."""
-    return {tensor.untyped_storage().data_ptr() for tensor in stored if tensor is not None}
+def has_large_constants(program: ExportedProgram) -> bool:
+    """Return whether *program* contains a large tensor that its network does not register."""
+    return bool(_large_constants(program))
+
+
+def _addresses(tensors: Iterable[Tensor | None]) -> set[int]:
+    """Return where the storages of *tensors*, without None, begin; a view has the storage of its base."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None}
 
 
 def constants_in_use(program: ExportedProgram) -> Iterator[tuple[InputSpec, Tensor]]:

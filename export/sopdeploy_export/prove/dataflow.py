@@ -16,32 +16,27 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import BuiltinFunctionType, FrameType, MethodDescriptorType
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import first_line
 from sopdeploy_export.network import modules
+from sopdeploy_export.prove.tensors import Layout, address, is_plain, layout_of, tensors_in
 
 _TORCH = str(Path(torch.__file__).parent)
 _OWN_CODE = str(Path(__file__).parents[1])  # of this package, whose lines tell a user nothing
 _COMPOSITE = "CompositeImplicitAutograd"
-_UNFILLED = ("empty", "new_empty")  # operators whose results have no content yet
+_ALLOCATORS = ("empty", "new_empty")  # operators whose results have no content yet
+# What the image, and the results of allocators, are known by.
 _IMAGE = "image"
-_UNKNOWN = "unfilled"
-_LEAVES = (bool, float, int, str, type(None), torch.dtype, torch.device)
-# Types of results without values that no operator shows, unless a function in `_READERS` returns
-# them.
-_HARMLESS = (Tensor, int, float, complex, type(None), torch.dtype, torch.device)
-# Functions that hand out values, or the address of the memory with them, as numbers.
-_READERS = ("apply_", "data_ptr", "map2_", "map_", "tolist")
+_UNFILLED = "unfilled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +64,6 @@ class BuiltinCall:
 
     arguments: frozenset[int]
     reads: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The shape, strides and type of a tensor that an operator made in memory of its own."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-    def empty(self) -> Tensor:
-        """Return a tensor of this layout, without content."""
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
 
 
 class UnknownOperatorError(Exception):
@@ -150,7 +132,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # The names of modules by their ids.
         self._names = {id(module): name for name, module in modules(network)}
 
-        # What the memory is known by before the run: that of stored tensors by their first names.
+        # What memory is known by before the run. That of a stored tensor with several names is known by
+        # the first, which comes last here.
         self._remains = remains
         self._made_by = dict(remains.made_by)
         self._made_by |= {address(tensor): name for name, tensor in reversed([*stored.items()])}
@@ -165,6 +148,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._memory: dict[int, Any] = {}
         self._refer_to(image)
         self._read_only: set[int] = set()  # operands of the user's own operator that runs
+
+        # What constants are known by: by memory, then by the place of the tensor in it.
         self._contents: dict[int, dict[str, str]] = {}
 
     def known_by(self, tensor: Tensor) -> str:
@@ -192,11 +177,12 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return whether a tensor in *values* was computed from the image."""
         return any(
             not tensor.is_meta and self._address(tensor) in self._of_image
-            for tensor in _tensors(values)
+            for tensor in tensors_in(values)
         )
 
     def behind(self, result: str) -> dict[str, Operator]:
         """Return the operators behind *result*, what a tensor is known by, in the order of the run."""
+        # A tensor is known by the code of its operator, "#", the position of the result, and its place.
         needed: set[str] = set()
         unvisited = [result.partition(" ")[0]]
         while unvisited:
@@ -230,16 +216,16 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def recording(self, function: Any) -> Iterator[None]:
-        """Record *function* in the block; note in `failures` if this fails, and raise the error again.
+        """Let the caller record a call of *function* in the block, and note in `failures` if this fails.
 
-        It is noted because the network's code may catch the error and do something else. In the
+        The error is raised again, but the network's code may catch it and do something else. In the
         block, `FunctionReads` sees no calls: what the record asks of tensors is not what the
         network's code does.
         """
         try:
             with torch._C.DisableTorchFunction():
                 yield
-        except Exception as error:  # which the network's own `except` would hide
+        except Exception as error:
             name = getattr(function, "__name__", str(function))
             self.failures.append(f"{name} {self.place()}: {first_line(error)}")
             raise
@@ -250,7 +236,10 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return f"in {module or 'the network'} ({line})"
 
     def leave(self) -> None:
-        """Note in the `Remains` what the run made and something still holds, but for stored tensors."""
+        """Note in the `Remains` the memory of the run that something still holds, but for stored tensors.
+
+        Constants, and the image of the run, are known by their content afterwards.
+        """
         for memory, storage in self._memory.items():
             if not storage.expired() and memory not in self._stored:
                 self._remains.alive[memory] = torch.UntypedStorage._new_with_weak_ptr(
@@ -279,7 +268,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         # Describe the operator and its operands before it runs: it may write to them.
         with self.recording(func):
-            operands = _tensors((args, kwargs))
+            operands = tensors_in((args, kwargs))
             of_image = self.depends_on_image(operands)
             is_random = _draws(func, args, kwargs)
             has_maker = any(self._address(operand) in self._made_by for operand in operands)
@@ -293,8 +282,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 is_random=is_random,
             )
 
-        # Compiled code, such as TorchScript's, hides its call from `FunctionReads`, which would
-        # take this one for a call of the network's code.
+        # `FunctionReads` must not see this call. Compiled code, such as TorchScript's, hides its own
+        # call from it, so it would take this one for a call of the network's code.
         with torch._C.DisableTorchFunction():
             if self._known_layouts is None or not of_image:
                 result = self._run(func, operands, operator, args, kwargs)
@@ -304,6 +293,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Record it, and what it reads and writes. Of two runs of an operator on the same operands,
         # which have the same code, the first one is kept.
         with self.recording(func):
+            # Memory that an earlier run has filled, and this one has not.
             if any(
                 address(operand) in self._remains.of_image
                 and address(operand) not in self._of_image
@@ -341,7 +331,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if is_of_torch or func._schema.is_mutable:
             return func(*args, **kwargs)
 
-        # While it runs, its operands are read-only. Copies show what is written unseen.
+        # While it runs, its operands are read-only: `_note_writes` notes what its own operators write
+        # to them. Copies show other writes.
         copies = [operand.clone() for operand in operands]
         outer = self._read_only
         self._read_only = {address(operand) for operand in operands}
@@ -371,7 +362,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if len(written) == len(returned) == 1:
                 return values[written[0]]
 
-        # Other operators that write, views, and checks, which return nothing, do run.
+        # Other operators that write, and those that make no new tensor, views and checks, do run.
         if func._schema.is_mutable or None not in returned:
             return func(*args, **kwargs)
 
@@ -426,13 +417,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         """Name the maker of each result; a view has the maker of its memory."""
         returns_view = any(value.alias_info is not None for value in func._schema.returns)
-        is_unfilled = func._schema.name.partition("::")[2].startswith(_UNFILLED)
+        is_unfilled = func._schema.name.partition("::")[2].startswith(_ALLOCATORS)
         memories = {address(operand) for operand in operands}
 
         # The layouts of new results, with which `_imitate` need not compute them.
-        results = _tensors(result)
-        if of_image and not returns_view and all(map(_is_plain, results)):
-            self.layouts.setdefault(code, [_layout(tensor) for tensor in results])
+        results = tensors_in(result)
+        if of_image and not returns_view and all(map(is_plain, results)):
+            self.layouts.setdefault(code, [layout_of(tensor) for tensor in results])
 
         for position, tensor in enumerate(tree_leaves(result)):
             if not isinstance(tensor, Tensor):
@@ -450,7 +441,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._made.add(memory)
             maker = f"{code}#{position}"
             if is_unfilled:
-                maker = _UNKNOWN
+                maker = _UNFILLED
             self._note(tensor, maker, of_image, is_constant and not is_unfilled)
 
     def _note(self, tensor: Tensor, maker: str, of_image: bool, is_constant: bool) -> None:
@@ -506,71 +497,6 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return (module or "").removeprefix("network").removeprefix("."), line
 
 
-class FunctionReads(TorchFunctionMode):
-    """Reports what operators do not show: text, lists, arrays and addresses made of a tensor.
-
-    What a built-in function reads of its own results is not reported if it returns tensors of the
-    image only: then no number reaches the code of the network. For example, `one_hot` compares its
-    smallest number with 0. A tensor of the image that becomes a number as an argument is reported:
-    `x.narrow(1, start, 4)` is another operator for each `start`, and `torch.tensor([value])`, which
-    no operator makes, another constant.
-    """
-
-    def __init__(self, flow: Dataflow) -> None:
-        super().__init__()
-        self._flow = flow
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Call *function*; note in the `reads` of the flow if it hands values of the image to Python."""
-        del types
-        kwargs = kwargs or {}
-        flow = self._flow
-        with flow.recording(function):
-            call = BuiltinCall(frozenset(map(address, _tensors((args, kwargs)))), [])
-
-        # While a built-in function runs, its call collects what it reads of its own results.
-        outer = flow.call
-        is_builtin = isinstance(function, BuiltinFunctionType | MethodDescriptorType)
-        flow.call = call if is_builtin else None
-        try:
-            result = function(*args, **kwargs)
-        finally:
-            flow.call = outer
-
-        with flow.recording(function):
-            if self._hands_out(function, args, kwargs, result, call):
-                name = getattr(function, "__name__", str(function))
-                flow.reads.append(f"{name} {flow.place()}")
-        return result
-
-    def _hands_out(
-        self, function: Any, args: Any, kwargs: Any, result: Any, call: BuiltinCall
-    ) -> bool:
-        """Return whether *result* holds values of the image that no operator shows."""
-        flow = self._flow
-        leaves = tree_leaves(result)
-        if call.reads and not all(map(flow.depends_on_image, leaves)):
-            return True  # what it read of its own results decides what it returns
-
-        # An attribute hands out nothing, and neither does a call without tensors of the image.
-        name = getattr(function, "__name__", "")
-        is_attribute = name in ("__get__", "__set__", "type")
-        if is_attribute or not flow.depends_on_image((args, kwargs)):
-            return False
-        if name in _READERS or not all(isinstance(leaf, _HARMLESS) for leaf in leaves):
-            return True
-
-        # A result that no operator made is a new constant, with values of the image if an argument
-        # depends on it. Of its own tensor, a method such as `new_tensor` needs the dtype only.
-        data = args[1:] if isinstance(function, MethodDescriptorType) else args
-        return flow.depends_on_image((data, kwargs)) and not all(
-            flow.is_made(tensor) or address(tensor) in call.arguments
-            for tensor in _tensors(result)
-        )
-
-
 class GraphRun(fx.Interpreter):
     """Runs a captured graph with *stored* tensors of a network.
 
@@ -595,41 +521,6 @@ class GraphRun(fx.Interpreter):
         return super().get_attr(target, args, kwargs)
 
 
-def _layout(tensor: Tensor) -> Layout:
-    return Layout(tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Return whether *tensor* is a dense `Tensor`, of no subclass, that begins where its memory does."""
-    is_lazy = tensor.is_conj() or tensor.is_neg()
-    return (
-        type(tensor) is Tensor
-        and tensor.layout == torch.strided
-        and not (is_lazy or tensor.is_meta or tensor.storage_offset())
-    )
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    """List the tensors in *values*; most are tuples of few, for which `tree_leaves` takes long."""
-    if isinstance(values, Tensor):
-        return [values]
-    if type(values) in _LEAVES:
-        return []
-    if type(values) in (list, tuple):
-        return [tensor for value in values for tensor in _tensors(value)]
-    if type(values) is dict:
-        return [tensor for value in values.values() for tensor in _tensors(value)]
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def address(tensor: Tensor) -> int:
-    """Return a number that tells the memory of *tensor* from any other."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # within vmap
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    storage = tensor.untyped_storage()
-    return storage.data_ptr() or storage._cdata
-
-
 def _by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """Return the arguments of a call of *func* by their names; those that are left out are missing."""
     names = [argument.name for argument in func._schema.arguments]
@@ -650,6 +541,8 @@ def _locate_node(node: fx.Node) -> tuple[str, str]:
     """Return the module and the line of the code that *node* was captured from."""
     stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     module = stack[-1].removeprefix("L['self'].") if stack else ""
+
+    # The last line of the trace that is in code of the network: `File "net.py", line 3, in forward`.
     text = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith("File ")]
     of_network = [line for line in lines if _TORCH not in line and _OWN_CODE not in line]

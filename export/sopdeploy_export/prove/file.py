@@ -170,9 +170,9 @@ class ParityReport(StrictModel):
 
 
 def compare_routes(
-    exact: NDArray[Any], rounded: NDArray[Any], chosen: int, floors: float
+    exact: NDArray[Any], rounded: NDArray[Any], num_chosen: int, floors: float
 ) -> RoutingParity:
-    """Find the images whose route, the *chosen* components of the largest gate logits, can be compared.
+    """Find the images whose route can be compared: the *num_chosen* components of the largest gate logits.
 
     *exact* and *rounded* are the gate logits (P, N) of P images and N components, in float64 and
     in the exported precision. The noise floor is their largest difference, or four roundings of
@@ -181,13 +181,13 @@ def compare_routes(
     noise = max(
         FOUR_ROUNDINGS * float(np.abs(exact).max()), float(np.abs(rounded - exact).max())
     )
-    is_decided_P = mark_decided(exact, chosen, floors * noise)
+    is_decided_P = mark_decided(exact, num_chosen, floors * noise)
 
     # The decided images are compared or, if there are none, those with the same route.
     is_compared_P = is_decided_P
     if not is_decided_P.any():
-        same = _routes(exact, chosen) == _routes(rounded, chosen)
-        is_compared_P = same.all(axis=1)
+        is_same = _routes(exact, num_chosen) == _routes(rounded, num_chosen)
+        is_compared_P = is_same.all(axis=1)
 
     return RoutingParity(
         noise_floor=noise,
@@ -197,11 +197,11 @@ def compare_routes(
     )
 
 
-def _routes(logits: NDArray[Any], chosen: int) -> NDArray[np.intp]:
-    """Return the *chosen* components (P, chosen) of the largest gate logits (P, N), in ascending order."""
+def _routes(logits: NDArray[Any], num_chosen: int) -> NDArray[np.intp]:
+    """Return the components of the *num_chosen* largest gate *logits* (P, N), ascending (P, num_chosen)."""
     # A stable sort resolves ties in favor of the lower index, as the gate does.
     ranking = np.argsort(-logits, axis=1, kind="stable")
-    return np.sort(ranking[:, :chosen], axis=1)
+    return np.sort(ranking[:, :num_chosen], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,9 +234,13 @@ def compute_reference(
     # In float64. The modes also change the types that the network's code names, and the dtypes
     # that it reads.
     gate_layer = find_gate(deployed.network)
-    with attributes_restored(deployed), tensors_converted(deployed, _widened):
-        with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
-            exact = run_in_batches(deployed, names, images, BATCH_IN_FLOAT64)
+    with (
+        attributes_restored(deployed),
+        tensors_converted(deployed, _widened),
+        ReportsFloat32(),
+        InFloat64(),  # type: ignore[no-untyped-call]
+    ):
+        exact = run_in_batches(deployed, names, images, BATCH_IN_FLOAT64)
         exact_gate = None if gate_layer is None else gate_logits(deployed, pixels)
 
     # In the exported precision; and which images have a route that can be compared.
@@ -247,7 +251,7 @@ def compute_reference(
         routing = compare_routes(
             exact=exact_gate,
             rounded=gate_logits(deployed, pixels) if gate is None else gate(pixels),
-            chosen=gate_layer.chosen,
+            num_chosen=gate_layer.chosen,
             floors=FLOORS_BY_PRECISION[precision],
         )
     is_compared_P = compared_images(routing, len(images))
@@ -260,18 +264,28 @@ def compute_reference(
     # The noise floor of each output, from runs of all images and of the first ones alone.
     noise_floor = {}
     for name, batched, single in zip(names, rounded.batched, rounded.single, strict=True):
-        values = exact[name]
         runs = [batched.numpy(), single.numpy()]
-        _require_finite(name, values, runs, precision)
-        noise_floor[name] = FOUR_ROUNDINGS * float(np.abs(values).max())
-        for rounded_values in runs:
-            count = len(rounded_values)
-            errors = np.abs(rounded_values - values[:count])[is_compared_P[:count]]
-            noise_floor[name] = max(noise_floor[name], float(errors.max(initial=0.0)))
+        _require_finite(name, exact[name], runs, precision)
+        noise_floor[name] = _measure_noise(exact[name], runs, is_compared_P)
 
     return ParityReference(
         outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing
     )
+
+
+def _measure_noise(
+    exact: NDArray[Any], runs: Sequence[NDArray[Any]], is_compared_P: NDArray[np.bool_]
+) -> float:
+    """Return the noise floor of an output (P, ...), *exact* in float64; `compute_reference` defines it.
+
+    Each of *runs* has the output for the first images, or all, in the exported precision.
+    """
+    noise_floor = FOUR_ROUNDINGS * float(np.abs(exact).max())
+    for rounded in runs:
+        count = len(rounded)
+        errors = np.abs(rounded - exact[:count])[is_compared_P[:count]]
+        noise_floor = max(noise_floor, float(errors.max(initial=0.0)))
+    return noise_floor
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -333,7 +347,6 @@ def prove_file(
     by_size = {
         size: file_outputs(session, images[-count:], size) for size, count in counts.items()
     }
-    all_of_file = by_size[sizes[-1]]
 
     # The images that are compared. Left out are those on which the gate of a mixture may choose
     # other components in the file (`compare_routes`): their outputs may differ by more than
@@ -341,37 +354,23 @@ def prove_file(
     routing = expected.routing
     is_compared_P = compared_images(routing, len(images))
 
-    # How far the file is from the network, and its batches from each other. `max_drift` raises for
-    # values that are not finite.
-    floors_allowed = FLOORS_BY_PRECISION[expected.precision]
-    outputs = {}
-    for name, exact in expected.outputs.items():
-        drift = {}
-        batch_difference = 0.0
-        for size, count in counts.items():
-            values = by_size[size][name]
-            is_compared = is_compared_P[-count:]
-            drift[str(size)] = max_drift(name, values, exact[-count:], is_compared)
-            difference = max_drift(name, values, all_of_file[name][-count:], is_compared)
-            batch_difference = max(batch_difference, difference)
-        outputs[name] = OutputParity(
-            noise_floor=expected.noise_floor[name],
-            tolerance=floors_allowed * expected.noise_floor[name],
-            drift=drift,
-            batch_difference=batch_difference,
-        )
-
+    # What the file computes, compared with the network.
+    outputs = {
+        name: _compare_output(name, expected, by_size, counts, is_compared_P)
+        for name in expected.outputs
+    }
     logits = expected.outputs[LOGITS]
+    logits_of_file = by_size[sizes[-1]][LOGITS]  # of all images
     report = ParityReport(
         precision=expected.precision,
         runtime=f"onnxruntime {ort.__version__}",
         provider=PROVIDER,
         num_images=len(images),
-        floors_allowed=floors_allowed,
+        floors_allowed=FLOORS_BY_PRECISION[expected.precision],
         outputs=outputs,
         spread=logit_spread(logits[is_compared_P]),
         flips=count_flips(
-            all_of_file[LOGITS], logits, outputs[LOGITS].tolerance, left_out=~is_compared_P
+            logits_of_file, logits, outputs[LOGITS].tolerance, left_out=~is_compared_P
         ),
         routing=routing,
         operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
@@ -388,6 +387,38 @@ def prove_file(
     if routing is not None and routing.num_undecided == report.num_images:
         violation += f"; the gate is undecided on every image, so rounding decides: {UNDECIDED}"
     raise ParityError(f"the exported file {violation}; nothing was written")
+
+
+def _compare_output(
+    name: str,
+    expected: ParityReference,
+    by_size: Mapping[int, Arrays],
+    counts: Mapping[int, int],
+    is_compared_P: NDArray[np.bool_],
+) -> OutputParity:
+    """Measure how far output *name* of the file is from the network, and its batches from each other.
+
+    *by_size* has the outputs of the file by batch size, for the last of the P images: so many as
+    *counts* says, and for the largest size all. Raises the errors of `max_drift`.
+    """
+    exact = expected.outputs[name]
+    all_of_file = by_size[max(by_size)][name]
+    drift = {}
+    batch_difference = 0.0
+    for size, count in counts.items():
+        values = by_size[size][name]
+        is_compared = is_compared_P[-count:]
+        drift[str(size)] = max_drift(name, values, exact[-count:], is_compared)
+        difference = max_drift(name, values, all_of_file[-count:], is_compared)
+        batch_difference = max(batch_difference, difference)
+
+    noise_floor = expected.noise_floor[name]
+    return OutputParity(
+        noise_floor=noise_floor,
+        tolerance=FLOORS_BY_PRECISION[expected.precision] * noise_floor,
+        drift=drift,
+        batch_difference=batch_difference,
+    )
 
 
 def count_flips(

@@ -1,6 +1,6 @@
 """The compared networks: what is known of each is made once, and handed on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy.models.base import is_in
-from sopdeploy_export.capture.buffers import create_buffers
+from sopdeploy_export.capture.buffers import create_buffers, make_kept_results_anew
 from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, Deployed
 from sopdeploy_export.capture.program import NETWORK_PREFIX, Trace, functionalize, trace
 from sopdeploy_export.network import tensors, unstored_buffers
@@ -24,6 +24,7 @@ from sopdeploy_export.program_hashes import (
     program_root,
     tensor_hash,
 )
+from sopdeploy_export.prove.constants import has_large_constants
 from sopdeploy_export.subject import Detachment
 
 
@@ -189,16 +190,7 @@ def build_plain(
     weights = {rename(name): tensor for name, tensor in kept.items()}
     if len(weights) != len(kept):
         raise CertificateError("rename gives two tensors of the trained network the same name")
-    missing = sorted(plain_tensors.keys() - weights.keys())
-    if missing:
-        raise CertificateError(
-            f"the plain network needs {missing[0]}, which the trained one lacks"
-        )
-    extra = sorted(weights.keys() - plain_tensors.keys())
-    if extra:
-        raise CertificateError(
-            f"the trained network still has {extra[0]}, which the plain one lacks"
-        )
+    _check_names(weights.keys(), plain_tensors.keys())
 
     # A buffer that no state dict stores is compared if the outputs need it, unless the capture
     # of the trained network created it: that of the plain network creates it, too.
@@ -215,10 +207,29 @@ def build_plain(
         plain_tensors = {name: tensors(plain)[name] for name in weights}
 
     _load(plain, plain_tensors, weights)
+    plain.eval()
+
+    # A constant that a function keeps for later calls is not taken from the trained network.
+    if has_large_constants(trained.trace.program):
+        make_kept_results_anew(plain, preprocess)
     try:
-        return Compared.of(detachment.role, plain.eval(), preprocess, batch, trained)
+        return Compared.of(detachment.role, plain, preprocess, batch, trained)
     except LoweringError as error:
         raise CertificateError(f"{detachment.role} network: {error}") from error
+
+
+def _check_names(weights: Set[str], plain_tensors: Set[str]) -> None:
+    """Raise `CertificateError` unless the names of *weights* and *plain_tensors* are the same."""
+    missing = sorted(plain_tensors - weights)
+    if missing:
+        raise CertificateError(
+            f"the plain network needs {missing[0]}, which the trained one lacks"
+        )
+    extra = sorted(weights - plain_tensors)
+    if extra:
+        raise CertificateError(
+            f"the trained network still has {extra[0]}, which the plain one lacks"
+        )
 
 
 @torch.no_grad()

@@ -25,20 +25,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sopdeploy.errors import CertificateError, SopdeployError, first_line
+from sopdeploy.errors import CertificateError, SopdeployError, amount, first_line
+from sopdeploy.models.base import is_in
 from sopdeploy_export.capture.deployed import STATELESS, Deployed
 from sopdeploy_export.capture.program import NETWORK_PREFIX, as_captured
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms
 from sopdeploy_export.network import tensors
 from sopdeploy_export.program_hashes import are_equal
-from sopdeploy_export.prove.dataflow import (
-    Dataflow,
-    FunctionReads,
-    GraphRun,
-    Layout,
-    Remains,
-)
+from sopdeploy_export.prove.dataflow import Dataflow, GraphRun, Remains
+from sopdeploy_export.prove.function_reads import FunctionReads
 from sopdeploy_export.prove.networks import Compared
+from sopdeploy_export.prove.tensors import Layout
 
 STATEMENT = (
     "For 1, 2 and 3 images, a plain run of the trained network, alone and again, performs the "
@@ -71,19 +68,29 @@ class Recorder:
     """Records runs of the network *compared* and of its graph on the last of uint8 *images* (N, H, W, 3).
 
     The last of the generated images are noise; the first ones have equal parts. What the network
-    keeps of a run, such as a table, is there in the next one.
+    keeps of a run, such as a table, is there in the next one. *parts* are those that are removed.
 
     Attributes:
         sizes: The sizes of the batches that are compared.
         repeated: The size of the batch that runs twice.
     """
 
-    def __init__(self, compared: Compared, images: Tensor, largest_batch: int) -> None:
+    def __init__(
+        self,
+        compared: Compared,
+        images: Tensor,
+        largest_batch: int,
+        parts: tuple[str, ...] = (),
+    ) -> None:
         self.sizes = tuple(range(1, min(LARGEST, largest_batch) + 1))
         self.repeated = min(REPEATED, largest_batch)
         self._images = images[-LARGEST:]
         self._deployed = compared.deployed
-        self._stored = dict(tensors(compared.deployed))
+
+        # Memory of several tensors is known by the first one, so those that are kept come first.
+        stored = tensors(compared.deployed)
+        removed = tuple(NETWORK_PREFIX + part for part in parts)
+        self._stored = dict(sorted(stored.items(), key=lambda item: is_in(item[0], *removed)))
 
         # The graph has its own buffers where a first run of the network creates or replaces them.
         created = {NETWORK_PREFIX + name for name in compared.trace.created}
@@ -123,7 +130,7 @@ class Recorder:
             results = tuple(map(flow.known_by, outputs))
             values = tuple(output.clone() for output in outputs)
 
-        # What something else than this function still holds is left for later runs.
+        # What is still held now, by the network or its code, is left for later runs.
         del outputs, images
         flow.leave()
         run = Run(flow, results, values)
@@ -179,7 +186,7 @@ def prove_plain_run(recorder: Recorder) -> None:
         captured = recorder.run_graph(plain)
         if plain.results != captured.results:
             raise CertificateError(
-                f"with {size} image{'s' * (size > 1)}, a plain run of the network does "
+                f"with {amount(size, 'image')}, a plain run of the network does "
                 f"something else than its graph: the network runs {plain.first_other(captured)}, "
                 f"the graph {captured.first_other(plain)}; its code must depend on neither the batch size "
                 "nor being exported, nor write outside of torch's operators"

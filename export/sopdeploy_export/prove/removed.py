@@ -21,9 +21,9 @@ from sopdeploy.models.base import is_in
 from sopdeploy_export.capture.program import NETWORK_PREFIX
 from sopdeploy_export.network import modules, tensors
 from sopdeploy_export.prove.constants import constants_in_use
-from sopdeploy_export.prove.dataflow import address
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.prove.plain_run import Recorder, Run
+from sopdeploy_export.prove.tensors import address
 
 STATEMENT = (
     "No tensor of a removed part and no operation captured inside one is behind the outputs, and no memory is "
@@ -76,25 +76,7 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
     Also raises it if a tensor of *parts* shares its memory with a kept one, or with a constant of
     the graph.
     """
-    network = trained.network
-
-    # Shared memory. The message proposes a child of the part that shares nothing, if there is one.
-    shared = find_shared(trained.tensors, parts)
-    if shared is not None:
-        name, kept_name = shared
-        part = next(part for part in parts if is_in(name, part))
-        submodules = network.get_submodule(part)._modules if part != name else {}
-        children = [f"{part}.{submodule}" for submodule in submodules]
-        unshared = [
-            child
-            for child in children
-            if has_tensors(network, (child,)) and not find_shared(trained.tensors, (child,))
-        ]
-        raise CertificateError(
-            f"{name} was removed but shares its memory with {kept_name}, which was kept; name "
-            "only what is in a part alone",
-            remedies={"training_only": unshared[0]} if unshared else {},
-        )
+    _refuse_shared_memory(trained, parts)
 
     # Tensors that the outputs depend on; then modules whose operations they depend on.
     tensor_names = sorted(name for name in trained.needed if is_in(name, *parts))
@@ -103,7 +85,7 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
             f"the outputs depend on {shorten(tensor_names)}; omit what holds them",
             setting="training_only",
         )
-    module_names = sorted(trained.root.modules & removed_modules(network, parts))
+    module_names = sorted(trained.root.modules & removed_modules(trained.network, parts))
     if module_names:
         raise CertificateError(
             f"the outputs depend on operations of {shorten(module_names)}: a removed part changes a "
@@ -124,6 +106,33 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
                 )
 
 
+def _refuse_shared_memory(trained: Compared, parts: tuple[str, ...]) -> None:
+    """Raise `CertificateError` if a tensor of *parts* shares its memory with a kept tensor of *trained*.
+
+    The error proposes a child of the part that shares nothing, if there is one.
+    """
+    shared = find_shared(trained.tensors, parts)
+    if shared is None:
+        return
+    name, kept_name = shared
+
+    network = trained.network
+    part = next(part for part in parts if is_in(name, part))
+    is_tensor = part == name
+    submodules = {} if is_tensor else network.get_submodule(part)._modules
+    children = [f"{part}.{submodule}" for submodule in submodules]
+    unshared = [
+        child
+        for child in children
+        if has_tensors(network, (child,)) and not find_shared(trained.tensors, (child,))
+    ]
+    raise CertificateError(
+        f"{name} was removed but shares its memory with {kept_name}, which was kept; name "
+        "only what is in a part alone",
+        remedies={"training_only": unshared[0]} if unshared else {},
+    )
+
+
 def removed_modules(network: nn.Module, parts: Sequence[str]) -> set[str]:
     """Return the names of the modules in *parts* of *network*, except those that it also has elsewhere."""
     named = list(modules(network))
@@ -141,6 +150,7 @@ def _check_behind(run: Run, parts: tuple[str, ...]) -> None:
     prefixed = [f"{NETWORK_PREFIX}{part}" for part in parts]
     for result in run.results:
         for operator in run.flow.behind(result).values():
+            # Stored tensors are known by their names.
             names = [name for name in operator.operands if is_in(name, *prefixed)]
             if names or is_in(operator.module, *parts):
                 cause = names[0].removeprefix(NETWORK_PREFIX) if names else operator.module
@@ -152,7 +162,7 @@ def _check_behind(run: Run, parts: tuple[str, ...]) -> None:
 
 @contextmanager
 def other_values(tensors_to_change: Sequence[Tensor]) -> Iterator[None]:
-    """Fill tensors in the block: with random numbers from 0 to 1, integers and truth values with 1."""
+    """Fill tensors with random numbers from 0 to 1, integers and truth values with 1, for the block."""
     generator = torch.Generator().manual_seed(_SEED)
     saved = [tensor.detach().clone() for tensor in tensors_to_change]
 
@@ -276,17 +286,20 @@ def find_shared_rests(trained: Compared, unneeded: tuple[str, ...]) -> dict[str,
     shared_rests = {}
 
     for part in sorted({name.rpartition(".")[0] for name in unneeded} - {""}):
-        inside = {name for name in trained.needed if is_in(name, part)}
-        other_names = {
+        outside_by_address = {
             address(tensor): name
             for name, tensor in trained.tensors.items()
             if not is_in(name, part)
         }
-        rest = {
-            name: other_names.get(address(trained.tensors[name])) for name in sorted(inside)
+
+        # What the outputs need of the part, with the names of the same tensors outside of it.
+        needed_inside = sorted(name for name in trained.needed if is_in(name, part))
+        outside_names = {
+            name: outside_by_address.get(address(trained.tensors[name]))
+            for name in needed_inside
         }
-        if rest and all(rest.values()):
-            name = next(iter(rest))
-            shared_rests[part] = f"{name} is {rest[name]}"
+        if needed_inside and all(outside_names.values()):
+            first = needed_inside[0]
+            shared_rests[part] = f"{first} is {outside_names[first]}"
 
     return shared_rests

@@ -129,5 +129,5 @@ def unused_modules(
     the network returns more than one tensor. Raises the errors of `export_network` before its
     proof begins.
     """
-    with prepared(network, logits_key=logits_key) as given:
-        return admit(given, preprocess).removable
+    with prepared(network, logits_key=logits_key) as ready_network:
+        return admit(ready_network, preprocess).removable

@@ -86,7 +86,8 @@ def export_network(
 
     Raises:
         ConfigError: An argument is invalid.
-        DetachError: *training_only* names no part, or must name parts that no output depends on.
+        DetachError: An item of *training_only* names no part, or there is no item although
+            `options.detach` is set.
         LoweringError: The network cannot be exported; the message says why.
         CertificateError: A statement of the proof does not hold.
         SopdeployError: Another step failed. Then nothing is left in *destination*, or only the bundle,
@@ -116,12 +117,15 @@ def export_network(
         )
 
         # What it is compared with: the plain network, or itself built again.
-        builder = plain or rebuild
-        if builder is None and not allow_constants:
+        builder = rebuild if plain is None else plain
+        build_checked: Callable[[], nn.Module] | None = None
+        if builder is not None:
+            build_checked = checked_builder(builder, network, logits_key)
+        elif not allow_constants:  # with a builder, `export_subject` checks them
             check_constants(admitted.trained.trace.program)
         detachment = Detachment(
             training_only=admitted.parts,
-            plain=builder and checked_builder(builder, network, logits_key),
+            plain=build_checked,
             role="plain" if plain is not None else "rebuilt",
             rename=rename or str,
             allow_constants=allow_constants,
@@ -200,7 +204,7 @@ def checked_builder(
             )
         check_tensors(built)
         built.cpu().eval()
-        if logits_key is not None:
+        if logits_key is not None:  # for `compute_outputs`
             vars(built)[EXPORT_LOGITS] = logits_key
         return built
 

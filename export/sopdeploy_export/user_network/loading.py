@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain, islice, takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +48,7 @@ def network_builder(
     options; the created function raises `ConfigError` if the network cannot be built.
     """
     invalid = partial(ConfigError, setting=setting, value=import_path)
-    if not all(import_path.partition(":")):  # the module, the colon or the callable is missing
-        raise invalid("write package.module:callable, as in torchvision.models:googlenet")
-
-    # Import it, also from the current folder, as `python -m` does.
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        builder = pkgutil.resolve_name(import_path)
-    except (Exception, SystemExit) as error:  # importing runs the user's code
-        reason = first_line(error)
-        raise invalid(
-            f"cannot be imported ({reason}); {_advise_import(import_path, error)}"
-        ) from error
-    if not callable(builder):
-        raise invalid(
-            f"is a {type(builder).__name__}, not a function or a class; name one of these"
-        )
-
+    builder = _import_callable(import_path, invalid)
     options = dict(map(parse_option, option_texts))
     _check_option_values(builder, options, import_path)
 
@@ -85,6 +68,32 @@ def network_builder(
         return network
 
     return build
+
+
+def _import_callable(
+    import_path: str, invalid: Callable[[str], ConfigError]
+) -> Callable[..., Any]:
+    """Import *import_path*, `package.module:callable`, also from the current folder, as `python -m` does.
+
+    Raises what *invalid* makes of a message if this fails.
+    """
+    if not all(import_path.partition(":")):  # the module, the colon or the callable is missing
+        raise invalid("write package.module:callable, as in torchvision.models:googlenet")
+
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        imported: Any = pkgutil.resolve_name(import_path)
+    except (Exception, SystemExit) as error:  # importing runs the user's code
+        reason = first_line(error)
+        raise invalid(
+            f"cannot be imported ({reason}); {_advise_import(import_path, error)}"
+        ) from error
+    if not callable(imported):
+        raise invalid(
+            f"is a {type(imported).__name__}, not a function or a class; name one of these"
+        )
+    return imported
 
 
 def _advise_import(import_path: str, error: BaseException) -> str:
@@ -255,11 +264,11 @@ def load_weights(
     table and the prefix are chosen that have all tensors of the network. If several do, *key*
     must name one, such as `model_ema` or `encoder_q`.
 
-    Counters of batch norms may be missing. Tensors that the network lacks are ignored, unless
-    they show that the network was built with other options. A layer gets its extra state, which
-    need not be a tensor. After loading, the network must have exactly the tensors of the file,
-    because it can define itself how it is loaded. Raises `WeightsError` for a file that cannot be
-    read or does not fit.
+    Counters of batch norms may be missing; then the network keeps its own. Tensors that the network
+    lacks are ignored, unless they show that the network was built with other options. A layer gets
+    its extra state, which need not be a tensor. After loading, the network must have exactly these
+    tensors, which is checked because it can define itself how it is loaded. Raises `WeightsError`
+    for a file that cannot be read or does not fit.
     """
     weights = read_weights(file) if isinstance(file, Path) else file
     path = weights.path
@@ -272,7 +281,7 @@ def load_weights(
         raise WeightsError(f"{path}: holds no table of tensors; {WEIGHTS_ADVICE}")
     fits = [fit for name in tables for fit in _find_fits(name, tables[name], expected)]
     if all(fit.missing for fit in fits) and len(tables) > 1:
-        # Each table may hold one part of the network, so try all as one.
+        # Each table may hold one part of the network, so try all as one. A table can have the name "".
         tables[""] = {
             f"{table_name}.{name}".strip("."): value
             for table_name, table in tables.items()
@@ -552,15 +561,7 @@ def _find_fits(
     for depth in range(len(shared) + 1):
         added = "".join(f"{part}." for part in shared[:depth])
         suffixes = [name.removeprefix(added) for name in required]
-
-        # The prefixes with which the file has the first required name.
-        first = suffixes[0]
-        prefixes = (
-            name.removesuffix(first)
-            for name in names_in_file
-            if f".{name}".endswith(f".{first}")
-        )
-        for prefix in ("", *islice(filter(None, dict.fromkeys(prefixes)), _MAX_PREFIXES)):
+        for prefix in _find_prefixes(names_in_file, suffixes[0]):
             count = sum(prefix + suffix in names_in_file for suffix in suffixes)
             num_in_file[prefix, added] = count
 
@@ -579,6 +580,20 @@ def _find_fits(
         )
 
     return fits
+
+
+def _find_prefixes(names_in_file: Iterable[str], name: str) -> list[str]:
+    """List the prefixes, such as `model.`, that *names_in_file* may have in front of *name*.
+
+    The first is "", then come at most `_MAX_PREFIXES` others.
+    """
+    prefixes = (
+        name_in_file.removesuffix(name)
+        for name_in_file in names_in_file
+        if f".{name_in_file}".endswith(f".{name}")
+    )
+    others = [prefix for prefix in dict.fromkeys(prefixes) if prefix]
+    return ["", *others[:_MAX_PREFIXES]]
 
 
 def _shared_parts(names: Sequence[str]) -> list[str]:

@@ -128,29 +128,18 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         "blocks_per_stage": blocks,
         "widen": widen,
         "components": 1,
+        "conv5_stride": int(layer_number(file, "conv5_1a_conv", "stride")),
     }
-    config["conv5_stride"] = int(layer_number(file, "conv5_1a_conv", "stride"))
-
     component = config["component"]
 
-    # The components of the mixture are separate layers in the file, but one tensor here.
+    # The options of a mixture, and the channels that it pools; or those of the last stage.
     is_gated = "gating_w" in file.tensors
     if is_gated:
         config |= _read_gate_options(file, tensors)
-        widths: list[int] = []
-        # CM_2_a is the first convolution of component 2, CM_2_b the second one
-        for letter in "abcdefgh":
-            if f"CM_1_{letter}.weight" in tensors:
-                numbers = range(1, config["components"] + 1)
-                kernels = [tensors.pop(f"CM_{number}_{letter}.weight") for number in numbers]
-                # (N, out, in), from (N, out, in, 1, 1)
-                weight = torch.stack(kernels).flatten(start_dim=2)
-                tensors[f"mixture.weights.{len(widths)}"] = weight
-                widths.append(weight.shape[1])
-        config["component_widths"] = widths
-        pooled_channels = widths[-1]  # of a component's last convolution
+        config["component_widths"] = _stack_components(tensors, config["components"])
+        pooled_channels = config["component_widths"][-1]
     else:
-        pooled_channels = WIDTHS[-1] * widen  # of the last stage
+        pooled_channels = WIDTHS[-1] * widen
 
     # Layers after a covariance pooling read triangle vectors, which the file has column by
     # column.
@@ -176,6 +165,24 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         imagenet=False,
         notes=NOTES,
     )
+
+
+def _stack_components(tensors: dict[str, Tensor], num_components: int) -> list[int]:
+    """Stack the convolutions of the components of a mixture in *tensors*, in place; return their widths.
+
+    In the file, they are separate layers: CM_2_a is the first convolution of component 2, CM_2_b
+    its second one. Here, the first convolutions of all N components are one tensor (N, out, in),
+    and so are the second ones.
+    """
+    widths: list[int] = []
+    for letter in "abcdefgh":  # of up to 8 convolutions
+        if f"CM_1_{letter}.weight" in tensors:
+            numbers = range(1, num_components + 1)
+            kernels = [tensors.pop(f"CM_{number}_{letter}.weight") for number in numbers]
+            weight = torch.stack(kernels).flatten(start_dim=2)  # from (N, out, in, 1, 1)
+            tensors[f"mixture.weights.{len(widths)}"] = weight
+            widths.append(weight.shape[1])
+    return widths
 
 
 def _rename_tensors(file: DagNN) -> dict[str, Tensor]:
@@ -295,10 +302,11 @@ def _check_expansion(path: Path) -> None:
     Weights hardly shrink, but zlib can store a gigabyte of zeros in a megabyte, and scipy
     expands an element at once.
     """
-    # Bytes that may still follow
+    # Bytes that may still follow.
     allowed = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * path.stat().st_size)
 
     with path.open("rb") as file:
+        # The header ends in the order of bytes: IM if the lowest one comes first.
         order = "<" if file.read(HEADER_BYTES).endswith(b"IM") else ">"
         while len(tag := file.read(TAG.size)) == TAG.size:
             element_type, size = struct.unpack(f"{order}II", tag)
@@ -369,7 +377,10 @@ def read_dagnn(path: Path, digest: str) -> DagNN:
 
 
 def layer_number(file: DagNN, name: str, key: str) -> float:
-    """Get the number *key* of the layer *name*; a stride has two values, which must be equal."""
+    """Get the number *key* of the layer *name*; a stride has two values, which must be equal.
+
+    Raises `ValueError` if they differ, and `LookupError` if there is no such number.
+    """
     (value,) = set(np.ravel(file.layers[name].block[key]).tolist())
     return float(value)
 

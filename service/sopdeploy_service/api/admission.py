@@ -89,8 +89,9 @@ def json_response(
 class AdmittedRequest:
     """A request to *model*, which stays loaded.
 
-    *started*, *received* and *deadline* are times of `time.monotonic`: the request has arrived
-    at *received*, and is answered within *timeout* seconds after it.
+    *started*, *received* and *deadline* are times of `time.monotonic`. The whole request has
+    arrived at *received*, which is *started* until `end_upload`; it is answered within *timeout*
+    seconds after that.
     """
 
     request: Request
@@ -159,6 +160,7 @@ class AdmittedRequest:
 
         service.check_queue(self.model, num_images)
         if context.rate_limit is not None:
+            # If the key has too few tokens, it pays for the bytes that were read.
             context.rate_limit.spend(num_images, work=context.bytes // SMALL_BODY)
         context.num_images += num_images
 
@@ -217,12 +219,20 @@ async def admit(
     # Refuse before the body is read, then load the model if that is needed.
     try:
         service.check_admission(model, deadline)
-        if context.rate_limit is not None:
+        if context.rate_limit is not None:  # `infer` takes the tokens of the images
             context.rate_limit.spend(1, check_only=True)
 
         with service.registry.use(model), service.uploads.open(client) as body:
             admitted = AdmittedRequest(
-                request, service, context, model, body, started, timeout, started, deadline
+                request=request,
+                service=service,
+                context=context,
+                model=model,
+                body=body,
+                started=started,
+                timeout=timeout,
+                received=started,  # until `end_upload`
+                deadline=deadline,
             )
 
             if not model.is_loaded:
@@ -425,7 +435,8 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
         # body in vain.
         service.uploads.check(body, max(0, announced_bytes - context.bytes))
 
-        # Wait for the next piece, as long as the minimum rate allows.
+        # Wait for the next piece, as long as the minimum rate allows. `uploads` ends the wait by
+        # `body.timer` if this body has to make room for another one.
         began = time.monotonic()
         try:
             async with asyncio.timeout(grace) as body.timer:
@@ -441,8 +452,7 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
         delay = time.monotonic() - began - len(piece) / settings.min_body_rate
         grace = min(settings.body_grace_seconds, grace - delay)
 
-        # Other bodies may have grown during the wait, and a chunked one does not announce its
-        # length.
+        # The piece came at the same moment as the refusal.
         if body.is_refused:
             raise RejectedError(UPLOADS_FULL)
 

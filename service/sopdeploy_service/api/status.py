@@ -36,7 +36,6 @@ class CertificateSummary(StrictModel):
     compared: tuple[str, ...]
     detached: tuple[str, ...]
     num_images: int
-    largest_difference: float
     num_removed: int
     bytes_removed: int
     num_kept: int
@@ -77,7 +76,7 @@ async def livez(request: Request) -> Response:
 
 @router.get("/readyz", summary="Readiness", response_model=Health)
 async def readyz(request: Request) -> Response:
-    """Return status 200 if the server accepts images, and 503 if it is draining, has no model or is dead.
+    """Return status 200 if the server accepts images, else 503; `status` says why.
 
     The probes of every bundle are replayed before the server starts to listen. `reason` names a
     bundle whose folder was deleted or cannot be read: a restarted process cannot load it.
@@ -92,7 +91,7 @@ async def readyz(request: Request) -> Response:
 
 
 async def find_lost_bundle(registry: Registry) -> str | None:
-    """Return the reason of `/readyz`: one of the bundles that *registry* serves was lost."""
+    """Name a bundle that *registry* serves and whose folder is lost, as `find_lost` does, in a thread."""
     return await asyncio.to_thread(
         find_lost, [model.bundle.path for model in registry.models()]
     )
@@ -121,10 +120,10 @@ async def metrics(request: Request) -> Response:
     )
 
 
-@router.get("/info", summary="Loaded models", response_model=ServerInfo)
-@router.get("/v1/status", summary="Loaded models, as `/info`", response_model=ServerInfo)
+@router.get("/info", summary="Served models", response_model=ServerInfo)
+@router.get("/v1/status", summary="Served models, as `/info`", response_model=ServerInfo)
 async def info(request: Request) -> Response:
-    """Describe each loaded model and its runtime, and the processes of the server."""
+    """Describe each model, loaded or not, and its runtime, and the processes of the server."""
     service = service_of(request)
     models: list[ModelInfo] = []
     for model in service.registry.models():
@@ -172,7 +171,7 @@ async def info(request: Request) -> Response:
     responses=describe_statuses(400, 404, 422, 503),
 )
 async def card(request: Request, query: Annotated[CardQuery, Query()]) -> Response:
-    """Return the model card of `model` (required if several are loaded) and a summary of its certificate."""
+    """Return the model card of `model` (required if there are several) and a summary of its certificate."""
     model = service_of(request).registry.find(query.model)
     if model not in _cards:
         _cards[model] = await asyncio.to_thread(read_card, model.bundle)
@@ -181,14 +180,14 @@ async def card(request: Request, query: Annotated[CardQuery, Query()]) -> Respon
 
 def read_card(bundle: Bundle) -> Card:
     """Read the model card and summarize the certificate of *bundle*."""
-    # Summarize the certificate.
+    # Summarize the certificate, if it is there, short enough, and of the structure known here.
     try:
         content = bundle.contents[CERTIFICATE]
         if count_parts(content) > MAX_CERTIFICATE_PARTS:
-            raise ValueError
+            raise ValueError("too large")
         certificate = parse_json(content)
         roots = certificate["roots"]
-        copied = ("proof", "compared", "detached", "num_images", "largest_difference")
+        copied = ("proof", "compared", "detached", "num_images")
         summary = CertificateSummary(
             **{name: certificate[name] for name in copied},
             num_removed=len(certificate["removed"]),
@@ -198,7 +197,7 @@ def read_card(bundle: Bundle) -> Card:
             onnx_root=roots["onnx"],
             num_operations=roots["num_operations"],
         )
-    except (KeyError, TypeError, ValueError):  # it has another structure
+    except (KeyError, TypeError, ValueError):
         summary = None
 
     text = bundle.contents.get(CARD, b"").decode("utf-8", "replace")

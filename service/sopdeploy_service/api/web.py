@@ -26,7 +26,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.files import read_file
 from sopdeploy.images.limits import MAX_BYTES, describe_formats, missing_extra
 from sopdeploy.images.signatures import HEAD_BYTES, SUFFIXES, media_type_of
-from sopdeploy.photos.folder import open_any_images
+from sopdeploy.photos.evaluation_images import open_any_images
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.middleware import PAGE_FILES, RequestContext
 
@@ -124,6 +124,7 @@ def _policy_sources(tag: str, html: str, assets: tuple[str, ...]) -> str:
 
 async def _show_page(page: Page, request: Request) -> Response:
     """Return *page* with the formats that the server accepts, or redirect from `root_path` to its `/`."""
+    # The path is `/` with and without the slash, so `raw_path` has to tell.
     root = request.scope["root_path"]
     if root and request.scope.get("raw_path") == root.encode():
         return RedirectResponse(f"{root}/")  # the links of the page are relative to it

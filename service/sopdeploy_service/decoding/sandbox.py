@@ -70,9 +70,9 @@ SET_VMA = 0x53564D41  # PR_SET_VMA: the name of memory
 
 
 def argument_rules(process: int, *, threads: bool) -> tuple[AllowedValues, ...]:
-    """List the system calls that *process* may use with certain arguments only; with *threads*, or without.
+    """List the system calls that *process* may use with certain arguments only.
 
-    No value of `clone` starts a process.
+    With *threads*, `clone` may start a thread; it may never start a process.
     """
     return (
         AllowedValues(
@@ -82,17 +82,15 @@ def argument_rules(process: int, *, threads: bool) -> tuple[AllowedValues, ...]:
             mask=THREAD | NAMESPACES,
             values=(THREAD,) if threads else (),
         ),
-        AllowedValues(
-            "mmap", (9, 222), argument=2, mask=EXECUTABLE, values=(0,)
-        ),  # no programs in memory
+        # No programs in memory.
+        AllowedValues("mmap", (9, 222), argument=2, mask=EXECUTABLE, values=(0,)),
         AllowedValues("mprotect", (10, 226), argument=2, mask=EXECUTABLE, values=(0,)),
         AllowedValues(
             "newfstatat", (262, 79), argument=3, mask=EMPTY_PATH, values=(EMPTY_PATH,)
         ),
         AllowedValues("prctl", (157, 167), argument=0, mask=INT, values=(SET_NAME, SET_VMA)),
-        AllowedValues(
-            "prlimit64", (302, 261), argument=0, mask=INT, values=(0,)
-        ),  # 0: the calling process
+        # 0: the calling process.
+        AllowedValues("prlimit64", (302, 261), argument=0, mask=INT, values=(0,)),
         AllowedValues("kill", (62, 129), argument=0, mask=INT, values=(process,)),
         AllowedValues("tgkill", (234, 131), argument=0, mask=INT, values=(process,)),
     )

@@ -79,7 +79,8 @@ class Status(NamedTuple):
         """Convert the status to the rest of a message."""
         counts = COUNTS.pack(self.received, self.open, self.bundles is not None, len(self.has))
         numbers = b"".join(map(NUMBER.pack, self.has))
-        return counts + numbers + (self.bundles or "").encode()[: MAX_MESSAGE // 2]
+        bundles = (self.bundles or "").encode()[: MAX_MESSAGE // 2]  # of many, not all fit
+        return counts + numbers + bundles
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Status":
@@ -145,7 +146,10 @@ def send_message(control: socket.socket, kind: bytes, rest: bytes = b"", *files:
 
 
 async def request_metrics(control: socket.socket | None) -> bytes:
-    """Return the metrics of the process at the other end; empty if it sends too many bytes, or too late."""
+    """Return the metrics of the process at the other end of *control*.
+
+    They are empty without *control*, and if the process sends too many bytes, or too late.
+    """
     # Without a free file, or without an answer in time (`TimeoutError`), there is an OSError.
     with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
         ours, theirs = map(stack.enter_context, socket.socketpair())

@@ -45,7 +45,8 @@ from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 from sopdeploy_service.templates import end_with_parent
 
-STARTING = Status(0, 0, None)  # of a process that loads, or waits for an engine
+# Of a process that loads, or waits for an engine
+STARTING = Status(received=0, open=0, bundles=None)
 
 
 class DeviceServer(DrainingServer):
@@ -80,7 +81,8 @@ class DeviceServer(DrainingServer):
 
     def _report(self) -> None:
         """Report the `Status` of this process to the supervisor."""
-        num_open = len(self.server_state.connections) + len(self._tasks)  # those being accepted
+        # With connections that are being accepted, which are tasks.
+        num_open = len(self.server_state.connections) + len(self._tasks)
         registry = self._service.registry
         channels = registry.open_channels if isinstance(registry, RemoteRegistry) else ()
         has = frozenset((*channels, self._keys_number))
@@ -112,9 +114,12 @@ class DeviceServer(DrainingServer):
             if message.kind == control.SEND_METRICS:
                 page = generate_latest(self._service.metrics.registry)
                 start_task(self._tasks, control.send_metrics(file, page))
-            elif message.kind == control.PAGE:
-                if self._page is not None and not self._page.done():
-                    self._page.set_result(read_memory(file))
+            elif (
+                message.kind == control.PAGE
+                and self._page is not None
+                and not self._page.done()
+            ):
+                self._page.set_result(read_memory(file))
             elif message.kind == control.CHANNEL and isinstance(registry, RemoteRegistry):
                 number, engine = control.parse_channel(message.rest)
                 connection = socket.socket(fileno=file)
@@ -123,14 +128,14 @@ class DeviceServer(DrainingServer):
                 self._keeper.connect(socket.socket(fileno=file))
             elif message.kind == control.CLIENT:
                 start_task(self._tasks, self.serve_connections([socket.socket(fileno=file)]))
-            else:
+            else:  # also a page that is late
                 os.close(file)
 
         self._report()
 
     def _use_keys(self, number: int, keys_file: int, limits_file: int) -> None:
         """Accept the keys with *number* in *keys_file*; the states of their limits are in *limits_file*."""
-        self._app.state.keys.replace(read_keys(keys_file), map_states(limits_file))
+        self._app.state.keys.replace(read_shared_keys(keys_file), map_states(limits_file))
         self._keys_number = number
 
     async def _reload_keys(self) -> None:
@@ -163,6 +168,7 @@ class DeviceServer(DrainingServer):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Get no more connections, and serve those that are on their way."""
+        # The supervisor then sends what waits, and closes its end.
         self._supervisor.shutdown(socket.SHUT_WR)
         await self._supervisor_left.wait()
         if self._tasks:
@@ -183,7 +189,7 @@ def main() -> int:
                 return run_device(config, supervisor)
 
             registry = RemoteRegistry([wait_for_channel(supervisor)], config.settings)
-            return serve_http(config, registry, supervisor, {})
+            return serve_http(config, registry, supervisor, links={})
     except SopdeployError as problem:
         if config.device is None:
             where = f"front end {config.name}: "
@@ -263,7 +269,7 @@ def serve_http(
     app = create_app(
         registry,
         settings,
-        keys=KeyRing(read_keys(config.keys), map_states(config.limits)),
+        keys=KeyRing(read_shared_keys(config.keys), map_states(config.limits)),
         is_keeper=config.position == 0,
     )
 
@@ -281,7 +287,7 @@ def serve_http(
 
 
 def bytes_at_rest(config: LaunchConfig) -> int:
-    """Return the memory that the processes of a server use without any image, in one that serves HTTP.
+    """Return the memory of all processes of a server without any image; called in one that serves HTTP.
 
     Each process that serves HTTP, this one and others, counts as much as this one; with front
     ends, the engines are the rest.
@@ -290,7 +296,7 @@ def bytes_at_rest(config: LaunchConfig) -> int:
     return resident_bytes(os.getppid()) + serving + sum(map(resident_bytes, config.engines))
 
 
-def read_keys(file: int) -> tuple[Key, ...]:
+def read_shared_keys(file: int) -> tuple[Key, ...]:
     """Read the keys that the supervisor has written to *file*."""
     return KeyFile.model_validate_json(read_memory(file)).key
 

@@ -279,7 +279,7 @@ class Engine:
             if message.kind == control.SEND_METRICS:
                 page = generate_latest(self.registry.metrics.registry)
                 start_task(self._tasks, control.send_metrics(file, page))
-            else:
+            else:  # `CHANNEL`: an engine gets no other files
                 number, name = control.parse_channel(message.rest)
                 connection = socket.socket(fileno=file)
                 start_task(self._tasks, self.connect(name, connection, number))
@@ -290,9 +290,9 @@ class Engine:
         facts = [ModelFacts.describe(model) for model in models]
 
         try:
-            slots, description = channel.open_channel(
-                connection, facts, 2 * self._settings.queue_size
-            )
+            # Slots of cancelled images are not free at once, so there are twice as many.
+            num_slots = 2 * self._settings.queue_size
+            slots, description = channel.open_channel(connection, facts, num_slots)
         except (OSError, ChannelError) as error:
             connection.close()
             if not isinstance(error, ConnectionError):  # else the front end has ended

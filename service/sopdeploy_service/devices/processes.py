@@ -77,7 +77,7 @@ class Child:
         self._running[pid] = self
 
     def poll(self) -> int | None:
-        """Return the exit code, None while the process runs; forget all children and orphans that ended.
+        """Return the exit code, None while the process runs; also collect all others that have ended.
 
         The code is `UNKNOWN_CODE` if the process was collected as an orphan before this object
         existed.
@@ -205,13 +205,14 @@ class Process:
         start may take *load_seconds*.
         """
         self.lacking_beats = self.lacking_beats + 1 if lacks else 0
+        # Both ends of a channel may lack it: the front end is replaced first.
         if self.lacking_beats * BEAT_SECONDS > LACK_SECONDS * (1 if self.is_front_end else 2):
             return "lacks a channel or keys"
 
         # Choose how long a child may be silent: while it leaves, serves, starts, or does
         # nothing.
         self.silent_beats += 1
-        is_idle = self._is_idle()
+        is_idle = self._watch_threads()
         has_left = self.control is None
 
         if has_left:
@@ -230,25 +231,26 @@ class Process:
 
         return reason if self.silent_beats * BEAT_SECONDS > limit else ""
 
-    def _is_idle(self) -> bool:
-        """Tell whether the silent child does nothing.
-
-        - One that serves does nothing if no thread of it runs or waits for a disk or memory, and
-          its CPU time has not grown since it had been silent for `QUIET_BEATS`.
-        - One that starts or ends may wait for anything; it does nothing only if it is stopped.
-
-        A child under a debugger does not count as silent: its `silent_beats` are set back.
-        """
+    def _watch_threads(self) -> bool:
+        """Watch the threads of a child that is silent for `QUIET_BEATS`; return whether it does nothing."""
         if self.child is None or self.silent_beats < QUIET_BEATS:
             return False
 
+        # A debugger makes a child silent, which is no failure: the watch begins again.
         states, ticks = run_states(self.child.pid)
-        if TRACED in states or self.silent_beats == QUIET_BEATS:
+        if TRACED in states:
             self.silent_beats = QUIET_BEATS
+
+        # When the watch begins, note the CPU time, with which that of later beats is compared.
+        if self.silent_beats == QUIET_BEATS:
             self.silent_ticks = ticks
 
-        if self.control is None or not self.is_ready:
+        # One that starts or leaves may wait for anything: it does nothing only if it is stopped.
+        is_serving = self.control is not None and self.is_ready
+        if not is_serving:
             return states == {STOPPED}
+
+        # One that serves does nothing if it uses no CPU time and waits for no disk or memory.
         return not BUSY & states and ticks == self.silent_ticks
 
     def send(self, kind: bytes, rest: bytes = b"", *files: int) -> bool:
@@ -276,14 +278,18 @@ def list_devices(settings: Settings) -> list[Process]:
         # "auto" would choose CUDA wherever it is installed.
         if device == "cpu" and settings.runtime == "auto":
             changed["runtime"] = cpu_runtime()
-        # "auto" would take all cores for the decoders of one device.
+        # "auto" would take all cores for the decoders of one GPU; beside a CPU, it takes few.
         if device != "cpu" and settings.decoders == "auto":
             changed["decoders"] = decoders
 
-        variables = visible_devices(device) if device != ANY_DEVICE else {}
-        processes.append(
-            Process(name, variables, settings.model_copy(update=changed), device, position)
+        process = Process(
+            name=name,
+            variables=visible_devices(device) if device != ANY_DEVICE else {},
+            settings=settings.model_copy(update=changed),
+            device=device,
+            position=position,
         )
+        processes.append(process)
     return processes
 
 
@@ -296,7 +302,14 @@ def list_front_ends(settings: Settings) -> list[Process]:
 
     own = settings.model_copy(update=changed)
     return [
-        Process(f"front-{number}", {VISIBLE: ""}, own, None, number) for number in range(count)
+        Process(
+            name=f"front-{number}",
+            variables={VISIBLE: ""},  # no GPU
+            settings=own,
+            device=None,
+            position=number,
+        )
+        for number in range(count)
     ]
 
 

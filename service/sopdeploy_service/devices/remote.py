@@ -113,14 +113,14 @@ class EngineChannel(asyncio.Protocol):
         image = self._images[slot] = future, shapes
         self.sent += 1
 
-        flags = channel.FEATURES * features
+        flags = channel.FEATURES if features else 0
         self._send(channel.RUN, flags, number, slot, deadline)
 
         try:
             result = await future
         finally:
             timer.cancel()
-            # There is no answer yet; the one that comes frees the slot.
+            # Cancel an image without an answer; the one that then comes frees the slot.
             if self._images.get(slot) is image:
                 self._send(channel.CANCEL, 0, number, slot, 0.0)
 
@@ -289,9 +289,8 @@ class RemoteRegistry(Registry):
         async with self._attaching:
             try:
                 new = await asyncio.to_thread(EngineChannel, engine, connection, number)
-            except (
-                ChannelError
-            ) as error:  # the supervisor misses the number in the next reports
+            except ChannelError as error:
+                # The supervisor misses the number in the next reports.
                 log.warning("no channel to engine %s", error)
                 return
 

@@ -158,8 +158,10 @@ class Supervisor:
             # Reload on changes, and replace processes that cannot work.
             start_task(self._tasks, self._replace_failing())
             if self._settings.follow and self._settings.keys is not None:
+                # The first look also reloads: the file may have changed since it was read.
                 identity = partial(file_identity, self._settings.keys)
-                start_task(self._tasks, follow(identity, None, self._key_reloads.request))
+                request = self._key_reloads.request
+                start_task(self._tasks, follow(identity, before=None, reload=request))
 
             if count := len(self._front_ends):
                 log.info(
@@ -178,13 +180,14 @@ class Supervisor:
 
     def _stop(self) -> None:
         """Let the processes that serve HTTP drain; a second call ends the drain. Engines end after them."""
-        number = signal.SIGINT if self._stopping.is_set() else signal.SIGTERM
-
-        if not self._stopping.is_set():
+        is_first_call = not self._stopping.is_set()
+        if is_first_call:
+            self._stopping.set()
             start_task(self._tasks, self._limit_drain())
-        self._stopping.set()
+        self._template.abort()  # no other process starts
 
-        self._template.abort()
+        # One that is not ready has no requests to complete.
+        number = signal.SIGTERM if is_first_call else signal.SIGINT
         for process in self._servers:
             if process.child is not None:
                 process.child.send_signal(number if process.is_ready else signal.SIGKILL)
@@ -276,9 +279,8 @@ class Supervisor:
         """
         code: int | None = None
         try:
-            async with (
-                self._starting
-            ):  # one after another: each gets the ids of those before it
+            # One after another: each gets the ids of those before it.
+            async with self._starting:
                 await self._start(process)
 
             while process.child is not None and (code := process.child.poll()) is None:
@@ -290,7 +292,8 @@ class Supervisor:
             self._fail_start(process, HANGS_AT_START)
             return NOT_STARTED, None
         except (OSError, RuntimeError) as error:  # the template has ended, or there is no room
-            if not isinstance(error, OSError) and not lacks_room(error):
+            is_bug = not isinstance(error, OSError) and not lacks_room(error)
+            if is_bug:
                 raise
             problem = f"cannot start ({getattr(error, 'strerror', None) or error})"
             advice = "allow more processes and files, or choose fewer"
@@ -420,7 +423,7 @@ class Supervisor:
                 self._channels.connect_front_ends(process)
 
     def _handle_status(self, process: Process, status: Status) -> None:
-        """Record the *status* of *process*, open and print the port once all are ready, and `_pass_on`."""
+        """Record the *status* of *process*; open the port, and print it, when all are ready."""
         # Record it. A process that is ready now gets its channels.
         was_ready = process.is_ready
         process.record_status(status)
@@ -442,7 +445,8 @@ class Supervisor:
                 # Each process serves the same bundles.
                 sys.stdout.write(f"ready: {url(self._listener)}  {process.bundles}\n")
                 sys.stdout.flush()
-        self._pass_on()
+
+        self._pass_on()  # the process may take more connections now
 
     def _stop_sending(self, process: Process) -> None:
         """Send nothing more to *process*; the last one of a drain gets the pending connections first."""
@@ -471,7 +475,7 @@ class Supervisor:
             able = [process for process in serving if not process.lacking_beats]
             accepting = [process for process in able or serving if process.accepts]
 
-            # They wait until there is room again.
+            # They wait until there is room again: for another refusal, or in a process.
             if len(self._refusals) >= SPARE or (serving and not accepting):
                 return
 
@@ -481,7 +485,7 @@ class Supervisor:
                 continue
 
             # First the process with the fewest open connections; of several, the one that has
-            # got the fewest so far.
+            # got the fewest so far. If none can be sent it, it is closed.
             with connection:
                 for process in sorted(
                     accepting, key=lambda process: (process.load, process.sent)
@@ -501,7 +505,10 @@ class Supervisor:
         self._pass_on()
 
     async def _replace_failing(self) -> None:
-        """Replace each process that cannot work; time in which this process is paused does not count."""
+        """Replace each process that cannot work.
+
+        Beats are counted, not seconds, so that time in which this process is paused has no effect.
+        """
         seconds = load_seconds(self._settings)
         while True:
             await asyncio.sleep(BEAT_SECONDS)
@@ -528,7 +535,10 @@ class Supervisor:
             self._stop()
 
     async def _limit_drain(self) -> None:
-        """Kill the processes that outlast `drain_seconds`; do not wait for those that cannot be killed."""
+        """Kill the processes that outlast `drain_seconds` by `LEAVE_SECONDS`.
+
+        The server does not wait for those that cannot be killed.
+        """
         await asyncio.sleep(self._settings.drain_seconds + LEAVE_SECONDS)
         for process in (*self._devices, *self._front_ends):
             if process.is_running:

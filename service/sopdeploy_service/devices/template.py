@@ -108,7 +108,7 @@ def _fork_orphan(requests: socket.socket) -> bool:
             os._exit(0)
     except OSError as error:
         requests.send(templates.REPLY.pack(0, error.errno or errno.EAGAIN))
-        if os.getpid() == between:
+        if os.getpid() == between:  # the second fork has failed
             os._exit(1)
         return False
 

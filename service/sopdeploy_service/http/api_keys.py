@@ -70,7 +70,10 @@ def find_key(keys: Sequence[Key], secret: bytes) -> Key | None:
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """Read the key file *path*; raises `ConfigError` if it is missing, malformed or has equal keys."""
+    """Read the key file *path*.
+
+    Raises `ConfigError` if it is missing or malformed, or if two keys share a name or a hash.
+    """
     # Read the file; the errors tell what to do.
     try:
         keys = KeyFile.model_validate(parse_toml(read_text(path))).key

@@ -155,14 +155,15 @@ class RequestContextMiddleware:
     def _add_context(self, scope: Scope) -> RequestContext:
         """Add the context of a request to *scope*, with its prefix and path; return the context."""
         headers = join_headers(scope["headers"])
-        if len(headers) < len(scope["headers"]):  # so that the routes read the same
+        if len(headers) < len(scope["headers"]):  # the routes must read joined ones, too
             pairs = headers.items()
             scope["headers"] = [
                 (name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs
             ]
 
-        # The prefix is that of the setting or, without it, of the server or mount. The path has
-        # that of the server or mount; a proxy may have removed that of the setting.
+        # Two prefixes can be in front of the path: first that of the server or mount, then that
+        # of the setting, unless a proxy has removed it. The one of the setting is the root of
+        # links; without it, the other one is.
         root = self.service.settings.root_path
         given_root = scope.get("root_path", "")
         path = without_prefix(without_prefix(scope["path"], given_root), root)

@@ -129,7 +129,8 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
                 wanted = "/v1/classify"
 
             hint = did_you_mean(wanted, {known: f"{root}{known}" for known in paths})
-            detail = f"no such path; {hint}{hint and ' '}{root}/docs lists all"
+            hints = filter(None, (hint, f"{root}/docs lists all"))
+            detail = f"no such path; {' '.join(hints)}"
         elif status == HTTPStatus.METHOD_NOT_ALLOWED:
             use = f"use {headers['Allow']} ({root}/docs has examples)"
             if path == "/" and request.method == "POST":

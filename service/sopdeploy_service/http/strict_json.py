@@ -53,8 +53,8 @@ def parse_json(
         )
         raise RejectedError(HttpError("json_too_large", 413, message))
 
-    # Lists of a tensor of [n, height, width, 1], each of a row or a pixel, are fewer than twice
-    # its elements.
+    # The nested lists of a tensor are fewer than twice its elements, even if each pixel is a list
+    # of one element.
     max_brackets = min(MAX_BRACKETS, MAX_LISTS + 2 * max_elements)
     if (
         raw.count(b'"') > MAX_QUOTES

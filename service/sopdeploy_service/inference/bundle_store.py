@@ -1,6 +1,6 @@
 """The bundles that a server serves.
 
-A source is a bundle, a folder of bundles (`sopdeploy.bundle.folder` says which of them are
+A source is a bundle, a folder of bundles (`sopdeploy.bundle.listing` says which of them are
 served), or `NAME=BUNDLE`. Clients use NAME or, without it, the name of the project.
 """
 
@@ -12,12 +12,11 @@ from typing import TypeAlias
 
 from sopdeploy.bundle.folder import (
     Bundle,
-    describe_projects,
     follow_link,
-    list_bundles,
     note_meaning,
     read_manifest,
 )
+from sopdeploy.bundle.listing import describe_projects, list_bundles
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import has_manifest

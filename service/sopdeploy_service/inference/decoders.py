@@ -27,7 +27,7 @@ import os
 import signal
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -54,6 +54,7 @@ from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
 from sopdeploy_service.templates import is_stopped
 
 _MIB = 1 << 20
+# Of an image for a light child, at most: memory, pixels, bytes of the file
 LIGHT_MEMORY = 80 * _MIB
 LIGHT_PIXELS = 3_000_000
 LIGHT_BODY = 2_000_000
@@ -206,7 +207,7 @@ class SharedChildren:
         request.result.add_done_callback(lambda _: self._remove(request, group))
 
     def has_room(self, pixels: int, group: Group) -> bool:
-        """Estimate whether an image of *pixels* of *group* would run or wait now, and not be refused."""
+        """Estimate whether an image of *group* with *pixels* would run or wait now, and not be refused."""
         counts = self._count_pixels(pixels, group)
         is_largest = counts[group] == max(counts.values())
         return bool(self.idle) or counts.total() <= self._max_waiting_pixels or not is_largest
@@ -363,8 +364,8 @@ class Decoders:
         """Decode *image* of *client*, a key or address that shares the children for large images.
 
         Raises `ImageError`, and `RejectedError` if its children end, if none is free before
-        *deadline*, or if too many large images wait; those without a client, of the server
-        itself, are never refused.
+        *deadline*, or if too many large images wait. Images without a client are those of the
+        server itself, and never too many.
         """
         # Refuse by the first bytes what no decoder accepts.
         if not image:
@@ -391,7 +392,12 @@ class Decoders:
     async def copy(self, image: bytes) -> tuple[bytes, str]:
         """Copy *image* without metadata, with the errors of `decode`; return the copy and its suffix."""
         reply, _ = await self._run_with_retries(
-            image, None, child.COPY, range(MAX_COPY_BYTES + 1), math.inf, None
+            image,
+            preprocess=None,
+            kind=child.COPY,
+            sizes=range(MAX_COPY_BYTES + 1),
+            deadline=math.inf,
+            client=None,
         )
         return reply.data.tobytes(), ".png" if reply.bits else ".jpg"
 
@@ -410,71 +416,88 @@ class Decoders:
     ) -> tuple[Reply, float]:
         """Run a request in a light child or, if *image* is too much for one, in one for large images.
 
-        If a child for large images ends without the fault of the image, the request runs again,
-        unless a child of either kind has ended so before. Returns the reply, and the seconds
-        that children had the image. Raises as `decode` does.
+        If a child of either kind ends without the fault of the image, the request runs once more,
+        in a child for large images. Returns the reply, and the seconds that children had the
+        image. Raises as `decode` does.
         """
         # Estimate from the header what the image costs; without one that tells it, it counts as
         # one of the largest.
-        rules = b"" if preprocess is None else _write_rules(preprocess)
         cost = estimate_cost(image, preprocess)
-        seconds = light_seconds(len(image), cost, self._settings.max_pixels)
         max_pixels = self._settings.max_pixels
         pixels = max_pixels if cost is None else min(cost.pixels, max_pixels)
-        make_request = partial(Request, image, rules, kind, sizes)
-        busy = 0.0
-        num_crashes = 0  # of children, without the fault of the image
-        is_slow = False
+        seconds = light_seconds(len(image), cost, max_pixels)  # 0 for a large image
 
-        # Run a light image in a light child. It goes on if the image was too much for the child,
-        # or if the child has ended; if it took too long, it counts as one of the largest.
+        rules = b"" if preprocess is None else _write_rules(preprocess)
+        make_request = partial(Request, image, rules, kind, sizes)
+
+        # Run a light image in a light child, unless it turns out to be too much for one.
+        light_end: ChildEnded | None = None
+        light_busy = 0.0
         if seconds > 0:
             request = make_request(self._loop.create_future(), pixels, seconds)
-            reply = await self._run_light(request, client, deadline)
-            busy += request.busy_seconds()
+            outcome = await self._run_light(request, client, deadline)
+            light_busy = request.busy_seconds()
 
-            if isinstance(reply, Reply):
-                error = error_of(reply)
-                if error is None:
-                    return reply, busy
-                if error.code != child.TOO_MUCH_MEMORY:
-                    raise error
-            elif is_fault_of_image(reply):
-                is_slow = True
-                pixels = max_pixels
-            else:
-                num_crashes = 1
+            if isinstance(outcome, ChildEnded):
+                light_end = outcome
+            elif not lacks_memory(outcome):
+                return without_error(outcome), light_busy
 
-        # Run it in a child for large images: again if the child ends without the fault of the
-        # image, and no other has ended so before.
+        # Otherwise, run it in a child for large images. If it took too long for a light one, it
+        # counts as one of the largest.
+        is_slow = light_end is not None and is_fault_of_image(light_end)
+        if is_slow:
+            pixels = max_pixels
         group = None if client is None else (client, is_slow)
-        while True:
-            request = make_request(self._loop.create_future(), pixels)
-            reply = await self._run(request, self.large, group, deadline, results.DECODERS_BUSY)
+        has_crashed = light_end is not None and not is_slow
+
+        reply, large_busy = await self._run_large(
+            partial(make_request, pixels=pixels),
+            group,
+            deadline,
+            num_tries=1 if has_crashed else 2,
+        )
+        return reply, light_busy + large_busy
+
+    async def _run_large(
+        self,
+        make_request: Callable[["asyncio.Future[Any]"], Request],
+        group: Group,
+        deadline: float,
+        num_tries: int,
+    ) -> tuple[Reply, float]:
+        """Run a request of *group* in children for large images, until one does not crash.
+
+        At most *num_tries* of them get it. Returns the reply, and the seconds that they had the
+        image. Raises as `decode` does.
+        """
+        busy = 0.0
+        reason = ""  # for which the last child has crashed
+
+        for _ in range(num_tries):
+            request = make_request(self._loop.create_future())
+            outcome = await self._run(
+                request, self.large, group, deadline, results.DECODERS_BUSY
+            )
             busy += request.busy_seconds()
 
-            if isinstance(reply, Reply):
-                error = error_of(reply)
-                if error is None:
-                    return reply, busy
-                raise error
-            if is_fault_of_image(reply):
+            if isinstance(outcome, Reply):
+                return without_error(outcome), busy
+            if is_fault_of_image(outcome):
                 raise RejectedError(results.DAMAGED)
+            reason = outcome.reason
 
-            num_crashes += 1
-            if num_crashes > 1:
-                # By the system or a user.
-                is_kill = reply.reason in {signal.SIGKILL.name, pool.UNKNOWN}
-                raise RejectedError(
-                    results.DECODER_KILLED if is_kill else results.DECODER_CRASHED
-                )
+        is_kill = reason in {signal.SIGKILL.name, pool.UNKNOWN}  # by the system or a user
+        raise RejectedError(results.DECODER_KILLED if is_kill else results.DECODER_CRASHED)
 
     async def _run_light(
         self, request: Request, client: str | None, deadline: float
     ) -> Reply | ChildEnded:
         """Let a light child run *request* of *client*; one with slow images waits for its turn."""
         if client is None or self._slow_until.get(client, 0.0) < time.monotonic():
-            reply = await self._run(request, self.light, None, deadline, results.DEADLINE)
+            reply = await self._run(
+                request, self.light, group=None, deadline=deadline, late=results.DEADLINE
+            )
         else:
             # What will be too slow needs room among the large ones, too.
             if not self.large.has_room(self._settings.max_pixels, (client, True)):
@@ -502,7 +525,9 @@ class Decoders:
             raise RejectedError(results.DEADLINE) from error
 
         try:
-            return await self._run(request, self.light, None, deadline, results.DEADLINE)
+            return await self._run(
+                request, self.light, group=None, deadline=deadline, late=results.DEADLINE
+            )
         finally:
             self._light_turns.release()
 
@@ -563,6 +588,20 @@ def error_of(reply: Reply) -> ImageError | None:
         return None
     code, status = child.ERRORS[reply.kind - child.FIRST_ERROR]
     return ImageError(reply.data.tobytes().decode(errors="replace"), code=code, status=status)
+
+
+def lacks_memory(reply: Reply) -> bool:
+    """Tell whether *reply* says that the image needs more memory than its child had."""
+    error = error_of(reply)
+    return error is not None and error.code == child.TOO_MUCH_MEMORY
+
+
+def without_error(reply: Reply) -> Reply:
+    """Return *reply*, or raise the error of the image that it has."""
+    error = error_of(reply)
+    if error is not None:
+        raise error
+    return reply
 
 
 @functools.lru_cache(maxsize=64)

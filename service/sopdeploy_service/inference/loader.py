@@ -252,7 +252,8 @@ def _replay_all(
 ) -> dict[int, Replay]:
     """Replay *probes*; add (images, seconds) of each run to *timings*.
 
-    The first one runs alone, the others in batches; with *thorough*, all run in both ways.
+    The first one runs alone, the others in batches; with *thorough*, all run in both ways. If
+    the runtime can have two batches in flight, all also run beside others. Raises `ParityError`.
     """
 
     def timed_run(images: NDArray[np.uint8]) -> Outputs:

@@ -160,7 +160,7 @@ class Registry(ABC):
     _by_name: Mapping[str, Model]
 
     def models(self) -> Sequence[Model]:
-        """Return every model that requests can choose, by name."""
+        """Return every model that requests can choose, sorted by their names."""
         return [model for _, model in sorted(self._by_name.items())]
 
     def find(self, name: str | None = None, version: str | None = None) -> Model:

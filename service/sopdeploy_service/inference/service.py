@@ -210,7 +210,7 @@ class Traffic(NamedTuple):
     reported: str | None = None
 
 
-# Keeps an image if it is worth a label.
+# Keeps an image if it is worth a label; the text is the class of `Traffic.reported`.
 KeepImage: TypeAlias = Callable[[Model, bytes, Prediction, str | None], None]
 
 
@@ -223,11 +223,10 @@ class Service:
         self.registry = registry
         self.metrics = registry.metrics
         self.active_requests = 0  # counted by the middleware
-        # The page of all processes, if the server has several.
+        # Replaced by the page of all processes, if the server has several.
         self.metrics_page = Shared(self.make_metrics)
         self.num_front_ends = 0  # set if the server has several processes
-        # Set by the app if it keeps results; the text is a report.
-        self.keep: KeepImage | None = None
+        self.keep: KeepImage | None = None  # set by the app if it keeps photographs
         self.drift = DriftMonitor(self.metrics, self._run_for_drift)
 
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
@@ -292,6 +291,7 @@ class Service:
         """The health: `ok`, or why the server is not ready."""
         problem = self.registry.problem
 
+        # A dead runtime counts most: nothing can be drained.
         if problem != "runtime_dead":
             if self._draining:
                 return "draining"
@@ -373,8 +373,8 @@ class Service:
 
         Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`,
         *client* the key or address that shares the decoders for large images; *features*
-        requests the embedding, and only images that are *traffic* may be kept and count for the
-        drift. Cancelling the call removes its images from the queue; call `check_queue` before.
+        requests the embedding. Only with *traffic*, images may be kept and count for the drift.
+        Cancelling the call removes its images from the queue; call `check_queue` before.
         Raises `RejectedError` if all images miss the deadline or find too many others waiting
         for a decoder.
         """
@@ -407,7 +407,7 @@ class Service:
         if traffic is None:
             return outcomes
 
-        # Keep the images that clients have sent encoded, if the server keeps any.
+        # Answers count for the drift, and images that clients have sent encoded may be kept.
         for image, outcome in zip(images, outcomes, strict=True):
             if not isinstance(outcome, Prediction):
                 continue
@@ -471,7 +471,7 @@ class Service:
                 outcomes = await self.infer(ready, pixels[None], deadline)
         except RejectedError:
             return None
-        [outcome] = outcomes
+        outcome = outcomes[0]
         return outcome.outputs[model.logits_name] if isinstance(outcome, Prediction) else None
 
     async def explain(

@@ -68,7 +68,7 @@ class Uploads:
             slowest.is_refused = True
             self._remove(slowest)
             if slowest.timer is not None and not slowest.timer.expired():
-                slowest.timer.reschedule(0.0)
+                slowest.timer.reschedule(0.0)  # in the past: its wait ends now
 
         body.num_bytes += more
         self.num_bytes += more

@@ -110,21 +110,18 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
             structlog.processors.JSONRenderer(default=str),
         ]
 
-    # Write the log of this project and, from warnings on, that of libraries.
+    # The handler gets the log of this project and of libraries, whose level stays at warning.
     handler = LineQueue(file)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors)
     )
-
-    # The handler is also for other libraries, whose level stays at warning.
     logging.getLogger().addHandler(handler)
 
-    is_quiet = settings.log is None and not for_people  # then it has warnings and errors only
-    level = (
-        "warning"
-        if is_quiet and settings.log_level in {"debug", "info"}
-        else settings.log_level
-    )
+    # The level of this project.
+    level = settings.log_level
+    has_warnings_only = settings.log is None and not for_people
+    if has_warnings_only and level in {"debug", "info"}:
+        level = "warning"
     logging.getLogger(ROOT).setLevel(level.upper())
 
     try:

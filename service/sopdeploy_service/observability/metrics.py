@@ -119,13 +119,12 @@ class Metrics:
             ("code",),
         )
 
+        # The series of all codes begin at 0: Prometheus sees no increase in one that begins at 1.
         codes = [
             "internal",
             SopdeployError.code,
             *(kind.code for kind in SopdeployError.__subclasses__()),
         ]
-
-        # These series begin at 0: Prometheus sees no increase in one that begins at 1.
         for code in codes:
             self.load_failures.labels(code)
 

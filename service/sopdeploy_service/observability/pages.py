@@ -93,7 +93,7 @@ def _with_label(sample: bytes, label: bytes) -> bytes:
 
 
 def _is_page(page: bytes) -> bool:
-    """Tell whether *page* is one of metrics, without labels that are given twice."""
+    """Tell whether *page* is one of metrics, of up to `MAX_LINES` lines and without repeated labels."""
     if not page or page.count(b"\n") > MAX_LINES or not _PAGE.fullmatch(page):
         return False
     labels = (re.findall(rb'[{,](\w+)="', line) for line in page.splitlines())

@@ -235,7 +235,8 @@ class CudaOnnxRuntime(OnnxRuntime):
     def _session_for(self, size: int) -> Any:
         """Return the session for batches of *size*, opened at first use.
 
-        This is the first session if memory is short, and for sizes beyond `largest_batch`.
+        This is the first session for a graph without convolutions and for sizes beyond
+        `largest_batch`, and if memory is short.
         """
         if size > self.largest_batch or not self._needs_session_per_size:
             return self._session
@@ -285,7 +286,7 @@ def session_options(onnxruntime: Any, threads: int, provider: str) -> Any:
     # Spinning threads would take the cores from the decoders.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
-    if provider == CPU and lacks_vnni():
+    if provider == CPU and lacks_vnni():  # sums of int8 products could saturate
         options.add_session_config_entry(*EXACT_INT8)
     if provider != CPU:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

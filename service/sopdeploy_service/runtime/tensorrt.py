@@ -59,7 +59,7 @@ class TensorRTRuntime(EngineSession, OwnRuntime):
 
     @classmethod
     def reason_for_auto(cls, bundle: Bundle, settings: Settings) -> str | None:
-        """Return the folders that contain engines of *bundle*; None if TensorRT is not installed."""
+        """Name the folders that contain engines of *bundle*; None without such folders or TensorRT."""
         folders = engine_folders(bundle, settings)
 
         try:

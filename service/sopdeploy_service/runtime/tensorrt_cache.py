@@ -159,7 +159,7 @@ def cache_folder(bundle: Bundle, folder: Path | None = None) -> Path:
 
 
 def store_engine(folder: Path, plan: bytes, record: EngineRecord) -> Path:
-    """Write *plan* and then its *record* atomically; return the path of the plan.
+    """Write *plan* and then its *record*, each atomically; return the path of the plan.
 
     Several processes may write the same engine. Raises `StorageError` if *folder* cannot be
     written.

@@ -22,11 +22,8 @@ from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployErro
 from sopdeploy_service.http.api_keys import KeyRing, file_identity, read_again
 from sopdeploy_service.inference.bundle_store import read_links
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.server.http_protocol import (
-    Connections,
-    LimitedHttpProtocol,
-    limited_config,
-)
+from sopdeploy_service.server.connections import Connections
+from sopdeploy_service.server.http_protocol import LimitedHttpProtocol, limited_config
 from sopdeploy_service.server.lifetime import (
     BEAT_SECONDS,
     Joined,
@@ -148,7 +145,7 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the app, open the port and call `on_open`, which prints the `ready` line."""
         self.lifespan = AppLifespan(self._app)  # instead of uvicorn's own
-        await super().startup([])
+        await super().startup([])  # `Arrivals` accept connections, not uvicorn
         for listener in sockets or ():
             self._open_port(listener)
 
@@ -161,8 +158,10 @@ class DrainingServer(uvicorn.Server):
             start_task(self._background, follow(links, self._links, self.reload_bundles))
 
         if self._service.settings.follow and self._service.settings.keys is not None:
+            # The first look also reloads: the file may have changed since it was read.
             identity = partial(file_identity, self._service.settings.keys)
-            start_task(self._background, follow(identity, None, self._key_reload.request))
+            request = self._key_reload.request
+            start_task(self._background, follow(identity, before=None, reload=request))
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 
@@ -238,7 +237,7 @@ class DrainingServer(uvicorn.Server):
         self._service.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Measure the lag and log the begin of a drain; return whether to close the port."""
+        """Measure the lag, log the begin of a drain, abort one that is late; return whether to shut down."""
         # Measure by how much the loop is late.
         now = time.monotonic()
         self._lags.append(max(0.0, now - self._last_beat - BEAT_SECONDS))

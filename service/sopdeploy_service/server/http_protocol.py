@@ -1,14 +1,12 @@
-"""uvicorn's HTTP/1.1 protocol with time and size limits, and limits on the number of connections.
+"""uvicorn's HTTP/1.1 protocol with time and size limits.
 
 uvicorn waits without limit for request headers of any size, and for clients that do not read
-their response. This protocol rejects such requests and closes such connections.
-`http.middleware` limits the bodies.
+their response. This protocol rejects such requests and closes such connections. `connections`
+limits their number, `http.middleware` the bodies.
 """
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
@@ -21,10 +19,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from sopdeploy_service.http.middleware import request_id
 from sopdeploy_service.http.problems import problem_response
 from sopdeploy_service.inference.results import HttpError, RejectedError
-from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.origins import is_within, join_headers, without_prefix
-from sopdeploy_service.server.sockets import SPARE
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.server.connections import Connections
 
 CLOSING_SECONDS = 2  # for sending the last responses after the end
 MAX_URL_BYTES = 8192  # path and query
@@ -33,17 +29,10 @@ MAX_HEADER_BYTES = 32_768  # of all headers of a request
 # For which input is read, and ignored, after the last response: closing a connection with unread
 # input resets it, and the client could not read the response.
 LINGER_SECONDS = 2.0
-# Seconds for headers, a body or reading; who takes longer may have to make room for another one.
-GRACE = 1.0
-MIN_SECONDS = 0.001  # of a body, for its rate
-# Connections of an address, or a quarter of `max_connections` if that is more; those beyond make
-# room at once.
-MIN_SHARE = 64
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
 # Bytes of content that pay for a chunk or a read, for each of which the parser calls back
 CALLBACK_BYTES = 64
 
-FULL = HttpError("too_many_connections", 503, "too many connections; retry later", 1)
 _MALFORMED = HttpError("malformed_request", 400, "the request is not valid HTTP/1.1 (RFC 9112)")
 EVICTED = HttpError(
     "slow_body",
@@ -63,144 +52,6 @@ UNKNOWN_CODING = HttpError(
     501,
     "the only transfer coding here is `chunked`; send the body without others",
 )
-
-
-@dataclass
-class Connections:
-    """The connections of one server; used on its event loop only.
-
-    `open` are all, in the order of their arrival, `idle` those between two requests, in the
-    order in which this began. `waiting` has those without complete headers, the earliest first,
-    `bodies` those without a complete body, `unread` those whose client does not read; each with
-    the time at which this began. For one that closes after its last response, the time in
-    `unread` is later (`LimitedHttpProtocol.close`). `closing` has those that have their last
-    response and do not count any more, the earliest first. They stay open until the client has
-    read it, or `SPARE` others follow. `num_by_address` does not count those of trusted proxies.
-    """
-
-    settings: Settings
-    metrics: Metrics
-    open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)
-    idle: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)
-    waiting: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
-    bodies: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
-    unread: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)
-    closing: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)
-    num_by_address: Counter[str] = field(default_factory=Counter)
-
-    def admit(self, connection: "LimitedHttpProtocol") -> HttpError | None:
-        """Admit *connection*; if there are too many, close another one, or return the error for this one.
-
-        A refused one is counted, too, until its caller has closed it.
-        """
-        self.open[connection] = None
-        if not connection.is_trusted:
-            self.num_by_address[connection.address] += 1
-        self.metrics.connections.set(len(self.open))
-
-        if len(self.open) - len(self.closing) <= self.settings.max_connections:
-            return None
-        evicted = self._find_evictable(connection.loop.time())
-        if evicted is None:
-            return FULL
-
-        evicted.evict()
-        self.note_last_response(evicted)  # if it has not done so itself
-        return None
-
-    def note_last_response(self, connection: "LimitedHttpProtocol") -> None:
-        """Note that *connection* has its last response; of more than `SPARE`, abort the one that has it longest."""
-        for state in (self.idle, self.waiting, self.bodies, self.unread):
-            state.pop(connection, None)
-
-        if connection in self.open:
-            self.closing[connection] = None
-        if len(self.closing) > SPARE:
-            longest = next(iter(self.closing))
-            del self.closing[longest], self.open[longest]
-            longest.abort()
-
-    def _find_evictable(self, now: float) -> "LimitedHttpProtocol | None":
-        """Find the connection to close for another one, or None: all are new or being answered.
-
-        If an address has more than its share, it is one of its connections, even a new one.
-        Otherwise it is one of any address, for longer than `GRACE` in its state.
-        """
-        # Of the address with the most connections, if it has more than its share.
-        busiest, count = max(
-            self.num_by_address.items(), key=lambda item: item[1], default=("", 0)
-        )
-
-        if count > max(MIN_SHARE, self.settings.max_connections // 4):
-            of_busiest = [
-                connection for connection in self.open if connection.address == busiest
-            ]
-            for before in (now - GRACE, now):
-                evictable = self._find_first_to_close(of_busiest, before)
-                if evictable is not None:
-                    return evictable
-
-        # Of all.
-        return self._find_first_to_close(self.open, now - GRACE)
-
-    def _find_first_to_close(
-        self, among: "Iterable[LimitedHttpProtocol]", before: float
-    ) -> "LimitedHttpProtocol | None":
-        """Find the first connection to close *among* these, or None.
-
-        It looks for them in this order:
-
-        1. the one that has waited longest for its headers,
-        2. the one that has been idle longest,
-        3. among those whose client does not read or sends a body, one of the address with the
-           most connections: one whose client does not read; else the one with the slowest body.
-
-        Those that are not idle count only if their state began at the time *before*, or earlier.
-        """
-        # One that has waited for its headers for too long.
-        candidates = set(among)
-        longest_in_headers = next((one for one in self.waiting if one in candidates), None)
-        if longest_in_headers is not None and self.waiting[longest_in_headers] <= before:
-            return longest_in_headers
-
-        # One that has no request.
-        longest_idle = next((one for one in self.idle if one in candidates), None)
-        if longest_idle is not None:
-            return longest_idle
-
-        # The slowest one of the address with the most connections: bytes per second, -1 if the
-        # client does not read, even if it sends a body.
-        rates: dict[LimitedHttpProtocol, float] = {}
-
-        for connection, since in self.bodies.items():
-            if connection in candidates and since <= before:
-                seconds = max(connection.loop.time() - since, MIN_SECONDS)
-                rates[connection] = connection.body_bytes / seconds
-        for connection, since in self.unread.items():
-            if connection in candidates and since <= before:
-                rates[connection] = -1.0
-        return min(
-            rates, key=lambda one: (-self.num_by_address[one.address], rates[one]), default=None
-        )
-
-    def remove(self, connection: "LimitedHttpProtocol") -> None:
-        """Remove *connection*, which is closed."""
-        for state in (
-            self.open,
-            self.waiting,
-            self.idle,
-            self.bodies,
-            self.unread,
-            self.closing,
-        ):
-            state.pop(connection, None)
-
-        if not connection.is_trusted:
-            self.num_by_address[connection.address] -= 1
-            if not self.num_by_address[connection.address]:
-                del self.num_by_address[connection.address]
-
-        self.metrics.connections.set(len(self.open))
 
 
 def limited_config(app: ASGIApp, connections: Connections) -> uvicorn.Config:
@@ -250,7 +101,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Accept or reject the connection and start the header timeout."""
+        """Accept or reject the connection, and begin the time for its first request."""
         super().connection_made(cast(asyncio.Transport, transport))
 
         # uvicorn's response cycle calls `is_closing` and `write` of this object, see
@@ -259,7 +110,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.address = self.client[0] if self.client else ""
         self.is_trusted = is_within(self.address, self._limits.trusted_proxies)
 
-        # Admit the connection, and begin the time for its first request.
         reason = self._shared.admit(self)
         if reason is not None:
             self._reject(reason)
@@ -445,8 +295,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """End the request."""
-        # If an upgrade is asked for, httptools calls this before the body, `_end_last_request`
-        # after it.
+        # If an upgrade is asked for, httptools calls this before the body. `_end_last_request`
+        # calls it again after the body.
         if self.parser.should_upgrade():
             return
         self._in_body = False
@@ -520,9 +370,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             # It closes after the pending output, for which the client has limited time.
             self.transport.close()
             self._start_timer(self._limits.write_timeout, self.abort)
-            # Until then it counts as one whose client does not read, since a time that is `GRACE`
-            # in the future: it has to make room later than one that stops reading now.
-            self._shared.unread.setdefault(self, self.loop.time() + GRACE)
+            self._shared.note_last_output(self)
 
     timeout_keep_alive_handler = close
 

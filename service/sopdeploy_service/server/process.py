@@ -78,9 +78,8 @@ def configured_process(settings: Settings) -> Iterator[None]:
 
 def choose_front_ends(settings: Settings) -> int:
     """Return the number of front ends; 0: each device serves HTTP itself, as it should on a CPU."""
-    if settings.memory_budget is not None:
+    if settings.memory_budget is not None:  # engines load all models
         return 0
-
     if settings.front_ends != "auto":
         return settings.front_ends
     if "cpu" in settings.devices or not may_use_gpu(settings):
@@ -89,7 +88,10 @@ def choose_front_ends(settings: Settings) -> int:
 
 
 def find_links(sources: Sequence[str | Path], settings: Settings) -> dict[Path, Path]:
-    """Return where the links to follow lead now; raises `ConfigError`, and an error if the disk hangs."""
+    """Return where the links to follow lead now.
+
+    Raises `ConfigError` if there are none, and `RuntimeUnavailableError` if the disk hangs.
+    """
     if not settings.follow:
         return {}
     return wait_in_time(
@@ -102,7 +104,7 @@ def load_registry(
     settings: Settings,
     on_progress: Callable[[], object] = lambda: None,
 ) -> "ModelRegistry":
-    """Load the bundles at *sources* in the time that *settings* allow; call *on_progress* for each."""
+    """Load the bundles at *sources* in the time that *settings* allow; *on_progress* is called before each."""
 
     def read(_name: str, path: Path, manifest: Manifest) -> Bundle:
         # With a memory budget, the graphs are hashed only, and read again when they are loaded.

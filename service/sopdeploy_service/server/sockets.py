@@ -124,7 +124,7 @@ class Arrivals:
         address = next(iter(self._queues))
         connection = self._take_of(address)
 
-        # It is the last one's turn again after all others.
+        # If it has further ones, its next turn comes after those of all others.
         if address in self._queues:
             self._queues[address] = self._queues.pop(address)
         return connection

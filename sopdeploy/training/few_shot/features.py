@@ -19,7 +19,8 @@ from sopdeploy.layers.normalize import IMAGES_FORMAT, Normalize, images_format
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
 from sopdeploy.photos.copies import SMALL, shrink
-from sopdeploy.photos.photo import Dataset, LabeledImages
+from sopdeploy.photos.network_inputs import Dataset
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
 from sopdeploy.training.few_shot.classifier import (
@@ -96,13 +97,13 @@ def compute_features(
 
     # What is known of each image, at its index.
     hashes = [""] * count
-    num_done = 0
     file_hashes = np.zeros(count, np.int64)
     times = np.zeros(count, np.int64)
     small = np.zeros((count, SMALL, SMALL), np.uint8)
     own = np.zeros((count, columns[0].stop), np.float32)
     views: list[NDArray[np.float32]] = []
 
+    num_done = 0
     for batch in chain(first, batches):
         vectors = pooled.vector(batch.own_vectors, batch.maps).float().cpu().numpy()
         projection.add(batch.indices, vectors)
@@ -113,7 +114,8 @@ def compute_features(
             of_all[batch.indices] = of_batch
 
         own[batch.indices] = unit_length(vectors[:, columns[0]])
-        file_hashes[batch.indices], times[batch.indices] = batch.file_hashes, batch.times
+        file_hashes[batch.indices] = batch.file_hashes
+        times[batch.indices] = batch.times
         small[batch.indices] = batch.small
         for index, pixel_hash in zip(batch.indices, batch.hashes, strict=True):
             hashes[index] = pixel_hash
@@ -146,11 +148,15 @@ class _Projection:
         self.waiting: list[tuple[list[int], NDArray[np.float32]]] = []
 
     def add(self, indices: list[int], vectors: NDArray[np.float32]) -> None:
-        """Add *vectors* (B, D) of the images *indices*; enough of them build the space."""
+        """Add *vectors* (B, D) of the images *indices*; enough of them, or all, build the space.
+
+        Until then, `reduced` has none of them.
+        """
         self.num_added += len(indices)
         self.waiting.append((indices, vectors))
         if self.num_added < min(self.count, MAX_RANK):  # the vectors wait for the space
             return
+
         waiting_indices = np.concatenate([indices for indices, _ in self.waiting])
         parts = [
             np.concatenate([vectors[:, part] for _, vectors in self.waiting])
@@ -172,6 +178,7 @@ def build_fitted(
     recipe: Recipe,
 ) -> SecondOrderHead:
     """Copy *network*, on its device and in its mode, with a *head* of the weights *fitted* to *problem*."""
+    # With one class per image, the energy of the logits is the cosine to the nearest class mean.
     has_energy = problem.targets.activation == "softmax"
     deployed = network.copy_with_head(head.model_copy(update={"cosine": has_energy}))
     pooled = deployed.pooled_head
@@ -257,6 +264,8 @@ class CachedNetwork:
                 np.ascontiguousarray(np.stack(arrays)) for arrays in outputs
             )
             hashes = [digest.tobytes().hex() for digest in digests]
+
+            # The own vectors and the maps, on the device of the network.
             maps_by_tap = {
                 tap: torch.from_numpy(features).to(
                     self.device, memory_format=torch.channels_last
@@ -264,6 +273,7 @@ class CachedNetwork:
                 for tap, features in zip(self.network.maps, maps, strict=True)
             }
             own = torch.from_numpy(own_vectors).to(self.device)
+
             yield FeatureBatch(
                 chosen, loaded.hashes, loaded.times, small, hashes, own, maps_by_tap
             )
@@ -316,6 +326,7 @@ class CachedNetwork:
                 for position, entry in enumerate(loaded.entries)
                 if entry is None
             ]
+
         for start in range(0, len(missing), self.batch_size):
             part = missing[start : start + self.batch_size]
             computed = self._compute(
@@ -324,6 +335,7 @@ class CachedNetwork:
             for (loaded, position), entry in zip(part, computed, strict=True):
                 loaded.entries[position] = entry
                 self.cache.write(loaded.paths[position], entry)
+
         for loaded in waiting:
             yield loaded, cast(list[Entry], loaded.entries)
 

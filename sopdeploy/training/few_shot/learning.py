@@ -6,13 +6,9 @@ Letters: N images, K classes.
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.training.few_shot.classifier import (
-    ENOUGH,
-    MAX_RANK,
-    Indices,
-    LinearProblem,
-    Scaling,
-)
+from sopdeploy.training.few_shot.classifier import MAX_RANK, LinearProblem
+from sopdeploy.training.few_shot.scaling import ENOUGH, Scaling
+from sopdeploy.training.few_shot.targets import Indices
 from sopdeploy.training.results import Gain
 
 MIN_JUDGED = 20  # photographs; a share of fewer says little
@@ -28,8 +24,9 @@ def found_when_reduced(
 ) -> NDArray[np.bool_]:
     """Tell which photographs are found if their class has only *number* others; other classes keep all.
 
-    One class after the other is reduced, at most `MAX_REDUCED`, and gets this *margin*. One
-    photograph of each group is judged. Returns all judged photographs (n,) in one array.
+    Those that it keeps are of its first groups. One class after the other is reduced, at most
+    `MAX_REDUCED`, and gets this *margin*; *excess* is that of `Scaling`. One photograph of each
+    group is judged. Returns all judged photographs (n,) in one array.
     """
     random = np.random.default_rng(number)
     labels_N = problem.targets.strata
@@ -37,7 +34,8 @@ def found_when_reduced(
 
     found_K = [np.zeros(0, np.bool_)]
     for label in random.permutation(problem.targets.classes.shape[1])[:MAX_REDUCED].tolist():
-        # Different photographs of the class, in random order: some are kept, the others judged.
+        # One photograph of each group of the class, drawn at random, in the order of the groups: the
+        # first ones are kept, the others judged.
         of_class = random.permutation(np.flatnonzero(labels_N == label))
         different = of_class[np.unique(groups_N[of_class], return_index=True)[1]]
         kept = different[:number]

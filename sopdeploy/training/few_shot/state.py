@@ -69,16 +69,14 @@ def read_few_shot_fit(setup: Setup, last: Checkpoint, source: Path) -> FewShotFi
             name=last.model,
             network=setup.model,
             position=setup.position,
-            file_hashes=arrays.get(
-                "file_hashes", last.image_hashes
-            ).numpy(),  # older runs may lack the order
+            # Older runs may lack the hashes in the order of the images.
+            file_hashes=arrays.get("file_hashes", last.image_hashes).numpy(),
             result=read_result(last.training),
             decision=last.decision,
             logits=arrays["out_of_fold"].double().numpy(),
             groups=arrays["groups"].numpy(),
-            copies=arrays.get(
-                "copies", arrays["groups"]
-            ).numpy(),  # older runs have one array for both
+            # Older runs have one array for copies and groups.
+            copies=arrays.get("copies", arrays["groups"]).numpy(),
             judged=arrays["judged"].numpy(),
             label_logits=None if label_logits is None else label_logits.double().numpy(),
             left_out=None if left_out is None else left_out.numpy(),

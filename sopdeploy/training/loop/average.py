@@ -23,7 +23,8 @@ class ExponentialMovingAverage:
         utils = import_optional("timm.utils", "timm", "sopdeploy[train]", MissingPackageError)
         self.count = 0
 
-        # In update n, the decay is at most (1 + n) / (10 + n).
+        # In update n, the decay is at most (1 + n) / (10 + n): timm's 1 - 1 / (1 + step / gamma),
+        # where `update_after_step` makes the step n + 1.
         self.ema = utils.ModelEmaV3(
             model,
             decay=decay,

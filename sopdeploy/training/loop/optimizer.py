@@ -27,12 +27,12 @@ def create_optimizer(config: OptimizerConfig, parameters: Parameters) -> Optimiz
     if isinstance(config, RAdam):
         return torch.optim.RAdam(parameters, decoupled_weight_decay=True, **options)
 
-    form: Any = {
+    optimizers: Any = {
         "sgd": torch.optim.SGD,
         "adamw": torch.optim.AdamW,
         "rmsprop": torch.optim.RMSprop,
     }
-    chosen = form[config.kind]
+    chosen = optimizers[config.kind]
 
     if isinstance(config, RMSProp) and config.tensorflow:
         timm_optim = import_optional(

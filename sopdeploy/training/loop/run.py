@@ -19,7 +19,8 @@ from sopdeploy.evaluation.prediction import (
     predict_logits,
     predict_unknown,
 )
-from sopdeploy.photos.photo import FittedPixels, LabeledImages, PreprocessedDataset
+from sopdeploy.photos.network_inputs import FittedPixels, PreprocessedDataset
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Fit, RunFolder, run_record, with_result
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
@@ -203,7 +204,10 @@ def evaluate_epoch(
 
 
 def save_derived_files(run: LoopState, folder: RunFolder) -> None:
-    """Write the history, the link `latest`, and `best.pt` if the last of the finished epochs is the best."""
+    """Write the history, the link `latest`, and `best.pt` if the last of the finished epochs is the best.
+
+    Without a finished epoch, nothing is written.
+    """
     position = run.position
     history = run.position.history
     if not history:

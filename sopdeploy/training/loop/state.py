@@ -269,7 +269,7 @@ class LoopState:
             parameter.requires_grad_(name in self.trainable)
         set_train_mode(self.model, start)
 
-        # Forget the cached properties of the model before.
+        # Forget the cached properties, which are of an earlier model.
         for name in ("parameters", "float_buffers"):
             vars(self).pop(name, None)
 

@@ -211,6 +211,40 @@ def rebuilt(kind: type[Planted], refused: str = "") -> Row:
     return Row(kind, refused, rebuild=kind)
 
 
+@functools.lru_cache
+def table_of(side: int) -> Tensor:
+    return torch.linspace(0, side, WIDTH * CLASSES).reshape(WIDTH, CLASSES)
+
+
+def decorated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    kept = functools.lru_cache(function)
+
+    @functools.wraps(function)
+    def call(*sizes: int) -> Tensor:
+        return kept(*sizes)
+
+    return call
+
+
+class Tables:
+    """Has functions that keep what they return."""
+
+    @staticmethod
+    @decorated
+    def table_of(side: int) -> Tensor:
+        return torch.linspace(0, side, WIDTH * CLASSES).reshape(WIDTH, CLASSES)
+
+
+@functools.cache
+def global_table() -> Tensor:
+    return TABLE[0]
+
+
+@functools.cache
+def drawn_table() -> Tensor:
+    return torch.rand(WIDTH, CLASSES)
+
+
 CONSTANTS: dict[str, Row] = {
     "layers in nested lists": Row(Nested, IN_LIST),
     "layers in nested lists, allowed": Row(Nested, allow_constants=True),
@@ -230,6 +264,10 @@ CONSTANTS: dict[str, Row] = {
     "a global tensor that it finds by its name": rebuilt(
         adds(lambda _: globals()["TABLE"][0]), UNSTORED
     ),
+    "a table that a function keeps": rebuilt(adds(lambda _: table_of(WIDTH))),
+    "a table that a decorated method keeps": rebuilt(adds(lambda _: Tables.table_of(WIDTH))),
+    "a global tensor that a function keeps": rebuilt(adds(lambda _: global_table()), UNSTORED),
+    "random numbers that a function keeps": rebuilt(adds(lambda _: drawn_table()), UNSTORED),
     "a tensor that both networks hold": rebuilt(
         adds(lambda n: n.table[0], lambda: TABLE), UNSTORED
     ),

@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError, RuntimeUnavailableError
 from sopdeploy.http_api import Classes
 from sopdeploy.images.decode import decode
+from sopdeploy_commands.app import app
 from sopdeploy_commands.bulk import classifier, run
 from sopdeploy_commands.bulk.classifier import COLUMNS
 from sopdeploy_commands.bulk.options import ClassifyOptions
@@ -37,6 +39,7 @@ from tests.commands.bulk.conftest import (
     part_bytes,
     rows_of,
     stop_at,
+    write_photos,
 )
 from tests.service.decoding.misbehaving import START
 from tests.support.fake_runtime import FakeRuntime
@@ -111,6 +114,38 @@ def test_a_finished_run_is_not_repeated_and_a_damaged_part_is(
         )
         assert (shown[0], shown[-1]) == (done_before, COUNT)
     assert part_bytes(out) == part_bytes(complete)
+
+
+def test_the_command_prints_how_many_images_have_an_error(
+    complete, bundle_path, photos, tmp_path
+):
+    out = shutil.copytree(complete, tmp_path / "out")
+    command = ["classify", str(bundle_path), str(photos), "--out", str(out)]
+    shown = CliRunner().invoke(app, command)
+    assert f"{COUNT}; {len(BAD)} with an error" in shown.output
+
+
+def test_few_images_are_read_before_their_batch(bundle_path, tmp_path, monkeypatch):
+    """Decoded images wait in memory."""
+    images = OutputFolder.images
+    begun: list[str] = []
+
+    def count(folder, part):
+        for image in images(folder, part):
+            begun.append(image.path)
+            yield image
+
+    monkeypatch.setattr(OutputFolder, "images", count)
+    ahead: list[int] = []
+    classify(
+        bundle_path,
+        [str(write_photos(tmp_path / "photos", 60))],
+        tmp_path / "out",
+        Settings(threads=1, max_batch=4),
+        ClassifyOptions(workers=1),
+        lambda done, _: ahead.append(len(begun) - done),
+    )
+    assert max(ahead) == 4 + classifier.IMAGES_AHEAD
 
 
 def test_a_folder_of_a_run_with_another_state_is_rejected(

@@ -74,6 +74,7 @@ LISTS = {  # source: (prefix of the names, names)
     f"{MEMORY}/list.txt": (f"{MEMORY}/", STORED),
     "memory://list.txt": (f"{MEMORY}/", STORED),
     f"{MEMORY}/shards/x.tar": (f"{MEMORY}/shards/x.tar/", STORED),
+    f"simplecache::{MEMORY}/b": ("memory:///sources/b/", ["2.jpg", "c/3.JPEG"]),
 }
 
 

@@ -106,7 +106,7 @@ def test_float32_and_int8_are_measured_where_they_are_exact_and_the_bundle_stays
     if find_spec("openvino") is None:  # importing it here would start its telemetry
         pytest.skip("OpenVINO is not installed")
     monkeypatch.setattr(openvino, "lacks_vnni", lambda: lacks_vnni)
-    monkeypatch.setattr(fastest_form, "ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(fastest_form, "MEASURED_SECONDS", 0.0)
     shapes, random = {"first": (8, 3, 3, 3), "second": (7, 8, 3, 3)}, np.random.default_rng(0)
     weights = {
         name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()

@@ -19,7 +19,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.archive import download
-from sopdeploy.bundle.folder import open_bundle, staging
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.bundle.publication import staging
 from sopdeploy.bundle.signing import (
     check_signature,
     read_signature,

@@ -137,7 +137,7 @@ def test_what_is_not_there_is_one_line(folders: list[Path]) -> None:
 
 
 def test_what_remains_is_named_with_the_command_that_removes_it(
-    folders: list[Path], bundle_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: list[Path], bundle_path: Path
 ) -> None:
     texts = {
         "runs/7/predictions.csv": f"hat/{ID}.jpg,hat", "runs/8/predictions.csv": f"hat/{OTHER_ID}.jpg,hat",
@@ -148,10 +148,10 @@ def test_what_remains_is_named_with_the_command_that_removes_it(
         Path(name).write_text(text)
     shutil.copytree(bundle_path, "bundles/one")
     cache = Path.cwd() / "cache/sopdeploy/features"
-    first = forget("sent.jpg", folders)
-    assert [(str(one.path), one.command) for one in first.remains] == [
-        ("runs/7", "rm -r runs/7"),
-        (str(cache), f"rm -r {cache}"),
+    shown = CliRunner().invoke(app, ["forget", "sent.jpg", *map(str, folders)])
+    assert [line for line in shown.output.splitlines() if line.startswith("remains: ")] == [
+        "remains: runs/7, named in predictions.csv; remove it: rm -r runs/7",
+        f"remains: {cache}, perhaps with its features and a gray thumbnail; remove it: rm -r {cache}",
     ]
     with pytest.raises(
         DataError, match=r"deleted already, .*may remain in runs/7 \(rm -r runs/7\)"

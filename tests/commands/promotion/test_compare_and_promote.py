@@ -16,8 +16,8 @@ from sopdeploy.bundle.manifest import FileRecord
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError, PromotionError, SopdeployError
 from sopdeploy.files import sha256
-from sopdeploy.photos.folder import open_any_images
-from sopdeploy.photos.photo import hash_images
+from sopdeploy.photos.evaluation_images import open_any_images
+from sopdeploy.photos.file_checks import hash_images
 from sopdeploy.project import Origin, utc_now
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_commands.bundles.scores import scores_of_bundle

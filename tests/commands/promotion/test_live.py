@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.bundle.folder import follow_link, list_bundles, open_bundle, read_files
+from sopdeploy.bundle.folder import follow_link, open_bundle, read_files
+from sopdeploy.bundle.listing import list_bundles
 from sopdeploy.bundle.live import LOG
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy_commands.bundles.predict import predict

@@ -32,7 +32,8 @@ from sopdeploy.evaluation.predictions import describe_predictions
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
+from sopdeploy.photos.network_inputs import PreprocessedDataset
+from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.photos.test_folder import make

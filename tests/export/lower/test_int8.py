@@ -1,6 +1,7 @@
 """int8: the two quantized forms, what they cost, and trained second-order networks that classify digits."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.lower.accuracy import (
     AccuracyCheck,
     calibration_images,
-    choose_measured,
     compare_top_classes,
     logit_deviation,
 )
@@ -29,6 +29,7 @@ from sopdeploy_export.lower.float16 import float32_parts
 from sopdeploy_export.lower.int8 import Int8Quantizer
 from sopdeploy_export.lower.precision import weight_types
 from sopdeploy_export.lower.to_onnx import lower
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.runs import file_outputs, open_session
 from tests.export.conftest import GMSOP, export_once, trained
@@ -261,15 +262,27 @@ def test_calibration_uses_the_whole_folder(preprocess: Preprocess, images: Path)
         calibration_images(images / "nowhere", preprocess)
 
 
-def test_agreement_is_measured_on_images_that_did_not_calibrate(
-    tmp_path: Path, images: Path, preprocess: Preprocess
+@pytest.mark.parametrize(("evaluates", "measured"), [(False, 20), (True, 0)])
+def test_every_image_calibrates_or_measures_and_all_calibrate_beside_evaluate(
+    tmp_path: Path, images: Path, preprocess: Preprocess, evaluates: bool, measured: int
 ) -> None:
     (tmp_path / "repeated").mkdir()
-    loaded = calibration_images(painted(tmp_path / "repeated", 80), preprocess)
-    measured = choose_measured(loaded)
-    assert int(measured.sum()) == 20
-    sides = [{image.tobytes() for image in loaded[mask]} for mask in (measured, ~measured)]
-    assert not sides[0] & sides[1]
+    repeated = painted(tmp_path / "repeated", 80)
+    network: Any = SimpleNamespace(
+        preprocess=preprocess, decision=None, labels=tuple("abcdefghij")
+    )
+    options = ExportOptions(
+        precision="int8", calibrate=repeated, evaluate=images if evaluates else None
+    )
+    check = AccuracyCheck(network, options)
+    assert len(check.calibration) == 80 - measured
+    if not evaluates:
+        measuring = {image.tobytes() for batch in check._batches() for image in batch}
+        assert len(measuring) == 10
+        assert not measuring & {image.tobytes() for image in check.calibration}
+
+
+def test_the_folder_that_calibrates_does_not_evaluate(tmp_path: Path, images: Path) -> None:
     with pytest.raises(ConfigError, match="evaluate: is the folder that calibrates"):
         run(tmp_path, calibrate=images, evaluate=images)
 

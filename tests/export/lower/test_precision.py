@@ -27,8 +27,8 @@ from sopdeploy_export.lower.precision import (
     NO_IMAGES,
     Accuracy,
     Lowered,
-    MeasuringImages,
     PrecisionReport,
+    UserImages,
 )
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
@@ -395,7 +395,7 @@ def test_a_mixture_that_gathers_its_components_agrees_in_every_precision(
     if precision == "int8":
         (tmp_path / "images").mkdir()
         calibrate = painted(tmp_path / "images", 32)
-        measuring = MeasuringImages(calibration_images(calibrate, preprocess), ())
+        measuring = UserImages(calibration_images(calibrate, preprocess), ())
         options = ExportOptions(
             precision="int8", calibrate=calibrate, int8_for="tensorrt", max_batch=4
         )

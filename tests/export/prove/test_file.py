@@ -328,3 +328,20 @@ def test_a_gate_that_rounding_changes_on_every_image_is_refused(
             "int8",
             lambda images: -gate_logits(deployed, images),
         )
+
+
+class InFloat32(nn.Module):
+    """Names a type in its code, as networks do that compute in half precision elsewhere."""
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return feature.float()
+
+
+def test_a_gate_whose_code_names_float32_is_compared_in_float64(
+    preprocess: Preprocess, probes: Tensor
+) -> None:
+    network = trained("gmgap-16-8-resnet18", **GMGAP)
+    deployed = Deployed(network, preprocess).eval()
+    expected = compute_reference(deployed, probes.numpy())
+    network.gate.feature = nn.Sequential(network.gate.feature, InFloat32())
+    assert compute_reference(deployed, probes.numpy()).routing == expected.routing

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from sopdeploy_export.capture.program import recording_calls
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms
-from sopdeploy_export.prove.dataflow import Dataflow, FunctionReads, Remains
+from sopdeploy_export.prove.dataflow import Dataflow, Remains
+from sopdeploy_export.prove.function_reads import FunctionReads
 
 READS: dict[str, Callable[[Tensor], Any]] = {
     "str": str,

@@ -5,9 +5,9 @@ import functools
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,6 +60,12 @@ def logits(net: Any, images: Tensor) -> Tensor:
     return net.fc(net.features(images))
 
 
+def fails_if_captured(_net: Any, features: Tensor) -> Tensor:
+    if type(features) is not Tensor:
+        raise ValueError("1" * 150 + " 2" * 100)
+    return features.mean((2, 3))
+
+
 class Exits(NamedTuple):
     logits: Tensor
     features: Tensor
@@ -75,15 +81,6 @@ class ModelOutput(collections.OrderedDict[str, Tensor]):
 class Head(nn.Linear):
     def forward(self, x: Tensor) -> Any:
         return ModelOutput(logits=super().forward(x))
-
-
-class Confidence(float, Enum):
-    LOW = 0.5
-
-
-class Judge(nn.Linear):
-    def forward(self, _: Tensor) -> Any:
-        return Confidence.LOW
 
 
 @dataclass
@@ -487,14 +484,6 @@ EXPORTED: dict[str, Case] = {
         {"training_only": ["criterion"]},
         DETACHED,
     ),
-    "a removed part that returns a member of an enumeration": (
-        with_parts(
-            lambda net, x: logits(net, x) if net.head(x) is Confidence.LOW else None,
-            head=lambda: Judge(8, CLASSES),
-        ),
-        {"training_only": ["head"]},
-        DETACHED,
-    ),
     "an adapter that is not merged": (
         changed(lambda n: setattr(n, "fc", Adapter(n.fc))),
         {},
@@ -574,17 +563,7 @@ EXPORTED: dict[str, Case] = {
     ),
     "forward is another method": (Chooses, {}, ONLY),
     "a state dict of its own": (SavesHead, {"plain": SavesHead}, PLAIN),
-    "an attribute named as one of the exporter": (
-        with_parts(logits, export_embedding=lambda: False, export_logits=lambda: True),
-        {},
-        ONLY,
-    ),
     "a lazy registry": (with_parts(logits, registry=Lazy), {}, ONLY),
-    "paths of the training images": (
-        with_parts(logits, samples=lambda: [(f"{i}.jpg", i % 4) for i in range(1000)]),
-        {},
-        ONLY,
-    ),
     "a part that is profiled": (forward(profiled), {}, ONLY),
     "a parallel part": (
         changed(lambda n: setattr(n, "stem", nn.DataParallel(n.stem))),
@@ -671,6 +650,22 @@ REFUSED: dict[str, Case] = {
         with_parts(kept_by_shape, tables=dict),
         {},
         r"^cannot be captured as one graph: its code uses the batch size as a key, as in cache\[x\.shape\]",
+    ),
+    "numbers of numpy": (
+        pooled(lambda _, f: torch.as_tensor(np.tanh(f.mean((2, 3)).numpy()))),
+        {},
+        r"takes tensors out of torch, as numpy, .*, in idioms\.py:\d+ \(.*; use operators of torch$",
+    ),
+    "a sparse matrix": (
+        pooled(lambda _, f: torch.sparse.mm(torch.eye(8).to_sparse(), f.mean((2, 3)).t()).t()),
+        {},
+        r"torch\.export does not know aten\._sparse_addmm\.default .*, in idioms\.py:\d+ .*; use dense tensors",
+    ),
+    "an error of code that is captured": (
+        pooled(fails_if_captured),
+        {},
+        r"the capture stops in idioms\.py:\d+ \(raise ValueError.*\): ValueError: 1{148} \.\.\.; use other "
+        "operators of torch there$",
     ),
     "orthogonal weights": (
         changed(lambda n: parametrizations.orthogonal(n.fc)),

@@ -17,8 +17,9 @@ from sopdeploy.images.decode import decode, is_truncated
 from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos.folder import open_evaluation_images
-from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
+from sopdeploy.photos.evaluation_images import open_evaluation_images
+from sopdeploy.photos.network_inputs import PreprocessedDataset
+from sopdeploy.photos.photo import ArrayImages
 from sopdeploy_commands.bundles import predict as predict_command
 from sopdeploy_export.lower.accuracy import calibration_images
 from sopdeploy_service.inference.loader import LoadedModel

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from sopdeploy.bundle.sealed import read_memory
+from sopdeploy.bundle.sealed import create_memory, read_memory
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control, processes, supervisor, template
@@ -129,7 +129,7 @@ SILENT = {
     "stopped by a debugger for a while": (lambda beat: ("t" if beat < 40 else "S", 7), 6),
 }
 # what such a process does -> seconds until it is replaced, unless it is stopped or debugged
-SILENT_WHILE = {"it serves": None, "it loads": 7, "it ends": 8}
+SILENT_WHILE = {"it serves": None, "it loads": 7, "it replaces one and loads": 7, "it ends": 8}
 
 
 @pytest.mark.parametrize("phase", SILENT_WHILE)
@@ -173,6 +173,8 @@ def test_a_silent_process_that_is_not_debugged_is_replaced_in_every_phase(
         process.reset(SimpleNamespace(close=lambda: None))
         if phase != "it loads":
             process.record_status(Status(0, 0, ""))
+        if phase == "it replaces one and loads":
+            process.reset(SimpleNamespace(close=lambda: None))
         if phase == "it ends":
             process.control = None
         with pytest.raises(asyncio.CancelledError):
@@ -299,17 +301,35 @@ def test_a_front_end_for_which_no_channel_can_be_made_lacks_it(monkeypatch) -> N
         assert server._lacks(front_end)
 
 
+def make_device_server(end: socket.socket) -> DeviceServer:
+    """Build a process without an app, whose supervisor is at the other end of *end*."""
+    server = DeviceServer.__new__(DeviceServer)
+    server._service, server._keeper, server._page = SimpleNamespace(registry=None), None, None
+    server._supervisor, server._num_received, server.bundles = end, 0, ""
+    server._keys_number = 7
+    server.server_state, server._tasks = SimpleNamespace(connections=()), set()
+    return server
+
+
 def test_a_connection_for_which_a_process_has_no_file_counts_as_received() -> None:
     ours, theirs = control.socket_pair()
     with ours, theirs:
-        server = DeviceServer.__new__(DeviceServer)
-        server._service, server._keeper = SimpleNamespace(registry=None), None
-        server._supervisor, server._num_received, server.bundles = theirs, 0, ""
-        server._keys_number = 7
-        server.server_state, server._tasks = SimpleNamespace(connections=()), set()
+        server = make_device_server(theirs)
         assert control.send_message(ours, control.CLIENT)  # the kernel drops the file
         server._receive()
         assert Status.from_bytes(control.receive_message(ours).rest) == (1, 0, "", {7})
+
+
+def test_a_page_of_metrics_that_comes_too_late_is_closed() -> None:
+    ours, theirs = control.socket_pair()
+    with ours, theirs:
+        server = make_device_server(theirs)
+        file = create_memory("late page", [b"page"])
+        assert control.send_message(ours, control.PAGE, b"", file)
+        os.close(file)
+        server._receive()
+        open_files = map(os.path.realpath, Path("/proc/self/fd").iterdir())
+        assert not [path for path in open_files if "late page" in path]
 
 
 def test_a_process_knows_those_that_were_started_before_it(monkeypatch) -> None:

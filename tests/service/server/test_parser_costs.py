@@ -17,12 +17,12 @@ import pytest
 from uvicorn.server import ServerState
 
 from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.server.connections import Connections
 from sopdeploy_service.server.http_protocol import (
     CALLBACK_BYTES,
     MAX_HEADER_BYTES,
     MAX_HEADERS,
     MAX_URL_BYTES,
-    Connections,
     LimitedHttpProtocol,
     limited_config,
 )

@@ -23,10 +23,7 @@ from sopdeploy.bundle.folder import (
     MAX_MANIFEST_BYTES,
     REQUIRED,
     open_bundle,
-    publish,
     read_manifest,
-    seal,
-    staging,
 )
 from sopdeploy.bundle.manifest import (
     ID_LENGTH,
@@ -37,6 +34,7 @@ from sopdeploy.bundle.manifest import (
     to_json,
 )
 from sopdeploy.bundle.probes import Probes, read_probes, replay, replay_in_turn, write_probes
+from sopdeploy.bundle.publication import publish, seal, staging
 from sopdeploy.errors import BundleError, ParityError, StorageError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.version import __version__

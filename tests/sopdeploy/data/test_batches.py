@@ -20,8 +20,10 @@ from sopdeploy.data.sources import DigitsConfig, open_data
 from sopdeploy.errors import DataError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.photos import photo
-from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset, unreadable_images_error
+from sopdeploy.photos import network_inputs
+from sopdeploy.photos.file_checks import unreadable_images_error
+from sopdeploy.photos.network_inputs import PreprocessedDataset
+from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.photos.split import hold_out
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.recipe import read_recipe
@@ -187,9 +189,9 @@ PADDED, FITTED = PadCrop(kind="pad-crop", flip=0.5), Preprocess(resize=12, crop=
 def test_pixels_in_memory_are_computed_once_and_give_the_same_batches(
     monkeypatch, limit
 ) -> None:
-    monkeypatch.setattr(photo, "MAX_IN_MEMORY", limit)
+    monkeypatch.setattr(network_inputs, "MAX_IN_MEMORY", limit)
     images = counted_images(monkeypatch)
-    in_memory = photo.FittedPixels(images, FITTED)
+    in_memory = network_inputs.FittedPixels(images, FITTED)
     for epoch in range(3):
         plain = AugmentedDataset(images, PADDED, FITTED, 0, epoch)
         kept = replace(plain, fitted=in_memory)
@@ -215,7 +217,7 @@ def test_the_processes_of_a_run_load_all_epochs_and_fill_the_memory(monkeypatch)
     monkeypatch.setattr(data_batches, "usable_cores", lambda: 2)
     images, others = counted_images(monkeypatch), counted_images(monkeypatch, 7)
     training = AugmentedDataset(
-        images, PADDED, FITTED, 0, 0, fitted=photo.FittedPixels(images, FITTED)
+        images, PADDED, FITTED, 0, 0, fitted=network_inputs.FittedPixels(images, FITTED)
     )
     held_out, cpu = PreprocessedDataset(others, FITTED), torch.device("cpu")
     with data_batches.Loader((training, held_out), 2, cpu) as loader:

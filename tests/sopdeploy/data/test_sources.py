@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.data.sources import DataConfig, DigitsConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.photos.folder import class_aliases, open_evaluation_images
+from sopdeploy.photos.evaluation_images import class_aliases, open_evaluation_images
 from sopdeploy.photos.photo import Split
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy_commands.app import app

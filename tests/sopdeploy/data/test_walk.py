@@ -9,8 +9,10 @@ import pytest
 from sopdeploy.errors import DataError
 from sopdeploy.photos import files
 from sopdeploy.photos.check import check_data
+from sopdeploy.photos.class_folders import list_classes
+from sopdeploy.photos.evaluation_images import open_any_images
 from sopdeploy.photos.files import walk
-from sopdeploy.photos.folder import list_classes, open_any_images, open_folder
+from sopdeploy.photos.folder import open_folder
 from tests.sopdeploy.photos.test_folder import make, paint
 
 IMAGES = 4  # in every folder that `FOLDERS` makes

@@ -15,7 +15,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.clips import Clips, divides_classes, find_clips
 from sopdeploy.photos.photo import Photo
-from sopdeploy.training.few_shot.classifier import estimate_score
+from sopdeploy.training.few_shot.score import estimate_score
 from sopdeploy.training.recipe import read_recipe
 from tests.sopdeploy.photos.test_copies import encoded, scene
 from tests.support.small_data import write_classes
@@ -68,8 +68,8 @@ def test_frames_of_a_clip_whose_names_tell_it_are_a_group(name: Callable[[int, i
     ]
     found = find(names, vectors, classes)
     assert found.groups.tolist() == objects.tolist()
-    assert found.found is not None
-    assert objects[found.found[0]] == objects[found.found[1]]
+    assert found.certain is not None
+    assert objects[found.certain[0]] == objects[found.certain[1]]
 
 
 def test_photographs_taken_within_seconds_that_are_alike_are_a_group():

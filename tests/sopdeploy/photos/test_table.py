@@ -16,8 +16,9 @@ from sopdeploy.errors import DataError
 from sopdeploy.photos import table
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.copies import group_photographs
+from sopdeploy.photos.evaluation_images import open_evaluation_images
 from sopdeploy.photos.files import FOLDERS
-from sopdeploy.photos.folder import open_evaluation_images, open_folder
+from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.label_tools import NUMBERED
 from sopdeploy.photos.split import choose_held_out, divide
 from sopdeploy.photos.table import EXPORTS, TABLE_SUFFIXES

@@ -19,7 +19,8 @@ from sopdeploy.models.base import TrainingOutput, is_in
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.copies import Grouped, group_photographs
 from sopdeploy.photos.libraries import open_digits
-from sopdeploy.photos.photo import LabeledImages, PreprocessedDataset
+from sopdeploy.photos.network_inputs import PreprocessedDataset
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.report.wrong_labels import find_wrong_labels
 from sopdeploy.training.checkpoints import read_resumed
 from sopdeploy.training.distributed import TrainingStoppedError

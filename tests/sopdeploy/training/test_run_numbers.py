@@ -150,6 +150,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
         text in table
         for text in ("photos-1", "lights-1", new.name, "newest", "2026-01-02T10:00:00")
     )
+    assert re.search(r"  photos-1 +12 +2 +top-1 ", table)  # images, classes, estimate
 
 
 def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:

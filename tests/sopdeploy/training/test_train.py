@@ -21,7 +21,8 @@ from sopdeploy.evaluation.multi_label import MultiLabelMetrics
 from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
+from sopdeploy.photos.network_inputs import PreprocessedDataset
+from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow, diagnose
 from sopdeploy.training.loop.run import estimate_best
 from sopdeploy.training.recipe import Recipe, read_recipe

@@ -11,7 +11,7 @@ import torch
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, DataError, StorageError, TrainingError
 from sopdeploy.files import LOCK
-from sopdeploy.photos.photo import hash_images
+from sopdeploy.photos.file_checks import hash_images
 from sopdeploy.training import setup
 from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy

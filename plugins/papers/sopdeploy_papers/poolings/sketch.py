@@ -11,7 +11,7 @@ the spectrum of a sketch is one product of x and the matrix s exp(-2 pi i f h / 
 inverse transform another one.
 
 Letters: B images, C channels, M positions, D sketch dimensions, E entries of the fullest
-element, P products C^2, F frequencies D / 2 + 1.
+element, P products C^2, F frequencies D / 2 + 1, S sketches.
 """
 
 import math
@@ -95,6 +95,7 @@ def tabulate_sketch(config: CompactBilinearConfig, channels: int) -> tuple[Tenso
         element_P = sums_CC.flatten() % config.dim
         signs_P = torch.outer(torch.tensor(first.signs), torch.tensor(second.signs)).flatten()
 
+        # The products sorted by the element that sums them, then those of each element as a row.
         entries_P = element_P.argsort(stable=True)
         counts = torch.bincount(element_P, minlength=config.dim).tolist()
         entries_DE = pad_sequence(list(torch.split(entries_P, counts)), batch_first=True)
@@ -108,8 +109,8 @@ class KernelPooling(GlobalPooling):
     """Pool (B, C, H, W) maps to sketches of their powers 0 to `order`: (B, 1 + C + (order - 1) D).
 
     Attributes:
-        real, imaginary: The spectra (sketches, C, F) of the sketches of one channel each; the power p takes
-            the next p sketches.
+        real, imaginary: The spectra (S, C, F) of S sketches, by channel; each power p takes the next p of
+            them.
         inverse_real, inverse_imaginary: The inverse transform of a real sequence, (F, D) each.
         order_weights: The learned weight of each power, at first those of the exponential function.
     """
@@ -125,23 +126,22 @@ class KernelPooling(GlobalPooling):
         dim = config.dim
         self.out_features = 1 + channels + (config.order - 1) * dim
 
+        # Each power p from 2 on has p sketches.
         generator = random.Random(config.seed)  # noqa: S311 (a projection, not a secret)
-        sketches = [
-            draw_sketch(generator, channels, dim)
-            for _ in range(sum(range(2, config.order + 1)))
-        ]
-        elements_SC1 = torch.tensor([sketch.elements for sketch in sketches]).unsqueeze(2)
+        num_sketches = sum(range(2, config.order + 1))
+        sketches = [draw_sketch(generator, channels, dim) for _ in range(num_sketches)]
+        elements_SC = torch.tensor([sketch.elements for sketch in sketches])
         signs_SC1 = torch.tensor([sketch.signs for sketch in sketches]).unsqueeze(2)
 
+        # Each frequency stands for itself and its mirror; the first and the last have none.
         cosine_DF, sine_DF = tabulate_waves(dim)
-        # Each frequency stands for itself and its mirror
         count_F1 = torch.full((dim // 2 + 1, 1), 2.0 / dim)
         count_F1[[0, -1]] = 1.0 / dim
 
         # The Fourier transform as matrices, which every exporter can lower.
         for name, tensor in (
-            ("real", cosine_DF[elements_SC1.squeeze(2)] * signs_SC1),
-            ("imaginary", -sine_DF[elements_SC1.squeeze(2)] * signs_SC1),
+            ("real", cosine_DF[elements_SC] * signs_SC1),
+            ("imaginary", -sine_DF[elements_SC] * signs_SC1),
             ("inverse_real", cosine_DF.T * count_F1),
             ("inverse_imaginary", -sine_DF.T * count_F1),
         ):

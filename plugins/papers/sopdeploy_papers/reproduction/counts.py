@@ -125,7 +125,7 @@ def _find_published(
     _, quantity = COUNTS[column]
     quantities = {quantity}
     if described.training == described.shipped:
-        # Papers print one figure for both
+        # Nothing is removed after training, so papers print one figure.
         quantities.add(quantity.replace("training", "shipped"))
 
     paper, _, _ = table.source.partition(",")  # "DSoP" of "DSoP, Table I"

@@ -18,7 +18,7 @@ def render_page(results: Reproduction) -> str:
     """Render the page as HTML; the same results always give the same text."""
     table = results.table
     finished = [row for row in results.rows if row.runs]
-    # Seed 0; no column prefix
+    # By name: the history with seed 0, and no prefix of its columns (`_metric_charts`).
     curves = {row.printed.name: (row.runs[0].history, "") for row in finished}
 
     # One command reproduces a row alone.
@@ -92,7 +92,10 @@ def notes(rows: Sequence[ReproducedRow]) -> Iterator[tuple[str, str]]:
 
 
 def error_table(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Table:
-    """Format the printed and the measured errors or accuracies of *rows* of *table*, in percent."""
+    """Format the printed and the measured errors or accuracies of *rows* of *table*, in percent.
+
+    Teachers are left out.
+    """
     lines = []
     for row in rows:
         printed = row.printed

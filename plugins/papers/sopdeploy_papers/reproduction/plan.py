@@ -134,9 +134,9 @@ class Reproduction:
         if not rows:
             return ""
 
-        # None as in the paper
-        measured = 0 if self.deviations else sum(bool(row.runs) for row in rows)
-        done = f"{measured} of {len(rows)} rows" if measured else "no"
+        # With deviations, no run was as in the paper.
+        num_measured = 0 if self.deviations else sum(bool(row.runs) for row in rows)
+        done = f"{num_measured} of {len(rows)} rows" if num_measured else "no"
         hours = format_hours(sum(row.gpu_hours for row in rows))
         return (
             f"Run at paper scale: {done}. All rows take about {hours} per seed ({ASSUMPTION})."
@@ -288,6 +288,7 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
     row.overrides += options.set
     recipe = read_recipe(row.source, row.overrides)
     if recipe.start is not None and recipe.start.weights == "imagenet":
+        # Raises an error if no weights are published.
         published_network(
             recipe.model.name, make_config(recipe.model.name, recipe.model.config)
         )
@@ -331,9 +332,9 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
     if recipe.teacher is not None and recipe.teacher.model is not None:
         networks.append(recipe.teacher.model)
 
-    # by their mirror images
+    # The images of all epochs. With `doubled`, an epoch also has the mirror image of each.
     is_doubled = isinstance(recipe.augment, PadCrop) and recipe.augment.doubled
-    num_images = data.images * recipe.epochs * (2 if is_doubled else 1)  # of all epochs
+    num_images = data.images * recipe.epochs * (2 if is_doubled else 1)
     side = recipe.training_crop
 
     macs = sum(

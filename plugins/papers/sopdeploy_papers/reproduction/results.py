@@ -55,8 +55,8 @@ def measure_run(recipe: Recipe, trained: TrainingResult) -> SeedResult:
     history = read_resumed(checkpoint, trained.last).position.history
     model = build_classifier(checkpoint, trained.last)
 
+    # If there are several heads, they are evaluated on all held-out images.
     heads: dict[str, HeldOutMetrics] = {}
-    # All heads are evaluated on all held-out images, of one class each
     if len(model.loss_weights()) > 1:
         images = open_division(recipe, checkpoint).data.held_out
         network = AllHeads(model.to(select_device(recipe.device)))
@@ -84,9 +84,8 @@ def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:
     if not errors:
         return None
 
-    # the same number in every run
     center = mean(errors)
-    num_images = runs[0].held_out_count
+    num_images = runs[0].held_out_count  # the same number in every run
     low, high = (
         student(errors) if len(errors) > 1 else wilson(round(center * num_images), num_images)
     )

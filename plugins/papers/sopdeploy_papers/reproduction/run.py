@@ -34,31 +34,21 @@ def reproduce(
 
     The runs are in `<out>/<table>/<row>/seed-0`; the page is written after every row. *on_run*
     receives the row and seed of each run that starts. A row that fails has a `failure`, and the
-    next one runs. Raises `ConfigError` for selected rows that cannot be run, if `options.set`
-    leaves none to run, and for results of another recipe in the folder, the error of data that
-    cannot be opened, `TrainingStoppedError`, and with several processes all errors of a row
-    that one of them may have alone: those that are no `TrainingError`.
+    next one runs. Raises:
+
+    - `ConfigError` for selected rows that cannot be run, if `options.set` leaves none to run, and
+      for results of another recipe in the folder,
+    - the error of data that cannot be opened,
+    - `TrainingStoppedError`,
+    - with several processes, all errors of a row but `TrainingError`: one process may have such
+      an error alone.
     """
     results = plan(table, options)
 
     # Errors about the rows and the data come before hours of training.
-    # Other tables are not trained
-    must_run = options.rows is not None and table.measures == "errors"
-    for row in results.rows:
-        if row.recipe is None and must_run:
-            message = f"cannot be run ({row.reason}); leave it out"
-            raise ConfigError(message, setting="rows", value=row.printed.id)
-
-    # Empty for a row that can be trained
-    reasons = [row.reason for row in results.rows if row.source]
-    if options.set and table.measures == "errors" and reasons and all(reasons):
-        raise ConfigError(f"no row can be run; {reasons[0]}", setting="set")
-
-    for row in results.rows:  # all rows have the same data: without them, no row can be trained
-        runs = [results.run_folder(row.printed.id, seed) for seed in range(results.seeds)]
-        if row.recipe is not None and not all((run / _RESULT).is_file() for run in runs):
-            open_data(row.recipe.data)
-            break
+    if table.measures == "errors":  # the rows of other tables are not trained
+        _check_rows(results)
+    _check_data(results)
 
     by_id = {row.printed.id: row for row in results.rows}
     for row in results.rows:
@@ -77,6 +67,29 @@ def reproduce(
         _write_page(results)
     _write_page(results)  # even if no row is trained
     return results
+
+
+def _check_rows(results: Reproduction) -> None:
+    """Raise `ConfigError` if a selected row cannot be run, or if `options.set` leaves no row to run."""
+    options = results.options
+    for row in results.rows:
+        if row.recipe is None and options.rows is not None:
+            message = f"cannot be run ({row.reason}); leave it out"
+            raise ConfigError(message, setting="rows", value=row.printed.id)
+
+    # Of the rows with a network; "" for one that can be run.
+    reasons = [row.reason for row in results.rows if row.source]
+    if options.set and reasons and all(reasons):
+        raise ConfigError(f"no row can be run; {reasons[0]}", setting="set")
+
+
+def _check_data(results: Reproduction) -> None:
+    """Open the data, which all rows share, unless every run is finished; raise the error if this fails."""
+    for row in results.rows:
+        runs = [results.run_folder(row.printed.id, seed) for seed in range(results.seeds)]
+        if row.recipe is not None and not all((run / _RESULT).is_file() for run in runs):
+            open_data(row.recipe.data)
+            return
 
 
 def _train_row(
@@ -98,8 +111,8 @@ def _train_row(
             except TrainingStoppedError:
                 raise
             except SopdeployError as error:  # another row may be trained
-                # One of several processes would add the values of its next row to sums of the
-                # others' row.
+                # If one of several processes has the error alone, it must not go on: it would add
+                # values of its next row to sums of the others, which still train this row.
                 if is_distributed() and not isinstance(error, TrainingError):
                     raise
                 row.failure = f"seed {seed} failed: {error}"

@@ -93,10 +93,10 @@ class PrintedRow(StrictModel):
 
 
 class OtherForm(StrictModel):
-    """A form in which the networks of a table are defined, too, such as that of the text: `name` says which.
+    """Another form in which a paper defines the networks of a table, such as that of its text.
 
-    `set` are its options, as for `sopdeploy train --set`. Those of the keys `default` have the
-    default of the catalog, the definition of the paper's text.
+    `name` says which. `set` are its options, as for `sopdeploy train --set`. The options with the
+    keys `default` get the defaults of the catalog, which follow the paper's text.
     """
 
     name: str
@@ -127,9 +127,9 @@ class PrintedTable(StrictModel):
     the printed accuracies; they are converted to errors, and shown as accuracies again.
     `columns` are the counts that the table prints: `params` and `gflops` of the deployed
     network in millions and billions, `train_params` and `train_gflops` of the network in
-    training, `dim`, the length of the vector that is classified. They are those that
-    `published.toml` has for the network of a row. `forms` are other forms of its networks; a
-    page has the commands that train them.
+    training, `dim`, the length of the vector that is classified. A row has them in `counts`; those
+    that it lacks are in `published.toml`. `forms` are other forms of its networks; a page has the
+    commands that train them.
     """
 
     id: str
@@ -220,8 +220,8 @@ def load_tables() -> dict[str, PrintedTable]:
     for unresolved in chain.from_iterable(content["tables"] for content in contents):
         table = _resolve_names(unresolved, shared)
 
-        # A table with variants stands for one with the values of each; `top1` of a row may list
-        # theirs.
+        # A table with variants is read as several tables, each with the values of one variant. The
+        # `top1` of a row may list a value for each variant.
         for index, variant in enumerate(table.pop("variants", [{}])):  # {}: it has none
             rows = []
             for row in table["rows"]:

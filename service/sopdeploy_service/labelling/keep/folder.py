@@ -111,13 +111,13 @@ class KeptFolder:
         """
         self.path = path
         self._max_bytes = max_bytes
-        self._age = days * 86_400
+        self._max_age = days * 86_400  # seconds
 
         self._photos: dict[str, _StoredPhoto] = {}  # by name, the oldest first
         self._failed = False  # whether the last write failed
         self._on_delete = on_delete
 
-        # Seconds that keepers of this folder have run, and those in `AGES`.
+        # Seconds that keepers of this folder have run, and as many as the file `AGES` has of them.
         self._counted = self._saved = 0.0
         self._ticked = time.monotonic()
 
@@ -202,7 +202,7 @@ class KeptFolder:
     @property
     def clean_up_seconds(self) -> float:
         """Seconds after which `clean_up` should be called again."""
-        return min(CHECK_SECONDS, max(1.0, self._age / 10))
+        return min(CHECK_SECONDS, max(1.0, self._max_age / 10))
 
     def clean_up(self) -> None:
         """Delete photographs that are too old, and forget those that others have deleted or labelled."""
@@ -213,10 +213,10 @@ class KeptFolder:
             self.expire()
 
     def has_duplicate(self, name: str, record: KeptRecord) -> bool:
-        """Tell whether the file *name*, without suffix, is kept as *record* says, or a near-duplicate of it.
+        """Tell whether the file *name*, without suffix, is kept as *record* says, or a near-duplicate is kept.
 
-        Those of the uniform sample may be near-duplicates, so that it shows all photographs.
-        Those that others have deleted or labelled do not count and are forgotten.
+        Images of the uniform sample may be near-duplicates, so that it shows all photographs.
+        Kept images that others have deleted or labelled do not count and are forgotten.
         """
         # The same file is a duplicate if it is kept for each of the reasons, with the suggestion.
         for suffix in _SUFFIXES:
@@ -256,14 +256,14 @@ class KeptFolder:
         old = [
             photo
             for photo in self._photos.values()
-            if self._counted - photo.kept_at > self._age
+            if self._counted - photo.kept_at > self._max_age
         ]
 
         try:
             self._delete_for("expired", old)
         finally:
             # Write the ages if much time has passed: after a crash, that much is lost.
-            if self._counted - self._saved >= min(SAVE_SECONDS, self._age / 10):
+            if self._counted - self._saved >= min(SAVE_SECONDS, self._max_age / 10):
                 kept_at = {name: photo.kept_at for name, photo in self._photos.items()}
                 content = (
                     Ages(counted=self._counted, kept_at=kept_at).model_dump_json().encode()
@@ -389,8 +389,12 @@ class KeptFolder:
 
 
 def _lock_folder(path: Path) -> int:
-    """Lock the folder at *path* for this process; return the lock's file descriptor."""
-    # Checked before the lock file exists: a process that is killed now leaves none.
+    """Lock the folder at *path* for this process; return the lock's file descriptor.
+
+    Raises `ConfigError` and `StorageError` as `KeptFolder` does.
+    """
+    # Checked before the lock file exists: if this process is killed here, the next one checks
+    # again.
     is_new = not (path / LOCK).exists()
     if is_new and any(file.suffix in _SUFFIXES for file in _find_incomplete(path)):
         raise ConfigError(

@@ -55,7 +55,7 @@ class PredictedPhoto(NamedTuple):
     """A file, the network's input (H, W, 3) uint8, and the logits (C,) of *bundle*, served as *model*.
 
     *reported* is the class that a person suggests after a wrong answer, "" without a
-    suggestion.
+    suggestion; None if nobody has reported one.
     """
 
     image: bytes
@@ -119,14 +119,14 @@ def open_keeper(
             settings.keep,
             settings.keep_bytes,
             settings.keep_days,
-            lambda reason: metrics.kept_deleted.labels(reason).inc(),
+            on_delete=lambda reason: metrics.kept_deleted.labels(reason).inc(),
         )
 
     return Keeper(folder, settings.keep_sample, metrics, copy)
 
 
 class WorthPhoto(NamedTuple):
-    """A file of another process that is worth a label, and its record."""
+    """A file of this or of another process that is worth a label, and its record."""
 
     image: bytes
     record: KeptRecord
@@ -195,11 +195,15 @@ class Keeper:
 
         *reported* is the class that a person suggests instead, "" without a suggestion.
         """
-        logits = prediction.outputs[model.bundle.manifest.outputs[0].name]
-        now = datetime.now(UTC)
-
+        logits_name = model.bundle.manifest.outputs[0].name
         photo = PredictedPhoto(
-            image, prediction.pixels, logits, model.bundle, model.name, now, reported
+            image=image,
+            pixels=prediction.pixels,
+            logits=prediction.outputs[logits_name],
+            bundle=model.bundle,
+            model=model.name,
+            time=datetime.now(UTC),
+            reported=reported,
         )
         self._queue_or_drop(photo)
 
@@ -319,7 +323,7 @@ class Keeper:
         if not reasons:
             return None
 
-        # The suffix is not known before the copy is made.
+        # The suffix is not known before the copy is made; until then, it is `.jpg`.
         return WorthPhoto(photo.image, _describe(photo, reasons, f"{sha256[:32]}.jpg"))
 
     def _store(self, photo: WorthPhoto) -> KeptResult | None:

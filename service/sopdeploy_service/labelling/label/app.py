@@ -39,7 +39,8 @@ from sopdeploy_service.labelling.label.heap import Embed
 from sopdeploy_service.labelling.label.labelled import Labelled
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.origins import OwnOrigins, join_headers, without_prefix
-from sopdeploy_service.server.http_protocol import Connections, limited_config
+from sopdeploy_service.server.connections import Connections
+from sopdeploy_service.server.http_protocol import limited_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
 
@@ -100,9 +101,9 @@ def intercept(
 ) -> Response | None:
     """Return the response to a request that no route may handle; None if one may.
 
-    These are requests that *origins* refuse, without the *key*, too large, and POSTs without
-    JSON. A request for the page with the key in its address gets a cookie with the key, and a
-    redirect to the address without it.
+    Refused are requests that are foreign to *origins*, those without the *key*, and POSTs that
+    are too large or have no JSON. A request for the page with the key in its address gets a
+    cookie with the key, and a redirect to the address without it.
     """
     headers = join_headers(request.scope["headers"])
     peer = request.client.host if request.client else ""
@@ -406,10 +407,9 @@ def describe_next(folders: LabelFolders, session: str = "") -> LabelState:
 def training_command(folders: LabelFolders, photos: Path | None = None) -> str:
     """Write the command that trains on the photographs of *folders*, which the user named *photos*."""
     photos = photos or folders.photos
-    # Both as the user named them, unless that was `.` or `..`, which have no siblings with
-    # their names.
+    # The folder of unknown photographs is beside *photos*, and written as the user wrote that:
+    # relative or not. `.` and `..` show no name, so its absolute path is needed.
     has_name = photos.name not in {"", ".."}
-
     unknown = photos.with_name(folders.unknown.name) if has_name else folders.unknown
     words = ["--data", str(photos), *(["--unknown", str(unknown)] if unknown.is_dir() else ())]
     return f"sopdeploy train {join([*words, *_live_option()])}"

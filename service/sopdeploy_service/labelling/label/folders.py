@@ -96,6 +96,13 @@ class LabelStep(NamedTuple):
         return self.target is None
 
 
+class Lease(NamedTuple):
+    """The browser's *session* that a photograph was shown to, and the *end* by `time.monotonic`."""
+
+    session: str
+    end: float
+
+
 class LabelFolders:
     """Photographs in the order in which they are labelled, and the labels of this session.
 
@@ -143,8 +150,7 @@ class LabelFolders:
         self._skipped_of_heap: set[str] = set()
         # Near hashes of the uniform sample, which `label` compares
         self._sampled: set[int] = set()
-        # The session that a photograph was shown to, and when its lease ends.
-        self._leases: dict[str, tuple[str, float]] = {}
+        self._leases: dict[str, Lease] = {}  # by ID
 
         self.read()
 
@@ -163,8 +169,25 @@ class LabelFolders:
     def read(self) -> None:
         """Read and order what waits for a label again, and start to compute suggestions; raises `OSError`.
 
-        Kept photographs come first, then the heap: images that no server has kept. The near hashes
-        of the uniform sample are remembered, also after its photographs are labelled.
+        Kept photographs come first, then the heap: images that no server has kept.
+        """
+        kept = self._read_kept()
+        images, unused = list_heap(self.kept)
+        note_skipped(self.kept, count_suffixes(unused))
+        heap = [path for path in images if heap_id(path) not in self._skipped_of_heap]
+
+        waiting = [Waiting(path, record) for path, record in kept]
+        waiting += [Waiting(path, None) for path in heap]
+        self.waiting = {photo.identity: photo for photo in waiting}
+        self.suggestions.learn(_class_folders(self.photos))
+        self.suggestions.compute(heap)
+        self._order_heap()
+
+    def _read_kept(self) -> list[Kept]:
+        """Read the kept photographs that wait, in the order in which they are to be labelled.
+
+        The near hashes of the uniform sample are remembered, also after its photographs are
+        labelled.
         """
         # Divide the photographs that wait into the uniform sample and the rest. A photograph that
         # was sent and kept again has its label already.
@@ -196,19 +219,7 @@ class LabelFolders:
         for number, photo in enumerate(reversed(samples)):
             # Beyond the end of *rest*, `insert` appends.
             rest.insert(SAMPLE_EVERY * number, photo)
-        queue = [*reported, *rest]
-
-        # The photographs of a heap come last.
-        images, unused = list_heap(self.kept)
-        note_skipped(self.kept, count_suffixes(unused))
-        heap = [path for path in images if heap_id(path) not in self._skipped_of_heap]
-        waiting = [Waiting(path, record) for path, record in queue] + [
-            Waiting(path, None) for path in heap
-        ]
-        self.waiting = {photo.identity: photo for photo in waiting}
-        self.suggestions.learn(_class_folders(self.photos))
-        self.suggestions.compute(heap)
-        self._order_heap()
+        return [*reported, *rest]
 
     def _order_heap(self) -> None:
         """Put photographs of a heap with the same suggestion beside each other, the surest ones first."""
@@ -243,23 +254,20 @@ class LabelFolders:
         """
         now = time.monotonic()
         self._leases = {
-            identity: lease for identity, lease in self._leases.items() if lease[1] > now
+            identity: lease for identity, lease in self._leases.items() if lease.end > now
+        }
+        leased_to_others = {
+            identity for identity, lease in self._leases.items() if lease.session != session
         }
 
         # What no other session has leased; if that is nothing, everything.
-        free = [
-            identity
-            for identity in self.waiting
-            if self._leases.get(identity, (session, now))[0] == session
-        ]
-
+        free = [identity for identity in self.waiting if identity not in leased_to_others]
         upcoming = (free or list(self.waiting))[:count]
 
         # A lease of another session stays.
         for identity in upcoming:
-            self._leases.setdefault(identity, (session, 0.0))
-            if self._leases[identity][0] == session:
-                self._leases[identity] = (session, now + LEASE_SECONDS)
+            if identity not in leased_to_others:
+                self._leases[identity] = Lease(session, now + LEASE_SECONDS)
         return upcoming
 
     def probabilities(self, identity: str) -> dict[str, float]:

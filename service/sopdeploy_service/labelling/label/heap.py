@@ -84,8 +84,8 @@ class Suggestions:
         self._embed = embed
         self._vectors: dict[Path, Vector] = {}
 
-        # The class of each sorted photograph, and the path under which it may have a vector
-        # already.
+        # The class of each sorted photograph, and its first path, under which it may have a
+        # vector already.
         self._classes: dict[Path, tuple[str, Path]] = {}
         self._asked: set[Path] = set()
         self._num_changes = 0  # of the classes
@@ -113,7 +113,7 @@ class Suggestions:
 
         # Compute only the vectors that nobody has asked for yet.
         sorted_paths = [
-            path for path, (_, old) in self._classes.items() if old not in self._vectors
+            path for path, (_, first) in self._classes.items() if first not in self._vectors
         ]
         missing = [path for path in (*sorted_paths, *heap) if path not in self._asked]
         self._asked.update(missing)
@@ -168,8 +168,8 @@ class Suggestions:
 
         # Collect the vectors of the photographs of each class.
         members: dict[str, list[Vector]] = {name: [] for name, _ in self._classes.values()}
-        for path, (name, old) in self._classes.items():
-            if (vector := self._vectors.get(old, self._vectors.get(path))) is not None:
+        for path, (name, first) in self._classes.items():
+            if (vector := self._vectors.get(first, self._vectors.get(path))) is not None:
                 members[name].append(vector)
 
         # Compute the means, if there are enough of each class.
@@ -199,19 +199,21 @@ class Suggestions:
 def _find_thresholds(members: Mapping[str, Sequence[Vector]]) -> dict[str, float]:
     """Find the smallest cosine at which a class of *members* is probable, if it has `MIN_PROBABLE` vectors.
 
-    It is bounded as that of `known` (`known_threshold.bound_cosines`), by the cosines between
-    each photograph and the mean of the others of its class.
+    All classes have the same one. It is bounded as that of `known`
+    (`known_threshold.bound_cosines`), by the cosines between each photograph and the mean of the
+    others of its class.
     """
     from sopdeploy.evaluation.known_threshold import bound_cosines  # noqa: PLC0415 # with SciPy
 
     large = {name: vectors for name, vectors in members.items() if len(vectors) >= MIN_PROBABLE}
+    if not large:
+        return {}
+
     cosines = list[float]()
     for vectors in large.values():
         stacked = np.stack(vectors)
-        without = _unit(stacked.sum(axis=0) - stacked)
-        cosines += (stacked * without).sum(axis=1).tolist()
-    if not large:
-        return {}
+        means_of_others = _unit(stacked.sum(axis=0) - stacked)
+        cosines += (stacked * means_of_others).sum(axis=1).tolist()
     return dict.fromkeys(large, bound_cosines(np.asarray(cosines), ACCEPTS).value)
 
 

@@ -57,8 +57,8 @@ def order_by_value(
     2001), and the distance of its probabilities from the closest ones chosen before (k-center:
     Sener and Savarese, ICLR 2018). After `MAX_SPREAD`, the uncertainty decides alone.
     """
-    # A photograph is as uncertain as the margin of its two best classes is small. Two columns of
-    # zeros are added, in case C is below 2.
+    # The smaller the margin between its two best classes, the more uncertain is a photograph. Two
+    # columns of zeros are added, in case C is below 2.
     padded = np.pad(probabilities_NC, ((0, 0), (2, 0)))
     ascending = np.sort(padded, axis=1)
     uncertainties_N = 1 - (ascending[:, -1] - ascending[:, -2])

@@ -13,7 +13,8 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import ProcessGroup, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
-from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
+from sopdeploy.photos.network_inputs import PreprocessedDataset
+from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy, check_batch_size
 from sopdeploy.training.setup import check_same_step

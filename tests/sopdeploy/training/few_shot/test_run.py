@@ -40,21 +40,14 @@ from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.few_shot.classifier import (
-    SHRINKAGE,
-    Discriminant,
-    LinearProblem,
-    OutOfFold,
-    Scaling,
-    Space,
-    Targets,
-    estimate_excess,
-    estimate_score,
-    unit_length,
-)
+from sopdeploy.training.few_shot.classifier import LinearProblem, Space, unit_length
+from sopdeploy.training.few_shot.cross_validation import judge_few_apart, select_typical
+from sopdeploy.training.few_shot.discriminant import SHRINKAGE, Discriminant
 from sopdeploy.training.few_shot.features import CachedNetwork, Features, compute_features
 from sopdeploy.training.few_shot.learning import estimate_gains
-from sopdeploy.training.few_shot.run import judge_few_apart, select_typical
+from sopdeploy.training.few_shot.scaling import OutOfFold, Scaling, estimate_excess
+from sopdeploy.training.few_shot.score import estimate_score
+from sopdeploy.training.few_shot.targets import Targets
 from sopdeploy.training.recipe import FewShotConfig, LoopConfig, Recipe, read_recipe
 from sopdeploy.training.results import read_result
 from sopdeploy.training.setup import FEW_IMAGES, divide_images, select_procedure, set_up_run
@@ -264,7 +257,7 @@ def test_a_new_class_takes_few_photographs_of_the_known_ones_until_it_has_enough
 def test_scores_of_a_class_of_few_images_are_corrected_to_those_of_many(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("sopdeploy.training.few_shot.classifier.COMMON", 0.0)
+    monkeypatch.setattr("sopdeploy.training.few_shot.discriminant.COMMON", 0.0)
     features, classes = blobs(4000)
     space = Space.of([features])
 
@@ -506,7 +499,7 @@ def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(
     recipe = read_recipe("photos", [f"data.path={photos}", *SMALL, *FEW_SHOT])
     found = []
     for limit in (0, 200):
-        monkeypatch.setattr("sopdeploy.training.few_shot.run.FEW_GROUPS", limit)
+        monkeypatch.setattr("sopdeploy.training.few_shot.cross_validation.FEW_GROUPS", limit)
         last = train_recipe(recipe, tmp_path / str(limit)).last
         found.append(read_checkpoint(last).resume["procedure"]["out_of_fold"].numpy())
     once, mean = (np.logaddexp.reduce(logits, axis=1) for logits in found)
@@ -628,7 +621,7 @@ def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(
         np.stack([first, first + each - 1]), np.arange(each * len(COLORS)) < each
     )
     monkeypatch.setattr(
-        "sopdeploy.training.few_shot.run.find_near_duplicates", lambda *_: found
+        "sopdeploy.training.few_shot.cross_validation.find_near_duplicates", lambda *_: found
     )
     result = train_with_page(
         read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run"
@@ -660,7 +653,7 @@ def test_frames_of_a_clip_share_a_fold_unless_the_user_groups_the_files(
     vectors = np.eye(objects.max() + 1, 64, dtype=np.float32)[objects]
     found = NearDuplicates(NO_PAIRS, np.zeros(len(objects), np.bool_), vectors)
     monkeypatch.setattr(
-        "sopdeploy.training.few_shot.run.find_near_duplicates", lambda *_: found
+        "sopdeploy.training.few_shot.cross_validation.find_near_duplicates", lambda *_: found
     )
     for number in range(12):  # sorted as the frames are
         for color in COLORS:
@@ -908,7 +901,9 @@ def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeyp
         found.append((outputs.network, compute_features(outputs, *arguments)))
         return found[-1][1]
 
-    monkeypatch.setattr("sopdeploy.training.few_shot.run.compute_features", compute)
+    monkeypatch.setattr(
+        "sopdeploy.training.few_shot.cross_validation.compute_features", compute
+    )
     train_recipe(recipe, tmp_path / "run")
     ((network, features),) = found
     assert features.reduced.shape == (36, 20)

@@ -22,7 +22,8 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.evaluation.prediction import evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import TrainingOutput
-from sopdeploy.photos.photo import ArrayImages, PreprocessedDataset
+from sopdeploy.photos.network_inputs import PreprocessedDataset
+from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training.loop.losses import training_loss
 from sopdeploy.training.loop.run import epoch_batches
 from sopdeploy.training.recipe import Recipe

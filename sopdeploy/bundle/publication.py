@@ -1,0 +1,212 @@
+"""Write bundles: fill a hidden folder, list and hash its files, and give it its final name.
+
+The folder is beside its destination, so an incomplete bundle never has its final name. Does not
+import torch.
+"""
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, open_bundle
+from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest, to_json
+from sopdeploy.errors import BundleError
+from sopdeploy.file_systems import flush, set_mode
+from sopdeploy.files import (
+    FULL_ERRNOS,
+    MANIFEST,
+    atomic_write,
+    link_latest,
+    new_folder,
+    sha256,
+    temporary_folder,
+    writing,
+)
+
+
+@contextmanager
+def staging(destination: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder in *destination*; delete it at the end unless it was renamed.
+
+    The folder is locked as long as this process uses it; folders that killed processes left are
+    deleted. Raises `StorageError` if the folder cannot be created, or if the disk is full.
+    """
+    with ExitStack() as folders:
+        with writing(destination):
+            folders.enter_context(new_folder(destination))
+            folder = folders.enter_context(temporary_folder(destination))
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno in FULL_ERRNOS:
+                with writing(destination):  # converts it to `StorageError`
+                    raise
+            raise
+
+
+def seal(
+    folder: Path,
+    manifest_without_files: Mapping[str, Any],
+    certificate: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Hash every file in *folder*, write the manifest and return it.
+
+    The *certificate*, if it is given, is written before the manifest, which also lists it. Its
+    `contents` is the hash of a manifest of all other files, and its `sha256` that of its other
+    fields. So `verify` detects if one of them is changed alone.
+    """
+
+    def record(path: Path) -> FileRecord:
+        return FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
+
+    def manifest_of(files: Mapping[str, FileRecord]) -> Manifest:
+        return Manifest(
+            **manifest_without_files, files=dict(sorted(files.items()))
+        ).with_written_defaults()
+
+    files = {path.name: record(path) for path in folder.iterdir()}
+    manifest = manifest_of(files)
+
+    # The certificate names the hash of the manifest without it; the final manifest lists it, too.
+    if certificate is not None:
+        fields = {**certificate, "contents": manifest.contents_sha256}
+        path = folder / CERTIFICATE
+        path.write_bytes(
+            to_json({"sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields})
+        )
+        manifest = manifest_of({**files, CERTIFICATE: record(path)})
+
+    (folder / MANIFEST).write_bytes(manifest.to_bytes())
+    return manifest
+
+
+def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
+    """Rename a sealed *folder* to `destination/<project>-<id>` and return the new path.
+
+    An identical bundle that already exists is kept and gets the time of *manifest*, unless it
+    is signed. Then `destination/latest` is linked to the bundle. Raises `BundleError` if a
+    different, damaged or signed bundle has the name.
+    """
+    existing = give_final_name(folder, manifest, destination).manifest
+
+    # If the bundle was here before, with another time, the new manifest replaces its manifest.
+    target = destination / manifest.name
+    if existing != manifest:
+        signature = target.with_name(target.name + SIGNATURE_SUFFIX)
+        if signature.exists():  # it would no longer be valid
+            raise BundleError(
+                f"{target} exists, signed with the time of its export; move {signature.name} to another "
+                "folder, export again and sign it again"
+            )
+        with (
+            writing(target / MANIFEST),
+            atomic_write(target / MANIFEST, durable=True) as partial,
+        ):
+            partial.write_bytes(manifest.to_bytes())
+
+    link_latest(target)
+    return target
+
+
+class PlacedBundle(NamedTuple):
+    """The manifest of the bundle that has the final name, and whether it was written by this process."""
+
+    manifest: Manifest
+    is_new: bool
+
+
+def give_final_name(
+    folder: Path, manifest: Manifest, destination: Path, signature: bytes | None = None
+) -> PlacedBundle:
+    """Rename a sealed *folder* to `destination/<project>-<id>` unless an identical bundle has the name.
+
+    A *signature* of *manifest* is written first, so that the bundle is never there without it.
+    The manifest of the bundle that has the name at the end is read again: it equals *manifest*,
+    or without a *signature* may have another time. Raises `BundleError` if a different or
+    damaged bundle has the name; it stays as it is.
+    """
+    target = destination / manifest.name
+    signature_file = target.with_name(target.name + SIGNATURE_SUFFIX)
+    read_same = partial(_read_same_bundle, target, manifest, is_signed=signature is not None)
+
+    # The bundle may be here already; then only its signature is written.
+    if os.path.lexists(target):
+        if not target.is_dir():
+            raise BundleError(
+                f"{target}: has the name of the bundle, but is no folder; move it away"
+            )
+        manifest_here = read_same()
+        if signature is not None:
+            with writing(target):
+                _write_signature(signature_file, signature)
+        return PlacedBundle(manifest_here, is_new=False)
+
+    # The signature comes first: nobody sees a bundle without it. After an error, a new one is
+    # deleted again.
+    with writing(target), ExitStack() as on_error:
+        if signature is not None:
+            if not os.path.lexists(signature_file):
+                on_error.callback(signature_file.unlink, missing_ok=True)
+            _write_signature(signature_file, signature)
+
+        is_new = _publish(folder, target)  # false if another process was faster
+        try:
+            manifest_here = read_same()
+        except BundleError:
+            if is_new:  # somebody exchanged a file between the check and the new name
+                target.rename(folder)  # the caller deletes it
+            raise
+
+        on_error.pop_all()
+    return PlacedBundle(manifest_here, is_new)
+
+
+def _write_signature(path: Path, signature: bytes) -> None:
+    with atomic_write(path, durable=True) as partial_file:
+        partial_file.write_bytes(signature)
+
+
+def _publish(folder: Path, target: Path) -> bool:
+    """Let everybody read the sealed *folder*, flush its files and rename it to *target*.
+
+    Returns false if *target* exists.
+    """
+    set_mode(folder, 0o755)
+
+    for path in folder.iterdir():
+        set_mode(path, 0o644)
+        with path.open("rb") as file:
+            flush(file.fileno())
+
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
+            raise
+        return False
+    return True
+
+
+def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> Manifest:
+    """Read the bundle *target* and return its manifest; raise `BundleError` unless it is *manifest*.
+
+    Unless it *is_signed*, the time of the export may differ.
+    """
+    manifest_here = open_bundle(target, with_graph=False).manifest
+
+    if not manifest_here.has_content_of(manifest):
+        raise BundleError(
+            f"{target} exists with another manifest; choose another folder", setting="out"
+        )
+
+    if is_signed and manifest_here != manifest:
+        raise BundleError(
+            f"{target}: exported at {manifest_here.exported_at}, but the signed copy at {manifest.exported_at}; "
+            "move this folder away and pull again"
+        )
+    return manifest_here

@@ -1,0 +1,223 @@
+"""Images for a trained network: labeled ones, with its classes; those of no class; or any.
+
+Letter: N images.
+"""
+
+from functools import cache
+from importlib import resources
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sopdeploy.errors import DataError, amount, shorten
+from sopdeploy.images.signatures import count_suffixes, note_skipped
+from sopdeploy.photos.class_folders import list_classes, no_classes
+from sopdeploy.photos.files import (
+    SAMPLE_FOLDER,
+    Log,
+    data_folder,
+    find_parts,
+    hint_at_spelling,
+    is_kept_photograph,
+    list_images,
+    list_subfolders,
+    naming_all_undecodable,
+    normalize,
+    part_folder,
+)
+from sopdeploy.photos.libraries import detect_kind, open_part
+from sopdeploy.photos.photo import ImageFiles, select_classes
+from sopdeploy.photos.questions import suggest_folder
+from sopdeploy.photos.table import LABELS_FILE, check_has_classes, find_table, read_label_table
+
+ANY_IMAGES = "JPEG or PNG files, with or without subfolders"
+
+
+def open_evaluation_images(
+    root: Path,
+    labels: tuple[str, ...],
+    *,
+    multi_label: bool = False,
+    other_classes: bool = False,
+    log: Log = lambda _line: None,
+) -> ImageFiles:
+    """Open the labeled images below *root* for a network with the classes *labels*, in their order.
+
+    It opens only the held-out images if the data are split. Classes are matched by name;
+    WordNet IDs match the names of ImageNet's classes. With *multi_label*, `labels.csv` lists
+    several classes per image. *log* receives a line about classes without images and about the
+    part that is opened. Raises `DataError` if there are no images, and for folders that are no
+    class of the network; with *other_classes*, these are left out.
+    """
+    with naming_all_undecodable(root):
+        return _open_evaluation_images(
+            check_holds_classes(root), labels, multi_label, other_classes, log
+        )
+
+
+def _open_evaluation_images(
+    root: Path, labels: tuple[str, ...], multi_label: bool, other_classes: bool, log: Log
+) -> ImageFiles:
+    if multi_label:
+        folder = _held_out_folder(root, labels, log)
+        if (table := find_table(root) or find_table(folder)) is None:
+            raise DataError(
+                f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
+                "images and their classes in this file"
+            )
+        # With *labels*, the images of the table have exactly these classes.
+        return _held_out_of_table(table, labels, multi_label=True)
+
+    # One class per image: the official layout of a public data set, a table, or class folders.
+    layout = detect_kind(root)  # None for a folder of the user
+    if layout is not None:
+        images = open_part(layout, "held_out", root)
+    else:
+        folder = _held_out_folder(root, labels, log)
+        if table := find_table(folder):
+            images = _held_out_of_table(table, labels, multi_label=False)
+        else:
+            listing = list_classes(folder)
+            images = listing.images
+            note_skipped(
+                root, count_suffixes(chain.from_iterable(listing.other_files.values()))
+            )
+
+    # Other classes of an official layout are no mistakes of the user.
+    allow_unknown = other_classes or layout is not None
+    images = _match_classes(root, images, labels, allow_unknown, log)
+    empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
+    if empty:
+        log(f"{root}: no images of {len(empty)} of {len(labels)} classes: {shorten(empty)}")
+    return images
+
+
+def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
+    """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself."""
+    names = {normalize(name) for name in list_subfolders(root)}
+    # If each subfolder is a class, none is a part, even if it is named val.
+    if names <= {normalize(label) for label in labels}:
+        return root
+    parts = find_parts(root)
+    # As in training, val/ is a class if it is beside other folders and there is no train/.
+    val_is_a_class = parts.others and not parts.train
+    if val_is_a_class or not parts.held_out:
+        return root
+    folder = part_folder(root, parts.held_out[0])
+    log(f"{folder}: the images in this folder are used")
+    return folder
+
+
+def _held_out_of_table(
+    table: Path, labels: tuple[str, ...], *, multi_label: bool
+) -> ImageFiles:
+    """Open the held-out images of *table*, or all if it does not divide them."""
+    # The last part: `val` after `train`, or the only one.
+    opened = read_label_table(table, labels, multi_label=multi_label)
+    note_skipped(table.parent, opened.ignored)
+    *_, (name, images) = opened.parts.items()
+    check_has_classes(table, name, images)
+    return images
+
+
+def _match_classes(
+    root: Path, images: ImageFiles, labels: tuple[str, ...], allow_unknown: bool, log: Log
+) -> ImageFiles:
+    """Give *images* the classes *labels*; raises `DataError` for other classes unless *allow_unknown*."""
+    aliases = class_aliases()  # of WordNet IDs
+    label_of_name = {normalize(label): label for label in labels}
+    names = tuple(label_of_name.get(name, aliases.get(name, name)) for name in images.labels)
+
+    unknown = [
+        label for label, name in zip(images.labels, names, strict=True) if name not in labels
+    ]
+    are_allowed = allow_unknown and len(unknown) < len(names)  # at least one class must remain
+    hint = hint_at_spelling(unknown, labels)
+
+    if unknown and not are_allowed:
+        hint = hint or suggest_folder(images, "give")
+        verb = "are not classes" if len(unknown) > 1 else "is no class"
+        raise DataError(
+            f"{root}: {shorten(unknown)} {verb} of the network, which knows {shorten(labels)}; remove or "
+            f"rename the folders{hint}",
+            lists={"unknown": unknown, "classes": labels},
+        )
+    if unknown:
+        log(f"{root}: left out, of no class: {shorten(unknown)}{hint}")
+
+    matched = select_classes(images.replaced(labels=names), labels)
+    if not len(matched):
+        raise DataError(f"{root}: holds no images of these classes; add some")
+    return matched
+
+
+def check_holds_classes(root: Path) -> Path:
+    """Return the data folder *root*; raises `DataError` unless it has class folders, or a file with labels.
+
+    Reads no image and needs no network. Commands call this before they import torch, which
+    takes seconds.
+    """
+    root = data_folder(root)
+    if list_subfolders(root) or find_table(root) or detect_kind(root) is not None:
+        return root
+    raise no_classes(root)
+
+
+@cache
+def class_aliases() -> dict[str, str]:
+    """Map the WordNet ID of each ImageNet class to the name that published weights have, and back."""
+    text = (
+        resources.files("sopdeploy.photos").joinpath("imagenet_classes.txt").read_text("utf-8")
+    )
+    name_of_id = dict(line.split(" ", 1) for line in text.splitlines())
+    return name_of_id | {name: wordnet_id for wordnet_id, name in name_of_id.items()}
+
+
+def open_any_images(root: Path) -> ImageFiles:
+    """Open all images below *root*, without their classes; raises `DataError` if there are none."""
+    root = data_folder(root, ANY_IMAGES)
+    with naming_all_undecodable(root):
+        listed, others = list_images(root)
+    note_skipped(root, count_suffixes(others))
+    paths = np.asarray(listed, dtype=np.bytes_)
+    if not len(paths):
+        raise DataError(f"{root}: holds no images; give a folder with {ANY_IMAGES}")
+    return ImageFiles(root, ("",), paths, np.zeros(len(paths), dtype=np.int64))
+
+
+class UnknownImages(NamedTuple):
+    """The images of no class, None if none remain, and a note about those that were left out, if any."""
+
+    images: ImageFiles | None
+    note: str
+
+
+def open_unknown(root: Path) -> UnknownImages:
+    """Open the images of no class below *root*, without those that a server kept because of their scores.
+
+    The live network rejected most of these, so that the share that a network rejects would seem
+    higher than it is. Those of the uniform sample remain.
+    """
+    images = open_any_images(root)
+    paths = [images.path(index) for index in range(len(images))]
+
+    # A kept photograph has an ID as its name. Those in `SAMPLE_FOLDER` were drawn whatever their
+    # scores.
+    is_unbiased_N = np.array(
+        [
+            path.parent.name == SAMPLE_FOLDER or not is_kept_photograph(path.name)
+            for path in paths
+        ]
+    )
+    num_remaining = int(is_unbiased_N.sum())
+    num_left_out = len(images) - num_remaining
+    if not num_left_out:
+        return UnknownImages(images, "")
+
+    note = (
+        f"{root}: {amount(num_left_out, 'photograph')} left out, because a server kept them outside of "
+        f"its sample, mostly as unknown; {num_remaining:,} remain"
+    )
+    return UnknownImages(images.select(is_unbiased_N) if num_remaining else None, note)

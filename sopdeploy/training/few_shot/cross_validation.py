@@ -1,0 +1,313 @@
+"""Cross-validation of linear classifiers: groups of images, folds, and what each image is predicted as.
+
+Near-duplicates, clips and what the user groups stay in one fold. Letters: N images, K classes, G
+groups, P pairs of a class and a group with images of it.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_softmax
+
+from sopdeploy.evaluation.decision_fit import MIN_COSINES
+from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.evaluation.multi_label import MeanPrecision
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.second_order_head import SecondOrderHead
+from sopdeploy.photos.clips import Clips, clips_of_images
+from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates, connect, find_near_duplicates
+from sopdeploy.photos.files import is_kept_photograph
+from sopdeploy.photos.photo import LabeledImages
+from sopdeploy.seeds import derive_seed
+from sopdeploy.training.few_shot.classifier import LinearProblem
+from sopdeploy.training.few_shot.features import (
+    CachedNetwork,
+    Features,
+    compute_features,
+    full_head,
+)
+from sopdeploy.training.few_shot.scaling import ENOUGH, Scaling
+from sopdeploy.training.few_shot.score import estimate_score
+from sopdeploy.training.few_shot.targets import Array, Indices, Targets
+from sopdeploy.training.recipe import Recipe
+
+# Below this number of groups, temperature and cosines come from three cross-validations: the
+# threshold is one of the lowest cosines, which other folds change.
+FEW_GROUPS = 200
+# Weight in the class means of photographs that a server kept. With 1, these atypical ones and
+# their wrong labels move the means: of one set, 83 instead of 93 % of the foreign photographs
+# were rejected, with 1/8 93 % (docs/benchmarks/copied_photos.md).
+KEPT_WEIGHT = 0.125
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrossValidation:
+    """The features of N images of K classes, and the out-of-fold predictions of linear classifiers on them.
+
+    Attributes:
+        network: The frozen network that computed the features, with a head on all statistics.
+        problem: The linear problem of the features that the head reads, with the targets.
+        groups: The group (N,) of each image: copies, clips, and images that the user groups.
+        alike: Classes whose images look so much alike that only nearly equal ones are copies.
+        clips: What was found about clips.
+        copies: The photograph (N,) that each image shows; copies have the same.
+        judged: The indices of the images that the score counts.
+        folds, logits: The folds (N,) of the first cross-validation, and the logits (N, K) of images
+            without their fold, or that of `judge_few_apart`.
+        shifted_logits: `logits`, shifted as the deployed network does: the energy of an image is its cosine
+            to the nearest class mean, on average over all cross-validations. With several classes per image,
+            they are not shifted.
+        left_out: The cosine (N,) of each image and the nearest mean of the other classes; None with several
+            classes per image.
+    """
+
+    recipe: Recipe
+    network: SecondOrderHead
+    features: Features
+    problem: LinearProblem
+    groups: Indices
+    alike: tuple[str, ...]
+    clips: Clips
+    copies: Indices
+    judged: Indices
+    folds: Indices
+    logits: Array
+    shifted_logits: Array
+    left_out: Array | None
+    scaling: Scaling
+    seconds: dict[str, float]
+
+    def score(self) -> Rate | MeanPrecision | None:
+        """Estimate the score of the classifier by the images that count; None if all show one class."""
+        targets = self.problem.targets
+        if len(np.unique(targets.strata[self.judged])) < 2 and targets.activation == "softmax":
+            return None
+        classes = targets.classes[self.judged]
+        num_folds = int(self.folds.max()) + 1
+        logits = self.logits[self.judged]
+        groups = self.groups[self.judged]
+        return estimate_score(
+            classes, targets.activation, logits, self.recipe.seed, groups, num_folds
+        )
+
+
+def cross_validate(
+    recipe: Recipe,
+    model: Classifier,
+    images: LabeledImages,
+    on_progress: Callable[[str, int, int], None],
+) -> CrossValidation:
+    """Cross-validate classifiers on the features of *images* by *model*, the network of *recipe*.
+
+    *on_progress* receives (step, done, total). Raises `DataError` if all images are one group, such
+    as a clip or copies of one photograph.
+    """
+    config: Any = recipe.procedure
+    name = recipe.model.name
+    count = len(images)
+    targets = Targets.of(images)
+    started = time.monotonic()
+
+    # The features: half of the work.
+    outputs = CachedNetwork(full_head(recipe, model), recipe)
+    features = compute_features(
+        outputs,
+        config.head,
+        images,
+        lambda done, _total: on_progress(f"features of {name}", done, 2 * count),
+    )
+
+    # Images that are not independent, and the images that the score counts.
+    grouping = _group_images(recipe, images, features)
+    copies_N = grouping.copies
+    groups_N = grouping.groups
+    judged = _choose_judged(images, targets, copies_N, groups_N)
+
+    features_done = time.monotonic()
+    on_progress("cross-validation", count, 2 * count)
+
+    # The folds; the key of a group is the hash of its first image.
+    _, first_image_G = np.unique(groups_N, return_index=True)
+    keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
+    folds_of_validations = make_folds(targets, keys_N, config.folds, recipe.seed)
+    # The folds of further validations count only in means.
+    first_folds_N = folds_of_validations[0]
+
+    # Predict each image by classifiers without its fold; if there are few groups, for several
+    # divisions into folds.
+    weights_N = weights_in_means(images)
+    problem = LinearProblem(
+        features.space, features.reduced, features.own, targets, weights_N, groups_N
+    )
+    validations = [problem.cross_validate(folds_N) for folds_N in folds_of_validations]
+    scaling = Scaling.fit(validations, targets, has_margins=config.margins)
+
+    # A classifier that lacks one of the two photographs of a small class assigns more images of
+    # other classes to it than the deployed network, which learns from both. So the images of the
+    # other classes are judged by classifiers that have all photographs of the small classes, which
+    # get folds of their own.
+    judging_folds_N = judge_few_apart(targets, first_folds_N, groups_N)
+    judged_once = validations[0]
+    if not np.array_equal(judging_folds_N, first_folds_N):
+        judged_once = problem.cross_validate(judging_folds_N)
+    logits_NK = problem.logits(judged_once, scaling)
+
+    # The deployed network shifts the logits of an image so that their energy, the log-sum-exp, is
+    # its cosine to the nearest class mean. After `log_softmax`, the energy is 0.
+    shifted_NK = logits_NK
+    left_out_N = None
+    if targets.activation == "softmax":
+        cosines_N = np.mean(
+            [problem.cosines(folds_N) for folds_N in folds_of_validations], axis=0
+        )
+        shifted_NK = log_softmax(logits_NK, axis=1) + cosines_N[:, None]
+        left_out_N = problem.cosines_without_class()
+
+    seconds = {"features": features_done - started, "choice": time.monotonic() - features_done}
+
+    return CrossValidation(
+        recipe=recipe,
+        network=outputs.network,
+        features=features,
+        problem=problem,
+        copies=copies_N,
+        groups=groups_N,
+        alike=tuple(
+            np.asarray(images.labels)[targets.classes[grouping.alike].any(axis=0)].tolist()
+        ),
+        clips=grouping.clips,
+        judged=judged,
+        folds=first_folds_N,
+        logits=logits_NK,
+        shifted_logits=shifted_NK,
+        left_out=left_out_N,
+        scaling=scaling,
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+    )
+
+
+class _Grouping(NamedTuple):
+    """Groups of N images that are not independent.
+
+    Attributes:
+        copies: The photograph (N,) that each image shows.
+        groups: The groups (N,) by copies, clips and what the user groups.
+        alike: Whether the images (N,) of the class look alike (`NearDuplicates`).
+        clips: What is known of clips.
+    """
+
+    copies: Indices
+    groups: Indices
+    alike: NDArray[np.bool_]
+    clips: Clips
+
+
+def _group_images(recipe: Recipe, images: LabeledImages, features: Features) -> _Grouping:
+    """Group *images*, with these *features*, by near-duplicates, clips and what the user groups."""
+    config: Any = recipe.procedure
+    count = len(images)
+    near = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_))
+    if config.group_copies:
+        near = find_near_duplicates(
+            features.views, features.small, images.targets, features.hashes
+        )
+
+    # Clips; names that the user interprets need no other interpretation.
+    clips = Clips(connect(count, NO_PAIRS, features.hashes, images.groups))
+    if not recipe.groups_by_name:
+        clips = clips_of_images(images, features.times, near.vectors, clips.groups)
+
+    # Copies, without pairs that would join two clips, and all groups together.
+    copies_N = connect(count, clips.select_pairs(near.pairs), features.hashes)
+    groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
+    return _Grouping(copies_N, groups_N, near.alike, clips)
+
+
+def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> list[Indices]:
+    """Assign images to folds (N,), those with equal *keys_N* to the same; with few keys, in three ways."""
+    seeds = [derive_seed(seed, "folds")]
+    if targets.activation == "softmax" and len(set(keys_N)) < FEW_GROUPS:
+        seeds += [derive_seed(seed, "folds", attempt) for attempt in (1, 2)]
+    return [targets.folds(keys_N, at_most, fold_seed) for fold_seed in seeds]
+
+
+def judge_few_apart(targets: Targets, folds_N: Indices, groups_N: Indices) -> Indices:
+    """Move classes of fewer than `ENOUGH` groups, beside larger ones, from *folds_N* to own folds (N,).
+
+    If one of its two photographs is missing, a head takes more images of other classes for such a
+    class than the deployed network, which learns from both. So heads that have all images of the
+    small classes judge the images of the other classes. There are at most four own folds, each with
+    one group of each small class.
+    """
+    # The groups of each class, in this order, and the rank of each in its class
+    labels_P, groups_P = np.unique(np.stack([targets.strata, groups_N]), axis=1)
+    _, first_P, class_P = np.unique(labels_P, return_index=True, return_inverse=True)
+    rank_P = np.arange(len(labels_P)) - first_P[class_P]
+    is_few_P = np.bincount(class_P)[class_P] < ENOUGH
+    if is_few_P.all() or not is_few_P.any() or targets.activation == "sigmoid":
+        return folds_N
+
+    own_fold_G = np.full(int(groups_N.max()) + 1, -1)
+    own_fold_G[groups_P[is_few_P]] = rank_P[is_few_P]
+    own_fold_N = own_fold_G[groups_N]
+    moved_N = np.where(own_fold_N < 0, folds_N, int(folds_N.max()) + 1 + own_fold_N)
+    return np.unique(moved_N, return_inverse=True)[1]  # renumbered, without empty folds
+
+
+def _choose_judged(
+    images: LabeledImages, targets: Targets, copies_N: Indices, groups_N: Indices
+) -> Indices:
+    """Choose the images that the score counts: of each typical photograph, the copy with the most pixels.
+
+    *copies_N* is the photograph that each image shows. With one class per image, images of a class
+    that is one group of *groups_N* do not count: the classifiers that predict them were fitted to
+    no image of the class.
+    """
+    # The largest image of each group of copies. Only groups of several are opened.
+    _, largest_G = np.unique(copies_N, return_index=True)
+    for group in np.flatnonzero(np.bincount(copies_N) > 1):
+        members = np.flatnonzero(copies_N == group)
+        num_pixels = [np.prod(images.photo(index).image.size) for index in members.tolist()]
+        largest_G[group] = members[np.argmax(num_pixels)]
+
+    # Typical photographs, except photographs of classes that are one group.
+    judged = largest_G[select_typical(images)[largest_G]]
+    if images.is_multi_label:
+        return judged
+    is_one_group_K = np.array(
+        [len(groups) == 1 for groups in groups_of_classes(targets, groups_N)]
+    )
+    return judged[~is_one_group_K[images.targets[judged].astype(np.int64)]]
+
+
+def groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
+    """Return the groups that have images of each class."""
+    return [set(groups_N[of_class > 0].tolist()) for of_class in targets.classes.T]
+
+
+def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
+    """Select the images (N,) that are like new photographs: those that no server kept.
+
+    Photographs that a server kept are more often unknown or classified wrongly than new ones.
+    Kept photographs are selected, too:
+
+    - in a class that has no other photographs,
+    - if fewer than `MIN_COSINES` photographs are not kept, too few for a threshold,
+    - if images have several classes.
+    """
+    names = [PurePath(images.identity(index)).name for index in range(len(images))]
+    is_kept_N = np.asarray([is_kept_photograph(name) for name in names], np.bool_)
+    if images.is_multi_label or not is_kept_N.any() or (~is_kept_N).sum() < MIN_COSINES:
+        return np.ones(len(images), np.bool_)
+    classes_with_others = np.unique(images.targets[~is_kept_N])
+    return ~is_kept_N | ~np.isin(images.targets, classes_with_others)
+
+
+def weights_in_means(images: LabeledImages) -> NDArray[np.float64]:
+    """Return the weights (N,) in the class means; the weight of a typical image is 1."""
+    return np.where(select_typical(images), 1.0, KEPT_WEIGHT)
