@@ -179,6 +179,8 @@ def _what_is_folder(path: Path) -> PathKind:
 def describe_wrong(path: Path, wanted: Wanted, otherwise: str = "") -> str:
     """Say what is at *path*, which is not what is *wanted*, and what to do; by default, *otherwise*."""
     kind = what_is(path)
+    if kind == wanted:  # a damaged one
+        kind = "folder" if path.is_dir() else "file"
     otherwise = otherwise or _OTHERWISE[wanted]
 
     # Files of other programs say themselves what to give.
