@@ -36,8 +36,9 @@ CANDIDATES = 8
 CANDIDATES_BY_EDGES = 20
 # Share of equal tiles of pairs that are no copies, which a tenth of the images of a class reach
 # if they look alike: 0 to 0.2 for scenes, clothing and flowers, 0.37 for coins, 0.5 for hand
-# signs and solar cells. Two or three photographs of any kind do, on one cloth, and copies that
-# are not confirmed: so a tenth of the photographs of all classes must, and at least six.
+# signs and solar cells. Two or three photographs of any kind do, on one cloth: so a tenth of the
+# photographs of all classes must, and at least six. So do copies that are not confirmed: so there
+# must be more than photographs with confirmed copies.
 ALIKE = 0.45
 SHARE_ALIKE = 0.1
 MIN_ALIKE = 6
@@ -179,10 +180,11 @@ def _confirm(
         np.maximum.at(largest_N, images, shares[is_outside])
 
     # Images look alike only where enough photographs do, whatever the number of their copies.
-    largest_G = np.zeros(len(classes), np.float32)
+    largest_G = np.zeros(groups.max(initial=-1) + 1, np.float32)
     np.maximum.at(largest_G, groups, largest_N)
     num_alike = np.count_nonzero(largest_G >= ALIKE)
-    may_be_alike = num_alike >= max(MIN_ALIKE, SHARE_ALIKE * (groups.max(initial=0) + 1))
+    num_copied = np.count_nonzero(np.bincount(groups) > 1)
+    may_be_alike = num_alike >= max(MIN_ALIKE, SHARE_ALIKE * len(largest_G), num_copied + 1)
 
     # Classes whose images look alike: a tenth of them are like an image of another group.
     members_of_classes = np.split(
