@@ -36,8 +36,9 @@ CANDIDATES = 8
 CANDIDATES_BY_EDGES = 20
 # Share of equal tiles of pairs that are no copies, which a tenth of the images of a class reach
 # if they look alike: 0 to 0.2 for scenes, clothing and flowers, 0.37 for coins, 0.5 for hand
-# signs and solar cells. Two or three photographs of any kind do, on one cloth, and copies that
-# are not confirmed: so a tenth of the photographs of all classes must, and at least six.
+# signs and solar cells. Two or three photographs of any kind do, on one cloth: so a tenth of the
+# photographs of all classes must, and at least six. So do copies that are not confirmed: so there
+# must be more than photographs with confirmed copies.
 ALIKE = 0.45
 SHARE_ALIKE = 0.1
 MIN_ALIKE = 6
@@ -201,7 +202,7 @@ def _find_alike(
     """Tell of *count* images whether those of their class look alike, by the *shares* of *candidates*.
 
     A tenth of the images of such a class are like an image of another group, and enough
-    photographs of all classes are, whatever the number of their copies.
+    photographs of all classes are, whatever the number of their copies: more than have copies.
     """
     # For each image the largest share with another one; pairs of two copies do not count.
     groups = connect(count, candidates[:, shares >= MOSTLY])
@@ -212,13 +213,14 @@ def _find_alike(
         np.maximum.at(largest_N, images, shares[is_outside])
 
     # The photographs of all classes; of the copies of one, the largest share counts.
-    num_groups = groups.max(initial=0) + 1
+    num_groups = groups.max(initial=-1) + 1
     largest_G = np.zeros(num_groups, np.float32)
     np.maximum.at(largest_G, groups, largest_N)
     num_alike = np.count_nonzero(largest_G >= ALIKE)
+    num_copied = np.count_nonzero(np.bincount(groups) > 1)
 
     is_alike_N = np.zeros(count, np.bool_)
-    if num_alike < max(MIN_ALIKE, SHARE_ALIKE * num_groups):
+    if num_alike < max(MIN_ALIKE, SHARE_ALIKE * num_groups, num_copied + 1):
         return is_alike_N
     for members in members_of_classes:
         if len(members):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sopdeploy.checkpoint import COUNTER, Checkpoint
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.files import WeightPath, check_is_file, check_is_weights, expand_user
+from sopdeploy.files import expand_user
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import WeightFile
 from sopdeploy.importers.import_weights import convert_weights, open_weights
@@ -28,6 +28,7 @@ from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import create_model, entry, make_config
 from sopdeploy.models.second_order_head import POOLED_HEAD
 from sopdeploy.models.timm_networks import TimmBackbone
+from sopdeploy.paths import WeightPath, check_is_file, check_is_weights
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe

@@ -29,6 +29,8 @@ from sopdeploy.files import (
     target_of,
     writing,
 )
+from sopdeploy.photos.evaluation_images import ANY_IMAGES
+from sopdeploy.photos.files import data_folder
 from sopdeploy.project import utc_now
 from sopdeploy_commands.promotion.compare import Tolerance, compare_loaded, load_anchor
 from sopdeploy_commands.promotion.comparison import BundleComparison
@@ -99,6 +101,12 @@ def promote(
         raise ConfigError(
             f"has {len(force):,} characters; give at most {MAX_LINE:,}", setting="force"
         )
+
+    # The first bundle is not compared, but a wrong folder is an error then, too.
+    if data is not None:
+        data_folder(data)
+    if unknown is not None:
+        data_folder(unknown, ANY_IMAGES)
 
     # The link may lead to a bundle that was deleted.
     before = _read_target(over)

@@ -12,10 +12,11 @@ import pydantic
 
 from sopdeploy.config import FieldValues, Options
 from sopdeploy.errors import ConfigError, WeightsError, shorten
-from sopdeploy.files import WeightPath, check_is_weights, expand_user, has_manifest
+from sopdeploy.files import expand_user, has_manifest
 from sopdeploy.models.choices import file_stem, read_choices
-from sopdeploy.photos.evaluation_images import open_unknown
-from sopdeploy.photos.files import check_takes_output
+from sopdeploy.paths import WeightPath, check_is_weights, describe_wrong, what_is
+from sopdeploy.photos.evaluation_images import ANY_IMAGES, open_unknown
+from sopdeploy.photos.files import check_takes_output, data_folder
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.project import RUNS, Name, folder_project
 from sopdeploy.training.recipe_files import parse_override, read_values
@@ -257,12 +258,13 @@ def read_request(
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
 
     unknown_folder = None if options.unknown is None else Path(options.unknown)
-    for images in filter(None, (data, unknown_folder)):
-        check_takes_output(out or RUNS, "out", images)
+    if data is not None:
+        check_takes_output(out or RUNS, "out", data_folder(data))
+    if unknown_folder is not None:
+        check_takes_output(out or RUNS, "out", data_folder(unknown_folder, ANY_IMAGES))
 
-    if options.from_ is not None and not Path(options.from_).exists():
-        message = f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them"
-        raise ConfigError(message, setting="from")
+    if options.from_ is not None:
+        _check_starts(Path(options.from_))
 
     start_files = {}  # by network
     for name, network in changes.networks.items():
@@ -289,6 +291,17 @@ def read_request(
         for name, (one, given) in networks.items()
     }
     return TrainRequest(with_images, previous)
+
+
+def _check_starts(source: Path) -> None:
+    """Raise `ConfigError` unless *source* is a run, its checkpoint, or a bundle."""
+    if not source.exists():
+        problem = "no such run or bundle; `sopdeploy runs` lists them"
+    elif what_is(source) in {"run", "checkpoint", "bundle"}:
+        return
+    else:
+        problem = describe_wrong(source, "run")
+    raise ConfigError(f"{source}: {problem}", setting="from")
 
 
 def _check_weights(weights: str) -> WeightPath:

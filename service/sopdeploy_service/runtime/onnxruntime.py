@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import GRAPH, Bundle
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import (
     EXACT_INT8,
     SLOW_INT8,
@@ -23,6 +23,7 @@ from sopdeploy.environment import (
     usable_cores,
 )
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.files import GRAPH
 from sopdeploy_service.runtime.base import (
     OwnRuntime,
     is_out_of_memory,

@@ -32,6 +32,7 @@ from sopdeploy.images.signatures import count_suffixes, note_skipped
 from sopdeploy.names import can_be_typed, class_problem
 from sopdeploy.photos.files import (
     SAMPLE_FOLDER,
+    data_folder,
     find_parts,
     is_hidden,
     kept_id,
@@ -125,10 +126,9 @@ class LabelFolders:
 
         # Refuse folders that would not do: without photographs, or whose classes `train` finds
         # elsewhere.
-        if not self.kept.is_dir():
-            raise DataError(
-                f"{self.kept}: no such folder; give the folder of `serve --setting keep=FOLDER`"
-            )
+        data_folder(self.kept, "photographs, such as that of `serve --setting keep=FOLDER`")
+        if self.photos.exists():
+            data_folder(self.photos, "class folders, or a new name")
 
         if self.photos.is_dir() and (train := find_parts(self.photos).train):
             raise DataError(
@@ -162,8 +162,8 @@ class LabelFolders:
 
         if not self.waiting and other_folders:  # only subfolders to which no server writes
             raise DataError(
-                f"{self.kept}: holds no kept photographs, but folders ({shorten(other_folders)}); give the folder "
-                "of `serve --setting keep=FOLDER`"
+                f"{self.kept}: holds no kept photographs, but folders ({shorten(other_folders)}); give one of "
+                "them, or the folder of `serve --setting keep=FOLDER`"
             )
 
     def read(self) -> None:
@@ -522,7 +522,7 @@ def _find_name_problem(name: str, classes: list[str], folders: Collection[str]) 
         if not all(map(can_be_typed, name)) or set(name) & set(NOT_IN_NAMES):
             return f"leave out control and invisible characters and {' '.join(NOT_IN_NAMES)}"
 
-    if problem := class_problem(name):  # also of a folder, which no network could be trained on
+    if problem := class_problem(name):  # also if the folder is there: `train` would refuse it
         return problem
 
     # Refuse what `train` would not take for a class.
