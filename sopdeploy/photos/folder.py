@@ -19,7 +19,7 @@ from sopdeploy.photos.class_folders import (
     describe_class_problems,
     is_pattern,
     list_classes,
-    no_classes,
+    no_classes_error,
 )
 from sopdeploy.photos.file_checks import find_unreadable
 from sopdeploy.photos.files import (
@@ -38,7 +38,10 @@ from sopdeploy.photos.files import (
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, Split, select_classes
 from sopdeploy.photos.questions import (
+    ask_about_held_out_classes,
     ask_about_numbered_folders,
+    ask_about_one_large_folder,
+    ask_about_parts_inside,
     ask_about_repeated_folders,
     suggest_folder,
     suggest_names,
@@ -139,7 +142,10 @@ def _open_parts(root: Path, max_held_out: int | None, classes_from: str) -> Open
 
 
 def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str) -> OpenedParts:
-    """Open the classes of the parts in *root*, or those in *root* itself; raises `DataError`."""
+    """Open the classes of the parts in *root*, or those in *root* itself, as `open_parts` says.
+
+    Raises `DataError`.
+    """
     parts = find_parts(root)
     folders = _find_part_folders(root, parts)
     tables = {name: table for name, folder in folders.items() if (table := find_table(folder))}
@@ -150,24 +156,20 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
     train_name, *held_out_names = folders
     train = list_classes(folders[train_name], classes_from)
     other_table = _find_other_table(root, parts, train)
-    _check_tells_classes(root, train, other_table, classes_from)
+    _check_tells_classes(root, parts, train, other_table, classes_from)
 
     # Held-out images need classes, but not all of them.
-    listings = {train_name: train}
-    unlabelled = dict[str, str]()
     labels = train.images.labels
-    for name in held_out_names:
-        if len(listings) - 1 == max_held_out:
-            break
-        listing = list_classes(folders[name], classes_from)
-        if _has_no_classes(listing, labels):
-            unlabelled[name] = _describe_unlabelled(listing)
-        else:
-            listings[name] = listing
+    held_out_folders = {name: folders[name] for name in held_out_names}
+    held_out, unlabelled = _list_held_out(held_out_folders, labels, max_held_out, classes_from)
+    listings = {train_name: train, **held_out}
+
+    # What is wrong with the classes, and which folders are not used.
+    table_hint = f"; {describe_other_table(root, other_table)}" if other_table else ""
     problems = [
         problem
         for listing in listings.values()
-        for problem in describe_class_problems(listing, labels)
+        for problem in describe_class_problems(listing, labels, table_hint)
     ]
     used_to_train = [*listings][:2]  # the training part, and one that is held out
     notes = [*_describe_parts(root, parts, used_to_train, unlabelled)]
@@ -188,31 +190,62 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
         )
     other_files = list[str]()
     for listing in listings.values():
-        _check_no_parts_inside(listing)
         notes += listing.notes
         other_files += chain.from_iterable(listing.other_files.values())
     for folder in dict.fromkeys((root, *(one.images.root for one in listings.values()))):
         beside, others = list_files(folder)
         other_files += others
         if beside and not is_pattern(classes_from):
-            count = amount(len(beside), "image")
             notes.append(
-                f"{folder}: {count} beside the class folders left out: {shorten(beside)}"
+                f"{folder}: {amount(len(beside), 'image')} beside the class folders left out: "
+                f"{shorten(beside)}"
             )
     if other_table:
         notes.append(describe_other_table(root, other_table))
+
     opened = {name: listing.images for name, listing in listings.items()}
     return OpenedParts(opened, problems, notes, count_suffixes(other_files))
 
 
+def _list_held_out(
+    folders: Mapping[str, Path],
+    labels: Sequence[str],
+    max_held_out: int | None,
+    classes_from: str,
+) -> tuple[dict[str, ClassListing], dict[str, str]]:
+    """List the classes of the first *max_held_out* held-out *folders* that have classes, or of all.
+
+    *labels* are those of the training images. Returns the classes by part, and what is said of the
+    folders without classes that are met on the way.
+    """
+    listings = dict[str, ClassListing]()
+    unlabelled = dict[str, str]()
+    for name, folder in folders.items():
+        if len(listings) == max_held_out:
+            break
+        listing = list_classes(folder, classes_from)
+        if _has_no_classes(listing, labels):
+            unlabelled[name] = _describe_unlabelled(listing)
+        else:
+            listings[name] = listing
+    return listings, unlabelled
+
+
 def _check_tells_classes(
-    root: Path, train: "ClassListing", other_table: Path | None, classes_from: str
+    root: Path,
+    parts: Parts,
+    train: ClassListing,
+    other_table: Path | None,
+    classes_from: str,
 ) -> None:
-    """Raise `DataError` if the training images have fewer than two classes, or doubtful ones."""
+    """Raise `DataError` if the training images have fewer than two classes, or doubtful ones.
+
+    *other_table* lists the images, but is not read; errors name it.
+    """
     images = train.images
     table_hint = f"; {describe_other_table(root, other_table)}" if other_table else ""
     if not images.labels:
-        raise no_classes(root, images.root, suggest_names(root, train.beside))
+        raise no_classes_error(root, images.root, suggest_names(root, train.beside))
 
     # Two classes, unless folders are only empty, which `describe_class_problems` tells.
     filled = [images.labels[index] for index in np.flatnonzero(images.class_counts())]
@@ -234,9 +267,12 @@ def _check_tells_classes(
             )
 
     # Folders that may be no classes.
-    _check_no_parts_inside(train)
     if not classes_from:
+        if not parts.train:
+            ask_about_held_out_classes(images, parts.held_out)
+        ask_about_parts_inside(images)
         ask_about_repeated_folders(images)
+        ask_about_one_large_folder(images)
         is_listed = other_table and not mentions(other_table, images.labels)
         ask_about_numbered_folders(images, table_hint if is_listed else "")
 
@@ -247,7 +283,7 @@ def _first_parts(folders: Mapping[str, Path], max_held_out: int | None) -> dict[
     return dict(list(folders.items())[:stop])
 
 
-def _has_no_classes(listing: "ClassListing", labels: Sequence[str]) -> bool:
+def _has_no_classes(listing: ClassListing, labels: Sequence[str]) -> bool:
     """Tell whether a held-out folder has no classes.
 
     That is if fewer than two of its folders hold images, and none of them is one of *labels*.
@@ -256,7 +292,7 @@ def _has_no_classes(listing: "ClassListing", labels: Sequence[str]) -> bool:
     return num_classes < 2 and not {*listing.images.labels} & {*labels}
 
 
-def _describe_unlabelled(listing: "ClassListing") -> str:
+def _describe_unlabelled(listing: ClassListing) -> str:
     """Say that the images of a held-out folder have no classes, and what can be done with them."""
     folder = listing.images.root
     count = len(listing.beside) + len(listing.images)
@@ -307,7 +343,7 @@ def _open_part_tables(
     return OpenedParts(parts, notes=notes, ignored=ignored)
 
 
-def _find_other_table(root: Path, parts: Parts, train: "ClassListing") -> Path | None:
+def _find_other_table(root: Path, parts: Parts, train: ClassListing) -> Path | None:
     """Find a table that lists the training images; None without one.
 
     It is in *root* or another folder there, in the training part or in a class.
@@ -344,23 +380,7 @@ def _find_part_folders(root: Path, parts: Parts) -> dict[str, Path]:
     return {name: part_folder(root, name) for name in (parts.train, *parts.held_out)}
 
 
-def _check_no_parts_inside(listing: "ClassListing") -> None:
-    """Raise `DataError` if class folders hold folders of training images, such as `cat/train`."""
-    inside = [path for path in listing.nested if part_kind(path.rpartition("/")[2])]
-    # A folder that is the only one with images may hold the data set itself.
-    if np.count_nonzero(listing.images.class_counts()) > 1 and any(
-        part_kind(path.rpartition("/")[2]) in TRAINING for path in inside
-    ):
-        label, _, part = inside[0].rpartition("/")
-        advice = suggest_folder(listing.images) or (
-            f"; put the parts above the classes, such as {part}/{label}"
-        )
-        raise DataError(
-            f"{listing.images.root}: class folders hold parts of the data: {shorten(inside)}{advice}"
-        )
-
-
-def single_images(images: ImageFiles) -> Iterator[str]:
+def describe_single_images(images: ImageFiles) -> Iterator[str]:
     """Describe the classes with a single image, which training leaves out."""
     for target in np.flatnonzero(images.class_counts() == 1):
         yield f"{images.root / images.labels[target]}: only one image; add another"
@@ -369,7 +389,11 @@ def single_images(images: ImageFiles) -> Iterator[str]:
 def _describe_parts(
     root: Path, parts: Parts, used: Sequence[str], unlabelled: Mapping[str, str]
 ) -> Iterator[str]:
-    """Describe the folders of *root* that training ignores, and folders such as val that count as classes."""
+    """Describe the folders of *root* that training ignores, and a folder train that counts as a class.
+
+    *used* are the parts that it uses; *unlabelled* has the lines about held-out parts without
+    classes.
+    """
     yield from unlabelled.values()
     if parts.train:
         unused = {*parts.held_out, *parts.others} - {*used, *unlabelled}
@@ -379,5 +403,3 @@ def _describe_parts(
         trains := [name for name in parts.others if part_kind(name) in TRAINING]
     ):
         yield f"{root}: {shorten(trains)} counts as a class, because it holds no folders"
-    elif parts.held_out and parts.others:
-        yield f"{root}: {shorten(parts.held_out)} counts as a class, because there is no folder {TRAIN}"

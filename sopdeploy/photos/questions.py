@@ -15,22 +15,29 @@ from typing import NamedTuple
 import numpy as np
 
 from sopdeploy.errors import DataError, shorten
-from sopdeploy.photos.files import FOLDERS, normalize, part_kind
+from sopdeploy.photos.files import FOLDERS, TRAIN, TRAINING, normalize, part_kind
 from sopdeploy.photos.photo import ImageFiles
 
 # Where the class may be in a name: before the first digit, or behind the last one.
 NAME_PATTERNS = (r"^\D+", r"\D+$")
 FEW_WORDS = 3  # images per class that names must tell on average
+# Share of the images in the subfolders of one folder, beside which other folders are hardly classes
+NEARLY_ALL = 0.9
 IN_NAMES = 0.9  # share of the images whose names have a class
 GO_ON = f"add --set data.classes_from={FOLDERS}"
 
 
 class _Subfolders(NamedTuple):
-    """The subfolders of `folder`, relative to the root, that may be the classes."""
+    """The subfolders of `folder`, relative to the root, that may be the classes.
+
+    `are_in_all` tells that the subfolders of all others at this depth have these names, too,
+    `hold_nearly_all` that they hold the share `NEARLY_ALL` of the images.
+    """
 
     folder: str
     names: list[str]
-    are_in_all: bool  # the subfolders of all others at this depth have these names, too
+    are_in_all: bool
+    hold_nearly_all: bool
 
 
 def ask_about_repeated_folders(images: ImageFiles) -> None:
@@ -47,6 +54,61 @@ def ask_about_repeated_folders(images: ImageFiles) -> None:
         raise DataError(
             f"{images.root}: {shorten(images.labels)} would be the classes, but all of them hold "
             f"{shorten(subfolders.names)}; {GO_ON} if they are{suggest_folder(images)}"
+        )
+
+
+def ask_about_held_out_classes(images: ImageFiles, held_out: Sequence[str]) -> None:
+    """Raise `DataError` if folders that are named as *held_out* ones would be classes beside others."""
+    filled = [images.labels[index] for index in np.flatnonzero(images.class_counts())]
+    doubtful = [label for label in filled if label in map(normalize, held_out)]
+    others = [label for label in filled if label not in doubtful]
+    if doubtful and others:
+        raise DataError(
+            f"{images.root}: {shorten(doubtful)} would be a class, as {shorten(others)}; {GO_ON} if it is; if it "
+            f"holds other photographs of {shorten(others)}, move {shorten(others)} into a folder {TRAIN} beside it"
+        )
+
+
+def ask_about_one_large_folder(images: ImageFiles) -> None:
+    """Raise `DataError` if one class folder holds folders with nearly all images.
+
+    Other folders, such as `docs` or `logo`, may then be no classes. Folders that differ in a
+    number only are the objects of the class.
+    """
+    subfolders = _find_subfolders(images)
+    if subfolders is not None and subfolders.hold_nearly_all:
+        raise DataError(
+            f"{images.root}: {shorten(images.labels)} would be the classes, but nearly all images are in "
+            f"{shorten(subfolders.names)}; {GO_ON} if they are{suggest_folder(images)}"
+        )
+
+
+def ask_about_parts_inside(images: ImageFiles) -> None:
+    """Raise `DataError` if class folders hold folders of training images, such as `cat/train`."""
+    # The folders below class folders that are named as parts are.
+    parents = {PurePosixPath(os.fsdecode(path)).parent for path in images.paths.tolist()}
+    folders = {folder for parent in parents for folder in (parent, *parent.parents)}
+    inside = sorted(
+        folder.as_posix()
+        for folder in folders
+        if len(folder.parts) > 1 and part_kind(folder.name)
+    )
+    training = [path for path in inside if part_kind(path.rpartition("/")[2]) in TRAINING]
+
+    # A folder that is the only one with images may hold the data set itself.
+    if training and np.count_nonzero(images.class_counts()) > 1:
+        above, _, part = training[0].rpartition("/")
+        advice = f"; put the parts above the classes, such as {part}/{above}"
+        if "/" in above:  # the whole data set may be in a class folder
+            folder = images.root / above
+            advice = (
+                f"; if {part} holds the training images, run: "
+                f"sopdeploy train --data {quote(str(folder))}"
+            )
+        advice = suggest_folder(images) or advice
+        raise DataError(
+            f"{images.root}: class folders hold parts of the data: {shorten(inside)}; {GO_ON} if "
+            f"{shorten(images.labels)} are the classes{advice}"
         )
 
 
@@ -84,9 +146,10 @@ def _without_digits(name: str) -> str:
 def suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --data") -> str:
     """Give *advice* with the folder below the root of *images* whose subfolders may be the classes, or "".
 
-    For `archive/images/rose/1.jpg`, it is `archive/images`. There is none if a class folder
-    holds images itself, if all subfolders are parts, or if those of several class folders share no
-    name: they are then the objects of each class.
+    For `archive/images/rose/1.jpg`, it is `archive/images`. There is none if all subfolders are
+    parts. Unless the subfolders hold nearly all images, there is none either if a class folder
+    holds images itself, or if those of several class folders share no name: they are then the
+    objects of each class.
     """
     subfolders = _find_subfolders(images)
     if subfolders is None or all(map(part_kind, subfolders.names)):
@@ -107,30 +170,43 @@ def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
     """Find the subfolders that may be the classes; None without any.
 
     They are those of one folder: of the folders with several subfolders, or else of all, that
-    with the most images.
+    with the most images. Unless there is no other class, other folders share some of them, or
+    they hold nearly all images (`NEARLY_ALL`).
     """
     # Images of each subfolder, by the path of its parent.
     counts = defaultdict[str, Counter[str]](Counter)
     for path in images.paths.tolist():
         parent, _, subfolder = os.fsdecode(path).rpartition("/")[0].rpartition("/")
         counts[parent][subfolder] += 1
-    if not counts or "" in counts:  # no images, or a class folder that holds some itself
+    # Images that are in class folders themselves, by class.
+    direct = counts.pop("", Counter[str]())
+    if not counts:
         return None
 
-    # Its subfolders may be classes if other folders have some of them, too, or if there is no
-    # other class.
+    # Subfolders may be classes if other folders have some of them, too, or if there is no other
+    # class.
     best = max(counts, key=lambda parent: (len(counts[parent]) > 1, counts[parent].total()))
     names = counts.pop(best)
     other_names = set[str]().union(*counts.values())
     is_only_class = len(set(images.targets.tolist())) == 1
-    if len(names) < 2 or not (is_only_class or names.keys() & other_names):
+    is_shared = not direct and (is_only_class or bool(names.keys() & other_names))
+    hold_nearly_all = (
+        not is_only_class
+        and names.total() >= NEARLY_ALL * len(images)
+        and len(set(map(_without_digits, names))) > 1
+    )
+    if len(names) < 2 or not (is_shared or hold_nearly_all):
         return None
 
-    are_in_all = bool(counts) and all(names.keys() == one.keys() for one in counts.values())
-    return _Subfolders(best, sorted(names), are_in_all)
+    are_in_all = (
+        is_shared
+        and bool(counts)
+        and all(names.keys() == one.keys() for one in counts.values())
+    )
+    return _Subfolders(best, sorted(names), are_in_all, hold_nearly_all)
 
 
-def sort_by_hand(folder: Path) -> str:
+def suggest_sorting_by_hand(folder: Path) -> str:
     """Say how the images of *folder* can be sorted into classes."""
     return f", by hand or in a browser: sopdeploy label {quote(str(folder))} --photos sorted"
 
@@ -141,7 +217,7 @@ def suggest_sorting(images: ImageFiles) -> str:
     if len(filled) != 1:
         return ""
     folders = {images.path(index).parent for index in range(len(images))}
-    by_hand = sort_by_hand(folders.pop()) if len(folders) == 1 else ""
+    by_hand = suggest_sorting_by_hand(folders.pop()) if len(folders) == 1 else ""
     return (
         f"; if {images.labels[filled[0]]} holds those of all classes, sort them into one subfolder "
         f"per class{by_hand}"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sopdeploy_service.inference import drift
-from sopdeploy_service.inference.drift import BLOCK, DriftMonitor, Traffic, find_labelled
+from sopdeploy_service.inference.drift import BLOCK, DriftMonitor, ModelTraffic, find_labelled
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.observability.metrics import Metrics
 from tests.support.service import wait_for
@@ -73,7 +73,7 @@ class Site:
         asyncio.run(offer())
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> ModelTraffic:
         return self.monitor._traffic["tiny"]
 
     def sample(self, name: str, of: str) -> float | None:

@@ -169,8 +169,8 @@ def test_objects_before_one_background_are_not_grouped_and_their_class_is_named(
 
 def test_where_images_look_alike_only_nearly_equal_ones_are_copies():
     images = [scene(50) for _ in range(12)]
-    for number, image in enumerate(images):  # a bit less than half of each image is its own
-        image.paste(scene(number).resize((100, 96)), (30, 12))
+    for number, image in enumerate(images):  # two fifths of each image are its own
+        image.paste(scene(number).resize((88, 87)), (36, 16))
     copies = [
         ImageEnhance.Brightness(images[0]).enhance(0.9),
         captioned(captioned(images[1]).rotate(180)),
@@ -178,6 +178,29 @@ def test_where_images_look_alike_only_nearly_equal_ones_are_copies():
     found = compare(images + copies, [0] * 14)
     assert pairs_of(found) == [[0, 12]]
     assert found.alike.all()
+
+
+def test_three_photographs_before_one_background_do_not_make_their_class_look_alike():
+    alike = [scene(50) for _ in range(3)]
+    for number, image in enumerate(alike):  # a bit less than half of each image is its own
+        image.paste(scene(number).resize((100, 96)), (30, 12))
+    others = [scene(number) for number in range(20, 47)]
+    versions = [version for image in alike for version in (image, CHANGES["darker"](image))]
+    found = compare(others + versions, [0] * 20 + [1] * 13)
+    assert pairs_of(found) == [[27, 28], [29, 30], [31, 32]]
+    assert not found.alike.any()
+
+
+def test_copies_that_are_not_confirmed_do_not_make_a_class_look_alike():
+    versions = []
+    for number in range(12):
+        image = scene(number)
+        versions += [image, CHANGES["darker"](image)]
+        if number < 6:  # a quarter of this version is new
+            image = image.copy()
+            image.paste(scene(50 + number).resize((64, 68)), (48, 26))
+            versions.append(image)
+    assert not compare(versions, [0] * len(versions)).alike.any()
 
 
 def test_equal_images_are_compared_once():

@@ -311,7 +311,6 @@ UNCLEAR = [
         (6, 6),
         "training uses train and val only, not extra, test",
     ),
-    (PETS | {"test": 3}, (9, 0), "test counts as a class, because there is no folder train"),
     ({"train": 3, "car": 3}, (6, 0), ""),
     (below("train"), (6, 0), ""),
     (
@@ -644,6 +643,12 @@ ARCHIVES: dict[str, tuple[dict[str, int], dict[str, str], str, str]] = {
         "if images holds those of all classes, sort them into one subfolder per class, by hand or in a browser: "
         "sopdeploy label {root}/images --photos sorted",
     ),
+    "a table in a folder beside two others": (
+        {"images": 4, "more": 2, "data": 0},
+        {"data/legend.csv": "user,image,emotion\n" + "".join(f"1,{n:03}.jpg,joy\n" for n in range(4))},
+        "data: no images in this class folder",
+        "data/legend.csv: lists the images, but is not read",
+    ),
     "images below one folder": (
         {"VOC__JPEGImages": 4}, {}, "holds only one class (VOC)", "sopdeploy label {root}/VOC/JPEGImages --photos"
     ),
@@ -694,6 +699,17 @@ ASKED = {
     "the same folders in all": (
         {"farm__cow": 2, "farm__pig": 2, "zoo__cow": 2, "zoo__pig": 2}, "but all of them hold cow, pig;"
     ),
+    "held-out images beside classes": (
+        {"cat": 2, "test": 2}, "test would be a class, as cat;"
+    ),
+    "parts below another folder": (
+        {"web__images": 2, "photos__split__train__cat": 2, "photos__split__val__cat": 2},
+        "class folders hold parts of the data: photos/split/train, photos/split/val;",
+    ),
+    "nearly all in one folder": (
+        {"photos__cat": 10, "photos__dog": 10, "logo": 2},
+        "logo, photos would be the classes, but nearly all images are in cat, dog;",
+    ),
     "shards": ({}, "shard_1, shard_2 would be the classes, but may be parts of one archive;"),
 }  # fmt: skip
 
@@ -706,13 +722,15 @@ def test_folders_that_may_be_no_classes_are_asked_about(tmp_path, folders, probl
         paint(tmp_path / f"shard_{1 + number // 6}" / f"{label}_{number}.jpg", number)
     with pytest.raises(DataError, match=re.escape(problem)) as caught:
         open_folder(tmp_path)
-    assert "add --set data.classes_from=folders if they are" in str(caught.value)
+    assert "add --set data.classes_from=folders if " in str(caught.value)
     assert len(open_folder(tmp_path, FOLDERS).train.labels) == 2
 
 
 NOT_ASKED = [
     {"cat__1": 2, "cat__2": 2, "dog__1": 2, "dog__2": 2},  # objects
     {"cat__2025-01": 2, "cat__2025-02": 2, "dog__2025-01": 2, "dog__2025-02": 2},
+    {"good__2025-01": 10, "good__2025-02": 10, "bad": 2},
+    {"good__left": 4, "good__right": 4, "bad": 2},
     {"c0": 3, "c1": 3},
     {"class 1": 3, "class 2": 3},
 ]
