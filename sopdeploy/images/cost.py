@@ -72,6 +72,7 @@ def _read_size(body: bytes) -> tuple[int, int]:
     if body.startswith(b"BM"):
         is_old = body[14:18] == b"\x0c\0\0\0"  # 12 bytes, with sides of two bytes
         starts, length = ((18, 20), 2) if is_old else ((18, 22), 4)
+        # A height below 0 tells the order of the rows.
         width, height = (
             abs(int.from_bytes(body[start : start + length], "little", signed=not is_old))
             for start in starts

@@ -276,7 +276,11 @@ def divides_classes(pattern: str, names: Sequence[str], classes: NDArray[np.int6
 def _list_relations(
     names: Sequence[str], times: NDArray[np.int64], classes: NDArray[np.int64]
 ) -> list[_Relation]:
-    """List the relations that names and times suggest: the smallest groups first, sequences last."""
+    """List the relations that names and times suggest: the smallest groups first, sequences last.
+
+    They are those of the `MAX_PATTERNS` most frequent templates that `MIN_IMAGES` names have, and
+    of times if as many images have one.
+    """
     count = len(names)
     parsed = [_Name.of(name) for name in names]
     groupings: list[_Relation] = []

@@ -36,8 +36,9 @@ CANDIDATES = 8
 CANDIDATES_BY_EDGES = 20
 # Share of equal tiles of pairs that are no copies, which a tenth of the images of a class reach
 # if they look alike: 0 to 0.2 for scenes, clothing and flowers, 0.37 for coins, 0.5 for hand
-# signs and solar cells. Two or three photographs of any kind do, on one cloth, and copies that
-# are not confirmed: so a tenth of the photographs of all classes must, and at least six.
+# signs and solar cells. Two or three photographs of any kind do, on one cloth: so a tenth of the
+# photographs of all classes must, and at least six. So do copies that are not confirmed: so there
+# must be more than photographs with confirmed copies.
 ALIKE = 0.45
 SHARE_ALIKE = 0.1
 MIN_ALIKE = 6
@@ -87,6 +88,7 @@ def find_near_duplicates(
     one first. *small* are the gray images (N, S, S) of `shrink`. Of images with equal *hashes*
     (N,), only the first one is compared and is in pairs; `connect` adds the others by their hash.
     An image is compared with *num_candidates* others by whitened, and as many by plain vectors.
+    Among more than `MAX_SIGNATURES` images, turned copies are not found.
     """
     # Of images with equal pixels, the first one stands for all. The result has the vectors of
     # all, and tells of all whether they are alike.
@@ -170,31 +172,10 @@ def _confirm(
     nearly all images of a class would be one group, they look alike, and no pairs of them are
     selected.
     """
-    # For each image the largest share with another one; pairs of two copies do not count.
-    groups = connect(len(classes), candidates[:, shares >= MOSTLY])
-    is_outside = groups[candidates[0]] != groups[candidates[1]]
-    largest_N = np.zeros(len(classes), np.float32)
-    one, other = candidates[:, is_outside]
-    for images in (one, other):
-        np.maximum.at(largest_N, images, shares[is_outside])
-
-    # Images look alike only where enough photographs do, whatever the number of their copies.
-    largest_G = np.zeros(len(classes), np.float32)
-    np.maximum.at(largest_G, groups, largest_N)
-    num_alike = np.count_nonzero(largest_G >= ALIKE)
-    may_be_alike = num_alike >= max(MIN_ALIKE, SHARE_ALIKE * (groups.max(initial=0) + 1))
-
-    # Classes whose images look alike: a tenth of them are like an image of another group.
     members_of_classes = np.split(
         np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1]
     )
-    is_alike_N = np.zeros(len(classes), np.bool_)
-    for members in members_of_classes:
-        is_alike_N[members] = (
-            may_be_alike
-            and len(members)
-            and np.quantile(largest_N[members], 1 - SHARE_ALIKE) >= ALIKE
-        )
+    is_alike_N = _find_alike(candidates, shares, members_of_classes, len(classes))
 
     # Copies. In a class whose images look alike, nearly all of their tiles are equal.
     are_copies = shares >= np.where(is_alike_N[candidates].any(axis=0), NEARLY, MOSTLY)
@@ -210,6 +191,42 @@ def _confirm(
             )
 
     return pairs[:, ~is_one_group_N[pairs].any(axis=0)], is_alike_N | is_one_group_N
+
+
+def _find_alike(
+    candidates: NDArray[np.intp],
+    shares: NDArray[np.float32],
+    members_of_classes: Sequence[NDArray[np.intp]],
+    count: int,
+) -> NDArray[np.bool_]:
+    """Tell of *count* images whether those of their class look alike, by the *shares* of *candidates*.
+
+    A tenth of the images of such a class are like an image of another group, and enough
+    photographs of all classes are, whatever the number of their copies: more than have copies.
+    """
+    # For each image the largest share with another one; pairs of two copies do not count.
+    groups = connect(count, candidates[:, shares >= MOSTLY])
+    is_outside = groups[candidates[0]] != groups[candidates[1]]
+    largest_N = np.zeros(count, np.float32)
+    one, other = candidates[:, is_outside]
+    for images in (one, other):
+        np.maximum.at(largest_N, images, shares[is_outside])
+
+    # The photographs of all classes; of the copies of one, the largest share counts.
+    num_groups = groups.max(initial=-1) + 1
+    largest_G = np.zeros(num_groups, np.float32)
+    np.maximum.at(largest_G, groups, largest_N)
+    num_alike = np.count_nonzero(largest_G >= ALIKE)
+    num_copied = np.count_nonzero(np.bincount(groups) > 1)
+
+    is_alike_N = np.zeros(count, np.bool_)
+    if num_alike < max(MIN_ALIKE, SHARE_ALIKE * num_groups, num_copied + 1):
+        return is_alike_N
+    for members in members_of_classes:
+        if len(members):
+            high_share = np.quantile(largest_N[members], 1 - SHARE_ALIKE)
+            is_alike_N[members] = high_share >= ALIKE
+    return is_alike_N
 
 
 def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:

@@ -19,7 +19,7 @@ from sopdeploy.photos.class_folders import (
     describe_class_problems,
     is_pattern,
     list_classes,
-    no_classes,
+    no_classes_error,
 )
 from sopdeploy.photos.file_checks import find_unreadable
 from sopdeploy.photos.files import (
@@ -165,11 +165,11 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
     listings = {train_name: train, **held_out}
 
     # What is wrong with the classes, and which folders are not used.
-    unread = f"; {describe_other_table(root, other_table)}" if other_table else ""
+    table_hint = f"; {describe_other_table(root, other_table)}" if other_table else ""
     problems = [
         problem
         for listing in listings.values()
-        for problem in describe_class_problems(listing, labels, unread)
+        for problem in describe_class_problems(listing, labels, table_hint)
     ]
     used_to_train = [*listings][:2]  # the training part, and one that is held out
     notes = [*_describe_parts(root, parts, used_to_train, unlabelled)]
@@ -245,7 +245,7 @@ def _check_tells_classes(
     images = train.images
     table_hint = f"; {describe_other_table(root, other_table)}" if other_table else ""
     if not images.labels:
-        raise no_classes(root, images.root, suggest_names(root, train.beside))
+        raise no_classes_error(root, images.root, suggest_names(root, train.beside))
 
     # Two classes, unless folders are only empty, which `describe_class_problems` tells.
     filled = [images.labels[index] for index in np.flatnonzero(images.class_counts())]
@@ -380,7 +380,7 @@ def _find_part_folders(root: Path, parts: Parts) -> dict[str, Path]:
     return {name: part_folder(root, name) for name in (parts.train, *parts.held_out)}
 
 
-def single_images(images: ImageFiles) -> Iterator[str]:
+def describe_single_images(images: ImageFiles) -> Iterator[str]:
     """Describe the classes with a single image, which training leaves out."""
     for target in np.flatnonzero(images.class_counts() == 1):
         yield f"{images.root / images.labels[target]}: only one image; add another"

@@ -354,8 +354,8 @@ class _ListedImages:
     def find(self, name: str, where: str) -> tuple[PurePosixPath, bytes | None]:
         """Return the path that *name* is, and the path of the image that it means; None if there is none.
 
-        Raises `DataError`, about the place *where*, unless *name* is a path in the folder, with the
-        suffix of an image, or the name of one image.
+        Raises `DataError`, about the place *where*, unless *name* is a path in the folder, with
+        the suffix of an image, or the name of one image.
         """
         has_windows_path = "\\" in name and not (self.root / name).is_file()
         file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
@@ -391,7 +391,8 @@ def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes 
     """Find the one image that *name* means: its name, a path elsewhere or an address; None without one.
 
     *path_of_name* is the result of `_index_names`. Label Studio names an uploaded image
-    `/data/upload/1/0a1b2c3d-photo.jpg`, and one of a folder `/data/local-files/?d=folder/photo.jpg`.
+    `/data/upload/1/0a1b2c3d-photo.jpg`, and one of a folder
+    `/data/local-files/?d=folder/photo.jpg`.
     """
     path = PurePosixPath(unquote(name.rpartition("?d=")[2]).replace("\\", "/"))
     names = [name]
@@ -406,8 +407,9 @@ def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes 
 def find_other_table(images: Sequence[bytes], files: Iterable[Path]) -> Path | None:
     """Find one of the *files* that lists the *images*, but that training does not read; None without one.
 
-    It is a text file that contains the names of half of a sample of the images, with or without
-    suffix. A single image is no sample: any text may have its name.
+    It is a text file that contains the names of half of a sample of the images (`MAX_SAMPLED`),
+    with or without suffix. A single image is no sample: any text may have its name. The
+    beginnings of `MAX_TABLES` files are searched.
     """
     tables = [
         path

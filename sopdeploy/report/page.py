@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.metrics import ClassificationReport, Rate
+from sopdeploy.evaluation.metrics import Rate, classification_report
 from sopdeploy.evaluation.multi_label import (
     MeanPrecision,
     MultiLabelMetrics,
@@ -84,8 +84,8 @@ def write_run_page(
     It shows held-out images, or else the out-of-fold predictions of the training images.
     *on_image* receives the numbers of images evaluated and in total. *networks* are those that
     were compared, *before* earlier runs: date, run, numbers of images and classes, and
-    accuracy. Returns the mistakes, the most frequent one first: true class, predicted class and
-    number of images; none if images have several classes.
+    accuracy. Returns the mistakes among the images that the score counts, the most frequent one
+    first: true class, predicted class and number of images; none if images have several classes.
     """
     setup = run.setup
     fit = run.fit
@@ -143,9 +143,13 @@ def write_run_page(
     page = folder / PAGE
     with writing(page), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
-    if isinstance(metrics, ClassificationReport) and is_measured:
-        return metrics.mistakes()
-    return []
+    if not is_measured or isinstance(predicted, MultiLabelPredictions):
+        return []
+
+    # Mistakes are printed beside the score, which counts one copy of each photograph.
+    if isinstance(fit, FewShotFit) and not len(setup.data.held_out):
+        predicted = [predicted[index] for index in fit.judged.tolist()]
+    return classification_report(images.labels, predicted).mistakes()
 
 
 def _describe_classes(labels: Sequence[str]) -> Any:

@@ -154,7 +154,7 @@ def set_up_run(
     # The network, a new one or that of the resumed run.
     if last is None or recorded is None:
         setup = new_setup(selected, division, strategy, given.weights)
-        if parts := setup.random_frozen_parts():
+        if parts := setup.name_random_frozen_parts():
             problem = f"{parts} of the frozen network would stay random; {LOOP_INSTEAD}"
             if "procedure.kind" in given.keys:
                 raise ConfigError(f"procedure {selected.procedure.kind}: {problem}")
@@ -401,7 +401,7 @@ def _check_data(
     # more than `MAX_HASHED` images does not warn. Images that the run itself holds out are not
     # compared: their copies are held out, too.
     if len(file_hashes):
-        warn_of_equal_files(data.train, opened.held_out, file_hashes, callback)
+        warn_of_equal_files(data.train, file_hashes, opened.held_out, callback)
 
     # Classes of which nothing could be held out have no score.
     if not len(opened.held_out) and not isinstance(recipe.procedure, FewShotConfig):
@@ -424,9 +424,12 @@ def _check_data(
 
 
 def warn_of_equal_files(
-    train: LabeledImages, held_out: LabeledImages, hashes: NDArray[np.int64], callback: Callback
+    train: LabeledImages, hashes: NDArray[np.int64], held_out: LabeledImages, callback: Callback
 ) -> None:
-    """Warn of files of *train*, with *hashes* (N,), that have several labels or are in *held_out*, too."""
+    """Warn of files of *train*, with *hashes* (N,), that have several labels or are in *held_out*, too.
+
+    More than `MAX_HASHED` held-out images are not compared.
+    """
     if warning := describe_contradictions(train, hashes):
         callback.on_warning(warning)
 

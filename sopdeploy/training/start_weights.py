@@ -66,7 +66,10 @@ class StartReport(StrictModel):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartWeights:
-    """Tensors to start from, under the names of the catalog; `labels` are None if they are not known."""
+    """Tensors to start from, under the names of the catalog; `labels` are None if they are not known.
+
+    `training_only` names parts of their network that only training needs.
+    """
 
     file: str
     sha256: str

@@ -119,7 +119,7 @@ def describe_failure(error: BaseException) -> str:
 
     problem = first_line(error)
     if not problem.startswith(type(error).__name__):
-        return problem  # a sentence that says what to do
+        return problem  # `first_line` knows the cause, and says what to do
     sentence = _cut(problem.rstrip("."), _MOST_OF_TORCH)
     return f"the capture stops{place}: {sentence}; use other operators of torch there"
 

@@ -300,8 +300,10 @@ def layout_of_range(call: OperatorCall) -> BatchLayout:
     if axis is None:
         return NO_BATCH
 
-    # The inputs are start, limit and step. Other types are data, or indices that wrap.
+    # Numbers of other types than int64 are data, or indices that wrap.
     require(call.x.type == TensorProto.INT64)
+
+    # The inputs are start, limit and step; start and step must be known.
     require(len(call[0].numbers()) == len(call[2].numbers()) == 1)
     return BatchLayout(axis=axis, run_length=call.shapes[0][axis] // BATCHES[0])
 
@@ -380,8 +382,8 @@ def layout_after_scatter_nd(call: OperatorCall) -> BatchLayout:
     if indices.batch_axis is not None:
         require(positions_begin_with_own_rows(indices, data))
         require(updates.batch_axis == indices.batch_axis)
-        common_layout(indices.layout, updates.layout)  # which must exist
-        return data.layout._replace(run_length=data.rows_of_image)  # they are equal no more
+        common_layout(indices.layout, updates.layout)  # raises an error if there is none
+        return data.layout._replace(run_length=data.rows_of_image)  # rows are no longer equal
 
     # Else the batch axis, if any, must be the same kept axis of the data and the updates: data
     # (7, batch), indices (3, 1), updates (3, batch).

@@ -70,7 +70,9 @@ def _trace_result(op_type: str, call: OperatorCall, position: int) -> Integers |
         return Integers(per_image=0, low=0, high=call.x.shapes[0][axis] - 1)
     if op_type == "Clip" and not call.x.has_image_numbers and len(call.present) == 3:
         limits = [limit.integers for limit in call.present[1:]]
-        if limits[0] is None or limits[1] is None or limits[0].high > limits[1].low:
+        if limits[0] is None or limits[1] is None:
+            return None
+        if limits[0].high > limits[1].low:  # the lower limit could be above the upper one
             return None
         return Integers(per_image=0, low=limits[0].low, high=limits[1].high)
 
@@ -98,7 +100,7 @@ def _fits(integers: Integers | None) -> bool:
 
 
 def _range(call: OperatorCall) -> Integers | None:
-    """Return what the numbers of a range are, whose start and step its rule knows.
+    """Return what the numbers of a range are; `layout_of_range` requires a known start and step.
 
     In a range of batch * 3 numbers, those of image i are start + step * (3 * i + 0, 1 or 2).
     """
@@ -132,7 +134,6 @@ def _concat(call: OperatorCall) -> Integers | None:
 
     For `x[rows, columns]`, `GatherND` reads pairs of a row and a column, and `Concat` makes them.
     """
-    known = [value.integers for value in call.present]
     first = call.x.integers
     if first is None:
         return None
@@ -142,9 +143,11 @@ def _concat(call: OperatorCall) -> Integers | None:
     if call.x.has_image_numbers and is_column and not others_have_numbers:
         return first._replace(only_first=True)
 
+    # Else all must have the same multiple of the number of their image.
     low = first.low
     high = first.high
-    for integers in known:
+    for value in call.present:
+        integers = value.integers
         if integers is None or integers.only_first or integers.per_image != first.per_image:
             return None
         low = min(low, integers.low)

@@ -64,7 +64,7 @@ def limited_config(app: ASGIApp, connections: Connections) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # client addresses are not used
+        proxy_headers=False,  # `client_address` reads them
         timeout_keep_alive=connections.settings.keep_alive_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )

@@ -64,6 +64,8 @@ class CrossValidation:
             they are not shifted.
         left_out: The cosine (N,) of each image and the nearest mean of the other classes; None with several
             classes per image.
+        scaling: What turns the scores of all heads, also of one that is fitted to all images, into logits.
+        seconds: The time of the features, and of the rest.
     """
 
     recipe: Recipe
@@ -162,10 +164,8 @@ def cross_validate(
     shifted_NK = logits_NK
     left_out_N = None
     if targets.activation == "softmax":
-        cosines_N = np.mean(
-            [problem.cosines(folds_N) for folds_N in folds_of_validations], axis=0
-        )
-        shifted_NK = log_softmax(logits_NK, axis=1) + cosines_N[:, None]
+        cosines_VN = [problem.cosines(folds_N) for folds_N in folds_of_validations]
+        shifted_NK = log_softmax(logits_NK, axis=1) + np.mean(cosines_VN, axis=0)[:, None]
         left_out_N = problem.cosines_without_class()
 
     seconds = {"features": features_done - started, "choice": time.monotonic() - features_done}
@@ -239,12 +239,14 @@ def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> 
 def judge_few_apart(targets: Targets, folds_N: Indices, groups_N: Indices) -> Indices:
     """Move classes of fewer than `ENOUGH` groups, beside larger ones, from *folds_N* to own folds (N,).
 
-    If one of its two photographs is missing, a head takes more images of other classes for such a
-    class than the deployed network, which learns from both. So heads that have all images of the
+    A head that lacks one of the two photographs of such a class takes more images of other classes
+    for it than the deployed network, which learns from both. So heads that have all images of the
     small classes judge the images of the other classes. There are at most four own folds, each with
-    one group of each small class.
+    one group of each small class. With several classes per image, or without both kinds of classes,
+    nothing is moved.
     """
-    # The groups of each class, in this order, and the rank of each in its class
+    # The pairs of a class and a group with its images, sorted, and the rank of the group in the
+    # class.
     labels_P, groups_P = np.unique(np.stack([targets.strata, groups_N]), axis=1)
     _, first_P, class_P = np.unique(labels_P, return_index=True, return_inverse=True)
     rank_P = np.arange(len(labels_P)) - first_P[class_P]

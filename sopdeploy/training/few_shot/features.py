@@ -194,7 +194,10 @@ def build_fitted(
 
 
 class _Loaded(NamedTuple):
-    """A batch: pixels (B, H, W, 3) uint8, hashes and times (B,), entries of the cache, None if missing."""
+    """A batch: pixels (B, H, W, 3) uint8, hashes of files and times (B,), and entries of the cache.
+
+    `paths` are those of the entries. An entry is None if it is missing, until it is computed.
+    """
 
     pixels: Tensor
     hashes: NDArray[np.int64]
@@ -229,7 +232,11 @@ class _Photographs(Dataset):
 
 
 class FeatureBatch(NamedTuple):
-    """Images at `indices`: facts (B,), `small` images (B, S, S), own vectors (B, D_0), and maps by tap."""
+    """The features of the images at `indices`.
+
+    These are the hashes of their files and their times (B,), `small` images (B, S, S), `hashes` of
+    their pixels, own vectors (B, D_0), and maps (B, C, H, W) by tap.
+    """
 
     indices: list[int]
     file_hashes: NDArray[np.int64]
@@ -297,7 +304,7 @@ class CachedNetwork:
 
             # The first photograph tells whether the cache can be read.
             if batch is batches[0] and entries[0] is not None:
-                [computed] = self._compute(pixels[:1])
+                computed = self._compute(pixels[:1])[0]
                 if not all(map(np.array_equal, entries[0], computed)):
                     self.cache.is_stale = True
                     yield from self._load(images, batches)  # again, without the cache

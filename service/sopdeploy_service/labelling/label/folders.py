@@ -522,7 +522,7 @@ def _find_name_problem(name: str, classes: list[str], folders: Collection[str]) 
         if not all(map(can_be_typed, name)) or set(name) & set(NOT_IN_NAMES):
             return f"leave out control and invisible characters and {' '.join(NOT_IN_NAMES)}"
 
-    if problem := class_problem(name):  # also of a folder, which no network could be trained on
+    if problem := class_problem(name):  # also if the folder is there: `train` would refuse it
         return problem
 
     # Refuse what `train` would not take for a class.

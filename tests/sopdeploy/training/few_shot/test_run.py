@@ -639,6 +639,8 @@ def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(
     )
     assert set(range(each * len(COLORS))) - set(judged) == set(first.tolist())
     assert result.procedure.top1.count == len(judged)
+    num_wrong = result.procedure.top1.count - result.procedure.top1.right
+    assert sum(count for _, _, count in result.mistakes) == num_wrong
     assert result.procedure.alike == (sorted(COLORS)[0],)
     alike = f"the images of {sorted(COLORS)[0]} look too much alike to find copies"
     assert alike in "\n".join(result.procedure.lines())
