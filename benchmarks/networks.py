@@ -293,12 +293,14 @@ def tables(rows: list[Row]) -> str:
             f"`{row.network}`{f' ({row.family})' if row.library == 'timm' else ''}",
             row.pixels,
             f"{row.drift:.1e}",
+            "" if row.difference is None else f"{row.difference:.1e}",
         )
         for row in rows
         if row.proof
     ]
     head = ("library", "network", "pixels")
-    return f"{markdown((*head, 'reason'), refused)}\n\n{markdown((*head, 'drift'), exported)}"
+    measured = ("drift", "file differs by")
+    return f"{markdown((*head, 'reason'), refused)}\n\n{markdown((*head, *measured), exported)}"
 
 
 def main() -> None:

@@ -35,22 +35,19 @@ from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError, first_line
 from sopdeploy.file_systems import flush_folder
-from sopdeploy.files import (
-    CHECKPOINT_FORMAT,
-    MAX_WEIGHTS_BYTES,
-    WeightPath,
-    atomic_write,
-    check_is_checkpoint,
-    new_folder,
-    read_file,
-    weight_format,
-    writing,
-)
+from sopdeploy.files import atomic_write, new_folder, read_file, writing
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model, make_config
 from sopdeploy.names import Labels, ProjectName
+from sopdeploy.paths import (
+    CHECKPOINT_FORMAT,
+    MAX_WEIGHTS_BYTES,
+    WeightPath,
+    check_is_checkpoint,
+    weight_format,
+)
 from sopdeploy.pickled import PLAIN_TYPES, StoredArray, check_pickles, distinct_values
 from sopdeploy.project import Origin
 from sopdeploy.version import __version__

@@ -39,7 +39,7 @@ Result = TypeVar("Result", bound="ImageResult")
 # The server detects the format; a wrong type causes a warning
 CONTENT_TYPE = "application/octet-stream"
 REQUEST_ID = "X-Request-ID"  # a server returns that of the request
-FIRST_DELAY = 0.2
+FIRST_DELAY = 0.2  # seconds before a retry
 MAX_DELAY = 5.0
 # linear, whatever a server sends
 DURATION = re.compile(r"(?<![a-z])([a-z]+);dur=(\d+(?:\.\d+)?)")
@@ -506,8 +506,9 @@ def _refuse_redirect(response: httpx.Response) -> None:
     if response.has_redirect_location:
         where = f"redirects to {response.headers['Location'][:200]!a}"
         advice = "give the URL of the server itself, or log in to the network"
-        message = f"{_address(response.request)}: status {response.status_code}, which {where}; {advice}"
-        raise ServiceError(message, code="http_error", status=response.status_code)
+        status = response.status_code
+        message = f"{_address(response.request)}: status {status}, which {where}; {advice}"
+        raise ServiceError(message, code="http_error", status=status)
 
 
 def _response_error(response: httpx.Response) -> ServiceError:
@@ -534,7 +535,7 @@ def _response_error(response: httpx.Response) -> ServiceError:
 def _no_response_error(
     request: httpx.Request, failure: Exception, seconds: float
 ) -> ServiceError:
-    """Build the exception for the *failure* of a request without a response, which may take *seconds*."""
+    """Build the exception for a request without a response; *failure* is why, *seconds* its time limit."""
     reason = str(failure) or type(failure).__name__
     kind: type[ServiceError] = UnreachableError
     code = "unreachable"

@@ -9,28 +9,24 @@ import secrets
 import shutil
 import stat
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO
 
-from sopdeploy.errors import CheckpointError, StorageError, WeightsError
+from sopdeploy.errors import StorageError
 from sopdeploy.file_systems import Lock, flush, lock_file, lock_if_abandoned, rename_file
-from sopdeploy.plugins import FIRST_BYTES, IMPORTERS
 
 PARTIAL = ".partial"
 MAX_PARTIAL_BYTES = 230  # of the name of a file, as a part of the name of its temporary file
 LOCK = ".lock"  # in a folder to which one process writes
 MANIFEST = "manifest.json"  # of a bundle
+GRAPH = "model.onnx"  # of a bundle
 LATEST = "latest"  # the link to the newest run or bundle of a folder
 BLOCK_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1_000_000  # of a file that people write: a recipe, settings, keys, rules
 MAX_NAMES_BYTES = 100_000_000  # of a file that programs write: class names, tables, results
 MAX_IMAGE_BYTES = 256_000_000  # of a photograph that is not decoded here
-WeightFormat = Literal["torch", "safetensors"]
-TORCH_MAGIC = b"PK", b"\x80"  # of zip archives, and of the pickles before torch 1.6
-MAX_WEIGHTS_BYTES = 16 << 30  # of a checkpoint, with the state of an optimizer, or an engine
 # Operating system errors that the user can fix: permissions, disk space, file names.
 STORAGE_ERRNOS = {
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC,
@@ -245,166 +241,18 @@ def sha256(path: Path) -> str:
 
 def has_manifest(path: Path) -> bool:
     """Check whether *path* is the folder of a bundle, complete or not; reads no file."""
-    return (path / MANIFEST).is_file()
+    return holds_file(path, MANIFEST)
+
+
+def holds_file(folder: Path, name: str) -> bool:
+    """Check whether *folder* has a file *name*; false if the path is too long."""
+    return os.path.isfile(folder / name)  # noqa: PTH113 - `Path.is_file` raises `OSError`
 
 
 def holds_output(path: Path) -> bool:
     """Check whether the folder *path* is a bundle or a run, or holds some and so has the link `latest`."""
     return any(
-        all(os.path.isfile(folder / name) for name in names)  # noqa: PTH113 - false if the path is too long
+        all(holds_file(folder, name) for name in names)
         for folder in (path, path / LATEST)
-        for names in ((MANIFEST, "model.onnx"), ("best.pt",), ("last.pt",))
+        for names in ((MANIFEST, GRAPH), ("best.pt",), ("last.pt",))
     )
-
-
-CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
-READ_OF_CHECKPOINT = 256  # bytes of its pickle, which begins with the format
-_WEIGHTS = (
-    "a weight file, no checkpoint of `sopdeploy train`; for weights of a network of your own, name the "
-    "network, too"
-)
-# What files of other programs are, by suffix, and what to give instead
-_OF_OTHERS = {
-    (".h5", ".hdf5", ".keras", ".pb", ".tflite"): (
-        "a network of Keras or TensorFlow, which cannot be read; copy its weights into a PyTorch network"
-    ),
-    (".onnx", ".engine", ".plan"): (
-        "a finished graph without the network to compare it with; give its checkpoint"
-    ),
-    (
-        ".py",
-    ): "code, not weights; give the weight file, and name the network as module:callable",
-    (".pth", ".ckpt", ".bin", ".safetensors"): _WEIGHTS,
-}
-
-
-def describe_foreign(path: Path) -> str:
-    """Say what a file of another program, or a name of code, is, and what to do; empty for other paths."""
-    if re.fullmatch(r"[\w.]+(?:\.py)?:[\w.]+", path.name) and not path.exists():
-        return "names code, not a file; give the weight file, and name the network as an option"
-    for suffixes, description in _OF_OTHERS.items():
-        if path.suffix.lower() in suffixes:
-            return description
-    return _WEIGHTS if holds_weights(path) else ""
-
-
-def is_own_checkpoint(path: Path) -> bool:
-    """Tell by its first bytes whether *path* is a checkpoint of sopdeploy; does not import torch."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
-            with archive.open(name) as content:
-                return CHECKPOINT_FORMAT.encode() in content.read(READ_OF_CHECKPOINT)
-    except Exception:  # zipfile raises many types for damaged files
-        return False
-
-
-def holds_weights(path: Path) -> bool:
-    """Tell by its content whether *path* is a file of `torch.save` or safetensors."""
-    try:
-        with open_regular(path) as file:
-            first = file.read(16)
-        if first.startswith(b"PK"):
-            with zipfile.ZipFile(path) as archive:
-                return any(name.endswith("data.pkl") for name in archive.namelist())
-    except Exception:  # zipfile raises many types for damaged files
-        return False
-    return weight_format(first) is not None
-
-
-def weight_format(first: bytes) -> WeightFormat | None:
-    """Tell the format of a weight file by its *first* 16 bytes; None for any other file."""
-    if first[8:9] == b"{":  # 8 bytes of length, then JSON
-        return "safetensors"
-    return "torch" if first.startswith(TORCH_MAGIC) else None
-
-
-def is_tar(path: Path) -> bool:
-    """Tell by its content whether *path* is a tar archive; weights may have that suffix, too."""
-    with suppress(OSError), open_regular(path) as file:
-        return file.read(512)[257:262] == b"ustar"
-    return False
-
-
-def check_is_file(path: Path) -> None:
-    """Raise `CheckpointError` unless *path* is a file, with a hint if it is a run folder or a bundle."""
-    if path.is_file():
-        return
-    if ":" in path.name and (foreign := describe_foreign(path)):  # such as `net.py:Net`
-        raise CheckpointError(f"{path}: {foreign}")
-
-    best = path / "best.pt"
-    advice = f"use {best}" if best.is_file() else "use the best.pt of a training run"
-
-    if has_manifest(path):
-        problem = "a bundle, which is already exported"
-    else:
-        problem = "a folder" if path.is_dir() else "no such file"
-    raise CheckpointError(f"{path}: {problem}; {advice}")
-
-
-class WeightPath(NamedTuple):
-    """The path of a file that begins as weight files do, and its `first` bytes."""
-
-    path: Path
-    first: bytes
-
-
-def check_is_weights(path: Path) -> WeightPath:
-    """Return *path* with its first bytes; raise `WeightsError` unless weight files begin so."""
-    if not path.is_file():
-        problem = "a folder" if path.is_dir() else "no such file"
-        raise WeightsError(f"{path}: {problem}; give a weight file")
-    if path.stat().st_size > MAX_WEIGHTS_BYTES:
-        raise WeightsError(
-            f"{path}: larger than {MAX_WEIGHTS_BYTES >> 30} GiB, the limit; give a weight file"
-        )
-
-    with path.open("rb") as file:
-        first = file.read(16)
-
-    if weight_format(first) is None and not first.startswith(_magic_of_importers()):
-        raise WeightsError(
-            f"{path}: not a weight file of PyTorch, safetensors or MATLAB; save a state_dict()"
-        )
-    return WeightPath(path, first)
-
-
-def _magic_of_importers() -> tuple[bytes, ...]:
-    """List the first bytes of the files of importers that packages have registered."""
-    IMPORTERS.names()  # imports plug-ins; an importer of the wheel itself is only named
-    first_bytes = []
-    for importer, _ in IMPORTERS.registered.values():
-        first_bytes.append(
-            FIRST_BYTES.get(importer) if isinstance(importer, str) else importer.magic
-        )
-    return tuple(magic for magic in first_bytes if magic)
-
-
-def check_is_checkpoint(path: Path) -> None:
-    """Raise `CheckpointError` unless *path* looks like a checkpoint, without importing torch.
-
-    `read_checkpoint` checks its content. Commands call this before they import torch, which
-    takes seconds.
-    """
-    check_is_file(path)
-    if path.stat().st_size > MAX_WEIGHTS_BYTES:
-        raise CheckpointError(
-            f"{path}: larger than {MAX_WEIGHTS_BYTES >> 30} GiB, the limit; copy it again"
-        )
-
-    try:
-        with zipfile.ZipFile(path) as archive:
-            is_checkpoint = any(name.endswith("/data.pkl") for name in archive.namelist())
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); check its permissions"
-        ) from error
-    except Exception:  # zipfile raises many types for damaged files
-        is_checkpoint = False
-
-    if not is_checkpoint:
-        problem = (
-            describe_foreign(path) or "damaged or not a checkpoint; copy or train it again"
-        )
-        raise CheckpointError(f"{path}: {problem}")

@@ -126,7 +126,7 @@ def process_state() -> dict[str, Any]:
 def allow_random_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the few-shot procedure read random features, which need no file; a user gets an error."""
     monkeypatch.setattr(
-        "sopdeploy.training.checkpoints.Setup.random_frozen_parts", lambda _: ""
+        "sopdeploy.training.checkpoints.Setup.name_random_frozen_parts", lambda _: ""
     )
 
 

@@ -22,12 +22,12 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import AugmentedDataset, RandomResizedCrop
 from sopdeploy.data.batches import sequential_batches
 from sopdeploy.errors import DataError
-from sopdeploy.files import check_is_weights
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.dsop import DSoPConfig
 from sopdeploy.models.dsop_networks import DSoPTimm
 from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead
 from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone, TimmConfig
+from sopdeploy.paths import check_is_weights
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.network_inputs import PreprocessedDataset
 from sopdeploy.photos.photo import LabeledImages

@@ -12,6 +12,8 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, last_linear
 from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, Deployed
 
+ROUNDING = 16  # units in the last place, by which logits plus one number may differ
+
 
 @torch.no_grad()
 def find_last_layer(
@@ -53,7 +55,7 @@ def _have_equal_probabilities(outputs: Tensor, logits: Tensor) -> bool:
     shifts = (outputs - logits).double()
     spread = shifts.amax(dim=1) - shifts.amin(dim=1)
     largest = torch.maximum(outputs.abs().amax(), logits.abs().amax())
-    rounding = 16 * torch.finfo(logits.dtype).eps * largest
+    rounding = ROUNDING * torch.finfo(logits.dtype).eps * largest
     return bool((spread <= rounding).all())
 
 

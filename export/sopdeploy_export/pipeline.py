@@ -204,7 +204,7 @@ def export_subject(
             step("capturing the network")
             _change_last_layer(subject, with_features=options.with_features)
             trained = Compared.of("trained", subject.network, preprocess, options.batch)
-        recorder = Recorder(trained, torch.from_numpy(images), options.max_batch)
+        recorder = Recorder(trained, torch.from_numpy(images), options.max_batch, parts)
         plain = _prove_network(subject, trained, recorder, options.batch)
 
         # Convert its graph to ONNX, then to the precision.

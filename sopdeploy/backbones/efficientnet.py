@@ -225,7 +225,7 @@ class EfficientNetLite(Backbone):
     def __init__(self, config: EfficientNetLiteConfig, num_classes: int) -> None:
         # The stem.
         super().__init__(config, num_classes)
-        self.conv_stem = convolution(3, STEM_CHANNELS, 3, 2)
+        self.conv_stem = convolution(3, STEM_CHANNELS, kernel=3, stride=2)
         self.bn1 = _batch_norm(STEM_CHANNELS)
         self.act1 = nn.ReLU6(inplace=True)
 

@@ -17,12 +17,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from sopdeploy.bundle.folder import GRAPH, MAX_MANIFEST_BYTES, Bundle, check_file_name
+from sopdeploy.bundle.folder import MAX_MANIFEST_BYTES, Bundle, check_file_name
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.environment import describe_store_error, import_optional, missing_store_error
 from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError
 from sopdeploy.files import (
     BLOCK_BYTES,
+    GRAPH,
     MANIFEST,
     STORAGE_ERRNOS,
     atomic_write,
@@ -73,6 +74,8 @@ def read_archived_manifest(archive: IO[bytes], name: str) -> Manifest:
 
     try:
         first_block = archive.read(BLOCK)
+        if not first_block[SIZE_FIELD].rstrip(b"\0 ").isdigit():
+            raise ValueError("it is no tar archive")
         size = int(first_block[SIZE_FIELD].rstrip(b"\0 "), 8)
         if not 0 <= size <= MAX_MANIFEST_BYTES or first_block != header(MANIFEST, size):
             raise ValueError("does not begin with a manifest")

@@ -14,30 +14,24 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
-from shlex import quote
 
 from sopdeploy.bundle.live import read_live
 from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest
 from sopdeploy.bundle.sealed import HashedBlocks, SealedFile
 from sopdeploy.errors import BundleError
 from sopdeploy.files import (
+    GRAPH,
     LATEST,
     MANIFEST,
-    describe_foreign,
     has_manifest,
-    holds_weights,
-    is_own_checkpoint,
-    is_tar,
     open_regular,
     os_reason,
     read_at_most,
 )
-from sopdeploy.images.signatures import has_image_suffix
 from sopdeploy.names import read_labels
+from sopdeploy.paths import describe_wrong
 
-GRAPH = "model.onnx"
 PROBES = "probes.npz"
 CARD = "README.md"
 REQUIRED = (GRAPH, "labels.json", CERTIFICATE, "parity.json", "precision.json", PROBES)
@@ -120,7 +114,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the bundle folder *path*; raise `BundleError` if it is missing or invalid."""
     file = path / MANIFEST
     if not path.is_dir() or not file.is_file() or file.is_symlink():
-        raise BundleError(f"{path}: {describe_no_bundle(path)}")
+        raise BundleError(f"{path}: {describe_wrong(path, 'bundle')}")
 
     with open_regular(file) as stream:
         content = read_at_most(stream, MAX_MANIFEST_BYTES + 1)
@@ -133,41 +127,6 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest.from_bytes(content)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file}: {error}; copy or export the bundle again") from error
-
-
-def describe_no_bundle(path: Path) -> str:
-    """Say what *path* is, which is no bundle, and what to do."""
-    if not path.is_dir():
-        file = str(path)
-        if (path.parent / MANIFEST).is_file():
-            return f"a file of a bundle; give its folder, {path.parent}"
-        if is_own_checkpoint(path):
-            return f"a checkpoint, not a bundle; run: sopdeploy export {quote(file)} --detach"
-        if path.is_file() and holds_weights(path):
-            return f"weights, not a bundle; run: sopdeploy export {quote(file)} --network MODULE:CALLABLE"
-        if path.is_file() and is_tar(path):
-            return f"an archive, not a bundle; run: sopdeploy pull {quote(str(path))} bundles"
-        if (path.is_file() or ":" in path.name) and (foreign := describe_foreign(path)):
-            return f"{foreign}, and export it"
-        return f"no bundle here; a bundle is a folder with a {MANIFEST}"
-
-    # A folder: a run, or one that holds bundles.
-    if (best := path / "best.pt").is_file():
-        return f"a run, not a bundle; run: sopdeploy export {quote(str(best))} --detach"
-    bundles = sorted(manifest.parent for manifest in path.glob(f"[!.]*/{MANIFEST}"))
-    if bundles:
-        latest = path / LATEST
-        return f"a folder of bundles; choose one, such as {latest if latest in bundles else bundles[0]}"
-    if runs := sorted(best.parent for best in path.glob("[!.]*/best.pt")):
-        latest = path / LATEST
-        best = (latest if latest in runs else runs[0]) / "best.pt"
-        return (
-            f"a folder of runs, not a bundle; run: sopdeploy export {quote(str(best))} --detach"
-        )
-    files = chain(path.glob("*"), path.glob("*/*"))
-    if not (path / GRAPH).exists() and any(has_image_suffix(file.name) for file in files):
-        return f"photographs, not a bundle; run: sopdeploy train --data {quote(str(path))}"
-    return f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
 
 
 def open_bundle(path: str | Path, *, with_graph: bool = True) -> Bundle:

@@ -77,7 +77,7 @@ def read_bundles(folder: Path) -> Iterator[ListedBundle]:
                 yield ListedBundle(path, read_manifest(path))  # raises without a valid manifest
         # A link that leads to itself raises a `RuntimeError`.
         except (BundleError, OSError, RuntimeError) as error:
-            yield ListedBundle(path, None, str(error))
+            yield ListedBundle(path, manifest=None, why_not_served=str(error))
 
 
 BundleReader = Callable[[Path, Manifest], Bundle]

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sopdeploy.bundle.folder import GRAPH, Bundle
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, PROOFS, TensorRecord, to_json
 from sopdeploy.config import parse_json, shown, version_advice
 from sopdeploy.errors import BundleError, CertificateError
+from sopdeploy.files import GRAPH
 
 if TYPE_CHECKING:
     import onnx

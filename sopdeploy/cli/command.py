@@ -90,9 +90,9 @@ def command(
         if settings is not None:
             parameters += _declare_settings(settings)
         if show is not None:
-            parameters.append(
-                _option("as_json", bool, False, "Print JSON for scripts.", "--json")
-            )
+            text = "Print JSON for scripts."
+            json_option = _option("as_json", bool, default=False, text=text, flag="--json")
+            parameters.append(json_option)
 
         def run(**values: Any) -> None:
             """Call *function* and show its result; Typer gives the *values* of all `parameters` by name.
@@ -165,7 +165,8 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
             if not field.is_required():
                 option = option.replace(default=field.default)
             parameters.append(option)
-            option_lines.append(f"    {name}: {' '.join((field.description or '').split())}")
+            text = " ".join((field.description or "").split())
+            option_lines.append(f"    {name}: {text}")
         for heading, names in options_class.GROUPS.items():
             headings |= dict.fromkeys(names, heading)
 
@@ -255,11 +256,11 @@ def _declare_show_parameters(show: Callable[..., Any]) -> list[inspect.Parameter
 def _declare_settings(settings: SettingOptions) -> list[inspect.Parameter]:
     """Declare the flags of *settings*, and `--setting` for all others."""
     declared = [
-        _option(name, value_type, None, text)
+        _option(name, value_type, default=None, text=text)
         for name, (value_type, text) in settings.flags.items()
     ]
     text = "Any other setting of the service, NAME=VALUE; repeatable."
-    return [*declared, _option("setting", list[str] | None, None, text)]
+    return [*declared, _option("setting", list[str] | None, default=None, text=text)]
 
 
 def _declare_parameters(
@@ -281,11 +282,15 @@ def _declare_parameters(
 
         text = " ".join(texts.get(name, "").split())
         if parameter.kind is parameter.KEYWORD_ONLY or name in options:
-            limits = _limits(parameter.annotation)
-            group = headings.get(name)
-            declared.append(
-                _option(name, value_type, parameter.default, text, limits=limits, group=group)
+            option = _option(
+                name,
+                value_type,
+                default=parameter.default,
+                text=text,
+                limits=_limits(parameter.annotation),
+                group=headings.get(name),
             )
+            declared.append(option)
         else:
             argument: Any = Annotated[value_type, typer.Argument(help=text)]
             declared.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=argument))

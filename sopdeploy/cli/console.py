@@ -144,7 +144,8 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[str | Text]]) ->
     fields = [Column(plain_text(name), overflow="fold") for name in columns]
     table = Table(*fields, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*(plain_text(cell) if isinstance(cell, str) else cell for cell in row))
+        cells = (plain_text(cell) if isinstance(cell, str) else cell for cell in row)
+        table.add_row(*cells)
 
     # A terminal folds long cells; what is read by programs stays on one line.
     width = out.width

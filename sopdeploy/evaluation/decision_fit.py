@@ -63,7 +63,7 @@ def fit_decision(
         logits: Predictions for images that the network was not trained on.
         estimated_on: Where the predictions come from, for reports.
         accepts: Fraction of known images to accept. With 1, or if N is too small for the quantile, there is
-            no rejection; for cosines, `missing_threshold` says why.
+            no rejection; for cosines, `explain_missing_threshold` says why.
         scalable: Whether the logits can be divided; otherwise the temperature is 1. It is also 1 without
             evidence for another value (`fit_temperature`, `temperature_lowers_loss`).
         groups: The groups of the images; by default, all images are different.
@@ -151,7 +151,7 @@ def new_class_interval(
     return low, high
 
 
-def missing_threshold(num_images: int, num_classes: int, accepts: float) -> str:
+def explain_missing_threshold(num_images: int, num_classes: int, accepts: float) -> str:
     """Say why `fit_decision` fits no threshold of cosines for unknown images; empty if it fits one.
 
     *num_images* counts different images; *accepts* is the argument of `fit_decision`.

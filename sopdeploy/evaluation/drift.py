@@ -38,6 +38,8 @@ CAUSES = {
     "confidence": "photographs that are harder or easier, perhaps of a new class",
 }
 
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in a gray level (ITU-R BT.601)
+
 _Floats = NDArray[np.float64]
 
 
@@ -95,7 +97,7 @@ def measure_image(pixels: Pixels) -> NDArray[np.float32]:
     # Colors of a quarter of the pixels, which suffice, and the gray levels of all.
     values = pixels[::2, ::2].astype(np.float32)
     red, green, blue = values[..., 0], values[..., 1], values[..., 2]
-    gray = pixels.astype(np.float32) @ np.asarray([0.299, 0.587, 0.114], np.float32)
+    gray = pixels.astype(np.float32) @ np.asarray(LUMA, np.float32)
     height, width = gray.shape
 
     # The border is mostly background.

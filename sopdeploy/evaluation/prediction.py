@@ -155,9 +155,9 @@ def predict_logits(
     """Compute the logits (N, C) of *model* on *dataset*; return them and the targets of its images.
 
     The model is in eval mode meanwhile. Each of *processes* computes a different part of the
-    images, in batches of *batch_size*; each returns the logits of all images. In a round, every
-    process computes a batch, if it has images left, and calls *on_batch* with the number of
-    images that all processes have done.
+    images, in batches of *batch_size* that *workers* load (`load_batches`); each returns the
+    logits of all images. In a round, every process computes a batch, if it has images left, and
+    calls *on_batch* with the number of images that all processes have done.
     """
     device = next(model.parameters()).device
     was_training = model.training

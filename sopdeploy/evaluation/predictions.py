@@ -103,8 +103,8 @@ def describe_predictions(
 ) -> Section:
     """Describe *metrics* by a sentence, the scores, and tables, the worst classes first.
 
-    The sentence *which_images* says which images they are of. *links* are those of the confusion matrix
-    (`Table.links`).
+    The sentence *which_images* says which images they are of. *links* are those of the confusion
+    matrix (`Table.links`).
     """
     if isinstance(metrics, ClassificationReport):
         return _describe_classes(metrics, which_images, links)
@@ -145,9 +145,13 @@ def describe_predictions(
 def _describe_classes(
     metrics: ClassificationReport, which_images: str, links: Mapping[tuple[int, int], str]
 ) -> Section:
-    """Describe accuracies, mistakes, and precision and recall by class; those without images are last."""
+    """Describe accuracies, mistakes, and precision and recall by class; those without images are last.
+
+    More than `_MAX_MATRIX_CLASSES` have no confusion matrix, only the `_MAX_CONFUSIONS` most frequent
+    mistakes.
+    """
     # Accuracies and loss in one paragraph of text.
-    top5 = f", top-5 {_with_interval(metrics.top5)}" if len(metrics.classes) > 5 else ""
+    top5 = f", top-5 {_with_interval(metrics.top5)}" if len(metrics.classes) > TOP_K else ""
     scores = (
         f"Top-1 {_with_interval(metrics.top1)}{top5}, log loss {metrics.log_loss:.4f}. Top-1 is the share of "
         f"right answers{', top-5 of those among the best five' if top5 else ''}; the log loss is 0 if each "

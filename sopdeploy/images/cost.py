@@ -39,26 +39,11 @@ def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
     if body[4:8] == b"ftyp":
         return _heic_cost(body)
 
-    width = 0
-    height = 0
-    num_scans = 0  # several count as 2
-
-    # Each format has the size at its own place near the beginning of the file.
     if body.startswith(b"\xff\xd8\xff"):
-        width, height, num_scans = _jpeg_fields(body)
-    elif body.startswith(b"\x89PNG"):
-        width, height = (int.from_bytes(body[start : start + 4]) for start in (16, 20))
-    elif body.startswith(b"GIF8"):
-        width, height = (int.from_bytes(body[start : start + 2], "little") for start in (6, 8))
-    elif body.startswith(b"RIFF"):
-        width, height = webp_size(body)
-    elif body.startswith(b"BM"):
-        is_old = body[14:18] == b"\x0c\0\0\0"  # 12 bytes, with sides of two bytes
-        starts, length = ((18, 20), 2) if is_old else ((18, 22), 4)
-        width, height = (
-            abs(int.from_bytes(body[start : start + length], "little", signed=not is_old))
-            for start in starts
-        )
+        width, height, num_scans = _jpeg_fields(body)  # several scans count as 2
+    else:
+        width, height = _read_size(body)
+        num_scans = 0
 
     encoded = width * height
     if not encoded:
@@ -73,6 +58,27 @@ def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
     if num_scans > 1:  # the coefficients of the whole image are in memory, too
         pixels += encoded
     return Cost(pixels, encoded, is_proportional=num_scans == 1)
+
+
+def _read_size(body: bytes) -> tuple[int, int]:
+    """Read (width, height) near the beginning of a PNG, GIF, WebP or bitmap; (0, 0) for other formats."""
+    if body.startswith(b"\x89PNG"):
+        return int.from_bytes(body[16:20]), int.from_bytes(body[20:24])
+    if body.startswith(b"GIF8"):
+        return int.from_bytes(body[6:8], "little"), int.from_bytes(body[8:10], "little")
+    if body.startswith(b"RIFF"):
+        return webp_size(body)
+
+    if body.startswith(b"BM"):
+        is_old = body[14:18] == b"\x0c\0\0\0"  # 12 bytes, with sides of two bytes
+        starts, length = ((18, 20), 2) if is_old else ((18, 22), 4)
+        # A height below 0 tells the order of the rows.
+        width, height = (
+            abs(int.from_bytes(body[start : start + length], "little", signed=not is_old))
+            for start in starts
+        )
+        return width, height
+    return 0, 0
 
 
 def _heic_cost(body: bytes) -> Cost | None:

@@ -84,7 +84,8 @@ def decode(
         _loaded(image, body, rules, max_pixels, choose_view) as (size, scale, view),
     ):
         has_own_view = choose_view is not None or rules.decoding == "scaled"
-        pixels = preprocess_image(image, rules, view if has_own_view else None, size, scale)
+        own_view = view if has_own_view else None
+        pixels = preprocess_image(image, rules, own_view, size, scale)
 
         warnings = list(list_changes(image, rules))
         if _has_more_frames(image, body):
@@ -94,7 +95,10 @@ def decode(
 
 def decode_upright(body: bytes, rules: Preprocess) -> Image.Image:
     """Decode the file *body* to upright RGB, at the scale that *rules* allow; raises `ImageError`."""
-    with open_image(body) as image, _loaded(image, body, rules, MAX_PIXELS, None):
+    with (
+        open_image(body) as image,
+        _loaded(image, body, rules, MAX_PIXELS, choose_view=None),
+    ):
         return to_rgb(image, rules)
 
 

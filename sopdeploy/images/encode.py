@@ -108,14 +108,15 @@ def naming(name: str, *kinds: type[SopdeployError]) -> Iterator[None]:
 def _check_path(path: str | bytes) -> None:
     """Raise `DataError` unless *path* can be read, as far as that is known before it is read."""
     text = os.fsdecode(path)
-    if not os.path.lexists(text.partition("\0")[0]):
+    if not os.path.lexists(text.partition("\0")[0]):  # it raises for a NUL
         if "://" in text[:20]:
             raise DataError("looks like an address; download it, and give its bytes")
         if text.startswith("data:") or (len(text) > MAX_NAME and BASE64.fullmatch(text)):
             raise DataError("looks like base64; give base64.b64decode(...) of it")
 
     with _reading():
-        # A pipe is not opened: what is read from it is gone.
+        # A pipe is not opened: what is read from it is gone. One with the ending of an image is
+        # refused.
         is_other_file = Path(text).exists() and not Path(text).is_file()
         if has_image_suffix(text) or not is_other_file:
             open_path(text).close()

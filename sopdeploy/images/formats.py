@@ -182,7 +182,8 @@ def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
                 and remaining
                 and TEXTS.match(body, begin + 8)
             ):
-                remaining = max(0, remaining - _count_text(name, body[content], remaining))
+                used = _count_text(name, body[content], remaining)
+                remaining = max(0, remaining - used)
                 is_needed = remaining > 0
 
             checksum = int.from_bytes(body[end - 4 : end])

@@ -95,7 +95,8 @@ def _hash_pixels(body: bytes) -> bytes | None:
             digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
             # A few rows at a time need little memory.
             for top in range(0, image.height, HASHED_ROWS):
-                rows = image.crop((0, top, image.width, min(top + HASHED_ROWS, image.height)))
+                bottom = min(top + HASHED_ROWS, image.height)
+                rows = image.crop((0, top, image.width, bottom))
                 digest.update(rows.tobytes())
     except Exception:  # a decoder may raise anything
         return None
@@ -106,7 +107,7 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
     """Copy what the first image in the JPEG *body* needs to show its pixels, and its *orientation*."""
     parts = [b"\xff\xd8"]
     if orientation != UPRIGHT:
-        # The header is big-endian, with the directory of tags at byte 8.
+        # The header is big-endian: TIFF's number 42, and the directory of tags at byte 8.
         tiff_header = b"MM" + struct.pack(">HI", 42, 8)
         # The tag has one value of type 3, which has 16 bits.
         tag = struct.pack(">HHIHxx", ORIENTATION, 3, 1, orientation)

@@ -217,7 +217,8 @@ def to_rgb(
     # Turn the image, and the mask with it.
     if orientation != UPRIGHT:
         image = image.transpose(TURNS[orientation])
-        frame_alpha = None if frame_alpha is None else frame_alpha.transpose(TURNS[orientation])
+        if frame_alpha is not None:
+            frame_alpha = frame_alpha.transpose(TURNS[orientation])
     is_opaque = not image.has_transparency_data and frame_alpha is None
     if is_opaque and image.mode not in SIXTEEN_BIT:
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -268,7 +269,8 @@ def to_rgba(tile: Image.Image) -> Image.Image:
 
     transparent = tile.info.get("transparency")
     if isinstance(transparent, int):  # one of 65536 gray levels: compare before scaling
-        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+        alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
+        gray.putalpha(Image.fromarray(alpha))
     return gray
 
 
@@ -339,7 +341,8 @@ def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
     # A frame may leave out a part of the image.
     has_transparent_pixels = FRAME_BOX in image.info
     if image.has_transparency_data:
-        alphas = (to_rgba(image.crop(box)).getchannel("A") for box in tile_boxes(image.size))
+        tiles = (to_rgba(image.crop(box)) for box in tile_boxes(image.size))
+        alphas = (tile.getchannel("A") for tile in tiles)
         has_transparent_pixels = any(
             alpha.histogram()[255] < alpha.width * alpha.height for alpha in alphas
         )

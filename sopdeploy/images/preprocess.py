@@ -61,7 +61,7 @@ class Preprocess(StrictModel):
         """Set `resize` where only `crop` is given; raise `ValueError` if `crop` is larger."""
         # A crop alone sets the other side in the usual ratio.
         if "crop" in self.model_fields_set and "resize" not in self.model_fields_set:
-            vars(self)["resize"] = self.scaled_resize(self.crop, 256, 224)
+            vars(self)["resize"] = self.scaled_resize(self.crop, resize=256, crop_before=224)
         if self.crop > self.resize:
             raise ValueError(f"crop ({self.crop}) is larger than resize ({self.resize})")
         return self
@@ -150,8 +150,9 @@ class Preprocess(StrictModel):
         CLIP: the shorter side becomes *side*. "none" is "imagenet" with pixel values in [0, 1].
         Raises `KeyError` for another name.
         """
-        fields = CONVENTIONS[name](side)  # can have another size
-        return cls._from_published(name, **{"resize": side * 8 // 7, "crop": side, **fields})
+        fields: dict[str, Any] = {"resize": side * 8 // 7, "crop": side}
+        fields |= CONVENTIONS[name](side)  # can have another size
+        return cls._from_published(name, **fields)
 
 
 CONVENTIONS: dict[str, Callable[[int], Mapping[str, int | str | tuple[float, ...]]]] = {

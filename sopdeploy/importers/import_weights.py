@@ -30,7 +30,7 @@ from sopdeploy.checkpoint import (
 )
 from sopdeploy.config import FieldValues, StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.files import CHECKPOINT_FORMAT, TORCH_MAGIC, WeightPath, sha256
+from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.importers.conversion import (
@@ -55,6 +55,7 @@ from sopdeploy.importers.timm_files import (
     refuse_other_network,
 )
 from sopdeploy.models.registry import list_models
+from sopdeploy.paths import CHECKPOINT_FORMAT, TORCH_MAGIC, WeightPath
 from sopdeploy.plugins import IMPORTERS
 from sopdeploy.version import __version__
 

@@ -105,7 +105,9 @@ class Excitation(nn.Module, ExportHints):
         self.activation: BlockActivation = activation
         self.row_bn = nn.BatchNorm2d(rows)
         self.row_conv = RowConv(rows)
-        self.norm: nn.Module = nn.BatchNorm2d(OUTPUTS_PER_ROW * rows) if norm else nn.Identity()
+        self.norm: nn.Module = nn.Identity()
+        if norm:
+            self.norm = nn.BatchNorm2d(OUTPUTS_PER_ROW * rows)
         self.conv = nn.Conv2d(OUTPUTS_PER_ROW * rows, out_channels, 1)
 
     def forward(self, cov_Bnn: Tensor) -> Tensor:
@@ -156,7 +158,8 @@ def averaging_rows(size: int, target: int) -> list[list[float]]:
     for i in range(target):
         start = i * size // target
         stop = math.ceil((i + 1) * size / target)
-        rows.append([1.0 / (stop - start) if start <= j < stop else 0.0 for j in range(size)])
+        share = 1.0 / (stop - start)
+        rows.append([share if start <= j < stop else 0.0 for j in range(size)])
     return rows
 
 

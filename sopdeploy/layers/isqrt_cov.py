@@ -325,7 +325,9 @@ class ISqrtVector(torch.autograd.Function):
             f_grad_Bnn = (centered_BdM.transpose(1, 2) @ rv_BdM) * scale_B11
         else:  # Y_N has the gradient R n^p; n^0 is left out
             power = 0.5 if config.compensate else 0.0
-            f_grad_Bnn = root_grad_Bdd * norm_B11.sqrt() if config.compensate else root_grad_Bdd
+            f_grad_Bnn = root_grad_Bdd
+            if config.compensate:
+                f_grad_Bnn = root_grad_Bdd * norm_B11.sqrt()
 
         # Through the steps, then through the normalization, to the product of the map with
         # itself.

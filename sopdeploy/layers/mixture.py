@@ -241,7 +241,8 @@ class GateNoise(nn.Module):
         """Draw the noise (B, N) that is added to the gate's logits."""
         with without_autocast(feature_BD):
             scale_BN = F.softplus(F.linear(at_least_float32(feature_BD), self.weight))
-            gamma = torch.randn_like(scale_BN[:, :1] if self.noise_per == "image" else scale_BN)
+            drawn = scale_BN[:, :1] if self.noise_per == "image" else scale_BN
+            gamma = torch.randn_like(drawn)
             return gamma * scale_BN
 
 

@@ -29,7 +29,8 @@ class NetVLAD(GlobalPooling):
         # softmax does not change.
         with torch.no_grad():
             self.assignment.weight.copy_(self.centres[:, :, None, None])
-            self.assignment.get_parameter("bias").copy_(-0.5 * self.centres.square().sum(dim=1))
+            bias = -0.5 * self.centres.square().sum(dim=1)
+            self.assignment.get_parameter("bias").copy_(bias)
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute each word's sum of a (x - c), scaled to unit length per word, then as a whole (B, K C).

@@ -20,6 +20,7 @@ and 2,080 elements. Only ResNet-164 fits, with 2,080, 8,256 and 8,256.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pydantic
@@ -160,15 +161,7 @@ class DSoP(Classifier):
         # One branch for each tap of a stage that has blocks in it.
         plans = []
         for index, (stage, taps) in enumerate(stages.items()):
-            # The numbers of blocks in the branch of each tap; a single one is for the last tap.
-            counts = blocks[index]
-            if isinstance(counts, int):
-                counts = (*[0] * (len(taps) - 1), counts)
-            if len(counts) != len(taps):
-                raise ConfigError(
-                    f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {stage}; give one each"
-                )
-
+            counts = _blocks_by_tap(stage, taps, blocks[index])
             for tap, count in zip(taps, counts, strict=True):
                 is_kept_unused = config.keep_unused_branches and tap == taps[-1]
                 if count == 0 and not is_kept_unused:
@@ -253,3 +246,18 @@ class DSoP(Classifier):
             "fc": nn.Linear(length, self.num_classes),
         }
         return nn.Sequential(OrderedDict(layers))
+
+
+def _blocks_by_tap(
+    stage: str, taps: Sequence[str], blocks: int | tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return the number of blocks in the branch of each of *taps*; a single one is for the last tap.
+
+    Raises `ConfigError` for another number of them.
+    """
+    counts = (*[0] * (len(taps) - 1), blocks) if isinstance(blocks, int) else blocks
+    if len(counts) != len(taps):
+        raise ConfigError(
+            f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {stage}; give one each"
+        )
+    return counts

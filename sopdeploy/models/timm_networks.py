@@ -193,7 +193,10 @@ class TimmBackbone(Backbone):
         return {**tensors, "pos_embed": fitted}
 
     def size_of(self, tensors: Mapping[str, Tensor]) -> int | None:
-        """Return the image size of the position embeddings in *tensors*; None if there are none."""
+        """Return the image size of the position embeddings in *tensors*.
+
+        None if there are none, if they are of no square image, or if the network takes any size.
+        """
         stored = tensors.get("pos_embed")
         patches = getattr(self.timm_network, "patch_embed", None)
         if self.fixed_size is None or stored is None or stored.ndim != 3 or patches is None:

@@ -295,7 +295,7 @@ def _with_source(
     module: str,
     inference_class: type[Classifier] | None,
 ) -> type[UserNetwork]:
-    """Derive a class from *base* with *source*, which the catalog calls as (config, num_classes).
+    """Derive a class from *base* that gets *source* from here: the catalog gives config and classes only.
 
     Its checkpoints record the version of the package of *module*. *inference_class* is the class
     of the network that is exported; None: it is exported as it is.

@@ -24,7 +24,7 @@ from sopdeploy.photos.copies import (
 )
 from sopdeploy.photos.file_checks import map_threaded
 from sopdeploy.photos.files import data_folder
-from sopdeploy.photos.folder import open_parts, single_images
+from sopdeploy.photos.folder import describe_single_images, open_parts
 from sopdeploy.photos.label_tools import SEPARATOR
 from sopdeploy.photos.photo import ImageFiles
 
@@ -156,7 +156,7 @@ def check_data(
 
     # If no images are held out by folder, training leaves out classes of one image: it cannot
     # divide them.
-    too_few = () if held_out else tuple(single_images(train))
+    too_few = () if held_out else tuple(describe_single_images(train))
 
     return DataReport(
         path=path,
@@ -216,7 +216,7 @@ def _describe_clip(infos: Sequence[_FileInfo]) -> str:
         names, times, class_N.astype(np.int64), vectors, group_N.astype(np.int64)
     )
 
-    pair = clips.doubtful if clips.found is None else clips.found
+    pair = clips.doubtful if clips.certain is None else clips.certain
     return (
         ""
         if pair is None

@@ -30,9 +30,9 @@ from sopdeploy.photos.forms import find_leftovers
 from sopdeploy.photos.photo import ImageFiles
 from sopdeploy.photos.questions import (
     class_in_name,
-    sort_by_hand,
     suggest_folder,
     suggest_sorting,
+    suggest_sorting_by_hand,
 )
 from sopdeploy.photos.table import describe_other_table, find_other_table
 
@@ -65,24 +65,8 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
     beside, _ = list_files(root)
     notes = list[str]()
 
-    # Images that are no photographs of their own are left out.
     if classes_from != FOLDERS:
-        for leftover in find_leftovers(root, paths_of_class):
-            remaining = {
-                label: [path for path in paths if path not in leftover.paths]
-                for label, paths in paths_of_class.items()
-            }
-            # A folder that holds nothing else is no class; one that was empty before is told later.
-            paths_of_class = {
-                label: paths
-                for label, paths in remaining.items()
-                if paths or not paths_of_class[label]
-            }
-            where = sorted({str(Path(os.fsdecode(path)).parent) for path in leftover.paths})
-            notes.append(
-                f"{root}: left out, because they are {leftover.content}: "
-                f"{amount(len(leftover.paths), 'image')} in {shorten(where)}"
-            )
+        paths_of_class = _without_leftovers(root, paths_of_class, notes)
 
     # With a pattern, the names of files tell the classes, not the folders.
     if is_pattern(classes_from):
@@ -123,6 +107,29 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
         )
     notes += [f"{root}: {line}" for line in describe_confusable(labels)]
     return ClassListing(images, other_files, nested_folders, [*map(os.fsencode, beside)], notes)
+
+
+def _without_leftovers(
+    root: Path, paths_of_class: dict[str, list[bytes]], notes: list[str]
+) -> dict[str, list[bytes]]:
+    """Leave out images that are no photographs of their own (`find_leftovers`), and name them in *notes*."""
+    for leftover in find_leftovers(root, paths_of_class):
+        remaining = {
+            label: [path for path in paths if path not in leftover.paths]
+            for label, paths in paths_of_class.items()
+        }
+        # A folder that holds nothing else is no class; one that was empty before is told later.
+        paths_of_class = {
+            label: paths
+            for label, paths in remaining.items()
+            if paths or not paths_of_class[label]
+        }
+        where = sorted({str(Path(os.fsdecode(path)).parent) for path in leftover.paths})
+        notes.append(
+            f"{root}: left out, because they are {leftover.content}: "
+            f"{amount(len(leftover.paths), 'image')} in {shorten(where)}"
+        )
+    return paths_of_class
 
 
 def _list_folders(root: Path) -> tuple[dict[str, list[bytes]], dict[str, list[str]]]:
@@ -181,11 +188,11 @@ def is_pattern(classes_from: str) -> bool:
 
 
 def describe_class_problems(
-    listing: ClassListing, labels: tuple[str, ...], unread: str = ""
+    listing: ClassListing, labels: tuple[str, ...], table_hint: str = ""
 ) -> Iterator[str]:
     """Describe classes of *listing* that are not in *labels*, labels without a folder, and empty folders.
 
-    *unread* describes a table that lists the images.
+    *table_hint* describes a table that lists the images and is not read; "" without one.
     """
     images = listing.images
     root = images.root
@@ -219,11 +226,11 @@ def describe_class_problems(
         yield (
             f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
             f"add some ({describe_formats()}) or remove the folder"
-            + (suggest_folder(images) or unread or suggest_sorting(images))
+            + (suggest_folder(images) or table_hint or suggest_sorting(images))
         )
 
 
-def no_classes(root: Path, part: Path | None = None, hint: str = "") -> DataError:
+def no_classes_error(root: Path, part: Path | None = None, hint: str = "") -> DataError:
     """Build the error for *root*, or a *part* of it, without classes.
 
     It names a table that lists the images, or else ends in the *hint*, or in how to sort them.
@@ -232,7 +239,7 @@ def no_classes(root: Path, part: Path | None = None, hint: str = "") -> DataErro
     table = find_other_table(images, (root / file for file in others))
     other_table = "" if table is None else describe_other_table(root, table)
     unsorted = root if part is None else part
-    by_hand = sort_by_hand(unsorted) if images else ""
+    by_hand = suggest_sorting_by_hand(unsorted) if images else ""
     return DataError(
         f"{unsorted}: holds no class folders and no labels.csv; "
         + (other_table or f"sort the images into one subfolder per class{hint or by_hand}")

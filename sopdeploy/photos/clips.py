@@ -60,13 +60,13 @@ _BLOCK = 2**25  # cosines that are computed at once
 class Clips(NamedTuple):
     """The `groups` (N,) of images of one clip or object, and pairs of images; None without such ones.
 
-    `found` are two images of a group that its copies do not explain, `doubtful` two that may
+    `certain` are two images of a group that its copies do not explain, `doubtful` two that may
     show one object, but are no group. `pattern` is a regular expression that groups the
     doubtful ones by name, or empty.
     """
 
     groups: Groups
-    found: tuple[int, int] | None = None
+    certain: tuple[int, int] | None = None
     doubtful: tuple[int, int] | None = None
     pattern: str = ""
 
@@ -76,7 +76,7 @@ class Clips(NamedTuple):
         If names tell the objects, some frames of different ones resemble each other as copies
         do.
         """
-        if self.found is None:
+        if self.certain is None:
             return pairs
         # A pair stays if both are in one group, or if one of them is in a group of its own.
         is_clip_2P = np.bincount(self.groups)[self.groups[pairs]] > 1
@@ -196,19 +196,22 @@ def find_clips(
     # Join the images of each relation that is clear. Names of one template have several numbers:
     # the first clear relation tells which of them identify the clips, and relations by the other
     # ones, those of frames and views, are skipped.
-    found: tuple[int, int] | None = None
+    certain: tuple[int, int] | None = None  # the pair of the first clear relation
     remaining: list[_Measured] = []  # what is related and not joined
     clips_share: dict[str, str] = {}  # what identifies the clips, by the template of names
     for relation in relations:
         if clips_share.get(relation.template, relation.shared) != relation.shared:
             continue
+
         measured = measure(relation, groups)
         if measured is None:
             continue
         if not measured.is_clear:
             remaining.append(measured)
             continue
-        found = measured.pair if found is None else found
+
+        if certain is None:
+            certain = measured.pair
         clips_share[relation.template] = relation.shared
         if relation.shared != SEQUENCE:
             groups = connect(len(names), NO_PAIRS, groups, relation.runs)
@@ -224,8 +227,23 @@ def find_clips(
         if measured is not None:
             remaining.append(measured)
 
-    # Of what remains, the clearest that could still be told to the user: its images are not
-    # joined, and its pattern does not make most of a class one group.
+    doubtful = _find_doubtful(remaining, groups, names, classes)
+    if doubtful is None:
+        return Clips(groups, certain)
+    return Clips(groups, certain, doubtful.pair, doubtful.relation.pattern)
+
+
+def _find_doubtful(
+    remaining: Sequence[_Measured],
+    groups: Groups,
+    names: Sequence[str],
+    classes: NDArray[np.int64],
+) -> _Measured | None:
+    """Find the clearest of the *remaining* relations that could still be told to the user, or None.
+
+    Its images are not joined in *groups* (N,), and its pattern does not make most of a class one
+    group.
+    """
     doubtful = []
     for measured in remaining:
         first, second = measured.pair
@@ -233,11 +251,7 @@ def find_clips(
         pattern = measured.relation.pattern
         if not is_joined and (not pattern or divides_classes(pattern, names, classes)):
             doubtful.append(measured)
-
-    if not doubtful:
-        return Clips(groups, found)
-    clearest = max(doubtful, key=lambda measured: measured.excess)
-    return Clips(groups, found, clearest.pair, clearest.relation.pattern)
+    return max(doubtful, key=lambda measured: measured.excess, default=None)
 
 
 def divides_classes(pattern: str, names: Sequence[str], classes: NDArray[np.int64]) -> bool:
@@ -262,7 +276,11 @@ def divides_classes(pattern: str, names: Sequence[str], classes: NDArray[np.int6
 def _list_relations(
     names: Sequence[str], times: NDArray[np.int64], classes: NDArray[np.int64]
 ) -> list[_Relation]:
-    """List the relations that names and times suggest: the smallest groups first, sequences last."""
+    """List the relations that names and times suggest: the smallest groups first, sequences last.
+
+    They are those of the `MAX_PATTERNS` most frequent templates that `MIN_IMAGES` names have, and
+    of times if as many images have one.
+    """
     count = len(names)
     parsed = [_Name.of(name) for name in names]
     groupings: list[_Relation] = []
@@ -360,7 +378,10 @@ def _measure(
     nearest_NK: NDArray[np.intp],
     cosines_NK: NDArray[np.float32],
 ) -> _Measured | None:
-    """Measure *relation*; None if it is hardly more frequent than by chance, or images are too few."""
+    """Measure *relation*; None if it is hardly more frequent than by chance, or images are too few.
+
+    *nearest_NK* and *cosines_NK* are the results of `_nearest_of_class`.
+    """
     runs = relation.runs
     ranks = relation.ranks
 
@@ -397,8 +418,8 @@ def _measure(
 
     # The most similar pair of related images, and how similar such pairs are.
     hit_indices = np.flatnonzero(counted_N & is_hit_N)
-    shown = hit_indices[np.argmax(cosine_N[hit_indices])]
-    first, second = sorted((int(shown), int(near_N[shown])))
+    nearest_hit = hit_indices[np.argmax(cosine_N[hit_indices])]
+    first, second = sorted((int(nearest_hit), int(near_N[nearest_hit])))
     similar = float(np.median(cosine_N[hit_indices]))
     return _Measured(beyond / evidence, similar, (first, second), relation)
 

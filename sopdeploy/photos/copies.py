@@ -87,6 +87,8 @@ def find_near_duplicates(
     *views* has an array (N, V, D) for each part of the vectors: V views of an image, the whole
     one first. *small* are the gray images (N, S, S) of `shrink`. Of images with equal *hashes*
     (N,), only the first one is compared and is in pairs; `connect` adds the others by their hash.
+    An image is compared with *num_candidates* others by whitened, and as many by plain vectors.
+    Among more than `MAX_SIGNATURES` images, turned copies are not found.
     """
     # Of images with equal pixels, the first one stands for all. The result has the vectors of
     # all, and tells of all whether they are alike.
@@ -138,7 +140,7 @@ def _find_candidates(
     plain_ND = np.concatenate(plain, axis=1)
 
     # The nearest images of each block: by the best view, then by plain vectors.
-    found = []  # (2, P) each
+    neighbors = []  # (2, P) each: an image, and one that is near it
     size = max(1, min(_BLOCK, _COSINES // count))
     for start in range(0, count, size):  # to save memory
         block = np.arange(start, min(start + size, count))
@@ -150,10 +152,10 @@ def _find_candidates(
         for cosines_KN in (largest_KN, plain_ND[block] @ plain_ND.T):
             cosines_KN[np.arange(len(block)), block] = -np.inf  # not the image itself
             nearest = np.argpartition(cosines_KN, -num_others, axis=1)[:, -num_others:]
-            found.append(np.stack([np.repeat(block, num_others), nearest.ravel()]))
+            neighbors.append(np.stack([np.repeat(block, num_others), nearest.ravel()]))
 
     # Each pair once, as one number.
-    pairs = np.sort(np.concatenate(found, axis=1), axis=0)
+    pairs = np.sort(np.concatenate(neighbors, axis=1), axis=0)
     numbers = np.unique(pairs[0] * count + pairs[1])
     return np.stack(np.divmod(numbers, count))
 
@@ -170,33 +172,10 @@ def _confirm(
     nearly all images of a class would be one group, they look alike, and no pairs of them are
     selected.
     """
-    # For each image the largest share with another one; pairs of two copies do not count.
-    groups = connect(len(classes), candidates[:, shares >= MOSTLY])
-    is_outside = groups[candidates[0]] != groups[candidates[1]]
-    largest_N = np.zeros(len(classes), np.float32)
-    for images in candidates[
-        :, is_outside
-    ]:  # the first ones of the pairs, then the second ones
-        np.maximum.at(largest_N, images, shares[is_outside])
-
-    # Images look alike only where enough photographs do, whatever the number of their copies.
-    largest_G = np.zeros(groups.max(initial=-1) + 1, np.float32)
-    np.maximum.at(largest_G, groups, largest_N)
-    num_alike = np.count_nonzero(largest_G >= ALIKE)
-    num_copied = np.count_nonzero(np.bincount(groups) > 1)
-    may_be_alike = num_alike >= max(MIN_ALIKE, SHARE_ALIKE * len(largest_G), num_copied + 1)
-
-    # Classes whose images look alike: a tenth of them are like an image of another group.
     members_of_classes = np.split(
         np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1]
     )
-    is_alike_N = np.zeros(len(classes), np.bool_)
-    for members in members_of_classes:
-        is_alike_N[members] = (
-            may_be_alike
-            and len(members)
-            and np.quantile(largest_N[members], 1 - SHARE_ALIKE) >= ALIKE
-        )
+    is_alike_N = _find_alike(candidates, shares, members_of_classes, len(classes))
 
     # Copies. In a class whose images look alike, nearly all of their tiles are equal.
     are_copies = shares >= np.where(is_alike_N[candidates].any(axis=0), NEARLY, MOSTLY)
@@ -214,6 +193,42 @@ def _confirm(
     return pairs[:, ~is_one_group_N[pairs].any(axis=0)], is_alike_N | is_one_group_N
 
 
+def _find_alike(
+    candidates: NDArray[np.intp],
+    shares: NDArray[np.float32],
+    members_of_classes: Sequence[NDArray[np.intp]],
+    count: int,
+) -> NDArray[np.bool_]:
+    """Tell of *count* images whether those of their class look alike, by the *shares* of *candidates*.
+
+    A tenth of the images of such a class are like an image of another group, and enough
+    photographs of all classes are, whatever the number of their copies: more than have copies.
+    """
+    # For each image the largest share with another one; pairs of two copies do not count.
+    groups = connect(count, candidates[:, shares >= MOSTLY])
+    is_outside = groups[candidates[0]] != groups[candidates[1]]
+    largest_N = np.zeros(count, np.float32)
+    one, other = candidates[:, is_outside]
+    for images in (one, other):
+        np.maximum.at(largest_N, images, shares[is_outside])
+
+    # The photographs of all classes; of the copies of one, the largest share counts.
+    num_groups = groups.max(initial=-1) + 1
+    largest_G = np.zeros(num_groups, np.float32)
+    np.maximum.at(largest_G, groups, largest_N)
+    num_alike = np.count_nonzero(largest_G >= ALIKE)
+    num_copied = np.count_nonzero(np.bincount(groups) > 1)
+
+    is_alike_N = np.zeros(count, np.bool_)
+    if num_alike < max(MIN_ALIKE, SHARE_ALIKE * num_groups, num_copied + 1):
+        return is_alike_N
+    for members in members_of_classes:
+        if len(members):
+            high_share = np.quantile(largest_N[members], 1 - SHARE_ALIKE)
+            is_alike_N[members] = high_share >= ALIKE
+    return is_alike_N
+
+
 def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
     """Group *count* images: *pairs* (2, P) and images with equal values in one of *keys* (N,) are connected.
 
@@ -226,9 +241,9 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
             _, first_of_value, value_N = np.unique(key, return_index=True, return_inverse=True)
             edges.append(np.stack([np.arange(count), first_of_value[value_N]]))
 
-    one, other = np.concatenate(edges, axis=1)
     # Label propagation: each image takes over the lowest index among its neighbors until no
     # index changes.
+    one, other = np.concatenate(edges, axis=1)
     lowest_N = np.arange(count)
     has_changed = True
     while has_changed:
@@ -239,6 +254,7 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
         # need few rounds.
         lowest_N = lowest_N[lowest_N]
         has_changed = not np.array_equal(lowest_N, before)
+
     _, groups = np.unique(lowest_N, return_inverse=True)  # without gaps in the numbers
     return groups.astype(np.int64)
 
@@ -268,8 +284,10 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     is_wide = rows_ND.shape[0] <= rows_ND.shape[1]
     product = rows_ND @ rows_ND.T if is_wide else rows_ND.T @ rows_ND
     eigenvalues, vectors = np.linalg.eigh(product.astype(np.float64))
+
+    # Components without variance are rounding errors.
     damping = max(float(eigenvalues.mean()), 1e-12)  # the mean over min(N, D) components
-    kept = eigenvalues > 1e-6 * damping  # the others are rounding errors
+    kept = eigenvalues > 1e-6 * damping
     eigenvalues = eigenvalues[kept]
     vectors = vectors[:, kept]
     # The components, one per column, have norm 1.
@@ -338,9 +356,12 @@ def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:
     lower_bin = direction.astype(int)
     # An edge between two directions counts in both, in shares.
     share_of_next = direction - lower_bin
+
+    # Where the bins of the cell of each pixel begin.
     cell_of_row = np.arange(SMALL) * CELLS // SMALL  # (64,), 0 to 7; the same for columns
     cell_of_pixel = cell_of_row[:, None] * CELLS + cell_of_row  # (64, 64), 0 to 63
     first_bin = cell_of_pixel * DIRECTIONS  # position in the histogram, where a cell has 8 bins
+
     histogram = np.zeros(CELLS * CELLS * DIRECTIONS)
     for shift, share in ((0, 1 - share_of_next), (1, share_of_next)):
         # Directions are a circle: the first one follows the last one.
@@ -348,6 +369,7 @@ def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:
         histogram += np.bincount(
             bins.ravel(), (strength * share).ravel(), minlength=len(histogram)
         )
+
     root = np.sqrt(histogram)  # a few strong edges then do not determine the cosine
     return (root / max(float(np.linalg.norm(root)), 1e-12)).round(DECIMALS).astype(np.float32)
 

@@ -54,6 +54,8 @@ MIN_AREA = 0.3
 MAX_AREA = 1 / MIN_AREA
 BLURS = 3  # of an image, which may show a third of the other one
 OUTLIER = 1.5  # standard deviations of a difference that counts half
+MEDIAN_TO_DEVIATION = 1.4826  # of normally distributed differences, by their median size
+MAX_CONTRAST = 5.0  # of an image, relative to the other one
 _BLOCK = 1024  # pairs that are compared at once
 
 _Images = NDArray[np.float32]
@@ -162,25 +164,15 @@ def _search(
     detailed = _remove_low(small[images].astype(np.float32), BLUR * width)
     smooth = _smooth(detailed, COARSE)
 
-    # All places (N, L, K) in each image, whose samples are a grid of `COARSE` per side.
-    whole_K2 = _grid(COARSE) * (side / 2) + (side - 1) / 2
-    points_NK2 = np.broadcast_to(whole_K2, (len(images), *whole_K2.shape))
-    coarse = _sample(smooth, np.arange(len(images)), points_NK2)[0]
-    coarse = coarse.reshape(-1, COARSE, COARSE)
+    # All places (N, L, K) in each image.
+    coarse = _sample_whole(smooth, COARSE)
     padded = np.pad(coarse, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN)))
     windows = sliding_window_view(padded, (MIDDLE, MIDDLE), axis=(1, 2))
     num_places = windows.shape[1]  # per side
     places_NLK = _normalize(windows.reshape(len(images), num_places**2, MIDDLE**2))
 
-    # The middle of each image under all changes, (N, C, K).
     changes = _list_changes()
-    points_K2 = _grid(MIDDLE) * (MIDDLE * width / 2)
-    points = (points_K2 @ changes.transpose(0, 2, 1)).reshape(-1, 2) + (side - 1) / 2
-    middles = [
-        _sample(smooth[[index]], np.zeros(1, np.intp), points[None])[0]
-        for index in range(len(images))
-    ]
-    middles_NCK = _normalize(np.concatenate(middles).reshape(len(images), len(changes), -1))
+    middles_NCK = _sample_middles(smooth, changes)
 
     # For each change its best place; for each pair the best changes.
     correlations = np.empty((len(first), MAX_STARTS), np.float32)
@@ -197,6 +189,20 @@ def _search(
     top_left = np.stack(np.divmod(place, num_places), axis=2) - MARGIN
     centers = (top_left + MIDDLE / 2) * width - 0.5
     return correlations, np.linalg.inv(changes)[change] * (side / 2), centers.astype(np.float32)
+
+
+def _sample_middles(images: _Images, changes: _Images) -> _Images:
+    """Sample the middle of each of *images* (N, S, S) under all *changes* (C, 2, 2), (N, C, K)."""
+    side = images.shape[1]
+    points_K2 = _grid(MIDDLE) * (MIDDLE * (side // COARSE) / 2)
+    points = (points_K2 @ changes.transpose(0, 2, 1)).reshape(-1, 2) + (side - 1) / 2
+
+    # One image after the other, because the points of all take much memory.
+    middles = [
+        _sample(images[[index]], np.zeros(1, np.intp), points[None])[0]
+        for index in range(len(images))
+    ]
+    return _normalize(np.concatenate(middles).reshape(len(images), len(changes), -1))
 
 
 class _Fit(NamedTuple):
@@ -243,18 +249,8 @@ def _align(
 
     # The second images, and how they change by the six numbers of a map.
     points_K2 = _grid(num_samples)
-    whole = np.broadcast_to(
-        points_K2 * (side / 2) + (side - 1) / 2, (len(scenes), *points_K2.shape)
-    )
-    expected_PTT = _sample(scenes, np.arange(len(scenes)), whole)[0][second].reshape(
-        num_pairs, num_samples, -1
-    )
-    down_PTT = np.gradient(expected_PTT, 2 / num_samples, axis=1)
-    right_PTT = np.gradient(expected_PTT, 2 / num_samples, axis=2)
-    slopes_P2K = np.stack([down_PTT, right_PTT], axis=1).reshape(num_pairs, 2, -1)
-    # Per row and column: by the four numbers of the matrix, and by the two of the shift.
-    of_matrix = slopes_P2K[:, :, None] * points_K2.T
-    slopes_P6K = np.concatenate([of_matrix.reshape(num_pairs, 4, -1), slopes_P2K], axis=1)
+    expected_PTT = _sample_whole(scenes, num_samples)[second]
+    slopes_P6K = _slopes_by_map(expected_PTT)
     expected_PK = expected_PTT.reshape(num_pairs, -1)
     damping = 1e-3 * len(points_K2) * np.eye(6, dtype=np.float32)
 
@@ -266,6 +262,8 @@ def _align(
         shown_PK, is_inside_PK = _sample(
             scenes, first, points_K2 @ matrices.transpose(0, 2, 1) + centers[:, None]
         )
+
+        # Both without their weighted means: brightness does not count.
         weights_PK *= is_inside_PK
         total = np.maximum(weights_PK.sum(axis=1, keepdims=True), 1e-6)
         shown_PK -= (weights_PK * shown_PK).sum(axis=1, keepdims=True) / total
@@ -274,10 +272,14 @@ def _align(
         if step == STEPS:
             break
 
+        # The differences at the best contrast. Their deviation is that of a normal distribution with
+        # this median difference, plus a gray level.
         contrast = products / ((weights_PK * shown_PK**2).sum(axis=1, keepdims=True) + 1e-3)
-        errors_PK = contrast.clip(0.2, 5.0) * shown_PK - wanted_PK
+        errors_PK = contrast.clip(1 / MAX_CONTRAST, MAX_CONTRAST) * shown_PK - wanted_PK
         deviation = (
-            1.4826 * np.median(np.abs(errors_PK) * is_inside_PK, axis=1, keepdims=True) + 1
+            MEDIAN_TO_DEVIATION
+            * np.median(np.abs(errors_PK) * is_inside_PK, axis=1, keepdims=True)
+            + 1
         )
         weights_PK = is_inside_PK / (1 + (errors_PK / (OUTLIER * deviation)) ** 2)
 
@@ -298,6 +300,19 @@ def _align(
     )
     agreement = correlations * weights_PK.mean(axis=1)
     return _Fit(matrices, centers, shown_PK, expected_PK, is_inside_PK, agreement)
+
+
+def _slopes_by_map(images: _Images) -> _Images:
+    """Compute how *images* (P, T, T) change by the six numbers of an affine map of themselves, (P, 6, K).
+
+    These are the four numbers of the matrix, by row, and the two of the shift.
+    """
+    count, num_samples, _ = images.shape
+    down_PTT = np.gradient(images, 2 / num_samples, axis=1)
+    right_PTT = np.gradient(images, 2 / num_samples, axis=2)
+    by_shift_P2K = np.stack([down_PTT, right_PTT], axis=1).reshape(count, 2, -1)
+    by_matrix = by_shift_P2K[:, :, None] * _grid(num_samples).T
+    return np.concatenate([by_matrix.reshape(count, 4, -1), by_shift_P2K], axis=1)
 
 
 def _share_equal(fit: _Fit, side: int) -> _Images:
@@ -365,6 +380,15 @@ def _sample(
     top = pixels[index] * (1 - right) + pixels[index + 1] * right
     bottom = pixels[index + side] * (1 - right) + pixels[index + side + 1] * right
     return top * (1 - down) + bottom * down, is_inside
+
+
+def _sample_whole(images: _Images, num_samples: int) -> _Images:
+    """Sample *images* (N, S, S) as a whole, at *num_samples* points per side, (N, T, T)."""
+    side = images.shape[1]
+    points_K2 = _grid(num_samples) * (side / 2) + (side - 1) / 2
+    points_NK2 = np.broadcast_to(points_K2, (len(images), *points_K2.shape))
+    samples, _ = _sample(images, np.arange(len(images)), points_NK2)
+    return samples.reshape(len(images), num_samples, num_samples)
 
 
 def _remove_low(images: _Images, blur: float) -> _Images:

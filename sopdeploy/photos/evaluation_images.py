@@ -13,7 +13,7 @@ import numpy as np
 
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.signatures import count_suffixes, note_skipped
-from sopdeploy.photos.class_folders import list_classes, no_classes
+from sopdeploy.photos.class_folders import list_classes, no_classes_error
 from sopdeploy.photos.files import (
     SAMPLE_FOLDER,
     Log,
@@ -48,8 +48,8 @@ def open_evaluation_images(
     It opens only the held-out images if the data are split. Classes are matched by name;
     WordNet IDs match the names of ImageNet's classes. With *multi_label*, `labels.csv` lists
     several classes per image. *log* receives a line about classes without images and about the
-    part that is opened. Raises `DataError` for folders that are no class of the network, unless
-    *other_classes* are left out, or if there are no images.
+    part that is opened. Raises `DataError` if there are no images, and for folders that are no
+    class of the network; with *other_classes*, these are left out.
     """
     with naming_all_undecodable(root):
         return _open_evaluation_images(
@@ -101,7 +101,7 @@ def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
     if names <= {normalize(label) for label in labels}:
         return root
     parts = find_parts(root)
-    # As in training, val/ is a class if it is beside other folders and there is no train/.
+    # Beside other folders, and without train/, val/ is a class.
     val_is_a_class = parts.others and not parts.train
     if val_is_a_class or not parts.held_out:
         return root
@@ -162,7 +162,7 @@ def check_holds_classes(root: Path) -> Path:
     root = data_folder(root)
     if list_subfolders(root) or find_table(root) or detect_kind(root) is not None:
         return root
-    raise no_classes(root)
+    raise no_classes_error(root)
 
 
 @cache

@@ -53,19 +53,20 @@ def count_formats(images: LabeledImages) -> Counter[str]:
 
 def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) -> str:
     """Name the images with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
-    _, first_of_hash, hash_number_N = np.unique(hashes, return_index=True, return_inverse=True)
     # For each image, the index of the first one with its hash.
+    _, first_of_hash, hash_number_N = np.unique(hashes, return_index=True, return_inverse=True)
     first_N = first_of_hash[hash_number_N].tolist()
-    # Shape (N,), or (N, C) if an image can have several classes.
+
+    # Images with other labels than this one. Targets are (N,), or (N, C) with several classes.
     is_equal = images.targets[first_N] == images.targets
     same_labels_N = is_equal if is_equal.ndim == 1 else is_equal.all(axis=1)
     is_readable_N = hashes != UNREADABLE
-    # Images with other labels than the first one with their hash.
     contradictions = np.flatnonzero(is_readable_N & ~same_labels_N).tolist()
     pairs = [
         f"{images.describe(first_N[index])} = {images.describe(index)}"
         for index in contradictions
     ]
+
     return (
         f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}"
         if pairs

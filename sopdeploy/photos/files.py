@@ -19,9 +19,10 @@ from pathlib import Path, PurePath
 from typing import NamedTuple, TypeAlias
 
 from sopdeploy.errors import ConfigError, DataError, shorten
-from sopdeploy.files import expand_user, holds_output
+from sopdeploy.files import expand_user, has_manifest, holds_output
 from sopdeploy.images.signatures import has_image_suffix, is_image
 from sopdeploy.names import label_problem
+from sopdeploy.paths import OUTPUTS, describe_wrong, what_is
 
 Log = Callable[[str], None]
 FolderIdentity: TypeAlias = tuple[int, int] | str
@@ -188,13 +189,14 @@ class Parts(NamedTuple):
 
 
 def data_folder(path: Path, content: str = "one subfolder of images per class") -> Path:
-    """Return *path* with `~` replaced; raise `DataError`, which names *content*, if it is no folder."""
+    """Return *path* with `~` replaced; raise `DataError`, which names *content*, if it holds no photographs.
+
+    It does not if it is no folder, or one of bundles or runs.
+    """
     folder = expand_user(path)
-    if not folder.is_dir():
-        problem = (
-            "not a folder; unpack archives first, and" if folder.exists() else "no such folder;"
-        )
-        raise DataError(f"{folder}: {problem} give a folder with {content}")
+    if not folder.is_dir() or what_is(folder) in OUTPUTS:
+        advice = f"give a folder with {content}"
+        raise DataError(f"{folder}: {describe_wrong(folder, 'photographs', advice)}")
     return folder
 
 
@@ -217,11 +219,14 @@ def list_outputs(folder: Path) -> list[str]:
 
 
 def check_takes_output(folder: Path, setting: str | None, images: Path | None = None) -> None:
-    """Raise `ConfigError` if *folder*, where bundles or runs are to be written, belongs to photographs.
+    """Raise `ConfigError` if *folder*, where bundles or runs are to be written, is a bundle or has photographs.
 
-    It does if it is *images* or below it. Unless it already holds bundles or runs, it also does if
+    It has some if it is *images* or below it. Unless it already holds bundles or runs, it also does if
     it holds images or class folders of images. *setting* names *folder* unless it is an argument.
     """
+    if has_manifest(folder):
+        raise ConfigError(f"{folder} is a bundle; choose another folder", setting=setting)
+
     advice = "choose a folder outside of them"
     # `realpath`, because `resolve` raises an error for a link that leads to itself.
     real_folder = Path(os.path.realpath(folder))

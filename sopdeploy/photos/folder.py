@@ -19,7 +19,7 @@ from sopdeploy.photos.class_folders import (
     describe_class_problems,
     is_pattern,
     list_classes,
-    no_classes,
+    no_classes_error,
 )
 from sopdeploy.photos.file_checks import find_unreadable
 from sopdeploy.photos.files import (
@@ -142,7 +142,10 @@ def _open_parts(root: Path, max_held_out: int | None, classes_from: str) -> Open
 
 
 def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str) -> OpenedParts:
-    """Open the classes of the parts in *root*, or those in *root* itself; raises `DataError`."""
+    """Open the classes of the parts in *root*, or those in *root* itself, as `open_parts` says.
+
+    Raises `DataError`.
+    """
     parts = find_parts(root)
     folders = _find_part_folders(root, parts)
     tables = {name: table for name, folder in folders.items() if (table := find_table(folder))}
@@ -156,22 +159,17 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
     _check_tells_classes(root, parts, train, other_table, classes_from)
 
     # Held-out images need classes, but not all of them.
-    listings = {train_name: train}
-    unlabelled = dict[str, str]()
     labels = train.images.labels
-    for name in held_out_names:
-        if len(listings) - 1 == max_held_out:
-            break
-        listing = list_classes(folders[name], classes_from)
-        if _has_no_classes(listing, labels):
-            unlabelled[name] = _describe_unlabelled(listing)
-        else:
-            listings[name] = listing
-    unread = f"; {describe_other_table(root, other_table)}" if other_table else ""
+    held_out_folders = {name: folders[name] for name in held_out_names}
+    held_out, unlabelled = _list_held_out(held_out_folders, labels, max_held_out, classes_from)
+    listings = {train_name: train, **held_out}
+
+    # What is wrong with the classes, and which folders are not used.
+    table_hint = f"; {describe_other_table(root, other_table)}" if other_table else ""
     problems = [
         problem
         for listing in listings.values()
-        for problem in describe_class_problems(listing, labels, unread)
+        for problem in describe_class_problems(listing, labels, table_hint)
     ]
     used_to_train = [*listings][:2]  # the training part, and one that is held out
     notes = [*_describe_parts(root, parts, used_to_train, unlabelled)]
@@ -198,28 +196,56 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
         beside, others = list_files(folder)
         other_files += others
         if beside and not is_pattern(classes_from):
-            count = amount(len(beside), "image")
             notes.append(
-                f"{folder}: {count} beside the class folders left out: {shorten(beside)}"
+                f"{folder}: {amount(len(beside), 'image')} beside the class folders left out: "
+                f"{shorten(beside)}"
             )
     if other_table:
         notes.append(describe_other_table(root, other_table))
+
     opened = {name: listing.images for name, listing in listings.items()}
     return OpenedParts(opened, problems, notes, count_suffixes(other_files))
+
+
+def _list_held_out(
+    folders: Mapping[str, Path],
+    labels: Sequence[str],
+    max_held_out: int | None,
+    classes_from: str,
+) -> tuple[dict[str, ClassListing], dict[str, str]]:
+    """List the classes of the first *max_held_out* held-out *folders* that have classes, or of all.
+
+    *labels* are those of the training images. Returns the classes by part, and what is said of the
+    folders without classes that are met on the way.
+    """
+    listings = dict[str, ClassListing]()
+    unlabelled = dict[str, str]()
+    for name, folder in folders.items():
+        if len(listings) == max_held_out:
+            break
+        listing = list_classes(folder, classes_from)
+        if _has_no_classes(listing, labels):
+            unlabelled[name] = _describe_unlabelled(listing)
+        else:
+            listings[name] = listing
+    return listings, unlabelled
 
 
 def _check_tells_classes(
     root: Path,
     parts: Parts,
-    train: "ClassListing",
+    train: ClassListing,
     other_table: Path | None,
     classes_from: str,
 ) -> None:
-    """Raise `DataError` if the training images have fewer than two classes, or doubtful ones."""
+    """Raise `DataError` if the training images have fewer than two classes, or doubtful ones.
+
+    *other_table* lists the images, but is not read; errors name it.
+    """
     images = train.images
     table_hint = f"; {describe_other_table(root, other_table)}" if other_table else ""
     if not images.labels:
-        raise no_classes(root, images.root, suggest_names(root, train.beside))
+        raise no_classes_error(root, images.root, suggest_names(root, train.beside))
 
     # Two classes, unless folders are only empty, which `describe_class_problems` tells.
     filled = [images.labels[index] for index in np.flatnonzero(images.class_counts())]
@@ -257,7 +283,7 @@ def _first_parts(folders: Mapping[str, Path], max_held_out: int | None) -> dict[
     return dict(list(folders.items())[:stop])
 
 
-def _has_no_classes(listing: "ClassListing", labels: Sequence[str]) -> bool:
+def _has_no_classes(listing: ClassListing, labels: Sequence[str]) -> bool:
     """Tell whether a held-out folder has no classes.
 
     That is if fewer than two of its folders hold images, and none of them is one of *labels*.
@@ -266,7 +292,7 @@ def _has_no_classes(listing: "ClassListing", labels: Sequence[str]) -> bool:
     return num_classes < 2 and not {*listing.images.labels} & {*labels}
 
 
-def _describe_unlabelled(listing: "ClassListing") -> str:
+def _describe_unlabelled(listing: ClassListing) -> str:
     """Say that the images of a held-out folder have no classes, and what can be done with them."""
     folder = listing.images.root
     count = len(listing.beside) + len(listing.images)
@@ -317,7 +343,7 @@ def _open_part_tables(
     return OpenedParts(parts, notes=notes, ignored=ignored)
 
 
-def _find_other_table(root: Path, parts: Parts, train: "ClassListing") -> Path | None:
+def _find_other_table(root: Path, parts: Parts, train: ClassListing) -> Path | None:
     """Find a table that lists the training images; None without one.
 
     It is in *root* or another folder there, in the training part or in a class.
@@ -354,7 +380,7 @@ def _find_part_folders(root: Path, parts: Parts) -> dict[str, Path]:
     return {name: part_folder(root, name) for name in (parts.train, *parts.held_out)}
 
 
-def single_images(images: ImageFiles) -> Iterator[str]:
+def describe_single_images(images: ImageFiles) -> Iterator[str]:
     """Describe the classes with a single image, which training leaves out."""
     for target in np.flatnonzero(images.class_counts() == 1):
         yield f"{images.root / images.labels[target]}: only one image; add another"
@@ -363,7 +389,11 @@ def single_images(images: ImageFiles) -> Iterator[str]:
 def _describe_parts(
     root: Path, parts: Parts, used: Sequence[str], unlabelled: Mapping[str, str]
 ) -> Iterator[str]:
-    """Describe the folders of *root* that training ignores, and a folder train that counts as a class."""
+    """Describe the folders of *root* that training ignores, and a folder train that counts as a class.
+
+    *used* are the parts that it uses; *unlabelled* has the lines about held-out parts without
+    classes.
+    """
     yield from unlabelled.values()
     if parts.train:
         unused = {*parts.held_out, *parts.others} - {*used, *unlabelled}

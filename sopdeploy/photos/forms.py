@@ -161,14 +161,14 @@ def _is_mask(root: Path, photograph: bytes, other: bytes) -> bool:
         mask = _read(root, other)
         if not _has_few_values(mask):
             return False
-        shown = _read(root, photograph)
+        original = _read(root, photograph)
     except DataError:
         return False
 
     # Equal proportions: width / height of one is that of the other.
-    products = (shown.width * mask.height, mask.width * shown.height)
+    products = (original.width * mask.height, mask.width * original.height)
     is_similar = abs(products[0] - products[1]) <= PROPORTIONS * max(products)
-    return is_similar and not _has_few_values(shown)
+    return is_similar and not _has_few_values(original)
 
 
 def _has_few_values(pixels: Image.Image) -> bool:

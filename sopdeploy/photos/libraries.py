@@ -82,6 +82,7 @@ def detect_kind(root: Path) -> str | None:
 
 def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> ImageFiles:
     """Open the official training or held-out images of the layout *kind* in *root*; raises `DataError`."""
+    # The arguments of the class of torchvision.
     layout = LAYOUTS[kind]
     split = getattr(layout, part)
     dataset_class: Any = getattr(
@@ -91,6 +92,7 @@ def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> Imag
     if kind == "places365":
         # `val_256` is in the official files with images of 256 pixels.
         options["small"] = (root / "val_256").is_dir()
+
     try:
         dataset = dataset_class(str(root), split=split, download=False, **options)
         files, targets = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
@@ -99,11 +101,13 @@ def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> Imag
             f"{root}: torchvision.datasets.{layout.class_name} cannot read the {split} images ({error}); "
             "use the official files in its layout"
         ) from error
+
     labels = sorted(dataset.class_to_idx, key=dataset.class_to_idx.get)
     # The label of `/a/apartment_building/outdoor` is `apartment_building-outdoor`.
     if kind == "places365":
         without_letter = [name.strip("/").partition("/")[2] for name in labels]
         labels = [name.replace("/", "-") for name in without_letter]
+
     paths = np.asarray(
         [os.fsencode(file.removeprefix(f"{root}/")) for file in files], dtype=np.bytes_
     )

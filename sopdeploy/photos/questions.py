@@ -85,6 +85,7 @@ def ask_about_one_large_folder(images: ImageFiles) -> None:
 
 def ask_about_parts_inside(images: ImageFiles) -> None:
     """Raise `DataError` if class folders hold folders of training images, such as `cat/train`."""
+    # The folders below class folders that are named as parts are.
     parents = {PurePosixPath(os.fsdecode(path)).parent for path in images.paths.tolist()}
     folders = {folder for parent in parents for folder in (parent, *parent.parents)}
     inside = sorted(
@@ -93,14 +94,16 @@ def ask_about_parts_inside(images: ImageFiles) -> None:
         if len(folder.parts) > 1 and part_kind(folder.name)
     )
     training = [path for path in inside if part_kind(path.rpartition("/")[2]) in TRAINING]
+
     # A folder that is the only one with images may hold the data set itself.
     if training and np.count_nonzero(images.class_counts()) > 1:
         above, _, part = training[0].rpartition("/")
         advice = f"; put the parts above the classes, such as {part}/{above}"
-        if "/" in above:
-            folder = quote(str(images.root / above))
+        if "/" in above:  # the whole data set may be in a class folder
+            folder = images.root / above
             advice = (
-                f"; if {part} holds the training images, run: sopdeploy train --data {folder}"
+                f"; if {part} holds the training images, run: "
+                f"sopdeploy train --data {quote(str(folder))}"
             )
         advice = suggest_folder(images) or advice
         raise DataError(
@@ -144,8 +147,9 @@ def suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --dat
     """Give *advice* with the folder below the root of *images* whose subfolders may be the classes, or "".
 
     For `archive/images/rose/1.jpg`, it is `archive/images`. There is none if all subfolders are
-    parts, or if those of several class folders share no name or a class folder holds images itself,
-    unless these subfolders hold nearly all images: they are then the objects of each class.
+    parts. Unless the subfolders hold nearly all images, there is none either if a class folder
+    holds images itself, or if those of several class folders share no name: they are then the
+    objects of each class.
     """
     subfolders = _find_subfolders(images)
     if subfolders is None or all(map(part_kind, subfolders.names)):
@@ -166,19 +170,21 @@ def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
     """Find the subfolders that may be the classes; None without any.
 
     They are those of one folder: of the folders with several subfolders, or else of all, that
-    with the most images. Other folders share some of them, or they hold nearly all images, or all.
+    with the most images. Unless there is no other class, other folders share some of them, or
+    they hold nearly all images (`NEARLY_ALL`).
     """
     # Images of each subfolder, by the path of its parent.
     counts = defaultdict[str, Counter[str]](Counter)
     for path in images.paths.tolist():
         parent, _, subfolder = os.fsdecode(path).rpartition("/")[0].rpartition("/")
         counts[parent][subfolder] += 1
-    # Class folders that hold images themselves
+    # Images that are in class folders themselves, by class.
     direct = counts.pop("", Counter[str]())
     if not counts:
         return None
 
-    # Subfolders may be classes if other folders have some of them, too, or if there is no other class.
+    # Subfolders may be classes if other folders have some of them, too, or if there is no other
+    # class.
     best = max(counts, key=lambda parent: (len(counts[parent]) > 1, counts[parent].total()))
     names = counts.pop(best)
     other_names = set[str]().union(*counts.values())
@@ -200,7 +206,7 @@ def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
     return _Subfolders(best, sorted(names), are_in_all, hold_nearly_all)
 
 
-def sort_by_hand(folder: Path) -> str:
+def suggest_sorting_by_hand(folder: Path) -> str:
     """Say how the images of *folder* can be sorted into classes."""
     return f", by hand or in a browser: sopdeploy label {quote(str(folder))} --photos sorted"
 
@@ -211,7 +217,7 @@ def suggest_sorting(images: ImageFiles) -> str:
     if len(filled) != 1:
         return ""
     folders = {images.path(index).parent for index in range(len(images))}
-    by_hand = sort_by_hand(folders.pop()) if len(folders) == 1 else ""
+    by_hand = suggest_sorting_by_hand(folders.pop()) if len(folders) == 1 else ""
     return (
         f"; if {images.labels[filled[0]]} holds those of all classes, sort them into one subfolder "
         f"per class{by_hand}"

@@ -30,10 +30,10 @@ def hold_out(
 ) -> NDArray[np.bool_]:
     """Select about *fraction* of every class for the held-out set, as a mask (N,).
 
-    This is at least one of two or more images, and never all. If images have several classes,
-    it may be none, because an image is held out only if each of its classes keeps another one
-    for training. The selection depends on *seed* and the images' *keys* only. It is the same on
-    every machine and in every version, so that an image used for training is never used for
+    Of a class of two images or more, this is at least one image, and never all. If images have
+    several classes, it may be none, because an image is held out only if each of its classes keeps
+    another one for training. The selection depends on *seed* and the images' *keys* only. It is the
+    same on every machine and in every version, so that an image used for training is never used for
     evaluation later. *targets* are class indices (N,), or (N, C) with 1 for every class of an
     image. With (N, C), the classes are processed from the rarest to the most frequent one, then
     the images without a class, as in the iterative stratification of Sechidis et al. (ECML
@@ -69,6 +69,7 @@ def hold_out(
         at_most = max(0, len(members) - 1)
         quota = min(max(1, round(fraction * len(members))), at_most)
         missing = quota - int(held_out[members].sum())  # some may be held out already
+
         for image in members[~decided[members]]:
             if missing <= 0:
                 break

@@ -119,6 +119,7 @@ def find_table(root: Path) -> Path | None:
     if os.path.lexists(path) and not path.is_dir():  # a folder may be a class
         read_table_text(path)  # only for its error
         return path
+
     for other in sorted(root.glob("[lL][aA][bB][eE][lL][sS].*")):
         if other.is_file() and not is_image(other):
             raise DataError(
@@ -181,6 +182,7 @@ def read_table_text(table: Path) -> str:
         raise DataError(
             f"{table}: cannot be read ({error}); write a CSV file in UTF-8"
         ) from error
+
     if not text.strip():
         raise DataError(
             f"{table}: is empty; list the images and their classes in it, or remove it"
@@ -301,27 +303,14 @@ def _read_rows(
 
     *notes* gets a line about the columns that are left out.
     """
-    root = table.parent
-    path_of_name = {normalize(os.fsdecode(path)): path for path in image_paths}
-    path_of_short_name = _index_names(image_paths)
+    images = _ListedImages(table.parent, image_paths)
     rows: dict[bytes | str, _Row] = {}
     for place, cells in _read_cells(table, [] if notes is None else notes):
-        # The file: a path relative to the folder, or the name of one image in it.
         where = f"{table}: {place}"
-        name = cells["file"]
-        listed = cells.get("classes")
-        has_windows_path = "\\" in name and not (root / name).is_file()
-        file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
-        named_path = _find_by_name(name, path_of_short_name)  # None: no image, or several
-        exists = (root / file).is_file()
-        is_wrong = not is_image(root / file) if exists else not has_image_suffix(file.name)
-        if named_path is None and (file.is_absolute() or ".." in file.parts or is_wrong):
-            raise DataError(
-                f"{where}: {name!r} is not the path of an image, relative to the folder, without .., or the "
-                "name of one image in it"
-            )
+        file, path = images.find(cells["file"], where)
 
         # Its classes and its part.
+        listed = cells.get("classes")
         classes = None if listed is None else set[str]()
         if listed:
             classes = {normalize(label.strip()) for label in SEPARATORS.split(listed)}
@@ -329,14 +318,12 @@ def _read_rows(
             raise DataError(
                 f"{where}: {listed!r} has an empty class name; separate classes by one {SEPARATOR}"
             )
+
         part = cells.get(SPLIT)  # None without this column
         if part not in (TRAIN, VAL, None):
             raise DataError(f"{where}: split is {part!r}; write {TRAIN} or {VAL}")
 
         # A row for each file; two rows for one file are an error.
-        path: bytes | None = os.fsencode(file)
-        if not exists:  # it may be there in another encoding, or elsewhere
-            path = path_of_name.get(normalize(str(file)), named_path)
         row = _Row(place, str(file), classes, part, cells.get(GROUP, ""), path)
         first = rows.setdefault(path or str(file), row)
         if first is not row:
@@ -355,6 +342,41 @@ def _read_rows(
     return list(rows.values())
 
 
+class _ListedImages:
+    """The images of the folder *root*, with *paths* in it, that a table lists."""
+
+    def __init__(self, root: Path, paths: list[bytes]) -> None:
+        self.root = root
+        # File systems encode one name in several ways.
+        self.path_in_folder = {normalize(os.fsdecode(path)): path for path in paths}
+        self.path_of_name = _index_names(paths)
+
+    def find(self, name: str, where: str) -> tuple[PurePosixPath, bytes | None]:
+        """Return the path that *name* is, and the path of the image that it means; None if there is none.
+
+        Raises `DataError`, about the place *where*, unless *name* is a path in the folder, with
+        the suffix of an image, or the name of one image.
+        """
+        has_windows_path = "\\" in name and not (self.root / name).is_file()
+        file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
+        exists = (self.root / file).is_file()
+        is_wrong = not has_image_suffix(file.name)
+        if exists:
+            is_wrong = not is_image(self.root / file)
+
+        named_path = _find_by_name(name, self.path_of_name)  # None: no image, or several
+        if named_path is None and (file.is_absolute() or ".." in file.parts or is_wrong):
+            raise DataError(
+                f"{where}: {name!r} is not the path of an image, relative to the folder, without .., or the "
+                "name of one image in it"
+            )
+
+        if exists:
+            return file, os.fsencode(file)
+        # It may be there in another encoding, or elsewhere.
+        return file, self.path_in_folder.get(normalize(str(file)), named_path)
+
+
 def _index_names(image_paths: list[bytes]) -> dict[str, bytes | None]:
     """Map the names of images, with and without suffix, to their paths; None if several have the name."""
     path_of_name: dict[str, bytes | None] = {}
@@ -369,7 +391,8 @@ def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes 
     """Find the one image that *name* means: its name, a path elsewhere or an address; None without one.
 
     *path_of_name* is the result of `_index_names`. Label Studio names an uploaded image
-    `/data/upload/1/0a1b2c3d-photo.jpg`, and one of a folder `/data/local-files/?d=folder/photo.jpg`.
+    `/data/upload/1/0a1b2c3d-photo.jpg`, and one of a folder
+    `/data/local-files/?d=folder/photo.jpg`.
     """
     path = PurePosixPath(unquote(name.rpartition("?d=")[2]).replace("\\", "/"))
     names = [name]
@@ -377,15 +400,16 @@ def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes 
         names.append(path.name)
     if uploaded := UPLOADED.fullmatch(path.name):
         names.append(uploaded[1])
-    found = (path_of_name.get(normalize(each)) for each in names)
-    return next((each for each in found if each is not None), None)
+    paths = (path_of_name.get(normalize(each)) for each in names)
+    return next((each for each in paths if each is not None), None)
 
 
 def find_other_table(images: Sequence[bytes], files: Iterable[Path]) -> Path | None:
     """Find one of the *files* that lists the *images*, but that training does not read; None without one.
 
-    It is a text file that contains the names of half of a sample of the images, with or without
-    suffix. A single image is no sample: any text may have its name.
+    It is a text file that contains the names of half of a sample of the images (`MAX_SAMPLED`),
+    with or without suffix. A single image is no sample: any text may have its name. The
+    beginnings of `MAX_TABLES` files are searched.
     """
     tables = [
         path
@@ -440,6 +464,7 @@ def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, 
     if table.suffix == ".csv" and not is_of_via(text):
         yield from _read_csv(table, text, notes)
         return
+
     unit = "image"
     try:
         cells_of_images: Iterable[dict[str, str]]
@@ -467,30 +492,15 @@ def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, 
 def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the place and the cells of each line of the CSV file *table*, which contains *text*.
 
-    The separator is that of a first line `sep=;`, or the most frequent one in the heading.
-    Without a column `classes`, other columns are classes with 1 and 0. If the first of two
-    columns begins with the name of an image, there is no heading.
+    Without a column `classes`, other columns are classes with 1 and 0. *notes* gets a line about
+    the columns that are left out.
     """
     try:
-        # The separator. `lines_before` is how many lines of the file the reader does not count.
-        heading, _, rest = text.partition("\n")
-        if given_separator := re.fullmatch(r"\s*\"?sep=(.)\"?\s*", heading, re.IGNORECASE):
-            text = rest
-            lines_before = 1
-            separator = given_separator[1]
-        else:
-            lines_before = 0
-            separator = max(_SEPARATORS, key=heading.count)
-
-        # The columns, under the names that are known here. A table of two needs no heading; the one
-        # that is added here is no line of the file.
-        first = next(csv.reader([text.partition("\n")[0]], delimiter=separator), [])
-        if len(first) == 2 and has_image_suffix(first[0].strip()):
-            text = f"{separator.join(REQUIRED)}\n{text}"
-            lines_before -= 1
+        # The columns, under the names that are known here.
+        start = _start_csv(text)
         reader = csv.DictReader(
-            io.StringIO(text, newline=""),
-            delimiter=separator,
+            io.StringIO(start.text, newline=""),
+            delimiter=start.separator,
             strict=True,
             skipinitialspace=True,
         )
@@ -508,21 +518,23 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
             for column, name in zip(columns, written, strict=True)
             if column not in COLUMNS
         }
-        others = shorten([*names.values()])
         if "classes" in columns and names:
+            others = shorten([*names.values()])
             notes.append(f"{table}: these columns are left out: {others}")
             names = {}
+
         is_doubled = len({*columns}) < len(columns)
         if "file" not in columns or is_doubled or not (names or "classes" in columns):
             raise wrong
 
         # The cells of each line, with the classes in one of them.
         for record in reader:
-            line = reader.line_num + lines_before
+            line = reader.line_num + start.lines_before
             if None in record or None in record.values():  # more or fewer cells than columns
                 raise DataError(
                     f"{table}: line {line}: does not have {len(columns)} columns; quote names with commas"
                 )
+
             cells = {name: value.strip() for name, value in record.items()}
             if names:
                 if not {cells[column] for column in names} <= {"0", "1"}:
@@ -539,3 +551,32 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
         raise DataError(
             f"{table}: cannot be read ({error}); write a CSV file in UTF-8"
         ) from error
+
+
+class _CsvStart(NamedTuple):
+    """A CSV file whose *text* begins with a heading, and how many lines of the file are before it."""
+
+    text: str
+    separator: str
+    lines_before: int
+
+
+def _start_csv(text: str) -> _CsvStart:
+    """Find the separator of the CSV file *text*, and add a heading if it has none.
+
+    The separator is that of a first line `sep=;`, or the most frequent one in the heading. If the
+    first of two columns begins with the name of an image, there is no heading.
+    """
+    first_line, _, rest = text.partition("\n")
+    separator = max(_SEPARATORS, key=first_line.count)
+    lines_before = 0
+    if given_separator := re.fullmatch(r"\s*\"?sep=(.)\"?\s*", first_line, re.IGNORECASE):
+        text = rest
+        separator = given_separator[1]
+        lines_before = 1
+
+    first_cells = next(csv.reader([text.partition("\n")[0]], delimiter=separator), [])
+    if len(first_cells) == 2 and has_image_suffix(first_cells[0].strip()):
+        text = f"{separator.join(REQUIRED)}\n{text}"
+        lines_before -= 1  # the heading is no line of the file
+    return _CsvStart(text, separator, lines_before)

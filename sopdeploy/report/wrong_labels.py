@@ -12,6 +12,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.label_doubts import find_label_doubts
+from sopdeploy.paths import describe_wrong
 from sopdeploy.photos.file_checks import hash_images
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.checkpoints import has_same_images, read_recorded_recipe
@@ -41,9 +42,7 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
     """
     path = run / "last.pt"
     if not path.is_file():
-        raise ConfigError(
-            f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`"
-        )
+        raise ConfigError(f"{run}: {describe_wrong(run, 'run')}")
 
     last = read_checkpoint(path)
     logits = read_label_logits(last)

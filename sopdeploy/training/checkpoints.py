@@ -128,10 +128,10 @@ class Setup:
 
     @property
     def is_few_shot(self) -> bool:
-        """Whether the run has no epochs."""
+        """Whether the few-shot procedure fits the network; the run then has no epochs."""
         return isinstance(self.recipe.procedure, FewShotConfig)
 
-    def random_frozen_parts(self) -> str:
+    def name_random_frozen_parts(self) -> str:
         """Name the random parts of the frozen network to which a head is fitted, or ""."""
         if not isinstance(self.recipe.procedure, HeadOptions):
             return ""

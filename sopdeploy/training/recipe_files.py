@@ -66,7 +66,7 @@ def recipe_text(source: str | Path) -> str:
 
     if str(source) not in recipes:
         names = sorted(recipes)
-        hint = did_you_mean(str(source), names, f"choose one of {', '.join(names)}")
+        hint = did_you_mean(str(source), names, "`sopdeploy recipes` lists them")
         raise ConfigError(
             f"recipe {str(source)!r}: no such recipe; {hint} (a file must end in .toml)"
         )

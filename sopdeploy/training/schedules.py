@@ -14,7 +14,7 @@ Epochs = Annotated[float, pydantic.Field(ge=0)]
 class Milestones(StrictModel):
     """Multiply by `gamma` at each milestone, after a linear warm-up from 0.
 
-    Milestones are whole epochs from the start of the run, warm-up included.
+    Milestones are whole epochs from the start of the schedule, warm-up included.
     """
 
     kind: Literal["milestones"]

@@ -1,6 +1,5 @@
 """The start of a run: what it was given, after all checks, before a file is written."""
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from secrets import token_hex
@@ -155,7 +154,7 @@ def set_up_run(
     # The network, a new one or that of the resumed run.
     if last is None or recorded is None:
         setup = new_setup(selected, division, strategy, given.weights)
-        if parts := setup.random_frozen_parts():
+        if parts := setup.name_random_frozen_parts():
             problem = f"{parts} of the frozen network would stay random; {LOOP_INSTEAD}"
             if "procedure.kind" in given.keys:
                 raise ConfigError(f"procedure {selected.procedure.kind}: {problem}")
@@ -164,10 +163,16 @@ def set_up_run(
         setup = _resume_setup(selected, recorded, division, folder, last)
     check_same_step(setup, folder)
 
-    # The formats of the images; only the first process writes them, so it alone counts.
-    formats = Counter[str]()
-    if strategy.rank == 0:
-        formats = count_formats(setup.data.train) + count_formats(setup.data.held_out)
+    # Only the first process writes the formats of the images, so it alone counts them.
+    formats = _find_formats(setup.data, callback) if strategy.rank == 0 else []
+    origin = _describe_origin(setup, folder, last, formats)
+    unknown_images = None if unknown is None else unknown.images
+    return replace(setup, reason=reason, origin=origin, unknown=unknown_images)
+
+
+def _find_formats(data: Split, callback: Callback) -> list[str]:
+    """List the formats of the images, sorted; warn of those that a server reads only with an extra."""
+    formats = count_formats(data.train) + count_formats(data.held_out)
     for name in formats.keys() & EXTRAS:
         if missing_extra(name):
             continue  # the first image says so
@@ -176,9 +181,7 @@ def set_up_run(
             f"{amount(formats[name], 'image')} in {name.upper()}: install sopdeploy[{extra}] where the "
             "network is served, too"
         )
-    origin = _describe_origin(setup, folder, last, sorted(formats))
-    unknown_images = None if unknown is None else unknown.images
-    return replace(setup, reason=reason, origin=origin, unknown=unknown_images)
+    return sorted(formats)
 
 
 def new_setup(
@@ -372,7 +375,11 @@ def open_division(recipe: Recipe, last: Checkpoint) -> Division:
 def _check_data(
     recipe: Recipe, opened: Split, division: Division, keys: Sequence[str], callback: Callback
 ) -> None:
-    """Check the images before the training; raises errors that would otherwise come after it."""
+    """Check the images before the training; raises errors that would otherwise come after it.
+
+    *opened* is what the source has, *division* what trains and is held out; *keys* are the recipe
+    keys that the user has set.
+    """
     data = division.data
     file_hashes = division.file_hashes
     if data.train.is_multi_label:
@@ -394,7 +401,7 @@ def _check_data(
     # more than `MAX_HASHED` images does not warn. Images that the run itself holds out are not
     # compared: their copies are held out, too.
     if len(file_hashes):
-        warn_of_equal_files(data.train, opened.held_out, file_hashes, callback)
+        warn_of_equal_files(data.train, file_hashes, opened.held_out, callback)
 
     # Classes of which nothing could be held out have no score.
     if not len(opened.held_out) and not isinstance(recipe.procedure, FewShotConfig):
@@ -417,9 +424,12 @@ def _check_data(
 
 
 def warn_of_equal_files(
-    train: LabeledImages, held_out: LabeledImages, hashes: NDArray[np.int64], callback: Callback
+    train: LabeledImages, hashes: NDArray[np.int64], held_out: LabeledImages, callback: Callback
 ) -> None:
-    """Warn of files of *train*, with *hashes* (N,), that have several labels or are in *held_out*, too."""
+    """Warn of files of *train*, with *hashes* (N,), that have several labels or are in *held_out*, too.
+
+    More than `MAX_HASHED` held-out images are not compared.
+    """
     if warning := describe_contradictions(train, hashes):
         callback.on_warning(warning)
 

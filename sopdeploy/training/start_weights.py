@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sopdeploy.checkpoint import COUNTER, Checkpoint
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.files import WeightPath, check_is_file, check_is_weights, expand_user
+from sopdeploy.files import expand_user
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import WeightFile
 from sopdeploy.importers.import_weights import convert_weights, open_weights
@@ -28,6 +28,7 @@ from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import create_model, entry, make_config
 from sopdeploy.models.second_order_head import POOLED_HEAD
 from sopdeploy.models.timm_networks import TimmBackbone
+from sopdeploy.paths import WeightPath, check_is_file, check_is_weights
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe
@@ -65,7 +66,10 @@ class StartReport(StrictModel):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartWeights:
-    """Tensors to start from, under the names of the catalog; `labels` are None if they are not known."""
+    """Tensors to start from, under the names of the catalog; `labels` are None if they are not known.
+
+    `training_only` names parts of their network that only training needs.
+    """
 
     file: str
     sha256: str
@@ -111,9 +115,8 @@ def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str
     from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
 
     config = make_config(recipe.model.name, recipe.model.config)
-    name = recipe.model.name.removeprefix(
-        "head:"
-    )  # `head:NAME` starts with the weights of NAME
+    # `head:NAME` starts with the weights of NAME.
+    name = recipe.model.name.removeprefix("head:")
     return fetch_imagenet_weights(name, config, download=download)
 
 
@@ -248,6 +251,7 @@ def _match_tensors(
     tensor that fits.
     """
     own = model.state_dict()
+
     # The module around the classifier: `classifier` of `classifier.6`, "" of `fc`. It may contain
     # the backbone, to which the first tensor belongs.
     container = classifier_name(model).rpartition(".")[0]

@@ -186,11 +186,11 @@ def test_invalid_probes_with_the_right_hash_are_rejected(
 
 
 def test_few_probes_and_wide_tolerances_are_named(bundle: Path) -> None:
-    (bundle / "probes.npz").write_bytes(probes(tolerance_logits=np.array(20.0)))
-    (bundle / "parity.json").write_bytes(proof_files("", 20.0)["parity.json"])
+    (bundle / "probes.npz").write_bytes(probes(tolerance_logits=np.array(5.0)))
+    (bundle / "parity.json").write_bytes(proof_files("", 5.0)["parity.json"])
     found = " ".join(verify(forge(bundle)).stdout.split())
     assert "note only 4 probes" in found
-    assert "tolerance 20 is above 10 % of the probes' range" in found
+    assert "tolerance 5 is above 10 % of the probes' range" in found
 
 
 GOLDEN: dict[str, Callable[[dict[str, Any]], object]] = {

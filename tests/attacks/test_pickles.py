@@ -18,8 +18,8 @@ from torch.export.pt2_archive import _package
 from sopdeploy.bundle.probes import read_arrays
 from sopdeploy.checkpoint import load_plain, read_checkpoint, read_pytorch
 from sopdeploy.errors import SopdeployError
-from sopdeploy.files import check_is_weights
 from sopdeploy.importers.import_weights import open_weights
+from sopdeploy.paths import check_is_weights
 from tests.support.rooms import PACKAGES, ROOT
 
 MARKER = "pwned"

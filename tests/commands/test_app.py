@@ -448,7 +448,7 @@ def test_a_link_that_leads_to_itself_is_one_line(command: str) -> None:
 
 EARLY_MISTAKES = {  # command: its error
     "train --data one": "one: holds only one class (a)",
-    "train --data photos.zip": "photos.zip: not a folder; unpack archives first",
+    "train --data photos.zip": "photos.zip: an archive, not a folder of photographs; unpack it, and give a folder",
     "train --data nowhere": "nowhere: no such folder",
     "eval nothing.pt --data one": "nothing.pt: no such file",
     "train --recipe digits-plian": "did you mean digits-plain",
@@ -457,7 +457,7 @@ EARLY_MISTAKES = {  # command: its error
     "train --data one --set epochs=2 --unknown nowhere": "nowhere: no such folder",
     "train --data one --set epochs=2 --out photos.zip": "--out: photos.zip is a file; choose a folder",
     "import one/a/0.png --as resnet18": "one/a/0.png: not a weight file",
-    "export one --detach": "one: a folder; use the best.pt of a training run",
+    "export one --detach": "one: photographs, not a checkpoint; run: sopdeploy train --data one",
     "export ckpt.pt --out photos.zip": "--out: photos.zip is a file; choose a folder",
     "export ckpt.pt --precision int8": "--precision: int8 needs images to measure ranges on; try --calibrate",
     "export nothing.pt --detach": "nothing.pt: no such file",

@@ -30,11 +30,11 @@ from sopdeploy.checkpoint import (
 from sopdeploy.client import encode_images
 from sopdeploy.config import MAX_ITEMS, StrictModel, first_problem, parse_toml, shown
 from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError
-from sopdeploy.files import check_is_checkpoint, check_is_weights
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.importers.timm_files import read_hub_config
 from sopdeploy.names import read_labels
+from sopdeploy.paths import check_is_checkpoint, check_is_weights
 from sopdeploy.photos.evaluation_images import open_any_images
 from sopdeploy.photos.table import read_label_table
 from sopdeploy.pickled import distinct_values

@@ -31,6 +31,8 @@ MODULES = {
     "exits": "raise SystemExit(3)",
     "wrong": "import sopdeploy\nsopdeploy.register_pooling(1)",
     "unnamed": "from sopdeploy.layers.pooling.registry import *\nregister_pooling(PoolingConfig)",
+    "two_names": "from typing import Literal\nfrom sopdeploy.layers.pooling.registry import *\n"
+    "class Two(PoolingConfig):\n    kind: Literal['a', 'b']\nregister_pooling(Two)",
     "works": "import sopdeploy\nsopdeploy.register_runtime('acme', print)",
     "weights": (TESTS / "plugins" / "text_weights.py").read_text(encoding="utf-8"),
     "runtime": (TESTS / "plugins" / "reference_runtime.py").read_text(encoding="utf-8")
@@ -77,6 +79,7 @@ PROBLEMS = {  # module of a plug-in: what the error says
     "exits_plugin": "SystemExit: 3",
     "wrong_plugin": "pooling: 1 is no subclass of sopdeploy.layers.pooling.base.PoolingConfig",
     "unnamed_plugin": "pooling PoolingConfig: add a field such as kind: Literal",
+    "two_names_plugin": "pooling Two: add a field such as kind: Literal",
 }
 
 

@@ -77,7 +77,7 @@ class ImageRow(TypedDict, total=False):
 
 
 # A row, and the pixels (H, W, 3): zeros for an image with an error
-DecodedImage: TypeAlias = tuple[ImageRow, NDArray[np.uint8]]
+RowAndPixels: TypeAlias = tuple[ImageRow, NDArray[np.uint8]]
 OnImages = Callable[[int], None]  # called with the number of images of each classified batch
 
 
@@ -156,11 +156,11 @@ class BatchClassifier:
 
     def _decode_ahead(
         self, images: Iterable[ListedImage]
-    ) -> Generator[DecodedImage, None, None]:
+    ) -> Generator[RowAndPixels, None, None]:
         """Decode *images* in child processes, some in advance; yield them in order."""
         decoders = Decoders(self._workers, self._settings, Metrics())
         threads = ThreadPoolExecutor(self._workers)  # each waits for one child
-        waiting: deque[Future[DecodedImage]] = deque()
+        waiting: deque[Future[RowAndPixels]] = deque()
 
         with running_loop() as loop:
             asyncio.run_coroutine_threadsafe(decoders.start(), loop).result()
@@ -175,7 +175,7 @@ class BatchClassifier:
                 threads.shutdown(cancel_futures=True)
                 asyncio.run_coroutine_threadsafe(decoders.stop(), loop).result()
 
-    def _decode(self, image: ListedImage, decoders: Decoders) -> DecodedImage:
+    def _decode(self, image: ListedImage, decoders: Decoders) -> RowAndPixels:
         """Read, hash and decode *image* as a server does; one with an error becomes black."""
         rules = self._bundle.manifest.preprocess
         max_bytes = self._settings.max_body_bytes

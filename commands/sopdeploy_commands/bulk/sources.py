@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
-from sopdeploy.bundle.folder import is_bundle
 from sopdeploy.environment import describe_store_error, import_optional, missing_store_error
 from sopdeploy.errors import DataError, ImageError, MissingPackageError, SopdeployError
 from sopdeploy.files import open_regular, read_at_most
@@ -26,6 +25,7 @@ from sopdeploy.images.signatures import (
     read_head,
     suffix_of,
 )
+from sopdeploy.paths import OUTPUTS, describe_wrong, what_is
 from sopdeploy.photos.files import is_hidden, walk
 from sopdeploy.proxies import store_options
 
@@ -126,10 +126,9 @@ def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
 
     # Otherwise what the file system has at the path.
     path = Path(source)
-    if is_bundle(path):
-        raise DataError(
-            f"{source}: a bundle, not images; name one bundle, then folders or files of images"
-        )
+    if what_is(path) in OUTPUTS:
+        advice = "name one bundle, then folders or files of images"
+        raise DataError(f"{source}: {describe_wrong(path, 'photographs', advice)}")
     if path.is_dir():
         for file in walk(path):
             if _is_used(file.name, skipped, partial(read_head, file)):
@@ -138,7 +137,8 @@ def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
         yield _describe_file(source)
     else:
         advice = "name a folder, an uncompressed .tar or a list (.txt)"
-        raise DataError(f"{source}: not found, or no image; {advice}")
+        problem = "no image" if path.exists() else "not found"
+        raise DataError(f"{source}: {problem}; {advice}")
 
 
 def _list_store(address: str, skipped: Counter[str]) -> Iterator[ListedImage]:

@@ -23,17 +23,11 @@ from sopdeploy.errors import (
     command_line_option,
     shorten,
 )
-from sopdeploy.files import (
-    MAX_TEXT_BYTES,
-    check_is_checkpoint,
-    check_is_weights,
-    describe_foreign,
-    has_manifest,
-    read_file,
-)
+from sopdeploy.files import MAX_TEXT_BYTES, read_file
 from sopdeploy.images.preprocess import CONVENTIONS, Preprocess
 from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.names import label_problem
+from sopdeploy.paths import check_is_checkpoint, check_is_weights, describe_foreign, what_is
 from sopdeploy.photos.evaluation_images import ANY_IMAGES
 from sopdeploy.photos.files import check_takes_output, data_folder
 from sopdeploy.project import file_project
@@ -277,10 +271,8 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         file: A weight file.
     """
     if options.network is None:
-        if has_manifest(file):
-            raise ConfigError(
-                f"{file}: a bundle, not a weight file; its README.md describes it"
-            )
+        if what_is(file) == "bundle":
+            raise ConfigError(f"{file}: a bundle, not weights; its README.md describes it")
         raise ConfigError("missing; give package.module:callable", setting="network")
 
     preprocess = read_preprocess(options.preprocess)

@@ -234,20 +234,7 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
     ids_of_images = {kept_id(_final_path(image).name) for image in images}
     ids = wanted.ids.union(ids_of_images - {""})
 
-    # Records and other images with these ids, and blocks of traffic, which hold the network's
-    # inputs of consecutive answers.
-    traces = set(images)
-    for path in files:
-        final_path = _final_path(path)
-        if kept_id(final_path.name) in ids and (
-            final_path.suffix.lower() in RECORDS or is_image(final_path)
-        ):
-            traces.add(path)
-
-        if path.parent.parent.name == TRAFFIC and path.suffix == BLOCK_SUFFIX:
-            with suppress(*DAMAGED):
-                if ids.intersection(read_block(path).identities.tolist()):
-                    traces.add(path)
+    traces = {*images, *_find_by_ids(files, ids)}
 
     # Rows of tables. A given name must be that of one photograph only; an id always is.
     rows = _find_rows(wanted._replace(ids=ids), tables)
@@ -259,6 +246,24 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
     ordered = sorted(traces, key=lambda path: (wanted.is_named(path), path in images, path))
     unfinished = [path for path in files if path.name.endswith(PARTIAL)]
     return _Traces(ordered, rows, unfinished)
+
+
+def _find_by_ids(files: Sequence[Path], ids: frozenset[str]) -> Iterator[Path]:
+    """Find the records and images of *files* with one of *ids*, and the blocks of traffic that hold one.
+
+    A block of traffic has the network's inputs of consecutive answers.
+    """
+    for path in files:
+        final_path = _final_path(path)
+        if kept_id(final_path.name) in ids and (
+            final_path.suffix.lower() in RECORDS or is_image(final_path)
+        ):
+            yield path
+
+        if path.parent.parent.name == TRAFFIC and path.suffix == BLOCK_SUFFIX:
+            with suppress(*DAMAGED):
+                if ids.intersection(read_block(path).identities.tolist()):
+                    yield path
 
 
 class _Wanted(NamedTuple):

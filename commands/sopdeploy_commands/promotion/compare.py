@@ -161,7 +161,7 @@ def compare_loaded(
 
     first = evaluate(pair[0], unknown_images)
     second = evaluate(pair[1], unknown_images)
-    best = None if anchor is None else evaluate(anchor, None)
+    best = None if anchor is None else evaluate(anchor, no_class=None)
 
     # The verdict, by bounds on what the second bundle loses and by what changed for unknown images,
     # if both bundles recognize them.

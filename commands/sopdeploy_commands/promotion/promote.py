@@ -29,6 +29,8 @@ from sopdeploy.files import (
     target_of,
     writing,
 )
+from sopdeploy.photos.evaluation_images import ANY_IMAGES
+from sopdeploy.photos.files import data_folder
 from sopdeploy.project import utc_now
 from sopdeploy_commands.promotion.compare import Tolerance, compare_loaded, load_anchor
 from sopdeploy_commands.promotion.comparison import BundleComparison
@@ -100,6 +102,12 @@ def promote(
             f"has {len(force):,} characters; give at most {MAX_LINE:,}", setting="force"
         )
 
+    # The first bundle is not compared, but a wrong folder is an error then, too.
+    if data is not None:
+        data_folder(data)
+    if unknown is not None:
+        data_folder(unknown, ANY_IMAGES)
+
     # The link may lead to a bundle that was deleted.
     before = _read_target(over)
     has_live = over.exists()
@@ -121,7 +129,8 @@ def promote(
 
     # Nothing to compare with, or a forced move without photographs
     if not has_live or data is None:
-        return _record_and_move(over, before, after, force or "first bundle", None, manifest)
+        reason = force or "first bundle"
+        return _record_and_move(over, before, after, reason, comparison=None, manifest=manifest)
 
     # Both bundles on the same photographs; the new one also with the best earlier bundle.
     live = load_model(over, settings)
@@ -184,8 +193,15 @@ def _move_back(link: Path) -> Promotion:
     loaded = load_model(link.parent / after, load_settings())  # raises for a damaged one
     anchors = [move.anchor for move in all_moves if move.after == after]
     anchor = anchors[-1] if anchors else None
-    manifest = loaded.bundle.manifest
-    return _record_and_move(link, live, after, "back", None, manifest, anchor=anchor)
+    return _record_and_move(
+        link,
+        before=live,
+        after=after,
+        reason="back",
+        comparison=None,
+        manifest=loaded.bundle.manifest,
+        anchor=anchor,
+    )
 
 
 def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:

@@ -15,7 +15,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.predictions import describe_predictions, measure_predictions
-from sopdeploy.files import check_is_checkpoint, has_manifest
+from sopdeploy.paths import check_is_checkpoint, what_is
 from sopdeploy.photos.evaluation_images import check_holds_classes
 
 _MAX_ROWS = 50  # of a table; the page of a run and --json have all
@@ -139,7 +139,9 @@ def evaluate(
     """
     path = Path(source)
     data = Path(data)
-    kind: Literal["checkpoint", "bundle"] = "bundle" if has_manifest(path) else "checkpoint"
+    # A folder of bundles is an error that names one of them.
+    is_bundle = what_is(path) in {"bundle", "bundles"}
+    kind: Literal["checkpoint", "bundle"] = "bundle" if is_bundle else "checkpoint"
     _check_options(path, kind, options)
 
     notes: list[str] = []

@@ -9,7 +9,7 @@ import pydantic
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import print_field
 from sopdeploy.config import Options
-from sopdeploy.files import check_is_weights
+from sopdeploy.paths import check_is_weights
 from sopdeploy.training.recipe_files import parse_override
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ import pydantic
 
 from sopdeploy.config import FieldValues, Options
 from sopdeploy.errors import ConfigError, WeightsError, shorten
-from sopdeploy.files import WeightPath, check_is_weights, expand_user, has_manifest
+from sopdeploy.files import expand_user, has_manifest
 from sopdeploy.models.choices import file_stem, read_choices
-from sopdeploy.photos.evaluation_images import open_unknown
-from sopdeploy.photos.files import check_takes_output
+from sopdeploy.paths import WeightPath, check_is_weights, describe_wrong, what_is
+from sopdeploy.photos.evaluation_images import ANY_IMAGES, open_unknown
+from sopdeploy.photos.files import check_takes_output, data_folder
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.project import RUNS, Name, folder_project
 from sopdeploy.training.recipe_files import parse_override, read_values
@@ -257,12 +258,13 @@ def read_request(
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
 
     unknown_folder = None if options.unknown is None else Path(options.unknown)
-    for images in filter(None, (data, unknown_folder)):
-        check_takes_output(out or RUNS, "out", images)
+    if data is not None:
+        check_takes_output(out or RUNS, "out", data_folder(data))
+    if unknown_folder is not None:
+        check_takes_output(out or RUNS, "out", data_folder(unknown_folder, ANY_IMAGES))
 
-    if options.from_ is not None and not Path(options.from_).exists():
-        message = f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them"
-        raise ConfigError(message, setting="from")
+    if options.from_ is not None:
+        _check_starts(Path(options.from_))
 
     start_files = {}  # by network
     for name, network in changes.networks.items():
@@ -289,6 +291,17 @@ def read_request(
         for name, (one, given) in networks.items()
     }
     return TrainRequest(with_images, previous)
+
+
+def _check_starts(source: Path) -> None:
+    """Raise `ConfigError` unless *source* is a run, its checkpoint, or a bundle."""
+    if not source.exists():
+        problem = "no such run or bundle; `sopdeploy runs` lists them"
+    elif what_is(source) in {"run", "checkpoint", "bundle"}:
+        return
+    else:
+        problem = describe_wrong(source, "run")
+    raise ConfigError(f"{source}: {problem}", setting="from")
 
 
 def _check_weights(weights: str) -> WeightPath:
@@ -334,12 +347,12 @@ def read_previous(source: Path) -> "Checkpoint":
 
 
 def configure(
-    request: RecipeChanges,
+    recipe_changes: RecipeChanges,
     network: str = RECIPE_NETWORK,
     previous: "Checkpoint | None" = None,
     start_file: WeightPath | None = None,
 ) -> "tuple[Recipe, Given]":
-    """Change the recipe of *request*, or that of the *previous* run, for *network*, and name its project.
+    """Apply *recipe_changes* for *network* to their recipe or that of the *previous* run; name the project.
 
     Without a recipe and a network, a weight file determines the network. *start_file* is the
     file of the start weights, if it is checked. Returns the recipe and what is known of its
@@ -351,12 +364,12 @@ def configure(
     from sopdeploy.training.setup import Given
 
     # The recipe with all changes
-    values = request.values if previous is None else previous.training["recipe"]
-    weights_of_network, of_network = request.networks[network]
-    changes = [*of_network, *flatten(request.settings), *request.options.items()]
+    values = recipe_changes.values if previous is None else previous.training["recipe"]
+    weights_of_network, of_network = recipe_changes.networks[network]
+    changes = [*of_network, *flatten(recipe_changes.settings), *recipe_changes.options.items()]
     if weights_of_network is not None:
         changes.append(("start.weights", weights_of_network))
-    source = str(request.source)
+    source = str(recipe_changes.source)
     recipe = change_recipe(values or {}, changes, source)
     keys = [key for key, _ in flatten(dict(changes))]
 
@@ -368,7 +381,7 @@ def configure(
 
     # If nobody names the network, the weights determine it.
     start_weights = None if recipe.start is None else recipe.start.weights
-    names_network = request.is_named or previous is not None or "model.name" in keys
+    names_network = recipe_changes.is_named or previous is not None or "model.name" in keys
     weights: WeightSource | None = start_file
     if not names_network and isinstance(start_weights, Path):
         path = expand_user(start_weights)
@@ -380,10 +393,13 @@ def configure(
             if name != recipe.model.name:
                 recipe = change_recipe(values or {}, [*changes, ("model.name", name)], source)
 
-    # A project without a name is called like its data, or like its recipe.
     if recipe.project is None:
-        folder = recipe.data_folder
-        project = "" if folder is None else folder_project(folder)
-        project = project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
-        recipe = recipe.model_copy(update={"project": project})
+        recipe = recipe.model_copy(update={"project": _name_project(recipe, source)})
     return recipe, Given(keys, weights)
+
+
+def _name_project(recipe: "Recipe", source: str) -> str:
+    """Name the project of *recipe* like its data or, without a name of theirs, like its *source*."""
+    folder = recipe.data_folder
+    project = "" if folder is None else folder_project(folder)
+    return project or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE

@@ -15,7 +15,7 @@ from sopdeploy.errors import (
     first_line,
 )
 from sopdeploy_export.capture.deployed import Deployed
-from sopdeploy_export.capture.program import DEPENDS_ON_VALUES
+from sopdeploy_export.capture.failures import DEPENDS_ON_VALUES
 from sopdeploy_export.network import attributes_restored
 from sopdeploy_export.program_hashes import operator_name
 from sopdeploy_export.runs import ProbeOutputs

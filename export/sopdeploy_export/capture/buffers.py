@@ -60,6 +60,8 @@ def make_kept_results_anew(network: nn.Module, preprocess: Preprocess) -> None:
     classes = {type(module) for _, module in modules(network)}
     for function in _functions_that_keep({_package(kind) for kind in classes} - {"torch"}):
         function.cache_clear()
+
+    # A run, of which only what these functions keep is needed.
     _changed_buffers(network, _blank_images(network, preprocess), unstored_buffers(network))
 
 

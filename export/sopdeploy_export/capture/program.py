@@ -7,13 +7,10 @@ whole range is rejected.
 
 import gc
 import io
-import linecache
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -24,37 +21,23 @@ from torch.export.graph_signature import OutputKind
 from torch.fx.experimental.sym_node import SymNode
 
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.errors import LoweringError, SopdeployError, first_line
+from sopdeploy.errors import LoweringError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy_export.capture.buffers import create_buffers
 from sopdeploy_export.capture.deployed import Deployed
+from sopdeploy_export.capture.failures import (
+    BATCH_GUARD,
+    BY_SIZE,
+    NO_GRAPH,
+    at_line,
+    no_graph,
+)
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms, simplify_operators
 from sopdeploy_export.network import attributes_restored, modules
 from sopdeploy_export.program_hashes import CHECK_OF_TYPE, nodes_before
 
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
-# How torch.export says that code depends on the batch size.
-BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynamic")
-NO_GRAPH = "cannot be captured as one graph"
-BY_SIZE = "its code treats some batch sizes differently, or fixes the size"
-SIZE_REMEDY = (
-    "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), a // b for int(a / b), and "
-    "compute all images of a batch at once instead of in a loop"
-)
-HASHED_SIZE = re.compile(r"unhashable type.*SymInt")
-SIZE_IS_KEY = (
-    "its code uses the batch size as a key, as in cache[x.shape]: use the other sizes only"
-)
-DATA_DEPENDENT = re.compile(r"data-dependent expression")
-# What torch says of `cond`, `while_loop`, `scan` and `map` that it does not capture.
-CONTROL_FLOW = "higher order operator doesn't work unless"
-NO_CONTROL_FLOW = (
-    "a graph has no control flow: compute all branches, and choose with torch.where"
-)
-DEPENDS_ON_VALUES = (
-    "its code depends on values of the image, as `x[mask]` or `if` does: use torch.where"
-)
 
 
 class Trace(NamedTuple):
@@ -140,8 +123,10 @@ def export_program(
             # Run it again, only to see which line needs the batch size as a number.
             with recording_fixed_sizes() as places, suppress(Exception):
                 run_export()
-            where = f" in {places[0]}" if places else ""
-            raise LoweringError(f"{NO_GRAPH}: {BY_SIZE}{where}; {SIZE_REMEDY}") from error
+            where = places[0] if places else ""
+            raise LoweringError(
+                f"{NO_GRAPH}: {BY_SIZE.problem}{where}; {BY_SIZE.remedy}"
+            ) from error
 
 
 @contextmanager
@@ -222,10 +207,7 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
         while caller is not None:
             module = str(caller.f_globals.get("__name__", ""))
             if module.partition(".")[0] not in ("torch", "sopdeploy", "sopdeploy_export"):
-                file = caller.f_code.co_filename
-                line = caller.f_lineno
-                text = linecache.getline(file, line).strip()
-                places.append(f"{Path(file).name}:{line} ({text})")
+                places.append(at_line(caller.f_code.co_filename, caller.f_lineno))
                 return
 
             # If the network's own code compares sizes, only `torch` and the module of `SymNode`
@@ -315,18 +297,4 @@ def capturing() -> Iterator[None]:
     except SopdeployError:
         raise
     except Exception as error:  # tracing runs the network's own code, which can raise anything
-        causes = (error, error.__cause__, error.__context__)
-        text = "\n".join(str(cause) for cause in causes if cause is not None)
-
-        # Known causes, by the words with which torch tells them; for another one, torch's first line.
-        if BATCH_GUARD.search(text):
-            problem = f"{BY_SIZE}; {SIZE_REMEDY}"
-        elif HASHED_SIZE.search(text):
-            problem = SIZE_IS_KEY
-        elif DATA_DEPENDENT.search(text):
-            problem = DEPENDS_ON_VALUES
-        elif CONTROL_FLOW in text:
-            problem = NO_CONTROL_FLOW
-        else:
-            problem = first_line(error)
-        raise LoweringError(f"{NO_GRAPH}: {problem}") from error
+        raise no_graph(error) from error

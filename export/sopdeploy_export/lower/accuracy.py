@@ -70,7 +70,7 @@ class AccuracyCheck:
                 self._held_out = self.calibration[is_held_out_P]
                 self.calibration = self.calibration[~is_held_out_P]
 
-        # The images of `evaluate`
+        # The images of `evaluate`, which measure if the folder is given.
         self._labeled: ImageFiles | None = None
         if options.evaluate is not None:
             if subject.decision is not None and subject.decision.activation == "sigmoid":

@@ -164,11 +164,25 @@ def check_result(
             values = (operand.expand_as(expected).flatten()[position] for operand in operands)
             difference += f" for {', '.join(f'{value:.6g}' for value in values)}"
 
-    remedy = "use torch.sort(stable=True)" if chain.is_one_of(SORTED) else "use other operators"
+    # What helps depends on the values.
+    remedy = "use other operators"
+    if chain.is_one_of(SORTED):
+        difference += ", because equal values have no defined order"
+        remedy = "use torch.sort(stable=True)"
+    elif not chain.is_elementwise and any(map(_has_nan, operands)):
+        remedy = (
+            "its operand can be NaN, as behind a division by a sum or norm that is 0: add a small number to the "
+            "divisor, or use F.normalize"
+        )
+
     target = " and ".join(str(operator.target) for operator in chain.operators)
     raise LoweringError(
         f"{target} in {chain.last.part}: its ONNX form gives {difference}; {remedy}"
     )
+
+
+def _has_nan(operand: Tensor) -> bool:
+    return bool(operand.isnan().any())
 
 
 def _mark_wrong(

@@ -34,12 +34,8 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy_export.capture.deployed import INPUT
-from sopdeploy_export.capture.program import (
-    DATA_DEPENDENT,
-    DEPENDS_ON_VALUES,
-    NETWORK_PREFIX,
-    garbage_kept,
-)
+from sopdeploy_export.capture.failures import DATA_DEPENDENT, DEPENDS_ON_VALUES
+from sopdeploy_export.capture.program import NETWORK_PREFIX, garbage_kept
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.forms import decompose
 from sopdeploy_export.program_hashes import module_of

@@ -6,139 +6,19 @@ follows the data flow of a graph with these rules.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import onnx
-from numpy.typing import NDArray
-from onnx import helper
+from onnx import TensorProto
 
-# Batch sizes for which shapes are computed: the limits of `--max-batch` above 1, and the last
-# size but one.
-BATCHES = (2, 999_999, 1_000_000)
-Shapes = Sequence[tuple[int, ...]]  # one for each batch size
-
-
-class BatchLayout(NamedTuple):
-    """The batch axis of a value, and how many neighboring rows along it belong to one image.
-
-    For example, (batch * 3, 4) has `axis` 0 and `run_length` 3 if rows 0 to 2 belong to the first
-    image. `axis` is None for a value without a batch axis. `run_length` is None then, too, and if
-    all rows are equal, so that they fit any image.
-    """
-
-    axis: int | None = None
-    run_length: int | None = None
-
-
-NO_BATCH = BatchLayout()
-
-
-class MixesError(Exception):
-    """An operator may combine several images. A rule raises this unless it shows the contrary."""
-
-
-def require(fact: bool) -> None:
-    """Raise `MixesError` unless *fact*, a condition of a rule, holds."""
-    if not fact:
-        raise MixesError
-
-
-@dataclass(frozen=True, slots=True)
-class TracedValue:
-    """What is known of a value; `shapes` and `contents` have one item for each size in `BATCHES`."""
-
-    type: int = 0  # in the numbering of ONNX
-    shapes: Shapes = ()  # empty if they are unknown
-    contents: Sequence[NDArray[Any]] = ()  # empty unless it is small and no image changes it
-    layout: BatchLayout = NO_BATCH
-    # Which elements are the number of their image in the batch: none, all, or the first of the
-    # last axis.
-    image_numbers: Literal["", "all", "first"] = ""
-    mixed: tuple[str, ...] = ()  # the operators through which the value depends on other images
-
-    @property
-    def batch_axis(self) -> int | None:
-        """The batch axis."""
-        return self.layout.axis
-
-    @property
-    def has_row_per_image(self) -> bool:
-        """Whether the first axis is that of the batch, with one row for each image."""
-        return self.batch_axis == 0 and self.shapes[0][0] == BATCHES[0]
-
-    @property
-    def rank(self) -> int:
-        """The number of axes."""
-        return len(self.shapes[0])
-
-    @property
-    def depends_on_batch_size(self) -> bool:
-        """Whether the contents differ between the sizes in `BATCHES`; False if they are not known."""
-        return any(not np.array_equal(content, self.contents[0]) for content in self.contents)
-
-    def layout_at(self, axis: int) -> BatchLayout:
-        """Return the layout with the batch axis, if any, moved to *axis*."""
-        return NO_BATCH if self.batch_axis is None else self.layout._replace(axis=axis)
-
-    def layout_shifted(self, axes: int) -> BatchLayout:
-        """Return the layout with the batch axis, if any, moved by *axes* to the right."""
-        return (
-            NO_BATCH
-            if self.batch_axis is None
-            else self.layout._replace(axis=self.batch_axis + axes)
-        )
-
-    def numbers(self) -> list[int]:
-        """List the integers of a constant; raise `MixesError` if they are not known or not constant."""
-        require(len(self.contents) > 0 and not self.depends_on_batch_size)
-
-        # The contents are equal for every batch size.
-        return [int(number) for number in self.contents[0].reshape(-1)]
-
-
-class OperatorCall:
-    """What a rule reads of an operator.
-
-    `x` is its first input, `shapes` and `rank` are those of its first result, `present` are its
-    inputs without the optional ones that are absent.
-    """
-
-    def __init__(
-        self, node: onnx.NodeProto, inputs: Sequence[TracedValue | None], shapes: Shapes
-    ) -> None:
-        self.attributes = {
-            item.name: helper.get_attribute_value(item) for item in node.attribute
-        }
-        self.inputs = inputs
-        self.shapes = shapes
-        self.rank = len(shapes[0])
-        self.present = [value for value in inputs if value is not None]
-        self.num_outputs = len([name for name in node.output if name])  # "": nothing reads it
-        self.x = self[0]
-
-    def __getitem__(self, index: int) -> TracedValue:
-        """Return input *index*, which the rule needs; without it, images count as mixed."""
-        value = self.inputs[index] if index < len(self.inputs) else None
-        if value is None:
-            raise MixesError
-        return value
-
-    def axis_attribute(self, default: int, rank: int | None = None) -> int:
-        """Return the attribute `axis`, or *default*, counted from 0.
-
-        It is an axis of a value of *rank*; of `x` without *rank*. For a scalar it is 0, as in torch.
-        """
-        rank = self.x.rank if rank is None else rank
-        return int(self.attributes.get("axis", default)) % max(rank, 1)
-
-    def axes_operand(self, index: int, default: Sequence[int]) -> list[int]:
-        """List axes of `x`, counted from 0: those in input *index*, else in the attribute `axes`, else *default*."""
-        operand = self.inputs[index] if index < len(self.inputs) else None
-        listed = self.attributes.get("axes", default) if operand is None else operand.numbers()
-        return [int(axis) % max(self.x.rank, 1) for axis in listed]
+from sopdeploy_export.prove.traced_values import (
+    BATCHES,
+    NO_BATCH,
+    BatchLayout,
+    OperatorCall,
+    TracedValue,
+    batch_axis_of,
+    require,
+)
 
 
 def common_layout(*layouts: BatchLayout) -> BatchLayout:
@@ -157,24 +37,6 @@ def common_layout_of(values: Sequence[TracedValue | None]) -> BatchLayout:
     `layout_after_broadcast`.
     """
     return common_layout(*(value.layout for value in values if value is not None))
-
-
-def batch_axis_of(shapes: Shapes) -> int | None:
-    """Return the axis whose size is a multiple of the batch size; None if all sizes are constant.
-
-    Raises `MixesError` if several sizes change, or one changes in another way.
-    """
-    axes = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
-    if not axes:
-        return None
-    require(len(axes) == 1)
-
-    # Its size must be the same multiple of every batch size.
-    batch_axis = axes[0]
-    sizes_by_batch = [shape[batch_axis] for shape in shapes]
-    rows_of_image = sizes_by_batch[0] // BATCHES[0]
-    require(sizes_by_batch == [rows_of_image * batch for batch in BATCHES])
-    return batch_axis
 
 
 def layout_after_broadcast(call: OperatorCall) -> BatchLayout:
@@ -430,35 +292,40 @@ def layout_after_repeat(call: OperatorCall, *, tile: bool = False) -> BatchLayou
 
 
 def layout_of_range(call: OperatorCall) -> BatchLayout:
-    """Rule of a range: of constant length, or 0, ..., batch - 1, the number of each image in the batch."""
-    if batch_axis_of(call.shapes) is None:
+    """Rule of a range: of constant length, or with as many numbers for each image.
+
+    `row_numbers.py` says what these numbers are.
+    """
+    axis = batch_axis_of(call.shapes)
+    if axis is None:
         return NO_BATCH
 
-    # The inputs are start, limit and step.
-    start = call[0].numbers()
-    step = call[2].numbers()
-    require(start == [0] and step == [1] and call.shapes[0] == (BATCHES[0],))
-    require(call.x.type == onnx.TensorProto.INT64)  # other types are data, or indices that wrap
-    return BatchLayout(axis=0, run_length=1)
+    # Numbers of other types than int64 are data, or indices that wrap.
+    require(call.x.type == TensorProto.INT64)
+
+    # The inputs are start, limit and step; start and step must be known.
+    require(len(call[0].numbers()) == len(call[2].numbers()) == 1)
+    return BatchLayout(axis=axis, run_length=call.shapes[0][axis] // BATCHES[0])
 
 
 def layout_after_gather(call: OperatorCall) -> BatchLayout:
     """Rule of a selection along one axis of data, by indices.
 
-    One of three must hold: along the batch axis, each image selects its own row; the data have no
-    batch axis; or the indices have none, and select along another axis than that of the batch.
+    One of three must hold: along the batch axis, each image selects rows of its own; the data
+    have no batch axis; or the indices have none, and select along another axis than that of the
+    batch.
     """
     data = call.x
     indices = call[1]
     axis = call.axis_attribute(0)
 
-    # Data (batch, 7), indices (batch,): image i must take row i.
+    # Data (batch * 5, 7), indices (batch,): image i must take one of the rows 5 * i to 5 * i + 4.
     if data.batch_axis == axis:
-        require(indices.image_numbers == "all" and data.shapes[0][axis] == BATCHES[0])
+        require(select_own_rows(indices, data))
         return indices.layout_shifted(axis)
 
     # Anywhere else, what an image selects by its number would depend on its place in the batch.
-    require(not indices.image_numbers)
+    require(not indices.has_image_numbers)
 
     # Data (5, 7), indices (batch, 2), axis 0: result (batch, 2, 7).
     if data.layout == NO_BATCH:
@@ -483,10 +350,10 @@ def layout_after_gather_nd(call: OperatorCall) -> BatchLayout:
     axis_of_n = indices.rank - 1
     require(indices.batch_axis != axis_of_n)
 
-    # Each image selects from its own row: data (batch, 7), pairs of image and column (batch, 2).
-    if selects_own_rows(data, indices, num_shared):
+    # Each image selects from its own rows: data (batch * 5, 7), pairs of row and column (batch, 2).
+    if num_shared == 0 and positions_begin_with_own_rows(indices, data):
         return indices.layout
-    require(not indices.image_numbers)
+    require(not indices.has_image_numbers)
 
     # All images select from the same data: data (5, 7), indices (batch, 2).
     if data.batch_axis is None:
@@ -510,11 +377,13 @@ def layout_after_scatter_nd(call: OperatorCall) -> BatchLayout:
     indices = call[1]
     updates = call[2]
 
-    # Each image writes to its own row: data (batch, 7), pairs of image and column (batch, 2),
+    # Each image writes to its own rows: data (batch * 5, 7), pairs of row and column (batch, 2),
     # updates (batch,).
     if indices.batch_axis is not None:
-        require(selects_own_rows(data, indices, 0) and updates.batch_axis == indices.batch_axis)
-        return common_layout(data.layout, indices.layout_at(0), updates.layout_at(0))
+        require(positions_begin_with_own_rows(indices, data))
+        require(updates.batch_axis == indices.batch_axis)
+        common_layout(indices.layout, updates.layout)  # raises an error if there is none
+        return data.layout._replace(run_length=data.rows_of_image)  # rows are no longer equal
 
     # Else the batch axis, if any, must be the same kept axis of the data and the updates: data
     # (7, batch), indices (3, 1), updates (3, batch).
@@ -533,14 +402,26 @@ def layout_after_one_hot(call: OperatorCall) -> BatchLayout:
     return call.x.layout_shifted(1 if is_moved else 0)
 
 
-def selects_own_rows(data: TracedValue, indices: TracedValue, num_shared: int) -> bool:
-    """Return whether each position in *indices* begins with the number of its image, and *data* has a row for each.
+def select_own_rows(indices: TracedValue, data: TracedValue) -> bool:
+    """Return whether each of *indices* selects, along the batch axis of *data*, a row of its own image."""
+    integers = indices.integers
+    return (
+        integers is not None
+        and not integers.only_first
+        and integers.select_own(data.rows_of_image)
+    )
 
-    *num_shared* is the number of shared axes, which must be 0.
-    """
+
+def positions_begin_with_own_rows(indices: TracedValue, data: TracedValue) -> bool:
+    """Return whether each position, along the last axis of *indices*, begins with a row of its image in *data*."""
+    integers = indices.integers
     numbers_of_position = indices.shapes[0][-1]
-    begin_with_image = indices.image_numbers == ("first" if numbers_of_position > 1 else "all")
-    return data.has_row_per_image and num_shared == 0 and begin_with_image
+    return (
+        integers is not None
+        and data.batch_axis == 0
+        and integers.only_first == (numbers_of_position > 1)
+        and integers.select_own(data.rows_of_image)
+    )
 
 
 def layouts_after_recurrence(call: OperatorCall) -> list[BatchLayout]:

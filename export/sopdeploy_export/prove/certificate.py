@@ -59,9 +59,8 @@ class Certificate(StrictModel):
     Each tensor of the trained network is in `removed`, if the user or the catalog declared it as
     training-only; in `kept`, if it was not declared and the outputs depend on it; or else in
     `unreached`. `batches` are the batch sizes of the plain runs, and `num_images` is the number
-    of images on which the file was compared. `largest_difference` is always 0: equal graphs
-    have equal outputs. `mixes_images` names the operators through which an output may depend on
-    other images of the batch.
+    of images on which the file was compared. `mixes_images` names the operators through which
+    an output may depend on other images of the batch.
     """
 
     model: str
@@ -74,7 +73,6 @@ class Certificate(StrictModel):
     compared: tuple[str, ...] = ("trained", "detached", "plain")
     batches: tuple[int, ...]
     num_images: int
-    largest_difference: float = 0.0
     mixes_images: tuple[str, ...]
     precision: Precision
 

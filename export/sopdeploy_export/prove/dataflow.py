@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import first_line
 from sopdeploy_export.network import modules
+from sopdeploy_export.program_hashes import are_equal
 from sopdeploy_export.prove.tensors import Layout, address, is_plain, layout_of, tensors_in
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -225,7 +226,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             with torch._C.DisableTorchFunction():
                 yield
-        except Exception as error:
+        except Exception as error:  # which the network's own `except` would hide
             name = getattr(function, "__name__", str(function))
             self.failures.append(f"{name} {self.place()}: {first_line(error)}")
             raise
@@ -342,7 +343,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 result = func.redispatch(keys, *args, **kwargs)
         finally:
             self._read_only = outer
-        if not all(map(torch.equal, operands, copies)):
+        if not all(map(are_equal, operands, copies)):
             self.hidden_writes.append(str(operator))
         return result
 

@@ -6,7 +6,8 @@ rules of `batch_layouts.py` say where this axis is in the results of each operat
 to which its rule does not apply mixes images; one without a rule may mix them. Shapes, and
 numbers computed from them, are evaluated for three batch sizes: every size must be constant or
 a multiple of the batch, and a number that depends on the batch size is used as a size, never as
-data. The number of an image in its batch selects the rows of this image, and nothing else.
+data. The number of an image in its batch selects rows of this image, and nothing else:
+`row_numbers.py` follows it, and bounds what is added to it.
 
 The proof covers all contents of the images, also those that no probe has, and batches of at
 most `BATCHES[-1]` images. It assumes that the runtime implements the operators as ONNX defines
@@ -18,18 +19,19 @@ Refused: operators that combine rows of several images (`tests/export/prove/test
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, defs, helper, numpy_helper, shape_inference
+from onnx import defs, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
 from sopdeploy.errors import LoweringError
-from sopdeploy_export.prove.batch_layouts import (
+from sopdeploy_export.prove.batch_layouts import RULES
+from sopdeploy_export.prove.row_numbers import TAKES_INDICES, bounds_of, trace_integers
+from sopdeploy_export.prove.traced_values import (
     BATCHES,
-    RULES,
     BatchLayout,
     MixesError,
     OperatorCall,
@@ -55,8 +57,6 @@ _SIZE_OPERATORS = (
     "Unsqueeze",
 )  # fmt: skip
 NO_RULE = "no rule for "
-SAME_NUMBERS = ("Cast", "Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-TAKES_INDICES = ("Gather", "GatherND", "ScatterND")
 
 
 def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
@@ -78,7 +78,8 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
         array = numpy_helper.to_array(tensor)
         contents = [array] * len(BATCHES) if array.size <= _MOST_NUMBERS else ()
         shapes = [array.shape] * len(BATCHES)
-        values[tensor.name] = TracedValue(tensor.data_type, shapes, contents)
+        integers = bounds_of([array])
+        values[tensor.name] = TracedValue(tensor.data_type, shapes, contents, integers=integers)
 
     # Follow the data through the graph, whose nodes are in topological order.
     opsets = list(model.opset_import)
@@ -90,7 +91,7 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     outputs = {output.name: values[output.name] for output in model.graph.output}
     mixing = [name for value in outputs.values() for name in value.mixed]
     for name, value in outputs.items():
-        is_of_image = value.has_row_per_image and not value.image_numbers
+        is_of_image = value.has_row_per_image and not value.has_image_numbers
         if not value.mixed and not is_of_image:
             mixing.append(f"output {name}")
 
@@ -153,7 +154,7 @@ def infer_results(
     computed = []
     for position, result in enumerate(results):
         contents = [np.asarray(results_of_run[position]) for results_of_run in runs]
-        computed.append(replace(result, contents=contents))
+        computed.append(replace(result, contents=contents, integers=bounds_of(contents)))
 
     # Contents that depend on the batch size must be linear in it: then three batch sizes show them
     # for all (`is_linear`).
@@ -271,17 +272,20 @@ def locate_batch_axes(
     if isinstance(layouts, BatchLayout):
         layouts = [layouts] * len(results)
 
-    # An input may have numbers of images in two cases: the result has them, too, or input 1 uses
-    # them as indices, which then select the row of the same image.
-    image_numbers = find_image_numbers(node.op_type, call)
-    inputs_with_numbers = [i for i, value in enumerate(inputs) if value and value.image_numbers]
+    # An input may have numbers of images in two cases: the results have them, too, or input 1 uses
+    # them as indices, which then select rows of the same image.
+    integers = trace_integers(node.op_type, call, results)
+    inputs_with_numbers = [
+        i for i, value in enumerate(inputs) if value and value.has_image_numbers
+    ]
     if inputs_with_numbers:
         are_indices = node.op_type in TAKES_INDICES and inputs_with_numbers == [1]
-        require(image_numbers != "" or are_indices)
+        require(are_indices or None not in integers)
 
-    pairs = zip(results, layouts, strict=False)  # a recurrent layer can have fewer results
+    # A recurrent layer can have fewer results than layouts.
     located = [
-        replace(result, layout=layout, image_numbers=image_numbers) for result, layout in pairs
+        replace(result, layout=layout, integers=integers_of_result)
+        for result, layout, integers_of_result in zip(results, layouts, integers, strict=False)
     ]
     require(all(map(has_whole_images, located)))
     return located
@@ -301,32 +305,6 @@ def has_whole_images(value: TracedValue) -> bool:
     # (`batch_axis_of`), so the smallest batch shows it for all.
     rows_of_batch = BATCHES[0] * (value.layout.run_length or 1)
     return value.shapes[0][axis] % rows_of_batch == 0
-
-
-def find_image_numbers(op_type: str, call: OperatorCall) -> Literal["", "all", "first"]:
-    """Return which elements of a result of *op_type* are the number of their image in the batch.
-
-    - "": no elements,
-    - "all": all elements,
-    - "first": the first ones along the last axis.
-    """
-    # A range with the batch axis is 0, ..., batch - 1, because `layout_of_range` requires it.
-    if op_type == "Range":
-        return "" if batch_axis_of(call.shapes) is None else "all"
-    if call.x.image_numbers != "all":
-        return ""
-
-    # The same numbers, unless they are cast to a type in which different ones can be equal.
-    if op_type in SAME_NUMBERS:
-        wraps = op_type == "Cast" and call.attributes["to"] != TensorProto.INT64
-        return "" if wraps else "all"
-
-    # For `x[arange(batch), k]`, `GatherND` reads pairs of an image and its k, and `Concat` makes
-    # these pairs.
-    if op_type == "Concat" and not any(value.image_numbers for value in call.present[1:]):
-        is_column = call.axis_attribute(0) == call.rank - 1 and call.x.shapes[0][-1] == 1
-        return "first" if is_column else ""
-    return ""
 
 
 def prove_images(model: onnx.ModelProto, *, allowed: bool) -> tuple[str, ...]:

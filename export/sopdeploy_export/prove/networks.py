@@ -40,7 +40,7 @@ class Compared:
         hashes: The sha256 of each, computed before the capture.
         trace: What torch.export made of it. Its program was then simplified in place by
             `functionalize`, unless *program* is that of another network.
-        graph: The graph as torch.export made it, as a module that runs.
+        graph: The graph as torch.export made it, as a module that runs; maybe that of another network.
         fingerprint: The hash of this graph; None if it cannot be hashed.
         program: Its functional program, without what its outputs do not need.
         root: The Merkle root of *program*.
@@ -68,25 +68,25 @@ class Compared:
     ) -> "Compared":
         """Hash and capture *network*.
 
-        If torch.export makes the same program of it as of *other*, the functional program of
-        *other* is used again, because making one takes longer than torch.export. Raises the
-        errors of the capture and of `program_root`.
+        If torch.export makes the same program of it as of *other*, the graph and the functional
+        program of *other* are used again, because making them takes longer than torch.export.
+        Raises the errors of the capture and of `program_root`.
         """
         tensors_by_name = tensors(network)
         hash_of = TensorHashes()
         hashes = {name: hash_of(tensor) for name, tensor in tensors_by_name.items()}
 
-        # `graph` is a copy of what torch.export makes, taken before `functionalize` changes the
-        # original.
         traced = trace(network, preprocess, batch)
-        graph = traced.program.module(check_guards=False)
         sha256 = fingerprint(traced.program, hash_of)
 
-        # The functional program and its root, or those of *other*.
+        # What is made of its program, or was made of the same program of *other*. `graph` is a
+        # copy, because `functionalize` changes the original.
         if other is not None and sha256 is not None and sha256 == other.fingerprint:
+            graph = other.graph
             program = other.program
             root = other.root
         else:
+            graph = traced.program.module(check_guards=False)
             program = functionalize(traced.program, batch)
             root = program_root(program, hash_of)
 
@@ -207,12 +207,13 @@ def build_plain(
         plain_tensors = {name: tensors(plain)[name] for name in weights}
 
     _load(plain, plain_tensors, weights)
+    plain.eval()
 
     # A constant that a function keeps for later calls is not taken from the trained network.
     if has_large_constants(trained.trace.program):
         make_kept_results_anew(plain, preprocess)
     try:
-        return Compared.of(detachment.role, plain.eval(), preprocess, batch, trained)
+        return Compared.of(detachment.role, plain, preprocess, batch, trained)
     except LoweringError as error:
         raise CertificateError(f"{detachment.role} network: {error}") from error
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sopdeploy.errors import CertificateError, SopdeployError, amount, first_line
+from sopdeploy.models.base import is_in
 from sopdeploy_export.capture.deployed import STATELESS, Deployed
 from sopdeploy_export.capture.program import NETWORK_PREFIX, as_captured
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms
@@ -67,19 +68,29 @@ class Recorder:
     """Records runs of the network *compared* and of its graph on the last of uint8 *images* (N, H, W, 3).
 
     The last of the generated images are noise; the first ones have equal parts. What the network
-    keeps of a run, such as a table, is there in the next one.
+    keeps of a run, such as a table, is there in the next one. *parts* are those that are removed.
 
     Attributes:
         sizes: The sizes of the batches that are compared.
         repeated: The size of the batch that runs twice.
     """
 
-    def __init__(self, compared: Compared, images: Tensor, largest_batch: int) -> None:
+    def __init__(
+        self,
+        compared: Compared,
+        images: Tensor,
+        largest_batch: int,
+        parts: tuple[str, ...] = (),
+    ) -> None:
         self.sizes = tuple(range(1, min(LARGEST, largest_batch) + 1))
         self.repeated = min(REPEATED, largest_batch)
         self._images = images[-LARGEST:]
         self._deployed = compared.deployed
-        self._stored = dict(tensors(compared.deployed))
+
+        # Memory of several tensors is known by the first one, so those that are kept come first.
+        stored = tensors(compared.deployed)
+        removed = tuple(NETWORK_PREFIX + part for part in parts)
+        self._stored = dict(sorted(stored.items(), key=lambda item: is_in(item[0], *removed)))
 
         # The graph has its own buffers where a first run of the network creates or replaces them.
         created = {NETWORK_PREFIX + name for name in compared.trace.created}

@@ -30,8 +30,8 @@ from sopdeploy.checkpoint import (
     without_wrappers,
 )
 from sopdeploy.errors import ConfigError, WeightsError, first_line, shorten
-from sopdeploy.files import check_is_weights
 from sopdeploy.nearest import did_you_mean
+from sopdeploy.paths import check_is_weights
 
 WORDS = {"true": True, "false": False}  # as in TOML
 NO_LITERALS = {"none", "null", "nil", "yes", "no", "on", "off", "true", "false"}

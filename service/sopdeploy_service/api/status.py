@@ -36,7 +36,6 @@ class CertificateSummary(StrictModel):
     compared: tuple[str, ...]
     detached: tuple[str, ...]
     num_images: int
-    largest_difference: float
     num_removed: int
     bytes_removed: int
     num_kept: int
@@ -188,7 +187,7 @@ def read_card(bundle: Bundle) -> Card:
             raise ValueError("too large")
         certificate = parse_json(content)
         roots = certificate["roots"]
-        copied = ("proof", "compared", "detached", "num_images", "largest_difference")
+        copied = ("proof", "compared", "detached", "num_images")
         summary = CertificateSummary(
             **{name: certificate[name] for name in copied},
             num_removed=len(certificate["removed"]),

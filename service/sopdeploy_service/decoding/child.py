@@ -39,7 +39,7 @@ REQUEST = struct.Struct("<QIId")
 REPLY = struct.Struct("<QBBI")
 UNKNOWN_CODE = 1 << 16  # the exit code of a child that the template does not know
 READY, FAILED, PIXELS, COPY, FIRST_ERROR = range(5)
-MAX_MESSAGE = 500
+MAX_MESSAGE = 500  # bytes of a text in a reply
 TOO_MUCH_MEMORY = "too_much_memory"
 # Codes and statuses of `ImageError`; the kind of a reply is FIRST_ERROR + index
 ERRORS = (

@@ -45,7 +45,8 @@ from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 from sopdeploy_service.templates import end_with_parent
 
-STARTING = Status(0, 0, None)  # of a process that loads, or waits for an engine
+# Of a process that loads, or waits for an engine
+STARTING = Status(received=0, open=0, bundles=None)
 
 
 class DeviceServer(DrainingServer):
@@ -134,7 +135,7 @@ class DeviceServer(DrainingServer):
 
     def _use_keys(self, number: int, keys_file: int, limits_file: int) -> None:
         """Accept the keys with *number* in *keys_file*; the states of their limits are in *limits_file*."""
-        self._app.state.keys.replace(read_keys(keys_file), map_states(limits_file))
+        self._app.state.keys.replace(read_shared_keys(keys_file), map_states(limits_file))
         self._keys_number = number
 
     async def _reload_keys(self) -> None:
@@ -268,7 +269,7 @@ def serve_http(
     app = create_app(
         registry,
         settings,
-        keys=KeyRing(read_keys(config.keys), map_states(config.limits)),
+        keys=KeyRing(read_shared_keys(config.keys), map_states(config.limits)),
         is_keeper=config.position == 0,
     )
 
@@ -286,7 +287,7 @@ def serve_http(
 
 
 def bytes_at_rest(config: LaunchConfig) -> int:
-    """Return the memory that the processes of a server use without any image, in one that serves HTTP.
+    """Return the memory of all processes of a server without any image; called in one that serves HTTP.
 
     Each process that serves HTTP, this one and others, counts as much as this one; with front
     ends, the engines are the rest.
@@ -295,7 +296,7 @@ def bytes_at_rest(config: LaunchConfig) -> int:
     return resident_bytes(os.getppid()) + serving + sum(map(resident_bytes, config.engines))
 
 
-def read_keys(file: int) -> tuple[Key, ...]:
+def read_shared_keys(file: int) -> tuple[Key, ...]:
     """Read the keys that the supervisor has written to *file*."""
     return KeyFile.model_validate_json(read_memory(file)).key
 

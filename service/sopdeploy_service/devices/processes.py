@@ -205,6 +205,7 @@ class Process:
         start may take *load_seconds*.
         """
         self.lacking_beats = self.lacking_beats + 1 if lacks else 0
+        # Both ends of a channel may lack it: the front end is replaced first.
         if self.lacking_beats * BEAT_SECONDS > LACK_SECONDS * (1 if self.is_front_end else 2):
             return "lacks a channel or keys"
 

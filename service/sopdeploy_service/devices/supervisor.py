@@ -158,8 +158,10 @@ class Supervisor:
             # Reload on changes, and replace processes that cannot work.
             start_task(self._tasks, self._replace_failing())
             if self._settings.follow and self._settings.keys is not None:
+                # The first look also reloads: the file may have changed since it was read.
                 identity = partial(file_identity, self._settings.keys)
-                start_task(self._tasks, follow(identity, None, self._key_reloads.request))
+                request = self._key_reloads.request
+                start_task(self._tasks, follow(identity, before=None, reload=request))
 
             if count := len(self._front_ends):
                 log.info(

@@ -54,10 +54,8 @@ class ServerTemplate(templates.TemplateProcess):
             stdout=STDERR,  # stdout has the `ready` line only
             start_new_session=True,  # Ctrl-C reaches the supervisor only, which forwards it
             pass_fds=[file],
-            env={
-                "OPENBLAS_NUM_THREADS": "1",
-                **os.environ,
-            },  # no threads: a fork would lose them
+            # No threads: a fork would lose them.
+            env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
         )
 
 

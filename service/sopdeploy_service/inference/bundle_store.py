@@ -12,7 +12,6 @@ from typing import TypeAlias
 
 from sopdeploy.bundle.folder import (
     Bundle,
-    describe_no_bundle,
     follow_link,
     note_meaning,
     read_manifest,
@@ -21,6 +20,7 @@ from sopdeploy.bundle.listing import describe_projects, list_bundles
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import has_manifest
+from sopdeploy.paths import describe_wrong
 
 # Reads a bundle: its name in the server, its folder, its manifest
 ReadNamed: TypeAlias = Callable[[str, Path, Manifest], Bundle]
@@ -111,7 +111,7 @@ def _read_served(folder: Path, read: ReadNamed) -> list[Bundle]:
     # Each entry has its bundle, if that is served and can be read, else the reason.
     entries = list_bundles(folder, read_as_project)
     if not entries:
-        raise BundleError(f"{folder}: {describe_no_bundle(folder)}")
+        raise BundleError(f"{folder}: {describe_wrong(folder, 'bundle')}")
     if all(entry.why_not_served for entry in entries):
         raise BundleError(f"{folder}: {entries[0].why_not_served}")
 

@@ -54,6 +54,7 @@ from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
 from sopdeploy_service.templates import is_stopped
 
 _MIB = 1 << 20
+# Of an image for a light child, at most: memory, pixels, bytes of the file
 LIGHT_MEMORY = 80 * _MIB
 LIGHT_PIXELS = 3_000_000
 LIGHT_BODY = 2_000_000
@@ -391,7 +392,12 @@ class Decoders:
     async def copy(self, image: bytes) -> tuple[bytes, str]:
         """Copy *image* without metadata, with the errors of `decode`; return the copy and its suffix."""
         reply, _ = await self._run_with_retries(
-            image, None, child.COPY, range(MAX_COPY_BYTES + 1), math.inf, None
+            image,
+            preprocess=None,
+            kind=child.COPY,
+            sizes=range(MAX_COPY_BYTES + 1),
+            deadline=math.inf,
+            client=None,
         )
         return reply.data.tobytes(), ".png" if reply.bits else ".jpg"
 
@@ -489,7 +495,9 @@ class Decoders:
     ) -> Reply | ChildEnded:
         """Let a light child run *request* of *client*; one with slow images waits for its turn."""
         if client is None or self._slow_until.get(client, 0.0) < time.monotonic():
-            reply = await self._run(request, self.light, None, deadline, results.DEADLINE)
+            reply = await self._run(
+                request, self.light, group=None, deadline=deadline, late=results.DEADLINE
+            )
         else:
             # What will be too slow needs room among the large ones, too.
             if not self.large.has_room(self._settings.max_pixels, (client, True)):
@@ -517,7 +525,9 @@ class Decoders:
             raise RejectedError(results.DEADLINE) from error
 
         try:
-            return await self._run(request, self.light, None, deadline, results.DEADLINE)
+            return await self._run(
+                request, self.light, group=None, deadline=deadline, late=results.DEADLINE
+            )
         finally:
             self._light_turns.release()
 

@@ -48,7 +48,7 @@ from sopdeploy_service.tasks import start_task
 
 BLOCK_SECONDS = 60.0  # between the begins of two blocks: a window is no moment of a busy hour
 NUM_BLOCKS = WINDOW // BLOCK
-TEST_BLOCKS = 10
+TEST_BLOCKS = 10  # new ones in the window from test to test
 MIN_BLOCKS = 20  # of a reference, after the labelled photographs are left out
 TRAFFIC = ".traffic"  # subfolder of the folder of kept photographs
 BLOCK_SUFFIX = ".npz"
@@ -90,8 +90,11 @@ class Block(NamedTuple):
 
 
 @dataclass(eq=False)
-class Traffic:
-    """The answers of the model *name* in its present *version*, in blocks."""
+class ModelTraffic:
+    """The answers of the model *name*, in blocks.
+
+    *version* is that of its present bundle; the *reference* may be of an earlier one.
+    """
 
     name: str
     version: str
@@ -123,7 +126,7 @@ class DriftMonitor:
         self._folder: Path | None = None
         self._keep_seconds = 0.0
         self._is_worth: IsWorthLabel = lambda *_: False
-        self._traffic: dict[str, Traffic] = {}  # by name of the model
+        self._traffic: dict[str, ModelTraffic] = {}  # by name of the model
         self._tasks: set[asyncio.Task[None]] = set()
 
     def keep_in(self, folder: Path, keep_days: float, is_worth: IsWorthLabel) -> None:
@@ -163,22 +166,22 @@ class DriftMonitor:
         if len(traffic.seen) == BLOCK:
             self._start(traffic, self._close_block(traffic))
 
-    def _open(self, model: Model) -> Traffic:
+    def _open(self, model: Model) -> ModelTraffic:
         """Begin the traffic of *model*, or go on with that of its folder."""
         folder = None if self._folder is None else self._folder / TRAFFIC / model.name
-        traffic = Traffic(model.name, model.version, len(model.labels), folder)
+        traffic = ModelTraffic(model.name, model.version, len(model.labels), folder)
         self._traffic[model.name] = traffic
         if folder is not None and folder.is_dir():
             self._start(traffic, self._read(traffic, folder))
         self._publish(traffic)
         return traffic
 
-    async def _read(self, traffic: Traffic, folder: Path) -> None:
+    async def _read(self, traffic: ModelTraffic, folder: Path) -> None:
         """Read the blocks of *traffic* in *folder*; answers wait for nothing."""
         await asyncio.to_thread(read_traffic, traffic, folder, self._keep_seconds)
         self._publish(traffic)
 
-    def _start(self, traffic: Traffic, work: Awaitable[None]) -> None:
+    def _start(self, traffic: ModelTraffic, work: Awaitable[None]) -> None:
         """Do *work* in the background, during which *traffic* takes no answers."""
         traffic.is_busy = True
 
@@ -193,7 +196,7 @@ class DriftMonitor:
 
         start_task(self._tasks, finish())
 
-    async def _close_block(self, traffic: Traffic) -> None:
+    async def _close_block(self, traffic: ModelTraffic) -> None:
         """Add the block that is complete, and compare the window if it is due."""
         block = await asyncio.to_thread(make_block, traffic, traffic.seen)
 
@@ -213,7 +216,7 @@ class DriftMonitor:
                 renew_reference(traffic)
         self._publish(traffic)
 
-    def _log_alarms(self, traffic: Traffic) -> None:
+    def _log_alarms(self, traffic: ModelTraffic) -> None:
         """Log when an alarm begins or ends, as the last comparison shows."""
         alarms = describe_alarms(traffic.comparisons)
         if alarms and not traffic.was_alarm:
@@ -228,7 +231,7 @@ class DriftMonitor:
             log.info("%s: no drift any more", traffic.name)
         traffic.was_alarm = bool(alarms)
 
-    async def _replace(self, traffic: Traffic, model: Model) -> None:
+    async def _replace(self, traffic: ModelTraffic, model: Model) -> None:
         """Make the newest answers the reference of *model*, a new bundle, which runs on their images."""
         traffic.reference = traffic.blocks[-NUM_BLOCKS:]
 
@@ -270,7 +273,7 @@ class DriftMonitor:
             self._publish(traffic)
             self._metrics.drift_images.remove(name)
 
-    def _publish(self, traffic: Traffic) -> None:
+    def _publish(self, traffic: ModelTraffic) -> None:
         """Set the metrics: the images of the window, and the last comparison, if there is one."""
         metrics = self._metrics
         metrics.drift_images.labels(traffic.name).set(len(traffic.window) * BLOCK)
@@ -284,7 +287,7 @@ class DriftMonitor:
                 metrics.drift_p_value.remove(traffic.name, name)
 
 
-def make_block(traffic: Traffic, seen: Sequence[Seen]) -> Block:
+def make_block(traffic: ModelTraffic, seen: Sequence[Seen]) -> Block:
     """Describe the answers that were *seen*; with a folder, write them and the network's inputs to a file."""
     measures = np.stack([measure_image(answer.pixels) for answer in seen])
     hashes = [int(near_hash(answer.pixels), 16) for answer in seen]
@@ -357,7 +360,7 @@ def read_inputs(block: Block) -> list[NDArray[np.uint8]]:
         return []
 
 
-def read_traffic(traffic: Traffic, folder: Path, keep_seconds: float) -> None:
+def read_traffic(traffic: ModelTraffic, folder: Path, keep_seconds: float) -> None:
     """Read the blocks in *folder* of the last bundle that answered, and make *traffic* that of this bundle.
 
     The oldest `NUM_BLOCKS` are the reference, the others the window.
@@ -387,7 +390,7 @@ def list_blocks(folder: Path, keep_seconds: float) -> Iterator[Path]:
             yield path
 
 
-def delete_unneeded(traffic: Traffic, keep_seconds: float) -> None:
+def delete_unneeded(traffic: ModelTraffic, keep_seconds: float) -> None:
     """Delete the files that neither the reference nor the window has, and those too old."""
     if traffic.folder is None or not traffic.folder.is_dir():
         return
@@ -423,14 +426,14 @@ def find_labelled(blocks: Sequence[Block], folder: Path | None) -> list[NDArray[
     return [resemble_labelled(block.near_hashes) for block in blocks]
 
 
-def renew_reference(traffic: Traffic) -> None:
+def renew_reference(traffic: ModelTraffic) -> None:
     """Replace a reference with answers of an earlier bundle by the window, so that answers compare, too."""
     if any(block.version != traffic.version for block in traffic.reference):
         traffic.reference = list(traffic.window)
         traffic.window.clear()
 
 
-def compare_traffic(traffic: Traffic) -> dict[str, Comparison]:
+def compare_traffic(traffic: ModelTraffic) -> dict[str, Comparison]:
     """Compare the window with the reference; of a reference with answers of another bundle, only the photographs."""
     reference = join_answers(traffic.reference)
     window = join_answers(traffic.window)

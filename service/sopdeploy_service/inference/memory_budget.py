@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import GRAPH, Bundle, read_files
+from sopdeploy.bundle.folder import Bundle, read_files
 from sopdeploy.errors import ConfigError, SopdeployError
+from sopdeploy.files import GRAPH
 from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.load_time import finish_in_time
 from sopdeploy_service.inference.loader import (

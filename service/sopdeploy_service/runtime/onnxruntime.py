@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import GRAPH, Bundle
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import (
     EXACT_INT8,
     SLOW_INT8,
@@ -23,6 +23,7 @@ from sopdeploy.environment import (
     usable_cores,
 )
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.files import GRAPH
 from sopdeploy_service.runtime.base import (
     OwnRuntime,
     is_out_of_memory,
@@ -234,7 +235,8 @@ class CudaOnnxRuntime(OnnxRuntime):
     def _session_for(self, size: int) -> Any:
         """Return the session for batches of *size*, opened at first use.
 
-        This is the first session if memory is short, and for sizes beyond `largest_batch`.
+        This is the first session for a graph without convolutions and for sizes beyond
+        `largest_batch`, and if memory is short.
         """
         if size > self.largest_batch or not self._needs_session_per_size:
             return self._session

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import GRAPH, Bundle
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import import_optional, lacks_vnni, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.files import GRAPH
 from sopdeploy_service.runtime.base import OwnRuntime
 from sopdeploy_service.settings import Settings
 

@@ -19,12 +19,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
-from sopdeploy.bundle.folder import GRAPH, Bundle
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange, Sha256, to_json
 from sopdeploy.bundle.probes import Replay
 from sopdeploy.config import Count, NonNegative, StrictModel, matching
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import MAX_TEXT_BYTES, MAX_WEIGHTS_BYTES, atomic_write, read_file, writing
+from sopdeploy.files import GRAPH, MAX_TEXT_BYTES, atomic_write, read_file, writing
+from sopdeploy.paths import MAX_WEIGHTS_BYTES
 
 _FOLDER = "engines"
 NAME_LENGTH = 16
@@ -158,7 +159,7 @@ def cache_folder(bundle: Bundle, folder: Path | None = None) -> Path:
 
 
 def store_engine(folder: Path, plan: bytes, record: EngineRecord) -> Path:
-    """Write *plan* and then its *record* atomically; return the path of the plan.
+    """Write *plan* and then its *record*, each atomically; return the path of the plan.
 
     Several processes may write the same engine. Raises `StorageError` if *folder* cannot be
     written.

@@ -158,8 +158,10 @@ class DrainingServer(uvicorn.Server):
             start_task(self._background, follow(links, self._links, self.reload_bundles))
 
         if self._service.settings.follow and self._service.settings.keys is not None:
+            # The first look also reloads: the file may have changed since it was read.
             identity = partial(file_identity, self._service.settings.keys)
-            start_task(self._background, follow(identity, None, self._key_reload.request))
+            request = self._key_reload.request
+            start_task(self._background, follow(identity, before=None, reload=request))
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 
@@ -235,7 +237,7 @@ class DrainingServer(uvicorn.Server):
         self._service.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Measure the lag and log the begin of a drain; return whether to close the port."""
+        """Measure the lag, log the begin of a drain, abort one that is late; return whether to shut down."""
         # Measure by how much the loop is late.
         now = time.monotonic()
         self._lags.append(max(0.0, now - self._last_beat - BEAT_SECONDS))

@@ -64,7 +64,7 @@ def limited_config(app: ASGIApp, connections: Connections) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # client addresses are not used
+        proxy_headers=False,  # `client_address` reads them
         timeout_keep_alive=connections.settings.keep_alive_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
@@ -101,7 +101,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Accept or reject the connection and start the header timeout."""
+        """Accept or reject the connection, and begin the time for its first request."""
         super().connection_made(cast(asyncio.Transport, transport))
 
         # uvicorn's response cycle calls `is_closing` and `write` of this object, see
@@ -110,7 +110,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.address = self.client[0] if self.client else ""
         self.is_trusted = is_within(self.address, self._limits.trusted_proxies)
 
-        # Admit the connection, and begin the time for its first request.
         reason = self._shared.admit(self)
         if reason is not None:
             self._reject(reason)
@@ -296,8 +295,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """End the request."""
-        # If an upgrade is asked for, httptools calls this before the body, `_end_last_request`
-        # after it.
+        # If an upgrade is asked for, httptools calls this before the body. `_end_last_request`
+        # calls it again after the body.
         if self.parser.should_upgrade():
             return
         self._in_body = False

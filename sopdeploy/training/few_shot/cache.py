@@ -96,6 +96,7 @@ class FeatureCache:
             self.writable = self.bytes + size <= self.limit
         if not self.writable:
             return
+
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             # safetensors writes the bytes of an array in the order in which they are in memory.
@@ -119,7 +120,7 @@ class FeatureCache:
         return sorted(entries)
 
     def _delete_oldest(self, limit: int) -> None:
-        """Delete entries until *limit* bytes remain, the least recently used first, but none of this run."""
+        """Delete the least recently used entries, but none of this run, until at most *limit* bytes remain."""
         entries = self._entries()
         self.bytes = sum(size for _, size, _ in entries)
         for _, size, path in entries:

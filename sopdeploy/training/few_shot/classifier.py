@@ -135,7 +135,7 @@ class LinearProblem:
     def logits(self, validation: OutOfFold, scaling: Scaling) -> Array:
         """Compute the out-of-fold logits (N, K) of a cross-validation."""
         scores_NK = validation.scores(scaling.excess) - scaling.margins
-        return scores_NK / scaling.temperature + self.targets.log_frequencies()
+        return scores_NK / scaling.temperature + self.targets.log_odds()
 
     def logits_without_doubted(
         self, logits_NK: Array, folds_N: Indices, scaling: Scaling
@@ -144,7 +144,7 @@ class LinearProblem:
 
         These logits contradict wrong labels more clearly (Northcutt et al., "Confident Learning", JAIR
         2021, section 3). A label is doubtful if by *logits_NK* it is less probable than another
-        class and than `IMPLAUSIBLE`.
+        class and than `IMPLAUSIBLE`. If none is, these logits are returned.
         """
         log_probabilities_NK = log_softmax(logits_NK, axis=1)
         is_label_NK = self.targets.classes > 0  # once in each row, so that it selects N values
@@ -164,7 +164,7 @@ class LinearProblem:
         # (vector - center).
         weight_KD = (head.weight / scaling.temperature @ self.space.basis.T) * self.space.scale
         bias_K = (head.bias(scaling.excess) - scaling.margins) / scaling.temperature
-        bias_K += self.targets.log_frequencies()
+        bias_K += self.targets.log_odds()
         return LinearHead(weight_KD, bias_K - weight_KD @ self.space.center)
 
     def cosines(self, folds_N: Indices) -> Array:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,8 @@ class CrossValidation:
             they are not shifted.
         left_out: The cosine (N,) of each image and the nearest mean of the other classes; None with several
             classes per image.
+        scaling: What turns the scores of all heads, also of one that is fitted to all images, into logits.
+        seconds: The time of the features, and of the rest.
     """
 
     recipe: Recipe
@@ -122,23 +124,10 @@ def cross_validate(
         lambda done, _total: on_progress(f"features of {name}", done, 2 * count),
     )
 
-    # Groups of images that are not independent: near-duplicates, clips, and those that the user
-    # groups.
-    if config.group_copies:
-        near = find_near_duplicates(
-            features.views, features.small, images.targets, features.hashes
-        )
-    else:
-        near = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_))
-    clips = Clips(connect(count, NO_PAIRS, features.hashes, images.groups))
-    if not recipe.groups_by_name:
-        clips = clips_of_images(images, features.times, near.vectors, clips.groups)
-    pairs = clips.select_pairs(near.pairs)  # without those that would join two clips
-
-    # Groups by copies alone; groups by copies, clips and the user's groups together; and the
-    # images that the score counts.
-    copies_N = connect(count, pairs, features.hashes)
-    groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
+    # Images that are not independent, and the images that the score counts.
+    grouping = _group_images(recipe, images, features)
+    copies_N = grouping.copies
+    groups_N = grouping.groups
     judged = _choose_judged(images, targets, copies_N, groups_N)
 
     features_done = time.monotonic()
@@ -175,10 +164,8 @@ def cross_validate(
     shifted_NK = logits_NK
     left_out_N = None
     if targets.activation == "softmax":
-        cosines_N = np.mean(
-            [problem.cosines(folds_N) for folds_N in folds_of_validations], axis=0
-        )
-        shifted_NK = log_softmax(logits_NK, axis=1) + cosines_N[:, None]
+        cosines_VN = [problem.cosines(folds_N) for folds_N in folds_of_validations]
+        shifted_NK = log_softmax(logits_NK, axis=1) + np.mean(cosines_VN, axis=0)[:, None]
         left_out_N = problem.cosines_without_class()
 
     seconds = {"features": features_done - started, "choice": time.monotonic() - features_done}
@@ -191,9 +178,9 @@ def cross_validate(
         copies=copies_N,
         groups=groups_N,
         alike=tuple(
-            np.asarray(images.labels)[targets.classes[near.alike].any(axis=0)].tolist()
+            np.asarray(images.labels)[targets.classes[grouping.alike].any(axis=0)].tolist()
         ),
-        clips=clips,
+        clips=grouping.clips,
         judged=judged,
         folds=first_folds_N,
         logits=logits_NK,
@@ -202,6 +189,43 @@ def cross_validate(
         scaling=scaling,
         seconds={name: round(value, 3) for name, value in seconds.items()},
     )
+
+
+class _Grouping(NamedTuple):
+    """Groups of N images that are not independent.
+
+    Attributes:
+        copies: The photograph (N,) that each image shows.
+        groups: The groups (N,) by copies, clips and what the user groups.
+        alike: Whether the images (N,) of the class look alike (`NearDuplicates`).
+        clips: What is known of clips.
+    """
+
+    copies: Indices
+    groups: Indices
+    alike: NDArray[np.bool_]
+    clips: Clips
+
+
+def _group_images(recipe: Recipe, images: LabeledImages, features: Features) -> _Grouping:
+    """Group *images*, with these *features*, by near-duplicates, clips and what the user groups."""
+    config: Any = recipe.procedure
+    count = len(images)
+    near = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_))
+    if config.group_copies:
+        near = find_near_duplicates(
+            features.views, features.small, images.targets, features.hashes
+        )
+
+    # Clips; names that the user interprets need no other interpretation.
+    clips = Clips(connect(count, NO_PAIRS, features.hashes, images.groups))
+    if not recipe.groups_by_name:
+        clips = clips_of_images(images, features.times, near.vectors, clips.groups)
+
+    # Copies, without pairs that would join two clips, and all groups together.
+    copies_N = connect(count, clips.select_pairs(near.pairs), features.hashes)
+    groups_N = connect(count, NO_PAIRS, copies_N, clips.groups)
+    return _Grouping(copies_N, groups_N, near.alike, clips)
 
 
 def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> list[Indices]:
@@ -215,12 +239,14 @@ def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> 
 def judge_few_apart(targets: Targets, folds_N: Indices, groups_N: Indices) -> Indices:
     """Move classes of fewer than `ENOUGH` groups, beside larger ones, from *folds_N* to own folds (N,).
 
-    If one of its two photographs is missing, a head takes more images of other classes for such a
-    class than the deployed network, which learns from both. So heads that have all images of the
+    A head that lacks one of the two photographs of such a class takes more images of other classes
+    for it than the deployed network, which learns from both. So heads that have all images of the
     small classes judge the images of the other classes. There are at most four own folds, each with
-    one group of each small class.
+    one group of each small class. With several classes per image, or without both kinds of classes,
+    nothing is moved.
     """
-    # The groups of each class, in this order, and the rank of each in its class
+    # The pairs of a class and a group with its images, sorted, and the rank of the group in the
+    # class.
     labels_P, groups_P = np.unique(np.stack([targets.strata, groups_N]), axis=1)
     _, first_P, class_P = np.unique(labels_P, return_index=True, return_inverse=True)
     rank_P = np.arange(len(labels_P)) - first_P[class_P]
@@ -240,8 +266,9 @@ def _choose_judged(
 ) -> Indices:
     """Choose the images that the score counts: of each typical photograph, the copy with the most pixels.
 
-    With one class per image, images of a class that is one group do not count: the classifiers
-    that predict them were fitted to no image of the class.
+    *copies_N* is the photograph that each image shows. With one class per image, images of a class
+    that is one group of *groups_N* do not count: the classifiers that predict them were fitted to
+    no image of the class.
     """
     # The largest image of each group of copies. Only groups of several are opened.
     _, largest_G = np.unique(copies_N, return_index=True)

@@ -42,11 +42,13 @@ def embed_files(paths: Sequence[Path]) -> Iterator[tuple[Path, NDArray[np.float3
     network = _open_default_network()
     for start in range(0, len(paths), network.batch_size):
         part = paths[start : start + network.batch_size]
-        names = np.asarray(
+        below_root = np.asarray(
             [os.fsencode(path.absolute().relative_to("/")) for path in part], np.bytes_
         )
 
-        images = ImageFiles(Path("/"), ("one", "other"), names, np.zeros(len(part), np.int64))
+        # Images need classes, which are not used.
+        targets = np.zeros(len(part), np.int64)
+        images = ImageFiles(Path("/"), ("one", "other"), below_root, targets)
 
         # Images that cannot be read are left out.
         readable = []

@@ -3,12 +3,15 @@
 Letters: N images, K classes.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.photos.copies import number_classes
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.checkpoints import Setup
 from sopdeploy.training.few_shot.cross_validation import (
     CrossValidation,
@@ -16,7 +19,7 @@ from sopdeploy.training.few_shot.cross_validation import (
     select_typical,
 )
 from sopdeploy.training.few_shot.learning import estimate_gains
-from sopdeploy.training.few_shot.targets import Array
+from sopdeploy.training.few_shot.targets import Array, Indices
 from sopdeploy.training.results import FewShotResult
 
 MAX_COPIES = 10  # of a photograph with different labels, all of which are named
@@ -34,10 +37,14 @@ def describe_run(
     is_doubted_N: NDArray[np.bool_],
     label_logits: Array | None,
 ) -> FewShotResult:
-    """Describe the training images, their groups and copies, the classifier and its *score*."""
+    """Describe the training images, their groups and copies, the classifier and its *score*.
+
+    *is_doubted_N* (N,) tells which labels `find_label_doubts` lists, by *label_logits* (N, K).
+    """
     images = setup.data.train
     targets = validation.problem.targets
-    head = validation.features.head
+
+    # The images of each class: all, those that the score counts, and their groups.
     classes_NK = targets.classes
     counts = dict(zip(images.labels, classes_NK.sum(axis=0).astype(int).tolist(), strict=True))
     judged_K = classes_NK[validation.judged].sum(axis=0).astype(int)
@@ -48,18 +55,6 @@ def describe_run(
         label: len(of_class) for label, of_class in zip(images.labels, groups, strict=True)
     }
 
-    # Copies of one photograph with different labels.
-    contradictions = []
-    labels_N = number_classes(images.targets)
-    for photograph in np.flatnonzero(np.bincount(validation.copies) > 1):
-        indices = np.flatnonzero(validation.copies == photograph)
-        first_of_labels = np.unique(labels_N[indices], return_index=True)[1]
-        if len(first_of_labels) > 1:
-            # Of many copies, such as the frames of a clip, one image of each class is named.
-            if len(indices) > MAX_COPIES:
-                indices = indices[np.sort(first_of_labels)]
-            contradictions.append(" = ".join(map(images.identity, indices.tolist())))
-
     # What the images that count tell about the classes.
     has_one_class = targets.activation == "softmax"
     right = (
@@ -69,7 +64,11 @@ def describe_run(
         validation.problem, validation.scaling, validation.judged, right, images.labels
     )
     diffuse = validation.problem.diffuse_classes().tolist() if has_one_class else []
+
+    # What the classifier reads.
+    head = validation.features.head
     taps = f" of {', '.join(head.taps)}" if head.taps else ""
+
     return FewShotResult(
         top1=score if isinstance(score, Rate) else None,
         map=score if isinstance(score, MeanPrecision) else None,
@@ -94,11 +93,11 @@ def describe_run(
         two_groups=tuple(
             label for label, number in num_groups.items() if number == 2 and counts[label] > 2
         ),
-        contradictions=tuple(contradictions),
+        contradictions=tuple(_find_contradictions(images, validation.copies)),
         alike=validation.alike,
         confused=_find_confused(validation, images.labels) if has_one_class else (),
         diffuse=tuple(images.labels[label] for label in diffuse),
-        clip=tuple(map(images.identity, validation.clips.found or ())),
+        clip=tuple(map(images.identity, validation.clips.certain or ())),
         possible_clip=tuple(map(images.identity, validation.clips.doubtful or ())),
         clip_pattern=validation.clips.pattern,
         head=f"{setup.recipe.model.name} {head.kind}{taps}",
@@ -106,6 +105,19 @@ def describe_run(
         temperature=validation.scaling.temperature,
         seconds=validation.seconds,
     )
+
+
+def _find_contradictions(images: LabeledImages, copies_N: Indices) -> Iterator[str]:
+    """Name the copies of each photograph that have different labels; *copies_N* tells what images show."""
+    labels_N = number_classes(images.targets)
+    for photograph in np.flatnonzero(np.bincount(copies_N) > 1):
+        indices = np.flatnonzero(copies_N == photograph)
+        first_of_labels = np.unique(labels_N[indices], return_index=True)[1]
+        if len(first_of_labels) > 1:
+            # Of many copies, such as the frames of a clip, one image of each class is named.
+            if len(indices) > MAX_COPIES:
+                indices = indices[np.sort(first_of_labels)]
+            yield " = ".join(map(images.identity, indices.tolist()))
 
 
 def _score_without_doubted(

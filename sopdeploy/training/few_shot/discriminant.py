@@ -53,10 +53,13 @@ class Discriminant(NamedTuple):
             - self.others
             - excess * (1 / counted_K - 1 / np.maximum(self.other_numbers, 1e-12))
         )
+
+        # With one class per image: averaged with the norm of all classes.
         if np.isinf(self.other_numbers).all():
             shares_K = present_K * counted_K / (counted_K + COMMON)
             common = (shares_K * norms_K).sum() / max(shares_K.sum(), 1e-12)
             norms_K = shares_K * norms_K + (1 - shares_K) * common
+
         bias_K = -self.others - norms_K / 2
         # The score of a class without images is this bias, and never the largest: with one class
         # per image, the weights of the other classes sum to 0, so the mean of their scores is the

@@ -114,7 +114,8 @@ def compute_features(
             of_all[batch.indices] = of_batch
 
         own[batch.indices] = unit_length(vectors[:, columns[0]])
-        file_hashes[batch.indices], times[batch.indices] = batch.file_hashes, batch.times
+        file_hashes[batch.indices] = batch.file_hashes
+        times[batch.indices] = batch.times
         small[batch.indices] = batch.small
         for index, pixel_hash in zip(batch.indices, batch.hashes, strict=True):
             hashes[index] = pixel_hash
@@ -155,6 +156,7 @@ class _Projection:
         self.waiting.append((indices, vectors))
         if self.num_added < min(self.count, MAX_RANK):  # the vectors wait for the space
             return
+
         waiting_indices = np.concatenate([indices for indices, _ in self.waiting])
         parts = [
             np.concatenate([vectors[:, part] for _, vectors in self.waiting])
@@ -192,7 +194,10 @@ def build_fitted(
 
 
 class _Loaded(NamedTuple):
-    """A batch: pixels (B, H, W, 3) uint8, hashes and times (B,), entries of the cache, None if missing."""
+    """A batch: pixels (B, H, W, 3) uint8, hashes of files and times (B,), and entries of the cache.
+
+    `paths` are those of the entries. An entry is None if it is missing, until it is computed.
+    """
 
     pixels: Tensor
     hashes: NDArray[np.int64]
@@ -227,7 +232,11 @@ class _Photographs(Dataset):
 
 
 class FeatureBatch(NamedTuple):
-    """Images at `indices`: facts (B,), `small` images (B, S, S), own vectors (B, D_0), and maps by tap."""
+    """The features of the images at `indices`.
+
+    These are the hashes of their files and their times (B,), `small` images (B, S, S), `hashes` of
+    their pixels, own vectors (B, D_0), and maps (B, C, H, W) by tap.
+    """
 
     indices: list[int]
     file_hashes: NDArray[np.int64]
@@ -262,6 +271,8 @@ class CachedNetwork:
                 np.ascontiguousarray(np.stack(arrays)) for arrays in outputs
             )
             hashes = [digest.tobytes().hex() for digest in digests]
+
+            # The own vectors and the maps, on the device of the network.
             maps_by_tap = {
                 tap: torch.from_numpy(features).to(
                     self.device, memory_format=torch.channels_last
@@ -269,6 +280,7 @@ class CachedNetwork:
                 for tap, features in zip(self.network.maps, maps, strict=True)
             }
             own = torch.from_numpy(own_vectors).to(self.device)
+
             yield FeatureBatch(
                 chosen, loaded.hashes, loaded.times, small, hashes, own, maps_by_tap
             )
@@ -292,7 +304,7 @@ class CachedNetwork:
 
             # The first photograph tells whether the cache can be read.
             if batch is batches[0] and entries[0] is not None:
-                [computed] = self._compute(pixels[:1])
+                computed = self._compute(pixels[:1])[0]
                 if not all(map(np.array_equal, entries[0], computed)):
                     self.cache.is_stale = True
                     yield from self._load(images, batches)  # again, without the cache
@@ -321,6 +333,7 @@ class CachedNetwork:
                 for position, entry in enumerate(loaded.entries)
                 if entry is None
             ]
+
         for start in range(0, len(missing), self.batch_size):
             part = missing[start : start + self.batch_size]
             computed = self._compute(
@@ -329,6 +342,7 @@ class CachedNetwork:
             for (loaded, position), entry in zip(part, computed, strict=True):
                 loaded.entries[position] = entry
                 self.cache.write(loaded.paths[position], entry)
+
         for loaded in waiting:
             yield loaded, cast(list[Entry], loaded.entries)
 

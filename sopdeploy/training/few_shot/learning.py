@@ -25,8 +25,8 @@ def found_when_reduced(
     """Tell which photographs are found if their class has only *number* others; other classes keep all.
 
     Those that it keeps are of its first groups. One class after the other is reduced, at most
-    `MAX_REDUCED`, and gets this *margin*. One photograph of each group is judged. Returns all judged
-    photographs (n,) in one array.
+    `MAX_REDUCED`, and gets this *margin*; *excess* is that of `Scaling`. One photograph of each
+    group is judged. Returns all judged photographs (n,) in one array.
     """
     random = np.random.default_rng(number)
     labels_N = problem.targets.strata
@@ -51,6 +51,24 @@ def found_when_reduced(
     return np.concatenate(found_K)
 
 
+def _shares_found(
+    problem: LinearProblem, scaling: Scaling, numbers: set[int], weighing_K: Indices
+) -> dict[int, float]:
+    """Return the share of photographs that are found if their class has only each of the *numbers*.
+
+    The class then has the mean margin of the classes that weigh as much (`weighing_K`). Shares of
+    fewer than `MIN_JUDGED` photographs are left out.
+    """
+    margins_K = np.broadcast_to(scaling.margins, weighing_K.shape)
+    shares = {}
+    for number in numbers:
+        margin = np.mean(margins_K[weighing_K == number]) if number in weighing_K else 0.0
+        is_found = found_when_reduced(problem, scaling.excess, number, float(margin))
+        if len(is_found) >= MIN_JUDGED:
+            shares[number] = float(is_found.mean())
+    return shares
+
+
 def estimate_gains(
     problem: LinearProblem,
     scaling: Scaling,
@@ -60,7 +78,8 @@ def estimate_gains(
 ) -> tuple[Gain, ...]:
     """Estimate how often a class would be found with more photographs.
 
-    The estimates are those of classes with few photographs, and of the others that gain most.
+    The estimates are those of classes with few photographs, and of the `MAX_GAINS` others that gain
+    most.
 
     *right* tells which of the *judged* images are classified correctly by a head without them.
 
@@ -78,19 +97,13 @@ def estimate_gains(
     # Photographs of each class: all, those that show different things, and how many these weigh.
     photographs_K = classes_NK.sum(axis=0).astype(int)
     independent_K = problem.group_counts()
-    weighing_K = problem.moments(np.ones(len(classes_NK), np.bool_)).numbers()
-    weighing_K = np.maximum(np.round(weighing_K), classes_NK.any(axis=0)).astype(int)
+    numbers_K = problem.moments(np.ones(len(classes_NK), np.bool_)).numbers()
+    weighing_K = np.maximum(np.round(numbers_K), classes_NK.any(axis=0)).astype(np.intp)
 
     # How many are found if each class has only some.
-    margins_K = np.broadcast_to(scaling.margins, weighing_K.shape)
     half = max(1, int(np.median(weighing_K)) // 2)
     numbers = {half, ENOUGH, *weighing_K[(weighing_K > 0) & (weighing_K < ENOUGH)].tolist()}
-    share_found: dict[int, float] = {}
-    for number in numbers:
-        margin = np.mean(margins_K[weighing_K == number]) if number in weighing_K else 0.0
-        of_number = found_when_reduced(problem, scaling.excess, number, float(margin))
-        if len(of_number) >= MIN_JUDGED:
-            share_found[number] = float(of_number.mean())
+    share_found = _shares_found(problem, scaling, numbers, weighing_K)
 
     # The errors of a class, and what remains of them with twice as many photographs.
     judged_K = classes_NK[judged].sum(axis=0)

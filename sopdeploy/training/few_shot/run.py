@@ -18,7 +18,11 @@ import numpy as np
 
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.decision import Decision, sigmoid
-from sopdeploy.evaluation.decision_fit import fit_decision, fit_thresholds, missing_threshold
+from sopdeploy.evaluation.decision_fit import (
+    explain_missing_threshold,
+    fit_decision,
+    fit_thresholds,
+)
 from sopdeploy.evaluation.label_doubts import find_label_doubts
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
@@ -104,7 +108,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
             # If the hashes of the files are known, `set_up_run` has warned already.
             if not len(setup.file_hashes):
                 warn_of_equal_files(
-                    images, setup.data.held_out, validation.features.file_hashes, callback
+                    images, validation.features.file_hashes, setup.data.held_out, callback
                 )
 
             # The network with the head of all images, and its score.
@@ -115,19 +119,11 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
             )
             score, metrics = _evaluate(setup, network, validation)
 
-            # Labels are judged only with one class per image, and without margins: with its
-            # margin, a class of few photographs would contradict no label.
+            # Labels are judged only with one class per image.
             label_logits = None
             is_doubted_N = np.zeros(len(images), np.bool_)
             if problem.targets.activation == "softmax":
-                plain = validation.scaling._replace(margins=0.0)
-                logits_NK = (
-                    validation.logits
-                    + validation.scaling.margins / validation.scaling.temperature
-                )
-                label_logits = problem.logits_without_doubted(
-                    logits_NK, validation.folds, plain
-                )
+                label_logits = _judge_labels(validation)
                 doubts = find_label_doubts(label_logits, images.targets.astype(np.int64))
                 is_doubted_N = doubts.listed
 
@@ -154,6 +150,18 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
         left_out=validation.left_out,
     )
     return with_decision(setup, fit)
+
+
+def _judge_labels(validation: CrossValidation) -> Array:
+    """Compute the out-of-fold logits (N, K) that contradict wrong labels, without margins.
+
+    With its margin, a class of few photographs would contradict no label.
+    """
+    scaling = validation.scaling
+    logits_NK = validation.logits + scaling.margins / scaling.temperature
+    return validation.problem.logits_without_doubted(
+        logits_NK, validation.folds, scaling._replace(margins=0.0)
+    )
 
 
 def _evaluate(
@@ -186,7 +194,10 @@ def _evaluate(
 
 
 def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
-    """Return *fit* with the decision for its out-of-fold logits, without images that a server kept."""
+    """Return *fit* with the decision for its out-of-fold logits, without images that a server kept.
+
+    With one class per image, its result also tells why there is no threshold for unknown images.
+    """
     recipe = setup.recipe
     targets = setup.data.train.targets
     accepts = recipe.rejection.accepts
@@ -214,9 +225,12 @@ def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
         left_out=None if fit.left_out is None else fit.left_out[typical_N],
         are_cosines=True,
     )
-    is_nothing_fitted = decision == Decision()
     num_typical_groups = len(np.unique(fit.groups[typical_N]))
-    why_no_threshold = missing_threshold(num_typical_groups, fit.logits.shape[1], accepts)
+    why_no_threshold = explain_missing_threshold(
+        num_typical_groups, fit.logits.shape[1], accepts
+    )
+
+    is_nothing_fitted = decision == Decision()
     result: Any = fit.result
     return replace(
         fit,

@@ -94,7 +94,7 @@ class Scaling(NamedTuple):
 
         def loss(log_scale: float) -> float:
             """Compute the loss by log(unit / temperature)."""
-            logits = np.exp(log_scale) / unit * scores_VNK + targets.log_frequencies()
+            logits = np.exp(log_scale) / unit * scores_VNK + targets.log_odds()
             if targets.activation == "softmax":
                 return -float((weights_VNK * smooth_NK * log_softmax(logits, axis=-1)).sum())
             return float((np.logaddexp(0.0, logits) - smooth_NK * logits).sum())

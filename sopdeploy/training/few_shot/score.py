@@ -25,8 +25,9 @@ def estimate_score(
 ) -> Rate | MeanPrecision:
     """Compute top-1 with Wilson's interval or, with several classes per image, mAP with a bootstrap interval.
 
-    Images of different groups, *groups_N*, are independent. *folds* is the number of folds of a
-    cross-validation, or 0 for held-out images; *seed* is for the bootstrap.
+    *classes_NK* are above 0 for the classes of an image. Images of different groups,
+    *groups_N*, are independent. *folds* is the number of folds of a cross-validation, or 0 for
+    held-out images; *seed* is for the bootstrap.
 
     The heads of a cross-validation share most of their training images, so the interval of top-1
     is widened: Nadeau and Bengio, "Inference for the Generalization Error" (2003), section 3. If

@@ -50,7 +50,7 @@ class Targets:
             return (np.logaddexp(0.0, logits) - self.classes * logits).mean(axis=1)
         return -(self.classes * log_softmax(logits, axis=1)).sum(axis=1)
 
-    def log_frequencies(self) -> Array:
+    def log_odds(self) -> Array:
         """Compute the log-odds (K,) of each class; with "softmax", a discriminant needs none: zeros."""
         if self.activation == "softmax":
             return np.zeros(self.classes.shape[1])
@@ -115,7 +115,8 @@ def spread_groups(
         attempts_FFS = images_FS + np.eye(num_folds)[:, :, None] * images_GS[group]
         unevenness = (attempts_FFS / sizes_S).std(axis=1).mean(axis=1).tolist()
 
-        # The fold that becomes least uneven; of folds that become as even, the smallest.
+        # The fold that becomes least uneven; of folds that become as even, by the tolerances of
+        # `numpy.isclose`, the smallest.
         sizes = images_FS.sum(axis=1).tolist()
         best = 0
         for fold in range(1, num_folds):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.augment import AugmentedDataset, BoxCrop, PadCrop
 from sopdeploy.data.batches import Loader, load_batches, shuffled_batches
+from sopdeploy.decision import Decision
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate, effective_count
 from sopdeploy.evaluation.prediction import (
@@ -19,6 +20,7 @@ from sopdeploy.evaluation.prediction import (
     predict_logits,
     predict_unknown,
 )
+from sopdeploy.models.base import Classifier
 from sopdeploy.photos.network_inputs import FittedPixels, PreprocessedDataset
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.callback import Callback, ExpectedTime
@@ -228,9 +230,9 @@ def fit_best(
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Estimate the score of `best.pt`, fit its decision to the held-out images, and add both to it.
 
-    The decision is fitted without mirror images, because a server computes none. With few
-    images, or several classes per image, that of `best.pt` remains. The other processes only
-    estimate the score.
+    The decision is fitted without mirror images, because a server computes none. With fewer
+    than `MIN_IMAGES`, or several classes per image, that of `best.pt` remains. The other
+    processes only estimate the score.
     """
     # The score of the epoch that is in `best.pt`.
     recipe = run.recipe
@@ -251,33 +253,38 @@ def fit_best(
     model = build_classifier(checkpoint, folder.best).to(run.strategy.device)
     decision = checkpoint.decision
     if run.activation == "softmax" and len(held_out) >= MIN_IMAGES:
-        epochs = recipe.epochs  # the progress is that of the last one
-        logits, targets = predict_logits(
-            model,
-            held_out,
-            recipe.preprocess,
-            batch_size=recipe.batch_size,
-            workers=recipe.workers,
-            on_batch=lambda done: callback.on_evaluation_batch(
-                epoch=epochs - 1, epochs=epochs, done=done
-            ),
-        )
-
-        decision = fit_decision(
-            logits,
-            targets,
-            estimated_on="held-out",
-            accepts=recipe.rejection.accepts,
-            scalable=model.has_scalable_logits(),
-            groups=held_out.images.groups,
-            unknown=predict_unknown(
-                model, run.setup.unknown, recipe.preprocess, recipe.workers
-            ),
-        )
+        decision = _fit_to_held_out(run, model, held_out, callback)
 
     best = with_result(checkpoint, result, decision)
     folder.save_best(best)
     return replace(fit, network=model, decision=decision), best.training
+
+
+def _fit_to_held_out(
+    run: LoopState, model: Classifier, held_out: PreprocessedDataset, callback: Callback
+) -> Decision:
+    """Fit the decision of *model* to the *held_out* images; the progress is that of the last epoch."""
+    recipe = run.recipe
+    epochs = recipe.epochs
+    logits, targets = predict_logits(
+        model,
+        held_out,
+        recipe.preprocess,
+        batch_size=recipe.batch_size,
+        workers=recipe.workers,
+        on_batch=lambda done: callback.on_evaluation_batch(
+            epoch=epochs - 1, epochs=epochs, done=done
+        ),
+    )
+    return fit_decision(
+        logits,
+        targets,
+        estimated_on="held-out",
+        accepts=recipe.rejection.accepts,
+        scalable=model.has_scalable_logits(),
+        groups=held_out.images.groups,
+        unknown=predict_unknown(model, run.setup.unknown, recipe.preprocess, recipe.workers),
+    )
 
 
 def estimate_best(

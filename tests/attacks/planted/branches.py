@@ -299,6 +299,13 @@ def stored_beside(built: Any) -> None:
     removed.data = both[kept.numel() :].view_as(removed)
 
 
+def registered_last(built: Any) -> None:
+    """Register the classifier behind the branch, whose weight then comes first in their memory."""
+    classifier = built.fc
+    del built.fc
+    built.fc = classifier
+
+
 def reads_memory(*changes: Change) -> nn.Module:
     """Build a network that reads the memory of its branch in Python, which no graph shows."""
 
@@ -329,6 +336,13 @@ ALIASES: dict[str, Row] = {
         lambda n, f, y: y + f @ n.alias[0].t(),
         DRAWN,
         stored_beside,
+        alias(lambda n: n.aux.weight.data),
+    ),
+    "a view of its weight, stored beside a kept one that is registered later": case(
+        lambda n, f, y: y + f @ n.alias[0].t(),
+        DRAWN,
+        stored_beside,
+        registered_last,
         alias(lambda n: n.aux.weight.data),
     ),
     "a number of its memory, stored beside a kept one": Row(
@@ -555,6 +569,10 @@ RIGHT: dict[str, Row] = {  # the branch is not needed
     "a removed tensor": right(lambda n, f, y: (y, y * n.gate.sum()), gate(), part="gate"),
     "dropout of the branch": right(
         lambda n, f, y: (y, F.dropout(n.aux(f), 0.5, training=True))
+    ),
+    "a weight that is stored beside a kept one": right(beside, stored_beside),
+    "a weight that is stored beside a kept one, which is registered later": right(
+        beside, stored_beside, registered_last
     ),
     "no call": right(lambda n, f, y: y if n.aux is not None else -y),
     "a truth value of a list": right(

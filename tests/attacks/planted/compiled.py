@@ -165,6 +165,9 @@ COMPILED: dict[str, Row] = {
         parts=("part",),
     ),
     "a function of each image": acts(torch.vmap(lambda row: row.relu() - row.mean())),
+    "a function of each channel": acts(
+        lambda x: torch.vmap(lambda column: 2 * column)(x.movedim(1, 0)).movedim(0, 1)
+    ),
     "a checkpoint": acts(lambda x: checkpoint(torch.tanh, x, use_reentrant=False)),
     "a checkpoint of the old kind": acts(
         lambda x: checkpoint(torch.tanh, x, use_reentrant=True)
@@ -187,7 +190,7 @@ COMPILED: dict[str, Row] = {
     ),
     "a function of the batch": acts(
         torch.vmap(lambda column: column - column.mean(), in_dims=1, out_dims=1),
-        r"cannot be captured as one graph",
+        r"torch\.vmap over another axis than the first .*; move that axis to the front",
     ),
     "a scripted function that reads a list": Row(of_images(reads_a_list), READS),
 }

@@ -41,20 +41,23 @@ def table_of_rows(built: Any) -> None:
     built.table = nn.Embedding(WIDTH, WIDTH, max_norm=1.0)
 
 
-def nearest_rows(features: Tensor, shift: int = 0) -> Tensor:
-    """Return for each of T tokens of (B, T, C) that of its image, or of one *shift* later, which is nearest."""
+def nearest_rows(features: Tensor, shift: int, extra: int) -> Tensor:
+    """Return for each of T tokens of (B, T, C) that of its image, or of one *shift* later, which is nearest.
+
+    It is the one *extra* tokens behind the nearest, which can be in the next image.
+    """
     batch, tokens, channels = features.shape
     distances = (features[:, None] - features[:, :, None]).square().sum(3)  # (B, T, T)
     nearest = (distances + 1e6 * torch.eye(tokens)).argmin(2)
-    base = torch.arange(batch)[:, None] * tokens + shift * tokens
+    base = torch.arange(batch)[:, None] * tokens + shift * tokens + extra
     rows = torch.cat([features, features]).reshape(-1, channels)
     return rows[(nearest + base).reshape(-1)].view(batch, tokens, channels)
 
 
-def neighbors(built: Any, images: Tensor, shift: int = 0) -> Tensor:
+def neighbors(built: Any, images: Tensor, shift: int = 0, extra: int = 0) -> Tensor:
     """Let each column of the features see its nearest one, by indices into the rows of all images."""
     tokens = built.conv(images).mean(2).transpose(1, 2)  # (B, T, 8)
-    logits: Tensor = built.fc((tokens + nearest_rows(tokens, shift)).amax(1))
+    logits: Tensor = built.fc((tokens + nearest_rows(tokens, shift, extra)).amax(1))
     return logits
 
 
@@ -119,7 +122,10 @@ IMAGES: dict[str, Row] = {
     "the largest value of the batch": Row(
         network(lambda n, f, y: y + (f.max() - 100).relu()), MIXES, batch=5
     ),
-    # Their files would be right, as those of ViG and csatv2: the rules see axes, and no numbers.
-    "indices into the rows of all images": Row(of_images(neighbors), MIXES, batch=5),
+    "indices into the rows of all images": Row(of_images(neighbors)),
+    "indices into the rows of all images, one too many": Row(
+        of_images(lambda n, x: neighbors(n, x, extra=1)), MIXES, batch=5
+    ),
+    # Its file would be right, as that of csatv2: the rules see axes, and no numbers.
     "a product of constants of all images": Row(of_images(of_a_constant), MIXES, batch=5),
 }

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.errors import SopdeployError
-from sopdeploy.files import check_is_weights
 from sopdeploy.importers.import_weights import open_weights
+from sopdeploy.paths import check_is_weights
 from sopdeploy_commands.app import app
 from tests.attacks.test_checkpoints import checkpoint
 from tests.sopdeploy.importers.released import prefixed, state_of

@@ -158,10 +158,13 @@ g (float[batch, 4, 2, 2] f) => (float[batch, n] logits)
  int64 next = {1}, int64 width = {4}, int64[4] offsets = {0, 1, 2, 3}, int64[1] all = {-1}, float eps = {0.1},
  int64[1] back = {-1}, int64[1] end = {9223372036854775807}, int64[1] start = {-9223372036854775807},
  float[4, 4] W = {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16}, float[1, 1, 4] token = {1, 2, 3, 4},
- int64[2] ones = {1, 1}, int64[2] pairs = {-1, 2}, int64[3] joined = {2, -1, 4},
+ int64[2] ones = {1, 1}, int64[3] tokens1 = {-1, 1, 1}, int64[4] neighbors = {-1, 4, 2, 4},
+ int64[2] joined_axes = {1, 2}, int64[2] pairs = {-1, 2}, int64[3] joined = {2, -1, 4},
  int64[3] pairs_of_rows = {-1, 2, 4}, int64 many = {300},
  int64[1, 4] columns = {0, 1, 2, 3}, int64[1] three = {3}, int64[2] fours = {-1, 4},
- float[1] unit = {1}, float huge = {1e9},
+ float[1] unit = {1}, float huge = {1e9}, int64 three_wide = {3}, int64[2] split31 = {3, 1}, int64 two_wide = {2},
+ int64[1] five = {5}, int64 minus = {-1},
+ int64 wide = {9000000000000000000}, int64[1, 2] both_columns = {0, 2},
  float[1, 4] row = {1, 2, 3, 4}, float[1, 4] other = {5, 6, 7, 8}, float none = {0}, float step = {1}>
 { v = ReduceMean<keepdims = 0>(f, space)
   t = Reshape(f, tokens)
@@ -189,6 +192,26 @@ INDEPENDENT = {
     "an expert of each image": """i = ArgMax<axis = 1, keepdims = 0>(v)  e = Gather<axis = 0>(W, i)
         logits = Mul(e, v)""",
     "the own row by its number": """n = Unsqueeze(number, one)  logits = GatherND(v, n)""",
+    "indices of the rows of all images": """s = Reshape(v, all)  r = Mul(width, number)  u = Unsqueeze(r, one)
+        i = ArgMax<axis = 1, keepdims = 1>(v)  k = Add(i, u)  logits = Gather<axis = 0>(s, k)""",
+    "neighbors, by indices of the rows of all images": """r = Reshape(t, rows)  k = Transpose<perm = [0, 2, 1]>(t)
+        d = MatMul(t, k)  p, i = TopK(d, two)  b = Mul(number, width)  c = Reshape(b, tokens1)  j = Add(i, c)
+        q = Reshape(j, all)  w = Unsqueeze(q, back)  g = GatherND(r, w)  h = Reshape(g, neighbors)
+        logits = ReduceMean<keepdims = 0>(h, joined_axes)""",
+    "rows of all images, from a range with steps": """s = Reshape(v, all)  e = Mul(count, width)
+        r = Range(first, e, width)  u = Unsqueeze(r, one)  k = Add(u, both_columns)
+        g = Gather<axis = 0>(s, k)  x = ReduceMean<keepdims = 1>(g, one)  logits = Mul(v, x)""",
+    "each row of all images, by its number": """s = Reshape(v, all)  e = Mul(count, width)
+        r = Range(first, e, next)  g = Gather<axis = 0>(s, r)  logits = Reshape(g, rows)""",
+    "an index that is limited to the rows of an image": """s = Reshape(v, all)  n = Cast<to = 7>(v)
+        i = Clip(n, first, three_wide)  r = Mul(number, width)  u = Unsqueeze(r, one)  k = Add(u, i)
+        logits = Gather<axis = 0>(s, k)""",
+    "a number written to a row of an image": """s = Reshape(v, all)  r = Mul(number, width)
+        i = ArgMax<axis = 1, keepdims = 0>(v)  k = Add(r, i)  w = Unsqueeze(k, back)
+        m = ReduceMax<keepdims = 0>(v, one)  x = Neg(m)  y = ScatterND(s, w, x)  logits = Reshape(y, rows)""",
+    "a row and a column of the own image": """r = Reshape(t, rows)  b = Mul(number, width)
+        i = ArgMax<axis = 1, keepdims = 0>(v)  k = Add(b, i)  c = Unsqueeze(k, one)  j = Unsqueeze(i, one)
+        x = Concat<axis = 1>(c, j)  g = GatherND(r, x)  u = Unsqueeze(g, one)  logits = Mul(v, u)""",
     "numbers of a table within an image": """k = Transpose(v)  n = Unsqueeze(offsets, back)
         g = GatherND(k, n)  logits = Transpose(g)""",
     "halves of a batch that was joined": """a = Concat<axis = 0>(v, v)  b, c = Split<num_outputs = 2>(a)
@@ -249,12 +272,68 @@ MIXING = {
     ),
     "the next image by its number": (
         "n = Add(number, next)  u = Unsqueeze(n, one)  logits = GatherND(v, u)",
-        "Add",
+        "GatherND",
     ),
     "elements of the next image": (
         """s = Reshape(v, all)  r = Mul(number, width)  u = Unsqueeze(r, one)  m = Add(u, next)
         i = Add(m, offsets)  logits = Gather<axis = 0>(s, i)""",
+        "Gather in",
+    ),
+    "elements of the image before": (
+        """s = Reshape(v, all)  r = Mul(number, width)  u = Unsqueeze(r, one)  m = Add(u, minus)
+        i = Add(m, offsets)  logits = Gather<axis = 0>(s, i)""",
+        "Gather in",
+    ),
+    "one row of an image too many": (
+        """j = Concat<axis = 1>(v, v)  p, i = TopK(j, four)  s = Reshape(v, all)  r = Mul(number, width)
+        u = Unsqueeze(r, one)  k = Add(u, i)  logits = Gather<axis = 0>(s, k)""",
+        "Gather in",
+    ),
+    "rows of images that have more": (
+        """s = Reshape(v, all)  r = Mul(number, three_wide)  u = Unsqueeze(r, one)  a, b = Split<axis = 1>(v, split31)
+        i = ArgMax<axis = 1, keepdims = 1>(a)  k = Add(u, i)  g = Gather<axis = 0>(s, k)  logits = Mul(v, g)""",
+        "Gather in",
+    ),
+    "rows of images in another order": (
+        """c = Transpose(v)  s = Reshape(c, all)  r = Mul(number, width)  u = Unsqueeze(r, one)
+        k = Add(u, offsets)  logits = Gather<axis = 0>(s, k)""",
+        "Gather in",
+    ),
+    "the number of the image, twice": (
+        """s = Reshape(v, all)  r = Mul(number, two_wide)  q = Add(r, r)  w = Add(q, r)  u = Unsqueeze(w, one)
+        k = Add(u, offsets)  m = Min(k, three_wide)  logits = Gather<axis = 0>(s, m)""",
+        "Min",
+    ),
+    "a number of the image that overflows": (
+        """r = Mul(number, wide)  q = Mul(r, width)  u = Unsqueeze(q, one)  s = Reshape(v, all)
+        k = Add(u, offsets)  logits = Gather<axis = 0>(s, k)""",
         "Mul",
+    ),
+    "an index that nothing limits": (
+        """s = Reshape(v, all)  i = Cast<to = 7>(v)  r = Mul(number, width)  u = Unsqueeze(r, one)
+        k = Add(u, i)  logits = Gather<axis = 0>(s, k)""",
+        "Add",
+    ),
+    "a column by the number of the image": (
+        """n = Unsqueeze(number, one)  e = GatherElements<axis = 1>(v, n)  logits = Mul(v, e)""",
+        "GatherElements",
+    ),
+    "the largest number of an image": (
+        """r = Mul(number, width)  u = Unsqueeze(r, one)  k = Add(u, offsets)
+        i = ArgMax<axis = 1, keepdims = 1>(k)  x = Cast<to = 1>(i)  logits = Mul(v, x)""",
+        "ArgMax",
+    ),
+    "a number written to the row of the next image": (
+        """s = Reshape(v, all)  r = Mul(number, width)  k = Add(r, width)  w = Unsqueeze(k, back)
+        m = ReduceMax<keepdims = 0>(v, one)  j = Concat<axis = 0>(s, s)  y = ScatterND(j, w, m)
+        e = Mul(size, four)
+        z = Slice(y, zero, e, zero)  logits = Reshape(z, rows)""",
+        "ScatterND",
+    ),
+    "the last images, counted back": (
+        """s = Reshape(v, all)  e = Mul(count, width)  m = Neg(e)  r = Range(first, m, minus)
+        g = Gather<axis = 0>(s, r)  logits = Reshape(g, rows)""",
+        "Gather in",
     ),
     "a joined batch": (
         "a = Concat<axis = 0>(v, v)  logits = Slice(a, zero, four, zero)",
@@ -294,7 +373,7 @@ MIXING = {
     "the own number of the own image": (
         """n = Unsqueeze(number, one)  c = Concat<axis = 1>(n, n)
         e = GatherND(v, c)  x = Unsqueeze(e, one)  logits = Add(v, x)""",
-        "Concat",
+        "GatherND",
     ),
     "an operator without a rule": (
         "logits = MeanVarianceNormalization<axes = [0]>(v)",
@@ -378,11 +457,6 @@ MIXING = {
 
 # Right, and refused: the rules see axes, and neither numbers nor the order of a few indices.
 NOT_SHOWN = {
-    "indices of the rows of all images": (
-        """s = Reshape(v, all)  r = Mul(number, width)  u = Unsqueeze(r, one)
-        i = ArgMax<axis = 1, keepdims = 1>(v)  k = Add(u, i)  logits = Gather<axis = 0>(s, k)""",
-        "Mul",
-    ),
     "indices in the order that they have": (
         """n = Unsqueeze(number, one)  i = ArgMax<axis = 1, keepdims = 1>(v)  c = Concat<axis = 1>(n, i)
         x = Reshape(c, all)  y = Reshape(x, pairs)  logits = GatherND(v, y)""",

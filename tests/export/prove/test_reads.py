@@ -130,3 +130,25 @@ def test_a_profiler_goes_on_after_calls_were_recorded() -> None:
 @pytest.mark.parametrize("name", GRAPH)
 def test_what_a_graph_fixes_is_no_read(name: str) -> None:
     assert not reads(GRAPH[name])
+
+
+@torch.library.custom_op("tests_reads::replace", mutates_args=())
+def replace_nan(x: Tensor) -> Tensor:
+    return x.nan_to_num()
+
+
+@torch.library.custom_op("tests_reads::write", mutates_args=())
+def write_unseen(x: Tensor) -> Tensor:
+    x.numpy()[0] = 5
+    return x.clone()
+
+
+@pytest.mark.parametrize(("function", "is_noted"), [(replace_nan, False), (write_unseen, True)])
+def test_an_operator_of_the_user_is_noted_only_if_it_writes_to_its_operand(
+    function: Callable[[Tensor], Tensor], is_noted: bool
+) -> None:
+    image = torch.tensor([1.0, torch.nan])
+    flow = Dataflow(nn.Module(), {}, image, Remains())
+    with torch.no_grad(), flow:
+        function(image)
+    assert bool(flow.hidden_writes) == is_noted

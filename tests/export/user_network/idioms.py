@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +58,12 @@ def changed(change: Callable[[Any], Any]) -> Callable[[], nn.Module]:
 
 def logits(net: Any, images: Tensor) -> Tensor:
     return net.fc(net.features(images))
+
+
+def fails_if_captured(_net: Any, features: Tensor) -> Tensor:
+    if type(features) is not Tensor:
+        raise ValueError("1" * 150 + " 2" * 100)
+    return features.mean((2, 3))
 
 
 class Exits(NamedTuple):
@@ -643,6 +650,22 @@ REFUSED: dict[str, Case] = {
         with_parts(kept_by_shape, tables=dict),
         {},
         r"^cannot be captured as one graph: its code uses the batch size as a key, as in cache\[x\.shape\]",
+    ),
+    "numbers of numpy": (
+        pooled(lambda _, f: torch.as_tensor(np.tanh(f.mean((2, 3)).numpy()))),
+        {},
+        r"takes tensors out of torch, as numpy, .*, in idioms\.py:\d+ \(.*; use operators of torch$",
+    ),
+    "a sparse matrix": (
+        pooled(lambda _, f: torch.sparse.mm(torch.eye(8).to_sparse(), f.mean((2, 3)).t()).t()),
+        {},
+        r"torch\.export does not know aten\._sparse_addmm\.default .*, in idioms\.py:\d+ .*; use dense tensors",
+    ),
+    "an error of code that is captured": (
+        pooled(fails_if_captured),
+        {},
+        r"the capture stops in idioms\.py:\d+ \(raise ValueError.*\): ValueError: 1{148} \.\.\.; use other "
+        "operators of torch there$",
     ),
     "orthogonal weights": (
         changed(lambda n: parametrizations.orthogonal(n.fc)),

@@ -129,7 +129,7 @@ SILENT = {
     "stopped by a debugger for a while": (lambda beat: ("t" if beat < 40 else "S", 7), 6),
 }
 # what such a process does -> seconds until it is replaced, unless it is stopped or debugged
-SILENT_WHILE = {"it serves": None, "it loads": 7, "it ends": 8}
+SILENT_WHILE = {"it serves": None, "it loads": 7, "it replaces one and loads": 7, "it ends": 8}
 
 
 @pytest.mark.parametrize("phase", SILENT_WHILE)
@@ -173,6 +173,8 @@ def test_a_silent_process_that_is_not_debugged_is_replaced_in_every_phase(
         process.reset(SimpleNamespace(close=lambda: None))
         if phase != "it loads":
             process.record_status(Status(0, 0, ""))
+        if phase == "it replaces one and loads":
+            process.reset(SimpleNamespace(close=lambda: None))
         if phase == "it ends":
             process.control = None
         with pytest.raises(asyncio.CancelledError):

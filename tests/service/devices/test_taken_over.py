@@ -23,7 +23,7 @@ from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.processes import LaunchConfig, Process
 from sopdeploy_service.devices.remote import EngineChannel, RemoteRegistry
 from sopdeploy_service.http.api_keys import TokenBucket
-from sopdeploy_service.inference.results import RUNTIME_DEAD, RejectedError
+from sopdeploy_service.inference.results import RUNTIME_DEAD, SLOTS_FULL, RejectedError
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.labelling.keep import forwarding
 from sopdeploy_service.settings import Settings, load_settings
@@ -591,6 +591,32 @@ def test_outputs_of_an_engine_that_are_not_finite_are_an_error_of_their_image(
         )
         assert registry.problem is None  # other images may be right
         theirs.close()
+        await registry.stop()
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_never_answers_gets_no_more_images_than_it_has_slots(bundle) -> None:
+    facts = [
+        channel.ModelFacts.describe(registry_of(bundle, FakeRuntime(num_classes=7)).find())
+    ]
+
+    async def scenario() -> None:
+        theirs, ours = socket.socketpair()
+        _slots, described = channel.open_channel(theirs, facts, 4)
+        theirs.sendall(described)
+        registry = RemoteRegistry(
+            [await asyncio.to_thread(EngineChannel, "engine", ours)], Settings()
+        )
+        await registry.start()
+        model = registry.find()
+        waiting = [asyncio.ensure_future(model.run(PIXELS[0], FOREVER)) for _ in range(4)]
+        await asyncio.sleep(0)  # each takes a slot
+        with pytest.raises(RejectedError) as refused:
+            await model.run(PIXELS[0], FOREVER)
+        assert refused.value.reason is SLOTS_FULL
+        theirs.close()
+        await asyncio.gather(*waiting, return_exceptions=True)
         await registry.stop()
 
     asyncio.run(scenario())

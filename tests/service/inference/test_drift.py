@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sopdeploy_service.inference import drift
-from sopdeploy_service.inference.drift import BLOCK, DriftMonitor, Traffic, find_labelled
+from sopdeploy_service.inference.drift import BLOCK, DriftMonitor, ModelTraffic, find_labelled
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.observability.metrics import Metrics
 from tests.support.service import wait_for
@@ -73,7 +73,7 @@ class Site:
         asyncio.run(offer())
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> ModelTraffic:
         return self.monitor._traffic["tiny"]
 
     def sample(self, name: str, of: str) -> float | None:
@@ -190,6 +190,14 @@ def test_a_model_that_is_not_served_any_more_has_no_metrics() -> None:
     site.monitor.keep_only(["other"])
     assert site.sample("p_value", "image") is None
     assert not site.monitor._traffic
+
+
+def test_a_new_bundle_has_no_metrics_of_the_one_before() -> None:
+    site = Site()
+    site.send(20)
+    assert site.sample("p_value", "image") is not None
+    site.send(1, model("two"), seed=1)
+    assert site.sample("p_value", "image") is None
 
 
 def test_blocks_that_are_too_old_are_deleted(tmp_path) -> None:

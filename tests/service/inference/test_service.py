@@ -17,7 +17,7 @@ import pytest
 
 from sopdeploy.bundle.folder import Bundle, open_bundle, read_files
 from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnavailableError
-from sopdeploy.files import CHECKPOINT_FORMAT
+from sopdeploy.paths import CHECKPOINT_FORMAT
 from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.inference import load_time, loader, service
 from sopdeploy_service.inference.bundle_store import find_bundles
@@ -247,7 +247,7 @@ NO_BUNDLES = {
     "checkpoint.bin": "a checkpoint, not a bundle; run: sopdeploy export .*checkpoint.bin --detach",
     "weights.pt": "weights, not a bundle; run: sopdeploy export .*weights.pt --network MODULE",
     "weights.safetensors": "weights, not a bundle; run: .* --network MODULE:CALLABLE",
-    "tiny/model.onnx": "a file of a bundle; give its folder, .*tiny",
+    "tiny/model.onnx": "a file of a bundle, not a bundle; give its folder, .*tiny",
     "photos": "photographs, not a bundle; run: sopdeploy train --data .*photos",
 }
 

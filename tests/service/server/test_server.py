@@ -291,6 +291,8 @@ def test_a_server_ends_with_its_terminal(tmp_path, redirected) -> None:
     terminal, side = os.openpty()
 
     def take_terminal() -> None:
+        # A server that was started by `nohup`, as these tests may be, outlives its terminal.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         fcntl.ioctl(side, termios.TIOCSCTTY, 0)
 
     # The leader of a session, whose terminal is the new one: the kernel sends it a SIGHUP.

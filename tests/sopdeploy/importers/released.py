@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.files import check_is_weights
 from sopdeploy.importers.import_weights import ImportReport, import_weights
 from sopdeploy.models.base import Classifier
+from sopdeploy.paths import check_is_weights
 from tests.sweep.goldens import numbers
 
 RELEASED: dict[str, dict[str, Any]] = json.loads(

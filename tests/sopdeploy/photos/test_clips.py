@@ -68,8 +68,8 @@ def test_frames_of_a_clip_whose_names_tell_it_are_a_group(name: Callable[[int, i
     ]
     found = find(names, vectors, classes)
     assert found.groups.tolist() == objects.tolist()
-    assert found.found is not None
-    assert objects[found.found[0]] == objects[found.found[1]]
+    assert found.certain is not None
+    assert objects[found.certain[0]] == objects[found.certain[1]]
 
 
 def test_photographs_taken_within_seconds_that_are_alike_are_a_group():

@@ -22,12 +22,12 @@ from torch import nn
 from sopdeploy.checkpoint import load_plain, read_checkpoint
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
-from sopdeploy.files import check_is_weights
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.import_weights import import_weights
 from sopdeploy.importers.published import PACKAGES
 from sopdeploy.importers.timm_files import LITE
 from sopdeploy.models.registry import create_model
+from sopdeploy.paths import check_is_weights
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.start_weights import (

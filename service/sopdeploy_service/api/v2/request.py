@@ -37,19 +37,19 @@ LENGTH_BYTES = 4  # before every element of a binary BYTES tensor
 Text = Annotated[str, Field(max_length=1000)]
 
 
-class Body(pydantic.BaseModel):
+class JsonObject(pydantic.BaseModel):
     """A JSON object whose unknown keys are ignored."""
 
     model_config = pydantic.ConfigDict(strict=True, frozen=True)
 
 
-class InputParameters(Body):
+class InputParameters(JsonObject):
     """Parameters of an input."""
 
     binary_data_size: NonNegativeInt | None = None
 
 
-class InputTensor(Body):
+class InputTensor(JsonObject):
     """One input: `data` in JSON, or `binary_data_size` bytes after the JSON."""
 
     name: Text
@@ -59,28 +59,28 @@ class InputTensor(Body):
     data: Any = None  # row by row, flat or nested, which `_elements` checks; BYTES as base64
 
 
-class OutputParameters(Body):
+class OutputParameters(JsonObject):
     """Parameters of an output."""
 
     binary_data: bool | None = None
     classification: NonNegativeInt = 0  # an extension of Triton, which `/v1/classify` replaces
 
 
-class RequestedOutput(Body):
+class RequestedOutput(JsonObject):
     """One requested output."""
 
     name: Text
     parameters: OutputParameters = OutputParameters()
 
 
-class RequestParameters(Body):
+class RequestParameters(JsonObject):
     """Parameters of a request; `timeout` is in microseconds."""
 
     binary_data_output: bool | None = None
     timeout: NonNegativeInt | None = None
 
 
-class InferBody(Body):
+class InferBody(JsonObject):
     """The JSON of an inference request."""
 
     id: Text | None = None

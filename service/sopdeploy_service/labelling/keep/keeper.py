@@ -55,7 +55,7 @@ class PredictedPhoto(NamedTuple):
     """A file, the network's input (H, W, 3) uint8, and the logits (C,) of *bundle*, served as *model*.
 
     *reported* is the class that a person suggests after a wrong answer, "" without a
-    suggestion.
+    suggestion; None if nobody has reported one.
     """
 
     image: bytes
@@ -119,14 +119,14 @@ def open_keeper(
             settings.keep,
             settings.keep_bytes,
             settings.keep_days,
-            lambda reason: metrics.kept_deleted.labels(reason).inc(),
+            on_delete=lambda reason: metrics.kept_deleted.labels(reason).inc(),
         )
 
     return Keeper(folder, settings.keep_sample, metrics, copy)
 
 
 class WorthPhoto(NamedTuple):
-    """A file of another process that is worth a label, and its record."""
+    """A file of this or of another process that is worth a label, and its record."""
 
     image: bytes
     record: KeptRecord

@@ -32,6 +32,7 @@ from sopdeploy.images.signatures import count_suffixes, note_skipped
 from sopdeploy.names import can_be_typed, class_problem
 from sopdeploy.photos.files import (
     SAMPLE_FOLDER,
+    data_folder,
     find_parts,
     is_hidden,
     kept_id,
@@ -125,10 +126,9 @@ class LabelFolders:
 
         # Refuse folders that would not do: without photographs, or whose classes `train` finds
         # elsewhere.
-        if not self.kept.is_dir():
-            raise DataError(
-                f"{self.kept}: no such folder; give the folder of `serve --setting keep=FOLDER`"
-            )
+        data_folder(self.kept, "photographs, such as that of `serve --setting keep=FOLDER`")
+        if self.photos.exists():
+            data_folder(self.photos, "class folders, or a new name")
 
         if self.photos.is_dir() and (train := find_parts(self.photos).train):
             raise DataError(
@@ -162,15 +162,32 @@ class LabelFolders:
 
         if not self.waiting and other_folders:  # only subfolders to which no server writes
             raise DataError(
-                f"{self.kept}: holds no kept photographs, but folders ({shorten(other_folders)}); give the folder "
-                "of `serve --setting keep=FOLDER`"
+                f"{self.kept}: holds no kept photographs, but folders ({shorten(other_folders)}); give one of "
+                "them, or the folder of `serve --setting keep=FOLDER`"
             )
 
     def read(self) -> None:
         """Read and order what waits for a label again, and start to compute suggestions; raises `OSError`.
 
-        Kept photographs come first, then the heap: images that no server has kept. The near hashes
-        of the uniform sample are remembered, also after its photographs are labelled.
+        Kept photographs come first, then the heap: images that no server has kept.
+        """
+        kept = self._read_kept()
+        images, unused = list_heap(self.kept)
+        note_skipped(self.kept, count_suffixes(unused))
+        heap = [path for path in images if heap_id(path) not in self._skipped_of_heap]
+
+        waiting = [Waiting(path, record) for path, record in kept]
+        waiting += [Waiting(path, None) for path in heap]
+        self.waiting = {photo.identity: photo for photo in waiting}
+        self.suggestions.learn(_class_folders(self.photos))
+        self.suggestions.compute(heap)
+        self._order_heap()
+
+    def _read_kept(self) -> list[Kept]:
+        """Read the kept photographs that wait, in the order in which they are to be labelled.
+
+        The near hashes of the uniform sample are remembered, also after its photographs are
+        labelled.
         """
         # Divide the photographs that wait into the uniform sample and the rest. A photograph that
         # was sent and kept again has its label already.
@@ -202,19 +219,7 @@ class LabelFolders:
         for number, photo in enumerate(reversed(samples)):
             # Beyond the end of *rest*, `insert` appends.
             rest.insert(SAMPLE_EVERY * number, photo)
-        queue = [*reported, *rest]
-
-        # The photographs of a heap come last.
-        images, unused = list_heap(self.kept)
-        note_skipped(self.kept, count_suffixes(unused))
-        heap = [path for path in images if heap_id(path) not in self._skipped_of_heap]
-        waiting = [Waiting(path, record) for path, record in queue] + [
-            Waiting(path, None) for path in heap
-        ]
-        self.waiting = {photo.identity: photo for photo in waiting}
-        self.suggestions.learn(_class_folders(self.photos))
-        self.suggestions.compute(heap)
-        self._order_heap()
+        return [*reported, *rest]
 
     def _order_heap(self) -> None:
         """Put photographs of a heap with the same suggestion beside each other, the surest ones first."""
@@ -517,7 +522,7 @@ def _find_name_problem(name: str, classes: list[str], folders: Collection[str]) 
         if not all(map(can_be_typed, name)) or set(name) & set(NOT_IN_NAMES):
             return f"leave out control and invisible characters and {' '.join(NOT_IN_NAMES)}"
 
-    if problem := class_problem(name):  # also of a folder, which no network could be trained on
+    if problem := class_problem(name):  # also if the folder is there: `train` would refuse it
         return problem
 
     # Refuse what `train` would not take for a class.

@@ -337,6 +337,24 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
         LabelFolders(tmp_path / "kept", tmp_path / "scenes")
 
 
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("manifest.json", "a bundle"),
+        ("best.pt", "a run"),
+        ("tiny-1/manifest.json", "a folder of bundles"),
+        ("photos-1/best.pt", "a folder of runs"),
+    ],
+)
+def test_golden_images_and_pictures_of_a_run_are_not_labelled(tmp_path, file, kind) -> None:
+    path = tmp_path / "given" / file
+    path.parent.mkdir(parents=True)
+    path.touch()
+    path.with_name("golden-0.jpg").touch()
+    with pytest.raises(DataError, match=f"given: {kind}, not a folder of photographs; give"):
+        LabelFolders(tmp_path / "given", tmp_path / "photos")
+
+
 def test_links_and_foreign_files_in_the_kept_folder_are_not_shown(tmp_path, keep, open_folders):
     one, link = keep(1), keep(2)
     image = (tmp_path / "kept" / f"{link}.jpg").rename(tmp_path / "secret.jpg")

@@ -1,0 +1,345 @@
+"""What is at a path that a user gave: the one place that decides it, and says what to do instead."""
+
+import re
+import zipfile
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from shlex import quote
+from typing import Literal, NamedTuple
+
+from sopdeploy.errors import CheckpointError, WeightsError
+from sopdeploy.files import (
+    GRAPH,
+    LATEST,
+    MANIFEST,
+    has_manifest,
+    holds_file,
+    holds_output,
+    open_regular,
+)
+from sopdeploy.images.signatures import has_image_suffix
+from sopdeploy.plugins import FIRST_BYTES, IMPORTERS
+
+WeightFormat = Literal["torch", "safetensors"]
+TORCH_MAGIC = b"PK", b"\x80"  # of zip archives, and of the pickles before torch 1.6
+MAX_WEIGHTS_BYTES = 16 << 30  # of a checkpoint, with the state of an optimizer, or an engine
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
+CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
+READ_OF_CHECKPOINT = 256  # bytes of its pickle, which begins with the format
+_WEIGHTS = (
+    "a weight file, no checkpoint of `sopdeploy train`; for weights of a network of your own, name the "
+    "network, too"
+)
+# What files of other programs are, by suffix, and what to give instead
+_OF_OTHERS = {
+    (".h5", ".hdf5", ".keras", ".pb", ".tflite"): (
+        "a network of Keras or TensorFlow, which cannot be read; copy its weights into a PyTorch network"
+    ),
+    (".onnx", ".engine", ".plan"): (
+        "a finished graph without the network to compare it with; give its checkpoint"
+    ),
+    (
+        ".py",
+    ): "code, not weights; give the weight file, and name the network as module:callable",
+    (".pth", ".ckpt", ".bin", ".safetensors"): _WEIGHTS,
+}
+# Names of what a command takes, and of what is at a path. The order is that of the checks.
+Wanted = Literal["bundle", "checkpoint", "run", "weights", "photographs"]
+PathKind = Literal[
+    "nothing",
+    "code",
+    "bundle_file",
+    "checkpoint",
+    "weights",
+    "archive",
+    "foreign",
+    "photograph",
+    "file",
+    "bundle",
+    "run",
+    "photographs",
+    "bundles",
+    "runs",
+    "folder",
+]
+_WORDS: dict[PathKind, str] = {
+    "bundle_file": "a file of a bundle",
+    "checkpoint": "a checkpoint",
+    "weights": "weights",
+    "archive": "an archive",
+    "photograph": "a photograph",
+    "bundle": "a bundle",
+    "run": "a run",
+    "photographs": "photographs",
+    "bundles": "a folder of bundles",
+    "runs": "a folder of runs",
+}
+_EXPORT = "run: sopdeploy export {best} --detach"
+_CHOOSE = "choose one, such as {meant}"
+_TRAIN = "run: sopdeploy train --data {path}"
+_EXPORTED = "to serve it, run: sopdeploy serve {path}"
+# What to do with each kind of path where something else is wanted.
+_NEXT: dict[Wanted, dict[PathKind, str]] = {
+    "bundle": {
+        "bundle_file": "give its folder, {folder}",
+        "checkpoint": "run: sopdeploy export {path} --detach",
+        "weights": "run: sopdeploy export {path} --network MODULE:CALLABLE",
+        "archive": "run: sopdeploy pull {path} bundles",
+        "run": _EXPORT,
+        "runs": _EXPORT,
+        "bundles": _CHOOSE,
+        "photographs": _TRAIN,
+    },
+    "checkpoint": {
+        "run": "use {best}",
+        "runs": "use {best}",
+        "bundle": _EXPORTED,
+        "bundles": _EXPORTED,
+        "photographs": _TRAIN,
+    },
+    "run": {
+        "checkpoint": "give the folder of its run",
+        "bundle": "give the run that it was exported from; `sopdeploy runs` lists both",
+        "bundles": "give a run; `sopdeploy runs` lists both",
+        "runs": _CHOOSE,
+        "photographs": _TRAIN,
+    },
+    "weights": {"run": "use {best}", "runs": "use {best}"},
+    "photographs": {"archive": "unpack it, and {otherwise}"},
+}
+_WANTED: dict[Wanted, str] = {
+    "bundle": "a bundle",
+    "checkpoint": "a checkpoint",
+    "run": "a run",
+    "weights": "weights",
+    "photographs": "a folder of photographs",
+}
+OUTPUTS: frozenset[PathKind] = frozenset({"bundle", "bundles", "run", "runs"})
+_NOT_WRITTEN = "was this folder written by `sopdeploy export`?"
+_OTHERWISE: dict[Wanted, str] = {
+    "bundle": f"a bundle is a folder with a {MANIFEST}",
+    "checkpoint": "use the best.pt of a training run",
+    "run": "give a run of `sopdeploy train`",
+    "weights": "give a weight file",
+    "photographs": "give a folder with photographs",
+}
+_MISSING: dict[Wanted, str] = {
+    "bundle": "no bundle here",
+    "checkpoint": "no such file",
+    "run": "no such folder",
+    "weights": "no such file",
+    "photographs": "no such folder",
+}
+
+
+def what_is(path: Path) -> PathKind:
+    """Tell what is at *path*, by its content where that decides; imports no torch."""
+    if path.is_dir():
+        return _what_is_folder(path)
+    if not path.exists():
+        return "code" if names_code(path) else "nothing"
+
+    # A pipe or a device has no end.
+    if not path.is_file():
+        return "file"
+    if has_manifest(path.parent):
+        return "bundle_file"
+    if is_own_checkpoint(path):
+        return "checkpoint"
+    if holds_weights(path):
+        return "weights"
+    if is_tar(path) or path.name.lower().endswith(ARCHIVES):
+        return "archive"
+    if describe_foreign(path):
+        return "foreign"
+    return "photograph" if has_image_suffix(path.name) else "file"
+
+
+def _what_is_folder(path: Path) -> PathKind:
+    """Tell what the folder *path* is; photographs are not searched in bundles and runs in it."""
+    if has_manifest(path):
+        return "bundle"
+    if holds_file(path, "best.pt") or holds_file(path, "last.pt"):
+        return "run"
+    # A bundle without its manifest has images, too.
+    if holds_file(path, GRAPH):
+        return "folder"
+
+    folders = list(path.glob("[!.]*/"))
+    inner = [one for one in folders if not has_manifest(one) and not holds_output(one)]
+    files = chain(path.glob("*"), *(folder.glob("*") for folder in inner))
+    if any(has_image_suffix(file.name) for file in files):
+        return "photographs"
+    if any(map(has_manifest, folders)):
+        return "bundles"
+    return "runs" if any(holds_file(one, "best.pt") for one in folders) else "folder"
+
+
+def describe_wrong(path: Path, wanted: Wanted, otherwise: str = "") -> str:
+    """Say what is at *path*, which is not what is *wanted*, and what to do; by default, *otherwise*."""
+    kind = what_is(path)
+    if kind == wanted:  # a damaged one
+        kind = "folder" if path.is_dir() else "file"
+    otherwise = otherwise or _OTHERWISE[wanted]
+
+    # Files of other programs say themselves what to give.
+    if kind in {"code", "foreign"} and wanted == "bundle":
+        return f"{describe_foreign(path)}, and export it"
+    if kind in {"code", "foreign", "weights"} and wanted == "checkpoint":
+        return describe_foreign(path)
+
+    if kind in _WORDS:
+        meant = _meant(path)
+        best = meant / "best.pt"
+        places = {
+            "path": path,
+            "folder": path.parent,
+            "meant": meant,
+            "best": best if best.is_file() else meant / "last.pt",
+        }
+        quoted = {name: quote(str(place)) for name, place in places.items()}
+        step = _NEXT[wanted].get(kind, "{otherwise}").format(**quoted, otherwise=otherwise)
+        return f"{_WORDS[kind]}, not {_WANTED[wanted]}; {step}"
+
+    if kind == "file" and wanted == "checkpoint":
+        return "damaged or not a checkpoint; copy or train it again"
+    if wanted == "bundle":
+        is_folder = kind == "folder"
+        return f"no {MANIFEST}; {_NOT_WRITTEN}" if is_folder else f"no bundle here; {otherwise}"
+    if kind in {"nothing", "code"}:
+        return f"{_MISSING[wanted]}; {otherwise}"
+    return f"{'a folder' if kind == 'folder' else 'not a folder'}; {otherwise}"
+
+
+def _meant(path: Path) -> Path:
+    """Return the run or bundle that the folder *path* probably stands for: itself, its latest, or its first."""
+    if holds_output(path) and not (path / LATEST).exists():
+        return path
+    names = {
+        found.parent for name in (MANIFEST, "best.pt") for found in path.glob(f"[!.]*/{name}")
+    }
+    latest = path / LATEST
+    return latest if latest in names or not names else min(names)
+
+
+def check_is_file(path: Path) -> None:
+    """Raise `CheckpointError` unless *path* is a file, with what to do if it is something else."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {describe_wrong(path, 'checkpoint')}")
+
+
+def names_code(path: Path) -> bool:
+    """Tell whether *path* is no file, but a name such as `net.py:Net` or `package.module:Net`."""
+    return bool(re.fullmatch(r"[\w.]+(?:\.py)?:[\w.]+", path.name)) and not path.exists()
+
+
+def describe_foreign(path: Path) -> str:
+    """Say what a file of another program, or a name of code, is, and what to do; empty for other paths."""
+    if names_code(path):
+        return "names code, not a file; give the weight file, and name the network as an option"
+    for suffixes, description in _OF_OTHERS.items():
+        if path.suffix.lower() in suffixes:
+            return description
+    return _WEIGHTS if holds_weights(path) else ""
+
+
+def is_own_checkpoint(path: Path) -> bool:
+    """Tell by its first bytes whether *path* is a checkpoint of sopdeploy; does not import torch."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            with archive.open(name) as content:
+                return CHECKPOINT_FORMAT.encode() in content.read(READ_OF_CHECKPOINT)
+    except Exception:  # zipfile raises many types for damaged files
+        return False
+
+
+def holds_weights(path: Path) -> bool:
+    """Tell by its content whether *path* is a file of `torch.save` or safetensors."""
+    try:
+        with open_regular(path) as file:
+            first = file.read(16)
+        if first.startswith(b"PK"):
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith("data.pkl") for name in archive.namelist())
+    except Exception:  # zipfile raises many types for damaged files
+        return False
+    return weight_format(first) is not None
+
+
+def weight_format(first: bytes) -> WeightFormat | None:
+    """Tell the format of a weight file by its *first* 16 bytes; None for any other file."""
+    if first[8:9] == b"{":  # 8 bytes of length, then JSON
+        return "safetensors"
+    return "torch" if first.startswith(TORCH_MAGIC) else None
+
+
+def is_tar(path: Path) -> bool:
+    """Tell by its content whether *path* is a tar archive; weights may have that suffix, too."""
+    with suppress(OSError), open_regular(path) as file:
+        return file.read(512)[257:262] == b"ustar"
+    return False
+
+
+class WeightPath(NamedTuple):
+    """The path of a file that begins as weight files do, and its `first` bytes."""
+
+    path: Path
+    first: bytes
+
+
+def check_is_weights(path: Path) -> WeightPath:
+    """Return *path* with its first bytes; raise `WeightsError` unless weight files begin so."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: {describe_wrong(path, 'weights')}")
+    if path.stat().st_size > MAX_WEIGHTS_BYTES:
+        raise WeightsError(
+            f"{path}: larger than {MAX_WEIGHTS_BYTES >> 30} GiB, the limit; give a weight file"
+        )
+
+    with path.open("rb") as file:
+        first = file.read(16)
+
+    if weight_format(first) is None and not first.startswith(_magic_of_importers()):
+        raise WeightsError(
+            f"{path}: not a weight file of PyTorch, safetensors or MATLAB; save a state_dict()"
+        )
+    return WeightPath(path, first)
+
+
+def _magic_of_importers() -> tuple[bytes, ...]:
+    """List the first bytes of the files of importers that packages have registered."""
+    IMPORTERS.names()  # imports plug-ins; an importer of the wheel itself is only named
+    first_bytes = []
+    for importer, _ in IMPORTERS.registered.values():
+        first_bytes.append(
+            FIRST_BYTES.get(importer) if isinstance(importer, str) else importer.magic
+        )
+    return tuple(magic for magic in first_bytes if magic)
+
+
+def check_is_checkpoint(path: Path) -> None:
+    """Raise `CheckpointError` unless *path* looks like a checkpoint, without importing torch.
+
+    `read_checkpoint` checks its content. Commands call this before they import torch, which
+    takes seconds.
+    """
+    check_is_file(path)
+    if path.stat().st_size > MAX_WEIGHTS_BYTES:
+        raise CheckpointError(
+            f"{path}: larger than {MAX_WEIGHTS_BYTES >> 30} GiB, the limit; copy it again"
+        )
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            is_checkpoint = any(name.endswith("/data.pkl") for name in archive.namelist())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); check its permissions"
+        ) from error
+    except Exception:  # zipfile raises many types for damaged files
+        is_checkpoint = False
+
+    if not is_checkpoint:
+        raise CheckpointError(f"{path}: {describe_wrong(path, 'checkpoint')}")

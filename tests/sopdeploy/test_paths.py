@@ -1,0 +1,118 @@
+"""What is at a path that a user gave, and what each command says where something else is wanted."""
+
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from sopdeploy.files import GRAPH, LATEST, MANIFEST
+from sopdeploy.paths import CHECKPOINT_FORMAT, PathKind, Wanted, describe_wrong, what_is
+
+KINDS: dict[str, PathKind] = {
+    "nowhere": "nothing",
+    "net.py:Net": "code",
+    "bundles/tiny-1/golden-0.jpg": "bundle_file",
+    "runs/tiny-1/best.pt": "checkpoint",
+    "weights.pt": "weights",
+    "bundle.tar": "archive",
+    "photos.zip": "archive",
+    "net.onnx": "foreign",
+    "hat.jpg": "photograph",
+    "notes.txt": "file",
+    "bundles/tiny-1": "bundle",
+    "runs/tiny-1": "run",
+    "runs/tiny-2": "run",
+    "photos": "photographs",
+    "photos/hat": "photographs",
+    "bundles": "bundles",
+    "runs": "runs",
+    "damaged": "folder",
+    "empty": "folder",
+    ".": "photographs",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a path of each kind, under the names of `KINDS`."""
+    place = tmp_path_factory.mktemp("place")
+    files = {
+        f"bundles/tiny-1/{MANIFEST}": b"{}",
+        "bundles/tiny-1/golden-0.jpg": b"",
+        "bundles/tiny-2/golden-0.jpg": b"",
+        f"bundles/tiny-2/{MANIFEST}": b"{}",
+        "runs/tiny-2/last.pt": b"",
+        "net.onnx": b"\x08",
+        "hat.jpg": b"",
+        "notes.txt": b"hello",
+        "photos.zip": b"",
+        "photos/hat/1.jpg": b"",
+        f"photos/tiny-3/{MANIFEST}": b"{}",  # a bundle among photographs
+        f"damaged/{GRAPH}": b"\x08",  # a bundle without its manifest
+        "damaged/golden-0.jpg": b"",
+    }
+    for name, content in files.items():
+        path = place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (place / "empty").mkdir()
+    tarfile.open(place / "bundle.tar", "w").close()
+    (place / "bundles" / LATEST).symlink_to("tiny-2")
+
+    (place / "runs" / "tiny-1").mkdir()
+    pickled = {"runs/tiny-1/best.pt": CHECKPOINT_FORMAT.encode(), "weights.pt": b"}"}
+    for name, content in pickled.items():
+        with zipfile.ZipFile(place / name, "w") as archive:
+            archive.writestr("archive/data.pkl", content)
+    return place
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_kind_of_a_path_is_found(name: str, place: Path) -> None:
+    assert what_is(place / name) == KINDS[name]
+
+
+ADVICE: dict[tuple[Wanted, str], str] = {
+    ("bundle", "bundles"): "a folder of bundles, not a bundle; choose one, such as bundles/latest",
+    ("bundle", "bundles/tiny-1/golden-0.jpg"): "a file of a bundle, not a bundle; give its folder, bundles/tiny-1",
+    ("bundle", "runs/tiny-2"): "a run, not a bundle; run: sopdeploy export runs/tiny-2/last.pt --detach",
+    ("bundle", "runs"): "a folder of runs, not a bundle; run: sopdeploy export runs/tiny-1/best.pt --detach",
+    ("bundle", "weights.pt"): (
+        "weights, not a bundle; run: sopdeploy export weights.pt --network MODULE:CALLABLE"
+    ),
+    ("bundle", "hat.jpg"): "a photograph, not a bundle; a bundle is a folder with a manifest.json",
+    ("bundle", "notes.txt"): "no bundle here; a bundle is a folder with a manifest.json",
+    ("bundle", "empty"): "no manifest.json; was this folder written by `sopdeploy export`?",
+    ("checkpoint", "bundles/tiny-1"): (
+        "a bundle, not a checkpoint; to serve it, run: sopdeploy serve bundles/tiny-1"
+    ),
+    ("checkpoint", "runs"): "a folder of runs, not a checkpoint; use runs/tiny-1/best.pt",
+    ("checkpoint", "photos"): "photographs, not a checkpoint; run: sopdeploy train --data photos",
+    ("checkpoint", "notes.txt"): "damaged or not a checkpoint; copy or train it again",
+    ("checkpoint", "nowhere"): "no such file; use the best.pt of a training run",
+    ("run", "runs"): "a folder of runs, not a run; choose one, such as runs/tiny-1",
+    ("run", "bundles/tiny-1"): (
+        "a bundle, not a run; give the run that it was exported from; `sopdeploy runs` lists both"
+    ),
+    ("run", "runs/tiny-1/best.pt"): "a checkpoint, not a run; give the folder of its run",
+    ("run", "empty"): "a folder; give a run of `sopdeploy train`",
+    ("weights", "runs/tiny-1"): "a run, not weights; use runs/tiny-1/best.pt",
+    ("weights", "empty"): "a folder; give a weight file",
+    ("photographs", "bundles/tiny-1"): (
+        "a bundle, not a folder of photographs; give a folder with photographs"
+    ),
+    ("photographs", "photos.zip"): (
+        "an archive, not a folder of photographs; unpack it, and give a folder with photographs"
+    ),
+    ("photographs", "notes.txt"): "not a folder; give a folder with photographs",
+    ("photographs", "nowhere"): "no such folder; give a folder with photographs",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("wanted", "name"), ADVICE)
+def test_what_is_not_wanted_is_named_with_what_to_do(
+    wanted: Wanted, name: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    assert describe_wrong(Path(name), wanted) == ADVICE[wanted, name]
