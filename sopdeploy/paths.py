@@ -115,7 +115,7 @@ _WANTED: dict[Wanted, str] = {
     "weights": "weights",
     "photographs": "a folder of photographs",
 }
-OUTPUTS: frozenset[PathKind] = frozenset({"bundle", "bundles", "run", "runs"})
+_OUTPUTS: frozenset[PathKind] = frozenset({"bundle", "bundles", "run", "runs"})
 _NOT_WRITTEN = "was this folder written by `sopdeploy export`?"
 _OTHERWISE: dict[Wanted, str] = {
     "bundle": f"a bundle is a folder with a {MANIFEST}",
@@ -154,6 +154,16 @@ def what_is(path: Path) -> PathKind:
     if describe_foreign(path):
         return "foreign"
     return "photograph" if has_image_suffix(path.name) else "file"
+
+
+def is_output(path: Path) -> bool:
+    """Tell whether *path* is a bundle or a run, or a folder of some and of no photographs.
+
+    Folders of photographs, which may be large, are listed only beside a bundle or a run.
+    """
+    folders = [path, *path.glob("[!.]*/")] if path.is_dir() else []
+    has_outputs = any(has_manifest(folder) or holds_output(folder) for folder in folders)
+    return has_outputs and what_is(path) in _OUTPUTS
 
 
 def _what_is_folder(path: Path) -> PathKind:

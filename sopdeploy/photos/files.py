@@ -22,7 +22,7 @@ from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import expand_user, has_manifest, holds_output
 from sopdeploy.images.signatures import has_image_suffix, is_image
 from sopdeploy.names import label_problem
-from sopdeploy.paths import OUTPUTS, describe_wrong, what_is
+from sopdeploy.paths import describe_wrong, is_output
 
 Log = Callable[[str], None]
 FolderIdentity: TypeAlias = tuple[int, int] | str
@@ -194,7 +194,7 @@ def data_folder(path: Path, content: str = "one subfolder of images per class") 
     It does not if it is no folder, or one of bundles or runs.
     """
     folder = expand_user(path)
-    if not folder.is_dir() or what_is(folder) in OUTPUTS:
+    if not folder.is_dir() or is_output(folder):
         advice = f"give a folder with {content}"
         raise DataError(f"{folder}: {describe_wrong(folder, 'photographs', advice)}")
     return folder

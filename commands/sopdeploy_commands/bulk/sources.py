@@ -25,7 +25,7 @@ from sopdeploy.images.signatures import (
     read_head,
     suffix_of,
 )
-from sopdeploy.paths import OUTPUTS, describe_wrong, what_is
+from sopdeploy.paths import describe_wrong, is_output
 from sopdeploy.photos.files import is_hidden, walk
 from sopdeploy.proxies import store_options
 
@@ -126,7 +126,7 @@ def _list_source(source: str, skipped: Counter[str]) -> Iterator[ListedImage]:
 
     # Otherwise what the file system has at the path.
     path = Path(source)
-    if what_is(path) in OUTPUTS:
+    if is_output(path):
         advice = "name one bundle, then folders or files of images"
         raise DataError(f"{source}: {describe_wrong(path, 'photographs', advice)}")
     if path.is_dir():

@@ -94,8 +94,7 @@ def export_program(
 ) -> ExportedProgram:
     """Run torch.export on *network* for all batch sizes of *batch*; *network* is unchanged afterwards.
 
-    Raises `LoweringError` with a cause that `capturing` knows, or with the first line of torch's
-    message.
+    Raises the `LoweringError` of `capturing`, which says what failed, where, and what to do.
     """
     deployed = Deployed(network, preprocess).eval()
     size = min(2, batch.maximum)  # torch.export makes a dimension of size 1 constant
