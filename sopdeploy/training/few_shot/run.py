@@ -124,7 +124,8 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
             is_doubted_N = np.zeros(len(images), np.bool_)
             if problem.targets.activation == "softmax":
                 label_logits = _judge_labels(validation)
-                doubts = find_label_doubts(label_logits, images.targets.astype(np.int64))
+                labels = images.targets.astype(np.int64)
+                doubts = find_label_doubts(label_logits, labels, validation.copies)
                 is_doubted_N = doubts.listed
 
             signals.exchange()  # for a signal since the last progress
