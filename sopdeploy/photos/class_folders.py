@@ -233,7 +233,8 @@ def describe_class_problems(
 def no_classes_error(root: Path, part: Path | None = None, hint: str = "") -> DataError:
     """Build the error for *root*, or a *part* of it, without classes.
 
-    It names a table that lists the images, or else ends in the *hint*, or in how to sort them.
+    It advises to use a table that lists the images, if there is one; else to sort them, and
+    ends in the *hint* or, without a hint, in the command to sort them by hand.
     """
     images, others = list_images(root)
     table = find_other_table(images, (root / file for file in others))

@@ -122,7 +122,7 @@ def read_entry(entry: dict[str, Any]) -> dict[str, str]:
 
 
 def _task_classes(annotations: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Collect the choices of a task's *annotations* or, without any, the labels of its regions."""
+    """Collect the choices in a task's *annotations*; without choices, the labels of regions."""
     choices: set[str] = set()
     of_regions: set[str] = set()
     for annotation in annotations:

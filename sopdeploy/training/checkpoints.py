@@ -487,8 +487,8 @@ class RunFolder:
     def check_new(self) -> None:
         """Check that a new run can begin in the folder, which may be empty or not exist.
 
-        Raises `ConfigError` if it has files or is none, `StorageError` if nothing can be
-        written there.
+        Raises `ConfigError` if it has files or the path is no folder, `StorageError` if nothing
+        can be written there.
         """
         if self.last.exists():
             raise ConfigError(

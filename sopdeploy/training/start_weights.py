@@ -326,9 +326,9 @@ def create_initial_model(
 def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]) -> Classifier:
     """Create the model of *recipe*, whose random weights depend on the seed alone.
 
-    A network of timm with position embeddings is for images of one size. Its config may set it
-    (`image_size`); otherwise, it is the `preprocess.crop` that the recipe sets, or else the size
-    of *tensors*, the start weights.
+    A network of timm with position embeddings is for images of one size. The first of these
+    that is known counts: `image_size` of its config, `preprocess.crop` if the recipe sets it,
+    the size that the start weights *tensors* are for, and timm's default.
     """
     name = recipe.model.name
     config = recipe.model.config
@@ -337,7 +337,7 @@ def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]
         torch.manual_seed(derive_seed(recipe.seed, "weights"))
         return create_model(name, num_classes=num_classes, **config, **size)
 
-    # Only some networks are for one size of images, and the recipe may set it.
+    # Most networks take any size, and the config may have set the size already.
     model = create()
     if not isinstance(model, TimmBackbone) or model.fixed_size is None:
         return model

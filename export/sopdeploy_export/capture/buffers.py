@@ -1,7 +1,6 @@
 """What the first run of a network makes: buffers, and the results that functions keep."""
 
 import functools
-import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -70,12 +69,11 @@ def _functions_that_keep(packages: set[str]) -> Iterator[Any]:
 
     They are in modules, in classes, and inside of what a decorator returns.
     """
-    imported = {name: module for name, module in sys.modules.items() if module is not None}
     unvisited = [
         value
-        for name, module in imported.items()
+        for name, module in [*sys.modules.items()]
         if name.partition(".")[0] in packages
-        for value in vars(module).values()
+        for value in [*getattr(module, "__dict__", {}).values()]
     ]
     visited: set[int] = set()
 
@@ -85,14 +83,18 @@ def _functions_that_keep(packages: set[str]) -> Iterator[Any]:
             continue
         visited.add(id(value))
 
-        if isinstance(value, functools._lru_cache_wrapper):
+        # By `type`, because a proxy in a module can do anything when `isinstance` asks for its class.
+        kind = type(value)
+        if kind is functools._lru_cache_wrapper:
             yield value
-        elif isinstance(value, staticmethod | classmethod):
+        elif kind in (staticmethod, classmethod):
             unvisited.append(value.__func__)
-        elif isinstance(value, type) and _package(value) in packages:
+        elif issubclass(kind, type) and _package(value) in packages:
             unvisited += vars(value).values()
-        elif isinstance(value, FunctionType) and _package(value) in packages:
-            unvisited += inspect.getclosurevars(value).nonlocals.values()
+        elif kind is FunctionType and _package(value) in packages:
+            for cell in value.__closure__ or ():
+                with suppress(ValueError):  # of an empty cell
+                    unvisited.append(cell.cell_contents)
 
 
 def _package(of: type | FunctionType) -> str:

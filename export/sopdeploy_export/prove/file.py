@@ -398,8 +398,9 @@ def _compare_output(
 ) -> OutputParity:
     """Measure how far output *name* of the file is from the network, and its batches from each other.
 
-    *by_size* has the outputs of the file by batch size, for the last of the P images: so many as
-    *counts* says, and for the largest size all. Raises the errors of `max_drift`.
+    *by_size* has the outputs of the file by batch size. Those of a size are for the last
+    `counts[size]` of the P images, those of the largest size for all. Raises the errors of
+    `max_drift`.
     """
     exact = expected.outputs[name]
     all_of_file = by_size[max(by_size)][name]

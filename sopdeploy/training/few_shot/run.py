@@ -168,29 +168,37 @@ def _judge_labels(validation: CrossValidation) -> Array:
 def _evaluate(
     setup: Setup, network: Classifier, validation: CrossValidation
 ) -> tuple[Rate | MeanPrecision | None, HeldOutMetrics]:
-    """Return the score and the metrics of the held-out images, or else of the cross-validation."""
-    recipe = setup.recipe
-    held_out = setup.data.held_out
-    images = setup.data.train
-    if len(held_out):
-        dataset = PreprocessedDataset(held_out, recipe.preprocess)
-        logits, targets = predict_logits(
-            network, dataset, recipe.preprocess, workers=recipe.workers
-        )
-        groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
-        metrics = held_out_metrics(setup.labels, logits, targets)
-        true = Targets.of(held_out)
-        held_out_score = estimate_score(
-            true.classes, true.activation, logits, recipe.seed, groups
-        )
-        return held_out_score, metrics
+    """Return the score and the metrics of held-out images, or else of the cross-validation."""
+    if len(setup.data.held_out):
+        return _evaluate_held_out(setup, network)
 
+    # The metrics are those of the images that the score counts; of all if there is no score.
+    # The shift of the logits is equal for all classes of an image and changes no metric.
     score = validation.score()
-    # The images that the score counts; all if there is no score.
+    images = setup.data.train
     counted = np.arange(len(images)) if score is None else validation.judged
     metrics = held_out_metrics(
         setup.labels, validation.shifted_logits[counted], images.targets[counted]
     )
+    return score, metrics
+
+
+def _evaluate_held_out(
+    setup: Setup, network: Classifier
+) -> tuple[Rate | MeanPrecision, HeldOutMetrics]:
+    """Return the score and the metrics of *network* on the held-out images."""
+    recipe = setup.recipe
+    held_out = setup.data.held_out
+    dataset = PreprocessedDataset(held_out, recipe.preprocess)
+    logits, numbers = predict_logits(
+        network, dataset, recipe.preprocess, workers=recipe.workers
+    )
+    metrics = held_out_metrics(setup.labels, logits, numbers)
+
+    # Without groups, each image is independent of the others.
+    groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
+    targets = Targets.of(held_out)
+    score = estimate_score(targets.classes, targets.activation, logits, recipe.seed, groups)
     return score, metrics
 
 

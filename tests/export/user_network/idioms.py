@@ -665,7 +665,7 @@ REFUSED: dict[str, Case] = {
         pooled(fails_if_captured),
         {},
         r"the capture stops in idioms\.py:\d+ \(raise ValueError.*\): ValueError: 1{148} \.\.\.; use other "
-        "operators of torch there$",
+        "operators of torch$",
     ),
     "orthogonal weights": (
         changed(lambda n: parametrizations.orthogonal(n.fc)),
