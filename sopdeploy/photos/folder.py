@@ -68,7 +68,7 @@ def open_folder(path: Path, classes_from: str = "") -> Split:
     *classes_from* is `FOLDERS` if each folder at the top is a class, whatever it seems to hold,
     a regular expression that finds the class in the name of a file, or "" (`list_classes`).
     If `labels.csv` lists images with no class or several ones, targets are (N, C) instead of
-    class indices. Without a folder of held-out images, classes of a single image are left out.
+    class indices. Without held-out images, classes of a single image are left out.
     Raises `DataError`.
     """
     root = data_folder(path)

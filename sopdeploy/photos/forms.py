@@ -229,7 +229,7 @@ def _propose_forms(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]
 
 
 def _worse_form(root: Path, pairs: Sequence[Pair]) -> int:
-    """Return which form of *pairs* is the worse one, 1 or 2; 0 if they do not show the same pictures.
+    """Return which form of *pairs* is the worse one, 1 or 2; 0 if nothing shows that both are the same.
 
     The worse form has fewer pixels or, with as many, less color; of equal forms, it is 2. The
     pictures are the same if each is most like its namesake. Otherwise these folders hold different

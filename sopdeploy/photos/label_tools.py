@@ -1,7 +1,8 @@
 """The exports of label tools: files and classes in JSON, in CVAT's XML, and in VIA's CSV.
 
 All readers yield cells by column, `file` and `classes`, for `sopdeploy.photos.table`. An image
-that nobody has labelled yet has no `classes`.
+that nobody has labelled yet has no `classes`, except in JSON objects of a file and its labels
+(`read_entry`), which must have labels.
 """
 
 import csv

@@ -30,8 +30,8 @@ GO_ON = f"add --set data.classes_from={FOLDERS}"
 class _Subfolders(NamedTuple):
     """The subfolders of `folder`, relative to the root, that may be the classes.
 
-    `are_in_all` tells that the subfolders of all others at this depth have these names, too,
-    `hold_nearly_all` that they hold the share `NEARLY_ALL` of the images.
+    `are_in_all` tells that the other folders with subfolders, one or more, have these names,
+    too, `hold_nearly_all` that they hold the share `NEARLY_ALL` of the images.
     """
 
     folder: str
@@ -137,10 +137,11 @@ def ask_about_parts_inside(images: ImageFiles) -> None:
 def ask_about_numbered_folders(images: ImageFiles, table_hint: str) -> None:
     """Raise `DataError` if the class folders seem to be the parts of an archive.
 
-    That is if their names differ in a number only, and one of these holds:
+    That is if their names have a word, differ in a number only, and one of these holds:
 
     - *table_hint* is not empty: it describes a table that lists the images without these names,
-    - the names of files begin with the same words in all class folders.
+    - the names of files begin with the same two words or more in all class folders, and may tell
+      the classes (`suggest_names`).
     """
     # Names without two letters in a row, such as `1` and `a1`, are classes.
     without_numbers = {*map(_without_digits, images.labels)}

@@ -194,9 +194,9 @@ def load_start_weights(
 ) -> StartReport:
     """Load the matching tensors of *weights* into *model*, whose classes are *labels*.
 
-    Random weights remain in parts that networks add to a backbone, and in classifiers of
-    another width or of other classes. Raises `WeightsError` for the first other tensor that
-    does not fit or is not finite.
+    Random weights remain in classifiers of another width or of other classes, and in parts that
+    networks add to a backbone if the file has none that fit. Raises `WeightsError` for the first
+    other tensor that does not fit, and for one to load that is not finite.
     """
     # The classifiers: linear layers with an output per class, if they have a usual name or are in a
     # branch. Others have so many outputs by chance.
@@ -305,6 +305,8 @@ def create_initial_model(
     - without a table `start`, it stays as it is,
     - with weights, these are loaded, and their preprocessing completes that of the recipe,
     - with "none", the default preprocessing completes it.
+
+    For a network that takes images of one size, this size replaces the crop that completes it.
 
     Raises the errors of `read_start_weights` and `load_start_weights`.
     """

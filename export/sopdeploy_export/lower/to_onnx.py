@@ -63,7 +63,7 @@ _MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for
 
 
 def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
-    """Convert *program* to ONNX with input `images` and a symbolic batch dimension.
+    """Convert *program* to ONNX with input `images` and, unless it is for one image, a symbolic batch dimension.
 
     *outputs* are the names of the outputs. Weights have their names in the network. Raises
     `LoweringError` if an operator has no ONNX form, if the weights exceed 2 GB, and the errors

@@ -11,7 +11,7 @@ batch norms cause 1 to 4; 4 in a reduced precision, whose rounding the floor con
 
 The gate of a mixture that is nearly undecided may choose other components after rounding, and
 every later number then changes although nothing is wrong. Images for which the margin between
-its K-th and next logit is within the measured noise of these logits are left out. If that is
+its K-th and next logit is at most twice the tolerance of these logits are left out. If that is
 every image, those are compared for which the network's own run in the exported precision
 chooses the same components as in float64.
 

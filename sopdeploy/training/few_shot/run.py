@@ -85,7 +85,7 @@ def fit_few_shot(
 
 
 def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
-    """Fit and evaluate the network of a new run; writes no file.
+    """Fit and evaluate the network of a new run; writes no file but entries of the cache of features.
 
     Raises `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot be
     used.
@@ -203,9 +203,10 @@ def _evaluate_held_out(
 
 
 def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
-    """Return *fit* with the decision for its out-of-fold logits, without images that a server kept.
+    """Return *fit* with the decision for its out-of-fold logits.
 
-    With one class per image, its result also tells why there is no threshold for unknown images.
+    With one class per image, those of images that a server kept do not count (`select_typical`),
+    and the result also tells why there is no threshold for unknown images.
     """
     recipe = setup.recipe
     targets = setup.data.train.targets
