@@ -69,7 +69,7 @@ def encode_image(
 
 
 def check_is_image(image: object) -> None:
-    """Raise `DataError` that says what *image* looks like, unless `encode_image` takes it; reads no pixel."""
+    """Raise `DataError` that says what *image* looks like, unless `encode_image` takes it; decodes nothing."""
     if isinstance(image, str | os.PathLike):
         _check_path(os.fspath(image))
     elif isinstance(image, Image.Image):
