@@ -89,7 +89,8 @@ def compare(
         on_image: Called with the numbers of predictions done and in total.
 
     Raises:
-        DataError: An image that the server would reject, or no photograph of a common class remains.
+        DataError: An image that cannot be decoded within the limits of a server, or no photograph of a common
+            class remains.
         ConfigError: A bundle predicts several classes per image.
         BundleError: A bundle is damaged.
     """

@@ -85,7 +85,7 @@ def promote(
         tolerance: Points of accuracy that it may lose on 100 photographs; half with ten times as many.
         force: Reason to move the link in any case; recorded.
         back: Link to move back to the bundle before, without other arguments; a second time undoes the first.
-        on_image: Called with the numbers of photographs done and in total.
+        on_image: Called with the numbers of predictions done and in total.
 
     Raises:
         PromotionError: The objections, or there is no bundle to go back to.

@@ -54,8 +54,8 @@ DISK_HANGS = "the disk of the bundles does not respond; they are served until th
 class Card(StrictModel):
     """The model card as Markdown, and the certificate in short.
 
-    The text is empty and the certificate null if the bundle has none that can be read. `labels`
-    are the names of the first 100 classes.
+    The text is empty if the bundle has no card. The certificate is null if it is missing, too
+    large, or of another structure. `labels` are the names of the first 100 classes.
     """
 
     bundle: str
@@ -64,7 +64,7 @@ class Card(StrictModel):
     certificate: CertificateSummary | None
 
 
-_cards: WeakKeyDictionary[Model, Card] = WeakKeyDictionary()  # each made once
+_cards: WeakKeyDictionary[Model, Card] = WeakKeyDictionary()  # kept once it is made
 
 
 @router.get("/livez", summary="Liveness", response_model=Health)
@@ -78,8 +78,9 @@ async def livez(request: Request) -> Response:
 async def readyz(request: Request) -> Response:
     """Return status 200 if the server accepts images, else 503; `status` says why.
 
-    The probes of every bundle are replayed before the server starts to listen. `reason` names a
-    bundle whose folder was deleted or cannot be read: a restarted process cannot load it.
+    Without a memory budget, the probes of every bundle are replayed before the server starts to
+    listen. `reason` names a bundle whose folder was deleted or cannot be read, so that a
+    restarted process cannot load it, or says that the disk does not respond.
     """
     try:
         async with asyncio.timeout(DISK_SECONDS):
@@ -123,7 +124,7 @@ async def metrics(request: Request) -> Response:
 @router.get("/info", summary="Served models", response_model=ServerInfo)
 @router.get("/v1/status", summary="Served models, as `/info`", response_model=ServerInfo)
 async def info(request: Request) -> Response:
-    """Describe each model, loaded or not, and its runtime, and the processes of the server."""
+    """Describe each model, loaded or not, and its runtime; tell the number of front ends."""
     service = service_of(request)
     models: list[ModelInfo] = []
     for model in service.registry.models():

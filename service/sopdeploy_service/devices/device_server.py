@@ -251,7 +251,8 @@ def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
                 return first
             continue
 
-        for file in message.files:  # of a request for metrics
+        # New keys: the supervisor replaces a process that lacks them.
+        for file in message.files:
             os.close(file)
 
 
