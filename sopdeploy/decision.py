@@ -80,15 +80,16 @@ class Rejection(StrictModel):
     new_class_share: tuple[Fraction, Fraction] | None = None
 
     def rows(self) -> list[tuple[str, str]]:
-        """Describe which share of known classes is accepted, and of unknown images rejected, in (name, text) rows."""
-        # Known classes.
+        """Return (name, text) rows on the known images accepted and unknown ones rejected."""
+        # The rule, and which known images it accepts.
         accepted = f"accepts about {100 * self.accepts:g} % of new images like these"
         if self.accepted is not None:
             low, high = (100 * share for share in self.accepted)
             accepted += f" (95 % interval {low:.0f} to {high:.0f} %)"
         rows = [("unknown images", f"score below {self.threshold:.4g}; {accepted}")]
 
-        # Other things. Only images of other things tell, not images of a class that was left out.
+        # Other things. How images of a left-out class fare says nothing of them, so without
+        # images of other things they are not measured.
         others = ""
         if self.recognized is not None:
             others = "{} of {} rejected".format(*self.recognized)

@@ -45,7 +45,10 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _find_problem(url: str) -> str | None:
-    """Return why the server at *url* is not ready, None if it is; raises `ConfigError` for an invalid URL."""
+    """Return why the server at *url* is not ready, None if it is.
+
+    Raises `ConfigError` for an invalid URL, also of a proxy.
+    """
     try:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
@@ -72,7 +75,7 @@ def _find_problem(url: str) -> str | None:
                 else f"{route}: 200, but not a sopdeploy response; check the URL"
             )
 
-    # Each error with the address that was asked and the proxy that was used.
+    # A reason begins with `route`: the address that was asked, and the proxy on the way.
     except HTTPError as response:
         return f"{route}: {response.code} {response.read(200).decode(errors='replace')}"
     # This comes before `ValueError`, because the error of an invalid certificate is both.

@@ -226,11 +226,11 @@ def _open_hashed(folder: int, file: Path, record: FileRecord) -> Iterator[Hashed
         blocks = HashedBlocks(stream, record.bytes)
         yield blocks
 
-    if blocks.sha256 != record.sha256:
-        raise BundleError(
-            f"{file}: its sha256 is not the one in the manifest; the file was damaged: "
-            "copy or export the bundle again"
-        )
+        if blocks.sha256 != record.sha256:
+            raise BundleError(
+                f"{file}: its sha256 is not the one in the manifest; the file was damaged: "
+                "copy or export the bundle again"
+            )
 
 
 def _check_type_and_size(file: Path, status: os.stat_result, record: FileRecord) -> None:

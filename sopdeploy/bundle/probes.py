@@ -180,10 +180,11 @@ def replay_in_turn(probes_by_batch: Mapping[int, Probes], run: RunImages) -> tup
 
 
 def compare_outputs(probes: Probes, outputs: Outputs, batch: int) -> Replay:
-    """Compute the largest difference of the *outputs* of *probes*, which ran as one batch, by output.
+    """Compare the *outputs* of *probes*, which ran at once, with the expected ones.
 
-    Raises `ParityError` if an output is missing, has another shape or is not within its
-    tolerance.
+    *batch* is the batch size of the replay; its last batch may have fewer probes. Returns the
+    largest deviation of each output. Raises `ParityError` if an output is missing, has another
+    shape, is not finite or is not within its tolerance.
     """
     deviations: dict[str, float] = {}
     for name, expected in probes.expected.items():

@@ -150,7 +150,7 @@ def open_data(config: DataConfig | DataSource) -> Split:
 def _group_by_name(split: Split, pattern: str) -> Split:
     """Group the images of each folder in whose names *pattern* finds the same text; "" keeps the groups.
 
-    Raises `DataError` if it finds nothing in any name.
+    Raises `DataError` if it finds nothing in the name of any training image.
     """
     if not pattern:
         return split

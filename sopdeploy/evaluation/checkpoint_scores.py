@@ -46,8 +46,8 @@ def score_checkpoint(
     several classes per image, thresholds are fitted instead, for any fraction. With *mirror*,
     the logits are means over an image and its mirror image. *on_image* receives the numbers of
     images done and in total, *log* lines about the folder, also about images that the network
-    was trained on. Of a group of images, which show one object, the decision is fitted to the
-    first. Raises `DataError` for too few images to fit to.
+    was trained on. With one class per image, the decision is fitted to the first image of each
+    group, which shows one object. Raises `DataError` for too few images to fit to.
     """
     checkpoint = read_checkpoint(path)
     is_multi_label = checkpoint.decision is not None and checkpoint.decision.is_multi_label

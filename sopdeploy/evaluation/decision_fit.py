@@ -228,8 +228,8 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tupl
 def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
     """Return the threshold, as a logit, with the largest F1 of *scores* (N,) for *true* (N,).
 
-    It is half-way between the logits of two scores. Of several with the largest F1, it is the one
-    nearest to 0, the probability 0.5.
+    It is half-way between the logits of two scores, or that of the lowest score. Of several
+    with the largest F1, it is the one nearest to 0, the probability 0.5.
     """
     from sklearn.metrics import precision_recall_curve  # noqa: PLC0415  # its import takes a second
 

@@ -28,14 +28,19 @@ class LabelDoubts(NamedTuple):
     probabilities: NDArray[np.float64]
 
 
-def find_label_doubts(logits_NC: NDArray[np.float64], labels: NDArray[np.int64]) -> LabelDoubts:
+def find_label_doubts(
+    logits_NC: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    copies_N: NDArray[np.int64] | None = None,
+) -> LabelDoubts:
     """Find which *labels* (N,) of images their out-of-fold *logits_NC* contradict.
 
     Each class has an average probability for the images with its label, which is low for
     similar classes. All probabilities are divided by these averages. A label is listed if then
     the probability of another class is more than `LISTED_RATIO` times its own ("confident
     learning", Northcutt et al., JAIR 2021). No label is listed if chance, which lists
-    `LISTED_BY_CHANCE` of the errors, explains their number (binomial test).
+    `LISTED_BY_CHANCE` of the errors, explains their number (binomial test). Images with equal
+    *copies_N* show one photograph, and count once there; without it, each shows one of its own.
     """
     from scipy.special import bdtrc  # noqa: PLC0415 # SciPy takes a quarter of a second
 
@@ -56,9 +61,11 @@ def find_label_doubts(logits_NC: NDArray[np.float64], labels: NDArray[np.int64])
 
     is_listed_N = relative_NC.max(axis=1) > LISTED_RATIO * relative_of_label_N
 
-    # Whether right labels explain the list.
-    num_errors = int((relative_of_label_N < relative_NC.max(axis=1)).sum())
-    num_listed = int(is_listed_N.sum())
+    # Whether right labels explain the list: copies are wrong together.
+    photograph_N = np.arange(len(labels)) if copies_N is None else copies_N
+    is_error_N = relative_of_label_N < relative_NC.max(axis=1)
+    num_errors = len(np.unique(photograph_N[is_error_N]))
+    num_listed = len(np.unique(photograph_N[is_listed_N]))
     if num_listed and bdtrc(num_listed - 1, num_errors, LISTED_BY_CHANCE) > CHANCE_LEVEL:
         is_listed_N[:] = False
     return LabelDoubts(is_listed_N, relative_NC.argmax(axis=1), probabilities_NC)

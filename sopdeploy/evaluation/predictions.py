@@ -43,8 +43,8 @@ def make_predictions(
 
     *labels* are the classes in the order of the outputs. With one class per image,
     `images.labels` may have another order, and the classes of each `ImageScore` are indices
-    into `images.labels`; with several, both orders are the same. Without a *decision*, every
-    image is known.
+    into `images.labels`; with several, both orders are the same. Without a *decision*,
+    `known` is None.
     """
     decision = Decision() if decision is None else decision
 

@@ -69,7 +69,11 @@ def encode_image(
 
 
 def check_is_image(image: object) -> None:
-    """Raise `DataError` that says what *image* looks like, unless `encode_image` takes it; decodes nothing."""
+    """Raise `DataError`, which says what *image* looks like, unless `encode_image` accepts it.
+
+    Nothing is read from a file and nothing is decoded: `encode_image` can still find that a
+    file is too large, or that pixels cannot be decoded.
+    """
     if isinstance(image, str | os.PathLike):
         _check_path(os.fspath(image))
     elif isinstance(image, Image.Image):

@@ -359,21 +359,24 @@ def _prenorm_adjoint(
     norm_term_B11: Tensor,
     config: NewtonSchulzConfig,
 ) -> Tensor:
-    """Compute the gradient of the product P = X X^T or X^T X from the gradient D of *matrix_Bnn*, P / n.
+    """Compute the gradient of P, X X^T or X^T X, of which *matrix_Bnn* is A = P / norm.
 
-    P receives D / n directly, and through its norm n the gradient of n times dn / dP. The
-    gradient of n is -<D, P / n> / n from the division, and g from the root's factor n^p;
-    *norm_term_B11* is n g. The sum is (D + (n g - <D, P / n>) dn / dP) / n. A norm up to
-    `SMALLEST_NORM` was replaced by this constant and has no gradient. Modifies
-    *matrix_grad_Bnn*.
+    With D = *matrix_grad_Bnn*, the gradient of A, the gradient of P is the sum of
+
+    - D / norm, for a constant norm, and
+    - h dnorm / dP, where h is the gradient of the norm: -<D, A> / norm from the division, and
+      *norm_term_B11* / norm from the root, which is multiplied by a power of the norm.
+
+    That is (D + (*norm_term_B11* - <D, A>) dnorm / dP) / norm. A norm up to `SMALLEST_NORM` was
+    replaced by this constant, so its h is 0. Modifies *matrix_grad_Bnn*.
     """
+    # <D, A>, then h times the norm.
     through_matrix_B11 = (matrix_grad_Bnn * matrix_Bnn).sum(dim=(1, 2), keepdim=True)
-    # This is n g - <D, P / n>, and 0 for a norm of 0.
     total_term_B11 = (norm_term_B11 - through_matrix_B11) * (norm_B11 > SMALLEST_NORM)
 
-    if config.prenorm == "trace":  # dn / dP = I
+    if config.prenorm == "trace":  # dnorm / dP = I
         matrix_grad_Bnn.diagonal(dim1=1, dim2=2).add_(total_term_B11[:, :, 0])
-    elif config.prenorm == "frobenius":  # dn / dP = P / n
+    elif config.prenorm == "frobenius":  # dnorm / dP = P / norm = A
         matrix_grad_Bnn.addcmul_(matrix_Bnn, total_term_B11)
     else:
         assert_never(config.prenorm)

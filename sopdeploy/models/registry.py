@@ -327,9 +327,9 @@ PREFIXES = {
 def entry(name: str) -> Entry:
     """Look up *name* in the catalog and among registered networks; raises `ConfigError` with near names.
 
-    `timm:NAME` is an entry for every NAME of timm, `dsop-timm:NAME` for those that have feature
-    maps, and `head:NAME` for every network NAME without training-only parts, and for
-    `dsop-NAME`.
+    `timm:NAME` and `dsop-timm:NAME` are entries for every NAME of timm; building the latter
+    needs a network with feature maps. `head:NAME` is one for every network NAME without
+    training-only parts, and for `dsop-NAME`.
     """
     family, colon, rest = name.partition(":")
     registered: Entry | None

@@ -45,9 +45,9 @@ class HeadConfig(NewtonSchulzOptions):
 
     `taps` are the feature maps: stages or blocks of a network of the catalog or of timm,
     modules of a network of the user; by default the last one. `width` is d; a map of fewer
-    channels is not projected. The root is that of the covariance divided by its trace. With
-    `cosine`, the energy of the logits is the cosine between the network's own vector and the
-    nearest class mean; `distance` was its predecessor.
+    channels is not projected. The root is that of the covariance divided by its norm `prenorm`.
+    With `cosine`, the energy of the logits is the cosine between the network's own vector and
+    the nearest class mean; `distance` was its predecessor.
     """
 
     kind: HeadKind = "gap+isqrt"

@@ -82,7 +82,10 @@ class DataReport(StrictModel):
     notes: tuple[str, ...] = ()
 
     def must_be_usable(self) -> None:
-        """Raise `DataError` with every problem that would stop a training run."""
+        """Raise `DataError` if classes cannot be trained on, or any image is unreadable.
+
+        Training itself leaves a few unreadable images out.
+        """
         problems = [*self.classes, *self.unreadable]
         # The first part holds the training images.
         num_trained_classes = len(self.parts[0].classes) - len(self.too_few)
@@ -116,11 +119,11 @@ def check_data(
     near: bool = False,
     group_by_features: Callable[[ImageFiles], Groups] | None = None,
 ) -> DataReport:
-    """Decode every image below *path* and report contents and problems.
+    """Decode every image below *path* that `open_parts` lists, and report contents and problems.
 
     With *near*, near-duplicates are searched, too. Up to `MAX_FEATURES` images are compared by
-    *group_by_features*, which returns a group number (N,) per image; more images are compared by
-    edges. Raises `DataError` for fewer than two classes.
+    *group_by_features*, which returns a group number (N,) per image; more images, or all without
+    this function, are compared by edges. Raises `DataError` for fewer than two classes.
     """
     opened = open_parts(data_folder(path))
     num_images = sum(len(images) for images in opened.parts.values())

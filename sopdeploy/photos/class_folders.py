@@ -56,10 +56,11 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
     """List the images of every class folder in *root*, sorted; a class may be empty.
 
     Folders with one name in two encodings are one class. The images of a folder in a class
-    folder are a group, unless it holds all images of the class. A link to a class folder is not
-    followed. Masks, photographs in another form (`find_leftovers`), and classes that hold nothing
-    else are left out, unless *classes_from* is `FOLDERS`. If *classes_from* is a regular
-    expression, it finds the class in the name of each image below *root*, whatever its folder.
+    folder are a group, unless it holds all images of the class. A link in a class folder to
+    another class folder is not followed. Masks, photographs in another form (`find_leftovers`),
+    and classes that hold nothing else are left out, unless *classes_from* is `FOLDERS`. If
+    *classes_from* is a regular expression, it finds the class in the name of each image below
+    *root*, whatever its folder.
     """
     paths_of_class, other_files = _list_folders(root)
     beside, _ = list_files(root)
@@ -190,7 +191,9 @@ def is_pattern(classes_from: str) -> bool:
 def describe_class_problems(
     listing: ClassListing, labels: tuple[str, ...], table_hint: str = ""
 ) -> Iterator[str]:
-    """Describe classes of *listing* that are not in *labels*, labels without a folder, and empty folders.
+    """Describe classes of *listing* that are not in *labels*, and empty folders.
+
+    Labels without a folder are described only beside classes that are not in *labels*.
 
     *table_hint* describes a table that lists the images and is not read; "" without one.
     """
@@ -233,7 +236,8 @@ def describe_class_problems(
 def no_classes_error(root: Path, part: Path | None = None, hint: str = "") -> DataError:
     """Build the error for *root*, or a *part* of it, without classes.
 
-    It names a table that lists the images, or else ends in the *hint*, or in how to sort them.
+    It advises to use a table that lists the images, if there is one; else to sort them, and
+    ends in the *hint* or, without a hint, in the command to sort them by hand.
     """
     images, others = list_images(root)
     table = find_other_table(images, (root / file for file in others))

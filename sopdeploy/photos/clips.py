@@ -241,8 +241,8 @@ def _find_doubtful(
 ) -> _Measured | None:
     """Find the clearest of the *remaining* relations that could still be told to the user, or None.
 
-    Its images are not joined in *groups* (N,), and its pattern does not make most of a class one
-    group.
+    The images of its `pair` are not joined in *groups* (N,), and its pattern does not make most
+    of a class one group.
     """
     doubtful = []
     for measured in remaining:
@@ -286,7 +286,7 @@ def _list_relations(
     groupings: list[_Relation] = []
     sequences: list[_Relation] = []
 
-    # Names of one form, such as `#_#.png`, differ in their numbers only.
+    # Names of one template; those with equal texts differ in their numbers only.
     templates = Counter(name.template for name in parsed if name.numbers)
     for template, size in templates.most_common(MAX_PATTERNS):
         if size < MIN_IMAGES:
@@ -334,7 +334,10 @@ def _list_relations(
 
 
 def _number_runs(count: int, members: list[int], keys: Sequence[Hashable]) -> NDArray[np.int64]:
-    """Number the different *keys* of the images *members* from 0; other images have negative numbers."""
+    """Return the number (N,) of the key of each image: of *members* from 0, in the order of *keys*.
+
+    Each other image has a negative number of its own.
+    """
     number_of_key = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     runs = -1 - np.arange(count)  # different ones, because these images are related to none
     runs[members] = [number_of_key[key] for key in keys]

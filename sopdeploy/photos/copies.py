@@ -168,9 +168,9 @@ def _confirm(
 ) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
     """Select the *candidates* (2, P) that are copies by their *shares* (P,) of equal tiles, and *turned*.
 
-    Also tells for each image (N,) whether the images of its class, *classes* (N,), look alike. If
-    nearly all images of a class would be one group, they look alike, and no pairs of them are
-    selected.
+    Also tells for each image (N,) whether the images of its class, *classes* (N,), look alike.
+    If nearly all images of a class, of `MIN_ONE_GROUP` or more, would be one group, they look
+    alike, and no pairs of them are selected.
     """
     members_of_classes = np.split(
         np.argsort(classes, kind="stable"), np.cumsum(np.bincount(classes))[:-1]

@@ -47,9 +47,10 @@ def open_evaluation_images(
 
     It opens only the held-out images if the data are split. Classes are matched by name;
     WordNet IDs match the names of ImageNet's classes. With *multi_label*, `labels.csv` lists
-    several classes per image. *log* receives a line about classes without images and about the
-    part that is opened. Raises `DataError` if there are no images, and for folders that are no
-    class of the network; with *other_classes*, these are left out.
+    several classes per image. *log* receives a line about classes without images, about classes
+    that are left out, and about the part that is opened. Raises `DataError` if there are no
+    images, and for folders that are no class of the network; with *other_classes* or in an
+    official layout, these are left out if a class remains.
     """
     with naming_all_undecodable(root):
         return _open_evaluation_images(
@@ -154,9 +155,9 @@ def _match_classes(
 
 
 def check_holds_classes(root: Path) -> Path:
-    """Return the data folder *root*; raises `DataError` unless it has class folders, or a file with labels.
+    """Return the data folder *root*; raises `DataError` unless it has subfolders, or a file with labels.
 
-    Reads no image and needs no network. Commands call this before they import torch, which
+    Decodes no image and needs no network. Commands call this before they import torch, which
     takes seconds.
     """
     root = data_folder(root)

@@ -18,7 +18,7 @@ from sopdeploy.images.signatures import format_of
 from sopdeploy.photos.photo import LabeledImages, LeftOut, Split
 
 UNREADABLE = 0  # the hash of a file that cannot be read
-# A run leaves damaged images out, up to this share and fewer than this number of them.
+# A run leaves damaged images out if they are at most this share, or fewer than this number.
 MAX_DAMAGED = 0.05
 MANY_DAMAGED = 3
 CHUNK = 64  # images per task of a thread; decoding releases the GIL
@@ -114,7 +114,7 @@ def find_unreadable(images: LabeledImages) -> dict[int, str]:
 
 
 def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataError:
-    """Build an error with every unreadable image of *parts*; return *first* if there is only one."""
+    """Build an error with every unreadable image of *parts*; return *first* if there are fewer than two."""
     return _name_all(
         first, [error for part in parts for error in find_unreadable(part).values()]
     )

@@ -84,31 +84,50 @@ def _propose_masks(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]
     """
     yield from _pair_with_other_classes(images)
 
-    # By the folder below the class, or by the added text.
-    kinds = defaultdict[tuple[str, str], list[Pair]](list)
+    by_folder = defaultdict[str, list[Pair]](list)  # below the class
+    by_text = defaultdict[str, list[Pair]](list)  # that the name of a mask adds
     for paths in images.values():
-        by_stem = defaultdict[tuple[PurePosixPath, str], list[PurePosixPath]](list)
-        # By the numbers in names or, without any, the names: an image of each folder.
-        by_numbers = defaultdict[str, dict[PurePosixPath, PurePosixPath]](dict)
         files = [PurePosixPath(os.fsdecode(path)) for path in paths]
-        for file in files:
-            by_stem[file.parent, file.stem].append(file)
-            by_numbers[_numbers(file.stem) or file.stem].setdefault(file.parent, file)
+        for folder, pair in _pair_with_other_folders(files):
+            by_folder[folder].append(pair)
+        for text, pair in _pair_in_folders(files):
+            by_text[text].append(pair)
+    yield from by_folder.values()
+    yield from by_text.values()
 
-        for file in files:
-            # Another image of its folder, to whose name its own one adds a text or another suffix.
-            for part in (file.stem, *_parts(file.stem)):
-                for photograph in by_stem.get((file.parent, part), ()):
-                    if photograph != file:
-                        added = re.sub(r"\d+", "", file.stem.replace(part, "", 1))
-                        kinds["", added or file.suffix].append(_pair(photograph, file))
 
-            # An image of another folder with the same numbers or, without any, the same name.
-            others = by_numbers[_numbers(file.stem) or file.stem].items()
-            other = next((one for folder, one in others if folder != file.parent), None)
-            if other is not None:
-                kinds[_below_class(file), ""].append(_pair(other, file))
-    yield from kinds.values()
+def _pair_with_other_folders(files: Sequence[PurePosixPath]) -> Iterator[tuple[str, Pair]]:
+    """Pair each of a class's *files* with one of another folder, by the numbers in their names.
+
+    Without numbers, the names must be the same. Also yields the folder of each below the class.
+    """
+    # By numbers: the first file of each folder.
+    by_numbers = defaultdict[str, dict[PurePosixPath, PurePosixPath]](dict)
+    for file in files:
+        by_numbers[_numbers(file.stem) or file.stem].setdefault(file.parent, file)
+
+    for file in files:
+        others = by_numbers[_numbers(file.stem) or file.stem].items()
+        other = next((one for folder, one in others if folder != file.parent), None)
+        if other is not None:
+            yield _below_class(file), _pair(other, file)
+
+
+def _pair_in_folders(files: Sequence[PurePosixPath]) -> Iterator[tuple[str, Pair]]:
+    """Pair each of *files* with those of its folder whose names it extends or ends differently.
+
+    Also yields what it adds to the name: a text without digits or, without one, another suffix.
+    """
+    by_stem = defaultdict[tuple[PurePosixPath, str], list[PurePosixPath]](list)
+    for file in files:
+        by_stem[file.parent, file.stem].append(file)
+
+    for file in files:
+        for part in (file.stem, *_parts(file.stem)):
+            for photograph in by_stem.get((file.parent, part), ()):
+                if photograph != file:
+                    added = re.sub(r"\d+", "", file.stem.replace(part, "", 1))
+                    yield added or file.suffix, _pair(photograph, file)
 
 
 def _pair_with_other_classes(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]]:
@@ -210,7 +229,7 @@ def _propose_forms(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]
 
 
 def _worse_form(root: Path, pairs: Sequence[Pair]) -> int:
-    """Return which form of *pairs* is the worse one, 1 or 2; 0 if they do not show the same pictures.
+    """Return which form of *pairs* is the worse one, 1 or 2; 0 if nothing shows that both are the same.
 
     The worse form has fewer pixels or, with as many, less color; of equal forms, it is 2. The
     pictures are the same if each is most like its namesake. Otherwise these folders hold different

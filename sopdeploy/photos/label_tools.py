@@ -1,7 +1,8 @@
 """The exports of label tools: files and classes in JSON, in CVAT's XML, and in VIA's CSV.
 
 All readers yield cells by column, `file` and `classes`, for `sopdeploy.photos.table`. An image
-that nobody has labelled yet has no `classes`.
+that nobody has labelled yet has no `classes`, except in JSON objects of a file and its labels
+(`read_entry`), which must have labels.
 """
 
 import csv
@@ -122,7 +123,7 @@ def read_entry(entry: dict[str, Any]) -> dict[str, str]:
 
 
 def _task_classes(annotations: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Collect the choices of a task's *annotations* or, without any, the labels of its regions."""
+    """Collect the choices in a task's *annotations*; without choices, the labels of regions."""
     choices: set[str] = set()
     of_regions: set[str] = set()
     for annotation in annotations:

@@ -31,13 +31,13 @@ def hold_out(
     """Select about *fraction* of every class for the held-out set, as a mask (N,).
 
     Of a class of two images or more, this is at least one image, and never all. If images have
-    several classes, it may be none, because an image is held out only if each of its classes keeps
-    another one for training. The selection depends on *seed* and the images' *keys* only. It is the
-    same on every machine and in every version, so that an image used for training is never used for
-    evaluation later. *targets* are class indices (N,), or (N, C) with 1 for every class of an
-    image. With (N, C), the classes are processed from the rarest to the most frequent one, then
-    the images without a class, as in the iterative stratification of Sechidis et al. (ECML
-    2011), section 4.
+    several classes, it may be none, because an image is held out only if each of its classes
+    keeps another one for training. The selection depends on *seed*, *fraction*, and the *keys*
+    and classes of the images, not on their order. It is the same on every machine and in every
+    version, so that an image used for training is never used for evaluation later. *targets*
+    are class indices (N,), or (N, C) with 1 for every class of an image. With (N, C), the
+    classes are processed from the rarest to the most frequent one, then the images without a
+    class, as in the iterative stratification of Sechidis et al. (ECML 2011), section 4.
     """
     # The indices of the images in the order of the selection: by hashes, equal ones by key.
     ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]
@@ -86,7 +86,8 @@ def choose_held_out(
 ) -> Choice:
     """Hold out about *fraction* of the groups of every class, at least one, never all.
 
-    A class that is one group has no held-out image. A group of *groups* (N,) is held out as a
+    A class that is one group has no held-out image. If groups have several classes, a larger one
+    may have none either (`hold_out`). A group of *groups* (N,) is held out as a
     whole or not at all, and counts for all classes of its images. Returns (N,): for held-out
     images the number of their group, from 0, and `NONE` for training images. *seed* and the
     identity of the first image of each group determine which groups are held out.

@@ -367,9 +367,9 @@ def _show_mistakes(
 
 def _show_wrong_labels(images: LabeledImages, fit: FewShotFit, command: str) -> Section:
     """Show the training *images* whose label is probably wrong by *fit*; *command* lists all."""
-    wrong_labels = (
-        [] if fit.label_logits is None else list_wrong_labels(fit.label_logits, images)
-    )
+    wrong_labels = []
+    if fit.label_logits is not None:
+        wrong_labels = list_wrong_labels(fit.label_logits, images, fit.copies)
     captions = []
     for index, wrong in wrong_labels[:_MAX_SHOWN]:
         template = f"{{}} ({percent(wrong.probability)}), suggested: {{}} ({percent(wrong.probability_suggested)})"

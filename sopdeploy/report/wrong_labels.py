@@ -16,7 +16,7 @@ from sopdeploy.paths import describe_wrong
 from sopdeploy.photos.file_checks import hash_images
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.checkpoints import has_same_images, read_recorded_recipe
-from sopdeploy.training.few_shot.state import read_label_logits
+from sopdeploy.training.few_shot.state import read_copies, read_label_logits
 from sopdeploy.training.setup import open_division
 
 
@@ -70,15 +70,18 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
     if images.labels != last.labels or not has_same_images(last, path, images, hashes):
         raise DataError(f"{run}: the images have changed since the run; train again")
 
-    return tuple(wrong for _, wrong in list_wrong_labels(logits, images))
+    doubts = list_wrong_labels(logits, images, read_copies(last))
+    return tuple(wrong for _, wrong in doubts)
 
 
 def list_wrong_labels(
-    logits_NC: NDArray[np.float64], images: LabeledImages
+    logits_NC: NDArray[np.float64],
+    images: LabeledImages,
+    copies_N: NDArray[np.int64] | None = None,
 ) -> list[tuple[int, WrongLabel]]:
     """List (index, description) of the images of `find_label_doubts`, the least probable label first."""
     labels = images.targets.astype(np.int64)
-    listed_N, suggested_N, probabilities_NC = find_label_doubts(logits_NC, labels)
+    listed_N, suggested_N, probabilities_NC = find_label_doubts(logits_NC, labels, copies_N)
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
     doubts = []
     for index in np.argsort(of_label_N, kind="stable").tolist():

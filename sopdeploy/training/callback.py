@@ -12,11 +12,12 @@ WORTH_A_LINE = 120.0  # seconds of the rest
 class Callback:
     """Base class of callbacks; every method does nothing.
 
-    Epochs and steps count from 0. An exception raised by a callback ends the run.
+    The arguments *epoch* and *step* count from 0. An exception raised by a callback ends the
+    run.
     """
 
     def on_message(self, message: str) -> None:
-        """Receive a line about the start of the run: weights, procedure, images."""
+        """Receive a line about the run: weights, procedure, images, or the expected time."""
 
     def on_warning(self, warning: str) -> None:
         """Receive a one-line warning; the run continues."""
@@ -37,9 +38,10 @@ class Callback:
 
 
 class ExpectedTime:
-    """Tells *callback* once how long the rest of a run takes, measured on its first parts.
+    """Tells *callback*, at most once, how long the rest of a run takes, measured on its first parts.
 
-    *advice* is the end of the line: how to choose another procedure. *clock* returns seconds.
+    A rest of less than `WORTH_A_LINE` is not told. *advice* is the end of the line: how to
+    choose another procedure. *clock* returns seconds.
     """
 
     def __init__(

@@ -6,9 +6,10 @@ checkpoint to resume from, `best.pt` the one to export; `history.csv` lists all 
 file is written atomically. `last.pt` is written first; all other files are derived from it and
 are written again when the run is resumed.
 
-Only this module, and the modules `state` of the procedures, know the keys below `training` and
-`resume`. Sample order, augmentation, dropout and learning rate are functions of (seed, epoch,
-step). Weights, optimizer state and position are therefore enough to resume a run bit for bit.
+Only this module, and the modules `state` of the procedures, know the keys below `resume` and
+write those below `training`. Sample order, augmentation, dropout and learning rate are
+functions of (seed, epoch, step). Weights, optimizer state and position are therefore enough to
+resume a run bit for bit.
 """
 
 import os
@@ -487,8 +488,8 @@ class RunFolder:
     def check_new(self) -> None:
         """Check that a new run can begin in the folder, which may be empty or not exist.
 
-        Raises `ConfigError` if it has files or is none, `StorageError` if nothing can be
-        written there.
+        Raises `ConfigError` if it has files or the path is no folder, `StorageError` if nothing
+        can be written there.
         """
         if self.last.exists():
             raise ConfigError(

@@ -57,7 +57,7 @@ class EpochRow(StrictModel):
     `losses` are means over the training images. `metrics` and `diagnostics` are those of the
     exported weights. `gradient` is the mean gradient norm before clipping. `component_counts`
     counts, for a gated network, the training images that each component received, with the
-    gate's noise.
+    gate's noise. `seconds` is the time of the whole run until the end of the epoch.
     """
 
     epoch: int
@@ -97,7 +97,7 @@ def median_throughput(history: Sequence[EpochRow]) -> float:
 
 
 def history_table(history: Sequence[EpochRow]) -> tuple[list[str], list[dict[str, float]]]:
-    """Return the columns of *history*, and its rows: all numbers of an epoch by name."""
+    """Return the columns of *history*, and its rows: the numbers of an epoch by name, without counts."""
     rows = []
     for epoch in history:
         row: dict[str, float] = {"epoch": epoch.epoch, "lr": epoch.lr}

@@ -60,7 +60,8 @@ class Strategy(ProcessGroup):
     def backward(self, loss: Tensor, model: nn.Module) -> None:
         """Set `grad` in *model* to the gradient of the sum of *loss* over the processes.
 
-        *loss* is the mean over the samples of this process, times their fraction of the step.
+        Before, `grad` must be None. *loss* is the mean over the samples of this process, times
+        their fraction of the step.
         """
         loss.backward()  # type: ignore[no-untyped-call]
 
@@ -116,7 +117,10 @@ class Strategy(ProcessGroup):
 
 
 def select_device(name: str) -> torch.device:
-    """Select the device *name*: `auto`, `cpu` or `cuda`; raise `ConfigError` if there is no CUDA device."""
+    """Select the device *name*; raise `ConfigError` for `cuda` without a CUDA device.
+
+    `auto` is the CUDA device or, without one, the CPU.
+    """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ConfigError(
@@ -206,8 +210,8 @@ def handle_signals(processes: ProcessGroup) -> Iterator[SignalState]:
 def join_processes() -> Iterator[None]:
     """Connect the processes of the run, if there are several, while the context is active.
 
-    Raises `TrainingError` after a lost connection, and `ConfigError` if a process has no GPU of
-    its own.
+    Raises `TrainingError` after a lost connection, and `ConfigError` if a machine has GPUs,
+    but a process has none of its own.
     """
     if not is_distributed():
         yield

@@ -235,9 +235,9 @@ def _set_class_means(
 def _apply_temperature(
     network: SecondOrderHead, logits_NK: NDArray[np.float64], targets: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Divide the classifier of *network* by the temperature of *logits_NK*; return its new logits.
+    """Divide the classifier of *network* by the temperature of *logits_NK*, if this lowers their loss.
 
-    The energies of the logits, the cosines, stay the same.
+    Returns its new logits. Their energies, the cosines, stay the same.
     """
     if not temperature_lowers_loss(logits_NK, targets):
         return logits_NK

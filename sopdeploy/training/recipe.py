@@ -48,7 +48,7 @@ HOLD_OUT_KEYS = {
 
 
 class LoopConfig(StrictModel):
-    """Train all weights for several epochs; the settings are `LoopSettings`."""
+    """Train all weights, or those that `start.learn` names, for several epochs; see `LoopSettings`."""
 
     kind: Literal["loop"] = "loop"
 
@@ -57,11 +57,11 @@ class HeadOptions(StrictModel):
     """Options of the procedures that fit a linear classifier to features of a frozen network.
 
     Attributes:
-        folds: Folds of the cross-validation, at most the number of groups of copies.
+        folds: Largest number of folds of the cross-validation (`Targets.folds`).
         group_copies: Whether near-duplicates share a fold; exact duplicates and given groups always do.
         head: What the classifier reads: the network's own vector, and the roots of the covariances of its
             last two feature maps; or the vector alone.
-        margins: Whether a class of fewer than five images must exceed classes that have five by a margin. It
+        margins: Whether a class of fewer than five independent photographs must exceed the others by a margin. It
             then takes fewer of their images, and is found less often. `train --from` sets it.
     """
 
@@ -330,7 +330,8 @@ def change_recipe(
 
     *changes* are dotted keys with their values. If they select another network, data source or
     procedure, options that the selected one does not have are dropped. Selecting `fine_tune`
-    adds `FINE_TUNE_SETTINGS`, which other *changes* override. Raises `ConfigError` that names
+    adds `FINE_TUNE_SETTINGS`, which other *changes* override. If `preprocess.crop` changes
+    alone, `preprocess.resize` keeps its ratio to it. Raises `ConfigError` that names
     the file or key, and the closest key.
     """
     values = deepcopy(dict(base))

@@ -77,7 +77,7 @@ class Tuning(StrictModel):
 
     `first` and `second` are the numbers that the frozen and the fine-tuned network classify
     correctly, `wins` and `losses` those on which only the second or only the first is right.
-    With fewer than `TESTABLE` photographs nothing was trained, and all are 0.
+    With fewer than `TESTABLE` photographs nothing was trained, and these are 0.
     """
 
     count: int

@@ -208,7 +208,8 @@ def _resume_setup(
 ) -> Setup:
     """Set up the run of *last* again; *recorded* is the recipe with which it began.
 
-    Raises an error unless *recipe* is the same, and the images are those with which it began.
+    Raises an error if *recipe* differs from it in more than `CHANGEABLE_KEYS`, or if the images
+    are known to be others than those with which the run began.
     """
     source = folder.last
     images = division.data.train

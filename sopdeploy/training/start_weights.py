@@ -194,9 +194,9 @@ def load_start_weights(
 ) -> StartReport:
     """Load the matching tensors of *weights* into *model*, whose classes are *labels*.
 
-    Random weights remain in parts that networks add to a backbone, and in classifiers of
-    another width or of other classes. Raises `WeightsError` for the first other tensor that
-    does not fit or is not finite.
+    Random weights remain in classifiers of another width or of other classes, and in parts that
+    networks add to a backbone if the file has none that fit. Raises `WeightsError` for the first
+    other tensor that does not fit, and for one to load that is not finite.
     """
     # The classifiers: linear layers with an output per class, if they have a usual name or are in a
     # branch. Others have so many outputs by chance.
@@ -306,6 +306,8 @@ def create_initial_model(
     - with weights, these are loaded, and their preprocessing completes that of the recipe,
     - with "none", the default preprocessing completes it.
 
+    For a network that takes images of one size, this size replaces the crop that completes it.
+
     Raises the errors of `read_start_weights` and `load_start_weights`.
     """
     weights = read_start_weights(recipe, strategy, source)
@@ -326,9 +328,9 @@ def create_initial_model(
 def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]) -> Classifier:
     """Create the model of *recipe*, whose random weights depend on the seed alone.
 
-    A network of timm with position embeddings is for images of one size. Its config may set it
-    (`image_size`); otherwise, it is the `preprocess.crop` that the recipe sets, or else the size
-    of *tensors*, the start weights.
+    A network of timm with position embeddings is for images of one size. The first of these
+    that is known counts: `image_size` of its config, `preprocess.crop` if the recipe sets it,
+    the size that the start weights *tensors* are for, and timm's default.
     """
     name = recipe.model.name
     config = recipe.model.config
@@ -337,7 +339,7 @@ def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]
         torch.manual_seed(derive_seed(recipe.seed, "weights"))
         return create_model(name, num_classes=num_classes, **config, **size)
 
-    # Only some networks are for one size of images, and the recipe may set it.
+    # Most networks take any size, and the config may have set the size already.
     model = create()
     if not isinstance(model, TimmBackbone) or model.fixed_size is None:
         return model

@@ -241,7 +241,7 @@ class Inspection(StrictModel):
 
 
 def _show_unused(inspected: Inspection) -> None:
-    """Print which tensors fit, the unused parts, and the next command."""
+    """Print how many tensors fit, the unused and partly unused parts, and the next command."""
     ignored = f"; ignored: {shorten(inspected.ignored)}" if inspected.ignored else ""
     print_field("weights", f"{inspected.num_tensors} tensors fit{ignored}")
     unused = ", ".join(inspected.unused) or "nothing; the output depends on every part"

@@ -304,9 +304,10 @@ def _check(
 ) -> Check:
     """Bound by *rule* what the second bundle loses on the photographs that *counted_N* marks.
 
-    *second_N* marks the photographs that the second bundle classifies correctly, *first_N* those
-    of the bundle that it is compared with. `num_more_images` is by *next_rule*, the rule of the
-    next attempt.
+    *second_N* marks those that the second bundle classifies correctly, *first_N* those that the
+    other bundle does: the first one or, if *of* is "anchor", the best one that was live before.
+    `num_more_images`, how many more photographs let it pass, is for the next attempt and so
+    depends on *next_rule*.
     """
     changes = _count_changes(first_N[counted_N], second_N[counted_N])
     counts = Counts(int(counted_N.sum()), changes["wins"], changes["losses"])

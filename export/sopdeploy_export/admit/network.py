@@ -108,7 +108,8 @@ def prepared(
     """Unwrap *network*, and prepare it for the block: on the CPU, in eval mode, uncompiled.
 
     *logits_key* says which of its outputs to export. Afterwards, it is as before. A hook, a
-    replaced method or a part in train mode is no reason to refuse a network. But if the block
+    replaced method or a part in train mode is no reason to refuse a network, except a hook or a
+    `forward` on a whole network of the catalog. But if the block
     refuses it, the message also names such an oddity, which can be the cause. Raises
     `LoweringError` for modules that are not accepted, and `DetachError` for *training_only*.
     """

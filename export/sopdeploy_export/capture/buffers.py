@@ -1,7 +1,6 @@
-"""What the first run of a network makes: buffers, and the results that functions keep."""
+"""What the first run of a network makes: buffers, caches of tensors, and the results that functions keep."""
 
 import functools
-import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -16,6 +15,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.capture.deployed import compute_outputs
 from sopdeploy_export.network import attributes_restored, modules, tensors, unstored_buffers
+from sopdeploy_export.program_hashes import are_equal
 
 
 def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...]:
@@ -51,6 +51,52 @@ def _blank_images(network: nn.Module, preprocess: Preprocess) -> Tensor:
     return Normalize(preprocess, images_format(network))(images).to(device)
 
 
+def empty_caches(network: nn.Module, preprocess: Preprocess) -> None:
+    """Empty the dicts of tensors in *network* that a run fills again with equal tensors.
+
+    Levit keeps a table of its weights for each device in such a dict. If an earlier run filled it,
+    a capture would read the table as a constant, not as a function of the weights. Other dicts
+    stay as they are: those that no run fills, and those that were filled from other weights.
+    """
+    own_tables = nn.Module().__dict__.keys()  # such as `_buffers`
+    caches: list[dict[Any, Tensor]] = [
+        value
+        for _, module in modules(network)
+        for name, value in vars(module).items()
+        if name not in own_tables and type(value) is dict and _holds_tensors(value)
+    ]
+    if not caches:
+        return
+
+    # Empty all, and see what a run puts into them; behind the block, they are empty again.
+    contents = [cache.copy() for cache in caches]
+    filled: list[dict[Any, Tensor]] = [{} for _ in caches]
+    for cache in caches:
+        cache.clear()
+    # The user's code can fail; a later run gives the message.
+    with suppress(Exception), attributes_restored(network), torch.no_grad():
+        compute_outputs(network, _blank_images(network, preprocess))
+        filled = [cache.copy() for cache in caches]
+
+    for cache, content, again in zip(caches, contents, filled, strict=True):
+        if not _are_equal_dicts(content, again):
+            cache.update(content)
+
+
+def _holds_tensors(values: dict[Any, Any]) -> bool:
+    return bool(values) and all(
+        type(value) is Tensor and value.is_cpu for value in values.values()
+    )
+
+
+def _are_equal_dicts(first: dict[Any, Tensor], second: dict[Any, Tensor]) -> bool:
+    return (
+        first.keys() == second.keys()
+        and _holds_tensors(second)
+        and all(are_equal(tensor, second[key]) for key, tensor in first.items())
+    )
+
+
 def make_kept_results_anew(network: nn.Module, preprocess: Preprocess) -> None:
     """Let functions whose results `functools.lru_cache` keeps compute those of a run of *network* anew.
 
@@ -70,12 +116,11 @@ def _functions_that_keep(packages: set[str]) -> Iterator[Any]:
 
     They are in modules, in classes, and inside of what a decorator returns.
     """
-    imported = {name: module for name, module in sys.modules.items() if module is not None}
     unvisited = [
         value
-        for name, module in imported.items()
+        for name, module in [*sys.modules.items()]
         if name.partition(".")[0] in packages
-        for value in vars(module).values()
+        for value in [*getattr(module, "__dict__", {}).values()]
     ]
     visited: set[int] = set()
 
@@ -85,14 +130,18 @@ def _functions_that_keep(packages: set[str]) -> Iterator[Any]:
             continue
         visited.add(id(value))
 
-        if isinstance(value, functools._lru_cache_wrapper):
+        # By `type`, because a proxy in a module can do anything when `isinstance` asks for its class.
+        kind = type(value)
+        if kind is functools._lru_cache_wrapper:
             yield value
-        elif isinstance(value, staticmethod | classmethod):
+        elif kind in (staticmethod, classmethod):
             unvisited.append(value.__func__)
-        elif isinstance(value, type) and _package(value) in packages:
+        elif issubclass(kind, type) and _package(value) in packages:
             unvisited += vars(value).values()
-        elif isinstance(value, FunctionType) and _package(value) in packages:
-            unvisited += inspect.getclosurevars(value).nonlocals.values()
+        elif kind is FunctionType and _package(value) in packages:
+            for cell in value.__closure__ or ():
+                with suppress(ValueError):  # of an empty cell
+                    unvisited.append(cell.cell_contents)
 
 
 def _package(of: type | FunctionType) -> str:

@@ -121,7 +121,7 @@ def describe_failure(error: BaseException) -> str:
     if not problem.startswith(type(error).__name__):
         return problem  # `first_line` knows the cause, and says what to do
     sentence = _cut(problem.rstrip("."), _MOST_OF_TORCH)
-    return f"the capture stops{place}: {sentence}; use other operators of torch there"
+    return f"the capture stops{place}: {sentence}; use other operators of torch"
 
 
 def no_graph(error: BaseException) -> LoweringError:

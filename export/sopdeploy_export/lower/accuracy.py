@@ -227,10 +227,11 @@ def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8
 
 
 def number_distinct(images: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Number the distinct ones of *images*, uint8 (P, H, W, 3), from 0: the number of each (P,).
+    """Group alike *images*, uint8 (P, H, W, 3); return the number of the group of each (P,).
 
-    Images whose thumbnails are alike, also through others, count as one distinct image. Raises
-    `DataError` for fewer than 32 distinct images.
+    Numbers begin at 0. A group counts as one distinct image; its thumbnails are connected by
+    pairs that differ by at most `ALIKE`. Raises `DataError` for fewer groups than
+    `MIN_DISTINCT`.
     """
     # Distances (P, P) of thumbnails with D numbers.
     size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)

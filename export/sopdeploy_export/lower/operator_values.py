@@ -81,7 +81,7 @@ def fill_in_rounds(chain: Chain) -> Iterator[list[Tensor]]:
 
     Which values are difficult depends on the chain:
 
-    - elementwise: all pairs of extreme values,
+    - elementwise: all pairs of extreme values, or as many as fit into `MAX_ROUNDS` rounds,
     - elementwise, and an operator gives integers: numbers beyond int32, if the first operator gives
       int64,
     - not elementwise: equal values, and fourth roots of the extreme ones.

@@ -1,4 +1,4 @@
-"""Compare every operator of a program with its ONNX form, on values that images hardly ever cause.
+"""Compare the operators of a program with their ONNX forms, on values that images hardly ever cause.
 
 The converter writes some operators in a form that equals them for most values only: as two ONNX
 operators of which the first overflows, or without one of the attributes. Each operator runs in
@@ -47,11 +47,12 @@ _executed_operators: dict[str, Counter[str]] = {}
 
 @torch.no_grad()
 def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None:
-    """Compare every operator of *program*, which runs on uint8 *images* (B, H, W, 3), with its ONNX form.
+    """Compare the operators of *program*, which runs on uint8 *images* (B, H, W, 3), with their ONNX forms.
 
-    Operators with the same description, which has attributes, shapes and ranges, are compared
-    once, by this or an earlier export. Raises `LoweringError` with the operator, the part of the
-    network and the values if the results differ.
+    Operators of complex numbers, and those that are not of ATen, are left out. Operators with
+    the same description, which has attributes, shapes and ranges, are compared once, by this or
+    an earlier export. Raises `LoweringError` with the operator, the part of the network and the
+    values if the results differ.
     """
     _executed_operators.update(read_known())
     module = program.module(check_guards=False)

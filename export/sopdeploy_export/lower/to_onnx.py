@@ -63,23 +63,26 @@ _MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for
 
 
 def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
-    """Convert *program* to ONNX with input `images` and a symbolic batch dimension.
+    """Convert *program* to ONNX with input `images` and, unless it is for one image, a symbolic batch dimension.
 
-    *outputs* are the names of the outputs. Weights have their names in the network. The metadata
-    `part` of a node names the part of the network that computes it; `convert_precision` removes
-    it. Raises `LoweringError` if an operator has no ONNX form, if the weights exceed 2 GB, and the
-    errors of `check_onnx`.
+    *outputs* are the names of the outputs. Weights have their names in the network. Raises
+    `LoweringError` if an operator has no ONNX form, if the weights exceed 2 GB, and the errors
+    of `check_onnx`.
     """
     _refuse_bfloat16(program)
     model = to_ir(fold_constant_parts(program), [INPUT], outputs)
+
+    # Of the metadata, only `part` stays: the module that a node belongs to, for messages.
+    # `convert_precision` removes it, too.
     _clear_metadata_and_inner_shapes(model)
 
-    # Name the batch dimension, and the weights as in the network. A weight keeps its name if another
-    # tensor has the new one, such as `normalise.scale` of this package. The list is a copy, because
-    # a new name changes the dict.
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None and not isinstance(value.shape[0], int):
             value.shape[0] = ir.SymbolicDim("batch")
+
+    # Name the weights as in the network, without the prefix of `Deployed`. A weight keeps its
+    # prefix if a tensor beside the network has the shorter name, such as `normalise.scale`. The
+    # list is a copy, because a new name changes the dict.
     for name, value in list(model.graph.initializers.items()):
         name_in_network = name.removeprefix(NETWORK_PREFIX)
         if name_in_network not in model.graph.initializers:

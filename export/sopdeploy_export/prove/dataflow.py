@@ -133,8 +133,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # The names of modules by their ids.
         self._names = {id(module): name for name, module in modules(network)}
 
-        # What memory is known by before the run. That of a stored tensor with several names is known by
-        # the first, which comes last here.
+        # What memory is known by before the run. Of several names of a stored tensor, the first
+        # counts: in reversed order, it overwrites the others.
         self._remains = remains
         self._made_by = dict(remains.made_by)
         self._made_by |= {address(tensor): name for name, tensor in reversed([*stored.items()])}
@@ -541,7 +541,8 @@ def _draws(func: Any, args: Any, kwargs: Any) -> bool:
 def _locate_node(node: fx.Node) -> tuple[str, str]:
     """Return the module and the line of the code that *node* was captured from."""
     stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    module = stack[-1].removeprefix("L['self'].") if stack else ""
+    path_in_program = stack[-1].removeprefix("L['self'].") if stack else ""
+    module = path_in_program.removeprefix("network").removeprefix(".")  # of `Deployed`
 
     # The last line of the trace that is in code of the network: `File "net.py", line 3, in forward`.
     text = node.meta.get("stack_trace") or ""
@@ -550,4 +551,4 @@ def _locate_node(node: fx.Node) -> tuple[str, str]:
     last = (of_network or lines or ['File "?", line ?,'])[-1]
     number = last.rpartition("line ")[2].partition(",")[0]
     file = Path(last.split('"')[1]).name
-    return module.removeprefix("network").removeprefix("."), f"{file}:{number}"
+    return module, f"{file}:{number}"

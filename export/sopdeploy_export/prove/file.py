@@ -11,7 +11,7 @@ batch norms cause 1 to 4; 4 in a reduced precision, whose rounding the floor con
 
 The gate of a mixture that is nearly undecided may choose other components after rounding, and
 every later number then changes although nothing is wrong. Images for which the margin between
-its K-th and next logit is within the measured noise of these logits are left out. If that is
+its K-th and next logit is at most twice the tolerance of these logits are left out. If that is
 every image, those are compared for which the network's own run in the exported precision
 chooses the same components as in float64.
 
@@ -398,8 +398,9 @@ def _compare_output(
 ) -> OutputParity:
     """Measure how far output *name* of the file is from the network, and its batches from each other.
 
-    *by_size* has the outputs of the file by batch size, for the last of the P images: so many as
-    *counts* says, and for the largest size all. Raises the errors of `max_drift`.
+    *by_size* has the outputs of the file by batch size. Those of a size are for the last
+    `counts[size]` of the P images, those of the largest size for all. Raises the errors of
+    `max_drift`.
     """
     exact = expected.outputs[name]
     all_of_file = by_size[max(by_size)][name]

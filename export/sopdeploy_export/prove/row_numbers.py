@@ -130,20 +130,22 @@ def _multiply(x: Integers, y: Integers) -> Integers | None:
 
 
 def _concat(call: OperatorCall) -> Integers | None:
-    """Return what is known of values that are joined.
+    """Return what is known of joined integers; None if nothing is.
 
-    For `x[rows, columns]`, `GatherND` reads pairs of a row and a column, and `Concat` makes them.
+    For `x[rows, columns]`, `GatherND` reads pairs of a row and a column. In such a pair, only
+    the first integer has the number of an image in it (`only_first`).
     """
     first = call.x.integers
     if first is None:
         return None
 
+    # A column of rows, before columns without numbers of images.
     is_column = call.axis_attribute(0) == call.rank - 1 and call.x.shapes[0][-1] == 1
     others_have_numbers = any(value.has_image_numbers for value in call.present[1:])
     if call.x.has_image_numbers and is_column and not others_have_numbers:
         return first._replace(only_first=True)
 
-    # Else all must have the same multiple of the number of their image.
+    # Otherwise, `per_image` must be the same in all; the bounds are those of all offsets.
     low = first.low
     high = first.high
     for value in call.present:

@@ -165,7 +165,7 @@ async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Resp
             raise bad_request("no_features", message)
 
         upload = await read_upload(admitted)
-        query = upload.complete(query, admitted.model)
+        query = upload.complete(query, admitted.model)  # fields of a form are parameters, too
         outcomes = await admitted.infer(upload.images, features=True)
 
         def format_embedding(prediction: Prediction) -> Fields:

@@ -263,7 +263,10 @@ class Process:
 
 
 def list_devices(settings: Settings) -> list[Process]:
-    """List the processes of all devices; raises `ConfigError` as `visible_devices` does."""
+    """Describe the process of each device; none is started.
+
+    Raises `ConfigError` for a GPU that an inherited CUDA_VISIBLE_DEVICES does not list.
+    """
     devices = settings.devices or (ANY_DEVICE,)
     decoders = decoders_per_process(len(devices))
 
@@ -278,7 +281,8 @@ def list_devices(settings: Settings) -> list[Process]:
         # "auto" would choose CUDA wherever it is installed.
         if device == "cpu" and settings.runtime == "auto":
             changed["runtime"] = cpu_runtime()
-        # "auto" would take all cores for the decoders of one GPU; beside a CPU, it takes few.
+        # With "auto", each GPU's decoders would take all cores, so the processes share them. A
+        # process that computes on the CPU has few decoders anyway.
         if device != "cpu" and settings.decoders == "auto":
             changed["decoders"] = decoders
 

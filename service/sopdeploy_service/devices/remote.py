@@ -205,14 +205,19 @@ class RemoteModel(Model):
         *,
         features: bool = False,
     ) -> ImageResult:
-        """Let the engine with the fewest unanswered images of this front end run it; note the time of its batch."""
-        routes = [route for route in self.routes if route[0].is_open]
+        """Let the engine with the fewest unanswered images of this front end run it.
+
+        Records the time of its batch.
+        """
+        routes = [(engine, number) for engine, number in self.routes if engine.is_open]
         if not routes:
             raise RejectedError(results.RUNTIME_DEAD)
 
+        # Of equally short queues, take that of the engine that was sent the fewest images.
         engine, number = min(routes, key=lambda route: (route[0].queue_length, route[0].sent))
         ran = await engine.run(number, pixels, deadline, features=features)
 
+        # Every image of a batch tells its size and seconds; they are recorded with the first.
         batch = ran.batch_size, ran.stage_seconds["infer"]
         if batch != self._last_batch:
             self._last_batch = batch

@@ -425,8 +425,11 @@ class Supervisor:
                 self._channels.connect_front_ends(process)
 
     def _handle_status(self, process: Process, status: Status) -> None:
-        """Record the *status* of *process*; open the port, and print it, when all are ready."""
-        # Record it. A process that is ready now gets its channels.
+        """Record the *status* of *process*; if all are ready, open the port and print its URL.
+
+        An engine that has become ready gets channels to the front ends, a process that serves
+        HTTP one to the keeper.
+        """
         was_ready = process.is_ready
         process.record_status(status)
 

@@ -229,7 +229,10 @@ def _group_images(recipe: Recipe, images: LabeledImages, features: Features) -> 
 
 
 def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> list[Indices]:
-    """Assign images to folds (N,), those with equal *keys_N* to the same; with few keys, in three ways."""
+    """Assign images to folds (N,), those with equal *keys_N* to the same.
+
+    With few keys and one class per image, they are assigned in three ways, otherwise in one.
+    """
     seeds = [derive_seed(seed, "folds")]
     if targets.activation == "softmax" and len(set(keys_N)) < FEW_GROUPS:
         seeds += [derive_seed(seed, "folds", attempt) for attempt in (1, 2)]
@@ -239,11 +242,11 @@ def make_folds(targets: Targets, keys_N: list[str], at_most: int, seed: int) -> 
 def judge_few_apart(targets: Targets, folds_N: Indices, groups_N: Indices) -> Indices:
     """Move classes of fewer than `ENOUGH` groups, beside larger ones, from *folds_N* to own folds (N,).
 
-    A head that lacks one of the two photographs of such a class takes more images of other classes
-    for it than the deployed network, which learns from both. So heads that have all images of the
-    small classes judge the images of the other classes. There are at most four own folds, each with
-    one group of each small class. With several classes per image, or without both kinds of classes,
-    nothing is moved.
+    A head that lacks one of the two photographs of such a class takes more images of other
+    classes for it than the deployed network, which learns from both. So heads that have all
+    images of the small classes judge the images of the other classes. There are at most four
+    own folds, each with at most one group of each small class. With several classes per image,
+    or without both kinds of classes, nothing is moved.
     """
     # The pairs of a class and a group with its images, sorted, and the rank of the group in the
     # class.
@@ -264,7 +267,7 @@ def judge_few_apart(targets: Targets, folds_N: Indices, groups_N: Indices) -> In
 def _choose_judged(
     images: LabeledImages, targets: Targets, copies_N: Indices, groups_N: Indices
 ) -> Indices:
-    """Choose the images that the score counts: of each typical photograph, the copy with the most pixels.
+    """Choose the images that the score counts: of each photograph the copy with the most pixels, if typical.
 
     *copies_N* is the photograph that each image shows. With one class per image, images of a class
     that is one group of *groups_N* do not count: the classifiers that predict them were fitted to

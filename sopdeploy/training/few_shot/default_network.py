@@ -26,7 +26,10 @@ def has_default_weights() -> bool:
 
 
 def group_by_features(images: LabeledImages, on_image: Callable[[int, int], None]) -> Groups:
-    """Group *images* (N,) by the features of the default network, as `train` does."""
+    """Group *images* (N,) by near-duplicates, found by the features of the default network, and known groups.
+
+    Unlike `train`, it finds no clips. The weights are downloaded if they are not on this machine.
+    """
     outputs = _open_default_network()
     features = compute_features(outputs, "gap", images, on_image)
     near = find_near_duplicates(features.views, features.small, images.targets, features.hashes)

@@ -409,6 +409,6 @@ def head_to_fit(full: SecondOrderHead, kind: HeadKind) -> HeadConfig:
 
 
 def unfitted_network(recipe: Recipe, kind: HeadKind, model: Classifier) -> SecondOrderHead:
-    """Build the network that a run would deploy, with a random head."""
+    """Build the network that a run with one class per image would deploy, with a random head."""
     full = full_head(recipe, model)
     return full.copy_with_head(head_to_fit(full, kind).model_copy(update={"cosine": True}))

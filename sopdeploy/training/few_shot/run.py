@@ -85,7 +85,7 @@ def fit_few_shot(
 
 
 def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
-    """Fit and evaluate the network of a new run; writes no file.
+    """Fit and evaluate the network of a new run; writes no file but entries of the cache of features.
 
     Raises `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot be
     used.
@@ -124,7 +124,8 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
             is_doubted_N = np.zeros(len(images), np.bool_)
             if problem.targets.activation == "softmax":
                 label_logits = _judge_labels(validation)
-                doubts = find_label_doubts(label_logits, images.targets.astype(np.int64))
+                labels = images.targets.astype(np.int64)
+                doubts = find_label_doubts(label_logits, labels, validation.copies)
                 is_doubted_N = doubts.listed
 
             signals.exchange()  # for a signal since the last progress
@@ -167,25 +168,14 @@ def _judge_labels(validation: CrossValidation) -> Array:
 def _evaluate(
     setup: Setup, network: Classifier, validation: CrossValidation
 ) -> tuple[Rate | MeanPrecision | None, HeldOutMetrics]:
-    """Return the score and the metrics of the held-out images, or else of the cross-validation."""
-    recipe = setup.recipe
-    held_out = setup.data.held_out
-    images = setup.data.train
-    if len(held_out):
-        dataset = PreprocessedDataset(held_out, recipe.preprocess)
-        logits, targets = predict_logits(
-            network, dataset, recipe.preprocess, workers=recipe.workers
-        )
-        groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
-        metrics = held_out_metrics(setup.labels, logits, targets)
-        true = Targets.of(held_out)
-        held_out_score = estimate_score(
-            true.classes, true.activation, logits, recipe.seed, groups
-        )
-        return held_out_score, metrics
+    """Return the score and the metrics of held-out images, or else of the cross-validation."""
+    if len(setup.data.held_out):
+        return _evaluate_held_out(setup, network)
 
+    # The metrics are those of the images that the score counts; of all if there is no score.
+    # The shift of the logits is equal for all classes of an image and changes no metric.
     score = validation.score()
-    # The images that the score counts; all if there is no score.
+    images = setup.data.train
     counted = np.arange(len(images)) if score is None else validation.judged
     metrics = held_out_metrics(
         setup.labels, validation.shifted_logits[counted], images.targets[counted]
@@ -193,10 +183,30 @@ def _evaluate(
     return score, metrics
 
 
-def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
-    """Return *fit* with the decision for its out-of-fold logits, without images that a server kept.
+def _evaluate_held_out(
+    setup: Setup, network: Classifier
+) -> tuple[Rate | MeanPrecision, HeldOutMetrics]:
+    """Return the score and the metrics of *network* on the held-out images."""
+    recipe = setup.recipe
+    held_out = setup.data.held_out
+    dataset = PreprocessedDataset(held_out, recipe.preprocess)
+    logits, numbers = predict_logits(
+        network, dataset, recipe.preprocess, workers=recipe.workers
+    )
+    metrics = held_out_metrics(setup.labels, logits, numbers)
 
-    With one class per image, its result also tells why there is no threshold for unknown images.
+    # Without groups, each image is independent of the others.
+    groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
+    targets = Targets.of(held_out)
+    score = estimate_score(targets.classes, targets.activation, logits, recipe.seed, groups)
+    return score, metrics
+
+
+def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
+    """Return *fit* with the decision for its out-of-fold logits.
+
+    With one class per image, those of images that a server kept do not count (`select_typical`),
+    and the result also tells why there is no threshold for unknown images.
     """
     recipe = setup.recipe
     targets = setup.data.train.targets

@@ -83,6 +83,13 @@ def read_few_shot_fit(setup: Setup, last: Checkpoint, source: Path) -> FewShotFi
         )
 
 
+def read_copies(last: Checkpoint) -> NDArray[np.int64] | None:
+    """Read the photograph (N,) that each image of a few-shot run shows; None if *last* has none."""
+    arrays = (last.resume or {}).get("procedure", {})
+    copies = arrays.get("copies", arrays.get("groups"))  # as `read_few_shot_fit` does
+    return None if copies is None else copies.numpy()
+
+
 def read_label_logits(last: Checkpoint) -> NDArray[np.float64] | None:
     """Read the logits (N, K) of a few-shot run that contradict wrong labels; None if *last* has none."""
     logits = (last.resume or {}).get("procedure", {}).get("label_logits")

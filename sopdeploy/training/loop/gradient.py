@@ -15,8 +15,8 @@ from sopdeploy.training.loop.state import LR_FACTOR, FinishedStep, LoopState
 def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) -> FinishedStep:
     """Run one of the *steps* steps of an epoch on *batch*, this process' part of the *num_samples* samples.
 
-    Waits for no result of the device. `LoopState.read_steps` later finds values that are not
-    finite, before a checkpoint is written.
+    A single process waits for no result of the device. `LoopState.read_steps` later finds
+    values that are not finite, before a checkpoint is written.
     """
     recipe = run.recipe
     position = run.position

@@ -98,9 +98,12 @@ class AdaHessian(Optimizer):
             if gradient.requires_grad:
                 curved[parameter] = gradient
 
-        # Hutchinson's estimator: H z for random signs z, from the gradient of gradients.
+        # Hutchinson's estimator: H z for random signs z, from the gradient of gradients. The signs
+        # are those of the place among all parameters: other processes may use more of them.
         signs = [
-            random_signs(seed, number, parameter) for number, parameter in enumerate(curved)
+            random_signs(seed, number, parameter)
+            for number, parameter in enumerate(self.trainable)
+            if parameter in curved
         ]
         products = torch.autograd.grad(
             list(curved.values()), list(curved), signs, allow_unused=True

@@ -48,7 +48,8 @@ def fit_loop(
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Train the network of *run*, which may be a resumed one, by gradient descent.
 
-    Writes `best.pt` of the best epoch, `last.pt` and the history. Returns what *finish* does,
+    Writes `last.pt`, the history and, unless it starts from a frozen network, `best.pt` of the
+    best epoch. Returns what *finish* does,
     by default `fit_best`: the fit, and the entry `training` of `best.pt`, which is empty in all
     but the first process. Raises `TrainingStoppedError` after a stop signal, and `DataError`
     for images that cannot be used.
@@ -77,7 +78,8 @@ def fit_loop(
                 save_derived_files(run, folder)
                 callback.on_epoch_end(run.position.history[-1])
 
-            finish_run = fit_best if finish is None else finish  # which no signal stops
+            # A first signal does not stop what follows.
+            finish_run = fit_best if finish is None else finish
             return finish_run(run, held_out, folder, callback)
         except TrainingStoppedError as stop:
             folder.save_last(last_loop_record(run))
@@ -206,9 +208,10 @@ def evaluate_epoch(
 
 
 def save_derived_files(run: LoopState, folder: RunFolder) -> None:
-    """Write the history, the link `latest`, and `best.pt` if the last of the finished epochs is the best.
+    """Write the history, the link `latest`, and `best.pt` if the network has the weights of the best epoch.
 
-    Without a finished epoch, nothing is written.
+    Without a finished epoch, nothing is written. A run that starts from a frozen network keeps
+    its `best.pt`.
     """
     position = run.position
     history = run.position.history

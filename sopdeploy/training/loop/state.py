@@ -47,7 +47,7 @@ STEPS_PER_READ = {"cpu": 1, "cuda": 16}
 
 @dataclass(frozen=True, slots=True)
 class FinishedStep:
-    """What a step has computed, on the device; `finite_count` counts processes without infinities."""
+    """What a step has computed, on the device; `finite_count` counts the processes whose values are finite."""
 
     loss: Loss
     norm: Tensor
@@ -81,7 +81,7 @@ class LoopState:
         frozen: What the few-shot procedure has fitted, if the loop starts from it.
         model: The network that learns; `start_epoch` may replace it.
         groups: Groups of the optimizer's parameters.
-        trainable: Names of the parameters that learn unless `setup` freezes them.
+        trainable: Names of the parameters that learn unless `start.learn` freezes them.
         unread: Finished steps whose values are not read yet; only `position.step` counts them.
     """
 
@@ -219,7 +219,8 @@ class LoopState:
         position = self.position
         row = EpochRow(
             epoch=position.epoch + 1,
-            # The rate of the last step, without `head_factor`, which the first group never has.
+            # The rate of the last step. The first group never has `head_factor`, except in the
+            # first phase, in which all groups have the rate of the classifier.
             lr=self.optimizer.param_groups[0]["lr"],
             losses={name: total / position.seen for name, total in position.sums.items()},
             metrics=metrics,

@@ -98,8 +98,8 @@ def test_a_source_lists_its_images_in_order_and_they_can_be_read(
 
 BAD_SOURCES = {
     "": "no source, or an empty one; name a folder",
-    "nowhere": "nowhere: not found, or no image; name a folder",
-    "photos.tar.gz": r"photos.tar.gz: not found, or no image; .* an uncompressed .tar",
+    "nowhere": "nowhere: not found; name a folder",
+    "photos.tar.gz": r"photos.tar.gz: no image; .* an uncompressed .tar",
     "shards": r"shards: has no images \(.*; name archives in it",
     "damaged.tar": r"damaged.tar: cannot be listed \(.*; check the name",
     "absent.tar": r"absent.tar: cannot be listed \(No such file or directory\); check the name",
@@ -109,7 +109,7 @@ BAD_SOURCES = {
     "no-keys.txt": r"no-keys.txt: has no images",
     "latin.txt": r"latin.txt: cannot be listed \('utf-8' codec can't decode byte 0xe9",
     "latin\udce9.jpg": r"latin.*: cannot be listed \('utf-8' codec can't encode character",
-    "bundle": "bundle: a bundle, not images; name one bundle, then folders",
+    "bundle": "bundle: a bundle, not a folder of photographs; name one bundle, then folders",
 }
 
 

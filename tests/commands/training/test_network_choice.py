@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -439,6 +440,21 @@ def test_options_are_refused(case: str, photos: Path) -> None:
     options, message = ERRORS[case]
     with pytest.raises(ConfigError, match=message):
         train(photos, out=photos.parent / "run", **options)
+
+
+@pytest.mark.parametrize("num_held_out", [0, 6])
+def test_a_fraction_to_hold_out_is_refused_where_the_data_have_held_out_images(
+    photos: Path, num_held_out: int
+) -> None:
+    values = [f"data.path={photos}", "procedure.kind=fine_tune", "data.hold_out=0.5"]
+    given = Given(keys=("data.hold_out",))
+    configured = {"a": (read_recipe("photos", values), given)}
+    data: Any = SimpleNamespace(train=range(60), held_out=range(num_held_out))
+    if num_held_out:
+        with pytest.raises(ConfigError, match=r"^data\.hold_out: without effect, because"):
+            network_choice.select_procedures(configured, data)
+    else:
+        assert list(network_choice.select_procedures(configured, data)) == ["a"]
 
 
 def test_weights_that_cannot_be_reached_are_named_before_anything_is_measured(

@@ -195,6 +195,13 @@ def test_a_network_without_a_checkpoint_is_refused(
         engine(of_a_user, via="torch-tensorrt", checkpoint=checkpoint)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_bundle_in_another_precision_than_the_program_is_refused(precision: str) -> None:
+    bundle: Any = SimpleNamespace(path="bundle", manifest=SimpleNamespace(precision=precision))
+    with pytest.raises(EngineError, match=f"bundle: is in {precision}, but the certified"):
+        build_from_program(bundle, lambda: pytest.fail("captured"), PROFILE, 1)
+
+
 def test_what_is_missing_is_one_line(
     branched: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -583,6 +583,7 @@ def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(
         file.write_text("")
         client.child.send_signal(signal.SIGHUP)  # those in use stay
         before = set(processes_of(client.child.pid))
+        gone = bundle.rename(tmp_path / "gone")  # so that no later process is ready
         for process in before:
             os.kill(process, signal.SIGKILL)
         wait_for(lambda: len(set(processes_of(client.child.pid)) - before) == len(before))
@@ -591,6 +592,7 @@ def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(
         )  # nobody is left to read it
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
         assert refused.json() == describe_error(RUNTIME_DEAD).model_dump()
+        gone.rename(bundle)
         wait_for(
             lambda: client.post("/v1/classify", content=jpeg).status_code == 429
         )  # by a later one

@@ -248,20 +248,23 @@ ANSWERED = 'requests_total{code="200",model="",route="/openapi.json"}'
 SLOW_READERS = 'rejected_total{reason="slow_reader"}'
 
 
-def test_a_client_that_does_not_read_is_disconnected(impatient):
-    bad = connect(impatient)
-    bad.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+def test_a_client_that_does_not_read_is_disconnected_after_its_own_time(bundle):
     requests = 0
 
     def is_disconnected() -> bool:
         nonlocal requests
         # A request before the end of the previous response would close the connection.
-        if count(impatient, ANSWERED) == requests:
+        if count(client, ANSWERED) == requests:
             bad.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
             requests += 1
-        return count(impatient, SLOW_READERS) == 1
+        return count(client, SLOW_READERS) == 1
 
-    with bad:
+    settings = Settings(**SHORT | {"header_timeout": 600})
+    with (
+        running(FakeRuntime(num_classes=7), bundle, settings) as client,
+        connect(client) as bad,
+    ):
+        bad.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         wait_for(is_disconnected, 60)
 
 

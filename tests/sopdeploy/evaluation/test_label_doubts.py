@@ -30,6 +30,16 @@ def test_no_label_is_listed_where_errors_explain_the_list(strong: int, weak: int
     assert np.flatnonzero(doubts.listed).tolist() == list(range(listed))
 
 
+def test_copies_of_a_photograph_are_one_error():
+    labels = np.arange(60) % 3
+    logits = np.where(labels[:, None] == np.arange(3), 4.0, 0.0)
+    logits[:12] = np.where(labels[:12, None] == np.arange(3), -0.5, 0.1)  # weak errors
+    logits[:3] = np.where(labels[:3, None] == np.arange(3), -6.0, 0.1)
+    copied = [np.repeat(of_images, 3, axis=0) for of_images in (logits, labels)]
+    assert find_label_doubts(*copied).listed.sum() == 9
+    assert not find_label_doubts(*copied, np.repeat(np.arange(60), 3)).listed.any()
+
+
 def test_the_interval_of_a_perfect_ranking_has_the_width_of_its_independent_images():
     true = np.arange(36)[:, None] % 3 == np.arange(3)
     scores = true.astype(np.float64)

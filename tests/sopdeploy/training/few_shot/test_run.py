@@ -616,6 +616,9 @@ def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(
     root, each = paint(tmp_path / "photos", 6), 7
     for color in COLORS:
         Image.open(root / color / "0.png").resize((48, 40)).save(root / color / "copy.png")
+    one, other = sorted(COLORS)[:2]  # a wrong label, of both copies
+    for name, size in (("0.png", (40, 44)), ("copy.png", (48, 40))):
+        Image.open(root / one / "5.png").resize(size).save(root / other / name)
     first = each * np.arange(len(COLORS))
     found = NearDuplicates(
         np.stack([first, first + each - 1]), np.arange(each * len(COLORS)) < each
@@ -640,7 +643,7 @@ def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(
     assert set(range(each * len(COLORS))) - set(judged) == set(first.tolist())
     assert result.procedure.top1.count == len(judged)
     num_wrong = result.procedure.top1.count - result.procedure.top1.right
-    assert sum(count for _, _, count in result.mistakes) == num_wrong
+    assert sum(count for _, _, count in result.mistakes) == num_wrong == 2
     assert result.procedure.alike == (sorted(COLORS)[0],)
     alike = f"the images of {sorted(COLORS)[0]} look too much alike to find copies"
     assert alike in "\n".join(result.procedure.lines())

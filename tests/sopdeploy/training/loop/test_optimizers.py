@@ -23,6 +23,18 @@ from tests.sopdeploy.training.runs import same_bits, short_recipe
 pytestmark = pytest.mark.usefixtures("few_digits")
 
 
+@pytest.mark.parametrize("uses_first", [False, True])
+def test_the_signs_of_a_parameter_do_not_depend_on_what_else_a_process_uses(
+    uses_first: bool,
+) -> None:
+    """A component of a gated network may receive no image in one process, and some in another."""
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(8))
+    optimizer = AdaHessian([first, second], lr=0.1)
+    used = [second, first] if uses_first else [second]
+    optimizer.backward(sum((parameter**2 / 2).sum() for parameter in used), seed=3)
+    assert torch.equal(optimizer.curvatures[second], random_signs(3, 1, second))
+
+
 def test_hessian_vector_products_match_finite_differences() -> None:
     torch.manual_seed(0)
     config = {"base_width": 4, "prenorm": "frobenius"}
