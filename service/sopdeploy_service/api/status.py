@@ -1,6 +1,7 @@
 """Health, metrics and model information."""
 
 import asyncio
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sopdeploy.bundle.folder import CARD, Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, EMBEDDING
 from sopdeploy.config import StrictModel, count_parts, parse_json
-from sopdeploy.files import has_manifest
+from sopdeploy.files import MANIFEST
 from sopdeploy.http_api import CardQuery, ModelInfo, ServerInfo
 from sopdeploy.names import as_utf8
 from sopdeploy_service.api.admission import json_response, service_of
@@ -101,16 +102,22 @@ async def find_lost_bundle(registry: Registry) -> str | None:
 def find_lost(paths: Sequence[Path]) -> str | None:
     """Name the first of the bundles at *paths* that was deleted or cannot be read; None if there is none."""
     for path in paths:
-        try:
-            problem = "" if has_manifest(path) else "was deleted"
-        except OSError as error:
-            problem = f"cannot be read ({error.strerror})"
-
-        if problem:
+        if problem := find_problem(path):
             return as_utf8(
                 f"{path}: the bundle {problem}; it is served until this process ends"
             )
     return None
+
+
+def find_problem(bundle: Path) -> str:
+    """Say why the folder *bundle* is lost; empty if its manifest is there."""
+    try:
+        is_file = stat.S_ISREG((bundle / MANIFEST).stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return "was deleted"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return "" if is_file else "was deleted"
 
 
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)

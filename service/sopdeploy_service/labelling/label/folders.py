@@ -116,8 +116,8 @@ class LabelFolders:
         """Read the photographs in *kept*; labels go to *photos* and to two folders beside it.
 
         *embed* computes what the suggestions for a heap compare. Raises `DataError` if *kept*
-        is no folder or holds only folders, or if *photos* has its classes in a folder `train/`
-        or in a table, as `find_table` tells.
+        is no folder or holds folders but no photographs, or if *photos* has its classes in a
+        folder `train/` or in a table, as `find_table` tells.
         """
         # The path is absolute, but its links stay: the two folders beside it are named like the
         # folder that the user gave.
