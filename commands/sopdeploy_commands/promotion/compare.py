@@ -342,7 +342,7 @@ def _decide(checks: Sequence[Check], unknown: Change | None) -> Verdict:
 
 
 def _count_needed(checks: Sequence[Check]) -> int | None:
-    """Return with how many more photographs all *checks* would pass; None if no number is enough for one."""
+    """Estimate with how many more photographs all *checks* pass; None if no number is enough for one."""
     needed = 0
     for check in checks:
         if check.passes:
