@@ -209,7 +209,10 @@ def describe_wrong(path: Path, wanted: Wanted, otherwise: str = "") -> str:
             "best": best if best.is_file() else meant / "last.pt",
         }
         quoted = {name: quote(str(place)) for name, place in places.items()}
-        step = _NEXT[wanted].get(kind, "{otherwise}").format(**quoted, otherwise=otherwise)
+        step = _NEXT[wanted].get(kind, "{otherwise}")
+        if wanted == "bundle" and kind == "archive" and not is_tar(path):
+            step = "{otherwise}"  # `pull` reads tar archives only
+        step = step.format(**quoted, otherwise=otherwise)
         return f"{_WORDS[kind]}, not {_WANTED[wanted]}; {step}"
 
     if kind == "file" and wanted == "checkpoint":

@@ -138,7 +138,7 @@ ATTACKS: dict[str, tuple[Write, str]] = {
     "random bytes": (lambda path: path.write_bytes(bytes(range(7, 256)) * 50), UNREADABLE),
     "a folder": (lambda path: path.mkdir(), "a folder; use the best.pt"),
     "nothing": (lambda path: None, "no such file"),
-    "a pipe": (lambda path: os.mkfifo(path), "no such file"),
+    "a pipe": (lambda path: os.mkfifo(path), "not a checkpoint"),
 }
 
 

@@ -207,7 +207,7 @@ def test_a_lock_file_that_its_owner_deletes_is_created_again(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from sopdeploy.bundle.folder import staging
+from sopdeploy.bundle.publication import staging
 from sopdeploy.files import atomic_write, temporary_folder
 folder, how = Path(sys.argv[1]), sys.argv[2]
 kill = lambda: (print(flush=True), input(), os.kill(os.getpid(), signal.SIGKILL))

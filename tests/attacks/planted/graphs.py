@@ -152,7 +152,7 @@ MEMORY: dict[str, Row] = {
         network(
             lambda n, f, y: torch.cond(y.sum() > 0, lambda x: x * 1, lambda x: x * 2, (y,))
         ),
-        r"a graph has no control flow: .* torch\.where",
+        r"a graph has no control flow, .* torch\.where",
     ),
     "bfloat16 in forward": Row(network(in_bfloat16), MEMORY_READ),
     "a default type": Row(with_default_type, MEMORY_READ),

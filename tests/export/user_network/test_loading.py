@@ -836,7 +836,10 @@ SAVED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: torch.save({"model": STATE}, path, _use_new_zipfile_serialization=False),
         "weights, not a bundle",
     ),
-    "of push": (lambda path: tarfile.open(path, "w").close(), "no bundle here"),
+    "empty": (
+        lambda path: tarfile.open(path, "w").close(),
+        "an archive, not a bundle; a bundle is a folder",
+    ),
     "of push, with a file": (lambda path: archive(path), "run: sopdeploy pull"),
 }
 

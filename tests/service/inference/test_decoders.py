@@ -655,7 +655,7 @@ def test_clients_with_slow_images_take_turns_in_half_of_the_light_children(
 ) -> None:
     running: list[int] = []
 
-    async def run(request: pool.Request, children: object, *_: object) -> pool.Reply:
+    async def run(request: pool.Request, children: object, **_: object) -> pool.Reply:
         running.append(sum(running[-1:]) + 1)
         await asyncio.sleep(0)
         running.append(running[-1] - 1)
