@@ -50,7 +50,7 @@ from sopdeploy.training.setup import move_to_device
 def fit_fine_tune(
     setup: Setup, last: Checkpoint | None, folder: RunFolder, callback: Callback
 ) -> tuple[Fit, Mapping[str, Any]]:
-    """Fit a head to the network of *setup*, fine-tune both, and keep the better network.
+    """Fit a head to the frozen network of *setup*, fine-tune network and head, and keep the better result.
 
     *last* resumes a run. Without enough held-out images to decide, nothing is fine-tuned.
     Returns the fit and the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a
