@@ -2,7 +2,7 @@
 
 Both are dicts of tensors, numbers, strings, lists and dicts, so `torch.load(weights_only=True)`
 reads them without running code. Writing flushes a `.partial` file, renames it and flushes the
-folder, so after a power failure either the old or the new file exists. No other module reads
+folder, so after a power failure either the old or the new file exists. No other module loads
 `.pt` files.
 """
 

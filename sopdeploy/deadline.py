@@ -40,7 +40,7 @@ def is_early(response: httpx.Response) -> bool:
 
 
 def _remaining(timeout: float | None, expired: type[Exception]) -> float | None:
-    """Return the seconds until the deadline, at most *timeout*; raises *expired* after it."""
+    """Return the seconds until the deadline, if there is one, at most *timeout*; raises *expired* after it."""
     end = _end.get()
     if end is None:
         return timeout

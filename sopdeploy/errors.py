@@ -276,7 +276,7 @@ def shorten(names: Sequence[str], separator: str = ", ") -> str:
 
 
 def shorten_problems(problems: Sequence[str]) -> str:
-    """Join *problems*, texts `PLACE: REASON`, for a message: each reason once.
+    """Join *problems*, texts `PLACE: REASON`, for a message: each reason once, as `shorten` does.
 
     A reason stands behind its place, or in front of several places.
     """

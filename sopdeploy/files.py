@@ -184,7 +184,7 @@ def read_file(path: str | Path, limit: int) -> bytes:
 
 
 def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
-    """Read a file of at most *limit* bytes in UTF-8, without a byte order mark; raises `OSError`."""
+    """Read a file of at most *limit* bytes in UTF-8, without a byte order mark; raises `OSError`, `ValueError`."""
     return read_file(path, limit).decode("utf-8-sig").replace("\r\n", "\n")
 
 

@@ -110,7 +110,7 @@ class EncodedEmbedding(StrictModel):
 
 
 class ModelInfo(StrictModel):
-    """A loaded network and its runtime; `id` is its bundle ID.
+    """A served network and its runtime; `id` is its bundle ID.
 
     `thresholds` (by class) is set for a multi-label network. `embedding_size`, the length of a
     vector of `/v1/embed`, is set if the bundle has features. `known_from`, the smallest score of

@@ -7,8 +7,8 @@ A package names a module in its `pyproject.toml`:
 
 The module calls `register_model`, `register_pooling`, `register_data_source`,
 `register_runtime` or `register_importer` of `sopdeploy`. It is imported when a name is used
-that sopdeploy does not have, and by `sopdeploy models`. `SOPDEPLOY_PLUGINS=off` switches
-plug-ins off. Names of this project come first.
+that sopdeploy does not have, and where names are listed, as by `sopdeploy models`.
+`SOPDEPLOY_PLUGINS=off` switches plug-ins off. Names of this project come first.
 
 Packages of the wheel itself, such as that of the papers, name a function that registers their
 names. It is always called, and imports no torch: it registers `module:name` in place of an
@@ -64,7 +64,8 @@ class PluginRegistry(Generic[_Item]):
         """Register *item*, which *module* defines, under *name*; the same module may replace its item.
 
         An item that is imported when it is used is given as `module:name`. Raises `ConfigError`
-        for a name with other characters, or of another module.
+        for a name with other characters, or that another module has registered; a name of this
+        project is not refused.
         """
         if not _NAME.fullmatch(name):
             raise ConfigError(
@@ -83,8 +84,8 @@ class PluginRegistry(Generic[_Item]):
     def register_config(self, config: Any, base: type[Any]) -> None:
         """Register *config*, a subclass of the pydantic model *base*, under the value of its field `kind`.
 
-        Raises `ConfigError` if it is no such class, or if its name is missing, invalid or in
-        use.
+        Raises `ConfigError` if it is no such class, or if its name is missing, and as `register`
+        does.
         """
         is_subclass = isinstance(config, type) and issubclass(config, base)
         if not is_subclass:

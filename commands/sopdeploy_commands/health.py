@@ -1,4 +1,4 @@
-"""`sopdeploy health`: readiness check for containers; imports only the standard library and typer."""
+"""`sopdeploy health`: readiness check for containers."""
 
 import http.client
 import os

@@ -89,7 +89,7 @@ def serve(
         **settings: Settings, for example `port=8000` (0 selects a free port), `host`, `threads`.
 
     Returns:
-        The exit code after SIGTERM or SIGINT: 0 after a drain, 70 if a runtime died.
+        The exit code: 0 after a drain, 70 if a runtime died, 2 if one of several processes cannot start.
 
     Raises:
         ConfigError: Invalid settings, the port is in use, or the server would block an event loop.
@@ -122,7 +122,7 @@ def serve(
 
 @command()
 def key(name: str, *, keys: Path, rate: float | None = None) -> None:
-    """Create an API key, print it once and store its hash; servers read the file when they start.
+    """Create an API key, print it once and store its hash; servers read the file at their start and at a reload.
 
     Example: sopdeploy key phone-app --keys keys.toml --rate 100
 

@@ -46,8 +46,8 @@ def create_app(
     *keys* are those of the key file, if it was read before. If one process keeps the
     photographs of several, *is_keeper* says whether it is this one. `app.state.service` is the
     `Service`, `app.state.keeper` the `Keeper` or None, `app.state.keys` the `KeyRing` or None.
-    Raises `ConfigError` if the key file, the folder `keep` or `root_path` of *settings* cannot be
-    used.
+    Raises `ConfigError` if the key file or `root_path` of *settings* cannot be used, `DataError`
+    for `examples`, and for the folder `keep` as `KeptFolder` does.
     """
     # Read the keys, if the settings name a file and no other process has read it.
     if settings.keys is None:

@@ -127,7 +127,10 @@ def join_headers(lines: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
 
 
 def client_address(headers: Mapping[str, str], peer: str, proxies: tuple[Network, ...]) -> str:
-    """Return *peer* or, if it is among *proxies*, the last address of `X-Forwarded-For` that is not."""
+    """Return *peer* or, if it is among *proxies*, the last address of `X-Forwarded-For` that is not.
+
+    If all of them are, that is the first one.
+    """
     sent = _split_list(headers.get("x-forwarded-for"))
     while sent and is_within(peer, proxies):
         peer = sent.pop()[:MAX_ADDRESS]

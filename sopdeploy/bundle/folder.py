@@ -83,7 +83,8 @@ def follow_link(path: Path) -> Path:
     """Return the bundle that *path* means now: for a link, where it leads; for `latest`, the live bundle.
 
     `latest` leads to the last export, which `promote` may have refused. If `promote` has recorded
-    a live bundle of the same project beside this link, that one is meant.
+    a live bundle of the same project beside this link, that one is meant. Raises `ConfigError`
+    if the log of promotions cannot be read.
     """
     if not path.is_symlink():
         return path

@@ -193,7 +193,7 @@ def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
 
 
 def png_frames(body: bytes) -> int:
-    """Return how many frames the PNG *body* says it has besides its image; 0 without an animation."""
+    """Return how many frames the animation of the PNG *body* says it has; 0 without an animation."""
     control = body.find(b"\0\0\0\x08acTL", 0, body.find(b"IDAT"))
     return int.from_bytes(body[control + 8 : control + 12]) if control > 0 else 0
 

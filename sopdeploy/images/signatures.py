@@ -1,8 +1,8 @@
 """Which files are images: their first bytes say so. Importing this module does not load Pillow.
 
 A file whose ending is that of an image is listed without opening it, and judged when it is
-read. Of every other file, `counts_as_image` reads the first bytes: those of a camera may have
-no ending, others that of a download.
+read. Of other files, except `NO_PHOTOGRAPHS`, `counts_as_image` reads the first bytes: those of
+a camera may have no ending, others that of a download.
 """
 
 from collections import Counter

@@ -75,6 +75,12 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
+def is_general(name: str) -> bool:
+    """Tell whether the folder *name* says only that it holds images, such as `images` or `img_data`."""
+    words = [word for word in re.split(r"[\s_.-]+", name.lower()) if word]
+    return bool(words) and all({word, f"{word}s"} & (AFFIXES | {"imgs"}) for word in words)
+
+
 def part_kind(name: str) -> str:
     """Return *name* without affixes, `train` for `seg_train2`; "" if it is not in `TRAINING` or `HELD_OUT`."""
     kind, others = _read_part(name)

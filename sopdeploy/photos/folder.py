@@ -38,6 +38,7 @@ from sopdeploy.photos.files import (
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, Split, select_classes
 from sopdeploy.photos.questions import (
+    ask_about_general_names,
     ask_about_held_out_classes,
     ask_about_numbered_folders,
     ask_about_one_large_folder,
@@ -273,6 +274,7 @@ def _check_tells_classes(
         ask_about_parts_inside(images)
         ask_about_repeated_folders(images)
         ask_about_one_large_folder(images)
+        ask_about_general_names(images, table_hint)
         is_listed = other_table and not mentions(other_table, images.labels)
         ask_about_numbered_folders(images, table_hint if is_listed else "")
 

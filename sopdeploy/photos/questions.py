@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sopdeploy.errors import DataError, shorten
-from sopdeploy.photos.files import FOLDERS, TRAIN, TRAINING, normalize, part_kind
+from sopdeploy.photos.files import FOLDERS, TRAIN, TRAINING, is_general, normalize, part_kind
 from sopdeploy.photos.photo import ImageFiles
 
 # Where the class may be in a name: before the first digit, or behind the last one.
@@ -62,6 +62,11 @@ def ask_about_held_out_classes(images: ImageFiles, held_out: Sequence[str]) -> N
     filled = [images.labels[index] for index in np.flatnonzero(images.class_counts())]
     doubtful = [label for label in filled if label in map(normalize, held_out)]
     others = [label for label in filled if label not in doubtful]
+    if doubtful and others and all(part_kind(label) in TRAINING for label in others):
+        raise DataError(
+            f"{images.root}: {shorten(filled)} hold no class folders; sort the images of each into one "
+            f"subfolder per class{suggest_sorting_by_hand(images.root / others[0])}; {GO_ON} if they are the classes"
+        )
     if doubtful and others:
         raise DataError(
             f"{images.root}: {shorten(doubtful)} would be a class, as {shorten(others)}; {GO_ON} if it is; if it "
@@ -83,6 +88,20 @@ def ask_about_one_large_folder(images: ImageFiles) -> None:
         )
 
 
+def ask_about_general_names(images: ImageFiles, hint: str) -> None:
+    """Raise `DataError` if a folder beside others is called `images` or the like, as that of all classes is.
+
+    The message ends in *hint*.
+    """
+    filled = [images.labels[index] for index in np.flatnonzero(images.class_counts())]
+    general = [label for label in filled if is_general(label)]
+    if general and len(filled) > len(general):
+        raise DataError(
+            f"{images.root}: {shorten(filled)} would be the classes, but {shorten(general)} may hold the images of "
+            f"all; {GO_ON} if they are{suggest_folder(images) or hint}"
+        )
+
+
 def ask_about_parts_inside(images: ImageFiles) -> None:
     """Raise `DataError` if class folders hold folders of training images, such as `cat/train`."""
     # The folders below class folders that are named as parts are.
@@ -99,6 +118,9 @@ def ask_about_parts_inside(images: ImageFiles) -> None:
     if training and np.count_nonzero(images.class_counts()) > 1:
         above, _, part = training[0].rpartition("/")
         advice = f"; put the parts above the classes, such as {part}/{above}"
+        if len({path.rpartition("/")[0] for path in inside}) == 1 and "/" not in above:
+            folder = images.root / above
+            advice += f", or, if {above} is the whole data set, run: sopdeploy train --data {quote(str(folder))}"
         if "/" in above:  # the whole data set may be in a class folder
             folder = images.root / above
             advice = (

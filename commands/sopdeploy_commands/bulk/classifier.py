@@ -2,8 +2,8 @@
 
 The last bits of a runtime's results may depend on the size of the batch and on the position in
 the batch. Therefore batches are fixed ranges of a part, and zeros replace an image that cannot
-be decoded. The outputs of an image then depend neither on interruptions nor on errors of other
-images.
+be decoded. The outputs of an image then depend neither on interruptions nor on images that
+cannot be decoded.
 """
 
 import asyncio

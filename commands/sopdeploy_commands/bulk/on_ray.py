@@ -73,8 +73,8 @@ class PartActor:
 class RayClassifier:
     """Classifies parts on the cluster at `options.ray`, as a `BatchClassifier` does in this process.
 
-    Raises `ConfigError` if there is no cluster, and what a `BatchClassifier` raises on one of
-    its machines.
+    Raises `ConfigError` if there is no cluster, and `RuntimeUnavailableError` if Ray does not
+    start. `state` and `classify_parts` raise what a `BatchClassifier` raises on a machine.
     """
 
     def __init__(self, bundle: Path, settings: Settings, options: ClassifyOptions) -> None:

@@ -52,8 +52,8 @@ EXAMPLE = (
 def show_export(exported: "Exported", *, verbose: bool = False) -> None:
     """Print what was removed, proved and measured in four lines, or all facts, and the warnings.
 
-    In a terminal, it also measures which form of the bundle is fastest on this processor, and
-    prints it.
+    In a terminal, if the bundle is in float32 or in int8 for CPUs, it also measures which form
+    is fastest on this processor, and prints it.
 
     Args:
         verbose: Print one line per fact.

@@ -106,7 +106,7 @@ def pull(
 ) -> Pulled:
     """Download a bundle, check name, age, signature and hashes, and only then move it to its final name.
 
-    A limited number of bytes is downloaded to a hidden folder. The files are unpacked and their
+    A limited number of bytes is downloaded. The files are unpacked into a hidden folder and their
     hashes checked; the bundle gets its name last. A bundle that is already there never changes.
 
     Example: sopdeploy pull s3://models/flowers/photos-3f6c01d2a4b7.tar bundles

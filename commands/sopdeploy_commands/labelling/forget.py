@@ -446,7 +446,7 @@ def _check_one_photograph(
 
 
 def _check_format(table: Path) -> None:
-    """Raise `DataError` if *table* is of a later format than this version can rewrite."""
+    """Raise `DataError` if *table* is damaged, or of a later format than this version can rewrite."""
     import pyarrow.parquet as pq  # of an extra
 
     from sopdeploy_commands.tables import check_schema

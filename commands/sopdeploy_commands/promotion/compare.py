@@ -89,7 +89,8 @@ def compare(
         on_image: Called with the numbers of predictions done and in total.
 
     Raises:
-        DataError: An image that the server would reject, or no photograph of a common class remains.
+        DataError: An image that cannot be decoded within the limits of a server, or no photograph of a common
+            class remains.
         ConfigError: A bundle predicts several classes per image.
         BundleError: A bundle is damaged.
     """
@@ -341,7 +342,7 @@ def _decide(checks: Sequence[Check], unknown: Change | None) -> Verdict:
 
 
 def _count_needed(checks: Sequence[Check]) -> int | None:
-    """Return with how many more photographs all *checks* would pass; None if no number is enough for one."""
+    """Estimate with how many more photographs all *checks* pass; None if no number is enough for one."""
     needed = 0
     for check in checks:
         if check.passes:

@@ -113,9 +113,9 @@ class BundleComparison(StrictModel):
     images and their near-duplicates. `suspects` are bundles some of whose training images were
     found, but whose record of them is incomplete.
     `attempt` counts the comparisons of `promote` with this first bundle, and includes this one.
-    `checks` decide; a comparison of before 0.2 has none. `num_more_images` would decide what is
-    undecided, in the next attempt. `unknown` is None without unknown images; a second bundle
-    that rejects fewer of them is worse.
+    `checks` decide; a comparison of before 0.2 has none. `num_more_images` would probably decide
+    what is undecided, in the next attempt. `unknown` is None without unknown images; a second
+    bundle that rejects significantly fewer of them is worse.
     """
 
     first: BundleScore
@@ -277,7 +277,7 @@ def show_comparison(result: BundleComparison) -> None:
         result.evidence,
     )
 
-    # Accuracy on recent photographs and, if there are older ones, on all.
+    # Accuracy on recent photographs and on all; records of earlier versions lack the latter.
     for score in (result.first, result.second):
         if score.top1_all is not None:
             say(

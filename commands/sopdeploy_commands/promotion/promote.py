@@ -67,11 +67,12 @@ def promote(
 ) -> Promotion:
     """Move the link that a server follows to a bundle that loses little or nothing, and record why.
 
-    A bundle is refused if it may lose more than the tolerance on recent photographs, or twice
-    that in the classes of both, or if a class certainly loses twice the tolerance.
-    `promotions.jsonl` beside the link has the figures of each move and refusal; each further
-    attempt at the same live bundle needs stronger evidence. The new bundle is loaded before the
-    move, which checks its hashes and outputs.
+    A bundle is refused if it may lose more than the tolerance on recent photographs or, with new
+    classes, twice that in those of the live one; if a class certainly loses twice the tolerance;
+    and for other objections, such as a class that it lacks. `promotions.jsonl` beside the link
+    has the figures of each move and refusal; each further attempt at the same live bundle needs
+    stronger evidence. The new bundle is loaded before the move, which checks its hashes and
+    outputs.
 
     Example: sopdeploy promote bundles/latest --over bundles/live --data held-out
 
@@ -85,7 +86,7 @@ def promote(
         tolerance: Points of accuracy that it may lose on 100 photographs; half with ten times as many.
         force: Reason to move the link in any case; recorded.
         back: Link to move back to the bundle before, without other arguments; a second time undoes the first.
-        on_image: Called with the numbers of photographs done and in total.
+        on_image: Called with the numbers of predictions done and in total.
 
     Raises:
         PromotionError: The objections, or there is no bundle to go back to.

@@ -1,4 +1,4 @@
-"""What the first run of a network makes: buffers, and the results that functions keep."""
+"""What the first run of a network makes: buffers, caches of tensors, and the results that functions keep."""
 
 import functools
 import sys
@@ -15,6 +15,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.capture.deployed import compute_outputs
 from sopdeploy_export.network import attributes_restored, modules, tensors, unstored_buffers
+from sopdeploy_export.program_hashes import are_equal
 
 
 def create_buffers(network: nn.Module, preprocess: Preprocess) -> tuple[str, ...]:
@@ -48,6 +49,52 @@ def _blank_images(network: nn.Module, preprocess: Preprocess) -> Tensor:
     images = torch.zeros(2, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
     device = next((tensor.device for tensor in tensors(network).values()), images.device)
     return Normalize(preprocess, images_format(network))(images).to(device)
+
+
+def empty_caches(network: nn.Module, preprocess: Preprocess) -> None:
+    """Empty the dicts of tensors in *network* that a run fills again with equal tensors.
+
+    Levit keeps a table of its weights for each device in such a dict. If an earlier run filled it,
+    a capture would read the table as a constant, not as a function of the weights. Other dicts
+    stay as they are: those that no run fills, and those that were filled from other weights.
+    """
+    own_tables = nn.Module().__dict__.keys()  # such as `_buffers`
+    caches: list[dict[Any, Tensor]] = [
+        value
+        for _, module in modules(network)
+        for name, value in vars(module).items()
+        if name not in own_tables and type(value) is dict and _holds_tensors(value)
+    ]
+    if not caches:
+        return
+
+    # Empty all, and see what a run puts into them; behind the block, they are empty again.
+    contents = [cache.copy() for cache in caches]
+    filled: list[dict[Any, Tensor]] = [{} for _ in caches]
+    for cache in caches:
+        cache.clear()
+    # The user's code can fail; a later run gives the message.
+    with suppress(Exception), attributes_restored(network), torch.no_grad():
+        compute_outputs(network, _blank_images(network, preprocess))
+        filled = [cache.copy() for cache in caches]
+
+    for cache, content, again in zip(caches, contents, filled, strict=True):
+        if not _are_equal_dicts(content, again):
+            cache.update(content)
+
+
+def _holds_tensors(values: dict[Any, Any]) -> bool:
+    return bool(values) and all(
+        type(value) is Tensor and value.is_cpu for value in values.values()
+    )
+
+
+def _are_equal_dicts(first: dict[Any, Tensor], second: dict[Any, Tensor]) -> bool:
+    return (
+        first.keys() == second.keys()
+        and _holds_tensors(second)
+        and all(are_equal(tensor, second[key]) for key, tensor in first.items())
+    )
 
 
 def make_kept_results_anew(network: nn.Module, preprocess: Preprocess) -> None:

@@ -27,6 +27,7 @@ from sopdeploy_export.admit.outputs import (
     run_first,
 )
 from sopdeploy_export.admit.parts import match_parts
+from sopdeploy_export.capture.buffers import empty_caches
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.last_layer import add_embedding_output
 from sopdeploy_export.options import ExportOptions
@@ -78,6 +79,8 @@ def admit(
     parts = match_parts(network, training_only)
     check_exportable(network, parts)
     check_tensors(network, parts)
+
+    empty_caches(network, preprocess)  # of earlier runs, for as long as *network* is `prepared`
 
     # It runs once on the images of all later comparisons.
     step("running the network")

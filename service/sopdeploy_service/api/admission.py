@@ -199,10 +199,10 @@ async def admit(
     """Admit *request* to the model with *name* and *version*.
 
     With a memory budget, the request may wait until the model is loaded. Raises `RejectedError`
-    if the model does not exist, the deadline cannot be met, or the queue or the rate limit is
-    full. After the model is found, a refusal here or in the block costs the key one token, and
-    another per `SMALL_BODY` bytes read, unless the client should send the request again or the
-    tokens of its images are spent already.
+    if the header of the timeout is invalid, the model does not exist or cannot run, the deadline
+    cannot be met, or the queue or the rate limit is full. After the model is found, a refusal
+    here or in the block costs the key one token, and another per `SMALL_BODY` bytes read, unless
+    the client should send the request again or the tokens of its images are spent already.
     """
     # This deadline holds until the body has arrived, which begins the time for the answer.
     started = time.monotonic()

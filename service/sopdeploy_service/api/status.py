@@ -1,6 +1,7 @@
 """Health, metrics and model information."""
 
 import asyncio
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sopdeploy.bundle.folder import CARD, Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, EMBEDDING
 from sopdeploy.config import StrictModel, count_parts, parse_json
-from sopdeploy.files import has_manifest
+from sopdeploy.files import MANIFEST
 from sopdeploy.http_api import CardQuery, ModelInfo, ServerInfo
 from sopdeploy.names import as_utf8
 from sopdeploy_service.api.admission import json_response, service_of
@@ -54,8 +55,8 @@ DISK_HANGS = "the disk of the bundles does not respond; they are served until th
 class Card(StrictModel):
     """The model card as Markdown, and the certificate in short.
 
-    The text is empty and the certificate null if the bundle has none that can be read. `labels`
-    are the names of the first 100 classes.
+    The text is empty if the bundle has no card. The certificate is null if it is missing, too
+    large, or of another structure. `labels` are the names of the first 100 classes.
     """
 
     bundle: str
@@ -64,7 +65,7 @@ class Card(StrictModel):
     certificate: CertificateSummary | None
 
 
-_cards: WeakKeyDictionary[Model, Card] = WeakKeyDictionary()  # each made once
+_cards: WeakKeyDictionary[Model, Card] = WeakKeyDictionary()  # kept once it is made
 
 
 @router.get("/livez", summary="Liveness", response_model=Health)
@@ -78,8 +79,9 @@ async def livez(request: Request) -> Response:
 async def readyz(request: Request) -> Response:
     """Return status 200 if the server accepts images, else 503; `status` says why.
 
-    The probes of every bundle are replayed before the server starts to listen. `reason` names a
-    bundle whose folder was deleted or cannot be read: a restarted process cannot load it.
+    Without a memory budget, the probes of every bundle are replayed before the server starts to
+    listen. `reason` names a bundle whose folder was deleted or cannot be read, so that a
+    restarted process cannot load it, or says that the disk does not respond.
     """
     try:
         async with asyncio.timeout(DISK_SECONDS):
@@ -100,16 +102,22 @@ async def find_lost_bundle(registry: Registry) -> str | None:
 def find_lost(paths: Sequence[Path]) -> str | None:
     """Name the first of the bundles at *paths* that was deleted or cannot be read; None if there is none."""
     for path in paths:
-        try:
-            problem = "" if has_manifest(path) else "was deleted"
-        except OSError as error:
-            problem = f"cannot be read ({error.strerror})"
-
-        if problem:
+        if problem := find_problem(path):
             return as_utf8(
                 f"{path}: the bundle {problem}; it is served until this process ends"
             )
     return None
+
+
+def find_problem(bundle: Path) -> str:
+    """Say why the folder *bundle* is lost; empty if its manifest is there."""
+    try:
+        is_file = stat.S_ISREG((bundle / MANIFEST).stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return "was deleted"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return "" if is_file else "was deleted"
 
 
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)
@@ -123,7 +131,7 @@ async def metrics(request: Request) -> Response:
 @router.get("/info", summary="Served models", response_model=ServerInfo)
 @router.get("/v1/status", summary="Served models, as `/info`", response_model=ServerInfo)
 async def info(request: Request) -> Response:
-    """Describe each model, loaded or not, and its runtime, and the processes of the server."""
+    """Describe each model, loaded or not, and its runtime; tell the number of front ends."""
     service = service_of(request)
     models: list[ModelInfo] = []
     for model in service.registry.models():

@@ -75,14 +75,16 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
     """Classify the image in the body, or 1..n images in a form (its files) or in JSON. Text
     fields of a form with the name of a parameter count like it, others do not.
 
-    One image gives `{"classes": [...]}` or its error. Several give `{"results": [...]}` with
-    status 200, in order, each `{"classes": [...]}` or `{"error": {...}}`; only errors of the
-    whole request (queue full, malformed form) fail it as a whole. A multi-label
+    One image gives `{"classes": [...]}` or its error. Several, and the list `images` in JSON,
+    give `{"results": [...]}` with status 200, in order, each `{"classes": [...]}` or
+    `{"error": {...}}`; only errors of the whole request (queue full, malformed form or base64)
+    fail it as a whole. A multi-label
     network lists all classes above their threshold, at most `top_k` if the request or the
     setting limits them. `warnings` next to the classes name changes made while decoding, such
     as `exif_rotated`. Bundles with a rejection threshold add `known` and `score`.
     `explain=true` adds the `explanation` of the first class; an image then counts as 50.
-    `reported`, after a wrong answer, keeps the image for a label if the server keeps images.
+    `reported`, after a wrong answer, keeps the image for a label; a server that keeps no images
+    refuses it.
     """
     # Read the images; the fields of a form are parameters, too.
     async with admit(request, query.model, query.version) as admitted:

@@ -175,7 +175,7 @@ class Examples(StrictModel):
 
 @dataclass(eq=False)
 class Example:
-    """A photograph that the page offers; its file is read once, at the first request."""
+    """A photograph that the page offers; its file is read at the first request, and again only after an error."""
 
     path: Path
     _reading: asyncio.Task[bytes] | None = None

@@ -1,6 +1,6 @@
 """The server's side of decoder processes. What a child sends is not trusted: sizes are fixed or limited.
 
-The event loop sends requests and reads replies; only the start of a child needs a thread.
+The event loop sends requests and reads replies; the start and the end of a child need a thread.
 """
 
 import asyncio
@@ -184,7 +184,7 @@ class DecoderTemplate(TemplateProcess):
 
 
 def _log_stderr(process: "subprocess.Popen[bytes]") -> None:
-    """Log what *process* and its children write to standard error, until they have ended."""
+    """Log the end of what *process* and its children write to standard error, until they have ended."""
     with cast(BinaryIO, process.stderr) as pipe:
         while text := os.read(pipe.fileno(), 1 << 16):
             log.warning(
@@ -202,7 +202,7 @@ def shared_template() -> DecoderTemplate:
 
 
 class DecoderProcess(asyncio.BufferedProtocol):
-    """One child, which is replaced when it fails; all methods are called on the event loop.
+    """One child, which is replaced when it fails; its public methods are called on the event loop.
 
     It runs one request at a time, for at most *seconds*, and calls *on_idle* when it can run
     the next one. Replies are read into `_unfilled` memory, first that of the header, then that

@@ -2,8 +2,8 @@
 
 Three mechanisms of Linux that need no privilege and cannot be undone: `no_new_privs` (no
 set-user-id program gains rights), Landlock (no files, no TCP connections; Linux 5.13) and a
-seccomp filter, which allows a list of system calls and returns EPERM for all others, including
-those of later kernels. Open descriptors stay usable.
+seccomp filter, which allows a list of system calls. All others fail with EPERM (clone3 with
+ENOSYS), including those of later kernels. Open descriptors stay usable.
 
 Source: seccomp(2), landlock(7); numbers of system calls from asm/unistd_64.h and
 asm-generic/unistd.h.

@@ -61,7 +61,7 @@ LINE = 64  # bytes of a cache line; outputs and pixels begin where one does
 
 
 class ChannelError(Exception):
-    """The process at the other end has sent what it never sends."""
+    """The other end has sent what it never sends, or a description is too large for it."""
 
 
 class ModelFields(TypedDict):

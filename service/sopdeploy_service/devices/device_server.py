@@ -177,7 +177,7 @@ class DeviceServer(DrainingServer):
 
 
 def main() -> int:
-    """Fork processes, and serve in each until SIGTERM or a dead runtime; return the exit code."""
+    """Fork processes, and serve in each until its end; return the exit code."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a server reloads on it when it is ready
     config = wait_for_launch()
     end_with_parent(config.supervisor)
@@ -251,7 +251,8 @@ def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
                 return first
             continue
 
-        for file in message.files:  # of a request for metrics
+        # New keys: the supervisor replaces a process that lacks them.
+        for file in message.files:
             os.close(file)
 
 

@@ -214,8 +214,9 @@ class Engine:
     async def run(self) -> int:
         """Serve until the supervisor and the front ends have left; return the exit code.
 
-        This is 70 if a runtime is dead. SIGTERM has no effect: it may reach all processes of a
-        server at once, and front ends complete their requests.
+        It waits about `drain_seconds` for the front ends. The code is 70 if a runtime is dead.
+        SIGTERM has no effect: it may reach all processes of a server at once, and front ends
+        complete their requests.
         """
         # The supervisor ends this process; a signal of the terminal does not.
         loop = asyncio.get_running_loop()

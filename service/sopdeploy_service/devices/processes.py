@@ -320,8 +320,9 @@ def list_front_ends(settings: Settings) -> list[Process]:
 def visible_devices(device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Compute the CUDA variables of a process that may use *device* only.
 
-    An inherited CUDA_VISIBLE_DEVICES is the list to choose from: 0 is its first GPU. Without
-    it, numbers are those of nvidia-smi. Raises `ConfigError` for a GPU that is not in the list.
+    An inherited CUDA_VISIBLE_DEVICES is the list to choose from: 0 is its first GPU. Raises
+    `ConfigError` for a GPU that is not in it. Without it, every device is taken, and numbers are
+    those of nvidia-smi unless CUDA_DEVICE_ORDER says otherwise.
     """
     if device == "cpu":
         return {VISIBLE: ""}

@@ -2,7 +2,7 @@
 
 `RemoteModel` and `RemoteRegistry` take the place of `LocalModel` and `ModelRegistry`:
 admission, decoding, deadlines and answers are the same code with one process and with several.
-Each image goes to the engine with the shortest queue.
+Each image goes to the engine with the fewest images of this front end that it has not answered.
 """
 
 import asyncio
@@ -205,7 +205,10 @@ class RemoteModel(Model):
         *,
         features: bool = False,
     ) -> ImageResult:
-        """Let the engine with the shortest queue run the image; record its batch's time."""
+        """Let the engine with the fewest unanswered images of this front end run it.
+
+        Records the time of its batch.
+        """
         routes = [(engine, number) for engine, number in self.routes if engine.is_open]
         if not routes:
             raise RejectedError(results.RUNTIME_DEAD)

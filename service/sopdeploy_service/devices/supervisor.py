@@ -76,8 +76,10 @@ log = logging.getLogger("sopdeploy.supervisor")
 def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* with a process for each device, and front ends, both of *settings*.
 
-    Returns 0 after a drain, 2 if a process cannot start. Raises `ConfigError` for a device or a
-    key file that it cannot use, and on other systems than Linux.
+    Returns 0 after a drain, 2 if a process has printed a user error before the server was ready.
+    Raises `RuntimeUnavailableError` if a process does not start. Raises `ConfigError` for a GPU
+    that CUDA_VISIBLE_DEVICES does not list, for a key file or a port that it cannot use, and on
+    other systems than Linux.
     """
     if not hasattr(os, "memfd_create"):
         raise ConfigError("devices and front_ends: need Linux; remove these settings")
@@ -136,7 +138,7 @@ class Supervisor:
         return self._front_ends or self._devices
 
     async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; return the exit code."""
+        """Serve until SIGTERM or SIGINT; return the exit code, or raise as `run_supervisor` does."""
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop)

@@ -131,8 +131,8 @@ def new_key(path: Path, name: str, rate: float | None = None) -> str:
     """Create a key called *name*, add its hash to the file at *path* (mode 0600) and return the secret.
 
     The write is atomic and waits for other processes that add a key; the owner of the file
-    stays. Raises `ConfigError` for an invalid or used name, and `StorageError` if the file
-    cannot be written.
+    stays if this process is root. Raises `ConfigError` for an invalid or used name, an invalid
+    rate or a malformed file, and `StorageError` if the file cannot be written.
     """
     with writing(path), locked_folder(path.parent):
         if path.exists() and any(key.name == name for key in read_keys(path)):

@@ -261,7 +261,7 @@ class AllowedOrigins(CORSMiddleware):
     """Lets pages of *origins*, patterns of `parse_host` or `*` for all, read responses and send all headers.
 
     It answers the requests by which browsers ask before (`OPTIONS`), before any guard, because
-    they carry no key. Responses vary with `Origin`, also errors.
+    they carry no key. Unless all pages are allowed, responses vary with `Origin`, also errors.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Error responses: `application/problem+json` (RFC 9457) for every error status."""
+"""Error responses: `application/problem+json` (RFC 9457), except below `/v2`."""
 
 import re
 from collections.abc import Mapping, Sequence

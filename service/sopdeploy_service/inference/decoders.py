@@ -363,7 +363,7 @@ class Decoders:
     ) -> DecodedImage:
         """Decode *image* of *client*, a key or address that shares the children for large images.
 
-        Raises `ImageError`, and `RejectedError` if its children end, if none is free before
+        Raises `ImageError`, and `RejectedError` if its children end, if it is not decoded before
         *deadline*, or if too many large images wait. Images without a client are those of the
         server itself, and never too many.
         """
@@ -509,14 +509,14 @@ class Decoders:
         return reply
 
     def _note_slow(self, client: str) -> None:
-        """Remember that an image of *client* was too slow; of too many, forget the client that was slow first."""
+        """Remember that an image of *client* was too slow; of too many, forget the one that was slow longest ago."""
         self._slow_until[client] = time.monotonic() + SLOW_SECONDS
         self._slow_until.move_to_end(client)
         if len(self._slow_until) > MAX_SLOW_CLIENTS:
             self._slow_until.popitem(last=False)
 
     async def _run_in_turn(self, request: Request, deadline: float) -> Reply | ChildEnded:
-        """Let a light child run *request* after requests of other clients with slow images."""
+        """Let a light child run *request* when one of the turns of clients with slow images is free."""
         end = None if deadline == math.inf else deadline
         try:
             async with asyncio.timeout_at(end):
@@ -556,7 +556,7 @@ class Decoders:
         return outcome
 
     async def _watch(self) -> None:
-        """End processes that are stopped; their images are decoded again, and new processes are started."""
+        """End processes that are stopped at two looks; their images are decoded again, in new processes."""
         template = shared_template()
         suspects: set[int] = set()  # process ids of those that were stopped at the last look
 

@@ -3,8 +3,9 @@
 Once a minute, a block of consecutive answers is taken. The first `WINDOW` answers are the
 reference, the newest `WINDOW` after them the window, which is compared after each `TEST_BLOCKS`
 blocks. When another bundle replaces the model, the newest `WINDOW` answers become its reference:
-the new bundle runs on the images that the network saw, while no request waits. Those that were
-labelled are left out, and so are their copies: the new bundle may have been trained on them.
+the new bundle runs on the images that the network saw, each when no request waits, or after a
+second. Those that were labelled are left out, and so are their copies: the new bundle may have
+been trained on them.
 
 With a folder of `keep`, each block is a file, which survives a restart, with the network's inputs
 as JPEG. Without one, no image is kept. The answers of two bundles are then not compared; the

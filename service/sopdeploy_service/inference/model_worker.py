@@ -10,8 +10,8 @@ it before the previous one has ended: the device does not wait for Python. A bat
 full stays in the queue, where it can still grow until the device is free.
 
 A batch that raises is halved until the image that causes it fails alone. An output that is not
-finite fails only the image it belongs to. A watchdog notices when the thread dies or hangs.
-Then every queued image is rejected at once and `dead` stays true: a server that cannot predict
+finite fails only the image it belongs to. If the thread dies, or a watchdog notices that it
+hangs, every image is rejected at once and `is_down` stays true: a server that cannot predict
 must not look healthy.
 """
 
@@ -268,7 +268,7 @@ class LocalModel(Model):
                 image.settle(reason)
 
     async def stop(self) -> None:
-        """Close the model, end its thread and release its runtime."""
+        """Close the model, end its thread and release its runtime, unless a batch does not end."""
         self.close(results.DRAINING)
 
         if self._watchdog is not None:

@@ -39,8 +39,8 @@ class Body:
 class Uploads:
     """The bodies of all requests, in at most *budget* bytes.
 
-    If these are in use, a body that arrives takes the place of the slowest one of the client
-    with most bytes, unless that is its own client.
+    If these are in use, a body that arrives takes the place of the slowest one that still
+    arrives, of the client with most bytes, unless no such client has more than its own.
     """
 
     def __init__(self, budget: int) -> None:

@@ -90,7 +90,8 @@ class OwnRuntime(Runtime, Protocol):
 def register_runtime(name: str, open_runtime: OpenRuntime) -> None:
     """Let the setting `runtime` select *open_runtime* by *name*.
 
-    Raises `ConfigError` if *open_runtime* cannot be called, or *name* is invalid or in use.
+    A runtime of this project with this name comes first. Raises `ConfigError` if *open_runtime*
+    cannot be called, *name* is invalid, or another module has registered it.
     """
     if not callable(open_runtime):
         raise ConfigError(
@@ -134,7 +135,7 @@ MEMORY_TEXTS = (
 
 @contextmanager
 def translating_errors(runtime: Runtime) -> Iterator[None]:
-    """Translate any error of *runtime* to `RuntimeUnavailableError`: it cannot run what it must run here."""
+    """Translate errors of *runtime*, but not ours, to `RuntimeUnavailableError`: it must run this here."""
     try:
         yield
     except SopdeployError:

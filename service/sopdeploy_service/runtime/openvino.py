@@ -99,7 +99,7 @@ class OpenVINORuntime(OwnRuntime):
 
     @staticmethod
     def precisions() -> set[str]:
-        """Return all precisions; without VNNI, its sums of int8 products saturate."""
+        """Return all precisions; without VNNI all but int8, whose sums saturate."""
         exact = OwnRuntime.precisions()
         return exact - {"int8"} if lacks_vnni() else exact
 

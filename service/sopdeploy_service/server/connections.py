@@ -44,8 +44,8 @@ class Connections:
     `bodies` those without a complete body, `unread` those whose client does not read; each with
     the time at which this began. For one that closes after its last response, the time in
     `unread` is later (`note_last_output`). `closing` has those that have their last response
-    and do not count any more, the earliest first. They stay open until the client has read it,
-    or `SPARE` others follow. `num_by_address` does not count those of trusted proxies.
+    and do not count any more, the earliest first. They stay open for a short time, until the
+    client has read it, or `SPARE` others follow. `num_by_address` does not count those of trusted proxies.
     """
 
     settings: Settings

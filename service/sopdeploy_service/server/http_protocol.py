@@ -2,7 +2,7 @@
 
 uvicorn waits without limit for request headers of any size, and for clients that do not read
 their response. This protocol rejects such requests and closes such connections. `connections`
-limits their number, `http.middleware` the bodies.
+limits their number, `api.admission` the bodies.
 """
 
 import asyncio

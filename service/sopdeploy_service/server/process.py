@@ -35,7 +35,8 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints one line, `ready: URL
     BUNDLE ...`, when the probes are verified and the port is open. Returns the exit code: 0
     after a drain, 70 if a runtime died. Raises `ConfigError` if it cannot listen, and the
-    errors of `find_bundles` and `load_bundle`.
+    errors of `find_links`, `find_bundles`, `load_bundle` and `create_app`. With several
+    processes, returns and raises what `run_supervisor` does.
     """
     if threading.current_thread() is threading.main_thread():
         # By default, these signals would end a server that is not ready yet.
@@ -104,7 +105,10 @@ def load_registry(
     settings: Settings,
     on_progress: Callable[[], object] = lambda: None,
 ) -> "ModelRegistry":
-    """Load the bundles at *sources* in the time that *settings* allow; *on_progress* is called before each."""
+    """Load the bundles at *sources* in the time that *settings* allow; *on_progress* is called before each.
+
+    With a memory budget, they are only read and checked.
+    """
 
     def read(_name: str, path: Path, manifest: Manifest) -> Bundle:
         # With a memory budget, the graphs are hashed only, and read again when they are loaded.

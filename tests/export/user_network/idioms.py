@@ -289,6 +289,21 @@ class Distances(Small):
         return self.fc((features * self.table).mean((2, 3)))
 
 
+class KeepsTable(Small):
+    """Keeps a table of its weights for each device, as Levit does."""
+
+    def __init__(self) -> None:
+        super().__init__(aux=False)
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.features(images)
+        device = str(images.device)
+        if device not in self.kept:
+            self.kept[device] = self.fc.weight * 2
+        return F.linear(features, self.kept[device], self.fc.bias)
+
+
 def registers(net: Any, x: Tensor) -> Tensor:
     if not hasattr(net, "table"):
         net.register_buffer("table", torch.linspace(0, 1, x.shape[2]), persistent=False)

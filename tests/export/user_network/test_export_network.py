@@ -307,7 +307,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
             )
         ),
         {},
-        r"fails for 4 images: .*ambiguous; its code depends on values of the image, .*: use torch\.where",
+        r"fails for 4 images: .*ambiguous; its code depends on values of the image, .*; use torch\.where",
     ),
     "weights of inference mode": (
         n.in_inference_mode,

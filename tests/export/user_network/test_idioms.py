@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.errors import ConfigError, SopdeployError
+from sopdeploy.errors import ConfigError, LoweringError, SopdeployError
 from sopdeploy_export.options import ExportOptions
 from tests.export.once import proving_once
 from tests.export.user_network import idioms, networks
@@ -64,6 +64,26 @@ def test_a_plain_network_that_never_ran_makes_its_table(tmp_path: Path) -> None:
     network(torch.zeros(1, 3, networks.SIDE, networks.SIDE))
     exported = networks.export_small(network, tmp_path, plain=idioms.Distances, options=QUICK)
     assert exported.certificate.proof == idioms.PLAIN
+
+
+def test_a_table_of_weights_that_an_earlier_run_kept_is_made_again(tmp_path: Path) -> None:
+    network: Any = networks.trained(idioms.KeepsTable())
+    with torch.no_grad():
+        network(torch.zeros(1, 3, networks.SIDE, networks.SIDE))
+    kept = dict(network.kept)
+
+    exported = networks.export_small(network, tmp_path, plain=idioms.KeepsTable, options=QUICK)
+    assert exported.certificate.proof == idioms.PLAIN
+    assert network.kept == kept
+
+
+def test_a_table_that_was_kept_of_other_weights_is_refused(tmp_path: Path) -> None:
+    network: Any = networks.trained(idioms.KeepsTable())
+    with torch.no_grad():
+        network(torch.zeros(1, 3, networks.SIDE, networks.SIDE))
+    network.fc.weight.data += 1
+    with pytest.raises(LoweringError, match=r"which is no parameter or buffer"):
+        networks.export_small(network, tmp_path, plain=idioms.KeepsTable, options=QUICK)
 
 
 def vision_transformer() -> nn.Module:

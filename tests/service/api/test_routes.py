@@ -134,15 +134,16 @@ def test_a_server_says_that_its_bundle_was_deleted_and_serves_on(bundle_path, tm
 UNREAD = "it is served until this process ends"
 
 
-def test_a_bundle_whose_folder_cannot_be_read_is_named_and_served(client, bundle, monkeypatch):
-    def fail(path):
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
-
-    monkeypatch.setattr(status, "has_manifest", fail)
-    reply = client.get("/readyz")
-    reason = f"{bundle.path}: the bundle cannot be read (Stale file handle); {UNREAD}"
-    assert (reply.status_code, reply.json()) == (200, {"status": "ok", "reason": reason})
-    monkeypatch.setattr(status, "has_manifest", lambda _: False)
+def test_a_bundle_whose_folder_cannot_be_read_is_named_and_served(bundle_path, tmp_path):
+    copy = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
+    loaded = load_model(copy, Settings(threads=1))
+    with running(loaded.runtime, loaded.bundle, Settings()) as client:
+        manifest = copy / "manifest.json"
+        manifest.unlink()
+        manifest.symlink_to(manifest)  # which also fails for root, unlike permissions
+        reply = client.get("/readyz")
+        reason = f"{copy}: the bundle cannot be read ({os.strerror(errno.ELOOP)}); {UNREAD}"
+        assert (reply.status_code, reply.json()) == (200, {"status": "ok", "reason": reason})
     assert (
         status.find_lost([Path(os.fsdecode(b"caf\xe9"))])
         == f"caf?: the bundle was deleted; {UNREAD}"
@@ -183,11 +184,11 @@ def test_a_disk_that_hangs_delays_no_probe_and_holds_one_thread_and_no_request(
     def hang(*given):
         begun.append(given)
         assert released.wait(60)
-        return b"example"  # as true as the answer of `has_manifest`
+        return b""  # a file without bytes, or no problem
 
     (tmp_path / "a.jpg").write_bytes(jpeg)
     client = serve_with(FakeRuntime(num_classes=7), examples=tmp_path)
-    for module, name in ((status, "has_manifest"), (web, "read_file")):
+    for module, name in ((status, "find_problem"), (web, "read_file")):
         monkeypatch.setattr(module, name, hang)
     for module, name in ((status, "DISK_SECONDS"), (web, "EXAMPLE_SECONDS")):
         monkeypatch.setattr(module, name, 0.01)

@@ -291,6 +291,8 @@ def test_the_projection_is_that_to_the_principal_components_of_all_batches() -> 
     )
     with pytest.raises(DataError, match="not finite"):
         network.pooled_head.fit_projection([{"layer3.0": torch.full((1, 64, 2, 2), torch.nan)}])
+    _, widest, _ = with_statistics("resnet8", 32, HeadConfig(width=64))
+    widest.pooled_head.fit_projection([{"layer3.0": batches[0]}])  # there is none to set
 
 
 def test_a_network_of_the_user_has_a_head_on_its_last_map_or_on_named_ones(register) -> None:

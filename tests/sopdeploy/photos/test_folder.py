@@ -643,8 +643,12 @@ ARCHIVES: dict[str, tuple[dict[str, int], dict[str, str], str, str]] = {
         "if images holds those of all classes, sort them into one subfolder per class, by hand or in a browser: "
         "sopdeploy label {root}/images --photos sorted",
     ),
+    "parts without classes": (
+        {"train": 2, "val": 2, "more": 0}, {}, "train, val hold no class folders",
+        "sopdeploy label {root}/train --photos sorted",
+    ),
     "a table in a folder beside two others": (
-        {"images": 4, "more": 2, "data": 0},
+        {"faces": 4, "more": 2, "data": 0},
         {"data/legend.csv": "user,image,emotion\n" + "".join(f"1,{n:03}.jpg,joy\n" for n in range(4))},
         "data: no images in this class folder",
         "data/legend.csv: lists the images, but is not read",
@@ -701,6 +705,9 @@ ASKED = {
     ),
     "held-out images beside classes": (
         {"cat": 2, "test": 2}, "test would be a class, as cat;"
+    ),
+    "a general name": (
+        {"image": 2, "aug": 2}, "aug, image would be the classes, but image may hold the images of all;"
     ),
     "parts below another folder": (
         {"web__images": 2, "photos__split__train__cat": 2, "photos__split__val__cat": 2},

@@ -176,7 +176,7 @@ class KeptFolder:
     def add(self, image: bytes, record: KeptRecord) -> KeptResult:
         """Keep *image* unless it is a near-duplicate or too large; return what was done.
 
-        The record of a kept image is replaced if it has a new reason. Images of the uniform
+        The record of a kept image is replaced if it has a new reason or suggestion. Images of the uniform
         sample may be near-duplicates. The first write that fails is logged, and the next one
         that succeeds.
         """

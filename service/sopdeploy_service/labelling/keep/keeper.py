@@ -105,7 +105,7 @@ def open_keeper(
     """Create the keeper of the folder `keep` of *settings*; None if it is not set.
 
     One process keeps the photographs of all, as far as they are connected (`Keeper.connect`);
-    *is_keeper* says whether it is this one. Raises `ConfigError` if the folder cannot be used.
+    *is_keeper* says whether it is this one. Raises as `KeptFolder` does.
     """
     if settings.keep is None:
         return None

@@ -164,7 +164,7 @@ async def guard(
 
 
 def label_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """Create the uvicorn configuration of the label page: the protocol and the limits of the service."""
+    """Create the uvicorn configuration of the label page: that of the service, with fewer connections."""
     fewer = settings.model_copy(update={"max_connections": MAX_CONNECTIONS})
     return limited_config(app, Connections(fewer, Metrics()))
 
@@ -298,7 +298,7 @@ class ShownPhotograph(StrictModel):
 
 
 class ShownClass(StrictModel):
-    """A class to choose, and its probability for the photograph; None if the network does not have it."""
+    """A class to choose, and its probability for the photograph; None if that is not known."""
 
     name: str
     probability: float | None
@@ -337,7 +337,8 @@ class LabelState(StrictModel):
     """What the page shows.
 
     `next` has the IDs of the photographs shown as thumbnails; the first is the one to label.
-    `classes` begin with the most probable one. `done` and `left` are numbers of photographs.
+    `classes` begin with the one that a person has suggested, then the most probable one. `done`
+    and `left` are numbers of photographs; the skipped ones are done.
     `command` trains with the labels.
     """
 

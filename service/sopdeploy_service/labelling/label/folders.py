@@ -116,8 +116,8 @@ class LabelFolders:
         """Read the photographs in *kept*; labels go to *photos* and to two folders beside it.
 
         *embed* computes what the suggestions for a heap compare. Raises `DataError` if *kept*
-        is no folder or holds only folders, or if *photos* has its classes in a folder `train/`
-        or in a table, as `find_table` tells.
+        is no folder or holds folders but no photographs, or if *photos* has its classes in a
+        folder `train/` or in a table, as `find_table` tells.
         """
         # The path is absolute, but its links stay: the two folders beside it are named like the
         # folder that the user gave.
@@ -167,9 +167,10 @@ class LabelFolders:
             )
 
     def read(self) -> None:
-        """Read and order what waits for a label again, and start to compute suggestions; raises `OSError`.
+        """Read and order what waits for a label again, and start to compute suggestions.
 
-        Kept photographs come first, then the heap: images that no server has kept.
+        Kept photographs come first, then the heap: images that no server has kept. Raises
+        `DataError` and `OSError`.
         """
         kept = self._read_kept()
         images, unused = list_heap(self.kept)
@@ -318,7 +319,7 @@ class LabelFolders:
         }
 
     def classes(self) -> list[str]:
-        """List the names of all classes: those of the bundles and of the folders, sorted."""
+        """List the names of classes, sorted: those of the folders, and in the records that wait."""
         records = [record for _, record in self.waiting.values() if record is not None]
         names = {normalize(label) for record in records for label in record.labels}
         return sorted(names.union(_class_folders(self.photos), _class_folders(self.held_out)))
