@@ -33,9 +33,9 @@ class DataOptions(StrictModel):
 class HoldOut(DataOptions):
     """Selection of the held-out images of a source that has none of its own.
 
-    The training loop holds out the fraction `hold_out` of every class, selected by
-    `hold_out_seed`. It is not the seed of the run, so all runs are evaluated on the same
-    images.
+    The training loop and `fine_tune` hold out about the fraction `hold_out` of the groups of
+    every class, selected by `hold_out_seed`. It is not the seed of the run, so all runs are
+    evaluated on the same images.
     """
 
     hold_out: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2

@@ -44,7 +44,10 @@ class PaddedShortcut(nn.Module):
 def _build_shortcut(
     in_channels: int, out_channels: int, stride: int, kind: Shortcut | Literal["convolution"]
 ) -> nn.Module | None:
-    """Build the shortcut of a block; `None`, the identity, if the block keeps the shape."""
+    """Build the shortcut of a block; `None`, the identity, if the block keeps the shape.
+
+    The *kind* "projection" is a convolution and a batch norm, "convolution" has no batch norm.
+    """
     if stride == 1 and in_channels == out_channels:
         return None
     if kind == "pad":

@@ -64,7 +64,7 @@ class Classifier(Backbone):
     inference_class: ClassVar[type[Backbone] | None] = None
 
     def inference_model(self) -> Backbone:
-        """Build the network to export from the config, with fresh weights; shares no object with this one."""
+        """Build the network to export from the config, with fresh weights; shares no module with this one."""
         if self.training_only and self.inference_class is None:
             raise TypeError(
                 f"{type(self).__name__} has training-only parts; set inference_class"

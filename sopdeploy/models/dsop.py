@@ -182,7 +182,7 @@ class DSoP(Classifier):
         return plans
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute the logits of every branch and of the network itself."""
+        """Compute the logits of every used branch and of the network itself."""
         if not self.has_training_heads:
             return super().heads(images)
         features, tapped = self.feature_maps(images, self.taps)

@@ -237,7 +237,7 @@ def no_classes_error(root: Path, part: Path | None = None, hint: str = "") -> Da
     """Build the error for *root*, or a *part* of it, without classes.
 
     It advises to use a table that lists the images, if there is one; else to sort them, and
-    ends in the *hint* or, without a hint, in the command to sort them by hand.
+    ends in the *hint* or, without a hint, in the command to sort by hand what images there are.
     """
     images, others = list_images(root)
     table = find_other_table(images, (root / file for file in others))

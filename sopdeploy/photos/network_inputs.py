@@ -95,7 +95,7 @@ def shared_zeros(shape: tuple[int, ...]) -> NDArray[np.uint8]:
 class FittedDataset(Dataset):
     """Base class of inputs whose images are fitted to the network; index `sample + copy * N` is a copy.
 
-    `fitted` are the pixels that stay in memory, if there are any.
+    `fitted` are the fitted pixels, which stay in memory if they are few; None computes them anew.
     """
 
     fitted: FittedPixels | None = field(default=None, kw_only=True)

@@ -1,7 +1,8 @@
 """Held-out images of a source that has none: chosen once, recorded by the run, and then read from the record.
 
 Which images are near-duplicates depends on rounding, and so on the processor. A run that is
-resumed elsewhere therefore does not choose again.
+resumed elsewhere therefore does not choose again. A run that hashes no files searches no
+near-duplicates, and makes the same choice again.
 
 Letters: N images, M held-out images.
 """

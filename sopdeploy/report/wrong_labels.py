@@ -62,7 +62,7 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
         )
 
     # The predictions are in the order of the images, which must be the same.
-    division = open_division(recipe, last)
+    division = open_division(recipe, last, path)
     images = division.data.train
     hashes = division.file_hashes
     if not len(hashes):  # fine-tuning of more than `MAX_HASHED` images

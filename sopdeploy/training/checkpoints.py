@@ -428,7 +428,7 @@ class RunFolder:
     def lock(self, *, is_resumed: bool = False) -> None:
         """Create the folder and lock it until `unlock`; raise `ConfigError` if another process trains there.
 
-        For a new run, this repeats `check_new`: by now, another process may have trained there.
+        Unless *is_resumed*, this repeats `check_new`: by now, another process may have trained there.
         The first process holds the lock; the system releases it when this process ends in any
         way. Loader processes, which may live a few seconds longer, do not inherit it.
         """

@@ -50,7 +50,7 @@ from sopdeploy.training.setup import move_to_device
 def fit_fine_tune(
     setup: Setup, last: Checkpoint | None, folder: RunFolder, callback: Callback
 ) -> tuple[Fit, Mapping[str, Any]]:
-    """Fit a head to the network of *setup*, fine-tune both, and keep the better network.
+    """Fit a head to the frozen network of *setup*, fine-tune network and head, and keep the better result.
 
     *last* resumes a run. Without enough held-out images to decide, nothing is fine-tuned.
     Returns the fit and the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a
@@ -58,38 +58,9 @@ def fit_fine_tune(
     be used.
     """
     if last is None:
-        # A new run: first the frozen network, with whose head the loop starts.
-        frozen = fit_new(setup, callback)
-        options = setup.model.config.model_dump()
-        options["head"] = frozen.network.config.model_dump()["head"]
-        name = tuned_name(setup.recipe.model.name)
-        network = create_model(name, num_classes=len(setup.labels), **options)
-        tensors = setup.model.state_dict()
-
-        # The branches of DSoP, if there are any, start with the weights of *setup*.
-        branches = {
-            key: tensor for key, tensor in tensors.items() if key.startswith("branches.")
-        }
-        network.load_state_dict({**branches, **frozen.network.state_dict()})
-
-        network = move_to_device(setup.recipe, network, setup.strategy)
-        run = LoopState(replace(setup, model=network), frozen)
-        folder.save_last(last_loop_record(run))
+        run, frozen = _start(setup, folder, callback)
     else:
-        # A resumed run: `last.pt` holds the record of the frozen network, too.
-        record = read_frozen(last, folder.last)
-        network = move_to_device(
-            setup.recipe, build_classifier(record, folder.last), setup.strategy
-        )
-        # The frozen network is that of the record; `setup.model` is the network that is
-        # fine-tuned.
-        of_frozen = replace(
-            setup, model=network, position=read_resumed(record, folder.last).position
-        )
-        frozen = with_decision(setup, read_few_shot_fit(of_frozen, record, folder.last))
-
-        run = LoopState(setup, frozen)
-        restore_loop(run, last, folder.last)
+        run, frozen = _resume(setup, last, folder)
 
     # Near-duplicates are not independent. With too few groups no comparison can decide, so all
     # epochs count as trained.
@@ -102,6 +73,44 @@ def fit_fine_tune(
 
     folder.save_best(run_record(setup, frozen))
     return fit_loop(run, folder, callback, partial(keep_better, groups))
+
+
+def _start(setup: Setup, folder: RunFolder, callback: Callback) -> tuple[LoopState, FewShotFit]:
+    """Fit a head to the frozen network of *setup*; return the loop that starts with it, and this fit.
+
+    Writes `last.pt`.
+    """
+    frozen = fit_new(setup, callback)
+    options = setup.model.config.model_dump()
+    options["head"] = frozen.network.config.model_dump()["head"]
+    name = tuned_name(setup.recipe.model.name)
+    network = create_model(name, num_classes=len(setup.labels), **options)
+    tensors = setup.model.state_dict()
+
+    # The branches of DSoP, if there are any, start with the weights of *setup*.
+    branches = {key: tensor for key, tensor in tensors.items() if key.startswith("branches.")}
+    network.load_state_dict({**branches, **frozen.network.state_dict()})
+
+    network = move_to_device(setup.recipe, network, setup.strategy)
+    run = LoopState(replace(setup, model=network), frozen)
+    folder.save_last(last_loop_record(run))
+    return run, frozen
+
+
+def _resume(setup: Setup, last: Checkpoint, folder: RunFolder) -> tuple[LoopState, FewShotFit]:
+    """Restore the loop of the run of *last*, and the fit of the frozen network, of which it has a record."""
+    record = read_frozen(last, folder.last)
+    network = move_to_device(
+        setup.recipe, build_classifier(record, folder.last), setup.strategy
+    )
+    # The frozen network is that of the record; `setup.model` is the network that is fine-tuned.
+    position = read_resumed(record, folder.last).position
+    of_frozen = replace(setup, model=network, position=position)
+    frozen = with_decision(setup, read_few_shot_fit(of_frozen, record, folder.last))
+
+    run = LoopState(setup, frozen)
+    restore_loop(run, last, folder.last)
+    return run, frozen
 
 
 def keep_better(

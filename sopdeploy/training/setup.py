@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from secrets import token_hex
 from typing import NamedTuple
 
@@ -366,9 +367,12 @@ def _group_and_hash(recipe: Recipe, images: LabeledImages) -> tuple[Groups, NDAr
     return clips.groups, copies.file_hashes
 
 
-def open_division(recipe: Recipe, last: Checkpoint) -> Division:
-    """Open the images of the run of *recipe*, whose `last.pt` is *last*, as it divided them."""
-    opened = open_data(recipe.data)
+def open_division(recipe: Recipe, last: Checkpoint, source: Path) -> Division:
+    """Open the images of the run of *recipe*, whose `last.pt` is *last*, read from *source*, as it divided them.
+
+    Images that it left out are left out again.
+    """
+    opened = open_data(recipe.data).without(read_left_out(last, source))
     selected, _ = select_procedure(recipe, len(opened.train))
     return divide_images(selected, opened, last, Strategy(torch.device("cpu")))
 

@@ -30,8 +30,8 @@ class TrainingResult(StrictModel):
 
     Attributes:
         data: The folder of the images, if the data source has one.
-        best_top1: Accuracy on the images that select the epoch; with several classes per image, `best_map`
-            is set instead.
+        best_top1: Accuracy of the best epoch on the held-out images, or else of the cross-validation; with
+            several classes per image, `best_map` is set instead.
         seconds: Time of the run with all its resumptions.
         procedure: The procedure that trained, with the score to expect on new images.
         decision: Temperature and rejection threshold in `best`, if there were enough images, or the

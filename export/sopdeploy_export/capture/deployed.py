@@ -30,7 +30,7 @@ class Deployed(nn.Module):
     """Normalization followed by *network*: the module that is captured and exported.
 
     Every run, also while it is captured, raises `LoweringError` if the network writes to one of
-    its tensors.
+    its tensors, except to buffers that no state dict stores.
     """
 
     def __init__(self, network: nn.Module, preprocess: Preprocess) -> None:

@@ -282,7 +282,10 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _bypass_constant_choices(model: ir.Model) -> None:
-    """Bypass each `Where` whose mask is constant and all false, if its third operand has the shape of the result."""
+    """Bypass each `Where` whose mask is constant and all false, if its third operand has the shape of the result.
+
+    One whose result is an output of the graph stays.
+    """
     for node in model.graph:
         if node.op_type != "Where":
             continue

@@ -299,12 +299,13 @@ def estimate_best(
 ) -> LoopResult:
     """Estimate the score of the best epoch of *history* on new images.
 
-    The images that select the epoch measure too high a score. An accuracy is therefore corrected
-    by resamples of the *groups* (N,), by default images: each resample selects an epoch, and the
-    images outside of the resample measure it (bootstrap bias corrected cross-validation:
-    Tsamardinos et al., Machine Learning 107, 2018). This needs the predictions of all epochs
-    for all images, and several groups. With *frozen_backbone*, no image selects the epoch
-    (`best_epoch`). *mirrored* is noted in the result.
+    The images that select the epoch measure too high a score. An accuracy is therefore
+    corrected by resamples of the *groups* (N,), by default images: each resample selects an
+    epoch, and the images outside of the resample measure it (bootstrap bias corrected
+    cross-validation: Tsamardinos et al., Machine Learning 107, 2018). This needs the
+    predictions of all epochs for all images, which `diagnose` makes of at most `MAX_IMAGES`,
+    and several groups. With *frozen_backbone*, no image selects the epoch (`best_epoch`).
+    *mirrored* is noted in the result.
     """
     best = best_epoch(history, frozen_backbone=frozen_backbone)
     count = best.metrics.count

@@ -162,7 +162,8 @@ def test_the_data_may_move_but_not_change(stopped) -> None:
         train_recipe(recipe, stopped / "run", resume=True)
     for number in range(3):
         (moved / "a" / "more" / f"{number:03}.jpg").unlink()
-    training = open_division(recipe, read_checkpoint(stopped / "run" / "last.pt")).data.train
+    path = stopped / "run" / "last.pt"
+    training = open_division(recipe, read_checkpoint(path), path).data.train
     replaced = training.path(0)
     content = replaced.read_bytes()
     replaced.write_bytes(content + b"another photograph")
@@ -213,9 +214,10 @@ def test_the_record_decides_what_is_held_out(stopped, monkeypatch) -> None:
     (stopped / "images" / "a" / "000.jpg").rename(stopped / "images" / "a" / "renamed.jpg")
     recipe = short_recipe(*ONE, f"data.path={stopped / 'images'}")
     train_recipe(recipe, stopped / "run", resume=True)
-    last = read_checkpoint(stopped / "run" / "last.pt")
+    path = stopped / "run" / "last.pt"
+    last = read_checkpoint(path)
     assert last.resume["held_out"][:, 0].tolist() == record
-    held_out = open_division(recipe, last).data.held_out
+    held_out = open_division(recipe, last, path).data.held_out
     assert len(record) == len(held_out) == 2
     assert set(hash_images(held_out).tolist()) == set(record)
 

@@ -36,7 +36,7 @@ from sopdeploy.html.report import percent
 from sopdeploy.models import registry
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
 from sopdeploy.photos.photo import ArrayImages, ImageFiles, Photo
-from sopdeploy.report.wrong_labels import list_wrong_labels
+from sopdeploy.report.wrong_labels import find_wrong_labels, list_wrong_labels
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy
@@ -1264,4 +1264,5 @@ def test_a_damaged_photograph_is_left_out_of_the_head(tmp_path: Path) -> None:
     result = train_recipe(recipe, tmp_path / "run").procedure
     assert (result.class_counts["red"], result.left_out[0].split(": ")[0]) == (3, "red/0.png")
     assert any("1 unusable image left out: red/0.png: " in line for line in result.lines())
+    assert len(find_wrong_labels(tmp_path / "run")) == result.num_doubted
     assert train_recipe(recipe, tmp_path / "run", resume=True).procedure == result
