@@ -396,6 +396,4 @@ def test_a_line_of_predict_has_no_number_without_a_meaning_to_its_reader(
 def test_inspect_of_a_bundle_says_what_to_read_instead(bundle_path: Path) -> None:
     done = CliRunner().invoke(app, ["inspect", str(bundle_path)])
     assert done.exit_code == 2
-    assert "a bundle, not a weight file; its README.md describes it" in " ".join(
-        done.stderr.split()
-    )
+    assert "a bundle, not weights; its README.md describes it" in " ".join(done.stderr.split())
