@@ -363,7 +363,7 @@ class LabelFolders:
     def labelled(self) -> dict[str, Labelled]:
         """List the photographs that were labelled last, by ID, the last label first.
 
-        There are at most as many as the page lists. Raises `OSError`.
+        There are at most as many as the page lists. Raises as `list_labelled` does.
         """
         # The class, its folder, and whether it is held out.
         parts = [

@@ -23,7 +23,8 @@ class Labelled(NamedTuple):
 def list_labelled(parts: Iterable[tuple[str | None, Path, bool]]) -> dict[str, Labelled]:
     """List the photographs in the folders *parts*, by ID; at most `MAX_LABELLED`, the last label first.
 
-    A part is the name of a class, its folder and whether it is held out. Raises `OSError`.
+    A part is the name of a class, its folder and whether it is held out. Raises `DataError` for
+    a folder that cannot be listed, and `OSError`.
     """
     # The move into the folder has set the time of the change.
     dated: list[tuple[int, Labelled]] = []
