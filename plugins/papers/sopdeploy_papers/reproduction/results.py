@@ -58,7 +58,7 @@ def measure_run(recipe: Recipe, trained: TrainingResult) -> SeedResult:
     # If there are several heads, they are evaluated on all held-out images.
     heads: dict[str, HeldOutMetrics] = {}
     if len(model.loss_weights()) > 1:
-        images = open_division(recipe, checkpoint).data.held_out
+        images = open_division(recipe, checkpoint, trained.last).data.held_out
         network = AllHeads(model.to(select_device(recipe.device)))
         evaluated = as_evaluated(network, mirror=recipe.validation.mirror)
         logits = score_images(evaluated, checkpoint.preprocess, images, workers=recipe.workers)
