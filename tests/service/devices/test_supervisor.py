@@ -332,31 +332,33 @@ def test_a_page_of_metrics_that_comes_too_late_is_closed() -> None:
         assert not [path for path in open_files if "late page" in path]
 
 
-def test_a_process_knows_those_that_were_started_before_it(monkeypatch) -> None:
-    others: list[tuple[int, ...]] = []
+def test_a_front_end_knows_the_engines_that_were_started_before_it(monkeypatch) -> None:
+    engines: list[tuple[int, ...]] = []
 
     async def start(config: processes.LaunchConfig, *_files: int) -> SimpleNamespace:
-        others.append(config.others)
+        engines.append(config.engines)
         await asyncio.sleep(0)  # the other processes wait to be started
-        return SimpleNamespace(pid=len(others), poll=lambda: None)
+        return SimpleNamespace(pid=len(engines), poll=lambda: None)
 
     async def scenario() -> None:
-        settings = load_settings(front_ends=0)
-        devices = [Process(str(number), {}, settings, "cpu", number) for number in range(3)]
+        settings = load_settings(front_ends=1)
+        devices = [Process(str(number), {}, settings, "cpu", number) for number in range(2)]
         with socket.socket() as listener:
             server = supervisor.Supervisor([], settings, devices, listener)
             server._loop, server._shared = asyncio.get_running_loop(), -1
             server._keys = SimpleNamespace(files=(-1, -1))
             monkeypatch.setattr(server._template, "start", start)
-            tasks = [asyncio.create_task(server._supervise(device)) for device in devices]
-            while not all(device.child for device in devices):
+            started = [*devices, *server._front_ends]
+            tasks = [asyncio.create_task(server._supervise(process)) for process in started]
+            while not all(process.child for process in started):
                 await asyncio.sleep(0)
-            for device, task in zip(devices, tasks, strict=True):
+                assert not any(task.done() for task in tasks)
+            for process, task in zip(started, tasks, strict=True):
                 task.cancel()
-                server._close_control(device)
+                server._close_control(process)
 
     asyncio.run(scenario())
-    assert others == [(), (1,), (1, 2)]
+    assert engines == [(), (), (1, 2)]
 
 
 def num_open_files() -> int:
