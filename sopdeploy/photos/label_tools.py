@@ -118,6 +118,8 @@ def read_entry(entry: dict[str, Any]) -> dict[str, str]:
         labels = labels["choices"]  # several of Label Studio's short JSON
     if isinstance(labels, dict):
         raise ValueError("no list of classes")
+    if labels is None:  # null: nobody has labelled the image
+        return _as_cells(file, set())
     labels = labels if isinstance(labels, list) else [labels]
     return {"file": file, "classes": SEPARATOR.join(map(str, labels))}
 

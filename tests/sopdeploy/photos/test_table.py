@@ -470,6 +470,10 @@ UNLABELLED = {
         }
         for number, (name, one) in enumerate(CATS.items())
     ]),
+    "project-2.json": json.dumps([
+        {"image": name, "choice": label_of(one) if number else None}
+        for number, (name, one) in enumerate(CATS.items())
+    ]),
 }  # fmt: skip
 
 

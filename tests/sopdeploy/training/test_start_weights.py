@@ -249,7 +249,7 @@ def test_a_package_whose_weights_were_changed_is_refused(server, monkeypatch) ->
 
 
 def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(
-    server, monkeypatch
+    server, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr("sopdeploy.importers.published.PACKAGES", {})
     torch.manual_seed(2)
@@ -269,6 +269,12 @@ def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(
     assert LITE["efficientnet-lite2"] == Preprocess.from_timm(
         timm.get_pretrained_cfg("tf_efficientnet_lite2").to_dict()
     )
+
+    # A file of the cache with other weights is refused.
+    [blob] = (tmp_path / "hub").rglob("blobs/*")
+    blob.write_bytes(server.content[:-4] + b"\0\0\0\1")
+    with pytest.raises(WeightsError, match=r"model.safetensors: removed, its SHA-256 is"):
+        start()
 
 
 @pytest.mark.parametrize(
