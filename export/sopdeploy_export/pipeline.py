@@ -319,8 +319,9 @@ def _convert_to_onnx(
 ) -> tuple[Lowered, tuple[str, ...]]:
     """Convert the program of *trained* to ONNX, and check the result.
 
-    Also returns the operators through which the images of a batch are mixed, as `prove_images`
-    does. For the comparison of operators, the program runs on some of *images*, uint8 (P, H, W, 3).
+    Also returns what `prove_images` does: the operators through which an output may depend on
+    other images of its batch. For the comparison of operators, the program runs on the first of
+    *images*, uint8 (P, H, W, 3).
     """
     step("converting to ONNX")
     folded = fold_constant_parts(trained.program)

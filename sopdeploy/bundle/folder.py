@@ -237,7 +237,7 @@ def _check_type_and_size(file: Path, status: os.stat_result, record: FileRecord)
     """Raise `BundleError` if *file* is no plain file of the size in *record*, or JSON that is too large."""
     if stat.S_ISLNK(status.st_mode):
         raise BundleError(f"{file}: is a link; a bundle contains only plain files")
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(status.st_mode):  # a folder or a FIFO has its name
         raise BundleError(f"{file}: missing; copy or export the bundle again")
 
     if status.st_size != record.bytes:

@@ -119,7 +119,8 @@ def _without_leftovers(
             label: [path for path in paths if path not in leftover.paths]
             for label, paths in paths_of_class.items()
         }
-        # A folder that holds nothing else is no class; one that was empty before is told later.
+        # A folder that holds nothing else is no class. One that was empty before stays: it is
+        # reported later.
         paths_of_class = {
             label: paths
             for label, paths in remaining.items()

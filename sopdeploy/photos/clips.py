@@ -281,42 +281,18 @@ def _list_relations(
     They are those of the `MAX_PATTERNS` most frequent templates that `MIN_IMAGES` names have, and
     of times if as many images have one.
     """
-    count = len(names)
     parsed = [_Name.of(name) for name in names]
     groupings: list[_Relation] = []
     sequences: list[_Relation] = []
 
-    # Names of one template; those with equal texts differ in their numbers only.
+    # Names of one template, such as `a_#-#` for `frame_12-3`.
     templates = Counter(name.template for name in parsed if name.numbers)
     for template, size in templates.most_common(MAX_PATTERNS):
         if size < MIN_IMAGES:
             break
-
-        members = [index for index, name in enumerate(parsed) if name.template == template]
-        class_and_texts = {i: (int(classes[i]), parsed[i].texts) for i in members}
-
-        # Names with equal texts are related by their first numbers, none to all but one, or by
-        # their last numbers, all but one to one.
-        length = len(parsed[members[0]].numbers)
-        # `digits[num]` is a regular expression for *num* numbers.
-        digits = [r"\D+".join([r"\d+"] * num) for num in range(length)]
-        starts = [(START, slice(num), rf"^\D*{digits[num]}") for num in range(length)]
-        ends = [
-            (END, slice(-num, None), rf"{digits[num]}\D*$") for num in range(length - 1, 0, -1)
-        ]
-
-        for shared, which, pattern in starts + ends:
-            keys = [(class_and_texts[i], parsed[i].numbers[which]) for i in members]
-            if len(set(keys)) < len(keys):  # some names are related
-                runs = _number_runs(count, members, keys)
-                groupings.append(_Relation(template, shared, runs, pattern=pattern))
-
-        # Neighbors among the names with equal texts, in the order of their numbers.
-        by_number = sorted(members, key=lambda i: (class_and_texts[i], parsed[i].numbers))
-        runs = _number_runs(count, by_number, [class_and_texts[i] for i in by_number])
-        ranks = np.zeros(count, np.int64)
-        ranks[by_number] = np.arange(len(by_number))
-        sequences.append(_Relation(template, SEQUENCE, runs, ranks))
+        by_numbers, sequence = _relate_by_numbers(template, parsed, classes)
+        groupings += by_numbers
+        sequences.append(sequence)
 
     # Photographs of a class that were taken in a chain of short gaps.
     timed = np.flatnonzero(times != NO_TIME)
@@ -324,13 +300,47 @@ def _list_relations(
         timed = timed[np.lexsort((times[timed], classes[timed]))]
         is_new_chain = (np.diff(times[timed]) > CHAIN_SECONDS) | (np.diff(classes[timed]) != 0)
         chains = np.concatenate([[0], np.cumsum(is_new_chain)])
-        groupings.append(
-            _Relation("", TIME, _number_runs(count, timed.tolist(), chains.tolist()))
-        )
+        runs = _number_runs(len(names), timed.tolist(), chains.tolist())
+        groupings.append(_Relation("", TIME, runs))
 
-    # The number of groups is the largest number of a run, plus 1; many groups are small ones.
+    # Groups are numbered from 0. The more there are, the smaller they are, so the relation with
+    # the largest number is the first.
     groupings.sort(key=lambda relation: -relation.runs.max())
     return groupings + sequences
+
+
+def _relate_by_numbers(
+    template: str, parsed: Sequence[_Name], classes: NDArray[np.int64]
+) -> tuple[list[_Relation], _Relation]:
+    """List how names of one *template* with equal texts are related by some of their numbers.
+
+    Also returns the sequence of their numbers. Names of two classes are not related.
+    """
+    count = len(parsed)
+    members = [index for index, name in enumerate(parsed) if name.template == template]
+    class_and_texts = {i: (int(classes[i]), parsed[i].texts) for i in members}
+
+    # Which numbers are equal: the first ones, none to all but one, or the last ones, all but
+    # one to one.
+    length = len(parsed[members[0]].numbers)
+    # `digits[num]` is a regular expression for *num* numbers.
+    digits = [r"\D+".join([r"\d+"] * num) for num in range(length)]
+    starts = [(START, slice(num), rf"^\D*{digits[num]}") for num in range(length)]
+    ends = [(END, slice(-num, None), rf"{digits[num]}\D*$") for num in range(length - 1, 0, -1)]
+
+    groupings = []
+    for shared, which, pattern in starts + ends:
+        keys = [(class_and_texts[i], parsed[i].numbers[which]) for i in members]
+        if len(set(keys)) < len(keys):  # some names are related
+            runs = _number_runs(count, members, keys)
+            groupings.append(_Relation(template, shared, runs, pattern=pattern))
+
+    # Neighbors among the names with equal texts.
+    by_number = sorted(members, key=lambda i: (class_and_texts[i], parsed[i].numbers))
+    runs = _number_runs(count, by_number, [class_and_texts[i] for i in by_number])
+    ranks = np.zeros(count, np.int64)
+    ranks[by_number] = np.arange(len(by_number))
+    return groupings, _Relation(template, SEQUENCE, runs, ranks)
 
 
 def _number_runs(count: int, members: list[int], keys: Sequence[Hashable]) -> NDArray[np.int64]:

@@ -126,7 +126,11 @@ def _held_out_of_table(
 def _match_classes(
     root: Path, images: ImageFiles, labels: tuple[str, ...], allow_unknown: bool, log: Log
 ) -> ImageFiles:
-    """Give *images* the classes *labels*; raises `DataError` for other classes unless *allow_unknown*."""
+    """Give *images* the classes *labels*; raises `DataError` for others, or if none is left.
+
+    With *allow_unknown*, images of other classes are left out instead, if one class remains.
+    """
+    # Names of folders are in the form NFC, labels of networks perhaps not.
     aliases = class_aliases()  # of WordNet IDs
     label_of_name = {normalize(label): label for label in labels}
     names = tuple(label_of_name.get(name, aliases.get(name, name)) for name in images.labels)

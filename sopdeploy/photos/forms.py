@@ -55,6 +55,7 @@ def find_leftovers(root: Path, images: Mapping[str, Sequence[bytes]]) -> list[Le
     for pairs in _propose_forms(photographs):
         # The form of an earlier pair of folders may be left out already.
         remaining = [pair for pair in pairs if worse_forms.isdisjoint(pair)]
+        # 1 or 2, the position in each pair; 0 if these are different photographs.
         if worse := _worse_form(root, remaining):
             worse_forms.update(pair[worse - 1] for pair in remaining)
     leftovers = [

@@ -122,8 +122,9 @@ def keep_better(
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Compare the trained network of *run* with the frozen one; write `best.pt` with the better one.
 
-    Without enough *groups* (N,) of the *held_out* images to decide, this is the frozen one. The
-    means and the temperature of the trained network are fitted in place.
+    Without enough *groups* (N,) of the *held_out* images to decide, this is the frozen one.
+    Otherwise, the class means of the trained network are fitted in place; if it is better, its
+    temperature, too.
     """
     frozen = run.frozen
     tuned = run.exported

@@ -287,6 +287,7 @@ class Recipe(SharedSettings, LoopSettings):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Recipe":
+        """Check `remove_branches_at` and `classifier_epochs` against the other settings."""
         removal = self.model.remove_branches_at
         if removal is not None and removal >= self.epochs:
             raise ValueError(

@@ -93,14 +93,14 @@ def read_values(source: str | Path) -> FieldValues:
         )
 
     merged = read_values(base)
-    # A recipe that selects `fine_tune` on a base with another procedure begins with
-    # `FINE_TUNE_SETTINGS`, not with the settings of the base.
+    # For a recipe that selects `fine_tune` on a base with another procedure,
+    # `FINE_TUNE_SETTINGS` replace these settings of the base; its others stay.
     procedure = values.get("procedure")
     add_fine_tune_settings(
         merged, procedure.get("kind") if isinstance(procedure, dict) else None
     )
 
-    # A table of another kind replaces that of the base, whose keys it may not have.
+    # A table of another kind replaces that of the base: the keys of the base would not fit it.
     for key, value in values.items():
         inherited = merged.get(key)
         merged[key] = value

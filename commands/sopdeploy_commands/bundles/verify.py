@@ -146,6 +146,7 @@ def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
                     f"parity.json does not explain the tolerance {tolerance:.2g} of {name}"
                 )
                 raise BundleError(f"{bundle.path / PROBES}: {problem}; {advice}")
+    # A field is missing, or has another type.
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise BundleError(
             f"{bundle.path / 'parity.json'}: records no noise floor; {advice}"

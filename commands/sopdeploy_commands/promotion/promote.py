@@ -67,12 +67,12 @@ def promote(
 ) -> Promotion:
     """Move the link that a server follows to a bundle that loses little or nothing, and record why.
 
-    A bundle is refused if it may lose more than the tolerance on recent photographs or, with new
-    classes, twice that in those of the live one; if a class certainly loses twice the tolerance;
-    and for other objections, such as a class that it lacks. `promotions.jsonl` beside the link
-    has the figures of each move and refusal; each further attempt at the same live bundle needs
-    stronger evidence. The new bundle is loaded before the move, which checks its hashes and
-    outputs.
+    A bundle is refused if it may lose more than the tolerance on recent photographs. With new
+    classes, it is also refused if it may lose more than twice that on photographs of the old
+    ones; in any case if a class certainly loses twice the tolerance, and for other objections,
+    such as a class that it lacks. `promotions.jsonl` beside the link has the figures of each
+    move and refusal; each further attempt at the same live bundle needs stronger evidence. The
+    new bundle is loaded before the move, which checks its hashes and outputs.
 
     Example: sopdeploy promote bundles/latest --over bundles/live --data held-out
 
@@ -109,7 +109,7 @@ def promote(
     if unknown is not None:
         data_folder(unknown, ANY_IMAGES)
 
-    # The link may lead to a bundle that was deleted.
+    # If the link leads to a bundle that was deleted, `before` is set, but nothing is live.
     before = _read_target(over)
     has_live = over.exists()
 

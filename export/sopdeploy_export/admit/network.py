@@ -138,7 +138,7 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def check_torch_state() -> None:
-    """Reject another default type than float32, autocast, torch modes and hooks on all modules.
+    """Reject another default type than float32, autocast, torch modes and global forward hooks.
 
     These change the operations of every network in the same way: the compared networks would
     agree, but the exported file would compute something else. Raises `CertificateError` with

@@ -63,9 +63,11 @@ class AccuracyCheck:
         self._held_out: NDArray[np.uint8] | None = None
         if options.calibrate is not None:
             self.calibration = calibration_images(options.calibrate, subject.preprocess)
+            # Alike images share a number; too few numbers are an error, also with `evaluate`.
             distinct_P = number_distinct(self.calibration)
             if options.evaluate is None:
-                # The distinct images 3, 7, 11 and so on.
+                # All images with the numbers 3, 7, 11 and so on: none of them is like one that
+                # calibrates.
                 is_held_out_P = distinct_P % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
                 self._held_out = self.calibration[is_held_out_P]
                 self.calibration = self.calibration[~is_held_out_P]

@@ -38,7 +38,7 @@ Executed = dict[str, Counter[str]]
 
 
 def read_known() -> Executed:
-    """Read the ONNX operators by description; there are none without a file that begins with its hash."""
+    """Read the ONNX operators by description; none unless the file has the expected hash."""
     try:
         digest, _, content = read_file(_path(), MOST_BYTES).partition(b"\n")
         if digest != _digest(content):

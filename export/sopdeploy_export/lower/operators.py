@@ -136,12 +136,16 @@ def _compare_group(chains: Mapping[str, Chain]) -> None:
     for single in singles:
         _compare_values(single, extractor)
 
-    # Compare the pairs that ONNX Runtime executes otherwise than their two operators. One of these
-    # can be in an earlier group.
+    # Count what ONNX Runtime executes for each chain, in the whole graph after its
+    # optimization.
     producers = _executed_producers(model)
     executed = {
         each.description: _count_operators(producers, each.result_names) for each in captured
     }
+
+    # Compare the pairs for which it executes others than for their two operators. These may
+    # have been counted in an earlier group, by the description of the operator as it is
+    # recorded: alone and cropped.
     known = {**_executed_operators, **executed}
     for pair in pairs:
         first, second = (

@@ -129,7 +129,8 @@ class Exported(ExportResults):
 
 def _proof_facts(certificate: Certificate) -> dict[str, str]:
     """Describe what was removed, kept and proved."""
-    num_needed = len(certificate.kept)  # by the outputs
+    # `kept` has only the tensors that the outputs depend on; the unreached ones stayed, too.
+    num_needed = len(certificate.kept)
     num_kept = num_needed + len(certificate.unreached)
     facts = {
         "removed": _describe_removed(certificate),

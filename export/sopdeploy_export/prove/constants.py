@@ -22,8 +22,9 @@ def check_constants(
 
     Such a tensor may be trained, and is in no weight file. It is accepted if code makes it: then
     the program that *rebuild* returns, of a network that a builder made anew, has an equal tensor
-    in memory of its own. What both programs share, such as a global variable, is not accepted;
-    the results that a function keeps are made anew (`make_kept_results_anew`).
+    in memory of its own. What both programs share, such as a global variable, is not accepted.
+    Results that functions keep are not shared: they are made anew for the builder's network
+    (`make_kept_results_anew`).
     """
     constants = _large_constants(program)
     if not constants:

@@ -326,19 +326,22 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run *func*; note it in `hidden_writes` if it changes an operand although its schema does not say so.
 
-        Only operators of the user are checked, not those of torch.
+        Only operators of the user are checked, whose schemas declare no write at all.
         """
         is_of_torch = func.namespace in ("aten", "prim", "prims")
         if is_of_torch or func._schema.is_mutable:
             return func(*args, **kwargs)
 
-        # While it runs, its operands are read-only: `_note_writes` notes what its own operators write
-        # to them. Copies show other writes.
+        # Find writes in two ways. While it runs, `_note_writes` notes each operator of its
+        # kernel that writes to an operand, although nothing prevents the write. The copies show
+        # a write that no operator makes, such as one by way of NumPy.
         copies = [operand.clone() for operand in operands]
         outer = self._read_only
         self._read_only = {address(operand) for operand in operands}
         try:
-            with self:  # also records the operators that a kernel in Python runs
+            # `with self` records the operators that a kernel in Python runs. The key calls the
+            # kernel for CPUs itself: a plain call would come back to this mode.
+            with self:
                 keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
                 result = func.redispatch(keys, *args, **kwargs)
         finally:

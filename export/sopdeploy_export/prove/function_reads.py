@@ -63,19 +63,25 @@ class FunctionReads(TorchFunctionMode):
         """Return whether *result* holds values of the image that no operator shows."""
         flow = self._flow
         leaves = tree_leaves(result)
+        # A built-in function that has read values of its own results may return them, unless
+        # all that it returns are tensors of the image.
         if call.reads and not all(map(flow.depends_on_image, leaves)):
-            return True  # what it read of its own results decides what it returns
+            return True
 
         # An attribute hands out nothing, and neither does a call without tensors of the image.
         name = getattr(function, "__name__", "")
         is_attribute = name in ("__get__", "__set__", "type")
         if is_attribute or not flow.depends_on_image((args, kwargs)):
             return False
+
+        # A function that returns text, arrays or addresses has read its tensors without an
+        # operator.
         if name in _READERS or not all(isinstance(leaf, _HARMLESS) for leaf in leaves):
             return True
 
-        # A result that no operator made is a new constant, with values of the image if an argument
-        # depends on it. Of its own tensor, a method such as `new_tensor` needs the dtype only.
+        # A tensor that no operator made, and that is no argument, is a new constant:
+        # `torch.tensor` made it of its arguments. Those of a method such as
+        # `x.new_tensor(data)` begin with `x`, of which it needs the dtype only.
         data = args[1:] if isinstance(function, MethodDescriptorType) else args
         return flow.depends_on_image((data, kwargs)) and not all(
             flow.is_made(tensor) or address(tensor) in call.arguments

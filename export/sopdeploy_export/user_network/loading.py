@@ -416,7 +416,7 @@ def _check_ignored(
 ) -> None:
     """Raise `WeightsError` if *ignored* tensors show that *network* was trained with other options.
 
-    These tensors show it:
+    *ignored* are the tensors of the file for which *network* has no use. These show it:
 
     - a tensor for which a module has an empty place, such as the bias of a convolution without one,
     - one more block of a list of blocks,

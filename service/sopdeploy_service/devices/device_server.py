@@ -212,7 +212,7 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
     # A device that is meant to be a GPU must be one.
     if settings.memory_budget is None:
         runs_on_cpu = any(model.runtime.device == "cpu" for model in registry.models())
-    else:  # nothing is loaded yet
+    else:  # bundles are loaded at their first use, so no model tells its device yet
         runs_on_cpu = not may_use_gpu(settings)
 
     if config.device not in {"cpu", ANY_DEVICE} and runs_on_cpu:
@@ -222,7 +222,7 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
     # Serve HTTP, or the front ends of an engine.
     if config.front_ends == 0:
         return serve_http(config, registry, supervisor, links)
-    freeze_objects()
+    freeze_objects()  # of the imports, so that garbage collections do not scan them
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
         return runner.run(Engine(registry, settings, supervisor, config.sources, links).run())
 

@@ -304,6 +304,7 @@ class Decoders:
             self.budget = decode_budget(self._settings, resident_bytes())
         plan = plan_children(self.budget, self._max_children, self._settings.max_pixels)
 
+        # Clients with slow images share half of the light children.
         self._light_turns = asyncio.Semaphore(max(1, plan.light // 2))
         log.debug("decoder processes", extra=plan._asdict())
         self._metrics.decoders.set(plan.light)

@@ -217,7 +217,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.keep_alive = False
             self._ignores_input = True
-            raise RejectedError(_MALFORMED)  # stops the parser
+            raise RejectedError(_MALFORMED)  # only stops the parser: input is ignored now
 
         super().on_message_begin()
         self._unset_keepalive_if_required()  # stops the timer of the idle time
@@ -352,7 +352,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.write(data)
 
     def close(self, *, is_input_in_transit: bool = False) -> None:
-        """Close after the pending output; a client that still sends gets time to read its response."""
+        """Close after the pending output; a client that still sends gets time to read it.
+
+        *is_input_in_transit* says that the client may still send, if its request does not show
+        it.
+        """
         if self._closed:
             return
 

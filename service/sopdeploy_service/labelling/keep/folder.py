@@ -296,7 +296,10 @@ class KeptFolder:
             raise errors[0]
 
     def _store(self, image: bytes, record: KeptRecord) -> KeptResult:
-        """Keep *image* as `add` does, and make room for it first; raises `OSError`."""
+        """Keep *image* unless it is a near-duplicate or too large; raises `OSError`.
+
+        Makes room for it first. If it is kept already, only its record is replaced.
+        """
         path = self.path / record.image
         if self.has_duplicate(path.stem, record):
             return "near_duplicate"

@@ -69,7 +69,7 @@ class Receiver:
         self._loop.add_reader(self._end, self._receive_next)
 
     def _receive_next(self) -> None:
-        """Receive the photograph that waits; if there are no tokens for it, drop it and pause."""
+        """Receive the photograph that waits; without tokens or a file, drop it and pause."""
         # Receive the file descriptor of one photograph.
         try:
             message, files, _, _ = socket.recv_fds(self._end, len(b"photo"), 1)
@@ -91,7 +91,7 @@ class Receiver:
             if size > MAX_RECORD_BYTES:
                 raise ValueError(f"a record of {size} bytes")
             record = KeptRecord.model_validate_json(data[SIZE.size : SIZE.size + size])
-        except RejectedError:
+        except RejectedError:  # no tokens, or this process cannot open more files
             self._on_drop()
             self._loop.remove_reader(self._end)
             self._loop.call_later(PAUSE_SECONDS, self._resume)
