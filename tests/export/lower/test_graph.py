@@ -319,7 +319,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     ),
     "the largest values": (
         lambda x: torch.remainder(x, 1 + x * x).mean((2, 3)),
-        r"remainder.* -inf instead of 40 for 3.40282e\+38, 100",
+        r"remainder.* -inf instead of \S+ for 3.40282e\+38, ",
     ),
     "overflow": (
         lambda x: torch.logaddexp(x, 2 * x).mean((2, 3)),
