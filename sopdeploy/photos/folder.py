@@ -166,7 +166,7 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
     listings = {train_name: train, **held_out}
 
     # What is wrong with the classes, and which folders are not used.
-    table_hint = f"; {describe_other_table(root, other_table)}" if other_table else ""
+    table_hint = _hint_at_table(root, other_table)
     problems = [
         problem
         for listing in listings.values()
@@ -244,7 +244,7 @@ def _check_tells_classes(
     *other_table* lists the images, but is not read; errors name it.
     """
     images = train.images
-    table_hint = f"; {describe_other_table(root, other_table)}" if other_table else ""
+    table_hint = _hint_at_table(root, other_table)
     if not images.labels:
         raise no_classes_error(root, images.root, suggest_names(root, train.beside))
 
@@ -277,6 +277,11 @@ def _check_tells_classes(
         ask_about_general_names(images, table_hint)
         is_listed = other_table and not mentions(other_table, images.labels)
         ask_about_numbered_folders(images, table_hint if is_listed else "")
+
+
+def _hint_at_table(root: Path, other_table: Path | None) -> str:
+    """Continue an error with what `describe_other_table` says of *other_table*; "" without one."""
+    return f"; {describe_other_table(root, other_table)}" if other_table else ""
 
 
 def _first_parts(folders: Mapping[str, Path], max_held_out: int | None) -> dict[str, Path]:

@@ -117,16 +117,13 @@ def ask_about_parts_inside(images: ImageFiles) -> None:
     # A folder that is the only one with images may hold the data set itself.
     if training and np.count_nonzero(images.class_counts()) > 1:
         above, _, part = training[0].rpartition("/")
-        advice = f"; put the parts above the classes, such as {part}/{above}"
-        if len({path.rpartition("/")[0] for path in inside}) == 1 and "/" not in above:
-            folder = images.root / above
-            advice += f", or, if {above} is the whole data set, run: sopdeploy train --data {quote(str(folder))}"
+        train_there = f"run: sopdeploy train --data {quote(str(images.root / above))}"
         if "/" in above:  # the whole data set may be in a class folder
-            folder = images.root / above
-            advice = (
-                f"; if {part} holds the training images, run: "
-                f"sopdeploy train --data {quote(str(folder))}"
-            )
+            advice = f"; if {part} holds the training images, {train_there}"
+        else:
+            advice = f"; put the parts above the classes, such as {part}/{above}"
+            if len({path.rpartition("/")[0] for path in inside}) == 1:
+                advice += f", or, if {above} is the whole data set, {train_there}"
         advice = suggest_folder(images) or advice
         raise DataError(
             f"{images.root}: class folders hold parts of the data: {shorten(inside)}; {GO_ON} if "

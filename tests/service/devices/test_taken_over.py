@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.sealed import CONTENT, SIZE, create_memory, map_memory, read_memory
 from sopdeploy_service.decoding import pool
 from sopdeploy_service.devices import channel, control, processes, supervisor
@@ -524,22 +525,26 @@ ERRORS = {
 }
 
 
+async def connect_engine(
+    bundle: Bundle,
+) -> tuple[socket.socket, channel.Slots, RemoteRegistry]:
+    """Start a front end whose engine, with four slots, is the test: its socket, its slots, the front end."""
+    theirs, ours = socket.socketpair()
+    model = registry_of(bundle, FakeRuntime(num_classes=7)).find()
+    slots, described = channel.open_channel(theirs, [channel.ModelFacts.describe(model)], 4)
+    theirs.sendall(described)
+    engine = await asyncio.to_thread(EngineChannel, "engine", ours)
+    registry = RemoteRegistry([engine], Settings())
+    await registry.start()
+    return theirs, slots, registry
+
+
 @pytest.mark.parametrize("name", [*RESULTS, *ERRORS])
 def test_a_front_end_ends_the_channel_of_an_engine_that_sends_nonsense(
     bundle, name, caplog
 ) -> None:
-    facts = [
-        channel.ModelFacts.describe(registry_of(bundle, FakeRuntime(num_classes=7)).find())
-    ]
-
     async def scenario() -> None:
-        theirs, ours = socket.socketpair()
-        slots, described = channel.open_channel(theirs, facts, 4)
-        theirs.sendall(described)
-        registry = RemoteRegistry(
-            [await asyncio.to_thread(EngineChannel, "engine", ours)], Settings()
-        )
-        await registry.start()
+        theirs, slots, registry = await connect_engine(bundle)
         waiting = asyncio.ensure_future(registry.find().run(PIXELS[0], FOREVER))
         theirs.setblocking(False)
         await asyncio.get_running_loop().sock_recv(theirs, channel.REQUEST.size)
@@ -566,18 +571,8 @@ def test_a_front_end_ends_the_channel_of_an_engine_that_sends_nonsense(
 def test_outputs_of_an_engine_that_are_not_finite_are_an_error_of_their_image(
     bundle, value
 ) -> None:
-    facts = [
-        channel.ModelFacts.describe(registry_of(bundle, FakeRuntime(num_classes=7)).find())
-    ]
-
     async def scenario() -> None:
-        theirs, ours = socket.socketpair()
-        slots, described = channel.open_channel(theirs, facts, 4)
-        theirs.sendall(described)
-        registry = RemoteRegistry(
-            [await asyncio.to_thread(EngineChannel, "engine", ours)], Settings()
-        )
-        await registry.start()
+        theirs, slots, registry = await connect_engine(bundle)
         waiting = asyncio.ensure_future(registry.find().run(PIXELS[0], FOREVER))
         theirs.setblocking(False)
         await asyncio.get_running_loop().sock_recv(theirs, channel.REQUEST.size)
@@ -597,18 +592,8 @@ def test_outputs_of_an_engine_that_are_not_finite_are_an_error_of_their_image(
 
 
 def test_an_engine_that_never_answers_gets_no_more_images_than_it_has_slots(bundle) -> None:
-    facts = [
-        channel.ModelFacts.describe(registry_of(bundle, FakeRuntime(num_classes=7)).find())
-    ]
-
     async def scenario() -> None:
-        theirs, ours = socket.socketpair()
-        _slots, described = channel.open_channel(theirs, facts, 4)
-        theirs.sendall(described)
-        registry = RemoteRegistry(
-            [await asyncio.to_thread(EngineChannel, "engine", ours)], Settings()
-        )
-        await registry.start()
+        theirs, _slots, registry = await connect_engine(bundle)
         model = registry.find()
         waiting = [asyncio.ensure_future(model.run(PIXELS[0], FOREVER)) for _ in range(4)]
         await asyncio.sleep(0)  # each takes a slot
