@@ -14,6 +14,8 @@ from sopdeploy.errors import LoweringError, first_line
 
 DEPTH = 4  # levels of nested lists, dicts and sets that are restored
 LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
+# Packages whose code is no network of a user
+NOT_OF_NETWORKS = frozenset({"torch", "sopdeploy", "sopdeploy_export"})
 _Network = TypeVar("_Network", bound=nn.Module)
 
 

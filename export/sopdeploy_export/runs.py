@@ -126,9 +126,8 @@ def open_session(
     """Load *model* on the CPU; without *optimized*, its operators are not fused."""
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only
-    options.add_session_config_entry(
-        "session.intra_op.allow_spinning", "0"
-    )  # idle threads sleep
+    # Idle threads sleep.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if lacks_vnni():
         options.add_session_config_entry(*EXACT_INT8)
     source = str(model) if isinstance(model, Path) else model.SerializeToString()

@@ -149,11 +149,11 @@ def write_graph(
     preprocess: Preprocess,
     destination: Path,
     options: ExportOptions,
-    measuring: UserImages = NO_IMAGES,
+    user_images: UserImages = NO_IMAGES,
 ) -> tuple[ParityReference, ParityReport]:
     """Write the graph in the precision of *options*, and compare the file with the network."""
     images = generated_images(preprocess.crop)
-    shipping = convert_precision(certified, preprocess, options, measuring)
+    shipping = convert_precision(certified, preprocess, options, user_images)
     destination.write_bytes(shipping.model.SerializeToString(deterministic=True))
     rounded = ProbeOutputs.of(shipping.run, torch.from_numpy(images))
     deployed = Deployed(certified.network, preprocess).eval()

@@ -27,7 +27,13 @@ from sopdeploy.files import MAX_TEXT_BYTES, read_file
 from sopdeploy.images.preprocess import CONVENTIONS, Preprocess
 from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.names import label_problem
-from sopdeploy.paths import check_is_checkpoint, check_is_weights, describe_foreign, what_is
+from sopdeploy.paths import (
+    check_is_checkpoint,
+    check_is_weights,
+    describe_foreign,
+    describe_wrong,
+    what_is,
+)
 from sopdeploy.photos.evaluation_images import ANY_IMAGES
 from sopdeploy.photos.files import check_takes_output, data_folder
 from sopdeploy.project import file_project
@@ -39,6 +45,8 @@ from sopdeploy_export.options import (
 )
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from sopdeploy_commands.bundles.engine_builder.engine import EngineFile
     from sopdeploy_export.pack.results import Exported
 
@@ -272,13 +280,15 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     """
     if options.network is None:
         if what_is(file) == "bundle":
-            raise ConfigError(f"{file}: a bundle, not weights; its README.md describes it")
+            problem = describe_wrong(file, "weights", "its README.md describes it")
+            raise ConfigError(f"{file}: {problem}")
         raise ConfigError("missing; give package.module:callable", setting="network")
 
     preprocess = read_preprocess(options.preprocess)
     check_is_weights(file)
     from sopdeploy.bundle.manifest import BatchRange
     from sopdeploy_export.admit.network import prepared
+    from sopdeploy_export.capture.buffers import make_kept_results_anew
     from sopdeploy_export.capture.program import trace
     from sopdeploy_export.prove.constants import check_constants
     from sopdeploy_export.user_network.admission import admit
@@ -292,10 +302,13 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         admitted = admit(prepared_network, preprocess)
         if not options.allow_constants:
             rebuild = checked_builder(build, prepared_network, options.logits_key)
-            check_constants(
-                admitted.trained.trace.program,
-                lambda: trace(rebuild(), preprocess, BatchRange()).program,
-            )
+
+            def capture_rebuilt() -> "ExportedProgram":
+                rebuilt = rebuild()
+                make_kept_results_anew(rebuilt, preprocess)
+                return trace(rebuilt, preprocess, BatchRange()).program
+
+            check_constants(admitted.trained.trace.program, capture_rebuilt)
     unused = admitted.removable
     labels = loaded.labels
     if labels is not None and (len(labels) != admitted.num_classes or label_problem(labels)):

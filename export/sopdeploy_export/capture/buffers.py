@@ -14,7 +14,13 @@ from torch._subclasses import FakeTensorMode
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy_export.capture.deployed import compute_outputs
-from sopdeploy_export.network import attributes_restored, modules, tensors, unstored_buffers
+from sopdeploy_export.network import (
+    NOT_OF_NETWORKS,
+    attributes_restored,
+    modules,
+    tensors,
+    unstored_buffers,
+)
 from sopdeploy_export.program_hashes import are_equal
 
 
@@ -100,15 +106,19 @@ def _are_equal_dicts(first: dict[Any, Tensor], second: dict[Any, Tensor]) -> boo
 def make_kept_results_anew(network: nn.Module, preprocess: Preprocess) -> None:
     """Let functions whose results `functools.lru_cache` keeps compute those of a run of *network* anew.
 
-    These are the functions in the packages of its classes, but for torch's. The results have
-    values: those of a run while torch.export captures would have none.
+    These are the functions in the packages of its classes, but for those of torch and of this
+    project, which keep no results of a network. The results have values: those of a run while
+    torch.export captures would have none.
     """
     classes = {type(module) for _, module in modules(network)}
-    for function in _functions_that_keep({_package(kind) for kind in classes} - {"torch"}):
+    for function in _functions_that_keep(
+        {_package(kind) for kind in classes} - NOT_OF_NETWORKS
+    ):
         function.cache_clear()
 
-    # A run, of which only what these functions keep is needed.
-    _changed_buffers(network, _blank_images(network, preprocess), unstored_buffers(network))
+    # The user's code can fail; a later run gives the message.
+    with suppress(Exception), attributes_restored(network), torch.no_grad():
+        compute_outputs(network, _blank_images(network, preprocess))
 
 
 def _functions_that_keep(packages: set[str]) -> Iterator[Any]:

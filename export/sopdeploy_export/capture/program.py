@@ -34,7 +34,7 @@ from sopdeploy_export.capture.failures import (
     no_graph,
 )
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms, simplify_operators
-from sopdeploy_export.network import attributes_restored, modules
+from sopdeploy_export.network import NOT_OF_NETWORKS, attributes_restored, modules
 from sopdeploy_export.program_hashes import CHECK_OF_TYPE, nodes_before
 
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
@@ -205,7 +205,7 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
         caller = frame.f_back
         while caller is not None:
             module = str(caller.f_globals.get("__name__", ""))
-            if module.partition(".")[0] not in ("torch", "sopdeploy", "sopdeploy_export"):
+            if module.partition(".")[0] not in NOT_OF_NETWORKS:
                 places.append(at_line(caller.f_code.co_filename, caller.f_lineno))
                 return
 

@@ -402,25 +402,26 @@ def layout_after_one_hot(call: OperatorCall) -> BatchLayout:
     return call.x.layout_shifted(1 if is_moved else 0)
 
 
-def select_own_rows(indices: TracedValue, data: TracedValue) -> bool:
-    """Return whether each of *indices* selects, along the batch axis of *data*, a row of its own image."""
+def select_own_rows(
+    indices: TracedValue, data: TracedValue, *, only_first: bool = False
+) -> bool:
+    """Return whether each of *indices* selects, along the batch axis of *data*, a row of its own image.
+
+    With *only_first*, these are the first indices along the last axis, and no others.
+    """
     integers = indices.integers
     return (
         integers is not None
-        and not integers.only_first
+        and integers.only_first == only_first
         and integers.select_own(data.rows_of_image)
     )
 
 
 def positions_begin_with_own_rows(indices: TracedValue, data: TracedValue) -> bool:
     """Return whether each position, along the last axis of *indices*, begins with a row of its image in *data*."""
-    integers = indices.integers
     numbers_of_position = indices.shapes[0][-1]
-    return (
-        integers is not None
-        and data.batch_axis == 0
-        and integers.only_first == (numbers_of_position > 1)
-        and integers.select_own(data.rows_of_image)
+    return data.batch_axis == 0 and select_own_rows(
+        indices, data, only_first=numbers_of_position > 1
     )
 
 

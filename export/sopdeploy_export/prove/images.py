@@ -29,7 +29,7 @@ from onnx.reference import ReferenceEvaluator
 
 from sopdeploy.errors import LoweringError
 from sopdeploy_export.prove.batch_layouts import RULES
-from sopdeploy_export.prove.row_numbers import TAKES_INDICES, bounds_of, trace_integers
+from sopdeploy_export.prove.row_numbers import bounds_of, trace_integers
 from sopdeploy_export.prove.traced_values import (
     BATCHES,
     BatchLayout,
@@ -45,6 +45,8 @@ STATEMENT = (
     "No output depends on other images of the batch. Otherwise the export names the operators."
 )
 
+# Their input 1 may have the numbers of images.
+_TAKES_INDICES = ("Gather", "GatherND", "ScatterND")
 _MOST_NUMBERS = 1024  # in a value whose contents are computed
 # By operator: the numbers of the inputs that hold sizes, or positions along an axis.
 _SIZES = {
@@ -279,7 +281,7 @@ def locate_batch_axes(
         i for i, value in enumerate(inputs) if value and value.has_image_numbers
     ]
     if inputs_with_numbers:
-        are_indices = node.op_type in TAKES_INDICES and inputs_with_numbers == [1]
+        are_indices = node.op_type in _TAKES_INDICES and inputs_with_numbers == [1]
         require(are_indices or None not in integers)
 
     # A recurrent layer can have fewer results than layouts.
@@ -303,7 +305,7 @@ def has_whole_images(value: TracedValue) -> bool:
 
     # Runs of 3 rows fit batch * 6, not batch * 4. The size is the same multiple of every batch
     # (`batch_axis_of`), so the smallest batch shows it for all.
-    rows_of_batch = BATCHES[0] * (value.layout.run_length or 1)
+    rows_of_batch = BATCHES[0] * value.rows_of_image
     return value.shapes[0][axis] % rows_of_batch == 0
 
 

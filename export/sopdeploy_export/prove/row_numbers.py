@@ -27,7 +27,6 @@ COPIES = (
     "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "Slice", "Split",
     "Squeeze", "Tile", "Transpose", "Unsqueeze",
 )  # fmt: skip
-TAKES_INDICES = ("Gather", "GatherND", "ScatterND")
 _LARGEST = 2**63 - 1  # of int64, the only type that is followed
 
 
@@ -68,13 +67,15 @@ def _trace_result(op_type: str, call: OperatorCall, position: int) -> Integers |
     if is_position and not call.x.has_image_numbers:
         axis = call.axis_attribute(-1 if op_type == "TopK" else 0)
         return Integers(per_image=0, low=0, high=call.x.shapes[0][axis] - 1)
-    if op_type == "Clip" and not call.x.has_image_numbers and len(call.present) == 3:
-        limits = [limit.integers for limit in call.present[1:]]
-        if limits[0] is None or limits[1] is None:
+    has_numbers = call.x.has_image_numbers or others_have_numbers
+    if op_type == "Clip" and not has_numbers and len(call.present) == 3:
+        lower = call[1].integers
+        upper = call[2].integers
+        if (
+            lower is None or upper is None or lower.high > upper.low
+        ):  # lower could be above upper
             return None
-        if limits[0].high > limits[1].low:  # the lower limit could be above the upper one
-            return None
-        return Integers(per_image=0, low=limits[0].low, high=limits[1].high)
+        return Integers(per_image=0, low=lower.low, high=upper.high)
 
     # What operators make of them.
     if integers is None or integers.only_first:
@@ -82,7 +83,7 @@ def _trace_result(op_type: str, call: OperatorCall, position: int) -> Integers |
     if op_type == "Cast" or (op_type in COPIES and not others_have_numbers):
         return integers
     if op_type == "Concat":
-        return _concat(call)
+        return _concat(call, integers)
     if op_type in ("Add", "Mul"):
         other = call[1].integers
         if other is None or other.only_first:
@@ -129,16 +130,12 @@ def _multiply(x: Integers, y: Integers) -> Integers | None:
     return None
 
 
-def _concat(call: OperatorCall) -> Integers | None:
-    """Return what is known of joined integers; None if nothing is.
+def _concat(call: OperatorCall, first: Integers) -> Integers | None:
+    """Return what is known of joined integers, of which *first* come first; None if nothing is.
 
     For `x[rows, columns]`, `GatherND` reads pairs of a row and a column. In such a pair, only
     the first integer has the number of an image in it (`only_first`).
     """
-    first = call.x.integers
-    if first is None:
-        return None
-
     # A column of rows, before columns without numbers of images.
     is_column = call.axis_attribute(0) == call.rank - 1 and call.x.shapes[0][-1] == 1
     others_have_numbers = any(value.has_image_numbers for value in call.present[1:])
@@ -148,7 +145,7 @@ def _concat(call: OperatorCall) -> Integers | None:
     # Otherwise, `per_image` must be the same in all; the bounds are those of all offsets.
     low = first.low
     high = first.high
-    for value in call.present:
+    for value in call.present[1:]:
         integers = value.integers
         if integers is None or integers.only_first or integers.per_image != first.per_image:
             return None

@@ -126,6 +126,6 @@ IMAGES: dict[str, Row] = {
     "indices into the rows of all images, one too many": Row(
         of_images(lambda n, x: neighbors(n, x, extra=1)), MIXES, batch=5
     ),
-    # Its file would be right, as that of csatv2: the rules see axes, and no numbers.
+    # Its file would be right, as that of csatv2: the rules follow no contents.
     "a product of constants of all images": Row(of_images(of_a_constant), MIXES, batch=5),
 }

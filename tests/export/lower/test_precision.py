@@ -391,15 +391,15 @@ def test_a_mixture_that_gathers_its_components_agrees_in_every_precision(
     tmp_path: Path, precision: Precision, preprocess: Preprocess
 ) -> None:
     mixture = graph_of("gmsop-16-8-resnet18", preprocess, **GMSOP)
-    options, measuring = ExportOptions(precision="fp16", max_batch=4), NO_IMAGES
+    options, user_images = ExportOptions(precision="fp16", max_batch=4), NO_IMAGES
     if precision == "int8":
         (tmp_path / "images").mkdir()
         calibrate = painted(tmp_path / "images", 32)
-        measuring = UserImages(calibration_images(calibrate, preprocess), ())
+        user_images = UserImages(calibration_images(calibrate, preprocess), ())
         options = ExportOptions(
             precision="int8", calibrate=calibrate, int8_for="tensorrt", max_batch=4
         )
-    _, parity = write_graph(mixture, preprocess, tmp_path / "model.onnx", options, measuring)
+    _, parity = write_graph(mixture, preprocess, tmp_path / "model.onnx", options, user_images)
     assert parity.passed
     assert parity.operators["TopK"] == 1
     accepted(onnx.load(tmp_path / "model.onnx"), precision)

@@ -455,7 +455,7 @@ MIXING = {
 }
 
 
-# Right, and refused: the rules see axes, and neither numbers nor the order of a few indices.
+# Right, and refused: the rules follow neither contents nor the order of a few indices.
 NOT_SHOWN = {
     "indices in the order that they have": (
         """n = Unsqueeze(number, one)  i = ArgMax<axis = 1, keepdims = 1>(v)  c = Concat<axis = 1>(n, i)

@@ -894,6 +894,21 @@ def test_inspect_refuses_what_export_refuses_before_its_proof(
     assert exported.splitlines()[-1] == refused.splitlines()[-1]
 
 
+def test_inspect_and_export_accept_a_table_that_a_function_keeps(tmp_path: Path) -> None:
+    torch.save(n.KeepsTable().state_dict(), tmp_path / "w.pth")
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
+    given = (
+        str(tmp_path / "w.pth"),
+        "--network",
+        f"{MODULE}:KeepsTable",
+        "--preprocess",
+        "imagenet:12",
+    )
+    n.kept_table()  # a call before the network is built
+    assert run("inspect", *given).startswith("0 ")
+    assert run("export", *given, "--labels", str(tmp_path / "names.txt")).startswith("0 ")
+
+
 def test_inspect_allows_what_its_command_then_allows(tmp_path: Path) -> None:
     torch.save(n.Hides().state_dict(), tmp_path / "w.pth")
     given = (
