@@ -7,8 +7,8 @@
 photographs a day, two of each object, a tenth of them other things. From day 8 on, a quarter shows the class
 --new, which nobody has trained; from day 12 on, a lamp is at 60 %; from day 20 on, the first class is
 missing. 30 % of the photographs of each class are a hidden test, of which the accuracy of a day's mix is
-computed. With --cache, the vectors and measures of the photographs are computed once: 0.05 to 0.1
-seconds each on a core; the month itself takes ten seconds.
+computed. With --cache, the vectors and measures of the photographs are computed once, which takes
+most of the time.
 
 The operator begins with ten photographs per class and follows what is printed: after an alarm, and each
 week, 60 labels in the order of `label`, in turn one of the sample and one of what the server keeps, `train`,

@@ -1,8 +1,8 @@
 """The exports of label tools: files and classes in JSON, in CVAT's XML, and in VIA's CSV.
 
 All readers yield cells by column, `file` and `classes`, for `sopdeploy.photos.table`. An image
-that nobody has labelled yet has no `classes`, except in JSON objects of a file and its labels
-(`read_entry`), which must have labels.
+that nobody has labelled yet has no `classes`. A JSON object of a file and its labels
+(`read_entry`) must have a key for them, with null if there are none.
 """
 
 import csv
@@ -119,7 +119,7 @@ def read_entry(entry: dict[str, Any]) -> dict[str, str]:
     if isinstance(labels, dict):
         raise ValueError("no list of classes")
     if labels is None:  # null: nobody has labelled the image
-        return _as_cells(file, set())
+        return {"file": file}
     labels = labels if isinstance(labels, list) else [labels]
     return {"file": file, "classes": SEPARATOR.join(map(str, labels))}
 
