@@ -27,6 +27,7 @@ MAX_WEIGHTS_BYTES = 16 << 30  # of a checkpoint, with the state of an optimizer,
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
 CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
 READ_OF_CHECKPOINT = 256  # bytes of its pickle, which begins with the format
+_CODE = "code, not weights; give the weight file, and name the network as module:callable"
 _WEIGHTS = (
     "a weight file, no checkpoint of `sopdeploy train`; for weights of a network of your own, name the "
     "network, too"
@@ -39,13 +40,12 @@ _OF_OTHERS = {
     (".onnx", ".engine", ".plan"): (
         "a finished graph without the network to compare it with; give its checkpoint"
     ),
-    (
-        ".py",
-    ): "code, not weights; give the weight file, and name the network as module:callable",
+    (".py",): _CODE,
     (".pth", ".ckpt", ".bin", ".safetensors"): _WEIGHTS,
 }
-# Names of what a command takes, and of what is at a path. The order is that of the checks.
+# What a command takes
 Wanted = Literal["bundle", "checkpoint", "run", "weights", "photographs"]
+# What is at a path: a file, then a folder, each in the order of the checks
 PathKind = Literal[
     "nothing",
     "code",
@@ -162,8 +162,11 @@ def is_output(path: Path) -> bool:
     Folders of photographs, which may be large, are listed only beside a bundle or a run.
     """
     folders = [path, *path.glob("[!.]*/")] if path.is_dir() else []
-    has_outputs = any(has_manifest(folder) or holds_output(folder) for folder in folders)
-    return has_outputs and what_is(path) in _OUTPUTS
+    return any(map(_is_or_holds_output, folders)) and what_is(path) in _OUTPUTS
+
+
+def _is_or_holds_output(folder: Path) -> bool:
+    return has_manifest(folder) or holds_output(folder)
 
 
 def _what_is_folder(path: Path) -> PathKind:
@@ -177,13 +180,13 @@ def _what_is_folder(path: Path) -> PathKind:
         return "folder"
 
     folders = list(path.glob("[!.]*/"))
-    inner = [one for one in folders if not has_manifest(one) and not holds_output(one)]
+    inner = [folder for folder in folders if not _is_or_holds_output(folder)]
     files = chain(path.glob("*"), *(folder.glob("*") for folder in inner))
     if any(has_image_suffix(file.name) for file in files):
         return "photographs"
     if any(map(has_manifest, folders)):
         return "bundles"
-    return "runs" if any(holds_file(one, "best.pt") for one in folders) else "folder"
+    return "runs" if any(holds_file(folder, "best.pt") for folder in folders) else "folder"
 
 
 def describe_wrong(path: Path, wanted: Wanted, otherwise: str = "") -> str:
@@ -229,11 +232,11 @@ def _meant(path: Path) -> Path:
     """Return the run or bundle that the folder *path* probably stands for: itself, its latest, or its first."""
     if holds_output(path) and not (path / LATEST).exists():
         return path
-    names = {
-        found.parent for name in (MANIFEST, "best.pt") for found in path.glob(f"[!.]*/{name}")
+    folders = {
+        file.parent for name in (MANIFEST, "best.pt") for file in path.glob(f"[!.]*/{name}")
     }
     latest = path / LATEST
-    return latest if latest in names or not names else min(names)
+    return latest if latest in folders or not folders else min(folders)
 
 
 def check_is_file(path: Path) -> None:

@@ -24,7 +24,6 @@ from sopdeploy.files import (
     GRAPH,
     LATEST,
     MANIFEST,
-    has_manifest,
     open_regular,
     os_reason,
     read_at_most,
@@ -104,11 +103,6 @@ def follow_link(path: Path) -> Path:
             if read_manifest(other).project == project:
                 return path.parent / os.path.relpath(other, os.path.realpath(path.parent))
     return target
-
-
-def is_bundle(path: Path) -> bool:
-    """Check whether *path* is the folder of a complete bundle; reads no file."""
-    return has_manifest(path) and all((path / name).is_file() for name in REQUIRED)
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -208,8 +208,7 @@ def _find_alike(
     groups = connect(count, candidates[:, shares >= MOSTLY])
     is_outside = groups[candidates[0]] != groups[candidates[1]]
     largest_N = np.zeros(count, np.float32)
-    one, other = candidates[:, is_outside]
-    for images in (one, other):
+    for images in candidates[:, is_outside]:
         np.maximum.at(largest_N, images, shares[is_outside])
 
     # The photographs of all classes; of the copies of one, the largest share counts.

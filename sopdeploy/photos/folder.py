@@ -41,9 +41,8 @@ from sopdeploy.photos.questions import (
     ask_about_general_names,
     ask_about_held_out_classes,
     ask_about_numbered_folders,
-    ask_about_one_large_folder,
     ask_about_parts_inside,
-    ask_about_repeated_folders,
+    ask_about_subfolders,
     suggest_folder,
     suggest_names,
     suggest_sorting,
@@ -272,8 +271,7 @@ def _check_tells_classes(
         if not parts.train:
             ask_about_held_out_classes(images, parts.held_out)
         ask_about_parts_inside(images)
-        ask_about_repeated_folders(images)
-        ask_about_one_large_folder(images)
+        ask_about_subfolders(images)
         ask_about_general_names(images, table_hint)
         is_listed = other_table and not mentions(other_table, images.labels)
         ask_about_numbered_folders(images, table_hint if is_listed else "")

@@ -31,7 +31,8 @@ class _Subfolders(NamedTuple):
     """The subfolders of `folder`, relative to the root, that may be the classes.
 
     `are_in_all` tells that the other folders with subfolders, one or more, have these names,
-    too, `hold_nearly_all` that they hold the share `NEARLY_ALL` of the images.
+    too, `hold_nearly_all` that they hold the share `NEARLY_ALL` of the images. Both are false for
+    names that differ in a number only.
     """
 
     folder: str
@@ -40,21 +41,27 @@ class _Subfolders(NamedTuple):
     hold_nearly_all: bool
 
 
-def ask_about_repeated_folders(images: ImageFiles) -> None:
-    """Raise `DataError` if all class folders hold the same folders, which may be the classes.
+def ask_about_subfolders(images: ImageFiles) -> None:
+    """Raise `DataError` if folders in class folders may be the classes.
 
-    Folders that differ in a number only are the objects of each class.
+    That is if all class folders hold the same ones, or if those of one hold nearly all images:
+    other folders, such as `docs` or `logo`, may then be no classes. Folders that differ in a
+    number only are the objects of a class.
     """
     subfolders = _find_subfolders(images)
-    if (
-        subfolders is not None
-        and subfolders.are_in_all
-        and len(set(map(_without_digits, subfolders.names))) > 1
-    ):
-        raise DataError(
-            f"{images.root}: {shorten(images.labels)} would be the classes, but all of them hold "
-            f"{shorten(subfolders.names)}; {GO_ON} if they are{suggest_folder(images)}"
-        )
+    if subfolders is None:
+        return
+
+    if subfolders.are_in_all:
+        reason = "all of them hold"
+    elif subfolders.hold_nearly_all:
+        reason = "nearly all images are in"
+    else:
+        return
+    raise DataError(
+        f"{images.root}: {shorten(images.labels)} would be the classes, but {reason} "
+        f"{shorten(subfolders.names)}; {GO_ON} if they are{suggest_folder(images)}"
+    )
 
 
 def ask_about_held_out_classes(images: ImageFiles, held_out: Sequence[str]) -> None:
@@ -71,20 +78,6 @@ def ask_about_held_out_classes(images: ImageFiles, held_out: Sequence[str]) -> N
         raise DataError(
             f"{images.root}: {shorten(doubtful)} would be a class, as {shorten(others)}; {GO_ON} if it is; if it "
             f"holds other photographs of {shorten(others)}, move {shorten(others)} into a folder {TRAIN} beside it"
-        )
-
-
-def ask_about_one_large_folder(images: ImageFiles) -> None:
-    """Raise `DataError` if one class folder holds folders with nearly all images.
-
-    Other folders, such as `docs` or `logo`, may then be no classes. Folders that differ in a
-    number only are the objects of the class.
-    """
-    subfolders = _find_subfolders(images)
-    if subfolders is not None and subfolders.hold_nearly_all:
-        raise DataError(
-            f"{images.root}: {shorten(images.labels)} would be the classes, but nearly all images are in "
-            f"{shorten(subfolders.names)}; {GO_ON} if they are{suggest_folder(images)}"
         )
 
 
@@ -210,16 +203,16 @@ def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
     other_names = set[str]().union(*counts.values())
     is_only_class = len(set(images.targets.tolist())) == 1
     is_shared = not direct and (is_only_class or bool(names.keys() & other_names))
+    differ_in_words = len(set(map(_without_digits, names))) > 1
     hold_nearly_all = (
-        not is_only_class
-        and names.total() >= NEARLY_ALL * len(images)
-        and len(set(map(_without_digits, names))) > 1
+        not is_only_class and differ_in_words and names.total() >= NEARLY_ALL * len(images)
     )
     if len(names) < 2 or not (is_shared or hold_nearly_all):
         return None
 
     are_in_all = (
         is_shared
+        and differ_in_words
         and bool(counts)
         and all(names.keys() == one.keys() for one in counts.values())
     )

@@ -12,7 +12,7 @@ import pydantic
 
 from sopdeploy.config import FieldValues, Options
 from sopdeploy.errors import ConfigError, WeightsError, shorten
-from sopdeploy.files import expand_user, has_manifest
+from sopdeploy.files import expand_user
 from sopdeploy.models.choices import file_stem, read_choices
 from sopdeploy.paths import WeightPath, check_is_weights, describe_wrong, what_is
 from sopdeploy.photos.evaluation_images import ANY_IMAGES, open_unknown
@@ -324,7 +324,7 @@ def read_previous(source: Path) -> "Checkpoint":
 
     run = source
     run_id = None
-    if has_manifest(source):  # a bundle names its run
+    if what_is(source) == "bundle":  # it names its run
         exported_from = read_manifest(source).origin
         if exported_from is None or not (RUNS / exported_from.run / "best.pt").is_file():
             raise ConfigError(

@@ -15,7 +15,7 @@ from starlette.types import Scope
 from sopdeploy.config import describe_problem
 from sopdeploy.http_api import Problem
 from sopdeploy.images.formats import too_large_error
-from sopdeploy.nearest import did_you_mean
+from sopdeploy.nearest import ask_for, did_you_mean
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
 PROBLEM_JSON = "application/problem+json"
@@ -124,11 +124,11 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
             # this one does. Paths below `/v2/` are those of this server itself.
             parts = re.split("[/:]", path[:100])
             is_of_other_server = bool(PATH_PARTS_OF_OTHER_SERVERS.intersection(parts))
-            wanted = path
             if is_of_other_server and not path.startswith("/v2/"):
-                wanted = "/v1/classify"
+                hint = ask_for(f"{root}/v1/classify")
+            else:
+                hint = did_you_mean(path, {known: f"{root}{known}" for known in paths})
 
-            hint = did_you_mean(wanted, {known: f"{root}{known}" for known in paths})
             hints = filter(None, (hint, f"{root}/docs lists all"))
             detail = f"no such path; {' '.join(hints)}"
         elif status == HTTPStatus.METHOD_NOT_ALLOWED:

@@ -441,8 +441,12 @@ class Decoders:
 
             if isinstance(outcome, ChildEnded):
                 light_end = outcome
-            elif not lacks_memory(outcome):
-                return without_error(outcome), light_busy
+            else:
+                error = error_of(outcome)
+                if error is None:
+                    return outcome, light_busy
+                if error.code != child.TOO_MUCH_MEMORY:  # which its child lacked
+                    raise error
 
         # Otherwise, run it in a child for large images. If it took too long for a light one, it
         # counts as one of the largest.
@@ -589,12 +593,6 @@ def error_of(reply: Reply) -> ImageError | None:
         return None
     code, status = child.ERRORS[reply.kind - child.FIRST_ERROR]
     return ImageError(reply.data.tobytes().decode(errors="replace"), code=code, status=status)
-
-
-def lacks_memory(reply: Reply) -> bool:
-    """Tell whether *reply* says that the image needs more memory than its child had."""
-    error = error_of(reply)
-    return error is not None and error.code == child.TOO_MUCH_MEMORY
 
 
 def without_error(reply: Reply) -> Reply:

@@ -19,7 +19,7 @@ from scipy.special import log_softmax
 
 from sopdeploy.training.few_shot.discriminant import Discriminant, Moments
 from sopdeploy.training.few_shot.scaling import OutOfFold, Scaling
-from sopdeploy.training.few_shot.targets import MIN_FOLDS, Array, Indices, Targets
+from sopdeploy.training.few_shot.targets import MIN_FOLDS, Array, Indices, Targets, count_groups
 
 MAX_RANK = 1024
 IMPLAUSIBLE = 0.1  # probability of a label
@@ -104,10 +104,9 @@ class LinearProblem:
 
     def group_counts(self) -> Indices:
         """Count the groups (K,) that have images of each class; without groups, the images."""
-        images, labels = np.nonzero(self.targets.classes)
-        groups = images if self.groups is None else self.groups[images]
-        pairs = np.unique(np.stack([labels, groups]), axis=1)
-        return np.bincount(pairs[0], minlength=self.targets.classes.shape[1])
+        count = len(self.targets.classes)
+        groups = np.arange(count) if self.groups is None else self.groups
+        return count_groups(self.targets.classes, groups)
 
     def moments(self, images: NDArray[np.bool_]) -> Moments:
         """Compute the sums over *images* (N,), in blocks to save memory."""

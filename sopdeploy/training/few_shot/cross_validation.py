@@ -33,7 +33,7 @@ from sopdeploy.training.few_shot.features import (
 )
 from sopdeploy.training.few_shot.scaling import ENOUGH, Scaling
 from sopdeploy.training.few_shot.score import estimate_score
-from sopdeploy.training.few_shot.targets import Array, Indices, Targets
+from sopdeploy.training.few_shot.targets import Array, Indices, Targets, count_groups
 from sopdeploy.training.recipe import Recipe
 
 # Below this number of groups, temperature and cosines come from three cross-validations: the
@@ -284,15 +284,8 @@ def _choose_judged(
     judged = largest_G[select_typical(images)[largest_G]]
     if images.is_multi_label:
         return judged
-    is_one_group_K = np.array(
-        [len(groups) == 1 for groups in groups_of_classes(targets, groups_N)]
-    )
+    is_one_group_K = count_groups(targets.classes, groups_N) == 1
     return judged[~is_one_group_K[images.targets[judged].astype(np.int64)]]
-
-
-def groups_of_classes(targets: Targets, groups_N: Indices) -> list[set[int]]:
-    """Return the groups that have images of each class."""
-    return [set(groups_N[of_class > 0].tolist()) for of_class in targets.classes.T]
 
 
 def select_typical(images: LabeledImages) -> NDArray[np.bool_]:

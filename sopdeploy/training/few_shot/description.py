@@ -15,11 +15,10 @@ from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.checkpoints import Setup
 from sopdeploy.training.few_shot.cross_validation import (
     CrossValidation,
-    groups_of_classes,
     select_typical,
 )
 from sopdeploy.training.few_shot.learning import estimate_gains
-from sopdeploy.training.few_shot.targets import Array, Indices
+from sopdeploy.training.few_shot.targets import Array, Indices, count_groups
 from sopdeploy.training.results import FewShotResult
 
 MAX_COPIES = 10  # of a photograph with different labels, all of which are named
@@ -50,10 +49,8 @@ def describe_run(
     judged_K = classes_NK[validation.judged].sum(axis=0).astype(int)
     if len(setup.data.held_out):
         judged_K = setup.data.held_out.class_counts()
-    groups = groups_of_classes(targets, validation.groups)
-    num_groups = {
-        label: len(of_class) for label, of_class in zip(images.labels, groups, strict=True)
-    }
+    num_groups_K = count_groups(classes_NK, validation.groups)
+    num_groups = dict(zip(images.labels, num_groups_K.tolist(), strict=True))
 
     # What the images that count tell about the classes.
     has_one_class = targets.activation == "softmax"

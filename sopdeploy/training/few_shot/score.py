@@ -8,7 +8,7 @@ import numpy as np
 from sopdeploy.decision import Activation
 from sopdeploy.evaluation.metrics import Rate, effective_count, wilson
 from sopdeploy.evaluation.multi_label import MeanPrecision
-from sopdeploy.training.few_shot.targets import MIN_FOLDS, Array, Indices
+from sopdeploy.training.few_shot.targets import MIN_FOLDS, Array, Indices, count_groups
 
 # Errors fall with the number of objects to the power of 0.7 to 1.7
 # (docs/benchmarks/copied_photos.md).
@@ -48,9 +48,7 @@ def estimate_score(
     # of the heads.
     highest_share = rate.share
     if folds > 0:
-        num_groups_K = np.asarray(
-            [len(np.unique(groups_N[of_class > 0])) for of_class in classes_NK.T]
-        )
+        num_groups_K = count_groups(classes_NK, groups_N)
         few_K = (num_groups_K > 1) & (num_groups_K < MIN_FOLDS)
         factor_K = np.where(few_K, (1 - 1 / np.maximum(num_groups_K, 2)) ** LEARNING, 1.0)
         remaining_errors = float((classes_NK @ factor_K).sum() / max(1.0, classes_NK.sum()))

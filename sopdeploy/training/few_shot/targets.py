@@ -129,3 +129,10 @@ def spread_groups(
         images_FS[best] += images_GS[group]
 
     return fold_G[groups_N]
+
+
+def count_groups(classes_NK: Array, groups_N: Indices) -> Indices:
+    """Count the groups (K,) that have images of each class."""
+    images, labels = np.nonzero(classes_NK)
+    pairs = np.unique(np.stack([labels, groups_N[images]]), axis=1)
+    return np.bincount(pairs[0], minlength=classes_NK.shape[1])

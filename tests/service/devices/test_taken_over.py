@@ -598,7 +598,7 @@ def test_an_engine_that_never_answers_gets_no_more_images_than_it_has_slots(bund
         waiting = [asyncio.ensure_future(model.run(PIXELS[0], FOREVER)) for _ in range(4)]
         await asyncio.sleep(0)  # each takes a slot
         with pytest.raises(RejectedError) as refused:
-            await model.run(PIXELS[0], FOREVER)
+            await asyncio.wait_for(model.run(PIXELS[0], FOREVER), 10)
         assert refused.value.reason is SLOTS_FULL
         theirs.close()
         await asyncio.gather(*waiting, return_exceptions=True)
