@@ -231,11 +231,19 @@ def test_each_view_is_the_main_one_and_the_keyboard_keeps_its_place_in_it(
         page.locator(button).click()
         assert page.get_by_role("main").count() == 1  # of those that are visible
 
-    page.locator("#as-grid").click()
+    held = []
+    page.route("**/grids", lambda route: held.append(route))
+    with page.expect_request("**/grids"):
+        page.locator("#as-grid").click()
+    chosen = page.locator("#kinds button").nth(1).text_content()
     page.locator("#kinds button").nth(1).focus()
     page.keyboard.press("Enter")
-    focused = "document.activeElement.textContent"
-    assert page.evaluate(focused) == page.locator("#kinds [aria-pressed=true]").text_content()
+    focused, pressed = "document.activeElement.textContent", "#kinds [aria-pressed=true]"
+    assert page.evaluate(focused) == page.locator(pressed).text_content() == chosen
+    shown = page.locator(pressed).element_handle()
+    held[0].continue_()
+    page.wait_for_function("button => !button.isConnected", arg=shown)
+    assert page.evaluate(focused) == page.locator(pressed).text_content() == chosen
 
     page.locator("#one-by-one").click()
     page.locator("#classes button").first.focus()

@@ -186,7 +186,9 @@ function view(shown) {
 
 /** Load the grids again; show that of `name` or, if it is empty, the largest one, whose size is returned. */
 async function loadGrids(name = "") {
+  const before = grid.name;
   grid.grids = (await ask("grids").catch(() => ({ grids: [] }))).grids;
+  if (grid.name !== before) name = grid.name; // chosen while they were loaded
   const largest = grid.grids.reduce((one, other) => (other.count > one.count ? other : one), { name: "", count: 0 });
   chooseGrid(grid.grids.some((one) => one.name === name) ? name : largest.name);
   return largest.count;
