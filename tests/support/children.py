@@ -127,12 +127,23 @@ def children_of(parent: int) -> list[int]:
 
 
 def processes_of(supervisor: int) -> dict[int, str]:
-    """Return the names of the processes of devices and front ends by id, in order."""
+    """Return the names of the processes of devices and front ends by id, in order.
+
+    The decoders of one that was killed, which are children of *supervisor* until they end, too,
+    have the name of the interpreter.
+    """
     found = {}
     for child in children_of(supervisor):
         with contextlib.suppress(OSError):  # it has ended
             found[child] = Path(f"/proc/{child}/comm").read_text().strip()
-    return {child: name for child, name in found.items() if name != "template"}
+    others = ("template", "python")
+    return {child: name for child, name in found.items() if not name.startswith(others)}
+
+
+def are_replaced(supervisor: int, before: dict[int, str]) -> bool:
+    """Whether each of the processes *before* has ended, and another of its name runs."""
+    now = processes_of(supervisor)
+    return not before.keys() & now.keys() and set(before.values()) <= set(now.values())
 
 
 def is_alive(process: int) -> bool:
