@@ -205,7 +205,7 @@ def export_subject(
             _change_last_layer(subject, with_features=options.with_features)
             trained = Compared.of("trained", subject.network, preprocess, options.batch)
         recorder = Recorder(trained, torch.from_numpy(images), options.max_batch, parts)
-        plain = _prove_network(subject, trained, recorder, options.batch)
+        plain = _prove_network(subject, recorder, options.batch)
 
         # Convert its graph to ONNX, then to the precision.
         certified, mixes_images = _convert_to_onnx(trained, images, options)
@@ -296,16 +296,16 @@ def export_subject(
 
 
 def _prove_network(
-    subject: ExportSubject, trained: Compared, recorder: Recorder, batch: BatchRange
+    subject: ExportSubject, recorder: Recorder, batch: BatchRange
 ) -> Compared | None:
     """Prove the statements about the network of *subject*; return the plain one, or None without a builder.
 
-    *trained* is this network, captured. What the runs of *recorder* leave in it is removed
-    afterwards.
+    *recorder* records runs of this network. What they leave in it is removed afterwards.
     """
+    trained = recorder.trained
     with attributes_restored(subject.network):
         announce("Removed")
-        prove_removed(trained, recorder, subject.detachment.training_only)
+        prove_removed(recorder)
         announce("Graph")
         plain = _build_plain(subject.detachment, trained, subject.preprocess, batch)
         prove_graph(trained, plain)

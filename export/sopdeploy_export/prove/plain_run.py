@@ -65,39 +65,43 @@ class Run:
 
 
 class Recorder:
-    """Records runs of the network *compared* and of its graph on the last of uint8 *images* (N, H, W, 3).
+    """Records runs of the network *trained* and of its graph on the last of uint8 *images* (N, H, W, 3).
 
     The last of the generated images are noise; the first ones have equal parts. What the network
-    keeps of a run, such as a table, is there in the next one. *parts* are those that are removed.
+    keeps of a run, such as a table, is there in the next one.
 
     Attributes:
+        trained: The network.
+        parts: Those of its parts that are removed.
         sizes: The sizes of the batches that are compared.
         repeated: The size of the batch that runs twice.
     """
 
     def __init__(
         self,
-        compared: Compared,
+        trained: Compared,
         images: Tensor,
         largest_batch: int,
-        parts: tuple[str, ...] = (),
+        parts: tuple[str, ...],
     ) -> None:
+        self.trained = trained
+        self.parts = parts
         self.sizes = tuple(range(1, min(LARGEST, largest_batch) + 1))
         self.repeated = min(REPEATED, largest_batch)
         self._images = images[-LARGEST:]
-        self._deployed = compared.deployed
+        self._deployed = trained.deployed
 
         # Memory of several tensors is known by the first one, so those that are kept come first.
-        stored = tensors(compared.deployed)
+        stored = tensors(trained.deployed)
         removed = tuple(NETWORK_PREFIX + part for part in parts)
         self._stored = dict(sorted(stored.items(), key=lambda item: is_in(item[0], *removed)))
 
         # The graph has its own buffers where a first run of the network creates or replaces them.
-        created = {NETWORK_PREFIX + name for name in compared.trace.created}
+        created = {NETWORK_PREFIX + name for name in trained.trace.created}
         not_created = {
             name: tensor for name, tensor in self._stored.items() if name not in created
         }
-        self._graph = GraphRun(compared.graph, not_created)
+        self._graph = GraphRun(trained.graph, not_created)
 
         # What runs leave for later ones, and the runs that are recorded once.
         self._remains = Remains()

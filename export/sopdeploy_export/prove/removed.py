@@ -44,11 +44,14 @@ class TensorEntry(StrictModel):
     sha256: str
 
 
-def prove_removed(trained: Compared, recorder: Recorder, parts: tuple[str, ...]) -> None:
-    """Prove that the outputs of *trained* need nothing of its *parts*.
+def prove_removed(recorder: Recorder) -> None:
+    """Prove that the outputs of the network of *recorder* need nothing of the parts that are removed.
 
-    Raises `CertificateError` with the tensor, module or operator that the outputs need.
+    Without such parts, there is nothing to prove. Raises `CertificateError` with the tensor, module
+    or operator that the outputs need.
     """
+    trained = recorder.trained
+    parts = recorder.parts
     if not parts:
         return
 
