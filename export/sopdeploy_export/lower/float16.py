@@ -109,8 +109,8 @@ def sum_in_float32(program: ExportedProgram, images: Tensor) -> ExportedProgram:
     """Compute the sums of *program* over float16 values in float32, as ATen does but not every runtime.
 
     For example, the sum of 10,000 values of 60 / 9 exceeds the largest number of float16, although
-    their mean does not. *program* runs on uint8 *images* (B, H, W, 3) to find its operators that
-    add.
+    their mean does not. A run of *program* on uint8 *images* (B, H, W, 3) shows which of its
+    operators add. Returns a changed copy.
     """
     sums = _Sums(program.module(check_guards=False))
     sums.run(images)
@@ -127,8 +127,8 @@ def sum_in_float32(program: ExportedProgram, images: Tensor) -> ExportedProgram:
 class _Sums(fx.Interpreter):
     """Runs a program and finds out which of its operators add several elements of a float16 operand.
 
-    `adds_elements` maps each operator to the answer of the function `adds_elements`; those without
-    an answer are missing.
+    `adds_elements` maps operators to the answer: False for elementwise ones and `ADDS_IN_FLOAT32`,
+    for others that of the function `adds_elements`. Operators of which no call told it are missing.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:

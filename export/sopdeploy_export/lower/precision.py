@@ -118,7 +118,7 @@ class Lowered(NamedTuple):
 
 
 def weight_types(model: onnx.ModelProto) -> dict[str, str]:
-    """Map each part to the type of its largest weight in *model*."""
+    """Map each part to the type of its largest weight in *model*; only the `TYPE_NAMES` count."""
     largest: dict[str, tuple[int, str]] = {}  # by part: bytes and type
 
     for tensor in model.graph.initializer:

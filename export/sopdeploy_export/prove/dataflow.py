@@ -154,7 +154,10 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._contents: dict[int, dict[str, str]] = {}
 
     def known_by(self, tensor: Tensor) -> str:
-        """Return what *tensor* is known by, with its place in its memory."""
+        """Return what *tensor* is known by, with its place in its memory.
+
+        The hash of a constant is kept until something writes to its memory.
+        """
         memory = self._address(tensor)
         place = (
             f"{tuple(tensor.shape)} {tensor.stride()} {tensor.storage_offset()} {tensor.dtype}"
@@ -241,20 +244,27 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         Constants, and the image of the run, are known by their content afterwards.
         """
-        for memory, storage in self._memory.items():
-            if not storage.expired() and memory not in self._stored:
-                self._remains.alive[memory] = torch.UntypedStorage._new_with_weak_ptr(
-                    storage.cdata
-                )
-                if self._made_by.get(memory, _IMAGE) != _IMAGE:
-                    self._remains.made_by[memory] = self._made_by[memory]
-                if memory in self._of_image:
-                    self._remains.of_image.add(memory)
+        for memory, reference in self._memory.items():
+            if reference.expired() or memory in self._stored:
+                continue
+
+            # A reference that is not weak: from now on, nothing frees this memory.
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            self._remains.alive[memory] = storage
+
+            maker = self._made_by.get(memory)  # None of a constant
+            if maker is not None and maker != _IMAGE:
+                self._remains.made_by[memory] = maker
+            if memory in self._of_image:
+                self._remains.of_image.add(memory)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run one operator, and record it."""
+        """Run one operator, and record it; of an operator that runs others, record these.
+
+        With the layouts of another run, one that depends on the image is imitated instead of run.
+        """
         del types
         kwargs = kwargs or {}
 
@@ -272,6 +282,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operands = tensors_in((args, kwargs))
             of_image = self.depends_on_image(operands)
             is_random = _draws(func, args, kwargs)
+            # The image, stored tensors and what was computed from them have a maker.
             has_maker = any(self._address(operand) in self._made_by for operand in operands)
             is_constant = not has_maker and not is_random
             text = f"{func} {self._describe(args)} {self._describe(kwargs)}"
@@ -351,11 +362,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _imitate(self, func: Any, code: str, args: Any, kwargs: Any) -> Any:
-        """Return what *func* returns, without computing its content, by the layouts known for *code*.
+        """Return results as *func* does, but new tensors without content, in the layouts known for *code*.
 
-        Raises `UnknownOperatorError` if the layouts of its results are not known.
+        An operator that writes to one operand and returns it does not run; this operand is the
+        result. Views, checks and other operators that write do run. Raises `UnknownOperatorError` if
+        the layouts of new tensors are not known.
         """
-        # An operator that writes to one operand returns this operand.
+        # An operator that writes to one operand, and returns it.
         returned = [value.alias_info for value in func._schema.returns]
         changes_shape = torch.Tag.inplace_view in func.tags
         if func._schema.is_mutable and not changes_shape:
@@ -419,7 +432,11 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         of_image: bool,
         is_constant: bool,
     ) -> None:
-        """Name the maker of each result; a view has the maker of its memory."""
+        """Give the memory of each new result a maker, and note that the run allocated it.
+
+        A view has the maker of its memory already. The layouts of new results that depend on the
+        image are noted in `layouts`.
+        """
         returns_view = any(value.alias_info is not None for value in func._schema.returns)
         is_unfilled = func._schema.name.partition("::")[2].startswith(_ALLOCATORS)
         memories = {address(operand) for operand in operands}
@@ -484,7 +501,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _locate(self) -> tuple[str, str]:
         """Return the innermost module whose forward runs, and the innermost line of code of the network.
 
-        For a layer of torch, this is the line that calls the layer.
+        For a layer of torch, this is the line that calls the layer. If a graph runs, both are those
+        that its node was captured from.
         """
         if self.node is not None:
             return _locate_node(self.node)

@@ -56,7 +56,10 @@ class Run:
     values: tuple[Tensor, ...]
 
     def first_other(self, other: "Run") -> str:
-        """Describe the first operator behind the outputs that *other* does not run on the same operands."""
+        """Describe the first operator behind the outputs that *other* does not run on the same operands.
+
+        The text is "nothing else" if there is no such operator.
+        """
         for result in self.results:
             for code, operator in self.flow.behind(result).items():
                 if code not in other.flow.operators:
@@ -115,7 +118,7 @@ class Recorder:
         return self._first
 
     def run_again(self, size: int) -> Run:
-        """Return a plain run on *size* images that is not the first run of the network."""
+        """Return a plain run on *size* images that is not the first run of the network; it is recorded once."""
         self.run_first()
         if size not in self._again:
             self._again[size] = self.run_network(size)
@@ -144,8 +147,9 @@ class Recorder:
     def run_graph(self, plain: Run) -> Run:
         """Record a run of the graph on the images of *plain*.
 
-        With the layouts of *plain*, it computes nothing that depends on an image. If this fails,
-        for example because the graph has other operators, it computes everything.
+        The run takes the layouts of *plain*, and computes nothing that depends on an image. If this
+        fails, for example because the graph has other operators, a second run computes everything.
+        Raises `CertificateError` if that fails, too.
         """
         size = plain.values[0].shape[0]
         try:
@@ -166,7 +170,10 @@ class Recorder:
 
 @contextmanager
 def _running(deployed: Deployed) -> Iterator[None]:
-    """Let layers of *deployed* compute as in a graph in the block; raise `CertificateError` if code fails."""
+    """Let layers of *deployed* compute as in a graph in the block, without gradients, warnings and fast paths.
+
+    Raises `CertificateError` if the network's code fails.
+    """
     try:
         with torch.no_grad(), as_captured(deployed), _without_fast_path():
             yield
