@@ -202,8 +202,8 @@ def _influences(
     """Count how many elements of each of *operands* influence one element of the first result.
 
     An element has influence if the derivative by it is not 0. The elements `ELEMENTS` of the result
-    are tried in turn, until one is influenced by several elements of the first operand. None if
-    there is no such element, or no derivative.
+    are tried in turn, until one is influenced by several elements of the first operand. Returns
+    None if there is no such element, or no derivative.
 
     *operands* are among the arguments. Afterwards, they require gradients, and other arguments do
     not.
@@ -270,8 +270,8 @@ def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | No
 def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
     """Map the name of every part to the dtype of its own weights in precision fp16.
 
-    A part has the dtype of its parent, unless it keeps float32 or its parent lists it as a
-    low-precision child.
+    The network itself has float16. A part of it has the dtype of its parent, unless it keeps float32
+    or its parent lists it as a low-precision child.
     """
     names_in_float32 = set(float32_parts(network))
     dtypes: dict[str, torch.dtype] = {}
@@ -357,7 +357,7 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
 def _foldable_pair(norm: fx.Node, names: Mapping[str, str]) -> tuple[str, str] | None:
     """Name the convolution and the batch norm that can be folded; *norm* is the node of the batch norm.
 
-    *names* maps the inputs of the program to tensors of the network. None if *norm* reads no
+    *names* maps the inputs of the program to tensors of the network. Returns None if *norm* reads no
     convolution or has no weight, if one of the two runs twice, if something else reads the output
     of the convolution or a weight, or if a weight is computed.
     """

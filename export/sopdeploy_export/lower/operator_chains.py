@@ -385,7 +385,7 @@ def _as_operator(
 ) -> Operator | None:
     """Return the operator of *node*, which has run; *ranges* has an item for each of its operands.
 
-    None if it is not compared: if it is not of ATen, has complex numbers, has no tensors as
+    Returns None if it is not compared: if it is not of ATen, has complex numbers, has no tensors as
     operands, or nothing reads its results.
     """
     is_aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"

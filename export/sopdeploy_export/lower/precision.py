@@ -322,8 +322,8 @@ def unfused_runner(model: onnx.ModelProto) -> BatchRun:
 def _gate_runner(model: onnx.ModelProto, network: nn.Module) -> GateRun | None:
     """Build a function that computes the logits of a mixture's gate with *model*, without fusions.
 
-    None if *network* has no such gate (`find_gate`). Raises `LoweringError` unless one node reads
-    the weights of the gate.
+    Returns None if *network* has no such gate (`find_gate`). Raises `LoweringError` unless exactly
+    one node reads the weights of the gate.
     """
     gate = find_gate(network)
     if gate is None:

@@ -61,8 +61,8 @@ class Run:
         The text is "nothing else" if there is no such operator.
         """
         for result in self.results:
-            for code, operator in self.flow.behind(result).items():
-                if code not in other.flow.operators:
+            for operator_hash, operator in self.flow.behind(result).items():
+                if operator_hash not in other.flow.operators:
                     return str(operator)
         return "nothing else"
 

@@ -46,7 +46,7 @@ def trace_integers(
 def bounds_of(contents: Sequence[NDArray[Any]]) -> Integers | None:
     """Return the bounds of a value with known *contents*, one array for each batch size.
 
-    None unless these are the same integers for every batch size, in int64.
+    Returns None unless these are the same integers for every batch size, in int64.
     """
     content = contents[0]
     are_equal = all(np.array_equal(content, other) for other in contents[1:])
