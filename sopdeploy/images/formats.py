@@ -44,6 +44,7 @@ APPLICATION_1 = 0xE1
 EXIF = b"Exif\0\0"
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
 # Of the chunks of PNG files that a decoder may ignore, texts with an orientation.
+TEXT_CHUNKS = {b"tEXt", b"zTXt", b"iTXt"}
 TEXTS = re.compile(rb"(XML:com\.adobe\.xmp|xmp|exif|Raw profile type exif)\0")
 TRANSPARENCY_BYTES = {0: 2, 2: 6}  # by color type
 # an extension of GIF
@@ -177,11 +178,7 @@ def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
                 color_type = body[25]  # in the first chunk
                 least = TRANSPARENCY_BYTES.get(color_type, 0)
                 is_needed = content.stop - content.start >= least
-            elif (
-                name in {b"tEXt", b"zTXt", b"iTXt"}
-                and remaining
-                and TEXTS.match(body, begin + 8)
-            ):
+            elif name in TEXT_CHUNKS and remaining and TEXTS.match(body, begin + 8):
                 used = _count_text(name, body[content], remaining)
                 remaining = max(0, remaining - used)
                 is_needed = remaining > 0
@@ -248,12 +245,12 @@ def _count_text(chunk: bytes, content: bytes, limit: int) -> int:
 def _check_dimensions(size: tuple[int, int], max_pixels: int) -> None:
     """Raise `ImageError` if an image of *size*, width and height, is too large."""
     width, height = size
-    if width * height > max_pixels or max(size) > _MAX_SIDE:
-        limit = (
-            f"{max_pixels} pixels"
-            if width * height > max_pixels
-            else f"{_MAX_SIDE} pixels per side"
-        )
+    limit = ""
+    if width * height > max_pixels:
+        limit = f"{max_pixels} pixels"
+    elif max(size) > _MAX_SIDE:
+        limit = f"{_MAX_SIDE} pixels per side"
+    if limit:
         message = f"{width} x {height} is more than {limit}, the limit"
         raise ImageError(message, code="too_many_pixels", status=413)
 

@@ -220,11 +220,9 @@ def _describe_clip(infos: Sequence[_FileInfo]) -> str:
     )
 
     pair = clips.doubtful if clips.certain is None else clips.certain
-    return (
-        ""
-        if pair is None
-        else describe_possible_clip([names[index] for index in pair], clips.pattern)
-    )
+    if pair is None:
+        return ""
+    return describe_possible_clip([names[index] for index in pair], clips.pattern)
 
 
 def _find_near(

@@ -421,12 +421,11 @@ def _measure(
     hits = is_hit_N[counted_N]
     evidence = float((1 - chance).sum())
     beyond = float(hits.sum() - chance.sum())
-
-    if evidence < MIN_EVIDENCE or beyond < MIN_DEVIATIONS * np.sqrt(
-        (chance * (1 - chance)).sum()
-    ):
+    deviation = np.sqrt((chance * (1 - chance)).sum())  # of the number of hits by chance
+    if evidence < MIN_EVIDENCE or beyond < MIN_DEVIATIONS * deviation:
         return None
-    if beyond / evidence < DOUBTFUL:
+    excess = beyond / evidence
+    if excess < DOUBTFUL:
         return None
 
     # The most similar pair of related images, and how similar such pairs are.
@@ -434,7 +433,7 @@ def _measure(
     nearest_hit = hit_indices[np.argmax(cosine_N[hit_indices])]
     first, second = sorted((int(nearest_hit), int(near_N[nearest_hit])))
     similar = float(np.median(cosine_N[hit_indices]))
-    return _Measured(beyond / evidence, similar, (first, second), relation)
+    return _Measured(excess, similar, (first, second), relation)
 
 
 def _count_related(relation: _Relation, groups: Groups) -> NDArray[np.int64]:

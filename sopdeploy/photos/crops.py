@@ -286,12 +286,12 @@ def _align(
         # The step, from the normal equations.
         weighted_P6K = slopes_P6K * weights_PK[:, None]
         curvatures = weighted_P6K @ slopes_P6K.transpose(0, 2, 1) + damping
-        moves = np.linalg.solve(curvatures, weighted_P6K @ errors_PK[:, :, None]).clip(
-            -MAX_STEP, MAX_STEP
-        )
-        matrices = matrices @ np.linalg.inv(np.eye(2) + moves[:, :4].reshape(-1, 2, 2)).astype(
-            np.float32
-        )
+        gradients = weighted_P6K @ errors_PK[:, :, None]
+        moves = np.linalg.solve(curvatures, gradients).clip(-MAX_STEP, MAX_STEP)  # (P, 6, 1)
+
+        # The step is a map of the second image, so its inverse changes the map to the first one.
+        second_maps = np.eye(2) + moves[:, :4].reshape(-1, 2, 2)
+        matrices = matrices @ np.linalg.inv(second_maps).astype(np.float32)
         centers = centers - (matrices @ moves[:, 4:])[:, :, 0]
 
     # A fit of a few samples proves little.

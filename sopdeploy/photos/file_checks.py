@@ -66,12 +66,9 @@ def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) ->
         f"{images.describe(first_N[index])} = {images.describe(index)}"
         for index in contradictions
     ]
-
-    return (
-        f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}"
-        if pairs
-        else ""
-    )
+    if not pairs:
+        return ""
+    return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}"
 
 
 def count_seen(images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64]) -> int:

@@ -349,9 +349,10 @@ def walk(
                 if has_own_path:  # the folder is listed under it
                     continue
 
-        if (hidden or not holds_output(path)) and (
-            identity := folder_identity(path)
-        ) not in visited:
+        if not hidden and holds_output(path):
+            continue
+        identity = folder_identity(path)
+        if identity not in visited:
             visited.add(identity)
             waiting.append((path, iter(list_folder(path, hidden=hidden))))
 
@@ -419,12 +420,12 @@ def find_parts(root: Path) -> Parts:
 
 
 def part_folder(root: Path, name: str) -> Path:
-    """Return the folder of the part *name* in *root*; for `seg_train/seg_train/`, the inner folder."""
+    """Return the folder of the part *name* in *root*; for `seg_train/seg_train/`, the innermost one."""
     folder = root / name
     kind, others = _read_part(name)
-    while len(inner := list_subfolders(folder)) == 1 and _read_part(inner[0]) in (
-        (kind, others),
-        (kind, ""),
-    ):
+    same_part = {(kind, others), (kind, "")}
+    while True:
+        inner = list_subfolders(folder)
+        if len(inner) != 1 or _read_part(inner[0]) not in same_part:
+            return folder
         folder /= inner[0]
-    return folder

@@ -374,14 +374,15 @@ def _find_part_folders(root: Path, parts: Parts) -> dict[str, Path]:
         )
     if not parts.train:
         return {UNSPLIT: root}
-    classes = (
-        () if parts.held_out else [name for name in parts.others if holds_images(root / name)]
-    )
-    if classes:
-        raise DataError(
-            f"{root}: {parts.train} may be a class, as {shorten(classes)}, or hold the training images; "
-            f"rename it if it is a class, or move the others out of this folder"
-        )
+
+    # Without a held-out part, this folder may be a class, as others with images are.
+    if not parts.held_out:
+        classes = [name for name in parts.others if holds_images(root / name)]
+        if classes:
+            raise DataError(
+                f"{root}: {parts.train} may be a class, as {shorten(classes)}, or hold the training images; "
+                f"rename it if it is a class, or move the others out of this folder"
+            )
     return {name: part_folder(root, name) for name in (parts.train, *parts.held_out)}
 
 
@@ -404,7 +405,8 @@ def _describe_parts(
         unused = {*parts.held_out, *parts.others} - {*used, *unlabelled}
         if unused:
             yield f"{root}: training uses {' and '.join(used)} only, not {shorten(sorted(unused))}"
-    elif parts.others and (
-        trains := [name for name in parts.others if part_kind(name) in TRAINING]
-    ):
-        yield f"{root}: {shorten(trains)} counts as a class, because it holds no folders"
+        return
+
+    train_classes = [name for name in parts.others if part_kind(name) in TRAINING]
+    if train_classes:
+        yield f"{root}: {shorten(train_classes)} counts as a class, because it holds no folders"

@@ -88,6 +88,11 @@ MAX_TABLES = 20
 MAX_SAMPLED = 30
 MAX_SEARCHED = 2**24
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml")
+# What the readers of label tools raise for other content than they expect.
+_UNEXPECTED_CONTENT = (
+    AttributeError, KeyError, RecursionError, TypeError, ValueError,
+    csv.Error, ElementTree.ParseError,
+)  # fmt: skip
 VAL = "val"
 UNSPLIT = "all"  # the name of the only part if the images are not split
 
@@ -418,12 +423,14 @@ def find_other_table(images: Sequence[bytes], files: Iterable[Path]) -> Path | N
     ]
     sample = images[:: -(-len(images) // MAX_SAMPLED)] if images else []
     names = [PurePosixPath(os.fsdecode(path)) for path in sample]
+    if len(names) < 2:
+        return None
+
     for table in tables[:MAX_TABLES]:
         with suppress(OSError), table.open("rb") as file:
             text = file.read(MAX_SEARCHED).decode("utf-8", "replace")
-            if len(names) > 1 and 2 * sum(_is_named(name, text) for name in names) >= len(
-                names
-            ):
+            num_named = sum(_is_named(name, text) for name in names)
+            if 2 * num_named >= len(names):
                 return table
     return None
 
@@ -479,10 +486,7 @@ def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, 
             unit = "line"
         for number, cells in enumerate(cells_of_images, 1):
             yield f"{unit} {number}", cells
-    except (
-        *(AttributeError, KeyError, RecursionError, TypeError, ValueError),
-        *(csv.Error, ElementTree.ParseError),
-    ) as error:
+    except _UNEXPECTED_CONTENT as error:
         reason = f" ({error})" if isinstance(error, ValueError) else ""
         raise DataError(
             f"{table}: does not give each image its classes{reason}; write {LABELS_FILE}"

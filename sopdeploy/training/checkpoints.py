@@ -257,6 +257,7 @@ def _describe_training(setup: Setup, fit: Fit) -> TrainingRecord:
     """Describe how the weights were trained."""
     history = fit.position.history
     device = setup.strategy.device
+    is_gpu = device.type == "cuda"
     plugins = plugin_versions([*fit.network.modules(), setup.recipe.data])
     return {
         "recipe": setup.recipe.model_dump(mode="json"),
@@ -277,9 +278,7 @@ def _describe_training(setup: Setup, fit: Fit) -> TrainingRecord:
         "machine": {
             # Without the load, which other runs change.
             **{name: fact for name, fact in machine().items() if name != "load"},
-            "device": torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else device.type,
+            "device": torch.cuda.get_device_name(device) if is_gpu else device.type,
             "processes": setup.strategy.world,
         },
     }

@@ -248,9 +248,8 @@ def join_processes() -> Iterator[None]:
     except RuntimeError as error:
         # torch raises plain RuntimeErrors for some lost connections.
         messages = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
-        if not isinstance(error, dist.DistError) and not any(
-            text in str(error) for text in messages
-        ):
+        is_of_connection = any(text in str(error) for text in messages)
+        if not is_of_connection and not isinstance(error, dist.DistError):
             raise
         raise TrainingError(
             "another process of the run ended, see its message and resume it"

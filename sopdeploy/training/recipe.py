@@ -148,10 +148,9 @@ class ModelConfig(CatalogModel):
 
     @pydantic.model_validator(mode="after")
     def _check_branches(self) -> "ModelConfig":
-        if (
-            self.remove_branches_at is not None
-            and "branches" not in entry(self.name).network.training_only
-        ):
+        if self.remove_branches_at is None:
+            return self
+        if "branches" not in entry(self.name).network.training_only:
             raise ValueError(f"remove_branches_at: {self.name} has no branches")
         return self
 
@@ -354,15 +353,9 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
 
     *before* is the table `preprocess` before the changes, which must have both values.
     """
-    if (
-        "preprocess.crop" not in changed
-        or "preprocess.resize" in changed
-        or not isinstance(before, dict)
-    ):
-        return
-
+    has_crop_alone = "preprocess.crop" in changed and "preprocess.resize" not in changed
     table: Any = values.get("preprocess")
-    if not isinstance(table, dict):
+    if not has_crop_alone or not isinstance(before, dict) or not isinstance(table, dict):
         return
     sides: list[Any] = [table.get("crop"), before.get("resize"), before.get("crop")]
     # The new crop, and both sides before; one of another type is left to the validation.

@@ -416,12 +416,9 @@ def _check_data(
             for label, count in zip(data.held_out.labels, counts, strict=True)
             if not count
         ]
-        problem = (
-            f"{shorten(missing)}: {ONE_GROUP}"
-            if isinstance(recipe.data, HoldOut)
-            else NO_IMAGES
-        )
-
+        problem = NO_IMAGES
+        if isinstance(recipe.data, HoldOut):  # the run itself has held out images
+            problem = f"{shorten(missing)}: {ONE_GROUP}"
         if not any(counts) and isinstance(recipe.procedure, LoopConfig):
             raise DataError(problem)
         if missing:

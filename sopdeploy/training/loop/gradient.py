@@ -92,9 +92,7 @@ def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
     ]
     total, *parts = run.strategy.all_reduce(torch.stack(weighted))
 
-    counts = (
-        None
-        if loss.component_counts is None
-        else run.strategy.all_reduce(loss.component_counts)
-    )
+    counts = loss.component_counts
+    if counts is not None:
+        counts = run.strategy.all_reduce(counts)
     return Loss(total, dict(zip(loss.parts, parts, strict=True)), counts)

@@ -88,10 +88,8 @@ class Teacher:
                     f"teacher.weights: {path} has other classes than the data; train the teacher on the same "
                     "classes"
                 )
-            if (stored.preprocess.mean, stored.preprocess.std) != (
-                preprocess.mean,
-                preprocess.std,
-            ):
+            stored_colors = (stored.preprocess.mean, stored.preprocess.std)
+            if stored_colors != (preprocess.mean, preprocess.std):
                 raise ConfigError(
                     f"teacher.weights: {path} normalizes colors differently; set the same preprocess.mean "
                     "and std"

@@ -351,11 +351,8 @@ def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
 
 def learning_parts(model: Classifier, learn: str) -> tuple[str, ...]:
     """Return the dotted names of the parts that "branches" or "classifier" train."""
-    return (
-        model.training_only
-        if learn == "branches"
-        else (classifier_name(model), *model.training_only)
-    )
+    branches = model.training_only
+    return branches if learn == "branches" else (classifier_name(model), *branches)
 
 
 def first_stages(model: Classifier) -> set[str]:
@@ -383,9 +380,8 @@ def first_stages(model: Classifier) -> set[str]:
 def freeze(model: Classifier, start: StartConfig | None) -> None:
     """Freeze the parameters that `start.learn` excludes; raises `ConfigError` without branches to train."""
     learn = "all" if start is None else start.learn
-    if learn == "branches" and not any(
-        is_in(name, *model.training_only) for name in model.state_dict()
-    ):
+    has_branches = any(is_in(name, *model.training_only) for name in model.state_dict())
+    if learn == "branches" and not has_branches:
         raise ConfigError('start.learn: this network has no branches; use learn = "all"')
 
     if learn == "last_stages":
