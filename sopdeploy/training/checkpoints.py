@@ -42,7 +42,17 @@ from sopdeploy.environment import machine
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, TrainingError, shorten
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.file_systems import Lock, lock_file
-from sopdeploy.files import LOCK, PARTIAL, atomic_write, link_latest, new_folder, writing
+from sopdeploy.files import (
+    BEST,
+    HISTORY,
+    LAST,
+    LOCK,
+    PARTIAL,
+    atomic_write,
+    link_latest,
+    new_folder,
+    writing,
+)
 from sopdeploy.layers.normalize import images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.photos.photo import LabeledImages, LeftOut, Split
@@ -416,9 +426,9 @@ class RunFolder:
     def __init__(self, path: Path, strategy: Strategy) -> None:
         self.path = path
         self.strategy = strategy
-        self.last = path / "last.pt"
-        self.best = path / "best.pt"
-        self.history = path / "history.csv"
+        self.last = path / LAST
+        self.best = path / BEST
+        self.history = path / HISTORY
         self.saved_at = time.monotonic()
         self._lock: Lock | None = None
         # When it is closed, the folders that `lock` created are removed, if they are empty.

@@ -15,6 +15,7 @@ from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
+from sopdeploy.files import BEST, HISTORY, LAST
 from sopdeploy.photos.file_checks import leave_out_unreadable, unreadable_images_error
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import Fit, RunFolder, Setup
@@ -170,9 +171,9 @@ def summarize_run(
     return TrainingResult(
         out=out_dir,
         data=setup.recipe.data_folder,
-        best=out_dir / "best.pt",
-        last=out_dir / "last.pt",
-        history=out_dir / "history.csv",
+        best=out_dir / BEST,
+        last=out_dir / LAST,
+        history=out_dir / HISTORY,
         model=fit.name,
         num_classes=len(setup.labels),
         train_count=len(setup.data.train),
