@@ -16,7 +16,7 @@ from sopdeploy.config import Count, FieldValues, PositiveRate, StrictModel, firs
 from sopdeploy.data.augment import BoxCrop
 from sopdeploy.data.sources import DataConfig, DataOptions, FolderConfig, HoldOut, OwnDataConfig
 from sopdeploy.decision import ACCEPTS
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, with_hint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel, entry
 from sopdeploy.nearest import did_you_mean
@@ -441,10 +441,10 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
     if reason != "unknown key":
         return described
 
-    if key in recipe_keys():
+    keys = recipe_keys()
+    if key in keys:
         return f"{described} of this kind"  # such as `optimizer.nesterov` of the kind adamw
-    hint = did_you_mean(key, recipe_keys())
-    return described + (f"; {hint}" if hint else "")
+    return with_hint(described, did_you_mean(key, keys))
 
 
 def recipe_keys() -> list[str]:
