@@ -160,9 +160,9 @@ def _jpeg_orientation_info(body: bytes) -> dict[str, bytes]:
 
 def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
     """Yield begin and end of the chunks that `without_metadata` leaves out, also of damaged ones."""
-    # Chunks follow the signature. Texts may be unpacked up to a number of bytes.
+    # Chunks follow the signature.
     begin = 8
-    remaining = MAX_TEXT
+    remaining = MAX_TEXT  # bytes of texts that may still be unpacked
     while (end := begin + 12 + int.from_bytes(body[begin : begin + 4])) <= len(body):
         name = body[begin + 4 : begin + 8]
 
@@ -170,8 +170,8 @@ def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
         if name == b"IEND" or not name.isalpha():
             return
 
-        # A chunk in lower case is ancillary; orientation, transparency and short texts are
-        # needed.
+        # A chunk in lower case is ancillary. Needed are orientation, transparency and, up to
+        # `MAX_TEXT`, texts with an orientation.
         if name[:1].islower():
             is_needed = name == b"eXIf"
             if name == b"tRNS":
@@ -294,9 +294,9 @@ def detect_format(body: bytes, formats: Collection[str] | None = None) -> str:
     if any(FORMATS[name] == detected for name in accepted):
         return detected
 
-    advice = f"use {describe_formats(accepted)}" + (
-        " (the setting formats)" if len(set(accepted)) < len(FORMATS) else ""
-    )
+    advice = f"use {describe_formats(accepted)}"
+    if len(set(accepted)) < len(FORMATS):
+        advice += " (the setting formats)"
 
     if not detected:
         raise ImageError(f"this is not an image; {advice}", code="not_an_image", status=415)

@@ -41,9 +41,8 @@ def capture_time(image: Image.Image) -> int:
         exif = Image.Exif()
         exif.load(image.info["exif"])
         text = exif.get_ifd(_EXIF_IFD)[_TIME_TAKEN]
-        return max(
-            NO_TIME, calendar.timegm(time.strptime(text.strip("\0 "), "%Y:%m:%d %H:%M:%S"))
-        )
+        taken = time.strptime(text.strip("\0 "), "%Y:%m:%d %H:%M:%S")
+        return max(NO_TIME, calendar.timegm(taken))
     return NO_TIME
 
 

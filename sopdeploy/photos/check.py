@@ -128,8 +128,8 @@ def check_data(
     opened = open_parts(data_folder(path))
     num_images = sum(len(images) for images in opened.parts.values())
 
-    # Small gray images of all files tell near-duplicates by edges, and clips; for clips alone,
-    # they are kept of at most `MAX_SIGNATURES` files.
+    # Small gray images are kept of all files if they tell near-duplicates by edges. They also
+    # tell clips, which alone are not worth the memory of more than `MAX_SIGNATURES` images.
     if num_images > MAX_FEATURES:
         group_by_features = None
     near_by_edges = near and group_by_features is None
@@ -230,7 +230,10 @@ def _find_near(
     group_by_features: Callable[[ImageFiles], Groups] | None,
     train: str,
 ) -> Iterator[Duplicates]:
-    """Yield the groups of near-duplicates that are no exact duplicates; *train* names the training part."""
+    """Yield the groups of near-duplicates, except those of exact duplicates alone.
+
+    *train* is the name of the training part.
+    """
     if len(infos) < 2:
         return
 
@@ -240,7 +243,8 @@ def _find_near(
     if group_by_features is not None:
         groups = group_by_features(images)
     else:
-        small = [info.small for info in infos if info.small is not None]  # all have one then
+        # All have one: without features, `check_data` keeps them.
+        small = [info.small for info in infos if info.small is not None]
         groups, _ = group_by_edges(images, [info.pixel_hash for info in infos], small)
 
     # Groups of exact duplicates alone are listed elsewhere.

@@ -58,9 +58,10 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
     Folders with one name in two encodings are one class. The images of a folder in a class
     folder are a group, unless it holds all images of the class. A link in a class folder to
     another class folder is not followed. Masks, photographs in another form (`find_leftovers`),
-    and classes that hold nothing else are left out, unless *classes_from* is `FOLDERS`. If
-    *classes_from* is a regular expression, it finds the class in the name of each image below
-    *root*, whatever its folder.
+    and classes that hold nothing else are left out, unless *classes_from* is `FOLDERS`.
+
+    If *classes_from* is a regular expression, it finds the class in the name of each image below
+    *root*, also of those in no class folder. Folders then tell neither classes nor groups.
     """
     paths_of_class, other_files = _list_folders(root)
     beside, _ = list_files(root)
@@ -85,7 +86,7 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
         class_paths = paths_of_class[label]
         entries = [b"/".join(path.split(b"/")[:2]) for path in class_paths]
         if len({*entries}) > 1:
-            nested |= {*entries} - {*class_paths}
+            nested |= {*entries} - {*class_paths}  # the other entries are images themselves
             groups += entries
         else:  # one folder with all images tells nothing: each image is a group of its own
             groups += class_paths

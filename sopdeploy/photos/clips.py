@@ -74,15 +74,15 @@ class Clips(NamedTuple):
         """Select the *pairs* (2, P) of near-duplicates that do not join two clips.
 
         If names tell the objects, some frames of different ones resemble each other as copies
-        do.
+        do. Without a `certain` clip, all pairs stay.
         """
         if self.certain is None:
             return pairs
         # A pair stays if both are in one group, or if one of them is in a group of its own.
-        is_clip_2P = np.bincount(self.groups)[self.groups[pairs]] > 1
-        return pairs[
-            :, (self.groups[pairs[0]] == self.groups[pairs[1]]) | ~is_clip_2P.all(axis=0)
-        ]
+        group_2P = self.groups[pairs]
+        is_same_group_P = group_2P[0] == group_2P[1]
+        is_in_clip_2P = np.bincount(self.groups)[group_2P] > 1
+        return pairs[:, is_same_group_P | ~is_in_clip_2P.all(axis=0)]
 
 
 class _Name(NamedTuple):
@@ -239,10 +239,10 @@ def _find_doubtful(
     names: Sequence[str],
     classes: NDArray[np.int64],
 ) -> _Measured | None:
-    """Find the clearest of the *remaining* relations that could still be told to the user, or None.
+    """Find the clearest of the *remaining* relations that are worth telling the user; None without any.
 
-    The images of its `pair` are not joined in *groups* (N,), and its pattern does not make most
-    of a class one group.
+    The images of its `pair` are not joined in *groups* (N,). If it has a pattern, this does not
+    make most of a class one group (`divides_classes`).
     """
     doubtful = []
     for measured in remaining:
@@ -320,8 +320,7 @@ def _relate_by_numbers(
     members = [index for index, name in enumerate(parsed) if name.template == template]
     class_and_texts = {i: (int(classes[i]), parsed[i].texts) for i in members}
 
-    # Which numbers are equal: the first ones, none to all but one, or the last ones, all but
-    # one to one.
+    # Which numbers are equal: the first 0 to `length` - 1 of them, or the last `length` - 1 to 1.
     length = len(parsed[members[0]].numbers)
     # `digits[num]` is a regular expression for *num* numbers.
     digits = [r"\D+".join([r"\d+"] * num) for num in range(length)]

@@ -61,6 +61,7 @@ def open_evaluation_images(
 def _open_evaluation_images(
     root: Path, labels: tuple[str, ...], multi_label: bool, other_classes: bool, log: Log
 ) -> ImageFiles:
+    """Do what `open_evaluation_images` says, in a *root* that holds classes."""
     if multi_label:
         folder = _held_out_folder(root, labels, log)
         if (table := find_table(root) or find_table(folder)) is None:

@@ -128,11 +128,13 @@ def _name_all(first: DataError, errors: Sequence[str]) -> DataError:
 
 
 def leave_out_unreadable(split: Split, first: DataError) -> Split:
-    """Leave the damaged and missing images of *split* out; its note names them.
+    """Leave the damaged and missing images of *split* out.
 
-    *first* is the error of the image that was met first; it is raised if all images can be read.
-    Raises an error that names all unusable images if they are too many (`MAX_DAMAGED`,
-    `MANY_DAMAGED`), or if too few images remain of a class, or no held-out ones.
+    The result has one note, which names them; the notes of *split* were told before.
+
+    Raises *first*, the error of the image that was met first, if all images can be read. Raises
+    an error that names all unusable images if they are too many (`MAX_DAMAGED`, `MANY_DAMAGED`),
+    or if too few images remain of a class, or no held-out ones.
     """
     unusable = list[LeftOut]()
     errors = list[str]()

@@ -88,9 +88,10 @@ def part_kind(name: str) -> str:
 
 
 def _read_part(name: str) -> tuple[str, str]:
-    """Divide *name* into its word in `TRAINING` or `HELD_OUT`, "" unless it has exactly one, and the others.
+    """Divide *name* into its word in `TRAINING` or `HELD_OUT`, and its other words, joined.
 
-    `AFFIXES` and a number at the end are left out.
+    The first text is "" unless there is exactly one such word. `AFFIXES` and a number at the end
+    are left out.
     """
     without_number = re.sub(r"\d+$", "", name.lower())  # of `test1` or `val_2017`
     words = [
@@ -227,8 +228,9 @@ def list_outputs(folder: Path) -> list[str]:
 def check_takes_output(folder: Path, setting: str | None, images: Path | None = None) -> None:
     """Raise `ConfigError` if *folder*, where bundles or runs are to be written, is a bundle or has photographs.
 
-    It has some if it is *images* or below it. Unless it already holds bundles or runs, it also does if
-    it holds images or class folders of images. *setting* names *folder* unless it is an argument.
+    It has photographs if it is the folder *images* or below it, or if it holds images or class
+    folders of images. A folder that already holds bundles or runs is not searched for these.
+    *setting* names *folder* unless it is an argument.
     """
     if has_manifest(folder):
         raise ConfigError(f"{folder} is a bundle; choose another folder", setting=setting)
@@ -240,6 +242,7 @@ def check_takes_output(folder: Path, setting: str | None, images: Path | None = 
         raise ConfigError(
             f"{folder} is in the photographs of {images}; {advice}", setting=setting
         )
+
     waiting = [folder] if folder.is_dir() and not holds_output(folder) else []
     while waiting:
         inner = waiting.pop()
@@ -401,7 +404,8 @@ def find_parts(root: Path) -> Parts:
     names = list_subfolders(root)
     kinds = part_kinds(names)
 
-    # The training part. A part contains folders; without any, it may be a class beside others.
+    # The training part contains folders. One without any may be a class, beside a folder that
+    # may be another one.
     candidates = [name for name in names if kinds[name] in TRAINING]
     flat = [name for name in candidates if not list_subfolders(root / name)]
     if flat and any(not kinds[name] and not holds_other_files(root, name) for name in names):

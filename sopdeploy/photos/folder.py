@@ -117,6 +117,7 @@ def open_parts(
 
 
 def _open_parts(root: Path, max_held_out: int | None, classes_from: str) -> OpenedParts:
+    """Do what `open_parts` says."""
     # An official layout.
     if (kind := detect_kind(root)) is not None:
         train = open_part(kind, "train", root)
@@ -188,11 +189,29 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
         notes.append(
             f"{root}: left out, because they are or hold bundles or runs: {shorten(outputs)}"
         )
-    other_files = list[str]()
     for listing in listings.values():
         notes += listing.notes
+    other_files = _list_other_files(root, [*listings.values()], classes_from, notes)
+    if other_table:
+        notes.append(describe_other_table(root, other_table))
+
+    opened = {name: listing.images for name, listing in listings.items()}
+    return OpenedParts(opened, problems, notes, count_suffixes(other_files))
+
+
+def _list_other_files(
+    root: Path, listings: Sequence[ClassListing], classes_from: str, notes: list[str]
+) -> list[str]:
+    """List the files that are no images: in the class folders of *listings*, beside them, and in *root*.
+
+    *notes* gets a line about the images beside class folders, unless *classes_from* is a pattern,
+    which finds their classes.
+    """
+    other_files = list[str]()
+    for listing in listings:
         other_files += chain.from_iterable(listing.other_files.values())
-    for folder in dict.fromkeys((root, *(one.images.root for one in listings.values()))):
+
+    for folder in dict.fromkeys((root, *(listing.images.root for listing in listings))):
         beside, others = list_files(folder)
         other_files += others
         if beside and not is_pattern(classes_from):
@@ -200,11 +219,7 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
                 f"{folder}: {amount(len(beside), 'image')} beside the class folders left out: "
                 f"{shorten(beside)}"
             )
-    if other_table:
-        notes.append(describe_other_table(root, other_table))
-
-    opened = {name: listing.images for name, listing in listings.items()}
-    return OpenedParts(opened, problems, notes, count_suffixes(other_files))
+    return other_files
 
 
 def _list_held_out(
@@ -240,7 +255,8 @@ def _check_tells_classes(
 ) -> None:
     """Raise `DataError` if the training images have fewer than two classes, or doubtful ones.
 
-    *other_table* lists the images, but is not read; errors name it.
+    With *classes_from*, no class is doubtful. *other_table* lists the images, but is not read;
+    errors name it.
     """
     images = train.images
     table_hint = _hint_at_table(root, other_table)
@@ -273,8 +289,9 @@ def _check_tells_classes(
         ask_about_parts_inside(images)
         ask_about_subfolders(images)
         ask_about_general_names(images, table_hint)
-        is_listed = other_table and not mentions(other_table, images.labels)
-        ask_about_numbered_folders(images, table_hint if is_listed else "")
+        # A table without the names of the folders may have other classes.
+        has_other_names = other_table and not mentions(other_table, images.labels)
+        ask_about_numbered_folders(images, table_hint if has_other_names else "")
 
 
 def _hint_at_table(root: Path, other_table: Path | None) -> str:

@@ -69,16 +69,20 @@ def ask_about_held_out_classes(images: ImageFiles, held_out: Sequence[str]) -> N
     filled = [images.labels[index] for index in np.flatnonzero(images.class_counts())]
     doubtful = [label for label in filled if label in map(normalize, held_out)]
     others = [label for label in filled if label not in doubtful]
-    if doubtful and others and all(part_kind(label) in TRAINING for label in others):
+    if not doubtful or not others:
+        return
+
+    # Parts of a data set without classes, such as train/ and val/.
+    if all(part_kind(label) in TRAINING for label in others):
         raise DataError(
             f"{images.root}: {shorten(filled)} hold no class folders; sort the images of each into one "
             f"subfolder per class{suggest_sorting_by_hand(images.root / others[0])}; {GO_ON} if they are the classes"
         )
-    if doubtful and others:
-        raise DataError(
-            f"{images.root}: {shorten(doubtful)} would be a class, as {shorten(others)}; {GO_ON} if it is; if it "
-            f"holds other photographs of {shorten(others)}, move {shorten(others)} into a folder {TRAIN} beside it"
-        )
+
+    raise DataError(
+        f"{images.root}: {shorten(doubtful)} would be a class, as {shorten(others)}; {GO_ON} if it is; if it "
+        f"holds other photographs of {shorten(others)}, move {shorten(others)} into a folder {TRAIN} beside it"
+    )
 
 
 def ask_about_general_names(images: ImageFiles, hint: str) -> None:
@@ -182,9 +186,12 @@ def suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --dat
 def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
     """Find the subfolders that may be the classes; None without any.
 
-    They are those of one folder: of the folders with several subfolders, or else of all, that
-    with the most images. Unless there is no other class, other folders share some of them, or
-    they hold nearly all images (`NEARLY_ALL`).
+    They are two or more, those of one folder: of the folders with several subfolders, that with
+    the most images. One of these holds, too:
+
+    - no class folder holds images itself, and other folders share some of the names, or there is
+      no other class,
+    - they hold nearly all images (`NEARLY_ALL`), and differ in words.
     """
     # Images of each subfolder, by the path of its parent.
     counts = defaultdict[str, Counter[str]](Counter)
@@ -196,8 +203,6 @@ def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
     if not counts:
         return None
 
-    # Subfolders may be classes if other folders have some of them, too, or if there is no other
-    # class.
     best = max(counts, key=lambda parent: (len(counts[parent]) > 1, counts[parent].total()))
     names = counts.pop(best)
     other_names = set[str]().union(*counts.values())

@@ -132,23 +132,26 @@ def find_table(root: Path) -> Path | None:
                 "the folders are the classes"
             )
 
-    # An export counts if it lists all images, and has a class for most of its rows.
     exports = [root / name for name in EXPORTS]
     for pattern in NUMBERED:
         exports += sorted(root.glob(pattern))
-    for export in exports:
-        if export.is_file():
-            with suppress(DataError):
-                images, _other_files = list_images(root)
-                in_train = [
-                    path for path in images if path.rpartition(b"/")[0] == os.fsencode(TRAIN)
-                ]
-                rows = _read_rows(export, images)
-                num_labelled = sum(row.classes is not None for row in rows)
-                lists_all = {row.path for row in rows} >= {*(in_train or images)}
-                if lists_all and 2 * num_labelled > len(rows):
-                    return export
-    return None
+    return next((export for export in exports if _labels_all_images(root, export)), None)
+
+
+def _labels_all_images(root: Path, export: Path) -> bool:
+    """Tell whether *export* is a file that lists the images in *root* as `find_table` demands."""
+    if not export.is_file():
+        return False
+    try:
+        images, _other_files = list_images(root)
+        rows = _read_rows(export, images)
+    except DataError:
+        return False
+
+    in_train = [path for path in images if path.rpartition(b"/")[0] == os.fsencode(TRAIN)]
+    lists_all = {row.path for row in rows} >= {*(in_train or images)}
+    num_labelled = sum(row.classes is not None for row in rows)
+    return lists_all and 2 * num_labelled > len(rows)
 
 
 def read_table_text(table: Path) -> str:
@@ -198,7 +201,7 @@ def read_table_text(table: Path) -> str:
 def read_label_table(
     table: Path, labels: tuple[str, ...] | None = None, *, multi_label: bool | None = None
 ) -> OpenedParts:
-    """Read *table*; its classes must be among *labels*, by default all classes, sorted.
+    """Read *table*, whose classes must be among *labels*; by default, these are its classes, sorted.
 
     The parts are `train` and `val`, or `UNSPLIT` without a column `split`. Their targets are
     (N, C) float32, 1 for the classes of an image, or class indices (N,). *multi_label* is by
@@ -365,12 +368,13 @@ class _ListedImages:
         has_windows_path = "\\" in name and not (self.root / name).is_file()
         file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
         exists = (self.root / file).is_file()
-        is_wrong = not has_image_suffix(file.name)
+        names_image = has_image_suffix(file.name)
         if exists:
-            is_wrong = not is_image(self.root / file)
+            names_image = is_image(self.root / file)
 
+        is_path_outside = file.is_absolute() or ".." in file.parts
         named_path = _find_by_name(name, self.path_of_name)  # None: no image, or several
-        if named_path is None and (file.is_absolute() or ".." in file.parts or is_wrong):
+        if named_path is None and (is_path_outside or not names_image):
             raise DataError(
                 f"{where}: {name!r} is not the path of an image, relative to the folder, without .., or the "
                 "name of one image in it"
@@ -393,11 +397,12 @@ def _index_names(image_paths: list[bytes]) -> dict[str, bytes | None]:
 
 
 def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes | None:
-    """Find the one image that *name* means: its name, a path elsewhere or an address; None without one.
+    """Find the one image that *name* means; None if it is none, or several.
 
-    *path_of_name* is the result of `_index_names`. Label Studio names an uploaded image
-    `/data/upload/1/0a1b2c3d-photo.jpg`, and one of a folder
-    `/data/local-files/?d=folder/photo.jpg`.
+    *name* may be the name of a file, a path elsewhere, or an address: Label Studio writes
+    `/data/upload/1/0a1b2c3d-photo.jpg` for an uploaded image, and
+    `/data/local-files/?d=folder/photo.jpg` for one of a folder. *path_of_name* is the result of
+    `_index_names`.
     """
     path = PurePosixPath(unquote(name.rpartition("?d=")[2]).replace("\\", "/"))
     names = [name]
@@ -511,7 +516,7 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
         written = [name.strip() for name in reader.fieldnames or ()]
         headings = [lookalike_key(column) for column in written]
         columns = reader.fieldnames = rename(headings)
-        wrong = DataError(
+        wrong_columns = DataError(
             f"{table}: has the columns {shorten(headings) or 'none'}; write file,classes and optionally "
             "split and group, or rename the file if the folders are the classes"
         )
@@ -529,7 +534,7 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
 
         is_doubled = len({*columns}) < len(columns)
         if "file" not in columns or is_doubled or not (names or "classes" in columns):
-            raise wrong
+            raise wrong_columns
 
         # The cells of each line, with the classes in one of them.
         for record in reader:
@@ -542,7 +547,7 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
             cells = {name: value.strip() for name, value in record.items()}
             if names:
                 if not {cells[column] for column in names} <= {"0", "1"}:
-                    raise wrong
+                    raise wrong_columns
                 cells["classes"] = SEPARATOR.join(
                     names[column] for column in names if cells[column] == "1"
                 )

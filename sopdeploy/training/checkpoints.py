@@ -347,7 +347,10 @@ class Resumed(NamedTuple):
 
 
 def read_resumed(last: Checkpoint, source: Path) -> Resumed:
-    """Read the state of the run of *last*; raises `CheckpointError` if it has none or a damaged one."""
+    """Read the state of the run of *last*.
+
+    Raises `CheckpointError` if it has none, a damaged one, or unknown keys of a newer version.
+    """
     state = last.resume
     if state is None:
         raise CheckpointError(
@@ -446,6 +449,7 @@ class RunFolder:
         # Only the first process holds the lock; the others learn below whether it is free.
         is_free = True
         if self.strategy.rank == 0:
+            # If anything fails here, the new folders are removed again.
             with ExitStack() as created:
                 with writing(path):
                     created.enter_context(new_folder(self.path))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import pydantic
+from pydantic.fields import FieldInfo
 
 from sopdeploy.config import Count, FieldValues, PositiveRate, StrictModel, first_problem
 from sopdeploy.data.augment import BoxCrop
@@ -331,8 +332,8 @@ def change_recipe(
     *changes* are dotted keys with their values. If they select another network, data source or
     procedure, options that the selected one does not have are dropped. Selecting `fine_tune`
     adds `FINE_TUNE_SETTINGS`, which other *changes* override. If `preprocess.crop` changes
-    alone, `preprocess.resize` keeps its ratio to it. Raises `ConfigError` that names
-    the file or key, and the closest key.
+    alone, `preprocess.resize` keeps its ratio to it. Raises `ConfigError`, which names the file or
+    key, and the closest key.
     """
     values = deepcopy(dict(base))
     # By keys of values: a change may be a whole table.
@@ -456,9 +457,18 @@ def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[s
     """Yield the dotted keys of *config* and of the tables in it, of every kind."""
     for name, field in config.model_fields.items():
         yield prefix + name
-        for table in (field.annotation, *get_args(field.annotation)):
-            if isinstance(table, type) and issubclass(table, pydantic.BaseModel):
-                yield from _list_keys(table, f"{prefix}{name}.")
+        for table in _tables(field):
+            yield from _list_keys(table, f"{prefix}{name}.")
+
+
+def _tables(field: FieldInfo) -> list[type[pydantic.BaseModel]]:
+    """List the kinds of tables that *field* may have; a plain value has none."""
+    types = (field.annotation, *get_args(field.annotation))
+    return [
+        kind
+        for kind in types
+        if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)
+    ]
 
 
 def has_key(config: type[pydantic.BaseModel], key: Sequence[str]) -> bool:
@@ -473,14 +483,8 @@ def has_key(config: type[pydantic.BaseModel], key: Sequence[str]) -> bool:
     if not rest:
         return True
 
-    # The kinds of tables that the field may have; a plain value has none, and no keys.
-    types = (field.annotation, *get_args(field.annotation))
-    kinds = [
-        kind
-        for kind in types
-        if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)
-    ]
-    if not kinds:
+    kinds = _tables(field)
+    if not kinds:  # a plain value has no keys
         return False
     return len(kinds) > 1 or has_key(kinds[0], rest)
 

@@ -42,10 +42,10 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
     # Count the processes in which gradient, loss and all buffers are finite, before weights
     # change. The buffers are above all the running statistics of batch norms, which include this
     # batch; their norm is the largest absolute value.
-    largest = [get_total_norm(run.float_buffers, math.inf)] if run.float_buffers else []
-    is_finite = (
-        torch.stack([value.double() for value in (norm, loss.total, *largest)]).isfinite().all()
-    )
+    checked = [norm, loss.total]
+    if run.float_buffers:
+        checked.append(get_total_norm(run.float_buffers, math.inf))
+    is_finite = torch.stack([value.double() for value in checked]).isfinite().all()
     finite_count = run.strategy.all_reduce(is_finite.double())
 
     if recipe.optimizer.clip_norm:  # 0 disables clipping

@@ -60,6 +60,11 @@ def training_loss(
     return Loss(total, parts, output.component_counts)
 
 
+def _main_logits(output: Tensor | TrainingOutput) -> Tensor:
+    """Return the logits (B, classes) of the main head in the *output* of a network."""
+    return output if isinstance(output, Tensor) else output.logits
+
+
 class Teacher:
     """A teacher network; with `learns` it is trained jointly, and its weights are part of the run.
 
@@ -121,7 +126,7 @@ class Teacher:
         section 2). This gradient does not reach the teacher. A teacher that learns adds its own
         loss.
         """
-        logits = output if isinstance(output, Tensor) else output.logits
+        logits = _main_logits(output)
         temperature = self.config.temperature
         share = self.config.share
 
@@ -129,9 +134,7 @@ class Teacher:
             teacher_output = self.model(
                 images.contiguous(memory_format=images_format(self.model))
             )
-        teacher_logits = (
-            teacher_output if isinstance(teacher_output, Tensor) else teacher_output.logits
-        )
+        teacher_logits = _main_logits(teacher_output)
 
         # The divergence of Hinton et al., times the squared temperature.
         log_teacher = log_softmax(teacher_logits.detach().float() / temperature, dim=1)

@@ -49,10 +49,11 @@ def fit_loop(
     """Train the network of *run*, which may be a resumed one, by gradient descent.
 
     Writes `last.pt`, the history and, unless it starts from a frozen network, `best.pt` of the
-    best epoch. Returns what *finish* does,
-    by default `fit_best`: the fit, and the entry `training` of `best.pt`, which is empty in all
-    but the first process. Raises `TrainingStoppedError` after a stop signal, and `DataError`
-    for images that cannot be used.
+    best epoch. At the end, calls *finish*, by default `fit_best`, and returns its result: the
+    fit, and the entry `training` of `best.pt`, which is empty in all but the first process.
+
+    Raises `TrainingStoppedError` after a stop signal, `DataError` for images that cannot be used,
+    and `TrainingError` if a value is not finite.
     """
     recipe = run.recipe
     data = run.setup.data
