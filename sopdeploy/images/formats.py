@@ -82,7 +82,10 @@ def open_image(
             for marker, _ in jpeg_segments(body):
                 # Libjpeg does not tell whether the data of arithmetic frames are complete.
                 if marker in ARITHMETIC_FRAMES:
-                    reason = "JPEG files with the arithmetic code are not accepted; use the Huffman code"
+                    reason = (
+                        "JPEG files with the arithmetic code are not accepted; "
+                        "use the Huffman code"
+                    )
                     raise _unsupported_error(reason)
                 if marker in FRAMES or marker == SCAN:
                     break

@@ -123,7 +123,10 @@ def describe_suffixes(counts: Mapping[str, int]) -> str:
 def describe_skipped(counts: Mapping[str, int]) -> str:
     """Say how many files of which suffix were skipped."""
     count = sum(counts.values())
-    return f"{amount(count, 'file')} skipped, not {describe_formats()}: {describe_suffixes(counts)}"
+    return (
+        f"{amount(count, 'file')} skipped, not {describe_formats()}: "
+        f"{describe_suffixes(counts)}"
+    )
 
 
 def note_skipped(root: Path, counts: Mapping[str, int]) -> None:

@@ -31,9 +31,9 @@ from sopdeploy.photos.photo import ImageFiles
 # Images whose features are computed, which takes about four minutes on a CPU
 MAX_FEATURES = 10_000
 EDGES_MISS = (
-    "near-duplicates were found by edges, which miss some of the strong crops; up to "
-    f"{MAX_FEATURES:,} images are compared by a network if sopdeploy[train] is installed and a `train` has "
-    "downloaded its weights"
+    "near-duplicates were found by edges, which miss some of the strong crops; up "
+    f"to {MAX_FEATURES:,} images are compared by a network if sopdeploy[train] is "
+    "installed and a `train` has downloaded its weights"
 )
 
 

@@ -103,8 +103,9 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
     nested_folders = sorted(map(os.fsdecode, nested))
     if nested_folders:
         notes.append(
-            f"{root}: images of folders in a class folder count as images of that class, those of several "
-            f"folders as a group each: {shorten(nested_folders)}"
+            f"{root}: images of folders in a class folder count as images of that "
+            "class, those of several folders as a group each: "
+            f"{shorten(nested_folders)}"
             + (suggest_folder(images) or "; move these folders up if they are classes")
         )
     notes += [f"{root}: {line}" for line in describe_confusable(labels)]
@@ -174,7 +175,8 @@ def _list_by_name(
     if without and labels:
         names = shorten([*map(os.fsdecode, without)])
         notes.append(
-            f"{root}: {amount(len(without), 'image')} left out, in whose names {pattern!r} finds no class: {names}"
+            f"{root}: {amount(len(without), 'image')} left out, in whose names "
+            f"{pattern!r} finds no class: {names}"
         )
     kept = [path for path, label in zip(paths, label_of_path, strict=True) if label]
     targets = [labels.index(label) for label in label_of_path if label]
@@ -210,14 +212,20 @@ def describe_class_problems(
         alike = [folder for folder in unknown if lookalike_key(folder) == lookalike_key(label)]
         if alike:
             names = " and ".join(map(repr, alike))
-            yield f"{root}: the class {names} is {label!r} in the training images; rename one of them"
+            yield (
+                f"{root}: the class {names} is {label!r} in the training images; "
+                "rename one of them"
+            )
             unknown = [folder for folder in unknown if folder not in alike]
         else:
             missing.append(label)
 
     # Other unknown classes. Missing ones are told with them: these may be the same ones.
     if unknown:
-        yield f"{root}: classes {shorten(unknown)} are not training classes, remove them or train on them"
+        yield (
+            f"{root}: classes {shorten(unknown)} are not training classes, remove "
+            "them or train on them"
+        )
     if missing and unknown:
         yield f"{root}: training classes {shorten(missing)} are missing, add them"
 

@@ -144,8 +144,9 @@ class _Measured(NamedTuple):
 def describe_clip(files: Sequence[str]) -> str:
     """Describe groups of images that were found; *files* are two of them."""
     return (
-        f"files named like {' and '.join(files)} are frames of one clip, or show one object, by their names "
-        "and likeness: they share a fold; if all files show different ones, give --set data.groups='.*'"
+        f"files named like {' and '.join(files)} are frames of one clip, or show "
+        "one object, by their names and likeness: they share a fold; if all files "
+        "show different ones, give --set data.groups='.*'"
     )
 
 
@@ -153,9 +154,10 @@ def describe_possible_clip(files: Sequence[str], pattern: str) -> str:
     """Describe images that may be a group, such as *files*; *pattern* finds what their names share."""
     by_name = f"--set data.groups={quote(pattern)}" if pattern else "--set data.groups=PATTERN"
     return (
-        f"files named like {' and '.join(files)} resemble each other more than other files of their class; "
-        "if they are frames of one clip, or show one object, the accuracy is too high: give each object a "
-        f"folder or, if a part of the name tells it, {by_name}"
+        f"files named like {' and '.join(files)} resemble each other more than "
+        "other files of their class; if they are frames of one clip, or show one "
+        "object, the accuracy is too high: give each object a folder or, if a "
+        f"part of the name tells it, {by_name}"
     )
 
 

@@ -90,8 +90,9 @@ def describe_seen(
     if not seen:
         return ""
     return (
-        f"{'at least ' if is_sample else ''}{seen} of {len(images)} images are training images of this "
-        "network, so that these figures are too high for new images"
+        f"{'at least ' if is_sample else ''}{seen} of {len(images)} images are "
+        "training images of this network, so that these figures are too high for "
+        "new images"
     )
 
 

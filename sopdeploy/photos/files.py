@@ -138,7 +138,8 @@ def describe_confusable(names: Iterable[str]) -> list[str]:
     for name in sorted(set(names)):
         alike[lookalike_key(name)].append(name)
     return [
-        f"{' and '.join(map(repr, several))} are different classes; rename one if they are the same"
+        f"{' and '.join(map(repr, several))} are different classes; rename one if "
+        "they are the same"
         for several in alike.values()
         if len(several) > 1
     ]
@@ -169,7 +170,8 @@ def naming_all_undecodable(root: Path) -> Iterator[None]:
         if len(names) < 2:
             raise
         raise DataError(
-            f"{root}: {len(names)} names are not UTF-8, such as those of a ZIP file of Windows; rename them: "
+            f"{root}: {len(names)} names are not UTF-8, such as those of a ZIP "
+            "file of Windows; rename them: "
             f"{shorten([repr(name) for name in sorted(names)])}",
             lists={"names": sorted(names)},
         ) from None
@@ -412,7 +414,8 @@ def find_parts(root: Path) -> Parts:
         candidates = [name for name in candidates if name not in flat]
     if len(candidates) > 1:
         raise DataError(
-            f"{root}: {shorten(candidates)} may all hold the training images; rename all but one"
+            f"{root}: {shorten(candidates)} may all hold the training images; "
+            "rename all but one"
         )
 
     # The held-out parts, in the order of `HELD_OUT`.

@@ -94,7 +94,8 @@ def open_folder(path: Path, classes_from: str = "") -> Split:
     small = [label for label in train.labels if label not in kept]
     if len(kept) < 2:
         raise DataError(
-            f"{root}: a classifier needs two classes of two images or more; add images of {shorten(small)}"
+            f"{root}: a classifier needs two classes of two images or more; add "
+            f"images of {shorten(small)}"
         )
     if not small:
         return Split.undivided(train, notes)
@@ -133,7 +134,8 @@ def _open_parts(root: Path, max_held_out: int | None, classes_from: str) -> Open
         check_has_classes(table, name, images)
     train, *_ = opened.parts.values()
     problems = [
-        f"{table}: no training image of {train.labels[index]}; set the split of one of its images to {TRAIN}"
+        f"{table}: no training image of {train.labels[index]}; set the split of "
+        f"one of its images to {TRAIN}"
         for index in np.flatnonzero(train.class_counts() == 0)
     ]
     notes = [*opened.notes]
@@ -181,7 +183,8 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
             missing = [label for label in labels if label not in listing.images.labels]
             listings[name] = listing._replace(images=select_classes(listing.images, labels))
             notes.append(
-                f"{listing.images.root}: no images of {shorten(missing)}, so that the score tells nothing about them"
+                f"{listing.images.root}: no images of {shorten(missing)}, so that "
+                "the score tells nothing about them"
             )
 
     # What is not used is named and counted.
@@ -274,12 +277,13 @@ def _check_tells_classes(
         hint = next(filter(None, hints), "")
         if len(images.labels) == 1:
             raise DataError(
-                f"{images.root}: holds only one class ({images.labels[0]}); a classifier needs at least two"
-                + (hint or suggest_sorting(images))
+                f"{images.root}: holds only one class ({images.labels[0]}); a "
+                "classifier needs at least two" + (hint or suggest_sorting(images))
             )
         if filled and hint:
             raise DataError(
-                f"{images.root}: only {filled[0]} holds images; a classifier needs at least two classes{hint}"
+                f"{images.root}: only {filled[0]} holds images; a classifier needs "
+                f"at least two classes{hint}"
             )
 
     # Folders that may be no classes.
@@ -321,8 +325,9 @@ def _describe_unlabelled(listing: ClassListing) -> str:
     if not count:
         return f"{folder}: left out, because it is empty"
     return (
-        f"{folder}: left out, because it has none of the classes: {amount(count, 'image')}, which "
-        f"`sopdeploy predict BUNDLE {quote(str(folder))}` can classify"
+        f"{folder}: left out, because it has none of the classes: "
+        f"{amount(count, 'image')}, which `sopdeploy predict BUNDLE "
+        f"{quote(str(folder))}` can classify"
     )
 
 
@@ -386,8 +391,8 @@ def _find_part_folders(root: Path, parts: Parts) -> dict[str, Path]:
     """
     if parts.held_out and not parts.train and not parts.others:
         raise DataError(
-            f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there, or rename the "
-            "folders if they are classes"
+            f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training "
+            "images there, or rename the folders if they are classes"
         )
     if not parts.train:
         return {UNSPLIT: root}
@@ -397,8 +402,9 @@ def _find_part_folders(root: Path, parts: Parts) -> dict[str, Path]:
         classes = [name for name in parts.others if holds_images(root / name)]
         if classes:
             raise DataError(
-                f"{root}: {parts.train} may be a class, as {shorten(classes)}, or hold the training images; "
-                f"rename it if it is a class, or move the others out of this folder"
+                f"{root}: {parts.train} may be a class, as {shorten(classes)}, or "
+                "hold the training images; rename it if it is a class, or move "
+                "the others out of this folder"
             )
     return {name: part_folder(root, name) for name in (parts.train, *parts.held_out)}
 
@@ -421,7 +427,10 @@ def _describe_parts(
     if parts.train:
         unused = {*parts.held_out, *parts.others} - {*used, *unlabelled}
         if unused:
-            yield f"{root}: training uses {' and '.join(used)} only, not {shorten(sorted(unused))}"
+            yield (
+                f"{root}: training uses {' and '.join(used)} only, not "
+                f"{shorten(sorted(unused))}"
+            )
         return
 
     train_classes = [name for name in parts.others if part_kind(name) in TRAINING]

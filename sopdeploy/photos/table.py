@@ -128,8 +128,8 @@ def find_table(root: Path) -> Path | None:
     for other in sorted(root.glob("[lL][aA][bB][eE][lL][sS].*")):
         if other.is_file() and not is_image(other):
             raise DataError(
-                f"{other}: not read; save it as {LABELS_FILE} with the columns file,classes, or rename it if "
-                "the folders are the classes"
+                f"{other}: not read; save it as {LABELS_FILE} with the columns "
+                "file,classes, or rename it if the folders are the classes"
             )
 
     exports = [root / name for name in EXPORTS]
@@ -283,7 +283,8 @@ def _build_targets(
     if not_single.size > 0:
         place = rows[not_single[0]].place
         raise DataError(
-            f"{table}: {place}: has no class or several, but the network predicts one; keep one class"
+            f"{table}: {place}: has no class or several, but the network predicts "
+            "one; keep one class"
         )
     return targets.argmax(axis=1)
 
@@ -324,7 +325,8 @@ def _read_rows(
             classes = {normalize(label.strip()) for label in SEPARATORS.split(listed)}
         if classes and "" in classes:
             raise DataError(
-                f"{where}: {listed!r} has an empty class name; separate classes by one {SEPARATOR}"
+                f"{where}: {listed!r} has an empty class name; separate classes by "
+                f"one {SEPARATOR}"
             )
 
         part = cells.get(SPLIT)  # None without this column
@@ -376,8 +378,8 @@ class _ListedImages:
         named_path = _find_by_name(name, self.path_of_name)  # None: no image, or several
         if named_path is None and (is_path_outside or not names_image):
             raise DataError(
-                f"{where}: {name!r} is not the path of an image, relative to the folder, without .., or the "
-                "name of one image in it"
+                f"{where}: {name!r} is not the path of an image, relative to the "
+                "folder, without .., or the name of one image in it"
             )
 
         if exists:
@@ -517,8 +519,9 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
         headings = [lookalike_key(column) for column in written]
         columns = reader.fieldnames = rename(headings)
         wrong_columns = DataError(
-            f"{table}: has the columns {shorten(headings) or 'none'}; write file,classes and optionally "
-            "split and group, or rename the file if the folders are the classes"
+            f"{table}: has the columns {shorten(headings) or 'none'}; write "
+            "file,classes and optionally split and group, or rename the file if "
+            "the folders are the classes"
         )
 
         # Classes can have a column each, instead of one column for all.
@@ -541,7 +544,8 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
             line = reader.line_num + start.lines_before
             if None in record or None in record.values():  # more or fewer cells than columns
                 raise DataError(
-                    f"{table}: line {line}: does not have {len(columns)} columns; quote names with commas"
+                    f"{table}: line {line}: does not have {len(columns)} columns; "
+                    "quote names with commas"
                 )
 
             cells = {name: value.strip() for name, value in record.items()}

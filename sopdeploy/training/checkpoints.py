@@ -173,8 +173,8 @@ class Setup:
         is_resumed = not is_new and not self.is_few_shot and next_epoch <= self.recipe.epochs
         resumed = f", resumed at epoch {next_epoch}" if is_resumed else ""
         yield (
-            f"{len(self.data.train)} training images, {len(self.data.held_out)} held out{resumed}; "
-            f"the network sees {crop} x {crop} pixels"
+            f"{len(self.data.train)} training images, {len(self.data.held_out)} "
+            f"held out{resumed}; the network sees {crop} x {crop} pixels"
         )
 
 
@@ -229,8 +229,8 @@ def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Che
     checked = tree_leaves({"weights": weights, "learning": learning, "resume": resume})
     if not all(bool(value.isfinite().all()) for value in checked if isinstance(value, Tensor)):
         raise TrainingError(
-            "weights or optimizer state are not finite; nothing was saved, lower optimizer.lr or set "
-            "optimizer.clip_norm"
+            "weights or optimizer state are not finite; nothing was saved, lower "
+            "optimizer.lr or set optimizer.clip_norm"
         )
 
     # With several classes per image and no decision: the thresholds of the last finished epoch.
@@ -469,7 +469,8 @@ class RunFolder:
 
         if int(self.strategy.all_reduce(torch.tensor(int(is_free)))) != self.strategy.world:
             raise ConfigError(
-                f"{self.path}: another process trains in this folder; wait for its end or choose another",
+                f"{self.path}: another process trains in this folder; wait for its "
+                "end or choose another",
                 setting="out",
                 code=IN_USE,
             )

@@ -220,13 +220,15 @@ class Recipe(SharedSettings, LoopSettings):
         """
         if ignored := [key for key in given if not self.reads(key)]:
             raise ConfigError(
-                f"{', '.join(ignored)}: without effect in the procedure {self.procedure.kind}; remove them, "
-                "or choose another one with procedure.kind"
+                f"{', '.join(ignored)}: without effect in the procedure "
+                f"{self.procedure.kind}; remove them, or choose another one with "
+                "procedure.kind"
             )
 
         if not holds_out and (ignored := [key for key in given if key in HOLD_OUT_KEYS]):
             raise ConfigError(
-                f"{', '.join(ignored)}: without effect, because the data have held-out images; remove them"
+                f"{', '.join(ignored)}: without effect, because the data have "
+                "held-out images; remove them"
             )
 
     @property
@@ -291,28 +293,32 @@ class Recipe(SharedSettings, LoopSettings):
         removal = self.model.remove_branches_at
         if removal is not None and removal >= self.epochs:
             raise ValueError(
-                f"model.remove_branches_at: the run has only {self.epochs} epochs; give an earlier epoch"
+                f"model.remove_branches_at: the run has only {self.epochs} epochs; "
+                "give an earlier epoch"
             )
         if removal is not None and self.frozen_backbone:
             raise ValueError(
-                "model.remove_branches_at: nothing would learn after it with start.learn = branches"
+                "model.remove_branches_at: nothing would learn after it with "
+                "start.learn = branches"
             )
 
         if not self.first_phase:
             return self
         if self.first_phase >= self.epochs:
             raise ValueError(
-                f"start.classifier_epochs: the run has only {self.epochs} epochs; give fewer than these"
+                f"start.classifier_epochs: the run has only {self.epochs} epochs; "
+                "give fewer than these"
             )
 
         if self.start is not None and self.start.learn in ("branches", "classifier"):
             raise ValueError(
-                f"start.classifier_epochs: the classifier does not learn first with start.learn = "
-                f"{self.start.learn}; give all or last_stages"
+                "start.classifier_epochs: the classifier does not learn first "
+                f"with start.learn = {self.start.learn}; give all or last_stages"
             )
         if self.teacher is not None and self.teacher.weights is None:
             raise ValueError(
-                "start.classifier_epochs: a teacher that is trained jointly needs one phase; set it to 0"
+                "start.classifier_epochs: a teacher that is trained jointly needs "
+                "one phase; set it to 0"
             )
 
         return self
@@ -430,8 +436,9 @@ def check_same_recipe(recipe: Recipe, recorded: Recipe, source: Path) -> None:
     for key in sorted((before.keys() | now.keys()) - CHANGEABLE_KEYS):
         if now.get(key) != before.get(key):
             raise ConfigError(
-                f"{source}: the run started with {key} = {before.get(key)}, now it is {now.get(key)}; "
-                "resume with the same recipe or start a new run in another folder"
+                f"{source}: the run started with {key} = {before.get(key)}, now it "
+                f"is {now.get(key)}; resume with the same recipe or start a new "
+                "run in another folder"
             )
 
 

@@ -90,14 +90,14 @@ class Teacher:
             stored = read_checkpoint(path)
             if stored.labels != labels:
                 raise ConfigError(
-                    f"teacher.weights: {path} has other classes than the data; train the teacher on the same "
-                    "classes"
+                    f"teacher.weights: {path} has other classes than the data; "
+                    "train the teacher on the same classes"
                 )
             stored_colors = (stored.preprocess.mean, stored.preprocess.std)
             if stored_colors != (preprocess.mean, preprocess.std):
                 raise ConfigError(
-                    f"teacher.weights: {path} normalizes colors differently; set the same preprocess.mean "
-                    "and std"
+                    f"teacher.weights: {path} normalizes colors differently; set "
+                    "the same preprocess.mean and std"
                 )
             self.model = build_classifier(stored, path).eval().requires_grad_(False)
         elif config.model is not None:
@@ -107,14 +107,15 @@ class Teacher:
             )
         else:
             raise ConfigError(
-                "teacher.weights: not set; give the checkpoint of the teacher, or teacher.model to train it"
+                "teacher.weights: not set; give the checkpoint of the teacher, or "
+                "teacher.model to train it"
             )
 
         # Only networks with a gate have this option.
         if self.learns and hasattr(self.model.config, "balance_weight"):
             raise ConfigError(
-                "teacher.model: a network with a gate cannot be trained jointly; train it first and set "
-                "teacher.weights"
+                "teacher.model: a network with a gate cannot be trained jointly; "
+                "train it first and set teacher.weights"
             )
 
     def distillation_loss(
