@@ -162,7 +162,10 @@ def _jpeg_orientation_info(body: bytes) -> dict[str, bytes]:
 
 
 def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of the chunks that `without_metadata` leaves out, also of damaged ones."""
+    """Yield begin and end of the chunks that `without_metadata` leaves out.
+
+    They are the ancillary chunks that are not needed, or damaged.
+    """
     # Chunks follow the signature.
     begin = 8
     remaining = MAX_TEXT  # bytes of texts that may still be unpacked
@@ -342,7 +345,7 @@ def webp_size(body: bytes) -> tuple[int, int]:
     libwebp allocates the pixels before Pillow knows the size, and does not say that it lacks
     memory. Source: RFC 9649, sections 2.5 to 2.7.
     """
-    # The name of the first chunk is in front of 4 bytes of length, then follows its content.
+    # `WEBP` and the name of the first chunk; then follow 4 bytes of its length, and its content.
     kind = body[8:16]
     chunk = body[20:30]
 

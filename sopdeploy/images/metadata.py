@@ -49,9 +49,11 @@ def capture_time(image: Image.Image) -> int:
 def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str]:
     """Copy the image file *body*; return the copy and its suffix, `.jpg` or `.png`.
 
-    An orientation other than upright stays as the only EXIF tag of a JPEG. Raises `ImageError`
-    for a damaged file, for more than *max_pixels*, and if the copy is a PNG, for more than
-    `MAX_COPIED_PIXELS`.
+    The copy of a JPEG has the same pixels, or else is a PNG, as those of other formats are. An
+    orientation other than upright stays as the only EXIF tag of a JPEG; a PNG is upright.
+
+    Raises `ImageError` for a damaged file, for more than *max_pixels*, and if the copy is a PNG,
+    for more than `MAX_COPIED_PIXELS`.
     """
     with open_image(body, max_bytes=len(body), max_pixels=max_pixels) as image:
         # A JPEG is copied by segments, if the copy decodes to the same pixels.

@@ -97,9 +97,9 @@ def _read_part(name: str) -> tuple[str, str]:
     words = [
         word for word in re.split(r"[\s_.-]+", without_number) if word and word not in AFFIXES
     ]
-    singular = [word.removesuffix("set") for word in words]  # as in `trainset`
-    kinds = [word for word in singular if word in TRAINING or word in HELD_OUT]
-    others = [word for word, one in zip(words, singular, strict=True) if one not in kinds]
+    stems = [word.removesuffix("set") for word in words]  # as in `trainset`
+    kinds = [stem for stem in stems if stem in TRAINING or stem in HELD_OUT]
+    others = [word for word, stem in zip(words, stems, strict=True) if stem not in kinds]
     return (kinds[0] if len(kinds) == 1 else ""), " ".join(others)
 
 

@@ -155,7 +155,7 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
     if tables and not classes_from:
         return _open_part_tables(root, _first_parts(folders, max_held_out), tables)
 
-    # The training images tell the classes, or nothing does.
+    # The training images tell the classes; if they do not, the run cannot begin.
     train_name, *held_out_names = folders
     train = list_classes(folders[train_name], classes_from)
     other_table = _find_other_table(root, parts, train)

@@ -139,8 +139,8 @@ def ask_about_numbered_folders(images: ImageFiles, table_hint: str) -> None:
     That is if their names have a word, differ in a number only, and one of these holds:
 
     - *table_hint* is not empty: it describes a table that lists the images without these names,
-    - the names of files begin with the same two words or more in all class folders, and may tell
-      the classes (`suggest_names`).
+    - names of files in each of the folders begin with the same words, two or more, which may be the
+      classes (`suggest_names`).
     """
     # Names without two letters in a row, such as `1` and `a1`, are classes.
     without_numbers = {*map(_without_digits, images.labels)}

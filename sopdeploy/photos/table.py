@@ -177,7 +177,8 @@ def read_table_text(table: Path) -> str:
             raise ValueError("it has null characters, as UTF-16 without a byte order mark")
     except UnicodeDecodeError as error:
         written = encoding.removesuffix("-sig").upper()
-        # The line; in other encodings, the byte of a line break is a part of other characters, too.
+        # The line is known in UTF-8 only: in other encodings, other characters have the byte of a
+        # line break, too.
         where = "it"
         if written == "UTF-8":
             number = error.object.count(b"\n", 0, error.start) + 1
@@ -419,8 +420,8 @@ def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes 
 def find_other_table(images: Sequence[bytes], files: Iterable[Path]) -> Path | None:
     """Find one of the *files* that lists the *images*, but that training does not read; None without one.
 
-    It is a text file that contains the names of half of a sample of the images (`MAX_SAMPLED`),
-    with or without suffix. A single image is no sample: any text may have its name. The
+    It is a text file that contains the names of at least half of a sample of the images
+    (`MAX_SAMPLED`), with or without suffix. A single image is no sample: any text may have its name. The
     beginnings of `MAX_TABLES` files are searched.
     """
     tables = [

@@ -488,7 +488,7 @@ class RunFolder:
 
         "auto" resumes a run if there is one. For a new run, this only checks the folder
         (`check_new`); the caller locks it before it writes. Raises `ConfigError` if there is no
-        run to resume.
+        run to resume, and the errors of `lock`, `check_new` and `read_checkpoint`.
         """
         has_run = self.last.exists()
         if resume is True and not has_run:

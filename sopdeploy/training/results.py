@@ -458,9 +458,9 @@ class FewShotResult(StrictModel):
             yield (
                 f"the images of {shorten(self.diffuse)} resemble each other far "
                 "less than those of other classes: if it is a class for anything "
-                "else, leave it out and give its folder as --unknown; with it, 7 "
-                "to 17 % of foreign images passed as another class, without it 2 "
-                "% (eight sets)"
+                "else, leave it out and give its folder as --unknown; with it, "
+                "7 to 17 % of foreign images passed as another class, "
+                "without it 2 % (eight sets)"
             )
 
         if self.contradictions:

@@ -66,7 +66,7 @@ def describe_run(
     )
     diffuse = validation.problem.diffuse_classes().tolist() if has_one_class else []
 
-    # Held-out images are not judged by the classifiers that did not learn the doubted labels.
+    # Only cross-validation has classifiers that did not learn the doubted labels.
     without_doubted = None
     if label_logits is not None and not len(setup.data.held_out):
         without_doubted = _score_without_doubted(validation, is_doubted_N, label_logits)
@@ -152,11 +152,11 @@ def _find_confused(
     """
     classes = validation.problem.targets.strata[validation.judged]
     predicted = validation.logits[validation.judged].argmax(axis=1)
-    counts_KK = np.zeros((len(labels), len(labels)), np.int64)
+    counts_KK = np.zeros((len(labels), len(labels)), np.int64)  # by class and prediction
     np.add.at(counts_KK, (classes, predicted), 1)
-    right_K = np.diagonal(counts_KK)
-    is_by_chance_KK = counts_KK >= np.maximum(
-        CHANCE * (counts_KK + right_K[:, None]), MIN_CONFUSED
-    )
+
+    # The images of a class that are predicted as this class or as the other one.
+    of_both_KK = counts_KK + np.diagonal(counts_KK)[:, None]
+    is_by_chance_KK = counts_KK >= np.maximum(CHANCE * of_both_KK, MIN_CONFUSED)
     pairs = np.argwhere(np.triu(is_by_chance_KK & is_by_chance_KK.T, 1))
     return tuple((labels[one], labels[other]) for one, other in pairs.tolist())

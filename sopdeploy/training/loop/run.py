@@ -178,7 +178,10 @@ def evaluate_epoch(
     signals: SignalState,
     callback: Callback,
 ) -> None:
-    """Evaluate the exported weights on held-out images, and begin the next epoch."""
+    """Evaluate the exported weights on held-out images, and begin the next epoch.
+
+    Raises `TrainingStoppedError` between two batches if a process was stopped.
+    """
     since = time.monotonic()
     epoch = run.position.epoch
     recipe = run.recipe

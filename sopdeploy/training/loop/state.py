@@ -243,9 +243,8 @@ class LoopState:
                 buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
     def synchronized_fit(self) -> Fit:
-        """Return what is fitted so far, after `synchronize_buffers`; all processes call it."""
+        """Synchronize the buffers, and return what is fitted so far; all processes call it."""
         self.synchronize_buffers()
-
         return Fit(
             name=self.name,
             network=self.exported,
@@ -405,7 +404,10 @@ def group_parameters(model: Classifier, start: StartConfig | None) -> list[dict[
 
 
 def last_loop_record(run: LoopState) -> Checkpoint:
-    """Build the content of `last.pt` of a training loop, which may be between any two steps."""
+    """Build the content of `last.pt` of a training loop, which may be between any two steps.
+
+    All processes call it, because it averages the running statistics over them, in place.
+    """
     resume = resume_of(run.setup, run.position, run.model.state_dict())
     resume["optimizer"] = run.optimizer.state_dict()
     resume["average"] = None if run.average is None else run.average.state_dict()
