@@ -306,7 +306,10 @@ class WeightPath(NamedTuple):
 
 
 def check_is_weights(path: Path) -> WeightPath:
-    """Return *path* with its first bytes; raise `WeightsError` unless weight files begin so."""
+    """Return *path* with its first bytes; raise `WeightsError` unless weight files begin so.
+
+    It is also raised for a folder, a missing file, and one above `MAX_WEIGHTS_BYTES`.
+    """
     if not path.is_file():
         raise WeightsError(f"{path}: {describe_wrong(path, 'weights')}")
     if path.stat().st_size > MAX_WEIGHTS_BYTES:

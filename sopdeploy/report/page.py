@@ -313,7 +313,11 @@ def _describe_learning(
 
 
 def _choose_mistakes(predicted: Predictions) -> dict[tuple[int, int], list[int]]:
-    """Choose wrongly predicted images by (true class, predicted class), the most confident ones first."""
+    """Choose wrongly predicted images by (true class, predicted class), the most confident ones first.
+
+    Of the first `_MAX_CELLS` pairs of classes, each has at least one image. None are chosen if
+    images have several classes.
+    """
     scores = [] if isinstance(predicted, MultiLabelPredictions) else predicted
     wrong = sorted(
         (-score.confidence, index) for index, score in enumerate(scores) if not score.correct
