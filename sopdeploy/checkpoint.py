@@ -391,7 +391,7 @@ def find_wrappers(*tables: Iterable[str]) -> frozenset[str]:
     and others use a name that begins with an underscore. A part is that of a wrapper only if it
     stands alone wherever it occurs: no other part follows the same prefix, but for counters.
     """
-    siblings = defaultdict[tuple[str, str], set[str]](set)
+    siblings = defaultdict[tuple[int, str], set[str]](set)
 
     # By table and prefix, the parts that follow this prefix in the names of the table.
     for number, names in enumerate(tables):
@@ -400,7 +400,7 @@ def find_wrappers(*tables: Iterable[str]) -> frozenset[str]:
                 continue
             parts = name.split(".")
             for depth, part in enumerate(parts):
-                siblings[f"{number}", ".".join(parts[:depth])].add(part)
+                siblings[number, ".".join(parts[:depth])].add(part)
 
     alone = {part for parts in siblings.values() if len(parts) == 1 for part in parts}
     shared = {part for parts in siblings.values() if len(parts) > 1 for part in parts}

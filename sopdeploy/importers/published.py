@@ -65,9 +65,10 @@ def fetch_imagenet_weights(
     downloaded or has another hash; a downloaded file is then removed.
     """
     if issubclass(entry(model).network, EfficientNetLite):
-        return find_lite_weights(model) or _fetch_from_hub(
-            _lite_repository(model), download
-        ), model
+        file = find_lite_weights(model)
+        if file is None:
+            file = _fetch_from_hub(_lite_repository(model), download)
+        return file, model
 
     # Such as "timm:resnet26", or torchvision's name "vgg16_bn".
     published = published_network(model, config)

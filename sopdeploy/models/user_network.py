@@ -403,9 +403,8 @@ def find_taps(
         raise ConfigError(
             f"taps: the network returns {_shape(logits)} for one image, not (1, classes)"
         )
-    return {
-        tap: output.shape[1] for tap, output in outputs.items() if tap in taps
-    }, logits.shape[1]
+    channels = {tap: output.shape[1] for tap, output in outputs.items() if tap in taps}
+    return channels, logits.shape[1]
 
 
 def _shape(output: Any) -> tuple[int, ...]:

@@ -287,8 +287,8 @@ def read_request(
     shared, _ = next(iter(networks.values()))  # the recipes differ in the network only
     run_images = open_images(shared, data_of_folder, unknown)
     with_images = {
-        name: (one, given._replace(images=run_images))
-        for name, (one, given) in networks.items()
+        name: (recipe_of_network, given._replace(images=run_images))
+        for name, (recipe_of_network, given) in networks.items()
     }
     return TrainRequest(with_images, previous)
 
