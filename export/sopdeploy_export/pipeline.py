@@ -329,7 +329,7 @@ def _convert_to_onnx(
     errors of `lower`, `prove_images` and `check_operators`.
     """
     step("converting to ONNX")
-    folded = fold_constant_parts(trained.program)  # both conversions below are of this program
+    folded = fold_constant_parts(trained.program)  # for `lower` and `check_operators`
     model = lower(folded, output_names(trained.network))
     announce("Images")
     mixes_images = prove_images(model, allowed=options.allow_batch_dependence)
