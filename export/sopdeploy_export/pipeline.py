@@ -16,6 +16,7 @@ from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.errors import CertificateError, CheckpointError, ConfigError, DetachError
+from sopdeploy.files import GRAPH
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.names import label_problem
@@ -51,7 +52,6 @@ from sopdeploy_export.prove.removed import has_tensors, list_tensors, prove_remo
 from sopdeploy_export.runs import LOGITS, ProbeOutputs, open_session
 from sopdeploy_export.subject import Detachment, ExportSubject
 
-ONNX_FILE = "model.onnx"
 OPERATOR_IMAGES = 2  # of the run that records the operators of a program
 
 
@@ -222,8 +222,8 @@ def export_subject(
         precision = converted.precision
 
         # Write the file, and compare it with the network.
-        (folder / ONNX_FILE).write_bytes(converted.model.SerializeToString(deterministic=True))
-        session = open_session(folder / ONNX_FILE)
+        (folder / GRAPH).write_bytes(converted.model.SerializeToString(deterministic=True))
+        session = open_session(folder / GRAPH)
         if accuracy_check is not None:
             measured = accuracy_check.measure(certified.model, session)
             precision = precision.model_copy(update={"accuracy": measured})

@@ -19,15 +19,15 @@ import uvicorn
 from fastapi import FastAPI
 
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError, first_line
-from sopdeploy_service.http.api_keys import KeyRing, file_identity, read_again
-from sopdeploy_service.inference.bundle_store import read_links
+from sopdeploy_service.http.api_keys import KeyRing, read_again
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.server.connections import Connections
 from sopdeploy_service.server.http_protocol import LimitedHttpProtocol, limited_config
 from sopdeploy_service.server.lifetime import (
     BEAT_SECONDS,
     Joined,
-    follow,
+    follow_keys,
+    follow_links,
     terminal_is_closed,
 )
 from sopdeploy_service.server.sockets import Arrivals, url
@@ -153,15 +153,8 @@ class DrainingServer(uvicorn.Server):
         if threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.on_hangup)
 
-        if self._links:
-            links = partial(read_links, self._links)
-            start_task(self._background, follow(links, self._links, self.reload_bundles))
-
-        if self._service.settings.follow and self._service.settings.keys is not None:
-            # The first look also reloads: the file may have changed since it was read.
-            identity = partial(file_identity, self._service.settings.keys)
-            request = self._key_reload.request
-            start_task(self._background, follow(identity, before=None, reload=request))
+        follow_links(self._background, self._links, self.reload_bundles)
+        follow_keys(self._background, self._service.settings, self._key_reload.request)
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 

@@ -4,10 +4,15 @@ import asyncio
 import errno
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, first_line
+from sopdeploy_service.http.api_keys import file_identity
+from sopdeploy_service.inference.bundle_store import read_links
+from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 
 STDERR = 2
@@ -52,6 +57,23 @@ async def follow(
         if now != before:
             before = now
             reload()
+
+
+def follow_links(
+    tasks: set[asyncio.Task[None]], links: Mapping[Path, Path], reload: Callable[[], object]
+) -> None:
+    """Start one of *tasks* that calls *reload* when one of *links* leads elsewhere; none without links."""
+    if links:
+        start_task(tasks, follow(partial(read_links, links), links, reload))
+
+
+def follow_keys(
+    tasks: set[asyncio.Task[None]], settings: Settings, reload: Callable[[], object]
+) -> None:
+    """Start one of *tasks* that calls *reload* when the key file changes, if *settings* say to follow it."""
+    if settings.follow and settings.keys is not None:
+        # The first look also reloads: the file may have changed since it was read.
+        start_task(tasks, follow(partial(file_identity, settings.keys), None, reload))
 
 
 class Joined:
