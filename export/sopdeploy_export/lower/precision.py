@@ -244,7 +244,7 @@ def convert_precision(
     certified: Lowered,
     preprocess: Preprocess,
     options: ExportOptions,
-    images: UserImages = NO_IMAGES,
+    images: UserImages,
 ) -> Converted:
     """Convert the *certified* graph to the precision in *options*.
 

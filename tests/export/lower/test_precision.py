@@ -75,7 +75,7 @@ def cast_graph(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "cast_types", observed)
-        return precision.convert_precision(graph, preprocess, options).model, types
+        return precision.convert_precision(graph, preprocess, options, NO_IMAGES).model, types
 
 
 HALF, FLOAT = "float16", "float32"
@@ -349,7 +349,7 @@ def test_missing_casts_stop_the_export(
     with pytest.raises(
         LoweringError, match="fp16 was requested, but the graph holds conv1 in float32"
     ):
-        precision.convert_precision(graph, preprocess, options)
+        precision.convert_precision(graph, preprocess, options, NO_IMAGES)
     with pytest.raises(LoweringError, match=r"^no part has weights in float16"):
         precision.check_float16(onnx.ModelProto(), nn.Flatten())
 
@@ -422,5 +422,5 @@ def test_a_part_without_headroom_in_float16_is_named_with_advice(
     message = r"^conv1 computes .* in float16 .*precision fp32$"
     with pytest.raises(LoweringError, match=message) if refused else nullcontext():
         precision.convert_precision(
-            graph, preprocess, ExportOptions(precision="fp16", max_batch=1)
+            graph, preprocess, ExportOptions(precision="fp16", max_batch=1), NO_IMAGES
         )
