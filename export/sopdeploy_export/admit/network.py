@@ -188,13 +188,15 @@ def find_oddity(network: nn.Module, removed: tuple[str, ...]) -> str | None:
             )
         if is_in(name, *removed):
             continue
+
         if any(kind.__name__ == "FakeQuantizeBase" for kind in type(module).__mro__):
             return (
                 f"{name} of the trained network is a {type(module).__name__}, which reads its own buffers; "
                 "put torch.nn.Identity in its place, and quantize with precision int8"
             )
-        where = name or "the whole network"
 
+        # Changes of the instance, which its class does not show.
+        where = name or "the whole network"
         if module._forward_hooks or module._forward_pre_hooks:
             remedy = (
                 "remove it first, or register a method of the module in place of a function"
@@ -203,12 +205,13 @@ def find_oddity(network: nn.Module, removed: tuple[str, ...]) -> str | None:
 
         method = _replaced_method(module)
         if method is not None:
-            owner = f"{name} of the" if name else "the whole"
+            owner = f"{name} of the" if name else "the whole"  # before "trained network"
             remedy = "change the class, or bind a function of self with types.MethodType"
             return f"{method} of {owner} trained network was replaced on the instance; {remedy}"
 
+        # `eval` has been called: the module itself, or one around it, keeps it in train mode.
         if module.training:
-            remedy = "call .eval() first"
+            remedy = "a module around it does not pass .eval() on: call it there for all parts"
             if type(module).train is not nn.Module.train:
                 keeps = "keeps it there after .eval(): replace it by a layer that does not"
                 remedy = f"{type(module).__name__}.train() {keeps}"
