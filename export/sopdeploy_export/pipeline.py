@@ -171,6 +171,7 @@ def refuse_other_images(destination: Path, project: str, checkpoint: Checkpoint)
     named the *project*. Bundles without an origin are ignored. A checkpoint without hashes of its
     images is not refused, and none is if a bundle has no hashes: its images can be the same ones.
     """
+    # The origins of the bundles of the project, with hashes of a sample of their images.
     images = set(checkpoint.image_hashes.tolist())
     manifests = [
         listed.manifest for listed in read_bundles(destination) if listed.manifest is not None
@@ -180,6 +181,8 @@ def refuse_other_images(destination: Path, project: str, checkpoint: Checkpoint)
         for manifest in manifests
         if manifest.project == project and manifest.origin
     ]
+
+    # Refuse the checkpoint if each sample is known, and has none of its images.
     all_have_others = all(
         origin.sample and images.isdisjoint(origin.sample) for origin in origins
     )

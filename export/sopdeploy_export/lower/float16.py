@@ -208,6 +208,7 @@ def _influences(
     *operands* are among the arguments. Afterwards, they require gradients, and other arguments do
     not.
     """
+    # Derivatives are computed by *operands* only.
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
             leaf.requires_grad_(any(leaf is operand for operand in operands))
@@ -218,6 +219,7 @@ def _influences(
         if not results or not results[0].requires_grad or not results[0].numel():
             return None
 
+        # The derivatives of single elements of the result by all elements of each operand.
         elements = results[0].flatten()
         for share in ELEMENTS:
             element = elements[round(share * (len(elements) - 1))]
