@@ -97,11 +97,9 @@ def _holds_tensors(values: dict[Any, Any]) -> bool:
 
 
 def _are_equal_dicts(first: dict[Any, Tensor], second: dict[Any, Tensor]) -> bool:
-    return (
-        first.keys() == second.keys()
-        and _holds_tensors(second)
-        and all(are_equal(tensor, second[key]) for key, tensor in first.items())
-    )
+    if first.keys() != second.keys() or not _holds_tensors(second):
+        return False
+    return all(are_equal(tensor, second[key]) for key, tensor in first.items())
 
 
 def make_kept_results_anew(network: nn.Module, preprocess: Preprocess) -> None:

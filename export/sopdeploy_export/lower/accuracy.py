@@ -81,10 +81,8 @@ class AccuracyCheck:
                     "evaluate the checkpoint and the bundle",
                     setting="evaluate",
                 )
-            if (
-                options.calibrate is not None
-                and options.calibrate.resolve() == options.evaluate.resolve()
-            ):
+            folder = None if options.calibrate is None else options.calibrate.resolve()
+            if folder == options.evaluate.resolve():
                 raise ConfigError(
                     "is the folder that calibrates; give other images", setting="evaluate"
                 )

@@ -206,11 +206,8 @@ class _Headroom(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; refuse values close to float16's largest. -inf, as in masks of attention, may occur."""
         value = super().run_node(n)
-        if (
-            n.op != "call_function"
-            or not isinstance(value, Tensor)
-            or value.dtype != torch.float16
-        ):
+        is_float16 = isinstance(value, Tensor) and value.dtype == torch.float16
+        if n.op != "call_function" or not is_float16:
             return value
 
         unmasked = value.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=0)  # -inf is a mask

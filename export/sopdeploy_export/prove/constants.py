@@ -31,7 +31,7 @@ def check_constants(
         return
 
     # The memory of parameters and buffers. A view of one is not refused.
-    registered_memory = _addresses(
+    registered_memory = _storage_addresses(
         program.state_dict.get(spec.target or "", program.constants.get(spec.target or ""))
         for spec in program.graph_signature.input_specs
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
@@ -39,7 +39,7 @@ def check_constants(
 
     # Refuse a constant unless it is such a view, or code made it.
     rebuilt = [] if rebuild is None else [tensor for _, tensor in _large_constants(rebuild())]
-    rebuilt_memory = _addresses(rebuilt)
+    rebuilt_memory = _storage_addresses(rebuilt)
     for spec, constant in constants:
         memory = constant.untyped_storage().data_ptr()
         is_made = memory not in rebuilt_memory and any(
@@ -61,7 +61,7 @@ def has_large_constants(program: ExportedProgram) -> bool:
     return bool(_large_constants(program))
 
 
-def _addresses(tensors: Iterable[Tensor | None]) -> set[int]:
+def _storage_addresses(tensors: Iterable[Tensor | None]) -> set[int]:
     """Return where the storages of *tensors*, without None, begin; a view has the storage of its base."""
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None}
 

@@ -394,9 +394,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise UnknownOperatorError(str(func))
         results = [layout.empty() for layout in self._known_layouts[operator_hash]]
         types = [value.type for value in func._schema.returns]
-        if len(types) != len(results) or not all(
-            isinstance(each, torch.TensorType) for each in types
-        ):
+        are_tensors = all(isinstance(each, torch.TensorType) for each in types)
+        if not are_tensors or len(types) != len(results):
             raise UnknownOperatorError(str(func))
         return results[0] if len(results) == 1 else tuple(results)
 
