@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeAlias, TypeVar
 import pydantic
 import pydantic_core
 
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, with_hint
 from sopdeploy.nearest import did_you_mean
 from sopdeploy.plugins import PluginRegistry
 from sopdeploy.version import __version__
@@ -204,6 +204,7 @@ def with_registered(
             return validate_union(value)
         except pydantic.ValidationError as error:
             problem: Any = error.errors()[0]
+            # Without a `kind`, as with one that nobody has: the error lists those of plug-ins, too.
             if problem["type"] == "union_tag_not_found" and isinstance(value, Mapping):
                 return validate({**value, "kind": ""}, validate_union)
             if problem["type"] != "union_tag_invalid":
@@ -375,7 +376,8 @@ def describe_problem(
     checked_whole_model = not where or isinstance(problem["input"], dict)
     if kind in _OF_VALIDATOR and checked_whole_model:  # the message names the wrong values
         return f"{where}: {reason}" if where else reason
-    return f"{where or 'value'}: {reason} (got {shown(problem['input'])}){_suggest(problem)}"
+    message = f"{where or 'value'}: {reason} (got {shown(problem['input'])})"
+    return with_hint(message, _suggest(problem))
 
 
 def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
@@ -395,11 +397,9 @@ def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
     if kind == "union_tag_invalid":
         tag = str(context["tag"])[:MAX_SHOWN]
         known = context["expected_tags"]
-        return (
-            f"{tag!r} is none of {known}" + _suggest(problem)
-            if tag
-            else f"missing; choose one of {known}"
-        )
+        if not tag:
+            return f"missing; choose one of {known}"
+        return with_hint(f"{tag!r} is none of {known}", _suggest(problem))
 
     if kind in _REASONS:
         whole = {
@@ -460,14 +460,13 @@ _NOUNS = {
 
 
 def _suggest(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
-    """Return the end of a message: the accepted name that is most like the text of *problem*, if one is."""
+    """Ask for the accepted name that is most like the text of *problem*; "" if none is like it."""
     context = problem.get("ctx", {})
     wanted = context.get("tag", problem["input"])
     expected = str(context.get("expected_tags", context.get("expected", "")))
     names = re.findall(r"'([^']+)'", expected)
 
-    hint = did_you_mean(wanted, names) if isinstance(wanted, str) else ""
-    return hint and f"; {hint}"
+    return did_you_mean(wanted, names) if isinstance(wanted, str) else ""
 
 
 def _name_key(path: Iterable[str | int], values: Any, *, is_missing: bool) -> str:

@@ -20,14 +20,15 @@ from fastapi import FastAPI
 
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError, first_line
 from sopdeploy_service.http.api_keys import KeyRing, read_again
+from sopdeploy_service.inference.bundle_store import read_links
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.server.connections import Connections
 from sopdeploy_service.server.http_protocol import LimitedHttpProtocol, limited_config
 from sopdeploy_service.server.lifetime import (
     BEAT_SECONDS,
     Joined,
+    follow,
     follow_keys,
-    follow_links,
     terminal_is_closed,
 )
 from sopdeploy_service.server.sockets import Arrivals, url
@@ -82,6 +83,14 @@ class AppLifespan:
     async def shutdown(self) -> None:
         """Stop the app."""
         await self._context.__aexit__(None, None, None)
+
+
+def follow_links(
+    tasks: set[asyncio.Task[None]], links: Mapping[Path, Path], reload: Callable[[], object]
+) -> None:
+    """Start one of *tasks* that calls *reload* when one of *links* leads elsewhere; none without links."""
+    if links:
+        start_task(tasks, follow(partial(read_links, links), links, reload))
 
 
 class DrainingServer(uvicorn.Server):

@@ -4,14 +4,12 @@ import asyncio
 import errno
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, first_line
 from sopdeploy_service.http.api_keys import file_identity
-from sopdeploy_service.inference.bundle_store import read_links
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 
@@ -57,14 +55,6 @@ async def follow(
         if now != before:
             before = now
             reload()
-
-
-def follow_links(
-    tasks: set[asyncio.Task[None]], links: Mapping[Path, Path], reload: Callable[[], object]
-) -> None:
-    """Start one of *tasks* that calls *reload* when one of *links* leads elsewhere; none without links."""
-    if links:
-        start_task(tasks, follow(partial(read_links, links), links, reload))
 
 
 def follow_keys(

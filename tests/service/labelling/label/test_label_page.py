@@ -241,6 +241,8 @@ def test_each_view_is_the_main_one_and_the_keyboard_keeps_its_place_in_it(
     focused, pressed = "document.activeElement.textContent", "#kinds [aria-pressed=true]"
     assert page.evaluate(focused) == page.locator(pressed).text_content() == chosen
     shown = page.locator(pressed).element_handle()
+    while not held:
+        page.wait_for_timeout(10)
     held[0].continue_()
     page.wait_for_function("button => !button.isConnected", arg=shown)
     assert page.evaluate(focused) == page.locator(pressed).text_content() == chosen
