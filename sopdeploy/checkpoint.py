@@ -245,8 +245,8 @@ def load_plain(
 ) -> Any:
     """Load *raw*, the content of *path*, by `torch.load(weights_only=True)`, which never runs code from it.
 
-    Raises `CheckpointError` if it is damaged, takes much more memory than its size explains, or
-    would run code; the last message ends in *advice*.
+    Raises `CheckpointError` if it is a TorchScript archive, is damaged, takes much more memory
+    than its size explains, or would run code; the message of the last ends in *advice*.
     """
     if _is_torchscript(raw):
         raise CheckpointError(
@@ -284,8 +284,8 @@ def _check_reading_cost(raw: bytes) -> None:
         check_pickles(io.BytesIO(raw))
         return
 
-    # The reader of `torch.load`: others may find other entries, in another case or in a second
-    # list.
+    # The reader that `torch.load` uses. Another reader of zip files may find other entries: names
+    # that differ in case only, or a second list of entries.
     reader = torch._C.PyTorchFileReader(io.BytesIO(raw))
     if hasattr(reader, "get_record_size"):
         size = sum(map(reader.get_record_size, reader.get_all_records()))
@@ -317,7 +317,10 @@ def is_state_dict(weights: Any) -> bool:
 
 
 def read_pytorch(file: WeightPath) -> tuple[Any, str]:
-    """Read a file of torch or safetensors; returns content and sha256, raises `WeightsError`."""
+    """Read a file of torch or safetensors; returns content and sha256, raises `WeightsError`.
+
+    In a file of torch, arrays of numpy in the outer dicts become tensors.
+    """
     path = file.path
     try:
         raw = read_file(path, MAX_WEIGHTS_BYTES)
@@ -340,7 +343,8 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
                 f"{path}: damaged safetensors file ({error}); copy it again"
             ) from error
 
-    if file_format != "torch" and file_format is not None:  # without one, the error below
+    # A file of neither format goes on, too: `load_plain` says what is wrong with it.
+    if file_format != "torch" and file_format is not None:
         assert_never(file_format)
 
     try:
@@ -351,7 +355,7 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
 
 
 def _arrays_to_tensors(content: Any, levels: int = MAX_TABLE_LEVELS) -> Any:
-    """Replace the arrays of numpy in the outer *levels* of dicts by tensors."""
+    """Replace the arrays of numpy in the outer *levels* of dicts by tensors, if they hold numbers."""
     if isinstance(content, StoredArray) and content.values is not None:
         return torch.from_numpy(content.values)
     if isinstance(content, dict) and levels:
@@ -384,19 +388,19 @@ def find_wrappers(*tables: Iterable[str]) -> frozenset[str]:
     """Return the parts of the names in *tables* that wrappers of modules add, such as `_orig_mod`.
 
     DataParallel calls what it wraps `module`; torch.compile, FSDP, checkpoints of activations
-    and others use a name that begins with an underscore. What a wrapper holds is alone in it,
-    but for counters.
+    and others use a name that begins with an underscore. A part is that of a wrapper only if it
+    stands alone wherever it occurs: no other part follows the same prefix, but for counters.
     """
-    siblings = defaultdict[tuple[str, str], set[str]](set)
+    siblings = defaultdict[tuple[int, str], set[str]](set)
 
-    # By their prefix in the names, which parts stand beside each other, and which stand alone.
+    # By table and prefix, the parts that follow this prefix in the names of the table.
     for number, names in enumerate(tables):
         for name in names:
             if name.endswith(COUNTERS):
                 continue
             parts = name.split(".")
             for depth, part in enumerate(parts):
-                siblings[f"{number}", ".".join(parts[:depth])].add(part)
+                siblings[number, ".".join(parts[:depth])].add(part)
 
     alone = {part for parts in siblings.values() if len(parts) == 1 for part in parts}
     shared = {part for parts in siblings.values() if len(parts) > 1 for part in parts}
@@ -485,8 +489,9 @@ def _limit_parameters(weights: Mapping[str, Tensor]) -> Iterator[None]:
 def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
     """Build the network of *checkpoint* with its weights, in eval mode.
 
-    It notes the layout of the images that it was trained with. Raises `CheckpointError` naming
-    *path* and the first tensor that does not fit.
+    Its attribute `images_format` is the layout of the images that it was trained with. Raises
+    `CheckpointError` naming *path* if the network cannot be built, or the first tensor that does
+    not fit.
     """
     try:
         make_config(checkpoint.model, checkpoint.config)  # rejects keys such as num_classes
@@ -512,7 +517,7 @@ def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
         raise CheckpointError(f"{path}: {checkpoint.model}: {problem}{advice}")
     network.load_state_dict(weights)
 
-    # Any other one is channels-last.
+    # The layout of the training images; channels-last, unless the checkpoint says the other one.
     is_contiguous = checkpoint.training.get(IMAGES_FORMAT) == "contiguous_format"
     vars(network)[IMAGES_FORMAT] = (
         torch.contiguous_format if is_contiguous else torch.channels_last

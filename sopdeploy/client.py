@@ -121,7 +121,7 @@ class Client:
     including retries and the whole response. *retries* is how often a request is repeated after
     429, 503 or a connection that broke before a response. A server on another machine is
     requested through the proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names, unless NO_PROXY
-    excludes it. Raises `ConfigError` for a URL, key or proxy that cannot be used.
+    excludes it. Raises `ConfigError` for a URL, key, timeout or proxy that cannot be used.
 
         with Client("http://127.0.0.1:8000") as client:
             print(client.classify("photo.jpg").classes[0].label)
@@ -456,8 +456,9 @@ def retry_after(response: httpx.Response) -> float:
 def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
     """Send *request*, read the response and decode its content.
 
-    Raises `ServiceError` for a response that no server of ours sends, `UnreachableError` for one
-    that breaks off, and `httpx.RequestError` if there is no response to this request.
+    Raises `ServiceError` for a redirect and for a response that no server of ours sends,
+    `UnreachableError` for one that breaks off, and `httpx.RequestError` if there is no response
+    to this request.
     """
     # The answer must be that of this request, and come after it.
     response = client.send(request, stream=True)
@@ -564,7 +565,7 @@ def _no_response_error(
 def _parse_results(
     response: httpx.Response, result_type: type[Result], count: int
 ) -> list[Result]:
-    """Parse the results in *response*, in the order of the images; raises `ServiceError` if not *count*."""
+    """Parse the *count* results in *response*, in the order of the images; else `ServiceError`."""
     shared = {
         "model_digest": response.headers.get("X-Model-Digest", ""),
         "timing_ms": dict(DURATION.findall(response.headers.get("Server-Timing", ""))),

@@ -204,6 +204,7 @@ def with_registered(
             return validate_union(value)
         except pydantic.ValidationError as error:
             problem: Any = error.errors()[0]
+            # Without a `kind`, as with one that nobody has: the error lists those of plug-ins, too.
             if problem["type"] == "union_tag_not_found" and isinstance(value, Mapping):
                 return validate({**value, "kind": ""}, validate_union)
             if problem["type"] != "union_tag_invalid":

@@ -88,8 +88,8 @@ class Rejection(StrictModel):
             accepted += f" (95 % interval {low:.0f} to {high:.0f} %)"
         rows = [("unknown images", f"score below {self.threshold:.4g}; {accepted}")]
 
-        # Other things. How images of a left-out class fare says nothing of them, so without
-        # images of other things they are not measured.
+        # Photographs of other things. Only images of such things measure how many are rejected;
+        # the rate of a left-out class says nothing about them.
         others = ""
         if self.recognized is not None:
             others = "{} of {} rejected".format(*self.recognized)

@@ -76,7 +76,8 @@ def control_groups(controller: str) -> Iterator[tuple[Path, int]]:
             if number == "0":  # version 2, such as `0::/user.slice`
                 roots = [CGROUP]
                 version = 2
-            # A line of version 1, such as `9:cpu,cpuacct:/docker/1f`.
+            # A line of version 1, such as `9:cpu,cpuacct:/docker/1f`; the folder of these groups
+            # has the name of one controller or of all of them.
             elif controller in controllers.split(","):
                 roots = [CGROUP / name for name in dict.fromkeys((controller, controllers))]
                 version = 1

@@ -52,8 +52,9 @@ def lock_file(
 
     The system releases the lock when the file is closed, also when the process ends in any way.
     With *wait*, it waits for another process. With *of_process*, child processes do not inherit
-    the lock. Raises `BlockingIOError` if another process holds it, and `OSError` if the file
-    cannot be opened.
+    the lock. On a file system without locks, the result is open but not locked, and its
+    `failure` says why. Raises `BlockingIOError` if another process holds the lock, and `OSError`
+    if the file cannot be opened.
     """
     tries = 0
     while True:
@@ -65,7 +66,8 @@ def lock_file(
             raise
 
         tries += 1
-        # Its last owner has deleted it, unless the file system changes inodes.
+        # Its last owner has deleted it meanwhile, so a new file is locked. A file system that
+        # changes inodes makes every file look deleted; the last try counts there.
         is_deleted = not _is_at(file, path)
         if failure or not is_deleted or tries == _MAX_TRIES:
             return Lock(file, failure)

@@ -94,9 +94,10 @@ def new_folder(path: Path, mode: int = 0o777) -> Iterator[None]:
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """Yield an empty hidden folder in *parent*; delete it at the end unless it was renamed.
+    """Yield an empty folder that a hidden folder in *parent* holds; delete both at the end.
 
-    What killed processes left in *parent* is removed first. Raises `OSError`.
+    The caller keeps it by renaming it. What killed processes left in *parent* is removed first.
+    Raises `OSError`.
     """
     remove_leftovers(parent)
     outer, lock = _create_locked_folder(parent)

@@ -30,6 +30,7 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
 CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
 READ_OF_CHECKPOINT = 256  # bytes of its pickle, which begins with the format
 _CODE = "code, not weights; give the weight file, and name the network as module:callable"
+_NAMES_CODE = "names code, not a file; give the weight file, and name the network as an option"
 _WEIGHTS = (
     "a weight file, no checkpoint of `sopdeploy train`; for weights of a network of your own, name the "
     "network, too"
@@ -45,6 +46,8 @@ _OF_OTHERS = {
     (".py",): _CODE,
     (".pth", ".ckpt", ".bin", ".safetensors"): _WEIGHTS,
 }
+# Of these, what an export reads beside the code of their network
+_NEED_NETWORK = (_CODE, _NAMES_CODE, _WEIGHTS)
 # What a command takes
 Wanted = Literal["bundle", "checkpoint", "run", "weights", "photographs"]
 # What is at a path: a file, then a folder, each in the order of the checks
@@ -54,6 +57,7 @@ PathKind = Literal[
     "bundle_file",
     "checkpoint",
     "weights",
+    "tar",
     "archive",
     "foreign",
     "photograph",
@@ -69,6 +73,7 @@ _WORDS: dict[PathKind, str] = {
     "bundle_file": "a file of a bundle",
     "checkpoint": "a checkpoint",
     "weights": "weights",
+    "tar": "an archive",
     "archive": "an archive",
     "photograph": "a photograph",
     "bundle": "a bundle",
@@ -81,13 +86,14 @@ _EXPORT = "run: sopdeploy export {best} --detach"
 _CHOOSE = "choose one, such as {meant}"
 _TRAIN = "run: sopdeploy train --data {path}"
 _EXPORTED = "to serve it, run: sopdeploy serve {path}"
+_UNPACK = "unpack it, and {otherwise}"
 # What to do with each kind of path where something else is wanted.
 _NEXT: dict[Wanted, dict[PathKind, str]] = {
     "bundle": {
         "bundle_file": "give its folder, {folder}",
         "checkpoint": "run: sopdeploy export {path} --detach",
         "weights": "run: sopdeploy export {path} --network MODULE:CALLABLE",
-        "archive": "run: sopdeploy pull {path} bundles",
+        "tar": "run: sopdeploy pull {path} bundles",
         "run": _EXPORT,
         "runs": _EXPORT,
         "bundles": _CHOOSE,
@@ -108,7 +114,7 @@ _NEXT: dict[Wanted, dict[PathKind, str]] = {
         "photographs": _TRAIN,
     },
     "weights": {"run": "use {best}", "runs": "use {best}"},
-    "photographs": {"archive": "unpack it, and {otherwise}"},
+    "photographs": {"tar": _UNPACK, "archive": _UNPACK},
 }
 _WANTED: dict[Wanted, str] = {
     "bundle": "a bundle",
@@ -151,7 +157,9 @@ def what_is(path: Path) -> PathKind:
         return "checkpoint"
     if holds_weights(path):
         return "weights"
-    if is_tar(path) or path.name.lower().endswith(ARCHIVES):
+    if is_tar(path):
+        return "tar"
+    if path.name.lower().endswith(ARCHIVES):
         return "archive"
     if describe_foreign(path):
         return "foreign"
@@ -192,7 +200,10 @@ def _what_is_folder(path: Path) -> PathKind:
 
 
 def describe_wrong(path: Path, wanted: Wanted, otherwise: str = "") -> str:
-    """Say what is at *path*, which is not what is *wanted*, and what to do; by default, *otherwise*."""
+    """Say what is at *path*, which is not what is *wanted*, and what to do.
+
+    Where no other step is known, that is *otherwise* or, without it, the usual one of `_OTHERWISE`.
+    """
     kind = what_is(path)
     if kind == wanted:  # a damaged one
         kind = "folder" if path.is_dir() else "file"
@@ -204,6 +215,7 @@ def describe_wrong(path: Path, wanted: Wanted, otherwise: str = "") -> str:
     if kind in {"code", "foreign", "weights"} and wanted == "checkpoint":
         return describe_foreign(path)
 
+    # What sopdeploy or its user made: its name, and the step that leads from it to what is wanted.
     if kind in _WORDS:
         meant = _meant(path)
         best = meant / BEST
@@ -214,12 +226,10 @@ def describe_wrong(path: Path, wanted: Wanted, otherwise: str = "") -> str:
             "best": best if best.is_file() else meant / LAST,
         }
         quoted = {name: quote(str(place)) for name, place in places.items()}
-        step = _NEXT[wanted].get(kind, "{otherwise}")
-        if wanted == "bundle" and kind == "archive" and not is_tar(path):
-            step = "{otherwise}"  # `pull` reads tar archives only
-        step = step.format(**quoted, otherwise=otherwise)
+        step = _NEXT[wanted].get(kind, "{otherwise}").format(**quoted, otherwise=otherwise)
         return f"{_WORDS[kind]}, not {_WANTED[wanted]}; {step}"
 
+    # Nothing, or a file or folder that is none of these.
     if kind == "file" and wanted == "checkpoint":
         return "damaged or not a checkpoint; copy or train it again"
     if wanted == "bundle":
@@ -253,11 +263,16 @@ def names_code(path: Path) -> bool:
 def describe_foreign(path: Path) -> str:
     """Say what a file of another program, or a name of code, is, and what to do; empty for other paths."""
     if names_code(path):
-        return "names code, not a file; give the weight file, and name the network as an option"
+        return _NAMES_CODE
     for suffixes, description in _OF_OTHERS.items():
         if path.suffix.lower() in suffixes:
             return description
     return _WEIGHTS if holds_weights(path) else ""
+
+
+def needs_network(path: Path) -> bool:
+    """Tell whether an export of the foreign file *path*, or of the code it names, needs an option `network`."""
+    return describe_foreign(path) in _NEED_NETWORK
 
 
 def is_own_checkpoint(path: Path) -> bool:
@@ -306,7 +321,10 @@ class WeightPath(NamedTuple):
 
 
 def check_is_weights(path: Path) -> WeightPath:
-    """Return *path* with its first bytes; raise `WeightsError` unless weight files begin so."""
+    """Return *path* with its first bytes; raise `WeightsError` unless weight files begin so.
+
+    It is also raised for a folder, a missing file, and one above `MAX_WEIGHTS_BYTES`.
+    """
     if not path.is_file():
         raise WeightsError(f"{path}: {describe_wrong(path, 'weights')}")
     if path.stat().st_size > MAX_WEIGHTS_BYTES:

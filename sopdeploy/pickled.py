@@ -144,8 +144,8 @@ def _count_hashed_values(file: IO[bytes], cost: int) -> int:
             stack.append(None)
             continue
 
-        # A tuple has all values of what it takes; other results count as one. Keys, and the
-        # arguments of a call, may be hashed.
+        # A tuple has all values of what it takes; other results count as one. Keys, with the
+        # values beside them, and the arguments of a call count as hashed.
         operands = _take_operands(operation, stack)
         result = _Extent(1, 0)
         if name.startswith("TUPLE"):

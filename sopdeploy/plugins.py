@@ -103,9 +103,10 @@ class PluginRegistry(Generic[_Item]):
         self.register(names[0], config, config.__module__)
 
     def find(self, name: str) -> _Item | None:
-        """Return what is registered under *name*, if necessary after the import of all plug-ins, or None.
+        """Return this project's item *name* or the one that is registered under it, else None.
 
-        Raises `ConfigError` if nothing is found and a plug-in cannot be imported.
+        All plug-ins are imported only if nothing has this name before. Raises `ConfigError` if
+        nothing is found and a plug-in cannot be imported.
         """
         if name in (own := self.own()):
             return own[name]

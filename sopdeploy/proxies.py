@@ -101,7 +101,7 @@ def store_options(url: str) -> dict[str, Any]:
     on this machine. Raises `ConfigError` for a proxy that cannot be used.
     """
     scheme = url.partition("://")[0]
-    if scheme == "hf":
+    if scheme == "hf":  # only the check: the hub's client reads the variables itself
         find_proxy(requested_url(url), HTTPX_PROXIES)
     if scheme in HTTP_PROXIES:
         proxy = find_proxy(url)

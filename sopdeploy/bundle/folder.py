@@ -229,10 +229,15 @@ def _open_hashed(folder: int, file: Path, record: FileRecord) -> Iterator[Hashed
 
 def _check_type_and_size(file: Path, status: os.stat_result, record: FileRecord) -> None:
     """Raise `BundleError` if *file* is no plain file of the size in *record*, or JSON that is too large."""
-    if stat.S_ISLNK(status.st_mode):
-        raise BundleError(f"{file}: is a link; a bundle contains only plain files")
-    if not stat.S_ISREG(status.st_mode):  # a folder or a FIFO has its name
-        raise BundleError(f"{file}: missing; copy or export the bundle again")
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a pipe or a device"
+        if stat.S_ISLNK(status.st_mode):
+            kind = "a link"
+        elif stat.S_ISDIR(status.st_mode):
+            kind = "a folder"
+        raise BundleError(
+            f"{file}: is {kind}; a bundle has plain files only: copy or export it again"
+        )
 
     if status.st_size != record.bytes:
         raise BundleError(

@@ -87,9 +87,10 @@ def list_bundles(folder: Path, read: BundleReader | None = None) -> list[ListedB
     """List the bundles in *folder*, the last export first, and say which one of each project is served.
 
     The live bundle of a project is served or, without one, its first complete bundle that was not
-    refused. Every manifest is read once. *read* reads all files of the bundles that are served,
-    by default `read_files` without the graph. Raises `ConfigError` for a log of promotions that
-    cannot be read.
+    refused; nothing takes the place of a live bundle that is damaged. Every manifest is read once.
+    *read* reads all files of the bundles to serve, by default `read_files` without the graph.
+    Raises `ConfigError` for a log of promotions that cannot be read, and `BundleError` if
+    *folder* cannot be.
     """
     read = read or partial(read_files, with_graph=False)
     live, refused = read_live(folder)

@@ -75,8 +75,8 @@ def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
 def onnx_root(model: "onnx.ModelProto") -> str:
     """Compute the root of the graph of *model*.
 
-    Raises `CertificateError` if the model can be read in two ways. An incomplete model raises other
-    types, such as `KeyError`.
+    Raises `CertificateError` if the model can be read in two ways, or has operators of its own or
+    control flow. An incomplete model raises other types, such as `KeyError`.
     """
     if not model.HasField("graph"):
         raise ValueError("no graph")
@@ -250,7 +250,8 @@ def check_certificate(bundle: Bundle) -> None:
     else:
         fits_detached = "detached" not in compared and not certificate["removed"]
 
-    # Its own hash shows a change after the export, unless a later version wrote it.
+    # Its own hash shows a change after the export. With this hash, a proof that is unknown here
+    # is that of another version.
     own_sha256 = certificate.pop("sha256")  # of all other fields
     is_unchanged = own_sha256 == hashlib.sha256(to_json(certificate)).hexdigest()
     advice = version_advice(manifest.versions.get("sopdeploy"))

@@ -31,10 +31,11 @@ from sopdeploy.files import (
 
 @contextmanager
 def staging(destination: Path) -> Iterator[Path]:
-    """Yield an empty hidden folder in *destination*; delete it at the end unless it was renamed.
+    """Yield an empty folder, hidden in *destination*; delete it at the end unless it was renamed.
 
-    The folder is locked as long as this process uses it; folders that killed processes left are
-    deleted. Raises `StorageError` if the folder cannot be created, or if the disk is full.
+    *destination* is created, and removed again if it stays empty. The folder is locked as long
+    as this process uses it; folders that killed processes left are deleted. Raises `StorageError`
+    if the folder cannot be created, or if the disk is full.
     """
     with ExitStack() as folders:
         with writing(destination):

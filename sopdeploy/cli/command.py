@@ -237,7 +237,7 @@ def _start_progress(
 
 @contextmanager
 def _keeping_stdout() -> Iterator[None]:
-    """Keep stdout for JSON: what the block prints gets on stderr, without progress."""
+    """Keep stdout for JSON: what the block prints goes to stderr, without progress."""
     was_quiet = err.quiet
     err.quiet = True
     try:

@@ -57,7 +57,8 @@ class Answers(NamedTuple):
         classes = logits_NC.argmax(axis=1)
         largest = logits_NC[np.arange(len(logits_NC)), classes]
 
-        # The log-odds of the largest probability: that logit against all others together.
+        # The log-odds of the largest probability: that logit against all others together, or, if
+        # there is only one class, against 0, as with a sigmoid.
         others = logits_NC.copy()
         others[np.arange(len(logits_NC)), classes] = -np.inf
         is_only = logits_NC.shape[1] == 1
@@ -179,6 +180,9 @@ def compare_samples(first_NF: _Floats, second_NF: _Floats) -> Comparison:
     shift = math.sqrt(max(0.0, squared - mean) / (within / 2))
     if variance == 0:  # all blocks are equal
         return Comparison(shift, 1.0)
+
+    # The squares have the distribution of c chi-square(d). The mean c d and the variance 2 c^2 d
+    # give d = 2 mean^2 / variance and, for the statistic, squared / c = 2 mean squared / variance.
     p_value = chi_square_tail(2 * mean * squared / variance, 2 * mean**2 / variance)
     return Comparison(shift, p_value)
 

@@ -81,6 +81,7 @@ def _parse(text: str, suffix: str) -> tuple[str, ...]:
     if suffix == ".json" or text.lstrip()[:1] in ("[", "{"):
         try:
             return _find_names(parse_json(text))
+        # A text that is no JSON may be a dictionary of Python; other errors are of its names.
         except ValueError as error:
             if suffix == ".json" or not str(error).startswith("not JSON"):
                 raise

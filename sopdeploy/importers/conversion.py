@@ -228,7 +228,8 @@ def make_row_wise(
 ) -> dict[str, Tensor]:
     """Reorder triangles in *tensors* from column by column to row by row.
 
-    *triangles* has the number of rows of their matrices, by the name of the tensor.
+    *triangles* has the number of rows of their matrices, by the name of the tensor. A tensor of
+    another length stays as it is: `fit_tensors` refuses it.
     """
     row_wise = dict(tensors)
     for name, channels in triangles.items():

@@ -285,7 +285,7 @@ def _find_class_names(
     """Return the class names in output order, and where they are from.
 
     They are those in *file* or, without it, those in the weight file, or those of its training
-    data, or numbers.
+    data, or numbers. Raises `ConfigError` if a file has names for another number of classes.
     """
     count = converted.num_classes
     names = weights.labels if file is None else read_class_names(file)

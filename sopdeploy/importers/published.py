@@ -62,12 +62,13 @@ def fetch_imagenet_weights(
     Returns the file, and the catalog name under which the importers read it. Without
     *download*, it only asks whether a missing file can be fetched, and returns a path that does
     not exist. Raises `ConfigError` if none are published, `WeightsError` if the file cannot be
-    downloaded or has another hash; then it is removed.
+    downloaded or has another hash; a downloaded file is then removed.
     """
     if issubclass(entry(model).network, EfficientNetLite):
-        return find_lite_weights(model) or _fetch_from_hub(
-            _lite_repository(model), download
-        ), model
+        file = find_lite_weights(model)
+        if file is None:
+            file = _fetch_from_hub(_lite_repository(model), download)
+        return file, model
 
     # Such as "timm:resnet26", or torchvision's name "vgg16_bn".
     published = published_network(model, config)

@@ -118,7 +118,10 @@ def find_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple[str,
 
 
 def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Convert a ResNet of torchvision, or of fast-MPN-COV with iSQRT-COV or B-CNN; None for other files."""
+    """Convert a ResNet of torchvision, or of fast-MPN-COV with iSQRT-COV or B-CNN; None for other files.
+
+    Raises `WeightsError` for a ResNet whose depth or pooling the catalog does not have.
+    """
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["fast-MPN-COV"]))
     if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= renamed.tensors.keys():
         return None
@@ -197,7 +200,10 @@ def detect_pooling(renamed: WeightFile, channels: int, length: int) -> FieldValu
 
 
 def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Convert VGG-16 of torchvision or, with iSQRT-COV or B-CNN, of fast-MPN-COV; None for other files."""
+    """Convert VGG-16 of torchvision or, with iSQRT-COV or B-CNN, of fast-MPN-COV; None for other files.
+
+    Raises `WeightsError` for a VGG of another depth, or with a pooling that is not supported.
+    """
     # The classifier is one linear layer, or the layers 0, 3 and 6 of the module `classifier`.
     is_linear = "classifier.weight" in file.tensors
     first, last = (

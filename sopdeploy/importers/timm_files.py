@@ -117,35 +117,29 @@ def _name_as_timm(file: WeightFile, model: str) -> dict[str, Tensor]:
 
     The file numbers the blocks of all stages in one sequence.
     """
+    # timm's blocks in order, such as `blocks.1.0`, each once.
     names = _learned_shapes(model)
+    block_names = [
+        ".".join(name.split(".")[:3]) for name in names if name.startswith("blocks.")
+    ]
+    blocks = list(dict.fromkeys(block_names))
 
-    blocks = list(
-        dict.fromkeys(
-            ".".join(name.split(".")[:3]) for name in names if name.startswith("blocks.")
-        )
-    )
+    # timm's name of each layer, by its name in EfficientNet-PyTorch; for each block.
+    layer_names = []
+    for block in blocks:
+        is_expanded = f"{block}.conv_pwl.weight" in names
+        timm_layers = EXPANDED if is_expanded else NOT_EXPANDED
+        layer_names.append(dict(zip(ORIGINAL_LAYERS, timm_layers, strict=True)))
 
-    # The parts of each block, by their names in EfficientNet-PyTorch.
-    layers = {
-        number: dict(
-            zip(
-                ORIGINAL_LAYERS,
-                EXPANDED if f"{block}.conv_pwl.weight" in names else NOT_EXPANDED,
-                strict=True,
-            )
-        )
-        for number, block in enumerate(blocks)
-    }
-
+    # `_blocks.1._bn0.weight` becomes `blocks.1.0.bn1.weight`, and `_fc.bias` `classifier.bias`.
     renamed = {}
     for name, tensor in file.tensors.items():
         part, _, rest = name.partition(".")
-        number, _, inside = rest.partition(".")
-        if part == "_blocks" and number.isdecimal() and int(number) in layers:
-            layer, _, rest = inside.partition(".")
-            renamed[f"{blocks[int(number)]}.{layers[int(number)].get(layer, layer)}.{rest}"] = (
-                tensor
-            )
+        text, _, inside = rest.partition(".")
+        number = int(text) if part == "_blocks" and text.isdecimal() else len(blocks)
+        if number < len(blocks):
+            layer, _, end = inside.partition(".")
+            renamed[f"{blocks[number]}.{layer_names[number].get(layer, layer)}.{end}"] = tensor
         else:
             renamed[f"{ORIGINAL_PARTS.get(part, part)}.{rest}"] = tensor
 

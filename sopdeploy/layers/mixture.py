@@ -90,10 +90,11 @@ class Components(nn.Module):
     def forward(
         self, features_BCHW: Tensor, weights_BN: Tensor | None = None, *, gather: bool = False
     ) -> Tensor:
-        """Evaluate all components on all images; no shape depends on the data.
+        """Return the components' vectors (B, N, D), or with *weights_BN* the sum (B, D) of Eq. (1).
 
-        Returns their vectors (B, N, D), or with *weights_BN* the weighted sum (B, D) of Eq.
-        (1). With *gather*, this sum has the form of `gathered_sum` where that is faster.
+        All components are evaluated on all images; no shape depends on the data. With *gather*,
+        the sum is computed by `gathered_sum`, from some components of each image, where that is
+        faster.
         """
         if gather and weights_BN is not None and self.gathering_is_faster(features_BCHW):
             return self.gathered_sum(features_BCHW, weights_BN)

@@ -115,8 +115,8 @@ class Classifier(Backbone):
     def channels_of_maps(self, taps: Sequence[str] | None) -> dict[str, int]:
         """Return the number of channels of each feature map at *taps*, in the order of computation.
 
-        With `None`, it is that of the last map only. Raises `ConfigError` for an unknown tap or a network without
-        feature maps.
+        With `None`, it is that of the last map only. Raises `ConfigError` for an unknown tap or a
+        network without feature maps.
         """
         names = list(self.tap_channels)
 

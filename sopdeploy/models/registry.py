@@ -4,6 +4,7 @@ The module of a network is imported when its class is used, so this module does 
 torch.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -341,12 +342,13 @@ def entry(name: str) -> Entry:
     if registered is not None:
         return replace(registered, name=name)
 
-    is_tag = "." in name  # of timm, such as resnet18.a1_in1k
-    hint = (
-        ask_for(f"timm:{name}")
-        if is_tag
-        else MODELS.suggest(name, "`sopdeploy models` lists them all")
-    )
+    # A file in place of a name, or a name of timm without its prefix, such as resnet18.a1_in1k.
+    if os.path.isfile(name):  # noqa: PTH113 - `Path.is_file` raises `OSError` for a long name
+        hint = "`sopdeploy eval` and `export` read a checkpoint, `import` and `train --weights` weights"
+    elif "." in name:
+        hint = ask_for(f"timm:{name}")
+    else:
+        hint = MODELS.suggest(name, "`sopdeploy models` lists them all")
     raise ConfigError(f"model {name!r} is not in the catalog; {hint}")
 
 

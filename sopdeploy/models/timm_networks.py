@@ -253,7 +253,8 @@ class TimmBackbone(Backbone):
             for number, stage in enumerate(network.feature_info)
             if stage["module"] in taps
         ]
-        # Two networks of timm have no such module, and do not accept norm=True.
+        # Without a module `norm` there is nothing to apply, and two networks of timm refuse
+        # norm=True then.
         with_norm = hasattr(network, "norm")
         return network.forward_intermediates(images, indices=wanted, norm=with_norm)
 

@@ -79,10 +79,8 @@ class UserNetwork(Classifier):
     def channels_of_maps(self, taps: Sequence[str] | None) -> dict[str, int]:
         """Run one image to find the number of channels at each of the modules *taps*.
 
-        `None` is the last feature map.
-
-        Raises `ConfigError` for an unknown module, one without a feature map, or a network that
-        cannot run.
+        With `None`, it is that of the last feature map only. Raises `ConfigError` for an unknown
+        module, one without a feature map, or a network that cannot run.
         """
         side = self.source.image_size
         modules = (find_last_map(self.network, side),) if taps is None else taps
@@ -90,7 +88,10 @@ class UserNetwork(Classifier):
         return channels
 
     def remove_classifier(self) -> int:
-        """Replace the last linear layer; raise `ConfigError` if the network does not return its output."""
+        """Replace the last linear layer by the identity; return the length of its input.
+
+        Raises `ConfigError` if there is none, or if the network does not return its output.
+        """
         layer = Classifier.logits_layer(self)
         if layer is not None:
             name = next(
@@ -328,7 +329,10 @@ def _call_builder(name: str, build: Callable[[int], nn.Module], num_classes: int
 def run_tapped(
     network: nn.Module, images: Tensor, taps: Collection[str]
 ) -> tuple[Any, dict[str, Any]]:
-    """Run *network*; return its output and those of its modules *taps*, in the order of computation."""
+    """Run *network*; return its output and those of its modules *taps*, in the order of computation.
+
+    A module that runs several times has the place of its first run and the output of its last.
+    """
     # Hooks store what the taps return.
     outputs: dict[str, Any] = {}
 
@@ -399,9 +403,8 @@ def find_taps(
         raise ConfigError(
             f"taps: the network returns {_shape(logits)} for one image, not (1, classes)"
         )
-    return {
-        tap: output.shape[1] for tap, output in outputs.items() if tap in taps
-    }, logits.shape[1]
+    channels = {tap: output.shape[1] for tap, output in outputs.items() if tap in taps}
+    return channels, logits.shape[1]
 
 
 def _shape(output: Any) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from sopdeploy.evaluation.multi_label import (
     MeanPrecision,
     MultiLabelMetrics,
     MultiLabelPredictions,
+    MultiLabelReport,
 )
 from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.evaluation.predictions import (
@@ -143,13 +144,15 @@ def write_run_page(
     page = folder / PAGE
     with writing(page), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
-    if not is_measured or isinstance(predicted, MultiLabelPredictions):
+    if not is_measured or isinstance(metrics, MultiLabelReport):
         return []
 
     # Mistakes are printed beside the score, which counts one copy of each photograph.
     if isinstance(fit, FewShotFit) and not len(setup.data.held_out):
-        predicted = [predicted[index] for index in fit.judged.tolist()]
-    return classification_report(images.labels, predicted).mistakes()
+        scores = predicted if isinstance(predicted, list) else []
+        counted = [scores[index] for index in fit.judged.tolist()]
+        metrics = classification_report(images.labels, counted)
+    return metrics.mistakes()
 
 
 def _describe_classes(labels: Sequence[str]) -> Any:
@@ -260,9 +263,9 @@ def _predict_shown_images(
 
 
 def _describe_learning(
-    history: Sequence[EpochRow], result: AnyProcedureResult, text: list[str]
+    history: Sequence[EpochRow], result: AnyProcedureResult, text: Sequence[str]
 ) -> Section:
-    """Add the plots of a training loop, of losses and scores of all heads by epoch, to the *text* of a result."""
+    """Show the *text* of a result and, of a training loop, plots of losses and scores of all heads by epoch."""
     if not isinstance(result, LoopResult):
         return Section(title="Learning", text=text)
     last = history[-1]
@@ -278,10 +281,11 @@ def _describe_learning(
 
     shown_heads = heads if len(heads) > 1 else ()  # a single head is the deployed network
     if shown_heads and last.diagnostics is not None:
-        text.append(
+        subset = (
             f"The deployed network is evaluated on all {last.metrics.count} held-out images, the heads on a "
             f"fixed subset of {last.diagnostics.num_images}."
         )
+        text = [*text, subset]
 
     def plot_columns(label: str, column_by_curve: Mapping[str, str], caption: str) -> Figure:
         curves = {
@@ -313,7 +317,11 @@ def _describe_learning(
 
 
 def _choose_mistakes(predicted: Predictions) -> dict[tuple[int, int], list[int]]:
-    """Choose wrongly predicted images by (true class, predicted class), the most confident ones first."""
+    """Choose wrongly predicted images by (true class, predicted class), the most confident ones first.
+
+    Of the first `_MAX_CELLS` pairs of classes, each has at least one image. None are chosen if
+    images have several classes.
+    """
     scores = [] if isinstance(predicted, MultiLabelPredictions) else predicted
     wrong = sorted(
         (-score.confidence, index) for index, score in enumerate(scores) if not score.correct

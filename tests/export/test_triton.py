@@ -116,6 +116,17 @@ def test_a_bundle_that_triton_cannot_serve_is_rejected(bundle: Bundle, tmp_path:
     assert not (tmp_path / "models").exists()
 
 
+def test_runs_and_bundles_are_no_repository(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "hats-1").mkdir(parents=True)
+    (tmp_path / "runs" / "hats-1" / "best.pt").write_bytes(b"")
+    for folder in ("runs", "runs/hats-1"):
+        words = ["triton", str(bundle.path), str(tmp_path / folder)]
+        command = CliRunner().invoke(app, words)
+        assert (command.exit_code, command.stderr.count("\n")) == (2, 1)
+        assert "holds runs or bundles; choose another folder" in command.stderr
+    assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["hats-1", "best.pt"]
+
+
 def test_writing_twice_is_idempotent_and_other_content_is_kept(
     bundle: Bundle, tmp_path: Path
 ) -> None:

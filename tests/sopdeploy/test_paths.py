@@ -15,7 +15,7 @@ KINDS: dict[str, PathKind] = {
     "bundles/tiny-1/golden-0.jpg": "bundle_file",
     "runs/tiny-1/best.pt": "checkpoint",
     "weights.pt": "weights",
-    "bundle.tar": "archive",
+    "bundle.tar": "tar",
     "photos.zip": "archive",
     "net.onnx": "foreign",
     "hat.jpg": "photograph",
@@ -57,7 +57,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     (place / "empty").mkdir()
-    tarfile.open(place / "bundle.tar", "w").close()
+    with tarfile.open(place / "bundle.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo(MANIFEST))
     (place / "bundles" / LATEST).symlink_to("tiny-2")
 
     (place / "runs" / "tiny-1").mkdir()
@@ -81,6 +82,8 @@ ADVICE: dict[tuple[Wanted, str], str] = {
     ("bundle", "weights.pt"): (
         "weights, not a bundle; run: sopdeploy export weights.pt --network MODULE:CALLABLE"
     ),
+    ("bundle", "bundle.tar"): "an archive, not a bundle; run: sopdeploy pull bundle.tar bundles",
+    ("bundle", "photos.zip"): "an archive, not a bundle; a bundle is a folder with a manifest.json",
     ("bundle", "hat.jpg"): "a photograph, not a bundle; a bundle is a folder with a manifest.json",
     ("bundle", "notes.txt"): "no bundle here; a bundle is a folder with a manifest.json",
     ("bundle", "empty"): "no manifest.json; was this folder written by `sopdeploy export`?",

@@ -30,8 +30,9 @@ from sopdeploy.names import label_problem
 from sopdeploy.paths import (
     check_is_checkpoint,
     check_is_weights,
-    describe_foreign,
     describe_wrong,
+    is_output,
+    needs_network,
     what_is,
 )
 from sopdeploy.photos.evaluation_images import ANY_IMAGES
@@ -134,9 +135,8 @@ def export(
         try:
             check_is_checkpoint(path)
         except CheckpointError as error:
-            # A weight file needs the code of its network, too; a graph has no use for it.
-            may_be_weights = describe_foreign(path) and path.suffix != ".onnx"
-            if not may_be_weights:
+            # A graph, or a network of another framework, has no use for the code of its network.
+            if not needs_network(path):
                 raise
             raise CheckpointError(
                 error.message, remedies={"network": "module:callable"}
@@ -461,6 +461,8 @@ def triton(bundle: Path, repository: Path) -> None:
     from sopdeploy_export.triton import write_triton
 
     check_takes_output(repository, None)
+    if is_output(repository):
+        raise ConfigError(f"{repository}: holds runs or bundles; choose another folder")
     opened_bundle = open_bundle(bundle)
     written = write_triton(opened_bundle, repository)
     print_field(

@@ -82,7 +82,11 @@ def logits_of_images(
     *,
     mirror: bool = False,
 ) -> NDArray[np.float32]:
-    """Compute the logits (N, C) of *images*, with *mirror* means over them and their mirror images."""
+    """Compute the logits (N, C) of *images*, with *mirror* means over them and their mirror images.
+
+    Raises `DataError` for an image that cannot be decoded within the limits of *settings*, and
+    for one whose logits are not finite.
+    """
     manifest = loaded.bundle.manifest
     max_bytes = settings.max_body_bytes
     max_pixels = settings.max_pixels

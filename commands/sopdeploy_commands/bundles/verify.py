@@ -90,6 +90,7 @@ def verify(
         ParityError: An output deviates.
         RuntimeUnavailableError: No runtime of this machine can run the bundle.
     """
+    # A thorough load checks hashes, root and certificate, and replays all probes.
     chosen = settings or load_settings(runtime=runtime)
     loaded = load_model(Path(bundle), chosen, thorough=True)
 

@@ -174,7 +174,11 @@ def _subfolders(parent: Path) -> list[Path]:
 
 
 def _delete(traces: "_Traces") -> list[Path]:
-    """Delete the files of *traces* and empty its rows; return what was changed."""
+    """Delete the files of *traces* and empty its rows; return what was changed.
+
+    Raises `StorageError` before any change if a folder cannot be written, or when a file cannot be
+    changed, and `DataError` if a run of `classify` writes to one of the tables' folders.
+    """
     rows = traces.rows
     for folder in {path.parent for path in (*traces.files, *rows)}:
         if not os.access(folder, os.W_OK | os.X_OK):

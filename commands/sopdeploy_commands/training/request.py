@@ -287,8 +287,8 @@ def read_request(
     shared, _ = next(iter(networks.values()))  # the recipes differ in the network only
     run_images = open_images(shared, data_of_folder, unknown)
     with_images = {
-        name: (one, given._replace(images=run_images))
-        for name, (one, given) in networks.items()
+        name: (recipe_of_network, given._replace(images=run_images))
+        for name, (recipe_of_network, given) in networks.items()
     }
     return TrainRequest(with_images, previous)
 
@@ -355,8 +355,9 @@ def configure(
     """Apply *recipe_changes* for *network* to their recipe or that of the *previous* run; name the project.
 
     Without a recipe and a network, a weight file determines the network. *start_file* is the
-    file of the start weights, if it is checked. Returns the recipe and what is known of its
-    run, without its images. Raises `ConfigError` if a value is invalid.
+    file of the start weights that an option gave, which is checked. Returns the recipe and what
+    is known of its run, without its images. Raises `ConfigError` if a value is invalid, and
+    `WeightsError` for a weight file that cannot be read.
     """
     from sopdeploy.importers.conversion import WeightFile
     from sopdeploy.importers.import_weights import network_of_weights, open_weights
@@ -379,7 +380,8 @@ def configure(
         procedure = recipe.procedure.model_copy(update={"margins": True})
         recipe = recipe.model_copy(update={"procedure": procedure})
 
-    # If nobody names the network, the weights determine it.
+    # If nobody names the network, the weights determine it: their file is read here, and its
+    # content is kept for the run in place of the file.
     start_weights = None if recipe.start is None else recipe.start.weights
     names_network = recipe_changes.is_named or previous is not None or "model.name" in keys
     weights: WeightSource | None = start_file

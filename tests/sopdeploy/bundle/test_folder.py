@@ -177,8 +177,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda file: flip(file, 0),
         "its sha256 is not the one in|not JSON",
     ),
-    "a folder": (replace_with(Path.mkdir), "missing|no manifest"),
-    "a pipe": (replace_with(os.mkfifo), "missing|no manifest"),
+    "a folder": (replace_with(Path.mkdir), "is a folder|no manifest"),
+    "a pipe": (replace_with(os.mkfifo), "is a pipe|no manifest"),
     "a link to a file outside": (
         link_to(lambda f: f.parent.parent / f.name),
         "is a link|no manifest",

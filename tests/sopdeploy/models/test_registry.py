@@ -1,6 +1,7 @@
 """The catalog, and one table of small networks: the inference model equals eval mode, all weights learn."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +49,15 @@ def test_the_classes_of_a_network_with_a_head_are_made_once() -> None:
     one, again = entry("head:resnet18"), entry("head:resnet18")
     assert (one.network, one.config) == (again.network, again.config)
     assert entry("head:resnet8").network is not one.network
+
+
+def test_a_file_in_place_of_a_name_is_told_with_what_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ckpt.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"catalog; `sopdeploy eval` and `export` read"):
+        create_model("ckpt.pt")
 
 
 def test_an_unknown_name_points_to_the_list() -> None:

@@ -25,8 +25,9 @@ def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
     """Copy *model* with uint8 images cast to float32 before the operators that move them or read their shape.
 
     TensorRT accepts uint8 only for network inputs. The result is the same, because casts
-    commute with operators that only move values. Raises `LoweringError` if another operator
-    reads uint8 values.
+    commute with operators that only move values. The copy is unchanged if the images are not
+    uint8, or are cast first already. Raises `LoweringError` if another operator reads uint8
+    values.
     """
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
