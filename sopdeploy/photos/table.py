@@ -568,7 +568,11 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
 
 
 class _CsvStart(NamedTuple):
-    """A CSV file whose *text* begins with a heading, and how many lines of the file are before it."""
+    """A CSV file whose *text* begins with a heading.
+
+    `lines_before` is added to a number of a line of *text* for that of the file. An added heading
+    lowers it by 1.
+    """
 
     text: str
     separator: str
