@@ -183,7 +183,7 @@ def logit_deviation(before: NDArray[np.float32], after: NDArray[np.float32]) -> 
 def compare_top_classes(
     float32: NDArray[np.int64],
     exported: NDArray[np.int64],
-    truth: NDArray[np.int64] | None = None,
+    truth: NDArray[np.int64] | None,
 ) -> Accuracy:
     """Compare the classes that the *float32* graph and the *exported* graph predict.
 

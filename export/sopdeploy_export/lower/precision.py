@@ -118,7 +118,7 @@ class Lowered(NamedTuple):
 
 
 def weight_types(model: onnx.ModelProto) -> dict[str, str]:
-    """Map each part to the type of its largest weight in *model*; only the `TYPE_NAMES` count."""
+    """Map each part to the type of its largest weight in *model*; only weights of the `TYPE_NAMES` count."""
     largest: dict[str, tuple[int, str]] = {}  # by part: bytes and type
 
     for tensor in model.graph.initializer:
@@ -178,7 +178,8 @@ class Converted:
 def cast_types(certified: Lowered, preprocess: Preprocess, options: ExportOptions) -> Lowered:
     """Place the casts of fp16 in a copy of the *certified* network, capture it, and convert it to ONNX.
 
-    Raises `LoweringError` if the network computes complex numbers, as Fourier transforms do.
+    Raises `LoweringError` if the network computes complex numbers, as Fourier transforms do, and the
+    errors of `in_float16`, `capture_any_batch` and `lower`.
     """
     for node in certified.program.graph.nodes:
         value = node.meta.get("val")
@@ -243,7 +244,7 @@ def convert_precision(
     certified: Lowered,
     preprocess: Preprocess,
     options: ExportOptions,
-    images: UserImages = NO_IMAGES,
+    images: UserImages,
 ) -> Converted:
     """Convert the *certified* graph to the precision in *options*.
 

@@ -63,6 +63,7 @@ class FunctionReads(TorchFunctionMode):
         """Return whether *result* holds values of the image that no operator shows."""
         flow = self._flow
         leaves = tree_leaves(result)
+
         # A built-in function that has read values of its own results may return them, unless
         # all that it returns are tensors of the image.
         if call.reads and not all(map(flow.depends_on_image, leaves)):

@@ -119,6 +119,7 @@ def _refuse_shared_memory(trained: Compared, parts: tuple[str, ...]) -> None:
         return
     name, kept_name = shared
 
+    # The children of the part that share nothing: one of them can be removed in place of the part.
     network = trained.network
     part = next(part for part in parts if is_in(name, part))
     is_tensor = part == name

@@ -151,7 +151,7 @@ def parse_option(text: str) -> tuple[str, Any]:
 def _check_option_values(
     builder: Callable[..., Any], options: Mapping[str, Any], import_path: str
 ) -> None:
-    """Raise `ConfigError` for an option that *builder* lacks, and for a text whose default is a number.
+    """Raise `ConfigError` for an option that *builder* lacks, and for a text if the default is a number.
 
     A truth value counts as a number. A builder that does not tell its options, such as a function
     in C, may have any.
@@ -365,8 +365,8 @@ def _choose_fit(
 ) -> _TableFit:
     """Choose the fit without missing tensors; if there is none, the one with the most tensors.
 
-    Of several without missing tensors, one with the shapes of *expected* is chosen. Raises
-    `WeightsError` if those that are left take different tensors.
+    Of several without missing tensors, only those with the shapes of *expected* count, if there are
+    any. Raises `WeightsError` if those that count take different tensors.
     """
     complete = [fit for fit in fits if not fit.missing]
     if not complete:
