@@ -82,7 +82,8 @@ def read_archived_manifest(archive: IO[bytes], name: str) -> Manifest:
         return Manifest.from_bytes(archive.read(size))
     except (ValueError, RecursionError) as error:
         raise BundleError(
-            f"{name}: not an archive of `sopdeploy push` ({error}); give the .tar file that it wrote"
+            f"{name}: not an archive of `sopdeploy push` ({error}); give the .tar "
+            "file that it wrote"
         ) from error
 
 
@@ -121,7 +122,8 @@ def header(name: str, size: int) -> bytes:
         return entry.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
     except ValueError as error:
         raise BundleError(
-            f"{name!r}: its name or size does not fit into a tar header ({error}); export the bundle again"
+            f"{name!r}: its name or size does not fit into a tar header ({error}); "
+            "export the bundle again"
         ) from error
 
 

@@ -116,7 +116,8 @@ def held_out_metrics(
     loss = float(classification_loss(logits_NC, true, activation))
     if not math.isfinite(loss):
         raise TrainingError(
-            "the loss on the held-out images is not finite, training has diverged; lower the learning rate"
+            "the loss on the held-out images is not finite, training has "
+            "diverged; lower the learning rate"
         )
 
     if activation == "softmax":

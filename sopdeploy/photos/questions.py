@@ -81,6 +81,7 @@ def ask_about_held_out_classes(images: ImageFiles, held_out: Sequence[str]) -> N
             "they are the classes"
         )
 
+    # A class with such a name, or other photographs of the classes.
     raise DataError(
         f"{images.root}: {shorten(doubtful)} would be a class, as "
         f"{shorten(others)}; {GO_ON} if it is; if it holds other photographs of "
@@ -255,9 +256,9 @@ def suggest_names(root: Path, paths: Sequence[bytes]) -> str:
     """
     for pattern in NAME_PATTERNS:
         counts = Counter(class_in_name(path, pattern) for path in paths)
-        without = counts.pop("", 0)
-        are_few = len(counts) > 1 and counts.total() >= FEW_WORDS * len(counts)
-        if are_few and without <= (1 - IN_NAMES) * len(paths):
+        num_without = counts.pop("", 0)
+        may_be_classes = len(counts) > 1 and counts.total() >= FEW_WORDS * len(counts)
+        if may_be_classes and num_without <= (1 - IN_NAMES) * len(paths):
             return (
                 f"; if {shorten(sorted(counts))} in the names of the files are the "
                 f"classes, run: sopdeploy train --data {quote(str(root))} --set "

@@ -164,12 +164,9 @@ def _export_weights(
     on_step: Callable[[str], None],
 ) -> "Exported":
     """Export the network that *source* names with the weights of the file *weights*."""
+    from sopdeploy_export.user_network.builder import network_builder
     from sopdeploy_export.user_network.export_network import export_network
-    from sopdeploy_export.user_network.loading import (
-        load_weights,
-        network_builder,
-        read_weights,
-    )
+    from sopdeploy_export.user_network.loading import load_weights, read_weights
 
     # What the user says about the network: classes, preprocessing, name.
     labels = None if source.labels is None else read_class_names(source.labels)
@@ -292,8 +289,9 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     from sopdeploy_export.capture.program import trace
     from sopdeploy_export.prove.constants import check_constants
     from sopdeploy_export.user_network.admission import admit
+    from sopdeploy_export.user_network.builder import network_builder
     from sopdeploy_export.user_network.export_network import checked_builder
-    from sopdeploy_export.user_network.loading import load_weights, network_builder
+    from sopdeploy_export.user_network.loading import load_weights
 
     build = network_builder("network", options.network, options.option)
     network = build()
