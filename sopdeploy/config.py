@@ -396,11 +396,9 @@ def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
     if kind == "union_tag_invalid":
         tag = str(context["tag"])[:MAX_SHOWN]
         known = context["expected_tags"]
-        return (
-            f"{tag!r} is none of {known}" + _suggest(problem)
-            if tag
-            else f"missing; choose one of {known}"
-        )
+        if not tag:
+            return f"missing; choose one of {known}"
+        return f"{tag!r} is none of {known}" + _suggest(problem)
 
     if kind in _REASONS:
         whole = {

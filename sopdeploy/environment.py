@@ -44,11 +44,9 @@ def usable_cores() -> int:
 
     macOS has neither affinity nor quotas, so all cores count there.
     """
-    cores = (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
 
     for folder, version in control_groups("cpu"):
         # Without a quota, the text `max` or -1; a group can also lack these files.

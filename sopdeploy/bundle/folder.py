@@ -176,11 +176,9 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
                     else:
                         deque(blocks, maxlen=0)  # hash without keeping
     except OSError as error:
-        problem = (
-            "missing"
-            if isinstance(error, FileNotFoundError)
-            else f"cannot be read ({os_reason(error)})"
-        )
+        problem = f"cannot be read ({os_reason(error)})"
+        if isinstance(error, FileNotFoundError):
+            problem = "missing"
         raise BundleError(f"{current}: {problem}; copy or export the bundle again") from error
 
     labels = _parse_labels(path / "labels.json", contents["labels.json"], manifest)

@@ -99,6 +99,9 @@ def fit_decision(
     rejection = None
     if threshold := choose_threshold(log_sum_exp(scaled), accepts, are_cosines=are_cosines):
         unknown_energies = None if unknown is None else log_sum_exp(unknown / temperature)
+        new_class_share = None
+        if left_out is not None:
+            new_class_share = new_class_interval(left_out < threshold.value, targets)
         rejection = Rejection(
             threshold=threshold.value,
             accepts=accepts,
@@ -106,9 +109,7 @@ def fit_decision(
             recognized=_count_rejected(unknown_energies, threshold.value),
             is_unknown_shipped=is_unknown_shipped and unknown is not None,
             new_class=_count_rejected(left_out, threshold.value),
-            new_class_share=None
-            if left_out is None
-            else new_class_interval(left_out < threshold.value, targets),
+            new_class_share=new_class_share,
         )
 
     return Decision(calibration=calibration, rejection=rejection)

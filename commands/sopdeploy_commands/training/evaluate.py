@@ -69,17 +69,16 @@ class Evaluation:
 
     def summary(self) -> dict[str, object]:
         """Return the output of `sopdeploy eval --json`."""
+        fitted = {}
+        if self.decision is not None:
+            fitted = {"decision": self.decision.model_dump(mode="json")}
         return {
             "source": self.source,
             "kind": self.kind,
             **self.facts,
             "mirror": self.mirror,
             "notes": list(self.notes),
-            **(
-                {}
-                if self.decision is None
-                else {"decision": self.decision.model_dump(mode="json")}
-            ),
+            **fitted,
             **self.metrics.model_dump(mode="json"),
         }
 
