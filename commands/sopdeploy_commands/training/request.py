@@ -249,7 +249,10 @@ def read_request(
     options: TrainOptions,
     settings: Mapping[str, Any],
 ) -> TrainRequest:
-    """Read the recipe of each network, the run to start from, and the images; writes no file."""
+    """Read the recipe of each network, the run to start from, and the images; writes no file.
+
+    Raises `ConfigError`, `DataError`, `WeightsError` and `CheckpointError` for what the user gave.
+    """
     # What a user may have mistyped, before torch is imported
     changes = read_changes(data, recipe, options, settings)
     options.milliseconds  # noqa: B018 - raises the error of an invalid time
