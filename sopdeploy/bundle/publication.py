@@ -126,10 +126,10 @@ def give_final_name(
 ) -> PlacedBundle:
     """Rename a sealed *folder* to `destination/<project>-<id>` unless an identical bundle has the name.
 
-    A *signature* of *manifest* is written first, so that the bundle is never there without it.
-    The manifest of the bundle that has the name at the end is read again: it equals *manifest*,
-    or without a *signature* may have another time. Raises `BundleError` if a different or
-    damaged bundle has the name; it stays as it is.
+    A *signature* of *manifest* is written, too: before the new name, so that a new bundle is never
+    there without it, or beside the identical bundle. The manifest of the bundle that has the name
+    at the end is read again: it equals *manifest*, or without a *signature* may have another
+    time. Raises `BundleError` if a different or damaged bundle has the name; it stays as it is.
     """
     target = destination / manifest.name
     signature_file = _signature_of(target)

@@ -133,7 +133,8 @@ def new_class_interval(
     """Compute the 95 % interval of the rejected share of a new class, from the share of each class left out.
 
     *is_rejected_N* tells which images are rejected while their class, *targets* (N,), is left
-    out. The interval is Student's prediction interval of one more class. It contains Wilson's
+    out. The interval is Student's prediction interval of one more class: of the shares of K
+    classes with the mean m and the deviation s, m +- t s sqrt(1 + 1 / K). It contains Wilson's
     interval with as many trials as classes, because two or three equal shares say little about
     the next one.
     """

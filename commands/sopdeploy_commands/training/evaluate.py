@@ -185,7 +185,10 @@ def evaluate(
 
 
 def _check_options(source: Path, kind: str, options: EvaluateOptions) -> None:
-    """Raise `ConfigError` for an option that *source* of this *kind* does not have, or that overwrites it."""
+    """Raise `ConfigError` for an option that *source* of this *kind* does not have, or that overwrites it.
+
+    It is also raised for a decision that would be fitted to the means with mirror images.
+    """
     for setting, needed in (("runtime", "bundle"), ("fit_decision", "checkpoint")):
         if getattr(options, setting) and kind != needed:
             raise ConfigError(

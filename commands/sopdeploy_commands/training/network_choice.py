@@ -240,9 +240,10 @@ def fetch_weights(
 ) -> list[str]:
     """Fetch the published start weights of *recipes*; return the names of the networks that have their weights.
 
-    Without *download*, only ask whether the weights can be fetched. Weights that cannot be
-    fetched raise `WeightsError`. With *may_skip*, their networks are left out instead, and a
-    warning names them; then, `WeightsError` is raised if no network remains.
+    Networks with other start weights, such as a file, count as having them. Without *download*,
+    only ask whether the weights can be fetched. Weights that cannot be fetched raise
+    `WeightsError`. With *may_skip*, their networks are left out instead, and a warning names
+    them; then, `WeightsError` is raised if no network remains.
     """
     problems: dict[str, WeightsError] = {}
 
