@@ -28,7 +28,7 @@ from sopdeploy.environment import processor, usable_cores
 
 ROOT = Path(__file__).parents[1]
 # One worker more than cores: many tests wait for servers and processes.
-WORKERS = (os.cpu_count() or 1) + 1
+WORKERS = usable_cores() + 1
 # ends with this program
 BURN = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 OTHER_USER = 65534  # nobody

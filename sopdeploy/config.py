@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeAlias, TypeVar
 import pydantic
 import pydantic_core
 
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, with_hint
 from sopdeploy.nearest import did_you_mean
 from sopdeploy.plugins import PluginRegistry
 from sopdeploy.version import __version__
@@ -376,7 +376,8 @@ def describe_problem(
     checked_whole_model = not where or isinstance(problem["input"], dict)
     if kind in _OF_VALIDATOR and checked_whole_model:  # the message names the wrong values
         return f"{where}: {reason}" if where else reason
-    return f"{where or 'value'}: {reason} (got {shown(problem['input'])}){_suggest(problem)}"
+    message = f"{where or 'value'}: {reason} (got {shown(problem['input'])})"
+    return with_hint(message, _suggest(problem))
 
 
 def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
@@ -398,7 +399,7 @@ def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
         known = context["expected_tags"]
         if not tag:
             return f"missing; choose one of {known}"
-        return f"{tag!r} is none of {known}" + _suggest(problem)
+        return with_hint(f"{tag!r} is none of {known}", _suggest(problem))
 
     # A limit of 1.0 is written as 1.
     if kind in _REASONS:
@@ -460,14 +461,13 @@ _NOUNS = {
 
 
 def _suggest(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
-    """Return the end of a message: the accepted name that is most like the text of *problem*, if one is."""
+    """Ask for the accepted name that is most like the text of *problem*; "" if none is like it."""
     context = problem.get("ctx", {})
     wanted = context.get("tag", problem["input"])
     expected = str(context.get("expected_tags", context.get("expected", "")))
     names = re.findall(r"'([^']+)'", expected)
 
-    hint = did_you_mean(wanted, names) if isinstance(wanted, str) else ""
-    return hint and f"; {hint}"
+    return did_you_mean(wanted, names) if isinstance(wanted, str) else ""
 
 
 def _name_key(path: Iterable[str | int], values: Any, *, is_missing: bool) -> str:

@@ -275,6 +275,11 @@ def shorten(names: Sequence[str], separator: str = ", ") -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
+def with_hint(message: str, hint: str) -> str:
+    """Return *message* with the *hint* behind it, if there is one."""
+    return f"{message}; {hint}" if hint else message
+
+
 def shorten_problems(problems: Sequence[str]) -> str:
     """Join *problems*, texts `PLACE: REASON`, for a message: each reason once, as `shorten` does.
 

@@ -22,6 +22,9 @@ MAX_PARTIAL_BYTES = 230  # of the name of a file, as a part of the name of its t
 LOCK = ".lock"  # in a folder to which one process writes
 MANIFEST = "manifest.json"  # of a bundle
 GRAPH = "model.onnx"  # of a bundle
+BEST = "best.pt"  # of a run: the checkpoint to export
+LAST = "last.pt"  # of a run: the checkpoint to resume from
+HISTORY = "history.csv"  # of a run: its epochs
 LATEST = "latest"  # the link to the newest run or bundle of a folder
 BLOCK_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1_000_000  # of a file that people write: a recipe, settings, keys, rules
@@ -255,5 +258,5 @@ def holds_output(path: Path) -> bool:
     return any(
         all(holds_file(folder, name) for name in names)
         for folder in (path, path / LATEST)
-        for names in ((MANIFEST, GRAPH), ("best.pt",), ("last.pt",))
+        for names in ((MANIFEST, GRAPH), (BEST,), (LAST,))
     )

@@ -10,7 +10,9 @@ from typing import Literal, NamedTuple
 
 from sopdeploy.errors import CheckpointError, WeightsError
 from sopdeploy.files import (
+    BEST,
     GRAPH,
+    LAST,
     LATEST,
     MANIFEST,
     has_manifest,
@@ -181,7 +183,7 @@ def _what_is_folder(path: Path) -> PathKind:
     """Tell what the folder *path* is; photographs are not searched in bundles and runs in it."""
     if has_manifest(path):
         return "bundle"
-    if holds_file(path, "best.pt") or holds_file(path, "last.pt"):
+    if holds_file(path, BEST) or holds_file(path, LAST):
         return "run"
     # A bundle without its manifest has images, too.
     if holds_file(path, GRAPH):
@@ -194,7 +196,7 @@ def _what_is_folder(path: Path) -> PathKind:
         return "photographs"
     if any(map(has_manifest, folders)):
         return "bundles"
-    return "runs" if any(holds_file(folder, "best.pt") for folder in folders) else "folder"
+    return "runs" if any(holds_file(folder, BEST) for folder in folders) else "folder"
 
 
 def describe_wrong(path: Path, wanted: Wanted, otherwise: str = "") -> str:
@@ -216,12 +218,12 @@ def describe_wrong(path: Path, wanted: Wanted, otherwise: str = "") -> str:
     # What sopdeploy or its user made: its name, and the step that leads from it to what is wanted.
     if kind in _WORDS:
         meant = _meant(path)
-        best = meant / "best.pt"
+        best = meant / BEST
         places = {
             "path": path,
             "folder": path.parent,
             "meant": meant,
-            "best": best if best.is_file() else meant / "last.pt",
+            "best": best if best.is_file() else meant / LAST,
         }
         quoted = {name: quote(str(place)) for name, place in places.items()}
         step = _NEXT[wanted].get(kind, "{otherwise}").format(**quoted, otherwise=otherwise)
@@ -242,9 +244,7 @@ def _meant(path: Path) -> Path:
     """Return the run or bundle that the folder *path* probably stands for: itself, its latest, or its first."""
     if holds_output(path) and not (path / LATEST).exists():
         return path
-    folders = {
-        file.parent for name in (MANIFEST, "best.pt") for file in path.glob(f"[!.]*/{name}")
-    }
+    folders = {file.parent for name in (MANIFEST, BEST) for file in path.glob(f"[!.]*/{name}")}
     latest = path / LATEST
     return latest if latest in folders or not folders else min(folders)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from sopdeploy.errors import ConfigError, with_hint
 from sopdeploy.nearest import ask_for, did_you_mean
 from sopdeploy.version import __version__
 
@@ -163,7 +164,7 @@ class Group(TyperGroup):
         if name in self.commands or name.startswith("-"):
             return super().resolve_command(ctx, args)
         hint = did_you_mean(name, list(self.commands))
-        return ctx.fail(f"No such command '{name}'" + (f"; {hint}" if hint else ""))
+        return ctx.fail(with_hint(f"No such command '{name}'", hint))
 
 
 class Program(Group):
@@ -293,8 +294,6 @@ def _run_and_flush() -> Any:
 
 def _to_config_error(error: Any) -> Exception:
     """Build the one-line error for a command line that Typer does not accept."""
-    from sopdeploy.errors import ConfigError
-
     command = "sopdeploy" if error.ctx is None else error.ctx.command_path
     message = " ".join(error.format_message().split()).rstrip(".")
     parameters = [] if error.ctx is None else error.ctx.command.params
@@ -303,7 +302,7 @@ def _to_config_error(error: Any) -> Exception:
     # The command does not have the option.
     if hasattr(error, "possibilities") and name is not None:
         hint = _suggest_option(name, parameters)
-        message = f"No such option: {name}" + (f"; {hint}" if hint else "")
+        message = with_hint(f"No such option: {name}", hint)
     elif name is not None:  # an option without a value, or one that takes none
         # Empty for `--help`, which is no parameter of the command
         named = [parameter for parameter in parameters if name in parameter.opts]

@@ -16,7 +16,7 @@ from sopdeploy.cli.console import print_table, say
 from sopdeploy.client import Classification, Client
 from sopdeploy.errors import SopdeployError
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.files import writing
+from sopdeploy.files import BEST, LATEST, writing
 from sopdeploy_commands.app import QUICK_START
 
 _PACKAGED = Path(__file__).parent / "photos"  # of a wheel
@@ -70,7 +70,7 @@ def classify_photographs(out: Path) -> None:
         style="bold",
     )
     _run(PHOTOGRAPHS, out)
-    top1 = read_checkpoint(out / "runs" / "latest" / "best.pt").training["procedure"]["top1"]
+    top1 = read_checkpoint(out / "runs" / LATEST / BEST).training["procedure"]["top1"]
     expect("the photographs, in cross-validation", Rate.model_validate(top1), MIN_ACCURACY)
 
     _run(EXPORT, out)

@@ -25,8 +25,8 @@ def find_last_layer(
 ) -> nn.Linear | None:
     """Find the linear layer, outside of *training_only*, whose *classes* outputs are the logits of *network*.
 
-    None if there is none: the network must run the layer once on *images*, uint8 (P, H, W, 3), and
-    return its outputs, or these plus one number per image, which changes no probability.
+    Returns None if there is none: the network must run the layer once on *images*, uint8 (P, H, W,
+    3), and return its outputs, or these plus one number per image, which changes no probability.
     """
     if isinstance(network, Classifier):
         layer = network.logits_layer()

@@ -54,6 +54,7 @@ class ExportOptions(Options):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "ExportOptions":
+        """Raise `ConfigError` for an option without effect, and for int8 without images that calibrate."""
         if self.precision != "int8":
             for name in ("calibrate", "int8_for"):
                 if getattr(self, name) != type(self).model_fields[name].default:
@@ -123,6 +124,7 @@ class NetworkExportOptions(NetworkOptions):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "NetworkExportOptions":
+        """Raise `ConfigError` for an option without effect: without a network, or without a plain one."""
         if self.network is None:
             for name, field in type(self).model_fields.items():
                 if getattr(self, name) != field.default:
@@ -152,6 +154,7 @@ class EngineOptions(Options):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "EngineOptions":
+        """Raise `ConfigError` for a checkpoint that the ONNX parser would not read."""
         if self.via == "onnx" and self.checkpoint is not None:
             remedies = {"via": "torch-tensorrt"}
             raise ConfigError(

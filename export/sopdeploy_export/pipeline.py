@@ -16,6 +16,7 @@ from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.errors import CertificateError, CheckpointError, ConfigError, DetachError
+from sopdeploy.files import GRAPH
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.names import label_problem
@@ -51,7 +52,6 @@ from sopdeploy_export.prove.removed import has_tensors, list_tensors, prove_remo
 from sopdeploy_export.runs import LOGITS, ProbeOutputs, open_session
 from sopdeploy_export.subject import Detachment, ExportSubject
 
-ONNX_FILE = "model.onnx"
 OPERATOR_IMAGES = 2  # of the run that records the operators of a program
 
 
@@ -115,7 +115,9 @@ def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
 def _change_last_layer(subject: ExportSubject, *, with_features: bool) -> None:
     """Fold the temperature of the decision of *subject* into the last linear layer of its network, in place.
 
-    With *with_features*, the input of this layer becomes an output.
+    A temperature of 1 changes nothing. With *with_features*, the input of this layer becomes an
+    output. Raises `LoweringError` if one of the two is to be done and no linear layer computes the
+    logits.
     """
     network = subject.network
     preprocess = subject.preprocess
@@ -188,8 +190,9 @@ def export_subject(
     """Export *subject* as a bundle in *destination*, as `export_checkpoint` does.
 
     *trained* is its network if the caller has captured it already; then its last layer is not
-    changed any more. *outputs* are its outputs for the generated images, if it ran on them. Tells
-    `progress.step` each step.
+    changed any more. *outputs* are its outputs for the generated images, if it ran on them; they
+    are used only in precision fp32. Tells `progress.step` each step. Raises a `SopdeployError`
+    if a step failed.
     """
     started = time.monotonic()
     has_photos = options.calibrate is not None or options.evaluate is not None
@@ -205,7 +208,7 @@ def export_subject(
             _change_last_layer(subject, with_features=options.with_features)
             trained = Compared.of("trained", subject.network, preprocess, options.batch)
         recorder = Recorder(trained, torch.from_numpy(images), options.max_batch, parts)
-        plain = _prove_network(subject, trained, recorder, options.batch)
+        plain = _prove_network(subject, recorder, options.batch)
 
         # Convert its graph to ONNX, then to the precision.
         certified, mixes_images = _convert_to_onnx(trained, images, options)
@@ -219,8 +222,8 @@ def export_subject(
         precision = converted.precision
 
         # Write the file, and compare it with the network.
-        (folder / ONNX_FILE).write_bytes(converted.model.SerializeToString(deterministic=True))
-        session = open_session(folder / ONNX_FILE)
+        (folder / GRAPH).write_bytes(converted.model.SerializeToString(deterministic=True))
+        session = open_session(folder / GRAPH)
         if accuracy_check is not None:
             measured = accuracy_check.measure(certified.model, session)
             precision = precision.model_copy(update={"accuracy": measured})
@@ -296,16 +299,16 @@ def export_subject(
 
 
 def _prove_network(
-    subject: ExportSubject, trained: Compared, recorder: Recorder, batch: BatchRange
+    subject: ExportSubject, recorder: Recorder, batch: BatchRange
 ) -> Compared | None:
     """Prove the statements about the network of *subject*; return the plain one, or None without a builder.
 
-    *trained* is this network, captured. What the runs of *recorder* leave in it is removed
-    afterwards.
+    *recorder* records runs of this network. What they leave in it is removed afterwards.
     """
+    trained = recorder.trained
     with attributes_restored(subject.network):
         announce("Removed")
-        prove_removed(trained, recorder, subject.detachment.training_only)
+        prove_removed(recorder)
         announce("Graph")
         plain = _build_plain(subject.detachment, trained, subject.preprocess, batch)
         prove_graph(trained, plain)
@@ -317,14 +320,16 @@ def _prove_network(
 def _convert_to_onnx(
     trained: Compared, images: NDArray[np.uint8], options: ExportOptions
 ) -> tuple[Lowered, tuple[str, ...]]:
-    """Convert the program of *trained* to ONNX, and check the result.
+    """Convert the program of *trained* to a float32 ONNX graph, and check this graph.
 
-    Also returns what `prove_images` does: the operators through which an output may depend on
-    other images of its batch. For the comparison of operators, the program runs on the first of
-    *images*, uint8 (P, H, W, 3).
+    Returns the network with its program and the graph, and the names of the operators through which
+    an output may depend on other images of its batch. If there are such operators, *options* must
+    allow them. Each operator of the program is compared with its ONNX form; which operators there
+    are is seen in a run of the program on the first of *images*, uint8 (P, H, W, 3). Raises the
+    errors of `lower`, `prove_images` and `check_operators`.
     """
     step("converting to ONNX")
-    folded = fold_constant_parts(trained.program)
+    folded = fold_constant_parts(trained.program)  # both conversions below are of this program
     model = lower(folded, output_names(trained.network))
     announce("Images")
     mixes_images = prove_images(model, allowed=options.allow_batch_dependence)

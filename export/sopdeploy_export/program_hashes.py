@@ -222,14 +222,14 @@ def _hash_placeholders(program: ExportedProgram, hash_of: HashOf) -> dict[str, s
         value = values[spec.arg.name]
         if not isinstance(value, Tensor):
             raise CertificateError(f"input {num_inputs} is not a tensor")
+        sizes: list[Any] = list(value.shape)  # integers, or symbolic
         shape = []
-        for size in value.shape:
-            next_name = f"S{len(name_of_size)}"
-            shape.append(
-                str(size)
-                if isinstance(size, int)
-                else name_of_size.setdefault(str(size.node.expr), next_name)
-            )
+        for size in sizes:
+            text = str(size)
+            if not isinstance(size, int):
+                next_name = f"S{len(name_of_size)}"
+                text = name_of_size.setdefault(str(size.node.expr), next_name)
+            shape.append(text)
         hashes[spec.arg.name] = hash_parts("input", str(num_inputs), str(value.dtype), *shape)
         num_inputs += 1
 

@@ -205,9 +205,8 @@ class AugmentedDataset(FittedDataset):
 
         windows = []
         for index, random in zip(indices, randoms, strict=True):
-            top, left = (
-                (random.randint(0, 2 * pad), random.randint(0, 2 * pad)) if pad else (0, 0)
-            )
+            top = random.randint(0, 2 * pad) if pad else 0
+            left = random.randint(0, 2 * pad) if pad else 0
             copy = index // len(self.images)
             is_mirrored = copy % 2 == 1 if is_doubled else random.random() < augmentation.flip
             windows.append(Window(top, left, is_mirrored))

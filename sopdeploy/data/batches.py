@@ -135,10 +135,9 @@ class _BatchDataset:
     datasets: Sequence[Dataset]
 
     def __getitems__(self, request: _BatchRequest) -> Batch | tuple[str]:
+        dataset = replace(self.datasets[request.number], **request.own)
         try:
-            pixels, labels = replace(self.datasets[request.number], **request.own).batch(
-                request.indices
-            )
+            pixels, labels = dataset.batch(request.indices)
         except DataError as error:
             return (str(error),)
         return torch.from_numpy(pixels), torch.from_numpy(labels)

@@ -160,8 +160,9 @@ def _group_by_name(split: Split, pattern: str) -> Split:
     )
     if not any(re.search(pattern, name) for name in names):
         raise DataError(
-            f"data.groups: {pattern!r} finds nothing in any name, such as {split.train.identity(0)}; give a "
-            "regular expression for the part that files of one object share"
+            f"data.groups: {pattern!r} finds nothing in any name, such as "
+            f"{split.train.identity(0)}; give a regular expression for the part "
+            "that files of one object share"
         )
 
     def group(images: LabeledImages) -> LabeledImages:
@@ -183,7 +184,8 @@ def _draw_classes(split: Split, count: int) -> Split:
     labels = split.train.labels
     if count > len(labels):
         raise DataError(
-            f"data.classes: {count}, but the data have {len(labels)} classes; give a smaller number"
+            f"data.classes: {count}, but the data have {len(labels)} classes; give "
+            "a smaller number"
         )
 
     # In the order of their hashes, so that a larger subset contains the smaller ones.

@@ -83,6 +83,7 @@ def decode(
         open_image(body, **limits, formats=formats) as image,
         _loaded(image, body, rules, max_pixels, choose_view) as (size, scale, view),
     ):
+        # With full decoding, the whole image is resized, unless a view was chosen.
         has_own_view = choose_view is not None or rules.decoding == "scaled"
         own_view = view if has_own_view else None
         pixels = preprocess_image(image, rules, own_view, size, scale)

@@ -44,6 +44,7 @@ APPLICATION_1 = 0xE1
 EXIF = b"Exif\0\0"
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
 # Of the chunks of PNG files that a decoder may ignore, texts with an orientation.
+TEXT_CHUNKS = {b"tEXt", b"zTXt", b"iTXt"}
 TEXTS = re.compile(rb"(XML:com\.adobe\.xmp|xmp|exif|Raw profile type exif)\0")
 TRANSPARENCY_BYTES = {0: 2, 2: 6}  # by color type
 # an extension of GIF
@@ -81,7 +82,10 @@ def open_image(
             for marker, _ in jpeg_segments(body):
                 # Libjpeg does not tell whether the data of arithmetic frames are complete.
                 if marker in ARITHMETIC_FRAMES:
-                    reason = "JPEG files with the arithmetic code are not accepted; use the Huffman code"
+                    reason = (
+                        "JPEG files with the arithmetic code are not accepted; "
+                        "use the Huffman code"
+                    )
                     raise _unsupported_error(reason)
                 if marker in FRAMES or marker == SCAN:
                     break
@@ -158,10 +162,13 @@ def _jpeg_orientation_info(body: bytes) -> dict[str, bytes]:
 
 
 def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of the chunks that `without_metadata` leaves out, also of damaged ones."""
-    # Chunks follow the signature. Texts may be unpacked up to a number of bytes.
+    """Yield begin and end of the chunks that `without_metadata` leaves out.
+
+    They are the ancillary chunks that are not needed, or damaged.
+    """
+    # Chunks follow the signature.
     begin = 8
-    remaining = MAX_TEXT
+    remaining = MAX_TEXT  # bytes of texts that may still be unpacked
     while (end := begin + 12 + int.from_bytes(body[begin : begin + 4])) <= len(body):
         name = body[begin + 4 : begin + 8]
 
@@ -169,19 +176,15 @@ def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
         if name == b"IEND" or not name.isalpha():
             return
 
-        # A chunk in lower case is ancillary; orientation, transparency and short texts are
-        # needed.
+        # A chunk in lower case is ancillary. Needed are orientation, transparency and, up to
+        # `MAX_TEXT`, texts with an orientation.
         if name[:1].islower():
             is_needed = name == b"eXIf"
             if name == b"tRNS":
                 color_type = body[25]  # in the first chunk
                 least = TRANSPARENCY_BYTES.get(color_type, 0)
                 is_needed = content.stop - content.start >= least
-            elif (
-                name in {b"tEXt", b"zTXt", b"iTXt"}
-                and remaining
-                and TEXTS.match(body, begin + 8)
-            ):
+            elif name in TEXT_CHUNKS and remaining and TEXTS.match(body, begin + 8):
                 used = _count_text(name, body[content], remaining)
                 remaining = max(0, remaining - used)
                 is_needed = remaining > 0
@@ -248,12 +251,12 @@ def _count_text(chunk: bytes, content: bytes, limit: int) -> int:
 def _check_dimensions(size: tuple[int, int], max_pixels: int) -> None:
     """Raise `ImageError` if an image of *size*, width and height, is too large."""
     width, height = size
-    if width * height > max_pixels or max(size) > _MAX_SIDE:
-        limit = (
-            f"{max_pixels} pixels"
-            if width * height > max_pixels
-            else f"{_MAX_SIDE} pixels per side"
-        )
+    limit = ""
+    if width * height > max_pixels:
+        limit = f"{max_pixels} pixels"
+    elif max(size) > _MAX_SIDE:
+        limit = f"{_MAX_SIDE} pixels per side"
+    if limit:
         message = f"{width} x {height} is more than {limit}, the limit"
         raise ImageError(message, code="too_many_pixels", status=413)
 
@@ -297,9 +300,9 @@ def detect_format(body: bytes, formats: Collection[str] | None = None) -> str:
     if any(FORMATS[name] == detected for name in accepted):
         return detected
 
-    advice = f"use {describe_formats(accepted)}" + (
-        " (the setting formats)" if len(set(accepted)) < len(FORMATS) else ""
-    )
+    advice = f"use {describe_formats(accepted)}"
+    if len(set(accepted)) < len(FORMATS):
+        advice += " (the setting formats)"
 
     if not detected:
         raise ImageError(f"this is not an image; {advice}", code="not_an_image", status=415)
@@ -342,7 +345,7 @@ def webp_size(body: bytes) -> tuple[int, int]:
     libwebp allocates the pixels before Pillow knows the size, and does not say that it lacks
     memory. Source: RFC 9649, sections 2.5 to 2.7.
     """
-    # The name of the first chunk is in front of 4 bytes of length, then follows its content.
+    # `WEBP` and the name of the first chunk; then follow 4 bytes of its length, and its content.
     kind = body[8:16]
     chunk = body[20:30]
 

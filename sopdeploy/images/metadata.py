@@ -41,18 +41,19 @@ def capture_time(image: Image.Image) -> int:
         exif = Image.Exif()
         exif.load(image.info["exif"])
         text = exif.get_ifd(_EXIF_IFD)[_TIME_TAKEN]
-        return max(
-            NO_TIME, calendar.timegm(time.strptime(text.strip("\0 "), "%Y:%m:%d %H:%M:%S"))
-        )
+        taken = time.strptime(text.strip("\0 "), "%Y:%m:%d %H:%M:%S")
+        return max(NO_TIME, calendar.timegm(taken))
     return NO_TIME
 
 
 def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str]:
     """Copy the image file *body*; return the copy and its suffix, `.jpg` or `.png`.
 
-    An orientation other than upright stays as the only EXIF tag of a JPEG. Raises `ImageError`
-    for a damaged file, for more than *max_pixels*, and if the copy is a PNG, for more than
-    `MAX_COPIED_PIXELS`.
+    The copy of a JPEG has the same pixels, or else is a PNG, as those of other formats are. An
+    orientation other than upright stays as the only EXIF tag of a JPEG; a PNG is upright.
+
+    Raises `ImageError` for a damaged file, for more than *max_pixels*, and if the copy is a PNG,
+    for more than `MAX_COPIED_PIXELS`.
     """
     with open_image(body, max_bytes=len(body), max_pixels=max_pixels) as image:
         # A JPEG is copied by segments, if the copy decodes to the same pixels.

@@ -94,8 +94,9 @@ class Preprocess(StrictModel):
         crop_share = float(config.get("crop_pct") or 1)
         if mode != "center" and crop_share != 1:
             raise ConfigError(
-                f"timm: crop_mode {mode!r} with crop_pct {crop_share:g} is not supported; choose rules "
-                "that keep the whole image, or another network"
+                f"timm: crop_mode {mode!r} with crop_pct {crop_share:g} is not "
+                "supported; choose rules that keep the whole image, or another "
+                "network"
             )
 
         colors = {name: tuple(config[name]) for name in ("mean", "std") if name in config}
@@ -126,8 +127,8 @@ class Preprocess(StrictModel):
             colors = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
         except (AttributeError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"torchvision: {type(transforms).__name__} does not resize and crop to a square; pass "
-                "weights.transforms() of a classifier"
+                f"torchvision: {type(transforms).__name__} does not resize and "
+                "crop to a square; pass weights.transforms() of a classifier"
             ) from error
 
         fields = {"crop": crop, "resize": resize, "interpolation": interpolation, **colors}

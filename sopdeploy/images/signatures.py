@@ -76,11 +76,8 @@ def format_of(head: bytes) -> str:
 def media_type_of(head: bytes) -> str:
     """Return the media type of the image file that begins with *head*."""
     detected = find_format(head)
-    return (
-        f"image/{detected.lower()}"
-        if detected in FORMATS.values()
-        else "application/octet-stream"
-    )
+    is_accepted = detected in FORMATS.values()
+    return f"image/{detected.lower()}" if is_accepted else "application/octet-stream"
 
 
 def has_image_suffix(name: str) -> bool:
@@ -126,7 +123,10 @@ def describe_suffixes(counts: Mapping[str, int]) -> str:
 def describe_skipped(counts: Mapping[str, int]) -> str:
     """Say how many files of which suffix were skipped."""
     count = sum(counts.values())
-    return f"{amount(count, 'file')} skipped, not {describe_formats()}: {describe_suffixes(counts)}"
+    return (
+        f"{amount(count, 'file')} skipped, not {describe_formats()}: "
+        f"{describe_suffixes(counts)}"
+    )
 
 
 def note_skipped(root: Path, counts: Mapping[str, int]) -> None:

@@ -31,9 +31,9 @@ from sopdeploy.photos.photo import ImageFiles
 # Images whose features are computed, which takes about four minutes on a CPU
 MAX_FEATURES = 10_000
 EDGES_MISS = (
-    "near-duplicates were found by edges, which miss some of the strong crops; up to "
-    f"{MAX_FEATURES:,} images are compared by a network if sopdeploy[train] is installed and a `train` has "
-    "downloaded its weights"
+    "near-duplicates were found by edges, which miss some of the strong crops; up "
+    f"to {MAX_FEATURES:,} images are compared by a network if sopdeploy[train] is "
+    "installed and a `train` has downloaded its weights"
 )
 
 
@@ -128,8 +128,8 @@ def check_data(
     opened = open_parts(data_folder(path))
     num_images = sum(len(images) for images in opened.parts.values())
 
-    # Small gray images of all files tell near-duplicates by edges, and clips; for clips alone,
-    # they are kept of at most `MAX_SIGNATURES` files.
+    # Small gray images are kept of all files if they tell near-duplicates by edges. They also
+    # tell clips, which alone are not worth the memory of more than `MAX_SIGNATURES` images.
     if num_images > MAX_FEATURES:
         group_by_features = None
     near_by_edges = near and group_by_features is None
@@ -220,11 +220,9 @@ def _describe_clip(infos: Sequence[_FileInfo]) -> str:
     )
 
     pair = clips.doubtful if clips.certain is None else clips.certain
-    return (
-        ""
-        if pair is None
-        else describe_possible_clip([names[index] for index in pair], clips.pattern)
-    )
+    if pair is None:
+        return ""
+    return describe_possible_clip([names[index] for index in pair], clips.pattern)
 
 
 def _find_near(
@@ -232,7 +230,10 @@ def _find_near(
     group_by_features: Callable[[ImageFiles], Groups] | None,
     train: str,
 ) -> Iterator[Duplicates]:
-    """Yield the groups of near-duplicates that are no exact duplicates; *train* names the training part."""
+    """Yield the groups of near-duplicates, except those of exact duplicates alone.
+
+    *train* is the name of the training part.
+    """
     if len(infos) < 2:
         return
 
@@ -242,7 +243,8 @@ def _find_near(
     if group_by_features is not None:
         groups = group_by_features(images)
     else:
-        small = [info.small for info in infos if info.small is not None]  # all have one then
+        # All have one: without features, `check_data` keeps them.
+        small = [info.small for info in infos if info.small is not None]
         groups, _ = group_by_edges(images, [info.pixel_hash for info in infos], small)
 
     # Groups of exact duplicates alone are listed elsewhere.

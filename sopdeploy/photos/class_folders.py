@@ -58,9 +58,10 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
     Folders with one name in two encodings are one class. The images of a folder in a class
     folder are a group, unless it holds all images of the class. A link in a class folder to
     another class folder is not followed. Masks, photographs in another form (`find_leftovers`),
-    and classes that hold nothing else are left out, unless *classes_from* is `FOLDERS`. If
-    *classes_from* is a regular expression, it finds the class in the name of each image below
-    *root*, whatever its folder.
+    and classes that hold nothing else are left out, unless *classes_from* is `FOLDERS`.
+
+    If *classes_from* is a regular expression, it finds the class in the name of each image below
+    *root*, also of those in no class folder. Folders then tell neither classes nor groups.
     """
     paths_of_class, other_files = _list_folders(root)
     beside, _ = list_files(root)
@@ -85,7 +86,7 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
         class_paths = paths_of_class[label]
         entries = [b"/".join(path.split(b"/")[:2]) for path in class_paths]
         if len({*entries}) > 1:
-            nested |= {*entries} - {*class_paths}
+            nested |= {*entries} - {*class_paths}  # the other entries are images themselves
             groups += entries
         else:  # one folder with all images tells nothing: each image is a group of its own
             groups += class_paths
@@ -102,8 +103,9 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
     nested_folders = sorted(map(os.fsdecode, nested))
     if nested_folders:
         notes.append(
-            f"{root}: images of folders in a class folder count as images of that class, those of several "
-            f"folders as a group each: {shorten(nested_folders)}"
+            f"{root}: images of folders in a class folder count as images of that "
+            "class, those of several folders as a group each: "
+            f"{shorten(nested_folders)}"
             + (suggest_folder(images) or "; move these folders up if they are classes")
         )
     notes += [f"{root}: {line}" for line in describe_confusable(labels)]
@@ -173,7 +175,8 @@ def _list_by_name(
     if without and labels:
         names = shorten([*map(os.fsdecode, without)])
         notes.append(
-            f"{root}: {amount(len(without), 'image')} left out, in whose names {pattern!r} finds no class: {names}"
+            f"{root}: {amount(len(without), 'image')} left out, in whose names "
+            f"{pattern!r} finds no class: {names}"
         )
     kept = [path for path, label in zip(paths, label_of_path, strict=True) if label]
     targets = [labels.index(label) for label in label_of_path if label]
@@ -209,14 +212,20 @@ def describe_class_problems(
         alike = [folder for folder in unknown if lookalike_key(folder) == lookalike_key(label)]
         if alike:
             names = " and ".join(map(repr, alike))
-            yield f"{root}: the class {names} is {label!r} in the training images; rename one of them"
+            yield (
+                f"{root}: the class {names} is {label!r} in the training images; "
+                "rename one of them"
+            )
             unknown = [folder for folder in unknown if folder not in alike]
         else:
             missing.append(label)
 
     # Other unknown classes. Missing ones are told with them: these may be the same ones.
     if unknown:
-        yield f"{root}: classes {shorten(unknown)} are not training classes, remove them or train on them"
+        yield (
+            f"{root}: classes {shorten(unknown)} are not training classes, remove "
+            "them or train on them"
+        )
     if missing and unknown:
         yield f"{root}: training classes {shorten(missing)} are missing, add them"
 

@@ -74,15 +74,15 @@ class Clips(NamedTuple):
         """Select the *pairs* (2, P) of near-duplicates that do not join two clips.
 
         If names tell the objects, some frames of different ones resemble each other as copies
-        do.
+        do. Without a `certain` clip, all pairs stay.
         """
         if self.certain is None:
             return pairs
         # A pair stays if both are in one group, or if one of them is in a group of its own.
-        is_clip_2P = np.bincount(self.groups)[self.groups[pairs]] > 1
-        return pairs[
-            :, (self.groups[pairs[0]] == self.groups[pairs[1]]) | ~is_clip_2P.all(axis=0)
-        ]
+        group_2P = self.groups[pairs]
+        is_same_group_P = group_2P[0] == group_2P[1]
+        is_in_clip_2P = np.bincount(self.groups)[group_2P] > 1
+        return pairs[:, is_same_group_P | ~is_in_clip_2P.all(axis=0)]
 
 
 class _Name(NamedTuple):
@@ -144,8 +144,9 @@ class _Measured(NamedTuple):
 def describe_clip(files: Sequence[str]) -> str:
     """Describe groups of images that were found; *files* are two of them."""
     return (
-        f"files named like {' and '.join(files)} are frames of one clip, or show one object, by their names "
-        "and likeness: they share a fold; if all files show different ones, give --set data.groups='.*'"
+        f"files named like {' and '.join(files)} are frames of one clip, or show "
+        "one object, by their names and likeness: they share a fold; if all files "
+        "show different ones, give --set data.groups='.*'"
     )
 
 
@@ -153,9 +154,10 @@ def describe_possible_clip(files: Sequence[str], pattern: str) -> str:
     """Describe images that may be a group, such as *files*; *pattern* finds what their names share."""
     by_name = f"--set data.groups={quote(pattern)}" if pattern else "--set data.groups=PATTERN"
     return (
-        f"files named like {' and '.join(files)} resemble each other more than other files of their class; "
-        "if they are frames of one clip, or show one object, the accuracy is too high: give each object a "
-        f"folder or, if a part of the name tells it, {by_name}"
+        f"files named like {' and '.join(files)} resemble each other more than "
+        "other files of their class; if they are frames of one clip, or show one "
+        "object, the accuracy is too high: give each object a folder or, if a "
+        f"part of the name tells it, {by_name}"
     )
 
 
@@ -239,10 +241,10 @@ def _find_doubtful(
     names: Sequence[str],
     classes: NDArray[np.int64],
 ) -> _Measured | None:
-    """Find the clearest of the *remaining* relations that could still be told to the user, or None.
+    """Find the clearest of the *remaining* relations that are worth telling the user; None without any.
 
-    The images of its `pair` are not joined in *groups* (N,), and its pattern does not make most
-    of a class one group.
+    The images of its `pair` are not joined in *groups* (N,). If it has a pattern, this does not
+    make most of a class one group (`divides_classes`).
     """
     doubtful = []
     for measured in remaining:
@@ -320,8 +322,7 @@ def _relate_by_numbers(
     members = [index for index, name in enumerate(parsed) if name.template == template]
     class_and_texts = {i: (int(classes[i]), parsed[i].texts) for i in members}
 
-    # Which numbers are equal: the first ones, none to all but one, or the last ones, all but
-    # one to one.
+    # Which numbers are equal: the first 0 to `length` - 1 of them, or the last `length` - 1 to 1.
     length = len(parsed[members[0]].numbers)
     # `digits[num]` is a regular expression for *num* numbers.
     digits = [r"\D+".join([r"\d+"] * num) for num in range(length)]
@@ -421,12 +422,11 @@ def _measure(
     hits = is_hit_N[counted_N]
     evidence = float((1 - chance).sum())
     beyond = float(hits.sum() - chance.sum())
-
-    if evidence < MIN_EVIDENCE or beyond < MIN_DEVIATIONS * np.sqrt(
-        (chance * (1 - chance)).sum()
-    ):
+    deviation = np.sqrt((chance * (1 - chance)).sum())  # of the number of hits by chance
+    if evidence < MIN_EVIDENCE or beyond < MIN_DEVIATIONS * deviation:
         return None
-    if beyond / evidence < DOUBTFUL:
+    excess = beyond / evidence
+    if excess < DOUBTFUL:
         return None
 
     # The most similar pair of related images, and how similar such pairs are.
@@ -434,7 +434,7 @@ def _measure(
     nearest_hit = hit_indices[np.argmax(cosine_N[hit_indices])]
     first, second = sorted((int(nearest_hit), int(near_N[nearest_hit])))
     similar = float(np.median(cosine_N[hit_indices]))
-    return _Measured(beyond / evidence, similar, (first, second), relation)
+    return _Measured(excess, similar, (first, second), relation)
 
 
 def _count_related(relation: _Relation, groups: Groups) -> NDArray[np.int64]:

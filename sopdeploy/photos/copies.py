@@ -186,9 +186,8 @@ def _confirm(
     is_one_group_N = np.zeros(len(classes), np.bool_)
     for members in members_of_classes:
         if len(members) >= MIN_ONE_GROUP:
-            is_one_group_N[members] = np.bincount(groups[members]).max() >= ONE_GROUP * len(
-                members
-            )
+            largest = np.bincount(groups[members]).max()
+            is_one_group_N[members] = largest >= ONE_GROUP * len(members)
 
     return pairs[:, ~is_one_group_N[pairs].any(axis=0)], is_alike_N | is_one_group_N
 

@@ -121,17 +121,20 @@ def _select_best(
     rows. None is below `MIN_FOUND`, or below the share `OTHER_START` of the largest one of its
     pair.
     """
+    # All correlations by pair, the largest of each pair first.
     pair = np.repeat(pairs, correlations.shape[1])
     flat = correlations.reshape(-1)
     order = np.lexsort((-flat, pair))
-    # The position of the largest correlation of each pair, and the rank of each one.
+    ordered = flat[order]
+
+    # Where the pair of each one begins, and its rank in the pair.
     is_first = np.diff(pair[order], prepend=-1) != 0
     first = np.flatnonzero(is_first)[np.cumsum(is_first) - 1]
     rank = np.arange(len(flat)) - first
+
+    lowest = np.maximum(MIN_FOUND, OTHER_START * ordered[first])
     is_best = np.empty(len(flat), np.bool_)
-    is_best[order] = (rank < num_kept) & (
-        flat[order] >= np.maximum(MIN_FOUND, OTHER_START * flat[order][first])
-    )
+    is_best[order] = (rank < num_kept) & (ordered >= lowest)
     return is_best.reshape(correlations.shape)
 
 
@@ -152,10 +155,11 @@ def _list_changes() -> _Images:
 def _search(
     small: NDArray[np.uint8], pairs: NDArray[np.intp]
 ) -> tuple[_Images, _Images, _Images]:
-    """Find where the first images of *pairs* (2, P) show the second ones, by `MAX_STARTS` changes.
+    """Find where the first images of *pairs* (2, P) show the middle of the second ones.
 
-    Returns the correlations (P, `MAX_STARTS`), and for each the affine map that `_align` starts
-    with: matrix (P, `MAX_STARTS`, 2, 2) and center (P, `MAX_STARTS`, 2).
+    Returns, for the `MAX_STARTS` changes of the middle (`_list_changes`) that correlate best, their
+    correlations (P, `MAX_STARTS`), and the affine map that `_align` starts with: matrix (P,
+    `MAX_STARTS`, 2, 2) and center (P, `MAX_STARTS`, 2).
     """
     side = small.shape[1]
     width = side // COARSE
@@ -209,8 +213,8 @@ class _Fit(NamedTuple):
     """Affine maps of P pairs: `matrices` (P, 2, 2) and `centers` (P, 2).
 
     With them, the first images `shown` (P, K) resemble the second ones `expected` (P, K) where
-    they are `inside` (P, K). The `agreement` (P,) is their correlation without outliers, times
-    the share of the samples that are none.
+    they are `inside` (P, K). The `agreement` (P,) is their weighted correlation times the mean
+    weight; outliers have small weights, and samples outside of the first image have none.
     """
 
     matrices: _Images
@@ -231,8 +235,8 @@ def _align(
     """Fit affine maps from the second images of *pairs* (2, P) to the first, by *num_samples* per side.
 
     They start with *matrices* (P, 2, 2) and *centers* (P, 2), which map rows and columns of -1
-    to 1 to pixels of the first image. The maps change inversely: how the second image changes
-    with a map of itself is computed once.
+    to 1 to pixels of the first image. The algorithm is inverse compositional: each step is a map
+    of the second image to itself, so that the slopes of this image are computed only once.
     """
     side = small.shape[1]
     num_pairs = pairs.shape[1]
@@ -276,25 +280,22 @@ def _align(
         # this median difference, plus a gray level.
         contrast = products / ((weights_PK * shown_PK**2).sum(axis=1, keepdims=True) + 1e-3)
         errors_PK = contrast.clip(1 / MAX_CONTRAST, MAX_CONTRAST) * shown_PK - wanted_PK
-        deviation = (
-            MEDIAN_TO_DEVIATION
-            * np.median(np.abs(errors_PK) * is_inside_PK, axis=1, keepdims=True)
-            + 1
-        )
+        median = np.median(np.abs(errors_PK) * is_inside_PK, axis=1, keepdims=True)
+        deviation = MEDIAN_TO_DEVIATION * median + 1
         weights_PK = is_inside_PK / (1 + (errors_PK / (OUTLIER * deviation)) ** 2)
 
         # The step, from the normal equations.
         weighted_P6K = slopes_P6K * weights_PK[:, None]
         curvatures = weighted_P6K @ slopes_P6K.transpose(0, 2, 1) + damping
-        moves = np.linalg.solve(curvatures, weighted_P6K @ errors_PK[:, :, None]).clip(
-            -MAX_STEP, MAX_STEP
-        )
-        matrices = matrices @ np.linalg.inv(np.eye(2) + moves[:, :4].reshape(-1, 2, 2)).astype(
-            np.float32
-        )
+        gradients = weighted_P6K @ errors_PK[:, :, None]
+        moves = np.linalg.solve(curvatures, gradients).clip(-MAX_STEP, MAX_STEP)  # (P, 6, 1)
+
+        # The step is a map of the second image, so its inverse changes the map to the first one.
+        second_maps = np.eye(2) + moves[:, :4].reshape(-1, 2, 2)
+        matrices = matrices @ np.linalg.inv(second_maps).astype(np.float32)
         centers = centers - (matrices @ moves[:, 4:])[:, :, 0]
 
-    # A fit of a few samples proves little.
+    # The weighted correlations. A fit of few samples proves little, so the mean weight counts, too.
     correlations = products[:, 0] / np.sqrt(
         (weights_PK * shown_PK**2).sum(axis=1) * (weights_PK * wanted_PK**2).sum(axis=1) + 1e-3
     )
@@ -329,13 +330,14 @@ def _share_equal(fit: _Fit, side: int) -> _Images:
     expected = cut(fit.expected)
     shown = shown - shown.mean(axis=2, keepdims=True)
     expected = expected - expected.mean(axis=2, keepdims=True)
-    contrasts = [np.sqrt((part**2).mean(axis=2)) for part in (shown, expected)]
-    correlations = (shown * expected).mean(axis=2) / np.maximum(
-        contrasts[0] * contrasts[1], 1e-3
-    )
+    contrast_shown = np.sqrt((shown**2).mean(axis=2))
+    contrast_expected = np.sqrt((expected**2).mean(axis=2))
+    contrasts = np.maximum(contrast_shown * contrast_expected, 1e-3)
+    correlations = (shown * expected).mean(axis=2) / contrasts
 
     # Tiles count if all of their samples are inside, and one of the two shows something.
-    counts = cut(fit.inside).all(axis=2) & (np.maximum(*contrasts) >= PLAIN)
+    shows_something = np.maximum(contrast_shown, contrast_expected) >= PLAIN
+    counts = cut(fit.inside).all(axis=2) & shows_something
     num_counted = counts.sum(axis=1)
     num_equal = ((correlations >= SAME) & counts).sum(axis=1)
 

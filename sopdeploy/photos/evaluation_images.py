@@ -61,12 +61,13 @@ def open_evaluation_images(
 def _open_evaluation_images(
     root: Path, labels: tuple[str, ...], multi_label: bool, other_classes: bool, log: Log
 ) -> ImageFiles:
+    """Do what `open_evaluation_images` says, in a *root* that holds classes."""
     if multi_label:
         folder = _held_out_folder(root, labels, log)
         if (table := find_table(root) or find_table(folder)) is None:
             raise DataError(
-                f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
-                "images and their classes in this file"
+                f"{root}: has no {LABELS_FILE}, but the network predicts several "
+                "classes per image; list the images and their classes in this file"
             )
         # With *labels*, the images of the table have exactly these classes.
         return _held_out_of_table(table, labels, multi_label=True)
@@ -145,8 +146,8 @@ def _match_classes(
         hint = hint or suggest_folder(images, "give")
         verb = "are not classes" if len(unknown) > 1 else "is no class"
         raise DataError(
-            f"{root}: {shorten(unknown)} {verb} of the network, which knows {shorten(labels)}; remove or "
-            f"rename the folders{hint}",
+            f"{root}: {shorten(unknown)} {verb} of the network, which knows "
+            f"{shorten(labels)}; remove or rename the folders{hint}",
             lists={"unknown": unknown, "classes": labels},
         )
     if unknown:
@@ -222,7 +223,8 @@ def open_unknown(root: Path) -> UnknownImages:
         return UnknownImages(images, "")
 
     note = (
-        f"{root}: {amount(num_left_out, 'photograph')} left out, because a server kept them outside of "
-        f"its sample, mostly as unknown; {num_remaining:,} remain"
+        f"{root}: {amount(num_left_out, 'photograph')} left out, because a server "
+        f"kept them outside of its sample, mostly as unknown; {num_remaining:,} "
+        "remain"
     )
     return UnknownImages(images.select(is_unbiased_N) if num_remaining else None, note)

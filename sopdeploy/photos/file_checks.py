@@ -66,12 +66,9 @@ def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) ->
         f"{images.describe(first_N[index])} = {images.describe(index)}"
         for index in contradictions
     ]
-
-    return (
-        f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}"
-        if pairs
-        else ""
-    )
+    if not pairs:
+        return ""
+    return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}"
 
 
 def count_seen(images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64]) -> int:
@@ -93,8 +90,9 @@ def describe_seen(
     if not seen:
         return ""
     return (
-        f"{'at least ' if is_sample else ''}{seen} of {len(images)} images are training images of this "
-        "network, so that these figures are too high for new images"
+        f"{'at least ' if is_sample else ''}{seen} of {len(images)} images are "
+        "training images of this network, so that these figures are too high for "
+        "new images"
     )
 
 
@@ -131,11 +129,13 @@ def _name_all(first: DataError, errors: Sequence[str]) -> DataError:
 
 
 def leave_out_unreadable(split: Split, first: DataError) -> Split:
-    """Leave the damaged and missing images of *split* out; its note names them.
+    """Leave the damaged and missing images of *split* out.
 
-    *first* is the error of the image that was met first; it is raised if all images can be read.
-    Raises an error that names all unusable images if they are too many (`MAX_DAMAGED`,
-    `MANY_DAMAGED`), or if too few images remain of a class, or no held-out ones.
+    The result has one note, which names them; the notes of *split* were told before.
+
+    Raises *first*, the error of the image that was met first, if all images can be read. Raises
+    an error that names all unusable images if they are too many (`MAX_DAMAGED`, `MANY_DAMAGED`),
+    or if too few images remain of a class, or no held-out ones.
     """
     unusable = list[LeftOut]()
     errors = list[str]()

@@ -88,17 +88,18 @@ def part_kind(name: str) -> str:
 
 
 def _read_part(name: str) -> tuple[str, str]:
-    """Divide *name* into its word in `TRAINING` or `HELD_OUT`, "" unless it has exactly one, and the others.
+    """Divide *name* into its word in `TRAINING` or `HELD_OUT`, and its other words, joined.
 
-    `AFFIXES` and a number at the end are left out.
+    The first text is "" unless there is exactly one such word. `AFFIXES` and a number at the end
+    are left out.
     """
     without_number = re.sub(r"\d+$", "", name.lower())  # of `test1` or `val_2017`
     words = [
         word for word in re.split(r"[\s_.-]+", without_number) if word and word not in AFFIXES
     ]
-    singular = [word.removesuffix("set") for word in words]  # as in `trainset`
-    kinds = [word for word in singular if word in TRAINING or word in HELD_OUT]
-    others = [word for word, one in zip(words, singular, strict=True) if one not in kinds]
+    stems = [word.removesuffix("set") for word in words]  # as in `trainset`
+    kinds = [stem for stem in stems if stem in TRAINING or stem in HELD_OUT]
+    others = [word for word, stem in zip(words, stems, strict=True) if stem not in kinds]
     return (kinds[0] if len(kinds) == 1 else ""), " ".join(others)
 
 
@@ -137,7 +138,8 @@ def describe_confusable(names: Iterable[str]) -> list[str]:
     for name in sorted(set(names)):
         alike[lookalike_key(name)].append(name)
     return [
-        f"{' and '.join(map(repr, several))} are different classes; rename one if they are the same"
+        f"{' and '.join(map(repr, several))} are different classes; rename one if "
+        "they are the same"
         for several in alike.values()
         if len(several) > 1
     ]
@@ -168,7 +170,8 @@ def naming_all_undecodable(root: Path) -> Iterator[None]:
         if len(names) < 2:
             raise
         raise DataError(
-            f"{root}: {len(names)} names are not UTF-8, such as those of a ZIP file of Windows; rename them: "
+            f"{root}: {len(names)} names are not UTF-8, such as those of a ZIP "
+            "file of Windows; rename them: "
             f"{shorten([repr(name) for name in sorted(names)])}",
             lists={"names": sorted(names)},
         ) from None
@@ -227,8 +230,9 @@ def list_outputs(folder: Path) -> list[str]:
 def check_takes_output(folder: Path, setting: str | None, images: Path | None = None) -> None:
     """Raise `ConfigError` if *folder*, where bundles or runs are to be written, is a bundle or has photographs.
 
-    It has some if it is *images* or below it. Unless it already holds bundles or runs, it also does if
-    it holds images or class folders of images. *setting* names *folder* unless it is an argument.
+    It has photographs if it is the folder *images* or below it, or if it holds images or class
+    folders of images. A folder that already holds bundles or runs is not searched for these.
+    *setting* names *folder* unless it is an argument.
     """
     if has_manifest(folder):
         raise ConfigError(f"{folder} is a bundle; choose another folder", setting=setting)
@@ -240,6 +244,7 @@ def check_takes_output(folder: Path, setting: str | None, images: Path | None = 
         raise ConfigError(
             f"{folder} is in the photographs of {images}; {advice}", setting=setting
         )
+
     waiting = [folder] if folder.is_dir() and not holds_output(folder) else []
     while waiting:
         inner = waiting.pop()
@@ -349,9 +354,10 @@ def walk(
                 if has_own_path:  # the folder is listed under it
                     continue
 
-        if (hidden or not holds_output(path)) and (
-            identity := folder_identity(path)
-        ) not in visited:
+        if not hidden and holds_output(path):
+            continue
+        identity = folder_identity(path)
+        if identity not in visited:
             visited.add(identity)
             waiting.append((path, iter(list_folder(path, hidden=hidden))))
 
@@ -400,14 +406,16 @@ def find_parts(root: Path) -> Parts:
     names = list_subfolders(root)
     kinds = part_kinds(names)
 
-    # The training part. A part contains folders; without any, it may be a class beside others.
+    # The training part contains folders. One without any may be a class, beside a folder that
+    # may be another one.
     candidates = [name for name in names if kinds[name] in TRAINING]
     flat = [name for name in candidates if not list_subfolders(root / name)]
     if flat and any(not kinds[name] and not holds_other_files(root, name) for name in names):
         candidates = [name for name in candidates if name not in flat]
     if len(candidates) > 1:
         raise DataError(
-            f"{root}: {shorten(candidates)} may all hold the training images; rename all but one"
+            f"{root}: {shorten(candidates)} may all hold the training images; "
+            "rename all but one"
         )
 
     # The held-out parts, in the order of `HELD_OUT`.
@@ -419,12 +427,12 @@ def find_parts(root: Path) -> Parts:
 
 
 def part_folder(root: Path, name: str) -> Path:
-    """Return the folder of the part *name* in *root*; for `seg_train/seg_train/`, the inner folder."""
+    """Return the folder of the part *name* in *root*; for `seg_train/seg_train/`, the innermost one."""
     folder = root / name
     kind, others = _read_part(name)
-    while len(inner := list_subfolders(folder)) == 1 and _read_part(inner[0]) in (
-        (kind, others),
-        (kind, ""),
-    ):
+    same_part = {(kind, others), (kind, "")}
+    while True:
+        inner = list_subfolders(folder)
+        if len(inner) != 1 or _read_part(inner[0]) not in same_part:
+            return folder
         folder /= inner[0]
-    return folder

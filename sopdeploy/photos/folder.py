@@ -94,7 +94,8 @@ def open_folder(path: Path, classes_from: str = "") -> Split:
     small = [label for label in train.labels if label not in kept]
     if len(kept) < 2:
         raise DataError(
-            f"{root}: a classifier needs two classes of two images or more; add images of {shorten(small)}"
+            f"{root}: a classifier needs two classes of two images or more; add "
+            f"images of {shorten(small)}"
         )
     if not small:
         return Split.undivided(train, notes)
@@ -117,6 +118,7 @@ def open_parts(
 
 
 def _open_parts(root: Path, max_held_out: int | None, classes_from: str) -> OpenedParts:
+    """Do what `open_parts` says."""
     # An official layout.
     if (kind := detect_kind(root)) is not None:
         train = open_part(kind, "train", root)
@@ -132,7 +134,8 @@ def _open_parts(root: Path, max_held_out: int | None, classes_from: str) -> Open
         check_has_classes(table, name, images)
     train, *_ = opened.parts.values()
     problems = [
-        f"{table}: no training image of {train.labels[index]}; set the split of one of its images to {TRAIN}"
+        f"{table}: no training image of {train.labels[index]}; set the split of "
+        f"one of its images to {TRAIN}"
         for index in np.flatnonzero(train.class_counts() == 0)
     ]
     notes = [*opened.notes]
@@ -152,7 +155,7 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
     if tables and not classes_from:
         return _open_part_tables(root, _first_parts(folders, max_held_out), tables)
 
-    # The training images tell the classes, or nothing does.
+    # The training images tell the classes; if they do not, the run cannot begin.
     train_name, *held_out_names = folders
     train = list_classes(folders[train_name], classes_from)
     other_table = _find_other_table(root, parts, train)
@@ -180,7 +183,8 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
             missing = [label for label in labels if label not in listing.images.labels]
             listings[name] = listing._replace(images=select_classes(listing.images, labels))
             notes.append(
-                f"{listing.images.root}: no images of {shorten(missing)}, so that the score tells nothing about them"
+                f"{listing.images.root}: no images of {shorten(missing)}, so that "
+                "the score tells nothing about them"
             )
 
     # What is not used is named and counted.
@@ -188,11 +192,29 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
         notes.append(
             f"{root}: left out, because they are or hold bundles or runs: {shorten(outputs)}"
         )
-    other_files = list[str]()
     for listing in listings.values():
         notes += listing.notes
+    other_files = _list_other_files(root, [*listings.values()], classes_from, notes)
+    if other_table:
+        notes.append(describe_other_table(root, other_table))
+
+    opened = {name: listing.images for name, listing in listings.items()}
+    return OpenedParts(opened, problems, notes, count_suffixes(other_files))
+
+
+def _list_other_files(
+    root: Path, listings: Sequence[ClassListing], classes_from: str, notes: list[str]
+) -> list[str]:
+    """List the files that are no images: in the class folders of *listings*, beside them, and in *root*.
+
+    *notes* gets a line about the images beside class folders, unless *classes_from* is a pattern,
+    which finds their classes.
+    """
+    other_files = list[str]()
+    for listing in listings:
         other_files += chain.from_iterable(listing.other_files.values())
-    for folder in dict.fromkeys((root, *(one.images.root for one in listings.values()))):
+
+    for folder in dict.fromkeys((root, *(listing.images.root for listing in listings))):
         beside, others = list_files(folder)
         other_files += others
         if beside and not is_pattern(classes_from):
@@ -200,11 +222,7 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
                 f"{folder}: {amount(len(beside), 'image')} beside the class folders left out: "
                 f"{shorten(beside)}"
             )
-    if other_table:
-        notes.append(describe_other_table(root, other_table))
-
-    opened = {name: listing.images for name, listing in listings.items()}
-    return OpenedParts(opened, problems, notes, count_suffixes(other_files))
+    return other_files
 
 
 def _list_held_out(
@@ -240,7 +258,8 @@ def _check_tells_classes(
 ) -> None:
     """Raise `DataError` if the training images have fewer than two classes, or doubtful ones.
 
-    *other_table* lists the images, but is not read; errors name it.
+    With *classes_from*, no class is doubtful. *other_table* lists the images, but is not read;
+    errors name it.
     """
     images = train.images
     table_hint = _hint_at_table(root, other_table)
@@ -258,12 +277,13 @@ def _check_tells_classes(
         hint = next(filter(None, hints), "")
         if len(images.labels) == 1:
             raise DataError(
-                f"{images.root}: holds only one class ({images.labels[0]}); a classifier needs at least two"
-                + (hint or suggest_sorting(images))
+                f"{images.root}: holds only one class ({images.labels[0]}); a "
+                "classifier needs at least two" + (hint or suggest_sorting(images))
             )
         if filled and hint:
             raise DataError(
-                f"{images.root}: only {filled[0]} holds images; a classifier needs at least two classes{hint}"
+                f"{images.root}: only {filled[0]} holds images; a classifier needs "
+                f"at least two classes{hint}"
             )
 
     # Folders that may be no classes.
@@ -273,8 +293,9 @@ def _check_tells_classes(
         ask_about_parts_inside(images)
         ask_about_subfolders(images)
         ask_about_general_names(images, table_hint)
-        is_listed = other_table and not mentions(other_table, images.labels)
-        ask_about_numbered_folders(images, table_hint if is_listed else "")
+        # A table without the names of the folders may have other classes.
+        has_other_names = other_table and not mentions(other_table, images.labels)
+        ask_about_numbered_folders(images, table_hint if has_other_names else "")
 
 
 def _hint_at_table(root: Path, other_table: Path | None) -> str:
@@ -304,8 +325,9 @@ def _describe_unlabelled(listing: ClassListing) -> str:
     if not count:
         return f"{folder}: left out, because it is empty"
     return (
-        f"{folder}: left out, because it has none of the classes: {amount(count, 'image')}, which "
-        f"`sopdeploy predict BUNDLE {quote(str(folder))}` can classify"
+        f"{folder}: left out, because it has none of the classes: "
+        f"{amount(count, 'image')}, which `sopdeploy predict BUNDLE "
+        f"{quote(str(folder))}` can classify"
     )
 
 
@@ -369,19 +391,21 @@ def _find_part_folders(root: Path, parts: Parts) -> dict[str, Path]:
     """
     if parts.held_out and not parts.train and not parts.others:
         raise DataError(
-            f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there, or rename the "
-            "folders if they are classes"
+            f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training "
+            "images there, or rename the folders if they are classes"
         )
     if not parts.train:
         return {UNSPLIT: root}
-    classes = (
-        () if parts.held_out else [name for name in parts.others if holds_images(root / name)]
-    )
-    if classes:
-        raise DataError(
-            f"{root}: {parts.train} may be a class, as {shorten(classes)}, or hold the training images; "
-            f"rename it if it is a class, or move the others out of this folder"
-        )
+
+    # Without a held-out part, this folder may be a class, as others with images are.
+    if not parts.held_out:
+        classes = [name for name in parts.others if holds_images(root / name)]
+        if classes:
+            raise DataError(
+                f"{root}: {parts.train} may be a class, as {shorten(classes)}, or "
+                "hold the training images; rename it if it is a class, or move "
+                "the others out of this folder"
+            )
     return {name: part_folder(root, name) for name in (parts.train, *parts.held_out)}
 
 
@@ -403,8 +427,12 @@ def _describe_parts(
     if parts.train:
         unused = {*parts.held_out, *parts.others} - {*used, *unlabelled}
         if unused:
-            yield f"{root}: training uses {' and '.join(used)} only, not {shorten(sorted(unused))}"
-    elif parts.others and (
-        trains := [name for name in parts.others if part_kind(name) in TRAINING]
-    ):
-        yield f"{root}: {shorten(trains)} counts as a class, because it holds no folders"
+            yield (
+                f"{root}: training uses {' and '.join(used)} only, not "
+                f"{shorten(sorted(unused))}"
+            )
+        return
+
+    train_classes = [name for name in parts.others if part_kind(name) in TRAINING]
+    if train_classes:
+        yield f"{root}: {shorten(train_classes)} counts as a class, because it holds no folders"

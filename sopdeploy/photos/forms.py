@@ -153,7 +153,7 @@ def _pair_in_folders(files: Sequence[_File]) -> Iterator[tuple[str, Pair]]:
 
 
 def _pair_with_other_classes(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]]:
-    """Yield the pairs of each class folder of which half of the images have namesakes in another one."""
+    """Yield the pairs of each class folder if at least half of its images have namesakes in another one."""
     first_of_class = defaultdict[str, dict[str, bytes]](dict)  # by stem: a path of each class
     for label, paths in images.items():
         for path in paths:

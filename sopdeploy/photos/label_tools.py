@@ -105,7 +105,8 @@ def _as_cells(file: str, classes: Iterable[str]) -> dict[str, str]:
 def read_entry(entry: dict[str, Any]) -> dict[str, str]:
     """Return the cells of an image from an object with its file, and its label or labels.
 
-    Label Studio's JSON has the file in `data`, and the labels in results of `annotations`.
+    Label Studio's JSON has the file in `data`, and the labels in results of `annotations`. Raises
+    `KeyError` if either is missing, and `ValueError` for other objects as labels.
     """
     is_task = "annotations" in entry and "data" in entry
     values = _rename_keys(entry["data"] if is_task else entry)

@@ -36,7 +36,8 @@ def open_cifar(kind: str, root: Path) -> Split:
         ]
     except (RuntimeError, OSError) as error:
         raise DataError(
-            f"{root}: holds no complete {dataset_class.base_folder}; unpack {dataset_class.url} there"
+            f"{root}: holds no complete {dataset_class.base_folder}; unpack "
+            f"{dataset_class.url} there"
         ) from error
     train, held_out = (
         ArrayImages(tuple(part.classes), part.data, np.asarray(part.targets, dtype=np.int64))
@@ -98,8 +99,8 @@ def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> Imag
         files, targets = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
     except Exception as error:  # torchvision and scipy raise many types for damaged files
         raise DataError(
-            f"{root}: torchvision.datasets.{layout.class_name} cannot read the {split} images ({error}); "
-            "use the official files in its layout"
+            f"{root}: torchvision.datasets.{layout.class_name} cannot read the "
+            f"{split} images ({error}); use the official files in its layout"
         ) from error
 
     labels = sorted(dataset.class_to_idx, key=dataset.class_to_idx.get)

@@ -107,9 +107,9 @@ class FittedDataset(Dataset):
     def batch(self, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[Any]]:
         """Compute the pixels (B, H, W, 3) and the targets, (B,) int64 or (B, C), of images or copies."""
         targets = self.images.targets[np.asarray(indices) % len(self.images)]
-        return self.pixels(indices), targets if self.images.is_multi_label else targets.astype(
-            np.int64
-        )
+        if not self.images.is_multi_label:
+            targets = targets.astype(np.int64)
+        return self.pixels(indices), targets
 
     def fit(self, indices: Sequence[int], rules: Preprocess) -> NDArray[np.uint8]:
         """Return images at *indices* fitted by *rules*, (B, crop, crop, 3), or the `fitted` ones."""

@@ -69,16 +69,23 @@ def ask_about_held_out_classes(images: ImageFiles, held_out: Sequence[str]) -> N
     filled = [images.labels[index] for index in np.flatnonzero(images.class_counts())]
     doubtful = [label for label in filled if label in map(normalize, held_out)]
     others = [label for label in filled if label not in doubtful]
-    if doubtful and others and all(part_kind(label) in TRAINING for label in others):
+    if not doubtful or not others:
+        return
+
+    # Parts of a data set without classes, such as train/ and val/.
+    if all(part_kind(label) in TRAINING for label in others):
         raise DataError(
-            f"{images.root}: {shorten(filled)} hold no class folders; sort the images of each into one "
-            f"subfolder per class{suggest_sorting_by_hand(images.root / others[0])}; {GO_ON} if they are the classes"
+            f"{images.root}: {shorten(filled)} hold no class folders; sort the "
+            "images of each into one subfolder per "
+            f"class{suggest_sorting_by_hand(images.root / others[0])}; {GO_ON} if "
+            "they are the classes"
         )
-    if doubtful and others:
-        raise DataError(
-            f"{images.root}: {shorten(doubtful)} would be a class, as {shorten(others)}; {GO_ON} if it is; if it "
-            f"holds other photographs of {shorten(others)}, move {shorten(others)} into a folder {TRAIN} beside it"
-        )
+
+    raise DataError(
+        f"{images.root}: {shorten(doubtful)} would be a class, as "
+        f"{shorten(others)}; {GO_ON} if it is; if it holds other photographs of "
+        f"{shorten(others)}, move {shorten(others)} into a folder {TRAIN} beside it"
+    )
 
 
 def ask_about_general_names(images: ImageFiles, hint: str) -> None:
@@ -90,8 +97,9 @@ def ask_about_general_names(images: ImageFiles, hint: str) -> None:
     general = [label for label in filled if is_general(label)]
     if general and len(filled) > len(general):
         raise DataError(
-            f"{images.root}: {shorten(filled)} would be the classes, but {shorten(general)} may hold the images of "
-            f"all; {GO_ON} if they are{suggest_folder(images) or hint}"
+            f"{images.root}: {shorten(filled)} would be the classes, but "
+            f"{shorten(general)} may hold the images of all; {GO_ON} if they "
+            f"are{suggest_folder(images) or hint}"
         )
 
 
@@ -120,8 +128,9 @@ def ask_about_parts_inside(images: ImageFiles) -> None:
                 advice += f", or, if {above} is the whole data set, {train_there}"
         advice = suggest_folder(images) or advice
         raise DataError(
-            f"{images.root}: class folders hold parts of the data: {shorten(inside)}; {GO_ON} if "
-            f"{shorten(images.labels)} are the classes{advice}"
+            f"{images.root}: class folders hold parts of the data: "
+            f"{shorten(inside)}; {GO_ON} if {shorten(images.labels)} are the "
+            f"classes{advice}"
         )
 
 
@@ -131,8 +140,8 @@ def ask_about_numbered_folders(images: ImageFiles, table_hint: str) -> None:
     That is if their names have a word, differ in a number only, and one of these holds:
 
     - *table_hint* is not empty: it describes a table that lists the images without these names,
-    - the names of files begin with the same two words or more in all class folders, and may tell
-      the classes (`suggest_names`).
+    - names of files in each of the folders begin with the same words, two or more, which may be the
+      classes (`suggest_names`).
     """
     # Names without two letters in a row, such as `1` and `a1`, are classes.
     without_numbers = {*map(_without_digits, images.labels)}
@@ -148,8 +157,8 @@ def ask_about_numbered_folders(images: ImageFiles, table_hint: str) -> None:
     hint = table_hint or suggest_names(images.root, images.paths.tolist())
     if hint and (table_hint or len(words) > 1):
         raise DataError(
-            f"{images.root}: {shorten(images.labels)} would be the classes, but may be parts of one archive; "
-            f"{GO_ON} if they are classes{hint}"
+            f"{images.root}: {shorten(images.labels)} would be the classes, but "
+            f"may be parts of one archive; {GO_ON} if they are classes{hint}"
         )
 
 
@@ -183,9 +192,12 @@ def suggest_folder(images: ImageFiles, advice: str = "run: sopdeploy train --dat
 def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
     """Find the subfolders that may be the classes; None without any.
 
-    They are those of one folder: of the folders with several subfolders, or else of all, that
-    with the most images. Unless there is no other class, other folders share some of them, or
-    they hold nearly all images (`NEARLY_ALL`).
+    They are two or more, those of one folder: of the folders with several subfolders, that with
+    the most images. One of these holds, too:
+
+    - no class folder holds images itself, and other folders share some of the names, or there is
+      no other class,
+    - they hold nearly all images (`NEARLY_ALL`), and differ in words.
     """
     # Images of each subfolder, by the path of its parent.
     counts = defaultdict[str, Counter[str]](Counter)
@@ -197,8 +209,6 @@ def _find_subfolders(images: ImageFiles) -> _Subfolders | None:
     if not counts:
         return None
 
-    # Subfolders may be classes if other folders have some of them, too, or if there is no other
-    # class.
     best = max(counts, key=lambda parent: (len(counts[parent]) > 1, counts[parent].total()))
     names = counts.pop(best)
     other_names = set[str]().union(*counts.values())
@@ -233,8 +243,8 @@ def suggest_sorting(images: ImageFiles) -> str:
     folders = {images.path(index).parent for index in range(len(images))}
     by_hand = suggest_sorting_by_hand(folders.pop()) if len(folders) == 1 else ""
     return (
-        f"; if {images.labels[filled[0]]} holds those of all classes, sort them into one subfolder "
-        f"per class{by_hand}"
+        f"; if {images.labels[filled[0]]} holds those of all classes, sort them "
+        f"into one subfolder per class{by_hand}"
     )
 
 
@@ -250,8 +260,9 @@ def suggest_names(root: Path, paths: Sequence[bytes]) -> str:
         are_few = len(counts) > 1 and counts.total() >= FEW_WORDS * len(counts)
         if are_few and without <= (1 - IN_NAMES) * len(paths):
             return (
-                f"; if {shorten(sorted(counts))} in the names of the files are the classes, run: sopdeploy train "
-                f"--data {quote(str(root))} --set data.classes_from={quote(pattern)}"
+                f"; if {shorten(sorted(counts))} in the names of the files are the "
+                f"classes, run: sopdeploy train --data {quote(str(root))} --set "
+                f"data.classes_from={quote(pattern)}"
             )
     return ""
 

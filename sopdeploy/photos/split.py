@@ -88,10 +88,12 @@ def choose_held_out(
     """Hold out about *fraction* of the groups of every class, at least one, never all.
 
     A class that is one group has no held-out image. If groups have several classes, a larger one
-    may have none either (`hold_out`). A group of *groups* (N,) is held out as a
-    whole or not at all, and counts for all classes of its images. Returns (N,): for held-out
-    images the number of their group, from 0, and `NONE` for training images. *seed* and the
-    identity of the first image of each group determine which groups are held out.
+    may have none either (`hold_out`). A group of *groups* (N,) is held out as a whole or not at
+    all, and counts for all classes of its images. *seed* and the identity of the first image of
+    each group determine which groups are held out.
+
+    Returns (N,): for held-out images the number of their group, from 0, and `NONE` for training
+    images.
     """
     # Of G groups, the first image stands for the others.
     _, first_G, group_N = np.unique(groups, return_index=True, return_inverse=True)

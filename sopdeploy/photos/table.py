@@ -88,6 +88,11 @@ MAX_TABLES = 20
 MAX_SAMPLED = 30
 MAX_SEARCHED = 2**24
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml")
+# What the readers of label tools raise for other content than they expect.
+_UNEXPECTED_CONTENT = (
+    AttributeError, KeyError, RecursionError, TypeError, ValueError,
+    csv.Error, ElementTree.ParseError,
+)  # fmt: skip
 VAL = "val"
 UNSPLIT = "all"  # the name of the only part if the images are not split
 
@@ -123,27 +128,30 @@ def find_table(root: Path) -> Path | None:
     for other in sorted(root.glob("[lL][aA][bB][eE][lL][sS].*")):
         if other.is_file() and not is_image(other):
             raise DataError(
-                f"{other}: not read; save it as {LABELS_FILE} with the columns file,classes, or rename it if "
-                "the folders are the classes"
+                f"{other}: not read; save it as {LABELS_FILE} with the columns "
+                "file,classes, or rename it if the folders are the classes"
             )
 
-    # An export counts if it lists all images, and has a class for most of its rows.
     exports = [root / name for name in EXPORTS]
     for pattern in NUMBERED:
         exports += sorted(root.glob(pattern))
-    for export in exports:
-        if export.is_file():
-            with suppress(DataError):
-                images, _other_files = list_images(root)
-                in_train = [
-                    path for path in images if path.rpartition(b"/")[0] == os.fsencode(TRAIN)
-                ]
-                rows = _read_rows(export, images)
-                num_labelled = sum(row.classes is not None for row in rows)
-                lists_all = {row.path for row in rows} >= {*(in_train or images)}
-                if lists_all and 2 * num_labelled > len(rows):
-                    return export
-    return None
+    return next((export for export in exports if _labels_all_images(root, export)), None)
+
+
+def _labels_all_images(root: Path, export: Path) -> bool:
+    """Tell whether *export* is a file that lists the images in *root* as `find_table` demands."""
+    if not export.is_file():
+        return False
+    try:
+        images, _other_files = list_images(root)
+        rows = _read_rows(export, images)
+    except DataError:
+        return False
+
+    in_train = [path for path in images if path.rpartition(b"/")[0] == os.fsencode(TRAIN)]
+    lists_all = {row.path for row in rows} >= {*(in_train or images)}
+    num_labelled = sum(row.classes is not None for row in rows)
+    return lists_all and 2 * num_labelled > len(rows)
 
 
 def read_table_text(table: Path) -> str:
@@ -169,7 +177,8 @@ def read_table_text(table: Path) -> str:
             raise ValueError("it has null characters, as UTF-16 without a byte order mark")
     except UnicodeDecodeError as error:
         written = encoding.removesuffix("-sig").upper()
-        # The line; in other encodings, the byte of a line break is a part of other characters, too.
+        # The line is known in UTF-8 only: in other encodings, other characters have the byte of a
+        # line break, too.
         where = "it"
         if written == "UTF-8":
             number = error.object.count(b"\n", 0, error.start) + 1
@@ -193,7 +202,7 @@ def read_table_text(table: Path) -> str:
 def read_label_table(
     table: Path, labels: tuple[str, ...] | None = None, *, multi_label: bool | None = None
 ) -> OpenedParts:
-    """Read *table*; its classes must be among *labels*, by default all classes, sorted.
+    """Read *table*, whose classes must be among *labels*; by default, these are its classes, sorted.
 
     The parts are `train` and `val`, or `UNSPLIT` without a column `split`. Their targets are
     (N, C) float32, 1 for the classes of an image, or class indices (N,). *multi_label* is by
@@ -275,7 +284,8 @@ def _build_targets(
     if not_single.size > 0:
         place = rows[not_single[0]].place
         raise DataError(
-            f"{table}: {place}: has no class or several, but the network predicts one; keep one class"
+            f"{table}: {place}: has no class or several, but the network predicts "
+            "one; keep one class"
         )
     return targets.argmax(axis=1)
 
@@ -316,7 +326,8 @@ def _read_rows(
             classes = {normalize(label.strip()) for label in SEPARATORS.split(listed)}
         if classes and "" in classes:
             raise DataError(
-                f"{where}: {listed!r} has an empty class name; separate classes by one {SEPARATOR}"
+                f"{where}: {listed!r} has an empty class name; separate classes by "
+                f"one {SEPARATOR}"
             )
 
         part = cells.get(SPLIT)  # None without this column
@@ -360,15 +371,16 @@ class _ListedImages:
         has_windows_path = "\\" in name and not (self.root / name).is_file()
         file = PurePosixPath(name.replace("\\", "/") if has_windows_path else name)
         exists = (self.root / file).is_file()
-        is_wrong = not has_image_suffix(file.name)
+        names_image = has_image_suffix(file.name)
         if exists:
-            is_wrong = not is_image(self.root / file)
+            names_image = is_image(self.root / file)
 
+        is_path_outside = file.is_absolute() or ".." in file.parts
         named_path = _find_by_name(name, self.path_of_name)  # None: no image, or several
-        if named_path is None and (file.is_absolute() or ".." in file.parts or is_wrong):
+        if named_path is None and (is_path_outside or not names_image):
             raise DataError(
-                f"{where}: {name!r} is not the path of an image, relative to the folder, without .., or the "
-                "name of one image in it"
+                f"{where}: {name!r} is not the path of an image, relative to the "
+                "folder, without .., or the name of one image in it"
             )
 
         if exists:
@@ -388,11 +400,12 @@ def _index_names(image_paths: list[bytes]) -> dict[str, bytes | None]:
 
 
 def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes | None:
-    """Find the one image that *name* means: its name, a path elsewhere or an address; None without one.
+    """Find the one image that *name* means; None if it is none, or several.
 
-    *path_of_name* is the result of `_index_names`. Label Studio names an uploaded image
-    `/data/upload/1/0a1b2c3d-photo.jpg`, and one of a folder
-    `/data/local-files/?d=folder/photo.jpg`.
+    *name* may be the name of a file, a path elsewhere, or an address: Label Studio writes
+    `/data/upload/1/0a1b2c3d-photo.jpg` for an uploaded image, and
+    `/data/local-files/?d=folder/photo.jpg` for one of a folder. *path_of_name* is the result of
+    `_index_names`.
     """
     path = PurePosixPath(unquote(name.rpartition("?d=")[2]).replace("\\", "/"))
     names = [name]
@@ -407,8 +420,8 @@ def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes 
 def find_other_table(images: Sequence[bytes], files: Iterable[Path]) -> Path | None:
     """Find one of the *files* that lists the *images*, but that training does not read; None without one.
 
-    It is a text file that contains the names of half of a sample of the images (`MAX_SAMPLED`),
-    with or without suffix. A single image is no sample: any text may have its name. The
+    It is a text file that contains the names of at least half of a sample of the images
+    (`MAX_SAMPLED`), with or without suffix. A single image is no sample: any text may have its name. The
     beginnings of `MAX_TABLES` files are searched.
     """
     tables = [
@@ -418,12 +431,14 @@ def find_other_table(images: Sequence[bytes], files: Iterable[Path]) -> Path | N
     ]
     sample = images[:: -(-len(images) // MAX_SAMPLED)] if images else []
     names = [PurePosixPath(os.fsdecode(path)) for path in sample]
+    if len(names) < 2:
+        return None
+
     for table in tables[:MAX_TABLES]:
         with suppress(OSError), table.open("rb") as file:
             text = file.read(MAX_SEARCHED).decode("utf-8", "replace")
-            if len(names) > 1 and 2 * sum(_is_named(name, text) for name in names) >= len(
-                names
-            ):
+            num_named = sum(_is_named(name, text) for name in names)
+            if 2 * num_named >= len(names):
                 return table
     return None
 
@@ -479,10 +494,7 @@ def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, 
             unit = "line"
         for number, cells in enumerate(cells_of_images, 1):
             yield f"{unit} {number}", cells
-    except (
-        *(AttributeError, KeyError, RecursionError, TypeError, ValueError),
-        *(csv.Error, ElementTree.ParseError),
-    ) as error:
+    except _UNEXPECTED_CONTENT as error:
         reason = f" ({error})" if isinstance(error, ValueError) else ""
         raise DataError(
             f"{table}: does not give each image its classes{reason}; write {LABELS_FILE}"
@@ -507,9 +519,10 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
         written = [name.strip() for name in reader.fieldnames or ()]
         headings = [lookalike_key(column) for column in written]
         columns = reader.fieldnames = rename(headings)
-        wrong = DataError(
-            f"{table}: has the columns {shorten(headings) or 'none'}; write file,classes and optionally "
-            "split and group, or rename the file if the folders are the classes"
+        wrong_columns = DataError(
+            f"{table}: has the columns {shorten(headings) or 'none'}; write "
+            "file,classes and optionally split and group, or rename the file if "
+            "the folders are the classes"
         )
 
         # Classes can have a column each, instead of one column for all.
@@ -525,20 +538,21 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
 
         is_doubled = len({*columns}) < len(columns)
         if "file" not in columns or is_doubled or not (names or "classes" in columns):
-            raise wrong
+            raise wrong_columns
 
         # The cells of each line, with the classes in one of them.
         for record in reader:
             line = reader.line_num + start.lines_before
             if None in record or None in record.values():  # more or fewer cells than columns
                 raise DataError(
-                    f"{table}: line {line}: does not have {len(columns)} columns; quote names with commas"
+                    f"{table}: line {line}: does not have {len(columns)} columns; "
+                    "quote names with commas"
                 )
 
             cells = {name: value.strip() for name, value in record.items()}
             if names:
                 if not {cells[column] for column in names} <= {"0", "1"}:
-                    raise wrong
+                    raise wrong_columns
                 cells["classes"] = SEPARATOR.join(
                     names[column] for column in names if cells[column] == "1"
                 )

@@ -12,6 +12,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.label_doubts import find_label_doubts
+from sopdeploy.files import LAST
 from sopdeploy.paths import describe_wrong
 from sopdeploy.photos.file_checks import hash_images
 from sopdeploy.photos.photo import LabeledImages
@@ -40,7 +41,7 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
     *data* is the folder of the images, by default that of the recipe. Raises `ConfigError` for
     a run without out-of-fold predictions, `DataError` if images or labels have changed since.
     """
-    path = run / "last.pt"
+    path = run / LAST
     if not path.is_file():
         raise ConfigError(f"{run}: {describe_wrong(run, 'run')}")
 

@@ -42,7 +42,17 @@ from sopdeploy.environment import machine
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, TrainingError, shorten
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.file_systems import Lock, lock_file
-from sopdeploy.files import LOCK, PARTIAL, atomic_write, link_latest, new_folder, writing
+from sopdeploy.files import (
+    BEST,
+    HISTORY,
+    LAST,
+    LOCK,
+    PARTIAL,
+    atomic_write,
+    link_latest,
+    new_folder,
+    writing,
+)
 from sopdeploy.layers.normalize import images_format
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.photos.photo import LabeledImages, LeftOut, Split
@@ -163,8 +173,8 @@ class Setup:
         is_resumed = not is_new and not self.is_few_shot and next_epoch <= self.recipe.epochs
         resumed = f", resumed at epoch {next_epoch}" if is_resumed else ""
         yield (
-            f"{len(self.data.train)} training images, {len(self.data.held_out)} held out{resumed}; "
-            f"the network sees {crop} x {crop} pixels"
+            f"{len(self.data.train)} training images, {len(self.data.held_out)} "
+            f"held out{resumed}; the network sees {crop} x {crop} pixels"
         )
 
 
@@ -219,8 +229,8 @@ def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Che
     checked = tree_leaves({"weights": weights, "learning": learning, "resume": resume})
     if not all(bool(value.isfinite().all()) for value in checked if isinstance(value, Tensor)):
         raise TrainingError(
-            "weights or optimizer state are not finite; nothing was saved, lower optimizer.lr or set "
-            "optimizer.clip_norm"
+            "weights or optimizer state are not finite; nothing was saved, lower "
+            "optimizer.lr or set optimizer.clip_norm"
         )
 
     # With several classes per image and no decision: the thresholds of the last finished epoch.
@@ -257,6 +267,7 @@ def _describe_training(setup: Setup, fit: Fit) -> TrainingRecord:
     """Describe how the weights were trained."""
     history = fit.position.history
     device = setup.strategy.device
+    is_gpu = device.type == "cuda"
     plugins = plugin_versions([*fit.network.modules(), setup.recipe.data])
     return {
         "recipe": setup.recipe.model_dump(mode="json"),
@@ -277,9 +288,7 @@ def _describe_training(setup: Setup, fit: Fit) -> TrainingRecord:
         "machine": {
             # Without the load, which other runs change.
             **{name: fact for name, fact in machine().items() if name != "load"},
-            "device": torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else device.type,
+            "device": torch.cuda.get_device_name(device) if is_gpu else device.type,
             "processes": setup.strategy.world,
         },
     }
@@ -338,7 +347,10 @@ class Resumed(NamedTuple):
 
 
 def read_resumed(last: Checkpoint, source: Path) -> Resumed:
-    """Read the state of the run of *last*; raises `CheckpointError` if it has none or a damaged one."""
+    """Read the state of the run of *last*.
+
+    Raises `CheckpointError` if it has none, a damaged one, or unknown keys of a newer version.
+    """
     state = last.resume
     if state is None:
         raise CheckpointError(
@@ -417,9 +429,9 @@ class RunFolder:
     def __init__(self, path: Path, strategy: Strategy) -> None:
         self.path = path
         self.strategy = strategy
-        self.last = path / "last.pt"
-        self.best = path / "best.pt"
-        self.history = path / "history.csv"
+        self.last = path / LAST
+        self.best = path / BEST
+        self.history = path / HISTORY
         self.saved_at = time.monotonic()
         self._lock: Lock | None = None
         # When it is closed, the folders that `lock` created are removed, if they are empty.
@@ -437,6 +449,7 @@ class RunFolder:
         # Only the first process holds the lock; the others learn below whether it is free.
         is_free = True
         if self.strategy.rank == 0:
+            # If anything fails here, the new folders are removed again.
             with ExitStack() as created:
                 with writing(path):
                     created.enter_context(new_folder(self.path))
@@ -456,7 +469,8 @@ class RunFolder:
 
         if int(self.strategy.all_reduce(torch.tensor(int(is_free)))) != self.strategy.world:
             raise ConfigError(
-                f"{self.path}: another process trains in this folder; wait for its end or choose another",
+                f"{self.path}: another process trains in this folder; wait for its "
+                "end or choose another",
                 setting="out",
                 code=IN_USE,
             )
@@ -474,7 +488,7 @@ class RunFolder:
 
         "auto" resumes a run if there is one. For a new run, this only checks the folder
         (`check_new`); the caller locks it before it writes. Raises `ConfigError` if there is no
-        run to resume.
+        run to resume, and the errors of `lock`, `check_new` and `read_checkpoint`.
         """
         has_run = self.last.exists()
         if resume is True and not has_run:

@@ -133,16 +133,17 @@ def check_batch_size(recipe: Recipe, train_count: int, world: int) -> None:
     """Raise `ConfigError` unless *world* divides the batch size, and each step has a sample per process."""
     if recipe.batch_size % world:
         raise ConfigError(
-            f"batch_size: a step of {recipe.batch_size} samples cannot be divided among {world} processes; "
-            f"choose a multiple of {world} (batch_size counts the samples of all processes)"
+            f"batch_size: a step of {recipe.batch_size} samples cannot be divided "
+            f"among {world} processes; choose a multiple of {world} (batch_size "
+            "counts the samples of all processes)"
         )
 
     steps = count_batches(train_count, recipe.batch_size)
     smallest = train_count // steps  # the sizes of steps differ by at most one
     if smallest < world:
         raise ConfigError(
-            f"batch_size: steps of {smallest} samples leave some of {world} processes without a sample; "
-            "start fewer processes"
+            f"batch_size: steps of {smallest} samples leave some of {world} "
+            "processes without a sample; start fewer processes"
         )
 
 
@@ -223,8 +224,9 @@ def join_processes() -> Iterator[None]:
         count = torch.cuda.device_count()
         if number >= count:
             raise ConfigError(
-                f"process {number + 1} of this machine has no GPU of its own, there are {count}; start one "
-                "process per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to compute on the CPU"
+                f"process {number + 1} of this machine has no GPU of its own, "
+                f"there are {count}; start one process per GPU, or hide the GPUs "
+                "with CUDA_VISIBLE_DEVICES= to compute on the CPU"
             )
         torch.cuda.set_device(number)
 
@@ -248,9 +250,8 @@ def join_processes() -> Iterator[None]:
     except RuntimeError as error:
         # torch raises plain RuntimeErrors for some lost connections.
         messages = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
-        if not isinstance(error, dist.DistError) and not any(
-            text in str(error) for text in messages
-        ):
+        is_of_connection = any(text in str(error) for text in messages)
+        if not is_of_connection and not isinstance(error, dist.DistError):
             raise
         raise TrainingError(
             "another process of the run ended, see its message and resume it"

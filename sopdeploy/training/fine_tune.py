@@ -52,10 +52,12 @@ def fit_fine_tune(
 ) -> tuple[Fit, Mapping[str, Any]]:
     """Fit a head to the frozen network of *setup*, fine-tune network and head, and keep the better result.
 
-    *last* resumes a run. Without enough held-out images to decide, nothing is fine-tuned.
-    Returns the fit and the entry `training` of `best.pt`. Raises `TrainingStoppedError` after a
-    stop signal, `TrainingError` if a value is not finite, and `DataError` for images that cannot
-    be used.
+    *last* resumes a run. Without enough held-out images to decide, nothing is fine-tuned. At
+    first, `best.pt` has the frozen network; in the end, it has the network that is kept. Returns
+    the fit and the entry `training` of `best.pt`.
+
+    Raises `TrainingStoppedError` after a stop signal, `TrainingError` if a value is not finite,
+    and `DataError` for images that cannot be used.
     """
     if last is None:
         run, frozen = _start(setup, folder, callback)
@@ -123,8 +125,8 @@ def keep_better(
     """Compare the trained network of *run* with the frozen one; write `best.pt` with the better one.
 
     Without enough *groups* (N,) of the *held_out* images to decide, this is the frozen one.
-    Otherwise, the class means of the trained network are fitted in place; if it is better, its
-    temperature, too.
+    Otherwise, the class means of the trained network are set in place. If it is better, and a
+    temperature lowers its loss, its classifier is divided by this, also in place.
     """
     frozen = run.frozen
     tuned = run.exported

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import pydantic
+from pydantic.fields import FieldInfo
 
 from sopdeploy.config import Count, FieldValues, PositiveRate, StrictModel, first_problem
 from sopdeploy.data.augment import BoxCrop
 from sopdeploy.data.sources import DataConfig, DataOptions, FolderConfig, HoldOut, OwnDataConfig
 from sopdeploy.decision import ACCEPTS
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, with_hint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel, entry
 from sopdeploy.nearest import did_you_mean
@@ -148,10 +149,9 @@ class ModelConfig(CatalogModel):
 
     @pydantic.model_validator(mode="after")
     def _check_branches(self) -> "ModelConfig":
-        if (
-            self.remove_branches_at is not None
-            and "branches" not in entry(self.name).network.training_only
-        ):
+        if self.remove_branches_at is None:
+            return self
+        if "branches" not in entry(self.name).network.training_only:
             raise ValueError(f"remove_branches_at: {self.name} has no branches")
         return self
 
@@ -220,13 +220,15 @@ class Recipe(SharedSettings, LoopSettings):
         """
         if ignored := [key for key in given if not self.reads(key)]:
             raise ConfigError(
-                f"{', '.join(ignored)}: without effect in the procedure {self.procedure.kind}; remove them, "
-                "or choose another one with procedure.kind"
+                f"{', '.join(ignored)}: without effect in the procedure "
+                f"{self.procedure.kind}; remove them, or choose another one with "
+                "procedure.kind"
             )
 
         if not holds_out and (ignored := [key for key in given if key in HOLD_OUT_KEYS]):
             raise ConfigError(
-                f"{', '.join(ignored)}: without effect, because the data have held-out images; remove them"
+                f"{', '.join(ignored)}: without effect, because the data have "
+                "held-out images; remove them"
             )
 
     @property
@@ -291,28 +293,32 @@ class Recipe(SharedSettings, LoopSettings):
         removal = self.model.remove_branches_at
         if removal is not None and removal >= self.epochs:
             raise ValueError(
-                f"model.remove_branches_at: the run has only {self.epochs} epochs; give an earlier epoch"
+                f"model.remove_branches_at: the run has only {self.epochs} epochs; "
+                "give an earlier epoch"
             )
         if removal is not None and self.frozen_backbone:
             raise ValueError(
-                "model.remove_branches_at: nothing would learn after it with start.learn = branches"
+                "model.remove_branches_at: nothing would learn after it with "
+                "start.learn = branches"
             )
 
         if not self.first_phase:
             return self
         if self.first_phase >= self.epochs:
             raise ValueError(
-                f"start.classifier_epochs: the run has only {self.epochs} epochs; give fewer than these"
+                f"start.classifier_epochs: the run has only {self.epochs} epochs; "
+                "give fewer than these"
             )
 
         if self.start is not None and self.start.learn in ("branches", "classifier"):
             raise ValueError(
-                f"start.classifier_epochs: the classifier does not learn first with start.learn = "
-                f"{self.start.learn}; give all or last_stages"
+                "start.classifier_epochs: the classifier does not learn first "
+                f"with start.learn = {self.start.learn}; give all or last_stages"
             )
         if self.teacher is not None and self.teacher.weights is None:
             raise ValueError(
-                "start.classifier_epochs: a teacher that is trained jointly needs one phase; set it to 0"
+                "start.classifier_epochs: a teacher that is trained jointly needs "
+                "one phase; set it to 0"
             )
 
         return self
@@ -332,8 +338,8 @@ def change_recipe(
     *changes* are dotted keys with their values. If they select another network, data source or
     procedure, options that the selected one does not have are dropped. Selecting `fine_tune`
     adds `FINE_TUNE_SETTINGS`, which other *changes* override. If `preprocess.crop` changes
-    alone, `preprocess.resize` keeps its ratio to it. Raises `ConfigError` that names
-    the file or key, and the closest key.
+    alone, `preprocess.resize` keeps its ratio to it. Raises `ConfigError`, which names the file or
+    key, and the closest key.
     """
     values = deepcopy(dict(base))
     # By keys of values: a change may be a whole table.
@@ -354,15 +360,9 @@ def _scale_resize(values: FieldValues, before: Any, changed: Collection[str]) ->
 
     *before* is the table `preprocess` before the changes, which must have both values.
     """
-    if (
-        "preprocess.crop" not in changed
-        or "preprocess.resize" in changed
-        or not isinstance(before, dict)
-    ):
-        return
-
+    has_crop_alone = "preprocess.crop" in changed and "preprocess.resize" not in changed
     table: Any = values.get("preprocess")
-    if not isinstance(table, dict):
+    if not has_crop_alone or not isinstance(before, dict) or not isinstance(table, dict):
         return
     sides: list[Any] = [table.get("crop"), before.get("resize"), before.get("crop")]
     # The new crop, and both sides before; one of another type is left to the validation.
@@ -436,8 +436,9 @@ def check_same_recipe(recipe: Recipe, recorded: Recipe, source: Path) -> None:
     for key in sorted((before.keys() | now.keys()) - CHANGEABLE_KEYS):
         if now.get(key) != before.get(key):
             raise ConfigError(
-                f"{source}: the run started with {key} = {before.get(key)}, now it is {now.get(key)}; "
-                "resume with the same recipe or start a new run in another folder"
+                f"{source}: the run started with {key} = {before.get(key)}, now it "
+                f"is {now.get(key)}; resume with the same recipe or start a new "
+                "run in another folder"
             )
 
 
@@ -448,10 +449,10 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
     if reason != "unknown key":
         return described
 
-    if key in recipe_keys():
+    keys = recipe_keys()
+    if key in keys:
         return f"{described} of this kind"  # such as `optimizer.nesterov` of the kind adamw
-    hint = did_you_mean(key, recipe_keys())
-    return described + (f"; {hint}" if hint else "")
+    return with_hint(described, did_you_mean(key, keys))
 
 
 def recipe_keys() -> list[str]:
@@ -463,9 +464,18 @@ def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[s
     """Yield the dotted keys of *config* and of the tables in it, of every kind."""
     for name, field in config.model_fields.items():
         yield prefix + name
-        for table in (field.annotation, *get_args(field.annotation)):
-            if isinstance(table, type) and issubclass(table, pydantic.BaseModel):
-                yield from _list_keys(table, f"{prefix}{name}.")
+        for table in _tables(field):
+            yield from _list_keys(table, f"{prefix}{name}.")
+
+
+def _tables(field: FieldInfo) -> list[type[pydantic.BaseModel]]:
+    """List the kinds of tables that *field* may have; a plain value has none."""
+    types = (field.annotation, *get_args(field.annotation))
+    return [
+        kind
+        for kind in types
+        if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)
+    ]
 
 
 def has_key(config: type[pydantic.BaseModel], key: Sequence[str]) -> bool:
@@ -480,14 +490,8 @@ def has_key(config: type[pydantic.BaseModel], key: Sequence[str]) -> bool:
     if not rest:
         return True
 
-    # The kinds of tables that the field may have; a plain value has none, and no keys.
-    types = (field.annotation, *get_args(field.annotation))
-    kinds = [
-        kind
-        for kind in types
-        if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)
-    ]
-    if not kinds:
+    kinds = _tables(field)
+    if not kinds:  # a plain value has no keys
         return False
     return len(kinds) > 1 or has_key(kinds[0], rest)
 

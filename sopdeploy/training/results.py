@@ -114,15 +114,19 @@ class Tuning(StrictModel):
         """Say in one line which network is kept, and by which photographs."""
         kept = "the frozen network is kept"
         if self.count < TESTABLE:
-            few = f"{amount(self.count, 'held-out photograph')}, too few to decide, give at least {TESTABLE}"
+            few = (
+                f"{amount(self.count, 'held-out photograph')}, too few to decide, "
+                f"give at least {TESTABLE}"
+            )
             return f"fine-tuning: {few}; {kept}"
 
         tuned, frozen = (
             f"{100 * right / self.count:.1f}" for right in (self.second, self.first)
         )
         figures = (
-            f"fine-tuning: {tuned} % instead of {frozen} % of {self.count} held-out photographs, "
-            f"better on {self.wins}, worse on {self.losses}, p {mcnemar(self.wins, self.losses):.2g}"
+            f"fine-tuning: {tuned} % instead of {frozen} % of {self.count} "
+            f"held-out photographs, better on {self.wins}, worse on {self.losses}, "
+            f"p {mcnemar(self.wins, self.losses):.2g}"
         )
 
         if self.is_better:
@@ -130,7 +134,10 @@ class Tuning(StrictModel):
         if self.verdict == "worse":
             return f"{figures}; worse, so {kept}"
         smallest = 100 * smallest_difference(self.wins, self.losses, self.count)
-        return f"{figures}; too few to decide: they show differences from about {smallest:.2g} points; {kept}"
+        return (
+            f"{figures}; too few to decide: they show differences from about "
+            f"{smallest:.2g} points; {kept}"
+        )
 
 
 def _list_left_out(result: "AnyProcedureResult") -> list[str]:
@@ -346,7 +353,10 @@ class FewShotResult(StrictModel):
         """Describe the score; if always naming the largest class may be as good, add its accuracy."""
         score = self.score
         if score is None:
-            return "no estimate of the accuracy, which needs two different photographs of two classes or more"
+            return (
+                "no estimate of the accuracy, which needs two different "
+                "photographs of two classes or more"
+            )
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
         counts = self.judged_counts or self.class_counts
 
@@ -359,8 +369,9 @@ class FewShotResult(StrictModel):
             comparison = f'; always answering "{label}" gives {100 * majority:.0f} %'
 
         return (
-            f"{self.score_name} {100 * score.value:.1f} % ({origin}, 95 % interval {_interval(score)} "
-            f"%{comparison}) of {score.count} images{self._describe_without_doubted()}"
+            f"{self.score_name} {100 * score.value:.1f} % ({origin}, 95 % interval "
+            f"{_interval(score)} %{comparison}) of {score.count} "
+            f"images{self._describe_without_doubted()}"
         )
 
     def _describe_without_doubted(self) -> str:
@@ -387,12 +398,16 @@ class FewShotResult(StrictModel):
             if self.num_groups < photographs:
                 related.append("photographs of one folder or object")
             groups = amount(self.num_groups, "independent group")
-            yield f"{self.num_images} photographs, {groups}: {' and '.join(related)} share a fold{judged}"
+            yield (
+                f"{self.num_images} photographs, {groups}: {' and '.join(related)} "
+                f"share a fold{judged}"
+            )
 
         if self.num_selected and self.estimated_on == "cross-validation":
             yield (
-                f"{self.num_selected} photographs were kept because a network was not sure of them: they are "
-                "learned, but the accuracy and `known` are judged by the others, which are like new ones"
+                f"{self.num_selected} photographs were kept because a network was "
+                "not sure of them: they are learned, but the accuracy and `known` "
+                "are judged by the others, which are like new ones"
             )
 
         if self.clip:
@@ -403,26 +418,29 @@ class FewShotResult(StrictModel):
         # Groups that make the score of a class too low, too high or unknown.
         if self.one_group:
             yield (
-                f"all images of {shorten(self.one_group)} are one group (they look alike, or are in one "
-                "folder), so the accuracy of the class cannot be estimated; add different photographs"
+                f"all images of {shorten(self.one_group)} are one group (they look "
+                "alike, or are in one folder), so the accuracy of the class "
+                "cannot be estimated; add different photographs"
             )
         if self.two_groups:
             yield (
-                f"all images of {shorten(self.two_groups)} are two groups, of which one trains and one is "
-                "judged, so the accuracy of the class is probably too low; add different photographs"
+                f"all images of {shorten(self.two_groups)} are two groups, of "
+                "which one trains and one is judged, so the accuracy of the class "
+                "is probably too low; add different photographs"
             )
         if self.alike:
             yield (
-                f"the images of {shorten(self.alike)} look too much alike to find copies: only those with "
-                "85 % of equal parts share a fold, and none of a class that would be one group; with other "
-                "copies, or fewer than three objects in a class, the accuracy is too high: give each object "
-                "a folder"
+                f"the images of {shorten(self.alike)} look too much alike to find "
+                "copies: only those with 85 % of equal parts share a fold, and "
+                "none of a class that would be one group; with other copies, or "
+                "fewer than three objects in a class, the accuracy is too high: "
+                "give each object a folder"
             )
 
         if self.num_doubted:
             yield (
-                f"{amount(self.num_doubted, 'label')} of {self.num_images} probably wrong; list them: "
-                f"{LIST_WRONG_LABELS}"
+                f"{amount(self.num_doubted, 'label')} of {self.num_images} "
+                f"probably wrong; list them: {LIST_WRONG_LABELS}"
             )
 
         yield from self._describe_classes()
@@ -431,19 +449,25 @@ class FewShotResult(StrictModel):
         """Yield notes on classes that may be one, or none, and on labels that contradict each other."""
         if self.confused:
             pairs = shorten([f"{label} and {other}" for label, other in self.confused])
-            yield f"{pairs} are taken for each other as by chance; if they show one thing, merge the folders"
+            yield (
+                f"{pairs} are taken for each other as by chance; if they show one "
+                "thing, merge the folders"
+            )
 
         if self.diffuse:
             yield (
-                f"the images of {shorten(self.diffuse)} resemble each other far less than those of other "
-                "classes: if it is a class for anything else, leave it out and give its folder as --unknown; "
-                "with it, 7 to 17 % of foreign images passed as another class, without it 2 % (eight sets)"
+                f"the images of {shorten(self.diffuse)} resemble each other far "
+                "less than those of other classes: if it is a class for anything "
+                "else, leave it out and give its folder as --unknown; with it, "
+                "7 to 17 % of foreign images passed as another class, "
+                "without it 2 % (eight sets)"
             )
 
         if self.contradictions:
             yield (
-                "these have different labels, but look alike (at least 60 % of their parts are equal); look "
-                f"at them before you correct or delete one: {shorten(self.contradictions, '; ')}"
+                "these have different labels, but look alike (at least 60 % of "
+                "their parts are equal); look at them before you correct or "
+                f"delete one: {shorten(self.contradictions, '; ')}"
             )
 
     def describe_images(self) -> str:
@@ -453,7 +477,10 @@ class FewShotResult(StrictModel):
         if self.is_uneven:
             # The smallest class may have no images, and counts as one.
             ratio = max(counts.values()) / max(1, min(counts.values()))
-            text += f"; the largest is {ratio:.1f} times the smallest, and the logits are corrected for it"
+            text += (
+                f"; the largest is {ratio:.1f} times the smallest, and the logits "
+                "are corrected for it"
+            )
 
         # Classes with few images, unless a line of `gains` names them.
         estimated = {gain.label for gain in self.gains}

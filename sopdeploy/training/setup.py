@@ -66,8 +66,9 @@ from sopdeploy.training.start_weights import (
 )
 
 ONE_GROUP = (
-    "all images are one group (they look alike, or are in one folder), or share groups with other classes, "
-    "so the accuracy of the class cannot be measured; add different photographs"
+    "all images are one group (they look alike, or are in one folder), or share "
+    "groups with other classes, so the accuracy of the class cannot be measured; "
+    "add different photographs"
 )
 MAX_HASHED = 50_000  # images of a part; reading more delays the start by more than a minute
 FEW_IMAGES = 100_000  # up to them, the few-shot procedure keeps 1.8 GB (18 kB per image)
@@ -179,8 +180,8 @@ def _find_formats(data: Split, callback: Callback) -> list[str]:
             continue  # the first image says so
         extra, _ = EXTRAS[name]
         callback.on_warning(
-            f"{amount(formats[name], 'image')} in {name.upper()}: install sopdeploy[{extra}] where the "
-            "network is served, too"
+            f"{amount(formats[name], 'image')} in {name.upper()}: install "
+            f"sopdeploy[{extra}] where the network is served, too"
         )
     return sorted(formats)
 
@@ -226,13 +227,13 @@ def _resume_setup(
         )
     if state.train_count != len(images):
         raise DataError(
-            f"{source}: the run started with {state.train_count} training images, now there are "
-            f"{len(images)}; give the same data or start a new run"
+            f"{source}: the run started with {state.train_count} training images, "
+            f"now there are {len(images)}; give the same data or start a new run"
         )
     if not has_same_images(last, source, images, division.file_hashes):
         raise DataError(
-            f"{source}: training images, their order or labels have changed since the run started; give the "
-            "same data or start a new run"
+            f"{source}: training images, their order or labels have changed since "
+            "the run started; give the same data or start a new run"
         )
 
     check_count(images)
@@ -390,7 +391,8 @@ def _check_data(
     if data.train.is_multi_label:
         if isinstance(recipe.procedure, FineTuneConfig):
             raise ConfigError(
-                "procedure fine_tune: compares answers, which needs one class per image; choose few_shot"
+                "procedure fine_tune: compares answers, which needs one class per "
+                "image; choose few_shot"
             )
 
         ignored = {key for key in keys if key.startswith("rejection.")}
@@ -416,12 +418,9 @@ def _check_data(
             for label, count in zip(data.held_out.labels, counts, strict=True)
             if not count
         ]
-        problem = (
-            f"{shorten(missing)}: {ONE_GROUP}"
-            if isinstance(recipe.data, HoldOut)
-            else NO_IMAGES
-        )
-
+        problem = NO_IMAGES
+        if isinstance(recipe.data, HoldOut):  # the run itself has held out images
+            problem = f"{shorten(missing)}: {ONE_GROUP}"
         if not any(counts) and isinstance(recipe.procedure, LoopConfig):
             raise DataError(problem)
         if missing:
@@ -440,8 +439,9 @@ def warn_of_equal_files(
 
     if len(held_out) <= MAX_HASHED and (shared := count_seen(held_out, hashes)):
         callback.on_warning(
-            f"{shared} of {len(held_out)} held-out images are training images, too, so that the score is too "
-            "high for new images; `sopdeploy data check` lists them"
+            f"{shared} of {len(held_out)} held-out images are training images, "
+            "too, so that the score is too high for new images; `sopdeploy data "
+            "check` lists them"
         )
 
 
@@ -458,7 +458,8 @@ def check_same_step(setup: Setup, folder: RunFolder) -> None:
     # number of processes is not the sum of all.
     if not torch.equal(setup.strategy.all_reduce(position), position * setup.strategy.world):
         raise ConfigError(
-            f"{folder.path}: the processes find different checkpoints; use a disk that all machines share"
+            f"{folder.path}: the processes find different checkpoints; use a disk "
+            "that all machines share"
         )
 
 

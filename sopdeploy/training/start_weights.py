@@ -390,6 +390,7 @@ def _added_part(name: str, parts: tuple[str, ...]) -> str | None:
 def _misfit_error(weights: StartWeights, difference: str) -> WeightsError:
     """Build the error of *weights* for another backbone."""
     return WeightsError(
-        f"start.weights: {weights.file} ({weights.network}) does not fit: {difference}; give weights of the "
-        "same backbone, or choose another model.name"
+        f"start.weights: {weights.file} ({weights.network}) does not fit: "
+        f"{difference}; give weights of the same backbone, or choose another "
+        "model.name"
     )

@@ -15,6 +15,7 @@ from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
+from sopdeploy.files import BEST, HISTORY, LAST
 from sopdeploy.photos.file_checks import leave_out_unreadable, unreadable_images_error
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import Fit, RunFolder, Setup
@@ -92,8 +93,9 @@ def train_run(
 
     *resume* continues from `last.pt` in *out_dir*; "auto" does so if there is one. *callback*
     is used in the first process only. If a new run of one process meets a damaged or missing
-    image, it begins again without all such images (`leave_out_unreadable`). *strategy*
-    defaults to the processes that torchrun started. *given* is what the caller knows already.
+    image, it begins again without all such images (`leave_out_unreadable`); other runs end with an
+    error that names all. *strategy* defaults to the processes that torchrun started. *given* is
+    what the caller knows already.
 
     Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a value is not
     finite, `TrainingStoppedError` after Ctrl-C or SIGTERM.
@@ -118,16 +120,16 @@ def train_run(
         setup = set_up_run(recipe, folder, last, callback, given)
         try:
             return _fit(setup, last, folder, callback)
-
-        # An image that cannot be read is left out, and a new run begins without it.
         except DataError as error:  # perhaps of a damaged or missing image
             if last is not None or strategy.world > 1:
-                raise unreadable_images_error(
-                    error, setup.data.train, setup.data.held_out
-                ) from None
-            readable = leave_out_unreadable(images.data, error)
-            given = given._replace(images=images._replace(data=readable))
-        return _fit(set_up_run(recipe, folder, None, callback, given), None, folder, callback)
+                data = setup.data
+                raise unreadable_images_error(error, data.train, data.held_out) from None
+            readable = leave_out_unreadable(images.data, error)  # raises all other errors again
+
+        # A new run begins again without the images that cannot be read.
+        given = given._replace(images=images._replace(data=readable))
+        setup = set_up_run(recipe, folder, None, callback, given)
+        return _fit(setup, None, folder, callback)
     finally:
         folder.unlock()
 
@@ -170,9 +172,9 @@ def summarize_run(
     return TrainingResult(
         out=out_dir,
         data=setup.recipe.data_folder,
-        best=out_dir / "best.pt",
-        last=out_dir / "last.pt",
-        history=out_dir / "history.csv",
+        best=out_dir / BEST,
+        last=out_dir / LAST,
+        history=out_dir / HISTORY,
         model=fit.name,
         num_classes=len(setup.labels),
         train_count=len(setup.data.train),

@@ -85,8 +85,8 @@ def prove(network: nn.Module, detachment: Detachment | None = None) -> Compared:
     probes = torch.from_numpy(generated_images(PREPROCESS.crop))
     with quick_torch.one_thread():
         trained = Compared.of("trained", network, PREPROCESS, ALONE)
-        recorder = Recorder(trained, probes, ALONE.maximum)
-        prove_removed(trained, recorder, parts)
+        recorder = Recorder(trained, probes, ALONE.maximum, parts)
+        prove_removed(recorder)
         prove_graph(trained, build_plain(detachment, trained, PREPROCESS, ALONE))
         prove_plain_run(recorder)
     return trained

@@ -154,6 +154,11 @@ def is_alive(process: int) -> bool:
         return False
 
 
+def num_open_files() -> int:
+    """Count the open files of this process."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def free_port() -> int:
     """Find a port on which nothing listens now."""
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -12,7 +12,7 @@ import pydantic
 
 from sopdeploy.config import FieldValues, Options
 from sopdeploy.errors import ConfigError, WeightsError, shorten
-from sopdeploy.files import expand_user
+from sopdeploy.files import BEST, expand_user
 from sopdeploy.models.choices import file_stem, read_choices
 from sopdeploy.paths import WeightPath, check_is_weights, describe_wrong, what_is
 from sopdeploy.photos.evaluation_images import ANY_IMAGES, open_unknown
@@ -332,7 +332,7 @@ def read_previous(source: Path) -> "Checkpoint":
     run_id = None
     if what_is(source) == "bundle":  # it names its run
         exported_from = read_manifest(source).origin
-        if exported_from is None or not (RUNS / exported_from.run / "best.pt").is_file():
+        if exported_from is None or not (RUNS / exported_from.run / BEST).is_file():
             raise ConfigError(
                 f"{source}: its run is not in {RUNS}; give the run", setting="from"
             )
@@ -340,7 +340,7 @@ def read_previous(source: Path) -> "Checkpoint":
         run_id = exported_from.run_id
 
     # *source* can be the checkpoint itself
-    best = run / "best.pt" if (run / "best.pt").is_file() else run
+    best = run / BEST if (run / BEST).is_file() else run
     checkpoint = read_checkpoint(best)
     origin = checkpoint.origin
     is_of_run = origin is not None and read_result(checkpoint.training) is not None

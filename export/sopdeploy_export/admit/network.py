@@ -63,8 +63,8 @@ def unwrap_and_check(
 ) -> nn.Module:
     """Return *network*, unwrapped; raise `LoweringError` for modules that are not accepted.
 
-    Modules that match *training_only* are not checked. *role* is that of the network in messages,
-    such as `trained`.
+    Modules that match *training_only* are not checked; raises `DetachError` for an item that matches
+    none. *role* is that of the network in messages, such as `trained`.
     """
     if not isinstance(network, nn.Module):
         raise LoweringError(

@@ -163,8 +163,8 @@ def _changed_buffers(
 ) -> dict[str, Tensor]:
     """Map the names of unstored buffers that a run on *pixels* creates or replaces to the new tensors.
 
-    *before* are the unstored buffers of *network* now. Tensors without values are left out.
-    *network* is unchanged afterwards.
+    *before* are the unstored buffers of *network* now. Of a run that fails, the buffers count that it
+    made before. Tensors without values are left out. *network* is unchanged afterwards.
     """
     with attributes_restored(network), torch.no_grad():
         with suppress(Exception):  # of the user's code; a later run gives the message

@@ -40,13 +40,13 @@ def simplify_operators(program: ExportedProgram) -> None:
 
     *program* changes in place.
 
-    - Average pooling to one position becomes a mean, as which ATen computes it. ATen also restores
+    - Adaptive average pooling to one position becomes a mean, as which ATen computes it. ATen also restores
       the strides of a map in channels-last layout with `as_strided`
       (AdaptiveAveragePooling.cpp). torch-tensorrt cannot convert this operator, and ONNX needs
       five operators for it.
-    - An activation in place becomes the same activation out of place. torch would do so in the
-      functional program, but by fifteen operators with symbolic sizes, which takes half of the
-      time of a MobileNet.
+    - An activation in place becomes the same activation out of place, if nothing else can read what
+      it writes (`_out_of_place`). torch would do so in the functional program, but by fifteen
+      operators with symbolic sizes, which takes half of the time of a MobileNet.
     """
     # Activations in place.
     aten = torch.ops.aten
@@ -89,8 +89,8 @@ def simplify_operators(program: ExportedProgram) -> None:
 def _out_of_place(node: fx.Node) -> OpOverload | None:
     """Return the operator that computes the in-place activation of *node* out of place.
 
-    None for another operator, for an operand of integers, and if something else reads the operand
-    of *node* or can share its memory: then the write in place can have an effect there.
+    Returns None for another operator, for an operand of integers, and if something else reads the
+    operand of *node* or can share its memory: then the write in place can have an effect there.
     """
     target = node.target
     if not isinstance(target, OpOverload) or str(target) not in IN_PLACE:

@@ -22,8 +22,9 @@ PREFIX = "constant"  # of the names of evaluated tensors
 def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
     """Copy *program* with constants in place of nodes that no image reaches and whose values decide sizes.
 
-    A constant mask becomes the positions that it chooses. Returns *program* itself if it has
-    neither such nodes nor constant masks.
+    The nodes that no image reaches and that follow these are replaced, too. A constant mask becomes
+    the positions that it chooses. Returns *program* itself if it has neither such nodes nor constant
+    masks.
     """
     constant_nodes = _constant_nodes(program)
     have_sizes_from_values = any(map(_has_size_from_values, constant_nodes))

@@ -109,8 +109,8 @@ def sum_in_float32(program: ExportedProgram, images: Tensor) -> ExportedProgram:
     """Compute the sums of *program* over float16 values in float32, as ATen does but not every runtime.
 
     For example, the sum of 10,000 values of 60 / 9 exceeds the largest number of float16, although
-    their mean does not. *program* runs on uint8 *images* (B, H, W, 3) to find its operators that
-    add.
+    their mean does not. A run of *program* on uint8 *images* (B, H, W, 3) shows which of its
+    operators add. Returns a changed copy.
     """
     sums = _Sums(program.module(check_guards=False))
     sums.run(images)
@@ -127,8 +127,8 @@ def sum_in_float32(program: ExportedProgram, images: Tensor) -> ExportedProgram:
 class _Sums(fx.Interpreter):
     """Runs a program and finds out which of its operators add several elements of a float16 operand.
 
-    `adds_elements` maps each operator to the answer of the function `adds_elements`; those without
-    an answer are missing.
+    `adds_elements` maps operators to the answer: False for elementwise ones and `ADDS_IN_FLOAT32`,
+    for others that of the function `adds_elements`. Operators of which no call told it are missing.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -202,8 +202,8 @@ def _influences(
     """Count how many elements of each of *operands* influence one element of the first result.
 
     An element has influence if the derivative by it is not 0. The elements `ELEMENTS` of the result
-    are tried in turn, until one is influenced by several elements of the first operand. None if
-    there is no such element, or no derivative.
+    are tried in turn, until one is influenced by several elements of the first operand. Returns
+    None if there is no such element, or no derivative.
 
     *operands* are among the arguments. Afterwards, they require gradients, and other arguments do
     not.
@@ -270,8 +270,8 @@ def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | No
 def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
     """Map the name of every part to the dtype of its own weights in precision fp16.
 
-    A part has the dtype of its parent, unless it keeps float32 or its parent lists it as a
-    low-precision child.
+    The network itself has float16. A part of it has the dtype of its parent, unless it keeps float32
+    or its parent lists it as a low-precision child.
     """
     names_in_float32 = set(float32_parts(network))
     dtypes: dict[str, torch.dtype] = {}
@@ -357,7 +357,7 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
 def _foldable_pair(norm: fx.Node, names: Mapping[str, str]) -> tuple[str, str] | None:
     """Name the convolution and the batch norm that can be folded; *norm* is the node of the batch norm.
 
-    *names* maps the inputs of the program to tensors of the network. None if *norm* reads no
+    *names* maps the inputs of the program to tensors of the network. Returns None if *norm* reads no
     convolution or has no weight, if one of the two runs twice, if something else reads the output
     of the convolution or a weight, or if a weight is computed.
     """

@@ -153,8 +153,9 @@ def norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Write a 2-norm of more than `BLOCK` values with sums of blocks; NotImplemented for other norms.
+    """Write a 2-norm of more than `BLOCK` values with sums of blocks.
 
+    Returns NotImplemented for another norm, for fewer values, and for sizes that are not fixed.
     ONNX Runtime adds all squares one after the other, and the error of such a sum grows with its
     length (Higham, "Accuracy and Stability", section 4.2).
     """

@@ -218,6 +218,8 @@ class Int8Quantizer:
     def _separate_constants(self) -> None:
         """Give every chosen convolution weights and a constant bias of its own, zeros if it has none.
 
+        A bias that the graph computes stays. Weights and biases that nothing reads then are removed.
+
         A quantized bias has the scale of the weights times that of the input. If this is too small
         for the bias, the quantizer increases the scale of the weights. So it can depend on the
         input, and convolutions that share weights can read different inputs.
@@ -238,7 +240,7 @@ class Int8Quantizer:
                     numpy_helper.from_array(numpy_helper.to_array(weight), node.input[1])
                 )
 
-            # A bias of its own. One that the graph computes stays as it is.
+            # A bias of its own, unless the graph computes it.
             bias = np.zeros(weight.dims[0], np.float32)
             if len(node.input) > 2 and node.input[2]:  # "" is no bias
                 if node.input[2] not in tensors:
@@ -305,11 +307,12 @@ class Int8Quantizer:
     def _mean_outputs(
         self, weights: Mapping[str, NDArray[np.float32]]
     ) -> dict[str, NDArray[np.float64]]:
-        """Compute the mean output (C,) over the images of convolutions with other *weights*, without biases.
+        """Compute the mean output (C,) of convolutions with other *weights*, without biases.
 
         *weights* maps the names of convolutions to tensors in place of their weights. In a copy of
         the float32 graph, each convolution gets a second one beside it, with these weights; the
-        means of the second ones are the outputs of the copy.
+        means of the second ones are the outputs of the copy. At most `CORRECTION_IMAGES` of the images
+        count.
         """
         if not weights:  # a graph without outputs cannot run
             return {}

@@ -50,6 +50,11 @@ class _Range(NamedTuple):
     is_undefined: bool
 
 
+def _name_of(target: Any) -> str:
+    """Name an operator without its overload: `aten::relu` for `aten.relu.default`."""
+    return str(target).replace(".", "::", 1).partition(".")[0]
+
+
 class Operator(NamedTuple):
     """One operator of a program: its arguments, and the part of the network that it is in.
 
@@ -66,7 +71,7 @@ class Operator(NamedTuple):
     @property
     def name(self) -> str:
         """The name of the operator without its overload."""
-        return str(self.target).replace(".", "::", 1).partition(".")[0]
+        return _name_of(self.target)
 
     @property
     def is_elementwise(self) -> bool:
@@ -259,8 +264,7 @@ class _Filled(fx.Interpreter):
 
 def _is_small_product(node: fx.Node, operands: Sequence[Tensor]) -> bool:
     """Return whether *node* adds products of its *operands*, and all are so small that its result is finite."""
-    name = str(node.target).replace(".", "::", 1).partition(".")[0]
-    if name not in (*CONVOLUTIONS, *PRODUCTS) or node.kwargs:
+    if _name_of(node.target) not in (*CONVOLUTIONS, *PRODUCTS) or node.kwargs:
         return False
     return all(
         operand.dtype == torch.float32 and float(operand.abs().max()) < SMALL
@@ -381,7 +385,7 @@ def _as_operator(
 ) -> Operator | None:
     """Return the operator of *node*, which has run; *ranges* has an item for each of its operands.
 
-    None if it is not compared: if it is not of ATen, has complex numbers, has no tensors as
+    Returns None if it is not compared: if it is not of ATen, has complex numbers, has no tensors as
     operands, or nothing reads its results.
     """
     is_aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"

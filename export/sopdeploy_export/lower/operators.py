@@ -51,8 +51,9 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
 
     Operators of complex numbers, and those that are not of ATen, are left out. Operators with
     the same description, which has attributes, shapes and ranges, are compared once, by this or
-    an earlier export. Raises `LoweringError` with the operator, the part of the network and the
-    values if the results differ.
+    an earlier export: what was compared is kept in this process and, if all are right, in a file of
+    the user's cache folder. Raises `LoweringError` if ONNX Runtime cannot run an operator, or if the
+    results differ; then the message has the operator, the part of the network and the values.
     """
     _executed_operators.update(read_known())
     module = program.module(check_guards=False)

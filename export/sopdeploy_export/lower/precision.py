@@ -118,7 +118,7 @@ class Lowered(NamedTuple):
 
 
 def weight_types(model: onnx.ModelProto) -> dict[str, str]:
-    """Map each part to the type of its largest weight in *model*."""
+    """Map each part to the type of its largest weight in *model*; only the `TYPE_NAMES` count."""
     largest: dict[str, tuple[int, str]] = {}  # by part: bytes and type
 
     for tensor in model.graph.initializer:
@@ -322,8 +322,8 @@ def unfused_runner(model: onnx.ModelProto) -> BatchRun:
 def _gate_runner(model: onnx.ModelProto, network: nn.Module) -> GateRun | None:
     """Build a function that computes the logits of a mixture's gate with *model*, without fusions.
 
-    None if *network* has no such gate (`find_gate`). Raises `LoweringError` unless one node reads
-    the weights of the gate.
+    Returns None if *network* has no such gate (`find_gate`). Raises `LoweringError` unless exactly
+    one node reads the weights of the gate.
     """
     gate = find_gate(network)
     if gate is None:

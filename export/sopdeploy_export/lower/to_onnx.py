@@ -65,9 +65,10 @@ _MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for
 def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     """Convert *program* to ONNX with input `images` and, unless it is for one image, a symbolic batch dimension.
 
-    *outputs* are the names of the outputs. Weights have their names in the network. Raises
-    `LoweringError` if an operator has no ONNX form, if the weights exceed 2 GB, and the errors
-    of `check_onnx`.
+    *outputs* are the names of the outputs. A weight has its name in the network, unless another
+    tensor has this name. The nodes keep one record of metadata, `part`: the module that each belongs
+    to. Raises `LoweringError` if the program computes in bfloat16, if an operator has no ONNX form,
+    if the weights exceed 2 GB, or if the graph has what `check_onnx` refuses.
     """
     _refuse_bfloat16(program)
     model = to_ir(fold_constant_parts(program), [INPUT], outputs)
@@ -119,7 +120,10 @@ def _refuse_bfloat16(program: ExportedProgram) -> None:
 
 
 def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
-    """Remove shapes of inner values, and metadata, such as source lines; keep the part of each node."""
+    """Remove metadata, such as source lines, and shapes and types of inner values; keep the part of each node.
+
+    The part is the innermost module that the node was captured in; `forward` is the whole network.
+    """
     # For each node, the text of a list: its modules from the outermost to the innermost, then its
     # operation.
     scopes = {
@@ -136,7 +140,7 @@ def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
     ):
         value.metadata_props.clear()
 
-    # Write the part of each node, its innermost module; clear the shapes of its results.
+    # Write the part of each node; clear the shapes and types of its results.
     for node, scope in scopes.items():
         if scope is not None:
             part = ast.literal_eval(scope)[-2].removeprefix(NETWORK_PREFIX)
@@ -323,9 +327,7 @@ def check_onnx(proto: onnx.ModelProto) -> None:
             part = next(
                 (item.value for item in node.metadata_props if item.key == "part"), "forward"
             )
-            reason = (
-                DEPENDS_ON_VALUES
-                if node.op_type == "NonZero"
-                else "control flow is not allowed"
-            )
+            reason = "control flow is not allowed"
+            if node.op_type == "NonZero":
+                reason = DEPENDS_ON_VALUES
             raise LoweringError(f"the graph contains {node.op_type} in {part}; {reason}")

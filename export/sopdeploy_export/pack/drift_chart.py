@@ -1,11 +1,10 @@
 """The drift of an exported file as a picture: how much of its limit each output uses."""
 
 import base64
-import math
 from html import escape
 
 from sopdeploy.html.report import Figure
-from sopdeploy_export.prove.file import OutputParity, ParityReport
+from sopdeploy_export.prove.file import ParityReport
 
 # In pixels.
 _NAMES_WIDTH = 130  # of the names in front of the bars
@@ -20,7 +19,7 @@ _LONGEST = 1.1  # length of a bar, in lengths of one at the limit; longer bars a
 def draw_drift(parity: ParityReport) -> Figure:
     """Draw a bar for each output and batch size of *parity*: the drift, in noise floors of this output."""
     rows = [
-        (f"{name}, batch {size}", _in_floors(output, drift))
+        (f"{name}, batch {size}", output.in_floors(drift))
         for name, output in parity.outputs.items()
         for size, drift in output.drift.items()
     ]
@@ -61,10 +60,3 @@ def draw_drift(parity: ParityReport) -> Figure:
         f"at most {largest:.2g}, of {limit:g} that are allowed."
     )
     return Figure(image=image, caption=caption)
-
-
-def _in_floors(output: OutputParity, drift: float) -> float:
-    """Return *drift* in noise floors of *output*; without a noise floor, 0 if it does not drift, else infinity."""
-    if output.noise_floor == 0:
-        return math.inf if drift else 0.0
-    return drift / output.noise_floor

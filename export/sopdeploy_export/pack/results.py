@@ -85,7 +85,7 @@ class Exported(ExportResults):
     seconds: float
 
     def lines(self) -> dict[str, str]:
-        """Join results of `facts` to the four lines that `sopdeploy export` prints, by their labels."""
+        """Return the four lines that `sopdeploy export` prints, by their labels; each joins some of the `facts`."""
         facts = self.facts()
         certificate = self.certificate
 
@@ -104,6 +104,10 @@ class Exported(ExportResults):
 
     def summary(self) -> dict[str, object]:
         """Build the output of `export --json`, with a decision if there is one."""
+        decision: dict[str, object] = {}
+        if self.decision is not None:
+            decision = {"decision": self.decision.model_dump(mode="json")}
+
         return {
             "bundle": str(self.path),
             "id": self.manifest.id,
@@ -116,11 +120,7 @@ class Exported(ExportResults):
             "num_tensors_unreached": len(self.certificate.unreached),
             "parity": self.parity.model_dump(),
             "precision": self.precision.model_dump(),
-            **(
-                {}
-                if self.decision is None
-                else {"decision": self.decision.model_dump(mode="json")}
-            ),
+            **decision,
             "trained": self.trained.model_dump(),
             "shipped": self.shipped.model_dump(),
             "warnings": list(self.warnings),
@@ -155,7 +155,7 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
 
 
 def _describe_removed(certificate: Certificate) -> str:
-    """Describe the removed parts; if there are none, name the tensors that could be removed."""
+    """Describe the removed parts; if there are none, name tensors that could be removed, if there are any."""
     if certificate.detached:
         tensors = (
             f"{len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes saved"

@@ -22,7 +22,8 @@ def check_constants(
 
     Such a tensor may be trained, and is in no weight file. It is accepted if code makes it: then
     the program that *rebuild* returns, of a network that a builder made anew, has an equal tensor
-    in memory of its own. What both programs share, such as a global variable, is not accepted.
+    in memory of its own. A view of a parameter or buffer is accepted, too. What both programs share,
+    such as a global variable, is not.
     Results that functions keep are not shared: they are made anew for the builder's network
     (`make_kept_results_anew`).
     """

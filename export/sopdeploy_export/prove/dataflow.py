@@ -154,7 +154,10 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._contents: dict[int, dict[str, str]] = {}
 
     def known_by(self, tensor: Tensor) -> str:
-        """Return what *tensor* is known by, with its place in its memory."""
+        """Return what *tensor* is known by, with its place in its memory.
+
+        The hash of a constant is kept until something writes to its memory.
+        """
         memory = self._address(tensor)
         place = (
             f"{tuple(tensor.shape)} {tensor.stride()} {tensor.storage_offset()} {tensor.dtype}"
@@ -183,15 +186,19 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def behind(self, result: str) -> dict[str, Operator]:
         """Return the operators behind *result*, what a tensor is known by, in the order of the run."""
-        # A tensor is known by the code of its operator, "#", the position of the result, and its place.
+        # A tensor is known by the hash of its operator, "#", the position of the result, and its place.
         needed: set[str] = set()
         unvisited = [result.partition(" ")[0]]
         while unvisited:
-            code = unvisited.pop().partition("#")[0]
-            if code in self.operators and code not in needed:
-                needed.add(code)
-                unvisited += self.operators[code].operands
-        return {code: operator for code, operator in self.operators.items() if code in needed}
+            operator_hash = unvisited.pop().partition("#")[0]
+            if operator_hash in self.operators and operator_hash not in needed:
+                needed.add(operator_hash)
+                unvisited += self.operators[operator_hash].operands
+        return {
+            operator_hash: operator
+            for operator_hash, operator in self.operators.items()
+            if operator_hash in needed
+        }
 
     def is_made(self, tensor: Tensor) -> bool:
         """Return whether the memory of *tensor* is stored in the network, or an operator made it."""
@@ -241,20 +248,27 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         Constants, and the image of the run, are known by their content afterwards.
         """
-        for memory, storage in self._memory.items():
-            if not storage.expired() and memory not in self._stored:
-                self._remains.alive[memory] = torch.UntypedStorage._new_with_weak_ptr(
-                    storage.cdata
-                )
-                if self._made_by.get(memory, _IMAGE) != _IMAGE:
-                    self._remains.made_by[memory] = self._made_by[memory]
-                if memory in self._of_image:
-                    self._remains.of_image.add(memory)
+        for memory, reference in self._memory.items():
+            if reference.expired() or memory in self._stored:
+                continue
+
+            # A reference that is not weak: from now on, nothing frees this memory.
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            self._remains.alive[memory] = storage
+
+            maker = self._made_by.get(memory)  # None of a constant
+            if maker is not None and maker != _IMAGE:
+                self._remains.made_by[memory] = maker
+            if memory in self._of_image:
+                self._remains.of_image.add(memory)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run one operator, and record it."""
+        """Run one operator, and record it; of an operator that runs others, record these.
+
+        With the layouts of another run, one that depends on the image is imitated instead of run.
+        """
         del types
         kwargs = kwargs or {}
 
@@ -272,10 +286,11 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operands = tensors_in((args, kwargs))
             of_image = self.depends_on_image(operands)
             is_random = _draws(func, args, kwargs)
+            # The image, stored tensors and what was computed from them have a maker.
             has_maker = any(self._address(operand) in self._made_by for operand in operands)
             is_constant = not has_maker and not is_random
             text = f"{func} {self._describe(args)} {self._describe(kwargs)}"
-            code = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+            operator_hash = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
             operator = Operator(
                 str(func),
                 tuple(self.known_by(operand).partition(" ")[0] for operand in operands),
@@ -289,10 +304,10 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._known_layouts is None or not of_image:
                 result = self._run(func, operands, operator, args, kwargs)
             else:
-                result = self._imitate(func, code, args, kwargs)
+                result = self._imitate(func, operator_hash, args, kwargs)
 
         # Record it, and what it reads and writes. Of two runs of an operator on the same operands,
-        # which have the same code, the first one is kept.
+        # which have the same hash, the first one is kept.
         with self.recording(func):
             # Memory that an earlier run has filled, and this one has not.
             if any(
@@ -303,10 +318,12 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.reused.append(str(operator))
             if self._hands_out_values(func, args, operands):
                 self._reads_of(func, operands).append(str(operator))
-            self.operators.setdefault(code, operator)
+            self.operators.setdefault(operator_hash, operator)
 
-            self._note_writes(func, args, kwargs, operator, code, of_image, is_constant)
-            self._note_results(func, result, operands, code, of_image, is_constant)
+            self._note_writes(
+                func, args, kwargs, operator, operator_hash, of_image, is_constant
+            )
+            self._note_results(func, result, operands, operator_hash, of_image, is_constant)
         return result
 
     def _reads_of(self, func: Any, operands: Sequence[Tensor]) -> list[str]:
@@ -350,12 +367,14 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.hidden_writes.append(str(operator))
         return result
 
-    def _imitate(self, func: Any, code: str, args: Any, kwargs: Any) -> Any:
-        """Return what *func* returns, without computing its content, by the layouts known for *code*.
+    def _imitate(self, func: Any, operator_hash: str, args: Any, kwargs: Any) -> Any:
+        """Return results as *func* does, but new tensors without content, in the layouts known for *operator_hash*.
 
-        Raises `UnknownOperatorError` if the layouts of its results are not known.
+        An operator that writes to one operand and returns it does not run; this operand is the
+        result. Views, checks and other operators that write do run. Raises `UnknownOperatorError` if
+        the layouts of new tensors are not known.
         """
-        # An operator that writes to one operand returns this operand.
+        # An operator that writes to one operand, and returns it.
         returned = [value.alias_info for value in func._schema.returns]
         changes_shape = torch.Tag.inplace_view in func.tags
         if func._schema.is_mutable and not changes_shape:
@@ -371,9 +390,9 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
 
         # New tensors.
-        if self._known_layouts is None or code not in self._known_layouts:
+        if self._known_layouts is None or operator_hash not in self._known_layouts:
             raise UnknownOperatorError(str(func))
-        results = [layout.empty() for layout in self._known_layouts[code]]
+        results = [layout.empty() for layout in self._known_layouts[operator_hash]]
         types = [value.type for value in func._schema.returns]
         if len(types) != len(results) or not all(
             isinstance(each, torch.TensorType) for each in types
@@ -387,7 +406,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: Any,
         kwargs: Any,
         operator: Operator,
-        code: str,
+        operator_hash: str,
         of_image: bool,
         is_constant: bool,
     ) -> None:
@@ -408,18 +427,22 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.hidden_writes.append(str(operator))
             if memory in self._stored or (of_image and memory not in self._born):
                 self.kept_writes.append(str(operator))
-            self._note(tensor, code, of_image, is_constant)
+            self._note(tensor, operator_hash, of_image, is_constant)
 
     def _note_results(
         self,
         func: Any,
         result: Any,
         operands: Sequence[Tensor],
-        code: str,
+        operator_hash: str,
         of_image: bool,
         is_constant: bool,
     ) -> None:
-        """Name the maker of each result; a view has the maker of its memory."""
+        """Give the memory of each new result a maker, and note that the run allocated it.
+
+        A view has the maker of its memory already. The layouts of new results that depend on the
+        image are noted in `layouts`.
+        """
         returns_view = any(value.alias_info is not None for value in func._schema.returns)
         is_unfilled = func._schema.name.partition("::")[2].startswith(_ALLOCATORS)
         memories = {address(operand) for operand in operands}
@@ -427,7 +450,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # The layouts of new results, with which `_imitate` need not compute them.
         results = tensors_in(result)
         if of_image and not returns_view and all(map(is_plain, results)):
-            self.layouts.setdefault(code, [layout_of(tensor) for tensor in results])
+            self.layouts.setdefault(operator_hash, [layout_of(tensor) for tensor in results])
 
         for position, tensor in enumerate(tree_leaves(result)):
             if not isinstance(tensor, Tensor):
@@ -443,7 +466,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # New memory.
             self._born.add(memory)
             self._made.add(memory)
-            maker = f"{code}#{position}"
+            maker = f"{operator_hash}#{position}"
             if is_unfilled:
                 maker = _UNFILLED
             self._note(tensor, maker, of_image, is_constant and not is_unfilled)
@@ -484,7 +507,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _locate(self) -> tuple[str, str]:
         """Return the innermost module whose forward runs, and the innermost line of code of the network.
 
-        For a layer of torch, this is the line that calls the layer.
+        For a layer of torch, this is the line that calls the layer. If a graph runs, both are those
+        that its node was captured from.
         """
         if self.node is not None:
             return _locate_node(self.node)

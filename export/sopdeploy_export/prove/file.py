@@ -91,9 +91,13 @@ class OutputParity(StrictModel):
     @property
     def drift_in_floors(self) -> float:
         """The maximum drift in multiples of the noise floor."""
+        return self.in_floors(self.largest_drift)
+
+    def in_floors(self, drift: float) -> float:
+        """Return *drift* in multiples of the noise floor; if this is 0, infinity for any drift but 0."""
         if self.noise_floor == 0:  # the output does not depend on the image
-            return math.inf if self.largest_drift else 0.0
-        return self.largest_drift / self.noise_floor
+            return math.inf if drift else 0.0
+        return drift / self.noise_floor
 
 
 class RoutingParity(StrictModel):
@@ -174,6 +178,9 @@ def compare_routes(
 ) -> RoutingParity:
     """Find the images whose route can be compared: the *num_chosen* components of the largest gate logits.
 
+    These are the images on which the gate is decided; if there is none, those for which rounding
+    changes no chosen component. All others are `left_out`.
+
     *exact* and *rounded* are the gate logits (P, N) of P images and N components, in float64 and
     in the exported precision. The noise floor is their largest difference, or four roundings of
     the largest logit to float32 if these are more. The tolerance is *floors* noise floors.
@@ -225,7 +232,8 @@ def compute_reference(
 
     *rounded* are the outputs in *precision*, and *gate* computes the gate logits in *precision*;
     by default, both are of *deployed* itself. The noise floor of an output is the largest error
-    of *rounded*, or four roundings of its largest value to float32 if these are more. Raises
+    of *rounded* on the images that are compared (`compare_routes`), or four roundings of the largest
+    value of all images to float32 if these are more. Raises
     `ParityError` if outputs are not finite or the route of no image can be compared.
     """
     names = output_names(deployed.network)
@@ -278,7 +286,8 @@ def _measure_noise(
 ) -> float:
     """Return the noise floor of an output (P, ...), *exact* in float64; `compute_reference` defines it.
 
-    Each of *runs* has the output for the first images, or all, in the exported precision.
+    Each of *runs* has the output for the first images, or all, in the exported precision. Errors
+    count on the images that *is_compared_P* marks.
     """
     noise_floor = FOUR_ROUNDINGS * float(np.abs(exact).max())
     for rounded in runs:
@@ -332,9 +341,14 @@ def prove_file(
     """Compare the file that *session* has loaded with *expected* on uint8 *images* (P, H, W, 3).
 
     *model* is the content of the file; its operators and its size are reported. Raises
-    `ParityError` if an output exceeds its tolerance or is not finite, or if a class changed
-    despite a clear margin. With *allow_drift*, the report records these errors instead; values
-    that are not finite always raise.
+    `ParityError` if the file rejects a batch size of *batch*, or returns another shape or values
+    that are not finite. Also raises it, unless *allow_drift* is set, if
+
+    - the noise floor is so large that a file which ignores its input would pass,
+    - an output differs from *expected*, or between batch sizes, by more than its tolerance, or
+    - a class changed despite a clear margin.
+
+    With *allow_drift*, `drift_allowed` of the report says that one of these limits was exceeded.
     """
     # Below the maximum, which is mostly even: an odd size detects a graph that works for even sizes
     # only.

@@ -170,8 +170,8 @@ def _known_operands(
 ) -> list[dict[str, NDArray[Any]]] | None:
     """Return the operands of *node* by name, for each batch size, with which its results can be computed.
 
-    None if the contents of an operand in *values_by_name* are not known, or if the first result,
-    with *shapes*, is large or has another shape for another batch size.
+    Returns None if the contents of an operand in *values_by_name* are not known, or if the first
+    result, with *shapes*, is large or has another shape for another batch size.
     """
     # `Shape` reads no contents, so its operand can be an array that takes no memory.
     if node.op_type == "Shape":

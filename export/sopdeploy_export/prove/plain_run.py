@@ -56,48 +56,55 @@ class Run:
     values: tuple[Tensor, ...]
 
     def first_other(self, other: "Run") -> str:
-        """Describe the first operator behind the outputs that *other* does not run on the same operands."""
+        """Describe the first operator behind the outputs that *other* does not run on the same operands.
+
+        The text is "nothing else" if there is no such operator.
+        """
         for result in self.results:
-            for code, operator in self.flow.behind(result).items():
-                if code not in other.flow.operators:
+            for operator_hash, operator in self.flow.behind(result).items():
+                if operator_hash not in other.flow.operators:
                     return str(operator)
         return "nothing else"
 
 
 class Recorder:
-    """Records runs of the network *compared* and of its graph on the last of uint8 *images* (N, H, W, 3).
+    """Records runs of the network *trained* and of its graph on the last of uint8 *images* (N, H, W, 3).
 
     The last of the generated images are noise; the first ones have equal parts. What the network
-    keeps of a run, such as a table, is there in the next one. *parts* are those that are removed.
+    keeps of a run, such as a table, is there in the next one.
 
     Attributes:
+        trained: The network.
+        parts: Those of its parts that are removed.
         sizes: The sizes of the batches that are compared.
         repeated: The size of the batch that runs twice.
     """
 
     def __init__(
         self,
-        compared: Compared,
+        trained: Compared,
         images: Tensor,
         largest_batch: int,
-        parts: tuple[str, ...] = (),
+        parts: tuple[str, ...],
     ) -> None:
+        self.trained = trained
+        self.parts = parts
         self.sizes = tuple(range(1, min(LARGEST, largest_batch) + 1))
         self.repeated = min(REPEATED, largest_batch)
         self._images = images[-LARGEST:]
-        self._deployed = compared.deployed
+        self._deployed = trained.deployed
 
         # Memory of several tensors is known by the first one, so those that are kept come first.
-        stored = tensors(compared.deployed)
+        stored = tensors(trained.deployed)
         removed = tuple(NETWORK_PREFIX + part for part in parts)
         self._stored = dict(sorted(stored.items(), key=lambda item: is_in(item[0], *removed)))
 
         # The graph has its own buffers where a first run of the network creates or replaces them.
-        created = {NETWORK_PREFIX + name for name in compared.trace.created}
+        created = {NETWORK_PREFIX + name for name in trained.trace.created}
         not_created = {
             name: tensor for name, tensor in self._stored.items() if name not in created
         }
-        self._graph = GraphRun(compared.graph, not_created)
+        self._graph = GraphRun(trained.graph, not_created)
 
         # What runs leave for later ones, and the runs that are recorded once.
         self._remains = Remains()
@@ -111,7 +118,7 @@ class Recorder:
         return self._first
 
     def run_again(self, size: int) -> Run:
-        """Return a plain run on *size* images that is not the first run of the network."""
+        """Return a plain run on *size* images that is not the first run of the network; it is recorded once."""
         self.run_first()
         if size not in self._again:
             self._again[size] = self.run_network(size)
@@ -140,8 +147,9 @@ class Recorder:
     def run_graph(self, plain: Run) -> Run:
         """Record a run of the graph on the images of *plain*.
 
-        With the layouts of *plain*, it computes nothing that depends on an image. If this fails,
-        for example because the graph has other operators, it computes everything.
+        The run takes the layouts of *plain*, and computes nothing that depends on an image. If this
+        fails, for example because the graph has other operators, a second run computes everything.
+        Raises `CertificateError` if that fails, too.
         """
         size = plain.values[0].shape[0]
         try:
@@ -162,7 +170,10 @@ class Recorder:
 
 @contextmanager
 def _running(deployed: Deployed) -> Iterator[None]:
-    """Let layers of *deployed* compute as in a graph in the block; raise `CertificateError` if code fails."""
+    """Let layers of *deployed* compute as in a graph in the block, without gradients, warnings and fast paths.
+
+    Raises `CertificateError` if the network's code fails.
+    """
     try:
         with torch.no_grad(), as_captured(deployed), _without_fast_path():
             yield

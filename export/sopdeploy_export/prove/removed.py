@@ -44,11 +44,14 @@ class TensorEntry(StrictModel):
     sha256: str
 
 
-def prove_removed(trained: Compared, recorder: Recorder, parts: tuple[str, ...]) -> None:
-    """Prove that the outputs of *trained* need nothing of its *parts*.
+def prove_removed(recorder: Recorder) -> None:
+    """Prove that the outputs of the network of *recorder* need nothing of the parts that are removed.
 
-    Raises `CertificateError` with the tensor, module or operator that the outputs need.
+    Without such parts, there is nothing to prove. Raises `CertificateError` with the tensor, module
+    or operator that the outputs need.
     """
+    trained = recorder.trained
+    parts = recorder.parts
     if not parts:
         return
 
@@ -162,7 +165,10 @@ def _check_behind(run: Run, parts: tuple[str, ...]) -> None:
 
 @contextmanager
 def other_values(tensors_to_change: Sequence[Tensor]) -> Iterator[None]:
-    """Fill tensors with random numbers from 0 to 1, integers and truth values with 1, for the block."""
+    """Fill tensors with other values in the block; restore them afterwards.
+
+    These are random numbers from 0 to 1, the same ones in each call; 1 for integers and truth values.
+    """
     generator = torch.Generator().manual_seed(_SEED)
     saved = [tensor.detach().clone() for tensor in tensors_to_change]
 
@@ -179,7 +185,10 @@ def other_values(tensors_to_change: Sequence[Tensor]) -> Iterator[None]:
 
 
 def find_shared(stored: Mapping[str, Tensor], parts: tuple[str, ...]) -> tuple[str, str] | None:
-    """Name a tensor in *parts* and a kept one whose memory it overlaps, in the same storage or in another."""
+    """Name a tensor in *parts* and a kept one whose memory it overlaps; None if there are none.
+
+    *stored* has both by name. Memory can overlap in one storage, or in two over the same memory.
+    """
     kept = [
         (name, *_addresses(tensor))
         for name, tensor in stored.items()
@@ -239,12 +248,13 @@ def list_tensors(
 def find_unneeded(trained: Compared, parts: tuple[str, ...]) -> tuple[str, ...]:
     """Name the outermost modules of *trained* that its outputs do not need, then further such tensors.
 
-    A module is named if the outputs need none of its tensors and none of its operations. The
-    further tensors are outside of the named modules. Left out are:
+    A module is named if it has tensors, and the outputs need none of them and none of its
+    operations. The further tensors are outside of the named modules. Left out are:
 
     - tensors in *parts*,
     - tensors that share memory with a needed one,
-    - counters, such as `num_batches_tracked`, of modules with a needed tensor.
+    - counters, such as `num_batches_tracked`, of modules with a needed tensor,
+    - modules that hold one of these.
     """
     needed = trained.needed
     owners_of_needed = {name.rpartition(".")[0] for name in needed}
@@ -278,7 +288,7 @@ def find_unneeded(trained: Compared, parts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def find_shared_rests(trained: Compared, unneeded: tuple[str, ...]) -> dict[str, str]:
-    """Find the parts that stay only because of shared tensors, and map each to one of these tensors.
+    """Find the parts that stay only because of tensors that the rest has, too; map each to one of these tensors.
 
     For example, `aux` is mapped to `aux.1.weight is fc.weight`. *unneeded* are names of
     `find_unneeded`; only the parts directly around them are looked at.

@@ -46,7 +46,7 @@ def trace_integers(
 def bounds_of(contents: Sequence[NDArray[Any]]) -> Integers | None:
     """Return the bounds of a value with known *contents*, one array for each batch size.
 
-    None unless these are the same integers for every batch size, in int64.
+    Returns None unless these are the same integers for every batch size, in int64.
     """
     content = contents[0]
     are_equal = all(np.array_equal(content, other) for other in contents[1:])
@@ -71,10 +71,8 @@ def _trace_result(op_type: str, call: OperatorCall, position: int) -> Integers |
     if op_type == "Clip" and not has_numbers and len(call.present) == 3:
         lower = call[1].integers
         upper = call[2].integers
-        if (
-            lower is None or upper is None or lower.high > upper.low
-        ):  # lower could be above upper
-            return None
+        if lower is None or upper is None or lower.high > upper.low:
+            return None  # also if the lower bound could be above the upper one
         return Integers(per_image=0, low=lower.low, high=upper.high)
 
     # What operators make of them.

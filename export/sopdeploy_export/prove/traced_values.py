@@ -105,11 +105,9 @@ class TracedValue:
 
     def layout_shifted(self, axes: int) -> BatchLayout:
         """Return the layout with the batch axis, if any, moved by *axes* to the right."""
-        return (
-            NO_BATCH
-            if self.batch_axis is None
-            else self.layout._replace(axis=self.batch_axis + axes)
-        )
+        if self.batch_axis is None:
+            return NO_BATCH
+        return self.layout._replace(axis=self.batch_axis + axes)
 
     def numbers(self) -> list[int]:
         """List the integers of a constant; raise `MixesError` if they are not known or not constant."""

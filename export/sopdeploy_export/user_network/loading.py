@@ -151,9 +151,10 @@ def parse_option(text: str) -> tuple[str, Any]:
 def _check_option_values(
     builder: Callable[..., Any], options: Mapping[str, Any], import_path: str
 ) -> None:
-    """Raise `ConfigError` for *options* that *builder* does not have.
+    """Raise `ConfigError` for an option that *builder* lacks, and for a text whose default is a number.
 
-    Also for text as the value of an option whose default is a number or a truth value.
+    A truth value counts as a number. A builder that does not tell its options, such as a function
+    in C, may have any.
     """
     # The options that it has, with their defaults.
     try:
@@ -262,7 +263,8 @@ def load_weights(
 
     The file may have several tables of tensors, and its names a prefix such as `model.`. The
     table and the prefix are chosen that have all tensors of the network. If several do, *key*
-    must name one, such as `model_ema` or `encoder_q`.
+    must name one, such as `model_ema` or `encoder_q`. If none does, all tables together are tried
+    as one.
 
     Counters of batch norms may be missing; then the network keeps its own. Tensors that the network
     lacks are ignored, unless they show that the network was built with other options. A layer gets

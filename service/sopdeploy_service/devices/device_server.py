@@ -41,7 +41,6 @@ from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.server.draining_server import DrainingServer, freeze_objects
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, USER_ERROR
 from sopdeploy_service.server.process import configured_process, find_links, load_registry
-from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 from sopdeploy_service.templates import end_with_parent
 
@@ -55,17 +54,15 @@ class DeviceServer(DrainingServer):
     def __init__(
         self,
         app: FastAPI,
-        settings: Settings,
+        config: LaunchConfig,
         supervisor: socket.socket,
-        sources: Sequence[str | Path],
         links: Mapping[Path, Path],
     ) -> None:
-        super().__init__(app, settings, sources, links)
+        super().__init__(app, config.settings, config.sources, links)
         self._supervisor = supervisor
 
         self._num_received = 0  # connections
-        # The supervisor numbers the sets of keys that it sends. This is the number of the last one.
-        self._keys_number = 0
+        self._keys_number = config.keys_number
         self._keeper = app.state.keeper
 
         # The page of metrics, which the supervisor will send.
@@ -188,7 +185,8 @@ def main() -> int:
             if config.device is not None:
                 return run_device(config, supervisor)
 
-            registry = RemoteRegistry([wait_for_channel(supervisor)], config.settings)
+            first, config = wait_for_channel(config, supervisor)
+            registry = RemoteRegistry([first], config.settings)
             return serve_http(config, registry, supervisor, links={})
     except SopdeployError as problem:
         if config.device is None:
@@ -227,10 +225,13 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
         return runner.run(Engine(registry, settings, supervisor, config.sources, links).run())
 
 
-def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
-    """Return the first channel to an engine; `DeviceServer` receives those that follow.
+def wait_for_channel(
+    config: LaunchConfig, supervisor: socket.socket
+) -> tuple[EngineChannel, LaunchConfig]:
+    """Return the first channel to an engine, and *config* with the last keys that came before it.
 
-    Reports that this process starts, as long as it waits. Exits if the supervisor ends.
+    `DeviceServer` receives the channels and keys that follow. Reports that this process starts,
+    as long as it waits. Exits if the supervisor ends.
     """
     while True:
         STARTING.send(supervisor)
@@ -248,11 +249,18 @@ def wait_for_channel(supervisor: socket.socket) -> EngineChannel:
                 first = EngineChannel(engine, socket.socket(fileno=message.files[0]), number)
                 # It still starts, but the supervisor knows that the channel is open.
                 STARTING._replace(has=frozenset((number,))).send(supervisor)
-                return first
+                return first, config
             continue
 
-        # New keys: the supervisor replaces a process that lacks them.
-        for file in message.files:
+        # New keys take the place of those before. Without a free file for them, they are missing.
+        unused_files = message.files
+        if message.kind == control.KEYS and len(message.files) == 2:
+            keys, limits = message.files
+            unused_files = [config.keys, config.limits]
+            new_keys = {"keys": keys, "limits": limits, "keys_number": int(message.rest)}
+            config = config.model_copy(update=new_keys)
+
+        for file in unused_files:
             os.close(file)
 
 
@@ -282,7 +290,7 @@ def serve_http(
 
     service.decoders.budget = decode_budget(settings, bytes_at_rest(config), count)
 
-    server = DeviceServer(app, settings, supervisor, config.sources, links)
+    server = DeviceServer(app, config, supervisor, links)
     service.metrics_page = Shared(server.collect_metrics)
     return server.serve_until_end()
 

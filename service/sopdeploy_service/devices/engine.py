@@ -28,13 +28,12 @@ from sopdeploy_service.devices import channel, control
 from sopdeploy_service.devices.channel import ChannelError, ModelFacts, Slots
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.inference import results
-from sopdeploy_service.inference.bundle_store import read_links
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.model import ImageResult, Registry
 from sopdeploy_service.inference.model_worker import LocalModel, QueuedImage
 from sopdeploy_service.inference.results import HttpError
-from sopdeploy_service.server.draining_server import EXIT_RUNTIME_DEAD
-from sopdeploy_service.server.lifetime import BEAT_SECONDS, Joined, follow
+from sopdeploy_service.server.draining_server import EXIT_RUNTIME_DEAD, follow_links
+from sopdeploy_service.server.lifetime import BEAT_SECONDS, Joined
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 
@@ -228,9 +227,7 @@ class Engine:
         # Start the models, and serve until the supervisor leaves.
         await self.registry.start()
         loop.add_reader(self._supervisor, self._receive)
-        if self._links:
-            links = partial(read_links, self._links)
-            start_task(self._tasks, follow(links, self._links, self._reloads.request))
+        follow_links(self._tasks, self._links, self._reloads.request)
 
         while self.registry.problem is None and not self._supervisor_left:
             self._report()

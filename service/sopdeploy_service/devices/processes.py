@@ -43,7 +43,9 @@ class LaunchConfig(pydantic.BaseModel):
 
     The files that come with it are its end of the socket *control* and, for a process that
     serves HTTP, the memory *shared* of admitted images, the API *keys* as the supervisor has
-    read them, and the memory of their rate *limits*. The first of these processes keeps the photographs of all.
+    read them, and the memory of their rate *limits*. The supervisor numbers the keys that it
+    sends later, of which *keys_number* are the last. The first of the processes that serve HTTP
+    keeps the photographs of all.
 
     A front end has no *device*. *front_ends* is their number; without them, devices serve HTTP.
     *position* counts the processes of a kind; *num_servers* of them serve HTTP. *supervisor*
@@ -64,6 +66,7 @@ class LaunchConfig(pydantic.BaseModel):
     shared: int = -1
     keys: int = -1
     limits: int = -1
+    keys_number: int = 0
 
 
 class Child:

@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -46,7 +45,7 @@ from sopdeploy_service.devices.processes import (
 from sopdeploy_service.devices.refusal import Refusal, refusal_response
 from sopdeploy_service.devices.shared_keys import SharedKeys
 from sopdeploy_service.devices.template import ServerTemplate
-from sopdeploy_service.http.api_keys import file_identity, keys_of_server, read_again
+from sopdeploy_service.http.api_keys import keys_of_server, read_again
 from sopdeploy_service.inference.load_time import load_seconds
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability import logs
@@ -55,7 +54,7 @@ from sopdeploy_service.server.lifetime import (
     BEAT_SECONDS,
     USER_ERROR,
     Joined,
-    follow,
+    follow_keys,
     lacks_room,
     room_required,
     terminal_is_closed,
@@ -159,11 +158,7 @@ class Supervisor:
 
             # Reload on changes, and replace processes that cannot work.
             start_task(self._tasks, self._replace_failing())
-            if self._settings.follow and self._settings.keys is not None:
-                # The first look also reloads: the file may have changed since it was read.
-                identity = partial(file_identity, self._settings.keys)
-                request = self._key_reloads.request
-                start_task(self._tasks, follow(identity, before=None, reload=request))
+            follow_keys(self._tasks, self._settings, self._key_reloads.request)
 
             if count := len(self._front_ends):
                 log.info(

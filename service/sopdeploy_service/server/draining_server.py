@@ -19,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError, first_line
-from sopdeploy_service.http.api_keys import KeyRing, file_identity, read_again
+from sopdeploy_service.http.api_keys import KeyRing, read_again
 from sopdeploy_service.inference.bundle_store import read_links
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.server.connections import Connections
@@ -28,6 +28,7 @@ from sopdeploy_service.server.lifetime import (
     BEAT_SECONDS,
     Joined,
     follow,
+    follow_keys,
     terminal_is_closed,
 )
 from sopdeploy_service.server.sockets import Arrivals, url
@@ -82,6 +83,14 @@ class AppLifespan:
     async def shutdown(self) -> None:
         """Stop the app."""
         await self._context.__aexit__(None, None, None)
+
+
+def follow_links(
+    tasks: set[asyncio.Task[None]], links: Mapping[Path, Path], reload: Callable[[], object]
+) -> None:
+    """Start one of *tasks* that calls *reload* when one of *links* leads elsewhere; none without links."""
+    if links:
+        start_task(tasks, follow(partial(read_links, links), links, reload))
 
 
 class DrainingServer(uvicorn.Server):
@@ -153,15 +162,8 @@ class DrainingServer(uvicorn.Server):
         if threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.on_hangup)
 
-        if self._links:
-            links = partial(read_links, self._links)
-            start_task(self._background, follow(links, self._links, self.reload_bundles))
-
-        if self._service.settings.follow and self._service.settings.keys is not None:
-            # The first look also reloads: the file may have changed since it was read.
-            identity = partial(file_identity, self._service.settings.keys)
-            request = self._key_reload.request
-            start_task(self._background, follow(identity, before=None, reload=request))
+        follow_links(self._background, self._links, self.reload_bundles)
+        follow_keys(self._background, self._service.settings, self._key_reload.request)
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 

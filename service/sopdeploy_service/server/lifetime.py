@@ -6,8 +6,11 @@ import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, first_line
+from sopdeploy_service.http.api_keys import file_identity
+from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 
 STDERR = 2
@@ -52,6 +55,15 @@ async def follow(
         if now != before:
             before = now
             reload()
+
+
+def follow_keys(
+    tasks: set[asyncio.Task[None]], settings: Settings, reload: Callable[[], object]
+) -> None:
+    """Start one of *tasks* that calls *reload* when the key file changes, if *settings* say to follow it."""
+    if settings.follow and settings.keys is not None:
+        # The first look also reloads: the file may have changed since it was read.
+        start_task(tasks, follow(partial(file_identity, settings.keys), None, reload))
 
 
 class Joined:

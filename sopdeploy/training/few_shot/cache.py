@@ -139,11 +139,9 @@ def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
     """
     # Kernels of another processor, or for another number of threads, round differently.
     device = next(network.parameters()).device
-    processor = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    )
+    processor = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
 
     facts = [
         ENTRY_CONTENT,

@@ -115,7 +115,7 @@ def cross_validate(
     targets = Targets.of(images)
     started = time.monotonic()
 
-    # The features: half of the work.
+    # The features: half of the work, as the progress counts it.
     outputs = CachedNetwork(full_head(recipe, model), recipe)
     features = compute_features(
         outputs,
@@ -149,10 +149,8 @@ def cross_validate(
     validations = [problem.cross_validate(folds_N) for folds_N in folds_of_validations]
     scaling = Scaling.fit(validations, targets, has_margins=config.margins)
 
-    # A classifier that lacks one of the two photographs of a small class assigns more images of
-    # other classes to it than the deployed network, which learns from both. So the images of the
-    # other classes are judged by classifiers that have all photographs of the small classes, which
-    # get folds of their own.
+    # The predictions that the score judges: images of larger classes are predicted by classifiers
+    # that have all photographs of the small classes (`judge_few_apart`).
     judging_folds_N = judge_few_apart(targets, first_folds_N, groups_N)
     judged_once = validations[0]
     if not np.array_equal(judging_folds_N, first_folds_N):

@@ -52,8 +52,12 @@ def describe_run(
     num_groups_K = count_groups(classes_NK, validation.groups)
     num_groups = dict(zip(images.labels, num_groups_K.tolist(), strict=True))
 
-    # What the images that count tell about the classes.
+    # The smallest class may have no images, and counts as one.
     has_one_class = targets.activation == "softmax"
+    smallest = max(1, min(counts.values()))
+    is_uneven = has_one_class and max(counts.values()) > UNEVEN * smallest
+
+    # What the images that count tell about the classes.
     right = (
         validation.logits[validation.judged].argmax(axis=1) == targets.strata[validation.judged]
     )
@@ -61,6 +65,11 @@ def describe_run(
         validation.problem, validation.scaling, validation.judged, right, images.labels
     )
     diffuse = validation.problem.diffuse_classes().tolist() if has_one_class else []
+
+    # Only cross-validation has classifiers that did not learn the doubted labels.
+    without_doubted = None
+    if label_logits is not None and not len(setup.data.held_out):
+        without_doubted = _score_without_doubted(validation, is_doubted_N, label_logits)
 
     # What the classifier reads.
     head = validation.features.head
@@ -72,16 +81,13 @@ def describe_run(
         estimated_on="held-out" if len(setup.data.held_out) else "cross-validation",
         class_counts=counts,
         judged_counts=dict(zip(images.labels, judged_K.tolist(), strict=True)),
-        is_uneven=has_one_class
-        and max(counts.values()) > UNEVEN * max(1, min(counts.values())),
+        is_uneven=is_uneven,
         num_images=len(images),
         left_out=tuple(map(str, setup.data.left_out)),
         # Photographs that a server kept; they do not count as typical.
         num_selected=int((~select_typical(images)).sum()),
         num_doubted=int(is_doubted_N.sum()),
-        without_doubted=None
-        if label_logits is None or len(setup.data.held_out)
-        else _score_without_doubted(validation, is_doubted_N, label_logits),
+        without_doubted=without_doubted,
         gains=gains,
         num_duplicates=len(images) - len(set(validation.features.hashes)),
         num_groups=int(validation.groups.max()) + 1,
@@ -146,11 +152,11 @@ def _find_confused(
     """
     classes = validation.problem.targets.strata[validation.judged]
     predicted = validation.logits[validation.judged].argmax(axis=1)
-    counts_KK = np.zeros((len(labels), len(labels)), np.int64)
+    counts_KK = np.zeros((len(labels), len(labels)), np.int64)  # by class and prediction
     np.add.at(counts_KK, (classes, predicted), 1)
-    right_K = np.diagonal(counts_KK)
-    is_by_chance_KK = counts_KK >= np.maximum(
-        CHANCE * (counts_KK + right_K[:, None]), MIN_CONFUSED
-    )
+
+    # The images of a class that are predicted as this class or as the other one.
+    of_both_KK = counts_KK + np.diagonal(counts_KK)[:, None]
+    is_by_chance_KK = counts_KK >= np.maximum(CHANCE * of_both_KK, MIN_CONFUSED)
     pairs = np.argwhere(np.triu(is_by_chance_KK & is_by_chance_KK.T, 1))
     return tuple((labels[one], labels[other]) for one, other in pairs.tolist())

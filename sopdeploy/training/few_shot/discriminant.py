@@ -123,9 +123,8 @@ class Moments(NamedTuple):
         # The shrunk scatter: `count` times the covariance. With one image per class, nothing is known
         # of the scatter within classes, whose trace is then 0.
         trace = max(np.trace(scatter_RR), 1e-6 * np.trace(total_RR)) or 1.0
-        shrunk_RR = (1 - SHRINKAGE) * scatter_RR + SHRINKAGE * trace / len(mean_R) * np.eye(
-            len(mean_R)
-        )
+        rank = len(mean_R)
+        shrunk_RR = (1 - SHRINKAGE) * scatter_RR + SHRINKAGE * trace / rank * np.eye(rank)
 
         # The weights: the inverse of the covariance, times the differences of the means.
         differences_KR = np.where(present[:, None], means_KR - others_KR, 0)

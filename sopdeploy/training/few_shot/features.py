@@ -401,11 +401,9 @@ def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
 def head_to_fit(full: SecondOrderHead, kind: HeadKind) -> HeadConfig:
     """Configure the head of *kind* on the taps of *full*; without feature maps, "gap" is the only one."""
     taps = tuple(full.pooled_head.channels)
-    return (
-        HeadConfig(kind=kind, taps=taps, width=WIDTH)
-        if taps and kind != "gap"
-        else HeadConfig(kind="gap")
-    )
+    if not taps or kind == "gap":
+        return HeadConfig(kind="gap")
+    return HeadConfig(kind=kind, taps=taps, width=WIDTH)
 
 
 def unfitted_network(recipe: Recipe, kind: HeadKind, model: Classifier) -> SecondOrderHead:

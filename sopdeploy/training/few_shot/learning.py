@@ -52,17 +52,17 @@ def found_when_reduced(
 
 
 def _shares_found(
-    problem: LinearProblem, scaling: Scaling, numbers: set[int], weighing_K: Indices
+    problem: LinearProblem, scaling: Scaling, numbers: set[int], effective_K: Indices
 ) -> dict[int, float]:
     """Return the share of photographs that are found if their class has only each of the *numbers*.
 
-    The class then has the mean margin of the classes that weigh as much (`weighing_K`). Shares of
-    fewer than `MIN_JUDGED` photographs are left out.
+    The class then has the mean margin of the classes whose effective number of photographs
+    (`effective_K`) is this one. Shares of fewer than `MIN_JUDGED` photographs are left out.
     """
-    margins_K = np.broadcast_to(scaling.margins, weighing_K.shape)
+    margins_K = np.broadcast_to(scaling.margins, effective_K.shape)
     shares = {}
     for number in numbers:
-        margin = np.mean(margins_K[weighing_K == number]) if number in weighing_K else 0.0
+        margin = np.mean(margins_K[effective_K == number]) if number in effective_K else 0.0
         is_found = found_when_reduced(problem, scaling.excess, number, float(margin))
         if len(is_found) >= MIN_JUDGED:
             shares[number] = float(is_found.mean())
@@ -78,32 +78,33 @@ def estimate_gains(
 ) -> tuple[Gain, ...]:
     """Estimate how often a class would be found with more photographs.
 
-    The estimates are those of classes with few photographs, and of the `MAX_GAINS` others that gain
-    most.
-
-    *right* tells which of the *judged* images are classified correctly by a head without them.
+    The estimates are those of classes with few photographs, if these would be found more often, and
+    of the `MAX_GAINS` others that gain most.
 
     - A class with fewer than `ENOUGH` photographs is found as often as other classes are if they
       have as few. With `ENOUGH`, it would be found as often as they are with `ENOUGH`.
     - In any other class, twice as many photographs would reduce the errors by the same factor as
       all photographs do on average, compared with half the median number of a class.
 
-    Nothing is estimated for more than `MAX_RANK` images, or with several classes per image.
+    These are effective numbers of photographs (`effective_count`). *right* tells which of the
+    *judged* images are classified correctly by a head without them. Nothing is estimated for more
+    than `MAX_RANK` images, or with several classes per image.
     """
     classes_NK = problem.targets.classes
     if len(classes_NK) > MAX_RANK or problem.targets.activation != "softmax" or not len(judged):
         return ()
 
-    # Photographs of each class: all, those that show different things, and how many these weigh.
+    # Photographs of each class: all, those that show different things, and the effective number,
+    # which is at least 1 if there are any.
     photographs_K = classes_NK.sum(axis=0).astype(int)
     independent_K = problem.group_counts()
     numbers_K = problem.moments(np.ones(len(classes_NK), np.bool_)).numbers()
-    weighing_K = np.maximum(np.round(numbers_K), classes_NK.any(axis=0)).astype(np.intp)
+    effective_K = np.maximum(np.round(numbers_K), classes_NK.any(axis=0)).astype(np.intp)
 
     # How many are found if each class has only some.
-    half = max(1, int(np.median(weighing_K)) // 2)
-    numbers = {half, ENOUGH, *weighing_K[(weighing_K > 0) & (weighing_K < ENOUGH)].tolist()}
-    share_found = _shares_found(problem, scaling, numbers, weighing_K)
+    half = max(1, int(np.median(effective_K)) // 2)
+    numbers = {half, ENOUGH, *effective_K[(effective_K > 0) & (effective_K < ENOUGH)].tolist()}
+    share_found = _shares_found(problem, scaling, numbers, effective_K)
 
     # The errors of a class, and what remains of them with twice as many photographs.
     judged_K = classes_NK[judged].sum(axis=0)
@@ -118,7 +119,7 @@ def estimate_gains(
     others = []
     enough_found = share_found.get(ENOUGH, 0.0)
     for label, name in enumerate(labels):
-        number = int(weighing_K[label])
+        number = int(effective_K[label])
         counts = {
             "label": name,
             "count": int(independent_K[label]),

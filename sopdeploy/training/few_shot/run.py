@@ -258,6 +258,6 @@ def _predict_other_things(setup: Setup, fit: FewShotFit) -> Array | None:
     means_KD = network.pooled_head.means.cpu().numpy()
     cosines_M1 = (vectors @ means_KD.T).max(axis=1, keepdims=True)
     # The log-sum-exp of K equal logits exceeds them by log K, which is subtracted.
-    return np.repeat(cosines_M1.astype(np.float64), len(means_KD), axis=1) - np.log(
-        len(means_KD)
-    )
+    num_classes = len(means_KD)
+    logits_M1 = cosines_M1.astype(np.float64) - np.log(num_classes)
+    return np.repeat(logits_M1, num_classes, axis=1)

@@ -117,11 +117,13 @@ def estimate_excess(validations: Sequence[OutOfFold], is_shown_NK: NDArray[np.bo
     class means, with which a class is compared, has 1 / K of the noise, too. With several classes
     per image, the mean of the images that do not show a class adds a surplus of its own.
     """
-    surplus = expected = 0.0
-    for one in validations:
-        for index, head in enumerate(one.heads):
-            products_nK = one.products[one.folds == index]
-            shown_nK = is_shown_NK[one.folds == index]
+    surplus = 0.0
+    inverses = 0.0  # the sum of 1 / n
+    for validation in validations:
+        for fold, head in enumerate(validation.heads):
+            in_fold_N = validation.folds == fold
+            products_nK = validation.products[in_fold_N]
+            shown_nK = is_shown_NK[in_fold_N]
             present_K = head.numbers > 0
             is_single_K = np.isinf(head.other_numbers)  # one class per image
 
@@ -129,15 +131,14 @@ def estimate_excess(validations: Sequence[OutOfFold], is_shown_NK: NDArray[np.bo
             of_class_K = present_K * shown_nK.sum(axis=0)
             surplus += (present_K * shown_nK * (head.own - products_nK)).sum()
             in_common_K = is_single_K / max(1, present_K.sum())
-            expected += (of_class_K * (1 - in_common_K) / np.maximum(head.numbers, 1)).sum()
+            inverses += (of_class_K * (1 - in_common_K) / np.maximum(head.numbers, 1)).sum()
 
             # How far held-out images that do not show the class exceed the mean of such images.
             without_K = present_K & ~is_single_K
             surplus += (without_K * ~shown_nK * (products_nK - head.others)).sum()
-            expected += (
-                without_K * (~shown_nK).sum(axis=0) / np.maximum(head.other_numbers, 1)
-            ).sum()
-    return max(0.0, float(surplus / expected)) if expected else 0.0
+            not_of_class_K = without_K * (~shown_nK).sum(axis=0)
+            inverses += (not_of_class_K / np.maximum(head.other_numbers, 1)).sum()
+    return max(0.0, float(surplus / inverses)) if inverses else 0.0
 
 
 def estimate_margins(
@@ -145,7 +146,7 @@ def estimate_margins(
 ) -> Array:
     """Estimate the margins (K,), by which a class of fewer than `ENOUGH` photographs must exceed the others.
 
-    The others are learned. The score of a class of few photographs is uncertain: without a
+    The others are called learned. The score of a class of few photographs is uncertain: without a
     margin, the class would take photographs of learned classes. With it, it takes about the share
     `TAKEN` of them. The margin is the upper end of a prediction interval of the surplus: how far
     the class exceeds the right one in held-out photographs that the learned classes alone get

@@ -75,8 +75,8 @@ class Targets:
         num_groups = int(groups_N.max()) + 1
         if num_groups == 1:
             raise DataError(
-                "all training images are one group, such as a clip or copies of one photograph; "
-                "cross-validation needs different images"
+                "all training images are one group, such as a clip or copies of "
+                "one photograph; cross-validation needs different images"
             )
 
         # How many groups each stratum has: each pair of both counts once.

@@ -42,10 +42,10 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
     # Count the processes in which gradient, loss and all buffers are finite, before weights
     # change. The buffers are above all the running statistics of batch norms, which include this
     # batch; their norm is the largest absolute value.
-    largest = [get_total_norm(run.float_buffers, math.inf)] if run.float_buffers else []
-    is_finite = (
-        torch.stack([value.double() for value in (norm, loss.total, *largest)]).isfinite().all()
-    )
+    checked = [norm, loss.total]
+    if run.float_buffers:
+        checked.append(get_total_norm(run.float_buffers, math.inf))
+    is_finite = torch.stack([value.double() for value in checked]).isfinite().all()
     finite_count = run.strategy.all_reduce(is_finite.double())
 
     if recipe.optimizer.clip_norm:  # 0 disables clipping
@@ -92,9 +92,7 @@ def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
     ]
     total, *parts = run.strategy.all_reduce(torch.stack(weighted))
 
-    counts = (
-        None
-        if loss.component_counts is None
-        else run.strategy.all_reduce(loss.component_counts)
-    )
+    counts = loss.component_counts
+    if counts is not None:
+        counts = run.strategy.all_reduce(counts)
     return Loss(total, dict(zip(loss.parts, parts, strict=True)), counts)

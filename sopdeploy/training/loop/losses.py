@@ -60,6 +60,11 @@ def training_loss(
     return Loss(total, parts, output.component_counts)
 
 
+def _main_logits(output: Tensor | TrainingOutput) -> Tensor:
+    """Return the logits (B, classes) of the main head in the *output* of a network."""
+    return output if isinstance(output, Tensor) else output.logits
+
+
 class Teacher:
     """A teacher network; with `learns` it is trained jointly, and its weights are part of the run.
 
@@ -85,16 +90,14 @@ class Teacher:
             stored = read_checkpoint(path)
             if stored.labels != labels:
                 raise ConfigError(
-                    f"teacher.weights: {path} has other classes than the data; train the teacher on the same "
-                    "classes"
+                    f"teacher.weights: {path} has other classes than the data; "
+                    "train the teacher on the same classes"
                 )
-            if (stored.preprocess.mean, stored.preprocess.std) != (
-                preprocess.mean,
-                preprocess.std,
-            ):
+            stored_colors = (stored.preprocess.mean, stored.preprocess.std)
+            if stored_colors != (preprocess.mean, preprocess.std):
                 raise ConfigError(
-                    f"teacher.weights: {path} normalizes colors differently; set the same preprocess.mean "
-                    "and std"
+                    f"teacher.weights: {path} normalizes colors differently; set "
+                    "the same preprocess.mean and std"
                 )
             self.model = build_classifier(stored, path).eval().requires_grad_(False)
         elif config.model is not None:
@@ -104,14 +107,15 @@ class Teacher:
             )
         else:
             raise ConfigError(
-                "teacher.weights: not set; give the checkpoint of the teacher, or teacher.model to train it"
+                "teacher.weights: not set; give the checkpoint of the teacher, or "
+                "teacher.model to train it"
             )
 
         # Only networks with a gate have this option.
         if self.learns and hasattr(self.model.config, "balance_weight"):
             raise ConfigError(
-                "teacher.model: a network with a gate cannot be trained jointly; train it first and set "
-                "teacher.weights"
+                "teacher.model: a network with a gate cannot be trained jointly; "
+                "train it first and set teacher.weights"
             )
 
     def distillation_loss(
@@ -123,7 +127,7 @@ class Teacher:
         section 2). This gradient does not reach the teacher. A teacher that learns adds its own
         loss.
         """
-        logits = output if isinstance(output, Tensor) else output.logits
+        logits = _main_logits(output)
         temperature = self.config.temperature
         share = self.config.share
 
@@ -131,9 +135,7 @@ class Teacher:
             teacher_output = self.model(
                 images.contiguous(memory_format=images_format(self.model))
             )
-        teacher_logits = (
-            teacher_output if isinstance(teacher_output, Tensor) else teacher_output.logits
-        )
+        teacher_logits = _main_logits(teacher_output)
 
         # The divergence of Hinton et al., times the squared temperature.
         log_teacher = log_softmax(teacher_logits.detach().float() / temperature, dim=1)

@@ -49,10 +49,11 @@ def fit_loop(
     """Train the network of *run*, which may be a resumed one, by gradient descent.
 
     Writes `last.pt`, the history and, unless it starts from a frozen network, `best.pt` of the
-    best epoch. Returns what *finish* does,
-    by default `fit_best`: the fit, and the entry `training` of `best.pt`, which is empty in all
-    but the first process. Raises `TrainingStoppedError` after a stop signal, and `DataError`
-    for images that cannot be used.
+    best epoch. At the end, calls *finish*, by default `fit_best`, and returns its result: the
+    fit, and the entry `training` of `best.pt`, which is empty in all but the first process.
+
+    Raises `TrainingStoppedError` after a stop signal, `DataError` for images that cannot be used,
+    and `TrainingError` if a value is not finite.
     """
     recipe = run.recipe
     data = run.setup.data
@@ -177,7 +178,10 @@ def evaluate_epoch(
     signals: SignalState,
     callback: Callback,
 ) -> None:
-    """Evaluate the exported weights on held-out images, and begin the next epoch."""
+    """Evaluate the exported weights on held-out images, and begin the next epoch.
+
+    Raises `TrainingStoppedError` between two batches if a process was stopped.
+    """
     since = time.monotonic()
     epoch = run.position.epoch
     recipe = run.recipe

@@ -56,18 +56,9 @@ class FinishedStep:
 
     def values(self) -> Tensor:
         """Join all values: total and parts of the loss, norm, count of processes, counts of components."""
-        counts = (
-            [] if self.loss.component_counts is None else self.loss.component_counts.unbind()
-        )
-
-        values = [
-            self.loss.total,
-            *self.loss.parts.values(),
-            self.norm,
-            self.finite_count,
-            *counts,
-        ]
-
+        values = [self.loss.total, *self.loss.parts.values(), self.norm, self.finite_count]
+        if self.loss.component_counts is not None:
+            values += self.loss.component_counts.unbind()
         return torch.stack([value.detach().double() for value in values])
 
 
@@ -141,9 +132,9 @@ class LoopState:
     @property
     def exported(self) -> Classifier:
         """The model with the weights that are evaluated and exported: their average, if there is one."""
-        return (
-            self.model if self.average is None or not self.average.count else self.average.model
-        )
+        if self.average is None or not self.average.count:
+            return self.model
+        return self.average.model
 
     def trained(self) -> nn.Module:
         """Return the module that learns: the model, together with its teacher if both are trained jointly."""
@@ -193,8 +184,8 @@ class LoopState:
                 )
                 raise TrainingError(
                     f"epoch {position.epoch + 1}, step {number}: "
-                    f"{next(damaged, 'the gradient or a running statistic')} is not finite; lower "
-                    "optimizer.lr or set optimizer.clip_norm"
+                    f"{next(damaged, 'the gradient or a running statistic')} is "
+                    "not finite; lower optimizer.lr or set optimizer.clip_norm"
                 )
 
             # Sums over samples, from which the row of the epoch takes means.
@@ -214,9 +205,10 @@ class LoopState:
     ) -> None:
         """Add the row of the finished epoch to the history, and begin the next one.
 
-        The values of all its steps are read (`read_steps`). Its evaluation took *seconds*.
+        `read_steps` must have read the values of all its steps. Its evaluation took *seconds*.
         """
         position = self.position
+        train_seconds = max(position.train_seconds, 1e-9)  # a coarse clock gives 0 s
         row = EpochRow(
             epoch=position.epoch + 1,
             # The rate of the last step. The first group never has `head_factor`, except in the
@@ -226,8 +218,7 @@ class LoopState:
             metrics=metrics,
             gradient=position.gradient / position.seen,
             component_counts=position.component_counts,
-            images_per_second=position.seen
-            / max(position.train_seconds, 1e-9),  # a coarse clock gives 0 s
+            images_per_second=position.seen / train_seconds,
             diagnostics=diagnostics,
             seconds=position.seconds + seconds,
         )
@@ -237,21 +228,23 @@ class LoopState:
         )
 
     def synchronize_buffers(self) -> None:
-        """Average the floating-point buffers over processes: the running statistics of batch norms.
+        """Set the floating-point buffers, such as running statistics, to their means over processes.
 
         They are linear in the statistics of the batches, so averaging once equals averaging in
         every step.
         """
         if self.strategy.world == 1:
             return
-        for model in [self.trained(), *([self.average.model] if self.average else [])]:
+        models = [self.trained()]
+        if self.average is not None:
+            models.append(self.average.model)
+        for model in models:
             for buffer in filter(torch.is_floating_point, model.buffers()):
                 buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
     def synchronized_fit(self) -> Fit:
-        """Return what is fitted so far, after `synchronize_buffers`; all processes call it."""
+        """Synchronize the buffers, and return what is fitted so far; all processes call it."""
         self.synchronize_buffers()
-
         return Fit(
             name=self.name,
             network=self.exported,
@@ -351,11 +344,8 @@ def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
 
 def learning_parts(model: Classifier, learn: str) -> tuple[str, ...]:
     """Return the dotted names of the parts that "branches" or "classifier" train."""
-    return (
-        model.training_only
-        if learn == "branches"
-        else (classifier_name(model), *model.training_only)
-    )
+    branches = model.training_only
+    return branches if learn == "branches" else (classifier_name(model), *branches)
 
 
 def first_stages(model: Classifier) -> set[str]:
@@ -370,7 +360,8 @@ def first_stages(model: Classifier) -> set[str]:
     if len(set(stages.values())) == 1:
         stages = {tap: tap for tap in taps}
 
-    first = list(dict.fromkeys(stages.values()))[: len(set(stages.values())) // 2]
+    in_order = list(dict.fromkeys(stages.values()))
+    first = in_order[: len(in_order) // 2]
     frozen_taps = [tap for tap in taps if stages[tap] in first]
 
     # Modules are listed in the order of their creation; all up to the last frozen tap are
@@ -383,9 +374,8 @@ def first_stages(model: Classifier) -> set[str]:
 def freeze(model: Classifier, start: StartConfig | None) -> None:
     """Freeze the parameters that `start.learn` excludes; raises `ConfigError` without branches to train."""
     learn = "all" if start is None else start.learn
-    if learn == "branches" and not any(
-        is_in(name, *model.training_only) for name in model.state_dict()
-    ):
+    has_branches = any(is_in(name, *model.training_only) for name in model.state_dict())
+    if learn == "branches" and not has_branches:
         raise ConfigError('start.learn: this network has no branches; use learn = "all"')
 
     if learn == "last_stages":
@@ -414,7 +404,10 @@ def group_parameters(model: Classifier, start: StartConfig | None) -> list[dict[
 
 
 def last_loop_record(run: LoopState) -> Checkpoint:
-    """Build the content of `last.pt` of a training loop, which may be between any two steps."""
+    """Build the content of `last.pt` of a training loop, which may be between any two steps.
+
+    All processes call it, because it averages the running statistics over them, in place.
+    """
     resume = resume_of(run.setup, run.position, run.model.state_dict())
     resume["optimizer"] = run.optimizer.state_dict()
     resume["average"] = None if run.average is None else run.average.state_dict()

@@ -166,8 +166,8 @@ def prove(logits: Logits) -> None:
     network = Small(logits).eval()
     trained = Compared.of("trained", network, PREPROCESS, BatchRange())
     images = torch.from_numpy(generated_images(SIDE))
-    recorder = Recorder(trained, images, BatchRange().maximum)
-    prove_removed(trained, recorder, ("aux",))
+    recorder = Recorder(trained, images, BatchRange().maximum, ("aux",))
+    prove_removed(recorder)
     prove_plain_run(recorder)
 
 

@@ -23,6 +23,7 @@ from sopdeploy.importers.class_names import read_class_names
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.export import read_preprocess
 from sopdeploy_export.capture.deployed import EXPORT_LOGITS, choose_output
+from sopdeploy_export.prove.removed import find_shared_rests
 from sopdeploy_export.user_network.loading import load_weights, network_builder
 from tests.export.user_network import networks as n
 from tests.export.user_network.networks import (
@@ -762,6 +763,25 @@ def test_inspect_says_what_a_branch_shares_with_the_rest(tmp_path: Path) -> None
     assert "unused   branch.0\n" in inspected
     assert "not all of branch: branch.1.bias is fc.bias\n" in inspected
     assert "--training-only branch.0 " in inspected
+
+
+def test_a_branch_that_keeps_a_tensor_of_its_own_does_not_stay_because_of_a_shared_one() -> (
+    None
+):
+    bias = torch.zeros(1)
+    tensors = {
+        "branch.0.weight": torch.zeros(1),
+        "branch.1.weight": torch.zeros(1),
+        "branch.1.bias": bias,
+        "fc.bias": bias,
+    }
+    needed_by_both = {"branch.1.bias", "fc.bias"}
+    for needed, shared in (
+        (needed_by_both, {"branch": "branch.1.bias is fc.bias"}),
+        (needed_by_both | {"branch.1.weight"}, {}),
+    ):
+        trained: Any = SimpleNamespace(tensors=tensors, needed=needed)
+        assert find_shared_rests(trained, ("branch.0",)) == shared
 
 
 def test_a_builder_that_draws_what_the_weight_file_does_not_hold_is_refused(

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from sopdeploy_service.devices import device_server
-from sopdeploy_service.devices.processes import Child, LaunchConfig, Process
-from sopdeploy_service.devices.supervisor import Supervisor
+from sopdeploy_service.devices import control, device_server
+from sopdeploy_service.devices.processes import LaunchConfig
+from sopdeploy_service.devices.shared_keys import SharedKeys
+from sopdeploy_service.http.api_keys import STATE_BYTES, Key
 from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime
 from sopdeploy_service.server.process import choose_front_ends
 from sopdeploy_service.settings import Settings
@@ -24,6 +25,7 @@ from tests.support.children import (
     WAYS,
     ServerClient,
     is_alive,
+    num_open_files,
     processes_of,
     serving,
     spawn,
@@ -228,18 +230,29 @@ def test_each_process_is_counted_once_in_the_memory_at_rest(monkeypatch) -> None
     assert device_server.bytes_at_rest(config) == 1 + 3 * 10 + 100 + 1_000
 
 
-def test_a_front_end_is_told_of_the_engines_that_run_and_of_no_front_end() -> None:
-    settings = Settings(front_ends=2)
-    engines = [
-        Process(f"cpu-{number}", {}, settings, "cpu", number, child)
-        for number, child in enumerate((Child(71), None))
+def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypatch) -> None:
+    monkeypatch.setattr(device_server, "EngineChannel", lambda *arguments: arguments)
+    names = ("at the start", "of one reload", "of the last reload")
+    first, *later = [
+        SharedKeys([Key(name=name.replace(" ", "-"), sha256="0" * 64)]) for name in names
     ]
-    with socket.socket() as listener:
-        supervisor = Supervisor((), settings, engines, listener)
-    front_end, other = supervisor._front_ends
-    other.child = Child(72)
-    assert supervisor._describe(front_end).engines == (71,)
-    assert supervisor._describe(engines[0]).engines == ()
+    config = LaunchConfig(
+        name="front-0", device=None, variables={}, sources=(), settings=Settings(), supervisor=1,
+        front_ends=1, position=0, num_servers=1, engines=(), keys=first.files[0], limits=first.files[1],
+    )  # fmt: skip
+    ours, theirs = control.socket_pair()
+    with ours, theirs, socket.socket() as connection:
+        for number, keys in enumerate(later, 1):
+            assert control.send_message(ours, control.KEYS, b"%d" % number, *keys.files)
+            keys.close()
+        assert control.send_message(ours, control.CHANNEL, b"3 engine", connection.fileno())
+        num_open = num_open_files()
+        (engine, end, number), config = device_server.wait_for_channel(config, theirs)
+        end.close()
+        assert num_open_files() == num_open  # it has closed those of the earlier keys
+    assert (engine, number, config.keys_number) == ("engine", 3, 2)
+    assert device_server.read_shared_keys(config.keys) == tuple(later[-1].ring.keys)
+    assert device_server.map_states(config.limits).nbytes == STATE_BYTES
 
 
 @pytest.mark.parametrize("options", [(), ("--front-ends", "2")])

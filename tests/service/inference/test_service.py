@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from sopdeploy.bundle.folder import Bundle, open_bundle, read_files
@@ -84,6 +85,19 @@ def test_exactly_the_bundles_of_the_last_reload_are_served(versions) -> None:
 
     run_with_registry(versions[0], scenario)
     wait_for(lambda: not any(thread.name == "model_worker" for thread in threading.enumerate()))
+
+
+def test_a_replaced_model_still_runs_the_images_of_a_request_that_uses_it(versions) -> None:
+    async def scenario(registry: ModelRegistry) -> None:
+        before = registry.find()
+        with registry.use(before):
+            await registry.replace({"tiny": open_bundle(versions[1])})
+            await asyncio.sleep(0)  # the task that stops it begins
+            pixels = np.zeros((32, 32, 3), np.uint8)
+            result = await before.run(pixels, time.monotonic() + 600)
+        assert result.outputs["logits"].shape == (7,)
+
+    run_with_registry(versions[0], scenario)
 
 
 def test_if_one_bundle_has_wrong_outputs_or_fails_none_of_them_is_served(

@@ -27,7 +27,7 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.config import StrictModel, matching
 from sopdeploy.errors import BundleError, SopdeployError
-from sopdeploy.files import LATEST, MAX_IMAGE_BYTES, read_file
+from sopdeploy.files import BEST, LATEST, MAX_IMAGE_BYTES, read_file
 from sopdeploy.images.signatures import HEAD_BYTES, media_type_of
 from sopdeploy.names import as_utf8
 from sopdeploy.project import BUNDLES, RUNS
@@ -429,7 +429,7 @@ def _live_option() -> list[str]:
 
         with suppress(BundleError):
             origin = read_manifest(link).origin
-            if origin is not None and (RUNS / origin.run / "best.pt").is_file():
+            if origin is not None and (RUNS / origin.run / BEST).is_file():
                 return ["--from", str(link)]
     return []
 
