@@ -251,7 +251,7 @@ class EfficientNetLite(Backbone):
                 channels = out
 
             stages.append(nn.Sequential(*blocks))
-            if name in TAPPED_STAGES:
+            if name in TAPPED_STAGES:  # at its last block
                 self.tap_channels[f"{name}.{count - 1}"] = out
         self.blocks = nn.Sequential(*stages)
 
