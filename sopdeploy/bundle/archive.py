@@ -158,7 +158,8 @@ def upload(file: Path, destination: str, name: str) -> str:
 def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
     """Copy *source*, a path or URL, to *target*, an open file in *folder*.
 
-    Raises `BundleError` if it does not exist or is larger than *limit* bytes.
+    Raises `BundleError` if it does not exist, cannot be read from a store, or is larger than
+    *limit* bytes, and `StorageError` if *folder* cannot hold it.
     """
     size = 0
 

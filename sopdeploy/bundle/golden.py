@@ -104,7 +104,7 @@ def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
 
     # Few random cells of color, enlarged, so that resizing has something to do; then the JPEG.
     for width, height, mode, subsampling in sizes[: count_examples(preprocess)]:
-        is_large = height > large
+        is_large = height > large  # of the fourth one only
         cell = LARGE_CELL if is_large else CELL
         cells = (height // cell + 2, width // cell + 2)  # rows and columns, at least 2
         coarse = random.integers(

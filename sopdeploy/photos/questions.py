@@ -107,8 +107,9 @@ def ask_about_general_names(images: ImageFiles, hint: str) -> None:
 def ask_about_parts_inside(images: ImageFiles) -> None:
     """Raise `DataError` if class folders hold folders of training images, such as `cat/train`."""
     # The folders below class folders that are named as parts are.
-    parents = {PurePosixPath(os.fsdecode(path)).parent for path in images.paths.tolist()}
-    folders = {folder for parent in parents for folder in (parent, *parent.parents)}
+    parents = {path.rpartition(b"/")[0] for path in images.paths.tolist()}
+    paths = [PurePosixPath(os.fsdecode(parent)) for parent in parents]
+    folders = {folder for path in paths for folder in (path, *path.parents)}
     inside = sorted(
         folder.as_posix()
         for folder in folders
@@ -272,5 +273,7 @@ def class_in_name(path: bytes, pattern: str) -> str:
 
     Characters that are neither letters nor digits are removed from both ends: `cat` for `cat.1.jpg`.
     """
-    match = re.search(pattern, PurePosixPath(normalize(os.fsdecode(path))).stem)
+    name = normalize(os.fsdecode(path)).rpartition("/")[2]
+    stem, _ = os.path.splitext(name)  # noqa: PTH122 - no `Path` for each image
+    match = re.search(pattern, stem)
     return "" if match is None else re.sub(r"^[\W_]+|[\W_]+$", "", match.group())
