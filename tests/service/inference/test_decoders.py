@@ -303,30 +303,32 @@ def test_a_child_reaches_nothing_and_has_no_environment(template) -> None:
         )  # standard streams and its socket
 
 
-STOPS_ITS_TEMPLATE = """
+STOPS_ITS_PROCESSES = """
 import os, signal
 from sopdeploy_service.decoding.pool import shared_template
 from sopdeploy_service.templates import STOPPED, run_states
 from tests.service.inference.test_decoders import OPTIONS
-shared_template().fork(OPTIONS)
+connection, child = shared_template().fork(OPTIONS)
+connection.recv(1)
 template = shared_template().process
-os.kill(template, signal.SIGSTOP)
-while run_states(template)[0] != {STOPPED}:
-    pass
-print(template, flush=True)
+for process in (template, child):
+    os.kill(process, signal.SIGSTOP)
+    while run_states(process)[0] != {STOPPED}:
+        pass
+print(template, child, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @linux
 @pytest.mark.parametrize("is_subreaper", [True, False])
-def test_a_stopped_template_of_decoders_ends_with_its_server_whoever_gets_its_orphans(
+def test_a_stopped_template_and_child_of_decoders_end_with_their_server_whoever_gets_its_orphans(
     is_subreaper,
 ) -> None:
     LIBC.prctl(SET_SUBREAPER, int(is_subreaper))
     try:
         done = subprocess.run(
-            [sys.executable, "-c", STOPS_ITS_TEMPLATE],
+            [sys.executable, "-c", STOPS_ITS_PROCESSES],
             stdout=subprocess.PIPE,
             text=True,
             timeout=60,
@@ -336,7 +338,8 @@ def test_a_stopped_template_of_decoders_ends_with_its_server_whoever_gets_its_or
     finally:
         LIBC.prctl(SET_SUBREAPER, 0)
     assert done.returncode == -signal.SIGKILL
-    wait_for(lambda: run_states(int(done.stdout))[0] <= {"Z"})  # nobody may have reaped it
+    for process in map(int, done.stdout.split()):
+        wait_for(lambda process=process: run_states(process)[0] <= {"Z"})  # perhaps not reaped
 
 
 @linux
