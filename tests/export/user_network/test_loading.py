@@ -24,7 +24,8 @@ from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.export import read_preprocess
 from sopdeploy_export.capture.deployed import EXPORT_LOGITS, choose_output
 from sopdeploy_export.prove.removed import find_shared_rests
-from sopdeploy_export.user_network.loading import load_weights, network_builder
+from sopdeploy_export.user_network.builder import network_builder
+from sopdeploy_export.user_network.loading import load_weights
 from tests.export.user_network import networks as n
 from tests.export.user_network.networks import (
     Exits,
