@@ -175,8 +175,8 @@ def write_plain(path: Path, content: Mapping[str, Any]) -> None:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read the checkpoint at *path* with all tensors on the CPU.
 
-    The file is read only once, so `sha256` matches the content even if another process replaces
-    the file. Raises `CheckpointError` if the file is missing, damaged, not a sopdeploy
+    After a look at what the file is, its content is read once, so `sha256` matches it even if
+    another process replaces the file. Raises `CheckpointError` if the file is missing, damaged, not a sopdeploy
     checkpoint, or would run code.
     """
     check_is_checkpoint(path)
@@ -215,7 +215,8 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
                     f"{where}: has a tensor without values of its own; copy it again"
                 )
 
-    # Fields of a later version are unknown here; the error names the version that knows them.
+    # Fields of a later version are unknown here; the error names the version that knows them. In a
+    # file of this version, the validation below refuses them.
     version = content.pop("version", None)
     training = content.get("training")
     unknown = [

@@ -247,8 +247,8 @@ def is_memory_exhausted(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """Describe *error*, from a library or the user's code, in one line that says what it is.
 
-    The line has its type and the first line of its message, without what the library asks of its
-    own users, such as to file an issue. For the errors of `_REMEDIES`, it says what to do instead.
+    The line has its type and the first line of its message that is left without what the library
+    asks of its own users, such as to file an issue. For the errors of `_REMEDIES`, it says what to do instead.
     """
     message = str(error)
     for cause, remedy in _REMEDIES:

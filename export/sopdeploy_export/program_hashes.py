@@ -94,7 +94,7 @@ def program_root(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> Pro
         tensors=frozenset(
             state_names[node.name] for node in hashes if node.name in state_names
         ),
-        modules=frozenset(name for node in hashes for name in _module_names(node)),
+        modules=frozenset(name for node in hashes for name in module_names(node)),
     )
 
 
@@ -329,11 +329,11 @@ def operator_name(node: fx.Node) -> str:
 
 def module_of(node: fx.Node) -> str:
     """Name the innermost module that *node* was captured in; "forward" is the whole network."""
-    names = _module_names(node)
+    names = module_names(node)
     return names[-1] if names and names[-1] else "forward"
 
 
-def _module_names(node: fx.Node) -> list[str]:
+def module_names(node: fx.Node) -> list[str]:
     """List the modules that *node* was captured in, the outermost first; "" is the whole network."""
     names = []
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():

@@ -91,7 +91,11 @@ def onnx_root(model: "onnx.ModelProto") -> str:
 
 
 def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
-    """Hash every value of *graph* in topological order; return the hashes of its outputs."""
+    """Hash every value of *graph* in topological order; return the hashes of its outputs.
+
+    Raises `CertificateError` for what can be read in two ways, such as a name that is defined
+    twice, and `KeyError` for a value that nothing defines.
+    """
     hashes: dict[str, str] = {}  # by the name of the value
 
     def define(name: str, value_hash: str) -> None:

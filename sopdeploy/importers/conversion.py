@@ -213,11 +213,9 @@ def _misfit_error(
     if converted.model == model:
         return WeightsError(f"{file.path}: does not fit {model} ({difference})")
 
-    advice = (
-        f"import it --as {converted.model}"
-        if converted.model
-        else "which the catalog does not have"
-    )
+    advice = "which the catalog does not have"
+    if converted.model:
+        advice = f"import it --as {converted.model}"
     return WeightsError(
         f"{file.path}: does not fit {model} ({difference}); it looks like {converted.description}, {advice}"
     )

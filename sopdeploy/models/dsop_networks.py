@@ -117,11 +117,9 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         plans = super().plan()  # its check ensures that `widths` has one value per stage
 
         # The last branch gets the width of its stage.
-        widths = (
-            self.paper_branches().widths
-            if self.config.aux_widths is None
-            else self.config.aux_widths
-        )
+        widths = self.config.aux_widths
+        if widths is None:
+            widths = self.paper_branches().widths
         for index, plan in enumerate(plans):
             if plan.used and plan.tap.startswith(f"{self.stage_names[-1]}."):
                 # Not `plan.width`, which is limited by the channels of the last block.

@@ -419,7 +419,7 @@ def _show_photographs(
 ) -> Section:
     """Show the images of *captions*, (index, markup), as JPEGs; *names* are for links to them, by index.
 
-    Those whose file is gone since are not shown.
+    Those whose file is gone since, or cannot be read, are not shown.
     """
     figures = []
     for index, caption in captions:
@@ -455,9 +455,8 @@ def _describe_run(setup: Setup, fit: Fit, record: Mapping[str, Any]) -> list[Sec
         caption="All values of the run", columns=["key", "value"], rows=values, folded=True
     )
 
-    facts = {
-        f"{name} version": version for name, version in record["versions"].items()
-    } | record["machine"]
+    versions = {f"{name} version": version for name, version in record["versions"].items()}
+    facts = versions | record["machine"]
     if isinstance(fit.result, LoopResult):
         facts["weights in best.pt"] = f"{record['weights']}, of epoch {record['epoch']}"
 

@@ -414,9 +414,8 @@ def numbered_folder(name: str, strategy: Strategy, *, resume: bool) -> Path:
     number = 0
     if strategy.rank == 0:  # the sum below passes its choice to the other processes
         pattern = re.compile(rf"{re.escape(name)}-([1-9][0-9]*)")
-        matches = (
-            [pattern.fullmatch(path.name) for path in RUNS.iterdir()] if RUNS.is_dir() else []
-        )
+        folders = [*RUNS.iterdir()] if RUNS.is_dir() else []
+        matches = [pattern.fullmatch(folder.name) for folder in folders]
         last = max((int(match[1]) for match in matches if match), default=0)
         number = last if resume and last else last + 1
 

@@ -192,7 +192,7 @@ def new_setup(
     """Build the network of *recipe* with its start weights; *weights* is their file, if it is known.
 
     Raises `DataError` for a single image, `ConfigError` for settings that do not fit images or
-    network.
+    network, and the errors of `create_initial_model`.
     """
     check_count(division.data.train)
     model, recipe, report = create_initial_model(

@@ -32,16 +32,13 @@ from sopdeploy.images.signatures import is_image
 from sopdeploy.photos.files import kept_id, normalize, walk
 from sopdeploy.photos.photo import Photo
 from sopdeploy.project import BUNDLES, RUNS
+from sopdeploy_commands.tables import LISTING, ROWS_FOLDER, STATE, VERSION_KEY, check_schema
 from sopdeploy_service.inference.drift import BLOCK_SUFFIX, DAMAGED, TRAFFIC, read_block
 
 RECORDS = ".json", ".skipped"  # beside a kept photograph
 # What a temporary file has after the name of the other file; a file called `.partial` names no
 # other one.
 _PARTIAL_NAME = re.compile(rf"(?<=.)(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}")
-# Names in an output folder of `classify`
-LISTING = "_list.parquet"
-STATE = "_run.json"
-ROWS_FOLDER = "rows"
 # Values of a forgotten row in columns that cannot be empty
 FORGOTTEN = {"path": "forgotten", "location": "forgotten", "offset": 0, "size": 0}
 
@@ -388,8 +385,6 @@ def _read_table(table: Path) -> Iterator[_TableRow]:
     """Yield the rows of *table* that are not forgotten; none of a table of another program or without paths."""
     import pyarrow.parquet as pq  # of an extra
 
-    from sopdeploy_commands.tables import VERSION_KEY
-
     schema = pq.read_schema(table)
     columns = [name for name in _TableRow._fields[1:] if name in schema.names]  # not `number`
     if VERSION_KEY not in (schema.metadata or {}) or "path" not in columns:
@@ -452,8 +447,6 @@ def _check_one_photograph(
 def _check_format(table: Path) -> None:
     """Raise `DataError` if *table* is damaged, or of a later format than this version can rewrite."""
     import pyarrow.parquet as pq  # of an extra
-
-    from sopdeploy_commands.tables import check_schema
 
     try:
         check_schema(pq.read_schema(table))

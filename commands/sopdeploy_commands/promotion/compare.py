@@ -386,8 +386,8 @@ def _leave_out_seen(
     """Leave out training images of *models* with their near-duplicates, and copies among the others.
 
     Also returns what was left out. A suspect is a bundle that was trained on some of the
-    images, and whose record is full: it may have been trained on more of them. Raises
-    `DataError` if no image remains.
+    images, and whose record is full: it may have been trained on more of them. *notes* receives
+    lines about what could not be left out. Raises `DataError` if no image remains.
     """
     grouped = group_photographs(images)
 

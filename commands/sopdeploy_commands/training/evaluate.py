@@ -69,17 +69,16 @@ class Evaluation:
 
     def summary(self) -> dict[str, object]:
         """Return the output of `sopdeploy eval --json`."""
+        fitted = {}
+        if self.decision is not None:
+            fitted = {"decision": self.decision.model_dump(mode="json")}
         return {
             "source": self.source,
             "kind": self.kind,
             **self.facts,
             "mirror": self.mirror,
             "notes": list(self.notes),
-            **(
-                {}
-                if self.decision is None
-                else {"decision": self.decision.model_dump(mode="json")}
-            ),
+            **fitted,
             **self.metrics.model_dump(mode="json"),
         }
 
@@ -186,7 +185,10 @@ def evaluate(
 
 
 def _check_options(source: Path, kind: str, options: EvaluateOptions) -> None:
-    """Raise `ConfigError` for an option that *source* of this *kind* does not have, or that overwrites it."""
+    """Raise `ConfigError` for an option that *source* of this *kind* does not have, or that overwrites it.
+
+    It is also raised for a decision that would be fitted to the means with mirror images.
+    """
     for setting, needed in (("runtime", "bundle"), ("fit_decision", "checkpoint")):
         if getattr(options, setting) and kind != needed:
             raise ConfigError(

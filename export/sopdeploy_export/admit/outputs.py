@@ -71,9 +71,10 @@ def check_finite(needed: Mapping[str, Tensor], logits: Tensor) -> None:
 
 
 def check_logits(logits: Tensor) -> tuple[str, ...]:
-    """Return warnings of the *logits* (P, C); raise `LoweringError` if they are probabilities.
+    """Return a warning if the *logits* (P, C) are equal for all images; raise `LoweringError` for probabilities.
 
-    Those are probabilities that are not negative and sum to 1 for each image.
+    Logits count as probabilities if none is negative and they sum to 1 for each image. Images with
+    logits that are not finite are left out of this.
     """
     # `check_finite` refuses the others, when it is known which tensors the network needs.
     finite = logits[torch.isfinite(logits).all(dim=1)]

@@ -258,7 +258,10 @@ def check_batch_sizes(program: ExportedProgram, batch: BatchRange) -> None:
 
 
 def remove_unneeded(program: ExportedProgram) -> None:
-    """Remove what the outputs of *program* do not need, in place."""
+    """Remove what the outputs of *program* do not need, in place; operations with an effect stay.
+
+    A check of the type of a value that no output needs has no effect, so it is removed.
+    """
     graph = program.graph
 
     # Checks of the types of values that no output needs, which `eliminate_dead_code` would keep.

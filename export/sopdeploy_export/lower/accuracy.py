@@ -81,10 +81,8 @@ class AccuracyCheck:
                     "evaluate the checkpoint and the bundle",
                     setting="evaluate",
                 )
-            if (
-                options.calibrate is not None
-                and options.calibrate.resolve() == options.evaluate.resolve()
-            ):
+            folder = None if options.calibrate is None else options.calibrate.resolve()
+            if folder == options.evaluate.resolve():
                 raise ConfigError(
                     "is the folder that calibrates; give other images", setting="evaluate"
                 )
@@ -183,7 +181,7 @@ def logit_deviation(before: NDArray[np.float32], after: NDArray[np.float32]) -> 
 def compare_top_classes(
     float32: NDArray[np.int64],
     exported: NDArray[np.int64],
-    truth: NDArray[np.int64] | None = None,
+    truth: NDArray[np.int64] | None,
 ) -> Accuracy:
     """Compare the classes that the *float32* graph and the *exported* graph predict.
 

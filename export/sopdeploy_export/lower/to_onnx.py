@@ -133,11 +133,8 @@ def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
     # Clear the metadata of nodes and the graph, of the model, and of values.
     common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
-    for value in (
-        *model.graph.inputs,
-        *model.graph.outputs,
-        *model.graph.initializers.values(),
-    ):
+    inputs_and_outputs = (*model.graph.inputs, *model.graph.outputs)
+    for value in (*inputs_and_outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
 
     # Write the part of each node; clear the shapes and types of its results.

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import first_line
 from sopdeploy_export.network import modules
-from sopdeploy_export.program_hashes import are_equal
+from sopdeploy_export.program_hashes import are_equal, module_names
 from sopdeploy_export.prove.tensors import Layout, address, is_plain, layout_of, tensors_in
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -394,9 +394,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise UnknownOperatorError(str(func))
         results = [layout.empty() for layout in self._known_layouts[operator_hash]]
         types = [value.type for value in func._schema.returns]
-        if len(types) != len(results) or not all(
-            isinstance(each, torch.TensorType) for each in types
-        ):
+        are_tensors = all(isinstance(each, torch.TensorType) for each in types)
+        if not are_tensors or len(types) != len(results):
             raise UnknownOperatorError(str(func))
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -566,10 +565,9 @@ def _draws(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _locate_node(node: fx.Node) -> tuple[str, str]:
-    """Return the module and the line of the code that *node* was captured from."""
-    stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    path_in_program = stack[-1].removeprefix("L['self'].") if stack else ""
-    module = path_in_program.removeprefix("network").removeprefix(".")  # of `Deployed`
+    """Return the innermost module and the line of the code that *node* was captured from."""
+    names = module_names(node)
+    module = names[-1] if names else ""
 
     # The last line of the trace that is in code of the network: `File "net.py", line 3, in forward`.
     text = node.meta.get("stack_trace") or ""

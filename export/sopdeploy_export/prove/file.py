@@ -416,6 +416,7 @@ def _compare_output(
     `counts[size]` of the P images, those of the largest size for all. Raises the errors of
     `max_drift`.
     """
+    # For each batch size, the drift from the network, and from the run in the largest batches.
     exact = expected.outputs[name]
     all_of_file = by_size[max(by_size)][name]
     drift = {}

@@ -100,6 +100,10 @@ WRONG: dict[str, tuple[Logits, str]] = {
     "looks at the stack": (asks(is_called_by_export), "graph"),
     "asks for the type": (asks(lambda x: type(x) is not Tensor), "graph"),
     "asks for the type of a size": (asks(lambda x: type(x.shape[0]) is not int), "graph"),
+    "reads another part of a map": (
+        lambda n, x: n.fc(torch.cat([x, -x], 1).narrow(1, 3 * imported_by_its_name(), 3)),
+        "graph",
+    ),
     "writes by .data": (clamps_by_data, "graph"),
     "a size behind try": (
         tries(lambda n, x: n.fc(x) + (1 if rare(x).nonzero().shape[0] else 0)),

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import http.client
 import itertools
+import json
 import os
 import re
 import signal
@@ -29,6 +30,7 @@ from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.inference.results import RUNTIME_DEAD
 from sopdeploy_service.labelling.kept import read_kept
+from sopdeploy_service.server.lifetime import USER_ERROR
 from sopdeploy_service.settings import load_settings
 from sopdeploy_service.tasks import start_task
 from tests.service.devices import gated_device
@@ -259,6 +261,23 @@ def test_a_process_that_dies_early_for_days_is_still_restarted(monkeypatch) -> N
     assert next(starts) == 1101
 
 
+def test_a_user_error_of_a_process_before_the_server_is_ready_is_that_of_the_server(
+    monkeypatch,
+) -> None:
+    with socket.socket() as listener:
+        settings = load_settings()
+        process = Process("cpu", {}, settings, "cpu", 0)
+        server = supervisor.Supervisor([], settings, [process], listener)
+
+        async def start(_: Process) -> None:
+            process.child = SimpleNamespace(
+                poll=lambda: USER_ERROR, send_signal=lambda _: None, kill=lambda: None
+            )
+
+        monkeypatch.setattr(server, "_start", start)
+        assert asyncio.run(server.run()) == USER_ERROR
+
+
 def test_a_system_without_room_for_a_process_is_asked_again_and_no_file_stays_open(
     monkeypatch, caplog
 ) -> None:
@@ -465,10 +484,9 @@ def test_a_drain_completes_the_requests_of_both_processes(
     monkeypatch.setenv("GATE", str(gate))
     options = (
         *WAYS[TWO_DEVICES],
-        "--setting",
-        "batch_timeout_seconds=60",
-        "--setting",
-        "drain_seconds=60",
+        "--log=json",
+        "--setting=batch_timeout_seconds=60",
+        "--setting=drain_seconds=60",
     )
     with (
         serving(str(bundle_path), *options, program=gated_device.SERVE) as client,
@@ -485,7 +503,11 @@ def test_a_drain_completes_the_requests_of_both_processes(
             lambda: sum(map(float, re.findall(depth, client.get("/metrics").text, re.M))) == 16
         )
         client.child.send_signal(signal.SIGTERM)
-        wait_for(lambda: client.get("/readyz").status_code == 503)
+        num_draining = 0
+        while num_draining < 2:  # a signal reaches one process later than the other
+            event = json.loads(client.child.stderr.readline())["event"]
+            num_draining += event == "draining"
+        assert client.get("/readyz").status_code == 503
         late.append(stack.enter_context(connect(client)))
         for wire in late:
             wire.sendall(post_of(jpeg))
