@@ -94,7 +94,12 @@ def show_export(exported: "Exported", *, verbose: bool = False) -> None:
         print_field("speed", text)
 
 
-@command(show_export, summarize=lambda exported: exported.summary(), options={"out"})
+@command(
+    show_export,
+    summarize=lambda exported: exported.summary(),
+    options={"out"},
+    collects_garbage=False,
+)
 @expand_options
 def export(
     checkpoint: str | Path,
@@ -260,7 +265,7 @@ def _show_unused(inspected: Inspection) -> None:
         print_field("next", inspected.command, style="dim")
 
 
-@command(_show_unused)
+@command(_show_unused, collects_garbage=False)
 @expand_options
 def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     """List the parts of a network of your own that its output does not depend on; writes nothing.

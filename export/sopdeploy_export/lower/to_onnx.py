@@ -34,7 +34,11 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy_export.capture.deployed import INPUT
-from sopdeploy_export.capture.failures import DATA_DEPENDENT, DEPENDS_ON_VALUES
+from sopdeploy_export.capture.failures import (
+    DATA_DEPENDENT,
+    DEPENDS_ON_VALUES,
+    NO_CONTROL_FLOW,
+)
 from sopdeploy_export.capture.program import NETWORK_PREFIX, garbage_kept
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.forms import decompose
@@ -324,7 +328,7 @@ def check_onnx(proto: onnx.ModelProto) -> None:
             part = next(
                 (item.value for item in node.metadata_props if item.key == "part"), "forward"
             )
-            reason = "control flow is not allowed"
+            reason = NO_CONTROL_FLOW
             if node.op_type == "NonZero":
                 reason = DEPENDS_ON_VALUES
             raise LoweringError(f"the graph contains {node.op_type} in {part}; {reason}")

@@ -357,7 +357,8 @@ def prove_file(
 
     # All images run in batches of the largest size, and the last ones, which are noise, in batches
     # of the others. `counts` has the number of images for each size.
-    counts = {size: max(size, SINGLE_PROBES) for size in sizes} | {sizes[-1]: len(images)}
+    largest_size = sizes[-1]
+    counts = {size: max(size, SINGLE_PROBES) for size in sizes} | {largest_size: len(images)}
     by_size = {
         size: file_outputs(session, images[-count:], size) for size, count in counts.items()
     }
@@ -370,11 +371,11 @@ def prove_file(
 
     # What the file computes, compared with the network.
     outputs = {
-        name: _compare_output(name, expected, by_size, counts, is_compared_P)
+        name: _compare_output(name, expected, by_size, largest_size, is_compared_P)
         for name in expected.outputs
     }
     logits = expected.outputs[LOGITS]
-    logits_of_file = by_size[sizes[-1]][LOGITS]  # of all images
+    logits_of_file = by_size[largest_size][LOGITS]  # of all images
     report = ParityReport(
         precision=expected.precision,
         runtime=f"onnxruntime {ort.__version__}",
@@ -407,22 +408,22 @@ def _compare_output(
     name: str,
     expected: ParityReference,
     by_size: Mapping[int, Arrays],
-    counts: Mapping[int, int],
+    largest_size: int,
     is_compared_P: NDArray[np.bool_],
 ) -> OutputParity:
     """Measure how far output *name* of the file is from the network, and its batches from each other.
 
-    *by_size* has the outputs of the file by batch size. Those of a size are for the last
-    `counts[size]` of the P images, those of the largest size for all. Raises the errors of
-    `max_drift`.
+    *by_size* has the outputs of the file by batch size: those of *largest_size* for all P
+    images, those of the others for the last ones. Raises the errors of `max_drift`.
     """
     # For each batch size, the drift from the network, and from the run in the largest batches.
     exact = expected.outputs[name]
-    all_of_file = by_size[max(by_size)][name]
+    all_of_file = by_size[largest_size][name]
     drift = {}
     batch_difference = 0.0
-    for size, count in counts.items():
-        values = by_size[size][name]
+    for size, outputs in by_size.items():
+        values = outputs[name]
+        count = len(values)
         is_compared = is_compared_P[-count:]
         drift[str(size)] = max_drift(name, values, exact[-count:], is_compared)
         difference = max_drift(name, values, all_of_file[-count:], is_compared)

@@ -648,12 +648,12 @@ REFUSED: dict[str, Case] = {
     "len of a batch": (
         pooled(lambda _, f: f.view(len(f), 8, -1).mean(2)),
         {},
-        r"fixes the size in idioms\.py:\d+ \(.*len\(f\).*\); .* write x\.shape\[0\] for len\(x\)",
+        r"fixes the size, in idioms\.py:\d+ \(.*len\(f\).*\); .* write x\.shape\[0\] for len\(x\)",
     ),
     "the size as a number": (
         pooled(lambda _, f: f.view(int(f.shape[0]), 8, -1).mean(2)),
         {},
-        r"fixes the size in idioms\.py:\d+ \(.*int\(f\.shape\[0\]\).*\)",
+        r"fixes the size, in idioms\.py:\d+ \(.*int\(f\.shape\[0\]\).*\)",
     ),
     "a loop over images": (
         forward(by_image),
