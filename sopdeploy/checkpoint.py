@@ -261,7 +261,8 @@ def load_plain(
         return content
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, it contains objects other than tensors and reading it could run code; {advice}"
+            f"{path}: refused, it contains objects other than tensors and "
+            f"reading it could run code; {advice}"
         ) from error
     except Exception as error:  # torch raises many types for damaged files
         raise CheckpointError(

@@ -62,7 +62,8 @@ def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
         model.DiscardUnknownFields()
         if model.SerializeToString(deterministic=True) != content:
             raise CertificateError(
-                "the file has unknown or repeated fields, which a runtime may read in another way"
+                "the file has unknown or repeated fields, which a runtime may "
+                "read in another way"
             )
         return model, onnx_root(model)
     # A `CertificateError` is none of these, so it is not converted.

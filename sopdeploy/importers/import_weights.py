@@ -264,7 +264,8 @@ def _convert_by_importer(file: WeightFile, model: str) -> ConvertedWeights | Non
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise WeightsError(
-                f"{file.path}: differs from the released networks ({reason}); give a released network"
+                f"{file.path}: differs from the released networks ({reason}); "
+                "give a released network"
             ) from error
         if converted is not None:
             return converted

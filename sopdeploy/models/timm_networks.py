@@ -72,7 +72,8 @@ class TimmConfig(StrictModel):
             if not options:  # timm cannot build its own network
                 raise
             raise ConfigError(
-                f"timm:{self.backbone}: {', '.join(set_options)}: {first_line(error)}; leave them out"
+                f"timm:{self.backbone}: {', '.join(set_options)}: "
+                f"{first_line(error)}; leave them out"
             ) from error
 
         return network
