@@ -198,8 +198,9 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
     """
     if not isinstance(content, dict) or content.pop("format", None) != CHECKPOINT_FORMAT:
         raise CheckpointError(
-            f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "
-            "`sopdeploy import` for published weights, and `export --network` for those of your own network"
+            f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; "
+            "use `sopdeploy import` for published weights, and `export --network` "
+            "for those of your own network"
         )
 
     written_by = writer_of(content.get("training"))

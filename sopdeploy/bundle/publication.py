@@ -101,8 +101,9 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
         signature = _signature_of(target)
         if signature.exists():  # it would no longer be valid
             raise BundleError(
-                f"{target} exists, signed with the time of its export; move {signature.name} to another "
-                "folder, export again and sign it again"
+                f"{target} exists, signed with the time of its export; move "
+                f"{signature.name} to another folder, export again and sign it "
+                "again"
             )
         with (
             writing(target / MANIFEST),

@@ -241,8 +241,9 @@ class TimmBackbone(Backbone):
         """
         if self.fixed_size is not None and self.fixed_size != images.shape[-1]:
             raise ConfigError(
-                f"timm:{self.config.backbone}: takes images of {self.fixed_size} pixels, not of "
-                f"{images.shape[-1]}; set preprocess.crop (and augment.crop)"
+                f"timm:{self.config.backbone}: takes images of {self.fixed_size} "
+                f"pixels, not of {images.shape[-1]}; set preprocess.crop (and "
+                "augment.crop)"
             )
 
         network = self.timm_network

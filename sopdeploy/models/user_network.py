@@ -51,8 +51,9 @@ class UserNetwork(Classifier):
             )
             if logits != self.num_classes:
                 raise ConfigError(
-                    f"taps: the network returns {logits} logits for {self.num_classes} classes"
-                    "; use the number that the builder receives"
+                    f"taps: the network returns {logits} logits for "
+                    f"{self.num_classes} classes; use the number that the builder "
+                    "receives"
                 )
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
