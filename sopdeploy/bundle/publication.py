@@ -212,7 +212,8 @@ def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> M
 
     if is_signed and manifest_here != manifest:
         raise BundleError(
-            f"{target}: exported at {manifest_here.exported_at}, but the signed copy at {manifest.exported_at}; "
-            "move this folder away and pull again"
+            f"{target}: exported at {manifest_here.exported_at}, but the "
+            f"signed copy at {manifest.exported_at}; move this folder away "
+            "and pull again"
         )
     return manifest_here

@@ -233,10 +233,11 @@ def convert_weights(
     refuse_other_network(file, model)
     first_names = ", ".join(list(file.tensors)[:3])
     raise WeightsError(
-        f"{file.path}: its tensors ({first_names} ..) are not from a project that "
-        "`sopdeploy import --help` lists, nor those of a network of timm whose "
-        "name the file has; name its network as timm:NAME, or export it as a "
-        "network of your own with `sopdeploy export --network`"
+        f"{file.path}: its tensors ({first_names} ..) are not from a project "
+        "that `sopdeploy import --help` lists, nor those of a network of "
+        "timm whose name the file has; name its network as timm:NAME, or "
+        "export it as a network of your own with `sopdeploy export "
+        "--network`"
     )
 
 

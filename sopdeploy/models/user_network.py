@@ -106,8 +106,9 @@ class UserNetwork(Classifier):
             # Tensors on `meta` have no values to compare.
             if not has_same_shape or not (logits.is_meta or torch.equal(logits, output)):
                 raise ConfigError(
-                    f"head: the network does not return the output of its last linear layer {name}; build it "
-                    "so that these are the logits"
+                    "head: the network does not return the output of its "
+                    f"last linear layer {name}; build it so that these are "
+                    "the logits"
                 )
         return super().remove_classifier()
 
@@ -368,8 +369,9 @@ def run_once(network: nn.Module, image_size: int) -> tuple[Any, dict[str, Any]]:
             )
     except Exception as error:  # the user's code
         raise ConfigError(
-            f"taps: the network fails for an image of 3 x {image_size} x {image_size} "
-            f"({first_line(error)}); give the image_size that it accepts"
+            f"taps: the network fails for an image of 3 x {image_size} x "
+            f"{image_size} ({first_line(error)}); give the image_size that it "
+            "accepts"
         ) from error
     finally:
         for part, mode in modes.items():

@@ -173,8 +173,9 @@ class Setup:
         is_resumed = not is_new and not self.is_few_shot and next_epoch <= self.recipe.epochs
         resumed = f", resumed at epoch {next_epoch}" if is_resumed else ""
         yield (
-            f"{len(self.data.train)} training images, {len(self.data.held_out)} "
-            f"held out{resumed}; the network sees {crop} x {crop} pixels"
+            f"{len(self.data.train)} training images, "
+            f"{len(self.data.held_out)} held out{resumed}; the network sees "
+            f"{crop} x {crop} pixels"
         )
 
 
