@@ -63,7 +63,11 @@ class UserNetwork(Classifier):
     def feature_maps(
         self, images: Tensor, taps: Collection[str] = ()
     ) -> tuple[Tensor, list[Tensor]]:
-        """Compute the logits, in the place of the last feature map, and the outputs of *taps*."""
+        """Compute the logits, in the place of the last feature map, and the outputs of *taps*.
+
+        The outputs are in the order of computation. Raises `ConfigError` if the network does
+        not return a tensor.
+        """
         logits, outputs = run_tapped(self.network, images, taps)
         if not isinstance(logits, Tensor):
             mode = "train" if self.training else "eval"
