@@ -84,9 +84,8 @@ def main() -> None:
     app = create_app({"model": model}, settings)
     config = http_config(app, settings)
     config.port = arguments.port
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit()
-    )  # uvicorn raises the signal again after its shutdown
+    # uvicorn raises the signal again after its shutdown.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     uvicorn.Server(config).run()
 
 

@@ -109,7 +109,10 @@ class RepeatingTransport(httpx.AsyncHTTPTransport):
     """Repeats a request whose connection is lost, as it is if a process of the server is killed."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send *request*, up to `RETRIES` times; a body that is sent slowly is not repeated."""
+        """Send *request*, up to `RETRIES` times; a body that is sent slowly is not repeated.
+
+        Without a response, returns one like that of a server whose runtime has died.
+        """
         for _ in range(RETRIES):
             with suppress(httpx.NetworkError, httpx.RemoteProtocolError, httpx.StreamConsumed):
                 response = await super().handle_async_request(request)
@@ -345,7 +348,7 @@ async def disconnecting(scenario: Scenario, rng: random.Random) -> None:
 
 
 async def floods(scenario: Scenario, rng: random.Random) -> None:
-    """Every few seconds, send more images than the queue holds, of which some get 429, or ask for metrics."""
+    """Every few seconds, send more images than the queue holds, of which some get 429; then ask for metrics."""
     while True:
         await asyncio.sleep(4 + 2 * rng.random())
         ((_, body),) = scenario.draw(rng, 1)
@@ -501,6 +504,7 @@ def is_busy(url: str) -> bool:
 def settled(pid: int, url: str) -> Resources:
     """Wait until the server is idle and releases no more resources; return its resources.
 
+    It waits at most `SETTLE_SECONDS`.
     They are read from /proc, because a request would open another connection.
     """
     deadline = time.monotonic() + SETTLE_SECONDS
@@ -540,7 +544,9 @@ def results(
 ) -> tuple[list[Result], list[str]]:
     """Build the results, limits first, and name the limits that were exceeded.
 
-    *at_rest* was measured without clients, before the test and after each round.
+    *at_rest* was measured without clients, before the test and after each round. The growth of the
+    memory is judged only after `JUDGED_SECONDS`. It also counts as exceeded if the responses of
+    only one bundle were compared.
     """
     before, after = at_rest[0], at_rest[-1]
     judged = after.moment - before.moment >= JUDGED_SECONDS

@@ -446,7 +446,7 @@ CANDIDATES += [
 SAVE = """
 import sys
 import torch
-from sopdeploy_export.user_network.loading import network_builder
+from sopdeploy_export.user_network.builder import network_builder
 net = network_builder("network", sys.argv[1], sys.argv[3:])()
 torch.save(eval(sys.argv[2]), "w.pth.tar")
 """

@@ -39,6 +39,7 @@ def locked() -> list[tuple[str, str]]:
 
 def ask(entries: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return pip-audit's answers for *entries* of different packages; if it fails, its last line for each."""
+    # Audit the entries in a file.
     entries = list(entries)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(entries))
@@ -46,15 +47,16 @@ def ask(entries: Iterable[str]) -> dict[str, dict[str, Any]]:
         done = subprocess.run(
             [*PIP_AUDIT, "-r", file.name], capture_output=True, text=True, check=False
         )
+
+    # Without answers, its last line says why.
     try:
-        found = {each["name"]: each for each in json.loads(done.stdout)["dependencies"]}
+        answers = {each["name"]: each for each in json.loads(done.stdout)["dependencies"]}
     except ValueError:
-        reason = {
-            "skip_reason": (done.stderr.strip().splitlines() or ["pip-audit has no output"])[-1]
-        }
-        return dict.fromkeys(entries, reason)
+        lines = done.stderr.strip().splitlines() or ["pip-audit has no output"]
+        return {entry: {"skip_reason": lines[-1]} for entry in entries}
+
     missing = {"skip_reason": "pip-audit does not mention it"}
-    return {entry: found.get(entry.partition("==")[0], missing) for entry in entries}
+    return {entry: answers.get(entry.partition("==")[0], missing) for entry in entries}
 
 
 def ask_all(entries: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -69,7 +71,11 @@ def ask_all(entries: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    """Print what was found and how many entries were audited; exit with 1 unless all are without fault."""
+    """Print what was found and how many entries were audited; exit with 1 unless all are without fault.
+
+    With `--allow-no-database`, a database that knows no vulnerability is no failure.
+    """
+    # See whether the database knows the vulnerabilities of the control.
     entries = locked()
     control = ask([CONTROL])[CONTROL]
     if not control.get("vulns"):
@@ -80,18 +86,24 @@ def main() -> None:
             sys.stdout.write(f"audit: {text}\n")
             return
         sys.exit(f"audit: {text}")
+
+    # Print what is wrong with each entry, and count.
     answers = ask_all(entry for _, entry in entries)
     audited = vulnerable = 0
     for lock, entry in entries:
         answer = answers.get(entry, {"skip_reason": "it names no version"})
-        found = [
+        vulnerabilities = [
             f"{each['id']}, fixed in {' '.join(each['fix_versions'])}"
             for each in answer.get("vulns", ())
         ]
         audited += "vulns" in answer
-        vulnerable += bool(found)
-        reasons = found if "vulns" in answer else [f"not audited: {answer['skip_reason']}"]
+        vulnerable += bool(vulnerabilities)
+
+        reasons = vulnerabilities
+        if "vulns" not in answer:
+            reasons = [f"not audited: {answer['skip_reason']}"]
         sys.stdout.writelines(f"{lock}.txt: {entry}: {reason}\n" for reason in reasons)
+
     text = f"{audited} of {len(entries)} entries in deploy/lock/ were audited, {vulnerable} are vulnerable"
     if vulnerable or audited < len(entries):
         sys.exit(

@@ -162,9 +162,12 @@ class Buildah:
         return sizes[0] - sizes[1]
 
     def start(self, volumes: Sequence[str], settings: dict[str, str]) -> None:  # noqa: D102
+        # Make the container.
         limit = f"--ulimit=nofile={OPEN_FILES}:{OPEN_FILES}"
         run(*self._buildah, "from", limit, f"--name={CONTAINER}", self.image)
         run(*self._buildah, "config", *environment_options(settings), CONTAINER)
+
+        # Run the command of the image in it, which prints its process ID first.
         config = self.config()
         command = [*config["Entrypoint"], *config["Cmd"]]  # `buildah run` ignores both
         with self._log.open("w") as log:
@@ -193,7 +196,10 @@ class Buildah:
         return effective_uid(Path(f"/proc/{self._server_pid()}/status").read_text())
 
     def _server_pid(self) -> int:
-        """Read the process ID of the container's main process from the first line of its output."""
+        """Read the process ID of the container's main process from the first line of its output.
+
+        Waits for this line; exits if the process ends or is late.
+        """
         deadline = time.monotonic() + STOP_SECONDS
         while (
             self._server is not None
@@ -256,6 +262,8 @@ def choose_builder(image: str, folder: Path) -> Builder | str:
     """Choose the builder for *image*; return a message with the reason and advice if none works."""
     if shutil.which("docker") and exit_and_output(["docker", "info"])[0] == 0:
         return Docker(image)
+
+    # Without Docker, buildah does, as root.
     missing = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
         reason = (

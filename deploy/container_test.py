@@ -126,6 +126,7 @@ def wait_until_ready(builder: Builder) -> None:
 
 def check_image(builder: Builder, target: str) -> None:
     """Check the image's configuration and size."""
+    # What it runs, and as whom.
     config = builder.config()
     check(
         f"entrypoint {config['Entrypoint']}, in exec form",
@@ -137,7 +138,10 @@ def check_image(builder: Builder, target: str) -> None:
     check(f"stop signal {stop}", holds=stop in {"SIGTERM", "15"})
     health = config["Healthcheck"]["Test"]
     check(f"health check {health}", holds=health == ["CMD", "sopdeploy", "health"])
-    size, limit = builder.added_bytes(), MAX_ADDED_BYTES[target]
+
+    # Its size.
+    size = builder.added_bytes()
+    limit = MAX_ADDED_BYTES[target]
     check(
         f"{size / 1e6:.0f} MB more than its base, limit {limit / 1e6:.0f}", holds=size <= limit
     )
@@ -149,6 +153,8 @@ def check_without_gpu(builder: Builder, bundles: Path, port: int) -> None:
     code = builder.wait()
     lines = [line for line in builder.logs().splitlines() if line.startswith("error")]
     check(f"without a GPU: {lines}", holds=code != 0 and len(lines) == 1 and NO_GPU in lines[0])
+
+    # The libraries are in the image, except for the driver.
     output = builder.execute("/opt/sopdeploy/bin/python", "-c", CUDA_LIBRARIES)[1].strip()
     check(
         f"CUDA and cuDNN: {output}",
@@ -161,15 +167,21 @@ def check_without_gpu(builder: Builder, bundles: Path, port: int) -> None:
 
 def check_server(builder: Builder, bundles: Path, settings: dict[str, str]) -> None:
     """Run the documented command with *settings*, send requests, inspect the process, and stop it."""
-    words, started = documented_run(), time.time()
+    # The settings of the page, and those given.
+    words = documented_run()
+    started = time.time()
     settings = {**dict(word.split("=", 1) for word in values(words, "env")), **settings}
+
     with folder_with_key(builder) as (folder, key):
+        # Start it with the volumes of the page.
         volumes = [volume.replace("./", f"{folder}/") for volume in values(words, "volume")]
         builder.start(
             [volume.replace(f"{folder}/bundles", str(bundles)) for volume in volumes], settings
         )
         with timed("server ready"):
             wait_until_ready(builder)
+
+        # Requests, and what the process is.
         check_requests(builder, bundles, int(settings["SOPDEPLOY_PORT"]), key, folder / "kept")
         check(f"the server runs as user {USER}", holds=builder.server_user() == USER)
         code, output = builder.execute("/opt/sopdeploy/bin/python", "-c", NO_TORCH)
@@ -177,12 +189,14 @@ def check_server(builder: Builder, bundles: Path, settings: dict[str, str]) -> N
             f"torch is not installed: {output.strip()}",
             holds=code == 0 and output.strip().endswith("[]"),
         )
+
+        # It writes to its own folders only.
         find = f"find / -xdev -type f -newermt @{started:.0f} -user {USER} 2>/dev/null"
         lines = builder.execute("sh", "-c", find)[1].splitlines()
-        found = [
+        written = [
             line for line in lines if line.startswith("/") and not line.startswith(WRITABLE)
         ]
-        check(f"the server wrote no file beside its folders: {found}", holds=not found)
+        check(f"the server wrote no file beside its folders: {written}", holds=not written)
         for path in ("/models/x", "/opt/sopdeploy/x", "/x"):
             output = builder.execute("touch", path)[1]  # buildah adds lines
             check(
@@ -191,6 +205,7 @@ def check_server(builder: Builder, bundles: Path, settings: dict[str, str]) -> N
             )
         writable = builder.execute("mkdir", "-p", ENGINE_CACHE)[0] == 0
         check("the user can write to the engine cache", holds=writable)
+
         with timed("server stopped"):
             code = builder.stop()
         check(f"exit code after SIGTERM: {code}", holds=code == 0)
@@ -214,7 +229,9 @@ def folder_with_key(builder: Builder) -> Iterator[tuple[Path, str]]:
 
 def check_requests(builder: Builder, bundles: Path, port: int, key: str, kept: Path) -> None:
     """Send a photograph with and without *key*; the server must keep it in *kept*."""
-    photo, url = make_photo(), f"http://127.0.0.1:{port}/v1/classify"
+    # Without the key it is refused, with it it has the class that this machine predicts.
+    photo = make_photo()
+    url = f"http://127.0.0.1:{port}/v1/classify"
     refused = httpx.post(url, content=photo.read_bytes(), timeout=30)
     check(f"without a key: {refused.status_code}", holds=refused.status_code == 401)
     response = httpx.post(
@@ -224,6 +241,8 @@ def check_requests(builder: Builder, bundles: Path, port: int, key: str, kept: P
     local = sopdeploy("predict", str(bundles / "latest"), str(photo))
     label = f"{best['label']} {best['probability']:.4f}"
     check(f"the container predicts {label}, like this machine", holds=f": {label}," in local)
+
+    # It is kept, a little later.
     deadline = time.monotonic() + KEEP_SECONDS
     while not (names := builder.as_root(kept, "ls").split()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -238,6 +257,8 @@ def main() -> None:
     target = sys.argv[1] if len(sys.argv) > 1 else "cpu"
     if target not in MAX_ADDED_BYTES:
         sys.exit(f"container-test: no target {target}; use TARGET=cpu or TARGET=gpu")
+
+    # Build a bundle and the image.
     builder = builder_for_test(target)
     sys.stdout.write(
         f"     target {target} with {type(builder).__name__.lower()} on {builder.base}\n"
@@ -246,7 +267,9 @@ def main() -> None:
         bundle = pool.submit(make_bundle)
         builder.build(ROOT, target)
         bundles = bundle.result()
-    builder.clean()
+
+    # Check the image, then run it; one for GPUs must also run on a CPU.
+    builder.clean()  # of an earlier test that was killed
     try:
         check_image(builder, target)
         settings = {"SOPDEPLOY_PORT": str(free_port()), "SOPDEPLOY_KEEP_SAMPLE": "1"}

@@ -242,28 +242,29 @@ def matchers(labels: list[str]) -> str:
 
 def variables() -> list[dict[str, Any]]:
     """Build the fields at the top: the source of the data, and `CHOICES`, each narrowed by those before."""
-    found: list[dict[str, Any]] = [
+    fields: list[dict[str, Any]] = [
         {"name": "source", "label": "Source", "type": "datasource", "query": "prometheus"}
     ]
     labels = [*CHOICES.values()]
     for index, (title, label) in enumerate(CHOICES.items()):
         series = f"{ONE_FOR_EACH}{{{matchers(labels[:index])}}}"
         query = {"query": f"label_values({series}, {label})", "refId": label}
-        found.append(
-            {
-                **{
-                    "name": label,
-                    "label": title,
-                    "type": "query",
-                    "datasource": SOURCE,
-                    "query": query,
-                },
-                **{"refresh": 2, "sort": 1, "multi": True, "includeAll": True},
-                **({"allValue": ".*"} if label in ("namespace", "model") else {}),
-                "current": {"text": ["All"], "value": ["$__all"]},
-            }
-        )
-    return found
+        field: dict[str, Any] = {
+            "name": label,
+            "label": title,
+            "type": "query",
+            "datasource": SOURCE,
+            "query": query,
+            "refresh": 2,
+            "sort": 1,
+            "multi": True,
+            "includeAll": True,
+        }
+        if label in ("namespace", "model"):
+            field["allValue"] = ".*"
+        field["current"] = {"text": ["All"], "value": ["$__all"]}
+        fields.append(field)
+    return fields
 
 
 def panel(number: int, title: str, unit: str, queries: list[tuple[str, str]]) -> dict[str, Any]:

@@ -208,12 +208,17 @@ def install(folder: Path, python: str, *before: str, name: str = ".venv") -> Pat
 
 
 def other_user(process: Process, stack: ExitStack) -> Process:
-    """Give a clone to a user who is not root and has a home that cannot be written."""
+    """Give a clone to a user who is not root and has a home that cannot be written.
+
+    Raises `UnavailableError` without root, or without a Python that this user can run.
+    """
     needs("setpriv", "chown")
     if os.geteuid() != 0:
         raise UnavailableError(
             "needs root to become another user; the other rows run without root"
         )
+
+    # Find a Python that this user can run.
     become = ["setpriv", f"--reuid={OTHER_USER}", f"--regid={OTHER_USER}", "--clear-groups"]
     candidates = (sys.executable, os.path.realpath(sys.executable), "/usr/bin/python3")
     # By a shell, because the first program of the user still has root's capabilities when it is
@@ -222,11 +227,16 @@ def other_user(process: Process, stack: ExitStack) -> Process:
     usable = [python for python in candidates if succeeds(*become, *runs, python)]
     if not usable:
         raise UnavailableError("the other user has no Python with venv")
-    folder, home, scratch = clone(stack), temporary(stack), temporary(stack)
+
+    # The clone with its environment, and a place for temporary files, are this user's.
+    folder = clone(stack)
+    home = temporary(stack)
+    scratch = temporary(stack)
     subprocess.run(["chown", "-R", str(OTHER_USER), str(folder), str(scratch)], check=True)
     as_user = [*become, "env", f"HOME={scratch}"]
     python = install(folder, usable[0], *as_user)
     home.chmod(0o555)
+
     environment = {**process.environment, "HOME": str(home), "TMPDIR": str(scratch)}
     return replace(
         process,
@@ -332,7 +342,11 @@ class Outcome:
 
 
 def run_tests(process: Process, *arguments: str, tests: Sequence[str] = ()) -> Outcome:
-    """Run pytest as *process*, for *tests* or all, and read its report."""
+    """Run pytest as *process*, for *tests* or all, and read its report.
+
+    The outcome has a `problem` if pytest itself has failed.
+    """
+    # Run it.
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="elsewhere-") as folder:
         Path(folder).chmod(0o777)
@@ -340,9 +354,8 @@ def run_tests(process: Process, *arguments: str, tests: Sequence[str] = ()) -> O
         command = process.command(
             "-q", f"--junitxml={report}", "-o", "junit_family=xunit1", *arguments, *tests
         )
-        log = (
-            Path(folder) / "log.txt"
-        )  # a pipe would stay open for a child that outlives the tests
+        # A file: a pipe would stay open for a child that outlives the tests.
+        log = Path(folder) / "log.txt"
         with log.open("w") as out:
             done = subprocess.run(
                 command,
@@ -353,10 +366,13 @@ def run_tests(process: Process, *arguments: str, tests: Sequence[str] = ()) -> O
                 check=False,
             )
         seconds = time.monotonic() - began
+
+        # Read the report; without one, the last line of the output says why.
         if not report.is_file():
             lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
             return Outcome((), 0, 0, seconds, f"exit code {done.returncode}: {lines[-1]}")
         cases = list(ElementTree.parse(report).iter("testcase"))  # noqa: S314 # of our own pytest
+
     failed = tuple(
         test_id(case)
         for case in cases
@@ -364,9 +380,9 @@ def run_tests(process: Process, *arguments: str, tests: Sequence[str] = ()) -> O
         and (case.find("failure") is not None or case.find("error") is not None)
     )
     skipped = sum(case.find("skipped") is not None for case in cases)
-    problem = (
-        "" if done.returncode in {0, 1} else f"pytest ended with exit code {done.returncode}"
-    )
+    problem = ""
+    if done.returncode not in {0, 1}:
+        problem = f"pytest ended with exit code {done.returncode}"
     return Outcome(failed, len(cases) - len(failed) - skipped, skipped, seconds, problem)
 
 
@@ -385,16 +401,19 @@ def run_files(process: Process, workers: int, say: Callable[[str], None]) -> Out
         )
         if "exit code 5" in outcome.problem:  # all tests of the file are deselected
             return Outcome((), 0, 0, outcome.seconds)
-        name = (f"{path.name}: {outcome.problem}",) if outcome.problem else ()
-        failed = (*outcome.failed, *name)
+
+        # A file whose run has failed as a whole counts as a failed test.
+        failed = outcome.failed
+        if outcome.problem:
+            failed = (*failed, f"{path.name}: {outcome.problem}")
         for test in failed:
             say(f"  failed: {test}")
         return replace(outcome, failed=failed)
 
+    files = sorted((process.folder / "tests").rglob("test_*.py"))
     with ThreadPoolExecutor(workers) as pool:
-        outcomes = list(
-            pool.map(run_file, sorted((process.folder / "tests").rglob("test_*.py")))
-        )
+        outcomes = list(pool.map(run_file, files))
+
     return Outcome(
         tuple(test for outcome in outcomes for test in outcome.failed),
         sum(outcome.passed for outcome in outcomes),
@@ -420,7 +439,12 @@ def entered(surroundings: Sequence[Surroundings]) -> Iterator[tuple[Process, dic
 def travel(
     name: str, surroundings: Sequence[Surroundings], workers: int, say: Callable[[str], None]
 ) -> list[list[str]]:
-    """Run the tests of a journey in *workers* processes; return the rows of the table."""
+    """Run the tests in all *surroundings* at once, which are the journey *name*, in *workers* processes.
+
+    Returns the rows of the table: one for each of *surroundings*, and one for the tests that fail
+    only in all of them together.
+    """
+    # Run the tests.
     with entered(surroundings) as (process, unavailable):
         if len(unavailable) == len(surroundings):
             return [[one.name, f"not run: {unavailable[one.name]}", ""] for one in surroundings]
@@ -430,7 +454,11 @@ def travel(
             outcome = run_tests(process, "-n", str(workers), "--dist", "loadfile")
     counts = f"{outcome.passed} passed, {len(outcome.failed)} failed"
     say(f"{name}: {counts} in {outcome.seconds:.0f} s {outcome.problem}")
+
+    # Run those that failed in each of the surroundings alone.
     blamed = blame(surroundings, unavailable, outcome.failed, say) if outcome.failed else {}
+
+    # A row for each; what failed in none of them alone has its own row.
     rows = []
     for one in surroundings:
         if one.name in unavailable:
@@ -442,13 +470,13 @@ def travel(
         else:
             result = f"passed ({outcome.passed:,}; {outcome.skipped} not run)"
         rows.append([one.name, result, f"{outcome.seconds / 60:.0f} min"])
-    everywhere = [
+
+    only_together = [
         test for test in outcome.failed if not any(test in tests for tests in blamed.values())
     ]
-    if everywhere:
-        rows.append(
-            [f"together ({name})", f"{len(everywhere)} failed: {', '.join(everywhere)}", ""]
-        )
+    if only_together:
+        result = f"{len(only_together)} failed: {', '.join(only_together)}"
+        rows.append([f"together ({name})", result, ""])
     return rows
 
 
@@ -458,7 +486,11 @@ def blame(
     failed: Sequence[str],
     say: Callable[[str], None],
 ) -> dict[str, tuple[str, ...]]:
-    """Run the *failed* tests in each of *surroundings* alone, and say which fail in none of them."""
+    """Run the *failed* tests in each of *surroundings* alone; return those that fail there, by its name.
+
+    A single one of *surroundings* is not run again. Says also how many fail in no special
+    surroundings.
+    """
     for test in failed:
         say(f"  failed: {test}")
     blamed = {}
@@ -466,12 +498,12 @@ def blame(
         if one.name not in unavailable and len(surroundings) > 1:
             with entered([one]) as (process, _):
                 again = run_tests(process, tests=failed)
-                blamed[one.name] = (
-                    tuple(failed) if again.problem else again.failed
-                )  # pytest itself crashed
+            # If pytest itself has failed, so have all.
+            blamed[one.name] = tuple(failed) if again.problem else again.failed
             say(f"  {one.name} alone: {len(blamed[one.name])} failed")
     if len(surroundings) == 1:
         blamed[surroundings[0].name] = tuple(failed)
+
     here = run_tests(Process(), tests=failed).failed
     say(f"  in no special surroundings: {len(here)} failed")
     return blamed
@@ -487,6 +519,7 @@ def git(*arguments: str) -> str:
 
 def page(rows: Sequence[Sequence[str]], before: str) -> str:
     """Render docs/elsewhere.md with *rows*, and those of the page *before* that were not run again."""
+    # What the new rows end with: the date, the commit, the machine.
     changes = git(
         "status",
         "--porcelain",
@@ -498,6 +531,8 @@ def page(rows: Sequence[Sequence[str]], before: str) -> str:
     commit = git("rev-parse", "--short=8", "HEAD") + ("-dirty" if changes else "")
     machine = f"{processor()}, {usable_cores()} cores, Python {platform.python_version()}"
     now = [f"{datetime.now(UTC):%Y-%m-%d}", commit, machine]
+
+    # The rows of the page, without the heading, and the new ones.
     kept = [
         line.strip("| ").split(" | ") for line in before.splitlines() if line.startswith("| ")
     ][1:]
@@ -511,9 +546,12 @@ def page(rows: Sequence[Sequence[str]], before: str) -> str:
         if any(one.name in ran for one in those)
     }
     by_name = {row[0]: row for row in kept if row[0] not in ended} | new
+
+    # In the order of the journeys.
     order = [one.name for surroundings in JOURNEYS.values() for one in surroundings]
     order += [f"together ({name})" for name in JOURNEYS]
     names = [name for name in order if name in by_name]
+
     lines = [
         "# Tests in other surroundings",
         "",
@@ -540,20 +578,25 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="write the rows into the table of this page")
     arguments = parser.parse_args()
     chosen = {name: JOURNEYS[name] for name in arguments.only.split(",")}
+
     if arguments.list:
         for name, surroundings in chosen.items():
             sys.stdout.write(f"{name}: {', '.join(one.name for one in surroundings)}\n")
         return
+
+    # Run the journeys.
     say = partial(print, flush=True)
     rows = [
         row
         for name, surroundings in chosen.items()
         for row in travel(name, surroundings, arguments.workers, say)
     ]
+
+    # Print the page, and write it if that is asked for.
     target = arguments.write
-    before = (
-        target.read_text(encoding="utf-8") if target is not None and target.is_file() else ""
-    )
+    before = ""
+    if target is not None and target.is_file():
+        before = target.read_text(encoding="utf-8")
     text = page(rows, before)
     say(text)
     if target is not None:

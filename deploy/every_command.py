@@ -63,11 +63,15 @@ def run(*command: str) -> str:
     result = CliRunner().invoke(app, command)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
+
+    # An error is one line, beside those of the steps, which begin with the name of the command.
     lines = [
         line for line in result.stderr.splitlines() if not line.startswith(f"{command[0]}: ")
-    ]  # its steps
+    ]
     if result.exit_code == 2 and len(lines) != 1:
         raise RuntimeError(f"more or less than one line: {result.stderr}")
+
+    # A package that is missing has its code; bundles need no torch.
     if "is not installed" in result.stderr:
         if not result.stderr.endswith(("[not_installed]\n", "[no_runtime]\n")):
             raise RuntimeError(f"another code than that of a missing package: {result.stderr}")
@@ -89,6 +93,7 @@ def main(bundle: Path) -> int:
     """Run everything in an empty folder with a copy of *bundle*; return the number of failures."""
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
+        # The bundle, a damaged checkpoint, and photographs.
         shutil.copytree(bundle, Path(folder, "bundle"))
         os.chdir(folder)
         Path("file").touch()
@@ -98,6 +103,8 @@ def main(bundle: Path) -> int:
             Path("photos", name).mkdir(parents=True)
             for number in (1, 2):
                 Image.new("RGB", (32, 32)).save(Path("photos", name, f"{number}.png"))
+
+        # Every command with arguments and with `--help`, and every public name.
         checks = [(name, run, (name, *ARGUMENTS[name].split())) for name in COMMANDS]
         checks += [(f"{name} --help", run, (name, "--help")) for name in COMMANDS]
         checks += [(f"sopdeploy.{name}", get, (name,)) for name in sopdeploy.__all__]

@@ -31,13 +31,15 @@ def bounded() -> list[str]:
 
 
 def main() -> None:
-    """Download to the folder of the command line."""
+    """Download what is missing here, and what has an upper bound, to the folder of the command line."""
+    # Ask pip what it would install.
     (folder,) = sys.argv[1:]
     report = [*PIP, "install", "--quiet", "--dry-run", "--report", "-", *BUILD, ".[gpu-check]"]
-    found = json.loads(subprocess.run(report, check=True, capture_output=True).stdout)[
-        "install"
-    ]
-    missing = {each["metadata"]["name"]: each["metadata"]["version"] for each in found}
+    output = subprocess.run(report, check=True, capture_output=True).stdout
+    packages = [each["metadata"] for each in json.loads(output)["install"]]
+    missing = {package["name"]: package["version"] for package in packages}
+
+    # Download it.
     exact = [f"{name}=={version}" for name, version in missing.items() if name != "sopdeploy"]
     subprocess.run(
         [*PIP, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, *exact, *bounded()],

@@ -50,7 +50,11 @@ def find_uv() -> Path | None:
 
 
 def install(python: Path, *arguments: str) -> None:
-    """Install *arguments*, those of `pip install`, for *python*; exit if neither uv nor pip succeeds."""
+    """Install *arguments*, those of `pip install`, for *python*; exit if neither uv nor pip succeeds.
+
+    Only uv can resolve the versions that UV_RESOLUTION names.
+    """
+    # With uv, unless pip's settings name an index, which uv would not read.
     if has_custom_index():
         reason = "pip's settings name an index"
     elif (uv := find_uv()) and succeeds(
@@ -59,6 +63,8 @@ def install(python: Path, *arguments: str) -> None:
         return
     else:
         reason = "uv failed"
+
+    # With pip.
     if resolution := os.environ.get("UV_RESOLUTION"):
         sys.exit(f"cannot resolve {resolution} versions: this needs uv, but {reason}")
     sys.stdout.write(f"installing with pip, because {reason}\n")

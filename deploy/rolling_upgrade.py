@@ -49,7 +49,8 @@ class Server:
     def __init__(self, program: Path, folder: Path, stack: ExitStack) -> None:
         """Start the server; it is killed at the end of *stack*, if it still runs."""
         port = free_port()
-        self.url, self.log = f"http://127.0.0.1:{port}", folder / f"{port}.log"
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / f"{port}.log"
         command = [
             program,
             "serve",
@@ -84,7 +85,7 @@ class Server:
 
 
 class Balancer:
-    """Sends requests to the *servers* in turn; one whose port is closed is left out for this request."""
+    """Sends requests to the *servers* in turn; one that is closed or drains is left out for this request."""
 
     def __init__(self, servers: list[Server], photo: bytes) -> None:
         self.servers, self._photo = servers, photo
@@ -95,25 +96,27 @@ class Balancer:
         return httpx.post(f"{server.url}/v1/classify", content=self._photo, timeout=30)
 
     def send(self, number: int) -> None:
-        """Send one request and count its result."""
-        turn = number % len(servers := list(self.servers))
+        """Send request *number* to the first server that takes it, and count its result."""
+        # Begin with another server each time.
+        servers = list(self.servers)  # a copy, because `upgrade` changes the list meanwhile
+        turn = number % len(servers)
         for server in (*servers[turn:], *servers[:turn]):
             try:
                 response = self.classify(server)
             except httpx.ConnectError:  # its port is closed, so it has not got the request
                 continue
-            except (
-                httpx.TransportError
-            ) as error:  # it may have; a balancer must not send it again
+            except httpx.TransportError as error:
+                # The server may have got it; a balancer must not send it again.
                 self.results[f"failed: {type(error).__name__}"] += 1
                 return
+
+            # One that drains still has its port open.
             is_unavailable = response.status_code == httpx.codes.SERVICE_UNAVAILABLE
-            if (
-                is_unavailable and '"draining"' in response.text
-            ):  # stopping: its port is still open
+            if is_unavailable and '"draining"' in response.text:
                 continue
             self.results["answered" if response.is_success else f"failed: {response.text}"] += 1
             return
+
         self.results["failed: no server"] += 1
 
     @contextmanager
@@ -149,11 +152,12 @@ class Balancer:
 
 
 def upgrade(programs: dict[str, Path], folder: Path) -> None:
-    """Take all steps in *folder*."""
+    """Take all steps in *folder* with both *programs*, "old" and "new"; exit if a request fails."""
 
     def sopdeploy(which: str, *arguments: str) -> None:
         run(programs[which], *arguments, cwd=folder)
 
+    # Each program makes a signed bundle and puts it into the store.
     for command in NEW_KEY:
         run(*command.split(), cwd=folder)
     names = {}
@@ -172,10 +176,14 @@ def upgrade(programs: dict[str, Path], folder: Path) -> None:
         names[which] = (folder / "bundles" / "latest").resolve().name
         sopdeploy(which, "sign", f"bundles/{names[which]}", "--key", "release.key")
         sopdeploy(which, "push", f"bundles/{names[which]}", "store")
+
+    # Each pulls and verifies both bundles.
     for which, name in itertools.product(programs, names.values()):
         sopdeploy(which, "pull", f"store/{name}.tar", f"pulled-{which}", *SIGNED)
         sopdeploy(which, "verify", f"pulled-{which}/{name}")
         check(f"{which} pulls {name}, and verifies it and its signature", holds=True)
+
+    # A server of each program follows the live link, under load.
     sopdeploy(
         "old",
         "promote",
@@ -192,6 +200,7 @@ def upgrade(programs: dict[str, Path], folder: Path) -> None:
         )
         balancer.check_bundle("start", names["old"])
         with balancer.load():
+            # Each program promotes its bundle, then the other one and itself move back.
             for which, other in (("new", "old"), ("old", "new")):
                 forward, back = names[which], names[other]
                 promote = (
@@ -207,12 +216,16 @@ def upgrade(programs: dict[str, Path], folder: Path) -> None:
                 for mover, name in ((other, back), (which, forward)):
                     sopdeploy(mover, "promote", "--back", "bundles/live")
                     balancer.check_bundle(f"{mover} moves back", name)
+
+            # Replace the servers one by one: by the new program, then by the old one.
             for step, which in (("upgrade", "new"), ("downgrade", "old")):
                 balancer.servers.append(Server(programs[which], folder, stack))
                 balancer.check_bundle(step, names["old"])
                 balancer.servers.pop(0).stop()
+
         for server in balancer.servers:
             server.stop()
+
     failed = {text: count for text, count in balancer.results.items() if text != "answered"}
     check(
         f"{balancer.results['answered']} requests answered, failed: {failed or 'none'}",

@@ -175,8 +175,8 @@ def write_plain(path: Path, content: Mapping[str, Any]) -> None:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read the checkpoint at *path* with all tensors on the CPU.
 
-    The file is read only once, so `sha256` matches the content even if another process replaces
-    the file. Raises `CheckpointError` if the file is missing, damaged, not a sopdeploy
+    After a look at what the file is, its content is read once, so `sha256` matches it even if
+    another process replaces the file. Raises `CheckpointError` if the file is missing, damaged, not a sopdeploy
     checkpoint, or would run code.
     """
     check_is_checkpoint(path)
@@ -198,8 +198,9 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
     """
     if not isinstance(content, dict) or content.pop("format", None) != CHECKPOINT_FORMAT:
         raise CheckpointError(
-            f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "
-            "`sopdeploy import` for published weights, and `export --network` for those of your own network"
+            f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; "
+            "use `sopdeploy import` for published weights, and `export --network` "
+            "for those of your own network"
         )
 
     written_by = writer_of(content.get("training"))
@@ -215,7 +216,8 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
                     f"{where}: has a tensor without values of its own; copy it again"
                 )
 
-    # Fields of a later version are unknown here; the error names the version that knows them.
+    # Fields of a later version are unknown here; the error names the version that knows them. In a
+    # file of this version, the validation below refuses them.
     version = content.pop("version", None)
     training = content.get("training")
     unknown = [
@@ -260,7 +262,8 @@ def load_plain(
         return content
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, it contains objects other than tensors and reading it could run code; {advice}"
+            f"{path}: refused, it contains objects other than tensors and "
+            f"reading it could run code; {advice}"
         ) from error
     except Exception as error:  # torch raises many types for damaged files
         raise CheckpointError(

@@ -401,6 +401,7 @@ def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
             return f"missing; choose one of {known}"
         return with_hint(f"{tag!r} is none of {known}", _suggest(problem))
 
+    # A limit of 1.0 is written as 1.
     if kind in _REASONS:
         whole = {
             name: int(n)

@@ -44,11 +44,9 @@ def usable_cores() -> int:
 
     macOS has neither affinity nor quotas, so all cores count there.
     """
-    cores = (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
 
     for folder, version in control_groups("cpu"):
         # Without a quota, the text `max` or -1; a group can also lack these files.
@@ -231,9 +229,10 @@ def missing_extras() -> Iterator[None]:
 
 
 def exit_process(code: int | None) -> NoReturn:
-    """Exit as `sys.exit` does, also while a load or a batch that hangs is in native code.
+    """Exit as `sys.exit` does, or at once if a thread remains in which a load or a batch may hang.
 
-    At Python's own exit, C++ code that still runs in another thread can abort the process.
+    At once means without the functions of `atexit`; what was printed is written before. At
+    Python's own exit, C++ code that still runs in such a thread can abort the process.
     """
     names = {thread.name for thread in threading.enumerate()}
     if names & {DAEMON_THREAD, WORKER_THREAD}:

@@ -247,20 +247,26 @@ def is_memory_exhausted(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """Describe *error*, from a library or the user's code, in one line that says what it is.
 
-    The line has its type and the first line of its message, without what the library asks of its
-    own users, such as to file an issue. For the errors of `_REMEDIES`, it says what to do instead.
+    The line has its type and the first line of its message that is left without what the library
+    asks of its own users, such as to file an issue. For the errors of `_REMEDIES`, it says what to do instead.
     """
-    message = str(error)
-    for cause, remedy in _REMEDIES:
-        if match := cause.search(message):
-            return match.expand(remedy)
+    if known := describe_known(error):
+        return known
 
-    for line in message.splitlines():
+    for line in str(error).splitlines():
         sentences = _SENTENCE_END.split(line.strip())
         kept = " ".join(each for each in sentences if not _OF_THE_LIBRARY.search(each))
         if kept:
             return f"{type(error).__name__}: {kept}"
     return type(error).__name__
+
+
+def describe_known(error: BaseException) -> str | None:
+    """Say what *error* means for the code of a network, and what to do; None unless it is in `_REMEDIES`."""
+    for cause, remedy in _REMEDIES:
+        if match := cause.search(str(error)):
+            return match.expand(remedy)
+    return None
 
 
 def amount(number: int, noun: str, sign: str = "") -> str:

@@ -74,7 +74,8 @@ def class_problem(name: str) -> str | None:
 def label_problem(labels: Sequence[str]) -> str | None:
     """Describe why *labels* cannot be the classes; None if they can.
 
-    They are too many, or one cannot name a class or occurs twice; the first such one is described.
+    They are too many, or one cannot name a class, of which the first is described, or one occurs
+    twice.
     """
     if len(labels) > MAX_CLASSES:
         return f"{len(labels)} classes, more than {MAX_CLASSES}, the limit"

@@ -96,6 +96,7 @@ def utc_now() -> str:
         time = datetime.now(UTC) if epoch is None else datetime.fromtimestamp(int(epoch), UTC)
     except (ValueError, OverflowError, OSError) as error:
         raise ConfigError(
-            f"SOURCE_DATE_EPOCH={epoch}: not a number of seconds since 1970; correct or unset it"
+            f"SOURCE_DATE_EPOCH={epoch}: not a number of seconds since 1970; "
+            "correct or unset it"
         ) from error
     return f"{time:%Y-%m-%dT%H:%M:%S.%fZ}"

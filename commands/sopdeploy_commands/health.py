@@ -68,12 +68,9 @@ def _find_problem(url: str) -> str | None:
             if response.status != http.HTTPStatus.OK:
                 return f"{route}: {response.status}"
 
-            is_ours = response.read(len(START)) == START
-            return (
-                None
-                if is_ours
-                else f"{route}: 200, but not a sopdeploy response; check the URL"
-            )
+            if response.read(len(START)) != START:
+                return f"{route}: 200, but not a sopdeploy response; check the URL"
+            return None
 
     # A reason begins with `route`: the address that was asked, and the proxy on the way.
     except HTTPError as response:

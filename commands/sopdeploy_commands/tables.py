@@ -1,13 +1,17 @@
-"""The format of the parquet files of `classify`: what writes them, and what changes them, reads it here."""
+"""The output folder of `classify`: its names, and the format of its parquet files.
+
+What writes the files, and what changes them, reads it here.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import pyarrow as pa
-
 from sopdeploy.config import check_format
 from sopdeploy.version import __version__
 
+ROWS_FOLDER = "rows"
+LISTING = "_list.parquet"
+STATE = "_run.json"
 VERSION: Literal[1] = 1
 # Metadata of a parquet file
 VERSION_KEY = b"sopdeploy.version"
@@ -16,6 +20,8 @@ _WRITER_KEY = b"sopdeploy.written_by"
 
 def make_schema(columns: Mapping[str, Any]) -> Any:
     """Build the schema of a parquet file with *columns* of format 1."""
+    import pyarrow as pa  # of an extra
+
     return pa.schema(columns, metadata={VERSION_KEY: str(VERSION), _WRITER_KEY: __version__})
 
 

@@ -1,9 +1,11 @@
 """The modules and tensors of a network, read from torch's own tables; its copy, and what restores it."""
 
 import copy
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +18,16 @@ DEPTH = 4  # levels of nested lists, dicts and sets that are restored
 LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
 # Packages whose code is no network of a user
 NOT_OF_NETWORKS = frozenset({"torch", "sopdeploy", "sopdeploy_export"})
+# Code whose lines tell a user nothing; packages of others can lie within that of Python.
+_FOREIGN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+_OF_PYTHON = sysconfig.get_path("stdlib")
 _Network = TypeVar("_Network", bound=nn.Module)
+
+
+def is_network_code(file: str) -> bool:
+    """Return whether *file* can hold code of a network: not of torch, Python or this package."""
+    is_of_python = file.startswith(_OF_PYTHON) and "site-packages" not in file
+    return not is_of_python and not file.startswith(_FOREIGN)
 
 
 def copy_network(network: _Network) -> _Network:

@@ -60,11 +60,12 @@ class ExportOptions(Options):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ConfigError("only with precision int8", setting=name)
         elif self.calibrate is None:
-            problem = "int8 needs images to measure ranges on"
+            raise ConfigError(
+                "int8 needs images to measure ranges on",
+                setting="precision",
+                remedies={"calibrate": None},  # without a value: only the user knows the folder
+            )
 
-            # Without a value to try: only the user knows the folder
-            remedies = {"calibrate": None}
-            raise ConfigError(problem, setting="precision", remedies=remedies)
         is_measured = self.calibrate is not None or self.evaluate is not None
         if self.max_drop != type(self).model_fields["max_drop"].default and not is_measured:
             raise ConfigError(
@@ -128,11 +129,12 @@ class NetworkExportOptions(NetworkOptions):
         if self.network is None:
             for name, field in type(self).model_fields.items():
                 if getattr(self, name) != field.default:
-                    # Without a value to try: only the user knows the builder
-                    remedies = {"network": None}
                     raise ConfigError(
-                        "only for a network of your own", setting=name, remedies=remedies
+                        "only for a network of your own",
+                        setting=name,
+                        remedies={"network": None},  # without a value: only the user knows it
                     )
+
         if self.plain_option and self.plain is None:
             raise ConfigError(
                 "only with a plain network", setting="plain_option", remedies={"plain": None}

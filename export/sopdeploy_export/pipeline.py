@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle import publication
@@ -27,7 +28,12 @@ from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.lower.accuracy import AccuracyCheck
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.operators import check_operators
-from sopdeploy_export.lower.precision import NO_IMAGES, Lowered, convert_precision
+from sopdeploy_export.lower.precision import (
+    NO_IMAGES,
+    Converted,
+    Lowered,
+    convert_precision,
+)
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.network import attributes_restored
 from sopdeploy_export.options import ExportOptions
@@ -43,7 +49,12 @@ from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.progress import Step, reporting, step
 from sopdeploy_export.prove.certificate import Certificate, Roots, announce, kind_of_proof
 from sopdeploy_export.prove.constants import check_constants
-from sopdeploy_export.prove.file import compute_reference, prove_file
+from sopdeploy_export.prove.file import (
+    ParityReference,
+    ParityReport,
+    compute_reference,
+    prove_file,
+)
 from sopdeploy_export.prove.graphs import prove_graph
 from sopdeploy_export.prove.images import prove_images
 from sopdeploy_export.prove.networks import Compared, build_plain
@@ -106,8 +117,9 @@ def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
     root = program_root(program).sha256
     if root != lineage.program_root:
         raise CertificateError(
-            f"{path}: torch {torch.__version__} captures a program with the hash {root[:16]}, but that "
-            f"of the bundle is {lineage.program_root[:16]}; use torch {manifest.versions.get('torch')}"
+            f"{path}: torch {torch.__version__} captures a program with the hash "
+            f"{root[:16]}, but that of the bundle is {lineage.program_root[:16]}; "
+            f"use torch {manifest.versions.get('torch')}"
         )
     return program
 
@@ -160,6 +172,7 @@ def refuse_other_images(destination: Path, project: str, checkpoint: Checkpoint)
     named the *project*. Bundles without an origin are ignored. A checkpoint without hashes of its
     images is not refused, and none is if a bundle has no hashes: its images can be the same ones.
     """
+    # The origins of the bundles of the project, with hashes of a sample of their images.
     images = set(checkpoint.image_hashes.tolist())
     manifests = [
         listed.manifest for listed in read_bundles(destination) if listed.manifest is not None
@@ -169,6 +182,8 @@ def refuse_other_images(destination: Path, project: str, checkpoint: Checkpoint)
         for manifest in manifests
         if manifest.project == project and manifest.origin
     ]
+
+    # Refuse the checkpoint if each sample is known, and has none of its images.
     all_have_others = all(
         origin.sample and images.isdisjoint(origin.sample) for origin in origins
     )
@@ -200,6 +215,7 @@ def export_subject(
     preprocess = subject.preprocess
     parts = subject.detachment.training_only
     images = generated_images(preprocess.crop)
+
     # The folder of the bundle comes first, which checks that *destination* can be written.
     with publication.staging(destination) as folder, attributes_restored(subject.network):
         # Prove the statements about the network.
@@ -228,20 +244,7 @@ def export_subject(
             measured = accuracy_check.measure(certified.model, session)
             precision = precision.model_copy(update={"accuracy": measured})
             accuracy_check.check_drop(precision)
-        announce("File")
-        if outputs is None or options.precision != "fp32":  # the caller's are in float32
-            outputs = ProbeOutputs.of(converted.run, torch.from_numpy(images))
-        exact = compute_reference(
-            trained.deployed, images, outputs, options.precision, converted.gate
-        )
-        parity = prove_file(
-            session,
-            converted.model,
-            exact,
-            images,
-            options.batch,
-            allow_drift=options.allow_drift,
-        )
+        exact, parity = _compare_file(session, trained, converted, images, outputs, options)
         trained.check_unchanged(parts)
 
         # Collect what was proved and measured.
@@ -329,12 +332,43 @@ def _convert_to_onnx(
     errors of `lower`, `prove_images` and `check_operators`.
     """
     step("converting to ONNX")
-    folded = fold_constant_parts(trained.program)  # both conversions below are of this program
+    folded = fold_constant_parts(trained.program)  # for `lower` and `check_operators`
     model = lower(folded, output_names(trained.network))
     announce("Images")
     mixes_images = prove_images(model, allowed=options.allow_batch_dependence)
     check_operators(folded, images[: min(OPERATOR_IMAGES, options.max_batch)])
     return Lowered(trained.network, trained.program, model), mixes_images
+
+
+def _compare_file(
+    session: InferenceSession,
+    trained: Compared,
+    converted: Converted,
+    images: NDArray[np.uint8],
+    outputs: ProbeOutputs | None,
+    options: ExportOptions,
+) -> tuple[ParityReference, ParityReport]:
+    """Compare the file that *session* has loaded with the network *trained* on *images*, uint8 (P, H, W, 3).
+
+    Returns the outputs of the network in float64 with their noise floors, and the comparison. The
+    noise floors are errors of the run in *converted* or, in precision fp32, of *outputs*, if the
+    network has run on *images* already. Raises the errors of `compute_reference` and `prove_file`.
+    """
+    announce("File")
+    if outputs is None or options.precision != "fp32":
+        outputs = ProbeOutputs.of(converted.run, torch.from_numpy(images))
+    exact = compute_reference(
+        trained.deployed, images, outputs, options.precision, converted.gate
+    )
+    parity = prove_file(
+        session,
+        converted.model,
+        exact,
+        images,
+        options.batch,
+        allow_drift=options.allow_drift,
+    )
+    return exact, parity
 
 
 def _check_subject(subject: ExportSubject, options: ExportOptions) -> None:

@@ -9,7 +9,7 @@ plain network if and only if its output is computed the same way.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,8 @@ def program_root(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> Pro
     for spec in program.graph_signature.output_specs:
         if spec.kind != OutputKind.USER_OUTPUT:
             raise CertificateError(
-                f"the eval graph writes to {spec.target or spec.arg}; an exported network must be stateless"
+                f"the eval graph writes to {spec.target or spec.arg}; an exported "
+                "network must be stateless"
             )
 
     # The nodes that the outputs depend on, and operations with an effect, whose results no node
@@ -94,7 +95,7 @@ def program_root(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> Pro
         tensors=frozenset(
             state_names[node.name] for node in hashes if node.name in state_names
         ),
-        modules=frozenset(name for node in hashes for name in _module_names(node)),
+        modules=frozenset(name for node in hashes for name in module_names(node)),
     )
 
 
@@ -307,7 +308,7 @@ def _name_operation(node: fx.Node) -> str:
         raise CertificateError(
             f"{node.name}: a graph must contain only operations, not {node.op}"
         )
-    if _is_random(node):
+    if draws(target, node.args, node.kwargs):
         raise CertificateError(
             f"the eval graph draws random numbers with {target} in {module_of(node)}; an exported "
             "network must be deterministic"
@@ -329,11 +330,11 @@ def operator_name(node: fx.Node) -> str:
 
 def module_of(node: fx.Node) -> str:
     """Name the innermost module that *node* was captured in; "forward" is the whole network."""
-    names = _module_names(node)
+    names = module_names(node)
     return names[-1] if names and names[-1] else "forward"
 
 
-def _module_names(node: fx.Node) -> list[str]:
+def module_names(node: fx.Node) -> list[str]:
     """List the modules that *node* was captured in, the outermost first; "" is the whole network."""
     names = []
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
@@ -342,16 +343,16 @@ def _module_names(node: fx.Node) -> list[str]:
     return names
 
 
-def _is_random(node: fx.Node) -> bool:
-    """Return whether *node* draws random numbers; dropout in eval mode or with p = 0 does not."""
-    target: Any = node.target
-    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
+def draws(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether *operator* draws random numbers; dropout in eval mode or with p = 0 does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(operator, "tags", ()):
         return False
 
-    # Attention has `dropout_p`.
-    names = [argument.name for argument in target._schema.arguments]
-    arguments = dict(zip(names, _all_arguments(node), strict=True))
-    is_off = any(arguments.get(name) == 0 for name in ("p", "dropout_p"))
+    # All arguments by name. Attention has `dropout_p`, recurrent layers have `dropout`.
+    schema = operator._schema.arguments
+    arguments = {argument.name: argument.default_value for argument in schema}
+    arguments |= dict(zip(arguments, args, strict=False)) | dict(kwargs)
+    is_off = any(arguments.get(name) == 0 for name in ("p", "dropout_p", "dropout"))
     is_eval = any(arguments.get(name) is False for name in ("train", "training"))
     return not is_off and not is_eval
 

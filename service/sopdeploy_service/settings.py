@@ -279,6 +279,8 @@ class Settings(StrictModel):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Settings":
+        """Raise `ValueError` for settings that exclude each other, or with which no request is served."""
+        # Devices and runtime; one of another package may not say whether it needs a GPU.
         if "cpu" in self.devices and self.runtime_needs_gpu():
             raise ValueError(f"runtime={self.runtime} needs a GPU; remove cpu from devices")
         if set(self.devices) - {"cpu"} and self.runtime_needs_gpu() is False:

@@ -2,8 +2,8 @@
 
 Paper: Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks"
 (ICML 2019), Table 1. The Lite networks of its authors have ReLU6 instead of SiLU, no
-squeeze-and-excitation, and a stem, a last convolution, and a first and last stage whose size is
-fixed. Convolutions are padded as in TensorFlow. The inverted bottleneck is that of Sandler et
+squeeze-and-excitation, a stem and a last convolution of a fixed width, and a first and a last
+stage of a fixed depth. Convolutions are padded as in TensorFlow. The inverted bottleneck is that of Sandler et
 al., "MobileNetV2" (CVPR 2018), section 3.3.
 """
 
@@ -149,6 +149,7 @@ class SameConv2d(nn.Conv2d):
         padding: list[int] = []  # zeros at the left, right, top and bottom
         for side in (x.shape[3], x.shape[2]):
             windows = (side + self.stride[0] - 1) // self.stride[0]  # side / stride, rounded up
+            # The last window ends (windows - 1) * stride + kernel pixels from the start.
             zeros = max(0, (windows - 1) * self.stride[0] + self.kernel_size[0] - side)
             padding += [zeros // 2, zeros - zeros // 2]
         return super().forward(F.pad(x, padding))
@@ -250,7 +251,7 @@ class EfficientNetLite(Backbone):
                 channels = out
 
             stages.append(nn.Sequential(*blocks))
-            if name in TAPPED_STAGES:
+            if name in TAPPED_STAGES:  # at its last block
                 self.tap_channels[f"{name}.{count - 1}"] = out
         self.blocks = nn.Sequential(*stages)
 

@@ -82,7 +82,8 @@ def read_archived_manifest(archive: IO[bytes], name: str) -> Manifest:
         return Manifest.from_bytes(archive.read(size))
     except (ValueError, RecursionError) as error:
         raise BundleError(
-            f"{name}: not an archive of `sopdeploy push` ({error}); give the .tar file that it wrote"
+            f"{name}: not an archive of `sopdeploy push` ({error}); give the .tar "
+            "file that it wrote"
         ) from error
 
 
@@ -121,7 +122,8 @@ def header(name: str, size: int) -> bytes:
         return entry.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
     except ValueError as error:
         raise BundleError(
-            f"{name!r}: its name or size does not fit into a tar header ({error}); export the bundle again"
+            f"{name!r}: its name or size does not fit into a tar header ({error}); "
+            "export the bundle again"
         ) from error
 
 
@@ -156,7 +158,8 @@ def upload(file: Path, destination: str, name: str) -> str:
 def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
     """Copy *source*, a path or URL, to *target*, an open file in *folder*.
 
-    Raises `BundleError` if it does not exist or is larger than *limit* bytes.
+    Raises `BundleError` if it does not exist, cannot be read from a store, or is larger than
+    *limit* bytes, and `StorageError` if *folder* cannot hold it.
     """
     size = 0
 

@@ -115,7 +115,8 @@ def read_manifest(path: Path) -> Manifest:
         content = read_at_most(stream, MAX_MANIFEST_BYTES + 1)
     if len(content) > MAX_MANIFEST_BYTES:
         raise BundleError(
-            f"{file}: larger than {MAX_MANIFEST_BYTES} bytes, not a manifest; copy or export the bundle again"
+            f"{file}: larger than {MAX_MANIFEST_BYTES} bytes, not a manifest; "
+            "copy or export the bundle again"
         )
 
     try:
@@ -176,11 +177,9 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
                     else:
                         deque(blocks, maxlen=0)  # hash without keeping
     except OSError as error:
-        problem = (
-            "missing"
-            if isinstance(error, FileNotFoundError)
-            else f"cannot be read ({os_reason(error)})"
-        )
+        problem = f"cannot be read ({os_reason(error)})"
+        if isinstance(error, FileNotFoundError):
+            problem = "missing"
         raise BundleError(f"{current}: {problem}; copy or export the bundle again") from error
 
     labels = _parse_labels(path / "labels.json", contents["labels.json"], manifest)
@@ -188,7 +187,11 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
 
 
 def _check_names_and_sizes(path: Path, manifest: Manifest) -> None:
-    """Raise `BundleError` unless *manifest* of the folder *path* lists the files and sizes of a bundle."""
+    """Raise `BundleError` unless *manifest* of the folder *path* can be that of a bundle.
+
+    It must list plain file names, the `REQUIRED` files, and, beside the graph, at most
+    `MAX_CONTENT_BYTES` in all.
+    """
     for name in manifest.files:
         check_file_name(path, name)
 
@@ -260,7 +263,8 @@ def check_file_name(bundle: Path, name: str) -> None:
 
     if not is_plain or is_manifest or len(name.encode()) > MAX_NAME_BYTES:
         raise BundleError(
-            f"{bundle}: the manifest names {name!r}, which is not a plain file name; export the bundle again"
+            f"{bundle}: the manifest names {name!r}, which is not a plain "
+            "file name; export the bundle again"
         )
 
 

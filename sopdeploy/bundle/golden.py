@@ -104,7 +104,7 @@ def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
 
     # Few random cells of color, enlarged, so that resizing has something to do; then the JPEG.
     for width, height, mode, subsampling in sizes[: count_examples(preprocess)]:
-        is_large = height > large
+        is_large = height > large  # of the fourth one only
         cell = LARGE_CELL if is_large else CELL
         cells = (height // cell + 2, width // cell + 2)  # rows and columns, at least 2
         coarse = random.integers(
@@ -206,14 +206,16 @@ def check_golden(
     deviation = float(np.abs(run(example.pixels) - example.logits).max())
     if not deviation <= example.tolerance:  # larger, or NaN
         raise ParityError(
-            f"{example.name}: a logit deviates by {deviation:.3g}, the bound is {example.tolerance:.3g}; "
-            "this runtime does not compute the exported network"
+            f"{example.name}: a logit deviates by {deviation:.3g}, the bound is "
+            f"{example.tolerance:.3g}; this runtime does not compute the exported "
+            "network"
         )
 
     levels = np.abs(pixels.astype(np.int16) - example.pixels).max()
     if levels > _MAX_LEVELS:
         raise ParityError(
-            f"{example.name}: its pixels differ by {levels} gray levels: Pillow {PIL.__version__} decodes or "
-            f"resizes differently than {exporter or 'that'} of the export; install the wheel of that version "
-            "from PyPI, or export the bundle again"
+            f"{example.name}: its pixels differ by {levels} gray levels: Pillow "
+            f"{PIL.__version__} decodes or resizes differently than "
+            f"{exporter or 'that'} of the export; install the wheel of that "
+            "version from PyPI, or export the bundle again"
         )

@@ -65,8 +65,8 @@ class Replay(StrictModel):
     def lines(self) -> list[str]:
         """Say how much each output deviates."""
         return [
-            f"batch {self.batch}: {name} of {self.num_images} images deviate by {deviation:.2g} "
-            f"(allowed {self.tolerance[name]:.2g})"
+            f"batch {self.batch}: {name} of {self.num_images} images deviate by "
+            f"{deviation:.2g} (allowed {self.tolerance[name]:.2g})"
             for name, deviation in self.deviation.items()
         ]
 
@@ -191,14 +191,16 @@ def compare_outputs(probes: Probes, outputs: Outputs, batch: int) -> Replay:
         values = outputs.get(name)
         if values is None or values.shape != expected.shape or not np.isfinite(values).all():
             raise ParityError(
-                f"probes: output {name!r} is missing, has another shape or is not finite; {ANOTHER_NETWORK}"
+                f"probes: output {name!r} is missing, has another shape or is not "
+                f"finite; {ANOTHER_NETWORK}"
             )
 
         deviation = float(np.abs(values.astype(np.float64) - expected).max(initial=0.0))
         if not deviation <= probes.tolerance[name]:  # larger, or NaN
             raise ParityError(
-                f"probes: output {name!r} deviates by {deviation:.3g} in a batch of {len(probes.images)}, "
-                f"the bound is {probes.tolerance[name]:.3g}; {ANOTHER_NETWORK}"
+                f"probes: output {name!r} deviates by {deviation:.3g} in a batch "
+                f"of {len(probes.images)}, the bound is "
+                f"{probes.tolerance[name]:.3g}; {ANOTHER_NETWORK}"
             )
         deviations[name] = deviation
 

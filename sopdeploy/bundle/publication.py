@@ -98,11 +98,12 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     # If the bundle was here before, with another time, the new manifest replaces its manifest.
     target = destination / manifest.name
     if existing != manifest:
-        signature = target.with_name(target.name + SIGNATURE_SUFFIX)
+        signature = _signature_of(target)
         if signature.exists():  # it would no longer be valid
             raise BundleError(
-                f"{target} exists, signed with the time of its export; move {signature.name} to another "
-                "folder, export again and sign it again"
+                f"{target} exists, signed with the time of its export; move "
+                f"{signature.name} to another folder, export again and sign it "
+                "again"
             )
         with (
             writing(target / MANIFEST),
@@ -126,13 +127,13 @@ def give_final_name(
 ) -> PlacedBundle:
     """Rename a sealed *folder* to `destination/<project>-<id>` unless an identical bundle has the name.
 
-    A *signature* of *manifest* is written first, so that the bundle is never there without it.
-    The manifest of the bundle that has the name at the end is read again: it equals *manifest*,
-    or without a *signature* may have another time. Raises `BundleError` if a different or
-    damaged bundle has the name; it stays as it is.
+    A *signature* of *manifest* is written, too: before the new name, so that a new bundle is never
+    there without it, or beside the identical bundle. The manifest of the bundle that has the name
+    at the end is read again: it equals *manifest*, or without a *signature* may have another
+    time. Raises `BundleError` if a different or damaged bundle has the name; it stays as it is.
     """
     target = destination / manifest.name
-    signature_file = target.with_name(target.name + SIGNATURE_SUFFIX)
+    signature_file = _signature_of(target)
     read_same = partial(_read_same_bundle, target, manifest, is_signed=signature is not None)
 
     # The bundle may be here already; then only its signature is written.
@@ -165,6 +166,10 @@ def give_final_name(
 
         on_error.pop_all()
     return PlacedBundle(manifest_here, is_new)
+
+
+def _signature_of(target: Path) -> Path:
+    return target.with_name(target.name + SIGNATURE_SUFFIX)
 
 
 def _write_signature(path: Path, signature: bytes) -> None:
@@ -207,7 +212,8 @@ def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> M
 
     if is_signed and manifest_here != manifest:
         raise BundleError(
-            f"{target}: exported at {manifest_here.exported_at}, but the signed copy at {manifest.exported_at}; "
-            "move this folder away and pull again"
+            f"{target}: exported at {manifest_here.exported_at}, but the "
+            f"signed copy at {manifest.exported_at}; move this folder away "
+            "and pull again"
         )
     return manifest_here

@@ -125,8 +125,9 @@ def _system_errors_as_user_errors() -> Iterator[None]:
         if isinstance(error, SopdeployError) or not is_memory_exhausted(error):
             raise
         raise NoMemoryError(
-            f"out of memory ({first_line(error)}); end other programs, choose smaller batches or images, or "
-            "use a machine or GPU with more memory"
+            f"out of memory ({first_line(error)}); end other programs, choose "
+            "smaller batches or images, or use a machine or GPU with more "
+            "memory"
         ) from error
 
 
@@ -281,6 +282,7 @@ class ProgressBars:
         loss = row.losses.get("loss", 0.0)
         name = row.metrics.score_name
         self.console.print(
-            f"epoch {row.epoch:>3}/{self.epochs}  {name} [bold]{100 * row.metrics.score:6.2f} %[/]  "
-            f"loss {row.metrics.loss:.3f} (training {loss:.3f})  {row.seconds:.1f} s"
+            f"epoch {row.epoch:>3}/{self.epochs}  {name} "
+            f"[bold]{100 * row.metrics.score:6.2f} %[/]  loss "
+            f"{row.metrics.loss:.3f} (training {loss:.3f})  {row.seconds:.1f} s"
         )

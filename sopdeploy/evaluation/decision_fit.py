@@ -99,6 +99,9 @@ def fit_decision(
     rejection = None
     if threshold := choose_threshold(log_sum_exp(scaled), accepts, are_cosines=are_cosines):
         unknown_energies = None if unknown is None else log_sum_exp(unknown / temperature)
+        new_class_share = None
+        if left_out is not None:
+            new_class_share = new_class_interval(left_out < threshold.value, targets)
         rejection = Rejection(
             threshold=threshold.value,
             accepts=accepts,
@@ -106,9 +109,7 @@ def fit_decision(
             recognized=_count_rejected(unknown_energies, threshold.value),
             is_unknown_shipped=is_unknown_shipped and unknown is not None,
             new_class=_count_rejected(left_out, threshold.value),
-            new_class_share=None
-            if left_out is None
-            else new_class_interval(left_out < threshold.value, targets),
+            new_class_share=new_class_share,
         )
 
     return Decision(calibration=calibration, rejection=rejection)
@@ -132,7 +133,8 @@ def new_class_interval(
     """Compute the 95 % interval of the rejected share of a new class, from the share of each class left out.
 
     *is_rejected_N* tells which images are rejected while their class, *targets* (N,), is left
-    out. The interval is Student's prediction interval of one more class. It contains Wilson's
+    out. The interval is Student's prediction interval of one more class: of the shares of K
+    classes with the mean m and the deviation s, m +- t s sqrt(1 + 1 / K). It contains Wilson's
     interval with as many trials as classes, because two or three equal shares say little about
     the next one.
     """
@@ -159,8 +161,9 @@ def explain_missing_threshold(num_images: int, num_classes: int, accepts: float)
     min_images = least_images(are_cosines=True)
     if num_images < min_images:
         return (
-            f"not recognized, because a threshold needs {min_images} different images and there are "
-            f"{num_images}; add {min_images - num_images}"
+            f"not recognized, because a threshold needs {min_images} "
+            f"different images and there are {num_images}; add "
+            f"{min_images - num_images}"
         )
 
     if num_classes < 2:

@@ -186,30 +186,28 @@ def classification_report(
         num_images = int(confusion[row].sum())
         num_answered = int(confusion[:, row].sum())
 
-        of_class = groups[targets == class_index]
-        classes.append(
-            ClassMetrics(
-                label=labels[class_index],
-                count=num_images,
-                answered=num_answered,
-                precision=hits / num_answered if num_answered else None,
-                recall=Rate.of(hits, num_images, effective_count(of_class))
-                if num_images
-                else None,
-            )
+        recall = None
+        if num_images:
+            units_of_class = effective_count(groups[targets == class_index])
+            recall = Rate.of(hits, num_images, units_of_class)
+        row_of_class = ClassMetrics(
+            label=labels[class_index],
+            count=num_images,
+            answered=num_answered,
+            precision=hits / num_answered if num_answered else None,
+            recall=recall,
         )
+        classes.append(row_of_class)
 
     # Without a threshold, no image is known or unknown.
     known = [score.known for score in scores if score.known is not None]
+    losses = (-math.log(max(score.likelihood, MIN_PROBABILITY)) for score in scores)
 
     return ClassificationReport(
         count=count,
         top1=Rate.of(sum(score.correct for score in scores), count, units),
         top5=Rate.of(sum(score.target in score.top5 for score in scores), count, units),
-        log_loss=math.fsum(
-            -math.log(max(score.likelihood, MIN_PROBABILITY)) for score in scores
-        )
-        / count,
+        log_loss=math.fsum(losses) / count,
         classes=tuple(classes),
         confusion=tuple(map(tuple, confusion.tolist())),
         accepted=Rate.of(sum(known), count, units) if len(known) == count else None,

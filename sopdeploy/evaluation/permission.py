@@ -16,7 +16,7 @@ import math
 from statistics import NormalDist
 from typing import NamedTuple
 
-from sopdeploy.evaluation.statistics import ALPHA, Z_POWER, score_statistic
+from sopdeploy.evaluation.statistics import ALPHA, Z_POWER, bound_difference, score_statistic
 
 TOLERANCE = 5.0  # points that a bundle may lose on `TOLERANCE_IMAGES` photographs
 TOLERANCE_IMAGES = 100
@@ -74,18 +74,8 @@ class Rule(NamedTuple):
         if counts.images < MIN_IMAGES:
             return Bound(counts.difference, -1.0, self.limit(counts.images))
 
-        # The smallest difference that the score test does not reject.
-        accepted = counts.difference
-        rejected = -1.0
-        for _ in range(50):  # bisection
-            middle = (accepted + rejected) / 2
-            statistic = score_statistic(counts.wins, counts.losses, counts.images, middle)
-            if statistic < self.quantile:
-                accepted = middle
-            else:
-                rejected = middle
-
-        return Bound(counts.difference, accepted, self.limit(counts.images))
+        low = bound_difference(counts.wins, counts.losses, counts.images, -1.0, self.quantile)
+        return Bound(counts.difference, low, self.limit(counts.images))
 
     def labels_to_pass(self, counts: Counts) -> int | None:
         """Estimate how many more labels let a bundle pass in 80 % of cases.

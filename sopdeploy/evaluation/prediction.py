@@ -116,7 +116,8 @@ def held_out_metrics(
     loss = float(classification_loss(logits_NC, true, activation))
     if not math.isfinite(loss):
         raise TrainingError(
-            "the loss on the held-out images is not finite, training has diverged; lower the learning rate"
+            "the loss on the held-out images is not finite, training has "
+            "diverged; lower the learning rate"
         )
 
     if activation == "softmax":
@@ -126,14 +127,16 @@ def held_out_metrics(
         top5 = int(right.any(dim=1).sum()) / len(right)
         return EvalMetrics(top1=top1, top5=top5, count=len(right), loss=loss)
 
-    # With several classes per image, the thresholds that maximize F1 on these images.
+    # With several classes per image, metrics at a fixed threshold, and the thresholds that
+    # maximize F1 on these images.
     probabilities = sigmoid(logits)
-    report = MultiLabelPredictions(
+    predictions = MultiLabelPredictions(
         labels=labels,
         targets=targets.astype(np.float64),
         probabilities=probabilities,
         thresholds=[DEFAULT_THRESHOLD] * len(labels),
-    ).report()
+    )
+    report = predictions.report()
     return MultiLabelMetrics(
         **report.model_dump(include={"map", "macro_f1", "micro_f1", "count"}),
         loss=loss,

@@ -134,9 +134,11 @@ def describe_predictions(
     ]
 
     explained = (
-        f"{scores}. A class counts as present if its probability reaches its threshold. Precision is the "
-        "share of the answers that are right, recall the share of the images of a class that are found; F1 "
-        "and the average precision, whose mean is the mAP, join both: 100 % is best."
+        f"{scores}. A class counts as present if its probability reaches its "
+        "threshold. Precision is the share of the answers that are right, "
+        "recall the share of the images of a class that are found; F1 and "
+        "the average precision, whose mean is the mAP, join both: 100 % is "
+        "best."
     )
     tables = [Table(caption="Every class", columns=columns, rows=rows)]
     return Section(title="Predictions", text=[which_images, explained], tables=tables)
@@ -153,9 +155,10 @@ def _describe_classes(
     # Accuracies and loss in one paragraph of text.
     top5 = f", top-5 {_with_interval(metrics.top5)}" if len(metrics.classes) > TOP_K else ""
     scores = (
-        f"Top-1 {_with_interval(metrics.top1)}{top5}, log loss {metrics.log_loss:.4f}. Top-1 is the share of "
-        f"right answers{', top-5 of those among the best five' if top5 else ''}; the log loss is 0 if each "
-        "is right and certain."
+        f"Top-1 {_with_interval(metrics.top1)}{top5}, log loss "
+        f"{metrics.log_loss:.4f}. Top-1 is the share of right "
+        f"answers{', top-5 of those among the best five' if top5 else ''}; the log "
+        "loss is 0 if each is right and certain."
     )
 
     if metrics.accepted is not None:
@@ -166,7 +169,10 @@ def _describe_classes(
     tables = []
     if len(names) <= _MAX_MATRIX_CLASSES:
         rows = [(name, *counts) for name, counts in zip(names, metrics.confusion, strict=True)]
-        caption = "What is taken for what (confusion matrix): a row for each class, a column for each answer"
+        caption = (
+            "What is taken for what (confusion matrix): a row for each class, a "
+            "column for each answer"
+        )
         if links:
             caption += "; a number leads to its photographs"
         tables.append(
@@ -200,7 +206,10 @@ def _describe_classes(
         )
 
     columns = ["class", "images", "answers", "right of these", "found", "95 % interval"]
-    caption = "Every class: how many answers are right (precision), and how many of its images are found (recall)"
+    caption = (
+        "Every class: how many answers are right (precision), and how many of its "
+        "images are found (recall)"
+    )
     tables.append(Table(caption=caption, columns=columns, rows=rows_of_classes, folded=True))
     return Section(title="Predictions", text=[which_images, scores], tables=tables)
 

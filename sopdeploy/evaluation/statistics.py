@@ -91,18 +91,24 @@ def score_statistic(wins: int, losses: int, images: int, difference: float) -> f
 
 def difference_interval(wins: int, losses: int, images: int) -> Interval:
     """Compute the 95 % interval of the difference: the values that `score_statistic` does not reject."""
-    bounds = []
-    for limit in (-1.0, 1.0):
-        accepted = (wins - losses) / images
-        rejected = limit
-        for _ in range(50):  # bisection
-            middle = (accepted + rejected) / 2
-            if abs(score_statistic(wins, losses, images, middle)) < Z_95:
-                accepted = middle
-            else:
-                rejected = middle
-        bounds.append(accepted)
-    return Interval(*bounds)
+    low = bound_difference(wins, losses, images, -1.0, Z_95)
+    high = bound_difference(wins, losses, images, 1.0, Z_95)
+    return Interval(low, high)
+
+
+def bound_difference(
+    wins: int, losses: int, images: int, limit: float, quantile: float
+) -> float:
+    """Find the difference nearest to *limit*, -1 or 1, that the score test with *quantile* does not reject."""
+    accepted = (wins - losses) / images
+    rejected = limit
+    for _ in range(50):  # bisection
+        middle = (accepted + rejected) / 2
+        if abs(score_statistic(wins, losses, images, middle)) < quantile:
+            accepted = middle
+        else:
+            rejected = middle
+    return accepted
 
 
 def decide(wins: int, losses: int, images: int, tolerance: float) -> Verdict:

@@ -155,7 +155,10 @@ def _is_binary_file(image: object) -> bool:
 
 
 def _read(image: Any, limit: int) -> bytes:
-    """Read a path, buffer or file *image*, which `check_is_image` has accepted."""
+    """Read a path, buffer or file *image*, which `check_is_image` has accepted.
+
+    Raises `DataError` if it cannot be read, and `ImageError` for more than *limit* bytes.
+    """
     if isinstance(image, Buffer):
         content = bytes(image)
     else:

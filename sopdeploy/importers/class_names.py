@@ -53,7 +53,11 @@ _NO_NAMES = {
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
-    """Read the class names in *file*, in the order of the logits; raises `ConfigError` if not certain."""
+    """Read the class names in *file*, in the order of the logits.
+
+    Raises `ConfigError` if the file cannot be read, if it is not certain what the names are or
+    their order, and if they cannot be classes.
+    """
     try:
         text = read_text(file, MAX_NAMES_BYTES)
         names = tuple(name.strip() for name in _parse(text, file.suffix.lower()))

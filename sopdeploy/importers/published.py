@@ -83,9 +83,8 @@ def fetch_imagenet_weights(
             )
         return _fetch_from_hub(repository, download), published
 
-    weights = importlib.import_module("torchvision.models").get_model_weights(name)[
-        TORCHVISION_VERSION
-    ]
+    torchvision_models = importlib.import_module("torchvision.models")
+    weights = torchvision_models.get_model_weights(name)[TORCHVISION_VERSION]
     # The catalog writes vgg16-bn for torchvision's vgg16_bn.
     return _fetch_url(weights.url, download), name.replace("_", "-")
 
@@ -107,7 +106,8 @@ def find_lite_weights(model: str) -> Path | None:
         return None
 
     path = Path(module.origin).parent / packaged.file
-    if (digest := sha256(path) if path.is_file() else "missing") != packaged.sha256:
+    digest = sha256(path) if path.is_file() else "missing"
+    if digest != packaged.sha256:
         name = packaged.package.replace("_", "-")
         raise WeightsError(
             f"{path}: {digest}, not {packaged.sha256}; reinstall the package {name}"
@@ -157,9 +157,8 @@ def _fetch_url(url: str, download: bool) -> Path:
     if not path.is_file():
         with _download_error(name, url, HTTP_PROXIES, f"get {url} and put it at {path}"):
             if not download:
-                importlib.import_module("torch.hub").urlopen(
-                    url, timeout=UNREACHABLE_SECONDS
-                ).close()
+                hub = importlib.import_module("torch.hub")
+                hub.urlopen(url, timeout=UNREACHABLE_SECONDS).close()
                 return path
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
@@ -219,7 +218,10 @@ def _check_hash_in_hub_cache(path: Path) -> None:
 def _download_error(
     name: str, url: str, schemes: Sequence[str], advice: str, **remedies: str
 ) -> Iterator[None]:
-    """Convert any error of the block to a `WeightsError` that ends in *advice*; check the proxy before."""
+    """Convert any error of the block to a `WeightsError` that ends in *advice*.
+
+    Raises `ConfigError` before the block for a proxy without a URL of one of *schemes*.
+    """
     where = describe_route(name, find_proxy(url, schemes))
     try:
         yield

@@ -194,8 +194,9 @@ def detect_pooling(renamed: WeightFile, channels: int, length: int) -> FieldValu
     if reduction is None and length in {channels, channels**2}:
         return {"pooling.kind": "gap" if length == channels else "bcnn"}
     raise WeightsError(
-        f"{renamed.path}: no supported pooling maps {width} channels to the {length} inputs of the classifier"
-        " (compact bilinear pooling is not supported: its random parts are not stored)"
+        f"{renamed.path}: no supported pooling maps {width} channels to the "
+        f"{length} inputs of the classifier (compact bilinear pooling is not "
+        "supported: its random parts are not stored)"
     )
 
 
@@ -237,19 +238,24 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
     batch_norm = "features.1.running_mean" in file.tensors
     name = "vgg16-bn" if batch_norm else "vgg16"
     preprocess, notes = find_preprocess(name.replace("-", "_"), file)
+    detected = {
+        **pooling,
+        "classifier": "linear" if is_linear else "mlp",
+        "batch_norm": batch_norm,
+    }
+    triangles = {}
+    if "pooling.width" in pooling:  # of a covariance
+        triangles = {f"{first}.weight": pooling["pooling.width"]}
 
     return ConvertedWeights(
         project=project,
         description=f"VGG-16 of {project}, {'with' if batch_norm else 'without'} batch norm",
         model=name + option,
         tensors=renamed.tensors,
-        triangles={f"{first}.weight": pooling["pooling.width"]}
-        if "pooling.width" in pooling
-        else {},
+        triangles=triangles,
         num_classes=len(file.tensor(f"{last}.weight")),
         preprocess=preprocess,
-        detected=pooling
-        | {"classifier": "linear" if is_linear else "mlp", "batch_norm": batch_norm},
+        detected=detected,
         notes=notes,
     )
 
@@ -263,10 +269,9 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
         return None
 
     # Two convolutions a block, three stages, and one layer before and after them.
-    depth = (
-        6 * len({source.split(".")[1] for source in sources if source.startswith("layer1.")})
-        + 2
-    )
+    blocks = {source.split(".")[1] for source in sources if source.startswith("layer1.")}
+    depth = 6 * len(blocks) + 2
+    has_projections = any(".shortcut." in source for source in sources)
 
     return ConvertedWeights(
         project="pytorch_resnet_cifar10",
@@ -279,9 +284,7 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
             "depth": depth,
             "pooling.kind": "gap",
             "base_width": len(file.tensor("conv1.weight")),
-            "shortcut": "projection"
-            if any(".shortcut." in source for source in sources)
-            else "pad",
+            "shortcut": "projection" if has_projections else "pad",
         },
         class_names=CIFAR10,
     )

@@ -85,11 +85,15 @@ def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights 
         return None
 
     config = read_hub_config(file.path)
+    project = "timm"
+    description = f"timm's tf_{model.replace('-', '_')}"
+    if is_original:
+        project = "EfficientNet-Lite"
+        description = project
+
     return ConvertedWeights(
-        project="EfficientNet-Lite" if is_original else "timm",
-        description="EfficientNet-Lite"
-        if is_original
-        else f"timm's tf_{model.replace('-', '_')}",
+        project=project,
+        description=description,
         model=model,
         tensors=named.tensors,
         num_classes=len(named.tensor("classifier.weight")),
@@ -165,7 +169,8 @@ def refuse_other_network(file: WeightFile, model: str) -> None:
     """Raise `WeightsError` if another network of timm has the tensors of *file*; the error names it."""
     if network := find_network(file):
         raise WeightsError(
-            f"{file.path}: does not fit {model}; its tensors are those of {network}; name that network"
+            f"{file.path}: does not fit {model}; its tensors are those of "
+            f"{network}; name that network"
         )
 
 

@@ -253,8 +253,9 @@ class Concatenation(nn.Module):
         groups = channels // CHANNELS_PER_GROUP
         if groups == 0 or channels % groups:  # the convolutions need groups of equal size
             raise ConfigError(
-                f"attention=concatenation: needs a multiple of {CHANNELS_PER_GROUP} channels, got {channels}"
-                "; choose average, sum or maximum, or a wider network"
+                "attention=concatenation: needs a multiple of "
+                f"{CHANNELS_PER_GROUP} channels, got {channels}; choose average, "
+                "sum or maximum, or a wider network"
             )
 
         # As in the released code: twice as many groups, of 64 channels each, have a kernel that is

@@ -256,25 +256,22 @@ class ISqrtVector(torch.autograd.Function):
         ctx: Any, features_BdHW: Tensor, triangle: Tensor, config: NewtonSchulzConfig
     ) -> Tensor:
         """Compute the upper triangle (B, d (d + 1) / 2) of the root."""
-        # The steps save what `newton_schulz_adjoint` reads.
         start = prenormalize(features_BdHW, config)
 
-        # T_k and F_k of `newton_schulz_adjoint`; F is Z on G and Y on A.
+        # T_k and F_k of each step, which `newton_schulz_adjoint` reads; F is Z on G and Y on A.
         ts = []
         fs = []
         last: Step
-
         for step in newton_schulz_steps(start.matrix, config.iterations):
             ts.append(step.t)
             fs.append(step.z if start.use_gram else step.y)
             last = step
-        root_Bdd = _root(start, last, config)
 
+        root_Bdd = _root(start, last, config)
         vector = root_Bdd.flatten(start_dim=1).index_select(1, triangle)
 
         ctx.config = config
         ctx.use_gram = start.use_gram
-
         # F_0 is not saved: it is the identity on G and the matrix itself on A.
         ctx.save_for_backward(
             features_BdHW, triangle, vector, start.norm, start.matrix, *ts, *fs[1:]

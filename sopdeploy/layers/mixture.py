@@ -115,11 +115,9 @@ class Components(nn.Module):
         # Pool each component's map, then sum the vectors with the weights of their image.
         maps = x.unflatten(1, (self.components, -1)).flatten(end_dim=1)  # (B N, c, H, W)
         pooled_BND: Tensor = self.after(maps).unflatten(0, (-1, self.components))
-        return (
-            pooled_BND
-            if weights_BN is None
-            else (pooled_BND * weights_BN.unsqueeze(2)).sum(dim=1)
-        )
+        if weights_BN is None:
+            return pooled_BND
+        return (pooled_BND * weights_BN.unsqueeze(2)).sum(dim=1)
 
     def gathering_is_faster(self, features_BCHW: Tensor) -> bool:
         """Tell whether `gathered_sum` is faster than evaluating all components.

@@ -54,11 +54,9 @@ def _build_shortcut(
         return PaddedShortcut(in_channels, out_channels, stride)
 
     convolution = conv1x1(in_channels, out_channels, stride)
-    return (
-        convolution
-        if kind == "convolution"
-        else nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
-    )
+    if kind == "convolution":
+        return convolution
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
 
 class ResidualBlock(nn.Module):

@@ -258,6 +258,7 @@ def _blocks_by_tap(
     counts = (*[0] * (len(taps) - 1), blocks) if isinstance(blocks, int) else blocks
     if len(counts) != len(taps):
         raise ConfigError(
-            f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {stage}; give one each"
+            f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of "
+            f"{stage}; give one each"
         )
     return counts

@@ -117,11 +117,9 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         plans = super().plan()  # its check ensures that `widths` has one value per stage
 
         # The last branch gets the width of its stage.
-        widths = (
-            self.paper_branches().widths
-            if self.config.aux_widths is None
-            else self.config.aux_widths
-        )
+        widths = self.config.aux_widths
+        if widths is None:
+            widths = self.paper_branches().widths
         for index, plan in enumerate(plans):
             if plan.used and plan.tap.startswith(f"{self.stage_names[-1]}."):
                 # Not `plan.width`, which is limited by the channels of the last block.
@@ -220,7 +218,8 @@ class DSoPTimm(DSoP, TimmBackbone):
         """Return two blocks and at most 256 channels for every stage; raise `ConfigError` without stages."""
         if not self.tap_channels:
             raise ConfigError(
-                f"timm:{self.config.backbone} has no feature maps (batch, channels, height, width) for "
-                "branches; choose a network with named stages"
+                f"timm:{self.config.backbone} has no feature maps (batch, "
+                "channels, height, width) for branches; choose a network "
+                "with named stages"
             )
         return super().paper_branches()

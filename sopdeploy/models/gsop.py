@@ -102,7 +102,8 @@ class GSoP(Classifier):
         )
         if unknown:
             raise ConfigError(
-                f"block_stages, strided_dr_stages: no {unknown[0]}; stages are {', '.join(self.stage_names)}"
+                f"block_stages, strided_dr_stages: no {unknown[0]}; stages are "
+                f"{', '.join(self.stage_names)}"
             )
 
         # Every few blocks of a stage, counted from its end.

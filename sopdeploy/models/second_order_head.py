@@ -105,7 +105,7 @@ class PooledHead(nn.Module, ExportHints):
                 lengths["isqrt"] += pooling.out_features
 
         # Statistics of the training images, with which the distance and the cosine are
-        # computed.
+        # computed; who fits the head sets them.
         length = sum(lengths[part] for part in config.parts)
         if config.distance:
             self.register_buffer("center", torch.zeros(length))

@@ -215,14 +215,15 @@ def find_clips(
         if certain is None:
             certain = measured.pair
         clips_share[relation.template] = relation.shared
-        if relation.shared != SEQUENCE:
+        if relation.ranks is None:  # no sequence
             groups = connect(len(names), NO_PAIRS, groups, relation.runs)
             continue
 
         # A lower quantile divides the sequence less; it is tried if the sequence is still clear
         # between the groups that a higher one has joined.
         for quantile in LINK_QUANTILES:
-            groups = connect(len(names), _link_sequence(relation, vectors, quantile), groups)
+            links = _link_sequence(relation.runs, relation.ranks, vectors, quantile)
+            groups = connect(len(names), links, groups)
             measured = measure(relation, groups)
             if measured is None or not measured.is_clear:
                 break
@@ -466,17 +467,19 @@ def _count_equal(*keys: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _link_sequence(
-    relation: _Relation, vectors: NDArray[np.float32], quantile: float
+    runs: NDArray[np.int64],
+    ranks: NDArray[np.int64],
+    vectors: NDArray[np.float32],
+    quantile: float,
 ) -> NDArray[np.intp]:
-    """Return the pairs (2, P) of neighbors in the sequences of *relation* that belong together.
+    """Return the pairs (2, P) of neighbors in sequences that belong together.
 
+    The images with equal *runs* (N,), none below 0, are a sequence, in the order of *ranks* (N,).
     The gap between two neighbors is judged by the largest cosine of two images, at most two apart,
     on either side of it. The neighbors belong together if this cosine exceeds the *quantile* of
     the cosines of images half a sequence apart.
     """
     # The images of each sequence, in its order; images with a negative run are in none.
-    runs = relation.runs
-    ranks = np.zeros(len(runs), np.int64) if relation.ranks is None else relation.ranks
     order = np.lexsort((ranks, runs))
     order = order[runs[order] >= 0]
     starts = np.flatnonzero(np.diff(runs[order], prepend=-1))

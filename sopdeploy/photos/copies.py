@@ -337,24 +337,24 @@ def shrink(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
-    """Find the pairs (2, P) of equal images in any of eight orientations, by their *small* ones (N, S, S).
+    """Find the pairs (2, P) of nearly equal images in any of eight orientations, by *small* ones (N, S, S).
 
-    Copies that are turned, smaller and re-encoded reach 0.97, different photographs up to 0.94.
+    Their cosine is `TURNED` or more. Copies that are turned, smaller and re-encoded reach 0.97,
+    different photographs up to 0.94. Images without contrast are in no pair.
     """
     # Each image in eight orientations, as rows without their mean.
     count = len(small)
     width = SMALL // TURNED_SIDE
-    small = small.reshape(count, TURNED_SIDE, width, TURNED_SIDE, width).mean(
-        axis=(2, 4), dtype=np.float32
-    )
-    sides = [small, small[:, :, ::-1]]  # also mirrored
+    tiles = small.reshape(count, TURNED_SIDE, width, TURNED_SIDE, width)
+    smaller = tiles.mean(axis=(2, 4), dtype=np.float32)
+    sides = [smaller, smaller[:, :, ::-1]]  # also mirrored
     turned = [np.rot90(side, turns, axes=(1, 2)) for side in sides for turns in range(4)]
     rows = np.stack(turned, axis=1).reshape(count, 8, -1)
     rows -= rows.mean(axis=2, keepdims=True)
     lengths = np.linalg.norm(rows, axis=2, keepdims=True)
     # All images without contrast would equal each other. `PLAIN` is a standard deviation of
     # pixels, which is this length by the root of their number.
-    is_plain_N = lengths[:, 0, 0] < PLAIN * small[0].size ** 0.5
+    is_plain_N = lengths[:, 0, 0] < PLAIN * smaller[0].size ** 0.5
 
     # Pairs of an upright image and any orientation of another one, by whitened rows.
     units = (rows / np.maximum(lengths, 1.0)).reshape(count * 8, -1)

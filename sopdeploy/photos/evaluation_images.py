@@ -66,8 +66,9 @@ def _open_evaluation_images(
         folder = _held_out_folder(root, labels, log)
         if (table := find_table(root) or find_table(folder)) is None:
             raise DataError(
-                f"{root}: has no {LABELS_FILE}, but the network predicts several "
-                "classes per image; list the images and their classes in this file"
+                f"{root}: has no {LABELS_FILE}, but the network predicts "
+                "several classes per image; list the images and their "
+                "classes in this file"
             )
         # With *labels*, the images of the table have exactly these classes.
         return _held_out_of_table(table, labels, multi_label=True)
@@ -204,21 +205,19 @@ def open_unknown(root: Path) -> UnknownImages:
     """Open the images of no class below *root*, without those that a server kept because of their scores.
 
     The live network rejected most of these, so that the share that a network rejects would seem
-    higher than it is. Those of the uniform sample remain.
+    higher than it is. Those of the uniform sample remain. Raises `DataError` if the folder has no
+    images at all.
     """
     images = open_any_images(root)
     paths = [images.path(index) for index in range(len(images))]
 
     # A kept photograph has an ID as its name. Those in `SAMPLE_FOLDER` were drawn whatever their
     # scores.
-    is_unbiased_N = np.array(
-        [
-            path.parent.name == SAMPLE_FOLDER or not is_kept_photograph(path.name)
-            for path in paths
-        ]
-    )
-    num_remaining = int(is_unbiased_N.sum())
-    num_left_out = len(images) - num_remaining
+    are_biased = [
+        path.parent.name != SAMPLE_FOLDER and is_kept_photograph(path.name) for path in paths
+    ]
+    num_left_out = sum(are_biased)
+    num_remaining = len(images) - num_left_out
     if not num_left_out:
         return UnknownImages(images, "")
 
@@ -227,4 +226,5 @@ def open_unknown(root: Path) -> UnknownImages:
         f"kept them outside of its sample, mostly as unknown; {num_remaining:,} "
         "remain"
     )
-    return UnknownImages(images.select(is_unbiased_N) if num_remaining else None, note)
+    remaining = images.select(~np.asarray(are_biased)) if num_remaining else None
+    return UnknownImages(remaining, note)

@@ -282,8 +282,8 @@ def list_images(
 
     All paths are relative to *root*. Those of images are bytes, as `ImageFiles` has them in an
     array; the others are text for messages. A copy that a program left beside an image is one
-    of the others (`_is_copy_beside`). Folders in *visited* are left out, as `walk` does. Raises
-    `DataError` for a folder that cannot be listed.
+    of the others (`_is_copy_beside`). Folders in *visited* are left out, and those that are listed
+    are added to it (`walk`). Raises `DataError` for a folder that cannot be listed.
     """
     images = set[str]()
     unsuffixed = list[str]()

@@ -10,7 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -32,6 +32,27 @@ FORMS_READ = 6  # pictures of each form: chance would match all of them in one c
 FORM_SIDE = 16  # pixels of the pictures that are compared
 
 Pair: TypeAlias = tuple[bytes, bytes]  # a photograph, and what may be another form of it
+
+
+class _File(NamedTuple):
+    """A path below the folder of a class, and its parts as texts; a folder has many, so no `Path`."""
+
+    path: bytes
+    folder: str
+    stem: str
+    suffix: str
+
+    @classmethod
+    def of(cls, path: bytes) -> "_File":
+        """Take *path* apart."""
+        folder, _, name = os.fsdecode(path).rpartition("/")
+        stem, suffix = os.path.splitext(name)  # noqa: PTH122 - no `Path` for each image
+        return cls(path, folder, stem, suffix)
+
+    @property
+    def below_class(self) -> str:
+        """Its folder below the class folder; "" if it is the class folder itself."""
+        return self.folder.partition("/")[2]
 
 
 class Leftover(NamedTuple):
@@ -88,7 +109,7 @@ def _propose_masks(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]
     by_folder = defaultdict[str, list[Pair]](list)  # below the class
     by_text = defaultdict[str, list[Pair]](list)  # that the name of a mask adds
     for paths in images.values():
-        files = [PurePosixPath(os.fsdecode(path)) for path in paths]
+        files = list(map(_File.of, paths))
         for folder, pair in _pair_with_other_folders(files):
             by_folder[folder].append(pair)
         for text, pair in _pair_in_folders(files):
@@ -97,38 +118,38 @@ def _propose_masks(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]
     yield from by_text.values()
 
 
-def _pair_with_other_folders(files: Sequence[PurePosixPath]) -> Iterator[tuple[str, Pair]]:
+def _pair_with_other_folders(files: Sequence[_File]) -> Iterator[tuple[str, Pair]]:
     """Pair each of a class's *files* with one of another folder, by the numbers in their names.
 
     Without numbers, the names must be the same. Also yields the folder of each below the class.
     """
     # By numbers: the first file of each folder.
-    by_numbers = defaultdict[str, dict[PurePosixPath, PurePosixPath]](dict)
+    by_numbers = defaultdict[str, dict[str, _File]](dict)
     for file in files:
-        by_numbers[_numbers(file.stem) or file.stem].setdefault(file.parent, file)
+        by_numbers[_numbers(file.stem) or file.stem].setdefault(file.folder, file)
 
     for file in files:
         others = by_numbers[_numbers(file.stem) or file.stem].items()
-        other = next((one for folder, one in others if folder != file.parent), None)
+        other = next((one for folder, one in others if folder != file.folder), None)
         if other is not None:
-            yield _below_class(file), _pair(other, file)
+            yield file.below_class, (other.path, file.path)
 
 
-def _pair_in_folders(files: Sequence[PurePosixPath]) -> Iterator[tuple[str, Pair]]:
+def _pair_in_folders(files: Sequence[_File]) -> Iterator[tuple[str, Pair]]:
     """Pair each of *files* with those of its folder whose names it extends or ends differently.
 
     Also yields what it adds to the name: a text without digits or, without one, another suffix.
     """
-    by_stem = defaultdict[tuple[PurePosixPath, str], list[PurePosixPath]](list)
+    by_stem = defaultdict[tuple[str, str], list[_File]](list)
     for file in files:
-        by_stem[file.parent, file.stem].append(file)
+        by_stem[file.folder, file.stem].append(file)
 
     for file in files:
         for part in (file.stem, *_parts(file.stem)):
-            for photograph in by_stem.get((file.parent, part), ()):
+            for photograph in by_stem.get((file.folder, part), ()):
                 if photograph != file:
                     added = re.sub(r"\d+", "", file.stem.replace(part, "", 1))
-                    yield added or file.suffix, _pair(photograph, file)
+                    yield added or file.suffix, (photograph.path, file.path)
 
 
 def _pair_with_other_classes(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]]:
@@ -136,25 +157,17 @@ def _pair_with_other_classes(images: Mapping[str, Sequence[bytes]]) -> Iterator[
     first_of_class = defaultdict[str, dict[str, bytes]](dict)  # by stem: a path of each class
     for label, paths in images.items():
         for path in paths:
-            first_of_class[_stem(path)].setdefault(label, path)
+            first_of_class[_File.of(path).stem].setdefault(label, path)
 
     for label, paths in images.items():
         pairs = []
         for path in paths:
-            namesakes = first_of_class[_stem(path)]
+            namesakes = first_of_class[_File.of(path).stem]
             elsewhere = [one for name, one in namesakes.items() if name != label]
             if elsewhere:
                 pairs.append((elsewhere[0], path))
         if pairs and 2 * len(pairs) >= len(paths):
             yield pairs
-
-
-def _stem(path: bytes) -> str:
-    return PurePosixPath(os.fsdecode(path)).stem
-
-
-def _pair(photograph: PurePosixPath, other: PurePosixPath) -> Pair:
-    return os.fsencode(photograph), os.fsencode(other)
 
 
 def _numbers(stem: str) -> str:
@@ -168,11 +181,6 @@ def _parts(stem: str) -> Iterator[str]:
         beginning = stem[: separator.start()]
         end = stem[separator.end() :]
         yield from {beginning, stem[: separator.end()].rstrip(" _-."), end} - {""}
-
-
-def _below_class(file: PurePosixPath) -> str:
-    """Return the folder of *file* below the class folder; "" if it is the class folder itself."""
-    return "/".join(file.parent.parts[1:])
 
 
 def _is_mask(root: Path, photograph: bytes, other: bytes) -> bool:
@@ -212,8 +220,8 @@ def _propose_forms(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]
     for paths in images.values():
         folders = defaultdict[str, dict[str, bytes]](dict)
         for path in paths:
-            file = PurePosixPath(os.fsdecode(path))
-            folders[_below_class(file)][file.stem] = path
+            file = _File.of(path)
+            folders[file.below_class][file.stem] = path
         folders_of_class.append(folders)
 
     # Every two folders that each class has.

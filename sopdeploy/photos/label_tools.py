@@ -59,7 +59,10 @@ def _values(regions: Any) -> list[Any]:
 def _read_via(
     lines: Iterable[tuple[str, dict[str, Any], dict[str, Any]]],
 ) -> Iterator[dict[str, str]]:
-    """Yield the cells of each image from *lines* with its name, its attributes, and those of a region."""
+    """Yield the cells of each image from *lines* with its name, its attributes, and those of a region.
+
+    Its classes are those in its own attributes or, without any, those in its regions.
+    """
     of_file: dict[str, set[str]] = {}
     of_regions: dict[str, set[str]] = {}
     for name, attributes, region_attributes in lines:

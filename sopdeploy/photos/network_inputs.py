@@ -67,9 +67,9 @@ class FittedPixels:
         if not self.is_kept:
             return np.stack([self.images.preprocess(sample, self.rules) for sample in samples])
         rows = self.rows[np.asarray(samples)]
+        is_computed = self.is_computed[rows].tolist()
         missing = {
-            samples[position]
-            for position in np.flatnonzero(self.is_computed[rows] == 0).tolist()
+            sample for sample, is_done in zip(samples, is_computed, strict=True) if not is_done
         }
         for sample in sorted(missing):
             self.pixels[self.rows[sample]] = self.images.preprocess(sample, self.rules)

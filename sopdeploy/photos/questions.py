@@ -59,8 +59,9 @@ def ask_about_subfolders(images: ImageFiles) -> None:
     else:
         return
     raise DataError(
-        f"{images.root}: {shorten(images.labels)} would be the classes, but {reason} "
-        f"{shorten(subfolders.names)}; {GO_ON} if they are{suggest_folder(images)}"
+        f"{images.root}: {shorten(images.labels)} would be the classes, but "
+        f"{reason} {shorten(subfolders.names)}; {GO_ON} if they "
+        f"are{suggest_folder(images)}"
     )
 
 
@@ -81,10 +82,12 @@ def ask_about_held_out_classes(images: ImageFiles, held_out: Sequence[str]) -> N
             "they are the classes"
         )
 
+    # A class with such a name, or other photographs of the classes.
     raise DataError(
         f"{images.root}: {shorten(doubtful)} would be a class, as "
-        f"{shorten(others)}; {GO_ON} if it is; if it holds other photographs of "
-        f"{shorten(others)}, move {shorten(others)} into a folder {TRAIN} beside it"
+        f"{shorten(others)}; {GO_ON} if it is; if it holds other photographs "
+        f"of {shorten(others)}, move {shorten(others)} into a folder {TRAIN} "
+        "beside it"
     )
 
 
@@ -106,8 +109,9 @@ def ask_about_general_names(images: ImageFiles, hint: str) -> None:
 def ask_about_parts_inside(images: ImageFiles) -> None:
     """Raise `DataError` if class folders hold folders of training images, such as `cat/train`."""
     # The folders below class folders that are named as parts are.
-    parents = {PurePosixPath(os.fsdecode(path)).parent for path in images.paths.tolist()}
-    folders = {folder for parent in parents for folder in (parent, *parent.parents)}
+    parents = {path.rpartition(b"/")[0] for path in images.paths.tolist()}
+    paths = [PurePosixPath(os.fsdecode(parent)) for parent in parents]
+    folders = {folder for path in paths for folder in (path, *path.parents)}
     inside = sorted(
         folder.as_posix()
         for folder in folders
@@ -156,8 +160,9 @@ def ask_about_numbered_folders(images: ImageFiles, table_hint: str) -> None:
     hint = table_hint or suggest_names(images.root, images.paths.tolist())
     if hint and (table_hint or len(words) > 1):
         raise DataError(
-            f"{images.root}: {shorten(images.labels)} would be the classes, but "
-            f"may be parts of one archive; {GO_ON} if they are classes{hint}"
+            f"{images.root}: {shorten(images.labels)} would be the classes, "
+            f"but may be parts of one archive; {GO_ON} if they are "
+            f"classes{hint}"
         )
 
 
@@ -255,9 +260,9 @@ def suggest_names(root: Path, paths: Sequence[bytes]) -> str:
     """
     for pattern in NAME_PATTERNS:
         counts = Counter(class_in_name(path, pattern) for path in paths)
-        without = counts.pop("", 0)
-        are_few = len(counts) > 1 and counts.total() >= FEW_WORDS * len(counts)
-        if are_few and without <= (1 - IN_NAMES) * len(paths):
+        num_without = counts.pop("", 0)
+        may_be_classes = len(counts) > 1 and counts.total() >= FEW_WORDS * len(counts)
+        if may_be_classes and num_without <= (1 - IN_NAMES) * len(paths):
             return (
                 f"; if {shorten(sorted(counts))} in the names of the files are the "
                 f"classes, run: sopdeploy train --data {quote(str(root))} --set "
@@ -271,5 +276,7 @@ def class_in_name(path: bytes, pattern: str) -> str:
 
     Characters that are neither letters nor digits are removed from both ends: `cat` for `cat.1.jpg`.
     """
-    match = re.search(pattern, PurePosixPath(normalize(os.fsdecode(path))).stem)
+    name = normalize(os.fsdecode(path)).rpartition("/")[2]
+    stem, _ = os.path.splitext(name)  # noqa: PTH122 - no `Path` for each image
+    match = re.search(pattern, stem)
     return "" if match is None else re.sub(r"^[\W_]+|[\W_]+$", "", match.group())

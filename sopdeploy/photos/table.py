@@ -421,8 +421,8 @@ def find_other_table(images: Sequence[bytes], files: Iterable[Path]) -> Path | N
     """Find one of the *files* that lists the *images*, but that training does not read; None without one.
 
     It is a text file that contains the names of at least half of a sample of the images
-    (`MAX_SAMPLED`), with or without suffix. A single image is no sample: any text may have its name. The
-    beginnings of `MAX_TABLES` files are searched.
+    (`MAX_SAMPLED`), with or without suffix. A single image is no sample: any text may have its
+    name. The beginnings of `MAX_TABLES` files are searched.
     """
     tables = [
         path
@@ -568,7 +568,11 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
 
 
 class _CsvStart(NamedTuple):
-    """A CSV file whose *text* begins with a heading, and how many lines of the file are before it."""
+    """A CSV file whose *text* begins with a heading.
+
+    `lines_before` is added to a number of a line of *text* for that of the file. An added heading
+    lowers it by 1.
+    """
 
     text: str
     separator: str

@@ -282,8 +282,9 @@ def _describe_learning(
     shown_heads = heads if len(heads) > 1 else ()  # a single head is the deployed network
     if shown_heads and last.diagnostics is not None:
         subset = (
-            f"The deployed network is evaluated on all {last.metrics.count} held-out images, the heads on a "
-            f"fixed subset of {last.diagnostics.num_images}."
+            f"The deployed network is evaluated on all {last.metrics.count} "
+            "held-out images, the heads on a fixed subset of "
+            f"{last.diagnostics.num_images}."
         )
         text = [*text, subset]
 
@@ -419,7 +420,7 @@ def _show_photographs(
 ) -> Section:
     """Show the images of *captions*, (index, markup), as JPEGs; *names* are for links to them, by index.
 
-    Those whose file is gone since are not shown.
+    Those whose file is gone since, or cannot be read, are not shown.
     """
     figures = []
     for index, caption in captions:
@@ -455,9 +456,8 @@ def _describe_run(setup: Setup, fit: Fit, record: Mapping[str, Any]) -> list[Sec
         caption="All values of the run", columns=["key", "value"], rows=values, folded=True
     )
 
-    facts = {
-        f"{name} version": version for name, version in record["versions"].items()
-    } | record["machine"]
+    versions = {f"{name} version": version for name, version in record["versions"].items()}
+    facts = versions | record["machine"]
     if isinstance(fit.result, LoopResult):
         facts["weights in best.pt"] = f"{record['weights']}, of epoch {record['epoch']}"
 

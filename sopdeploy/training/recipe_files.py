@@ -52,7 +52,10 @@ def _packaged() -> dict[str, Traversable]:
 
 
 def recipe_text(source: str | Path) -> str:
-    """Read the TOML text of *source*, a packaged recipe or a path ending in `.toml`."""
+    """Read the TOML text of *source*, a packaged recipe or a path ending in `.toml`.
+
+    Raises `ConfigError` if there is none, or it cannot be read.
+    """
     if str(source).endswith(".toml"):
         try:
             return read_text(source)

@@ -192,7 +192,7 @@ def new_setup(
     """Build the network of *recipe* with its start weights; *weights* is their file, if it is known.
 
     Raises `DataError` for a single image, `ConfigError` for settings that do not fit images or
-    network.
+    network, and the errors of `create_initial_model`.
     """
     check_count(division.data.train)
     model, recipe, report = create_initial_model(
@@ -227,8 +227,9 @@ def _resume_setup(
         )
     if state.train_count != len(images):
         raise DataError(
-            f"{source}: the run started with {state.train_count} training images, "
-            f"now there are {len(images)}; give the same data or start a new run"
+            f"{source}: the run started with {state.train_count} training "
+            f"images, now there are {len(images)}; give the same data or "
+            "start a new run"
         )
     if not has_same_images(last, source, images, division.file_hashes):
         raise DataError(

@@ -346,7 +346,7 @@ def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]
     if "image_size" in config:
         return model
 
-    # One for another size is created again, because the size decides the weights.
+    # A model for another size is created anew, because the size decides the weights.
     has_crop = "crop" in recipe.preprocess.model_fields_set
     size = recipe.preprocess.crop if has_crop else model.size_of(tensors)
     return model if size is None or size == model.fixed_size else create(image_size=size)

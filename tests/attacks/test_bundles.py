@@ -141,14 +141,14 @@ def compressed(content: bytes) -> bytes:
     return file.getvalue()
 
 
-def overlapping(content: bytes) -> bytes:
-    """Let a hundred entries of the archive refer to the images."""
+def overlapping(content: bytes, name: str) -> bytes:
+    """Let a hundred entries of the archive, each with the *name* for its number, refer to the images."""
     file = io.BytesIO(content)
     with zipfile.ZipFile(file, "a") as archive:
         images = archive.getinfo("images.npy")
         for number in range(100):
             archive.filelist.append(entry := copy.copy(images))
-            entry.filename = f"output_{number}.npy"
+            entry.filename = name.format(number)
         archive._didModify = True  # type: ignore[attr-defined]
     return file.getvalue()
 
@@ -163,7 +163,8 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     "a number as images": lambda: probes(images=np.uint8(7)),
     "endless images without pixels": lambda: probes(images=np.zeros((10**15, 0), np.uint8)),
     "compressed arrays": lambda: compressed(probes()),
-    "many names of one array": lambda: overlapping(probes()),
+    "many names of one array": lambda: overlapping(probes(), "output_{}.npy"),
+    "one array again and again": lambda: overlapping(probes(), "images.npy"),
     "one image again and again": lambda: probes(images=np.zeros((4, SIDE, SIDE, 3), np.uint8)),
     "a tolerance that the noise floor does not explain": lambda: probes(
         tolerance_logits=np.array(1e9)

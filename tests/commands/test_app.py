@@ -460,6 +460,8 @@ EARLY_MISTAKES = {  # command: its error
     "export one --detach": "one: photographs, not a checkpoint; run: sopdeploy train --data one",
     "export ckpt.pt --out photos.zip": "--out: photos.zip is a file; choose a folder",
     "export ckpt.pt --precision int8": "--precision: int8 needs images to measure ranges on; try --calibrate",
+    "export ckpt.pt --precision fp16 --evaluate nowhere": "nowhere: no such folder",
+    "export ckpt.pt --precision int8 --calibrate nowhere": "nowhere: no such folder",
     "export nothing.pt --detach": "nothing.pt: no such file",
 }
 

@@ -38,12 +38,9 @@ from sopdeploy.files import (
 )
 from sopdeploy.version import __version__
 from sopdeploy_commands.bulk.sources import ListedImage
-from sopdeploy_commands.tables import VERSION, make_schema
+from sopdeploy_commands.tables import LISTING, ROWS_FOLDER, STATE, VERSION, make_schema
 
-ROWS_FOLDER = "rows"
-LISTING = "_list.parquet"
 PART_IMAGES = 512  # by default; a killed run begins the last part again
-STATE = "_run.json"
 _TEXT = pa.string()
 _NUMBER = pa.int64()
 

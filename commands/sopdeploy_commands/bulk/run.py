@@ -107,8 +107,9 @@ def classify(
         return _classify_to_csv(
             Path(bundle), names, Path(out), options, loaded_settings, on_image
         )
-    from sopdeploy_commands.bulk.output import ROWS_FOLDER, OutputFolder
+    from sopdeploy_commands.bulk.output import OutputFolder
     from sopdeploy_commands.bulk.sources import list_sources
+    from sopdeploy_commands.tables import ROWS_FOLDER
 
     # The rows must not be written into the folder that is listed.
     if any(

@@ -57,7 +57,8 @@ def list_sources(
 ) -> Iterator[ListedImage]:
     """Yield the images of *sources*; raise `DataError` for one that is missing, damaged or has no images.
 
-    *skipped* counts the other visible files of folders and archives, by suffix.
+    *skipped* counts the other visible files of folders and archives, by suffix. Raises
+    `MissingPackageError` for an address whose client is not installed.
     """
     skipped = Counter() if skipped is None else skipped
     if not sources or "" in sources:

@@ -94,7 +94,12 @@ def show_export(exported: "Exported", *, verbose: bool = False) -> None:
         print_field("speed", text)
 
 
-@command(show_export, summarize=lambda exported: exported.summary(), options={"out"})
+@command(
+    show_export,
+    summarize=lambda exported: exported.summary(),
+    options={"out"},
+    collects_garbage=False,
+)
 @expand_options
 def export(
     checkpoint: str | Path,
@@ -164,12 +169,9 @@ def _export_weights(
     on_step: Callable[[str], None],
 ) -> "Exported":
     """Export the network that *source* names with the weights of the file *weights*."""
+    from sopdeploy_export.user_network.builder import network_builder
     from sopdeploy_export.user_network.export_network import export_network
-    from sopdeploy_export.user_network.loading import (
-        load_weights,
-        network_builder,
-        read_weights,
-    )
+    from sopdeploy_export.user_network.loading import load_weights, read_weights
 
     # What the user says about the network: classes, preprocessing, name.
     labels = None if source.labels is None else read_class_names(source.labels)
@@ -179,11 +181,9 @@ def _export_weights(
 
     # The user's code builds the networks: the one that was trained and, if given, the plain
     # one.
-    plain = (
-        None
-        if source.plain is None
-        else network_builder("plain", source.plain, source.plain_option)
-    )
+    plain = None
+    if source.plain is not None:
+        plain = network_builder("plain", source.plain, source.plain_option)
     build = network_builder("network", str(source.network), source.option)
 
     # The class names of the option, or else those in the file.
@@ -265,7 +265,7 @@ def _show_unused(inspected: Inspection) -> None:
         print_field("next", inspected.command, style="dim")
 
 
-@command(_show_unused)
+@command(_show_unused, collects_garbage=False)
 @expand_options
 def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     """List the parts of a network of your own that its output does not depend on; writes nothing.
@@ -292,9 +292,11 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     from sopdeploy_export.capture.program import trace
     from sopdeploy_export.prove.constants import check_constants
     from sopdeploy_export.user_network.admission import admit
+    from sopdeploy_export.user_network.builder import network_builder
     from sopdeploy_export.user_network.export_network import checked_builder
-    from sopdeploy_export.user_network.loading import load_weights, network_builder
+    from sopdeploy_export.user_network.loading import load_weights
 
+    # The network of the user, and what an export would refuse before its proof.
     build = network_builder("network", options.network, options.option)
     network = build()
     loaded = load_weights(network, file, options.weights_key)
@@ -309,12 +311,13 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
                 return trace(rebuilt, preprocess, BatchRange()).program
 
             check_constants(admitted.trained.trace.program, capture_rebuilt)
+
+    # The command that exports without these parts: with the same options and, unless the file has
+    # names of these classes, with a file of names.
     unused = admitted.removable
     labels = loaded.labels
     if labels is not None and (len(labels) != admitted.num_classes or label_problem(labels)):
-        labels = None  # the labels are of another network
-
-    # The same options as a command that exports without these parts.
+        labels = None
     names_file = CLASS_NAMES_FILE if labels is None else None
     export_options = {**vars(options), "training_only": unused, "labels": names_file}
     words = ["sopdeploy export", quote(str(file))]
@@ -351,7 +354,8 @@ def read_preprocess(text: str | None) -> Preprocess:
     prefix, _, name = text.partition(":")
     if prefix == "scaled":
         return read_preprocess(name).model_copy(update={"decoding": "scaled"})
-    values: Any = None
+
+    values: Any = None  # of a file, for the message of an error
     try:
         if prefix in CONVENTIONS and (name.isdecimal() or text == prefix):
             return Preprocess.of_convention(prefix, int(name or 224))

@@ -138,11 +138,8 @@ def _show(predictions: Sequence[FilePrediction], *, as_json: bool) -> int:
         elif not as_json:
             print_prediction(prediction)
 
-    return (
-        DataError.exit_code
-        if any(prediction.error is not None for prediction in predictions)
-        else 0
-    )
+    has_error = any(prediction.error is not None for prediction in predictions)
+    return DataError.exit_code if has_error else 0
 
 
 @command(_show)

@@ -95,15 +95,19 @@ def logits_of_images(
         path = images.path(index)
 
         try:
-            image = images.read(index)
-            pixels = decode(
-                image, manifest.preprocess, max_bytes=max_bytes, max_pixels=max_pixels
-            ).pixels
+            decoded = decode(
+                images.read(index),
+                manifest.preprocess,
+                max_bytes=max_bytes,
+                max_pixels=max_pixels,
+            )
         except ImageError as error:
             raise DataError(f"{path}: {error}; repair or remove it") from error
 
         # The image and, with *mirror*, its mirror image, of whose logits the mean counts.
-        views = [pixels, np.ascontiguousarray(pixels[:, ::-1])] if mirror else [pixels]
+        views = [decoded.pixels]
+        if mirror:
+            views.append(np.ascontiguousarray(decoded.pixels[:, ::-1]))
         with translating_errors(loaded.runtime):
             logits = [
                 loaded.runtime.run(view[None])[manifest.outputs[0].name][0] for view in views

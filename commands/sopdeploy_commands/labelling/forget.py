@@ -32,16 +32,13 @@ from sopdeploy.images.signatures import is_image
 from sopdeploy.photos.files import kept_id, normalize, walk
 from sopdeploy.photos.photo import Photo
 from sopdeploy.project import BUNDLES, RUNS
+from sopdeploy_commands.tables import LISTING, ROWS_FOLDER, STATE, VERSION_KEY, check_schema
 from sopdeploy_service.inference.drift import BLOCK_SUFFIX, DAMAGED, TRAFFIC, read_block
 
 RECORDS = ".json", ".skipped"  # beside a kept photograph
 # What a temporary file has after the name of the other file; a file called `.partial` names no
 # other one.
 _PARTIAL_NAME = re.compile(rf"(?<=.)(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}")
-# Names in an output folder of `classify`
-LISTING = "_list.parquet"
-STATE = "_run.json"
-ROWS_FOLDER = "rows"
 # Values of a forgotten row in columns that cannot be empty
 FORGOTTEN = {"path": "forgotten", "location": "forgotten", "offset": 0, "size": 0}
 
@@ -388,8 +385,6 @@ def _read_table(table: Path) -> Iterator[_TableRow]:
     """Yield the rows of *table* that are not forgotten; none of a table of another program or without paths."""
     import pyarrow.parquet as pq  # of an extra
 
-    from sopdeploy_commands.tables import VERSION_KEY
-
     schema = pq.read_schema(table)
     columns = [name for name in _TableRow._fields[1:] if name in schema.names]  # not `number`
     if VERSION_KEY not in (schema.metadata or {}) or "path" not in columns:
@@ -410,8 +405,9 @@ def _output_folder(table: Path) -> Path:
 def _lock_output(folder: Path, locks: ExitStack) -> None:
     """Keep runs of `classify` out of *folder* until *locks* are closed.
 
-    Does nothing without the file in which a run keeps its state: then *folder* is no output folder
-    of `classify`.
+    Does nothing without the file in which a run keeps its state: then *folder* is no output
+    folder of `classify`. On a file system without locks, it keeps none out. Raises `DataError`
+    if a run writes to *folder*, and `StorageError` if the lock cannot be opened.
     """
     if not (folder / STATE).exists():
         return
@@ -452,8 +448,6 @@ def _check_one_photograph(
 def _check_format(table: Path) -> None:
     """Raise `DataError` if *table* is damaged, or of a later format than this version can rewrite."""
     import pyarrow.parquet as pq  # of an extra
-
-    from sopdeploy_commands.tables import check_schema
 
     try:
         check_schema(pq.read_schema(table))

@@ -43,11 +43,9 @@ def read_promotions(link: Path) -> list[Promotion]:
             try:
                 promotions.append(validate_format(Promotion, fields))
             except ValueError as error:
-                advice = (
-                    ""
-                    if isinstance(error, OtherVersionError)
-                    else "; repair or remove this line"
-                )
+                advice = "; repair or remove this line"
+                if isinstance(error, OtherVersionError):  # it names the version to use
+                    advice = ""
                 log = link.with_name(LOG)
                 raise ConfigError(f"{log}: line {number}: {error}{advice}") from error
 

@@ -69,17 +69,16 @@ class Evaluation:
 
     def summary(self) -> dict[str, object]:
         """Return the output of `sopdeploy eval --json`."""
+        fitted = {}
+        if self.decision is not None:
+            fitted = {"decision": self.decision.model_dump(mode="json")}
         return {
             "source": self.source,
             "kind": self.kind,
             **self.facts,
             "mirror": self.mirror,
             "notes": list(self.notes),
-            **(
-                {}
-                if self.decision is None
-                else {"decision": self.decision.model_dump(mode="json")}
-            ),
+            **fitted,
             **self.metrics.model_dump(mode="json"),
         }
 
@@ -116,9 +115,10 @@ def evaluate(
     Classes are matched by name; classes without images are named and left out. Accuracies have
     Wilson 95 % intervals. If a rejection threshold was fitted, the output includes the fraction
     of accepted images. A network with several classes per image needs a folder with
-    `labels.csv`; its metrics are mAP, and F1 of each class at its threshold. --fit-decision is
-    for imported checkpoints, and for other images than those of a run, which fits both at its
-    end. The metrics are those before the fit.
+    `labels.csv`; its metrics are mAP, and F1 of each class at its threshold. --fit-decision
+    writes a copy of the checkpoint with another temperature and threshold. It is for imported
+    checkpoints, and for other images than those of a run, which fits both at its end. The
+    metrics are those before the fit.
 
     Example: sopdeploy eval runs/latest/best.pt --data test-photos
 
@@ -186,7 +186,10 @@ def evaluate(
 
 
 def _check_options(source: Path, kind: str, options: EvaluateOptions) -> None:
-    """Raise `ConfigError` for an option that *source* of this *kind* does not have, or that overwrites it."""
+    """Raise `ConfigError` for an option that *source* of this *kind* does not have, or that overwrites it.
+
+    It is also raised for a decision that would be fitted to the means with mirror images.
+    """
     for setting, needed in (("runtime", "bundle"), ("fit_decision", "checkpoint")):
         if getattr(options, setting) and kind != needed:
             raise ConfigError(

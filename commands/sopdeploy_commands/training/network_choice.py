@@ -85,11 +85,12 @@ def choose_network(
 
     *configured* are the recipes by name, with what is known of each run. Only networks that
     need at most *within* milliseconds for an image are cross-validated; their weights are
-    downloaded. With *may_skip*, networks whose weights cannot be reached are skipped. The
-    function also sets the threads of torch.
+    downloaded. With *may_skip*, networks whose weights cannot be reached are skipped. Images that
+    turn out to be unreadable are left out from then on. Returns a row for each network, also for
+    those that were not cross-validated. The function also sets the threads of torch.
 
     Raises `ConfigError` if all networks take longer, or if one would not be trained by the
-    few-shot procedure, and the errors of `fetch_weights`.
+    few-shot procedure, and the errors of `fetch_weights` and `score_network`.
     """
     shared, given = next(iter(configured.values()))  # the recipes differ in the network only
     data, _ = given.images or open_images(shared)
@@ -240,9 +241,10 @@ def fetch_weights(
 ) -> list[str]:
     """Fetch the published start weights of *recipes*; return the names of the networks that have their weights.
 
-    Without *download*, only ask whether the weights can be fetched. Weights that cannot be
-    fetched raise `WeightsError`. With *may_skip*, their networks are left out instead, and a
-    warning names them; then, `WeightsError` is raised if no network remains.
+    Networks with other start weights, such as a file, count as having them. Without *download*,
+    only ask whether the weights can be fetched. Weights that cannot be fetched raise
+    `WeightsError`. With *may_skip*, their networks are left out instead, and a warning names
+    them; then, `WeightsError` is raised if no network remains.
     """
     problems: dict[str, WeightsError] = {}
 

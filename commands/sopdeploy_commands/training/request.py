@@ -207,7 +207,10 @@ def read_changes(
     options: TrainOptions,
     settings: Mapping[str, Any] = {},
 ) -> RecipeChanges:
-    """Read *recipe* and parse its changes; raises `ConfigError` if they cannot be combined."""
+    """Read *recipe* and parse its changes; raises `ConfigError` if they cannot be combined.
+
+    Raises `WeightsError`, too, for a folder of weights that lacks those of a network.
+    """
     if recipe is None and data is None:
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
 
@@ -249,7 +252,10 @@ def read_request(
     options: TrainOptions,
     settings: Mapping[str, Any],
 ) -> TrainRequest:
-    """Read the recipe of each network, the run to start from, and the images; writes no file."""
+    """Read the recipe of each network, the run to start from, and the images; writes no file.
+
+    Raises `ConfigError`, `DataError`, `WeightsError` and `CheckpointError` for what the user gave.
+    """
     # What a user may have mistyped, before torch is imported
     changes = read_changes(data, recipe, options, settings)
     options.milliseconds  # noqa: B018 - raises the error of an invalid time
@@ -313,11 +319,11 @@ def _check_weights(weights: str) -> WeightPath:
 
 
 def read_previous(source: Path) -> "Checkpoint":
-    """Read the best checkpoint of the run that *source* gives.
+    """Read the best checkpoint of the run that *source* gives, or *source* if it is a checkpoint.
 
-    *source* is the run, its checkpoint, or a bundle that was exported from it. Raises
-    `ConfigError` if the run of a bundle is not there or is another one by now, or if a
-    checkpoint is not of a run, and the errors of `read_checkpoint`.
+    Otherwise, *source* is the run, or a bundle that was exported from it. Raises `ConfigError` if
+    the run of a bundle is not there or is another one by now, or if a checkpoint is not of a
+    run, and the errors of `read_checkpoint`.
     """
     from sopdeploy.bundle.folder import read_manifest
     from sopdeploy.checkpoint import read_checkpoint

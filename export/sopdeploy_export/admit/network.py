@@ -25,7 +25,7 @@ from sopdeploy_export.network import attributes_restored, modules, tensors, tens
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 
 
-def check_exportable(network: nn.Module, training_only: tuple[str, ...] = ()) -> None:
+def check_exportable(network: nn.Module, training_only: tuple[str, ...]) -> None:
     """Raise `LoweringError` if a layer of *network* outside of *training_only* declares `not_exportable`."""
     for name, module in network.named_modules():
         reason = export_hints(module).not_exportable
@@ -81,7 +81,8 @@ def unwrap_and_check(
         )
     if isinstance(network, torch.jit.ScriptModule):
         raise LoweringError(
-            f"the whole {role} network is a ScriptModule; export the module that was scripted or traced"
+            f"the whole {role} network is a ScriptModule; export the module that "
+            "was scripted or traced"
         )
 
     # Modules that cannot be read, run or captured.
@@ -107,11 +108,11 @@ def prepared(
 ) -> Iterator[nn.Module]:
     """Unwrap *network*, and prepare it for the block: on the CPU, in eval mode, uncompiled.
 
-    *logits_key* says which of its outputs to export. Afterwards, it is as before. A hook, a
+    Afterwards, the network is as before. *logits_key* says which of its outputs to export. A hook, a
     replaced method or a part in train mode is no reason to refuse a network, except a hook or a
-    `forward` on a whole network of the catalog. But if the block refuses it, the message also
-    names such an oddity, which can be the cause. Raises `LoweringError` for modules that are not
-    accepted, and `DetachError` for *training_only*.
+    `forward` on a whole network of the catalog. But if the block raises `CertificateError` or
+    `LoweringError`, the message also names such an oddity, which can be the cause. Raises
+    `LoweringError` for modules that are not accepted, and `DetachError` for *training_only*.
     """
     unwrapped = unwrap_and_check(network, "trained", training_only)
     parts = match_parts(unwrapped, training_only)
@@ -124,7 +125,7 @@ def prepared(
             # Not by `setattr`, which a class can define.
             vars(unwrapped)[EXPORT_LOGITS] = logits_key
 
-        oddity = find_oddity(unwrapped, "trained", parts)
+        oddity = find_oddity(unwrapped, parts)
         try:
             yield unwrapped
         except (CertificateError, LoweringError) as error:
@@ -147,7 +148,8 @@ def check_torch_state() -> None:
     # Types.
     if torch.get_default_dtype() != torch.float32:
         raise CertificateError(
-            f"torch.set_default_dtype({torch.get_default_dtype()}) is active; set it back to torch.float32"
+            f"torch.set_default_dtype({torch.get_default_dtype()}) is active; set "
+            "it back to torch.float32"
         )
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
@@ -173,46 +175,51 @@ def check_torch_state() -> None:
         )
 
 
-def find_oddity(network: nn.Module, role: str, removed: tuple[str, ...] = ()) -> str | None:
+def find_oddity(network: nn.Module, removed: tuple[str, ...]) -> str | None:
     """Describe the first oddity of a module of *network* outside of *removed* parts; None if there is none.
 
     An oddity is a hook, a replaced method, a FakeQuantize module, or a module that is still in
     train mode after `eval`. A ScriptModule counts in removed parts, too: these can still run, and
-    no capture can enter it. *role* is that of the network in messages.
+    no capture can enter it.
     """
     for name, module in modules(network):
         if isinstance(module, torch.jit.ScriptModule):
             return (
-                f"{name} of the {role} network is a ScriptModule; put the module that was scripted or "
-                "traced in its place or, if only training needs it, run it only if self.training"
+                f"{name} of the trained network is a ScriptModule; put the module "
+                "that was scripted or traced in its place or, if only training "
+                "needs it, run it only if self.training"
             )
         if is_in(name, *removed):
             continue
+
         if any(kind.__name__ == "FakeQuantizeBase" for kind in type(module).__mro__):
             return (
-                f"{name} of the {role} network is a {type(module).__name__}, which reads its own buffers; "
-                "put torch.nn.Identity in its place, and quantize with precision int8"
+                f"{name} of the trained network is a {type(module).__name__}, which "
+                "reads its own buffers; put torch.nn.Identity in its place, and "
+                "quantize with precision int8"
             )
-        where = name or "the whole network"
 
+        # Changes of the instance, which its class does not show.
+        where = name or "the whole network"
         if module._forward_hooks or module._forward_pre_hooks:
             remedy = (
                 "remove it first, or register a method of the module in place of a function"
             )
-            return f"the {role} network has a forward hook on {where}; {remedy}"
+            return f"the trained network has a forward hook on {where}; {remedy}"
 
         method = _replaced_method(module)
         if method is not None:
-            owner = f"{name} of the" if name else "the whole"
+            owner = f"{name} of the" if name else "the whole"  # before "trained network"
             remedy = "change the class, or bind a function of self with types.MethodType"
-            return f"{method} of {owner} {role} network was replaced on the instance; {remedy}"
+            return f"{method} of {owner} trained network was replaced on the instance; {remedy}"
 
+        # `eval` has been called: the module itself, or one around it, keeps it in train mode.
         if module.training:
-            remedy = "call .eval() first"
+            remedy = "a module around it does not pass .eval() on: call it there for all parts"
             if type(module).train is not nn.Module.train:
                 keeps = "keeps it there after .eval(): replace it by a layer that does not"
                 remedy = f"{type(module).__name__}.train() {keeps}"
-            return f"the {role} network is in train mode ({where}); {remedy}"
+            return f"the trained network is in train mode ({where}); {remedy}"
 
     return None
 
@@ -262,7 +269,8 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     if not is_dense or (has_fractions and tensor.dtype != torch.float32):
         kind = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout} on {tensor.device}"
         raise LoweringError(
-            f"{name} is a {kind}; the exporter accepts dense tensors of float32 or integers: {_advise(tensor)}"
+            f"{name} is a {kind}; the exporter accepts dense tensors of float32 or "
+            f"integers: {_advise(tensor)}"
         )
 
     # Bytes of memory are hashed and written, and here these are not the values.

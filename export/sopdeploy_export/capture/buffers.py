@@ -74,7 +74,7 @@ def empty_caches(network: nn.Module, preprocess: Preprocess) -> None:
     if not caches:
         return
 
-    # Empty all, and see what a run puts into them; behind the block, they are empty again.
+    # Empty all, and see what a run puts into them. `attributes_restored` empties them again.
     contents = [cache.copy() for cache in caches]
     filled: list[dict[Any, Tensor]] = [{} for _ in caches]
     for cache in caches:
@@ -84,6 +84,7 @@ def empty_caches(network: nn.Module, preprocess: Preprocess) -> None:
         compute_outputs(network, _blank_images(network, preprocess))
         filled = [cache.copy() for cache in caches]
 
+    # Those that the run filled with other tensors, or not at all, get their content back.
     for cache, content, again in zip(caches, contents, filled, strict=True):
         if not _are_equal_dicts(content, again):
             cache.update(content)
@@ -96,11 +97,9 @@ def _holds_tensors(values: dict[Any, Any]) -> bool:
 
 
 def _are_equal_dicts(first: dict[Any, Tensor], second: dict[Any, Tensor]) -> bool:
-    return (
-        first.keys() == second.keys()
-        and _holds_tensors(second)
-        and all(are_equal(tensor, second[key]) for key, tensor in first.items())
-    )
+    if first.keys() != second.keys() or not _holds_tensors(second):
+        return False
+    return all(are_equal(tensor, second[key]) for key, tensor in first.items())
 
 
 def make_kept_results_anew(network: nn.Module, preprocess: Preprocess) -> None:

@@ -6,25 +6,18 @@ of any other one, torch's first sentence stays, shortened, beside the line of th
 
 import linecache
 import re
-import sysconfig
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from sopdeploy.errors import LoweringError, describe_known, first_line
+from sopdeploy_export.network import is_network_code
 
-from sopdeploy.errors import LoweringError, first_line
-
-# Code whose lines tell a user nothing; packages of others can lie within that of Python.
-_FOREIGN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
-_OF_PYTHON = sysconfig.get_path("stdlib")
 _MOST_OF_TORCH = 160  # characters of torch's sentence
 _MOST_OF_LINE = 100
 
 NO_GRAPH = "cannot be captured as one graph"
-# How torch.export says that code depends on the batch size.
-BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynamic")
 DATA_DEPENDENT = re.compile(r"data-dependent expression")
 
 
@@ -42,7 +35,7 @@ class _Cause(NamedTuple):
 
 
 BY_SIZE = _Cause(
-    BATCH_GUARD,
+    re.compile(r"generated guard|to be a constant|marked \w+ as dynamic"),
     "its code treats some batch sizes differently, or fixes the size",
     "every size needs one graph: write x.shape[0] for len(x) and int(x.shape[0]), a // b for int(a / b), and "
     "compute all images of a batch at once instead of in a loop",
@@ -52,7 +45,14 @@ ON_VALUES = _Cause(
     "its code depends on values of the image, as `x[mask]` or `if` does",
     "use torch.where",
 )
+# What torch says of `cond`, `while_loop`, `scan` and `map` that it does not capture.
+CONTROL_FLOW = _Cause(
+    re.compile("higher order operator doesn't work unless"),
+    "a graph has no control flow",
+    "compute all branches, and choose with torch.where",
+)
 DEPENDS_ON_VALUES = f"{ON_VALUES.problem}; {ON_VALUES.remedy}"
+NO_CONTROL_FLOW = f"{CONTROL_FLOW.problem}; {CONTROL_FLOW.remedy}"
 _CAUSES = (
     BY_SIZE,
     ON_VALUES,
@@ -61,12 +61,7 @@ _CAUSES = (
         "its code uses the batch size as a key, as in cache[x.shape]",
         "use the other sizes only",
     ),
-    # What torch says of `cond`, `while_loop`, `scan` and `map` that it does not capture.
-    _Cause(
-        re.compile("higher order operator doesn't work unless"),
-        "a graph has no control flow",
-        "compute all branches, and choose with torch.where",
-    ),
+    CONTROL_FLOW,
     _Cause(
         re.compile(r"TensorWrapper|does not require grad"),
         "its code computes gradients while it runs, which no graph has",
@@ -102,6 +97,13 @@ _CAUSES = (
         "its code draws random numbers in torch.vmap",
         "remove them",
     ),
+    # torch.export passes a module of TorchScript to its forward twice. Other code that is called
+    # with a wrong number of arguments fails before the capture, in the first run.
+    _Cause(
+        re.compile(r"forward\(\) takes \d+ positional arguments? but \d+ were given"),
+        "torch.jit.script made the network or a part of it, and no graph has such a part",
+        "build it from its Python class",
+    ),
 )
 
 
@@ -117,10 +119,9 @@ def describe_failure(error: BaseException) -> str:
         if match := known.words.search(text):
             return known.describe(match, place)
 
-    problem = first_line(error)
-    if not problem.startswith(type(error).__name__):
-        return problem  # `first_line` knows the cause, and says what to do
-    sentence = _cut(problem.rstrip("."), _MOST_OF_TORCH)
+    if sentence := describe_known(error):
+        return sentence
+    sentence = _cut(first_line(error).rstrip("."), _MOST_OF_TORCH)
     return f"the capture stops{place}: {sentence}; use other operators of torch"
 
 
@@ -143,7 +144,5 @@ def _cut(text: str, most: int) -> str:
 def _places(error: BaseException) -> Iterator[str]:
     """Yield the lines of the network's code that *error* passed, the innermost first."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        file = frame.filename
-        is_of_python = file.startswith(_OF_PYTHON) and "site-packages" not in file
-        if frame.lineno and not file.startswith(_FOREIGN) and not is_of_python:
-            yield at_line(file, frame.lineno)
+        if frame.lineno and is_network_code(frame.filename):
+            yield at_line(frame.filename, frame.lineno)

@@ -27,14 +27,13 @@ from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy_export.capture.buffers import create_buffers
 from sopdeploy_export.capture.deployed import Deployed
 from sopdeploy_export.capture.failures import (
-    BATCH_GUARD,
     BY_SIZE,
     NO_GRAPH,
     at_line,
     no_graph,
 )
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms, simplify_operators
-from sopdeploy_export.network import NOT_OF_NETWORKS, attributes_restored, modules
+from sopdeploy_export.network import attributes_restored, is_network_code, modules
 from sopdeploy_export.program_hashes import CHECK_OF_TYPE, nodes_before
 
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
@@ -116,16 +115,15 @@ def export_program(
         try:
             return run_export()
         except Exception as error:  # the network's own code, which can raise anything
-            if not BATCH_GUARD.search(str(error)):
+            match = BY_SIZE.words.search(str(error))
+            if match is None:
                 raise
 
             # Run it again, only to see which line needs the batch size as a number.
             with recording_fixed_sizes() as places, suppress(Exception):
                 run_export()
             where = places[0] if places else ""
-            raise LoweringError(
-                f"{NO_GRAPH}: {BY_SIZE.problem}{where}; {BY_SIZE.remedy}"
-            ) from error
+            raise LoweringError(f"{NO_GRAPH}: {BY_SIZE.describe(match, where)}") from error
 
 
 @contextmanager
@@ -201,11 +199,11 @@ def recording_fixed_sizes() -> Iterator[list[str]]:
         if event != "call" or frame.f_code not in (needs_number, compares):
             return
 
-        # The line is in the nearest caller that is neither code of torch nor of this project.
+        # The line is in the nearest caller that is code of the network.
         caller = frame.f_back
         while caller is not None:
             module = str(caller.f_globals.get("__name__", ""))
-            if module.partition(".")[0] not in NOT_OF_NETWORKS:
+            if is_network_code(caller.f_code.co_filename):
                 places.append(at_line(caller.f_code.co_filename, caller.f_lineno))
                 return
 
@@ -252,13 +250,17 @@ def check_batch_sizes(program: ExportedProgram, batch: BatchRange) -> None:
     allowed = program.range_constraints[dimension.node.expr]
     if int(allowed.lower) > 1 or int(allowed.upper) != batch.maximum:
         raise LoweringError(
-            f"the network accepts batches of {allowed.lower} to {allowed.upper} images only, not of "
-            f"1 to {batch.maximum}; its code depends on the batch size"
+            f"the network accepts batches of {allowed.lower} to {allowed.upper} "
+            f"images only, not of 1 to {batch.maximum}; its code depends on the "
+            "batch size"
         )
 
 
 def remove_unneeded(program: ExportedProgram) -> None:
-    """Remove what the outputs of *program* do not need, in place."""
+    """Remove what the outputs of *program* do not need, in place; operations with an effect stay.
+
+    A check of the type of a value that no output needs has no effect, so it is removed.
+    """
     graph = program.graph
 
     # Checks of the types of values that no output needs, which `eliminate_dead_code` would keep.

@@ -81,10 +81,8 @@ class AccuracyCheck:
                     "evaluate the checkpoint and the bundle",
                     setting="evaluate",
                 )
-            if (
-                options.calibrate is not None
-                and options.calibrate.resolve() == options.evaluate.resolve()
-            ):
+            folder = None if options.calibrate is None else options.calibrate.resolve()
+            if folder == options.evaluate.resolve():
                 raise ConfigError(
                     "is the folder that calibrates; give other images", setting="evaluate"
                 )
@@ -133,8 +131,9 @@ class AccuracyCheck:
 
         if not measured.deviation <= MAX_DEVIATION:  # larger, or NaN
             raise ParityError(
-                f"{report.precision} changes the logits by {measured.deviation:.2f} standard deviations on "
-                f"{measured.num_images} images, more than {MAX_DEVIATION:g}{advice or '; choose fp32'}"
+                f"{report.precision} changes the logits by {measured.deviation:.2f} "
+                f"standard deviations on {measured.num_images} images, more than "
+                f"{MAX_DEVIATION:g}{advice or '; choose fp32'}"
             )
         if measured.drop <= limit:
             return
@@ -183,7 +182,7 @@ def logit_deviation(before: NDArray[np.float32], after: NDArray[np.float32]) -> 
 def compare_top_classes(
     float32: NDArray[np.int64],
     exported: NDArray[np.int64],
-    truth: NDArray[np.int64] | None = None,
+    truth: NDArray[np.int64] | None,
 ) -> Accuracy:
     """Compare the classes that the *float32* graph and the *exported* graph predict.
 

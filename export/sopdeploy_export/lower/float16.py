@@ -100,8 +100,9 @@ def _check_fold(network: nn.Module, program: ExportedProgram, pixels: Tensor) ->
     difference = float((logits - expected).abs().max()) / scale
     if not difference <= FOLD_TOLERANCE:  # also if it is NaN
         raise LoweringError(
-            f"batch norms folded into the convolutions change the output by {difference:.2g} of its largest "
-            "value in float64; nothing was written; choose precision fp32"
+            "batch norms folded into the convolutions change the output by "
+            f"{difference:.2g} of its largest value in float64; nothing was "
+            "written; choose precision fp32"
         )
 
 
@@ -208,6 +209,7 @@ def _influences(
     *operands* are among the arguments. Afterwards, they require gradients, and other arguments do
     not.
     """
+    # Derivatives are computed by *operands* only.
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor):
             leaf.requires_grad_(any(leaf is operand for operand in operands))
@@ -218,6 +220,7 @@ def _influences(
         if not results or not results[0].requires_grad or not results[0].numel():
             return None
 
+        # The derivatives of single elements of the result by all elements of each operand.
         elements = results[0].flatten()
         for share in ELEMENTS:
             element = elements[round(share * (len(elements) - 1))]
@@ -318,16 +321,15 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype)
 
 
-def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
-    """Fold batch norms of *network* into its convolutions, in place; return the number of folds.
+def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> None:
+    """Fold batch norms of *network* into its convolutions, in place.
 
-    A batch norm is folded if it alone reads the output of a convolution, as *program*, the captured
-    network, shows. The convolution must be an `nn.Conv2d`; the batch norm an `nn.BatchNorm2d`, of
-    no subclass but timm's `BatchNormAct2d`.
+    A batch norm is folded if it alone reads the output of a convolution, and both run once, as
+    *program*, the captured network, shows. The convolution must be an `nn.Conv2d`; the batch norm an
+    `nn.BatchNorm2d`, of no subclass but timm's `BatchNormAct2d`, whose activation stays in its place.
     """
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    num_folds = 0
 
     for node in program.graph.find_nodes(op="call_function", target=BATCH_NORM):
         pair = _foldable_pair(node, names)
@@ -349,9 +351,6 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
             fold_norm(convolution, norm)
             owner, _, attribute = norm_name.rpartition(".")
             setattr(network.get_submodule(owner), attribute, after_norm)
-            num_folds += 1
-
-    return num_folds
 
 
 def _foldable_pair(norm: fx.Node, names: Mapping[str, str]) -> tuple[str, str] | None:

@@ -155,8 +155,8 @@ def norm(
 ) -> Any:
     """Write a 2-norm of more than `BLOCK` values with sums of blocks.
 
-    Returns NotImplemented for another norm, for fewer values, and for sizes that are not fixed.
-    ONNX Runtime adds all squares one after the other, and the error of such a sum grows with its
+    Returns NotImplemented for another norm, for fewer values, for sizes that are not fixed, and if
+    *dtype* is given. ONNX Runtime adds all squares one after the other, and the error of such a sum grows with its
     length (Higham, "Accuracy and Stability", section 4.2).
     """
     axes = sorted(axis % values.dim() for axis in (dim or range(values.dim())))
@@ -365,9 +365,9 @@ DECOMPOSED = {
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """Write the operators in `DECOMPOSED` in a form that the converter knows; *program* does not change.
 
-    The results of these forms, and of the converter's form of attention, have other strides than
-    the results of torch. A view of them may be impossible, so every view becomes a contiguous
-    copy in another shape.
+    Returns *program* itself if it has none of these operators. Their forms, and the converter's form
+    of attention, give results with other strides than torch does. A view of them may be impossible,
+    so every view becomes a contiguous copy in another shape.
     """
     if not any(node.target in DECOMPOSED for node in program.graph.nodes):
         return program

@@ -215,17 +215,17 @@ class _Filled(fx.Interpreter):
         self,
         program: fx.GraphModule,
         values: Sequence[float] | None,
-        layouts: Mapping[fx.Node, Tensor] | None = None,
+        layouts: Mapping[fx.Node, Tensor],
     ) -> None:
         """Prepare a run.
 
-        *layouts*, those of another run of *program*, save computation: of a layer that multiplies
-        and adds small numbers, only the layout of the result is used. The results of other
-        layers can be infinite or NaN, which a subclass notes, so they are computed before they
-        are filled.
+        *layouts* are those of another run of *program*, or empty. They save computation: a
+        layer that multiplies and adds small numbers is not computed, since only the layout of
+        its result is used. The results of other layers can be infinite or NaN, which a subclass
+        notes, so they are computed before they are filled.
         """
         super().__init__(program)
-        self.layouts = dict(layouts or {})
+        self.layouts = dict(layouts)
         self._values = None if values is None else torch.tensor(values)
         self._after_images = _nodes_after_images(self.graph)
 
@@ -284,7 +284,7 @@ class _BoundsRun(_Filled):
         self,
         program: fx.GraphModule,
         values: Sequence[float],
-        layouts: Mapping[fx.Node, Tensor] | None = None,
+        layouts: Mapping[fx.Node, Tensor],
     ) -> None:
         super().__init__(program, values, layouts)
         self.unbounded: set[str] = set()  # names of nodes, as the next one
@@ -420,7 +420,7 @@ def record_chains(
     bounds_runs = list[_BoundsRun]()
     usable = list[Sequence[float]]()
     for values in (ORDINARY, (0.0,), (1.0,)):
-        layouts = bounds_runs[0].layouts if bounds_runs else None
+        layouts = bounds_runs[0].layouts if bounds_runs else {}
         run = _BoundsRun(module, values, layouts)
         bounds_runs.append(run)
         with suppress(Exception):

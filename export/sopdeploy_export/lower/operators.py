@@ -195,7 +195,8 @@ def _compare_values(captured: _CapturedChain, extractor: Extractor) -> None:
 
     Raises `LoweringError` if the form cannot run or gives other results.
     """
-    # A result that became a constant depends on shapes only, as that of `zeros_like` does.
+    # A result that became a constant depends on shapes only, as that of `zeros_like` does: no value
+    # can make it wrong.
     chain = captured.chain
     constants = {tensor.name for tensor in extractor.graph.initializer}
     if not constants.isdisjoint(captured.result_names):

@@ -118,7 +118,7 @@ class Lowered(NamedTuple):
 
 
 def weight_types(model: onnx.ModelProto) -> dict[str, str]:
-    """Map each part to the type of its largest weight in *model*; only the `TYPE_NAMES` count."""
+    """Map each part to the type of its largest weight in *model*; only weights of the `TYPE_NAMES` count."""
     largest: dict[str, tuple[int, str]] = {}  # by part: bytes and type
 
     for tensor in model.graph.initializer:
@@ -150,8 +150,9 @@ def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
     wrong = [part for part, dtype in expected.items() if in_graph.get(part, dtype) != dtype]
     if wrong:
         raise LoweringError(
-            f"fp16 was requested, but the graph holds {wrong[0]} in {in_graph[wrong[0]]}: "
-            f"{len(wrong)} of {len(expected)} parts have the wrong type"
+            f"fp16 was requested, but the graph holds {wrong[0]} in "
+            f"{in_graph[wrong[0]]}: {len(wrong)} of {len(expected)} parts have the "
+            "wrong type"
         )
     if "float16" not in in_graph.values():
         raise LoweringError("no part has weights in float16; choose precision fp32")
@@ -178,7 +179,8 @@ class Converted:
 def cast_types(certified: Lowered, preprocess: Preprocess, options: ExportOptions) -> Lowered:
     """Place the casts of fp16 in a copy of the *certified* network, capture it, and convert it to ONNX.
 
-    Raises `LoweringError` if the network computes complex numbers, as Fourier transforms do.
+    Raises `LoweringError` if the network computes complex numbers, as Fourier transforms do, and the
+    errors of `in_float16`, `capture_any_batch` and `lower`.
     """
     for node in certified.program.graph.nodes:
         value = node.meta.get("val")
@@ -205,20 +207,19 @@ class _Headroom(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; refuse values close to float16's largest. -inf, as in masks of attention, may occur."""
         value = super().run_node(n)
-        if (
-            n.op != "call_function"
-            or not isinstance(value, Tensor)
-            or value.dtype != torch.float16
-        ):
+        is_float16 = isinstance(value, Tensor) and value.dtype == torch.float16
+        if n.op != "call_function" or not is_float16:
             return value
 
         unmasked = value.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=0)  # -inf is a mask
         largest = float(unmasked.abs().max())
         if largest > LARGEST_USED:
             raise LoweringError(
-                f"{module_of(n)} computes {largest:.3g} in float16 on a probe or photograph; values above "
-                f"{LARGEST_USED:g}, an eighth of the largest, are refused, because other images may overflow; train "
-                "longer, normalize the input of this part, or choose precision fp32"
+                f"{module_of(n)} computes {largest:.3g} in float16 on a probe or "
+                f"photograph; values above {LARGEST_USED:g}, an eighth of the "
+                "largest, are refused, because other images may overflow; train "
+                "longer, normalize the input of this part, or choose precision "
+                "fp32"
             )
         return value
 
@@ -243,7 +244,7 @@ def convert_precision(
     certified: Lowered,
     preprocess: Preprocess,
     options: ExportOptions,
-    images: UserImages = NO_IMAGES,
+    images: UserImages,
 ) -> Converted:
     """Convert the *certified* graph to the precision in *options*.
 

@@ -34,7 +34,11 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy_export.capture.deployed import INPUT
-from sopdeploy_export.capture.failures import DATA_DEPENDENT, DEPENDS_ON_VALUES
+from sopdeploy_export.capture.failures import (
+    DATA_DEPENDENT,
+    DEPENDS_ON_VALUES,
+    NO_CONTROL_FLOW,
+)
 from sopdeploy_export.capture.program import NETWORK_PREFIX, garbage_kept
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.forms import decompose
@@ -133,11 +137,8 @@ def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
     # Clear the metadata of nodes and the graph, of the model, and of values.
     common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
-    for value in (
-        *model.graph.inputs,
-        *model.graph.outputs,
-        *model.graph.initializers.values(),
-    ):
+    inputs_and_outputs = (*model.graph.inputs, *model.graph.outputs)
+    for value in (*inputs_and_outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
 
     # Write the part of each node; clear the shapes and types of its results.
@@ -327,7 +328,7 @@ def check_onnx(proto: onnx.ModelProto) -> None:
             part = next(
                 (item.value for item in node.metadata_props if item.key == "part"), "forward"
             )
-            reason = "control flow is not allowed"
+            reason = NO_CONTROL_FLOW
             if node.op_type == "NonZero":
                 reason = DEPENDS_ON_VALUES
             raise LoweringError(f"the graph contains {node.op_type} in {part}; {reason}")

@@ -73,6 +73,7 @@ def as_probes(
     """
     is_compared_P = compared_images(parity.routing, len(images))
 
+    # The tolerance of each output, wider for drift that was allowed.
     tolerances = {}
     for name, output in parity.outputs.items():
         tolerances[name] = output.tolerance

@@ -245,9 +245,8 @@ def _require_whole_batches(call: OperatorCall, axis: int, starts: Sequence[int])
     batch size; the shape of the result shows where the slice ends.
     """
     slices_in_batches = set()
-    for batch, start, shape, result in zip(
-        BATCHES, starts, call.x.shapes, call.shapes, strict=True
-    ):
+    by_batch = zip(BATCHES, starts, call.x.shapes, call.shapes, strict=True)
+    for batch, start, shape, result in by_batch:
         run_length = call.x.layout.run_length or 1  # of equal rows, any number is right
         rows_of_batch = batch * run_length
         first = start if start >= 0 else max(start + shape[axis], 0)  # counted from the end

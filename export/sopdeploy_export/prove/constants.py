@@ -20,19 +20,18 @@ def check_constants(
 ) -> None:
     """Raise `LoweringError` if *program* contains a large tensor that its network does not register.
 
-    Such a tensor may be trained, and is in no weight file. It is accepted if code makes it: then
-    the program that *rebuild* returns, of a network that a builder made anew, has an equal tensor
-    in memory of its own. A view of a parameter or buffer is accepted, too. What both programs share,
-    such as a global variable, is not.
-    Results that functions keep are not shared: they are made anew for the builder's network
-    (`make_kept_results_anew`).
+    Such a tensor may be trained, and is in no weight file. It is accepted if it is a view of a
+    parameter or buffer, or if code makes it: then the program that *rebuild* returns, of a network
+    that a builder made anew, has an equal tensor in memory of its own. What both programs share, such
+    as a global variable, is not accepted. Results that functions keep are not shared: they are made
+    anew for the builder's network (`make_kept_results_anew`).
     """
     constants = _large_constants(program)
     if not constants:
         return
 
     # The memory of parameters and buffers. A view of one is not refused.
-    registered_memory = _addresses(
+    registered_memory = _storage_addresses(
         program.state_dict.get(spec.target or "", program.constants.get(spec.target or ""))
         for spec in program.graph_signature.input_specs
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
@@ -40,7 +39,7 @@ def check_constants(
 
     # Refuse a constant unless it is such a view, or code made it.
     rebuilt = [] if rebuild is None else [tensor for _, tensor in _large_constants(rebuild())]
-    rebuilt_memory = _addresses(rebuilt)
+    rebuilt_memory = _storage_addresses(rebuilt)
     for spec, constant in constants:
         memory = constant.untyped_storage().data_ptr()
         is_made = memory not in rebuilt_memory and any(
@@ -62,7 +61,7 @@ def has_large_constants(program: ExportedProgram) -> bool:
     return bool(_large_constants(program))
 
 
-def _addresses(tensors: Iterable[Tensor | None]) -> set[int]:
+def _storage_addresses(tensors: Iterable[Tensor | None]) -> set[int]:
     """Return where the storages of *tensors*, without None, begin; a view has the storage of its base."""
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None}
 

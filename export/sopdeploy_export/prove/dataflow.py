@@ -27,12 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import first_line
-from sopdeploy_export.network import modules
-from sopdeploy_export.program_hashes import are_equal
+from sopdeploy_export.network import is_network_code, modules
+from sopdeploy_export.program_hashes import are_equal, draws, module_names
 from sopdeploy_export.prove.tensors import Layout, address, is_plain, layout_of, tensors_in
 
-_TORCH = str(Path(torch.__file__).parent)
-_OWN_CODE = str(Path(__file__).parents[1])  # of this package, whose lines tell a user nothing
 _COMPOSITE = "CompositeImplicitAutograd"
 _ALLOCATORS = ("empty", "new_empty")  # operators whose results have no content yet
 # What the image, and the results of allocators, are known by.
@@ -185,8 +183,12 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
     def behind(self, result: str) -> dict[str, Operator]:
-        """Return the operators behind *result*, what a tensor is known by, in the order of the run."""
-        # A tensor is known by the hash of its operator, "#", the position of the result, and its place.
+        """Return the operators, by hash, that compute *result*, in the order of the run.
+
+        *result* is what `known_by` returns for a tensor.
+        """
+        # What an operator made is known by "HASH#POSITION PLACE"; `operands` lack the place.
+        # The image, stored tensors and constants have no operator.
         needed: set[str] = set()
         unvisited = [result.partition(" ")[0]]
         while unvisited:
@@ -285,7 +287,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self.recording(func):
             operands = tensors_in((args, kwargs))
             of_image = self.depends_on_image(operands)
-            is_random = _draws(func, args, kwargs)
+            is_random = draws(func, args, kwargs)
             # The image, stored tensors and what was computed from them have a maker.
             has_maker = any(self._address(operand) in self._made_by for operand in operands)
             is_constant = not has_maker and not is_random
@@ -394,9 +396,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise UnknownOperatorError(str(func))
         results = [layout.empty() for layout in self._known_layouts[operator_hash]]
         types = [value.type for value in func._schema.returns]
-        if len(types) != len(results) or not all(
-            isinstance(each, torch.TensorType) for each in types
-        ):
+        are_tensors = all(isinstance(each, torch.TensorType) for each in types)
+        if not are_tensors or len(types) != len(results):
             raise UnknownOperatorError(str(func))
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -517,7 +518,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         frame: FrameType | None = sys._getframe(2)  # behind this method and its caller
         while frame is not None and (module is None or not line):
             file = frame.f_code.co_filename
-            if not line and not file.startswith((_TORCH, _OWN_CODE, contextlib.__file__)):
+            if not line and is_network_code(file):
                 line = f"{Path(file).name}:{frame.f_lineno}"
             if module is None and frame.f_code.co_name == "forward":
                 module = self._names.get(id(frame.f_locals.get("self")))
@@ -555,26 +556,15 @@ def _by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def _draws(func: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether *func* draws random numbers; with probability 0 or in eval mode, it does not."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
-    values = defaults | _by_name(func, args, kwargs)
-    is_zero = any(values.get(name) == 0 for name in ("p", "dropout_p", "dropout"))
-    return not is_zero and not any(values.get(name) is False for name in ("train", "training"))
-
-
 def _locate_node(node: fx.Node) -> tuple[str, str]:
-    """Return the module and the line of the code that *node* was captured from."""
-    stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    path_in_program = stack[-1].removeprefix("L['self'].") if stack else ""
-    module = path_in_program.removeprefix("network").removeprefix(".")  # of `Deployed`
+    """Return the innermost module and the line of the code that *node* was captured from."""
+    names = module_names(node)
+    module = names[-1] if names else ""
 
     # The last line of the trace that is in code of the network: `File "net.py", line 3, in forward`.
     text = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith("File ")]
-    of_network = [line for line in lines if _TORCH not in line and _OWN_CODE not in line]
+    of_network = [line for line in lines if is_network_code(line.split('"')[1])]
     last = (of_network or lines or ['File "?", line ?,'])[-1]
     number = last.rpartition("line ")[2].partition(",")[0]
     file = Path(last.split('"')[1]).name

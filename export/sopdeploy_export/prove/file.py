@@ -265,8 +265,9 @@ def compute_reference(
     is_compared_P = compared_images(routing, len(images))
     if not is_compared_P.any():
         raise ParityError(
-            f"the gate is undecided on every probe image and rounding to {precision} changes every route, "
-            f"so no output can be compared; {UNDECIDED}"
+            "the gate is undecided on every probe image and rounding to "
+            f"{precision} changes every route, so no output can be compared; "
+            f"{UNDECIDED}"
         )
 
     # The noise floor of each output, from runs of all images and of the first ones alone.
@@ -357,7 +358,8 @@ def prove_file(
 
     # All images run in batches of the largest size, and the last ones, which are noise, in batches
     # of the others. `counts` has the number of images for each size.
-    counts = {size: max(size, SINGLE_PROBES) for size in sizes} | {sizes[-1]: len(images)}
+    largest_size = sizes[-1]
+    counts = {size: max(size, SINGLE_PROBES) for size in sizes} | {largest_size: len(images)}
     by_size = {
         size: file_outputs(session, images[-count:], size) for size, count in counts.items()
     }
@@ -370,11 +372,11 @@ def prove_file(
 
     # What the file computes, compared with the network.
     outputs = {
-        name: _compare_output(name, expected, by_size, counts, is_compared_P)
+        name: _compare_output(name, expected, by_size, largest_size, is_compared_P)
         for name in expected.outputs
     }
     logits = expected.outputs[LOGITS]
-    logits_of_file = by_size[sizes[-1]][LOGITS]  # of all images
+    logits_of_file = by_size[largest_size][LOGITS]  # of all images
     report = ParityReport(
         precision=expected.precision,
         runtime=f"onnxruntime {ort.__version__}",
@@ -407,21 +409,22 @@ def _compare_output(
     name: str,
     expected: ParityReference,
     by_size: Mapping[int, Arrays],
-    counts: Mapping[int, int],
+    largest_size: int,
     is_compared_P: NDArray[np.bool_],
 ) -> OutputParity:
     """Measure how far output *name* of the file is from the network, and its batches from each other.
 
-    *by_size* has the outputs of the file by batch size. Those of a size are for the last
-    `counts[size]` of the P images, those of the largest size for all. Raises the errors of
-    `max_drift`.
+    *by_size* has the outputs of the file by batch size: those of *largest_size* for all P
+    images, those of the others for the last ones. Raises the errors of `max_drift`.
     """
+    # For each batch size, the drift from the network, and from the run in the largest batches.
     exact = expected.outputs[name]
-    all_of_file = by_size[max(by_size)][name]
+    all_of_file = by_size[largest_size][name]
     drift = {}
     batch_difference = 0.0
-    for size, count in counts.items():
-        values = by_size[size][name]
+    for size, outputs in by_size.items():
+        values = outputs[name]
+        count = len(values)
         is_compared = is_compared_P[-count:]
         drift[str(size)] = max_drift(name, values, exact[-count:], is_compared)
         difference = max_drift(name, values, all_of_file[-count:], is_compared)
@@ -499,17 +502,19 @@ def _first_violation(report: ParityReport) -> str | None:
             advice += ", or choose precision fp32"
         too_large_share = report.smallest_unverifiable_share
         return (
-            f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is "
-            f"{floor / report.spread:.0%} of the spread of the logits, and at {too_large_share:.1%} or more "
-            f"a file that ignores its input would pass; {advice}"
+            f"cannot be verified in {report.precision}: its noise floor of "
+            f"{floor:.3g} is {floor / report.spread:.0%} of the spread of the "
+            f"logits, and at {too_large_share:.1%} or more a file that ignores its "
+            f"input would pass; {advice}"
         )
 
     # The file.
     for name, output in report.outputs.items():
         if output.largest_drift > output.tolerance:
             return (
-                f"drifts by {output.largest_drift:.3g} in {name} ({output.drift_in_floors:.1f}x noise floor, "
-                f"limit {report.floors_allowed:.0f}x = {output.tolerance:.3g})"
+                f"drifts by {output.largest_drift:.3g} in {name} "
+                f"({output.drift_in_floors:.1f}x noise floor, limit "
+                f"{report.floors_allowed:.0f}x = {output.tolerance:.3g})"
             )
         if output.batch_difference > output.tolerance:
             return f"changes {name} by {output.batch_difference:.3g} when images are batched"

@@ -63,6 +63,7 @@ class FunctionReads(TorchFunctionMode):
         """Return whether *result* holds values of the image that no operator shows."""
         flow = self._flow
         leaves = tree_leaves(result)
+
         # A built-in function that has read values of its own results may return them, unless
         # all that it returns are tensors of the image.
         if call.reads and not all(map(flow.depends_on_image, leaves)):
@@ -83,7 +84,8 @@ class FunctionReads(TorchFunctionMode):
         # `torch.tensor` made it of its arguments. Those of a method such as
         # `x.new_tensor(data)` begin with `x`, of which it needs the dtype only.
         data = args[1:] if isinstance(function, MethodDescriptorType) else args
-        return flow.depends_on_image((data, kwargs)) and not all(
-            flow.is_made(tensor) or address(tensor) in call.arguments
+        has_new_constant = any(
+            not flow.is_made(tensor) and address(tensor) not in call.arguments
             for tensor in tensors_in(result)
         )
+        return has_new_constant and flow.depends_on_image((data, kwargs))

@@ -99,9 +99,9 @@ def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
     # Constants of the graph over the memory of a removed tensor, such as a view in an attribute.
     removed = {name: tensor for name, tensor in trained.tensors.items() if is_in(name, *parts)}
     for _, constant in constants_in_use(trained.program):
-        start, end = _addresses(constant)
+        start, end = _address_range(constant)
         for name, tensor in removed.items():
-            removed_start, removed_end = _addresses(tensor)
+            removed_start, removed_end = _address_range(tensor)
             if start < removed_end and removed_start < end:
                 raise CertificateError(
                     f"the outputs depend on {name}, which is removed, by a view of its memory; keep it",
@@ -119,6 +119,7 @@ def _refuse_shared_memory(trained: Compared, parts: tuple[str, ...]) -> None:
         return
     name, kept_name = shared
 
+    # The children of the part that share nothing: one of them can be removed in place of the part.
     network = trained.network
     part = next(part for part in parts if is_in(name, part))
     is_tensor = part == name
@@ -190,7 +191,7 @@ def find_shared(stored: Mapping[str, Tensor], parts: tuple[str, ...]) -> tuple[s
     *stored* has both by name. Memory can overlap in one storage, or in two over the same memory.
     """
     kept = [
-        (name, *_addresses(tensor))
+        (name, *_address_range(tensor))
         for name, tensor in stored.items()
         if not is_in(name, *parts)
     ]
@@ -198,7 +199,7 @@ def find_shared(stored: Mapping[str, Tensor], parts: tuple[str, ...]) -> tuple[s
     for name, tensor in stored.items():
         if not is_in(name, *parts):
             continue
-        start, end = _addresses(tensor)
+        start, end = _address_range(tensor)
         for kept_name, kept_start, kept_end in kept:
             if start < kept_end and kept_start < end:
                 return name, kept_name
@@ -206,7 +207,7 @@ def find_shared(stored: Mapping[str, Tensor], parts: tuple[str, ...]) -> tuple[s
     return None
 
 
-def _addresses(tensor: Tensor) -> tuple[int, int]:
+def _address_range(tensor: Tensor) -> tuple[int, int]:
     """Return the first address of *tensor* and the address after its last; (0, 0) if it is empty."""
     if not tensor.numel():
         return 0, 0

@@ -185,8 +185,7 @@ def main() -> int:
             if config.device is not None:
                 return run_device(config, supervisor)
 
-            first, config = wait_for_channel(config, supervisor)
-            registry = RemoteRegistry([first], config.settings)
+            registry, config = wait_for_engine(config, supervisor)
             return serve_http(config, registry, supervisor, links={})
     except SopdeployError as problem:
         if config.device is None:
@@ -225,10 +224,10 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
         return runner.run(Engine(registry, settings, supervisor, config.sources, links).run())
 
 
-def wait_for_channel(
+def wait_for_engine(
     config: LaunchConfig, supervisor: socket.socket
-) -> tuple[EngineChannel, LaunchConfig]:
-    """Return the first channel to an engine, and *config* with the last keys that came before it.
+) -> tuple[RemoteRegistry, LaunchConfig]:
+    """Return the models of the first engine, and *config* with the last keys that came before it.
 
     `DeviceServer` receives the channels and keys that follow. Reports that this process starts,
     as long as it waits. Exits if the supervisor ends.
@@ -249,7 +248,7 @@ def wait_for_channel(
                 first = EngineChannel(engine, socket.socket(fileno=message.files[0]), number)
                 # It still starts, but the supervisor knows that the channel is open.
                 STARTING._replace(has=frozenset((number,))).send(supervisor)
-                return first, config
+                return RemoteRegistry([first], config.settings), config
             continue
 
         # New keys take the place of those before. Without a free file for them, they are missing.

@@ -266,8 +266,9 @@ class Process:
 
 
 def list_devices(settings: Settings) -> list[Process]:
-    """Describe the process of each device; none is started.
+    """Describe the process of each device, or of a single one that may use all devices.
 
+    It starts none of them.
     Raises `ConfigError` for a GPU that an inherited CUDA_VISIBLE_DEVICES does not list.
     """
     devices = settings.devices or (ANY_DEVICE,)

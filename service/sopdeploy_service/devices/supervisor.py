@@ -76,9 +76,10 @@ def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* with a process for each device, and front ends, both of *settings*.
 
     Returns 0 after a drain, 2 if a process has printed a user error before the server was ready.
-    Raises `RuntimeUnavailableError` if a process does not start. Raises `ConfigError` for a GPU
-    that CUDA_VISIBLE_DEVICES does not list, for a key file or a port that it cannot use, and on
-    other systems than Linux.
+    Raises `RuntimeUnavailableError` if a process does not start before the server was ready, or
+    if the system has no room for the server. Raises `ConfigError` for a GPU that
+    CUDA_VISIBLE_DEVICES does not list, for a key file or a port that it cannot use, and on other
+    systems than Linux.
     """
     if not hasattr(os, "memfd_create"):
         raise ConfigError("devices and front_ends: need Linux; remove these settings")
@@ -191,7 +192,7 @@ class Supervisor:
         self._end_unused_engines()
 
     def _end_unused_engines(self) -> None:
-        """End the engines, and the devices that are loading, unless a process still serves HTTP."""
+        """End the engines, also those that are loading, unless a process that serves HTTP still runs."""
         if any(server.is_running for server in self._servers):
             return
 
@@ -237,7 +238,10 @@ class Supervisor:
         log.info("keys reloaded", extra={"keys": len(keys)})
 
     async def _supervise(self, process: Process) -> None:
-        """Start *process* whenever it has ended, until the server stops."""
+        """Start *process* whenever it has ended, until the server stops.
+
+        A user error in it, such as a bundle that is missing, ends a server that was never ready.
+        """
         early_deaths = 0
         while not self._stopping.is_set():
             started = time.monotonic()
@@ -300,7 +304,8 @@ class Supervisor:
         return f"exited with code {code}", code
 
     def _describe(self, process: Process) -> LaunchConfig:
-        """Describe *process* for the template."""
+        """Describe *process* for the template, which forks it."""
+        # A front end gets the process ids of the engines that run.
         engines = self._devices if process.device is None else []
         running = [engine.child for engine in engines if engine.child is not None]
 

@@ -213,12 +213,13 @@ class DriftMonitor:
             traffic.num_untested = 0
             traffic.comparisons = await asyncio.to_thread(compare_traffic, traffic)
             self._log_alarms(traffic)
+            # Not during an alarm: drifted answers would become the reference.
             if not traffic.was_alarm:
                 renew_reference(traffic)
         self._publish(traffic)
 
     def _log_alarms(self, traffic: ModelTraffic) -> None:
-        """Log when an alarm begins or ends, as the last comparison shows."""
+        """Log when an alarm begins or ends, as the last comparison shows; note it in `was_alarm`."""
         alarms = describe_alarms(traffic.comparisons)
         if alarms and not traffic.was_alarm:
             log.warning(
@@ -233,7 +234,10 @@ class DriftMonitor:
         traffic.was_alarm = bool(alarms)
 
     async def _replace(self, traffic: ModelTraffic, model: Model) -> None:
-        """Make the newest answers the reference of *model*, a new bundle, which runs on their images."""
+        """Make the newest answers the reference of *model*, a new bundle, which runs on their images.
+
+        With fewer than `MIN_BLOCKS` blocks of its own answers, those of the earlier bundle stay.
+        """
         traffic.reference = traffic.blocks[-NUM_BLOCKS:]
 
         # Nothing is known of the answers of the new bundle yet.

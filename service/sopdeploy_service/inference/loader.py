@@ -138,7 +138,10 @@ def check_trust(bundle: Bundle, settings: Settings) -> None:
 def describe_refusals(bundle: Bundle, formats: Collection[str]) -> Iterator[str]:
     """Say which formats of the photographs of *bundle* a server that accepts *formats* refuses."""
     origin = bundle.manifest.origin
-    for name in () if origin is None else origin.formats:
+    if origin is None:  # it does not say what the network has learned from
+        return
+
+    for name in origin.formats:
         extra = missing_extra(name)
         remedy = ""
         if name not in formats:

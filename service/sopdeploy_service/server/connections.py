@@ -101,8 +101,9 @@ class Connections:
     def _find_evictable(self, now: float) -> Connection | None:
         """Find the connection to close for another one, or None: all are new or being answered.
 
-        If an address has more than its share, it is one of its connections, even a new one.
-        Otherwise it is one of any address, for longer than `GRACE` in its state.
+        If an address has more than its share, it is one of its connections, even a new one,
+        unless all of these are being answered. Otherwise it is one of any address, for longer
+        than `GRACE` in its state.
         """
         # Of the address with the most connections, if it has more than its share.
         busiest, count = max(

@@ -152,7 +152,7 @@ class DrainingServer(uvicorn.Server):
         return EXIT_RUNTIME_DEAD if state == "runtime_dead" else 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the app, open the port and call `on_open`, which prints the `ready` line."""
+        """Start the app, serve the connections of *sockets*, if there are any, and call `on_open`."""
         self.lifespan = AppLifespan(self._app)  # instead of uvicorn's own
         await super().startup([])  # `Arrivals` accept connections, not uvicorn
         for listener in sockets or ():

@@ -30,12 +30,12 @@ EigenvalueFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
 LOGARITHM_EPS = 1e-3
 TOO_CLOSE = 1e-5  # eigenvalues are equal up to this fraction of the largest one (float32)
 NO_EIGEN_FORM = (
-    "an eigendecomposition has no ONNX or TensorRT form; train with pooling isqrt, which takes the square "
-    "root by matrix products"
+    "an eigendecomposition has no ONNX or TensorRT form; train with pooling "
+    "isqrt, which takes the square root by matrix products"
 )
 NO_SECOND_GRADIENT = (
-    "the gradient through eigenvalues cannot be differentiated again; train with pooling isqrt, or with an "
-    "optimizer other than AdaHessian"
+    "the gradient through eigenvalues cannot be differentiated again; train with "
+    "pooling isqrt, or with an optimizer other than AdaHessian"
 )
 
 

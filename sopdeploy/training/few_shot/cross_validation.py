@@ -84,7 +84,10 @@ class CrossValidation:
     seconds: dict[str, float]
 
     def score(self) -> Rate | MeanPrecision | None:
-        """Estimate the score of the classifier by the images that count; None if all show one class."""
+        """Estimate the score of the classifier by the images that count.
+
+        None if each image has one class and they show fewer than two.
+        """
         targets = self.problem.targets
         if len(np.unique(targets.strata[self.judged])) < 2 and targets.activation == "softmax":
             return None

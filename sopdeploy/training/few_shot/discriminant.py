@@ -110,13 +110,13 @@ class Moments(NamedTuple):
 
         # What a class is compared with, and the scatter of the inputs.
         if activation == "softmax":
-            present = counts_K > 0
+            present_K = counts_K > 0
             others_KR = np.broadcast_to(
-                means_KR.sum(axis=0) / max(1, present.sum()), means_KR.shape
+                means_KR.sum(axis=0) / max(1, present_K.sum()), means_KR.shape
             )
             scatter_RR = self.products[:-1, :-1] - sums_KR.T @ means_KR
         else:
-            present = (counts_K > 0) & (counts_K < count)
+            present_K = (counts_K > 0) & (counts_K < count)
             others_KR = (total_R - sums_KR) / np.maximum(count - counts_K1, 1)
             scatter_RR = total_RR
 
@@ -127,7 +127,7 @@ class Moments(NamedTuple):
         shrunk_RR = (1 - SHRINKAGE) * scatter_RR + SHRINKAGE * trace / rank * np.eye(rank)
 
         # The weights: the inverse of the covariance, times the differences of the means.
-        differences_KR = np.where(present[:, None], means_KR - others_KR, 0)
+        differences_KR = np.where(present_K[:, None], means_KR - others_KR, 0)
         weight = count * solve(shrunk_RR, differences_KR.T, assume_a="pos").T
 
         # Remove the scatter between presence and absence (Sherman, Morrison).
@@ -138,15 +138,14 @@ class Moments(NamedTuple):
 
         # Scale the weights: heads of more images have shorter ones, so that the heads of the
         # folds and the head of the network would differ.
-        weight /= (
-            np.sqrt(np.square(weight).sum(axis=1)[present].mean()) if weight.any() else 1.0
-        )
+        if weight.any():
+            weight /= np.sqrt(np.square(weight).sum(axis=1)[present_K].mean())
 
         # What the biases are computed from.
-        numbers_K = present * self.numbers()
-        other_numbers_K = (
-            count - counts_K if activation == "sigmoid" else np.full(len(counts_K), np.inf)
-        )
+        numbers_K = present_K * self.numbers()
+        other_numbers_K = np.full(len(counts_K), np.inf)
+        if activation == "sigmoid":
+            other_numbers_K = count - counts_K
         own_K = (weight * means_KR).sum(axis=1)
         others_K = (weight * others_KR).sum(axis=1)
         return Discriminant(weight, own_K, others_K, numbers_K, other_numbers_K)

@@ -67,7 +67,7 @@ class Scaling(NamedTuple):
         With "softmax", all classes have equal weights in the loss, and an image whose class is
         absent from the head that predicts it has the weight 0. The targets are smoothed by 1 / (N +
         2), the rule of succession: without errors, the temperature would otherwise be 0. The
-        margins are 0 unless *has_margins*.
+        margins are 0 without *has_margins*, and with "sigmoid".
         """
         classes_NK = targets.classes
         wrong = 1 / (len(targets.classes) + 2)  # the rule of succession
@@ -78,9 +78,8 @@ class Scaling(NamedTuple):
         # Smoothed targets, and the weight of each image in the loss.
         weights_VNK = np.ones((1, 1, 1))
         if targets.activation == "softmax":
-            smooth_NK = classes_NK * (1 - wrong) + (1 - classes_NK) * wrong / max(
-                1, classes_NK.shape[1] - 1
-            )
+            num_others = max(1, classes_NK.shape[1] - 1)
+            smooth_NK = classes_NK * (1 - wrong) + (1 - classes_NK) * wrong / num_others
             present_VNK = np.stack([one.has_class() for one in validations])
             of_class_NK = classes_NK / np.maximum(classes_NK.sum(axis=0), 1)
             weights_VNK = (of_class_NK * present_VNK).sum(axis=-1, keepdims=True)

@@ -116,9 +116,11 @@ def test_other_forms_take_the_parameters_of_torch_by_name() -> None:
         halves = torch.chunk(input=x, chunks=2)
         parts = torch.split(tensor=x, split_size_or_sections=3)
         second = torch.take_along_dim(input=x, indices=indices, dim=1)
+        row = torch.take_along_dim(x, indices, 0)
     assert torch.equal(torch.cat(halves), x)
     assert [part.tolist() for part in parts] == [x[:3].tolist(), x[3:].tolist()]
     assert torch.equal(second, x[:, 1:])
+    assert torch.equal(row, x[1:2])
 
 
 def test_the_converters_are_collected_without_parsing_their_sources(

@@ -236,6 +236,15 @@ class AlwaysDrops(nn.Dropout):
         return super().train(True)
 
 
+class KeepsTraining(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Dropout())
+
+    def train(self, mode: bool = True) -> "KeepsTraining":
+        self.training = mode  # that of its parts stays
+        return self
+
+
 def adds_in_place(net: Any, x: Tensor) -> Tensor:
     features = net.features(x)
     features += features.relu()
@@ -639,12 +648,12 @@ REFUSED: dict[str, Case] = {
     "len of a batch": (
         pooled(lambda _, f: f.view(len(f), 8, -1).mean(2)),
         {},
-        r"fixes the size in idioms\.py:\d+ \(.*len\(f\).*\); .* write x\.shape\[0\] for len\(x\)",
+        r"fixes the size, in idioms\.py:\d+ \(.*len\(f\).*\); .* write x\.shape\[0\] for len\(x\)",
     ),
     "the size as a number": (
         pooled(lambda _, f: f.view(int(f.shape[0]), 8, -1).mean(2)),
         {},
-        r"fixes the size in idioms\.py:\d+ \(.*int\(f\.shape\[0\]\).*\)",
+        r"fixes the size, in idioms\.py:\d+ \(.*int\(f\.shape\[0\]\).*\)",
     ),
     "a loop over images": (
         forward(by_image),
@@ -691,6 +700,11 @@ REFUSED: dict[str, Case] = {
         with_parts(lambda net, x: net.drop(logits(net, x)), drop=AlwaysDrops),
         {},
         r"train mode \(drop\); AlwaysDrops\.train\(\) keeps it there",
+    ),
+    "dropout that eval does not reach": (
+        with_parts(lambda net, x: net.drop(logits(net, x)), drop=KeepsTraining),
+        {},
+        r"train mode \(drop\.0\); a module around it does not pass \.eval\(\) on",
     ),
     "adaptive pooling to uneven windows": (
         pooled(lambda _, f: F.adaptive_max_pool2d(f, 5).mean((2, 3))),

@@ -329,7 +329,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
             lambda net, x: net.fc(net.features(x)) * (1 if x.shape[0] < 9 else 2), aux=False
         ),
         {"options": RANGE},
-        r"its code treats some batch sizes differently, or fixes the size in test_export_network\.py:\d+ \(",
+        r"its code treats some batch sizes differently, or fixes the size, in test_export_network\.py:\d+ \(",
     ),
     "a name with a slash": (n.Small, {"name": "a/b"}, r"name='a/b': use at most 200 letters"),
 }

@@ -24,7 +24,8 @@ from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.export import read_preprocess
 from sopdeploy_export.capture.deployed import EXPORT_LOGITS, choose_output
 from sopdeploy_export.prove.removed import find_shared_rests
-from sopdeploy_export.user_network.loading import load_weights, network_builder
+from sopdeploy_export.user_network.builder import network_builder
+from sopdeploy_export.user_network.loading import load_weights
 from tests.export.user_network import networks as n
 from tests.export.user_network.networks import (
     Exits,
@@ -765,9 +766,7 @@ def test_inspect_says_what_a_branch_shares_with_the_rest(tmp_path: Path) -> None
     assert "--training-only branch.0 " in inspected
 
 
-def test_a_branch_that_keeps_a_tensor_of_its_own_does_not_stay_because_of_a_shared_one() -> (
-    None
-):
+def test_a_branch_with_a_needed_tensor_of_its_own_stays_for_no_shared_one() -> None:
     bias = torch.zeros(1)
     tensors = {
         "branch.0.weight": torch.zeros(1),

@@ -30,7 +30,7 @@ from tests.support.children import (
     serving,
     spawn,
 )
-from tests.support.service import wait_for
+from tests.support.service import wait_for, write_bundle
 
 
 def process_of(client: ServerClient, name: str) -> int:
@@ -96,8 +96,9 @@ def test_an_engine_that_ends_or_hangs_refuses_its_images_and_is_replaced_behind_
         assert client.child.wait(START_SECONDS) == 0
 
 
-def test_a_front_end_is_alive_but_not_ready_while_its_engine_starts(bundle_path, jpeg) -> None:
-    with serving(str(bundle_path), *WAYS[FRONT_ENDS]) as client:
+def test_a_front_end_is_alive_but_not_ready_while_its_engine_starts(tmp_path, jpeg) -> None:
+    bundle = write_bundle(tmp_path / "bundles")
+    with serving(str(bundle), *WAYS[FRONT_ENDS]) as client:
         assert status_of(client, jpeg) == 200
         kept = [
             client.child.pid,
@@ -105,12 +106,14 @@ def test_a_front_end_is_alive_but_not_ready_while_its_engine_starts(bundle_path,
         ]
         files = [num_memories(process) for process in kept]
         engine = process_of(client, "engine")
+        gone = bundle.rename(tmp_path / "gone")  # so that no later engine is ready
         os.kill(engine, signal.SIGSTOP)
         os.kill(engine, signal.SIGKILL)
         wait_for(lambda: client.get("/readyz").json()["status"] == "engine_starting")
         assert client.get("/livez").status_code == 200
         reply = client.post("/v1/classify", content=jpeg)
         assert (reply.status_code, reply.json()["code"]) == (503, "runtime_dead")
+        gone.rename(bundle)
         wait_for(lambda: [status_of(client, jpeg) for _ in range(8)] == [200] * 8)
         wait_for(lambda: [num_memories(process) for process in kept] == files)
 
@@ -232,6 +235,7 @@ def test_each_process_is_counted_once_in_the_memory_at_rest(monkeypatch) -> None
 
 def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypatch) -> None:
     monkeypatch.setattr(device_server, "EngineChannel", lambda *arguments: arguments)
+    monkeypatch.setattr(device_server, "RemoteRegistry", lambda channels, _settings: channels)
     names = ("at the start", "of one reload", "of the last reload")
     first, *later = [
         SharedKeys([Key(name=name.replace(" ", "-"), sha256="0" * 64)]) for name in names
@@ -247,7 +251,7 @@ def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypat
             keys.close()
         assert control.send_message(ours, control.CHANNEL, b"3 engine", connection.fileno())
         num_open = num_open_files()
-        (engine, end, number), config = device_server.wait_for_channel(config, theirs)
+        [(engine, end, number)], config = device_server.wait_for_engine(config, theirs)
         end.close()
         assert num_open_files() == num_open  # it has closed those of the earlier keys
     assert (engine, number, config.keys_number) == ("engine", 3, 2)

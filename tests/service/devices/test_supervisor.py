@@ -5,6 +5,7 @@ import contextlib
 import errno
 import http.client
 import itertools
+import json
 import os
 import re
 import signal
@@ -465,10 +466,9 @@ def test_a_drain_completes_the_requests_of_both_processes(
     monkeypatch.setenv("GATE", str(gate))
     options = (
         *WAYS[TWO_DEVICES],
-        "--setting",
-        "batch_timeout_seconds=60",
-        "--setting",
-        "drain_seconds=60",
+        "--log=json",
+        "--setting=batch_timeout_seconds=60",
+        "--setting=drain_seconds=60",
     )
     with (
         serving(str(bundle_path), *options, program=gated_device.SERVE) as client,
@@ -485,7 +485,11 @@ def test_a_drain_completes_the_requests_of_both_processes(
             lambda: sum(map(float, re.findall(depth, client.get("/metrics").text, re.M))) == 16
         )
         client.child.send_signal(signal.SIGTERM)
-        wait_for(lambda: client.get("/readyz").status_code == 503)
+        num_draining = 0
+        while num_draining < 2:  # a signal reaches one process later than the other
+            event = json.loads(client.child.stderr.readline())["event"]
+            num_draining += event == "draining"
+        assert client.get("/readyz").status_code == 503
         late.append(stack.enter_context(connect(client)))
         for wire in late:
             wire.sendall(post_of(jpeg))

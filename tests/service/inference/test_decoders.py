@@ -29,7 +29,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import pool
 from sopdeploy_service.decoding.child import FAILED, ChildOptions
 from sopdeploy_service.devices.template import LIBC, SET_SUBREAPER
-from sopdeploy_service.inference import decoders
+from sopdeploy_service.inference import decoders, shared_children
 from sopdeploy_service.inference.decoders import (
     LARGE_MEMORY,
     LIGHT_BODY,
@@ -41,6 +41,7 @@ from sopdeploy_service.inference.decoders import (
     plan_children,
 )
 from sopdeploy_service.inference.results import DECODERS_BUSY, DRAINING, RejectedError
+from sopdeploy_service.inference.shared_children import SharedChildren
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime import device_memory
 from sopdeploy_service.settings import Settings
@@ -139,7 +140,7 @@ def test_files_that_no_decoder_accepts_need_none_for_large_images(
 
 
 def test_images_that_find_no_decoder_fail_alone(serve_with, jpeg, monkeypatch) -> None:
-    monkeypatch.setattr(decoders, "MAX_WAITING", 0)
+    monkeypatch.setattr(shared_children, "MAX_WAITING", 0)
     client = serve_with(FakeRuntime(num_classes=7))
     large = ("image", hostile.jpeg(4000, 3000))
     with holding_large(client):
@@ -228,7 +229,7 @@ def test_a_child_that_cannot_be_replaced_fails_its_image_and_the_next_one_tries_
 
 
 def test_images_that_wait_or_come_after_the_end_are_refused() -> None:
-    children, loop = decoders.SharedChildren(Metrics()), asyncio.new_event_loop()
+    children, loop = SharedChildren(Metrics()), asyncio.new_event_loop()
     early, late = (pool.Request(b"", b"", 0, range(0), loop.create_future()) for _ in range(2))
     children.put(early, None)
     children.close()
@@ -267,12 +268,16 @@ def test_an_image_whose_child_is_killed_is_decoded_once_more(
 def test_a_stopped_process_is_not_ready_until_it_is_replaced(
     serve_with, jpeg, template, monkeypatch, stops_template
 ) -> None:
-    monkeypatch.setattr(decoders, "WATCH_SECONDS", 0.2)
+    monkeypatch.setattr(decoders, "WATCH_SECONDS", 0.02)
     client = serve_with(FakeRuntime(num_classes=7), request_timeout=120)
     assert client.get("/readyz").status_code == 200
     for process in [template.process] if stops_template else children_of(template.process):
         os.kill(process, signal.SIGSTOP)
-    wait_for(lambda: client.get("/readyz").status_code == 503)
+
+    # The server ends none before the test has seen that it is not ready.
+    with monkeypatch.context() as patched:
+        patched.setattr(decoders.os, "kill", lambda *_: None)
+        wait_for(lambda: client.get("/readyz").status_code == 503)
     wait_for(lambda: client.get("/readyz").json()["status"] == "ok")
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
@@ -298,30 +303,32 @@ def test_a_child_reaches_nothing_and_has_no_environment(template) -> None:
         )  # standard streams and its socket
 
 
-STOPS_ITS_TEMPLATE = """
+STOPS_ITS_PROCESSES = """
 import os, signal
 from sopdeploy_service.decoding.pool import shared_template
 from sopdeploy_service.templates import STOPPED, run_states
 from tests.service.inference.test_decoders import OPTIONS
-shared_template().fork(OPTIONS)
+connection, child = shared_template().fork(OPTIONS)
+connection.recv(1)
 template = shared_template().process
-os.kill(template, signal.SIGSTOP)
-while run_states(template)[0] != {STOPPED}:
-    pass
-print(template, flush=True)
+for process in (template, child):
+    os.kill(process, signal.SIGSTOP)
+    while run_states(process)[0] != {STOPPED}:
+        pass
+print(template, child, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @linux
 @pytest.mark.parametrize("is_subreaper", [True, False])
-def test_a_stopped_template_of_decoders_ends_with_its_server_whoever_gets_its_orphans(
+def test_a_stopped_template_and_child_of_decoders_end_with_their_server_whoever_gets_its_orphans(
     is_subreaper,
 ) -> None:
     LIBC.prctl(SET_SUBREAPER, int(is_subreaper))
     try:
         done = subprocess.run(
-            [sys.executable, "-c", STOPS_ITS_TEMPLATE],
+            [sys.executable, "-c", STOPS_ITS_PROCESSES],
             stdout=subprocess.PIPE,
             text=True,
             timeout=60,
@@ -331,7 +338,8 @@ def test_a_stopped_template_of_decoders_ends_with_its_server_whoever_gets_its_or
     finally:
         LIBC.prctl(SET_SUBREAPER, 0)
     assert done.returncode == -signal.SIGKILL
-    wait_for(lambda: run_states(int(done.stdout))[0] <= {"Z"})  # nobody may have reaped it
+    for process in map(int, done.stdout.split()):
+        wait_for(lambda process=process: run_states(process)[0] <= {"Z"})  # perhaps not reaped
 
 
 @linux
@@ -542,7 +550,7 @@ def holding_large(client: Client) -> Iterator[None]:
 def test_a_large_image_waits_for_few_others_and_passes_none(
     serve_with, jpeg, monkeypatch
 ) -> None:
-    monkeypatch.setattr(decoders, "MAX_WAITING", 0)
+    monkeypatch.setattr(shared_children, "MAX_WAITING", 0)
     client = serve_with(FakeRuntime(num_classes=7))
     with holding_large(client):
         refused = client.post("/v1/classify", content=hostile.jpeg(4000, 3000))
@@ -570,7 +578,7 @@ ARRIVALS = {
 def test_clients_share_the_places_of_large_images_and_take_turns(
     arrivals, refused, order
 ) -> None:
-    children, loop = decoders.SharedChildren(Metrics()), asyncio.new_event_loop()
+    children, loop = SharedChildren(Metrics()), asyncio.new_event_loop()
     requests = [
         pool.Request(b"", b"", 0, range(0), loop.create_future(), MAX_PIXELS) for _ in arrivals
     ]
@@ -589,7 +597,7 @@ def test_clients_share_the_places_of_large_images_and_take_turns(
 @pytest.mark.parametrize("clients", ["aaaaaaaa", "bcdefghi"])
 def test_images_for_which_nobody_waits_free_their_places_and_their_memory(clients) -> None:
     async def scenario() -> None:
-        children, loop = decoders.SharedChildren(Metrics()), asyncio.get_running_loop()
+        children, loop = SharedChildren(Metrics()), asyncio.get_running_loop()
 
         def put(client: str) -> pool.Request:
             request = pool.Request(
@@ -674,7 +682,7 @@ def test_an_image_of_a_client_with_slow_ones_needs_room_for_a_slow_one(
     monkeypatch, jpeg
 ) -> None:
     async def scenario() -> None:
-        monkeypatch.setattr(decoders, "MAX_WAITING", 0)
+        monkeypatch.setattr(shared_children, "MAX_WAITING", 0)
         served = slow_clients(2)
         served.large.idle.clear()
         with pytest.raises(RejectedError) as refused:

@@ -225,11 +225,11 @@ def test_slow_bytes_do_not_extend_the_timeout(impatient, start, code):
 
 
 def test_the_time_for_the_answer_begins_when_the_body_has_arrived(serve_with, jpeg):
-    client = serve_with(FakeRuntime(num_classes=7), min_body_rate=1, request_timeout=0.6)
+    client = serve_with(FakeRuntime(num_classes=7), min_body_rate=1, request_timeout=1.5)
     request, half = post_of(jpeg), len(jpeg) // 2
     with connect(client) as slow:
         slow.sendall(request[:-half])
-        time.sleep(0.7)
+        time.sleep(1.6)
         slow.sendall(request[-half:])
         reply = read(slow, to_the_end=False)
     assert reply.status == 200

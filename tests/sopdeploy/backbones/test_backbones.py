@@ -8,6 +8,7 @@ import torchvision
 from sopdeploy import create_model
 from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
+from sopdeploy.layers.residual import BasicBlock, PreActBasicBlock
 
 SLOW = [
     pytest.param(depth, marks=pytest.mark.slow) for depth in (34, 101)
@@ -53,3 +54,9 @@ def test_drop_probability_grows_with_depth() -> None:
         getattr(block.drop_path, "drop_prob", 0) for stage in network.blocks for block in stage
     ]
     assert drops == pytest.approx([0.01 * depth for depth in range(16)])
+
+
+def test_a_block_with_a_stride_has_a_shortcut_though_it_keeps_the_channels() -> None:
+    images = torch.zeros(1, 4, 8, 8)
+    for block in (BasicBlock(4, 4, 2), BasicBlock(4, 4, 2, "pad"), PreActBasicBlock(4, 4, 2)):
+        assert block(images).shape == (1, 4, 4, 4)

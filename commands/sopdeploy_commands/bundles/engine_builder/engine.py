@@ -102,9 +102,8 @@ def get_engine(
 
     # The plan: from the ONNX graph or, by torch-tensorrt, from the program of the checkpoint.
     if build_via_torch is None:
-        graph = cast_images_first(
-            onnx.load_model_from_string(bundle.onnx.read())
-        ).SerializeToString(deterministic=True)
+        model = cast_images_first(onnx.load_model_from_string(bundle.onnx.read()))
+        graph = model.SerializeToString(deterministic=True)
         plan = parse_and_build(trt, graph, profiles, workspace, report)
     else:
         plan = build_via_torch(profiles[0], workspace)  # without progress

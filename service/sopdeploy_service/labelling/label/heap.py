@@ -103,7 +103,10 @@ class Suggestions:
         self._num_changes += 1
 
     def compute(self, heap: Sequence[Path]) -> None:
-        """Start a thread for the missing vectors of *heap* and the sorted photographs, unless one runs."""
+        """Start a thread for the missing vectors of *heap* and the sorted photographs.
+
+        Does nothing without a photograph in *heap*, or while an earlier thread runs.
+        """
         if (
             self._embed is None
             or not heap
