@@ -198,8 +198,9 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
     """
     if not isinstance(content, dict) or content.pop("format", None) != CHECKPOINT_FORMAT:
         raise CheckpointError(
-            f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "
-            "`sopdeploy import` for published weights, and `export --network` for those of your own network"
+            f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; "
+            "use `sopdeploy import` for published weights, and `export --network` "
+            "for those of your own network"
         )
 
     written_by = writer_of(content.get("training"))
@@ -261,7 +262,8 @@ def load_plain(
         return content
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, it contains objects other than tensors and reading it could run code; {advice}"
+            f"{path}: refused, it contains objects other than tensors and "
+            f"reading it could run code; {advice}"
         ) from error
     except Exception as error:  # torch raises many types for damaged files
         raise CheckpointError(

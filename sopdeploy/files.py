@@ -151,7 +151,8 @@ def writing(path: Path | str) -> Iterator[None]:
         raise StorageError(f"{path}: cannot be written ({reason}); choose another") from problem
     except OSError as problem:
         raise StorageError(
-            f"{path}: cannot be written ({os_reason(problem)}); check permissions and free space"
+            f"{path}: cannot be written ({os_reason(problem)}); check "
+            "permissions and free space"
         ) from problem
 
 

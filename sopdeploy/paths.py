@@ -38,7 +38,8 @@ _WEIGHTS = (
 # What files of other programs are, by suffix, and what to give instead
 _OF_OTHERS = {
     (".h5", ".hdf5", ".keras", ".pb", ".tflite"): (
-        "a network of Keras or TensorFlow, which cannot be read; copy its weights into a PyTorch network"
+        "a network of Keras or TensorFlow, which cannot be read; copy its "
+        "weights into a PyTorch network"
     ),
     (".onnx", ".engine", ".plan"): (
         "a finished graph without the network to compare it with; give its checkpoint"

@@ -162,8 +162,9 @@ def import_plugins() -> list[str]:
             point.load()
         except (Exception, SystemExit) as error:  # code of others
             problems.append(
-                f"plug-in {point.name} of {describe_distribution(point)} cannot be imported "
-                f"({first_line(error)}); correct or uninstall it, or set {VARIABLE}=off"
+                f"plug-in {point.name} of {describe_distribution(point)} cannot be "
+                f"imported ({first_line(error)}); correct or uninstall it, or set "
+                f"{VARIABLE}=off"
             )
     return problems
 

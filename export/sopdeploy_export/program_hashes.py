@@ -60,7 +60,8 @@ def program_root(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> Pro
     for spec in program.graph_signature.output_specs:
         if spec.kind != OutputKind.USER_OUTPUT:
             raise CertificateError(
-                f"the eval graph writes to {spec.target or spec.arg}; an exported network must be stateless"
+                f"the eval graph writes to {spec.target or spec.arg}; an exported "
+                "network must be stateless"
             )
 
     # The nodes that the outputs depend on, and operations with an effect, whose results no node

@@ -31,15 +31,17 @@ def write_triton(bundle: Bundle, repository: Path) -> Path:
     manifest = bundle.manifest
     if manifest.batch.minimum > 1:
         raise BundleError(
-            f"{bundle.path}: was verified for batches of {manifest.batch.minimum} or more, but Triton also "
-            "sends single images; export it with a minimum batch of 1"
+            f"{bundle.path}: was verified for batches of {manifest.batch.minimum} "
+            "or more, but Triton also sends single images; export it with a "
+            "minimum batch of 1"
         )
 
     # Each name is a line. The `.` shows a line break at the end of a name, too.
     broken = [label for label in bundle.labels if len(f"{label}.".splitlines()) > 1]
     if broken:
         raise BundleError(
-            f"{bundle.path}: the class name {broken[0]!r} does not fit on a line of {_LABELS}; rename it"
+            f"{bundle.path}: the class name {broken[0]!r} does not fit on a line of "
+            f"{_LABELS}; rename it"
         )
 
     # Write a folder, and give it its name when it is complete.

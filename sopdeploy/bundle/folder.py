@@ -115,7 +115,8 @@ def read_manifest(path: Path) -> Manifest:
         content = read_at_most(stream, MAX_MANIFEST_BYTES + 1)
     if len(content) > MAX_MANIFEST_BYTES:
         raise BundleError(
-            f"{file}: larger than {MAX_MANIFEST_BYTES} bytes, not a manifest; copy or export the bundle again"
+            f"{file}: larger than {MAX_MANIFEST_BYTES} bytes, not a manifest; "
+            "copy or export the bundle again"
         )
 
     try:
@@ -262,7 +263,8 @@ def check_file_name(bundle: Path, name: str) -> None:
 
     if not is_plain or is_manifest or len(name.encode()) > MAX_NAME_BYTES:
         raise BundleError(
-            f"{bundle}: the manifest names {name!r}, which is not a plain file name; export the bundle again"
+            f"{bundle}: the manifest names {name!r}, which is not a plain "
+            "file name; export the bundle again"
         )
 
 

@@ -62,7 +62,8 @@ def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
         model.DiscardUnknownFields()
         if model.SerializeToString(deterministic=True) != content:
             raise CertificateError(
-                "the file has unknown or repeated fields, which a runtime may read in another way"
+                "the file has unknown or repeated fields, which a runtime may "
+                "read in another way"
             )
         return model, onnx_root(model)
     # A `CertificateError` is none of these, so it is not converted.
@@ -191,8 +192,9 @@ def check_graph_and_certificate(bundle: Bundle) -> str | None:
 
     if root is not None and root != expected_root:
         raise BundleError(
-            f"{bundle.path / GRAPH}: its graph has the root {root[:16]}, the manifest says "
-            f"{expected_root[:16]}; the graph was replaced after the export: {ADVICE}"
+            f"{bundle.path / GRAPH}: its graph has the root {root[:16]}, the "
+            f"manifest says {expected_root[:16]}; the graph was replaced after the "
+            f"export: {ADVICE}"
         )
 
     check_certificate(bundle)

@@ -101,8 +101,9 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
         signature = _signature_of(target)
         if signature.exists():  # it would no longer be valid
             raise BundleError(
-                f"{target} exists, signed with the time of its export; move {signature.name} to another "
-                "folder, export again and sign it again"
+                f"{target} exists, signed with the time of its export; move "
+                f"{signature.name} to another folder, export again and sign it "
+                "again"
             )
         with (
             writing(target / MANIFEST),
@@ -211,7 +212,8 @@ def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> M
 
     if is_signed and manifest_here != manifest:
         raise BundleError(
-            f"{target}: exported at {manifest_here.exported_at}, but the signed copy at {manifest.exported_at}; "
-            "move this folder away and pull again"
+            f"{target}: exported at {manifest_here.exported_at}, but the "
+            f"signed copy at {manifest.exported_at}; move this folder away "
+            "and pull again"
         )
     return manifest_here

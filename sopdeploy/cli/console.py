@@ -126,7 +126,8 @@ def _system_errors_as_user_errors() -> Iterator[None]:
             raise
         raise NoMemoryError(
             f"out of memory ({first_line(error)}); end other programs, choose "
-            "smaller batches or images, or use a machine or GPU with more memory"
+            "smaller batches or images, or use a machine or GPU with more "
+            "memory"
         ) from error
 
 

@@ -161,8 +161,9 @@ def explain_missing_threshold(num_images: int, num_classes: int, accepts: float)
     min_images = least_images(are_cosines=True)
     if num_images < min_images:
         return (
-            f"not recognized, because a threshold needs {min_images} different images and there are "
-            f"{num_images}; add {min_images - num_images}"
+            f"not recognized, because a threshold needs {min_images} "
+            f"different images and there are {num_images}; add "
+            f"{min_images - num_images}"
         )
 
     if num_classes < 2:

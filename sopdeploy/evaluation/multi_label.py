@@ -45,8 +45,9 @@ class MeanPrecision(StrictModel):
 
         The interval comes from `_NUM_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by
         default images; *seed* determines them. Resamples of a perfect ranking are all perfect, so
-        the interval is widened to Wilson's interval of an equal share of as many independent
-        images. Raises `DataError` if no image shows any class.
+        the interval is widened to Wilson's interval of an equal share of the independent
+        images, whose number is `effective_count`. Raises `DataError` if no image shows any
+        class.
         """
         # Only classes that have an image count.
         shown = np.flatnonzero(true.any(axis=0)).tolist()

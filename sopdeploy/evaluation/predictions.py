@@ -135,9 +135,10 @@ def describe_predictions(
 
     explained = (
         f"{scores}. A class counts as present if its probability reaches its "
-        "threshold. Precision is the share of the answers that are right, recall "
-        "the share of the images of a class that are found; F1 and the average "
-        "precision, whose mean is the mAP, join both: 100 % is best."
+        "threshold. Precision is the share of the answers that are right, "
+        "recall the share of the images of a class that are found; F1 and "
+        "the average precision, whose mean is the mAP, join both: 100 % is "
+        "best."
     )
     tables = [Table(caption="Every class", columns=columns, rows=rows)]
     return Section(title="Predictions", text=[which_images, explained], tables=tables)

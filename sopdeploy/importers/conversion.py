@@ -149,7 +149,8 @@ def choose_config(
     for key, detected in converted.detected.items():
         if key in settings and settings[key] != detected:
             raise ConfigError(
-                f"--option {key}={settings[key]}: {file.path} holds {detected}; leave the setting out"
+                f"--option {key}={settings[key]}: {file.path} holds "
+                f"{detected}; leave the setting out"
             )
 
     values = {**converted.defaults, **settings, **converted.detected}
@@ -217,7 +218,8 @@ def _misfit_error(
     if converted.model:
         advice = f"import it --as {converted.model}"
     return WeightsError(
-        f"{file.path}: does not fit {model} ({difference}); it looks like {converted.description}, {advice}"
+        f"{file.path}: does not fit {model} ({difference}); it looks like "
+        f"{converted.description}, {advice}"
     )
 
 

@@ -133,7 +133,8 @@ def import_weights(
     converted = convert_weights(file, model, triangle)
     if converted.num_classes == 0:
         raise WeightsError(
-            f"{source}: has no classifier, so it cannot classify; train one: sopdeploy train "
+            f"{source}: has no classifier, so it cannot classify; train one: "
+            "sopdeploy train "
             f"{join(['--weights', str(source), '--set', f'model.name={model}'])}"
         )
 
@@ -232,9 +233,11 @@ def convert_weights(
     refuse_other_network(file, model)
     first_names = ", ".join(list(file.tensors)[:3])
     raise WeightsError(
-        f"{file.path}: its tensors ({first_names} ..) are not from a project that `sopdeploy import --help` "
-        "lists, nor those of a network of timm whose name the file has; name its network as "
-        "timm:NAME, or export it as a network of your own with `sopdeploy export --network`"
+        f"{file.path}: its tensors ({first_names} ..) are not from a project "
+        "that `sopdeploy import --help` lists, nor those of a network of "
+        "timm whose name the file has; name its network as timm:NAME, or "
+        "export it as a network of your own with `sopdeploy export "
+        "--network`"
     )
 
 
@@ -264,7 +267,8 @@ def _convert_by_importer(file: WeightFile, model: str) -> ConvertedWeights | Non
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise WeightsError(
-                f"{file.path}: differs from the released networks ({reason}); give a released network"
+                f"{file.path}: differs from the released networks ({reason}); "
+                "give a released network"
             ) from error
         if converted is not None:
             return converted

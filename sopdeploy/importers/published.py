@@ -218,7 +218,10 @@ def _check_hash_in_hub_cache(path: Path) -> None:
 def _download_error(
     name: str, url: str, schemes: Sequence[str], advice: str, **remedies: str
 ) -> Iterator[None]:
-    """Convert any error of the block to a `WeightsError` that ends in *advice*; check the proxy before."""
+    """Convert any error of the block to a `WeightsError` that ends in *advice*.
+
+    Raises `ConfigError` before the block for a proxy without a URL of one of *schemes*.
+    """
     where = describe_route(name, find_proxy(url, schemes))
     try:
         yield

@@ -194,8 +194,9 @@ def detect_pooling(renamed: WeightFile, channels: int, length: int) -> FieldValu
     if reduction is None and length in {channels, channels**2}:
         return {"pooling.kind": "gap" if length == channels else "bcnn"}
     raise WeightsError(
-        f"{renamed.path}: no supported pooling maps {width} channels to the {length} inputs of the classifier"
-        " (compact bilinear pooling is not supported: its random parts are not stored)"
+        f"{renamed.path}: no supported pooling maps {width} channels to the "
+        f"{length} inputs of the classifier (compact bilinear pooling is not "
+        "supported: its random parts are not stored)"
     )
 
 

@@ -218,7 +218,8 @@ class DSoPTimm(DSoP, TimmBackbone):
         """Return two blocks and at most 256 channels for every stage; raise `ConfigError` without stages."""
         if not self.tap_channels:
             raise ConfigError(
-                f"timm:{self.config.backbone} has no feature maps (batch, channels, height, width) for "
-                "branches; choose a network with named stages"
+                f"timm:{self.config.backbone} has no feature maps (batch, "
+                "channels, height, width) for branches; choose a network "
+                "with named stages"
             )
         return super().paper_branches()

@@ -72,7 +72,8 @@ class TimmConfig(StrictModel):
             if not options:  # timm cannot build its own network
                 raise
             raise ConfigError(
-                f"timm:{self.backbone}: {', '.join(set_options)}: {first_line(error)}; leave them out"
+                f"timm:{self.backbone}: {', '.join(set_options)}: "
+                f"{first_line(error)}; leave them out"
             ) from error
 
         return network
@@ -240,8 +241,9 @@ class TimmBackbone(Backbone):
         """
         if self.fixed_size is not None and self.fixed_size != images.shape[-1]:
             raise ConfigError(
-                f"timm:{self.config.backbone}: takes images of {self.fixed_size} pixels, not of "
-                f"{images.shape[-1]}; set preprocess.crop (and augment.crop)"
+                f"timm:{self.config.backbone}: takes images of {self.fixed_size} "
+                f"pixels, not of {images.shape[-1]}; set preprocess.crop (and "
+                "augment.crop)"
             )
 
         network = self.timm_network

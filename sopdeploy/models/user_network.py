@@ -51,8 +51,9 @@ class UserNetwork(Classifier):
             )
             if logits != self.num_classes:
                 raise ConfigError(
-                    f"taps: the network returns {logits} logits for {self.num_classes} classes"
-                    "; use the number that the builder receives"
+                    f"taps: the network returns {logits} logits for "
+                    f"{self.num_classes} classes; use the number that the builder "
+                    "receives"
                 )
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -62,7 +63,11 @@ class UserNetwork(Classifier):
     def feature_maps(
         self, images: Tensor, taps: Collection[str] = ()
     ) -> tuple[Tensor, list[Tensor]]:
-        """Compute the logits, in the place of the last feature map, and the outputs of *taps*."""
+        """Compute the logits, in the place of the last feature map, and the outputs of *taps*.
+
+        The outputs are in the order of computation. Raises `ConfigError` if the network does
+        not return a tensor.
+        """
         logits, outputs = run_tapped(self.network, images, taps)
         if not isinstance(logits, Tensor):
             mode = "train" if self.training else "eval"
@@ -105,8 +110,9 @@ class UserNetwork(Classifier):
             # Tensors on `meta` have no values to compare.
             if not has_same_shape or not (logits.is_meta or torch.equal(logits, output)):
                 raise ConfigError(
-                    f"head: the network does not return the output of its last linear layer {name}; build it "
-                    "so that these are the logits"
+                    "head: the network does not return the output of its "
+                    f"last linear layer {name}; build it so that these are "
+                    "the logits"
                 )
         return super().remove_classifier()
 
@@ -367,8 +373,9 @@ def run_once(network: nn.Module, image_size: int) -> tuple[Any, dict[str, Any]]:
             )
     except Exception as error:  # the user's code
         raise ConfigError(
-            f"taps: the network fails for an image of 3 x {image_size} x {image_size} "
-            f"({first_line(error)}); give the image_size that it accepts"
+            f"taps: the network fails for an image of 3 x {image_size} x "
+            f"{image_size} ({first_line(error)}); give the image_size that it "
+            "accepts"
         ) from error
     finally:
         for part, mode in modes.items():

@@ -66,8 +66,9 @@ def _open_evaluation_images(
         folder = _held_out_folder(root, labels, log)
         if (table := find_table(root) or find_table(folder)) is None:
             raise DataError(
-                f"{root}: has no {LABELS_FILE}, but the network predicts several "
-                "classes per image; list the images and their classes in this file"
+                f"{root}: has no {LABELS_FILE}, but the network predicts "
+                "several classes per image; list the images and their "
+                "classes in this file"
             )
         # With *labels*, the images of the table have exactly these classes.
         return _held_out_of_table(table, labels, multi_label=True)

@@ -349,8 +349,9 @@ def _open_part_tables(
             )
         if table.name == LABELS_FILE:
             raise DataError(
-                f"{table}: not read here; write one for all images in {root}, with a column "
-                f"{SPLIT}, or rename it if the folders are the classes"
+                f"{table}: not read here; write one for all images in {root}, "
+                f"with a column {SPLIT}, or rename it if the folders are the "
+                "classes"
             )
 
         # The first table is that of the training images, and tells the classes of the others.
@@ -391,8 +392,9 @@ def _find_part_folders(root: Path, parts: Parts) -> dict[str, Path]:
     """
     if parts.held_out and not parts.train and not parts.others:
         raise DataError(
-            f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training "
-            "images there, or rename the folders if they are classes"
+            f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the "
+            "training images there, or rename the folders if they are "
+            "classes"
         )
     if not parts.train:
         return {UNSPLIT: root}

@@ -59,8 +59,9 @@ def ask_about_subfolders(images: ImageFiles) -> None:
     else:
         return
     raise DataError(
-        f"{images.root}: {shorten(images.labels)} would be the classes, but {reason} "
-        f"{shorten(subfolders.names)}; {GO_ON} if they are{suggest_folder(images)}"
+        f"{images.root}: {shorten(images.labels)} would be the classes, but "
+        f"{reason} {shorten(subfolders.names)}; {GO_ON} if they "
+        f"are{suggest_folder(images)}"
     )
 
 
@@ -84,8 +85,9 @@ def ask_about_held_out_classes(images: ImageFiles, held_out: Sequence[str]) -> N
     # A class with such a name, or other photographs of the classes.
     raise DataError(
         f"{images.root}: {shorten(doubtful)} would be a class, as "
-        f"{shorten(others)}; {GO_ON} if it is; if it holds other photographs of "
-        f"{shorten(others)}, move {shorten(others)} into a folder {TRAIN} beside it"
+        f"{shorten(others)}; {GO_ON} if it is; if it holds other photographs "
+        f"of {shorten(others)}, move {shorten(others)} into a folder {TRAIN} "
+        "beside it"
     )
 
 
@@ -158,8 +160,9 @@ def ask_about_numbered_folders(images: ImageFiles, table_hint: str) -> None:
     hint = table_hint or suggest_names(images.root, images.paths.tolist())
     if hint and (table_hint or len(words) > 1):
         raise DataError(
-            f"{images.root}: {shorten(images.labels)} would be the classes, but "
-            f"may be parts of one archive; {GO_ON} if they are classes{hint}"
+            f"{images.root}: {shorten(images.labels)} would be the classes, "
+            f"but may be parts of one archive; {GO_ON} if they are "
+            f"classes{hint}"
         )
 
 

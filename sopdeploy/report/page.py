@@ -282,8 +282,9 @@ def _describe_learning(
     shown_heads = heads if len(heads) > 1 else ()  # a single head is the deployed network
     if shown_heads and last.diagnostics is not None:
         subset = (
-            f"The deployed network is evaluated on all {last.metrics.count} held-out images, the heads on a "
-            f"fixed subset of {last.diagnostics.num_images}."
+            f"The deployed network is evaluated on all {last.metrics.count} "
+            "held-out images, the heads on a fixed subset of "
+            f"{last.diagnostics.num_images}."
         )
         text = [*text, subset]
 

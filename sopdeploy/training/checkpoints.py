@@ -173,8 +173,9 @@ class Setup:
         is_resumed = not is_new and not self.is_few_shot and next_epoch <= self.recipe.epochs
         resumed = f", resumed at epoch {next_epoch}" if is_resumed else ""
         yield (
-            f"{len(self.data.train)} training images, {len(self.data.held_out)} "
-            f"held out{resumed}; the network sees {crop} x {crop} pixels"
+            f"{len(self.data.train)} training images, "
+            f"{len(self.data.held_out)} held out{resumed}; the network sees "
+            f"{crop} x {crop} pixels"
         )
 
 
@@ -390,18 +391,20 @@ def has_same_images(
 ) -> bool:
     """Tell whether *images*, whose files have the *file_hashes* (N,), are the training images of *last*.
 
-    A run with out-of-fold predictions has recorded the files in their order, and the labels;
-    other runs only which files they are. What is unknown is not compared: hashes that are empty,
-    and what older runs do not record. Raises `CheckpointError` if the record is damaged.
+    A run with a few-shot fit, also one of a loop before its training, has recorded the hashes
+    in the order of the images, and the labels; other runs only sorted hashes. What is unknown
+    is not compared: hashes that are empty, and what older runs do not record. Raises
+    `CheckpointError` if the record is damaged.
     """
     with state_errors(last, source):
+        # The arrays of the few-shot fit; a run without one has none.
         arrays = (last.resume or {}).get("procedure", {})
         targets = arrays.get("targets")
         recorded = arrays.get("file_hashes", last.image_hashes).numpy()
         if targets is not None and not np.array_equal(targets.numpy(), images.targets):
             return False
 
-        # Hashes of a loop, or of a run that an older version resumed, are sorted.
+        # Sorted hashes, without such a fit or by an older version, do not tell the order.
         if np.array_equal(recorded, np.unique(recorded)):
             file_hashes = np.unique(file_hashes)
         return (

@@ -312,8 +312,9 @@ class Recipe(SharedSettings, LoopSettings):
 
         if self.start is not None and self.start.learn in ("branches", "classifier"):
             raise ValueError(
-                "start.classifier_epochs: the classifier does not learn first "
-                f"with start.learn = {self.start.learn}; give all or last_stages"
+                "start.classifier_epochs: the classifier does not learn "
+                f"first with start.learn = {self.start.learn}; give all or "
+                "last_stages"
             )
         if self.teacher is not None and self.teacher.weights is None:
             raise ValueError(

@@ -405,9 +405,10 @@ class FewShotResult(StrictModel):
 
         if self.num_selected and self.estimated_on == "cross-validation":
             yield (
-                f"{self.num_selected} photographs were kept because a network was "
-                "not sure of them: they are learned, but the accuracy and `known` "
-                "are judged by the others, which are like new ones"
+                f"{self.num_selected} photographs were kept because a network "
+                "was not sure of them: they are learned, but the accuracy "
+                "and `known` are judged by the others, which are like new "
+                "ones"
             )
 
         if self.clip:

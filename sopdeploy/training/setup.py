@@ -227,8 +227,9 @@ def _resume_setup(
         )
     if state.train_count != len(images):
         raise DataError(
-            f"{source}: the run started with {state.train_count} training images, "
-            f"now there are {len(images)}; give the same data or start a new run"
+            f"{source}: the run started with {state.train_count} training "
+            f"images, now there are {len(images)}; give the same data or "
+            "start a new run"
         )
     if not has_same_images(last, source, images, division.file_hashes):
         raise DataError(

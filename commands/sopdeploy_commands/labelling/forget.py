@@ -405,8 +405,9 @@ def _output_folder(table: Path) -> Path:
 def _lock_output(folder: Path, locks: ExitStack) -> None:
     """Keep runs of `classify` out of *folder* until *locks* are closed.
 
-    Does nothing without the file in which a run keeps its state: then *folder* is no output folder
-    of `classify`.
+    Does nothing without the file in which a run keeps its state: then *folder* is no output
+    folder of `classify`. On a file system without locks, it keeps none out. Raises `DataError`
+    if a run writes to *folder*, and `StorageError` if the lock cannot be opened.
     """
     if not (folder / STATE).exists():
         return

@@ -20,6 +20,7 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.cli.command import command
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate, log_loss
@@ -151,23 +152,29 @@ def compare_loaded(
     num_predictions = len(models) * len(photographs.images) + len(pair) * num_unknown
     numbers = itertools.count(1)
 
-    def evaluate(model: LoadedModel, no_class: ImageFiles | None) -> Evaluated:
-        return _evaluate(
-            model,
-            photographs,
-            no_class,
-            settings,
-            lambda: on_image(next(numbers), num_predictions),
+    def answer(model: LoadedModel, images: ImageFiles) -> Answers:
+        return _answer(
+            model, images, settings, lambda: on_image(next(numbers), num_predictions)
         )
 
-    first = evaluate(pair[0], unknown_images)
-    second = evaluate(pair[1], unknown_images)
-    best = None if anchor is None else evaluate(anchor, no_class=None)
+    first, second = (
+        _evaluate(
+            model.bundle,
+            photographs,
+            answer(model, photographs.images),
+            None if unknown_images is None else answer(model, unknown_images),
+        )
+        for model in pair
+    )
+    best_right_N: NDArray[np.bool_] | None = None
+    if anchor is not None:
+        answers = answer(anchor, photographs.images)
+        best_right_N = _find_right(anchor.bundle, photographs.images, answers)
 
     # The verdict, by bounds on what the second bundle loses and by what changed for unknown images,
     # if both bundles recognize them.
     attempt = num_earlier + 1
-    checks = _bound_losses(photographs, first, second, best, tolerance, attempt)
+    checks = _bound_losses(photographs, first, second, best_right_N, tolerance, attempt)
     rejections: Change | None = None
     if first.rejected is not None and second.rejected is not None:
         counts = _count_changes(first.rejected, second.rejected)
@@ -271,14 +278,14 @@ def _bound_losses(
     photographs: Photographs,
     first: "Evaluated",
     second: "Evaluated",
-    best: "Evaluated | None",
+    best_right_N: NDArray[np.bool_] | None,
     tolerance: float,
     attempt: int,
 ) -> list[Check]:
-    """Bound what the *second* bundle loses: to the *first* one, and to the *best* earlier one, if any.
+    """Bound what the *second* bundle loses: to the *first* one, and to the best earlier one, if any.
 
-    The first check is that of all recent photographs. With new classes, the old ones are also
-    checked alone.
+    *best_right_N* tells which photographs that one gets right. The first check is that of all
+    recent photographs. With new classes, the old ones are also checked alone.
     """
     rule = rule_of_all(tolerance, attempt)
     next_rule = rule_of_all(tolerance, attempt + 1)
@@ -289,8 +296,8 @@ def _bound_losses(
         rule_old = rule_of_old(tolerance)  # the same one in each attempt
         old_N = photographs.old
         checks.append(_check("old", rule_old, rule_old, first.right, second.right, old_N))
-    if best is not None:
-        checks.append(_check("anchor", rule, next_rule, best.right, second.right, recent_N))
+    if best_right_N is not None:
+        checks.append(_check("anchor", rule, next_rule, best_right_N, second.right, recent_N))
     return checks
 
 
@@ -439,6 +446,13 @@ def _are_first(group_N: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.isin(np.arange(len(group_N)), first_G)
 
 
+class Answers(NamedTuple):
+    """The logits (N, C) of a bundle for N images, and which images (N,) are `known`: all without a threshold."""
+
+    logits: NDArray[np.float32]
+    known: NDArray[np.bool_]
+
+
 class Evaluated(NamedTuple):
     """A bundle's score, which photographs (N,) are `right`, and which unknown images (U,) are `rejected`."""
 
@@ -447,50 +461,51 @@ class Evaluated(NamedTuple):
     rejected: NDArray[np.bool_] | None
 
 
-def _evaluate(
-    loaded: LoadedModel,
-    photographs: Photographs,
-    unknown: ImageFiles | None,
-    settings: Settings,
-    on_image: Callable[[], None],
-) -> Evaluated:
-    """Run a bundle, one of the pair or the anchor, on *photographs* and, if given, on *unknown* images.
+def _answer(
+    loaded: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
+) -> Answers:
+    """Run a bundle on *images*."""
+    logits_NC = logits_of_images(loaded, images, settings, on_image)
+    answers = [loaded.bundle.manifest.rules.answer(row, top_k=1) for row in logits_NC]
+    return Answers(logits_NC, np.array([answer.known is not False for answer in answers]))
 
-    `top1` is the accuracy on the recent photographs, `top1_all` that on all. Log loss and the
-    share of known images are those of the recent photographs whose class both bundles of the
-    pair have.
+
+def _find_right(bundle: Bundle, images: ImageFiles, answers: Answers) -> NDArray[np.bool_]:
+    """Find out which of *images* (N,) have the class that *bundle* answers.
+
+    Classes are compared by name: the index of one in the bundle differs from that in the labels
+    of the images.
     """
-    bundle = loaded.bundle
-    images = photographs.images
-    logits_NC, known_N = _predict_known(loaded, images, settings, on_image)
-    rejected_U: NDArray[np.bool_] | None = None
-    if unknown is not None:
-        _, known_U = _predict_known(loaded, unknown, settings, on_image)
-        rejected_U = ~known_U
-
-    # Answers and right classes are compared by name: the index of a class in the bundle differs
-    # from that in the labels of the photographs.
-    answers_N = [bundle.labels[output] for output in logits_NC.argmax(axis=1)]
+    answers_N = [bundle.labels[output] for output in answers.logits.argmax(axis=1)]
     labels_N = [images.labels[target] for target in images.targets]
-    right_N = np.array(
+    return np.array(
         [answer == label for answer, label in zip(answers_N, labels_N, strict=True)]
     )
 
-    # The log loss, of K photographs: those `common` ones whose class this bundle has, too. The
-    # anchor may lack one.
+
+def _evaluate(
+    bundle: Bundle, photographs: Photographs, answers: Answers, for_unknown: Answers | None
+) -> Evaluated:
+    """Score a bundle of the pair by its *answers* for *photographs* and, if there are any, for unknown images.
+
+    `top1` is the accuracy on the recent photographs, `top1_all` that on all. Log loss and the
+    share of known images are those of the recent photographs whose class both bundles have.
+    """
+    right_N = _find_right(bundle, photographs.images, answers)
+
+    # The log loss, of the `common` photographs.
     output_of_label = {label: output for output, label in enumerate(bundle.labels)}
-    has_class_N = np.array([label in output_of_label for label in labels_N])
-    scored_N = photographs.common & has_class_N
-    outputs_K = np.array(
-        [output_of_label[labels_N[index]] for index in np.flatnonzero(scored_N)]
-    )
-    loss = log_loss(logits_NC[scored_N].astype(np.float64), outputs_K)
+    labels_N = [photographs.images.labels[target] for target in photographs.images.targets]
+    common = photographs.common
+    outputs = np.array([output_of_label[labels_N[index]] for index in np.flatnonzero(common)])
+    loss = log_loss(answers.logits[common].astype(np.float64), outputs)
 
     # What the rejection does with known and with unknown images, if there is a rule.
+    rejected_U = None if for_unknown is None else ~for_unknown.known
     accepted: Rate | None = None
     rejected: Rate | None = None
     if bundle.manifest.rules.rejection is not None:
-        accepted = _share(known_N[photographs.common])
+        accepted = _share(answers.known[common])
         if rejected_U is not None:
             rejected = _share(rejected_U)
 
@@ -509,15 +524,6 @@ def _evaluate(
 def _share(mask: NDArray[np.bool_]) -> Rate:
     """Return how many of the images of *mask* (N,) it marks, as a rate."""
     return Rate.of(int(mask.sum()), len(mask))
-
-
-def _predict_known(
-    loaded: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return the logits (N, C) of *images* and the mask (N,) of known ones: all, if the bundle has no threshold."""
-    logits = logits_of_images(loaded, images, settings, on_image)
-    answers = [loaded.bundle.manifest.rules.answer(row, top_k=1) for row in logits]
-    return logits, np.array([answer.known is not False for answer in answers])
 
 
 def _count_changes(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> dict[str, int]:

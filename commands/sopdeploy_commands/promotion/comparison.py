@@ -157,7 +157,7 @@ class BundleComparison(StrictModel):
 
     @property
     def _problems(self) -> Iterator[str]:
-        """What speaks against the second bundle, the failed checks first."""
+        """What speaks against the second bundle, or lacks to decide; failed checks first."""
         for check in self.checks:
             if not check.passes:
                 yield check.problem

@@ -115,9 +115,10 @@ def evaluate(
     Classes are matched by name; classes without images are named and left out. Accuracies have
     Wilson 95 % intervals. If a rejection threshold was fitted, the output includes the fraction
     of accepted images. A network with several classes per image needs a folder with
-    `labels.csv`; its metrics are mAP, and F1 of each class at its threshold. --fit-decision is
-    for imported checkpoints, and for other images than those of a run, which fits both at its
-    end. The metrics are those before the fit.
+    `labels.csv`; its metrics are mAP, and F1 of each class at its threshold. --fit-decision
+    writes a copy of the checkpoint with another temperature and threshold. It is for imported
+    checkpoints, and for other images than those of a run, which fits both at its end. The
+    metrics are those before the fit.
 
     Example: sopdeploy eval runs/latest/best.pt --data test-photos
 

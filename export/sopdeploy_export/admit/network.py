@@ -81,7 +81,8 @@ def unwrap_and_check(
         )
     if isinstance(network, torch.jit.ScriptModule):
         raise LoweringError(
-            f"the whole {role} network is a ScriptModule; export the module that was scripted or traced"
+            f"the whole {role} network is a ScriptModule; export the module that "
+            "was scripted or traced"
         )
 
     # Modules that cannot be read, run or captured.
@@ -147,7 +148,8 @@ def check_torch_state() -> None:
     # Types.
     if torch.get_default_dtype() != torch.float32:
         raise CertificateError(
-            f"torch.set_default_dtype({torch.get_default_dtype()}) is active; set it back to torch.float32"
+            f"torch.set_default_dtype({torch.get_default_dtype()}) is active; set "
+            "it back to torch.float32"
         )
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
@@ -183,16 +185,18 @@ def find_oddity(network: nn.Module, removed: tuple[str, ...]) -> str | None:
     for name, module in modules(network):
         if isinstance(module, torch.jit.ScriptModule):
             return (
-                f"{name} of the trained network is a ScriptModule; put the module that was scripted or "
-                "traced in its place or, if only training needs it, run it only if self.training"
+                f"{name} of the trained network is a ScriptModule; put the module "
+                "that was scripted or traced in its place or, if only training "
+                "needs it, run it only if self.training"
             )
         if is_in(name, *removed):
             continue
 
         if any(kind.__name__ == "FakeQuantizeBase" for kind in type(module).__mro__):
             return (
-                f"{name} of the trained network is a {type(module).__name__}, which reads its own buffers; "
-                "put torch.nn.Identity in its place, and quantize with precision int8"
+                f"{name} of the trained network is a {type(module).__name__}, which "
+                "reads its own buffers; put torch.nn.Identity in its place, and "
+                "quantize with precision int8"
             )
 
         # Changes of the instance, which its class does not show.
@@ -265,7 +269,8 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     if not is_dense or (has_fractions and tensor.dtype != torch.float32):
         kind = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout} on {tensor.device}"
         raise LoweringError(
-            f"{name} is a {kind}; the exporter accepts dense tensors of float32 or integers: {_advise(tensor)}"
+            f"{name} is a {kind}; the exporter accepts dense tensors of float32 or "
+            f"integers: {_advise(tensor)}"
         )
 
     # Bytes of memory are hashed and written, and here these are not the values.

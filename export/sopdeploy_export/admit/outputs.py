@@ -65,8 +65,9 @@ def check_finite(needed: Mapping[str, Tensor], logits: Tensor) -> None:
 
     if not is_finite:
         raise LoweringError(
-            "the trained network returns NaN or infinite logits for a probe image; the probes include "
-            "images of one color, so add a small constant wherever it divides, such as by a norm"
+            "the trained network returns NaN or infinite logits for a probe image; "
+            "the probes include images of one color, so add a small constant "
+            "wherever it divides, such as by a norm"
         )
 
 
@@ -81,8 +82,9 @@ def check_logits(logits: Tensor) -> tuple[str, ...]:
     sums_to_one = bool(((finite.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all())
     if len(finite) and bool((finite >= 0).all()) and sums_to_one:
         raise LoweringError(
-            "the trained network returns probabilities, to which the service would apply a softmax; return "
-            "the logits before its softmax, or the logarithms of the probabilities"
+            "the trained network returns probabilities, to which the service would "
+            "apply a softmax; return the logits before its softmax, or the "
+            "logarithms of the probabilities"
         )
 
     if torch.equal(logits, logits[:1].expand_as(logits)):
@@ -118,8 +120,9 @@ def run_and_check(
     is_table = type(logits) is Tensor and len(shape) == 2 and shape[0] == size
     if not is_table:
         raise LoweringError(
-            f"the trained network returns {shape} for {amount(size, 'image')}, not ({size}, {classes or 'classes'}): "
-            "one row per image, also for a single one, and one logit per label"
+            f"the trained network returns {shape} for {amount(size, 'image')}, not "
+            f"({size}, {classes or 'classes'}): one row per image, also for a "
+            "single one, and one logit per label"
         )
 
     # Its columns must be the classes.

@@ -140,9 +140,9 @@ def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
 
 
 def choose_output(output: Any, key: str | int) -> Any:
-    """Choose the tensor *key* of *output*: an attribute, key or index, or several of them, as `0.2`.
+    """Return what *key* names in *output*: an attribute, key or index, or several, as `0.2`.
 
-    Raises `LoweringError` if *output* has none.
+    It need not be a tensor. Raises `LoweringError` if *output* has nothing of this name.
     """
     # A key with dots may be a single one.
     is_single = isinstance(key, int) or _has_key(output, key)

@@ -250,8 +250,9 @@ def check_batch_sizes(program: ExportedProgram, batch: BatchRange) -> None:
     allowed = program.range_constraints[dimension.node.expr]
     if int(allowed.lower) > 1 or int(allowed.upper) != batch.maximum:
         raise LoweringError(
-            f"the network accepts batches of {allowed.lower} to {allowed.upper} images only, not of "
-            f"1 to {batch.maximum}; its code depends on the batch size"
+            f"the network accepts batches of {allowed.lower} to {allowed.upper} "
+            f"images only, not of 1 to {batch.maximum}; its code depends on the "
+            "batch size"
         )
 
 

@@ -130,7 +130,7 @@ def _label_hidden_axes(equation: str, ranks: Sequence[int]) -> str:
         labeled_terms.append(term.replace("...", labels))
         longest = max(longest, labels, key=len)
 
-    # The result has all hidden axes.
+    # An ellipsis in the result stands for all hidden axes.
     return f"{','.join(labeled_terms)}->{result.replace('...', longest)}"
 
 
@@ -153,11 +153,11 @@ class PythonNumbers:
         self._values = WeakIdKeyDictionary()
 
     def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Compute a call on known tensors, or one that makes a tensor of Python numbers.
+        """Compute a call of `FUNCTIONS` on known tensors, or of `MAKERS` on Python numbers.
 
-        Returns a Python number, or a tensor, which the caller passes to `remember`. Returns None
-        for any other call; if one of its operands is known, the call can change it, so all
-        tensors become unknown.
+        Returns a Python number, or a tensor: the value that the caller passes to `remember`
+        with its own result of the call. Returns None for any other call; if one of its operands
+        is known, the call can change it, so all tensors become unknown.
         """
         if not len(self._values) and function not in self.MAKERS:  # most calls
             return None

@@ -131,8 +131,9 @@ class AccuracyCheck:
 
         if not measured.deviation <= MAX_DEVIATION:  # larger, or NaN
             raise ParityError(
-                f"{report.precision} changes the logits by {measured.deviation:.2f} standard deviations on "
-                f"{measured.num_images} images, more than {MAX_DEVIATION:g}{advice or '; choose fp32'}"
+                f"{report.precision} changes the logits by {measured.deviation:.2f} "
+                f"standard deviations on {measured.num_images} images, more than "
+                f"{MAX_DEVIATION:g}{advice or '; choose fp32'}"
             )
         if measured.drop <= limit:
             return

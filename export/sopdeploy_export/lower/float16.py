@@ -100,8 +100,9 @@ def _check_fold(network: nn.Module, program: ExportedProgram, pixels: Tensor) ->
     difference = float((logits - expected).abs().max()) / scale
     if not difference <= FOLD_TOLERANCE:  # also if it is NaN
         raise LoweringError(
-            f"batch norms folded into the convolutions change the output by {difference:.2g} of its largest "
-            "value in float64; nothing was written; choose precision fp32"
+            "batch norms folded into the convolutions change the output by "
+            f"{difference:.2g} of its largest value in float64; nothing was "
+            "written; choose precision fp32"
         )
 
 

@@ -219,10 +219,10 @@ class _Filled(fx.Interpreter):
     ) -> None:
         """Prepare a run.
 
-        *layouts*, those of another run of *program*, or none, save computation: of a layer that multiplies
-        and adds small numbers, only the layout of the result is used. The results of other
-        layers can be infinite or NaN, which a subclass notes, so they are computed before they
-        are filled.
+        *layouts* are those of another run of *program*, or empty. They save computation: a
+        layer that multiplies and adds small numbers is not computed, since only the layout of
+        its result is used. The results of other layers can be infinite or NaN, which a subclass
+        notes, so they are computed before they are filled.
         """
         super().__init__(program)
         self.layouts = dict(layouts)

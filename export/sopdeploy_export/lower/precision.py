@@ -150,8 +150,9 @@ def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
     wrong = [part for part, dtype in expected.items() if in_graph.get(part, dtype) != dtype]
     if wrong:
         raise LoweringError(
-            f"fp16 was requested, but the graph holds {wrong[0]} in {in_graph[wrong[0]]}: "
-            f"{len(wrong)} of {len(expected)} parts have the wrong type"
+            f"fp16 was requested, but the graph holds {wrong[0]} in "
+            f"{in_graph[wrong[0]]}: {len(wrong)} of {len(expected)} parts have the "
+            "wrong type"
         )
     if "float16" not in in_graph.values():
         raise LoweringError("no part has weights in float16; choose precision fp32")
@@ -214,9 +215,11 @@ class _Headroom(fx.Interpreter):
         largest = float(unmasked.abs().max())
         if largest > LARGEST_USED:
             raise LoweringError(
-                f"{module_of(n)} computes {largest:.3g} in float16 on a probe or photograph; values above "
-                f"{LARGEST_USED:g}, an eighth of the largest, are refused, because other images may overflow; train "
-                "longer, normalize the input of this part, or choose precision fp32"
+                f"{module_of(n)} computes {largest:.3g} in float16 on a probe or "
+                f"photograph; values above {LARGEST_USED:g}, an eighth of the "
+                "largest, are refused, because other images may overflow; train "
+                "longer, normalize the input of this part, or choose precision "
+                "fp32"
             )
         return value
 

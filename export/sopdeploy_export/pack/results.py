@@ -47,8 +47,9 @@ class ExportResults:
 
         # The drift from float64; then on how many images the top class is the same.
         drift = (
-            f"{parity.logits.largest_drift:.2g} = {parity.logits.drift_in_floors:.1f} noise floors "
-            f"(limit {parity.floors_allowed:g})"
+            f"{parity.logits.largest_drift:.2g} = "
+            f"{parity.logits.drift_in_floors:.1f} noise floors (limit "
+            f"{parity.floors_allowed:g})"
         )
         if not parity.passed:
             drift += "; THE COMPARISON DID NOT PASS, which was allowed"

@@ -183,8 +183,12 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
     def behind(self, result: str) -> dict[str, Operator]:
-        """Return the operators behind *result*, what a tensor is known by, in the order of the run."""
-        # A tensor is known by the hash of its operator, "#", the position of the result, and its place.
+        """Return the operators, by hash, that compute *result*, in the order of the run.
+
+        *result* is what `known_by` returns for a tensor.
+        """
+        # What an operator made is known by "HASH#POSITION PLACE"; `operands` lack the place.
+        # The image, stored tensors and constants have no operator.
         needed: set[str] = set()
         unvisited = [result.partition(" ")[0]]
         while unvisited:

@@ -265,8 +265,9 @@ def compute_reference(
     is_compared_P = compared_images(routing, len(images))
     if not is_compared_P.any():
         raise ParityError(
-            f"the gate is undecided on every probe image and rounding to {precision} changes every route, "
-            f"so no output can be compared; {UNDECIDED}"
+            "the gate is undecided on every probe image and rounding to "
+            f"{precision} changes every route, so no output can be compared; "
+            f"{UNDECIDED}"
         )
 
     # The noise floor of each output, from runs of all images and of the first ones alone.
@@ -501,17 +502,19 @@ def _first_violation(report: ParityReport) -> str | None:
             advice += ", or choose precision fp32"
         too_large_share = report.smallest_unverifiable_share
         return (
-            f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is "
-            f"{floor / report.spread:.0%} of the spread of the logits, and at {too_large_share:.1%} or more "
-            f"a file that ignores its input would pass; {advice}"
+            f"cannot be verified in {report.precision}: its noise floor of "
+            f"{floor:.3g} is {floor / report.spread:.0%} of the spread of the "
+            f"logits, and at {too_large_share:.1%} or more a file that ignores its "
+            f"input would pass; {advice}"
         )
 
     # The file.
     for name, output in report.outputs.items():
         if output.largest_drift > output.tolerance:
             return (
-                f"drifts by {output.largest_drift:.3g} in {name} ({output.drift_in_floors:.1f}x noise floor, "
-                f"limit {report.floors_allowed:.0f}x = {output.tolerance:.3g})"
+                f"drifts by {output.largest_drift:.3g} in {name} "
+                f"({output.drift_in_floors:.1f}x noise floor, limit "
+                f"{report.floors_allowed:.0f}x = {output.tolerance:.3g})"
             )
         if output.batch_difference > output.tolerance:
             return f"changes {name} by {output.batch_difference:.3g} when images are batched"

@@ -198,9 +198,11 @@ def prove_plain_run(recorder: Recorder) -> None:
         if plain.results != captured.results:
             raise CertificateError(
                 f"with {amount(size, 'image')}, a plain run of the network does "
-                f"something else than its graph: the network runs {plain.first_other(captured)}, "
-                f"the graph {captured.first_other(plain)}; its code must depend on neither the batch size "
-                "nor being exported, nor write outside of torch's operators"
+                "something else than its graph: the network runs "
+                f"{plain.first_other(captured)}, the graph "
+                f"{captured.first_other(plain)}; its code must depend on neither "
+                "the batch size nor being exported, nor write outside of torch's "
+                "operators"
             )
         if size == recorder.repeated:
             check_repeated(first, plain)
@@ -221,7 +223,8 @@ def check_run(run: Run) -> None:
         )
     if flow.hidden_writes:
         raise CertificateError(
-            f"{flow.hidden_writes[0]} writes to an operand, unlike its schema; declare what it mutates"
+            f"{flow.hidden_writes[0]} writes to an operand, unlike its schema; "
+            "declare what it mutates"
         )
     if flow.kept_writes:
         raise CertificateError(
@@ -240,8 +243,9 @@ def check_repeated(first: Run, again: Run) -> None:
     """Raise `CertificateError` unless the run *again* performs, and returns, what the *first* one did."""
     if first.results != again.results:
         raise CertificateError(
-            f"a second run of the network does something else: the first one runs "
-            f"{first.first_other(again)}, the second {again.first_other(first)}; {STATELESS}"
+            "a second run of the network does something else: the first one runs "
+            f"{first.first_other(again)}, the second {again.first_other(first)}; "
+            f"{STATELESS}"
         )
     if not all(map(are_equal, first.values, again.values)):
         raise CertificateError(f"a second run of the network gives other outputs; {STATELESS}")

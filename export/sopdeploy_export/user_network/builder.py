@@ -49,7 +49,8 @@ def network_builder(
             raise invalid(f"returned a {type(network).__name__}, not a torch.nn.Module")
         if any(map(is_lazy, chain(network.parameters(), network.buffers()))):
             raise invalid(
-                "returned lazy layers without weights; run them once on an image in the function"
+                "returned lazy layers without weights; run them once on an image "
+                "in the function"
             )
         return network
 
@@ -161,5 +162,6 @@ def _check_option_values(
         default = defaults.get(name)
         if isinstance(value, str) and isinstance(default, bool | int | float):
             raise ConfigError(
-                f"{name}={value!r} is text, but its default is {default!r}; write a value of this type"
+                f"{name}={value!r} is text, but its default is {default!r}; write a "
+                "value of this type"
             )

@@ -200,7 +200,8 @@ def checked_builder(
         check_torch_state()  # which the builder can change
         if addresses(built) & addresses(trained):
             raise CertificateError(
-                "the builder of the plain network returns weights of the trained one; build a new network"
+                "the builder of the plain network returns weights of the trained "
+                "one; build a new network"
             )
         check_tensors(built)
         built.cpu().eval()

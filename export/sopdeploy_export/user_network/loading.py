@@ -138,8 +138,9 @@ def load_weights(
     fit = _choose_fit(path, _with_key(path, fits, key), tables, expected)
     if fit.missing:
         raise WeightsError(
-            f"{path}: {fit.missing[0]} is missing; {len(fit.sources)} of {len(expected)} tensors fit: "
-            "check the network and its options, or choose another table of weights"
+            f"{path}: {fit.missing[0]} is missing; {len(fit.sources)} of "
+            f"{len(expected)} tensors fit: check the network and its options, or "
+            "choose another table of weights"
         )
 
     # The tensors of the table, in the shapes of the network, and the extra state of layers.
@@ -380,7 +381,8 @@ def _load_and_compare(
         is_equal = tensor.cpu().isclose(same_type, rtol=0, atol=0, equal_nan=True)
         if not bool(is_equal.all()):
             raise WeightsError(
-                f"{path}: {name} has other values in the network after loading than in the file; {advice}"
+                f"{path}: {name} has other values in the network after loading than "
+                f"in the file; {advice}"
             )
 
 

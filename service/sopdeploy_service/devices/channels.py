@@ -24,11 +24,14 @@ class Channels:
         self._numbers = numbers
 
     def connect(self, engine: Process, front_end: Process) -> None:
-        """Send the ends of a new channel to *engine* and *front_end*, which report it when it is open."""
+        """Send *engine* and *front_end* the ends of a new channel, which they report when open.
+
+        *front_end* notes that it expects the channel, which is missing until both report it.
+        """
         number = next(self._numbers)
         front_end.expected[engine.name] = number
 
-        with suppress(OSError):  # too many files: the channel is missing
+        with suppress(OSError):  # too many files: the channel stays missing
             for end, process, other in zip(
                 socket.socketpair(), (engine, front_end), (front_end, engine), strict=True
             ):

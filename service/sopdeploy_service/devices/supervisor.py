@@ -304,7 +304,8 @@ class Supervisor:
         return f"exited with code {code}", code
 
     def _describe(self, process: Process) -> LaunchConfig:
-        """Describe *process* for the template."""
+        """Describe *process* for the template, which forks it."""
+        # A front end gets the process ids of the engines that run.
         engines = self._devices if process.device is None else []
         running = [engine.child for engine in engines if engine.child is not None]
 

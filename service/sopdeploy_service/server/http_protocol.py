@@ -364,7 +364,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._ignores_input = self._closed = True
 
         if is_input_in_transit:
-            # Read on: closing with unread input would reset the connection.
+            # Read on: closing with unread input would reset the connection. It does not count
+            # as an open one any more.
             self.flow.resume_reading()
             if self.transport.can_write_eof() and not self.transport.is_closing():
                 self.transport.write_eof()

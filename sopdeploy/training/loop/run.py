@@ -85,8 +85,9 @@ def fit_loop(
         except TrainingStoppedError as stop:
             folder.save_last(last_loop_record(run))
             stop.message = (
-                f"stopped in epoch {run.position.epoch + 1} of {recipe.epochs} after "
-                f"{run.position.step} steps of it; {folder.last} is saved and can be resumed"
+                f"stopped in epoch {run.position.epoch + 1} of {recipe.epochs} "
+                f"after {run.position.step} steps of it; {folder.last} is saved and "
+                "can be resumed"
             )
             raise
 

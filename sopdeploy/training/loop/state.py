@@ -184,8 +184,9 @@ class LoopState:
                 )
                 raise TrainingError(
                     f"epoch {position.epoch + 1}, step {number}: "
-                    f"{next(damaged, 'the gradient or a running statistic')} is "
-                    "not finite; lower optimizer.lr or set optimizer.clip_norm"
+                    f"{next(damaged, 'the gradient or a running statistic')} "
+                    "is not finite; lower optimizer.lr or set "
+                    "optimizer.clip_norm"
                 )
 
             # Sums over samples, from which the row of the epoch takes means.

@@ -427,6 +427,18 @@ def test_a_bundle_is_also_compared_with_the_best_earlier_one(
     assert read_anchor(shelf / "live") is None
 
 
+def test_an_earlier_bundle_of_other_classes_gets_no_photograph_right(
+    bundles, labelled, shelf
+) -> None:
+    live, second = (bundle.name for bundle in bundles)
+    others = write_bundle(shelf, seed=2, labels=[f"former {number}" for number in range(7)])
+    record_move(shelf, second, live, others.name)
+    move = promote(shelf / second, shelf / "live", labelled(bundles[1]))
+    (check,) = [check for check in move.comparison.checks if check.of == "anchor"]
+    assert (check.wins, check.losses) == (40, 0)
+    assert move.anchor == second
+
+
 def test_after_a_move_back_the_best_earlier_bundle_is_that_of_before(bundles, shelf) -> None:
     first, second = (bundle.name for bundle in bundles)
     third = write_bundle(shelf, seed=2).name

@@ -52,6 +52,16 @@ def asks(question: Callable[[Tensor], bool]) -> Logits:
     return logits
 
 
+def views(view: Callable[[Tensor, int], Tensor]) -> Logits:
+    """Read a map (B, 3, 3) by *view* with the number 1 while the network is captured, and 0 otherwise."""
+
+    def logits(network: Small, x: Tensor) -> Tensor:
+        y = view(torch.stack([x, 2 * x, 3 * x], 1), int(imported_by_its_name()))
+        return network.fc(y.mul(1.0).sum(1))
+
+    return logits
+
+
 def clamps_by_data(network: Small, x: Tensor) -> Tensor:
     y = x + rare(x)
     y.data = torch.clamp(y.detach(), max=8)
@@ -100,10 +110,10 @@ WRONG: dict[str, tuple[Logits, str]] = {
     "looks at the stack": (asks(is_called_by_export), "graph"),
     "asks for the type": (asks(lambda x: type(x) is not Tensor), "graph"),
     "asks for the type of a size": (asks(lambda x: type(x.shape[0]) is not int), "graph"),
-    "reads another part of a map": (
-        lambda n, x: n.fc(torch.cat([x, -x], 1).narrow(1, 3 * imported_by_its_name(), 3)),
-        "graph",
-    ),
+    "reads another part of a map": (views(lambda y, i: y.narrow(1, i, 2)), "graph"),
+    "reads a larger part of a map": (views(lambda y, i: y.narrow(1, 0, 2 + i)), "graph"),
+    "reads a map transposed": (views(lambda y, i: y.transpose(1, 1 + i)), "graph"),
+    "reads a map as integers": (views(lambda y, i: y.view((y.dtype, torch.int32)[i])), "graph"),
     "writes by .data": (clamps_by_data, "graph"),
     "a size behind try": (
         tries(lambda n, x: n.fc(x) + (1 if rare(x).nonzero().shape[0] else 0)),

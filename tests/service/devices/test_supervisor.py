@@ -30,7 +30,6 @@ from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.inference.results import RUNTIME_DEAD
 from sopdeploy_service.labelling.kept import read_kept
-from sopdeploy_service.server.lifetime import USER_ERROR
 from sopdeploy_service.settings import load_settings
 from sopdeploy_service.tasks import start_task
 from tests.service.devices import gated_device
@@ -259,23 +258,6 @@ def test_a_process_that_dies_early_for_days_is_still_restarted(monkeypatch) -> N
         monkeypatch.setattr(server, "_start", start)
         assert asyncio.run(server.run()) == 0
     assert next(starts) == 1101
-
-
-def test_a_user_error_of_a_process_before_the_server_is_ready_is_that_of_the_server(
-    monkeypatch,
-) -> None:
-    with socket.socket() as listener:
-        settings = load_settings()
-        process = Process("cpu", {}, settings, "cpu", 0)
-        server = supervisor.Supervisor([], settings, [process], listener)
-
-        async def start(_: Process) -> None:
-            process.child = SimpleNamespace(
-                poll=lambda: USER_ERROR, send_signal=lambda _: None, kill=lambda: None
-            )
-
-        monkeypatch.setattr(server, "_start", start)
-        assert asyncio.run(server.run()) == USER_ERROR
 
 
 def test_a_system_without_room_for_a_process_is_asked_again_and_no_file_stays_open(

@@ -145,7 +145,11 @@ def parse_body(
 
 
 def _choose_formats(request: InferBody, names: Sequence[str]) -> dict[str, bool]:
-    """Map each output to return, by default all of *names* but the embedding, to whether it is in binary."""
+    """Map the name of each output to return to whether it is in binary.
+
+    By default, these are all of *names* but the embedding. Raises `RejectedError` for an output
+    that is unknown, occurs twice or is to be classified.
+    """
     # The format of outputs that choose none.
     binary_by_default = bool(request.parameters.binary_data_output)
     is_binary: dict[str, bool] = {}

@@ -168,7 +168,8 @@ class Keeper:
         # Dropped photographs: those that the event loop did not queue, those that the thread did
         # not copy, and those of both that were logged.
         self._num_unqueued = self._num_uncopied = self._num_logged = 0
-        self._recent: deque[int] = deque(maxlen=RECENT_PHOTOS)  # near hashes
+        # Near hashes of recent photographs, whose near-duplicates are not copied.
+        self._recent: deque[int] = deque(maxlen=RECENT_PHOTOS)
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
     def start(self) -> None:
