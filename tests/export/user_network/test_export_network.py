@@ -257,7 +257,8 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a ScriptModule that also runs in eval mode": (
         with_scripted_branch,
         {"training_only": ["aux"]},
-        r"; one reason can be that aux of the trained network is a ScriptModule; .* only if self\.training$",
+        r"graph: torch\.jit\.script made the network or a part of it, .*; build it from its Python class; "
+        r"one reason can be that aux of the trained network is a ScriptModule; .* only if self\.training$",
     ),
     "a quantization that reads its buffers": (
         with_fake_quantization,
