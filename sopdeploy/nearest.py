@@ -1,7 +1,7 @@
 """Which known names a wrong name may mean, and the question "did you mean ...?" of all messages."""
 
 from collections.abc import Iterable, Mapping
-from difflib import SequenceMatcher, get_close_matches
+from difflib import SequenceMatcher
 
 CUTOFF = 0.6  # of the ratio of `SequenceMatcher`
 MARGIN = 0.05  # to the ratio of the nearest name
@@ -31,10 +31,17 @@ def nearest_names(wanted: str, names: Iterable[str]) -> list[str]:
         return [by_lower[name] for name in same_end[:MAX_NAMES]]
 
     # The nearest first; of those that are as near, the first one of *names*.
-    close = set(get_close_matches(wanted, by_lower, n=max(1, len(by_lower)), cutoff=CUTOFF))
-    ratios = {
-        name: SequenceMatcher(None, name, wanted).ratio() for name in by_lower if name in close
-    }
+    matcher = SequenceMatcher(b=wanted)
+    ratios = {}
+    for name in by_lower:
+        matcher.set_seq1(name)
+        # Upper bounds, which take less time, exclude most names.
+        if matcher.real_quick_ratio() < CUTOFF or matcher.quick_ratio() < CUTOFF:
+            continue
+        ratio = matcher.ratio()
+        if ratio >= CUTOFF:
+            ratios[name] = ratio
+
     ranked = sorted(ratios, key=lambda name: -ratios[name])
 
     # Others only if they are about as near as the nearest one.

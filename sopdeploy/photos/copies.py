@@ -31,9 +31,6 @@ from sopdeploy.photos.photo import LabeledImages
 
 Groups = NDArray[np.int64]  # a number per image
 _Parts = Sequence[NDArray[np.float32]]  # vectors (N, D_i) of N images, in one or several parts
-# Images that are compared with an image, by whitened and plain vectors
-CANDIDATES = 8
-CANDIDATES_BY_EDGES = 20
 # Share of equal tiles of pairs that are no copies, which a tenth of the images of a class reach
 # if they look alike: 0 to 0.2 for scenes, clothing and flowers, 0.37 for coins, 0.5 for hand
 # signs and solar cells. Two or three photographs of any kind do, on one cloth: so a tenth of the
@@ -62,6 +59,25 @@ DIRECTIONS = 8
 DECIMALS = 4  # of a signature; float32 differs between processors from the seventh decimal on
 
 
+class Nearest(NamedTuple):
+    """Which images are compared with an image: the *num_others* nearest, if they are near enough.
+
+    These are the nearest by whitened, and by plain vectors. Of an image that is compared, one of
+    the cosines is at least that of its kind.
+    """
+
+    num_others: int
+    whitened: float = -np.inf
+    plain: float = -np.inf
+
+
+# Of confirmed copies of all kinds in folders of 40 to 1,080 photographs, the whitened cosine was
+# 0.29 or more, of a third to nine tenths of the other pairs below 0.2. Where classes look alike,
+# so that pixels must be compared, plain vectors are alike, too (docs/benchmarks/copied_photos.md).
+BY_FEATURES = Nearest(8, whitened=0.2, plain=0.8)
+BY_EDGES = Nearest(20)
+
+
 class NearDuplicates(NamedTuple):
     """The `pairs` (2, P) of near-duplicates among N images, which images (N,) are `alike`, and `vectors`.
 
@@ -80,24 +96,30 @@ def find_near_duplicates(
     small: NDArray[np.uint8],
     targets: NDArray[Any],
     hashes: Sequence[str],
-    num_candidates: int = CANDIDATES,
+    nearest: Nearest = BY_FEATURES,
+    parts: NDArray[np.intp] | None = None,
 ) -> NearDuplicates:
     """Find the near-duplicates among N images with *targets*, (N,) or (N, C): pairs in any order.
 
     *views* has an array (N, V, D) for each part of the vectors: V views of an image, the whole
     one first. *small* are the gray images (N, S, S) of `shrink`. Of images with equal *hashes*
     (N,), only the first one is compared and is in pairs; `connect` adds the others by their hash.
-    An image is compared with *num_candidates* others by whitened, and as many by plain vectors.
-    Among more than `MAX_SIGNATURES` images, turned copies are not found.
+    An image is compared with the *nearest* others. Among more than `MAX_SIGNATURES` images,
+    turned copies are not found. With *parts* (N,), only pairs of two parts are compared.
     """
     # Of images with equal pixels, the first one stands for all. The result has the vectors of
     # all, and tells of all whether they are alike.
     first_N = np.sort(np.unique(hashes, return_index=True)[1])
     whole = [part[:, 0] for part in views]
     whiten = _fit_whitening([part[first_N] for part in whole])
-    candidates = _find_candidates([part[first_N] for part in views], whiten, num_candidates)
-    shares = compare_pixels(small[first_N], candidates)
+    candidates = _find_candidates([part[first_N] for part in views], whiten, nearest)
     turned = find_turned(small[first_N]) if len(first_N) <= MAX_SIGNATURES else NO_PAIRS
+    if parts is not None:
+        parts_N = parts[first_N]
+        candidates = candidates[:, parts_N[candidates[0]] != parts_N[candidates[1]]]
+        turned = turned[:, parts_N[turned[0]] != parts_N[turned[1]]]
+
+    shares = compare_pixels(small[first_N], candidates)
     class_N = number_classes(targets)
     pairs, is_alike_N = _confirm(candidates, shares, turned, class_N[first_N])
     return NearDuplicates(
@@ -117,15 +139,15 @@ def number_classes(targets: NDArray[Any]) -> NDArray[np.int64]:
 def _find_candidates(
     views: Sequence[NDArray[np.float32]],
     whiten: Callable[[_Parts], NDArray[np.float32]],
-    num_others: int,
+    nearest: Nearest,
 ) -> NDArray[np.intp]:
-    """Pair each image with the *num_others* most similar ones by whitened, and by plain vectors.
+    """Pair each image with the *nearest* others by whitened, and by plain vectors.
 
     *views* has an array (N, V, D) for each part of the vectors. By whitened vectors, any view of
     an image is compared with the whole of the others; by plain ones, the whole image is.
     """
     count, num_views = views[0].shape[:2]
-    num_others = min(num_others, count - 1)
+    num_others = min(nearest.num_others, count - 1)
     if num_others < 1:
         return NO_PAIRS
 
@@ -137,7 +159,7 @@ def _find_candidates(
         part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
         for part in parts_by_view[0]
     ]
-    plain_ND = np.concatenate(plain, axis=1)
+    plain_ND = np.concatenate(plain, axis=1) / np.sqrt(len(plain), dtype=np.float32)
 
     # The nearest images of each block: by the best view, then by plain vectors.
     neighbors = []  # (2, P) each: an image, and one that is near it
@@ -149,10 +171,14 @@ def _find_candidates(
             np.maximum(
                 largest_KN, whiten([part[block] for part in parts]) @ whole_ND.T, out=largest_KN
             )
-        for cosines_KN in (largest_KN, plain_ND[block] @ plain_ND.T):
+        plain_KN = plain_ND[block] @ plain_ND.T
+        is_near_KN = (largest_KN >= nearest.whitened) | (plain_KN >= nearest.plain)
+        for cosines_KN in (largest_KN, plain_KN):
             cosines_KN[np.arange(len(block)), block] = -np.inf  # not the image itself
-            nearest = np.argpartition(cosines_KN, -num_others, axis=1)[:, -num_others:]
-            neighbors.append(np.stack([np.repeat(block, num_others), nearest.ravel()]))
+            others = np.argpartition(cosines_KN, -num_others, axis=1)[:, -num_others:]
+            is_near = np.take_along_axis(is_near_KN, others, axis=1).ravel()
+            pairs = np.stack([np.repeat(block, num_others), others.ravel()])
+            neighbors.append(pairs[:, is_near])
 
     # Each pair once, as one number.
     pairs = np.sort(np.concatenate(neighbors, axis=1), axis=0)
@@ -381,9 +407,7 @@ def group_by_edges(
     """
     # The views (N, 1, 512): the whole image is the only one.
     views = np.stack([signature(one) for one in small])[:, None]
-    near = find_near_duplicates(
-        [views], np.stack(small), images.targets, hashes, CANDIDATES_BY_EDGES
-    )
+    near = find_near_duplicates([views], np.stack(small), images.targets, hashes, BY_EDGES)
     return connect(len(images), near.pairs, hashes, images.groups), near.vectors
 
 

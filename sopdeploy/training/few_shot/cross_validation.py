@@ -18,7 +18,6 @@ from sopdeploy.evaluation.decision_fit import MIN_COSINES
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.second_order_head import SecondOrderHead
 from sopdeploy.photos.clips import Clips, clips_of_images
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates, connect, find_near_duplicates
 from sopdeploy.photos.files import is_kept_photograph
@@ -50,7 +49,7 @@ class CrossValidation:
     """The features of N images of K classes, and the out-of-fold predictions of linear classifiers on them.
 
     Attributes:
-        network: The frozen network that computed the features, with a head on all statistics.
+        outputs: The frozen network that computed the features, with a head on all statistics.
         problem: The linear problem of the features that the head reads, with the targets.
         groups: The group (N,) of each image: copies, clips, and images that the user groups.
         alike: Classes whose images look so much alike that only nearly equal ones are copies.
@@ -69,7 +68,7 @@ class CrossValidation:
     """
 
     recipe: Recipe
-    network: SecondOrderHead
+    outputs: CachedNetwork
     features: Features
     problem: LinearProblem
     groups: Indices
@@ -173,7 +172,7 @@ def cross_validate(
 
     return CrossValidation(
         recipe=recipe,
-        network=outputs.network,
+        outputs=outputs,
         features=features,
         problem=problem,
         copies=copies_N,

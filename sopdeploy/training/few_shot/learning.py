@@ -24,9 +24,10 @@ def found_when_reduced(
 ) -> NDArray[np.bool_]:
     """Tell which photographs are found if their class has only *number* others; other classes keep all.
 
-    Those that it keeps are of its first groups. One class after the other is reduced, at most
-    `MAX_REDUCED`, and gets this *margin*; *excess* is that of `Scaling`. One photograph of each
-    group is judged. Returns all judged photographs (n,) in one array.
+    Those that it keeps are drawn, because the first files may be of other days or shops than the
+    last. One class after the other is reduced, at most `MAX_REDUCED`, and gets this *margin*;
+    *excess* is that of `Scaling`. One photograph of each group is judged. Returns all judged
+    photographs (n,) in one array.
     """
     random = np.random.default_rng(number)
     labels_N = problem.targets.strata
@@ -34,10 +35,11 @@ def found_when_reduced(
 
     found_K = [np.zeros(0, np.bool_)]
     for label in random.permutation(problem.targets.classes.shape[1])[:MAX_REDUCED].tolist():
-        # One photograph of each group of the class, drawn at random, in the order of the groups: the
-        # first ones are kept, the others judged.
+        # One photograph of each group of the class, drawn at random, in random order: the first ones
+        # are kept, the others judged.
         of_class = random.permutation(np.flatnonzero(labels_N == label))
         different = of_class[np.unique(groups_N[of_class], return_index=True)[1]]
+        different = random.permutation(different)
         kept = different[:number]
         judged = different[number:]
 

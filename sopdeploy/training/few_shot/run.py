@@ -29,12 +29,10 @@ from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import (
     HeldOutMetrics,
     held_out_metrics,
-    predict_logits,
     predict_unknown,
 )
-from sopdeploy.models.base import Classifier
-from sopdeploy.models.second_order_head import head_name
-from sopdeploy.photos.network_inputs import PreprocessedDataset
+from sopdeploy.models.second_order_head import SecondOrderHead, head_name
+from sopdeploy.photos.file_checks import describe_contradictions
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Position, RunFolder, Setup, run_record
 from sopdeploy.training.diagnostics import EpochRow
@@ -46,6 +44,7 @@ from sopdeploy.training.few_shot.cross_validation import (
 )
 from sopdeploy.training.few_shot.description import describe_run
 from sopdeploy.training.few_shot.features import build_fitted
+from sopdeploy.training.few_shot.held_out import count_shown_in_training, predict_held_out
 from sopdeploy.training.few_shot.other_things import read_other_things
 from sopdeploy.training.few_shot.score import estimate_score
 from sopdeploy.training.few_shot.state import (
@@ -54,7 +53,7 @@ from sopdeploy.training.few_shot.state import (
     read_few_shot_fit,
 )
 from sopdeploy.training.few_shot.targets import Array, Targets
-from sopdeploy.training.setup import LOOP_INSTEAD, warn_of_equal_files
+from sopdeploy.training.setup import LOOP_INSTEAD
 
 
 def fit_few_shot(
@@ -106,18 +105,24 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
         try:
             validation = cross_validate(recipe, setup.model, images, on_progress)
             # If the hashes of the files are known, `set_up_run` has warned already.
-            if not len(setup.file_hashes):
-                warn_of_equal_files(
-                    images, validation.features.file_hashes, setup.data.held_out, callback
-                )
+            warns = not len(setup.file_hashes)
+            hashes = validation.features.file_hashes
+            if warns and (contradictions := describe_contradictions(images, hashes)):
+                callback.on_warning(contradictions)
 
             # The network with the head of all images, and its score.
             problem = validation.problem
             head = validation.features.head
             network = build_fitted(
-                validation.network, head, problem, problem.fit_all(validation.scaling), recipe
+                validation.outputs.network,
+                head,
+                problem,
+                problem.fit_all(validation.scaling),
+                recipe,
             )
-            score, metrics = _evaluate(setup, network, validation)
+            score, metrics = _evaluate(
+                setup, network, validation, callback if warns else Callback()
+            )
 
             # Labels are judged only with one class per image.
             label_logits = None
@@ -166,11 +171,11 @@ def _judge_labels(validation: CrossValidation) -> Array:
 
 
 def _evaluate(
-    setup: Setup, network: Classifier, validation: CrossValidation
+    setup: Setup, network: SecondOrderHead, validation: CrossValidation, callback: Callback
 ) -> tuple[Rate | MeanPrecision | None, HeldOutMetrics]:
     """Return the score and the metrics of held-out images, or else of the cross-validation."""
     if len(setup.data.held_out):
-        return _evaluate_held_out(setup, network)
+        return _evaluate_held_out(setup, network, validation, callback)
 
     # The metrics are those of the images that the score counts; of all if there is no score.
     # The shift of the logits is equal for all classes of an image and changes no metric.
@@ -184,21 +189,35 @@ def _evaluate(
 
 
 def _evaluate_held_out(
-    setup: Setup, network: Classifier
+    setup: Setup, network: SecondOrderHead, validation: CrossValidation, callback: Callback
 ) -> tuple[Rate | MeanPrecision, HeldOutMetrics]:
-    """Return the score and the metrics of *network* on the held-out images."""
+    """Return the score and the metrics of *network* on the held-out images; warn of copies among them."""
     recipe = setup.recipe
     held_out = setup.data.held_out
-    dataset = PreprocessedDataset(held_out, recipe.preprocess)
-    logits, numbers = predict_logits(
-        network, dataset, recipe.preprocess, workers=recipe.workers
+    outputs = predict_held_out(validation.outputs, network, held_out)
+    metrics = held_out_metrics(setup.labels, outputs.logits, held_out.targets)
+
+    config: Any = recipe.procedure
+    num_shown = count_shown_in_training(
+        setup.data.train,
+        validation.features,
+        held_out,
+        outputs,
+        with_copies=config.group_copies,
     )
-    metrics = held_out_metrics(setup.labels, logits, numbers)
+    if num_shown:
+        callback.on_warning(
+            f"{num_shown} of {len(held_out)} held-out images are training images, too, or copies "
+            "of them, so that the score is too high for new images; remove those that "
+            "`sopdeploy data check --near` lists"
+        )
 
     # Without groups, each image is independent of the others.
     groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
     targets = Targets.of(held_out)
-    score = estimate_score(targets.classes, targets.activation, logits, recipe.seed, groups)
+    score = estimate_score(
+        targets.classes, targets.activation, outputs.logits, recipe.seed, groups
+    )
     return score, metrics
 
 

@@ -1,5 +1,6 @@
 """What the few-shot procedure fits, and `last.pt` of its run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,7 @@ def read_few_shot_fit(setup: Setup, last: Checkpoint, source: Path) -> FewShotFi
             decision=last.decision,
             logits=arrays["out_of_fold"].double().numpy(),
             groups=arrays["groups"].numpy(),
-            # Older runs have one array for copies and groups.
-            copies=arrays.get("copies", arrays["groups"]).numpy(),
+            copies=_copies_of(arrays).numpy(),
             judged=arrays["judged"].numpy(),
             label_logits=None if label_logits is None else label_logits.double().numpy(),
             left_out=None if left_out is None else left_out.numpy(),
@@ -86,8 +86,12 @@ def read_few_shot_fit(setup: Setup, last: Checkpoint, source: Path) -> FewShotFi
 def read_copies(last: Checkpoint) -> NDArray[np.int64] | None:
     """Read the photograph (N,) that each image of a few-shot run shows; None if *last* has none."""
     arrays = (last.resume or {}).get("procedure", {})
-    copies = arrays.get("copies", arrays.get("groups"))  # as `read_few_shot_fit` does
-    return None if copies is None else copies.numpy()
+    return _copies_of(arrays).numpy() if "groups" in arrays else None
+
+
+def _copies_of(arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the copies (N,) among the *arrays* of a few-shot run; older ones have only groups."""
+    return arrays.get("copies", arrays["groups"])
 
 
 def read_label_logits(last: Checkpoint) -> NDArray[np.float64] | None:

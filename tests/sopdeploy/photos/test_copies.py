@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface_hub import constants
+from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 from typer.testing import CliRunner
 
@@ -19,8 +20,10 @@ from sopdeploy.models.registry import create_model
 from sopdeploy.photos.check import EDGES_MISS, check_data
 from sopdeploy.photos.class_folders import list_classes
 from sopdeploy.photos.copies import (
+    BY_FEATURES,
     NO_PAIRS,
     NearDuplicates,
+    Nearest,
     connect,
     find_near_duplicates,
     find_turned,
@@ -112,7 +115,7 @@ def compare(images: list[Image.Image], classes: list[int]) -> NearDuplicates:
     small = np.stack([shrink(image) for image in images])
     views = np.stack([signature(one) for one in small])[:, None]
     hashes = [image.tobytes().hex() for image in images]
-    return find_near_duplicates([views], small, np.asarray(classes), hashes)
+    return find_near_duplicates([views], small, np.asarray(classes), hashes, Nearest(8))
 
 
 def pairs_of(found: NearDuplicates) -> list[list[int]]:
@@ -229,10 +232,35 @@ def test_an_image_that_resembles_a_corner_of_another_one_is_its_candidate():
     views[24, 0] = views[3, 4] + 0.3 * random.normal(size=64)
     small = np.stack([shrink(scene(number)) for number in range(60)])
     small[24] = shrink(scene(3).crop((60, 45, 160, 120)))
+    nearest = BY_FEATURES._replace(num_others=1)
     found = find_near_duplicates(
-        [views], small, np.arange(60) % 4, list(map(str, range(60))), 1
+        [views], small, np.arange(60) % 4, list(map(str, range(60))), nearest
     )
     assert pairs_of(found) == [[3, 24]]
+
+
+def test_pixels_are_compared_of_near_vectors_and_if_asked_for_of_two_parts_only(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    random = np.random.default_rng(0)
+    views = random.normal(size=(24, 1, 64))
+    views[[8, 20]] = views[3] + 0.3 * random.normal(size=(2, 1, 64))
+    small = np.stack([shrink(scene(number)) for number in range(24)])
+    compared = []
+
+    def compare_none(_small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray[np.float32]:
+        compared.append({*map(tuple, pairs.T.tolist())})
+        return np.zeros(pairs.shape[1], np.float32)
+
+    monkeypatch.setattr("sopdeploy.photos.copies.compare_pixels", compare_none)
+    arguments = ([views], small, np.arange(24) % 2, list(map(str, range(24))))
+    find_near_duplicates(*arguments)
+    find_near_duplicates(*arguments, parts=np.repeat([0, 1], 12))
+    find_near_duplicates(*arguments, nearest=Nearest(8))
+    of_copies = {(3, 8), (3, 20), (8, 20)}
+    assert compared[0] >= of_copies
+    assert len(compared[0]) < len(compared[2]) / 2
+    assert compared[1] == {(one, other) for one, other in compared[0] if one < 12 <= other}
 
 
 @pytest.mark.parametrize("choice", [[NONE, 0, NONE, 3, 0], [NONE] * 5])

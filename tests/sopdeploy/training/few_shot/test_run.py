@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.special import log_softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
@@ -804,6 +804,27 @@ def test_the_largest_class_is_that_of_the_judged_images_and_copies_in_val_are_wa
     silent = RecordingCallback()
     set_up_run(read_recipe("photos", settings), folder, None, silent)
     assert [name for name, _ in silent.events if name == "warning"] == []
+
+
+def test_training_warns_of_held_out_copies_of_training_images(tmp_path: Path):
+    photos = tmp_path / "photos"
+    paint(photos / "train", 4)
+    paint(photos / "val", 2, seed=1)
+    settings = [*PLAIN, f"data.path={photos}"]
+    warnings = []
+    for name in ("natural", "copied"):
+        callback = RecordingCallback()
+        train_recipe(read_recipe("photos", settings), tmp_path / name, callback=callback)
+        warnings += [values["warning"] for kind, values in callback.events if kind == "warning"]
+
+        # For the second run, a mirrored copy of a training image.
+        image = Image.open(photos / "train" / "red" / "0.png")
+        ImageOps.mirror(image).save(photos / "val" / "red" / "copy.png")
+    (warning,) = warnings
+    assert warning.startswith(
+        "1 of 7 held-out images are training images, too, or copies of them"
+    )
+    assert warning.endswith("`sopdeploy data check --near` lists")
 
 
 def test_the_judged_copy_is_found_without_decoding_and_long_groups_name_an_image_per_class(
