@@ -74,8 +74,8 @@ def run_page(page: Path, workspace: Workspace) -> int:
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("pkill") is None,
-    reason="needs pkill, and Linux, which names the process of a script after its file",
+    sys.platform != "linux" or shutil.which("pgrep") is None,
+    reason="needs pgrep, and Linux, which names the process of a script after its file",
 )
 def test_the_command_of_a_reload_finds_a_script_as_pip_writes_it(tmp_path: Path) -> None:
     (command,) = re.findall(
