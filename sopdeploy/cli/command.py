@@ -109,11 +109,10 @@ def command(
                 parameter.name: values.pop(parameter.name) for parameter in show_parameters
             }
 
-            if not collects_garbage:
-                gc.disable()
-
             # Run the function, with errors as one line.
             with one_line_errors(as_json), ExitStack() as stack:
+                if not collects_garbage:
+                    stack.enter_context(_garbage_stays())
                 if settings is not None:
                     flag_values = {flag: values.pop(flag) for flag in settings.flags}
                     assignments = values.pop("setting") or ()  # None without --setting
@@ -240,6 +239,18 @@ def _start_progress(
     if "on_step" in parameters:
         arguments["on_step"] = stack.enter_context(show_steps(function.__name__))
     return arguments
+
+
+@contextmanager
+def _garbage_stays() -> Iterator[None]:
+    """Let Python collect no garbage in the block."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

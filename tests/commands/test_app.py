@@ -1,6 +1,7 @@
 """The command line: help, completion, JSON output, one-line errors, and `sopdeploy env`."""
 
 import errno
+import gc
 import json
 import os
 import re
@@ -63,6 +64,11 @@ def in_process(
         check=False,
         **options,
     )
+
+
+def test_a_caller_of_a_command_that_collects_no_garbage_collects_it_afterwards() -> None:
+    assert sopdeploy_cli("export", "missing.pt").exit_code == 2
+    assert gc.isenabled()
 
 
 def as_json(*arguments: str) -> Any:
