@@ -38,7 +38,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 
 # --- server: everything that the images have in common
 FROM ${PYTHON_IMAGE} AS server
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 LABEL org.opencontainers.image.title="sopdeploy" \
       org.opencontainers.image.description="Serves second-order-pooling image classifiers over HTTP" \
       org.opencontainers.image.licenses="Apache-2.0" \

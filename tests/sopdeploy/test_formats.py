@@ -40,7 +40,7 @@ ARCHIVES = {
     path.name.removesuffix(".tar.xz"): path
     for path in Path(__file__).parents[1].glob("formats/*.xz")
 }
-NEWEST = "0.1.0"
+NEWEST = "0.2.0"
 STOPPED = read_recipe("digits-dsop", [*OVERRIDES, "epochs=3", "project=digits-dsop"])
 LATER = "9.8"
 
