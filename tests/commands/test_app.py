@@ -140,6 +140,10 @@ def test_the_module_prints_the_package_version() -> None:
         assert in_process(*arguments).stdout == f"sopdeploy {sopdeploy.__version__}\n"
 
 
+@pytest.mark.skipif(
+    not str(ROOT).isascii(),
+    reason="in this locale, Python cannot read the .pth file with the path of this checkout",
+)
 def test_the_program_restarts_once_in_utf_8_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}.items():
         monkeypatch.setenv(name, value)

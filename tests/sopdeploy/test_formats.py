@@ -54,7 +54,9 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if version not in folders:
             folders[version] = tmp_path_factory.mktemp("formats")
             with tarfile.open(ARCHIVES[version]) as archive:
-                archive.extractall(folders[version], filter="data")
+                # Python 3.11.2 of Debian 12 has no filters.
+                archive.extraction_filter = getattr(tarfile, "data_filter", None)
+                archive.extractall(folders[version])
         return folders[version]
 
     return unpack
