@@ -107,6 +107,7 @@ def test_no_image_is_kept_without_a_folder_and_photographs_are_compared_across_b
     assert site.traffic.comparisons["image"].is_alarm
 
 
+@pytest.mark.file_times
 def test_blocks_survive_a_restart_and_only_their_owner_can_read_them(tmp_path) -> None:
     site = Site(tmp_path)
     site.send(12)
@@ -123,6 +124,7 @@ def test_blocks_survive_a_restart_and_only_their_owner_can_read_them(tmp_path) -
     assert last.path == files[-1].with_name("00000012.npz")
 
 
+@pytest.mark.file_times
 def test_a_new_bundle_runs_on_the_newest_images_but_those_that_were_labelled(tmp_path) -> None:
     site = Site(tmp_path)
     site.send(14)
@@ -165,6 +167,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.file_times
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_block_is_skipped_with_a_warning(tmp_path, damage, caplog) -> None:
     Site(tmp_path).send(3)
@@ -208,6 +211,7 @@ def test_blocks_that_are_too_old_are_deleted(tmp_path) -> None:
     assert len(again.traffic.reference) == 1
 
 
+@pytest.mark.file_times
 def test_a_server_counts_what_it_classifies_but_no_report(
     serve_with, onnx_runtime, jpeg, tmp_path
 ) -> None:
