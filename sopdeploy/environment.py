@@ -1,5 +1,6 @@
 """The machine, installed packages and optional imports. Does not import torch."""
 
+import gc
 import importlib
 import os
 import platform
@@ -242,3 +243,19 @@ def exit_process(code: int | None) -> NoReturn:
         os._exit(code or 0)
 
     sys.exit(code)
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Switch the garbage collector off in the block.
+
+    It would visit all nodes of a graph again and again, for a tenth of the time of a capture or a
+    conversion.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

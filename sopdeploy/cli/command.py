@@ -1,7 +1,6 @@
 """Make a function a command: its parameters become arguments and options, its docstring the help."""
 
 import functools
-import gc
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -64,7 +63,6 @@ def command(
     options: Collection[str] = (),
     settings: SettingOptions | None = None,
     distributed: bool = False,
-    collects_garbage: bool = True,
 ) -> Callable[[_Function], _Function]:
     """Make a function a command, and leave it as it is for Python.
 
@@ -80,9 +78,7 @@ def command(
     JSON, and the exit code is 0. If *show* has a parameter `as_json`, it prints text or JSON
     itself. The number that *show*, or without it the function, returns is the exit code. A user
     error is one line and exit code 2. If torchrun starts several processes of a *distributed*
-    command, only the first one shows the result. The process of a command that does not *collect
-    garbage* is short, and makes so many objects that last that the collector takes a twentieth of
-    its time.
+    command, only the first one shows the result.
     """
 
     def decorate(function: _Function) -> _Function:
@@ -111,8 +107,6 @@ def command(
 
             # Run the function, with errors as one line.
             with one_line_errors(as_json), ExitStack() as stack:
-                if not collects_garbage:
-                    stack.enter_context(_garbage_stays())
                 if settings is not None:
                     flag_values = {flag: values.pop(flag) for flag in settings.flags}
                     assignments = values.pop("setting") or ()  # None without --setting
@@ -239,18 +233,6 @@ def _start_progress(
     if "on_step" in parameters:
         arguments["on_step"] = stack.enter_context(show_steps(function.__name__))
     return arguments
-
-
-@contextmanager
-def _garbage_stays() -> Iterator[None]:
-    """Let Python collect no garbage in the block."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import out as console
 from sopdeploy.cli.console import print_field, show_steps
 from sopdeploy.config import StrictModel, first_problem, parse_json
-from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
+from sopdeploy.environment import SLOW_INT8, garbage_kept, import_optional, lacks_vnni
 from sopdeploy.errors import (
     CheckpointError,
     ConfigError,
@@ -94,12 +94,8 @@ def show_export(exported: "Exported", *, verbose: bool = False) -> None:
         print_field("speed", text)
 
 
-@command(
-    show_export,
-    summarize=lambda exported: exported.summary(),
-    options={"out"},
-    collects_garbage=False,
-)
+@command(show_export, summarize=lambda exported: exported.summary(), options={"out"})
+@garbage_kept()
 @expand_options
 def export(
     checkpoint: str | Path,
@@ -265,7 +261,8 @@ def _show_unused(inspected: Inspection) -> None:
         print_field("next", inspected.command, style="dim")
 
 
-@command(_show_unused, collects_garbage=False)
+@command(_show_unused)
+@garbage_kept()
 @expand_options
 def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     """List the parts of a network of your own that its output does not depend on; writes nothing.

@@ -5,7 +5,6 @@ returns float32 outputs for any batch size of the bundle; a program that does no
 whole range is rejected.
 """
 
-import gc
 import io
 import sys
 import warnings
@@ -21,6 +20,7 @@ from torch.export.graph_signature import OutputKind
 from torch.fx.experimental.sym_node import SymNode
 
 from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.environment import garbage_kept
 from sopdeploy.errors import LoweringError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import ExportHints
@@ -271,22 +271,6 @@ def remove_unneeded(program: ExportedProgram) -> None:
 
     graph.eliminate_dead_code()
     program.graph_module.recompile()
-
-
-@contextmanager
-def garbage_kept() -> Iterator[None]:
-    """Switch the garbage collector off in the block.
-
-    It would visit all nodes of a graph again and again, for a tenth of the time of a capture or a
-    conversion.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextmanager

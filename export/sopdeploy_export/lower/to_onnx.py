@@ -32,6 +32,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.fx.passes import InsertTypePromotion, type_promotion
 from torch.utils._pytree import tree_leaves
 
+from sopdeploy.environment import garbage_kept
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy_export.capture.deployed import INPUT
 from sopdeploy_export.capture.failures import (
@@ -39,7 +40,7 @@ from sopdeploy_export.capture.failures import (
     DEPENDS_ON_VALUES,
     NO_CONTROL_FLOW,
 )
-from sopdeploy_export.capture.program import NETWORK_PREFIX, garbage_kept
+from sopdeploy_export.capture.program import NETWORK_PREFIX
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.forms import decompose
 from sopdeploy_export.program_hashes import module_of
