@@ -31,7 +31,7 @@ from sopdeploy.evaluation.prediction import (
     held_out_metrics,
     predict_unknown,
 )
-from sopdeploy.models.second_order_head import SecondOrderHead, head_name
+from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.file_checks import describe_contradictions
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Position, RunFolder, Setup, run_record
@@ -44,7 +44,11 @@ from sopdeploy.training.few_shot.cross_validation import (
 )
 from sopdeploy.training.few_shot.description import describe_run
 from sopdeploy.training.few_shot.features import build_fitted
-from sopdeploy.training.few_shot.held_out import count_shown_in_training, predict_held_out
+from sopdeploy.training.few_shot.held_out import (
+    HeldOutOutputs,
+    count_shown_in_training,
+    predict_held_out,
+)
 from sopdeploy.training.few_shot.other_things import read_other_things
 from sopdeploy.training.few_shot.score import estimate_score
 from sopdeploy.training.few_shot.state import (
@@ -104,11 +108,6 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
 
         try:
             validation = cross_validate(recipe, setup.model, images, on_progress)
-            # If the hashes of the files are known, `set_up_run` has warned already.
-            warns = not len(setup.file_hashes)
-            hashes = validation.features.file_hashes
-            if warns and (contradictions := describe_contradictions(images, hashes)):
-                callback.on_warning(contradictions)
 
             # The network with the head of all images, and its score.
             problem = validation.problem
@@ -120,9 +119,14 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
                 problem.fit_all(validation.scaling),
                 recipe,
             )
-            score, metrics = _evaluate(
-                setup, network, validation, callback if warns else Callback()
-            )
+            held_out: HeldOutOutputs | None = None
+            if len(setup.data.held_out):
+                held_out = predict_held_out(validation.outputs, network, setup.data.held_out)
+            score, metrics = _evaluate(setup, validation, held_out)
+
+            # If the hashes of the files are known, `set_up_run` has warned already.
+            if not len(setup.file_hashes):
+                _warn_of_copies(setup, validation, held_out, callback)
 
             # Labels are judged only with one class per image.
             label_logits = None
@@ -171,11 +175,19 @@ def _judge_labels(validation: CrossValidation) -> Array:
 
 
 def _evaluate(
-    setup: Setup, network: SecondOrderHead, validation: CrossValidation, callback: Callback
+    setup: Setup, validation: CrossValidation, outputs: HeldOutOutputs | None
 ) -> tuple[Rate | MeanPrecision | None, HeldOutMetrics]:
-    """Return the score and the metrics of held-out images, or else of the cross-validation."""
-    if len(setup.data.held_out):
-        return _evaluate_held_out(setup, network, validation, callback)
+    """Return the score and the metrics of held-out images by their *outputs*, or else of the cross-validation."""
+    if outputs is not None:
+        held_out = setup.data.held_out
+        # Without groups, each image is independent of the others.
+        groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
+        targets = Targets.of(held_out)
+        held_out_score = estimate_score(
+            targets.classes, targets.activation, outputs.logits, setup.recipe.seed, groups
+        )
+        metrics = held_out_metrics(setup.labels, outputs.logits, held_out.targets)
+        return held_out_score, metrics
 
     # The metrics are those of the images that the score counts; of all if there is no score.
     # The shift of the logits is equal for all classes of an image and changes no metric.
@@ -188,22 +200,27 @@ def _evaluate(
     return score, metrics
 
 
-def _evaluate_held_out(
-    setup: Setup, network: SecondOrderHead, validation: CrossValidation, callback: Callback
-) -> tuple[Rate | MeanPrecision, HeldOutMetrics]:
-    """Return the score and the metrics of *network* on the held-out images; warn of copies among them."""
-    recipe = setup.recipe
-    held_out = setup.data.held_out
-    outputs = predict_held_out(validation.outputs, network, held_out)
-    metrics = held_out_metrics(setup.labels, outputs.logits, held_out.targets)
+def _warn_of_copies(
+    setup: Setup,
+    validation: CrossValidation,
+    outputs: HeldOutOutputs | None,
+    callback: Callback,
+) -> None:
+    """Warn of training files with several labels, and of held-out images that are copies of training images.
 
-    config: Any = recipe.procedure
+    *outputs* are those of the held-out images, if there are any.
+    """
+    train = setup.data.train
+    contradictions = describe_contradictions(train, validation.features.file_hashes)
+    if contradictions:
+        callback.on_warning(contradictions)
+    if outputs is None:
+        return
+
+    config: Any = setup.recipe.procedure
+    held_out = setup.data.held_out
     num_shown = count_shown_in_training(
-        setup.data.train,
-        validation.features,
-        held_out,
-        outputs,
-        with_copies=config.group_copies,
+        train, validation.features, held_out, outputs, with_copies=config.group_copies
     )
     if num_shown:
         callback.on_warning(
@@ -211,14 +228,6 @@ def _evaluate_held_out(
             "of them, so that the score is too high for new images; remove those that "
             "`sopdeploy data check --near` lists"
         )
-
-    # Without groups, each image is independent of the others.
-    groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
-    targets = Targets.of(held_out)
-    score = estimate_score(
-        targets.classes, targets.activation, outputs.logits, recipe.seed, groups
-    )
-    return score, metrics
 
 
 def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
