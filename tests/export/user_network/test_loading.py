@@ -894,19 +894,19 @@ def test_inspect_asks_for_class_names_only_if_the_file_has_none(tmp_path: Path) 
         assert ("write the 4 class names, one per line, to labels.txt" in printed) is asks
 
 
+def save_weights(folder: Path, builder: str) -> tuple[str, ...]:
+    """Save the weights of a network, as its *builder* draws them; return the arguments of commands for it."""
+    weights = folder / "w.pth"
+    torch.save(getattr(n, builder)().state_dict(), weights)
+    return str(weights), "--network", f"{MODULE}:{builder}", "--preprocess", "imagenet:12"
+
+
 @pytest.mark.parametrize("builder", ["Sigmoid", "Shares"])
 def test_inspect_refuses_what_export_refuses_before_its_proof(
     builder: str, tmp_path: Path
 ) -> None:
-    torch.save(getattr(n, builder)().state_dict(), tmp_path / "w.pth")
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
-    given = (
-        str(tmp_path / "w.pth"),
-        "--network",
-        f"{MODULE}:{builder}",
-        "--preprocess",
-        "imagenet:12",
-    )
+    given = save_weights(tmp_path, builder)
     refused = run("inspect", *given).removeprefix("2 ")
     assert refused.startswith("error: ")
     exported = run("export", *given, "--labels", str(tmp_path / "names.txt"))
@@ -914,29 +914,16 @@ def test_inspect_refuses_what_export_refuses_before_its_proof(
 
 
 def test_inspect_and_export_accept_a_table_that_a_function_keeps(tmp_path: Path) -> None:
-    torch.save(n.KeepsTable().state_dict(), tmp_path / "w.pth")
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
-    given = (
-        str(tmp_path / "w.pth"),
-        "--network",
-        f"{MODULE}:KeepsTable",
-        "--preprocess",
-        "imagenet:12",
-    )
+    given = save_weights(tmp_path, "KeepsTable")
     n.kept_table()  # a call before the network is built
     assert run("inspect", *given).startswith("0 ")
-    assert run("export", *given, "--labels", str(tmp_path / "names.txt")).startswith("0 ")
+    folders = ("--labels", str(tmp_path / "names.txt"), "--out", str(tmp_path))
+    assert run("export", *given, *folders).startswith("0 ")
 
 
 def test_inspect_allows_what_its_command_then_allows(tmp_path: Path) -> None:
-    torch.save(n.Hides().state_dict(), tmp_path / "w.pth")
-    given = (
-        str(tmp_path / "w.pth"),
-        "--network",
-        f"{MODULE}:Hides",
-        "--preprocess",
-        "imagenet:12",
-    )
+    given = save_weights(tmp_path, "Hides")
     printed = run("inspect", *given, "--allow-constants", "--several-classes")
     assert printed.startswith("0 ")
     assert (
@@ -945,12 +932,5 @@ def test_inspect_allows_what_its_command_then_allows(tmp_path: Path) -> None:
 
 
 def test_inspect_names_every_part_that_the_output_does_not_need(tmp_path: Path) -> None:
-    torch.save(n.Generates().state_dict(), tmp_path / "w.pth")
-    given = (
-        str(tmp_path / "w.pth"),
-        "--network",
-        f"{MODULE}:Generates",
-        "--preprocess",
-        "imagenet:12",
-    )
+    given = save_weights(tmp_path, "Generates")
     assert "unused   aux, head\n" in run("inspect", *given)
