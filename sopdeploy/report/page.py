@@ -31,7 +31,7 @@ from sopdeploy.evaluation.predictions import (
     make_predictions,
     measure_predictions,
 )
-from sopdeploy.files import atomic_write, writing
+from sopdeploy.files import BEST, atomic_write, writing
 from sopdeploy.html.plots import component_chart, plot
 from sopdeploy.html.report import (
     Figure,
@@ -105,7 +105,7 @@ def write_run_page(
     if is_measured:
         mistakes = _choose_mistakes(predicted)
         links = {cell: _name_mistake(cell) for cell in mistakes}
-        measured_on = f"best.pt on {metrics.count} images: {description}."
+        measured_on = f"{BEST} on {metrics.count} images: {description}."
         sections.append(describe_predictions(metrics, measured_on, links))
         sections.append(_show_mistakes(mistakes, predicted, images))
 
@@ -128,7 +128,7 @@ def write_run_page(
     # The page begins with what is to be expected, the classes, and what comes next.
     is_selected = isinstance(result, LoopResult) and result.selected_by == "same images"
     gains = [gain[0].upper() + gain[1:] for gain in describe_gains(result)]
-    next_command = f"sopdeploy export {quote(str(folder / 'best.pt'))} --detach"
+    next_command = f"sopdeploy export {quote(str(folder / BEST))} --detach"
     content = HtmlReport(
         title=setup.recipe.project or fit.name,
         text=[

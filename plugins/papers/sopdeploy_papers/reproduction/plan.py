@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sopdeploy.data.augment import PadCrop
 from sopdeploy.errors import ConfigError
+from sopdeploy.files import BEST
 from sopdeploy.importers.published import published_network
 from sopdeploy.models.describe import Counts
 from sopdeploy.models.registry import CatalogModel, make_config
@@ -154,7 +155,7 @@ class Reproduction:
     def overrides(self, row: ReproducedRow, seed: int) -> tuple[str, ...]:
         """Return the overrides of *row* with *seed* and the checkpoints of other rows."""
         needs = row.printed.needs.items()
-        needed = (f"{key}={self.run_folder(other, seed) / 'best.pt'}" for key, other in needs)
+        needed = (f"{key}={self.run_folder(other, seed) / BEST}" for key, other in needs)
         return (*row.overrides, *needed, f"seed={seed}")
 
     def commands(self, row: ReproducedRow) -> list[str]:
