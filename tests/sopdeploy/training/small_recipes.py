@@ -27,6 +27,13 @@ SMALL: dict[str, list[str]] = {
     "cifar100-dsop-wrn": [f"model.config={{blocks=1, widen=1, {HEADS}}}"],
     "cifar100-dsop-resnext": [f"model.config={{cardinality=1, group_width=4, {HEADS}}}"],
     "digits-dsop": ["batch_size=720"],
+    "digits-gmsop": ["batch_size=720", f"model.config={{{GATED}}}"],
+    "digits-gsop-net1": ["batch_size=720", "model.config={blocks=1, cov_width=32}"],
+    "digits-gsop-net2": [
+        "batch_size=720",
+        "model.config={blocks=1, cov_width=32, iterations=2}",
+    ],
+    "digits-isqrt": ["batch_size=720", *ISQRT],
     "digits-plain": ["batch_size=720"],
     "fine-grained-isqrt-resnet50": [*ISQRT, *AT_16],
     "fine-grained-two-phase": [*ISQRT, *AT_16, "start.classifier_epochs=1"],
