@@ -40,7 +40,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 FROM ${PYTHON_IMAGE} AS server
 ARG VERSION=0.2.0
 LABEL org.opencontainers.image.title="sopdeploy" \
-      org.opencontainers.image.description="Serves second-order-pooling image classifiers over HTTP" \
+      org.opencontainers.image.description="Train second-order image classifiers (DSoP, GSoP, GM-SOP), detach their auxiliary branches with proof, lower them to ONNX and TensorRT, and serve them with FastAPI." \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}"
 # The server writes to this folder only. With a volume mounted here, the root file system may be read-only.

@@ -1,4 +1,5 @@
-"""Train image classifiers on folders of images, export them with a proof, serve them over HTTP.
+"""Train second-order image classifiers (DSoP, GSoP, GM-SOP), detach their auxiliary branches with
+proof, lower them to ONNX and TensorRT, and serve them with FastAPI.
 
 `train`, `evaluate`, `export`, `predict`, `classify` and `serve` do what the commands of the
 same names do, with the same defaults. `export_network` exports any PyTorch classifier,

@@ -13,7 +13,10 @@ from sopdeploy.errors import ConfigError, with_hint
 from sopdeploy.nearest import ask_for, did_you_mean
 from sopdeploy.version import __version__
 
-ABOUT = "Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."
+ABOUT = (
+    "Train second-order image classifiers (DSoP, GSoP, GM-SOP), detach their auxiliary branches with proof, "
+    "lower them to ONNX and TensorRT, and serve them with FastAPI."
+)
 OUTPUT_CLOSED = 1  # the exit code of Typer and Rich if stdout is closed
 INTERRUPTED = 130  # the exit code after Ctrl-C, as in a shell
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Typer does not export it
@@ -26,51 +29,56 @@ SETTINGS: Any = {
 # Commands by topic: name of a command, its function (`.module` is one of this package),
 # summary.
 TOPICS = {
-    "Everyday": {
+    "Train, export, serve": {
         "train": (".training.train:train", "train a network"),
-        "export": (".bundles.export:export", "convert a checkpoint to a bundle, with a proof"),
-        "serve": (".serve:serve", "serve bundles over HTTP, with a web page"),
-        "predict": (".bundles.predict:predict", "classify images without a server"),
-        "label": (".labelling.label:label", "label kept photographs on a local web page"),
-        "compare": (".promotion.compare:compare", "compare two bundles on photographs"),
-        "promote": (".promotion.promote:promote", "make a bundle live if it is not worse"),
-    },
-    "Operate": {
-        "runs": (".training.runs:runs", "list runs and bundles"),
-        "data": (".training.data:check", "inspect images before training"),
-        "eval": (".training.evaluate:evaluate", "evaluate a checkpoint or a bundle"),
-        "verify": (".bundles.verify:verify", "check files and outputs of a bundle"),
-        "bench": (".bundles.bench:bench", "measure latency and throughput of a bundle"),
-        "classify": (
-            ".bulk.run:classify",
-            "classify any number of images into parquet or CSV files",
+        "export": (
+            ".bundles.export:export",
+            "write a bundle with the ONNX file; --detach removes branches",
         ),
-        "key": (".serve:key", "create an API key for a server"),
-        "forget": (".labelling.forget:forget", "delete a photograph that was kept"),
-        "health": (".health:health", "check whether a server is ready"),
-        "sign": (".bundles.transfer:sign", "sign a bundle"),
-        "push": (".bundles.transfer:push", "upload a bundle"),
-        "pull": (".bundles.transfer:pull", "download and check a bundle"),
         "engine": (".bundles.export:engine", "build the TensorRT engine of a bundle"),
-        "triton": (".bundles.export:triton", "add a bundle to a Triton model repository"),
-        "demo": (".demo:demo", "run the whole workflow on packaged photographs"),
-        "env": (".env:env", "versions and hardware, for a bug report"),
+        "verify": (".bundles.verify:verify", "check files and outputs of a bundle"),
+        "predict": (".bundles.predict:predict", "classify images without a server"),
+        "serve": (".serve:serve", "serve bundles over HTTP, with a web page"),
+        "demo": (".demo:demo", "run the whole workflow on digits and packaged photos"),
     },
-    "Research": {
+    "Networks and papers": {
         "models": (".training.models:models", "list the networks of the catalog, or count one"),
         "recipes": (".training.train:recipes", "list the packaged recipes"),
-        "import": (
-            ".training.import_file:import_file",
-            "convert published weights to a checkpoint",
-        ),
         "inspect": (
             ".bundles.export:inspect",
             "list parts of your network that have no effect",
+        ),
+        "import": (
+            ".training.import_file:import_file",
+            "convert published weights to a checkpoint",
         ),
         "reproduce": (
             "sopdeploy_papers.reproduce:reproduce",
             "train the rows of a paper's table",
         ),
+    },
+    "Improve": {
+        "runs": (".training.runs:runs", "list runs and bundles"),
+        "data": (".training.data:check", "inspect images before training"),
+        "eval": (".training.evaluate:evaluate", "evaluate a checkpoint or a bundle"),
+        "label": (".labelling.label:label", "label kept images on a local web page"),
+        "compare": (".promotion.compare:compare", "compare two bundles on images"),
+        "promote": (".promotion.promote:promote", "make a bundle live if it is not worse"),
+        "forget": (".labelling.forget:forget", "delete an image that was kept"),
+    },
+    "Operate": {
+        "classify": (
+            ".bulk.run:classify",
+            "classify any number of images into parquet or CSV files",
+        ),
+        "bench": (".bundles.bench:bench", "measure latency and throughput of a bundle"),
+        "key": (".serve:key", "create an API key for a server"),
+        "health": (".health:health", "check whether a server is ready"),
+        "sign": (".bundles.transfer:sign", "sign a bundle"),
+        "push": (".bundles.transfer:push", "upload a bundle"),
+        "pull": (".bundles.transfer:pull", "download and check a bundle"),
+        "triton": (".bundles.export:triton", "add a bundle to a Triton model repository"),
+        "env": (".env:env", "versions and hardware, for a bug report"),
     },
 }
 COMMANDS = {name: command for commands in TOPICS.values() for name, command in commands.items()}
@@ -199,7 +207,11 @@ class Program(Group):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write usage, quick start, commands by topic, and options as plain text."""
         formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...")
-        formatter.write(f"\n{ABOUT}\n\nQuick start:\n")
+        formatter.write("\n")
+        formatter.write_text(ABOUT)
+        formatter.write(
+            "\nQuick start (`train --recipe digits-dsop` trains a DSoP network on digits):\n"
+        )
         for number, command in enumerate(QUICK_START, 1):
             formatter.write(f"  {number}  {command}\n")
 

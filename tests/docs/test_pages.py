@@ -93,15 +93,51 @@ def test_examples_have_the_same_names_of_bundles(page: Path) -> None:
 README = ROOT / "README.md"
 
 
-def test_the_readme_tries_tests_then_trains_on_own_photos_on_the_first_screen() -> None:
+ABOUT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+    "description"
+]
+DESCRIBED = (  # where the project describes itself
+    "README.md",
+    "docs/index.md",
+    "commands/sopdeploy_commands/app.py",  # `sopdeploy --help`
+    "sopdeploy/__init__.py",
+    "mkdocs.yml",
+    "deploy/helm/sopdeploy/Chart.yaml",
+    "Dockerfile",
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "CITATION.cff",
+)
+FAMILIES = ("DSoP", "GSoP", "GM-SOP", "second-order", "Newton-Schulz")
+RUN_BY = ("ONNX", "TensorRT", "FastAPI", "Docker")
+
+
+@pytest.mark.parametrize("file", DESCRIBED)
+def test_the_project_describes_itself_by_one_sentence_everywhere(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    without_marks = " ".join(re.sub(r"[\"']\s*[\"']", "", text).split())
+    assert ABOUT.removeprefix("Train") in without_marks
+
+
+@pytest.mark.parametrize("term", [*FAMILIES, *RUN_BY])
+def test_the_first_pages_name_the_families_and_what_runs_them(term: str) -> None:
+    assert term in "\n".join(README.read_text(encoding="utf-8").splitlines()[:40]) or (
+        term in RUN_BY and term in README.read_text(encoding="utf-8")
+    )
+    assert term in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_tries_it_then_trains_a_network_with_branches_then_on_own_photos() -> None:
     text = README.read_text(encoding="utf-8")
-    assert len(text.split()) <= 700
+    assert len(text.split()) <= 850
     assert text[: text.index("sopdeploy serve")].count("\n") < 40
-    first, own = blocks(README, "sh")[:2]
+
+    first, branches, own = blocks(README, "sh")[:3]
     assert first.splitlines() == ["make demo", "make test"]
-    activates, *commands = own.splitlines()
+    activates, *commands = branches.splitlines()
     assert activates == ". .venv/bin/activate"
-    assert [line.split()[:2] for line in commands] == [["sopdeploy", name] for name in FIRST]
+    for lines in (commands, own.splitlines()):
+        assert [line.split()[:2] for line in lines] == [["sopdeploy", name] for name in FIRST]
 
 
 FIRST = ("train", "export", "serve")
@@ -118,8 +154,7 @@ def test_the_readme_names_the_command_of_the_tests_that_ci_runs_and_its_cpu_minu
 
 @pytest.mark.parametrize("page", ["index", "quickstart"])
 def test_a_first_page_has_the_commands_of_the_readme(page: str) -> None:
-    own = next(block for block in blocks(README, "sh") if "sopdeploy train" in block)
-    _, commands = own.split("\n", 1)  # the first line activates what `make demo` has installed
+    commands = next(block for block in blocks(README, "sh") if "train --data" in block)
     assert commands in "".join(blocks(ROOT / "docs" / f"{page}.md", "sh"))
 
 
