@@ -13,7 +13,7 @@ from sopdeploy.decision import softmax
 LISTED_RATIO = 20
 # Of the images whose label is not the most probable class, so many have a label that would be
 # listed although it is right. Seven sets decided both numbers; on two others, more of what is
-# listed is wrong, too (docs/benchmarks/head.md).
+# listed is wrong, too (docs/decisions.md).
 LISTED_BY_CHANCE = 0.1
 # None is listed if chance lists as many of as many errors in more of the folders than this. Two
 # of two are listed.

@@ -73,7 +73,7 @@ class Nearest(NamedTuple):
 
 # Of confirmed copies of all kinds in folders of 40 to 1,080 photographs, the whitened cosine was
 # 0.29 or more, of a third to nine tenths of the other pairs below 0.2. Where classes look alike,
-# so that pixels must be compared, plain vectors are alike, too (docs/benchmarks/copied_photos.md).
+# so that pixels must be compared, plain vectors are alike, too (docs/decisions.md).
 BY_FEATURES = Nearest(8, whitened=0.2, plain=0.8)
 BY_EDGES = Nearest(20)
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 # Correlation of equal tiles, and the share of the tiles of a copy that are equal. Of 2,520
 # photographs of seven kinds, three pairs of different ones reach this share, objects on one cloth
 # or table, with 0.61 at most; photographs of hand signs and solar cells, before one camera, can
-# exceed it (docs/benchmarks/copied_photos.md).
+# exceed it (docs/decisions.md).
 SAME = 0.95
 MOSTLY = 0.6
 # tiles per side, and those that must show something

@@ -135,7 +135,6 @@ FROM_CODE: list[
     ("at most {:.0f} GB, the least recently used", feature_cache.LIMIT_BYTES / 1e9),
     ("has more than {} times the images of the smallest", description.UNEVEN),
     ("a margin, which about {:.0f} % of their", PERCENT * scaling.TAKEN),
-    ("which about {:.0f} % exceed", PERCENT * scaling.TAKEN),
     (
         "{} principal components ({} in the few-shot procedure)",
         HeadConfig().width,

@@ -40,7 +40,7 @@ from sopdeploy.training.recipe import Recipe
 FEW_GROUPS = 200
 # Weight in the class means of photographs that a server kept. With 1, these atypical ones and
 # their wrong labels move the means: of one set, 83 instead of 93 % of the foreign photographs
-# were rejected, with 1/8 93 % (docs/benchmarks/copied_photos.md).
+# were rejected, with 1/8 93 % (docs/decisions.md).
 KEPT_WEIGHT = 0.125
 
 

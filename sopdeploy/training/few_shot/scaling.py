@@ -18,7 +18,7 @@ LOG_SCALES = (-10.0, 10.0)  # of scores divided by their deviation
 # A class of so many photographs is learned about as well as a class of ten
 ENOUGH = 5
 # Share of the photographs of larger classes that a class of fewer than `ENOUGH` may take, by the
-# measurements in docs/benchmarks/head.md
+# measurements in docs/decisions.md
 TAKEN = 0.01
 
 

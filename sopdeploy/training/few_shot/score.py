@@ -11,7 +11,7 @@ from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.training.few_shot.targets import MIN_FOLDS, Array, Indices, count_groups
 
 # Errors fall with the number of objects to the power of 0.7 to 1.7
-# (docs/benchmarks/copied_photos.md).
+# (docs/decisions.md).
 LEARNING = 1.5
 
 
