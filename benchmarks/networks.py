@@ -23,9 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import onnxruntime as ort
 import timm
 import torch
-from branches import largest_difference
 from measure import markdown
 from torch import nn
 from torchvision import models
@@ -34,9 +35,10 @@ from sopdeploy import Preprocess, export_network
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import SopdeployError
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy_export.capture.deployed import generated_images
+from sopdeploy_export.capture.deployed import choose_output, generated_images
 
 CLASSES = 4
+BATCHES = (1, 2, 3, 7)
 # Options of timm's networks, in the order in which they are tried.
 FEW_BLOCKS: tuple[dict[str, Any], ...] = ({"depth": 2}, {"depths": (1, 1, 1, 1)}, {})
 SIDES = (64, 96, 128, 224, 240, 256)  # the first one that the network computes
@@ -232,6 +234,37 @@ def set_statistics(network: nn.Module, side: int) -> None:
     network(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval().momentum = momentum
+
+
+def images(rules: Preprocess, count: int) -> np.ndarray[Any, Any]:
+    """Draw images that no export has seen."""
+    random = np.random.default_rng(5)
+    return random.integers(0, 256, (count, rules.crop, rules.crop, 3), dtype=np.uint8)
+
+
+@torch.no_grad()
+def outputs(
+    network: nn.Module, rules: Preprocess, key: Any, pixels: np.ndarray[Any, Any]
+) -> torch.Tensor:
+    """Compute the logits of *network*."""
+    output = network(
+        Normalize(rules, torch.contiguous_format)(torch.from_numpy(pixels)).contiguous()
+    )
+    logits = output if isinstance(output, torch.Tensor) else choose_output(output, key)
+    return torch.as_tensor(logits)
+
+
+def largest_difference(network: nn.Module, rules: Preprocess, key: Any, file: Path) -> float:
+    """Compare *file* with *network*, relative to the largest logit."""
+    session, differences, largest = ort.InferenceSession(str(file)), [], 0.0
+    for size in BATCHES:
+        pixels = images(rules, size)
+        expected = outputs(network, rules, key, pixels).numpy()
+        differences.append(
+            float(np.abs(session.run(None, {"images": pixels})[0] - expected).max())
+        )
+        largest = max(largest, float(np.abs(expected).max()))
+    return max(differences) / largest
 
 
 def attempt(candidate: Candidate) -> Row:
