@@ -254,9 +254,14 @@ def _show_unused(inspected: Inspection) -> None:
         print_field("", f"not all of {part}: {tensor}", style="dim")
 
     if inspected.labels is None:
-        names = f"{inspected.num_classes} class names, one per line,"
-        print_field("next", f"write the {names} to {CLASS_NAMES_FILE}, then", style="dim")
+        names = f"the {inspected.num_classes} class names, one per line,"
+        if inspected.num_classes == 1:  # two names without an option, or a single one with it
+            names = "the name of the class that the logit stands for"
+        print_field("next", f"write {names} to {CLASS_NAMES_FILE}, then", style="dim")
         print_field("", inspected.command, style="dim")
+        if inspected.num_classes == 1:
+            other = "of label 0 and of label 1, and omit --several-classes"
+            print_field("", f"or write the names of two classes, {other}", style="dim")
     else:
         print_field("next", inspected.command, style="dim")
 
@@ -298,9 +303,9 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     network = build()
     loaded = load_weights(network, file, options.weights_key)
     with prepared(network, logits_key=options.logits_key) as prepared_network:
-        admitted = admit(prepared_network, preprocess)
+        admitted = admit(prepared_network, preprocess, several_classes=options.several_classes)
         if not options.allow_constants:
-            rebuild = checked_builder(build, prepared_network, options.logits_key)
+            rebuild = checked_builder(build, prepared_network)
 
             def capture_rebuilt() -> "ExportedProgram":
                 rebuilt = rebuild()
@@ -309,14 +314,24 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
 
             check_constants(admitted.trained.trace.program, capture_rebuilt)
 
-    # The command that exports without these parts: with the same options and, unless the file has
-    # names of these classes, with a file of names.
+    # The names of the classes in the file, if it has one for each logit. Two names fit one logit.
     unused = admitted.removable
     labels = loaded.labels
-    if labels is not None and (len(labels) != admitted.num_classes or label_problem(labels)):
+    num_names = admitted.num_classes
+    if admitted.num_classes == 1 and not options.several_classes:
+        num_names = 2
+    if labels is not None and (len(labels) != num_names or label_problem(labels)):
         labels = None
-    names_file = CLASS_NAMES_FILE if labels is None else None
-    export_options = {**vars(options), "training_only": unused, "labels": names_file}
+
+    # The command that exports without these parts: with the same options and, unless the file has
+    # names of these classes, with a file of names.
+    export_options = {
+        **vars(options),
+        "training_only": unused,
+        "labels": CLASS_NAMES_FILE if labels is None else None,
+    }
+    if admitted.num_classes == 1 and labels is None:
+        export_options["several_classes"] = True
     words = ["sopdeploy export", quote(str(file))]
     for name, value in export_options.items():
         values = value if isinstance(value, tuple) else (value,)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from sopdeploy.errors import (
@@ -16,19 +16,24 @@ from sopdeploy.errors import (
 )
 from sopdeploy_export.capture.deployed import Deployed
 from sopdeploy_export.capture.failures import DEPENDS_ON_VALUES
-from sopdeploy_export.network import attributes_restored
+from sopdeploy_export.network import attributes_restored, tensors
 from sopdeploy_export.program_hashes import operator_name
 from sopdeploy_export.runs import ProbeOutputs
 
 SUM_TOLERANCE = 1e-3  # of probabilities
+EQUAL = (
+    64 * torch.finfo(torch.float32).eps
+)  # of the largest logit: a spread that is rounding alone
 # What torch says of `item` and `if` on several values: code can be written for a single image.
 READS_ONE_VALUE = re.compile(r"converted to Scalar|more than one value is ambiguous")
-# Operators whose result has only values of their first operand, also in another shape or type.
+# Operators whose result has only values of their first operand, or of the list that it is, and
+# constants; also in another shape or type.
 SUBSET_OF_VALUES = (
     "aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.view",
     "aten._unsafe_view", "aten.reshape", "aten.squeeze", "aten.unsqueeze", "aten.flatten", "aten.unflatten",
     "aten.view_copy", "aten._reshape_copy", "aten._reshape_alias", "aten._to_copy", "aten.permute",
     "aten.transpose", "aten.expand", "aten.slice", "aten.select", "aten.dropout",
+    "aten.cat", "aten.stack", "aten.pad", "aten.constant_pad_nd",
 )  # fmt: skip
 
 
@@ -71,27 +76,83 @@ def check_finite(needed: Mapping[str, Tensor], logits: Tensor) -> None:
         )
 
 
-def check_logits(logits: Tensor) -> tuple[str, ...]:
-    """Return a warning if the *logits* (P, C) are equal for all images; raise `LoweringError` for probabilities.
+def check_depends_on_images(
+    network: nn.Module, logits: Tensor, *, allowed: bool
+) -> tuple[str, ...]:
+    """Raise `LoweringError` if *network* returns equal *logits* (P, C) for all images; a warning if *allowed*.
 
-    Logits count as probabilities if none is negative and they sum to 1 for each image. Images with
+    Nothing could be compared then. If a tensor of *network* is not finite, which can be the reason,
+    it is left to `check_finite`, which names this tensor.
+    """
+    spread = (logits.amax(dim=0) - logits.amin(dim=0)).amax()
+    depends = bool(spread > EQUAL * logits.abs().amax())
+    if len(logits) == 1 or depends:
+        return ()
+    if not all(
+        bool(torch.isfinite(tensor).all()) for tensor in (logits, *tensors(network).values())
+    ):
+        return ()
+
+    problem = "the trained network returns the same logits for every probe image"
+    if allowed:
+        return (f"{problem}; is it trained?",)
+    raise LoweringError(
+        f"{problem}; load its trained weights, or check that the image reaches them"
+    )
+
+
+def check_logits(logits: Tensor, *, several_classes: bool = False) -> tuple[str, ...]:
+    """Return a warning if *logits* (P, C) have the values of something else; raise `LoweringError` for probabilities.
+
+    Logits count as probabilities if none is negative and they sum to 1 for each image. With
+    *several_classes*, the service applies a sigmoid to the logits, otherwise a softmax. Images with
     logits that are not finite are left out of this.
     """
     # `check_finite` refuses the others, when it is known which tensors the network needs.
     finite = logits[torch.isfinite(logits).all(dim=1)]
-    sums_to_one = bool(((finite.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all())
-    if len(finite) and bool((finite >= 0).all()) and sums_to_one:
+    if not len(finite):
+        return ()
+    if _sums_to(1, finite):
         raise LoweringError(
             "the trained network returns probabilities, to which the service would "
             "apply a softmax; return the logits before its softmax, or the "
             "logarithms of the probabilities"
         )
 
-    if torch.equal(logits, logits[:1].expand_as(logits)):
+    kind = _kind_of_values(finite)
+    if kind is None:
+        return ()
+    if kind.startswith("log") and not several_classes:
         return (
-            "the trained network returns the same logits for every probe image; is it trained?",
+            f"the network returns {kind}; the service applies a softmax, which undoes the logarithm",
         )
-    return ()
+    activation = "sigmoid" if several_classes else "softmax"
+    return (
+        f"the network seems to return {kind}; the service applies a {activation} to them, and "
+        "the result is no probability unless they are logits",
+    )
+
+
+def _sums_to(total: float, values: Tensor) -> bool:
+    """Tell whether no number of *values* (P, C) is negative and each row sums to *total*."""
+    is_sum = ((values.sum(dim=1) - total).abs() < SUM_TOLERANCE * total).all()
+    return bool((values >= 0).all()) and bool(is_sum)
+
+
+def _kind_of_values(outputs: Tensor) -> str | None:
+    """Say what *outputs* (P, C) of a network seem to be, if their ranges are not those of logits."""
+    low = float(outputs.min())
+    high = float(outputs.max())
+
+    if _sums_to(100, outputs):
+        return "percentages (each row sums to 100)"
+    if high <= 0 and _sums_to(1, outputs.exp()):
+        return "log probabilities (the exponentials of each row sum to 1)"
+    if low >= 0 and high <= 1:
+        return "probabilities (all values are within 0 and 1)"
+    if low >= -1 and high <= 1 and outputs.shape[1] > 1:
+        return "cosines (all values are within -1 and 1)"
+    return None
 
 
 def run_and_check(
@@ -119,13 +180,24 @@ def run_and_check(
     shape = tuple(logits.shape)
     is_table = type(logits) is Tensor and len(shape) == 2 and shape[0] == size
     if not is_table:
-        raise LoweringError(
+        problem = (
             f"the trained network returns {shape} for {amount(size, 'image')}, not "
             f"({size}, {classes or 'classes'}): one row per image, also for a "
             "single one, and one logit per label"
         )
+        if shape in ((), (size,)):
+            problem += (
+                "; a network with one logit returns (B, 1), so omit its squeeze or flatten"
+            )
+        raise LoweringError(problem)
 
     # Its columns must be the classes.
+    if classes is not None and classes > 2 and shape[1] == 1:
+        raise ConfigError(
+            f"{classes} names for one logit of the trained network; one logit tells two classes "
+            "apart, so give two names: of the class of label 0, and of that of label 1",
+            setting="labels",
+        )
     if classes is not None and shape[1] != classes:
         raise ConfigError(
             f"{amount(classes, 'name')} for {amount(shape[1], 'logit')} of the trained network; give "
@@ -142,18 +214,21 @@ def check_ends_in_no_sigmoid(program: ExportedProgram) -> None:
     sigmoid do not.
     """
     aten = torch.ops.aten
+    sigmoids = (aten.sigmoid.default, aten.hardsigmoid.default, aten.special_expit.default)
     node, *_ = program.graph.output_node().args[0]  # the logits are the first output
 
-    # Go back to the operator that computes their values, past those that only choose some of them,
-    # or change their shape or dtype.
-    while operator_name(node) in SUBSET_OF_VALUES:
-        node = node.args[0]
+    # Go back to the operators that compute their values, past those that only choose some of them,
+    # join them, or change their shape or dtype.
+    pending = [node]
+    seen: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        seen.add(node)
+        if operator_name(node) in SUBSET_OF_VALUES:
+            operands = node.args[0] if isinstance(node.args[0], list | tuple) else node.args[:1]
+            pending += [operand for operand in operands if operand not in seen]
 
-    if node.target in (
-        aten.sigmoid.default,
-        aten.hardsigmoid.default,
-        aten.special_expit.default,
-    ):
+    if any(node.target in sigmoids for node in seen):
         raise LoweringError(
             "the trained network ends in a sigmoid, and the service applies a softmax or a sigmoid "
             "itself; return the logits before it and, if an image may have several classes,",

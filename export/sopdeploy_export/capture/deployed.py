@@ -21,6 +21,7 @@ NOT_IN_EVAL = f"{STATELESS}: keep values in local variables, or only if self.tra
 INPUT = "images"
 # Attribute of a network outside of the catalog, see `_network_outputs`
 EXPORT_LOGITS = "_sopdeploy_logits"
+EXPORT_TWO_CLASSES = "_sopdeploy_two_classes"  # also of such a network
 EXPORT_EMBEDDING = "_sopdeploy_embedding"  # attribute of any network, see `compute_outputs`
 _SEED = 20_240_117
 GENERATED = 12
@@ -119,8 +120,10 @@ def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """Compute the outputs of *network*, without an embedding, for normalized *pixels* (B, 3, H, W).
 
     If a network outside of the catalog returns a container, its attribute `EXPORT_LOGITS` says
-    which of the tensors in it are the logits, as `choose_output` does. Raises `LoweringError`
-    if there are no logits.
+    which of the tensors in it are the logits, as `choose_output` does. If it has an attribute
+    `EXPORT_TWO_CLASSES` and a single logit, this becomes the logit of the second class, and 0 that
+    of the first: their softmax is the sigmoid of the logit. Raises `LoweringError` if there are no
+    logits.
     """
     if isinstance(network, Backbone):
         return network.outputs_tuple(pixels)
@@ -136,6 +139,10 @@ def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
         choices = ", ".join(f"{path} {shape}" for path, shape in shapes) or "it holds no tensor"
         problem = f"the network returns {_describe_output(output)}; choose one as the logits: {choices}"
         raise LoweringError(problem, remedies={"logits_key": None})
+
+    has_one_logit = output.ndim == 2 and output.shape[1] == 1
+    if has_one_logit and EXPORT_TWO_CLASSES in vars(network):
+        output = nn.functional.pad(output, (1, 0))
     return (output,)
 
 

@@ -21,6 +21,7 @@ from sopdeploy_export.admit.network import (
     prepared,
 )
 from sopdeploy_export.admit.outputs import (
+    check_depends_on_images,
     check_ends_in_no_sigmoid,
     check_finite,
     check_logits,
@@ -28,7 +29,11 @@ from sopdeploy_export.admit.outputs import (
 )
 from sopdeploy_export.admit.parts import match_parts
 from sopdeploy_export.capture.buffers import empty_caches
-from sopdeploy_export.capture.deployed import Deployed, generated_images
+from sopdeploy_export.capture.deployed import (
+    EXPORT_TWO_CLASSES,
+    Deployed,
+    generated_images,
+)
 from sopdeploy_export.last_layer import add_embedding_output
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.progress import step
@@ -46,6 +51,7 @@ class Admitted:
         outputs: Its outputs for the generated images; None if the embedding became an output later.
         parts: The outermost parts to remove.
         num_classes: The number of its logits.
+        is_completed: Whether it returns a single logit, which becomes the logits of two classes.
         removable: Further modules and tensors that no output depends on, see `find_unneeded`.
         shared_rests: What parts around these share with the rest, as `find_shared_rests` says.
         warnings: Findings that do not stop the export.
@@ -55,6 +61,7 @@ class Admitted:
     outputs: ProbeOutputs | None
     parts: tuple[str, ...]
     num_classes: int
+    is_completed: bool
     removable: tuple[str, ...]
     shared_rests: Mapping[str, str]
     warnings: tuple[str, ...]
@@ -66,13 +73,14 @@ def admit(
     *,
     classes: int | None = None,
     training_only: Sequence[str] = (),
+    several_classes: bool = False,
     options: ExportOptions | None = None,
 ) -> Admitted:
     """Check and capture *network*, which is `prepared`, and find the parts that its outputs do not need.
 
     With *classes*, it must have so many logits. The other arguments are those of `export_network`.
-    Raises `ConfigError` for another number of logits, `DetachError` for *training_only*, and
-    `LoweringError` or `CertificateError` for *network*.
+    Raises `ConfigError` for another number of logits, or for a single one unless *several_classes*,
+    `DetachError` for *training_only*, and `LoweringError` or `CertificateError` for *network*.
     """
     options = ExportOptions() if options is None else options
     check_torch_state()
@@ -87,8 +95,22 @@ def admit(
     generated = generated_images(preprocess.crop)
     images = torch.from_numpy(generated)
     outputs = run_first(Deployed(network, preprocess).eval(), images, classes)
-    warnings = check_logits(outputs.batched[0])
     num_classes = outputs.batched[0].shape[1]
+    if classes == num_classes == 1 and not several_classes:
+        raise ConfigError(
+            "the trained network has one logit, whose softmax is always 1: give the names of two "
+            "classes, first the one with label 0, or keep one name for the sigmoid of the logit",
+            setting="labels",
+            remedies={"several_classes": True},
+        )
+    logits = outputs.batched[0]
+    is_completed = EXPORT_TWO_CLASSES in vars(network) and not logits[:, 0].any()
+    warnings = (
+        *check_depends_on_images(network, logits, allowed=options.allow_drift),
+        *check_logits(
+            logits[:, 1:] if is_completed else logits, several_classes=several_classes
+        ),
+    )
     if options.with_features:  # an output that `outputs` lack
         add_embedding_output(network, preprocess, generated, num_classes, parts)
 
@@ -107,6 +129,7 @@ def admit(
         outputs=None if options.with_features else outputs,
         parts=parts,
         num_classes=num_classes,
+        is_completed=is_completed,
         removable=removable,
         shared_rests=find_shared_rests(trained, removable),
         warnings=warnings,

@@ -19,7 +19,7 @@ from sopdeploy_export.admit.network import (
     prepared,
     unwrap_and_check,
 )
-from sopdeploy_export.capture.deployed import EXPORT_LOGITS
+from sopdeploy_export.capture.deployed import EXPORT_LOGITS, EXPORT_TWO_CLASSES
 from sopdeploy_export.network import tensors
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
@@ -63,7 +63,8 @@ def export_network(
         rebuild: Builds *trained* again, with any weights. Without *plain*, the certificate compares with this
             network, from which the same parts are removed.
         training_only: Dotted names of the parts to remove, or patterns such as `aux*`.
-        labels: Class names, in the order of the logits.
+        labels: Class names, in the order of the logits. A network with one logit takes two names, of the
+            class of label 0 and of that of label 1, whose probability is the sigmoid of the logit.
         preprocess: Converts an image to the input of the network.
         destination: Folder for the bundle.
         name: Name of the network and, without `options.name`, of the project: at most 200 letters, digits,
@@ -107,12 +108,15 @@ def export_network(
     options = options.model_copy(update={"detach": options.detach or bool(training_only)})
 
     with reporting(on_step), prepared(trained, training_only, logits_key) as network:
-        # Check and capture the network.
+        # Check and capture the network. A single logit tells two classes apart.
+        if len(labels) == 2 and not several_classes:
+            vars(network)[EXPORT_TWO_CLASSES] = True
         admitted = admit(
             network,
             preprocess,
             classes=len(labels),
             training_only=training_only,
+            several_classes=several_classes,
             options=options,
         )
 
@@ -120,7 +124,7 @@ def export_network(
         builder = rebuild if plain is None else plain
         build_checked: Callable[[], nn.Module] | None = None
         if builder is not None:
-            build_checked = checked_builder(builder, network, logits_key)
+            build_checked = checked_builder(builder, network)
         elif not allow_constants:  # with a builder, `export_subject` checks them
             check_constants(admitted.trained.trace.program)
         detachment = Detachment(
@@ -153,11 +157,27 @@ def export_network(
             config=config,
             sha256=_hash_network(admitted.trained) if sha256 is None else sha256,
             decision=decision,
-            warnings=(*warnings, *admitted.warnings, *removable_warnings),
+            warnings=(
+                *warnings,
+                *_describe_two_classes(admitted, labels),
+                *admitted.warnings,
+                *removable_warnings,
+            ),
         )
         return export_subject(
             subject, Path(destination), options, admitted.trained, admitted.outputs
         )
+
+
+def _describe_two_classes(admitted: Admitted, labels: Sequence[str]) -> tuple[str, ...]:
+    """Return a warning that says what the single logit of a network tells, if it becomes two logits."""
+    if not admitted.is_completed:
+        return ()
+    first, second = labels
+    return (
+        f"the network has one logit: its sigmoid is the probability of {second}, and the rest is "
+        f"that of {first}; if it is the other way round, swap the names",
+    )
 
 
 def _warn_of_removable(admitted: Admitted, *, detach: bool) -> tuple[str, ...]:
@@ -184,12 +204,13 @@ def _warn_of_removable(admitted: Admitted, *, detach: bool) -> tuple[str, ...]:
 
 
 def checked_builder(
-    build: Callable[[], nn.Module], trained: nn.Module, logits_key: str | int | None
+    build: Callable[[], nn.Module], trained: nn.Module
 ) -> Callable[[], nn.Module]:
     """Return a function that builds the network of *build*, unwrapped, on the CPU and in eval mode.
 
-    *logits_key* is that of `export_network`. The function raises `CertificateError` if this
-    network shares memory with *trained*, and `LoweringError` if it is not accepted.
+    Its outputs are chosen as those of *trained*, which is `prepared`. The function raises
+    `CertificateError` if this network shares memory with *trained*, and `LoweringError` if it is
+    not accepted.
     """
 
     def addresses(network: nn.Module) -> set[int]:
@@ -205,8 +226,10 @@ def checked_builder(
             )
         check_tensors(built)
         built.cpu().eval()
-        if logits_key is not None:  # for `compute_outputs`
-            vars(built)[EXPORT_LOGITS] = logits_key
+        # For `compute_outputs`, as of the trained network.
+        for attribute in (EXPORT_LOGITS, EXPORT_TWO_CLASSES):
+            if attribute in vars(trained):
+                vars(built)[attribute] = vars(trained)[attribute]
         return built
 
     return build_checked

@@ -710,7 +710,7 @@ def test_the_key_of_the_logits_stays_text(
     torch.save(STATE, tmp_path / "w.pth")
     outputs, chosen = {"0": torch.zeros(1), "1": torch.ones(1)}, []
 
-    def choose(network: nn.Module, _preprocess: object) -> Any:
+    def choose(network: nn.Module, _preprocess: object, **_options: object) -> Any:
         chosen.append(choose_output(outputs, vars(network)[EXPORT_LOGITS]))
         return SimpleNamespace(removable=(), shared_rests={}, num_classes=4)
 

@@ -1,0 +1,211 @@
+"""What a network may return as its logits: one of them, none that depend on the image, or something else."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.errors import LoweringError, SopdeployError
+from sopdeploy.files import GRAPH
+from sopdeploy_commands.app import app
+from sopdeploy_export.admit.outputs import check_logits
+from sopdeploy_export.capture.deployed import generated_images
+from sopdeploy_export.options import ExportOptions
+from tests.export.user_network.networks import SIDE, Small, export_small, trained
+
+MODULE = "tests.export.user_network.test_logits"
+QUICK = ExportOptions(max_batch=4)
+
+
+class Binary(Small):
+    """A binary classifier with one logit, as binary cross-entropy trains it."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor] = torch.Tensor.clone) -> None:
+        super().__init__(aux=False)
+        self.fc = nn.Linear(8, 1)
+        self.end = end
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.end(self.fc(self.features(images)))
+
+
+class Returns(Small):
+    """Returns what *end* makes of its logits."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(aux=False)
+        self.end = end
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.end(self.fc(self.features(images)))
+
+
+NAMES_OF_ONE_LOGIT: dict[str, tuple[nn.Module, dict[str, Any], str]] = {
+    "one name": (
+        Binary(),
+        {"labels": ["fake"]},
+        r"softmax is always 1.*two classes.*several_c",
+    ),
+    "three names": (Binary(), {"labels": ["a", "b", "c"]}, r"3 names for one logit"),
+    "two names with sigmoids": (
+        Binary(),
+        {"labels": ["real", "fake"], "several_classes": True},
+        r"2 names for 1 logit",
+    ),
+    "a row of numbers": (
+        Binary(lambda x: x.flatten()),
+        {"labels": ["real", "fake"]},
+        r"returns \(4,\).*with one logit returns \(B, 1\), so omit its squeeze",
+    ),
+    "a sigmoid": (Binary(torch.sigmoid), {"labels": ["real", "fake"]}, r"ends in a sigmoid"),
+    "a sigmoid and its rest": (
+        Returns(lambda x: torch.cat([1 - x[:, :1].sigmoid(), x[:, :1].sigmoid()], 1)),
+        {"labels": ["real", "fake"]},
+        r"returns probabilities",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NAMES_OF_ONE_LOGIT)
+def test_a_network_with_one_logit_is_refused_with_the_names_that_fit(
+    case: str, tmp_path: Path
+) -> None:
+    network, arguments, message = NAMES_OF_ONE_LOGIT[case]
+
+    with pytest.raises(SopdeployError, match=message):
+        export_small(trained(network), tmp_path, options=QUICK, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_names_of_one_logit_have_its_sigmoid_and_the_rest(tmp_path: Path) -> None:
+    network = trained(Binary())
+    exported = export_small(network, tmp_path, options=QUICK, labels=["real", "fake"])
+
+    images = generated_images(SIDE)
+    session = onnxruntime.InferenceSession(
+        exported.path / GRAPH, providers=["CPUExecutionProvider"]
+    )
+    (logits,) = session.run(["logits"], {session.get_inputs()[0].name: images})
+    assert not logits[:, 0].any()
+    assert np.ptp(logits[:, 1]) > 0
+
+    decision = open_bundle(exported.path).manifest.decision
+    assert decision is None or decision.activation == "softmax"
+    assert "probability of fake, and the rest is that of real" in exported.warnings[0]
+
+
+def test_one_name_of_one_logit_has_its_sigmoid(tmp_path: Path) -> None:
+    exported = export_small(
+        trained(Binary()), tmp_path, options=QUICK, labels=["fake"], several_classes=True
+    )
+
+    decision = exported.manifest.decision
+    assert decision is not None
+    assert decision.activation == "sigmoid"
+
+
+def one_logit() -> nn.Module:
+    return Binary()
+
+
+@pytest.mark.parametrize("names", [["fake"], ["real", "fake"]])
+def test_what_inspect_prints_of_one_logit_exports_it(names: list[str], tmp_path: Path) -> None:
+    weights = tmp_path / "w.pth"
+    torch.save(trained(Binary()).state_dict(), weights)
+    arguments = ["--network", f"{MODULE}:one_logit", "--preprocess", f"imagenet:{SIDE}"]
+
+    inspected = CliRunner().invoke(app, ["inspect", str(weights), *arguments])
+    assert inspected.exit_code == 0, inspected.output
+    assert "of label 0 and of label 1, and omit --several-classes" in inspected.output
+
+    # The command as printed for a single name, without its last option for two.
+    line = next(line for line in inspected.output.splitlines() if "sopdeploy export" in line)
+    words = line.split()[2:]
+    if len(names) == 2:
+        words.remove("--several-classes")
+    file = tmp_path / "labels.txt"
+    file.write_text("\n".join(names), encoding="utf-8")
+    words[words.index("labels.txt")] = str(file)
+    exported = CliRunner().invoke(
+        app, ["export", *words, "--out", str(tmp_path / "out"), "--max-batch", "4"]
+    )
+    assert exported.exit_code == 0, exported.output
+
+
+EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": lambda x: 0 * x,
+    "a bias alone": lambda x: 0 * x + torch.arange(4.0),
+    "rounding alone": lambda x: 1e-9 * x + 1,
+}
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_logits_that_no_image_changes_are_refused_after_the_first_run(
+    case: str, tmp_path: Path
+) -> None:
+    steps: list[str] = []
+
+    with pytest.raises(LoweringError, match="same logits for every probe image; load"):
+        export_small(
+            trained(Returns(EQUAL[case])), tmp_path, options=QUICK, on_step=steps.append
+        )
+    assert steps == ["running the network"]
+
+
+LOGITS = torch.tensor([[3.0, -1.0, 0.5], [-2.0, 0.25, 5.0], [1.0, 7.0, -6.0]])
+
+OTHER_VALUES: dict[str, tuple[Tensor, bool, str]] = {
+    "logits": (LOGITS, False, ""),
+    "logits of sigmoids": (LOGITS, True, ""),
+    "negative logits": (LOGITS - 8, False, ""),
+    "log probabilities": (
+        LOGITS.log_softmax(1),
+        False,
+        "a softmax, which undoes the logarithm",
+    ),
+    "log probabilities with sigmoids": (
+        LOGITS.log_softmax(1),
+        True,
+        r"log probabilities .* applies a sigmoid to them",
+    ),
+    "percentages": (100 * LOGITS.softmax(1), False, r"percentages .* applies a softmax"),
+    "probabilities that sum to nothing": (
+        LOGITS.sigmoid().clamp(0.1, 0.8),
+        False,
+        r"probabilities .* applies a softmax",
+    ),
+    "probabilities of several classes": (
+        LOGITS.sigmoid().clamp(0.1, 0.8),
+        True,
+        r"probabilities .* applies a sigmoid",
+    ),
+    "cosines": (F.normalize(LOGITS), False, r"cosines .* applies a softmax"),
+    "one probability": (LOGITS[:, :1].sigmoid(), False, r"probabilities .* within 0 and 1"),
+    "one small logit": (0.1 * LOGITS[:, :1], False, ""),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_VALUES)
+def test_values_that_are_hardly_logits_are_named_with_the_activation_that_follows(
+    case: str,
+) -> None:
+    values, several_classes, expected = OTHER_VALUES[case]
+
+    warnings = check_logits(values, several_classes=several_classes)
+    assert bool(warnings) is bool(expected)
+    assert re.search(expected, "".join(warnings))
+
+
+def test_an_export_prints_the_warning_of_its_values(tmp_path: Path) -> None:
+    network = trained(Returns(lambda x: 100 * x.softmax(1)))
+    exported = export_small(network, tmp_path, options=QUICK)
+    assert any("percentages" in warning for warning in exported.warnings)
