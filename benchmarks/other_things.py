@@ -1,4 +1,4 @@
-"""Write the vectors of photographs of other things, which come with the default network.
+"""Write the vectors of out-of-distribution photos, which come with the default network.
 
     python benchmarks/other_things.py FOLDER
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from sopdeploy.importers.published import PACKAGES
 from sopdeploy.training.few_shot import other_things
-from sopdeploy.training.few_shot.default_network import embed_files
-from sopdeploy.training.few_shot.other_things import FOLDER, store_vectors
+from sopdeploy.training.few_shot.default_network import embed_files, open_default_network
+from sopdeploy.training.few_shot.other_things import FOLDER, embed_reference, store_vectors
 
 COUNT = 100
 
@@ -30,6 +30,10 @@ def main(folder: Path) -> None:
     target = Path(other_things.__file__).parent / FOLDER / f"{sha256}.npy"
     target.parent.mkdir(exist_ok=True)
     np.save(target, store_vectors(vectors), allow_pickle=False)
+
+    outputs = open_default_network()
+    reference = embed_reference(outputs.network, outputs.recipe.preprocess)
+    np.save(target.with_suffix(".reference.npy"), reference, allow_pickle=False)
 
 
 if __name__ == "__main__":

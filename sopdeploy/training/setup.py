@@ -141,28 +141,36 @@ def set_up_run(
     for note in opened.notes:
         callback.on_warning(note)
 
-    # The procedure, the images that train and those that are held out.
+    # The procedure, the images that train and those that are held out, and the network.
     selected, reason = select_procedure(
         recipe, len(opened.train), None if recorded is None else recorded.procedure
     )
-    selected.check_effect(given.keys, holds_out=not len(opened.held_out))
-    division = divide_images(selected, opened, last, strategy)
-    _check_data(selected, opened, division, given.keys, callback)
-    if unknown is not None and unknown.note:
-        callback.on_warning(unknown.note)
-    if isinstance(selected.procedure, LoopConfig):
-        check_batch_size(selected, len(division.data.train), strategy.world)
+    is_automatic = isinstance(recipe.procedure, AutoConfig)
+    if not is_automatic:
+        selected.check_effect(given.keys, holds_out=not len(opened.held_out))
 
-    # The network, a new one or that of the resumed run.
     if last is None or recorded is None:
+        division = _divide_and_check(selected, opened, last, folder, callback, given)
         setup = new_setup(selected, division, strategy, given.weights)
         if parts := setup.name_random_frozen_parts():
             problem = f"{parts} of the frozen network would stay random; {LOOP_INSTEAD}"
             if "procedure.kind" in given.keys:
                 raise ConfigError(f"procedure {selected.procedure.kind}: {problem}")
-            callback.on_warning(problem)
+            if not is_automatic:  # a recipe names the procedure
+                callback.on_warning(problem)
+            else:  # what starts random must be trained
+                selected = selected.model_copy(update={"procedure": LoopConfig()})
+                reason = f"training loop, because {parts} would stay random in a frozen network"
+                division = _divide_and_check(selected, opened, last, folder, callback, given)
+                setup = new_setup(selected, division, strategy, given.weights)
     else:
+        division = _divide_and_check(selected, opened, last, folder, callback, given)
         setup = _resume_setup(selected, recorded, division, folder, last)
+
+    if is_automatic:  # the network has decided now, too
+        selected.check_effect(given.keys, holds_out=not len(opened.held_out))
+    if unknown is not None and unknown.note:
+        callback.on_warning(unknown.note)
     check_same_step(setup, folder)
 
     # Only the first process writes the formats of the images, so it alone counts them.
@@ -170,6 +178,23 @@ def set_up_run(
     origin = _describe_origin(setup, folder, last, formats)
     unknown_images = None if unknown is None else unknown.images
     return replace(setup, reason=reason, origin=origin, unknown=unknown_images)
+
+
+def _divide_and_check(
+    selected: Recipe,
+    opened: Split,
+    last: Checkpoint | None,
+    folder: RunFolder,
+    callback: Callback,
+    given: Given,
+) -> Division:
+    """Divide the images *opened* for the procedure of *selected*; raises `DataError` if they do not suffice."""
+    strategy = folder.strategy
+    division = divide_images(selected, opened, last, strategy)
+    _check_data(selected, opened, division, given.keys, callback)
+    if isinstance(selected.procedure, LoopConfig):
+        check_batch_size(selected, len(division.data.train), strategy.world)
+    return division
 
 
 def _find_formats(data: Split, callback: Callback) -> list[str]:
@@ -269,6 +294,7 @@ def select_procedure(
     if all of these hold, otherwise the training loop:
 
     - the network has start weights,
+    - it has no part that is used in training only, such as DSoP's branches, which a frozen network lacks,
     - there is a head for it,
     - there are at most `FEW_IMAGES` training images,
     - torchrun did not start the run.
@@ -287,6 +313,11 @@ def select_procedure(
     elif recipe.starts_random:
         reason = (
             "training loop, because the network starts from random weights, which all learn"
+        )
+    elif parts := entry(recipe.model.name).network.training_only:
+        reason = (
+            f"training loop, because {shorten(parts)} of {recipe.model.name} must be trained; "
+            "procedure.kind=few_shot leaves them out"
         )
     elif not _has_head(recipe):
         reason = (

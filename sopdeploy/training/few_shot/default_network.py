@@ -30,7 +30,7 @@ def group_by_features(images: LabeledImages, on_image: Callable[[int, int], None
 
     Unlike `train`, it finds no clips. The weights are downloaded if they are not on this machine.
     """
-    outputs = _open_default_network()
+    outputs = open_default_network()
     features = compute_features(outputs, "gap", images, on_image)
     near = find_near_duplicates(features.views, features.small, images.targets, features.hashes)
     return connect(len(images), near.pairs, features.hashes, images.groups)
@@ -42,7 +42,7 @@ def embed_files(paths: Sequence[Path]) -> Iterator[tuple[Path, NDArray[np.float3
 
     Its weights are downloaded if they are not on this machine.
     """
-    network = _open_default_network()
+    network = open_default_network()
     for start in range(0, len(paths), network.batch_size):
         part = paths[start : start + network.batch_size]
         below_root = np.asarray(
@@ -70,7 +70,7 @@ def _default_recipe() -> Recipe:
     return read_recipe("photos", ["data.path=."])  # required, but not read
 
 
-def _open_default_network() -> CachedNetwork:
+def open_default_network() -> CachedNetwork:
     """Build the default network with its ImageNet weights, which are downloaded if they are not here."""
     recipe = _default_recipe()
     strategy = Strategy(select_device(recipe.device))

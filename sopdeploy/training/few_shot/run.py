@@ -279,10 +279,10 @@ def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:
 
 def _predict_other_things(setup: Setup, fit: FewShotFit) -> Array | None:
     """Return logits (M, K) with the energies of photographs of other things; None without such photographs."""
-    vectors = read_other_things(setup.weights, setup.recipe.preprocess)
+    network: Any = fit.network
+    vectors = read_other_things(network, setup.weights, setup.recipe.preprocess)
     if vectors is None:
         return None
-    network: Any = fit.network
     means_KD = network.pooled_head.means.cpu().numpy()
     cosines_M1 = (vectors @ means_KD.T).max(axis=1, keepdims=True)
     # The log-sum-exp of K equal logits exceeds them by log K, which is subtracted.

@@ -132,6 +132,37 @@ def test_random_weights_are_trained_as_a_whole(photos: Path) -> None:
     assert isinstance(result.procedure, LoopResult)
 
 
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    settings = (*TINY, "epochs=1")
+    return sopdeploy.train(
+        paint(folder / "photos", 4), weights="none", out=folder / "run", set=settings
+    ).best
+
+
+# What pretrained weights leave random, and how the network is trained then.
+AFTER_PRETRAINING = {
+    "nothing": ((), "few_shot"),
+    "auxiliary branches": (("model.name=dsop-resnet8", "epochs=1"), "loop"),
+    "a pooling": (("model.config.pooling=isqrt", "epochs=1"), "loop"),
+}
+
+
+@pytest.mark.parametrize("case", AFTER_PRETRAINING)
+def test_parts_that_start_random_beside_pretrained_weights_are_trained(
+    photos: Path, pretrained: Path, case: str
+) -> None:
+    changes, kind = AFTER_PRETRAINING[case]
+    settings = (*TINY, *changes)
+
+    result = sopdeploy.train(
+        photos, weights=pretrained, out=photos.parent / "run", set=settings
+    )
+
+    assert isinstance(result.procedure, LoopResult) is (kind == "loop")
+
+
 @pytest.mark.parametrize("kind", ["few_shot", "fine_tune"])
 def test_a_head_on_random_weights_that_a_user_selects_is_refused(
     photos: Path, kind: str

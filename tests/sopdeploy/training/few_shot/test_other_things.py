@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.published import PACKAGES
+from sopdeploy.models.second_order_head import SecondOrderHead
+from sopdeploy.training.few_shot.default_network import open_default_network
 from sopdeploy.training.few_shot.other_things import read_other_things, store_vectors
 from sopdeploy.training.start_weights import StartReport
 
@@ -24,10 +27,17 @@ def weights_of(sha256: str) -> StartReport:
     )
 
 
+@pytest.fixture(scope="module")
+def network() -> SecondOrderHead:
+    return open_default_network().network
+
+
 @pytest.mark.parametrize("decoding", ["full", "scaled"])
-def test_the_default_network_has_a_hundred_vectors(decoding):
+def test_the_default_network_has_a_hundred_vectors(network, decoding):
     preprocess = DEFAULT.model_copy(update={"decoding": decoding})
-    vectors = read_other_things(weights_of(SHA256), preprocess)
+
+    vectors = read_other_things(network, weights_of(SHA256), preprocess)
+
     assert vectors is not None
     assert vectors.shape == (100, 1280)
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1.0, abs=1e-6)
@@ -36,8 +46,27 @@ def test_the_default_network_has_a_hundred_vectors(decoding):
     assert np.abs(stored).max(axis=1).tolist() == [127] * 100
 
 
-def test_other_networks_and_other_pixels_have_none():
+def test_other_weights_and_other_pixels_have_none(network):
     smaller = DEFAULT.model_copy(update={"crop": 160})
-    assert read_other_things(weights_of(SHA256), smaller) is None
-    assert read_other_things(weights_of("0" * 64), DEFAULT) is None
-    assert read_other_things(None, DEFAULT) is None
+
+    assert read_other_things(network, weights_of(SHA256), smaller) is None
+    assert read_other_things(network, weights_of("0" * 64), DEFAULT) is None
+    assert read_other_things(network, None, DEFAULT) is None
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        pytest.param(lambda own: own.sqrt(), id="another pooling of as many values"),
+        pytest.param(lambda own: torch.cat([own, own], dim=1), id="more values"),
+    ],
+)
+def test_the_same_weights_with_another_pooling_have_none(network, monkeypatch, pool):
+    average = network.head_inputs
+
+    def with_another_pooling(images):
+        own, maps = average(images)
+        return pool(own), maps
+
+    monkeypatch.setattr(network, "head_inputs", with_another_pooling)
+    assert read_other_things(network, weights_of(SHA256), DEFAULT) is None
