@@ -97,9 +97,8 @@ class SopdeployError(Exception):
         if self.setting is not None:
             text = f"{write(self.setting, self.value)}: {text}"
         if self.remedies:
-            text += "; try " + " or ".join(
-                write(name, value) for name, value in self.remedies.items()
-            )
+            text += " try " if text.endswith(",") else "; try "
+            text += " or ".join(write(name, value) for name, value in self.remedies.items())
         return text
 
 

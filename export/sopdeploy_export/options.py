@@ -88,6 +88,8 @@ class NetworkOptions(Options):
     """
     weights_key: str | None = None
     """Key or prefix of the tensors to use, if the file has several networks, such as model_ema; `.`: none."""
+    ignore: tuple[str, ...] = ()
+    """Entry of the weight file, or a pattern such as 'aux*', that the network has no place for; repeatable."""
     logits_key: str | None = None
     """Attribute, key or index of the logits in the output."""
     allow_constants: bool = False
@@ -110,7 +112,7 @@ class NetworkExportOptions(NetworkOptions):
                 "plain",
                 "plain_option",
             ),
-            *("weights_key", "logits_key", "allow_constants"),
+            *("weights_key", "ignore", "logits_key", "allow_constants"),
         )
     }
 

@@ -193,7 +193,13 @@ def _export_weights(
 
     on_step("building the network")
     network = build()
-    loaded = load_weights(network, file, source.weights_key)
+    loaded = load_weights(
+        network,
+        file,
+        source.weights_key,
+        ignore=source.ignore,
+        training_only=source.training_only,
+    )
 
     return export_network(
         network,
@@ -218,6 +224,7 @@ def _export_weights(
             "logits": source.logits_key,
             "allow_constants": source.allow_constants,
             "table": loaded.table,
+            "ignore": list(source.ignore),
         },
         sha256=loaded.sha256,
         warnings=loaded.warnings,
@@ -301,7 +308,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     # The network of the user, and what an export would refuse before its proof.
     build = network_builder("network", options.network, options.option)
     network = build()
-    loaded = load_weights(network, file, options.weights_key)
+    loaded = load_weights(network, file, options.weights_key, ignore=options.ignore)
     with prepared(network, logits_key=options.logits_key) as prepared_network:
         admitted = admit(prepared_network, preprocess, several_classes=options.several_classes)
         if not options.allow_constants:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sopdeploy.checkpoint import (
     without_wrappers,
 )
 from sopdeploy.errors import WeightsError, first_line, shorten
+from sopdeploy.nearest import did_you_mean
 from sopdeploy.paths import check_is_weights
 
 _MAX_PREFIXES = 1_000  # that are tried for a table
@@ -102,7 +104,12 @@ def read_weights(path: Path) -> WeightContent:
 
 
 def load_weights(
-    network: nn.Module, file: Path | WeightContent, key: str | None = None
+    network: nn.Module,
+    file: Path | WeightContent,
+    key: str | None = None,
+    *,
+    ignore: Sequence[str] = (),
+    training_only: Sequence[str] = (),
 ) -> LoadedWeights:
     """Load *file* into *network*; it must have all tensors of the network, in the same shapes.
 
@@ -111,9 +118,11 @@ def load_weights(
     must name one, such as `model_ema` or `encoder_q`. If none does, all tables together are tried
     as one.
 
-    Counters of batch norms may be missing; then the network keeps its own. Tensors that the network
-    lacks are ignored, unless they show that the network was built with other options. A layer gets
-    its extra state, which need not be a tensor. After loading, the network must have exactly these
+    Counters of batch norms may be missing; then the network keeps its own. Tensors beside the network,
+    such as the weights of a loss, are ignored. Tensors inside of it, for which it has no place, are
+    ignored only if they or the parts that they are in match *ignore*, names or patterns such as
+    `aux*`, or *training_only*, parts that will be removed. A layer gets its extra state, which need
+    not be a tensor. After loading, the network must have exactly these
     tensors, which is checked because it can define itself how it is loaded. Raises `WeightsError`
     for a file that cannot be read or does not fit.
     """
@@ -127,6 +136,7 @@ def load_weights(
     if not tables:
         raise WeightsError(f"{path}: holds no table of tensors; {WEIGHTS_ADVICE}")
     fits = [fit for name in tables for fit in _find_fits(name, tables[name], expected)]
+    joined = set[str]()  # tables that are made of others
     if all(fit.missing for fit in fits) and len(tables) > 1:
         # Each table may hold one part of the network, so try all as one. A table can have the name "".
         tables[""] = {
@@ -135,6 +145,7 @@ def load_weights(
             for name, value in table.items()
         }
         fits += [fit for fit in _find_fits("", tables[""], expected) if not fit.missing]
+        joined.add("")
     fit = _choose_fit(path, _with_key(path, fits, key), tables, expected)
     if fit.missing:
         raise WeightsError(
@@ -151,10 +162,20 @@ def load_weights(
     extra_sources = fit.naming.find(extra, table)
     extra |= {name: table[source] for name, source in extra_sources.items()}
 
-    # What is left must not show that the network was built with other options.
+    # What is left must not belong to a richer network than this one. It may be another copy of it.
     used = {*fit.sources.values(), *extra_sources.values()}
     ignored = {name: value for name, value in table.items() if name not in used}
-    _check_ignored(network, path, fit, _tensors_of(ignored))
+    copies = {
+        source
+        for other in fits
+        if other.table == fit.table and not other.missing
+        for source in other.sources.values()
+    }
+    left = {name: value for name, value in _tensors_of(ignored).items() if name not in copies}
+    inside = _tensors_inside(network, fit, left, is_joined=fit.table in joined)
+    _check_patterns(path, ignore, ignored, inside)
+    patterns = (*ignore, *training_only)
+    _check_ignored(network, path, [tensor for tensor in inside if not tensor.matches(patterns)])
 
     _load_and_compare(network, path, {**expected, **tensors}, extra)
     return LoadedWeights(
@@ -259,51 +280,113 @@ def _tensors_of(table: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in table.items() if isinstance(value, Tensor)}
 
 
-def _check_ignored(
-    network: nn.Module, path: Path, fit: _TableFit, ignored: Mapping[str, Tensor]
-) -> None:
-    """Raise `WeightsError` if *ignored* tensors show that *network* was trained with other options.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Inside:
+    """A tensor of the file inside a network that has no place for it.
 
-    *ignored* are the tensors of the file for which *network* has no use. These show it:
-
-    - a tensor for which a module has an empty place, such as the bias of a convolution without one,
-    - one more block of a list of blocks,
-    - other values of a buffer that the network has but no state dict stores.
+    *name* and *place* are its names in the file and in the network. *owner* names the innermost
+    module of the network that it would be in.
     """
-    modules = dict(network.named_modules(remove_duplicate=False))
+
+    name: str
+    place: str
+    owner: str
+    tensor: Tensor
+
+    def matches(self, patterns: Sequence[str]) -> bool:
+        """Tell whether the tensor, or a part that it is in, matches one of *patterns* by one of its names."""
+        return _matches(self.name, patterns) or _matches(self.place, patterns)
+
+
+def _tensors_inside(
+    network: nn.Module, fit: _TableFit, ignored: Mapping[str, Tensor], *, is_joined: bool
+) -> list[_Inside]:
+    """List those of the *ignored* tensors of the file whose names extend the name of a module of *network*.
+
+    Counters are left out and, if the table of *fit* *is_joined* from several ones, tensors of those
+    that *network* takes nothing from.
+    """
     wrappers = fit.naming.wrappers
-    owners = _modules_by_file_name(fit, modules)
+    owners = _modules_by_file_name(fit, dict(network.named_modules(remove_duplicate=False)))
+    tables_in_use = {source.partition(".")[0] for source in fit.sources.values()}
+    inside = []
 
     for name, tensor in ignored.items():
-        if name.endswith(COUNTERS):
+        is_of_other_table = is_joined and name.partition(".")[0] not in tables_in_use
+        if name.endswith(COUNTERS) or is_of_other_table:
             continue
 
         # The innermost module of the network that the name in the file begins with.
-        parts = without_wrappers(name, wrappers).split(".")
+        outer, _, last = name.rpartition(".")
+        parts = [part for part in (*without_wrappers(outer, wrappers).split("."), last) if part]
         known_depths = [
             depth for depth in range(len(parts)) if ".".join(parts[:depth]) in owners
         ]
-        if not known_depths:
-            continue
-        depth = known_depths[-1]
-        owner_name = owners[".".join(parts[:depth])]
-        owner = modules[owner_name]
+        if known_depths:
+            owner = owners[".".join(parts[: known_depths[-1]])]
+            place = ".".join(filter(None, (owner, *parts[known_depths[-1] :])))
+            inside.append(_Inside(name=name, place=place, owner=owner, tensor=tensor))
 
-        # The next part of the name names a module that *owner* lacks, or a tensor.
-        part = parts[depth]
-        is_module = depth < len(parts) - 1
-        place = f"{owner_name}.{part}".lstrip(".")
-        own = {**owner._parameters, **owner._buffers}.get(part)
-        if own is not None:
-            is_equal = own.shape == tensor.shape and own.cpu().equal(tensor.to(own.dtype))
-            problem = "" if is_equal else f"the network gives {place} other values"
-        else:
-            is_empty = _has_empty_place(owner, part, is_module=is_module)
-            problem = f"the network is built without {place}" if is_empty else ""
+    return inside
 
-        if problem:
-            advice = "check its options, or save the weights without it"
-            raise WeightsError(f"{path}: has {name}, but {problem}; {advice}")
+
+def _check_patterns(
+    path: Path, ignore: Sequence[str], ignored: Mapping[str, Any], inside: Sequence[_Inside]
+) -> None:
+    """Raise `WeightsError` for an item of *ignore* that matches no entry that the network has no place for."""
+    for pattern in ignore:
+        is_used = any(tensor.matches([pattern]) for tensor in inside)
+        if not is_used and not any(_matches(name, [pattern]) for name in ignored):
+            known = f"the network has a place for all but {shorten(list(ignored))}"
+            hint = did_you_mean(pattern, list(ignored), known if ignored else "omit it")
+            raise WeightsError(
+                f"{path}: no such entry to ignore; {hint}", setting="ignore", value=pattern
+            )
+
+
+def _check_ignored(network: nn.Module, path: Path, inside: Sequence[_Inside]) -> None:
+    """Raise `WeightsError` if tensors *inside* the network show that another one was trained.
+
+    All do, because the network that was trained computed with them what *network* does not compute,
+    except copies of buffers that *network* makes itself and no state dict stores.
+    """
+    modules = dict(network.named_modules(remove_duplicate=False))
+    missing: dict[str, _Inside] = {}  # by the outermost part that the network lacks
+
+    for each in inside:
+        rest = each.place.removeprefix(f"{each.owner}.") if each.owner else each.place
+        owner = modules[each.owner]
+        own = {**owner._parameters, **owner._buffers}.get(rest)
+        if own is None:
+            depth = each.place.count(".") - rest.count(".") + 1
+            while ".".join(each.place.split(".")[:depth]) in modules:  # without tensors
+                depth += 1
+            missing.setdefault(".".join(each.place.split(".")[:depth]), each)
+        elif own.shape != each.tensor.shape or not own.cpu().equal(each.tensor.to(own.dtype)):
+            problem = f"has {each.name}, but the network gives {each.place} other values"
+            raise WeightsError(
+                f"{path}: {problem}; check its options", remedies={"ignore": each.name}
+            )
+
+    if missing:
+        places = list(missing)
+        first = missing[places[0]]
+        num_below = first.place.count(".") - places[0].count(".")
+        part = first.name.rsplit(".", num_below)[0]
+        raise WeightsError(
+            f"{path}: has {first.name}, but the network is built without {shorten(places)}; check "
+            "its options or, if only training needs what it lacks,",
+            # completes the sentence
+            remedies={"ignore": part if len(places) == 1 else "PATTERN"},
+            lists={"parts": places},
+        )
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Tell whether *name*, or a part in its front such as a module, matches one of *patterns*."""
+    parts = name.split(".")
+    outer = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+    return any(fnmatchcase(each, pattern) for each in outer for pattern in patterns)
 
 
 def _modules_by_file_name(fit: _TableFit, modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -331,17 +414,6 @@ def _modules_by_file_name(fit: _TableFit, modules: Mapping[str, nn.Module]) -> d
                 break
 
     return owners
-
-
-def _has_empty_place(owner: nn.Module, part: str, *, is_module: bool) -> bool:
-    """Tell whether *owner* has an empty place for *part*, a module or a tensor.
-
-    That is one more element of a list, or an optional tensor such as a bias.
-    """
-    if is_module:
-        return isinstance(owner, nn.Sequential | nn.ModuleList) and part.isdecimal()
-    own = {**owner._parameters, **owner._buffers}.get(part, ...)
-    return own is None or (isinstance(owner, nn.ParameterList) and part.isdecimal())
 
 
 def _load_and_compare(

@@ -122,11 +122,6 @@ READ: dict[str, tuple[Any, str | None, str]] = {
         None,
         "",
     ),
-    "a tensor under the name of a wrapper, too": (
-        STATE | {"module.fc.bias": torch.ones(4)},
-        None,
-        "",
-    ),
     "values that are no tensors": (STATE | {"epoch": 3, "_extra_state": None}, None, ""),
     "values that are no tensors, behind a prefix": (
         prefixed("net.") | {"lr": 0.1, "optimizer": {"state": {}}},
@@ -142,7 +137,6 @@ IGNORED = {
     "counts of operations": ("total_ops", "stem.0.total_params"),
     "a loss and a metric beside it": ("criterion.weight", "acc.tp"),
     "one of two encoders": tuple(prefixed("encoder_k.")),
-    "a tensor under the name of a wrapper, too": ("module.fc.bias",),
     "values that are no tensors": ("epoch", "_extra_state"),
     "values that are no tensors, behind a prefix": ("lr", "optimizer"),
 }
@@ -237,7 +231,8 @@ def test_each_layout_of_a_file_fits_each_wrapper_of_a_network(
     )
     own = {f"{prefix}{name}": tensor for name, tensor in STATE.items()}
     torch.save(LAYOUTS[layout](own, STATE), tmp_path / "w.pth")
-    loaded = load_weights(network, tmp_path / "w.pth")
+    ignore = ["*rotation"] if "added" in layout else []
+    loaded = load_weights(network, tmp_path / "w.pth", ignore=ignore)
     state = network.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in own.items())
     added = [name for name in loaded.ignored if "rotation" in name or name.startswith("crit")]
@@ -288,7 +283,7 @@ OTHER_OPTIONS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     ),
     "one more head of a list": (
         Blocks(heads=3).state_dict(),
-        r"has \S*heads\.2\.weight, but the network is built without one\.heads\.2;",
+        r"has \S*heads\.2\.weight, but the network is built without one\.heads\.2, one\.prompts",
     ),
     "a bias": (
         Blocks(bias=True).state_dict(),
@@ -321,6 +316,119 @@ def test_a_file_of_a_network_with_other_options_is_refused(
 def test_an_unstored_buffer_that_the_file_has_too_is_ignored(tmp_path: Path) -> None:
     torch.save(Blocks().state_dict() | {"mask": torch.ones(3)}, tmp_path / "w.pth")
     assert load_weights(Blocks(), tmp_path / "w.pth").ignored == ("mask",)
+
+
+class Richer(nn.Module):
+    """A network whose options add a layer, a gate, a second recurrent layer or an adapter."""
+
+    def __init__(self, *, attends: bool = False, gate: float = 0.0, layers: int = 1) -> None:
+        super().__init__()
+        self.block_1 = nn.Sequential(nn.Conv2d(3, 8, 3), nn.PReLU(8) if attends else nn.ReLU())
+        self.se = nn.Linear(8, 8) if attends else None
+        self.gamma = nn.Parameter(gate * torch.ones(8)) if gate else None
+        self.gru = nn.GRU(8, 8, num_layers=layers)
+        self.fc = nn.Linear(8, 2)
+
+
+def plus(network: nn.Module, *names: str) -> dict[str, torch.Tensor]:
+    return {**network.state_dict(), **{name: torch.ones(2, 8) for name in names}}
+
+
+RICHER: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "attention to channels": (
+        Richer(attends=True).state_dict(),
+        r"has \S*block_1\.1\.weight, but the network is built without block_1\.1\.weight, se;",
+    ),
+    "a scale": (Richer(gate=0.1).state_dict(), r"built without gamma; .* try ignore='gamma'"),
+    "a second recurrent layer": (
+        Richer(layers=2).state_dict(),
+        r"built without gru\.weight_ih_l1, gru\.weight_hh_l1",
+    ),
+    "an adapter": (
+        plus(Richer(), "fc.lora_A", "fc.lora_B"),
+        r"built without fc\.lora_A, fc\.lora_B",
+    ),
+    "a block by its number": (plus(Richer(), "block_2.0.weight"), r"try ignore='block_2'"),
+    "a layer of a block": (plus(Richer(), "block_1.2.weight"), r"try ignore='block_1.2'"),
+    "weights of another norm": (
+        plus(Richer(), "fc.parametrizations.weight.0._u"),
+        r"fc\.param",
+    ),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "net.", "module."])
+@pytest.mark.parametrize("case", RICHER)
+def test_a_file_of_a_richer_network_is_refused_unless_its_entries_are_named(
+    case: str, prefix: str, tmp_path: Path
+) -> None:
+    state, message = RICHER[case]
+    path = tmp_path / "w.pth"
+    torch.save({f"{prefix}{name}": tensor for name, tensor in state.items()}, path)
+    with pytest.raises(WeightsError, match=message.replace("ignore='", "ignore='.*")):
+        load_weights(Richer(), path)
+
+    # Named, they are ignored, and the others are there.
+    added = [name for name in state if name not in Richer().state_dict()]
+    loaded = load_weights(Richer(), path, ignore=added)
+    assert loaded.ignored == tuple(f"{prefix}{name}" for name in added)
+
+
+def test_what_a_refusal_of_a_richer_file_proposes_is_accepted(tmp_path: Path) -> None:
+    torch.save(plus(Richer(), "net.aux.0.weight", "net.aux.0.bias"), tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="built without net") as refused:
+        load_weights(Richer(), tmp_path / "w.pth")
+    pattern = str(refused.value.remedies["ignore"])
+    assert len(load_weights(Richer(), tmp_path / "w.pth", ignore=[pattern]).ignored) == 2
+
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "a loss beside a prefix": {
+        **{f"net.{name}": tensor for name, tensor in Richer().state_dict().items()},
+        "loss.weight": torch.ones(2),
+    },
+    "the other of two networks": {
+        **{f"student.{name}": tensor for name, tensor in Richer().state_dict().items()},
+        **{f"teacher.{name}": tensor for name, tensor in plus(Richer(), "se.weight").items()},
+    },
+    "a table of its own": {
+        "block_1": Richer().block_1.state_dict(),
+        "gru": Richer().gru.state_dict(),
+        "fc": Richer().fc.state_dict(),
+        "center_loss": {"centers": torch.ones(2, 8)},
+    },
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_entries_beside_the_network_are_ignored_with_a_warning(
+    case: str, tmp_path: Path
+) -> None:
+    torch.save(BESIDE[case], tmp_path / "w.pth")
+    key = "student" if case == "the other of two networks" else None
+    loaded = load_weights(Richer(), tmp_path / "w.pth", key)
+    assert loaded.ignored
+    assert loaded.warnings[0].startswith("ignored")
+
+
+def test_what_a_removed_part_has_more_in_the_file_is_ignored(tmp_path: Path) -> None:
+    torch.save(plus(Small(), "aux.scale"), tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"built without aux\.scale"):
+        load_weights(Small(), tmp_path / "w.pth")
+    loaded = load_weights(Small(), tmp_path / "w.pth", training_only=["aux*"])
+    assert loaded.ignored == ("aux.scale",)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("head*", r"ignore='head\*'.*place for all but gamma"), ("gama", "did you mean gamma")],
+)
+def test_an_entry_to_ignore_that_the_file_lacks_is_one_line(
+    pattern: str, message: str, tmp_path: Path
+) -> None:
+    torch.save(plus(Richer(), "gamma"), tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=message):
+        load_weights(Richer(), tmp_path / "w.pth", ignore=[pattern])
 
 
 class HasExtraState(Small):
