@@ -141,11 +141,13 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).best
 
 
+REDUCED = "{kind='isqrt', width=4}"  # of 8 channels
 # What pretrained weights leave random, and how the network is trained then.
 AFTER_PRETRAINING = {
     "nothing": ((), "few_shot"),
     "auxiliary branches": (("model.name=dsop-resnet8", "epochs=1"), "loop"),
-    "a pooling": (("model.config.pooling=isqrt", "epochs=1"), "loop"),
+    "a pooling without parameters": (("model.config.pooling=isqrt",), "few_shot"),
+    "a pooling with a convolution": ((f"model.config.pooling={REDUCED}", "epochs=1"), "loop"),
 }
 
 
