@@ -19,7 +19,7 @@ from scipy.special import log_softmax
 
 from sopdeploy.training.few_shot.discriminant import Discriminant, Moments
 from sopdeploy.training.few_shot.scaling import OutOfFold, Scaling
-from sopdeploy.training.few_shot.targets import MIN_FOLDS, Array, Indices, Targets, count_groups
+from sopdeploy.training.few_shot.targets import MIN_FOLDS, Array, Indices, Targets, share_groups
 
 MAX_RANK = 1024
 IMPLAUSIBLE = 0.1  # probability of a label
@@ -75,7 +75,7 @@ class LinearProblem:
 
     `reduced` (N, R) are the coordinates of the vectors in `space`. `own` (N, D_0) are the network's
     own vectors, scaled to length 1, with `weights` (N,) in the class means. Images of one of the
-    `groups` (N,) count as one photograph; by default, all are different.
+    `groups` (N,) with the same classes count together as one; by default, all are different.
     """
 
     space: Space
@@ -100,41 +100,50 @@ class LinearProblem:
         for in_fold_N, of_fold in zip(folds, of_folds, strict=True):
             heads.append(total.without(of_fold).discriminate(self.targets.activation))
             products_NK[in_fold_N] = self.reduced[in_fold_N] @ heads[-1].weight.T
-        return OutOfFold(products_NK, heads, folds_N, total.numbers())
+        return OutOfFold(products_NK, heads, folds_N, total.numbers(), self.shares())
 
-    def group_counts(self) -> Indices:
-        """Count the groups (K,) that have images of each class; without groups, the images."""
-        count = len(self.targets.classes)
-        groups = np.arange(count) if self.groups is None else self.groups
-        return count_groups(self.targets.classes, groups)
+    def _groups(self) -> Indices:
+        """Return the group (N,) of each image; without groups, its index."""
+        return np.arange(len(self.reduced)) if self.groups is None else self.groups
+
+    def shares(self) -> Array:
+        """Weigh the images (N,) so that those of a group with the same classes count as one."""
+        return share_groups(self.targets.classes, self._groups())
 
     def moments(self, images: NDArray[np.bool_]) -> Moments:
-        """Compute the sums over *images* (N,), in blocks to save memory."""
+        """Compute the sums over *images* (N,), in blocks to save memory.
+
+        Those of a group with the same classes count as one, so that a burst of one thing does not
+        outweigh the other images of its class.
+        """
         num_classes = self.targets.classes.shape[1]
         rank = self.reduced.shape[1]
         chosen = np.flatnonzero(images)
+        shares_n = share_groups(self.targets.classes[chosen], self._groups()[chosen])
         products = np.zeros((rank + 1, rank + 1))
         sums = np.zeros((num_classes, rank + 1))
-        for block in np.array_split(chosen, 1 + len(chosen) // ROWS):
+        num_blocks = 1 + len(chosen) // ROWS
+        for block, shares in zip(
+            np.array_split(chosen, num_blocks),
+            np.array_split(shares_n, num_blocks),
+            strict=True,
+        ):
             inputs = np.pad(
                 self.reduced[block].astype(np.float64), ((0, 0), (0, 1)), constant_values=1.0
             )
-            products += inputs.T @ inputs
-            sums += self.targets.classes[block].T @ inputs
-        return Moments(products, sums, self._squared_groups(chosen))
+            counted = shares[:, None] * inputs
+            products += inputs.T @ counted
+            sums += self.targets.classes[block].T @ counted
 
-    def _squared_groups(self, chosen: Indices) -> Array:
-        """Sum (K,) the squared numbers of images of each class in each group of the *chosen* images."""
-        images, labels = np.nonzero(self.targets.classes[chosen])
-        num_classes = self.targets.classes.shape[1]
-        groups = chosen if self.groups is None else self.groups[chosen]
-        pairs, sizes = np.unique(groups[images] * num_classes + labels, return_counts=True)
-        return np.bincount(pairs % num_classes, sizes**2, num_classes).astype(np.float64)
+        # The sums of shares are whole numbers.
+        sums[:, -1] = np.rint(sums[:, -1])
+        products[-1, -1] = np.rint(products[-1, -1])
+        return Moments(products, sums)
 
     def logits(self, validation: OutOfFold, scaling: Scaling) -> Array:
         """Compute the out-of-fold logits (N, K) of a cross-validation."""
         scores_NK = validation.scores(scaling.excess) - scaling.margins
-        return scores_NK / scaling.temperature + self.targets.log_odds()
+        return scores_NK / scaling.temperature + self.targets.log_odds(self.shares())
 
     def logits_without_doubted(
         self, logits_NK: Array, folds_N: Indices, scaling: Scaling
@@ -163,7 +172,7 @@ class LinearProblem:
         # (vector - center).
         weight_KD = (head.weight / scaling.temperature @ self.space.basis.T) * self.space.scale
         bias_K = (head.bias(scaling.excess) - scaling.margins) / scaling.temperature
-        bias_K += self.targets.log_odds()
+        bias_K += self.targets.log_odds(self.shares())
         return LinearHead(weight_KD, bias_K - weight_KD @ self.space.center)
 
     def cosines(self, folds_N: Indices) -> Array:
@@ -205,7 +214,7 @@ class LinearProblem:
 
     def _weighted_classes(self) -> Array:
         """Compute the share (N, K) of each image in the mean of its class, not divided by their sum."""
-        return self.targets.classes * np.reshape(self.weights, (-1, 1))
+        return self.targets.classes * np.reshape(self.weights * self.shares(), (-1, 1))
 
     def cosines_without_class(self) -> Array:
         """Compute the cosine (N,) of each own vector and the nearest mean of the other classes."""

@@ -71,12 +71,11 @@ class Discriminant(NamedTuple):
 class Moments(NamedTuple):
     """Sums over inputs with a 1 at the end: `products` (R + 1, R + 1), and `sums` (K, R + 1) by class.
 
-    `squares` (K,) are sums over the groups: of the squared number of images of the class in it.
+    Inputs of one group with the same classes have equal weights, whose sum is 1 (`share_groups`).
     """
 
     products: Array
     sums: Array
-    squares: Array
 
     @classmethod
     def sum(cls, parts: Sequence["Moments"]) -> "Moments":
@@ -88,8 +87,8 @@ class Moments(NamedTuple):
         return Moments(*(whole - one for whole, one in zip(self, part, strict=True)))
 
     def numbers(self) -> Array:
-        """Compute the number (K,) of independent photographs of each class (`effective_count`)."""
-        return self.sums[:, -1] ** 2 / np.maximum(self.squares, 1)
+        """Return the number (K,) of independent images of each class."""
+        return self.sums[:, -1]
 
     def discriminate(self, activation: Activation) -> Discriminant:
         """Fit a discriminant with a shrunk covariance.

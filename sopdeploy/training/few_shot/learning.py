@@ -12,7 +12,7 @@ from sopdeploy.training.few_shot.targets import Indices
 from sopdeploy.training.results import Gain
 
 MIN_JUDGED = 20  # photographs; a share of fewer says little
-MAX_REDUCED = 20  # classes, by lot
+MAX_REDUCED = 20  # classes, at random
 PRIOR = 4  # photographs of average classes that judge a class, too
 # Smallest gain of a class of `ENOUGH` photographs, and number of them
 CLEAR = 0.03
@@ -54,17 +54,17 @@ def found_when_reduced(
 
 
 def _shares_found(
-    problem: LinearProblem, scaling: Scaling, numbers: set[int], effective_K: Indices
+    problem: LinearProblem, scaling: Scaling, numbers: set[int], independent_K: Indices
 ) -> dict[int, float]:
     """Return the share of photographs that are found if their class has only each of the *numbers*.
 
-    The class then has the mean margin of the classes whose effective number of photographs
-    (`effective_K`) is this one. Shares of fewer than `MIN_JUDGED` photographs are left out.
+    The class then has the mean margin of the classes that have this number of independent
+    photographs (`independent_K`). Shares of fewer than `MIN_JUDGED` photographs are left out.
     """
-    margins_K = np.broadcast_to(scaling.margins, effective_K.shape)
+    margins_K = np.broadcast_to(scaling.margins, independent_K.shape)
     shares = {}
     for number in numbers:
-        margin = np.mean(margins_K[effective_K == number]) if number in effective_K else 0.0
+        margin = np.mean(margins_K[independent_K == number]) if number in independent_K else 0.0
         is_found = found_when_reduced(problem, scaling.excess, number, float(margin))
         if len(is_found) >= MIN_JUDGED:
             shares[number] = float(is_found.mean())
@@ -88,25 +88,23 @@ def estimate_gains(
     - In any other class, twice as many photographs would reduce the errors by the same factor as
       all photographs do on average, compared with half the median number of a class.
 
-    These are effective numbers of photographs (`effective_count`). *right* tells which of the
-    *judged* images are classified correctly by a head without them. Nothing is estimated for more
-    than `MAX_RANK` images, or with several classes per image.
+    Photographs of one group count as one. *right* tells which of the *judged* images are
+    classified correctly by a head without them. Nothing is estimated for more than `MAX_RANK`
+    images, or with several classes per image.
     """
     classes_NK = problem.targets.classes
     if len(classes_NK) > MAX_RANK or problem.targets.activation != "softmax" or not len(judged):
         return ()
 
-    # Photographs of each class: all, those that show different things, and the effective number,
-    # which is at least 1 if there are any.
+    # Photographs of each class: all, and those that show different things.
     photographs_K = classes_NK.sum(axis=0).astype(int)
-    independent_K = problem.group_counts()
-    numbers_K = problem.moments(np.ones(len(classes_NK), np.bool_)).numbers()
-    effective_K = np.maximum(np.round(numbers_K), classes_NK.any(axis=0)).astype(np.intp)
+    independent_K = np.rint(problem.shares() @ classes_NK).astype(np.intp)
 
     # How many are found if each class has only some.
-    half = max(1, int(np.median(effective_K)) // 2)
-    numbers = {half, ENOUGH, *effective_K[(effective_K > 0) & (effective_K < ENOUGH)].tolist()}
-    share_found = _shares_found(problem, scaling, numbers, effective_K)
+    half = max(1, int(np.median(independent_K)) // 2)
+    few_K = (independent_K > 0) & (independent_K < ENOUGH)
+    numbers = {half, ENOUGH, *independent_K[few_K].tolist()}
+    share_found = _shares_found(problem, scaling, numbers, independent_K)
 
     # The errors of a class, and what remains of them with twice as many photographs.
     judged_K = classes_NK[judged].sum(axis=0)
@@ -121,20 +119,15 @@ def estimate_gains(
     others = []
     enough_found = share_found.get(ENOUGH, 0.0)
     for label, name in enumerate(labels):
-        number = int(effective_K[label])
-        counts = {
-            "label": name,
-            "count": int(independent_K[label]),
-            "photographs": int(photographs_K[label]),
-        }
+        number = int(independent_K[label])
+        counts = {"label": name, "count": number, "photographs": int(photographs_K[label])}
         if 0 < number < ENOUGH and share_found.get(number, 1.0) < enough_found:
             found = share_found[number]
             few.append(Gain(**counts, found=found, more=ENOUGH, then=enough_found))
         elif number >= ENOUGH:
             error = float(error_K[label])
-            more = 2 * int(independent_K[label])
             then = 1 - error * remaining
-            others.append(Gain(**counts, found=1 - error, more=more, then=then))
+            others.append(Gain(**counts, found=1 - error, more=2 * number, then=then))
 
     others = [gain for gain in others if gain.then - gain.found >= CLEAR]
     others.sort(key=lambda gain: gain.found - gain.then)

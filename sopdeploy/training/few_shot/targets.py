@@ -12,6 +12,7 @@ from scipy.special import log_softmax
 
 from sopdeploy.decision import Activation
 from sopdeploy.errors import DataError
+from sopdeploy.photos.copies import number_classes
 from sopdeploy.photos.photo import LabeledImages
 
 Array = NDArray[np.float64]
@@ -50,12 +51,15 @@ class Targets:
             return (np.logaddexp(0.0, logits) - self.classes * logits).mean(axis=1)
         return -(self.classes * log_softmax(logits, axis=1)).sum(axis=1)
 
-    def log_odds(self) -> Array:
-        """Compute the log-odds (K,) of each class; with "softmax", a discriminant needs none: zeros."""
+    def log_odds(self, shares_N: Array) -> Array:
+        """Compute the log-odds (K,) of each class; with "softmax", a discriminant needs none: zeros.
+
+        *shares_N* are the weights of the images (`share_groups`).
+        """
         if self.activation == "softmax":
             return np.zeros(self.classes.shape[1])
-        counts_K = self.classes.sum(axis=0)
-        return np.log(counts_K + 0.5) - np.log(len(self.classes) - counts_K + 0.5)
+        counts_K = shares_N @ self.classes
+        return np.log(counts_K + 0.5) - np.log(shares_N.sum() - counts_K + 0.5)
 
     def folds(self, keys: Sequence[str], at_most: int, seed: int) -> Indices:
         """Assign each image to a fold (N,).
@@ -136,3 +140,20 @@ def count_groups(classes_NK: Array, groups_N: Indices) -> Indices:
     images, labels = np.nonzero(classes_NK)
     pairs = np.unique(np.stack([labels, groups_N[images]]), axis=1)
     return np.bincount(pairs[0], minlength=classes_NK.shape[1])
+
+
+def divide_groups(classes_NK: Array, groups_N: Indices) -> Indices:
+    """Divide groups of images by their classes: those of a group with the same classes have one number (N,)."""
+    shown_N = number_classes(np.packbits(classes_NK > 0, axis=1))
+    return number_classes(np.column_stack([groups_N, shown_N]))
+
+
+def share_groups(classes_NK: Array, groups_N: Indices) -> Array:
+    """Weigh images (N,): those of a group with the same classes have equal weights, whose sum is 1."""
+    shares_N = np.ones(len(groups_N))
+    _, group_N, sizes_G = np.unique(groups_N, return_inverse=True, return_counts=True)
+    grouped = np.flatnonzero(sizes_G[group_N] > 1)
+    if len(grouped):
+        parts_n = divide_groups(classes_NK[grouped], groups_N[grouped])
+        shares_N[grouped] = 1 / np.bincount(parts_n)[parts_n]
+    return shares_N
