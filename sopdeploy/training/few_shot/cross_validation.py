@@ -32,7 +32,13 @@ from sopdeploy.training.few_shot.features import (
 )
 from sopdeploy.training.few_shot.scaling import ENOUGH, Scaling
 from sopdeploy.training.few_shot.score import estimate_score
-from sopdeploy.training.few_shot.targets import Array, Indices, Targets, count_groups
+from sopdeploy.training.few_shot.targets import (
+    Array,
+    Indices,
+    Targets,
+    count_groups,
+    divide_groups,
+)
 from sopdeploy.training.recipe import Recipe
 
 # Below this number of groups, temperature and cosines come from three cross-validations: the
@@ -269,14 +275,16 @@ def _choose_judged(
 ) -> Indices:
     """Choose the images that the score counts: of each photograph the copy with the most pixels, if typical.
 
-    *copies_N* is the photograph that each image shows. With one class per image, images of a class
+    *copies_N* is the photograph that each image shows. Copies with different classes count once
+    for each, because all of them train. With one class per image, images of a class
     that is one group of *groups_N* do not count: the classifiers that predict them were fitted to
     no image of the class.
     """
-    # The largest image of each group of copies. Only groups of several are opened.
-    _, largest_G = np.unique(copies_N, return_index=True)
-    for group in np.flatnonzero(np.bincount(copies_N) > 1):
-        members = np.flatnonzero(copies_N == group)
+    # The largest of the copies with equal classes. Only groups of several are opened.
+    alike_N = divide_groups(targets.classes, copies_N)
+    _, largest_G = np.unique(alike_N, return_index=True)
+    for group in np.flatnonzero(np.bincount(alike_N) > 1):
+        members = np.flatnonzero(alike_N == group)
         num_pixels = [np.prod(images.photo(index).image.size) for index in members.tolist()]
         largest_G[group] = members[np.argmax(num_pixels)]
 
