@@ -115,7 +115,7 @@ class AdmittedRequest:
 
         Raises `RejectedError` if the queue is full, or if the deadline passes.
         """
-        self.service.check_queue(self.model, 1)
+        self.service.check_queue(self.model, 1, self.deadline)
         self.service.admitted += 1
 
         try:
@@ -158,7 +158,7 @@ class AdmittedRequest:
             message = f"with explain=true, an image counts as {IMAGES_PER_MAP}; send fewer, or omit explain"
             raise RejectedError(HttpError("too_many_explained", 422, message))
 
-        service.check_queue(self.model, num_images)
+        service.check_queue(self.model, num_images, self.deadline)
         if context.rate_limit is not None:
             # If the key has too few tokens, it pays for the bytes that were read.
             context.rate_limit.spend(num_images, work=context.bytes // SMALL_BODY)

@@ -8,6 +8,7 @@ import atexit
 import functools
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -64,7 +65,8 @@ class Request:
     A reply without an error has *expected_kind* and data of one of *sizes*. *result* gets a
     `Reply`, `ChildEnded`, or the reason why no child runs the request. While it waits, it
     counts as *pixels*; a child ends if it takes more than *seconds* of CPU time (0: no limit).
-    `began` is the time of `time.monotonic` at which a child got it, or None.
+    A child needs about *work* seconds. The reply is of use until *latest*, and *began* when a
+    child got the request (None: it waits), both times of `time.monotonic`.
     """
 
     image: bytes = field(repr=False)
@@ -74,6 +76,8 @@ class Request:
     result: "asyncio.Future[Any]"
     pixels: int = 0
     seconds: float = 0.0
+    work: float = 1.0
+    latest: float = math.inf
     began: float | None = None
 
     def busy_seconds(self) -> float:
@@ -214,10 +218,13 @@ class DecoderProcess(asyncio.BufferedProtocol):
         template: DecoderTemplate,
         options: child.ChildOptions,
         seconds: float,
-        on_idle: Callable[["DecoderProcess", float], None] = lambda _child, _seconds: None,
+        on_idle: Callable[["DecoderProcess", Request, bool], None] = lambda *_: None,
         on_end: Callable[[str], object] = lambda _reason: None,
     ) -> None:
-        """Start no child yet; *on_idle* gets the seconds of a request, *on_end* why a child is replaced."""
+        """Start no child yet; *on_end* gets the reason why one is replaced.
+
+        *on_idle* gets the request that the child had, and whether it has sent the expected data.
+        """
         self._template = template
         self._options = options
         self._seconds = seconds
@@ -259,7 +266,6 @@ class DecoderProcess(asyncio.BufferedProtocol):
 
         request.began = time.monotonic()
         self._request = request
-        self._started = request.began
 
         if self._transport is None:
             self._replacing = self._loop.create_task(self._replace_child(sends=True))
@@ -326,7 +332,7 @@ class DecoderProcess(asyncio.BufferedProtocol):
         self._data = None
         self._unfilled = self._header
         self._timer.cancel()
-        self._become_idle()
+        self._become_idle(is_done=kind == request.expected_kind)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """End the child, which has closed its end; a request that it runs fails."""
@@ -373,12 +379,13 @@ class DecoderProcess(asyncio.BufferedProtocol):
             self._send(self._transport, request)
         else:
             request.settle(ChildEnded(reason))
-            self._become_idle()
+            self._become_idle(is_done=False)
 
-    def _become_idle(self) -> None:
+    def _become_idle(self, *, is_done: bool) -> None:
         """Tell the owner that the child is idle, who may give it the next request."""
+        request = cast(Request, self._request)
         self._request = None
-        self._on_idle(self, time.monotonic() - self._started)
+        self._on_idle(self, request, is_done)
 
     def _fork_and_wait(self) -> tuple[socket.socket, str]:
         """Fork a child and wait until it is restricted; return the socket to it and its restrictions."""

@@ -87,7 +87,7 @@ class ModelFacts(NamedTuple):
     @classmethod
     def describe(cls, model: Model) -> "ModelFacts":
         """Describe *model*."""
-        return cls(model.name, model.bundle, model.runtime, model.latency.measured())
+        return cls(model.name, model.bundle, model.runtime, model.pace.measured())
 
     def to_fields(self) -> ModelFields:
         """Convert the facts to values of JSON."""

@@ -100,7 +100,7 @@ class EngineChannel(asyncio.Protocol):
         """Run an image with the model *number*, as `Model.run` does."""
         # Copy the pixels into a free slot.
         if not self._free_slots:
-            raise RejectedError(results.SLOTS_FULL)
+            raise RejectedError(results.QUEUE_FULL)
         slot = self._free_slots.pop()  # freed last, so that few pages of the memory are touched
         self._slots.pixels(slot, pixels.shape)[...] = pixels
 
@@ -221,7 +221,7 @@ class RemoteModel(Model):
         batch = ran.batch_size, ran.stage_seconds["infer"]
         if batch != self._last_batch:
             self._last_batch = batch
-            self.latency.record(*batch)
+            self.pace.record(*batch)
         return ran
 
 

@@ -27,7 +27,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.cost import Cost, estimate_cost
@@ -61,6 +61,7 @@ LIGHT_BODY = 2_000_000
 LIGHT_SECONDS = 0.03
 SECONDS_PER_PIXEL = 40e-9
 SECONDS_PER_BYTE = 20e-9
+HEADER_SECONDS = 0.001  # of a file whose header is read, and of each other one in addition
 # Limits of a light JPEG with one scan
 PROPORTIONAL_BODY = 6_000_000
 PROPORTIONAL_PIXELS = 25_000_000
@@ -146,9 +147,7 @@ def plan_children(budget: int, max_children: int, max_pixels: int) -> Plan:
 
 def light_seconds(length: int, cost: Cost | None, max_pixels: int) -> float:
     """Return the CPU time that a light child gives a file of *length* bytes and *cost*; 0 if it is large."""
-    # A decoder reads only the header of a file that has too many pixels, and of one whose header
-    # does not tell the cost: that is usually damaged.
-    if cost is None or cost.encoded > max_pixels:
+    if not _is_decoded(cost, max_pixels):
         return LIGHT_SECONDS
 
     if cost.pixels > LIGHT_PIXELS or cost.is_slow:
@@ -160,6 +159,24 @@ def light_seconds(length: int, cost: Cost | None, max_pixels: int) -> float:
     if length > PROPORTIONAL_BODY or cost.encoded > PROPORTIONAL_PIXELS:
         return 0.0
     return seconds + length * SECONDS_PER_BYTE
+
+
+def known_seconds(length: int, cost: Cost | None, max_pixels: int) -> float:
+    """Return the seconds that a child needs for a file of *length* bytes and *cost*, for `Pace`."""
+    if not _is_decoded(cost, max_pixels):
+        return HEADER_SECONDS
+
+    seconds = HEADER_SECONDS + cost.pixels * SECONDS_PER_PIXEL
+    return seconds + length * SECONDS_PER_BYTE if cost.is_proportional else seconds
+
+
+def _is_decoded(cost: Cost | None, max_pixels: int) -> TypeGuard[Cost]:
+    """Tell whether a decoder reads more than the header of a file.
+
+    It does not if the file has too many pixels, or if the header does not tell the cost: such a
+    file is usually damaged.
+    """
+    return cost is not None and cost.encoded <= max_pixels
 
 
 class Decoders:
@@ -219,7 +236,7 @@ class Decoders:
                 shared_template(),
                 options,
                 settings.decode_seconds,
-                on_idle=children.give_work,
+                on_idle=children.finish,
                 on_end=lambda reason: self._metrics.decoder_ended.labels(reason).inc(),
             )
 
@@ -251,12 +268,14 @@ class Decoders:
         preprocess: Preprocess,
         deadline: float = math.inf,
         client: str | None = None,
+        batch_seconds: float = 0.0,
     ) -> DecodedImage:
         """Decode *image* of *client*, a key or address that shares the children for large images.
 
         Raises `ImageError`, and `RejectedError` if its children end, if it is not decoded before
-        *deadline*, or if too many large images wait. Images without a client are those of the
-        server itself, and never too many.
+        *deadline* or would be with less than *batch_seconds* left for its batch, or if too many
+        large images wait. Images without a client are those of the server itself, and never too
+        many.
         """
         # Refuse by the first bytes what no decoder accepts.
         if not image:
@@ -268,7 +287,13 @@ class Decoders:
         sizes = range(math.prod(shape), math.prod(shape) + 1)  # only one is valid
         started = time.monotonic()
         reply, seconds = await self._run_with_retries(
-            image, preprocess, child.PIXELS, sizes, deadline, client
+            image,
+            preprocess,
+            child.PIXELS,
+            sizes,
+            deadline,
+            client,
+            latest=deadline - batch_seconds,
         )
         waited = max(0.0, time.monotonic() - started - seconds)
 
@@ -289,6 +314,7 @@ class Decoders:
             sizes=range(MAX_COPY_BYTES + 1),
             deadline=math.inf,
             client=None,
+            latest=math.inf,
         )
         return reply.data.tobytes(), ".png" if reply.bits else ".jpg"
 
@@ -304,12 +330,13 @@ class Decoders:
         sizes: range,
         deadline: float,
         client: str | None,
+        latest: float,
     ) -> tuple[Reply, float]:
         """Run a request in a light child or, if *image* is too much for one, in one for large images.
 
         If a child of either kind ends without the fault of the image, the request runs once more,
-        in a child for large images. Returns the reply, and the seconds that children had the
-        image. Raises as `decode` does.
+        in a child for large images. Its reply is of use until *latest*. Returns the reply, and
+        the seconds that children had the image. Raises as `decode` does.
         """
         # Estimate from the header what the image costs; without one that tells it, it counts as
         # one of the largest.
@@ -319,13 +346,14 @@ class Decoders:
         seconds = light_seconds(len(image), cost, max_pixels)  # 0 for a large image
 
         rules = b"" if preprocess is None else _write_rules(preprocess)
-        make_request = partial(Request, image, rules, kind, sizes)
+        work = known_seconds(len(image), cost, max_pixels)
+        make_request = partial(Request, image, rules, kind, sizes, work=work, latest=latest)
 
         # Run a light image in a light child, unless it turns out to be too much for one.
         light_end: ChildEnded | None = None
         light_busy = 0.0
         if seconds > 0:
-            request = make_request(self._loop.create_future(), pixels, seconds)
+            request = make_request(self._loop.create_future(), pixels=pixels, seconds=seconds)
             outcome = await self._run_light(request, client, deadline)
             light_busy = request.busy_seconds()
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import shorten
+from sopdeploy_service.inference.pace import BatchPace
 from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
@@ -21,7 +22,6 @@ State: TypeAlias = Literal[
 ]
 
 NOT_LOADED = "not loaded"  # name of the runtime of a model that a memory budget has not loaded
-SMOOTHING = 0.2  # weight of the newest batch in the moving average
 
 
 class RuntimeFacts(NamedTuple):
@@ -56,46 +56,6 @@ def settle(
         future.set_result(result)
 
 
-class LatencyTable:
-    """Moving average of the seconds of a batch, by its size."""
-
-    def __init__(self, measured: Iterable[tuple[int, float]] = ()) -> None:
-        """Start with *measured* pairs (images, seconds); the fastest of each size counts."""
-        self._seconds: dict[int, float] = {}
-        for images, seconds in measured:
-            self._seconds[images] = min(seconds, self._seconds.get(images, seconds))
-
-    def record(self, num_images: int, seconds: float) -> None:
-        """Include a batch of *num_images* that took *seconds*."""
-        old = self._seconds.get(num_images, seconds)
-        self._seconds[num_images] = old + SMOOTHING * (seconds - old)
-
-    def batch_seconds(self, num_images: int) -> float:
-        """Estimate the seconds of one batch of *num_images*; 0 before the first measurement.
-
-        A size without measurement takes the value of the next larger size, or scales the
-        largest one.
-        """
-        if not self._seconds:
-            return 0.0
-
-        if large_enough := [size for size in self._seconds if size >= num_images]:
-            return self._seconds[min(large_enough)]
-        largest = max(self._seconds)
-        return self._seconds[largest] * num_images / largest
-
-    def measured(self) -> tuple[tuple[int, float], ...]:
-        """Return (images, seconds) of each size, as the constructor takes them."""
-        return tuple(self._seconds.items())
-
-    def total_seconds(self, num_images: int, max_batch: int) -> float:
-        """Estimate the seconds of *num_images* in batches of at most *max_batch*."""
-        full, rest = divmod(num_images, max_batch)
-        return full * self.batch_seconds(max_batch) + (
-            self.batch_seconds(rest) if rest else 0.0
-        )
-
-
 class Model(ABC):
     """A bundle that is served under *name*. Every method is called on the event loop."""
 
@@ -122,7 +82,7 @@ class Model(ABC):
         self.runtime = runtime
         self.is_loaded = runtime.is_loaded
         self.largest_batch = runtime.largest_batch
-        self.latency = LatencyTable(timings)
+        self.pace = BatchPace(timings)
 
         self.users = 0  # requests
         self.unused = asyncio.Event()

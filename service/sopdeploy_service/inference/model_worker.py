@@ -87,6 +87,7 @@ class RequestQueue:
     """Images in order of arrival; thread-safe. The limit of admitted images limits its length, too."""
 
     max_delay: float = 0.0
+    batch_seconds: Callable[[int], float] = lambda _: 0.0  # of a batch, by its number of images
     closed_with: HttpError | None = None
     _images: deque[QueuedImage] = field(default_factory=deque)
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -117,7 +118,8 @@ class RequestQueue:
 
         The result is empty if the queue is closed. With *only_full*, never wait: take exactly
         *max_size* images, or none if fewer are queued. Images that are over or late are
-        removed, and never returned.
+        removed, and never returned; so are those that a batch would answer too late, unless
+        there are no others.
         """
         with self._changed:
             while True:
@@ -128,6 +130,11 @@ class RequestQueue:
                 self._images = deque(
                     one for one in self._images if not one.is_over and one.deadline > now
                 )
+
+                # An estimate that is too high must not skip all images: none would correct it.
+                end = now + self.batch_seconds(min(len(self._images), max_size))
+                if any(one.deadline > end for one in self._images):
+                    self._images = deque(one for one in self._images if one.deadline > end)
 
                 if len(self._images) >= max_size:
                     return self._pop(max_size)
@@ -193,7 +200,9 @@ class LocalModel(Model):
         self._is_dead = False
 
         # What requests meet: the queue, the metrics.
-        self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
+        self.queue = RequestQueue(
+            max_delay=settings.max_queue_delay_ms / 1000, batch_seconds=self.pace.batch_seconds
+        )
         metrics.create_series(name, rejects=self.decision.rejection is not None)
         self._metrics = metrics
         self._timeout = settings.batch_timeout_seconds
@@ -285,7 +294,7 @@ class LocalModel(Model):
 
     def hang_seconds(self, num_images: int) -> float:
         """Compute after how many seconds a batch of *num_images* counts as hung."""
-        usual = self.latency.batch_seconds(num_images)
+        usual = self.pace.batch_seconds(num_images)
         return self._timeout or max(MIN_HANG_SECONDS, HANG_FACTOR * usual)
 
     async def _watch(self) -> None:
@@ -436,7 +445,7 @@ class LocalModel(Model):
             )
 
         # Count the batch, for the estimates of waiting times and for the metrics.
-        self.latency.record(len(images), ended - started)
+        self.pace.record(len(images), ended - started)
         self._metrics.count_batch(self.name, waited, self.largest_batch, started, ended)
         if nonfinite := sum(row is results.NONFINITE for row in rows):
             self._metrics.nonfinite_outputs.labels(self.name).inc(nonfinite)

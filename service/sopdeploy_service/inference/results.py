@@ -83,7 +83,7 @@ DAMAGED = HttpError("damaged_image", 422, "the image is damaged, or its decoder 
 NONFINITE = HttpError(
     "nonfinite_output", 500, "the network's output for this image is not finite"
 )
-SLOTS_FULL = HttpError("queue_full", 429, "the queue is full; retry later", 1)
+QUEUE_FULL = HttpError("queue_full", 429, "the queue is full; retry later", 1)
 TOO_LATE = HttpError(
     "deadline_unreachable", 503, "the queue is too long to meet the deadline", 1
 )

@@ -37,6 +37,7 @@ from sopdeploy_service.inference.loader import (
 )
 from sopdeploy_service.inference.model import Model, Registry, State
 from sopdeploy_service.inference.model_worker import LocalModel
+from sopdeploy_service.inference.pace import check_time, retry_after
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.inference.uploads import Uploads
 from sopdeploy_service.observability.metrics import Metrics
@@ -47,12 +48,11 @@ from sopdeploy_service.settings import (
     decoders_per_process,
 )
 
-MAX_RETRY_SECONDS = 60
 # For an image that a new bundle runs for the drift
 IDLE_SECONDS = 1.0  # its longest wait for a moment without requests
 IDLE_STEP = 0.02  # between two looks
 # A request none of whose images has another outcome is refused as a whole.
-UNANSWERED = {results.DEADLINE, results.DECODERS_BUSY}
+UNANSWERED = {one.code for one in (results.DEADLINE, results.TOO_LATE, results.DECODERS_BUSY)}
 PARSERS = 2  # threads; a JSON parser holds the interpreter lock
 
 Images: TypeAlias = Sequence[bytes] | NDArray[np.uint8]
@@ -329,26 +329,32 @@ class Service:
         if not self._is_started:
             raise RejectedError(results.STARTING)
 
-        self.check_queue(model, 1)
+        self.check_queue(model, 1, deadline)
+
+    def check_queue(self, model: Model, num_images: int, deadline: float) -> None:
+        """Raise `RejectedError` if the queue has no room for *num_images* images, or they miss *deadline*."""
+        if self._count_admitted() + num_images > self.settings.queue_size:
+            seconds = self._seconds_to_response(model, 0)
+            raise RejectedError(retry_after(results.QUEUE_FULL, seconds))
 
         # A request that is alone is always admitted. Otherwise, an estimate that is too high
-        # would reject every request, and no batch would correct it.
-        if num_earlier := self._count_earlier(model):
-            seconds = model.latency.total_seconds(num_earlier + 1, model.largest_batch)
-            if time.monotonic() + seconds > deadline:
-                raise RejectedError(results.TOO_LATE)
+        # would reject every request, and none would correct it.
+        if self._count_earlier(model):
+            seconds = self._seconds_to_response(model, num_images)
+            refusal = check_time(seconds, deadline)
+            if refusal is not None:
+                raise RejectedError(refusal)
 
-    def check_queue(self, model: Model, num_images: int) -> None:
-        """Raise `RejectedError` (429) if the queue has no room for *num_images* images of *model*."""
-        if self._count_admitted() + num_images > self.settings.queue_size:
-            seconds = math.ceil(
-                model.latency.total_seconds(self._count_earlier(model), model.largest_batch)
-            )
+    def _seconds_to_response(self, model: Model, num_images: int) -> float:
+        """Estimate the seconds until *num_images* more images have been answered; with 0, those admitted."""
+        decoders = self.decoders.light
+        decoding = decoders.wait_seconds(group=None) + decoders.pace.seconds
 
-            retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
-            raise RejectedError(
-                HttpError("queue_full", 429, "the queue is full; retry later", retry_after)
-            )
+        num_batched = self._count_earlier(model) + num_images
+        batches = model.pace.total_seconds(num_batched, model.largest_batch)
+
+        # Images are decoded while others run.
+        return max(decoding + model.pace.batch_seconds(1), batches)
 
     def _count_earlier(self, model: Model) -> int:
         """Estimate how many admitted images run before the next one of *model*, on the same device."""
@@ -399,7 +405,7 @@ class Service:
 
         # An image that is late or finds no decoder fails alone, beside others that have an answer.
         unanswered = [
-            one for one in outcomes if isinstance(one, HttpError) and one in UNANSWERED
+            one for one in outcomes if isinstance(one, HttpError) and one.code in UNANSWERED
         ]
         if unanswered and len(unanswered) == len(outcomes):
             raise RejectedError(unanswered[0])
@@ -432,7 +438,9 @@ class Service:
             stages: dict[str, float] = {}
             if isinstance(image, bytes):
                 rules = model.bundle.manifest.preprocess
-                decoded = await self.decoders.decode(image, rules, deadline, client)
+                decoded = await self.decoders.decode(
+                    image, rules, deadline, client, model.pace.batch_seconds(1)
+                )
                 stages |= decoded.stage_seconds
                 for stage, seconds in decoded.stage_seconds.items():
                     self.metrics.observe_stage(stage, seconds)

@@ -2,22 +2,25 @@
 
 Of large images, each client has two groups: slow ones, which are small but took too long for a
 light child, and large ones. If too many images wait, the group with most pixels loses its last
-one.
+one. An image that cannot be ready in time is refused, or skipped if another one can.
 """
 
 import itertools
+import time
 from collections import Counter, OrderedDict
 from typing import TypeAlias
 
 from sopdeploy.images.limits import MAX_PIXELS
 from sopdeploy_service.decoding.pool import DecoderProcess, Request
 from sopdeploy_service.inference import results
+from sopdeploy_service.inference.pace import Pace, check_time, retry_after
 from sopdeploy_service.observability.metrics import Metrics
 
 MAX_WAITING = 8  # large images of the largest size, or 46 of 12 megapixels; others get 503
 # Groups take turns: a client, and whether its images are slow ones. None is for light images, and
 # for the server's own requests.
 Group: TypeAlias = tuple[str, bool] | None
+USUAL_PACE = 0.5  # the seconds that a header tells are twice those of ordinary files
 
 
 class SharedChildren:
@@ -30,8 +33,10 @@ class SharedChildren:
         self._metrics = metrics
         self._max_waiting_pixels = MAX_WAITING * max_pixels
         self._is_closed = False
+        self.pace = Pace(USUAL_PACE)
 
         self.idle: list[DecoderProcess] = []
+        self._running: set[Request] = set()
         # By group: the requests that wait, in order. The first group has the next turn.
         self._groups: OrderedDict[Group, OrderedDict[Request, None]] = OrderedDict()
 
@@ -40,22 +45,44 @@ class SharedChildren:
 
         If the images that wait, this one included, have too many pixels, the group with most
         pixels loses its last image, until few enough pixels wait. If *group* has most pixels,
-        *request* is refused. Requests of the group None are never refused for this. After
-        `close`, every request is refused.
+        *request* is refused. Requests of the group None are never refused for this. A request
+        that would have to wait too long is refused. After `close`, every request is.
         """
         if self._is_closed:
             request.settle(results.DRAINING)
             return
 
         if self.idle:
-            self.idle.pop().run(request)
+            self._run(self.idle.pop(), request)
+            return
+
+        # Refuse what cannot be ready in time.
+        seconds = self.wait_seconds(group) + request.work * self.pace.factor
+        refusal = check_time(seconds, request.latest)
+        if refusal is not None:
+            request.settle(refusal)
             return
 
         if group is not None and not self._make_room(request, group):
-            request.settle(results.DECODERS_BUSY)
+            request.settle(retry_after(results.DECODERS_BUSY, seconds))
             return
         self._groups.setdefault(group, OrderedDict())[request] = None
         request.result.add_done_callback(lambda _: self._remove(request, group))
+
+    def wait_seconds(self, group: Group) -> float:
+        """Estimate how long the next image of *group* would wait for a child."""
+        if self.idle or not self._running:  # none runs before the start
+            return 0.0
+
+        # Groups take turns: of the others, as many images run before it as its own group has.
+        turns = len(self._groups.get(group, ())) + 1
+        work = 0.0
+        for requests in self._groups.values():
+            work += sum(request.work for request in itertools.islice(requests, turns))
+
+        # What runs has been running for a while, half of its time on average.
+        work += sum(request.work for request in self._running) / 2
+        return work * self.pace.factor / len(self._running)
 
     def has_room(self, pixels: int, group: Group) -> bool:
         """Estimate whether an image of *group* with *pixels* would run or wait now, and not be refused."""
@@ -89,7 +116,8 @@ class SharedChildren:
             pixels[largest] -= refused.pixels
             if not self._groups[largest]:
                 del self._groups[largest]
-            refused.settle(results.DECODERS_BUSY)
+            wait = self.wait_seconds(largest)
+            refused.settle(retry_after(results.DECODERS_BUSY, wait))
         return True
 
     def _remove(self, request: Request, group: Group) -> None:
@@ -99,9 +127,22 @@ class SharedChildren:
             if not waiting:
                 del self._groups[group]
 
-    def give_work(self, child: DecoderProcess, seconds: float = 0.0) -> None:
-        """Let *child*, which was busy for *seconds*, run the next group's first request, or keep it idle."""
+    def finish(self, child: DecoderProcess, request: Request, is_done: bool) -> None:
+        """Let *child*, which had *request*, run the next one; *is_done* tells whether it has decoded it."""
+        self._running.discard(request)
+        seconds = request.busy_seconds()
         self._metrics.decode_seconds.inc(seconds)
+        if is_done:
+            self.pace.record(request.work, seconds)
+
+        self.give_work(child)
+
+    def give_work(self, child: DecoderProcess) -> None:
+        """Let *child* run the next request that can be ready in time; if none can, the first one, or none.
+
+        Those before it are skipped; their timers refuse them.
+        """
+        skipped: Request | None = None
 
         while self._groups:
             group, waiting = self._groups.popitem(last=False)
@@ -109,10 +150,23 @@ class SharedChildren:
             if waiting:
                 self._groups[group] = waiting  # after all others
 
-            if not request.result.done():  # somebody still waits for it
-                child.run(request)
+            if request.result.done():  # nobody waits for it any more
+                continue
+            if time.monotonic() + request.work * self.pace.factor <= request.latest:
+                self._run(child, request)
                 return
-        self.idle.append(child)
+            skipped = skipped or request
+
+        # An estimate that is too high must not skip them all, or it would never be corrected.
+        if skipped is None:
+            self.idle.append(child)
+        else:
+            self._run(child, skipped)
+
+    def _run(self, child: DecoderProcess, request: Request) -> None:
+        """Let *child* run *request*."""
+        self._running.add(request)
+        child.run(request)
 
     def close(self) -> None:
         """Refuse the requests that wait and those to come."""
