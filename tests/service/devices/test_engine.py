@@ -122,7 +122,7 @@ def test_the_outputs_of_an_image_are_those_of_the_runtime_whatever_slot_it_has(b
             )
             assert {name for one in found for name in one.stage_seconds} == {"queue", "infer"}
             assert {type(one.batch_size) for one in found} == {int}
-        assert 0 < model.latency.batch_seconds(1) < math.inf
+        assert 0 < model.pace.batch_seconds(1) < math.inf
 
     run_with(FakeRuntime(num_classes=7), bundle, scenario)
 
