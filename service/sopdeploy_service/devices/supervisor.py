@@ -50,6 +50,7 @@ from sopdeploy_service.inference.load_time import load_seconds
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.pages import Shared, merge_metrics
+from sopdeploy_service.server.draining_server import EXIT_RUNTIME_DEAD
 from sopdeploy_service.server.lifetime import (
     BEAT_SECONDS,
     USER_ERROR,
@@ -65,6 +66,9 @@ from sopdeploy_service.tasks import start_task
 
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 7.0  # with the start, a server is back within 10 s
+MAX_FAILED_STARTS = (
+    8  # of a device, one after another; with the delays, 40 s and the time of the starts
+)
 HANGS_AT_START = f"{NOT_STARTED}; check the device and the disk"
 KEYS = "API keys"  # among the numbers that a process should report; no process has this name
 LINGER_SECONDS = 1.0  # for a client without a process to read its response
@@ -75,7 +79,8 @@ log = logging.getLogger("sopdeploy.supervisor")
 def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* with a process for each device, and front ends, both of *settings*.
 
-    Returns 0 after a drain, 2 if a process has printed a user error before the server was ready.
+    Returns 0 after a drain, 2 if a process has printed a user error before the server was ready, and
+    70 if no device can be started again.
     Raises `RuntimeUnavailableError` if a process does not start before the server was ready, or
     if the system has no room for the server. Raises `ConfigError` for a GPU that
     CUDA_VISIBLE_DEVICES does not list, for a key file or a port that it cannot use, and on other
@@ -240,12 +245,21 @@ class Supervisor:
     async def _supervise(self, process: Process) -> None:
         """Start *process* whenever it has ended, until the server stops.
 
-        A user error in it, such as a bundle that is missing, ends a server that was never ready.
+        A user error in it, such as a bundle that is missing, ends a server that was never ready. So does
+        a device that cannot come back, if no other device works: a server that answers every image
+        with 503 would run for ever.
         """
         early_deaths = 0
+        failed_starts = 0
         while not self._stopping.is_set():
             started = time.monotonic()
             end, code = await self._run_child(process)
+            if process.is_ready:
+                failed_starts = 0
+            elif (
+                code is not None
+            ):  # without a code it was not started, because there was no room
+                failed_starts += 1
 
             # Its channels, and what it had admitted, have ended with it.
             self._close_control(process)
@@ -261,6 +275,14 @@ class Supervisor:
                 self._stop()
                 break
 
+            if failed_starts >= MAX_FAILED_STARTS and self._is_last_device(process):
+                self._report(
+                    process, f"{end}; {failed_starts} starts failed, so the server ends"
+                )
+                self._code = EXIT_RUNTIME_DEAD
+                self._stop()
+                break
+
             # After each end soon after a start, the next start comes later: after 0, 1, 3, 7, 7 s,
             # and so on.
             is_early = time.monotonic() - started < STABLE_SECONDS
@@ -271,6 +293,11 @@ class Supervisor:
                 await asyncio.wait_for(self._stopping.wait(), delay)
 
         self._end_unused_engines()
+
+    def _is_last_device(self, process: Process) -> bool:
+        """Tell whether *process* is a device and no other device is ready."""
+        others = (device for device in self._devices if device is not process)
+        return process in self._devices and not any(other.is_ready for other in others)
 
     async def _run_child(self, process: Process) -> tuple[str, int | None]:
         """Start a child of *process*, and wait until it has ended; return how, and its exit code.

@@ -253,6 +253,7 @@ def test_a_process_that_dies_early_for_days_is_still_restarted(monkeypatch) -> N
         async def start(_: Process) -> None:
             if next(starts) == 1100:
                 server._stopping.set()
+            process.bundles = "flowers"  # it was ready
             process.child = SimpleNamespace(poll=lambda: 1, kill=lambda: None)
 
         monkeypatch.setattr(server, "_start", start)
@@ -286,6 +287,40 @@ def test_a_system_without_room_for_a_process_is_asked_again_and_no_file_stays_op
     (record,) = caplog.records
     failure = "cannot start (Resource temporarily unavailable)"
     assert record.message == f"device cpu: {failure}; restart in 0 s"
+
+
+@pytest.mark.parametrize(("other_is_ready", "ends"), [(False, True), (True, False)])
+def test_a_server_ends_if_its_last_device_cannot_be_started_again(
+    monkeypatch, other_is_ready: bool, ends: bool
+) -> None:
+    monkeypatch.setattr(supervisor, "MAX_RESTART_DELAY_SECONDS", 0.0)
+    settings = load_settings()
+    failing, other = (Process(name, {}, settings, name, 0) for name in ("0", "1"))
+    starts = 0
+
+    with socket.socket() as listener:
+        server = supervisor.Supervisor([], settings, [failing, other], listener)
+        server._announced = True
+        server._admitted = memoryview(bytearray(16)).cast("q")
+
+        async def fail(process: Process) -> tuple[str, int | None]:
+            nonlocal starts
+            starts += 1
+            if starts == 3 * supervisor.MAX_FAILED_STARTS:
+                server._stopping.set()
+            return "exited with code 1", 1
+
+        async def supervise() -> None:
+            server._loop = asyncio.get_running_loop()
+            if other_is_ready:
+                other.bundles = "flowers"
+            await server._supervise(failing)
+
+        monkeypatch.setattr(server, "_run_child", fail)
+        asyncio.run(supervise())
+
+    assert (starts == supervisor.MAX_FAILED_STARTS) is ends
+    assert server._code == (70 if ends else 0)
 
 
 def test_a_front_end_for_which_no_channel_can_be_made_lacks_it(monkeypatch) -> None:
