@@ -1,7 +1,6 @@
 """`sopdeploy health`: readiness check for containers."""
 
 import http.client
-import os
 import urllib.request
 from urllib.error import HTTPError
 from urllib.parse import urlsplit, urlunsplit
@@ -12,8 +11,11 @@ from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text
 from sopdeploy.errors import ConfigError
 from sopdeploy.proxies import describe_route, find_proxy
+from sopdeploy_service.settings import load_settings
 
 TIMEOUT = 3  # seconds for each step of the request
+# Addresses on which a server listens, and where this machine reaches it
+REACHED_AT = {"0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}  # noqa: S104
 # How a response begins: a network that wants a login sends a page with status 200, too
 START = b'{"status"'
 NOT_READY = 1  # Docker reserves every other nonzero exit code of a health check
@@ -26,14 +28,24 @@ def health(*, url: str | None = None) -> int:
     Example: sopdeploy health --url http://127.0.0.1:8000
 
     Args:
-        url: URL of the server; by default this machine, port SOPDEPLOY_PORT or 8000.
+        url: URL of the server; by default this machine, with the host and the port of the environment or of
+            the settings file that SOPDEPLOY_CONFIG names, as `serve` reads them. Options of `serve` are not
+            known here: give the URL.
     """
-    server = url or f"http://127.0.0.1:{os.environ.get('SOPDEPLOY_PORT', '8000')}"
-    problem = _find_problem(server)
+    problem = _find_problem(url or _url_of_settings())
     if problem is None:
         return 0
     err.print(Text.assemble(("not ready:", "bold red"), " ", plain_text(problem)))
     return NOT_READY
+
+
+def _url_of_settings() -> str:
+    """Return the URL at which this machine reaches a server with the settings of the environment."""
+    settings = load_settings()
+    host = REACHED_AT.get(settings.host, settings.host)
+    return (
+        f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    )
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -380,6 +380,12 @@ class Supervisor:
         number = process.expected.get(KEYS)
         return process.is_ready and number is not None and number not in process.has
 
+    def _others_are_ready(self, process: Process) -> bool:
+        """Tell whether all other processes of the kind of *process* are ready."""
+        kind = self._servers if process in self._servers else self._devices
+        others = (other for other in kind if other is not process)
+        return all(other.is_ready and other.control is not None for other in others)
+
     def _replace(self, process: Process, reason: str) -> None:
         """Log *reason* and kill the child of *process*, which gets nothing more; `_supervise` starts another."""
         self._report(process, f"{reason}; it is replaced")
@@ -552,8 +558,9 @@ class Supervisor:
                 if not process.is_running:
                     continue
 
+                # What lacks something still serves what it has, so one is replaced at a time.
                 works = process.control is not None and not self._stopping.is_set()
-                lacks = works and self._lacks(process)
+                lacks = works and self._lacks(process) and self._others_are_ready(process)
                 reason = process.count_beat(lacks=lacks, load_seconds=seconds)
                 if reason == NOT_STARTED:
                     self._fail_start(process, HANGS_AT_START)
