@@ -67,7 +67,7 @@ MAX_TABLE_LEVELS = 3  # of dicts, as in {"checkpoint": {"model": {"conv.weight":
 
 
 class TrainingRecord(TypedDict, total=False):
-    """How weights were trained or where they come from; `procedure` is the result of a run."""
+    """How weights were trained or where they come from; `procedure` is the result of a run, with its `warnings`."""
 
     recipe: FieldValues
     images_format: str
@@ -78,6 +78,7 @@ class TrainingRecord(TypedDict, total=False):
     weights: Literal["raw", "average"]
     metrics: FieldValues | None
     procedure: FieldValues
+    warnings: list[str]
     versions: dict[str, str]
     plugins: dict[str, str]
     machine: FieldValues

@@ -25,6 +25,7 @@ GRAPH = "model.onnx"  # of a bundle
 BEST = "best.pt"  # of a run: the checkpoint to export
 LAST = "last.pt"  # of a run: the checkpoint to resume from
 HISTORY = "history.csv"  # of a run: its epochs
+SUMMARY = "run.json"  # of a run: what lists of runs show
 LATEST = "latest"  # the link to the newest run or bundle of a folder
 BLOCK_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1_000_000  # of a file that people write: a recipe, settings, keys, rules

@@ -55,9 +55,10 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HtmlReport:
-    """A title with paragraphs and key figures, then the sections."""
+    """A title with warnings, paragraphs and key figures, then the sections."""
 
     title: str
+    warnings: Sequence[str] = ()
     text: Sequence[str] = ()
     tiles: Mapping[str, str] = field(default_factory=dict)
     sections: Sequence[Section] = ()

@@ -52,7 +52,13 @@ def count_formats(images: LabeledImages) -> Counter[str]:
 
 
 def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) -> str:
-    """Name the images with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
+    """Name the images with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none.
+
+    Without hashes, nothing is known.
+    """
+    if not len(hashes):
+        return ""
+
     # For each image, the index of the first one with its hash.
     _, first_of_hash, hash_number_N = np.unique(hashes, return_index=True, return_inverse=True)
     first_N = first_of_hash[hash_number_N].tolist()
@@ -71,12 +77,14 @@ def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) ->
     return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}"
 
 
-def count_seen(images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64]) -> int:
-    """Count the *images* whose files have one of the *hashes*, those of training images."""
+def find_seen(
+    images: LabeledImages, hashes: Sequence[int] | NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Tell which *images* (N,) have files with one of the *hashes*, those of training images."""
     if not len(hashes):
-        return 0
+        return np.zeros(len(images), np.bool_)
     hashes_N = hash_images(images)
-    return int((np.isin(hashes_N, hashes) & (hashes_N != UNREADABLE)).sum())
+    return np.isin(hashes_N, hashes) & (hashes_N != UNREADABLE)
 
 
 def describe_seen(
@@ -86,7 +94,7 @@ def describe_seen(
 
     *is_sample* tells that these are the hashes of some training files only.
     """
-    seen = count_seen(images, hashes)
+    seen = int(find_seen(images, hashes).sum())
     if not seen:
         return ""
     return (

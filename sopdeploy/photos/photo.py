@@ -305,6 +305,16 @@ class Split:
             self, train=parts["train"], held_out=parts["held_out"], left_out=tuple(left_out)
         )
 
+    def without_held_out(self, left_out: NDArray[np.bool_]) -> "Split":
+        """Leave out held-out images (M,), or all if a class would lose all of them.
+
+        What remains would judge other classes than those of the network.
+        """
+        rest = self.held_out.select(~left_out)
+        if ((self.held_out.class_counts() > 0) & (rest.class_counts() == 0)).any():
+            rest = self.held_out.select(np.zeros(len(left_out), np.bool_))
+        return replace(self, held_out=rest)
+
     @classmethod
     def undivided(cls, images: LabeledImages, notes: Sequence[str] = ()) -> "Split":
         """Create a split without held-out images."""

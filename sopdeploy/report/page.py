@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.metrics import Rate, classification_report
+from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import (
     MeanPrecision,
     MultiLabelMetrics,
@@ -126,13 +126,16 @@ def write_run_page(
     sections += _describe_run(setup, fit, run.record)
 
     # The page begins with what is to be expected, the classes, and what comes next.
-    is_selected = isinstance(result, LoopResult) and result.selected_by == "same images"
+    is_too_high = isinstance(result, LoopResult) and result.is_too_high
     gains = [gain[0].upper() + gain[1:] for gain in describe_gains(result)]
     next_command = f"sopdeploy export {quote(str(folder / BEST))} --detach"
     content = HtmlReport(
         title=setup.recipe.project or fit.name,
+        warnings=[
+            insert_folders(line, data_folder, folder) for line in run.record.get("warnings", ())
+        ],
         text=[
-            describe_in_a_sentence(result.score, is_selected=is_selected),
+            describe_in_a_sentence(result.score, is_too_high=is_too_high),
             _describe_classes(setup.labels),
             *gains,
             insert_names("Next: {}", next_command, tag="code"),
@@ -146,12 +149,6 @@ def write_run_page(
         partial.write_text(render(content), encoding="utf-8")
     if not is_measured or isinstance(metrics, MultiLabelReport):
         return []
-
-    # Mistakes are printed beside the score, which counts one copy of each photograph.
-    if isinstance(fit, FewShotFit) and not len(setup.data.held_out):
-        scores = predicted if isinstance(predicted, list) else []
-        counted = [scores[index] for index in fit.judged.tolist()]
-        metrics = classification_report(images.labels, counted)
     return metrics.mistakes()
 
 
@@ -209,13 +206,13 @@ def _describe_decision(decision: Decision, labels: Sequence[str]) -> Section:
 
 
 def describe_in_a_sentence(
-    score: Rate | MeanPrecision | float | None, *, is_selected: bool = False
+    score: Rate | MeanPrecision | float | None, *, is_too_high: bool = False
 ) -> str:
     """Say what *score* means for new photographs.
 
-    If *is_selected*, its images have also selected the epoch, so that it is too high.
+    If it *is_too_high*, its images have also selected the epoch, or trained.
     """
-    qualifier = "at most " if is_selected else ""
+    qualifier = "at most " if is_too_high else ""
     if score is None:
         return "There are too few different photographs to say how many new ones will be right."
     if not isinstance(score, Rate):
@@ -238,7 +235,7 @@ def describe_in_a_sentence(
     # The sentence, with the interval if the score is not too high.
     sentence = f"{qualifier}{share} new photographs like these will be right"
     sentence += (
-        "." if is_selected else f"; likely {100 * score.low:.0f} to {100 * score.high:.0f} %."
+        "." if is_too_high else f"; likely {100 * score.low:.0f} to {100 * score.high:.0f} %."
     )
     return f"{sentence[0].upper()}{sentence[1:]}"
 
@@ -251,9 +248,13 @@ def _predict_shown_images(
     recipe = setup.recipe
     if isinstance(fit, FewShotFit) and not len(held_out):  # `logits` of this fit are calibrated
         description = (
-            "the training images, each predicted by a network that was fitted without it"
+            "the training images that the score counts, each predicted by a network that was "
+            "fitted without it"
         )
-        return setup.data.train.replaced(groups=fit.groups), description, fit.logits
+        grouped = setup.data.train.replaced(groups=fit.groups)
+        is_judged_N = np.zeros(len(grouped), np.bool_)
+        is_judged_N[fit.judged] = True
+        return grouped.select(is_judged_N), description, fit.logits[is_judged_N]
 
     logits_NC = score_images(
         fit.network, recipe.preprocess, held_out, workers=recipe.workers, on_image=on_image

@@ -1,7 +1,7 @@
 """The events of a run, for the progress display and for users."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from sopdeploy.training.diagnostics import EpochRow
 
@@ -35,6 +35,48 @@ class Callback:
 
     def on_epoch_end(self, row: EpochRow) -> None:
         """Run after each epoch with its metrics."""
+
+
+class WarningRecord(Callback):
+    """Passes all events on to *callback*, each warning once, and keeps the `warnings` for the result of the run."""
+
+    def __init__(self, callback: Callback) -> None:
+        self.callback = callback
+        self.warnings: list[str] = []
+        self.told: set[str] = set()
+
+    def keep(self, warnings: Iterable[str]) -> None:
+        """Keep the *warnings* of the part of the run before, which were told then."""
+        self.warnings += [warning for warning in warnings if warning not in self.warnings]
+
+    def on_warning(self, warning: str) -> None:
+        """Keep the *warning*, and pass it on if it was not told yet."""
+        self.keep([warning])
+        if warning not in self.told:
+            self.told.add(warning)
+            self.callback.on_warning(warning)
+
+    def on_message(self, message: str) -> None:
+        """Pass the *message* on."""
+        self.callback.on_message(message)
+
+    def on_stage(self, *, name: str, done: int, total: int) -> None:
+        """Pass the progress on."""
+        self.callback.on_stage(name=name, done=done, total=total)
+
+    def on_step_end(
+        self, *, epoch: int, epochs: int, step: int, steps: int, loss: float
+    ) -> None:
+        """Pass the step on."""
+        self.callback.on_step_end(epoch=epoch, epochs=epochs, step=step, steps=steps, loss=loss)
+
+    def on_evaluation_batch(self, *, epoch: int, epochs: int, done: int) -> None:
+        """Pass the progress on."""
+        self.callback.on_evaluation_batch(epoch=epoch, epochs=epochs, done=done)
+
+    def on_epoch_end(self, row: EpochRow) -> None:
+        """Pass the *row* on."""
+        self.callback.on_epoch_end(row)
 
 
 class ExpectedTime:

@@ -2,7 +2,8 @@
 
 Without `--out`, runs of a project are numbered: `runs/photos-1`, `runs/photos-2`. The link
 `runs/latest` leads to the newest run in `runs` that has a `best.pt`. `last.pt` is the
-checkpoint to resume from, `best.pt` the one to export; `history.csv` lists all epochs. Every
+checkpoint to resume from, `best.pt` the one to export; `history.csv` lists all epochs, and
+`run.json` says what lists of runs show. Every
 file is written atomically. `last.pt` is written first; all other files are derived from it and
 are written again when the run is resumed.
 
@@ -37,9 +38,10 @@ from sopdeploy.checkpoint import (
     write_checkpoint,
 )
 from sopdeploy.config import FieldValues, StrictModel, first_problem, version_advice, writer_of
-from sopdeploy.decision import Activation, Decision
+from sopdeploy.decision import Activation, Decision, Rejection
 from sopdeploy.environment import machine
 from sopdeploy.errors import CheckpointError, ConfigError, StorageError, TrainingError, shorten
+from sopdeploy.evaluation.decision_fit import describe_weakness
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.file_systems import Lock, lock_file
 from sopdeploy.files import (
@@ -48,6 +50,7 @@ from sopdeploy.files import (
     LAST,
     LOCK,
     PARTIAL,
+    SUMMARY,
     atomic_write,
     link_latest,
     new_folder,
@@ -71,6 +74,7 @@ from sopdeploy.training.recipe import (
 )
 from sopdeploy.training.results import AnyProcedureResult
 from sopdeploy.training.start_weights import StartReport, classifier_name
+from sopdeploy.training.summary import RunSummary
 from sopdeploy.version import __version__
 
 IN_USE = "run_in_use"  # code of the error about a folder in which another process trains
@@ -108,6 +112,9 @@ class Setup:
         weights: The report on the start weights; None for random ones.
         reason: Why "auto" selected the procedure; empty if it did not.
         unknown: Images of none of the classes, which test the rejection, if there are any.
+        num_seen: Held-out images that are training images, too, and are judged all the same.
+        rule_before: The rule of the run that this one starts from, which rejects unknown images.
+        warnings: The warnings so far; procedures add to it by their callback.
     """
 
     recipe: Recipe
@@ -121,6 +128,21 @@ class Setup:
     origin: Origin | None = None
     reason: str = ""
     unknown: LabeledImages | None = None
+    num_seen: int = 0
+    rule_before: Rejection | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def all_warnings(self, decision: Decision | None) -> list[str]:
+        """Return the warnings of a run with this *decision*, whose rule may be weak."""
+        rule = None if decision is None else decision.rejection
+        weakness = describe_weakness(rule, self.rule_before)
+        return [*self.warnings, *([weakness] if weakness else [])]
+
+    def without_seen(self, seen: NDArray[np.bool_] | None) -> "Setup":
+        """Leave out the held-out images that are *seen* (M,) in training; None leaves out none."""
+        if seen is None or not seen.any():
+            return self
+        return replace(self, data=self.data.without_held_out(seen))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -189,6 +211,7 @@ class Fit:
         file_hashes: Hashes (N,) int64 of the files of the training images; empty if unknown.
         result: The score to expect on new images; None before the end.
         decision: Temperature and thresholds; None if none were fitted.
+        seen: The held-out images (M,) that training images show, too, so that they judge nothing.
     """
 
     name: str
@@ -198,6 +221,7 @@ class Fit:
     file_hashes: NDArray[np.int64]
     result: AnyProcedureResult | None = None
     decision: Decision | None = None
+    seen: NDArray[np.bool_] | None = None
 
 
 class ResumeState(TypedDict, total=False):
@@ -210,6 +234,7 @@ class ResumeState(TypedDict, total=False):
     train_count: int
     held_out: Tensor
     left_out: list[tuple[str, str, str]]
+    warnings: list[str]
     weights: dict[str, Tensor]
     procedure: dict[str, Tensor]
     optimizer: FieldValues
@@ -270,6 +295,7 @@ def _describe_training(setup: Setup, fit: Fit) -> TrainingRecord:
     device = setup.strategy.device
     is_gpu = device.type == "cuda"
     plugins = plugin_versions([*fit.network.modules(), setup.recipe.data])
+    warnings = setup.all_warnings(fit.decision)
     return {
         "recipe": setup.recipe.model_dump(mode="json"),
         "images_format": str(images_format(fit.network)).removeprefix("torch."),
@@ -280,6 +306,7 @@ def _describe_training(setup: Setup, fit: Fit) -> TrainingRecord:
         "weights": "raw" if fit.learning is None else "average",
         "metrics": history[-1].metrics.model_dump() if history else None,
         **({} if fit.result is None else {"procedure": fit.result.model_dump(mode="json")}),
+        **({"warnings": warnings} if warnings else {}),
         "versions": {
             "sopdeploy": __version__,
             "torch": str(torch.__version__),
@@ -296,10 +323,15 @@ def _describe_training(setup: Setup, fit: Fit) -> TrainingRecord:
 
 
 def with_result(
-    best: Checkpoint, result: AnyProcedureResult, decision: Decision | None
+    best: Checkpoint,
+    result: AnyProcedureResult,
+    decision: Decision | None,
+    warnings: Sequence[str],
 ) -> Checkpoint:
-    """Add the result and the decision to the content of `best.pt` of a finished training loop."""
+    """Add result, decision and warnings to the content of `best.pt` of a finished training loop."""
     training = {**best.training, "procedure": result.model_dump(mode="json")}
+    if warnings:
+        training["warnings"] = [*warnings]
     return replace(best, training=training, decision=decision)
 
 
@@ -308,6 +340,7 @@ def resume_of(setup: Setup, position: Position, weights: dict[str, Tensor]) -> R
     left_out = [(*file,) for file in setup.data.left_out]
     return {
         **({"left_out": left_out} if left_out else {}),
+        **({"warnings": [*setup.warnings]} if setup.warnings else {}),
         "position": position.model_dump(mode="json"),
         "train_count": len(setup.data.train),
         "held_out": torch.from_numpy(setup.held_out),
@@ -322,6 +355,11 @@ def read_recorded_recipe(last: Checkpoint, source: Path) -> Recipe:
         return validate_recipe(last.training.get("recipe", {}), str(source))
     except ConfigError as error:
         raise ConfigError(f"{error}{version_advice(writer_of(last.training))}") from error
+
+
+def read_warnings(last: Checkpoint) -> list[str]:
+    """Read the warnings of the run of *last*, without that of a weak rule, which follows from its decision."""
+    return [str(warning) for warning in (last.resume or {}).get("warnings", [])]
 
 
 def read_held_out(last: Checkpoint) -> NDArray[np.int64] | None:
@@ -544,8 +582,15 @@ class RunFolder:
         self.saved_at = time.monotonic()
 
     def save_best(self, checkpoint: Checkpoint) -> None:
-        """Write `best.pt`."""
+        """Write `best.pt`, and `run.json`, which is missing while it may not be about this `best.pt`."""
+        if self.strategy.rank == 0:
+            with writing(self.path):
+                (self.path / SUMMARY).unlink(missing_ok=True)
         self._write(self.best, checkpoint)
+        if self.strategy.rank == 0:
+            RunSummary.of(checkpoint.project, checkpoint.origin, checkpoint.training).write(
+                self.path
+            )
 
     def _write(self, path: Path, checkpoint: Checkpoint) -> None:
         if self.strategy.rank == 0:

@@ -66,6 +66,7 @@ def fit_fine_tune(
 
     # Near-duplicates are not independent. With too few groups no comparison can decide, so all
     # epochs count as trained.
+    setup = run.setup
     held_out = setup.data.held_out
     groups = np.arange(len(held_out))
     if len(held_out) >= TESTABLE:  # fewer need no search
@@ -94,7 +95,7 @@ def _start(setup: Setup, folder: RunFolder, callback: Callback) -> tuple[LoopSta
     network.load_state_dict({**branches, **frozen.network.state_dict()})
 
     network = move_to_device(setup.recipe, network, setup.strategy)
-    run = LoopState(replace(setup, model=network), frozen)
+    run = LoopState(replace(setup.without_seen(frozen.seen), model=network), frozen)
     folder.save_last(last_loop_record(run))
     return run, frozen
 
@@ -110,7 +111,7 @@ def _resume(setup: Setup, last: Checkpoint, folder: RunFolder) -> tuple[LoopStat
     of_frozen = replace(setup, model=network, position=position)
     frozen = with_decision(setup, read_few_shot_fit(of_frozen, record, folder.last))
 
-    run = LoopState(setup, frozen)
+    run = LoopState(setup.without_seen(frozen.seen), frozen)
     restore_loop(run, last, folder.last)
     return run, frozen
 
@@ -183,6 +184,7 @@ def _keep_tuned(
         run.synchronized_fit(),
         result=result,
         decision=None if decision == Decision() else decision,  # None if nothing was fitted
+        seen=frozen.seen,
         position=run.position.model_copy(update={"seconds": seconds}),
     )
 

@@ -156,6 +156,7 @@ class LoopResult(StrictModel):
         mirrored: Whether the score is that of the mean logits of an image and its mirror image.
         tuning: The comparison with the frozen network, if the loop started from it.
         left_out: The unusable images that the run left out, each with the reason.
+        num_seen: Held-out images that are training images, too; the score is too high then.
     """
 
     kind: Literal["loop"] = "loop"
@@ -168,6 +169,12 @@ class LoopResult(StrictModel):
     mirrored: bool = False
     tuning: Tuning | None = None
     left_out: tuple[str, ...] = ()
+    num_seen: int = 0
+
+    @property
+    def is_too_high(self) -> bool:
+        """Whether the score is too high for new images."""
+        return self.selected_by == "same images" or self.num_seen > 0
 
     @property
     def score(self) -> Rate | float:
@@ -178,7 +185,7 @@ class LoopResult(StrictModel):
     def score_name(self) -> str:
         """The name of the score, which says if it is too high."""
         name = "mAP" if self.top1 is None else "top-1"
-        return f"{name}, too high" if self.selected_by == "same images" else name
+        return f"{name}, too high" if self.is_too_high else name
 
     def describe(self) -> str:
         """Describe the score, its interval and its bias in one line."""
@@ -195,6 +202,8 @@ class LoopResult(StrictModel):
         }[self.selected_by]
         if self.tuning is not None:
             note = ", too high: they also decided for fine-tuning"
+        if self.num_seen:
+            note = f", too high: {self.num_seen} of them are training images"
 
         mirrored = " with their mirror images" if self.mirrored else ""
         return f"{score} of {self.count} held-out images{mirrored}{note}"
@@ -535,6 +544,8 @@ def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
             f", which also selected {selection}, so all scores of this section are too high"
         )
 
+    if result.num_seen:
+        held_out += f"; {result.num_seen} are training images, so all scores are too high"
     if result.mirrored:
         held_out += "; without their mirror images, as a server computes them"
     tiles = {"epoch": f"{result.epoch} of {result.num_epochs}", **tiles}

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier
 from sopdeploy.data.sources import HoldOut, open_data
+from sopdeploy.decision import Rejection
 from sopdeploy.errors import ConfigError, DataError, amount, is_memory_exhausted, shorten
 from sopdeploy.evaluation.metrics import NO_IMAGES
 from sopdeploy.images.limits import EXTRAS, missing_extra
@@ -24,8 +25,8 @@ from sopdeploy.photos.copies import NO_PAIRS, Groups, connect, group_photographs
 from sopdeploy.photos.evaluation_images import UnknownImages, open_unknown
 from sopdeploy.photos.file_checks import (
     count_formats,
-    count_seen,
     describe_contradictions,
+    find_seen,
     hash_images,
 )
 from sopdeploy.photos.photo import LabeledImages, Split
@@ -80,12 +81,14 @@ class Division(NamedTuple):
     """The images of a run; arrays are empty for what it does not hold out or hash.
 
     `file_hashes` (N,) are those of the training images in their order, `held_out` is a
-    `Record`.
+    `Record`. `num_seen` is the number of held-out images that are training images, too, and are
+    judged all the same, because a class would lose all of its held-out images.
     """
 
     data: Split
     file_hashes: NDArray[np.int64]
     held_out: Record
+    num_seen: int = 0
 
 
 class RunImages(NamedTuple):
@@ -96,11 +99,15 @@ class RunImages(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What the caller of a run knows: recipe `keys` that the user has set, and what is opened already."""
+    """What the caller of a run knows: recipe `keys` that the user has set, and what is opened already.
+
+    `rule_before` is that of the run to start from, which rejects unknown images.
+    """
 
     keys: Sequence[str] = ()
     weights: WeightSource | None = None
     images: RunImages | None = None
+    rule_before: Rejection | None = None
 
 
 NOTHING_GIVEN = Given()
@@ -177,7 +184,13 @@ def set_up_run(
     formats = _find_formats(setup.data, callback) if strategy.rank == 0 else []
     origin = _describe_origin(setup, folder, last, formats)
     unknown_images = None if unknown is None else unknown.images
-    return replace(setup, reason=reason, origin=origin, unknown=unknown_images)
+    return replace(
+        setup,
+        reason=reason,
+        origin=origin,
+        unknown=unknown_images,
+        rule_before=given.rule_before,
+    )
 
 
 def _divide_and_check(
@@ -193,6 +206,7 @@ def _divide_and_check(
     division = divide_images(selected, opened, last, strategy)
     _check_data(selected, opened, division, given.keys, callback)
     if isinstance(selected.procedure, LoopConfig):
+        division = _leave_out_seen(division, len(opened.held_out), strategy, callback)
         check_batch_size(selected, len(division.data.train), strategy.world)
     return division
 
@@ -437,10 +451,9 @@ def _check_data(
             )
 
     # Without hashes, the few-shot procedure warns later, when it has read the files; a loop of
-    # more than `MAX_HASHED` images does not warn. Images that the run itself holds out are not
-    # compared: their copies are held out, too.
-    if len(file_hashes):
-        warn_of_equal_files(data.train, file_hashes, opened.held_out, callback)
+    # more than `MAX_HASHED` images does not warn.
+    if warning := describe_contradictions(data.train, file_hashes):
+        callback.on_warning(warning)
 
     # Classes of which nothing could be held out have no score.
     if not len(opened.held_out) and not isinstance(recipe.procedure, FewShotConfig):
@@ -459,22 +472,36 @@ def _check_data(
             callback.on_warning(problem)
 
 
-def warn_of_equal_files(
-    train: LabeledImages, hashes: NDArray[np.int64], held_out: LabeledImages, callback: Callback
-) -> None:
-    """Warn of files of *train*, with *hashes* (N,), that have several labels or are in *held_out*, too.
+def _leave_out_seen(
+    division: Division, num_opened: int, strategy: Strategy, callback: Callback
+) -> Division:
+    """Leave held-out files that are training files, too, out of the *division* of a training loop, and warn.
 
-    More than `MAX_HASHED` held-out images are not compared.
+    Without them, a class may have no held-out image; then they are judged all the same, because
+    a loop has no other images to judge it. Images that the run itself holds out, without
+    *num_opened* held-out images of the source, are not compared: their copies are held out, too.
+    More than `MAX_HASHED` images are not compared, either.
     """
-    if warning := describe_contradictions(train, hashes):
-        callback.on_warning(warning)
+    held_out = division.data.held_out
+    if not 0 < num_opened <= MAX_HASHED:
+        return division
 
-    if len(held_out) <= MAX_HASHED and (shared := count_seen(held_out, hashes)):
-        callback.on_warning(
-            f"{shared} of {len(held_out)} held-out images are training images, "
-            "too, so that the score is too high for new images; `sopdeploy data "
-            "check` lists them"
-        )
+    # The first process alone reads the files; the other ones add zeros.
+    seen = np.zeros(len(held_out), np.int64)
+    if len(division.file_hashes):
+        seen = find_seen(held_out, division.file_hashes).astype(np.int64)
+    is_seen = strategy.all_reduce(torch.from_numpy(seen)).numpy() > 0
+    if not is_seen.any():
+        return division
+
+    rest = division.data.without_held_out(is_seen)
+    number = f"{int(is_seen.sum())} of {len(held_out)} validation images are training images"
+    listed = "`sopdeploy data check` lists them"
+    if not len(rest.held_out):
+        callback.on_warning(f"{number}, so that the score is too high for new images; {listed}")
+        return division._replace(num_seen=int(is_seen.sum()))
+    callback.on_warning(f"{number}, so they are not judged; {listed}")
+    return division._replace(data=rest)
 
 
 def check_count(images: LabeledImages) -> None:

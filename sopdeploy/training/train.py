@@ -5,6 +5,7 @@ weights of an uninterrupted one: bit for bit on a CPU with the same number of th
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,8 +18,8 @@ from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
 from sopdeploy.files import BEST, HISTORY, LAST
 from sopdeploy.photos.file_checks import leave_out_unreadable, unreadable_images_error
-from sopdeploy.training.callback import Callback
-from sopdeploy.training.checkpoints import Fit, RunFolder, Setup
+from sopdeploy.training.callback import Callback, WarningRecord
+from sopdeploy.training.checkpoints import Fit, RunFolder, Setup, read_warnings
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore
@@ -39,6 +40,7 @@ class TrainingResult(StrictModel):
             thresholds of a multi-label network.
         start: The report on the start weights; None for random weights.
         report: The page about the run, if one is written.
+        warnings: What the user should know about the images and the result.
         previous: The run that it started from, and what was added since.
         mistakes: The two most frequent ones: true class, predicted class, number of images.
         networks: Those that were compared, if there was a choice.
@@ -62,6 +64,7 @@ class TrainingResult(StrictModel):
     decision: Decision | None = None
     start: StartReport | None = None
     report: Path | None = None
+    warnings: tuple[str, ...] = ()
     previous: str = ""
     mistakes: tuple[tuple[str, str, int], ...] = ()
     networks: tuple[NetworkScore, ...] = ()
@@ -104,6 +107,7 @@ def train_run(
         strategy = Strategy(select_device(recipe.device))
     if callback is None or strategy.rank != 0:
         callback = Callback()
+    record = callback if isinstance(callback, WarningRecord) else WarningRecord(callback)
 
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -117,9 +121,10 @@ def train_run(
         # Both attempts use one list of files, so that a file that vanishes is noticed.
         images = given.images or open_images(recipe)
         given = given._replace(images=images)
-        setup = set_up_run(recipe, folder, last, callback, given)
+        record.keep([] if last is None else read_warnings(last))
+        setup = _set_up(recipe, folder, last, record, given)
         try:
-            return _fit(setup, last, folder, callback)
+            return _fit(setup, last, folder, record)
         except DataError as error:  # perhaps of a damaged or missing image
             if last is not None or strategy.world > 1:
                 data = setup.data
@@ -128,14 +133,26 @@ def train_run(
 
         # A new run begins again without the images that cannot be read.
         given = given._replace(images=images._replace(data=readable))
-        setup = set_up_run(recipe, folder, None, callback, given)
-        return _fit(setup, None, folder, callback)
+        setup = _set_up(recipe, folder, None, record, given)
+        return _fit(setup, None, folder, record)
     finally:
         folder.unlock()
 
 
+def _set_up(
+    recipe: Recipe,
+    folder: RunFolder,
+    last: Checkpoint | None,
+    record: WarningRecord,
+    given: Given,
+) -> Setup:
+    """Set the run up; its *record* of warnings grows while it trains."""
+    setup = set_up_run(recipe, folder, last, record, given)
+    return replace(setup, warnings=record.warnings)
+
+
 def _fit(
-    setup: Setup, last: Checkpoint | None, folder: RunFolder, callback: Callback
+    setup: Setup, last: Checkpoint | None, folder: RunFolder, callback: WarningRecord
 ) -> FinishedRun:
     """Train by the procedure of *setup*, from *last* or anew, into the locked *folder*."""
     if setup.uses_loop:
@@ -156,7 +173,12 @@ def _fit(
         fit = partial(fit_fine_tune, setup, last)
     for line in setup.describe(is_new=last is None):
         callback.on_message(line)
-    return FinishedRun(setup, *fit(folder, callback))
+    fitted, training = fit(folder, callback)
+
+    # Those that the result has: of a rule that is weak, and of a run that was finished before.
+    for warning in training.get("warnings", ()):
+        callback.on_warning(warning)
+    return FinishedRun(setup.without_seen(fitted.seen), fitted, training)
 
 
 def summarize_run(
@@ -188,5 +210,6 @@ def summarize_run(
         best_map=best.metrics.score if is_map else None,
         decision=fit.decision,
         networks=tuple(networks),
+        warnings=tuple(run.record.get("warnings", ())),
         **page,
     )

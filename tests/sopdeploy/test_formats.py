@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -262,7 +263,7 @@ def test_a_stopped_run_of_a_later_version_names_who_resumes_it(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        loop_run, "fit_loop", lambda *_: (None, {})
+        loop_run, "fit_loop", lambda *_: (SimpleNamespace(seen=None), {})
     )  # what is not refused is not trained
     path = files / "stopped" / "last.pt"
     fields = load_plain(path, path.read_bytes())

@@ -403,7 +403,9 @@ def configure(
 
     if recipe.project is None:
         recipe = recipe.model_copy(update={"project": _name_project(recipe, source)})
-    return recipe, Given(keys, weights)
+    decision = None if previous is None else previous.decision
+    rule_before = None if decision is None else decision.rejection
+    return recipe, Given(keys, weights, rule_before=rule_before)
 
 
 def _name_project(recipe: "Recipe", source: str) -> str:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import out, plain_text, say
-from sopdeploy.errors import CheckpointError
+from sopdeploy.errors import CheckpointError, amount
 from sopdeploy.project import Origin
 
 MAX_BEFORE = 5  # runs that a page lists
@@ -27,6 +27,7 @@ class RunRow:
     num_images: int | None = None
     num_classes: int | None = None
     estimate: str = ""
+    warnings: tuple[str, ...] = ()
     bundle: str = ""
     live: bool = False
     newest: bool = False
@@ -54,7 +55,12 @@ def _show(rows: list[RunRow]) -> None:
     table = [["date (UTC)", "run", "images", "classes", "estimate", "bundle", ""]]
     for row in rows:
         estimate = row.estimate.partition(" (")[0]  # without its interval
-        states = ("live" if row.live else "", "newest" if row.newest else "", row.problem)
+        states = (
+            "live" if row.live else "",
+            "newest" if row.newest else "",
+            amount(len(row.warnings), "warning") if row.warnings else "",
+            row.problem,
+        )
         cells = (
             row.date[:19],
             row.run,
@@ -133,26 +139,39 @@ def read_run(best: Path) -> tuple[str, RunRow]:
 
     If the checkpoint cannot be read or has no id, the name of its folder takes the place of the id.
     """
-    from sopdeploy.checkpoint import read_checkpoint  # imports torch, which only runs need
+    from sopdeploy.training.summary import RunSummary, read_summary
     from sopdeploy_export.pack.model_card import training_rows
 
+    # Runs of 0.2.0 and before have no summary, so their checkpoints are read.
     name = best.parent.name
     try:
-        checkpoint = read_checkpoint(best)
-        estimate = dict(training_rows(checkpoint.training)).get("accuracy", "")
+        summary = read_summary(best.parent)
+        if summary is None:
+            from sopdeploy.checkpoint import read_checkpoint  # imports torch
+
+            content = read_checkpoint(best)
+            summary = RunSummary.of(content.project, content.origin, content.training)
+        estimate = dict(training_rows(summary.training)).get("accuracy", "")
     except CheckpointError as error:
         return name, RunRow(run=name, problem=str(error))
 
-    origin = checkpoint.origin
+    origin = summary.origin
     run_id = name if origin is None else origin.run_id
-    row = _describe_origin(origin)
-    return run_id, replace(row, run=name, project=checkpoint.project, estimate=str(estimate))
+    row = replace(
+        _describe_origin(origin),
+        run=name,
+        project=summary.project,
+        estimate=str(estimate),
+        warnings=tuple(summary.training.get("warnings", ())),
+    )
+    return run_id, row
 
 
 def list_runs_before(folder: Path, project: str | None) -> list[tuple[object, ...]]:
     """Return date, name, images, classes and accuracy of runs of *project* beside *folder*.
 
-    These are the `MAX_BEFORE` newest ones whose accuracy is known.
+    These are the `MAX_BEFORE` newest ones whose accuracy is known. A checkpoint is read only of
+    runs without `run.json`.
     """
     files = folder.parent.glob("*/best.pt")
     others = [best for best in files if not best.parent.is_symlink() and best.parent != folder]

@@ -107,7 +107,7 @@ def train(
     networks_to_train, previous = read_request(data, recipe, out, options, settings)
 
     from sopdeploy.report.page import PAGE, write_run_page
-    from sopdeploy.training.callback import Callback
+    from sopdeploy.training.callback import Callback, WarningRecord
     from sopdeploy.training.distributed import join_processes
     from sopdeploy.training.train import summarize_run
     from sopdeploy_commands.training.runs import list_runs_before
@@ -121,6 +121,7 @@ def train(
         draws_bars = callback is None and shows_progress and is_main_process()
         if draws_bars:
             observer = stack.enter_context(ProgressBars(err))
+        observer = WarningRecord(observer)
 
         # Of several networks, the fastest of those with the best cross-validated score.
         networks: tuple[NetworkScore, ...] = ()
@@ -140,7 +141,6 @@ def train(
 
         runs_before = list_runs_before(folder, recipe_of_run.project)
         mistakes = write_run_page(run, folder, on_image, networks, runs_before)
-        _warn_of_weak_rule(run, previous, observer)
 
     return summarize_run(
         run,
@@ -213,21 +213,6 @@ def _train_in_folder(
             return run, folder
 
 
-def _warn_of_weak_rule(
-    run: "FinishedRun", previous: "Checkpoint | None", observer: "Callback"
-) -> None:
-    """Warn if the rule of *run* that rejects unknown images is weak, or weaker than that of the run before."""
-    from sopdeploy.evaluation.decision_fit import describe_weakness
-
-    decisions = (run.fit.decision, None if previous is None else previous.decision)
-    rule, rule_before = (
-        None if decision is None else decision.rejection for decision in decisions
-    )
-    weakness = describe_weakness(rule, rule_before)
-    if weakness:
-        observer.on_warning(weakness)
-
-
 def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
     """Say what the run *before* reached, and what *setup* adds; empty if it is not known."""
     result_before = read_result(before.training)
@@ -236,7 +221,8 @@ def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
         return ""
 
     new_classes = [name for name in setup.labels if name not in before.labels]
-    added = len(setup.data.train) + len(setup.data.held_out) - origin.num_images
+    num_images = len(setup.data.train) if setup.origin is None else setup.origin.num_images
+    added = num_images - origin.num_images
     new = f", new: {', '.join(new_classes)}" if new_classes else ""
     accuracy = dict(result_before.rows())["accuracy"]
     return (

@@ -232,6 +232,8 @@ def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
     - without a result: its scalars,
     - after the training loop: its scalars, and the result,
     - after another procedure: the start weights, and the result.
+
+    The warnings of the run are last.
     """
     if "procedure" not in training:  # there is no result, either
         return _scalars(training)
@@ -240,15 +242,16 @@ def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
     result = read_result(training)
     if result is None:
         return _scalars(training)
+    warnings = [("warning", warning) for warning in training.get("warnings", ())]
     if isinstance(result, LoopResult):
-        return [*_scalars(training), *result.rows()]
+        return [*_scalars(training), *result.rows(), *warnings]
 
     rows: list[tuple[str, object]] = []
     start = training.get("start")
     if start:
         weights = f"{start['network']}, {start['file']}, sha256 {start['sha256']}"
         rows.append(("start weights", weights))
-    return [*rows, *result.rows()]
+    return [*rows, *result.rows(), *warnings]
 
 
 def _scalars(training: Mapping[str, Any]) -> list[tuple[str, object]]:

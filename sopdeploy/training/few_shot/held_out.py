@@ -53,15 +53,15 @@ def predict_held_out(
     return HeldOutOutputs(np.concatenate(logits), views_of_all, np.concatenate(small), hashes)
 
 
-def count_shown_in_training(
+def find_shown_in_training(
     train: LabeledImages,
     features: Features,
     held_out: LabeledImages,
     outputs: HeldOutOutputs,
     *,
     with_copies: bool,
-) -> int:
-    """Count the *held_out* images that *train*, which has these *features*, shows, too.
+) -> NDArray[np.bool_]:
+    """Tell which *held_out* images (M,) *train*, which has these *features*, shows, too.
 
     These have equal pixels; *with_copies*, also near-duplicates. Only pairs of a training image
     and a held-out one are compared.
@@ -80,4 +80,4 @@ def count_shown_in_training(
         pairs = near.pairs
 
     groups = connect(len(hashes), pairs, hashes)
-    return int(np.isin(groups[len(train) :], groups[: len(train)]).sum())
+    return np.isin(groups[len(train) :], groups[: len(train)])

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.decision import Decision, sigmoid
@@ -46,7 +47,7 @@ from sopdeploy.training.few_shot.description import describe_run
 from sopdeploy.training.few_shot.features import build_fitted
 from sopdeploy.training.few_shot.held_out import (
     HeldOutOutputs,
-    count_shown_in_training,
+    find_shown_in_training,
     predict_held_out,
 )
 from sopdeploy.training.few_shot.other_things import read_other_things
@@ -119,14 +120,19 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
                 problem.fit_all(validation.scaling),
                 recipe,
             )
-            held_out: HeldOutOutputs | None = None
+            logits_MK: Array | None = None
+            seen: NDArray[np.bool_] | None = None
             if len(setup.data.held_out):
                 held_out = predict_held_out(validation.outputs, network, setup.data.held_out)
-            score, metrics = _evaluate(setup, validation, held_out)
+                seen = _find_seen(setup, validation, held_out, callback)
+                setup = setup.without_seen(seen)
+                logits_MK = held_out.logits[~seen] if len(setup.data.held_out) else None
+            score, metrics = _evaluate(setup, validation, logits_MK)
 
-            # If the hashes of the files are known, `set_up_run` has warned already.
-            if not len(setup.file_hashes):
-                _warn_of_copies(setup, validation, held_out, callback)
+            # `set_up_run` has warned already if it knows the files; each warning is told once.
+            contradictions = describe_contradictions(images, validation.features.file_hashes)
+            if contradictions:
+                callback.on_warning(contradictions)
 
             # Labels are judged only with one class per image.
             label_logits = None
@@ -158,6 +164,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
         judged=validation.judged,
         label_logits=label_logits,
         left_out=validation.left_out,
+        seen=seen,
     )
     return with_decision(setup, fit)
 
@@ -175,18 +182,18 @@ def _judge_labels(validation: CrossValidation) -> Array:
 
 
 def _evaluate(
-    setup: Setup, validation: CrossValidation, outputs: HeldOutOutputs | None
+    setup: Setup, validation: CrossValidation, logits_MK: Array | None
 ) -> tuple[Rate | MeanPrecision | None, HeldOutMetrics]:
-    """Return the score and the metrics of held-out images by their *outputs*, or else of the cross-validation."""
-    if outputs is not None:
+    """Return the score and the metrics of held-out images by *logits_MK*, or else of the cross-validation."""
+    if logits_MK is not None:
         held_out = setup.data.held_out
         # Without groups, each image is independent of the others.
         groups = np.arange(len(held_out)) if held_out.groups is None else held_out.groups
         targets = Targets.of(held_out)
         held_out_score = estimate_score(
-            targets.classes, targets.activation, outputs.logits, setup.recipe.seed, groups
+            targets.classes, targets.activation, logits_MK, setup.recipe.seed, groups
         )
-        metrics = held_out_metrics(setup.labels, outputs.logits, held_out.targets)
+        metrics = held_out_metrics(setup.labels, logits_MK, held_out.targets)
         return held_out_score, metrics
 
     # The metrics are those of the images that the score counts; of all if there is no score.
@@ -200,34 +207,29 @@ def _evaluate(
     return score, metrics
 
 
-def _warn_of_copies(
-    setup: Setup,
-    validation: CrossValidation,
-    outputs: HeldOutOutputs | None,
-    callback: Callback,
-) -> None:
-    """Warn of training files with several labels, and of held-out images that are copies of training images.
-
-    *outputs* are those of the held-out images, if there are any.
-    """
-    train = setup.data.train
-    contradictions = describe_contradictions(train, validation.features.file_hashes)
-    if contradictions:
-        callback.on_warning(contradictions)
-    if outputs is None:
-        return
-
+def _find_seen(
+    setup: Setup, validation: CrossValidation, outputs: HeldOutOutputs, callback: Callback
+) -> NDArray[np.bool_]:
+    """Tell which held-out images (M,) training images show, too, by their *outputs*, and warn of them."""
     config: Any = setup.recipe.procedure
     held_out = setup.data.held_out
-    num_shown = count_shown_in_training(
-        train, validation.features, held_out, outputs, with_copies=config.group_copies
+    seen = find_shown_in_training(
+        setup.data.train,
+        validation.features,
+        held_out,
+        outputs,
+        with_copies=config.group_copies,
     )
-    if num_shown:
+    if seen.any():
+        judged = setup.without_seen(seen).data.held_out
+        consequence = "they are not judged"
+        if not len(judged):
+            consequence = "the accuracy is cross-validated on the training images"
         callback.on_warning(
-            f"{num_shown} of {len(held_out)} held-out images are training images, too, or copies "
-            "of them, so that the score is too high for new images; remove those that "
-            "`sopdeploy data check --near` lists"
+            f"{int(seen.sum())} of {len(held_out)} validation images are training images or copies "
+            f"of them, so {consequence}; `sopdeploy data check --near` lists them"
         )
+    return seen
 
 
 def with_decision(setup: Setup, fit: FewShotFit) -> FewShotFit:

@@ -47,6 +47,8 @@ def last_few_shot_record(setup: Setup, fit: FewShotFit) -> Checkpoint:
         "targets": setup.data.train.targets,
         "file_hashes": fit.file_hashes,
     }
+    if fit.seen is not None:
+        arrays["seen"] = fit.seen
     if fit.left_out is not None:
         arrays["left_out"] = fit.left_out
     if fit.label_logits is not None:
@@ -66,6 +68,7 @@ def read_few_shot_fit(setup: Setup, last: Checkpoint, source: Path) -> FewShotFi
         arrays = state["procedure"]
         label_logits = arrays.get("label_logits")
         left_out = arrays.get("left_out")
+        seen = arrays.get("seen")
         return FewShotFit(
             name=last.model,
             network=setup.model,
@@ -80,6 +83,7 @@ def read_few_shot_fit(setup: Setup, last: Checkpoint, source: Path) -> FewShotFi
             judged=arrays["judged"].numpy(),
             label_logits=None if label_logits is None else label_logits.double().numpy(),
             left_out=None if left_out is None else left_out.numpy(),
+            seen=None if seen is None else seen.numpy(),
         )
 
 

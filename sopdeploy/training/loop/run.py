@@ -251,7 +251,9 @@ def fit_best(
         mirrored=recipe.validation.mirror,
     )
 
-    result = result.model_copy(update={"left_out": tuple(map(str, run.setup.data.left_out))})
+    setup = run.setup
+    facts = {"left_out": tuple(map(str, setup.data.left_out)), "num_seen": setup.num_seen}
+    result = result.model_copy(update=facts)
     fit = replace(run.synchronized_fit(), result=result)
     if run.strategy.rank != 0:
         return fit, {}
@@ -263,7 +265,7 @@ def fit_best(
     if run.activation == "softmax" and len(held_out) >= MIN_IMAGES:
         decision = _fit_to_held_out(run, model, held_out, callback)
 
-    best = with_result(checkpoint, result, decision)
+    best = with_result(checkpoint, result, decision, setup.all_warnings(decision))
     folder.save_best(best)
     return replace(fit, network=model, decision=decision), best.training
 

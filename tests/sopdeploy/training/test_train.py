@@ -49,7 +49,12 @@ def finished(tmp_path_factory):
 
 def test_a_run_writes_last_best_and_history(finished) -> None:
     out, result, _ = finished
-    assert {path.name for path in out.iterdir()} == {"best.pt", "history.csv", "last.pt"}
+    assert {path.name for path in out.iterdir()} == {
+        "best.pt",
+        "history.csv",
+        "last.pt",
+        "run.json",
+    }
     files = (result.best, result.last, result.history)
     assert files == (out / "best.pt", out / "last.pt", out / "history.csv")
     assert (result.train_count, result.held_out_count, result.num_classes) == (205, 52, 10)

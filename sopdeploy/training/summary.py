@@ -1,0 +1,49 @@
+"""The file `run.json` of a run: what a list of runs shows, without the weights. Does not import torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sopdeploy.config import FieldValues, StrictModel, parse_json
+from sopdeploy.files import SUMMARY, atomic_write, writing
+from sopdeploy.project import Origin
+
+# Entries of the record of a training that lists of runs read
+_LISTED = ("start", "procedure", "warnings")
+
+
+class RunSummary(StrictModel):
+    """What lists of runs show about a run.
+
+    `training` has the entries of `TrainingRecord` that say how the run ended; `origin` has no
+    `sample`.
+    """
+
+    project: str
+    origin: Origin | None
+    training: FieldValues
+
+    @classmethod
+    def of(
+        cls, project: str, origin: Origin | None, training: Mapping[str, Any]
+    ) -> "RunSummary":
+        """Summarize the content of a `best.pt`."""
+        return cls(
+            project=project,
+            origin=None if origin is None else origin.model_copy(update={"sample": ()}),
+            training={key: training[key] for key in _LISTED if key in training},
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write `run.json` into the *folder* of the run."""
+        path = folder / SUMMARY
+        with writing(path), atomic_write(path) as partial:
+            partial.write_text(self.model_dump_json(indent=1), encoding="utf-8")
+
+
+def read_summary(folder: Path) -> RunSummary | None:
+    """Read `run.json` in the *folder* of a run; None if it is missing, damaged, or of another version."""
+    try:
+        return RunSummary.model_validate(parse_json((folder / SUMMARY).read_bytes()))
+    except (OSError, ValueError):
+        return None
