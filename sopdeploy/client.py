@@ -10,6 +10,8 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, NamedTuple, Self, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import urlsplit
@@ -39,6 +41,9 @@ Result = TypeVar("Result", bound="ImageResult")
 # The server detects the format; a wrong type causes a warning
 CONTENT_TYPE = "application/octet-stream"
 REQUEST_ID = "X-Request-ID"  # a server returns that of the request
+CONNECT_SECONDS = (
+    2.0  # of the total; a host that is lost answers nothing, and another one may be free
+)
 FIRST_DELAY = 0.2  # seconds before a retry
 MAX_DELAY = 5.0
 # linear, whatever a server sends
@@ -46,7 +51,8 @@ DURATION = re.compile(r"(?<![a-z])([a-z]+);dur=(\d+(?:\.\d+)?)")
 MAX_RESPONSE_BYTES = 64_000_000  # after decompression
 # 64 KiB of these, which httpx expands at once, are 64 MB
 ENCODINGS = {"", "identity", "gzip", "deflate"}
-RETRY_STATUSES = {429, 503}  # the server did not process the request
+RETRY_STATUSES = {408, 429, 503}  # the server did not process the request
+UNAVAILABLE = 503  # another replica may answer
 TOO_LARGE = 413  # also of a proxy
 TOO_MANY_IMAGES = "too_many_images"
 FOREIGN = "foreign_answer"  # code of what another server sends
@@ -338,8 +344,8 @@ class Client:
     ) -> httpx.Response:
         """Send a request and return its successful response, with retries until *limit*.
 
-        Retries follow 429, 503 and connections that broke before a response, after at least
-        `Retry-After`.
+        Retries follow 408, 429, 503 and connections that broke before a response. The first one
+        comes at once where another replica may answer. The others wait for `Retry-After`, at least.
         """
         if self._is_closed:
             raise ConfigError("the client is closed; make another one")
@@ -351,8 +357,9 @@ class Client:
         # Each attempt gets what is left of the time, and tells the server when it ends.
         while True:
             left = max(0.001, end - time.monotonic())  # the header must be at least 1 (ms)
+            timeout = httpx.Timeout(left, connect=min(left, CONNECT_SECONDS))
             request = http.build_request(
-                method, path, timeout=left, extensions=extensions, **content
+                method, path, timeout=timeout, extensions=extensions, **content
             )
             request.headers["X-Request-Timeout-Ms"] = str(int(left * 1000))
             request.headers[REQUEST_ID] = uuid4().hex
@@ -363,13 +370,14 @@ class Client:
                     response = _receive(http, request)
             except httpx.RequestError as failure:
                 error = _no_response_error(request, failure, seconds)
-                delay = backoff(attempt)
+                delay = backoff(attempt) if attempt else 0.0
                 may_retry = isinstance(failure, BROKEN) and error.code != FOREIGN
             else:
                 if response.is_success:
                     return response
                 error = _response_error(response)
-                delay = backoff(attempt) + retry_after(response)
+                is_of_replica = response.status_code == UNAVAILABLE and not attempt
+                delay = 0.0 if is_of_replica else backoff(attempt) + retry_after(response)
                 may_retry = response.status_code in RETRY_STATUSES
 
             is_last = attempt == self._retries or delay >= end - time.monotonic()
@@ -447,10 +455,18 @@ def backoff(attempt: int) -> float:
 
 
 def retry_after(response: httpx.Response) -> float:
-    """Parse `Retry-After` in seconds, as the server writes it; 0 without a valid value."""
+    """Parse `Retry-After` in seconds, which is a number or a date; 0 without a valid value."""
     text = response.headers.get("Retry-After", "")
-    # Nine digits are more seconds than any timeout has.
-    return float(text[:9]) if text.isascii() and text.isdecimal() else 0.0
+    if text.isascii() and text.isdecimal():
+        return float(text[:9])  # nine digits are more seconds than any timeout has
+
+    try:
+        date = parsedate_to_datetime(text)
+    except ValueError:
+        return 0.0
+    if date.tzinfo is None:  # RFC 9110, section 5.6.7: dates are in GMT
+        date = date.replace(tzinfo=UTC)
+    return max(0.0, date.timestamp() - time.time())
 
 
 def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
