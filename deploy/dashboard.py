@@ -104,7 +104,19 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ),
         ],
     ),
-    ("Queued images", "none", [("sum by (instance) (sopdeploy_queue_depth)", "{{instance}}")]),
+    (
+        "Images that wait, and that run",
+        "none",
+        [
+            ("sum by (instance) (sopdeploy_images_waiting)", "{{instance}} waiting"),
+            ("sum by (instance) (sopdeploy_images_running)", "{{instance}} running"),
+        ],
+    ),
+    (
+        "Busy share, of the busiest process",
+        "percentunit",
+        [("max by (instance) (sopdeploy_busy)", "{{instance}}")],
+    ),
     (
         "Runtime utilization",
         "percentunit",

@@ -210,6 +210,12 @@ class Engine:
         self._reloads = Joined(self._reload)
         self._supervisor_left = False
 
+        metrics = registry.metrics
+        metrics.images_running.set_function(lambda: registry.num_running)
+        metrics.images_waiting.set_function(
+            lambda: max(0, self._count_images() - registry.num_running)
+        )
+
     async def run(self) -> int:
         """Serve until the supervisor and the front ends have left; return the exit code.
 
@@ -258,10 +264,13 @@ class Engine:
 
     def _report(self) -> None:
         """Show the supervisor that the event loop runs."""
-        num_images = sum(len(front_end.cancel_by_slot) for front_end in self.front_ends)
         bundles = " ".join(model.bundle_name for model in self.registry.models())
         channels = frozenset(one.number for one in self.front_ends if one.transport is not None)
-        Status(0, num_images, bundles, channels).send(self._supervisor)
+        Status(0, self._count_images(), bundles, channels).send(self._supervisor)
+
+    def _count_images(self) -> int:
+        """Count the images of front ends that are not answered."""
+        return sum(len(front_end.cancel_by_slot) for front_end in tuple(self.front_ends))
 
     def _receive(self) -> None:
         """Act on a message of the supervisor; an empty one says that it, or the server, ends."""

@@ -284,6 +284,11 @@ class RemoteRegistry(Registry):
                 self._in_use.discard(remote)
 
     @property
+    def num_sent(self) -> int:
+        """How many images engines have."""
+        return sum(one.queue_length for one in tuple(self._channels.values()))
+
+    @property
     def open_channels(self) -> frozenset[int]:
         """The numbers of the channels that requests use."""
         return frozenset(one.number for one in self._channels.values() if one.is_open)

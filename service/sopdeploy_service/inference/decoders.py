@@ -217,6 +217,9 @@ class Decoders:
         self._metrics.decoders.set(plan.light)
         self._metrics.max_decode_bytes.set(plan.large_memory)
 
+        self.light.busy.capacity = plan.light
+        self.large.busy.capacity = plan.large
+
         # Start the children; they tell which restrictions the system allows.
         settings = self._settings
         large = ChildOptions(

@@ -98,6 +98,11 @@ class Model(ABC):
         """How many devices share the images; at least 1."""
         return 1
 
+    @property
+    def num_running(self) -> int:
+        """How many images are in a batch in this process."""
+        return 0
+
     @abstractmethod
     async def run(
         self,
@@ -146,6 +151,16 @@ class Registry(ABC):
             )
             raise RejectedError(HttpError("unknown_version", 404, message))
         return model
+
+    @property
+    def num_running(self) -> int:
+        """How many images are in batches in this process."""
+        return sum(model.num_running for model in self.models())
+
+    @property
+    def num_sent(self) -> int:
+        """How many images other processes have."""
+        return 0
 
     @contextmanager
     def use(self, model: Model) -> Iterator[None]:

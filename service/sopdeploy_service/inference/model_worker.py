@@ -256,6 +256,11 @@ class LocalModel(Model):
             raise RejectedError(result)
         return result
 
+    @property
+    def num_running(self) -> int:
+        """How many images are in batches in flight."""
+        return sum(len(batch.images) for batch in tuple(self._in_flight))
+
     def start(self) -> None:
         """Start the thread that runs batches, and its watchdog."""
         loop = asyncio.get_running_loop()
@@ -446,6 +451,12 @@ class LocalModel(Model):
 
         # Count the batch, for the estimates of waiting times and for the metrics.
         self.pace.record(len(images), ended - started)
+
+        # A device is busy even with batches of one image, but could run more images in full ones.
+        # Their share tells how much of its capacity is in use.
+        share = len(images) / self.largest_batch
+        full_seconds = share * self.pace.batch_seconds(self.largest_batch)
+        self._metrics.device_busy.add(min(ended - started, full_seconds))
         self._metrics.count_batch(self.name, waited, self.largest_batch, started, ended)
         if nonfinite := sum(row is results.NONFINITE for row in rows):
             self._metrics.nonfinite_outputs.labels(self.name).inc(nonfinite)

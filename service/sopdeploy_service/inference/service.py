@@ -241,6 +241,8 @@ class Service:
         self.uploads = Uploads(upload_budget(settings))
         self.decoders = Decoders(self._choose_num_decoders(), settings, self.metrics)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
+        self.metrics.images_running.set_function(self._count_running)
+        self.metrics.images_waiting.set_function(self._count_waiting)
         self.metrics.upload_bytes.set_function(lambda: self.uploads.num_bytes)
 
         self._is_started = False
@@ -250,6 +252,16 @@ class Service:
         """Return the page with the metrics of this process, which a thread makes."""
         self.drift.keep_only(model.name for model in self.registry.models())
         return await asyncio.to_thread(generate_latest, self.metrics.registry)
+
+    def _count_running(self) -> int:
+        """Count the images that decoders or batches of this process have."""
+        decoders = self.decoders
+        num_decoding = decoders.light.num_running + decoders.large.num_running
+        return num_decoding + self.registry.num_running
+
+    def _count_waiting(self) -> int:
+        """Count the other admitted images; those that an engine has are counted by the engine."""
+        return max(0, self.admitted - self._count_running() - self.registry.num_sent)
 
     @property
     def admitted(self) -> int:

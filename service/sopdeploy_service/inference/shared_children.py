@@ -14,6 +14,7 @@ from sopdeploy.images.limits import MAX_PIXELS
 from sopdeploy_service.decoding.pool import DecoderProcess, Request
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.pace import Pace, check_time, retry_after
+from sopdeploy_service.observability.busy import BusyShare
 from sopdeploy_service.observability.metrics import Metrics
 
 MAX_WAITING = 8  # large images of the largest size, or 46 of 12 megapixels; others get 503
@@ -36,6 +37,8 @@ class SharedChildren:
         self.pace = Pace(USUAL_PACE)
 
         self.idle: list[DecoderProcess] = []
+        self.busy = BusyShare()
+        metrics.busy_shares.append(self.busy)
         self._running: set[Request] = set()
         # By group: the requests that wait, in order. The first group has the next turn.
         self._groups: OrderedDict[Group, OrderedDict[Request, None]] = OrderedDict()
@@ -84,6 +87,11 @@ class SharedChildren:
         work += sum(request.work for request in self._running) / 2
         return work * self.pace.factor / len(self._running)
 
+    @property
+    def num_running(self) -> int:
+        """How many images children have."""
+        return len(self._running)
+
     def has_room(self, pixels: int, group: Group) -> bool:
         """Estimate whether an image of *group* with *pixels* would run or wait now, and not be refused."""
         counts = self._count_pixels(pixels, group)
@@ -130,6 +138,7 @@ class SharedChildren:
     def finish(self, child: DecoderProcess, request: Request, is_done: bool) -> None:
         """Let *child*, which had *request*, run the next one; *is_done* tells whether it has decoded it."""
         self._running.discard(request)
+        self.busy.change(-1)
         seconds = request.busy_seconds()
         self._metrics.decode_seconds.inc(seconds)
         if is_done:
@@ -166,6 +175,7 @@ class SharedChildren:
     def _run(self, child: DecoderProcess, request: Request) -> None:
         """Let *child* run *request*."""
         self._running.add(request)
+        self.busy.change(1)
         child.run(request)
 
     def close(self) -> None:

@@ -18,6 +18,8 @@ from prometheus_client import (
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import SopdeployError
 from sopdeploy.evaluation.drift import MIN_SHIFT, SIGNIFICANCE, WINDOW
+from sopdeploy_service.observability.busy import WINDOW as BUSY_WINDOW
+from sopdeploy_service.observability.busy import BusyShare
 from sopdeploy_service.observability.logs import DROPPED
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -129,7 +131,20 @@ class Metrics:
             self.load_failures.labels(code)
 
         # What the server has to do now, and how busy it is.
-        self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
+        self.device_busy = BusyShare()
+        self.busy_shares = [self.device_busy]  # also those of decoders
+        self.busy = gauge(
+            "busy",
+            f"Busy share of the busiest of decoders and device in the last {BUSY_WINDOW} s",
+        )
+        self.busy.set_function(lambda: max(one.share() for one in self.busy_shares))
+        self.images_waiting = gauge(
+            "images_waiting", "Images admitted that no decoder and no batch has yet"
+        )
+        self.images_running = gauge("images_running", "Images in a decoder or a batch")
+        self.queue_depth = gauge(
+            "queue_depth", "Deprecated, the sum of both: images admitted and not yet answered"
+        )
         self.runtime_seconds = counter(
             "runtime_seconds", "Busy time of the runtime", ("model",)
         )
