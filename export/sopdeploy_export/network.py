@@ -124,6 +124,31 @@ def tensors_converted(
 
 
 @contextmanager
+def contents_restored(network: nn.Module) -> Iterator[None]:
+    """Give the tensors of *network* their content back after the block, if its modules define `train` or `eval`.
+
+    Such a method can rewrite weights, as that of an adapter which merges itself into a layer. Only
+    then are the contents copied.
+    """
+    defines_mode = any(
+        getattr(type(module), method) is not getattr(nn.Module, method)
+        or method in vars(module)
+        for _, module in modules(network)
+        for method in ("train", "eval")
+    )
+    by_id = {id(tensor): tensor for tensor in tensors(network).values()} if defines_mode else {}
+    saved = [(tensor, tensor.data, tensor.data.clone()) for tensor in by_id.values()]
+
+    try:
+        yield
+    finally:
+        for tensor, content, copied in saved:
+            content.copy_(copied)
+            if tensor.data_ptr() != content.data_ptr():
+                tensor.data = content
+
+
+@contextmanager
 def attributes_restored(network: nn.Module) -> Iterator[None]:
     """Restore the attributes of all modules of *network* after the block.
 

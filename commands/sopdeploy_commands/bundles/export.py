@@ -46,6 +46,7 @@ from sopdeploy_export.options import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.export import ExportedProgram
 
     from sopdeploy_commands.bundles.engine_builder.engine import EngineFile
@@ -167,7 +168,8 @@ def _export_weights(
     """Export the network that *source* names with the weights of the file *weights*."""
     from sopdeploy_export.user_network.builder import network_builder
     from sopdeploy_export.user_network.export_network import export_network
-    from sopdeploy_export.user_network.loading import load_weights, read_weights
+    from sopdeploy_export.user_network.loading import KeptFile, load_weights, read_weights
+    from sopdeploy_export.user_network.second_process import run_elsewhere
 
     # What the user says about the network: classes, preprocessing, name.
     labels = None if source.labels is None else read_class_names(source.labels)
@@ -177,59 +179,78 @@ def _export_weights(
 
     # The user's code builds the networks: the one that was trained and, if given, the plain
     # one.
-    plain = None
-    if source.plain is not None:
-        plain = network_builder("plain", source.plain, source.plain_option)
-    build = network_builder("network", str(source.network), source.option)
+    file = read_weights(weights)  # before this code can change it
+    with KeptFile(weights) as kept:
+        plain = None
+        if source.plain is not None:
+            plain = network_builder("plain", source.plain, source.plain_option)
+        build = network_builder("network", str(source.network), source.option)
 
-    # The class names of the option, or else those in the file.
-    file = read_weights(weights)
-    labels = labels or file.labels
-    if labels is None:
-        message = (
-            "missing; give a file with one class name per line, in the order of the logits"
+        # The class names of the option, or else those in the file.
+        labels = labels or file.labels
+        if labels is None:
+            message = (
+                "missing; give a file with one class name per line, in the order of the logits"
+            )
+            raise ConfigError(message, setting="labels")
+
+        on_step("building the network")
+        network = build()
+        loaded = load_weights(
+            network,
+            file,
+            source.weights_key,
+            ignore=source.ignore,
+            training_only=source.training_only,
         )
-        raise ConfigError(message, setting="labels")
+        changed = kept.restore()
+        second_process = run_elsewhere(
+            network,
+            builder=str(source.network),
+            option=source.option,
+            weights=weights,
+            weights_key=source.weights_key,
+            logits_key=source.logits_key,
+            ignore=loaded.ignored,
+            preprocess=preprocess,
+        )
 
-    on_step("building the network")
-    network = build()
-    loaded = load_weights(
-        network,
-        file,
-        source.weights_key,
-        ignore=source.ignore,
-        training_only=source.training_only,
-    )
+        with second_process as compare:
 
-    return export_network(
-        network,
-        plain=plain,
-        rebuild=build,
-        training_only=source.training_only,
-        labels=labels,
-        preprocess=preprocess,
-        destination=out,
-        name=name,
-        logits_key=source.logits_key,
-        allow_constants=source.allow_constants,
-        several_classes=source.several_classes,
-        options=options,
-        # The bundle records how to build this network again.
-        config={
-            "network": source.network,
-            "settings": list(source.option),
-            "plain": source.plain,
-            "plain_settings": list(source.plain_option),
-            "training_only": list(source.training_only),
-            "logits": source.logits_key,
-            "allow_constants": source.allow_constants,
-            "table": loaded.table,
-            "ignore": list(source.ignore),
-        },
-        sha256=loaded.sha256,
-        warnings=loaded.warnings,
-        on_step=on_step,
-    )
+            def build_again() -> "nn.Module":
+                """Build the network to compare with, after a second process has built the trained one."""
+                compare()
+                return build() if plain is None else plain()
+
+            return export_network(
+                network,
+                plain=None if plain is None else build_again,
+                rebuild=build_again,
+                training_only=source.training_only,
+                labels=labels,
+                preprocess=preprocess,
+                destination=out,
+                name=name,
+                logits_key=source.logits_key,
+                allow_constants=source.allow_constants,
+                several_classes=source.several_classes,
+                options=options,
+                # The bundle records how to build this network again.
+                config={
+                    "network": source.network,
+                    "settings": list(source.option),
+                    "plain": source.plain,
+                    "plain_settings": list(source.plain_option),
+                    "training_only": list(source.training_only),
+                    "logits": source.logits_key,
+                    "allow_constants": source.allow_constants,
+                    "table": loaded.table,
+                    "ignore": list(source.ignore),
+                },
+                sha256=loaded.sha256,
+                warnings=(*loaded.warnings, *changed),
+                on_step=on_step,
+            )
 
 
 class Inspection(StrictModel):
@@ -249,6 +270,7 @@ class Inspection(StrictModel):
     command: str
     ignored: tuple[str, ...] = ()
     labels: tuple[str, ...] | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def _show_unused(inspected: Inspection) -> None:
@@ -271,6 +293,8 @@ def _show_unused(inspected: Inspection) -> None:
             print_field("", f"or write the names of two classes, {other}", style="dim")
     else:
         print_field("next", inspected.command, style="dim")
+    for warning in inspected.warnings:
+        print_field("warning", warning, style="bold yellow")
 
 
 @command(_show_unused)
@@ -297,29 +321,36 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     check_is_weights(file)
     from sopdeploy.bundle.manifest import BatchRange
     from sopdeploy_export.admit.network import prepared
+    from sopdeploy_export.admit.outputs import check_trained_are_registered
     from sopdeploy_export.capture.buffers import make_kept_results_anew
     from sopdeploy_export.capture.program import trace
     from sopdeploy_export.prove.constants import check_constants
     from sopdeploy_export.user_network.admission import admit
     from sopdeploy_export.user_network.builder import network_builder
     from sopdeploy_export.user_network.export_network import checked_builder
-    from sopdeploy_export.user_network.loading import load_weights
+    from sopdeploy_export.user_network.loading import KeptFile, load_weights, read_weights
 
     # The network of the user, and what an export would refuse before its proof.
-    build = network_builder("network", options.network, options.option)
-    network = build()
-    loaded = load_weights(network, file, options.weights_key, ignore=options.ignore)
-    with prepared(network, logits_key=options.logits_key) as prepared_network:
-        admitted = admit(prepared_network, preprocess, several_classes=options.several_classes)
-        if not options.allow_constants:
-            rebuild = checked_builder(build, prepared_network)
+    weights = read_weights(file)  # before this code can change it
+    with KeptFile(file) as kept:
+        build = network_builder("network", options.network, options.option)
+        network = build()
+        warnings = kept.restore()
+        loaded = load_weights(network, weights, options.weights_key, ignore=options.ignore)
+        with prepared(network, logits_key=options.logits_key) as prepared_network:
+            admitted = admit(
+                prepared_network, preprocess, several_classes=options.several_classes
+            )
+            if not options.allow_constants:
+                check_trained_are_registered(prepared_network, preprocess)
+                rebuild = checked_builder(build, prepared_network)
 
-            def capture_rebuilt() -> "ExportedProgram":
-                rebuilt = rebuild()
-                make_kept_results_anew(rebuilt, preprocess)
-                return trace(rebuilt, preprocess, BatchRange()).program
+                def capture_rebuilt() -> "ExportedProgram":
+                    rebuilt = rebuild()
+                    make_kept_results_anew(rebuilt, preprocess)
+                    return trace(rebuilt, preprocess, BatchRange()).program
 
-            check_constants(admitted.trained.trace.program, capture_rebuilt)
+                check_constants(admitted.trained.trace.program, capture_rebuilt)
 
     # The names of the classes in the file, if it has one for each logit. Two names fit one logit.
     unused = admitted.removable
@@ -356,6 +387,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         command=" ".join(words),
         ignored=loaded.ignored,
         labels=labels,
+        warnings=warnings,
     )
 
 

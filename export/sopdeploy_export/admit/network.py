@@ -20,7 +20,13 @@ from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import is_in
 from sopdeploy_export.admit.parts import match_parts
 from sopdeploy_export.capture.deployed import EXPORT_LOGITS
-from sopdeploy_export.network import attributes_restored, modules, tensors, tensors_converted
+from sopdeploy_export.network import (
+    attributes_restored,
+    contents_restored,
+    modules,
+    tensors,
+    tensors_converted,
+)
 
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 
@@ -117,7 +123,11 @@ def prepared(
     unwrapped = unwrap_and_check(network, "trained", training_only)
     parts = match_parts(unwrapped, training_only)
 
-    with attributes_restored(unwrapped), tensors_converted(unwrapped, _on_cpu):
+    with (
+        attributes_restored(unwrapped),
+        contents_restored(unwrapped),
+        tensors_converted(unwrapped, _on_cpu),
+    ):
         unwrapped.eval()
         for _, module in modules(unwrapped):
             vars(module)["_compiled_call_impl"] = None

@@ -5,10 +5,14 @@ names that the user typed: never because of a checkpoint or a bundle.
 """
 
 import ast
+import functools
 import inspect
 import pkgutil
+import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import urllib.error
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
@@ -21,6 +25,10 @@ from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.nearest import did_you_mean
 
 WORDS = {"true": True, "false": False}  # as in TOML
+_ADVICE_OFFLINE = (
+    "it loads something from the network, which the weight file replaces: switch that off by an option "
+    "such as pretrained=false, or connect this machine"
+)
 NO_LITERALS = {"none", "null", "nil", "yes", "no", "on", "off", "true", "false"}
 
 
@@ -37,14 +45,15 @@ def network_builder(
     builder = _import_callable(import_path, invalid)
     options = dict(map(parse_option, option_texts))
     _check_option_values(builder, options, import_path)
+    first_names = list[str]()  # of the tensors of the network that the first call builds
 
     def build() -> nn.Module:
         try:
-            network = builder(**options)
+            with without_arguments():
+                network = builder(**options)
         except (Exception, SystemExit) as error:  # the user's code
-            raise invalid(
-                f"cannot be built ({first_line(error)}); check its options"
-            ) from error
+            advice = _ADVICE_OFFLINE if _is_of_connection(error) else "check its options"
+            raise invalid(f"cannot be built ({first_line(error)}); {advice}") from error
         if not isinstance(network, nn.Module):
             raise invalid(f"returned a {type(network).__name__}, not a torch.nn.Module")
         if any(map(is_lazy, chain(network.parameters(), network.buffers()))):
@@ -52,9 +61,31 @@ def network_builder(
                 "returned lazy layers without weights; run them once on an image "
                 "in the function"
             )
+
+        # A second network has to be the same one.
+        names = list(network.state_dict())
+        first_names.extend(names if not first_names else ())
+        different = [
+            name for name in first_names + names if (name in first_names) != (name in names)
+        ]
+        if different:
+            raise invalid(
+                f"builds another network at its second call ({different[0]} is in one of them only): it "
+                "keeps something between calls, such as a default list or a global variable; make it in the function"
+            )
         return network
 
     return build
+
+
+def _is_of_connection(error: BaseException | None) -> bool:
+    """Tell whether *error*, or one that led to it, is that of a connection or a host name."""
+    while error is not None:
+        # Clients of HTTP define errors of their own, which are subclasses or have such a cause.
+        if isinstance(error, ConnectionError | socket.gaierror | urllib.error.URLError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _import_callable(
@@ -70,7 +101,8 @@ def _import_callable(
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        imported: Any = pkgutil.resolve_name(import_path)
+        with without_arguments():
+            imported: Any = pkgutil.resolve_name(import_path)
     except (Exception, SystemExit) as error:  # importing runs the user's code
         reason = first_line(error)
         raise invalid(
@@ -80,12 +112,32 @@ def _import_callable(
         raise invalid(
             f"is a {type(imported).__name__}, not a function or a class; name one of these"
         )
-    return imported
+    # Each call must build a network, also that of a function that keeps its result.
+    return (
+        imported.__wrapped__ if isinstance(imported, functools._lru_cache_wrapper) else imported
+    )
+
+
+@contextmanager
+def without_arguments() -> Iterator[None]:
+    """Hide the arguments of this command in the block from code that reads those of its own script."""
+    arguments = sys.argv
+    sys.argv = arguments[:1]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
 
 
 def _advise_import(import_path: str, error: BaseException) -> str:
     """Say what to do after *error*, which the import of *import_path*, `package.module:callable`, raised."""
     module_name, _, attribute = import_path.partition(":")
+    if isinstance(error, SystemExit):
+        return (
+            "it ends when it is imported, as a script does that needs arguments; put what the script does "
+            "below `if __name__ == '__main__':`"
+        )
+
     wanted = ""
     known_names = []
 

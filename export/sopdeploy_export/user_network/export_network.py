@@ -19,6 +19,7 @@ from sopdeploy_export.admit.network import (
     prepared,
     unwrap_and_check,
 )
+from sopdeploy_export.admit.outputs import check_trained_are_registered
 from sopdeploy_export.capture.deployed import EXPORT_LOGITS, EXPORT_TWO_CLASSES
 from sopdeploy_export.network import tensors
 from sopdeploy_export.options import ExportOptions
@@ -119,6 +120,9 @@ def export_network(
             several_classes=several_classes,
             options=options,
         )
+
+        if not allow_constants:
+            check_trained_are_registered(network, preprocess)
 
         # What it is compared with: the plain network, or itself built again.
         builder = rebuild if plain is None else plain
@@ -221,8 +225,8 @@ def checked_builder(
         check_torch_state()  # which the builder can change
         if addresses(built) & addresses(trained):
             raise CertificateError(
-                "the builder of the plain network returns weights of the trained "
-                "one; build a new network"
+                "the builder of the plain network returns tensors of the trained one, as a builder "
+                "does that keeps its network in a variable; build a new network at each call"
             )
         check_tensors(built)
         built.cpu().eval()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -101,6 +101,51 @@ def read_weights(path: Path) -> WeightContent:
     """Read the weight file at *path*; raises `WeightsError`."""
     content, digest = read_pytorch(check_is_weights(path))
     return WeightContent(path=path, content=content, sha256=digest, labels=find_labels(content))
+
+
+class KeptFile:
+    """A file that code of the user may replace when it is imported or called.
+
+    It gets the content back that it had before, by `restore` and at the end of the block. If the
+    code has not changed it until the first `restore`, the content is not kept for longer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._state = self._read_state()
+        self._content: bytes | None = path.read_bytes()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.restore()
+
+    def _read_state(self) -> tuple[int, int, int] | None:
+        """Return what a write to the file changes; None if it is missing."""
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def restore(self) -> tuple[str, ...]:
+        """Give the file its content back if it was changed, and return a warning of this."""
+        content = self._content
+        if content is None or self._read_state() == self._state:
+            self._content = None
+            return ()
+        is_equal = self._path.is_file() and self._path.read_bytes() == content
+        if not is_equal:
+            self._path.write_bytes(content)
+        self._state = self._read_state()
+
+        if is_equal:
+            return ()
+        return (
+            f"the code of the network changed {self._path} when it was imported or called; it has "
+            "its content back: call the code that saves it only in `if __name__ == '__main__':`",
+        )
 
 
 def load_weights(
@@ -452,6 +497,14 @@ def _load_and_compare(
         same_type = expected.to(tensor.dtype)
         is_equal = tensor.cpu().isclose(same_type, rtol=0, atol=0, equal_nan=True)
         if not bool(is_equal.all()):
+            tied = [
+                other for other, same in loaded.items() if same.data_ptr() == tensor.data_ptr()
+            ]
+            if len(tied) > 1:
+                raise WeightsError(
+                    f"{path}: {' and '.join(tied)} are one tensor in the network, and differ in the file; "
+                    "build the network without tying them"
+                )
             raise WeightsError(
                 f"{path}: {name} has other values in the network after loading than "
                 f"in the file; {advice}"
