@@ -32,8 +32,8 @@ from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.model import ImageResult, Registry
 from sopdeploy_service.inference.model_worker import LocalModel, QueuedImage
 from sopdeploy_service.inference.results import HttpError
-from sopdeploy_service.server.draining_server import EXIT_RUNTIME_DEAD, follow_links
-from sopdeploy_service.server.lifetime import BEAT_SECONDS, Joined
+from sopdeploy_service.server.draining_server import follow_links
+from sopdeploy_service.server.lifetime import BEAT_SECONDS, EXIT_RUNTIME_DEAD, Joined
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 

@@ -50,9 +50,9 @@ from sopdeploy_service.inference.load_time import load_seconds
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.pages import Shared, merge_metrics
-from sopdeploy_service.server.draining_server import EXIT_RUNTIME_DEAD
 from sopdeploy_service.server.lifetime import (
     BEAT_SECONDS,
+    EXIT_RUNTIME_DEAD,
     USER_ERROR,
     Joined,
     follow_keys,

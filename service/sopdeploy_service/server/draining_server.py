@@ -26,6 +26,7 @@ from sopdeploy_service.server.connections import Connections
 from sopdeploy_service.server.http_protocol import LimitedHttpProtocol, limited_config
 from sopdeploy_service.server.lifetime import (
     BEAT_SECONDS,
+    EXIT_RUNTIME_DEAD,
     Joined,
     follow,
     follow_keys,
@@ -37,7 +38,6 @@ from sopdeploy_service.tasks import start_task
 
 LAST_SECONDS = 1.0  # for connections that are open without a request when the port closes
 _POLL_SECONDS = 0.02
-EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
 BEATS = 100  # of the last ten seconds
 BEGUN_AT_ONCE = 16  # connections; one from another address waits for these, not for all
 # Threshold of the youngest generation of the garbage collector; Python's default is 700

@@ -17,6 +17,7 @@ STDERR = 2
 # Of a system without room for a process, thread, file or memory.
 NO_ROOM = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 USER_ERROR = 2
+EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE: whoever started the server should start it again
 TERMINAL = "/dev/tty"  # of the session, whatever the standard streams are
 BEAT_SECONDS = 0.1  # interval of uvicorn's ticks
 FOLLOW_SECONDS = 1.0
