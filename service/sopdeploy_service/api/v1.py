@@ -37,6 +37,7 @@ BODY = {
         "required": True,
         "content": {
             "image/*": {"schema": BINARY},
+            "application/octet-stream": {"schema": BINARY},
             "multipart/form-data": {"schema": FORM},
             "application/json": {"schema": ClassifyRequest.model_json_schema()},
         },

@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -144,7 +145,21 @@ async def openapi(request: Request) -> Response:
     """Return the OpenAPI document, which FastAPI makes at the first request."""
     root = request.scope["root_path"]
     document = request.app.openapi()
+    if request.app.state.keys is not None:
+        document = with_keys(document)
     return json_response({**document, "servers": [{"url": root}]} if root else document)
+
+
+def with_keys(document: dict[str, Any]) -> dict[str, Any]:
+    """Add the two headers with an API key, either of which a request needs, to an OpenAPI *document*."""
+    schemes = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    components = {**document.get("components", {}), "securitySchemes": schemes}
+    no_scopes: list[str] = []
+    security = [{name: no_scopes} for name in schemes]
+    return {**document, "components": components, "security": security}
 
 
 class SharedResponse(Response):

@@ -19,6 +19,7 @@ from sopdeploy_service.http.api_keys import KeyRing, TokenBucket
 from sopdeploy_service.http.problems import INTERNAL, body_too_large, respond_with_error
 from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
+from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.origins import (
     FOREIGN_PAGES,
     OwnOrigins,
@@ -200,30 +201,60 @@ class RequestContextMiddleware:
         path = getattr(route, "path", "other")
         self.service.metrics.count_request(path, status, seconds, context.model_name)
 
-        level = logging.DEBUG if path in MONITORING and status < 400 else logging.INFO
-        if not access_log.isEnabledFor(level):
-            return
+        log_request(context, method, path, status, seconds)
 
-        # Describe the request; what it does not have is left out.
-        fields = {
-            "request": context.request_id,
-            "key": context.key_name,
-            "method": method,
-            "route": path,
-            "status": status,
-            "code": context.code,
-            "model": context.model_name or None,
-            "digest": context.model_digest or None,
-            "num_images": context.num_images,
-            "bytes": context.bytes,
-            "ms": round(seconds * 1000, 2),
-            "stages_ms": {
-                name: round(spent * 1000, 2) for name, spent in context.stage_seconds.items()
-            },
-        }
 
-        extra = {name: value for name, value in fields.items() if value is not None}
-        access_log.log(level, "request", extra=extra)
+def record_refusal(
+    service_metrics: Metrics,
+    settings: Settings,
+    context: RequestContext,
+    method: str,
+    reason: HttpError,
+) -> dict[str, str]:
+    """Count and log a request that is refused with *reason* before the app gets it.
+
+    Returns the headers that every response has, also those by which a page of another host may
+    read it.
+    """
+    service_metrics.count_request("other", reason.status, 0.0)
+    context.code = reason.code
+    log_request(context, method, "other", reason.status, 0.0)
+
+    headers = {"X-Request-ID": context.request_id}
+    if settings.allowed_origins:
+        origin = context.headers.get("origin", "")
+        headers |= AllowedOrigins.headers_for(origin, settings.allowed_origins)
+    return headers
+
+
+def log_request(
+    context: RequestContext, method: str, path: str, status: int, seconds: float
+) -> None:
+    """Write a request to the access log; *path* is the template of its route."""
+    level = logging.DEBUG if path in MONITORING and status < 400 else logging.INFO
+    if not access_log.isEnabledFor(level):
+        return
+
+    # Describe the request; what it does not have is left out.
+    fields = {
+        "request": context.request_id,
+        "key": context.key_name,
+        "method": method or None,
+        "route": path,
+        "status": status,
+        "code": context.code,
+        "model": context.model_name or None,
+        "digest": context.model_digest or None,
+        "num_images": context.num_images,
+        "bytes": context.bytes,
+        "ms": round(seconds * 1000, 2),
+        "stages_ms": {
+            name: round(spent * 1000, 2) for name, spent in context.stage_seconds.items()
+        },
+    }
+
+    extra = {name: value for name, value in fields.items() if value is not None}
+    access_log.log(level, "request", extra=extra)
 
 
 def request_id(headers: Mapping[str, str]) -> str:
@@ -257,6 +288,10 @@ class OriginGuard:
             raise RejectedError(HttpError("foreign_request", 403, message))
 
 
+async def _no_app(scope: Scope, receive: Receive, send: Send) -> None:
+    """Respond to nothing."""
+
+
 class AllowedOrigins(CORSMiddleware):
     """Lets pages of *origins*, patterns of `parse_host` or `*` for all, read responses and send all headers.
 
@@ -271,9 +306,21 @@ class AllowedOrigins(CORSMiddleware):
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
             expose_headers=["*"],  # means all of them, because no response allows credentials
+            allow_private_network=True,  # a public page may use a server in a private network
         )
 
         self._patterns = [parse_host(origin) for origin in origins if origin != "*"]
+
+    @classmethod
+    def headers_for(cls, origin: str, origins: Sequence[str]) -> dict[str, str]:
+        """Return the headers with which a page at *origin* reads a response that the app has not made."""
+        answers = cls(_no_app, origins)
+        headers = {} if answers.allow_all_origins else {"Vary": "Origin"}
+        if origin and answers.is_allowed_origin(origin):
+            allowed = "*" if answers.allow_all_origins else origin
+            headers["Access-Control-Allow-Origin"] = allowed
+            headers["Access-Control-Expose-Headers"] = "*"
+        return headers
 
     def is_allowed_origin(self, origin: str) -> bool:
         """Tell whether pages of *origin* may read responses."""

@@ -43,7 +43,9 @@ class Metrics:
         # Requests.
         self._requests = counter("requests", "Requests answered", ("route", "code", "model"))
         self._request_seconds = seconds_of(
-            "request_duration_seconds", "From request to response", ("route", "model")
+            "request_duration_seconds",
+            "From request to response; refusals (4xx, 5xx) are fast",
+            ("route", "model", "status"),
         )
         self.inference_seconds = Summary(
             "inference_seconds",
@@ -228,7 +230,8 @@ class Metrics:
     ) -> None:
         """Count a response with the status *code*, from *model_name* if the request chose one."""
         self._child(self._requests, route, str(code), model_name).inc()
-        self._child(self._request_seconds, route, model_name).observe(seconds)
+        status = f"{code // 100}xx"
+        self._child(self._request_seconds, route, model_name, status).observe(seconds)
 
     def observe_stage(self, stage: str, seconds: float) -> None:
         """Count *seconds* spent in `load`, `receive` or one of `REQUEST_STAGES`."""

@@ -16,7 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from sopdeploy_service.http.middleware import request_id
+from sopdeploy_service.http.middleware import RequestContext, record_refusal, request_id
 from sopdeploy_service.http.problems import problem_response
 from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.origins import is_within, join_headers, without_prefix
@@ -426,23 +426,35 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._write_error(reason)
         elif not self._in_body:
             # Invalid headers; a request whose body is invalid has its response already.
-            self._shared.metrics.count_request("other", reason.status, 0.0)
             self._write_error(reason)
         self.close(is_input_in_transit=True)
 
     def _write_error(self, reason: HttpError) -> None:
         """Send the response of *reason* as the last one, without the app."""
-        identifier = request_id(join_headers(self.headers or []))
+        # The request has an identifier already if the app has it.
         root = self._limits.root_path
         url = self.url.partition(b"?")[0].decode("latin-1")
-        headers = {"Connection": "close", "X-Request-ID": identifier}
-        response = problem_response(reason, headers, without_prefix(url, root), root)
+        headers = join_headers(self.headers or [])
+        context = RequestContext(
+            request_id(headers), headers, without_prefix(url, root), self.address
+        )
+        if self._in_body and self.cycle is not None:
+            known = self.cycle.scope.get("state", {}).get("context")
+            context.request_id = context.request_id if known is None else known.request_id
+            context.bytes = self.body_bytes
+
+        # Without a URL, the parser names a method that nobody has sent.
+        method = self.parser.get_method() if self.url else b""
+        sent = record_refusal(
+            self._shared.metrics, self._limits, context, method.decode("latin-1"), reason
+        )
+        response = problem_response(reason, {"Connection": "close", **sent}, context.path, root)
 
         lines = [STATUS_LINE[reason.status]]
         for name, value in [*self.server_state.default_headers, *response.raw_headers]:
             lines += [name, b": ", value, b"\r\n"]
 
-        body = b"" if self.parser.get_method() == b"HEAD" else bytes(response.body)
+        body = b"" if method == b"HEAD" else bytes(response.body)
         self.write(b"".join([*lines, b"\r\n", body]))
 
     def _start_header_timeout(self) -> None:

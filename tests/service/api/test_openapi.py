@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import Phase, given, settings
 
+from sopdeploy_service.api.web import with_keys
+
 schemathesis = pytest.importorskip("schemathesis")
 
 EXAMPLES = 4
@@ -32,6 +34,19 @@ def test_every_error_outside_of_the_protocol_is_described_as_a_problem(openapi):
     answers = [about["responses"] for verbs in paths for about in verbs.values()]
     errors = [body for found in answers for status, body in found.items() if status >= "400"]
     assert {kind for body in errors for kind in body["content"]} == {"application/problem+json"}
+
+
+def test_an_image_may_be_sent_as_bytes_of_any_type(openapi):
+    for path in ("/v1/classify", "/v1/embed"):
+        content = openapi["paths"][path]["post"]["requestBody"]["content"]
+        assert content["application/octet-stream"] == content["image/*"]
+
+
+def test_a_server_with_keys_describes_both_headers_for_them(openapi):
+    assert "security" not in openapi
+    described = with_keys(openapi)
+    assert set(described["components"]["securitySchemes"]) == {"bearer", "apiKey"}
+    assert described["security"] == [{"bearer": []}, {"apiKey": []}]
 
 
 def test_no_valid_request_is_a_server_error(client, openapi):

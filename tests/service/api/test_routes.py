@@ -232,8 +232,8 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
     for line in (
         'sopdeploy_requests_total{code="200",model="tiny",route="/v1/classify"}',
         'sopdeploy_rejected_total{reason="not_an_image"}',
-        'sopdeploy_request_duration_seconds_count{model="tiny",route="/v1/classify"}',
-        'sopdeploy_request_duration_seconds_count{model="",route="other"}',
+        'sopdeploy_request_duration_seconds_count{model="tiny",route="/v1/classify",status="2xx"}',
+        'sopdeploy_request_duration_seconds_count{model="",route="other",status="4xx"}',
         'sopdeploy_inference_seconds_count{model="tiny",part="fail"}',
         *(f'sopdeploy_stage_duration_seconds_count{{stage="{stage}"}}' for stage in stages),
         'sopdeploy_batch_size_count{model="tiny"}',

@@ -121,3 +121,15 @@ def test_an_allowed_origin_does_not_make_its_host_a_name_of_this_server(serve_wi
 def test_a_text_that_is_no_origin_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"allowed_origins: .*(is not a host such as|has no)"):
         load_settings(allowed_origins=text)
+
+
+def test_a_page_of_the_internet_may_use_a_server_in_a_private_network_if_it_is_allowed(
+    serve_with,
+) -> None:
+    client = serve_with(FakeRuntime(num_classes=7), allowed_origins=SHOP)
+    asked = {"origin": SHOP, **ASKED, "access-control-request-private-network": "true"}
+    reply = client.options("/v1/classify", headers=asked)
+    assert (reply.status_code, reply.headers["access-control-allow-private-network"]) == (
+        200,
+        "true",
+    )

@@ -13,6 +13,7 @@ from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.observability import logs
 from sopdeploy_service.settings import Settings
 from tests.support.fake_runtime import FakeRuntime
+from tests.support.raw import connect
 from tests.support.service import wait_for
 
 
@@ -133,3 +134,34 @@ def test_lines_that_a_full_disk_refuses_are_counted(logged):
     ):
         logging.getLogger("sopdeploy.access").info("lost")
     assert logs.DROPPED._value.get() == before + 1
+
+
+H = b"Host: 127.0.0.1\r\nOrigin: https://shop.example\r\n"
+EARLY = {
+    "url_too_long": b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n" + H + b"\r\n",
+    "headers_too_large": b"GET / HTTP/1.1\r\n" + H + b"X: " + b"a" * 33_000 + b"\r\n\r\n",
+    "malformed_request": b"GET / HTTP/1.1\r\n" + H + b"Host: a\r\n\r\n",
+    "unknown_transfer_coding": b"POST / HTTP/1.1\r\n" + H + b"Transfer-Encoding: gzip\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("code", EARLY)
+def test_a_refusal_before_the_app_is_logged_counted_and_readable_for_an_allowed_page(
+    logged, serve_with, code
+):
+    stream = logged(log="json")
+    client = serve_with(FakeRuntime(num_classes=7), allowed_origins="https://shop.example")
+    with connect(client) as wire:
+        wire.sendall(EARLY[code])
+        answer = b""
+        while piece := wire.recv(1 << 16):
+            answer += piece
+
+    headers = answer.partition(b"\r\n\r\n")[0].decode().lower().split("\r\n")
+    (identifier,) = (line.split()[1] for line in headers if line.startswith("x-request-id:"))
+    if code != "url_too_long":  # the origin had not arrived
+        assert "access-control-allow-origin: https://shop.example" in headers
+    wait_for(lambda: identifier in stream.read_text())
+    assert f'"code": "{code}"' in stream.read_text() or f'"code":"{code}"' in stream.read_text()
+    text = client.get("/metrics").text
+    assert f'sopdeploy_rejected_total{{reason="{code}"}} 1.0' in text
