@@ -65,7 +65,8 @@ def fetch_imagenet_weights(
     downloaded or has another hash; a downloaded file is then removed.
     """
     if issubclass(entry(model).network, EfficientNetLite):  # without the import of timm
-        return _fetch_from_hub(_lite_repository(model), download), model
+        lite = _lite_name(model)
+        return _fetch_from_hub(_lite_repository(lite), download), lite
 
     # Such as "timm:resnet26", or torchvision's name "vgg16_bn".
     published = published_network(model, config)
@@ -120,6 +121,12 @@ def _find_on_this_machine(repository: str) -> Path | None:
     return path
 
 
+def _lite_name(model: str) -> str:
+    """Name the EfficientNet-Lite that *model* is or extends: its name is the end of the name of *model*."""
+    _, lite, number = model.partition("efficientnet-lite")
+    return f"{lite}{number}" or model
+
+
 def _lite_repository(model: str) -> str:
     return f"timm/tf_{model.replace('-', '_')}.in1k"
 
@@ -131,7 +138,7 @@ def published_network(model: str, config: StrictModel) -> str:
     """
     family, _, name = model.removeprefix("head:").rpartition(":")
     if issubclass(entry(model).network, EfficientNetLite):
-        return f"timm:tf_{model.replace('-', '_')}"
+        return f"timm:tf_{_lite_name(model).replace('-', '_')}"
     if family:  # timm or dsop-timm
         return f"timm:{name}"
 

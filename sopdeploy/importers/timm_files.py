@@ -77,10 +77,12 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
 def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights | None:
     """Convert the weights of the EfficientNet-Lite *model*; None for other files and other networks.
 
-    The network has a name of this catalog, or timm's: `timm:tf_efficientnet_lite0`.
+    *model* can also have timm's name, `timm:tf_efficientnet_lite0`, or extend the network:
+    `gsop-net1-efficientnet-lite0`.
     """
-    network = model.removeprefix(f"{TIMM_PREFIX}tf_").partition(".")[0].replace("_", "-")
-    if network not in LITE:
+    name = model.replace("_", "-").partition(".")[0]
+    network = next((lite for lite in LITE if name.endswith(lite)), None)
+    if network is None:
         return None
 
     # Whether the names are those of EfficientNet-PyTorch, which other projects have kept.

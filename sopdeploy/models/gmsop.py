@@ -4,7 +4,7 @@ Paper: Wang et al., "Global Gated Mixture of Second-order Pooling for Improving 
 Convolutional Neural Networks" (NeurIPS 2018), section 2. GM-GAP has average poolings instead.
 The one-layer SG-MoE of Table 3 has linear experts and a gate on the averaged features.
 
-The inference model is `GatedResNet`; `GMSOPResNet` adds the training-only parts, the gate's
+The inference model of `GMSOPResNet` is `GatedResNet`; `GMSOP` adds the training-only parts, the gate's
 noise (Wn of Eq. 2) and the balance loss (Eq. 4, divided by the number of images of a step as in
 the released trainer, whose cross entropy is a sum over the batch). Multiply-adds count K of N
 components and not the gate's Wg f.
@@ -40,6 +40,12 @@ from typing import Annotated, Any, Literal
 import pydantic
 from torch import Tensor, nn
 
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.backbones.efficientnet import (
+    HEAD_CHANNELS,
+    EfficientNetLite,
+    EfficientNetLiteConfig,
+)
 from sopdeploy.backbones.resnet import (
     LowResolutionResNet,
     LowResolutionResNetConfig,
@@ -61,13 +67,13 @@ from sopdeploy.layers.mixture import (
     softmax_of_largest,
 )
 from sopdeploy.layers.netvlad import NetVLAD
-from sopdeploy.layers.pooling.base import dimension_reduction
+from sopdeploy.layers.pooling.base import FixedAverage, GapConfig, dimension_reduction
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier, TrainingOutput
 
 
-class GMSOPResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
-    """The ResNet for 64-pixel images and the mixture: `chosen` of `components` poolings per image (K of N).
+class MixtureConfig(NewtonSchulzOptions):
+    """The mixture: `chosen` of `components` poolings per image (K of N).
 
     `component_widths` are the channels of a component's 1x1 convolutions, `gate_widths` those
     of the gate's prediction layers; "none" selects the architecture of a component, as in
@@ -96,7 +102,7 @@ class GMSOPResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     balance_weight: NonNegative = 100.0
 
     @pydantic.model_validator(mode="after")
-    def _chosen_among_components(self) -> "GMSOPResNetConfig":
+    def _chosen_among_components(self) -> "MixtureConfig":
         if self.chosen > self.components:
             raise ValueError(
                 f"chosen ({self.chosen}) is more than components ({self.components})"
@@ -104,14 +110,34 @@ class GMSOPResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
         return self
 
 
-class GatedResNet(LowResolutionResNet, ExportHints):
-    """Inference model: logits and the gate's weights; K of N components are used per image."""
+class GMSOPResNetConfig(LowResolutionResNetConfig, MixtureConfig):
+    """The ResNet for 64-pixel images and the mixture."""
+
+
+class GMSOPEfficientNetLiteConfig(EfficientNetLiteConfig, MixtureConfig):
+    """EfficientNet-Lite and the mixture, of fewer and smaller poolings than in the paper."""
+
+    pooling: FixedAverage = GapConfig()  # fixed: the mixture is the pooling
+    components: Annotated[int, pydantic.Field(ge=2)] = 4
+    chosen: Count = 2
+    component_widths: tuple[Count, ...] = pydantic.Field(default=(128, 64), min_length=1)
+
+
+class Gated(Backbone, ExportHints):
+    """Mixin of inference models: logits and the gate's weights; K of N components are used per image.
+
+    Put it before the backbone in the bases. The backbone has no pooling and no classifier.
+
+    Attributes:
+        channels: The channels of the last feature map.
+    """
 
     outputs = ("logits", "gates")
-    classifier_parts = ("gate", "mixture", "head")
-    config: GMSOPResNetConfig
+    classifier_parts: tuple[str, ...] = ("gate", "mixture", "head")
+    config: Any
+    channels: int
 
-    def __init__(self, config: GMSOPResNetConfig, num_classes: int) -> None:
+    def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config, num_classes)
         # The gate has prediction layers, a pooling of the components' kind, Wg and the top K.
         gate_widths = (
@@ -159,13 +185,34 @@ class GatedResNet(LowResolutionResNet, ExportHints):
         return self.head(mixed_BD), weights_BN
 
 
-class GMSOPResNet(Classifier, GatedResNet):
-    """`GatedResNet` with its training-only parts."""
+class GatedResNet(Gated, LowResolutionResNet):
+    """Inference model on the ResNet for 64-pixel images."""
+
+    config: GMSOPResNetConfig
+
+
+class _HeadlessLite(EfficientNetLite):
+    """EfficientNet-Lite without its pooling and its classifier."""
+
+    channels = HEAD_CHANNELS
+
+    def __init__(self, config: Any, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        del self.pooling, self.dropout, self.classifier
+
+
+class GatedEfficientNetLite(Gated, _HeadlessLite):
+    """Inference model on EfficientNet-Lite."""
+
+    config: GMSOPEfficientNetLiteConfig
+
+
+class GMSOP(Classifier, Gated):
+    """Mixin that adds the training-only parts to a network of `Gated`; put it before the network's class."""
 
     training_only = ("gate.noise",)
-    inference_class = GatedResNet
 
-    def __init__(self, config: GMSOPResNetConfig, num_classes: int) -> None:
+    def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config, num_classes)
         components, length = self.gate.weight.shape
         self.gate.add_module("noise", GateNoise(length, components, self.config.noise_per))
@@ -205,6 +252,18 @@ class GMSOPResNet(Classifier, GatedResNet):
         return features, softmax_of_largest(
             self.gate.logits(feature_BD) + noise, self.config.chosen
         )
+
+
+class GMSOPResNet(GMSOP, GatedResNet):
+    """GM-SOP on the paper's ResNet for 64-pixel images."""
+
+    inference_class = GatedResNet
+
+
+class GMSOPEfficientNetLite(GMSOP, GatedEfficientNetLite):
+    """GM-SOP on EfficientNet-Lite, to fine-tune from its ImageNet weights; the paper does not have it."""
+
+    inference_class = GatedEfficientNetLite
 
 
 class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):

@@ -15,10 +15,11 @@ documented in `layers/gsop_block.py`. The network has no training-only parts.
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
-from torch import nn
+from torch import Tensor, nn
 
 from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
+from sopdeploy.backbones.efficientnet import EfficientNetLite, EfficientNetLiteConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import Count, FractionBelowOne
 from sopdeploy.errors import ConfigError
@@ -153,3 +154,55 @@ class GSoPPreActResNet(GSoP, PreActResNet):
 
     block_spacing = 3  # 18 bottlenecks per stage, 6 of them with a block
     config: GSoPPreActResNetConfig
+
+
+class GSoPEfficientNetLiteConfig(EfficientNetLiteConfig, GSoPBlockConfig):
+    """EfficientNet-Lite with GSoP blocks; `pooling` "gap" is GSoP-Net1, "isqrt" is GSoP-Net2.
+
+    `block_stages` are the stages with blocks. `None` selects those whose map is tapped: all for GSoP-Net1;
+    GSoP-Net2 pools by covariance instead of its last block.
+    """
+
+    block_stages: tuple[str, ...] | None = pydantic.Field(default=None, min_length=1)
+
+
+class GSoPEfficientNetLite(Classifier, EfficientNetLite):
+    """GSoP-Net on EfficientNet-Lite, to fine-tune from its ImageNet weights; the paper does not have it.
+
+    A GSoP block and a shortcut around it follow the last block of a stage, as on ResNet. A covariance
+    has at most as many channels as the map.
+    """
+
+    config: GSoPEfficientNetLiteConfig
+
+    def __init__(self, config: GSoPEfficientNetLiteConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+
+        # The stages with a GSoP block: by default, those whose last block is tapped.
+        tapped = {tap.rpartition(".")[0]: count for tap, count in self.tap_channels.items()}
+        stages = config.block_stages
+        if stages is None:
+            stages = tuple(tapped) if config.pooling.kind == "gap" else tuple(tapped)[:-1]
+        unknown = sorted({*stages} - tapped.keys())
+        if unknown:
+            raise ConfigError(f"block_stages: no {unknown[0]}; stages are {', '.join(tapped)}")
+
+        # The block is a child of the stage, so that weight files of the backbone fit.
+        for stage in stages:
+            channels = tapped[stage]
+            narrow = config.model_copy(update={"cov_width": min(config.cov_width, channels)})
+            attention = ShortcutAround(GSoPBlock(narrow, channels, 1))
+            initialize(attention)
+            self.get_submodule(stage).add_module("attention", attention)
+
+
+class ShortcutAround(nn.Module):
+    """Add the input of *block* to its output."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute x + block(x)."""
+        return x + self.block(x)

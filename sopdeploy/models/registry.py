@@ -244,6 +244,14 @@ GSOP = {
         )
         for net, final in FINAL_POOLING.items()
     },
+    **{
+        f"gsop-net{net}-efficientnet-lite0": with_config(
+            "sopdeploy.models.gsop:GSoPEfficientNetLite",
+            {"pooling": final},
+            f"GSoP-Net{net} on EfficientNet-Lite0, to fine-tune from ImageNet weights",
+        )
+        for net, final in FINAL_POOLING.items()
+    },
 }
 WRN_36_2 = {"blocks_per_stage": 4, "widen": 2}
 GAP = {"component": "gap", "component_widths": (512,)}
@@ -294,6 +302,11 @@ GMSOP = {
             ("avesop-16-resnet18", "Ave-SOP-16 on ResNet-18", {**AVERAGE_OF_16, **PARAMETRIC}),
         )
     },
+    "gmsop-4-2-efficientnet-lite0": with_config(
+        "sopdeploy.models.gmsop:GMSOPEfficientNetLite",
+        {},
+        "GM-SOP (2 of 4 poolings) on EfficientNet-Lite0, to fine-tune from ImageNet weights",
+    ),
     "netvlad-64-resnet18": at_64("NetVLADResNet", {}, "NetVLAD of 64 words on ResNet-18"),
 }
 # Title and networks, in display order

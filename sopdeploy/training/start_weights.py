@@ -35,7 +35,7 @@ from sopdeploy.training.recipe import Recipe
 
 WeightSource = WeightPath | WeightFile | Checkpoint  # a file of weights, checked or opened
 # That networks add to a backbone
-ADDED_PARTS = {"pooling", "attention", "reduction", "root", POOLED_HEAD}
+ADDED_PARTS = {"pooling", "attention", "reduction", "root", "gate", "mixture", POOLED_HEAD}
 # Names of classifiers in weight files
 CLASSIFIER_PARTS = {"fc", "classifier", "linear", "head", "head_dist"}
 
@@ -256,6 +256,8 @@ def _match_tensors(
     # the backbone, to which the first tensor belongs.
     container = classifier_name(model).rpartition(".")[0]
     contains_backbone = is_in(next(iter(own)), container)
+    # A file may have nothing of it, such as the head of a mixture with its batch norm.
+    is_new_container = not any(is_in(name, container) for name in weights.tensors)
 
     # Each tensor is loaded, in a new part, a counter that files may lack, or an error.
     matching: dict[str, Tensor] = {}
@@ -269,6 +271,8 @@ def _match_tensors(
             matching[name] = stored
         elif part := _added_part(name, may_be_new):
             new.add(part)
+        elif stored is None and is_in(name, container) and is_new_container:
+            new.add(container)
         elif stored is None:
             if not name.endswith(COUNTER):  # a file may lack counters of batches
                 raise _misfit_error(weights, f"{name} is missing")

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sopdeploy.layers.gsop_block import GSoPBlock
 from sopdeploy.models.describe import describe
 from sopdeploy.models.dsop import DSoP
-from sopdeploy.models.gsop import GSoP
+from sopdeploy.models.gsop import GSoP, GSoPEfficientNetLite
 from sopdeploy.models.registry import CATALOG, FAMILIES, create_model
 from tests.sweep.smallest import ALL, VARIANTS
 from tests.sweep.steps import Small
@@ -89,6 +90,8 @@ def structure(small: Small) -> Any:
         return [f"main weight {network.loss_weights()['main']}", *branches]
     if isinstance(network, GSoP):
         return network.attended_taps()
+    if isinstance(network, GSoPEfficientNetLite):
+        return [name for name, part in network.named_modules() if isinstance(part, GSoPBlock)]
     return network.pooling.widths
 
 

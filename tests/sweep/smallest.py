@@ -11,6 +11,7 @@ from tests.sweep.steps import Small
 NARROW: dict[str, Any] = {"width": 8, "iterations": 2}
 HEADS: dict[str, Any] = {"aux_widths": (8, 8, 8), "iterations": 2}
 FEW_GROUPS: dict[str, Any] = {"cardinality": 1, "group_width": 4}
+LITE: dict[str, Any] = {"width": 0.1, "depth": 0.1}
 ONE_BLOCK: dict[str, Any] = {"blocks": 1}
 ONE_EACH: dict[str, Any] = {
     "blocks_per_stage": 1,
@@ -46,10 +47,16 @@ LOWERED = (  # lowered to ONNX and compared: one for each other inference class
     Small("resnext29-8x64d", 8, FEW_GROUPS),
     Small("dsop-preact-resnet110", 8, {**ONE_BLOCK, **HEADS}),
     Small("vgg16-bn", 32, {"pooling": "gap", "classifier": "linear"}),
-    Small("efficientnet-lite0", 32, {"width": 0.1, "depth": 0.1}),
+    Small("efficientnet-lite0", 32, LITE),
     Small("alexnet", 64, {"pooling": {"kind": "flatten", "side": 1}, "classifier": "linear"}),
     Small("psdr-resnet50", 32, {"depth": 18, **NARROW}),
     Small("gsop-net1-resnet26", 32, {"cov_width": 32, "block_stages": ("layer4",)}),
+    Small("gsop-net1-efficientnet-lite0", 32, {**LITE, "cov_width": 32}),
+    Small(
+        "gmsop-4-2-efficientnet-lite0",
+        64,
+        {**LITE, "component_widths": (6,), "gate_widths": (), "iterations": 2},
+    ),
     Small(
         "avesop-16-resnet18",
         8,

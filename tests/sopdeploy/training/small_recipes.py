@@ -14,6 +14,9 @@ GATED = (
 )
 AT_16 = ["preprocess.resize=20", "preprocess.crop=16"]
 AT_32 = ["preprocess.resize=36", "preprocess.crop=32"]
+AT_64 = ["preprocess.resize=72", "preprocess.crop=64"]
+FROM_SCRATCH = ["start.weights=none"]
+LITE = "width=0.1, depth=0.1"  # of EfficientNet-Lite
 ISQRT = ["model.name=resnet8", 'model.config={pooling={kind="isqrt", width=8, iterations=2}}']
 SIDES_16 = [*AT_16, "augment.sides=[20,30]"]
 SMALL: dict[str, list[str]] = {
@@ -37,6 +40,14 @@ SMALL: dict[str, list[str]] = {
     "digits-plain": ["batch_size=720"],
     "fine-grained-isqrt-resnet50": [*ISQRT, *AT_16],
     "fine-grained-two-phase": [*ISQRT, *AT_16, "start.classifier_epochs=1"],
+    "fine-tune-dsop": [*DSOP, *AT_16, *FROM_SCRATCH],
+    "fine-tune-gmsop": [
+        f"model.config={{{LITE}, component_widths=[6], gate_widths=[], iterations=2}}",
+        *AT_64,
+        *FROM_SCRATCH,
+    ],
+    "fine-tune-gsop": [f"model.config={{{LITE}, cov_width=32}}", *AT_64, *FROM_SCRATCH],
+    "fine-tune-isqrt": [*ISQRT, *AT_16, *FROM_SCRATCH],
     "imagenet-distilled-resnet50": [*PLAIN, *SIDES_16, "teacher.model={name='resnet8'}"],
     "imagenet-distilled-seresnext101": [*PLAIN, *SIDES_16, "teacher.model={name='resnet8'}"],
     "imagenet-resnet50": [*PLAIN, *SIDES_16],
@@ -62,7 +73,7 @@ SMALL: dict[str, list[str]] = {
         "augment.sides=[36,48]",
     ],
     "imagenet64-gmsop-resnet18": [f"model.config={{{GATED}}}", *AT_16],
-    "photos": [*DSOP, *AT_16, "start.weights=none", "procedure.kind=loop"],
+    "photos": [*DSOP, *AT_16, *FROM_SCRATCH, "procedure.kind=loop"],
     "photos-dsop": [*DSOP, *AT_16],
     "places365-gmsop-resnet18": [f"model.config={{{GATED}}}", *AT_16, "augment.sides=[20,20]"],
 }

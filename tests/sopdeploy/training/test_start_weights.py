@@ -241,6 +241,9 @@ def test_a_weight_file_determines_the_network_that_is_not_named(tmp_path, name, 
         "timm:tf_efficientnet_lite0.in1k",
         "dsop-timm:tf_efficientnet_lite0",
         "head:dsop-timm:tf_efficientnet_lite0",
+        "gsop-net1-efficientnet-lite0",
+        "gsop-net2-efficientnet-lite0",
+        "gmsop-4-2-efficientnet-lite0",
     ],
 )
 def test_every_name_of_a_packaged_network_finds_its_weights_without_a_hub(
