@@ -88,14 +88,21 @@ class Components(nn.Module):
         )
 
     def forward(
-        self, features_BCHW: Tensor, weights_BN: Tensor | None = None, *, gather: bool = False
+        self,
+        features_BCHW: Tensor,
+        weights_BN: Tensor | None = None,
+        *,
+        gather: bool = False,
+        route: bool = False,
     ) -> Tensor:
         """Return the components' vectors (B, N, D), or with *weights_BN* the sum (B, D) of Eq. (1).
 
         All components are evaluated on all images; no shape depends on the data. With *gather*,
         the sum is computed by `gathered_sum`, from some components of each image, where that is
-        faster.
+        faster. With *route*, it is computed by `routed_sum`.
         """
+        if route and weights_BN is not None:
+            return self.routed_sum(features_BCHW, weights_BN)
         if gather and weights_BN is not None and self.gathering_is_faster(features_BCHW):
             return self.gathered_sum(features_BCHW, weights_BN)
 

@@ -234,8 +234,8 @@ class GMSOP(Classifier, Gated):
         # Route each image to its experts; the others compute nothing.
         features, weights_BN = self.features_and_noisy_weights(images)
         # On `meta`, weights have no values that could be compared with 0 to route by them.
-        mix = self.mixture if features.is_meta else self.mixture.routed_sum
-        logits: Tensor = self.head(mix(features, weights_BN))
+        mixed_BD = self.mixture(features, weights_BN, route=not features.is_meta)
+        logits: Tensor = self.head(mixed_BD)
 
         # The loss balances the load of the experts.
         balance = balance_loss(weights_BN, self.config.balance_weight)

@@ -73,7 +73,7 @@ def test_three_rounds_with_other_classes_work_and_the_container_serves_the_last(
         assert re.search(rf"95 % interval \d+ to \d+ %.* of {images} images", trained)
         assert f"next: sopdeploy export runs/photos-{number}/best.pt --detach" in trained
         exported = workspace.run(command("sopdeploy export"))
-        assert "removed  nothing: the network has no training-only parts" in exported
+        assert "removed  nothing: this network has no auxiliary branches" in exported
         assert "verified photos-" in workspace.run(command("sopdeploy verify"))
         assert "photo.jpg: hat " in workspace.run(command("sopdeploy predict"))
         with workspace.serving(command("sopdeploy serve")):

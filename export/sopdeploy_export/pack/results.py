@@ -64,6 +64,7 @@ class ExportResults:
             answers += f"; the gate is undecided on {parity.routing.num_undecided}"
         return {
             **_proof_facts(self.certificate),
+            "removed": self._describe_removed(),
             "types": f"{self.precision.precision}: {types}",
             "drift": drift,
             "answers": answers,
@@ -73,6 +74,19 @@ class ExportResults:
             f"{self.shipped.macs:,} of {self.trained.macs:,} multiply-adds per image",
             "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
         }
+
+    def _describe_removed(self) -> str:
+        """Describe the removed parts with their tensors, parameters and multiply-adds."""
+        described = _describe_removed(self.certificate)
+        if not self.certificate.detached:
+            return described
+
+        counts = [
+            (self.trained.parameters - self.shipped.parameters, "parameters"),
+            (self.trained.macs - self.shipped.macs, "multiply-adds per image"),
+        ]
+        saved = [f"{count:,} {what}" for count, what in counts if count > 0]
+        return "; ".join([described, ", ".join(saved)]) if saved else described
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +187,7 @@ def _describe_removed(certificate: Certificate) -> str:
         or tensor.name.rpartition(".")[0] not in used_modules
     ]
     if not unused:
-        return "nothing: the network has no training-only parts"
+        return "nothing: this network has no auxiliary branches"
     names = shorten([tensor.name for tensor in unused])
     size = sum(tensor.bytes for tensor in unused)
     return f"nothing, although the outputs do not depend on {names} ({size:,} bytes), which was not named"

@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sopdeploy import describe
+from sopdeploy import create_model, describe
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import PUBLISHED_ROWS, Published, PublishedRow, tally
 from sopdeploy.models.gsop import RELEASED
@@ -226,3 +226,15 @@ def test_an_image_that_a_network_cannot_compute_is_a_config_error(name: str, sid
         ConfigError, match=f"image_size: {name} cannot compute images of {side} pixels; choose"
     ):
         describe(name, image_size=side)
+
+
+def test_a_mixture_counts_in_training_what_it_computes_per_image_with_and_without_values() -> (
+    None
+):
+    config = {"components": 4, "chosen": 2, "component_widths": (6,), "gate_widths": ()}
+    network = create_model("gmsop-16-8-resnet18", num_classes=3, **config)
+    with torch.device("meta"):
+        without_values = create_model("gmsop-16-8-resnet18", num_classes=3, **config)
+
+    counts = [tally(one, 32).total() for one in (network, without_values, network.eval())]
+    assert len({one.macs for one in counts}) == 1
