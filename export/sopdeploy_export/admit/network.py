@@ -28,6 +28,7 @@ from sopdeploy_export.network import (
     tensors_converted,
 )
 
+MAX_FILE_BYTES = 2**31 - 1  # protobuf's limit
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 
 
@@ -251,6 +252,15 @@ def _replaced_method(module: nn.Module) -> str | None:
                 return attribute
 
     return None
+
+
+def check_file_size(num_bytes: int) -> None:
+    """Raise `LoweringError` if weights of *num_bytes* do not fit into one ONNX file."""
+    if num_bytes > MAX_FILE_BYTES:
+        raise LoweringError(
+            f"the weights take {num_bytes / 1e9:.1f} GB in float32, and one ONNX file holds at most "
+            f"{MAX_FILE_BYTES / 1e9:.1f} GB; export a smaller network"
+        )
 
 
 def check_tensors(network: nn.Module, removed: tuple[str, ...] = ()) -> None:

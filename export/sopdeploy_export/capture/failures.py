@@ -42,8 +42,9 @@ BY_SIZE = _Cause(
 )
 ON_VALUES = _Cause(
     DATA_DEPENDENT,
-    "its code depends on values of the image, as `x[mask]` or `if` does",
-    "use torch.where",
+    "its code depends on values of the image, or on values that it computes of weights, as `x[mask]`, `if` or "
+    ".item() does",
+    "use torch.where, or compute what depends on weights alone in __init__",
 )
 # What torch says of `cond`, `while_loop`, `scan` and `map` that it does not capture.
 CONTROL_FLOW = _Cause(
@@ -77,10 +78,11 @@ _CAUSES = (
     # Operators ran, but no graph has them: it has their results, as constants without values.
     _Cause(
         re.compile(r"fake tensor in the exported program constant's list"),
-        "it computes where torch.export sees no operators, as torch.vmap over another axis than the first "
-        "and other threads do",
-        "move that axis to the front, x.movedim(axis, 0), and call vmap without in_dims and out_dims, or use "
-        "broadcasting; compute in the thread of the call",
+        "it computes where torch.export sees no operators: in a write through .data, in torch.vmap over another "
+        "axis than the first, or in another thread",
+        "for .data, compute a new tensor, as x = x * 2 or torch.where do; for vmap, move that axis to the "
+        "front, x.movedim(axis, 0), and call vmap without in_dims and out_dims, or use "
+        "broadcasting; for a thread, compute in the thread of the call",
     ),
     _Cause(
         re.compile(r"UnsupportedOperatorException: (\S+)"),

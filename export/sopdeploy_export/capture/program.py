@@ -105,7 +105,7 @@ def export_program(
 
     with (
         capturing(),  # raises the `LoweringError`
-        SymbolicForms(),  # replaces functions that fit one batch size only
+        SymbolicForms(deployed),  # replaces functions that fit one batch size only
         as_captured(deployed),  # layers may use operators that are faster in a runtime
         answering_plain_run(),  # code that asks whether it is exported gets the answer no
         attributes_restored(deployed),  # such as caches, in which torch leaves empty tensors

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sopdeploy_export.network import tensors, unstored_buffers
+
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 # Composite operators whose result is a new tensor.
 RETURN_NEW = {
@@ -139,7 +141,9 @@ class PythonNumbers:
 
     They are the same for all images, so code may read them, as `normalize` of torchvision does.
     Another call on one of them can write to its memory or share it. After such a call, none of the
-    tensors that were made before it is known any more.
+    tensors that were made before it is known any more. The parameters and buffers of *network*,
+    which is captured, are the same for all images, too, such as a flag that says whether a layer is
+    initialized: no network may write to those that a state dict stores.
     """
 
     MAKERS = (torch.tensor, torch.as_tensor)
@@ -148,9 +152,18 @@ class PythonNumbers:
         "any", "eq", "ge", "gt", "item", "le", "lt", "ne",
     })  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module | None) -> None:
         # The values of known tensors, which themselves have none while torch.export runs.
         self._values = WeakIdKeyDictionary()
+        self._network = network
+        self._stored: dict[str, Tensor] = {}
+        if network is not None:
+            unstored = unstored_buffers(network)
+            self._stored = {
+                name: tensor.detach()
+                for name, tensor in tensors(network).items()
+                if name not in unstored
+            }
 
     def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Compute a call of `FUNCTIONS` on known tensors, or of `MAKERS` on Python numbers.
@@ -159,14 +172,19 @@ class PythonNumbers:
         with its own result of the call. Returns None for any other call; if one of its operands
         is known, the call can change it, so all tensors become unknown.
         """
-        if not len(self._values) and function not in self.MAKERS:  # most calls
+        is_function = getattr(function, "__name__", "") in self.FUNCTIONS
+        if (
+            not len(self._values) and not is_function and function not in self.MAKERS
+        ):  # most calls
             return None
 
         # Whether the call is one of the two kinds.
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if is_function:
+            self._remember_stored(operands)
         are_known = [operand in self._values for operand in operands]
         if operands:
-            computes = all(are_known) and getattr(function, "__name__", "") in self.FUNCTIONS
+            computes = all(are_known) and is_function
         else:  # of Python numbers, not of an array, whose memory the tensor can share
             numbers = tree_leaves(args[:1])
             are_numbers = bool(numbers) and all(
@@ -184,6 +202,16 @@ class PythonNumbers:
         with _disable_current_modes():
             return function(*args, **kwargs)
 
+    def _remember_stored(self, operands: Sequence[Tensor]) -> None:
+        """Note the values of those *operands* that the network stores; it has others while it is captured."""
+        if self._network is None:
+            return
+        names_by_id = {id(tensor): name for name, tensor in tensors(self._network).items()}
+        for operand in operands:
+            name = names_by_id.get(id(operand))
+            if name is not None and name in self._stored:
+                self._values[operand] = self._stored[name]
+
     def remember(self, result: Any, value: Tensor) -> None:
         """Note that *result* is a known tensor with *value*, which `compute` returned for its call."""
         self._values[result] = value
@@ -195,12 +223,12 @@ class SymbolicForms(TorchFunctionMode):
     These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, `take_along_dim`
     and `contiguous`. Instance norm with running statistics becomes a batch norm; torch would make
     one image of the whole batch for it. Code that reads tensors of Python numbers gets their
-    values.
+    values, and so does code that reads parameters or buffers of the captured *network*.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module | None = None) -> None:
         super().__init__()
-        self._numbers = PythonNumbers()
+        self._numbers = PythonNumbers(network)
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy.environment import garbage_kept
 from sopdeploy.errors import LoweringError, first_line
+from sopdeploy_export.admit.network import check_file_size
 from sopdeploy_export.capture.deployed import INPUT
 from sopdeploy_export.capture.failures import (
     DATA_DEPENDENT,
@@ -64,7 +65,6 @@ INEXACT = {
     common_rules.slice_split_rule,  # of an odd number, the first half becomes the longer one
 }
 EXACT_RULES = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in INEXACT]
-_MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
 
 
 def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
@@ -101,10 +101,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
         for value in model.graph.initializers.values()
         if value.const_value
     )
-    if size > _MAX_BYTES:
-        raise LoweringError(
-            f"the weights take {size} bytes; one ONNX file holds at most {_MAX_BYTES}"
-        )
+    check_file_size(size)
 
     model.ir_version = IR_VERSION
     proto: onnx.ModelProto = ir.to_proto(model)

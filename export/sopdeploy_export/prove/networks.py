@@ -190,6 +190,13 @@ def build_plain(
     weights = {rename(name): tensor for name, tensor in kept.items()}
     if len(weights) != len(kept):
         raise CertificateError("rename gives two tensors of the trained network the same name")
+    # A tensor of several names, such as a weight that is tied into a branch, may keep one of them.
+    known = {id(tensor) for name, tensor in weights.items() if name in plain_tensors}
+    weights = {
+        name: tensor
+        for name, tensor in weights.items()
+        if name in plain_tensors or id(tensor) not in known
+    }
     _check_names(weights.keys(), plain_tensors.keys())
 
     # A buffer that no state dict stores is compared if the outputs need it, unless the capture

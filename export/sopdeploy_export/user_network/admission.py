@@ -16,6 +16,7 @@ from sopdeploy.models.base import is_in
 from sopdeploy.names import label_problem
 from sopdeploy_export.admit.network import (
     check_exportable,
+    check_file_size,
     check_tensors,
     check_torch_state,
     prepared,
@@ -35,6 +36,7 @@ from sopdeploy_export.capture.deployed import (
     generated_images,
 )
 from sopdeploy_export.last_layer import add_embedding_output
+from sopdeploy_export.network import tensors
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.progress import step
 from sopdeploy_export.prove.networks import Compared
@@ -89,6 +91,14 @@ def admit(
     check_tensors(network, parts)
 
     empty_caches(network, preprocess)  # of earlier runs, for as long as *network* is `prepared`
+
+    # What no later step could write is refused first.
+    kept = {
+        id(tensor): tensor
+        for name, tensor in tensors(network).items()
+        if not is_in(name, *parts)
+    }
+    check_file_size(sum(tensor.nbytes for tensor in kept.values()))
 
     # It runs once on the images of all later comparisons.
     step("running the network")

@@ -56,6 +56,23 @@ def changed(change: Callable[[Any], Any]) -> Callable[[], nn.Module]:
     return build
 
 
+def flagged(doubles: Callable[[Any], Any]) -> Callable[[], nn.Module]:
+    """Return a builder of a network that doubles its logits if *doubles* says so, which it does not."""
+
+    def build() -> nn.Module:
+        network: Any = forward(lambda net, x: logits(net, x) * (2.0 if doubles(net) else 1.0))()
+        network.register_buffer("flag", torch.tensor(1, dtype=torch.uint8))
+        network.gain = nn.Parameter(torch.ones(1))
+        return network
+
+    return build
+
+
+def halved_data(features: Tensor) -> Tensor:
+    features.data.mul_(0.5)
+    return features
+
+
 def logits(net: Any, images: Tensor) -> Tensor:
     return net.fc(net.features(images))
 
@@ -403,6 +420,14 @@ class StaysInTrainMode(nn.ReLU):
 
 
 EXPORTED: dict[str, Case] = {
+    "a flag of a layer that is initialized": (
+        flagged(lambda net: net.flag.item() == 0),
+        {},
+        ONLY,
+    ),
+    "a condition on a buffer": (flagged(lambda net: not net.flag), {}, ONLY),
+    "a parameter as a number": (flagged(lambda net: float(net.gain) > 2), {}, ONLY),
+    "a comparison of weights": (flagged(lambda net: (net.fc.weight > 9).any()), {}, ONLY),
     "a hook that scales features": (
         changed(
             lambda n: n.stem.register_forward_hook(lambda _module, _inputs, output: 2 * output)
@@ -725,6 +750,16 @@ REFUSED: dict[str, Case] = {
         pooled(adds_by_mask),
         {},
         r"aten\.index\.Tensor in the network \(idioms\.py:\d+\); use .* torch\.where$",
+    ),
+    "a number that weights give": (
+        flagged(lambda net: net.fc.weight.square().sum().item() < 0),
+        {},
+        r"or on values that it computes of weights.* in __init__",
+    ),
+    "a write through data": (
+        forward(lambda net, x: net.fc(halved_data(net.features(x)))),
+        {},
+        r"in a write through \.data",
     ),
     "a value in Python": (
         forward(lambda net, x: logits(net, x) if x.max().item() < 9 else x.mean((2, 3))),

@@ -294,3 +294,42 @@ def build():
     code, printed = export_module(folder, text)
     assert code == 2
     assert "fc.weight and other.weight are one tensor in the network, and differ" in printed
+
+
+class Tied(Small):
+    """Has an auxiliary branch whose first weight is also the weight of a layer that stays."""
+
+    def __init__(self, *, branch: bool = True) -> None:
+        super().__init__(aux=False)
+        self.middle = nn.Linear(8, 8)
+        if branch:
+            self.exit = nn.ModuleDict({"middle": nn.Linear(8, 8), "out": nn.Linear(8, 4)})
+            self.exit["middle"].weight = self.middle.weight
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.middle(super().features(images))
+        return features
+
+
+def test_a_weight_that_is_tied_into_a_branch_stays_under_its_other_name(tmp_path: Path) -> None:
+    parts = ["exit.out", "exit.middle.bias"]
+    exported = export_small(
+        trained(Tied()),
+        tmp_path,
+        options=QUICK,
+        training_only=parts,
+        plain=lambda: Tied(branch=False),
+    )
+    assert exported.certificate.proof == "three-way"
+
+
+def test_weights_that_no_file_can_hold_are_refused_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sopdeploy_export.admit.network.MAX_FILE_BYTES", 1_000)
+    steps: list[str] = []
+    with pytest.raises(
+        LoweringError, match=r"weights take .* GB in float32, and one ONNX file"
+    ):
+        export_small(trained(Small()), tmp_path, options=QUICK, on_step=steps.append)
+    assert steps == []
