@@ -94,7 +94,7 @@ def check_trained_are_registered(network: nn.Module, preprocess: Preprocess) -> 
     if seen.found is not None:
         raise LoweringError(
             f"the output depends on a trainable tensor of shape {tuple(seen.found.shape)} that is no registered "
-            "parameter, so no weight file contains it; use ParameterList, ParameterDict or register_parameter",
+            "parameter, so no weight file contains it; use ModuleList, ParameterList or register_parameter",
             remedies={"allow_constants": True},
         )
 

@@ -190,7 +190,7 @@ COMPILED: dict[str, Row] = {
     ),
     "a function of the batch": acts(
         torch.vmap(lambda column: column - column.mean(), in_dims=1, out_dims=1),
-        r"torch\.vmap over another axis than the first .*; move that axis to the front",
+        r"torch\.vmap over another axis than the first, .*; .* move that axis to the front",
     ),
     "a scripted function that reads a list": Row(of_images(reads_a_list), READS),
 }

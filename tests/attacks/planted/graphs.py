@@ -196,7 +196,7 @@ LAYER = nn.Linear(WIDTH, WIDTH)
 TABLE = torch.linspace(0, 1, 2 * WIDTH * CLASSES).reshape(2, WIDTH, CLASSES)
 ROWS = TABLE[0].tolist()
 UNSTORED = r"is no parameter or buffer, .*; try allow_constants=True$"
-IN_LIST = r"is no parameter or buffer, .* use ModuleList"
+IN_LIST = r"trainable tensor .* that is no registered parameter, .* use ModuleList"
 
 
 def adds(
@@ -272,7 +272,7 @@ CONSTANTS: dict[str, Row] = {
         adds(lambda n: n.table[0], lambda: TABLE), UNSTORED
     ),
     "a parameter in a list": rebuilt(
-        adds(lambda n: n.table[0], lambda: [nn.Parameter(TABLE[0].clone())])
+        adds(lambda n: n.table[0], lambda: [nn.Parameter(TABLE[0].clone())]), IN_LIST
     ),
     "a layer in a list": rebuilt(
         network(
@@ -280,6 +280,7 @@ CONSTANTS: dict[str, Row] = {
             lambda n: torch.manual_seed(0),
             puts(table=lambda: [nn.Linear(WIDTH, CLASSES)]),
         ),
+        IN_LIST,
     ),
 }
 
