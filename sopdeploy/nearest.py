@@ -14,7 +14,8 @@ def nearest_names(wanted: str, names: Iterable[str]) -> list[str]:
     """List at most three of *names* that *wanted* may mean, the nearest first.
 
     A name that is equal but for case, or that ends with a dot and *wanted*, as `optimizer.lr`
-    does with `lr`, is nearer than any other.
+    does with `lr`, is nearer than any other. If none is near, those that have *wanted* as a part
+    between hyphens are meant.
     """
     wanted = wanted[:MAX_COMPARED].lower()
     # Of names that differ in case only, the first one.
@@ -43,6 +44,11 @@ def nearest_names(wanted: str, names: Iterable[str]) -> list[str]:
             ratios[name] = ratio
 
     ranked = sorted(ratios, key=lambda name: -ratios[name])
+
+    # The name of a family, such as `gsop`, is a part of the names of its networks and recipes.
+    if not ranked:
+        of_family = [name for name in by_lower if wanted in name.split("-")]
+        return [by_lower[name] for name in of_family[:MAX_NAMES]]
 
     # Others only if they are about as near as the nearest one.
     return [

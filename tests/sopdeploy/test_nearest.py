@@ -46,3 +46,8 @@ QUESTIONS = {
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_the_question_names_what_is_near(question: str) -> None:
     assert QUESTIONS[question] == question
+
+
+def test_the_name_of_a_family_leads_to_the_names_that_have_it_as_a_part() -> None:
+    names = ["digits-plain", "digits-gsop-net1", "fine-tune-gsop", "gsopping-net"]
+    assert nearest_names("gsop", names) == ["digits-gsop-net1", "fine-tune-gsop"]
