@@ -43,8 +43,10 @@ QUICK = (  # work with any bundle, so no network is trained
     "docs/transfer.md",
     "docs/batch.md",
     "docs/keys.md",
+    "docs/howto/autoscale.md",
     "docs/howto/batch-size.md",
     "docs/howto/monitoring.md",
+    "docs/howto/night.md",
     "docs/howto/roll-back.md",
 )
 TWICE = (
