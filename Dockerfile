@@ -59,7 +59,7 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["sopdeploy", "health"]
 ENTRYPOINT ["sopdeploy"]
 # /models is a bundle or a folder of bundles: of every project in it, the bundle exported last is served.
-CMD ["serve", "/models", "--host", "0.0.0.0"]
+CMD ["serve", "/models", "--host", "*"]
 
 FROM server AS cpu
 COPY --from=cpu-build /opt/sopdeploy /opt/sopdeploy

@@ -134,7 +134,8 @@ class Settings(StrictModel):
     """Network, limits, batching, devices and logging of one server process."""
 
     host: str = setting(
-        "127.0.0.1", "address to listen on; 0.0.0.0: every address of this machine"
+        "127.0.0.1",
+        "address to listen on; 0.0.0.0: every IPv4 address of this machine; *: IPv6, also",
     )
     port: Port = setting(8000, "port to listen on; 0: any free port")
 
@@ -157,6 +158,10 @@ class Settings(StrictModel):
     )
     keep_alive_seconds: Count = setting(
         3700, "idle time; longer than that of proxies in front (Envoy: 1 h)"
+    )
+    max_connection_age: Seconds | None = setting(
+        None,
+        "seconds, about; then a response closes the connection, so that new servers get load",
     )
     header_timeout: Seconds = setting(
         10.0, "seconds from the first to the last byte of a request's headers"
@@ -193,7 +198,10 @@ class Settings(StrictModel):
     request_timeout: Seconds = setting(
         30.0, "seconds from the last byte of a request to its response"
     )
-    drain_seconds: Seconds = setting(20.0, "time after SIGTERM to finish admitted requests")
+    lame_duck_seconds: Delay = setting(
+        0.0, "after SIGTERM, how long to serve on while proxies notice that `/readyz` is 503"
+    )
+    drain_seconds: Seconds = setting(20.0, "time after that to finish admitted requests")
 
     decoders: Threads | Literal["auto"] = setting(
         "auto",

@@ -478,8 +478,12 @@ def test_pods_run_as_non_root_without_service_links_and_roll_out_and_stop_cleanl
     assert (pod["enableServiceLinks"], pod["automountServiceAccountToken"]) == (False, False)
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert f"USER {pod['securityContext']['runAsUser']}:" in DOCKERFILE
-    before = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert pod["terminationGracePeriodSeconds"] >= before + load_settings().drain_seconds + 5
+    (server,) = pod["containers"]
+    variables = {each["name"]: each.get("value", "") for each in server["env"]}
+    lame_duck = int(variables["SOPDEPLOY_LAME_DUCK_SECONDS"])
+    assert lame_duck > 0
+    assert "lifecycle" not in server
+    assert pod["terminationGracePeriodSeconds"] >= lame_duck + load_settings().drain_seconds + 5
 
 
 @needs_helm

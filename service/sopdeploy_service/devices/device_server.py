@@ -163,6 +163,10 @@ class DeviceServer(DrainingServer):
             self._report()
         return ends
 
+    def _stop_accepting(self) -> None:
+        """Refuse new requests: the supervisor, which has the port, still passes on connections."""
+        self._service.drain()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Get no more connections, and serve those that are on their way."""
         # The supervisor then sends what waits, and closes its end.

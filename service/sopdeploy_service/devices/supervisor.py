@@ -146,7 +146,7 @@ class Supervisor:
         """Serve until SIGTERM or SIGINT; return the exit code, or raise as `run_supervisor` does."""
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._stop)
+            self._loop.add_signal_handler(number, self._stop, number)
         self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
 
         keys = () if self._settings.keys is None else keys_of_server(self._settings.keys)
@@ -181,8 +181,11 @@ class Supervisor:
             raise self._error
         return self._code
 
-    def _stop(self) -> None:
-        """Let the processes that serve HTTP drain; a second call ends the drain. Engines end after them."""
+    def _stop(self, number: signal.Signals = signal.SIGINT) -> None:
+        """Let the processes that serve HTTP end as after the signal *number*; a second call ends their drain.
+
+        Engines end after them.
+        """
         is_first_call = not self._stopping.is_set()
         if is_first_call:
             self._stopping.set()
@@ -190,7 +193,7 @@ class Supervisor:
         self._template.abort()  # no other process starts
 
         # One that is not ready has no requests to complete.
-        number = signal.SIGTERM if is_first_call else signal.SIGINT
+        number = number if is_first_call else signal.SIGINT
         for process in self._servers:
             if process.child is not None:
                 process.child.send_signal(number if process.is_ready else signal.SIGKILL)
@@ -574,11 +577,12 @@ class Supervisor:
             self._stop()
 
     async def _limit_drain(self) -> None:
-        """Kill the processes that outlast `drain_seconds` by `LEAVE_SECONDS`.
+        """Kill the processes that outlast the time of their end by `LEAVE_SECONDS`.
 
         The server does not wait for those that cannot be killed.
         """
-        await asyncio.sleep(self._settings.drain_seconds + LEAVE_SECONDS)
+        settings = self._settings
+        await asyncio.sleep(settings.lame_duck_seconds + settings.drain_seconds + LEAVE_SECONDS)
         for process in (*self._devices, *self._front_ends):
             if process.is_running:
                 self._replace(process, "does not end")

@@ -246,6 +246,7 @@ class Service:
         self.metrics.upload_bytes.set_function(lambda: self.uploads.num_bytes)
 
         self._is_started = False
+        self._is_leaving = False  # not ready any more, but serves
         self._draining = False
 
     async def make_metrics(self) -> bytes:
@@ -305,7 +306,7 @@ class Service:
 
         # A dead runtime counts most: nothing can be drained.
         if problem != "runtime_dead":
-            if self._draining:
+            if self._is_leaving:
                 return "draining"
             if not self._is_started:
                 return "starting"
@@ -319,9 +320,13 @@ class Service:
         await self.decoders.start()
         self._is_started = True
 
+    def leave(self) -> None:
+        """Stop to be ready, so that proxies send no more requests; those that come are served."""
+        self._is_leaving = True
+
     def drain(self, *, abort: bool = False) -> None:
         """Reject new requests; finish those already admitted or, with *abort*, reject them, too."""
-        self._draining = True
+        self._is_leaving = self._draining = True
         if abort:
             self.registry.close(results.DRAINING)
 

@@ -28,6 +28,9 @@ class Connection(Protocol):
     body_bytes: int  # of the present request, so far
     loop: AbstractEventLoop
 
+    def close_after_response(self) -> None:
+        """Say in the response to the present request, if there is one, that it is the last one."""
+
     def evict(self) -> None:
         """Close for another connection."""
 
@@ -57,6 +60,13 @@ class Connections:
     unread: dict[Connection, float] = field(default_factory=dict)
     closing: dict[Connection, None] = field(default_factory=dict)
     num_by_address: Counter[str] = field(default_factory=Counter)
+    is_leaving: bool = False  # every response is then the last one of its connection
+
+    def leave(self) -> None:
+        """Close each connection after its next response, so that clients continue on another server."""
+        self.is_leaving = True
+        for connection in self.open:
+            connection.close_after_response()
 
     def admit(self, connection: Connection) -> HttpError | None:
         """Admit *connection*; if there are too many, close another one, or return the error for this one.

@@ -96,12 +96,16 @@ def follow_links(
 class DrainingServer(uvicorn.Server):
     """A uvicorn server that responds while it drains, and exits when a runtime is dead.
 
-    The first signal makes the server not ready: new requests get 503, admitted ones are
-    completed within `drain_seconds`, then the port is closed. Connections that are open by then
-    may send one more request, which gets 503. A second signal ends the drain: unfinished
-    requests get 503. SIGHUP reloads the bundles of *sources* and the API keys. A move of one of
-    *links*, which maps them to where they lead now, reloads the bundles; with `follow`, a
-    change of the key file reloads the keys.
+    SIGTERM makes the server not ready. For `lame_duck_seconds`, in which proxies notice that, it
+    serves all requests, and every response closes its connection. Then the port is closed, and what
+    has arrived is completed within `drain_seconds`. Without such a time, and after another signal,
+    new requests get 503, admitted ones are completed within `drain_seconds`, and the port is
+    closed. Connections that are open by then may send one more request, which gets 503. A second
+    signal ends the drain: unfinished requests get 503.
+
+    SIGHUP reloads the bundles of *sources* and the API keys. A move of one of *links*, which maps
+    them to where they lead now, reloads the bundles; with `follow`, a change of the key file
+    reloads the keys.
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(http_config(app, settings))
         self._app = app
         self._service = cast(Service, app.state.service)
+        self._connections = cast(Connections, app.state.connections)
         self.bundles = " ".join(model.bundle.name for model in self._service.registry.models())
         self._sources = sources
         self._links = links or {}
@@ -127,8 +132,10 @@ class DrainingServer(uvicorn.Server):
         self._arrivals: Arrivals | None = None  # of the own port
         self._beginning: asyncio.Task[None] | None = None  # serves them
 
+        # After a signal: when the port closes, if it stays open, and when unfinished requests get 503.
+        self._open_until: float | None = None
         self._drain_until: float | None = None
-        self._has_logged_drain = False
+        self._has_logged_drain = self._is_closed = False  # the port is closed
 
         self._last_beat = time.monotonic()
         # Seconds by which ticks of uvicorn were late
@@ -233,10 +240,22 @@ class DrainingServer(uvicorn.Server):
                 log.info("keys reloaded", extra={"keys": len(keys)})
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Start to drain, or end the drain; uvicorn would exit with the code of the signal."""
-        seconds = 0.0 if self._drains else self._service.settings.drain_seconds
-        self._drain_until = time.monotonic() + seconds
-        self._service.drain()
+        """Start to leave, or end the drain; uvicorn would exit with the code of the signal."""
+        now = time.monotonic()
+        settings = self._service.settings
+        if self._drains:
+            self._drain_until = now
+            return
+
+        # Only SIGTERM comes from what also stops proxies from sending further requests.
+        serves_on = settings.lame_duck_seconds if sig == signal.SIGTERM else 0.0
+        self._drain_until = now + serves_on + settings.drain_seconds
+        self._connections.leave()
+        self._service.leave()
+        if serves_on:
+            self._open_until = now + serves_on
+        else:
+            self._service.drain()
 
     async def on_tick(self, counter: int) -> bool:
         """Measure the lag, log the begin of a drain, abort one that is late; return whether to shut down."""
@@ -248,30 +267,45 @@ class DrainingServer(uvicorn.Server):
         if self._service.state == "runtime_dead":
             return True
 
-        # While it drains, end when no request is left, or when its time is over.
+        # While it leaves, serve until proxies know, then end when no request is left, or when its
+        # time is over.
         if self._drain_until is not None:
             if not self._has_logged_drain:
                 # It is logged here, because a signal handler may interrupt another log line.
                 self._has_logged_drain = True
-                seconds = self._service.settings.drain_seconds
                 log.info(
                     "draining",
-                    extra={"requests": self._service.active_requests, "seconds": seconds},
+                    extra={
+                        "requests": self._service.active_requests,
+                        "seconds": round(self._drain_until - now, 1),
+                    },
                 )
 
             if now >= self._drain_until:
                 self._service.drain(abort=True)
                 return True
-            if self._service.active_requests == 0:
+            if self._open_until is not None and now >= self._open_until:
+                self._stop_accepting()
+            is_open = self._open_until is not None and now < self._open_until
+            if not is_open and self._service.active_requests == 0:
                 return True
 
         return await super().on_tick(counter)
+
+    def _stop_accepting(self) -> None:
+        """Close the port after the lame duck; serve what has arrived by then, and what is on open connections."""
+        if self._arrivals is not None and not self._is_closed:
+            self._is_closed = True
+            pending = self._arrivals.close()
+            start_task(self._background, self.serve_connections(pending))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port, respond to the connections that were pending, and end."""
         # Close the port. Serve what has arrived unless a runtime has died: then the process ends
         # at once.
-        pending = [] if self._arrivals is None else self._arrivals.close()
+        pending: list[socket.socket] = []
+        if self._arrivals is not None and not self._is_closed:
+            pending = self._arrivals.close()
         if self._service.state != "runtime_dead":
             await self.serve_connections(pending)
 

@@ -6,6 +6,7 @@ limits their number, `api.admission` the bodies.
 """
 
 import asyncio
+import random
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ MAX_HEADER_BYTES = 32_768  # of all headers of a request
 # For which input is read, and ignored, after the last response: closing a connection with unread
 # input resets it, and the client could not read the response.
 LINGER_SECONDS = 2.0
+AGE_SPREAD = 0.1  # of the age limit: connections that began together do not end together
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
 # Bytes of content that pay for a chunk or a read, for each of which the parser calls back
 CALLBACK_BYTES = 64
@@ -52,6 +54,11 @@ UNKNOWN_CODING = HttpError(
     501,
     "the only transfer coding here is `chunked`; send the body without others",
 )
+
+
+def without_mapping(address: str) -> str:
+    """Return *address*, as IPv4 if a socket for both families writes it as `::ffff:192.0.2.1`."""
+    return address.removeprefix("::ffff:") if "." in address else address
 
 
 def limited_config(app: ASGIApp, connections: Connections) -> uvicorn.Config:
@@ -95,6 +102,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._overhead_bytes = self._read_bytes = 0
         self._ignores_input = False  # true after the last request
         self._closed = False  # whether `close` was called; the transport may still have output
+        self._kept_until: float | None = (
+            None  # by the loop's clock; later responses are the last one
+        )
 
         # This limits the wait for headers, a body or the end.
         self._timer: asyncio.TimerHandle | None = None
@@ -107,8 +117,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # uvicorn's response cycle calls `is_closing` and `write` of this object, see
         # `on_headers_complete`.
         self.is_closing = self.transport.is_closing
+        if self.client is not None:
+            self.client = (without_mapping(self.client[0]), self.client[1])
         self.address = self.client[0] if self.client else ""
         self.is_trusted = is_within(self.address, self._limits.trusted_proxies)
+
+        age = self._limits.max_connection_age
+        if age is not None:
+            spread = random.uniform(-AGE_SPREAD, AGE_SPREAD)  # noqa: S311 - no secret
+            self._kept_until = self.loop.time() + age * (1 + spread)
 
         reason = self._shared.admit(self)
         if reason is not None:
@@ -278,6 +295,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
         # The cycle then calls `write` and `close` of this object.
         self.cycle.transport = cast(asyncio.Transport, self)
+
+        is_old = self._kept_until is not None and self.loop.time() >= self._kept_until
+        if self._shared.is_leaving or is_old:
+            self.close_after_response()
+
+    def close_after_response(self) -> None:
+        """Send `Connection: close` with the present response, unless there is none or it has begun."""
+        if self.cycle is not None and not self.cycle.response_started:
+            self.cycle.keep_alive = False
 
     def on_chunk_header(self) -> None:
         """Limit the number of chunks whose content does not pay for them."""

@@ -14,6 +14,10 @@ MAX_PENDING = 4096  # connections that nobody serves yet; the Linux default
 ACCEPTED_AT_ONCE = 64  # so that other events are handled in between
 FILE_SECONDS = 0.1  # without a free file for a connection, until the next attempt
 OTHER_FILES = 64  # bundles, libraries
+# Hosts that stand for every address
+ANY_HOST = "*"
+ANY_IPV6 = "::"
+ANY_IPV4 = "0.0.0.0"  # noqa: S104 - chosen by the user
 # Bytes of a connection that wait in the kernel, beside those on the way; its default is megabytes.
 UNSENT_BYTES = 131_072
 
@@ -40,12 +44,21 @@ def raise_file_limit(num_connections: int) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket to *host* and *port* (0: any free one) without listening; raises `ConfigError`."""
+    """Bind a socket to *host* and *port* (0: any free one) without listening; raises `ConfigError`.
+
+    The host `::` stands for every address of this machine, of IPv6 and IPv4. So does `*`, which
+    works without IPv6 as well.
+    """
+    if host == ANY_HOST:
+        host = ANY_IPV6 if socket.has_dualstack_ipv6() else ANY_IPV4
+
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
 
         try:
+            if host == ANY_IPV6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             # Connections inherit this. A response that nobody reads then costs no memory and no
             # copy.

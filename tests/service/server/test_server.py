@@ -144,6 +144,54 @@ def test_sigterm_completes_admitted_requests_unless_the_drain_ends(
         assert client.child.wait(PATIENCE) == 0
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_after_sigterm_a_lame_duck_serves_and_every_response_closes_its_connection(
+    bundle_path, jpeg, way
+) -> None:
+    request = post_of(jpeg)
+    options = ["--setting=lame_duck_seconds=3600", *WAYS[way]]
+
+    with serving(str(bundle_path), *options) as client, ExitStack() as stack:
+        kept = stack.enter_context(connect(client))
+        kept.sendall(request)
+        before = read(kept, to_the_end=False)
+
+        client.child.send_signal(signal.SIGTERM)
+        wait_for(lambda: client.get("/readyz").status_code == 503, PATIENCE)
+
+        # A kept connection and a new one: both are served, and closed.
+        new = stack.enter_context(connect(client))
+        replies = []
+        for wire in (kept, new):
+            wire.sendall(request)
+            replies.append(read(wire))
+
+        # Another signal ends the time in which it serves.
+        client.child.send_signal(signal.SIGTERM)
+        assert client.child.wait(PATIENCE) == 0
+
+    assert "connection" not in before.headers
+    assert [reply.status for reply in replies] == [200, 200]
+    assert [reply.headers["connection"] for reply in replies] == ["close", "close"]
+
+
+def test_an_interrupt_from_the_keyboard_waits_for_no_proxy(bundle_path) -> None:
+    with serving(str(bundle_path), "--setting=lame_duck_seconds=3600") as client:
+        client.child.send_signal(signal.SIGINT)
+        assert client.child.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize(("age", "closes"), [(None, False), (1e-300, True), (3600.0, False)])
+def test_a_response_closes_a_connection_of_the_largest_age(bundle_path, age, closes) -> None:
+    options = () if age is None else (f"--setting=max_connection_age={age}",)
+    with serving(str(bundle_path), *options) as client, connect(client) as wire:
+        wire.sendall(GET + b"\r\n")
+        reply = read(wire, to_the_end=closes)
+
+    assert reply.status == 200
+    assert (reply.headers.get("connection") == "close") == closes
+
+
 def test_connections_opened_before_the_port_closes_get_a_response(bundle_path, jpeg) -> None:
     request = post_of(jpeg)
     with serving(str(bundle_path), program=faulty(HALTS)) as client, ExitStack() as stack:

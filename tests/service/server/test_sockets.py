@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from sopdeploy_service.server import sockets
-from sopdeploy_service.server.sockets import Arrivals
+from sopdeploy_service.server.http_protocol import without_mapping
+from sopdeploy_service.server.sockets import Arrivals, bind
 
 
 class Connection:
@@ -132,3 +133,24 @@ def test_a_port_that_closes_hands_over_all_that_the_system_has_accepted() -> Non
             return received
 
     assert asyncio.run(close()) == [b"0", b"1", b"2"]
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+@pytest.mark.parametrize("host", ["*", "::"])
+@pytest.mark.parametrize("client", ["127.0.0.1", "::1"])
+def test_every_address_is_one_of_ipv4_and_of_ipv6(host: str, client: str) -> None:
+    with bind(host, 0) as listener:
+        listener.listen()
+        port = listener.getsockname()[1]
+
+        with socket.create_connection((client, port), timeout=60):
+            accepted, address = listener.accept()
+            accepted.close()
+
+    assert without_mapping(address[0]) == client
+
+
+def test_every_address_is_one_of_ipv4_where_there_is_no_ipv6(monkeypatch) -> None:
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    with bind("*", 0) as listener:
+        assert listener.getsockname()[0] == "0.0.0.0"  # noqa: S104 - bound for an instant
