@@ -19,6 +19,8 @@ from sopdeploy.decision import log_sum_exp
 from sopdeploy.errors import DataError
 
 TOP_K = 5
+# Thresholds of the confidence that a report compares
+CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 # Lower bound of probabilities, which limits the loss to 708
 MIN_PROBABILITY = 2.2250738585072014e-308
 NO_IMAGES = "there are no images to evaluate on; give a folder with images"
@@ -121,6 +123,18 @@ class ClassMetrics(StrictModel):
     recall: Rate | None
 
 
+class ThresholdMetrics(StrictModel):
+    """What a threshold on the confidence does: a person decides on the images below it.
+
+    `right` of the other `kept` images are classified correctly.
+    """
+
+    confidence: Fraction
+    kept: int
+    right: int
+    left_to_person: int
+
+
 class ClassificationReport(StrictModel):
     """Metrics over `count` images.
 
@@ -128,7 +142,7 @@ class ClassificationReport(StrictModel):
     prediction, sorted by name; the rows of `confusion` are true classes and its columns
     predicted classes, in the same order. With fewer than five classes `top5` covers all of
     them. `accepted` is the fraction of images that are accepted as known; `None` if no
-    threshold was fitted.
+    threshold was fitted. `thresholds` has a row for each of `CONFIDENCES`.
     """
 
     count: int
@@ -138,6 +152,7 @@ class ClassificationReport(StrictModel):
     classes: tuple[ClassMetrics, ...]
     confusion: tuple[tuple[int, ...], ...]
     accepted: Rate | None = None
+    thresholds: tuple[ThresholdMetrics, ...] = ()
 
     def mistakes(self) -> list[tuple[str, str, int]]:
         """List (true class, predicted class, number of images), the most frequent mistake first."""
@@ -211,6 +226,18 @@ def classification_report(
         classes=tuple(classes),
         confusion=tuple(map(tuple, confusion.tolist())),
         accepted=Rate.of(sum(known), count, units) if len(known) == count else None,
+        thresholds=tuple(measure_threshold(scores, confidence) for confidence in CONFIDENCES),
+    )
+
+
+def measure_threshold(scores: Sequence[ImageScore], confidence: float) -> ThresholdMetrics:
+    """Count the images whose confidence is at least *confidence*, and the right predictions of these."""
+    kept = [score for score in scores if score.confidence >= confidence]
+    return ThresholdMetrics(
+        confidence=confidence,
+        kept=len(kept),
+        right=sum(score.correct for score in kept),
+        left_to_person=len(scores) - len(kept),
     )
 
 

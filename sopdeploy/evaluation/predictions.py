@@ -24,11 +24,16 @@ from sopdeploy.evaluation.multi_label import (
     MultiLabelPredictions,
     MultiLabelReport,
 )
-from sopdeploy.html.report import Section, Table, percent
+from sopdeploy.html.plots import plot, plot_bars
+from sopdeploy.html.report import Figure, Section, Table, percent
 from sopdeploy.photos.photo import LabeledImages
 
 _MAX_MATRIX_CLASSES = 30
 _MAX_CONFUSIONS = 15
+_MAX_OPEN_CLASSES = 20  # more are folded
+_MAX_POINTS = 60  # of a curve
+_MAX_PARTS = 8  # of the images by confidence, with at least so many
+_MIN_PART = 12
 
 Predictions = list[ImageScore] | MultiLabelPredictions
 
@@ -165,7 +170,7 @@ def _describe_classes(
         scores += f" {_with_interval(metrics.accepted)} accepted as known."
     names = [row.label for row in metrics.classes]
 
-    # The matrix of small sets of classes, then the most frequent mistakes of any.
+    # The matrix of small sets of classes.
     tables = []
     if len(names) <= _MAX_MATRIX_CLASSES:
         rows = [(name, *counts) for name, counts in zip(names, metrics.confusion, strict=True)]
@@ -180,15 +185,6 @@ def _describe_classes(
                 caption=caption, columns=["class", *names], rows=rows, matrix=True, links=links
             )
         )
-
-    mistakes = metrics.mistakes()[:_MAX_CONFUSIONS]
-    tables.append(
-        Table(
-            caption="Most frequent mistakes",
-            columns=["true", "predicted", "images"],
-            rows=mistakes,
-        )
-    )
 
     # A row for each class, the worst recall first.
     rows_of_classes = []
@@ -205,13 +201,88 @@ def _describe_classes(
             (row.label, row.count, row.answered, precision, recall, interval)
         )
 
-    columns = ["class", "images", "answers", "right of these", "found", "95 % interval"]
+    columns = ["class", "images", "predicted", "precision", "recall", "95 % interval"]
     caption = (
-        "Every class: how many answers are right (precision), and how many of its "
+        "Every class: how many of its predictions are right (precision), and how many of its "
         "images are found (recall)"
     )
-    tables.append(Table(caption=caption, columns=columns, rows=rows_of_classes, folded=True))
+    is_folded = len(names) > _MAX_OPEN_CLASSES
+    tables.append(
+        Table(caption=caption, columns=columns, rows=rows_of_classes, folded=is_folded)
+    )
+
+    mistakes = metrics.mistakes()[:_MAX_CONFUSIONS]
+    tables.append(
+        Table(
+            caption="Most frequent mistakes",
+            columns=["true", "predicted", "images"],
+            rows=mistakes,
+        )
+    )
     return Section(title="Predictions", text=[which_images, scores], tables=tables)
+
+
+def describe_thresholds(metrics: ClassificationReport, scores: Sequence[ImageScore]) -> Section:
+    """Show what a threshold on the confidence does, and whether confidences are right (calibration)."""
+    rows = []
+    for row in metrics.thresholds:
+        share = percent(row.right / row.kept) if row.kept else "-"
+        left = f"{row.left_to_person} ({percent(row.left_to_person / metrics.count, 0)})"
+        rows.append((f"{row.confidence:g}", left, f"{row.right} of {row.kept}", share))
+    table = Table(
+        caption="Images below a threshold of the confidence are left to a person",
+        columns=["threshold", "left to a person", "others right", "share"],
+        rows=rows,
+    )
+
+    # The most confident images first: the share that is right among the first ones.
+    ranked = sorted(scores, key=lambda score: -score.confidence)
+    right_N = np.cumsum([score.correct for score in ranked])
+    places = np.unique(np.linspace(1, len(ranked), min(_MAX_POINTS, len(ranked))).astype(int))
+    trade_off = [
+        (100 * place / len(ranked), 100 * (1 - right_N[place - 1] / place))
+        for place in places.tolist()
+    ]
+    figures = [
+        Figure(
+            image=plot(
+                {"errors among them": trade_off}, "predicted without a person, %", "errors, %"
+            ),
+            caption="The fewer images the network decides alone, the fewer of these are wrong.",
+        )
+    ]
+
+    # Parts of equal size by confidence; a part of fewer images says little.
+    num_parts = min(_MAX_PARTS, len(ranked) // _MIN_PART)
+    if num_parts > 1:
+        parts = np.array_split(np.arange(len(ranked)), num_parts)
+        curve = [
+            (
+                100 * float(np.mean([ranked[index].confidence for index in part])),
+                100 * float(np.mean([ranked[index].correct for index in part])),
+            )
+            for part in reversed(parts)
+        ]
+        curves = {"this network": curve, "as it should be": [(0.0, 0.0), (100.0, 100.0)]}
+        caption = (
+            f"Reliability: {num_parts} parts of the images by confidence. Below the diagonal, the "
+            "network is too sure."
+        )
+        figures.append(
+            Figure(image=plot(curves, "mean confidence, %", "right, %"), caption=caption)
+        )
+    return Section(title="Confidence", figures=figures, tables=[table])
+
+
+def plot_recalls(metrics: ClassificationReport) -> list[Figure]:
+    """Plot the recall of each class as bars, the worst first, if they are too many for a matrix."""
+    found = [row for row in metrics.classes if row.recall is not None]
+    if len(metrics.classes) <= _MAX_MATRIX_CLASSES or not found:
+        return []
+    found.sort(key=lambda row: 0.0 if row.recall is None else row.recall.share)
+    shares = {row.label: 100 * row.recall.share for row in found if row.recall is not None}
+    caption = "Recall by class: the share of its images that are found."
+    return [Figure(image=plot_bars(shares, "recall, %"), caption=caption)]
 
 
 def _with_interval(rate: Rate) -> str:

@@ -14,6 +14,8 @@ Points = Sequence[tuple[float, float]]
 _WIDTH = 4.6
 _HEIGHT = 3.0
 _BAR_HEIGHT = 0.3
+_THIN_BAR = 0.16
+_MAX_NAME = 28  # characters of a name beside a bar
 _STYLE: Any = {
     "svg.fonttype": "none",  # text remains text
     "svg.hashsalt": "sopdeploy",  # equal charts are equal files
@@ -52,6 +54,23 @@ def plot(
     return _draw(draw, _HEIGHT)
 
 
+def plot_bars(values: Mapping[str, float], x_label: str) -> str:
+    """Draw *values* by name as bars, the first one on top; return a `data:` URL."""
+
+    def draw(axes: Any) -> None:
+        names = [
+            sanitize(name) if len(name) <= _MAX_NAME else f"{sanitize(name[:_MAX_NAME])}…"
+            for name in values
+        ]
+        axes.barh(range(len(names)), list(values.values()))
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.invert_yaxis()
+        axes.margins(y=0.01)
+        axes.set(xlabel=x_label)
+
+    return _draw(draw, 0.7 + _THIN_BAR * len(values))
+
+
 def component_chart(counts: Sequence[int], caption: str) -> Figure:
     """Draw how many training images each component of a gated network received in the last epoch, as bars."""
 
@@ -69,7 +88,7 @@ def component_chart(counts: Sequence[int], caption: str) -> Figure:
 
 def _draw(draw: Callable[[Any], None], height: float) -> str:
     """Let *draw* fill the axes of a chart that is *height* inches high; return its `data:` URL."""
-    import matplotlib as mpl  # noqa: PLC0415  # half a second, and few-shot runs have no charts
+    import matplotlib as mpl  # noqa: PLC0415  # half a second, and most commands draw nothing
     from matplotlib.figure import Figure as Drawing  # noqa: PLC0415
 
     file = io.BytesIO()

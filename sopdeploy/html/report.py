@@ -45,21 +45,29 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """A heading with paragraphs, figures and tables in this order; without content it is not shown."""
+    """A heading with paragraphs, figures and tables in this order; without content it is not shown.
+
+    Where the window is wide, the figures are beside the tables of a section that is `divided`.
+    """
 
     title: str
     text: Sequence[str] = ()
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
+    divided: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HtmlReport:
-    """A title with warnings, paragraphs and key figures, then the sections."""
+    """A title with warnings, paragraphs and key figures, then the sections.
+
+    `folded` are texts below the paragraphs, by the captions that open them.
+    """
 
     title: str
     warnings: Sequence[str] = ()
     text: Sequence[str] = ()
+    folded: Mapping[str, str] = field(default_factory=dict)
     tiles: Mapping[str, str] = field(default_factory=dict)
     sections: Sequence[Section] = ()
 

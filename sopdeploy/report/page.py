@@ -7,17 +7,23 @@ import base64
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.decision import Decision
-from sopdeploy.errors import DataError
-from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.errors import DataError, amount
+from sopdeploy.evaluation.metrics import (
+    ClassificationReport,
+    ImageScore,
+    Rate,
+    ThresholdMetrics,
+)
 from sopdeploy.evaluation.multi_label import (
     MeanPrecision,
     MultiLabelMetrics,
@@ -28,8 +34,10 @@ from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.evaluation.predictions import (
     Predictions,
     describe_predictions,
+    describe_thresholds,
     make_predictions,
     measure_predictions,
+    plot_recalls,
 )
 from sopdeploy.files import BEST, atomic_write, writing
 from sopdeploy.html.plots import component_chart, plot
@@ -60,7 +68,6 @@ from sopdeploy.training.results import (
 from sopdeploy.training.train import FinishedRun
 
 PAGE = "report.html"
-_MAX_LABELS = 20
 _MAX_SHOWN = 24  # photographs of a section
 _MAX_GROUPS = 12  # of copies
 _MAX_COPIES = 4  # of a group
@@ -73,20 +80,31 @@ _REJECTION = "A photograph counts as unknown if its score, a likeness to the cla
 _TRAINING_LOSSES = "Losses of the heads, the penalties, and their weighted sum."
 
 
+class PageFacts(NamedTuple):
+    """What the page about a run counts of the images that the score counts.
+
+    `mistakes` are true class, predicted class and number of images, the most frequent one first;
+    `thresholds` are what thresholds on the confidence do. Both are empty if images have several
+    classes.
+    """
+
+    mistakes: list[tuple[str, str, int]]
+    thresholds: tuple[ThresholdMetrics, ...]
+
+
 def write_run_page(
     run: FinishedRun,
     folder: Path,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
     networks: Sequence[NetworkScore] = (),
     before: Sequence[tuple[object, ...]] = (),
-) -> list[tuple[str, str, int]]:
+) -> PageFacts:
     """Write `report.html` about the finished *run* to *folder*.
 
     It shows held-out images, or else the out-of-fold predictions of the training images.
     *on_image* receives the numbers of images evaluated and in total. *networks* are those that
     were compared, *before* earlier runs: date, run, numbers of images and classes, and
-    accuracy. Returns the mistakes among the images that the score counts, the most frequent one
-    first: true class, predicted class and number of images; none if images have several classes.
+    accuracy.
     """
     setup = run.setup
     fit = run.fit
@@ -106,8 +124,23 @@ def write_run_page(
         mistakes = _choose_mistakes(predicted)
         links = {cell: _name_mistake(cell) for cell in mistakes}
         measured_on = f"{BEST} on {metrics.count} images: {description}."
-        sections.append(describe_predictions(metrics, measured_on, links))
-        sections.append(_show_mistakes(mistakes, predicted, images))
+        described = describe_predictions(metrics, measured_on, links)
+        worst = _show_mistakes(mistakes, predicted, images)
+        if isinstance(metrics, ClassificationReport) and isinstance(predicted, list):
+            # The tables stand beside the worst mistakes or, without a matrix, beside the bars of
+            # many classes, whose mistakes have the whole width.
+            bars = plot_recalls(metrics)
+            if bars:
+                sections.append(replace(described, figures=bars, divided=True))
+                sections.append(worst)
+            else:
+                text = [*described.text, *worst.text]
+                figures = worst.figures
+                sections.append(replace(described, text=text, figures=figures, divided=True))
+            sections.append(replace(describe_thresholds(metrics, predicted), divided=True))
+            sections.append(_show_rejected(predicted, images))
+        else:
+            sections.append(described)
 
     # What the training images tell, how it was trained, and what it learned.
     if isinstance(fit, FewShotFit):
@@ -136,10 +169,10 @@ def write_run_page(
         ],
         text=[
             describe_in_a_sentence(result.score, is_too_high=is_too_high),
-            _describe_classes(setup.labels),
             *gains,
             insert_names("Next: {}", next_command, tag="code"),
         ],
+        folded={f"{len(setup.labels)} classes": _list_names(setup.labels)},
         tiles={**texts.tiles, "time": f"{fit.position.seconds:.0f} s"},
         sections=sections,
     )
@@ -148,16 +181,26 @@ def write_run_page(
     with writing(page), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
     if not is_measured or isinstance(metrics, MultiLabelReport):
-        return []
-    return metrics.mistakes()
+        return PageFacts([], ())
+    return PageFacts(metrics.mistakes(), metrics.thresholds)
 
 
-def _describe_classes(labels: Sequence[str]) -> Any:
-    """Write the number of classes and the first names, as markup."""
-    shown = labels[:_MAX_LABELS]
-    more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
-    return insert_names(
-        f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}", *shown
+def _list_names(labels: Sequence[str]) -> Any:
+    """List the names of the classes, as markup."""
+    return insert_names(", ".join(["{}"] * len(labels)), *labels)
+
+
+def _show_rejected(scores: Sequence[ImageScore], images: LabeledImages) -> Section:
+    """Show the *images* that `known` rejects although they show one of the classes."""
+    captions = []
+    for index, score in enumerate(scores):
+        if score.known is False:
+            label = images.labels[score.target]
+            captions.append((index, insert_names("{}", label)))
+    number = amount(len(captions), "image")
+    text = f"{number} of {len(scores)} with one of the classes, which a server answers as not known."
+    return _show_photographs(
+        "Own images that are not known", text, images, captions[:_MAX_SHOWN]
     )
 
 
@@ -369,8 +412,8 @@ def _show_mistakes(
             captions.append((index, insert_names(template, true, answer)))
 
     text = (
-        "By class and answer, the most confident ones first. Check for wrong labels before you look for a "
-        "better network."
+        "The photos are the worst mistakes, by class and prediction, the most confident ones first. Check for "
+        "wrong labels before you look for a better network."
     )
     return _show_photographs("Worst mistakes", text, images, captions, names)
 

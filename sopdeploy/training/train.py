@@ -16,6 +16,7 @@ from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
+from sopdeploy.evaluation.metrics import ThresholdMetrics
 from sopdeploy.files import BEST, HISTORY, LAST
 from sopdeploy.photos.file_checks import leave_out_unreadable, unreadable_images_error
 from sopdeploy.training.callback import Callback, WarningRecord
@@ -43,6 +44,7 @@ class TrainingResult(StrictModel):
         warnings: What the user should know about the images and the result.
         previous: The run that it started from, and what was added since.
         mistakes: The two most frequent ones: true class, predicted class, number of images.
+        thresholds: What thresholds on the confidence do to the images that the score counts.
         networks: Those that were compared, if there was a choice.
     """
 
@@ -67,6 +69,7 @@ class TrainingResult(StrictModel):
     warnings: tuple[str, ...] = ()
     previous: str = ""
     mistakes: tuple[tuple[str, str, int], ...] = ()
+    thresholds: tuple[ThresholdMetrics, ...] = ()
     networks: tuple[NetworkScore, ...] = ()
 
 
@@ -184,7 +187,7 @@ def _fit(
 def summarize_run(
     run: FinishedRun, out_dir: Path, networks: Sequence[NetworkScore] = (), **page: Any
 ) -> TrainingResult:
-    """Describe a finished run; *page* has `report`, `previous` and `mistakes` if a page was written."""
+    """Describe a finished run; *page* has `report`, `previous`, `mistakes` and `thresholds` of a page."""
     setup = run.setup
     fit = run.fit
     epoch = fit.result.epoch if isinstance(fit.result, LoopResult) else 1

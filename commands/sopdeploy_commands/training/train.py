@@ -140,14 +140,15 @@ def train(
             observer.on_stage(name="report", done=done, total=total)
 
         runs_before = list_runs_before(folder, recipe_of_run.project)
-        mistakes = write_run_page(run, folder, on_image, networks, runs_before)
+        facts = write_run_page(run, folder, on_image, networks, runs_before)
 
     return summarize_run(
         run,
         folder,
         networks,
         report=folder / PAGE,
-        mistakes=tuple(mistakes[:2]),  # the most frequent ones
+        mistakes=tuple(facts.mistakes[:2]),  # the most frequent ones
+        thresholds=facts.thresholds,
         previous="" if previous is None else _describe_changes(previous, run.setup),
     )
 

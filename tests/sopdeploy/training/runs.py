@@ -68,8 +68,10 @@ def forkserver() -> ForkServerContext:
 def train_with_page(recipe: Recipe, folder: Path, **options: Any) -> TrainingResult:
     """Train *recipe* and write the page about the run."""
     run = train_run(recipe, folder, **options)
-    mistakes = write_run_page(run, folder)
-    return summarize_run(run, folder, mistakes=tuple(mistakes))
+    facts = write_run_page(run, folder)
+    return summarize_run(
+        run, folder, mistakes=tuple(facts.mistakes), thresholds=facts.thresholds
+    )
 
 
 def short_recipe(*overrides: str) -> Recipe:
