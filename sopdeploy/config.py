@@ -291,8 +291,13 @@ class OtherVersionError(ValueError):
     """A file that this version of sopdeploy cannot read, but another one may."""
 
 
-def validate_format(model: type[ModelT], fields: Any) -> ModelT:
+def validate_format(
+    model: type[ModelT], fields: Any, *, ignore_unknown: bool = False
+) -> ModelT:
     """Validate the *fields* of a file of format 1, a table, as *model*.
+
+    With *ignore_unknown*, fields that *model* does not have are ignored at every depth. This is for
+    records of what has happened, which an earlier version must be able to read.
 
     Raises `ValueError` with one line if they are invalid. It is an `OtherVersionError` in three
     cases, in which another version of sopdeploy may read the file:
@@ -306,11 +311,11 @@ def validate_format(model: type[ModelT], fields: Any) -> ModelT:
     written_by = writer_of(fields)
     # In a file of this version, an unknown field is a mistake, which `model_validate` reports.
     is_own = written_by == __version__
-    unknown = () if is_own else fields.keys() - model.model_fields.keys()
+    unknown = () if is_own or ignore_unknown else fields.keys() - model.model_fields.keys()
     check_format(fields.get("version", 1), 1, written_by, unknown)
 
     try:
-        return model.model_validate(fields)
+        return model.model_validate(fields, extra="ignore" if ignore_unknown else None)
     except pydantic.ValidationError as error:
         advice = version_advice(written_by)  # empty unless another version wrote the file
         problem = OtherVersionError if advice else ValueError

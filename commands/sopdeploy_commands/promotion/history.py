@@ -33,15 +33,16 @@ class Promotion(StrictModel):
 def read_promotions(link: Path) -> list[Promotion]:
     """Read the recorded moves of *link* and the refused ones, the oldest first.
 
-    Raises `ConfigError` if the log cannot be read, or one of its records, for example one of a
-    later version: it is not skipped, because each attempt and each move counts.
+    Fields of a later version are ignored, so that this version can go back after an upgrade. Raises
+    `ConfigError` if the log or one of its records cannot be read: a record is not skipped,
+    because each attempt and each move counts.
     """
     promotions = []
 
     for number, fields in read_log(link.parent):
         if fields.get("link") == link.name:
             try:
-                promotions.append(validate_format(Promotion, fields))
+                promotions.append(validate_format(Promotion, fields, ignore_unknown=True))
             except ValueError as error:
                 advice = "; repair or remove this line"
                 if isinstance(error, OtherVersionError):  # it names the version to use

@@ -90,6 +90,15 @@ class Kept(NamedTuple):
     record: KeptRecord
 
 
+def read_record(path: Path) -> KeptRecord:
+    """Read the record at *path*; fields of a later version are ignored.
+
+    Raises `OSError` and, for a damaged record or a later format, `ValueError`.
+    """
+    fields = parse_json(read_file(path, MAX_TEXT_BYTES))
+    return validate_format(KeptRecord, fields, ignore_unknown=True)
+
+
 def read_kept(folder: Path) -> list[Kept]:
     """Read the kept photographs in *folder* and in its subfolders that a server has locked, the oldest first.
 
@@ -109,7 +118,7 @@ def read_kept(folder: Path) -> list[Kept]:
     other_versions: list[str] = []
     for path in record_paths:
         try:
-            record = validate_format(KeptRecord, parse_json(read_file(path, MAX_TEXT_BYTES)))
+            record = read_record(path)
             image = path.with_name(record.image)
             # A copy of a record would repeat its photograph, and a link may lead to any file.
             if image.stem == path.stem and image.is_file() and not image.is_symlink():

@@ -427,7 +427,8 @@ def _read_ages(path: Path) -> Ages | None:
     """Read the ages at *path*; None if the file is missing or damaged."""
     try:
         with open_regular(path) as file:
-            ages = Ages.model_validate_json(read_at_most(file, MAX_AGES_BYTES))
+            content = read_at_most(file, MAX_AGES_BYTES)
+        ages = Ages.model_validate_json(content, extra="ignore")  # of a later version
     except (OSError, pydantic.ValidationError):
         return None
     is_valid = all(kept_at <= ages.counted for kept_at in ages.kept_at.values())

@@ -572,12 +572,16 @@ def _move(source: Path, target: Path) -> None:
             # As a rename does, so that only the owner can read a kept one; it must be written,
             # too.
             set_owner(partial, source)
-            set_mode(partial, stat.S_IMODE(source.stat().st_mode) | stat.S_IWUSR)
+            status = source.stat()
+            set_mode(partial, stat.S_IMODE(status.st_mode) | stat.S_IWUSR)
             try:
                 shutil.copyfile(source, partial)
             except OSError as copy_error:  # a full disk has no name
                 reason = copy_error.strerror
                 raise OSError(copy_error.errno, reason, str(target.parent)) from copy_error
+
+            # The time of a kept photograph tells `compare` how recent it is.
+            os.utime(partial, ns=(status.st_atime_ns, status.st_mtime_ns))
 
         # The copy and its name are on the disk before the only other one goes.
         flush_folder(target.parent)

@@ -120,13 +120,15 @@ def other_file_system(monkeypatch) -> None:
 def test_labels_and_undo_work_between_file_systems(tmp_path, keep, open_folders, monkeypatch):
     one = keep(1)
     (tmp_path / "kept" / f"{one}.jpg").chmod(0o600)
+    os.utime(tmp_path / "kept" / f"{one}.jpg", (1000.0, 1000.0))
     other_file_system(monkeypatch)
     given = []  # if root labels, the files stay those of the server's user
     monkeypatch.setattr(os, "chown", lambda _file, *ids, **_options: given.append(ids))
     folders = open_folders()
     folders.label(one, "hat")
     assert files_below(tmp_path) == {f"photos/hat/{one}.jpg"}
-    assert stat.S_IMODE((tmp_path / "photos" / "hat" / f"{one}.jpg").stat().st_mode) == 0o600
+    status = (tmp_path / "photos" / "hat" / f"{one}.jpg").stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_mtime) == (0o600, 1000.0)
     folders.undo()
     assert files_below(tmp_path) == {f"kept/{one}.jpg", f"kept/{one}.json"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "kept").iterdir()} == {
