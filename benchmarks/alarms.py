@@ -5,7 +5,7 @@
 
 --data are folders of photographs, <class>/*.jpg, --unknown one of other things. The traffic is that of
 `month.py`, with one, two and four photographs of each object. For each reference, a first bundle answers
-usual traffic, so that --windows windows are compared, one after each 250 answers. Then 30 kept
+usual traffic, so that --windows windows are compared, one after each 50 predictions. Then 30 kept
 photographs are labelled, and a bundle that is trained on them, too, replaces it; the same number of windows
 of usual traffic follows, in which the labelled objects do not come again. Then a quarter of the traffic is
 a new class, another one for each reference; or, in another continuation, a lamp is at 60 % too. "4, 6 of 6"
@@ -19,7 +19,6 @@ import copy
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 from photo_sets import Bundle, Photographs, read_sets
 
 from sopdeploy.evaluation.drift import BLOCK, WINDOW
-from sopdeploy_service.inference.drift import TEST_BLOCKS
+from sopdeploy.evaluation.watch import TEST_BLOCKS
 
 Array = NDArray[Any]
 FRAMES = (1, 2, 4)
@@ -93,7 +92,7 @@ def measure_reference(
     for name, day in CHANGES.items():
         changed = copy.copy(world)
         changed.random = copy.deepcopy(world.random)
-        continued = replace(monitor, window=monitor.window.copy())
+        continued = copy.deepcopy(monitor)
         delays[name] = find_delay(changed, continued, live, day)
     return OfReference(usual, promoted, delays)
 

@@ -11,13 +11,13 @@ computed. With --cache, the vectors and measures of the photographs are computed
 most of the time.
 
 The operator begins with ten photographs per class and follows what is printed: after an alarm, and each
-week, 60 labels in the order of `label`, in turn one of the sample and one of what the server keeps, `train`,
-`promote`. If that asks for labels, up to 60 more follow; if the bundle is worse in a class, this class's
+week, 60 labels as `label` asks for them, in turn one of the sample that decides, one of the sample that
+trains, and one of what the server keeps, `train`, `promote`. What has decided about a bundle that is then live
+trains from then on. If that asks for labels, up to 60 more follow; if the bundle is worse in a class, this class's
 labels are corrected and it is trained again; both at most twice. One label in forty is wrong. The heads are
 those of `train` on EfficientNet-Lite0, the alarm, the order and the verdict the functions of the server, of
-`label` and of `promote`; there is no server. A fifth of the objects are in the uniform sample, and none of
-these is trained on. Answers do not change with the lamp, as was measured; only the measures of the
-photographs do.
+`label` and of `promote`; there is no server. A fifth of the objects are in the uniform sample.
+Answers do not change with the lamp, as was measured; only the measures of the photographs do.
 
 "new" is the accuracy of the bundle that was offered, "live" that of the one which then answers, "first" that
 of the first one. Exit status 1: no alarm on days 8 to 15, more than one alarm on days 1 to 7, or a live
@@ -25,9 +25,9 @@ bundle that is not better on the last day than the first bundle.
 """
 
 import argparse
+import itertools
 import sys
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,10 +41,11 @@ from verdicts import decide
 
 from sopdeploy.decision import log_sum_exp, softmax
 from sopdeploy.evaluation.drift import BLOCK, Answers, Comparison, compare_answers
+from sopdeploy.evaluation.watch import Watch
 from sopdeploy_commands.promotion.compare import MIN_RECENT, RECENT_DAYS
-from sopdeploy_service.inference.drift import MIN_BLOCKS, NUM_BLOCKS, TEST_BLOCKS
+from sopdeploy_service.inference.drift import MIN_BLOCKS
 from sopdeploy_service.labelling.keep.keeper import LOW_MARGIN
-from sopdeploy_service.labelling.label.order import order_by_value
+from sopdeploy_service.labelling.label.order import NUM_SOURCES
 
 Array = NDArray[Any]
 DAYS = 28
@@ -88,7 +89,9 @@ def join(bundle: Bundle, blocks: Sequence[Block]) -> Answers:
     """Let *bundle* answer the vectors of *blocks*, and join the answers with the measures."""
     vectors = np.concatenate([block.vectors for block in blocks])
     measures = np.concatenate([block.measures for block in blocks])
-    return Answers.of(bundle.logits(vectors), measures.astype(np.float32))
+    logits = bundle.logits(vectors)
+    unknown = (log_sum_exp(logits) < bundle.threshold).astype(np.float32)
+    return Answers.of(logits, measures.astype(np.float32), unknown)
 
 
 def divide(vectors: Array, measures: Array, objects: Array) -> list[Block]:
@@ -102,42 +105,32 @@ def divide(vectors: Array, measures: Array, objects: Array) -> list[Block]:
 
 @dataclass
 class Monitor:
-    """Reference and window in blocks, as of a server; vectors are kept, so that a new bundle can answer again."""
+    """The watch of a server; vectors are kept, so that a new bundle can answer again."""
 
-    num_untested: int = 0
-    reference: list[Block] = field(default_factory=list)
-    window: deque[Block] = field(default_factory=lambda: deque(maxlen=NUM_BLOCKS))
+    watch: Watch[Block] = field(default_factory=Watch)
 
     def replace(self, labelled: Sequence[int]) -> None:
-        """Make the newest answers the reference, as after a promotion, without the objects *labelled*."""
-        newest = [*self.reference, *self.window][-NUM_BLOCKS:]
-        self.window.clear()
-        self.num_untested = 0
-        self.reference = newest
-        if not newest:
+        """Let a new bundle answer the reference again, without the objects *labelled*."""
+        reference = self.watch.reference
+        if not reference:
             return
 
-        arrays = [np.concatenate(parts) for parts in zip(*newest, strict=True)]
+        arrays = [np.concatenate(parts) for parts in zip(*reference, strict=True)]
         is_left = ~np.isin(arrays[2], labelled)
         left = divide(*(array[is_left] for array in arrays))
-        if len(left) >= MIN_BLOCKS:
-            self.reference = left
+        self.watch.replace(left if len(left) >= MIN_BLOCKS else reference)
 
-    def add(self, bundle: Bundle, blocks: Sequence[Block]) -> list[dict[str, Comparison]]:
+    def add(self, bundle: Bundle, blocks: Sequence[Block]) -> list[Mapping[str, Comparison]]:
         """Add answers, and return the comparisons of the windows that are due."""
-        compared = []
-        for block in blocks:
-            if len(self.reference) < NUM_BLOCKS and not self.window:
-                self.reference.append(block)
-                continue
-            self.window.append(block)
-            self.num_untested += 1
-            if len(self.window) == NUM_BLOCKS and self.num_untested >= TEST_BLOCKS:
-                self.num_untested = 0
-                reference = join(bundle, self.reference)
-                window = join(bundle, self.window)
-                compared.append(compare_answers(reference, window, len(bundle.known_classes)))
-        return compared
+
+        def compare(
+            reference: Sequence[Block], window: Sequence[Block]
+        ) -> Mapping[str, Comparison]:
+            return compare_answers(
+                join(bundle, reference), join(bundle, window), len(bundle.known_classes)
+            )
+
+        return [self.watch.test(compare)[0] for block in blocks if self.watch.add(block)]
 
 
 class World:
@@ -231,14 +224,12 @@ def blocks_of(sent: Sent) -> list[Block]:
 
 
 class Waiting(NamedTuple):
-    """A kept photograph: its day and object, its vector, the probabilities of all classes, whether it is known."""
+    """A kept photograph: its day and object, and its vector."""
 
     day: int
     number: int
     is_foreign: bool
     vector: Array
-    probabilities: Array
-    is_known: bool
 
 
 @dataclass
@@ -264,27 +255,44 @@ class Month:
         return int(self.world.photographs.classes[number])
 
     def label(self, count: int) -> int:
-        """Label up to *count* photographs, half of them of the sample; return how many of these."""
-        self.label_kept(count // 2)
-        return self.label_sample(count - count // 2)
+        """Label up to *count* photographs, a third of each source; return how many decide."""
+        self.label_kept(count // NUM_SOURCES)
+        self.label_sample(count // NUM_SOURCES, decides=False)
+        return self.label_sample(count // NUM_SOURCES, decides=True)
 
-    def label_sample(self, count: int) -> int:
-        """Label up to *count* photographs of the sample, the newest first; return how many."""
-        done = min(count, len(self.sample))
-        for _ in range(done):
-            photo = self.sample.pop()
-            if not photo.is_foreign:
-                self.held_out.append((photo, self.give_label(photo.number)))
-        self.num_labels += done
-        return done
+    def label_sample(self, count: int, *, decides: bool) -> int:
+        """Label up to *count* photographs of a sample, of each day in turn; return how many."""
+        newest_day = max((photo.day for photo in self.sample), default=0)
+        of_day: dict[int, list[Waiting]] = {}
+        for photo in self.sample:
+            if photo.number % 2 == decides:
+                of_day.setdefault(newest_day - photo.day, []).append(photo)
+
+        turns = itertools.zip_longest(*(of_day[day] for day in sorted(of_day)))
+        asked = [photo for turn in turns for photo in turn if photo is not None][:count]
+        for photo in asked:
+            if photo.is_foreign:
+                continue
+            label = self.give_label(photo.number)
+            if decides:
+                self.held_out.append((photo, label))
+            else:
+                self.chosen.append(photo.number)
+                self.labels.append(label)
+        numbers = {id(photo) for photo in asked}
+        self.sample = [photo for photo in self.sample if id(photo) not in numbers]
+        self.num_labels += len(asked)
+        return len(asked)
+
+    def train_on_decided(self) -> None:
+        """Let what has decided train from now on."""
+        self.chosen += [photo.number for photo, _ in self.held_out]
+        self.labels += [label for _, label in self.held_out]
+        self.held_out = []
 
     def label_kept(self, count: int) -> None:
-        """Label up to *count* photographs that the server kept, one of each object, in the order of `label`."""
-        if not self.kept:
-            return
-        probabilities = np.stack([photo.probabilities for photo in self.kept])
-        known = np.asarray([photo.is_known for photo in self.kept])
-        order = order_by_value(probabilities, known)[:count].tolist()
+        """Label up to *count* photographs that the server kept, one of each object, the newest first."""
+        order = list(range(len(self.kept)))[::-1][:count]
         for index in order:
             photo = self.kept[index]
             if not photo.is_foreign:
@@ -340,13 +348,11 @@ def keep(month: Month, day: int, sent: Sent, live: Bundle) -> None:
             int(sent.numbers[place]),
             bool(sent.is_foreign[place]),
             sent.vectors[place],
-            probabilities[place],
-            bool(is_known[place]),
         )
         identity = photo.number, photo.is_foreign
         if sent.in_sample[place]:
             month.sample.append(photo)
-        elif (is_close[place] or not photo.is_known) and identity not in kept:
+        elif (is_close[place] or not is_known[place]) and identity not in kept:
             month.kept.append(photo)
             kept.add(identity)
 
@@ -372,13 +378,14 @@ def promote(month: Month, live: Bundle) -> tuple[Bundle, Bundle, list[str]]:
         if verdict.passes:
             month.attempt = 1
             month.best = candidate if verdict.is_best else month.best or live
+            month.train_on_decided()
             return candidate, candidate, verdicts
         month.attempt += 1
         if verdict.worse:
             month.correct(verdict.worse)
             candidate = month.train()
             continue
-        if not verdict.num_more or not month.label(min(LABELS, verdict.num_more)):
+        if not verdict.num_more or not month.label(min(LABELS, NUM_SOURCES * verdict.num_more)):
             break
     return live, candidate, verdicts
 

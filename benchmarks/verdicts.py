@@ -48,7 +48,9 @@ def decide(
     counted = np.ones(len(targets), np.bool_)
     live_right, new_right, *_ = right
     images: Any = SimpleNamespace(targets=targets, labels=labels)
-    photographs = Photographs(images, counted, is_old, ~is_old, is_old)
+    photographs = Photographs(
+        images, counted, is_old, ~is_old, is_old, np.zeros(len(targets)), changed_at=None
+    )
     evaluated: list[Any] = [SimpleNamespace(right=one) for one in right]
     live, new, best = evaluated if len(right) > 2 else [*evaluated, None]
     checks = bound_losses(photographs, live, new, best, TOLERANCE, attempt)

@@ -20,7 +20,7 @@ from sopdeploy_service.settings import (
     unused_variables,
 )
 
-COMPARED = 30  # held-out photographs for a first comparison of two networks
+COMPARED = 30  # photographs that decide, for a first comparison of two networks
 
 
 def setting_flags(*names: str) -> dict[str, tuple[Any, str]]:
@@ -108,7 +108,8 @@ def serve(
     if loaded.keep is not None and loaded.keep_sample > 0:
         rate = loaded.keep_sample
         sample = f"about {1000 * rate:.4g} of 1,000 photographs are the uniform sample (keep_sample={rate:g})"
-        needed = f"about {COMPARED} of it, from {math.ceil(COMPARED / rate):,} photographs"
+        # Half of the sample decides, the other half trains.
+        needed = f"about {COMPARED} of the half that decides, from {math.ceil(2 * COMPARED / rate):,} photographs"
         err.print(plain_text(f"keep: {sample}; compare needs {needed}"))
 
     # The server runs an event loop of its own in this thread, which must not have one.

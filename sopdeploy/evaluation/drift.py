@@ -1,8 +1,12 @@
-"""Drift: whether the newest answers come from the same traffic as earlier ones.
+"""Drift: whether the newest predictions come from the same traffic as earlier ones.
 
-A window of answers is compared with a reference of as many earlier ones, four times: the most
-probable classes, the log-odds of the largest probability, the score of `known`, and measures of
-the photograph itself, which need no network and see a camera or a lamp that the answers hide.
+A window of predictions is compared with a reference of earlier ones, five times: the most
+probable classes, the log-odds of the largest probability, the score of `known`, the share of
+images that `known` rejects, and measures of the image itself, which need no network and see a
+camera or a lamp that the predictions hide.
+
+A large change shows in `NEWEST` predictions, a small one only in many, so both are compared: the
+newest ones and the whole window. Fewer predictions must differ more (`Comparison`).
 
 Photographs that follow each other are alike: several show one object, or one hour. So a sample is
 no set of independent images but of *blocks* of consecutive ones, and the p-value comes from
@@ -25,9 +29,11 @@ from sopdeploy.decision import log_sum_exp
 from sopdeploy.images.preprocess import Pixels
 
 BLOCK = 25  # consecutive answers
-WINDOW = 1000  # answers of a sample
+WINDOW = 1000  # predictions of a full window
+NEWEST = 100  # predictions that show a large change
 NUM_EXCHANGES = 1000
-SIGNIFICANCE = 0.0025  # of each statistic: of all four together 1 % (Bonferroni)
+SIGNIFICANCE = 0.002  # of each statistic: of all five together 1 % (Bonferroni)
+NUM_COMPARISONS = 10  # of windows that overlap, for which p-values are corrected
 MIN_SHIFT = 0.1  # standard deviations
 MAX_LOG_ODDS = 10.0  # larger ones are clipped: no difference between sure and surer
 # What a difference of each statistic probably comes from.
@@ -36,6 +42,7 @@ CAUSES = {
     "score": "things that belong to none of the classes",
     "classes": "another mix of the classes, or a new one",
     "confidence": "photographs that are harder or easier, perhaps of a new class",
+    "unknown": "another share of images that `known` rejects",
 }
 
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in a gray level (ITU-R BT.601)
@@ -44,16 +51,28 @@ _Floats = NDArray[np.float64]
 
 
 class Answers(NamedTuple):
-    """Consecutive answers: classes (N,), log-odds and scores (N,), and `measure_image` of each (N, F)."""
+    """Consecutive answers: classes (N,), log-odds and scores (N,), and `measure_image` of each (N, F).
+
+    `unknown` (N,) is 1 where `known` is false, else 0; NaN if the bundle has no threshold for it.
+    """
 
     classes: NDArray[np.int64]
     confidence: NDArray[np.float32]
     score: NDArray[np.float32]
     image: NDArray[np.float32]
+    unknown: NDArray[np.float32]
 
     @classmethod
-    def of(cls, logits_NC: NDArray[np.float32], image_NF: NDArray[np.float32]) -> "Answers":
-        """Describe answers with finite *logits_NC*, C at least 1, and the measures *image_NF*."""
+    def of(
+        cls,
+        logits_NC: NDArray[np.float32],
+        image_NF: NDArray[np.float32],
+        unknown_N: NDArray[np.float32] | None = None,
+    ) -> "Answers":
+        """Describe answers with finite *logits_NC*, C at least 1, and the measures *image_NF*.
+
+        *unknown_N* is None if the bundle has no threshold of `known`.
+        """
         classes = logits_NC.argmax(axis=1)
         largest = logits_NC[np.arange(len(logits_NC)), classes]
 
@@ -66,11 +85,35 @@ class Answers(NamedTuple):
         log_odds = np.clip(largest - rest, -MAX_LOG_ODDS, MAX_LOG_ODDS)
 
         scores = log_sum_exp(logits_NC)
-        return cls(classes, log_odds.astype(np.float32), scores.astype(np.float32), image_NF)
+        if unknown_N is None:
+            unknown_N = np.full(len(logits_NC), np.nan, np.float32)
+        return cls(
+            classes,
+            log_odds.astype(np.float32),
+            scores.astype(np.float32),
+            image_NF,
+            unknown_N.astype(np.float32),
+        )
+
+    def newest(self, count: int) -> "Answers":
+        """Return the last *count* answers, or all if they are fewer."""
+        return Answers(
+            self.classes[-count:],
+            self.confidence[-count:],
+            self.score[-count:],
+            self.image[-count:],
+            self.unknown[-count:],
+        )
+
+    @property
+    def has_unknown(self) -> bool:
+        """Whether it is known which images were rejected."""
+        return not bool(np.isnan(self.unknown).any())
 
     def columns(self, num_classes: int) -> Mapping[str, _Floats]:
         """Return the numbers (N, F) of each statistic."""
         return {
+            "unknown": self.unknown[:, None].astype(np.float64),
             "classes": np.eye(num_classes)[self.classes],
             "confidence": self.confidence[:, None].astype(np.float64),
             "score": self.score[:, None].astype(np.float64),
@@ -81,11 +124,15 @@ class Answers(NamedTuple):
 class Comparison(NamedTuple):
     """Result of one statistic: the *shift* in standard deviations, and the *p_value*.
 
-    The p-value is the probability of a difference of this size without drift.
+    The p-value is the probability of a difference of this size without drift. `compare_answers`
+    corrects it for several comparisons, and reduces the shift of fewer than `WINDOW` predictions
+    by the square root of their share, because few predictions are less certain. `rises` tells
+    whether the mean (of the first column) is higher than before.
     """
 
     shift: float
     p_value: float
+    rises: bool = False
 
     @property
     def is_alarm(self) -> bool:
@@ -134,10 +181,26 @@ def measure_image(pixels: Pixels) -> NDArray[np.float32]:
 def compare_answers(
     reference: Answers, window: Answers, num_classes: int
 ) -> dict[str, Comparison]:
-    """Compare *window* with *reference*, both whole blocks, in each statistic of `CAUSES`."""
+    """Compare *window* with *reference*, both whole blocks, in each statistic of `CAUSES`.
+
+    The share of rejected images is compared only if both tell it. The results are corrected, as
+    `Comparison` tells.
+    """
     first = reference.columns(num_classes)
     second = window.columns(num_classes)
-    return {name: compare_samples(first[name], second[name]) for name in CAUSES}
+    names = [
+        name
+        for name in CAUSES
+        if name != "unknown" or (reference.has_unknown and window.has_unknown)
+    ]
+    reduced = math.sqrt(min(1.0, len(window.classes) / WINDOW))
+
+    compared = {}
+    for name in names:
+        shift, p_value, rises = compare_samples(first[name], second[name])
+        p_value = min(1.0, NUM_COMPARISONS * p_value)
+        compared[name] = Comparison(reduced * shift, p_value, rises)
+    return compared
 
 
 def compare_samples(first_NF: _Floats, second_NF: _Floats) -> Comparison:
@@ -147,6 +210,7 @@ def compare_samples(first_NF: _Floats, second_NF: _Floats) -> Comparison:
     are not, so that rare classes count less. Equal samples have the shift 0 and the p-value 1.
     """
     # Columns in standard deviations, except those of classes, which are 0 or 1.
+    rises = bool(second_NF[:, 0].mean() > first_NF[:, 0].mean())
     joined_NF = np.concatenate([first_NF, second_NF])
     is_share = bool(((joined_NF == 0) | (joined_NF == 1)).all()) and joined_NF.shape[1] > 1
     if not is_share:
@@ -158,7 +222,7 @@ def compare_samples(first_NF: _Floats, second_NF: _Floats) -> Comparison:
     )
     if not within:
         is_equal = bool((joined_NF == joined_NF[0]).all())
-        return Comparison(0.0, 1.0) if is_equal else Comparison(math.inf, 0.0)
+        return Comparison(0.0, 1.0) if is_equal else Comparison(math.inf, 0.0, rises)
 
     # The squared distance of the means is a quadratic form in the weights of the blocks.
     num_first = len(first_NF) // BLOCK
@@ -179,12 +243,12 @@ def compare_samples(first_NF: _Floats, second_NF: _Floats) -> Comparison:
     # The distance beyond that of exchanged blocks, in standard deviations within a sample.
     shift = math.sqrt(max(0.0, squared - mean) / (within / 2))
     if variance == 0:  # all blocks are equal
-        return Comparison(shift, 1.0)
+        return Comparison(shift, 1.0, rises)
 
     # The squares have the distribution of c chi-square(d). The mean c d and the variance 2 c^2 d
     # give d = 2 mean^2 / variance and, for the statistic, squared / c = 2 mean squared / variance.
     p_value = chi_square_tail(2 * mean * squared / variance, 2 * mean**2 / variance)
-    return Comparison(shift, p_value)
+    return Comparison(shift, p_value, rises)
 
 
 def chi_square_tail(statistic: float, degrees: float) -> float:

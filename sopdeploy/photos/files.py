@@ -35,6 +35,9 @@ FOLDERS = "folders"  # where the classes are, if each folder at the top is one
 # A photograph that a server kept, in any folder into which its label moved it, and the folder
 # of those of its uniform sample among photographs that show no class.
 SAMPLE_FOLDER = "sample"
+HELD_OUT_SUFFIX = (
+    "-held-out"  # of the folder beside that of the classes, with what decides about a bundle
+)
 KEPT_NAME = re.compile(r"[0-9a-f]{32}\.(jpg|png)")  # as a server writes it
 # Also of copies: ID-2, `ID (1)`, `ID copy`
 _KEPT_STEM = re.compile(r"([0-9a-f]{32})(?:[-_ (].*)?")

@@ -251,7 +251,9 @@ def test_serve_says_from_how_many_photographs_the_sample_suffices_to_compare(
         "keep: about 200 of 1,000 photographs are the uniform sample (keep_sample=0.2)"
         in shown.stderr
     )
-    assert "compare needs about 30 of it, from 150 photographs" in shown.stderr
+    assert (
+        "compare needs about 30 of the half that decides, from 300 photographs" in shown.stderr
+    )
 
 
 def test_output_that_nobody_reads_is_no_error() -> None:

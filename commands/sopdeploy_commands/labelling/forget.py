@@ -33,9 +33,10 @@ from sopdeploy.photos.files import kept_id, normalize, walk
 from sopdeploy.photos.photo import Photo
 from sopdeploy.project import BUNDLES, RUNS
 from sopdeploy_commands.tables import LISTING, ROWS_FOLDER, STATE, VERSION_KEY, check_schema
-from sopdeploy_service.inference.drift import BLOCK_SUFFIX, DAMAGED, TRAFFIC, read_block
+from sopdeploy_service.inference.drift import BLOCK_SUFFIX, DAMAGED, read_block
+from sopdeploy_service.inference.drift_state import TRAFFIC
 
-RECORDS = ".json", ".skipped"  # beside a kept photograph
+RECORDS = ".json", ".skipped", ".labelled"  # beside a kept photograph
 # What a temporary file has after the name of the other file; a file called `.partial` names no
 # other one.
 _PARTIAL_NAME = re.compile(rf"(?<=.)(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}")

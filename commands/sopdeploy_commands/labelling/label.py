@@ -21,7 +21,7 @@ def label(
     They are those that a server has kept, or any images in a folder. For images that no server
     has kept, a network suggests classes as soon as each class has two.
 
-    Each label moves a photograph to PHOTOS/<class>/, one of the uniform sample to
+    Each label moves a photograph to PHOTOS/<class>/, one that decides about the next bundle to
     PHOTOS-held-out/<class>/, and one of no class to PHOTOS-unknown/. The page has the settings
     of `serve` in the environment and in the file that SOPDEPLOY_CONFIG names. Behind a proxy,
     it needs allowed_hosts and root_path.
@@ -47,7 +47,8 @@ def label(
     settings = load_settings(host=host, port=port)
     folders = run_label_server(kept, photos, settings, print_page, embed_lazily)  # until Ctrl-C
     num_labels = sum(not step.is_skip for step in folders.steps)
-    say(f"{num_labels:,} labels")
+    progress = folders.progress()
+    say(f"{num_labels:,} labels{progress and f': {progress}'}")
     if folders.photos.is_dir():
         say(f"next: {training_command(folders, photos)}")
 

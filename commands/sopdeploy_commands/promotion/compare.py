@@ -13,6 +13,7 @@ classes.
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypedDict
 
@@ -25,6 +26,7 @@ from sopdeploy.cli.command import command
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.permission import (
+    MIN_IMAGES,
     TOLERANCE,
     Counts,
     Rule,
@@ -39,6 +41,7 @@ from sopdeploy.evaluation.statistics import (
     holm,
     mcnemar,
 )
+from sopdeploy.photos.change import read_change
 from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
 from sopdeploy.photos.evaluation_images import open_evaluation_images, open_unknown
 from sopdeploy.photos.files import KEPT_NAME
@@ -51,6 +54,7 @@ from sopdeploy_commands.promotion.comparison import (
     Change,
     Check,
     ClassChange,
+    Period,
     show_comparison,
 )
 from sopdeploy_commands.promotion.history import count_comparisons, read_anchor
@@ -60,6 +64,7 @@ from sopdeploy_service.settings import Settings, load_settings
 Tolerance = Annotated[float, pydantic.Field(ge=0, le=50)]  # percentage points
 RECENT_DAYS = 14  # before the newest photograph that a server kept
 MIN_RECENT = 100  # photographs that decide, if there are as many
+NEWEST = 30  # photographs whose accuracy is told
 
 
 @command(show_comparison, options={"data"})
@@ -75,7 +80,8 @@ def compare(
     """Say whether a bundle is better than another one, not worse, or worse, on the same photographs.
 
     The recent photographs decide: those that a server kept in the 14 days before the newest one,
-    at least the newest 100, and all that no server kept. Training images and near-duplicates
+    at least the newest 100, and all that no server kept. During an alarm of drift, which `label` notes
+    in the folder, those since it began decide if there are 20. Training images and near-duplicates
     are left out; so are folders that are no class of either bundle, with a note.
 
     Example: sopdeploy compare bundles/photos-3f6c01d2a4b7 bundles/latest --data held-out
@@ -206,6 +212,8 @@ def compare_loaded(
         new=compare_classes(photographs, photographs.new, first.right, second.right),
         removed=sorted(first_labels - second_labels),
         notes=notes,
+        changed_at=photographs.changed_at,
+        periods=_list_periods(photographs, first.right, second.right),
     )
 
 
@@ -221,7 +229,9 @@ class Photographs(NamedTuple):
     """The photographs of a comparison: `images` with N targets, and masks (N,) of them.
 
     The `recent` ones decide. Of these, `old` are those of classes of the first bundle, `new` the
-    others, and `common` those of classes of both bundles.
+    others, and `common` those of classes of both bundles. `times` (N,) are seconds as of
+    `time.time`, 0 for a photograph that no server kept. `changed_at` is when the traffic changed,
+    if that is known.
     """
 
     images: ImageFiles
@@ -229,6 +239,8 @@ class Photographs(NamedTuple):
     old: NDArray[np.bool_]
     new: NDArray[np.bool_]
     common: NDArray[np.bool_]
+    times: NDArray[np.float64]
+    changed_at: datetime | None
 
 
 def _select_photographs(
@@ -245,7 +257,9 @@ def _select_photographs(
     all_images = open_evaluation_images(data, labels, other_classes=True, log=notes.append)
     images, left_out = _leave_out_seen(all_images, models, notes)
 
-    recent_N = _are_recent(images)
+    times_N = _read_times(images)
+    changed_at = read_change(images.root)
+    recent_N = _are_recent(times_N, changed_at)
     targets_N = images.targets.astype(np.int64)
     is_old_C = np.array([label in first_labels for label in images.labels])
     is_common_C = np.array([label in first_labels & second_labels for label in images.labels])
@@ -255,7 +269,13 @@ def _select_photographs(
 
     is_old_N = is_old_C[targets_N]
     photographs = Photographs(
-        images, recent_N, old=recent_N & is_old_N, new=recent_N & ~is_old_N, common=common_N
+        images,
+        recent_N,
+        old=recent_N & is_old_N,
+        new=recent_N & ~is_old_N,
+        common=common_N,
+        times=times_N,
+        changed_at=changed_at,
     )
     return photographs, left_out
 
@@ -360,23 +380,75 @@ def _count_needed(checks: Sequence[Check]) -> int | None:
     return needed
 
 
-def _are_recent(images: ImageFiles) -> NDArray[np.bool_]:
-    """Return the mask (N,) of recent *images*.
+def _read_times(images: ImageFiles) -> NDArray[np.float64]:
+    """Read when *images* were kept (N,), 0 for those that no server kept, whose time is not known.
 
-    Recent photographs are those that a server kept in the `RECENT_DAYS` before its newest one,
-    but at least the `MIN_RECENT` newest. The time of a kept photograph is that of its file,
-    which does not change when it is labelled. All photographs that no server kept are recent,
-    because their time is not known.
+    The time of a kept photograph is that of its file, which does not change when it is labelled.
     """
     paths = [images.path(index) for index in range(len(images))]
-    is_kept_N = np.array([KEPT_NAME.fullmatch(path.name) is not None for path in paths])
-    times_N = np.array([path.stat().st_mtime for path in paths])
+    return np.array(
+        [path.stat().st_mtime if KEPT_NAME.fullmatch(path.name) else 0.0 for path in paths]
+    )
 
+
+def _are_recent(
+    times_N: NDArray[np.float64], changed_at: datetime | None = None
+) -> NDArray[np.bool_]:
+    """Return the mask (N,) of recent photographs, which have *times_N*.
+
+    These are the photographs that a server kept since the traffic has changed, if at least
+    `MIN_IMAGES` are. Otherwise, they are those that a server kept in the `RECENT_DAYS` before its
+    newest one, but at least the `MIN_RECENT` newest, and all that no server kept.
+    """
+    if changed_at is not None:
+        is_since_N = times_N >= changed_at.timestamp()
+        if is_since_N.sum() >= MIN_IMAGES:
+            return is_since_N
+
+    is_kept_N = times_N > 0
     kept_times = np.sort(times_N[is_kept_N])[::-1]  # the newest first
     if len(kept_times) <= MIN_RECENT:
-        return np.ones(len(images), np.bool_)
+        return np.ones(len(times_N), np.bool_)
     since = min(kept_times[0] - 86_400 * RECENT_DAYS, kept_times[MIN_RECENT - 1])
     return ~is_kept_N | (times_N >= since)
+
+
+def _list_periods(
+    photographs: Photographs, first_N: NDArray[np.bool_], second_N: NDArray[np.bool_]
+) -> list[Period]:
+    """Count what both bundles get right since a change, among the newest photographs, and by week.
+
+    *first_N* and *second_N* mark the photographs that they classify correctly. Without a
+    photograph that a server kept, there are no periods, except that of a change.
+    """
+    times_N = photographs.times
+    kept = np.flatnonzero(times_N > 0)
+    parts: list[tuple[str, NDArray[np.intp]]] = []
+    if photographs.changed_at is not None:
+        is_since = times_N[kept] >= photographs.changed_at.timestamp()
+        parts.append(("since the traffic changed", kept[is_since]))
+
+    if len(kept):
+        newest_first = kept[np.argsort(-times_N[kept], kind="stable")]
+        parts.append((f"newest {min(NEWEST, len(kept))}", newest_first[:NEWEST]))
+
+    # Weeks begin on Mondays.
+    weeks: dict[str, list[int]] = {}
+    for index in kept[np.argsort(times_N[kept], kind="stable")].tolist():
+        day = datetime.fromtimestamp(times_N[index], UTC).date()
+        monday = day - timedelta(days=day.weekday())
+        weeks.setdefault(f"week of {monday}", []).append(index)
+    parts += [(name, np.asarray(indexes)) for name, indexes in weeks.items()]
+
+    return [
+        Period(
+            of=name,
+            num_images=len(part),
+            first=int(first_N[part].sum()),
+            second=int(second_N[part].sum()),
+        )
+        for name, part in parts
+    ]
 
 
 class LeftOut(TypedDict):

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import pydantic
+
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import amount, shorten
@@ -10,6 +12,7 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.permission import MIN_IMAGES, Counts, proves_class_loss
 from sopdeploy.evaluation.statistics import ALPHA, Verdict, smallest_difference
 from sopdeploy.html.report import percent
+from sopdeploy_service.labelling.label.order import NUM_SOURCES
 
 FEW = 5  # photographs of a class, which tell whether it is worse only if nearly all change
 
@@ -104,6 +107,21 @@ class Check(StrictModel):
         )
 
 
+class Period(StrictModel):
+    """Photographs of a time, `of`, and how many of them the first and the second bundle get right."""
+
+    of: str
+    num_images: int
+    first: int
+    second: int
+
+    @property
+    def line(self) -> str:
+        """The accuracies in one line."""
+        shares = [percent(right / self.num_images) for right in (self.first, self.second)]
+        return f"{self.of}: {shares[0]}, then {shares[1]} of {amount(self.num_images, 'photograph')}"
+
+
 class BundleComparison(StrictModel):
     """The second bundle compared with the first on `num_images` recent photographs.
 
@@ -116,6 +134,9 @@ class BundleComparison(StrictModel):
     `checks` decide; a comparison of before 0.2 has none. `num_more_images` would probably decide
     what is undecided, in the next attempt. `unknown` is None without unknown images; a second
     bundle that rejects significantly fewer of them is worse.
+    `changed_at` is when the traffic changed, if `label` has noted it: photographs since then decide,
+    if there are enough, and `periods` begins with these. The other periods are the newest
+    photographs and weeks.
     """
 
     first: BundleScore
@@ -140,6 +161,23 @@ class BundleComparison(StrictModel):
     new: tuple[ClassChange, ...]
     removed: tuple[str, ...]
     notes: tuple[str, ...]
+    changed_at: pydantic.AwareDatetime | None = None
+    periods: tuple[Period, ...] = ()
+
+    @property
+    def change_problem(self) -> str:
+        """Why the second bundle does not show that it has learned a change; empty without a change."""
+        if self.changed_at is None:
+            return ""
+
+        begin = f"since the traffic changed, {self.changed_at:%Y-%m-%d %H:%M} UTC"
+        since = self.periods[0].num_images if self.periods else 0
+        if since < MIN_IMAGES:
+            missing = NUM_SOURCES * (MIN_IMAGES - since)
+            return f"only {amount(since, 'photograph')} {begin}; label about {missing} more"
+        if self.periods[0].second <= self.periods[0].first:
+            return f"no better {begin}: {self.periods[0].line}"
+        return ""
 
     @property
     def passes(self) -> bool:
@@ -164,7 +202,8 @@ class BundleComparison(StrictModel):
 
         if self.num_more_images is not None:
             rounded = float(f"{self.num_more_images:.1e}")  # to two digits
-            yield f"label about {rounded:,.0f} more to decide"
+            asked = NUM_SOURCES * rounded
+            yield f"label about {asked:,.0f} more to decide, a third of which count here"
 
         if self.unknown is not None and self.unknown.is_worse:
             yield f"rejects {self.unknown.losses - self.unknown.wins} fewer unknown images"
@@ -286,4 +325,6 @@ def show_comparison(result: BundleComparison) -> None:
                 f"{percent(score.top1_all.share)}"
             )
 
+    for period in result.periods:
+        say(period.line)
     say(result.summary, style="bold")

@@ -2,10 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Annotated
+
+import pydantic
 
 from sopdeploy.bundle.live import LOG, read_log
 from sopdeploy.config import OtherVersionError, StrictModel, Text, validate_format
 from sopdeploy.errors import ConfigError
+from sopdeploy.evaluation.permission import MIN_IMAGES
 from sopdeploy.names import LinkPath
 from sopdeploy.project import Time
 from sopdeploy_commands.promotion.comparison import BundleComparison
@@ -16,7 +20,8 @@ class Promotion(StrictModel):
 
     `before` and `after` are bundles, as paths relative to the folder of the link. `before` is
     None for the first bundle; `comparison` is None if nothing was compared. `anchor` is the best
-    bundle after this move; None in the records of before 0.2.
+    bundle after this move; None in the records of before 0.2. `num_trained` photographs have
+    decided and train from now on, which the log does not tell.
     """
 
     time: Time
@@ -28,6 +33,7 @@ class Promotion(StrictModel):
     refused: bool = False
     comparison: BundleComparison | None = None
     anchor: LinkPath | None = None
+    num_trained: Annotated[int, pydantic.Field(exclude=True)] = 0
 
 
 def read_promotions(link: Path) -> list[Promotion]:
@@ -66,6 +72,8 @@ def read_link(link: Path) -> str | None:
 def count_comparisons(link: Path) -> int:
     """Count the recorded comparisons with the bundle that *link* leads to; equal ones count once.
 
+    Those on fewer than `MIN_IMAGES` photographs, which let nothing pass, do not count.
+
     If the last record is of a move that was not made, because its process ended, the next
     comparison repeats that one, which does not count.
     """
@@ -80,7 +88,9 @@ def count_comparisons(link: Path) -> int:
 
     for promotion in promotions:
         compared = promotion.comparison
-        if promotion.before == live and compared is not None:
+        if promotion.before != live or compared is None:
+            continue
+        if compared.num_images >= MIN_IMAGES:
             different.add(
                 (promotion.after, compared.num_images, compared.wins, compared.losses)
             )

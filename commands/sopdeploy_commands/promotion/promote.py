@@ -18,7 +18,7 @@ from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
 from sopdeploy.config import MAX_LINE, first_problem
-from sopdeploy.errors import ConfigError, PromotionError, StorageError, shorten
+from sopdeploy.errors import ConfigError, PromotionError, StorageError, amount, shorten
 from sopdeploy.evaluation.permission import TOLERANCE
 from sopdeploy.file_systems import flush, lock_file
 from sopdeploy.files import (
@@ -34,6 +34,7 @@ from sopdeploy.photos.files import data_folder
 from sopdeploy.project import utc_now
 from sopdeploy_commands.promotion.compare import Tolerance, compare_loaded, load_anchor
 from sopdeploy_commands.promotion.comparison import BundleComparison
+from sopdeploy_commands.promotion.decided import train_on_decided
 from sopdeploy_commands.promotion.history import (
     Promotion,
     count_comparisons,
@@ -51,6 +52,12 @@ def _show(move: Promotion) -> None:
         move.link, f"{move.after} (before: {move.before or 'nothing'})", style="bold green"
     )
     say(move.reason)
+    for period in move.comparison.periods if move.comparison else ():
+        say(period.line)
+    if move.num_trained:
+        say(
+            f"{amount(move.num_trained, 'photograph')} that decided will be trained on from now on"
+        )
 
 
 @command(_show, options={"over", "data"})
@@ -72,7 +79,8 @@ def promote(
     ones; in any case if a class certainly loses twice the tolerance, and for other objections,
     such as a class that it lacks. `promotions.jsonl` beside the link has the figures of each
     move and refusal; each further attempt at the same live bundle needs stronger evidence. The
-    new bundle is loaded before the move, which checks its hashes and outputs.
+    new bundle is loaded before the move, which checks its hashes and outputs. After the move, the
+    photographs of a server in PHOTOS-held-out, which have decided now, are moved to PHOTOS.
 
     Example: sopdeploy promote bundles/latest --over bundles/live --data held-out
 
@@ -158,7 +166,8 @@ def promote(
     if force is None and before is not None:
         anchor = _best_of(comparison, before, read_anchor(over), after)
     reason = force or comparison.summary
-    return _record_and_move(over, before, after, reason, comparison, manifest, anchor=anchor)
+    move = _record_and_move(over, before, after, reason, comparison, manifest, anchor=anchor)
+    return move.model_copy(update={"num_trained": train_on_decided(data)})
 
 
 def _best_of(comparison: BundleComparison, live: str, anchor: str | None, after: str) -> str:
@@ -210,6 +219,8 @@ def _list_objections(comparison: BundleComparison, old_name: str, new_name: str)
     objections = []
     if not comparison.passes:
         objections.append(comparison.summary)
+    if comparison.change_problem:
+        objections.append(comparison.change_problem)
     if comparison.worse_classes:
         objections.append(f"worse in {shorten(comparison.worse_classes)}")
 

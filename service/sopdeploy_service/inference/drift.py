@@ -1,26 +1,27 @@
-"""Watches the traffic of each model for drift (`sopdeploy.evaluation.drift`).
+"""Watches the traffic of each model for drift (`sopdeploy.evaluation.drift`, `watch`).
 
-Once a minute, a block of consecutive answers is taken. The first `WINDOW` answers are the
-reference, the newest `WINDOW` after them the window, which is compared after each `TEST_BLOCKS`
-blocks. When another bundle replaces the model, the newest `WINDOW` answers become its reference:
-the new bundle runs on the images that the network saw, each when no request waits, or after a
-second. Those that were labelled are left out, and so are their copies: the new bundle may have
-been trained on them.
+Once a minute, a block of consecutive predictions is taken. `Watch` divides the blocks into a
+reference and a window, which are compared from 100 predictions each on. When another bundle
+replaces the model, the reference stays: the new bundle runs on the images that the network saw,
+each when no request waits, or after a second. Those that were labelled are left out, and so are
+their copies: the new bundle may have been trained on them.
 
 With a folder of `keep`, each block is a file, which survives a restart, with the network's inputs
-as JPEG. Without one, no image is kept. The answers of two bundles are then not compared; the
-measures of the photographs, which need no network, still are.
+as JPEG, and `STATE` tells the division and the alarm. Without one, no image is kept. The
+predictions of two bundles are then not compared; the measures of the images, which need no
+network, still are.
 """
 
 import asyncio
 import hashlib
 import io
 import logging
+import math
 import time
 import zipfile
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -28,30 +29,32 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sopdeploy.decision import Decision
 from sopdeploy.evaluation.drift import (
     BLOCK,
     CAUSES,
-    WINDOW,
     Answers,
-    Comparison,
     compare_answers,
-    compare_samples,
     describe_alarms,
     measure_image,
 )
+from sopdeploy.evaluation.watch import NUM_BLOCKS, Comparisons, News, Watch
 from sopdeploy.file_systems import set_mode
 from sopdeploy.files import MAX_IMAGE_BYTES, atomic_write, read_file, remove_leftovers
-from sopdeploy.images.near_hash import NEAR_BITS, near_hash
+from sopdeploy.images.near_hash import COPY_BITS, OBJECT_BITS, near_hash
+from sopdeploy_service.inference.drift_state import (
+    STATE,
+    TRAFFIC,
+    DriftState,
+    read_drift_state,
+)
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.tasks import start_task
 
 BLOCK_SECONDS = 60.0  # between the begins of two blocks: a window is no moment of a busy hour
-NUM_BLOCKS = WINDOW // BLOCK
-TEST_BLOCKS = 10  # new ones in the window from test to test
-MIN_BLOCKS = 20  # of a reference, after the labelled photographs are left out
-TRAFFIC = ".traffic"  # subfolder of the folder of kept photographs
+MIN_BLOCKS = 4  # of a reference, after the labelled photographs are left out
 BLOCK_SUFFIX = ".npz"
 JPEG_QUALITY = 95
 # What reading a file raises that is damaged or was deleted.
@@ -63,58 +66,62 @@ log = logging.getLogger("sopdeploy.drift")
 RunImage: TypeAlias = Callable[
     [Model, NDArray[np.uint8]], Awaitable[NDArray[np.float32] | None]
 ]
-# Tells whether a file with this hash and these logits is kept to be trained on.
-IsWorthLabel: TypeAlias = Callable[[Model, NDArray[np.float32], str], bool]
+# Reads the near hashes of the photographs that have a label.
+ReadLabelled: TypeAlias = Callable[[], set[int]]
 
 
 class Seen(NamedTuple):
-    """An answer: the network's input (H, W, 3), the logits (C,), the id of the file, which may be empty.
-
-    `is_worth` says that the file may have been kept to be trained on.
-    """
+    """An answer: the network's input (H, W, 3), the logits (C,), the id of the file, which may be empty."""
 
     pixels: NDArray[np.uint8]
     logits: NDArray[np.float32]
     identity: str = ""
-    is_worth: bool = False
 
 
 class Block(NamedTuple):
-    """`BLOCK` answers of the bundle *version* in their order; *path* is their file, if they have one."""
+    """`BLOCK` answers of the bundle *version* in their order; *path* is their file, if they have one.
+
+    *time* is when they were complete, in seconds as of `time.time`.
+    """
 
     version: str
     answers: Answers
     identities: NDArray[np.str_]
     near_hashes: NDArray[np.uint64]
-    are_worth: NDArray[np.bool_]
+    time: float
     path: Path | None = None
+
+    @property
+    def number(self) -> float:
+        """Of its file; infinity without one."""
+        return math.inf if self.path is None else int(self.path.stem)
 
 
 @dataclass(eq=False)
 class ModelTraffic:
-    """The answers of the model *name*, in blocks.
+    """The answers of the model *name*, in blocks that *watch* divides.
 
-    *version* is that of its present bundle; the *reference* may be of an earlier one.
+    *version*, *num_classes* and *rules* are those of its present bundle; the reference may be of
+    an earlier one. *since* is when an alarm began, in seconds as of `time.time`.
     """
 
     name: str
     version: str
     num_classes: int
+    rules: Decision
     folder: Path | None
-    reference: list[Block] = field(default_factory=list)
-    window: deque[Block] = field(default_factory=lambda: deque(maxlen=NUM_BLOCKS))
+    watch: Watch[Block] = field(default_factory=Watch)
+    since: float = 0.0
     seen: list[Seen] = field(default_factory=list)  # of the block that is being taken
     next_begin: float = 0.0  # of a block
-    num_untested: int = 0  # blocks of the window since the last test
     next_number: int = 0  # of a file
     is_busy: bool = False  # a block is being closed, or a new bundle runs
-    comparisons: dict[str, Comparison] = field(default_factory=dict)
-    was_alarm: bool = False
+    comparisons: Comparisons = field(default_factory=dict)
 
     @property
     def blocks(self) -> list[Block]:
         """The reference and the window."""
-        return [*self.reference, *self.window]
+        return [*self.watch.reference, *self.watch.window]
 
 
 class DriftMonitor:
@@ -126,15 +133,18 @@ class DriftMonitor:
         self._run = run
         self._folder: Path | None = None
         self._keep_seconds = 0.0
-        self._is_worth: IsWorthLabel = lambda *_: False
+        self._read_labelled: ReadLabelled = set
         self._traffic: dict[str, ModelTraffic] = {}  # by name of the model
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def keep_in(self, folder: Path, keep_days: float, is_worth: IsWorthLabel) -> None:
-        """Keep blocks beside the kept photographs in *folder*, for *keep_days*; *is_worth* is the keeper's."""
+    def keep_in(self, folder: Path, keep_days: float, read_labelled: ReadLabelled) -> None:
+        """Keep blocks beside the kept photographs in *folder*, for *keep_days*.
+
+        *read_labelled* reads the near hashes of the photographs that got a label there.
+        """
+        self._read_labelled = read_labelled
         self._folder = folder
         self._keep_seconds = 86_400 * keep_days
-        self._is_worth = is_worth
 
     def offer(self, model: Model, image: object, prediction: Prediction) -> None:
         """Take the answer of *model*, the one that is served now, if a block is being taken or due.
@@ -159,9 +169,7 @@ class DriftMonitor:
         logits = prediction.outputs[model.logits_name]
         answer = Seen(prediction.pixels.copy(), logits)
         if isinstance(image, bytes):
-            sha256 = hashlib.sha256(image).hexdigest()
-            is_worth = self._is_worth(model, logits, sha256)
-            answer = answer._replace(identity=sha256[:32], is_worth=is_worth)
+            answer = answer._replace(identity=hashlib.sha256(image).hexdigest()[:32])
         traffic.seen.append(answer)
 
         if len(traffic.seen) == BLOCK:
@@ -170,16 +178,20 @@ class DriftMonitor:
     def _open(self, model: Model) -> ModelTraffic:
         """Begin the traffic of *model*, or go on with that of its folder."""
         folder = None if self._folder is None else self._folder / TRAFFIC / model.name
-        traffic = ModelTraffic(model.name, model.version, len(model.labels), folder)
+        rules = model.bundle.manifest.rules
+        traffic = ModelTraffic(model.name, model.version, len(model.labels), rules, folder)
         self._traffic[model.name] = traffic
         if folder is not None and folder.is_dir():
             self._start(traffic, self._read(traffic, folder))
+        else:
+            log_when_due(traffic)
         self._publish(traffic)
         return traffic
 
     async def _read(self, traffic: ModelTraffic, folder: Path) -> None:
         """Read the blocks of *traffic* in *folder*; answers wait for nothing."""
         await asyncio.to_thread(read_traffic, traffic, folder, self._keep_seconds)
+        log_when_due(traffic)
         self._publish(traffic)
 
     def _start(self, traffic: ModelTraffic, work: Awaitable[None]) -> None:
@@ -201,59 +213,38 @@ class DriftMonitor:
         """Add the block that is complete, and compare the window if it is due."""
         block = await asyncio.to_thread(make_block, traffic, traffic.seen)
 
-        # The window begins when the reference is complete.
-        if len(traffic.reference) < NUM_BLOCKS and not traffic.window:
-            traffic.reference.append(block)
-        else:
-            traffic.window.append(block)
-            traffic.num_untested += 1
-        await asyncio.to_thread(delete_unneeded, traffic, self._keep_seconds)
+        if traffic.watch.add(block):
+            window = traffic.watch.window
+            traffic.comparisons, news = await asyncio.to_thread(
+                traffic.watch.test, lambda *parts: compare_blocks(traffic, *parts)
+            )
+            if news is not None:
+                log_news(traffic, news, window)
 
-        if len(traffic.window) == NUM_BLOCKS and traffic.num_untested >= TEST_BLOCKS:
-            traffic.num_untested = 0
-            traffic.comparisons = await asyncio.to_thread(compare_traffic, traffic)
-            self._log_alarms(traffic)
-            # Not during an alarm: drifted answers would become the reference.
-            if not traffic.was_alarm:
-                renew_reference(traffic)
+        await asyncio.to_thread(store_state, traffic)
+        await asyncio.to_thread(delete_unneeded, traffic, self._keep_seconds)
         self._publish(traffic)
 
-    def _log_alarms(self, traffic: ModelTraffic) -> None:
-        """Log when an alarm begins or ends, as the last comparison shows; note it in `was_alarm`."""
-        alarms = describe_alarms(traffic.comparisons)
-        if alarms and not traffic.was_alarm:
-            log.warning(
-                "%s: drift in the last %s images: %s; label 60, half of them of the sample, train, compare, "
-                "promote",
-                traffic.name,
-                f"{WINDOW:,}",
-                alarms,
-            )
-        if traffic.was_alarm and not alarms:
-            log.info("%s: no drift any more", traffic.name)
-        traffic.was_alarm = bool(alarms)
-
     async def _replace(self, traffic: ModelTraffic, model: Model) -> None:
-        """Make the newest answers the reference of *model*, a new bundle, which runs on their images.
+        """Let *model*, a new bundle, run on the images of the reference.
 
         With fewer than `MIN_BLOCKS` blocks of its own answers, those of the earlier bundle stay.
         """
-        traffic.reference = traffic.blocks[-NUM_BLOCKS:]
-
         # Nothing is known of the answers of the new bundle yet.
-        traffic.window.clear()
+        reference = traffic.watch.reference
+        traffic.watch.replace(reference)
         traffic.version = model.version
         traffic.num_classes = len(model.labels)
-        traffic.num_untested = 0
+        traffic.rules = model.bundle.manifest.rules
         traffic.comparisons = {}
-        traffic.was_alarm = False
         self._publish(traffic)
 
         # The answers of the new bundle, in blocks again.
-        are_labelled = await asyncio.to_thread(find_labelled, traffic.reference, self._folder)
+        labelled = await asyncio.to_thread(self._read_labelled)
+        are_labelled = await asyncio.to_thread(find_labelled, reference, labelled)
         blocks = list[Block]()
         seen = list[Seen]()
-        for block, left_out in zip(traffic.reference, are_labelled, strict=True):
+        for block, left_out in zip(reference, are_labelled, strict=True):
             images = await asyncio.to_thread(read_inputs, block)
             # A block whose file is missing or damaged has no images.
             for image, identity, is_left_out in zip(
@@ -267,7 +258,8 @@ class DriftMonitor:
                     seen = []
 
         if len(blocks) >= MIN_BLOCKS:
-            traffic.reference = blocks
+            traffic.watch.replace(blocks)
+        await asyncio.to_thread(store_state, traffic)
         await asyncio.to_thread(delete_unneeded, traffic, self._keep_seconds)
 
     def keep_only(self, names: Iterable[str]) -> None:
@@ -281,12 +273,12 @@ class DriftMonitor:
     def _publish(self, traffic: ModelTraffic) -> None:
         """Set the metrics: the images of the window, and the last comparison, if there is one."""
         metrics = self._metrics
-        metrics.drift_images.labels(traffic.name).set(len(traffic.window) * BLOCK)
+        metrics.drift_images.labels(traffic.name).set(len(traffic.watch.window) * BLOCK)
         for name in CAUSES:
             if name in traffic.comparisons:
-                shift, p_value = traffic.comparisons[name]
-                metrics.drift_shift.labels(traffic.name, name).set(shift)
-                metrics.drift_p_value.labels(traffic.name, name).set(p_value)
+                compared = traffic.comparisons[name]
+                metrics.drift_shift.labels(traffic.name, name).set(compared.shift)
+                metrics.drift_p_value.labels(traffic.name, name).set(compared.p_value)
             else:
                 metrics.drift_shift.remove(traffic.name, name)
                 metrics.drift_p_value.remove(traffic.name, name)
@@ -296,12 +288,20 @@ def make_block(traffic: ModelTraffic, seen: Sequence[Seen]) -> Block:
     """Describe the answers that were *seen*; with a folder, write them and the network's inputs to a file."""
     measures = np.stack([measure_image(answer.pixels) for answer in seen])
     hashes = [int(near_hash(answer.pixels), 16) for answer in seen]
+
+    # Which images `known` rejects, if the bundle has a threshold for it.
+    known = [traffic.rules.answer(answer.logits, top_k=1).known for answer in seen]
+    unknown_N = None
+    if None not in known:
+        unknown_N = np.asarray([is_known is False for is_known in known], np.float32)
+
+    logits_NC = np.stack([answer.logits for answer in seen])
     block = Block(
         version=traffic.version,
-        answers=Answers.of(np.stack([answer.logits for answer in seen]), measures),
+        answers=Answers.of(logits_NC, measures, unknown_N),
         identities=np.asarray([answer.identity for answer in seen]),
         near_hashes=np.asarray(hashes, np.uint64),
-        are_worth=np.asarray([answer.is_worth for answer in seen]),
+        time=time.time(),
     )
     if traffic.folder is None:
         return block
@@ -323,7 +323,7 @@ def write_block(path: Path, block: Block, images: Sequence[NDArray[np.uint8]]) -
         "version": np.asarray(block.version),
         "identities": block.identities,
         "near_hashes": block.near_hashes,
-        "are_worth": block.are_worth,
+        "time": np.asarray(block.time),
         **block.answers._asdict(),
     }
     for number, pixels in enumerate(images):
@@ -339,12 +339,17 @@ def write_block(path: Path, block: Block, images: Sequence[NDArray[np.uint8]]) -
 def read_block(path: Path) -> Block:
     """Read a block without its images; raises one of `DAMAGED` for a damaged file."""
     with np.load(io.BytesIO(read_file(path, MAX_IMAGE_BYTES)), allow_pickle=False) as arrays:
+        identities = arrays["identities"]
+        # What blocks of 0.2.0 lack: which images were rejected is not known, and the time is
+        # that of the file.
+        parts = {"unknown": np.full(len(identities), np.nan, np.float32), **arrays}
+        taken_at = arrays["time"] if "time" in arrays else path.stat().st_mtime
         return Block(
             version=str(arrays["version"]),
-            answers=Answers(*(arrays[name] for name in Answers._fields)),
-            identities=arrays["identities"],
+            answers=Answers(*(parts[name] for name in Answers._fields)),
+            identities=identities,
             near_hashes=arrays["near_hashes"],
-            are_worth=arrays["are_worth"],
+            time=float(taken_at),
             path=path,
         )
 
@@ -368,7 +373,8 @@ def read_inputs(block: Block) -> list[NDArray[np.uint8]]:
 def read_traffic(traffic: ModelTraffic, folder: Path, keep_seconds: float) -> None:
     """Read the blocks in *folder* of the last bundle that answered, and make *traffic* that of this bundle.
 
-    The oldest `NUM_BLOCKS` are the reference, the others the window.
+    Without a state, as in folders of 0.2.0, the oldest `NUM_BLOCKS` are the reference, the
+    others the window.
     """
     remove_leftovers(folder)
     blocks = list[Block]()
@@ -378,11 +384,47 @@ def read_traffic(traffic: ModelTraffic, folder: Path, keep_seconds: float) -> No
         except DAMAGED as error:
             log.warning("%s: is not read (%s)", path, error)
         traffic.next_number = int(path.stem) + 1
-    if blocks:
-        traffic.version = blocks[-1].version
-        own = [block for block in blocks if block.version == traffic.version]
-        traffic.reference = own[:NUM_BLOCKS]
-        traffic.window.extend(own[NUM_BLOCKS:])
+    if not blocks:
+        return
+
+    traffic.version = blocks[-1].version
+    own = [block for block in blocks if block.version == traffic.version]
+    watch = traffic.watch
+    state = read_drift_state(folder / STATE)
+    if state is None:
+        watch.reference = own[:NUM_BLOCKS]
+        watch.window = own[NUM_BLOCKS:][-NUM_BLOCKS:]
+        return
+
+    # A reference without images may be of an earlier bundle.
+    watch.reference = [block for block in blocks if block.number in state.reference]
+    watch.window = [block for block in own if block.number not in state.reference]
+    if state.since is not None:
+        traffic.since = state.since.timestamp()
+        watch.alarm_blocks = state.alarm_blocks
+        watch.is_replaced = state.is_replaced
+
+
+def store_state(traffic: ModelTraffic) -> None:
+    """Write the division of the blocks and the alarm to the folder of *traffic*, if it has one."""
+    if traffic.folder is None or not traffic.folder.is_dir():
+        return
+
+    watch = traffic.watch
+    since = datetime.fromtimestamp(traffic.since, UTC) if watch.is_alarm else None
+    state = DriftState(
+        reference=tuple(int(block.number) for block in watch.reference if block.path),
+        since=since,
+        alarm_blocks=watch.alarm_blocks,
+        is_replaced=watch.is_replaced,
+    )
+    path = traffic.folder / STATE
+    try:
+        with atomic_write(path) as partial:
+            set_mode(partial, 0o600)
+            partial.write_text(state.model_dump_json(), encoding="utf-8")
+    except OSError as error:
+        log.warning("%s: cannot be written (%s)", path, error.strerror)
 
 
 def list_blocks(folder: Path, keep_seconds: float) -> Iterator[Path]:
@@ -405,47 +447,81 @@ def delete_unneeded(traffic: ModelTraffic, keep_seconds: float) -> None:
             path.unlink(missing_ok=True)
 
 
-def find_labelled(blocks: Sequence[Block], folder: Path | None) -> list[NDArray[np.bool_]]:
-    """Return, for each of *blocks*, the mask of the answers whose photographs count as labelled.
+def find_labelled(blocks: Sequence[Block], labelled: set[int]) -> list[NDArray[np.bool_]]:
+    """Return, for each of *blocks*, the mask of the answers about photographs with *labelled* near hashes.
 
-    A photograph is labelled if it was kept in *folder* to be trained on and is not there any
-    more; its near-duplicates count, too. Letters: N answers of a block, L labelled photographs.
+    Copies count, and the other frames of an object, which are in the same block. Letters: N
+    answers of a block, L labelled photographs.
     """
-    if folder is None or not blocks:
-        return [np.zeros(len(block.identities), np.bool_) for block in blocks]
-
-    # What still has a record in the folder waits for its label.
-    waiting = [path.stem for path in folder.iterdir() if path.suffix == ".json"]
-    labelled_hashes = np.concatenate(
-        [
-            block.near_hashes[block.are_worth & ~np.isin(block.identities, waiting)]
-            for block in blocks
-        ]
-    )
+    labelled_L = np.asarray(sorted(labelled), np.uint64)
 
     def resemble_labelled(hashes_N: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        bits_NL = np.bitwise_count(hashes_N[:, None] ^ np.unique(labelled_hashes)[None])
-        near_N: NDArray[np.bool_] = (bits_NL <= NEAR_BITS).any(axis=1)
-        return near_N
+        is_copy_N = _are_within(hashes_N, labelled_L, COPY_BITS)
+        return _are_within(hashes_N, hashes_N[is_copy_N], OBJECT_BITS)
 
     return [resemble_labelled(block.near_hashes) for block in blocks]
 
 
-def renew_reference(traffic: ModelTraffic) -> None:
-    """Replace a reference with answers of an earlier bundle by the window, so that answers compare, too."""
-    if any(block.version != traffic.version for block in traffic.reference):
-        traffic.reference = list(traffic.window)
-        traffic.window.clear()
+def _are_within(
+    hashes_N: NDArray[np.uint64], others_L: NDArray[np.uint64], bits: int
+) -> NDArray[np.bool_]:
+    """Return the mask of the hashes that differ in at most so many *bits* from one of the others."""
+    bits_NL = np.bitwise_count(hashes_N[:, None] ^ others_L[None])
+    near_N: NDArray[np.bool_] = (bits_NL <= bits).any(axis=1)
+    return near_N
 
 
-def compare_traffic(traffic: ModelTraffic) -> dict[str, Comparison]:
-    """Compare the window with the reference; of a reference with answers of another bundle, only the photographs."""
-    reference = join_answers(traffic.reference)
-    window = join_answers(traffic.window)
-    if all(block.version == traffic.version for block in traffic.reference):
-        return compare_answers(reference, window, traffic.num_classes)
-    measures = [answers.image.astype(np.float64) for answers in (reference, window)]
-    return {"image": compare_samples(*measures)}
+def compare_blocks(
+    traffic: ModelTraffic, reference: Sequence[Block], window: Sequence[Block]
+) -> Comparisons:
+    """Compare *window* with *reference*; with answers of another bundle, only the images."""
+    compared = compare_answers(
+        join_answers(reference), join_answers(window), traffic.num_classes
+    )
+    if any(block.version != traffic.version for block in reference):
+        return {"image": compared["image"]}
+    return compared
+
+
+def log_when_due(traffic: ModelTraffic) -> None:
+    """Log how many images are needed until the traffic is compared, if it was not yet."""
+    if not traffic.comparisons and not traffic.watch.is_alarm:
+        log.info(
+            "%s: drift is compared for the first time after %d images",
+            traffic.name,
+            traffic.watch.num_needed * BLOCK,
+        )
+
+
+def log_news(traffic: ModelTraffic, news: News, window: Sequence[Block]) -> None:
+    """Log what is *new* about an alarm, whose *window* was compared."""
+    watch = traffic.watch
+    if news == "ends":
+        log.info("%s: no drift any more", traffic.name)
+        return
+
+    if news == "begins":
+        traffic.since = watch.window[0].time
+
+    # The share of rejected images is told in any case.
+    before = join_answers(watch.reference)
+    now = join_answers(window).newest(BLOCK * watch.alarm_blocks)
+    shares = ""
+    if before.has_unknown and now.has_unknown:
+        shares = f"; rejected {now.unknown.mean():.0%} of the images, before {before.unknown.mean():.0%}"
+
+    since = datetime.fromtimestamp(traffic.since, UTC)
+    causes = describe_alarms(traffic.comparisons)
+    text = "drift" if news == "begins" else "the new bundle does not end the drift"
+    log.warning(
+        "%s: %s since %s, in the last %d images: %s%s; label 60, train, promote",
+        traffic.name,
+        text,
+        f"{since:%Y-%m-%d %H:%M} UTC",
+        len(now.classes),
+        causes,
+        shares,
+    )
 
 
 def join_answers(blocks: Iterable[Block]) -> Answers:

@@ -12,6 +12,7 @@ must not count them.
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -31,6 +32,7 @@ from sopdeploy.photos.files import KEPT_NAME
 
 Reason = Literal["unknown", "low_margin", "sample", "reported"]
 MAX_KEPT_LABELS = 100  # classes of a record
+LABELLED = ".labelled"  # suffix of the record of a photograph that has a label
 
 log = logging.getLogger("sopdeploy_service.labelling.kept")
 
@@ -97,6 +99,15 @@ def read_record(path: Path) -> KeptRecord:
     """
     fields = parse_json(read_file(path, MAX_TEXT_BYTES))
     return validate_format(KeptRecord, fields, ignore_unknown=True)
+
+
+def read_labelled(folder: Path) -> list[KeptRecord]:
+    """Read the records in *folder* and its subfolders of photographs that have a label, without damaged ones."""
+    records = []
+    for path in sorted(folder.rglob(f"*{LABELLED}")):
+        with suppress(OSError, ValueError):
+            records.append(read_record(path))
+    return records
 
 
 def read_kept(folder: Path) -> list[Kept]:

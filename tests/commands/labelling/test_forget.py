@@ -181,10 +181,9 @@ def test_the_inputs_of_consecutive_answers_go_with_the_photograph(folders: list[
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.zeros((1, 16, 16, 3), np.uint8)
         answers = Answers.of(np.zeros((1, 2), np.float32), np.zeros((1, 3), np.float32))
-        no = np.zeros(1, np.bool_)
         write_block(
             path,
-            Block("one", answers, np.asarray([identity]), np.zeros(1, np.uint64), no),
+            Block("one", answers, np.asarray([identity]), np.zeros(1, np.uint64), 0.0),
             pixels,
         )
         blocks.append(path)

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sopdeploy.decision import Decision, Rejection
+from sopdeploy.evaluation import watch
 from sopdeploy_service.inference import drift
 from sopdeploy_service.inference.drift import BLOCK, DriftMonitor, ModelTraffic, find_labelled
+from sopdeploy_service.inference.drift_state import TRAFFIC, read_alarms
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.observability.metrics import Metrics
 from tests.support.service import wait_for
@@ -21,51 +23,65 @@ SIDE = 16
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch) -> None:
-    for name, value in {
-        "BLOCK_SECONDS": 0.0,
-        "NUM_BLOCKS": 10,
-        "TEST_BLOCKS": 5,
-        "MIN_BLOCKS": 4,
-    }.items():
-        monkeypatch.setattr(drift, name, value)
+    monkeypatch.setattr(drift, "BLOCK_SECONDS", 0.0)
 
 
-def model(version: str = "one", classes: int = 3) -> Any:
+def model(version: str = "one", classes: int = 3, threshold: float = -10.0) -> Any:
     labels = [str(number) for number in range(classes)]
-    return SimpleNamespace(name="tiny", version=version, labels=labels, logits_name="logits")
+    rules = Decision(rejection=Rejection(threshold=threshold))
+    bundle = SimpleNamespace(manifest=SimpleNamespace(rules=rules))
+    return SimpleNamespace(
+        name="tiny", version=version, labels=labels, logits_name="logits", bundle=bundle
+    )
 
 
 class Site:
     """A monitor in an event loop of its own, and answers for it."""
 
-    def __init__(
-        self, folder: Path | None = None, ran: Callable[..., Any] | None = None
-    ) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         self.ran: list[tuple[str, Any]] = []
+        self.labelled: set[int] = set()  # near hashes
+        self.level = 0.0  # mean of the logits of a new bundle for the images of the reference
 
         async def run(served: Any, pixels: np.ndarray) -> np.ndarray:
             self.ran.append((served.version, pixels))
-            return np.zeros(len(served.labels), np.float32) if ran is None else ran(pixels)
+            size = len(served.labels)
+            return (
+                np.random.default_rng(len(self.ran))
+                .normal(self.level, size=size)
+                .astype(np.float32)
+            )
 
         self.metrics = Metrics()
         self.monitor = DriftMonitor(self.metrics, run)
         if folder is not None:
-            self.monitor.keep_in(folder, 1.0, lambda _model, logits, _hash: bool(logits[0] > 2))
+            self.monitor.keep_in(folder, 1.0, lambda: self.labelled)
 
-    def send(self, blocks: int, served: Any = None, *, light: int = 60, seed: int = 0) -> None:
-        """Offer so many *blocks* of answers about images with mean *light*, and wait for each."""
+    def send(
+        self,
+        blocks: int,
+        served: Any = None,
+        *,
+        light: int = 60,
+        seed: int = 0,
+        fall: float = 0.0,
+    ) -> None:
+        """Offer so many *blocks* of answers about images with mean *light*, and wait for each.
+
+        The logits *fall* by so much.
+        """
         served = served or model()
         random = np.random.default_rng(seed)
 
         # After a restart, the first answer only begins to read the blocks.
         folder = self.monitor._folder
         is_first = served.name not in self.monitor._traffic
-        reads = is_first and folder is not None and (folder / drift.TRAFFIC / "tiny").is_dir()
+        reads = is_first and folder is not None and (folder / TRAFFIC / "tiny").is_dir()
 
         async def offer() -> None:
             for number in range(-reads, blocks * BLOCK):
                 pixels = random.integers(0, 2 * light, (SIDE, SIDE, 3), np.uint8)
-                logits = random.normal(size=len(served.labels)).astype(np.float32)
+                logits = random.normal(size=len(served.labels)).astype(np.float32) - fall
                 prediction = Prediction({"logits": logits}, {}, pixels, ())
                 self.monitor.offer(served, f"{seed}-{number}".encode(), prediction)
                 await asyncio.gather(*self.monitor._tasks)
@@ -84,22 +100,75 @@ class Site:
 def test_a_window_is_compared_with_the_earlier_answers_and_an_alarm_is_logged_once(
     caplog,
 ) -> None:
+    caplog.set_level("INFO", "sopdeploy.drift")
     site = Site()
     site.send(20)
+    assert "compared for the first time after 400 images" in caplog.text
     assert site.sample("p_value", "image") is not None
-    assert "drift" not in caplog.text
+    assert "drift since" not in caplog.text
+
     site.send(15, light=100, seed=1)
     assert site.sample("shift", "image") > 0.1
-    assert site.sample("p_value", "image") < 0.0025
-    assert caplog.text.count("drift in the last") == 1
+    assert site.sample("p_value", "image") < 0.002
+    assert caplog.text.count("drift since") == 1
     assert "a camera, the light" in caplog.text
+
+
+def test_an_alarm_comes_within_two_hundred_images_and_names_the_share_that_is_rejected(
+    caplog,
+) -> None:
+    """All images are accepted before; then the logits fall below the threshold."""
+    site = Site()
+    site.send(12, model(threshold=0.0))
+    assert not site.traffic.watch.is_alarm
+    site.send(8, model(threshold=0.0), seed=1, fall=5.0)
+    assert site.traffic.watch.is_alarm
+    assert "rejected 100% of the images, before" in caplog.text
+
+
+@pytest.mark.file_times
+def test_an_alarm_outlives_a_new_bundle_that_is_as_unsure_and_a_restart(
+    tmp_path, caplog
+) -> None:
+    site = Site(tmp_path)
+    site.send(12, model(threshold=0.0))
+    site.send(8, model(threshold=0.0), seed=1, fall=5.0)
+    [since] = read_alarms(tmp_path).values()
+
+    # The new bundle accepts the images of the reference, and rejects the newest ones.
+    site.level = 3.0
+    site.send(12, model("two", threshold=0.0), seed=2, fall=5.0)
+    assert site.traffic.watch.is_alarm
+    assert caplog.text.count("the new bundle does not end the drift") == 1
+
+    again = Site(tmp_path)
+    again.send(1, model("two", threshold=0.0), seed=3, fall=5.0)
+    assert again.traffic.watch.is_alarm
+    assert list(read_alarms(tmp_path).values()) == [since]
+
+
+@pytest.mark.file_times
+def test_an_alarm_ends_with_a_bundle_that_has_learned_the_change(tmp_path, caplog) -> None:
+    """The images stay darker, which is the world's and no alarm any more."""
+    caplog.set_level("INFO", "sopdeploy.drift")
+    site = Site(tmp_path)
+    site.send(12)
+    site.send(8, seed=1, light=100, fall=5.0)
+    assert site.traffic.watch.is_alarm
+
+    site.send(1 + watch.END_BLOCKS, model("two"), seed=2, light=100)
+    assert not site.traffic.watch.is_alarm
+    assert "no drift any more" in caplog.text
+    assert not read_alarms(tmp_path)
+    site.send(8, model("two"), seed=3, light=100)
+    assert not site.traffic.watch.is_alarm
 
 
 def test_no_image_is_kept_without_a_folder_and_photographs_are_compared_across_bundles(
     tmp_path,
 ) -> None:
     site = Site()
-    site.send(10)
+    site.send(12)
     site.send(11, model("two"), light=100)  # one more: the first answer is that of the change
     assert site.traffic.version == "two"
     assert not site.ran
@@ -111,52 +180,75 @@ def test_no_image_is_kept_without_a_folder_and_photographs_are_compared_across_b
 def test_blocks_survive_a_restart_and_only_their_owner_can_read_them(tmp_path) -> None:
     site = Site(tmp_path)
     site.send(12)
-    files = sorted((tmp_path / drift.TRAFFIC / "tiny").iterdir())
+    reference = len(site.traffic.watch.reference)
+    files = sorted((tmp_path / TRAFFIC / "tiny").glob("*.npz"))
     assert len(files) == 12
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
 
     again = Site(tmp_path)
     again.send(1, seed=1)
-    assert len(again.traffic.reference) == 10
-    assert len(again.traffic.window) == 3
-    first, last = again.traffic.reference[0], again.traffic.window[-1]
-    np.testing.assert_array_equal(first.answers.image, site.traffic.reference[0].answers.image)
+    assert len(again.traffic.watch.reference) == reference
+    assert len(again.traffic.blocks) == 13
+    first, last = again.traffic.watch.reference[0], again.traffic.watch.window[-1]
+    np.testing.assert_array_equal(
+        first.answers.image, site.traffic.watch.reference[0].answers.image
+    )
     assert last.path == files[-1].with_name("00000012.npz")
 
 
 @pytest.mark.file_times
-def test_a_new_bundle_runs_on_the_newest_images_but_those_that_were_labelled(tmp_path) -> None:
+def test_blocks_of_an_earlier_version_are_divided_by_their_age(tmp_path) -> None:
+    """They have no state, no time and no share of rejected images."""
+    Site(tmp_path).send(12)
+    folder = tmp_path / TRAFFIC / "tiny"
+    (folder / "state.json").unlink()
+    for path in folder.glob("*.npz"):
+        with np.load(path) as arrays:
+            old = {name: arrays[name] for name in arrays if name not in {"time", "unknown"}}
+        np.savez(path, are_worth=np.zeros(BLOCK, np.bool_), **old)
+
+    again = Site(tmp_path)
+    again.send(1, seed=1)
+    assert not again.traffic.blocks[0].answers.has_unknown
+    assert len(again.traffic.blocks) == 13
+
+
+@pytest.mark.file_times
+def test_a_new_bundle_runs_on_the_images_of_the_reference_but_those_that_were_labelled(
+    tmp_path,
+) -> None:
     site = Site(tmp_path)
     site.send(14)
-    worth = [block.are_worth.sum() for block in site.traffic.blocks[-10:]]
-    assert sum(worth) > 0
+    reference = site.traffic.watch.reference
+    site.labelled = {int(block.near_hashes[0]) for block in reference[:3]}
 
     site.send(1, model("two", classes=4), seed=1)
     assert {version for version, _ in site.ran} == {"two"}
-    left_out = 10 * BLOCK - len(site.ran)
-    assert left_out >= sum(worth)  # near-duplicates, too
-    assert len(site.traffic.reference) == len(site.ran) // BLOCK
-    assert {block.version for block in site.traffic.reference} == {"two"}
+    left_out = len(reference) * BLOCK - len(site.ran)
+    assert left_out >= 3
+    assert len(site.traffic.watch.reference) == len(site.ran) // BLOCK
+    assert {block.version for block in site.traffic.watch.reference} == {"two"}
 
     # Also after a restart, and only what is needed remains.
     again = Site(tmp_path)
     again.send(1, model("two", classes=4), seed=2)
     assert not again.ran
-    versions = {block.version for block in again.traffic.blocks}
-    assert versions == {"two"}
+    assert {block.version for block in again.traffic.blocks} == {"two"}
     paths = {block.path for block in again.traffic.blocks}
-    assert set((tmp_path / drift.TRAFFIC / "tiny").iterdir()) == paths
+    assert set((tmp_path / TRAFFIC / "tiny").glob("*.npz")) == paths
 
 
-def test_a_photograph_that_waits_for_its_label_was_not_trained_on(tmp_path) -> None:
+def test_copies_of_a_labelled_photograph_and_frames_of_its_object_are_left_out(
+    tmp_path,
+) -> None:
     site = Site(tmp_path)
     site.send(1)
-    block = site.traffic.reference[0]
-    [left_out] = find_labelled([block], tmp_path)
-    assert left_out[block.are_worth].all()
-    for identity in block.identities:
-        (tmp_path / f"{identity}.json").touch()
-    [left_out] = find_labelled([block], tmp_path)
+    [block] = site.traffic.watch.reference
+    hashes = block.near_hashes.copy()
+    hashes[:3] = [0, 0b1, 0b111_1111]
+    [left_out] = find_labelled([block._replace(near_hashes=hashes)], {0})
+    assert left_out[:3].all()
+    [left_out] = find_labelled([block], set())
     assert not left_out.any()
 
 
@@ -171,18 +263,18 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_block_is_skipped_with_a_warning(tmp_path, damage, caplog) -> None:
     Site(tmp_path).send(3)
-    DAMAGES[damage](sorted((tmp_path / drift.TRAFFIC / "tiny").iterdir())[1])
+    DAMAGES[damage](sorted((tmp_path / TRAFFIC / "tiny").iterdir())[1])
     again = Site(tmp_path)
     again.send(1, seed=1)
-    assert len(again.traffic.reference) == 3
+    assert len(again.traffic.blocks) == 3
     assert "00000001.npz: is not read" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_costs_no_answer(tmp_path, caplog) -> None:
-    (tmp_path / drift.TRAFFIC).write_text("")
+    (tmp_path / TRAFFIC).write_text("")
     site = Site(tmp_path)
     site.send(2)
-    assert len(site.traffic.reference) == 2
+    assert len(site.traffic.blocks) == 2
     assert "cannot be written" in caplog.text
 
 
@@ -206,9 +298,9 @@ def test_a_new_bundle_has_no_metrics_of_the_one_before() -> None:
 def test_blocks_that_are_too_old_are_deleted(tmp_path) -> None:
     Site(tmp_path).send(3)
     again = Site()
-    again.monitor.keep_in(tmp_path, -1.0, lambda *_: False)
+    again.monitor.keep_in(tmp_path, -1.0, set)
     again.send(1)
-    assert len(again.traffic.reference) == 1
+    assert len(again.traffic.blocks) == 1
 
 
 @pytest.mark.file_times
@@ -219,10 +311,10 @@ def test_a_server_counts_what_it_classifies_but_no_report(
     files = [("image", ("x.jpg", jpeg))] * 5
     for _ in range(5):
         assert client.post("/v1/classify", files=files).status_code == 200
-    wait_for(lambda: list((tmp_path / drift.TRAFFIC).glob("*/*.npz")))
-    [block] = (tmp_path / drift.TRAFFIC).glob("*/*.npz")
+    wait_for(lambda: list((tmp_path / TRAFFIC).glob("*/*.npz")))
+    [block] = (tmp_path / TRAFFIC).glob("*/*.npz")
     assert len(drift.read_block(block).identities) == BLOCK
     assert re.search(r'drift_images{model="\w+"} 0.0', client.get("/metrics").text)
     for _ in range(5):
         client.post("/v1/classify?reported=", files=files)
-    assert len(list((tmp_path / drift.TRAFFIC).glob("*/*.npz"))) == 1
+    assert len(list((tmp_path / TRAFFIC).glob("*/*.npz"))) == 1

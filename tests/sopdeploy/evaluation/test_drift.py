@@ -79,7 +79,7 @@ def test_the_shift_is_in_standard_deviations_of_one_answer() -> None:
 @pytest.mark.parametrize(("other", "expected"), [(1.0, (0.0, 1.0)), (2.0, (np.inf, 0.0))])
 def test_samples_without_any_variance_are_equal_or_not(other, expected) -> None:
     first = np.ones((4 * BLOCK, 2))
-    assert compare_samples(first, other * first) == expected
+    assert compare_samples(first, other * first)[:2] == expected
 
 
 def test_a_tail_of_chi_square_agrees_with_scipy() -> None:

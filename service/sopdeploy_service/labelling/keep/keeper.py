@@ -33,7 +33,12 @@ from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction, RejectedError
 from sopdeploy_service.labelling.keep import forwarding
 from sopdeploy_service.labelling.keep.folder import Deletion, KeptFolder, KeptResult
-from sopdeploy_service.labelling.kept import MAX_KEPT_LABELS, KeptRecord, Reason
+from sopdeploy_service.labelling.kept import (
+    MAX_KEPT_LABELS,
+    KeptRecord,
+    Reason,
+    read_labelled,
+)
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
@@ -208,10 +213,11 @@ class Keeper:
         )
         self._queue_or_drop(photo)
 
-    def is_worth_training(self, model: Model, logits: NDArray[np.float32], sha256: str) -> bool:
-        """Tell whether a file with the hash *sha256* is kept to be trained on, not in the sample."""
-        reasons = reasons_to_keep(model.bundle, logits, sha256, self._share)
-        return bool(reasons) and "sample" not in reasons
+    def read_labelled(self) -> set[int]:
+        """Read the near hashes of the kept photographs that have got a label; none without a folder."""
+        if self._folder is None:
+            return set()
+        return {int(record.near_hash, 16) for record in read_labelled(self._folder.path)}
 
     def receive(self, image: bytes, record: KeptRecord) -> None:
         """Queue what another process forwards, on the event loop; drop it if the queue is full."""

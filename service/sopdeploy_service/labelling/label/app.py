@@ -37,6 +37,7 @@ from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.labelling.label.folders import GoneError, LabelFolders
 from sopdeploy_service.labelling.label.heap import Embed
 from sopdeploy_service.labelling.label.labelled import Labelled
+from sopdeploy_service.labelling.label.order import role_of
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.origins import OwnOrigins, join_headers, without_prefix
 from sopdeploy_service.server.connections import Connections
@@ -284,14 +285,15 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
 
 
 class ShownPhotograph(StrictModel):
-    """The photograph to label; `sampled` if it was chosen at random, `known` as in `http_api.Classes`.
+    """The photograph to label; `known` as in `http_api.Classes`.
 
-    `reported` if a person has said that the answer was wrong; `suggested` is then the class of
+    `decides` if its label decides about the next bundle. `reported` if a person has
+    said that the answer was wrong; `suggested` is then the class of
     this person.
     """
 
     id: str
-    sampled: bool
+    decides: bool
     known: bool | None
     reported: bool
     suggested: str | None
@@ -338,8 +340,8 @@ class LabelState(StrictModel):
 
     `next` has the IDs of the photographs shown as thumbnails; the first is the one to label.
     `classes` begin with the one that a person has suggested, then the most probable one. `done`
-    and `left` are numbers of photographs; the skipped ones are done.
-    `command` trains with the labels.
+    and `left` are numbers of photographs; the skipped ones are done. `progress` says what the
+    labels are for, and `command` trains with them.
     """
 
     photograph: ShownPhotograph | None
@@ -347,6 +349,7 @@ class LabelState(StrictModel):
     classes: tuple[ShownClass, ...]
     done: int
     left: int
+    progress: str
     command: str
 
 
@@ -370,14 +373,14 @@ def describe_next(folders: LabelFolders, session: str = "") -> LabelState:
         record = folders.waiting[identity].record
         probabilities = folders.probabilities(identity)
 
-        is_sampled = record is not None and "sample" in record.reasons
+        decides = record is not None and role_of(record) == "decides"
         known = None if record is None else record.known
         is_reported = record is not None and "reported" in record.reasons
         suggested = folders.suggestion(identity)
 
         photograph = ShownPhotograph(
             id=identity,
-            sampled=is_sampled,
+            decides=decides,
             known=known,
             reported=is_reported,
             suggested=suggested,
@@ -401,6 +404,7 @@ def describe_next(folders: LabelFolders, session: str = "") -> LabelState:
         ),
         done=len(folders.steps),
         left=len(folders.waiting),
+        progress=folders.progress(),
         command=as_utf8(training_command(folders)),
     )
 

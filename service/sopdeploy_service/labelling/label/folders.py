@@ -6,8 +6,8 @@ have a label.
 
 The folders are the only state. A label is one rename of the photograph, so a photograph is
 either kept or labelled, also after a crash, and of two labels for one photograph only the first
-succeeds. Its record is deleted after that; `read_kept` skips a record that remains. A file
-`ID.skipped` marks a skipped photograph.
+succeeds. Its record is then renamed to `ID.labelled`; `read_kept` skips a record that remains. A
+file `ID.skipped` marks a skipped photograph.
 """
 
 import errno
@@ -18,6 +18,7 @@ import stat
 import time
 from collections.abc import Collection
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +28,11 @@ from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.file_systems import flush_folder, set_mode, set_owner
 from sopdeploy.files import LOCK, atomic_write, expand_user
-from sopdeploy.images.near_hash import are_near
 from sopdeploy.images.signatures import count_suffixes, note_skipped
 from sopdeploy.names import can_be_typed, class_problem
+from sopdeploy.photos.change import CHANGE, write_change
 from sopdeploy.photos.files import (
+    HELD_OUT_SUFFIX,
     SAMPLE_FOLDER,
     data_folder,
     find_parts,
@@ -43,15 +45,20 @@ from sopdeploy.photos.files import (
     part_kind,
 )
 from sopdeploy.photos.table import find_table
-from sopdeploy_service.labelling.kept import Kept, KeptRecord, read_kept
+from sopdeploy_service.inference.drift_state import read_alarms
+from sopdeploy_service.labelling.kept import (
+    LABELLED,
+    Kept,
+    KeptRecord,
+    read_kept,
+    read_labelled,
+)
 from sopdeploy_service.labelling.label.heap import Embed, Suggestions, heap_id, list_heap
 from sopdeploy_service.labelling.label.labelled import Labelled, list_labelled
-from sopdeploy_service.labelling.label.order import find_repeated, order_records
+from sopdeploy_service.labelling.label.order import Shown, order_kept, role_of
 
 SKIPPED = ".skipped"
-# Every second photograph is from the uniform sample. The sample decides about the next bundle, so
-# the bundle does not learn from it.
-SAMPLE_EVERY = 2
+DECIDING = 30  # labels with which `promote` can decide about a bundle that is clearly better
 LEASE_SECONDS = 60.0  # for which a browser's photographs are offered to no other one
 OBVIOUS = 0.5  # probability of a class from which a photograph is offered in its grid
 MAX_CLASS_BYTES = 100  # of a name in UTF-8
@@ -141,15 +148,16 @@ class LabelFolders:
                 "another folder, or list the photographs there"
             )
 
-        self.held_out = self.photos.with_name(f"{self.photos.name}-held-out")
+        self.held_out = self.photos.with_name(f"{self.photos.name}{HELD_OUT_SUFFIX}")
         self.unknown = self.photos.with_name(f"{self.photos.name}-unknown")
 
         self.steps: list[LabelStep] = []
         self.suggestions = Suggestions(embed)
         # The ids of those skipped in this session; a kept photograph gets a file `ID.skipped`.
         self._skipped_of_heap: set[str] = set()
-        # Near hashes of the uniform sample, which `label` compares
-        self._sampled: set[int] = set()
+        # The photographs that decide about the next bundle, which `label` compares
+        self._deciding = Shown()
+        self.alarms: dict[str, datetime] = {}  # begins of changes, by model
         self._leases: dict[str, Lease] = {}  # by ID
 
         self.read()
@@ -187,40 +195,37 @@ class LabelFolders:
     def _read_kept(self) -> list[Kept]:
         """Read the kept photographs that wait, in the order in which they are to be labelled.
 
-        The near hashes of the uniform sample are remembered, also after its photographs are
-        labelled.
+        The photographs that decide about the next bundle are remembered, also after they are
+        labelled, until they have decided.
         """
-        # Divide the photographs that wait into the uniform sample and the rest. A photograph that
-        # was sent and kept again has its label already.
-        labelled = self._labelled_ids()
+        # A photograph that was sent and kept again has its label already.
+        labelled_ids = self._labelled_ids()
         skipped_of_kept = {path.stem for path in self.kept.rglob(f"*{SKIPPED}")}
-        samples: list[Kept] = []
-        not_sampled: list[Kept] = []
+        waiting = [
+            photo
+            for photo in read_kept(self.kept)
+            if photo.path.stem not in skipped_of_kept and photo.path.stem not in labelled_ids
+        ]
 
-        for photo in read_kept(self.kept):
-            if photo.path.stem in skipped_of_kept or photo.path.stem in labelled:
-                continue
-            if "sample" in photo.record.reasons:
-                samples.append(photo)
-            else:
-                not_sampled.append(photo)
-
-        self._sampled.update(int(record.near_hash, 16) for _, record in samples)
-
-        # Reported photographs come first. Then photographs of the sample alternate with the
-        # others, the most useful ones first; further photographs of an object come last. The
-        # newest photograph of the sample comes first, because recent ones decide about the next
-        # bundle.
-        repeated = find_repeated(not_sampled)
-        useful_first = sorted(
-            order_records(not_sampled), key=lambda photo: photo.path.name in repeated
+        labelled = read_labelled(self.kept)
+        held_out = _kept_ids(self.held_out) | _kept_ids(self.unknown / SAMPLE_FOLDER)
+        self._deciding = Shown(
+            record for record in labelled if Path(record.image).stem in held_out
         )
-        reported = [photo for photo in useful_first if "reported" in photo.record.reasons]
-        rest = [photo for photo in useful_first if "reported" not in photo.record.reasons]
-        for number, photo in enumerate(reversed(samples)):
-            # Beyond the end of *rest*, `insert` appends.
-            rest.insert(SAMPLE_EVERY * number, photo)
-        return [*reported, *rest]
+        for _, record in waiting:
+            if role_of(record) == "decides":
+                self._deciding.add(record)
+
+        self.alarms = read_alarms(self.kept)
+        self._note_change()
+        return order_kept(waiting, labelled, self.alarms)
+
+    def _note_change(self) -> None:
+        """Write when a change began beside the photographs that decide, for `compare`; delete it without one."""
+        if not self.alarms:
+            (self.held_out / CHANGE).unlink(missing_ok=True)
+        elif self.held_out.is_dir():
+            write_change(self.held_out, min(self.alarms.values()))
 
     def _order_heap(self) -> None:
         """Put photographs of a heap with the same suggestion beside each other, the surest ones first."""
@@ -240,12 +245,7 @@ class LabelFolders:
     def _labelled_ids(self) -> set[str]:
         """Return the ids of the kept photographs that have a label."""
         folders = (self.photos, self.held_out, self.unknown)
-        return {
-            kept_id(path.name)
-            for folder in folders
-            if folder.is_dir()
-            for path in folder.rglob("*")
-        } - {""}
+        return set[str]().union(*map(_kept_ids, folders))
 
     def upcoming(self, session: str, count: int) -> list[str]:
         """Return the next *count* photographs for a browser's *session*, which leases them.
@@ -327,13 +327,13 @@ class LabelFolders:
     def label(self, identity: str, name: str | None) -> None:
         """Move the photograph *identity* to the folder of the class *name*; None is "not one of ours".
 
-        Photographs of the uniform sample and their near-duplicates are held out from training: a
-        network that was trained on them would look better than it is. Without a class, such
-        photographs go to `SAMPLE_FOLDER`. Raises `ConfigError` if *name* cannot name a class,
-        `GoneError` if the photograph does not wait for a label, and `OSError`.
+        Photographs that decide about the next bundle, their copies and other photographs of their
+        objects are held out from training: a network that was trained on them would look better
+        than it is. Without a class, such photographs go to `SAMPLE_FOLDER`. Raises `ConfigError`
+        if *name* cannot name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
         photo = self._find(identity)
-        folder = self._folder_for(name, is_held_out=self._is_near_sample(photo))
+        folder = self._folder_for(name, is_held_out=self._is_held_out(photo))
         is_new_folder = not folder.is_dir()
 
         try:
@@ -347,7 +347,10 @@ class LabelFolders:
         self.steps.append(LabelStep(photo, target, is_new_folder))
 
         if not photo.is_of_heap:
-            photo.path.with_suffix(".json").unlink(missing_ok=True)  # its record
+            # Its record stays under another name, so that copies are not asked for again.
+            with suppress(FileNotFoundError):
+                photo.path.with_suffix(".json").rename(photo.path.with_suffix(LABELLED))
+            self._note_change()
         elif name is not None:
             self.suggestions.add(normalize(folder.name), photo.path, target)
             self._order_heap()
@@ -396,12 +399,31 @@ class LabelFolders:
         )
         self._order_heap()
 
-    def _is_near_sample(self, photo: Waiting) -> bool:
-        """Tell whether *photo* is of the uniform sample, or a near-duplicate of one of it."""
-        if photo.record is None:  # a photograph of a heap
-            return False
-        near_hash = int(photo.record.near_hash, 16)
-        return any(are_near(near_hash, other) for other in self._sampled)
+    def _is_held_out(self, photo: Waiting) -> bool:
+        """Tell whether *photo* decides about the next bundle, or shows what one of these shows."""
+        return photo.record is not None and self._deciding.shows(photo.record)
+
+    def progress(self) -> str:
+        """Say how many labels decide and train, and from how many days those of the session are.
+
+        It is empty for a heap, without a photograph that a server kept.
+        """
+        records = [
+            step.photo.record
+            for step in self.steps
+            if step.photo.record is not None and not step.is_skip
+        ]
+        if not records:
+            return ""
+
+        deciding = len(_kept_ids(self.held_out))
+        training = sum(
+            step.target is not None and self.photos in step.target.parents
+            for step in self.steps
+        )
+        days = len({record.time.date() for record in records})
+        text = f"{deciding} of the {DECIDING} that decide, {training} that train"
+        return f"{text}, from {days} day{'' if days == 1 else 's'}"
 
     def _folder_for(self, name: str | None, *, is_held_out: bool) -> Path:
         """Return the folder of the class *name*; None is "not one of ours".
@@ -470,6 +492,7 @@ class LabelFolders:
                 set_mode(partial, 0o600)
                 set_owner(partial, photo.path.parent)
                 partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
+            photo.path.with_suffix(LABELLED).unlink(missing_ok=True)
         elif os.path.lexists(photo.path):
             raise GoneError(
                 f"{photo.path}: another photograph has its name now; move {target} yourself"
@@ -490,6 +513,12 @@ class LabelFolders:
         if identity not in self.waiting:
             raise GoneError(GONE)
         return self.waiting[identity]
+
+
+def _kept_ids(folder: Path) -> set[str]:
+    """Return the ids of the kept photographs below *folder*, which may not exist."""
+    paths = folder.rglob("*") if folder.is_dir() else ()
+    return {kept_id(path.name) for path in paths} - {""}
 
 
 def _class_folders(parent: Path) -> dict[str, Path]:

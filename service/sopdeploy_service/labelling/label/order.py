@@ -1,87 +1,148 @@
-"""The order in which kept photographs are labelled: first of each object, uncertain and different ones."""
+"""The order in which kept photographs are labelled: two random samples in turn, and a third source.
 
-import numpy as np
-from numpy.typing import NDArray
+The uniform sample is divided by the hash of each file: one half *decides* about the next bundle,
+the other half *trains* it. Both are drawn at random over time: one photograph of each day, the
+newest day first, then a second one of each. During an alarm of drift, the days since it began come
+first, because only photographs of these days show what has changed.
 
-from sopdeploy.decision import softmax
-from sopdeploy_service.labelling.kept import Kept
+What is uncertain, rejected or reported is the third source, so it is at most a third of a round.
+"""
 
-# Kept photographs count as of one object if they came within so many seconds and differ in so few
-# bits of their near hashes. Of the frames of an object, 46 to 64 % do, of others at most 0.7 %.
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, datetime
+from typing import Literal
+
+from sopdeploy.images.near_hash import COPY_BITS, OBJECT_BITS
+from sopdeploy_service.labelling.kept import Kept, KeptRecord
+
+Role = Literal["decides", "trains", "other"]
+NUM_SOURCES = 3  # that take turns, of which one decides
+SAMPLE_DAYS = 14  # newest days with traffic, from which the samples are drawn first
+# Kept photographs can show one object if they came within so many seconds.
 OBJECT_SECONDS = 60.0
-OBJECT_BITS = 14
-MAX_SPREAD = 500  # photographs of a group that are chosen one by one; a session labels fewer
 
 
-def find_repeated(kept: list[Kept]) -> set[str]:
-    """Name the photographs of *kept*, the oldest first, that show the same object as an earlier one."""
-    repeated = set[str]()
-    earlier: list[tuple[float, int]] = []  # times and near hashes
-
-    for photo in kept:
-        taken_at = photo.record.time.timestamp()
-        near_hash = int(photo.record.near_hash, 16)
-        earlier = [
-            (time, other) for time, other in earlier if time >= taken_at - OBJECT_SECONDS
-        ]
-        if any((near_hash ^ other).bit_count() <= OBJECT_BITS for _, other in earlier):
-            repeated.add(photo.path.name)
-        earlier.append((taken_at, near_hash))
-
-    return repeated
+def role_of(record: KeptRecord) -> Role:
+    """Return what the label of a kept photograph is for."""
+    if "sample" not in record.reasons:
+        return "other"
+    # The name is a hash of the file. Its first digits have put the file into the sample.
+    return "decides" if int(record.image[8:16], 16) % 2 == 0 else "trains"
 
 
-def order_records(photos: list[Kept]) -> list[Kept]:
-    """Order photographs by how useful their labels are; their bundles may have different classes."""
-    names = {label for _, record in photos for label in record.labels}
-    columns = {name: column for column, name in enumerate(sorted(names))}
+def order_kept(
+    waiting: Sequence[Kept], labelled: Iterable[KeptRecord], alarms: Mapping[str, datetime]
+) -> list[Kept]:
+    """Order the photographs that wait: the two samples and the third source in turn, copies last.
 
-    # Write the probabilities of each photograph into the columns of its classes.
-    probabilities_NC = np.zeros((len(photos), len(names)))
-    for row, (_, record) in zip(probabilities_NC, photos, strict=True):
-        row[[columns[label] for label in record.labels]] = softmax(np.asarray(record.logits))
-
-    # A photograph counts as known if its bundle has no threshold, so that `known` is None.
-    known_N = np.asarray([record.known is not False for _, record in photos], np.bool_)
-    return [photos[index] for index in order_by_value(probabilities_NC, known_N)]
-
-
-def order_by_value(
-    probabilities_NC: NDArray[np.float64], known_N: NDArray[np.bool_]
-) -> NDArray[np.intp]:
-    """Return the order (N,) of photographs with *probabilities_NC*: uncertain and different ones first.
-
-    Those that are not *known_N* come last, because most of them show nothing that the network
-    has to learn. In each group, the next one has the largest product of two numbers: its
-    uncertainty, 1 minus the margin between its two largest probabilities (Scheffer et al., IDA
-    2001), and the distance of its probabilities from the closest ones chosen before (k-center:
-    Sener and Savarese, ICLR 2018). After `MAX_SPREAD`, the uncertainty decides alone.
+    *labelled* are the records of photographs that have a label, whose copies need none. *alarms*
+    are the begins of changes, by model.
     """
-    # The smaller the margin between its two best classes, the more uncertain is a photograph. Two
-    # columns of zeros are added, in case C is below 2.
-    padded = np.pad(probabilities_NC, ((0, 0), (2, 0)))
-    ascending = np.sort(padded, axis=1)
-    uncertainties_N = 1 - (ascending[:, -1] - ascending[:, -2])
+    copies = find_copies(waiting, labelled)
+    sources: dict[Role, list[Kept]] = {"decides": [], "trains": [], "other": []}
+    for photo in waiting:
+        if photo.path.name not in copies:
+            sources[role_of(photo.record)].append(photo)
 
-    # Take the known photographs first, then the unknown ones.
-    order: list[int] = []
-    for group in (np.flatnonzero(known_N), np.flatnonzero(~known_N)):
-        # Indices of the L photographs of the group that are not chosen yet, the most uncertain
-        # one first.
-        left_L = group[np.argsort(-uncertainties_N[group], kind="stable")]
-        distances_L = np.ones(len(left_L))  # to the closest one chosen before; at most 1
+    # Reports are in turn with what the network was not sure of.
+    reported = [photo for photo in sources["other"] if "reported" in photo.record.reasons]
+    unsure = [photo for photo in sources["other"] if "reported" not in photo.record.reasons]
+    others = take_turns([spread(reported, alarms), spread(unsure, alarms)])
 
-        # Choose the photograph that is uncertain and far from those chosen before, up to
-        # `MAX_SPREAD` times.
-        for _ in range(min(MAX_SPREAD, len(left_L))):
-            # The position in *left_L* of the most useful one.
-            best = int((distances_L * uncertainties_N[left_L]).argmax())
-            order.append(int(left_L[best]))
+    samples = [spread(sources[role], alarms) for role in ("decides", "trains")]
+    last = [photo for photo in waiting if photo.path.name in copies]
+    return [*take_turns([*samples, others]), *reversed(last)]
 
-            from_best_L = np.linalg.norm(
-                probabilities_NC[left_L] - probabilities_NC[left_L[best]], axis=1
-            )
-            distances_L = np.delete(np.minimum(distances_L, from_best_L), best)
-            left_L = np.delete(left_L, best)
-        order += left_L.tolist()
-    return np.asarray(order, np.intp)
+
+def take_turns(sources: Sequence[Sequence[Kept]]) -> list[Kept]:
+    """Take one photograph of each source in turn; a source that has ended is left out."""
+    rounds = itertools.zip_longest(*sources)
+    return [photo for one in rounds for photo in one if photo is not None]
+
+
+def spread(photos: Sequence[Kept], alarms: Mapping[str, datetime]) -> list[Kept]:
+    """Order *photos* so that each day has its turn, the newest day first; in a day, at random.
+
+    Days since the begin of a change, of *alarms*, come first, then the newest `SAMPLE_DAYS`.
+    """
+    days: dict[date, list[Kept]] = {}
+    changed: dict[date, list[Kept]] = {}
+
+    for photo in sorted(photos, key=_random_number):
+        begin = alarms.get(photo.record.model)
+        since_begin = begin is not None and photo.record.time >= begin
+        (changed if since_begin else days).setdefault(photo.record.time.date(), []).append(
+            photo
+        )
+
+    newest_first = sorted(days, reverse=True)
+    parts = (
+        (sorted(changed, reverse=True), changed),
+        *((part, days) for part in (newest_first[:SAMPLE_DAYS], newest_first[SAMPLE_DAYS:])),
+    )
+    return [
+        photo
+        for names, of_day in parts
+        for photo in take_turns([of_day[name] for name in names])
+    ]
+
+
+def _random_number(photo: Kept) -> str:
+    """Return digits of the hash of the file that neither the sample nor the role depends on."""
+    return photo.path.stem[16:]
+
+
+def find_copies(waiting: Sequence[Kept], labelled: Iterable[KeptRecord]) -> set[str]:
+    """Name the photographs of *waiting* that show what an earlier one or a *labelled* one shows.
+
+    These are copies, at any time, and further photographs of an object. Of photographs that wait,
+    one of the sample counts before one of the third source.
+    """
+    records = [photo.record for photo in waiting]
+    records.sort(key=lambda record: role_of(record) == "other")  # stable
+
+    copies = set[str]()
+    seen = Shown(labelled)
+    for record in records:
+        if seen.shows(record):
+            copies.add(record.image)
+        else:
+            seen.add(record)
+    return copies
+
+
+class Shown:
+    """Photographs by their times and near hashes, to find others that show the same."""
+
+    def __init__(self, records: Iterable[KeptRecord] = ()) -> None:
+        self._hashes: list[int] = []
+        self._by_minute: dict[int, list[tuple[float, int]]] = {}
+        for record in records:
+            self.add(record)
+
+    def add(self, record: KeptRecord) -> None:
+        """Add a photograph."""
+        taken_at, near_hash = _describe(record)
+        self._hashes.append(near_hash)
+        minute = int(taken_at // OBJECT_SECONDS)
+        self._by_minute.setdefault(minute, []).append((taken_at, near_hash))
+
+    def shows(self, record: KeptRecord) -> bool:
+        """Tell whether one of the photographs is a copy of that of *record*, or shows its object."""
+        taken_at, near_hash = _describe(record)
+        if any((near_hash ^ other).bit_count() <= COPY_BITS for other in self._hashes):
+            return True
+
+        minute = int(taken_at // OBJECT_SECONDS)
+        return any(
+            abs(taken_at - time) <= OBJECT_SECONDS
+            and (near_hash ^ other).bit_count() <= OBJECT_BITS
+            for neighbor in (minute - 1, minute, minute + 1)
+            for time, other in self._by_minute.get(neighbor, ())
+        )
+
+
+def _describe(record: KeptRecord) -> tuple[float, int]:
+    """Return the time and the near hash of a photograph as numbers."""
+    return record.time.timestamp(), int(record.near_hash, 16)

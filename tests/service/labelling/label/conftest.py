@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from sopdeploy_service.labelling.kept import LABELLED
 from sopdeploy_service.labelling.label.app import COOKIE, create_label_app, label_config
 from sopdeploy_service.labelling.label.folders import LabelFolders
 from sopdeploy_service.settings import Settings
@@ -20,8 +21,9 @@ KEY = "c2VjcmV0LWtleQ"
 LABELS = ("hat", "shoes", "t-shirt")
 
 
-def identity(number: int) -> str:
-    return f"{number:032x}"
+def identity(number: int, *, decides: bool = True) -> str:
+    """An ID, whose digits 8 to 15 say whether a photograph of the sample decides or trains."""
+    return f"{0:08x}{0 if decides else 1:08x}{number:016x}"
 
 
 @pytest.fixture
@@ -30,8 +32,14 @@ def keep(tmp_path: Path) -> Callable[..., str]:
     folder = tmp_path / "kept"
     folder.mkdir()
 
-    def write(number: int, logits: Sequence[float] = (0.0, 0.0, 0.0), **changes: object) -> str:
-        name = identity(number)
+    def write(
+        number: int,
+        logits: Sequence[float] = (0.0, 0.0, 0.0),
+        *,
+        decides: bool = True,
+        **changes: object,
+    ) -> str:
+        name = identity(number, decides=decides)
         (folder / f"{name}.jpg").write_bytes(picture_bytes((number % 256, 100, 200)))
         given = {
             "time": datetime(2026, 11, 22, 10, 0, number % 60, tzinfo=UTC),
@@ -66,5 +74,9 @@ def label_server(
 
 
 def files_below(folder: Path) -> set[str]:
-    """Paths of all files below *folder*, relative to it."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """Paths of all files below *folder*, relative to it, without records of photographs that have a label."""
+    return {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != LABELLED
+    }

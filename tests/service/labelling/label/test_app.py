@@ -38,7 +38,7 @@ def answer(kind: str = "class", name: str = "hat", one: str = ONE) -> dict[str, 
 def test_the_state_has_the_photograph_and_the_classes_by_probability(client, tmp_path):
     (tmp_path / "photos" / "a scarf").mkdir(parents=True)
     state = client.get("/state").json()
-    shown = {"id": ONE, "sampled": False, "known": None, "reported": False, "suggested": None}
+    shown = {"id": ONE, "decides": False, "known": None, "reported": False, "suggested": None}
     assert state["photograph"] == shown
     assert [one["name"] for one in state["classes"]] == ["shoes", "t-shirt", "hat", "a scarf"]
     assert [one["probability"] for one in state["classes"]] == [

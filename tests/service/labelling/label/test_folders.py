@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy_service.labelling.kept import read_labelled
 from sopdeploy_service.labelling.label.folders import (
     LEASE_SECONDS,
     GoneError,
     LabelFolders,
     check_class_name,
 )
-from sopdeploy_service.labelling.label.order import MAX_SPREAD, order_by_value
 from tests.service.labelling.label.conftest import LABELS, files_below
 
 
@@ -45,16 +45,42 @@ def test_a_label_moves_the_photograph_to_the_folder_of_its_kind(
     assert not folders.waiting
 
 
-def test_near_duplicates_of_the_uniform_sample_are_not_trained_on(tmp_path, keep, open_folders):
-    """Also after the sampled one has its label; four bits of the hash differ in copies, five in others."""
-    sampled = keep(1, reasons=("sample",), near_hash="00" * 8)
-    copy, other = keep(2, near_hash="00" * 7 + "0f"), keep(3, near_hash="00" * 7 + "1f")
+def test_the_half_of_the_sample_that_trains_goes_to_the_photographs(
+    tmp_path, keep, open_folders
+) -> None:
+    one = keep(1, reasons=("sample",), decides=False)
+    open_folders().label(one, "hat")
+    assert files_below(tmp_path) == {f"photos/hat/{one}.jpg"}
+
+
+def test_what_shows_the_same_as_one_that_decides_is_not_trained_on(
+    tmp_path, keep, open_folders
+) -> None:
+    """Also after that one has its label: copies at any time, and frames of an object in a minute."""
+    deciding = keep(1, reasons=("sample",), near_hash="00" * 8)
+    copy = keep(2, near_hash="00" * 7 + "01", time=datetime(2026, 11, 25, tzinfo=UTC))
+    frame = keep(3, near_hash="00" * 7 + "ff")
+    alike = keep(4, near_hash="00" * 7 + "0f", time=datetime(2026, 11, 24, tzinfo=UTC))
     folders = open_folders()
-    for one in (sampled, copy, other):
+    for one in (deciding, copy, frame, alike):
         folders.label(one, "hat")
         folders.read()
-    held_out = {f"photos-held-out/hat/{one}.jpg" for one in (sampled, copy)}
-    assert files_below(tmp_path) == {*held_out, f"photos/hat/{other}.jpg"}
+    held_out = {f"photos-held-out/hat/{one}.jpg" for one in (deciding, copy, frame)}
+    assert files_below(tmp_path) == {*held_out, f"photos/hat/{alike}.jpg"}
+
+
+def test_the_server_and_later_sessions_find_the_record_of_a_label(
+    tmp_path, keep, open_folders
+) -> None:
+    one = keep(1, near_hash="00" * 8)
+    open_folders().label(one, "hat")
+    [record] = read_labelled(tmp_path / "kept")
+    assert record.near_hash == "00" * 8
+
+    # A copy of it is asked for last.
+    copy = keep(2, near_hash="00" * 8, time=datetime(2026, 11, 25, tzinfo=UTC))
+    other = keep(3, time=datetime(2026, 11, 20, tzinfo=UTC))
+    assert list(open_folders().waiting) == [other, copy]
 
 
 def test_undo_restores_photographs_records_and_folders_in_reverse_order(
@@ -81,7 +107,7 @@ def test_undo_restores_photographs_records_and_folders_in_reverse_order(
 
 
 @pytest.mark.parametrize(
-    "stop", ["before the record is deleted", "after a copy to another file system"]
+    "stop", ["before the record is renamed", "after a copy to another file system"]
 )
 def test_a_label_that_was_interrupted_is_complete_or_did_not_happen(
     tmp_path, keep, open_folders, monkeypatch, stop
@@ -92,8 +118,8 @@ def test_a_label_that_was_interrupted_is_complete_or_did_not_happen(
     def interrupt(*_args, **_options):
         raise KeyboardInterrupt
 
-    if stop == "before the record is deleted":
-        monkeypatch.setattr(Path, "unlink", interrupt)
+    if stop == "before the record is renamed":
+        monkeypatch.setattr(LabelFolders, "_note_change", interrupt)
     else:
         other_file_system(monkeypatch)
         monkeypatch.setattr("shutil.copyfile", interrupt)
@@ -103,7 +129,7 @@ def test_a_label_that_was_interrupted_is_complete_or_did_not_happen(
     waiting = set(open_folders().waiting)
     labelled = (tmp_path / "photos" / "hat" / f"{one}.jpg").is_file()
     assert waiting == (set() if labelled else {one})
-    assert labelled is (stop == "before the record is deleted")
+    assert labelled is (stop == "before the record is renamed")
 
 
 def other_file_system(monkeypatch) -> None:
@@ -174,24 +200,6 @@ def test_a_photograph_that_another_process_has_labelled_or_deleted_is_refused(
         folders.undo()
     assert not (tmp_path / "photos" / "shoes").exists()
     assert list(folders.waiting) == [other]
-
-
-def test_reported_ones_come_first_then_in_turn_the_newest_of_the_sample_and_one_of_each_object(
-    keep, open_folders
-):
-    keep(1, [0.0, 0.1, 0.0], near_hash="0" * 16)
-    for number, near in ((2, "0" * 13 + "fff"), (3, "f" * 16), (4, "0" * 16)):
-        # The last one came later, and so is of another object.
-        minute = 0 if number < 4 else 30
-        time = datetime(2026, 11, 22, 10, minute, number, tzinfo=UTC)
-        keep(number, near_hash=near, time=time)
-    for number in (20, 21):
-        keep(number, reasons=("sample",))
-    keep(30, reasons=("reported",))
-    waiting = [int(name, 16) for name in open_folders().waiting]
-    assert [waiting[place] for place in (0, 1, 3)] == [30, 21, 20]
-    assert sorted(waiting[place] for place in (2, 4, 5)) == [1, 3, 4]
-    assert waiting[6:] == [2]
 
 
 @pytest.mark.parametrize(
@@ -368,41 +376,6 @@ def test_links_and_foreign_files_in_the_kept_folder_are_not_shown(tmp_path, keep
 def two_classes(*probabilities: float) -> np.ndarray:
     """Probabilities (N, 2) whose first column is given."""
     return np.stack([probabilities, 1 - np.asarray(probabilities)], axis=1)
-
-
-@pytest.mark.parametrize(
-    ("probabilities", "known", "expected"),
-    [
-        ([], [], []),
-        ([0.9], [True], [0]),
-        ([0.99, 0.5], [True, True], [1, 0]),  # the uncertain one first
-        ([0.5, 0.99], [False, True], [1, 0]),  # but known ones before it
-        ([0.4, 0.5, 0.5], [True, True, True], [1, 0, 2]),  # a copy of the first one last
-        ([0.8, 0.8, 0.8], [True, True, True], [0, 1, 2]),  # copies only
-    ],
-)
-def test_small_cases_have_the_expected_order(probabilities, known, expected):
-    found = order_by_value(two_classes(*probabilities), np.asarray(known, np.bool_))
-    assert found.tolist() == expected
-
-
-@pytest.mark.parametrize("count", [40, MAX_SPREAD + 100])
-def test_each_photograph_occurs_once_and_the_order_is_the_same_each_time(count):
-    logits = np.random.default_rng(0).normal(size=(count, 5)) * 2
-    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    known = np.arange(count) % 10 > 0
-    order = order_by_value(probabilities, known)
-    assert sorted(order.tolist()) == list(range(count))
-    assert known[order[: known.sum()]].all()
-    assert order.tolist() == order_by_value(probabilities, known).tolist()
-
-
-def test_the_first_photographs_come_from_all_regions_not_from_the_most_frequent_one():
-    probabilities = np.zeros((103, 4))
-    probabilities[:100, :2] = 0.5  # between two classes
-    probabilities[100:, 2:] = 0.5  # between two others
-    first = order_by_value(probabilities, np.ones(103, np.bool_))[:2]
-    assert {index >= 100 for index in first.tolist()} == {False, True}
 
 
 def test_labels_of_earlier_sessions_are_corrected_and_the_held_out_stay_so(

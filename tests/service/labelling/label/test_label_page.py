@@ -69,7 +69,9 @@ def test_keys_label_skip_and_undo_and_a_reload_goes_on(keep, open_label_page, tm
     assert not (tmp_path / "photos-unknown").exists()
     page.reload()
     page.wait_for_selector("#classes li")
-    assert page.locator("#progress").text_content() == "1 done in this session, 5 left"
+    assert page.locator("#progress").text_content() == (
+        "1 done in this session, 5 left; 0 of the 30 that decide, 1 that train, from 1 day"
+    )
     for left in range(4, -1, -1):
         press(page, "2", left)
     assert page.locator(
@@ -167,7 +169,7 @@ def test_a_photograph_is_enlarged_and_keys_label_it_only_afterwards(
     assert page.locator("#zoom").is_hidden()
 
 
-def test_what_a_person_reported_comes_first_with_the_suggested_class_but_is_no_label(
+def test_the_class_that_a_person_suggested_comes_first_but_is_no_label(
     keep, open_label_page, tmp_path
 ):
     keep(1, [1.0, 0.9, 0.8])
@@ -175,13 +177,14 @@ def test_what_a_person_reported_comes_first_with_the_suggested_class_but_is_no_l
     keep(3, [9.0, 0.0, 0.0], reasons=("reported",))
     page = open_label_page()
     shown = {}
-    for left in (2, 1):
+    for left in (2, 1, 0):
         shown[page.evaluate("state.photograph.id")] = page.locator("#reported").text_content()
         names = page.locator("#classes .name").all_text_contents()
         assert names[0] == (
             "t-shirt" if "suggests" in page.locator("#reported").text_content() else "hat"
         )
         press(page, "s", left)
+    del shown[identity(1)]  # nobody has reported it
     assert shown == {
         identity(2): "Reported as wrong. A person suggests: t-shirt",
         identity(3): "Reported as wrong. ",
@@ -362,11 +365,11 @@ def test_the_sample_is_marked_and_held_out_and_names_with_markup_are_text(
     keep(1, reasons=("sample",))
     keep(2, [3.0, 0.0], labels=[name, "hat"], known=False)
     page = open_label_page()
-    assert page.locator("#sampled").is_visible()
+    assert page.locator("#decides").is_visible()
     assert page.locator("#unknown").is_hidden()
     press(page, "1", 1)
     assert files_below(tmp_path / "photos-held-out") == {f"hat/{identity(1)}.jpg"}
-    assert page.locator("#sampled").is_hidden()
+    assert page.locator("#decides").is_hidden()
     assert page.locator("#unknown").is_visible()
     assert page.locator("#classes .name").first.text_content() == name
     page.keyboard.press("1")

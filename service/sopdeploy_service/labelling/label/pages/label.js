@@ -91,12 +91,12 @@ async function show(next) {
   byId("command").textContent = next.command;
   byId("then").hidden = classes.length === 0; // all were skipped
   byId("first").hidden = !photograph || classes.length > 0;
-  byId("sampled").hidden = !photograph?.sampled;
+  byId("decides").hidden = !photograph?.decides;
   byId("unknown").hidden = photograph?.known !== false;
   byId("reported").hidden = !photograph?.reported;
   byId("reported").replaceChildren(make("strong", {}, "Reported as wrong. "),
     ...(photograph?.suggested ? ["A person suggests: ", make("bdi", {}, photograph.suggested)] : []));
-  byId("progress").textContent = `${done} done in this session, ${left} left`;
+  byId("progress").textContent = `${done} done in this session, ${left} left${next.progress && `; ${next.progress}`}`;
   byId("bar").value = done / Math.max(1, done + left);
   const hadFocus = byId("classes").contains(document.activeElement);
   byId("classes").replaceChildren(...classes.map(classButton));

@@ -1,0 +1,148 @@
+"""Watches blocks of predictions for drift: what is compared with what, when an alarm begins and ends.
+
+The *reference* are blocks from before, the *window* the newer ones. The first `FIRST_BLOCKS` are
+the first reference. It moves only where no alarm is: a full window without one replaces it. So the
+reference of an alarm is from before the change, also if another bundle comes meanwhile, which then
+predicts the images of the reference again.
+
+An alarm ends with a window that does not differ any more. The world may stay changed: with a bundle
+that came during the alarm, other classes and other light are no alarm any more, but less sure
+predictions and more rejected images are, because these are what such a bundle should mend.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeAlias, TypeVar
+
+from sopdeploy.evaluation.drift import BLOCK, NEWEST, WINDOW, Comparison
+
+NUM_BLOCKS = WINDOW // BLOCK  # of a full window
+NEWEST_BLOCKS = NEWEST // BLOCK  # with which the first comparison can be made
+# Of the first reference. With fewer, no difference would be significant after the correction for
+# several comparisons: if each of B blocks is exchanged, the statistic is at most B - 1 times its
+# mean.
+FIRST_BLOCKS = 12
+TEST_BLOCKS = 2  # new ones from comparison to comparison
+END_BLOCKS = 8  # without an alarm, which end it
+
+BlockT = TypeVar("BlockT")
+Comparisons: TypeAlias = Mapping[str, Comparison]
+Compare: TypeAlias = Callable[[Sequence[BlockT], Sequence[BlockT]], Comparisons]
+News = Literal["begins", "goes on", "ends"]
+
+
+@dataclass(eq=False)
+class Watch(Generic[BlockT]):
+    """The blocks and the alarm of one source of predictions.
+
+    Attributes:
+        reference: Blocks from before.
+        window: Blocks after the reference; during an alarm, those since it began.
+        num_untested: Blocks of the window since the last comparison.
+        alarm_blocks: Blocks that raised the alarm; 0 without one.
+        is_replaced: Whether another bundle came during the alarm.
+        is_told: Whether it was told that this bundle does not end the alarm.
+    """
+
+    reference: list[BlockT] = field(default_factory=list)
+    window: list[BlockT] = field(default_factory=list)
+    num_untested: int = 0
+    alarm_blocks: int = 0
+    is_replaced: bool = False
+    is_told: bool = False
+
+    @property
+    def is_alarm(self) -> bool:
+        """Whether the predictions differ."""
+        return self.alarm_blocks > 0
+
+    @property
+    def num_needed(self) -> int:
+        """Blocks until the next comparison can be made."""
+        missing = NEWEST_BLOCKS - len(self.window)
+        if not self.window:
+            missing += max(0, FIRST_BLOCKS - len(self.reference))
+        return max(missing, TEST_BLOCKS - self.num_untested)
+
+    def add(self, block: BlockT) -> bool:
+        """Add *block*, and return whether a comparison is due."""
+        if len(self.reference) < FIRST_BLOCKS and not self.window and not self.is_alarm:
+            self.reference.append(block)
+            return False
+
+        self.window.append(block)
+        del self.window[:-NUM_BLOCKS]
+        self.num_untested += 1
+        return len(self.window) >= NEWEST_BLOCKS and self.num_untested >= TEST_BLOCKS
+
+    def replace(self, reference: Sequence[BlockT]) -> None:
+        """Go on with another bundle, whose predictions for the images of the reference are *reference*."""
+        self.reference = list(reference)
+        self.window = []
+        self.num_untested = 0
+        self.is_replaced = self.is_alarm
+        self.is_told = False
+
+    def test(self, compare: Compare[BlockT]) -> tuple[Comparisons, News | None]:
+        """Compare the newest blocks and the whole window with the reference; move what is due.
+
+        *compare* compares two lists of blocks. Also returns what is new about the alarm.
+        """
+        self.num_untested = 0
+        whole = compare(self.reference, self.window)
+        newest = compare(self.reference, self.window[-NEWEST_BLOCKS:])
+        clearer = choose_clearer(whole, newest)
+
+        if self.is_alarm:
+            return clearer, self._continue(compare)
+
+        if not any(one.is_alarm for one in clearer.values()):
+            if len(self.window) == NUM_BLOCKS:
+                self.reference = self.window
+                self.window = []
+            return clearer, None
+
+        # A large change is in the newest blocks only.
+        if any(one.is_alarm for one in newest.values()):
+            self.window = self.window[-NEWEST_BLOCKS:]
+        self.alarm_blocks = len(self.window)
+        return clearer, "begins"
+
+    def _continue(self, compare: Compare[BlockT]) -> News | None:
+        """End the alarm if the newest blocks do not differ any more."""
+        needed = END_BLOCKS if self.is_replaced else max(END_BLOCKS, self.alarm_blocks)
+        if len(self.window) < needed:
+            return None
+
+        compared = compare(self.reference, self.window[-needed:])
+        counted = find_unmended(compared) if self.is_replaced else compared
+        if any(one.is_alarm for one in counted.values()):
+            is_new = self.is_replaced and not self.is_told
+            self.is_told = self.is_replaced
+            return "goes on" if is_new else None
+
+        # The world of a bundle that has learned it is the reference from now on.
+        if self.is_replaced:
+            self.reference = self.window[-needed:]
+        self.window = []
+        self.alarm_blocks = 0
+        self.is_replaced = False
+        return "ends"
+
+
+def choose_clearer(whole: Comparisons, newest: Comparisons) -> Comparisons:
+    """Return the clearer comparison of each statistic: an alarm, then the smaller p-value."""
+    return {
+        name: min(whole[name], newest[name], key=lambda one: (not one.is_alarm, one.p_value))
+        for name in whole
+    }
+
+
+def find_unmended(compared: Comparisons) -> Comparisons:
+    """Return the comparisons that a bundle which has learned the change would mend."""
+    worse = {"confidence": False, "unknown": True}  # whether the number rises
+    return {
+        name: one
+        for name, one in compared.items()
+        if name in worse and one.rises is worse[name]
+    }
