@@ -17,7 +17,7 @@ from prometheus_client import (
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import SopdeployError
-from sopdeploy.evaluation.drift import MIN_SHIFT, SIGNIFICANCE, WINDOW
+from sopdeploy.evaluation.drift import MIN_SHIFT, NEWEST, SIGNIFICANCE
 from sopdeploy_service.observability.busy import WINDOW as BUSY_WINDOW
 from sopdeploy_service.observability.busy import BusyShare
 from sopdeploy_service.observability.logs import DROPPED
@@ -164,7 +164,7 @@ class Metrics:
         # Drift.
         self.drift_shift = gauge(
             "drift_shift",
-            f"Difference of the newest {WINDOW:,} answers from earlier ones, in standard deviations",
+            "Difference of the newest predictions from earlier ones, in standard deviations",
             ("model", "of"),
         )
         self.drift_p_value = gauge(
@@ -175,7 +175,7 @@ class Metrics:
         )
         self.drift_images = gauge(
             "drift_images",
-            f"Answers in the newest window, which is compared when it has {WINDOW:,}",
+            f"Predictions in the newest window, which is compared from {NEWEST} on",
             ("model",),
         )
 
