@@ -17,8 +17,6 @@ from sopdeploy.decision import ACCEPTS, Answer, AnswerFields
 from sopdeploy.evaluation.drift import MIN_SHIFT, SIGNIFICANCE
 from sopdeploy.http_api import Classes
 from sopdeploy.layers.isqrt_cov import Prenorm
-from sopdeploy.photos.label_tools import NUMBERED
-from sopdeploy.photos.table import EXPORTS
 from sopdeploy.training import loop_settings, recipe, schedules
 from sopdeploy.training.recipe import Recipe
 from sopdeploy_commands.bulk.classifier import COLUMNS, ImageRow
@@ -147,14 +145,6 @@ def first_column(page: Path, heading: str) -> set[str]:
         for row in table.splitlines()
         for code in re.findall(r"`([^`]+)`", row.split(" | ")[0])
     }
-
-
-def test_the_page_of_data_has_the_exports_of_label_tools() -> None:
-    page = (DOCS / "data.md").read_text(encoding="utf-8")
-    table = page.partition("| tool | files |\n")[2].partition("\n\n")[0]
-    files = [row.split(" | ")[1] for row in table.splitlines()[1:]]
-    listed = {name for cell in files for name in re.findall(r"`([^`/]+\.\w+)`", cell)}
-    assert listed == {*EXPORTS, *NUMBERED}
 
 
 def test_the_page_of_recipes_has_every_key_and_its_default() -> None:

@@ -61,14 +61,17 @@ class FolderConfig(HoldOut):
     `clip1_02.jpg` together. It replaces all other groups but those of copies.
 
     `classes_from` is `folders` if each folder is a class even if it seems to be none. It can also
-    be a regular expression that finds the class in the names of files, such as `^\\D+` for
-    `cat.1.jpg`.
+    be `subfolders` if the innermost folders are the classes, `files` if a file beside each image
+    has its class (LabelMe, Pascal VOC), the path of a table, with `:COLUMN` if its heading is
+    unusual, or a regular expression that finds the class in the names of files, such as `^\\D+`
+    for `cat.1.jpg`. `leave_out` names folders at the top that are not read, separated by commas.
     """
 
     kind: Literal["folder"]
     path: Path | None = None
     groups: str = ""
     classes_from: str = ""
+    leave_out: str = ""
 
     @pydantic.field_validator("groups", "classes_from")
     @classmethod
@@ -135,7 +138,8 @@ def open_data(config: DataConfig | DataSource) -> Split:
             "data.path: not set; give the folder of the data", remedies={"data": None}
         )
     elif isinstance(config, FolderConfig):
-        split = _group_by_name(open_folder(config.path, config.classes_from), config.groups)
+        opened = open_folder(config.path, config.classes_from, config.leave_out)
+        split = _group_by_name(opened, config.groups)
     elif isinstance(config, CifarConfig):
         split = open_cifar(config.kind, expand_user(config.path))
     else:  # an official layout

@@ -4,10 +4,12 @@ The name of a folder is the class of its images or, with a pattern, a part of ea
 """
 
 import os
-from collections import defaultdict
-from collections.abc import Iterator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
+from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +19,8 @@ from sopdeploy.images.limits import describe_formats
 from sopdeploy.images.signatures import count_suffixes, describe_suffixes
 from sopdeploy.photos.files import (
     FOLDERS,
+    SUBFOLDERS,
+    TRAINING,
     check_labels,
     describe_confusable,
     folder_identity,
@@ -25,16 +29,16 @@ from sopdeploy.photos.files import (
     list_subfolders,
     lookalike_key,
     normalize,
+    part_kind,
 )
 from sopdeploy.photos.forms import find_leftovers
 from sopdeploy.photos.photo import ImageFiles
-from sopdeploy.photos.questions import (
-    class_in_name,
-    suggest_folder,
-    suggest_sorting,
-    suggest_sorting_by_hand,
-)
-from sopdeploy.photos.table import describe_other_table, find_other_table
+
+# Of formats that are not read: a folder with such files may be a class
+UNREAD_SUFFIXES = {
+    ".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dng", ".jp2", ".jxl", ".nef", ".pgm", ".ppm", ".psd",
+    ".raw", ".svg", ".tif", ".tiff",
+}  # fmt: skip
 
 
 class ClassListing(NamedTuple):
@@ -52,27 +56,47 @@ class ClassListing(NamedTuple):
     notes: list[str]
 
 
-def list_classes(root: Path, classes_from: str = "") -> ClassListing:
+def list_classes(
+    root: Path, classes_from: str = "", leave_out: Collection[str] = ()
+) -> ClassListing:
     """List the images of every class folder in *root*, sorted; a class may be empty.
+
+    The folders *leave_out* are none, and neither is a folder of programs, texts or arrays only.
 
     Folders with one name in two encodings are one class. The images of a folder in a class
     folder are a group, unless it holds all images of the class. A link in a class folder to
     another class folder is not followed. Masks, photographs in another form (`find_leftovers`),
     and classes that hold nothing else are left out, unless *classes_from* is `FOLDERS`.
 
+    If *classes_from* is `SUBFOLDERS`, the innermost folder of each image is its class.
+
     If *classes_from* is a regular expression, it finds the class in the name of each image below
     *root*, also of those in no class folder. Folders then tell neither classes nor groups.
     """
-    paths_of_class, other_files = _list_folders(root)
+    paths_of_class, other_files = _list_folders(root, leave_out)
     beside, _ = list_files(root)
     notes = list[str]()
+
+    # Folders without images that hold other files are no classes.
+    without_images = [
+        label
+        for label, files in other_files.items()
+        if files and not paths_of_class[label] and not any(map(_may_be_photograph, files))
+    ]
+    for label in without_images:
+        del paths_of_class[label]
+    if without_images:
+        notes.append(
+            f"{root}: left out, because they hold no images: {shorten(without_images)}"
+        )
 
     if classes_from != FOLDERS:
         paths_of_class = _without_leftovers(root, paths_of_class, notes)
 
     # With a pattern, the names of files tell the classes, not the folders.
-    if is_pattern(classes_from):
-        paths = [*map(os.fsencode, beside), *chain.from_iterable(paths_of_class.values())]
+    if classes_from not in ("", FOLDERS):
+        paths = [*chain.from_iterable(paths_of_class.values())]
+        paths += map(os.fsencode, beside if is_pattern(classes_from) else ())
         return _list_by_name(root, sorted(paths), other_files, classes_from, notes)
 
     # A class folder's entry that holds each image: the folder `cat/x` for `cat/x/1.jpg` and for
@@ -105,8 +129,7 @@ def list_classes(root: Path, classes_from: str = "") -> ClassListing:
         notes.append(
             f"{root}: images of folders in a class folder count as images of that "
             "class, those of several folders as a group each: "
-            f"{shorten(nested_folders)}"
-            + (suggest_folder(images) or "; move these folders up if they are classes")
+            f"{shorten(nested_folders)}; add --set data.classes_from={SUBFOLDERS} if they are classes"
         )
     notes += [f"{root}: {line}" for line in describe_confusable(labels)]
     return ClassListing(images, other_files, nested_folders, [*map(os.fsencode, beside)], notes)
@@ -136,11 +159,29 @@ def _without_leftovers(
     return paths_of_class
 
 
-def _list_folders(root: Path) -> tuple[dict[str, list[bytes]], dict[str, list[str]]]:
-    """List the images and the other files of each class folder in *root*, by class."""
+def find_leftover_paths(root: Path, paths: Sequence[bytes]) -> set[bytes]:
+    """Find the images *paths* in *root* that are no photographs of their own."""
+    paths_of_class = defaultdict[str, list[bytes]](list)
+    for path in paths:
+        top, separator, _ = path.partition(b"/")
+        if separator:
+            paths_of_class[os.fsdecode(top)].append(path)
+    return set[bytes]().union(*(one.paths for one in find_leftovers(root, paths_of_class)))
+
+
+def _may_be_photograph(file: str) -> bool:
+    """Tell whether *file* has the suffix of an image format that is not read."""
+    return PurePath(file).suffix.lower() in UNREAD_SUFFIXES
+
+
+def _list_folders(
+    root: Path, leave_out: Collection[str]
+) -> tuple[dict[str, list[bytes]], dict[str, list[str]]]:
+    """List the images and the other files of each class folder in *root* but *leave_out*, by class."""
     folders = defaultdict[str, list[str]](list)  # names of folders by class
     for name in list_subfolders(root):
-        folders[normalize(name)].append(name)
+        if name not in leave_out:
+            folders[normalize(name)].append(name)
     check_labels(root, sorted(folders))
 
     # A folder that a link leads to is listed in its own class only.
@@ -166,9 +207,15 @@ def _list_by_name(
 ) -> ClassListing:
     """Sort the images *paths* in *root* by the classes that *pattern* finds in their names.
 
+    With `SUBFOLDERS` as *pattern*, the class is the name of the folder that holds the image.
+
     Images without a class, and lookalike classes, are named in *notes*.
     """
-    label_of_path = [class_in_name(path, pattern) for path in paths]  # "" without a class
+    if pattern == SUBFOLDERS:
+        parents = [os.fsdecode(path).rpartition("/")[0] for path in paths]
+        label_of_path = [normalize(parent.rpartition("/")[2]) for parent in parents]
+    else:
+        label_of_path = [class_in_name(path, pattern) for path in paths]  # "" without a class
     labels = tuple(sorted(filter(None, set(label_of_path))))
     check_labels(root, labels)
     without = [path for path, label in zip(paths, label_of_path, strict=True) if not label]
@@ -189,17 +236,24 @@ def _list_by_name(
 
 def is_pattern(classes_from: str) -> bool:
     """Tell whether *classes_from* is a regular expression for the names of files."""
-    return classes_from not in ("", FOLDERS)
+    return classes_from not in ("", FOLDERS, SUBFOLDERS)
 
 
-def describe_class_problems(
-    listing: ClassListing, labels: tuple[str, ...], table_hint: str = ""
-) -> Iterator[str]:
+def class_in_name(path: bytes, pattern: str) -> str:
+    """Return the text that *pattern* finds in the name of a file without suffix; "" if it finds none.
+
+    Characters that are neither letters nor digits are removed from both ends: `cat` for `cat.1.jpg`.
+    """
+    name = normalize(os.fsdecode(path)).rpartition("/")[2]
+    stem, _ = os.path.splitext(name)  # noqa: PTH122 - no `Path` for each image
+    match = re.search(pattern, stem)
+    return "" if match is None else re.sub(r"^[\W_]+|[\W_]+$", "", match.group())
+
+
+def describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> Iterator[str]:
     """Describe classes of *listing* that are not in *labels*, and empty folders.
 
     Labels without a folder are described only beside classes that are not in *labels*.
-
-    *table_hint* describes a table that lists the images and is not read; "" without one.
     """
     images = listing.images
     root = images.root
@@ -220,6 +274,14 @@ def describe_class_problems(
         else:
             missing.append(label)
 
+    # Names that are near to one that is missing: plurals, numbers and words that one part adds.
+    for label in [*missing]:
+        near = [folder for folder in unknown if _is_near(folder, label)]
+        if len(near) == 1:
+            yield f"{root / near[0]}: is it {label!r} of the training images? Rename one of them"
+            unknown.remove(near[0])
+            missing.remove(label)
+
     # Other unknown classes. Missing ones are told with them: these may be the same ones.
     if unknown:
         yield (
@@ -239,22 +301,51 @@ def describe_class_problems(
         yield (
             f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
             f"add some ({describe_formats()}) or remove the folder"
-            + (suggest_folder(images) or table_hint or suggest_sorting(images))
         )
 
 
-def no_classes_error(root: Path, part: Path | None = None, hint: str = "") -> DataError:
-    """Build the error for *root*, or a *part* of it, without classes.
+def _is_near(one: str, other: str) -> bool:
+    """Tell whether two names of classes have the same words, but for plurals and for words that one adds."""
+    words, other_words = ({*_words(name)} for name in (one, other))
+    return bool(words & other_words) and (words <= other_words or other_words <= words)
 
-    It advises to use a table that lists the images, if there is one; else to sort them, and
-    ends in the *hint* or, without a hint, in the command to sort by hand what images there are.
+
+def _words(name: str) -> list[str]:
+    """Return the words of *name* without numbers, in the singular."""
+    words = re.findall(r"[^\W\d_]+", lookalike_key(name))
+    return [word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words]
+
+
+def no_classes_error(root: Path, part: Path | None = None, hint: str = "") -> DataError:
+    """Build the error for *root*, or a *part* of it, in which nothing tells classes: what is there, what to do.
+
+    That is the *hint*, if there is one.
     """
-    images, others = list_images(root)
-    table = find_other_table(images, (root / file for file in others))
-    other_table = "" if table is None else describe_other_table(root, table)
-    unsorted = root if part is None else part
+    where = root if part is None else part
+    images, others = list_images(where)
+    seen = _describe_entries([*map(os.fsdecode, images)], others)
+    folders = {path.rpartition(b"/")[0] for path in images}
+    in_training = {path for path in folders if part_kind(os.fsdecode(path)) in TRAINING}
+    folders = in_training or folders
+    unsorted = where / os.fsdecode(folders.pop()) if len(folders) == 1 else where
     by_hand = suggest_sorting_by_hand(unsorted) if images else ""
     return DataError(
-        f"{unsorted}: holds no class folders and no labels.csv; "
-        + (other_table or f"sort the images into one subfolder per class{hint or by_hand}")
+        f"{where}: holds no class folders and no labels.csv ({seen}); "
+        + (hint or f"sort the images into one subfolder per class{by_hand}")
     )
+
+
+def _describe_entries(images: Sequence[str], others: Sequence[str]) -> str:
+    """Say what a folder holds, entry by entry: its folders with counts, and its files by suffix."""
+    counts = Counter(f"{path.partition('/')[0]}/" if "/" in path else "" for path in images)
+    seen = [
+        f"{name} {amount(count, 'image')}".strip() for name, count in sorted(counts.items())
+    ]
+    if others:
+        seen.append(f"other files: {describe_suffixes(count_suffixes(others))}")
+    return shorten(seen) or "it is empty"
+
+
+def suggest_sorting_by_hand(folder: Path) -> str:
+    """Say how the images of *folder* can be sorted into classes."""
+    return f", by hand or in a browser: sopdeploy label {quote(str(folder))} --photos sorted"

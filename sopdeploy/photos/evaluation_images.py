@@ -29,7 +29,6 @@ from sopdeploy.photos.files import (
 )
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, select_classes
-from sopdeploy.photos.questions import suggest_folder
 from sopdeploy.photos.table import LABELS_FILE, check_has_classes, find_table, read_label_table
 
 ANY_IMAGES = "JPEG or PNG files, with or without subfolders"
@@ -100,6 +99,15 @@ def _open_evaluation_images(
 def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
     """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself."""
     names = {normalize(name) for name in list_subfolders(root)}
+    # A single folder that is no class is the data set itself, as in training.
+    known = {normalize(label) for label in labels} | {*class_aliases()}
+    if (
+        len(names) == 1
+        and not names & known
+        and not find_parts(root).held_out
+        and not find_table(root)
+    ):
+        return _held_out_folder(root / list_subfolders(root)[0], labels, log)
     # If each subfolder is a class, none is a part, even if it is named val.
     if names <= {normalize(label) for label in labels}:
         return root
@@ -144,7 +152,6 @@ def _match_classes(
     hint = hint_at_spelling(unknown, labels)
 
     if unknown and not are_allowed:
-        hint = hint or suggest_folder(images, "give")
         verb = "are not classes" if len(unknown) > 1 else "is no class"
         raise DataError(
             f"{root}: {shorten(unknown)} {verb} of the network, which knows "

@@ -31,7 +31,11 @@ SYSTEM_FOLDERS = {
     "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found",
     "__pycache__",
 }  # fmt: skip
-FOLDERS = "folders"  # where the classes are, if each folder at the top is one
+# Where the classes are, if each folder at the top is one, or each innermost folder, or if a file
+# beside each image has them
+FOLDERS = "folders"
+SUBFOLDERS = "subfolders"
+FILES = "files"
 # A photograph that a server kept, in any folder into which its label moved it, and the folder
 # of those of its uniform sample among photographs that show no class.
 SAMPLE_FOLDER = "sample"
@@ -404,9 +408,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     )
 
 
-def find_parts(root: Path) -> Parts:
-    """Find the parts of the data set in *root*; raises `DataError` for two folders of training images."""
-    names = list_subfolders(root)
+def find_parts(root: Path, leave_out: Collection[str] = ()) -> Parts:
+    """Find the parts of the data set in *root*, without *leave_out*.
+
+    Raises `DataError` for two folders of training images.
+    """
+    names = [name for name in list_subfolders(root) if name not in leave_out]
     kinds = part_kinds(names)
 
     # The training part contains folders. One without any may be a class, beside a folder that
@@ -430,12 +437,17 @@ def find_parts(root: Path) -> Parts:
 
 
 def part_folder(root: Path, name: str) -> Path:
-    """Return the folder of the part *name* in *root*; for `seg_train/seg_train/`, the innermost one."""
+    """Return the folder of the part *name* in *root*; for `seg_train/seg_train/`, the innermost one.
+
+    A single folder that says only that it holds images, as in `Training/Images/`, is the part, too.
+    """
     folder = root / name
     kind, others = _read_part(name)
     same_part = {(kind, others), (kind, "")}
     while True:
         inner = list_subfolders(folder)
-        if len(inner) != 1 or _read_part(inner[0]) not in same_part:
+        if len(inner) != 1:
+            return folder
+        if _read_part(inner[0]) not in same_part and not is_general(inner[0]):
             return folder
         folder /= inner[0]

@@ -20,58 +20,53 @@ from sopdeploy.photos.class_folders import (
     is_pattern,
     list_classes,
     no_classes_error,
+    suggest_sorting_by_hand,
 )
 from sopdeploy.photos.file_checks import find_unreadable
 from sopdeploy.photos.files import (
+    FILES,
+    FOLDERS,
     TRAIN,
     TRAINING,
     Parts,
     data_folder,
     find_parts,
-    holds_images,
     list_files,
     list_outputs,
+    list_subfolders,
     naming_all_undecodable,
     part_folder,
     part_kind,
 )
+from sopdeploy.photos.forms import find_copied_folders
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, Split, select_classes
-from sopdeploy.photos.questions import (
-    ask_about_general_names,
-    ask_about_held_out_classes,
-    ask_about_numbered_folders,
-    ask_about_parts_inside,
-    ask_about_subfolders,
-    suggest_folder,
-    suggest_names,
-    suggest_sorting,
-)
+from sopdeploy.photos.readings import Reading, choose, propose_readings
 from sopdeploy.photos.table import (
     LABELS_FILE,
     SPLIT,
     UNSPLIT,
     OpenedParts,
     check_has_classes,
-    describe_other_table,
-    find_other_table,
     find_table,
-    mentions,
     read_label_table,
 )
 
 
-def open_folder(path: Path, classes_from: str = "") -> Split:
+def open_folder(path: Path, classes_from: str = "", leave_out: str = "") -> Split:
     """Open the training and held-out images of a folder, with classes sorted by name.
 
     *classes_from* is `FOLDERS` if each folder at the top is a class, whatever it seems to hold,
-    a regular expression that finds the class in the name of a file, or "" (`list_classes`).
+    `SUBFOLDERS` if each innermost one is, `FILES` if a file beside each image has its class, the
+    path of a table, `TABLE:COLUMN` for an unusual heading, or a regular expression that finds the
+    class in the name of a file (`list_classes`). With "", the `readings` of the folder decide.
+    *leave_out* are folders at the top that are not read, separated by commas.
     If `labels.csv` lists images with no class or several ones, targets are (N, C) instead of
     class indices. Without held-out images, classes of a single image are left out.
     Raises `DataError`.
     """
     root = data_folder(path)
-    opened = open_parts(root, max_held_out=1, classes_from=classes_from)
+    opened = open_parts(root, max_held_out=1, classes_from=classes_from, leave_out=leave_out)
     notes = [*opened.notes]
     if opened.ignored:
         notes.append(f"{root}: {describe_skipped(opened.ignored)}")
@@ -106,18 +101,28 @@ def open_folder(path: Path, classes_from: str = "") -> Split:
 
 
 def open_parts(
-    root: Path, max_held_out: int | None = None, classes_from: str = ""
+    root: Path,
+    max_held_out: int | None = None,
+    classes_from: str = "",
+    leave_out: str = "",
 ) -> OpenedParts:
     """Open the parts of *root*: an official layout, the images in `labels.csv`, or class folders.
 
     Of the folders with held-out images, it opens the first *max_held_out* that have classes, by
-    default all. With *classes_from*, `list_classes` reads the classes. Raises `DataError`.
+    default all. *classes_from* and *leave_out* are those of `open_folder`. Raises `DataError`.
     """
     with naming_all_undecodable(root):
-        return _open_parts(root, max_held_out, classes_from)
+        return _open_parts(root, max_held_out, classes_from, _names(leave_out))
 
 
-def _open_parts(root: Path, max_held_out: int | None, classes_from: str) -> OpenedParts:
+def _names(leave_out: str) -> tuple[str, ...]:
+    """Divide *leave_out* into the names of folders."""
+    return tuple(name.strip() for name in leave_out.split(",") if name.strip())
+
+
+def _open_parts(
+    root: Path, max_held_out: int | None, classes_from: str, leave_out: tuple[str, ...]
+) -> OpenedParts:
     """Do what `open_parts` says."""
     # An official layout.
     if (kind := detect_kind(root)) is not None:
@@ -125,11 +130,53 @@ def _open_parts(root: Path, max_held_out: int | None, classes_from: str) -> Open
         held_out = open_part(kind, "held_out", root)
         return OpenedParts({"train": train, "test": held_out})
 
-    # Class folders, or a table of all images.
-    table = None if classes_from else find_table(root)
-    if table is None:
-        return _open_class_folders(root, max_held_out, classes_from)
-    opened = read_label_table(table)
+    # What the user says.
+    if classes_from:
+        table_name, _, column = classes_from.partition(":")
+        if classes_from == FILES:
+            return _open_table(root, root)
+        if (root / table_name).is_file():
+            return _open_table(root, root / table_name, column)
+        return _open_class_folders(root, max_held_out, classes_from, leave_out)
+
+    # A table that nothing contradicts.
+    if table := find_table(root):
+        return _open_table(root, table)
+
+    # Folders that only hold copies are left out, and the others read in the only way that there is.
+    missing = [name for name in leave_out if not (root / name).is_dir()]
+    if missing:
+        raise DataError(f"{root}: has no folder {shorten(missing)}, which is to be left out")
+    copies = find_copied_folders(root, leave_out)
+    leave_out = (*leave_out, *copies)
+    parts = find_parts(root, leave_out)
+    num_part_classes = 0
+    if parts.train:
+        num_part_classes = len(list_subfolders(part_folder(root, parts.train)))
+        if find_table(part_folder(root, parts.train)):
+            num_part_classes = 2
+    proposed = propose_readings(root, parts, leave_out, num_part_classes)
+
+    def open_reading(reading: Reading, *, is_chosen: bool) -> OpenedParts:
+        """Open *reading* as its command does or, if it is chosen unasked, without what is no photograph."""
+        if reading.path != root:
+            return _open_parts(reading.path, max_held_out, "", ())
+        names = (*leave_out, *_names(reading.leave_out))
+        if reading.classes_from in ("", FOLDERS):
+            kind = "" if is_chosen else reading.classes_from
+            return _open_class_folders(root, max_held_out, kind, names)
+        return _open_parts(root, max_held_out, reading.classes_from, names)
+
+    opened = choose(root, proposed, open_reading)
+    if copies:
+        note = f"{root}: left out, because they hold copies of the others: {shorten(copies)}"
+        opened = opened._replace(notes=[*opened.notes, note])
+    return opened
+
+
+def _open_table(root: Path, table: Path, column: str = "") -> OpenedParts:
+    """Open the images in *root* that *table* lists with their classes, as `read_label_table` does."""
+    opened = read_label_table(table, root=root, column=column)
     for name, images in opened.parts.items():
         check_has_classes(table, name, images)
     train, *_ = opened.parts.values()
@@ -144,22 +191,23 @@ def _open_parts(root: Path, max_held_out: int | None, classes_from: str) -> Open
     return opened._replace(problems=problems, notes=notes)
 
 
-def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str) -> OpenedParts:
+def _open_class_folders(
+    root: Path, max_held_out: int | None, classes_from: str, leave_out: tuple[str, ...]
+) -> OpenedParts:
     """Open the classes of the parts in *root*, or those in *root* itself, as `open_parts` says.
 
     Raises `DataError`.
     """
-    parts = find_parts(root)
-    folders = _find_part_folders(root, parts)
+    parts = find_parts(root, leave_out)
+    folders = _find_part_folders(root, parts, classes_from)
     tables = {name: table for name, folder in folders.items() if (table := find_table(folder))}
     if tables and not classes_from:
         return _open_part_tables(root, _first_parts(folders, max_held_out), tables)
 
     # The training images tell the classes; if they do not, the run cannot begin.
     train_name, *held_out_names = folders
-    train = list_classes(folders[train_name], classes_from)
-    other_table = _find_other_table(root, parts, train)
-    _check_tells_classes(root, parts, train, other_table, classes_from)
+    train = list_classes(folders[train_name], classes_from, leave_out)
+    _check_tells_classes(root, train)
 
     # Held-out images need classes, but not all of them.
     labels = train.images.labels
@@ -167,13 +215,24 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
     held_out, unlabelled = _list_held_out(held_out_folders, labels, max_held_out, classes_from)
     listings = {train_name: train, **held_out}
 
-    # What is wrong with the classes, and which folders are not used.
-    table_hint = _hint_at_table(root, other_table)
+    # What is wrong with the classes, and which folders are not used. Another part may be right.
     problems = [
         problem
         for listing in listings.values()
-        for problem in describe_class_problems(listing, labels, table_hint)
+        for problem in describe_class_problems(listing, labels)
     ]
+    if problems and held_out and not [*describe_class_problems(train, labels)]:
+        wrong = [name for name in held_out_names if name in held_out]
+        right = [
+            name
+            for name in held_out_names
+            if name not in held_out
+            and list_classes(folders[name], classes_from).images.labels == labels
+        ]
+        if right:
+            problems.append(
+                f"{root}: {right[0]} has these classes: add --set data.leave_out={','.join(wrong)}"
+            )
     used_to_train = [*listings][:2]  # the training part, and one that is held out
     notes = [*_describe_parts(root, parts, used_to_train, unlabelled)]
 
@@ -195,8 +254,6 @@ def _open_class_folders(root: Path, max_held_out: int | None, classes_from: str)
     for listing in listings.values():
         notes += listing.notes
     other_files = _list_other_files(root, [*listings.values()], classes_from, notes)
-    if other_table:
-        notes.append(describe_other_table(root, other_table))
 
     opened = {name: listing.images for name, listing in listings.items()}
     return OpenedParts(opened, problems, notes, count_suffixes(other_files))
@@ -249,58 +306,24 @@ def _list_held_out(
     return listings, unlabelled
 
 
-def _check_tells_classes(
-    root: Path,
-    parts: Parts,
-    train: ClassListing,
-    other_table: Path | None,
-    classes_from: str,
-) -> None:
-    """Raise `DataError` if the training images have fewer than two classes, or doubtful ones.
+def _check_tells_classes(root: Path, train: ClassListing) -> None:
+    """Raise `DataError` if the training images have fewer than two classes.
 
-    With *classes_from*, no class is doubtful. *other_table* lists the images, but is not read;
-    errors name it.
+    Empty folders count, because `describe_class_problems` tells them.
     """
     images = train.images
-    table_hint = _hint_at_table(root, other_table)
     if not images.labels:
-        raise no_classes_error(root, images.root, suggest_names(root, train.beside))
+        raise no_classes_error(root, images.root)
+    if len(images.labels) > 1:
+        return
 
-    # Two classes, unless folders are only empty, which `describe_class_problems` tells.
-    filled = [images.labels[index] for index in np.flatnonzero(images.class_counts())]
-    if len(filled) < 2:
-        hints = (
-            suggest_folder(images),
-            table_hint,
-            suggest_names(root, images.paths.tolist()),
-        )
-        hint = next(filter(None, hints), "")
-        if len(images.labels) == 1:
-            raise DataError(
-                f"{images.root}: holds only one class ({images.labels[0]}); a "
-                "classifier needs at least two" + (hint or suggest_sorting(images))
-            )
-        if filled and hint:
-            raise DataError(
-                f"{images.root}: only {filled[0]} holds images; a classifier needs "
-                f"at least two classes{hint}"
-            )
-
-    # Folders that may be no classes.
-    if not classes_from:
-        if not parts.train:
-            ask_about_held_out_classes(images, parts.held_out)
-        ask_about_parts_inside(images)
-        ask_about_subfolders(images)
-        ask_about_general_names(images, table_hint)
-        # A table without the names of the folders may have other classes.
-        has_other_names = other_table and not mentions(other_table, images.labels)
-        ask_about_numbered_folders(images, table_hint if has_other_names else "")
-
-
-def _hint_at_table(root: Path, other_table: Path | None) -> str:
-    """Continue an error with what `describe_other_table` says of *other_table*; "" without one."""
-    return f"; {describe_other_table(root, other_table)}" if other_table else ""
+    folders = {images.path(index).parent for index in range(len(images))}
+    by_hand = suggest_sorting_by_hand(folders.pop()) if len(folders) == 1 else ""
+    raise DataError(
+        f"{images.root}: holds only one class ({images.labels[0]}); a classifier needs at least "
+        f"two; if {images.labels[0]} holds those of all classes, sort them into one subfolder "
+        f"per class{by_hand}"
+    )
 
 
 def _first_parts(folders: Mapping[str, Path], max_held_out: int | None) -> dict[str, Path]:
@@ -371,24 +394,11 @@ def _open_part_tables(
     return OpenedParts(parts, notes=notes, ignored=ignored)
 
 
-def _find_other_table(root: Path, parts: Parts, train: ClassListing) -> Path | None:
-    """Find a table that lists the training images; None without one.
-
-    It is in *root* or another folder there, in the training part or in a class.
-    """
-    beside = parts.others if parts.train else ()
-    folders = dict.fromkeys((root, train.images.root, *(root / name for name in beside)))
-    files = [file for folder in folders for file in sorted(folder.glob("*.*"))]
-    for others in train.other_files.values():
-        files += [train.images.root / file for file in others]
-    return find_other_table(train.images.paths.tolist(), files)
-
-
-def _find_part_folders(root: Path, parts: Parts) -> dict[str, Path]:
+def _find_part_folders(root: Path, parts: Parts, classes_from: str) -> dict[str, Path]:
     """Find the folder of training images, or *root*, and then those of held-out ones, by part.
 
-    Raises `DataError` if there are only held-out ones, or if the part with training images may be
-    a class.
+    With `FOLDERS` as *classes_from*, it is *root*. Raises `DataError` if there are only held-out
+    ones.
     """
     if parts.held_out and not parts.train and not parts.others:
         raise DataError(
@@ -396,18 +406,8 @@ def _find_part_folders(root: Path, parts: Parts) -> dict[str, Path]:
             "training images there, or rename the folders if they are "
             "classes"
         )
-    if not parts.train:
+    if not parts.train or classes_from == FOLDERS:
         return {UNSPLIT: root}
-
-    # Without a held-out part, this folder may be a class, as others with images are.
-    if not parts.held_out:
-        classes = [name for name in parts.others if holds_images(root / name)]
-        if classes:
-            raise DataError(
-                f"{root}: {parts.train} may be a class, as {shorten(classes)}, or "
-                "hold the training images; rename it if it is a class, or move "
-                "the others out of this folder"
-            )
     return {name: part_folder(root, name) for name in (parts.train, *parts.held_out)}
 
 

@@ -5,10 +5,12 @@ Archives hold them in folders with the same names in every class (`<class>/image
 (`1.jpg`, `1_mask.png`). Names only propose what to compare; pixels decide.
 """
 
+import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -20,6 +22,7 @@ from PIL import Image
 from sopdeploy.errors import DataError
 from sopdeploy.files import read_file
 from sopdeploy.images.limits import MAX_BYTES
+from sopdeploy.photos.files import list_images, list_subfolders, part_kind
 from sopdeploy.photos.photo import Photo
 
 # Of 64 x 64 pixels of a mask, so many values make this share; of 676 photographs at most 87 %.
@@ -29,6 +32,7 @@ MASK_SHARE = 0.95
 PROPORTIONS = 0.02  # relative difference between those of a mask and its photograph
 MASKS_READ = 3  # of each kind; the first that is a photograph ends the search
 FORMS_READ = 6  # pictures of each form: chance would match all of them in one case of 46,656
+COPIED = 0.9  # share of the files of a folder that others must have
 FORM_SIDE = 16  # pixels of the pictures that are compared
 
 Pair: TypeAlias = tuple[bytes, bytes]  # a photograph, and what may be another form of it
@@ -53,6 +57,60 @@ class _File(NamedTuple):
     def below_class(self) -> str:
         """Its folder below the class folder; "" if it is the class folder itself."""
         return self.folder.partition("/")[2]
+
+
+def find_copied_folders(root: Path, leave_out: Collection[str] = ()) -> list[str]:
+    """Find the folders at the top whose files are nearly all in others: backups, caches, favourites.
+
+    A folder with copies of a single other one is as good as that one, unless its name is longer
+    and begins or ends as the other's does. The parts of a data set, which are told elsewhere, and
+    the folders *leave_out* are not compared.
+    """
+    names = [name for name in list_subfolders(root) if name not in leave_out]
+    if len(names) < 3 or any(map(part_kind, names)):
+        return []
+
+    # Files of one size are compared by their content.
+    by_size = defaultdict[int, list[tuple[str, Path]]](list)
+    counts = Counter[str]()
+    for name in names:
+        for path in list_images(root, name)[0]:
+            file = root / os.fsdecode(path)
+            with suppress(OSError):
+                by_size[file.stat().st_size].append((name, file))
+                counts[name] += 1
+    folders_of_content = defaultdict[bytes, list[str]](list)
+    for files in by_size.values():
+        if len({name for name, _ in files}) > 1:
+            for name, file in files:
+                with suppress(OSError):
+                    content = read_file(file, MAX_BYTES)
+                    folders_of_content[hashlib.blake2b(content).digest()].append(name)
+
+    # The other folders that have the files of each one.
+    in_others = defaultdict[str, Counter[str]](Counter)
+    copied = Counter[str]()
+    for holders in folders_of_content.values():
+        for name in holders:
+            others = {*holders} - {name}
+            in_others[name].update(others)
+            copied[name] += bool(others)
+
+    def is_copy(name: str) -> bool:
+        if copied[name] < COPIED * max(1, counts[name]):
+            return False
+        return len(in_others[name]) > 1 or any(
+            name != other and (name.startswith(other) or name.endswith(other))
+            for other in in_others[name]
+        )
+
+    # Of copies, what they were copied from stays.
+    found = sorted(filter(is_copy, names), key=lambda name: -len(in_others[name]))
+    left_out = list[str]()
+    for name in found:
+        if {*in_others[name]} - {*left_out}:
+            left_out.append(name)
+    return sorted(left_out) if len(names) - len(left_out) > 1 else []
 
 
 class Leftover(NamedTuple):

@@ -26,11 +26,6 @@ _NAMES = {
     ),
     "classes": ("classes", "class", "labels", "label", "choices", "choice", "annotations"),
 }
-# Names of exports of Label Studio, CVAT, VIA and makesense
-NUMBERED = (
-    *("project-*.csv", "project-*.json", "annotations.xml", "via_*.csv", "via_*.json"),
-    *("labels_*.csv", "labels_*.json"),
-)
 # VIA's columns of a file and a region, with a JSON object each
 _VIA_FILE = "file_attributes"
 _VIA_REGION = "region_attributes"
@@ -148,10 +143,14 @@ def _rename_keys(entry: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(columns, entry.values(), strict=True))
 
 
-def rename(headings: Sequence[str]) -> list[str]:
-    """Name the columns with *headings* of a file and its classes as `REQUIRED`; the others stay."""
+def rename(headings: Sequence[str], classes: str = "") -> list[str]:
+    """Name the columns with *headings* of a file and its classes as `REQUIRED`; the others stay.
+
+    *classes* is the heading of the classes, if it is none of the usual ones.
+    """
     columns = [*headings]
-    for column, names in _NAMES.items():
+    usual = _NAMES | ({"classes": (lookalike_key(classes),)} if classes else {})
+    for column, names in usual.items():
         name = next((name for name in names if name in headings), None)
         if name is not None:
             columns[headings.index(name)] = column
@@ -191,3 +190,26 @@ def without_brackets(classes: str) -> str:
     if not (classes.startswith("[") and classes.endswith("]")):
         return classes
     return SEPARATOR.join(name.strip(" '\"") for name in classes[1:-1].split(","))
+
+
+def read_file_beside(text: str, *, is_xml: bool) -> set[str]:
+    """Return the classes of an image in the *text* of a file beside it; empty if nobody labelled it.
+
+    It is JSON of LabelMe, Darwin or Supervisely, or XML of Pascal VOC. Classes are its flags or
+    tags or, without any, the labels of its shapes. Raises `ValueError` and the like for others.
+    """
+    if is_xml:
+        root = ElementTree.fromstring(text)  # noqa: S314 - expat limits entities
+        return {name.text or "" for name in root.findall("object/name")}
+
+    content = json.loads(text)
+    flags = content.get("flags") or {}
+    tags = {name for name, is_set in flags.items() if is_set}
+    tags |= {tag["name"] for tag in content.get("tags") or ()}
+    keys = {"shapes": "label", "annotations": "name", "objects": "classTitle"}
+    shapes = {
+        str(shape[key]) for kind, key in keys.items() for shape in content.get(kind) or ()
+    }
+    if not tags and not any(kind in content for kind in (*keys, "flags", "tags")):
+        raise ValueError("has no shapes, annotations, objects, flags or tags")
+    return tags or shapes

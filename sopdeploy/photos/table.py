@@ -12,8 +12,8 @@ its suffix, with another folder or in an address, is enough. Instead of `classes
 have a column with 1 and 0. Beside `file` and `classes`, other columns are left out, and two
 columns need no heading.
 
-Without `labels.csv`, a valid export of a label tool counts (`EXPORTS`): such a table, JSON
-lines with `file_name` and `label`, a COCO file whose images have annotations of one category
+Without `labels.csv`, another table counts that lists the images, whatever its name: such a
+table, JSON lines with `file_name` and `label`, a COCO file whose images have annotations of one category
 each, or the classes of images, or else of their regions, in files of CVAT, VIA and Label
 Studio. Images that these list without a class are left out.
 """
@@ -45,15 +45,16 @@ from sopdeploy.photos.files import (
     list_images,
     lookalike_key,
     normalize,
+    part_kind,
 )
 from sopdeploy.photos.label_tools import (
-    NUMBERED,
     REQUIRED,
     SEPARATOR,
     UPLOADED,
     is_of_via,
     read_cvat,
     read_entry,
+    read_file_beside,
     read_json,
     read_via_csv,
     rename,
@@ -62,14 +63,6 @@ from sopdeploy.photos.label_tools import (
 from sopdeploy.photos.photo import ImageFiles
 
 LABELS_FILE = "labels.csv"
-# Of Roboflow, for Hugging Face's imagefolder, and of Kaggle.
-EXPORTS = (
-    "_classes.csv",
-    "metadata.csv",
-    "metadata.jsonl",
-    "_annotations.coco.json",
-    "train.csv",
-)
 MAX_TABLE_BYTES = 1 << 28
 # By the bytes with which a file begins; that of UTF-16 is the beginning of that of UTF-32.
 _ENCODINGS = {
@@ -83,7 +76,13 @@ GROUP = "group"
 COLUMNS = (*REQUIRED, SPLIT, GROUP)
 # of classes
 SEPARATORS = re.compile(r"[|;]")
-# Other tables that are searched, images, and bytes
+# Files with separated columns: one of these may have the classes under any name
+SEPARATED = (".csv", ".tsv", ".txt")
+MAX_COLUMNS = 4  # of one table that are tried
+# A table is read without its rows of missing images if these are at most this share, or few.
+MAX_MISSING = 0.05
+MANY_MISSING = 3
+# Tables that are searched, images, and bytes
 MAX_TABLES = 20
 MAX_SAMPLED = 30
 MAX_SEARCHED = 2**24
@@ -115,10 +114,10 @@ class OpenedParts(NamedTuple):
 def find_table(root: Path) -> Path | None:
     """Find the table with the classes of the images in *root*; None if its folders are the classes.
 
-    This is `labels.csv`, or else an export of a label tool. An export must list all images or, if
-    some are directly in `train/`, all of these, as Kaggle's tables do. More than half of its rows
-    must have a class. Raises `DataError` for a `labels.csv` that cannot be read, and for another
-    `labels.*`, such as `labels.xlsx`.
+    This is `labels.csv`, or else another table, if no two folders may be the classes. It must list
+    all images or, if some are directly in `train/`, all of these, as Kaggle's tables do. More than
+    half of its rows must have a class. Raises `DataError` for a `labels.csv` that cannot be read,
+    and for another `labels.*`, such as `labels.xlsx`.
     """
     path = root / LABELS_FILE
     if os.path.lexists(path) and not path.is_dir():  # a folder may be a class
@@ -132,19 +131,20 @@ def find_table(root: Path) -> Path | None:
                 "file,classes, or rename it if the folders are the classes"
             )
 
-    exports = [root / name for name in EXPORTS]
-    for pattern in NUMBERED:
-        exports += sorted(root.glob(pattern))
-    return next((export for export in exports if _labels_all_images(root, export)), None)
+    if not any(file.suffix.lower() in TABLE_SUFFIXES for file in root.glob("*.*")):
+        return None
+    images, _other_files = list_images(root)
+    tops = {os.fsdecode(path).partition("/")[0] for path in images if b"/" in path}
+    if sum(not part_kind(top) for top in tops) > 1:
+        return None
+    tables = (table for table, column in find_listing_tables(images, [root]) if not column)
+    return next((table for table in tables if _labels_all_images(root, table, images)), None)
 
 
-def _labels_all_images(root: Path, export: Path) -> bool:
-    """Tell whether *export* is a file that lists the images in *root* as `find_table` demands."""
-    if not export.is_file():
-        return False
+def _labels_all_images(root: Path, table: Path, images: list[bytes]) -> bool:
+    """Tell whether *table* lists the *images* in *root* as `find_table` demands."""
     try:
-        images, _other_files = list_images(root)
-        rows = _read_rows(export, images)
+        rows = _read_rows(table, images, root)
     except DataError:
         return False
 
@@ -200,20 +200,28 @@ def read_table_text(table: Path) -> str:
 
 
 def read_label_table(
-    table: Path, labels: tuple[str, ...] | None = None, *, multi_label: bool | None = None
+    table: Path,
+    labels: tuple[str, ...] | None = None,
+    *,
+    multi_label: bool | None = None,
+    root: Path | None = None,
+    column: str = "",
 ) -> OpenedParts:
     """Read *table*, whose classes must be among *labels*; by default, these are its classes, sorted.
+
+    It lists images in *root*, by default its folder. If it is a folder, the files beside its images
+    have the classes. *column* is the heading above the classes, if it is no usual one.
 
     The parts are `train` and `val`, or `UNSPLIT` without a column `split`. Their targets are
     (N, C) float32, 1 for the classes of an image, or class indices (N,). *multi_label* is by
     default true if an image does not have exactly one class. Raises `DataError` for the first
-    invalid row, by its place in the table, for missing files, for fewer than two classes, and for
-    other classes than *labels*.
+    invalid row, by its place in the table, for many missing files, for fewer than two classes, and
+    for other classes than *labels*.
     """
-    root = table.parent
+    root = table.parent if root is None else root
     image_paths, other_files = list_images(root)
     notes: list[str] = []
-    all_rows = _read_rows(table, image_paths, notes)
+    all_rows = _read_rows(table, image_paths, root, notes, column)
 
     # Label tools list all images, also those that nobody has labelled.
     rows = [row for row in all_rows if row.classes is not None]
@@ -307,15 +315,20 @@ class _Row(NamedTuple):
 
 
 def _read_rows(
-    table: Path, image_paths: list[bytes], notes: list[str] | None = None
+    table: Path,
+    image_paths: list[bytes],
+    root: Path,
+    notes: list[str] | None = None,
+    column: str = "",
 ) -> list[_Row]:
-    """Read the rows of *table*; *image_paths* are the images in its folder. Raises `DataError`.
+    """Read the rows of *table*; *image_paths* are the images in *root*. Raises `DataError`.
 
-    *notes* gets a line about the columns that are left out.
+    *notes* gets lines about the columns and the missing images that are left out.
     """
-    images = _ListedImages(table.parent, image_paths)
+    images = _ListedImages(root, image_paths)
+    notes = [] if notes is None else notes
     rows: dict[bytes | str, _Row] = {}
-    for place, cells in _read_cells(table, [] if notes is None else notes):
+    for place, cells in _read_cells(table, notes, images, column):
         where = f"{table}: {place}"
         file, path = images.find(cells["file"], where)
 
@@ -337,20 +350,29 @@ def _read_rows(
         # A row for each file; two rows for one file are an error.
         row = _Row(place, str(file), classes, part, cells.get(GROUP, ""), path)
         first = rows.setdefault(path or str(file), row)
-        if first is not row:
+        # An image with several boxes of one class has a row for each.
+        is_repeated = (first.classes, first.part, first.group) == (classes, part, row.group)
+        if first is not row and not is_repeated:
             raise DataError(
                 f"{where}: {file} is the file of {first.place}, too; list each file once"
             )
     if not rows:
         raise DataError(f"{table}: lists no images; add some")
 
-    # All files must exist.
+    # Nearly all files must exist.
     missing = [row for row in rows.values() if row.path is None]
-    if missing:
-        more = f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
+    if len(missing) >= MANY_MISSING and len(missing) > MAX_MISSING * len(rows):
         problem = f"{missing[0].place}: {missing[0].file} does not exist"
-        raise DataError(f"{table}: {problem}{more}; add the file, or remove it from the table")
-    return list(rows.values())
+        raise DataError(
+            f"{table}: {problem}, and {len(missing) - 1} more files; add the files, or remove "
+            "them from the table"
+        )
+    if missing:
+        files = shorten([f"{row.file} ({row.place})" for row in missing])
+        notes.append(
+            f"{table}: left out, because they do not exist: {amount(len(missing), 'image')}: {files}"
+        )
+    return [row for row in rows.values() if row.path is not None]
 
 
 class _ListedImages:
@@ -377,7 +399,9 @@ class _ListedImages:
 
         is_path_outside = file.is_absolute() or ".." in file.parts
         named_path = _find_by_name(name, self.path_of_name)  # None: no image, or several
-        if named_path is None and (is_path_outside or not names_image):
+        is_missing = not exists and normalize(name) not in self.path_of_name
+        may_be_id = is_missing and not file.suffix and not (self.root / file).exists()
+        if named_path is None and (is_path_outside or not (names_image or may_be_id)):
             raise DataError(
                 f"{where}: {name!r} is not the path of an image, relative to the "
                 "folder, without .., or the name of one image in it"
@@ -417,73 +441,114 @@ def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes 
     return next((each for each in paths if each is not None), None)
 
 
-def find_other_table(images: Sequence[bytes], files: Iterable[Path]) -> Path | None:
-    """Find one of the *files* that lists the *images*, but that training does not read; None without one.
+def find_listing_tables(
+    images: Sequence[bytes], folders: Iterable[Path]
+) -> Iterator[tuple[Path, str]]:
+    """Yield the text files in *folders* that list the *images*, and the columns that may be their classes.
 
-    It is a text file that contains the names of at least half of a sample of the images
-    (`MAX_SAMPLED`), with or without suffix. A single image is no sample: any text may have its
-    name. The beginnings of `MAX_TABLES` files are searched.
+    Such a file contains the names of at least half of a sample of the images (`MAX_SAMPLED`), with
+    or without suffix. A single image is no sample: any text may have its name. The beginnings of
+    `MAX_TABLES` files are searched. The column is "" if it has a usual name.
     """
+    files = [
+        file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.*"))
+    ]
     tables = [
-        path
-        for path in files
-        if path.suffix.lower() in TABLE_SUFFIXES and path.name != LABELS_FILE
+        file
+        for file in files
+        if file.suffix.lower() in TABLE_SUFFIXES and file.name != LABELS_FILE and file.is_file()
     ]
     sample = images[:: -(-len(images) // MAX_SAMPLED)] if images else []
     names = [PurePosixPath(os.fsdecode(path)) for path in sample]
     if len(names) < 2:
-        return None
+        return
 
     for table in tables[:MAX_TABLES]:
-        with suppress(OSError), table.open("rb") as file:
-            text = file.read(MAX_SEARCHED).decode("utf-8", "replace")
-            num_named = sum(_is_named(name, text) for name in names)
-            if 2 * num_named >= len(names):
-                return table
-    return None
+        with suppress(OSError):
+            with table.open("rb") as file:
+                text = file.read(MAX_SEARCHED).decode("utf-8", "replace")
+            if 2 * sum(_is_named(name, text) for name in names) >= len(names):
+                for column in _class_columns(table, text, names):
+                    yield table, column
 
 
-def describe_other_table(root: Path, table: Path) -> str:
-    """Say that *table*, which lists the images below *root*, is not read."""
-    return (
-        f"{table}: lists the images, but is not read; if the classes are in it, save it as "
-        f"{root / LABELS_FILE} with the columns file,classes (the name of an image is enough, "
-        "without its folder or suffix)"
-    )
+def _class_columns(table: Path, text: str, names: Sequence[PurePosixPath]) -> list[str]:
+    """Return the headings of the CSV file *table* above what may be classes, or "" for a usual heading.
+
+    These repeat: each has two values or more, and three rows or more per value. *names* are those
+    of images.
+    """
+    if table.suffix.lower() not in SEPARATED or is_of_via(text):
+        return [""]
+    try:
+        start = _start_csv(text.removeprefix("\ufeff"))
+        reader = csv.reader(io.StringIO(start.text, newline=""), delimiter=start.separator)
+        headings = [heading.strip() for heading in next(reader, [])]
+        rows = [row for row in reader if len(row) == len(headings)]
+    except csv.Error:
+        return [""]
+
+    known = rename([lookalike_key(heading) for heading in headings])
+    if "classes" in known or len(headings) <= 2:
+        return [""]
+    stems = {one for name in names for one in (name.name, name.stem)}
+    found = []
+    for position, heading in enumerate(headings):
+        values = [row[position].strip() for row in rows]
+        are_files = any(PurePosixPath(value).name in stems for value in values)
+        count = len({*values})
+        if (
+            not are_files
+            and count >= 2
+            and 3 * count <= len(values)
+            and not _are_numbers(values)
+        ):
+            found.append(heading)
+    # Columns with 1 and 0 are classes themselves.
+    return found[:MAX_COLUMNS] or [""]
 
 
-def mentions(table: Path, names: Iterable[str]) -> bool:
-    """Tell whether the beginning of the text file *table* has one of *names* as a word."""
-    with suppress(OSError), table.open("rb") as file:
-        text = file.read(MAX_SEARCHED).decode("utf-8", "replace")
-        return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in names)
-    return False
+def _are_numbers(values: Iterable[str]) -> bool:
+    """Tell whether some of *values* are measured: numbers with a point."""
+    return any(re.fullmatch(r"-?\d*\.\d+", value) for value in values)
 
 
 def _is_named(image: PurePosixPath, text: str) -> bool:
-    """Tell whether *text* contains the name of *image*, or its stem of four characters or more, as a word."""
+    """Tell whether *text* contains the name of *image*, or its stem of four characters or more, as a word.
+
+    A shorter stem must be the first cell of a line.
+    """
+    first_cell = rf'^"?{re.escape(image.stem)}"?[{_SEPARATORS}]'
+    if image.stem in text and re.search(first_cell, text, re.MULTILINE):
+        return True
     names = [image.name, image.stem] if len(image.stem) > 3 else [image.name]
     return any(
         re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in names if name in text
     )
 
 
-def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def _read_cells(
+    table: Path, notes: list[str], images: _ListedImages, column: str
+) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the place and the cells by column of each image; raises `DataError` at the first invalid one.
 
     The place is "line 3" of a file with a line per image. In JSON, in XML and in VIA's CSV, it is
     "image 3", counted from 1. *notes* gets a line about the columns of a CSV file that are left
-    out.
+    out. *images* tell which column of an unusual CSV file has their names, and *column* has the
+    classes there.
     """
+    if table.is_dir():
+        yield from _read_files_beside(table)
+        return
     text = read_table_text(table)
-    if table.suffix == ".csv" and not is_of_via(text):
-        yield from _read_csv(table, text, notes)
+    if table.suffix.lower() in SEPARATED and not is_of_via(text):
+        yield from _read_csv(table, text, notes, images, column)
         return
 
     unit = "image"
     try:
         cells_of_images: Iterable[dict[str, str]]
-        if table.suffix == ".csv":
+        if table.suffix.lower() in SEPARATED:
             cells_of_images = read_via_csv(text)
         elif table.suffix == ".xml":
             cells_of_images = read_cvat(text)
@@ -501,11 +566,41 @@ def _read_cells(table: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, 
         ) from error
 
 
-def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def _read_files_beside(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the name and the cells of each image in *folder* of which another file has the classes.
+
+    That file has the name of the image with another suffix, in any folder.
+    """
+    listed, others = list_images(folder)
+    by_stem = {PurePosixPath(normalize(other)).stem: other for other in others}
+    for path in listed:
+        file = os.fsdecode(path)
+        stems = (PurePosixPath(normalize(file)).stem, PurePosixPath(file).name)
+        other = next((by_stem[stem] for stem in stems if stem in by_stem), None)
+        if other is None:
+            continue
+        try:
+            classes = read_file_beside(
+                read_table_text(folder / other), is_xml=other.lower().endswith(".xml")
+            )
+        except _UNEXPECTED_CONTENT as error:
+            raise DataError(
+                f"{folder / other}: does not give its image a class; write {LABELS_FILE}"
+            ) from error
+        cells = {"file": file}
+        if classes:
+            cells["classes"] = SEPARATOR.join(sorted(classes))
+        yield other, cells
+
+
+def _read_csv(
+    table: Path, text: str, notes: list[str], images: _ListedImages, column: str
+) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the place and the cells of each line of the CSV file *table*, which contains *text*.
 
     Without a column `classes`, other columns are classes with 1 and 0. *notes* gets a line about
-    the columns that are left out.
+    the columns that are left out. *column* is the heading of `classes`, "" for a usual one; if no
+    column has a usual name for files, it is the first one with names of *images*.
     """
     try:
         # The columns, under the names that are known here.
@@ -518,7 +613,10 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
         )
         written = [name.strip() for name in reader.fieldnames or ()]
         headings = [lookalike_key(column) for column in written]
-        columns = reader.fieldnames = rename(headings)
+        columns = rename(headings, column)
+        if not {*REQUIRED} <= {*columns}:
+            columns = _find_columns(start, columns, images)
+        reader.fieldnames = columns
         wrong_columns = DataError(
             f"{table}: has the columns {shorten(headings) or 'none'}; write "
             "file,classes and optionally split and group, or rename the file if "
@@ -565,6 +663,28 @@ def _read_csv(table: Path, text: str, notes: list[str]) -> Iterator[tuple[str, d
         raise DataError(
             f"{table}: cannot be read ({error}); write a CSV file in UTF-8"
         ) from error
+
+
+def _find_columns(start: "_CsvStart", columns: list[str], images: _ListedImages) -> list[str]:
+    """Name the first of *columns* with names of *images* in most rows `file`; of two, the other is `classes`.
+
+    Nothing is changed if there is none, or if the column `file` is none.
+    """
+    lines = start.text.splitlines()[1 : 1 + MAX_SAMPLED]
+    rows = [*csv.reader(lines, delimiter=start.separator, skipinitialspace=True)]
+    candidates = [columns.index("file")] if "file" in columns else range(len(columns))
+    for position in candidates:
+        found = [
+            len(row) > position
+            and _find_by_name(row[position], images.path_of_name) is not None
+            for row in rows
+        ]
+        if 2 * sum(found) > len(found):
+            named = [*columns[:position], "file", *columns[position + 1 :]]
+            if len(named) == 2 and "classes" not in named:
+                named[1 - position] = "classes"
+            return named
+    return columns
 
 
 class _CsvStart(NamedTuple):

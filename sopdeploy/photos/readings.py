@@ -1,0 +1,446 @@
+"""The readings of a folder: every way in which it may tell the classes of its images.
+
+A reading is a command that trains. `propose_readings` lists those that the names of folders and
+files suggest, and the caller tries each of them before it is used or printed (`choose`). One that
+uses nearly all images is taken. Otherwise the user is asked, with the commands to copy.
+"""
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from shlex import quote
+from typing import NamedTuple, Protocol
+
+from sopdeploy.errors import DataError, amount, shorten
+from sopdeploy.images.signatures import has_image_suffix
+from sopdeploy.photos.class_folders import (
+    class_in_name,
+    find_leftover_paths,
+    no_classes_error,
+    suggest_sorting_by_hand,
+)
+from sopdeploy.photos.files import (
+    FILES,
+    FOLDERS,
+    HELD_OUT,
+    SUBFOLDERS,
+    TRAINING,
+    Parts,
+    is_general,
+    list_images,
+    lookalike_key,
+    part_kind,
+)
+from sopdeploy.photos.photo import ImageFiles
+from sopdeploy.photos.table import LABELS_FILE, OpenedParts, find_listing_tables
+
+# Where the class may be in a name: before the first digit, or behind the last one.
+NAME_PATTERNS = (r"^\D+", r"\D+$")
+FEW_IMAGES = 3  # that names and subfolders must have per class on average
+NEARLY_ALL = 0.9  # share of the images that a reading uses if nobody is asked
+MAX_FOLDERS = 3  # that are tried as data sets of their own, those with the most images
+MAX_SHOWN = 12  # entries of the tree of a folder without a reading
+# Words of folders that say what was done with images, not what they show
+UNSPECIFIC = {
+    *("backup", "bak", "copy", "copies", "folder", "misc", "new", "old", "output", "outputs"),
+    *("pred", "preds", "prediction", "predictions", "result", "results", "sample", "samples"),
+    *("screenshot", "screenshots", "temp", "tmp", "unlabeled", "unlabelled", "unsorted"),
+}
+
+
+MAY_HOLD_ALL = "may hold the images of all classes"
+
+
+class Reading(NamedTuple):
+    """One way to read a folder: the options of `train`, and in words where the classes are.
+
+    `doubt` says why nobody should take it unasked, even if it is the only one.
+    """
+
+    path: Path
+    how: str
+    classes_from: str = ""
+    leave_out: str = ""
+    doubt: str = ""
+
+    @property
+    def command(self) -> str:
+        """The command that trains on it."""
+        options = {"classes_from": self.classes_from, "leave_out": self.leave_out}
+        settings = [
+            f" --set data.{name}={quote(value)}" for name, value in options.items() if value
+        ]
+        return f"sopdeploy train --data {quote(str(self.path))}{''.join(settings)}"
+
+
+class Tried(NamedTuple):
+    """A reading with the parts of the data set that it opens."""
+
+    reading: Reading
+    opened: OpenedParts
+
+    @property
+    def num_used(self) -> int:
+        """The number of images that it uses."""
+        return sum(len(images) for images in self.opened.parts.values())
+
+    @property
+    def partition(self) -> dict[str, frozenset[Path]]:
+        """The images of each class in the training part; readings with equal ones are the same."""
+        images = next(iter(self.opened.parts.values()))
+        return _partition(images)
+
+    def describe(self, total: int) -> str:
+        """Name the command, its classes with counts, and the images that it leaves over of *total*."""
+        train, *held_out = self.opened.parts.values()
+        counts = dict(zip(train.labels, train.class_counts().tolist(), strict=True))
+        facts = [shorten([f"{label} {count:,}" for label, count in counts.items()])]
+        if held_out:
+            facts.append(f"{amount(sum(map(len, held_out)), 'validation image')}")
+        if self.num_used < total:
+            facts.append(f"{total - self.num_used:,} of {amount(total, 'image')} left over")
+        return f"{self.reading.command} ({'; '.join(facts)})"
+
+
+def _partition(images: ImageFiles) -> dict[str, frozenset[Path]]:
+    """Return the files of each class of *images*; the names of the classes do not count."""
+    files = defaultdict[str, set[Path]](set)
+    for index in range(len(images)):
+        files[" ".join(images.class_names(index))].add(images.path(index))
+    return {label: frozenset(paths) for label, paths in files.items()}
+
+
+class OpenReading(Protocol):
+    """Opens a reading as its command does, or as it is read unasked."""
+
+    def __call__(self, reading: Reading, *, is_chosen: bool) -> OpenedParts:
+        """Open *reading*; raises `DataError`."""
+
+
+class AmbiguousFolderError(DataError):
+    """A folder that can be read in several ways, or in one that may be wrong; `readings` were tried."""
+
+    readings: Sequence[Tried] = ()
+
+
+class _Tree:
+    """The images of a folder, as paths below it, and the folders at its top that hold some."""
+
+    def __init__(self, root: Path, leave_out: Collection[str]) -> None:
+        paths, others = list_images(root)
+        self.root = root
+        leftovers = find_leftover_paths(root, paths)
+        self.paths = [
+            path
+            for path in paths
+            if os.fsdecode(path).partition("/")[0] not in leave_out and path not in leftovers
+        ]
+        self.leave_out = ",".join(leave_out)
+        self.others = others
+        self.images = [os.fsdecode(path) for path in self.paths]
+        self.counts = Counter(path.partition("/")[0] for path in self.images if "/" in path)
+        # Folders in each folder at the top, with the number of images that each holds itself.
+        self.inner = defaultdict[str, Counter[str]](Counter)
+        for path in self.images:
+            top, _, rest = path.partition("/")
+            if "/" in rest:
+                self.inner[top][rest.rpartition("/")[0]] += 1
+
+    @property
+    def tops(self) -> list[str]:
+        """The folders at the top that hold images, sorted."""
+        return sorted(self.counts)
+
+    def may_hold_classes(self, folder: str) -> bool:
+        """Tell whether the folders in *folder* differ in words, and hold several images each.
+
+        Fewer images do if another folder holds the same ones. Folders that differ in a number only
+        are the objects of a class or the days of a camera.
+        """
+        inner = self.inner.get(folder, Counter[str]())
+        words = {_without_digits(name) for name in inner}
+        if len(words) < 2:
+            return False
+        is_shared = any(
+            inner.keys() == one.keys() for top, one in self.inner.items() if top != folder
+        )
+        return is_shared or inner.total() >= FEW_IMAGES * len(inner)
+
+
+def _without_digits(name: str) -> str:
+    return re.sub(r"[\d\W_]+", "", name)
+
+
+def propose_readings(
+    root: Path, parts: Parts, leave_out: Collection[str], num_part_classes: int
+) -> list[Reading]:
+    """List the readings of *root* that names suggest, the likeliest one first; none is tried yet.
+
+    *parts* are those of *root* without the folders *leave_out*; the training part has so many
+    folders or, with a table, two or more classes (*num_part_classes*). Raises `DataError` for a folder that cannot
+    be listed.
+    """
+    tree = _Tree(root, leave_out)
+
+    # The parts of a data set are certain, unless the only one may be a class.
+    if num_part_classes == 1:
+        held_out = [Reading(root / name, f"{name} is the data set") for name in parts.held_out]
+        return [Reading(root, "by the names of its parts"), *held_out]
+    if num_part_classes:
+        flat = [name for name in parts.others if name in tree.counts and name not in tree.inner]
+        if parts.held_out or not flat:
+            return [Reading(root, "by the names of its parts")]
+        parts_only = Reading(root / parts.train, f"{parts.train} is the training part")
+        return [parts_only, _top_folders(tree)]
+    proposed = [*_propose_folders(tree)]
+    if parts.train or len(tree.tops) < 2 or len(proposed) != 1 or proposed[0].doubt:
+        proposed += _propose_names(tree)
+    else:
+        proposed += _propose_names_of_shards(tree)
+    proposed += [*_propose_tables(tree, parts), *_propose_files(tree)]
+    are_flat_parts = bool(tree.counts) and all(map(part_kind, tree.counts)) and not tree.inner
+    if not proposed and not are_flat_parts:
+        proposed = [Reading(root, "by the folders at its top")]
+    return proposed
+
+
+def _top_folders(tree: _Tree, doubt: str = "") -> Reading:
+    return Reading(tree.root, "by the folders at its top", FOLDERS, tree.leave_out, doubt)
+
+
+def _propose_folders(tree: _Tree) -> Iterator[Reading]:
+    """Yield the readings in which folders are the classes."""
+    # All images in one folder: it is the data set.
+    tops = tree.tops
+    if (
+        len(tops) == 1
+        and tree.inner.get(tops[0])
+        and not part_kind(tops[0])
+        and tree.counts[tops[0]] == len(tree.images)
+    ):
+        yield Reading(tree.root / tops[0], f"{tops[0]} is the data set")
+        return
+    if len(tops) < 2 or (all(map(part_kind, tops)) and not tree.inner):
+        return
+
+    # The folders at the top, also without those that may be no classes.
+    doubtful = _doubtful_folders(tree)
+    doubt = ""
+    inside = sorted(
+        {f"{top}/{path}" for top in tops for path in tree.inner.get(top, ()) if _is_part(path)}
+    )
+    if doubtful:
+        doubt = f"{shorten(sorted(doubtful))} {next(iter(doubtful.values()))}"
+    elif inside:
+        doubt = (
+            f"they hold parts of the data, {shorten(inside)}; put the parts above the classes"
+        )
+    yield _top_folders(tree, doubt)
+    if doubtful and len(tops) - len(doubtful) > 1:
+        names = ",".join(filter(None, (tree.leave_out, *sorted(doubtful))))
+        yield Reading(tree.root, f"without {names}", FOLDERS, names)
+
+    # Folders that hold classes themselves, and those of all of them together.
+    holding = [top for top in tops if tree.may_hold_classes(top)]
+    holding.sort(key=lambda top: -tree.counts[top])
+    for top in holding[:MAX_FOLDERS]:
+        yield Reading(tree.root / top, f"{top} is the data set")
+    if holding and not any(map(part_kind, (*tops, *_last_names(tree)))):
+        yield Reading(tree.root, "by the innermost folders", SUBFOLDERS)
+
+
+def _is_part(path: str) -> bool:
+    """Tell whether a folder of *path* has the name of a training part."""
+    return any(part_kind(name) in TRAINING for name in path.split("/"))
+
+
+def _last_names(tree: _Tree) -> set[str]:
+    """Return the names of the folders in the folders at the top."""
+    return {name for inner in tree.inner.values() for path in inner for name in path.split("/")}
+
+
+def _doubtful_folders(tree: _Tree) -> dict[str, str]:
+    """Return the folders at the top that may be no classes, and why."""
+    tops = tree.tops
+    doubtful = {}
+    for top in tops:
+        words = [word for word in re.split(r"[\W_\d]+", top.lower()) if word]
+        others = {lookalike_key(other) for other in tops if other != top}
+        without, whole = (
+            re.sub(r"[\W_]+", " ", name).strip() for name in (_without_unspecific(top), top)
+        )
+        if part_kind(top) in HELD_OUT or re.split(r"[\W_]+", top.lower())[-1] in HELD_OUT:
+            doubtful[top] = "may hold other photos of the classes"
+        elif is_general(top) or has_image_suffix(f"x.{top}"):
+            doubtful[top] = MAY_HOLD_ALL
+        elif words and (
+            UNSPECIFIC.issuperset(words)
+            or (without != whole and lookalike_key(without) in others)
+        ):
+            doubtful[top] = "says what was done with images, not what they show"
+        elif {name.lower() for name in tree.inner.get(top, ())} & others:
+            doubtful[top] = "holds folders with the names of the others"
+    return doubtful if len(doubtful) < len(tops) or len(tops) < 3 else {}
+
+
+def _without_unspecific(name: str) -> str:
+    """Return *name* without `UNSPECIFIC` words, so `b` for `b - Copy`; *name* itself if it has none."""
+    kept = [
+        word for word in re.split(r"([\W_]+)", name) if word.lower() not in {*UNSPECIFIC, "of"}
+    ]
+    return "".join(kept)
+
+
+def _propose_names(tree: _Tree) -> Iterator[Reading]:
+    """Yield the first pattern that finds classes in the names of nearly all images.
+
+    Each must be in several names on average. If there are parts, the training images count.
+    """
+    in_training = [
+        path
+        for path in tree.paths
+        if part_kind(os.fsdecode(path).partition("/")[0]) in TRAINING
+    ]
+    paths = in_training if all(map(part_kind, tree.tops)) and in_training else tree.paths
+    for pattern in NAME_PATTERNS:
+        counts = Counter(class_in_name(path, pattern) for path in paths)
+        found = len(paths) - counts.pop("", 0)
+        if len(counts) > 1 and found >= max(NEARLY_ALL * len(paths), FEW_IMAGES * len(counts)):
+            how = "by the names of the files"
+            yield Reading(tree.root, how, pattern, doubt=f"{how}, which may not be the classes")
+            return
+
+
+def _propose_names_of_shards(tree: _Tree) -> Iterator[Reading]:
+    """Yield `_propose_names` if folders that differ in a number only hold the same several words."""
+    words = {_without_digits(top) for top in tree.tops}
+    if len(words) > 1 or not re.search(r"[^\W\d_]{2}", next(iter(words), "")):
+        return
+    of_top = defaultdict[str, set[str]](set)
+    for path in tree.paths:
+        of_top[os.fsdecode(path).partition("/")[0]].add(class_in_name(path, NAME_PATTERNS[0]))
+    if len(set.intersection(*of_top.values()) - {""}) > 1:
+        yield from _propose_names(tree)
+
+
+def _propose_tables(tree: _Tree, parts: Parts) -> Iterator[Reading]:
+    """Yield the tables in *tree*, or in its folders without images, that list the images."""
+    folders = [tree.root, *(tree.root / name for name in (parts.train, *parts.others) if name)]
+    for table, column in find_listing_tables(tree.paths, folders):
+        name = table.relative_to(tree.root).as_posix() + (f":{column}" if column else "")
+        yield Reading(tree.root, f"by {name}", name)
+
+
+def _propose_files(tree: _Tree) -> Iterator[Reading]:
+    """Yield the reading of the files beside the images if most images have one."""
+    stems = {Path(other).stem for other in tree.others if other.endswith((".json", ".xml"))}
+    beside = sum(Path(image).stem in stems for image in tree.images) if stems else 0
+    if 2 * beside > len(tree.images):
+        yield Reading(tree.root, "by the files beside the images", FILES)
+
+
+def choose(
+    root: Path,
+    proposed: Sequence[Reading],
+    open_reading: "OpenReading",
+) -> OpenedParts:
+    """Try the readings *proposed* of *root*, and open the only one that uses nearly all images.
+
+    The plain one is opened at once if there is no other, and its error is that of the folder. Raises
+    `AmbiguousFolderError` with the readings that can be trained on, and `DataError` if there is
+    none.
+    """
+    if len(proposed) == 1 and not proposed[0].doubt:
+        (plain,) = proposed
+        if plain.path == root and plain.classes_from in ("", FOLDERS):
+            return open_reading(plain, is_chosen=True)
+
+    # Readings that cannot be opened are none; one that is ambiguous has several itself.
+    tried = list[Tried]()
+    errors = dict[Reading, DataError]()
+    for reading in proposed:
+        try:
+            tried.append(Tried(reading, open_reading(reading, is_chosen=False)))
+        except AmbiguousFolderError as error:
+            tried += error.readings
+        except DataError as error:
+            errors[reading] = error
+    tried = _without_equal(tried)
+    unread = [
+        _describe_unread(reading, error)
+        for reading, error in errors.items()
+        if (root / reading.classes_from.partition(":")[0]).is_file()
+    ]
+    if not tried and (unread or not errors):
+        raise no_classes_error(root, hint="; ".join(dict.fromkeys(unread)))
+    if not tried:
+        raise next(iter(errors.values()))
+
+    total = len(_Tree(root, ()).paths)
+    (best, *others) = tried
+    if not others and best.num_used >= NEARLY_ALL * total and not best.reading.doubt:
+        opened = _open_chosen(root, best.reading, open_reading)
+        return opened._replace(notes=[*opened.notes, *dict.fromkeys(unread)])
+
+    # Ask.
+    commands = [one.describe(total) for one in tried]
+    doubt = best.reading.doubt and f" ({best.reading.doubt})"
+    if others:
+        question = f"may be read in {len(tried)} ways{doubt}; run the one that you mean: "
+    elif doubt:
+        question = f"is read as it is only if you say so{doubt}; to do so, run: "
+    else:
+        question = "no reading uses nearly all images; for some, run: "
+    ambiguous = AmbiguousFolderError(
+        f"{root}: {question}"
+        + "; or ".join(commands)
+        + _suggest_sorting(root, best.reading)
+        + "".join(f"; {line}" for line in dict.fromkeys(unread)),
+        lists={"readings": [one.reading.command for one in tried]},
+    )
+    ambiguous.readings = tried
+    raise ambiguous
+
+
+def _open_chosen(root: Path, reading: Reading, open_reading: "OpenReading") -> OpenedParts:
+    """Open *reading*; a note says how *root* was read unless its own folders are the classes or parts."""
+    opened = open_reading(reading, is_chosen=True)
+    if reading.path == root and reading.classes_from in ("", FOLDERS):
+        return opened
+    how = f"{root}: read {reading.how}"
+    return opened._replace(notes=[how, *opened.notes])
+
+
+def _describe_unread(reading: Reading, error: DataError) -> str:
+    """Say that the table of *reading* lists the images, but is not read."""
+    name = reading.classes_from.partition(":")[0]
+    reason = str(error).removeprefix(f"{reading.path / name}: ").partition(";")[0]
+    return (
+        f"{reading.path / name}: lists the images, but is not read; if the classes are in "
+        f"it, save it as {reading.path / LABELS_FILE} with the columns file,classes (the name of an "
+        f"image is enough, without its folder or suffix; {reason})"
+    )
+
+
+def _suggest_sorting(root: Path, reading: Reading) -> str:
+    """Say how the folder that may hold the images of all classes can be sorted; "" for other doubts."""
+    if MAY_HOLD_ALL not in reading.doubt:
+        return ""
+    general = reading.doubt.partition(f" {MAY_HOLD_ALL}")[0].split(", ")[0]
+    return f"; or sort {general} into one subfolder per class{suggest_sorting_by_hand(root / general)}"
+
+
+def _without_equal(tried: Sequence[Tried]) -> list[Tried]:
+    """Keep one of the readings with equal classes of equal images, the first without a doubt.
+
+    Readings with problems are left out.
+    """
+    kept = dict[object, Tried]()
+    for one in tried:
+        if not one.opened.problems:
+            key = frozenset(one.partition.values())
+            if key not in kept or (kept[key].reading.doubt and not one.reading.doubt):
+                kept[key] = one
+    return [*kept.values()]

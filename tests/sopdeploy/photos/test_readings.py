@@ -1,0 +1,213 @@
+"""Readings: what may be read in several ways is asked, with commands that train what they say."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from zlib import crc32
+
+import pytest
+
+from sopdeploy.data.sources import FolderConfig, open_data
+from sopdeploy.errors import DataError
+from sopdeploy.photos.files import FILES
+from sopdeploy.photos.folder import open_folder
+from tests.support.small_data import jpeg
+
+
+def make(root: Path, folders: dict[str, int]) -> Path:
+    """Make a folder with so many different images in each of *folders*."""
+    for name, count in folders.items():
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            content = jpeg(crc32(f"{name} {number}".encode()), (32, 24))
+            (root / name / f"{number:03}.jpg").write_bytes(content)
+    return root
+
+
+def open_command(command: str):
+    """Open the data of a printed command as `train` does."""
+    program, name, option, path, *settings = shlex.split(command)
+    assert [program, name, option] == ["sopdeploy", "train", "--data"]
+    values = dict(
+        setting.removeprefix("data.").split("=", 1)
+        for setting in settings
+        if setting != "--set"
+    )
+    return open_data(FolderConfig(kind="folder", path=Path(path), **values))
+
+
+# The folders with their numbers of images, and a reading with its classes
+ASKED: dict[str, tuple[dict[str, int], str, list[str]]] = {
+    "other photos beside": ({"raw/mtb": 6, "raw/road": 6, "bikes_test": 6}, "raw", ["mtb", "road"]),
+    "samples beside": ({"photos_of/a": 6, "photos_of/b": 6, "samples": 3}, "photos_of", ["a", "b"]),
+    "unlabelled beside": ({"labelled/a": 6, "labelled/b": 6, "unlabelled": 6}, "labelled", ["a", "b"]),
+    "a backup inside": ({"a": 6, "b": 6, "backup/a": 6, "backup/b": 6}, "leave_out=backup", ["a", "b"]),
+    "two levels": (
+        {"apple/scab": 6, "apple/rot": 6, "corn/rust": 6, "corn/blight": 6},
+        "subfolders",
+        ["blight", "rot", "rust", "scab"],
+    ),
+    "unsorted": ({"a": 6, "b": 6, "unsorted": 6}, "leave_out=unsorted", ["a", "b"]),
+    "a new folder": ({"a": 6, "b": 6, "New folder": 6}, "leave_out='New folder'", ["a", "b"]),
+    "a copy by its name": ({"a": 6, "b": 6, "b - Copy": 6}, "leave_out='b - Copy'", ["a", "b"]),
+    "results": ({"cats": 6, "dogs": 6, "results": 3}, "leave_out=results", ["cats", "dogs"]),
+    "predictions": ({"yes": 6, "no": 6, "pred": 3}, "leave_out=pred", ["no", "yes"]),
+    "a folder named as a format": ({"jpg": 6, "segmim": 6}, "folders", ["jpg", "segmim"]),
+    "training images or a class": (
+        {"train/a": 6, "train/b": 6, "figures": 3}, "classes_from=folders", ["figures", "train"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("folders", "option", "labels"), ASKED.values(), ids=ASKED)
+def test_a_folder_with_several_readings_is_asked_about_with_commands_that_train_them(
+    tmp_path, folders, option, labels
+) -> None:
+    root = make(tmp_path / "x", folders)
+    with pytest.raises(DataError, match=r"run") as caught:
+        open_folder(root)
+
+    # Each command trains the classes and counts that are printed behind it.
+    opened = {command: open_command(command) for command in caught.value.lists["readings"]}
+    for command, split in opened.items():
+        counts = zip(split.train.labels, split.train.class_counts().tolist(), strict=True)
+        shown = ", ".join(f"{label} {count}" for label, count in counts)
+        assert f"{command} ({shown}" in str(caught.value)
+    (meant,) = [command for command in opened if command.endswith(option)]
+    assert [*opened[meant].train.labels] == labels
+
+
+TAKEN: dict[str, tuple[dict[str, int], str]] = {
+    "class folders": ({"cat": 3, "dog": 3}, ""),
+    "objects with numbers": ({"cat/1": 3, "cat/2": 3, "dog/1": 3, "dog/2": 3}, ""),
+    "parts": ({"train/cat": 3, "train/dog": 3, "val/cat": 2, "val/dog": 2, "test": 4}, ""),
+    "parts with a folder of images each": (
+        {"Training/Images/cat": 3, "Training/Images/dog": 3, "Test/Images": 3}, ""
+    ),
+    "one folder above": ({"archive/cat": 3, "archive/dog": 3}, "read archive is the data set"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("folders", "note"), TAKEN.values(), ids=TAKEN)
+def test_a_folder_with_one_reading_is_taken_and_unusual_ones_are_named(
+    tmp_path, folders, note
+) -> None:
+    split = open_folder(make(tmp_path, folders))
+    assert split.train.labels == ("cat", "dog")
+    assert not note or note in split.notes[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["train.csv", "metadata.csv", "labels_flat.csv", "project-1.csv"]
+)
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_class_folders_win_over_a_table_of_the_same_classes_and_others_are_asked_about(
+    tmp_path, name, is_equal
+) -> None:
+    make(tmp_path, {"cat": 6, "dog": 6})
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jpg"))
+    rows = [
+        f"{file},{place // 6 if is_equal else place % 3 - 1}"
+        for place, file in enumerate(files)
+    ]
+    (tmp_path / name).write_text("\n".join(["filename,label", *rows]))
+    if is_equal:
+        assert open_folder(tmp_path).train.labels == ("cat", "dog")
+        return
+    with pytest.raises(DataError, match=rf"classes_from={name} \(-1 4, 0 4, 1 4\)") as caught:
+        open_folder(tmp_path)
+    assert "data.classes_from=folders (cat 6, dog 6)" in str(caught.value)
+
+
+def test_columns_with_unusual_headings_are_found_and_asked_about_if_there_are_several(
+    tmp_path,
+) -> None:
+    make(tmp_path, {"images": 12})
+    rows = [f"{number:03},{number % 2},{'abc'[number % 3]},{number}.5" for number in range(12)]
+    (tmp_path / "HAM.csv").write_text("\n".join(["image_id,sex,dx,age", *rows]))
+    with pytest.raises(DataError, match=r"HAM\.csv:sex \(0 6, 1 6\).*HAM\.csv:dx \(a 4, b 4"):
+        open_folder(tmp_path)
+    assert open_folder(tmp_path, "HAM.csv:dx").train.labels == ("a", "b", "c")
+    rows = [f"{number:03}.jpg,{'ab'[number % 2]}" for number in range(12)]
+    (tmp_path / "HAM.csv").write_text("\n".join(["name,what", *rows]))
+    assert open_folder(tmp_path).train.labels == ("a", "b")
+
+
+def test_a_table_with_a_few_missing_files_is_read_without_them_in_one_line(tmp_path) -> None:
+    make(tmp_path, {"images": 100})
+    rows = [f"{number:03}.jpg,{'ab'[number % 2]}" for number in range(105)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,classes", *rows]))
+    split = open_folder(tmp_path)
+    assert len(split.train) == 100
+    assert (
+        f"{tmp_path}/labels.csv: left out, because they do not exist: 5 images"
+        in split.notes[0]
+    )
+
+
+BESIDE = {
+    "LabelMe, shapes": ("json", lambda name: json.dumps({"shapes": [{"label": name}], "flags": {}})),
+    "LabelMe, flags": ("json", lambda name: json.dumps({"shapes": [], "flags": {name: True, "x": False}})),
+    "Darwin": ("json", lambda name: json.dumps({"annotations": [{"name": name}]})),
+    "Supervisely": ("json", lambda name: json.dumps({"objects": [{"classTitle": name}], "tags": []})),
+    "Pascal VOC": ("xml", lambda name: f"<annotation><object><name>{name}</name></object></annotation>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", ["images", "annotations"])
+@pytest.mark.parametrize(("suffix", "write"), BESIDE.values(), ids=BESIDE)
+def test_a_file_beside_each_image_has_its_class(tmp_path, folder, suffix, write) -> None:
+    make(tmp_path, {"images": 8})
+    (tmp_path / folder).mkdir(exist_ok=True)
+    for number in range(8):
+        label = ("cat", "dog")[number % 2]
+        (tmp_path / folder / f"{number:03}.{suffix}").write_text(write(label))
+    split = open_folder(tmp_path)
+    assert split.train.class_counts().tolist() == [4, 4]
+    assert "by the files beside the images" in "\n".join(split.notes)
+    assert open_folder(tmp_path, FILES).train.labels == ("cat", "dog")
+
+
+def test_a_folder_with_copies_of_the_others_is_left_out_and_named(tmp_path) -> None:
+    make(tmp_path, {"cat": 4, "dog": 4, "cache": 0})
+    for file in [*tmp_path.glob("cat/*.jpg"), *tmp_path.glob("dog/*.jpg")]:
+        shutil.copy(file, tmp_path / "cache" / f"{file.parent.name}-{file.name}")
+    split = open_folder(tmp_path)
+    assert split.train.labels == ("cat", "dog")
+    assert f"{tmp_path}: left out, because they hold copies of the others: cache" in split.notes
+
+
+@pytest.mark.parametrize("file", ["x.ipynb", "x.py", "x.npy", "x.md"])
+def test_a_folder_of_other_files_is_no_class_and_one_of_unread_images_is(
+    tmp_path, file
+) -> None:
+    make(tmp_path, {"cat": 3, "dog": 3, "more": 0})
+    (tmp_path / "more" / file).write_text("x")
+    split = open_folder(tmp_path)
+    assert split.train.labels == ("cat", "dog")
+    assert f"{tmp_path}: left out, because they hold no images: more" in split.notes
+    (tmp_path / "more" / file).rename(tmp_path / "more" / "x.tif")
+    with pytest.raises(DataError, match=r"more: no images in this class folder"):
+        open_folder(tmp_path)
+
+
+NEAR = [
+    ("ship", "ships"),
+    ("cat(0)", "cat"),
+    ("ants", "ants_image"),
+    ("Late_blight", "Late blight"),
+]
+
+
+@pytest.mark.parametrize(("trained", "validated"), NEAR)
+def test_classes_of_parts_are_paired_by_their_words_and_the_part_that_fits_is_named(
+    tmp_path, trained, validated
+) -> None:
+    folders = {f"train/{trained}": 3, "train/x": 3, f"val/{validated}": 2, "val/x": 2}
+    make(tmp_path, folders | {f"test/{trained}": 2, "test/x": 2})
+    with pytest.raises(DataError) as caught:
+        open_folder(tmp_path)
+    assert f"val/{validated}: is it {trained!r} of the training images?" in str(caught.value)
+    assert "test has these classes: add --set data.leave_out=val" in str(caught.value)
+    assert len(open_folder(tmp_path, leave_out="val").held_out) == 4
