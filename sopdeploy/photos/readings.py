@@ -72,7 +72,7 @@ class Reading(NamedTuple):
         settings = [
             f" --set data.{name}={quote(value)}" for name, value in options.items() if value
         ]
-        return f"sopdeploy train --data {quote(str(self.path))}{''.join(settings)}"
+        return "".join([f"sopdeploy train --data {quote(str(self.path))}", *settings])
 
 
 class Tried(NamedTuple):
@@ -199,7 +199,7 @@ def propose_readings(
         proposed += _propose_names(tree)
     else:
         proposed += _propose_names_of_shards(tree)
-    proposed += [*_propose_tables(tree, parts), *_propose_files(tree)]
+    proposed += [*_propose_tables(tree), *_propose_files(tree)]
     are_flat_parts = bool(tree.counts) and all(map(part_kind, tree.counts)) and not tree.inner
     if not proposed and not are_flat_parts:
         proposed = [Reading(root, "by the folders at its top")]
@@ -325,10 +325,13 @@ def _propose_names_of_shards(tree: _Tree) -> Iterator[Reading]:
         yield from _propose_names(tree)
 
 
-def _propose_tables(tree: _Tree, parts: Parts) -> Iterator[Reading]:
-    """Yield the tables in *tree*, or in its folders without images, that list the images."""
-    folders = [tree.root, *(tree.root / name for name in (parts.train, *parts.others) if name)]
-    for table, column in find_listing_tables(tree.paths, folders):
+def _propose_tables(tree: _Tree) -> Iterator[Reading]:
+    """Yield the tables in *tree*, or in a folder at its top, that list the images."""
+    others = sorted(
+        (other for other in tree.others if other.count("/") < 2),
+        key=lambda other: (other.count("/"), other),
+    )
+    for table, column in find_listing_tables(tree.paths, [tree.root / name for name in others]):
         name = table.relative_to(tree.root).as_posix() + (f":{column}" if column else "")
         yield Reading(tree.root, f"by {name}", name)
 

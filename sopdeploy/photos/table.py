@@ -131,13 +131,14 @@ def find_table(root: Path) -> Path | None:
                 "file,classes, or rename it if the folders are the classes"
             )
 
-    if not any(file.suffix.lower() in TABLE_SUFFIXES for file in root.glob("*.*")):
+    files = sorted(root.glob("*.*"))
+    if not any(file.suffix.lower() in TABLE_SUFFIXES for file in files):
         return None
     images, _other_files = list_images(root)
     tops = {os.fsdecode(path).partition("/")[0] for path in images if b"/" in path}
     if sum(not part_kind(top) for top in tops) > 1:
         return None
-    tables = (table for table, column in find_listing_tables(images, [root]) if not column)
+    tables = (table for table, column in find_listing_tables(images, files) if not column)
     return next((table for table in tables if _labels_all_images(root, table, images)), None)
 
 
@@ -442,17 +443,15 @@ def _find_by_name(name: str, path_of_name: Mapping[str, bytes | None]) -> bytes 
 
 
 def find_listing_tables(
-    images: Sequence[bytes], folders: Iterable[Path]
+    images: Sequence[bytes], files: Iterable[Path]
 ) -> Iterator[tuple[Path, str]]:
-    """Yield the text files in *folders* that list the *images*, and the columns that may be their classes.
+    """Yield those of *files* that list the *images*, and the columns that may be their classes.
 
     Such a file contains the names of at least half of a sample of the images (`MAX_SAMPLED`), with
     or without suffix. A single image is no sample: any text may have its name. The beginnings of
     `MAX_TABLES` files are searched. The column is "" if it has a usual name.
     """
-    files = [
-        file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.*"))
-    ]
+
     tables = [
         file
         for file in files
