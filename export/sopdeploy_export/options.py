@@ -25,7 +25,7 @@ class ExportOptions(Options):
     }
 
     name: Name = None
-    """Name of the project; by default that of the checkpoint or, for an own network, of its weight file."""
+    """Name of the project; by default the name of the checkpoint or, for your own network, of its weight file."""
     detach: bool = False
     """Remove training-only branches and prove equivalence."""
     max_batch: BatchSize = 64

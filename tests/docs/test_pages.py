@@ -63,6 +63,15 @@ def test_code_in_a_sentence_is_on_one_line(page: Path) -> None:
     assert [one for one in code if "\n" in one] == []
 
 
+# Phrases that no native speaker writes (`docs/glossary.md` has the words of the field).
+AVOIDED = r"\b(an own|of yours|anew|by lot|the about|Merkle roots?)\b"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_pages_avoid_phrases_that_must_be_read_twice(page: Path) -> None:
+    assert re.findall(AVOIDED, page.read_text(encoding="utf-8")) == []
+
+
 def test_every_row_of_the_security_page_names_tests_that_exist() -> None:
     lines = (ROOT / "SECURITY.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("| ") and not line.endswith("| tests |")]
