@@ -97,11 +97,13 @@ def other_photos() -> Measured:
     values: dict[str, float | str] = {
         "sets": len(confirming),
         "accuracy": accuracy,
+        "least": min(one["accuracy"] for one in confirming),
+        "most": max(one["accuracy"] for one in confirming),
         "gain": accuracy - averages,
         "rejected": fmean(one["new class rejected"] for one in confirming),
     }
     claims = [
-        "mean of {sets} data sets | [{accuracy:.1f} %]",
+        "mean of {sets} data sets | [{accuracy:.1f} % ({least:.0f} to {most:.0f})]",
         "same sets | [{gain:.1f} points]",
         "(higher is better; hard) | [{rejected:.1f} %]",
     ]
