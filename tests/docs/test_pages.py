@@ -67,7 +67,7 @@ def test_code_in_a_sentence_is_on_one_line(page: Path) -> None:
 AVOIDED = r"\b(an own|of yours|anew|by lot|the about|Merkle roots?)\b"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", sorted({*PAGES} - {ROOT / "CHANGELOG.md"}), ids=name)
 def test_pages_avoid_phrases_that_must_be_read_twice(page: Path) -> None:
     assert re.findall(AVOIDED, page.read_text(encoding="utf-8")) == []
 

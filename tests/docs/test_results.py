@@ -74,7 +74,6 @@ FROM_CODE: list[
     ("doubles from {} s to {:.0f} s", client.FIRST_DELAY, client.MAX_DELAY),
     ("{:.0f} MB and {:.0f} million pixels", limits.MAX_BYTES / MEGA, limits.MAX_PIXELS / MEGA),
     ("`/livez` fails for {} s", LIVENESS["periodSeconds"] * LIVENESS["failureThreshold"]),
-    ("`preStop` waits {} s", int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])),
     ("does not reject 1 at the {:.0f} % level", ALPHA),
     (
         "certainly loses more than {:.0f} points in a class",

@@ -12,7 +12,7 @@ from sopdeploy_export.program_hashes import describe_difference
 from sopdeploy_export.prove.networks import Compared
 
 STATEMENT = (
-    "The graph, without what its outputs do not need, has the Merkle root of a plain network that was built "
+    "The graph, without what its outputs do not need, has the graph hash of a plain network that was built "
     "independently, with these weights."
 )
 
