@@ -1194,8 +1194,8 @@ def test_a_group_of_several_classes_is_not_called_a_wrong_label(tmp_path: Path):
 
 def test_only_a_run_that_starts_from_another_protects_its_classes(tmp_path: Path):
     photos, plain = paint(tmp_path / "photos", 6), [*PLAIN, "procedure.group_copies=false"]
-    shutil.copytree(photos / "red", photos / "new")
-    for file in sorted((photos / "new").iterdir())[2:]:
+    shutil.copytree(photos / "red", photos / "pink")
+    for file in sorted((photos / "pink").iterdir())[2:]:
         file.unlink()
     first, second = tmp_path / "first", tmp_path / "second"
     recipes = []
@@ -1207,7 +1207,7 @@ def test_only_a_run_that_starts_from_another_protects_its_classes(tmp_path: Path
         best = read_checkpoint(train(photos, out=out, **changes).best)
         recipes.append(best.training["recipe"]["procedure"].get("margins"))
         biases = best.weights[next(name for name in best.weights if name.endswith("fc.bias"))]
-        recipes.append(biases[best.labels.index("new")] - biases[best.labels.index("red")])
+        recipes.append(biases[best.labels.index("pink")] - biases[best.labels.index("red")])
     (without, bias), (margins, lower), (again, same) = zip(
         recipes[::2], recipes[1::2], strict=True
     )
