@@ -99,15 +99,13 @@ def _open_evaluation_images(
 def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
     """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself."""
     names = {normalize(name) for name in list_subfolders(root)}
-    # A single folder that is no class is the data set itself, as in training.
+    # A single folder of folders that is no class is the data set itself, as in training.
     known = {normalize(label) for label in labels} | {*class_aliases()}
-    if (
-        len(names) == 1
-        and not names & known
-        and not find_parts(root).held_out
-        and not find_table(root)
-    ):
-        return _held_out_folder(root / list_subfolders(root)[0], labels, log)
+    is_wrapped = len(names) == 1 and not names & known
+    if is_wrapped and not find_parts(root).held_out and not find_table(root):
+        (inner,) = (root / name for name in list_subfolders(root))
+        if list_subfolders(inner):
+            return _held_out_folder(inner, labels, log)
     # If each subfolder is a class, none is a part, even if it is named val.
     if names <= {normalize(label) for label in labels}:
         return root

@@ -24,7 +24,7 @@ from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.processes import LaunchConfig, Process
 from sopdeploy_service.devices.remote import EngineChannel, RemoteRegistry
 from sopdeploy_service.http.api_keys import TokenBucket
-from sopdeploy_service.inference.results import RUNTIME_DEAD, SLOTS_FULL, RejectedError
+from sopdeploy_service.inference.results import QUEUE_FULL, RUNTIME_DEAD, RejectedError
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.labelling.keep import forwarding
 from sopdeploy_service.settings import Settings, load_settings
@@ -599,7 +599,7 @@ def test_an_engine_that_never_answers_gets_no_more_images_than_it_has_slots(bund
         await asyncio.sleep(0)  # each takes a slot
         with pytest.raises(RejectedError) as refused:
             await asyncio.wait_for(model.run(PIXELS[0], FOREVER), 10)
-        assert refused.value.reason is SLOTS_FULL
+        assert refused.value.reason is QUEUE_FULL
         theirs.close()
         await asyncio.gather(*waiting, return_exceptions=True)
         await registry.stop()

@@ -93,7 +93,18 @@ PATIENT = ("keep_alive_seconds", "header_timeout", "drain_seconds", "request_tim
             (b"", b"GET /li", GET),
             [],
         ),
-        (["--log", "json"], signal.SIGTERM, (), ["started", "request", "draining", "stopped"]),
+        (
+            ["--log", "json"],
+            signal.SIGTERM,
+            (),
+            [
+                "started",
+                "tiny: drift is compared for the first time after 400 images",
+                "request",
+                "draining",
+                "stopped",
+            ],
+        ),
     ],
 )
 def test_an_idle_server_prints_ready_exits_with_0_and_logs_on_demand(
