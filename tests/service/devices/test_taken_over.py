@@ -347,13 +347,13 @@ def test_counts_of_another_process_leave_each_process_its_share_of_the_queue(
     served.num_front_ends = 4
     for position in range(4):  # also that of this process, which only tells others
         cells[position] = COUNTS[name]
-    served.check_queue(registry.find(), 64)
+    served.check_queue(registry.find(), 64, FOREVER)
     served.admitted = 10
-    served.check_queue(registry.find(), 54)
+    served.check_queue(registry.find(), 54, FOREVER)
     assert served._count_earlier(registry.find()) <= 40
     if COUNTS[name] > 0:
         with pytest.raises(RejectedError, match="the queue is full"):
-            served.check_queue(registry.find(), 55)
+            served.check_queue(registry.find(), 55, FOREVER)
 
 
 NONSENSE = [float("nan"), float("inf"), -float("inf"), 1e300, -1e300]
