@@ -246,7 +246,7 @@ def test_a_shown_program_classifies(
     assert any(label in done.stdout for label in LABELS)
 
 
-def test_the_readme_classifies_from_curl_and_pages_from_every_language() -> None:
+def test_the_readme_classifies_from_curl_and_python_and_pages_from_every_language() -> None:
     of_readme = [language for page, language, _ in SHOWN if page.name == "README.md"]
-    assert of_readme == ["sh"]  # Python has a page of its own, as the other languages
+    assert of_readme == ["sh", "python"]
     assert {language for _, language, _ in SHOWN} == {*LANGUAGES}
