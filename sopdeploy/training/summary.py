@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sopdeploy.config import FieldValues, StrictModel, parse_json
-from sopdeploy.files import SUMMARY, atomic_write, writing
+from sopdeploy.files import SUMMARY, atomic_write, read_text, writing
 from sopdeploy.project import Origin
 
 # Entries of the record of a training that lists of runs read
@@ -44,6 +44,6 @@ class RunSummary(StrictModel):
 def read_summary(folder: Path) -> RunSummary | None:
     """Read `run.json` in the *folder* of a run; None if it is missing, damaged, or of another version."""
     try:
-        return RunSummary.model_validate(parse_json((folder / SUMMARY).read_bytes()))
+        return RunSummary.model_validate(parse_json(read_text(folder / SUMMARY)))
     except (OSError, ValueError):
         return None

@@ -494,6 +494,8 @@ UNLIMITED = {
     "html/report.py", "models/choices.py", "models/describe.py", "photos/evaluation_images.py",
     "reproduction/tables.py", "training/recipe_files.py", "few_shot/cache.py",
     "lower/known_operators.py", "api/web.py", "label/app.py",
+    # The user's own weights, which are loaded whole.
+    "user_network/loading.py",
     # Files of the kernel.
     "sopdeploy/environment.py", "decoding/child.py", "sopdeploy_service/templates.py",
     "runtime/device_memory.py",
