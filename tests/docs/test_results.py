@@ -135,7 +135,7 @@ FROM_CODE: list[
     ("has more than {} times the images of the smallest", description.UNEVEN),
     ("a margin, which about {:.0f} % of their", PERCENT * scaling.TAKEN),
     (
-        "{} principal components ({} in the few-shot procedure)",
+        "{} principal components ({} in the [linear classifier",
         HeadConfig().width,
         features.WIDTH,
     ),
