@@ -104,7 +104,7 @@ def find_lost(paths: Sequence[Path]) -> str | None:
     for path in paths:
         if problem := find_problem(path):
             return as_utf8(
-                f"{path}: the bundle {problem}; it is served until this process ends"
+                f"{path}: the bundle {problem}; a process that starts now cannot load it"
             )
     return None
 

@@ -126,12 +126,12 @@ def test_a_server_says_that_its_bundle_was_deleted_and_serves_on(bundle_path, tm
         for path in ("/v1/card", "/info", "/v2/models/tiny"):
             assert client.get(path).status_code == 200
         reply = client.get("/readyz")
-        reason = f"{copy}: the bundle was deleted; it is served until this process ends"
+        reason = f"{copy}: the bundle was deleted; a process that starts now cannot load it"
         assert (reply.status_code, reply.json()) == (200, {"status": "ok", "reason": reason})
         assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-UNREAD = "it is served until this process ends"
+UNREAD = "a process that starts now cannot load it"
 
 
 def test_a_bundle_whose_folder_cannot_be_read_is_named_and_served(bundle_path, tmp_path):
