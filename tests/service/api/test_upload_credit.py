@@ -1,6 +1,7 @@
 """A body that was faster than the minimum rate may pause for longer, within a limit."""
 
 import asyncio
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from sopdeploy_service.api.admission import MAX_CREDIT_SECONDS, read_body
 from sopdeploy_service.inference.uploads import Uploads
 from sopdeploy_service.settings import Settings
+from tests.support.raw import connect, post_of, read
 
 # bytes that have arrived at once; the seconds that the body may then pause
 PAUSES = {
@@ -46,3 +48,14 @@ def test_a_fast_body_may_pause_for_what_it_is_ahead(num_bytes, seconds):
             return allowed
 
     assert asyncio.run(pause()) == pytest.approx(seconds, abs=0.5)
+
+
+def test_an_upload_that_was_fast_is_answered_after_a_pause(serve_with, onnx_runtime, jpeg):
+    client = serve_with(onnx_runtime, min_body_rate=10, body_grace_seconds=0.05)
+    request = post_of(jpeg)
+
+    with connect(client) as wire:
+        wire.sendall(request[:-100])
+        time.sleep(1)  # twenty times the grace, of the 30 s that the first bytes are ahead
+        wire.sendall(request[-100:])
+        assert read(wire, to_the_end=False).status == 200

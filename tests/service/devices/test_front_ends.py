@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -188,6 +189,31 @@ def test_a_signal_to_every_process_completes_the_admitted_requests(
         assert [one.result() for one in sent] == [200] * 16
         assert client.child.wait(START_SECONDS) == 0
         assert not any(map(is_alive, processes))
+
+
+def test_front_ends_that_both_lack_a_channel_are_replaced_one_by_one(tmp_path, jpeg) -> None:
+    names = ("front-0", "front-1")
+    link = tmp_path / "latest"
+    link.symlink_to(write_bundle(tmp_path / "first"))
+    with serving(str(link), *WAYS[FRONT_ENDS]) as client:
+        before = {name: process_of(client, name) for name in names}
+        supervisor = client.child.pid
+        soft, hard = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
+
+        # After the reload, the supervisor has no free descriptor for the channels to the engine.
+        link.unlink()
+        link.symlink_to(write_bundle(tmp_path / "second", seed=1))
+        resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (3, hard))
+        client.child.send_signal(signal.SIGHUP)
+        wait_for(lambda: not all(map(is_alive, before.values())))
+        while "cannot start (Too many open files)" not in client.child.stderr.readline():
+            pass
+        assert sum(map(is_alive, before.values())) == 1
+
+        # Later there is one, so both get what they lack.
+        resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (soft, hard))
+        wait_for(lambda: 0 not in {process_of(client, name) for name in names})
+        wait_for(lambda: [status_of(client, jpeg) for _ in range(8)] == [200] * 8)
 
 
 def test_no_process_survives_the_supervisor_also_if_it_is_stopped(bundle_path, jpeg) -> None:
