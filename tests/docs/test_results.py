@@ -100,7 +100,7 @@ FROM_CODE: list[
         "three times the size of its `model.onnx` and {:.0f} MB",
         memory_budget.ACTIVATION_BYTES / MEGA,
     ),
-    ("get false, too, {:.0f} % of them", PERCENT * (1 - ACCEPTS)),
+    ("false for about {:.0f} % of the images", PERCENT * (1 - ACCEPTS)),
     ("takes {} times as long", occlusion.IMAGES_PER_MAP),
     ("`max_json_bytes` ({:.0f} MB)", SETTINGS.max_json_bytes / MEGA),
     ("`url_too_long` | {} bytes", http_protocol.MAX_URL_BYTES),
