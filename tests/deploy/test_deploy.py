@@ -23,11 +23,12 @@ from typer.main import get_command
 
 from sopdeploy.errors import BundleError
 from sopdeploy.evaluation.drift import MIN_SHIFT, SIGNIFICANCE
+from sopdeploy.plugins import VARIABLE
 from sopdeploy_commands.app import app
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.labelling.keep.keeper import open_keeper
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.settings import VARIABLE_PREFIX, Settings, load_settings
+from sopdeploy_service.settings import FILE_VARIABLE, VARIABLE_PREFIX, Settings, load_settings
 from tests.docs.reading import PAGES, module_at
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,9 @@ VALUES: dict[str, dict[str, Any]] = {
         "requireSignature": {"configMap": "release"},
         "keys": {"secret": "keys"},
         "settings": {"SOPDEPLOY_THREADS": "2", "SOPDEPLOY_MAX_BATCH": "8"},
+        "extraArgs": ["--setting", "top_k=3"],
+        "podAnnotations": {"sidecar.istio.io/inject": "false"},
+        "priorityClassName": "important",
         "maxSurge": "10%",
         "autoscaling": AUTOSCALING | {"keda": {"prometheus": ""}},
         "nodeSelector": {"disk": "fast"},
@@ -129,10 +133,10 @@ def helm() -> tuple[list[Any], list[list[str]]]:
 
 
 def run_helm(
-    values: list[dict[str, Any]], name: str = "shop"
+    values: list[dict[str, Any]], name: str = "shop", folder: Path = CHART
 ) -> tuple[list[Any], list[list[str]]]:
     """Return a report for each of *values*, and the manifests of the release *name* without errors."""
-    command = [sys.executable, "-c", HELM, str(CHART), name]
+    command = [sys.executable, "-c", HELM, str(folder), name]
     done = subprocess.run(
         command, input=json.dumps(values), capture_output=True, text=True, check=True
     )
@@ -195,6 +199,10 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
     assert found.keys() & optional == optional
     assert {document["kind"] for document in chart("with defaults")} & optional == set()
     pod = found["Deployment"]["spec"]["template"]
+    assert pod["spec"]["priorityClassName"] == "important"
+    assert {"prometheus.io/port", "sidecar.istio.io/inject"} <= pod["metadata"][
+        "annotations"
+    ].keys()
     pod_ports = {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
     service_ports = {
         port["name"]: port["targetPort"] for port in found["Service"]["spec"]["ports"]
@@ -208,7 +216,8 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
     policy, monitor = found["NetworkPolicy"]["spec"], found["ServiceMonitor"]["spec"]
     assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == ["http"]
     assert {*policy["ingress"][0]["from"][0]} == {"podSelector", "namespaceSelector"}
-    assert len(policy["egress"]) == 2
+    # Name servers, the store of `pull`, and what the values add
+    assert len(policy["egress"]) == 3
     assert [end["port"] for end in monitor["endpoints"]] == ["http"]
     (spread,) = pod["spec"]["topologySpreadConstraints"]
     labels = pod["metadata"]["labels"]
@@ -291,10 +300,62 @@ def test_the_chart_refuses_values_that_it_would_ignore_or_cannot_use() -> None:
         {"settings": {"SOPDEPLOY_PORT": "9000"}},
         {"autoscaling": {"enabled": True, "minReplicas": 0}},
         {"autoscaling": {"enabled": True, "minReplicas": 0, "keda": KEDA}},
+        {"autoscaling": {"enabled": True, "minReplicas": 4, "maxReplicas": 3}},
+        {"maxSurge": 0},
+        {"maxSurge": "0%"},
+        {"preStopSeconds": 20},
+        {"settings": {"SOPDEPLOY_DRAIN_SECONDS": "60"}},
+        {"settings": {"SOPDEPLOY_MAX_BATCHES": "8"}},
+        {"extraEnv": [{"name": "SOPDEPLOY_THREAD", "value": "2"}]},
+        {"ingress": {"host": "https://shop.example"}},
+        {"ingress": {"host": "shop.example/ml"}},
+        {"ingress": {"host": "shop.example:443"}},
+        {"fullnameOverride": "Shop"},
+        {"extraArgs": "--setting top_k=3"},
     ]
     reports, rendered = run_helm(wrong)
-    assert [bool(report["errors"]) for report in reports] == [True] * len(wrong)
+    assert [
+        value for value, report in zip(wrong, reports, strict=True) if not report["errors"]
+    ] == []
     assert rendered == []
+
+
+@needs_helm
+def test_other_keys_change_the_pods(tmp_path: Path) -> None:
+    """Without a cluster, Helm finds no Secret, so each chart here contains one."""
+    annotations: list[str] = []
+    for keys in ("first", "second"):
+        folder = shutil.copytree(CHART, tmp_path / keys / "sopdeploy")
+        template = folder / "templates" / "deployment.yaml"
+        text = template.read_text(encoding="utf-8")
+        call = 'lookup "v1" "Secret" .Release.Namespace .Values.keys.secret'
+        assert call in text
+        template.write_text(text.replace(call, f'dict "data" (dict "keys.toml" "{keys}")'))
+
+        _, (texts,) = run_helm([{"keys": {"secret": "keys"}}], folder=folder)
+        annotations += re.findall("checksum/keys: ([0-9a-f]{64})", "".join(texts))
+
+    assert len(set(annotations)) == 2
+
+
+def test_the_chart_knows_every_setting() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    variables = {f"{VARIABLE_PREFIX}{name}".upper() for name in Settings.model_fields}
+    known = schema["definitions"]["variable"]["enum"]
+    assert known == sorted(variables | {FILE_VARIABLE, VARIABLE})
+
+
+@needs_helm
+def test_every_object_of_a_release_gets_the_name_of_its_values() -> None:
+    _, ((*texts,),) = run_helm([VALUES["with everything"] | {"fullnameOverride": "flowers"}])
+    found = [each for text in texts for each in yaml.safe_load_all(text) if each]
+    assert {each["metadata"]["name"] for each in found} == {"flowers"}
+    (deployment,) = (each for each in found if each["kind"] == "Deployment")
+    labels = deployment["spec"]["selector"]["matchLabels"]
+    assert labels["app.kubernetes.io/instance"] == "shop"
+    assert "shop" not in re.sub(
+        r"instance: shop|shop\.example|: /shop|team: shop", "", "".join(texts)
+    )
 
 
 def test_the_alert_of_drift_has_the_level_of_the_tests() -> None:
