@@ -70,7 +70,7 @@ FROM_CODE: list[
     ("downloaded up to {:.0f} GB only", archive.MAX_ARCHIVE_BYTES / 1e9),
     ("downloads at most {:.0f} GB", archive.MAX_ARCHIVE_BYTES / 1e9),
     ("at most {:.0f} MB for other JSON files", folder.MAX_JSON_BYTES / MEGA),
-    ("above {:.0f} % of the range of the probes' outputs", PERCENT * verify.WIDE),
+    ("above {:.0f} % of the range of the reference outputs", PERCENT * verify.WIDE),
     ("doubles from {} s to {:.0f} s", client.FIRST_DELAY, client.MAX_DELAY),
     ("{:.0f} MB and {:.0f} million pixels", limits.MAX_BYTES / MEGA, limits.MAX_PIXELS / MEGA),
     ("`/livez` fails for {} s", LIVENESS["periodSeconds"] * LIVENESS["failureThreshold"]),
@@ -86,7 +86,7 @@ FROM_CODE: list[
     ("they may lose twice the limit ({:.0f} %)", PERCENT * permission.OLD_ALPHA),
     ("The limit is `--tolerance`, {:.0f} points", permission.TOLERANCE),
     ("the last {:.0f} days", compare.RECENT_DAYS),
-    ("has lacked its engine for {:.0f} s", processes.LACK_SECONDS),
+    ("has lacked its device process for {:.0f} s", processes.LACK_SECONDS),
     ("`load_timeout` and {:.0f} s per bundle", processes.START_SECONDS),
     ("are killed {:.0f} s after `drain_seconds`", processes.LEAVE_SECONDS),
     (
@@ -112,7 +112,7 @@ FROM_CODE: list[
     ("`max_upload_bytes` {:.0f} MB", SETTINGS.max_upload_bytes / MEGA),
     ("reserved for bodies up to {:.0f} MB", admission.SMALL_BODY / MEGA),
     (
-        "up to {:.0f} megapixels and {:.0f} MB, for {} s of CPU time and {:.0f} ns per pixel; a JPEG with "
+        "up to {:.0f} megapixels and {:.0f} MB, for {} s of CPU time and {:.0f} ns per pixel, and a JPEG with "
         "one scan up to {:.0f} MB and {:.0f} megapixels, and {:.0f} ns per byte more | {:.0f} MiB",
         *(decoders.LIGHT_PIXELS / MEGA, decoders.LIGHT_BODY / MEGA),
         *(decoders.LIGHT_SECONDS, 1e9 * decoders.SECONDS_PER_PIXEL),
