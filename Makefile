@@ -1,4 +1,4 @@
-# Commands of this project. `make demo` and `make test` need Python 3.11 to 3.13 and a package index.
+# Commands of this project; `make` alone lists them. They need Python 3.11 to 3.13 and a package index.
 PYTHON ?= python3
 OPTIONS ?=
 # The versions of packages: those of the commit; with NEWEST=1 the newest; with LOWEST=1 the lowest of pyproject.toml.
@@ -63,8 +63,11 @@ export NO_MKDOCS_2_WARNING := 1
 # uv does not compile to bytecode. Without a bytecode cache every process that a test starts compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test fuzz check lint types contracts unit compile tests test-models cuda-stand-in goldens elsewhere format docs \
+.PHONY: help demo quick test fuzz check lint types contracts unit compile tests test-models cuda-stand-in goldens elsewhere format docs \
 	pictures site gpu-bundles gpu-wheels gpu-check soak dist wheel-test samples-test alerts-test extras-test install-test container-test container-base audit sbom release lock clean
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP)  ## train on photographs and on digits, export with proof, serve, and classify over HTTP
 	$(BIN)/sopdeploy demo
@@ -101,7 +104,7 @@ compile: $(STAMP)
 	$(BIN)/pytest --collect-only -qqq > $(VENV)/tests.txt || { cat $(VENV)/tests.txt; exit 1; }
 
 tests: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --durations=30 --durations-min=5
 
 test-models: $(STAMP)  ## the slow tests: every network at full width through training, export and parity (one hour)
 	$(BIN)/pytest --slow -m slow
