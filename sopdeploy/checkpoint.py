@@ -35,7 +35,7 @@ from sopdeploy.decision import Decision
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError, first_line
 from sopdeploy.file_systems import flush_folder
-from sopdeploy.files import atomic_write, new_folder, read_file, writing
+from sopdeploy.files import advise_on, atomic_write, new_folder, read_file, writing
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT
 from sopdeploy.models.base import Classifier
@@ -185,9 +185,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         raw = read_file(path, MAX_WEIGHTS_BYTES)
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); check its permissions"
-        ) from error
+        raise CheckpointError(f"{path}: {advise_on(error, 'copy it again')}") from error
     return parse_checkpoint(path, load_plain(path, raw), hashlib.sha256(raw).hexdigest())
 
 
@@ -329,9 +327,7 @@ def read_pytorch(file: WeightPath) -> tuple[Any, str]:
     try:
         raw = read_file(path, MAX_WEIGHTS_BYTES)
     except OSError as error:
-        raise WeightsError(
-            f"{path}: cannot be read ({error.strerror}); {WEIGHTS_ADVICE}"
-        ) from error
+        raise WeightsError(f"{path}: {advise_on(error, WEIGHTS_ADVICE)}") from error
     digest = hashlib.sha256(raw).hexdigest()
 
     # safetensors has tensors alone, a file of torch may hold them in tables.

@@ -31,6 +31,11 @@ BLOCK_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1_000_000  # of a file that people write: a recipe, settings, keys, rules
 MAX_NAMES_BYTES = 100_000_000  # of a file that programs write: class names, tables, results
 MAX_IMAGE_BYTES = 256_000_000  # of a photograph that is not decoded here
+# With what a pointer of Git LFS begins
+POINTER = b"version https://git-lfs.github.com/spec/"
+POINTER_ADVICE = (
+    "a pointer of Git LFS, not the file itself; run in its repository: git lfs pull"
+)
 # Operating system errors that the user can fix: permissions, disk space, file names.
 STORAGE_ERRNOS = {
     errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC,
@@ -186,7 +191,28 @@ def read_file(path: str | Path, limit: int) -> bytes:
         content = b"" if size > limit else read_at_most(file, limit + 1)
     if size > limit or len(content) > limit:
         raise OSError(errno.EFBIG, f"larger than {limit:,} bytes, the limit", str(path))
+    if content.startswith(POINTER):
+        raise PointerError(errno.EINVAL, POINTER_ADVICE, str(path))
     return content
+
+
+class PointerError(OSError):
+    """A file of a repository that Git LFS has not fetched."""
+
+
+def is_pointer(path: Path) -> bool:
+    """Tell whether the file at *path* is a pointer of Git LFS; a file that cannot be read is none."""
+    with suppress(OSError), open_regular(path) as file:
+        return file.read(len(POINTER)) == POINTER
+    return False
+
+
+def advise_on(error: OSError, otherwise: str) -> str:
+    """Say why a file cannot be read, and what to do: fetch it, check its permissions, or *otherwise*."""
+    if isinstance(error, PointerError):
+        return POINTER_ADVICE
+    advice = "check its permissions" if isinstance(error, PermissionError) else otherwise
+    return f"cannot be read ({error.strerror or error}); {advice}"
 
 
 def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:

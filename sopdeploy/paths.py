@@ -15,9 +15,11 @@ from sopdeploy.files import (
     LAST,
     LATEST,
     MANIFEST,
+    POINTER_ADVICE,
     has_manifest,
     holds_file,
     holds_output,
+    is_pointer,
     open_regular,
 )
 from sopdeploy.images.signatures import has_image_suffix
@@ -55,6 +57,7 @@ Wanted = Literal["bundle", "checkpoint", "run", "weights", "photographs"]
 PathKind = Literal[
     "nothing",
     "code",
+    "pointer",
     "bundle_file",
     "checkpoint",
     "weights",
@@ -152,6 +155,8 @@ def what_is(path: Path) -> PathKind:
     # A pipe or a device has no end.
     if not path.is_file():
         return "file"
+    if is_pointer(path):
+        return "pointer"
     if has_manifest(path.parent):
         return "bundle_file"
     if is_own_checkpoint(path):
@@ -209,6 +214,8 @@ def describe_wrong(path: Path, wanted: Wanted, otherwise: str = "") -> str:
     if kind == wanted:  # a damaged one
         kind = "folder" if path.is_dir() else "file"
     otherwise = otherwise or _OTHERWISE[wanted]
+    if kind == "pointer":
+        return POINTER_ADVICE
 
     # Files of other programs say themselves what to give.
     if kind in {"code", "foreign"} and wanted == "bundle":
@@ -252,7 +259,7 @@ def _meant(path: Path) -> Path:
 
 def check_is_file(path: Path) -> None:
     """Raise `CheckpointError` unless *path* is a file, with what to do if it is something else."""
-    if not path.is_file():
+    if not path.is_file() or is_pointer(path):
         raise CheckpointError(f"{path}: {describe_wrong(path, 'checkpoint')}")
 
 
@@ -265,6 +272,8 @@ def describe_foreign(path: Path) -> str:
     """Say what a file of another program, or a name of code, is, and what to do; empty for other paths."""
     if names_code(path):
         return _NAMES_CODE
+    if is_pointer(path):
+        return POINTER_ADVICE
     for suffixes, description in _OF_OTHERS.items():
         if path.suffix.lower() in suffixes:
             return description
@@ -326,7 +335,7 @@ def check_is_weights(path: Path) -> WeightPath:
 
     It is also raised for a folder, a missing file, and one above `MAX_WEIGHTS_BYTES`.
     """
-    if not path.is_file():
+    if not path.is_file() or is_pointer(path):
         raise WeightsError(f"{path}: {describe_wrong(path, 'weights')}")
     if path.stat().st_size > MAX_WEIGHTS_BYTES:
         raise WeightsError(

@@ -25,8 +25,10 @@ from sopdeploy.files import (
     BLOCK_BYTES,
     GRAPH,
     MANIFEST,
+    POINTER_ADVICE,
     STORAGE_ERRNOS,
     atomic_write,
+    is_pointer,
     new_folder,
     writing,
 )
@@ -168,6 +170,8 @@ def download(source: str, target: IO[bytes], limit: int, folder: Path) -> None:
         if "://" in source:
             store, path = stack.enter_context(_open_store(source))
             content = stack.enter_context(store.open(path, "rb"))
+        elif is_pointer(Path(source)):
+            raise BundleError(f"{source}: {POINTER_ADVICE}")
         elif Path(source).is_file():
             content = stack.enter_context(Path(source).open("rb"))
         else:

@@ -24,6 +24,9 @@ from sopdeploy.files import (
     GRAPH,
     LATEST,
     MANIFEST,
+    POINTER,
+    POINTER_ADVICE,
+    is_pointer,
     open_regular,
     os_reason,
     read_at_most,
@@ -119,6 +122,8 @@ def read_manifest(path: Path) -> Manifest:
             "copy or export the bundle again"
         )
 
+    if content.startswith(POINTER):
+        raise BundleError(f"{file}: {POINTER_ADVICE}")
     try:
         return Manifest.from_bytes(content)
     except (ValueError, RecursionError) as error:
@@ -242,6 +247,8 @@ def _check_type_and_size(file: Path, status: os.stat_result, record: FileRecord)
             f"{file}: is {kind}; a bundle has plain files only: copy or export it again"
         )
 
+    if status.st_size != record.bytes and is_pointer(file):
+        raise BundleError(f"{file}: {POINTER_ADVICE}")
     if status.st_size != record.bytes:
         raise BundleError(
             f"{file}: has {status.st_size} bytes, the manifest says {record.bytes}; "

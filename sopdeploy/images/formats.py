@@ -15,9 +15,10 @@ from collections.abc import Collection, Iterator
 from PIL import Image
 
 from sopdeploy.errors import ImageError
+from sopdeploy.files import POINTER, POINTER_ADVICE
 from sopdeploy.images.limits import EXTRAS, FORMATS, MAX_BYTES, MAX_PIXELS, describe_formats
 from sopdeploy.images.pixels import correct_transparency_info
-from sopdeploy.images.signatures import HEAD_BYTES, find_format
+from sopdeploy.images.signatures import HEAD_BYTES, find_converter, find_format
 
 # Pillow warns about large images, which `max_pixels` rejects, and about metadata, which is not
 # used.
@@ -306,6 +307,10 @@ def detect_format(body: bytes, formats: Collection[str] | None = None) -> str:
 
     if not detected:
         raise ImageError(f"this is not an image; {advice}", code="not_an_image", status=415)
+    if body.startswith(POINTER):
+        raise _unsupported_error(POINTER_ADVICE)
+    if converter := find_converter(detected):
+        advice += f"; {converter} converts them"
     # Pillow calls HEIC files HEIF.
     shown = "HEIC" if detected == "HEIF" else detected
     raise _unsupported_error(f"{shown} files are not accepted; {advice}")

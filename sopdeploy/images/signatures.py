@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path, PurePath
+from shlex import quote
 
 from sopdeploy.errors import amount, shorten
-from sopdeploy.files import PARTIAL, open_regular
+from sopdeploy.files import PARTIAL, POINTER, open_regular
 from sopdeploy.images.limits import FORMATS, describe_formats
 
 SUFFIXES = (*(f".{name}" for name in FORMATS), ".jpg", ".heif")  # only to open fewer files
@@ -40,6 +41,22 @@ REJECTED_SIGNATURES = {
     b"\xff\x0a": "JPEG XL",
     b"<svg": "SVG",
     b"<?xml": "XML or SVG",
+    POINTER: "Git LFS",
+}
+# What converts files of other formats to images: a program, its command for all of a folder, or
+# for the file $f, and the names of the formats with their suffixes
+CONVERTERS = {
+    "ImageMagick": (
+        "mogrify -format png {files}",
+        *("TIFF", "PSD", "ICO", "JPEG 2000"),
+        *(".tif", ".tiff", ".psd", ".ico", ".jp2", ".pgm", ".ppm", ".tga"),
+    ),
+    "the program of the camera": ("", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".raw"),
+    "libjxl": ('djxl "$f" "$f.png"', "JPEG XL", ".jxl"),
+    "DCMTK": ('dcmj2pnm --write-png "$f" "$f.png"', ".dcm"),
+    "librsvg": ('rsvg-convert "$f" -o "$f.png"', "SVG", "XML or SVG", ".svg"),
+    "Poppler": ('pdftoppm -png "$f" "$f"', "PDF", ".pdf"),
+    "FFmpeg": ('ffmpeg -i "$f" -r 1 "$f-%04d.png"', ".avi", ".mkv", ".mov", ".mp4", ".webm"),
 }
 WEB_PAGES = (b"<!doctype html", b"<html", b"<head", b"<body")  # what a failed download leaves
 BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
@@ -103,6 +120,24 @@ def read_head(path: Path) -> bytes:
     with suppress(OSError), open_regular(path, buffering=0) as file:
         return file.read(HEAD_BYTES)
     return b""
+
+
+def find_converter(kind: str) -> str:
+    """Name the program that makes images of files of *kind*, a format or a suffix; "" if none is known."""
+    return next((name for name, (_, *kinds) in CONVERTERS.items() if kind in kinds), "")
+
+
+def describe_conversion(file: Path) -> str:
+    """Say how the files with the suffix of *file* in its folder become images; "" if that is not known."""
+    suffix = suffix_of(file.name)
+    converter = find_converter(suffix)
+    if not converter:
+        return ""
+    files = f"{quote(str(file.parent))}/*{file.suffix}"
+    command = CONVERTERS[converter][0].format(files=files)
+    if "$f" in command:
+        command = f"for f in {files}; do {command}; done"
+    return f"convert them with {converter}" + (command and f": {command}")
 
 
 def suffix_of(name: str) -> str:

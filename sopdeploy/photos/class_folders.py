@@ -8,15 +8,23 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
-from pathlib import Path, PurePath
+from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
 import numpy as np
 
 from sopdeploy.errors import DataError, amount, shorten
+from sopdeploy.files import POINTER_ADVICE, is_pointer
 from sopdeploy.images.limits import describe_formats
-from sopdeploy.images.signatures import count_suffixes, describe_suffixes
+from sopdeploy.images.signatures import (
+    count_suffixes,
+    describe_conversion,
+    describe_suffixes,
+    find_converter,
+    suffix_of,
+)
+from sopdeploy.paths import ARCHIVES
 from sopdeploy.photos.files import (
     FOLDERS,
     SUBFOLDERS,
@@ -34,11 +42,8 @@ from sopdeploy.photos.files import (
 from sopdeploy.photos.forms import find_leftovers
 from sopdeploy.photos.photo import ImageFiles
 
-# Of formats that are not read: a folder with such files may be a class
-UNREAD_SUFFIXES = {
-    ".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dng", ".jp2", ".jxl", ".nef", ".pgm", ".ppm", ".psd",
-    ".raw", ".svg", ".tif", ".tiff",
-}  # fmt: skip
+# Of files with many images, which no command converts
+ARRAYS = (".h5", ".hdf5", ".lmdb", ".mat", ".npy", ".npz", ".parquet", ".pkl", ".tfrecord")
 
 
 class ClassListing(NamedTuple):
@@ -81,7 +86,7 @@ def list_classes(
     without_images = [
         label
         for label, files in other_files.items()
-        if files and not paths_of_class[label] and not any(map(_may_be_photograph, files))
+        if files and not paths_of_class[label] and not any(map(_may_hold_photographs, files))
     ]
     for label in without_images:
         del paths_of_class[label]
@@ -169,9 +174,28 @@ def find_leftover_paths(root: Path, paths: Sequence[bytes]) -> set[bytes]:
     return set[bytes]().union(*(one.paths for one in find_leftovers(root, paths_of_class)))
 
 
-def _may_be_photograph(file: str) -> bool:
-    """Tell whether *file* has the suffix of an image format that is not read."""
-    return PurePath(file).suffix.lower() in UNREAD_SUFFIXES
+def _may_hold_photographs(file: str) -> bool:
+    """Tell whether *file* is an archive, or has the suffix of an image format that is not read."""
+    return file.lower().endswith(ARCHIVES) or bool(find_converter(suffix_of(file)))
+
+
+def advise_on_files(where: Path, files: Sequence[str]) -> str:
+    """Say what makes images of *files* in *where*, which are none; "" if it is not known."""
+    # A pointer stands for any file. An archive may hold all images.
+    for file in files:
+        if is_pointer(where / file):
+            return f"{where / file} is {POINTER_ADVICE}"
+    if archives := [file for file in files if file.lower().endswith(ARCHIVES)]:
+        return f"unpack {shorten(archives)}"
+
+    # Other formats, of one image each or of many.
+    for file in files:
+        if conversion := describe_conversion(where / file):
+            return conversion
+    for file in files:
+        if file.lower().endswith(ARRAYS):
+            return f"write the images of {file} to image files, in one subfolder per class"
+    return ""
 
 
 def _list_folders(
@@ -298,9 +322,13 @@ def describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> I
         more = f" (also in {shorten(empty[1:])})" if len(empty) > 1 else ""
         ignored = describe_suffixes(count_suffixes(listing.other_files.get(empty[0], ())))
         only_others = f", only other files ({ignored})" if ignored else ""
+        advice = advise_on_files(root, listing.other_files.get(empty[0], ()))
+        if not advice:
+            advice = f"add some ({describe_formats()}) or remove the folder"
+        elif POINTER_ADVICE not in advice:
+            advice = f"remove the folder, or {advice}"
         yield (
-            f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
-            f"add some ({describe_formats()}) or remove the folder"
+            f"{root / empty[0]}: no images in this class folder{more}{only_others}; {advice}"
         )
 
 
@@ -328,10 +356,16 @@ def no_classes_error(root: Path, part: Path | None = None, hint: str = "") -> Da
     in_training = {path for path in folders if part_kind(os.fsdecode(path)) in TRAINING}
     folders = in_training or folders
     unsorted = where / os.fsdecode(folders.pop()) if len(folders) == 1 else where
-    by_hand = suggest_sorting_by_hand(unsorted) if images else ""
+    advice = "put images into it, in one subfolder per class"
+    if images:
+        advice = (
+            f"sort the images into one subfolder per class{suggest_sorting_by_hand(unsorted)}"
+        )
+    # Files of another format tell nothing about images that are there, but tables do.
+    tables = [file for file in others if is_pointer(where / file)]
+    advice = advise_on_files(where, tables if images else others) or advice
     return DataError(
-        f"{where}: holds no class folders and no labels.csv ({seen}); "
-        + (hint or f"sort the images into one subfolder per class{by_hand}")
+        f"{where}: holds no class folders and no labels.csv ({seen}); {hint or advice}"
     )
 
 

@@ -13,9 +13,11 @@ from shlex import quote
 import numpy as np
 
 from sopdeploy.errors import DataError, amount, shorten
+from sopdeploy.files import is_pointer
 from sopdeploy.images.signatures import count_suffixes, describe_skipped
 from sopdeploy.photos.class_folders import (
     ClassListing,
+    advise_on_files,
     describe_class_problems,
     is_pattern,
     list_classes,
@@ -316,6 +318,12 @@ def _check_tells_classes(root: Path, train: ClassListing) -> None:
         raise no_classes_error(root, images.root)
     if len(images.labels) > 1:
         return
+
+    # A table beside the images may not have been fetched.
+    _, beside = list_files(root)
+    pointers = [name for name in beside if is_pointer(root / name)]
+    if pointers:
+        raise DataError(advise_on_files(root, pointers))
 
     folders = {images.path(index).parent for index in range(len(images))}
     by_hand = suggest_sorting_by_hand(folders.pop()) if len(folders) == 1 else ""

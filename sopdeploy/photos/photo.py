@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.errors import DataError, ImageError
-from sopdeploy.files import read_file
+from sopdeploy.files import advise_on, read_file
 from sopdeploy.images.decode import decode, decode_upright
 from sopdeploy.images.formats import open_image
 from sopdeploy.images.limits import MAX_BYTES
@@ -240,9 +240,7 @@ class ImageFiles(LabeledImages):
         except FileNotFoundError as error:
             raise DataError(f"{path}: no longer there; put it back") from error
         except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}); repair or delete it"
-            ) from error
+            raise DataError(f"{path}: {advise_on(error, 'repair or delete it')}") from error
 
     def read_head(self, index: int) -> bytes:
         """Read the first bytes of a file; nothing of one that cannot be read."""

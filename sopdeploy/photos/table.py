@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError, amount, shorten
-from sopdeploy.files import read_file
+from sopdeploy.files import advise_on, read_file
 from sopdeploy.images.signatures import count_suffixes, has_image_suffix, is_image
 from sopdeploy.photos.files import (
     TRAIN,
@@ -163,10 +163,8 @@ def read_table_text(table: Path) -> str:
     try:
         content = read_file(table, MAX_TABLE_BYTES)
     except OSError as error:
-        reason = error.strerror or error
-        raise DataError(
-            f"{table}: cannot be read ({reason}); replace it by a CSV file, or remove it"
-        ) from error
+        advice = advise_on(error, "replace it by a CSV file, or remove it")
+        raise DataError(f"{table}: {advice}") from error
 
     # Decode it by its mark; the error names the line that is wrong.
     encoding = next(

@@ -6,8 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.files import GRAPH, LATEST, MANIFEST
-from sopdeploy.paths import CHECKPOINT_FORMAT, PathKind, Wanted, describe_wrong, what_is
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.errors import BundleError, SopdeployError
+from sopdeploy.files import GRAPH, LATEST, MANIFEST, POINTER, POINTER_ADVICE, read_text
+from sopdeploy.paths import (
+    CHECKPOINT_FORMAT,
+    PathKind,
+    Wanted,
+    check_is_checkpoint,
+    check_is_weights,
+    describe_wrong,
+    what_is,
+)
 
 KINDS: dict[str, PathKind] = {
     "nowhere": "nothing",
@@ -20,6 +30,8 @@ KINDS: dict[str, PathKind] = {
     "net.onnx": "foreign",
     "hat.jpg": "photograph",
     "notes.txt": "file",
+    "fetched.onnx": "pointer",
+    "fetched.pt": "pointer",
     "bundles/tiny-1": "bundle",
     "runs/tiny-1": "run",
     "runs/tiny-2": "run",
@@ -46,6 +58,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "net.onnx": b"\x08",
         "hat.jpg": b"",
         "notes.txt": b"hello",
+        "fetched.onnx": POINTER,
+        "fetched.pt": POINTER,
         "photos.zip": b"",
         "photos/hat/1.jpg": b"",
         f"photos/tiny-3/{MANIFEST}": b"{}",  # a bundle among photographs
@@ -108,6 +122,8 @@ ADVICE: dict[tuple[Wanted, str], str] = {
     ("photographs", "photos.zip"): (
         "an archive, not a folder of photographs; unpack it, and give a folder with photographs"
     ),
+    ("bundle", "fetched.onnx"): POINTER_ADVICE,
+    ("checkpoint", "fetched.pt"): POINTER_ADVICE,
     ("photographs", "notes.txt"): "not a folder; give a folder with photographs",
     ("photographs", "nowhere"): "no such folder; give a folder with photographs",
 }  # fmt: skip
@@ -119,3 +135,23 @@ def test_what_is_not_wanted_is_named_with_what_to_do(
 ) -> None:
     monkeypatch.chdir(place)
     assert describe_wrong(Path(name), wanted) == ADVICE[wanted, name]
+
+
+@pytest.mark.parametrize("name", ["fetched.pt", "fetched.onnx", "fetched.safetensors"])
+def test_a_pointer_of_git_lfs_is_no_damaged_file(name: str, place: Path) -> None:
+    path = place / name
+    path.write_bytes(POINTER + b"v1\n")
+
+    for check in (check_is_weights, check_is_checkpoint):
+        with pytest.raises(SopdeployError) as caught:
+            check(path)
+        assert str(caught.value) == f"{path}: {POINTER_ADVICE}"
+    with pytest.raises(OSError, match="git lfs pull"):
+        read_text(path)
+
+
+def test_a_bundle_of_pointers_is_no_damaged_bundle(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_bytes(POINTER)
+
+    with pytest.raises(BundleError, match="git lfs pull"):
+        open_bundle(tmp_path)

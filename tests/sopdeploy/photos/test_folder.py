@@ -193,7 +193,7 @@ def test_a_split_depends_on_the_names_and_its_own_seed_only(tmp_path) -> None:
 BAD_FOLDERS = [
     (
         {},
-        "holds no class folders and no labels.csv (it is empty); sort the images into one",
+        "holds no class folders and no labels.csv (it is empty); put images into it",
     ),
     ({"a": 3}, "holds only one class (a); a classifier needs at least two"),
     (
