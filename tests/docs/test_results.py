@@ -65,7 +65,7 @@ FROM_CODE: list[
     ("{:.0f} % Wilson interval", LEVEL),
     ("at most {:.0f} times the rounding error of float32", FLOORS),
     ("({:.0f} times for reduced precision)", FLOORS_BY_PRECISION["int8"]),
-    ("Float32 may drift by {:.0f} noise floors", FLOORS),
+    ("The tolerance is {:.0f} noise floors in float32", FLOORS),
     ("at most {:.0f} MB of each is read", sources.MAX_HEADER_BYTES / MEGA),
     ("downloaded up to {:.0f} GB only", archive.MAX_ARCHIVE_BYTES / 1e9),
     ("downloads at most {:.0f} GB", archive.MAX_ARCHIVE_BYTES / 1e9),
