@@ -144,7 +144,7 @@ FROM_CODE: list[
         PERCENT * file_checks.MAX_DAMAGED,
     ),
     (
-        "at least {:.0f} % of the new photographs right, at least {:.0f} % of other things unknown, at least "
+        "at least {:.0f} % of the new photos right, at least {:.0f} % of other things unknown, at least "
         "{:.0f} % of the digits right",
         *(PERCENT * least for least in (demo.MIN_ACCURACY, demo.MIN_REJECTED, demo.MIN_DIGITS)),
     ),
