@@ -11,9 +11,10 @@ import pydantic
 from sopdeploy.config import StrictModel, with_registered
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import expand_user
+from sopdeploy.photos.evaluation_images import holds_classes
 from sopdeploy.photos.files import Log
 from sopdeploy.photos.folder import open_folder
-from sopdeploy.photos.libraries import open_cifar, open_digits, open_part
+from sopdeploy.photos.libraries import has_files_of, open_cifar, open_digits, open_part
 from sopdeploy.photos.photo import LabeledImages, Split, select_classes
 from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.seeds import derive_seed
@@ -119,6 +120,18 @@ def register_data_source(config: type[DataSource]) -> None:
     in use.
     """
     DATA_SOURCES.register_config(config, DataSource)
+
+
+def kind_of_folder(root: Path, kind: str) -> str:
+    """Find the `data.kind` that reads the folder *root* in a recipe with the data source *kind*.
+
+    A data set of a library needs its own files in *root*. Without them, images in class folders
+    are read as such, whatever the recipe was made for. A data source of a plug-in stays, as does
+    *kind* for a folder without classes, because its error names the files that it needs.
+    """
+    if DATA_SOURCES.find(kind) is not None or has_files_of(kind, root):
+        return kind
+    return "folder" if kind == "digits" or holds_classes(root) else kind
 
 
 def open_data(config: DataConfig | DataSource) -> Split:

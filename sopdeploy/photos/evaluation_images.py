@@ -172,9 +172,14 @@ def check_holds_classes(root: Path) -> Path:
     takes seconds.
     """
     root = data_folder(root)
-    if list_subfolders(root) or find_table(root) or detect_kind(root) is not None:
+    if holds_classes(root):
         return root
     raise no_classes_error(root)
+
+
+def holds_classes(root: Path) -> bool:
+    """Tell whether the folder *root* has subfolders, a file with labels, or an official layout."""
+    return bool(list_subfolders(root) or find_table(root) or detect_kind(root) is not None)
 
 
 @cache

@@ -58,6 +58,9 @@ def open_digits() -> Split:
     return Split(train=digits.select(~mask), held_out=digits.select(mask))
 
 
+CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+
+
 class _Layout(NamedTuple):
     """A class of `torchvision.datasets`, the file or folder that identifies its root, its names of parts."""
 
@@ -76,9 +79,14 @@ LAYOUTS = {
 
 def detect_kind(root: Path) -> str | None:
     """Find the `data.kind` of the official layout in the folder *root*, if there is one."""
-    return next(
-        (kind for kind, layout in LAYOUTS.items() if (root / layout.content).exists()), None
-    )
+    return next((kind for kind in LAYOUTS if has_files_of(kind, root)), None)
+
+
+def has_files_of(kind: str, root: Path) -> bool:
+    """Tell whether the folder *root* has the files of the data set *kind* of a library."""
+    layout = LAYOUTS.get(kind)
+    content = CIFAR_FOLDERS.get(kind) if layout is None else layout.content
+    return content is not None and (root / content).exists()
 
 
 def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> ImageFiles:

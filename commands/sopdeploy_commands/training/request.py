@@ -377,8 +377,9 @@ def configure(
     if weights_of_network is not None:
         changes.append(("start.weights", weights_of_network))
     source = str(recipe_changes.source)
-    recipe = change_recipe(values or {}, changes, source)
     keys = [key for key, _ in flatten(dict(changes))]
+    changes += _choose_data_kind(values or {}, dict(flatten(dict(changes))))
+    recipe = change_recipe(values or {}, changes, source)
 
     # With a previous run, margins protect its classes from new ones of few photographs.
     protects = previous is not None and "procedure.margins" not in keys
@@ -406,6 +407,23 @@ def configure(
     decision = None if previous is None else previous.decision
     rule_before = None if decision is None else decision.rejection
     return recipe, Given(keys, weights, rule_before=rule_before)
+
+
+def _choose_data_kind(values: FieldValues, changed: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Choose the data source for a folder that *changed* values name, unless they name the source, too.
+
+    *values* are those of the recipe. Its data source stays if it reads the folder (`kind_of_folder`).
+    """
+    from sopdeploy.data.sources import kind_of_folder
+
+    path = changed.get("data.path")
+    data = values.get("data")
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if not isinstance(path, str | Path) or kind is None or "data.kind" in changed:
+        return []  # the validation of the recipe names a value of a wrong type
+
+    folder = expand_user(path)
+    return [("data.kind", kind_of_folder(folder, str(kind)))] if folder.is_dir() else []
 
 
 def _name_project(recipe: "Recipe", source: str) -> str:

@@ -10,12 +10,20 @@ import pytest
 import torchvision
 from typer.testing import CliRunner
 
-from sopdeploy.data.sources import DataConfig, DigitsConfig, open_data
+from sopdeploy.data.sources import (
+    DataConfig,
+    DigitsConfig,
+    FolderConfig,
+    kind_of_folder,
+    open_data,
+)
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.photos.evaluation_images import class_aliases, open_evaluation_images
 from sopdeploy.photos.photo import Split
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.recipe_files import list_recipes
 from sopdeploy_commands.app import app
+from sopdeploy_commands.training.request import TrainOptions, configure, read_changes
 from tests.support.small_data import write_aircraft, write_cifar, write_places
 
 
@@ -146,3 +154,48 @@ def test_an_invalid_subset_is_one_line() -> None:
         digits(11)
     with pytest.raises(ConfigError, match="hold_out: unknown key"):
         read_recipe("photos", ["data.kind=cars", "data.hold_out=0.1"])
+
+
+@pytest.fixture
+def class_folders(tmp_path: Path) -> Path:
+    """A folder of class folders, in which no data set of a library has its files."""
+    folder = tmp_path / "photos"
+    for label in ("cat", "dog"):
+        (folder / label).mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize("recipe", list_recipes())
+def test_every_recipe_reads_class_folders_without_a_setting(
+    recipe: str, class_folders: Path
+) -> None:
+    configured, given = configure(read_changes(class_folders, recipe, TrainOptions()))
+
+    assert isinstance(configured.data, FolderConfig)
+    assert configured.data.path == class_folders
+    assert "data.kind" not in given.keys  # the user said nothing about it
+
+
+def test_a_recipe_keeps_its_data_source_where_its_files_are(
+    tmp_path: Path, class_folders: Path
+) -> None:
+    (tmp_path / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
+    (tmp_path / "places").mkdir()
+    (tmp_path / "places" / "categories_places365.txt").touch()
+    (tmp_path / "empty").mkdir()
+
+    kinds = {
+        ("cifar", "cifar10"): "cifar10",
+        ("places", "places365"): "places365",
+        ("empty", "cifar10"): "cifar10",  # its error names the archive to unpack
+        ("empty", "digits"): "folder",  # the digits have no folder
+        ("photos", "cifar10"): "folder",
+        ("photos", "folder"): "folder",
+    }
+
+    found = {(name, kind): kind_of_folder(tmp_path / name, kind) for name, kind in kinds}
+    assert found == kinds
+
+    options = TrainOptions(set=("data.kind=aircraft",))
+    configured, _ = configure(read_changes(class_folders, "cifar10-dsop-resnet20", options))
+    assert configured.data.kind == "aircraft"
