@@ -85,16 +85,15 @@ def photograph_pages(work: Path, folder: Path) -> None:
             page.evaluate("send('state')")
             page.click("#as-grid")
             page.wait_for_selector("#cells img[src]")
+            page.locator("#cells button").first.click()
+            page.locator("#cells button").nth(4).click(modifiers=["Shift"])
             photograph(page, folder / "label-grid.png", "#grid")
             page.click("#one-by-one")
             photograph(page, folder / "label.png", "main > .panel")
 
 
 def sort_some(work: Path) -> tuple[Path, Path]:
-    """Copy five photographs of each class to a folder of classes, and the others to one heap.
-
-    From five on, the label page has a grid of a class.
-    """
+    """Copy five photographs of each class to a folder of classes, and the others to one heap."""
     photos, heap = work / "photos", work / "camera"
     heap.mkdir()
     for of_class in sorted((PHOTOS / "clothing").iterdir()):

@@ -192,7 +192,7 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
     @app.get("/grids")
     def grids() -> Grids:
         with lock:
-            ids_by_class = folders.obvious()
+            ids_by_class = folders.suggested()
 
         return Grids(
             grids=tuple(
@@ -307,7 +307,7 @@ class ShownClass(StrictModel):
 
 
 class Grid(StrictModel):
-    """The first `ids` of `count` photographs that are probably of the class `name`, the surest ones first."""
+    """The first `ids` of `count` photographs with the suggested class `name`, the surest ones first."""
 
     name: str
     ids: tuple[str, ...]
@@ -315,7 +315,7 @@ class Grid(StrictModel):
 
 
 class Grids(StrictModel):
-    """A grid for each class of which photographs are obvious."""
+    """A grid for each class that is suggested for photographs of a heap."""
 
     grids: tuple[Grid, ...]
 

@@ -60,7 +60,6 @@ from sopdeploy_service.labelling.label.order import Shown, order_kept, role_of
 SKIPPED = ".skipped"
 DECIDING = 30  # labels with which `promote` can decide about a bundle that is clearly better
 LEASE_SECONDS = 60.0  # for which a browser's photographs are offered to no other one
-OBVIOUS = 0.5  # probability of a class from which a photograph is offered in its grid
 MAX_CLASS_BYTES = 100  # of a name in UTF-8
 GONE = "that photograph has a label already or is no longer kept; this is the next one"
 NOT_IN_NAMES = '/\\:*?"<>|'  # of folders on some systems
@@ -248,28 +247,38 @@ class LabelFolders:
         return set[str]().union(*map(_kept_ids, folders))
 
     def upcoming(self, session: str, count: int) -> list[str]:
-        """Return the next *count* photographs for a browser's *session*, which leases them.
+        """Return the next photograph for a browser's *session* and more, *count* in all, which it leases.
 
+        After a photograph of a heap, the others of the heap that look most like it come first.
         Photographs that another session has leased in the last `LEASE_SECONDS` are returned only
         if nothing else waits.
         """
         now = time.monotonic()
-        self._leases = {
-            identity: lease for identity, lease in self._leases.items() if lease.end > now
-        }
-        leased_to_others = {
-            identity for identity, lease in self._leases.items() if lease.session != session
+        of_others = {
+            identity: lease
+            for identity, lease in self._leases.items()
+            if lease.end > now and lease.session != session
         }
 
         # What no other session has leased; if that is nothing, everything.
-        free = [identity for identity in self.waiting if identity not in leased_to_others]
-        upcoming = (free or list(self.waiting))[:count]
+        free = [identity for identity in self.waiting if identity not in of_others]
+        upcoming = self._put_similar_first(free or list(self.waiting))[:count]
 
         # A lease of another session stays.
-        for identity in upcoming:
-            if identity not in leased_to_others:
-                self._leases[identity] = Lease(session, now + LEASE_SECONDS)
+        lease = Lease(session, now + LEASE_SECONDS)
+        self._leases = dict.fromkeys(upcoming, lease) | of_others
         return upcoming
+
+    def _put_similar_first(self, identities: list[str]) -> list[str]:
+        """Order *identities* after the first one by their similarity to it, as far as that is known."""
+        if not identities or not self.waiting[identities[0]].is_of_heap:
+            return identities
+
+        of_path = {self.waiting[identity].path: identity for identity in identities}
+        first, *others = of_path
+        similar = self.suggestions.most_similar(first, others)
+        ordered = dict.fromkeys([first, *similar, *others])
+        return [of_path[path] for path in ordered]
 
     def probabilities(self, identity: str) -> dict[str, float]:
         """Return the probabilities of classes for a photograph: of the network, or of a heap those suggested."""
@@ -291,28 +300,15 @@ class LabelFolders:
         same = (name for name in self.classes() if lookalike_key(name) == key)
         return next(same, suggested)
 
-    def obvious(self) -> dict[str, list[str]]:
-        """List the photographs that are probably of a class, by class, the surest ones first.
-
-        These photographs are not listed:
-
-        - photographs that probably show none of the classes,
-        - the uniform sample, because each of its photographs counts in comparisons,
-        - photographs that a person has reported.
-        """
+    def suggested(self) -> dict[str, list[str]]:
+        """List the photographs of a heap by their suggested class, the surest ones first."""
         ranked_by_class: dict[str, list[tuple[float, str]]] = {}
-        for identity, (path, record) in self.waiting.items():
-            if record is None:
-                name, probability = self.suggestions.probable(path)
-            elif record.known is False or {"sample", "reported"} & {*record.reasons}:
-                continue
-            else:
-                every = self.probabilities(identity).items()
-                name, probability = max(every, key=lambda item: item[1], default=("", 0.0))
-
-            if probability >= OBVIOUS:
+        for identity, photo in self.waiting.items():
+            if photo.is_of_heap:
+                name, probability = self.suggestions.most_probable(photo.path)
                 ranked_by_class.setdefault(name, []).append((-probability, identity))
 
+        ranked_by_class.pop("", None)  # nothing is suggested yet
         return {
             name: [identity for _, identity in sorted(ranked_by_class[name])]
             for name in sorted(ranked_by_class)

@@ -1,10 +1,9 @@
 """A heap: photographs of a folder that nobody has sorted, and suggestions for their classes.
 
 As soon as each class has two photographs, the class of another one is suggested by the closest
-class mean. It is probable only from five photographs of the class on, and only if the mean is as
-close as to photographs of the classes themselves: most of a heap may show none of them yet. The
-vectors come from a function that the caller gives, because the service works
-without torch.
+class mean. A suggestion is no label: most of a heap may show none of the classes yet, and few sorted
+photographs do not tell which ones (docs/decisions.md). The vectors come from a function that the
+caller gives, because the service works without torch.
 """
 
 import hashlib
@@ -24,8 +23,6 @@ from sopdeploy.photos.files import kept_id, list_folder
 Vector: TypeAlias = NDArray[np.float32]
 Embed: TypeAlias = Callable[[Sequence[Path]], Iterator[tuple[Path, Vector]]]
 MIN_PHOTOGRAPHS = 2  # of each class
-MIN_PROBABLE = 5  # of a class, from which on others are probably of it
-ACCEPTS = 0.95  # share of the photographs of the classes whose class can be probable
 MAX_LEARNED = 20  # photographs of each class that were sorted before
 SCALE = 25.0  # of cosines as logits: 0.1 more makes a class 12 times as probable
 _NONE: Vector = np.zeros((0, 0), np.float32)
@@ -64,14 +61,12 @@ class _Means(NamedTuple):
     """Classes `names` and their mean vectors (K, D) of length 1; none if a class has too few vectors.
 
     `state` has the number of vectors and that of changes of the classes when they were
-    computed. `thresholds` has the smallest cosine at which a class is probable, for the classes
-    with enough vectors.
+    computed.
     """
 
     state: tuple[int, int]
     names: list[str]
     vectors: Vector
-    thresholds: Mapping[str, float]
 
 
 class Suggestions:
@@ -89,7 +84,7 @@ class Suggestions:
         self._classes: dict[Path, tuple[str, Path]] = {}
         self._asked: set[Path] = set()
         self._num_changes = 0  # of the classes
-        self._means = _Means((0, 0), [], _NONE, {})
+        self._means = _Means((0, 0), [], _NONE)
         self.thread: threading.Thread | None = None
 
     def learn(self, folders: Mapping[str, Path]) -> None:
@@ -178,9 +173,9 @@ class Suggestions:
         # Compute the means, if there are enough of each class.
         if len(members) > 1 and min(map(len, members.values())) >= MIN_PHOTOGRAPHS:
             means = np.stack([np.mean(vectors, axis=0) for vectors in members.values()])
-            self._means = _Means(state, list(members), _unit(means), _find_thresholds(members))
+            self._means = _Means(state, list(members), _unit(means))
         else:
-            self._means = _Means(state, [], _NONE, {})
+            self._means = _Means(state, [], _NONE)
 
         return self._means
 
@@ -188,36 +183,20 @@ class Suggestions:
         """Return the most probable class of the photograph at *path* with its probability, or ("", 0.0)."""
         return max(self.suggest(path).items(), key=lambda item: item[1], default=("", 0.0))
 
-    def probable(self, path: Path) -> tuple[str, float]:
-        """Return what `most_probable` does if that class is probable, or ("", 0.0)."""
-        means = self._class_means()
-        name, probability = self.most_probable(path)
-        if name in means.thresholds:
-            cosine = float(means.vectors[means.names.index(name)] @ self._vectors[path])
-            if cosine >= means.thresholds[name]:
-                return name, probability
-        return "", 0.0
+    def most_similar(self, path: Path, others: Sequence[Path]) -> list[Path]:
+        """Return those of *others* that have a vector, the most similar to the photograph at *path* first.
 
-
-def _find_thresholds(members: Mapping[str, Sequence[Vector]]) -> dict[str, float]:
-    """Find the smallest cosine at which a class of *members* is probable, if it has `MIN_PROBABLE` vectors.
-
-    All classes have the same one. It is bounded as that of `known`
-    (`known_threshold.bound_cosines`), by the cosines between each photograph and the mean of the
-    others of its class.
-    """
-    from sopdeploy.evaluation.known_threshold import bound_cosines  # noqa: PLC0415 # with SciPy
-
-    large = {name: vectors for name, vectors in members.items() if len(vectors) >= MIN_PROBABLE}
-    if not large:
-        return {}
-
-    cosines = list[float]()
-    for vectors in large.values():
-        stacked = np.stack(vectors)
-        means_of_others = _unit(stacked.sum(axis=0) - stacked)
-        cosines += (stacked * means_of_others).sum(axis=1).tolist()
-    return dict.fromkeys(large, bound_cosines(np.asarray(cosines), ACCEPTS).value)
+        There are none if that one has no vector yet.
+        """
+        vector = self._vectors.get(path)
+        if vector is None:
+            return []
+        cosines = {
+            other: float(vector @ self._vectors[other])
+            for other in others
+            if other in self._vectors
+        }
+        return sorted(cosines, key=lambda other: -cosines[other])
 
 
 def _unit(vectors: Vector) -> Vector:

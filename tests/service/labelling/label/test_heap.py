@@ -20,15 +20,6 @@ def embed(paths: Sequence[Path]) -> Iterator[tuple[Path, Vector]]:
         yield path, vector
 
 
-def embed_unevenly(paths: Sequence[Path]) -> Iterator[tuple[Path, Vector]]:
-    """Give photographs whose names begin alike similar directions; those of c are nearer to a than to b."""
-    directions = {"a": (1.0, 0.0, 0.0), "b": (0.0, 1.0, 0.0), "c": (0.6, 0.2, 0.8)}
-    for path in paths:
-        vector = np.asarray(directions[path.name[0]], np.float32)
-        vector = np.append(vector, 0.02 * (int(path.name[1]) % 5)).astype(np.float32)
-        yield path, vector / np.linalg.norm(vector)
-
-
 @pytest.fixture
 def heap(tmp_path: Path) -> Callable[..., LabelFolders]:
     def write(*names: str, **options: object) -> LabelFolders:
@@ -94,23 +85,24 @@ def test_classes_are_suggested_as_soon_as_each_has_two(heap):
     assert folders.probabilities(ids["a3"]) == {}
 
 
-def test_a_grid_needs_five_of_a_class_and_leaves_out_what_is_none_of_the_classes(heap):
-    names = [f"{kind}{number}.jpg" for kind in "abc" for number in range(8)]
-    folders = heap(*names, embed=embed_unevenly)
+def test_a_grid_has_what_is_suggested_and_photographs_that_look_alike_follow_each_other(heap):
+    names = [f"{kind}{number}.jpg" for number in range(5) for kind in "abc"]
+    folders = heap(*names, embed=embed)
+    ids = {name: heap_id(Path(name)) for name in names}
+    assert folders.suggested() == {}  # nothing is sorted
+
     for kind in "ab":
         for number in range(2):
             sort(folders, f"{kind}{number}.jpg", kind)
-    assert folders.obvious() == {}  # although each has a suggestion
-    assert folders.probabilities(heap_id(Path("c7.jpg")))
-    for number in range(2, 5):
-        sort(folders, f"a{number}.jpg", "a")
-    assert {*folders.obvious()} == {"a"}
-    for number in range(2, 5):
-        sort(folders, f"b{number}.jpg", "b")
-    grids = folders.obvious()
-    assert {name: {*ids} for name, ids in grids.items()} == {
-        name: {heap_id(Path(f"{name}{number}.jpg")) for number in (5, 6, 7)} for name in "ab"
-    }
+    of_a = {ids[f"a{number}.jpg"] for number in (2, 3, 4)}
+    suggested = folders.suggested()
+    assert {*suggested} == {"a", "b"}
+    assert of_a == {*suggested["a"][:3]}  # the surest ones
+
+    first, *others = folders.upcoming("one", 3)
+    kind = folders.waiting[first].path.name[0]
+    assert {folders.waiting[one].path.name[0] for one in others} == {kind}
+    assert not {first, *others} & {*folders.upcoming("two", 3)}
 
 
 def test_an_undone_label_is_forgotten_also_if_the_page_was_reloaded(heap):

@@ -1,8 +1,12 @@
 """The label page in a real browser: keys, touch, undo, new classes, reload, and names with markup."""
 
+from pathlib import Path
+
 import pytest
 
 from sopdeploy_service.labelling.label import app
+from sopdeploy_service.labelling.label.folders import LabelFolders
+from sopdeploy_service.labelling.label.heap import heap_id
 from tests.service.labelling.label.conftest import (
     KEY,
     LABELS,
@@ -10,6 +14,8 @@ from tests.service.labelling.label.conftest import (
     identity,
     label_server,
 )
+from tests.service.labelling.label.test_heap import embed
+from tests.support.service import picture_bytes
 
 pytestmark = pytest.mark.browser
 
@@ -112,43 +118,48 @@ def pressed(page) -> list[bool]:
     return [value == "true" for value in shown]
 
 
-def test_a_grid_comes_first_whose_photographs_get_one_label_but_for_those_that_were_touched(
-    keep, open_label_page, tmp_path
+@pytest.fixture
+def half_sorted(tmp_path) -> LabelFolders:
+    """Eight photographs of a and of b, two of each sorted, so that classes of the others are suggested."""
+    (tmp_path / "heap").mkdir()
+    for number in range(16):
+        path = tmp_path / "heap" / f"{'ab'[number % 2]}{number // 2}.jpg"
+        path.write_bytes(picture_bytes((number, 100, 200)))
+    folders = LabelFolders(tmp_path / "heap", tmp_path / "photos", embed)
+    folders.suggestions.thread.join()
+    for name in ("a0", "a1", "b0", "b1"):
+        folders.label(heap_id(Path(f"{name}.jpg")), name[0])
+    return folders
+
+
+def test_photographs_that_are_chosen_in_the_grid_get_one_label(
+    half_sorted, open_page, tmp_path
 ):
-    for number in range(9):
-        keep(number, [2.0 + number / 10, 0.0, 0.0])
-    keep(20, [9.0, 0.0, 0.0], reasons=("sample",))  # each one of the sample counts
-    keep(21, [9.0, 0.0, 0.0], known=False)
-    keep(22, [0.0, 4.0, 0.0])
-    page = open_label_page()
-    page.reload()
-    page.wait_for_selector("#cells button")
-    assert page.locator("#main").is_hidden()
-    assert page.locator("#kinds").get_by_role("button").all_text_contents() == [
-        "hat 9",
-        "shoes 1",
-    ]
-    ids = page.evaluate("cells()")
-    assert ids == [identity(number) for number in range(8, -1, -1)]  # the surest one first
-    cells = page.locator("#cells button")
-    assert cells.first.locator("img").evaluate(
-        "image => image.decode().then(() => image.naturalWidth > 0)"
-    )
-    cells.nth(1).click()
-    cells.nth(3).focus()
-    page.keyboard.press("Space")
-    assert page.locator("#kind").text_content() == "7 of 9 chosen"
-    page.keyboard.press("1")  # no key of one photograph
-    page.get_by_role("button", name="Label 7 as hat").click()
-    wait_until(page, 5)
-    left = {ids[1], ids[3]}
-    assert files_below(tmp_path / "photos") == {
-        f"hat/{one}.jpg" for one in ids if one not in left
-    }
-    page.locator("#kinds button", has_text="hat 2").wait_for()
-    page.keyboard.press("g")
-    assert page.locator("#main").is_visible()
-    press(page, "u", 6)
+    with label_server(half_sorted) as client:
+        page = open_page(client.base_url, f"/?key={KEY}")
+        page.wait_for_selector("#grid[aria-busy=false]", state="attached")
+        assert page.locator("#main").is_visible()  # a suggestion is no label
+        page.keyboard.press("g")
+        page.locator("#kinds button", has_text="b 6").click()
+        page.get_by_role("button", name="Label 0 as b").wait_for()
+        cells = page.locator("#cells button")
+        assert cells.first.locator("img").evaluate(
+            "image => image.decode().then(() => image.naturalWidth > 0)"
+        )
+
+        # One after the other, with the key Shift those in between, and one again
+        ids = page.evaluate("cells()")
+        cells.nth(1).click()
+        cells.nth(4).click(modifiers=["Shift"])
+        cells.nth(2).focus()
+        page.keyboard.press("Space")
+        page.keyboard.press("1")  # no key of one photograph
+        assert page.locator("#kind").text_content() == "3 of 6 chosen"
+        page.get_by_role("button", name="Label 3 as b").click()
+        wait_until(page, 9)
+        page.locator("#kinds button", has_text="b 3").wait_for()
+        assert {one in half_sorted.waiting for one in (ids[0], ids[2], ids[5])} == {True}
+        assert len(files_below(tmp_path / "photos" / "b")) == 5
 
 
 def test_a_photograph_is_enlarged_and_keys_label_it_only_afterwards(
@@ -225,35 +236,35 @@ def test_wrong_labels_of_earlier_sessions_are_corrected(
 
 
 def test_each_view_is_the_main_one_and_the_keyboard_keeps_its_place_in_it(
-    keep, open_label_page
+    half_sorted, open_page
 ):
-    for number in range(4):
-        keep(number, [2.0, 4.0 * (number > 1), 0.0])
-    page = open_label_page()
-    for button in ("#as-grid", "#as-labelled", "#one-by-one"):
-        page.locator(button).click()
-        assert page.get_by_role("main").count() == 1  # of those that are visible
+    with label_server(half_sorted) as client:
+        page = open_page(client.base_url, f"/?key={KEY}")
+        page.wait_for_selector("#grid[aria-busy=false]", state="attached")
+        for button in ("#as-grid", "#as-labelled", "#one-by-one"):
+            page.locator(button).click()
+            assert page.get_by_role("main").count() == 1  # of those that are visible
 
-    held = []
-    page.route("**/grids", lambda route: held.append(route))
-    with page.expect_request("**/grids"):
-        page.locator("#as-grid").click()
-    chosen = page.locator("#kinds button").nth(1).text_content()
-    page.locator("#kinds button").nth(1).focus()
-    page.keyboard.press("Enter")
-    focused, pressed = "document.activeElement.textContent", "#kinds [aria-pressed=true]"
-    assert page.evaluate(focused) == page.locator(pressed).text_content() == chosen
-    shown = page.locator(pressed).element_handle()
-    while not held:
-        page.wait_for_timeout(10)
-    held[0].continue_()
-    page.wait_for_function("button => !button.isConnected", arg=shown)
-    assert page.evaluate(focused) == page.locator(pressed).text_content() == chosen
+        held = []
+        page.route("**/grids", lambda route: held.append(route))
+        with page.expect_request("**/grids"):
+            page.locator("#as-grid").click()
+        chosen = page.locator("#kinds button").nth(1).text_content()
+        page.locator("#kinds button").nth(1).focus()
+        page.keyboard.press("Enter")
+        focused, pressed = "document.activeElement.textContent", "#kinds [aria-pressed=true]"
+        assert page.evaluate(focused) == page.locator(pressed).text_content() == chosen
+        shown = page.locator(pressed).element_handle()
+        while not held:
+            page.wait_for_timeout(10)
+        held[0].continue_()
+        page.wait_for_function("button => !button.isConnected", arg=shown)
+        assert page.evaluate(focused) == page.locator(pressed).text_content() == chosen
 
-    page.locator("#one-by-one").click()
-    page.locator("#classes button").first.focus()
-    press(page, "Enter", 3)
-    assert page.evaluate("document.activeElement.id") == "main"  # a space labels nothing
+        page.locator("#one-by-one").click()
+        page.locator("#classes button").first.focus()
+        press(page, "Enter", 11)
+        assert page.evaluate("document.activeElement.id") == "main"  # a space labels nothing
 
 
 def test_few_photographs_load_at_once_the_shown_one_first_and_a_label_needs_none(

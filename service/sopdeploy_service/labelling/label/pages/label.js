@@ -1,11 +1,10 @@
 "use strict";
-// The label page: a grid of photographs that are probably of a class; one at a time, with those selected beside it; those with a label.
+// The label page: one photograph at a time, with those selected beside it; a grid of those with a suggested class; those with a label.
 
 const RESERVED = "gnsuxz"; // keys of the other buttons
-const WORTH_A_GRID = 8; // photographs of a class; with fewer, the page begins with one photograph
 const KEYS = [..."123456789", ..."abcdefghijklmnopqrstuvwxyz"].filter((key) => !RESERVED.includes(key));
 const state = { photograph: null, classes: [], next: [], selected: new Set(), from: 0, busy: false };
-const grid = { grids: [], name: "", others: new Set() }; // `others` are cells of another class
+const grid = { grids: [], name: "", chosen: new Set(), from: 0 };
 const labelled = { photographs: [], wrong: new Set() }; // `wrong` are those that get another label
 const urls = new Map(); // promises of the URLs of loaded photographs, by their IDs
 const waiting = []; // IDs of photographs to load, and the functions that resolve their promises
@@ -184,20 +183,19 @@ function view(shown) {
   }
 }
 
-/** Load the grids again; show that of `name` or, if it is empty, the largest one, whose size is returned. */
+/** Load the grids again; show that of `name` or, if it is empty, the largest one. */
 async function loadGrids(name = "") {
   const before = grid.name;
   grid.grids = (await ask("grids").catch(() => ({ grids: [] }))).grids;
   if (grid.name !== before) name = grid.name; // chosen while they were loaded
   const largest = grid.grids.reduce((one, other) => (other.count > one.count ? other : one), { name: "", count: 0 });
   chooseGrid(grid.grids.some((one) => one.name === name) ? name : largest.name);
-  return largest.count;
 }
 
-/** Show the photographs that are probably of the class `name`, all chosen. */
+/** Show the photographs with the suggested class `name`, none chosen: a suggestion is no label. */
 function chooseGrid(name) {
-  Object.assign(grid, { name, others: new Set() });
-  byId("grid-title").replaceChildren(...(name ? ["Are these ", make("bdi", {}, name), "?"] : ["Photographs that are probably of a class"]));
+  Object.assign(grid, { name, chosen: new Set(), from: 0 });
+  byId("grid-title").replaceChildren(...(name ? ["Which of these are ", make("bdi", {}, name), "?"] : ["Photographs with a suggested class"]));
   byId("grid-work").hidden = !name;
   byId("no-grid").hidden = Boolean(name);
   replaceButtons("kinds", grid.grids.map(({ name: other, count }) => {
@@ -209,32 +207,36 @@ function chooseGrid(name) {
   showChosen();
 }
 
-/** Button of the photograph `id` in the grid: pressed if it is of the class. */
+/** Button of the photograph `id` in the grid: pressed if it is chosen. */
 function cell(id, place) {
   const image = picture(id);
-  const button = make("button", { type: "button", "aria-label": `Photograph ${place + 1}`, "aria-pressed": "true" }, image);
-  button.addEventListener("click", () => {
-    if (!grid.others.delete(id)) grid.others.add(id);
-    button.setAttribute("aria-pressed", String(!grid.others.has(id)));
+  const button = make("button", { type: "button", "aria-label": `Photograph ${place + 1}`, "aria-pressed": "false" }, image);
+  button.addEventListener("click", (event) => {
+    const [first, last] = [place, event.shiftKey ? grid.from : place].sort((one, other) => one - other);
+    const isChosen = event.shiftKey || !grid.chosen.has(id);
+    cells().slice(first, last + 1).forEach((one) => (isChosen ? grid.chosen.add(one) : grid.chosen.delete(one)));
+    grid.from = place;
     showChosen();
   });
   return button;
 }
 
-/** Say what the button of the grid does. */
+/** Show which cells are chosen, and what the button of the grid does. */
 function showChosen() {
-  const all = cells().length, left = all - grid.others.size;
-  byId("kind").textContent = `${left} of ${all} chosen`;
-  byId("accept").textContent = `Label ${left} as ${grid.name}`;
-  byId("accept").disabled = left === 0;
+  const ids = cells(), count = grid.chosen.size;
+  ids.forEach((id, place) => byId("cells").children[place].setAttribute("aria-pressed", String(grid.chosen.has(id))));
+  byId("kind").textContent = `${count} of ${ids.length} chosen`;
+  byId("accept").textContent = `Label ${count} as ${grid.name}`;
+  byId("accept").disabled = count === 0;
 }
 
 /** Label the chosen photographs of the grid, and show what is left. */
 async function accept() {
   const { name } = grid;
-  const ids = cells().filter((id) => !grid.others.has(id));
-  const problem = await send("label", ids.map((id) => ({ id, kind: "class", name })));
-  if (!problem && !(await loadGrids())) view("main");
+  const problem = await send("label", [...grid.chosen].map((id) => ({ id, kind: "class", name })));
+  if (problem) return;
+  await loadGrids(name);
+  if (!grid.grids.length) view("main");
 }
 
 /** Show `reply`, the photographs that have a label, none of them touched. */
@@ -340,7 +342,4 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-void send("state").then(async () => {
-  if ((await loadGrids()) >= WORTH_A_GRID) view("grid");
-  byId("grid").setAttribute("aria-busy", "false");
-});
+void send("state").then(() => byId("grid").setAttribute("aria-busy", "false"));
