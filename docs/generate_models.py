@@ -20,10 +20,10 @@ it. `timm:NAME` and `dsop-timm:NAME` are networks of timm, without and with DSoP
 `head:NAME` is the network NAME with a linear classifier on first-order and second-order statistics.
 
 `sopdeploy models NAME` prints a network's parts, its options with their values, and the figures that papers
-print for exactly this network beside ours. `--option KEY=VALUE` sets an option there, and `model.config.KEY` sets it in
+print for exactly this network beside ours. `--option KEY=VALUE` sets an option there, `model.config.KEY` in
 a recipe. An error names the accepted values. The option `pooling` of the backbones, also of `resnet18-64px`,
 `resnet50-64px` and `wrn36-2`, sets any pooling by name or by a table of its options: {poolings}.
-GSoP, PSDR, GM-SOP and `isqrt-efficientnet-b0` have their own pooling. For timm's networks there is `head:timm:NAME`.
+GSoP, PSDR, GM-SOP and `isqrt-efficientnet-b0` have their own pooling. For timm there is `head:timm:NAME`.
 Where a paper and its code differ, [the paper is the
 default](papers.md).
 
@@ -38,7 +38,7 @@ evaluates. Both are given in training and as exported. The vector is the input o
 
 ## Networks that `within` tries
 
-`sopdeploy train --data photos --within 20ms` measures the time of these networks on your machine, with random weights on one thread,
+`sopdeploy train --data photos --within 20ms` measures these networks on your machine, on one thread,
 and cross-validates those that are fast enough. It downloads only their pretrained weights. Their licenses allow any
 use. Accuracy on ImageNet in percent, million parameters and pixels are from [timm's results]({source}).
 `train` measures what a network reaches on your photos. The DINOv2 network learned without labels at 518
