@@ -31,9 +31,9 @@ CHART = "throughput.svg"
 SHOWN = PHOTOS / "new" / "hat" / "2f96b4e8.jpg"  # the photograph of the prediction
 WIDTH = 1200
 SHOWN_SERVERS = ("sopdeploy", "mosec", "LitServe", "BentoML")
-CAPTION = "Images per second, as a share of what the engine reaches alone"
+CAPTION = "Images per second, as a share of what the runtime reaches alone"
 PHONE = "12 MP"  # the row of docs/benchmarks/serving.md that the last panel shows
-PHONE_TITLE = "photographs of 12 megapixels, decoded on two cores: images per second"
+PHONE_TITLE = "photos of 12 megapixels, decoded on two cores: images per second"
 # Engines of docs/benchmarks/serving.md, and the column of its share in a row of the first or
 # second table.
 ENGINES = {
