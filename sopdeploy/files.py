@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+from zlib import crc32
 
 from sopdeploy.errors import StorageError
 from sopdeploy.file_systems import Lock, flush, lock_file, lock_if_abandoned, rename_file
@@ -45,6 +46,7 @@ STORAGE_ERRNOS = {
 FULL_ERRNOS = {errno.EDQUOT, errno.ENOSPC}
 _LEFT_FILE = re.compile(rf".*\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
 _LEFT_FOLDER = re.compile(rf"\.(?:new|bundle)-\w{{8}}{re.escape(PARTIAL)}")
+_CHECKSUM_BYTES = 4
 _CLEANED: set[str] = set()  # folders without files of processes killed before
 
 log = logging.getLogger("sopdeploy.files")
@@ -213,6 +215,23 @@ def advise_on(error: OSError, otherwise: str) -> str:
         return POINTER_ADVICE
     advice = "check its permissions" if isinstance(error, PermissionError) else otherwise
     return f"cannot be read ({error.strerror or error}); {advice}"
+
+
+def read_checked(path: Path, limit: int) -> bytes | None:
+    """Read what `write_checked` wrote, of at most *limit* bytes; None if it is missing or damaged."""
+    try:
+        content = read_file(path, limit)
+    except OSError:
+        return None
+    is_whole = int.from_bytes(content[:_CHECKSUM_BYTES]) == crc32(content[_CHECKSUM_BYTES:])
+    return content[_CHECKSUM_BYTES:] if is_whole else None
+
+
+def write_checked(path: Path, content: bytes) -> None:
+    """Write a checksum and *content* to *path*, in a folder of this user alone; raises `OSError`."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_bytes(crc32(content).to_bytes(_CHECKSUM_BYTES) + content)
 
 
 def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:

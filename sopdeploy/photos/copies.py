@@ -25,7 +25,8 @@ from PIL import Image
 
 from sopdeploy.errors import DataError
 from sopdeploy.images.metadata import NO_TIME
-from sopdeploy.photos.crops import MOSTLY, PLAIN, compare_pixels
+from sopdeploy.photos.compared import compare_new
+from sopdeploy.photos.crops import MOSTLY, PLAIN
 from sopdeploy.photos.file_checks import UNREADABLE, map_threaded
 from sopdeploy.photos.photo import LabeledImages
 
@@ -119,7 +120,7 @@ def find_near_duplicates(
         candidates = candidates[:, parts_N[candidates[0]] != parts_N[candidates[1]]]
         turned = turned[:, parts_N[turned[0]] != parts_N[turned[1]]]
 
-    shares = compare_pixels(small[first_N], candidates)
+    shares = compare_new(small[first_N], candidates)
     class_N = number_classes(targets)
     pairs, is_alike_N = _confirm(candidates, shares, turned, class_N[first_N])
     return NearDuplicates(

@@ -1,6 +1,6 @@
 """The file `run.json` of a run: what a list of runs shows, without the weights. Does not import torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +47,41 @@ def read_summary(folder: Path) -> RunSummary | None:
         return RunSummary.model_validate(parse_json(read_text(folder / SUMMARY)))
     except (OSError, ValueError):
         return None
+
+
+def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
+    """List what the record *training* of a checkpoint says.
+
+    These are:
+
+    - without a result: its scalars,
+    - after the training loop: its scalars, and the result,
+    - after another procedure: the start weights, and the result.
+
+    The warnings of the run are last.
+    """
+    if "procedure" not in training:  # there is no result, either
+        return _scalars(training)
+    from sopdeploy.training.results import LoopResult, read_result  # noqa: PLC0415 # most exports need none
+
+    result = read_result(training)
+    if result is None:
+        return _scalars(training)
+    warnings = [("warning", warning) for warning in training.get("warnings", ())]
+    if isinstance(result, LoopResult):
+        return [*_scalars(training), *result.rows(), *warnings]
+
+    rows: list[tuple[str, object]] = []
+    start = training.get("start")
+    if start:
+        weights = f"{start['network']}, {start['file']}, sha256 {start['sha256']}"
+        rows.append(("start weights", weights))
+    return [*rows, *result.rows(), *warnings]
+
+
+def _scalars(training: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """List the numbers and texts in *training*, without truth values, sorted by key."""
+    scalars = (
+        (key, value) for key, value in sorted(training.items()) if not isinstance(value, bool)
+    )
+    return [(key, value) for key, value in scalars if isinstance(value, int | float | str)]

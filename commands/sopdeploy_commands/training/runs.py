@@ -139,8 +139,7 @@ def read_run(best: Path) -> tuple[str, RunRow]:
 
     If the checkpoint cannot be read or has no id, the name of its folder takes the place of the id.
     """
-    from sopdeploy.training.summary import RunSummary, read_summary
-    from sopdeploy_export.pack.model_card import training_rows
+    from sopdeploy.training.summary import RunSummary, read_summary, training_rows
 
     # Runs of 0.2.0 and before have no summary, so their checkpoints are read.
     name = best.parent.name

@@ -10,6 +10,7 @@ from sopdeploy.environment import EXACT_INT8
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.html.report import HtmlReport, Section, Table, insert_names, render, sanitize
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.training.summary import training_rows
 from sopdeploy_export.pack.drift_chart import draw_drift
 from sopdeploy_export.pack.results import Exported, ExportResults
 from sopdeploy_export.prove.certificate import STATEMENTS
@@ -222,41 +223,3 @@ def as_markdown(text: str) -> str:
     return MARKDOWN.sub(
         r"\\\1", shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     )
-
-
-def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
-    """List what the record *training* of a checkpoint says.
-
-    These are:
-
-    - without a result: its scalars,
-    - after the training loop: its scalars, and the result,
-    - after another procedure: the start weights, and the result.
-
-    The warnings of the run are last.
-    """
-    if "procedure" not in training:  # there is no result, either
-        return _scalars(training)
-    from sopdeploy.training.results import LoopResult, read_result  # noqa: PLC0415 # most exports need none
-
-    result = read_result(training)
-    if result is None:
-        return _scalars(training)
-    warnings = [("warning", warning) for warning in training.get("warnings", ())]
-    if isinstance(result, LoopResult):
-        return [*_scalars(training), *result.rows(), *warnings]
-
-    rows: list[tuple[str, object]] = []
-    start = training.get("start")
-    if start:
-        weights = f"{start['network']}, {start['file']}, sha256 {start['sha256']}"
-        rows.append(("start weights", weights))
-    return [*rows, *result.rows(), *warnings]
-
-
-def _scalars(training: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """List the numbers and texts in *training*, without truth values, sorted by key."""
-    scalars = (
-        (key, value) for key, value in sorted(training.items()) if not isinstance(value, bool)
-    )
-    return [(key, value) for key, value in scalars if isinstance(value, int | float | str)]

@@ -11,7 +11,6 @@ from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -20,14 +19,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from sopdeploy.environment import installed
-from sopdeploy.files import atomic_write, features_folder, read_file
+from sopdeploy.files import features_folder, read_checked, write_checked
 from sopdeploy.models.second_order_head import POOLED_HEAD, SecondOrderHead
 from sopdeploy.photos.copies import SMALL
 from sopdeploy.training.recipe import Recipe
 
 Entry = list[NDArray[Any]]
 LIMIT_BYTES = 10**9  # about 6,000 photographs of EfficientNet-Lite0
-CHECKSUM_BYTES = 4
 # The version of the format: entries with another content have other names.
 ENTRY_CONTENT = f"hash of the pixels, image of {SMALL} x {SMALL} pixels, own vector, maps"
 _PACKAGES = ("sopdeploy", "torch", "pillow", "pillow-heif", "timm")
@@ -77,12 +75,12 @@ class FeatureCache:
         """Read an entry; None if it is missing or damaged, or the cache is stale."""
         if self.is_stale:
             return None
+        content = read_checked(path, self.limit)
+        if content is None:
+            return None
         try:
-            content = read_file(path, self.limit)
-            if int.from_bytes(content[:CHECKSUM_BYTES]) != crc32(content[CHECKSUM_BYTES:]):
-                return None
-            arrays = load(content[CHECKSUM_BYTES:])
-        except (OSError, SafetensorError):
+            arrays = load(content)
+        except SafetensorError:
             return None
         return [arrays[str(number)] for number in range(len(arrays))]
 
@@ -98,13 +96,11 @@ class FeatureCache:
             return
 
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             # safetensors writes the bytes of an array in the order in which they are in memory.
             content = save(
                 {str(number): np.ascontiguousarray(array) for number, array in enumerate(entry)}
             )
-            with atomic_write(path) as partial:
-                partial.write_bytes(crc32(content).to_bytes(CHECKSUM_BYTES) + content)
+            write_checked(path, content)
             self.bytes += path.stat().st_size
         except OSError:
             self.writable = False

@@ -252,7 +252,7 @@ def test_pixels_are_compared_of_near_vectors_and_if_asked_for_of_two_parts_only(
         compared.append({*map(tuple, pairs.T.tolist())})
         return np.zeros(pairs.shape[1], np.float32)
 
-    monkeypatch.setattr("sopdeploy.photos.copies.compare_pixels", compare_none)
+    monkeypatch.setattr("sopdeploy.photos.copies.compare_new", compare_none)
     arguments = ([views], small, np.arange(24) % 2, list(map(str, range(24))))
     find_near_duplicates(*arguments)
     find_near_duplicates(*arguments, parts=np.repeat([0, 1], 12))

@@ -22,10 +22,10 @@ from sopdeploy.errors import ConfigError, amount
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.training import checkpoints
 from sopdeploy.training.results import LIST_WRONG_LABELS, LoopResult, insert_folders
+from sopdeploy.training.summary import training_rows
 from sopdeploy_commands.app import app
 from sopdeploy_commands.training.runs import MAX_BEFORE
 from sopdeploy_commands.training.train import print_result
-from sopdeploy_export.pack.model_card import training_rows
 from tests.support.forged import write_hollow
 
 SMALL = [

@@ -12,10 +12,9 @@ import pytest
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.training.callback import Callback, WarningRecord
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.summary import read_summary
+from sopdeploy.training.summary import read_summary, training_rows
 from sopdeploy.training.train import TrainingResult
 from sopdeploy_commands.training.runs import read_run, runs
-from sopdeploy_export.pack.model_card import training_rows
 from tests.sopdeploy.training.runs import SMALL, RecordingCallback, paint, train_with_page
 
 SETTINGS = {

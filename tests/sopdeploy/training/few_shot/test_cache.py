@@ -59,7 +59,7 @@ class Folder:
 
     def entries(self) -> list[Path]:
         """List the files of the cache."""
-        return sorted((self.cache / "sopdeploy" / "features").iterdir())
+        return sorted((self.cache / "sopdeploy" / "features").glob("*.features"))
 
 
 @pytest.fixture
