@@ -336,31 +336,32 @@ def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
     }
 
     # An option of the command may take more names: settings of a server, or values of a recipe.
-    keys: list[str] = []
+    assignments: dict[str, str] = {}
     assign = ""
     on_gpu = ""
     otherwise = ""
     if "setting" in options:
         from sopdeploy_service.settings import Settings
 
-        keys = list(Settings.model_fields)
         assign = "--setting"
+        assignments = {key: f"{assign} {key}=VALUE" for key in Settings.model_fields}
         on_gpu = "runtime=onnxruntime-cuda"
         otherwise = "--print-config lists all settings"
     elif "set" in options:
         from sopdeploy.training.recipe import recipe_keys
+        from sopdeploy.training.recipe_files import SELECTORS
 
-        keys = recipe_keys()
         assign = "--set"
+        assignments = {
+            key: f"{assign} {SELECTORS.get(key, key)}=VALUE" for key in recipe_keys()
+        }
         on_gpu = "device=cuda"
 
     # A word that means the GPU comes first: names of other things look like it.
     wanted = name.lstrip("-").replace("-", "_")
     if on_gpu and wanted in {"gpu", "gpus", "cuda"}:
         return f"use {assign} {on_gpu}"
-    return did_you_mean(
-        wanted, {key: f"{assign} {key}=VALUE" for key in keys} | options, otherwise
-    )
+    return did_you_mean(wanted, assignments | options, otherwise)
 
 
 def _print_user_error(error: Exception, as_json: bool = False) -> int:

@@ -13,6 +13,7 @@ import pydantic
 
 from sopdeploy.config import FieldValues, StrictModel, first_problem
 from sopdeploy.errors import ConfigError
+from sopdeploy.models.families import PAGE, lead_on
 from sopdeploy.nearest import ask_for
 from sopdeploy.plugins import MODELS, import_if_named
 
@@ -361,7 +362,9 @@ def entry(name: str) -> Entry:
     elif "." in name:
         hint = ask_for(f"timm:{name}")
     else:
-        hint = MODELS.suggest(name, "`sopdeploy models` lists them all")
+        hint = lead_on(name, "networks", CATALOG) or MODELS.suggest(
+            name, f"`sopdeploy models` lists them all, {PAGE} describes the families"
+        )
     raise ConfigError(f"model {name!r} is not in the catalog; {hint}")
 
 

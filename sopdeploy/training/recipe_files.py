@@ -10,6 +10,7 @@ from typing import Any
 from sopdeploy.config import FieldValues, parse_toml
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import read_text
+from sopdeploy.models.families import lead_on
 from sopdeploy.nearest import did_you_mean
 from sopdeploy.plugins import RECIPES, own_entry_points
 
@@ -32,6 +33,15 @@ FINE_TUNE_SETTINGS: Mapping[str, Any] = {
     "start.head_factor": 1.0,
 }
 _KINDS = ("kind", "name")  # keys that say to what the other keys of a table belong
+# The tables of a recipe that have such a key. A text in place of the table is its value.
+SELECTORS = {
+    "augment": "augment.kind",
+    "data": "data.kind",
+    "model": "model.name",
+    "optimizer": "optimizer.kind",
+    "procedure": "procedure.kind",
+    "schedule": "schedule.kind",
+}
 
 
 def list_recipes() -> list[str]:
@@ -69,7 +79,9 @@ def recipe_text(source: str | Path) -> str:
 
     if str(source) not in recipes:
         names = sorted(recipes)
-        hint = did_you_mean(str(source), names, "`sopdeploy recipes` lists them")
+        hint = lead_on(str(source), "recipes", names) or did_you_mean(
+            str(source), names, "`sopdeploy recipes` lists them"
+        )
         raise ConfigError(
             f"recipe {str(source)!r}: no such recipe; {hint} (a file must end in .toml)"
         )
@@ -156,7 +168,12 @@ def parse_override(override: str) -> tuple[str, Any]:
     try:
         parsed = parse_toml(f"value = {text}")
     except ValueError:
-        return key, text
+        return select_by_name(key, text)
 
     is_one_value = parsed.keys() == {"value"}  # a text of several lines may define more keys
-    return key, parsed["value"] if is_one_value else text
+    return select_by_name(key, parsed["value"] if is_one_value else text)
+
+
+def select_by_name(key: str, value: Any) -> tuple[str, Any]:
+    """Return `("model.name", "resnet20")` for `("model", "resnet20")`, other changes as they are."""
+    return (SELECTORS.get(key, key) if isinstance(value, str) else key), value

@@ -610,6 +610,7 @@ USAGE = {
     "serve b --zebra": "No such option: --zebra; --print-config lists all settings;",
     "train --epochs 3": "No such option: --epochs; did you mean --set epochs=VALUE?;",
     "train --lr 3": "No such option: --lr; did you mean --set optimizer.lr=VALUE?;",
+    "train --model gsop": "No such option: --model; did you mean --set model.name=VALUE?;",
     "train --cuda": "No such option: --cuda; use --set device=cuda;",
     "export a --gpu": "sopdeploy export: No such option: --gpu; see sopdeploy export --help",
     "serve b --setting port": "port: give it a value, port=VALUE",

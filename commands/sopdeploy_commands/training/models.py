@@ -26,18 +26,19 @@ def _show(result: "list[dict[str, str]] | Description") -> None:
 
 
 def _show_catalog(models: list[dict[str, str]]) -> None:
-    """Print the catalog by family, then those of *models* that are not in it."""
+    """Print *models* by family; those that are not in the catalog follow."""
+    from sopdeploy.models.families import PAGE
     from sopdeploy.models.registry import CATALOG, FAMILIES, entry
 
     # Networks that plug-ins register follow after the families of the catalog.
-    registered = {
-        model["name"]: entry(model["name"]) for model in models if model["name"] not in CATALOG
-    }
-    families = (
-        [*FAMILIES, ("Networks of other packages", registered)] if registered else FAMILIES
-    )
+    listed = {model["name"]: entry(model["name"]) for model in models}
+    registered = {name: network for name, network in listed.items() if name not in CATALOG}
+    families = [*FAMILIES, ("Networks of other packages", registered)]
 
-    for heading, entries in families:
+    for heading, members in families:
+        entries = {name: network for name, network in members.items() if name in listed}
+        if not entries:
+            continue
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(min_width=max(map(len, CATALOG)), no_wrap=True)
         for name, network in entries.items():
@@ -57,6 +58,7 @@ def _show_catalog(models: list[dict[str, str]]) -> None:
     out.print(
         "[bold]First-order and second-order head[/], 'head:NAME' for every NAME without branches"
     )
+    out.print(f"{PAGE} describes the families of second-order networks")
 
 
 def _show_description(description: "Description") -> None:
@@ -111,16 +113,19 @@ def models(
 
     Example: sopdeploy models
 
+    Example: sopdeploy models gsop
+
     Example: sopdeploy models dsop-resnet18 --option aux_stride=table
 
     Example: sopdeploy models resnet50 --option pooling=isqrt --option conv5_stride=1
 
     Args:
-        name: Network to describe; by default, all are listed.
+        name: Network to describe, or a family to list: dsop, gsop, gmsop, isqrt. By default, all are listed.
         option: Option KEY=VALUE of the network; repeatable.
         image_size: Side of the image in pixels.
         num_classes: Number of classes.
     """
+    from sopdeploy.models.families import find_family, names_of_family
     from sopdeploy.models.registry import entry, list_models
 
     if name is None:
@@ -129,6 +134,12 @@ def models(
                 "no network to describe; give a name of `sopdeploy models` before the options"
             )
         return [{"name": known, "summary": entry(known).summary} for known in list_models()]
+
+    # The name of a family, such as gsop, lists its networks.
+    family = find_family(name)
+    if family is not None and not (option or image_size or num_classes):
+        members = names_of_family(family, list_models())
+        return [{"name": member, "summary": entry(member).summary} for member in members]
 
     from sopdeploy.models.describe import describe
     from sopdeploy.models.registry import make_config

@@ -19,7 +19,7 @@ from sopdeploy.photos.evaluation_images import ANY_IMAGES, open_unknown
 from sopdeploy.photos.files import check_takes_output, data_folder
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.project import RUNS, Name, folder_project
-from sopdeploy.training.recipe_files import parse_override, read_values
+from sopdeploy.training.recipe_files import parse_override, read_values, select_by_name
 from sopdeploy.training.results import read_result
 
 if TYPE_CHECKING:
@@ -220,6 +220,7 @@ def read_changes(
         )
 
     source = recipe or FOLDER_RECIPE
+    settings = dict(select_by_name(key, value) for key, value in settings.items())
 
     # The values of the recipe that have options of their own
     set_by_options = {

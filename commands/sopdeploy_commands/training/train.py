@@ -11,6 +11,7 @@ from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import ProgressBars, err, print_table, say
 from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError, amount
+from sopdeploy.models.families import PAGE, SECOND_ORDER, find_family, names_of_family
 from sopdeploy.training.recipe_files import list_recipes, recipe_text
 from sopdeploy.training.results import NetworkScore, insert_folders, read_result
 from sopdeploy_commands.training.request import RECIPE_NETWORK, TrainOptions, read_request
@@ -232,10 +233,24 @@ def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
 
 
 @command()
-def recipes() -> None:
-    """List the packaged recipes.
+def recipes(family: str | None = None) -> None:
+    """List the packaged recipes, or those of one family of networks.
 
     Example: sopdeploy recipes
+
+    Example: sopdeploy recipes gsop
+
+    Args:
+        family: Family of second-order networks: dsop, gsop, gmsop or isqrt. By default, all recipes are listed.
     """
-    summaries = ((name, tomllib.loads(recipe_text(name))["summary"]) for name in list_recipes())
+    names = list_recipes()
+    if family is not None:
+        word = find_family(family)
+        if word is None:
+            known = ", ".join(SECOND_ORDER)
+            raise ConfigError(f"{family!r} is no family of second-order networks; give {known}")
+        names = names_of_family(word, names)
+
+    summaries = ((name, tomllib.loads(recipe_text(name))["summary"]) for name in names)
     print_table(("recipe", "summary"), summaries)
+    say(f"{PAGE} describes the families of second-order networks")

@@ -1,0 +1,93 @@
+"""The name of a family leads to its networks, its recipes and its page, wherever a name is expected."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import sopdeploy
+from sopdeploy.errors import ConfigError
+from sopdeploy.models.families import PAGE, SECOND_ORDER, find_family, names_of_family
+from sopdeploy.models.registry import list_models
+from sopdeploy.training.recipe import read_recipe, recipe_keys
+from sopdeploy.training.recipe_files import SELECTORS, list_recipes
+from sopdeploy_commands.app import app
+
+SPELLINGS = {
+    "gsop": "gsop",
+    "GSoP": "gsop",
+    "GM-SOP": "gmsop",
+    "gm_sop": "gmsop",
+    "iSQRT-COV": "isqrt",
+    "isqrt": "isqrt",
+    "DSoP": "dsop",
+    "resnet50": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("text", SPELLINGS)
+def test_a_family_is_found_in_each_of_its_spellings(text: str) -> None:
+    assert find_family(text) == SPELLINGS[text]
+
+
+@pytest.mark.parametrize("word", SECOND_ORDER)
+def test_every_family_has_networks_recipes_and_a_section_of_the_page(word: str) -> None:
+    assert names_of_family(word, list_models())
+    assert names_of_family(word, list_recipes())
+
+    root = Path(__file__).parents[3]
+    assert f"\n## {SECOND_ORDER[word]}\n" in (root / PAGE).read_text(encoding="utf-8")
+
+
+GIVEN: dict[str, Callable[[], Any]] = {
+    "create_model": lambda: sopdeploy.create_model("gsop"),
+    "recipe": lambda: read_recipe("gsop"),
+    "--set model.name": lambda: read_recipe("digits-plain", ["model.name=gsop"]),
+    "--set model": lambda: read_recipe("digits-plain", ["model=gsop"]),
+    "model": lambda: sopdeploy.train(recipe="digits-plain", model="gsop"),
+}
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_an_error_about_the_name_of_a_family_names_its_members_and_the_page(case: str) -> None:
+    names = list_recipes() if case == "recipe" else list_models()
+    members = ", ".join(names_of_family("gsop", names))
+
+    with pytest.raises(ConfigError) as caught:
+        GIVEN[case]()
+
+    other = "models" if case == "recipe" else "recipes"
+    assert f"of GSoP are {members}; see also `sopdeploy {other} gsop` and {PAGE}" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize("command", ["models", "recipes"])
+def test_the_lists_of_networks_and_recipes_can_be_those_of_a_family(command: str) -> None:
+    names = list_models() if command == "models" else list_recipes()
+    members = names_of_family("gmsop", names)
+
+    output = CliRunner().invoke(app, [command, "gm-sop"]).output
+
+    first_words = {line.split()[0] for line in output.splitlines() if line.strip()}
+    assert first_words & set(names) == set(members)
+    assert PAGE in output
+
+
+def test_recipes_of_an_unknown_family_are_an_error_that_names_the_families() -> None:
+    result = CliRunner().invoke(app, ["recipes", "zebra"])
+    assert result.exit_code == 2
+    assert "'zebra' is no family of second-order networks; give dsop, gsop" in result.output
+
+
+def test_a_text_selects_each_table_of_a_recipe_that_has_kinds() -> None:
+    selectable = {
+        key.partition(".")[0]: key
+        for key in recipe_keys()
+        if key.partition(".")[2] in ("kind", "name")
+    }
+    assert selectable == SELECTORS
+    assert read_recipe("digits-plain", ["procedure=few_shot"]).procedure.kind == "few_shot"
