@@ -28,11 +28,11 @@ from sopdeploy.checkpoint import (
     without_wrappers,
     write_checkpoint,
 )
+from sopdeploy.class_names import read_class_names
 from sopdeploy.config import FieldValues, StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.importers.conversion import (
     ConvertedWeights,
     Importer,

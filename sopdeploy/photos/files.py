@@ -110,6 +110,13 @@ def _read_part(name: str) -> tuple[str, str]:
     return (kinds[0] if len(kinds) == 1 else ""), " ".join(others)
 
 
+def part_of(path: str) -> str:
+    """Return the kind of the part in whose folder *path* is, `train` for `images/Train/1.jpg`; "" in none."""
+    kinds = map(part_kind, path.split("/")[:-1])
+    kind = next(filter(None, kinds), "")
+    return TRAIN if kind in TRAINING else kind
+
+
 def part_kinds(names: Iterable[str]) -> dict[str, str]:
     """Return the kind of the part that each of the folders *names* is, or "".
 

@@ -43,7 +43,7 @@ from sopdeploy.photos.files import (
 from sopdeploy.photos.forms import find_copied_folders
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, Split, select_classes
-from sopdeploy.photos.readings import Reading, choose, propose_readings
+from sopdeploy.photos.readings import Reading, Tree, choose, propose_readings
 from sopdeploy.photos.table import (
     LABELS_FILE,
     SPLIT,
@@ -157,7 +157,8 @@ def _open_parts(
         num_part_classes = len(list_subfolders(part_folder(root, parts.train)))
         if find_table(part_folder(root, parts.train)):
             num_part_classes = 2
-    proposed = propose_readings(root, parts, leave_out, num_part_classes)
+    tree = Tree(root, leave_out)
+    proposed = propose_readings(tree, parts, num_part_classes)
 
     def open_reading(reading: Reading, *, is_chosen: bool) -> OpenedParts:
         """Open *reading* as its command does or, if it is chosen unasked, without what is no photograph."""
@@ -169,7 +170,7 @@ def _open_parts(
             return _open_class_folders(root, max_held_out, kind, names)
         return _open_parts(root, max_held_out, reading.classes_from, names)
 
-    opened = choose(root, proposed, open_reading)
+    opened = choose(tree, proposed, open_reading)
     if copies:
         note = f"{root}: left out, because they hold copies of the others: {shorten(copies)}"
         opened = opened._replace(notes=[*opened.notes, note])

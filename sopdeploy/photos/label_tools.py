@@ -29,6 +29,9 @@ _NAMES = {
 # VIA's columns of a file and a region, with a JSON object each
 _VIA_FILE = "file_attributes"
 _VIA_REGION = "region_attributes"
+_BOX = re.compile(
+    r"\d+( -?[\d.]+(e-\d+)?){4,}"
+)  # YOLO's: a class, and numbers of a box or an outline
 UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # what Label Studio makes of a name
 
 
@@ -192,20 +195,24 @@ def without_brackets(classes: str) -> str:
     return SEPARATOR.join(name.strip(" '\"") for name in classes[1:-1].split(","))
 
 
-def read_file_beside(text: str, *, is_xml: bool) -> set[str]:
+def read_file_beside(text: str, suffix: str, names: Sequence[str]) -> set[str]:
     """Return the classes of an image in the *text* of a file beside it; empty if nobody labelled it.
 
-    It is JSON of LabelMe, Darwin or Supervisely, or XML of Pascal VOC. Classes are its flags or
-    tags or, without any, the labels of its shapes. Raises `ValueError` and the like for others.
+    By *suffix*, it is JSON of LabelMe, Darwin or Supervisely, XML of Pascal VOC, or a text: one
+    class, or YOLO's boxes with numbers of *names*. Classes are flags or tags or, without any, the
+    labels of shapes. Raises `ValueError` and the like for others.
     """
-    if is_xml:
+    if suffix == ".xml":
         root = ElementTree.fromstring(text)  # noqa: S314 - expat limits entities
         return {name.text or "" for name in root.findall("object/name")}
+    if suffix == ".txt":
+        return _read_text_beside(text, names)
 
     content = json.loads(text)
     flags = content.get("flags") or {}
     tags = {name for name, is_set in flags.items() if is_set}
     tags |= {tag["name"] for tag in content.get("tags") or ()}
+    tags |= {one["name"] for one in content.get("annotations") or () if "tag" in one}
     keys = {"shapes": "label", "annotations": "name", "objects": "classTitle"}
     shapes = {
         str(shape[key]) for kind, key in keys.items() for shape in content.get(kind) or ()
@@ -213,3 +220,19 @@ def read_file_beside(text: str, *, is_xml: bool) -> set[str]:
     if not tags and not any(kind in content for kind in (*keys, "flags", "tags")):
         raise ValueError("has no shapes, annotations, objects, flags or tags")
     return tags or shapes
+
+
+def _read_text_beside(text: str, names: Sequence[str]) -> set[str]:
+    """Return the only line of *text* as the class, or those of *names* with which YOLO's lines begin."""
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    if not all(_BOX.fullmatch(" ".join(line)) for line in lines):
+        if len(lines) > 1:
+            raise ValueError("it has several lines")
+        return {" ".join(lines[0])}
+
+    numbers = {int(line[0]) for line in lines}
+    if numbers and max(numbers) >= len(names):
+        raise ValueError(
+            f"class {max(numbers)} has no name; write all names to classes.txt, one per line"
+        )
+    return {names[number] for number in numbers}

@@ -26,15 +26,22 @@ from sopdeploy.photos.files import (
     FOLDERS,
     HELD_OUT,
     SUBFOLDERS,
+    TRAIN,
     TRAINING,
     Parts,
     is_general,
     list_images,
     lookalike_key,
     part_kind,
+    part_of,
 )
 from sopdeploy.photos.photo import ImageFiles
-from sopdeploy.photos.table import LABELS_FILE, OpenedParts, find_listing_tables
+from sopdeploy.photos.table import (
+    LABELS_FILE,
+    OpenedParts,
+    find_listing_tables,
+    pair_with_files,
+)
 
 # Where the class may be in a name: before the first digit, or behind the last one.
 NAME_PATTERNS = (r"^\D+", r"\D+$")
@@ -125,8 +132,12 @@ class AmbiguousFolderError(DataError):
     readings: Sequence[Tried] = ()
 
 
-class _Tree:
-    """The images of a folder, as paths below it, and the folders at its top that hold some."""
+class Tree:
+    """The images of a folder, as paths below it, and the folders at its top that hold some.
+
+    Those in the folders *leave_out*, and masks and the like, do not count. Raises `DataError` for a
+    folder that cannot be listed.
+    """
 
     def __init__(self, root: Path, leave_out: Collection[str]) -> None:
         paths, others = list_images(root)
@@ -173,25 +184,23 @@ def _without_digits(name: str) -> str:
     return re.sub(r"[\d\W_]+", "", name)
 
 
-def propose_readings(
-    root: Path, parts: Parts, leave_out: Collection[str], num_part_classes: int
-) -> list[Reading]:
-    """List the readings of *root* that names suggest, the likeliest one first; none is tried yet.
+def propose_readings(tree: Tree, parts: Parts, num_part_classes: int) -> list[Reading]:
+    """List the readings of *tree* that names suggest, the likeliest one first; none is tried yet.
 
-    *parts* are those of *root* without the folders *leave_out*; the training part has so many
-    folders or, with a table, two or more classes (*num_part_classes*). Raises `DataError` for a folder that cannot
-    be listed.
+    *parts* are those of its root; the training part has so many folders or, with a table, two or
+    more classes (*num_part_classes*).
     """
-    tree = _Tree(root, leave_out)
+    root = tree.root
+    beside = [*_propose_files(tree)]
 
     # The parts of a data set are certain, unless the only one may be a class.
     if num_part_classes == 1:
         held_out = [Reading(root / name, f"{name} is the data set") for name in parts.held_out]
-        return [Reading(root, "by the names of its parts"), *held_out]
+        return [Reading(root, "by the names of its parts"), *held_out, *beside]
     if num_part_classes:
         flat = [name for name in parts.others if name in tree.counts and name not in tree.inner]
         if parts.held_out or not flat:
-            return [Reading(root, "by the names of its parts")]
+            return [Reading(root, "by the names of its parts"), *beside]
         parts_only = Reading(root / parts.train, f"{parts.train} is the training part")
         return [parts_only, _top_folders(tree)]
     proposed = [*_propose_folders(tree)]
@@ -199,18 +208,18 @@ def propose_readings(
         proposed += _propose_names(tree)
     else:
         proposed += _propose_names_of_shards(tree)
-    proposed += [*_propose_tables(tree), *_propose_files(tree)]
+    proposed += [*_propose_tables(tree), *beside]
     are_flat_parts = bool(tree.counts) and all(map(part_kind, tree.counts)) and not tree.inner
     if not proposed and not are_flat_parts:
         proposed = [Reading(root, "by the folders at its top")]
     return proposed
 
 
-def _top_folders(tree: _Tree, doubt: str = "") -> Reading:
+def _top_folders(tree: Tree, doubt: str = "") -> Reading:
     return Reading(tree.root, "by the folders at its top", FOLDERS, tree.leave_out, doubt)
 
 
-def _propose_folders(tree: _Tree) -> Iterator[Reading]:
+def _propose_folders(tree: Tree) -> Iterator[Reading]:
     """Yield the readings in which folders are the classes."""
     # All images in one folder: it is the data set.
     tops = tree.tops
@@ -229,7 +238,12 @@ def _propose_folders(tree: _Tree) -> Iterator[Reading]:
     doubtful = _doubtful_folders(tree)
     doubt = ""
     inside = sorted(
-        {f"{top}/{path}" for top in tops for path in tree.inner.get(top, ()) if _is_part(path)}
+        {
+            f"{top}/{path}"
+            for top in tops
+            for path in tree.inner.get(top, ())
+            if part_of(f"{path}/") == TRAIN
+        }
     )
     if doubtful:
         doubt = f"{shorten(sorted(doubtful))} {next(iter(doubtful.values()))}"
@@ -251,17 +265,12 @@ def _propose_folders(tree: _Tree) -> Iterator[Reading]:
         yield Reading(tree.root, "by the innermost folders", SUBFOLDERS)
 
 
-def _is_part(path: str) -> bool:
-    """Tell whether a folder of *path* has the name of a training part."""
-    return any(part_kind(name) in TRAINING for name in path.split("/"))
-
-
-def _last_names(tree: _Tree) -> set[str]:
+def _last_names(tree: Tree) -> set[str]:
     """Return the names of the folders in the folders at the top."""
     return {name for inner in tree.inner.values() for path in inner for name in path.split("/")}
 
 
-def _doubtful_folders(tree: _Tree) -> dict[str, str]:
+def _doubtful_folders(tree: Tree) -> dict[str, str]:
     """Return the folders at the top that may be no classes, and why."""
     tops = tree.tops
     doubtful = {}
@@ -293,7 +302,7 @@ def _without_unspecific(name: str) -> str:
     return "".join(kept)
 
 
-def _propose_names(tree: _Tree) -> Iterator[Reading]:
+def _propose_names(tree: Tree) -> Iterator[Reading]:
     """Yield the first pattern that finds classes in the names of nearly all images.
 
     Each must be in several names on average. If there are parts, the training images count.
@@ -313,7 +322,7 @@ def _propose_names(tree: _Tree) -> Iterator[Reading]:
             return
 
 
-def _propose_names_of_shards(tree: _Tree) -> Iterator[Reading]:
+def _propose_names_of_shards(tree: Tree) -> Iterator[Reading]:
     """Yield `_propose_names` if folders that differ in a number only hold the same several words."""
     words = {_without_digits(top) for top in tree.tops}
     if len(words) > 1 or not re.search(r"[^\W\d_]{2}", next(iter(words), "")):
@@ -325,7 +334,7 @@ def _propose_names_of_shards(tree: _Tree) -> Iterator[Reading]:
         yield from _propose_names(tree)
 
 
-def _propose_tables(tree: _Tree) -> Iterator[Reading]:
+def _propose_tables(tree: Tree) -> Iterator[Reading]:
     """Yield the tables in *tree*, or in a folder at its top, that list the images."""
     others = sorted(
         (other for other in tree.others if other.count("/") < 2),
@@ -336,25 +345,20 @@ def _propose_tables(tree: _Tree) -> Iterator[Reading]:
         yield Reading(tree.root, f"by {name}", name)
 
 
-def _propose_files(tree: _Tree) -> Iterator[Reading]:
+def _propose_files(tree: Tree) -> Iterator[Reading]:
     """Yield the reading of the files beside the images if most images have one."""
-    stems = {Path(other).stem for other in tree.others if other.endswith((".json", ".xml"))}
-    beside = sum(Path(image).stem in stems for image in tree.images) if stems else 0
-    if 2 * beside > len(tree.images):
+    if 2 * len(pair_with_files(tree.images, tree.others)) > len(tree.images):
         yield Reading(tree.root, "by the files beside the images", FILES)
 
 
-def choose(
-    root: Path,
-    proposed: Sequence[Reading],
-    open_reading: "OpenReading",
-) -> OpenedParts:
-    """Try the readings *proposed* of *root*, and open the only one that uses nearly all images.
+def choose(tree: Tree, proposed: Sequence[Reading], open_reading: "OpenReading") -> OpenedParts:
+    """Try the readings *proposed* of *tree*, and open the only one that uses nearly all images.
 
     The plain one is opened at once if there is no other, and its error is that of the folder. Raises
     `AmbiguousFolderError` with the readings that can be trained on, and `DataError` if there is
     none.
     """
+    root = tree.root
     if len(proposed) == 1 and not proposed[0].doubt:
         (plain,) = proposed
         if plain.path == root and plain.classes_from in ("", FOLDERS):
@@ -379,11 +383,13 @@ def choose(
     if not tried and (unread or not errors):
         raise no_classes_error(root, hint="; ".join(dict.fromkeys(unread)))
     if not tried:
-        raise next(iter(errors.values()))
+        of_files = [error for reading, error in errors.items() if reading.classes_from == FILES]
+        raise next(iter((*of_files, *errors.values())))
 
-    total = len(_Tree(root, ()).paths)
     (best, *others) = tried
-    if not others and best.num_used >= NEARLY_ALL * total and not best.reading.doubt:
+    total = len(tree.images)
+    needed = sum(part_of(image) == TRAIN for image in tree.images) or total
+    if not others and best.num_used >= NEARLY_ALL * needed and not best.reading.doubt:
         opened = _open_chosen(root, best.reading, open_reading)
         return opened._replace(notes=[*opened.notes, *dict.fromkeys(unread)])
 

@@ -24,6 +24,7 @@ import io
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -34,10 +35,12 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.errors import DataError, amount, shorten
-from sopdeploy.files import advise_on, read_file
+from sopdeploy.class_names import read_class_names
+from sopdeploy.errors import ConfigError, DataError, amount, shorten
+from sopdeploy.files import advise_on, read_file, read_text
 from sopdeploy.images.signatures import count_suffixes, has_image_suffix, is_image
 from sopdeploy.photos.files import (
+    HELD_OUT,
     TRAIN,
     check_labels,
     describe_confusable,
@@ -46,6 +49,7 @@ from sopdeploy.photos.files import (
     lookalike_key,
     normalize,
     part_kind,
+    part_of,
 )
 from sopdeploy.photos.label_tools import (
     REQUIRED,
@@ -92,6 +96,9 @@ _UNEXPECTED_CONTENT = (
     AttributeError, KeyError, RecursionError, TypeError, ValueError,
     csv.Error, ElementTree.ParseError,
 )  # fmt: skip
+# Of files beside images, and of those with the names of YOLO's classes
+BESIDE = (".json", ".txt", ".xml")
+YOLO_NAMES = (".yaml", ".yml", "classes.txt", ".names", "_darknet.labels")
 VAL = "val"
 UNSPLIT = "all"  # the name of the only part if the images are not split
 
@@ -262,7 +269,12 @@ def read_label_table(
     if unlisted := sorted({*image_paths} - {row.path for row in all_rows}):
         files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
         notes.append(f"not listed in {table.name}: {amount(len(unlisted), 'image')}: {files}")
-    ignored = count_suffixes(file for file in other_files if file != table.name)
+    used = {table.name}
+    if table.is_dir():
+        used = {
+            *pair_with_files([os.fsdecode(path) for path in image_paths], other_files).values()
+        }
+    ignored = count_suffixes(file for file in other_files if file not in used)
     return OpenedParts(parts, notes=notes, ignored=ignored)
 
 
@@ -563,31 +575,83 @@ def _read_cells(
         ) from error
 
 
+def pair_with_files(images: Sequence[str], others: Iterable[str]) -> dict[str, str]:
+    """Return for each of *images* that one of *others* has its name, the path of this file.
+
+    It has the name with another suffix, or with one more. Of several, it is in the folder with the
+    most words of the path of the image, as `train/labels/1.txt` for `train/images/1.jpg`.
+    """
+    by_stem = defaultdict[str, list[PurePosixPath]](list)
+    for other in others:
+        if other.lower().endswith(BESIDE):
+            file = PurePosixPath(normalize(other))
+            by_stem[file.stem].append(file)
+
+    paired = dict[str, str]()
+    for image in images:
+        file = PurePosixPath(normalize(image))
+        found = by_stem.get(file.stem) or by_stem.get(file.name)
+        if found:
+            nearest = max(found, key=lambda other: len({*other.parts} & {*file.parts}))
+            paired[image] = str(nearest)
+    return paired
+
+
 def _read_files_beside(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the name and the cells of each image in *folder* of which another file has the classes.
 
-    That file has the name of the image with another suffix, in any folder.
+    Folders with the names of parts divide the images: the training images, and those of the best
+    held-out part. Others are left out.
     """
     listed, others = list_images(folder)
-    by_stem = {PurePosixPath(normalize(other)).stem: other for other in others}
-    for path in listed:
-        file = os.fsdecode(path)
-        stems = (PurePosixPath(normalize(file)).stem, PurePosixPath(file).name)
-        other = next((by_stem[stem] for stem in stems if stem in by_stem), None)
-        if other is None:
-            continue
+    files = pair_with_files([os.fsdecode(path) for path in listed], others)
+    names = _read_yolo_names(folder, others)
+
+    # The training part, and the best of the others.
+    parts = set(map(part_of, files))
+    held_out = next((part for part in HELD_OUT if part in parts), "")
+    is_divided = held_out and TRAIN in parts
+
+    texts = set[str]()
+    found = list[tuple[str, dict[str, str]]]()
+    for file, other in files.items():
+        suffix = PurePosixPath(other).suffix.lower()
         try:
-            classes = read_file_beside(
-                read_table_text(folder / other), is_xml=other.lower().endswith(".xml")
-            )
+            text = read_text(folder / other, MAX_TABLE_BYTES)
+            classes = read_file_beside(text, suffix, names)
+        except OSError as error:
+            raise DataError(f"{folder / other}: {advise_on(error, 'remove it')}") from error
         except _UNEXPECTED_CONTENT as error:
+            reason = f" ({error})" if isinstance(error, ValueError) else ""
             raise DataError(
-                f"{folder / other}: does not give its image a class; write {LABELS_FILE}"
+                f"{folder / other}: does not give its image a class{reason}; write {LABELS_FILE}"
             ) from error
+
         cells = {"file": file}
         if classes:
             cells["classes"] = SEPARATOR.join(sorted(classes))
-        yield other, cells
+        if is_divided:
+            cells[SPLIT] = TRAIN if part_of(file) == TRAIN else VAL
+        if not is_divided or part_of(file) in (TRAIN, held_out):
+            found.append((other, cells))
+        if suffix == ".txt":
+            texts.add(text)
+
+    # Texts that are nearly all different, such as captions, are no classes.
+    if 2 * len(texts) > len(found) and not names:
+        raise DataError(
+            f"{folder}: the texts beside the images are no classes, because most differ; write {LABELS_FILE}"
+        )
+    yield from found
+
+
+def _read_yolo_names(folder: Path, others: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of YOLO's classes in the first file of *others* in *folder* that has some."""
+    for other in sorted(others, key=lambda other: other.count("/")):
+        if other.lower().endswith(YOLO_NAMES):
+            with suppress(ConfigError):
+                return read_class_names(folder / other)
+    return ()
 
 
 def _read_csv(

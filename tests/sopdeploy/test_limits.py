@@ -27,11 +27,11 @@ from sopdeploy.checkpoint import (
     read_pytorch,
     write_checkpoint,
 )
+from sopdeploy.class_names import read_class_names
 from sopdeploy.client import encode_images
 from sopdeploy.config import MAX_ITEMS, StrictModel, first_problem, parse_toml, shown
 from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.importers.timm_files import read_hub_config
 from sopdeploy.names import read_labels
 from sopdeploy.paths import check_is_checkpoint, check_is_weights

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from sopdeploy.checkpoint import Checkpoint
+from sopdeploy.class_names import read_class_names
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import move_link, target_of
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.names import (
     class_problem,
     is_bundle_name,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pydantic
 
+from sopdeploy.class_names import read_class_names
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import out as console
 from sopdeploy.cli.console import print_field, show_steps
@@ -25,7 +26,6 @@ from sopdeploy.errors import (
 )
 from sopdeploy.files import MAX_TEXT_BYTES, read_file
 from sopdeploy.images.preprocess import CONVENTIONS, Preprocess
-from sopdeploy.importers.class_names import read_class_names
 from sopdeploy.names import label_problem
 from sopdeploy.paths import (
     check_is_checkpoint,

@@ -17,9 +17,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from typer.testing import CliRunner
 
+from sopdeploy.class_names import read_class_names
 from sopdeploy.errors import CertificateError, ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.class_names import read_class_names
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.export import read_preprocess
 from sopdeploy_export.capture.deployed import EXPORT_LOGITS, choose_output

@@ -150,7 +150,12 @@ BESIDE = {
     "LabelMe, shapes": ("json", lambda name: json.dumps({"shapes": [{"label": name}], "flags": {}})),
     "LabelMe, flags": ("json", lambda name: json.dumps({"shapes": [], "flags": {name: True, "x": False}})),
     "Darwin": ("json", lambda name: json.dumps({"annotations": [{"name": name}]})),
+    "Darwin, tags": (
+        "json", lambda name: json.dumps({"annotations": [{"name": name, "tag": {}}, {"name": "box"}]})
+    ),
     "Supervisely": ("json", lambda name: json.dumps({"objects": [{"classTitle": name}], "tags": []})),
+    "Supervisely, tags": ("jpg.json", lambda name: json.dumps({"objects": [], "tags": [{"name": name}]})),
+    "a text": ("txt", lambda name: f"{name}\n"),
     "Pascal VOC": ("xml", lambda name: f"<annotation><object><name>{name}</name></object></annotation>"),
 }  # fmt: skip
 
@@ -167,6 +172,67 @@ def test_a_file_beside_each_image_has_its_class(tmp_path, folder, suffix, write)
     assert split.train.class_counts().tolist() == [4, 4]
     assert "by the files beside the images" in "\n".join(split.notes)
     assert open_folder(tmp_path, FILES).train.labels == ("cat", "dog")
+
+
+# The files with the names of YOLO's classes, and the folders of images and of texts
+YOLO = {
+    "data.yaml": ("names: ['cat', 'dog']", "{part}/images", "{part}/labels"),
+    "x/data.yml": ("path: .\nnames:\n  0: cat\n  1: dog\n", "images/{part}", "labels/{part}"),
+    "classes.txt": ("cat\ndog\n", "{part}", "{part}"),
+    "obj.names": ("cat\ndog\n", "{part}", "{part}"),
+}
+
+
+@pytest.mark.parametrize("name", YOLO)
+def test_yolo_texts_and_their_parts_are_read_with_the_names_of_the_classes(
+    tmp_path, name
+) -> None:
+    names, images, texts = YOLO[name]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(names)
+    for part in ("train", "valid", "test"):
+        make(tmp_path, {images.format(part=part): 6})
+        folder = tmp_path / texts.format(part=part)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(6):
+            (folder / f"{number:03}.txt").write_text(f"{number % 2} 0.5 0.5 0.25 1e-05\n")
+
+    split = open_folder(tmp_path)
+
+    assert split.train.labels == ("cat", "dog")
+    assert split.train.class_counts().tolist() == [3, 3]
+    assert all("valid" in split.held_out.identity(index) for index in range(6))
+    assert len(split.held_out) == 6
+
+
+# The text beside the first of four images, and what is said about it
+NO_CLASSES = {
+    "a class without a name": ("1 0.5 0.5 0.25 0.25", "class 1 has no name; write all names to classes"),
+    "several lines": ("a cat\na dog", "does not give its image a class (it has several lines)"),
+    "a caption": ("a cat on a mat", "the texts beside the images are no classes, because most differ"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_CLASSES)
+def test_texts_that_are_no_classes_are_refused_with_the_reason(tmp_path, name) -> None:
+    text, said = NO_CLASSES[name]
+    make(tmp_path, {"images": 4})
+    for number in range(4):
+        content = text if number == 0 else f"photo {number}"
+        (tmp_path / "images" / f"{number:03}.txt").write_text(content)
+
+    with pytest.raises(DataError) as caught:
+        open_folder(tmp_path)
+
+    assert said in str(caught.value)
+
+
+def test_captions_beside_the_images_of_class_folders_change_nothing(tmp_path) -> None:
+    make(tmp_path, {"cat": 4, "dog": 4})
+    for file in [*tmp_path.rglob("*.jpg")]:
+        file.with_suffix(".txt").write_text(f"photo {file.stem} of a {file.parent.name}")
+
+    assert open_folder(tmp_path).train.labels == ("cat", "dog")
 
 
 def test_a_folder_with_copies_of_the_others_is_left_out_and_named(tmp_path) -> None:

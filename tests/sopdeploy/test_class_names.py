@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from sopdeploy.class_names import read_class_names
 from sopdeploy.errors import ConfigError
-from sopdeploy.importers.class_names import read_class_names
 
 NAMES = ("cat", "dog", "bird")
 CONFIG = {
