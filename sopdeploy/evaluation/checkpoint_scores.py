@@ -56,7 +56,18 @@ def score_checkpoint(
     # converts the outputs.
     labels = checkpoint.labels if is_multi_label else tuple(sorted(checkpoint.labels))
 
-    images = open_evaluation_images(data, labels, multi_label=is_multi_label, log=log)
+    # The recipe of the run says how its folder was read. A file can contain anything.
+    recipe = checkpoint.training.get("recipe")
+    of_data = recipe.get("data") if isinstance(recipe, dict) else None
+    of_data = of_data if isinstance(of_data, dict) else {}
+    images = open_evaluation_images(
+        data,
+        labels,
+        multi_label=is_multi_label,
+        classes_from=str(of_data.get("classes_from", "")),
+        leave_out=str(of_data.get("leave_out", "")),
+        log=log,
+    )
 
     # A decision for too few photographs would be chance.
     count = len(images)

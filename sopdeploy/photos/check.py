@@ -118,14 +118,17 @@ def check_data(
     *,
     near: bool = False,
     group_by_features: Callable[[ImageFiles], Groups] | None = None,
+    classes_from: str = "",
+    leave_out: str = "",
 ) -> DataReport:
     """Decode every image below *path* that `open_parts` lists, and report contents and problems.
 
     With *near*, near-duplicates are searched, too. Up to `MAX_FEATURES` images are compared by
     *group_by_features*, which returns a group number (N,) per image; more images, or all without
-    this function, are compared by edges. Raises `DataError` for fewer than two classes.
+    this function, are compared by edges. *classes_from* and *leave_out* are those of `open_folder`.
+    Raises `DataError` for fewer than two classes.
     """
-    opened = open_parts(data_folder(path))
+    opened = open_parts(data_folder(path), classes_from=classes_from, leave_out=leave_out)
     num_images = sum(len(images) for images in opened.parts.values())
 
     # Small gray images are kept of all files if they tell near-duplicates by edges. They also

@@ -27,6 +27,7 @@ from sopdeploy.photos.files import (
     normalize,
     part_folder,
 )
+from sopdeploy.photos.folder import open_parts
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, select_classes
 from sopdeploy.photos.table import LABELS_FILE, check_has_classes, find_table, read_label_table
@@ -40,6 +41,8 @@ def open_evaluation_images(
     *,
     multi_label: bool = False,
     other_classes: bool = False,
+    classes_from: str = "",
+    leave_out: str = "",
     log: Log = lambda _line: None,
 ) -> ImageFiles:
     """Open the labeled images below *root* for a network with the classes *labels*, in their order.
@@ -49,9 +52,18 @@ def open_evaluation_images(
     several classes per image. *log* receives a line about classes without images, about classes
     that are left out, and about the part that is opened. Raises `DataError` if there are no
     images, and for folders that are no class of the network; with *other_classes* or in an
-    official layout, these are left out if a class remains.
+    official layout, these are left out if a class remains. *classes_from* and *leave_out* say how the
+    training images were read (`open_folder`); other images may have class folders instead.
     """
     with naming_all_undecodable(root):
+        root = data_folder(root)
+        folders = {*list_subfolders(root)}
+        has_classes = bool(folders) and folders <= {*labels, *class_aliases()}
+        if (classes_from or leave_out) and not has_classes:
+            opened = open_parts(root, 1, classes_from, leave_out)
+            log(f"{root}: read as the training images were")
+            images = [*opened.parts.values()][-1]  # the held-out ones, or all
+            return _match_classes(root, images, labels, other_classes, log)
         return _open_evaluation_images(
             check_holds_classes(root), labels, multi_label, other_classes, log
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sopdeploy.cli.command import as_data, command
 from sopdeploy.cli.console import print_json, print_table, say
-from sopdeploy.errors import amount, shorten
+from sopdeploy.errors import ConfigError, amount, shorten
 from sopdeploy.photos.files import data_folder
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def check(
     *,
     near: bool = False,
     wrong_labels: Path | None = None,
+    set: tuple[str, ...] = (),
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> "DataReport | list[WrongLabel]":
     """Decode every image and report sizes, formats, classes, duplicates and unreadable files.
@@ -60,10 +61,14 @@ def check(
         path: Folder with one subfolder per class.
         near: Also list near-duplicates, such as bursts.
         wrong_labels: Only list labels that are probably wrong, by this run of the folder.
+        set: How the folder is read, as for `train`: data.classes_from=VALUE or data.leave_out=NAME,NAME;
+            repeatable.
         on_image: Called with the numbers of images compared by a network, and in total.
     """
     if wrong_labels is None:
         from sopdeploy.photos.check import check_data
+
+        reading = _read_settings(set)
 
         # Without torch or weights, only the pixels tell near-duplicates
         group_by_features = None
@@ -74,11 +79,28 @@ def check(
                 group_by_features = partial(
                     default_network.group_by_features, on_image=on_image
                 )
-        return check_data(path, near=near, group_by_features=group_by_features)
+        return check_data(path, near=near, group_by_features=group_by_features, **reading)
     data_folder(path)  # before the import, which takes seconds
     from sopdeploy.report.wrong_labels import find_wrong_labels
 
     return list(find_wrong_labels(wrong_labels, path))
+
+
+def _read_settings(settings: "Sequence[str]") -> dict[str, str]:
+    """Return the *settings* `data.NAME=VALUE` that say how a folder is read; raises `ConfigError` for others."""
+    from sopdeploy.data.sources import FolderConfig
+    from sopdeploy.training.recipe_files import parse_override
+
+    names = ("classes_from", "leave_out")
+    values = dict(map(parse_override, settings))
+    if unknown := [key for key in values if key not in {f"data.{name}" for name in names}]:
+        raise ConfigError(
+            f"{unknown[0]}: not known here; set data.classes_from or data.leave_out",
+            setting="set",
+        )
+    given = {key.removeprefix("data."): value for key, value in values.items()}
+    config = FolderConfig.model_validate({"kind": "folder", **given})
+    return {name: getattr(config, name) for name in names}
 
 
 def _print_report(report: "DataReport") -> None:

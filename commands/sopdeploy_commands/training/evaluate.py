@@ -16,7 +16,7 @@ from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.predictions import describe_predictions, measure_predictions
 from sopdeploy.paths import check_is_checkpoint, what_is
-from sopdeploy.photos.evaluation_images import check_holds_classes
+from sopdeploy.photos.files import data_folder
 
 _MAX_ROWS = 50  # of a table; the page of a run and --json have all
 MAX_COLUMNS = 13  # with more, the terminal shows no confusion matrix
@@ -158,7 +158,7 @@ def evaluate(
         labels, scores, facts = scores_of_bundle(path, data, settings=settings, **shared)
     else:
         check_is_checkpoint(path)
-        check_holds_classes(data)
+        data_folder(data)
         from sopdeploy.checkpoint import write_checkpoint
         from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 

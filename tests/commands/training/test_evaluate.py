@@ -1,6 +1,7 @@
 """Evaluation of networks and checkpoints; metrics by hand and by definition; several classes per image."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,28 @@ def test_classes_are_matched_by_name(stored, tmp_path) -> None:
     assert [(one.label, one.count) for one in figures.classes] == [("a", 3), ("b", 4)]
     assert figures == measured(stored, tmp_path / "val", workers=2)
     assert figures.log_loss == pytest.approx(np.mean(losses), abs=1e-6)
+
+
+@pytest.mark.parametrize(("settings", "count"), [({}, 0), ({"classes_from": r"^\D+"}, 7)])
+def test_images_are_read_as_the_run_read_its_images(stored, tmp_path, settings, count) -> None:
+    make(tmp_path / "val", a=3, b=4)
+    for path in [*(tmp_path / "val").glob("*/*")]:
+        path.rename(tmp_path / "val" / f"{path.parent.name}{path.name}")
+        if not [*path.parent.iterdir()]:
+            path.parent.rmdir()
+    checkpoint = read_checkpoint(stored)
+    recipe = {"data": {"kind": "folder", **settings}}
+    write_checkpoint(stored, replace(checkpoint, training={"recipe": recipe}))
+
+    if not count:
+        with pytest.raises(DataError, match=r"val: holds no class folders"):
+            measured(stored, tmp_path / "val")
+        return
+    assert measured(stored, tmp_path / "val").count == count
+
+    # Other images may have class folders.
+    make(tmp_path / "sorted", a=2, b=1)
+    assert measured(stored, tmp_path / "sorted").count == 3
 
 
 def test_intervals_are_those_of_independent_groups(stored, tmp_path) -> None:

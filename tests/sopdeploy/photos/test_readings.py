@@ -9,9 +9,10 @@ from zlib import crc32
 import pytest
 
 from sopdeploy.data.sources import FolderConfig, open_data
-from sopdeploy.errors import DataError
+from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.photos.files import FILES
 from sopdeploy.photos.folder import open_folder
+from sopdeploy_commands.training.data import check
 from tests.support.small_data import jpeg
 
 
@@ -23,6 +24,13 @@ def make(root: Path, folders: dict[str, int]) -> Path:
             content = jpeg(crc32(f"{name} {number}".encode()), (32, 24))
             (root / name / f"{number:03}.jpg").write_bytes(content)
     return root
+
+
+def check_command(command: str) -> dict[str, int]:
+    """Run `data check` with the settings of a printed command; return the counts of the first part."""
+    _, _, _, path, *settings = shlex.split(command)
+    report = check(Path(path), set=tuple(settings[1::2]))
+    return report.parts[0].classes
 
 
 def open_command(command: str):
@@ -74,6 +82,7 @@ def test_a_folder_with_several_readings_is_asked_about_with_commands_that_train_
         counts = zip(split.train.labels, split.train.class_counts().tolist(), strict=True)
         shown = ", ".join(f"{label} {count}" for label, count in counts)
         assert f"{command} ({shown}" in str(caught.value)
+        assert list(check_command(command)) == [*split.train.labels]
     (meant,) = [command for command in opened if command.endswith(option)]
     assert [*opened[meant].train.labels] == labels
 
@@ -256,6 +265,11 @@ def test_a_folder_of_other_files_is_no_class_and_one_of_unread_images_is(
     (tmp_path / "more" / file).rename(tmp_path / "more" / "x.tif")
     with pytest.raises(DataError, match=r"more: no images in this class folder"):
         open_folder(tmp_path)
+
+
+def test_data_check_has_no_other_settings(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.lr: not known here; set data\.classes_from"):
+        check(tmp_path, set=("data.lr=1",))
 
 
 NEAR = [
