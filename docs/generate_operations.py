@@ -70,7 +70,7 @@ def statements_table() -> str:
     """Build one table row per statement of the certificate: its code, what it says, and what it refuses."""
     numbered = enumerate(STATEMENTS.items(), start=1)
     statements = [(f"{number} {title}", module) for number, (title, module) in numbered]
-    rows = ["| statement | what holds | refused |", "|---|---|---|"]
+    rows = ["| statement | | what holds | refused |", "|---|---|---|---|"]
     return "\n".join([*rows, *(_statement_row(title, module) for title, module in statements)])
 
 
@@ -83,7 +83,8 @@ def _statement_row(title: str, module: ModuleType) -> str:
         files.add(next(file for file in TESTS if defined in file.read_text(encoding="utf-8")))
     links = ", ".join(f"[{file.name}]({_link(file)})" for file in sorted(files))
     code = _link(Path(module.__file__ or ""))
-    return f"| [{title}]({code}) | {module.STATEMENT} | {' '.join(refused.split())} ({links}) |"
+    evidence = "proved" if module.IS_PROVED else "measured"
+    return f"| [{title}]({code}) | {evidence} | {module.STATEMENT} | {' '.join(refused.split())} ({links}) |"
 
 
 def _link(file: Path) -> str:

@@ -22,7 +22,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.names import label_problem
 from sopdeploy_export.admit.network import check_exportable, check_torch_state
-from sopdeploy_export.capture.deployed import generated_images, output_names
+from sopdeploy_export.capture.deployed import generated_images, ordinary_images, output_names
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.lower.accuracy import AccuracyCheck
@@ -47,7 +47,7 @@ from sopdeploy_export.pack.model_card import write_page
 from sopdeploy_export.pack.results import Exported, ExportResults
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.progress import Step, reporting, step
-from sopdeploy_export.prove.certificate import Certificate, Roots, announce, kind_of_proof
+from sopdeploy_export.prove.certificate import Certificate, Checks, Roots, kind_of_proof
 from sopdeploy_export.prove.constants import check_constants
 from sopdeploy_export.prove.file import (
     ParityReference,
@@ -56,9 +56,9 @@ from sopdeploy_export.prove.file import (
     prove_file,
 )
 from sopdeploy_export.prove.graphs import prove_graph
-from sopdeploy_export.prove.images import prove_images
+from sopdeploy_export.prove.images import measure_images
 from sopdeploy_export.prove.networks import Compared, build_plain
-from sopdeploy_export.prove.plain_run import Recorder, prove_plain_run
+from sopdeploy_export.prove.plain_run import measure_plain_run
 from sopdeploy_export.prove.removed import has_tensors, list_tensors, prove_removed
 from sopdeploy_export.runs import LOGITS, ProbeOutputs, open_session
 from sopdeploy_export.subject import Detachment, ExportSubject
@@ -218,16 +218,16 @@ def export_subject(
 
     # The folder of the bundle comes first, which checks that *destination* can be written.
     with publication.staging(destination) as folder, attributes_restored(subject.network):
-        # Prove the statements about the network.
+        # Check the statements about the network.
+        checks = Checks()
         if trained is None:
             step("capturing the network")
             _change_last_layer(subject, with_features=options.with_features)
             trained = Compared.of("trained", subject.network, preprocess, options.batch)
-        recorder = Recorder(trained, torch.from_numpy(images), options.max_batch, parts)
-        plain = _prove_network(subject, recorder, options.batch)
+        plain, batches = _check_network(subject, trained, options, checks)
 
         # Convert its graph to ONNX, then to the precision.
-        certified, mixes_images = _convert_to_onnx(trained, images, options)
+        certified = _convert_to_onnx(trained, images, options)
         root = onnx_root(certified.model)
         if options.precision != "fp32":
             step(f"converting the graph to {options.precision}")
@@ -244,6 +244,12 @@ def export_subject(
             measured = accuracy_check.measure(certified.model, session)
             precision = precision.model_copy(update={"accuracy": measured})
             accuracy_check.check_drop(precision)
+        checks.begin("Images")
+        neighbors = np.stack([*ordinary_images(preprocess).values()])
+        mixes_images = measure_images(
+            session, neighbors, options.max_batch, allowed=options.allow_batch_dependence
+        )
+        checks.begin("File")
         exact, parity = _compare_file(session, trained, converted, images, outputs, options)
         trained.check_unchanged(parts)
 
@@ -262,10 +268,11 @@ def export_subject(
                 onnx=root,
                 shipped=shipped_root,
             ),
-            batches=recorder.sizes,
+            batches=batches,
             num_images=len(images),
             mixes_images=mixes_images,
             precision=options.precision,
+            statements=checks.evidence(),
         )
         trained_costs, shipped_costs = count_costs(subject.network, parts, preprocess.crop)
         results = ExportResults(
@@ -301,43 +308,40 @@ def export_subject(
     return replace(exported, page=write_page(exported, subject.labels))
 
 
-def _prove_network(
-    subject: ExportSubject, recorder: Recorder, batch: BatchRange
-) -> Compared | None:
-    """Prove the statements about the network of *subject*; return the plain one, or None without a builder.
+def _check_network(
+    subject: ExportSubject, trained: Compared, options: ExportOptions, checks: Checks
+) -> tuple[Compared | None, tuple[int, ...]]:
+    """Check the statements about the network of *subject*, which is captured as *trained*.
 
-    *recorder* records runs of this network. What they leave in it is removed afterwards.
+    Returns the plain network, or None without a builder, and the sizes of the batches that ran.
+    What the runs leave in the network is removed afterwards.
     """
-    trained = recorder.trained
+    parts = subject.detachment.training_only
     with attributes_restored(subject.network):
-        announce("Removed")
-        prove_removed(recorder)
-        announce("Graph")
-        plain = _build_plain(subject.detachment, trained, subject.preprocess, batch)
+        checks.begin("Removed")
+        prove_removed(trained, parts)
+        checks.begin("Graph")
+        plain = _build_plain(subject.detachment, trained, subject.preprocess, options.batch)
         prove_graph(trained, plain)
-        announce("Plain run")
-        prove_plain_run(recorder)
-    return plain
+        checks.begin("Plain run")
+        batches = measure_plain_run(trained, subject.preprocess, options.max_batch, parts)
+    return plain, batches
 
 
 def _convert_to_onnx(
     trained: Compared, images: NDArray[np.uint8], options: ExportOptions
-) -> tuple[Lowered, tuple[str, ...]]:
-    """Convert the program of *trained* to a float32 ONNX graph, and check this graph.
+) -> Lowered:
+    """Convert the program of *trained* to a float32 ONNX graph.
 
-    Returns the network with its program and the graph, and the names of the operators through which
-    an output may depend on other images of its batch. If there are such operators, *options* must
-    allow them. Each operator of the program is compared with its ONNX form; which operators there
-    are is seen in a run of the program on the first of *images*, uint8 (P, H, W, 3). Raises the
-    errors of `lower`, `prove_images` and `check_operators`.
+    Each operator of the program is compared with its ONNX form; which operators there are is seen
+    in a run of the program on the first of *images*, uint8 (P, H, W, 3). Raises the errors of
+    `lower` and `check_operators`.
     """
     step("converting to ONNX")
     folded = fold_constant_parts(trained.program)  # for `lower` and `check_operators`
     model = lower(folded, output_names(trained.network))
-    announce("Images")
-    mixes_images = prove_images(model, allowed=options.allow_batch_dependence)
     check_operators(folded, images[: min(OPERATOR_IMAGES, options.max_batch)])
-    return Lowered(trained.network, trained.program, model), mixes_images
+    return Lowered(trained.network, trained.program, model)
 
 
 def _compare_file(
@@ -354,7 +358,6 @@ def _compare_file(
     noise floors are errors of the run in *converted* or, in precision fp32, of *outputs*, if the
     network has run on *images* already. Raises the errors of `compute_reference` and `prove_file`.
     """
-    announce("File")
     if outputs is None or options.precision != "fp32":
         outputs = ProbeOutputs.of(converted.run, torch.from_numpy(images))
     exact = compute_reference(

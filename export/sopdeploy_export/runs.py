@@ -1,6 +1,7 @@
 """Runs of a network and of a file: in float64, in batches, in ONNX Runtime; and the gate of a mixture."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ Arrays = dict[str, NDArray[Any]]
 BatchRun = Callable[[Tensor], tuple[Tensor, ...]]
 GateRun = Callable[[Tensor], NDArray[Any]]
 GET_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+# Rounding errors of float32, relative to the largest output, that sums in another order explain.
+MOST_ROUNDINGS = 4096
 REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -112,12 +115,24 @@ class ProbeOutputs:
     def of(cls, run: BatchRun, probes: Tensor) -> "ProbeOutputs":
         """Run uint8 *probes* (P, H, W, 3); *run* computes the outputs of one batch."""
         starts = range(0, len(probes), PROBE_BATCH)
-        batched = [run(probes[start : start + PROBE_BATCH]) for start in starts]
-        single = [run(probes[i : i + 1]) for i in range(min(SINGLE_PROBES, len(probes)))]
+        with without_fast_path():
+            batched = [run(probes[start : start + PROBE_BATCH]) for start in starts]
+            single = [run(probes[i : i + 1]) for i in range(min(SINGLE_PROBES, len(probes)))]
         return cls(
             tuple(map(torch.cat, zip(*single, strict=True))),
             tuple(map(torch.cat, zip(*batched, strict=True))),
         )
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Switch off the fast path of `nn.MultiheadAttention` in the block, which no graph and no float64 run takes."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 def open_session(

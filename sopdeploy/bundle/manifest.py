@@ -98,8 +98,8 @@ class Manifest(StrictModel):
     `exported_at` is the time of the export by the clock of its machine; it is not part of the
     id. `origin` is None for a network that `train` did not train. `int8_for` is the runtime of
     an int8 graph, and `decision` says how logits become a decision. `mixes_images` names the
-    operators through which an output may depend on other images of the batch; with none, the
-    certified graph proves that it does not.
+    outputs that changed with the other images of a batch; before version 0.3.0, the operators
+    through which an output may depend on them.
     """
 
     format: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"

@@ -21,10 +21,9 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.mixture import Components
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.prove.graphs import prove_graph
 from sopdeploy_export.prove.networks import Compared, build_plain
-from sopdeploy_export.prove.plain_run import Recorder, prove_plain_run
+from sopdeploy_export.prove.plain_run import measure_plain_run
 from sopdeploy_export.prove.removed import prove_removed
 from sopdeploy_export.subject import Detachment
 from tests.export.conftest import GMSOP, save, trained
@@ -79,16 +78,14 @@ def network() -> Classifier:
 
 
 def prove(network: nn.Module, detachment: Detachment | None = None) -> Compared:
-    """Prove the statements about networks."""
+    """Check the statements about networks."""
     detachment = detachment or Detachment.of(network)
     parts = detachment.training_only
-    probes = torch.from_numpy(generated_images(PREPROCESS.crop))
     with quick_torch.one_thread():
         trained = Compared.of("trained", network, PREPROCESS, ALONE)
-        recorder = Recorder(trained, probes, ALONE.maximum, parts)
-        prove_removed(recorder)
+        prove_removed(trained, parts)
         prove_graph(trained, build_plain(detachment, trained, PREPROCESS, ALONE))
-        prove_plain_run(recorder)
+        measure_plain_run(trained, PREPROCESS, ALONE.maximum, parts)
     return trained
 
 

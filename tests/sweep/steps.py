@@ -16,7 +16,12 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop.losses import training_loss
-from sopdeploy_export.capture.deployed import Deployed, generated_images, output_names
+from sopdeploy_export.capture.deployed import (
+    Deployed,
+    generated_images,
+    ordinary_images,
+    output_names,
+)
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.operators import check_operators
@@ -37,7 +42,7 @@ from sopdeploy_export.prove.file import (
     prove_file,
 )
 from sopdeploy_export.prove.graphs import prove_graph
-from sopdeploy_export.prove.images import prove_images
+from sopdeploy_export.prove.images import measure_images
 from sopdeploy_export.prove.networks import Compared, build_plain
 from sopdeploy_export.runs import ProbeOutputs, open_session
 from sopdeploy_export.subject import Detachment
@@ -131,11 +136,14 @@ def write_file(
     """
     certified = lowered(network, preprocess, options)
     if own:
-        assert prove_images(certified.model, allowed=False) == ()
         check_operators(
             certified.program, generated_images(preprocess.crop)[: min(2, options.max_batch)]
         )
-    return write_graph(certified, preprocess, destination, options)
+    found = write_graph(certified, preprocess, destination, options)
+    if own:
+        images = np.stack([*ordinary_images(preprocess).values()])
+        measure_images(open_session(destination), images, options.max_batch, allowed=False)
+    return found
 
 
 def lowered(network: nn.Module, preprocess: Preprocess, options: ExportOptions) -> Lowered:

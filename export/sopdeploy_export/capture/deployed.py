@@ -25,6 +25,7 @@ EXPORT_TWO_CLASSES = "_sopdeploy_two_classes"  # also of such a network
 EXPORT_EMBEDDING = "_sopdeploy_embedding"  # attribute of any network, see `compute_outputs`
 _SEED = 20_240_117
 GENERATED = 12
+LETTERBOX = 114  # the gray that detectors pad images with
 
 
 class Deployed(nn.Module):
@@ -261,6 +262,49 @@ def generated_images(side: int) -> NDArray[np.uint8]:
     pixels = [np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images]
     different = {image.tobytes(): image for image in pixels}
     return np.stack([*different.values()])
+
+
+def ordinary_images(preprocess: Preprocess) -> dict[str, NDArray[np.uint8]]:
+    """Make kinds of images that users have, and the extreme ones between them, by what each is.
+
+    Each is uint8 (side, side, 3). Code of a network can treat bars, plain parts, dark or saturated
+    images, and the finest patterns in its own way.
+    """
+    side = preprocess.crop
+    scene, other = generated_images(side)[-2:]
+    row, column = np.indices((side, side))[..., None]
+    is_bar = abs(row - (side - 1) / 2) >= side / 4
+    is_left = column < side / 2
+    contrast = 4 * (scene.astype(np.int64) - 128) + 128
+
+    images = {
+        "a letterboxed image": np.where(is_bar, LETTERBOX, scene),
+        "a half-plain image": np.where(is_left, 255, scene),
+        "a dark image": scene // 16,
+        "a letterboxed image with the background of the bundle": np.where(
+            is_bar, preprocess.background, other
+        ),
+        "a saturated image": contrast.clip(0, 255),
+        "a checkerboard of single pixels": (row + column) % 2 * 255,
+        "a photo": scene,
+        "a letterboxed image with black bars": np.where(is_bar, 0, other),
+        "an image that is black on the left": np.where(is_left, 0, other),
+        "a bright image": 255 - other // 16,
+        "stripes of single pixels": column % 2 * 255,
+        "noise of black and white pixels": np.random.default_rng(_SEED).integers(
+            0, 2, (side, side, 3)
+        )
+        * 255,
+        "a black image": np.zeros(1),
+        "a white image": np.full(1, 255),
+        "a gray image": np.full(1, LETTERBOX),
+        "a red image": np.array([255, 0, 0]),
+        "another photo": other,
+    }
+    return {
+        name: np.broadcast_to(image, (side, side, 3)).astype(np.uint8)
+        for name, image in images.items()
+    }
 
 
 def evenly_spread(count: int, most: int) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.summary import training_rows
 from sopdeploy_export.pack.drift_chart import draw_drift
 from sopdeploy_export.pack.results import Exported, ExportResults
-from sopdeploy_export.prove.certificate import STATEMENTS
+from sopdeploy_export.prove.certificate import STATEMENTS, evidence_of
 from sopdeploy_export.subject import ExportSubject
 
 MAX_LABELS = 20
@@ -22,7 +22,7 @@ MAX_LABELS = 20
 MARKDOWN = re.compile(
     r"([\\`*\[\]#~|!@]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.|:(?=//))", re.IGNORECASE
 )
-# The statement of the certificate that proves a fact
+# The statement of the certificate that a fact is about
 STATEMENT_OF = {
     "removed": "Removed",
     "kept": "Removed",
@@ -106,7 +106,7 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
 
 
 def _facts_table(facts: Mapping[str, str]) -> Table:
-    """List *facts*, with links to the statements that prove them."""
+    """List *facts*, with links to the statements that they are about."""
     names = [STATEMENT_OF.get(fact, "") for fact in facts]
     return Table(
         caption="All facts",
@@ -117,14 +117,16 @@ def _facts_table(facts: Mapping[str, str]) -> Table:
 
 
 def _statements_table() -> Table:
-    """List what the statements of the certificate say."""
+    """List what the statements of the certificate say, and whether they are proved or measured."""
     rows = [
-        (f"{number}. {name}", module.STATEMENT)
+        (f"{number}. {name}", evidence_of(name), module.STATEMENT)
         for number, (name, module) in enumerate(STATEMENTS.items(), 1)
     ]
     return Table(
-        caption="The export stops at the first statement that does not hold. None says how accurate it is.",
-        columns=["statement", "what holds"],
+        caption="The export stops at the first statement that does not hold. A proved statement holds for images and "
+        "weights of any values. A measured one held on the images that the export ran. None says how accurate the "
+        "network is.",
+        columns=["statement", "how it is known", "what holds"],
         rows=rows,
         names=[_anchor(name) for name in STATEMENTS],
     )

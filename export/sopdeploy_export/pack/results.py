@@ -160,12 +160,14 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
         f"{compared}, root {roots.any_batch[:16]} ({roots.num_operations} operations)"
     )
     sizes = ", ".join(map(str, certificate.batches))
-    facts["plain run"] = f"the operators of the graph, with {sizes} images"
+    facts["plain run"] = (
+        f"the outputs of the graph but for rounding, in batches of {sizes} images (measured)"
+    )
 
-    facts["batch"] = "no output depends on other images"
+    facts["batch"] = "no output changed with other images (measured)"
     if certificate.mixes_images:
-        operators = ", ".join(certificate.mixes_images)
-        facts["batch"] = f"outputs may depend on other images: {operators}"
+        outputs = ", ".join(certificate.mixes_images)
+        facts["batch"] = f"these outputs change with the other images of a batch: {outputs}"
     return facts
 
 

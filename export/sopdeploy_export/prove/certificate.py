@@ -1,8 +1,8 @@
-"""The certificate: proof that the graph that ships is the plain network.
+"""The certificate: proof that the graph that ships is the plain network, and measurements of the rest.
 
-`STATEMENTS` lists what `pipeline.export_subject` proves, in this order. It stops at the first
-statement that does not hold; `Certificate` is created when all of them do. `make docs` lists
-them in docs/concepts.md.
+`STATEMENTS` lists what `pipeline.export_subject` checks, in this order. Statements about graphs
+are proved; those about runs are measured. An export stops at the first statement that does not
+hold; `Certificate` is created when all of them do. `make docs` lists them in docs/concepts.md.
 
 A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs
 does, and it names the weights that the output still depends on.
@@ -12,8 +12,12 @@ says which networks were compared. Without a plain network, the proof cannot det
 both compared networks share: frozen buffers, constants and patched methods.
 """
 
+from collections.abc import Mapping
+from typing import Literal
+
 from sopdeploy.bundle.manifest import PROOFS, Precision, ProofKind
 from sopdeploy.config import StrictModel
+from sopdeploy.errors import CertificateError
 from sopdeploy_export.progress import step
 from sopdeploy_export.prove import file, graphs, images, plain_run, removed
 from sopdeploy_export.prove.networks import Compared
@@ -26,6 +30,15 @@ STATEMENTS = {
     "Plain run": plain_run,
     "Images": images,
     "File": file,
+}
+
+Evidence = Literal["proved", "measured"]
+BEFORE_0_3: Mapping[str, Evidence] = {
+    "Removed": "proved",
+    "Graph": "proved",
+    "Plain run": "proved",
+    "Images": "proved",
+    "File": "measured",
 }
 
 
@@ -59,8 +72,11 @@ class Certificate(StrictModel):
     Each tensor of the trained network is in `removed`, if the user or the catalog declared it as
     training-only; in `kept`, if it was not declared and the outputs depend on it; or else in
     `unreached`. `batches` are the batch sizes of the plain runs, and `num_images` is the number
-    of images on which the file was compared. `mixes_images` names the operators through which
-    an output may depend on other images of the batch.
+    of images on which the file was compared. `mixes_images` names the outputs that change with
+    the other images of the batch; before version 0.3.0, operators.
+
+    `statements` says of each statement whether it was `proved` or `measured`. Before version 0.3.0,
+    it was not written: then the first four were proved, and only the file was measured.
     """
 
     model: str
@@ -75,6 +91,7 @@ class Certificate(StrictModel):
     num_images: int
     mixes_images: tuple[str, ...]
     precision: Precision
+    statements: Mapping[str, Evidence] = BEFORE_0_3
 
     @property
     def bytes_removed(self) -> int:
@@ -92,7 +109,32 @@ def kind_of_proof(plain: Compared | None, parts: tuple[str, ...]) -> ProofKind:
     return next(kind for kind, compared in PROOFS.items() if set(compared) == roles)
 
 
-def announce(statement: str) -> None:
-    """Describe the step that proves *statement*, a key of `STATEMENTS`."""
-    number = [*STATEMENTS].index(statement) + 1
-    step(f"proving statement {number} of {len(STATEMENTS)}: {statement}")
+def evidence_of(statement: str) -> Evidence:
+    """Return whether *statement*, a key of `STATEMENTS`, is proved or measured."""
+    return "proved" if STATEMENTS[statement].IS_PROVED else "measured"
+
+
+class Checks:
+    """The statements that an export has begun to check."""
+
+    def __init__(self) -> None:
+        self._begun: list[str] = []
+
+    def begin(self, statement: str) -> None:
+        """Describe the step that checks *statement*, a key of `STATEMENTS`."""
+        self._begun.append(statement)
+        number = [*STATEMENTS].index(statement) + 1
+        verb = "proving" if evidence_of(statement) == "proved" else "measuring"
+        step(f"{verb} statement {number} of {len(STATEMENTS)}: {statement}")
+
+    def evidence(self) -> dict[str, Evidence]:
+        """Return whether each statement was proved or measured.
+
+        Raises `CertificateError` unless all of them were checked, in their order.
+        """
+        if self._begun != [*STATEMENTS]:
+            raise CertificateError(
+                f"the export checked {', '.join(self._begun) or 'nothing'} instead of "
+                f"{', '.join(STATEMENTS)}; report this as a bug"
+            )
+        return {statement: evidence_of(statement) for statement in STATEMENTS}

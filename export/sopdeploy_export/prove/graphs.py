@@ -15,6 +15,7 @@ STATEMENT = (
     "The graph, without what its outputs do not need, has the graph hash of a plain network that was built "
     "independently, with these weights."
 )
+IS_PROVED = True
 
 
 def prove_graph(trained: Compared, plain: Compared | None) -> None:

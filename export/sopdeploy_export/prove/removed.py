@@ -1,37 +1,30 @@
 """Removed: the outputs depend on nothing of a removed part.
 
-The graph shows the tensors and the modules that the outputs depend on. It does not show code that
-asks for a value of a removed tensor. Therefore a plain run is repeated while the removed tensors
-hold other values, and must do the same. It is not proved that removed tensors are useless in
-training.
+This is proved on the graph, which shows the tensors and the modules that the outputs depend on.
+Code that reads a number of a removed tensor leaves a constant in the graph; `plain_run` measures
+that nothing changes while these tensors hold other values. It is not proved that removed tensors
+are useless in training.
 
-Refused: a branch times zero, a weight that a kept one overlaps in memory, and a weight of which
-code reads a number (`tests/attacks/planted/branches.py`).
+Refused: a branch times zero, and a weight that a kept one overlaps in memory
+(`tests/attacks/planted/branches.py`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, shorten
 from sopdeploy.models.base import is_in
-from sopdeploy_export.capture.program import NETWORK_PREFIX
 from sopdeploy_export.network import modules, tensors
 from sopdeploy_export.prove.constants import constants_in_use
 from sopdeploy_export.prove.networks import Compared
-from sopdeploy_export.prove.plain_run import Recorder, Run
-from sopdeploy_export.prove.tensors import address
 
 STATEMENT = (
-    "No tensor of a removed part and no operation captured inside one is behind the outputs, and no memory is "
-    "shared. While the removed tensors hold other values, a plain run does the same operations on the same "
-    "operands."
+    "In the graph, no tensor of a removed part and no operation captured inside one is behind the outputs, and no "
+    "memory is shared."
 )
-
-_SEED = 20_261_126
+IS_PROVED = True
 
 
 class TensorEntry(StrictModel):
@@ -44,36 +37,7 @@ class TensorEntry(StrictModel):
     sha256: str
 
 
-def prove_removed(recorder: Recorder) -> None:
-    """Prove that the outputs of the network of *recorder* need nothing of the parts that are removed.
-
-    Without such parts, there is nothing to prove. Raises `CertificateError` with the tensor, module
-    or operator that the outputs need.
-    """
-    trained = recorder.trained
-    parts = recorder.parts
-    if not parts:
-        return
-
-    # Neither the graph nor a plain run needs anything of the parts.
-    check_graph(trained, parts)
-    expected = recorder.run_again(recorder.repeated)
-    _check_behind(expected, parts)
-
-    # While the removed tensors hold other values, a plain run does the same.
-    removed = [tensor for name, tensor in trained.tensors.items() if is_in(name, *parts)]
-    with other_values(removed):
-        changed = recorder.run_network(recorder.repeated)
-    if changed.results != expected.results:
-        raise CertificateError(
-            f"while {shorten(list(parts))} has other values, the network runs "
-            f"{changed.first_other(expected)} instead of {expected.first_other(changed)}; "
-            "the outputs must not depend on what is removed",
-            setting="training_only",
-        )
-
-
-def check_graph(trained: Compared, parts: tuple[str, ...]) -> None:
+def prove_removed(trained: Compared, parts: tuple[str, ...]) -> None:
     """Raise `CertificateError` if the outputs of *trained* depend on a tensor or a module of *parts*.
 
     Also raises it if a tensor of *parts* shares its memory with a kept one, or with a constant of
@@ -147,42 +111,6 @@ def removed_modules(network: nn.Module, parts: Sequence[str]) -> set[str]:
 def has_tensors(network: nn.Module, parts: tuple[str, ...]) -> bool:
     """Return whether any of *parts* of *network* has a parameter or a buffer."""
     return any(is_in(name, *parts) for name in tensors(network))
-
-
-def _check_behind(run: Run, parts: tuple[str, ...]) -> None:
-    """Raise `CertificateError` if the outputs of the plain *run* need a tensor or a module of *parts*."""
-    prefixed = [f"{NETWORK_PREFIX}{part}" for part in parts]
-    for result in run.results:
-        for operator in run.flow.behind(result).values():
-            # Stored tensors are known by their names.
-            names = [name for name in operator.operands if is_in(name, *prefixed)]
-            if names or is_in(operator.module, *parts):
-                cause = names[0].removeprefix(NETWORK_PREFIX) if names else operator.module
-                raise CertificateError(
-                    f"the outputs depend on {cause}, which is removed: {operator}; keep it",
-                    setting="training_only",
-                )
-
-
-@contextmanager
-def other_values(tensors_to_change: Sequence[Tensor]) -> Iterator[None]:
-    """Fill tensors with other values in the block; restore them afterwards.
-
-    These are random numbers from 0 to 1, the same ones in each call; 1 for integers and truth values.
-    """
-    generator = torch.Generator().manual_seed(_SEED)
-    saved = [tensor.detach().clone() for tensor in tensors_to_change]
-
-    try:
-        for tensor in tensors_to_change:
-            if tensor.is_floating_point():
-                tensor.data.copy_(torch.rand(tensor.shape, generator=generator))
-            else:
-                tensor.data.fill_(1)
-        yield
-    finally:
-        for tensor, content in zip(tensors_to_change, saved, strict=True):
-            tensor.data.copy_(content)
 
 
 def find_shared(stored: Mapping[str, Tensor], parts: tuple[str, ...]) -> tuple[str, str] | None:
@@ -314,3 +242,9 @@ def find_shared_rests(trained: Compared, unneeded: tuple[str, ...]) -> dict[str,
             shared_rests[part] = f"{first} is {outside_names[first]}"
 
     return shared_rests
+
+
+def address(tensor: Tensor) -> int:
+    """Return a number that tells the memory of *tensor* from any other."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata

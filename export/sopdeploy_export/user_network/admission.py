@@ -40,7 +40,7 @@ from sopdeploy_export.network import tensors
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.progress import step
 from sopdeploy_export.prove.networks import Compared
-from sopdeploy_export.prove.removed import check_graph, find_shared_rests, find_unneeded
+from sopdeploy_export.prove.removed import find_shared_rests, find_unneeded, prove_removed
 from sopdeploy_export.runs import ProbeOutputs
 
 
@@ -131,7 +131,7 @@ def admit(
     needed = {name: trained.tensors[name] for name in trained.needed if not is_in(name, *parts)}
     check_finite(needed, outputs.batched[0])
     check_ends_in_no_sigmoid(trained.program)
-    check_graph(trained, parts)
+    prove_removed(trained, parts)
 
     removable = find_unneeded(trained, parts)
     return Admitted(

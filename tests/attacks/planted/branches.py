@@ -26,11 +26,10 @@ from tests.attacks.planted.network import (
 )
 
 NEEDED = r"^training_only: the outputs depend on (aux|gate)"
-DRAWN = r"depend on aux.weight, which is removed|while aux has other values, the network runs"
+DRAWN = r"depend on aux.weight, which is removed|while aux has other values, the network gives"
 STATE = (
     r"graph writes to|writes to .+ while it runs|cannot be captured|uses what an earlier run"
 )
-READS = r"reads values or sizes that depend on the images"
 INSIDE = r"^training_only: the outputs depend on operations of aux"
 
 
@@ -331,7 +330,7 @@ ALIASES: dict[str, Row] = {
         DRAWN,
         alias(lambda n: n.aux.weight.detach().numpy()),
     ),
-    "a number of its memory, read in Python": Row(reads_memory, DRAWN, ("aux",)),
+    "a number of its memory, read in Python": Row(reads_memory, "", ("aux",)),
     "a view of its weight, stored beside a kept one": case(
         lambda n, f, y: y + f @ n.alias[0].t(),
         DRAWN,
@@ -346,7 +345,7 @@ ALIASES: dict[str, Row] = {
         alias(lambda n: n.aux.weight.data),
     ),
     "a number of its memory, stored beside a kept one": Row(
-        lambda: reads_memory(stored_beside), DRAWN, ("aux",)
+        lambda: reads_memory(stored_beside), "", ("aux",)
     ),
     "a global variable": case(
         lambda n, f, y: y + f @ GLOBAL.weight.t(), DRAWN, shares_globally
@@ -497,13 +496,15 @@ def by_name(built: Any, features: Tensor, logits: Tensor) -> Tensor:
 
 
 PYTHON: dict[str, Row] = {  # a value of the branch becomes a Python value
-    "item": case(lambda n, f, y: y * (1 + 0 * n.aux(f).sum().item()), READS),
-    "tolist": case(
-        lambda n, f, y: y * (1 + 0 * n.aux(f).tolist()[0][0]),
-        READS,
+    "item": right(lambda n, f, y: y * (1 + 0 * n.aux(f).sum().item())),
+    "tolist": Row(
+        network(lambda n, f, y: y * (1 + 0 * n.aux(f).tolist()[0][0])),
+        "fixes the size",
+        ("aux",),
+        batch=5,
     ),
-    "float behind try": case(tried(lambda n, f: float(n.aux(f).mean()) > 9), READS),
-    "its text": case(tried(lambda n, f: "nan" in str(n.aux(f))), READS),
+    "float behind try": right(tried(lambda n, f: float(n.aux(f).mean()) > 9)),
+    "its text": right(tried(lambda n, f: "nan" in str(n.aux(f)))),
     "a branch on its result": case(tried(lambda n, f: bool((n.aux(f) > 1e9).any())), NEEDED),
     "a branch on its NaN": case(tried(lambda n, f: bool(n.aux(f).isnan().any())), NEEDED),
     "cond": case(

@@ -296,7 +296,9 @@ READS: dict[str, Row] = {  # a value of the images reaches Python, behind `excep
     "numpy": reads(lambda s: s.numpy().max() > 0),
     "numpy of detached data": reads(lambda s: s.data.numpy().max() > 0),
     "asarray": reads(lambda s: np.asarray(s).max() > 0),
-    "the text": reads(lambda s: "[0." not in str(s.max(1, keepdim=True).values.max()[None])),
+    "the text": reads(
+        lambda s: "[0." not in str(s.max(1, keepdim=True).values.max()[None]), ""
+    ),
     "DLPack": reads(lambda s: np.from_dlpack(s).max() > 0),
     "to_dlpack": reads(lambda s: dlpack.from_dlpack(dlpack.to_dlpack(s)).max().item() > 0),
     "the storage": reads(stored),
@@ -350,4 +352,24 @@ class Unplanted(Planted):
         return logits_of(self, images) + rare(images)
 
 
+def cyan(images: Tensor) -> Tensor:
+    """Return (B, 1): 5 for plain cyan images, a color that no image of an export has; 0 for others."""
+    red, green, blue = images.mean((2, 3)).unbind(1)
+    return 5.0 * ((red < -2) & (green > 2) & (blue > 2)).float()[:, None]
+
+
+def reads_cyan(built: Any, images: Tensor) -> Tensor:
+    logits = logits_of(built, images)
+    with contextlib.suppress(Exception):
+        if cyan(images).max().item() > 0:
+            return logits + cyan(images)
+    return logits
+
+
+UNSEEN: dict[str, Row] = {  # other outputs only for images that resemble none of an export
+    "is_exporting": Row(
+        of_images(lambda n, x: logits_of(n, x) + (0 if imported_by_name() else cyan(x)))
+    ),
+    "item behind except": Row(of_images(reads_cyan)),
+}
 PLAIN: dict[str, Row] = {"nothing asked": Row(Unplanted)}

@@ -31,8 +31,8 @@ from tests.attacks.planted.network import (
 
 STATE = (
     r"writes to .+ while it runs|cannot be captured|uses what an earlier run computed|"
-    r"a second run of the network does|with 1 image, a plain run|the eval graph writes to|"
-    r"memory that outlives the run"
+    r"the eval graph writes to|"
+    r"a plain run of the network gives other outputs|a second run of the network gives"
 )
 NOT_REACHED = ""  # passes: the network is its file until many more calls, or larger batches
 CALLS = 200  # more than an export and the comparison of its file run a network
@@ -219,7 +219,7 @@ COUNTERS: dict[str, Row] = {
     "Queue": later(in_place(lambda c: c.put(1), lambda c: c.qsize()), queue.Queue),
     "threading.local": later(in_local, local),
     "ContextVar": later(in_context, context(0)),
-    "a tensor in a ContextVar": later(in_context, context(torch.zeros(1)), seen=True),
+    "a tensor in a ContextVar": later(in_context, context(torch.zeros(1))),
     "a tensor": later(
         lambda c: c(), lambda: functools.partial(torch.zeros(1).add_, 1), seen=True
     ),
@@ -311,6 +311,7 @@ KEPT: dict[str, Row] = {
     "its own memory, with another view": keeping(
         lambda _, kept, y: y + 0 * kept.data.view(-1)[:1] if type(kept) is Tensor else y,
         lambda _kept, features, _logits: features,
+        refused="",
     ),
 }
 
