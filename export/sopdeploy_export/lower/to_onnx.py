@@ -27,6 +27,7 @@ from onnxscript.values import TracedOnnxFunction
 from onnxscript.version_converter import convert_version
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.onnx._internal.exporter import _core, _decomp, _flags, _fx_passes, _ir_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.fx.passes import InsertTypePromotion, type_promotion
@@ -37,7 +38,6 @@ from sopdeploy.errors import LoweringError, first_line
 from sopdeploy_export.admit.network import check_file_size
 from sopdeploy_export.capture.deployed import INPUT
 from sopdeploy_export.capture.failures import (
-    DATA_DEPENDENT,
     DEPENDS_ON_VALUES,
     NO_CONTROL_FLOW,
 )
@@ -73,10 +73,12 @@ def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     *outputs* are the names of the outputs. A weight has its name in the network, unless another
     tensor has this name. The nodes keep one record of metadata, `part`: the module that each belongs
     to. Raises `LoweringError` if the program computes in bfloat16, if an operator has no ONNX form,
-    if the weights exceed 2 GB, or if the graph has what `check_onnx` refuses.
+    if a size depends on values, if the weights exceed 2 GB, or if the graph has what `check_onnx` refuses.
     """
     _refuse_bfloat16(program)
-    model = to_ir(fold_constant_parts(program), [INPUT], outputs)
+    program = fold_constant_parts(program)
+    _refuse_sizes_of_values(program)
+    model = to_ir(program, [INPUT], outputs)
 
     # Of the metadata, only `part` stays: the module that a node belongs to, for messages.
     # `convert_precision` removes it, too.
@@ -118,6 +120,16 @@ def _refuse_bfloat16(program: ExportedProgram) -> None:
             raise LoweringError(
                 f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
                 "from forward"
+            )
+
+
+def _refuse_sizes_of_values(program: ExportedProgram) -> None:
+    """Raise `LoweringError` if a size in *program* depends on values, as the size of `x[mask]` does."""
+    for node in program.graph.nodes:
+        leaves = tree_leaves(node.meta.get("val"))
+        if any(isinstance(leaf, Tensor) and free_unbacked_symbols(leaf) for leaf in leaves):
+            raise LoweringError(
+                f"no ONNX form: {node.target} in {module_of(node)}; {DEPENDS_ON_VALUES}"
             )
 
 
@@ -265,8 +277,7 @@ def _describe_failure(error: BaseException, program: ExportedProgram) -> str:
             ]
             return f"{operator}{''.join(places)}; use other operators"
 
-    first_problem = problems[-1]
-    return DEPENDS_ON_VALUES if DATA_DEPENDENT.search(first_problem) else first_problem
+    return problems[-1]
 
 
 def _simplify(model: ir.Model) -> None:
@@ -326,7 +337,6 @@ def check_onnx(proto: onnx.ModelProto) -> None:
             part = next(
                 (item.value for item in node.metadata_props if item.key == "part"), "forward"
             )
-            reason = NO_CONTROL_FLOW
-            if node.op_type == "NonZero":
-                reason = DEPENDS_ON_VALUES
-            raise LoweringError(f"the graph contains {node.op_type} in {part}; {reason}")
+            raise LoweringError(
+                f"the graph contains {node.op_type} in {part}; {NO_CONTROL_FLOW}"
+            )

@@ -420,6 +420,17 @@ class StaysInTrainMode(nn.ReLU):
 
 
 EXPORTED: dict[str, Case] = {
+    "a metric that runs": (
+        with_parts(
+            lambda net, x: (
+                net.accuracy.update(net.fc(net.features(x)).argmax(1), 0),
+                logits(net, x),
+            )[1],
+            accuracy=Metric,
+        ),
+        {},
+        ONLY,
+    ),
     "a flag of a layer that is initialized": (
         flagged(lambda net: net.flag.item() == 0),
         {},
@@ -744,12 +755,12 @@ REFUSED: dict[str, Case] = {
     "values that a mask selects": (
         pooled(lambda _, f: f.mean((2, 3)) + f[f > 0.5].mean()),
         {},
-        r"aten\.index\.Tensor in the network \(idioms\.py:\d+\); use .* torch\.where$",
+        r"aten\.index\.Tensor in forward; its code depends on values of the image.*use torch\.where",
     ),
     "a sum into values that a mask selects": (
         pooled(adds_by_mask),
         {},
-        r"aten\.index\.Tensor in the network \(idioms\.py:\d+\); use .* torch\.where$",
+        r"aten\.index\.Tensor in forward; its code depends on values of the image.*use torch\.where",
     ),
     "a number that weights give": (
         flagged(lambda net: net.fc.weight.square().sum().item() < 0),
@@ -765,16 +776,5 @@ REFUSED: dict[str, Case] = {
         forward(lambda net, x: logits(net, x) if x.max().item() < 9 else x.mean((2, 3))),
         {},
         r"its code depends on values of the image",
-    ),
-    "a metric that runs": (
-        with_parts(
-            lambda net, x: (
-                net.accuracy.update(net.fc(net.features(x)).argmax(1), 0),
-                logits(net, x),
-            )[1],
-            accuracy=Metric,
-        ),
-        {},
-        r"accuracy",
     ),
 }
