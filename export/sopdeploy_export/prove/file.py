@@ -7,7 +7,9 @@ depend on the other images of the batch. A changed top class is an error unless 
 margin is so small that rounding can change it.
 
 The float32 run of the network and the float64 one are without torch's fast path. If they differ by
-more than `MOST_ROUNDINGS`, the floor is no rounding, and the export says so.
+more than `MOST_ROUNDINGS`, either the network enlarges rounding, as some untrained ones do, or its
+code computes something else in float32. In float64, weights that are changed by one rounding of
+float32 tell which; in the second case, the export says so.
 
 Tolerances are multiples of the noise floor: 16 in float32, where reordered sums and folded
 batch norms cause 1 to 4; 4 in a reduced precision, whose rounding the floor contains.
@@ -25,7 +27,8 @@ Refused: other components of a mixture (`test_another_form_than_the_dense_one_is
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,6 +75,10 @@ UNDECIDED = "train longer"
 # Four float32 rounding errors, relative to the value.
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
 FOUR_ROUNDINGS = 4 * FLOAT32_EPS
+# Errors of a float32 run, relative to the effect of weights that are changed by one rounding: a run
+# also rounds each result, and adds many.
+MOST_ENLARGED = 64
+_SEED = 20_261_129
 
 FlipCause = Literal["noise", "routing", "error"]
 FLOORS = 16.0
@@ -250,16 +257,8 @@ def compute_reference(
     names = output_names(deployed.network)
     pixels = torch.from_numpy(images)
 
-    # In float64. The modes also change the types that the network's code names, and the dtypes
-    # that it reads.
     gate_layer = find_gate(deployed.network)
-    with (
-        attributes_restored(deployed),
-        tensors_converted(deployed, _widened),
-        without_fast_path(),
-        ReportsFloat32(),
-        InFloat64(),  # type: ignore[no-untyped-call]
-    ):
+    with _in_float64(deployed, _widened):
         exact = run_in_batches(deployed, names, images, BATCH_IN_FLOAT64)
         exact_gate = None if gate_layer is None else gate_logits(deployed, pixels)
 
@@ -289,12 +288,20 @@ def compute_reference(
         _require_finite(name, exact[name], runs, precision)
         noise_floor[name] = _measure_noise(exact[name], runs, is_compared_P)
 
-    # In float32, a floor of thousands of roundings is no rounding.
+    # In float32, a floor of thousands of roundings is no rounding, unless the network enlarges it.
     unstable = None
-    for name, floor in noise_floor.items():
-        rounding = MOST_ROUNDINGS * FLOAT32_EPS * float(np.abs(exact[name]).max())
-        if precision == "fp32" and floor > rounding:
-            unstable = name
+    large = [
+        name
+        for name, floor in noise_floor.items()
+        if floor > MOST_ROUNDINGS * FLOAT32_EPS * float(np.abs(exact[name]).max())
+    ]
+    if large and precision == "fp32":
+        with _in_float64(deployed, _changed_by_rounding):
+            changed = run_in_batches(deployed, names, images, BATCH_IN_FLOAT64)
+        for name in large:
+            enlarged = float(np.abs(changed[name] - exact[name])[is_compared_P].max())
+            if noise_floor[name] > MOST_ENLARGED * enlarged:
+                unstable = name
 
     return ParityReference(
         outputs=exact,
@@ -319,6 +326,31 @@ def _measure_noise(
         errors = np.abs(rounded - exact[:count])[is_compared_P[:count]]
         noise_floor = max(noise_floor, float(errors.max(initial=0.0)))
     return noise_floor
+
+
+@contextmanager
+def _in_float64(deployed: Deployed, convert: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let *deployed* compute in float64 in the block, with tensors that *convert* makes of its own.
+
+    The modes also change the types that the network's code names, and the dtypes that it reads.
+    """
+    with (
+        attributes_restored(deployed),
+        tensors_converted(deployed, convert),
+        without_fast_path(),
+        ReportsFloat32(),
+        InFloat64(),  # type: ignore[no-untyped-call]
+    ):
+        yield
+
+
+def _changed_by_rounding(tensor: Tensor) -> Tensor:
+    """Convert *tensor* as `_widened` does, and change each number by one rounding of float32, up or down."""
+    if not tensor.is_floating_point():
+        return tensor
+    generator = torch.Generator().manual_seed(_SEED)
+    signs = 2 * torch.randint(0, 2, tensor.shape, generator=generator) - 1
+    return tensor.double() * (1 + FLOAT32_EPS * signs)
 
 
 def _widened(tensor: Tensor) -> Tensor:

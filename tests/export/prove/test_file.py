@@ -97,6 +97,49 @@ def test_the_reference_is_float64_also_if_the_code_of_the_network_names_float32(
     assert found.outputs["logits"].dtype == np.float64
 
 
+class OfMeans(nn.Module):
+    """Logits that *change* makes of a linear layer of the means of the colors."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.change, self.fc = change, nn.Linear(3, 5)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.change(self.fc(pixels.mean((2, 3))))
+
+
+def chaotic(steps: int) -> Callable[[Tensor], Tensor]:
+    """Return a function that enlarges rounding: steps of a logistic map."""
+
+    def change(x: Tensor) -> Tensor:
+        y = x.sigmoid()
+        for _ in range(steps):
+            y = 3.9 * y * (1 - y)
+        return y
+
+    return change
+
+
+UNSTABLE: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "a layer": (lambda x: x, False),
+    "rounding that grows": (chaotic(22), False),
+    "rounding that becomes everything": (chaotic(60), False),
+    "the first image of the batch": (lambda x: x + x[:1], True),
+    "the size of the batch": (lambda x: x * (2 if x.shape[0] == 1 else 1), True),
+    "another value for float32": (lambda x: x + (x.numpy().dtype == np.float32), True),
+}
+
+
+@pytest.mark.parametrize("case", UNSTABLE)
+def test_runs_that_differ_by_more_than_enlarged_rounding_are_named(
+    case: str, preprocess: Preprocess, probes: Tensor
+) -> None:
+    change, is_unstable = UNSTABLE[case]
+    found = compute_reference(Deployed(OfMeans(change).eval(), preprocess), probes.numpy())
+    assert found.unstable == ("logits" if is_unstable else None)
+
+
 def test_the_exported_file_stays_within_its_tolerance(measure: Measure) -> None:
     report = measure()
     assert report.passed
