@@ -5,6 +5,7 @@ import gc
 import os
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 
 _YOUNG_OBJECTS = 50_000  # threshold of the youngest garbage collector generation
 
@@ -17,13 +18,16 @@ def main() -> None:
     models NAME`.
 
     Names of files and classes are UTF-8. In other locales, such as `LC_ALL=C`, Python restarts
-    in UTF-8 mode.
+    in UTF-8 mode. What a terminal or pipe cannot show, as with `PYTHONIOENCODING=ascii`, is escaped.
     """
     if sys.getfilesystemencoding() != "utf-8":
         os.environ["PYTHONUTF8"] = "1"  # also for child processes
         # An option, because with -I or -X utf8=0 the variable has no effect.
         arguments = ["-X", "utf8", *sys.orig_argv[1:]]
         os.execv(sys.executable, [sys.executable, *arguments])  # noqa: S606 - the same program
+
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
     gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
     atexit.register(gc.freeze)  # excludes all objects from the collection at exit

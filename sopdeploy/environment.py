@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sopdeploy.errors import ConfigError, MissingPackageError, SopdeployError
+from sopdeploy.errors import ConfigError, MissingPackageError, SopdeployError, first_line
 
 CPUINFO = Path("/proc/cpuinfo")  # Linux only
 # Linux only
@@ -136,23 +136,39 @@ def install_hint(package: str, source: str) -> str:
     return f'{package} is not installed; run: pip install "{source}"'
 
 
+def describe_failed_import(error: ImportError, package: str, source: str) -> str:
+    """Say why *package* raised *error* and what to do; *source* is that of `install_hint`.
+
+    A package that is there may fail, too: its libraries do not fit into the memory, or into the system.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ModuleNotFoundError):
+            return install_hint(package, source)
+        cause = cause.__cause__
+
+    reason = f"{package} is installed, but cannot be loaded ({first_line(error)})"
+    return f"{reason}; allow more memory, or install it again"
+
+
 def import_optional(
     module: str, package: str, source: str, error: type[SopdeployError], needed_by: str = ""
 ) -> Any:
-    """Import *module* of *package*; if it is missing, raise *error* with *needed_by* and an install hint."""
+    """Import *module* of *package*; if that fails, raise *error* with *needed_by* and what to do."""
     try:
         return importlib.import_module(module)
     except ImportError as problem:
         prefix = f"{needed_by}: " if needed_by else ""
-        raise error(prefix + install_hint(package, source)) from problem
+        raise error(prefix + describe_failed_import(problem, package, source)) from problem
 
 
-def missing_store_error(address: str) -> MissingPackageError:
-    """Build the error for an *address* whose client is not installed; fsspec knows its package."""
+def missing_store_error(address: str, error: ImportError) -> MissingPackageError:
+    """Build the error for an *address* whose client raised *error*; fsspec knows its package."""
     scheme = address.partition("://")[0].split("::")[-1]
     client = {"s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp"}.get(scheme)
     if client is not None:  # s3fs requires aiohttp, too
-        return MissingPackageError(f"{address}: {install_hint(client, 'sopdeploy[s3]')}")
+        problem = describe_failed_import(error, client, "sopdeploy[s3]")
+        return MissingPackageError(f"{address}: {problem}")
 
     known = importlib.import_module("fsspec.registry").known_implementations
     package = known.get(scheme, {}).get("class", scheme).partition(".")[0]

@@ -201,7 +201,7 @@ def _open_store(url: str) -> Iterator[tuple[Any, str]]:
     except SopdeployError:
         raise
     except ImportError as error:
-        raise missing_store_error(url) from error
+        raise missing_store_error(url, error) from error
     except Exception as error:  # the clients of stores raise types of several libraries
         cause = error.__cause__ or error  # clients wrap errors of uploads
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 
 from PIL import Image
 
-from sopdeploy.errors import ImageError
+from sopdeploy.errors import ImageError, first_line
 from sopdeploy.files import POINTER, POINTER_ADVICE
 from sopdeploy.images.limits import EXTRAS, FORMATS, MAX_BYTES, MAX_PIXELS, describe_formats
 from sopdeploy.images.pixels import correct_transparency_info
@@ -334,10 +334,13 @@ def _register_heif() -> None:
     extra, package = EXTRAS["heic"]
     try:
         pillow_heif = importlib.import_module(package)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise _unsupported_error(
             f'HEIC needs pillow-heif, which is not installed; run: pip install "sopdeploy[{extra}]" ({CAMERA})'
         ) from error
+    except ImportError as error:  # it is there
+        reason = f"HEIC needs pillow-heif, which cannot be loaded ({first_line(error)})"
+        raise _unsupported_error(f"{reason}; {CAMERA}") from error
 
     pillow_heif.register_heif_opener(
         decode_threads=1, thumbnails=False, depth_images=False, aux_images=False

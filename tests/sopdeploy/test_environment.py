@@ -8,8 +8,14 @@ import sys
 import pytest
 
 from sopdeploy import environment
-from sopdeploy.environment import is_distributed, is_main_process, usable_cores
-from sopdeploy.errors import ConfigError
+from sopdeploy.environment import (
+    import_optional,
+    is_distributed,
+    is_main_process,
+    missing_store_error,
+    usable_cores,
+)
+from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 
 QUOTA, PERIOD = "cpu.cfs_quota_us", "cpu.cfs_period_us"
 QUOTAS = {  # groups of the process, files, cores of 8
@@ -89,3 +95,39 @@ def test_a_wrong_variable_of_a_launcher_is_named(
         is_main_process()
     monkeypatch.setenv("RANK", "")
     assert is_main_process()
+
+
+# what a module does when it is imported -> what the error says
+IMPORTS = {
+    "is missing": (
+        "raise ModuleNotFoundError(name='runtime')",
+        'runtime is not installed; run: pip install "sopdeploy[cpu]"',
+    ),
+    "needs a missing one": (
+        "import there_is_no_such_module",
+        'runtime is not installed; run: pip install "sopdeploy[cpu]"',
+    ),
+    "has a library that cannot be mapped": (
+        "raise ImportError('libruntime.so: failed to map segment from shared object')",
+        "runtime is installed, but cannot be loaded (ImportError: libruntime.so: failed to map segment from "
+        "shared object); allow more memory, or install it again",
+    ),
+}
+
+
+@pytest.mark.parametrize(("code", "message"), IMPORTS.values(), ids=IMPORTS)
+def test_a_package_that_cannot_be_loaded_is_not_called_missing(
+    tmp_path, monkeypatch, code, message
+) -> None:
+    (tmp_path / "failing_runtime.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeUnavailableError) as caught:
+        import_optional("failing_runtime", "runtime", "sopdeploy[cpu]", RuntimeUnavailableError)
+    assert str(caught.value) == message
+
+
+def test_a_client_of_a_store_that_is_missing_is_named() -> None:
+    error = ImportError("Install s3fs to access S3")  # as fsspec raises it
+    error.__cause__ = ModuleNotFoundError(name="s3fs")
+    expected = 's3://x: s3fs is not installed; run: pip install "sopdeploy[s3]"'
+    assert str(missing_store_error("s3://x", error)) == expected

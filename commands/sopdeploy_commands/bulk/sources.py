@@ -92,7 +92,7 @@ def read_listed(image: ListedImage, limit: int) -> bytes:
     except SopdeployError:
         raise
     except ImportError as error:
-        raise missing_store_error(image.location) from error
+        raise missing_store_error(image.location, error) from error
     except Exception as error:  # every store raises types of its own
         problem = f"cannot be read ({_reason(error, image.location)})"
         raise ImageError(problem, code="unusable_data", status=422) from error
@@ -106,7 +106,7 @@ def _naming(source: str) -> Iterator[None]:
     except SopdeployError:
         raise
     except ImportError as error:
-        raise missing_store_error(source) from error
+        raise missing_store_error(source, error) from error
     except Exception as error:  # every store raises types of its own
         message = f"cannot be listed ({_reason(error, source)}); check the name, the file and the credentials"
         raise DataError(f"{source}: {message}") from error

@@ -4,6 +4,7 @@ import http.server
 import json
 import shutil
 import ssl
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -49,6 +50,17 @@ from tests.support.runtimes import Failing
 from tests.support.service import picture_bytes, write_bundle
 
 ONE_THREAD = Settings(threads=1, runtime="onnxruntime-cpu")
+
+
+def test_predict_escapes_what_a_pipe_cannot_show(bundle_path, jpeg, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    image = tmp_path / "Größe.jpg"
+    image.write_bytes(jpeg)
+
+    command = [sys.executable, "-m", "sopdeploy", "predict", str(bundle_path), str(image)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path}/Gr\\xf6\\xdfe.jpg: ")
 
 
 def test_predict_returns_every_path_in_order_with_its_error(bundle_path, jpeg, tmp_path):
