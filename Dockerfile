@@ -43,14 +43,14 @@ LABEL org.opencontainers.image.title="sopdeploy" \
       org.opencontainers.image.description="Train second-order image classifiers (DSoP, GSoP, GM-SOP), detach their auxiliary branches with proof, lower them to ONNX and TensorRT, and serve them with FastAPI." \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}"
-# The server writes to this folder only. With a volume mounted here, the root file system may be read-only.
+# The server writes to this folder only. With a volume or a tmpfs mounted here, the root file system may be read-only.
+# No VOLUME: it would leave an anonymous volume behind with every `docker run`.
 RUN mkdir -p /var/cache/sopdeploy && chown 10001:10001 /var/cache/sopdeploy
 ENV PATH=/opt/sopdeploy/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/var/cache/sopdeploy \
     SOPDEPLOY_ENGINE_CACHE=/var/cache/sopdeploy/engines \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
-VOLUME /var/cache/sopdeploy
 USER 10001:10001
 WORKDIR /
 EXPOSE 8000

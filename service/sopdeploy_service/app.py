@@ -9,7 +9,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.api import status, v1, web
+from sopdeploy_service.api import aliases, status, v1, web
 from sopdeploy_service.api.v2 import routes as v2
 from sopdeploy_service.http import problems
 from sopdeploy_service.http.api_keys import KeyRing, keys_of_server
@@ -30,7 +30,7 @@ from sopdeploy_service.labelling.keep.keeper import open_keeper
 from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.settings import Settings, is_loopback
 
-ROUTERS = v1.router, status.router, v2.router, web.router
+ROUTERS = v1.router, status.router, v2.router, web.router, aliases.router
 PATHS = [str(getattr(route, "path", "")) for router in ROUTERS for route in router.routes]
 
 

@@ -2,7 +2,8 @@
 
 Flags override the environment (`SOPDEPLOY_PORT=9000`), the environment overrides the file
 (`port = 9000`), and the file overrides the defaults. The file is the one passed explicitly or
-the one named by `SOPDEPLOY_CONFIG`.
+the one named by `SOPDEPLOY_CONFIG`. The port that nothing else sets is the one of the variable
+`PORT`, if there is one.
 """
 
 import json
@@ -122,6 +123,7 @@ MAX_DECODERS = 8  # of one process
 LARGE_BODY_SHARE = 7 / 8  # of max_upload_bytes; the rest is reserved for small bodies
 VARIABLE_PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
+PORT_VARIABLE = "PORT"  # of Cloud Run, Heroku and others
 PILLOW_PIXELS = 178_956_970  # Pillow rejects larger images itself
 
 
@@ -273,6 +275,9 @@ class Settings(StrictModel):
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "debug: also health checks"
     )
+    log_sample: Fraction = setting(
+        1.0, "share of successful requests that have a log line; failed ones always have one"
+    )
 
     def classes_per_image(self, *, multi_label: bool) -> int | None:
         """Return `top_k`; if it is not set, 5, or None (all classes) if *multi_label*."""
@@ -348,6 +353,10 @@ def load_settings(file: str | Path | None = None, /, **flags: Any) -> Settings:
             ) from problem
         except ValueError as problem:
             raise ConfigError(f"{file}: {problem}; correct the file") from problem
+
+    # Platforms tell a program its port by a variable. Elsewhere it may be one of another program.
+    if (port := os.environ.get(PORT_VARIABLE, "")).isdecimal():
+        values.setdefault("port", port)
 
     # The environment goes before the file, and flags go before the environment.
     for name in Settings.model_fields:

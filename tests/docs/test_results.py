@@ -148,7 +148,7 @@ FROM_CODE: list[
         "{:.0f} % of the digits right",
         *(PERCENT * least for least in (demo.MIN_ACCURACY, demo.MIN_REJECTED, demo.MIN_DIGITS)),
     ),
-    ("more than {:.0f} % of the responses are the same 5xx", PERCENT * ERRORS),
+    ("more than {:.0f} % of the responses are errors of the server", PERCENT * ERRORS),
     ("spends more than {:.0f} s in a stage", SLOW),
     ("has ended three times in {} minutes", RESTARTS and RESTARTS[1]),
     ("rejected for {} minutes", ALERTS["SopdeployOverloaded"]["for"].removesuffix("m")),

@@ -319,6 +319,7 @@ FIELDS = {  # by model: a request with `%b` in the place of the field
 INFER, VERSIONED = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"
 MODELS = {  # routes that read JSON, and their models
     ("service", "/v1/classify"): ClassifyRequest,
+    ("service", "/invocations"): ClassifyRequest,
     ("service", INFER): InferBody,
     ("label page", "/label"): GivenLabel,
     ("label page", "/correct"): Correction,
@@ -504,6 +505,7 @@ V2_BODIES: dict[str, Callable[[int], tuple[dict[str, bytes], bytes]]] = {
 }
 BODIES = {  # routes that read other bodies than JSON
     ("service", "/v1/classify"): V1_BODIES,
+    ("service", "/invocations"): V1_BODIES,
     ("service", INFER): V2_BODIES,
 }
 
@@ -528,7 +530,7 @@ def test_any_body_costs_as_much_as_its_size(sites, bundle, where, case) -> None:
 
     statuses = check_cost(sites[site], SIZE, request)
     if case.startswith("legal"):  # then `infer` has been called
-        is_list = "64" in case and route == "/v1/classify"
+        is_list = "64" in case and route != INFER
         assert statuses == {200 if is_list else DAMAGED.status}
 
 
@@ -611,11 +613,13 @@ class Price(NamedTuple):
 ROUTES: dict[str, dict[tuple[str, str], Price]] = {  # by site
     "service": {
         ("POST", "/v1/classify"): Price("key", 2000),
+        ("POST", "/invocations"): Price("key", 2000),
         ("POST", "/v1/embed"): Price("key", 2000),
         ("POST", INFER): Price("key", 2000),
         ("POST", VERSIONED): Price("key", 2000),
         ("GET", "/livez"): Price("address", 600),
         ("GET", "/readyz"): Price("cached", 700),
+        ("GET", "/ping"): Price("cached", 1500),
         ("GET", "/metrics"): Price("cached", 800),
         ("GET", "/openapi.json"): Price("cached", 1300),
         ("GET", "/info"): Price("address", 900),

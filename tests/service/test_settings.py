@@ -29,6 +29,26 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
     assert Settings(**tomllib.loads(to_toml(settings))).model_dump() == settings.model_dump()
 
 
+# PORT and SOPDEPLOY_PORT -> the port, with the one of a file or without
+PORTS = {
+    "of the platform": ({"PORT": "8080"}, "", 8080),
+    "of the environment": ({"PORT": "8080", "SOPDEPLOY_PORT": "9000"}, "", 9000),
+    "of the file": ({"PORT": "8080"}, "port = 6000", 6000),
+    "of another program": ({"PORT": "tcp://10.0.0.1:80"}, "", 8000),
+}
+
+
+@pytest.mark.parametrize(("variables", "text", "expected"), PORTS.values(), ids=PORTS)
+def test_a_port_that_nothing_sets_is_the_one_of_the_platform(
+    monkeypatch, tmp_path, variables, text, expected
+):
+    file = tmp_path / "settings.toml"
+    file.write_text(text)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings(file).port == expected
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -32,7 +32,7 @@ from sopdeploy_service.settings import Settings
 
 VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # other characters could forge log lines
 
-PROBES = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
+PROBES = frozenset({"/livez", "/readyz", "/ping", "/v2/health/live", "/v2/health/ready"})
 PAGE_FILES = {
     "/docs/swagger-ui-bundle.js": "text/javascript",
     "/docs/swagger-ui.css": "text/css",
@@ -201,7 +201,8 @@ class RequestContextMiddleware:
         path = getattr(route, "path", "other")
         self.service.metrics.count_request(path, status, seconds, context.model_name)
 
-        log_request(context, method, path, status, seconds)
+        sample = self.service.settings.log_sample
+        log_request(context, method, path, status, seconds, sample)
 
 
 def record_refusal(
@@ -228,11 +229,22 @@ def record_refusal(
 
 
 def log_request(
-    context: RequestContext, method: str, path: str, status: int, seconds: float
+    context: RequestContext,
+    method: str,
+    path: str,
+    status: int,
+    seconds: float,
+    sample: float = 1.0,
 ) -> None:
-    """Write a request to the access log; *path* is the template of its route."""
-    level = logging.DEBUG if path in MONITORING and status < 400 else logging.INFO
+    """Write a request to the access log; *path* is the template of its route.
+
+    *sample* is the share of the successful requests that are written.
+    """
+    is_success = 200 <= status < 400
+    level = logging.DEBUG if path in MONITORING and is_success else logging.INFO
     if not access_log.isEnabledFor(level):
+        return
+    if is_success and random.random() >= sample:  # noqa: S311 - no secret
         return
 
     # Describe the request; what it does not have is left out.

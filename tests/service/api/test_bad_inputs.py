@@ -273,7 +273,7 @@ BAD_LINES = {  # status, and what the detail says
         (
             "POST /predict",
             "POST /v1/predict",
-            "POST /invocations",
+            "POST /v1/invocations",
             "POST /v1/models/a:predict",
             "POST /predictions/a",
         ),
