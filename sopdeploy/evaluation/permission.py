@@ -26,7 +26,7 @@ MIN_IMAGES = 20  # with fewer, the score test errs more often than stated, and n
 OLD_TOLERANCES = 2  # tolerances that the old classes alone may lose
 OLD_ALPHA = 0.2  # probability that a bundle passes although its old classes lose as much
 CLASS_TOLERANCES = 2  # tolerances of 100 photographs that each class may lose
-MAX_IMAGES = 100_000
+MAX_MORE_IMAGES = 1_000  # that somebody would label for one decision
 
 
 class Counts(NamedTuple):
@@ -81,7 +81,7 @@ class Rule(NamedTuple):
         """Estimate how many more labels let a bundle pass in 80 % of cases.
 
         The shares of wins and losses are taken to stay as they are in *counts*. None if
-        `MAX_IMAGES` in all are not enough. For a bundle that is worse, it can be that no number is
+        `MAX_MORE_IMAGES` are not enough. For a bundle that is worse, it can be that no number is
         enough, because the tolerance shrinks with the number of images.
         """
         # The mean square of the outcomes: 1 for a win, -1 for a loss, else 0. It is at least their
@@ -93,7 +93,7 @@ class Rule(NamedTuple):
         quantiles = self.quantile + Z_POWER
         images = counts.images
 
-        while images < MAX_IMAGES:
+        while images < counts.images + MAX_MORE_IMAGES:
             images += max(1, images // 50)
             distance = counts.difference - self.limit(images)
             if images >= MIN_IMAGES and quantiles * math.sqrt(mean_square / images) <= distance:

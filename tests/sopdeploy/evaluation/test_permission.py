@@ -80,7 +80,7 @@ def test_too_few_photographs_never_pass() -> None:
     assert rule.labels_to_pass(few) == 1
 
 
-@pytest.mark.parametrize(("wins", "losses"), [(5, 5), (10, 10)])
+@pytest.mark.parametrize(("wins", "losses"), [(8, 6), (12, 10)])
 def test_as_many_labels_as_stated_let_most_bundles_pass(wins: int, losses: int) -> None:
     rule = rule_of_all(5, 1)
     more = rule.labels_to_pass(Counts(100, wins, losses))
@@ -94,8 +94,11 @@ def test_as_many_labels_as_stated_let_most_bundles_pass(wins: int, losses: int) 
     assert np.mean(passed) > 0.7
 
 
-def test_no_number_of_labels_lets_a_bundle_pass_that_is_clearly_worse() -> None:
-    assert rule_of_all(5, 1).labels_to_pass(Counts(200, 2, 22)) is None
+@pytest.mark.parametrize(("wins", "losses"), [(2, 22), (20, 20)])
+def test_no_number_is_stated_that_nobody_would_label_for_one_decision(
+    wins: int, losses: int
+) -> None:
+    assert rule_of_all(5, 1).labels_to_pass(Counts(200, wins, losses)) is None
 
 
 @pytest.mark.parametrize(
