@@ -418,7 +418,8 @@ class LabelFolders:
             for step in self.steps
         )
         days = len({record.time.date() for record in records})
-        text = f"{deciding} of the {DECIDING} that decide, {training} that train"
+        decide = f"{deciding} of the {DECIDING}" if deciding < DECIDING else f"{deciding:,}"
+        text = f"{decide} that decide, {training} that train"
         return f"{text}, from {days} day{'' if days == 1 else 's'}"
 
     def _folder_for(self, name: str | None, *, is_held_out: bool) -> Path:

@@ -53,6 +53,23 @@ def test_the_half_of_the_sample_that_trains_goes_to_the_photographs(
     assert files_below(tmp_path) == {f"photos/hat/{one}.jpg"}
 
 
+@pytest.mark.parametrize(
+    ("earlier", "said"), [(3, "4 of the 30 that decide"), (40, "41 that decide")]
+)
+def test_the_progress_counts_what_decides_also_of_earlier_sessions(
+    tmp_path, keep, open_folders, earlier, said
+) -> None:
+    for number in range(earlier):
+        path = tmp_path / "photos-held-out" / "hat" / f"{number:032x}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    one = keep(100, reasons=("sample",))
+
+    folders = open_folders()
+    folders.label(one, "hat")
+    assert folders.progress() == f"{said}, 0 that train, from 1 day"
+
+
 def test_what_shows_the_same_as_one_that_decides_is_not_trained_on(
     tmp_path, keep, open_folders
 ) -> None:
