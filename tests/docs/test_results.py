@@ -125,7 +125,7 @@ FROM_CODE: list[
     ("limit a pod to {}", CONTAINER["resources"]["limits"]["memory"].replace("Gi", " GiB")),
     ("or after 1 to {:.0f} s", supervisor.MAX_RESTART_DELAY_SECONDS),
     ("event loop does not run for {:.0f} s", processes.HANG_SECONDS),
-    ("{:.0f} s suffice for one that does not run", processes.IDLE_SECONDS),
+    ("uses no CPU time at all is restarted after {:.0f} s", processes.IDLE_SECONDS),
     (
         "at most {} images ({:.0f} MB)",
         keeper.MAX_QUEUED_PHOTOS,
