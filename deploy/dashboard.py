@@ -175,6 +175,23 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     ("Maximum event loop lag", "s", [("sopdeploy_event_loop_lag_seconds", "{{instance}}")]),
     ("Open connections", "none", [("sopdeploy_connections", "{{instance}}")]),
+    ("Limits", "none", [("max by (of) (sopdeploy_limit)", "{{of}}")]),
+    (
+        "Processes that are ready",
+        "none",
+        [("sum by (instance) (sopdeploy_ready)", "{{instance}}")],
+    ),
+    (
+        "Time of the last load; time since the last successful reload",
+        "s",
+        [
+            ("sopdeploy_last_load_seconds", "load {{model}}"),
+            (
+                "time() - max by (instance) (sopdeploy_last_reload_timestamp_seconds)",
+                "since reload {{instance}}",
+            ),
+        ],
+    ),
     (
         "Memory of loaded models",
         "bytes",

@@ -211,6 +211,7 @@ class Engine:
         self._supervisor_left = False
 
         metrics = registry.metrics
+        metrics.ready.set_function(lambda: registry.problem is None)
         metrics.images_running.set_function(lambda: registry.num_running)
         metrics.images_waiting.set_function(
             lambda: max(0, self._count_images() - registry.num_running)

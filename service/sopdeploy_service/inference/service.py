@@ -78,7 +78,8 @@ class ModelRegistry(Registry):
 
         for name, model in loaded.items():
             self._by_name[name] = LocalModel(name, model, settings, self.metrics)
-            self.metrics.count_bundle(name, model.bundle, model.runtime.name, 1)
+            self._count_loaded(name, model)
+        self.metrics.last_reload.set_to_current_time()
 
     async def start(self) -> None:
         """Start the worker threads of the models that are loaded."""
@@ -146,6 +147,7 @@ class ModelRegistry(Registry):
             )
             return
 
+        self.metrics.last_reload.set_to_current_time()
         models_log.info(
             "reloaded",
             extra={"bundles": " ".join(model.bundle.name for model in self.models())},
@@ -180,8 +182,12 @@ class ModelRegistry(Registry):
             model.start()
             unless_started.pop_all()
 
-        self.metrics.count_bundle(name, loaded.bundle, loaded.runtime.name, 1)
+        self._count_loaded(name, loaded)
         return model
+
+    def _count_loaded(self, name: str, loaded: LoadedModel) -> None:
+        self.metrics.count_bundle(name, loaded.bundle, loaded.runtime.name, 1)
+        self.metrics.last_load_seconds.labels(name).set(loaded.seconds)
 
     def _retire(self, model: LocalModel) -> None:
         """Stop *model*, which is not served any more, in the background when no request uses it."""
@@ -244,6 +250,14 @@ class Service:
         self.metrics.images_running.set_function(self._count_running)
         self.metrics.images_waiting.set_function(self._count_waiting)
         self.metrics.upload_bytes.set_function(lambda: self.uploads.num_bytes)
+        self.metrics.ready.set_function(lambda: self.state == "ok")
+        limits = {
+            "images": settings.queue_size,
+            "connections": settings.max_connections,
+            "upload_bytes": self.uploads.budget,
+        }
+        for name, limit in limits.items():
+            self.metrics.limit.labels(name).set(limit)
 
         self._is_started = False
         self._is_leaving = False  # not ready any more, but serves

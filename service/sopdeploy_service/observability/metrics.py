@@ -117,6 +117,13 @@ class Metrics:
             "model_memory_bytes", "With a memory budget; 0: not loaded", ("model",)
         )
         self.model_loads = counter("model_loads", "Loads with a memory budget", ("model",))
+        self.last_load_seconds = gauge(
+            "last_load_seconds", "Time that the last load of the bundle took", ("model",)
+        )
+        self.last_reload = gauge(
+            "last_reload_timestamp_seconds",
+            "Start of the process, or end of its last successful reload; 0: a front end",
+        )
         self.load_failures = counter(
             "load_failures",
             "Reloads, and loads with a memory budget, that failed: code of the error",
@@ -153,6 +160,12 @@ class Metrics:
 
         self.connections = gauge("connections", "Open connections")
         self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
+        self.ready = gauge("ready", "1 if the process is ready for images, else 0")
+        self.limit = gauge(
+            "limit",
+            "Limits: images of the server, connections and upload_bytes of the process",
+            ("of",),
+        )
 
         # A global counter, which is an attribute because the documentation lists attributes.
         self.dropped_log_lines = DROPPED

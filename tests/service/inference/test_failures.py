@@ -40,6 +40,7 @@ def test_a_full_queue_is_429_with_a_retry_time_and_every_image_of_a_form_counts(
 ):
     runtime, files = Held(), [("image", jpeg)] * 2
     client = serve_with(runtime, queue_size=3, max_images=3)
+    assert (count(client, 'limit{of="images"}'), count(client, "ready")) == (3, 1)
     replies = [pool.submit(post, client, jpeg) for _ in range(2)]
     wait_for(lambda: count(client, "queue_depth") == 2)
     rejected = [client.post("/v1/classify", files=files)]
