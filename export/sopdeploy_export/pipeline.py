@@ -117,8 +117,8 @@ def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
     root = program_root(program).sha256
     if root != lineage.program_root:
         raise CertificateError(
-            f"{path}: torch {torch.__version__} captures a program with the hash "
-            f"{root[:16]}, but that of the bundle is {lineage.program_root[:16]}; "
+            f"{path}: torch {torch.__version__} captures a program with the graph hash "
+            f"{root[:16]}, but the bundle has {lineage.program_root[:16]}; "
             f"use torch {manifest.versions.get('torch')}"
         )
     return program

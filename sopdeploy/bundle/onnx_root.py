@@ -69,7 +69,7 @@ def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
     # A `CertificateError` is none of these, so it is not converted.
     except (DecodeError, ValueError, KeyError, TypeError) as error:
         raise CertificateError(
-            "not a complete ONNX model; its root cannot be computed"
+            "not a complete ONNX model; its graph hash cannot be computed"
         ) from error
 
 
@@ -84,7 +84,7 @@ def onnx_root(model: "onnx.ModelProto") -> str:
 
     if model.functions:
         raise CertificateError(
-            "the model defines its own operators; only those of ONNX are allowed"
+            "the model defines its own operators; only ONNX operators are allowed"
         )
 
     opsets = [f"{opset.domain} {opset.version}" for opset in model.opset_import]
@@ -192,7 +192,7 @@ def check_graph_and_certificate(bundle: Bundle) -> str | None:
 
     if root is not None and root != expected_root:
         raise BundleError(
-            f"{bundle.path / GRAPH}: its graph has the root {root[:16]}, the "
+            f"{bundle.path / GRAPH}: its graph has the hash {root[:16]}, the "
             f"manifest says {expected_root[:16]}; the graph was replaced after the "
             f"export: {ADVICE}"
         )
@@ -235,7 +235,7 @@ def check_certificate(bundle: Bundle) -> None:
         mixes_images = tuple(certificate["mixes_images"])
         is_known_proof = compared == PROOFS.get(certificate["proof"])
     except (KeyError, TypeError) as error:
-        raise BundleError(f"{path}: contains no graph roots; {ADVICE}") from error
+        raise BundleError(f"{path}: contains no graph hashes; {ADVICE}") from error
 
     # It is about this network, and about this graph.
     if program_root != manifest.lineage.program_root or mixes_images != manifest.mixes_images:

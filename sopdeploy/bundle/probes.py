@@ -109,7 +109,9 @@ def read_probes(bundle: Bundle) -> Probes:
             tolerance={name: float(arrays[f"tolerance_{name}"]) for name in names},
         )
     except Exception as error:  # numpy raises many types for damaged files
-        raise BundleError(f"{path}: not a probe file; export the bundle again") from error
+        raise BundleError(
+            f"{path}: not a file of reference images and outputs; export the bundle again"
+        ) from error
 
     # A tolerance without a limit would let any network pass.
     for name, tolerance in probes.tolerance.items():
@@ -128,7 +130,9 @@ def read_probes(bundle: Bundle) -> Probes:
     }
     has_images = count > 0 and probes.images.shape[1:] == manifest.image_shape
     if not has_images or shapes != required_shapes:
-        raise BundleError(f"{path}: does not probe every output; export the bundle again")
+        raise BundleError(
+            f"{path}: lacks reference values of an output; export the bundle again"
+        )
 
     # All images differ. They are compared only now that they have pixels: without any, a small
     # file could have any number of images.
@@ -191,14 +195,14 @@ def compare_outputs(probes: Probes, outputs: Outputs, batch: int) -> Replay:
         values = outputs.get(name)
         if values is None or values.shape != expected.shape or not np.isfinite(values).all():
             raise ParityError(
-                f"probes: output {name!r} is missing, has another shape or is not "
+                f"reference outputs: {name!r} is missing, has another shape or is not "
                 f"finite; {ANOTHER_NETWORK}"
             )
 
         deviation = float(np.abs(values.astype(np.float64) - expected).max(initial=0.0))
         if not deviation <= probes.tolerance[name]:  # larger, or NaN
             raise ParityError(
-                f"probes: output {name!r} deviates by {deviation:.3g} in a batch "
+                f"reference outputs: {name!r} deviates by {deviation:.3g} in a batch "
                 f"of {len(probes.images)}, the bound is "
                 f"{probes.tolerance[name]:.3g}; {ANOTHER_NETWORK}"
             )

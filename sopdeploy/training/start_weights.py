@@ -59,9 +59,7 @@ class StartReport(StrictModel):
         """Describe the file, the loaded tensors, and the new and unused parts in one line."""
         new = f"; new: {', '.join(self.new)}" if self.new else ""
         unused = f"; not used: {', '.join(self.unused)}" if self.unused else ""
-        return (
-            f"start weights: {self.file} ({self.network}), {self.loaded} tensors{new}{unused}"
-        )
+        return f"pretrained weights: {self.file} ({self.network}), {self.loaded} tensors{new}{unused}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -118,10 +118,10 @@ def test_another_graph_with_the_right_hash_fails_the_probes(
         write_bundle(tmp_path / "others", factor=2.0) / "model.onnx", bundle / "model.onnx"
     )
     assert "the graph was replaced after the export" in rejection(
-        forge(bundle), "model.onnx: its graph has the root"
+        forge(bundle), "model.onnx: its graph has the hash"
     )
     assert "does not compute the exported network" in rejection(
-        forge_with_root(bundle), "probes"
+        forge_with_root(bundle), "reference outputs"
     )
 
 
@@ -190,8 +190,8 @@ def test_few_probes_and_wide_tolerances_are_named(bundle: Path) -> None:
     (bundle / "probes.npz").write_bytes(probes(tolerance_logits=np.array(5.0)))
     (bundle / "parity.json").write_bytes(proof_files("", 5.0)["parity.json"])
     found = " ".join(verify(forge(bundle)).stdout.split())
-    assert "note only 4 probes" in found
-    assert "tolerance 5 is above 10 % of the probes' range" in found
+    assert "note only 4 reference images" in found
+    assert "tolerance 5 is above 10 % of the range of the reference outputs" in found
 
 
 GOLDEN: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -369,7 +369,7 @@ def test_numbers_and_texts_that_python_alone_reads_are_rejected(bundle: Path) ->
     parity, certificate = bundle / "parity.json", bundle / "certificate.json"
     before = parity.read_bytes()
     changed_json(bundle, "parity.json", floors_allowed=10**400)
-    rejection(forge(bundle), "parity.json: records no noise floor")
+    rejection(forge(bundle), "parity.json: records no rounding error")
     parity.write_bytes(before)
     certificate.write_bytes(certificate.read_bytes().replace(b"{", b'{"note": "\\ud800", ', 1))
     rejection(forge(bundle, bound=False), "certificate.json: contains no JSON object")

@@ -1,4 +1,4 @@
-"""The page about an export: the drift as a picture, and facts that lead to their statements."""
+"""The page about an export: the numerical error as a picture, and facts that lead to their statements."""
 
 import base64
 import re
@@ -42,7 +42,7 @@ def test_a_bar_is_as_long_as_its_share_of_the_limit(
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
     assert texts[2::2] == [f"logits, batch {size}" for size in drift]
     assert texts[3::2] == shown
-    assert f"at most {shown[-1]}, of 16 that are allowed" in figure.caption
+    assert f"at most {shown[-1]}, and 16 are allowed" in figure.caption
     assert svg.count("#a8201a") == (widths == [187.0])
 
 
@@ -55,7 +55,7 @@ def test_the_name_of_an_output_is_text_in_the_picture() -> None:
 
 
 def test_each_fact_that_a_statement_proves_leads_to_it() -> None:
-    facts = {"graph": "trained = plain", "types": "fp32", "drift": "1 noise floor"}
+    facts = {"graph": "trained = plain", "types": "fp32", "numerical error": "1 rounding error"}
     tables = [_facts_table(facts), _statements_table()]
     page = render(HtmlReport(title="export", sections=[Section(title="proved", tables=tables)]))
     links = re.findall(r'<a href="#([\w-]+)">([^<]*)</a>', page)

@@ -50,7 +50,7 @@ from tests.tensorrt.networks import write
 OPTIONS = EngineOptions(profiles="1,4,16")
 H200 = Gpu(name="NVIDIA H200", architecture="sm_90", memory=2**30)
 B200 = Gpu(name="NVIDIA B200", architecture="sm_100", memory=2**30)
-WRONG = ParityError("probes: output 'logits' deviates by 1")
+WRONG = ParityError("reference outputs: 'logits' deviates by 1")
 
 
 class Machine:
@@ -125,7 +125,9 @@ def test_a_cached_engine_that_computes_something_else_is_built_again(
 ) -> None:
     machine.outcomes = [WRONG]
     again = get_engine(bundle, OPTIONS)
-    assert again.reason == "the cached engine is wrong, probes: output 'logits' deviates by 1"
+    assert (
+        again.reason == "the cached engine is wrong, reference outputs: 'logits' deviates by 1"
+    )
     assert (again.path, again.path.read_bytes()) == (built.path, b"plan 2")
 
 

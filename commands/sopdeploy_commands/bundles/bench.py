@@ -90,7 +90,7 @@ def bench(
     batches = parse_batch_sizes(batch)
 
     # Sizes that the runtime does not take are an error before any measurement.
-    on_step("opening and replaying the probes")
+    on_step("opening the bundle and checking its reference outputs")
     loaded = load_model(bundle, settings)
     manifest = loaded.bundle.manifest
     runtime = loaded.runtime

@@ -73,12 +73,15 @@ def show_export(exported: "Exported", *, verbose: bool = False) -> None:
     for name, text in shown.items():
         print_field(name, text)
 
-    # What a user must know before the bundle serves: int8 here, and drift that was allowed.
+    # What a user must know before the bundle serves: int8 here, and an error that was allowed.
     warnings = list(exported.warnings)
     if exported.manifest.int8_for == "cpu" and lacks_vnni():
         warnings.insert(0, SLOW_INT8)
     if exported.parity.drift_allowed:
-        warnings.insert(0, "the numbers drift; the bundle records that this was allowed")
+        warnings.insert(
+            0,
+            "the numerical error is above its limit; the bundle records that this was allowed",
+        )
     for warning in warnings:
         print_field("warning", warning, style="bold yellow")
 
@@ -444,7 +447,7 @@ def _show_engine(engine: "EngineFile") -> None:
 
     for replay in record.replays:
         for text in replay.lines():
-            print_field("probes", text)
+            print_field("outputs", text)
     print_field("ready", f"{engine.path} ({record.plan_bytes:,} bytes)", style="bold green")
 
 

@@ -51,15 +51,15 @@ def _show(result: Verification) -> None:
         "files",
         f"{result.num_files} complete, {result.bytes:,} bytes, sha256 equal, id {result.id}",
     )
-    graph = "its root was not recomputed, because onnx is not installed: pip install onnx"
+    graph = "its hash was not computed again, because onnx is not installed: pip install onnx"
     if result.onnx_root is not None:
-        graph = f"root {result.onnx_root[:16]}, recomputed from model.onnx: as exported"
+        graph = f"hash {result.onnx_root[:16]}, computed again from model.onnx: as exported"
     print_field("graph", graph)
 
-    # What was computed again: the outputs of the probes, then the exporter's JPEG examples.
+    # What was computed again: the outputs for the reference images, then the exporter's JPEG examples.
     for replay in result.replays:
         for text in replay.lines():
-            print_field("probes", f"{text} on {result.runtime}")
+            print_field("outputs", f"{text} on {result.runtime}")
     if result.golden:
         print_field(
             "golden", f"{result.golden} JPEG files give the exporter's pixels and logits"
@@ -74,9 +74,9 @@ def _show(result: Verification) -> None:
 def verify(
     bundle: str | Path, settings: Settings | None = None, *, runtime: str | None = None
 ) -> Verification:
-    """Check every file of a bundle, its probes and its golden examples on this machine, offline.
+    """Check every file of a bundle, its reference outputs and its golden examples on this machine, offline.
 
-    If `onnx` is installed, the root of the graph is recomputed.
+    If `onnx` is installed, the graph hash is computed again.
 
     Example: sopdeploy verify bundles/photos-3f6c01d2a4b7
 
@@ -86,11 +86,11 @@ def verify(
         runtime: Runtime, as for `serve`; by default the setting.
 
     Raises:
-        BundleError: A file or the root is wrong.
+        BundleError: A file or the graph hash is wrong.
         ParityError: An output deviates.
         RuntimeUnavailableError: No runtime of this machine can run the bundle.
     """
-    # A thorough load checks hashes, root and certificate, and replays all probes.
+    # A thorough load checks hashes, graph and certificate, and replays all probes.
     chosen = settings or load_settings(runtime=runtime)
     loaded = load_model(Path(bundle), chosen, thorough=True)
 
@@ -129,15 +129,15 @@ def verify(
 
 
 def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
-    """Raise `BundleError` unless noise floors, or allowed drift, explain the tolerances of *probes*."""
+    """Raise `BundleError` unless rounding errors, or allowed errors, explain the tolerances of *probes*."""
     advice = "export the bundle again"
     try:
         parity = parse_json(bundle.contents["parity.json"])
         outputs = parity["outputs"]
         allowed_drifts = ALLOWED_DRIFTS if parity["drift_allowed"] else 0
 
-        # The largest tolerance that an export writes: a multiple of the noise floor or, if
-        # drift was allowed, of the drift.
+        # The largest tolerance that an export writes: a multiple of the rounding error or, if
+        # a larger error was allowed, of this error.
         for name, tolerance in probes.tolerance.items():
             noise = float(parity["floors_allowed"]) * float(outputs[name]["noise_floor"])
             drift = max(*outputs[name]["drift"].values(), outputs[name]["batch_difference"])
@@ -150,7 +150,7 @@ def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
     # A field is missing, or has another type.
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise BundleError(
-            f"{bundle.path / 'parity.json'}: records no noise floor; {advice}"
+            f"{bundle.path / 'parity.json'}: records no rounding error (noise_floor); {advice}"
         ) from error
 
 
@@ -158,13 +158,13 @@ def _list_notes(bundle: Bundle, probes: Probes) -> tuple[str, ...]:
     """List what the *probes* of *bundle* leave open and whether images of a batch may affect each other."""
     notes = []
     if len(probes.images) < FEW_PROBES:
-        notes.append(f"only {len(probes.images)} probes; an export writes more")
+        notes.append(f"only {len(probes.images)} reference images; an export writes more")
 
     # A tolerance must be small beside the range of the outputs, or it proves little.
     for name, tolerance in probes.tolerance.items():
         spread = float(np.ptp(probes.expected[name]))
         if tolerance > WIDE * spread:
-            wide = f"{100 * WIDE:.0f} % of the probes' range {spread:.2g}"
+            wide = f"{100 * WIDE:.0f} % of the range of the reference outputs, {spread:.2g}"
             notes.append(f"{name}: the tolerance {tolerance:.2g} is above {wide}")
 
     if bundle.manifest.mixes_images:

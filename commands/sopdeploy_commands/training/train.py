@@ -98,7 +98,7 @@ def train(
     Raises:
         ConfigError: Unknown recipe or setting, an invalid value, or *out* holds another run.
         DataError: The images cannot be used.
-        WeightsError: The start weights cannot be downloaded or read, or belong to another network.
+        WeightsError: The pretrained weights cannot be downloaded or read, or belong to another network.
         TrainingError: A loss or gradient is not finite. `TrainingStoppedError`, a subclass, after Ctrl-C or
             SIGTERM; the run is saved before.
     """

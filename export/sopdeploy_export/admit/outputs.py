@@ -124,8 +124,8 @@ def check_finite(needed: Mapping[str, Tensor], logits: Tensor) -> None:
 
     if not is_finite:
         raise LoweringError(
-            "the trained network returns NaN or infinite logits for a probe image; "
-            "the probes include images of one color, so add a small constant "
+            "the trained network returns NaN or infinite logits for a reference image; "
+            "some of these have one color, so add a small constant "
             "wherever it divides, such as by a norm"
         )
 
@@ -147,7 +147,7 @@ def check_depends_on_images(
     ):
         return ()
 
-    problem = "the trained network returns the same logits for every probe image"
+    problem = "the trained network returns the same logits for every reference image"
     if allowed:
         return (f"{problem}; is it trained?",)
     raise LoweringError(
@@ -249,7 +249,7 @@ def run_and_check(
     if classes is not None and classes > 2 and shape[1] == 1:
         raise ConfigError(
             f"{classes} names for one logit of the trained network; one logit tells two classes "
-            "apart, so give two names: of the class of label 0, and of that of label 1",
+            "apart, so give two names: first the class of label 0, then the class of label 1",
             setting="labels",
         )
     if classes is not None and shape[1] != classes:

@@ -215,9 +215,9 @@ class _Headroom(fx.Interpreter):
         largest = float(unmasked.abs().max())
         if largest > LARGEST_USED:
             raise LoweringError(
-                f"{module_of(n)} computes {largest:.3g} in float16 on a probe or "
-                f"photograph; values above {LARGEST_USED:g}, an eighth of the "
-                "largest, are refused, because other images may overflow; train "
+                f"{module_of(n)} computes {largest:.3g} in float16 for an image; "
+                f"values above {LARGEST_USED:g}, an eighth of the largest, are "
+                "refused, because other images may overflow; train "
                 "longer, normalize the input of this part, or choose precision "
                 "fp32"
             )

@@ -1,4 +1,4 @@
-"""The drift of an exported file as a picture: how much of its limit each output uses."""
+"""The numerical error of an exported file as a picture: how much of its limit each output uses."""
 
 import base64
 from html import escape
@@ -17,7 +17,7 @@ _LONGEST = 1.1  # length of a bar, in lengths of one at the limit; longer bars a
 
 
 def draw_drift(parity: ParityReport) -> Figure:
-    """Draw a bar for each output and batch size of *parity*: the drift, in noise floors of this output."""
+    """Draw a bar for each output and batch size of *parity*: the error, in rounding errors of this output."""
     rows = [
         (f"{name}, batch {size}", output.in_floors(drift))
         for name, output in parity.outputs.items()
@@ -27,7 +27,7 @@ def draw_drift(parity: ParityReport) -> Figure:
     width = _NAMES_WIDTH + round(_LONGEST * _LIMIT_LENGTH) + _NUMBER_WIDTH
     height = _ROW_HEIGHT * len(rows) + 2 * _ROW_HEIGHT
 
-    # Vertical lines at one noise floor and at the limit, with their numbers below.
+    # Vertical lines at one rounding error and at the limit, with their numbers below.
     bottom = _ROW_HEIGHT * len(rows) + 4
     marks = ""
     for floors, label in ((1.0, "1"), (limit, f"limit {limit:g}")):
@@ -56,7 +56,7 @@ def draw_drift(parity: ParityReport) -> Figure:
 
     largest = max(floors for _, floors in rows)
     caption = (
-        "Drift from float64, in noise floors, which are the rounding error of the network itself: "
-        f"at most {largest:.2g}, of {limit:g} that are allowed."
+        "Numerical error against float64, in multiples of the network's own rounding error: "
+        f"at most {largest:.2g}, and {limit:g} are allowed."
     )
     return Figure(image=image, caption=caption)

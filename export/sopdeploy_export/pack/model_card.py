@@ -29,8 +29,8 @@ STATEMENT_OF = {
     "graph": "Graph",
     "plain run": "Plain run",
     "batch": "Images",
-    "drift": "File",
-    "answers": "File",
+    "numerical error": "File",
+    "top class": "File",
 }
 INT8_SESSION = f"""
 In a program of your own, open model.onnx with this option. Without it, ONNX Runtime computes other results on
@@ -52,9 +52,9 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
     path = exported.path.with_name(f"{exported.path.name}.html")
 
     # How it compares with the trained network, and the first of its classes.
-    answers = "differs from the trained one"
+    difference = "differs from the trained one"
     if exported.parity.passed:
-        answers = "answers as the trained one"
+        difference = "predicts like the trained one"
     shown = labels[:MAX_LABELS]
     more = f" and {len(labels) - MAX_LABELS} more" if len(labels) > MAX_LABELS else ""
     classes = f"{len(labels)} classes: {', '.join(['{}'] * len(shown))}{more}"
@@ -62,7 +62,7 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
     content = HtmlReport(
         title=exported.manifest.project,
         text=[
-            f"The exported network {answers}: {facts['answers']}; {facts['batch']}.",
+            f"The exported network {difference}: top class {facts['top class']}; {facts['batch']}.",
             insert_names(classes, *shown),
             insert_names("Next: {}", f"sopdeploy serve {quote(bundle)}", tag="code"),
         ],
@@ -194,9 +194,9 @@ the graph subtracts the mean and divides by the standard deviation. Batches of {
 
 {facts}
 
-Noise floors are errors of the network's own {results.parity.precision} run against float64. model.onnx was
-compared in {results.parity.runtime} ({results.parity.provider}). `certificate.json` lists removed tensors
-and hashes, `parity.json` the drift of every output.
+The network's rounding error is the largest difference between its own runs in {results.parity.precision} and in
+float64. model.onnx was compared in {results.parity.runtime} ({results.parity.provider}). `certificate.json`
+lists removed tensors and hashes, `parity.json` the numerical error of every output.
 """
 
 

@@ -40,34 +40,35 @@ class ExportResults:
     decision: Decision | None
 
     def facts(self) -> dict[str, str]:
-        """Describe each result on one line, by a short name such as `drift`."""
+        """Describe each result on one line, by a short name such as `types`."""
         parity = self.parity
         parts_by_type = sorted(Counter(self.precision.parts.values()).items())
         types = ", ".join(f"{count} parts in {name}" for name, count in parts_by_type)
 
-        # The drift from float64; then on how many images the top class is the same.
-        drift = (
-            f"{parity.logits.largest_drift:.2g} = "
-            f"{parity.logits.drift_in_floors:.1f} noise floors (limit "
+        # The numerical error against float64; then on how many images the top class is the same.
+        error = (
+            f"{parity.logits.largest_drift:.2g} from float64: "
+            f"{parity.logits.drift_in_floors:.1f} times the network's rounding error (limit "
             f"{parity.floors_allowed:g})"
         )
         if not parity.passed:
-            drift += "; THE COMPARISON DID NOT PASS, which was allowed"
+            error += "; THE COMPARISON DID NOT PASS, which was allowed"
 
-        answers = (
-            f"top class equal on {parity.num_agreeing} of {parity.num_images} probe images"
-        )
+        top_class = f"equal on {parity.num_agreeing} of {parity.num_images} reference images"
         if parity.num_agreeing < parity.num_images:
             flips = parity.flips
-            answers += f"; flips: {flips['noise']} noise, {flips['routing']} routing, {flips['error']} wrong"
+            top_class += (
+                f"; changed by rounding: {flips['noise']}, by another route: {flips['routing']}, "
+                f"wrongly: {flips['error']}"
+            )
         if parity.routing is not None:
-            answers += f"; the gate is undecided on {parity.routing.num_undecided}"
+            top_class += f"; the gate is undecided on {parity.routing.num_undecided}"
         return {
             **_proof_facts(self.certificate),
             "removed": self._describe_removed(),
             "types": f"{self.precision.precision}: {types}",
-            "drift": drift,
-            "answers": answers,
+            "numerical error": error,
+            "top class": top_class,
             **_precision_facts(self.precision),
             **dict(() if self.decision is None else self.decision.rows()),
             "costs": f"{self.shipped.parameters:,} of {self.trained.parameters:,} parameters, "
@@ -113,9 +114,15 @@ class Exported(ExportResults):
         proof_parts.append(facts["batch"])
         proof = "; ".join(proof_parts)
 
-        drift = "; ".join(facts[name] for name in ("drift", "images") if name in facts)
+        measured = ("numerical error", "images")
+        numerics = "; ".join(facts[name] for name in measured if name in facts)
         bundle = f"{self.path} ({self.seconds:.0f} s; README.md describes it)"
-        return {"removed": facts["removed"], "proof": proof, "drift": drift, "bundle": bundle}
+        return {
+            "removed": facts["removed"],
+            "proof": proof,
+            "numerics": numerics,
+            "bundle": bundle,
+        }
 
     def summary(self) -> dict[str, object]:
         """Build the output of `export --json`, with a decision if there is one."""
@@ -157,7 +164,7 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
     roots = certificate.roots
     compared = " = ".join(certificate.compared)
     facts["graph"] = (
-        f"{compared}, root {roots.any_batch[:16]} ({roots.num_operations} operations)"
+        f"{compared}, hash {roots.any_batch[:16]} ({roots.num_operations} operations)"
     )
     sizes = ", ".join(map(str, certificate.batches))
     facts["plain run"] = (

@@ -276,7 +276,7 @@ def compute_reference(
     is_compared_P = compared_images(routing, len(images))
     if not is_compared_P.any():
         raise ParityError(
-            "the gate is undecided on every probe image and rounding to "
+            "the gate is undecided on every reference image and rounding to "
             f"{precision} changes every route, so no output can be compared; "
             f"{UNDECIDED}"
         )
@@ -364,7 +364,7 @@ def _require_finite(
     """Raise `ParityError` unless output *name* is finite: *exact* in float64, *rounded* in *precision*."""
     if not np.isfinite(exact).all():
         raise ParityError(
-            f"the network's own {name} are not finite on the probe images; train it again"
+            f"the network's own {name} are not finite on the reference images; train it again"
         )
     if not all(np.isfinite(values).all() for values in rounded):
         if precision == "fp32":
@@ -372,7 +372,7 @@ def _require_finite(
         else:
             remedy = "choose precision fp32"
         raise ParityError(
-            f"the network's own {name} are not finite in {precision} on the probe images: activations "
+            f"the network's own {name} are not finite in {precision} on the reference images: activations "
             f"overflow; {remedy}"
         )
 
@@ -571,7 +571,7 @@ def _first_violation(report: ParityReport) -> str | None:
             advice += ", or choose precision fp32"
         too_large_share = report.smallest_unverifiable_share
         return (
-            f"cannot be verified in {report.precision}: its noise floor of "
+            f"cannot be verified in {report.precision}: its rounding error of "
             f"{floor:.3g} is {floor / report.spread:.0%} of the spread of the "
             f"logits, and at {too_large_share:.1%} or more a file that ignores its "
             f"input would pass; {advice}"
@@ -581,9 +581,9 @@ def _first_violation(report: ParityReport) -> str | None:
     for name, output in report.outputs.items():
         if output.largest_drift > output.tolerance:
             return (
-                f"drifts by {output.largest_drift:.3g} in {name} "
-                f"({output.drift_in_floors:.1f}x noise floor, limit "
-                f"{report.floors_allowed:.0f}x = {output.tolerance:.3g})"
+                f"differs by {output.largest_drift:.3g} in {name} from float64 "
+                f"({output.drift_in_floors:.1f} times the network's rounding error, limit "
+                f"{report.floors_allowed:.0f} times = {output.tolerance:.3g})"
             )
         if output.batch_difference > output.tolerance:
             return f"changes {name} by {output.batch_difference:.3g} when images are batched"

@@ -179,8 +179,8 @@ def _describe_two_classes(admitted: Admitted, labels: Sequence[str]) -> tuple[st
         return ()
     first, second = labels
     return (
-        f"the network has one logit: its sigmoid is the probability of {second}, and the rest is "
-        f"that of {first}; if it is the other way round, swap the names",
+        f"the network has one logit: its sigmoid is the probability of {second}, and 1 minus it is the "
+        f"probability of {first}; if it is the other way round, swap the names",
     )
 
 

@@ -161,7 +161,7 @@ def test_the_program_of_another_checkpoint_or_torch_is_refused(
     lineage = branched.manifest.lineage.model_copy(update={"program_root": "0" * 64})
     manifest = branched.manifest.model_copy(update={"lineage": lineage})
     with pytest.raises(
-        CertificateError, match=r"ckpt\.pt: torch .* but that of the bundle is 0{16}; use torch"
+        CertificateError, match=r"ckpt\.pt: torch .* but the bundle has 0{16}; use torch"
     ):
         rebuild_program(checkpoint_of(branched), manifest)
 

@@ -161,7 +161,8 @@ def test_a_file_that_drifts_stops_the_export(
     measure: Measure, name: str, change: Callable[[np.ndarray], np.ndarray]
 ) -> None:
     with pytest.raises(
-        ParityError, match=r"drifts by .* in logits .*x noise floor.*nothing was written"
+        ParityError,
+        match=r"differs by .* in logits .* the network's rounding error, limit.*nothing was written",
     ):
         measure(name, change)
 
@@ -231,7 +232,7 @@ def test_a_noise_floor_as_wide_as_the_logits_stops_the_export(
         assert not report.drift_allowed
         assert not report.unverifiable
         return
-    with pytest.raises(ParityError, match=f"noise floor of .* is {message}") as caught:
+    with pytest.raises(ParityError, match=f"rounding error of .* is {message}") as caught:
         prove_file(*arguments)
     assert "\n" not in str(caught.value)
     allowed = prove_file(*arguments, allow_drift=True)
@@ -263,7 +264,7 @@ def test_every_changed_class_is_counted_by_its_cause() -> None:
             "layer2.0.bn2.weight",
             3e38,
             "fp16",
-            "not finite in fp16 on the probe images: .*precision fp32",
+            "not finite in fp16 on the reference images: .*precision fp32",
         ),
         (
             "layer2.0.bn2.weight",
@@ -362,7 +363,7 @@ def test_a_gate_that_rounding_changes_on_every_image_is_refused(
     network = trained("gmgap-16-8-resnet18", **GMGAP)
     deployed = Deployed(network, preprocess).eval()
     with pytest.raises(
-        ParityError, match=r"undecided on every probe image.*int8.*; train longer"
+        ParityError, match=r"undecided on every reference image.*int8.*; train longer"
     ):
         compute_reference(
             deployed,

@@ -318,7 +318,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a division by zero": (
         lambda: n.variant(n.divides_by_zero),
         {},
-        r"NaN or infinite logits for a probe image",
+        r"NaN or infinite logits for a reference image",
     ),
     "regions of the first image": (
         lambda: n.variant(regions, aux=False),

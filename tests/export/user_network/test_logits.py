@@ -100,7 +100,9 @@ def test_two_names_of_one_logit_have_its_sigmoid_and_the_rest(tmp_path: Path) ->
 
     decision = open_bundle(exported.path).manifest.decision
     assert decision is None or decision.activation == "softmax"
-    assert "probability of fake, and the rest is that of real" in exported.warnings[0]
+    assert (
+        "probability of fake, and 1 minus it is the probability of real" in exported.warnings[0]
+    )
 
 
 def test_one_name_of_one_logit_has_its_sigmoid(tmp_path: Path) -> None:
@@ -154,7 +156,7 @@ def test_logits_that_no_image_changes_are_refused_after_the_first_run(
 ) -> None:
     steps: list[str] = []
 
-    with pytest.raises(LoweringError, match="same logits for every probe image; load"):
+    with pytest.raises(LoweringError, match="same logits for every reference image; load"):
         export_small(
             trained(Returns(EQUAL[case])), tmp_path, options=QUICK, on_step=steps.append
         )

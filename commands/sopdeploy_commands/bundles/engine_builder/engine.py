@@ -85,7 +85,7 @@ def get_engine(
 
     # A cached engine must pass the probes again, or it is rebuilt; `reason` says why.
     if isinstance(cached, cache.StoredEngine):
-        report("replaying the probes on the cached engine")
+        report("checking the reference outputs on the cached engine")
         try:
             replay_probes(trt, cuda, bundle, cached.plan, key)
             return EngineFile(

@@ -43,9 +43,9 @@ function proof(certificate) {
     ["Removed", removed ? `${detached.join(", ")} (${counted(removed, "tensor")}, ${bytes.toLocaleString("en")} bytes)` : "nothing; all tensors are used for inference"],
     ["Kept", `${counted(kept, "tensor")}, sha256 equal before and after`],
     ["One graph", `${compared.join(" = ")}, ${operations} operations, also as ONNX`],
-    ["Numbers", `the file was compared with the network on ${counted(images, "probe image")}`],
+    ["Numbers", `the file was compared with the network on ${counted(images, "reference image")}`],
   ];
-  const hashes = [["Graph root", make("code", {}, certificate.root)], ["ONNX root", make("code", {}, certificate.onnx_root)]];
+  const hashes = [["Graph hash", make("code", {}, certificate.root)], ["ONNX graph hash", make("code", {}, certificate.onnx_root)]];
   return [make("p", { className: "seal" }, seal(), verdict(certificate)), list(rows),
     make("details", {}, make("summary", {}, "Hashes"), list(hashes))];
 }
