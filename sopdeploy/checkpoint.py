@@ -199,7 +199,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
         raise CheckpointError(
             f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; "
             "use `sopdeploy import` for published weights, and `export --network` "
-            "for those of your own network"
+            "for your own network"
         )
 
     written_by = writer_of(content.get("training"))

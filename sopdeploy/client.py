@@ -476,18 +476,18 @@ def _receive(client: httpx.Client, request: httpx.Request) -> httpx.Response:
     `UnreachableError` for one that breaks off, and `httpx.RequestError` if there is no response
     to this request.
     """
-    # The answer must be that of this request, and come after it.
+    # The response must belong to this request, and come after it.
     response = client.send(request, stream=True)
     if is_early(response):
         response.close()
-        raise httpx.RemoteProtocolError("an answer came before its request", request=request)
+        raise httpx.RemoteProtocolError("a response came before its request", request=request)
 
     # Errors before a request is read have an id of their own, those of proxies none.
     own_id = request.headers[REQUEST_ID]
     if response.is_success and response.headers.get(REQUEST_ID, own_id) != own_id:
         response.close()
         raise httpx.RemoteProtocolError(
-            "the answer is that of another request", request=request
+            "the response belongs to another request", request=request
         )
 
     # A limited number of bytes, in an encoding that httpx decodes.

@@ -70,7 +70,7 @@ def _look_up(host: str, port: int, timeout: float | None) -> list[str]:
     try:
         return answer.result(timeout)
     except TimeoutError as error:
-        raise httpcore.ConnectTimeout(f"the name server does not answer for {host}") from error
+        raise httpcore.ConnectTimeout(f"the name server does not respond for {host}") from error
 
 
 def _as_host(address: Sequence[Any]) -> str:

@@ -47,7 +47,8 @@ class Calibration(StrictModel):
 
     def row(self) -> tuple[str, str]:
         """Describe the temperature, and what it changes in the log loss, in a (name, text) row."""
-        images = f"{self.num_images:,} {self.estimated_on} images"
+        kind = "validation" if self.estimated_on == "held-out" else "cross-validated"
+        images = f"{self.num_images:,} {kind} images"
         if self.temperature == 1:
             return "log loss", f"{self.loss_after:.4f} of {images}"
         losses = f"log loss {self.loss_before:.4f} before, {self.loss_after:.4f} after"
@@ -94,11 +95,13 @@ class Rejection(StrictModel):
         if self.recognized is not None:
             others = "{} of {} rejected".format(*self.recognized)
             if self.is_unknown_shipped:
-                others += ", of ImageNet; give --unknown FOLDER to measure those of your place"
+                others += (
+                    ", of ImageNet; give --unknown FOLDER to measure it with your own photos"
+                )
         elif self.new_class is not None:
             others = "not measured; give --unknown FOLDER"
         if others:
-            rows.append(("photographs of other things", others))
+            rows.append(("photos of other things", others))
 
         # A new class like the known ones: how images of a known class fare if it is left out.
         if self.new_class is not None:

@@ -196,7 +196,7 @@ def _reason_of_store(error: BaseException) -> str:
 
     if isinstance(status, int):
         known = {401: "needs credentials", 403: "access is denied", 404: "not found"}
-        return known.get(status, f"answers with status {status}")
+        return known.get(status, f"responds with status {status}")
 
     for kind, reason in _STORE_ERRORS.items():
         if isinstance(error, kind):
@@ -211,7 +211,7 @@ def _reason_of_store(error: BaseException) -> str:
 _STORE_ERRORS: dict[type[BaseException], str] = {
     FileNotFoundError: "not found",
     PermissionError: "access is denied",
-    TimeoutError: "does not answer in time",
+    TimeoutError: "does not respond in time",
     ConnectionError: "cannot be reached",
     socket.gaierror: "its host is not known",
 }

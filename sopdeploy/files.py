@@ -155,7 +155,7 @@ def writing(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (FileExistsError, NotADirectoryError) as problem:
-        reason = "a file has this name, or that of a folder above it"
+        reason = "a file has this name, or the name of a folder above it"
         raise StorageError(f"{path}: cannot be written ({reason}); choose another") from problem
     except OSError as problem:
         raise StorageError(

@@ -55,7 +55,7 @@ class ClassifyQuery(ImageQuery):
     )
     reported: str | None = pydantic.Field(
         None,
-        description="The answer was wrong: keep the image for a label, and suggest this class, if not empty.",
+        description="The prediction was wrong: keep the image for a label, and suggest this class, if not empty.",
     )
 
 

@@ -34,8 +34,8 @@ READ_OF_CHECKPOINT = 256  # bytes of its pickle, which begins with the format
 _CODE = "code, not weights; give the weight file, and name the network as module:callable"
 _NAMES_CODE = "names code, not a file; give the weight file, and name the network as an option"
 _WEIGHTS = (
-    "a weight file, no checkpoint of `sopdeploy train`; for weights of a network of your own, name the "
-    "network, too"
+    "a weight file, no checkpoint of `sopdeploy train`; for weights of your own network, also name the "
+    "network"
 )
 # What files of other programs are, by suffix, and what to give instead
 _OF_OTHERS = {
@@ -79,10 +79,10 @@ _WORDS: dict[PathKind, str] = {
     "weights": "weights",
     "tar": "an archive",
     "archive": "an archive",
-    "photograph": "a photograph",
+    "photograph": "a photo",
     "bundle": "a bundle",
     "run": "a run",
-    "photographs": "photographs",
+    "photographs": "photos",
     "bundles": "a folder of bundles",
     "runs": "a folder of runs",
 }
@@ -125,7 +125,7 @@ _WANTED: dict[Wanted, str] = {
     "checkpoint": "a checkpoint",
     "run": "a run",
     "weights": "weights",
-    "photographs": "a folder of photographs",
+    "photographs": "a folder of photos",
 }
 _OUTPUTS: frozenset[PathKind] = frozenset({"bundle", "bundles", "run", "runs"})
 _NOT_WRITTEN = "was this folder written by `sopdeploy export`?"
@@ -134,7 +134,7 @@ _OTHERWISE: dict[Wanted, str] = {
     "checkpoint": "use the best.pt of a training run",
     "run": "give a run of `sopdeploy train`",
     "weights": "give a weight file",
-    "photographs": "give a folder with photographs",
+    "photographs": "give a folder with photos",
 }
 _MISSING: dict[Wanted, str] = {
     "bundle": "no bundle here",

@@ -173,9 +173,7 @@ def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request
             os.close(stderr)
             os.close(terminal)  # of the server
             printed = sopdeploy("train", "--data", PHOTOS, "--from", "bundles/live")
-            assert re.search(
-                rf"before, \S+-1: .* since then \+\d+ photographs, new: {NEW}", printed
-            )
+            assert re.search(rf"before, \S+-1: .* since then \+\d+ photos, new: {NEW}", printed)
             sopdeploy("export", "runs/latest/best.pt")
             evidence = ("--data", f"{PHOTOS}-held-out", "--tolerance", "10")
             compared = json.loads(

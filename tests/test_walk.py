@@ -85,7 +85,7 @@ def test_training_writes_a_run_with_a_report_and_says_where(
     assert (home / trained["best"]).is_file()
     assert Path(trained["best"]).parent == Path("runs/photos-1")
     assert (trained["num_epochs"], 0 <= trained["best_top1"] <= 1) == (2, True)
-    assert "held-out images" in (home / trained["report"]).read_text(encoding="utf-8")
+    assert "validation images" in (home / trained["report"]).read_text(encoding="utf-8")
     assert trained["held_out_count"] == pytest.approx(len(COLOURS) * PHOTOS / 5, abs=3)
 
 
@@ -173,7 +173,7 @@ def test_the_demo_detaches_branches_serves_and_classifies_digits(
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert re.search(
-        r"35\d of 359 right: the held-out digits, .* \(95 % interval 9\d to ", done.stdout
+        r"35\d of 359 right: the validation digits, .* \(95 % interval 9\d to ", done.stdout
     )
     assert "Next: use your own photos" in done.stdout
 
@@ -201,15 +201,14 @@ def test_the_demo_classifies_photographs_without_a_network(tmp_path: Path) -> No
 def test_the_demo_fails_if_fewer_answers_are_right_than_it_expects(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    demo.expect("the photographs", Rate.of(8, 10), 0.8)
+    demo.expect("the photos", Rate.of(8, 10), 0.8)
     assert (
-        "8 of 10 right: the photographs 80.0 % (95 % interval 49 to 94 %)"
-        in capsys.readouterr().out
+        "8 of 10 right: the photos 80.0 % (95 % interval 49 to 94 %)" in capsys.readouterr().out
     )
     with pytest.raises(
         SopdeployError, match=r"only 70\.0 % right: .* at least 80 % are expected"
     ):
-        demo.expect("the photographs", Rate.of(7, 10), 0.8)
+        demo.expect("the photos", Rate.of(7, 10), 0.8)
 
 
 def test_the_photographs_of_the_demo_are_those_of_its_table_and_of_no_test() -> None:

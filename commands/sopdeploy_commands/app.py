@@ -33,7 +33,7 @@ TOPICS = {
         "train": (".training.train:train", "train a network"),
         "export": (
             ".bundles.export:export",
-            "write a bundle with the ONNX file; --detach removes branches",
+            "write a bundle with the ONNX file; --detach removes auxiliary branches",
         ),
         "engine": (".bundles.export:engine", "build the TensorRT engine of a bundle"),
         "verify": (".bundles.verify:verify", "check files and outputs of a bundle"),

@@ -35,15 +35,15 @@ _PROGRAM = (sys.executable, "-m", "sopdeploy")
 
 @command()
 def demo(*, out: Path = Path("demo")) -> None:
-    """Train on packaged photographs and on digits, export, serve and classify over HTTP, without internet.
+    """Train on packaged photos and on digits, export, serve and classify over HTTP, without internet.
 
-    The photographs are copied to OUT/photos: every printed command works in OUT, too, those for
+    The photos are copied to OUT/photos. Every printed command also works in OUT, the commands for
     the digits in OUT/digits.
 
     Example: sopdeploy demo
 
     Args:
-        out: Folder of the photographs, runs and bundles; created if it is missing.
+        out: Folder of the photos, runs and bundles; created if it is missing.
     """
     with writing(out):
         shutil.copytree(
@@ -66,12 +66,12 @@ def classify_photographs(out: Path) -> None:
     from sopdeploy.checkpoint import read_checkpoint
 
     say(
-        "Five kinds of clothing, ten photographs each; without a GPU or the internet",
+        "Five kinds of clothing, ten photos each; without a GPU or the internet",
         style="bold",
     )
     _run(PHOTOGRAPHS, out)
     top1 = read_checkpoint(out / "runs" / LATEST / BEST).training["procedure"]["top1"]
-    expect("the photographs, in cross-validation", Rate.model_validate(top1), MIN_ACCURACY)
+    expect("the photos, in cross-validation", Rate.model_validate(top1), MIN_ACCURACY)
 
     _run(EXPORT, out)
 
@@ -84,11 +84,11 @@ def classify_photographs(out: Path) -> None:
         answers = client.classify(new)
         answers_to_others = client.classify(others)
 
-    say("New photographs, over HTTP:", style="bold")
+    say("New photos, over HTTP:", style="bold")
     rate = _show_answers([photo.parent.name for photo in new], answers, len(new))
-    expect("the new photographs", rate, MIN_ACCURACY)
+    expect("the new photos", rate, MIN_ACCURACY)
 
-    say("Photographs of other things, which are none of the classes:", style="bold")
+    say("Photos of other things, which are none of the classes:", style="bold")
     rows = [
         (
             photo.stem,
@@ -98,10 +98,10 @@ def classify_photographs(out: Path) -> None:
         )
         for photo, answer in zip(others, answers_to_others, strict=True)
     ]
-    print_table(("photograph", "nearest class", "score", ""), rows)
+    print_table(("photo", "nearest class", "score", ""), rows)
 
     rejected = Rate.of(sum(answer.known is False for answer in answers_to_others), len(others))
-    expect("photographs of other things, as unknown,", rejected, MIN_REJECTED)
+    expect("photos of other things, as unknown,", rejected, MIN_REJECTED)
 
 
 class _Prepared(NamedTuple):
@@ -150,11 +150,11 @@ def _prepare_digits(out: Path) -> _Prepared:
 def show_digits(prepared: _Prepared) -> None:
     """Show what was *prepared*, and how many of the held-out digits are right."""
     say(
-        "Branches that only train: DSoP on digits; the export detaches them, with proof",
+        "Auxiliary branches: DSoP on digits; the export detaches them, with proof",
         style="bold",
     )
 
-    say("This ran in the folder digits, beside the photographs:", style="bold")
+    say("This ran in the folder digits, beside the photos:", style="bold")
     for words, output in prepared.outputs.items():
         say("", f"$ sopdeploy {words}", style="bold cyan")
         say(*output.splitlines())
@@ -162,7 +162,7 @@ def show_digits(prepared: _Prepared) -> None:
         raise typer.Exit(prepared.code)  # the command has printed its error
 
     rate = _show_answers(prepared.truths, prepared.answers, _ROWS)
-    expect("the held-out digits, which also selected the epoch,", rate, MIN_DIGITS)
+    expect("the validation digits, which also selected the epoch,", rate, MIN_DIGITS)
 
 
 def _run(words: str, out: Path) -> None:

@@ -70,8 +70,8 @@ def serve(
     """Serve bundles over HTTP: POST an image to /v1/classify.
 
     Settings come from options or keywords, from environment variables such as SOPDEPLOY_PORT,
-    and from the file *config*, in this order of priority. Those most often set with --setting:
-    `keep=FOLDER` keeps photographs to label, `follow=true` reloads a bundle when its link
+    and from the file *config*, in this order of priority. The most frequent ones of --setting are:
+    `keep=FOLDER` keeps photos to label, `follow=true` reloads a bundle when its link
     moves, `max_batch=16` is the largest batch, and `allowed_origins=https://shop.example` lets
     pages of another server use this one.
 
@@ -107,9 +107,9 @@ def serve(
     # A server that keeps photographs says when they suffice for a first comparison.
     if loaded.keep is not None and loaded.keep_sample > 0:
         rate = loaded.keep_sample
-        sample = f"about {1000 * rate:.4g} of 1,000 photographs are the uniform sample (keep_sample={rate:g})"
+        sample = f"about {1000 * rate:.4g} of 1,000 photos are the uniform sample (keep_sample={rate:g})"
         # Half of the sample decides, the other half trains.
-        needed = f"about {COMPARED} of the half that decides, from {math.ceil(2 * COMPARED / rate):,} photographs"
+        needed = f"about {COMPARED} of the half that decides, from {math.ceil(2 * COMPARED / rate):,} photos"
         err.print(plain_text(f"keep: {sample}; compare needs {needed}"))
 
     # The server runs an event loop of its own in this thread, which must not have one.

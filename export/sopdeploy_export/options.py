@@ -27,11 +27,11 @@ class ExportOptions(Options):
     name: Name = None
     """Name of the project; by default the name of the checkpoint or, for your own network, of its weight file."""
     detach: bool = False
-    """Remove training-only branches and prove equivalence."""
+    """Remove auxiliary branches, which only training uses, and prove equivalence."""
     max_batch: BatchSize = 64
     """Largest batch that the bundle must accept."""
     allow_drift: bool = False
-    """Write the bundle although an output exceeds its tolerance, and record it."""
+    """Write the bundle although the numerical error of an output exceeds its tolerance, and record it."""
     precision: Precision = "fp32"
     """Precision of the graph."""
     calibrate: Path | None = None
@@ -39,7 +39,7 @@ class ExportOptions(Options):
     int8_for: Int8For = "cpu"
     """Runtime to quantize for, with int8."""
     evaluate: Path | None = None
-    """Folder of images by class, to compare top-1 with that in float32."""
+    """Folder of images by class, to compare top-1 with top-1 in float32."""
     max_drop: NonNegative = 1.0
     """Largest allowed loss of top-1 (or of agreement, without labels) in percentage points."""
     allow_batch_dependence: bool = False
@@ -89,13 +89,13 @@ class NetworkOptions(Options):
     weights_key: str | None = None
     """Key or prefix of the tensors to use, if the file has several networks, such as model_ema; `.`: none."""
     ignore: tuple[str, ...] = ()
-    """Entry of the weight file, or a pattern such as 'aux*', that the network has no place for; repeatable."""
+    """Entry of the weight file to ignore, because the network has no place for it, or a pattern; repeatable."""
     logits_key: str | None = None
     """Attribute, key or index of the logits in the output."""
     allow_constants: bool = False
     """Accept large tensors that are neither weights nor buffers."""
     several_classes: bool = False
-    """An image may have several classes: the logits are those of sigmoids."""
+    """An image may have several classes: sigmoids turn the logits into probabilities."""
 
 
 class NetworkExportOptions(NetworkOptions):
@@ -117,11 +117,11 @@ class NetworkExportOptions(NetworkOptions):
     }
 
     plain: str | None = None
-    """Builder of the network without training-only parts, package.module:callable."""
+    """Builder of the network without auxiliary branches, package.module:callable."""
     plain_option: tuple[str, ...] = ()
     """Option KEY=VALUE of the plain network, a Python literal or text; repeatable."""
     training_only: tuple[str, ...] = ()
-    """Part to remove, or a pattern such as 'aux*'; repeatable."""
+    """Auxiliary branch to remove, or a pattern such as 'aux*'; repeatable."""
     labels: Path | None = None
     """File with one class name per line, or in JSON; by default class_to_idx of the weight file."""
 

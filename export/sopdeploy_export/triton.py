@@ -100,7 +100,7 @@ model_warmup {{
 """
 # Triton waits 1 ms for a larger batch, and rejects requests that wait longer than 1 s.
 BATCHING = """\
-# On a GPU, remove this block: ONNX Runtime plans convolutions anew for a batch of another size than the last.
+# On a GPU, remove this block: ONNX Runtime plans convolutions again for a batch of another size than the last.
 dynamic_batching {{
   preferred_batch_size: {preferred}
   max_queue_delay_microseconds: 1000

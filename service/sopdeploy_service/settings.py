@@ -159,7 +159,7 @@ class Settings(StrictModel):
         "one more closes a slow or idle one, first of an address that has a quarter; or gets 503",
     )
     keep_alive_seconds: Count = setting(
-        3700, "idle time; longer than that of proxies in front (Envoy: 1 h)"
+        3700, "idle time; longer than the idle time of proxies in front (Envoy: 1 h)"
     )
     max_connection_age: Seconds | None = setting(
         None,
@@ -216,7 +216,8 @@ class Settings(StrictModel):
         (), "one process each: `0,1`, UUIDs, MIG ids or `cpu`; empty: one process"
     )
     front_ends: FrontEnds | Literal["auto"] = setting(
-        "auto", "HTTP processes before engines; auto: a quarter of the cores for a GPU, else 0"
+        "auto",
+        "HTTP processes before the processes of devices; auto: a quarter of the cores for a GPU, else 0",
     )
     require_signature: Path | None = setting(
         None, "serve only bundles signed with this public key"
@@ -247,10 +248,10 @@ class Settings(StrictModel):
         False, "check each second where a BUNDLE that is a link leads, and reload it"
     )
     examples: Path | None = setting(
-        None, "folder of photographs that the page offers to try; not set: none"
+        None, "folder of photos that the page offers to try; not set: none"
     )
     keep: Path | None = setting(
-        None, "folder for photographs that are worth a label; not set: none is kept"
+        None, "folder for photos that are worth a label; not set: none is kept"
     )
     keep_bytes: PositiveBytes = setting(
         1_000_000_000, "at most in that folder; the oldest make room"
@@ -259,7 +260,7 @@ class Settings(StrictModel):
         30.0, "then they are deleted"
     )
     keep_sample: Fraction = setting(
-        0.01, "share of all photographs to keep too, for unbiased figures"
+        0.01, "share of all photos to keep in addition, for unbiased figures"
     )
 
     keys: Path | None = setting(

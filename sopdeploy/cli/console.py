@@ -271,11 +271,11 @@ class ProgressBars:
     def on_evaluation_batch(self, *, epoch: int, epochs: int, done: int) -> None:
         """Show the number of evaluated images."""
         description = f"epoch {epoch + 1}/{epochs}"
-        note = f"{done} held-out images"
+        note = f"{done} validation images"
         self.progress.update(self.task, description=description, note=note)
 
     def on_epoch_end(self, row: Any) -> None:
-        """Print top-1 or mAP and loss on held-out images, training loss and time, within 80 columns."""
+        """Print top-1 or mAP and loss on validation images, training loss and time, within 80 columns."""
         if self.stage:  # a procedure without epochs; its result is printed at the end
             return
 

@@ -274,7 +274,7 @@ def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     text = f"only {now.right} of {now.count} unknown images are recognized"
     if earlier is not None:
         text += f", {earlier.right} of {earlier.count} before"
-    return f"{text}; add photographs of all classes and of unknown things, and compare before you promote"
+    return f"{text}; add photos of all classes and of unknown things, and compare before you promote"
 
 
 def _recognition_rate(rule: Rejection | None) -> Rate | None:

@@ -38,10 +38,10 @@ MIN_SHIFT = 0.1  # standard deviations
 MAX_LOG_ODDS = 10.0  # larger ones are clipped: no difference between sure and surer
 # What a difference of each statistic probably comes from.
 CAUSES = {
-    "image": "the photographs look different: a camera, the light, the background",
+    "image": "the photos look different: a camera, the light, the background",
     "score": "things that belong to none of the classes",
     "classes": "another mix of the classes, or a new one",
-    "confidence": "photographs that are harder or easier, perhaps of a new class",
+    "confidence": "photos that are harder or easier, perhaps of a new class",
     "unknown": "another share of images that `known` rejects",
 }
 

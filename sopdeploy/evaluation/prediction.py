@@ -116,7 +116,7 @@ def held_out_metrics(
     loss = float(classification_loss(logits_NC, true, activation))
     if not math.isfinite(loss):
         raise TrainingError(
-            "the loss on the held-out images is not finite, training has "
+            "the loss on the validation images is not finite, so training has "
             "diverged; lower the learning rate"
         )
 

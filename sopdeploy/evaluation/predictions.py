@@ -140,7 +140,7 @@ def describe_predictions(
 
     explained = (
         f"{scores}. A class counts as present if its probability reaches its "
-        "threshold. Precision is the share of the answers that are right, "
+        "threshold. Precision is the share of the predictions that are right, "
         "recall the share of the images of a class that are found; F1 and "
         "the average precision, whose mean is the mAP, join both: 100 % is "
         "best."
@@ -161,9 +161,9 @@ def _describe_classes(
     top5 = f", top-5 {_with_interval(metrics.top5)}" if len(metrics.classes) > TOP_K else ""
     scores = (
         f"Top-1 {_with_interval(metrics.top1)}{top5}, log loss "
-        f"{metrics.log_loss:.4f}. Top-1 is the share of right "
-        f"answers{', top-5 of those among the best five' if top5 else ''}; the log "
-        "loss is 0 if each is right and certain."
+        f"{metrics.log_loss:.4f}. Top-1 is the share of images whose first "
+        f"prediction is right{', top-5 of images with their class among the first five' if top5 else ''}. "
+        "The log loss is 0 if each prediction is right and certain."
     )
 
     if metrics.accepted is not None:
@@ -174,12 +174,9 @@ def _describe_classes(
     tables = []
     if len(names) <= _MAX_MATRIX_CLASSES:
         rows = [(name, *counts) for name, counts in zip(names, metrics.confusion, strict=True)]
-        caption = (
-            "What is taken for what (confusion matrix): a row for each class, a "
-            "column for each answer"
-        )
+        caption = "Confusion matrix: a row for each class, a column for each prediction"
         if links:
-            caption += "; a number leads to its photographs"
+            caption += "; a number leads to its photos"
         tables.append(
             Table(
                 caption=caption, columns=["class", *names], rows=rows, matrix=True, links=links

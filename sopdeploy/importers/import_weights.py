@@ -74,7 +74,7 @@ Triangle = Literal["rows", "columns"]
 # published file.
 BROKEN = dict.fromkeys(
     ("15991845", "ade9737a"),
-    "published before January 2020 with another order of the triangle than that of the released code, with "
+    "published before January 2020 with another order of the triangle than the released code has, with "
     "which mpncovresnet50 classifies 0.166 % correctly (fast-MPN-COV, issue 20); import the later file, or "
     "add --triangle columns and measure the accuracy",
 )
@@ -234,7 +234,7 @@ def convert_weights(
     first_names = ", ".join(list(file.tensors)[:3])
     raise WeightsError(
         f"{file.path}: its tensors ({first_names} ..) are not from a project "
-        "that `sopdeploy import --help` lists, nor those of a network of "
+        "that `sopdeploy import --help` lists, nor the tensors of a network of "
         "timm whose name the file has; name its network as timm:NAME, or "
         "export it as a network of your own with `sopdeploy export "
         "--network`"
@@ -304,7 +304,7 @@ def _find_class_names(
         return names, origin
 
     if converted.class_names and count == len(converted.class_names):
-        return converted.class_names, f"those of {converted.project}"
+        return converted.class_names, f"the classes of {converted.project}"
     if converted.imagenet and count == 1000:
         published = importlib.import_module("torchvision.models").ResNet18_Weights.IMAGENET1K_V1
         return tuple(published.meta["categories"]), "ImageNet, as torchvision names them"

@@ -177,8 +177,8 @@ def refuse_other_network(file: WeightFile, model: str) -> None:
     """Raise `WeightsError` if another network of timm has the tensors of *file*; the error names it."""
     if network := find_network(file):
         raise WeightsError(
-            f"{file.path}: does not fit {model}; its tensors are those of "
-            f"{network}; name that network"
+            f"{file.path}: does not fit {model}; it has the tensors of "
+            f"{network}, so name that network"
         )
 
 

@@ -133,7 +133,7 @@ def list_classes(
     if nested_folders:
         notes.append(
             f"{root}: images of folders in a class folder count as images of that "
-            "class, those of several folders as a group each: "
+            "class, and each of several folders as one group: "
             f"{shorten(nested_folders)}; add --set data.classes_from={SUBFOLDERS} if they are classes"
         )
     notes += [f"{root}: {line}" for line in describe_confusable(labels)]

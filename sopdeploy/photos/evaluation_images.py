@@ -244,7 +244,7 @@ def open_unknown(root: Path) -> UnknownImages:
         return UnknownImages(images, "")
 
     note = (
-        f"{root}: {amount(num_left_out, 'photograph')} left out, because a server "
+        f"{root}: {amount(num_left_out, 'photo')} left out, because a server "
         f"kept them outside of its sample, mostly as unknown; {num_remaining:,} "
         "remain"
     )

@@ -184,7 +184,7 @@ def naming_all_undecodable(root: Path) -> Iterator[None]:
         if len(names) < 2:
             raise
         raise DataError(
-            f"{root}: {len(names)} names are not UTF-8, such as those of a ZIP "
+            f"{root}: {len(names)} names are not UTF-8, such as the names in a ZIP "
             "file of Windows; rename them: "
             f"{shorten([repr(name) for name in sorted(names)])}",
             lists={"names": sorted(names)},
@@ -255,15 +255,13 @@ def check_takes_output(folder: Path, setting: str | None, images: Path | None = 
     # `realpath`, because `resolve` raises an error for a link that leads to itself.
     real_folder = Path(os.path.realpath(folder))
     if images is not None and real_folder.is_relative_to(os.path.realpath(expand_user(images))):
-        raise ConfigError(
-            f"{folder} is in the photographs of {images}; {advice}", setting=setting
-        )
+        raise ConfigError(f"{folder} is in the photos of {images}; {advice}", setting=setting)
 
     waiting = [folder] if folder.is_dir() and not holds_output(folder) else []
     while waiting:
         inner = waiting.pop()
         if holds_images(inner):
-            raise ConfigError(f"{folder} holds photographs; {advice}", setting=setting)
+            raise ConfigError(f"{folder} holds photos; {advice}", setting=setting)
         # Search its class folders, and those in train/ and val/.
         if inner == folder or part_kind(inner.name):
             waiting += [inner / name for name in list_subfolders(inner)]

@@ -330,7 +330,7 @@ def _check_tells_classes(root: Path, train: ClassListing) -> None:
     by_hand = suggest_sorting_by_hand(folders.pop()) if len(folders) == 1 else ""
     raise DataError(
         f"{images.root}: holds only one class ({images.labels[0]}); a classifier needs at least "
-        f"two; if {images.labels[0]} holds those of all classes, sort them into one subfolder "
+        f"two. If {images.labels[0]} holds the images of all classes, sort them into one subfolder "
         f"per class{by_hand}"
     )
 

@@ -138,8 +138,8 @@ def find_leftovers(root: Path, images: Mapping[str, Sequence[bytes]]) -> list[Le
         if worse := _worse_form(root, remaining):
             worse_forms.update(pair[worse - 1] for pair in remaining)
     leftovers = [
-        Leftover(masks, "masks of photographs"),
-        Leftover(worse_forms, "the same photographs in another form"),
+        Leftover(masks, "masks of photos"),
+        Leftover(worse_forms, "the same photos in another form"),
     ]
     return [leftover for leftover in leftovers if leftover.paths]
 

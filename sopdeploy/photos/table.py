@@ -365,7 +365,7 @@ def _read_rows(
         is_repeated = (first.classes, first.part, first.group) == (classes, part, row.group)
         if first is not row and not is_repeated:
             raise DataError(
-                f"{where}: {file} is the file of {first.place}, too; list each file once"
+                f"{where}: {file} is also the file of {first.place}; list each file once"
             )
     if not rows:
         raise DataError(f"{table}: lists no images; add some")

@@ -76,7 +76,9 @@ _SIDE = 480  # pixels of the longer side of an opened photograph
 _JPEG_QUALITY = 75
 _DECISION = "Fitted to predictions of images that were not used for training."
 _CALIBRATION = "The export divides the last layer by the temperature."
-_REJECTION = "A photograph counts as unknown if its score, a likeness to the classes, is below the threshold."
+_REJECTION = (
+    "A photo counts as unknown if its score, a likeness to the classes, is below the threshold."
+)
 _TRAINING_LOSSES = "Losses of the heads, the penalties, and their weighted sum."
 
 
@@ -101,7 +103,7 @@ def write_run_page(
 ) -> PageFacts:
     """Write `report.html` about the finished *run* to *folder*.
 
-    It shows held-out images, or else the out-of-fold predictions of the training images.
+    It shows validation images, or else the out-of-fold predictions of the training images.
     *on_image* receives the numbers of images evaluated and in total. *networks* are those that
     were compared, *before* earlier runs: date, run, numbers of images and classes, and
     accuracy.
@@ -112,7 +114,7 @@ def write_run_page(
     texts = describe_for_page(result)
     data_folder = setup.recipe.data_folder
 
-    # What the page judges: the held-out images, or the predictions of cross-validation.
+    # What the page judges: the validation images, or the predictions of cross-validation.
     images, description, logits_NC = _predict_shown_images(setup, fit, texts.held_out, on_image)
     predicted = make_predictions(logits_NC, images, setup.labels, fit.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
@@ -198,7 +200,7 @@ def _show_rejected(scores: Sequence[ImageScore], images: LabeledImages) -> Secti
             label = images.labels[score.target]
             captions.append((index, insert_names("{}", label)))
     number = amount(len(captions), "image")
-    text = f"{number} of {len(scores)} with one of the classes, which a server answers as not known."
+    text = f"{number} of {len(scores)} with one of the classes, for which a server returns `known: false`."
     return _show_photographs(
         "Own images that are not known", text, images, captions[:_MAX_SHOWN]
     )
@@ -229,7 +231,7 @@ def _list_networks(networks: Sequence[NetworkScore]) -> Section:
 def _list_runs_before(rows: Sequence[tuple[object, ...]]) -> Section:
     """List the runs before, a row for each."""
     table = Table(
-        caption="Those of this project here, the newest first",
+        caption="Runs of this project in this folder, the newest first",
         columns=["date (UTC)", "run", "images", "classes", "accuracy"],
         rows=rows,
     )
@@ -257,10 +259,10 @@ def describe_in_a_sentence(
     """
     qualifier = "at most " if is_too_high else ""
     if score is None:
-        return "There are too few different photographs to say how many new ones will be right."
+        return "There are too few different photos to say how many new ones will be right."
     if not isinstance(score, Rate):
         precision = percent(score if isinstance(score, float) else score.value, 0)
-        return f"On new photographs like these, the mean average precision will be {qualifier}{precision}."
+        return f"On new photos like these, the mean average precision will be {qualifier}{precision}."
 
     value = score.value
     of_ten = round(10 * value)
@@ -276,7 +278,7 @@ def describe_in_a_sentence(
         share = "nearly all"
 
     # The sentence, with the interval if the score is not too high.
-    sentence = f"{qualifier}{share} new photographs like these will be right"
+    sentence = f"{qualifier}{share} new photos like these will be right"
     sentence += (
         "." if is_too_high else f"; likely {100 * score.low:.0f} to {100 * score.high:.0f} %."
     )
@@ -327,7 +329,7 @@ def _describe_learning(
     if shown_heads and last.diagnostics is not None:
         subset = (
             f"The deployed network is evaluated on all {last.metrics.count} "
-            "held-out images, the heads on a fixed subset of "
+            "validation images, the heads on a fixed subset of "
             f"{last.diagnostics.num_images}."
         )
         text = [*text, subset]
@@ -350,8 +352,8 @@ def _describe_learning(
         plot_columns(
             "training loss", {loss: f"train_{loss}" for loss in losses}, _TRAINING_LOSSES
         ),
-        plot_columns(score_name, scores, f"{score_name} on held-out images."),
-        plot_columns("loss on held-out images", held_out_losses, overconfident),
+        plot_columns(score_name, scores, f"{score_name} on validation images."),
+        plot_columns("loss on validation images", held_out_losses, overconfident),
     ]
 
     if counts := last.component_counts:

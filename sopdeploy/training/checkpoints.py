@@ -196,7 +196,7 @@ class Setup:
         resumed = f", resumed at epoch {next_epoch}" if is_resumed else ""
         yield (
             f"{len(self.data.train)} training images, "
-            f"{len(self.data.held_out)} held out{resumed}; the network sees "
+            f"{len(self.data.held_out)} validation images{resumed}; the network sees "
             f"{crop} x {crop} pixels"
         )
 

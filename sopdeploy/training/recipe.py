@@ -228,7 +228,7 @@ class Recipe(SharedSettings, LoopSettings):
         if not holds_out and (ignored := [key for key in given if key in HOLD_OUT_KEYS]):
             raise ConfigError(
                 f"{', '.join(ignored)}: without effect, because the data have "
-                "held-out images; remove them"
+                "validation images; remove them"
             )
 
     @property

@@ -115,7 +115,7 @@ class Tuning(StrictModel):
         kept = "the frozen network is kept"
         if self.count < TESTABLE:
             few = (
-                f"{amount(self.count, 'held-out photograph')}, too few to decide, "
+                f"{amount(self.count, 'validation image')}, too few to decide, "
                 f"give at least {TESTABLE}"
             )
             return f"fine-tuning: {few}; {kept}"
@@ -125,7 +125,7 @@ class Tuning(StrictModel):
         )
         figures = (
             f"fine-tuning: {tuned} % instead of {frozen} % of {self.count} "
-            f"held-out photographs, better on {self.wins}, worse on {self.losses}, "
+            f"validation images, better on {self.wins}, worse on {self.losses}, "
             f"p {mcnemar(self.wins, self.losses):.2g}"
         )
 
@@ -145,7 +145,7 @@ def _list_left_out(result: "AnyProcedureResult") -> list[str]:
 
 
 class LoopResult(StrictModel):
-    """Top-1 accuracy or mAP of the best of `num_epochs` epochs on `count` held-out images.
+    """Top-1 accuracy or mAP of the best of `num_epochs` epochs on `count` validation images.
 
     Attributes:
         epoch: The best epoch, from 1.
@@ -156,7 +156,7 @@ class LoopResult(StrictModel):
         mirrored: Whether the score is that of the mean logits of an image and its mirror image.
         tuning: The comparison with the frozen network, if the loop started from it.
         left_out: The unusable images that the run left out, each with the reason.
-        num_seen: Held-out images that are training images, too; the score is too high then.
+        num_seen: Validation images that are also training images; the score is too high then.
     """
 
     kind: Literal["loop"] = "loop"
@@ -206,7 +206,7 @@ class LoopResult(StrictModel):
             note = f", too high: {self.num_seen} of them are training images"
 
         mirrored = " with their mirror images" if self.mirrored else ""
-        return f"{score} of {self.count} held-out images{mirrored}{note}"
+        return f"{score} of {self.count} validation images{mirrored}{note}"
 
     def lines(self) -> tuple[str, ...]:
         """Describe the best epoch and its score."""
@@ -260,7 +260,7 @@ class FewShotResult(StrictModel):
         top1: Accuracy with its 95 % interval (`score.estimate_score`); `None` with several classes per
             image, and if fewer than two classes have images that can be judged.
         map: Mean average precision with its interval; only with several classes per image.
-        estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
+        estimated_on: Origin of `top1` or `map`: the validation images or cross-validation.
         class_counts: Training images of each class; the network is fitted to all of them.
         judged_counts: Images of each class that the score counts; empty in older runs.
         is_uneven: Whether the classes differ in size, so that the result says how this is corrected.
@@ -364,9 +364,13 @@ class FewShotResult(StrictModel):
         if score is None:
             return (
                 "no estimate of the accuracy, which needs two different "
-                "photographs of two classes or more"
+                "photos of two classes or more"
             )
-        origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
+        origin = (
+            "cross-validated"
+            if self.estimated_on == "cross-validation"
+            else "validation images"
+        )
         counts = self.judged_counts or self.class_counts
 
         # An accuracy that the largest class alone reaches may show nothing.
@@ -375,7 +379,7 @@ class FewShotResult(StrictModel):
         majority = counts[label] / max(1, sum(counts.values()))
         comparison = ""
         if self.map is None and score.low <= majority:
-            comparison = f'; always answering "{label}" gives {100 * majority:.0f} %'
+            comparison = f'; always predicting "{label}" gives {100 * majority:.0f} %'
 
         return (
             f"{self.score_name} {100 * score.value:.1f} % ({origin}, 95 % interval "
@@ -405,18 +409,18 @@ class FewShotResult(StrictModel):
                 related = ["copies"]
                 judged = "; of copies, the largest is judged"
             if self.num_groups < photographs:
-                related.append("photographs of one folder or object")
+                related.append("photos of one folder or object")
             groups = amount(self.num_groups, "independent group")
             yield (
-                f"{self.num_images} photographs, {groups}: {' and '.join(related)} "
+                f"{self.num_images} photos, {groups}: {' and '.join(related)} "
                 f"share a fold{judged}"
             )
 
         if self.num_selected and self.estimated_on == "cross-validation":
             yield (
-                f"{self.num_selected} photographs were kept because a network "
+                f"{self.num_selected} photos were kept because a network "
                 "was not sure of them: they are learned, but the accuracy "
-                "and `known` are judged by the others, which are like new "
+                "and `known` are measured on the others, which are like new "
                 "ones"
             )
 
@@ -430,13 +434,13 @@ class FewShotResult(StrictModel):
             yield (
                 f"all images of {shorten(self.one_group)} are one group (they look "
                 "alike, or are in one folder), so the accuracy of the class "
-                "cannot be estimated; add different photographs"
+                "cannot be estimated; add different photos"
             )
         if self.two_groups:
             yield (
                 f"all images of {shorten(self.two_groups)} are two groups, of "
                 "which one trains and one is judged, so the accuracy of the class "
-                "is probably too low; add different photographs"
+                "is probably too low; add different photos"
             )
         if self.alike:
             yield (
@@ -467,8 +471,8 @@ class FewShotResult(StrictModel):
         if self.diffuse:
             yield (
                 f"the images of {shorten(self.diffuse)} resemble each other far "
-                "less than those of other classes: if it is a class for anything "
-                "else, leave it out and give its folder as --unknown; with it, "
+                "less than the images of other classes do. If this is a class for anything "
+                "else, leave it out and give its folder as --unknown: with such a class, "
                 "7 to 17 % of foreign images passed as another class, "
                 "without it 2 % (eight sets)"
             )
@@ -511,11 +515,11 @@ def describe_gains(result: LoopResult | FewShotResult) -> Iterator[str]:
     """Yield a line for each of the classes of which more photographs would help, at most ten."""
     gains = result.gains if isinstance(result, FewShotResult) else ()
     for number, gain in enumerate(gains[:10]):
-        yield f"{'and' if number else 'more photographs would help:'} {gain.describe()}"
+        yield f"{'and' if number else 'more photos would help:'} {gain.describe()}"
 
 
 class PageTexts(NamedTuple):
-    """What the page says about a result: how was trained, what the held-out images are, and key figures."""
+    """What the page says about a result: how was trained, what the validation images are, and key figures."""
 
     procedure: str
     held_out: str
@@ -534,10 +538,10 @@ def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
 
     tiles = {result.score_name: shown}
     if isinstance(result, FewShotResult):
-        return PageTexts("by the few-shot procedure", "the held-out images", tiles)
+        return PageTexts("by the few-shot procedure", "the validation images", tiles)
 
-    # A loop's scores are too high if its held-out images have also selected the epoch.
-    held_out = "the held-out images"
+    # A loop's scores are too high if its validation images have also selected the epoch.
+    held_out = "the validation images"
     if result.selected_by != "nothing":
         selection = "the epoch" if result.tuning is None else "fine-tuning"
         held_out += (

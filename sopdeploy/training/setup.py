@@ -69,7 +69,7 @@ from sopdeploy.training.start_weights import (
 ONE_GROUP = (
     "all images are one group (they look alike, or are in one folder), or share "
     "groups with other classes, so the accuracy of the class cannot be measured; "
-    "add different photographs"
+    "add different photos"
 )
 MAX_HASHED = 50_000  # images of a part; reading more delays the start by more than a minute
 FEW_IMAGES = 100_000  # up to them, the few-shot procedure keeps 1.8 GB (18 kB per image)
@@ -220,7 +220,7 @@ def _find_formats(data: Split, callback: Callback) -> list[str]:
         extra, _ = EXTRAS[name]
         callback.on_warning(
             f"{amount(formats[name], 'image')} in {name.upper()}: install "
-            f"sopdeploy[{extra}] where the network is served, too"
+            f"sopdeploy[{extra}] also where the network is served"
         )
     return sorted(formats)
 
@@ -437,7 +437,7 @@ def _check_data(
     if data.train.is_multi_label:
         if isinstance(recipe.procedure, FineTuneConfig):
             raise ConfigError(
-                "procedure fine_tune: compares answers, which needs one class per "
+                "procedure fine_tune: compares predictions, which needs one class per "
                 "image; choose few_shot"
             )
 

@@ -248,12 +248,10 @@ def test_serve_says_from_how_many_photographs_the_sample_suffices_to_compare(
     settings = ("--setting", f"keep={tmp_path / 'kept'}", "--setting", "keep_sample=0.2")
     shown = CliRunner().invoke(app, ["serve", str(tmp_path), *settings])
     assert (
-        "keep: about 200 of 1,000 photographs are the uniform sample (keep_sample=0.2)"
+        "keep: about 200 of 1,000 photos are the uniform sample (keep_sample=0.2)"
         in shown.stderr
     )
-    assert (
-        "compare needs about 30 of the half that decides, from 300 photographs" in shown.stderr
-    )
+    assert "compare needs about 30 of the half that decides, from 300 photos" in shown.stderr
 
 
 def test_output_that_nobody_reads_is_no_error() -> None:
@@ -460,7 +458,7 @@ def test_a_link_that_leads_to_itself_is_one_line(command: str) -> None:
 
 EARLY_MISTAKES = {  # command: its error
     "train --data one": "one: holds only one class (a)",
-    "train --data photos.zip": "photos.zip: an archive, not a folder of photographs; unpack it, and give a folder",
+    "train --data photos.zip": "photos.zip: an archive, not a folder of photos; unpack it, and give a folder",
     "train --data nowhere": "nowhere: no such folder",
     "eval nothing.pt --data one": "nothing.pt: no such file",
     "train --recipe digits-plian": "did you mean digits-plain",
@@ -469,7 +467,7 @@ EARLY_MISTAKES = {  # command: its error
     "train --data one --set epochs=2 --unknown nowhere": "nowhere: no such folder",
     "train --data one --set epochs=2 --out photos.zip": "--out: photos.zip is a file; choose a folder",
     "import one/a/0.png --as resnet18": "one/a/0.png: not a weight file",
-    "export one --detach": "one: photographs, not a checkpoint; run: sopdeploy train --data one",
+    "export one --detach": "one: photos, not a checkpoint; run: sopdeploy train --data one",
     "export ckpt.pt --out photos.zip": "--out: photos.zip is a file; choose a folder",
     "export ckpt.pt --precision int8": "--precision: int8 needs images to measure ranges on; try --calibrate",
     "export ckpt.pt --precision fp16 --evaluate nowhere": "nowhere: no such folder",

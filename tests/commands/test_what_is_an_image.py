@@ -121,7 +121,7 @@ def test_bundles_are_not_written_beside_photographs_without_an_ending(
     content: bytes, tmp_path: Path
 ) -> None:
     (tmp_path / "IMG_1").write_bytes(content)
-    with pytest.raises(ConfigError, match="holds photographs"):
+    with pytest.raises(ConfigError, match="holds photos"):
         check_takes_output(tmp_path, "out")
 
 

@@ -37,7 +37,7 @@ NOTED: dict[Action, str] = {
 }
 HELD: dict[Action, str] = {
     run: "another run is writing to .*out; wait for it",
-    keep: "another process keeps photographs there; name another folder",
+    keep: "another process keeps photos there; name another folder",
 }
 
 
@@ -62,7 +62,7 @@ def test_photographs_are_not_kept_where_another_server_could_delete_them(
     with pytest.raises(StorageError) as caught:
         KeptFolder(tmp_path / "new" / "kept", 100_000, 30)
     assert list(tmp_path.iterdir()) == []
-    reason = f"has no locks ({os.strerror(code)}), which keep other servers out; keep photographs on another"
+    reason = f"has no locks ({os.strerror(code)}), which keep other servers out; keep photos on another"
     assert str(caught.value) == f"{tmp_path}/new/kept: its file system {reason} file system"
 
 

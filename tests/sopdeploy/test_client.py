@@ -343,5 +343,5 @@ def test_an_answer_with_the_id_of_another_request_is_none(is_own: bool) -> None:
         if is_own:
             assert client.info().models == ()
         else:
-            with pytest.raises(UnreachableError, match="that of another request"):
+            with pytest.raises(UnreachableError, match="belongs to another request"):
                 client.info()

@@ -237,7 +237,7 @@ def test_a_name_server_that_does_not_answer_takes_the_time_of_the_call(
     gate = threading.Event()
     monkeypatch.setattr(deadlines.socket, "getaddrinfo", lambda *_, **__: gate.wait(60) and [])
     try:
-        with pytest.raises(httpcore.ConnectTimeout, match="name server does not answer"):
+        with pytest.raises(httpcore.ConnectTimeout, match="name server does not respond"):
             deadlines._look_up("slow.example", 80, 0.01)
     finally:
         gate.set()

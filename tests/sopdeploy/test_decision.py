@@ -280,12 +280,12 @@ def test_images_of_no_class_test_the_threshold_and_do_not_change_it():
         == "34 % rejected (95 % interval 6 to 79 %; each class left out once)"
     )
     of_other_things = f"{rejected.sum()} of 40 rejected"
-    assert dict(found.rows())["photographs of other things"] == of_other_things
+    assert dict(found.rows())["photos of other things"] == of_other_things
     shipped = fit_decision(
         logits, targets, estimated_on="held-out", unknown=others, is_unknown_shipped=True
     )
-    assert dict(shipped.rows())["photographs of other things"] == (
-        f"{of_other_things}, of ImageNet; give --unknown FOLDER to measure those of your place"
+    assert dict(shipped.rows())["photos of other things"] == (
+        f"{of_other_things}, of ImageNet; give --unknown FOLDER to measure it with your own photos"
     )
 
 

@@ -98,14 +98,14 @@ ADVICE: dict[tuple[Wanted, str], str] = {
     ),
     ("bundle", "bundle.tar"): "an archive, not a bundle; run: sopdeploy pull bundle.tar bundles",
     ("bundle", "photos.zip"): "an archive, not a bundle; a bundle is a folder with a manifest.json",
-    ("bundle", "hat.jpg"): "a photograph, not a bundle; a bundle is a folder with a manifest.json",
+    ("bundle", "hat.jpg"): "a photo, not a bundle; a bundle is a folder with a manifest.json",
     ("bundle", "notes.txt"): "no bundle here; a bundle is a folder with a manifest.json",
     ("bundle", "empty"): "no manifest.json; was this folder written by `sopdeploy export`?",
     ("checkpoint", "bundles/tiny-1"): (
         "a bundle, not a checkpoint; to serve it, run: sopdeploy serve bundles/tiny-1"
     ),
     ("checkpoint", "runs"): "a folder of runs, not a checkpoint; use runs/tiny-1/best.pt",
-    ("checkpoint", "photos"): "photographs, not a checkpoint; run: sopdeploy train --data photos",
+    ("checkpoint", "photos"): "photos, not a checkpoint; run: sopdeploy train --data photos",
     ("checkpoint", "notes.txt"): "damaged or not a checkpoint; copy or train it again",
     ("checkpoint", "nowhere"): "no such file; use the best.pt of a training run",
     ("run", "runs"): "a folder of runs, not a run; choose one, such as runs/tiny-1",
@@ -117,15 +117,15 @@ ADVICE: dict[tuple[Wanted, str], str] = {
     ("weights", "runs/tiny-1"): "a run, not weights; use runs/tiny-1/best.pt",
     ("weights", "empty"): "a folder; give a weight file",
     ("photographs", "bundles/tiny-1"): (
-        "a bundle, not a folder of photographs; give a folder with photographs"
+        "a bundle, not a folder of photos; give a folder with photos"
     ),
     ("photographs", "photos.zip"): (
-        "an archive, not a folder of photographs; unpack it, and give a folder with photographs"
+        "an archive, not a folder of photos; unpack it, and give a folder with photos"
     ),
     ("bundle", "fetched.onnx"): POINTER_ADVICE,
     ("checkpoint", "fetched.pt"): POINTER_ADVICE,
-    ("photographs", "notes.txt"): "not a folder; give a folder with photographs",
-    ("photographs", "nowhere"): "no such folder; give a folder with photographs",
+    ("photographs", "notes.txt"): "not a folder; give a folder with photos",
+    ("photographs", "nowhere"): "no such folder; give a folder with photos",
 }  # fmt: skip
 
 

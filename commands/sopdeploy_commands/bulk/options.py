@@ -17,7 +17,7 @@ class ClassifyOptions(Options):
     workers: Annotated[int | None, pydantic.Field(ge=1, le=1024)] = None
     """Processes that load images, of each copy of the bundle; by default one per core, up to 16."""
     ray: str | None = None
-    """HOST:PORT of a Ray cluster that classifies; `auto`: that of this machine, `local`: a new one here."""
+    """HOST:PORT of a Ray cluster that classifies; `auto`: the cluster of this machine, `local`: a new one here."""
     actors: Count | None = None
     """Copies of the bundle on the Ray cluster; by default one per machine."""
     gpus_per_actor: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0

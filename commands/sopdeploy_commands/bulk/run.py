@@ -71,7 +71,7 @@ def classify(
     """Classify any number of images into parquet files, or into one CSV file, one row per image.
 
     Repeat the command to continue an interrupted run into a folder; a CSV file begins again. An
-    image that cannot be used gets a row with its error. The results equal those of the service.
+    image that cannot be used gets a row with its error. The results equal the results of the service.
     With a folder, the memory depends on `workers` and `part_images`, not on the number of images.
 
     Example: sopdeploy classify bundles/photos-3f6c01d2a4b7 photos --out results
@@ -83,7 +83,7 @@ def classify(
     Args:
         bundle: A bundle written by `sopdeploy export`.
         sources: Folders, .tar archives, lists of paths (.txt), images; paths or URLs that fsspec opens.
-        out: Folder for parquet files, of which an interrupted run is continued; or a file that ends in .csv.
+        out: Folder for parquet files, where an interrupted run continues, or a file that ends in .csv.
         config: TOML file with settings.
         on_image: Called with the numbers of images done and in total.
         **settings: Settings of the server that apply to decoding and inference, for example `threads=1`,

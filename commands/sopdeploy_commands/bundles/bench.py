@@ -83,7 +83,7 @@ def bench(
     Args:
         bundle: A bundle written by `sopdeploy export`.
         batch: Batch sizes, separated by commas.
-        settings: Settings of the service; by default those of the environment.
+        settings: Settings of the service; by default from the environment.
         on_step: Called with the name of each step.
     """
     settings = settings or load_settings()

@@ -111,8 +111,8 @@ def export(
 ) -> "Exported":
     """Convert a checkpoint to a bundle: detach, prove equivalence, export to ONNX, compare, write.
 
-    With --network, the file holds the weights of a network of your own, which is built by your
-    code. From Python, `sopdeploy.export_network` exports a network object.
+    With --network, the file holds the weights of your own network, which your code builds. From
+    Python, `sopdeploy.export_network` exports a network object.
 
     Example: sopdeploy export runs/latest/best.pt --detach
 

@@ -107,9 +107,7 @@ def print_prediction(prediction: FilePrediction) -> None:
     ranked = [f"{each.label} {each.probability:.4f}" for each in prediction.classes]
     classes = ", ".join(ranked) or "no class reaches its threshold"
     warnings = f" ({', '.join(prediction.warnings)})" if prediction.warnings else ""
-    unknown = (
-        "looks unlike the training photographs; closest: " if prediction.known is False else ""
-    )
+    unknown = "looks unlike the training photos; closest: " if prediction.known is False else ""
 
     image = plain_text(f"{prediction.image}:")
     out.print(
@@ -152,7 +150,7 @@ def predict(
     runtime: str | None = None,
     **settings: Any,
 ) -> tuple[FilePrediction, ...]:
-    """Classify image files without a server; the results equal those of the service.
+    """Classify image files without a server, with the same results as the service.
 
     Example: sopdeploy predict bundles/photos-3f6c01d2a4b7 photo.jpg
 

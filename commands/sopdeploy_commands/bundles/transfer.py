@@ -144,8 +144,8 @@ def pull(
         archive.seek(0)
         digest = hashlib.file_digest(archive, "sha256").hexdigest()
         if sha256 is not None and not hmac.compare_digest(digest, sha256):
-            message = f"that of {source} is {digest}; check both and download it again"
-            raise BundleError(message, setting="sha256")  # users see "--sha256: that of ..."
+            message = f"{source} has {digest}; check both and download it again"
+            raise BundleError(message, setting="sha256")  # users see "--sha256: SOURCE has ..."
 
         # The manifest comes first in the archive and decides whether the rest may be unpacked.
         manifest = tar.read_archived_manifest(archive, name)
@@ -234,8 +234,8 @@ def _check_is_not_older(manifest: Manifest, source: str, destination: Path) -> N
 def sign(bundle: Path, *, key: Path) -> None:
     """Sign a bundle: write BUNDLE.sig beside it, for --require-signature of `pull` and `serve`.
 
-    The signature has the format of OpenSSF Model Signing; `model_signing verify key` accepts
-    it, too.
+    The signature has the format of OpenSSF Model Signing, so `model_signing verify key` also
+    accepts it.
 
     Example: sopdeploy sign bundles/photos-3f6c01d2a4b7 --key release.key
 

@@ -82,7 +82,7 @@ def verify(
 
     Args:
         bundle: A bundle written by `sopdeploy export`.
-        settings: Settings of the service; by default those of the environment.
+        settings: Settings of the service; by default from the environment.
         runtime: Runtime, as for `serve`; by default the setting.
 
     Raises:

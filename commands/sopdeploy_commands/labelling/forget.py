@@ -79,24 +79,24 @@ def _summarize(forgotten: Forgotten) -> dict[str, object]:
 
 @command(_show, summarize=_summarize)
 def forget(photograph: str, folders: list[Path]) -> Forgotten:
-    """Delete a photograph, its label and its records in folders, also in the rows of `classify`.
+    """Delete a photo, its label and its records in folders, also in the rows of `classify`.
 
-    Every copy goes that has the content of the file, its name if it was kept, or the given
-    name. All of them are found first, and only then deleted; after a stop, repeat the command.
-    Runs and bundles in `runs` and `bundles` of this folder that hold it, and the cache of
-    features, are named with the command that removes them.
+    It deletes every copy that has the content of the file, its name if it was kept, or the given
+    name. All copies are found before the first one is deleted. If it was stopped, repeat the
+    command. It also names the runs and bundles in `runs` and `bundles` of this folder that hold
+    the photo, and the cache of features, with the command that removes them.
 
     Example: sopdeploy forget photo.jpg kept photos photos-held-out photos-unknown
 
     Args:
-        photograph: The file that was sent, or the name of a kept or labelled photograph.
-        folders: Folders of kept and labelled photographs, and output folders of `classify`.
+        photograph: The file that was sent, or the name of a kept or labelled photo.
+        folders: Folders of kept and labelled photos, and output folders of `classify`.
 
     Returns:
         The files that were deleted or changed, and what remains.
 
     Raises:
-        DataError: A folder is missing, or none contains the photograph, the name is that of several ones, or
+        DataError: A folder is missing, or none contains the photo, several have this name, or
             a table is of a later version or is being written.
         StorageError: A file cannot be changed.
     """
@@ -220,7 +220,7 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
     for folder in folders:
         if not folder.is_dir():
             raise DataError(
-                f"{folder}: no such folder; name folders of photographs or of `classify`"
+                f"{folder}: no such folder; name folders of photos or of `classify`"
             )
 
     # All files, each once: folders may contain one another.
@@ -442,7 +442,7 @@ def _check_one_photograph(
     if len(photographs) > 1:
         names = shorten(sorted(photographs.values()))
         raise DataError(
-            f"{name}: is the name of different photographs ({names}); name one with its folder"
+            f"{name}: is the name of different photos ({names}); name one with its folder"
         )
 
 

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 def label(
     kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1", port: Port = 8001
 ) -> None:
-    """Sort photographs into classes on a local web page, by keyboard or touch; Ctrl-C ends it.
+    """Sort photos into classes on a local web page, by keyboard or touch; Ctrl-C ends it.
 
-    They are those that a server has kept, or any images in a folder. For images that no server
-    has kept, a network suggests classes as soon as each class has two.
+    You can label the photos that a server has kept, or any images in a folder. For images that no
+    server has kept, a network suggests classes as soon as each class has two.
 
-    Each label moves a photograph to PHOTOS/<class>/, one that decides about the next bundle to
-    PHOTOS-held-out/<class>/, and one of no class to PHOTOS-unknown/. The page has the settings
-    of `serve` in the environment and in the file that SOPDEPLOY_CONFIG names. Behind a proxy,
+    A label moves a photo to PHOTOS/<class>/, or to PHOTOS-held-out/<class>/ if the photo is kept to
+    compare the next bundle. Photos of no class move to PHOTOS-unknown/. The page reads the settings
+    of `serve` from the environment and from the file that SOPDEPLOY_CONFIG names. Behind a proxy,
     it needs allowed_hosts and root_path.
 
     Example: sopdeploy label camera --photos photos
@@ -33,9 +33,9 @@ def label(
     Example: sopdeploy label kept --photos flowers --host 192.168.1.5
 
     Args:
-        kept: Folder of images, or that `serve --setting keep=KEPT` has written.
+        kept: Folder of images, such as the folder that `serve --setting keep=KEPT` has written.
         photos: Folder of the classes; labels go to PHOTOS, PHOTOS-held-out, PHOTOS-unknown.
-        host: IP address to listen on; the printed address has a key, without which the page opens for nobody.
+        host: IP address to listen on; the page opens only with the key in the printed address.
         port: TCP port to listen on; 0 is any free port.
     """
     from sopdeploy_service.labelling.label.app import run_label_server, training_command

@@ -77,12 +77,13 @@ def compare(
     tolerance: Tolerance = TOLERANCE,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> BundleComparison:
-    """Say whether a bundle is better than another one, not worse, or worse, on the same photographs.
+    """Say whether a bundle is better than another one, not worse, or worse, on the same photos.
 
-    The recent photographs decide: those that a server kept in the 14 days before the newest one,
-    at least the newest 100, and all that no server kept. During an alarm of drift, which `label` notes
-    in the folder, those since it began decide if there are 20. Training images and near-duplicates
-    are left out; so are folders that are no class of either bundle, with a note.
+    Recent photos decide. These are the photos that a server kept in the 14 days before the newest
+    one, at least the newest 100, and all photos that no server kept. During a drift alarm, which
+    `label` notes in the folder, the photos since its begin decide if there are at least 20.
+    Training images and near-duplicates are left out. Folders that are no class of either bundle
+    are also left out, with a note.
 
     Example: sopdeploy compare bundles/photos-3f6c01d2a4b7 bundles/latest --data held-out
 
@@ -90,13 +91,13 @@ def compare(
         first: A bundle, such as the live one.
         second: The bundle to compare with it.
         data: Folder of images that neither was trained on, DIR/<class>/*.jpg.
-        unknown: Folder of images of none of the classes, which test `known`; of those that a server kept,
+        unknown: Folder of images of none of the classes, which test `known`. Of images that a server kept,
             only the uniform sample counts.
-        tolerance: Points of accuracy that the second bundle may lose on 100 photographs; half with ten times as many.
+        tolerance: Points of accuracy that the second bundle may lose on 100 photos; half with ten times as many.
         on_image: Called with the numbers of predictions done and in total.
 
     Raises:
-        DataError: An image that cannot be decoded within the limits of a server, or no photograph of a common
+        DataError: An image that cannot be decoded within the limits of a server, or no photo of a common
             class remains.
         ConfigError: A bundle predicts several classes per image.
         BundleError: A bundle is damaged.
@@ -265,7 +266,7 @@ def _select_photographs(
     is_common_C = np.array([label in first_labels & second_labels for label in images.labels])
     common_N = recent_N & is_common_C[targets_N]
     if not common_N.any():
-        raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
+        raise DataError(f"{data}: no photo of a class of both bundles remains; add some")
 
     is_old_N = is_old_C[targets_N]
     photographs = Photographs(
@@ -500,7 +501,7 @@ def _leave_out_seen(
     counts_N = is_first_N & ~trained_on_N
     if not counts_N.any():
         raise DataError(
-            f"{images.root}: a bundle was trained on all of these photographs; give others"
+            f"{images.root}: a bundle was trained on all of these photos; give others"
         )
 
     left_out: LeftOut = {

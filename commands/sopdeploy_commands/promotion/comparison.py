@@ -93,7 +93,7 @@ class Check(StrictModel):
             "anchor": "compared with the best earlier bundle: ",
         }[self.of]
         if self.num_images < MIN_IMAGES:
-            return f"{images}{amount(self.num_images, 'photograph')}, too few"
+            return f"{images}{amount(self.num_images, 'photo')}, too few"
         loss = -100 * self.low  # the largest one that is not unlikely
         limit = -100 * self.limit
         return f"{images}may lose up to {loss:.1f} points, the limit is {limit:.1f}"
@@ -119,7 +119,7 @@ class Period(StrictModel):
     def line(self) -> str:
         """The accuracies in one line."""
         shares = [percent(right / self.num_images) for right in (self.first, self.second)]
-        return f"{self.of}: {shares[0]}, then {shares[1]} of {amount(self.num_images, 'photograph')}"
+        return f"{self.of}: {shares[0]}, then {shares[1]} of {amount(self.num_images, 'photo')}"
 
 
 class BundleComparison(StrictModel):
@@ -174,7 +174,7 @@ class BundleComparison(StrictModel):
         since = self.periods[0].num_images if self.periods else 0
         if since < MIN_IMAGES:
             missing = NUM_SOURCES * (MIN_IMAGES - since)
-            return f"only {amount(since, 'photograph')} {begin}; label about {missing} more"
+            return f"only {amount(since, 'photo')} {begin}; label about {missing} more"
         if self.periods[0].second <= self.periods[0].first:
             return f"no better {begin}: {self.periods[0].line}"
         return ""
@@ -214,9 +214,7 @@ class BundleComparison(StrictModel):
         right = self.second.top1.right
         live = self.first.top1.right
         checks = {check.of: check for check in self.checks}
-        text = (
-            f"of {self.num_images:,} recent photographs {right:,} right, the live one {live:,}"
-        )
+        text = f"of {self.num_images:,} recent photos {right:,} right, the live one {live:,}"
 
         # Only what the comparison has: old classes, new ones, an earlier bundle, earlier
         # attempts.
@@ -236,7 +234,7 @@ class BundleComparison(StrictModel):
         """What these photographs can show, and of which classes they show little, in one line."""
         points = 100 * smallest_difference(self.wins, self.losses, self.num_images)
 
-        text = f"{amount(self.num_images, 'photograph')} show differences from about {points:.2g} points"
+        text = f"{amount(self.num_images, 'photo')} show differences from about {points:.2g} points"
         few = [
             f"{change.num_images} of {change.label}"
             for change in self.classes
@@ -311,8 +309,8 @@ def show_comparison(result: BundleComparison) -> None:
     if result.removed:
         say(f"only in the first bundle: {', '.join(result.removed)}")
     say(
-        f"left out: {result.num_copies} near-duplicates, {result.trained_on} photographs from the training",
-        f"better on {result.wins}, worse on {result.losses} photographs, McNemar p {result.p:.2g}",
+        f"left out: {result.num_copies} near-duplicates, {result.trained_on} photos from the training",
+        f"better on {result.wins}, worse on {result.losses} photos, McNemar p {result.p:.2g}",
         result.evidence,
     )
 
@@ -321,7 +319,7 @@ def show_comparison(result: BundleComparison) -> None:
         if score.top1_all is not None:
             say(
                 f"accuracy on recent traffic, {score.bundle}: {percent(score.top1.share)} on "
-                f"{score.top1.count:,} photographs; on all {score.top1_all.count:,}: "
+                f"{score.top1.count:,} photos; on all {score.top1_all.count:,}: "
                 f"{percent(score.top1_all.share)}"
             )
 

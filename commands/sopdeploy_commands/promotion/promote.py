@@ -55,9 +55,7 @@ def _show(move: Promotion) -> None:
     for period in move.comparison.periods if move.comparison else ():
         say(period.line)
     if move.num_trained:
-        say(
-            f"{amount(move.num_trained, 'photograph')} that decided will be trained on from now on"
-        )
+        say(f"{amount(move.num_trained, 'photo')} that decided will be trained on from now on")
 
 
 @command(_show, options={"over", "data"})
@@ -74,13 +72,14 @@ def promote(
 ) -> Promotion:
     """Move the link that a server follows to a bundle that loses little or nothing, and record why.
 
-    A bundle is refused if it may lose more than the tolerance on recent photographs. With new
-    classes, it is also refused if it may lose more than twice that on photographs of the old
-    ones; in any case if a class certainly loses twice the tolerance, and for other objections,
-    such as a class that it lacks. `promotions.jsonl` beside the link has the figures of each
-    move and refusal; each further attempt at the same live bundle needs stronger evidence. The
-    new bundle is loaded before the move, which checks its hashes and outputs. After the move, the
-    photographs of a server in PHOTOS-held-out, which have decided now, are moved to PHOTOS.
+    A bundle is refused if it may lose more than the tolerance on recent photos. With new
+    classes, it is also refused if it may lose more than twice the tolerance on photos of the old
+    classes. It is always refused if a class certainly loses twice the tolerance, or if it lacks a
+    class. `promotions.jsonl` beside the link records the figures of each move and refusal. Each
+    further attempt to replace the same live bundle needs stronger evidence.
+
+    The new bundle is loaded before the move, which checks its hashes and outputs. After the move,
+    the photos of a server in PHOTOS-held-out, which were used for this decision, move to PHOTOS.
 
     Example: sopdeploy promote bundles/latest --over bundles/live --data held-out
 
@@ -91,9 +90,9 @@ def promote(
         over: Link that the server follows; created if absent.
         data: Folder of images that neither was trained on, DIR/<class>/*.jpg.
         unknown: Folder of images of none of the classes, which test `known`.
-        tolerance: Points of accuracy that it may lose on 100 photographs; half with ten times as many.
+        tolerance: Points of accuracy that it may lose on 100 photos; half with ten times as many.
         force: Reason to move the link in any case; recorded.
-        back: Link to move back to the bundle before, without other arguments; a second time undoes the first.
+        back: Link to move back to the previous bundle, without other arguments. A second time undoes the first.
         on_image: Called with the numbers of predictions done and in total.
 
     Raises:
@@ -127,7 +126,7 @@ def promote(
             raise ConfigError(f"{over}: leads to this bundle already; name another one")
         if data is None and force is None:
             raise ConfigError(
-                "no photographs to compare with", remedies={"data": "DIR", "force": "REASON"}
+                "no photos to compare with", remedies={"data": "DIR", "force": "REASON"}
             )
 
     # A damaged bundle must not become live.
@@ -228,7 +227,7 @@ def _list_objections(comparison: BundleComparison, old_name: str, new_name: str)
         objections.append(f"without the classes {shorten(comparison.removed)}")
     if comparison.suspects:
         objections.append(
-            f"{shorten(comparison.suspects)} may have been trained on more of the photographs"
+            f"{shorten(comparison.suspects)} may have been trained on more of the photos"
         )
 
     if old_name != new_name:

@@ -156,7 +156,7 @@ def _duplicate_lines(name: str, content: str, groups: "Sequence[Duplicates]") ->
     differ = sum(group.labels_differ for group in groups)
     summary = (
         f"{name}: {amount(len(groups), 'group')} with {content}, {across} in both "
-        f"training and held-out data, {differ} in different classes"
+        f"training and validation data, {differ} in different classes"
     )
 
     worst_first = sorted(groups, key=lambda group: (not group.across, not group.labels_differ))

@@ -33,7 +33,7 @@ class EvaluateOptions(Options):
     accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = ACCEPTS
     """Fraction of images of known classes to accept as known, with the fitted threshold; 1 rejects none."""
     mirror: bool = False
-    """Average the logits of each image and of its mirror image; a server answers for the image alone."""
+    """Average the logits of each image and of its mirror image; a server classifies the image alone."""
     workers: Annotated[int, pydantic.Field(ge=0)] = 0
     """Processes that load images for a checkpoint."""
 
@@ -116,9 +116,9 @@ def evaluate(
     Wilson 95 % intervals. If a rejection threshold was fitted, the output includes the fraction
     of accepted images. A network with several classes per image needs a folder with
     `labels.csv`; its metrics are mAP, and F1 of each class at its threshold. --fit-decision
-    writes a copy of the checkpoint with another temperature and threshold. It is for imported
-    checkpoints, and for other images than those of a run, which fits both at its end. The
-    metrics are those before the fit.
+    writes a copy of the checkpoint with another temperature and threshold. Use it for imported
+    checkpoints, or to fit a checkpoint to other images; a run fits both at its end. The metrics are
+    measured before the fit.
 
     Example: sopdeploy eval runs/latest/best.pt --data test-photos
 

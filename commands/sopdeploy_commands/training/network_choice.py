@@ -296,7 +296,7 @@ def score_network(
     score = validation.score()
     if score is None:
         raise DataError(
-            "networks cannot be compared: fewer than two classes have two different photographs"
+            "networks cannot be compared: fewer than two classes have two different photos"
         )
 
     # With one class per image, a prediction is either right or wrong. `shifted_logits` are those

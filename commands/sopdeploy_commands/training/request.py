@@ -49,22 +49,22 @@ class TrainOptions(Options):
     """Options of `sopdeploy.train` and `sopdeploy train`."""
 
     from_: Text = None
-    """A run, or a bundle whose run is in runs: start from its recipe, and print its accuracy and what was
-    added since."""
+    """Start from the recipe of a run, or of a bundle whose run is in runs. Prints its accuracy, and what was
+    added since then."""
     models: Text = None
     """Networks, separated by commas: train the most accurate one by cross-validation."""
     within: Text = None
-    """Of `--models`, only those that need at most this time for an image on one thread here, such as 20ms.
-    Without `--models`, of the networks of a list; those whose weights cannot be reached are
-    skipped."""
+    """Compare only networks that need at most this time for an image on one thread here, such as 20ms.
+    They are the networks of `--models`, or of a built-in list. Networks whose weights cannot be
+    reached are skipped."""
     weights: Text = None
-    """Start weights: imagenet, none (random), a checkpoint or a weight file; sets `start.weights`. By default
-    imagenet for a folder of images without a recipe. With several networks, one for each,
-    separated by commas, or a folder of files that are named like the networks."""
+    """Pretrained weights: imagenet, none (random), a checkpoint or a weight file; sets `start.weights`. By
+    default imagenet for a folder of images without a recipe. With several networks, give one for
+    each, separated by commas, or a folder of files that are named like the networks."""
     name: Name = None
-    """Name of the project, by default that of the data folder or of the recipe; sets `project`."""
+    """Name of the project, by default the name of the data folder or of the recipe; sets `project`."""
     unknown: Text = None
-    """Folder of images of none of the classes, which test the rejection; of those that a server kept, only
+    """Folder of images of none of the classes, which test the rejection. Of images that a server kept, only
     the uniform sample counts. Sets `rejection.unknown`."""
     resume: Literal["never", "always", "auto"] = "never"
     """Continue the run in the folder, by default the newest of the project; auto starts a new one if there is

@@ -85,7 +85,7 @@ def train(
 
     Args:
         data: Folder of images, DIR/<class>/*.jpg; sets `data.path`.
-        recipe: A recipe of `sopdeploy recipes`, or a .toml file; by default that for photos.
+        recipe: A recipe of `sopdeploy recipes`, or a .toml file; by default the recipe for photos.
         out: Folder of the run; by default runs/<project>-<number>. `runs/latest` links to it.
         progress: Print progress on stderr; by default only on a terminal and in a notebook.
         callback: Receives the events of the run, instead of the progress display.
@@ -227,9 +227,7 @@ def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
     added = num_images - origin.num_images
     new = f", new: {', '.join(new_classes)}" if new_classes else ""
     accuracy = dict(result_before.rows())["accuracy"]
-    return (
-        f"before, {origin.run}: {accuracy}; since then {amount(added, 'photograph', '+')}{new}"
-    )
+    return f"before, {origin.run}: {accuracy}; since then {amount(added, 'photo', '+')}{new}"
 
 
 @command()

@@ -127,7 +127,7 @@ class AccuracyCheck:
             return
         advice = ""
         if report.quantisation is not None:
-            advice = "; calibrate with images like those of production"
+            advice = "; calibrate with images like your production images"
 
         if not measured.deviation <= MAX_DEVIATION:  # larger, or NaN
             raise ParityError(

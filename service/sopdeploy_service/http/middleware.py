@@ -296,7 +296,7 @@ class OriginGuard:
 
         if foreign := self._origins.why_foreign(context.headers, context.peer):
             advice = ALLOW_PAGE if foreign == FOREIGN_PAGES else ALLOW_HOST
-            message = f"this server does not answer {foreign}; {advice}"
+            message = f"this server refuses {foreign}; {advice}"
             raise RejectedError(HttpError("foreign_request", 403, message))
 
 

@@ -152,7 +152,7 @@ def describe_refusals(bundle: Bundle, formats: Collection[str]) -> Iterator[str]
         elif extra:
             remedy = f'run: pip install "sopdeploy[{extra}]"'
         if remedy:
-            yield f"photographs in {describe_formats([name])}, as it learned from, are refused; {remedy}"
+            yield f"photos in {describe_formats([name])}, as it learned from, are refused; {remedy}"
 
 
 def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:

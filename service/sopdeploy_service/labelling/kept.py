@@ -60,7 +60,7 @@ class KeptRecord(StrictModel):
 
     version: Literal[1] = 1
     written_by: Text | None = None
-    image: Annotated[str, matching(KEPT_NAME.pattern, "name of a kept photograph")]
+    image: Annotated[str, matching(KEPT_NAME.pattern, "name of a kept photo")]
     bundle: Text
     model: Text
     time: pydantic.AwareDatetime
@@ -143,7 +143,7 @@ def read_kept(folder: Path) -> list[Kept]:
     num_unusable = len(record_paths) - len(photographs) - len(other_versions)
     if num_unusable:
         log.warning(
-            "%s: %d records are damaged or have no photograph; they are skipped",
+            "%s: %d records are damaged or have no photo; they are skipped",
             folder,
             num_unusable,
         )

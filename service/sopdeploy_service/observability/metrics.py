@@ -41,7 +41,9 @@ class Metrics:
         seconds_of = functools.partial(histogram, buckets=SECONDS_BUCKETS)
 
         # Requests.
-        self._requests = counter("requests", "Requests answered", ("route", "code", "model"))
+        self._requests = counter(
+            "requests", "Requests with a response", ("route", "code", "model")
+        )
         self._request_seconds = seconds_of(
             "request_duration_seconds",
             "From request to response; refusals (4xx, 5xx) are fast",
@@ -103,12 +105,12 @@ class Metrics:
         # Kept photographs.
         self.kept_images = counter(
             "kept_images",
-            "Photographs to keep: kept, near_duplicate, dropped (too many or too large), failed (disk)",
+            "Photos to keep: kept, near_duplicate, dropped (too many or too large), failed (disk)",
             ("result",),
         )
         self.kept_deleted = counter(
             "kept_deleted",
-            "Kept photographs that were deleted: expired, no_room, incomplete",
+            "Kept photos that were deleted: expired, no_room, incomplete",
             ("reason",),
         )
 
@@ -152,14 +154,17 @@ class Metrics:
         )
         self.images_running = gauge("images_running", "Images in a decoder or a batch")
         self.queue_depth = gauge(
-            "queue_depth", "Deprecated, the sum of both: images admitted and not yet answered"
+            "queue_depth",
+            "Deprecated, the sum of both: images admitted, without a response yet",
         )
         self.runtime_seconds = counter(
             "runtime_seconds", "Busy time of the runtime", ("model",)
         )
 
         self.connections = gauge("connections", "Open connections")
-        self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
+        self.upload_bytes = gauge(
+            "upload_bytes", "Bytes of request bodies without a response yet"
+        )
         self.ready = gauge("ready", "1 if the process is ready for images, else 0")
         self.limit = gauge(
             "limit",

@@ -80,7 +80,7 @@ class Targets:
         if num_groups == 1:
             raise DataError(
                 "all training images are one group, such as a clip or copies of "
-                "one photograph; cross-validation needs different images"
+                "one photo; cross-validation needs different images"
             )
 
         # How many groups each stratum has: each pair of both counts once.

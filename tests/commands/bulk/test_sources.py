@@ -109,7 +109,7 @@ BAD_SOURCES = {
     "no-keys.txt": r"no-keys.txt: has no images",
     "latin.txt": r"latin.txt: cannot be listed \('utf-8' codec can't decode byte 0xe9",
     "latin\udce9.jpg": r"latin.*: cannot be listed \('utf-8' codec can't encode character",
-    "bundle": "bundle: a bundle, not a folder of photographs; name one bundle, then folders",
+    "bundle": "bundle: a bundle, not a folder of photos; name one bundle, then folders",
 }
 
 

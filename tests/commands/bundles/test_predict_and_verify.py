@@ -393,7 +393,7 @@ def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
     [
         (None, "ant 0.9000"),
         (True, "ant 0.9000"),
-        (False, "looks unlike the training photographs; closest: ant 0.9000"),
+        (False, "looks unlike the training photos; closest: ant 0.9000"),
     ],
 )
 def test_a_line_of_predict_has_no_number_without_a_meaning_to_its_reader(

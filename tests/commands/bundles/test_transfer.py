@@ -545,6 +545,6 @@ def test_a_bundle_is_not_pulled_into_photographs(
     (photos / image).write_bytes(jpeg(0, (8, 8)))
     archive = push(bundle, str(tmp_path / "store")).url
     before = sorted(photos.rglob("*"))
-    with pytest.raises(ConfigError, match="holds photographs; choose a folder outside"):
+    with pytest.raises(ConfigError, match="holds photos; choose a folder outside"):
         pull(archive, photos / destination)
     assert sorted(photos.rglob("*")) == before

@@ -277,7 +277,9 @@ def test_a_name_of_different_photographs_deletes_nothing(
 ) -> None:
     shutil.copytree(classified / "out", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
-    message = r"^1\.jpg: is the name of different photographs \(.*x/1\.jpg.*\); name one with its folder$"
+    message = (
+        r"^1\.jpg: is the name of different photos \(.*x/1\.jpg.*\); name one with its folder$"
+    )
     with pytest.raises(DataError, match=message):
         forget("1.jpg", [tmp_path / "out"])
     assert rows(tmp_path / "out") == ALL

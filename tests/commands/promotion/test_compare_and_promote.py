@@ -113,11 +113,11 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
     assert (found.wins, found.losses, found.difference) == (40 - right, 0, (40 - right) / 40)
     assert found.verdict == "better"
     assert found.summary.startswith(
-        f"passes: of 40 recent photographs 40 right, the live one {right}: "
+        f"passes: of 40 recent photos 40 right, the live one {right}: "
     )
     assert [one.label for one in found.classes] == sorted(set(answers[1]))
     assert sum(one.num_images for one in found.classes) == 40
-    assert found.evidence.startswith("40 photographs show differences from about ")
+    assert found.evidence.startswith("40 photos show differences from about ")
     assert found.first.accepted is None
     known = [one.known for one in predict(second, paths, threads=1)]
     unknown = [
@@ -139,11 +139,11 @@ def test_a_bundle_compared_with_itself_has_no_difference_and_asks_for_no_labels(
     first, second = bundles
     text = compare(second, second, labelled(second, count=6)).summary
     assert text.startswith(
-        "no difference, both are the same bundle: of 6 recent photographs 6 right"
+        "no difference, both are the same bundle: of 6 recent photos 6 right"
     )
     other = compare(first, second, labelled(second, count=6)).summary
     assert other.startswith(
-        "undecided; 6 photographs, too few; label about 42 more to decide, a third of which count"
+        "undecided; 6 photos, too few; label about 42 more to decide, a third of which count"
     )
 
 
@@ -193,7 +193,7 @@ def test_photographs_of_the_training_and_their_copies_decide_nothing(
         "sopdeploy_commands.promotion.compare.SAMPLED", 12
     )  # so the record may be incomplete
     assert compare(first, trained, photos).suspects == (read_manifest(trained).name,)
-    with pytest.raises(DataError, match="was trained on all of these photographs"):
+    with pytest.raises(DataError, match="was trained on all of these photos"):
         compare(first, trained, seen)
 
 
@@ -255,9 +255,7 @@ def test_only_unknown_photographs_of_the_sample_are_compared_and_those_that_no_s
         photograph(500 + number).save(unknown / name)
     found = compare(first, second, photos, unknown=unknown)
     assert found.second.rejected.count == 3
-    assert any(
-        "5 photographs left out, because a server kept them" in note for note in found.notes
-    )
+    assert any("5 photos left out, because a server kept them" in note for note in found.notes)
     (unknown / "own.png").unlink()
     shutil.rmtree(unknown / "sample")
     assert compare(first, second, photos, unknown=unknown).unknown is None
@@ -312,7 +310,7 @@ def test_a_better_bundle_is_promoted_and_the_log_says_why(bundles, labelled, she
     )
     created, moved = log_of(shelf)
     assert (created["reason"], created["before"]) == ("first bundle", None)
-    assert moved["reason"].startswith("passes: of 40 recent photographs 40 right, ")
+    assert moved["reason"].startswith("passes: of 40 recent photos 40 right, ")
     assert moved["comparison"]["first"]["bundle"] == first
     assert moved["user"]
     assert promote(back=shelf / "live").after == first
@@ -326,12 +324,12 @@ def test_what_is_worse_or_undecided_is_refused_unless_forced(bundles, labelled, 
         (labelled(bundles[0]), r"not promoted, worse; may lose up to .*; worse in"),
         (
             labelled(bundles[1], count=3),
-            r"not promoted, undecided; 3 photographs, too few; label about \d+ more to decide",
+            r"not promoted, undecided; 3 photos, too few; label about \d+ more to decide",
         ),
     ):
         with pytest.raises(PromotionError, match=message):
             promote(shelf / second, shelf / "live", photos)
-    with pytest.raises(ConfigError, match="no photographs to compare with"):
+    with pytest.raises(ConfigError, match="no photos to compare with"):
         promote(shelf / second, shelf / "live", None)
     with pytest.raises(ConfigError, match="or --back LINK alone"):
         promote(back=shelf / "live", force="not recorded")
@@ -578,7 +576,7 @@ CHANGES = {
     "few photographs": (
         5,
         1,
-        r"only 5 photographs since the traffic changed, .*; label about 45 more",
+        r"only 5 photos since the traffic changed, .*; label about 45 more",
     ),
     "no gain": (25, 0, "no better since the traffic changed"),
 }

@@ -90,7 +90,7 @@ def test_a_diverged_network_and_an_empty_dataset_are_errors() -> None:
     with pytest.raises(DataError, match="no images to evaluate on"):
         evaluate_network(model, images([], [], 3), TINY)
     model.scale.data.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="held-out images is not finite"):
+    with pytest.raises(TrainingError, match="validation images is not finite"):
         evaluate_network(model, images([0], [0], 3), TINY)
 
 

@@ -477,7 +477,7 @@ def test_unknown_images_may_be_in_a_flat_folder_and_a_missing_one_is_named(
     next(flat.iterdir()).rename(flat / f"{0:032x}.png")  # as a server names what it keeps
     given = {"weights": "none", "unknown": str(flat), "set": settings}
     train(photos, out=photos.parent / "run", callback=callback, **given)
-    assert any("1 photograph left out, because a server kept them" in line for line in warnings)
+    assert any("1 photo left out, because a server kept them" in line for line in warnings)
     with pytest.raises(DataError, match="no such folder; give a folder with JPEG or PNG files"):
         train(
             photos, weights="none", unknown=str(flat / "missing"), out=photos.parent / "other"

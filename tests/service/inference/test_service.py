@@ -262,7 +262,7 @@ NO_BUNDLES = {
     "weights.pt": "weights, not a bundle; run: sopdeploy export .*weights.pt --network MODULE",
     "weights.safetensors": "weights, not a bundle; run: .* --network MODULE:CALLABLE",
     "tiny/model.onnx": "a file of a bundle, not a bundle; give its folder, .*tiny",
-    "photos": "photographs, not a bundle; run: sopdeploy train --data .*photos",
+    "photos": "photos, not a bundle; run: sopdeploy train --data .*photos",
 }
 
 

@@ -135,7 +135,7 @@ def test_what_is_not_a_complete_photograph_is_skipped_and_counted(
     (tmp_path / "notes.txt").write_text("of a user")
     with caplog.at_level(logging.WARNING, "sopdeploy_service.labelling.kept"):
         assert [record.image for _, record in read_kept(tmp_path)] == [f"{NAME}.jpg"]
-    assert "7 records are damaged or have no photograph" in caplog.text
+    assert "7 records are damaged or have no photo" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_a_file_of_another_network_names_the_network_of_timm_that_it_fits(
     torch.save(timm.create_model("test_efficientnet", num_classes=3).state_dict(), file)
     with pytest.raises(WeightsError) as error:
         imported(file, model)
-    fits = "its tensors are those of timm:test_efficientnet; name that network"
+    fits = "it has the tensors of timm:test_efficientnet, so name that network"
     assert str(error.value) == f"{file}: does not fit {model}; {fits}"
 
 

@@ -628,7 +628,7 @@ def test_empty_and_mismatched_class_folders_are_listed_with_all_other_findings(p
         assert finding in found.stdout
         assert finding in found.stderr
     assert "train/cat/2.jpg: this is not an image" in found.stderr
-    assert "1 in both training and held-out data" in found.stdout
+    assert "1 in both training and validation data" in found.stdout
     assert check_data(photos).parts[0].classes == {"cat": 4, "cow": 0, "dog": 8, "eel": 0}
 
 

@@ -316,7 +316,7 @@ UNCLEAR = [
     (
         {"animals__cats": 3, "animals__dogs": 2, "plants": 3},
         (8, 0),
-        "of several folders as a group each: animals/cats, animals/dogs; add --set data.classes_from=subfolders",
+        "each of several folders as one group: animals/cats, animals/dogs; add --set data.classes_from=subfolders",
     ),
 ]
 
@@ -527,7 +527,7 @@ def test_runs_of_a_folder_that_is_the_current_one_are_written_elsewhere(
     result = CliRunner().invoke(app, ["train", "--data", "."])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert result.stderr.startswith(
-        "error: --out: runs is in the photographs of .; choose a folder outside"
+        "error: --out: runs is in the photos of .; choose a folder outside"
     )
 
 
@@ -563,7 +563,7 @@ def test_masks_of_photographs_are_left_out_and_named(tmp_path, photograph, other
     assert (split.train.labels, len(split.train)) == (("cat", "dog"), 16)
     assert split.train.groups is None
     assert split.notes[0].startswith(
-        f"{tmp_path}: left out, because they are masks of photographs: 16 images in cat"
+        f"{tmp_path}: left out, because they are masks of photos: 16 images in cat"
     )
     assert len(open_folder(tmp_path, FOLDERS).train) == 32
     assert len(open_evaluation_images(tmp_path, ("cat", "dog"))) == 16
@@ -593,7 +593,7 @@ def test_the_same_photographs_in_another_form_are_left_out(tmp_path) -> None:
             blocks.convert("L").resize((80, 60)).save(gray)
     split = open_folder(tmp_path)
     assert {name.split("/")[1] for name in names(split.train)} == {"color"}
-    assert "the same photographs in another form: 12 images in cat/BW, dog/BW" in split.notes[0]
+    assert "the same photos in another form: 12 images in cat/BW, dog/BW" in split.notes[0]
 
 
 def test_a_folder_of_masks_is_no_class_and_the_names_may_hold_the_classes(tmp_path) -> None:

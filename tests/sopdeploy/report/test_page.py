@@ -69,7 +69,7 @@ def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(
     assert {"optimizer.lr", "0.1", "network.base_width", "torch version", "processor"} <= set(
         texts
     )
-    curves = charts(page)["top-1 on held-out images."]
+    curves = charts(page)["top-1 on validation images."]
     assert all(
         f">{head}<" in curves
         for head in ("layer1_0", "layer2_0", "layer3_0", "main", "deployed")
@@ -163,23 +163,23 @@ def test_charts_show_every_text_as_it_is(text: str) -> None:
 SENTENCES = {
     "most": (
         Rate.of(83, 100),
-        "8 of 10 new photographs like these will be right; likely 74 to 89 %.",
+        "8 of 10 new photos like these will be right; likely 74 to 89 %.",
     ),
     "nearly all": (
         Rate.of(987, 1000),
-        "About 98 of 100 new photographs like these will be right; likely 98 to 99 %.",
+        "About 98 of 100 new photos like these will be right; likely 98 to 99 %.",
     ),
     "all that were seen": (
         Rate.of(40, 40),
-        "Nearly all new photographs like these will be right; likely 91 to 100 %.",
+        "Nearly all new photos like these will be right; likely 91 to 100 %.",
     ),
     "the mAP of an epoch": (
         0.25,
-        "On new photographs like these, the mean average precision will be 25\N{NO-BREAK SPACE}%.",
+        "On new photos like these, the mean average precision will be 25\N{NO-BREAK SPACE}%.",
     ),
     "no estimate": (
         None,
-        "There are too few different photographs to say how many new ones will be right.",
+        "There are too few different photos to say how many new ones will be right.",
     ),
 }
 
@@ -213,7 +213,7 @@ def test_the_page_begins_with_a_sentence_the_classes_and_the_next_command_and_co
     header = page[page.index("<header>") : page.index("</header>")]
     sentences = re.findall("<p>(.*)</p>", header.partition("<details")[0])
     assert re.fullmatch(
-        r"\d of 10 new photographs like these will be right; likely \d+ to \d+ %\.",
+        r"\d of 10 new photos like these will be right; likely \d+ to \d+ %\.",
         sentences[0],
     )  # corrected
     assert sentences[-1] == f"Next: <code>sopdeploy export {run / 'best.pt'} --detach</code>"

@@ -144,32 +144,32 @@ def _right(checkpoint: Any, path: Path, every: int) -> int:
     [
         (
             {"count": 400, "first": 347, "second": 372, "wins": 40, "losses": 15},
-            "93.0 % instead of 86.8 % of 400 held-out photographs, better on 40, worse on 15, p 0.001; "
+            "93.0 % instead of 86.8 % of 400 validation images, better on 40, worse on 15, p 0.001; "
             "the fine-tuned network is kept",
         ),
         (
             {"count": 100, "first": 87, "second": 92, "wins": 8, "losses": 3},
-            "92.0 % instead of 87.0 % of 100 held-out photographs, better on 8, worse on 3, p 0.23; "
+            "92.0 % instead of 87.0 % of 100 validation images, better on 8, worse on 3, p 0.23; "
             "too few to decide: they show differences from about 9.6 points; the frozen network is kept",
         ),
         (
             {"count": 50, "first": 40, "second": 41, "wins": 1, "losses": 0},
-            "82.0 % instead of 80.0 % of 50 held-out photographs, better on 1, worse on 0, p 1; "
+            "82.0 % instead of 80.0 % of 50 validation images, better on 1, worse on 0, p 1; "
             "too few to decide: they show differences from about 12 points; the frozen network is kept",
         ),
         (
             {"count": 400, "first": 372, "second": 347, "wins": 15, "losses": 40},
-            "86.8 % instead of 93.0 % of 400 held-out photographs, better on 15, worse on 40, p 0.001; "
+            "86.8 % instead of 93.0 % of 400 validation images, better on 15, worse on 40, p 0.001; "
             "worse, so the frozen network is kept",
         ),
         (
             {"count": 5000, "first": 4500, "second": 4500, "wins": 20, "losses": 20},
-            "90.0 % instead of 90.0 % of 5000 held-out photographs, better on 20, worse on 20, p 1; "
+            "90.0 % instead of 90.0 % of 5000 validation images, better on 20, worse on 20, p 1; "
             "too few to decide: they show differences from about 0.36 points; the frozen network is kept",
         ),
         (
             {"count": 5},
-            "5 held-out photographs, too few to decide, give at least 6; the frozen network is kept",
+            "5 validation images, too few to decide, give at least 6; the frozen network is kept",
         ),
     ],
 )
@@ -391,7 +391,7 @@ def test_several_classes_per_image_are_one_line(tmp_path: Path) -> None:
     rows[0] += "|red"
     (photos / "labels.csv").write_text("\n".join(["file,classes", *rows]))
     with pytest.raises(
-        ConfigError, match=r"procedure fine_tune: compares answers, .* choose few_shot"
+        ConfigError, match=r"procedure fine_tune: compares predictions, .* choose few_shot"
     ):
         train(photos, out=tmp_path / "run", set=[*FINE_TUNE[:3], *FINE_TUNE[4:], *PLAIN])
     assert not (tmp_path / "run").exists()

@@ -212,9 +212,9 @@ def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(
         pixels = np.random.default_rng(number).integers(0, 30, (20, 20, 3), np.uint8)
         Image.fromarray(pixels).save(path)
     for source, folder, added in (
-        (first, "lights-1", "+6 photographs, new: black"),
-        (Path("runs/latest"), "lights-2", "+0 photographs"),
-        (bundle, "lights-1", "+6 photographs, new: black"),
+        (first, "lights-1", "+6 photos, new: black"),
+        (Path("runs/latest"), "lights-2", "+0 photos"),
+        (bundle, "lights-1", "+6 photos, new: black"),
     ):
         arguments = ["train", "--data", "photos", "--from", str(source), "--set", "epochs=2"]
         done = CliRunner().invoke(app, arguments)
@@ -252,16 +252,16 @@ def test_the_command_that_lists_wrong_labels_has_the_folders_of_the_run() -> Non
 
 
 AMOUNTS = [
-    (1, "+1 photograph"),
-    (-1, "-1 photograph"),
-    (0, "+0 photographs"),
-    (1200, "+1,200 photographs"),
+    (1, "+1 photo"),
+    (-1, "-1 photo"),
+    (0, "+0 photos"),
+    (1200, "+1,200 photos"),
 ]
 
 
 @pytest.mark.parametrize(("number", "text"), AMOUNTS)
 def test_a_noun_is_plural_unless_there_is_one(number: int, text: str) -> None:
-    assert amount(number, "photograph", "+") == text
+    assert amount(number, "photo", "+") == text
 
 
 def test_a_finished_run_prints_results_first_and_then_where_they_are_the_time_and_what_to_type(

@@ -93,7 +93,7 @@ def test_the_history_has_every_loss_and_the_callback_receives_every_event(finish
     events = finished[2].events
     epoch = ["step"] * 6 + ["evaluation"] * 2 + ["epoch"]
     assert [name for name, _ in events] == ["message", *epoch * 3, "evaluation", "evaluation"]
-    start = "205 training images, 52 held out; the network sees 8 x 8 pixels"
+    start = "205 training images, 52 validation images; the network sees 8 x 8 pixels"
     assert events[0][1] == {"message": start}
     assert [values["step"] for name, values in events if name == "step"] == [
         0,
@@ -246,7 +246,7 @@ def test_epochs_are_evaluated_with_mirror_images_and_decisions_without(plain, tm
     row = read_checkpoint(result.last).resume["position"]["history"][result.best_epoch - 1]
     assert row["diagnostics"]["heads"]["main"]["top1"] == result.best_top1
     assert row["diagnostics"]["right"] == "".join("01"[value] for value in right.tolist())
-    assert "of 52 held-out images with their mirror images" in result.procedure.describe()
+    assert "of 52 validation images with their mirror images" in result.procedure.describe()
     expected = fit_decision(
         alone.double().numpy(),
         targets.numpy(),
@@ -405,7 +405,7 @@ def test_an_epoch_that_is_better_on_all_images_has_its_own_score() -> None:
     assert found.top1 is not None
     assert (found.top1.right, found.count, found.selected_by) == (15, 20, "other images")
     assert found.describe() == (
-        "top-1 75.0 % (95 % interval 53 to 89 %) of 20 held-out images, corrected for their choice of the "
+        "top-1 75.0 % (95 % interval 53 to 89 %) of 20 validation images, corrected for their choice of the "
         "epoch"
     )
 
@@ -427,8 +427,8 @@ def test_frames_of_a_clip_are_no_independent_images() -> None:
     )
 
 
-FAIR = "top-1 50.0 % (95 % interval 22 to 78 %) of 8 held-out images"
-BIASED = "8 held-out images, too high: they also select the epoch"
+FAIR = "top-1 50.0 % (95 % interval 22 to 78 %) of 8 validation images"
+BIASED = "8 validation images, too high: they also select the epoch"
 MULTI_LABEL = MultiLabelMetrics(
     map=0.5, macro_f1=0.5, micro_f1=0.5, count=8, loss=1.0, thresholds=(0.5, 0.5)
 )

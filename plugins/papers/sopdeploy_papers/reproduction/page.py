@@ -54,14 +54,14 @@ def _describe_results(results: Reproduction, finished: Sequence[ReproducedRow]) 
     if table.measures == "counts":
         text.append("The networks are built and counted, not trained.")
     elif table.measures == "nothing":
-        text.append("The figures are those of the paper; nothing is counted or measured.")
+        text.append("The figures are from the paper; nothing is counted or measured.")
     else:
         tables += [error_table(table, results.rows), _branch_table(table, finished)]
         if finished:
             run = finished[0].runs[0]
             seeds = results.seeds
             text.append(
-                f"Measured: last epoch on {run.held_out_count} held-out images after training on "
+                f"Measured: last epoch on {run.held_out_count} validation images after training on "
                 f"{run.train_count}, {amount(seeds, 'seed')}, 95 % interval over "
                 f"{'seeds (Student)' if seeds > 1 else 'images (Wilson)'}."
             )
@@ -163,7 +163,7 @@ def _branch_table(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Table:
             cells = printed[0], f"{top1:.2f}", printed[1], f"{top5:.2f}"
             lines.append((f"{row.printed.name}, {name}", *cells))
     columns = ("branch", "top-1 printed", "measured", "top-5 printed", "measured")
-    return Table(caption="Branches, on all held-out images", columns=columns, rows=lines)
+    return Table(caption="Branches, on all validation images", columns=columns, rows=lines)
 
 
 def _printed(table: PrintedTable, error: float | None) -> str:
@@ -237,7 +237,7 @@ def _row_charts(table: PrintedTable, row: ReproducedRow) -> Iterator[Figure]:
 
     diagnostics = run.history[-1].diagnostics
     if diagnostics is not None and diagnostics.num_images:
-        caption = f"Heads of {row.printed.name} on a fixed subset of {diagnostics.num_images} held-out images"
+        caption = f"Heads of {row.printed.name} on a fixed subset of {diagnostics.num_images} validation images"
         # Columns such as `main_top1`
         curves = {head: (run.history, f"{head}_") for head in heads}
         yield from _metric_charts(table, curves, caption)

@@ -31,9 +31,9 @@ SMALL_BATCH = 32
 SMALL_EPOCHS = 20
 SMALL_SCALE = (
     f"the classes of --data, images of at most {SMALL_SIDE} pixels, {SMALL_EPOCHS} epochs, batches of "
-    f"{SMALL_BATCH} with as much smaller a rate, one cycle, gradients up to 5, random start weights"
+    f"{SMALL_BATCH} with as much smaller a rate, one cycle, gradients up to 5, random initial weights"
 )
-HOSTED = "figures of other papers, trained here on the recipe of the command, not on that of their paper"
+HOSTED = "figures of other papers, trained here by the recipe of the command, not by the recipe of their paper"
 ASSUMPTION = (
     "estimate: a step costs three forward passes, and a GPU sustains 20e12 operations per second; reading "
     "images and evaluation are not counted"

@@ -152,7 +152,7 @@ class KeptFolder:
             ages = Ages()
             if kept:
                 log.warning(
-                    "%s: the ages of %d photographs are not known; they begin now",
+                    "%s: the ages of %d photos are not known; they begin now",
                     self.path,
                     len(kept),
                 )
@@ -187,7 +187,7 @@ class KeptFolder:
         except OSError as error:
             if not self._failed:
                 log.warning(
-                    "%s: cannot be written (%s); no photograph is kept",
+                    "%s: cannot be written (%s); no photo is kept",
                     self.path,
                     error.strerror,
                 )
@@ -401,7 +401,7 @@ def _lock_folder(path: Path) -> int:
     is_new = not (path / LOCK).exists()
     if is_new and any(file.suffix in _SUFFIXES for file in _find_incomplete(path)):
         raise ConfigError(
-            f"{path}: holds photographs without records, such as labelled ones, which a server "
+            f"{path}: holds photos without records, such as labelled ones, which a server "
             "would delete; name another folder"
         )
 
@@ -409,7 +409,7 @@ def _lock_folder(path: Path) -> int:
         lock = lock_file(path / LOCK, 0o600)
     except BlockingIOError as error:
         raise ConfigError(
-            f"{path}: another process keeps photographs there; name another folder"
+            f"{path}: another process keeps photos there; name another folder"
         ) from error
 
     # Without locks, two servers would delete what the other one writes.
@@ -418,7 +418,7 @@ def _lock_folder(path: Path) -> int:
         (path / LOCK).unlink()
         raise StorageError(
             f"{path}: its file system has no locks ({lock.failure}), which keep other servers out; "
-            "keep photographs on another file system"
+            "keep photos on another file system"
         )
     return lock.file
 

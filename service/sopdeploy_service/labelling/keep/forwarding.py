@@ -96,7 +96,7 @@ class Receiver:
             self._loop.remove_reader(self._end)
             self._loop.call_later(PAUSE_SECONDS, self._resume)
         except (OSError, struct.error, ValueError):
-            log.error("another process has sent no photograph; its next ones are not received")
+            log.error("another process has sent no photo; its next ones are not received")
             self._loop.remove_reader(self._end)
             self._end.close()
         else:

@@ -271,7 +271,7 @@ class Keeper:
             try:
                 result = self._keep(photo)
             except Exception:  # untrusted bytes, and nothing else sees the error of this thread
-                log.exception("a photograph of %d bytes is not kept", len(photo.image))
+                log.exception("a photo of %d bytes is not kept", len(photo.image))
                 result = "failed"
 
             if result is not None:  # None: not worth a label, or counted by the keeping process
@@ -285,8 +285,8 @@ class Keeper:
         if (dropped := unqueued + uncopied - self._num_logged) > 0:
             self._num_logged += dropped
             log.warning(
-                "%d photographs worth a label were not kept, because they arrived too fast: copies may take "
-                "%g %% of the time; send photographs more slowly, or raise keep_sample, whose photographs "
+                "%d photos worth a label were not kept, because they arrived too fast: copies may take "
+                "%g %% of the time; send photos more slowly, or raise keep_sample, whose photos "
                 "need none of this time",
                 dropped,
                 100 * COPY_SHARE,

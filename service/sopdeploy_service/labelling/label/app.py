@@ -68,7 +68,7 @@ Session = Annotated[str, Header(alias="X-Session", max_length=100)]
 
 
 PhotographId = Annotated[
-    str, pydantic.Field(max_length=32), matching(r"[0-9a-f]{32}", "id of a photograph")
+    str, pydantic.Field(max_length=32), matching(r"[0-9a-f]{32}", "id of a photo")
 ]
 
 
@@ -225,7 +225,7 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
     ) -> LabelledPhotographs:
         with lock:
             if answer.id not in labelled:
-                raise GoneError("that photograph is not in the list; read the list again")
+                raise GoneError("that photo is not in the list; read the list again")
             folders.correct(labelled[answer.id], answer.name)
             return list_labels()
 
@@ -236,11 +236,11 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
             path = None if photo is None else photo.path
 
         if path is None:
-            return JSONResponse({"detail": "no such photograph"}, 404)
+            return JSONResponse({"detail": "no such photo"}, 404)
         try:
             content = read_file(path, MAX_IMAGE_BYTES)
         except OSError:  # the server has deleted it
-            return JSONResponse({"detail": "no such photograph"}, 404)
+            return JSONResponse({"detail": "no such photo"}, 404)
 
         return Response(
             content, media_type=media_type_of(content[:HEAD_BYTES]), headers=IMAGE_HEADERS

@@ -61,7 +61,7 @@ SKIPPED = ".skipped"
 DECIDING = 30  # labels with which `promote` can decide about a bundle that is clearly better
 LEASE_SECONDS = 60.0  # for which a browser's photographs are offered to no other one
 MAX_CLASS_BYTES = 100  # of a name in UTF-8
-GONE = "that photograph has a label already or is no longer kept; this is the next one"
+GONE = "that photo has a label already or is no longer kept; this is the next one"
 NOT_IN_NAMES = '/\\:*?"<>|'  # of folders on some systems
 
 
@@ -132,7 +132,7 @@ class LabelFolders:
 
         # Refuse folders that would not do: without photographs, or whose classes `train` finds
         # elsewhere.
-        data_folder(self.kept, "photographs, such as that of `serve --setting keep=FOLDER`")
+        data_folder(self.kept, "photos, such as the folder of `serve --setting keep=FOLDER`")
         if self.photos.exists():
             data_folder(self.photos, "class folders, or a new name")
 
@@ -144,7 +144,7 @@ class LabelFolders:
         if table := find_table(self.photos):
             raise DataError(
                 f"{photos}: `train` reads its classes from {table.name}, not from class folders; give "
-                "another folder, or list the photographs there"
+                "another folder, or list the photos there"
             )
 
         self.held_out = self.photos.with_name(f"{self.photos.name}{HELD_OUT_SUFFIX}")
@@ -169,7 +169,7 @@ class LabelFolders:
 
         if not self.waiting and other_folders:  # only subfolders to which no server writes
             raise DataError(
-                f"{self.kept}: holds no kept photographs, but folders ({shorten(other_folders)}); give one of "
+                f"{self.kept}: holds no kept photos, but folders ({shorten(other_folders)}); give one of "
                 "them, or the folder of `serve --setting keep=FOLDER`"
             )
 
@@ -457,7 +457,7 @@ class LabelFolders:
     def undo(self) -> None:
         """Reverse the last step of this session; its photograph comes next. Raises `GoneError`, `OSError`."""
         if not self.steps:
-            raise GoneError("nothing to undo in this session; move older photographs yourself")
+            raise GoneError("nothing to undo in this session; move older photos yourself")
 
         photo, target, made_folder = self.steps[-1]
         present_path = photo.path if target is None else target
@@ -492,7 +492,7 @@ class LabelFolders:
             photo.path.with_suffix(LABELLED).unlink(missing_ok=True)
         elif os.path.lexists(photo.path):
             raise GoneError(
-                f"{photo.path}: another photograph has its name now; move {target} yourself"
+                f"{photo.path}: another photo has its name now; move {target} yourself"
             )
 
         # Move the photograph; a folder that the step made goes if it is empty.

@@ -143,7 +143,7 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
     assert figures[SPEED].found > 0
     for error in ("top-1", "top-5"):
         assert (
-            f"Heads of With DSoP on a fixed subset of 13 held-out images: {error} error in %."
+            f"Heads of With DSoP on a fixed subset of 13 validation images: {error} error in %."
             in text
         )
     assert json.loads((resumed.page.parent / "result.json").read_text()) == resumed.summary()

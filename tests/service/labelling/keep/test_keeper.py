@@ -220,7 +220,7 @@ def test_a_full_queue_drops_counts_and_logs_it_once(bundle, monkeypatch, caplog)
     monkeypatch.setattr(keep, "MAX_QUEUED_PHOTO_BYTES", 3 * (len(bodies[0]) + 3072))
     keeper.take(bodies[5])
     assert keeper.counts() == {"kept": 3, "dropped": 3}
-    assert caplog.text.count("3 photographs worth a label were not kept") == 1
+    assert caplog.text.count("3 photos worth a label were not kept") == 1
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, {"dropped": 4}), (1.0, {"kept": 4})])
@@ -231,9 +231,7 @@ def test_only_the_sample_is_written_without_a_rest_of_time(
     keeper = KeeperOfTests(bundle, lambda *_: "kept", share)
     keeper.take(*photos(4))
     assert keeper.counts() == expected
-    assert ("4 photographs worth a label were not kept" in caplog.text) == (
-        "dropped" in expected
-    )
+    assert ("4 photos worth a label were not kept" in caplog.text) == ("dropped" in expected)
     assert ("raise keep_sample" in caplog.text) == ("dropped" in expected)
 
 
@@ -560,8 +558,7 @@ def test_no_clock_and_no_lost_file_deletes_a_photograph(
     kept = reopened(folder)
     lines = [record.getMessage() for record in caplog.records]
     assert (
-        lines
-        == [f"{folder}: the ages of 3 photographs are not known; they begin now"] * begins_anew
+        lines == [f"{folder}: the ages of 3 photos are not known; they begin now"] * begins_anew
     )
     kept.add(PHOTO, photo(3, time=datetime.now(UTC) + timedelta(days=days)))
     running_time.run(kept, 0.5)
@@ -659,7 +656,7 @@ def test_a_server_does_not_keep_photographs_among_labelled_ones_which_it_would_d
     labelled = tmp_path / f"{1:032x}.jpg"
     labelled.write_bytes(PHOTO)
     with pytest.raises(
-        ConfigError, match=r"holds photographs without records, .*; name another folder"
+        ConfigError, match=r"holds photos without records, .*; name another folder"
     ):
         KeptFolder(tmp_path, 100 * PAIR, 30)
     assert list(tmp_path.iterdir()) == [labelled]
@@ -675,7 +672,7 @@ def test_a_folder_has_one_writer_and_one_reader_and_other_files_stay(tmp_path: P
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
     with pytest.raises(
-        ConfigError, match="another process keeps photographs there; name another folder"
+        ConfigError, match="another process keeps photos there; name another folder"
     ):
         KeptFolder(folder, PAIR, 30)
     (tmp_path / "film.mov").write_bytes(PHOTO * 4)

@@ -341,9 +341,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         LabelFolders(tmp_path / "none", tmp_path / "photos")
     (tmp_path / "classes" / "hat").mkdir(parents=True)
-    with pytest.raises(
-        DataError, match=r"holds no kept photographs, but folders \(hat\); give"
-    ):
+    with pytest.raises(DataError, match=r"holds no kept photos, but folders \(hat\); give"):
         LabelFolders(tmp_path / "classes", tmp_path / "photos")
     (tmp_path / "kept").mkdir()
     (tmp_path / "photos" / "train" / "hat").mkdir(parents=True)
@@ -378,7 +376,7 @@ def test_golden_images_and_pictures_of_a_run_are_not_labelled(tmp_path, file, ki
     path.parent.mkdir(parents=True)
     path.touch()
     path.with_name("golden-0.jpg").touch()
-    with pytest.raises(DataError, match=f"given: {kind}, not a folder of photographs; give"):
+    with pytest.raises(DataError, match=f"given: {kind}, not a folder of photos; give"):
         LabelFolders(tmp_path / "given", tmp_path / "photos")
 
 

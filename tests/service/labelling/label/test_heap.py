@@ -63,7 +63,7 @@ def test_a_photograph_never_replaces_another_one_with_its_name(heap, tmp_path):
     assert files_below(tmp_path / "photos") == {"ant/a.jpg", "ant/a-2.jpg", "ant/a-3.jpg"}
     assert (tmp_path / "photos" / "ant" / "a.jpg").read_bytes() == b"a.jpg"
     (tmp_path / "heap" / "a.jpg").write_bytes(b"new")
-    with pytest.raises(GoneError, match="another photograph has its name now"):
+    with pytest.raises(GoneError, match="another photo has its name now"):
         folders.undo()
     assert (tmp_path / "heap" / "a.jpg").read_bytes() == b"new"
 

@@ -81,7 +81,7 @@ def test_keys_label_skip_and_undo_and_a_reload_goes_on(keep, open_label_page, tm
     for left in range(4, -1, -1):
         press(page, "2", left)
     assert page.locator(
-        "#empty", has_text="No photograph is left to label. Next: sopdeploy train"
+        "#empty", has_text="No photo is left to label. Next: sopdeploy train"
     ).is_visible()
     assert page.locator("#photo").is_hidden()
     assert page.locator("#new").is_hidden()

@@ -93,7 +93,7 @@ def test_a_killed_process_ends_the_other_one_with_one_line(tmp_path) -> None:
         second.kill()
         (code, out, err), (killed, _, silent) = wait_for(processes)
     assert (lines[0], lines[1][:12]) == (
-        "1438 training images, 359 held out; the network sees 8 x 8 pixels\n",
+        "1438 training images, 359 validation images; the network sees 8 x 8 pixels\n",
         "epoch   1/40",
     )
     assert (code, killed, out, silent) == (2, -signal.SIGKILL, "", "")

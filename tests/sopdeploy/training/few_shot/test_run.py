@@ -789,7 +789,7 @@ def test_the_threshold_and_the_accuracy_are_those_of_photographs_that_no_server_
     found = result.procedure
     assert (found.num_selected, found.top1.count) == (2 * len(COLORS), 12 * len(COLORS))
     assert result.decision.calibration.num_images == 12 * len(COLORS)
-    assert f"{2 * len(COLORS)} photographs were kept because" in "\n".join(found.lines())
+    assert f"{2 * len(COLORS)} photos were kept because" in "\n".join(found.lines())
 
 
 def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_path: Path):
@@ -834,7 +834,7 @@ def test_the_largest_class_is_that_of_the_judged_images_and_copies_in_val_are_wa
     assert result.class_counts["blue"] == 12
     assert result.judged_counts == {"blue": 2, "green": 2, "red": 1}
     unsure = result.model_copy(update={"top1": Rate.of(2, 5)})
-    assert 'always answering "blue" gives 40 %' in unsure.describe_score()
+    assert 'always predicting "blue" gives 40 %' in unsure.describe_score()
     loop, folder = (
         RecordingCallback(),
         RunFolder(tmp_path / "loop", Strategy(torch.device("cpu"))),
@@ -1057,7 +1057,7 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
     data = paint(tmp_path / "photos", 2)
     for path in data.glob("*/*.png"):
         path.write_bytes((data / "red" / "0.png").read_bytes())
-    with pytest.raises(DataError, match="copies of one photograph"):
+    with pytest.raises(DataError, match="copies of one photo"):
         train_recipe(
             read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={data}"]), tmp_path / "run"
         )
@@ -1132,7 +1132,7 @@ def write_views(root: Path, photographs: dict[str, int], views: int = 4) -> Path
 
 
 NO_ESTIMATE = (
-    "no estimate of the accuracy, which needs two different photographs of two classes or more"
+    "no estimate of the accuracy, which needs two different photos of two classes or more"
 )
 OBJECTS = {
     "one class of two objects": ({"a": 2, "b": 1}, True, ["are two groups", NO_ESTIMATE]),
@@ -1169,7 +1169,7 @@ def test_photographs_of_an_object_folder_are_a_group_and_no_copies(tmp_path: Pat
     result = train(photos, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
     lines = result.procedure.lines()
     groups = (
-        "17 photographs, 8 independent groups: copies and photographs of one folder or object share a fold; "
+        "17 photos, 8 independent groups: copies and photos of one folder or object share a fold; "
         "of copies, the largest is judged"
     )
     assert groups in lines
