@@ -246,7 +246,7 @@ def test_the_command_builds_an_engine_and_then_uses_the_cache(
     assert first.exit_code == 0, first.stderr
     assert "built    no engine of this bundle was built here yet" in first.stdout
     assert "precision fp32" in first.stdout
-    assert "probes   batch 16: logits of " in first.stdout
+    assert "outputs  batch 16: logits of " in first.stdout
     assert "built    no, it was in the cache" in run(bundle.path).stdout
     assert machine.plans == 1
 

@@ -272,7 +272,7 @@ def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]
     if len(opening) < OPENING.size or not files:
         for file in files:
             os.close(file)
-        raise ConnectionResetError(errno.ECONNRESET, "the engine has ended")
+        raise ConnectionResetError(errno.ECONNRESET, "the device process has ended")
 
     num_slots, output_bytes, pixel_bytes, size = OPENING.unpack(opening)
     memory = map_memory(files[0], num_slots * (output_bytes + pixel_bytes))

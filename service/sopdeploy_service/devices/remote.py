@@ -159,7 +159,7 @@ class EngineChannel(asyncio.Protocol):
                 del self._images[slot]
                 self._free_slots.append(slot)
         except Exception as error:  # the engine is not trusted
-            log.error("engine %s: %s; its channel ends", self.engine, first_line(error))
+            log.error("device process %s: %s; its channel ends", self.engine, first_line(error))
             self.close(results.RUNTIME_DEAD)
 
     def _read_result(
@@ -301,7 +301,7 @@ class RemoteRegistry(Registry):
                 new = await asyncio.to_thread(EngineChannel, engine, connection, number)
             except ChannelError as error:
                 # The supervisor misses the number in the next reports.
-                log.warning("no channel to engine %s", error)
+                log.warning("no channel to device process %s", error)
                 return
 
             await new.open()

@@ -482,7 +482,7 @@ def test_a_front_end_keeps_its_engines_whatever_another_one_sends_first(
 
     asyncio.run(scenario())
     assert [record.exc_info for record in caplog.records] == [None]
-    assert caplog.messages[0].startswith("no channel to engine other: ")
+    assert caplog.messages[0].startswith("no channel to device process other: ")
 
 
 def test_an_engine_that_opens_its_channel_never_delays_no_other_one(
