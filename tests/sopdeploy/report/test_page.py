@@ -217,7 +217,7 @@ def test_the_page_begins_with_a_sentence_the_classes_and_the_next_command_and_co
         sentences[0],
     )  # corrected
     assert sentences[-1] == f"Next: <code>sopdeploy export {run / 'best.pt'} --detach</code>"
-    matrix = page[page.index("confusion matrix") :].partition("</table>")[0]
+    matrix = page[page.index("Confusion matrix") :].partition("</table>")[0]
     cells = re.findall("<tr>(<th scope=.row.>.*)</tr>", matrix)
     kinds = np.array(
         [re.findall('<td class="number (right|wrong|zero)"', row) for row in cells]
