@@ -163,7 +163,7 @@ def test_cifar_weights_give_the_same_logits(tmp_path: Path, released: str, model
     ours, report = imported(tmp_path / "a.th", model)
     assert_released_logits(ours, released)
     assert (report.preprocess.resize, report.preprocess.crop) == (32, 32)
-    assert report.labels == "those of pytorch_resnet_cifar10"
+    assert report.labels == "the classes of pytorch_resnet_cifar10"
     assert (report.preprocess.mean, report.preprocess.std) == IMAGENET
     assert report.config["shortcut"] == ("projection" if released == "cifar B" else "pad")
 
