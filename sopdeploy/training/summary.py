@@ -56,7 +56,7 @@ def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
 
     - without a result: its scalars,
     - after the training loop: its scalars, and the result,
-    - after another procedure: the start weights, and the result.
+    - after another procedure: the pretrained weights, and the result.
 
     The warnings of the run are last.
     """
@@ -75,7 +75,7 @@ def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
     start = training.get("start")
     if start:
         weights = f"{start['network']}, {start['file']}, sha256 {start['sha256']}"
-        rows.append(("start weights", weights))
+        rows.append(("pretrained weights", weights))
     return [*rows, *result.rows(), *warnings]
 
 
