@@ -48,6 +48,7 @@ QUICK = (  # work with any bundle, so no network is trained
     "docs/howto/monitoring.md",
     "docs/howto/night.md",
     "docs/howto/roll-back.md",
+    "docs/howto/roll-out.md",
 )
 TWICE = (
     "README.md",
