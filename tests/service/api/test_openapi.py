@@ -36,6 +36,22 @@ def test_every_error_outside_of_the_protocol_is_described_as_a_problem(openapi):
     assert {kind for body in errors for kind in body["content"]} == {"application/problem+json"}
 
 
+def test_no_parameter_of_a_path_may_be_null(openapi):
+    """Generators of clients leave out paths with such a parameter."""
+    parameters = [
+        parameter
+        for verbs in openapi["paths"].values()
+        for about in verbs.values()
+        for parameter in about.get("parameters", ())
+        if parameter["in"] == "path"
+    ]
+    assert len(parameters) >= 9
+    assert {parameter["schema"].get("type") for parameter in parameters} <= {
+        "string",
+        "integer",
+    }
+
+
 def test_an_image_may_be_sent_as_bytes_of_any_type(openapi):
     for path in ("/v1/classify", "/v1/embed"):
         content = openapi["paths"][path]["post"]["requestBody"]["content"]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import orjson
+import pydantic
 from fastapi import APIRouter, Header, Request, Response
 from numpy.typing import NDArray
 
@@ -53,6 +54,9 @@ INFER_BODY = {
         },
     }
 }
+# Not null in the OpenAPI document: the paths that have a version need one, and generators of clients
+# leave out a path with a parameter that may be null.
+Version = Annotated[str | None, pydantic.WithJsonSchema({"type": "string"})]
 JsonLengthHeader = Annotated[
     str | None,
     Header(
@@ -85,7 +89,7 @@ async def ready(request: Request) -> Response:
 
 @router.get(MODEL + "/ready")
 @router.get(VERSION + "/ready")
-async def model_ready(request: Request, name: str, version: str | None = None) -> Response:
+async def model_ready(request: Request, name: str, version: Version = None) -> Response:
     """Respond with 200 while the model can predict."""
     service = service_of(request)
     model = find_and_record_model(request, name, version)
@@ -95,7 +99,7 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
 
 @router.get(MODEL)
 @router.get(VERSION)
-async def model_metadata(request: Request, name: str, version: str | None = None) -> Response:
+async def model_metadata(request: Request, name: str, version: Version = None) -> Response:
     """Return the inputs and outputs of the model."""
     model = find_and_record_model(request, name, version)
     manifest = model.bundle.manifest
@@ -127,7 +131,7 @@ async def model_metadata(request: Request, name: str, version: str | None = None
 async def model_infer(
     request: Request,
     name: str,
-    version: str | None = None,
+    version: Version = None,
     json_length_header: JsonLengthHeader = None,
 ) -> Response:
     """Return the outputs of 1..n images, sent as a tensor or as encoded files."""
