@@ -31,10 +31,11 @@ USER = 10_001
 MAX_ADDED_BYTES = {"cpu": 550_000_000, "gpu": 4_000_000_000}
 READY_SECONDS = 120
 KEEP_SECONDS = 30
-ENGINE_CACHE = "/var/cache/sopdeploy/engines"
-WRITABLE = ("/var/cache/sopdeploy/", "/kept/", "/proc/", "/sys/", "/dev/")
+CACHE = "/var/cache/sopdeploy"
+ENGINE_CACHE = f"{CACHE}/engines"
+WRITABLE = (f"{CACHE}/", "/kept/", "/proc/", "/sys/", "/dev/")
 ENTRYPOINT = ["sopdeploy"]
-COMMAND = ["serve", "/models", "--host", "0.0.0.0"]  # noqa: S104 - the container's port is published separately
+COMMAND = ["serve", "/models", "--host", "*"]  # the container's port is published separately
 NO_GPU = "no NVIDIA driver is usable here (libcuda.so.1 cannot be loaded); start a container with `--gpus all`"
 ON_CPU = {"SOPDEPLOY_RUNTIME": "onnxruntime-cpu"}
 # Loads the CUDA provider and prints the loader's message, which names the first missing
@@ -175,6 +176,7 @@ def check_server(builder: Builder, bundles: Path, settings: dict[str, str]) -> N
     with folder_with_key(builder) as (folder, key):
         # Start it with the volumes of the page.
         volumes = [volume.replace("./", f"{folder}/") for volume in values(words, "volume")]
+        volumes.append(f"{folder}/engines:{CACHE}")  # as with TensorRT
         builder.start(
             [volume.replace(f"{folder}/bundles", str(bundles)) for volume in volumes], settings
         )
@@ -213,13 +215,14 @@ def check_server(builder: Builder, bundles: Path, settings: dict[str, str]) -> N
 
 @contextmanager
 def folder_with_key(builder: Builder) -> Iterator[tuple[Path, str]]:
-    """Yield a folder with the files of the documented command, `keys.toml` and `kept`, and the key."""
-    with TemporaryDirectory(dir=WORK) as name:
-        folder = Path(name)
-        (folder / "kept").mkdir(mode=0o700)
+    """Yield a folder with `keys.toml`, `kept` and `engines`, the files of documented commands, and the key."""
+    with TemporaryDirectory(dir=WORK) as temporary:
+        folder = Path(temporary)
+        for name in ("kept", "engines"):
+            (folder / name).mkdir(mode=0o700)
         key = sopdeploy("key", "phone-app", "--keys", str(folder / "keys.toml"))
         builder.as_root(folder, "chmod", "755")
-        for path in ("keys.toml", "kept"):
+        for path in ("keys.toml", "kept", "engines"):
             builder.as_root(folder / path, "chown", str(USER))
         try:
             yield folder, key

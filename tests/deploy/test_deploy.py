@@ -795,6 +795,8 @@ def test_the_memory_limits_suffice_for_photographs_of_64_megapixels(
 def test_the_container_test_runs_the_documented_command_with_keys_and_kept_photographs() -> (
     None
 ):
+    (command,) = re.findall(r"^CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
+    assert json.loads(command) == container_test.COMMAND
     words = container_test.documented_run()
     of_docker = ("--publish=", "--volume=", "--env=", "--stop-timeout=")
     assert [word for word in words if not word.startswith(of_docker)] == HARDENING

@@ -206,8 +206,8 @@ def test_front_ends_that_both_lack_a_channel_are_replaced_one_by_one(tmp_path, j
         resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (3, hard))
         client.child.send_signal(signal.SIGHUP)
         wait_for(lambda: not all(map(is_alive, before.values())))
-        while "cannot start (Too many open files)" not in client.child.stderr.readline():
-            pass
+        failure = "cannot start (Too many open files)"
+        assert any(failure in line for line in client.child.stderr)
         assert sum(map(is_alive, before.values())) == 1
 
         # Later there is one, so both get what they lack.
