@@ -472,7 +472,7 @@ def test_the_page_has_the_printed_accuracies_of_a_pooling(name: str) -> None:
     printed = ", ".join(
         str(table.shown(row.top1)) for table, row in rows if row.top1 is not None
     )
-    page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "benchmarks" / "reproduction.md").read_text(encoding="utf-8")
     assert f"| `{name}` | {printed} |" in page
 
 
