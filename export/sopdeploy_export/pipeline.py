@@ -15,6 +15,7 @@ from sopdeploy.bundle.listing import read_bundles
 from sopdeploy.bundle.manifest import EMBEDDING, PROOFS, BatchRange, Manifest
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import write_probes
+from sopdeploy.bundle.second_order import count_second_order
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.errors import CertificateError, CheckpointError, ConfigError, DetachError
 from sopdeploy.files import GRAPH
@@ -281,6 +282,7 @@ def export_subject(
             precision=precision,
             trained=trained_costs,
             shipped=shipped_costs,
+            second_order=count_second_order(converted.model),
             decision=subject.decision,
         )
 

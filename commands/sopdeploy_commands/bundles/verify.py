@@ -7,13 +7,15 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import PROBES, Bundle
 from sopdeploy.bundle.golden import check_golden, read_golden
+from sopdeploy.bundle.onnx_root import read_model
 from sopdeploy.bundle.probes import Probes, Replay, read_probes
+from sopdeploy.bundle.second_order import NOTHING, count_second_order
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field
 from sopdeploy.config import StrictModel, parse_json
 from sopdeploy.errors import BundleError
 from sopdeploy.images.decode import decode
-from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
 
@@ -28,14 +30,15 @@ class Verification(StrictModel):
     """The facts of a bundle that passed every check; `notes` say what the checks cannot show.
 
     `replays` has the deviation and the tolerance of each output by batch size, `golden` the
-    number of examples. `onnx_root` was recomputed from `model.onnx`; None if `onnx` is not
-    installed.
+    number of examples. `onnx_root` was recomputed from `model.onnx`, and `second_order` says what
+    its graph computes of second order; None and "" if `onnx` is not installed.
     """
 
     bundle: str
     id: str
     model: str
     onnx_root: str | None
+    second_order: str = ""
     num_files: int
     bytes: int
     runtime: str
@@ -55,6 +58,8 @@ def _show(result: Verification) -> None:
     if result.onnx_root is not None:
         graph = f"hash {result.onnx_root[:16]}, computed again from model.onnx: as exported"
     print_field("graph", graph)
+    if result.second_order:
+        print_field("lowered", result.second_order)
 
     # What was computed again: the outputs for the reference images, then the exporter's JPEG examples.
     for replay in result.replays:
@@ -118,6 +123,7 @@ def verify(
         id=manifest.id,
         model=manifest.model,
         onnx_root=loaded.onnx_root,
+        second_order=_describe_second_order(loaded),
         num_files=len(manifest.files),
         bytes=sum(record.bytes for record in manifest.files.values()),
         runtime=loaded.runtime.name,
@@ -126,6 +132,18 @@ def verify(
         golden=len(examples),
         notes=_list_notes(loaded.bundle, probes),
     )
+
+
+def _describe_second_order(loaded: LoadedModel) -> str:
+    """Say what the graph computes of second order, also if a detached network computes nothing of it.
+
+    Empty for other first-order networks, and if `onnx` is not installed.
+    """
+    if loaded.onnx_root is None:
+        return ""
+    model, _root = read_model(loaded.bundle.onnx.read())
+    described = count_second_order(model).describe()
+    return described or (NOTHING if loaded.bundle.manifest.detached else "")
 
 
 def _check_tolerances(bundle: Bundle, probes: Probes) -> None:

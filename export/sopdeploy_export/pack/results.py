@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sopdeploy.bundle.manifest import Int8For, Manifest
+from sopdeploy.bundle.second_order import NOTHING, SecondOrder
 from sopdeploy.decision import Decision
 from sopdeploy.errors import shorten
 from sopdeploy.models.describe import Counts
@@ -37,6 +38,7 @@ class ExportResults:
     precision: PrecisionReport
     trained: Counts
     shipped: Counts
+    second_order: SecondOrder
     decision: Decision | None
 
     def facts(self) -> dict[str, str]:
@@ -66,6 +68,7 @@ class ExportResults:
         return {
             **_proof_facts(self.certificate),
             "removed": self._describe_removed(),
+            "lowered": self.second_order.describe() or NOTHING,
             "types": f"{self.precision.precision}: {types}",
             "numerical error": error,
             "top class": top_class,
@@ -101,7 +104,10 @@ class Exported(ExportResults):
     seconds: float
 
     def lines(self) -> dict[str, str]:
-        """Return the four lines that `sopdeploy export` prints, by their labels; each joins some of the `facts`."""
+        """Return the four or five lines that `sopdeploy export` prints, by their labels.
+
+        Each joins some of the `facts`. The fifth is about second-order parts, if there are any.
+        """
         facts = self.facts()
         certificate = self.certificate
 
@@ -117,12 +123,10 @@ class Exported(ExportResults):
         measured = ("numerical error", "images")
         numerics = "; ".join(facts[name] for name in measured if name in facts)
         bundle = f"{self.path} ({self.seconds:.0f} s; README.md describes it)"
-        return {
-            "removed": facts["removed"],
-            "proof": proof,
-            "numerics": numerics,
-            "bundle": bundle,
-        }
+        lines = {"removed": facts["removed"]}
+        if self.second_order.describe():  # a first-order network has no such line
+            lines["lowered"] = facts["lowered"]
+        return {**lines, "proof": proof, "numerics": numerics, "bundle": bundle}
 
     def summary(self) -> dict[str, object]:
         """Build the output of `export --json`, with a decision if there is one."""
@@ -143,6 +147,7 @@ class Exported(ExportResults):
             "parity": self.parity.model_dump(),
             "precision": self.precision.model_dump(),
             **decision,
+            "second_order": asdict(self.second_order),
             "trained": self.trained.model_dump(),
             "shipped": self.shipped.model_dump(),
             "warnings": list(self.warnings),

@@ -1,0 +1,182 @@
+"""What a graph computes of second order, counted from its nodes: covariances, matrix square roots, mixtures.
+
+No name of a network, node or value is read, so the counts are those of the file.
+
+- A product of a map with its own transpose is a covariance if the map was centered, as
+  Subtract(X, ReduceMean(X)) does, and else a second moment.
+- The nodes that multiply, divide, add and subtract what a covariance gives are its Newton-Schulz
+  iteration. Each of its N steps adds a multiple of the identity, a square constant. A matrix product
+  counts if both of its factors come from the covariance.
+- A mixture gathers the weights of K of N components by indices of `TopK`.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sopdeploy.errors import amount
+
+if TYPE_CHECKING:
+    import onnx
+
+NOTHING = "no covariance and no matrix square root"
+_PASSED = {"Mul", "Div", "Add", "Sub", "Cast"}  # operators of an iteration beside its products
+_MOVED = {"Reshape", "Cast", "Slice", "Unsqueeze", "Squeeze"}  # between `TopK` and `Gather`
+
+
+@dataclass(frozen=True)
+class Root:
+    """A matrix square root: the steps N of its Newton-Schulz iteration, and the matrix products that they take."""
+
+    steps: int
+    products: int
+
+
+@dataclass(frozen=True, order=True)
+class Mixture:
+    """K `chosen` of N `components`, whose weights are gathered."""
+
+    chosen: int
+    components: int
+
+
+@dataclass(frozen=True)
+class SecondOrder:
+    """The covariances, the second moments of maps that are not centered, the roots and mixtures of a graph."""
+
+    covariances: int
+    moments: int
+    roots: tuple[Root, ...]
+    mixtures: tuple[Mixture, ...]
+
+    def describe(self) -> str:
+        """Describe the parts on one line; "" if there are none."""
+        parts = []
+        if self.covariances:
+            parts.append(amount(self.covariances, "covariance"))
+        if self.moments:
+            parts.append(amount(self.moments, "second moment"))
+
+        for root, count in Counter(self.roots).items():
+            products = amount(root.products, "matrix product")
+            times = f" ({count} times)" if count > 1 else ""
+            parts.append(f"Newton-Schulz N = {root.steps} as {products}{times}")
+        parts += [
+            f"K = {mixture.chosen} of {mixture.components} components gathered"
+            for mixture in self.mixtures
+        ]
+        return ", ".join(parts)
+
+
+def count_second_order(model: "onnx.ModelProto") -> SecondOrder:
+    """Count the second-order parts of the graph of *model*."""
+    graph = _Graph(model)
+
+    # A covariance is a product of a map with itself; what follows it may be an iteration.
+    num_centered = 0
+    num_moments = 0
+    roots = []
+    for node in model.graph.node:
+        factor = graph.own_factor(node)
+        if factor is None:
+            continue
+        if graph.is_centered(factor):
+            num_centered += 1
+        else:
+            num_moments += 1
+        root = graph.find_root(node.output[0])
+        if root.steps:
+            roots.append(root)
+
+    mixtures = {mixture for node in model.graph.node if (mixture := graph.find_mixture(node))}
+    return SecondOrder(num_centered, num_moments, tuple(roots), tuple(sorted(mixtures)))
+
+
+class _Graph:
+    """Access to the nodes and constants of a model by the names of their values."""
+
+    def __init__(self, model: "onnx.ModelProto") -> None:
+        self.nodes = model.graph.node
+        self.producer = {name: node for node in self.nodes for name in node.output}
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def own_factor(self, node: "onnx.NodeProto") -> str | None:
+        """Return the value that *node* multiplies with its own transpose; None for another node."""
+        if node.op_type != "MatMul":
+            return None
+        for value, other in (tuple(node.input), tuple(reversed(node.input))):
+            before = self.producer.get(other)
+            if before is not None and _transposes(before) and before.input[0] == value:
+                return value
+        return None
+
+    def is_centered(self, value: str) -> bool:
+        """Tell whether *value* is a map minus its mean, which a factor may scale."""
+        node = self.producer.get(value)
+        while node is not None and node.op_type in ("Mul", "Div", "Cast"):
+            node = self.producer.get(node.input[0])
+        if node is None or node.op_type != "Sub":
+            return False
+        mean = self.producer.get(node.input[1])
+        return mean is not None and mean.op_type == "ReduceMean"
+
+    def find_root(self, covariance: str) -> Root:
+        """Count the iteration that follows *covariance*; no steps if there is none."""
+        reached = {covariance}
+        steps = 0
+        products = 0
+        for node in self.nodes:  # in topological order
+            from_covariance = [name for name in node.input if name in reached]
+            is_product = node.op_type == "MatMul" and len(from_covariance) == len(node.input)
+            if is_product and self.own_factor(node) is None:
+                products += 1
+            elif not (from_covariance and node.op_type in _PASSED):
+                continue
+            elif node.op_type in ("Add", "Sub") and any(map(self._is_square, node.input)):
+                steps += 1
+            reached.update(node.output)
+        return Root(steps, products)
+
+    def _is_square(self, name: str) -> bool:
+        """Tell whether *name* is a constant square matrix."""
+        dims = list(self.constants[name].dims) if name in self.constants else []
+        return len(dims) == 2 and dims[0] == dims[1]
+
+    def find_mixture(self, node: "onnx.NodeProto") -> Mixture | None:
+        """Return the mixture whose weights *node* gathers; None for another node."""
+        if node.op_type != "Gather" or node.input[0] not in self.constants:
+            return None
+
+        # Back to `TopK`, whose largest values a `Slice` may cut.
+        chosen = None
+        before = self.producer.get(node.input[1])
+        while before is not None and before.op_type in _MOVED:
+            if before.op_type == "Slice":
+                chosen = self._number(before.input[2])
+            before = self.producer.get(before.input[0])
+        if before is None or before.op_type != "TopK":
+            return None
+
+        if chosen is None:
+            chosen = self._number(before.input[1])
+        components = self.constants[node.input[0]].dims[0]
+        return None if chosen is None else Mixture(chosen, components)
+
+    def _number(self, name: str) -> int | None:
+        """Read a constant of one integer; None if it is none."""
+        import onnx.numpy_helper  # noqa: PLC0415 # a server runs without it
+
+        tensor = self.constants.get(name)
+        values = [] if tensor is None else onnx.numpy_helper.to_array(tensor).flatten().tolist()
+        return int(values[0]) if len(values) == 1 else None
+
+
+def _transposes(node: "onnx.NodeProto") -> bool:
+    """Tell whether *node* exchanges the last two axes, and no others."""
+    if node.op_type != "Transpose":
+        return False
+    permutation = [list(attribute.ints) for attribute in node.attribute]
+    if len(permutation) != 1:
+        return False
+    axes = list(range(len(permutation[0])))
+    return permutation[0] == [*axes[:-2], axes[-1], axes[-2]]
