@@ -155,7 +155,7 @@ def panels(page: str) -> list[Panel]:
                 {row[0]: min(100 * float(row[column]), 100.0) for row in shown},
             )
         )
-    (head,) = (row[1:4] for row in rows if row[0] == "photograph")
+    (head,) = (row[1:4] for row in rows if row[0] == "image")
     (cells,) = (row[1:4] for row in rows if row[0] == PHONE)
     rates = {
         name.rpartition(" ")[2]: float(cell) for name, cell in zip(head, cells, strict=True)

@@ -136,7 +136,7 @@ def serving_photos() -> Measured:
     machine, rows = document["machine"], document["results"]
     where = f"{machine['cores']} cores of {machine['processor']}, {machine['system']}"
     facts = [document["date"], where, str(rows[0]["runs"]), document["commit"]]
-    head, cells = ["photograph"], {row["case"]: [row["case"]] for row in rows}
+    head, cells = ["image"], {row["case"]: [row["case"]] for row in rows}
     for unit, digits, text in (("images/s", 0, "images/s"), ("cpu-ms", 1, "CPU ms per image")):
         measured = {(row["case"], row["against"]): row for row in rows if row["unit"] == unit}
         head += [f"{text}: sopdeploy", *PEERS.values()]
