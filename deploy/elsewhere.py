@@ -468,7 +468,7 @@ def travel(
         elif outcome.problem:
             result = outcome.problem
         else:
-            result = f"passed ({outcome.passed:,}; {outcome.skipped} not run)"
+            result = f"{outcome.passed:,} passed, {outcome.skipped} not run"
         rows.append([one.name, result, f"{outcome.seconds / 60:.0f} min"])
 
     only_together = [
@@ -555,8 +555,9 @@ def page(rows: Sequence[Sequence[str]], before: str) -> str:
     lines = [
         "# Tests in other surroundings",
         "",
-        "`make elsewhere` runs the default tests in surroundings that differ from those in which they were",
-        "written, several at a time. A test that fails runs again in each of them alone.",
+        "Do the tests also pass with another locale, user, kernel or Python? `make elsewhere` runs the",
+        "default tests in such surroundings, several at a time. A test that fails runs again in each of",
+        "them alone.",
         "",
         "| surroundings | default tests | time | date | commit | machine |",
         "|---|---|---|---|---|---|",
