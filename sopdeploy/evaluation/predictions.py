@@ -25,11 +25,11 @@ from sopdeploy.evaluation.multi_label import (
     MultiLabelReport,
 )
 from sopdeploy.html.plots import plot, plot_bars
-from sopdeploy.html.report import Figure, Section, Table, percent
+from sopdeploy.html.report import NO_BREAK_SPACE, Figure, Section, Table, percent
 from sopdeploy.photos.photo import LabeledImages
 
-_MAX_MATRIX_CLASSES = 30
-_MAX_CONFUSIONS = 15
+MAX_MATRIX_CLASSES = 30
+MAX_CONFUSIONS = 15
 _MAX_OPEN_CLASSES = 20  # more are folded
 _MAX_POINTS = 60  # of a curve
 _MAX_PARTS = 8  # of the images by confidence, with at least so many
@@ -154,7 +154,7 @@ def _describe_classes(
 ) -> Section:
     """Describe accuracies, mistakes, and precision and recall by class; those without images are last.
 
-    More than `_MAX_MATRIX_CLASSES` have no confusion matrix, only the `_MAX_CONFUSIONS` most frequent
+    More than `MAX_MATRIX_CLASSES` have no confusion matrix, only the `MAX_CONFUSIONS` most frequent
     mistakes.
     """
     # Accuracies and loss in one paragraph of text.
@@ -172,7 +172,7 @@ def _describe_classes(
 
     # The matrix of small sets of classes.
     tables = []
-    if len(names) <= _MAX_MATRIX_CLASSES:
+    if len(names) <= MAX_MATRIX_CLASSES:
         rows = [(name, *counts) for name, counts in zip(names, metrics.confusion, strict=True)]
         caption = "Confusion matrix: a row for each class, a column for each prediction"
         if links:
@@ -193,7 +193,9 @@ def _describe_classes(
         interval = ""
         if row.recall is not None:
             recall = percent(row.recall.share)
-            interval = f"{percent(row.recall.low)} to {percent(row.recall.high)}"
+            interval = f"{percent(row.recall.low)} to {percent(row.recall.high)}".replace(
+                " ", NO_BREAK_SPACE
+            )
         rows_of_classes.append(
             (row.label, row.count, row.answered, precision, recall, interval)
         )
@@ -208,12 +210,15 @@ def _describe_classes(
         Table(caption=caption, columns=columns, rows=rows_of_classes, folded=is_folded)
     )
 
-    mistakes = metrics.mistakes()[:_MAX_CONFUSIONS]
+    # The most frequent mistakes; the number of images leads to photos of this mistake.
+    mistakes = metrics.mistakes()[:MAX_CONFUSIONS]
+    cells = [(names.index(true), names.index(predicted)) for true, predicted, _ in mistakes]
     tables.append(
         Table(
             caption="Most frequent mistakes",
             columns=["true", "predicted", "images"],
             rows=mistakes,
+            links={(row, 1): links[cell] for row, cell in enumerate(cells) if cell in links},
         )
     )
     return Section(title="Predictions", text=[which_images, scores], tables=tables)
@@ -274,7 +279,7 @@ def describe_thresholds(metrics: ClassificationReport, scores: Sequence[ImageSco
 def plot_recalls(metrics: ClassificationReport) -> list[Figure]:
     """Plot the recall of each class as bars, the worst first, if they are too many for a matrix."""
     found = [row for row in metrics.classes if row.recall is not None]
-    if len(metrics.classes) <= _MAX_MATRIX_CLASSES or not found:
+    if len(metrics.classes) <= MAX_MATRIX_CLASSES or not found:
         return []
     found.sort(key=lambda row: 0.0 if row.recall is None else row.recall.share)
     shares = {row.label: 100 * row.recall.share for row in found if row.recall is not None}

@@ -32,6 +32,8 @@ from sopdeploy.evaluation.multi_label import (
 )
 from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.evaluation.predictions import (
+    MAX_CONFUSIONS,
+    MAX_MATRIX_CLASSES,
     Predictions,
     describe_predictions,
     describe_thresholds,
@@ -79,6 +81,14 @@ _CALIBRATION = "The export divides the last layer by the temperature."
 _REJECTION = (
     "A photo counts as unknown if its score, a likeness to the classes, is below the threshold."
 )
+_WORST = (
+    "The photos are the worst mistakes, by class and prediction, the most confident ones first. Check for "
+    "wrong labels before you look for a better network."
+)
+_CONFUSED = (
+    "Photos of the most frequent mistakes, and of each mistake the most confident ones first. Check for "
+    "wrong labels before you look for a better network."
+)
 _TRAINING_LOSSES = "Losses of the heads, the penalties, and their weighted sum."
 
 
@@ -123,11 +133,12 @@ def write_run_page(
     sections: list[Section] = []
     is_measured = result.score is not None
     if is_measured:
-        mistakes = _choose_mistakes(predicted)
+        frequent = _list_frequent(metrics)
+        mistakes = _choose_mistakes(predicted, frequent)
         links = {cell: _name_mistake(cell) for cell in mistakes}
         measured_on = f"{BEST} on {metrics.count} images: {description}."
         described = describe_predictions(metrics, measured_on, links)
-        worst = _show_mistakes(mistakes, predicted, images)
+        worst = _show_mistakes(mistakes, predicted, images, _CONFUSED if frequent else _WORST)
         if isinstance(metrics, ClassificationReport) and isinstance(predicted, list):
             # The tables stand beside the worst mistakes or, without a matrix, beside the bars of
             # many classes, whose mistakes have the whole width.
@@ -200,7 +211,11 @@ def _show_rejected(scores: Sequence[ImageScore], images: LabeledImages) -> Secti
             label = images.labels[score.target]
             captions.append((index, insert_names("{}", label)))
     number = amount(len(captions), "image")
-    text = f"{number} of {len(scores)} with one of the classes, for which a server returns `known: false`."
+    text = insert_names(
+        f"{number} of {len(scores)} with one of the classes, for which a server returns {{}}.",
+        "known: false",
+        tag="code",
+    )
     return _show_photographs(
         "Own images that are not known", text, images, captions[:_MAX_SHOWN]
     )
@@ -363,11 +378,23 @@ def _describe_learning(
     return Section(title="Learning", text=text, figures=figures)
 
 
-def _choose_mistakes(predicted: Predictions) -> dict[tuple[int, int], list[int]]:
+def _list_frequent(metrics: ClassificationReport | MultiLabelReport) -> list[tuple[int, int]]:
+    """List the most frequent mistakes, true and predicted class, of more classes than a matrix shows."""
+    if isinstance(metrics, MultiLabelReport) or len(metrics.classes) <= MAX_MATRIX_CLASSES:
+        return []
+    names = [row.label for row in metrics.classes]
+    mistakes = metrics.mistakes()[:MAX_CONFUSIONS]
+    return [(names.index(true), names.index(predicted)) for true, predicted, _ in mistakes]
+
+
+def _choose_mistakes(
+    predicted: Predictions, frequent: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], list[int]]:
     """Choose wrongly predicted images by (true class, predicted class), the most confident ones first.
 
-    Of the first `_MAX_CELLS` pairs of classes, each has at least one image. None are chosen if
-    images have several classes.
+    If pairs of classes are *frequent*, only their images are chosen, in this order of the pairs. Of
+    the first `_MAX_CELLS` pairs, each has at least one image. None are chosen if images have
+    several classes.
     """
     scores = [] if isinstance(predicted, MultiLabelPredictions) else predicted
     wrong = sorted(
@@ -379,10 +406,13 @@ def _choose_mistakes(predicted: Predictions) -> dict[tuple[int, int], list[int]]
     for _, index in wrong:
         cell = scores[index].target, scores[index].top5[0]
         by_cell.setdefault(cell, []).append(index)
+    if frequent:
+        by_cell = {cell: by_cell[cell] for cell in frequent}
 
     # Each cell shows its most confident mistake; the next most confident ones fill the page.
     first_of_cells = {indices[0] for indices in by_cell.values()}
-    others = [index for _, index in wrong if index not in first_of_cells]
+    chosen = first_of_cells.union(*by_cell.values())
+    others = [index for _, index in wrong if index in chosen - first_of_cells]
     num_others = max(0, _MAX_SHOWN - len(first_of_cells))
     shown = first_of_cells.union(others[:num_others])
 
@@ -398,8 +428,9 @@ def _show_mistakes(
     mistakes: Mapping[tuple[int, int], Sequence[int]],
     predicted: Predictions,
     images: LabeledImages,
+    text: str,
 ) -> Section:
-    """Show the *images* of *mistakes*, by class and answer."""
+    """Show the *images* of *mistakes*, by class and prediction, below *text*."""
     captions = []
     names = {}
     scores = predicted if isinstance(predicted, list) else []
@@ -409,14 +440,10 @@ def _show_mistakes(
         for index in indices:
             score = scores[index]
             true = images.labels[score.target]
-            answer = images.labels[score.top5[0]]
+            other = images.labels[score.top5[0]]
             template = f"{{}} ({percent(score.likelihood)}), predicted as {{}} ({percent(score.confidence)})"
-            captions.append((index, insert_names(template, true, answer)))
+            captions.append((index, insert_names(template, true, other)))
 
-    text = (
-        "The photos are the worst mistakes, by class and prediction, the most confident ones first. Check for "
-        "wrong labels before you look for a better network."
-    )
     return _show_photographs("Worst mistakes", text, images, captions, names)
 
 

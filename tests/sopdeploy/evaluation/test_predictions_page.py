@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 
 from sopdeploy.evaluation.metrics import CONFIDENCES, ImageScore, classification_report
-from sopdeploy.evaluation.predictions import describe_thresholds, plot_recalls
+from sopdeploy.evaluation.predictions import (
+    describe_predictions,
+    describe_thresholds,
+    plot_recalls,
+)
 
 
 def scores_of(confidences: list[float], correct: list[bool]) -> list[ImageScore]:
@@ -46,3 +50,15 @@ def test_classes_without_a_matrix_have_bars(num_classes: int, bars: int) -> None
     )
     scores = [ImageScore(number, (number,), 0.9, 0.9) for number in range(num_classes)]
     assert len(plot_recalls(classification_report(labels, scores))) == bars
+
+
+def test_the_number_of_a_frequent_mistake_leads_to_its_photos() -> None:
+    labels = tuple(f"class {number:02d}" for number in range(40))
+    pairs = [(3, 4)] * 3 + [(7, 5)] * 2 + [(number, number) for number in range(40)]
+    scores = [ImageScore(true, (predicted,), 0.9, 0.05) for true, predicted in pairs]
+    links = {(3, 4): "mistake-3-4"}
+    section = describe_predictions(classification_report(labels, scores), "", links)
+
+    (table,) = (one for one in section.tables if one.caption == "Most frequent mistakes")
+    assert table.rows == [("class 03", "class 04", 3), ("class 07", "class 05", 2)]
+    assert table.links == {(0, 1): "mistake-3-4"}

@@ -11,9 +11,9 @@ from PIL import Image, PngImagePlugin
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
-from sopdeploy.evaluation.metrics import Rate, classification_report
+from sopdeploy.evaluation.metrics import ImageScore, Rate, classification_report
 from sopdeploy.html.plots import plot
-from sopdeploy.report.page import describe_in_a_sentence
+from sopdeploy.report.page import _choose_mistakes, describe_in_a_sentence
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.results import LoopResult, describe_for_page
 from tests.sopdeploy.training.runs import short_recipe, train_with_page
@@ -225,3 +225,15 @@ def test_the_page_begins_with_a_sentence_the_classes_and_the_next_command_and_co
     diagonal = np.eye(10, dtype=bool)
     assert set(kinds[diagonal]) == {"right", "zero"}
     assert set(kinds[~diagonal]) == {"wrong", "zero"}
+
+
+def test_of_many_classes_the_most_frequent_mistakes_are_shown_in_their_order() -> None:
+    pairs = [(1, 2), (3, 4), (3, 4), (5, 6), (7, 7)]
+    scores = [
+        ImageScore(true, (predicted,), 0.9 - index / 10, 0.05)
+        for index, (true, predicted) in enumerate(pairs)
+    ]
+    everything = {(1, 2): [0], (3, 4): [1, 2], (5, 6): [3]}
+    assert _choose_mistakes(scores, []) == everything
+    chosen = _choose_mistakes(scores, [(3, 4), (1, 2)])
+    assert list(chosen.items()) == [((3, 4), [1, 2]), ((1, 2), [0])]
