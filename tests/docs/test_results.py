@@ -133,7 +133,7 @@ FROM_CODE: list[
     ),
     ("at most {:.0f} GB, the least recently used", feature_cache.LIMIT_BYTES / 1e9),
     ("has more than {} times the images of the smallest", description.UNEVEN),
-    ("a margin, which about {:.0f} % of their", PERCENT * scaling.TAKEN),
+    ("by a margin. About {:.0f} % of the out-of-fold photos", PERCENT * scaling.TAKEN),
     (
         "{} principal components ({} in the [linear classifier",
         HeadConfig().width,
@@ -154,7 +154,7 @@ FROM_CODE: list[
     ("rejected for {} minutes", ALERTS["SopdeployOverloaded"]["for"].removesuffix("m")),
     ("more than {:.0f} % of the images are unknown to a model", PERCENT * UNKNOWN),
     (
-        "show {:.0f} points in four of five cases",
+        "detects a gain of {:.0f} points in four of five cases",
         PERCENT * statistics.smallest_difference(5, 5, 100),
     ),
 ]
