@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from measure import Result, existing, markdown, one_line_errors, report
-from month import DIM_DAY, NEW_DAY, Monitor, Month, World, blocks_of, keep, sets_parser
+from month import DIM_DAY, NEW_DAY, Monitor, Month, Traffic, World, blocks_of, keep, sets_parser
 from numpy.typing import NDArray
 from photo_sets import Bundle, Photographs, read_sets
 
@@ -71,7 +71,8 @@ def measure_reference(
     photographs: Photographs, foreign: Photographs, frames: int, seed: int, windows: int
 ) -> OfReference:
     """Send usual traffic, promote a bundle, send usual traffic again, then changed traffic."""
-    world = World(photographs, foreign, seed % len(photographs.labels), seed, frames)
+    traffic = Traffic(frames=frames)
+    world = World(photographs, foreign, seed % len(photographs.labels), seed, traffic)
     month = Month(world, seed)
     month.chosen = world.first.tolist()
     month.labels = photographs.classes[world.first].tolist()

@@ -1,18 +1,19 @@
 """A month of use: from the first labels to the last promotion, with the product's rules and a hidden test.
 
     python benchmarks/month.py --data DIR --unknown DIR --weights FILE [--cache DIR] [--new CLASS]
-        [--days 28] [--seed 0] [--json]
+        [--days 28] [--seed 0] [--per-day 220] [--largest SHARE] [--reports SHARE] [--json]
 
 --data is a folder of photographs, <class>/*.jpg, --unknown one of other things. The world sends 220
 photographs a day, two of each object, a tenth of them other things. From day 8 on, a quarter shows the class
 --new, which nobody has trained; from day 12 on, a lamp is at 60 %; from day 20 on, the first class is
-missing. 30 % of the photographs of each class are a hidden test, of which the accuracy of a day's mix is
-computed. With --cache, the vectors and measures of the photographs are computed once, which takes
-most of the time.
+missing. With --largest, one class has this share of the others. With --reports, customers report this share of
+wrong predictions, which then wait for labels as what the server keeps. 30 % of the photographs of each class
+are a hidden test, of which the accuracy of a day's mix is computed. With --cache, the vectors and measures of
+the photographs are computed once, which takes most of the time.
 
 The operator begins with ten photographs per class and follows what is printed: after an alarm, and each
-week, 60 labels as `label` asks for them, in turn one of the sample that decides, one of the sample that
-trains, and one of what the server keeps, `train`, `promote`. What has decided about a bundle that is then live
+week, 60 labels as `label` asks for them, two fifths of the sample that decides, as many of the sample that
+trains, and the others of what the server keeps, `train`, `promote`. What has decided about a bundle that is then live
 trains from then on. If that asks for labels, up to 60 more follow; if the bundle is worse in a class, this class's
 labels are corrected and it is trained again; both at most twice. One label in forty is wrong. The heads are
 those of `train` on EfficientNet-Lite0, the alarm, the order and the verdict the functions of the server, of
@@ -26,6 +27,7 @@ bundle that is not better on the last day than the first bundle.
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +47,7 @@ from sopdeploy.evaluation.watch import Watch
 from sopdeploy_commands.promotion.compare import MIN_RECENT, RECENT_DAYS
 from sopdeploy_service.inference.drift import MIN_BLOCKS
 from sopdeploy_service.labelling.keep.keeper import LOW_MARGIN
-from sopdeploy_service.labelling.label.order import NUM_SOURCES
+from sopdeploy_service.labelling.label.order import LABELS_PER_DECIDING
 
 Array = NDArray[Any]
 DAYS = 28
@@ -65,7 +67,7 @@ WRONG = 40  # one label in so many
 
 @dataclass
 class Sent:
-    """What a day sent: objects (n,), whether they are other things, vectors (n, D), measures, the sample.
+    """What a day sent: objects (n,), whether they are other things, vectors (n, D), measures, the sample, customers.
 
     The objects are numbers of photographs.
     """
@@ -75,6 +77,7 @@ class Sent:
     vectors: Array
     measures: Array
     in_sample: Array
+    may_report: Array  # a customer would report a wrong prediction
 
 
 class Block(NamedTuple):
@@ -101,6 +104,18 @@ def divide(vectors: Array, measures: Array, objects: Array) -> list[Block]:
         Block(*(array[start : start + BLOCK] for array in (vectors, measures, objects)))
         for start in starts
     ]
+
+
+class Traffic(NamedTuple):
+    """Photographs *per_day*, *frames* of each object, the share of the *largest* class, 0 if all are equal.
+
+    Customers report the share *reports* of wrong predictions.
+    """
+
+    per_day: int = PER_DAY
+    frames: int = FRAMES
+    largest: float = 0.0
+    reports: float = 0.0
 
 
 @dataclass
@@ -142,12 +157,13 @@ class World:
         foreign: Photographs,
         new: int,
         seed: int,
-        frames: int = FRAMES,
+        traffic: Traffic,
     ) -> None:
         self.photographs = photographs
         self.foreign = foreign
         self.new = new
-        self.frames = frames
+        self.traffic = traffic
+        self.frames = traffic.frames
         self.random = np.random.default_rng(seed)
 
         # Of each class, some are the hidden test, some the first photographs, the others are sent.
@@ -170,6 +186,10 @@ class World:
     def shares(self, day: int) -> Array:
         """Return the share of each class among the photographs of *day* that show one."""
         shares = np.ones(len(self.photographs.labels))
+        if self.traffic.largest:
+            largest = 3 if self.new == 2 else 2  # the first or the second class goes later
+            shares[:] = (1 - self.traffic.largest) / (len(shares) - 2)
+            shares[largest] = self.traffic.largest
         shares[self.new] = 0.0
         if day >= GONE_DAY:
             shares[0 if self.new else 1] = 0.0
@@ -179,8 +199,9 @@ class World:
             shares[self.new] = NEW_SHARE
         return shares
 
-    def send(self, day: int, count: int = PER_DAY) -> Sent:
+    def send(self, day: int, count: int | None = None) -> Sent:
         """Draw *count* photographs of *day*, in their order; the frames of an object differ a little."""
+        count = count or self.traffic.per_day
         classes = self.photographs.classes
         per_class = np.bincount(classes[self.pool], minlength=len(self.photographs.labels))
         weights = (self.shares(day) / per_class)[classes[self.pool]]
@@ -205,7 +226,10 @@ class World:
         every = self.photographs.vectors
         vectors = vectors + JITTER * (every[first] - every[second])
         in_sample = choose(self.is_sampled, self.is_foreign_sampled)
-        return Sent(numbers, is_foreign, vectors.astype(np.float32), measures, in_sample)
+        may_report = self.random.random(len(numbers)) < self.traffic.reports
+        return Sent(
+            numbers, is_foreign, vectors.astype(np.float32), measures, in_sample, may_report
+        )
 
     def accuracy(self, bundle: Bundle, day: int) -> float:
         """Compute the accuracy of *bundle* on the hidden test, weighted as the traffic of *day*."""
@@ -255,10 +279,11 @@ class Month:
         return int(self.world.photographs.classes[number])
 
     def label(self, count: int) -> int:
-        """Label up to *count* photographs, a third of each source; return how many decide."""
-        self.label_kept(count // NUM_SOURCES)
-        self.label_sample(count // NUM_SOURCES, decides=False)
-        return self.label_sample(count // NUM_SOURCES, decides=True)
+        """Label up to *count* photographs, two fifths of each sample; return how many decide."""
+        of_sample = round(count / LABELS_PER_DECIDING)
+        self.label_kept(count - 2 * of_sample)
+        self.label_sample(of_sample, decides=False)
+        return self.label_sample(of_sample, decides=True)
 
     def label_sample(self, count: int, *, decides: bool) -> int:
         """Label up to *count* photographs of a sample, of each day in turn; return how many."""
@@ -331,14 +356,23 @@ class Month:
         return Bundle(self.world.photographs, chosen, labels, self.seed, is_first=is_first)
 
 
+def classes_of(world: World, sent: Sent) -> Array:
+    """Return the classes (n,) that *sent* photographs show, -1 for other things."""
+    classes = np.full(len(sent.numbers), -1)
+    classes[~sent.is_foreign] = world.photographs.classes[sent.numbers[~sent.is_foreign]]
+    return classes
+
+
 def keep(month: Month, day: int, sent: Sent, live: Bundle) -> None:
-    """Let the sample, and what is unknown or close, wait for labels: of each object one photograph."""
+    """Let the sample, and what is unknown, close or reported, wait for labels: of each object one photograph."""
     logits = live.logits(sent.vectors)
     probabilities = np.zeros((len(logits), len(month.world.photographs.labels)))
     probabilities[:, live.known_classes] = softmax(logits)
     largest = np.sort(probabilities, axis=1)
     is_close = largest[:, -1] - largest[:, -2] < LOW_MARGIN
     is_known = log_sum_exp(logits) >= live.threshold
+    is_wrong = (live.answers(sent.vectors) != classes_of(month.world, sent)) & ~sent.is_foreign
+    is_reported = sent.may_report & is_wrong
     kept = {(photo.number, photo.is_foreign) for photo in month.kept} | {
         (number, False) for number in month.chosen
     }
@@ -352,7 +386,9 @@ def keep(month: Month, day: int, sent: Sent, live: Bundle) -> None:
         identity = photo.number, photo.is_foreign
         if sent.in_sample[place]:
             month.sample.append(photo)
-        elif (is_close[place] or not is_known[place]) and identity not in kept:
+        elif identity not in kept and (
+            is_close[place] or not is_known[place] or is_reported[place]
+        ):
             month.kept.append(photo)
             kept.add(identity)
 
@@ -385,7 +421,9 @@ def promote(month: Month, live: Bundle) -> tuple[Bundle, Bundle, list[str]]:
             month.correct(verdict.worse)
             candidate = month.train()
             continue
-        if not verdict.num_more or not month.label(min(LABELS, NUM_SOURCES * verdict.num_more)):
+        if not verdict.num_more or not month.label(
+            min(LABELS, math.ceil(LABELS_PER_DECIDING * verdict.num_more))
+        ):
             break
     return live, candidate, verdicts
 
@@ -475,13 +513,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--new", help="the new class; by default the last one")
     parser.add_argument("--days", type=int, default=DAYS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--per-day", type=int, default=PER_DAY)
+    parser.add_argument("--largest", type=float, default=0.0, help="share of a class")
+    parser.add_argument("--reports", type=float, default=0.0, help="share of wrong predictions")
     given = parser.parse_args(arguments)
     with one_line_errors():
         photographs, foreign = read_sets(given.data, given.unknown, given.weights, given.cache)
     new = given.new or photographs.labels[-1]
     if new not in photographs.labels:
         parser.error(f"--new: {new} is none of {', '.join(photographs.labels)}")
-    world = World(photographs, foreign, photographs.labels.index(new), given.seed)
+    traffic = Traffic(per_day=given.per_day, largest=given.largest, reports=given.reports)
+    world = World(photographs, foreign, photographs.labels.index(new), given.seed, traffic)
     rows, failures = run_month(world, given.seed, given.days)
 
     if given.json:

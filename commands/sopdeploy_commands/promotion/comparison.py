@@ -1,5 +1,6 @@
 """The result of a comparison of two bundles: its figures, and how they are told."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -12,7 +13,7 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.permission import MIN_IMAGES, Counts, proves_class_loss
 from sopdeploy.evaluation.statistics import ALPHA, Verdict, smallest_difference
 from sopdeploy.html.report import percent
-from sopdeploy_service.labelling.label.order import NUM_SOURCES
+from sopdeploy_service.labelling.label.order import LABELS_PER_DECIDING
 
 FEW = 5  # photographs of a class, which tell whether it is worse only if nearly all change
 
@@ -173,7 +174,7 @@ class BundleComparison(StrictModel):
         begin = f"since the traffic changed, {self.changed_at:%Y-%m-%d %H:%M} UTC"
         since = self.periods[0].num_images if self.periods else 0
         if since < MIN_IMAGES:
-            missing = NUM_SOURCES * (MIN_IMAGES - since)
+            missing = math.ceil(LABELS_PER_DECIDING * (MIN_IMAGES - since))
             return f"only {amount(since, 'photo')} {begin}; label about {missing} more"
         if self.periods[0].second <= self.periods[0].first:
             return f"no better {begin}: {self.periods[0].line}"
@@ -202,8 +203,8 @@ class BundleComparison(StrictModel):
 
         if self.num_more_images is not None:
             rounded = float(f"{self.num_more_images:.1e}")  # to two digits
-            asked = NUM_SOURCES * rounded
-            yield f"label about {asked:,.0f} more to decide, a third of which count here"
+            asked = math.ceil(LABELS_PER_DECIDING * rounded)
+            yield f"label about {asked:,} more to decide, two fifths of which count here"
 
         if self.unknown is not None and self.unknown.is_worse:
             yield f"rejects {self.unknown.losses - self.unknown.wins} fewer unknown images"

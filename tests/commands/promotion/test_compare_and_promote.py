@@ -143,7 +143,7 @@ def test_a_bundle_compared_with_itself_has_no_difference_and_asks_for_no_labels(
     )
     other = compare(first, second, labelled(second, count=6)).summary
     assert other.startswith(
-        "undecided; 6 photos, too few; label about 42 more to decide, a third of which count"
+        "undecided; 6 photos, too few; label about 35 more to decide, two fifths of which"
     )
 
 
@@ -576,7 +576,7 @@ CHANGES = {
     "few photographs": (
         5,
         1,
-        r"only 5 photos since the traffic changed, .*; label about 45 more",
+        r"only 5 photos since the traffic changed, .*; label about 38 more",
     ),
     "no gain": (25, 0, "no better since the traffic changed"),
 }

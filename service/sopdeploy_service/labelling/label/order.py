@@ -5,7 +5,9 @@ the other half *trains* it. Both are drawn at random over time: one photograph o
 newest day first, then a second one of each. During an alarm of drift, the days since it began come
 first, because only photographs of these days show what has changed.
 
-What is uncertain, rejected or reported is the third source, so it is at most a third of a round.
+What is uncertain, rejected or reported is the third source. Of five photographs in turn, two decide,
+two train, and one is of this source. So 60 labels, some of which will be copies or none of the classes,
+give the 20 that a comparison needs.
 """
 
 import itertools
@@ -17,7 +19,7 @@ from sopdeploy.images.near_hash import COPY_BITS, OBJECT_BITS
 from sopdeploy_service.labelling.kept import Kept, KeptRecord
 
 Role = Literal["decides", "trains", "other"]
-NUM_SOURCES = 3  # that take turns, of which one decides
+LABELS_PER_DECIDING = 2.5  # by the turns of `order_kept`
 SAMPLE_DAYS = 14  # newest days with traffic, from which the samples are drawn first
 # Kept photographs can show one object if they came within so many seconds.
 OBJECT_SECONDS = 60.0
@@ -50,9 +52,10 @@ def order_kept(
     unsure = [photo for photo in sources["other"] if "reported" not in photo.record.reasons]
     others = take_turns([spread(reported, alarms), spread(unsure, alarms)])
 
-    samples = [spread(sources[role], alarms) for role in ("decides", "trains")]
+    decides, trains = (spread(sources[role], alarms) for role in ("decides", "trains"))
+    turns = take_turns([decides[::2], trains[::2], decides[1::2], trains[1::2], others])
     last = [photo for photo in waiting if photo.path.name in copies]
-    return [*take_turns([*samples, others]), *reversed(last)]
+    return [*turns, *reversed(last)]
 
 
 def take_turns(sources: Sequence[Sequence[Kept]]) -> list[Kept]:

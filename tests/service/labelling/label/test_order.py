@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from sopdeploy_service.labelling.kept import Kept
-from sopdeploy_service.labelling.label.order import SAMPLE_DAYS, Role, order_kept, role_of
+from sopdeploy_service.labelling.label.order import (
+    LABELS_PER_DECIDING,
+    SAMPLE_DAYS,
+    Role,
+    order_kept,
+    role_of,
+)
 from tests.service.labelling.label.conftest import identity
 from tests.service.labelling.test_kept import record_of
 
@@ -36,19 +42,21 @@ def days_ago(photos: list[Kept], role: Role) -> list[int]:
     return [(TODAY - one.record.time).days for one in photos if role_of(one.record) == role]
 
 
-def test_each_round_has_one_that_decides_one_that_trains_and_one_other() -> None:
-    kept = [photo(number, role) for role, start in (("decides", 0), ("trains", 100), ("other", 200))
-            for number in range(start, start + 5)]  # fmt: skip
-    assert roles(order_kept(kept, [], {})) == ["decides", "trains", "other"] * 5
+def test_two_of_five_decide_two_train_and_one_is_of_the_third_source() -> None:
+    starts = {"decides": (0, 4), "trains": (100, 104), "other": (200, 205)}
+    kept = [photo(number, role) for role, bounds in starts.items() for number in range(*bounds)]
+    turn = ["decides", "trains", "decides", "trains", "other"]
+    assert roles(order_kept(kept, [], {})) == [*turn, *turn, *["other"] * 3]
+    assert len(turn) / turn.count("decides") == LABELS_PER_DECIDING
 
 
-def test_reports_are_at_most_a_sixth_of_a_round_that_has_all_others() -> None:
-    kept = [photo(number, "decides") for number in range(12)]
-    kept += [photo(number, "trains") for number in range(100, 112)]
+def test_reports_are_a_tenth_if_there_is_enough_of_all_others() -> None:
+    kept = [photo(number, "decides") for number in range(16)]
+    kept += [photo(number, "trains") for number in range(100, 116)]
     kept += [photo(number, "other") for number in range(200, 212)]
     kept += [photo(number, "other", reasons=("reported",)) for number in range(300, 400)]
-    first = order_kept(kept, [], {})[:36]
-    assert sum("reported" in one.record.reasons for one in first) == 6
+    first = order_kept(kept, [], {})[:40]
+    assert sum("reported" in one.record.reasons for one in first) == 4
 
 
 @pytest.mark.parametrize("role", ["decides", "trains"])
