@@ -7,6 +7,7 @@ import torch
 
 from tests.sopdeploy.training import runs
 from tests.support import quick_torch
+from tests.support.clients import CLIENTS
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,3 +27,9 @@ def one_thread() -> Iterator[None]:
 def few_digits() -> Iterator[None]:
     with runs.few_digits():
         yield
+
+
+@pytest.fixture(params=CLIENTS, ids=lambda kind: kind.__name__)
+def client_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test with both clients: replace `Client` in its module."""
+    monkeypatch.setattr(request.module, "Client", request.param)

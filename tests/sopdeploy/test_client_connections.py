@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from sopdeploy import client_requests
 from sopdeploy.client import Client
 from sopdeploy.errors import ConfigError, UnreachableError
 from tests.support.children import kills_itself
+from tests.support.service import wait_for
 from tests.support.stub_server import Received, StubServer, reply, stub_server
 
 FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -76,7 +78,7 @@ def test_a_fork_during_a_request_leaves_no_lock_and_no_connection_to_the_child()
     ):
         slow = threads.submit(connection_of, client, "slow")
         assert asked.wait(60)
-        with client._connections()._transport._pool._optional_thread_lock:  # type: ignore[attr-defined]
+        with client._loop()._lock:
 
             def child() -> None:
                 assert connection_of(client, "child") == "1"
@@ -93,16 +95,16 @@ def test_threads_of_a_new_process_share_its_connections(server: StubServer) -> N
     connection_of(client, "parent")
 
     def child() -> None:
-        start, pools = threading.Barrier(4), []
+        start, loops = threading.Barrier(4), []
 
         def ask(number: int) -> None:
             start.wait(60)
-            pools.append(client._connections())
+            loops.append(client._loop())
             connection_of(client, f"thread {number}")
 
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(ask, range(4)))
-        assert len(set(map(id, pools))) == len(client._pools) == 1
+        assert len(set(map(id, loops))) == 1
 
     in_fork(child)
     client.close()
@@ -129,12 +131,67 @@ def test_a_response_that_breaks_off_is_not_requested_again() -> None:
         assert len(server.received) == 1
 
 
-def test_a_second_response_behind_one_is_not_the_answer_to_the_next_request() -> None:
-    def answer(request: Received) -> bytes:
-        return named(request) + named(Received(0, b"", b"another"))
+def threads_of_clients() -> int:
+    return sum(thread.name == "sopdeploy client" for thread in threading.enumerate())
 
-    with stub_server(answer) as server, Client(server.url, timeout=60) as client:
-        numbers = [
-            connection_of(client, photograph) for photograph in ("first", "second", "third")
-        ]
-    assert numbers == ["0", "1", "2"]
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_the_thread_of_a_client_ends_with_it(server: StubServer, is_closed: bool) -> None:
+    before = threads_of_clients()
+    client = Client(server.url, timeout=60)
+    connection_of(client, "first")
+    assert threads_of_clients() == before + 1
+
+    if is_closed:
+        client.close()
+    del client
+
+    wait_for(lambda: threads_of_clients() == before)
+
+
+def test_close_ends_the_calls_of_other_threads() -> None:
+    asked, go = threading.Event(), threading.Event()
+
+    def answer(request: Received) -> bytes:
+        asked.set()
+        go.wait(60)
+        return named(request)
+
+    with stub_server(answer) as server, ThreadPoolExecutor(1) as threads:
+        client = Client(server.url, timeout=60)
+        slow = threads.submit(connection_of, client, "slow")
+        assert asked.wait(60)
+
+        client.close()
+
+        with pytest.raises(ConfigError, match="the client is closed"):
+            slow.result(60)
+        go.set()
+
+
+@pytest.mark.usefixtures("client_kind")
+def test_a_connection_that_was_idle_for_long_is_not_used_again(
+    server: StubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = httpx.Limits(keepalive_expiry=0.0)
+
+    with Client(server.url, timeout=60) as client:
+        assert connection_of(client, "first") == connection_of(client, "second") == "0"
+
+    monkeypatch.setattr(client_requests, "LIMITS", limits)
+    with Client(server.url, timeout=60) as client:
+        assert connection_of(client, "third") == "1"
+        assert connection_of(client, "fourth") == "2"
+
+
+class Blocking(httpx.BaseTransport):
+    """A transport of a user for blocking programs."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        request.read()
+        return httpx.Response(200, json={"classes": [], "warnings": [request.content.decode()]})
+
+
+def test_a_blocking_transport_of_the_user_is_used() -> None:
+    with Client("http://server", transport=Blocking()) as client:
+        assert client.classify(b"x").warnings == ("x",)

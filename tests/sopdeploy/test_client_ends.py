@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from sopdeploy.client import Client
+from sopdeploy import client_requests
+from sopdeploy.client import AsyncClient, Client
 from sopdeploy.errors import (
     BundleError,
     OverloadedError,
@@ -126,6 +128,7 @@ ENDS: dict[str, tuple[bytes, str, str, int]] = {
 }
 
 
+@pytest.mark.usefixtures("client_kind")
 @pytest.mark.parametrize("case", ENDS)
 def test_every_end_is_one_line_with_the_address_and_the_cause(
     case: str, tmp_path: Path
@@ -157,6 +160,7 @@ GOOD = {
 }
 
 
+@pytest.mark.usefixtures("client_kind")
 @pytest.mark.parametrize("case", GOOD)
 def test_a_client_finds_the_end_of_its_response(case: str) -> None:
     with stub_server(lambda _: GOOD[case]) as server, Client(server.url, timeout=60) as client:
@@ -164,6 +168,7 @@ def test_a_client_finds_the_end_of_its_response(case: str) -> None:
             assert client.classify(b"x").classes == ()
 
 
+@pytest.mark.usefixtures("client_kind")
 def test_a_connection_that_the_server_closes_first_is_replaced_before_the_photograph_is_sent_again() -> (
     None
 ):
@@ -200,6 +205,7 @@ def silent(*, accepts: bool) -> Iterator[str]:
 LARGE = bytes(8_000_000)  # more than the buffers of the system
 
 
+@pytest.mark.usefixtures("client_kind")
 @pytest.mark.parametrize("phase", ["connect", "write", "first byte"])
 def test_a_server_that_stops_in_any_phase_is_left_after_the_time_of_the_call(
     phase: str,
@@ -214,12 +220,76 @@ def test_a_server_that_stops_in_any_phase_is_left_after_the_time_of_the_call(
     assert str(caught.value) == f"{url}/v1/classify: no response within 0.2 s"
 
 
+@pytest.mark.usefixtures("client_kind")
 def test_a_response_that_drips_is_left_after_the_time_of_the_call() -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n{"
     with stub_server(lambda _: head) as server, Client(server.url, timeout=60) as client:
         with pytest.raises(UnreachableError, match=r"/v1/classify: .*0\.2 s") as caught:
             client.classify(b"x", timeout=0.2)
         assert (caught.value.code, len(server.received)) == (LATE, 1)
+
+
+@pytest.mark.usefixtures("client_kind")
+@pytest.mark.parametrize("alive", ["127.0.0.4", ""])
+def test_all_addresses_of_a_name_are_tried(monkeypatch: pytest.MonkeyPatch, alive: str) -> None:
+    """A Service without its own address has one per replica, and some of these are gone."""
+    look_up = socket.getaddrinfo
+
+    with stub_server(named) as server:
+        port = int(server.url.rpartition(":")[2])
+        hosts = ["127.0.0.2", "127.0.0.3", *(["127.0.0.1"] if alive else [])]
+
+        def several(host: str | bytes, *arguments: Any, **options: Any) -> Any:
+            if host not in ("several.example", b"several.example"):
+                return look_up(host, *arguments, **options)
+            tcp = socket.AF_INET, socket.SOCK_STREAM, 6, ""
+            return [(*tcp, (one, port)) for one in hosts]
+
+        monkeypatch.setattr(socket, "getaddrinfo", several)
+        with Client(f"http://several.example:{port}", timeout=60, retries=0) as client:
+            if alive:
+                assert label_of(client, "found") == "found"
+            else:
+                with pytest.raises(UnreachableError, match="refused"):
+                    label_of(client, "lost")
+
+
+@pytest.mark.usefixtures("client_kind")
+def test_a_name_server_that_does_not_answer_takes_the_time_of_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: gate.wait(60) and [])
+
+    with Client("http://slow.example", timeout=0.2, retries=0) as client:
+        with pytest.raises(UnreachableError, match=r"no response within 0\.2 s"):
+            client.info()
+        gate.set()
+
+
+@pytest.mark.usefixtures("client_kind")
+def test_a_name_without_an_address_is_an_error_with_the_words_of_the_name_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    with (
+        Client("http://nowhere.example", retries=0) as client,
+        pytest.raises(UnreachableError, match="Name or service not known"),
+    ):
+        client.info()
+
+
+def test_a_host_that_is_lost_is_left_after_the_time_of_a_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_requests, "CONNECT_SECONDS", 0.2)
+    with silent(accepts=False) as url, Client(url, timeout=60, retries=1) as client:
+        with pytest.raises(UnreachableError, match=r"no connection within 0\.2 s") as caught:
+            client.info()
+        assert caught.value.code == LATE
 
 
 def named(request: Received) -> bytes:
@@ -292,6 +362,48 @@ def test_a_task_that_is_cancelled_leaves_no_response_to_the_next_one() -> None:
 
     with stub_server(answer) as server, Client(server.url, timeout=60) as client:
         assert asyncio.run(calls(client)) == "second"
+
+
+def test_a_task_that_is_cancelled_ends_its_request_and_no_other() -> None:
+    asked, go = threading.Event(), threading.Event()
+
+    def answer(request: Received) -> bytes:
+        if request.body == b"first":
+            asked.set()
+            go.wait(60)
+        return named(request)
+
+    async def calls(url: str) -> str:
+        async with AsyncClient(url, timeout=60) as client:
+            first = asyncio.create_task(client.classify(b"first"))
+            await asyncio.to_thread(asked.wait, 60)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+
+            second = await client.classify(b"second")
+            go.set()
+            return second.classes[0].label
+
+    with stub_server(answer) as server:
+        assert asyncio.run(calls(server.url)) == "second"
+
+
+def test_tasks_share_a_client_and_wait_at_the_same_time() -> None:
+    names = [f"number {number}" for number in range(30)]
+    together = threading.Barrier(len(names))
+
+    def answer(request: Received) -> bytes:
+        together.wait(60)
+        return named(request)
+
+    async def calls(url: str) -> list[str]:
+        async with AsyncClient(url, timeout=60) as client:
+            images = (client.classify(name.encode()) for name in names)
+            return [result.classes[0].label for result in await asyncio.gather(*images)]
+
+    with stub_server(answer) as server:
+        assert asyncio.run(calls(server.url)) == names
 
 
 def all_errors(base: type[SopdeployError] = SopdeployError) -> list[type[SopdeployError]]:

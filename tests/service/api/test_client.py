@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from sopdeploy.client import Client
@@ -46,7 +47,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "python.md"
 THE_CLIENT = (
     PAGE.read_text(encoding="utf-8").partition("## The client\n")[2].partition("\n## ")[0]
 )
-BLOCKS = re.findall(r"^```python\n(.*?)^```", THE_CLIENT, re.DOTALL | re.MULTILINE)
+*BLOCKS, IN_FASTAPI = re.findall(r"^```python\n(.*?)^```", THE_CLIENT, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
@@ -57,6 +58,18 @@ def test_the_examples_of_the_docs_run(block, client, jpeg, tmp_path, monkeypatch
     exec(block.replace("http://127.0.0.1:8000", str(client.base_url)), names)  # noqa: S102
     results = names["found"] if isinstance(names["found"], list) else [names["found"]]
     assert {result.classes[0].label for result in results} <= set(LABELS)
+
+
+def test_the_program_of_the_docs_in_asyncio_runs(client, jpeg):
+    names: dict[str, Any] = {}
+    exec(IN_FASTAPI.replace("http://127.0.0.1:8000", str(client.base_url)), names)  # noqa: S102
+
+    with TestClient(names["app"]) as program:
+        found = program.post("/species", content=jpeg)
+        refused = program.post("/species", content=b"no image")
+
+    assert (found.status_code, found.json() in LABELS) == (200, True)
+    assert refused.status_code == 415
 
 
 with warnings.catch_warnings():  # warnings of its dependencies

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-import httpcore
 import httpx
 import pytest
 
-from sopdeploy import client as module
-from sopdeploy import deadline as deadlines
-from sopdeploy.client import MAX_RESPONSE_BYTES, Client
+from sopdeploy import client_requests as module
+from sopdeploy.client import Client
+from sopdeploy.client_requests import MAX_RESPONSE_BYTES
 from sopdeploy.errors import ServiceError, UnreachableError
 
+pytestmark = pytest.mark.usefixtures("client_kind")  # with both clients
 IMAGE = b"an image"
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 BODY = b'{"classes":[{"label":"cat","probability":1}]}'
@@ -151,115 +151,6 @@ def test_a_response_that_comes_byte_by_byte_ends_at_the_deadline(
     ):
         client.classify(IMAGE)
     assert caught.value.code == "timeout"
-
-
-class Slow(httpcore.NetworkStream):
-    """A connection on which each operation takes a second of *clock*, and records its timeout."""
-
-    def __init__(self, clock: list[float]) -> None:
-        self.clock, self.timeouts = clock, list[float | None]()
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        self.write(b"", timeout)
-        return b"x"
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self.timeouts.append(timeout)
-        self.clock[0] += 1
-
-    def start_tls(self, *arguments: Any) -> httpcore.NetworkStream:
-        return self
-
-    def close(self) -> None: ...
-
-
-def test_every_operation_has_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(deadlines.time, "monotonic", lambda: clock[0])
-    slow = Slow(clock)
-    stream = deadlines._Stream(slow).start_tls(None, None)  # type: ignore[arg-type]
-    with deadlines.deadline(104.5):
-        stream.read(1, 30.0)
-        stream.write(bytes(100_000), 2.0)  # two pieces
-        stream.read(1)
-        assert slow.timeouts == [4.5, 2.0, 2.0, 1.5]
-        stream.read(1)
-        for late, error in (
-            (stream.read, httpcore.ReadTimeout),
-            (stream.write, httpcore.WriteTimeout),
-        ):
-            with pytest.raises(error):
-                late(1 if late == stream.read else b"x")
-    stream.read(1, 7.0)
-    assert slow.timeouts[-1] == 7.0
-
-
-class Dead(httpcore.NetworkBackend):
-    """A network in which the address *alive* answers, and all others take the time that they get."""
-
-    def __init__(self, clock: list[float], alive: str) -> None:
-        self.clock, self.alive = clock, alive
-        self.tried: list[tuple[str, float | None]] = []
-
-    def connect_tcp(self, host: str, port: int, timeout: float | None = None, *_: Any) -> Any:
-        self.tried.append((host, timeout))
-        if host == self.alive:
-            return Slow(self.clock)
-        self.clock[0] += timeout or 0.0
-        raise httpcore.ConnectTimeout(host)
-
-
-@pytest.mark.parametrize("alive", ["127.0.0.4", ""])
-def test_all_addresses_of_a_name_are_tried_within_the_time_of_the_call(
-    monkeypatch: pytest.MonkeyPatch, alive: str
-) -> None:
-    clock = [100.0]
-    hosts = [f"127.0.0.{number}" for number in range(1, 5)]
-    monkeypatch.setattr(deadlines.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(
-        deadlines.socket, "getaddrinfo", lambda *_, **__: [(0, (host, 80)) for host in hosts]
-    )
-    network = Dead(clock, alive)
-    backend = deadlines._Backend(network)
-    with deadlines.deadline(102.0):
-        if alive:
-            backend.connect_tcp("several.example", 80, 30.0)
-        else:
-            with pytest.raises(httpcore.ConnectTimeout):
-                backend.connect_tcp("several.example", 80, 30.0)
-    assert network.tried == [(host, 0.5) for host in hosts]
-    assert clock[0] == (101.5 if alive else 102.0)
-
-
-def test_a_name_server_that_does_not_answer_takes_the_time_of_the_call(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    gate = threading.Event()
-    monkeypatch.setattr(deadlines.socket, "getaddrinfo", lambda *_, **__: gate.wait(60) and [])
-    try:
-        with pytest.raises(httpcore.ConnectTimeout, match="name server does not respond"):
-            deadlines._look_up("slow.example", 80, 0.01)
-    finally:
-        gate.set()
-
-
-def test_a_name_without_address_is_an_error_of_the_connection(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(deadlines.socket, "getaddrinfo", refuse)
-    with pytest.raises(httpcore.ConnectError, match="Name or service not known"):
-        deadlines._look_up("nowhere.example", 80, 5.0)
-
-
-def test_the_parts_of_httpx_that_have_deadlines_exist() -> None:
-    for proxy in (None, "http://127.0.0.1:9"):
-        with httpx.HTTPTransport(proxy=proxy) as transport:
-            pool = deadlines.obey_deadlines(transport)._pool
-            assert isinstance(pool, httpcore.ConnectionPool)
-            assert isinstance(pool._network_backend, deadlines._Backend)
 
 
 def test_a_response_may_have_the_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
