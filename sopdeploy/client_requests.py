@@ -354,9 +354,10 @@ def _no_response_error(
         direct = f"does it work? Without it: NO_PROXY={request.url.host}"
         advice = direct if request.extensions["proxy"] else "is a server running there?"
         # asyncio says "Connect call failed" and the address, whatever the cause.
-        is_of_socket = isinstance(reason, ConnectionError) and reason.errno
-        said = os.strerror(reason.errno) if is_of_socket else str(reason)
-        text = f"no response ({said or type(failure).__name__}); {advice}"
+        said = str(reason) or type(failure).__name__
+        if isinstance(reason, ConnectionError) and reason.errno:
+            said = os.strerror(reason.errno)
+        text = f"no response ({said}); {advice}"
 
     error = kind(f"{_address(request)}: {text}", code=code, status=0)
     error.__cause__ = failure
