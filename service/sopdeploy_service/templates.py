@@ -22,7 +22,7 @@ from pathlib import Path
 REPLY = struct.Struct("<Ii")
 START_SECONDS = 60.0  # for the imports; a template that takes longer is replaced
 LOOK_SECONDS = 1.0  # after which it is asked whether the template is stopped
-STOPPED = "T"  # a state of `run_states`
+STOPPED = "T"  # the state of a thread
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
@@ -128,19 +128,15 @@ class TemplateProcess(ABC):
 
 def is_stopped(process: int) -> bool:
     """Tell whether a thread of *process* is stopped, as by SIGSTOP (Linux)."""
-    states, _ = run_states(process)
-    return STOPPED in states
+    return STOPPED in run_states(process)
 
 
-def run_states(process: int) -> tuple[set[str], int]:
-    """Return the states of the threads of *process*, as `ps` shows them, and its CPU ticks (Linux)."""
+def run_states(process: int) -> set[str]:
+    """Return the states of the threads of *process*, as `ps` shows them (Linux)."""
     try:
         stats = [file.read_text() for file in Path(f"/proc/{process}/task").glob("*/stat")]
     except OSError:  # it has ended
-        return set(), 0
+        return set()
 
-    # The fields behind the name: the state is the first; user and system time are 11 and 12.
-    threads = [stat.rpartition(")")[2].split() for stat in stats]
-    states = {fields[0] for fields in threads}
-    ticks = sum(int(fields[11]) + int(fields[12]) for fields in threads)
-    return states, ticks
+    # The state is the first of the fields behind the name.
+    return {stat.rpartition(")")[2].split()[0] for stat in stats}

@@ -5,10 +5,8 @@ image for which model. The engine answers each image once; the outputs are in th
 which is then free. The engine opens a channel with a description of its models, which stay the
 same until the channel ends; after a reload, the front ends get new channels.
 
-The engine creates the memory, whose size is sealed. Nothing that a front end sends has a
-length, and nothing that it writes into a slot is anything else than pixels. A front end checks
-what an engine sends, too: an invalid message ends the channel. However a process ends, its
-streams end with it.
+The engine creates the memory, whose size is sealed. However a process ends, its streams end with
+it.
 """
 
 import errno
@@ -28,11 +26,9 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import Bundle, labels_problem
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING, Manifest
 from sopdeploy.bundle.sealed import create_memory, map_memory
-from sopdeploy.config import count_parts
-from sopdeploy.names import label_problem
 from sopdeploy_service.decoding.child import receive
 from sopdeploy_service.inference.model import Model, RuntimeFacts
 from sopdeploy_service.inference.results import HttpError
@@ -53,15 +49,13 @@ MAX_ERROR_BYTES = 1020
 MAX_SLOTS = 1 << 20
 # One bundle needs up to 40 MB: its manifest, labels, card and certificate; an ordinary one 50 kB.
 MAX_MODELS_BYTES = 1 << 26
-# JSON values, of the models without their files, about 40 each, and of each manifest
-MAX_PARTS = 100_000
 OPENING_SECONDS = 30.0  # for the opening to arrive
 MAX_UNSENT_BYTES = 1 << 20  # of results that a front end does not read
 LINE = 64  # bytes of a cache line; outputs and pixels begin where one does
 
 
 class ChannelError(Exception):
-    """The other end has sent what it never sends, or a description is too large for it."""
+    """There is no channel: the other end has ended, or the models are too large."""
 
 
 class ModelFields(TypedDict):
@@ -104,20 +98,11 @@ class ModelFacts(NamedTuple):
 
     @classmethod
     def from_fields(cls, fields: ModelFields) -> "ModelFacts":
-        """Convert what `to_fields` returned, after JSON; any error for anything else."""
-        # Check the manifest and the labels as those of a bundle that is read from a disk.
-        manifest_bytes = b64decode(fields["manifest"])
-        check_parts(manifest_bytes)
-        manifest = Manifest.from_bytes(manifest_bytes)
-
-        labels = tuple(b64decode(fields["labels"]).decode().split("\n"))
-        if problem := label_problem(labels) or labels_problem(labels, manifest):
-            raise ChannelError(problem)
-
+        """Convert what `to_fields` returned, after JSON."""
         bundle = Bundle(
             path=Path(os.fsdecode(b64decode(fields["path"]))),
-            manifest=manifest,
-            labels=labels,
+            manifest=Manifest.from_bytes(b64decode(fields["manifest"])),
+            labels=tuple(b64decode(fields["labels"]).decode().split("\n")),
             contents={name: b64decode(text) for name, text in fields["contents"].items()},
         )
         return cls(fields["name"], bundle, RuntimeFacts(*fields["runtime"]), fields["timings"])
@@ -176,14 +161,10 @@ class Slots:
         self._memory[slot, : len(data)] = np.frombuffer(data, np.uint8)
 
     def read_error(self, slot: int) -> HttpError:
-        """Read what `write_error` wrote; raises `ValueError` or `TypeError` for anything else."""
+        """Read what `write_error` wrote."""
         (size,) = ERROR_SIZE.unpack(self._memory[slot, : ERROR_SIZE.size].tobytes())
         data = self._memory[slot, ERROR_SIZE.size : ERROR_SIZE.size + size].tobytes()
-
-        error = HttpError(**json.loads(data))
-        if not 400 <= error.status < 600:
-            raise ValueError(f"status {error.status}")
-        return error
+        return HttpError(**json.loads(data))
 
 
 def output_shapes(
@@ -226,7 +207,6 @@ def open_channel(
 
     description = json.dumps([model.to_fields() for model in models]).encode()
     check_size(len(description))
-    check_parts(description)
 
     # The opening has a few bytes, which a new connection takes at once.
     opening = OPENING.pack(num_slots, output_bytes, pixel_bytes, len(description))
@@ -249,20 +229,10 @@ def check_size(size: int) -> None:
         )
 
 
-def check_parts(document: bytes) -> None:
-    """Raise `ChannelError` for a JSON *document* that takes too long to parse: a front end serves meanwhile."""
-    num_parts = count_parts(document)
-    if num_parts > MAX_PARTS:
-        raise ChannelError(
-            f"the models have {num_parts} values, more than {MAX_PARTS}; serve fewer"
-        )
-
-
 def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]:
     """Wait for what `open_channel` sends.
 
-    Raises `OSError` if the engine ends or takes longer than `OPENING_SECONDS`, and this or
-    another error if it sends anything else.
+    Raises `OSError` if the engine ends or takes longer than `OPENING_SECONDS`.
     """
     # The memory, and how long the description is.
     end = time.monotonic() + OPENING_SECONDS
@@ -283,11 +253,5 @@ def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]
     # The models.
     check_size(size)
     description = receive(connection, size, end)
-    check_parts(description)
     models = [ModelFacts.from_fields(fields) for fields in json.loads(description)]
-
-    for model in models:
-        needed_outputs, needed_pixels = needed_bytes(model.bundle)
-        if needed_outputs > output_bytes or needed_pixels > pixel_bytes:
-            raise ChannelError(f"{model.name} needs larger slots")
     return models, Slots(memory, num_slots, output_bytes, pixel_bytes)

@@ -1,9 +1,7 @@
 """The messages between the supervisor and the other processes of a server, and the memory that they share.
 
 Each process has a socket to the supervisor of its own: who sends a message is known by its
-socket, not by what it says. The supervisor trusts no other process. It takes the messages of
-`COSTS` only, each from the processes that have to send it, no files, and so many per second; a
-process that sends anything else is replaced. A message arrives as a whole (`SOCK_SEQPACKET`);
+socket, not by what it says. A message arrives as a whole (`SOCK_SEQPACKET`), with a limited size;
 it has a kind and, after a space, the rest. An empty one means that the other process has ended
 or left.
 
@@ -23,8 +21,6 @@ import socket
 import struct
 from typing import NamedTuple
 
-from sopdeploy_service.server.lifetime import BEAT_SECONDS
-
 # To a process, with a file; for `CHANNEL`, its number and the name of the process at the other
 # end follow.
 CLIENT = b"client"
@@ -38,13 +34,8 @@ RELOAD = b"reload"  # the bundles
 STATUS = b"status"  # a `Status` follows
 METRICS = b"metrics"  # asks for a `PAGE`
 NEW_MODELS = b"models"  # of an engine, after a reload
-COSTS = {STATUS: 1, METRICS: 1, NEW_MODELS: 20}  # of messages, in tokens
-# Tokens of a process. It gets another one for each client, because it reports its arrival.
-TOKENS_PER_SECOND = 5 / BEAT_SECONDS
-MAX_TOKENS = 500
 MAX_MESSAGE = 1 << 14
-# Bytes of a socket: so few that fewer messages than `MAX_TOKENS` wait while the supervisor is stopped
-BUFFER_BYTES = 1 << 16
+BUFFER_BYTES = 1 << 16  # of a socket: few messages wait while the supervisor is stopped
 
 # Of `Status`: received; open; whether the process is ready; how many numbers follow
 COUNTS = struct.Struct("=QI?H")
@@ -84,21 +75,12 @@ class Status(NamedTuple):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Status":
-        """Convert what `to_bytes` returned; raises `ValueError` for anything else."""
-        if len(data) < COUNTS.size:
-            raise ValueError("a status without counts")
-
+        """Convert what `to_bytes` returned."""
         received, num_open, is_ready, num_numbers = COUNTS.unpack_from(data)
         end = COUNTS.size + NUMBER.size * num_numbers
-        if len(data) < end:
-            raise ValueError("a status without its numbers")
-
         has = frozenset(number for (number,) in NUMBER.iter_unpack(data[COUNTS.size : end]))
-        bundles = data[end:].decode(errors="replace")
-        printable = "".join(
-            character if character.isprintable() else "?" for character in bundles
-        )
-        return cls(received, num_open, printable if is_ready else None, has)
+        bundles = data[end:].decode(errors="replace")  # of many, the last one may be cut
+        return cls(received, num_open, bundles if is_ready else None, has)
 
     def send(self, supervisor: socket.socket) -> None:
         """Report the status to the *supervisor*."""

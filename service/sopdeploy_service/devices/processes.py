@@ -14,24 +14,17 @@ import pydantic
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.control import Status
-from sopdeploy_service.http.api_keys import TokenBucket
 from sopdeploy_service.runtime.choice import cpu_runtime
 from sopdeploy_service.server.lifetime import BEAT_SECONDS
 from sopdeploy_service.settings import Settings, decoders_per_process
-from sopdeploy_service.templates import STOPPED, run_states
 
 ANY_DEVICE = ""
 MAX_ON_THE_WAY = 16  # connections that a process has not received
 # How long a process may go on before it is replaced:
 START_SECONDS = 60.0  # without a report while it starts, beside the time of a load
 HANG_SECONDS = 5.0  # without a report while it serves
-IDLE_SECONDS = 2.0  # without a report while it does nothing at all
 LEAVE_SECONDS = 8.0  # after it has left
 LACK_SECONDS = 5.0  # while a front end lacks something; twice as long for a device
-QUIET_BEATS = 5  # without a report, from which on the CPU time of a process is watched
-# states of a thread
-TRACED = "t"  # stopped by a debugger
-BUSY = {"R", "D"}  # runs; waits for a disk or memory
 NOT_STARTED = "does not start"
 UNKNOWN_CODE = 1  # of a process whose exit code nobody has
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -140,8 +133,6 @@ class Process:
     expected: dict[str, int] = field(default_factory=dict)
     lacking_beats: int = 0  # in a row, in which the child lacked something
     silent_beats: int = 0  # since the last report, or since the process has left
-    silent_ticks: int = 0  # its CPU time after `QUIET_BEATS` silent beats
-    tokens: TokenBucket | None = None  # for messages; each child has its own
 
     @property
     def title(self) -> str:
@@ -189,15 +180,9 @@ class Process:
 
         self.sent = self.received = self.open = self.silent_beats = self.lacking_beats = 0
         self.expected.clear()
-        self.tokens = TokenBucket(control.TOKENS_PER_SECOND, control.MAX_TOKENS, [0.0, 0.0])
 
     def record_status(self, status: Status) -> None:
-        """Record a *status* of the child; raises `ValueError` if it cannot be true."""
-        if status.received > self.sent:
-            raise ValueError(f"{status.received} of {self.sent} connections are received")
-        if self.bundles is not None and status.bundles is None:
-            raise ValueError("it starts for the second time")
-
+        """Record a *status* of the child."""
         self.received, self.open, self.bundles, self.has = status
         self.silent_beats = 0
 
@@ -212,10 +197,8 @@ class Process:
         if self.lacking_beats * BEAT_SECONDS > LACK_SECONDS * (1 if self.is_front_end else 2):
             return "lacks a channel or keys"
 
-        # Choose how long a child may be silent: while it leaves, serves, starts, or does
-        # nothing.
+        # Choose how long a child may be silent: while it leaves, serves or starts.
         self.silent_beats += 1
-        is_idle = self._watch_threads()
         has_left = self.control is None
 
         if has_left:
@@ -228,41 +211,13 @@ class Process:
             limit = load_seconds + START_SECONDS
             reason = NOT_STARTED
 
-        if is_idle:
-            limit = IDLE_SECONDS
-            reason = "hangs"
-
         return reason if self.silent_beats * BEAT_SECONDS > limit else ""
-
-    def _watch_threads(self) -> bool:
-        """Watch the threads of a child that is silent for `QUIET_BEATS`; return whether it does nothing."""
-        if self.child is None or self.silent_beats < QUIET_BEATS:
-            return False
-
-        # A debugger makes a child silent, which is no failure: the watch begins again.
-        states, ticks = run_states(self.child.pid)
-        if TRACED in states:
-            self.silent_beats = QUIET_BEATS
-
-        # When the watch begins, note the CPU time, with which that of later beats is compared.
-        if self.silent_beats == QUIET_BEATS:
-            self.silent_ticks = ticks
-
-        # One that starts or leaves may wait for anything: it does nothing only if it is stopped.
-        is_serving = self.control is not None and self.is_ready
-        if not is_serving:
-            return states == {STOPPED}
-
-        # One that serves does nothing if it uses no CPU time and waits for no disk or memory.
-        return not BUSY & states and ticks == self.silent_ticks
 
     def send(self, kind: bytes, rest: bytes = b"", *files: int) -> bool:
         """Send a message with *files*; return whether the child gets it."""
-        if self.control is None or not control.send_message(self.control, kind, rest, *files):
-            return False
-        if self.tokens is not None and kind == control.CLIENT:
-            self.tokens.charge(-1)  # gives a token for the report that follows
-        return True
+        return self.control is not None and control.send_message(
+            self.control, kind, rest, *files
+        )
 
 
 def list_devices(settings: Settings) -> list[Process]:

@@ -43,7 +43,7 @@ class EngineChannel(asyncio.Protocol):
 
         try:
             self.models, self._slots = channel.receive_opening(connection)
-        except Exception as error:  # whatever an engine sends, which is not trusted
+        except (ChannelError, OSError, ValueError) as error:
             connection.close()
             raise ChannelError(f"{engine}: {first_line(error)}") from error
         self.is_open = False  # until `open`, and after the end of the engine
@@ -141,40 +141,23 @@ class EngineChannel(asyncio.Protocol):
             self._transport.write(requests)
 
     def data_received(self, data: bytes) -> None:
-        """Pass on the results of images and free their slots; end the channel if one of them is invalid."""
+        """Pass on the results of images and free their slots."""
         data = self._rest + data
         whole = len(data) - len(data) % channel.RESULT.size
         self._rest = data[whole:]
 
-        try:
-            for slot, batch_size, queue, infer in channel.RESULT.iter_unpack(
-                memoryview(data)[:whole]
-            ):
-                future, shapes = self._images[slot]  # it stays there if an error follows
-                if batch_size == channel.FAILED:
-                    settle(future, self._slots.read_error(slot))
-                else:
-                    settle(future, self._read_result(slot, shapes, batch_size, queue, infer))
+        for slot, batch_size, queue, infer in channel.RESULT.iter_unpack(
+            memoryview(data)[:whole]
+        ):
+            future, shapes = self._images.pop(slot)
+            if batch_size == channel.FAILED:
+                settle(future, self._slots.read_error(slot))
+            else:
+                outputs = self._slots.read_outputs(slot, shapes)
+                seconds = {"queue": queue, "infer": infer}
+                settle(future, ImageResult(outputs, seconds, batch_size))
 
-                del self._images[slot]
-                self._free_slots.append(slot)
-        except Exception as error:  # the engine is not trusted
-            log.error("device process %s: %s; its channel ends", self.engine, first_line(error))
-            self.close(results.RUNTIME_DEAD)
-
-    def _read_result(
-        self,
-        slot: int,
-        shapes: Mapping[str, tuple[int, ...]],
-        batch_size: int,
-        queue: float,
-        infer: float,
-    ) -> ImageResult | HttpError:
-        """Read the outputs in *slot*; an error if they are not finite, which an engine should have seen."""
-        outputs = self._slots.read_outputs(slot, shapes)
-        if not all(np.isfinite(values).all() for values in outputs.values()):
-            return results.NONFINITE
-        return ImageResult(outputs, {"queue": queue, "infer": infer}, batch_size)
+            self._free_slots.append(slot)
 
 
 class RemoteModel(Model):

@@ -7,7 +7,7 @@ Connections wait while all processes have enough of them on the way; if none is 
 a 503 response at once. SIGHUP reloads the bundles of every device, and the API keys.
 
 When an engine or a front end starts, the supervisor creates the channels between it and the
-others. It trusts no other process (`devices.control`).
+others.
 
 One rule keeps the server alive: each process reports every tenth of a second what it has. One
 that does not report, or lacks what the supervisor has sent it, is replaced by another fork
@@ -33,7 +33,7 @@ from sopdeploy.bundle.sealed import create_memory, map_memory
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.channels import Channels, connect_keeper
-from sopdeploy_service.devices.control import Message, Status
+from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.processes import (
     LEAVE_SECONDS,
     NOT_STARTED,
@@ -47,7 +47,6 @@ from sopdeploy_service.devices.shared_keys import SharedKeys
 from sopdeploy_service.devices.template import ServerTemplate
 from sopdeploy_service.http.api_keys import keys_of_server, read_again
 from sopdeploy_service.inference.load_time import load_seconds
-from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.pages import Shared, merge_metrics
 from sopdeploy_service.server.lifetime import (
@@ -423,36 +422,18 @@ class Supervisor:
             self._pass_on()
 
     def _receive(self, process: Process) -> None:
-        """Handle a message of *process*, which is replaced if it may not send it."""
+        """Handle a message of *process*, which is replaced if the message is too long."""
         if process.control is None:
             return
         try:
             message = control.receive_message(process.control, num_files=0)
-            if not message.kind:  # the process drains or has ended
-                self._stop_sending(process)
-                return
-
-            if message.kind not in self._messages_of(process):
-                raise ValueError(f"the message {message.kind[:20]!r} is not for it to send")
-
-            if process.tokens is not None:
-                process.tokens.spend(control.COSTS[message.kind])
-
-            self._handle(process, message)
         except ValueError as error:
             self._replace(process, str(error))
-        except RejectedError:
-            self._replace(process, "it sends too many messages")
+            return
 
-    def _messages_of(self, process: Process) -> set[bytes]:
-        """Return the kinds of messages that *process* may send."""
-        if process in self._servers:
-            return {control.STATUS, control.METRICS}
-        return {control.STATUS, control.NEW_MODELS}
-
-    def _handle(self, process: Process, message: Message) -> None:
-        """Handle a *message* that *process* may send; raises `ValueError` if its rest is invalid."""
         match message.kind:
+            case b"":  # the process drains or has ended
+                self._stop_sending(process)
             case control.STATUS:
                 self._handle_status(process, Status.from_bytes(message.rest))
             case control.METRICS:

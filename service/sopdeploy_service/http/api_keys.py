@@ -209,7 +209,7 @@ class TokenBucket:
             self._state[_TOKENS] = max(0.0, tokens - num_images)
 
     def charge(self, num_tokens: int) -> float:
-        """Take *num_tokens*, or give some if the number is negative; return how many are left.
+        """Take *num_tokens*; return how many are left.
 
         Tokens are also taken before they are there: down to minus *burst*.
         """
@@ -233,11 +233,6 @@ class TokenBucket:
         burst = float(self.burst)
         tokens = self._state[_TOKENS]
         filled = self._state[_FILLED]
-
-        # Another process may have written nonsense.
-        if not (-burst <= tokens <= burst and filled <= now):
-            tokens = burst
-            filled = now
 
         tokens = min(burst, tokens + (now - filled) * self._rate)
         self._state[_TOKENS], self._state[_FILLED] = tokens, now

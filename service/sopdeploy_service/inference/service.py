@@ -8,7 +8,6 @@ requests.
 import asyncio
 import itertools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -294,15 +293,8 @@ class Service:
         self.admitted = 0
 
     def _count_admitted(self) -> int:
-        """Return the images of all processes; others, whatever they tell, leave this one its share."""
-        queue_size = self.settings.queue_size
-        num_processes = len(self._cells)
-
-        others = [min(max(0, count), queue_size) for count in self._cells]
-        others[self._position] = 0
-        return self._admitted + min(
-            sum(others), queue_size - math.ceil(queue_size / num_processes)
-        )
+        """Return the images of all processes."""
+        return sum(self._cells)
 
     def _choose_num_decoders(self) -> int:
         """Return the largest number of children for light images, if the server has no other process."""

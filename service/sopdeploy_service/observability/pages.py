@@ -1,23 +1,11 @@
 """What many clients ask for at no price: made once a second and shared, such as the page of metrics."""
 
 import asyncio
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Generic, TypeVar
 
 SHARED_SECONDS = 1.0  # at most one in this time
-MAX_LINES = 20_000  # of a page of a process, which are copied; 100 models have 5,000
-
-# A page of metrics, as prometheus_client writes it; the label `process` is not for a process to
-# write.
-_NAME = rb"[A-Za-z_:][A-Za-z0-9_:]*"
-_LABEL = rb'(?!process=)[A-Za-z_]\w*="(?:[^"\\\n]|\\[\\"n])*"'
-_VALUE = rb"(?:[+-]?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|Inf)|NaN)"
-_SAMPLE = rb"%b(?:\{%b(?:,%b)*\})? %b\n" % (_NAME, _LABEL, _LABEL, _VALUE)
-_PAGE = re.compile(
-    rb"(?:# HELP %b [^\n]*\n# TYPE %b [a-z]+\n(?:%b)*)*" % (_NAME, _NAME, _SAMPLE)
-)
 _UP = (
     b"# HELP sopdeploy_worker_up With several processes: whether this one answers",
     b"# TYPE sopdeploy_worker_up gauge",
@@ -52,18 +40,18 @@ def merge_metrics(pages: Mapping[str, bytes], supervisor: bytes) -> bytes:
     """Merge the metrics *pages* of processes, by their names, and the page of the *supervisor*.
 
     Adds the label `process`, and the metric `sopdeploy_worker_up`, which is 0 for a page that
-    is empty or no page of metrics.
+    is empty.
     """
     # Which processes have answered is a metric of its own.
-    valid_pages = {process: page for process, page in pages.items() if _is_page(page)}
+    sent_pages = {process: page for process, page in pages.items() if page}
     up_samples = [
-        b'sopdeploy_worker_up{process="%b"} %d.0' % (process.encode(), process in valid_pages)
+        b'sopdeploy_worker_up{process="%b"} %d.0' % (process.encode(), process in sent_pages)
         for process in pages
     ]
 
     # The lines of each metric, by its name: help, type, and the samples of all processes.
     lines_of_metric = {_name_of_type(_UP[1]): [*_UP, *up_samples]}
-    for process, page in {**valid_pages, "supervisor": supervisor}.items():
+    for process, page in {**sent_pages, "supervisor": supervisor}.items():
         help_line = b""
         lines: list[bytes] = []
         for line in page.split(b"\n")[:-1]:
@@ -90,11 +78,3 @@ def _with_label(sample: bytes, label: bytes) -> bytes:
         return b"%b{%b,%b" % (name, label, rest)
     name, _, value = sample.partition(b" ")
     return b"%b{%b} %b" % (name, label, value)
-
-
-def _is_page(page: bytes) -> bool:
-    """Tell whether *page* is one of metrics, of up to `MAX_LINES` lines and without repeated labels."""
-    if not page or page.count(b"\n") > MAX_LINES or not _PAGE.fullmatch(page):
-        return False
-    labels = (re.findall(rb'[{,](\w+)="', line) for line in page.splitlines())
-    return all(len(set(names)) == len(names) for names in labels)

@@ -73,7 +73,7 @@ async def supervise() -> dict[str, object]:
     for number in (signal.SIGKILL, signal.SIGSTOP):
         templates.append(used.process)
         os.kill(templates[-1], number)
-        while "S" in (states := run_states(templates[-1])[0]) or "R" in states:
+        while "S" in (states := run_states(templates[-1])) or "R" in states:
             await asyncio.sleep(0.01)
         child, other, _ = await start(used)
         child.kill()

@@ -3,17 +3,14 @@
 import asyncio
 import ctypes
 import fcntl
-import json
-import logging
 import mmap
 import os
 import socket
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
@@ -23,10 +20,7 @@ from sopdeploy_service.devices import channel, control, processes, supervisor
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.processes import LaunchConfig, Process
 from sopdeploy_service.devices.remote import EngineChannel, RemoteRegistry
-from sopdeploy_service.http.api_keys import TokenBucket
-from sopdeploy_service.inference.results import QUEUE_FULL, RUNTIME_DEAD, RejectedError
-from sopdeploy_service.inference.service import Service
-from sopdeploy_service.labelling.keep import forwarding
+from sopdeploy_service.inference.results import QUEUE_FULL, RejectedError
 from sopdeploy_service.settings import Settings, load_settings
 from tests.service.devices.test_engine import (
     FOREVER,
@@ -35,7 +29,6 @@ from tests.service.devices.test_engine import (
     registry_of,
     until,
 )
-from tests.service.labelling.test_kept import record_of
 from tests.support.fake_runtime import FakeRuntime
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -152,56 +145,6 @@ class Server:
 
 STATUS = control.STATUS + b" "
 READY = control.COUNTS.pack(0, 0, True, 0)
-# Of a front end: each replaces it, and nothing else.
-FORGED: dict[str, bytes] = {
-    "new models": b"models",
-    "a speed": b"speed 0.001",
-    "a client": b"client",
-    "a reload": b"reload",
-    "a channel": b"channel engine",
-    "photographs": b"photos front-0",
-    "a number of front ends": b"front-ends 0",
-    "metrics of its own": b"send-metrics",
-    "a page": b"page",
-    "bytes": b"\xff" * 20,
-    "zeros": bytes(20),
-    "one byte": b"x",
-    "a space": b"x ",
-    "no counts": STATUS + bytes(11),
-    "half a status": control.STATUS,
-    "connections that it did not get": STATUS + control.COUNTS.pack(1, 0, True, 0),
-    "the most connections": STATUS + control.COUNTS.pack(2**64 - 1, 0, True, 0),
-    "fewer numbers than it says": STATUS + control.COUNTS.pack(0, 0, True, 65_535) + bytes(100),
-    "a second start": STATUS + control.COUNTS.pack(0, 0, False, 0),
-    "a message without an end": STATUS + bytes(control.MAX_MESSAGE),
-}
-OF_ENGINES = {
-    "the end of a front end": b"bad front-0",
-    "a speed that is no number": b"speed nan",
-    "a speed before time": b"speed -1",
-    "a speed in words": b"speed fast",
-    "a speed of other bytes": b"speed \xff\xfe",
-    "metrics": b"metrics",
-}
-
-
-@pytest.mark.parametrize("name", [*FORGED, *OF_ENGINES])
-def test_a_process_that_sends_what_it_never_sends_is_replaced_in_one_line(name, caplog) -> None:
-    sender = "engine" if name in OF_ENGINES else "front-1"
-
-    async def scenario() -> Server:
-        with ExitStack() as stack:
-            server = Server(stack)
-            server.ends[sender].send({**FORGED, **OF_ENGINES}[name])
-            server.receive(sender)
-            server.supervisor._log_failures()
-            return server
-
-    server = asyncio.run(scenario())
-    assert server.killed == [sender]
-    assert [record.message.startswith(f"{sender}: ") for record in caplog.records] == [True]
-    assert caplog.records[0].exc_info is None
-    assert len(caplog.records[0].message) < 200
 
 
 def test_processes_that_fail_at_once_are_named_in_one_line(caplog) -> None:
@@ -209,7 +152,7 @@ def test_processes_that_fail_at_once_are_named_in_one_line(caplog) -> None:
         with ExitStack() as stack:
             server = Server(stack)
             for name in server.processes:
-                server.ends[name].send(b"x")
+                server.ends[name].send(STATUS + bytes(control.MAX_MESSAGE))
                 server.receive(name)
             while not caplog.records:
                 await asyncio.sleep(0)
@@ -217,7 +160,7 @@ def test_processes_that_fail_at_once_are_named_in_one_line(caplog) -> None:
 
     assert asyncio.run(scenario()) == ["engine", "front-0", "front-1"]
     (record,) = caplog.records
-    assert record.message.startswith("engine, front-0, front-1: the message b'x' is not")
+    assert record.message.startswith("engine, front-0, front-1: a message is too long")
 
 
 @pytest.mark.parametrize(("name", "has_keys"), [("engine", False), ("front-1", True)])
@@ -258,49 +201,6 @@ def test_files_that_a_process_sends_unasked_are_closed_by_the_kernel() -> None:
     asyncio.run(scenario())
 
 
-FLOODS = {"reports": STATUS + READY, "metrics": b"metrics"}
-
-
-@pytest.mark.parametrize("name", FLOODS)
-def test_a_process_that_sends_too_many_messages_is_replaced(name, monkeypatch) -> None:
-    async def scenario() -> int:
-        with ExitStack() as stack:
-            server, count = Server(stack), 0
-            monkeypatch.setattr(server.supervisor, "_send_page", lambda _: asyncio.sleep(0))
-            while not server.killed:
-                server.ends["front-1"].send(FLOODS[name])
-                server.receive("front-1")
-                count += 1
-            assert server.killed == ["front-1"]
-            for _ in range(
-                2 * control.MAX_TOKENS
-            ):  # who has got as many clients may report them
-                assert server.processes["front-0"].send(control.CLIENT)
-                control.receive_message(server.ends["front-0"])
-                server.ends["front-0"].send(FLOODS["reports"])
-                server.receive("front-0")
-            assert server.killed == ["front-1"]
-            return count
-
-    assert control.MAX_TOKENS < asyncio.run(scenario()) < 2 * control.MAX_TOKENS
-
-
-def test_an_engine_has_front_ends_connected_at_a_price() -> None:
-    async def scenario() -> None:
-        with ExitStack() as stack:
-            server = Server(stack)
-            while "engine" not in server.killed:
-                server.ends["engine"].send(b"models")
-                server.receive("engine")
-                for name in ("front-0", "front-1", "engine"):
-                    with suppress(ValueError):
-                        while (message := control.receive_message(server.ends[name])).kind:
-                            for file in message.files:
-                                os.close(file)
-
-    asyncio.run(scenario())
-
-
 @pytest.mark.parametrize("message", [b"", b" "])
 def test_a_process_that_leaves_and_stays_is_killed(message, monkeypatch) -> None:
     monkeypatch.setattr(processes, "LEAVE_SECONDS", 0.0)
@@ -332,109 +232,6 @@ def test_a_process_that_does_not_read_gets_no_more_connections_and_others_do() -
     asyncio.run(scenario())
 
 
-COUNTS = {"the most": 2**63 - 1, "the least": -(2**63), "as many as fit": 256}
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_counts_of_another_process_leave_each_process_its_share_of_the_queue(
-    bundle, name
-) -> None:
-    settings = Settings(queue_size=256)
-    registry = registry_of(bundle, FakeRuntime(num_classes=7))
-    served = Service(registry, settings)
-    cells = memoryview(bytearray(8 * 4)).cast("q")
-    served.share_admitted(cells, 1)
-    served.num_front_ends = 4
-    for position in range(4):  # also that of this process, which only tells others
-        cells[position] = COUNTS[name]
-    served.check_queue(registry.find(), 64, FOREVER)
-    served.admitted = 10
-    served.check_queue(registry.find(), 54, FOREVER)
-    assert served._count_earlier(registry.find()) <= 40
-    if COUNTS[name] > 0:
-        with pytest.raises(RejectedError, match="the queue is full"):
-            served.check_queue(registry.find(), 55, FOREVER)
-
-
-NONSENSE = [float("nan"), float("inf"), -float("inf"), 1e300, -1e300]
-
-
-@pytest.mark.parametrize("tokens", NONSENSE)
-@pytest.mark.parametrize("filled", [0.0, *NONSENSE])
-def test_a_rate_limit_recovers_from_nonsense_of_another_process(tokens, filled) -> None:
-    state = [0.0, 0.0]
-    bucket = TokenBucket(1.0, 5, state)
-    state[:] = tokens, filled
-    bucket.spend(5)
-    with pytest.raises(RejectedError, match="retry later") as refused:
-        bucket.spend(5)
-    assert 1 <= refused.value.reason.retry_after <= 5
-    assert bucket.headers()["RateLimit-Remaining"] == "0"
-
-
-def test_the_keeping_process_receives_from_others_whatever_one_of_them_sends(caplog) -> None:
-    names = [
-        *WRONG_FILES,
-        "no record",
-        "a record that is too large",
-        "a size behind the end",
-        "too large",
-    ]
-
-    def send(end: socket.socket, name: str) -> None:
-        size = forwarding.SIZE.pack
-        contents = {
-            "no record": [size(5), b"12345"],
-            "a record that is too large": [size(1 << 30), bytes(100)],
-            "a size behind the end": [size(1000), b"{}"],
-        }
-        if name in contents:
-            file = create_memory("x", contents[name])
-        elif name == "too large":
-            file = unsealed(forwarding.MAX_BYTES + 1, CONTENT)
-        else:
-            file = WRONG_FILES[name]()
-        socket.send_fds(end, [b"photo"], [file, file, file])
-        os.close(file)
-
-    async def scenario() -> None:
-        received: list[bytes] = []
-        good, to_good = control.socket_pair()
-        forwarding.Receiver(good, lambda image, _: received.append(image), lambda: None)
-        for number, name in enumerate(names):
-            bad, to_bad = control.socket_pair()
-            forwarding.Receiver(bad, lambda image, _: received.append(image), lambda: None)
-            with to_bad:
-                send(to_bad, name)
-                await until(lambda bad=bad: bad.fileno() == -1)
-            assert forwarding.forward(to_good, b"%d" % number, record_of())
-            await until(lambda number=number: len(received) == number + 1)
-        to_good.close()
-        await until(lambda: good.fileno() == -1)
-
-    asyncio.run(scenario())
-    lines = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert ({record.exc_info for record in lines}, len(lines)) == ({None}, len(names))
-
-
-def test_the_keeping_process_reads_so_many_photographs_of_each_other_one() -> None:
-    async def scenario() -> None:
-        received, dropped = [], []
-        end, sender = control.socket_pair()
-        forwarding.Receiver(
-            end, lambda image, _: received.append(image), lambda: dropped.append(1)
-        )
-        with sender:
-            while not dropped:
-                forwarding.forward(sender, b"x", record_of())
-                await asyncio.sleep(0)
-        most = forwarding.MAX_TOKENS // forwarding.MIN_TOKENS
-        assert most <= len(received) < 2 * most
-        await until(lambda: end.fileno() == -1)
-
-    asyncio.run(scenario())
-
-
 def opening(slots: int, outputs: int, pixels: int, size: int) -> bytes:
     return channel.OPENING.pack(slots, outputs, pixels, size)
 
@@ -448,20 +245,14 @@ OPENINGS: dict[str, tuple[bytes, Callable[[], int] | None]] = {
     "slots without a number": (opening(2**22, 1, 0, 2), lambda: create_memory("x", 2**22)),
     "no slots": (opening(0, 0, 0, 2) + b"[]", lambda: create_memory("x", 0)),
     "endless models": (opening(1, 4096, 4096, 2**32 - 1), lambda: create_memory("x", 8192)),
-    **{f"endless {text}": (opening(1, 4096, 4096, 3000 * len(text)) + 3000 * text, lambda: create_memory("x", 8192))
-       for text in (b"[],", b"1,", b'"a":1,')},
     "models that end early": (opening(1, 4096, 4096, 100) + b"[", lambda: create_memory("x", 8192)),
-    "no JSON": (opening(1, 4096, 4096, 2) + b"[x", lambda: create_memory("x", 8192)),
-    "no models": (opening(1, 4096, 4096, 3) + b"[1]", lambda: create_memory("x", 8192)),
-    "an empty model": (opening(1, 4096, 4096, 4) + b"[{}]", lambda: create_memory("x", 8192)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPENINGS)
 def test_a_front_end_keeps_its_engines_whatever_another_one_sends_first(
-    bundle, name, caplog, monkeypatch
+    bundle, name, caplog
 ) -> None:
-    monkeypatch.setattr(channel, "MAX_PARTS", 2000)
     sent, make = OPENINGS[name]
 
     async def scenario() -> None:
@@ -504,27 +295,6 @@ def test_an_engine_that_opens_its_channel_never_delays_no_other_one(
     asyncio.run(scenario())
 
 
-def result(slot: int, batch_size: int = channel.FAILED) -> bytes:
-    return channel.RESULT.pack(slot, batch_size, 0.0, 0.0)
-
-
-RESULTS: dict[str, bytes] = {
-    "a slot without an image": result(0, 1),
-    "a slot that does not exist": result(2**32 - 1, 1),
-    "a result twice": result(3, 1) * 2,
-    "no result": b"\xff" * channel.RESULT.size,
-}
-OTHER_ERRORS = [{"code": "x", "status": status, "message": "x"} for status in (200, [], "400")]
-ERRORS = {
-    "an endless error": channel.ERROR_SIZE.pack(2**32 - 1) + b"{}",
-    **{
-        f"the error {error}": channel.ERROR_SIZE.pack(len(json.dumps(error)))
-        + json.dumps(error).encode()
-        for error in ({}, [], *OTHER_ERRORS)
-    },
-}
-
-
 async def connect_engine(
     bundle: Bundle,
 ) -> tuple[socket.socket, channel.Slots, RemoteRegistry]:
@@ -537,58 +307,6 @@ async def connect_engine(
     registry = RemoteRegistry([engine], Settings())
     await registry.start()
     return theirs, slots, registry
-
-
-@pytest.mark.parametrize("name", [*RESULTS, *ERRORS])
-def test_a_front_end_ends_the_channel_of_an_engine_that_sends_nonsense(
-    bundle, name, caplog
-) -> None:
-    async def scenario() -> None:
-        theirs, slots, registry = await connect_engine(bundle)
-        waiting = asyncio.ensure_future(registry.find().run(PIXELS[0], FOREVER))
-        theirs.setblocking(False)
-        await asyncio.get_running_loop().sock_recv(theirs, channel.REQUEST.size)
-        if name in ERRORS:
-            data = ERRORS[name]
-            slots._memory[3, : len(data)] = np.frombuffer(data, np.uint8)
-        theirs.sendall(RESULTS.get(name, result(3)))
-        with suppress(RejectedError):
-            await asyncio.wait_for(waiting, 5)
-            assert name == "a result twice"  # the first one was valid
-        await until(lambda: registry.problem == "engine_starting")
-        with pytest.raises(RejectedError) as refused:
-            await registry.find().run(PIXELS[0], FOREVER)
-        assert refused.value.reason is RUNTIME_DEAD
-        theirs.close()
-        await registry.stop()
-
-    asyncio.run(scenario())
-    assert [record.exc_info for record in caplog.records] == [None]
-    assert caplog.messages[0].startswith("engine engine: ")
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_outputs_of_an_engine_that_are_not_finite_are_an_error_of_their_image(
-    bundle, value
-) -> None:
-    async def scenario() -> None:
-        theirs, slots, registry = await connect_engine(bundle)
-        waiting = asyncio.ensure_future(registry.find().run(PIXELS[0], FOREVER))
-        theirs.setblocking(False)
-        await asyncio.get_running_loop().sock_recv(theirs, channel.REQUEST.size)
-        slots.write_outputs(3, {"logits": np.full(7, value, np.float32)}, ["logits"])
-        theirs.sendall(result(3, 1))
-        with pytest.raises(RejectedError) as refused:
-            await asyncio.wait_for(waiting, 5)
-        assert (refused.value.reason.code, refused.value.reason.status) == (
-            "nonfinite_output",
-            500,
-        )
-        assert registry.problem is None  # other images may be right
-        theirs.close()
-        await registry.stop()
-
-    asyncio.run(scenario())
 
 
 def test_an_engine_that_never_answers_gets_no_more_images_than_it_has_slots(bundle) -> None:

@@ -313,7 +313,7 @@ connection.recv(1)
 template = shared_template().process
 for process in (template, child):
     os.kill(process, signal.SIGSTOP)
-    while run_states(process)[0] != {STOPPED}:
+    while run_states(process) != {STOPPED}:
         pass
 print(template, child, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -339,7 +339,7 @@ def test_a_stopped_template_and_child_of_decoders_end_with_their_server_whoever_
         LIBC.prctl(SET_SUBREAPER, 0)
     assert done.returncode == -signal.SIGKILL
     for process in map(int, done.stdout.split()):
-        wait_for(lambda process=process: run_states(process)[0] <= {"Z"})  # perhaps not reaped
+        wait_for(lambda process=process: run_states(process) <= {"Z"})  # perhaps not reaped
 
 
 @linux

@@ -2,35 +2,22 @@
 
 Each process has a socket of messages of its own to the keeping process. A message has a sealed
 file in memory: the size of the record, the record as JSON, and the photograph. If too many are
-on their way, the socket is full and a photograph is dropped. The keeping process does not trust
-the others: it reads so many bytes per second from each, and drops the photographs beyond.
+on their way, the socket is full and a photograph is dropped.
 """
 
 import asyncio
-import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
 from sopdeploy.bundle.sealed import create_memory, read_memory
-from sopdeploy_service.http.api_keys import TokenBucket
-from sopdeploy_service.inference import results
-from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.labelling.kept import KeptRecord
 
 MAX_BYTES = 64_000_000  # of a message
-MAX_RECORD_BYTES = 1 << 17
-# Tokens are kilobytes.
-MIN_TOKENS = 640  # of a message, however small it is
-TOKENS_PER_SECOND = 64_000
-MAX_TOKENS = 160_000
-PAUSE_SECONDS = 0.1  # without tokens
 SIZE = struct.Struct("=I")  # bytes of the record
 Receive: TypeAlias = Callable[[bytes, KeptRecord], None]
-
-log = logging.getLogger("sopdeploy.keep")
 
 
 def forward(end: socket.socket, image: bytes, record: KeptRecord) -> bool:
@@ -61,15 +48,11 @@ class Receiver:
         self._receive = receive
         self._on_drop = on_drop
 
-        self._tokens = TokenBucket(TOKENS_PER_SECOND, MAX_TOKENS, [0.0, 0.0])
         self._loop = asyncio.get_running_loop()
-        self._resume()
-
-    def _resume(self) -> None:
         self._loop.add_reader(self._end, self._receive_next)
 
     def _receive_next(self) -> None:
-        """Receive the photograph that waits; without tokens or a file, drop it and pause."""
+        """Receive the photograph that waits; drop it if this process can open no more files."""
         # Receive the file descriptor of one photograph.
         try:
             message, files, _, _ = socket.recv_fds(self._end, len(b"photo"), 1)
@@ -84,35 +67,12 @@ class Receiver:
             self._end.close()
             return
 
-        # Read its record; a sender of anything else is not heard any more.
         try:
-            data = self._read(files)
-            (size,) = SIZE.unpack_from(data)
-            if size > MAX_RECORD_BYTES:
-                raise ValueError(f"a record of {size} bytes")
-            record = KeptRecord.model_validate_json(data[SIZE.size : SIZE.size + size])
-        except RejectedError:  # no tokens, or this process cannot open more files
+            data = read_memory(files[0], MAX_BYTES)
+        except (IndexError, OSError):  # no file, or no memory for it
             self._on_drop()
-            self._loop.remove_reader(self._end)
-            self._loop.call_later(PAUSE_SECONDS, self._resume)
-        except (OSError, struct.error, ValueError):
-            log.error("another process has sent no photo; its next ones are not received")
-            self._loop.remove_reader(self._end)
-            self._end.close()
-        else:
-            self._receive(data[SIZE.size + size :], record)
+            return
 
-    def _read(self, files: Sequence[int]) -> bytes:
-        """Read and close the only one of *files*.
-
-        Raises `RejectedError` if there is none, or if there are no tokens for its bytes.
-        """
-        if not files:  # this process can open no more
-            raise RejectedError(results.OUT_OF_MEMORY)
-
-        try:
-            self._tokens.spend(max(MIN_TOKENS, os.fstat(files[0]).st_size // 1000))
-        except RejectedError:
-            os.close(files[0])
-            raise
-        return read_memory(files[0], MAX_BYTES)
+        (size,) = SIZE.unpack_from(data)
+        record = KeptRecord.model_validate_json(data[SIZE.size : SIZE.size + size])
+        self._receive(data[SIZE.size + size :], record)
