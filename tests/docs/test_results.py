@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sopdeploy import client
+from sopdeploy import client_requests
 from sopdeploy.bundle import archive, folder
 from sopdeploy.evaluation import decision_fit, permission, statistics
 from sopdeploy.images import limits, occlusion
@@ -71,7 +71,9 @@ FROM_CODE: list[
     ("downloads at most {:.0f} GB", archive.MAX_ARCHIVE_BYTES / 1e9),
     ("at most {:.0f} MB for other JSON files", folder.MAX_JSON_BYTES / MEGA),
     ("above {:.0f} % of the range of the reference outputs", PERCENT * verify.WIDE),
-    ("doubles from {} s to {:.0f} s", client.FIRST_DELAY, client.MAX_DELAY),
+    ("doubles from {} s to {:.0f} s", client_requests.FIRST_DELAY, client_requests.MAX_DELAY),
+    ("connection takes at most {:.0f} s of the time", client_requests.CONNECT_SECONDS),
+    ("was idle for {:.0f} s is not used again", client_requests.IDLE_SECONDS),
     ("{:.0f} MB and {:.0f} million pixels", limits.MAX_BYTES / MEGA, limits.MAX_PIXELS / MEGA),
     ("`/livez` fails for {} s", LIVENESS["periodSeconds"] * LIVENESS["failureThreshold"]),
     ("does not reject 1 at the {:.0f} % level", ALPHA),
@@ -125,7 +127,6 @@ FROM_CODE: list[
     ("limit a pod to {}", CONTAINER["resources"]["limits"]["memory"].replace("Gi", " GiB")),
     ("or after 1 to {:.0f} s", supervisor.MAX_RESTART_DELAY_SECONDS),
     ("event loop does not run for {:.0f} s", processes.HANG_SECONDS),
-    ("uses no CPU time at all is restarted after {:.0f} s", processes.IDLE_SECONDS),
     (
         "at most {} images ({:.0f} MB)",
         keeper.MAX_QUEUED_PHOTOS,
