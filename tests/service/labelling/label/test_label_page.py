@@ -111,6 +111,43 @@ def test_a_new_class_is_typed_after_its_key_and_offered_from_then_on(
     assert page.locator("#name").input_value() == "../hat"  # to correct it
 
 
+MANY = tuple(f"kind {number:02d}" for number in range(60))
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 800)])
+def test_many_classes_are_filtered_and_leave_the_controls_in_view(
+    keep, open_label_page, tmp_path, width, height
+):
+    for number in range(3):
+        likely = [4.0 if place in {41, 7 + number} else 0.0 for place in range(60)]
+        keep(number, likely, labels=MANY)
+    page = open_label_page(viewport={"width": width, "height": height})
+    names = page.locator("#classes .name").all_text_contents()
+    assert set(names[:2]) <= {"kind 41", *MANY[7:10]}
+    assert names[5:] == sorted(names[5:])  # behind the most probable ones
+    for control in ("#photo", "#filter", "#name", "#skip"):
+        box = page.locator(control).bounding_box()
+        assert box["y"] + box["height"] <= height, control
+
+    page.keyboard.press("/")
+    page.keyboard.type("KIND 3")
+    visible = page.locator("#classes li:visible .name")
+    assert sorted(visible.all_text_contents()) == [*MANY[30:40]]
+    page.keyboard.type("x")
+    assert page.locator("#no-match").is_visible()
+    page.keyboard.press("Enter")  # no label
+    page.keyboard.press("Escape")
+    assert visible.count() == 60
+    page.keyboard.press("/")
+    page.keyboard.type("33")
+    press(page, "Enter", 2)
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["kind 33"]
+    assert visible.count() == 60
+    best = page.locator("#classes .name").first.text_content()
+    press(page, "1", 1)
+    assert (tmp_path / "photos" / best).is_dir()
+
+
 def pressed(page) -> list[bool]:
     shown = page.locator("#next button").evaluate_all(
         "all => all.map((one) => one.ariaPressed)"

@@ -3,6 +3,8 @@
 
 const RESERVED = "gnsuxz"; // keys of the other buttons
 const KEYS = [..."123456789", ..."abcdefghijklmnopqrstuvwxyz"].filter((key) => !RESERVED.includes(key));
+const MANY = 10; // classes; more have a filter, and are sorted by name behind the most probable ones
+const ON_TOP = 5; // most probable ones of many classes
 const state = { photograph: null, classes: [], next: [], selected: new Set(), from: 0, busy: false };
 const grid = { grids: [], name: "", chosen: new Set(), from: 0 };
 const labelled = { photographs: [], wrong: new Set() }; // `wrong` are those that get another label
@@ -16,7 +18,7 @@ const SESSION = { "X-Session": [...crypto.getRandomValues(new Uint32Array(4))].j
 /** Fetch JSON from `path`, with `body` as a POST; throws an Error with the message of the server. */
 async function ask(path, body) {
   const post = { method: "POST", headers: { ...SESSION, "Content-Type": "application/json" }, body: JSON.stringify(body) };
-  const reply = await fetch(path, body ? post : { headers: SESSION }).catch(() => { throw new Error("the server does not answer; start it again"); });
+  const reply = await fetch(path, body ? post : { headers: SESSION }).catch(() => { throw new Error("the server does not respond; start it again"); });
   const text = await reply.text();
   if (reply.ok) return JSON.parse(text);
   const isJson = reply.headers.get("content-type") === "application/json";
@@ -62,7 +64,7 @@ function select(ids) {
   state.selected = new Set(ids);
   state.next.forEach((id, place) => byId("next").children[place].setAttribute("aria-pressed", String(state.selected.has(id))));
   byId("selection").textContent = ids.length
-    ? `${ids.length} selected: the next label is that of all.`
+    ? `${ids.length} selected: all of them get the next label.`
     : state.next.length > 1 ? "Select several to label them together." : "";
 }
 
@@ -79,7 +81,7 @@ function toggle(place, range) {
 async function show(next) {
   const { photograph, classes, done, left } = next;
   const url = photograph ? await load(photograph.id, true) : ""; // until then, thumbnails are those of the old `state`
-  Object.assign(state, { photograph, classes, next: next.next, from: 0 });
+  Object.assign(state, { photograph, classes: inOrder(classes), next: next.next, from: 0 });
   byId("photo").src = url;
   byId("zoom").hidden = !photograph;
   byId("next").replaceChildren(...state.next.map(thumbnail));
@@ -98,7 +100,10 @@ async function show(next) {
   byId("progress").textContent = `${done} done in this session, ${left} left${next.progress && `; ${next.progress}`}`;
   byId("bar").value = done / Math.max(1, done + left);
   const hadFocus = byId("classes").contains(document.activeElement);
-  byId("classes").replaceChildren(...classes.map(classButton));
+  byId("classes").replaceChildren(...state.classes.map(classButton));
+  byId("main").classList.toggle("many", classes.length > MANY);
+  byId("filter").value = "";
+  filter();
   if (hadFocus) byId("main").focus({ preventScroll: true }); // no button, which a space would press
   byId("undo").disabled = done === 0;
   byId("new").hidden = byId("not-ours").disabled = byId("skip").disabled = !photograph;
@@ -145,18 +150,34 @@ function picture(id) {
 /** Button that selects the photograph `id`. */
 function thumbnail(id, place) {
   const image = picture(id);
-  const button = make("button", { type: "button", "aria-label": `Photograph ${place + 1}`, "aria-pressed": "false" }, image);
+  const button = make("button", { type: "button", "aria-label": `Photo ${place + 1}`, "aria-pressed": "false" }, image);
   button.addEventListener("click", (event) => toggle(place, event.shiftKey));
   return button;
+}
+
+/** Sort `classes`, the most probable one first; of many classes, those behind the first ones by name. */
+function inOrder(classes) {
+  if (classes.length <= MANY) return classes;
+  const rest = classes.slice(ON_TOP);
+  return [...classes.slice(0, ON_TOP), ...rest.sort((one, other) => one.name.localeCompare(other.name))];
+}
+
+/** Show the classes with the text of the filter in their names; return the first one. */
+function filter() {
+  const text = byId("filter").value.trim().toLocaleLowerCase();
+  const found = state.classes.map(({ name }) => name.toLocaleLowerCase().includes(text));
+  found.forEach((isFound, place) => { byId("classes").children[place].hidden = !isFound; });
+  byId("no-match").hidden = found.length === 0 || found.includes(true);
+  return text ? state.classes[found.indexOf(true)] : undefined;
 }
 
 /** List entry of one class; the first ones have keys. */
 function classButton({ name, probability }, place) {
   const button = make(
-    "button", { type: "button", disabled: !state.photograph, "--part": probability ?? 0 },
+    "button", { type: "button", title: name, disabled: !state.photograph, "--part": probability ?? 0 },
     make("kbd", {}, KEYS[place] ?? ""),
     make("bdi", { className: "name" }, name),
-    make("span", { className: "percent" }, probability === null ? "" : `${(100 * probability).toFixed(0)} %`),
+    make("span", { className: "percent" }, probability === null || (state.classes.length > MANY && probability < 0.005) ? "" : `${(100 * probability).toFixed(0)} %`),
   );
   button.addEventListener("click", () => label("class", name));
   return make("li", {}, button);
@@ -195,7 +216,7 @@ async function loadGrids(name = "") {
 /** Show the photographs with the suggested class `name`, none chosen: a suggestion is no label. */
 function chooseGrid(name) {
   Object.assign(grid, { name, chosen: new Set(), from: 0 });
-  byId("grid-title").replaceChildren(...(name ? ["Which of these are ", make("bdi", {}, name), "?"] : ["Photographs with a suggested class"]));
+  byId("grid-title").replaceChildren(...(name ? ["Which of these are ", make("bdi", {}, name), "?"] : ["Photos with a suggested class"]));
   byId("grid-work").hidden = !name;
   byId("no-grid").hidden = Boolean(name);
   replaceButtons("kinds", grid.grids.map(({ name: other, count }) => {
@@ -210,7 +231,7 @@ function chooseGrid(name) {
 /** Button of the photograph `id` in the grid: pressed if it is chosen. */
 function cell(id, place) {
   const image = picture(id);
-  const button = make("button", { type: "button", "aria-label": `Photograph ${place + 1}`, "aria-pressed": "false" }, image);
+  const button = make("button", { type: "button", "aria-label": `Photo ${place + 1}`, "aria-pressed": "false" }, image);
   button.addEventListener("click", (event) => {
     const [first, last] = [place, event.shiftKey ? grid.from : place].sort((one, other) => one - other);
     const isChosen = event.shiftKey || !grid.chosen.has(id);
@@ -318,13 +339,26 @@ byId("new").addEventListener("submit", (event) => {
   byId("name").blur(); // so that the next key is a label
   label("class", byId("name").value);
 });
+byId("filter").addEventListener("input", filter);
+byId("find").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const found = filter();
+  if (!found) return;
+  byId("filter").blur();
+  label("class", found.name);
+});
 byId("not-ours").addEventListener("click", () => label("unknown"));
 byId("skip").addEventListener("click", () => label("skip"));
 byId("undo").addEventListener("click", () => send("undo", [{}]));
 document.addEventListener("keydown", (event) => {
   if (byId("enlarged").open) return; // which Escape closes
-  if (event.key === "Escape" && event.target !== byId("name")) select([]);
-  if (event.key === "Escape") byId("name").blur();
+  if (event.key === "Escape" && !event.target.matches("input")) select([]);
+  if (event.key === "Escape") {
+    byId("name").blur();
+    byId("filter").blur();
+    byId("filter").value = "";
+    filter();
+  }
   if (event.target.matches("input") || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   const key = event.key.toLowerCase();
   const place = KEYS.indexOf(key);
@@ -334,6 +368,7 @@ document.addEventListener("keydown", (event) => {
   else if (key === "g") byId(byId("grid").hidden ? "as-grid" : "one-by-one").click();
   else if (!isOne) return; // the other keys are about one photograph
   else if (key === "n") byId("name").focus();
+  else if (key === "/") byId("filter").focus();
   else if (key === "x") label("unknown");
   else if (key === "s") label("skip");
   else if (key === "u") void send("undo", [{}]);
