@@ -28,7 +28,7 @@ COMPILE := env -u UV_CONSTRAINT -u UV_BUILD_CONSTRAINT -u UV_RESOLUTION $(BIN)/u
 	--python-version 3.11 --upgrade --no-header --no-annotate --no-emit-index-url --no-emit-find-links $(OPTIONS)
 HASHED := $(COMPILE) --generate-hashes
 # What the environment of this project contains.
-EXTRAS := cpu train otel sign s3 ray batch docs dev
+EXTRAS := cpu train tensorboard otel sign s3 ray batch docs dev
 EMPTY :=
 COMMA := ,
 INSTALLED := .[$(subst $(EMPTY) ,$(COMMA),$(EXTRAS))]

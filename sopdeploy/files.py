@@ -26,6 +26,7 @@ GRAPH = "model.onnx"  # of a bundle
 BEST = "best.pt"  # of a run: the checkpoint to export
 LAST = "last.pt"  # of a run: the checkpoint to resume from
 HISTORY = "history.csv"  # of a run: its epochs
+RECIPE = "recipe.toml"  # of a run: all its settings, which `--recipe` reads
 SUMMARY = "run.json"  # of a run: what lists of runs show
 LATEST = "latest"  # the link to the newest run or bundle of a folder
 BLOCK_BYTES = 1 << 20

@@ -37,28 +37,19 @@ class Callback:
         """Run after each epoch with its metrics."""
 
 
-class WarningRecord(Callback):
-    """Passes all events on to *callback*, each warning once, and keeps the `warnings` for the result of the run."""
+class ForwardingCallback(Callback):
+    """Passes all events on to *callback*; a subclass adds to some of them."""
 
     def __init__(self, callback: Callback) -> None:
         self.callback = callback
-        self.warnings: list[str] = []
-        self.told: set[str] = set()
-
-    def keep(self, warnings: Iterable[str]) -> None:
-        """Keep the *warnings* of the part of the run before, which were told then."""
-        self.warnings += [warning for warning in warnings if warning not in self.warnings]
-
-    def on_warning(self, warning: str) -> None:
-        """Keep the *warning*, and pass it on if it was not told yet."""
-        self.keep([warning])
-        if warning not in self.told:
-            self.told.add(warning)
-            self.callback.on_warning(warning)
 
     def on_message(self, message: str) -> None:
         """Pass the *message* on."""
         self.callback.on_message(message)
+
+    def on_warning(self, warning: str) -> None:
+        """Pass the *warning* on."""
+        self.callback.on_warning(warning)
 
     def on_stage(self, *, name: str, done: int, total: int) -> None:
         """Pass the progress on."""
@@ -77,6 +68,26 @@ class WarningRecord(Callback):
     def on_epoch_end(self, row: EpochRow) -> None:
         """Pass the *row* on."""
         self.callback.on_epoch_end(row)
+
+
+class WarningRecord(ForwardingCallback):
+    """Passes each warning on once, and keeps the `warnings` for the result of the run."""
+
+    def __init__(self, callback: Callback) -> None:
+        super().__init__(callback)
+        self.warnings: list[str] = []
+        self.told: set[str] = set()
+
+    def keep(self, warnings: Iterable[str]) -> None:
+        """Keep the *warnings* of the part of the run before, which were told then."""
+        self.warnings += [warning for warning in warnings if warning not in self.warnings]
+
+    def on_warning(self, warning: str) -> None:
+        """Keep the *warning*, and pass it on if it was not told yet."""
+        self.keep([warning])
+        if warning not in self.told:
+            self.told.add(warning)
+            self.callback.on_warning(warning)
 
 
 class ExpectedTime:

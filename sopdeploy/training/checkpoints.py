@@ -50,6 +50,7 @@ from sopdeploy.files import (
     LAST,
     LOCK,
     PARTIAL,
+    RECIPE,
     SUMMARY,
     atomic_write,
     link_latest,
@@ -70,6 +71,7 @@ from sopdeploy.training.recipe import (
     HeadOptions,
     LoopConfig,
     Recipe,
+    recipe_file,
     validate_recipe,
 )
 from sopdeploy.training.results import AnyProcedureResult
@@ -582,12 +584,15 @@ class RunFolder:
         self.saved_at = time.monotonic()
 
     def save_best(self, checkpoint: Checkpoint) -> None:
-        """Write `best.pt`, and `run.json`, which is missing while it may not be about this `best.pt`."""
+        """Write `best.pt`, the recipe of the run, and `run.json`, which is missing while it may not fit `best.pt`."""
         if self.strategy.rank == 0:
             with writing(self.path):
                 (self.path / SUMMARY).unlink(missing_ok=True)
         self._write(self.best, checkpoint)
         if self.strategy.rank == 0:
+            recipe = self.path / RECIPE
+            with writing(recipe), atomic_write(recipe) as partial:
+                partial.write_text(recipe_file(checkpoint.training["recipe"]), encoding="utf-8")
             RunSummary.of(checkpoint.project, checkpoint.origin, checkpoint.training).write(
                 self.path
             )

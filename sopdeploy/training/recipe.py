@@ -406,6 +406,19 @@ def _find_config(table: str, kind: str) -> type[StrictModel] | None:
     return DATA_SOURCES.find(kind) if table == "data" else None  # plug-ins add no procedures
 
 
+def recipe_file(values: Mapping[str, Any]) -> str:
+    """Write the *values* of a whole recipe as the text of a file that `--recipe` reads; None is left out."""
+    tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+    scalars = {key: value for key, value in values.items() if key not in tables}
+    lines = [
+        f"{key} = {format_toml(value)}" for key, value in scalars.items() if value is not None
+    ]
+    for name, table in tables.items():
+        entries = ((key, value) for key, value in table.items() if value is not None)
+        lines += ["", f"[{name}]", *(f"{key} = {format_toml(value)}" for key, value in entries)]
+    return "\n".join(lines) + "\n"
+
+
 def format_toml(value: Any) -> str:
     """Format *value* as an inline TOML value; entries that are None are left out."""
     if isinstance(value, Mapping):

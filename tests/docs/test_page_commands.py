@@ -32,6 +32,7 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"torchrun ",
     r"#!/bin/bash\n#SBATCH",
     r"python benchmarks/",
+    r"tensorboard |import mlflow|import sopdeploy\nimport wandb",  # trackers of others
 )
 
 NOT_RUN_PAGES = ("docs/cli.md", "docs/data.md")  # the last one needs official files

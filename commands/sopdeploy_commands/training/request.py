@@ -69,6 +69,9 @@ class TrainOptions(Options):
     resume: Literal["never", "always", "auto"] = "never"
     """Continue the run in the folder, by default the newest of the project; auto starts a new one if there is
     none."""
+    tensorboard: bool = False
+    """Also write the learning curves of the network and of each branch for TensorBoard, to the folder
+    tensorboard of the run. Needs the package tensorboard."""
     set: tuple[str, ...] = ()
     """Override a value of the recipe, KEY=VALUE; repeatable."""
 

@@ -1,24 +1,25 @@
 """`sopdeploy.train`, `sopdeploy train` and `sopdeploy recipes`."""
 
+import sys
 import tomllib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import ProgressBars, err, print_table, say
 from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError, amount
-from sopdeploy.models.families import PAGE, SECOND_ORDER, find_family, names_of_family
+from sopdeploy.models.families import PAGE, find_family, names_of_family
 from sopdeploy.training.recipe_files import list_recipes, recipe_text
 from sopdeploy.training.results import NetworkScore, insert_folders, read_result
 from sopdeploy_commands.training.request import RECIPE_NETWORK, TrainOptions, read_request
 
 if TYPE_CHECKING:
     from sopdeploy.checkpoint import Checkpoint
-    from sopdeploy.training.callback import Callback
+    from sopdeploy.training.callback import Callback, WarningRecord
     from sopdeploy.training.checkpoints import Setup
     from sopdeploy.training.recipe import Recipe
     from sopdeploy.training.setup import Given
@@ -133,7 +134,7 @@ def train(
 
         # The run. Of several processes, the first one alone writes the page.
         recipe_of_run, given = networks_to_train[name]
-        run, folder = _train_in_folder(recipe_of_run, given, out, options.resumes, observer)
+        run, folder = _train_in_folder(recipe_of_run, given, out, options, observer)
         if not is_main_process():
             return summarize_run(run, folder)
 
@@ -186,17 +187,23 @@ def _train_in_folder(
     recipe: "Recipe",
     given: "Given",
     out: Path | None,
-    resume: "bool | Literal['auto']",
-    observer: "Callback",
+    options: TrainOptions,
+    observer: "WarningRecord",
 ) -> "tuple[FinishedRun, Path]":
     """Train *recipe* in *out* or, without it, in the next folder `runs/NAME-N`; return the run and its folder."""
+    from sopdeploy.training import tensorboard
     from sopdeploy.training.checkpoints import numbered_folder
     from sopdeploy.training.distributed import Strategy, select_device
     from sopdeploy.training.train import train_run
 
+    resume = options.resumes
     strategy = Strategy(select_device(recipe.device))
+    user_callback = observer.callback
     while True:
         folder = out or numbered_folder(str(recipe.project), strategy, resume=bool(resume))
+        if options.tensorboard:
+            curves = folder / tensorboard.FOLDER
+            observer.callback = tensorboard.TensorBoard(user_callback, curves)
         try:
             run = train_run(
                 recipe,
@@ -212,6 +219,8 @@ def _train_in_folder(
             if not has_lost_number:
                 raise
         else:
+            if options.tensorboard and not (folder / tensorboard.FOLDER).exists():
+                observer.on_message("no curves for TensorBoard: a frozen network has no epochs")
             return run, folder
 
 
@@ -231,23 +240,31 @@ def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
 
 
 @command()
-def recipes(family: str | None = None) -> None:
-    """List the packaged recipes, or those of one family of networks.
+def recipes(name: str | None = None) -> None:
+    """List the packaged recipes, or those of one family of networks, or print one recipe.
+
+    Every training writes its own recipe, with all settings, to recipe.toml in the folder of the run.
 
     Example: sopdeploy recipes
 
     Example: sopdeploy recipes gsop
 
+    Example: sopdeploy recipes digits-dsop
+
     Args:
-        family: Family of second-order networks: dsop, gsop, gmsop or isqrt. By default, all recipes are listed.
+        name: A recipe, or a family of second-order networks: dsop, gsop, gmsop or isqrt. By default, all
+            recipes are listed.
+
+    Raises:
+        ConfigError: It is neither a recipe nor a family.
     """
     names = list_recipes()
-    if family is not None:
-        word = find_family(family)
-        if word is None:
-            known = ", ".join(SECOND_ORDER)
-            raise ConfigError(f"{family!r} is no family of second-order networks; give {known}")
-        names = names_of_family(word, names)
+    if name is not None:
+        family = find_family(name)
+        if family is None:
+            sys.stdout.write(recipe_text(name))
+            return
+        names = names_of_family(family, names)
 
     summaries = ((name, tomllib.loads(recipe_text(name))["summary"]) for name in names)
     print_table(("recipe", "summary"), summaries)

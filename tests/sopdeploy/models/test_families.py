@@ -12,7 +12,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.models.families import PAGE, SECOND_ORDER, find_family, names_of_family
 from sopdeploy.models.registry import list_models
 from sopdeploy.training.recipe import read_recipe, recipe_keys
-from sopdeploy.training.recipe_files import SELECTORS, list_recipes
+from sopdeploy.training.recipe_files import SELECTORS, list_recipes, recipe_text
 from sopdeploy_commands.app import app
 
 SPELLINGS = {
@@ -77,10 +77,15 @@ def test_the_lists_of_networks_and_recipes_can_be_those_of_a_family(command: str
     assert PAGE in output
 
 
-def test_recipes_of_an_unknown_family_are_an_error_that_names_the_families() -> None:
+def test_recipes_prints_the_file_of_a_recipe_as_it_is() -> None:
+    result = CliRunner().invoke(app, ["recipes", "digits-dsop"])
+    assert result.output == recipe_text("digits-dsop")
+
+
+def test_neither_a_family_nor_a_recipe_is_an_error_that_says_what_lists_them() -> None:
     result = CliRunner().invoke(app, ["recipes", "zebra"])
     assert result.exit_code == 2
-    assert "'zebra' is no family of second-order networks; give dsop, gsop" in result.output
+    assert "'zebra': no such recipe; `sopdeploy recipes` lists them" in result.output
 
 
 def test_a_text_selects_each_table_of_a_recipe_that_has_kinds() -> None:
