@@ -538,7 +538,9 @@ def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
 
     tiles = {result.score_name: shown}
     if isinstance(result, FewShotResult):
-        return PageTexts("by the few-shot procedure", "the validation images", tiles)
+        return PageTexts(
+            "as a linear classifier on frozen features", "the validation images", tiles
+        )
 
     # A loop's scores are too high if its validation images have also selected the epoch.
     held_out = "the validation images"

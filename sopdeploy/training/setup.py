@@ -73,8 +73,8 @@ ONE_GROUP = (
 )
 MAX_HASHED = 50_000  # images of a part; reading more delays the start by more than a minute
 FEW_IMAGES = 100_000  # up to them, the few-shot procedure keeps 1.8 GB (18 kB per image)
-LOOP_INSTEAD = "procedure.kind=loop trains all weights"
-FEW_SHOT_INSTEAD = "procedure.kind=few_shot fits a head to the frozen network"
+LOOP_INSTEAD = "procedure.kind=loop trains the whole network"
+FEW_SHOT_INSTEAD = "procedure.kind=few_shot fits a linear classifier to the frozen network"
 
 
 class Division(NamedTuple):
@@ -334,16 +334,17 @@ def select_procedure(
             "procedure.kind=few_shot leaves them out"
         )
     elif not _has_head(recipe):
-        reason = (
-            f"training loop, because {recipe.model.name} has no head for the few-shot procedure"
-        )
+        reason = f"training loop, because {recipe.model.name} has no linear classifier for frozen features"
     elif num_images > FEW_IMAGES:
         reason = f"training loop, for more than {FEW_IMAGES:,} images; {FEW_SHOT_INSTEAD}"
     elif torch.distributed.is_initialized():
         reason = "training loop, because torchrun started the run"
     else:
         config = FewShotConfig()
-        reason = f"few-shot procedure, for up to {FEW_IMAGES:,} images; {LOOP_INSTEAD}"
+        reason = (
+            f"linear classifier on frozen features (few_shot), for up to {FEW_IMAGES:,} images; "
+            f"{LOOP_INSTEAD}"
+        )
 
     if isinstance(config, HeadOptions):
         if torch.distributed.is_initialized():

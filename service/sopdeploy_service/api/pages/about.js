@@ -34,7 +34,7 @@ const nothing = (what) => make("p", { className: "empty" }, `This bundle has no 
 
 /** What the certificate says, in a sentence. */
 const verdict = ({ num_removed: removed }) =>
-  removed ? "Verified: only training-only tensors were removed." : "Verified: all tensors are those of the trained network.";
+  removed ? "Verified: only auxiliary branches were removed." : "Verified: all tensors are unchanged after training.";
 
 /** Nodes of a certificate summary. */
 function proof(certificate) {

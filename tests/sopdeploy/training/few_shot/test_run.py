@@ -906,7 +906,9 @@ def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_tho
         Callback(),
     )
     joined = setup.data
-    assert setup.reason.startswith("few-shot procedure, for up to 100,000 images")
+    assert setup.reason.startswith(
+        "linear classifier on frozen features (few_shot), for up to 100,000 images"
+    )
     assert setup.recipe.procedure == FewShotConfig()
     assert isinstance(joined.train, ImageFiles)
     assert (len(joined.train), len(joined.held_out)) == (120, 0)
@@ -924,7 +926,7 @@ def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_tho
     folder = RunFolder(tmp_path / "other", processes)
     reason = set_up_run(read_recipe("photos", settings), folder, None, Callback()).reason
     assert reason.startswith(
-        "training loop, for more than 100 images; procedure.kind=few_shot fits a head"
+        "training loop, for more than 100 images; procedure.kind=few_shot fits a linear classifier"
     )
     for recipe in (loop, other):
         selected = select_procedure(recipe, len(data.train)).recipe
