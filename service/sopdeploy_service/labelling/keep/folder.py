@@ -289,7 +289,7 @@ class KeptFolder:
 
         if num_deleted := len(photos) - len(errors):
             log.info(
-                "deleted photographs", extra={"reason": reason, "photographs": num_deleted}
+                "deleted photos", extra={"reason": reason, "photographs": num_deleted}
             )
 
         if errors:
