@@ -33,7 +33,7 @@ STATEMENT_OF = {
     "top class": "File",
 }
 INT8_SESSION = f"""
-In a program of your own, open model.onnx with this option. Without it, ONNX Runtime computes other results on
+In your own program, open model.onnx with this option. Without it, ONNX Runtime computes other results on
 x86 processors without VNNI:
 
     options = onnxruntime.SessionOptions()

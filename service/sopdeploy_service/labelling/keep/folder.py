@@ -288,9 +288,7 @@ class KeptFolder:
                 self._on_delete(reason)
 
         if num_deleted := len(photos) - len(errors):
-            log.info(
-                "deleted photos", extra={"reason": reason, "photographs": num_deleted}
-            )
+            log.info("deleted photos", extra={"reason": reason, "photographs": num_deleted})
 
         if errors:
             raise errors[0]
