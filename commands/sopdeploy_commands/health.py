@@ -1,6 +1,7 @@
 """`sopdeploy health`: readiness check for containers."""
 
 import http.client
+import ssl
 import urllib.request
 from urllib.error import HTTPError
 from urllib.parse import urlsplit, urlunsplit
@@ -32,7 +33,7 @@ def health(*, url: str | None = None) -> int:
             the settings file that SOPDEPLOY_CONFIG names, as `serve` reads them. Options of `serve` are not
             known here: give the URL.
     """
-    problem = _find_problem(url or _url_of_settings())
+    problem = _find_problem(url or _url_of_settings(), is_this_machine=url is None)
     if problem is None:
         return 0
     err.print(Text.assemble(("not ready:", "bold red"), " ", plain_text(problem)))
@@ -43,9 +44,8 @@ def _url_of_settings() -> str:
     """Return the URL at which this machine reaches a server with the settings of the environment."""
     settings = load_settings()
     host = REACHED_AT.get(settings.host, settings.host)
-    return (
-        f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
-    )
+    host = f"[{host}]" if ":" in host else host
+    return f"{settings.scheme}://{host}:{settings.port}"
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -56,9 +56,10 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
-def _find_problem(url: str) -> str | None:
+def _find_problem(url: str, *, is_this_machine: bool) -> str | None:
     """Return why the server at *url* is not ready, None if it is.
 
+    A server on this machine may have any certificate: it has the name by which clients reach it.
     Raises `ConfigError` for an invalid URL, also of a proxy.
     """
     try:
@@ -70,13 +71,17 @@ def _find_problem(url: str) -> str | None:
         proxies = urllib.request.ProxyHandler(
             {} if proxy is None else {parts.scheme: proxy.url}
         )
+        handlers: list[urllib.request.BaseHandler] = [proxies, _NoRedirects()]
+        if is_this_machine:
+            context = ssl.create_default_context()
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+            handlers.append(urllib.request.HTTPSHandler(context=context))
 
         ready = urlunsplit(
             (parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/readyz", "", "")
         )
-        with urllib.request.build_opener(proxies, _NoRedirects).open(
-            ready, timeout=TIMEOUT
-        ) as response:
+        with urllib.request.build_opener(*handlers).open(ready, timeout=TIMEOUT) as response:
             if response.status != http.HTTPStatus.OK:
                 return f"{route}: {response.status}"
 

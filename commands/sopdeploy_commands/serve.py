@@ -49,6 +49,8 @@ def _parse_and_warn(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:
         setting_flags(
             "host",
             "port",
+            "ssl_certfile",
+            "ssl_keyfile",
             "examples",
             "runtime",
             "devices",

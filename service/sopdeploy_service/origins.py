@@ -152,6 +152,8 @@ def _split_list(value: str | None) -> list[str]:
 class OwnOrigins:
     """The hosts *names* and *allowed* of a server behind *proxies*, and the pages whose requests it answers.
 
+    *scheme* is the one that the server itself speaks.
+
     Pages of other hosts among *allowed* or *pages*, where `*` means all, may send requests,
     too. IP addresses are own hosts: no other name can lead to them.
     """
@@ -162,7 +164,9 @@ class OwnOrigins:
         allowed: Collection[str],
         proxies: tuple[Network, ...],
         pages: Collection[str] = (),
+        scheme: str = "http",
     ) -> None:
+        self._scheme = scheme
         self._own = [parse_host(name) for name in allowed]
         self._proxies = proxies
         self._pages = [*self._own, *(parse_host(page) for page in pages if page != "*")]
@@ -182,7 +186,7 @@ class OwnOrigins:
         """
         # What the request is for; a proxy tells by which names clients reach it.
         hosts = [headers.get("host", "localhost")]  # HTTP/1.0 requests may have none
-        schemes = ["http"]
+        schemes = [self._scheme]
         if is_within(peer, self._proxies):
             hosts += _split_list(headers.get("x-forwarded-host"))
             schemes += _split_list(headers.get("x-forwarded-proto"))

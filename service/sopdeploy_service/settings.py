@@ -140,6 +140,12 @@ class Settings(StrictModel):
         "address to listen on; 0.0.0.0: every IPv4 address of this machine; *: IPv6, also",
     )
     port: Port = setting(8000, "port to listen on; 0: any free port")
+    ssl_certfile: Path | None = setting(
+        None, "PEM file of the certificate for HTTPS; not set: HTTP"
+    )
+    ssl_keyfile: Path | None = setting(
+        None, "PEM file of its private key; not set: the certificate's file has it, too"
+    )
 
     allowed_hosts: Hosts = setting(
         (),
@@ -284,6 +290,11 @@ class Settings(StrictModel):
         """Return `top_k`; if it is not set, 5, or None (all classes) if *multi_label*."""
         return self.top_k or (None if multi_label else 5)
 
+    @property
+    def scheme(self) -> Literal["http", "https"]:
+        """The scheme of the server's URLs."""
+        return "http" if self.ssl_certfile is None else "https"
+
     def runtime_needs_gpu(self) -> bool | None:
         """Tell whether the runtime needs a GPU; None for `auto`, and for one that does not say so."""
         if self.runtime == "auto":
@@ -301,6 +312,9 @@ class Settings(StrictModel):
             raise ValueError(
                 f"runtime={self.runtime} uses the CPU; set devices=cpu, or remove it"
             )
+
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError("ssl_keyfile needs ssl_certfile; add it")
 
         # Bundles under a budget are not reloaded.
         if self.follow and self.memory_budget is not None:

@@ -35,14 +35,16 @@ class Refusal(asyncio.Protocol):
 
     def __init__(self, response: bytes) -> None:
         self._response = response
+        self.transport: asyncio.Transport | None = None
         self.ended = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the response as the last one."""
         self.transport = cast(asyncio.Transport, transport)
         self.transport.write(self._response)
-        with contextlib.suppress(OSError):  # the client has gone
-            self.transport.write_eof()
+        if self.transport.can_write_eof():  # not with HTTPS
+            with contextlib.suppress(OSError):  # the client has gone
+                self.transport.write_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """Note that the client has closed the connection."""

@@ -60,6 +60,7 @@ from sopdeploy_service.server.lifetime import (
     terminal_is_closed,
 )
 from sopdeploy_service.server.sockets import SPARE, Arrivals, bind, raise_file_limit, url
+from sopdeploy_service.server.tls import Acceptor
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 
@@ -112,6 +113,7 @@ class Supervisor:
         self._settings = settings
         self._devices = devices
         self._listener = listener
+        self._acceptor = Acceptor(settings)
         self._arrivals = Arrivals(listener, self._pass_on)
         self._front_ends = list_front_ends(settings)
 
@@ -465,7 +467,8 @@ class Supervisor:
 
             with contextlib.suppress(OSError):  # nobody reads it
                 # Each process serves the same bundles.
-                sys.stdout.write(f"ready: {url(self._listener)}  {process.bundles}\n")
+                address = url(self._listener, self._settings.scheme)
+                sys.stdout.write(f"ready: {address}  {process.bundles}\n")
                 sys.stdout.flush()
 
         self._pass_on()  # the process may take more connections now
@@ -519,11 +522,12 @@ class Supervisor:
     async def _refuse(self, connection: socket.socket) -> None:
         """Answer *connection* with 503, and ignore what its client still sends until it closes."""
         refusal = Refusal(refusal_response(self._settings.root_path))
-        await self._loop.connect_accepted_socket(lambda: refusal, connection)
-
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(OSError):  # its handshake fails, or it does not close in time
+            await self._acceptor.accept(lambda: refusal, connection)
             await asyncio.wait_for(refusal.ended.wait(), LINGER_SECONDS)
-        refusal.transport.abort()
+
+        if refusal.transport is not None:
+            refusal.transport.abort()
         self._pass_on()
 
     async def _replace_failing(self) -> None:

@@ -287,6 +287,7 @@ class OriginGuard:
             allowed=settings.allowed_hosts,
             proxies=settings.trusted_proxies,
             pages=settings.allowed_origins,
+            scheme=settings.scheme,
         )
 
     def __call__(self, context: RequestContext) -> None:

@@ -33,6 +33,7 @@ from sopdeploy_service.server.lifetime import (
     terminal_is_closed,
 )
 from sopdeploy_service.server.sockets import Arrivals, url
+from sopdeploy_service.server.tls import Acceptor
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 
@@ -129,6 +130,7 @@ class DrainingServer(uvicorn.Server):
         self._bundle_reload = Joined(self._reload_bundles)
         self._key_reload = Joined(self._reload_keys)
 
+        self._acceptor = Acceptor(settings)
         self._arrivals: Arrivals | None = None  # of the own port
         self._beginning: asyncio.Task[None] | None = None  # serves them
 
@@ -192,11 +194,17 @@ class DrainingServer(uvicorn.Server):
         """Begin to serve all that have arrived: a few at once, between which others arrive."""
         while self._arrivals:
             count = min(BEGUN_AT_ONCE, len(self._arrivals))
-            await self.serve_connections([self._arrivals.take() for _ in range(count)])
+            serving = self.serve_connections([self._arrivals.take() for _ in range(count)])
+            if self._acceptor.context is None:
+                await serving
+            else:  # others do not wait for the handshake of a client
+                start_task(self._background, serving)
+                await asyncio.sleep(0)
 
     def on_open(self, sockets: Sequence[socket.socket]) -> None:
         """Print that the server is ready on *sockets*."""
-        sys.stdout.write(f"ready: {url(sockets[0])}  {self.bundles}\n")
+        address = url(sockets[0], self._service.settings.scheme)
+        sys.stdout.write(f"ready: {address}  {self.bundles}\n")
         sys.stdout.flush()
 
     async def serve_connections(self, connections: Sequence[socket.socket]) -> None:
@@ -208,9 +216,8 @@ class DrainingServer(uvicorn.Server):
             app_state=self.lifespan.state,
         )
 
-        loop = asyncio.get_running_loop()
         await asyncio.gather(
-            *(loop.connect_accepted_socket(create_protocol, one) for one in connections),
+            *(self._acceptor.accept(create_protocol, one) for one in connections),
             return_exceptions=True,  # one that cannot be served does not concern the others
         )
 

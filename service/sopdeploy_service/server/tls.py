@@ -1,0 +1,80 @@
+"""HTTPS: the certificate of a server, and the handshakes of connections, which no address can hold for all others."""
+
+import asyncio
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Callable
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.settings import Settings
+
+HANDSHAKE_SECONDS = 5.0  # also for the end of a connection
+MAX_HANDSHAKES = 512  # at once; a further connection is closed
+MAX_OF_ADDRESS = 64
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """Return the TLS context of a server with *settings*, None for HTTP; raises `ConfigError`."""
+    if settings.ssl_certfile is None:
+        return None
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        # A key with a password fails, because OpenSSL would ask for it on a terminal.
+        context.load_cert_chain(
+            settings.ssl_certfile, settings.ssl_keyfile, password=lambda: b""
+        )
+    except OSError as problem:  # `ssl.SSLError` is one
+        reason = problem.strerror or type(problem).__name__
+        raise ConfigError(
+            f"ssl_certfile, ssl_keyfile: cannot be used ({reason}); give PEM files of a certificate and its "
+            "private key without a password"
+        ) from problem
+    return context
+
+
+class Acceptor:
+    """Begins to serve accepted connections, with HTTPS if *settings* name a certificate; raises `ConfigError`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.context = tls_context(settings)
+        self._handshakes: Counter[str] = Counter()  # in progress, by address
+
+    async def accept(
+        self, protocol: Callable[[], asyncio.Protocol], connection: socket.socket
+    ) -> None:
+        """Serve *connection* by a new *protocol*; raises `OSError` if its handshake fails.
+
+        With HTTPS, this takes until the end of the handshake.
+        """
+        loop = asyncio.get_running_loop()
+        if self.context is None:
+            await loop.connect_accepted_socket(protocol, connection)
+            return
+
+        # Limit the handshakes, of which clients that say nothing have many.
+        try:
+            address = str(connection.getpeername()[0])
+        except OSError:  # it has gone
+            connection.close()
+            raise
+        is_full = self._handshakes.total() >= MAX_HANDSHAKES
+        if is_full or self._handshakes[address] >= MAX_OF_ADDRESS:
+            connection.close()
+            return
+
+        self._handshakes[address] += 1
+        try:
+            await loop.connect_accepted_socket(
+                protocol,
+                connection,
+                ssl=self.context,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS,
+                ssl_shutdown_timeout=HANDSHAKE_SECONDS,
+            )
+        finally:
+            self._handshakes[address] -= 1
+            if not self._handshakes[address]:
+                del self._handshakes[address]

@@ -1,0 +1,142 @@
+"""HTTPS with a certificate of the settings, in each way to run a server."""
+
+import asyncio
+import datetime
+import socket
+import ssl
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_commands.health import health
+from sopdeploy_service.server import tls
+from sopdeploy_service.server.sockets import bind
+from sopdeploy_service.server.tls import tls_context
+from sopdeploy_service.settings import Settings, load_settings
+from tests.support.children import START_SECONDS, WAYS, serving
+from tests.support.raw import connect
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the certificate of localhost and, behind it, its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    file = tmp_path_factory.mktemp("tls") / "server.pem"
+    file.write_bytes(built.public_bytes(pem) + private)
+    return file
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_server_with_a_certificate_speaks_https(
+    way, certificate, bundle_path, jpeg, monkeypatch
+) -> None:
+    options = (*WAYS[way], "--ssl-certfile", str(certificate))
+    with serving(str(bundle_path), *options) as child, ExitStack() as stack:
+        assert child.base_url.scheme == "https"
+        port = child.base_url.port
+
+        # Others do not wait for clients that say nothing, and one that speaks HTTP gets no response.
+        for _ in range(tls.MAX_OF_ADDRESS // 2):
+            stack.enter_context(connect(child))
+        context = ssl.create_default_context(cafile=certificate)
+        with httpx.Client(base_url=f"https://localhost:{port}", verify=context) as client:
+            reply = client.post("/v1/classify", content=jpeg)
+            assert (reply.status_code, reply.http_version) == (200, "HTTP/1.1")
+            origin = {"Origin": f"https://localhost:{port}"}
+            assert client.post("/v1/classify", content=jpeg, headers=origin).status_code == 200
+            with pytest.raises(httpx.TransportError):
+                httpx.get(f"http://localhost:{port}/livez")
+
+            monkeypatch.setenv("SOPDEPLOY_PORT", str(port))
+            monkeypatch.setenv("SOPDEPLOY_SSL_CERTFILE", str(certificate))
+            assert health() == 0
+
+            # The kept connection gets its last response.
+            child.child.terminate()
+            assert child.child.wait(START_SECONDS) == 0
+
+
+def test_an_address_has_few_handshakes_at_once(certificate, monkeypatch) -> None:
+    monkeypatch.setattr(tls, "MAX_OF_ADDRESS", 2)
+
+    async def scenario() -> None:
+        acceptor = tls.Acceptor(Settings(ssl_certfile=certificate))
+        with ExitStack() as stack:
+            listener = stack.enter_context(bind("127.0.0.1", 0))
+            listener.listen()
+            clients: list[socket.socket] = []
+            handshakes: list[asyncio.Task[None]] = []
+            for _ in range(3):
+                client = socket.create_connection(listener.getsockname(), timeout=60)
+                clients.append(stack.enter_context(client))
+                work = acceptor.accept(asyncio.Protocol, listener.accept()[0])
+                handshakes.append(asyncio.create_task(work))
+
+            # The third one is closed; those before it wait for their clients.
+            await handshakes[2]
+            assert clients[2].recv(1) == b""
+            assert [one.done() for one in handshakes] == [False, False, True]
+
+            # They make room when their clients leave.
+            for client in clients:
+                client.close()
+            ended = await asyncio.gather(*handshakes, return_exceptions=True)
+            assert [isinstance(one, OSError) for one in ended] == [True, True, False]
+            assert not acceptor._handshakes
+
+    asyncio.run(scenario())
+
+
+WRONG = {
+    "a missing file": ("missing.pem", r"cannot be used \(No such file or directory\)"),
+    "no certificate": ("text.pem", r"cannot be used \(.*\); give PEM files"),
+    "a key with a password": ("locked.pem", r"cannot be used \(.*\); give PEM files"),
+}
+
+
+@pytest.mark.parametrize(("name", "message"), WRONG.values(), ids=WRONG)
+def test_a_certificate_that_cannot_be_used_is_named(
+    tmp_path, certificate, name, message
+) -> None:
+    (tmp_path / "text.pem").write_text("text")
+    found = certificate.read_bytes()
+    begin = found.index(b"-----BEGIN PRIVATE")
+    key = serialization.load_pem_private_key(found[begin:], None)
+    locked = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"secret"),
+    )
+    (tmp_path / "locked.pem").write_bytes(found[:begin] + locked)
+
+    with pytest.raises(ConfigError, match=f"ssl_certfile, ssl_keyfile: {message}"):
+        tls_context(Settings(ssl_certfile=tmp_path / name))
+
+
+def test_a_key_without_a_certificate_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ssl_keyfile needs ssl_certfile; add it"):
+        load_settings(ssl_keyfile="key.pem")
