@@ -292,7 +292,7 @@ def test_sighup_serves_the_latest_bundles_and_loses_no_request(tmp_path, jpeg, w
             wait_for(lambda: serves(second))
             write_bundle(folder, seed=2, wrong_by=1.0)
             client.child.send_signal(signal.SIGHUP)
-            wait_for_refusals(client.child, way, "probes")
+            wait_for_refusals(client.child, way, "reference outputs")
         shutil.rmtree(folder)
         client.child.send_signal(signal.SIGHUP)
         wait_for_refusals(client.child, way, "no bundle here")
@@ -315,7 +315,7 @@ def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_r
         promote(second, live, None, force="newer")
         wait_for(lambda: serves(second))
         move_link(live, wrong.name)  # `promote` would refuse it
-        wait_for_refusals(client.child, way, "probes")
+        wait_for_refusals(client.child, way, "reference outputs")
         move_link(live, second.name)
         promote(back=live)
         wait_for(lambda: serves(first))
