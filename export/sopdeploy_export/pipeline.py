@@ -45,6 +45,7 @@ from sopdeploy_export.pack.bundle import (
     write_reports,
 )
 from sopdeploy_export.pack.model_card import write_page
+from sopdeploy_export.pack.network_name import name_network
 from sopdeploy_export.pack.results import Exported, ExportResults
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.progress import Step, reporting, step
@@ -277,6 +278,7 @@ def export_subject(
         )
         trained_costs, shipped_costs = count_costs(subject.network, parts, preprocess.crop)
         results = ExportResults(
+            network=name_network(subject),
             certificate=certificate,
             parity=parity,
             precision=precision,

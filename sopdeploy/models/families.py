@@ -1,13 +1,21 @@
-"""The families of second-order networks: which names belong to one, and what a family's name leads to."""
+"""The families of second-order networks: which names belong to one, and how a network is named with its options."""
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import shorten
 
 PAGE = "docs/second-order.md"
 # The word in the names of networks and recipes, and the family's name in its paper
 SECOND_ORDER = {"dsop": "DSoP", "gsop": "GSoP", "gmsop": "GM-SOP", "isqrt": "iSQRT-COV"}
+
+# The options that tell networks of one name apart, in the order in which they are shown
+KEY_OPTIONS = (
+    "components", "chosen", "component_widths", "gate_widths", "cov_width", "aux_widths", "pooling",
+    "final_pooling", "head", "iterations",
+)  # fmt: skip
 
 
 def find_family(text: str) -> str | None:
@@ -43,3 +51,25 @@ def lead_on(text: str, noun: str, names: Iterable[str]) -> str:
         f"the {noun} of {SECOND_ORDER[word]} are {listed}; "
         f"see also `sopdeploy {other} {word}` and {PAGE}"
     )
+
+
+def describe_options(name: str, config: StrictModel, given: Collection[str] = ()) -> str:
+    """Name a network with its options: those that were *given*, and the `KEY_OPTIONS` of its family.
+
+    An example is "gmsop-16-8-resnet18 (components=4, chosen=2, iterations=5)".
+    """
+    options = ", ".join(_options(config, given))
+    return f"{name} ({options})" if options else name
+
+
+def _options(config: StrictModel, given: Collection[str]) -> Iterator[str]:
+    """Yield the options that `describe_options` shows, also those of a pooling or head with a matrix square root."""
+    is_second_order = "iterations" in type(config).model_fields
+    for key in (*KEY_OPTIONS, *(other for other in given if other not in KEY_OPTIONS)):
+        value = getattr(config, key, None)
+        if isinstance(value, StrictModel):
+            if "iterations" in type(value).model_fields or key in given:
+                yield f"{key}={getattr(value, 'kind', '')}"
+                yield from _options(value, ("width",))
+        elif value is not None and (key in given or is_second_order):
+            yield f"{key}={value if isinstance(value, str) else json.dumps(value)}"

@@ -59,6 +59,7 @@ from sopdeploy.files import (
 )
 from sopdeploy.layers.normalize import images_format
 from sopdeploy.models.base import Classifier, is_in
+from sopdeploy.models.families import describe_options
 from sopdeploy.photos.photo import LabeledImages, LeftOut, Split
 from sopdeploy.photos.split import Record
 from sopdeploy.plugins import plugin_versions
@@ -183,8 +184,29 @@ class Setup:
                 remaining.append(part)
         return shorten(remaining)
 
+    def describe_network(self) -> str:
+        """Name the network with its options, and count its parameters; those of auxiliary branches are named."""
+        chosen = self.recipe.model
+        named = describe_options(chosen.name, self.model.config, chosen.config)
+        if self.is_few_shot:
+            return f"network: {named}, frozen; a linear classifier on its features is trained"
+
+        # The parts that only training needs, each with its number of parameters.
+        total = sum(tensor.numel() for tensor in self.model.parameters())
+        parts = []
+        for part in self.model.training_only:
+            numbers = [
+                tensor.numel()
+                for name, tensor in self.model.named_parameters()
+                if is_in(name, part)
+            ]
+            if numbers:
+                parts.append(f", {sum(numbers):,} of them in {part} (training only)")
+        return f"network: {named}, {total:,} parameters{''.join(parts)}"
+
     def describe(self, *, is_new: bool) -> Iterator[str]:
         """Describe weights, procedure and images of a new or a resumed run, by line."""
+        yield self.describe_network()
         if is_new and self.weights is not None:
             yield self.weights.describe()
         if self.reason:

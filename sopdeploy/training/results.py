@@ -157,6 +157,8 @@ class LoopResult(StrictModel):
         tuning: The comparison with the frozen network, if the loop started from it.
         left_out: The unusable images that the run left out, each with the reason.
         num_seen: Validation images that are also training images; the score is too high then.
+        branches: The scores of the network ("main") and of each auxiliary branch in the best epoch, on
+            `num_diagnosed` of the validation images; empty without branches.
     """
 
     kind: Literal["loop"] = "loop"
@@ -170,6 +172,8 @@ class LoopResult(StrictModel):
     tuning: Tuning | None = None
     left_out: tuple[str, ...] = ()
     num_seen: int = 0
+    branches: dict[str, float] = pydantic.Field(default_factory=dict)
+    num_diagnosed: int = 0
 
     @property
     def is_too_high(self) -> bool:
@@ -213,8 +217,21 @@ class LoopResult(StrictModel):
         tuning = () if self.tuning is None else (self.tuning.describe(),)
         return (
             f"epoch {self.epoch} of {self.num_epochs}: {self.describe()}",
+            *self._compare_branches(),
             *tuning,
             *_list_left_out(self),
+        )
+
+    def _compare_branches(self) -> Iterator[str]:
+        """Compare the score of the network with those of its auxiliary branches, if it has some."""
+        if not self.branches:
+            return
+        scores = {name: f"{100 * score:.1f} %" for name, score in self.branches.items()}
+        network = scores.pop("main")
+        listed = ", ".join(f"{name} {score}" for name, score in scores.items())
+        yield (
+            f"auxiliary branches, on {self.num_diagnosed} validation images: {listed}; the network "
+            f"{network}, not corrected"
         )
 
     def describe_time(self) -> str:

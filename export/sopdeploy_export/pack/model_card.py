@@ -62,6 +62,7 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
     content = HtmlReport(
         title=exported.manifest.project,
         text=[
+            insert_names("Network: {}", exported.network),
             f"The exported network {difference}: top class {facts['top class']}; {facts['batch']}.",
             insert_names(classes, *shown),
             insert_names("Next: {}", f"sopdeploy serve {quote(bundle)}", tag="code"),
@@ -170,7 +171,8 @@ def render_model_card(
     session = INT8_SESSION if int8 is not None and int8.runtime == "cpu" else ""
     return f"""# {subject.project}
 
-An image classifier, the network {subject.name}, exported by sopdeploy {fields["versions"]["sopdeploy"]}.
+An image classifier, the network {as_markdown(results.network)}, exported by
+sopdeploy {fields["versions"]["sopdeploy"]}.
 
 Classes: {labels}
 

@@ -31,8 +31,9 @@ TARGETS: Mapping[Int8For, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResults:
-    """What an export removed, proved and measured."""
+    """What an export removed, proved and measured; `network` names the network that ships."""
 
+    network: str
     certificate: Certificate
     parity: ParityReport
     precision: PrecisionReport
@@ -139,6 +140,7 @@ class Exported(ExportResults):
             "id": self.manifest.id,
             "project": self.manifest.project,
             "model": self.manifest.model,
+            "network": self.network,
             **self.certificate.model_dump(include={"proof", "detached", "roots"}),
             "num_tensors_removed": len(self.certificate.removed),
             "bytes_removed": self.certificate.bytes_removed,

@@ -333,6 +333,11 @@ def estimate_best(
             score = corrected_score(np.array([list(text) for text in texts]) == "1", group_N)
             selected_by = "other images"
 
+    # The scores of all heads, if there are branches beside the network.
+    diagnostics = best.diagnostics
+    heads = {} if diagnostics is None else diagnostics.heads
+    has_branches = len(heads) > 1
+
     return LoopResult(
         epoch=best.epoch,
         num_epochs=len(history),
@@ -341,6 +346,8 @@ def estimate_best(
         count=count,
         selected_by=selected_by,
         mirrored=mirrored,
+        branches={name: head.score for name, head in heads.items()} if has_branches else {},
+        num_diagnosed=diagnostics.num_images if diagnostics and has_branches else 0,
     )
 
 

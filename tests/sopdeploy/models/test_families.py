@@ -9,8 +9,14 @@ from typer.testing import CliRunner
 
 import sopdeploy
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.families import PAGE, SECOND_ORDER, find_family, names_of_family
-from sopdeploy.models.registry import list_models
+from sopdeploy.models.families import (
+    PAGE,
+    SECOND_ORDER,
+    describe_options,
+    find_family,
+    names_of_family,
+)
+from sopdeploy.models.registry import entry, list_models
 from sopdeploy.training.recipe import read_recipe, recipe_keys
 from sopdeploy.training.recipe_files import SELECTORS, list_recipes, recipe_text
 from sopdeploy_commands.app import app
@@ -96,3 +102,36 @@ def test_a_text_selects_each_table_of_a_recipe_that_has_kinds() -> None:
     }
     assert selectable == SELECTORS
     assert read_recipe("digits-plain", ["procedure=few_shot"]).procedure.kind == "few_shot"
+
+
+NAMED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "of average pooling": ("resnet8", {}, "resnet8"),
+    "with a changed option": ("resnet8", {"base_width": 4}, "resnet8 (base_width=4)"),
+    "with a pooling": (
+        "resnet8",
+        {"pooling": "isqrt"},
+        "resnet8 (pooling=isqrt, iterations=5, width=256)",
+    ),
+    "DSoP": (
+        "dsop-resnet8",
+        {"aux_widths": (8, 8, 16)},
+        "dsop-resnet8 (aux_widths=[8, 8, 16], iterations=5)",
+    ),
+    "GM-SOP": (
+        "gmsop-16-8-resnet18",
+        {"components": 4, "chosen": 2},
+        "gmsop-16-8-resnet18 (components=4, chosen=2, component_widths=[256, 128], iterations=5)",
+    ),
+    "with a second-order head": (
+        "head:resnet8",
+        {},
+        "head:resnet8 (head=gap+isqrt, iterations=7, width=48)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_a_network_is_named_with_the_options_of_its_family(case: str) -> None:
+    name, options, named = NAMED[case]
+    config = entry(name).make_config(options)
+    assert describe_options(name, config, options) == named

@@ -69,7 +69,7 @@ def test_a_run_stopped_at_any_time_resumes_to_the_same_bits(
     epoch = (
         3 if event[0] == "epoch" else event[1] + 1
     )  # a stop at the end of an epoch resumes at the next one
-    assert f", resumed at epoch {epoch};" in callback.events[0][1]["message"]
+    assert f", resumed at epoch {epoch};" in callback.events[1][1]["message"]
     assert same_run(out, uninterrupted)
     assert (out / "history.csv").read_text().count("\n") == 4
 
