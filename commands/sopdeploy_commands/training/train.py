@@ -268,4 +268,7 @@ def recipes(name: str | None = None) -> None:
 
     summaries = ((name, tomllib.loads(recipe_text(name))["summary"]) for name in names)
     print_table(("recipe", "summary"), summaries)
-    say(f"{PAGE} describes the families of second-order networks")
+    say(
+        f"{PAGE} describes the families of second-order networks",
+        "`sopdeploy reproduce TABLE --dry-run` estimates the GPU hours of the papers' runs",
+    )

@@ -210,3 +210,8 @@ def test_the_same_network_keeps_a_misspelled_value_which_is_named() -> None:
     recorded = {"model": {"name": "resnet8", "config": {"depht": 8}}}
     with pytest.raises(ConfigError, match="run: resnet8: depht: unknown key"):
         change_recipe(recorded, [("model.name", "resnet8")], "run")
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_no_recipe_guesses_its_time_on_a_gpu_which_reproduce_estimates(name: str) -> None:
+    assert "GPU" not in read_recipe(name).summary
