@@ -11,9 +11,12 @@ maps.
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from sopdeploy.errors import ConfigError
 
 _SMALLEST_SQUARE = 1e-30  # keeps the gradient of the square root finite at 0
 
@@ -62,6 +65,57 @@ def upper_triangle_indices(channels: int) -> Tensor:
     rows, columns = torch.triu_indices(channels, channels, device="cpu")
     indices: Tensor = rows * channels + columns
     return indices.to(torch.get_default_device())
+
+
+def check_channels(layer: nn.Module, features_BCHW: Tensor, channels: int) -> None:
+    """Raise `ConfigError`, which names the class of *layer*, unless the map has so many *channels*."""
+    found = features_BCHW.shape[1]
+    if found != channels:
+        kind = type(layer).__name__
+        raise ConfigError(
+            f"{kind}: the feature map has {found} channels, not {channels}; "
+            "build the layer with the number of the map"
+        )
+
+
+class TriangleIndices(nn.Module):
+    """Mixin for a layer that reads the upper triangle of matrices, by the indices in its buffer `triangle`.
+
+    No checkpoint has them. A layer that was built on the device `meta` therefore computes them
+    again when it gets memory, which `to_empty` does not initialize.
+    """
+
+    triangle: Tensor
+
+    def register_triangle(self, channels: int) -> None:
+        """Add the buffer for matrices of *channels* rows."""
+        self._rows = channels
+        self.register_buffer("triangle", upper_triangle_indices(channels), persistent=False)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
+        """Convert the tensors, as `to` and `to_empty` do; what comes from `meta` has no values yet."""
+        was_meta = self.triangle.is_meta
+        super()._apply(*arguments, **options)
+        if was_meta and not self.triangle.is_meta:
+            self._fill(self.triangle.device)
+        return self
+
+    def _fill(self, device: torch.device) -> None:
+        with torch.device("cpu"):
+            indices = upper_triangle_indices(self._rows)
+        self.triangle = indices.to(device)
+
+    def upper_triangle(self, matrices_BCC: Tensor) -> Tensor:
+        """Read the upper triangles (B, C (C + 1) / 2) of (B, C, C) matrices, row by row."""
+        return matrices_BCC.flatten(start_dim=1).index_select(
+            1, self.triangle_for(matrices_BCC)
+        )
+
+    def triangle_for(self, values: Tensor) -> Tensor:
+        """Return the indices for a layer that computes *values*, also if only its weights left `meta`."""
+        if self.triangle.is_meta and not values.is_meta:
+            self._fill(values.device)
+        return self.triangle
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -24,17 +24,18 @@ from typing import Annotated, Any, Literal, NamedTuple, assert_never
 
 import pydantic
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.covariance import (
+    TriangleIndices,
     at_least_float32,
+    check_channels,
     covariance,
     covariance_factor,
     covariance_trace,
     deviations,
     frobenius_norm,
-    upper_triangle_indices,
     without_autocast,
 )
 from sopdeploy.layers.export_hints import ExportHints
@@ -158,7 +159,7 @@ def _factor_gradients(
     return f_grad_BCC @ t_BCC, f_BCC @ f_grad_BCC
 
 
-class ISqrtCov(nn.Module, ExportHints):
+class ISqrtCov(TriangleIndices, ExportHints):
     """Pool (B, d, H, W) maps to the upper triangle (B, d (d + 1) / 2) of the square root of their covariance.
 
     *width* is d. The root is computed in float32 or float64, also under autocast. Training uses
@@ -166,24 +167,29 @@ class ISqrtCov(nn.Module, ExportHints):
     """
 
     keep_float32 = True
-    triangle: Tensor
 
     def __init__(self, width: int = 256, config: NewtonSchulzConfig | None = None) -> None:
         super().__init__()
         self.width = width
         self.config = config or NewtonSchulzConfig()
         self.out_features = width * (width + 1) // 2
-        self.register_buffer("triangle", upper_triangle_indices(width), persistent=False)
+        self.register_triangle(width)
 
     def forward(self, features_BdHW: Tensor) -> Tensor:
-        """Compute the upper triangle, row by row."""
+        """Compute the upper triangle, row by row; raises `ConfigError` for another number of channels."""
+        check_channels(self, features_BdHW, self.width)
+        triangle = self.triangle_for(features_BdHW)
+
+        # Only eager training has the handwritten gradient; compilers and exporters trace the
+        # last line, and `torch.func` transforms it.
         trains = features_BdHW.requires_grad and torch.is_grad_enabled()
+        is_transformed = (
+            torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        )
         with without_autocast(features_BdHW):
-            # Only eager training has the handwritten gradient; compilers and exporters trace the
-            # last line.
-            if trains and not torch.compiler.is_compiling():
-                return ISqrtVector.apply(features_BdHW, self.triangle, self.config)
-            return isqrt_vector(features_BdHW, self.triangle, self.config)
+            if trains and not is_transformed:
+                return ISqrtVector.apply(features_BdHW, triangle, self.config)
+            return isqrt_vector(features_BdHW, triangle, self.config)
 
 
 def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:

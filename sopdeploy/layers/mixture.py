@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from sopdeploy.layers.covariance import at_least_float32, without_autocast
+from sopdeploy.layers.covariance import at_least_float32, check_channels, without_autocast
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzConfig, covariance_root
 
@@ -68,6 +68,7 @@ class Components(nn.Module):
         root: NewtonSchulzConfig,
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.components = components
         self.evaluated = evaluated
 
@@ -99,8 +100,10 @@ class Components(nn.Module):
 
         All components are evaluated on all images; no shape depends on the data. With *gather*,
         the sum is computed by `gathered_sum`, from some components of each image, where that is
-        faster. With *route*, it is computed by `routed_sum`.
+        faster. With *route*, it is computed by `routed_sum`. Raises `ConfigError` for another
+        number of channels.
         """
+        check_channels(self, features_BCHW, self.channels)
         if route and weights_BN is not None:
             return self.routed_sum(features_BCHW, weights_BN)
         if gather and weights_BN is not None and self.gathering_is_faster(features_BCHW):
@@ -167,7 +170,11 @@ class Components(nn.Module):
             pooled = covariance_root(maps, root_layer.config).flatten(start_dim=1)
         pooled_BKD = torch.unflatten(at_least_float32(pooled), 0, (-1, self.evaluated))
         sum_BD = (largest_BK.unsqueeze(1) @ pooled_BKD).squeeze(1)
-        return sum_BD if root_layer is None else sum_BD.index_select(1, root_layer.triangle)
+        return (
+            sum_BD
+            if root_layer is None
+            else sum_BD.index_select(1, root_layer.triangle_for(sum_BD))
+        )
 
     def routed_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
         """Compute the (B, D) weighted sum; run each component only on images where its weight is not 0."""

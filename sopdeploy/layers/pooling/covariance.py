@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sopdeploy.config import Count
 from sopdeploy.errors import TrainingError
-from sopdeploy.layers.covariance import covariance, covariance_factor, upper_triangle_indices
+from sopdeploy.layers.covariance import TriangleIndices, covariance, covariance_factor
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 
@@ -148,11 +148,10 @@ class ISqrtPoolingConfig(PoolingConfig, NewtonSchulzOptions):
     reduction: Literal["normalized", "linear"] = "normalized"
 
 
-class EigenPooling(ReducedPooling):
+class EigenPooling(TriangleIndices, ReducedPooling):
     """Pool (B, C, H, W) maps to the triangle (B, d (d + 1) / 2) of f(covariance)."""
 
     not_exportable = NO_EIGEN_FORM
-    triangle: Tensor
 
     def __init__(self, config: "MpnCovConfig | LogEuclideanConfig", channels: int) -> None:
         super().__init__(channels, config.width)
@@ -161,14 +160,12 @@ class EigenPooling(ReducedPooling):
             root_of_eigenvalues if config.kind == "mpncov" else logarithm_of_eigenvalues
         )
         self.out_features = self.channels * (self.channels + 1) // 2
-        self.register_buffer(
-            "triangle", upper_triangle_indices(self.channels), persistent=False
-        )
+        self.register_triangle(self.channels)
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute the triangle (B, d (d + 1) / 2) of f(covariance) of a map (B, d, H, W)."""
         value_Bdd = spectral(covariance(covariance_factor(features)), self.function)
-        return value_Bdd.flatten(start_dim=1).index_select(1, self.triangle)
+        return self.upper_triangle(value_Bdd)
 
 
 class MpnCovConfig(PoolingConfig):

@@ -13,31 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.config import Count
-from sopdeploy.layers.covariance import covariance, covariance_factor, upper_triangle_indices
+from sopdeploy.layers.covariance import TriangleIndices, covariance, covariance_factor
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 
 _SMALLEST = 1e-12  # of a divisor
 
 
-class DropCov(ReducedPooling):
+class DropCov(TriangleIndices, ReducedPooling):
     """Pool (B, C, H, W) maps to the triangle (B, d (d + 1) / 2) of their covariance."""
-
-    triangle: Tensor
 
     def __init__(self, config: "DropCovConfig", channels: int) -> None:
         super().__init__(channels, config.width)
         self.importance = nn.Conv1d(1, 1, 3, padding=1, bias=False)  # along the channels
         self.out_features = self.channels * (self.channels + 1) // 2
-        self.register_buffer(
-            "triangle", upper_triangle_indices(self.channels), persistent=False
-        )
+        self.register_triangle(self.channels)
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute the triangle (B, d (d + 1) / 2) of the covariance of a map (B, d, H, W)."""
         if self.training:
             features = self.drop(features)
         cov_Bdd = covariance(covariance_factor(features))
-        return cov_Bdd.flatten(start_dim=1).index_select(1, self.triangle)
+        return self.upper_triangle(cov_Bdd)
 
     def drop(self, features: Tensor) -> Tensor:
         """Weight the channels of a map (B, d, H, W) by 1 + importance, and drop some of them per image."""
