@@ -21,6 +21,7 @@ from sopdeploy.errors import CertificateError, CheckpointError, ConfigError, Det
 from sopdeploy.files import GRAPH
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
+from sopdeploy.models.describe import name_network
 from sopdeploy.names import label_problem
 from sopdeploy_export.admit.network import check_exportable, check_torch_state
 from sopdeploy_export.capture.deployed import generated_images, ordinary_images, output_names
@@ -45,7 +46,6 @@ from sopdeploy_export.pack.bundle import (
     write_reports,
 )
 from sopdeploy_export.pack.model_card import write_page
-from sopdeploy_export.pack.network_name import name_network
 from sopdeploy_export.pack.results import Exported, ExportResults
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.progress import Step, reporting, step
@@ -278,7 +278,7 @@ def export_subject(
         )
         trained_costs, shipped_costs = count_costs(subject.network, parts, preprocess.crop)
         results = ExportResults(
-            network=name_network(subject),
+            network=name_network(subject.name, subject.network, parts),
             certificate=certificate,
             parity=parity,
             precision=precision,

@@ -95,7 +95,7 @@ class TriangleIndices(nn.Module):
     def _apply(self, *arguments: Any, **options: Any) -> Self:
         """Convert the tensors, as `to` and `to_empty` do; what comes from `meta` has no values yet."""
         was_meta = self.triangle.is_meta
-        super()._apply(*arguments, **options)
+        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
         if was_meta and not self.triangle.is_meta:
             self._fill(self.triangle.device)
         return self

@@ -9,7 +9,7 @@ weights of layers itself, do not.
 
 import tomllib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
@@ -25,6 +25,8 @@ from sopdeploy.config import FieldValues, StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture import Components
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.families import SECOND_ORDER, describe_options
 from sopdeploy.models.registry import create_model, entry, make_config
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -346,3 +348,41 @@ def describe(
         parts=training.by_part(network.training_only),
         published=figures,
     )
+
+
+def name_network(name: str, network: nn.Module, removed: Sequence[str] = ()) -> str:
+    """Name *network* with its options, the parts that were *removed*, and what is left of it.
+
+    A network of the catalog is called by its *name* there. The name that a user gave to another
+    network is not looked up.
+    """
+    config = getattr(network, "config", None)
+    if not isinstance(network, Classifier) or not isinstance(config, StrictModel):
+        return name
+
+    # The options that differ from those of the name.
+    try:
+        default = make_config(name, {})
+    except ConfigError:  # the user gave the name
+        return name
+    changed = [key for key, value in config if value != getattr(default, key, None)]
+    named = describe_options(name, config, changed)
+    if not removed:
+        return named
+
+    plain = _plain_network(name, network)
+    return f"{named} without {', '.join(removed)}{f', which is {plain}' if plain else ''}"
+
+
+def _plain_network(name: str, network: Classifier) -> str:
+    """Name the network of the catalog that is left of *network*; "" unless it is of the same class."""
+    family, _, rest = name.partition("-")
+    if family not in SECOND_ORDER:
+        return ""
+
+    try:
+        plain = entry(rest)
+    except ConfigError:  # nothing has this name
+        return ""
+    is_left = plain.network.inference_class is type(network).inference_class
+    return f"{rest} ({plain.summary})" if is_left else ""

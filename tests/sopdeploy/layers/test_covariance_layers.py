@@ -76,12 +76,13 @@ def test_transforms_of_torch_func_differentiate_the_pooling() -> None:
     def loss(maps: Tensor) -> Tensor:
         return layer(maps).square().sum()
 
-    by_autograd = torch.autograd.functional.jacobian(loss, maps)
+    functional: Any = torch.autograd.functional
+    by_autograd = functional.jacobian(loss, maps)
     assert torch.allclose(grad(loss)(maps), by_autograd)
     assert torch.allclose(jacrev(loss)(maps), by_autograd)
 
     of_each = vmap(grad(lambda one: loss(one[None])))(maps)
     assert torch.allclose(of_each, by_autograd)
 
-    second = torch.autograd.functional.hessian(loss, maps)
+    second = functional.hessian(loss, maps)
     assert torch.allclose(jacrev(grad(loss))(maps), second)

@@ -4,11 +4,8 @@ from typing import Any
 
 import pytest
 
-from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.base import Classifier
+from sopdeploy.models.describe import name_network
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.pack.network_name import name_network
-from sopdeploy_export.subject import Detachment, ExportSubject
 
 NAMED: dict[str, tuple[str, dict[str, Any], str]] = {
     "plain": ("resnet8", {}, "resnet8"),
@@ -27,26 +24,13 @@ NAMED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def subject_of(name: str, network: Classifier) -> ExportSubject:
-    return ExportSubject(
-        name=name,
-        project="digits",
-        network=network,
-        detachment=Detachment.of(network),
-        labels=("a", "b"),
-        preprocess=Preprocess(resize=8, crop=8),
-        config={},
-        sha256="0" * 64,
-    )
-
-
 @pytest.mark.parametrize("case", NAMED)
 def test_a_network_of_the_catalog_is_named_with_its_options(case: str) -> None:
     name, config, named = NAMED[case]
     network = create_model(name, num_classes=2, **config)
-    assert name_network(subject_of(name, network)) == named
+    assert name_network(name, network, network.training_only) == named
 
 
 def test_the_name_that_a_user_gave_is_not_looked_up() -> None:
     network = create_model("resnet8", num_classes=2)
-    assert name_network(subject_of("my-network", network)) == "my-network"
+    assert name_network("my-network", network) == "my-network"
