@@ -137,7 +137,7 @@ class Settings(StrictModel):
 
     host: str = setting(
         "127.0.0.1",
-        "address to listen on; 0.0.0.0: every IPv4 address of this machine; *: IPv6, also",
+        "address to listen on; 0.0.0.0: every IPv4 address of this machine; *: also IPv6",
     )
     port: Port = setting(8000, "port to listen on; 0: any free port")
     ssl_certfile: Path | None = setting(

@@ -304,10 +304,10 @@ def _show_unused(inspected: Inspection) -> None:
 @garbage_kept()
 @expand_options
 def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
-    """List the parts of a network of your own that its output does not depend on; writes nothing.
+    """List the parts of your own network that its output does not depend on, and write nothing.
 
-    They are candidates for `sopdeploy export --training-only`. The network is refused for
-    whatever an export refuses before its proof begins.
+    An export removes the parts that you name with `--training-only`. The command refuses the
+    networks that an export refuses before its proof begins.
 
     Example: sopdeploy inspect w.pth --network my_code:build --preprocess rules.json
 

@@ -90,10 +90,10 @@ def compare(
     Args:
         first: A bundle, such as the live one.
         second: The bundle to compare with it.
-        data: Folder of images that neither was trained on, DIR/<class>/*.jpg.
+        data: Folder of images that neither bundle was trained on, DIR/<class>/*.jpg.
         unknown: Folder of images of none of the classes, which test `known`. Of images that a server kept,
             only the uniform sample counts.
-        tolerance: Points of accuracy that the second bundle may lose on 100 photos; half with ten times as many.
+        tolerance: Points of accuracy that the second bundle may lose on 100 photos, and half as many points on 1,000.
         on_image: Called with the numbers of predictions done and in total.
 
     Raises:

@@ -30,7 +30,7 @@ class ImportOptions(Options):
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """Interpolation of the resize."""
     triangle: Literal["rows", "columns"] | None = None
-    """Order of the covariance vector in the file, by default that of its project."""
+    """Order of the covariance vector in the file, by default the order of its project."""
 
 
 def _show(report: "ImportReport") -> None:
