@@ -26,7 +26,7 @@ from PIL import Image
 from sopdeploy.errors import DataError
 from sopdeploy.images.metadata import NO_TIME
 from sopdeploy.photos.compared import compare_new
-from sopdeploy.photos.crops import MOSTLY, PLAIN
+from sopdeploy.photos.crops import MOSTLY, NEARLY, PLAIN, are_mostly_plain
 from sopdeploy.photos.file_checks import UNREADABLE, map_threaded
 from sopdeploy.photos.photo import LabeledImages
 
@@ -40,7 +40,6 @@ _Parts = Sequence[NDArray[np.float32]]  # vectors (N, D_i) of N images, in one o
 ALIKE = 0.45
 SHARE_ALIKE = 0.1
 MIN_ALIKE = 6
-NEARLY = 0.85  # share of the equal tiles of a copy where images look alike
 # Share of a class that no group may reach, and the number of its images
 ONE_GROUP = 0.9
 MIN_ONE_GROUP = 8
@@ -341,7 +340,8 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
     """Find the pairs (2, P) of nearly equal images in any of eight orientations, by *small* ones (N, S, S).
 
     Their cosine is `TURNED` or more. Copies that are turned, smaller and re-encoded reach 0.97,
-    different photographs up to 0.94. Images without contrast are in no pair.
+    different photographs up to 0.94. Images without contrast are in no pair, and neither are
+    mostly plain ones whose tiles differ (`compare_pixels`).
     """
     # Each image in eight orientations, as rows without their mean.
     count = len(small)
@@ -364,11 +364,24 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
     size = max(1, _COSINES // (8 * count))
     for start in range(0, count, size):
         cosines = whitened[start : start + size, 0] @ whitened.reshape(count * 8, -1).T
-        row, column = np.nonzero(cosines.reshape(len(cosines), count, 8).max(axis=2) >= TURNED)
-        pairs.append(np.stack([row + start, column]))
-    pairs_2P = np.concatenate(pairs, axis=1)  # each in both orders, and images with themselves
-    is_once = pairs_2P[0] < pairs_2P[1]
-    return pairs_2P[:, is_once & ~is_plain_N[pairs_2P].any(axis=0)]
+        cosines = cosines.reshape(len(cosines), count, 8)
+        row, column = np.nonzero(cosines.max(axis=2) >= TURNED)
+        pairs.append(np.stack([row + start, column, cosines[row, column].argmax(axis=1)]))
+    found = np.concatenate(pairs, axis=1)  # each in both orders, and images with themselves
+    is_once = found[0] < found[1]
+    found = found[:, is_once & ~is_plain_N[found[:2]].any(axis=0)]
+
+    # Small images of parts of one shape on white are nearly equal: there, tiles decide. The second
+    # images, turned as they were found, follow the others.
+    is_doubtful = are_mostly_plain(small)[found[:2]].all(axis=0)
+    oriented = np.stack([small, small[:, :, ::-1]])
+    doubtful = found[:, is_doubtful]
+    turned_PSS = [np.rot90(oriented[way // 4, other], way % 4) for _, other, way in doubtful.T]
+    if not turned_PSS:
+        return found[:2]
+    both = np.concatenate([small, turned_PSS])
+    shares = compare_new(both, np.stack([doubtful[0], count + np.arange(len(turned_PSS))]))
+    return np.concatenate([found[:2, ~is_doubtful], doubtful[:2, shares >= MOSTLY]], axis=1)
 
 
 def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -24,6 +24,16 @@ from numpy.typing import NDArray
 # exceed it (docs/decisions.md).
 SAME = 0.95
 MOSTLY = 0.6
+# Share of the equal tiles of a copy where other images are alike: in classes that look alike, and in
+# frames that show something in few of their tiles, as objects cut out on white do. There, no tile
+# may differ: resistors with other rings have 0.93 of their tiles equal, cartons of other milk 0.78.
+NEARLY = 0.85
+SHOWN = (
+    0.6  # share of the tiles inside that show something, below which a frame is mostly plain
+)
+DIFFERS = 0.8  # correlation below which a tile differs
+TONE = 8.0  # standard deviation of the gray levels of the tiles of a background of one tone
+WHOLE = 0.5  # of the first image that the second one shows, from which on both show as much
 # tiles per side, and those that must show something
 TILES = 8
 MIN_TILES = 6
@@ -110,6 +120,16 @@ def compare_pixels(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray
         fit = _align(small, both_ways[:, way[block]], matrix[block], center[block], SIDE)
         np.maximum.at(shares, way[block] % num_pairs, _share_equal(fit, side))
     return shares
+
+
+def are_mostly_plain(small: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Tell which *small* images (N, S, S) are mostly a background of one tone, as objects on white are."""
+    width = small.shape[1] // TILES
+    tiles = small.reshape(len(small), TILES, width, TILES, width)
+    is_plain = tiles.std(axis=(2, 4)) < PLAIN
+    levels = np.ma.masked_array(tiles.mean(axis=(2, 4)), ~is_plain)
+    has_one_tone = levels.std(axis=(1, 2)).filled(np.inf) < TONE
+    return has_one_tone & (is_plain.mean(axis=(1, 2)) > 1 - SHOWN)
 
 
 def _select_best(
@@ -319,7 +339,8 @@ def _slopes_by_map(images: _Images) -> _Images:
 def _share_equal(fit: _Fit, side: int) -> _Images:
     """Return the share (P,) of the tiles that are equal, among those that show something.
 
-    It is 0 where the part is too small or too large for images of *side* pixels.
+    It is 0 where the part is too small or too large for images of *side* pixels, and below `MOSTLY`
+    for mostly plain frames that are not `NEARLY` equal.
     """
 
     def cut(samples_PK: NDArray[Any]) -> NDArray[Any]:
@@ -328,6 +349,7 @@ def _share_equal(fit: _Fit, side: int) -> _Images:
 
     shown = cut(fit.shown)
     expected = cut(fit.expected)
+    levels = expected.mean(axis=2)
     shown = shown - shown.mean(axis=2, keepdims=True)
     expected = expected - expected.mean(axis=2, keepdims=True)
     contrast_shown = np.sqrt((shown**2).mean(axis=2))
@@ -337,14 +359,25 @@ def _share_equal(fit: _Fit, side: int) -> _Images:
 
     # Tiles count if all of their samples are inside, and one of the two shows something.
     shows_something = np.maximum(contrast_shown, contrast_expected) >= PLAIN
-    counts = cut(fit.inside).all(axis=2) & shows_something
+    is_inside = cut(fit.inside).all(axis=2)
+    counts = is_inside & shows_something
     num_counted = counts.sum(axis=1)
     num_equal = ((correlations >= SAME) & counts).sum(axis=1)
+    shares = num_equal / np.maximum(num_counted, 1)
 
     # The area of the part, as a share of the first image.
     area = np.abs(np.linalg.det(fit.matrices)) * 4 / side**2
     is_part = (area > MIN_AREA) & (area < MAX_AREA) & (num_counted >= MIN_TILES)
-    return np.where(is_part, num_equal / np.maximum(num_counted, 1), 0)
+
+    # Objects of one shape on white have equal outlines, and many tiles show nothing else. Their
+    # share counts as that of similar images. A small part may differ because it is sharper.
+    is_whole = (area > WHOLE) & (area < 1 / WHOLE)
+    has_one_tone = np.ma.masked_array(levels, ~is_inside | counts).std(axis=1).filled(0) < TONE
+    is_plain = is_whole & has_one_tone & (num_counted < SHOWN * is_inside.sum(axis=1))
+    has_difference = ((correlations < DIFFERS) & counts).any(axis=1)
+    is_similar = is_plain & ((shares < NEARLY) | has_difference)
+    shares = np.where(is_similar, shares * MOSTLY, shares)
+    return np.where(is_part, shares, 0)
 
 
 def _blur_level(area: _Images) -> NDArray[np.intp]:

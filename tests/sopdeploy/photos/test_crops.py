@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageDraw, ImageEnhance
 
 from sopdeploy.photos.copies import shrink
 from sopdeploy.photos.crops import MOSTLY, compare_pixels
@@ -75,3 +75,41 @@ def test_noise_and_plain_images_are_no_copies_of_each_other():
     ramp = np.broadcast_to(np.arange(64, dtype=np.uint8) // 8, (1, 64, 64))
     small = np.concatenate([noise, plain, ramp])
     assert not equal_pairs(small, pairs_of(len(small)))
+
+
+def cut_out(rings: list[int], size: int = 160) -> Image.Image:
+    """Draw a part on white, with wires and rings of these gray levels, which fills half of the frame."""
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
+    draw.line((0, 80, 160, 80), fill=(150, 150, 150), width=5)
+    for row in range(50, 110):
+        draw.line((25, row, 135, row), fill=(290 - 2 * row, 250 - 2 * row, 220 - 2 * row))
+    for number, level in enumerate(rings):
+        left = 40 + 22 * number
+        draw.rectangle((left, 51, left + 9, 109), fill=(level, level // 2, level))
+    return image
+
+
+CUT_OUT_COPIES = {
+    "smaller": lambda image: image.resize((90, 90)),
+    "darker": lambda image: ImageEnhance.Brightness(image).enhance(0.8),
+    "turned": lambda image: image.rotate(15, fillcolor="white"),
+    "squashed": lambda image: image.resize((160, 130)),
+    "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+    "cropped": lambda image: image.crop((8, 8, 152, 152)),
+}
+
+
+def test_parts_of_one_shape_on_white_are_no_copies_of_each_other():
+    rings = [[250, 30, 250, 30], [30, 250, 250, 30], [30, 30, 30, 250], [250, 250, 30, 250]]
+    small = np.stack([shrink(cut_out(levels)) for levels in rings])
+
+    assert equal_pairs(small, pairs_of(len(rings))) == []
+
+
+@pytest.mark.parametrize("change", CUT_OUT_COPIES.values(), ids=CUT_OUT_COPIES)
+def test_a_copy_of_a_part_on_white_is_found(change):
+    image = cut_out([250, 30, 250, 30])
+    small = np.stack([shrink(image), shrink(change(image))])
+
+    assert equal_pairs(small, pairs_of(2)) == [[0, 1]]
