@@ -167,18 +167,31 @@ class BundleComparison(StrictModel):
 
     @property
     def change_problem(self) -> str:
-        """Why the second bundle does not show that it has learned a change; empty without a change."""
-        if self.changed_at is None:
-            return ""
+        """Why the second bundle does not show that it has learned a change; empty without a change.
 
-        begin = f"since the traffic changed, {self.changed_at:%Y-%m-%d %H:%M} UTC"
-        since = self.periods[0].num_images if self.periods else 0
-        if since < MIN_IMAGES:
-            missing = math.ceil(LABELS_PER_DECIDING * (MIN_IMAGES - since))
-            return f"only {amount(since, 'photo')} {begin}; label about {missing} more"
-        if self.periods[0].second <= self.periods[0].first:
-            return f"no better {begin}: {self.periods[0].line}"
-        return ""
+        Too few photos since the change show nothing: traffic can be so low that there are no more.
+        """
+        since = self.periods[0] if self.changed_at and self.periods else None
+        if since is None or since.num_images < MIN_IMAGES or since.second > since.first:
+            return ""
+        return f"no better {self._since}: {since.line}"
+
+    @property
+    def change_note(self) -> str:
+        """What is not known about a change, because there are too few photos since then; else empty."""
+        since = self.periods[0].num_images if self.changed_at and self.periods else 0
+        if self.changed_at is None or since >= MIN_IMAGES:
+            return ""
+        missing = math.ceil(LABELS_PER_DECIDING * (MIN_IMAGES - since))
+        return (
+            f"only {amount(since, 'photo')} {self._since}: whether the bundle has learned it is not known; "
+            f"label about {missing} more when they have come"
+        )
+
+    @property
+    def _since(self) -> str:
+        """When the change began, in words."""
+        return f"since the traffic changed, {self.changed_at:%Y-%m-%d %H:%M} UTC"
 
     @property
     def passes(self) -> bool:
@@ -326,4 +339,6 @@ def show_comparison(result: BundleComparison) -> None:
 
     for period in result.periods:
         say(period.line)
+    if result.change_note:
+        say(result.change_note)
     say(result.summary, style="bold")

@@ -54,6 +54,8 @@ def _show(move: Promotion) -> None:
     say(move.reason)
     for period in move.comparison.periods if move.comparison else ():
         say(period.line)
+    if move.comparison and move.comparison.change_note:
+        say(move.comparison.change_note)
     if move.num_trained:
         say(f"{amount(move.num_trained, 'photo')} that decided will be trained on from now on")
 
