@@ -33,7 +33,6 @@ WINDOW = 1000  # predictions of a full window
 NEWEST = 100  # predictions that show a large change
 NUM_EXCHANGES = 1000
 SIGNIFICANCE = 0.002  # of each statistic: of all five together 1 % (Bonferroni)
-NUM_COMPARISONS = 10  # of windows that overlap, for which p-values are corrected
 MIN_SHIFT = 0.1  # standard deviations
 MAX_LOG_ODDS = 10.0  # larger ones are clipped: no difference between sure and surer
 # What a difference of each statistic probably comes from.
@@ -193,12 +192,14 @@ def compare_answers(
         for name in CAUSES
         if name != "unknown" or (reference.has_unknown and window.has_unknown)
     ]
-    reduced = math.sqrt(min(1.0, len(window.classes) / WINDOW))
+    share = min(1.0, len(window.classes) / WINDOW)
+    reduced = math.sqrt(share)
+    num_comparisons = 1 / max(share, NEWEST / WINDOW)  # of such windows in a full one
 
     compared = {}
     for name in names:
         shift, p_value, rises = compare_samples(first[name], second[name])
-        p_value = min(1.0, NUM_COMPARISONS * p_value)
+        p_value = min(1.0, num_comparisons * p_value)
         compared[name] = Comparison(reduced * shift, p_value, rises)
     return compared
 

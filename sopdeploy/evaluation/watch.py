@@ -1,7 +1,7 @@
 """Watches blocks of predictions for drift: what is compared with what, when an alarm begins and ends.
 
 The *reference* are blocks from before, the *window* the newer ones. The first `FIRST_BLOCKS` are
-the first reference. It moves only where no alarm is: a full window without one replaces it. So the
+the first reference. A full window that does not seem to differ replaces it. So the
 reference of an alarm is from before the change, also if another bundle comes meanwhile, which then
 predicts the images of the reference again.
 
@@ -24,6 +24,7 @@ NEWEST_BLOCKS = NEWEST // BLOCK  # with which the first comparison can be made
 FIRST_BLOCKS = 12
 TEST_BLOCKS = 2  # new ones from comparison to comparison
 END_BLOCKS = 8  # without an alarm, which end it
+UNSURE = 0.2  # p-value up to which a window may differ, so that it is no reference
 
 BlockT = TypeVar("BlockT")
 Comparisons: TypeAlias = Mapping[str, Comparison]
@@ -97,7 +98,8 @@ class Watch(Generic[BlockT]):
             return clearer, self._continue(compare)
 
         if not any(one.is_alarm for one in clearer.values()):
-            if len(self.window) == NUM_BLOCKS:
+            is_usual = all(one.p_value > UNSURE for one in whole.values())
+            if len(self.window) == NUM_BLOCKS and is_usual:
                 self.reference = self.window
                 self.window = []
             return clearer, None

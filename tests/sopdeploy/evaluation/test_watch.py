@@ -10,6 +10,7 @@ from sopdeploy.evaluation.watch import (
     FIRST_BLOCKS,
     NEWEST_BLOCKS,
     NUM_BLOCKS,
+    UNSURE,
     Comparisons,
     News,
     Watch,
@@ -55,6 +56,17 @@ def test_the_first_comparison_comes_when_it_was_announced() -> None:
 
 def test_the_last_full_window_without_an_alarm_is_the_reference(watch) -> None:
     assert len(watch.reference) == NUM_BLOCKS
+
+
+@pytest.mark.parametrize(("p_value", "kind"), [(UNSURE, USUAL), (2 * UNSURE, CHANGED)])
+def test_a_window_that_may_differ_is_no_reference(watch, p_value, kind) -> None:
+    """So a change that is not significant yet does not become usual."""
+    unclear = {"image": Comparison(1.0, p_value)}
+    for _ in range(2 * NUM_BLOCKS):
+        if watch.add(CHANGED):
+            _, news = watch.test(lambda *_parts: unclear)
+            assert news is None
+    assert set(watch.reference) == {kind}
 
 
 def test_an_alarm_begins_within_the_newest_blocks_and_goes_on_while_the_change_stays(
