@@ -142,6 +142,8 @@ site: $(STAMP)  ## build docs/ as a site; open build/site/index.html
 # index. The .pth file is for a $(PYTHON) that is itself a virtual environment. Before Python 3.12, `venv` adds an old
 # setuptools, which would hide the one that torch needs.
 $(GPU_VENV)/.installed: pyproject.toml
+	@nvidia-smi --list-gpus 2>/dev/null | grep -q . || \
+		{ echo "gpu-check: nvidia-smi lists no GPU; run it on a machine with an NVIDIA GPU and its driver" >&2; exit 2; }
 	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
 	$(GPU_VENV)/bin/python -m pip uninstall --quiet --yes setuptools
 	$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \

@@ -175,6 +175,12 @@ def test_the_demo_detaches_branches_serves_and_classifies_digits(
     assert re.search(
         r"35\d of 359 right: the validation digits, .* \(95 % interval 9\d to ", done.stdout
     )
+    # The table of what was detached: before, after and removed.
+    for what in ("tensors", "parameters", "multiply-adds per image"):
+        row = re.search(rf"^{what} +([\d,]+) +([\d,]+) +([\d,]+)", done.stdout, re.MULTILINE)
+        assert row is not None
+        before, after, removed = (int(text.replace(",", "")) for text in row.groups())
+        assert before - after == removed > 0
     assert "Next: use your own photos" in done.stdout
 
 

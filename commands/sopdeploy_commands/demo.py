@@ -11,9 +11,11 @@ from typing import NamedTuple, TextIO, cast
 
 import typer
 
+from sopdeploy.bundle.manifest import CERTIFICATE
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_table, say
 from sopdeploy.client import Classification, Client
+from sopdeploy.config import parse_json
 from sopdeploy.errors import SopdeployError
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.files import BEST, LATEST, writing
@@ -54,7 +56,7 @@ def demo(*, out: Path = Path("demo")) -> None:
     with ThreadPoolExecutor() as pool:  # a failure is told once both have ended
         digits = pool.submit(_prepare_digits, out / "digits")
         classify_photographs(out)
-    show_digits(digits.result())
+    show_digits(digits.result(), out / "digits")
     say("Next: use your own photos, in folders photos/<class>/*.jpg:", style="bold")
     # `serve` checks a bundle and classifies, too
     optional_steps = ("sopdeploy verify", "sopdeploy predict")
@@ -147,8 +149,8 @@ def _prepare_digits(out: Path) -> _Prepared:
     return _Prepared({**outputs, SERVE: ready}, 0, truths, answers)
 
 
-def show_digits(prepared: _Prepared) -> None:
-    """Show what was *prepared*, and how many of the held-out digits are right."""
+def show_digits(prepared: _Prepared, folder: Path) -> None:
+    """Show what was *prepared* in *folder*, what was detached, and how many of the validation digits are right."""
     say(
         "Auxiliary branches: DSoP on digits; the export detaches them, with proof",
         style="bold",
@@ -161,8 +163,50 @@ def show_digits(prepared: _Prepared) -> None:
     if prepared.code:
         raise typer.Exit(prepared.code)  # the command has printed its error
 
+    say("", "What the export detached:", style="bold")
+    print_table(("", "in training", "in the bundle", "removed"), _count_detached(folder))
+
+    say("Validation digits, over HTTP:", style="bold")
     rate = _show_answers(prepared.truths, prepared.answers, _ROWS)
     expect("the validation digits, which also selected the epoch,", rate, MIN_DIGITS)
+
+
+def _count_detached(folder: Path) -> list[tuple[str, ...]]:
+    """Count tensors, parameters and operations of the network in *folder*, as trained and in its bundle.
+
+    The tensors are those of the certificate, the operations multiply-adds of convolutions and
+    linear layers for one image.
+    """
+    from sopdeploy.bundle.folder import open_bundle
+    from sopdeploy.checkpoint import read_checkpoint
+    from sopdeploy.models.describe import describe
+
+    # What the certificate lists.
+    bundle = open_bundle(folder / "bundles" / LATEST)
+    certificate = parse_json(bundle.contents[CERTIFICATE])
+    num_removed = len(certificate["removed"])
+    num_kept = len(certificate["kept"]) + len(certificate["unreached"])
+
+    # What the network computes.
+    checkpoint = read_checkpoint(folder / "runs" / LATEST / BEST)
+    counted = describe(
+        checkpoint.model,
+        image_size=checkpoint.preprocess.crop,
+        num_classes=len(checkpoint.labels),
+        **checkpoint.config,
+    )
+
+    trained = counted.training
+    shipped = counted.shipped
+    pairs = (
+        ("tensors", num_kept + num_removed, num_kept),
+        ("parameters", trained.parameters, shipped.parameters),
+        ("multiply-adds per image", trained.macs, shipped.macs),
+    )
+    return [
+        (what, f"{before:,}", f"{after:,}", f"{before - after:,}")
+        for what, before, after in pairs
+    ]
 
 
 def _run(words: str, out: Path) -> None:
