@@ -42,8 +42,8 @@ from sopdeploy.photos.files import (
 from sopdeploy.photos.forms import find_leftovers
 from sopdeploy.photos.photo import ImageFiles
 
-# Of files with many images, which no command converts
-ARRAYS = (".h5", ".hdf5", ".lmdb", ".mat", ".npy", ".npz", ".parquet", ".pkl", ".tfrecord")
+# Of files with many images, which no command converts; .h5 and .pkl are more often networks
+ARRAYS = (".lmdb", ".mat", ".npy", ".npz", ".parquet", ".tfrecord")
 
 
 class ClassListing(NamedTuple):
