@@ -24,7 +24,7 @@ from sopdeploy.evaluation.decision_fit import (
     fit_decision,
     fit_thresholds,
 )
-from sopdeploy.evaluation.label_doubts import find_label_doubts
+from sopdeploy.evaluation.label_doubts import describe_unjudged, find_label_doubts
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.evaluation.prediction import (
@@ -142,6 +142,8 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
                 labels = images.targets.astype(np.int64)
                 doubts = find_label_doubts(label_logits, labels, validation.copies)
                 is_doubted_N = doubts.listed
+                if unjudged := describe_unjudged(label_logits, labels, doubts):
+                    callback.on_warning(unjudged)
 
             signals.exchange()  # for a signal since the last progress
         except TrainingStoppedError as stop:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sopdeploy.evaluation.label_doubts import find_label_doubts
+from sopdeploy.evaluation.label_doubts import describe_unjudged, find_label_doubts
 from sopdeploy.evaluation.metrics import wilson
 from sopdeploy.evaluation.multi_label import MeanPrecision
 
@@ -47,3 +47,20 @@ def test_the_interval_of_a_perfect_ranking_has_the_width_of_its_independent_imag
         found = MeanPrecision.of(true, scores, 0, groups)
         assert (found.value, found.high) == (1.0, 1.0)
         assert found.low == pytest.approx(wilson(units, units).low)
+
+
+# Shares of images that are classified as their label says, and whether wrong labels can be found
+@pytest.mark.parametrize(("share", "is_told"), [(0.5, True), (0.75, True), (0.8, False)])
+def test_it_is_told_that_labels_cannot_be_judged_at_a_low_accuracy(share, is_told) -> None:
+    labels = np.repeat(np.arange(4), 25)
+    predicted = np.where(np.arange(100) % 20 < 20 * share, labels, (labels + 1) % 4)
+    logits = np.eye(4)[predicted]
+    doubts = find_label_doubts(logits, labels)
+    assert not doubts.listed.any()
+
+    said = describe_unjudged(logits, labels, doubts)
+
+    assert bool(said) == is_told
+    assert not is_told or f"agrees with {100 * share:.0f} % of the labels" in said
+    listed = doubts._replace(listed=np.arange(100) == 3)
+    assert describe_unjudged(logits, labels, listed) == ""
