@@ -69,7 +69,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP)  ## train on photographs and on digits, export with proof, serve, and classify over HTTP
+demo: $(STAMP)  ## train on photos and on digits, export with proof, serve, and classify over HTTP
 	$(BIN)/sopdeploy demo
 
 quick: $(STAMP)  ## format, lint, types, import contracts and unit tests, in under 90 seconds
@@ -168,7 +168,7 @@ gpu-check: $(GPU_VENV)/.installed  ## check and measure this machine's GPU, then
 soak: $(STAMP)  ## five minutes of valid, invalid, slow and disconnecting clients and model swaps; fails on a leak or a 5xx
 	$(BIN)/python benchmarks/soak.py $(SOAK)
 
-# From an archive: an sdist of the checkout would have its photographs and keys, too.
+# From an archive: an sdist of the checkout would have its photos and keys, too.
 dist: $(STAMP)  ## sdist and wheel of the commit in dist/, reproducible
 	rm -rf build/source && mkdir -p build/source
 	git archive --output build/source.tar HEAD && tar -xf build/source.tar -C build/source
