@@ -61,7 +61,7 @@ def test_a_signal_to_one_process_stops_both_and_one_process_resumes(
     shards = run_in_processes(f"{__name__}:train_until_signal", tmp_path, world=2)
     assert [len(steps) for steps in shards] == [8, 8]
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"best.pt", "history.csv", "last.pt", "run.json"}
+    assert names == {"best.pt", "history.csv", "last.pt", "recipe.toml", "run.json"}
     resumed, single = RecordingLoader(), RecordingLoader()
     monkeypatch.setattr(loop, "load_batches", resumed)
     result = train_recipe(short_recipe("epochs=3"), tmp_path / "run", resume=True)
