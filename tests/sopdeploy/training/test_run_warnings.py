@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.training.callback import Callback, WarningRecord
+from sopdeploy.training.callback import Callback, ForwardingCallback, WarningRecord
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.summary import read_summary, training_rows
 from sopdeploy.training.train import TrainingResult
@@ -194,4 +194,4 @@ def test_a_warning_is_told_once_and_those_of_the_run_before_are_kept() -> None:
     assert record.warnings == ["of the run before", "new"]
     assert [values["warning"] for _, values in callback.events] == ["new", "of the run before"]
     passed_on = {name for name in vars(Callback) if name.startswith("on_")}
-    assert passed_on <= vars(WarningRecord).keys()
+    assert passed_on <= vars(ForwardingCallback).keys()
