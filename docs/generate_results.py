@@ -104,7 +104,7 @@ def other_photos() -> Measured:
     }
     claims = [
         "mean of {sets} data sets | [{accuracy:.1f} % ({least:.0f} to {most:.0f})]",
-        "same sets | [{gain:.1f} points]",
+        "on mean features | [{gain:.1f} points]",
         "(higher is better) | [{rejected:.1f} %]",
     ]
     command = "python benchmarks/other_photos.py --photos C/sports=TRAIN,TEST ... --unknown DIR --weights FILE"
