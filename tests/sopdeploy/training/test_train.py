@@ -55,6 +55,7 @@ def test_a_run_writes_last_best_and_history(finished) -> None:
         "history.csv",
         "last.pt",
         "run.json",
+        "recipe.toml",
     }
     files = (result.best, result.last, result.history)
     assert files == (out / "best.pt", out / "last.pt", out / "history.csv")

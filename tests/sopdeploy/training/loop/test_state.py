@@ -36,7 +36,7 @@ from tests.sopdeploy.training.runs import (
 )
 
 pytestmark = pytest.mark.usefixtures("few_digits")
-FILES = {"best.pt", "history.csv", "last.pt", "run.json"}
+FILES = {"best.pt", "history.csv", "last.pt", "run.json", "recipe.toml"}
 
 
 @pytest.fixture(scope="module")
