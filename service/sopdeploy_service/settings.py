@@ -162,7 +162,7 @@ class Settings(StrictModel):
 
     max_connections: Count = setting(
         1000,
-        "one more closes a slow or idle one, first of an address that has a quarter; or gets 503",
+        "one more, or more than a quarter of one address, closes an idle one or gets 503",
     )
     keep_alive_seconds: Count = setting(
         3700, "idle time; longer than the idle time of proxies in front (Envoy: 1 h)"

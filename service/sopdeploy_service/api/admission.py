@@ -31,7 +31,7 @@ from sopdeploy_service.inference import results
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.inference.service import Images, Service, Traffic
-from sopdeploy_service.inference.uploads import SMALL_BODY, UPLOADS_FULL, Body
+from sopdeploy_service.inference.uploads import SMALL_BODY, Body
 from sopdeploy_service.origins import client_address
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
@@ -90,7 +90,7 @@ def json_response(
 
 @dataclass(eq=False, slots=True)
 class AdmittedRequest:
-    """A request to *model*, which stays loaded.
+    """A request of *client*, a key or address, to *model*, which stays loaded.
 
     *started*, *received* and *deadline* are times of `time.monotonic`. The whole request has
     arrived at *received*, which is *started* until `end_upload`; it is answered within *timeout*
@@ -101,6 +101,7 @@ class AdmittedRequest:
     service: Service
     context: RequestContext
     model: Model
+    client: str
     body: Body
     started: float
     timeout: float
@@ -172,7 +173,7 @@ class AdmittedRequest:
         stages["receive"] = time.monotonic() - self.started - stages.get("load", 0.0)
 
         # Run them, unless the client leaves.
-        client = self.body.client
+        client = self.client
         if explain:
             work = service.explain(self.model, images, self.deadline, client)
         else:
@@ -225,12 +226,13 @@ async def admit(
         if context.rate_limit is not None:  # `infer` takes the tokens of the images
             context.rate_limit.spend(1, check_only=True)
 
-        with service.registry.use(model), service.uploads.open(client) as body:
+        with service.registry.use(model), service.uploads.open() as body:
             admitted = AdmittedRequest(
                 request=request,
                 service=service,
                 context=context,
                 model=model,
+                client=client,
                 body=body,
                 started=started,
                 timeout=timeout,
@@ -438,14 +440,13 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
         # body in vain.
         service.uploads.check(body, max(0, announced_bytes - context.bytes))
 
-        # Wait for the next piece, as long as the minimum rate allows. `uploads` ends the wait by
-        # `body.timer` if this body has to make room for another one.
+        # Wait for the next piece, as long as the minimum rate allows.
         began = time.monotonic()
         try:
-            async with asyncio.timeout(grace) as body.timer:
+            async with asyncio.timeout(grace):
                 message = await admitted.request.receive()
         except TimeoutError as problem:
-            raise RejectedError(UPLOADS_FULL if body.is_refused else SLOW_BODY) from problem
+            raise RejectedError(SLOW_BODY) from problem
 
         if message["type"] == "http.disconnect":
             raise RejectedError(results.CLIENT_GONE)
@@ -455,10 +456,6 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
         delay = time.monotonic() - began - len(piece) / settings.min_body_rate
         longest = max(MAX_CREDIT_SECONDS, settings.body_grace_seconds)
         grace = min(longest, grace - delay)
-
-        # The piece came at the same moment as the refusal.
-        if body.is_refused:
-            raise RejectedError(UPLOADS_FULL)
 
         # Count the piece, within the limits of all bodies and of this one.
         service.uploads.add(body, len(piece))
@@ -470,6 +467,5 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
             pieces.append(piece)
 
         if not message.get("more_body", False):
-            body.timer = None
             admitted.end_upload()
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)

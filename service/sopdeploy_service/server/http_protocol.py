@@ -32,22 +32,14 @@ MAX_HEADER_BYTES = 32_768  # of all headers of a request
 LINGER_SECONDS = 2.0
 AGE_SPREAD = 0.1  # of the age limit: connections that began together do not end together
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
-# Bytes of content that pay for a chunk or a read, for each of which the parser calls back
-CALLBACK_BYTES = 64
 
 _MALFORMED = HttpError("malformed_request", 400, "the request is not valid HTTP/1.1 (RFC 9112)")
-EVICTED = HttpError(
-    "slow_body",
-    408,
-    "the body arrives more slowly than others, and this server needs the connection",
-)
 SLOW_HEADERS = HttpError("slow_request", 408, "the request headers did not arrive in time")
 LONG_URL = HttpError("url_too_long", 414, "the URL is longer than the limit of this server")
 LARGE_HEADERS = HttpError(
     "headers_too_large",
     431,
-    "the request has more or larger headers, trailers or chunk extensions, or smaller chunks, than this "
-    "server accepts",
+    "the request has more or larger headers, trailers or chunk extensions than this server accepts",
 )
 UNKNOWN_CODING = HttpError(
     "unknown_transfer_coding",
@@ -95,11 +87,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # Whether the headers, or the body, of a request are arriving now.
         self._in_headers = self._in_body = False
         self._header_bytes = 0  # of the names and values of complete headers and trailers
-
-        # The overhead: the bytes of the headers, or those of the body besides its content, and
-        # `CALLBACK_BYTES` for each read and chunk. Each byte of content pays for one of them.
-        # `_read_bytes` are those of the present read.
-        self._overhead_bytes = self._read_bytes = 0
+        # Of headers, trailers or chunk extensions that have no end yet, which the parser holds
+        self._pending_bytes = 0
         self._ignores_input = False  # true after the last request
         self._closed = False  # whether `close` was called; the transport may still have output
         self._kept_until: float | None = (
@@ -154,10 +143,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._parse(data)
 
     def _parse(self, data: bytes) -> None:
-        """Parse *data*; reject a bad request, else note what is due: headers or a body."""
-        # Count what arrives besides content, and parse it.
-        self._read_bytes = len(data)
-        self._overhead_bytes += len(data) + CALLBACK_BYTES
+        """Parse *data*; reject a bad request, else begin the time for headers if they are due."""
+        self._pending_bytes += len(data)  # unless a callback of the parser sets it to 0
 
         try:
             self._feed_without_upgrade(data)
@@ -166,10 +153,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 return
             self._error = self._error or _MALFORMED
 
-        self._overhead_bytes = max(0, self._overhead_bytes)  # content is no credit for later
         # The headers arrive with the URL.
-        limit = MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES
-        if self._error is None and self._overhead_bytes > limit:
+        if self._error is None and self._pending_bytes > MAX_URL_BYTES + MAX_HEADER_BYTES:
             self._error = LARGE_HEADERS
 
         # Respond to an error, or begin the time for what is due.
@@ -180,9 +165,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._reject(self._error)
         elif expects_headers and self._timer is None:
             self._start_header_timeout()
-        elif self._in_body and not self._ignores_input:
-            # A body that has arrived as a whole never gets here.
-            self._shared.bodies.setdefault(self, self.loop.time())
 
     def _feed_without_upgrade(self, data: bytes) -> None:
         """Parse *data*; answer a request for an upgrade as if it had not asked for one, then close.
@@ -207,7 +189,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             body_start = upgrade.args[0]
             callbacks = SimpleNamespace(
                 on_body=self.on_body,
-                on_chunk_header=self.on_chunk_header,
                 on_message_complete=self._end_last_request,
             )
 
@@ -241,7 +222,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._shared.idle.pop(self, None)
 
         self._in_headers = True
-        self._header_bytes = self._overhead_bytes = self._read_bytes = 0
+        self._header_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         """Limit the length of the URL."""
@@ -264,8 +245,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """
         # End the time for the headers.
         self._in_headers = False
-        self._overhead_bytes = self._read_bytes = 0
-        self._shared.waiting.pop(self, None)
+        self._pending_bytes = 0
         self._stop_timer()
 
         # Refuse what proxies and servers may read differently (request smuggling).
@@ -305,16 +285,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_started:
             self.cycle.keep_alive = False
 
-    def on_chunk_header(self) -> None:
-        """Limit the number of chunks whose content does not pay for them."""
-        self._overhead_bytes += CALLBACK_BYTES
-        # The present read was added as a whole, its content included.
-        if self._overhead_bytes > MAX_HEADER_BYTES + self._read_bytes:
-            self._refuse(LARGE_HEADERS)
-
     def on_body(self, body: bytes) -> None:
         """Pass a piece of the body to the request."""
-        self._overhead_bytes -= 2 * len(body)  # content is no overhead, and pays for as much
+        self._pending_bytes = 0
         self.body_bytes += len(body)
         if not self._ignores_input:
             super().on_body(body)
@@ -326,7 +299,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         self._in_body = False
-        self._shared.bodies.pop(self, None)
+        self._pending_bytes = 0
         super().on_message_complete()
 
         # The response was complete before the body: the idle time begins only now.
@@ -362,7 +335,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().pause_writing()
         if self._write_timer is None:
             self._write_timer = self.loop.call_later(self._limits.write_timeout, self.abort)
-            self._shared.unread[self] = self.loop.time()
 
     def resume_writing(self) -> None:
         """Stop the write timeout."""
@@ -370,7 +342,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
-            self._shared.unread.pop(self, None)
 
     def write(self, data: bytes) -> None:
         """Send *data* unless the connection was closed."""
@@ -401,18 +372,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             # It closes after the pending output, for which the client has limited time.
             self.transport.close()
             self._start_timer(self._limits.write_timeout, self.abort)
-            self._shared.note_last_output(self)
 
     timeout_keep_alive_handler = close
-
-    def evict(self) -> None:
-        """Close for another connection; a request that has begun and has no response yet gets 408."""
-        if self in self._shared.unread:
-            self.abort()
-        elif self in self._shared.idle:
-            self.close()
-        else:
-            self._reject(EVICTED if self in self._shared.bodies else SLOW_HEADERS)
 
     def abort(self) -> None:
         """Close immediately and discard the pending output."""
@@ -484,11 +445,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.write(b"".join([*lines, b"\r\n", body]))
 
     def _start_header_timeout(self) -> None:
-        """Note that headers are due; reject the request if they do not arrive in time."""
-        self._shared.waiting.pop(self, None)
-        self._shared.waiting[self] = (
-            self.loop.time()
-        )  # at the end: the order is that of the times
+        """Reject the request if its headers do not arrive in time."""
         self._start_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
 
     def _start_timer(self, seconds: float, callback: Callable[[], None]) -> None:

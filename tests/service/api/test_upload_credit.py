@@ -20,34 +20,38 @@ PAUSES = {
 
 
 @pytest.mark.parametrize(("num_bytes", "seconds"), PAUSES.values(), ids=PAUSES)
-def test_a_fast_body_may_pause_for_what_it_is_ahead(num_bytes, seconds):
-    async def pause() -> float:
+def test_a_fast_body_may_pause_for_what_it_is_ahead(monkeypatch, num_bytes, seconds):
+    allowed: list[float] = []
+    end = asyncio.timeout
+
+    def timeout(grace: float) -> asyncio.Timeout:
+        allowed.append(grace)
+        return end(grace)
+
+    async def pause() -> None:
         uploads = Uploads(1 << 30)
-        settings = Settings()
-        context = SimpleNamespace(headers={}, bytes=0)
+        messages = [
+            {"type": "http.request", "body": b"", "more_body": False},
+            {"type": "http.request", "body": b"x" * num_bytes, "more_body": True},
+        ]
 
-        with uploads.open("client") as body:
-            messages = [{"type": "http.request", "body": b"x" * num_bytes, "more_body": True}]
-            loop = asyncio.get_running_loop()
-            allowed = 0.0
+        async def receive() -> dict[str, object]:
+            return messages.pop()
 
-            async def receive() -> dict[str, object]:
-                nonlocal allowed
-                allowed = (body.timer.when() or 0.0) - loop.time()  # type: ignore[union-attr]
-                more = {"type": "http.request", "body": b"", "more_body": False}
-                return messages.pop() if messages else more
-
+        with uploads.open() as body:
             admitted = SimpleNamespace(
-                service=SimpleNamespace(uploads=uploads, settings=settings),
-                context=context,
+                service=SimpleNamespace(uploads=uploads, settings=Settings()),
+                context=SimpleNamespace(headers={}, bytes=0),
                 body=body,
                 request=SimpleNamespace(receive=receive),
                 end_upload=lambda: None,
             )
+            monkeypatch.setattr(asyncio, "timeout", timeout)
             await read_body(admitted, 1 << 30)  # type: ignore[arg-type]
-            return allowed
 
-    assert asyncio.run(pause()) == pytest.approx(seconds, abs=0.5)
+    asyncio.run(pause())
+
+    assert allowed == [5.0, pytest.approx(seconds, abs=0.5)]
 
 
 def test_an_upload_that_was_fast_is_answered_after_a_pause(serve_with, onnx_runtime, jpeg):

@@ -34,7 +34,6 @@ from sopdeploy_service.http.api_keys import (
     read_again,
     read_keys,
 )
-from sopdeploy_service.inference import uploads
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.server.draining_server import DrainingServer
 from sopdeploy_service.server.lifetime import Joined
@@ -367,35 +366,6 @@ def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, j
             except TimeoutError:
                 codes.append("waiting")
     assert 2 <= codes.count("waiting") <= 4
-    wait_for(lambda: count(client, "upload_bytes") == 0)
-
-
-def test_the_client_with_most_bytes_makes_room_for_the_body_of_another(
-    serve_with, jpeg, monkeypatch
-):
-    # Without time, the body with fewest bytes is the slowest.
-    monkeypatch.setattr(uploads, "time", SimpleNamespace(monotonic=lambda: 0.0))
-    limits = {"max_body_bytes": 2_000_000, "max_upload_bytes": 8_000_000}
-    client = serve_with(
-        FakeRuntime(num_classes=7), trusted_proxies="127.0.0.1", body_grace_seconds=60, **limits
-    )
-    photograph = jpeg + bytes(1_500_000 - len(jpeg))  # decoders ignore the end
-    with ExitStack() as stack:
-        holders = [stack.enter_context(connect(client)) for _ in range(4)]
-        for number, wire in enumerate(holders):
-            wire.sendall(POST + b"X-Forwarded-For: 10.0.0.1\r\nContent-Length: 1900000\r\n\r\n")
-            wire.sendall(bytes(1_700_000 - 100_000 * number))
-        wait_for(lambda: count(client, "upload_bytes") == 6_200_000)
-        refused = client.post(
-            "/v1/classify", content=photograph, headers={"x-forwarded-for": "10.0.0.1"}
-        )
-        answered = client.post(
-            "/v1/classify", content=photograph, headers={"x-forwarded-for": "10.0.0.2"}
-        )
-        slowest = read(holders[-1], to_the_end=False)
-        assert (slowest.status, slowest.code) == (429, "uploads_full")
-        wait_for(lambda: count(client, "upload_bytes") == 4_800_000)
-    assert (refused.status_code, answered.status_code) == (429, 200)
     wait_for(lambda: count(client, "upload_bytes") == 0)
 
 

@@ -387,6 +387,13 @@ def nginx(folder: Path, port: int, server: str) -> list[str]:
     return ["nginx", "-p", str(folder), "-c", "nginx.conf"]
 
 
+def haproxy(folder: Path, port: int, server: str) -> list[str]:
+    """Write the file of the page for HAProxy; return the command."""
+    own = block("haproxy").replace(":443 ssl crt /etc/haproxy/shop.pem", f"127.0.0.1:{port}")
+    (folder / "haproxy.cfg").write_text(own.replace("127.0.0.1:8000", server))
+    return ["haproxy", "-db", "-f", str(folder / "haproxy.cfg")]
+
+
 def caddy(folder: Path, port: int, server: str) -> list[str]:
     """Write the file of the page for Caddy; return the command."""
     own = block("caddyfile").replace("https://shop.example", f"http://shop.example:{port}")
@@ -437,7 +444,7 @@ def proxying(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("with_keys", [False, True], ids=["without keys", "with keys"])
-@pytest.mark.parametrize("write", [nginx, caddy, traefik])
+@pytest.mark.parametrize("write", [nginx, haproxy, caddy, traefik])
 def test_the_files_for_real_proxies_lead_to_the_server(
     write, bundle, jpeg, tmp_path, with_keys
 ) -> None:
