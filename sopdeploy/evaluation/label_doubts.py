@@ -82,7 +82,7 @@ def describe_unjudged(
     if doubts.listed.any() or share >= JUDGED:
         return ""
     return (
-        f"wrong labels cannot be found here: the classifier agrees with {100 * share:.0f} % of the labels, "
-        f"and below {100 * JUDGED:.0f} % a wrong one looks like an error of its own; check the labels of "
+        f"wrong labels may remain unseen: the classifier agrees with {100 * share:.0f} % of the labels, "
+        f"and below {100 * JUDGED:.0f} % most wrong ones look like its own errors; check the labels of "
         "the images that the report shows as errors"
     )

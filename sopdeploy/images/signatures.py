@@ -53,6 +53,7 @@ CONVERTERS = {
     ),
     "the program of the camera": ("", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".raw"),
     "libjxl": ('djxl "$f" "$f.png"', "JPEG XL", ".jxl"),
+    "libavif": ('avifdec "$f" "$f.png"', "AVIF", ".avif"),
     "DCMTK": ('dcmj2pnm --write-png "$f" "$f.png"', ".dcm"),
     "librsvg": ('rsvg-convert "$f" -o "$f.png"', "SVG", "XML or SVG", ".svg"),
     "Poppler": ('pdftoppm -png "$f" "$f"', "PDF", ".pdf"),
