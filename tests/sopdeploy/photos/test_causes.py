@@ -7,7 +7,7 @@ import pytest
 
 from sopdeploy.errors import DataError
 from sopdeploy.files import POINTER, POINTER_ADVICE
-from sopdeploy.images.signatures import CONVERTERS, REJECTED_SIGNATURES, has_image_suffix
+from sopdeploy.images.signatures import BRANDS, CONVERTERS, REJECTED_SIGNATURES, has_image_suffix
 from sopdeploy.photos.file_checks import find_unreadable
 from sopdeploy.photos.folder import open_folder
 from tests.support.small_data import jpeg
@@ -104,5 +104,5 @@ def test_every_format_that_has_a_converter_is_one_that_is_refused() -> None:
     kinds = {kind for _, *kinds in CONVERTERS.values() for kind in kinds}
     formats = {kind for kind in kinds if not kind.startswith(".")}
 
-    assert formats <= {*REJECTED_SIGNATURES.values()}
+    assert formats <= {*REJECTED_SIGNATURES.values(), *BRANDS.values()}
     assert not {kind for kind in kinds if has_image_suffix(f"x{kind}")}
