@@ -32,7 +32,12 @@ def test_health_asks_the_server_of_the_settings(
         given = str(tmp_path / "settings.toml") if name == "CONFIG" else value
         monkeypatch.setenv(f"SOPDEPLOY_{name}", given)
     requests: list[str] = []
-    monkeypatch.setattr(health_command, "_find_problem", requests.append)
+
+    def ask(url: str, *, is_this_machine: bool) -> None:
+        assert is_this_machine
+        requests.append(url)
+
+    monkeypatch.setattr(health_command, "_find_problem", ask)
 
     assert CliRunner().invoke(app, ["health"]).exit_code == 0
     assert requests == [asked]

@@ -7,7 +7,12 @@ import pytest
 
 from sopdeploy.errors import DataError
 from sopdeploy.files import POINTER, POINTER_ADVICE
-from sopdeploy.images.signatures import BRANDS, CONVERTERS, REJECTED_SIGNATURES, has_image_suffix
+from sopdeploy.images.signatures import (
+    BRANDS,
+    CONVERTERS,
+    REJECTED_SIGNATURES,
+    has_image_suffix,
+)
 from sopdeploy.photos.file_checks import find_unreadable
 from sopdeploy.photos.folder import open_folder
 from tests.support.small_data import jpeg

@@ -82,7 +82,7 @@ def test_a_table_finds_files_and_classes_in_any_encoding(
 def test_a_file_that_two_rows_name_differently_is_listed_twice(folder: Path) -> None:
     (folder / f"{DECOMPOSED}.png").write_bytes((folder / "a.png").read_bytes())
     for pair in ((f"{COMPOSED}.png", f"{DECOMPOSED}.png"), ("sub/c.png", "sub\\c.png")):
-        with pytest.raises(DataError, match=r"line 3: .* is the file of line 2, too"):
+        with pytest.raises(DataError, match=r"line 3: .* is also the file of line 2"):
             open_folder(write(folder, f"file,classes\n{pair[0]},cat\n{pair[1]},dog\n"))
 
 
@@ -110,7 +110,7 @@ def test_classes_of_a_table_that_are_easily_confused_are_named(folder: Path) -> 
 
 PROBLEMS = {
     "file,classes\n": "lists no images",
-    "file,classes\na.png,cat|dog\na.png,dog\n": "line 3: a.png is the file of line 2, too",
+    "file,classes\na.png,cat|dog\na.png,dog\n": "line 3: a.png is also the file of line 2",
     "file,classes\na.png,cat|dog\nx.png,cat\ny.png,\nz.png,\n": "line 3: x.png does not exist, and 2 more files",
     "file,classes\n..\\a.png,cat\n": "line 2: '..\\\\\\\\a.png' is not the path of an image, relative to",
     "file,classes\n../a.png,cat\n": "line 2: '../a.png' is not the path of an image, relative to",
