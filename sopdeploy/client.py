@@ -139,13 +139,7 @@ class AsyncClient:
         explain: bool = False,
     ) -> Classification | list[Classification]:
         """Do what `Client.classify` does, without blocking the event loop."""
-        params = {
-            "model": model,
-            "top_k": top_k,
-            "threshold": threshold,
-            "explain": explain or None,
-        }
-        return await self._run(_post, "/v1/classify", image, Classification, params, timeout)
+        return await self._run(_classify, image, model, timeout, top_k, threshold, explain)
 
     @overload
     async def embed(
@@ -161,8 +155,7 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> Embedding | list[Embedding]:
         """Do what `Client.embed` does, without blocking the event loop."""
-        params = {"model": model, "encoding_format": "base64"}
-        return await self._run(_post, "/v1/embed", image, Embedding, params, timeout)
+        return await self._run(_embed, image, model, timeout)
 
     async def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Request the server version and its models."""
@@ -253,13 +246,7 @@ class Client:
             for result in client.classify(["a.jpg", "b.jpg"], model="flowers"):
                 print(result.error.detail if result.error else result.classes[0].label)
         """
-        params = {
-            "model": model,
-            "top_k": top_k,
-            "threshold": threshold,
-            "explain": explain or None,
-        }
-        return self._run(_post, "/v1/classify", image, Classification, params, timeout)
+        return self._run(_classify, image, model, timeout, top_k, threshold, explain)
 
     @overload
     def embed(
@@ -283,8 +270,7 @@ class Client:
             first, second = (result.values for result in client.embed(["a.jpg", "b.jpg"]))
             cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
         """
-        params = {"model": model, "encoding_format": "base64"}
-        return self._run(_post, "/v1/embed", image, Embedding, params, timeout)
+        return self._run(_embed, image, model, timeout)
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Request the server version and its models.
@@ -428,6 +414,34 @@ async def _get_info(requests: Requests, timeout: float | None) -> ServerInfo:
         return ServerInfo.model_validate_json(response.content, extra="ignore")
     except pydantic.ValidationError as error:
         raise foreign_answer_error(response) from error
+
+
+async def _classify(
+    requests: Requests,
+    image: AnyImage | Sequence[AnyImage],
+    model: str | None,
+    timeout: float | None,
+    top_k: int | None,
+    threshold: float | None,
+    explain: bool,
+) -> Classification | list[Classification]:
+    params = {
+        "model": model,
+        "top_k": top_k,
+        "threshold": threshold,
+        "explain": explain or None,
+    }
+    return await _post(requests, "/v1/classify", image, Classification, params, timeout)
+
+
+async def _embed(
+    requests: Requests,
+    image: AnyImage | Sequence[AnyImage],
+    model: str | None,
+    timeout: float | None,
+) -> Embedding | list[Embedding]:
+    params = {"model": model, "encoding_format": "base64"}
+    return await _post(requests, "/v1/embed", image, Embedding, params, timeout)
 
 
 async def _post(

@@ -174,7 +174,7 @@ def show_digits(prepared: _Prepared, folder: Path) -> None:
 def _count_detached(folder: Path) -> list[tuple[str, ...]]:
     """Count tensors, parameters and operations of the network in *folder*, as trained and in its bundle.
 
-    The tensors are those of the certificate, the operations multiply-adds of convolutions and
+    The certificate lists the tensors. The operations are multiply-adds of convolutions and
     linear layers for one image.
     """
     from sopdeploy.bundle.folder import open_bundle

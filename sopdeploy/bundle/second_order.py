@@ -1,6 +1,6 @@
 """What a graph computes of second order, counted from its nodes: covariances, matrix square roots, mixtures.
 
-No name of a network, node or value is read, so the counts are those of the file.
+No name of a network, node or value is read, so the counts describe the file.
 
 - A product of a map with its own transpose is a covariance if the map was centered, as
   Subtract(X, ReduceMean(X)) does, and else a second moment.

@@ -18,8 +18,8 @@ LISTED_BY_CHANCE = 0.1
 # None is listed if chance lists as many of as many errors in more of the folders than this. Two
 # of two are listed.
 CHANCE_LEVEL = LISTED_BY_CHANCE**2
-# Below this share of images that are classified as their label says, wrong labels do not differ
-# from errors of the classifier: of 88 wrong ones in two such folders, none was listed.
+# Below this share of images that are classified as their label says, wrong labels often look like
+# errors of the classifier: of 88 wrong ones in two such folders, none was listed, in a third one 12.
 JUDGED = 0.8
 
 
@@ -77,7 +77,7 @@ def find_label_doubts(
 def describe_unjudged(
     logits_NC: NDArray[np.float64], labels: NDArray[np.int64], doubts: LabelDoubts
 ) -> str:
-    """Say that wrong *labels* (N,) cannot be found, if *doubts* lists none and many *logits_NC* differ; or ""."""
+    """Say that wrong *labels* (N,) may remain unseen, if *doubts* lists none and many *logits_NC* differ; or ""."""
     share = float((logits_NC.argmax(axis=1) == labels).mean())
     if doubts.listed.any() or share >= JUDGED:
         return ""

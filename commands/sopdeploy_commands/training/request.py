@@ -416,7 +416,7 @@ def configure(
 def _choose_data_kind(values: FieldValues, changed: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Choose the data source for a folder that *changed* values name, unless they name the source, too.
 
-    *values* are those of the recipe. Its data source stays if it reads the folder (`kind_of_folder`).
+    *values* come from the recipe. Its data source stays if it reads the folder (`kind_of_folder`).
     """
     from sopdeploy.data.sources import kind_of_folder
 

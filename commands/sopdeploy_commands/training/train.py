@@ -241,7 +241,7 @@ def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
 
 @command()
 def recipes(name: str | None = None) -> None:
-    """List the packaged recipes, or those of one family of networks, or print one recipe.
+    """List the packaged recipes or the recipes of a family of networks, or print one recipe.
 
     Every training writes its own recipe, with all settings, to recipe.toml in the folder of the run.
 

@@ -37,7 +37,7 @@ class Connections:
     `open` are all, in the order of their arrival, `idle` those between two requests, in the
     order in which this began. `closing` has those that have their last response and do not count
     any more, the earliest first. They stay open for a short time, until the client has read it,
-    or `SPARE` others follow. `num_by_address` does not count those of trusted proxies.
+    or `SPARE` others follow. `num_by_address` does not count connections of trusted proxies.
     """
 
     settings: Settings

@@ -184,7 +184,7 @@ class Suggestions:
         return max(self.suggest(path).items(), key=lambda item: item[1], default=("", 0.0))
 
     def most_similar(self, path: Path, others: Sequence[Path]) -> list[Path]:
-        """Return those of *others* that have a vector, the most similar to the photograph at *path* first.
+        """Return the *others* that have a vector, the most similar to the photograph at *path* first.
 
         There are none if that one has no vector yet.
         """
