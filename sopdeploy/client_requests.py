@@ -20,9 +20,8 @@ from sopdeploy.http_api import Problem
 from sopdeploy.proxies import HTTPX_PROXIES, describe_route, find_proxy
 
 REQUEST_ID = "X-Request-ID"  # a server returns that of the request
-CONNECT_SECONDS = (
-    2.0  # of the total; a host that is lost answers nothing, and another one may be free
-)
+# For the connection, of the total: a host that is lost answers nothing, and another one may be free
+CONNECT_SECONDS = 2.0
 # A connection that was idle for longer is not used again; httpx asks the system about younger ones.
 IDLE_SECONDS = 5.0
 LIMITS = httpx.Limits(

@@ -367,21 +367,21 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
         cosines = cosines.reshape(len(cosines), count, 8)
         row, column = np.nonzero(cosines.max(axis=2) >= TURNED)
         pairs.append(np.stack([row + start, column, cosines[row, column].argmax(axis=1)]))
-    found = np.concatenate(pairs, axis=1)  # each in both orders, and images with themselves
-    is_once = found[0] < found[1]
-    found = found[:, is_once & ~is_plain_N[found[:2]].any(axis=0)]
+    pairs_3P = np.concatenate(pairs, axis=1)  # each in both orders, and images with themselves
+    is_once = pairs_3P[0] < pairs_3P[1]
+    pairs_3P = pairs_3P[:, is_once & ~is_plain_N[pairs_3P[:2]].any(axis=0)]
 
     # Small images of parts of one shape on white are nearly equal: there, tiles decide. The second
     # images, turned as they were found, follow the others.
-    is_doubtful = are_mostly_plain(small)[found[:2]].all(axis=0)
+    is_doubtful = are_mostly_plain(small)[pairs_3P[:2]].all(axis=0)
     oriented = np.stack([small, small[:, :, ::-1]])
-    doubtful = found[:, is_doubtful]
+    doubtful = pairs_3P[:, is_doubtful]
     turned_PSS = [np.rot90(oriented[way // 4, other], way % 4) for _, other, way in doubtful.T]
     if not turned_PSS:
-        return found[:2]
+        return pairs_3P[:2]
     both = np.concatenate([small, turned_PSS])
     shares = compare_new(both, np.stack([doubtful[0], count + np.arange(len(turned_PSS))]))
-    return np.concatenate([found[:2, ~is_doubtful], doubtful[:2, shares >= MOSTLY]], axis=1)
+    return np.concatenate([pairs_3P[:2, ~is_doubtful], doubtful[:2, shares >= MOSTLY]], axis=1)
 
 
 def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:

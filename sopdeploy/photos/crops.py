@@ -28,9 +28,8 @@ MOSTLY = 0.6
 # frames that show something in few of their tiles, as objects cut out on white do. There, no tile
 # may differ: resistors with other rings have 0.93 of their tiles equal, cartons of other milk 0.78.
 NEARLY = 0.85
-SHOWN = (
-    0.6  # share of the tiles inside that show something, below which a frame is mostly plain
-)
+# Share of the tiles inside that show something, below which a frame is mostly plain
+SHOWN = 0.6
 DIFFERS = 0.8  # correlation below which a tile differs
 TONE = 8.0  # standard deviation of the gray levels of the tiles of a background of one tone
 WHOLE = 0.5  # of the first image that the second one shows, from which on both show as much
