@@ -332,7 +332,7 @@ def tables(rows: list[Row]) -> str:
         if row.proof
     ]
     head = ("library", "network", "pixels")
-    measured = ("drift", "file differs by")
+    measured = ("numerical error", "file differs by")
     return f"{markdown((*head, 'reason'), refused)}\n\n{markdown((*head, *measured), exported)}"
 
 
