@@ -3,7 +3,7 @@
     python first_contact.py FOLDER [PART ...] [--out OUT] [--minutes 15] [--resume] [--provider
     cpu]
 
-FOLDER is what `gpu_bundles.py` writes. The parts `machine`, `probes` and `speed` need ONNX
+FOLDER is what `gpu_bundles.py` writes. The parts `machine`, `outputs` and `speed` need ONNX
 Runtime with CUDA, `server` and `tensorrt` also this project. The most important part runs
 first, each in its own process, which writes each row at once to OUT/PART.jsonl; OUT/gpu.md
 lists all. No part runs longer than `PART_SECONDS`, or after --minutes. --resume skips parts
@@ -70,8 +70,8 @@ def machine(_: Bundle, provider: str) -> Iterator[Row]:
         }
 
 
-def probes(bundle: Bundle, provider: str) -> Iterator[Row]:
-    """Deviation from the probes in noise floors; operators on the CPU; copies between CPU and GPU."""
+def outputs(bundle: Bundle, provider: str) -> Iterator[Row]:
+    """Numerical error of reference outputs, in rounding errors; operators on the CPU; copies to and from it."""
     import numpy as np  # noqa: PLC0415  a missing package is one line of this part
 
     arrays = np.load(bundle["path"] / "probes.npz")
@@ -93,7 +93,7 @@ def probes(bundle: Bundle, provider: str) -> Iterator[Row]:
         )
     row = {
         "bundle": bundle["name"],
-        "noise floors": f"{deviation / floor:.2f} of {limit / floor:.1f}",
+        "numerical error": f"{deviation / floor:.2f} of {limit / floor:.1f}",
     }
     copies = sum("Memcpy" in event.get("args", {}).get("op_name", "") for event in events)
     yield row | {"on the CPU": str(dict(on_cpu)), "copies": copies}
@@ -155,7 +155,7 @@ def server(bundle: Bundle, provider: str) -> Iterator[Row]:
 
 
 def tensorrt(bundle: Bundle, _: str) -> Iterator[Row]:
-    """Engines that reproduce the probes: seconds to build, median milliseconds of a batch."""
+    """Engines that reproduce the reference outputs: seconds to build, median milliseconds of a batch."""
     from sopdeploy.bundle.folder import open_bundle  # noqa: PLC0415
     from sopdeploy_commands.bundles.bench import bench  # noqa: PLC0415
     from sopdeploy_commands.bundles.engine_builder.engine import get_engine  # noqa: PLC0415
@@ -171,7 +171,7 @@ def tensorrt(bundle: Bundle, _: str) -> Iterator[Row]:
 
 
 # The most important part first, because time on a GPU is short.
-PARTS = {part.__name__: part for part in (machine, server, probes, tensorrt, speed)}
+PARTS = {part.__name__: part for part in (machine, server, outputs, tensorrt, speed)}
 
 
 def open_session(bundle: Bundle, provider: str, profile: str = "") -> Any:

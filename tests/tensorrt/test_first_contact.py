@@ -34,14 +34,14 @@ def test_a_part_that_was_killed_is_repeated_and_those_that_succeeded_are_not(
     (out / "machine.jsonl").write_text(
         '{"what": "device", "value": "H100"}\n{"result": "ok (1.0 s)"}\n'
     )
-    (out / "probes.jsonl").write_text('{"bundle": "tiny fp32"}\n{"bundle": "ti')
-    command = [sys.executable, PROGRAM, folder, "--out", out, "machine", "probes", "tensorrt"]
+    (out / "outputs.jsonl").write_text('{"bundle": "tiny fp32"}\n{"bundle": "ti')
+    command = [sys.executable, PROGRAM, folder, "--out", out, "machine", "outputs", "tensorrt"]
     done = subprocess.run(
         [*command, "--resume", "--provider", "cpu"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (1, "")
     found = results(out)
-    assert (found["machine"], found["probes"][:4], found["server"]) == (
+    assert (found["machine"], found["outputs"][:4], found["server"]) == (
         "ok (1.0 s)",
         "ok (",
         "",
@@ -49,7 +49,7 @@ def test_a_part_that_was_killed_is_repeated_and_those_that_succeeded_are_not(
     assert found["tensorrt"].startswith("failed: tiny fp")
     page = (out / "gpu.md").read_text()
     assert "| device | H100 |" in page
-    assert page.count("| tiny fp") == 4  # probes, and the errors of tensorrt
+    assert page.count("| tiny fp") == 4  # outputs, and the errors of tensorrt
 
 
 def test_a_part_for_which_no_time_is_left_is_stopped_and_named(
@@ -63,11 +63,11 @@ def test_a_part_for_which_no_time_is_left_is_stopped_and_named(
         tmp_path / "out",
         "--minutes",
         "0",
-        "probes",
+        "outputs",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "")
-    assert results(tmp_path / "out")["probes"] == "failed: stopped after 0 s"
+    assert results(tmp_path / "out")["outputs"] == "failed: stopped after 0 s"
 
 
 @pytest.mark.skipif(not installed(), reason=ABSENT)
