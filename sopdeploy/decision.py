@@ -7,7 +7,7 @@ module does not import torch.
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -134,24 +134,8 @@ class Reference(StrictModel):
     ]
 
 
-class LabeledProbability(TypedDict):
-    """The name of a class and its probability."""
-
-    label: str
-    probability: float
-
-
-class AnswerFields(TypedDict):
-    """Fields of `http_api.Classes`; those that are not set are absent."""
-
-    classes: list[LabeledProbability]
-    known: NotRequired[bool]
-    score: NotRequired[float]
-    explanation: NotRequired[tuple[tuple[float, ...], ...]]
-
-
 class Answer(NamedTuple):
-    """What `Decision` says about one image.
+    """What `Decision` says about one image; `http_api.Classes.of` names its classes.
 
     Attributes:
         ranked: Index and probability of the listed classes, the most probable one first.
@@ -165,21 +149,6 @@ class Answer(NamedTuple):
     known: bool | None = None
     score: float | None = None
     explanation: tuple[tuple[float, ...], ...] | None = None
-
-    def fields(self, labels: Sequence[str]) -> AnswerFields:
-        """Return the fields that are set, with the names of the classes in *labels*."""
-        classes = [
-            LabeledProbability(label=labels[index], probability=p) for index, p in self.ranked
-        ]
-        fields = AnswerFields(classes=classes)
-
-        if self.known is not None:
-            fields["known"] = self.known
-        if self.score is not None:
-            fields["score"] = self.score
-        if self.explanation is not None:
-            fields["explanation"] = self.explanation
-        return fields
 
 
 class Decision(StrictModel):

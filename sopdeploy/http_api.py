@@ -1,11 +1,13 @@
 """Requests and responses of the HTTP API, for the server and the client; imports neither."""
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
 from sopdeploy.config import Fraction, StrictModel
+from sopdeploy.decision import Answer
 from sopdeploy.images.preprocess import Preprocess
 
 # What caches, campaigns and gateways add to any address.
@@ -100,6 +102,24 @@ class Classes(StrictModel):
     known: bool | None = None
     score: float | None = None
     explanation: tuple[tuple[float, ...], ...] | None = None
+
+    @classmethod
+    def of(
+        cls, answer: Answer, labels: Sequence[str], warnings: Sequence[str], **others: Any
+    ) -> Self:
+        """Name the classes of *answer* by *labels*; *others* are fields of a subclass."""
+        classes = tuple(
+            ClassProbability(label=labels[index], probability=probability)
+            for index, probability in answer.ranked
+        )
+        return cls(
+            classes=classes,
+            warnings=tuple(warnings),
+            known=answer.known,
+            score=answer.score,
+            explanation=answer.explanation,
+            **others,
+        )
 
 
 class EncodedEmbedding(StrictModel):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Literal, Required, TypeAlias, TypedDict
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -59,23 +59,8 @@ COLUMNS = {
 }
 
 
-class ImageRow(TypedDict, total=False):
-    """The columns of an image, as in `COLUMNS`, and those that were requested; missing ones become null."""
-
-    path: Required[str]
-    sha256: str
-    classes: list[str]
-    probabilities: list[float]
-    known: bool | None
-    score: float | None
-    warnings: Required[Sequence[str]]
-    error: str
-    error_message: str
-    bundle: str
-    logits: NDArray[np.float32]
-    features: NDArray[np.float32]
-
-
+# The cells of an image, in `COLUMNS` and in columns that were requested; missing ones become null
+ImageRow: TypeAlias = dict[str, object]
 # A row, and the pixels (H, W, 3): zeros for an image with an error
 RowAndPixels: TypeAlias = tuple[ImageRow, NDArray[np.uint8]]
 OnImages = Callable[[int], None]  # called with the number of images of each classified batch
@@ -96,7 +81,7 @@ class BatchClassifier:
         self._settings = settings
 
         manifest = loaded.bundle.manifest
-        optional: dict[Literal["logits", "features"], str] = {}
+        optional: dict[str, str] = {}
         if options.logits:
             optional["logits"] = manifest.outputs[0].name
         if options.features:

@@ -97,9 +97,7 @@ def predict_one(
     answer = manifest.rules.answer(
         logits, limit, occluded=np.stack(occluded) if explain else None
     )
-    return FilePrediction(
-        image=name, warnings=decoded.warnings, **answer.fields(loaded.bundle.labels)
-    )
+    return FilePrediction.of(answer, loaded.bundle.labels, decoded.warnings, image=name)
 
 
 def print_prediction(prediction: FilePrediction) -> None:

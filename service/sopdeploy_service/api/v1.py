@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Callable, Sequence
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
@@ -63,7 +63,7 @@ class Embeddings(StrictModel):
     results: tuple[EncodedEmbedding | Failed, ...]
 
 
-Fields: TypeAlias = dict[str, object]  # of a response model, which need no validation
+Fields: TypeAlias = dict[str, Any]  # of a response model
 
 
 @router.post(
@@ -110,7 +110,8 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
             answer = model.decision.answer(logits, top_k, query.threshold, prediction.occluded)
             if answer.known is False:  # None: the bundle does not tell
                 service.metrics.unknown_images.labels(model.name).inc()
-            return {**answer.fields(model.labels), "warnings": prediction.warnings}
+            named = Classes.of(answer, model.labels, prediction.warnings)
+            return named.model_dump(exclude_none=True)
 
         return _respond(admitted, upload, outcomes, format_classes)
 

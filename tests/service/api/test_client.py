@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from sopdeploy.client import Client
+from sopdeploy.http_api import Classes
 from sopdeploy.images.decode import decode
 from tests.support.service import LABELS, picture_bytes
 
@@ -115,7 +116,10 @@ def infer_input(name: str, values: np.ndarray, datatype: str, binary: bool) -> A
 
 def equal(logits: np.ndarray, bundle: Any, classified: Any) -> bool:
     answers = [bundle.manifest.rules.answer(row) for row in logits]
-    return [answer.fields(bundle.labels)["classes"] for answer in answers] == classified
+    named = [
+        Classes.of(answer, bundle.labels, ()).model_dump()["classes"] for answer in answers
+    ]
+    return named == [tuple(classes) for classes in classified]
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,9 @@ import httpx
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 from typer.testing import CliRunner
 
-from sopdeploy.decision import Decision, Rejection, softmax
-from sopdeploy.http_api import Classes
+from sopdeploy.decision import softmax
 from sopdeploy_commands.app import app
 from sopdeploy_service.api import admission
 from sopdeploy_service.api.v2 import routes
@@ -147,7 +143,7 @@ def test_only_a_request_that_is_answered_with_outputs_counts_as_a_success(
 
 def test_an_internal_error_is_a_problem_response(serve_with, jpeg, monkeypatch):
     client = serve_with(FakeRuntime(num_classes=7))
-    monkeypatch.setattr("sopdeploy.decision.Answer.fields", lambda *_: 1 / 0)
+    monkeypatch.setattr("sopdeploy.decision.Decision.answer", lambda *_: 1 / 0)
     reply = post(client, jpeg)
     assert (reply.status_code, reply.json()["code"]) == (500, "internal_error")
     assert len(reply.headers["x-request-id"]) == 32
@@ -291,19 +287,6 @@ def test_a_first_batch_that_fails_ends_every_command_in_one_line(
     assert result.stderr.splitlines() == [
         f"error: fake cannot run a batch on fake: {type(error).__name__}: {reason} [no_runtime]"
     ]
-
-
-SMALL = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(-3, 3).map(float))
-
-
-@given(SMALL, st.integers(1, 50), st.none() | st.just(Rejection(threshold=2.0)))
-def test_the_fields_of_an_answer_are_a_valid_response_model(logits, top_k, rejection):
-    labels = [f"class {index}" for index in range(len(logits))]
-    found = Decision(rejection=rejection).answer(logits, top_k).fields(labels)
-    model = Classes.model_validate(found, strict=False)
-    assert orjson.dumps(found) == orjson.dumps(
-        model.model_dump(exclude_none=True, exclude={"warnings"})
-    )
 
 
 def test_softmax_of_any_logits_is_the_distribution_of_its_definition():
