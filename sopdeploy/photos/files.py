@@ -9,6 +9,7 @@ names. Any case is accepted, and the usual affixes: `Training/`, `Val/`, `seg_tr
 `test_set/`.
 """
 
+import hashlib
 import os
 import re
 import unicodedata
@@ -42,6 +43,7 @@ SAMPLE_FOLDER = "sample"
 HELD_OUT_SUFFIX = (
     "-held-out"  # of the folder beside that of the classes, with what decides about a bundle
 )
+ID_DIGITS = 32  # hexadecimal
 KEPT_NAME = re.compile(r"[0-9a-f]{32}\.(jpg|png)")  # as a server writes it
 # Also of copies: ID-2, `ID (1)`, `ID copy`
 _KEPT_STEM = re.compile(r"([0-9a-f]{32})(?:[-_ (].*)?")
@@ -59,6 +61,19 @@ HELD_OUT = (
     "testing",
 )
 AFFIXES = {"set", "seg", "data", "images", "photos", "split"}
+
+
+def image_id(content: bytes) -> str:
+    """Return the ID of an image by the *content* of its file, which names it in the folder of a server.
+
+    Checkpoints and bundles record `Photo.file_hash` instead, as 0.1.0 did.
+    """
+    return hashlib.sha256(content).hexdigest()[:ID_DIGITS]
+
+
+def name_id(name: str | Path) -> str:
+    """Return the ID of a photograph that no server has kept by its *name* or path."""
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:ID_DIGITS]
 
 
 def kept_id(name: str) -> str:

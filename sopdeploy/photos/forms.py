@@ -5,7 +5,6 @@ Archives hold them in folders with the same names in every class (`<class>/image
 (`1.jpg`, `1_mask.png`). Names only propose what to compare; pixels decide.
 """
 
-import hashlib
 import os
 import re
 from collections import Counter, defaultdict
@@ -22,7 +21,7 @@ from PIL import Image
 from sopdeploy.errors import DataError
 from sopdeploy.files import read_file
 from sopdeploy.images.limits import MAX_BYTES
-from sopdeploy.photos.files import list_images, list_subfolders, part_kind
+from sopdeploy.photos.files import image_id, list_images, list_subfolders, part_kind
 from sopdeploy.photos.photo import Photo
 
 # Of 64 x 64 pixels of a mask, so many values make this share; of 676 photographs at most 87 %.
@@ -79,13 +78,13 @@ def find_copied_folders(root: Path, leave_out: Collection[str] = ()) -> list[str
             with suppress(OSError):
                 by_size[file.stat().st_size].append((name, file))
                 counts[name] += 1
-    folders_of_content = defaultdict[bytes, list[str]](list)
+    folders_of_content = defaultdict[str, list[str]](list)
     for files in by_size.values():
         if len({name for name, _ in files}) > 1:
             for name, file in files:
                 with suppress(OSError):
                     content = read_file(file, MAX_BYTES)
-                    folders_of_content[hashlib.blake2b(content).digest()].append(name)
+                    folders_of_content[image_id(content)].append(name)
 
     # The other folders that have the files of each one.
     in_others = defaultdict[str, Counter[str]](Counter)

@@ -1,6 +1,5 @@
 """`sopdeploy forget`: delete a photograph, its label and its records for a person who asks for it."""
 
-import hashlib
 import mmap
 import os
 import re
@@ -25,11 +24,10 @@ from sopdeploy.files import (
     open_regular,
     read_file,
     remove_leftovers,
-    sha256,
     writing,
 )
 from sopdeploy.images.signatures import is_image
-from sopdeploy.photos.files import kept_id, normalize, walk
+from sopdeploy.photos.files import image_id, kept_id, normalize, walk
 from sopdeploy.photos.photo import Photo
 from sopdeploy.project import BUNDLES, RUNS
 from sopdeploy_commands.tables import LISTING, ROWS_FOLDER, STATE, VERSION_KEY, check_schema
@@ -269,25 +267,25 @@ def _find_by_ids(files: Sequence[Path], ids: frozenset[str]) -> Iterator[Path]:
 
 
 class _Wanted(NamedTuple):
-    """A photograph to forget: the given path; size and sha256 if it is a file; ids under which it is kept."""
+    """A photograph to forget: the given path; size and ID if it is a file; ids under which it is kept."""
 
     path: Path
     size: int
-    digest: str
+    file_id: str
     ids: frozenset[str]
 
     @property
     def is_file(self) -> bool:
         """Whether a file was given, which is then found by its content; otherwise a name was."""
-        return self.digest != ""
+        return self.file_id != ""
 
     @classmethod
     def read(cls, photograph: str) -> "_Wanted":
         """Read the file *photograph*, if there is one; otherwise it is a name."""
         path = Path(photograph)
-        digest = sha256(path) if path.is_file() else ""
-        ids = {digest[:32], kept_id(path.name)} - {""}
-        return cls(path, path.stat().st_size if digest else 0, digest, frozenset(ids))
+        file_id = image_id(path.read_bytes()) if path.is_file() else ""
+        ids = {file_id, kept_id(path.name)} - {""}
+        return cls(path, path.stat().st_size if file_id else 0, file_id, frozenset(ids))
 
     def is_shown_by(self, path: Path) -> bool:
         """Tell whether *path* has the content of the given file, or is an image with the given name."""
@@ -310,7 +308,7 @@ class _Wanted(NamedTuple):
             if self.is_file and size == self.size and path.is_file():
                 with open_regular(path) as file:
                     file.seek(offset)
-                    return hashlib.sha256(file.read(size)).hexdigest() == self.digest
+                    return image_id(file.read(size)) == self.file_id
         return False
 
     def has_row(self, row: "_TableRow") -> bool:
@@ -436,7 +434,7 @@ def _check_one_photograph(
     photographs: dict[str, str] = {}
     for shown_path, file in files.items():
         is_readable = file.is_file() and is_image(file)  # not an archive
-        identity = sha256(file) if is_readable else os.path.abspath(file)  # noqa: PTH100
+        identity = image_id(file.read_bytes()) if is_readable else os.path.abspath(file)  # noqa: PTH100
         photographs.setdefault(identity, shown_path)
 
     if len(photographs) > 1:

@@ -13,7 +13,6 @@ network, still are.
 """
 
 import asyncio
-import hashlib
 import io
 import logging
 import math
@@ -42,6 +41,7 @@ from sopdeploy.evaluation.watch import NUM_BLOCKS, Comparisons, News, Watch
 from sopdeploy.file_systems import set_mode
 from sopdeploy.files import MAX_IMAGE_BYTES, atomic_write, read_file, remove_leftovers
 from sopdeploy.images.near_hash import COPY_BITS, OBJECT_BITS, near_hash
+from sopdeploy.photos.files import image_id
 from sopdeploy_service.inference.drift_state import (
     STATE,
     TRAFFIC,
@@ -169,7 +169,7 @@ class DriftMonitor:
         logits = prediction.outputs[model.logits_name]
         answer = Seen(prediction.pixels.copy(), logits)
         if isinstance(image, bytes):
-            answer = answer._replace(identity=hashlib.sha256(image).hexdigest()[:32])
+            answer = answer._replace(identity=image_id(image))
         traffic.seen.append(answer)
 
         if len(traffic.seen) == BLOCK:

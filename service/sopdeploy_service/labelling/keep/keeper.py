@@ -9,7 +9,6 @@ If a server has several processes, each decides on its own photographs, and one 
 all.
 """
 
-import hashlib
 import logging
 import queue
 import socket
@@ -28,6 +27,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ImageError
 from sopdeploy.images.near_hash import are_near, near_hash
+from sopdeploy.photos.files import image_id
 from sopdeploy.version import __version__
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction, RejectedError
@@ -75,12 +75,12 @@ class PredictedPhoto(NamedTuple):
 def reasons_to_keep(
     bundle: Bundle,
     logits: NDArray[np.float32],
-    sha256: str,
+    identity: str,
     share: float,
     *,
     is_reported: bool = False,
 ) -> tuple[Reason, ...]:
-    """List why a file with the hash *sha256* and with *logits* (C,) of *bundle* is worth a label.
+    """List why an image with the ID *identity* and with *logits* (C,) of *bundle* is worth a label.
 
     *share* of all files are in the uniform sample. The margin of a network with several classes
     per image is twice the distance of a probability from its threshold, for the closest class.
@@ -97,7 +97,7 @@ def reasons_to_keep(
     reasons: dict[Reason, bool] = {
         "unknown": answer.known is False,  # None: the bundle does not tell
         "low_margin": bool(margin < LOW_MARGIN),
-        "sample": int(sha256[:8], 16) < share * 2**32,  # the first 32 bits are uniform
+        "sample": int(identity[:8], 16) < share * 2**32,  # the first 32 bits are uniform
         "reported": is_reported,
     }
 
@@ -322,16 +322,16 @@ class Keeper:
 
     def _judge(self, photo: PredictedPhoto) -> WorthPhoto | None:
         """Describe *photo* if it is worth a label."""
-        sha256 = hashlib.sha256(photo.image).hexdigest()
+        identity = image_id(photo.image)
         is_reported = photo.reported is not None
         reasons = reasons_to_keep(
-            photo.bundle, photo.logits, sha256, self._share, is_reported=is_reported
+            photo.bundle, photo.logits, identity, self._share, is_reported=is_reported
         )
         if not reasons:
             return None
 
         # The suffix is not known before the copy is made; until then, it is `.jpg`.
-        return WorthPhoto(photo.image, _describe(photo, reasons, f"{sha256[:32]}.jpg"))
+        return WorthPhoto(photo.image, _describe(photo, reasons, f"{identity}.jpg"))
 
     def _store(self, photo: WorthPhoto) -> KeptResult | None:
         """Copy *photo* without its metadata into the folder, or send it to the process that has it."""

@@ -40,6 +40,7 @@ from sopdeploy.photos.files import (
     kept_id,
     list_subfolders,
     lookalike_key,
+    name_id,
     normalize,
     numbered_name,
     part_kind,
@@ -53,7 +54,7 @@ from sopdeploy_service.labelling.kept import (
     read_kept,
     read_labelled,
 )
-from sopdeploy_service.labelling.label.heap import Embed, Suggestions, heap_id, list_heap
+from sopdeploy_service.labelling.label.heap import Embed, Suggestions, list_heap
 from sopdeploy_service.labelling.label.labelled import Labelled, list_labelled
 from sopdeploy_service.labelling.label.order import Shown, order_kept, role_of
 
@@ -83,7 +84,7 @@ class Waiting(NamedTuple):
     @property
     def identity(self) -> str:
         """The ID, which stays the same after a label was undone."""
-        return heap_id(self.path) if self.is_of_heap else self.path.stem
+        return name_id(self.path.name) if self.is_of_heap else self.path.stem
 
 
 class LabelStep(NamedTuple):
@@ -182,7 +183,7 @@ class LabelFolders:
         kept = self._read_kept()
         images, unused = list_heap(self.kept)
         note_skipped(self.kept, count_suffixes(unused))
-        heap = [path for path in images if heap_id(path) not in self._skipped_of_heap]
+        heap = [path for path in images if name_id(path.name) not in self._skipped_of_heap]
 
         waiting = [Waiting(path, record) for path, record in kept]
         waiting += [Waiting(path, None) for path in heap]

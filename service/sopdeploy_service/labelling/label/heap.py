@@ -6,7 +6,6 @@ photographs do not tell which ones (docs/decisions.md). The vectors come from a 
 caller gives, because the service works without torch.
 """
 
-import hashlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,11 +49,6 @@ def list_heap(folder: Path) -> Heap:
             heap.others.append(path.name)
 
     return heap
-
-
-def heap_id(path: Path) -> str:
-    """Return the ID of the photograph at *path* of a heap: 32 hexadecimal digits of a hash of its name."""
-    return hashlib.sha256(path.name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 class _Means(NamedTuple):

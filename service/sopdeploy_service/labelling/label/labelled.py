@@ -1,13 +1,11 @@
 """Photographs that have a label, of this session or an earlier one, so that a wrong label can be corrected."""
 
-import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from sopdeploy.images.signatures import is_image
-from sopdeploy.photos.files import list_folder
+from sopdeploy.photos.files import list_folder, name_id
 
 MAX_LABELLED = 200  # photographs that the page lists
 
@@ -37,9 +35,4 @@ def list_labelled(parts: Iterable[tuple[str | None, Path, bool]]) -> dict[str, L
                 dated.append((changed_at, Labelled(path, name, is_held_out)))
 
     dated.sort(key=lambda item: (-item[0], item[1].path))
-    return {_identity(photo.path): photo for _, photo in dated[:MAX_LABELLED]}
-
-
-def _identity(path: Path) -> str:
-    """Return an ID of 32 hexadecimal digits for the photograph at *path*."""
-    return hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
+    return {name_id(photo.path): photo for _, photo in dated[:MAX_LABELLED]}

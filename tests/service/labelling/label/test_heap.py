@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sopdeploy.photos.files import name_id
 from sopdeploy_service.labelling.label.folders import GoneError, LabelFolders
-from sopdeploy_service.labelling.label.heap import Vector, heap_id
+from sopdeploy_service.labelling.label.heap import Vector
 from tests.service.labelling.label.conftest import files_below, label_server
 from tests.support.service import picture_bytes
 
@@ -36,7 +37,7 @@ def heap(tmp_path: Path) -> Callable[..., LabelFolders]:
 
 
 def sort(folders: LabelFolders, name: str, label: str | None) -> None:
-    folders.label(heap_id(Path(name)), label)
+    folders.label(name_id(name), label)
 
 
 def test_images_of_a_folder_wait_for_a_label_and_others_stay(heap, tmp_path):
@@ -72,7 +73,7 @@ def test_classes_are_suggested_as_soon_as_each_has_two(heap):
     folders = heap(
         "a1.jpg", "a2.jpg", "a3.jpg", "b1.jpg", "b2.jpg", "b3.jpg", "c1.jpg", embed=embed
     )
-    ids = {name: heap_id(Path(f"{name}.jpg")) for name in ("a3", "b3", "c1")}
+    ids = {name: name_id(f"{name}.jpg") for name in ("a3", "b3", "c1")}
     for name, label in (("a1", "ant"), ("b1", "bee"), ("a2", "ant")):
         sort(folders, f"{name}.jpg", label)
         assert folders.probabilities(ids["a3"]) == {}
@@ -88,7 +89,7 @@ def test_classes_are_suggested_as_soon_as_each_has_two(heap):
 def test_a_grid_has_what_is_suggested_and_photographs_that_look_alike_follow_each_other(heap):
     names = [f"{kind}{number}.jpg" for number in range(5) for kind in "abc"]
     folders = heap(*names, embed=embed)
-    ids = {name: heap_id(Path(name)) for name in names}
+    ids = {name: name_id(name) for name in names}
     assert folders.suggested() == {}  # nothing is sorted
 
     for kind in "ab":
@@ -113,7 +114,7 @@ def test_an_undone_label_is_forgotten_also_if_the_page_was_reloaded(heap):
     def reload() -> dict[str, float]:
         folders.read()
         folders.suggestions.thread.join()
-        return folders.probabilities(heap_id(Path("b3.jpg")))
+        return folders.probabilities(name_id("b3.jpg"))
 
     assert reload() == {}  # each class has one photograph
     for name, label in (("a2.jpg", "ant"), ("b2.jpg", "bee")):
@@ -138,7 +139,7 @@ def test_photographs_that_were_sorted_before_count(heap, tmp_path):
         for name in names:
             (tmp_path / "photos" / label / name).write_bytes(b"x")
     folders = heap("b9.jpg", embed=embed)
-    assert folders.probabilities(heap_id(Path("b9.jpg")))["bee"] > 0.99
+    assert folders.probabilities(name_id("b9.jpg"))["bee"] > 0.99
 
 
 def test_without_a_network_photographs_are_sorted_without_suggestions(heap):
@@ -148,13 +149,13 @@ def test_without_a_network_photographs_are_sorted_without_suggestions(heap):
     folders = heap("a1.jpg", "a2.jpg", "b1.jpg", "b2.jpg", "b3.jpg", embed=fail)
     for name in ("a1.jpg", "a2.jpg", "b1.jpg", "b2.jpg"):
         sort(folders, name, name[0])
-    assert folders.probabilities(heap_id(Path("b3.jpg"))) == {}
+    assert folders.probabilities(name_id("b3.jpg")) == {}
 
 
 def test_a_skipped_photograph_leaves_no_file(heap, tmp_path):
     folders = heap("a.jpg", "b.jpg")
     before = files_below(tmp_path)
-    folders.skip(heap_id(Path("a.jpg")))
+    folders.skip(name_id("a.jpg"))
     folders.read()
     assert [photo.path.name for photo in folders.waiting.values()] == ["b.jpg"]
     assert files_below(tmp_path) == before

@@ -1,12 +1,10 @@
 """The label page in a real browser: keys, touch, undo, new classes, reload, and names with markup."""
 
-from pathlib import Path
-
 import pytest
 
+from sopdeploy.photos.files import name_id
 from sopdeploy_service.labelling.label import app
 from sopdeploy_service.labelling.label.folders import LabelFolders
-from sopdeploy_service.labelling.label.heap import heap_id
 from tests.service.labelling.label.conftest import (
     KEY,
     LABELS,
@@ -165,7 +163,7 @@ def half_sorted(tmp_path) -> LabelFolders:
     folders = LabelFolders(tmp_path / "heap", tmp_path / "photos", embed)
     folders.suggestions.thread.join()
     for name in ("a0", "a1", "b0", "b1"):
-        folders.label(heap_id(Path(f"{name}.jpg")), name[0])
+        folders.label(name_id(f"{name}.jpg"), name[0])
     return folders
 
 
