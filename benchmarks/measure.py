@@ -24,7 +24,6 @@ from typing import Any
 
 from sopdeploy.environment import installed, processor, usable_cores
 from sopdeploy.errors import SopdeployError
-from sopdeploy.files import atomic_write
 
 Clock = Callable[[], float]
 PACKAGES = (
@@ -37,13 +36,6 @@ PACKAGES = (
     "torch",
     "torchvision",
 )
-
-
-def keep_draw(path: Path, measured: object) -> None:
-    """Write what was measured on a draw to *path*, so that it is not measured again, and print it."""
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(measured))
-    print(f"{path.with_suffix('')}: {measured}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

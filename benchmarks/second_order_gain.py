@@ -1,27 +1,18 @@
-"""Accuracy gain of second-order pooling on textures, digits, CIFAR-10 and photographs.
+"""Accuracy gain of second-order pooling on textures, digits and CIFAR-10.
 
     python benchmarks/second_order_gain.py [--cifar FOLDER --cache DIR] [--study NAME] [--lines FILE] [--json]
         [--images 5000] [--epochs 10 40] [--draws N] [--search-epochs 10] [--search-draws 5] [--report]
-    python benchmarks/second_order_gain.py --photos NAME=FOLDER ... --weights FILE --cache DIR --lines FILE
-        [--epochs 4 16] [--draws 20] [--heads-only] [--per-class 10] [--limit 60]
 
 Generated textures differ in second moments only, so minimum results can be required: linear
 features with average pooling are at chance, an iSQRT-COV head is at least 30 points above a
 two-layer network with average pooling, the same network trained with DSoP branches (and
 detached) at least 15. Controls are branches with average pooling (DSoP's Table VII), and "equal
-time": the plain network, trained at least as long as DSoP in processor seconds. Digits,
-CIFAR-10 (a folder of images, train/ and test/, one folder per class) and photographs have no
-required result.
+time": the plain network, trained at least as long as DSoP in processor seconds. Digits and
+CIFAR-10 (a folder of images, train/ and test/, one folder per class) have no required result.
 
-A folder of --photos has a folder of photographs for each class, of which --limit are chosen by
-lot. Each draw trains on --per-class of each class and tests on others. --heads-only compares
-the second-order head with its fine-tuning and runs no other trained arms. The share is DSoP's
-gain, divided by the gain of the second-order head after the same fine-tuning; its interval is a
-bootstrap over the draws.
-
-CIFAR-10 and photographs have the number of epochs as an axis. The rate of each arm and length
-is the best on --search-draws draws, which nothing else uses; a grid whose best rate is on its
-edge becomes wider. A second table has main loss and accuracy of each branch.
+CIFAR-10 has the number of epochs as an axis. The rate of each arm and length is the best on
+--search-draws draws, which nothing else uses; a grid whose best rate is on its edge becomes
+wider. A second table has main loss and accuracy of each branch.
 
 Draws of the same seed are paired; intervals are 95 % intervals of the paired difference, which
 know that draws share their test images, without correction for multiple comparisons. The last
@@ -36,8 +27,6 @@ import sys
 from pathlib import Path
 
 from gain.execution import add_options
-from gain.photo_study import photo_studies, share
-from gain.photos import MAX_PER_CLASS
 from gain.report import checks, run_and_report
 from gain.small_image_studies import cifar_branches, digits, textures
 from gain.study import Study
@@ -47,46 +36,23 @@ from measure import existing, make_parser, one_line_errors
 NAMES = ("textures", "digits", "CIFAR-10 branches")
 
 
-def named_folder(text: str) -> tuple[str, Path]:
-    """Convert NAME=FOLDER, as `type` of an option."""
-    name, _, folder = text.partition("=")
-    return name, existing(folder)
-
-
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__)
     parser.add_argument(
         "--cifar", type=existing, help="folder with CIFAR-10's images; needs --cache"
     )
-    parser.add_argument(
-        "--cache", type=Path, help="folder for decoded images and outputs of frozen stages"
-    )
+    parser.add_argument("--cache", type=Path, help="folder for decoded images")
     parser.add_argument(
         "--images", type=int, default=5000, help="of CIFAR-10, for training (5000)"
     )
     parser.add_argument(
         "--study", action="append", choices=NAMES, help="run only this one; repeatable"
     )
-    parser.add_argument(
-        "--photos", type=named_folder, action="append", help="NAME=FOLDER; repeatable"
-    )
-    parser.add_argument("--weights", type=existing, help="EfficientNet-Lite0's weights")
-    parser.add_argument(
-        "--heads-only", action="store_true", help="run the arms of the second-order head only"
-    )
-    parser.add_argument(
-        "--per-class", type=int, default=10, help="photographs for training (10)"
-    )
-    parser.add_argument(
-        "--limit", type=int, default=MAX_PER_CLASS, help="photographs of a class (60)"
-    )
     add_options(parser)
     parsed = parser.parse_args(arguments)
-    if (parsed.cifar or parsed.photos) and parsed.cache is None:
-        parser.error("--cifar and --photos need --cache")
-    if parsed.photos and parsed.weights is None:
-        parser.error("--photos needs --weights")
+    if parsed.cifar and parsed.cache is None:
+        parser.error("--cifar needs --cache")
     return parsed
 
 
@@ -94,8 +60,6 @@ def studies(given: argparse.Namespace) -> list[Study]:
     """Choose the studies; decode images once."""
     if given.cache is not None:
         given.cache.mkdir(parents=True, exist_ok=True)
-    if given.photos:
-        return photo_studies(given)
     found = [textures(given.draws or 12), digits(given.draws or 24)]
     if given.cifar is not None:
         arrays = given.cache.resolve() / "cifar10.npz"
@@ -114,9 +78,6 @@ def main(arguments: list[str]) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     chosen, results = run_and_report(studies(given), given)
     finished = [(study, results[study.name]) for study in chosen if results[study.name]]
-    if given.photos and not (given.heads_only or given.json):
-        for study, arms in finished:
-            print(f"{study.name}: {share(arms)}")
     return 0 if all(is_reached for one in finished for _, is_reached in checks(*one)) else 1
 
 

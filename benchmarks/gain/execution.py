@@ -161,7 +161,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--draws", type=int, help="number of draws, which are the seeds 0, 1 and so on"
     )
     parser.add_argument(
-        "--epochs", type=int, nargs="+", help="lengths (CIFAR-10: 10, photographs: 4)"
+        "--epochs", type=int, nargs="+", help="lengths of training on CIFAR-10 (10)"
     )
     parser.add_argument(
         "--search-epochs",

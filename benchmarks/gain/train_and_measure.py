@@ -25,19 +25,6 @@ from gain.networks import (
     PlainTextureNet,
     TextureNetConfig,
 )
-from gain.photos import (
-    DSoPLastStages,
-    DSoPLastStagesConfig,
-    HeadLastStages,
-    HeadLastStagesConfig,
-    LastStagesConfig,
-    PhotosConfig,
-    keep_statistics,
-    load_weights,
-    photos,
-    remove_first_stages,
-    start_from_head,
-)
 from gain.task import CifarConfig, DigitsConfig, Task, cifar, digits
 from gain.textures import TextureConfig, textures
 from sopdeploy.backbones.base import Backbone
@@ -47,7 +34,6 @@ from sopdeploy.data.batches import sequential_batches, shuffled_batches
 from sopdeploy.layers.residual import PaddedShortcut
 from sopdeploy.models.base import Classifier, as_classifier
 from sopdeploy.models.dsop_networks import DSoPSmallResNet, DSoPSmallResNetConfig
-from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.loop.losses import training_loss
 from sopdeploy.training.schedules import Cosine, OneCycle, Schedule
@@ -62,9 +48,6 @@ NETWORKS: dict[str, tuple[type[Classifier], type[StrictModel]]] = {
     "dsop-textures": (DSoPTextureNet, DSoPTextureNetConfig),
     "resnet": (as_classifier(SmallResNet), SmallResNetConfig),
     "dsop-resnet": (DSoPSmallResNet, DSoPSmallResNetConfig),
-    "photos": (PlainTimm, LastStagesConfig),
-    "dsop-photos": (DSoPLastStages, DSoPLastStagesConfig),
-    "head-photos": (HeadLastStages, HeadLastStagesConfig),
 }
 
 
@@ -75,7 +58,7 @@ class Run(StrictModel):
     """
 
     revision: Literal[1] = 1
-    task: TextureConfig | DigitsConfig | CifarConfig | PhotosConfig
+    task: TextureConfig | DigitsConfig | CifarConfig
     network: str
     config: dict[str, Any] = pydantic.Field(default_factory=dict)
     strides: tuple[int, int] | None = None
@@ -92,7 +75,7 @@ class Run(StrictModel):
     def key(self) -> str:
         """Hash of all inputs; independent of the location of the images."""
         values = self.model_dump(
-            mode="json", exclude={"task": {"arrays", "maps", "weights"}}, exclude_defaults=True
+            mode="json", exclude={"task": {"arrays"}}, exclude_defaults=True
         )
         text = f"{type(self.task).__name__} revision {self.revision} {json.dumps(values, sort_keys=True)}"
         return hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -133,8 +116,6 @@ def train_and_measure(run: Run) -> Outcome:
     torch.set_num_threads(1)
     task = open_task(run)
     network = build(run)
-    if isinstance(network, TimmBackbone):
-        start_from_head(network, task)
     history, seconds = train(network, task, run)
     logits = logits_of(exported_network(network, run), task.test)
     right = (logits.argmax(dim=1) == task.test_labels).numpy()
@@ -175,8 +156,6 @@ def open_task(run: Run) -> Task:
             return digits(run.task, run.seed)
         case CifarConfig():
             return cifar(run.task, run.seed)
-        case PhotosConfig():
-            return photos(run.task, run.seed)
 
 
 def build(run: Run) -> Classifier:
@@ -199,20 +178,9 @@ def create_network(name: str, values: Mapping[str, Any], run: Run) -> Classifier
     """Create the network *name* with the options *values*, initialized with the run's seed."""
     kind, config = NETWORKS[name]
     torch.manual_seed(derive_seed(run.seed, "start"))
-    classes = run.task.classes if isinstance(run.task, PhotosConfig) else CLASSES
-    network = kind(config.model_validate(values), classes)
-    if isinstance(network, TimmBackbone) and isinstance(run.task, PhotosConfig):
-        load_weights(network, run.task.weights)
-    adapt(network, run)
-    return network
-
-
-def adapt(network: Backbone, run: Run) -> None:
-    """Change *network* to the input of the run: feature maps of photographs, or smaller maps of CIFAR."""
-    if isinstance(network, TimmBackbone):
-        remove_first_stages(network)
-        network.to(memory_format=torch.channels_last)  # a third faster on a CPU
+    network = kind(config.model_validate(values), CLASSES)
     set_strides(network, run)
+    return network
 
 
 def set_strides(network: Backbone, run: Run) -> None:
@@ -248,8 +216,6 @@ def train(network: Classifier, task: Task, run: Run) -> tuple[list[Moment], floa
     for epoch in range(run.epochs):
         start = time.process_time()
         network.train()
-        if isinstance(network, TimmBackbone):
-            keep_statistics(network)
         batches = shuffled_batches(len(task.labels), run.batch, run.seed, epoch)
         total = 0.0
         for step, members in enumerate(batches):
@@ -257,8 +223,6 @@ def train(network: Classifier, task: Task, run: Run) -> tuple[list[Moment], floa
             optimizer.param_groups[0]["lr"] = run.learning_rate * factor
             torch.manual_seed(derive_seed(run.seed, "step", epoch, step))
             images = task.train[members]
-            if images.dim() == 5:  # augmented before, (B, variants, C, H, W)
-                images = images[:, epoch % images.shape[1]]
             if run.augment:
                 images = augment(images)
             torch.manual_seed(derive_seed(run.seed, "noise", epoch, step))
@@ -296,7 +260,7 @@ def augment(images: Tensor) -> Tensor:
 def exported_network(network: Classifier, run: Run) -> Backbone:
     """Build the network without training-only modules and load the remaining weights."""
     exported = network.inference_model()
-    adapt(exported, run)
+    set_strides(exported, run)
     weights = network.state_dict()
     exported.load_state_dict({name: weights[name] for name in exported.state_dict()})
     return exported.eval()

@@ -9,7 +9,7 @@ Photographs of a class that only the new bundle has count as they are: the live 
 them. The other photographs are then tested alone, so that a new class cannot hide what the old
 classes lose. A single class refuses only a loss that is proved to be large: with a thousand
 photographs, small losses of one class that others outweigh would stop every second bundle.
-`benchmarks/promotions.py` measures which bundles pass.
+docs/decisions.md says which bundles pass.
 """
 
 import math
