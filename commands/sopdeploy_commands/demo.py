@@ -35,14 +35,12 @@ _TIMEOUT = 60  # seconds
 _PROGRAM = (sys.executable, "-m", "sopdeploy")
 
 
-@command()
+@command(examples=("sopdeploy demo",))
 def demo(*, out: Path = Path("demo")) -> None:
     """Train on packaged photos and on digits, export, serve and classify over HTTP, without internet.
 
     The photos are copied to OUT/photos. Every printed command also works in OUT, the commands for
     the digits in OUT/digits.
-
-    Example: sopdeploy demo
 
     Args:
         out: Folder of the photos, runs and bundles; created if it is missing.

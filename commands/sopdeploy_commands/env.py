@@ -16,12 +16,9 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-@command()
+@command(examples=("sopdeploy env",))
 def env() -> None:
-    """Print versions, system, processor, GPU and plug-ins for a bug report.
-
-    Example: sopdeploy env
-    """
+    """Print versions, system, processor, GPU and plug-ins for a bug report."""
     from sopdeploy.environment import installed, machine
     from sopdeploy.plugins import describe_distribution, installed_plugins
 

@@ -22,11 +22,9 @@ START = b'{"status"'
 NOT_READY = 1  # Docker reserves every other nonzero exit code of a health check
 
 
-@command()
+@command(examples=("sopdeploy health --url http://127.0.0.1:8000",))
 def health(*, url: str | None = None) -> int:
     """Exit with 0 if a server is ready for requests, with 1 if it is not ready or does not respond.
-
-    Example: sopdeploy health --url http://127.0.0.1:8000
 
     Args:
         url: URL of the server; by default this machine, with the host and the port of the environment or of

@@ -60,7 +60,12 @@ def _parse_and_warn(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:
             "require_signature",
             "log",
         ),
-    )
+    ),
+    examples=(
+        "sopdeploy serve bundles/photos-3f6c01d2a4b7 --port 8000",
+        "sopdeploy serve bundles/live --examples held-out --setting keep=kept --setting follow=true",
+        "sopdeploy serve flowers=bundles/photos-3f6c01d2a4b7 birds=other/bundle",
+    ),
 )
 def serve(
     bundles: str | Path | Sequence[str | Path],
@@ -76,13 +81,6 @@ def serve(
     `keep=FOLDER` keeps photos to label, `follow=true` reloads a bundle when its link
     moves, `max_batch=16` is the largest batch, and `allowed_origins=https://shop.example` lets
     pages of another server use this one.
-
-    Example: sopdeploy serve bundles/photos-3f6c01d2a4b7 --port 8000
-
-    Example: sopdeploy serve bundles/live --examples held-out --setting keep=kept --setting
-    follow=true
-
-    Example: sopdeploy serve flowers=bundles/photos-3f6c01d2a4b7 birds=other/bundle
 
     Args:
         bundles: One or several of: a bundle, a folder of bundles, or NAME=BUNDLE.
@@ -123,11 +121,9 @@ def serve(
     raise ConfigError(f"serve: {reason}; run the command in another process")
 
 
-@command()
+@command(examples=("sopdeploy key phone-app --keys keys.toml --rate 100",))
 def key(name: str, *, keys: Path, rate: float | None = None) -> None:
     """Create an API key, print it once and store its hash; servers read the file at their start and at a reload.
-
-    Example: sopdeploy key phone-app --keys keys.toml --rate 100
 
     Args:
         name: Name of the client; it appears in the server's log.

@@ -38,7 +38,7 @@ from sopdeploy.images.signatures import describe_skipped, noting_skipped
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Result = TypeVar("_Result")
 
-_SECTIONS = re.compile(r"\n\n(?:Args|Options|Returns|Raises):\n")
+_SECTIONS = re.compile(r"\n\n(?:Args|Options|Returns|Raises|Examples):\n")
 _PARAMETER = re.compile(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", re.MULTILINE)
 _SCALARS = {bool, int, float, str, Path}
 _SEQUENCES = {Iterable, Sequence, list, tuple}
@@ -63,6 +63,7 @@ def command(
     options: Collection[str] = (),
     settings: SettingOptions | None = None,
     distributed: bool = False,
+    examples: Sequence[str] = (),
 ) -> Callable[[_Function], _Function]:
     """Make a function a command, and leave it as it is for Python.
 
@@ -73,6 +74,9 @@ def command(
       for Python only,
     - *settings* as options, which become keyword arguments of the function,
     - the parameters of *show*, besides the result, as options.
+
+    Its help is the docstring of the function up to the first section, such as `Args`, and the
+    *examples*, which are command lines. The examples of the docstring are for Python.
 
     *show* prints the result. With `--json`, the command prints what *summarize* selects of it as
     JSON, and the exit code is 0. If *show* has a parameter `as_json`, it prints text or JSON
@@ -128,9 +132,9 @@ def command(
             if exit_code:
                 raise typer.Exit(exit_code)
 
-        # Typer reads the help, without the sections of the docstring, and the options from the
-        # signature.
-        run.__doc__ = _SECTIONS.split(inspect.getdoc(function) or "")[0]
+        # Typer reads the help from the docstring, and the options from the signature.
+        about = _SECTIONS.split(inspect.getdoc(function) or "")[0]
+        run.__doc__ = "\n\n".join([about, *(f"Example: {line}" for line in examples)])
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         function.run_command = run  # type: ignore[attr-defined]

@@ -56,7 +56,16 @@ def _show(classified: Classified) -> None:
     print_field("rows", str(classified.rows), style="bold green")
 
 
-@command(_show, options={"out"}, settings=SettingOptions(parse_assignments))
+@command(
+    _show,
+    options={"out"},
+    settings=SettingOptions(parse_assignments),
+    examples=(
+        "sopdeploy classify bundles/photos-3f6c01d2a4b7 photos --out results",
+        "sopdeploy classify bundles/photos-3f6c01d2a4b7 photos --out results.csv",
+        "sopdeploy classify bundles/photos-3f6c01d2a4b7 s3://bucket/photos --out results",
+    ),
+)
 @expand_options
 def classify(
     bundle: str | Path,
@@ -73,12 +82,6 @@ def classify(
     Repeat the command to continue an interrupted run into a folder. A CSV file begins again. An
     image that cannot be used gets a row with its error. The results equal the results of the service.
     With a folder, the memory depends on `workers` and `part_images`, not on the number of images.
-
-    Example: sopdeploy classify bundles/photos-3f6c01d2a4b7 photos --out results
-
-    Example: sopdeploy classify bundles/photos-3f6c01d2a4b7 photos --out results.csv
-
-    Example: sopdeploy classify bundles/photos-3f6c01d2a4b7 s3://bucket/photos --out results
 
     Args:
         bundle: A bundle written by `sopdeploy export`.

@@ -65,7 +65,7 @@ def _show(result: Benchmark) -> None:
         )
 
 
-@command(_show)
+@command(_show, examples=("sopdeploy bench bundles/photos-3f6c01d2a4b7 --batch 1,8",))
 def bench(
     bundle: Path,
     *,
@@ -77,8 +77,6 @@ def bench(
 
     SOPDEPLOY_RUNTIME and SOPDEPLOY_THREADS select the runtime and its CPU threads, as for
     `serve`.
-
-    Example: sopdeploy bench bundles/photos-3f6c01d2a4b7 --batch 1,8
 
     Args:
         bundle: A bundle written by `sopdeploy export`.

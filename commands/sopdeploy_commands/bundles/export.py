@@ -98,7 +98,15 @@ def show_export(exported: "Exported", *, verbose: bool = False) -> None:
         print_field("speed", text)
 
 
-@command(show_export, summarize=lambda exported: exported.summary(), options={"out"})
+@command(
+    show_export,
+    summarize=lambda exported: exported.summary(),
+    options={"out"},
+    examples=(
+        "sopdeploy export runs/latest/best.pt --detach",
+        "sopdeploy export w.pth --network my_code:build --labels names.txt --preprocess timm:resnet50",
+    ),
+)
 @garbage_kept()
 @expand_options
 def export(
@@ -113,11 +121,6 @@ def export(
 
     With --network, the file holds the weights of your own network, which your code builds. From
     Python, `sopdeploy.export_network` exports a network object.
-
-    Example: sopdeploy export runs/latest/best.pt --detach
-
-    Example: sopdeploy export w.pth --network my_code:build --labels names.txt --preprocess
-    timm:resnet50
 
     Args:
         checkpoint: A checkpoint of `sopdeploy train`, or with a network any weight file.
@@ -300,7 +303,10 @@ def _show_unused(inspected: Inspection) -> None:
         print_field("warning", warning, style="bold yellow")
 
 
-@command(_show_unused)
+@command(
+    _show_unused,
+    examples=("sopdeploy inspect w.pth --network my_code:build --preprocess rules.json",),
+)
 @garbage_kept()
 @expand_options
 def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
@@ -308,8 +314,6 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
 
     An export removes the parts that you name with `--training-only`. The command refuses the
     networks that an export refuses before its proof begins.
-
-    Example: sopdeploy inspect w.pth --network my_code:build --preprocess rules.json
 
     Args:
         file: A weight file.
@@ -459,14 +463,13 @@ def _show_engine(engine: "EngineFile") -> None:
         "reason": engine.reason,
         "record": engine.record.model_dump(mode="json"),
     },
+    examples=("sopdeploy engine bundles/photos-3f6c01d2a4b7 --profiles 1,8,32",),
 )
 @expand_options
 def engine(
     bundle: Path, *, options: EngineOptions, on_step: Callable[[str], None] = lambda _: None
 ) -> "EngineFile":
     """Build the TensorRT engine of a bundle for this GPU, or find it in the cache, and check its outputs.
-
-    Example: sopdeploy engine bundles/photos-3f6c01d2a4b7 --profiles 1,8,32
 
     Args:
         bundle: A bundle written by `sopdeploy export`.
@@ -505,11 +508,9 @@ def engine(
     )
 
 
-@command()
+@command(examples=("sopdeploy triton bundles/photos-3f6c01d2a4b7 models",))
 def triton(bundle: Path, repository: Path) -> None:
     """Write a bundle into a Triton model repository: config, labels, warm-up and graph.
-
-    Example: sopdeploy triton bundles/photos-3f6c01d2a4b7 models
 
     Args:
         bundle: A bundle written by `sopdeploy export`.

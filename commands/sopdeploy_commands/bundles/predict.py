@@ -138,7 +138,13 @@ def _show(predictions: Sequence[FilePrediction], *, as_json: bool) -> int:
     return DataError.exit_code if has_error else 0
 
 
-@command(_show)
+@command(
+    _show,
+    examples=(
+        "sopdeploy predict bundles/photos-3f6c01d2a4b7 photo.jpg",
+        "sopdeploy predict bundles/photos-3f6c01d2a4b7 folder/",
+    ),
+)
 def predict(
     bundle: str | Path,
     images: AnyImage | Iterable[AnyImage],
@@ -149,10 +155,6 @@ def predict(
     **settings: Any,
 ) -> tuple[FilePrediction, ...]:
     """Classify image files without a server, with the same results as the service.
-
-    Example: sopdeploy predict bundles/photos-3f6c01d2a4b7 photo.jpg
-
-    Example: sopdeploy predict bundles/photos-3f6c01d2a4b7 folder/
 
     Args:
         bundle: A bundle written by `sopdeploy export`.

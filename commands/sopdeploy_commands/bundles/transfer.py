@@ -51,13 +51,13 @@ def _show_pushed(pushed: Pushed) -> None:
     print_field("sha256", pushed.sha256, style="")
 
 
-@command(_show_pushed)
+@command(
+    _show_pushed, examples=("sopdeploy push bundles/photos-3f6c01d2a4b7 s3://models/flowers",)
+)
 def push(bundle: Path, destination: str) -> Pushed:
     """Upload a bundle as one reproducible archive, with its signature if there is one.
 
     The signature is uploaded first, so a reader who sees the archive also finds it.
-
-    Example: sopdeploy push bundles/photos-3f6c01d2a4b7 s3://models/flowers
 
     Args:
         bundle: A bundle written by `sopdeploy export`.
@@ -94,7 +94,10 @@ def _show_pulled(pulled: Pulled) -> None:
     )
 
 
-@command(_show_pulled)
+@command(
+    _show_pulled,
+    examples=("sopdeploy pull s3://models/flowers/photos-3f6c01d2a4b7.tar bundles",),
+)
 def pull(
     source: str,
     destination: Path,
@@ -108,8 +111,6 @@ def pull(
 
     A limited number of bytes is downloaded. The files are unpacked into a hidden folder and their
     hashes checked; the bundle gets its name last. A bundle that is already there never changes.
-
-    Example: sopdeploy pull s3://models/flowers/photos-3f6c01d2a4b7.tar bundles
 
     Args:
         source: Location printed by `push`: a path, s3://... or hf://...
@@ -230,14 +231,12 @@ def _check_is_not_older(manifest: Manifest, source: str, destination: Path) -> N
         )
 
 
-@command()
+@command(examples=("sopdeploy sign bundles/photos-3f6c01d2a4b7 --key release.key",))
 def sign(bundle: Path, *, key: Path) -> None:
     """Sign a bundle: write BUNDLE.sig beside it, for --require-signature of `pull` and `serve`.
 
     The signature has the format of OpenSSF Model Signing, so `model_signing verify key` also
     accepts it.
-
-    Example: sopdeploy sign bundles/photos-3f6c01d2a4b7 --key release.key
 
     Args:
         bundle: A bundle written by `sopdeploy export`.

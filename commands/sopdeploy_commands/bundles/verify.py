@@ -74,15 +74,13 @@ def _show(result: Verification) -> None:
     print_field("verified", str(result.bundle), style="bold green")
 
 
-@command(_show)
+@command(_show, examples=("sopdeploy verify bundles/photos-3f6c01d2a4b7",))
 def verify(
     bundle: str | Path, settings: Settings | None = None, *, runtime: str | None = None
 ) -> Verification:
     """Check every file of a bundle, its reference outputs and its golden examples on this machine, offline.
 
     If `onnx` is installed, the graph hash is computed again.
-
-    Example: sopdeploy verify bundles/photos-3f6c01d2a4b7
 
     Args:
         bundle: A bundle written by `sopdeploy export`.

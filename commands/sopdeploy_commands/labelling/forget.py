@@ -75,7 +75,11 @@ def _summarize(forgotten: Forgotten) -> dict[str, object]:
     }
 
 
-@command(_show, summarize=_summarize)
+@command(
+    _show,
+    summarize=_summarize,
+    examples=("sopdeploy forget photo.jpg kept photos photos-held-out photos-unknown",),
+)
 def forget(photograph: str, folders: list[Path]) -> Forgotten:
     """Delete a photo, its label and its records in folders, also in the rows of `classify`.
 
@@ -83,8 +87,6 @@ def forget(photograph: str, folders: list[Path]) -> Forgotten:
     name. All copies are found before the first one is deleted. If it was stopped, repeat the
     command. It also names the runs and bundles in `runs` and `bundles` of this folder that hold
     the photo, and the cache of features, with the command that removes them.
-
-    Example: sopdeploy forget photo.jpg kept photos photos-held-out photos-unknown
 
     Args:
         photograph: The file that was sent, or the name of a kept or labelled photo.

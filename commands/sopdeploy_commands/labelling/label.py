@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from sopdeploy_service.labelling.label.heap import Vector
 
 
-@command()
+@command(
+    examples=(
+        "sopdeploy label camera --photos photos",
+        "sopdeploy label kept",
+        "sopdeploy label kept --photos flowers --host 192.168.1.5",
+    )
+)
 def label(
     kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1", port: Port = 8001
 ) -> None:
@@ -25,12 +31,6 @@ def label(
     compare the next bundle. Photos of no class move to PHOTOS-unknown/. The page reads the settings
     of `serve` from the environment and from the file that SOPDEPLOY_CONFIG names. Behind a proxy,
     it needs allowed_hosts and root_path.
-
-    Example: sopdeploy label camera --photos photos
-
-    Example: sopdeploy label kept
-
-    Example: sopdeploy label kept --photos flowers --host 192.168.1.5
 
     Args:
         kept: Folder of images, such as the folder that `serve --setting keep=KEPT` has written.

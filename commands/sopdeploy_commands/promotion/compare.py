@@ -67,7 +67,11 @@ MIN_RECENT = 100  # photographs that decide, if there are as many
 NEWEST = 30  # photographs whose accuracy is told
 
 
-@command(show_comparison, options={"data"})
+@command(
+    show_comparison,
+    options={"data"},
+    examples=("sopdeploy compare bundles/photos-3f6c01d2a4b7 bundles/latest --data held-out",),
+)
 def compare(
     first: Path,
     second: Path,
@@ -84,8 +88,6 @@ def compare(
     `label` notes in the folder, the photos since its begin decide if there are at least 20.
     Training images and near-duplicates are left out. Folders that are no class of either bundle
     are also left out, with a note.
-
-    Example: sopdeploy compare bundles/photos-3f6c01d2a4b7 bundles/latest --data held-out
 
     Args:
         first: A bundle, such as the live one.

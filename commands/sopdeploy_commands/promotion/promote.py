@@ -60,7 +60,14 @@ def _show(move: Promotion) -> None:
         say(f"{amount(move.num_trained, 'photo')} that decided will be trained on from now on")
 
 
-@command(_show, options={"over", "data"})
+@command(
+    _show,
+    options={"over", "data"},
+    examples=(
+        "sopdeploy promote bundles/latest --over bundles/live --data held-out",
+        "sopdeploy promote --back bundles/live",
+    ),
+)
 def promote(
     new: Path | None = None,
     over: Path | None = None,
@@ -82,10 +89,6 @@ def promote(
 
     The new bundle is loaded before the move, which checks its hashes and outputs. After the move,
     the photos of a server in PHOTOS-held-out, which were used for this decision, move to PHOTOS.
-
-    Example: sopdeploy promote bundles/latest --over bundles/live --data held-out
-
-    Example: sopdeploy promote --back bundles/live
 
     Args:
         new: The bundle to serve.

@@ -39,7 +39,13 @@ def _show(report: "DataReport | list[WrongLabel]", *, as_json: bool) -> None:
         report.must_be_usable()
 
 
-@command(_show)
+@command(
+    _show,
+    examples=(
+        "sopdeploy data check photos/ --near",
+        "sopdeploy data check photos/ --wrong-labels runs/latest",
+    ),
+)
 def check(
     path: Path,
     *,
@@ -52,10 +58,6 @@ def check(
 
     Exit code 2 means that a training run could not use the data. Duplicates do not change the
     exit code.
-
-    Example: sopdeploy data check photos/ --near
-
-    Example: sopdeploy data check photos/ --wrong-labels runs/latest
 
     Args:
         path: Folder with one subfolder per class.

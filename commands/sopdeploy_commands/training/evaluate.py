@@ -101,7 +101,16 @@ def _show(evaluation: Evaluation) -> None:
         say(*(f"{name}: {text}" for name, text in evaluation.decision.rows()))
 
 
-@command(_show, summarize=Evaluation.summary, options={"data"})
+@command(
+    _show,
+    summarize=Evaluation.summary,
+    options={"data"},
+    examples=(
+        "sopdeploy eval runs/latest/best.pt --data test-photos",
+        "sopdeploy eval ckpt.pt --data test-photos --fit-decision fitted.pt",
+        "sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos --mirror",
+    ),
+)
 @expand_options
 def evaluate(
     source: str | Path,
@@ -119,12 +128,6 @@ def evaluate(
     writes a copy of the checkpoint with another temperature and threshold. Use it for imported
     checkpoints, or to fit a checkpoint to other images; a run fits both at its end. The metrics are
     measured before the fit.
-
-    Example: sopdeploy eval runs/latest/best.pt --data test-photos
-
-    Example: sopdeploy eval ckpt.pt --data test-photos --fit-decision fitted.pt
-
-    Example: sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos --mirror
 
     Args:
         source: A checkpoint or a bundle.

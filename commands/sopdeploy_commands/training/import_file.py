@@ -50,7 +50,13 @@ def _show(report: "ImportReport") -> None:
         print_field("note", note)
 
 
-@command(_show)
+@command(
+    _show,
+    examples=(
+        "sopdeploy import resnet50-0676ba61.pth --as resnet50",
+        "sopdeploy import net-epoch-60.mat --as gmsop-16-8-resnet18 --labels names.txt",
+    ),
+)
 @expand_options
 def import_file(
     file: Path,
@@ -61,10 +67,6 @@ def import_file(
     options: ImportOptions,
 ) -> "ImportReport":
     """Convert published weights: fast-MPN-COV, GSoP, GM-SOP, torchvision, timm, CIFAR ResNets.
-
-    Example: sopdeploy import resnet50-0676ba61.pth --as resnet50
-
-    Example: sopdeploy import net-epoch-60.mat --as gmsop-16-8-resnet18 --labels names.txt
 
     Args:
         file: Weights: .pth, .pth.tar, .th, .safetensors, or MatConvNet's .mat.

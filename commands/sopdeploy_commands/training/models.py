@@ -101,7 +101,15 @@ def _show_description(description: "Description") -> None:
     say(*(figure.sentence() for figure in description.published))
 
 
-@command(_show)
+@command(
+    _show,
+    examples=(
+        "sopdeploy models",
+        "sopdeploy models gsop",
+        "sopdeploy models dsop-resnet18 --option aux_stride=table",
+        "sopdeploy models resnet50 --option pooling=isqrt --option conv5_stride=1",
+    ),
+)
 def models(
     name: str | None = None,
     *,
@@ -110,14 +118,6 @@ def models(
     num_classes: Annotated[int | None, pydantic.Field(ge=1)] = None,
 ) -> "list[dict[str, str]] | Description":
     """List the networks of the catalog, or count parameters and multiply-adds of one of them.
-
-    Example: sopdeploy models
-
-    Example: sopdeploy models gsop
-
-    Example: sopdeploy models dsop-resnet18 --option aux_stride=table
-
-    Example: sopdeploy models resnet50 --option pooling=isqrt --option conv5_stride=1
 
     Args:
         name: Network to describe, or a family to list: dsop, gsop, gmsop, isqrt. By default, all are listed.

@@ -77,14 +77,12 @@ def _show(rows: list[RunRow]) -> None:
         out.print(Text("  ".join(map(set_cell_size, line, widths)).rstrip()))
 
 
-@command(_show)
+@command(_show, examples=("sopdeploy runs",))
 def runs() -> list[RunRow]:
     """List runs and bundles, the newest first, and what a server of `bundles` serves.
 
     Of each project, that is the live bundle, if `promote` has recorded one, otherwise the newest
     that was not refused.
-
-    Example: sopdeploy runs
     """
     from sopdeploy.bundle.listing import list_bundles
 

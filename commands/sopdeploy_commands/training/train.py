@@ -54,7 +54,19 @@ def print_result(result: "TrainingResult") -> None:
     )
 
 
-@command(print_result, options={"data", "recipe", "out"}, distributed=True)
+@command(
+    print_result,
+    options={"data", "recipe", "out"},
+    distributed=True,
+    examples=(
+        "sopdeploy train --data photos/",
+        "sopdeploy train --data photos/ --from bundles/live",
+        "sopdeploy train --data photos/ --weights model.safetensors",
+        "sopdeploy train --data photos/ --within 20ms",
+        "sopdeploy train --recipe digits-dsop --set epochs=10",
+        "sopdeploy train --recipe digits-plain --set model.config.pooling=isqrt",
+    ),
+)
 @expand_options
 def train(
     data: str | Path | None = None,
@@ -71,18 +83,6 @@ def train(
     It prints the accuracy to expect on new images, and writes best.pt, which `sopdeploy export`
     converts, and report.html, which shows confusions and the worst mistakes. Ctrl-C and SIGTERM
     save and stop; `--resume always` continues bit for bit.
-
-    Example: sopdeploy train --data photos/
-
-    Example: sopdeploy train --data photos/ --from bundles/live
-
-    Example: sopdeploy train --data photos/ --weights model.safetensors
-
-    Example: sopdeploy train --data photos/ --within 20ms
-
-    Example: sopdeploy train --recipe digits-dsop --set epochs=10
-
-    Example: sopdeploy train --recipe digits-plain --set model.config.pooling=isqrt
 
     Args:
         data: Folder of images, DIR/<class>/*.jpg; sets `data.path`.
@@ -239,17 +239,17 @@ def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
     return f"before, {origin.run}: {accuracy}; since then {amount(added, 'photo', '+')}{new}"
 
 
-@command()
+@command(
+    examples=(
+        "sopdeploy recipes",
+        "sopdeploy recipes gsop",
+        "sopdeploy recipes digits-dsop",
+    )
+)
 def recipes(name: str | None = None) -> None:
     """List the packaged recipes or the recipes of a family of networks, or print one recipe.
 
     Every training writes its own recipe, with all settings, to recipe.toml in the folder of the run.
-
-    Example: sopdeploy recipes
-
-    Example: sopdeploy recipes gsop
-
-    Example: sopdeploy recipes digits-dsop
 
     Args:
         name: A recipe, or a family of second-order networks: dsop, gsop, gmsop or isqrt. By default, all

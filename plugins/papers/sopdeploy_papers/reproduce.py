@@ -32,6 +32,10 @@ def _show(result: "list[PrintedTable] | Reproduction") -> None:
     _show,
     summarize=lambda result: result if isinstance(result, list) else result.summary(),
     distributed=True,
+    examples=(
+        "sopdeploy reproduce list",
+        "sopdeploy reproduce dsop-9a --data cifar --seeds 5",
+    ),
 )
 @expand_options
 def reproduce(
@@ -40,10 +44,6 @@ def reproduce(
     """Train the rows of a paper's table, and write a page with printed and measured figures.
 
     Finished runs are kept: repeat the command to continue an interrupted table.
-
-    Example: sopdeploy reproduce list
-
-    Example: sopdeploy reproduce dsop-9a --data cifar --seeds 5
 
     Args:
         table: A table of `reproduce list`, or `list`.
