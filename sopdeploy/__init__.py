@@ -6,10 +6,10 @@ same names do, with the same defaults. `export_network` exports any PyTorch clas
 `unused_modules` lists the parts that its output does not need. `dsop` and `isqrt` apply these
 methods to your own network, and `register_model` gives it a name that `train` accepts.
 `register_pooling`, `register_data_source`, `register_runtime` and `register_importer` add
-names, too, also from a plug-in. `create_model(name, num_classes=..., **config)` builds a
-network of the catalog, `list_models()` lists the names, and `describe(name, **config)` counts
-parameters and multiply-adds. Importing sopdeploy does not import torch; `predict`, `classify`
-and `serve` do not need it.
+names, too, also from a plug-in. `create_model(name, num_classes, pretrained=True)` builds a
+network of the catalog, `list_models("gsop*")` lists the names, and `describe(name)` counts
+parameters and multiply-adds. `sopdeploy.layers` has the second-order layers. Importing
+sopdeploy does not import torch; `predict`, `classify` and `serve` do not need it.
 """
 
 import os
@@ -26,7 +26,7 @@ _MODULES = {
     "classify": "sopdeploy_commands.bulk.run",
     "ExportOptions": "sopdeploy_export.options",
     "Preprocess": "sopdeploy.images.preprocess",
-    "create_model": "sopdeploy.models.registry",
+    "create_model": "sopdeploy.training.pretrained",
     "describe": "sopdeploy.models.describe",
     "dsop": "sopdeploy.models.user_network",
     "evaluate": "sopdeploy_commands.training.evaluate",

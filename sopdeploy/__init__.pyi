@@ -4,11 +4,11 @@ from sopdeploy.importers.conversion import Importer as Importer
 from sopdeploy.importers.conversion import register_importer as register_importer
 from sopdeploy.layers.pooling.registry import register_pooling as register_pooling
 from sopdeploy.models.describe import describe as describe
-from sopdeploy.models.registry import create_model as create_model
 from sopdeploy.models.registry import list_models as list_models
 from sopdeploy.models.user_network import dsop as dsop
 from sopdeploy.models.user_network import isqrt as isqrt
 from sopdeploy.models.user_network import register_model as register_model
+from sopdeploy.training.pretrained import create_model as create_model
 from sopdeploy.version import __version__ as __version__
 from sopdeploy_commands.bulk.run import classify as classify
 from sopdeploy_commands.bundles.export import export as export

@@ -95,6 +95,13 @@ def serve(
         ConfigError: Invalid settings, the port is in use, or the server would block an event loop.
         BundleError: A bundle is damaged.
         SopdeployError: No runtime can run a bundle, or its outputs differ from its probes.
+
+    Examples:
+        It returns after Ctrl-C or SIGTERM, when all requests have their responses.
+
+        >>> sopdeploy.serve("bundles/photos-3f6c01d2a4b7", port=8000)
+        ready: http://127.0.0.1:8000  photos-3f6c01d2a4b7
+        0
     """
     sources = [bundles] if isinstance(bundles, str | Path) else list(bundles)
 

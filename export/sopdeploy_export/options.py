@@ -15,7 +15,16 @@ USUAL_BATCH = 8  # the batch size that equivalent forms of a layer are chosen fo
 
 
 class ExportOptions(Options):
-    """Options of `sopdeploy.export`, `sopdeploy.export_network` and `sopdeploy export`."""
+    """Options of `sopdeploy.export`, `sopdeploy.export_network` and `sopdeploy export`.
+
+    Raises:
+        ConfigError: Options that are invalid or do not fit together.
+
+    Examples:
+        >>> options = sopdeploy.ExportOptions(detach=True, max_batch=16)
+        >>> options.precision
+        'fp32'
+    """
 
     GROUPS: ClassVar = {
         "Precision and limits": (

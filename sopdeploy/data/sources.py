@@ -116,8 +116,28 @@ DataConfig = Annotated[
 def register_data_source(config: type[DataSource]) -> None:
     """Let recipes name the data source *config*, as `data.kind` with the value of its field `kind`.
 
-    Raises `ConfigError` if *config* is no subclass of `DataSource`, or its name is invalid or
-    in use.
+    Args:
+        config: A subclass of `DataSource`.
+
+    Raises:
+        ConfigError: *config* is no such class, or its name is invalid or in use.
+
+    Examples:
+        >>> from typing import Literal
+        >>> import numpy as np
+        >>> from sopdeploy.data.sources import DataSource
+        >>> from sopdeploy.photos.photo import ArrayImages, Split
+        >>> class Noise(DataSource):
+        ...     kind: Literal["noise"]
+        ...
+        ...     def open(self, log):
+        ...         pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32), np.uint8)
+        ...         images = ArrayImages(("dark", "bright"), pixels, np.arange(40) % 2)
+        ...         return Split.undivided(images)
+        >>> sopdeploy.register_data_source(Noise)
+        >>> run = sopdeploy.train(recipe="digits-plain", epochs=1, **{"data.kind": "noise"})
+        >>> run.train_count, run.held_out_count
+        (32, 8)
     """
     DATA_SOURCES.register_config(config, DataSource)
 

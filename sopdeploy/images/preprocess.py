@@ -42,6 +42,13 @@ class Preprocess(StrictModel):
     sides have at least twice the pixels that they are resized to. It resizes only the box that
     the crop keeps. `decoding` is left out of what is written if it is "full", as in files of
     versions that do not know it.
+
+    Raises:
+        ConfigError: `crop` is larger than `resize`, or a value is out of its range.
+
+    Examples:
+        >>> sopdeploy.Preprocess(crop=64).resize
+        73
     """
 
     resize: Side = 256

@@ -79,10 +79,17 @@ class ConvertedWeights:
 class Importer:
     """Reads the published weight files of a project.
 
-    `convert` takes a file and the catalog name that the user gave, and returns None for files of
-    other projects. It is called only for files in which the name of a tensor contains one of
-    `marks`. Files of another format than those of torch and safetensors begin with `magic`;
-    `read` takes their path and their sha256.
+    Attributes:
+        marks: `convert` is called only for files in which the name of a tensor contains one of these.
+        convert: Takes a file and the catalog name that the user gave, and returns None for files of other
+            projects.
+        magic: The first bytes of files of a format other than those of torch and safetensors.
+        read: Takes the path and the sha256 of such a file.
+
+    Examples:
+        >>> importer = sopdeploy.Importer(marks=("acme.",), convert=lambda file, name: None)
+        >>> importer.magic is None
+        True
     """
 
     marks: tuple[str, ...]
@@ -94,7 +101,34 @@ class Importer:
 def register_importer(name: str, importer: Importer) -> None:
     """Let `sopdeploy import`, and training from weights, read the files of another project.
 
-    Importers of sopdeploy come first. Raises `ConfigError` if *name* is invalid or in use.
+    Args:
+        name: A name for messages.
+        importer: What reads the files. Importers of sopdeploy come first.
+
+    Raises:
+        ConfigError: *name* is invalid or in use.
+
+    Examples:
+        The file of this project has the tensors of a ResNet-18, each behind `acme.`.
+
+        >>> from sopdeploy.importers.conversion import ConvertedWeights
+        >>> def convert(file, name):
+        ...     tensors = {key.removeprefix("acme."): file.tensors[key] for key in file.tensors}
+        ...     return ConvertedWeights(
+        ...         project="acme",
+        ...         description="acme",
+        ...         model="resnet18",
+        ...         tensors=tensors,
+        ...         num_classes=len(tensors["fc.bias"]),
+        ...     )
+        >>> importer = sopdeploy.Importer(marks=("acme.",), convert=convert)
+        >>> sopdeploy.register_importer("acme", importer)
+        >>> trained = sopdeploy.create_model("resnet18", 3)
+        >>> state = {f"acme.{key}": value for key, value in trained.state_dict().items()}
+        >>> torch.save(state, "acme.pth")
+        >>> network = sopdeploy.create_model("resnet18", 3, pretrained="acme.pth")
+        >>> torch.equal(network.fc.weight, trained.fc.weight)
+        True
     """
     IMPORTERS.register(name, importer, importer.convert.__module__)
 

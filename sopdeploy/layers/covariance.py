@@ -41,6 +41,22 @@ def covariance(factor_BCM: Tensor) -> Tensor:
     return factor_BCM @ factor_BCM.transpose(1, 2)
 
 
+def covariance_matrix(features_BCHW: Tensor) -> Tensor:
+    """Compute the covariance of the channels of a feature map.
+
+    Args:
+        features_BCHW: A feature map (B, C, H, W).
+
+    Returns:
+        A symmetric, positive semidefinite matrix (B, C, C) for each image, over its H * W positions.
+
+    Examples:
+        >>> sopdeploy.layers.covariance_matrix(torch.rand(2, 64, 7, 7)).shape
+        torch.Size([2, 64, 64])
+    """
+    return covariance(covariance_factor(features_BCHW))
+
+
 def covariance_trace(cov_BCC: Tensor) -> Tensor:
     """Compute the trace of each matrix as (B, 1, 1), by a product with the identity.
 

@@ -27,8 +27,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.covariance import (
     at_least_float32,
-    covariance,
-    covariance_factor,
+    covariance_matrix,
     without_autocast,
 )
 from sopdeploy.layers.export_hints import ExportHints
@@ -49,6 +48,11 @@ class GSoPBlockConfig(StrictModel):
     `channel_norm` adds a batch norm after the row-wise convolution of the channel-wise half
     (Table 2). `models.gsop.RELEASED` lists the options in which the released code differs from
     the paper.
+
+    Examples:
+        >>> config = sopdeploy.layers.GSoPBlockConfig(attention="position", position_side=6)
+        >>> sopdeploy.layers.GSoPBlock(config, channels=256)(torch.rand(2, 256, 14, 14)).shape
+        torch.Size([2, 256, 14, 14])
     """
 
     attention: Literal["channel", "position"] | FusionKind = "channel"
@@ -141,7 +145,7 @@ class ChannelAttention(nn.Module, ExportHints):
             F.relu(features_BCHW) if self.config.pre_relu else features_BCHW
         )
         with without_autocast(reduced_BdHW):
-            cov_Bdd = covariance(covariance_factor(at_least_float32(reduced_BdHW)))
+            cov_Bdd = covariance_matrix(at_least_float32(reduced_BdHW))
         return self.excitation(cov_Bdd)
 
 
@@ -213,10 +217,10 @@ class PositionAttention(nn.Module, ExportHints):
         with without_autocast(reduced_BdHW):
             small_Bdss = resample(at_least_float32(reduced_BdHW), side, side, averaging_rows)
             small_BdP = small_Bdss.flatten(start_dim=2)
-            # `covariance_factor` reads (B, variables, samples); here, the positions are the
+            # `covariance_matrix` reads (B, variables, samples); here, the positions are the
             # variables.
             if config.position_covariance == "centred":
-                cov_BPP = covariance(covariance_factor(small_BdP.transpose(1, 2)))
+                cov_BPP = covariance_matrix(small_BdP.transpose(1, 2))
             else:  # `uncentred_covariance` reads (B, samples, variables)
                 cov_BPP = uncentred_covariance(small_BdP)
 
@@ -277,14 +281,31 @@ class Concatenation(nn.Module):
 
 
 class GSoPBlock(nn.Module):
-    """Scale a feature map (B, C, H, W); the shortcut is not part of the block."""
+    """Scale a feature map (B, C, H, W); the shortcut is not part of the block.
+
+    Args:
+        config: Options of the block; by default those of the paper.
+        channels: C.
+        dr_stride: Stride of the dimension reduction.
+
+    Raises:
+        ConfigError: `attention` is "concatenation", and C is no multiple of 64.
+
+    Examples:
+        >>> block = sopdeploy.layers.GSoPBlock(channels=256)
+        >>> block(torch.rand(2, 256, 14, 14)).shape
+        torch.Size([2, 256, 14, 14])
+    """
 
     channel: ChannelAttention | None
     position: PositionAttention | None
     fusion: Concatenation | None
 
-    def __init__(self, config: GSoPBlockConfig, channels: int, dr_stride: int) -> None:
+    def __init__(
+        self, config: GSoPBlockConfig | None = None, channels: int = 256, dr_stride: int = 1
+    ) -> None:
         super().__init__()
+        config = config or GSoPBlockConfig()
         self.config = config
         kind = config.attention
 

@@ -63,7 +63,13 @@ class NewtonSchulzOptions(StrictModel):
 
 
 class NewtonSchulzConfig(NewtonSchulzOptions):
-    """Options of the square root; `compensate` multiplies it by the root of the norm after the iteration."""
+    """Options of the square root; `compensate` multiplies it by the root of the norm after the iteration.
+
+    Examples:
+        >>> config = sopdeploy.layers.NewtonSchulzConfig(iterations=3, prenorm="frobenius")
+        >>> sopdeploy.layers.ISqrtCov(64, config).out_features
+        2080
+    """
 
     compensate: bool = True
 
@@ -162,8 +168,20 @@ def _factor_gradients(
 class ISqrtCov(TriangleIndices, ExportHints):
     """Pool (B, d, H, W) maps to the upper triangle (B, d (d + 1) / 2) of the square root of their covariance.
 
-    *width* is d. The root is computed in float32 or float64, also under autocast. Training uses
-    a handwritten gradient; compilers and exporters trace the plain operations.
+    The square root is computed in float32 or float64, also under autocast. Training uses a handwritten
+    gradient. Compilers and exporters trace the plain operations.
+
+    Args:
+        width: d, the number of channels of the map.
+        config: The Newton-Schulz iteration; by default N = 5, divided by the trace.
+
+    Raises:
+        ConfigError: `forward` gets a map with another number of channels.
+
+    Examples:
+        >>> pooling = sopdeploy.layers.ISqrtCov(width=64)
+        >>> pooling(torch.rand(2, 64, 7, 7)).shape
+        torch.Size([2, 2080])
     """
 
     keep_float32 = True

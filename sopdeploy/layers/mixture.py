@@ -52,9 +52,28 @@ class Components(nn.Module):
 
     A component of the kind "gap" is 1x1 convolutions to *widths* channels, each with ReLU, and
     global average; "sop" is parametric SR-SOP with the configuration *root*; "linear" is linear
-    layers with bias on the averaged features, the expert of SG-MoE. *components* is N,
-    *evaluated* the number of components that a routed mixture evaluates per image; `macs` counts
-    these.
+    layers with bias on the averaged features, the expert of SG-MoE.
+
+    Args:
+        kind: "gap", "sop" or "linear".
+        channels: C.
+        widths: Channels of the 1x1 convolutions or linear layers of each component.
+        components: N.
+        evaluated: Number of components that a routed mixture evaluates per image; `macs` counts these.
+        root: The matrix square root of "sop".
+
+    Raises:
+        ConfigError: `forward` gets a map with another number of channels.
+
+    Examples:
+        >>> from sopdeploy.layers import Components, ISqrtCov, NewtonSchulzConfig, SparseGate
+        >>> mixture = Components(
+        ...     "sop", 64, (32,), components=4, evaluated=2, root=NewtonSchulzConfig()
+        ... )
+        >>> gate = SparseGate(ISqrtCov(64), length=2080, components=4, chosen=2)
+        >>> features = torch.rand(2, 64, 7, 7)
+        >>> mixture(features, gate(features)).shape
+        torch.Size([2, 528])
     """
 
     def __init__(
@@ -262,9 +281,21 @@ class GateNoise(nn.Module):
 class SparseGate(nn.Module, ExportHints):
     """Map a feature map to weights (B, N): K of them positive with sum 1, the others 0.
 
-    *feature* computes f (B, D) from the feature map with the prediction layers and a pooling;
-    *length* is D. All elements of Wg and Wn start as 1 / D, as in the released code, so all
-    logits are equal at first.
+    All elements of Wg and Wn start as 1 / D, as in the released code, so all logits are equal at
+    first.
+
+    Args:
+        feature: Computes f (B, D) from the feature map with the prediction layers and a pooling.
+        length: D.
+        components: N.
+        chosen: K.
+
+    Examples:
+        >>> gate = sopdeploy.layers.SparseGate(
+        ...     sopdeploy.layers.ISqrtCov(64), length=2080, components=4, chosen=2
+        ... )
+        >>> gate(torch.rand(1, 64, 7, 7))
+        tensor([[0.5000, 0.5000, 0.0000, 0.0000]], grad_fn=<SoftmaxBackward0>)
     """
 
     keep_float32 = True
@@ -313,8 +344,19 @@ def balance_loss(weights_BN: Tensor, alpha: float) -> Tensor:
     Eq. (4) has no S, because the paper sums the cross entropy over the images of a step, as in
     the released trainer; here it is their mean. In the paper, alpha / S is 100 / 256 = 0.39.
     Where `torch.distributed` is initialized, load and S are sums over all ranks. The gradient
-    is then that of the whole batch if the trainer averages the gradients of the ranks, each
+    is then the gradient of the whole batch if the trainer averages the gradients of the ranks, each
     weighted by its fraction of the images.
+
+    Args:
+        weights_BN: The weights that `SparseGate` computes.
+        alpha: The weight of the loss.
+
+    Returns:
+        A scalar, 0 if all components have the same load.
+
+    Examples:
+        >>> sopdeploy.layers.balance_loss(torch.full((8, 4), 0.25), alpha=100.0)
+        tensor(0.)
     """
     count = weights_BN.new_full((1,), weights_BN.shape[0])
 

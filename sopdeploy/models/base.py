@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.errors import ConfigError, shorten
+from sopdeploy.images.preprocess import Preprocess
 
 
 def is_in(name: str, *modules: str) -> bool:
@@ -58,10 +59,12 @@ class Classifier(Backbone):
         training_only: Dotted names of the parts that are removed before export.
         inference_class: Class of the inference model; `None` is this class, for networks that are exported
             with all parts.
+        preprocess: The rules by which the weights that `sopdeploy.create_model` loaded see images.
     """
 
     training_only: ClassVar[tuple[str, ...]] = ()
     inference_class: ClassVar[type[Backbone] | None] = None
+    preprocess: Preprocess | None = None
 
     def inference_model(self) -> Backbone:
         """Build the network to export from the config, with fresh weights; shares no module with this one."""

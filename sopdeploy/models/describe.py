@@ -308,8 +308,23 @@ def describe(
 ) -> Description:
     """Count parameters and multiply-adds of model *name* without allocating weights (`meta` device).
 
-    *image_size* is the side of the input in pixels. Raises `ConfigError` for what the network
-    does not accept.
+    Args:
+        name: A name that `create_model` accepts.
+        image_size: Side of the input in pixels; by default the size of the paper.
+        num_classes: Number of classes; by default the number of the paper.
+        **config: Options of the network.
+
+    Returns:
+        The counts of the network in training and as it is exported, also by part, and the figures of
+        the papers beside them.
+
+    Raises:
+        ConfigError: An unknown name, or a value that the network does not accept.
+
+    Examples:
+        >>> description = sopdeploy.describe("dsop-resnet50")
+        >>> f"{description.training.parameters:,} -> {description.shipped.parameters:,}"
+        '148,686,920 -> 25,557,032'
     """
     # Without values: `meta` tensors have shapes alone.
     side = entry(name).image_size if image_size is None else image_size

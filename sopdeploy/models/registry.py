@@ -7,6 +7,7 @@ torch.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import pydantic
@@ -399,14 +400,23 @@ class CatalogModel(StrictModel):
 
 
 def create_model(name: str, *, num_classes: int | None = None, **config: Any) -> "Classifier":
-    """Build network *name* of the catalog with fresh weights, in train mode.
-
-    *num_classes* defaults to the catalog's (1000, 100 or 10); *config* sets options of the
-    model's config class. Raises `ConfigError` for an unknown name, key or value.
-    """
+    """Build network *name* of the catalog with fresh weights; `sopdeploy.create_model` can load others."""
     return entry(name).build(num_classes, **config)
 
 
-def list_models() -> list[str]:
-    """List the names of the catalog in display order, then those that are registered."""
-    return MODELS.names()
+def list_models(pattern: str = "*") -> list[str]:
+    """List the names of networks.
+
+    Args:
+        pattern: Shell pattern of the names, such as `gsop*`.
+
+    Returns:
+        The names of the catalog in display order, then those that are registered.
+
+    Examples:
+        >>> sopdeploy.list_models("gsop-net1-*")
+        ['gsop-net1-resnet26', 'gsop-net1-resnet50', 'gsop-net1-preact-resnet164', 'gsop-net1-efficientnet-lite0']
+        >>> "dsop-resnet50" in sopdeploy.list_models()
+        True
+    """
+    return [name for name in MODELS.names() if fnmatchcase(name, pattern)]

@@ -199,6 +199,14 @@ def dsop(
     Raises:
         ConfigError: An unknown tap, a tap without a feature map, an invalid option, or a network that cannot
             run.
+
+    Examples:
+        >>> import timm
+        >>> network = timm.create_model("test_resnet", num_classes=3)
+        >>> network = sopdeploy.dsop(network, ["layer2", "layer3"], image_size=64, aux_blocks=(1, 1))
+        >>> output = network(torch.zeros(2, 3, 64, 64))
+        >>> output.logits.shape, list(output.branches)
+        (torch.Size([2, 3]), ['layer2', 'layer3'])
     """
     return _build_from_network(DSoPNetwork, "dsop", network, taps, image_size, config)
 
@@ -215,8 +223,18 @@ def isqrt(
         **config: `pooling` selects another pooling or its options, such as `{"kind": "isqrt", "width": 128}`
             or "bcnn".
 
+    Returns:
+        A module with the parts `network`, `pooling` and `fc`.
+
     Raises:
         ConfigError: No such module or map, an invalid option, or a network that cannot run.
+
+    Examples:
+        >>> import timm
+        >>> network = timm.create_model("test_resnet", num_classes=3)
+        >>> network = sopdeploy.isqrt(network, image_size=64, pooling={"kind": "isqrt", "width": 16})
+        >>> network.fc
+        Linear(in_features=136, out_features=3, bias=True)
     """
     return _build_from_network(
         PooledNetwork, "isqrt", network, (tap,) if tap else (), image_size, config
@@ -266,6 +284,13 @@ def register_model(
     Raises:
         ConfigError: *name* is that of a network of the catalog or of another module, or has other characters,
             or the method needs taps.
+
+    Examples:
+        >>> import timm
+        >>> build = lambda classes: timm.create_model("test_resnet", num_classes=classes)
+        >>> sopdeploy.register_model("my-resnet", build, taps=["layer2", "layer3"], image_size=64)
+        >>> sopdeploy.create_model("my-resnet", 5, aux_blocks=(1, 1)).num_classes
+        5
     """
     # What cannot be registered: a name of the catalog, and DSoP without taps.
     if name in CATALOG:

@@ -8,10 +8,10 @@ Preprocessing values that the recipe's `[preprocess]` does not set are those of 
 weights.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pydantic
 import torch
@@ -25,7 +25,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import WeightFile
 from sopdeploy.importers.import_weights import convert_weights, open_weights
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy.models.registry import create_model, entry, make_config
+from sopdeploy.models.registry import CatalogModel, create_model, entry, make_config
 from sopdeploy.models.second_order_head import POOLED_HEAD
 from sopdeploy.models.timm_networks import TimmBackbone
 from sopdeploy.paths import WeightPath, check_is_file, check_is_weights
@@ -97,14 +97,15 @@ def read_start_weights(
             remedies={"weights": "imagenet"},
         )
 
-    weights = _read_weights_file(recipe, source) if strategy.rank == 0 else None
+    file = recipe.start.weights
+    weights = read_weights_file(recipe.model, file, source) if strategy.rank == 0 else None
     # This sum lets the others wait until the first process has filled the cache.
     strategy.all_reduce(torch.zeros(1))
-    return _read_weights_file(recipe, source) if weights is None else weights
+    return read_weights_file(recipe.model, file, source) if weights is None else weights
 
 
-def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str]:
-    """Find the ImageNet weights of the network of *recipe*, or download them.
+def fetch_published(model: CatalogModel, *, download: bool = True) -> tuple[Path, str]:
+    """Find the ImageNet weights of the network *model*, or download them.
 
     Returns the file, and the catalog name under which the importers read it. Without *download*,
     a missing file is not downloaded: it only checks that this is possible, and the returned
@@ -112,25 +113,29 @@ def fetch_published(recipe: Recipe, *, download: bool = True) -> tuple[Path, str
     """
     from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
 
-    config = make_config(recipe.model.name, recipe.model.config)
+    config = make_config(model.name, model.config)
     # `head:NAME` starts with the weights of NAME.
-    name = recipe.model.name.removeprefix("head:")
+    name = model.name.removeprefix("head:")
     return fetch_imagenet_weights(name, config, download=download)
 
 
-def _read_weights_file(recipe: Recipe, source: WeightSource | None) -> StartWeights:
-    """Read the file of `start.weights`; *source* is this file, if it was checked or opened before."""
-    # `head:resnet50` reads the file of `resnet50`.
-    model = recipe.model.name.removeprefix("head:")
+def read_weights_file(
+    model: CatalogModel, file: Literal["imagenet"] | Path, source: WeightSource | None = None
+) -> StartWeights:
+    """Read *file*, the weights that the network *model* starts from; "imagenet" are the published ones.
 
-    weights = recipe.start.weights if recipe.start is not None else None
-    if isinstance(weights, Path):
-        path = expand_user(weights)
+    *source* is this file, if it was checked or opened before.
+    """
+    # `head:resnet50` reads the file of `resnet50`.
+    name = model.name.removeprefix("head:")
+
+    if isinstance(file, Path):
+        path = expand_user(file)
         # `dsop-timm:NAME` reads the file of `timm:NAME`; importers know names without a colon
         # as they are.
-        source_model = model.removeprefix("dsop-") if ":" in model else model
+        source_model = name.removeprefix("dsop-") if ":" in name else name
     else:  # "imagenet"
-        path, source_model = fetch_published(recipe)
+        path, source_model = fetch_published(model)
 
     if source is None:
         check_is_file(path)
@@ -319,20 +324,22 @@ def create_initial_model(
         return InitialModel(model, recipe, None)
     start = None if weights is None else load_start_weights(weights, model, labels)
     preprocess = Preprocess() if weights is None else weights.preprocess
-    side = model.fixed_size if isinstance(model, TimmBackbone) else None
-    if side is not None and side != preprocess.crop:  # images have the size of the network
-        resize = Preprocess.scaled_resize(side, preprocess.resize, preprocess.crop)
-        preprocess = preprocess.model_copy(update={"crop": side, "resize": resize})
+    return InitialModel(model, complete_preprocess(recipe, fit_crop(preprocess, model)), start)
 
-    return InitialModel(model, complete_preprocess(recipe, preprocess), start)
+
+def fit_crop(preprocess: Preprocess, model: Classifier) -> Preprocess:
+    """Return *preprocess* with the size of the images of *model*, if it takes images of one size only."""
+    side = model.fixed_size if isinstance(model, TimmBackbone) else None
+    if side is None or side == preprocess.crop:
+        return preprocess
+    resize = Preprocess.scaled_resize(side, preprocess.resize, preprocess.crop)
+    return preprocess.model_copy(update={"crop": side, "resize": resize})
 
 
 def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]) -> Classifier:
-    """Create the model of *recipe*, whose random weights depend on the seed alone.
+    """Create the model of *recipe* as `create_for` does; random weights depend on the seed alone.
 
-    A network of timm with position embeddings is for images of one size. The first of these
-    that is known counts: `image_size` of its config, `preprocess.crop` if the recipe sets it,
-    the size that the start weights *tensors* are for, and timm's default.
+    The size of the images is `preprocess.crop`, if the recipe sets it.
     """
     name = recipe.model.name
     config = recipe.model.config
@@ -341,17 +348,32 @@ def create_sized(recipe: Recipe, num_classes: int, tensors: Mapping[str, Tensor]
         torch.manual_seed(derive_seed(recipe.seed, "weights"))
         return create_model(name, num_classes=num_classes, **config, **size)
 
-    # Most networks take any size, and the config may have set the size already.
+    has_crop = "crop" in recipe.preprocess.model_fields_set
+    size = recipe.preprocess.crop if has_crop else None
+    return create_for(tensors, create, config, size)
+
+
+def create_for(
+    tensors: Mapping[str, Tensor],
+    create: Callable[..., Classifier],
+    config: Mapping[str, Any],
+    size: int | None = None,
+) -> Classifier:
+    """Create a model with the options *config* by *create*, for images of *size* pixels.
+
+    Most networks take any size. A network of timm with position embeddings is for images of one
+    size. The first of these that is known counts: `image_size` in *config*, *size*, the size that
+    the start weights *tensors* are for, and timm's default.
+    """
     model = create()
     if not isinstance(model, TimmBackbone) or model.fixed_size is None:
         return model
     if "image_size" in config:
         return model
 
-    # A model for another size is created anew, because the size decides the weights.
-    has_crop = "crop" in recipe.preprocess.model_fields_set
-    size = recipe.preprocess.crop if has_crop else model.size_of(tensors)
-    return model if size is None or size == model.fixed_size else create(image_size=size)
+    # A model for another size is created again, because the size decides the weights.
+    side = model.size_of(tensors) if size is None else size
+    return model if side is None or side == model.fixed_size else create(image_size=side)
 
 
 def classifier_name(model: Classifier) -> str:

@@ -102,6 +102,12 @@ def classify(
         StorageError: *out* cannot be written.
         MissingPackageError: A package of an extra is missing.
         RuntimeUnavailableError: No runtime can run the bundle, or its device failed.
+
+    Examples:
+        >>> bundle = "bundles/photos-3f6c01d2a4b7"
+        >>> classified = sopdeploy.classify(bundle, "photos", "results")
+        >>> classified.num_images, classified.num_errors
+        (60, 0)
     """
     names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
 

@@ -133,6 +133,13 @@ def export(
     Raises:
         ConfigError: Options that are invalid or do not fit together.
         SopdeployError: A step failed; *out* contains nothing new.
+
+    Examples:
+        >>> exported = sopdeploy.export("runs/latest/best.pt", detach=True)
+        >>> exported.path.parent.name
+        'bundles'
+        >>> exported.certificate.proof
+        'three-way'
     """
     path = Path(checkpoint)
     out = Path(out)

@@ -172,6 +172,12 @@ def predict(
         DataError: A file cannot be read, or an array is no image.
         BundleError: The bundle is damaged.
         ConfigError: Unknown or invalid settings.
+
+    Examples:
+        >>> bundle = "bundles/photos-3f6c01d2a4b7"
+        >>> [prediction] = sopdeploy.predict(bundle, "photo.jpg", top_k=3)
+        >>> len(prediction.classes)
+        3
     """
     # The images, which are checked before the network is loaded.
     sources: list[Any] = []

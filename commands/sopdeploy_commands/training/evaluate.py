@@ -134,11 +134,19 @@ def evaluate(
         data: Folder of images, DIR/<class>/*.jpg or with labels.csv.
         on_image: Called with the numbers of images done and in total.
 
+    Returns:
+        The metrics of the images, and for a checkpoint the decision that was fitted.
+
     Raises:
         CheckpointError: *source* is neither a checkpoint nor a bundle.
         ConfigError: An option does not apply to *source*.
         DataError: The classes do not match, an image cannot be read, or `fit_decision` gets fewer than 50
             images.
+
+    Examples:
+        >>> evaluation = sopdeploy.evaluate("runs/latest/best.pt", "test-photos")
+        >>> evaluation.metrics.count
+        60
     """
     path = Path(source)
     data = Path(data)

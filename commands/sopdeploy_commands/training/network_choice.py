@@ -252,7 +252,7 @@ def fetch_weights(
         if recipe.start is not None and recipe.start.weights == "imagenet":
             callback.on_stage(name=f"weights of {name}", done=number, total=len(recipes))
             try:
-                fetch_published(recipe, download=download)
+                fetch_published(recipe.model, download=download)
             except WeightsError as error:
                 if not may_skip:
                     raise

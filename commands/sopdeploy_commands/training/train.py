@@ -102,6 +102,11 @@ def train(
         WeightsError: The pretrained weights cannot be downloaded or read, or belong to another network.
         TrainingError: A loss or gradient is not finite. `TrainingStoppedError`, a subclass, after Ctrl-C or
             SIGTERM; the run is saved before.
+
+    Examples:
+        >>> run = sopdeploy.train(data="photos")
+        >>> run.best.name, run.num_classes
+        ('best.pt', 6)
     """
     data = None if data is None else Path(data)
     out = None if out is None else Path(out)

@@ -161,9 +161,24 @@ def unused_modules(
 ) -> tuple[str, ...]:
     """Name the outermost modules of *network*, and further tensors, on which no output in eval mode depends.
 
-    `training_only` may name them. *logits_key* is the attribute, key or index of the logits, if
-    the network returns more than one tensor. Raises the errors of `export_network` before its
-    proof begins.
+    Args:
+        network: A network as for `export_network`, which stays as it is.
+        preprocess: Converts an image to the input of the network.
+        logits_key: Attribute, key or index of the logits, if the network returns more than one tensor.
+
+    Returns:
+        The names, which `training_only` of `export_network` accepts.
+
+    Raises:
+        ConfigError: An argument is invalid.
+        LoweringError: The network cannot be captured; the message says why.
+
+    Examples:
+        >>> import timm
+        >>> network = timm.create_model("test_resnet", num_classes=3)
+        >>> network.auxiliary = torch.nn.Linear(8, 3)
+        >>> sopdeploy.unused_modules(network, sopdeploy.Preprocess(crop=64))
+        ('auxiliary',)
     """
     with prepared(network, logits_key=logits_key) as ready_network:
         return admit(ready_network, preprocess).removable

@@ -94,6 +94,20 @@ def export_network(
         CertificateError: A statement of the proof does not hold.
         SopdeployError: Another step failed. Then nothing is left in *destination*, or only the bundle,
             if the page about it cannot be written.
+
+    Examples:
+        >>> import timm
+        >>> build = lambda: timm.create_model("test_resnet", num_classes=3)
+        >>> exported = sopdeploy.export_network(
+        ...     build(),
+        ...     plain=build,
+        ...     labels=["rings", "stripes", "dots"],
+        ...     preprocess=sopdeploy.Preprocess(crop=64),
+        ...     destination="bundles",
+        ...     name="small",
+        ... )
+        >>> exported.certificate.proof
+        'trained-plain'
     """
     # Check the arguments.
     if options is None:

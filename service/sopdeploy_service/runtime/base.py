@@ -90,8 +90,21 @@ class OwnRuntime(Runtime, Protocol):
 def register_runtime(name: str, open_runtime: OpenRuntime) -> None:
     """Let the setting `runtime` select *open_runtime* by *name*.
 
-    A runtime of this project with this name comes first. Raises `ConfigError` if *open_runtime*
-    cannot be called, *name* is invalid, or another module has registered it.
+    Args:
+        name: The name. A runtime of this project with this name comes first.
+        open_runtime: Called with a bundle and the settings of the server; returns a `Runtime`, or raises
+            `RuntimeUnavailableError` if it cannot run here.
+
+    Raises:
+        ConfigError: *open_runtime* cannot be called, *name* is invalid, or another module has registered it.
+
+    Examples:
+        >>> from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
+        >>> sopdeploy.register_runtime("mine", OnnxRuntime)
+        >>> bundle = "bundles/photos-3f6c01d2a4b7"
+        >>> [prediction] = sopdeploy.predict(bundle, "photo.jpg", runtime="mine")
+        >>> prediction.error is None
+        True
     """
     if not callable(open_runtime):
         raise ConfigError(

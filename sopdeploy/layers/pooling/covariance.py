@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sopdeploy.config import Count
 from sopdeploy.errors import TrainingError
-from sopdeploy.layers.covariance import TriangleIndices, covariance, covariance_factor
+from sopdeploy.layers.covariance import TriangleIndices, covariance_matrix
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 
@@ -164,7 +164,7 @@ class EigenPooling(TriangleIndices, ReducedPooling):
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute the triangle (B, d (d + 1) / 2) of f(covariance) of a map (B, d, H, W)."""
-        value_Bdd = spectral(covariance(covariance_factor(features)), self.function)
+        value_Bdd = spectral(covariance_matrix(features), self.function)
         return self.upper_triangle(value_Bdd)
 
 

@@ -47,7 +47,27 @@ Pooling = Annotated[
 def register_pooling(config: type[PoolingConfig]) -> None:
     """Let networks name the pooling *config*, by the value of its field `kind`.
 
-    Raises `ConfigError` if *config* is no subclass of `PoolingConfig`, or its name is invalid
-    or in use.
+    Args:
+        config: A subclass of `PoolingConfig`, whose `layer` is the module.
+
+    Raises:
+        ConfigError: *config* is no such class, or its name is invalid or in use.
+
+    Examples:
+        >>> from typing import Literal
+        >>> from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig
+        >>> class Maximum(GlobalPooling):
+        ...     def __init__(self, config, channels):
+        ...         super().__init__()
+        ...         self.out_features = channels
+        ...
+        ...     def pool(self, features):
+        ...         return features.amax(dim=(2, 3))
+        >>> class MaximumConfig(PoolingConfig):
+        ...     layer = Maximum
+        ...     kind: Literal["maximum"] = "maximum"
+        >>> sopdeploy.register_pooling(MaximumConfig)
+        >>> sopdeploy.create_model("resnet8", pooling="maximum").pooling
+        Maximum()
     """
     POOLINGS.register_config(config, PoolingConfig)

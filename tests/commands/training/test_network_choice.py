@@ -16,7 +16,7 @@ from sopdeploy.errors import ConfigError, DataError, WeightsError
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.models.choices import Choice, Choices, file_stem, read_choices
-from sopdeploy.models.registry import create_model, entry
+from sopdeploy.models.registry import CatalogModel, create_model, entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.models.timm_networks import import_timm
 from sopdeploy.training.callback import Callback
@@ -314,9 +314,9 @@ def test_a_folder_without_weights_is_an_error_that_names_the_files(
 def unreachable(*names: str) -> Any:
     """A stand-in for the download, in which the weights of *names* cannot be reached."""
 
-    def fetch_published(recipe: Recipe, *, download: bool) -> None:
-        if recipe.model.name in names:
-            raise WeightsError(f"{recipe.model.name}: cannot be downloaded")
+    def fetch_published(model: CatalogModel, *, download: bool) -> None:
+        if model.name in names:
+            raise WeightsError(f"{model.name}: cannot be downloaded")
 
     return fetch_published
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.config import Count
-from sopdeploy.layers.covariance import TriangleIndices, covariance, covariance_factor
+from sopdeploy.layers.covariance import TriangleIndices, covariance_matrix
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 
 _SMALLEST = 1e-12  # of a divisor
@@ -32,7 +32,7 @@ class DropCov(TriangleIndices, ReducedPooling):
         """Compute the triangle (B, d (d + 1) / 2) of the covariance of a map (B, d, H, W)."""
         if self.training:
             features = self.drop(features)
-        cov_Bdd = covariance(covariance_factor(features))
+        cov_Bdd = covariance_matrix(features)
         return self.upper_triangle(cov_Bdd)
 
     def drop(self, features: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class DropCov(TriangleIndices, ReducedPooling):
         channels and the row sums of their covariance: if the two agree, the representation has
         little to decorrelate.
         """
-        sums_Bd = covariance(covariance_factor(features)).sum(dim=2)
+        sums_Bd = covariance_matrix(features).sum(dim=2)
         cosine_B = torch.cosine_similarity(weights_Bd, sums_Bd, dim=1)
         return (1.0 - 10.0 / math.log2(max(2, self.channels)) * cosine_B.mean()).clamp(0.0, 1.0)
 
