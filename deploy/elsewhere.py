@@ -519,7 +519,7 @@ def git(*arguments: str) -> str:
 
 def page(rows: Sequence[Sequence[str]], before: str) -> str:
     """Render docs/elsewhere.md with *rows*, and those of the page *before* that were not run again."""
-    # What the new rows end with: the date, the commit, the machine.
+    # What the new rows end with: the date and the commit.
     changes = git(
         "status",
         "--porcelain",
@@ -529,8 +529,7 @@ def page(rows: Sequence[Sequence[str]], before: str) -> str:
         ":(exclude)docs/elsewhere.md",
     )
     commit = git("rev-parse", "--short=8", "HEAD") + ("-dirty" if changes else "")
-    machine = f"{processor()}, {usable_cores()} cores, Python {platform.python_version()}"
-    now = [f"{datetime.now(UTC):%Y-%m-%d}", commit, machine]
+    now = [f"{datetime.now(UTC):%Y-%m-%d}", commit]
 
     # The rows of the page, without the heading, and the new ones.
     kept = [
@@ -552,15 +551,16 @@ def page(rows: Sequence[Sequence[str]], before: str) -> str:
     order += [f"together ({name})" for name in JOURNEYS]
     names = [name for name in order if name in by_name]
 
+    machine = f"{processor()}, {usable_cores()} cores, Python {platform.python_version()}"
     lines = [
         "# Tests in other surroundings",
         "",
         "Do the tests also pass with another locale, user, kernel or Python? `make elsewhere` runs the",
         "default tests in such surroundings, several at a time. A test that fails runs again in each of",
-        "them alone.",
+        f"them alone. The last run was on {machine}.",
         "",
-        "| surroundings | default tests | time | date | commit | machine |",
-        "|---|---|---|---|---|---|",
+        "| surroundings | default tests | time | date | commit |",
+        "|---|---|---|---|---|",
         *(f"| {' | '.join(by_name[name])} |" for name in names),
     ]
     return "\n".join(lines) + "\n"

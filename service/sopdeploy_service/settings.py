@@ -144,7 +144,7 @@ class Settings(StrictModel):
         None, "PEM file of the certificate for HTTPS; not set: HTTP"
     )
     ssl_keyfile: Path | None = setting(
-        None, "PEM file of its private key; not set: the certificate's file has it, too"
+        None, "PEM file of its private key; not set: it is in the certificate's file"
     )
 
     allowed_hosts: Hosts = setting(
@@ -162,7 +162,7 @@ class Settings(StrictModel):
 
     max_connections: Count = setting(
         1000,
-        "one more, or more than a quarter of one address, closes an idle one or gets 503",
+        "open connections; beyond them, or beyond a quarter for one address, an idle one is closed, else 503",
     )
     keep_alive_seconds: Count = setting(
         3700, "idle time; longer than the idle time of proxies in front (Envoy: 1 h)"

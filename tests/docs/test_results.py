@@ -114,12 +114,16 @@ FROM_CODE: list[
     ("`max_upload_bytes` {:.0f} MB", SETTINGS.max_upload_bytes / MEGA),
     ("reserved for bodies up to {:.0f} MB", admission.SMALL_BODY / MEGA),
     (
-        "up to {:.0f} megapixels and {:.0f} MB, for {} s of CPU time and {:.0f} ns per pixel, and a JPEG with "
-        "one scan up to {:.0f} MB and {:.0f} megapixels, and {:.0f} ns per byte more | {:.0f} MiB",
+        "up to {:.0f} megapixels and {:.0f} MB, "
+        "and JPEGs with one scan up to {:.0f} megapixels and {:.0f} MB | {:.0f} MiB",
         *(decoders.LIGHT_PIXELS / MEGA, decoders.LIGHT_BODY / MEGA),
+        *(decoders.PROPORTIONAL_PIXELS / MEGA, decoders.PROPORTIONAL_BODY / MEGA),
+        decoders.LIGHT_MEMORY / MIB,
+    ),
+    (
+        "{} s of CPU time and {:.0f} ns per pixel for an image, and {:.0f} ns more per byte of a large JPEG",
         *(decoders.LIGHT_SECONDS, 1e9 * decoders.SECONDS_PER_PIXEL),
-        *(decoders.PROPORTIONAL_BODY / MEGA, decoders.PROPORTIONAL_PIXELS / MEGA),
-        *(1e9 * decoders.SECONDS_PER_BYTE, decoders.LIGHT_MEMORY / MIB),
+        1e9 * decoders.SECONDS_PER_BYTE,
     ),
     ("light children x {:.0f} MiB", (decoders.LIGHT_MEMORY + decoders.OWN_MEMORY) / MIB),
     ("(theirs + {:.0f} MiB)", decoders.OWN_MEMORY / MIB),
