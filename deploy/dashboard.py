@@ -138,6 +138,11 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         [(f"sum by (reason) (rate(sopdeploy_rejected_total{RATE}))", "{{reason}}")],
     ),
     (
+        "Requests per second, by the attempt of the client",
+        "reqps",
+        [(f"sum by (attempt) (rate(sopdeploy_attempts_total{RATE}))", "{{attempt}}")],
+    ),
+    (
         "Disconnected clients, non-finite outputs",
         "ops",
         [

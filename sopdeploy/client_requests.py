@@ -149,6 +149,7 @@ class Requests:
                 method, path, timeout=timeout, extensions=extensions, **content
             )
             request.headers["X-Request-Timeout-Ms"] = str(int(left * 1000))
+            request.headers["X-Request-Attempt"] = str(attempt + 1)
             request.headers[REQUEST_ID] = uuid4().hex
             error: ServiceError
 

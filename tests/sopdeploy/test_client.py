@@ -358,9 +358,10 @@ def test_the_rate_limit_of_a_key_is_always_waited_for(delays):
     assert len(delays) == 30
 
 
-def test_the_server_is_told_the_remaining_time(delays):
+def test_the_server_is_told_the_remaining_time_and_the_number_of_the_attempt(delays):
     server = Script(httpx.ConnectError("no"), SUCCESS)
     server.call("classify", b"x", timeout=10)
+    assert [one.headers["X-Request-Attempt"] for one in server.requests] == ["1", "2"]
     first, second = (
         int(request.headers["X-Request-Timeout-Ms"]) for request in server.requests
     )

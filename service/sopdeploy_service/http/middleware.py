@@ -30,6 +30,7 @@ from sopdeploy_service.origins import (
 )
 from sopdeploy_service.settings import Settings
 
+ATTEMPT_HEADER = "x-request-attempt"
 VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # other characters could forge log lines
 
 PROBES = frozenset({"/livez", "/readyz", "/ping", "/v2/health/live", "/v2/health/ready"})
@@ -199,7 +200,8 @@ class RequestContextMiddleware:
         """Record a request in metrics and access log; *status* is 0 if no response was sent."""
         # The template of the path has few values, whatever clients send.
         path = getattr(route, "path", "other")
-        self.service.metrics.count_request(path, status, seconds, context.model_name)
+        attempt = context.headers.get(ATTEMPT_HEADER)
+        self.service.metrics.count_request(path, status, seconds, context.model_name, attempt)
 
         sample = self.service.settings.log_sample
         log_request(context, method, path, status, seconds, sample)
@@ -217,7 +219,8 @@ def record_refusal(
     Returns the headers that every response has, also those by which a page of another host may
     read it.
     """
-    service_metrics.count_request("other", reason.status, 0.0)
+    attempt = context.headers.get(ATTEMPT_HEADER)
+    service_metrics.count_request("other", reason.status, 0.0, attempt=attempt)
     context.code = reason.code
     log_request(context, method, "other", reason.status, 0.0)
 

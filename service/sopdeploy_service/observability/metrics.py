@@ -26,6 +26,7 @@ SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 REQUEST_RESULTS = ("success", "fail")
 REQUEST_STAGES = ("decode_queue", "decode", "queue", "infer")
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+ATTEMPTS = ("1", "2", "3", "4", "5")  # others are counted together
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # nothing reads these series
 
@@ -49,6 +50,13 @@ class Metrics:
             "From request to response; refusals (4xx, 5xx) are fast",
             ("route", "model", "status"),
         )
+        self._attempts = counter(
+            "attempts",
+            "Requests of clients that number their attempts: 1 is the first, others are retries",
+            ("attempt",),
+        )
+        for attempt in (*ATTEMPTS, "other"):
+            self._attempts.labels(attempt)
         self.inference_seconds = Summary(
             "inference_seconds",
             "Requests with images: success and fail are whole requests, the others stages of successful ones",
@@ -244,9 +252,19 @@ class Metrics:
         ).inc()
 
     def count_request(
-        self, route: str, code: int, seconds: float, model_name: str = ""
+        self,
+        route: str,
+        code: int,
+        seconds: float,
+        model_name: str = "",
+        attempt: str | None = None,
     ) -> None:
-        """Count a response with the status *code*, from *model_name* if the request chose one."""
+        """Count a response with the status *code*, from *model_name* if the request chose one.
+
+        *attempt* is the number that the client has sent, whatever it is.
+        """
+        if attempt is not None:
+            self._child(self._attempts, attempt if attempt in ATTEMPTS else "other").inc()
         self._child(self._requests, route, str(code), model_name).inc()
         status = f"{code // 100}xx"
         self._child(self._request_seconds, route, model_name, status).observe(seconds)

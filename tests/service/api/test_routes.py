@@ -223,7 +223,7 @@ def test_probes_of_each_turn_of_the_loop_see_the_same_check(bundle, monkeypatch)
 
 
 def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
-    client.post("/v1/classify", content=jpeg)
+    client.post("/v1/classify", content=jpeg, headers={"X-Request-Attempt": "2"})
     client.post("/v1/classify", content=b"text")
     for number in range(3):
         client.get(f"/nothing/{number}")
@@ -231,6 +231,7 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
     stages = ("receive", "decode_queue", "decode", "queue", "infer")
     for line in (
         'sopdeploy_requests_total{code="200",model="tiny",route="/v1/classify"}',
+        'sopdeploy_attempts_total{attempt="2"} 1.0',
         'sopdeploy_rejected_total{reason="not_an_image"}',
         'sopdeploy_request_duration_seconds_count{model="tiny",route="/v1/classify",status="2xx"}',
         'sopdeploy_request_duration_seconds_count{model="",route="other",status="4xx"}',

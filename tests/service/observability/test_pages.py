@@ -58,6 +58,20 @@ def test_an_error_reaches_all_who_ask_and_the_next_second_tries_again(
     assert str(second) == ("no file" if seconds else "2")
 
 
+def test_attempts_are_counted_by_the_number_that_clients_send() -> None:
+    metrics = Metrics()
+    for sent in ("1", "1", "2", "5", "6", "-1", "a" * 100, None):
+        metrics.count_request("/v1/classify", 200, 0.01, attempt=sent)
+
+    counted = {
+        sample.labels["attempt"]: sample.value
+        for family in metrics.registry.collect()
+        if family.name == "sopdeploy_attempts"
+        for sample in family.samples
+    }
+    assert counted == {"1": 2, "2": 1, "3": 0, "4": 0, "5": 1, "other": 3}
+
+
 def page_of(model: str) -> bytes:
     metrics = Metrics()
     metrics.count_request("/v1/classify", 200, 0.01, model)
