@@ -535,7 +535,8 @@ def test_any_body_costs_as_much_as_its_size(sites, bundle, where, case) -> None:
 
 
 HEADERS = {  # names of headers that the code reads, for the values of `HEADER_VALUES`
-    "authorization", "x-api-key", "x-request-id", "x-request-timeout-ms", "x-request-attempt", "content-type", "content-encoding",
+    "authorization", "x-api-key", "x-request-id", "x-request-timeout-ms", "x-request-attempt",
+    "content-type", "content-encoding",
     "host", "origin", "sec-fetch-site", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-for",
     "inference-header-content-length",
     "cookie", "accept", "x-unknown",  # these are read by libraries, or by none
