@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -141,13 +142,16 @@ def describe_failed_import(error: ImportError, package: str, source: str) -> str
 
     A package that is there may fail, too: its libraries do not fit into the memory, or into the system.
     """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ModuleNotFoundError):
-            return install_hint(package, source)
+    # A package may raise an error of its own from the one that says what is wrong.
+    cause = error
+    while not isinstance(cause, ModuleNotFoundError):
+        if not isinstance(cause.__cause__, ImportError):
+            break
         cause = cause.__cause__
+    else:
+        return install_hint(package, source)
 
-    reason = f"{package} is installed, but cannot be loaded ({first_line(error)})"
+    reason = f"{package} is installed, but cannot be loaded ({first_line(cause)})"
     return f"{reason}; allow more memory, or install it again"
 
 
@@ -172,7 +176,7 @@ def missing_store_error(address: str, error: ImportError) -> MissingPackageError
 
     known = importlib.import_module("fsspec.registry").known_implementations
     package = known.get(scheme, {}).get("class", scheme).partition(".")[0]
-    return MissingPackageError(f"{address}: {package} is not installed; install it with pip")
+    return MissingPackageError(f"{address}: {describe_failed_import(error, package, package)}")
 
 
 def describe_store_error(error: BaseException) -> str:
@@ -227,22 +231,39 @@ _STORE_WORDS = {
 
 @contextmanager
 def missing_extras() -> Iterator[None]:
-    """Turn the failed import of a package that an extra of sopdeploy installs into `MissingPackageError`."""
+    """Turn the failed import of a package that an extra of sopdeploy installs into `MissingPackageError`.
+
+    Another `ImportError` than a missing module or a library that cannot be loaded stays as it is.
+    """
     try:
         yield
-    except ModuleNotFoundError as error:
-        module = error.name or ""
-        # The name of the package on PyPI.
-        package = {"sklearn": "scikit-learn"}.get(module, module.replace("_", "-"))
+    except ImportError as error:
+        package = _failed_package(error)
+
         # Each line is like `timm>=1; extra == "train"`.
         requirements = "\n".join(metadata.requires("sopdeploy") or [])
         pairs = re.findall(r"^([\w.-]+).*\bextra == ['\"]([\w-]+)", requirements, re.MULTILINE)
         extras = [extra for required, extra in pairs if required == package]
 
-        if not extras:  # no extra installs it: the error stays as it is
+        if not extras:  # no extra installs it
             raise
         advised = "train" if "train" in extras else extras[0]  # "train" has the most packages
-        raise MissingPackageError(install_hint(package, f"sopdeploy[{advised}]")) from error
+        message = describe_failed_import(error, package, f"sopdeploy[{advised}]")
+        raise MissingPackageError(message) from error
+
+
+def _failed_package(error: ImportError) -> str:
+    """Return the name on PyPI of the package whose import raised *error*; empty if neither says it."""
+    module = ""
+    if isinstance(error, ModuleNotFoundError):
+        module = error.name or ""
+    elif error.path is not None and error.path.endswith(tuple(EXTENSION_SUFFIXES)):
+        # A library, in a folder of its package. Its own name has no package.
+        library = Path(error.path)
+        roots = [root for root in sys.path if library.is_relative_to(root)]
+        module = library.relative_to(max(roots, key=len, default="/")).parts[0]
+
+    return {"sklearn": "scikit-learn"}.get(module, module.replace("_", "-"))
 
 
 def exit_process(code: int | None) -> NoReturn:

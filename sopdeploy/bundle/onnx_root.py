@@ -9,6 +9,7 @@ once. `verify` recomputes the root where `onnx` is installed.
 """
 
 import hashlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import numpy as np
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, PROOFS, TensorRecord, to_json
 from sopdeploy.config import parse_json, shown, version_advice
-from sopdeploy.errors import BundleError, CertificateError
+from sopdeploy.environment import import_optional
+from sopdeploy.errors import BundleError, CertificateError, MissingPackageError
 from sopdeploy.files import GRAPH
 
 if TYPE_CHECKING:
@@ -50,8 +52,7 @@ def hash_parts(*parts: str | bytes) -> str:
 def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
     """Read the ONNX model in *content* and compute its root, a hexadecimal sha256.
 
-    Raises `CertificateError` if *content* is no ONNX model or can be read in two ways, and
-    `ImportError` if `onnx` is not installed.
+    Raises `CertificateError` if *content* is no ONNX model or can be read in two ways.
     """
     import onnx  # noqa: PLC0415 # a server runs without it
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped] # noqa: PLC0415
@@ -170,7 +171,8 @@ def check_graph_and_certificate(bundle: Bundle) -> str | None:
     """Compare the graph of *bundle*, its manifest, its certificate and its reports.
 
     Returns the root of `model.onnx`. If `onnx` is not installed, the result is None, and the
-    first of these points is not checked. All of this must hold:
+    first of these points is not checked. Raises `MissingPackageError` if it is installed, but
+    cannot be loaded. All of this must hold:
 
     - `model.onnx` has the root, the opset, the inputs and the outputs in the manifest;
     - the certificate is as it was written, and names this graph, this manifest and all other files;
@@ -178,25 +180,7 @@ def check_graph_and_certificate(bundle: Bundle) -> str | None:
 
     Raises `BundleError` naming the file that does not fit.
     """
-    root: str | None
-
-    # The graph in the file must be the one that the manifest names.
-    expected_root = bundle.manifest.lineage.onnx_root
-    try:
-        model, root = read_model(bundle.onnx.read())
-        _check_interface(bundle, model)
-    except ImportError:  # `onnx` is not installed
-        root = None
-    except CertificateError as error:
-        raise BundleError(f"{bundle.path / GRAPH}: {error}; {ADVICE}") from error
-
-    if root is not None and root != expected_root:
-        raise BundleError(
-            f"{bundle.path / GRAPH}: its graph has the hash {root[:16]}, the "
-            f"manifest says {expected_root[:16]}; the graph was replaced after the "
-            f"export: {ADVICE}"
-        )
-
+    root = _check_graph(bundle) if find_spec("onnx") is not None else None
     check_certificate(bundle)
 
     # The reports must be about the precision of the manifest.
@@ -206,6 +190,25 @@ def check_graph_and_certificate(bundle: Bundle) -> str | None:
             problem = f"is about the precision {precision}, the manifest says {bundle.manifest.precision}"
             raise BundleError(f"{bundle.path / name}: {problem}; {ADVICE}")
 
+    return root
+
+
+def _check_graph(bundle: Bundle) -> str:
+    """Return the root of the graph of *bundle*; raise `BundleError` unless the manifest names it."""
+    import_optional("onnx", "onnx", "sopdeploy[train]", MissingPackageError)
+    expected_root = bundle.manifest.lineage.onnx_root
+    try:
+        model, root = read_model(bundle.onnx.read())
+    except CertificateError as error:
+        raise BundleError(f"{bundle.path / GRAPH}: {error}; {ADVICE}") from error
+    _check_interface(bundle, model)
+
+    if root != expected_root:
+        raise BundleError(
+            f"{bundle.path / GRAPH}: its graph has the hash {root[:16]}, the "
+            f"manifest says {expected_root[:16]}; the graph was replaced after the "
+            f"export: {ADVICE}"
+        )
     return root
 
 

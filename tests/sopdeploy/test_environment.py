@@ -1,9 +1,11 @@
-"""The cores that a process may use."""
+"""The cores that a process may use, and packages that cannot be imported."""
 
+import importlib
 import os
 import platform
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 
 import pytest
 
@@ -12,10 +14,11 @@ from sopdeploy.environment import (
     import_optional,
     is_distributed,
     is_main_process,
+    missing_extras,
     missing_store_error,
     usable_cores,
 )
-from sopdeploy.errors import ConfigError, RuntimeUnavailableError
+from sopdeploy.errors import ConfigError, MissingPackageError, RuntimeUnavailableError
 
 QUOTA, PERIOD = "cpu.cfs_quota_us", "cpu.cfs_period_us"
 QUOTAS = {  # groups of the process, files, cores of 8
@@ -112,6 +115,12 @@ IMPORTS = {
         "runtime is installed, but cannot be loaded (ImportError: libruntime.so: failed to map segment from "
         "shared object); allow more memory, or install it again",
     ),
+    "hides the cause": (
+        "try:\n raise ImportError('libc.so: too short')\n"
+        "except ImportError as error: raise ImportError('install it') from error",
+        "runtime is installed, but cannot be loaded (ImportError: libc.so: too short); allow more memory, or "
+        "install it again",
+    ),
 }
 
 
@@ -126,8 +135,38 @@ def test_a_package_that_cannot_be_loaded_is_not_called_missing(
     assert str(caught.value) == message
 
 
+def test_a_library_of_an_extra_that_cannot_be_loaded_is_one_error_line(
+    tmp_path, monkeypatch
+) -> None:
+    package = tmp_path / "lib" / "timm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from timm.native import *")
+    (package / f"native{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    for folder in (tmp_path, package.parent):
+        monkeypatch.syspath_prepend(folder)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+
+    with (
+        pytest.raises(MissingPackageError, match=r"^timm is installed, but cannot be loaded"),
+        missing_extras(),
+    ):
+        importlib.import_module("timm")
+
+
+@pytest.mark.parametrize("error", [ImportError("cannot import name"), ModuleNotFoundError("x")])
+def test_a_failed_import_that_no_extra_mends_stays_as_it_is(error: ImportError) -> None:
+    with pytest.raises(type(error)) as caught, missing_extras():
+        raise error
+    assert caught.value is error
+
+
 def test_a_client_of_a_store_that_is_missing_is_named() -> None:
     error = ImportError("Install s3fs to access S3")  # as fsspec raises it
     error.__cause__ = ModuleNotFoundError(name="s3fs")
     expected = 's3://x: s3fs is not installed; run: pip install "sopdeploy[s3]"'
     assert str(missing_store_error("s3://x", error)) == expected
+
+    error = ImportError("adlfs.so: file too short")
+    problem = "adlfs is installed, but cannot be loaded (ImportError: adlfs.so: file too short)"
+    assert str(missing_store_error("abfs://x", error)).startswith(f"abfs://x: {problem}")

@@ -177,6 +177,17 @@ def test_without_onnx_verify_checks_the_hashes_and_says_that_the_root_was_not_re
         verify(bundle_path, ONE_THREAD)
 
 
+def test_verify_says_so_if_onnx_cannot_be_loaded(bundle_path, tmp_path, monkeypatch):
+    (tmp_path / "onnx.py").write_text("raise ImportError('libonnx.so: file too short')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "onnx"]:
+        monkeypatch.delitem(sys.modules, name)
+
+    result = CliRunner().invoke(app, ["verify", str(bundle_path)])
+    assert result.exit_code == 2
+    assert "onnx is installed, but cannot be loaded" in result.stderr
+
+
 def test_verify_and_bench_reject_other_outputs_and_probes_that_prove_nothing(tmp_path):
     wrong = write_bundle(tmp_path, wrong_by=0.01)
     for command in (verify, timing.bench):
