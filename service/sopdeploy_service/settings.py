@@ -191,7 +191,7 @@ class Settings(StrictModel):
         10_000, "bytes per second of a request body, after body_grace_seconds"
     )
     body_grace_seconds: Seconds = setting(
-        30.0, "a body may be slower than min_body_rate, or pause, for this long"
+        10.0, "a body may be slower than min_body_rate, or pause, for this long"
     )
     max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = setting(
         MAX_PIXELS, "per image"

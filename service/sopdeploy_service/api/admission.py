@@ -40,6 +40,9 @@ BAD_TIMEOUT = HttpError(
     "invalid_timeout", 400, "X-Request-Timeout-Ms: must be an integer of at least 1 (ms)"
 )
 
+# A body that was faster may pause for so long: a phone that changes its network needs some seconds
+MAX_CREDIT_SECONDS = 30.0
+
 NO_CODING = {"", "identity", "utf-8", "utf8"}  # some clients name a charset
 ENCODED = HttpError(
     "unsupported_encoding", 415, "send the body itself, without a Content-Encoding"
@@ -415,8 +418,8 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     """Read at most *limit* bytes of the body, and begin the time for the answer.
 
     Counts the bytes in `service.uploads`. Delays beyond the minimum rate may add up to a grace
-    period, which faster pieces restore. Raises `RejectedError`: 408 too slow, 413 too large, 415
-    compressed, 429 budget full, 499 client disconnected.
+    period, which faster pieces restore, up to `MAX_CREDIT_SECONDS`. Raises `RejectedError`: 408
+    too slow, 413 too large, 415 compressed, 429 budget full, 499 client disconnected.
     """
     service = admitted.service
     context = admitted.context
@@ -451,7 +454,8 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
         piece = message.get("body", b"")
         # A negative delay says that the piece came sooner.
         delay = time.monotonic() - began - len(piece) / settings.min_body_rate
-        grace = min(settings.body_grace_seconds, grace - delay)
+        longest = max(MAX_CREDIT_SECONDS, settings.body_grace_seconds)
+        grace = min(longest, grace - delay)
 
         # Count the piece, within the limits of all bodies and of this one.
         service.uploads.add(body, len(piece))

@@ -11,11 +11,12 @@ from sopdeploy_service.settings import Settings
 
 # seconds until a piece and its bytes -> seconds that the server waits for each, and for the end
 PIECES = {
-    "a pause before the first byte": ([(20, 0)], [30, 10]),
-    "fast": ([(0, 2_000_000)], [30, 30]),
-    "fast after a pause": ([(20, 0), (0, 100_000)], [30, 10, 20]),
-    "at the lowest rate": ([(10, 100_000)] * 3, [30] * 4),
-    "slower": ([(10, 50_000)] * 3, [30, 25, 20, 15]),
+    "a pause before the first byte": ([(6, 0)], [10, 4]),
+    "ten seconds ahead": ([(0, 100_000)], [10, 20]),
+    "far ahead": ([(0, 2_000_000)], [10, 30]),
+    "fast after a pause": ([(6, 0), (0, 50_000)], [10, 4, 9]),
+    "at the lowest rate": ([(8, 80_000)] * 3, [10] * 4),
+    "slower": ([(5, 20_000)] * 3, [10, 7, 4, 1]),
 }
 
 
