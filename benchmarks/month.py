@@ -269,7 +269,6 @@ class Month:
     kept: list[Waiting] = field(default_factory=list)
     num_labels: int = 0
     attempt: int = 1
-    best: Bundle | None = None  # that was live
 
     def give_label(self, number: int) -> int:
         """Return the class of the photograph *number*, or by mistake another one."""
@@ -400,11 +399,8 @@ def promote(month: Month, live: Bundle) -> tuple[Bundle, Bundle, list[str]]:
     verdicts = []
     for _ in range(3):
         vectors, labels = month.recent()
-        bundles = (
-            [live, candidate] if month.best in {None, live} else [live, candidate, month.best]
-        )
         verdict = decide(
-            [bundle.answers(vectors) == labels for bundle in bundles],
+            [bundle.answers(vectors) == labels for bundle in (live, candidate)],
             labels,
             np.isin(labels, live.known_classes),
             month.world.photographs.labels,
@@ -413,7 +409,6 @@ def promote(month: Month, live: Bundle) -> tuple[Bundle, Bundle, list[str]]:
         verdicts.append(f"{len(labels)} photographs: {verdict.text}")
         if verdict.passes:
             month.attempt = 1
-            month.best = candidate if verdict.is_best else month.best or live
             month.train_on_decided()
             return candidate, candidate, verdicts
         month.attempt += 1

@@ -20,15 +20,13 @@ Array = NDArray[Any]
 class Verdict(NamedTuple):
     """Whether a bundle is promoted, the labels that could decide if it is not, and what `promote` prints.
 
-    `worse` are classes in which it is worse, and `is_best` says that it is not worse than the best
-    bundle that was live.
+    `worse` are classes in which it is worse.
     """
 
     passes: bool
     num_more: int | None
     text: str
     worse: list[str]
-    is_best: bool
 
 
 def decide(
@@ -41,21 +39,17 @@ def decide(
 ) -> Verdict:
     """Decide by N photographs of the classes *targets*, indices of *labels*.
 
-    *right* tells (N,) of the live bundle, of the new one and, if there is a better one than the
-    live one, of the best one which photographs it is right on; *is_old* (N,) which show a class
-    of the live one.
+    *right* tells (N,) of the live bundle and of the new one which photographs it is right on;
+    *is_old* (N,) which show a class of the live one.
     """
     counted = np.ones(len(targets), np.bool_)
-    live_right, new_right, *_ = right
+    live_right, new_right = right
     images: Any = SimpleNamespace(targets=targets, labels=labels)
     photographs = Photographs(
         images, counted, is_old, ~is_old, is_old, np.zeros(len(targets)), changed_at=None
     )
     evaluated: list[Any] = [SimpleNamespace(right=one) for one in right]
-    live, new, best = evaluated if len(right) > 2 else [*evaluated, None]
-    checks = bound_losses(photographs, live, new, best, TOLERANCE, attempt)
-    against = next((check for check in checks if check.of == "anchor"), checks[0])
-    is_best = against.wins >= against.losses
+    checks = bound_losses(photographs, *evaluated, TOLERANCE, attempt)
     verdict = decide_by(checks, None)
 
     # As `promote` refuses: the checks, then classes.
@@ -65,7 +59,7 @@ def decide(
     if worse:
         problems.append(f"worse in {shorten(worse)}")
     if not problems:
-        return Verdict(True, None, f"passes: {checks[0].figures}", [], is_best)
+        return Verdict(True, None, f"passes: {checks[0].figures}", [])
 
     num_more: int | None = None
     if verdict == "undecided":
@@ -75,4 +69,4 @@ def decide(
             problems.append(f"label about {float(f'{num_more:.1e}'):,.0f} more to decide")
     parts = [*([] if verdict in {"better", "not worse"} else [verdict]), *problems]
     text = f"{'; '.join(parts)}: {checks[0].figures}"
-    return Verdict(False, num_more, text, worse, is_best)
+    return Verdict(False, num_more, text, worse)

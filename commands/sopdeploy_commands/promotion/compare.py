@@ -2,8 +2,7 @@
 
 What decides is the uniform sample of the recent traffic. A class that only the second bundle
 has counts as the sample has it; the other classes are then tested alone
-(`sopdeploy.evaluation.permission`). So is the best bundle that was live before, the anchor:
-many bundles that each lose a little would otherwise lose much.
+(`sopdeploy.evaluation.permission`).
 
 Photographs that a bundle was trained on are left out: `Origin.sample` has their hashes.
 Near-duplicates are not independent; only the first of a group counts. Letters: N photographs, C
@@ -35,10 +34,8 @@ from sopdeploy.evaluation.permission import (
 )
 from sopdeploy.evaluation.statistics import (
     ALPHA,
-    TESTABLE,
     Verdict,
     difference_interval,
-    holm,
     mcnemar,
 )
 from sopdeploy.photos.change import read_change
@@ -57,7 +54,7 @@ from sopdeploy_commands.promotion.comparison import (
     Period,
     show_comparison,
 )
-from sopdeploy_commands.promotion.history import count_comparisons, read_anchor
+from sopdeploy_commands.promotion.history import count_comparisons
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings, load_settings
 
@@ -115,7 +112,6 @@ def compare(
         data,
         count_comparisons(first),
         settings,
-        anchor=load_anchor(first, settings),
         unknown=unknown,
         tolerance=tolerance,
         on_image=on_image,
@@ -130,27 +126,19 @@ def compare_loaded(
     *,
     unknown: Path | None,
     tolerance: float,
-    anchor: LoadedModel | None = None,
     on_image: Callable[[int, int], None],
 ) -> BundleComparison:
-    """Compare the two bundles of *pair* as `compare` does, after *num_earlier* comparisons with the first one.
-
-    The second one is also compared with the *anchor*, the best bundle that was live before.
-    """
+    """Compare the two bundles of *pair* as `compare` does, after *num_earlier* comparisons with the first one."""
     # Both bundles must answer with one class per photograph.
     for model in pair:
         if model.bundle.manifest.rules.is_multi_label:
             raise ConfigError(
                 f"{model.bundle.name}: predicts several classes per image; use `sopdeploy eval`"
             )
-    # A second bundle that is the anchor itself loses nothing to it.
-    if anchor is not None and anchor.bundle.manifest.id == pair[1].bundle.manifest.id:
-        anchor = None
-    models = [*pair] if anchor is None else [*pair, anchor]
 
     # The photographs, and unknown images.
     notes: list[str] = []
-    photographs, left_out = _select_photographs(data, models, notes)
+    photographs, left_out = _select_photographs(data, pair, notes)
     unknown_images: ImageFiles | None = None
     if unknown is not None:
         unknown_images, num_copies = _open_different_unknown(unknown, notes)
@@ -158,7 +146,7 @@ def compare_loaded(
 
     # Run the bundles on the same photographs; the progress counts every prediction.
     num_unknown = 0 if unknown_images is None else len(unknown_images)
-    num_predictions = len(models) * len(photographs.images) + len(pair) * num_unknown
+    num_predictions = len(pair) * (len(photographs.images) + num_unknown)
     numbers = itertools.count(1)
 
     def answer(model: LoadedModel, images: ImageFiles) -> Answers:
@@ -175,15 +163,11 @@ def compare_loaded(
         )
         for model in pair
     )
-    best_right_N: NDArray[np.bool_] | None = None
-    if anchor is not None:
-        answers = answer(anchor, photographs.images)
-        best_right_N = _find_right(anchor.bundle, photographs.images, answers)
 
     # The verdict, by bounds on what the second bundle loses and by what changed for unknown images,
     # if both bundles recognize them.
     attempt = num_earlier + 1
-    checks = _bound_losses(photographs, first, second, best_right_N, tolerance, attempt)
+    checks = _bound_losses(photographs, first, second, tolerance, attempt)
     rejections: Change | None = None
     if first.rejected is not None and second.rejected is not None:
         counts = _count_changes(first.rejected, second.rejected)
@@ -220,14 +204,6 @@ def compare_loaded(
     )
 
 
-def load_anchor(link: Path, settings: Settings) -> LoadedModel | None:
-    """Load the bundle that `read_anchor` names; None if it names none, or if the bundle was deleted."""
-    anchor = read_anchor(link)
-    if anchor is None or not (link.parent / anchor).exists():
-        return None
-    return load_model(link.parent / anchor, settings)
-
-
 class Photographs(NamedTuple):
     """The photographs of a comparison: `images` with N targets, and masks (N,) of them.
 
@@ -247,18 +223,18 @@ class Photographs(NamedTuple):
 
 
 def _select_photographs(
-    data: Path, models: Sequence[LoadedModel], notes: list[str]
+    data: Path, pair: Sequence[LoadedModel], notes: list[str]
 ) -> tuple[Photographs, "LeftOut"]:
-    """Open the photographs in *data* that no bundle of *models* was trained on; also return what was left out.
+    """Open the photographs in *data* that no bundle of *pair* was trained on; also return what was left out.
 
-    The first two models are the pair. *notes* receives lines about the folder. Raises
-    `DataError` if no recent photograph of a class of both remains.
+    *notes* receives lines about the folder. Raises `DataError` if no recent photograph of a
+    class of both remains.
     """
     # A target is an index in the sorted classes of the pair, which one bundle or both have.
-    first_labels, second_labels = (set(model.bundle.labels) for model in models[:2])
+    first_labels, second_labels = (set(model.bundle.labels) for model in pair)
     labels = tuple(sorted(first_labels | second_labels))
     all_images = open_evaluation_images(data, labels, other_classes=True, log=notes.append)
-    images, left_out = _leave_out_seen(all_images, models, notes)
+    images, left_out = _leave_out_seen(all_images, pair, notes)
 
     times_N = _read_times(images)
     changed_at = read_change(images.root)
@@ -301,43 +277,33 @@ def _bound_losses(
     photographs: Photographs,
     first: "Evaluated",
     second: "Evaluated",
-    best_right_N: NDArray[np.bool_] | None,
     tolerance: float,
     attempt: int,
 ) -> list[Check]:
-    """Bound what the *second* bundle loses: to the *first* one, and to the best earlier one, if any.
+    """Bound what the *second* bundle loses to the *first* one on all recent photographs.
 
-    *best_right_N* tells which photographs that one gets right. The first check is that of all
-    recent photographs. With new classes, the old ones are also checked alone.
+    With new classes, the old ones are also checked alone.
     """
     rule = rule_of_all(tolerance, attempt)
-    next_rule = rule_of_all(tolerance, attempt + 1)
     recent_N = photographs.recent
-    checks = [_check("all", rule, next_rule, first.right, second.right, recent_N)]
+    checks = [_check("all", rule, first.right, second.right, recent_N)]
 
     if photographs.new.any():
-        rule_old = rule_of_old(tolerance)  # the same one in each attempt
-        old_N = photographs.old
-        checks.append(_check("old", rule_old, rule_old, first.right, second.right, old_N))
-    if best_right_N is not None:
-        checks.append(_check("anchor", rule, next_rule, best_right_N, second.right, recent_N))
+        rule = rule_of_old(tolerance)
+        checks.append(_check("old", rule, first.right, second.right, photographs.old))
     return checks
 
 
 def _check(
-    of: Literal["all", "old", "anchor"],
+    of: Literal["all", "old"],
     rule: Rule,
-    next_rule: Rule,
     first_N: NDArray[np.bool_],
     second_N: NDArray[np.bool_],
     counted_N: NDArray[np.bool_],
 ) -> Check:
     """Bound by *rule* what the second bundle loses on the photographs that *counted_N* marks.
 
-    *second_N* marks those that the second bundle classifies correctly, *first_N* those that the
-    other bundle does: the first one or, if *of* is "anchor", the best one that was live before.
-    `num_more_images`, how many more photographs let it pass, is for the next attempt and so
-    depends on *next_rule*.
+    *first_N* and *second_N* mark those that the bundles classify correctly.
     """
     changes = _count_changes(first_N[counted_N], second_N[counted_N])
     counts = Counts(int(counted_N.sum()), changes["wins"], changes["losses"])
@@ -350,7 +316,7 @@ def _check(
         difference=bound.difference,
         low=bound.low,
         limit=bound.limit,
-        num_more_images=next_rule.labels_to_pass(counts),
+        num_more_images=rule.labels_to_pass(counts),
     )
 
 
@@ -459,7 +425,6 @@ class LeftOut(TypedDict):
 
     num_copies: int
     trained_on: int
-    suspects: list[str]
 
 
 def _leave_out_seen(
@@ -467,16 +432,14 @@ def _leave_out_seen(
 ) -> tuple[ImageFiles, LeftOut]:
     """Leave out training images of *models* with their near-duplicates, and copies among the others.
 
-    Also returns what was left out. A suspect is a bundle that was trained on some of the
-    images, and whose record is full: it may have been trained on more of them. *notes* receives
-    lines about what could not be left out. Raises `DataError` if no image remains.
+    Also returns what was left out. *notes* receives lines about what could not be left out.
+    Raises `DataError` if no image remains.
     """
     grouped = group_photographs(images)
 
     # The images whose hashes a bundle has recorded. A record has at most `SAMPLED` hashes; a full
     # one may lack training images.
     recorded_N = np.zeros(len(images), np.bool_)
-    suspects = []
     for model in models:
         name = model.bundle.name
         origin = model.bundle.manifest.origin
@@ -489,7 +452,9 @@ def _leave_out_seen(
         in_record_N = np.isin(grouped.file_hashes, origin.sample)
         recorded_N |= in_record_N
         if in_record_N.any() and len(origin.sample) == SAMPLED:
-            suspects.append(name)
+            notes.append(
+                f"{name}: may have been trained on more of these photos than its record tells"
+            )
 
     # Near-duplicates share a group. The whole group of a recorded image is left out; of another
     # one, the first photograph counts.
@@ -509,7 +474,6 @@ def _leave_out_seen(
     left_out: LeftOut = {
         "num_copies": int((~is_first_N & ~trained_on_N).sum()),
         "trained_on": int(trained_on_N.sum()),
-        "suspects": suspects,
     }
     return images.select(counts_N), left_out
 
@@ -563,8 +527,8 @@ def _evaluate(
 ) -> Evaluated:
     """Score a bundle of the pair by its *answers* for *photographs* and, if there are any, for unknown images.
 
-    `top1` is the accuracy on the recent photographs, `top1_all` that on all. Log loss and the
-    share of known images are those of the recent photographs whose class both bundles have.
+    Log loss and the share of known images are those of the recent photographs whose class both
+    bundles have.
     """
     right_N = _find_right(bundle, photographs.images, answers)
 
@@ -588,7 +552,6 @@ def _evaluate(
         bundle=bundle.name,
         id=bundle.manifest.id,
         top1=_share(right_N[photographs.recent]),
-        top1_all=_share(right_N),
         log_loss=loss,
         accepted=accepted,
         rejected=rejected,
@@ -622,20 +585,14 @@ def compare_classes(
         of_class_N = counted_N & (targets_N == target)
         first = first_N[of_class_N]
         second = second_N[of_class_N]
+        counts = _count_changes(first, second)
         change = ClassChange(
             label=photographs.images.labels[target],
             num_images=len(first),
             first=int(first.sum()),
             second=int(second.sum()),
-            **_count_changes(first, second),
+            **counts,
+            p=mcnemar(**counts),
         )
         changes.append(change)
-
-    # Classes below `TESTABLE` cannot become significant, so they are left out of the
-    # correction. Which ones these are depends only on the sum of wins and losses, which says
-    # nothing about the better bundle.
-    tested = [change for change in changes if change.wins + change.losses >= TESTABLE]
-    corrected = holm([mcnemar(change.wins, change.losses) for change in tested])
-    p_values = {change.label: p for change, p in zip(tested, corrected, strict=True)}
-
-    return [change.model_copy(update={"p": p_values.get(change.label)}) for change in changes]
+    return changes

@@ -8,18 +8,16 @@ import pydantic
 
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import amount, shorten
+from sopdeploy.errors import amount
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.permission import MIN_IMAGES, Counts, proves_class_loss
-from sopdeploy.evaluation.statistics import ALPHA, Verdict, smallest_difference
+from sopdeploy.evaluation.statistics import ALPHA, Verdict
 from sopdeploy.html.report import percent
 from sopdeploy_service.labelling.label.order import LABELS_PER_DECIDING
 
-FEW = 5  # photographs of a class, which tell whether it is worse only if nearly all change
-
 
 class BundleScore(StrictModel):
-    """Scores of one bundle: accuracy on the recent photographs, `top1`, and on all of them, `top1_all`.
+    """Scores of one bundle: `top1` is the accuracy on the recent photographs.
 
     `log_loss` and `accepted`, the share of known images, are those of recent photographs whose
     class both bundles have. `rejected` is the share of unknown images that are rejected, if
@@ -29,7 +27,6 @@ class BundleScore(StrictModel):
     bundle: str
     id: str
     top1: Rate
-    top1_all: Rate | None = None
     log_loss: float
     accepted: Rate | None
     rejected: Rate | None
@@ -53,7 +50,7 @@ class Change(StrictModel):
 
 
 class ClassChange(Change):
-    """One class; `p` is corrected by Holm's method over classes with `TESTABLE` changes, else None."""
+    """One class; `p` is not corrected for the number of classes, but `proves_class_loss` is."""
 
     label: str
     num_images: int
@@ -68,7 +65,7 @@ class Check(StrictModel):
 
     - `all`: with the first bundle, on all recent photographs,
     - `old`: with the first bundle, on recent photographs of classes that it has,
-    - `anchor`: with the best bundle that was live before, on all recent photographs.
+    - `anchor`: in records of 0.2, with the best bundle that was live before.
     """
 
     of: Literal["all", "old", "anchor"]
@@ -88,11 +85,7 @@ class Check(StrictModel):
     @property
     def problem(self) -> str:
         """Why it does not pass."""
-        images = {
-            "all": "",
-            "old": "classes of both: ",
-            "anchor": "compared with the best earlier bundle: ",
-        }[self.of]
+        images = "classes of both: " if self.of == "old" else ""
         if self.num_images < MIN_IMAGES:
             return f"{images}{amount(self.num_images, 'photo')}, too few"
         loss = -100 * self.low  # the largest one that is not unlikely
@@ -129,11 +122,10 @@ class BundleComparison(StrictModel):
     Accuracies and differences are fractions. `classes` are those of the first bundle, `new` and
     `removed` those of the second or the first bundle only. Left out were `num_copies`
     near-duplicates, also of unknown images, and `trained_on` photographs, the number of training
-    images and their near-duplicates. `suspects` are bundles some of whose training images were
-    found, but whose record of them is incomplete.
+    images and their near-duplicates.
     `attempt` counts the comparisons of `promote` with this first bundle, and includes this one.
     `checks` decide; a comparison of before 0.2 has none. `num_more_images` would probably decide
-    what is undecided, in the next attempt. `unknown` is None without unknown images; a second
+    what is undecided. `unknown` is None without unknown images; a second
     bundle that rejects significantly fewer of them is worse.
     `changed_at` is when the traffic changed, if `label` has noted it: photographs since then decide,
     if there are enough, and `periods` begins with these. The other periods are the newest
@@ -145,7 +137,6 @@ class BundleComparison(StrictModel):
     num_images: int
     num_copies: int
     trained_on: int
-    suspects: tuple[str, ...]
     wins: int
     losses: int
     difference: float
@@ -230,32 +221,15 @@ class BundleComparison(StrictModel):
         checks = {check.of: check for check in self.checks}
         text = f"of {self.num_images:,} recent photos {right:,} right, the live one {live:,}"
 
-        # Only what the comparison has: old classes, new ones, an earlier bundle, earlier
-        # attempts.
+        # Only what the comparison has: old classes, new ones, earlier attempts.
         if "all" in checks:
             text += f": {checks['all'].figures}"
         if "old" in checks:
             text += f"; classes of both {checks['old'].figures}"
         for change in self.new:
             text += f"; new class {change.label} {change.second} of {change.num_images}"
-        if "anchor" in checks:
-            text += f"; to the best earlier bundle {checks['anchor'].figures}"
 
         return text if self.attempt < 2 else f"{text}; attempt {self.attempt}"
-
-    @property
-    def evidence(self) -> str:
-        """What these photographs can show, and of which classes they show little, in one line."""
-        points = 100 * smallest_difference(self.wins, self.losses, self.num_images)
-
-        text = f"{amount(self.num_images, 'photo')} show differences from about {points:.2g} points"
-        few = [
-            f"{change.num_images} of {change.label}"
-            for change in self.classes
-            if change.num_images < FEW
-        ]
-
-        return f"{text}; fewer than {FEW} of a class: {shorten(few)}" if few else text
 
     @property
     def worse_classes(self) -> list[str]:
@@ -317,7 +291,7 @@ def show_comparison(result: BundleComparison) -> None:
             )
         )
 
-    print_table(("class", "images", "first", "second", "better, worse", "p, Holm"), class_rows)
+    print_table(("class", "images", "first", "second", "better, worse", "p"), class_rows)
     for change in result.new:
         say(f"new class {change.label}: {change.second} of {change.num_images} correct")
     if result.removed:
@@ -325,18 +299,7 @@ def show_comparison(result: BundleComparison) -> None:
     say(
         f"left out: {result.num_copies} near-duplicates, {result.trained_on} photos from the training",
         f"better on {result.wins}, worse on {result.losses} photos, McNemar p {result.p:.2g}",
-        result.evidence,
     )
-
-    # Accuracy on recent photographs and on all; records of earlier versions lack the latter.
-    for score in (result.first, result.second):
-        if score.top1_all is not None:
-            say(
-                f"accuracy on recent traffic, {score.bundle}: {percent(score.top1.share)} on "
-                f"{score.top1.count:,} photos; on all {score.top1_all.count:,}: "
-                f"{percent(score.top1_all.share)}"
-            )
-
     for period in result.periods:
         say(period.line)
     if result.change_note:

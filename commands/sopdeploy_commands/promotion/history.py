@@ -19,9 +19,8 @@ class Promotion(StrictModel):
     """One move of the link named `link`, or a refused one: who, when, why, and the figures.
 
     `before` and `after` are bundles, as paths relative to the folder of the link. `before` is
-    None for the first bundle; `comparison` is None if nothing was compared. `anchor` is the best
-    bundle after this move; None in the records of before 0.2. `num_trained` photographs have
-    decided and train from now on, which the log does not tell.
+    None for the first bundle; `comparison` is None if nothing was compared. `num_trained`
+    photographs have decided and train from now on, which the log does not tell.
     """
 
     time: Time
@@ -32,7 +31,6 @@ class Promotion(StrictModel):
     reason: Text
     refused: bool = False
     comparison: BundleComparison | None = None
-    anchor: LinkPath | None = None
     num_trained: Annotated[int, pydantic.Field(exclude=True)] = 0
 
 
@@ -96,18 +94,3 @@ def count_comparisons(link: Path) -> int:
             )
 
     return len(different)
-
-
-def read_anchor(link: Path) -> str | None:
-    """Read the best earlier bundle from the record of the last move to the live one, to which *link* leads.
-
-    None if the live bundle is the best. It counts as the best if the move to it was forced or
-    had no comparison.
-    """
-    live = read_link(link)
-    if live is None:
-        return None
-    moves = [move for move in read_promotions(link) if move.after == live and not move.refused]
-    if not moves or moves[-1].anchor == live:
-        return None
-    return moves[-1].anchor

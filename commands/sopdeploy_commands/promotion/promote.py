@@ -32,13 +32,12 @@ from sopdeploy.files import (
 from sopdeploy.photos.evaluation_images import ANY_IMAGES
 from sopdeploy.photos.files import data_folder
 from sopdeploy.project import utc_now
-from sopdeploy_commands.promotion.compare import Tolerance, compare_loaded, load_anchor
+from sopdeploy_commands.promotion.compare import Tolerance, compare_loaded
 from sopdeploy_commands.promotion.comparison import BundleComparison
 from sopdeploy_commands.promotion.decided import train_on_decided
 from sopdeploy_commands.promotion.history import (
     Promotion,
     count_comparisons,
-    read_anchor,
     read_link,
     read_promotions,
 )
@@ -52,6 +51,8 @@ def _show(move: Promotion) -> None:
         move.link, f"{move.after} (before: {move.before or 'nothing'})", style="bold green"
     )
     say(move.reason)
+    for note in move.comparison.notes if move.comparison else ():
+        say(note)
     for period in move.comparison.periods if move.comparison else ():
         say(period.line)
     if move.comparison and move.comparison.change_note:
@@ -145,11 +146,11 @@ def promote(
         reason = force or "first bundle"
         return _record_and_move(over, before, after, reason, comparison=None, manifest=manifest)
 
-    # Both bundles on the same photographs; the new one also with the best earlier bundle.
+    # Both bundles on the same photographs.
     live = load_model(over, settings)
     comparison = compare_loaded(
         (live, loaded), data, count_comparisons(over), settings, unknown=unknown,
-        tolerance=tolerance, anchor=load_anchor(over, settings), on_image=on_image,
+        tolerance=tolerance, on_image=on_image,
     )  # fmt: skip
 
     objections = _list_objections(comparison, live.bundle.manifest.project, manifest.project)
@@ -164,36 +165,15 @@ def promote(
             lists={"objections": objections},
         )
 
-    # The anchor of the next comparisons: this bundle, unless an earlier one is better. A forced
-    # one begins anew.
-    anchor = after
-    if force is None and before is not None:
-        anchor = _best_of(comparison, before, read_anchor(over), after)
     reason = force or comparison.summary
-    move = _record_and_move(over, before, after, reason, comparison, manifest, anchor=anchor)
+    move = _record_and_move(over, before, after, reason, comparison, manifest)
     return move.model_copy(update={"num_trained": train_on_decided(data)})
-
-
-def _best_of(comparison: BundleComparison, live: str, anchor: str | None, after: str) -> str:
-    """Return the best bundle: *after*, unless it gets fewer photographs right than the *anchor*.
-
-    If *comparison* has no anchor, the *live* bundle takes its place.
-    """
-    checks = {check.of: check for check in comparison.checks}
-    if anchor is None or "anchor" not in checks:
-        anchor = live
-        against = checks["all"]  # compares with the live bundle
-    else:
-        against = checks["anchor"]
-
-    return after if against.wins >= against.losses else anchor
 
 
 def _move_back(link: Path) -> Promotion:
     """Move *link* back to the bundle that was live before the last move to the live one, and record it."""
     live = _read_target(link)
-    all_moves = [move for move in read_promotions(link) if not move.refused]
-    moves = [move for move in all_moves if move.after == live]
+    moves = [move for move in read_promotions(link) if move.after == live and not move.refused]
 
     # The bundles before it, the oldest first; before the first bundle of all, none was live.
     previous = [move.before for move in moves if move.before]
@@ -205,8 +185,6 @@ def _move_back(link: Path) -> Promotion:
 
     after = target_of(link, link.parent / previous[-1])
     loaded = load_model(link.parent / after, load_settings())  # raises for a damaged one
-    anchors = [move.anchor for move in all_moves if move.after == after]
-    anchor = anchors[-1] if anchors else None
     return _record_and_move(
         link,
         before=live,
@@ -214,7 +192,6 @@ def _move_back(link: Path) -> Promotion:
         reason="back",
         comparison=None,
         manifest=loaded.bundle.manifest,
-        anchor=anchor,
     )
 
 
@@ -230,10 +207,6 @@ def _list_objections(comparison: BundleComparison, old_name: str, new_name: str)
 
     if comparison.removed:
         objections.append(f"without the classes {shorten(comparison.removed)}")
-    if comparison.suspects:
-        objections.append(
-            f"{shorten(comparison.suspects)} may have been trained on more of the photos"
-        )
 
     if old_name != new_name:
         objections.append(f"its name is {new_name}, but clients use {old_name}")
@@ -261,7 +234,6 @@ def _record_and_move(
     manifest: Manifest,
     *,
     refused: bool = False,
-    anchor: str | None = None,
 ) -> Promotion:
     """Record the move of *link* from *before* to *after*, then make it; a *refused* one is only recorded.
 
@@ -275,7 +247,7 @@ def _record_and_move(
     try:
         move = Promotion(
             time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason[:MAX_LINE],
-            refused=refused, comparison=comparison, anchor=anchor,
+            refused=refused, comparison=comparison,
         )  # fmt: skip
     except pydantic.ValidationError as error:
         raise ConfigError(

@@ -25,10 +25,8 @@ from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_commands.bundles.scores import scores_of_bundle
 from sopdeploy_commands.promotion.compare import _are_recent as are_recent_images
 from sopdeploy_commands.promotion.compare import _read_times as read_times
-from sopdeploy_commands.promotion.compare import compare, compare_loaded, load_anchor
-from sopdeploy_commands.promotion.comparison import BundleComparison, Check
-from sopdeploy_commands.promotion.history import Promotion, read_anchor
-from sopdeploy_commands.promotion.promote import _best_of as best_of
+from sopdeploy_commands.promotion.compare import compare, compare_loaded
+from sopdeploy_commands.promotion.comparison import BundleComparison
 from sopdeploy_commands.promotion.promote import promote
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
@@ -117,7 +115,6 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
     )
     assert [one.label for one in found.classes] == sorted(set(answers[1]))
     assert sum(one.num_images for one in found.classes) == 40
-    assert found.evidence.startswith("40 photos show differences from about ")
     assert found.first.accepted is None
     known = [one.known for one in predict(second, paths, threads=1)]
     unknown = [
@@ -182,17 +179,15 @@ def test_photographs_of_the_training_and_their_copies_decide_nothing(
     (photos / one.relative_to(seen)).with_name("copy.jpg").write_bytes(b"")
     Image.open(one).save((photos / one.relative_to(seen)).with_name("copy.jpg"), quality=70)
     found = compare(first, trained, photos)
-    assert (found.trained_on, found.num_images, found.num_copies, found.suspects) == (
-        13,
-        18,
-        0,
-        (),
-    )
-    assert not any("trained: its" in note for note in found.notes)
+    assert (found.trained_on, found.num_images, found.num_copies) == (13, 18, 0)
+    assert not any("trained" in note for note in found.notes if "first" not in note)
     monkeypatch.setattr(
         "sopdeploy_commands.promotion.compare.SAMPLED", 12
     )  # so the record may be incomplete
-    assert compare(first, trained, photos).suspects == (read_manifest(trained).name,)
+    assert (
+        f"{read_manifest(trained).name}: may have been trained on more of these photos than its "
+        "record tells"
+    ) in compare(first, trained, photos).notes
     with pytest.raises(DataError, match="was trained on all of these photos"):
         compare(first, trained, seen)
 
@@ -351,9 +346,7 @@ def test_a_refusal_with_many_long_names_is_recorded_and_a_long_reason_is_not_tak
     names = tuple(f"{number:04} {'class ' * 150}" for number in range(900))
 
     def compare_without(*arguments: Any, **options: Any) -> BundleComparison:
-        return compare_loaded(*arguments, **options).model_copy(
-            update={"removed": names, "suspects": names}
-        )
+        return compare_loaded(*arguments, **options).model_copy(update={"removed": names})
 
     monkeypatch.setattr("sopdeploy_commands.promotion.promote.compare_loaded", compare_without)
     second, live, photos = (
@@ -394,89 +387,6 @@ def test_each_further_attempt_needs_more_evidence(
         with pytest.raises(PromotionError, match=r"undecided; .* attempt 1000000000001"):
             promote(second, shelf / "live", photos)
     assert promote(second, shelf / "live", photos).comparison.attempt == 2
-
-
-def record_move(shelf: Path, before: str, after: str, anchor: str | None) -> None:
-    """Write a move of the live link, and make it."""
-    move = Promotion(
-        time=utc_now(), user="one", link="live", before=before, after=after, reason="test",
-        anchor=anchor,
-    )  # fmt: skip
-    with (shelf / LOG).open("a") as log:
-        log.write(move.model_dump_json() + "\n")
-    (shelf / "live").unlink()
-    (shelf / "live").symlink_to(after)
-
-
-def test_a_bundle_is_also_compared_with_the_best_earlier_one(
-    bundles, labelled, shelf, tmp_path_factory
-) -> None:
-    """Many bundles that each lose a little would otherwise lose much."""
-    first, best = (bundle.name for bundle in bundles)
-    worse = write_bundle(shelf, seed=2)
-    candidate = write_bundle(shelf, seed=3)
-    photos = labelled(bundles[1])
-    shutil.copytree(bundles[1], shelf / best, dirs_exist_ok=True)
-    record_move(shelf, first, worse.name, best)
-    assert read_anchor(shelf / "live") == best
-    with pytest.raises(PromotionError, match="best earlier bundle: may lose up to"):
-        promote(candidate, shelf / "live", photos)
-
-    # The anchor itself may come back, and is then its own.
-    move = promote(shelf / best, shelf / "live", photos)
-    assert move.anchor == move.after == best
-    assert read_anchor(shelf / "live") is None
-
-
-def test_an_earlier_bundle_of_other_classes_gets_no_photograph_right(
-    bundles, labelled, shelf
-) -> None:
-    live, second = (bundle.name for bundle in bundles)
-    others = write_bundle(shelf, seed=2, labels=[f"former {number}" for number in range(7)])
-    record_move(shelf, second, live, others.name)
-    move = promote(shelf / second, shelf / "live", labelled(bundles[1]))
-    (check,) = [check for check in move.comparison.checks if check.of == "anchor"]
-    assert (check.wins, check.losses) == (40, 0)
-    assert move.anchor == second
-
-
-def test_after_a_move_back_the_best_earlier_bundle_is_that_of_before(bundles, shelf) -> None:
-    first, second = (bundle.name for bundle in bundles)
-    third = write_bundle(shelf, seed=2).name
-    record_move(shelf, first, second, first)
-    record_move(shelf, second, third, third)
-    assert read_anchor(shelf / "live") is None
-    assert promote(back=shelf / "live").after == second
-    assert read_anchor(shelf / "live") == first
-
-
-def test_a_deleted_anchor_and_a_forced_move_leave_none(bundles, shelf) -> None:
-    first, second = (bundle.name for bundle in bundles)
-    record_move(shelf, first, second, "gone")
-    assert load_anchor(shelf / "live", Settings(threads=1)) is None
-    promote(shelf / first, shelf / "live", None, force="once more")
-    assert read_anchor(shelf / "live") is None
-
-
-# wins and losses against the live bundle, the anchor before, its wins and losses: the anchor
-ANCHORS = {
-    "better than the live one": ((5, 2), None, None, "after"),
-    "worse than the live one": ((2, 5), None, None, "live"),
-    "worse than the anchor": ((5, 2), "anchor", (1, 3), "anchor"),
-    "as good as the anchor": ((5, 2), "anchor", (3, 3), "after"),
-}
-
-
-@pytest.mark.parametrize("case", ANCHORS)
-def test_the_best_bundle_is_the_new_one_unless_it_is_worse_on_these_photographs(case) -> None:
-    in_all, before, to_anchor, expected = ANCHORS[case]
-    counts = [("all", in_all), *([("anchor", to_anchor)] if to_anchor else [])]
-    checks = [
-        Check(of=of, num_images=50, wins=wins, losses=losses, difference=0, low=0, limit=0)
-        for of, (wins, losses) in counts
-    ]
-    comparison = BundleComparison.model_construct(checks=tuple(checks))
-    assert best_of(comparison, "live", before, "after") == expected
 
 
 def kept_at(folder: Path, number: int, day: float, *, is_kept: bool = True) -> None:
@@ -719,6 +629,23 @@ def test_a_version_goes_back_over_a_line_that_a_later_version_wrote(
     promote(shelf / bundles[1].name, shelf / "live", labelled(bundles[1]))
     first, line = log_of(shelf)
     line = {**line, **written_by, "votes": 3, "comparison": {**line["comparison"], "votes": 3}}
+    (shelf / LOG).write_text(f"{json.dumps(first)}\n{json.dumps(line)}\n")
+    assert promote(back=shelf / "live").after == bundles[0].name
+
+
+def test_a_record_of_0_2_with_the_best_earlier_bundle_stays_readable(
+    bundles, labelled, shelf
+) -> None:
+    promote(shelf / bundles[1].name, shelf / "live", labelled(bundles[1]))
+    first, line = log_of(shelf)
+    comparison = line["comparison"]
+    check = {**comparison["checks"][0], "of": "anchor"}
+    line = {
+        **line,
+        "anchor": bundles[0].name,
+        "comparison": {**comparison, "checks": [check], "suspects": ["trained"]},
+    }
+
     (shelf / LOG).write_text(f"{json.dumps(first)}\n{json.dumps(line)}\n")
     assert promote(back=shelf / "live").after == bundles[0].name
 
