@@ -118,7 +118,7 @@ class Metrics:
         )
         self.kept_deleted = counter(
             "kept_deleted",
-            "Kept photos that were deleted: expired, no_room, incomplete",
+            "Kept photos that were deleted: expired, no_room",
             ("reason",),
         )
 

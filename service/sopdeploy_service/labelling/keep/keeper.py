@@ -2,8 +2,8 @@
 
 A request only appends its photographs and logits to a queue. One thread decides which to keep,
 lets a decoder process copy them without metadata, and stores them. Photographs are dropped if
-the queue is full. Those outside of the uniform sample are also dropped if copies take more than
-`COPY_SHARE` of the time. The log says how many were dropped, and what keeps them.
+the queue is full, and those outside of the uniform sample if more than one comes per `PAUSE`:
+nobody labels as many, and copies take time from requests.
 
 If a server has several processes, each decides on its own photographs, and one stores those of
 all.
@@ -14,7 +14,6 @@ import queue
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ImageError
-from sopdeploy.images.near_hash import are_near, near_hash
+from sopdeploy.images.near_hash import near_hash
 from sopdeploy.photos.files import image_id
 from sopdeploy.version import __version__
 from sopdeploy_service.inference.model import Model
@@ -45,11 +44,8 @@ from sopdeploy_service.settings import Settings
 LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
 MAX_QUEUED_PHOTOS = 256
 MAX_QUEUED_PHOTO_BYTES = 64_000_000
-COPY_SHARE = 0.01  # of the time, that copies may take
-COPY_BURST = 0.25  # seconds that may be spent at once, or owed
-# Photographs outside of the sample whose copies were not kept; others near them are not copied.
-RECENT_PHOTOS = 1000
-LOG_SECONDS = 60.0  # between two lines about dropped photographs
+PAUSE = 0.5  # seconds between two photographs outside of the sample, on average
+BURST = 60.0  # seconds without one, after which as many may come at once
 _STOP_SECONDS = 5.0  # for the photographs in the queue
 
 log = logging.getLogger("sopdeploy.keep")
@@ -166,15 +162,7 @@ class Keeper:
         # those that it takes out.
         self._bytes_in = self._bytes_out = 0
 
-        # The seconds that copies may take; negative if they took more.
-        self._copy_budget = COPY_BURST
-        self._refilled = time.monotonic()  # when seconds were last added to the budget
-
-        # Dropped photographs: those that the event loop did not queue, those that the thread did
-        # not copy, and those of both that were logged.
-        self._num_unqueued = self._num_uncopied = self._num_logged = 0
-        # Near hashes of recent photographs, whose near-duplicates are not copied.
-        self._recent: deque[int] = deque(maxlen=RECENT_PHOTOS)
+        self._next = -BURST  # when another photograph outside of the sample may come
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
     def start(self) -> None:
@@ -236,18 +224,13 @@ class Keeper:
 
     def _drop(self) -> None:
         self._counts["dropped"].inc()
-        self._num_unqueued += 1
 
     def _run(self) -> None:
-        """Keep photographs from the queue until None, clean up the folder, and log what was dropped."""
-        next_clean_up = next_log = 0.0
+        """Keep photographs from the queue until None, and clean up the folder."""
+        next_clean_up = 0.0
         # How long it waits for a photograph; without a folder to clean up, without limit.
         timeout = None if self._folder is None else self._folder.clean_up_seconds
         while True:
-            # Log what was dropped, and clean up the folder, now and then.
-            if time.monotonic() >= next_log:
-                self._log_dropped()
-                next_log = time.monotonic() + LOG_SECONDS
             if self._folder is not None and time.monotonic() >= next_clean_up:
                 try:
                     self._folder.clean_up()
@@ -263,7 +246,6 @@ class Keeper:
                 continue
 
             if photo is None:
-                self._log_dropped()
                 return
 
             self._bytes_out += _size_of(photo)
@@ -277,22 +259,6 @@ class Keeper:
             if result is not None:  # None: not worth a label, or counted by the keeping process
                 self._counts[result].inc()
 
-    def _log_dropped(self) -> None:
-        """Log how many photographs were dropped since the last call, if any, and what keeps them."""
-        unqueued = self._num_unqueued
-        uncopied = self._num_uncopied
-
-        if (dropped := unqueued + uncopied - self._num_logged) > 0:
-            self._num_logged += dropped
-            log.warning(
-                "%d photos worth a label were not kept, because they arrived too fast: copies may take "
-                "%g %% of the time; send photos more slowly, or raise keep_sample, whose photos "
-                "need none of this time",
-                dropped,
-                100 * COPY_SHARE,
-                extra={"unqueued": unqueued, "uncopied": uncopied},
-            )
-
     def _keep(self, photo: PredictedPhoto | WorthPhoto) -> KeptResult | None:
         """Store or forward *photo* if it is worth a label; return the result to count.
 
@@ -303,22 +269,13 @@ class Keeper:
         if worth is None:
             return None
 
-        # The sample stays uniform because its copies need no budget.
-        if "sample" in worth.record.reasons:
-            return self._store(worth)
-
-        refusal = self._refuse_copy(int(worth.record.near_hash, 16))
-        if refusal is not None:
-            return refusal
-
-        # Subtract the seconds of the copy, with the wait for a decoder process. The debt is
-        # limited.
-        started = time.monotonic()
-        try:
-            return self._store(worth)
-        finally:
-            spent = time.monotonic() - started
-            self._copy_budget = max(-COPY_BURST, self._copy_budget - spent)
+        # The sample stays uniform, however many come.
+        if "sample" not in worth.record.reasons:
+            now = time.monotonic()
+            if now < self._next:
+                return "dropped"
+            self._next = max(self._next, now - BURST) + PAUSE
+        return self._store(worth)
 
     def _judge(self, photo: PredictedPhoto) -> WorthPhoto | None:
         """Describe *photo* if it is worth a label."""
@@ -345,43 +302,11 @@ class Keeper:
         if self._folder.has_duplicate(name, record):
             return "near_duplicate"
 
-        # Near-duplicates are refused from now on, also if an error follows.
-        is_sample = "sample" in record.reasons
-        if not is_sample:
-            self._recent.append(int(record.near_hash, 16))
-
         try:
             copy, suffix = self._copy(photo.image)
         except (ImageError, RejectedError):
             return "dropped"
-        result = self._folder.add(copy, record.model_copy(update={"image": f"{name}{suffix}"}))
-
-        # The folder knows it, as long as nobody deletes or labels it.
-        if result == "kept" and not is_sample:
-            self._recent.pop()
-        return result
-
-    def _refuse_copy(self, near: int) -> KeptResult | None:
-        """Return why a photograph outside of the sample with the hash *near* is not copied, or None.
-
-        Refills the budget of copies. A photograph for which there is none is counted in
-        `_num_uncopied`.
-        """
-        now = time.monotonic()
-        # The budget grows with the time since the last call; `_keep` subtracts the seconds of a
-        # copy.
-        self._copy_budget = min(
-            COPY_BURST, self._copy_budget + COPY_SHARE * (now - self._refilled)
-        )
-        self._refilled = now
-
-        if any(are_near(near, other) for other in self._recent):
-            return "near_duplicate"
-
-        if self._copy_budget > 0:
-            return None
-        self._num_uncopied += 1
-        return "dropped"
+        return self._folder.add(copy, record.model_copy(update={"image": f"{name}{suffix}"}))
 
 
 def _describe(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) -> KeptRecord:
