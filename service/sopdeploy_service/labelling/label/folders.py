@@ -190,7 +190,6 @@ class LabelFolders:
         self.waiting = {photo.identity: photo for photo in waiting}
         self.suggestions.learn(_class_folders(self.photos))
         self.suggestions.compute(heap)
-        self._order_heap()
 
     def _read_kept(self) -> list[Kept]:
         """Read the kept photographs that wait, in the order in which they are to be labelled.
@@ -226,21 +225,6 @@ class LabelFolders:
             (self.held_out / CHANGE).unlink(missing_ok=True)
         elif self.held_out.is_dir():
             write_change(self.held_out, min(self.alarms.values()))
-
-    def _order_heap(self) -> None:
-        """Put photographs of a heap with the same suggestion beside each other, the surest ones first."""
-        # Numbers of the suggested classes, in the order of their appearance
-        groups: dict[str, int] = {}
-
-        ranks: dict[str, tuple[int, float]] = {}  # of the photographs of a heap, by ID
-        for identity, photo in self.waiting.items():
-            if photo.is_of_heap:
-                name, probability = self.suggestions.most_probable(photo.path)
-                ranks[identity] = groups.setdefault(name, len(groups)), -probability
-
-        kept = [identity for identity in self.waiting if identity not in ranks]
-        order = [*kept, *sorted(ranks, key=lambda identity: ranks[identity])]
-        self.waiting = {identity: self.waiting[identity] for identity in order}
 
     def _labelled_ids(self) -> set[str]:
         """Return the ids of the kept photographs that have a label."""
@@ -285,7 +269,7 @@ class LabelFolders:
         """Return the probabilities of classes for a photograph: of the network, or of a heap those suggested."""
         path, record = self.waiting[identity]
         if record is None:
-            return self.suggestions.suggest(path)
+            return self.suggestions.suggest([path]).get(path, {})
         labels = map(normalize, record.labels)
         return dict(zip(labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
 
@@ -303,16 +287,17 @@ class LabelFolders:
 
     def suggested(self) -> dict[str, list[str]]:
         """List the photographs of a heap by their suggested class, the surest ones first."""
-        ranked_by_class: dict[str, list[tuple[float, str]]] = {}
-        for identity, photo in self.waiting.items():
-            if photo.is_of_heap:
-                name, probability = self.suggestions.most_probable(photo.path)
-                ranked_by_class.setdefault(name, []).append((-probability, identity))
+        ids = {
+            photo.path: identity for identity, photo in self.waiting.items() if photo.is_of_heap
+        }
+        by_class: dict[str, list[tuple[float, str]]] = {}
+        for path, probabilities in self.suggestions.suggest([*ids]).items():
+            name = max(probabilities, key=lambda name: probabilities[name])
+            by_class.setdefault(name, []).append((-probabilities[name], ids[path]))
 
-        ranked_by_class.pop("", None)  # nothing is suggested yet
         return {
-            name: [identity for _, identity in sorted(ranked_by_class[name])]
-            for name in sorted(ranked_by_class)
+            name: [identity for _, identity in sorted(by_class[name])]
+            for name in sorted(by_class)
         }
 
     def classes(self) -> list[str]:
@@ -348,9 +333,9 @@ class LabelFolders:
             with suppress(FileNotFoundError):
                 photo.path.with_suffix(".json").rename(photo.path.with_suffix(LABELLED))
             self._note_change()
-        elif name is not None:
-            self.suggestions.add(normalize(folder.name), photo.path, target)
-            self._order_heap()
+        self.suggestions.move(
+            photo.path, target, None if name is None else normalize(folder.name)
+        )
 
     def can_be_class(self, name: str) -> bool:
         """Tell whether a photograph can get the class *name*, which need not exist yet."""
@@ -394,7 +379,6 @@ class LabelFolders:
         self.suggestions.move(
             photo.path, target, None if name is None else normalize(folder.name)
         )
-        self._order_heap()
 
     def _is_held_out(self, photo: Waiting) -> bool:
         """Tell whether *photo* decides about the next bundle, or shows what one of these shows."""
@@ -497,7 +481,7 @@ class LabelFolders:
             )
 
         # Move the photograph; a folder that the step made goes if it is empty.
-        self.suggestions.remove(target)
+        self.suggestions.move(target, photo.path, None)
         _move(target, photo.path)
 
         if made_folder:

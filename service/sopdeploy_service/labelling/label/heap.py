@@ -24,7 +24,6 @@ Embed: TypeAlias = Callable[[Sequence[Path]], Iterator[tuple[Path, Vector]]]
 MIN_PHOTOGRAPHS = 2  # of each class
 MAX_LEARNED = 20  # photographs of each class that were sorted before
 SCALE = 25.0  # of cosines as logits: 0.1 more makes a class 12 times as probable
-_NONE: Vector = np.zeros((0, 0), np.float32)
 
 log = logging.getLogger("sopdeploy_service.labelling.heap")
 
@@ -51,18 +50,6 @@ def list_heap(folder: Path) -> Heap:
     return heap
 
 
-class _Means(NamedTuple):
-    """Classes `names` and their mean vectors (K, D) of length 1; none if a class has too few vectors.
-
-    `state` has the number of vectors and that of changes of the classes when they were
-    computed.
-    """
-
-    state: tuple[int, int]
-    names: list[str]
-    vectors: Vector
-
-
 class Suggestions:
     """The unit vectors of photographs by path, and the classes of those that are sorted.
 
@@ -72,13 +59,8 @@ class Suggestions:
     def __init__(self, embed: Embed | None) -> None:
         self._embed = embed
         self._vectors: dict[Path, Vector] = {}
-
-        # The class of each sorted photograph, and its first path, under which it may have a
-        # vector already.
-        self._classes: dict[Path, tuple[str, Path]] = {}
+        self._classes: dict[Path, str] = {}  # of the sorted photographs
         self._asked: set[Path] = set()
-        self._num_changes = 0  # of the classes
-        self._means = _Means((0, 0), [], _NONE)
         self.thread: threading.Thread | None = None
 
     def learn(self, folders: Mapping[str, Path]) -> None:
@@ -88,8 +70,7 @@ class Suggestions:
 
         for name, folder in folders.items():
             for path in list_heap(folder).images[:MAX_LEARNED]:
-                self._classes.setdefault(path, (name, path))
-        self._num_changes += 1
+                self._classes.setdefault(path, name)
 
     def compute(self, heap: Sequence[Path]) -> None:
         """Start a thread for the missing vectors of *heap* and the sorted photographs.
@@ -104,12 +85,8 @@ class Suggestions:
             return
 
         # Compute only the vectors that nobody has asked for yet.
-        sorted_paths = [
-            path for path, (_, first) in self._classes.items() if first not in self._vectors
-        ]
-        missing = [path for path in (*sorted_paths, *heap) if path not in self._asked]
+        missing = [path for path in (*self._classes, *heap) if path not in self._asked]
         self._asked.update(missing)
-
         self.thread = threading.Thread(
             target=self._run, args=(self._embed, missing), daemon=True
         )
@@ -122,60 +99,39 @@ class Suggestions:
         except Exception as error:  # the page works without suggestions
             log.warning("no suggestions: %s", error)
 
-    def add(self, name: str, path: Path, target: Path) -> None:
-        """Add the photograph that was moved from *path* to *target* to the class *name*."""
-        self._classes[target] = name, path
-        self._num_changes += 1
-
     def move(self, path: Path, target: Path, name: str | None) -> None:
-        """Follow the sorted photograph from *path* to *target*, of the class *name* or, for None, of none."""
-        entry = self._classes.pop(path, None)
-        if entry is not None and name is not None:
-            self._classes[target] = name, entry[1]
-        self._num_changes += 1
+        """Follow a photograph from *path* to *target*, where it has the class *name*, or none for None."""
+        self._classes.pop(path, None)
+        if name is not None:
+            self._classes[target] = name
 
-    def remove(self, target: Path) -> None:
-        """Remove the photograph at *target*, whose label was undone, from its class."""
-        self._classes.pop(target, None)
-        self._num_changes += 1
+        vector = self._vectors.pop(path, None)
+        if vector is not None:
+            self._vectors[target] = vector
+            self._asked.add(target)
 
-    def suggest(self, path: Path) -> dict[str, float]:
-        """Suggest classes for the photograph at *path*: their probabilities, or none yet."""
-        means = self._class_means()
-        vector = self._vectors.get(path)
-        if vector is None or not means.names:
-            return {}
-
-        probabilities = softmax(SCALE * (means.vectors @ vector))
-        return dict(zip(means.names, probabilities.tolist(), strict=True))
-
-    def _class_means(self) -> _Means:
-        """Return the means of the classes, of length 1, computed again if vectors or classes have changed.
+    def suggest(self, paths: Sequence[Path]) -> dict[Path, dict[str, float]]:
+        """Suggest classes for those of the photographs at *paths* that have a vector: their probabilities.
 
         There are none for a single class, or if a class has fewer than `MIN_PHOTOGRAPHS`.
         """
-        state = len(self._vectors), self._num_changes
-        if self._means.state == state:
-            return self._means
+        # The vectors of the photographs of each class.
+        members: dict[str, list[Vector]] = {name: [] for name in self._classes.values()}
+        for path, name in self._classes.items():
+            if path in self._vectors:
+                members[name].append(self._vectors[path])
+        if len(members) < 2 or min(map(len, members.values())) < MIN_PHOTOGRAPHS:
+            return {}
 
-        # Collect the vectors of the photographs of each class.
-        members: dict[str, list[Vector]] = {name: [] for name, _ in self._classes.values()}
-        for path, (name, first) in self._classes.items():
-            if (vector := self._vectors.get(first, self._vectors.get(path))) is not None:
-                members[name].append(vector)
-
-        # Compute the means, if there are enough of each class.
-        if len(members) > 1 and min(map(len, members.values())) >= MIN_PHOTOGRAPHS:
-            means = np.stack([np.mean(vectors, axis=0) for vectors in members.values()])
-            self._means = _Means(state, list(members), _unit(means))
-        else:
-            self._means = _Means(state, [], _NONE)
-
-        return self._means
-
-    def most_probable(self, path: Path) -> tuple[str, float]:
-        """Return the most probable class of the photograph at *path* with its probability, or ("", 0.0)."""
-        return max(self.suggest(path).items(), key=lambda item: item[1], default=("", 0.0))
+        # The cosines to the means of the classes are logits.
+        means = np.stack([np.mean(vectors, axis=0) for vectors in members.values()])
+        means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+        suggested = {}
+        for path in paths:
+            if path in self._vectors:
+                probabilities = softmax(SCALE * (means @ self._vectors[path]))
+                suggested[path] = dict(zip(members, probabilities.tolist(), strict=True))
+        return suggested
 
     def most_similar(self, path: Path, others: Sequence[Path]) -> list[Path]:
         """Return the *others* that have a vector, the most similar to the photograph at *path* first.
@@ -191,9 +147,3 @@ class Suggestions:
             if other in self._vectors
         }
         return sorted(cosines, key=lambda other: -cosines[other])
-
-
-def _unit(vectors: Vector) -> Vector:
-    """Scale *vectors* (K, D) to length 1."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(lengths, 1e-12)
