@@ -21,7 +21,6 @@ from sopdeploy.files import (
     PARTIAL,
     atomic_write,
     features_folder,
-    open_regular,
     read_file,
     remove_leftovers,
     writing,
@@ -30,7 +29,7 @@ from sopdeploy.images.signatures import is_image
 from sopdeploy.photos.files import image_id, kept_id, normalize, walk
 from sopdeploy.photos.photo import Photo
 from sopdeploy.project import BUNDLES, RUNS
-from sopdeploy_commands.tables import LISTING, ROWS_FOLDER, STATE, VERSION_KEY, check_schema
+from sopdeploy_commands.tables import ROWS_FOLDER, STATE, VERSION_KEY, check_schema
 from sopdeploy_service.inference.drift import BLOCK_SUFFIX, DAMAGED, read_block
 from sopdeploy_service.inference.drift_state import TRAFFIC
 
@@ -84,9 +83,10 @@ def forget(photograph: str, folders: list[Path]) -> Forgotten:
     """Delete a photo, its label and its records in folders, also in the rows of `classify`.
 
     It deletes every copy that has the content of the file, its name if it was kept, or the given
-    name. All copies are found before the first one is deleted. If it was stopped, repeat the
-    command. It also names the runs and bundles in `runs` and `bundles` of this folder that hold
-    the photo, and the cache of features, with the command that removes them.
+    name. Rows of `classify` are found by the names of the photo and of its copies. All are found
+    before the first one is deleted. If it was stopped, repeat the command. It also names the runs
+    and bundles in `runs` and `bundles` of this folder that hold the photo, and the cache of
+    features, with the command that removes them.
 
     Args:
         photograph: The file that was sent, or the name of a kept or labelled photo.
@@ -188,11 +188,9 @@ def _delete(traces: "_Traces") -> list[Path]:
     with ExitStack() as locks:
         for folder in {_output_folder(table) for table in rows}:
             _lock_output(folder, locks)
-        # The list comes last, because a repeated command finds the rows of the other tables by
-        # it.
-        for table in sorted(rows, key=lambda table: table.name == LISTING):
+        for table, numbers in rows.items():
             with writing(table):
-                _empty_rows(table, [row.number for row in rows[table]])
+                _empty_rows(table, numbers)
 
     # Then the files, and what interrupted writes have left in the searched folders.
     for path in traces.files:
@@ -205,13 +203,13 @@ def _delete(traces: "_Traces") -> list[Path]:
 
 
 class _Traces(NamedTuple):
-    """What remains of a photograph: files, in the order to delete them, and rows by table.
+    """What remains of a photograph: files, in the order to delete them, and numbers of rows by table.
 
     `unfinished` are all temporary files of the searched folders, whatever they were to become.
     """
 
     files: list[Path]
-    rows: "dict[Path, list[_TableRow]]"
+    rows: dict[Path, list[int]]
     unfinished: list[Path]
 
 
@@ -238,10 +236,21 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
 
     traces = {*images, *_find_by_ids(files, ids)}
 
-    # Rows of tables. A given name must be that of one photograph only; an id always is.
-    rows = _find_rows(wanted._replace(ids=ids), tables)
+    # Rows of tables, which have the name of the photograph or the end of the path of a copy.
+    copies = [path for path in (wanted.path, *images) if wanted.is_file]
+    named = wanted._replace(ids=ids, copies=frozenset(map(os.path.realpath, copies)))
+    paths_by_table = {table: _find_rows(named, table) for table in tables}
+    rows = {table: [*paths] for table, paths in paths_by_table.items() if paths}
+
+    # A given name must be that of one photograph only; an id always is.
     if not wanted.is_file and not ids:
-        _check_one_photograph(photograph, images, rows)
+        contents = {image_id(path.read_bytes()): str(path) for path in images}
+        row_paths = {path for paths in paths_by_table.values() for path in paths.values()}
+        if len(contents) > 1 or len(row_paths) > 1:
+            names = shorten(sorted({*contents.values(), *row_paths}))
+            raise DataError(
+                f"{photograph}: is the name of different photos ({names}); name one with its folder"
+            )
 
     # The records first and the named file last: until then, a repeated command finds all that
     # is left.
@@ -269,12 +278,16 @@ def _find_by_ids(files: Sequence[Path], ids: frozenset[str]) -> Iterator[Path]:
 
 
 class _Wanted(NamedTuple):
-    """A photograph to forget: the given path; size and ID if it is a file; ids under which it is kept."""
+    """A photograph to forget: the given path; size and ID if it is a file; ids under which it is kept.
+
+    `copies` are the paths of files with its content.
+    """
 
     path: Path
     size: int
     file_id: str
     ids: frozenset[str]
+    copies: frozenset[str] = frozenset()
 
     @property
     def is_file(self) -> bool:
@@ -300,49 +313,31 @@ class _Wanted(NamedTuple):
         """Tell whether *path* leads to the given file, or ends with the given name if there is no file."""
         if self.is_file:
             return os.path.realpath(path) == os.path.realpath(self.path)
-        parts = [normalize(part) for part in self.path.parts]
-        return [normalize(part) for part in path.parts][-len(parts) :] == parts
+        return _ends_with(path, self.path)
 
-    def has_content(self, path: Path, offset: int = 0, size: int | None = None) -> bool:
-        """Tell whether the file *path*, or *size* bytes of it, have the content of the given file."""
-        with suppress(OSError, ValueError):  # it does not exist, or its name has null bytes
-            size = path.stat().st_size if size is None else size
-            if self.is_file and size == self.size and path.is_file():
-                with open_regular(path) as file:
-                    file.seek(offset)
-                    return image_id(file.read(size)) == self.file_id
+    def has_content(self, path: Path) -> bool:
+        """Tell whether the file *path* has the content of the given file."""
+        with suppress(OSError):  # it does not exist
+            return (
+                path.is_file()
+                and path.stat().st_size == self.size
+                and image_id(path.read_bytes()) == self.file_id
+            )
         return False
 
-    def has_row(self, row: "_TableRow") -> bool:
-        """Tell whether *row* is about the photograph: by its id, its name or the content of its image."""
-        if kept_id(row.path) in self.ids:
+    def has_row(self, path: str) -> bool:
+        """Tell whether a row with *path* is about the photograph: by its id, its name or the path of a copy."""
+        if kept_id(path) in self.ids:
             return True
         if not self.is_file:
-            return any(self.is_named(Path(name)) for name in (row.path, row.location))
-
-        location = Path(row.location)
-        if row.is_in_archive:
-            return self.has_content(location, row.offset, row.size)
-        return self.is_named(location) or self.has_content(location)
+            return _ends_with(Path(path), self.path)
+        return any(_ends_with(Path(copy), Path(path)) for copy in self.copies)
 
 
-class _TableRow(NamedTuple):
-    """A row of a table.
-
-    `location` and `offset` are the file with the bytes of the image and their position in it.
-    The position is 0, except in an archive, where it never is.
-    """
-
-    number: int
-    path: str
-    location: str
-    offset: int = 0
-    size: int | None = None
-
-    @property
-    def is_in_archive(self) -> bool:
-        """Whether the image is a member of an archive, not a file."""
-        return self.offset != 0
+def _ends_with(path: Path, end: Path) -> bool:
+    """Tell whether the last parts of *path* are those of *end*, however their characters are encoded."""
+    parts = [normalize(part) for part in end.parts]
+    return [normalize(part) for part in path.parts][-len(parts) :] == parts
 
 
 def _final_path(path: Path) -> Path:
@@ -354,48 +349,20 @@ def _final_path(path: Path) -> Path:
     )
 
 
-def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, list[_TableRow]]:
-    """Find the rows of *wanted* in *tables*, by table.
-
-    A run of `classify` has tables of results, and a list that tells where the image of each
-    result is.
-    """
-    rows_of_table = {table: list(_read_table(table)) for table in tables}
-
-    # The rows of the lists, by the folder of the run and the path of the image.
-    listed_rows: dict[tuple[Path, str], _TableRow] = {}
-    for table, rows in rows_of_table.items():
-        if table.name == LISTING:
-            output = _output_folder(table)
-            listed_rows |= {(output, row.path): row for row in rows}
-
-    # A row of results gets the location of its image from the list; its number stays the one in
-    # its own table.
-    wanted_rows: dict[Path, list[_TableRow]] = {}
-    for table, rows in rows_of_table.items():
-        output = _output_folder(table)
-        for row in rows:
-            located = listed_rows.get((output, row.path), row)._replace(number=row.number)
-            if wanted.has_row(located):
-                wanted_rows.setdefault(table, []).append(located)
-
-    return wanted_rows
-
-
-def _read_table(table: Path) -> Iterator[_TableRow]:
-    """Yield the rows of *table* that are not forgotten; none of a table of another program or without paths."""
+def _find_rows(wanted: _Wanted, table: Path) -> dict[int, str]:
+    """Find the rows of *wanted* in *table*: their numbers and paths; none in a table of another program."""
     import pyarrow.parquet as pq  # of an extra
 
     schema = pq.read_schema(table)
-    columns = [name for name in _TableRow._fields[1:] if name in schema.names]  # not `number`
-    if VERSION_KEY not in (schema.metadata or {}) or "path" not in columns:
-        return
+    if VERSION_KEY not in (schema.metadata or {}) or "path" not in schema.names:
+        return {}
 
-    rows = pq.read_table(table, columns=columns).to_pylist()
-    for number, values in enumerate(rows):
-        if isinstance(values["path"], str) and values["path"] != FORGOTTEN["path"]:
-            values.setdefault("location", values["path"])
-            yield _TableRow(number, **values)
+    paths = pq.read_table(table, columns=["path"])["path"].to_pylist()
+    return {
+        number: path
+        for number, path in enumerate(paths)
+        if isinstance(path, str) and path != FORGOTTEN["path"] and wanted.has_row(path)
+    }
 
 
 def _output_folder(table: Path) -> Path:
@@ -422,28 +389,6 @@ def _lock_output(folder: Path, locks: ExitStack) -> None:
             ) from error
 
     locks.callback(os.close, lock.file)
-
-
-def _check_one_photograph(
-    name: str, images: Sequence[Path], rows: dict[Path, list[_TableRow]]
-) -> None:
-    """Raise `DataError` if photographs of *images* and *rows*, all named *name*, have different contents."""
-    files = {str(path): path for path in images}  # by the path that the message shows
-    for row in chain.from_iterable(rows.values()):
-        files[row.path] = Path(row.path if row.is_in_archive else row.location)
-
-    # The first path of each photograph, by its hash or, if it cannot be read, by its absolute path
-    photographs: dict[str, str] = {}
-    for shown_path, file in files.items():
-        is_readable = file.is_file() and is_image(file)  # not an archive
-        identity = image_id(file.read_bytes()) if is_readable else os.path.abspath(file)  # noqa: PTH100
-        photographs.setdefault(identity, shown_path)
-
-    if len(photographs) > 1:
-        names = shorten(sorted(photographs.values()))
-        raise DataError(
-            f"{name}: is the name of different photos ({names}); name one with its folder"
-        )
 
 
 def _check_format(table: Path) -> None:

@@ -119,7 +119,7 @@ def test_rows_of_classify_are_emptied_and_the_table_keeps_its_parts(
 
 def test_the_page_names_files_with_the_photograph_that_remain() -> None:
     page = (Path(__file__).parents[3] / "docs" / "keep.md").read_text(encoding="utf-8")
-    remains = page.partition("It does not reach ")[2].partition(".")[0]
+    remains = page.partition("It cannot reach ")[2].partition(".")[0]
     assert [file for file in ("CSV files", "backups") if file not in remains] == []
 
 
@@ -183,7 +183,7 @@ def test_the_inputs_of_consecutive_answers_go_with_the_photograph(folders: list[
         answers = Answers.of(np.zeros((1, 2), np.float32), np.zeros((1, 3), np.float32))
         write_block(
             path,
-            Block("one", answers, np.asarray([identity]), np.zeros(1, np.uint64), 0.0),
+            Block("one", answers, np.asarray([identity]), 0.0),
             pixels,
         )
         blocks.append(path)
@@ -223,19 +223,12 @@ def classified(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 ALL = {"x/1.jpg", "y/1.jpg", "y/2.jpg", "y/copy.jpg", "a.tar/xx/1.jpg", "a.tar/yy/1.jpg"}
-OF_X = {"x/1.jpg", "y/copy.jpg", "a.tar/xx/1.jpg"}
 ROWS: dict[str, tuple[str, Callable[[], object], set[str]]] = {
-    "a file": ("x/1.jpg", lambda: None, OF_X),
-    "a file of the same name": ("y/1.jpg", lambda: None, {"y/1.jpg", "a.tar/yy/1.jpg"}),
-    "its absolute path": ("{root}/x/1.jpg", lambda: None, OF_X),
-    "a copy elsewhere": ("z.jpg", lambda: shutil.copy("x/1.jpg", "z.jpg"), OF_X),
+    "a file": ("x/1.jpg", lambda: None, {"x/1.jpg"}),
+    "a file of the same name": ("y/1.jpg", lambda: None, {"y/1.jpg"}),
+    "its absolute path": ("{root}/x/1.jpg", lambda: None, {"x/1.jpg"}),
     "a file that is gone, by its folder": (
         "y/2.jpg",
-        lambda: Path("y/2.jpg").unlink(),
-        {"y/2.jpg"},
-    ),
-    "a file that is gone, by its path": (
-        "{root}/y/2.jpg",
         lambda: Path("y/2.jpg").unlink(),
         {"y/2.jpg"},
     ),
