@@ -52,6 +52,7 @@ BODY_SECONDS = 10.0
 MAX_CONNECTIONS = 100
 MAX_THUMBNAILS = 24  # photographs that the page offers to label at once
 MAX_CELLS = 48  # of the grid of a class
+NEW_CLASS = "?"  # of the grid of photographs that may be a new class; no class has this name
 IMAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -193,6 +194,8 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
     def grids() -> Grids:
         with lock:
             ids_by_class = folders.suggested()
+            if new := folders.maybe_new_class():
+                ids_by_class = {NEW_CLASS: new, **ids_by_class}
 
         return Grids(
             grids=tuple(
@@ -315,7 +318,7 @@ class Grid(StrictModel):
 
 
 class Grids(StrictModel):
-    """A grid for each class that is suggested for photographs of a heap."""
+    """A grid for each class that is suggested for photographs of a heap, and one for a new class."""
 
     grids: tuple[Grid, ...]
 

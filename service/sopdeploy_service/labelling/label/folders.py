@@ -61,6 +61,7 @@ from sopdeploy_service.labelling.label.order import Shown, order_kept, role_of
 SKIPPED = ".skipped"
 DECIDING = 30  # labels with which `promote` can decide about a bundle that is clearly better
 LEASE_SECONDS = 60.0  # for which a browser's photographs are offered to no other one
+MAX_REJECTED = 200  # newest ones, of which some may be a new class
 MAX_CLASS_BYTES = 100  # of a name in UTF-8
 GONE = "that photo has a label already or is no longer kept; this is the next one"
 NOT_IN_NAMES = '/\\:*?"<>|'  # of folders on some systems
@@ -189,7 +190,7 @@ class LabelFolders:
         waiting += [Waiting(path, None) for path in heap]
         self.waiting = {photo.identity: photo for photo in waiting}
         self.suggestions.learn(_class_folders(self.photos))
-        self.suggestions.compute(heap)
+        self.suggestions.compute(heap, self._rejected())
 
     def _read_kept(self) -> list[Kept]:
         """Read the kept photographs that wait, in the order in which they are to be labelled.
@@ -299,6 +300,19 @@ class LabelFolders:
             name: [identity for _, identity in sorted(by_class[name])]
             for name in sorted(by_class)
         }
+
+    def _rejected(self) -> list[Path]:
+        """List the newest kept photographs that the network rejected."""
+        rejected = [
+            (record.time, path)
+            for path, record in self.waiting.values()
+            if record is not None and record.known is False
+        ]
+        return [path for _, path in sorted(rejected, reverse=True)[:MAX_REJECTED]]
+
+    def maybe_new_class(self) -> list[str]:
+        """List the kept photographs that look most alike among those that the network rejected."""
+        return [path.stem for path in self.suggestions.group_alike(self._rejected())]
 
     def classes(self) -> list[str]:
         """List the names of classes, sorted: those of the folders, and in the records that wait."""

@@ -2,7 +2,8 @@
 
 As soon as each class has two photographs, the class of another one is suggested by the closest
 class mean. A suggestion is no label: most of a heap may show none of the classes yet, and few sorted
-photographs do not tell which ones (docs/decisions.md). The vectors come from a function that the
+photographs do not tell which ones (docs/decisions.md). Of kept photographs that the network
+rejected, those that look most alike may be a new class. The vectors come from a function that the
 caller gives, because the service works without torch.
 """
 
@@ -23,6 +24,8 @@ Vector: TypeAlias = NDArray[np.float32]
 Embed: TypeAlias = Callable[[Sequence[Path]], Iterator[tuple[Path, Vector]]]
 MIN_PHOTOGRAPHS = 2  # of each class
 MAX_LEARNED = 20  # photographs of each class that were sorted before
+NEIGHBORS = 5  # of a photograph, whose similarity tells how much a group looks alike
+MAX_GROUP = 12  # photographs that may be a new class
 SCALE = 25.0  # of cosines as logits: 0.1 more makes a class 12 times as probable
 
 log = logging.getLogger("sopdeploy_service.labelling.heap")
@@ -72,20 +75,21 @@ class Suggestions:
             for path in list_heap(folder).images[:MAX_LEARNED]:
                 self._classes.setdefault(path, name)
 
-    def compute(self, heap: Sequence[Path]) -> None:
-        """Start a thread for the missing vectors of *heap* and the sorted photographs.
+    def compute(self, heap: Sequence[Path], rejected: Sequence[Path]) -> None:
+        """Start a thread for the missing vectors of *heap*, with the sorted photographs, and of *rejected*.
 
-        Does nothing without a photograph in *heap*, or while an earlier thread runs.
+        Does nothing without such photographs, or while an earlier thread runs.
         """
         if (
             self._embed is None
-            or not heap
+            or not (heap or len(rejected) > NEIGHBORS)
             or (self.thread is not None and self.thread.is_alive())
         ):
             return
 
         # Compute only the vectors that nobody has asked for yet.
-        missing = [path for path in (*self._classes, *heap) if path not in self._asked]
+        needed = [*self._classes, *heap, *rejected] if heap else rejected
+        missing = [path for path in needed if path not in self._asked]
         self._asked.update(missing)
         self.thread = threading.Thread(
             target=self._run, args=(self._embed, missing), daemon=True
@@ -132,6 +136,26 @@ class Suggestions:
                 probabilities = softmax(SCALE * (means @ self._vectors[path]))
                 suggested[path] = dict(zip(members, probabilities.tolist(), strict=True))
         return suggested
+
+    def group_alike(self, paths: Sequence[Path]) -> list[Path]:
+        """Return those of the photographs at *paths* that look most alike, the one in their middle first.
+
+        There are none if at most `NEIGHBORS` have a vector.
+        """
+        found = [path for path in paths if path in self._vectors]
+        if len(found) <= NEIGHBORS:
+            return []
+
+        # Cosines of the deviations from the mean: all have in common what the camera sees.
+        vectors = np.stack([self._vectors[path] for path in found])
+        vectors -= vectors.mean(axis=0)
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        cosines = vectors @ vectors.T
+
+        nearest = np.sort(cosines, axis=1)[:, -NEIGHBORS - 1 :]  # with the photograph itself
+        middle = int(nearest.sum(axis=1).argmax())
+        order = np.argsort(-cosines[middle], kind="stable")[:MAX_GROUP]
+        return [found[index] for index in order.tolist()]
 
     def most_similar(self, path: Path, others: Sequence[Path]) -> list[Path]:
         """Return the *others* that have a vector, the most similar to the photograph at *path* first.

@@ -106,6 +106,32 @@ def test_a_grid_has_what_is_suggested_and_photographs_that_look_alike_follow_eac
     assert not {first, *others} & {*folders.upcoming("two", 3)}
 
 
+def test_kept_photographs_that_were_rejected_and_look_alike_may_be_a_new_class(
+    keep, tmp_path: Path
+) -> None:
+    kinds: dict[str, str] = {}
+    for number in range(16):
+        kind = "a" if number < 7 else "bc"[number % 2] if number < 10 else "known"
+        kinds[keep(number, reasons=("unknown",), known=kind == "known")] = kind
+
+    def embed_kinds(paths: Sequence[Path]) -> Iterator[tuple[Path, Vector]]:
+        for path in paths:
+            yield path, np.eye(3, dtype=np.float32)["abc".index(kinds[path.stem])]
+
+    folders = LabelFolders(tmp_path / "kept", tmp_path / "photos", embed_kinds)
+    folders.suggestions.thread.join()
+    group = folders.maybe_new_class()
+    assert {kinds[identity] for identity in group[:7]} == {"a"}
+    assert len(group) == 10
+
+    # With a label, they are no longer asked about, and five are too few.
+    for identity in group[:5]:
+        folders.label(identity, "ant")
+    assert folders.maybe_new_class() == []
+    with label_server(folders) as client:
+        assert client.get("/grids").json() == {"grids": []}
+
+
 def test_an_undone_label_is_forgotten_also_if_the_page_was_reloaded(heap):
     folders = heap("a1.jpg", "a2.jpg", "b1.jpg", "b2.jpg", "b3.jpg", embed=embed)
     sort(folders, "a1.jpg", "ant")

@@ -1,10 +1,15 @@
 """The label page in a real browser: keys, touch, undo, new classes, reload, and names with markup."""
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from sopdeploy.photos.files import name_id
 from sopdeploy_service.labelling.label import app
 from sopdeploy_service.labelling.label.folders import LabelFolders
+from sopdeploy_service.labelling.label.heap import Vector
 from tests.service.labelling.label.conftest import (
     KEY,
     LABELS,
@@ -195,6 +200,33 @@ def test_photographs_that_are_chosen_in_the_grid_get_one_label(
         page.locator("#kinds button", has_text="b 3").wait_for()
         assert {one in half_sorted.waiting for one in (ids[0], ids[2], ids[5])} == {True}
         assert len(files_below(tmp_path / "photos" / "b")) == 5
+
+
+def test_rejected_photographs_that_look_alike_get_the_name_of_a_new_class(
+    keep, open_page, tmp_path
+) -> None:
+    names = [keep(number, reasons=("unknown",), known=False) for number in range(8)]
+
+    def embed_kinds(paths: Sequence[Path]) -> Iterator[tuple[Path, Vector]]:
+        for path in paths:
+            yield path, np.eye(2, dtype=np.float32)[int(path.stem in names[:6])]
+
+    folders = LabelFolders(tmp_path / "kept", tmp_path / "photos", embed_kinds)
+    folders.suggestions.thread.join()
+    with label_server(folders) as client:
+        page = open_page(client.base_url, f"/?key={KEY}")
+        page.wait_for_selector("#grid[aria-busy=false]", state="attached")
+        page.keyboard.press("g")
+        page.locator("#kinds button", has_text="a new class? 8").wait_for()
+        assert page.evaluate("cells()")[:6] == sorted(names[:6], reverse=True)
+
+        cells = page.locator("#cells button")
+        cells.nth(0).click()
+        cells.nth(5).click(modifiers=["Shift"])
+        page.locator("#grid-name").fill("ant")
+        page.get_by_role("button", name="Label 6 as a new class").click()
+        wait_until(page, 2)
+        assert len(files_below(tmp_path / "photos" / "ant")) == 6
 
 
 def test_a_photograph_is_enlarged_and_keys_label_it_only_afterwards(

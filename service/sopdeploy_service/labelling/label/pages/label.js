@@ -6,6 +6,7 @@ const KEYS = [..."123456789", ..."abcdefghijklmnopqrstuvwxyz"].filter((key) => !
 const MANY = 10; // classes; more have a filter, and are sorted by name behind the most probable ones
 const ON_TOP = 5; // most probable ones of many classes
 const state = { photograph: null, classes: [], next: [], selected: new Set(), from: 0, busy: false };
+const NEW_CLASS = "?"; // name of the grid of photographs that may be a new class
 const grid = { grids: [], name: "", chosen: new Set(), from: 0 };
 const labelled = { photographs: [], wrong: new Set() }; // `wrong` are those that get another label
 const urls = new Map(); // promises of the URLs of loaded photographs, by their IDs
@@ -216,11 +217,14 @@ async function loadGrids(name = "") {
 /** Show the photographs with the suggested class `name`, none chosen: a suggestion is no label. */
 function chooseGrid(name) {
   Object.assign(grid, { name, chosen: new Set(), from: 0 });
-  byId("grid-title").replaceChildren(...(name ? ["Which of these are ", make("bdi", {}, name), "?"] : ["Photos with a suggested class"]));
+  const title = { "": ["Photos with a suggested class"], [NEW_CLASS]: ["Are some of these a new class?"] };
+  byId("grid-title").replaceChildren(...(title[name] ?? ["Which of these are ", make("bdi", {}, name), "?"]));
+  byId("grid-name").hidden = name !== NEW_CLASS;
+  byId("grid-name").value = "";
   byId("grid-work").hidden = !name;
   byId("no-grid").hidden = Boolean(name);
   replaceButtons("kinds", grid.grids.map(({ name: other, count }) => {
-    const button = make("button", { type: "button", "aria-pressed": String(other === name) }, make("bdi", {}, other), ` ${count}`);
+    const button = make("button", { type: "button", "aria-pressed": String(other === name) }, make("bdi", {}, other === NEW_CLASS ? "a new class?" : other), ` ${count}`);
     button.addEventListener("click", () => chooseGrid(other));
     return button;
   }));
@@ -247,16 +251,16 @@ function showChosen() {
   const ids = cells(), count = grid.chosen.size;
   ids.forEach((id, place) => byId("cells").children[place].setAttribute("aria-pressed", String(grid.chosen.has(id))));
   byId("kind").textContent = `${count} of ${ids.length} chosen`;
-  byId("accept").textContent = `Label ${count} as ${grid.name}`;
+  byId("accept").textContent = `Label ${count} as ${grid.name === NEW_CLASS ? "a new class" : grid.name}`;
   byId("accept").disabled = count === 0;
 }
 
 /** Label the chosen photographs of the grid, and show what is left. */
 async function accept() {
-  const { name } = grid;
+  const name = grid.name === NEW_CLASS ? byId("grid-name").value : grid.name;
   const problem = await send("label", [...grid.chosen].map((id) => ({ id, kind: "class", name })));
   if (problem) return;
-  await loadGrids(name);
+  await loadGrids(grid.name);
   if (!grid.grids.length) view("main");
 }
 
