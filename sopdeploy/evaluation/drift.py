@@ -6,7 +6,8 @@ images that `known` rejects, and measures of the image itself, which need no net
 camera or a lamp that the predictions hide.
 
 A large change shows in `NEWEST` predictions, a small one only in many, so both are compared: the
-newest ones and the whole window. Fewer predictions must differ more (`Comparison`).
+newest ones and the whole window. Fewer predictions, or a reference that is not complete yet, must
+differ more (`compare_answers`).
 
 Photographs that follow each other are alike: several show one object, or one hour. So a sample is
 no set of independent images but of *blocks* of consecutive ones, and the p-value comes from
@@ -31,6 +32,8 @@ from sopdeploy.images.preprocess import Pixels
 BLOCK = 25  # consecutive answers
 WINDOW = 1000  # predictions of a full window
 NEWEST = 100  # predictions that show a large change
+REFERENCE = 300  # predictions of a complete first reference
+PART = 5  # consecutive answers that are exchanged while there are too few blocks
 NUM_EXCHANGES = 1000
 SIGNIFICANCE = 0.002  # of each statistic: of all five together 1 % (Bonferroni)
 MIN_SHIFT = 0.1  # standard deviations
@@ -123,9 +126,7 @@ class Answers(NamedTuple):
 class Comparison(NamedTuple):
     """Result of one statistic: the *shift* in standard deviations, and the *p_value*.
 
-    The p-value is the probability of a difference of this size without drift. `compare_answers`
-    corrects it for several comparisons, and reduces the shift of fewer than `WINDOW` predictions
-    by the square root of their share, because few predictions are less certain. `rises` tells
+    The p-value is the probability of a difference of this size without drift. `rises` tells
     whether the mean (of the first column) is higher than before.
     """
 
@@ -182,8 +183,9 @@ def compare_answers(
 ) -> dict[str, Comparison]:
     """Compare *window* with *reference*, both whole blocks, in each statistic of `CAUSES`.
 
-    The share of rejected images is compared only if both tell it. The results are corrected, as
-    `Comparison` tells.
+    The share of rejected images is compared only if both tell it. Few predictions are less certain,
+    and are compared more often. So with a part of a full window and of a complete reference, the
+    p-value is divided by this part, and the shift is reduced by its square root.
     """
     first = reference.columns(num_classes)
     second = window.columns(num_classes)
@@ -192,20 +194,19 @@ def compare_answers(
         for name in CAUSES
         if name != "unknown" or (reference.has_unknown and window.has_unknown)
     ]
-    share = min(1.0, len(window.classes) / WINDOW)
-    reduced = math.sqrt(share)
-    num_comparisons = 1 / max(share, NEWEST / WINDOW)  # of such windows in a full one
+    complete = min(1.0, len(reference.classes) / REFERENCE)
+    share = complete * min(1.0, len(window.classes) / WINDOW)
+    size = BLOCK if complete == 1 else PART
 
     compared = {}
     for name in names:
-        shift, p_value, rises = compare_samples(first[name], second[name])
-        p_value = min(1.0, num_comparisons * p_value)
-        compared[name] = Comparison(reduced * shift, p_value, rises)
+        shift, p_value, rises = compare_samples(first[name], second[name], size)
+        compared[name] = Comparison(math.sqrt(share) * shift, min(1.0, p_value / share), rises)
     return compared
 
 
-def compare_samples(first_NF: _Floats, second_NF: _Floats) -> Comparison:
-    """Compare the means of two samples, each of whole blocks of `BLOCK` consecutive rows.
+def compare_samples(first_NF: _Floats, second_NF: _Floats, size: int = BLOCK) -> Comparison:
+    """Compare the means of two samples, each of whole blocks of *size* consecutive rows.
 
     Each column is divided by its standard deviation. Columns of several classes, which are 0 or 1,
     are not, so that rare classes count less. Equal samples have the shift 0 and the p-value 1.
@@ -226,8 +227,8 @@ def compare_samples(first_NF: _Floats, second_NF: _Floats) -> Comparison:
         return Comparison(0.0, 1.0) if is_equal else Comparison(math.inf, 0.0, rises)
 
     # The squared distance of the means is a quadratic form in the weights of the blocks.
-    num_first = len(first_NF) // BLOCK
-    blocks_BF = joined_NF.reshape(-1, BLOCK, joined_NF.shape[1]).mean(axis=1)
+    num_first = len(first_NF) // size
+    blocks_BF = joined_NF.reshape(-1, size, joined_NF.shape[1]).mean(axis=1)
     blocks_BF -= blocks_BF.mean(axis=0)
     gram_BB = blocks_BF @ blocks_BF.T
     num_second = len(blocks_BF) - num_first

@@ -1,7 +1,8 @@
 """Watches blocks of predictions for drift: what is compared with what, when an alarm begins and ends.
 
-The *reference* are blocks from before, the *window* the newer ones. The first `FIRST_BLOCKS` are
-the first reference. A full window that does not seem to differ replaces it. So the
+The *reference* are blocks from before, the *window* the newer ones. The first reference grows to
+`FIRST_BLOCKS`, and is compared from `NEWEST_BLOCKS` on. A full window that does not seem to differ
+replaces it. So the
 reference of an alarm is from before the change, also if another bundle comes meanwhile, which then
 predicts the images of the reference again.
 
@@ -14,14 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeAlias, TypeVar
 
-from sopdeploy.evaluation.drift import BLOCK, NEWEST, WINDOW, Comparison
+from sopdeploy.evaluation.drift import BLOCK, NEWEST, REFERENCE, WINDOW, Comparison
 
 NUM_BLOCKS = WINDOW // BLOCK  # of a full window
-NEWEST_BLOCKS = NEWEST // BLOCK  # with which the first comparison can be made
-# Of the first reference. With fewer, no difference would be significant after the correction for
-# several comparisons: if each of B blocks is exchanged, the statistic is at most B - 1 times its
-# mean.
-FIRST_BLOCKS = 12
+NEWEST_BLOCKS = NEWEST // BLOCK  # of the reference and of the window in the first comparison
+FIRST_BLOCKS = REFERENCE // BLOCK
 TEST_BLOCKS = 2  # new ones from comparison to comparison
 END_BLOCKS = 8  # without an alarm, which end it
 UNSURE = 0.2  # p-value up to which a window may differ, so that it is no reference
@@ -60,21 +58,21 @@ class Watch(Generic[BlockT]):
     @property
     def num_needed(self) -> int:
         """Blocks until the next comparison can be made."""
-        missing = NEWEST_BLOCKS - len(self.window)
-        if not self.window:
-            missing += max(0, FIRST_BLOCKS - len(self.reference))
-        return max(missing, TEST_BLOCKS - self.num_untested)
+        missing = [max(0, NEWEST_BLOCKS - len(part)) for part in (self.reference, self.window)]
+        return max(sum(missing), TEST_BLOCKS - self.num_untested)
 
     def add(self, block: BlockT) -> bool:
         """Add *block*, and return whether a comparison is due."""
-        if len(self.reference) < FIRST_BLOCKS and not self.window and not self.is_alarm:
-            self.reference.append(block)
-            return False
-
         self.window.append(block)
-        del self.window[:-NUM_BLOCKS]
         self.num_untested += 1
-        return len(self.window) >= NEWEST_BLOCKS and self.num_untested >= TEST_BLOCKS
+
+        # The first reference grows by what the newest blocks leave.
+        is_complete = len(self.reference) >= FIRST_BLOCKS
+        if len(self.window) > NEWEST_BLOCKS and not is_complete and not self.is_alarm:
+            self.reference.append(self.window.pop(0))
+
+        del self.window[:-NUM_BLOCKS]
+        return self.num_needed <= 0
 
     def replace(self, reference: Sequence[BlockT]) -> None:
         """Go on with another bundle, whose predictions for the images of the reference are *reference*."""

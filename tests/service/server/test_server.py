@@ -99,7 +99,7 @@ PATIENT = ("keep_alive_seconds", "header_timeout", "drain_seconds", "request_tim
             (),
             [
                 "started",
-                "tiny: drift is compared for the first time after 400 images",
+                "tiny: drift is compared for the first time after 200 images",
                 "request",
                 "draining",
                 "stopped",

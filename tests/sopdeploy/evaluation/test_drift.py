@@ -61,6 +61,21 @@ def test_a_large_change_raises_an_alarm_of_its_statistic(case) -> None:
     assert expected <= raised <= expected | {"confidence"}
 
 
+# answers of the reference, the shift of the images: whether 100 answers raise an alarm
+FEW = {
+    "a large change": (100, 2.0, {"image"}),
+    "a change that few answers do not show": (100, 0.5, set[str]()),
+    "the same one with more of the reference": (275, 0.5, {"image"}),
+}
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_fewer_answers_of_the_reference_must_differ_more(case) -> None:
+    count, shift, expected = FEW[case]
+    first = draw(0).newest(count)
+    assert alarms(first, draw(1, image=shift).newest(100)) == expected
+
+
 def test_a_small_change_of_many_images_is_significant_but_no_alarm() -> None:
     random = np.random.default_rng(0)
     first, second = (random.normal(mean, size=(40_000, 1)) for mean in (0.0, 0.07))

@@ -50,8 +50,18 @@ def watch() -> Watch[int]:
 def test_the_first_comparison_comes_when_it_was_announced() -> None:
     watch = Watch[int]()
     needed = watch.num_needed
-    assert needed == FIRST_BLOCKS + NEWEST_BLOCKS
+    assert needed == 2 * NEWEST_BLOCKS
     assert [watch.add(USUAL) for _ in range(needed)].index(True) == needed - 1
+
+
+def test_the_first_reference_grows_behind_the_newest_blocks() -> None:
+    watch = Watch[int]()
+    sizes = []
+    for _ in range(FIRST_BLOCKS + NEWEST_BLOCKS + 2):
+        if watch.add(USUAL):
+            watch.test(compare)
+            sizes.append((len(watch.reference), len(watch.window)))
+    assert sizes == [(4, 4), (6, 4), (8, 4), (10, 4), (12, 4), (12, 6)]
 
 
 def test_the_last_full_window_without_an_alarm_is_the_reference(watch) -> None:
