@@ -45,7 +45,6 @@ from sopdeploy.decision import log_sum_exp, softmax
 from sopdeploy.evaluation.drift import BLOCK, Answers, Comparison, compare_answers
 from sopdeploy.evaluation.watch import Watch
 from sopdeploy_commands.promotion.compare import MIN_RECENT, RECENT_DAYS
-from sopdeploy_service.inference.drift import MIN_BLOCKS
 from sopdeploy_service.labelling.keep.keeper import LOW_MARGIN
 from sopdeploy_service.labelling.label.order import LABELS_PER_DECIDING
 
@@ -81,11 +80,10 @@ class Sent:
 
 
 class Block(NamedTuple):
-    """Consecutive answers: vectors, measures and objects, which are negative for other things."""
+    """Consecutive answers: their vectors and measures."""
 
     vectors: Array
     measures: Array
-    objects: Array
 
 
 def join(bundle: Bundle, blocks: Sequence[Block]) -> Answers:
@@ -95,15 +93,6 @@ def join(bundle: Bundle, blocks: Sequence[Block]) -> Answers:
     logits = bundle.logits(vectors)
     unknown = (log_sum_exp(logits) < bundle.threshold).astype(np.float32)
     return Answers.of(logits, measures.astype(np.float32), unknown)
-
-
-def divide(vectors: Array, measures: Array, objects: Array) -> list[Block]:
-    """Divide answers into blocks; the rest is left out."""
-    starts = range(0, len(vectors) - BLOCK + 1, BLOCK)
-    return [
-        Block(*(array[start : start + BLOCK] for array in (vectors, measures, objects)))
-        for start in starts
-    ]
 
 
 class Traffic(NamedTuple):
@@ -124,16 +113,9 @@ class Monitor:
 
     watch: Watch[Block] = field(default_factory=Watch)
 
-    def replace(self, labelled: Sequence[int]) -> None:
-        """Let a new bundle answer the reference again, without the objects *labelled*."""
-        reference = self.watch.reference
-        if not reference:
-            return
-
-        arrays = [np.concatenate(parts) for parts in zip(*reference, strict=True)]
-        is_left = ~np.isin(arrays[2], labelled)
-        left = divide(*(array[is_left] for array in arrays))
-        self.watch.replace(left if len(left) >= MIN_BLOCKS else reference)
+    def replace(self) -> None:
+        """Let a new bundle answer the reference again."""
+        self.watch.replace(self.watch.reference)
 
     def add(self, bundle: Bundle, blocks: Sequence[Block]) -> list[Mapping[str, Comparison]]:
         """Add answers, and return the comparisons of the windows that are due."""
@@ -242,9 +224,12 @@ class World:
 
 
 def blocks_of(sent: Sent) -> list[Block]:
-    """Divide what was *sent* into the blocks of a server."""
-    objects = np.where(sent.is_foreign, -1 - sent.numbers, sent.numbers)
-    return divide(sent.vectors, sent.measures, objects)
+    """Divide what was *sent* into the blocks of a server; the rest is left out."""
+    starts = range(0, len(sent.vectors) - BLOCK + 1, BLOCK)
+    return [
+        Block(*(array[start : start + BLOCK] for array in (sent.vectors, sent.measures)))
+        for start in starts
+    ]
 
 
 class Waiting(NamedTuple):
@@ -467,7 +452,7 @@ def run_month(world: World, seed: int, days: int = DAYS) -> tuple[list[Day], lis
             live, new, verdicts = promote(month, live)
             new_accuracy = 100 * world.accuracy(new, day)
             if live is not before:
-                monitor.replace(month.chosen)
+                monitor.replace()
 
         if day in {1, NEW_DAY, days} or causes or verdicts:
             accuracies = [100 * world.accuracy(one, day) for one in (live, first_live)]

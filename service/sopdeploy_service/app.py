@@ -74,7 +74,7 @@ def create_app(
     if keeper is not None:
         service.keep = keeper.offer
         if settings.keep is not None and is_keeper:  # one process writes to the folder
-            service.drift.keep_in(settings.keep, settings.keep_days, keeper.read_labelled)
+            service.drift.keep_in(settings.keep, settings.keep_days)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

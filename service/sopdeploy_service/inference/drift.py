@@ -3,8 +3,8 @@
 Once a minute, a block of consecutive predictions is taken. `Watch` divides the blocks into a
 reference and a window, which are compared from 100 predictions each on. When another bundle
 replaces the model, the reference stays: the new bundle runs on the images that the network saw,
-each when no request waits, or after a second. Those that were labelled are left out, and so are
-their copies: the new bundle may have been trained on them.
+each when no request waits, or after a second. It may have been trained on a few of them, which
+raises no alarm (docs/decisions.md).
 
 With a folder of `keep`, each block is a file, which survives a restart, with the network's inputs
 as JPEG, and `STATE` tells the division and the alarm. Without one, no image is kept. The
@@ -40,7 +40,6 @@ from sopdeploy.evaluation.drift import (
 from sopdeploy.evaluation.watch import NUM_BLOCKS, Comparisons, News, Watch
 from sopdeploy.file_systems import set_mode
 from sopdeploy.files import MAX_IMAGE_BYTES, atomic_write, read_file, remove_leftovers
-from sopdeploy.images.near_hash import COPY_BITS, OBJECT_BITS, near_hash
 from sopdeploy.photos.files import image_id
 from sopdeploy_service.inference.drift_state import (
     STATE,
@@ -54,7 +53,7 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.tasks import start_task
 
 BLOCK_SECONDS = 60.0  # between the begins of two blocks: a window is no moment of a busy hour
-MIN_BLOCKS = 4  # of a reference, after the labelled photographs are left out
+MIN_BLOCKS = 4  # of a reference
 BLOCK_SUFFIX = ".npz"
 JPEG_QUALITY = 95
 # What reading a file raises that is damaged or was deleted.
@@ -66,8 +65,6 @@ log = logging.getLogger("sopdeploy.drift")
 RunImage: TypeAlias = Callable[
     [Model, NDArray[np.uint8]], Awaitable[NDArray[np.float32] | None]
 ]
-# Reads the near hashes of the photographs that have a label.
-ReadLabelled: TypeAlias = Callable[[], set[int]]
 
 
 class Seen(NamedTuple):
@@ -87,7 +84,6 @@ class Block(NamedTuple):
     version: str
     answers: Answers
     identities: NDArray[np.str_]
-    near_hashes: NDArray[np.uint64]
     time: float
     path: Path | None = None
 
@@ -133,16 +129,11 @@ class DriftMonitor:
         self._run = run
         self._folder: Path | None = None
         self._keep_seconds = 0.0
-        self._read_labelled: ReadLabelled = set
         self._traffic: dict[str, ModelTraffic] = {}  # by name of the model
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def keep_in(self, folder: Path, keep_days: float, read_labelled: ReadLabelled) -> None:
-        """Keep blocks beside the kept photographs in *folder*, for *keep_days*.
-
-        *read_labelled* reads the near hashes of the photographs that got a label there.
-        """
-        self._read_labelled = read_labelled
+    def keep_in(self, folder: Path, keep_days: float) -> None:
+        """Keep blocks beside the kept photographs in *folder*, for *keep_days*."""
         self._folder = folder
         self._keep_seconds = 86_400 * keep_days
 
@@ -240,17 +231,13 @@ class DriftMonitor:
         self._publish(traffic)
 
         # The answers of the new bundle, in blocks again.
-        labelled = await asyncio.to_thread(self._read_labelled)
-        are_labelled = await asyncio.to_thread(find_labelled, reference, labelled)
         blocks = list[Block]()
         seen = list[Seen]()
-        for block, left_out in zip(reference, are_labelled, strict=True):
+        for block in reference:
             images = await asyncio.to_thread(read_inputs, block)
             # A block whose file is missing or damaged has no images.
-            for image, identity, is_left_out in zip(
-                images, block.identities.tolist(), left_out.tolist(), strict=False
-            ):
-                logits = None if is_left_out else await self._run(model, image)
+            for image, identity in zip(images, block.identities.tolist(), strict=False):
+                logits = await self._run(model, image)
                 if logits is not None:
                     seen.append(Seen(image, logits, identity))
                 if len(seen) == BLOCK:
@@ -287,7 +274,6 @@ class DriftMonitor:
 def make_block(traffic: ModelTraffic, seen: Sequence[Seen]) -> Block:
     """Describe the answers that were *seen*; with a folder, write them and the network's inputs to a file."""
     measures = np.stack([measure_image(answer.pixels) for answer in seen])
-    hashes = [int(near_hash(answer.pixels), 16) for answer in seen]
 
     # Which images `known` rejects, if the bundle has a threshold for it.
     known = [traffic.rules.answer(answer.logits, top_k=1).known for answer in seen]
@@ -300,7 +286,6 @@ def make_block(traffic: ModelTraffic, seen: Sequence[Seen]) -> Block:
         version=traffic.version,
         answers=Answers.of(logits_NC, measures, unknown_N),
         identities=np.asarray([answer.identity for answer in seen]),
-        near_hashes=np.asarray(hashes, np.uint64),
         time=time.time(),
     )
     if traffic.folder is None:
@@ -322,7 +307,6 @@ def write_block(path: Path, block: Block, images: Sequence[NDArray[np.uint8]]) -
     arrays: dict[str, Any] = {
         "version": np.asarray(block.version),
         "identities": block.identities,
-        "near_hashes": block.near_hashes,
         "time": np.asarray(block.time),
         **block.answers._asdict(),
     }
@@ -348,7 +332,6 @@ def read_block(path: Path) -> Block:
             version=str(arrays["version"]),
             answers=Answers(*(parts[name] for name in Answers._fields)),
             identities=identities,
-            near_hashes=arrays["near_hashes"],
             time=float(taken_at),
             path=path,
         )
@@ -445,30 +428,6 @@ def delete_unneeded(traffic: ModelTraffic, keep_seconds: float) -> None:
     for path in list_blocks(traffic.folder, keep_seconds):
         if path not in needed_paths:
             path.unlink(missing_ok=True)
-
-
-def find_labelled(blocks: Sequence[Block], labelled: set[int]) -> list[NDArray[np.bool_]]:
-    """Return, for each of *blocks*, the mask of the answers about photographs with *labelled* near hashes.
-
-    Copies count, and the other frames of an object, which are in the same block. Letters: N
-    answers of a block, L labelled photographs.
-    """
-    labelled_L = np.asarray(sorted(labelled), np.uint64)
-
-    def resemble_labelled(hashes_N: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        is_copy_N = _are_within(hashes_N, labelled_L, COPY_BITS)
-        return _are_within(hashes_N, hashes_N[is_copy_N], OBJECT_BITS)
-
-    return [resemble_labelled(block.near_hashes) for block in blocks]
-
-
-def _are_within(
-    hashes_N: NDArray[np.uint64], others_L: NDArray[np.uint64], bits: int
-) -> NDArray[np.bool_]:
-    """Return the mask of the hashes that differ in at most so many *bits* from one of the others."""
-    bits_NL = np.bitwise_count(hashes_N[:, None] ^ others_L[None])
-    near_N: NDArray[np.bool_] = (bits_NL <= bits).any(axis=1)
-    return near_N
 
 
 def compare_blocks(

@@ -12,7 +12,7 @@ import pytest
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.evaluation import watch
 from sopdeploy_service.inference import drift
-from sopdeploy_service.inference.drift import BLOCK, DriftMonitor, ModelTraffic, find_labelled
+from sopdeploy_service.inference.drift import BLOCK, DriftMonitor, ModelTraffic
 from sopdeploy_service.inference.drift_state import TRAFFIC, read_alarms
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.observability.metrics import Metrics
@@ -40,7 +40,6 @@ class Site:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.ran: list[tuple[str, Any]] = []
-        self.labelled: set[int] = set()  # near hashes
         self.level = 0.0  # mean of the logits of a new bundle for the images of the reference
 
         async def run(served: Any, pixels: np.ndarray) -> np.ndarray:
@@ -55,7 +54,7 @@ class Site:
         self.metrics = Metrics()
         self.monitor = DriftMonitor(self.metrics, run)
         if folder is not None:
-            self.monitor.keep_in(folder, 1.0, lambda: self.labelled)
+            self.monitor.keep_in(folder, 1.0)
 
     def send(
         self,
@@ -103,7 +102,7 @@ def test_a_window_is_compared_with_the_earlier_answers_and_an_alarm_is_logged_on
     caplog.set_level("INFO", "sopdeploy.drift")
     site = Site()
     site.send(20)
-    assert "compared for the first time after 400 images" in caplog.text
+    assert "compared for the first time after 200 images" in caplog.text
     assert site.sample("p_value", "image") is not None
     assert "drift since" not in caplog.text
 
@@ -123,7 +122,7 @@ def test_an_alarm_comes_within_two_hundred_images_and_names_the_share_that_is_re
     assert not site.traffic.watch.is_alarm
     site.send(8, model(threshold=0.0), seed=1, fall=5.0)
     assert site.traffic.watch.is_alarm
-    assert "rejected 100% of the images, before" in caplog.text
+    assert re.search(r"rejected \d\d% of the images, before \d%", caplog.text)
 
 
 @pytest.mark.file_times
@@ -180,14 +179,13 @@ def test_no_image_is_kept_without_a_folder_and_photographs_are_compared_across_b
 def test_blocks_survive_a_restart_and_only_their_owner_can_read_them(tmp_path) -> None:
     site = Site(tmp_path)
     site.send(12)
-    reference = len(site.traffic.watch.reference)
     files = sorted((tmp_path / TRAFFIC / "tiny").glob("*.npz"))
     assert len(files) == 12
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
 
     again = Site(tmp_path)
     again.send(1, seed=1)
-    assert len(again.traffic.watch.reference) == reference
+    assert len(again.traffic.watch.reference) == len(site.traffic.watch.reference) + 1
     assert len(again.traffic.blocks) == 13
     first, last = again.traffic.watch.reference[0], again.traffic.watch.window[-1]
     np.testing.assert_array_equal(
@@ -214,19 +212,14 @@ def test_blocks_of_an_earlier_version_are_divided_by_their_age(tmp_path) -> None
 
 
 @pytest.mark.file_times
-def test_a_new_bundle_runs_on_the_images_of_the_reference_but_those_that_were_labelled(
-    tmp_path,
-) -> None:
+def test_a_new_bundle_runs_on_the_images_of_the_reference(tmp_path) -> None:
     site = Site(tmp_path)
     site.send(14)
     reference = site.traffic.watch.reference
-    site.labelled = {int(block.near_hashes[0]) for block in reference[:3]}
-
     site.send(1, model("two", classes=4), seed=1)
     assert {version for version, _ in site.ran} == {"two"}
-    left_out = len(reference) * BLOCK - len(site.ran)
-    assert left_out >= 3
-    assert len(site.traffic.watch.reference) == len(site.ran) // BLOCK
+    assert len(site.ran) == len(reference) * BLOCK
+    assert len(site.traffic.watch.reference) == len(reference)
     assert {block.version for block in site.traffic.watch.reference} == {"two"}
 
     # Also after a restart, and only what is needed remains.
@@ -236,20 +229,6 @@ def test_a_new_bundle_runs_on_the_images_of_the_reference_but_those_that_were_la
     assert {block.version for block in again.traffic.blocks} == {"two"}
     paths = {block.path for block in again.traffic.blocks}
     assert set((tmp_path / TRAFFIC / "tiny").glob("*.npz")) == paths
-
-
-def test_copies_of_a_labelled_photograph_and_frames_of_its_object_are_left_out(
-    tmp_path,
-) -> None:
-    site = Site(tmp_path)
-    site.send(1)
-    [block] = site.traffic.watch.reference
-    hashes = block.near_hashes.copy()
-    hashes[:3] = [0, 0b1, 0b111_1111]
-    [left_out] = find_labelled([block._replace(near_hashes=hashes)], {0})
-    assert left_out[:3].all()
-    [left_out] = find_labelled([block], set())
-    assert not left_out.any()
 
 
 DAMAGES = {
@@ -298,7 +277,7 @@ def test_a_new_bundle_has_no_metrics_of_the_one_before() -> None:
 def test_blocks_that_are_too_old_are_deleted(tmp_path) -> None:
     Site(tmp_path).send(3)
     again = Site()
-    again.monitor.keep_in(tmp_path, -1.0, set)
+    again.monitor.keep_in(tmp_path, -1.0)
     again.send(1)
     assert len(again.traffic.blocks) == 1
 
@@ -314,7 +293,7 @@ def test_a_server_counts_what_it_classifies_but_no_report(
     wait_for(lambda: list((tmp_path / TRAFFIC).glob("*/*.npz")))
     [block] = (tmp_path / TRAFFIC).glob("*/*.npz")
     assert len(drift.read_block(block).identities) == BLOCK
-    assert re.search(r'drift_images{model="\w+"} 0.0', client.get("/metrics").text)
+    assert re.search(r'drift_images{model="\w+"} 25.0', client.get("/metrics").text)
     for _ in range(5):
         client.post("/v1/classify?reported=", files=files)
     assert len(list((tmp_path / TRAFFIC).glob("*/*.npz"))) == 1

@@ -36,7 +36,6 @@ from sopdeploy_service.labelling.kept import (
     MAX_KEPT_LABELS,
     KeptRecord,
     Reason,
-    read_labelled,
 )
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
@@ -200,12 +199,6 @@ class Keeper:
             reported=reported,
         )
         self._queue_or_drop(photo)
-
-    def read_labelled(self) -> set[int]:
-        """Read the near hashes of the kept photographs that have got a label; none without a folder."""
-        if self._folder is None:
-            return set()
-        return {int(record.near_hash, 16) for record in read_labelled(self._folder.path)}
 
     def receive(self, image: bytes, record: KeptRecord) -> None:
         """Queue what another process forwards, on the event loop; drop it if the queue is full."""
