@@ -48,8 +48,9 @@ def decide(
     photographs = Photographs(
         images, counted, is_old, ~is_old, is_old, np.zeros(len(targets)), changed_at=None
     )
-    evaluated: list[Any] = [SimpleNamespace(right=one) for one in right]
-    checks = bound_losses(photographs, *evaluated, TOLERANCE, attempt)
+    live: Any = SimpleNamespace(right=live_right)
+    new: Any = SimpleNamespace(right=new_right)
+    checks = bound_losses(photographs, live, new, TOLERANCE, attempt)
     verdict = decide_by(checks, None)
 
     # As `promote` refuses: the checks, then classes.
