@@ -14,7 +14,7 @@ the photographs are computed once, which takes most of the time.
 The operator begins with ten photographs per class and follows what is printed: after an alarm, and each
 week, 60 labels as `label` asks for them, two fifths of the sample that decides, as many of the sample that
 trains, and the others of what the server keeps, `train`, `promote`. What has decided about a bundle that is then live
-trains from then on. If that asks for labels, up to 60 more follow; if the bundle is worse in a class, this class's
+trains from then on, but for the newest 60. If that asks for labels, up to 60 more follow; if the bundle is worse in a class, this class's
 labels are corrected and it is trained again; both at most twice. One label in forty is wrong. The heads are
 those of `train` on EfficientNet-Lite0, the alarm, the order and the verdict the functions of the server, of
 `label` and of `promote`; there is no server. A fifth of the objects are in the uniform sample.
@@ -45,6 +45,7 @@ from sopdeploy.decision import log_sum_exp, softmax
 from sopdeploy.evaluation.drift import BLOCK, Answers, Comparison, compare_answers
 from sopdeploy.evaluation.watch import Watch
 from sopdeploy_commands.promotion.compare import MIN_RECENT, RECENT_DAYS
+from sopdeploy_commands.promotion.decided import KEEP_DECIDING
 from sopdeploy_service.labelling.keep.keeper import LOW_MARGIN
 from sopdeploy_service.labelling.label.order import LABELS_PER_DECIDING
 
@@ -294,10 +295,12 @@ class Month:
         return len(asked)
 
     def train_on_decided(self) -> None:
-        """Let what has decided train from now on."""
-        self.chosen += [photo.number for photo, _ in self.held_out]
-        self.labels += [label for _, label in self.held_out]
-        self.held_out = []
+        """Let what has decided train from now on, but for the newest photographs."""
+        self.held_out.sort(key=lambda entry: -entry[0].day)
+        decided = self.held_out[KEEP_DECIDING:]
+        self.chosen += [photo.number for photo, _ in decided]
+        self.labels += [label for _, label in decided]
+        self.held_out = self.held_out[:KEEP_DECIDING]
 
     def label_kept(self, count: int) -> None:
         """Label up to *count* photographs that the server kept, one of each object, the newest first."""

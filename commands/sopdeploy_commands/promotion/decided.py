@@ -4,11 +4,13 @@ from pathlib import Path
 
 from sopdeploy.photos.files import HELD_OUT_SUFFIX, KEPT_NAME, list_subfolders
 
+KEEP_DECIDING = 60  # newest photographs, which decide again (docs/decisions.md)
+
 
 def train_on_decided(held_out: Path) -> int:
-    """Move the photographs of a server from *held_out* to the folder that is trained on; return how many.
+    """Move photographs of a server from *held_out* to the folder that is trained on; return how many.
 
-    `label` puts them into PHOTOS-held-out, so that they decide about one bundle. PHOTOS must be
+    The newest `KEEP_DECIDING` stay. `label` puts them into PHOTOS-held-out, and PHOTOS must be
     beside it. Other photographs and folders of other names stay as they are.
     """
     name = held_out.name.removesuffix(HELD_OUT_SUFFIX)
@@ -16,12 +18,19 @@ def train_on_decided(held_out: Path) -> int:
     if photos == held_out or not photos.is_dir():
         return 0
 
+    kept = [
+        path
+        for label in list_subfolders(held_out)
+        for path in (held_out / label).iterdir()
+        if KEPT_NAME.fullmatch(path.name)
+    ]
+    kept.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+
     moved = 0
-    for label in list_subfolders(held_out):
-        for path in sorted((held_out / label).iterdir()):
-            target = photos / label / path.name
-            if KEPT_NAME.fullmatch(path.name) and not target.exists():
-                target.parent.mkdir(exist_ok=True)
-                path.rename(target)
-                moved += 1
+    for path in kept[KEEP_DECIDING:]:
+        target = photos / path.parent.name / path.name
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            path.rename(target)
+            moved += 1
     return moved

@@ -89,7 +89,8 @@ def promote(
     further attempt to replace the same live bundle needs stronger evidence.
 
     The new bundle is loaded before the move, which checks its hashes and outputs. After the move,
-    the photos of a server in PHOTOS-held-out, which were used for this decision, move to PHOTOS.
+    the photos of a server in PHOTOS-held-out, which were used for this decision, move to PHOTOS,
+    but the newest 60, which decide again.
 
     Args:
         new: The bundle to serve.

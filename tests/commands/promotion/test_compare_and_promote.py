@@ -23,6 +23,7 @@ from sopdeploy.photos.file_checks import hash_images
 from sopdeploy.project import Origin, utc_now
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_commands.bundles.scores import scores_of_bundle
+from sopdeploy_commands.promotion import decided
 from sopdeploy_commands.promotion.compare import _are_recent as are_recent_images
 from sopdeploy_commands.promotion.compare import _read_times as read_times
 from sopdeploy_commands.promotion.compare import compare, compare_loaded
@@ -432,22 +433,29 @@ def as_kept(photos: Path, *, days_ago: int = 0, newest: int = 0) -> Path:
     return photos
 
 
-def test_what_has_decided_about_a_live_bundle_is_trained_on_from_then_on(
-    bundles, labelled, shelf
+@pytest.mark.parametrize("num_newest", [0, 7])
+def test_what_has_decided_about_a_live_bundle_is_trained_on_but_the_newest(
+    bundles, labelled, shelf, monkeypatch, num_newest: int
 ) -> None:
     """Photographs that no server kept stay, and all stay beside no folder that is trained on."""
+    monkeypatch.setattr(decided, "KEEP_DECIDING", num_newest)
     held_out = as_kept(labelled(bundles[1])).rename(shelf / "photos-held-out")
     label = min(path.name for path in held_out.iterdir())
     (held_out / label / "own.png").write_bytes(
         min((held_out / label).iterdir()).read_bytes() + b"\0"
     )
     (shelf / "photos").mkdir()
-    num_kept = len(list(held_out.rglob("?" * 32 + ".png")))
+    kept = sorted(held_out.rglob("?" * 32 + ".png"))
+    for number, path in enumerate(kept):
+        os.utime(path, (86_400 * (1_000 + number % 20),) * 2)
 
     move = promote(shelf / bundles[1].name, shelf / "live", held_out)
-    assert move.num_trained == num_kept
-    assert [path.name for path in held_out.rglob("*.png")] == ["own.png"]
-    assert len(list((shelf / "photos").rglob("*.png"))) == num_kept
+    assert move.num_trained == len(kept) - num_newest
+    left = [path.stat().st_mtime for path in held_out.rglob("*.png") if path.name != "own.png"]
+    assert len(left) == num_newest
+    assert len(list((shelf / "photos").rglob("*.png"))) == len(kept) - num_newest
+    trained = [path.stat().st_mtime for path in (shelf / "photos").rglob("*.png")]
+    assert not left or min(left) >= max(trained)
 
 
 def test_a_refused_bundle_leaves_what_decided(bundles, labelled, shelf) -> None:
