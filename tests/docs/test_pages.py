@@ -79,6 +79,79 @@ def test_pages_avoid_phrases_that_must_be_read_twice(page: Path) -> None:
     assert re.findall(AVOIDED, page.read_text(encoding="utf-8")) == []
 
 
+OURS = {  # words of ours, and the pages that explain them beside the glossary
+    r"[Bb]undles?": ("bundle.md",),
+    r"[Rr]ecipes?": ("recipes.md",),
+    r"[Aa]uxiliary (?:branch|head)(?:es|s)?": (
+        "second-order.md",
+        "concepts.md",
+        "your-network.md",
+    ),
+    r"noise floors?": (),
+    r"graph hash(?:es)?": ("concepts.md",),
+    r"(?:TensorRT )?engines?": ("tensorrt.md", "bundle.md"),
+}
+LISTS = (
+    "cli",
+    "decisions",
+    "elsewhere",
+    "errors",
+    "metrics",
+    "models",
+    "releasing",
+    "compatibility",
+)
+GUIDES = [
+    page
+    for page in PAGES
+    if page.is_relative_to(ROOT / "docs")
+    and page.parent.name != "benchmarks"
+    and page.stem not in {"index", "quickstart", "glossary", *LISTS}
+]
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=name)
+def test_a_page_links_each_word_of_ours_that_it_uses(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    # Sentences: no blocks, links, code, headings and cells.
+    prose = re.sub(
+        r"`[^`]*`|^(?:#|\||    ).*$", "", BLOCK_OR_LINK.sub("", text), flags=re.MULTILINE
+    )
+    linked = {Path(link).name for link in re.findall(r"\]\(([^)#]+\.md)", text)}
+
+    used = [word for word in OURS if re.search(rf"\b{word}\b", prose)]
+    assert [
+        word for word in used if not (linked | {page.name}) & {"glossary.md", *OURS[word]}
+    ] == []
+
+
+FIELD = {  # what a reader searches for, by the page that describes it
+    "second-order.md": (
+        "second-order pooling, covariance pooling, detachable second-order pooling, matrix square root, "
+        "global second-order pooling, gated mixture of second-order pooling, iSQRT-COV, Newton-Schulz"
+    ),
+    "howto/your-network.md": "auxiliary branch, auxiliary head, training-only",
+    "training.md": "pretrained weights, fine-tune, transfer learning, validation set, early stopping",
+    "photos.md": "linear classifier on frozen features, LDA, fine-tuning, cross-validated",
+    "recipes.md": "mixed precision, bf16 autocast, data augmentation, learning-rate schedule, distillation",
+    "distributed.md": "multi-GPU, DDP",
+    "howto/log-training.md": "TensorBoard, learning curves",
+    "evaluating.md": "out-of-distribution (OOD) detection, open-set rejection, calibration",
+    "howto/batch-size.md": "throughput, latency, dynamic batching",
+    "howto/monitoring.md": "p99, distribution shift, data drift",
+    "bundle.md": "dynamic batch axis, ONNX opset, numerical error, tolerance, reference inputs, test vectors",
+    "howto/int8.md": "post-training static INT8 quantization, half precision",
+    "operations.md": "worker processes",
+    "glossary.md": "linear probe, LDA, Merkle hash, backend",
+}
+
+
+@pytest.mark.parametrize("page", FIELD)
+def test_a_page_has_the_words_of_the_field_for_what_it_describes(page: str) -> None:
+    text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split()).lower()
+    assert [word for word in FIELD[page].split(", ") if word.lower() not in text] == []
+
+
 def test_every_row_of_the_security_page_names_tests_that_exist() -> None:
     lines = (ROOT / "SECURITY.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("| ") and not line.endswith("| tests |")]
