@@ -13,7 +13,7 @@ from typing import NamedTuple
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
-from sopdeploy.errors import BundleError, DataError, StorageError, shorten
+from sopdeploy.errors import BundleError, DataError, shorten
 from sopdeploy.file_systems import lock_file
 from sopdeploy.files import (
     LOCK,
@@ -174,16 +174,10 @@ def _subfolders(parent: Path) -> list[Path]:
 def _delete(traces: "_Traces") -> list[Path]:
     """Delete the files of *traces* and empty its rows; return what was changed.
 
-    Raises `StorageError` before any change if a folder cannot be written, or when a file cannot be
-    changed, and `DataError` if a run of `classify` writes to one of the tables' folders.
+    Raises `StorageError` when a file cannot be changed, and `DataError` if a run of `classify`
+    writes to one of the tables' folders.
     """
     rows = traces.rows
-    for folder in {path.parent for path in (*traces.files, *rows)}:
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise StorageError(
-                f"{folder}: its files cannot be changed; check permissions; nothing is deleted"
-            )
-
     # First the rows, under the lock of their run.
     with ExitStack() as locks:
         for folder in {_output_folder(table) for table in rows}:

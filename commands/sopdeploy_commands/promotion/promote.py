@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pydantic
 
-from sopdeploy.bundle.folder import read_files
 from sopdeploy.bundle.live import LOG
-from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
 from sopdeploy.config import MAX_LINE, first_problem
@@ -22,10 +20,8 @@ from sopdeploy.errors import ConfigError, PromotionError, StorageError, amount, 
 from sopdeploy.evaluation.permission import TOLERANCE
 from sopdeploy.file_systems import flush, lock_file
 from sopdeploy.files import (
-    MAX_NAMES_BYTES,
     move_link,
     os_reason,
-    read_at_most,
     target_of,
     writing,
 )
@@ -112,11 +108,6 @@ def promote(
     if new is None or over is None or back is not None:
         raise ConfigError("give NEW --over LINK, or --back LINK alone")
 
-    if force is not None and len(force) > MAX_LINE:
-        raise ConfigError(
-            f"has {len(force):,} characters; give at most {MAX_LINE:,}", setting="force"
-        )
-
     # The first bundle is not compared, but a wrong folder is an error then, too.
     if data is not None:
         data_folder(data)
@@ -140,12 +131,12 @@ def promote(
     after = target_of(over, new)
     settings = load_settings()
     loaded = load_model(over.parent / after, settings)  # raises an error for a damaged bundle
-    manifest = loaded.bundle.manifest
+    new_name = loaded.bundle.manifest.project
 
     # Nothing to compare with, or a forced move without photographs
     if not has_live or data is None:
         reason = force or "first bundle"
-        return _record_and_move(over, before, after, reason, comparison=None, manifest=manifest)
+        return _record_and_move(over, before, after, reason, comparison=None)
 
     # Both bundles on the same photographs.
     live = load_model(over, settings)
@@ -154,20 +145,18 @@ def promote(
         tolerance=tolerance, on_image=on_image,
     )  # fmt: skip
 
-    objections = _list_objections(comparison, live.bundle.manifest.project, manifest.project)
+    objections = _list_objections(comparison, live.bundle.manifest.project, new_name)
 
     # A refused move is recorded, too: the next comparison counts it as an attempt.
     if objections and force is None:
-        _record_and_move(
-            over, before, after, "; ".join(objections), comparison, manifest, refused=True
-        )
+        _record_and_move(over, before, after, "; ".join(objections), comparison, refused=True)
         raise PromotionError(
             f"{new}: not promoted, {'; '.join(objections)}; to do it anyway, give --force REASON",
             lists={"objections": objections},
         )
 
     reason = force or comparison.summary
-    move = _record_and_move(over, before, after, reason, comparison, manifest)
+    move = _record_and_move(over, before, after, reason, comparison)
     return move.model_copy(update={"num_trained": train_on_decided(data)})
 
 
@@ -185,15 +174,8 @@ def _move_back(link: Path) -> Promotion:
         )
 
     after = target_of(link, link.parent / previous[-1])
-    loaded = load_model(link.parent / after, load_settings())  # raises for a damaged one
-    return _record_and_move(
-        link,
-        before=live,
-        after=after,
-        reason="back",
-        comparison=None,
-        manifest=loaded.bundle.manifest,
-    )
+    load_model(link.parent / after, load_settings())  # raises for a damaged one
+    return _record_and_move(link, live, after, reason="back", comparison=None)
 
 
 def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
@@ -232,15 +214,13 @@ def _record_and_move(
     after: str,
     reason: str,
     comparison: BundleComparison | None,
-    manifest: Manifest,
     *,
     refused: bool = False,
 ) -> Promotion:
     """Record the move of *link* from *before* to *after*, then make it; a *refused* one is only recorded.
 
     The line has `MAX_LINE` characters of the *reason* at most; that of a move that fails is
-    removed. Raises `ConfigError` if *link* no longer leads to *before*, and `BundleError` if
-    *after* has no longer the files of *manifest*, which were loaded and compared.
+    removed. Raises `ConfigError` if *link* no longer leads to *before*.
     """
     # A container may have no name for the user.
     user = os.environ.get("USER") or str(os.getuid())
@@ -265,13 +245,7 @@ def _record_and_move(
         # What was checked before may have changed until this process got the lock.
         if _read_target(link) != before:
             raise ConfigError(f"{link}: was moved by another process; repeat the command")
-        if not refused:
-            read_files(link.parent / after, manifest, with_graph=False)
-        recorded = read_at_most(log, MAX_NAMES_BYTES + 1)
-        if len(recorded) > MAX_NAMES_BYTES:
-            raise ConfigError(
-                f"{path}: larger than {MAX_NAMES_BYTES:,} bytes, the limit; move it elsewhere"
-            )
+        recorded = log.read()
 
         # A process that was killed may have left an incomplete last line.
         is_torn = bool(recorded) and not recorded.endswith(b"\n")

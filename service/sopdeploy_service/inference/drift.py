@@ -53,7 +53,6 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.tasks import start_task
 
 BLOCK_SECONDS = 60.0  # between the begins of two blocks: a window is no moment of a busy hour
-MIN_BLOCKS = 4  # of a reference
 BLOCK_SUFFIX = ".npz"
 JPEG_QUALITY = 95
 # What reading a file raises that is damaged or was deleted.
@@ -219,7 +218,7 @@ class DriftMonitor:
     async def _replace(self, traffic: ModelTraffic, model: Model) -> None:
         """Let *model*, a new bundle, run on the images of the reference.
 
-        With fewer than `MIN_BLOCKS` blocks of its own answers, those of the earlier bundle stay.
+        Without their files, the answers of the earlier bundle stay.
         """
         # Nothing is known of the answers of the new bundle yet.
         reference = traffic.watch.reference
@@ -244,7 +243,7 @@ class DriftMonitor:
                     blocks.append(await asyncio.to_thread(make_block, traffic, seen))
                     seen = []
 
-        if len(blocks) >= MIN_BLOCKS:
+        if blocks:
             traffic.watch.replace(blocks)
         await asyncio.to_thread(store_state, traffic)
         await asyncio.to_thread(delete_unneeded, traffic, self._keep_seconds)

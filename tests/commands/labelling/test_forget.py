@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import read_manifest
-from sopdeploy.errors import DataError, StorageError
+from sopdeploy.errors import DataError
 from sopdeploy.evaluation.drift import Answers
 from sopdeploy.file_systems import lock_file
 from sopdeploy.photos.photo import Photo
@@ -382,14 +382,3 @@ def test_a_photograph_in_a_folder_is_deleted_with_its_kept_copy(
     Path("photos/hat/b.jpg").write_bytes(OTHER + b"another one")
     forget(photograph, [Path("photos"), Path("kept")])
     assert remaining() == (FILES.keys() - OF_BODY) | {"photos/hat/b.jpg"}
-
-
-def test_a_folder_that_cannot_be_changed_is_named_before_anything_is_deleted(
-    folders: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path).name != "0")
-    with pytest.raises(
-        StorageError, match=r"kept/0: its files cannot be changed; .*; nothing is deleted"
-    ):
-        forget("sent.jpg", folders)
-    assert remaining() == FILES.keys()

@@ -89,14 +89,10 @@ class Waiting(NamedTuple):
 
 
 class LabelStep(NamedTuple):
-    """What `LabelFolders.undo` reverses: a photograph that was moved to `target` or, without it, skipped.
-
-    `made_folder` tells whether the folder of `target` was created for it.
-    """
+    """What `LabelFolders.undo` reverses: a photograph that was moved to `target` or, without it, skipped."""
 
     photo: Waiting
     target: Path | None = None
-    made_folder: bool = False
 
     @property
     def is_skip(self) -> bool:
@@ -330,8 +326,6 @@ class LabelFolders:
         """
         photo = self._find(identity)
         folder = self._folder_for(name, is_held_out=self._is_held_out(photo))
-        is_new_folder = not folder.is_dir()
-
         try:
             target = _move_into(folder, photo.path)
         except FileNotFoundError:
@@ -340,7 +334,7 @@ class LabelFolders:
 
         # Note the step, and let the suggestions learn from a photograph of a heap.
         del self.waiting[identity]
-        self.steps.append(LabelStep(photo, target, is_new_folder))
+        self.steps.append(LabelStep(photo, target))
 
         if not photo.is_of_heap:
             # Its record stays under another name, so that copies are not asked for again.
@@ -458,7 +452,7 @@ class LabelFolders:
         if not self.steps:
             raise GoneError("nothing to undo in this session; move older photos yourself")
 
-        photo, target, made_folder = self.steps[-1]
+        photo, target = self.steps[-1]
         present_path = photo.path if target is None else target
         if not present_path.exists():
             self.steps.pop()
@@ -468,7 +462,7 @@ class LabelFolders:
 
         # Reverse the step.
         if target is not None:
-            self._move_back(photo, target, made_folder=made_folder)
+            self._move_back(photo, target)
         elif photo.is_of_heap:
             self._skipped_of_heap.discard(photo.identity)
         else:
@@ -477,8 +471,8 @@ class LabelFolders:
         self.steps.pop()
         self.waiting = {photo.identity: photo, **self.waiting}
 
-    def _move_back(self, photo: Waiting, target: Path, *, made_folder: bool) -> None:
-        """Move *photo* back from *target*; with *made_folder*, delete the folder there if it is empty."""
+    def _move_back(self, photo: Waiting, target: Path) -> None:
+        """Move *photo* back from *target*, and delete the folder there if it is empty."""
         # The record first: a server that starts deletes a photograph without one. If the
         # process stops in between, the photograph is still labelled, and `read_kept` skips the
         # record.
@@ -494,15 +488,14 @@ class LabelFolders:
                 f"{photo.path}: another photo has its name now; move {target} yourself"
             )
 
-        # Move the photograph; a folder that the step made goes if it is empty.
+        # Move the photograph; the folder goes if it is empty.
         self.suggestions.move(target, photo.path, None)
         _move(target, photo.path)
 
-        if made_folder:
-            with suppress(OSError):  # stays if other photographs are in it
-                target.parent.rmdir()
-                if target.parent.name == SAMPLE_FOLDER and target.parent.parent == self.unknown:
-                    self.unknown.rmdir()
+        with suppress(OSError):  # stays if other photographs are in it
+            target.parent.rmdir()
+            if target.parent == self.unknown / SAMPLE_FOLDER:
+                self.unknown.rmdir()
 
     def _find(self, identity: str) -> Waiting:
         """Return the photograph *identity*; raises `GoneError` if it does not wait."""
@@ -573,15 +566,13 @@ def _move_into(folder: Path, source: Path) -> Path:
     targets = (folder / numbered_name(source, number) for number in itertools.count(1))
     target = next(path for path in targets if not os.path.lexists(path))
 
-    is_new_folder = not folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         _move(source, target)
     finally:
-        if is_new_folder:
-            # This removes the folder only if it is empty, as after a move that failed.
-            with suppress(OSError):
-                folder.rmdir()
+        # This removes the folder only if it is empty, as after a move that failed.
+        with suppress(OSError):
+            folder.rmdir()
     return target
 
 

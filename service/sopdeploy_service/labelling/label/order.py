@@ -119,31 +119,21 @@ class Shown:
     """Photographs by their times and near hashes, to find others that show the same."""
 
     def __init__(self, records: Iterable[KeptRecord] = ()) -> None:
-        self._hashes: list[int] = []
-        self._by_minute: dict[int, list[tuple[float, int]]] = {}
-        for record in records:
-            self.add(record)
+        self._photos = list(map(_describe, records))
 
     def add(self, record: KeptRecord) -> None:
         """Add a photograph."""
-        taken_at, near_hash = _describe(record)
-        self._hashes.append(near_hash)
-        minute = int(taken_at // OBJECT_SECONDS)
-        self._by_minute.setdefault(minute, []).append((taken_at, near_hash))
+        self._photos.append(_describe(record))
 
     def shows(self, record: KeptRecord) -> bool:
         """Tell whether one of the photographs is a copy of that of *record*, or shows its object."""
         taken_at, near_hash = _describe(record)
-        if any((near_hash ^ other).bit_count() <= COPY_BITS for other in self._hashes):
-            return True
-
-        minute = int(taken_at // OBJECT_SECONDS)
-        return any(
-            abs(taken_at - time) <= OBJECT_SECONDS
-            and (near_hash ^ other).bit_count() <= OBJECT_BITS
-            for neighbor in (minute - 1, minute, minute + 1)
-            for time, other in self._by_minute.get(neighbor, ())
-        )
+        for time, other in self._photos:
+            bits = (near_hash ^ other).bit_count()
+            is_soon = abs(taken_at - time) <= OBJECT_SECONDS
+            if bits <= COPY_BITS or (is_soon and bits <= OBJECT_BITS):
+                return True
+        return False
 
 
 def _describe(record: KeptRecord) -> tuple[float, int]:
