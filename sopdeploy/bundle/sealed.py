@@ -1,9 +1,7 @@
-"""Files in memory that the kernel seals: those that processes share, and private copies of files.
+"""Files in memory: those that processes share, and private copies of files, which the kernel seals.
 
-A seal holds for every process and every way to the file, such as `/proc/self/fd`. What a
-process gets from one that it does not trust counts only with the seals that make it safe to
-read: a mapped file that shrinks would end its readers, and one that changes could be other than
-what was checked.
+A seal holds for every process and every way to the file, such as `/proc/self/fd`: a copy that
+changed could be other than what was checked. The processes of a server trust each other.
 """
 
 import errno
@@ -21,67 +19,45 @@ from typing import IO
 
 from sopdeploy.files import BLOCK_BYTES
 
-# Of Linux: fixed is the size and, with the second one, also the content.
-SIZE = sum(getattr(fcntl, f"F_SEAL_{name}", 0) for name in ("GROW", "SHRINK", "SEAL"))
-CONTENT = SIZE | getattr(fcntl, "F_SEAL_WRITE", 0)
+# Of Linux: neither size nor content can change
+SEALS = sum(getattr(fcntl, f"F_SEAL_{name}", 0) for name in ("GROW", "SHRINK", "SEAL", "WRITE"))
 
 
 def create_memory(name: str, content: Iterable[bytes] | int) -> int:
     """Create a file in memory that processes share; return its descriptor.
 
-    *content* is the size in bytes of a file that every process may write, or the blocks of one
-    that nothing can change any more. Raises `OSError`.
+    *content* is the size in bytes of a file that processes write later, or the blocks of one
+    that they read. Raises `OSError`.
     """
-    file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with ExitStack() as unless_sealed:
-        unless_sealed.callback(os.close, file)
-        _fill_and_seal(file, content)
-        unless_sealed.pop_all()
+    file = os.memfd_create(name, os.MFD_CLOEXEC)
+    with ExitStack() as unless_filled:
+        unless_filled.callback(os.close, file)
+        if isinstance(content, int):
+            os.ftruncate(file, content)
+        else:
+            with open(file, "wb", closefd=False) as stream:
+                stream.writelines(content)
+        unless_filled.pop_all()
     return file
 
 
-def _fill_and_seal(file: int, content: Iterable[bytes] | int) -> None:
-    if isinstance(content, int):
-        os.ftruncate(file, content)
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, SIZE)
-        return
-
-    with open(file, "wb", closefd=False) as stream:
-        stream.writelines(content)
-    fcntl.fcntl(file, fcntl.F_ADD_SEALS, CONTENT)
-
-
-def map_memory(file: int, size: int | None = None) -> mmap.mmap:
-    """Map *file*, and close it; another process may write to it at any time.
-
-    Raises `OSError` unless `create_memory` made it, and with *size* unless it has so many bytes.
-    """
+def map_memory(file: int) -> mmap.mmap:
+    """Map *file* of `create_memory`, and close it; another process may write to it at any time."""
     try:
-        _check_seals(file, SIZE)
-        if size not in {None, os.fstat(file).st_size}:
-            raise OSError(errno.EINVAL, "another size was announced")
         return mmap.mmap(file, 0)
     finally:
         os.close(file)
 
 
 def read_memory(file: int, max_bytes: int = sys.maxsize) -> bytes:
-    """Read *file*, and close it; raises `OSError` unless `create_memory` wrote up to *max_bytes* to it."""
+    """Read *file* of `create_memory`, and close it; raises `OSError` for more than *max_bytes*."""
     try:
-        _check_seals(file, CONTENT)
-
         size = os.fstat(file).st_size
         if size > max_bytes:
             raise OSError(errno.EFBIG, f"more than {max_bytes} bytes")
         return os.pread(file, size, 0)  # processes share the position of a file
     finally:
         os.close(file)
-
-
-def _check_seals(file: int, seals: int) -> None:
-    """Raise `OSError` unless *file* has *seals*; a pipe, a device or a file of a disk has none."""
-    if fcntl.fcntl(file, fcntl.F_GET_SEALS) & seals != seals:
-        raise OSError(errno.EPERM, "it is not sealed")
 
 
 class SealedFile:
@@ -105,7 +81,9 @@ class SealedFile:
         else:
             self.path = f"/proc/self/fd/{descriptor}"
             weakref.finalize(self, os.close, descriptor)
-            _fill_and_seal(descriptor, blocks)
+            with open(descriptor, "wb", closefd=False) as stream:
+                stream.writelines(blocks)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
 
     def __fspath__(self) -> str:
         return self.path

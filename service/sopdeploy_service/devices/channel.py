@@ -5,8 +5,7 @@ image for which model. The engine answers each image once; the outputs are in th
 which is then free. The engine opens a channel with a description of its models, which stay the
 same until the channel ends; after a reload, the front ends get new channels.
 
-The engine creates the memory, whose size is sealed. However a process ends, its streams end with
-it.
+The engine creates the memory. However a process ends, its streams end with it.
 """
 
 import errno
@@ -46,7 +45,6 @@ FAILED = 0  # in place of the images in the batch: the slot has the error
 OPENING = struct.Struct("=IIII")
 ERROR_SIZE = struct.Struct("=I")
 MAX_ERROR_BYTES = 1020
-MAX_SLOTS = 1 << 20
 # One bundle needs up to 40 MB: its manifest, labels, card and certificate; an ordinary one 50 kB.
 MAX_MODELS_BYTES = 1 << 26
 OPENING_SECONDS = 30.0  # for the opening to arrive
@@ -245,10 +243,7 @@ def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]
         raise ConnectionResetError(errno.ECONNRESET, "the device process has ended")
 
     num_slots, output_bytes, pixel_bytes, size = OPENING.unpack(opening)
-    memory = map_memory(files[0], num_slots * (output_bytes + pixel_bytes))
-
-    if num_slots > MAX_SLOTS:
-        raise ChannelError(f"{num_slots} slots")
+    memory = map_memory(files[0])
 
     # The models.
     check_size(size)
