@@ -418,6 +418,21 @@ def test_a_line_of_predict_has_no_number_without_a_meaning_to_its_reader(
     assert capsys.readouterr().out == f"a.jpg: {end}\n"
 
 
+def test_the_cell_that_a_class_depends_on_is_counted_from_one(capsys) -> None:
+    losses = np.zeros((7, 7))
+    losses[2, 4] = 0.25
+    prediction = FilePrediction(
+        image="a.jpg",
+        classes=(ClassProbability(label="ant", probability=0.9),),
+        explanation=tuple(map(tuple, losses.tolist())),
+    )
+
+    print_prediction(prediction)
+
+    line = "ant depends most on row 3, column 5 of 7 x 7: without it, 0.2500 less"
+    assert capsys.readouterr().out.splitlines()[1].strip() == line
+
+
 def test_inspect_of_a_bundle_says_what_to_read_instead(bundle_path: Path) -> None:
     done = CliRunner().invoke(app, ["inspect", str(bundle_path)])
     assert done.exit_code == 2

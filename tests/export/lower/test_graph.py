@@ -25,7 +25,7 @@ from sopdeploy_export.lower import operators, to_onnx
 from sopdeploy_export.lower.float16 import float32_parts
 from sopdeploy_export.lower.int8 import Int8Quantizer
 from sopdeploy_export.lower.operators import check_operators
-from sopdeploy_export.lower.to_onnx import OPSET, lower
+from sopdeploy_export.lower.to_onnx import OPSET, check_onnx, lower
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.export.user_network.networks import export_small, trained, variant
 from tests.support.gpu_graphs import accepted
@@ -485,3 +485,16 @@ def test_int8_quantizes_the_network_and_not_its_head(tmp_path: Path) -> None:
         "pooled_head.fc.weight",
         "pooled_head.means",
     }
+
+
+@pytest.mark.parametrize("domain", ["ai.onnx.ml", "com.example"])
+def test_operators_of_another_set_are_refused(domain: str) -> None:
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "graph", [value], [output])
+    sets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(domain, 1)]
+
+    check_onnx(onnx.helper.make_model(graph, opset_imports=sets[:1]))
+    with pytest.raises(LoweringError, match=rf"operator sets .*{domain}"):
+        check_onnx(onnx.helper.make_model(graph, opset_imports=sets))

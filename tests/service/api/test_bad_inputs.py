@@ -13,6 +13,7 @@ from sopdeploy.errors import ImageError
 from sopdeploy.images.decode import decode
 from sopdeploy.images.limits import FORMATS
 from sopdeploy_service.api.admission import parse_upload
+from sopdeploy_service.http.forms import parse_form
 from sopdeploy_service.http.strict_json import decode_text
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.settings import Settings
@@ -363,6 +364,12 @@ def test_an_invalid_body_is_rejected(value, status, code):
         parse_upload(value if isinstance(value, bytes) else orjson.dumps(value), 10_000, 3)
     assert (caught.value.reason.status, caught.value.reason.code) == (status, code)
     assert code != "malformed_request" or not OF_PYDANTIC.search(caught.value.reason.message)
+
+
+def test_as_many_images_as_the_limit_are_accepted_in_json_and_in_forms():
+    upload = parse_upload(orjson.dumps({"images": ["YQ=="] * 3}), 10_000, 3)
+    form = parse_form((PART + b"x\r\n") * 3 + b"--XX--\r\n", f"{FORM}; boundary=XX", 3)
+    assert (upload.images, form.images) == ([b"a"] * 3, [b"x"] * 3)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
 """Which images are accepted and the right pixels; `preprocess.fit` from training to the client."""
 
 import io
+import socket
 import struct
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +24,7 @@ from sopdeploy.photos.network_inputs import PreprocessedDataset
 from sopdeploy.photos.photo import ArrayImages
 from sopdeploy_commands.bundles import predict as predict_command
 from sopdeploy_export.lower.accuracy import calibration_images
+from sopdeploy_service.decoding.child import receive
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.settings import Settings
 from tests.support import hostile_images as hostile
@@ -273,3 +276,12 @@ def test_boxes_of_the_augmentation_are_drawn_in_the_square_that_evaluation_sees(
     for augmentation in (whole, kept):
         (pixels,) = AugmentedDataset(images, augmentation, rules, seed=0, epoch=0).pixels([0])
         assert np.median(np.abs(pixels - expected)) <= 2  # a box is resized twice
+
+
+def test_a_process_that_sends_slowly_is_left_at_the_deadline_though_all_has_arrived() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"reply")
+        assert receive(ours, 2, time.monotonic() + 60) == b"re"
+        with pytest.raises(TimeoutError):
+            receive(ours, 3, time.monotonic() - 1)

@@ -596,6 +596,14 @@ def test_the_same_photographs_in_another_form_are_left_out(tmp_path) -> None:
     assert "the same photos in another form: 12 images in cat/BW, dog/BW" in split.notes[0]
 
 
+def test_classes_in_names_of_files_that_are_easily_confused_are_named(tmp_path) -> None:
+    for number, name in enumerate(("Hat_1", "Hat_2", "hat_3", "hat_4", "bag_5", "bag_6")):
+        paint(tmp_path / f"{name}.jpg", number)
+
+    notes = open_folder(tmp_path, r"^[A-Za-z]+").notes
+    assert any("'Hat' and 'hat' are different classes" in note for note in notes)
+
+
 def test_a_folder_of_masks_is_no_class_and_the_names_may_hold_the_classes(tmp_path) -> None:
     for number in range(4):
         for label in ("Persian", "shiba_inu"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sopdeploy.errors import ConfigError
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import make_config
 from sopdeploy.training.recipe import Recipe, change_recipe, flatten, read_recipe
 from sopdeploy.training.recipe_files import list_recipes, recipe_text
@@ -71,6 +72,17 @@ OVERRIDES = [
 )
 def test_an_override_changes_one_value(overrides, key, value) -> None:
     assert operator.attrgetter(key)(read_recipe("digits-dsop", overrides)) == value
+
+
+def test_another_crop_alone_scales_the_resize_with_it() -> None:
+    rules = read_recipe("photos").preprocess
+    crop = rules.crop // 2
+    scaled = read_recipe("photos", [f"preprocess.crop={crop}"]).preprocess
+    given = read_recipe("photos", [f"preprocess.crop={crop}", "preprocess.resize=300"])
+
+    assert scaled.resize == Preprocess.scaled_resize(crop, rules.resize, rules.crop)
+    assert scaled.resize != rules.resize
+    assert given.preprocess.resize == 300
 
 
 INVALID_OVERRIDES = [
