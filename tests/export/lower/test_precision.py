@@ -83,8 +83,13 @@ GSOP = {"cov_width": 32, "block_stages": ("layer4",), "base_width": 16}
 CASTS: dict[str, tuple[str, dict[str, Any], dict[str, set[str]]]] = {
     "fp16 keeps only the root": (
         "resnet8",
-        {"pooling": "isqrt"},
-        {"pooling.root": {FLOAT}, "layer1.0.conv1": {HALF}, "fc": {HALF}},
+        {"pooling": {"kind": "isqrt", "width": 8}},
+        {
+            "pooling.root": {FLOAT},
+            "pooling.layer_reduce": {HALF},
+            "layer1.0.conv1": {HALF},
+            "fc": {HALF},
+        },
     ),
     "a mixture keeps gate, roots and sums": (
         "gmsop-16-8-resnet18",
