@@ -320,20 +320,22 @@ def tables(rows: list[Row]) -> str:
         for row in rows
         if not row.proof
     ]
-    exported = [
-        (
-            row.library,
+    exported: dict[str, list[tuple[Any, ...]]] = {}
+    for row in rows:
+        if not row.proof:
+            continue
+        cells = (
             f"`{row.network}`{f' ({row.family})' if row.library == 'timm' else ''}",
             row.pixels,
             f"{row.drift:.1e}",
             "" if row.difference is None else f"{row.difference:.1e}",
         )
-        for row in rows
-        if row.proof
-    ]
-    head = ("library", "network", "pixels")
-    measured = ("numerical error", "file differs by")
-    return f"{markdown((*head, 'reason'), refused)}\n\n{markdown((*head, *measured), exported)}"
+        exported.setdefault(row.library, []).append(cells)
+
+    measured = ("pixels", "numerical error", "file differs by")
+    found = [markdown(("library", "network", "pixels", "reason"), refused)]
+    found += [markdown((library, *measured), cells) for library, cells in exported.items()]
+    return "\n\n".join(found)
 
 
 def main() -> None:
