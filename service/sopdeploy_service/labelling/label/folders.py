@@ -298,11 +298,14 @@ class LabelFolders:
         }
 
     def _rejected(self) -> list[Path]:
-        """List the newest kept photographs that the network rejected."""
+        """List the newest kept photographs that the network rejected, without those that decide.
+
+        These are labelled in a random order only: others would make them a sample of what is chosen.
+        """
         rejected = [
             (record.time, path)
             for path, record in self.waiting.values()
-            if record is not None and record.known is False
+            if record and record.known is False and role_of(record) != "decides"
         ]
         return [path for _, path in sorted(rejected, reverse=True)[:MAX_REJECTED]]
 
