@@ -155,8 +155,7 @@ def promote(
             lists={"objections": objections},
         )
 
-    reason = force or comparison.summary
-    move = _record_and_move(over, before, after, reason, comparison)
+    move = _record_and_move(over, before, after, force or comparison.summary, comparison)
     return move.model_copy(update={"num_trained": train_on_decided(data)})
 
 

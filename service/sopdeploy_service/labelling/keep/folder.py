@@ -179,8 +179,9 @@ class KeptFolder:
     def expire(self) -> None:
         """Delete photographs that are too old."""
         oldest = datetime.now(UTC) - self._max_age
-        old = [photo for photo in self._photos.values() if photo.time < oldest]
-        self._delete_for("expired", old)
+        self._delete_for(
+            "expired", [photo for photo in self._photos.values() if photo.time < oldest]
+        )
 
     def _delete_for(self, reason: Deletion, photos: list[_StoredPhoto]) -> None:
         """Delete *photos*, report each to `on_delete`, and log how many they are.
