@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from playwright.sync_api import sync_playwright
 
 import sopdeploy
+from sopdeploy.photos.files import name_id
 
 FOLDER = Path(__file__).parent
 PHOTOS = FOLDER.parent / "examples" / "photos"
@@ -85,11 +86,19 @@ def photograph_pages(work: Path, folder: Path) -> None:
             page.evaluate("send('state')")
             page.click("#as-grid")
             page.wait_for_selector("#cells img[src]")
-            page.locator("#cells button").first.click()
-            page.locator("#cells button").nth(4).click(modifiers=["Shift"])
+            choose_right_ones(page)
             photograph(page, folder / "label-grid.png", "#grid")
             page.click("#one-by-one")
             photograph(page, folder / "label.png", "main > .panel")
+
+
+def choose_right_ones(page: Any) -> None:
+    """Choose the photographs of the grid on *page* that show its class, as a person would."""
+    name, ids = page.evaluate("[grid.name, cells()]")
+    right = {name_id(file.name) for file in (PHOTOS / "clothing" / name).iterdir()}
+    for place, one in enumerate(ids):
+        if one in right:
+            page.locator("#cells button").nth(place).click()
 
 
 def sort_some(work: Path) -> tuple[Path, Path]:
