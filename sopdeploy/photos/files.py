@@ -20,7 +20,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple, TypeAlias
 
 from sopdeploy.errors import ConfigError, DataError, shorten
-from sopdeploy.files import expand_user, has_manifest, holds_output
+from sopdeploy.files import expand_user, has_manifest, holds_output, sha256
 from sopdeploy.images.signatures import has_image_suffix, is_image
 from sopdeploy.names import label_problem
 from sopdeploy.paths import describe_wrong, is_output
@@ -69,6 +69,11 @@ def image_id(content: bytes) -> str:
     Checkpoints and bundles record `Photo.file_hash` instead, as 0.1.0 did.
     """
     return hashlib.sha256(content).hexdigest()[:ID_DIGITS]
+
+
+def id_of_file(path: Path) -> str:
+    """Return the `image_id` of the file at *path*, which is read in blocks."""
+    return sha256(path)[:ID_DIGITS]
 
 
 def name_id(name: str | Path) -> str:

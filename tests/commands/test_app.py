@@ -218,6 +218,7 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
         ("train", "--data", ""),
         "--data: an empty value; see sopdeploy train --help",
     ),
+    "an empty value of an option": (("train", "--data="), "--data: an empty value;"),
     "an empty argument": (("label", ""), "the first argument: an empty value"),
     "a recipe as an argument": (("train", "a.toml"), "did you mean --recipe a.toml?"),
     "a mistyped setting": (

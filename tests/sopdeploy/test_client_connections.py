@@ -13,7 +13,7 @@ from sopdeploy.client import Client
 from sopdeploy.errors import ConfigError, UnreachableError
 from tests.support.children import kills_itself
 from tests.support.service import wait_for
-from tests.support.stub_server import Received, StubServer, reply, stub_server
+from tests.support.stub_server import Gate, Received, StubServer, reply, stub_server
 
 FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -63,21 +63,15 @@ def test_a_process_has_connections_of_its_own(server: StubServer) -> None:
 
 @FORKS
 def test_a_fork_during_a_request_leaves_no_lock_and_no_connection_to_the_child() -> None:
-    asked, forked = threading.Event(), threading.Event()
-
-    def answer(request: Received) -> bytes:
-        if request.body == b"slow":
-            asked.set()
-            forked.wait(60)
-        return named(request)
+    gate = Gate(named, b"slow")
 
     with (
-        stub_server(answer) as server,
+        stub_server(gate) as server,
         ThreadPoolExecutor(1) as threads,
         Client(server.url, timeout=60) as client,
     ):
         slow = threads.submit(connection_of, client, "slow")
-        assert asked.wait(60)
+        assert gate.asked.wait(60)
         with client._loop()._lock:
 
             def child() -> None:
@@ -85,7 +79,7 @@ def test_a_fork_during_a_request_leaves_no_lock_and_no_connection_to_the_child()
                 client.close()
 
             in_fork(child)
-        forked.set()
+        gate.opened.set()
         assert slow.result() == connection_of(client, "after") == "0"
 
 
@@ -150,23 +144,18 @@ def test_the_thread_of_a_client_ends_with_it(server: StubServer, is_closed: bool
 
 
 def test_close_ends_the_calls_of_other_threads() -> None:
-    asked, go = threading.Event(), threading.Event()
+    gate = Gate(named, b"slow")
 
-    def answer(request: Received) -> bytes:
-        asked.set()
-        go.wait(60)
-        return named(request)
-
-    with stub_server(answer) as server, ThreadPoolExecutor(1) as threads:
+    with stub_server(gate) as server, ThreadPoolExecutor(1) as threads:
         client = Client(server.url, timeout=60)
         slow = threads.submit(connection_of, client, "slow")
-        assert asked.wait(60)
+        assert gate.asked.wait(60)
 
         client.close()
 
         with pytest.raises(ConfigError, match="the client is closed"):
             slow.result(60)
-        go.set()
+        gate.opened.set()
 
 
 @pytest.mark.usefixtures("client_kind")

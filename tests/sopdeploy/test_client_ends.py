@@ -25,7 +25,7 @@ from sopdeploy.errors import (
 )
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.transfer import pull
-from tests.support.stub_server import Received, reply, stub_server
+from tests.support.stub_server import Gate, Received, reply, stub_server
 
 RESULT = b'{"classes":[]}'
 CLOSE = "Connection: close"
@@ -342,50 +342,39 @@ def test_a_call_from_a_running_event_loop_blocks_it_and_one_in_a_thread_does_not
 
 
 def test_a_task_that_is_cancelled_leaves_no_response_to_the_next_one() -> None:
-    asked, go = threading.Event(), threading.Event()
-
-    def answer(request: Received) -> bytes:
-        if request.body == b"first":
-            asked.set()
-            go.wait(60)
-        return named(request)
+    gate = Gate(named)
 
     async def calls(client: Client) -> str:
         first = asyncio.create_task(asyncio.to_thread(label_of, client, "first"))
-        await asyncio.to_thread(asked.wait, 60)
+        await asyncio.to_thread(gate.asked.wait, 60)
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
+
         second = await asyncio.to_thread(label_of, client, "second")
-        go.set()
+        gate.opened.set()
         return second
 
-    with stub_server(answer) as server, Client(server.url, timeout=60) as client:
+    with stub_server(gate) as server, Client(server.url, timeout=60) as client:
         assert asyncio.run(calls(client)) == "second"
 
 
 def test_a_task_that_is_cancelled_ends_its_request_and_no_other() -> None:
-    asked, go = threading.Event(), threading.Event()
-
-    def answer(request: Received) -> bytes:
-        if request.body == b"first":
-            asked.set()
-            go.wait(60)
-        return named(request)
+    gate = Gate(named)
 
     async def calls(url: str) -> str:
         async with AsyncClient(url, timeout=60) as client:
             first = asyncio.create_task(client.classify(b"first"))
-            await asyncio.to_thread(asked.wait, 60)
+            await asyncio.to_thread(gate.asked.wait, 60)
             first.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await first
 
             second = await client.classify(b"second")
-            go.set()
+            gate.opened.set()
             return second.classes[0].label
 
-    with stub_server(answer) as server:
+    with stub_server(gate) as server:
         assert asyncio.run(calls(server.url)) == "second"
 
 

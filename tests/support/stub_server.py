@@ -25,6 +25,25 @@ class StubServer:
     received: list[Received] = field(default_factory=list)
 
 
+@dataclass
+class Gate:
+    """Responds as `respond` does, to the body `held` only when the test opens the gate.
+
+    `asked` is set once this request has arrived.
+    """
+
+    respond: Callable[[Received], bytes]
+    held: bytes = b"first"
+    asked: threading.Event = field(default_factory=threading.Event)
+    opened: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, request: Received) -> bytes:
+        if request.body == self.held:
+            self.asked.set()
+            self.opened.wait(60)
+        return self.respond(request)
+
+
 def reply(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
     lines = [f"HTTP/1.1 {status}", *headers, f"Content-Length: {len(body)}", "", ""]
     return "\r\n".join(lines).encode() + body

@@ -26,7 +26,7 @@ from sopdeploy.files import (
     writing,
 )
 from sopdeploy.images.signatures import is_image
-from sopdeploy.photos.files import image_id, kept_id, normalize, walk
+from sopdeploy.photos.files import id_of_file, kept_id, normalize, walk
 from sopdeploy.photos.photo import Photo
 from sopdeploy.project import BUNDLES, RUNS
 from sopdeploy_commands.tables import ROWS_FOLDER, STATE, VERSION_KEY, check_schema
@@ -238,7 +238,7 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
 
     # A given name must be that of one photograph only; an id always is.
     if not wanted.is_file and not ids:
-        contents = {image_id(path.read_bytes()): str(path) for path in images}
+        contents = {id_of_file(path): str(path) for path in images}
         row_paths = {path for paths in paths_by_table.values() for path in paths.values()}
         if len(contents) > 1 or len(row_paths) > 1:
             names = shorten(sorted({*contents.values(), *row_paths}))
@@ -292,7 +292,7 @@ class _Wanted(NamedTuple):
     def read(cls, photograph: str) -> "_Wanted":
         """Read the file *photograph*, if there is one; otherwise it is a name."""
         path = Path(photograph)
-        file_id = image_id(path.read_bytes()) if path.is_file() else ""
+        file_id = id_of_file(path) if path.is_file() else ""
         ids = {file_id, kept_id(path.name)} - {""}
         return cls(path, path.stat().st_size if file_id else 0, file_id, frozenset(ids))
 
@@ -315,7 +315,7 @@ class _Wanted(NamedTuple):
             return (
                 path.is_file()
                 and path.stat().st_size == self.size
-                and image_id(path.read_bytes()) == self.file_id
+                and id_of_file(path) == self.file_id
             )
         return False
 

@@ -56,7 +56,6 @@ class Server:
 
 
 STATUS = control.STATUS + b" "
-READY = control.COUNTS.pack(0, 0, True, 0)
 
 
 def test_processes_that_fail_at_once_are_named_in_one_line(caplog) -> None:
