@@ -65,8 +65,9 @@ STARTING = HttpError(
     1,
 )
 DRAINING = HttpError("draining", 503, "the server is shutting down; retry on another one", 1)
+# A client whose time is short must not give up: the other servers behind the address are free
 RUNTIME_DEAD = HttpError(
-    "runtime_dead", 503, "the model worker has stopped; the server is restarting", 5
+    "runtime_dead", 503, "the model worker has stopped; the server is restarting", 1
 )
 DEADLINE = HttpError(
     "deadline", 504, "no prediction before the deadline; the server is overloaded"
