@@ -28,8 +28,6 @@ from sopdeploy_export.capture.deployed import generated_images, ordinary_images,
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.lower.accuracy import AccuracyCheck
-from sopdeploy_export.lower.constant_parts import fold_constant_parts
-from sopdeploy_export.lower.operators import check_operators
 from sopdeploy_export.lower.precision import (
     NO_IMAGES,
     Converted,
@@ -60,12 +58,10 @@ from sopdeploy_export.prove.file import (
 from sopdeploy_export.prove.graphs import prove_graph
 from sopdeploy_export.prove.images import measure_images
 from sopdeploy_export.prove.networks import Compared, build_plain
-from sopdeploy_export.prove.plain_run import measure_plain_run
+from sopdeploy_export.prove.plain_run import PlainRuns, measure_plain_run
 from sopdeploy_export.prove.removed import has_tensors, list_tensors, prove_removed
 from sopdeploy_export.runs import LOGITS, ProbeOutputs, open_session
 from sopdeploy_export.subject import Detachment, ExportSubject
-
-OPERATOR_IMAGES = 2  # of the run that records the operators of a program
 
 
 def export_checkpoint(
@@ -226,10 +222,13 @@ def export_subject(
             step("capturing the network")
             _change_last_layer(subject, with_features=options.with_features)
             trained = Compared.of("trained", subject.network, preprocess, options.batch)
-        plain, batches = _check_network(subject, trained, options, checks)
+        plain, plain_runs = _check_network(subject, trained, options, checks)
 
         # Convert its graph to ONNX, then to the precision.
-        certified = _convert_to_onnx(trained, images, options)
+        step("converting to ONNX")
+        found: list[str] = []
+        model = lower(trained.program, output_names(trained.network), found)
+        certified = Lowered(trained.network, trained.program, model)
         root = onnx_root(certified.model)
         if options.precision != "fp32":
             step(f"converting the graph to {options.precision}")
@@ -270,7 +269,7 @@ def export_subject(
                 onnx=root,
                 shipped=shipped_root,
             ),
-            batches=batches,
+            batches=plain_runs.batches,
             num_images=len(images),
             mixes_images=mixes_images,
             precision=options.precision,
@@ -306,7 +305,7 @@ def export_subject(
         **vars(results),
         path=path,
         manifest=manifest,
-        warnings=subject.warnings,
+        warnings=(*subject.warnings, *plain_runs.warnings, *found),
         seconds=seconds,
     )
     return replace(exported, page=write_page(exported, subject.labels))
@@ -314,11 +313,11 @@ def export_subject(
 
 def _check_network(
     subject: ExportSubject, trained: Compared, options: ExportOptions, checks: Checks
-) -> tuple[Compared | None, tuple[int, ...]]:
+) -> tuple[Compared | None, PlainRuns]:
     """Check the statements about the network of *subject*, which is captured as *trained*.
 
-    Returns the plain network, or None without a builder, and the sizes of the batches that ran.
-    What the runs leave in the network is removed afterwards.
+    Returns the plain network, or None without a builder, and what the plain runs showed. What the
+    runs leave in the network is removed afterwards.
     """
     parts = subject.detachment.training_only
     with attributes_restored(subject.network):
@@ -328,24 +327,8 @@ def _check_network(
         plain = _build_plain(subject.detachment, trained, subject.preprocess, options.batch)
         prove_graph(trained, plain)
         checks.begin("Plain run")
-        batches = measure_plain_run(trained, subject.preprocess, options.max_batch, parts)
-    return plain, batches
-
-
-def _convert_to_onnx(
-    trained: Compared, images: NDArray[np.uint8], options: ExportOptions
-) -> Lowered:
-    """Convert the program of *trained* to a float32 ONNX graph.
-
-    Each operator of the program is compared with its ONNX form; which operators there are is seen
-    in a run of the program on the first of *images*, uint8 (P, H, W, 3). Raises the errors of
-    `lower` and `check_operators`.
-    """
-    step("converting to ONNX")
-    folded = fold_constant_parts(trained.program)  # for `lower` and `check_operators`
-    model = lower(folded, output_names(trained.network))
-    check_operators(folded, images[: min(OPERATOR_IMAGES, options.max_batch)])
-    return Lowered(trained.network, trained.program, model)
+        plain_runs = measure_plain_run(trained, subject.preprocess, options.max_batch, parts)
+    return plain, plain_runs
 
 
 def _compare_file(

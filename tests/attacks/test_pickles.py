@@ -66,8 +66,6 @@ READERS = {
     "plugins/papers/sopdeploy_papers/gmsop_weights.py: scipy_io.loadmat",
     "sopdeploy/images/metadata.py: exif.load",  # bytes
     "sopdeploy/data/batches.py: loader.load",  # images of a batch
-    # A protocol buffer:
-    "export/sopdeploy_export/lower/operators.py: onnx.load",
 }
 
 

@@ -31,7 +31,7 @@ from tests.support import quick_torch
 CAPTURED: dict[str, Compared] = {}
 of = Compared.of
 GRAPHS: dict[str, Lowered] = {}
-LOWERED: dict[tuple[str, tuple[str, ...]], onnx.ModelProto] = {}
+LOWERED: dict[tuple[str, tuple[str, ...]], tuple[onnx.ModelProto, list[str]]] = {}
 BATCH = BatchRange(
     optimum=4, maximum=9
 )  # one range for all, because each range needs a capture
@@ -96,11 +96,17 @@ def _compare_once(
     )
 
 
-def _lower_once(found: ExportedProgram, outputs: tuple[str, ...]) -> onnx.ModelProto:
-    key = program_root(found).sha256, outputs
+def _lower_once(
+    program: ExportedProgram, outputs: tuple[str, ...], found: list[str]
+) -> onnx.ModelProto:
+    key = program_root(program).sha256, outputs
     if key not in LOWERED:
-        LOWERED[key] = lower(found, outputs)
-    return _copy(LOWERED[key])
+        warnings: list[str] = []
+        LOWERED[key] = lower(program, outputs, warnings), warnings
+
+    model, warnings = LOWERED[key]
+    found += warnings
+    return _copy(model)
 
 
 def digest(text: str, network: nn.Module, without: tuple[str, ...] = ()) -> str:

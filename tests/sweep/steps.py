@@ -24,7 +24,6 @@ from sopdeploy_export.capture.deployed import (
 )
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
-from sopdeploy_export.lower.operators import check_operators
 from sopdeploy_export.lower.precision import (
     NO_IMAGES,
     Lowered,
@@ -47,6 +46,7 @@ from sopdeploy_export.prove.networks import Compared, build_plain
 from sopdeploy_export.runs import ProbeOutputs, open_session
 from sopdeploy_export.subject import Detachment
 from tests.export.conftest import save
+from tests.operators.compare import check_operators
 
 TRAINED_ON = 4
 FEW = BatchRange(optimum=2, maximum=3)

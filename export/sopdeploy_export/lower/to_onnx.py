@@ -42,6 +42,7 @@ from sopdeploy_export.capture.failures import (
     NO_CONTROL_FLOW,
 )
 from sopdeploy_export.capture.program import NETWORK_PREFIX
+from sopdeploy_export.lower.compared import warn_of_forms, warn_of_order
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.forms import decompose
 from sopdeploy_export.program_hashes import module_of
@@ -67,18 +68,21 @@ INEXACT = {
 EXACT_RULES = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in INEXACT]
 
 
-def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
+def lower(
+    program: ExportedProgram, outputs: Sequence[str], found: list[str] | None = None
+) -> onnx.ModelProto:
     """Convert *program* to ONNX with input `images` and, unless it is for one image, a symbolic batch dimension.
 
     *outputs* are the names of the outputs. A weight has its name in the network, unless another
     tensor has this name. The nodes keep one record of metadata, `part`: the module that each belongs
-    to. Raises `LoweringError` if the program computes in bfloat16, if an operator has no ONNX form,
-    if a size depends on values, if the weights exceed 2 GB, or if the graph has what `check_onnx` refuses.
+    to. The warnings of `compared.py` are added to *found*. Raises `LoweringError` if the program
+    computes in bfloat16, if an operator has no ONNX form, if a size depends on values, if the weights
+    exceed 2 GB, or if the graph has what `check_onnx` refuses.
     """
     _refuse_bfloat16(program)
     program = fold_constant_parts(program)
     _refuse_sizes_of_values(program)
-    model = to_ir(program, [INPUT], outputs)
+    model = to_ir(program, [INPUT], outputs, found)
 
     # Of the metadata, only `part` stays: the module that a node belongs to, for messages.
     # `convert_precision` removes it, too.
@@ -163,16 +167,25 @@ def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
                 output.type = None
 
 
-def to_ir(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
-    """Convert *program* to ONNX, with the names *inputs* and *outputs*.
+def to_ir(
+    program: ExportedProgram,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    found: list[str] | None = None,
+) -> ir.Model:
+    """Convert *program* to ONNX, with the names *inputs* and *outputs*; add warnings to *found*.
 
     Raises `LoweringError` if an operator has no ONNX form.
     """
     with garbage_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the converter warns about its own internals
         try:
+            if found is not None:
+                found += warn_of_order(program)
             program = decompose(program)
-            model = _translate(program, inputs, outputs)
+            model = translate(program, inputs, outputs)
+            if found is not None:
+                found += warn_of_forms(model)
             _simplify(model)
         except Exception as error:  # the converter does not limit what its passes raise
             raise LoweringError(f"no ONNX form: {_describe_failure(error, program)}") from error
@@ -180,7 +193,7 @@ def to_ir(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str
 
 
 @_flags.set_onnx_exporting_flag
-def _translate(
+def translate(
     program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]
 ) -> ir.Model:
     """Convert *program* as `torch.onnx.export` does, without its optimizer.

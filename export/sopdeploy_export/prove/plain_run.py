@@ -16,7 +16,7 @@ Refused: code that does something else while it is captured
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,10 +54,17 @@ _SEED = 20_261_126
 Run = Callable[[Tensor], Sequence[Tensor]]
 
 
+class PlainRuns(NamedTuple):
+    """The sizes of the batches that ran, and what does not stop an export."""
+
+    batches: tuple[int, ...]
+    warnings: tuple[str, ...]
+
+
 def measure_plain_run(
     trained: Compared, preprocess: Preprocess, largest_batch: int, parts: tuple[str, ...]
-) -> tuple[int, ...]:
-    """Compare runs of the network *trained* with runs of its graph; return the sizes of the batches.
+) -> PlainRuns:
+    """Compare runs of the network *trained* with runs of its graph, in batches of at most *largest_batch*.
 
     *parts* of it are removed. Raises `CertificateError` for the first run that differs.
     """
@@ -72,6 +79,7 @@ def measure_plain_run(
 
     # Batches that divide the images.
     sizes = _divide(len(images), largest_batch)
+    undefined: list[str] = []  # images whose outputs have NaN
     start = 0
     for size in sizes:
         batch, batch_names = images[start : start + size], names[start : start + size]
@@ -79,6 +87,11 @@ def measure_plain_run(
         plain, captured = run_plainly(network, batch), run_plainly(graph, batch)
         place = find_difference(plain, captured)
         if place is None:
+            undefined += [
+                name
+                for number, name in enumerate(batch_names)
+                if any(output[number].isnan().any() for output in plain)
+            ]
             continue
 
         # The cause is the fast path, which no graph takes, if runs with and without it differ.
@@ -106,7 +119,14 @@ def measure_plain_run(
             "the outputs must not depend on what is removed",
             setting="training_only",
         )
-    return tuple(sorted({*sizes}))
+
+    warnings_of_nan: tuple[str, ...] = ()
+    if undefined:
+        warnings_of_nan = (
+            f"the network gives NaN for {shorten(undefined)}; its file can give numbers, because ONNX Runtime's "
+            "maximum leaves out NaN",
+        )
+    return PlainRuns(tuple(sorted({*sizes})), warnings_of_nan)
 
 
 def _divide(count: int, largest: int) -> list[int]:

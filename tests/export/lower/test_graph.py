@@ -21,13 +21,12 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms
-from sopdeploy_export.lower import operators, to_onnx
+from sopdeploy_export.lower import to_onnx
 from sopdeploy_export.lower.float16 import float32_parts
 from sopdeploy_export.lower.int8 import Int8Quantizer
-from sopdeploy_export.lower.operators import check_operators
 from sopdeploy_export.lower.to_onnx import OPSET, check_onnx, lower
-from tests.export.once import ALONE, BATCH, graph_of
-from tests.export.user_network.networks import export_small, trained, variant
+from tests.export.once import BATCH, graph_of
+from tests.operators.compare import Minimal, check_function
 from tests.support.gpu_graphs import accepted
 from tests.sweep.steps import Small, agreed
 
@@ -80,17 +79,6 @@ def test_any_batch_size_gives_the_networks_logits(preprocess: Preprocess, batch:
     with torch.no_grad():
         expected = network((pixels - mean) / std)
     np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=2e-5)
-
-
-class Minimal(nn.Module):
-    """A network of one function."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.function(images)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +168,7 @@ def test_attention_of_a_query_that_may_read_nothing_is_zero(
         return F.scaled_dot_product_attention(rows, rows, rows, mask).flatten(1)
 
     assert_same_logits(Minimal(attend_to_dark).eval(), preprocess)
-    check(attend_to_dark, preprocess)
+    check_function(attend_to_dark, preprocess)
 
 
 class JoinedHeads(nn.Module):
@@ -270,184 +258,6 @@ def test_pooling_to_one_position_adds_no_operators_on_shapes(name: str) -> None:
         ON_SHAPES, 0
     ) | expected
     accepted(model, "fp32")
-
-
-def check(function: Callable[[Tensor], Tensor], preprocess: Preprocess) -> None:
-    network = nn.Sequential(nn.Identity(), Minimal(function)).eval()
-    check_operators(
-        capture_any_batch(network, preprocess, ALONE), generated_images(preprocess.crop)[:1]
-    )
-
-
-CAN_BE_NAN = "its operand can be NaN"
-SORTED = r"because equal values have no defined order; use torch\.sort\(stable=True\)"
-
-
-def attend_masked(images: Tensor, added: Tensor) -> Tensor:
-    """Attention between rows, with -inf added where an image is positive."""
-    added = added.masked_fill(images > 0, -torch.inf)
-    return F.scaled_dot_product_attention(images, images, images, added).mean((2, 3))
-
-
-REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "a divisor": (
-        lambda x: F.avg_pool2d(x, 2, divisor_override=3).mean((2, 3)),
-        r"avg_pool2d.* instead of",
-    ),
-    "strides": (
-        lambda x: torch.as_strided(x.to(memory_format=torch.channels_last), (1, 3), (768, 1)),
-        r"as_strided.* instead of",
-    ),
-    "ties of topk": (lambda x: x.flatten(1).topk(5)[1].float(), rf"topk.*{SORTED}"),
-    "ties of argsort": (
-        lambda x: x.flatten(1).argsort(1)[:, :5].float(),
-        rf"argsort.*{SORTED}",
-    ),
-    "maximum of NaN": (
-        lambda x: (x / x.sum((2, 3), True)).amax((2, 3)),
-        rf"amax.* instead of nan; {CAN_BE_NAN}",
-    ),
-    "position of NaN": (
-        lambda x: (x / x.std()).flatten(1).argmax(1, True).float(),
-        rf"argmax.* instead of \d+; {CAN_BE_NAN}",
-    ),
-    "max pooling of NaN": (
-        lambda x: F.max_pool2d(x / x.mean(), 4).mean((2, 3)),
-        rf"max_pool2d.* instead of nan; {CAN_BE_NAN}",
-    ),
-    "casts of large values": (
-        lambda x: (x * 1e9).long().to(torch.int32).float().mean((2, 3)),
-        r"_to_copy.default and aten\._to_copy.* instead of -1.29497e\+09 for 3e\+09",
-    ),
-    "the largest values": (
-        lambda x: torch.remainder(x, 1 + x * x).mean((2, 3)),
-        r"remainder.* -inf instead of \S+ for 3.40282e\+38, ",
-    ),
-    "overflow": (
-        lambda x: torch.logaddexp(x, 2 * x).mean((2, 3)),
-        r"logaddexp.* inf instead of 100 for 100",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_an_operator_whose_onnx_form_differs_is_named_with_its_part(
-    case: str, preprocess: Preprocess
-) -> None:
-    function, message = REFUSED[case]
-    with pytest.raises(
-        LoweringError,
-        match=rf"aten\.{message.split('.*')[0]}\S* in 1: .*{message.split('.*')[1]}",
-    ):
-        check(function, preprocess)
-
-
-def test_a_finite_result_in_place_of_infinity_is_refused(
-    preprocess: Preprocess, monkeypatch
-) -> None:
-    session, run = ort.InferenceSession, ort.InferenceSession.run
-    monkeypatch.setattr(
-        session, "run", lambda *given: [np.where(np.isposinf(x), 9, x) for x in run(*given)]
-    )
-    with pytest.raises(LoweringError, match=r"9 instead of inf"):
-        check(lambda x: torch.sinh(x).mean((2, 3)), preprocess)
-
-
-def softmax_by_hand(x: Tensor) -> Tensor:
-    powers = (x - x.amax(1, keepdim=True)).exp()
-    return powers / powers.sum(1, keepdim=True)
-
-
-TABLE = nn.Parameter(torch.arange(18.0).reshape(9, 2))  # has no row 100
-EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
-    "logsigmoid": F.logsigmoid,
-    "atan2": lambda x: torch.atan2(x, x + 1) + torch.atan2(x / x.sum(), x),
-    "log1p": torch.log1p,
-    "expm1": torch.expm1,
-    "sign": torch.sign,
-    "largest": lambda x: x.amax(1),
-    "a table": lambda x: F.embedding(x.long().abs(), TABLE).mean(-1),
-    "maximum after a norm": lambda x: F.normalize(x).amax(1),
-    "maximum after a local response norm": lambda x: F.max_pool2d(
-        F.local_response_norm(x, 3), 2
-    ),
-    "softmax by hand": lambda x: softmax_by_hand(x).amax(1),
-    "roots": lambda x: x.abs().pow(0.5),
-    "no value that may be read": lambda x: attend_masked(x, x.new_zeros(x.shape)),
-    "infinities": lambda x: x.masked_fill(x > 0, -torch.inf).softmax(-1).nan_to_num(),
-    "largest values": lambda x: x.flatten(1).topk(5)[0],
-    "stable sort": lambda x: x.flatten(1).sort(dim=1, stable=True)[1].float(),
-    "stable argsort": lambda x: (
-        x.flatten(1).argsort(dim=1, stable=True, descending=True).float()
-    ),
-    "activations": lambda x: (
-        F.elu(x) + F.gelu(x) + F.mish(x) + F.hardswish(x) + F.silu(x) + F.softplus(x)
-    ),
-    "pooling": lambda x: F.max_pool2d(F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), 3, 2, 1),
-    "pooling of a padding": lambda x: F.max_pool2d(
-        F.pad(x, (0, 1, 0, 1), value=-torch.inf), 3, 2
-    ),
-    "norms": lambda x: F.layer_norm(F.group_norm(F.normalize(x), 3), (16,)),
-}
-
-
-@pytest.mark.parametrize("case", EQUAL)
-def test_equal_operators_are_accepted_and_compared_once(
-    case: str, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check(lambda x: EQUAL[case](x).flatten(1), preprocess)
-    monkeypatch.setattr(
-        operators, "_compare_group", lambda calls: pytest.fail("again") if calls else []
-    )
-    check(lambda x: EQUAL[case](x).flatten(1), preprocess)
-
-
-def test_operators_are_compared_in_groups_as_all_at_once(
-    preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # so that nothing is remembered
-    found: list[dict[str, Counter[str]]] = []
-    for most in (1, 1_000):
-        monkeypatch.setattr(operators, "OPERANDS", most)
-        monkeypatch.setattr(operators, "_executed_operators", {})
-        check(lambda x: F.softplus(F.avg_pool2d(x.exp() + x, 2)).flatten(1), preprocess)
-        found.append(operators._executed_operators)
-    assert len(found[0]) > 4
-    assert found[0] == found[1]
-
-
-def test_operators_of_earlier_processes_are_known_unless_their_file_was_changed(
-    preprocess: Preprocess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compared, compare = list[int](), operators._compare_group
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(
-        operators, "_compare_group", lambda calls: (compared.append(len(calls)), compare(calls))
-    )
-    file = tmp_path / "sopdeploy" / "operators.json"
-    for change in (
-        None,
-        lambda: None,
-        lambda: file.write_bytes(file.read_bytes().replace(b"1", b"2", 1)),
-    ):
-        if change is not None:
-            change()
-        monkeypatch.setattr(operators, "_executed_operators", {})
-        check(lambda x: F.softplus(x).flatten(1), preprocess)
-    assert len(compared) == 2
-    assert compared[0] == compared[1] > 0
-
-
-def test_an_export_compares_the_operators(tmp_path: Path) -> None:
-    network = variant(
-        lambda self, x: self.fc(self.features(F.avg_pool2d(x, 2, divisor_override=3))),
-        aux=False,
-    )
-    with pytest.raises(
-        LoweringError, match=r"aten\.avg_pool2d\.default in forward: .* instead of"
-    ):
-        export_small(trained(network), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 STATISTICS = {"head": {"kind": "gap+mean+isqrt", "width": 8, "iterations": 3, "cosine": True}}

@@ -200,7 +200,7 @@ def measure(network: nn.Module, largest: int = 8) -> tuple[int, ...]:
     batch = BatchRange(optimum=1, maximum=largest)
     trained = Compared.of("trained", network.eval(), PREPROCESS, batch)
     prove_removed(trained, parts)
-    return measure_plain_run(trained, PREPROCESS, largest, parts)
+    return measure_plain_run(trained, PREPROCESS, largest, parts).batches
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -16,7 +16,7 @@ as a pair, too.
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,18 +30,22 @@ from onnx.utils import Extractor
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError, first_line
-from sopdeploy_export.capture.program import capturing
-from sopdeploy_export.lower.known_operators import read_known, write_known
-from sopdeploy_export.lower.operator_chains import ORDINARY, Chain, record_chains
-from sopdeploy_export.lower.operator_values import check_result, fill, fill_in_rounds
-from sopdeploy_export.lower.to_onnx import to_ir
-from sopdeploy_export.progress import step
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.capture.deployed import INPUT, generated_images, output_names
+from sopdeploy_export.capture.program import capture_any_batch, capturing
+from sopdeploy_export.lower.compared import list_forms
+from sopdeploy_export.lower.constant_parts import fold_constant_parts
+from sopdeploy_export.lower.forms import decompose
+from sopdeploy_export.lower.to_onnx import to_ir, translate
 from sopdeploy_export.runs import PROVIDER
+from tests.operators.chains import ORDINARY, Chain, record_chains
+from tests.operators.values import check_result, fill, fill_in_rounds
 
 OPERANDS = 400  # of the chains that are captured at once; a capture also takes a constant time
 
-# The ONNX operators of what this process, or an earlier one, has compared, by description.
+# The ONNX operators of what this process has compared, by description.
 _executed_operators: dict[str, Counter[str]] = {}
 
 
@@ -50,12 +54,10 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
     """Compare the operators of *program*, which runs on uint8 *images* (B, H, W, 3), with their ONNX forms.
 
     Operators of complex numbers, and those that are not of ATen, are left out. Operators with
-    the same description, which has attributes, shapes and ranges, are compared once, by this or
-    an earlier export: what was compared is kept in this process and, if all are right, in a file of
-    the user's cache folder. Raises `LoweringError` if ONNX Runtime cannot run an operator, or if the
-    results differ; then the message has the operator, the part of the network and the values.
+    the same description, which has attributes, shapes and ranges, are compared once in a process.
+    Raises `LoweringError` if ONNX Runtime cannot run an operator, or if the results differ; then
+    the message has the operator, the part of the network and the values.
     """
-    _executed_operators.update(read_known())
     module = program.module(check_guards=False)
     chains = record_chains(module, torch.from_numpy(images), _executed_operators.keys())
     last = next(reversed(chains), None)
@@ -64,19 +66,38 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
     # operands.
     group: dict[str, Chain] = {}
     num_operands = 0
-    num_done = 0
     for description, chain in chains.items():
         group[description] = chain
         num_operands += len(chain.operands)
         if num_operands >= OPERANDS or description == last:
-            step(f"comparing operators with their ONNX forms, {num_done} of {len(chains)} done")
             _compare_group(group)
-            num_done += len(group)
             num_operands = 0
             group = {}
 
-    if chains:
-        write_known(_executed_operators)
+
+def compare_forms(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> list[str]:
+    """Compare the operators of *network* with their ONNX forms, and return these forms."""
+    program = fold_constant_parts(capture_any_batch(network, preprocess, batch))
+    check_operators(program, generated_images(preprocess.crop)[: min(2, batch.maximum)])
+    return [*list_forms(translate(decompose(program), [INPUT], output_names(network)))]
+
+
+class Minimal(nn.Module):
+    """A network of one function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+def check_function(function: Callable[[Tensor], Tensor], preprocess: Preprocess) -> None:
+    """Compare the operators of *function*, which is the part `1` of a network, for one image."""
+    network = nn.Sequential(nn.Identity(), Minimal(function)).eval()
+    program = capture_any_batch(network, preprocess, BatchRange(optimum=1, maximum=1))
+    check_operators(program, generated_images(preprocess.crop)[:1])
 
 
 class _Chains(nn.Module):

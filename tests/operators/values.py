@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sopdeploy.errors import LoweringError
-from sopdeploy_export.lower.operator_chains import ORDINARY, Chain
+from tests.operators.chains import ORDINARY, Chain
 
 INF = math.inf
 NAN = math.nan
