@@ -1,6 +1,6 @@
 """Training augmentation: the crop that replaces the center crop, mirroring and colors.
 
-The result is a uint8 array of the crop size. Random choices depend on (seed, epoch, sample)
+The result of one image is a uint8 array of the crop size. Random choices depend on (seed, epoch, sample)
 only. With `preprocess.fit` "pad" or "squash", random boxes are drawn in the square that
 evaluation sees, at twice its size: the padded image, or the image with both sides of equal
 length.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Annotated, Literal, assert_never
+from typing import TYPE_CHECKING, Annotated, Literal, assert_never
 
 import numpy as np
 import pydantic
@@ -18,11 +18,27 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.config import Fraction, StrictModel
+from sopdeploy.data.timm_augment import (
+    Mixing,
+    PositiveFraction,
+    RandAugment,
+    RandomErasing,
+    seeded,
+)
 from sopdeploy.images.pixels import RESAMPLING, View
 from sopdeploy.images.preprocess import Box, Preprocess, Side
-from sopdeploy.photos.network_inputs import FittedDataset, Window, crop_padded
+from sopdeploy.photos.network_inputs import (
+    FittedDataset,
+    FittedPixels,
+    PreprocessedDataset,
+    Window,
+    crop_padded,
+)
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Principal components of the colors (0 to 1) of ImageNet's training images: columns, and
 # standard deviations
@@ -31,7 +47,6 @@ COLOR_COMPONENTS = np.array(
 )
 COLOR_DEVIATIONS = np.array([0.2175, 0.0188, 0.0045])
 SQUARE = 2  # size of the squares in which boxes are drawn, relative to the crop
-PositiveFraction = Annotated[float, pydantic.Field(gt=0, le=1)]
 # Far beyond useful values, so that float32 can represent what is computed from them.
 Strength = Annotated[float, pydantic.Field(ge=0, le=1000)]
 Ratio = Annotated[float, pydantic.Field(ge=1e-3, le=1000)]
@@ -158,6 +173,79 @@ class ColorConfig(StrictModel):
 NO_COLOR_SHIFT = ColorConfig()
 
 
+class Augmentations(StrictModel):
+    """How training images are changed. These settings are keys of the recipe itself, not of a table.
+
+    `augment` and `color` change single images by code of this package, the others are timm's.
+    """
+
+    augment: Augmentation
+    color: ColorConfig = NO_COLOR_SHIFT
+    rand_augment: RandAugment | None = None
+    random_erasing: RandomErasing | None = None
+    mixing: Mixing | None = None
+
+    @property
+    def num_copies(self) -> int:
+        """How often an epoch has each image."""
+        return 2 if isinstance(self.augment, PadCrop) and self.augment.doubled else 1
+
+    def crop_of(self, preprocess: Preprocess) -> int:
+        """Return the side of the training images in pixels."""
+        crop = self.augment.crop if isinstance(self.augment, BoxCrop) else None
+        return preprocess.crop if crop is None else crop
+
+    def evaluated_images(
+        self, images: LabeledImages, preprocess: Preprocess
+    ) -> PreprocessedDataset:
+        """Return *images* without augmentation, but padded and cropped with `PadCrop.held_out`."""
+        augment = self.augment
+        pad = augment.pad if isinstance(augment, PadCrop) and augment.held_out else 0
+        fitted = FittedPixels(images, preprocess)
+        return PreprocessedDataset(images, preprocess, pad, fitted=fitted)
+
+    def training_images(
+        self, images: LabeledImages, preprocess: Preprocess, seed: int, epoch: int
+    ) -> "AugmentedDataset":
+        """Return *images* with the augmentation of *epoch*; `replace` gives the data set of another epoch.
+
+        All epochs share the pixels in memory, if their augmentation starts from fitted ones.
+        """
+        rules = preprocess.model_copy(update={"crop": self.crop_of(preprocess)})
+        fitted = None if isinstance(self.augment, BoxCrop) else FittedPixels(images, rules)
+        return AugmentedDataset(
+            images,
+            self.augment,
+            rules,
+            seed,
+            epoch,
+            self.color,
+            self.rand_augment,
+            fitted=fitted,
+        )
+
+    def change_batch(
+        self,
+        images: "Tensor",
+        labels: "Tensor",
+        num_classes: int,
+        *,
+        is_multi_label: bool,
+        seed: int,
+    ) -> "Tensor":
+        """Erase and mix the normalized *images* (B, 3, H, W) of a step in place; return their targets.
+
+        These are the *labels*, or, if images are mixed, (B, classes). The choices depend on *seed*, the
+        noise of erased pixels on torch's generator.
+        """
+        with seeded(seed):
+            if self.random_erasing is not None:
+                self.random_erasing.erase(images)
+            if self.mixing is None:
+                return labels
+            return self.mixing.mix(images, labels, num_classes, is_multi_label=is_multi_label)
+
+
 @dataclass(frozen=True, slots=True)
 class AugmentedDataset(FittedDataset):
     """Augmented images of one epoch, of `preprocess.crop` x `preprocess.crop` pixels.
@@ -171,6 +259,7 @@ class AugmentedDataset(FittedDataset):
     seed: int
     epoch: int
     color: ColorConfig = NO_COLOR_SHIFT
+    rand_augment: RandAugment | None = None
 
     def pixels(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """Compute the augmented pixels (B, crop, crop, 3) of the images or copies at *indices*."""
@@ -212,6 +301,8 @@ class AugmentedDataset(FittedDataset):
             windows.append(Window(top, left, is_mirrored))
 
         arrays = crop_padded(arrays, pad, windows)
+        if self.rand_augment is not None:
+            arrays = self._rand_augment(arrays, indices, self.rand_augment)
         if self.color == NO_COLOR_SHIFT:
             return arrays
 
@@ -220,6 +311,16 @@ class AugmentedDataset(FittedDataset):
         return np.stack(
             [self.color(array, seed) for array, seed in zip(arrays, seeds, strict=True)]
         )
+
+    def _rand_augment(
+        self, arrays: NDArray[np.uint8], indices: Sequence[int], change: RandAugment
+    ) -> NDArray[np.uint8]:
+        """Make the random *change* of each of *arrays* (B, crop, crop, 3), the images at *indices*."""
+        changed = []
+        for array, index in zip(arrays, indices, strict=True):
+            seed = derive_seed(self.seed, "rand augment", self.epoch, index)
+            changed.append(change(array, self.preprocess, seed))
+        return np.stack(changed)
 
 
 def _crop_box(

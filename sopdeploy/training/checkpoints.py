@@ -264,6 +264,7 @@ class ResumeState(TypedDict, total=False):
     optimizer: FieldValues
     average: FieldValues | None
     teacher: dict[str, Tensor]
+    scaler: FieldValues
     frozen: FieldValues
 
 

@@ -130,7 +130,10 @@ def select_device(name: str) -> torch.device:
 
 
 def check_batch_size(recipe: Recipe, train_count: int, world: int) -> None:
-    """Raise `ConfigError` unless *world* divides the batch size, and each step has a sample per process."""
+    """Raise `ConfigError` unless each step has a sample per process and accumulated batch.
+
+    *world*, the number of processes, must divide the batch size.
+    """
     if recipe.batch_size % world:
         raise ConfigError(
             f"batch_size: a step of {recipe.batch_size} samples cannot be divided "
@@ -144,6 +147,11 @@ def check_batch_size(recipe: Recipe, train_count: int, world: int) -> None:
         raise ConfigError(
             f"batch_size: steps of {smallest} samples leave some of {world} "
             "processes without a sample; start fewer processes"
+        )
+    if smallest // world < recipe.grad_accum_steps:
+        raise ConfigError(
+            f"grad_accum_steps: a process has steps of {smallest // world} samples, which cannot be "
+            f"divided into {recipe.grad_accum_steps}; lower it"
         )
 
 

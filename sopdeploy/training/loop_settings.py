@@ -19,7 +19,7 @@ from sopdeploy.config import (
     PositiveRate,
     StrictModel,
 )
-from sopdeploy.data.augment import Augmentation, ColorConfig
+from sopdeploy.data.augment import Augmentations
 from sopdeploy.models.registry import CatalogModel
 from sopdeploy.training.schedules import Schedule
 
@@ -138,21 +138,28 @@ class SaveConfig(StrictModel):
     every_minutes: NonNegative = 15.0
 
 
-class LoopSettings(StrictModel):
-    """The settings of the training loop; they are keys of the recipe itself, not of a table.
+class StepSettings(StrictModel):
+    """How a step computes its gradient; these settings are keys of the recipe itself.
 
-    `batch_size` is the number of samples of a step, over all processes. Each process computes
-    the statistics of batch norm for its own part of it.
+    `batch_size` is the number of samples of a step, over all processes. A process divides its part
+    into `grad_accum_steps` batches, one after the other, whose gradients are added up. It computes
+    the statistics of batch norm for each of them. `precision` is that of autocast; fp16 scales the
+    loss by torch's `GradScaler`. With `compile`, torch compiles the network for training.
     """
 
-    epochs: Count
     batch_size: Annotated[int, pydantic.Field(ge=2)]
-    precision: Literal["fp32", "bf16"] = "fp32"
-    augment: Augmentation
-    color: ColorConfig = ColorConfig()
+    grad_accum_steps: Count = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    loss: LossConfig = LossConfig()
+
+
+class LoopSettings(Augmentations, StepSettings):
+    """The settings of the training loop: those of its components, and its own."""
+
+    epochs: Count
     optimizer: OptimizerConfig
     schedule: Schedule
-    loss: LossConfig = LossConfig()
     ema: EmaConfig | None = None
     teacher: TeacherConfig | None = None
     validation: ValidationConfig = ValidationConfig()

@@ -8,22 +8,23 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import pydantic
 from pydantic.fields import FieldInfo
 
 from sopdeploy.config import Count, FieldValues, PositiveRate, StrictModel, first_problem
-from sopdeploy.data.augment import BoxCrop
+from sopdeploy.data.augment import Augmentations
 from sopdeploy.data.sources import DataConfig, DataOptions, FolderConfig, HoldOut, OwnDataConfig
 from sopdeploy.decision import ACCEPTS
 from sopdeploy.errors import ConfigError, with_hint
+from sopdeploy.files import BEST
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel, entry
 from sopdeploy.nearest import did_you_mean
 from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.project import Name
-from sopdeploy.training.loop_settings import LoopSettings
+from sopdeploy.training.loop_settings import AdaHessianConfig, LoopSettings
 from sopdeploy.training.recipe_files import (
     add_fine_tune_settings,
     parse_override,
@@ -93,6 +94,7 @@ class AutoConfig(StrictModel):
     kind: Literal["auto"] = "auto"
 
 
+Part = TypeVar("Part", bound=StrictModel)
 ProcedureConfig = AutoConfig | LoopConfig | FewShotConfig | FineTuneConfig
 AnyProcedureConfig = Annotated[ProcedureConfig, pydantic.Field(discriminator="kind")]
 
@@ -195,6 +197,11 @@ class Recipe(SharedSettings, LoopSettings):
     model: ModelConfig
     start: StartConfig | None = None
 
+    def part(self, settings: type[Part]) -> Part:
+        """Return the *settings* of one component, a base class of the recipe, without all others."""
+        values = {name: getattr(self, name) for name in settings.model_fields}
+        return cast("Part", settings.model_construct(**values))
+
     def reads(self, key: str) -> bool:
         """Check whether the procedure reads the dotted *key*, which may be that of a table."""
         procedure = self.procedure
@@ -252,8 +259,7 @@ class Recipe(SharedSettings, LoopSettings):
         """Side of the training images in pixels; those of the few-shot procedure are not augmented."""
         if isinstance(self.procedure, FewShotConfig):
             return self.preprocess.crop
-        crop = self.augment.crop if isinstance(self.augment, BoxCrop) else None
-        return self.preprocess.crop if crop is None else crop
+        return self.part(Augmentations).crop_of(self.preprocess)
 
     @property
     def first_phase(self) -> int:
@@ -289,7 +295,19 @@ class Recipe(SharedSettings, LoopSettings):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Recipe":
-        """Check `remove_branches_at` and `classifier_epochs` against the other settings."""
+        """Check settings of different components against each other."""
+        if isinstance(self.optimizer, AdaHessianConfig):
+            other = {
+                "grad_accum_steps": self.grad_accum_steps > 1,
+                "precision": self.precision == "fp16",
+                "compile": self.compile,
+            }
+            for name in (name for name, is_set in other.items() if is_set):
+                raise ValueError(
+                    f"{name}: adahessian needs second derivatives of a whole step; omit it, or "
+                    "choose another optimizer.kind"
+                )
+
         removal = self.model.remove_branches_at
         if removal is not None and removal >= self.epochs:
             raise ValueError(
@@ -448,12 +466,16 @@ def check_same_recipe(recipe: Recipe, recorded: Recipe, source: Path) -> None:
     now = dict(flatten(recipe.model_dump(mode="json")))
 
     for key in sorted((before.keys() | now.keys()) - CHANGEABLE_KEYS):
-        if now.get(key) != before.get(key):
-            raise ConfigError(
-                f"{source}: the run started with {key} = {before.get(key)}, now it "
-                f"is {now.get(key)}; resume with the same recipe or start a new "
-                "run in another folder"
-            )
+        if now.get(key) == before.get(key):
+            continue
+        advice = "resume with the same recipe or start a new run in another folder"
+        if key == "epochs":  # the learning rate of each step depends on their number
+            advice = "resume with the same number, or start a new run from the best epoch"
+        raise ConfigError(
+            f"{source}: the run started with {key} = {before.get(key)}, now it "
+            f"is {now.get(key)}; {advice}",
+            remedies={"weights": source.with_name(BEST)} if key == "epochs" else None,
+        )
 
 
 def _explain(error: pydantic.ValidationError, values: Any) -> str:

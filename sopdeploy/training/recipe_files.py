@@ -25,6 +25,7 @@ FINE_TUNE_SETTINGS: Mapping[str, Any] = {
     "schedule": {"kind": "cosine", "warmup_epochs": 0.5},
     "loss": {"label_smoothing": 0.1},
     "ema": None,
+    "mixing": None,
     "teacher": None,
     "validation": {"mirror": False},  # the comparison is that of deployed networks
     "start.classifier_epochs": 0,  # the classifier is fitted

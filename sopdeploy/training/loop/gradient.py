@@ -7,9 +7,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sopdeploy.data.batches import Batch
 from sopdeploy.seeds import derive_seed
-from sopdeploy.training.loop.losses import Loss, training_loss
+from sopdeploy.training.loop.losses import Loss, sum_losses, training_loss
 from sopdeploy.training.loop.optimizer import AdaHessian
 from sopdeploy.training.loop.state import LR_FACTOR, FinishedStep, LoopState
+
+# Types of autocast by `precision`; fp32 has none
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) -> FinishedStep:
@@ -32,9 +35,22 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
     for group in run.optimizer.param_groups:
         group["lr"] = recipe.learning_rate(time, group.get(LR_FACTOR, 1.0))
 
+    # The images and targets of this process, perhaps erased and mixed.
+    pixels, labels = batch
+    images = run.normalize(pixels)
+    targets = run.augmentations.change_batch(
+        images,
+        labels,
+        len(run.setup.labels),
+        is_multi_label=run.activation == "sigmoid",
+        seed=derive_seed(
+            recipe.seed, "batch augment", position.epoch, position.step, *rank_key
+        ),
+    )
+
     run.optimizer.zero_grad()
-    pixels, targets = batch
-    loss = compute_gradient(run, (run.normalize(pixels), targets), num_samples)
+    loss = compute_gradient(run, (images, targets), num_samples)
+    run.scaler.unscale_(run.optimizer)  # only fp16 has a scale
     norm = get_total_norm(
         [parameter.grad for parameter in run.parameters if parameter.grad is not None]
     )
@@ -43,6 +59,8 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
     # change. The buffers are above all the running statistics of batch norms, which include this
     # batch; their norm is the largest absolute value.
     checked = [norm, loss.total]
+    if run.scaler.is_enabled():  # a scale that is too large is no error: the step is left out
+        checked = [loss.total]
     if run.float_buffers:
         checked.append(get_total_norm(run.float_buffers, math.inf))
     is_finite = torch.stack([value.double() for value in checked]).isfinite().all()
@@ -50,49 +68,75 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
 
     if recipe.optimizer.clip_norm:  # 0 disables clipping
         clip_grads_with_norm_(run.parameters, recipe.optimizer.clip_norm, norm)
-    run.optimizer.step()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
     if run.average is not None:
         run.average.update(run.model)
 
+    if run.scaler.is_enabled():
+        norm = norm.nan_to_num(0.0, 0.0)
     return FinishedStep(loss, norm, finite_count, num_samples)
 
 
 def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
     """Compute the gradient of a step from a *batch* of normalized images; return the loss over all processes.
 
-    Each process computes the mean loss of its batch. It is weighted by the share of the batch in
-    the *num_samples* of the step, so that the sum over processes is the mean over the step.
+    The batch is divided into `grad_accum_steps` batches, each of which adds its gradient and its
+    loss. Each one computes its mean loss. It is weighted by its share of the *num_samples* of the
+    step, so that the sum over all processes is the mean over the step.
     """
     images, targets = batch
-    recipe = run.recipe
-    position = run.position
+    parts = list(
+        zip(
+            images.tensor_split(run.steps.grad_accum_steps),
+            targets.tensor_split(run.steps.grad_accum_steps),
+            strict=True,
+        )
+    )
 
-    bf16 = recipe.precision == "bf16"  # second-order layers disable autocast themselves
-    with torch.autocast(run.strategy.device.type, torch.bfloat16, enabled=bf16):
-        output = run.model(images)
+    # The gradient, summed over all processes with the last part.
+    losses = []
+    for number, part in enumerate(parts, 1):
+        share = len(part[1]) / num_samples
+        loss = compute_loss(run, part)
+        scaled = run.scaler.scale(loss.total * share)
+
+        if number < len(parts):
+            scaled.backward()  # type: ignore[no-untyped-call]
+        elif isinstance(run.optimizer, AdaHessian):  # which also needs the curvature
+            seed = derive_seed(
+                run.recipe.seed, "curvature", run.position.epoch, run.position.step
+            )
+            run.optimizer.backward(scaled, seed)
+            run.optimizer.all_reduce(run.strategy.sum_by_parameter)
+        else:
+            run.strategy.backward(scaled, run.trained())
+        losses.append(loss.weighted(share))
+
+    # The values of the loss, summed over all processes, too.
+    whole = sum_losses(losses)
+    total, *values = run.strategy.all_reduce(torch.stack([whole.total, *whole.parts.values()]))
+
+    counts = whole.component_counts
+    if counts is not None:
+        counts = run.strategy.all_reduce(counts)
+    return Loss(total, dict(zip(whole.parts, values, strict=True)), counts)
+
+
+def compute_loss(run: LoopState, batch: Batch) -> Loss:
+    """Compute the mean loss of a *batch* of normalized images, in the precision of the run."""
+    images, targets = batch
+    steps = run.steps
+    device = run.strategy.device.type
+
+    # Second-order layers disable autocast themselves.
+    precision = AUTOCAST.get(steps.precision)
+    with torch.autocast(device, precision, enabled=precision is not None):
+        output = run.compiled(images)
         weights = run.model.loss_weights()
         loss = training_loss(
-            output, targets, weights, recipe.loss.label_smoothing, run.activation
+            output, targets, weights, steps.loss.label_smoothing, run.activation
         )
         if run.teacher is not None:
             loss = run.teacher.distillation_loss(loss, images, targets, output)
-
-    # The gradient, summed over all processes.
-    share = len(targets) / num_samples
-    if isinstance(run.optimizer, AdaHessian):  # which also needs the curvature
-        seed = derive_seed(recipe.seed, "curvature", position.epoch, position.step)
-        run.optimizer.backward(loss.total * share, seed)
-        run.optimizer.all_reduce(run.strategy.sum_by_parameter)
-    else:
-        run.strategy.backward(loss.total * share, run.trained())
-
-    # The values of the loss, summed over all processes, too.
-    weighted = [
-        (value * share).double() for value in (loss.total.detach(), *loss.parts.values())
-    ]
-    total, *parts = run.strategy.all_reduce(torch.stack(weighted))
-
-    counts = loss.component_counts
-    if counts is not None:
-        counts = run.strategy.all_reduce(counts)
-    return Loss(total, dict(zip(loss.parts, parts, strict=True)), counts)
+    return loss

@@ -5,8 +5,8 @@ the Knowledge in a Neural Network" (2015); Mishra and Marr, "Apprentice" (ICLR 2
 (joint) and B (teacher first). DSoP's Table II trains both jointly.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,24 @@ class Loss(NamedTuple):
     total: Tensor
     parts: dict[str, Tensor]
     component_counts: Tensor | None = None
+
+    def weighted(self, share: float) -> "Loss":
+        """Return the detached values times *share* in float64; the counts stay as they are."""
+        parts = {name: (part * share).double() for name, part in self.parts.items()}
+        return Loss((self.total.detach() * share).double(), parts, self.component_counts)
+
+
+def sum_losses(losses: Sequence[Loss]) -> Loss:
+    """Add up *losses*; a network may have some penalties in some of them only."""
+    total = torch.stack([loss.total for loss in losses]).sum()
+
+    parts: dict[str, Tensor] = {}
+    for loss in losses:
+        for name, part in loss.parts.items():
+            parts[name] = parts[name] + part if name in parts else part
+
+    counts = [loss.component_counts for loss in losses if loss.component_counts is not None]
+    return Loss(total, parts, torch.stack(counts).sum(dim=0) if counts else None)
 
 
 def training_loss(
@@ -117,6 +135,14 @@ class Teacher:
                 "teacher.model: a network with a gate cannot be trained jointly; "
                 "train it first and set teacher.weights"
             )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights of a teacher that learns."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore *state*; raises the same errors as `torch.nn.Module.load_state_dict`."""
+        self.model.load_state_dict(state)
 
     def distillation_loss(
         self, loss: Loss, images: Tensor, labels: Tensor, output: Tensor | TrainingOutput

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.data.augment import AugmentedDataset, BoxCrop, PadCrop
+from sopdeploy.data.augment import AugmentedDataset
 from sopdeploy.data.batches import Loader, load_batches, shuffled_batches
 from sopdeploy.decision import Decision
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
@@ -21,8 +21,7 @@ from sopdeploy.evaluation.prediction import (
     predict_unknown,
 )
 from sopdeploy.models.base import Classifier
-from sopdeploy.photos.network_inputs import FittedPixels, PreprocessedDataset
-from sopdeploy.photos.photo import LabeledImages
+from sopdeploy.photos.network_inputs import PreprocessedDataset
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Fit, RunFolder, run_record, with_result
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
@@ -34,7 +33,6 @@ from sopdeploy.training.loop.state import (
     last_loop_record,
     set_train_mode,
 )
-from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import LoopResult, SelectedBy
 
 _NUM_RESAMPLES = 1000
@@ -59,8 +57,11 @@ def fit_loop(
     data = run.setup.data
 
     # The images as the network sees them.
-    held_out = evaluated_images(recipe, data.held_out)
-    training = augmented_images(recipe, data.train, run.position.epoch)
+    augmentations = run.augmentations
+    held_out = augmentations.evaluated_images(data.held_out, recipe.preprocess)
+    training = augmentations.training_images(
+        data.train, recipe.preprocess, recipe.seed, run.position.epoch
+    )
 
     expected = ExpectedTime(callback, "`epochs` changes it")
     save_derived_files(run, folder)  # the process may have been killed before it wrote them
@@ -92,34 +93,6 @@ def fit_loop(
             raise
 
 
-def evaluated_images(recipe: Recipe, images: LabeledImages) -> PreprocessedDataset:
-    """Return the held-out *images* without augmentation, but padded and cropped with `PadCrop.held_out`."""
-    augment = recipe.augment
-    pad = augment.pad if isinstance(augment, PadCrop) and augment.held_out else 0
-    fitted = FittedPixels(images, recipe.preprocess)
-    return PreprocessedDataset(images, recipe.preprocess, pad, fitted=fitted)
-
-
-def augmented_images(recipe: Recipe, images: LabeledImages, epoch: int) -> AugmentedDataset:
-    """Return *images* with the augmentation of *epoch*; `replace` gives the data set of another epoch.
-
-    All epochs share the pixels in memory, if their augmentation starts from fitted ones.
-    """
-    augment = recipe.augment
-    preprocess = recipe.preprocess.model_copy(update={"crop": recipe.training_crop})
-    fitted = None if isinstance(augment, BoxCrop) else FittedPixels(images, preprocess)
-    return AugmentedDataset(
-        images, augment, preprocess, recipe.seed, epoch, recipe.color, fitted=fitted
-    )
-
-
-def epoch_batches(recipe: Recipe, count: int, epoch: int) -> list[list[int]]:
-    """Return the samples of each step of *epoch*, as indices of `augmented_images` of *count* images."""
-    augment = recipe.augment
-    copies = 2 if isinstance(augment, PadCrop) and augment.doubled else 1  # of each image
-    return shuffled_batches(copies * count, recipe.batch_size, recipe.seed, epoch)
-
-
 def train_epoch(
     run: LoopState,
     training: AugmentedDataset,
@@ -138,7 +111,8 @@ def train_epoch(
     recipe = run.recipe
     epoch = run.position.epoch
     position = run.position
-    batches = epoch_batches(recipe, len(training), epoch)
+    num_samples = run.augmentations.num_copies * len(training)
+    batches = shuffled_batches(num_samples, recipe.batch_size, recipe.seed, epoch)
     set_train_mode(run.model, recipe.start_of(epoch))
     shards = [run.strategy.shard(samples) for samples in batches[position.step :]]
 

@@ -3,10 +3,11 @@
 import itertools
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from sopdeploy.checkpoint import Checkpoint, parse_checkpoint, plain_content
+from sopdeploy.data.augment import Augmentations
 from sopdeploy.decision import Activation
-from sopdeploy.errors import ConfigError, TrainingError
+from sopdeploy.errors import ConfigError, TrainingError, first_line
 from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize, images_format
 from sopdeploy.models.base import Classifier, is_in
@@ -33,6 +35,7 @@ from sopdeploy.training.few_shot.state import FewShotFit, last_few_shot_record
 from sopdeploy.training.loop.average import ExponentialMovingAverage
 from sopdeploy.training.loop.losses import Loss, Teacher
 from sopdeploy.training.loop.optimizer import create_optimizer
+from sopdeploy.training.loop_settings import StepSettings
 from sopdeploy.training.recipe import Recipe, StartConfig
 from sopdeploy.training.setup import find_images_format, move_to_device
 from sopdeploy.training.start_weights import classifier_name
@@ -62,6 +65,18 @@ class FinishedStep:
         return torch.stack([value.detach().double() for value in values])
 
 
+class Stateful(Protocol):
+    """A part of a run whose state is in `last.pt`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Restore *state*."""
+        ...
+
+
 class LoopState:
     """A training loop in progress; raises `ConfigError` for a teacher that does not fit the images.
 
@@ -86,6 +101,8 @@ class LoopState:
         self.frozen = frozen
         self.name = recipe.model.name if frozen is None else tuned_name(recipe.model.name)
         self.activation: Activation = setup.activation
+        self.augmentations = recipe.part(Augmentations)
+        self.steps = recipe.part(StepSettings)
         self.position = setup.position
         self.unread: list[FinishedStep] = []
 
@@ -119,6 +136,10 @@ class LoopState:
             find_images_format(sides, teacher, self.strategy.device, "teacher: its network")
             teacher.train(self.teacher.learns)
 
+        # Only fp16 needs a scale of the loss; otherwise, the scaler changes nothing.
+        uses_scale = self.steps.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.strategy.device.type, enabled=uses_scale)
+
         # The average begins with the weights of the network.
         self.average: ExponentialMovingAverage | None = None
         if recipe.ema is not None:
@@ -143,6 +164,30 @@ class LoopState:
         return nn.ModuleDict({"model": self.model, "teacher": self.teacher.model})
 
     @cached_property
+    def compiled(self) -> Callable[[Tensor], Any]:
+        """The model as it is called in training: compiled by torch, with `compile`.
+
+        A kernel of its own for each size of a batch does not depend on the sizes before it, which
+        differ in a resumed run.
+        """
+        if not self.steps.compile:
+            return self.model
+        return naming_compiler(torch.compile(self.model, dynamic=False))
+
+    @property
+    def parts(self) -> dict[str, Stateful | None]:
+        """What has a state, by its key in `last.pt`; None for what this run does not have."""
+        parts: dict[str, Stateful | None] = {
+            "optimizer": self.optimizer,
+            "average": self.average,
+        }
+        if self.teacher is not None and self.teacher.learns:
+            parts["teacher"] = self.teacher
+        if self.scaler.is_enabled():
+            parts["scaler"] = self.scaler
+        return parts
+
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters of what learns, with the frozen ones; torch would search all modules for them."""
         return list(self.trained().parameters())
@@ -163,6 +208,13 @@ class LoopState:
             return []
 
         self.unread = []
+
+        # A scale below 1 does not help: the gradient itself is not finite.
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise TrainingError(
+                f"epoch {position.epoch + 1}: the gradient is not finite in fp16; lower "
+                "optimizer.lr, or set precision to fp32 or bf16"
+            )
 
         # All values of all steps as one tensor, so that the device is read once. Their number
         # differs: a network may have penalties in some steps only.
@@ -265,7 +317,7 @@ class LoopState:
         set_train_mode(self.model, start)
 
         # Forget the cached properties, which are of an earlier model.
-        for name in ("parameters", "float_buffers"):
+        for name in ("compiled", "parameters", "float_buffers"):
             vars(self).pop(name, None)
 
         freeze(self.model, start)
@@ -315,6 +367,23 @@ class LoopState:
         }
         del self.optimizer  # the next access creates one for the new groups
         return states
+
+
+def naming_compiler(network: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """Call *network*, and raise `TrainingError` if torch cannot compile it."""
+    from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415 - imports the compiler
+
+    @wraps(network)
+    def call(images: Tensor) -> Any:
+        try:
+            return network(images)
+        except TorchDynamoException as error:
+            raise TrainingError(
+                f"compile: torch cannot compile the network ({first_line(error)}); set "
+                "compile to false"
+            ) from error
+
+    return call
 
 
 def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
@@ -410,8 +479,9 @@ def last_loop_record(run: LoopState) -> Checkpoint:
     All processes call it, because it averages the running statistics over them, in place.
     """
     resume = resume_of(run.setup, run.position, run.model.state_dict())
-    resume["optimizer"] = run.optimizer.state_dict()
-    resume["average"] = None if run.average is None else run.average.state_dict()
+    states: Any = resume
+    for name, part in run.parts.items():
+        states[name] = None if part is None else part.state_dict()
 
     if run.frozen is not None:  # the run may keep this fit in the end
         frozen = last_few_shot_record(run.setup, run.frozen)
@@ -419,8 +489,6 @@ def last_loop_record(run: LoopState) -> Checkpoint:
         resume["procedure"] = state["procedure"]
         resume["frozen"] = plain_content(frozen)
 
-    if run.teacher is not None and run.teacher.learns:
-        resume["teacher"] = run.teacher.model.state_dict()
     return run_record(run.setup, run.synchronized_fit(), resume)
 
 
@@ -432,12 +500,9 @@ def read_frozen(last: Checkpoint, source: Path) -> Checkpoint:
 
 
 def restore_loop(run: LoopState, last: Checkpoint, source: Path) -> None:
-    """Restore the average, the teacher and the optimizer of *run*; raises `CheckpointError`."""
+    """Restore the states of the parts of *run*; raises `CheckpointError`."""
     with state_errors(last, source):
         state: Any = last.resume
-        if run.average is not None:
-            run.average.load_state_dict(state["average"])
-        if run.teacher is not None and run.teacher.learns:
-            run.teacher.model.load_state_dict(state["teacher"])
-
-        run.optimizer.load_state_dict(state["optimizer"])
+        for name, part in run.parts.items():
+            if part is not None:
+                part.load_state_dict(state[name])

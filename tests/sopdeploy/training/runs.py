@@ -18,6 +18,8 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from sopdeploy.data.batches import Batch, load_batches
+from sopdeploy.data.sources import open_data
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.photo import LabeledImages, Split
@@ -45,6 +47,16 @@ def start_run(recipe: Recipe, images: LabeledImages, strategy: Strategy) -> Loop
         Split.undivided(images), np.zeros(0, np.int64), np.zeros((0, 2), np.int64)
     )
     return LoopState(new_setup(recipe, division, strategy))
+
+
+def one_process_run(recipe: Recipe) -> tuple[LoopState, Batch]:
+    """Create a run of *recipe* on the CPU, and the first batch of its training images."""
+    images = open_data(recipe.data).train
+    run = start_run(recipe, images, Strategy(torch.device("cpu")))
+    training = run.augmentations.training_images(images, recipe.preprocess, recipe.seed, 0)
+    indices = [list(range(recipe.batch_size))]
+    (batch,) = load_batches(training, indices, 0, torch.device("cpu"))
+    return run, batch
 
 
 @contextmanager

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sopdeploy.data.batches import shuffled_batches
 from sopdeploy.models.gmsop import GMSOPResNet
 from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.loop.gradient import train_step
-from sopdeploy.training.loop.run import augmented_images, epoch_batches
 from sopdeploy.training.recipe import Recipe, read_recipe
 from tests.sopdeploy.training.runs import start_run
 
@@ -105,8 +105,11 @@ def learn(
             weight.data.add_(torch.randn(weight.shape, generator=random).to(weight))
     done = 0
     while done < steps:
-        augmented = augmented_images(recipe, dataset(), run.position.epoch)
-        batches = epoch_batches(recipe, len(augmented), run.position.epoch)
+        augmented = run.augmentations.training_images(
+            dataset(), recipe.preprocess, recipe.seed, run.position.epoch
+        )
+        samples = run.augmentations.num_copies * len(augmented)
+        batches = shuffled_batches(samples, recipe.batch_size, recipe.seed, run.position.epoch)
         for samples in batches[: steps - done]:
             loaded = run.strategy.shard(samples)
             images = torch.from_numpy(augmented.pixels(loaded))

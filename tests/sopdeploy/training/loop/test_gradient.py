@@ -14,10 +14,12 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.augment import (
     COLOR_COMPONENTS,
     COLOR_DEVIATIONS,
+    Augmentations,
     AugmentedDataset,
     ColorConfig,
     PadCrop,
 )
+from sopdeploy.data.batches import shuffled_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.evaluation.prediction import evaluate_network
 from sopdeploy.images.preprocess import Preprocess
@@ -25,7 +27,6 @@ from sopdeploy.models.base import TrainingOutput
 from sopdeploy.photos.network_inputs import PreprocessedDataset
 from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training.loop.losses import training_loss
-from sopdeploy.training.loop.run import epoch_batches
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import interrupt, same_run, short_recipe
@@ -134,7 +135,8 @@ def test_held_out_images_are_padded_and_cropped_if_the_recipe_says_so(finished: 
 def test_an_epoch_of_doubled_images_has_each_image_and_its_mirror_image() -> None:
     images = ArrayImages(tuple("ab"), np.stack([ARRAY, ARRAY[::-1]]), np.array([0, 1]))
     recipe = all_options("batch_size=2", "color={}")
-    batches = epoch_batches(recipe, len(images), 0)
+    copies = recipe.part(Augmentations).num_copies
+    batches = shuffled_batches(copies * len(images), recipe.batch_size, recipe.seed, 0)
     assert sorted(index for batch in batches for index in batch) == [0, 1, 2, 3]
     augment = PadCrop(kind="pad-crop", pad=4, doubled=True, flip=0.99)  # is ignored
     dataset = AugmentedDataset(images, augment, Preprocess(resize=8, crop=8), seed=0, epoch=0)

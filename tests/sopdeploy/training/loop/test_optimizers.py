@@ -10,11 +10,11 @@ from torch.optim import lr_scheduler
 
 from sopdeploy import create_model
 from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.data.augment import Augmentations
 from sopdeploy.data.sources import open_data
 from sopdeploy.training.loop.average import ExponentialMovingAverage
 from sopdeploy.training.loop.losses import training_loss
 from sopdeploy.training.loop.optimizer import AdaHessian, create_optimizer, random_signs
-from sopdeploy.training.loop.run import augmented_images
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.schedules import Cosine, Milestones, OneCycle
 from sopdeploy.training.train import train_recipe
@@ -163,7 +163,9 @@ def test_a_run_evaluates_and_exports_the_average(tmp_path) -> None:
 
 def test_training_crops_can_have_another_size_than_evaluation() -> None:
     recipe = short_recipe('augment={kind="random-side", sides=[12, 16], crop=12}')
-    dataset = augmented_images(recipe, open_data(recipe.data).train, 0)
+    dataset = recipe.part(Augmentations).training_images(
+        open_data(recipe.data).train, recipe.preprocess, recipe.seed, 0
+    )
     assert dataset.pixels([0]).shape == (1, 12, 12, 3)
     assert Recipe.model_validate(recipe.model_dump()) == recipe
 

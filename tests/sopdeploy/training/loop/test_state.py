@@ -297,7 +297,12 @@ def test_steps_with_different_penalties_are_read_together() -> None:
         Loss(total, {"main": part, "late": part}, torch.tensor([2, 5])),
     ]
     steps = [state.FinishedStep(loss, torch.tensor(0.5), torch.tensor(1), 4) for loss in losses]
-    vars(run).update(strategy=SimpleNamespace(world=1), position=Position(step=2), unread=steps)
+    vars(run).update(
+        strategy=SimpleNamespace(world=1),
+        position=Position(step=2),
+        unread=steps,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+    )
     assert run.read_steps() == [3, 3]
     assert run.position.sums == {"loss": 24, "main": 16, "late": 4}
     assert (run.position.seen, run.position.gradient, run.position.component_counts) == (
