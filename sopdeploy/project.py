@@ -39,13 +39,28 @@ def check_project_name(name: str | None) -> str | None:
 Name = Annotated[str | None, pydantic.AfterValidator(check_project_name)]
 
 
+class FolderReading(StrictModel):
+    """How the images of a folder were read, also if nobody said so.
+
+    `folder` below it is the data set, "" if it is that itself. `classes_from` and `leave_out` are
+    the settings of a recipe's data that read it so.
+    """
+
+    folder: Text = ""
+    classes_from: Text = ""
+    leave_out: Text = ""
+
+
+AS_IT_IS = FolderReading()  # class folders, or parts of a data set, without a choice
+
+
 class Origin(StrictModel):
     """Where a trained network comes from.
 
     `run` and `data` are the names of the folders of the run and of its images. `num_images`
     includes the held-out ones; `sample` has the lowest hashes of training images, at most
     `SAMPLED`. `formats` are those of the images, names of `FORMATS`; none are known of images
-    that are no files, and of networks that 0.1.0 trained.
+    that are no files, and of networks that 0.1.0 trained. `reading` is known since 0.3.0.
     """
 
     run: Text
@@ -56,6 +71,7 @@ class Origin(StrictModel):
     num_classes: int
     sample: Annotated[tuple[int, ...], pydantic.Field(max_length=SAMPLED)] = ()
     formats: Annotated[tuple[Text, ...], pydantic.Field(max_length=SAMPLED)] = ()
+    reading: FolderReading = AS_IT_IS
 
 
 def folder_name(folder: str | Path) -> str:

@@ -19,6 +19,7 @@ from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.photos.evaluation_images import open_evaluation_images
 from sopdeploy.photos.file_checks import describe_seen
 from sopdeploy.photos.files import Log
+from sopdeploy.project import AS_IT_IS, FolderReading
 
 
 class CheckpointScores(NamedTuple):
@@ -56,16 +57,11 @@ def score_checkpoint(
     # converts the outputs.
     labels = checkpoint.labels if is_multi_label else tuple(sorted(checkpoint.labels))
 
-    # The recipe of the run says how its folder was read. A file can contain anything.
-    recipe = checkpoint.training.get("recipe")
-    of_data = recipe.get("data") if isinstance(recipe, dict) else None
-    of_data = of_data if isinstance(of_data, dict) else {}
     images = open_evaluation_images(
         data,
         labels,
         multi_label=is_multi_label,
-        classes_from=str(of_data.get("classes_from", "")),
-        leave_out=str(of_data.get("leave_out", "")),
+        reading=_how_images_were_read(checkpoint),
         log=log,
     )
 
@@ -116,3 +112,18 @@ def score_checkpoint(
             groups=images.groups,
         )
     return CheckpointScores(checkpoint, images.labels, predictions, fitted)
+
+
+def _how_images_were_read(checkpoint: Checkpoint) -> FolderReading:
+    """Return how the folder of the training images was read, before 0.3.0 as far as the recipe says."""
+    if checkpoint.origin is not None and checkpoint.origin.reading != AS_IT_IS:
+        return checkpoint.origin.reading
+
+    # A file can contain anything.
+    recipe = checkpoint.training.get("recipe")
+    of_data = recipe.get("data") if isinstance(recipe, dict) else None
+    of_data = of_data if isinstance(of_data, dict) else {}
+    return FolderReading(
+        classes_from=str(of_data.get("classes_from", "")),
+        leave_out=str(of_data.get("leave_out", "")),
+    )

@@ -3,10 +3,11 @@
 Letter: N images.
 """
 
+from collections.abc import Collection
 from functools import cache
 from importlib import resources
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.signatures import count_suffixes, note_skipped
 from sopdeploy.photos.class_folders import list_classes, no_classes_error
 from sopdeploy.photos.files import (
+    FILES,
+    FOLDERS,
     SAMPLE_FOLDER,
     Log,
     data_folder,
@@ -26,11 +29,19 @@ from sopdeploy.photos.files import (
     naming_all_undecodable,
     normalize,
     part_folder,
+    split_names,
 )
-from sopdeploy.photos.folder import open_parts
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, select_classes
-from sopdeploy.photos.table import LABELS_FILE, check_has_classes, find_table, read_label_table
+from sopdeploy.photos.table import (
+    LABELS_FILE,
+    TABLE_SUFFIXES,
+    check_has_classes,
+    find_table,
+    named_table,
+    read_label_table,
+)
+from sopdeploy.project import AS_IT_IS, FolderReading
 
 ANY_IMAGES = "JPEG or PNG files, with or without subfolders"
 
@@ -41,8 +52,7 @@ def open_evaluation_images(
     *,
     multi_label: bool = False,
     other_classes: bool = False,
-    classes_from: str = "",
-    leave_out: str = "",
+    reading: FolderReading = AS_IT_IS,
     log: Log = lambda _line: None,
 ) -> ImageFiles:
     """Open the labeled images below *root* for a network with the classes *labels*, in their order.
@@ -52,29 +62,57 @@ def open_evaluation_images(
     several classes per image. *log* receives a line about classes without images, about classes
     that are left out, and about the part that is opened. Raises `DataError` if there are no
     images, and for folders that are no class of the network; with *other_classes* or in an
-    official layout, these are left out if a class remains. *classes_from* and *leave_out* say how the
-    training images were read (`open_folder`); other images may have class folders instead.
+    official layout, these are left out if a class remains. *reading* says how the training images
+    were read. What it names may be missing here, and other images may have class folders instead.
     """
     with naming_all_undecodable(root):
         root = data_folder(root)
-        folders = {*list_subfolders(root)}
-        has_classes = bool(folders) and folders <= {*labels, *class_aliases()}
-        if (classes_from or leave_out) and not has_classes:
-            opened = open_parts(root, 1, classes_from, leave_out)
+        reading = _as_far_as_possible(reading, root, labels)
+        root /= reading.folder
+        if reading != AS_IT_IS:
             log(f"{root}: read as the training images were")
-            images = [*opened.parts.values()][-1]  # the held-out ones, or all
-            return _match_classes(root, images, labels, other_classes, log)
-        return _open_evaluation_images(
-            check_holds_classes(root), labels, multi_label, other_classes, log
-        )
+        if not reading.classes_from:
+            check_holds_classes(root)
+        return _open_evaluation_images(root, labels, multi_label, other_classes, reading, log)
+
+
+def _as_far_as_possible(
+    reading: FolderReading, root: Path, labels: tuple[str, ...]
+) -> FolderReading:
+    """Return what of *reading* applies to *root*; nothing if its folders are classes of the network."""
+    folders = {*list_subfolders(root)}
+    if reading == AS_IT_IS or (folders and folders <= {*labels, *class_aliases()}):
+        return AS_IT_IS
+
+    # The data set, and what it names: a table, a file beside each image, folders.
+    folder = reading.folder if (root / reading.folder).is_dir() else ""
+    inner = root / folder
+    classes_from = reading.classes_from
+    is_table = PurePath(classes_from.partition(":")[0]).suffix in TABLE_SUFFIXES
+    is_there = named_table(inner, classes_from) is not None
+    if (is_table or classes_from == FILES) and not is_there:
+        classes_from = ""
+    left_out = [name for name in split_names(reading.leave_out) if (inner / name).is_dir()]
+    return FolderReading(folder=folder, classes_from=classes_from, leave_out=",".join(left_out))
 
 
 def _open_evaluation_images(
-    root: Path, labels: tuple[str, ...], multi_label: bool, other_classes: bool, log: Log
+    root: Path,
+    labels: tuple[str, ...],
+    multi_label: bool,
+    other_classes: bool,
+    reading: FolderReading,
+    log: Log,
 ) -> ImageFiles:
-    """Do what `open_evaluation_images` says, in a *root* that holds classes."""
+    """Do what `open_evaluation_images` says, in a *root* that holds what *reading* names."""
+    leave_out = split_names(reading.leave_out)
+    if named := named_table(root, reading.classes_from):
+        table, column = named
+        return _held_out_of_table(
+            table, labels, multi_label=multi_label, root=root, column=column
+        )
     if multi_label:
-        folder = _held_out_folder(root, labels, log)
+        folder = _held_out_folder(root, labels, leave_out, log)
         if (table := find_table(root) or find_table(folder)) is None:
             raise DataError(
                 f"{root}: has no {LABELS_FILE}, but the network predicts "
@@ -89,11 +127,14 @@ def _open_evaluation_images(
     if layout is not None:
         images = open_part(layout, "held_out", root)
     else:
-        folder = _held_out_folder(root, labels, log)
-        if table := find_table(folder):
+        folder = root
+        if reading.classes_from != FOLDERS:
+            folder = _held_out_folder(root, labels, leave_out, log)
+        table = None if reading.classes_from else find_table(folder)
+        if table:
             images = _held_out_of_table(table, labels, multi_label=False)
         else:
-            listing = list_classes(folder)
+            listing = list_classes(folder, reading.classes_from, leave_out)
             images = listing.images
             note_skipped(
                 root, count_suffixes(chain.from_iterable(listing.other_files.values()))
@@ -108,20 +149,25 @@ def _open_evaluation_images(
     return images
 
 
-def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
-    """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself."""
-    names = {normalize(name) for name in list_subfolders(root)}
+def _held_out_folder(
+    root: Path, labels: tuple[str, ...], leave_out: Collection[str], log: Log
+) -> Path:
+    """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself.
+
+    It is none of *leave_out*.
+    """
+    names = {normalize(name) for name in list_subfolders(root) if name not in leave_out}
     # A single folder of folders that is no class is the data set itself, as in training.
     known = {normalize(label) for label in labels} | {*class_aliases()}
     is_wrapped = len(names) == 1 and not names & known
-    if is_wrapped and not find_parts(root).held_out and not find_table(root):
-        (inner,) = (root / name for name in list_subfolders(root))
+    if is_wrapped and not find_parts(root, leave_out).held_out and not find_table(root):
+        (inner,) = (root / name for name in list_subfolders(root) if name not in leave_out)
         if list_subfolders(inner):
-            return _held_out_folder(inner, labels, log)
+            return _held_out_folder(inner, labels, (), log)
     # If each subfolder is a class, none is a part, even if it is named val.
     if names <= {normalize(label) for label in labels}:
         return root
-    parts = find_parts(root)
+    parts = find_parts(root, leave_out)
     # Beside other folders, and without train/, val/ is a class.
     val_is_a_class = parts.others and not parts.train
     if val_is_a_class or not parts.held_out:
@@ -132,12 +178,17 @@ def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
 
 
 def _held_out_of_table(
-    table: Path, labels: tuple[str, ...], *, multi_label: bool
+    table: Path,
+    labels: tuple[str, ...],
+    *,
+    multi_label: bool,
+    root: Path | None = None,
+    column: str = "",
 ) -> ImageFiles:
-    """Open the held-out images of *table*, or all if it does not divide them."""
+    """Open the held-out images of *table*, or all if it does not divide them (`read_label_table`)."""
     # The last part: `val` after `train`, or the only one.
-    opened = read_label_table(table, labels, multi_label=multi_label)
-    note_skipped(table.parent, opened.ignored)
+    opened = read_label_table(table, labels, multi_label=multi_label, root=root, column=column)
+    note_skipped(root or table.parent, opened.ignored)
     *_, (name, images) = opened.parts.items()
     check_has_classes(table, name, images)
     return images

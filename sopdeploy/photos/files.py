@@ -461,6 +461,11 @@ def find_parts(root: Path, leave_out: Collection[str] = ()) -> Parts:
     return Parts(train, tuple(held_out), others)
 
 
+def split_names(leave_out: str) -> tuple[str, ...]:
+    """Divide *leave_out*, names of folders separated by commas."""
+    return tuple(name.strip() for name in leave_out.split(",") if name.strip())
+
+
 def part_folder(root: Path, name: str) -> Path:
     """Return the folder of the part *name* in *root*; for `seg_train/seg_train/`, the innermost one.
 

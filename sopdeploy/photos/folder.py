@@ -6,6 +6,7 @@ with their classes (`table`), and official layouts are read by torchvision (`lib
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from shlex import quote
@@ -39,6 +40,7 @@ from sopdeploy.photos.files import (
     naming_all_undecodable,
     part_folder,
     part_kind,
+    split_names,
 )
 from sopdeploy.photos.forms import find_copied_folders
 from sopdeploy.photos.libraries import detect_kind, open_part
@@ -51,8 +53,10 @@ from sopdeploy.photos.table import (
     OpenedParts,
     check_has_classes,
     find_table,
+    named_table,
     read_label_table,
 )
+from sopdeploy.project import FolderReading
 
 
 def open_folder(path: Path, classes_from: str = "", leave_out: str = "") -> Split:
@@ -83,7 +87,12 @@ def open_folder(path: Path, classes_from: str = "", leave_out: str = "") -> Spli
         raise DataError(shorten(problems, "; "), lists={"problems": problems})
     train, *held_out = opened.parts.values()
     if held_out:
-        return Split(train=train, held_out=held_out[0], notes=tuple(notes))
+        return Split(
+            train=train,
+            held_out=held_out[0],
+            notes=tuple(notes),
+            reading=opened.reading,
+        )
 
     # Of a class of one image, none could be held out.
     counts = train.class_counts().tolist()
@@ -94,12 +103,13 @@ def open_folder(path: Path, classes_from: str = "", leave_out: str = "") -> Spli
             f"{root}: a classifier needs two classes of two images or more; add "
             f"images of {shorten(small)}"
         )
-    if not small:
-        return Split.undivided(train, notes)
-    notes.append(
-        f"{root}: left out, because there are fewer than two images: {shorten(small)}; add some"
-    )
-    return Split.undivided(select_classes(train, kept), notes)
+    if small:
+        train = select_classes(train, kept)
+        notes.append(
+            f"{root}: left out, because there are fewer than two images: {shorten(small)}; "
+            "add some"
+        )
+    return replace(Split.undivided(train, notes), reading=opened.reading)
 
 
 def open_parts(
@@ -114,12 +124,7 @@ def open_parts(
     default all. *classes_from* and *leave_out* are those of `open_folder`. Raises `DataError`.
     """
     with naming_all_undecodable(root):
-        return _open_parts(root, max_held_out, classes_from, _names(leave_out))
-
-
-def _names(leave_out: str) -> tuple[str, ...]:
-    """Divide *leave_out* into the names of folders."""
-    return tuple(name.strip() for name in leave_out.split(",") if name.strip())
+        return _open_parts(root, max_held_out, classes_from, split_names(leave_out))
 
 
 def _open_parts(
@@ -134,12 +139,14 @@ def _open_parts(
 
     # What the user says.
     if classes_from:
-        table_name, _, column = classes_from.partition(":")
-        if classes_from == FILES:
-            return _open_table(root, root)
-        if (root / table_name).is_file():
-            return _open_table(root, root / table_name, column)
-        return _open_class_folders(root, max_held_out, classes_from, leave_out)
+        reading = FolderReading(classes_from=classes_from, leave_out=",".join(leave_out))
+        if named := named_table(root, classes_from):
+            opened = _open_table(root, *named)
+        elif classes_from == FILES:
+            raise no_classes_error(root)
+        else:
+            opened = _open_class_folders(root, max_held_out, classes_from, leave_out)
+        return opened._replace(reading=reading)
 
     # A table that nothing contradicts.
     if table := find_table(root):
@@ -163,11 +170,16 @@ def _open_parts(
     def open_reading(reading: Reading, *, is_chosen: bool) -> OpenedParts:
         """Open *reading* as its command does or, if it is chosen unasked, without what is no photograph."""
         if reading.path != root:
-            return _open_parts(reading.path, max_held_out, "", ())
-        names = (*leave_out, *_names(reading.leave_out))
+            opened = _open_parts(reading.path, max_held_out, "", ())
+            folder = (reading.path.relative_to(root) / opened.reading.folder).as_posix()
+            inner = opened.reading.model_copy(update={"folder": folder})
+            return opened._replace(reading=inner)
+
+        names = tuple(dict.fromkeys((*leave_out, *split_names(reading.leave_out))))
         if reading.classes_from in ("", FOLDERS):
             kind = "" if is_chosen else reading.classes_from
-            return _open_class_folders(root, max_held_out, kind, names)
+            opened = _open_class_folders(root, max_held_out, kind, names)
+            return opened._replace(reading=FolderReading(leave_out=",".join(names)))
         return _open_parts(root, max_held_out, reading.classes_from, names)
 
     opened = choose(tree, proposed, open_reading)

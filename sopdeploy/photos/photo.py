@@ -30,6 +30,7 @@ from sopdeploy.images.preprocess import Pixels, Preprocess
 from sopdeploy.images.signatures import HEAD_BYTES, read_head
 from sopdeploy.names import label_problem
 from sopdeploy.photos.files import normalize
+from sopdeploy.project import AS_IT_IS, FolderReading
 
 # How much of a photograph is decoded to compare it, or to show it
 SHOWN = Preprocess(decoding="scaled")
@@ -277,13 +278,15 @@ class Split:
     `held_out` is empty if the source has no such images. The procedure that trains then decides
     whether it holds out some of the training images (`choose_held_out`). `notes` are lines
     about what the user may not have intended, such as files and folders that are not used.
-    `left_out` are the unusable images that are no longer in the parts.
+    `left_out` are the unusable images that are no longer in the parts, and `reading` says how
+    a folder was read.
     """
 
     train: LabeledImages
     held_out: LabeledImages
     notes: tuple[str, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    reading: FolderReading = AS_IT_IS
 
     def __post_init__(self) -> None:
         # Data sources that plug-ins register can have any labels.

@@ -40,6 +40,7 @@ from sopdeploy.photos.table import (
     LABELS_FILE,
     OpenedParts,
     find_listing_tables,
+    named_table,
     pair_with_files,
 )
 
@@ -378,7 +379,7 @@ def choose(tree: Tree, proposed: Sequence[Reading], open_reading: "OpenReading")
     unread = [
         _describe_unread(reading, error)
         for reading, error in errors.items()
-        if (root / reading.classes_from.partition(":")[0]).is_file()
+        if reading.classes_from != FILES and named_table(root, reading.classes_from)
     ]
     if not tried and (unread or not errors):
         raise no_classes_error(root, hint="; ".join(dict.fromkeys(unread)))

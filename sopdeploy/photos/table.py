@@ -40,6 +40,7 @@ from sopdeploy.errors import ConfigError, DataError, amount, shorten
 from sopdeploy.files import advise_on, read_file, read_text
 from sopdeploy.images.signatures import count_suffixes, has_image_suffix, is_image
 from sopdeploy.photos.files import (
+    FILES,
     HELD_OUT,
     TRAIN,
     check_labels,
@@ -65,6 +66,7 @@ from sopdeploy.photos.label_tools import (
     without_brackets,
 )
 from sopdeploy.photos.photo import ImageFiles
+from sopdeploy.project import AS_IT_IS, FolderReading
 
 LABELS_FILE = "labels.csv"
 MAX_TABLE_BYTES = 1 << 28
@@ -110,12 +112,14 @@ class OpenedParts(NamedTuple):
         problems: Why a network cannot be trained on them.
         notes: What the user may not have intended.
         ignored: Number of files that are no images, by suffix.
+        reading: How the folder was read.
     """
 
     parts: dict[str, ImageFiles]
     problems: Sequence[str] = ()
     notes: Sequence[str] = ()
     ignored: Mapping[str, int] = {}
+    reading: FolderReading = AS_IT_IS
 
 
 def find_table(root: Path) -> Path | None:
@@ -147,6 +151,21 @@ def find_table(root: Path) -> Path | None:
         return None
     tables = (table for table, column in find_listing_tables(images, files) if not column)
     return next((table for table in tables if _labels_all_images(root, table, images)), None)
+
+
+def named_table(root: Path, classes_from: str) -> tuple[Path, str] | None:
+    """Return the table in *root* that the setting *classes_from* names, and its column; None for others.
+
+    Of `FILES`, it is *root* itself, whose images have their classes in files beside them.
+    """
+    if classes_from == FILES:
+        images, others = list_images(root)
+        is_labelled = pair_with_files([os.fsdecode(path) for path in images], others)
+        return (root, "") if is_labelled else None
+
+    name, _, column = classes_from.partition(":")
+    table = root / name
+    return (table, column) if table.is_file() else None
 
 
 def _labels_all_images(root: Path, table: Path, images: list[bytes]) -> bool:

@@ -38,7 +38,7 @@ from sopdeploy.photos.split import (
     record_choice,
     recorded_choice,
 )
-from sopdeploy.project import Origin, folder_name, utc_now
+from sopdeploy.project import FolderReading, Origin, folder_name, utc_now
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import (
     RunFolder,
@@ -182,7 +182,7 @@ def set_up_run(
 
     # Only the first process writes the formats of the images, so it alone counts them.
     formats = _find_formats(setup.data, callback) if strategy.rank == 0 else []
-    origin = _describe_origin(setup, folder, last, formats)
+    origin = _describe_origin(setup, opened.reading, folder, last, formats)
     unknown_images = None if unknown is None else unknown.images
     return replace(
         setup,
@@ -524,9 +524,16 @@ def check_same_step(setup: Setup, folder: RunFolder) -> None:
 
 
 def _describe_origin(
-    setup: Setup, folder: RunFolder, last: Checkpoint | None, formats: Sequence[str]
+    setup: Setup,
+    reading: FolderReading,
+    folder: RunFolder,
+    last: Checkpoint | None,
+    formats: Sequence[str],
 ) -> Origin:
-    """Describe where the run in *folder*, on images in *formats*, comes from; it may continue *last*."""
+    """Describe where the run in *folder*, on images in *formats*, comes from; it may continue *last*.
+
+    *reading* says how the folder of the images was read.
+    """
     before = None if last is None else last.origin
     data_path = setup.recipe.data_folder
 
@@ -539,6 +546,7 @@ def _describe_origin(
         num_images=len(setup.data.train) + len(setup.data.held_out),
         sample=(),  # the record adds it
         formats=tuple(formats),
+        reading=reading,
     )
 
 

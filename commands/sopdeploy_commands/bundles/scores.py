@@ -17,7 +17,7 @@ from sopdeploy.photos.evaluation_images import open_evaluation_images
 from sopdeploy.photos.file_checks import describe_seen
 from sopdeploy.photos.files import Log
 from sopdeploy.photos.photo import ImageFiles
-from sopdeploy.project import SAMPLED
+from sopdeploy.project import AS_IT_IS, SAMPLED
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import Settings, load_settings
@@ -51,11 +51,17 @@ def scores_of_bundle(
     # indices of the sorted names; `make_predictions` converts the indices of the logits to
     # them.
     target_labels = labels if multi_label else sorted_labels
-    images = open_evaluation_images(data, target_labels, multi_label=multi_label, log=log)
+    origin = loaded.bundle.manifest.origin
+    images = open_evaluation_images(
+        data,
+        target_labels,
+        multi_label=multi_label,
+        reading=AS_IT_IS if origin is None else origin.reading,
+        log=log,
+    )
 
     # Photographs that trained the network make its scores too good. A full record has the hashes
     # of some training images only.
-    origin = loaded.bundle.manifest.origin
     if origin is not None:
         is_sample = len(origin.sample) == SAMPLED
         if warning := describe_seen(images, origin.sample, is_sample=is_sample):

@@ -43,7 +43,7 @@ from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
 from sopdeploy.photos.evaluation_images import open_evaluation_images, open_unknown
 from sopdeploy.photos.files import KEPT_NAME
 from sopdeploy.photos.photo import ImageFiles
-from sopdeploy.project import SAMPLED
+from sopdeploy.project import AS_IT_IS, SAMPLED
 from sopdeploy_commands.bundles.scores import logits_of_images
 from sopdeploy_commands.promotion.comparison import (
     BundleComparison,
@@ -233,7 +233,14 @@ def _select_photographs(
     # A target is an index in the sorted classes of the pair, which one bundle or both have.
     first_labels, second_labels = (set(model.bundle.labels) for model in pair)
     labels = tuple(sorted(first_labels | second_labels))
-    all_images = open_evaluation_images(data, labels, other_classes=True, log=notes.append)
+    origin = pair[1].bundle.manifest.origin  # the newer one
+    all_images = open_evaluation_images(
+        data,
+        labels,
+        other_classes=True,
+        reading=AS_IT_IS if origin is None else origin.reading,
+        log=notes.append,
+    )
     images, left_out = _leave_out_seen(all_images, pair, notes)
 
     times_N = _read_times(images)

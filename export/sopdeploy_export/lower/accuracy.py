@@ -19,6 +19,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.copies import connect
 from sopdeploy.photos.evaluation_images import open_any_images, open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles
+from sopdeploy.project import AS_IT_IS
 from sopdeploy_export.capture.deployed import INPUT, evenly_spread
 from sopdeploy_export.lower.precision import Accuracy, PrecisionReport, UserImages
 from sopdeploy_export.options import ExportOptions
@@ -86,7 +87,12 @@ class AccuracyCheck:
                 raise ConfigError(
                     "is the folder that calibrates; give other images", setting="evaluate"
                 )
-            self._labeled = open_evaluation_images(options.evaluate, subject.labels)
+            origin = subject.origin
+            self._labeled = open_evaluation_images(
+                options.evaluate,
+                subject.labels,
+                reading=AS_IT_IS if origin is None else origin.reading,
+            )
 
     def measure(self, float32: onnx.ModelProto, exported: InferenceSession) -> Accuracy:
         """Compare the file that *exported* has loaded with the graph *float32*, on the images that measure.

@@ -20,6 +20,7 @@ from onnx import numpy_helper
 from PIL import Image
 from typer.testing import CliRunner
 
+from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.signing import write_signature
 from sopdeploy.decision import Decision
@@ -33,6 +34,7 @@ from sopdeploy.errors import (
 from sopdeploy.evaluation.metrics import classification_report
 from sopdeploy.http_api import ClassProbability
 from sopdeploy.images.decode import decode
+from sopdeploy.project import FolderReading, Origin, utc_now
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles import bench as timing
 from sopdeploy_commands.bundles import scores as evaluate
@@ -251,6 +253,31 @@ def test_a_bundle_and_predict_agree_exactly(bundle_path, folder) -> None:
         assert [labels[index] for index in one.top5] == [
             c.label for c in prediction.classes[:5]
         ]
+
+
+def test_a_bundle_reads_a_folder_as_its_run_did(bundle_path, folder, tmp_path) -> None:
+    bundle = Path(shutil.copytree(bundle_path, tmp_path / "bundles" / bundle_path.name))
+    counts = {"num_images": 14, "num_classes": 7}
+    origin = Origin(
+        run="1",
+        run_id="1",
+        started=utc_now(),
+        data="photos",
+        **counts,
+        reading=FolderReading(classes_from=r"^\D+"),
+    )
+    manifest = read_manifest(bundle).model_copy(update={"origin": origin})
+    (bundle / "manifest.json").write_bytes(manifest.to_bytes())
+    (tmp_path / "photos").mkdir()
+    for path in folder.glob("???/*.*"):
+        path.rename(tmp_path / "photos" / f"{path.parent.name}{path.name}")
+
+    labels, scores, _ = scores_of_bundle(
+        bundle, tmp_path / "photos", settings=ONE_THREAD, on_image=lambda *_: None
+    )
+
+    assert len(scores) == 14
+    assert labels == (*COLORS, *REST)
 
 
 def test_mirrored_scores_of_a_bundle_are_those_of_the_mean_logits(

@@ -10,8 +10,10 @@ import pytest
 
 from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.photos.evaluation_images import open_evaluation_images
 from sopdeploy.photos.files import FILES
 from sopdeploy.photos.folder import open_folder
+from sopdeploy.project import AS_IT_IS, FolderReading
 from sopdeploy_commands.training.data import check
 from tests.support.small_data import jpeg
 
@@ -291,3 +293,74 @@ def test_classes_of_parts_are_paired_by_their_words_and_the_part_that_fits_is_na
     assert f"val/{validated}: is it {trained!r} of the training images?" in str(caught.value)
     assert "test has these classes: add --set data.leave_out=val" in str(caught.value)
     assert len(open_folder(tmp_path, leave_out="val").held_out) == 4
+
+
+def make_with_table(root: Path, name: str = "HAM.csv") -> Path:
+    """Make a folder with ten images and a table of their classes `a` and `b`, and of their ages."""
+    make(root, {"images": 10})
+    rows = [f"{number:03},{'ab'[number % 2]},{number}.5" for number in range(10)]
+    (root / name).write_text("\n".join(["image_id,dx,age", *rows]))
+    return root
+
+
+def make_with_copies(root: Path) -> Path:
+    """Make two class folders, and one with copies of all their images."""
+    make(root, {"a": 5, "b": 5, "cache": 0})
+    for file in [*root.glob("a/*.jpg"), *root.glob("b/*.jpg")]:
+        shutil.copy(file, root / "cache" / f"{file.parent.name}-{file.name}")
+    return root
+
+
+# Folders that are read unasked, and how
+READ = {
+    "class folders": (lambda root: make(root, {"a": 5, "b": 5}), AS_IT_IS),
+    "one folder above": (
+        lambda root: make(root, {"set/a": 5, "set/b": 5, "notes": 0}), FolderReading(folder="set")
+    ),
+    "two folders above, with a table": (
+        lambda root: (make_with_table(root / "one/two"), root)[1],
+        FolderReading(folder="one/two", classes_from="HAM.csv:dx"),
+    ),
+    "a column": (make_with_table, FolderReading(classes_from="HAM.csv:dx")),
+    "copies": (make_with_copies, FolderReading(leave_out="cache")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "reading"), READ.values(), ids=READ)
+def test_a_reading_is_recorded_and_other_images_are_read_like_it(
+    tmp_path, build, reading
+) -> None:
+    split = open_folder(build(tmp_path / "trained"))
+    assert split.reading == reading
+
+    # The same folder, and another one of the same form, but in another order.
+    for folder in (tmp_path / "trained", build(tmp_path / "new")):
+        images = open_evaluation_images(folder, ("b", "a"), reading=split.reading)
+        assert images.class_counts().tolist() == [5, 5]
+
+    # Class folders of the network, and some of its classes without what the reading names.
+    for number, folders in enumerate([{"a": 2, "b": 1}, {"x/a": 2}]):
+        sorted_ = make(tmp_path / f"sorted{number}", folders)
+        images = open_evaluation_images(sorted_, ("a", "b"), reading=split.reading)
+        assert images.class_counts().tolist() == [*folders.values(), 0][:2]
+
+
+def test_a_network_of_several_classes_reads_the_table_of_its_reading(tmp_path) -> None:
+    make_with_table(tmp_path)
+    reading = FolderReading(classes_from="HAM.csv:dx")
+    images = open_evaluation_images(
+        tmp_path, ("b", "c", "a"), multi_label=True, reading=reading
+    )
+    assert images.labels == ("b", "c", "a")
+    assert images.class_counts().tolist() == [5, 0, 5]
+
+
+def test_the_validation_part_is_not_one_that_the_run_left_out(tmp_path) -> None:
+    make(
+        tmp_path,
+        {"train/a": 3, "train/b": 3, "val/as": 2, "val/b": 2, "test/a": 2, "test/b": 2},
+    )
+    split = open_folder(tmp_path, leave_out="val")
+    images = open_evaluation_images(tmp_path, ("a", "b"), reading=split.reading)
+    assert [image.split("/")[0] for image in map(images.identity, range(2))] == ["a", "a"]
+    assert images.root == tmp_path / "test"

@@ -36,6 +36,7 @@ from sopdeploy.html.report import percent
 from sopdeploy.models import registry
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
 from sopdeploy.photos.photo import ArrayImages, ImageFiles, Photo
+from sopdeploy.project import FolderReading
 from sopdeploy.report.wrong_labels import find_wrong_labels, list_wrong_labels
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import RunFolder
@@ -883,6 +884,23 @@ def test_the_judged_copy_is_found_without_decoding_and_long_groups_name_an_image
     settings.append("data.classes_from=folders")  # no search for masks, which reads pixels
     result = train_recipe(read_recipe("photos", settings), tmp_path / "run").procedure
     assert result.contradictions == ("blue/copy.png = red/0.png",)
+
+
+def test_a_run_records_how_its_folder_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Recipe, "starts_random", False)  # as with a file of weights
+    paint(tmp_path / "photos" / "set", 4)
+    settings = [
+        *SMALL,
+        "model.name=resnet8",
+        "model.config={}",
+        f"data.path={tmp_path / 'photos'}",
+    ]
+    folder = RunFolder(tmp_path / "run", Strategy(torch.device("cpu")))
+
+    setup = set_up_run(read_recipe("photos", settings), folder, None, Callback())
+
+    assert setup.origin is not None
+    assert setup.origin.reading == FolderReading(folder="set")
 
 
 def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_thousand(
