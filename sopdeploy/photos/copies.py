@@ -91,6 +91,33 @@ class NearDuplicates(NamedTuple):
     vectors: NDArray[np.float32] = NO_VECTORS
 
 
+class Turned(NamedTuple):
+    """The `pairs` (2, P) of images that are nearly equal if the second one is turned or mirrored.
+
+    The `ways` (P,) of it are 0 to 3 quarter turns, mirrored 4 to 7. Those that are `is_doubtful`
+    (P,) are copies only if their tiles are equal (`compare_pixels`).
+    """
+
+    pairs: NDArray[np.intp]
+    ways: NDArray[np.intp]
+    is_doubtful: NDArray[np.bool_]
+
+    def select(self, mask: NDArray[np.bool_]) -> "Turned":
+        """Keep the pairs where *mask* (P,) is true."""
+        return Turned(self.pairs[:, mask], self.ways[mask], self.is_doubtful[mask])
+
+    def orient(self, small: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Turn the second images of the pairs, of *small* ones (N, S, S), as the first ones are, (P, S, S)."""
+        oriented = np.empty((len(self.ways), *small.shape[1:]), np.uint8)
+        for position, (other, way) in enumerate(zip(self.pairs[1], self.ways, strict=True)):
+            image = small[other] if way < 4 else small[other, :, ::-1]
+            oriented[position] = np.rot90(image, way % 4)
+        return oriented
+
+
+NO_TURNED = Turned(NO_PAIRS, NO_PAIRS[0], NO_PAIRS[0] > 0)
+
+
 def find_near_duplicates(
     views: Sequence[NDArray[np.float32]],
     small: NDArray[np.uint8],
@@ -113,15 +140,28 @@ def find_near_duplicates(
     whole = [part[:, 0] for part in views]
     whiten = _fit_whitening([part[first_N] for part in whole])
     candidates = _find_candidates([part[first_N] for part in views], whiten, nearest)
-    turned = find_turned(small[first_N]) if len(first_N) <= MAX_SIGNATURES else NO_PAIRS
+    different = small[first_N]
+    turned = find_turned(different) if len(first_N) <= MAX_SIGNATURES else NO_TURNED
     if parts is not None:
         parts_N = parts[first_N]
         candidates = candidates[:, parts_N[candidates[0]] != parts_N[candidates[1]]]
-        turned = turned[:, parts_N[turned[0]] != parts_N[turned[1]]]
+        turned = turned.select(parts_N[turned.pairs[0]] != parts_N[turned.pairs[1]])
 
-    shares = compare_new(small[first_N], candidates)
+    # Compare the candidates, and the doubtful turned copies, whose second images follow the others.
+    doubtful = turned.select(turned.is_doubtful)
+    oriented = doubtful.orient(different)
+    follow = np.stack([doubtful.pairs[0], len(first_N) + np.arange(len(oriented))])
+    shares = compare_new(
+        np.concatenate([different, oriented]), np.concatenate([candidates, follow], axis=1)
+    )
+    shares, turned_shares = np.split(shares, [candidates.shape[1]])
+    certain = turned.select(~turned.is_doubtful)
+    copies = [certain.pairs, doubtful.pairs[:, turned_shares >= MOSTLY]]
+
     class_N = number_classes(targets)
-    pairs, is_alike_N = _confirm(candidates, shares, turned, class_N[first_N])
+    pairs, is_alike_N = _confirm(
+        candidates, shares, np.concatenate(copies, axis=1), class_N[first_N]
+    )
     return NearDuplicates(
         first_N[pairs], np.isin(class_N, class_N[first_N[is_alike_N]]), whiten(whole)
     )
@@ -336,12 +376,12 @@ def shrink(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(image.convert("L").resize((SMALL, SMALL), Image.Resampling.BOX))
 
 
-def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
-    """Find the pairs (2, P) of nearly equal images in any of eight orientations, by *small* ones (N, S, S).
+def find_turned(small: NDArray[np.uint8]) -> Turned:
+    """Find the pairs of nearly equal images in any of eight orientations, by *small* ones (N, S, S).
 
     Their cosine is `TURNED` or more. Copies that are turned, smaller and re-encoded reach 0.97,
-    different photographs up to 0.94. Images without contrast are in no pair, and neither are
-    mostly plain ones whose tiles differ (`compare_pixels`).
+    different photographs up to 0.94. Images without contrast are in no pair. Small images of parts
+    of one shape on white are nearly equal, so that pairs of mostly plain ones are doubtful.
     """
     # Each image in eight orientations, as rows without their mean.
     count = len(small)
@@ -370,18 +410,8 @@ def find_turned(small: NDArray[np.uint8]) -> NDArray[np.intp]:
     pairs_3P = np.concatenate(pairs, axis=1)  # each in both orders, and images with themselves
     is_once = pairs_3P[0] < pairs_3P[1]
     pairs_3P = pairs_3P[:, is_once & ~is_plain_N[pairs_3P[:2]].any(axis=0)]
-
-    # Small images of parts of one shape on white are nearly equal: there, tiles decide. The second
-    # images, turned as they were found, follow the others.
-    is_doubtful = are_mostly_plain(small)[pairs_3P[:2]].all(axis=0)
-    oriented = np.stack([small, small[:, :, ::-1]])
-    doubtful = pairs_3P[:, is_doubtful]
-    turned_PSS = [np.rot90(oriented[way // 4, other], way % 4) for _, other, way in doubtful.T]
-    if not turned_PSS:
-        return pairs_3P[:2]
-    both = np.concatenate([small, turned_PSS])
-    shares = compare_new(both, np.stack([doubtful[0], count + np.arange(len(turned_PSS))]))
-    return np.concatenate([pairs_3P[:2, ~is_doubtful], doubtful[:2, shares >= MOSTLY]], axis=1)
+    is_doubtful_P = are_mostly_plain(small)[pairs_3P[:2]].all(axis=0)
+    return Turned(pairs_3P[:2], pairs_3P[2], is_doubtful_P)
 
 
 def signature(small: NDArray[np.uint8]) -> NDArray[np.float32]:

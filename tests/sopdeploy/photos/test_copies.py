@@ -31,6 +31,7 @@ from sopdeploy.photos.copies import (
     shrink,
     signature,
 )
+from sopdeploy.photos.crops import compare_pixels
 from sopdeploy.photos.file_checks import describe_seen, hash_images
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split
@@ -651,12 +652,34 @@ def test_copies_in_eight_orientations_are_found_and_other_scenes_are_not(
     small = np.stack(
         [shrink(Image.fromarray(np.ascontiguousarray(one))) for one in (*scenes, darker)]
     )
-    assert find_turned(small).T.tolist() == [[7, 20]]
+    assert find_turned(small).pairs.T.tolist() == [[7, 20]]
 
 
 def test_plain_images_are_no_copies_of_each_other():
     plain = [np.full((32, 32, 3), level, np.uint8) for level in (0, 90, 91, 255)]
     scenes = [np.asarray(scene(seed).resize((32, 32))) for seed in range(6)]
-    assert not find_turned(
-        np.stack([shrink(Image.fromarray(one)) for one in (*plain, *scenes)])
-    ).size
+    small = np.stack([shrink(Image.fromarray(one)) for one in (*plain, *scenes)])
+    assert not find_turned(small).pairs.size
+
+
+def test_turned_parts_on_white_are_compared_together_with_the_other_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    small = np.full((12, 64, 64), 255, np.uint8)
+    random = np.random.default_rng(0)
+    for image in small:
+        image[24:40, 8:56] = random.integers(0, 255, (4, 6)).repeat(4, axis=0).repeat(8, axis=1)
+    small[7] = np.rot90(small[3])
+    small[9] = small[5, ::-1]
+    calls = []
+
+    def compare(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray[np.float32]:
+        calls.append(pairs)
+        return compare_pixels(small, pairs)
+
+    monkeypatch.setattr("sopdeploy.photos.copies.compare_new", compare)
+    views = random.normal(size=(12, 1, 64))
+    found = find_near_duplicates([views], small, np.zeros(12, int), list(map(str, range(12))))
+
+    assert [[3, 7], [5, 9]] == pairs_of(found)
+    assert len(calls) == 1
