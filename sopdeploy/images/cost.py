@@ -13,7 +13,7 @@ from sopdeploy.images.preprocess import Preprocess
 
 MAX_SEGMENTS = 400  # before the first scan of a JPEG: its metadata, in segments of up to 64 kB
 PROGRESSIVE = 0xC2
-HEIC_HEAD_BYTES = 1 << 16  # before the pixels of a HEIC: what is in the file
+HEIF_HEAD_BYTES = 1 << 16  # before the pixels of a HEIC or AVIF: what is in the file
 
 
 class Cost(NamedTuple):
@@ -25,7 +25,7 @@ class Cost(NamedTuple):
         encoded: How many pixels the whole image has.
         is_proportional: Whether the time is proportional to the bytes and pixels, as that of a JPEG with one
             scan. Other formats can repeat work.
-        is_slow: Whether each pixel takes several times as long as in other formats, as in HEIC.
+        is_slow: Whether each pixel takes several times as long as in other formats, as in HEIC and AVIF.
     """
 
     pixels: int
@@ -37,7 +37,7 @@ class Cost(NamedTuple):
 def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
     """Estimate the cost of decoding *body* by *rules* (None: in full); None if *body* does not tell it."""
     if body[4:8] == b"ftyp":
-        return _heic_cost(body)
+        return _heif_cost(body)
 
     if body.startswith(b"\xff\xd8\xff"):
         width, height, num_scans = _jpeg_fields(body)  # several scans count as 2
@@ -81,9 +81,9 @@ def _read_size(body: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def _heic_cost(body: bytes) -> Cost | None:
-    """Read the cost of the HEIC *body*, whose decoder holds all images of the file; None if unclear."""
-    sizes = ITEM_SIZE.findall(body, 0, HEIC_HEAD_BYTES)
+def _heif_cost(body: bytes) -> Cost | None:
+    """Read the cost of the HEIC or AVIF *body*, whose decoder holds all its images; None if unclear."""
+    sizes = ITEM_SIZE.findall(body, 0, HEIF_HEAD_BYTES)
     pixels = sum(int.from_bytes(width) * int.from_bytes(height) for width, height in sizes)
     return Cost(pixels, pixels, is_proportional=False, is_slow=True) if pixels else None
 

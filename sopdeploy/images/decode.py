@@ -40,7 +40,7 @@ from sopdeploy.images.pixels import (
 )
 from sopdeploy.images.preprocess import Pixels, Preprocess
 
-ANIMATED = {"GIF", "WEBP"}  # besides PNG; the second image of a JPEG is a thumbnail
+ANIMATED = {"GIF", "WEBP", "AVIF"}  # besides PNG; the second image of a JPEG is a thumbnail
 JPEG = {"JPEG", "MPO"}  # MPO: has further images
 FILL_COLOR = {127, 128}  # libjpeg's gray for missing data; Pillow inverts it in CMYK
 NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that changes pixels

@@ -12,7 +12,7 @@ import warnings
 import zlib
 from collections.abc import Collection, Iterator
 
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 from sopdeploy.errors import ImageError, first_line
 from sopdeploy.files import POINTER, POINTER_ADVICE
@@ -23,9 +23,10 @@ from sopdeploy.images.signatures import HEAD_BYTES, find_converter, find_format
 # Pillow warns about large images, which `max_pixels` rejects, and about metadata, which is not
 # used.
 warnings.filterwarnings("ignore", module="PIL")
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # as of all other decoders
 
 _MAX_SIDE = 65_535  # as in JPEG; Pillow needs 8 bytes for each row, and time
-# Sizes of the images in a HEIC file
+# Sizes of the images in a HEIC or AVIF file
 ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)
 CAMERA = "phones take JPEG with the camera setting `most compatible`"
 # Segments of JPEG files:
@@ -78,6 +79,8 @@ def open_image(
         _check_dimensions(webp_size(body), max_pixels)
         if detected == "HEIF":
             _register_heif()
+        if detected == "AVIF" and not AvifImagePlugin.SUPPORTED:
+            raise _unsupported_error("this installation of Pillow reads no AVIF; convert it")
 
         if detected == "JPEG":
             for marker, _ in jpeg_segments(body):
@@ -96,7 +99,7 @@ def open_image(
         if detected == "JPEG":
             image.info.update(_jpeg_orientation_info(body).items())
 
-        if detected == "HEIF":  # its decoder allocates all images of the file
+        if detected in {"HEIF", "AVIF"}:  # their decoders may allocate all images of the file
             for width, height in ITEM_SIZE.findall(body):
                 _check_dimensions(
                     (int.from_bytes(width, "big"), int.from_bytes(height, "big")), max_pixels

@@ -10,7 +10,7 @@ MAX_BYTES = 20_000_000  # of a file
 MAX_PIXELS = 70_000_000  # of an image; phones take photos of 50 and 64 megapixels
 # Names in settings, which are also endings of files, and those of Pillow
 FORMATS = {
-    "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "heic": "HEIF",
+    "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "avif": "AVIF", "heic": "HEIF",
 }  # fmt: skip
 EXTRAS = {"heic": ("heif", "pillow_heif")}  # what decodes a format: extra of sopdeploy, package
 

@@ -53,7 +53,6 @@ CONVERTERS = {
     ),
     "the program of the camera": ("", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".raw"),
     "libjxl": ('djxl "$f" "$f.png"', "JPEG XL", ".jxl"),
-    "libavif": ('avifdec "$f" "$f.png"', "AVIF", ".avif"),
     "DCMTK": ('dcmj2pnm --write-png "$f" "$f.png"', ".dcm"),
     "librsvg": ('rsvg-convert "$f" -o "$f.png"', "SVG", "XML or SVG", ".svg"),
     "Poppler": ('pdftoppm -png "$f" "$f"', "PDF", ".pdf"),
@@ -74,7 +73,11 @@ def find_format(head: bytes) -> str:
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "WEBP"
     if head[4:8] == b"ftyp":
-        return BRANDS.get(head[8:12], "")
+        # The brand of the file, and those that it is compatible with: AVIF may begin as any HEIF does.
+        end = min(int.from_bytes(head[:4]), len(head))
+        brands = [head[begin : begin + 4] for begin in (8, *range(16, end, 4))]
+        kinds = {BRANDS[brand] for brand in brands if brand in BRANDS}
+        return min(kinds, default="")
     if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in BITMAP_HEADERS:
         return "BMP"
 

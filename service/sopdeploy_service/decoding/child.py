@@ -23,10 +23,11 @@ from typing import NamedTuple, NoReturn
 from PIL import Image
 
 from sopdeploy.errors import ImageError
+from sopdeploy.images.cost import estimate_cost
 from sopdeploy.images.decode import decode
-from sopdeploy.images.formats import webp_size
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.signatures import HEAD_BYTES, find_format
 from sopdeploy_service import templates
 from sopdeploy_service.decoding import sandbox
 from sopdeploy_service.runtime.device_memory import keep_freed, limit_heaps
@@ -102,12 +103,12 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
         status = error.status
         message = str(error)
 
-        # Without memory, most decoders raise `MemoryError`, but libwebp says that the image is
-        # damaged.
-        width, height = webp_size(image)
-        is_large_webp = width * height * PIXEL_BYTES > options.memory
+        # Without memory, most decoders raise `MemoryError`, but some say that the image is damaged.
+        cost = estimate_cost(image, None)
+        is_large = cost is not None and cost.encoded * PIXEL_BYTES > options.memory
+        is_vague = find_format(image[:HEAD_BYTES]) in {"WEBP", "AVIF"}
         if isinstance(error.__cause__, MemoryError) or (
-            code == "damaged_image" and is_large_webp
+            code == "damaged_image" and is_vague and is_large
         ):
             code = TOO_MUCH_MEMORY
             status = 413

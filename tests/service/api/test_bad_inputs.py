@@ -35,10 +35,10 @@ def saved(kind: str, **options: object) -> bytes:
     return encoded(Image.new("RGB", (40, 40), (200, 30, 60)), kind, **options)
 
 
-def heic_of_size(width: int, height: int) -> bytes:
-    """A HEIC file of 40 x 40 pixels whose header says another size."""
+def with_other_size(kind: str, width: int, height: int) -> bytes:
+    """A HEIC or AVIF file of 40 x 40 pixels whose header says another size."""
     size = b"ispe" + struct.pack(">III", 0, width, height)
-    return re.sub(rb"ispe.{12}", lambda _found: size, saved("HEIF"), flags=re.DOTALL)
+    return re.sub(rb"ispe.{12}", lambda _found: size, saved(kind), flags=re.DOTALL)
 
 
 BAD_BODIES = {
@@ -48,7 +48,8 @@ BAD_BODIES = {
     },
     (413, "too_many_pixels"): {
         "PNG of 900 megapixels": png(30_000, 30_000),
-        "HEIC of 71 megapixels": heic_of_size(8900, 8000),
+        "HEIC of 71 megapixels": with_other_size("HEIF", 8900, 8000),
+        "AVIF of 71 megapixels": with_other_size("AVIF", 8900, 8000),
     },
     (415, "not_an_image"): {
         "text": b"hello, I am a cat",
@@ -61,7 +62,7 @@ BAD_BODIES = {
     (415, "unsupported_format"): {
         "a web page": b"\n<!DOCTYPE html><html>",
         "TIFF": saved("TIFF"),
-        "AVIF": b"\0\0\0\x1cftypavif" + bytes(100),
+        "JPEG 2000": b"\0\0\0\x0cjP  " + bytes(100),
         "JPEG XL": b"\0\0\0\x0cJXL " + bytes(100),
         "ICO": saved("ICO"),
         "PDF": b"%PDF-1.7 ...",
@@ -70,10 +71,12 @@ BAD_BODIES = {
     (422, "truncated_image"): {
         "JPEG cut in half": JPEG_IMAGE[: len(JPEG_IMAGE) // 2],
         "PNG cut in its pixels": picture_bytes(kind="PNG")[:-60],
+        "AVIF cut in its pixels": saved("AVIF")[:-30],
     },
     (422, "damaged_image"): {
         "JPEG without a width": jpeg_of_size(0, 10),
         "only the signature of a HEIC": b"\0\0\0\x18ftypheic" + bytes(100),
+        "only the signature of an AVIF": b"\0\0\0\x1cftypavif" + bytes(100),
     },
     (422, None): {
         "20 bytes of JPEG": JPEG_IMAGE[:20],

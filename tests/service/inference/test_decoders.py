@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import signal
+import struct
 import subprocess
 import sys
 import weakref
@@ -52,6 +53,7 @@ from tests.support import hostile_images as hostile
 from tests.support.children import children_of
 from tests.support.decoding import RULES, error_of, running_child
 from tests.support.fake_runtime import FakeRuntime
+from tests.support.pictures import encoded
 from tests.support.raw import count
 from tests.support.service import Client, picture_bytes, wait_for
 
@@ -68,6 +70,7 @@ OPTIONS = ChildOptions(
     sandbox="auto",
 )
 LARGE = OPTIONS._replace(memory=LARGE_MEMORY, is_light=False)
+SMALL = OPTIONS._replace(memory=8 * MIB)
 
 
 BUDGETS = {  # budget and wanted children: light ones, large ones, memory of a large one
@@ -118,7 +121,7 @@ def test_a_format_that_is_not_in_the_settings_is_415(serve_with) -> None:
 NO_IMAGES = {  # files that no decoder accepts, or that one refuses by its header; code
     "text": (b"hello", "not_an_image"),
     "a PDF": (b"%PDF-1.4\n" + bytes(300), "unsupported_format"),
-    "an AVIF": (b"\0\0\0\x18ftypavif" + bytes(200), "unsupported_format"),
+    "a TIFF": (b"II*\0" + bytes(200), "unsupported_format"),
     "a file without bytes": (b"", "empty_body"),
     "a JPEG that was cut": (picture_bytes()[:100], "truncated_image"),
     "a JPEG of 200 megapixels": (hostile.jpeg(20_000, 10_000)[:2000], "too_many_pixels"),
@@ -364,6 +367,21 @@ COSTLY = {  # options, file, error
         OPTIONS,
         lambda: hostile.webp_lossless(6000, 4000),
         "too_much_memory",
+    ),
+    "an AVIF that is too large": (
+        SMALL,
+        lambda: encoded(Image.new("L", (3000, 3000)), "AVIF", speed=10),
+        "too_much_memory",
+    ),
+    "an AVIF that hides its size": (
+        SMALL,
+        lambda: re.sub(
+            rb"ispe.{12}",
+            b"ispe" + struct.pack(">III", 0, 64, 64),
+            encoded(Image.new("L", (3000, 3000)), "AVIF", speed=10),
+            flags=re.DOTALL,
+        ),
+        "damaged_image",
     ),
     "more than the memory": (
         LARGE,

@@ -367,7 +367,7 @@ def test_training_and_server_compute_the_same_pixels_of_every_format(kind: str) 
     assert served.warnings == ()
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "HEIF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "HEIF"])
 def test_a_turned_photograph_of_any_format_is_upright(kind: str) -> None:
     upright = Image.new("RGB", (64, 128))
     upright.paste((250, 250, 250), (0, 0, 64, 64))

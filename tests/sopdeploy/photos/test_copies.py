@@ -681,5 +681,5 @@ def test_turned_parts_on_white_are_compared_together_with_the_other_pairs(
     views = random.normal(size=(12, 1, 64))
     found = find_near_duplicates([views], small, np.zeros(12, int), list(map(str, range(12))))
 
-    assert [[3, 7], [5, 9]] == pairs_of(found)
+    assert pairs_of(found) == [[3, 7], [5, 9]]
     assert len(calls) == 1

@@ -75,7 +75,7 @@ def test_classes_are_sorted_and_hidden_and_other_files_ignored(tmp_path) -> None
     (tmp_path / "Bee" / "scan.TIF").write_bytes(b"II*")
     (tmp_path / "README").write_text("mine")
     split, lines = open_at(tmp_path), open_folder(tmp_path).notes
-    formats = "JPEG, PNG, WebP, GIF, BMP and HEIC"
+    formats = "JPEG, PNG, WebP, GIF, BMP, AVIF and HEIC"
     skipped = ".tif 1, .txt 1, without an ending 1"
     assert lines[-1] == f"{tmp_path}: 3 files skipped, not {formats}: {skipped}"
     assert split.train.labels == split.held_out.labels == ("Bee", "ant", "zebra")
