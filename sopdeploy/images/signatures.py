@@ -131,13 +131,22 @@ def find_converter(kind: str) -> str:
     return next((name for name, (_, *kinds) in CONVERTERS.items() if kind in kinds), "")
 
 
-def describe_conversion(file: Path) -> str:
-    """Say how the files with the suffix of *file* in its folder become images; "" if that is not known."""
-    suffix = suffix_of(file.name)
-    converter = find_converter(suffix)
+def describe_conversion(root: Path, file: str, others: Iterable[str]) -> str:
+    """Say how *file* in *root*, and *others* with its suffix, become images; "" if that is not known.
+
+    If they are in several folders, the command converts those of all folders beside its folder.
+    """
+    path = PurePath(file)
+    converter = find_converter(suffix_of(file))
     if not converter:
         return ""
-    files = f"{quote(str(file.parent))}/*{file.suffix}"
+    folders = {
+        PurePath(other).parent for other in others if PurePath(other).suffix == path.suffix
+    }
+    where = quote(str((root / path).parent))
+    if len(folders) > 1:
+        where = quote(str(root)) + "/*" * len(path.parent.parts)
+    files = f"{where}/*{path.suffix}"
     command = CONVERTERS[converter][0].format(files=files)
     if "$f" in command:
         command = f"for f in {files}; do {command}; done"

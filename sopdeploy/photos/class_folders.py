@@ -190,7 +190,7 @@ def advise_on_files(where: Path, files: Sequence[str]) -> str:
 
     # Other formats, of one image each or of many.
     for file in files:
-        if conversion := describe_conversion(where / file):
+        if conversion := describe_conversion(where, file, files):
             return conversion
     for file in files:
         if file.lower().endswith(ARRAYS):
@@ -322,7 +322,8 @@ def describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> I
         more = f" (also in {shorten(empty[1:])})" if len(empty) > 1 else ""
         ignored = describe_suffixes(count_suffixes(listing.other_files.get(empty[0], ())))
         only_others = f", only other files ({ignored})" if ignored else ""
-        advice = advise_on_files(root, listing.other_files.get(empty[0], ()))
+        files = chain.from_iterable(listing.other_files.get(label, ()) for label in empty)
+        advice = advise_on_files(root, [*files])
         if not advice:
             advice = f"add some ({describe_formats()}) or remove the folder"
         elif POINTER_ADVICE not in advice:

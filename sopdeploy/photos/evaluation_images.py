@@ -113,14 +113,15 @@ def _open_evaluation_images(
         )
     if multi_label:
         folder = _held_out_folder(root, labels, leave_out, log)
-        if (table := find_table(root) or find_table(folder)) is None:
+        found = find_table(root) or find_table(folder)
+        if found is None:
             raise DataError(
                 f"{root}: has no {LABELS_FILE}, but the network predicts "
                 "several classes per image; list the images and their "
                 "classes in this file"
             )
         # With *labels*, the images of the table have exactly these classes.
-        return _held_out_of_table(table, labels, multi_label=True)
+        return _held_out_of_table(found, labels, multi_label=True)
 
     # One class per image: the official layout of a public data set, a table, or class folders.
     layout = detect_kind(root)  # None for a folder of the user
@@ -130,9 +131,9 @@ def _open_evaluation_images(
         folder = root
         if reading.classes_from != FOLDERS:
             folder = _held_out_folder(root, labels, leave_out, log)
-        table = None if reading.classes_from else find_table(folder)
-        if table:
-            images = _held_out_of_table(table, labels, multi_label=False)
+        own_table = None if reading.classes_from else find_table(folder)
+        if own_table is not None:
+            images = _held_out_of_table(own_table, labels, multi_label=False)
         else:
             listing = list_classes(folder, reading.classes_from, leave_out)
             images = listing.images

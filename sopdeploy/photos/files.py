@@ -103,9 +103,10 @@ def is_hidden(name: str) -> bool:
 
 
 def is_general(name: str) -> bool:
-    """Tell whether the folder *name* says only that it holds images, such as `images` or `img_data`."""
+    """Tell whether the folder *name* says only that it holds images, such as `images` or `dataset`."""
     words = [word for word in re.split(r"[\s_.-]+", name.lower()) if word]
-    return bool(words) and all({word, f"{word}s"} & (AFFIXES | {"imgs"}) for word in words)
+    stems = [word.removesuffix("s").removesuffix("set") for word in words]
+    return bool(words) and all({stem, f"{stem}s"} & (AFFIXES | {"imgs", ""}) for stem in stems)
 
 
 def part_kind(name: str) -> str:

@@ -245,9 +245,8 @@ def _open_class_folders(
             and list_classes(folders[name], classes_from).images.labels == labels
         ]
         if right:
-            problems.append(
-                f"{root}: {right[0]} has these classes: add --set data.leave_out={','.join(wrong)}"
-            )
+            reading = Reading(root, f"without {shorten(wrong)}", leave_out=",".join(wrong))
+            problems.append(f"{root}: {right[0]} has these classes: {reading.command}")
     used_to_train = [*listings][:2]  # the training part, and one that is held out
     notes = [*_describe_parts(root, parts, used_to_train, unlabelled)]
 
@@ -322,12 +321,12 @@ def _list_held_out(
 
 
 def _check_tells_classes(root: Path, train: ClassListing) -> None:
-    """Raise `DataError` if the training images have fewer than two classes.
+    """Raise `DataError` if there are no training images, or they have fewer than two classes.
 
-    Empty folders count, because `describe_class_problems` tells them.
+    Empty folders beside others count, because `describe_class_problems` tells them.
     """
     images = train.images
-    if not images.labels:
+    if not len(images):
         raise no_classes_error(root, images.root)
     if len(images.labels) > 1:
         return

@@ -52,7 +52,8 @@ MAX_FOLDERS = 3  # that are tried as data sets of their own, those with the most
 MAX_SHOWN = 12  # entries of the tree of a folder without a reading
 # Words of folders that say what was done with images, not what they show
 UNSPECIFIC = {
-    *("backup", "bak", "copy", "copies", "folder", "misc", "new", "old", "output", "outputs"),
+    *("backup", "bak", "copy", "copies", "example", "examples", "folder", "misc", "new", "old"),
+    *("output", "outputs"),
     *("pred", "preds", "prediction", "predictions", "result", "results", "sample", "samples"),
     *("screenshot", "screenshots", "temp", "tmp", "unlabeled", "unlabelled", "unsorted"),
 }
@@ -90,9 +91,19 @@ class Tried(NamedTuple):
     opened: OpenedParts
 
     @property
+    def counts(self) -> dict[str, int]:
+        """The number of training images of each class that it trains; without validation images, two or more."""
+        train, *held_out = self.opened.parts.values()
+        least = 1 if held_out else 2
+        counts = zip(train.labels, train.class_counts().tolist(), strict=True)
+        return {label: count for label, count in counts if count >= least}
+
+    @property
     def num_used(self) -> int:
         """The number of images that it uses."""
-        return sum(len(images) for images in self.opened.parts.values())
+        train, *held_out = self.opened.parts.values()
+        num_left_out = 0 if train.is_multi_label else len(train) - sum(self.counts.values())
+        return len(train) - num_left_out + sum(map(len, held_out))
 
     @property
     def partition(self) -> dict[str, frozenset[Path]]:
@@ -102,9 +113,8 @@ class Tried(NamedTuple):
 
     def describe(self, total: int) -> str:
         """Name the command, its classes with counts, and the images that it leaves over of *total*."""
-        train, *held_out = self.opened.parts.values()
-        counts = dict(zip(train.labels, train.class_counts().tolist(), strict=True))
-        facts = [shorten([f"{label} {count:,}" for label, count in counts.items()])]
+        _, *held_out = self.opened.parts.values()
+        facts = [shorten([f"{label} {count:,}" for label, count in self.counts.items()])]
         if held_out:
             facts.append(f"{amount(sum(map(len, held_out)), 'validation image')}")
         if self.num_used < total:
@@ -169,11 +179,11 @@ class Tree:
         """Tell whether the folders in *folder* differ in words, and hold several images each.
 
         Fewer images do if another folder holds the same ones. Folders that differ in a number only
-        are the objects of a class or the days of a camera.
+        are the objects of a class or the days of a camera, unless the name of *folder* is no class.
         """
         inner = self.inner.get(folder, Counter[str]())
         words = {_without_digits(name) for name in inner}
-        if len(words) < 2:
+        if len(inner) < 2 or (len(words) < 2 and not is_general(folder)):
             return False
         is_shared = any(
             inner.keys() == one.keys() for top, one in self.inner.items() if top != folder
@@ -205,9 +215,10 @@ def propose_readings(tree: Tree, parts: Parts, num_part_classes: int) -> list[Re
         parts_only = Reading(root / parts.train, f"{parts.train} is the training part")
         return [parts_only, _top_folders(tree)]
     proposed = [*_propose_folders(tree)]
-    if parts.train or len(tree.tops) < 2 or len(proposed) != 1 or proposed[0].doubt:
+    is_only_one = len(proposed) == 1 and not proposed[0].doubt and not parts.train
+    if not is_only_one:
         proposed += _propose_names(tree)
-    else:
+    elif proposed[0].path == root:
         proposed += _propose_names_of_shards(tree)
     proposed += [*_propose_tables(tree), *beside]
     are_flat_parts = bool(tree.counts) and all(map(part_kind, tree.counts)) and not tree.inner
@@ -365,7 +376,8 @@ def choose(tree: Tree, proposed: Sequence[Reading], open_reading: "OpenReading")
         if plain.path == root and plain.classes_from in ("", FOLDERS):
             return open_reading(plain, is_chosen=True)
 
-    # Readings that cannot be opened are none; one that is ambiguous has several itself.
+    # Readings that cannot be opened are none; one that is ambiguous has several itself. If none can
+    # train, the problem of the likeliest one is that of the folder.
     tried = list[Tried]()
     errors = dict[Reading, DataError]()
     for reading in proposed:
@@ -375,7 +387,10 @@ def choose(tree: Tree, proposed: Sequence[Reading], open_reading: "OpenReading")
             tried += error.readings
         except DataError as error:
             errors[reading] = error
-    tried = _without_equal(tried)
+    usable = [one for one in tried if not one.opened.problems and len(one.counts) > 1]
+    if tried and not usable:
+        return tried[0].opened
+    tried = _without_equal(usable)
     unread = [
         _describe_unread(reading, error)
         for reading, error in errors.items()
@@ -443,14 +458,10 @@ def _suggest_sorting(root: Path, reading: Reading) -> str:
 
 
 def _without_equal(tried: Sequence[Tried]) -> list[Tried]:
-    """Keep one of the readings with equal classes of equal images, the first without a doubt.
-
-    Readings with problems are left out.
-    """
+    """Keep one of the readings with equal classes of equal images, the first without a doubt."""
     kept = dict[object, Tried]()
     for one in tried:
-        if not one.opened.problems:
-            key = frozenset(one.partition.values())
-            if key not in kept or (kept[key].reading.doubt and not one.reading.doubt):
-                kept[key] = one
+        key = frozenset(one.partition.values())
+        if key not in kept or (kept[key].reading.doubt and not one.reading.doubt):
+            kept[key] = one
     return [*kept.values()]

@@ -41,6 +41,7 @@ from sopdeploy.files import advise_on, read_file, read_text
 from sopdeploy.images.signatures import count_suffixes, has_image_suffix, is_image
 from sopdeploy.photos.files import (
     FILES,
+    FOLDERS,
     HELD_OUT,
     TRAIN,
     check_labels,
@@ -92,6 +93,7 @@ MANY_MISSING = 3
 MAX_TABLES = 20
 MAX_SAMPLED = 30
 MAX_SEARCHED = 2**24
+SPREADSHEETS = (".numbers", ".ods", ".xls", ".xlsx")  # which nothing here reads
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml")
 # What the readers of label tools raise for other content than they expect.
 _UNEXPECTED_CONTENT = (
@@ -128,21 +130,20 @@ def find_table(root: Path) -> Path | None:
     This is `labels.csv`, or else another table, if no two folders may be the classes. It must list
     all images or, if some are directly in `train/`, all of these, as Kaggle's tables do. More than
     half of its rows must have a class. Raises `DataError` for a `labels.csv` that cannot be read,
-    and for another `labels.*`, such as `labels.xlsx`.
+    and for a spreadsheet `labels.*`.
     """
     path = root / LABELS_FILE
     if os.path.lexists(path) and not path.is_dir():  # a folder may be a class
         read_table_text(path)  # only for its error
         return path
 
-    for other in sorted(root.glob("[lL][aA][bB][eE][lL][sS].*")):
-        if other.is_file() and not is_image(other):
-            raise DataError(
-                f"{other}: not read; save it as {LABELS_FILE} with the columns "
-                "file,classes, or rename it if the folders are the classes"
-            )
-
     files = sorted(root.glob("*.*"))
+    for file in files:
+        if file.stem.lower() == "labels" and file.suffix.lower() in SPREADSHEETS:
+            raise DataError(
+                f"{file}: not read; save it as {LABELS_FILE} with the columns file,classes, or add "
+                f"--set data.classes_from={FOLDERS} if the folders are the classes"
+            )
     if not any(file.suffix.lower() in TABLE_SUFFIXES for file in files):
         return None
     images, _other_files = list_images(root)

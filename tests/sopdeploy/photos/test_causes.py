@@ -41,7 +41,11 @@ REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
     "arrays": ({"x.npy": b"", "readme.md": b""}, "write the images of x.npy to image files"),
     "another format": (
         {"a/1.tif": b"II*\0", "b/1.tif": b"II*\0"},
-        "convert them with ImageMagick: mogrify -format png {root}/a/*.tif",
+        "convert them with ImageMagick: mogrify -format png {root}/*/*.tif",
+    ),
+    "another format below one folder": (
+        {f"photos/{label}/1.ppm": b"P6" for label in "ab"},
+        "convert them with ImageMagick: mogrify -format png {root}/*/*/*.ppm",
     ),
     "a format of single files": (
         TWO_CLASSES | {"c d/1.svg": b"<svg"},

@@ -438,11 +438,8 @@ def test_a_table_above_folders_that_are_no_classes_tells_the_classes(
     ("name", "content", "problem"),
     [
         ("labels.csv", "id,date\n1,2026", "labels.csv: has the columns id, date"),
-        ("labels.tsv", "file\tclasses", "labels.tsv: not read; save it as labels.csv"),
         ("Labels.XLSX", "PK", "Labels.XLSX: not read; save it as labels.csv"),
-        ("Labels.csv", "file,classes", "Labels.csv: not read; save it as labels.csv"),
-        ("labels.txt", "000.jpg a", "labels.txt: not read; save it as labels.csv"),
-        ("labels.json", "{}", "labels.json: not read; save it as labels.csv"),
+        ("labels.ods", "PK", "labels.ods: not read; save it as labels.csv"),
         ("train/labels.csv", "file,classes\na/0.jpg,a", "train/labels.csv: not read here"),
     ],
 )
@@ -454,6 +451,13 @@ def test_a_table_beside_class_folders_that_is_not_read_is_an_error(
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=re.escape(problem)):
         open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["labels.tsv", "Labels.csv", "labels.txt", "labels.json"])
+def test_a_text_called_labels_that_lists_no_image_changes_nothing(tmp_path, name) -> None:
+    make(tmp_path, tulip=3, rose=3)
+    (tmp_path / name).write_text("classes = ['tulip', 'rose']\n")
+    assert open_folder(tmp_path).train.labels == ("rose", "tulip")
 
 
 ABOVE = "put the parts above the classes"

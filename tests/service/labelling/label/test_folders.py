@@ -355,9 +355,9 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
         DataError, match=r"reads its classes from labels.csv.*; give another folder"
     ):
         LabelFolders(tmp_path / "kept", tmp_path / "scenes")
-    (tmp_path / "scenes" / "labels.csv").rename(tmp_path / "scenes" / "labels.txt")
+    (tmp_path / "scenes" / "labels.csv").rename(tmp_path / "scenes" / "labels.xlsx")
     with pytest.raises(
-        DataError, match=r"labels.txt: not read; save it as labels.csv"
+        DataError, match=r"labels.xlsx: not read; save it as labels.csv"
     ):  # as `train` does
         LabelFolders(tmp_path / "kept", tmp_path / "scenes")
 
