@@ -58,6 +58,7 @@ CONVERTERS = {
     "Poppler": ('pdftoppm -png "$f" "$f"', "PDF", ".pdf"),
     "FFmpeg": ('ffmpeg -i "$f" -r 1 "$f-%04d.png"', ".avi", ".mkv", ".mov", ".mp4", ".webm"),
 }
+OF_DOCUMENTS = ("Poppler", "FFmpeg")  # reports and films, which folders beside the classes hold
 WEB_PAGES = (b"<!doctype html", b"<html", b"<head", b"<body")  # what a failed download leaves
 BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
     (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif"), "HEIF"

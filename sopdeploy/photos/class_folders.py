@@ -18,6 +18,7 @@ from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.files import POINTER_ADVICE, is_pointer
 from sopdeploy.images.limits import describe_formats
 from sopdeploy.images.signatures import (
+    OF_DOCUMENTS,
     count_suffixes,
     describe_conversion,
     describe_suffixes,
@@ -176,7 +177,8 @@ def find_leftover_paths(root: Path, paths: Sequence[bytes]) -> set[bytes]:
 
 def _may_hold_photographs(file: str) -> bool:
     """Tell whether *file* is an archive, or has the suffix of an image format that is not read."""
-    return file.lower().endswith(ARCHIVES) or bool(find_converter(suffix_of(file)))
+    converter = find_converter(suffix_of(file))
+    return file.lower().endswith(ARCHIVES) or converter not in ("", *OF_DOCUMENTS)
 
 
 def advise_on_files(where: Path, files: Sequence[str]) -> str:

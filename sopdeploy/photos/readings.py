@@ -49,7 +49,7 @@ NAME_PATTERNS = (r"^\D+", r"\D+$")
 FEW_IMAGES = 3  # that names and subfolders must have per class on average
 NEARLY_ALL = 0.9  # share of the images that a reading uses if nobody is asked
 MAX_FOLDERS = 3  # that are tried as data sets of their own, those with the most images
-MAX_SHOWN = 12  # entries of the tree of a folder without a reading
+MAX_ASKED = 8  # readings that are shown, those that use the most images
 # Words of folders that say what was done with images, not what they show
 UNSPECIFIC = {
     *("backup", "bak", "copy", "copies", "example", "examples", "folder", "misc", "new", "old"),
@@ -303,7 +303,7 @@ def _doubtful_folders(tree: Tree) -> dict[str, str]:
             doubtful[top] = "says what was done with images, not what they show"
         elif {name.lower() for name in tree.inner.get(top, ())} & others:
             doubtful[top] = "holds folders with the names of the others"
-    return doubtful if len(doubtful) < len(tops) or len(tops) < 3 else {}
+    return doubtful
 
 
 def _without_unspecific(name: str) -> str:
@@ -410,7 +410,9 @@ def choose(tree: Tree, proposed: Sequence[Reading], open_reading: "OpenReading")
         return opened._replace(notes=[*opened.notes, *dict.fromkeys(unread)])
 
     # Ask.
-    commands = [one.describe(total) for one in tried]
+    shown = sorted(tried, key=lambda one: one.num_used, reverse=True)[:MAX_ASKED]
+    shown.sort(key=tried.index)
+    commands = [one.describe(total) for one in shown]
     doubt = best.reading.doubt and f" ({best.reading.doubt})"
     if others:
         question = f"may be read in {len(tried)} ways{doubt}; run the one that you mean: "
@@ -423,9 +425,9 @@ def choose(tree: Tree, proposed: Sequence[Reading], open_reading: "OpenReading")
         + "; or ".join(commands)
         + _suggest_sorting(root, best.reading)
         + "".join(f"; {line}" for line in dict.fromkeys(unread)),
-        lists={"readings": [one.reading.command for one in tried]},
+        lists={"readings": [one.reading.command for one in shown]},
     )
-    ambiguous.readings = tried
+    ambiguous.readings = shown
     raise ambiguous
 
 
