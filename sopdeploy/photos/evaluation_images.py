@@ -18,6 +18,7 @@ from sopdeploy.photos.class_folders import list_classes, no_classes_error
 from sopdeploy.photos.files import (
     FILES,
     FOLDERS,
+    LABELS_FILE,
     SAMPLE_FOLDER,
     Log,
     data_folder,
@@ -33,14 +34,8 @@ from sopdeploy.photos.files import (
 )
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, select_classes
-from sopdeploy.photos.table import (
-    LABELS_FILE,
-    TABLE_SUFFIXES,
-    check_has_classes,
-    find_table,
-    named_table,
-    read_label_table,
-)
+from sopdeploy.photos.table import check_has_classes, read_label_table
+from sopdeploy.photos.table_search import TABLE_SUFFIXES, find_table, named_table
 from sopdeploy.project import AS_IT_IS, FolderReading
 
 ANY_IMAGES = "JPEG or PNG files, with or without subfolders"

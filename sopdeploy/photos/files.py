@@ -47,7 +47,9 @@ ID_DIGITS = 32  # hexadecimal
 KEPT_NAME = re.compile(r"[0-9a-f]{32}\.(jpg|png)")  # as a server writes it
 # Also of copies: ID-2, `ID (1)`, `ID copy`
 _KEPT_STEM = re.compile(r"([0-9a-f]{32})(?:[-_ (].*)?")
+LABELS_FILE = "labels.csv"
 TRAIN = "train"
+VAL = "val"
 TRAINING = (TRAIN, "training")
 # Best first
 HELD_OUT = (

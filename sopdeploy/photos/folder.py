@@ -16,6 +16,7 @@ import numpy as np
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.files import is_pointer
 from sopdeploy.images.signatures import count_suffixes, describe_skipped
+from sopdeploy.photos.cells import SPLIT
 from sopdeploy.photos.class_folders import (
     ClassListing,
     advise_on_files,
@@ -29,6 +30,7 @@ from sopdeploy.photos.file_checks import find_unreadable
 from sopdeploy.photos.files import (
     FILES,
     FOLDERS,
+    LABELS_FILE,
     TRAIN,
     TRAINING,
     Parts,
@@ -46,16 +48,8 @@ from sopdeploy.photos.forms import find_copied_folders
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, Split, select_classes
 from sopdeploy.photos.readings import Reading, Tree, choose, propose_readings
-from sopdeploy.photos.table import (
-    LABELS_FILE,
-    SPLIT,
-    UNSPLIT,
-    OpenedParts,
-    check_has_classes,
-    find_table,
-    named_table,
-    read_label_table,
-)
+from sopdeploy.photos.table import UNSPLIT, OpenedParts, check_has_classes, read_label_table
+from sopdeploy.photos.table_search import find_table, named_table
 from sopdeploy.project import FolderReading
 
 

@@ -1,6 +1,6 @@
 """The exports of label tools: files and classes in JSON, in CVAT's XML, and in VIA's CSV.
 
-All readers yield cells by column, `file` and `classes`, for `sopdeploy.photos.table`. An image
+All readers yield cells by column, `file` and `classes`, for `sopdeploy.photos.cells`. An image
 that nobody has labelled yet has no `classes`. A JSON object of a file and its labels
 (`read_entry`) must have a key for them, with null if there are none.
 """

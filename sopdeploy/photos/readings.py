@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.signatures import has_image_suffix
+from sopdeploy.photos.cells import pair_with_files
 from sopdeploy.photos.class_folders import (
     class_in_name,
     find_leftover_paths,
@@ -25,6 +26,7 @@ from sopdeploy.photos.files import (
     FILES,
     FOLDERS,
     HELD_OUT,
+    LABELS_FILE,
     SUBFOLDERS,
     TRAIN,
     TRAINING,
@@ -36,13 +38,8 @@ from sopdeploy.photos.files import (
     part_of,
 )
 from sopdeploy.photos.photo import ImageFiles
-from sopdeploy.photos.table import (
-    LABELS_FILE,
-    OpenedParts,
-    find_listing_tables,
-    named_table,
-    pair_with_files,
-)
+from sopdeploy.photos.table import OpenedParts
+from sopdeploy.photos.table_search import find_listing_tables, named_table
 
 # Where the class may be in a name: before the first digit, or behind the last one.
 NAME_PATTERNS = (r"^\D+", r"\D+$")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sopdeploy.errors import DataError
-from sopdeploy.photos import table
+from sopdeploy.photos import cells
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.copies import group_photographs
 from sopdeploy.photos.evaluation_images import open_evaluation_images
@@ -224,7 +224,7 @@ def test_a_table_that_cannot_be_read_is_never_ignored(folder: Path, make, messag
 
 
 def test_a_table_without_end_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "MAX_TABLE_BYTES", len(GOOD) - 1)
+    monkeypatch.setattr(cells, "MAX_TABLE_BYTES", len(GOOD) - 1)
     with pytest.raises(
         DataError, match=r"labels\.csv: cannot be read \(larger than \d+ bytes, the limit\)"
     ):

@@ -45,7 +45,7 @@ from sopdeploy.photos.files import (
     numbered_name,
     part_kind,
 )
-from sopdeploy.photos.table import find_table
+from sopdeploy.photos.table_search import find_table
 from sopdeploy_service.inference.drift_state import read_alarms
 from sopdeploy_service.labelling.kept import (
     LABELLED,

@@ -1,0 +1,179 @@
+"""Which file of a folder is the table with the classes of its images, and which column has them."""
+
+import csv
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from sopdeploy.errors import DataError
+from sopdeploy.photos.cells import (
+    CSV_SEPARATORS,
+    MAX_SAMPLED,
+    SEPARATED,
+    pair_with_files,
+    read_table_text,
+    start_csv,
+)
+from sopdeploy.photos.files import (
+    FILES,
+    FOLDERS,
+    LABELS_FILE,
+    TRAIN,
+    list_images,
+    lookalike_key,
+    part_kind,
+)
+from sopdeploy.photos.label_tools import is_of_via, rename
+from sopdeploy.photos.table import read_rows
+
+MAX_COLUMNS = 4  # of one table that are tried
+# Tables that are searched, and bytes of each
+MAX_TABLES = 20
+MAX_SEARCHED = 2**24
+SPREADSHEETS = (".numbers", ".ods", ".xls", ".xlsx")  # which nothing here reads
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml")
+
+
+def find_table(root: Path) -> Path | None:
+    """Find the table with the classes of the images in *root*; None if its folders are the classes.
+
+    This is `labels.csv`, or else another table, if no two folders may be the classes. It must list
+    all images or, if some are directly in `train/`, all of these, as Kaggle's tables do. More than
+    half of its rows must have a class. Raises `DataError` for a `labels.csv` that cannot be read,
+    and for a spreadsheet `labels.*`.
+    """
+    path = root / LABELS_FILE
+    if os.path.lexists(path) and not path.is_dir():  # a folder may be a class
+        read_table_text(path)  # only for its error
+        return path
+
+    files = sorted(root.glob("*.*"))
+    for file in files:
+        if file.stem.lower() == "labels" and file.suffix.lower() in SPREADSHEETS:
+            raise DataError(
+                f"{file}: not read; save it as {LABELS_FILE} with the columns file,classes, or add "
+                f"--set data.classes_from={FOLDERS} if the folders are the classes"
+            )
+    if not any(file.suffix.lower() in TABLE_SUFFIXES for file in files):
+        return None
+    images, _other_files = list_images(root)
+    tops = {os.fsdecode(path).partition("/")[0] for path in images if b"/" in path}
+    if sum(not part_kind(top) for top in tops) > 1:
+        return None
+    tables = (table for table, column in find_listing_tables(images, files) if not column)
+    return next((table for table in tables if _labels_all_images(root, table, images)), None)
+
+
+def named_table(root: Path, classes_from: str) -> tuple[Path, str] | None:
+    """Return the table in *root* that the setting *classes_from* names, and its column; None for others.
+
+    Of `FILES`, it is *root* itself, whose images have their classes in files beside them.
+    """
+    if classes_from == FILES:
+        images, others = list_images(root)
+        is_labelled = pair_with_files([os.fsdecode(path) for path in images], others)
+        return (root, "") if is_labelled else None
+
+    name, _, column = classes_from.partition(":")
+    table = root / name
+    return (table, column) if table.is_file() else None
+
+
+def _labels_all_images(root: Path, table: Path, images: list[bytes]) -> bool:
+    """Tell whether *table* lists the *images* in *root* as `find_table` demands."""
+    try:
+        rows = read_rows(table, images, root)
+    except DataError:
+        return False
+
+    in_train = [path for path in images if path.rpartition(b"/")[0] == os.fsencode(TRAIN)]
+    lists_all = {row.path for row in rows} >= {*(in_train or images)}
+    num_labelled = sum(row.classes is not None for row in rows)
+    return lists_all and 2 * num_labelled > len(rows)
+
+
+def find_listing_tables(
+    images: Sequence[bytes], files: Iterable[Path]
+) -> Iterator[tuple[Path, str]]:
+    """Yield those of *files* that list the *images*, and the columns that may be their classes.
+
+    Such a file contains the names of at least half of a sample of the images (`MAX_SAMPLED`), with
+    or without suffix. A single image is no sample: any text may have its name. The beginnings of
+    `MAX_TABLES` files are searched. The column is "" if it has a usual name.
+    """
+
+    tables = [
+        file
+        for file in files
+        if file.suffix.lower() in TABLE_SUFFIXES and file.name != LABELS_FILE and file.is_file()
+    ]
+    sample = images[:: -(-len(images) // MAX_SAMPLED)] if images else []
+    names = [PurePosixPath(os.fsdecode(path)) for path in sample]
+    if len(names) < 2:
+        return
+
+    for table in tables[:MAX_TABLES]:
+        with suppress(OSError):
+            with table.open("rb") as file:
+                text = file.read(MAX_SEARCHED).decode("utf-8", "replace")
+            if 2 * sum(_is_named(name, text) for name in names) >= len(names):
+                for column in _class_columns(table, text, names):
+                    yield table, column
+
+
+def _class_columns(table: Path, text: str, names: Sequence[PurePosixPath]) -> list[str]:
+    """Return the headings of the CSV file *table* above what may be classes, or "" for a usual heading.
+
+    These repeat: each has two values or more, and three rows or more per value. *names* are those
+    of images.
+    """
+    if table.suffix.lower() not in SEPARATED or is_of_via(text):
+        return [""]
+    try:
+        start = start_csv(text.removeprefix("\ufeff"))
+        reader = csv.reader(io.StringIO(start.text, newline=""), delimiter=start.separator)
+        headings = [heading.strip() for heading in next(reader, [])]
+        rows = [row for row in reader if len(row) == len(headings)]
+    except csv.Error:
+        return [""]
+
+    known = rename([lookalike_key(heading) for heading in headings])
+    if "classes" in known or len(headings) <= 2:
+        return [""]
+    stems = {one for name in names for one in (name.name, name.stem)}
+    found = []
+    for position, heading in enumerate(headings):
+        values = [row[position].strip() for row in rows]
+        are_files = any(PurePosixPath(value).name in stems for value in values)
+        count = len({*values})
+        if (
+            not are_files
+            and count >= 2
+            and 3 * count <= len(values)
+            and not _are_numbers(values)
+        ):
+            found.append(heading)
+    # Columns with 1 and 0 are classes themselves.
+    return found[:MAX_COLUMNS] or [""]
+
+
+def _are_numbers(values: Iterable[str]) -> bool:
+    """Tell whether some of *values* are measured: numbers with a point."""
+    return any(re.fullmatch(r"-?\d*\.\d+", value) for value in values)
+
+
+def _is_named(image: PurePosixPath, text: str) -> bool:
+    """Tell whether *text* contains the name of *image*, or its stem of four characters or more, as a word.
+
+    A shorter stem must be the first cell of a line.
+    """
+    first_cell = rf'^"?{re.escape(image.stem)}"?[{CSV_SEPARATORS}]'
+    if image.stem in text and re.search(first_cell, text, re.MULTILINE):
+        return True
+    names = [image.name, image.stem] if len(image.stem) > 3 else [image.name]
+    return any(
+        re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in names if name in text
+    )
