@@ -37,7 +37,6 @@ from sopdeploy.photos.files import (
     part_kind,
     part_of,
 )
-from sopdeploy.photos.photo import ImageFiles
 from sopdeploy.photos.table import OpenedParts
 from sopdeploy.photos.table_search import find_listing_tables, named_table
 
@@ -106,7 +105,10 @@ class Tried(NamedTuple):
     def partition(self) -> dict[str, frozenset[Path]]:
         """The images of each class in the training part; readings with equal ones are the same."""
         images = next(iter(self.opened.parts.values()))
-        return _partition(images)
+        files = defaultdict[str, set[Path]](set)
+        for index in range(len(images)):
+            files[" ".join(images.class_names(index))].add(images.path(index))
+        return {label: frozenset(paths) for label, paths in files.items()}
 
     def describe(self, total: int) -> str:
         """Name the command, its classes with counts, and the images that it leaves over of *total*."""
@@ -117,14 +119,6 @@ class Tried(NamedTuple):
         if self.num_used < total:
             facts.append(f"{total - self.num_used:,} of {amount(total, 'image')} left over")
         return f"{self.reading.command} ({'; '.join(facts)})"
-
-
-def _partition(images: ImageFiles) -> dict[str, frozenset[Path]]:
-    """Return the files of each class of *images*; the names of the classes do not count."""
-    files = defaultdict[str, set[Path]](set)
-    for index in range(len(images)):
-        files[" ".join(images.class_names(index))].add(images.path(index))
-    return {label: frozenset(paths) for label, paths in files.items()}
 
 
 class OpenReading(Protocol):
@@ -199,7 +193,10 @@ def propose_readings(tree: Tree, parts: Parts, num_part_classes: int) -> list[Re
     more classes (*num_part_classes*).
     """
     root = tree.root
-    beside = [*_propose_files(tree)]
+    # Most images have a file beside them.
+    beside = list[Reading]()
+    if 2 * len(pair_with_files(tree.images, tree.others)) > len(tree.images):
+        beside.append(Reading(root, "by the files beside the images", FILES))
 
     # The parts of a data set are certain, unless the only one may be a class.
     if num_part_classes == 1:
@@ -270,13 +267,11 @@ def _propose_folders(tree: Tree) -> Iterator[Reading]:
     holding.sort(key=lambda top: -tree.counts[top])
     for top in holding[:MAX_FOLDERS]:
         yield Reading(tree.root / top, f"{top} is the data set")
-    if holding and not any(map(part_kind, (*tops, *_last_names(tree)))):
+    words = {
+        name for inner in tree.inner.values() for path in inner for name in path.split("/")
+    }
+    if holding and not any(map(part_kind, (*tops, *words))):
         yield Reading(tree.root, "by the innermost folders", SUBFOLDERS)
-
-
-def _last_names(tree: Tree) -> set[str]:
-    """Return the names of the folders in the folders at the top."""
-    return {name for inner in tree.inner.values() for path in inner for name in path.split("/")}
 
 
 def _doubtful_folders(tree: Tree) -> dict[str, str]:
@@ -352,12 +347,6 @@ def _propose_tables(tree: Tree) -> Iterator[Reading]:
     for table, column in find_listing_tables(tree.paths, [tree.root / name for name in others]):
         name = table.relative_to(tree.root).as_posix() + (f":{column}" if column else "")
         yield Reading(tree.root, f"by {name}", name)
-
-
-def _propose_files(tree: Tree) -> Iterator[Reading]:
-    """Yield the reading of the files beside the images if most images have one."""
-    if 2 * len(pair_with_files(tree.images, tree.others)) > len(tree.images):
-        yield Reading(tree.root, "by the files beside the images", FILES)
 
 
 def choose(tree: Tree, proposed: Sequence[Reading], open_reading: "OpenReading") -> OpenedParts:

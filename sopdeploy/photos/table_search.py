@@ -153,16 +153,11 @@ def _class_columns(table: Path, text: str, names: Sequence[PurePosixPath]) -> li
             not are_files
             and count >= 2
             and 3 * count <= len(values)
-            and not _are_numbers(values)
+            and not any(re.fullmatch(r"-?\d*\.\d+", value) for value in values)  # measured
         ):
             found.append(heading)
     # Columns with 1 and 0 are classes themselves.
     return found[:MAX_COLUMNS] or [""]
-
-
-def _are_numbers(values: Iterable[str]) -> bool:
-    """Tell whether some of *values* are measured: numbers with a point."""
-    return any(re.fullmatch(r"-?\d*\.\d+", value) for value in values)
 
 
 def _is_named(image: PurePosixPath, text: str) -> bool:
