@@ -9,6 +9,7 @@ import asyncio
 import cProfile
 import gc
 import re
+import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
@@ -652,6 +653,8 @@ ROUTES: dict[str, dict[tuple[str, str], Price]] = {  # by site
         ("POST", "/undo"): Price("key", 2500),
     },
 }
+# Of Python 3.13: its asyncio and pathlib make 2,758 calls for `/state`, those of 3.11 2,001.
+MORE_CALLS = 1.4 if sys.version_info >= (3, 13) else 1.0
 QUERIES: dict[str, Callable[[int], bytes]] = {
     "many parameters": lambda size: filled(b"a&", size),
     "the same parameter": lambda size: filled(b"model=a&", size),
@@ -698,7 +701,7 @@ def test_a_request_of_a_route_costs_what_the_table_says(
     )
     sites[site].send(*request)  # what is cached is made now
     _, cost = sites[site].cost(*request)
-    assert cost.calls <= ROUTES[site][route].calls
+    assert cost.calls <= MORE_CALLS * ROUTES[site][route].calls
 
 
 def test_what_no_key_pays_for_costs_little_more_than_livez() -> None:
