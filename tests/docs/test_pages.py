@@ -131,9 +131,10 @@ FIELD = {  # what a reader searches for, by the page that describes it
         "global second-order pooling, gated mixture of second-order pooling, iSQRT-COV, Newton-Schulz"
     ),
     "howto/your-network.md": "auxiliary branch, auxiliary head, training-only",
-    "training.md": "pretrained weights, fine-tune, transfer learning, validation set, early stopping",
+    "training.md": "pretrained weights, fine-tune, transfer learning, early stopping",
+    "data.md": "validation set",
     "photos.md": "linear classifier on frozen features, LDA, fine-tuning, cross-validated",
-    "recipes.md": "mixed precision, bf16 autocast, data augmentation, learning-rate schedule, distillation",
+    "recipes.md": "mixed precision, autocast, data augmentation, learning-rate schedule, distillation",
     "distributed.md": "multi-GPU, DDP",
     "howto/log-training.md": "TensorBoard, learning curves",
     "evaluating.md": "out-of-distribution (OOD) detection, open-set rejection, calibration",
