@@ -13,6 +13,8 @@ With `--front-ends`, batches run in an engine behind so many front ends. With `-
 process is killed or stopped every `KILL_SECONDS`, also before its first report; clients then
 repeat requests whose connection was lost, and images may get 503 `runtime_dead`.
 
+The run takes a third longer than *seconds*: training, the warm-up, and at least 3 s of rest after each round.
+
     python benchmarks/soak.py --seconds 300
     python benchmarks/soak.py --seconds 7200 --front-ends 2 --kills
 """
