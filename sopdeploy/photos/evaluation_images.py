@@ -66,8 +66,8 @@ def open_evaluation_images(
         root /= reading.folder
         if reading != AS_IT_IS:
             log(f"{root}: read as the training images were")
-        if not reading.classes_from:
-            check_holds_classes(root)
+        if not reading.classes_from and not holds_classes(root):
+            raise no_classes_error(root)
         return _open_evaluation_images(root, labels, multi_label, other_classes, reading, log)
 
 
@@ -222,18 +222,6 @@ def _match_classes(
     if not len(matched):
         raise DataError(f"{root}: holds no images of these classes; add some")
     return matched
-
-
-def check_holds_classes(root: Path) -> Path:
-    """Return the data folder *root*; raises `DataError` unless it has subfolders, or a file with labels.
-
-    Decodes no image and needs no network. Commands call this before they import torch, which
-    takes seconds.
-    """
-    root = data_folder(root)
-    if holds_classes(root):
-        return root
-    raise no_classes_error(root)
 
 
 def holds_classes(root: Path) -> bool:

@@ -211,7 +211,9 @@ def _open_class_folders(
     folders = _find_part_folders(root, parts, classes_from)
     tables = {name: table for name, folder in folders.items() if (table := find_table(folder))}
     if tables and not classes_from:
-        return _open_part_tables(root, _first_parts(folders, max_held_out), tables)
+        # The training part, and the first ones of the others.
+        stop = None if max_held_out is None else max_held_out + 1
+        return _open_part_tables(root, dict([*folders.items()][:stop]), tables)
 
     # The training images tell the classes; if they do not, the run cannot begin.
     train_name, *held_out_names = folders
@@ -307,7 +309,9 @@ def _list_held_out(
         if len(listings) == max_held_out:
             break
         listing = list_classes(folder, classes_from)
-        if _has_no_classes(listing, labels):
+        # Fewer than two of its folders hold images, and none is a class of the training images.
+        num_classes = int(np.count_nonzero(listing.images.class_counts()))
+        if num_classes < 2 and not {*listing.images.labels} & {*labels}:
             unlabelled[name] = _describe_unlabelled(listing)
         else:
             listings[name] = listing
@@ -338,21 +342,6 @@ def _check_tells_classes(root: Path, train: ClassListing) -> None:
         f"two. If {images.labels[0]} holds the images of all classes, sort them into one subfolder "
         f"per class{by_hand}"
     )
-
-
-def _first_parts(folders: Mapping[str, Path], max_held_out: int | None) -> dict[str, Path]:
-    """Return the training part of *folders* and the first *max_held_out* others."""
-    stop = None if max_held_out is None else max_held_out + 1
-    return dict(list(folders.items())[:stop])
-
-
-def _has_no_classes(listing: ClassListing, labels: Sequence[str]) -> bool:
-    """Tell whether a held-out folder has no classes.
-
-    That is if fewer than two of its folders hold images, and none of them is one of *labels*.
-    """
-    num_classes = int(np.count_nonzero(listing.images.class_counts()))
-    return num_classes < 2 and not {*listing.images.labels} & {*labels}
 
 
 def _describe_unlabelled(listing: ClassListing) -> str:

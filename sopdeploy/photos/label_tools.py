@@ -110,7 +110,9 @@ def read_entry(entry: dict[str, Any]) -> dict[str, str]:
     `KeyError` if either is missing, and `ValueError` for other objects as labels.
     """
     is_task = "annotations" in entry and "data" in entry
-    values = _rename_keys(entry["data"] if is_task else entry)
+    given = entry["data"] if is_task else entry
+    columns = rename([lookalike_key(key) for key in given])
+    values: dict[str, Any] = dict(zip(columns, given.values(), strict=True))
     file = str(values["file"])
     if is_task:
         return _as_cells(file, _task_classes(entry["annotations"]))
@@ -138,12 +140,6 @@ def _task_classes(annotations: Iterable[Mapping[str, Any]]) -> set[str]:
             elif kind.endswith("labels"):
                 of_regions.update(result["value"][kind])
     return choices or of_regions
-
-
-def _rename_keys(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of *entry* under names of columns."""
-    columns = rename([lookalike_key(key) for key in entry])
-    return dict(zip(columns, entry.values(), strict=True))
 
 
 def rename(headings: Sequence[str], classes: str = "") -> list[str]:
