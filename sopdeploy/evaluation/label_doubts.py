@@ -1,5 +1,6 @@
 """Which labels of images are probably wrong, by out-of-fold predictions."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,14 +22,21 @@ CHANCE_LEVEL = LISTED_BY_CHANCE**2
 # Below this share of images that are classified as their label says, wrong labels often look like
 # errors of the classifier: of 88 wrong ones in two such folders, none was listed, in a third one 12.
 JUDGED = 0.8
+# There, so many labels are shown as suspects, the most contradicted ones (docs/decisions.md).
+SUSPECTED = 0.05
 
 
 class LabelDoubts(NamedTuple):
-    """Which labels (N,) are `listed`, the classes `suggested` (N,), and all `probabilities` (N, C)."""
+    """Which labels (N,) are `listed`, the classes `suggested` (N,), and all `probabilities` (N, C).
+
+    The `support` (N,) of a label is its probability divided by the largest one of a class, both
+    relative to the averages of the classes.
+    """
 
     listed: NDArray[np.bool_]
     suggested: NDArray[np.intp]
     probabilities: NDArray[np.float64]
+    support: NDArray[np.float64]
 
 
 def find_label_doubts(
@@ -71,18 +79,30 @@ def find_label_doubts(
     num_listed = len(np.unique(photograph_N[is_listed_N]))
     if num_listed and bdtrc(num_listed - 1, num_errors, LISTED_BY_CHANCE) > CHANCE_LEVEL:
         is_listed_N[:] = False
-    return LabelDoubts(is_listed_N, relative_NC.argmax(axis=1), probabilities_NC)
+    support_N = relative_of_label_N / relative_NC.max(axis=1)
+    return LabelDoubts(is_listed_N, relative_NC.argmax(axis=1), probabilities_NC, support_N)
 
 
-def describe_unjudged(
-    logits_NC: NDArray[np.float64], labels: NDArray[np.int64], doubts: LabelDoubts
-) -> str:
-    """Say that wrong *labels* (N,) may remain unseen, if *doubts* lists none and many *logits_NC* differ; or ""."""
-    share = float((logits_NC.argmax(axis=1) == labels).mean())
+def find_suspects(labels: NDArray[np.int64], doubts: LabelDoubts) -> NDArray[np.intp]:
+    """Return the indices of the most contradicted *labels* (N,), the worst first, where none can be judged.
+
+    These are `SUSPECTED` of all, if *doubts* lists none and the classifier agrees with less than
+    `JUDGED` of the labels.
+    """
+    share = float((doubts.probabilities.argmax(axis=1) == labels).mean())
     if doubts.listed.any() or share >= JUDGED:
+        return np.zeros(0, np.intp)
+    return np.argsort(doubts.support, kind="stable")[: math.ceil(SUSPECTED * len(labels))]
+
+
+def describe_unjudged(labels: NDArray[np.int64], doubts: LabelDoubts) -> str:
+    """Say that wrong *labels* (N,) may remain unseen if none can be judged (`find_suspects`); or ""."""
+    suspects = find_suspects(labels, doubts)
+    if not len(suspects):
         return ""
+    share = float((doubts.probabilities.argmax(axis=1) == labels).mean())
     return (
         f"wrong labels may remain unseen: the classifier agrees with {100 * share:.0f} % of the labels, "
-        f"and below {100 * JUDGED:.0f} % most wrong ones look like its own errors; check the labels of "
-        "the images that the report shows as errors"
+        f"and below {100 * JUDGED:.0f} % most wrong ones look like its own errors; `sopdeploy data check "
+        f"FOLDER --wrong-labels RUN` lists the {len(suspects)} labels that it contradicts most"
     )

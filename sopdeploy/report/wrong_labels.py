@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.label_doubts import find_label_doubts
+from sopdeploy.evaluation.label_doubts import find_label_doubts, find_suspects
 from sopdeploy.files import LAST
 from sopdeploy.paths import describe_wrong
 from sopdeploy.photos.file_checks import hash_images
@@ -37,6 +37,8 @@ class WrongLabel(StrictModel):
 
 def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, ...]:
     """Find the training images of the run in the folder *run* whose label is probably wrong, the worst first.
+
+    If labels cannot be judged, these are the most contradicted ones (`find_suspects`).
 
     *data* is the folder of the images, by default that of the recipe. Raises `ConfigError` for
     a run without out-of-fold predictions, `DataError` if images or labels have changed since.
@@ -71,7 +73,7 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
     if images.labels != last.labels or not has_same_images(last, path, images, hashes):
         raise DataError(f"{run}: the images have changed since the run; train again")
 
-    doubts = list_wrong_labels(logits, images, read_copies(last))
+    doubts = list_wrong_labels(logits, images, read_copies(last), with_suspects=True)
     return tuple(wrong for _, wrong in doubts)
 
 
@@ -79,18 +81,26 @@ def list_wrong_labels(
     logits_NC: NDArray[np.float64],
     images: LabeledImages,
     copies_N: NDArray[np.int64] | None = None,
+    *,
+    with_suspects: bool = False,
 ) -> list[tuple[int, WrongLabel]]:
-    """List (index, description) of the images of `find_label_doubts`, the least probable label first."""
-    labels = images.targets.astype(np.int64)
-    listed_N, suggested_N, probabilities_NC = find_label_doubts(logits_NC, labels, copies_N)
-    of_label_N = probabilities_NC[np.arange(len(labels)), labels]
-    doubts = []
-    for index in np.argsort(of_label_N, kind="stable").tolist():
-        if not listed_N[index]:
-            continue
+    """List (index, description) of the images of `find_label_doubts`, the least probable label first.
 
+    With *with_suspects*, those of `find_suspects` if there are none, the most contradicted first.
+    """
+    labels = images.targets.astype(np.int64)
+    found = find_label_doubts(logits_NC, labels, copies_N)
+    probabilities_NC = found.probabilities
+    of_label_N = probabilities_NC[np.arange(len(labels)), labels]
+    order = np.argsort(of_label_N, kind="stable")
+    indices = order[found.listed[order]]
+    if with_suspects and not len(indices):
+        indices = find_suspects(labels, found)
+
+    doubts = []
+    for index in indices.tolist():
         label = labels[index]
-        suggested = suggested_N[index]
+        suggested = found.suggested[index]
         wrong = WrongLabel(
             file=images.describe(index),
             label=images.labels[label],

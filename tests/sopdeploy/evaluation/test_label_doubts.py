@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
-from sopdeploy.evaluation.label_doubts import describe_unjudged, find_label_doubts
+from sopdeploy.evaluation.label_doubts import (
+    describe_unjudged,
+    find_label_doubts,
+    find_suspects,
+)
 from sopdeploy.evaluation.metrics import wilson
 from sopdeploy.evaluation.multi_label import MeanPrecision
 
@@ -58,9 +62,26 @@ def test_it_is_told_that_labels_cannot_be_judged_at_a_low_accuracy(share, is_tol
     doubts = find_label_doubts(logits, labels)
     assert not doubts.listed.any()
 
-    said = describe_unjudged(logits, labels, doubts)
+    said = describe_unjudged(labels, doubts)
 
     assert bool(said) == is_told
     assert not is_told or f"agrees with {100 * share:.0f} % of the labels" in said
     listed = doubts._replace(listed=np.arange(100) == 3)
-    assert describe_unjudged(logits, labels, listed) == ""
+    assert describe_unjudged(labels, listed) == ""
+
+
+def test_the_most_contradicted_labels_are_suspects_where_none_can_be_judged() -> None:
+    labels = np.repeat(np.arange(4), 25)
+    random = np.random.default_rng(0)
+    logits = random.normal(scale=0.7, size=(100, 4))
+    logits[np.arange(100), labels] += 1.0
+    for wrong in (7, 60):
+        logits[wrong] = [0.0, 0.0, 0.0, 4.0]
+    doubts = find_label_doubts(logits, labels)
+
+    suspects = find_suspects(labels, doubts)
+
+    assert not doubts.listed.any()
+    assert {*suspects[:2].tolist()} == {7, 60}
+    assert len(suspects) == 5
+    assert not len(find_suspects(labels, doubts._replace(listed=np.arange(100) == 3)))
