@@ -41,10 +41,9 @@ evaluates. Both are given in training and as exported. The vector is the input o
 `sopdeploy train --data photos --within 20ms` measures these networks on your machine, on one thread,
 and cross-validates those that are fast enough. It downloads only their pretrained weights. Their licenses allow any
 use. Accuracy on ImageNet in percent, million parameters and pixels are from [timm's results]({source}).
-`train` measures what a network reaches on your photos. The DINOv2 network learned without labels at 518
+The DINOv2 network learned without labels at 518
 pixels, and its position embeddings are interpolated to 224 (`preprocess.crop`). Of this list, only
-`efficientnet-lite0` was measured on photos here. A test with random weights shows that all networks train, export
-and serve.
+`efficientnet-lite0` was measured on photos here.
 
 | name | weights in timm | license | px | M | ImageNet |
 |---|---|---|---|---|---|
@@ -59,11 +58,9 @@ No network is adapted to a figure. M means million parameters, G billion operati
 |---|---|---|---|---|---|
 {differing}
 
-The catalog builds what the four papers trained. Of the methods that they only cite, timm has SE-Net, CBAM
-(`timm:resnet50` with `attn_layer=cbam`) and DRN-A (`output_stride=8`), and `plugins/papers` has compact,
-kernel and low-rank bilinear pooling, NetVLAD and NetFV.
-[`reproduce`](howto/reproduce.md) trains them, and says for every other row why it has no network. The rest is [not
-built](papers.md#not-built).
+Of the methods that the four papers only cite, timm has SE-Net, CBAM (`timm:resnet50` with `attn_layer=cbam`) and
+DRN-A (`output_stride=8`), and `plugins/papers` has compact, kernel and low-rank bilinear pooling, NetVLAD and NetFV.
+[`reproduce`](howto/reproduce.md) trains them. Other things are [not built](papers.md#not-built).
 """
 
 
