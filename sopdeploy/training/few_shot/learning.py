@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.training.few_shot.classifier import MAX_RANK, LinearProblem
+from sopdeploy.training.few_shot.discriminant import Moments
 from sopdeploy.training.few_shot.scaling import ENOUGH, Scaling
 from sopdeploy.training.few_shot.targets import Indices
 from sopdeploy.training.results import Gain
@@ -33,6 +34,10 @@ def found_when_reduced(
     labels_N = problem.targets.strata
     groups_N = np.arange(len(labels_N)) if problem.groups is None else problem.groups
 
+    # The sums over all photographs, from which those of one class are taken out: this is cheaper
+    # than adding up all others for each class.
+    total = problem.moments(np.ones(len(labels_N), np.bool_))
+
     found_K = [np.zeros(0, np.bool_)]
     for label in random.permutation(problem.targets.classes.shape[1])[:MAX_REDUCED].tolist():
         # One photograph of each group of the class, drawn at random, in random order: the first ones
@@ -44,9 +49,11 @@ def found_when_reduced(
         judged = different[number:]
 
         if len(kept) == number and len(judged):
-            fitted_N = labels_N != label
-            fitted_N[kept] = True
-            head = problem.moments(fitted_N).discriminate("softmax")
+            is_kept_N = np.zeros(len(labels_N), np.bool_)
+            is_kept_N[kept] = True
+            others = total.without(problem.moments(labels_N == label))
+            fitted = Moments.sum([others, problem.moments(is_kept_N)])
+            head = fitted.discriminate("softmax")
             scores = problem.reduced[judged] @ head.weight.T + head.bias(excess)
             scores[:, label] -= margin
             found_K.append(scores.argmax(axis=1) == label)
