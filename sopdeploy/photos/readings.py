@@ -393,7 +393,10 @@ def choose(tree: Tree, proposed: Sequence[Reading], open_reading: "OpenReading")
     needed = sum(part_of(image) == TRAIN for image in tree.images) or total
     if not others and best.num_used >= NEARLY_ALL * needed and not best.reading.doubt:
         opened = _open_chosen(root, best.reading, open_reading)
-        return opened._replace(notes=[*opened.notes, *dict.fromkeys(unread)])
+        # A table inside of the data set has been named by its own reading.
+        told = {note.partition(":")[0] for note in opened.notes}
+        new = [line for line in dict.fromkeys(unread) if line.partition(":")[0] not in told]
+        return opened._replace(notes=[*opened.notes, *new])
 
     # Ask.
     shown = sorted(tried, key=lambda one: one.num_used, reverse=True)[:MAX_ASKED]

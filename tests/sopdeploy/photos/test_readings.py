@@ -166,6 +166,16 @@ def test_a_table_with_a_few_missing_files_is_read_without_them_in_one_line(tmp_p
     )
 
 
+def test_a_table_that_is_not_read_is_named_once_also_in_a_folder_below(tmp_path) -> None:
+    make(tmp_path, {"data/clean": 6, "data/noisy": 6})
+    files = [path.name for path in sorted(tmp_path.rglob("*.jpg"))]
+    boards = {"boards": {f"{number}": file for number, file in enumerate(files)}}
+    (tmp_path / "data" / "boards.json").write_text(json.dumps(boards))
+    split = open_folder(tmp_path)
+    assert split.train.labels == ("clean", "noisy")
+    assert len([note for note in split.notes if "boards.json: lists the images" in note]) == 1
+
+
 BESIDE = {
     "LabelMe, shapes": ("json", lambda name: json.dumps({"shapes": [{"label": name}], "flags": {}})),
     "LabelMe, flags": ("json", lambda name: json.dumps({"shapes": [], "flags": {name: True, "x": False}})),
