@@ -217,16 +217,6 @@ def test_slow_bytes_do_not_extend_the_timeout(impatient, start, code):
     assert code in data
 
 
-def test_a_client_that_still_sends_headers_after_its_response_is_not_reset(impatient):
-    with connect(impatient) as slow:
-        slow.sendall(GET + b"X: ")
-        assert read(slow).status == 408
-        for _ in range(3):  # after a reset, the second one fails
-            slow.sendall(b"a" * 1000)
-            slow.settimeout(0.05)
-            assert slow.recv(1) == b""
-
-
 def test_the_time_for_the_answer_begins_when_the_body_has_arrived(serve_with, jpeg):
     client = serve_with(FakeRuntime(num_classes=7), min_body_rate=1, request_timeout=1.5)
     request, half = post_of(jpeg), len(jpeg) // 2

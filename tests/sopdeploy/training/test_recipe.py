@@ -74,11 +74,12 @@ def test_an_override_changes_one_value(overrides, key, value) -> None:
     assert operator.attrgetter(key)(read_recipe("digits-dsop", overrides)) == value
 
 
-def test_another_crop_alone_scales_the_resize_with_it() -> None:
-    rules = read_recipe("photos").preprocess
+@pytest.mark.parametrize("name", ["photos", "imagenet-resnet50"])  # the second one names both
+def test_another_crop_alone_scales_the_resize_with_it(name: str) -> None:
+    rules = read_recipe(name).preprocess
     crop = rules.crop // 2
-    scaled = read_recipe("photos", [f"preprocess.crop={crop}"]).preprocess
-    given = read_recipe("photos", [f"preprocess.crop={crop}", "preprocess.resize=300"])
+    scaled = read_recipe(name, [f"preprocess.crop={crop}"]).preprocess
+    given = read_recipe(name, [f"preprocess.crop={crop}", "preprocess.resize=300"])
 
     assert scaled.resize == Preprocess.scaled_resize(crop, rules.resize, rules.crop)
     assert scaled.resize != rules.resize
