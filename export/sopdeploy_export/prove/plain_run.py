@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sopdeploy.errors import CertificateError, SopdeployError, first_line, shorten
@@ -37,8 +37,7 @@ STATEMENT = (
     "while the removed tensors hold other values, give the same bits."
 )
 IS_PROVED = False
-SIZES = (1, 2, 3, 4, 7)  # of batches, each of other images
-REPEATED = 2  # the size of the batch that runs again
+SIZES = (2, 1, 3, 4, 7)  # of batches, each of other images; the first one runs again at the end
 USE_TENSORS = (
     "its code must depend neither on the batch size, on earlier runs, or on being exported, nor on values of "
     "images, unless by operators such as torch.where"
@@ -73,46 +72,25 @@ def measure_plain_run(
     images = torch.from_numpy(np.stack([*named_images.values()]))
     network, graph = trained.deployed, trained.graph
 
-    # The first run of all; later ones may use what it makes, such as tables.
-    repeated = images[: min(REPEATED, largest_batch)]
-    first = run_plainly(network, repeated)
-
     # Batches that divide the images.
     sizes = _divide(len(images), largest_batch)
-    undefined: list[str] = []  # images whose outputs have NaN
-    start = 0
-    for size in sizes:
-        batch, batch_names = images[start : start + size], names[start : start + size]
-        start += size
+    batches: Sequence[Tensor] = torch.split(images, sizes)
+    plain_runs: list[tuple[Tensor, ...]] = []
+    for batch in batches:
         plain, captured = run_plainly(network, batch), run_plainly(graph, batch)
         place = find_difference(plain, captured)
-        if place is None:
-            undefined += [
-                name
-                for number, name in enumerate(batch_names)
-                if any(output[number].isnan().any() for output in plain)
-            ]
-            continue
-
-        # The cause is the fast path, which no graph takes, if runs with and without it differ.
-        with without_fast_path():
-            slow = run_plainly(network, batch)
-        is_fast_path = (
-            find_difference(slow, captured) is None
-            and find_difference(run_plainly(network, batch), captured) is not None
-        )
-        where = "alone" if size == 1 else f"in a batch of {size}"
-        raise CertificateError(
-            f"for {batch_names[place]} {where}, a plain run of the network gives other outputs than "
-            f"its graph; {FAST_PATH if is_fast_path else USE_TENSORS}"
-        )
+        if place is not None:
+            name = names[sum(sizes[: len(plain_runs)]) + place]
+            raise _describe_difference(name, network, batch, captured)
+        plain_runs.append(plain)
 
     # The first run again.
-    if not all(map(are_equal, first, run_plainly(network, repeated))):
+    first = plain_runs[0]
+    if not all(map(are_equal, first, run_plainly(network, batches[0]))):
         raise CertificateError(f"a second run of the network gives other outputs; {STATELESS}")
     removed = [tensor for name, tensor in trained.tensors.items() if is_in(name, *parts)]
     with other_values(removed):
-        changed = run_plainly(network, repeated)
+        changed = run_plainly(network, batches[0]) if removed else first
     if not all(map(are_equal, first, changed)):
         raise CertificateError(
             f"while {shorten(list(parts))} has other values, the network gives other outputs; "
@@ -120,13 +98,43 @@ def measure_plain_run(
             setting="training_only",
         )
 
-    warnings_of_nan: tuple[str, ...] = ()
-    if undefined:
-        warnings_of_nan = (
-            f"the network gives NaN for {shorten(undefined)}; its file can give numbers, because ONNX Runtime's "
-            "maximum leaves out NaN",
-        )
-    return PlainRuns(tuple(sorted({*sizes})), warnings_of_nan)
+    return PlainRuns(tuple(sorted({*sizes})), _warn_of_nan(names, plain_runs))
+
+
+def _describe_difference(
+    name: str, network: nn.Module, batch: Tensor, captured: Sequence[Tensor]
+) -> CertificateError:
+    """Return the error of a plain run of *network* on *batch* whose outputs for image *name* are not *captured*."""
+    # The cause is the fast path, which no graph takes, if runs with and without it differ.
+    with without_fast_path():
+        slow = run_plainly(network, batch)
+    is_fast_path = (
+        find_difference(slow, captured) is None
+        and find_difference(run_plainly(network, batch), captured) is not None
+    )
+    where = "alone" if len(batch) == 1 else f"in a batch of {len(batch)}"
+    return CertificateError(
+        f"for {name} {where}, a plain run of the network gives other outputs than "
+        f"its graph; {FAST_PATH if is_fast_path else USE_TENSORS}"
+    )
+
+
+def _warn_of_nan(
+    names: Sequence[str], plain_runs: Sequence[Sequence[Tensor]]
+) -> tuple[str, ...]:
+    """Write a warning of the images, by their *names*, for which an output in *plain_runs* has NaN."""
+    outputs = [torch.cat(parts) for parts in zip(*plain_runs, strict=True)]
+    undefined = [
+        name
+        for number, name in enumerate(names)
+        if any(bool(output[number].isnan().any()) for output in outputs)
+    ]
+    if not undefined:
+        return ()
+    return (
+        f"the network gives NaN for {shorten(undefined)}; its file can give numbers, because ONNX Runtime's "
+        "maximum leaves out NaN",
+    )
 
 
 def _divide(count: int, largest: int) -> list[int]:

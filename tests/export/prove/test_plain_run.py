@@ -214,7 +214,7 @@ def test_a_plain_run_that_gives_something_else_is_refused(name: str) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_plain_run_that_gives_the_outputs_of_the_graph_passes(name: str) -> None:
-    assert measure(RIGHT[name]()) == SIZES
+    assert measure(RIGHT[name]()) == tuple(sorted(SIZES))
 
 
 def test_a_batch_of_one_sees_all_kinds_of_images() -> None:
