@@ -1,24 +1,32 @@
-"""Accuracy gain of second-order pooling on textures, digits and CIFAR-10.
+"""Accuracy gain of second-order pooling on textures, digits, CIFAR-10 and photographs.
 
     python benchmarks/second_order_gain.py [--cifar FOLDER --cache DIR] [--study NAME] [--lines FILE] [--json]
         [--images 5000] [--epochs 10 40] [--draws N] [--search-epochs 10] [--search-draws 5] [--report]
+    python benchmarks/second_order_gain.py --photos NAME=FOLDER ... --confirm NAME --lines FILE
+        [--epochs 4] [--draws 3] [--search-draws 1] [--per-class 25] [--side 128]
 
 Generated textures differ in second moments only, so minimum results can be required: linear
 features with average pooling are at chance, an iSQRT-COV head is at least 30 points above a
 two-layer network with average pooling, the same network trained with DSoP branches (and
 detached) at least 15. Controls are branches with average pooling (DSoP's Table VII), and "equal
-time": the plain network, trained at least as long as DSoP in processor seconds. Digits and
-CIFAR-10 (a folder of images, train/ and test/, one folder per class) have no required result.
+time": the plain network, trained at least as long as DSoP in processor seconds. Digits,
+CIFAR-10 (a folder of images, train/ and test/, one folder per class) and photographs have no
+required result.
 
-CIFAR-10 has the number of epochs as an axis. The rate of each arm and length is the best on
---search-draws draws, which nothing else uses; a grid whose best rate is on its edge becomes
-wider. A second table has main loss and accuracy of each branch.
+--photos fine-tunes EfficientNet-Lite0 by the recipes fine-tune-*, each set with --per-class
+photographs of each class (`gain.photo_study`). All sets but those of --confirm choose the
+learning rate of each arm together. --latency compares one image of --side pixels in the exported
+networks.
+
+CIFAR-10 and photographs have the number of epochs as an axis. The rate of each arm and length
+is the best on --search-draws draws, which nothing else uses; a grid whose best rate is on its
+edge becomes wider. A second table has main loss and accuracy of each branch.
 
 Draws of the same seed are paired; intervals are 95 % intervals of the paired difference, which
 know that draws share their test images, without correction for multiple comparisons. The last
-epoch counts. One thread, processor seconds of the training alone. --lines receives a line of
-JSON for each run; finished ones are not repeated, and all studies have a draw before the next
-one starts. Exit status 1: a required result was not reached.
+epoch counts. One thread, processor seconds of the training alone, on photographs with its
+preparation. --lines receives a line of JSON for each run; finished ones are not repeated, and all
+studies have a draw before the next one starts. Exit status 1: a required result was not reached.
 """
 
 import argparse
@@ -26,14 +34,21 @@ import os
 import sys
 from pathlib import Path
 
-from gain.execution import add_options
+from gain.execution import Lines, add_options
+from gain.photo_study import latencies, photo_studies, summary
 from gain.report import checks, run_and_report
 from gain.small_image_studies import cifar_branches, digits, textures
 from gain.study import Study
 from gain.task import CifarConfig, write_arrays
-from measure import existing, make_parser, one_line_errors
+from measure import existing, make_parser, one_line_errors, report
 
 NAMES = ("textures", "digits", "CIFAR-10 branches")
+
+
+def named_folder(text: str) -> tuple[str, Path]:
+    """Convert NAME=FOLDER, as `type` of an option."""
+    name, _, folder = text.partition("=")
+    return name, existing(folder)
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -49,15 +64,36 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--study", action="append", choices=NAMES, help="run only this one; repeatable"
     )
+    parser.add_argument(
+        "--photos", type=named_folder, action="append", help="NAME=FOLDER; repeatable"
+    )
+    parser.add_argument(
+        "--confirm", action="append", help="a set that chooses no rate; repeatable"
+    )
+    parser.add_argument(
+        "--per-class", type=int, default=25, help="photographs for training (25)"
+    )
+    parser.add_argument("--side", type=int, default=128, help="of the images in pixels (128)")
+    parser.add_argument(
+        "--latency", action="store_true", help="time the exported networks of --photos only"
+    )
     add_options(parser)
     parsed = parser.parse_args(arguments)
     if parsed.cifar and parsed.cache is None:
         parser.error("--cifar needs --cache")
+    names = {name for name, _ in parsed.photos or ()}
+    confirming = {*(parsed.confirm or ())}
+    if unknown := sorted(confirming - names):
+        parser.error(f"--confirm {unknown[0]}: no such set; name one of --photos")
+    if names and names == confirming:
+        parser.error("--confirm: no other set chooses the rates; add one with --photos")
     return parsed
 
 
 def studies(given: argparse.Namespace) -> list[Study]:
     """Choose the studies; decode images once."""
+    if given.photos:
+        return photo_studies(given)
     if given.cache is not None:
         given.cache.mkdir(parents=True, exist_ok=True)
     found = [textures(given.draws or 12), digits(given.draws or 24)]
@@ -76,8 +112,13 @@ def main(arguments: list[str]) -> int:
     """Run the studies, print them, and return the exit status."""
     given = parse_arguments(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
+    if given.latency:
+        report(latencies(given), as_json=given.json)
+        return 0
     chosen, results = run_and_report(studies(given), given)
     finished = [(study, results[study.name]) for study in chosen if results[study.name]]
+    if given.photos and not given.json:
+        print(summary(chosen, Lines(given.lines)))
     return 0 if all(is_reached for one in finished for _, is_reached in checks(*one)) else 1
 
 

@@ -83,26 +83,30 @@ class Lines:
 
 
 def choose_rates(
-    study: Study, lines: Lines, seeds: Sequence[int], epochs: int
+    studies: Sequence[Study], lines: Lines, seeds: Sequence[int], length: int | None
 ) -> dict[str, float]:
-    """Choose the learning rate of each arm that *study* searches, on *seeds*, with *epochs* in its template.
+    """Choose the learning rate of each arm that *studies* search, which is the same for all of them.
 
-    The largest mean accuracy decides, of equal ones the smallest log loss, then the smallest
-    rate. A grid whose best rate is on its edge becomes wider; with `--report`, only if those
-    draws are finished.
+    They train for *length* epochs instead of their own on *seeds*. The largest mean accuracy
+    decides, of equal ones the smallest log loss, then the smallest rate. A grid whose best rate is
+    on its edge becomes wider; with `--report`, only if those draws are finished.
     """
+    first = studies[0]
 
-    def planned(arm: str, rate: float, seed: int) -> Planned:
+    def planned(study: Study, arm: str, rate: float, seed: int) -> Planned:
         own = study.template["epochs"]
-        length = study.arms[arm].get("epochs", own) * epochs // own
-        return study.images, arm, study.run(arm, seed, learning_rate=rate, epochs=length)
+        epochs = study.arms[arm].get("epochs", own) * (length or own) // own
+        return study.images, arm, study.run(arm, seed, learning_rate=rate, epochs=epochs)
 
     def best_rate(arm: str, rates: Sequence[float]) -> float:
         found: dict[float, list[Line]] = {rate: [] for rate in rates}
         for seed in seeds:
-            runs = lines.run([planned(arm, rate, seed) for rate in found])
-            for before, line in zip(found.values(), runs, strict=True):
-                before.append(line)
+            for study in studies:
+                runs = lines.run([planned(study, arm, rate, seed) for rate in found])
+                for before, line in zip(found.values(), runs, strict=True):
+                    before.append(line)
+
+            # What is hopeless is not tried on the other seeds.
             least = max(map(mean_accuracy, found.values())) - HOPELESS
             found = {
                 rate: before for rate, before in found.items() if mean_accuracy(before) >= least
@@ -113,8 +117,8 @@ def choose_rates(
         )
 
     chosen = {}
-    for arm in study.search:
-        rates = sorted(study.rates)
+    for arm in first.search:
+        rates = sorted(first.rates)
         best = best_rate(arm, rates)
         while best in (rates[0], rates[-1]):
             rates = sorted([*rates, neighbor(best, below=best != rates[-1])])
@@ -124,12 +128,12 @@ def choose_rates(
                 if lines.may_run:
                     raise
                 print(
-                    f"{study.name}: {arm}: the best rate is on the edge of the grid",
+                    f"{first.name}: {arm}: the best rate is on the edge of the grid",
                     file=sys.stderr,
                 )
                 break
         chosen[arm] = best
-    return chosen
+    return chosen | {arm: chosen[other] for arm, other in first.rate_of.items()}
 
 
 def mean_accuracy(runs: Sequence[Line]) -> float:
@@ -187,14 +191,23 @@ def run_studies(
         Lines(given.lines, may_run=not given.report),
         SEARCH_SEEDS[: given.search_draws],
     )
+    # Studies that share their rates are one group; others are groups of their own.
+    groups: dict[str, list[Study]] = {}
+    for one in studies:
+        groups.setdefault(one.rates_for or one.name, []).append(one)
+
+    rates: dict[str, dict[str, float]] = {}
+    for group, members in groups.items():
+        deciding = [one for one in members if one.decides]
+        rates[group] = (
+            choose_rates(deciding, lines, seeds, given.search_epochs) if seeds else {}
+        )
+
     chosen = []
     for one in studies:
-        length = given.search_epochs or one.template["epochs"]
-        rates = choose_rates(one, lines, seeds, length) if seeds else {}
         arms = {
-            arm: {**values, "learning_rate": rates[arm]}
-            for arm, values in one.arms.items()
-            if arm in rates
+            arm: {**one.arms[arm], "learning_rate": rate}
+            for arm, rate in rates[one.rates_for or one.name].items()
         }
         chosen.append(dataclasses.replace(one, arms={**one.arms, **arms}))
     if not given.report:

@@ -15,7 +15,8 @@ class Study:
     further comparisons (ours, other). `must` maps an arm to its required gain over the
     reference in percentage points; `chance` names the arm that must be at chance. `images`
     names what all lengths of training share. `rates` is the grid of learning rates for the arms
-    that `search` lists.
+    that `search` lists; `rate_of` maps an arm to one of them, whose rate it takes. Studies with the
+    same `rates_for` have the same rates, which those of them that `decides` choose together.
     """
 
     name: str
@@ -30,6 +31,9 @@ class Study:
     chance: str = ""
     rates: tuple[float, ...] = ()
     search: tuple[str, ...] = ()
+    rate_of: Mapping[str, str] = field(default_factory=dict)
+    rates_for: str = ""
+    decides: bool = True
 
     def run(self, arm: str, seed: int, **changes: Any) -> Run:
         """Create the run of *arm* with *seed*."""

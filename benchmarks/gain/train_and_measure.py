@@ -25,6 +25,7 @@ from gain.networks import (
     PlainTextureNet,
     TextureNetConfig,
 )
+from gain.photos import PhotosConfig, train_and_predict
 from gain.task import CifarConfig, DigitsConfig, Task, cifar, digits
 from gain.textures import TextureConfig, textures
 from sopdeploy.backbones.base import Backbone
@@ -36,13 +37,13 @@ from sopdeploy.models.base import Classifier, as_classifier
 from sopdeploy.models.dsop_networks import DSoPSmallResNet, DSoPSmallResNetConfig
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.loop.losses import training_loss
-from sopdeploy.training.schedules import Cosine, OneCycle, Schedule
+from sopdeploy.training.schedules import OneCycle
 
 CLASSES = 10
 DIVERGED = 1e9  # stands for a loss that is not finite: JSON has no such numbers
 MOMENTS, SAMPLE = 4, 2000
 # Options of the part that all networks of a family share.
-TRUNK = {"filters", "hidden", "depth", "base_width", "shortcut", "backbone"}
+TRUNK = {"filters", "hidden", "depth", "base_width", "shortcut"}
 NETWORKS: dict[str, tuple[type[Classifier], type[StrictModel]]] = {
     "textures": (PlainTextureNet, TextureNetConfig),
     "dsop-textures": (DSoPTextureNet, DSoPTextureNetConfig),
@@ -54,18 +55,18 @@ NETWORKS: dict[str, tuple[type[Classifier], type[StrictModel]]] = {
 class Run(StrictModel):
     """All inputs of a run; `revision` increases when a change of the code changes results.
 
-    `strides` are the strides of the stem and of the last stage of a ResNet.
+    `strides` are the strides of the stem and of the last stage of a ResNet. On photographs, `network`
+    is a recipe of sopdeploy and `config` has what replaces its values. Without `epochs`, it fits a
+    classifier to frozen features.
     """
 
     revision: Literal[1] = 1
-    task: TextureConfig | DigitsConfig | CifarConfig
+    task: TextureConfig | DigitsConfig | CifarConfig | PhotosConfig
     network: str
     config: dict[str, Any] = pydantic.Field(default_factory=dict)
     strides: tuple[int, int] | None = None
     epochs: Annotated[int, pydantic.Field(ge=0)]
-    optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float
-    label_smoothing: float = 0.0
     batch: int = 64
     weight_decay: float = 5e-4
     augment: bool = False
@@ -75,7 +76,7 @@ class Run(StrictModel):
     def key(self) -> str:
         """Hash of all inputs; independent of the location of the images."""
         values = self.model_dump(
-            mode="json", exclude={"task": {"arrays"}}, exclude_defaults=True
+            mode="json", exclude={"task": {"arrays", "folder"}}, exclude_defaults=True
         )
         text = f"{type(self.task).__name__} revision {self.revision} {json.dumps(values, sort_keys=True)}"
         return hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -99,7 +100,7 @@ class Outcome(StrictModel):
 
     `right` has a bit for each image that draws share (base64): the exported network is right.
     `tested` has those of the tested images, or nothing if all are. `log_loss` is None if it is
-    not finite.
+    not finite. `parameters` counts those of the exported network on photographs.
     """
 
     accuracy: float
@@ -109,32 +110,60 @@ class Outcome(StrictModel):
     history: list[Moment] = pydantic.Field(default_factory=list)
     right: str = ""
     tested: str = ""
+    parameters: int = 0
 
 
 def train_and_measure(run: Run) -> Outcome:
     """Train, detach, rebuild the network without training-only modules, and measure its accuracy."""
     torch.set_num_threads(1)
+    if isinstance(run.task, PhotosConfig):
+        return fine_tune(run, run.task)
+
     task = open_task(run)
     network = build(run)
     history, seconds = train(network, task, run)
     logits = logits_of(exported_network(network, run), task.test)
-    right = (logits.argmax(dim=1) == task.test_labels).numpy()
-    log_loss = float(cross_entropy(logits, task.test_labels))
-    of_pool, tested = np.zeros((2, task.pool), np.bool_)
-    if task.pool:
-        members = np.arange(task.pool) if task.tested is None else task.tested.numpy()
-        of_pool[members], tested[members] = right, True
     return Outcome(
-        accuracy=100.0 * float(right.mean()),
         seconds=round(seconds, 4),
         loss=history[-1].loss if history else 0.0,
-        log_loss=round(log_loss, 5) if math.isfinite(log_loss) else None,
         history=history,
-        right=encode_bits(of_pool),
-        tested=""
-        if task.tested is None and task.pool % 8 == 0
-        else encode_bits(tested),  # 8: no padding
+        **judge(logits, task.test_labels, task.tested, task.pool),
     )
+
+
+def fine_tune(run: Run, task: PhotosConfig) -> Outcome:
+    """Fine-tune by the run's recipe on photographs, and measure the exported network."""
+    rates = {"optimizer.lr": run.learning_rate, "epochs": run.epochs} if run.epochs else {}
+    predictions = train_and_predict(task, run.network, {**run.config, **rates}, run.seed)
+    draw = predictions.draw
+    return Outcome(
+        seconds=round(predictions.seconds, 4),
+        loss=round(predictions.loss, 4),
+        parameters=predictions.parameters,
+        **judge(
+            predictions.logits, predictions.labels, torch.from_numpy(draw.tested), draw.pool
+        ),
+    )
+
+
+def judge(logits: Tensor, labels: Tensor, tested: Tensor | None, pool: int) -> dict[str, Any]:
+    """Compute the fields of `Outcome` about the *logits* (N, C) of test images; see `Task` for the others."""
+    right = (logits.argmax(dim=1) == labels).numpy()
+    log_loss = float(cross_entropy(logits, labels))
+
+    of_pool, is_tested = np.zeros((2, pool), np.bool_)
+    if pool:
+        members = np.arange(pool) if tested is None else tested.numpy()
+        of_pool[members] = right
+        is_tested[members] = True
+
+    needs_no_tested = tested is None and pool % 8 == 0  # 8: no padding
+    return {
+        "accuracy": 100.0 * float(right.mean()),
+        "log_loss": round(log_loss, 5) if math.isfinite(log_loss) else None,
+        "right": encode_bits(of_pool),
+        "tested": "" if needs_no_tested else encode_bits(is_tested),
+    }
 
 
 def encode_bits(bits: np.ndarray) -> str:
@@ -156,6 +185,7 @@ def open_task(run: Run) -> Task:
             return digits(run.task, run.seed)
         case CifarConfig():
             return cifar(run.task, run.seed)
+    raise TypeError("photographs have no task in memory")
 
 
 def build(run: Run) -> Classifier:
@@ -197,20 +227,18 @@ def set_strides(network: Backbone, run: Run) -> None:
 
 
 def train(network: Classifier, task: Task, run: Run) -> tuple[list[Moment], float]:
-    """Train with SGD, momentum 0.9 and a one-cycle schedule, or with AdamW, a warm-up and a cosine.
+    """Train with SGD, momentum 0.9 and a one-cycle schedule.
 
     Returns `MOMENTS` evenly spaced moments, and the CPU seconds without those for their
     accuracies.
     """
-    options = {"lr": run.learning_rate, "weight_decay": run.weight_decay}
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    if run.optimizer == "sgd":
-        optimizer = torch.optim.SGD(network.parameters(), momentum=0.9, **options)
-        schedule = OneCycle(kind="one-cycle")
-    else:
-        optimizer = torch.optim.AdamW(network.parameters(), **options)
-        schedule = Cosine(kind="cosine", warmup_epochs=0.5)
+    optimizer = torch.optim.SGD(
+        network.parameters(),
+        lr=run.learning_rate,
+        momentum=0.9,
+        weight_decay=run.weight_decay,
+    )
+    schedule = OneCycle(kind="one-cycle")
     history: list[Moment] = []
     seconds = 0.0
     for epoch in range(run.epochs):
@@ -227,7 +255,7 @@ def train(network: Classifier, task: Task, run: Run) -> tuple[list[Moment], floa
                 images = augment(images)
             torch.manual_seed(derive_seed(run.seed, "noise", epoch, step))
             output, labels = network(images), task.labels[members]
-            loss = training_loss(output, labels, network.loss_weights(), run.label_smoothing)
+            loss = training_loss(output, labels, network.loss_weights())
             optimizer.zero_grad()
             loss.total.backward()
             optimizer.step()
