@@ -89,8 +89,7 @@ def find_suspects(labels: NDArray[np.int64], doubts: LabelDoubts) -> NDArray[np.
     These are `SUSPECTED` of all, if *doubts* lists none and the classifier agrees with less than
     `JUDGED` of the labels.
     """
-    share = float((doubts.probabilities.argmax(axis=1) == labels).mean())
-    if doubts.listed.any() or share >= JUDGED:
+    if doubts.listed.any() or _agreement(labels, doubts) >= JUDGED:
         return np.zeros(0, np.intp)
     return np.argsort(doubts.support, kind="stable")[: math.ceil(SUSPECTED * len(labels))]
 
@@ -100,9 +99,17 @@ def describe_unjudged(labels: NDArray[np.int64], doubts: LabelDoubts) -> str:
     suspects = find_suspects(labels, doubts)
     if not len(suspects):
         return ""
-    share = float((doubts.probabilities.argmax(axis=1) == labels).mean())
+    agreement = 100 * _agreement(labels, doubts)
     return (
-        f"wrong labels may remain unseen: the classifier agrees with {100 * share:.0f} % of the labels, "
+        f"wrong labels may remain unseen: the classifier agrees with {agreement:.0f} % of the labels, "
         f"and below {100 * JUDGED:.0f} % most wrong ones look like its own errors; `sopdeploy data check "
         f"FOLDER --wrong-labels RUN` lists the {len(suspects)} labels that it contradicts most"
     )
+
+
+def _agreement(labels: NDArray[np.int64], doubts: LabelDoubts) -> float:
+    """Return the share of *labels* (N,) that no class contradicts, relative to the averages of the classes.
+
+    The probabilities themselves favour classes of few images, which have no margin here.
+    """
+    return float((doubts.suggested == labels).mean())

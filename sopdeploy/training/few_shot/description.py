@@ -137,7 +137,11 @@ def _score_without_doubted(
         return None
     labels = validation.problem.targets.strata[kept]
     with_them = float((validation.logits[kept].argmax(axis=1) == labels).mean())
-    without_them = float((label_logits[kept].argmax(axis=1) == labels).mean())
+
+    # Labels are judged without margins, which belong to the classifier.
+    scaling = validation.scaling
+    logits_NK = label_logits - scaling.margins / scaling.temperature
+    without_them = float((logits_NK[kept].argmax(axis=1) == labels).mean())
     return min(with_them, without_them), max(with_them, without_them)
 
 

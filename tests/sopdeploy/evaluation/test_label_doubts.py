@@ -70,6 +70,20 @@ def test_it_is_told_that_labels_cannot_be_judged_at_a_low_accuracy(share, is_tol
     assert describe_unjudged(labels, listed) == ""
 
 
+def test_a_class_of_two_images_does_not_contradict_all_others_where_labels_cannot_be_judged() -> None:
+    labels = np.repeat([0, 1], [98, 2])
+    # Without margins, each image is rather of the class of two, but least of all one of the first
+    logits = np.where(labels == 0, 1.0, 9.0)[:, None] * [0.0, 1.0]
+    logits[:30, 1] = 1.5
+    doubts = find_label_doubts(logits, labels)
+    assert not doubts.listed.any()
+    assert (doubts.probabilities.argmax(axis=1) == labels).mean() == 0.02
+
+    said = describe_unjudged(labels, doubts)
+
+    assert "agrees with 70 % of the labels" in said
+
+
 def test_the_most_contradicted_labels_are_suspects_where_none_can_be_judged() -> None:
     labels = np.repeat(np.arange(4), 25)
     random = np.random.default_rng(0)
