@@ -230,10 +230,12 @@ def with_registered(
 class Options(StrictModel):
     """Options of a command and of its Python function; the text below a field describes it for both.
 
-    `GROUPS` has the fields that the help lists below a heading of their own.
+    `GROUPS` has the fields that the help lists below a heading of their own. `FORMER` has the
+    fields that have another name today, which both the command and the function still take.
     """
 
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    FORMER: ClassVar[Mapping[str, str]] = {}
 
     model_config = pydantic.ConfigDict(
         use_attribute_docstrings=True, coerce_numbers_to_str=True
@@ -243,6 +245,8 @@ class Options(StrictModel):
     @classmethod
     def _raise_config_error(cls, values: Any, validate: Callable[[Any], Self]) -> Self:
         """Raise `ConfigError` for the first invalid value."""
+        if isinstance(values, Mapping):
+            values = {cls.FORMER.get(name, name): value for name, value in values.items()}
         try:
             return validate(values)
         except pydantic.ValidationError as error:

@@ -29,9 +29,10 @@ class ExportOptions(Options):
     GROUPS: ClassVar = {
         "Precision and limits": (
             *("precision", "calibrate", "int8_for", "evaluate", "max_drop"),
-            *("allow_drift", "allow_batch_dependence"),
+            *("allow_numerical_error", "allow_batch_dependence"),
         )
     }
+    FORMER: ClassVar = {"allow_drift": "allow_numerical_error"}
 
     name: Name = None
     """Name of the project; by default the name of the checkpoint or, for your own network, of its weight file."""
@@ -39,7 +40,7 @@ class ExportOptions(Options):
     """Remove auxiliary branches, which only training uses, and prove equivalence."""
     max_batch: BatchSize = 64
     """Largest batch that the bundle must accept."""
-    allow_drift: bool = False
+    allow_numerical_error: bool = False
     """Write the bundle although the numerical error of an output exceeds its tolerance, and record it."""
     precision: Precision = "fp32"
     """Precision of the graph."""

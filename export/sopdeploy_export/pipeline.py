@@ -356,7 +356,7 @@ def _compare_file(
         exact,
         images,
         options.batch,
-        allow_drift=options.allow_drift,
+        allow_numerical_error=options.allow_numerical_error,
     )
     return exact, parity
 

@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 import sopdeploy
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.errors import ConfigError, DataError, command_line_option
+from sopdeploy.errors import ConfigError, DataError, SopdeployError, command_line_option
 from sopdeploy.training.recipe import change_recipe, flatten
 from sopdeploy.training.recipe_files import read_values
 from sopdeploy_commands.app import app
 from sopdeploy_commands.training.request import TrainOptions, configure, read_changes
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_service.settings import load_settings
 from tests.support.service import picture_bytes, write_bundle
 
@@ -35,10 +36,23 @@ def test_the_same_error_names_arguments_in_python_and_options_on_the_command_lin
     assert "--max-batch: must be at least 1" in error.stderr
 
 
+def test_an_option_that_was_renamed_is_still_taken_by_its_former_name(tmp_path: Path) -> None:
+    assert ExportOptions.model_validate({"allow_drift": True}).allow_numerical_error
+
+    missing = str(tmp_path / "missing.pt")
+    with pytest.raises(SopdeployError, match=r"missing\.pt: ") as in_python:
+        sopdeploy.export(missing, allow_drift=True)
+    error = CliRunner().invoke(app, ["export", missing, "--allow-drift"])
+
+    assert error.exit_code == 2
+    assert str(in_python.value) in error.stderr
+
+
 ERRORS = {
     "max_batch=0: too small": ("--max-batch 0: too small", {"setting": "max_batch", "value": 0}),
-    "x; try detach=True or allow_drift=False": (
-        "x; try --detach or --no-allow-drift", {"remedies": {"detach": True, "allow_drift": False}},
+    "x; try detach=True or allow_numerical_error=False": (
+        "x; try --detach or --no-allow-numerical-error",
+        {"remedies": {"detach": True, "allow_numerical_error": False}},
     ),
     "out: x; try precision='fp32'": (
         "--out: x; try --precision fp32", {"setting": "out", "remedies": {"precision": "fp32"}},

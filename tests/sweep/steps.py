@@ -166,9 +166,9 @@ def write_graph(
     rounded = ProbeOutputs.of(shipping.run, torch.from_numpy(images))
     deployed = Deployed(certified.network, preprocess).eval()
     expected = compute_reference(deployed, images, rounded, options.precision, shipping.gate)
-    session, drift = open_session(destination), options.allow_drift
+    session, drift = open_session(destination), options.allow_numerical_error
     return expected, prove_file(
-        session, shipping.model, expected, images, options.batch, allow_drift=drift
+        session, shipping.model, expected, images, options.batch, allow_numerical_error=drift
     )
 
 

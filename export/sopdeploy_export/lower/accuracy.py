@@ -122,7 +122,7 @@ class AccuracyCheck:
         return UserImages(self.calibration, photographs)
 
     def check_drop(self, report: PrecisionReport) -> None:
-        """Raise `ParityError` if a loss in *report* exceeds its limit, even with `allow_drift`.
+        """Raise `ParityError` if a loss in *report* exceeds its limit, even with `allow_numerical_error`.
 
         The limits are `max_drop` for top-1, or for agreement without labels, and `MAX_DEVIATION` for
         the change of the logits.

@@ -392,20 +392,20 @@ def prove_file(
     images: NDArray[np.uint8],
     batch: BatchRange,
     *,
-    allow_drift: bool = False,
+    allow_numerical_error: bool = False,
 ) -> ParityReport:
     """Compare the file that *session* has loaded with *expected* on uint8 *images* (P, H, W, 3).
 
     *model* is the content of the file; its operators and its size are reported. Raises
     `ParityError` if the file rejects a batch size of *batch*, or returns another shape or values
-    that are not finite. Also raises it, unless *allow_drift* is set, if
+    that are not finite. Also raises it, unless *allow_numerical_error* is set, if
 
     - two runs of the network itself differ by more than rounding,
     - the noise floor is so large that a file which ignores its input would pass,
     - an output differs from *expected*, or between batch sizes, by more than its tolerance, or
     - a class changed despite a clear margin.
 
-    With *allow_drift*, `drift_allowed` of the report says that one of these limits was exceeded.
+    With *allow_numerical_error*, `drift_allowed` of the report says that one of these limits was exceeded.
     """
     # Below the maximum, which is mostly even: an odd size detects a graph that works for even sizes
     # only.
@@ -469,7 +469,7 @@ def prove_file(
 
     if problem is None:
         return report
-    if allow_drift:
+    if allow_numerical_error:
         return report.model_copy(update={"drift_allowed": True})
     raise ParityError(f"{problem}; nothing was written")
 

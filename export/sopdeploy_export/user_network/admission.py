@@ -116,7 +116,7 @@ def admit(
     logits = outputs.batched[0]
     is_completed = EXPORT_TWO_CLASSES in vars(network) and not logits[:, 0].any()
     warnings = (
-        *check_depends_on_images(network, logits, allowed=options.allow_drift),
+        *check_depends_on_images(network, logits, allowed=options.allow_numerical_error),
         *check_logits(
             logits[:, 1:] if is_completed else logits, several_classes=several_classes
         ),

@@ -382,7 +382,7 @@ def test_allowed_drift_of_numbers_does_not_allow_a_loss_of_accuracy(
     preprocess: Preprocess, drop: float, deviation: float
 ) -> None:
     subject: Any = SimpleNamespace(preprocess=preprocess, decision=None)
-    check = AccuracyCheck(subject, ExportOptions(precision="fp16", allow_drift=True))
+    check = AccuracyCheck(subject, ExportOptions(precision="fp16", allow_numerical_error=True))
     measured = Accuracy(
         num_images=200,
         before=None,

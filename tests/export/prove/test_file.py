@@ -56,7 +56,7 @@ def measure(exported: Exported, probes: Tensor, tmp_path: Path) -> Measure:
         name: str = "",
         change: Callable[[np.ndarray], np.ndarray] | None = None,
         *,
-        allow_drift: bool = False,
+        allow_numerical_error: bool = False,
     ) -> ParityReport:
         copy = onnx.ModelProto.FromString(exported[0].SerializeToString())
         for tensor in copy.graph.initializer:
@@ -66,7 +66,13 @@ def measure(exported: Exported, probes: Tensor, tmp_path: Path) -> Measure:
         images = probes.numpy()
         (tmp_path / "model.onnx").write_bytes(copy.SerializeToString())
         expected = compute_reference(exported[1], images)
-        return prove_file(*opened(tmp_path), expected, images, BATCH, allow_drift=allow_drift)
+        return prove_file(
+            *opened(tmp_path),
+            expected,
+            images,
+            BATCH,
+            allow_numerical_error=allow_numerical_error,
+        )
 
     return run
 
@@ -180,14 +186,14 @@ def test_a_bundle_for_huge_batches_is_not_run_with_one(
 
 
 def test_an_allowed_drift_is_recorded(measure: Measure) -> None:
-    report = measure("fc.bias", lambda values: values + 1e-3, allow_drift=True)
+    report = measure("fc.bias", lambda values: values + 1e-3, allow_numerical_error=True)
     assert report.drift_allowed
     assert report.logits.largest_drift == pytest.approx(1e-3, rel=0.05)
 
 
 def test_outputs_that_are_not_finite_are_never_allowed(measure: Measure) -> None:
     with pytest.raises(ParityError, match="not finite"):
-        measure("fc.bias", lambda values: values * np.nan, allow_drift=True)
+        measure("fc.bias", lambda values: values * np.nan, allow_numerical_error=True)
 
 
 def test_the_spread_is_over_images_and_for_one_image_over_classes() -> None:
@@ -235,7 +241,7 @@ def test_a_noise_floor_as_wide_as_the_logits_stops_the_export(
     with pytest.raises(ParityError, match=f"rounding error of .* is {message}") as caught:
         prove_file(*arguments)
     assert "\n" not in str(caught.value)
-    allowed = prove_file(*arguments, allow_drift=True)
+    allowed = prove_file(*arguments, allow_numerical_error=True)
     assert allowed.drift_allowed
     assert allowed.unverifiable
 

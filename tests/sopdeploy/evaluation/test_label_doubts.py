@@ -70,7 +70,9 @@ def test_it_is_told_that_labels_cannot_be_judged_at_a_low_accuracy(share, is_tol
     assert describe_unjudged(labels, listed) == ""
 
 
-def test_a_class_of_two_images_does_not_contradict_all_others_where_labels_cannot_be_judged() -> None:
+def test_a_class_of_two_images_does_not_contradict_all_others_where_labels_cannot_be_judged() -> (
+    None
+):
     labels = np.repeat([0, 1], [98, 2])
     # Without margins, each image is rather of the class of two, but least of all one of the first
     logits = np.where(labels == 0, 1.0, 9.0)[:, None] * [0.0, 1.0]
