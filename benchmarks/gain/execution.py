@@ -165,7 +165,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--draws", type=int, help="number of draws, which are the seeds 0, 1 and so on"
     )
     parser.add_argument(
-        "--epochs", type=int, nargs="+", help="lengths of training on CIFAR-10 (10)"
+        "--epochs", type=int, nargs="+", help="lengths of training (CIFAR-10: 10, photos: 4)"
     )
     parser.add_argument(
         "--search-epochs",

@@ -92,14 +92,14 @@ FROM_CODE: list[
     ("`load_timeout` and {:.0f} s per bundle", processes.START_SECONDS),
     ("are killed {:.0f} s after `drain_seconds`", processes.LEAVE_SECONDS),
     (
-        "{:.0f} points with 100 images, {:.1f} with 1,000",
+        "{:.0f} points with 100 validation images, {:.1f} with 1,000",
         *(LEVEL_ERROR / count**0.5 for count in (100, 1000)),
     ),
     ("below {:.0f} %, `train` warns", PERCENT * decision_fit.MIN_RECOGNIZED),
     ("warns if it is less than {:.0f} %", PERCENT * decision_fit.MIN_RECOGNIZED),
     ("stays in use for {:.0f} s", memory_budget.ROOM_SECONDS),
     (
-        "three times the size of its `model.onnx` and {:.0f} MB",
+        "three times the size of its `model.onnx` plus {:.0f} MB",
         memory_budget.ACTIVATION_BYTES / MEGA,
     ),
     ("false for about {:.0f} % of the images", PERCENT * (1 - ACCEPTS)),
