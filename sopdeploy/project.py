@@ -3,8 +3,8 @@
 import os
 import re
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Annotated
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Self
 
 import pydantic
 
@@ -43,12 +43,30 @@ class FolderReading(StrictModel):
     """How the images of a folder were read, also if nobody said so.
 
     `folder` below it is the data set, "" if it is that itself. `classes_from` and `leave_out` are
-    the settings of a recipe's data that read it so.
+    the settings of a recipe's data that read it so. Neither `folder` nor a table leads out of the
+    folder: a bundle of somebody else reads nothing beside the images that it is evaluated on.
     """
 
     folder: Text = ""
     classes_from: Text = ""
     leave_out: Text = ""
+
+    @pydantic.model_validator(mode="after")
+    def _check_stays_inside(self) -> Self:
+        for path in (self.folder, table_folder(self.classes_from)):
+            if leads_out(path):
+                raise ValueError(f"{path!r} leads out of the folder of the images")
+        return self
+
+
+def table_folder(classes_from: str) -> str:
+    """Return the folder of the table that *classes_from* may name, as `named_table` finds it."""
+    return str(PurePosixPath(classes_from.partition(":")[0]).parent)
+
+
+def leads_out(path: str) -> bool:
+    """Tell whether *path*, which begins in a folder, may lead out of it."""
+    return PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts
 
 
 AS_IT_IS = FolderReading()  # class folders, or parts of a data set, without a choice

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pydantic
 import torch
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
@@ -119,11 +120,14 @@ def _how_images_were_read(checkpoint: Checkpoint) -> FolderReading:
     if checkpoint.origin is not None and checkpoint.origin.reading != AS_IT_IS:
         return checkpoint.origin.reading
 
-    # A file can contain anything.
+    # A file can contain anything, also what no reading may say.
     recipe = checkpoint.training.get("recipe")
     of_data = recipe.get("data") if isinstance(recipe, dict) else None
     of_data = of_data if isinstance(of_data, dict) else {}
-    return FolderReading(
-        classes_from=str(of_data.get("classes_from", "")),
-        leave_out=str(of_data.get("leave_out", "")),
-    )
+    try:
+        return FolderReading(
+            classes_from=str(of_data.get("classes_from", "")),
+            leave_out=str(of_data.get("leave_out", "")),
+        )
+    except pydantic.ValidationError:
+        return AS_IT_IS

@@ -14,7 +14,7 @@ import numpy as np
 
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.signatures import count_suffixes, note_skipped
-from sopdeploy.photos.class_folders import list_classes, no_classes_error
+from sopdeploy.photos.class_folders import is_pattern, list_classes, no_classes_error
 from sopdeploy.photos.files import (
     FILES,
     FOLDERS,
@@ -75,18 +75,25 @@ def _as_far_as_possible(
     reading: FolderReading, root: Path, labels: tuple[str, ...]
 ) -> FolderReading:
     """Return what of *reading* applies to *root*; nothing if its folders are classes of the network."""
-    folders = {*list_subfolders(root)}
-    if reading == AS_IT_IS or (folders and folders <= {*labels, *class_aliases()}):
+    classes = {*map(normalize, labels), *class_aliases()}
+    folders = {*map(normalize, list_subfolders(root))}
+    if reading == AS_IT_IS or (folders and folders <= classes):
         return AS_IT_IS
 
     # The data set, and what it names: a table, a file beside each image, folders.
     folder = reading.folder if (root / reading.folder).is_dir() else ""
     inner = root / folder
     classes_from = reading.classes_from
-    is_table = PurePath(classes_from.partition(":")[0]).suffix in TABLE_SUFFIXES
+    is_table = PurePath(classes_from.partition(":")[0]).suffix.lower() in TABLE_SUFFIXES
     is_there = named_table(inner, classes_from) is not None
     if (is_table or classes_from == FILES) and not is_there:
         classes_from = ""
+
+    # A folder that is a class tells more than the names of files, also beside other folders.
+    is_of_names = is_pattern(classes_from) and not is_there
+    if is_of_names and not classes.isdisjoint(map(normalize, list_subfolders(inner))):
+        classes_from = ""
+
     left_out = [name for name in split_names(reading.leave_out) if (inner / name).is_dir()]
     return FolderReading(folder=folder, classes_from=classes_from, leave_out=",".join(left_out))
 
@@ -101,11 +108,10 @@ def _open_evaluation_images(
 ) -> ImageFiles:
     """Do what `open_evaluation_images` says, in a *root* that holds what *reading* names."""
     leave_out = split_names(reading.leave_out)
-    if named := named_table(root, reading.classes_from):
+    named = named_table(root, reading.classes_from)
+    if multi_label and named:
         table, column = named
-        return _held_out_of_table(
-            table, labels, multi_label=multi_label, root=root, column=column
-        )
+        return _held_out_of_table(table, labels, root=root, column=column)
     if multi_label:
         folder = _held_out_folder(root, labels, leave_out, log)
         found = find_table(root) or find_table(folder)
@@ -116,11 +122,16 @@ def _open_evaluation_images(
                 "classes in this file"
             )
         # With *labels*, the images of the table have exactly these classes.
-        return _held_out_of_table(found, labels, multi_label=True)
+        return _held_out_of_table(found, labels)
 
     # One class per image: the official layout of a public data set, a table, or class folders.
-    layout = detect_kind(root)  # None for a folder of the user
-    if layout is not None:
+    layout = None if named else detect_kind(root)  # None for a folder of the user
+    where, what = root, "the folders"
+    if named:
+        where, column = named
+        what = "these classes"
+        images = _held_out_of_table(where, root=root, column=column)
+    elif layout is not None:
         images = open_part(layout, "held_out", root)
     else:
         folder = root
@@ -128,7 +139,8 @@ def _open_evaluation_images(
             folder = _held_out_folder(root, labels, leave_out, log)
         own_table = None if reading.classes_from else find_table(folder)
         if own_table is not None:
-            images = _held_out_of_table(own_table, labels, multi_label=False)
+            where, what = own_table, "these classes"
+            images = _held_out_of_table(own_table)
         else:
             listing = list_classes(folder, reading.classes_from, leave_out)
             images = listing.images
@@ -138,7 +150,7 @@ def _open_evaluation_images(
 
     # Other classes of an official layout are no mistakes of the user.
     allow_unknown = other_classes or layout is not None
-    images = _match_classes(root, images, labels, allow_unknown, log)
+    images = _match_classes(where, what, images, labels, allow_unknown, log)
     empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
     if empty:
         log(f"{root}: no images of {len(empty)} of {len(labels)} classes: {shorten(empty)}")
@@ -175,15 +187,19 @@ def _held_out_folder(
 
 def _held_out_of_table(
     table: Path,
-    labels: tuple[str, ...],
+    labels: tuple[str, ...] | None = None,
     *,
-    multi_label: bool,
     root: Path | None = None,
     column: str = "",
 ) -> ImageFiles:
-    """Open the held-out images of *table*, or all if it does not divide them (`read_label_table`)."""
+    """Open the held-out images of *table*, or all if it does not divide them (`read_label_table`).
+
+    With *labels*, they have several of these classes each, otherwise one, whatever it is.
+    """
     # The last part: `val` after `train`, or the only one.
-    opened = read_label_table(table, labels, multi_label=multi_label, root=root, column=column)
+    opened = read_label_table(
+        table, labels, multi_label=labels is not None, root=root, column=column
+    )
     note_skipped(root or table.parent, opened.ignored)
     *_, (name, images) = opened.parts.items()
     check_has_classes(table, name, images)
@@ -191,11 +207,17 @@ def _held_out_of_table(
 
 
 def _match_classes(
-    root: Path, images: ImageFiles, labels: tuple[str, ...], allow_unknown: bool, log: Log
+    where: Path,
+    what: str,
+    images: ImageFiles,
+    labels: tuple[str, ...],
+    allow_unknown: bool,
+    log: Log,
 ) -> ImageFiles:
     """Give *images* the classes *labels*; raises `DataError` for others, or if none is left.
 
     With *allow_unknown*, images of other classes are left out instead, if one class remains.
+    *where* and *what* name in messages what tells the classes: a folder or a table.
     """
     # Names of folders are in the form NFC, labels of networks perhaps not.
     aliases = class_aliases()  # of WordNet IDs
@@ -211,16 +233,16 @@ def _match_classes(
     if unknown and not are_allowed:
         verb = "are not classes" if len(unknown) > 1 else "is no class"
         raise DataError(
-            f"{root}: {shorten(unknown)} {verb} of the network, which knows "
-            f"{shorten(labels)}; remove or rename the folders{hint}",
+            f"{where}: {shorten(unknown)} {verb} of the network, which knows "
+            f"{shorten(labels)}; remove or rename {what}{hint}",
             lists={"unknown": unknown, "classes": labels},
         )
     if unknown:
-        log(f"{root}: left out, of no class: {shorten(unknown)}{hint}")
+        log(f"{where}: left out, of no class: {shorten(unknown)}{hint}")
 
     matched = select_classes(images.replaced(labels=names), labels)
     if not len(matched):
-        raise DataError(f"{root}: holds no images of these classes; add some")
+        raise DataError(f"{where}: holds no images of these classes; add some")
     return matched
 
 

@@ -50,7 +50,7 @@ from sopdeploy.photos.photo import ImageFiles, Split, select_classes
 from sopdeploy.photos.readings import Reading, Tree, choose, propose_readings
 from sopdeploy.photos.table import UNSPLIT, OpenedParts, check_has_classes, read_label_table
 from sopdeploy.photos.table_search import find_table, named_table
-from sopdeploy.project import FolderReading
+from sopdeploy.project import FolderReading, leads_out, table_folder
 
 
 def open_folder(path: Path, classes_from: str = "", leave_out: str = "") -> Split:
@@ -133,7 +133,9 @@ def _open_parts(
 
     # What the user says.
     if classes_from:
-        reading = FolderReading(classes_from=classes_from, leave_out=",".join(leave_out))
+        # A table outside of the folder is the user's own choice, which no bundle repeats.
+        recorded = "" if leads_out(table_folder(classes_from)) else classes_from
+        reading = FolderReading(classes_from=recorded, leave_out=",".join(leave_out))
         if named := named_table(root, classes_from):
             opened = _open_table(root, *named)
         elif classes_from == FILES:

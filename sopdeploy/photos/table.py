@@ -103,7 +103,8 @@ def read_label_table(
     listed = {label for row in rows for label in row.classes or ()}
     labels = tuple(sorted(listed)) if labels is None else labels
     check_labels(table, labels)
-    if len(labels) < 2:
+    # A network that is trained needs two classes, one that is evaluated has them already.
+    if len(labels) < (2 if multi_label is None else 1):
         names = shorten(labels) or "none"
         raise DataError(
             f"{table}: has fewer than two classes ({names}); a network needs at least two"

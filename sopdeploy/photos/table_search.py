@@ -19,7 +19,6 @@ from sopdeploy.photos.cells import (
 )
 from sopdeploy.photos.files import (
     FILES,
-    FOLDERS,
     LABELS_FILE,
     TRAIN,
     list_images,
@@ -54,8 +53,8 @@ def find_table(root: Path) -> Path | None:
     for file in files:
         if file.stem.lower() == "labels" and file.suffix.lower() in SPREADSHEETS:
             raise DataError(
-                f"{file}: not read; save it as {LABELS_FILE} with the columns file,classes, or add "
-                f"--set data.classes_from={FOLDERS} if the folders are the classes"
+                f"{file}: not read; save it as {LABELS_FILE} with the columns file,classes, or rename "
+                "it if the folders are the classes"
             )
     if not any(file.suffix.lower() in TABLE_SUFFIXES for file in files):
         return None

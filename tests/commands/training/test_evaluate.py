@@ -165,6 +165,16 @@ def test_images_are_read_as_the_run_read_its_images(stored, tmp_path, settings, 
     assert measured(stored, tmp_path / "sorted").count == 3
 
 
+@pytest.mark.parametrize("classes_from", ["x" * 10_001, "../labels.csv"])
+def test_a_recipe_that_no_reading_may_repeat_is_ignored(stored, tmp_path, classes_from) -> None:
+    make(tmp_path / "val", a=3, b=4)
+    recipe = {"data": {"kind": "folder", "classes_from": classes_from}}
+    checkpoint = replace(read_checkpoint(stored), training={"recipe": recipe})
+    write_checkpoint(stored, checkpoint)
+
+    assert measured(stored, tmp_path / "val").count == 7
+
+
 def test_intervals_are_those_of_independent_groups(stored, tmp_path) -> None:
     make(
         tmp_path / "val", a__one=3, a__two=3, b=4

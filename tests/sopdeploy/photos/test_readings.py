@@ -7,6 +7,7 @@ from pathlib import Path
 from zlib import crc32
 
 import pytest
+from pydantic import ValidationError
 
 from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
@@ -374,6 +375,93 @@ def test_a_network_of_several_classes_reads_the_table_of_its_reading(tmp_path) -
     )
     assert images.labels == ("b", "c", "a")
     assert images.class_counts().tolist() == [5, 0, 5]
+
+
+OUTSIDE = {
+    "an absolute folder": {"folder": "/etc"},
+    "a folder above": {"folder": "x/../../y"},
+    "the folder above": {"folder": ".."},
+    "an absolute table": {"classes_from": "/data/labels.csv:dx"},
+    "a table above": {"classes_from": "../labels.csv"},
+}
+
+
+@pytest.mark.parametrize("values", OUTSIDE.values(), ids=OUTSIDE)
+def test_a_recorded_reading_that_leads_out_of_the_folder_is_refused(values) -> None:
+    with pytest.raises(ValidationError, match="leads out of the folder of the images"):
+        FolderReading.model_validate(values)
+
+
+@pytest.mark.parametrize("classes_from", ["..", r"^\D+", "tables/a.csv:b/../c"])
+def test_a_pattern_is_recorded_and_a_column_is_no_path(classes_from) -> None:
+    assert FolderReading(classes_from=classes_from).classes_from == classes_from
+
+
+def test_a_run_does_not_record_a_table_outside_of_its_folder(tmp_path) -> None:
+    make_with_table(tmp_path / "photos")
+    table = (tmp_path / "photos/HAM.csv").rename(tmp_path / "HAM.csv")
+
+    for name in ("../HAM.csv", str(table)):
+        split = open_folder(tmp_path / "photos", classes_from=f"{name}:dx")
+        assert split.train.class_counts().tolist() == [5, 5]
+        assert split.reading == AS_IT_IS
+
+
+# How the table is found, by the reading or by its name
+TABLES = {
+    "of the reading": ("HAM.csv", FolderReading(classes_from="HAM.csv:dx")),
+    "by its name": ("labels.csv", AS_IT_IS),
+}
+
+
+@pytest.mark.parametrize(("name", "reading"), TABLES.values(), ids=TABLES)
+def test_classes_of_a_table_are_matched_like_those_of_folders(tmp_path, name, reading) -> None:
+    make(tmp_path, {"images": 6})
+    classes = ["n01440764", "a", "a", "n01440764", "other", "n01440764"]
+    rows = [f"{number:03},{label},1" for number, label in enumerate(classes)]
+    heading = "image_id,dx,age" if reading.classes_from else "file,classes,age"
+    (tmp_path / name).write_text("\n".join([heading, *rows]))
+    lines: list[str] = []
+
+    # WordNet IDs, classes without images, and other classes if these are allowed
+    images = open_evaluation_images(
+        tmp_path, ("tench", "b", "a"), other_classes=True, reading=reading, log=lines.append
+    )
+    assert images.class_counts().tolist() == [3, 0, 2]
+    assert f"{tmp_path}: no images of 1 of 3 classes: b" in lines
+    assert f"{tmp_path / name}: left out, of no class: other" in lines
+
+    with pytest.raises(DataError, match=r"other is no class .* rename these classes"):
+        open_evaluation_images(tmp_path, ("tench", "b", "a"), reading=reading)
+
+    # One class is enough.
+    (tmp_path / name).write_text("\n".join([heading, *(f"{row:03},a,1" for row in range(6))]))
+    images = open_evaluation_images(tmp_path, ("tench", "a"), reading=reading)
+    assert images.class_counts().tolist() == [0, 6]
+
+
+def test_class_folders_beside_others_stay_classes_whatever_the_names_of_files_say(
+    tmp_path,
+) -> None:
+    make(tmp_path, {"a": 2, "b": 1, "other": 3})
+    images = open_evaluation_images(
+        tmp_path, ("a", "b"), other_classes=True, reading=FolderReading(classes_from=r"^\d+")
+    )
+    assert images.class_counts().tolist() == [2, 1]
+
+
+def test_a_missing_table_is_known_by_its_suffix_in_capitals(tmp_path) -> None:
+    make(tmp_path, {"x/a": 2, "x/b": 1})
+    reading = FolderReading(classes_from="HAM.CSV")
+    images = open_evaluation_images(tmp_path, ("a", "b"), reading=reading)
+    assert images.class_counts().tolist() == [2, 1]
+
+
+def test_a_spreadsheet_beside_folders_is_an_error_that_every_command_can_mend(tmp_path) -> None:
+    make(tmp_path, {"a": 2, "b": 2})
+    (tmp_path / "labels.xlsx").touch()
+    with pytest.raises(DataError, match=r"or rename it if the folders are the classes$"):
+        open_evaluation_images(tmp_path, ("a", "b"))
 
 
 def test_the_validation_part_is_not_one_that_the_run_left_out(tmp_path) -> None:
