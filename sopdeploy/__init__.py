@@ -54,6 +54,9 @@ def __getattr__(name: str) -> Any:
 
     from sopdeploy.environment import missing_extras
 
+    if name == "layers":  # a module, whose import also sets it here
+        with missing_extras():
+            return import_module("sopdeploy.layers")
     if name not in _MODULES:
         raise AttributeError(f"module 'sopdeploy' has no attribute {name!r}")
 
@@ -64,4 +67,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*globals(), *_MODULES, "layers"})

@@ -1,3 +1,4 @@
+from sopdeploy import layers as layers
 from sopdeploy.data.sources import register_data_source as register_data_source
 from sopdeploy.images.preprocess import Preprocess as Preprocess
 from sopdeploy.importers.conversion import Importer as Importer

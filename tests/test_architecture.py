@@ -231,7 +231,8 @@ def test_the_stub_of_the_package_has_the_lazy_names_at_their_places() -> None:
     stub = ast.parse((ROOT / "sopdeploy" / "__init__.pyi").read_text(encoding="utf-8"))
     imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
     typed = {alias.asname: str(node.module) for node in imports for alias in node.names}
-    assert typed == {**sopdeploy._MODULES, "__version__": "sopdeploy.version"}
+    others = {"__version__": "sopdeploy.version", "layers": "sopdeploy"}
+    assert typed == sopdeploy._MODULES | others
     for exported, module in sopdeploy._MODULES.items():
         assert getattr(sopdeploy, exported) is getattr(import_module(module), exported)
 

@@ -125,6 +125,10 @@ def test_user_errors_are_sopdeploy_errors(bundle: Path) -> None:
         sopdeploy.train()
     with pytest.raises(ConfigError, match="epoch: unknown key; did you mean epochs"):
         sopdeploy.train(recipe="digits-plain", epoch=3)
+    with pytest.raises(
+        ConfigError, match=r'^data: takes a folder; .* as \*\*{"data\.kind": \'digits\'}$'
+    ):
+        sopdeploy.train(data={"kind": "digits"})
 
     async def serve_in_a_loop() -> None:
         sopdeploy.serve(bundle)
@@ -137,12 +141,13 @@ def test_importing_sopdeploy_is_light_and_serving_needs_no_torch() -> None:
     code = (
         "import sys, sopdeploy; first = sorted(sys.modules); sopdeploy.predict, sopdeploy.serve; "
         "print([n for n in ('torch', 'numpy', 'PIL', 'fastapi', 'pydantic') if n in first], "
-        "[n for n in ('torch', 'torchvision', 'onnx', 'sklearn', 'timm', 'jinja2') if n in sys.modules])"
+        "[n for n in ('torch', 'torchvision', 'onnx', 'sklearn', 'timm', 'jinja2') if n in sys.modules], "
+        "sopdeploy.layers.ISqrtCov.__name__)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "[] []\n"
+    assert done.stdout == "[] [] ISqrtCov\n"
 
 
 def test_bundles_and_settings_are_opened_by_text(bundle: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 import sopdeploy
-import sopdeploy.layers
 from tests.docs.page_commands import Workspace
 
 # In this order: later ones read what `train` and `export` have written.
@@ -24,7 +23,7 @@ PUBLIC = {
 RUN = """
 import doctest, io, json, os, signal, socket, sys, threading, time, warnings
 import torch
-import sopdeploy, sopdeploy.layers
+import sopdeploy
 
 warnings.simplefilter("error")
 port = int(os.environ["SOPDEPLOY_PORT"])
