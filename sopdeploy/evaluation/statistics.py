@@ -56,20 +56,6 @@ def mcnemar(wins: int, losses: int) -> float:
     return min(1.0, tail / 2 ** (trials - 1))
 
 
-def holm(values: Sequence[float]) -> list[float]:
-    """Correct p-values for their number (Holm, "A Simple Sequentially Rejective Procedure", 1979)."""
-    corrected = [0.0] * len(values)
-    largest = 0.0
-    ascending = sorted(range(len(values)), key=values.__getitem__)
-
-    for rank, index in enumerate(ascending):
-        num_not_smaller = len(values) - rank
-        # A corrected p-value is at least that of a smaller one.
-        largest = max(largest, min(1.0, num_not_smaller * values[index]))
-        corrected[index] = largest
-    return corrected
-
-
 def score_statistic(wins: int, losses: int, images: int, difference: float) -> float:
     """Compute how many standard deviations (wins - losses) / images is above a *difference* in (-1, 1).
 

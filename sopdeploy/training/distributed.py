@@ -58,10 +58,11 @@ class Strategy(ProcessGroup):
         return total.to(values.device)
 
     def backward(self, loss: Tensor, model: nn.Module) -> None:
-        """Set `grad` in *model* to the gradient of the sum of *loss* over the processes.
+        """Add the gradient of *loss* to `grad` in *model*, and sum `grad` over the processes.
 
-        Before, `grad` must be None. *loss* is the mean over the samples of this process, times
-        their fraction of the step.
+        Before, `grad` is None or, with `grad_accum_steps`, the gradient of this process' earlier
+        parts of the step; *loss* is that of the last part: its mean, times the part's fraction of
+        the samples of the step.
         """
         loss.backward()  # type: ignore[no-untyped-call]
 

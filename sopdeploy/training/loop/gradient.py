@@ -18,7 +18,8 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) -> FinishedStep:
     """Run one of the *steps* steps of an epoch on *batch*, this process' part of the *num_samples* samples.
 
-    A single process waits for no result of the device. `LoopState.read_steps` later finds
+    A single process waits for no result of the device, except in fp16, where the scaler must know
+    whether the gradient is finite. `LoopState.read_steps` later finds
     values that are not finite, before a checkpoint is written.
     """
     recipe = run.recipe

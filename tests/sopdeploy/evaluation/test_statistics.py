@@ -13,7 +13,6 @@ from sopdeploy.evaluation.statistics import (
     ALPHA,
     decide,
     difference_interval,
-    holm,
     mcnemar,
     score_statistic,
     student,
@@ -48,12 +47,6 @@ def promoted(images: int, tolerance: float) -> np.ndarray:
 def test_mcnemar_is_the_binomial_test_of_scipy(wins: int, losses: int) -> None:
     expected = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
     assert mcnemar(wins, losses) == pytest.approx(expected, rel=1e-9)
-
-
-def test_holm_equals_the_definition() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([]) == []
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
