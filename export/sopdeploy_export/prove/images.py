@@ -39,13 +39,16 @@ def find_mixing(
     if size == 1:  # there are no other images
         return ()
 
-    # Which images of the batch each run replaces: every other one, until all images were in a batch,
-    # then the first half by copies of the others, and at last these others.
+    # Which images of the batch each run replaces: in turn every other one and one half, so that a
+    # neighbour at any distance is replaced, until all images were in a batch; then the first half by
+    # copies of the others, and at last these others.
     position = np.arange(size)
     is_even = position % 2 == 0
     is_first = position < size // 2
+    is_copied = is_first.copy()
+    halves = itertools.cycle([is_even, ~is_even, is_first, ~is_first])
     num_rounds = -(-len(images) // size) - 1
-    replaced = [is_even, ~is_even] * num_rounds + [is_first, ~is_first]
+    replaced = [*itertools.islice(halves, 2 * num_rounds), is_copied, ~is_copied]
 
     # The first run.
     unused = itertools.cycle(images)
@@ -55,7 +58,7 @@ def find_mixing(
     # Each further run, compared with the run before.
     mixing: dict[str, None] = {}
     for is_new in replaced:
-        others = itertools.cycle(batch[~is_new]) if is_new is is_first else unused
+        others = itertools.cycle(batch[~is_new]) if is_new is is_copied else unused
         batch = batch.copy()
         batch[is_new] = [*itertools.islice(others, int(is_new.sum()))]
 

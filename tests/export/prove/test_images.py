@@ -13,8 +13,9 @@ from sopdeploy_export.runs import open_session
 HEAD = """<ir_version: 8, opset_import: ["" : 18]>
 g (uint8[batch, 8, 8, 3] images) => (float[batch, n] logits)
 <int64[1] zero = {0}, int64[1] one = {1}, int64[2] space = {1, 2}, int64[1] end = {9223372036854775807},
- int64[1] back = {-1}, int64[1] start = {-9223372036854775807}, int64 first = {0}, int64[2] rows = {-1, 1},
- int64[2] turned = {3, -1}, int64[3] tokens = {0, 64, 3}, float large = {250}, float half = {128}>
+ int64[1] two = {2}, int64[1] back = {-1}, int64[1] start = {-9223372036854775807}, int64 first = {0},
+ int64[2] rows = {-1, 1}, int64[2] turned = {3, -1}, int64[3] tokens = {0, 64, 3},
+ float large = {250}, float half = {128}>
 { f = Cast<to = 1>(images)  v = ReduceMean<keepdims = 0>(f, space)  t = Reshape(f, tokens)
 """
 INDEPENDENT = {
@@ -39,6 +40,9 @@ MIXING = {
         logits = Concat<axis = 0>(o, n)""",
     "the image before, of bright ones": """n = Slice(v, zero, back, zero)  o = Slice(v, back, end, zero)
         p = Concat<axis = 0>(o, n)  is = Greater(v, large)  logits = Where(is, p, v)""",
+    "the other half of the batch, of bright ones": """b = Shape<end = 1>(v)  h = Div(b, two)
+        n = Slice(v, zero, h, zero)  o = Slice(v, h, end, zero)  p = Concat<axis = 0>(o, n)
+        is = Greater(v, large)  logits = Where(is, p, v)""",
     "the number of equal images": """a = Unsqueeze(v, one)  b = Unsqueeze(v, zero)  d = Sub(a, b)
         e = Abs(d)  s = ReduceSum<keepdims = 0>(e, back)  c = Cast<to = 9>(s)  n = Not(c)
         q = Cast<to = 1>(n)  logits = ReduceSum(q, one)""",
