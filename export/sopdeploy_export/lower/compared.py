@@ -17,6 +17,7 @@ import torch
 from torch.export import ExportedProgram
 
 from sopdeploy.errors import shorten
+from sopdeploy_export.lower.constant_parts import find_constant_nodes
 from sopdeploy_export.program_hashes import module_of
 
 LIST = Path(__file__).with_name("compared.txt")
@@ -53,11 +54,16 @@ def warn_of_forms(model: ir.Model) -> list[str]:
 
 
 def warn_of_order(program: ExportedProgram) -> list[str]:
-    """Write a warning of the operators in *program* whose indices are used, and can differ for equal values."""
+    """Write a warning of the operators in *program* whose indices are used, and can differ for equal values.
+
+    Those that no image reaches are left out: their values are the same in every run.
+    """
+    constant_nodes = find_constant_nodes(program)
     places = [
         f"{node.target} in {module_of(node)}"
         for node in program.graph.nodes
         if node.target in UNORDERED
+        and node not in constant_nodes
         and any(user.target is not operator.getitem or user.args[1] == 1 for user in node.users)
     ]
 
@@ -84,7 +90,7 @@ def list_forms(model: ir.Model) -> dict[str, str]:
         kinds = ", ".join(filter(None, map(_describe_kinds, arguments)))
         becomes = sorted({node.op_type for node in nodes} - TRIVIAL)
         form = f"{target}({kinds}) = {' '.join(becomes)}".rstrip()
-        parts.setdefault(form, _part_of(nodes[0]))
+        parts.setdefault(form, part_of(nodes[0]))
     return parts
 
 
@@ -93,10 +99,18 @@ def _source_of(node: ir.Node) -> str:
     return node.metadata_props.get("pkg.torch.onnx.fx_node", "")
 
 
-def _part_of(node: ir.Node) -> str:
-    """Name the innermost module of the network that *node* is in; "forward" is the whole network."""
-    scopes = ast.literal_eval(node.metadata_props["pkg.torch.onnx.name_scopes"])
-    name: str = scopes[-2].removeprefix("network").removeprefix(".")
+def part_of(node: ir.Node) -> str:
+    """Name the innermost module of the network that *node* is in; "forward" is the whole network.
+
+    Returns "" if torch has not written where *node* was captured.
+    """
+    text = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    if text is None:
+        return ""
+
+    # From the outermost module to the innermost, then the operation.
+    *modules, _ = ast.literal_eval(text)
+    name: str = modules[-1].removeprefix("network").removeprefix(".") if modules else ""
     return name or "forward"
 
 

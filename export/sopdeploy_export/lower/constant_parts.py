@@ -26,14 +26,14 @@ def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
     the positions that it chooses. Returns *program* itself if it has neither such nodes nor constant
     masks.
     """
-    constant_nodes = _constant_nodes(program)
+    constant_nodes = find_constant_nodes(program)
     have_sizes_from_values = any(map(_has_size_from_values, constant_nodes))
     if not have_sizes_from_values and not _constant_masks(program, constant_nodes):
         return program
 
     # A copy of the program, its constant nodes, and the tensors that it stores.
     program = program.run_decompositions({})
-    constant_nodes = _constant_nodes(program)
+    constant_nodes = find_constant_nodes(program)
     stored = {**program.state_dict, **program.constants}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
 
@@ -69,7 +69,7 @@ def fold_constant_parts(program: ExportedProgram) -> ExportedProgram:
     return program.run_decompositions({})  # computes all sizes again
 
 
-def _constant_nodes(program: ExportedProgram) -> set[fx.Node]:
+def find_constant_nodes(program: ExportedProgram) -> set[fx.Node]:
     """Find the nodes of *program* that depend on no image and on no random number."""
     images = set(program.graph_signature.user_inputs)
     constant_nodes = set[fx.Node]()

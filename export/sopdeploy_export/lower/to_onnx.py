@@ -4,11 +4,11 @@ Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT re
 it. `OPSET` is the lowest that torch writes and the most widely supported.
 """
 
-import ast
 import copy
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +42,7 @@ from sopdeploy_export.capture.failures import (
     NO_CONTROL_FLOW,
 )
 from sopdeploy_export.capture.program import NETWORK_PREFIX
-from sopdeploy_export.lower.compared import warn_of_forms, warn_of_order
+from sopdeploy_export.lower.compared import part_of, warn_of_forms, warn_of_order
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.forms import decompose
 from sopdeploy_export.program_hashes import module_of
@@ -142,11 +142,7 @@ def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
 
     The part is the innermost module that the node was captured in; `forward` is the whole network.
     """
-    # For each node, the text of a list: its modules from the outermost to the innermost, then its
-    # operation.
-    scopes = {
-        node: node.metadata_props.get("pkg.torch.onnx.name_scopes") for node in model.graph
-    }
+    parts = {node: part_of(node) for node in model.graph}
 
     # Clear the metadata of nodes and the graph, of the model, and of values.
     common.ClearMetadataAndDocStringPass()(model)
@@ -156,10 +152,9 @@ def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
         value.metadata_props.clear()
 
     # Write the part of each node; clear the shapes and types of its results.
-    for node, scope in scopes.items():
-        if scope is not None:
-            part = ast.literal_eval(scope)[-2].removeprefix(NETWORK_PREFIX)
-            node.metadata_props["part"] = part if part not in ("", "network") else "forward"
+    for node, part in parts.items():
+        if part:
+            node.metadata_props["part"] = part
 
         for output in node.outputs:
             if not output.is_graph_output():
@@ -177,19 +172,29 @@ def to_ir(
 
     Raises `LoweringError` if an operator has no ONNX form.
     """
+    if found is not None:
+        found += warn_of_order(program)
+
     with garbage_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the converter warns about its own internals
-        try:
-            if found is not None:
-                found += warn_of_order(program)
+        with _described_failure(program):
             program = decompose(program)
+        with _described_failure(program):
             model = translate(program, inputs, outputs)
-            if found is not None:
-                found += warn_of_forms(model)
+        if found is not None:
+            found += warn_of_forms(model)
+        with _described_failure(program):
             _simplify(model)
-        except Exception as error:  # the converter does not limit what its passes raise
-            raise LoweringError(f"no ONNX form: {_describe_failure(error, program)}") from error
     return model
+
+
+@contextmanager
+def _described_failure(program: ExportedProgram) -> Iterator[None]:
+    """Raise `LoweringError` in place of what a pass of the converter raises for *program*."""
+    try:
+        yield
+    except Exception as error:  # the converter does not limit what its passes raise
+        raise LoweringError(f"no ONNX form: {_describe_failure(error, program)}") from error
 
 
 @_flags.set_onnx_exporting_flag

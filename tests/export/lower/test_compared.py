@@ -4,14 +4,16 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.capture.program import capture_any_batch
+from sopdeploy_export.lower.compared import part_of
 from sopdeploy_export.lower.to_onnx import lower
 from tests.export.once import ALONE
 from tests.export.user_network.networks import export_small, trained, variant
@@ -38,10 +40,12 @@ WARNED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         NOT_COMPARED.format("avg_pool2d"),
     ),
 }
+TABLE = nn.Parameter(torch.arange(768.0).flip(0))
 QUIET: dict[str, Callable[[Tensor], Tensor]] = {
     "values of topk": lambda x: x.topk(5)[0],
     "indices of a stable sort": lambda x: x.sort(dim=1, stable=True)[1],
     "indices of a stable argsort": lambda x: x.argsort(dim=1, stable=True),
+    "indices of a stored table": lambda x: x + TABLE.sort()[1],
     "activations": lambda x: F.gelu(x) + F.silu(x),
     "normalized rows": lambda x: F.normalize(x),
 }
@@ -66,6 +70,23 @@ def test_a_form_that_can_differ_is_named_in_one_warning(
 @pytest.mark.parametrize("case", QUIET)
 def test_a_form_that_tests_compare_causes_no_warning(case: str, preprocess: Preprocess) -> None:
     assert warn_of(QUIET[case], preprocess) == []
+
+
+@pytest.mark.parametrize(
+    ("scopes", "part"),
+    [
+        ("['', 'network', 'network.stem', 'conv2d']", "stem"),
+        ("['', 'network', 'add']", "forward"),
+        ("['', 'add']", "forward"),
+        ("['add']", "forward"),
+        (None, ""),
+    ],
+)
+def test_the_part_of_a_node_is_its_innermost_module(scopes: str | None, part: str) -> None:
+    node = ir.node("Add", [])
+    if scopes is not None:
+        node.metadata_props["pkg.torch.onnx.name_scopes"] = scopes
+    assert part_of(node) == part
 
 
 def test_a_form_that_is_wrong_for_the_images_is_refused(tmp_path: Path) -> None:
