@@ -1,6 +1,7 @@
 """A plain run of a network against its captured graph, as measured on kinds of images."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,9 @@ from sopdeploy.errors import CertificateError, SopdeployError
 from sopdeploy_export.capture.deployed import ordinary_images
 from sopdeploy_export.prove.certificate import STATEMENTS, Checks
 from sopdeploy_export.prove.networks import Compared
-from sopdeploy_export.prove.plain_run import SIZES, measure_plain_run
+from sopdeploy_export.prove.plain_run import SIZES, find_difference, measure_plain_run
 from sopdeploy_export.prove.removed import prove_removed
+from tests.export.user_network.networks import export_small, trained, variant
 
 SIDE = 32
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
@@ -258,3 +260,29 @@ def test_the_certificate_says_what_was_proved_and_what_was_measured() -> None:
         "Images": "measured",
         "File": "measured",
     }
+
+
+@pytest.mark.parametrize("extreme", [torch.nan, torch.inf, -torch.inf])
+def test_a_difference_beside_an_extreme_output_is_found(extreme: float) -> None:
+    plain, captured = (
+        torch.tensor([[1.0, extreme], [1, 2]]),
+        torch.tensor([[1.0, extreme], [1, 3]]),
+    )
+    assert find_difference([plain], [captured]) == 1
+    assert find_difference([plain], [plain]) is None
+
+
+def test_an_export_warns_of_images_for_which_the_network_gives_nan(tmp_path: Path) -> None:
+    def forward(self: nn.Module, images: Tensor) -> Tensor:
+        steps = (images[..., 1:] - images[..., :-1]).abs().amin((1, 2, 3))
+        is_other = (steps < 4)[:, None].float()  # 0 if each pixel is black beside white
+        return self.fc(self.features(images)) * is_other / is_other
+
+    network = variant(forward, aux=False)
+    exported = export_small(trained(network), tmp_path)
+    assert any(
+        re.search(
+            r"the network gives NaN for .*stripes of single pixels.*can give numbers", warning
+        )
+        for warning in exported.warnings
+    )
