@@ -1,9 +1,10 @@
 """Operators whose ONNX forms were compared with the results of PyTorch, in a list that ships.
 
-`tests/operators` compares them in CI, for each version of torch and ONNX Runtime, on values that
-images hardly ever cause, and writes `compared.txt`. A line of it is a form: an operator, the kinds
-of its arguments, and what it becomes in ONNX. An export warns of forms that are not in the list, and
-of indices of equal values, which PyTorch does not define.
+With the lowest, the locked and the newest versions of torch and ONNX Runtime, `tests/operators`
+compares them on values that images hardly ever cause. `make goldens` writes `compared.txt`. A line
+of it is a form: an operator, the kinds of its arguments, and what it becomes in ONNX. An export
+warns of forms that are not in the list, and of indices of equal values, which PyTorch does not
+define.
 """
 
 import ast

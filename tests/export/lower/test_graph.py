@@ -1,4 +1,4 @@
-"""Networks as ONNX graphs: inputs, batch sizes, operators, and which operators differ from ATen."""
+"""Networks as ONNX graphs: inputs, batch sizes and operators."""
 
 from collections import Counter
 from collections.abc import Callable
