@@ -3,6 +3,7 @@
 Letter: N images.
 """
 
+import os
 from collections.abc import Collection
 from functools import cache
 from importlib import resources
@@ -80,8 +81,9 @@ def _as_far_as_possible(
     if reading == AS_IT_IS or (folders and folders <= classes):
         return AS_IT_IS
 
-    # The data set, and what it names: a table, a file beside each image, folders.
-    folder = reading.folder if (root / reading.folder).is_dir() else ""
+    # The data set, and what it names: a table, a file beside each image, folders. `Path.is_dir`
+    # raises for a text that is longer than a name can be.
+    folder = reading.folder if os.path.isdir(root / reading.folder) else ""  # noqa: PTH112
     inner = root / folder
     classes_from = reading.classes_from
     is_table = PurePath(classes_from.partition(":")[0]).suffix.lower() in TABLE_SUFFIXES
@@ -94,7 +96,11 @@ def _as_far_as_possible(
     if is_of_names and not classes.isdisjoint(map(normalize, list_subfolders(inner))):
         classes_from = ""
 
-    left_out = [name for name in split_names(reading.leave_out) if (inner / name).is_dir()]
+    left_out = [
+        name
+        for name in split_names(reading.leave_out)
+        if os.path.isdir(inner / name)  # noqa: PTH112
+    ]
     return FolderReading(folder=folder, classes_from=classes_from, leave_out=",".join(left_out))
 
 

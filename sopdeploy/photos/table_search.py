@@ -78,7 +78,8 @@ def named_table(root: Path, classes_from: str) -> tuple[Path, str] | None:
 
     name, _, column = classes_from.partition(":")
     table = root / name
-    return (table, column) if table.is_file() else None
+    # Not `Path.is_file`, which raises for a pattern that is longer than a name can be.
+    return (table, column) if os.path.isfile(table) else None  # noqa: PTH113
 
 
 def _labels_all_images(root: Path, table: Path, images: list[bytes]) -> bool:
