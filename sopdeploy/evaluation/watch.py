@@ -6,9 +6,10 @@ replaces it. So the
 reference of an alarm is from before the change, also if another bundle comes meanwhile, which then
 predicts the images of the reference again.
 
-An alarm ends with a window that does not differ any more. The world may stay changed: with a bundle
-that came during the alarm, other classes and other light are no alarm any more, but less sure
-predictions and more rejected images are, because these are what such a bundle should mend.
+An alarm ends with a window that does not differ any more, or if too little of its reference is
+left. The world may stay changed: with a bundle that came during the alarm, other classes and other
+light are no alarm any more, but less sure predictions and more rejected images are, because these
+are what such a bundle should mend.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +66,12 @@ class Watch(Generic[BlockT]):
         """Add *block*, and return whether a comparison is due."""
         self.window.append(block)
         self.num_untested += 1
+
+        # Blocks of the reference can be lost at a restart. With too few, no comparison could end
+        # the alarm.
+        if len(self.reference) < NEWEST_BLOCKS:
+            self.alarm_blocks = 0
+            self.is_replaced = False
 
         # The first reference grows by what the newest blocks leave.
         is_complete = len(self.reference) >= FIRST_BLOCKS

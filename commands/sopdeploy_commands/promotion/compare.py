@@ -291,26 +291,29 @@ def _bound_losses(
 
     With new classes, the old ones are also checked alone.
     """
-    rule = rule_of_all(tolerance, attempt)
+    # What is labelled now is counted by the next attempt, whose rule is stricter.
+    rule, next_rule = (rule_of_all(tolerance, number) for number in (attempt, attempt + 1))
     recent_N = photographs.recent
-    checks = [_check("all", rule, first.right, second.right, recent_N)]
+    checks = [_check("all", rule, next_rule, first.right, second.right, recent_N)]
 
     if photographs.new.any():
         rule = rule_of_old(tolerance)
-        checks.append(_check("old", rule, first.right, second.right, photographs.old))
+        checks.append(_check("old", rule, rule, first.right, second.right, photographs.old))
     return checks
 
 
 def _check(
     of: Literal["all", "old"],
     rule: Rule,
+    next_rule: Rule,
     first_N: NDArray[np.bool_],
     second_N: NDArray[np.bool_],
     counted_N: NDArray[np.bool_],
 ) -> Check:
     """Bound by *rule* what the second bundle loses on the photographs that *counted_N* marks.
 
-    *first_N* and *second_N* mark those that the bundles classify correctly.
+    *first_N* and *second_N* mark those that the bundles classify correctly. By *next_rule*, more
+    photographs would be counted.
     """
     changes = _count_changes(first_N[counted_N], second_N[counted_N])
     counts = Counts(int(counted_N.sum()), changes["wins"], changes["losses"])
@@ -323,7 +326,7 @@ def _check(
         difference=bound.difference,
         low=bound.low,
         limit=bound.limit,
-        num_more_images=rule.labels_to_pass(counts),
+        num_more_images=next_rule.labels_to_pass(counts),
     )
 
 

@@ -71,13 +71,20 @@ def count_comparisons(link: Path) -> int:
     """Count the recorded comparisons with the bundle that *link* leads to; equal ones count once.
 
     Those on fewer than `MIN_IMAGES` photographs, which let nothing pass, do not count.
+
+    If the last record is of a move that was not made, because its process ended, the next
+    comparison repeats that one, which does not count.
     """
     different = set()
     live = read_link(link)
     if live is None:
         return 0
 
-    for promotion in read_promotions(link):
+    promotions = read_promotions(link)
+    if promotions and not promotions[-1].refused and promotions[-1].after != live:
+        promotions.pop()
+
+    for promotion in promotions:
         compared = promotion.comparison
         if promotion.before != live or compared is None:
             continue

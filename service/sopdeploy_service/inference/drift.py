@@ -37,7 +37,7 @@ from sopdeploy.evaluation.drift import (
     describe_alarms,
     measure_image,
 )
-from sopdeploy.evaluation.watch import NUM_BLOCKS, Comparisons, News, Watch
+from sopdeploy.evaluation.watch import NEWEST_BLOCKS, NUM_BLOCKS, Comparisons, News, Watch
 from sopdeploy.file_systems import set_mode
 from sopdeploy.files import MAX_IMAGE_BYTES, atomic_write, read_file, remove_leftovers
 from sopdeploy.photos.files import image_id
@@ -218,7 +218,8 @@ class DriftMonitor:
     async def _replace(self, traffic: ModelTraffic, model: Model) -> None:
         """Let *model*, a new bundle, run on the images of the reference.
 
-        Without their files, the answers of the earlier bundle stay.
+        The answers of the earlier bundle stay if too few of these images run for a comparison:
+        without their files, if *model* takes images of another shape, or if the server drains.
         """
         # Nothing is known of the answers of the new bundle yet.
         reference = traffic.watch.reference
@@ -243,7 +244,7 @@ class DriftMonitor:
                     blocks.append(await asyncio.to_thread(make_block, traffic, seen))
                     seen = []
 
-        if blocks:
+        if len(blocks) >= NEWEST_BLOCKS:
             traffic.watch.replace(blocks)
         await asyncio.to_thread(store_state, traffic)
         await asyncio.to_thread(delete_unneeded, traffic, self._keep_seconds)

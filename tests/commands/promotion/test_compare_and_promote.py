@@ -16,6 +16,7 @@ from sopdeploy.bundle.live import LOG
 from sopdeploy.bundle.manifest import FileRecord
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError, PromotionError, SopdeployError
+from sopdeploy.evaluation.permission import Counts, Rule, rule_of_all
 from sopdeploy.files import sha256
 from sopdeploy.photos.change import write_change
 from sopdeploy.photos.evaluation_images import open_any_images
@@ -385,6 +386,40 @@ def test_each_further_attempt_needs_more_evidence(
         with pytest.raises(PromotionError, match=r"undecided; .* attempt 1000000000001"):
             promote(second, shelf / "live", photos)
     assert promote(second, shelf / "live", photos).comparison.attempt == 2
+
+
+def test_a_move_that_was_recorded_and_not_made_is_repeated_as_the_same_attempt(
+    bundles, labelled, shelf
+) -> None:
+    second, live, photos = (
+        shelf / bundles[1].name,
+        shelf / "live",
+        labelled(bundles[1], count=24),
+    )
+    first = live.readlink()
+    assert promote(second, live, photos).comparison.attempt == 1
+    live.unlink()  # as if the process had ended before the move
+    live.symlink_to(first)
+    assert compare(live, second, photos).attempt == 1
+    assert promote(second, live, photos).comparison.attempt == 1
+
+
+def test_the_labels_that_are_asked_for_suffice_for_the_next_attempt(
+    bundles, labelled, shelf, monkeypatch
+) -> None:
+    attempts = []
+
+    def count_attempt(tolerance: float, attempt: int) -> Rule:
+        attempts.append(attempt)
+        return rule_of_all(tolerance, attempt)
+
+    monkeypatch.setattr("sopdeploy_commands.promotion.compare.rule_of_all", count_attempt)
+    few = labelled(bundles[1], count=15)
+    [check] = compare(shelf / "live", bundles[0], few).checks
+    counts = Counts(check.num_images, check.wins, check.losses)
+    assert attempts == [1, 2]
+    assert check.num_more_images == rule_of_all(5.0, 2).labels_to_pass(counts)
+    assert check.num_more_images > rule_of_all(5.0, 1).labels_to_pass(counts)
 
 
 def kept_at(folder: Path, number: int, day: float, *, is_kept: bool = True) -> None:

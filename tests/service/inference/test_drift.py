@@ -231,6 +231,35 @@ def test_a_new_bundle_runs_on_the_images_of_the_reference(tmp_path) -> None:
     assert set((tmp_path / TRAFFIC / "tiny").glob("*.npz")) == paths
 
 
+@pytest.mark.file_times
+def test_an_alarm_keeps_its_reference_if_few_of_its_images_remain(tmp_path) -> None:
+    site = Site(tmp_path)
+    site.send(12)
+    site.send(8, seed=1, light=100, fall=5.0)
+    reference = site.traffic.watch.reference
+    for block in reference[watch.NEWEST_BLOCKS - 1 :]:
+        block.path.unlink()
+
+    site.send(1, model("two"), seed=2, light=100)
+    assert site.traffic.watch.is_alarm
+    assert site.traffic.watch.reference == reference
+
+
+@pytest.mark.file_times
+def test_an_alarm_ends_at_a_restart_without_enough_of_its_reference(tmp_path) -> None:
+    site = Site(tmp_path)
+    site.send(12)
+    site.send(8, seed=1, light=100, fall=5.0)
+    assert read_alarms(tmp_path)
+    for block in site.traffic.watch.reference[watch.NEWEST_BLOCKS - 1 :]:
+        block.path.unlink()
+
+    again = Site(tmp_path)
+    again.send(1, seed=2, light=100)
+    assert not again.traffic.watch.is_alarm
+    assert not read_alarms(tmp_path)
+
+
 DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "no archive": lambda path: path.write_bytes(b"x" * 100),
@@ -293,7 +322,7 @@ def test_a_server_counts_what_it_classifies_but_no_report(
     wait_for(lambda: list((tmp_path / TRAFFIC).glob("*/*.npz")))
     [block] = (tmp_path / TRAFFIC).glob("*/*.npz")
     assert len(drift.read_block(block).identities) == BLOCK
-    assert re.search(r'drift_images{model="\w+"} 25.0', client.get("/metrics").text)
+    wait_for(lambda: re.search(r'drift_images{model="\w+"} 25.0', client.get("/metrics").text))
     for _ in range(5):
         client.post("/v1/classify?reported=", files=files)
     assert len(list((tmp_path / TRAFFIC).glob("*/*.npz"))) == 1

@@ -108,6 +108,14 @@ def test_a_bundle_that_has_learned_the_change_ends_the_alarm_for_good(watch) -> 
     assert set(watch.reference) == {MENDED}
 
 
+def test_an_alarm_ends_if_too_little_of_its_reference_is_left() -> None:
+    watch = Watch([USUAL] * NEWEST_BLOCKS, alarm_blocks=NEWEST_BLOCKS, is_replaced=True)
+    watch.replace(watch.reference[1:])
+    assert send(watch, USUAL, NUM_BLOCKS) == []
+    assert not watch.is_alarm
+    assert len(watch.reference) == FIRST_BLOCKS
+
+
 def test_a_bundle_that_comes_without_an_alarm_begins_none(watch) -> None:
     watch.replace(watch.reference)
     assert send(watch, USUAL, NUM_BLOCKS) == []
