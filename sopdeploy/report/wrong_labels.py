@@ -25,7 +25,7 @@ class WrongLabel(StrictModel):
     """An image whose label the others contradict: the more probable class, and both probabilities.
 
     The probabilities are those of a classifier that was fitted without the image and its
-    copies.
+    copies. `is_suspect` tells that labels cannot be judged (`find_suspects`).
     """
 
     file: str
@@ -33,6 +33,7 @@ class WrongLabel(StrictModel):
     suggested: str
     probability: Fraction
     probability_suggested: Fraction
+    is_suspect: bool = False
 
 
 def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, ...]:
@@ -94,7 +95,8 @@ def list_wrong_labels(
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
     order = np.argsort(of_label_N, kind="stable")
     indices = order[found.listed[order]]
-    if with_suspects and not len(indices):
+    has_suspects = with_suspects and not len(indices)
+    if has_suspects:
         indices = find_suspects(labels, found)
 
     doubts = []
@@ -107,6 +109,7 @@ def list_wrong_labels(
             suggested=images.labels[suggested],
             probability=float(of_label_N[index]),
             probability_suggested=float(probabilities_NC[index, suggested]),
+            is_suspect=has_suspects,
         )
         doubts.append((index, wrong))
     return doubts

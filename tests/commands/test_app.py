@@ -595,6 +595,15 @@ def test_a_probably_wrong_label_is_a_row_with_the_probabilities_of_both_classes(
     row = CliRunner().invoke(app, command).stdout.splitlines()[1]
     assert row.split() == ["hat/1.jpg", "hat", "25.0", "%", "shoe", "50.0", "%"]
 
+    # Where labels cannot be judged, a line and a field say so.
+    suspect = wrong.model_copy(update={"is_suspect": True})
+    monkeypatch.setattr(
+        "sopdeploy.report.wrong_labels.find_wrong_labels", lambda *_: (suspect,)
+    )
+    assert "those that it contradicts most" in CliRunner().invoke(app, command).output
+    [listed] = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert listed["is_suspect"]
+
 
 USAGE = {
     "train --resume": "sopdeploy train: Option '--resume' requires an argument, one of never, always, auto",

@@ -26,7 +26,7 @@ from sopdeploy.files import (
     writing,
 )
 from sopdeploy.images.signatures import is_image
-from sopdeploy.photos.files import id_of_file, kept_id, normalize, walk
+from sopdeploy.photos.files import ID_DIGITS, id_of_file, kept_id, normalize, walk
 from sopdeploy.photos.photo import Photo
 from sopdeploy.project import BUNDLES, RUNS
 from sopdeploy_commands.tables import ROWS_FOLDER, STATE, VERSION_KEY, check_schema
@@ -83,9 +83,10 @@ def forget(photograph: str, folders: list[Path]) -> Forgotten:
     """Delete a photo, its label and its records in folders, also in the rows of `classify`.
 
     It deletes every copy that has the content of the file, its name if it was kept, or the given
-    name. Rows of `classify` are found by the names of the photo and of its copies. All are found
-    before the first one is deleted. If it was stopped, repeat the command. It also names the runs
-    and bundles in `runs` and `bundles` of this folder that hold the photo, and the cache of
+    name. Rows of `classify` are found by the hash of the file, also under another name or in an
+    archive. Rows without a hash are found by the names of the photo and of its copies. All are
+    found before the first one is deleted. If it was stopped, repeat the command. It also names the
+    runs and bundles in `runs` and `bundles` of this folder that hold the photo, and the cache of
     features, with the command that removes them.
 
     Args:
@@ -230,18 +231,24 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
 
     traces = {*images, *_find_by_ids(files, ids)}
 
-    # Rows of tables, which have the name of the photograph or the end of the path of a copy.
+    # Rows of tables, which have its hash or, without one, the end of the path of a copy.
     copies = [path for path in (wanted.path, *images) if wanted.is_file]
     named = wanted._replace(ids=ids, copies=frozenset(map(os.path.realpath, copies)))
-    paths_by_table = {table: _find_rows(named, table) for table in tables}
-    rows = {table: [*paths] for table, paths in paths_by_table.items() if paths}
+    rows_by_table = _find_rows(named, tables)
+    rows = {table: [*found] for table, found in rows_by_table.items() if found}
 
     # A given name must be that of one photograph only; an id always is.
     if not wanted.is_file and not ids:
         contents = {id_of_file(path): str(path) for path in images}
-        row_paths = {path for paths in paths_by_table.values() for path in paths.values()}
-        if len(contents) > 1 or len(row_paths) > 1:
-            names = shorten(sorted({*contents.values(), *row_paths}))
+        unread = set[str]()  # paths of rows without a hash
+        for row in chain.from_iterable(found.values() for found in rows_by_table.values()):
+            if row.file_id:
+                contents.setdefault(row.file_id, row.path)
+            else:
+                unread.add(row.path)
+
+        if len(contents) > 1 or len(unread) > 1:
+            names = shorten(sorted({*contents.values(), *unread}))
             raise DataError(
                 f"{photograph}: is the name of different photos ({names}); name one with its folder"
             )
@@ -319,13 +326,15 @@ class _Wanted(NamedTuple):
             )
         return False
 
-    def has_row(self, path: str) -> bool:
-        """Tell whether a row with *path* is about the photograph: by its id, its name or the path of a copy."""
-        if kept_id(path) in self.ids:
+    def has_row(self, row: "_Row") -> bool:
+        """Tell whether *row* is about the photograph: by an id, the given name or, without an id, a copy's path."""
+        if not self.ids.isdisjoint((row.file_id, kept_id(row.path))):
             return True
         if not self.is_file:
-            return _ends_with(Path(path), self.path)
-        return any(_ends_with(Path(copy), Path(path)) for copy in self.copies)
+            return _ends_with(Path(row.path), self.path)
+        return not row.file_id and any(
+            _ends_with(Path(copy), Path(row.path)) for copy in self.copies
+        )
 
 
 def _ends_with(path: Path, end: Path) -> bool:
@@ -343,20 +352,50 @@ def _final_path(path: Path) -> Path:
     )
 
 
-def _find_rows(wanted: _Wanted, table: Path) -> dict[int, str]:
-    """Find the rows of *wanted* in *table*: their numbers and paths; none in a table of another program."""
+class _Row(NamedTuple):
+    """A row of `classify`: the path of the image, and the id of its file, empty if it was not read."""
+
+    path: str
+    file_id: str
+
+
+def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, dict[int, _Row]]:
+    """Find the rows of *wanted* in *tables* by their numbers; those of other programs have none.
+
+    The list of a run has no hashes: they are those of its rows with equal paths. It comes first, so
+    that a repeated command still finds them.
+    """
     import pyarrow.parquet as pq  # of an extra
 
-    schema = pq.read_schema(table)
-    if VERSION_KEY not in (schema.metadata or {}) or "path" not in schema.names:
-        return {}
+    lists = dict[Path, list[str | None]]()
+    hashed = dict[Path, list[str | None]]()
+    ids = dict[tuple[Path, str | None], str]()  # by output folder and path
+    for table in tables:
+        schema = pq.read_schema(table)
+        if VERSION_KEY not in (schema.metadata or {}) or "path" not in schema.names:
+            continue
 
-    paths = pq.read_table(table, columns=["path"])["path"].to_pylist()
-    return {
-        number: path
-        for number, path in enumerate(paths)
-        if isinstance(path, str) and path != FORGOTTEN["path"] and wanted.has_row(path)
-    }
+        columns = pq.read_table(table, columns=[*{"path", "sha256"}.intersection(schema.names)])
+        paths = columns["path"].to_pylist()
+        if "sha256" not in schema.names:
+            lists[table] = paths
+            continue
+
+        hashed[table] = paths
+        for path, sha256 in zip(paths, columns["sha256"].to_pylist(), strict=True):
+            if sha256:
+                ids[_output_folder(table), path] = sha256[:ID_DIGITS]
+
+    found = dict[Path, dict[int, _Row]]()
+    for table, paths in (lists | hashed).items():
+        folder = _output_folder(table)
+        rows = {
+            number: _Row(path, ids.get((folder, path), ""))
+            for number, path in enumerate(paths)
+            if isinstance(path, str) and path != FORGOTTEN["path"]
+        }
+        found[table] = {number: row for number, row in rows.items() if wanted.has_row(row)}
+    return found
 
 
 def _output_folder(table: Path) -> Path:

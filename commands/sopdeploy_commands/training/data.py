@@ -32,6 +32,11 @@ def _show(report: "DataReport | list[WrongLabel]", *, as_json: bool) -> None:
             shares = percent(wrong.probability), percent(wrong.probability_suggested)
             rows.append((wrong.file, wrong.label, shares[0], wrong.suggested, shares[1]))
         print_table(("file", "label", "probability", "suggested", "probability"), rows)
+        if any(wrong.is_suspect for wrong in report):
+            say(
+                "the classifier disagrees with too many labels to tell which ones are wrong: these are "
+                "those that it contradicts most"
+            )
     else:
         _print_report(report)
 
@@ -62,7 +67,8 @@ def check(
     Args:
         path: Folder with one subfolder per class.
         near: Also list near-duplicates, such as bursts.
-        wrong_labels: Only list labels that are probably wrong, by this run of the folder.
+        wrong_labels: Only list labels that are probably wrong, by this run of the folder, or the most
+            contradicted ones if it cannot tell (`is_suspect`).
         set: How the folder is read, as for `train`: data.classes_from=VALUE or data.leave_out=NAME,NAME;
             repeatable.
         on_image: Called with the numbers of images compared by a network, and in total.

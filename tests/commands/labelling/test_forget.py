@@ -223,10 +223,17 @@ def classified(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 ALL = {"x/1.jpg", "y/1.jpg", "y/2.jpg", "y/copy.jpg", "a.tar/xx/1.jpg", "a.tar/yy/1.jpg"}
+OF_X = {"x/1.jpg", "y/copy.jpg", "a.tar/xx/1.jpg"}  # also under other names and in an archive
 ROWS: dict[str, tuple[str, Callable[[], object], set[str]]] = {
-    "a file": ("x/1.jpg", lambda: None, {"x/1.jpg"}),
-    "a file of the same name": ("y/1.jpg", lambda: None, {"y/1.jpg"}),
-    "its absolute path": ("{root}/x/1.jpg", lambda: None, {"x/1.jpg"}),
+    "a file": ("x/1.jpg", lambda: None, OF_X),
+    "a file of the same name": ("y/1.jpg", lambda: None, {"y/1.jpg", "a.tar/yy/1.jpg"}),
+    "its absolute path": ("{root}/x/1.jpg", lambda: None, OF_X),
+    "its id": (ID, lambda: None, OF_X),
+    "a file with a name of another one": (
+        "2.jpg",
+        lambda: shutil.copy("x/1.jpg", "2.jpg"),
+        OF_X,
+    ),
     "a file that is gone, by its folder": (
         "y/2.jpg",
         lambda: Path("y/2.jpg").unlink(),
@@ -234,11 +241,6 @@ ROWS: dict[str, tuple[str, Callable[[], object], set[str]]] = {
     ),
     "a name that is used once": ("2.jpg", lambda: None, {"y/2.jpg"}),
     "a member of an archive": ("yy/1.jpg", lambda: None, {"a.tar/yy/1.jpg"}),
-    "a file that was changed": (
-        "y/2.jpg",
-        lambda: Path("y/2.jpg").write_bytes(b"new"),
-        {"y/2.jpg"},
-    ),
     "a link to a file": ("z.jpg", lambda: Path("z.jpg").symlink_to("y/2.jpg"), {"y/2.jpg"}),
 }
 
@@ -258,7 +260,8 @@ def test_only_the_rows_of_the_photograph_are_emptied(
         change()
         forget(photograph.format(root=classified), [tmp_path / "out"])
     finally:
-        Path("z.jpg").unlink(missing_ok=True)
+        for name in ("z.jpg", "2.jpg"):
+            Path(name).unlink(missing_ok=True)
         for name in ("x", "y"):
             shutil.rmtree(name)
             shutil.copytree(tmp_path / name, name)
@@ -276,6 +279,41 @@ def test_a_name_of_different_photographs_deletes_nothing(
     with pytest.raises(DataError, match=message):
         forget("1.jpg", [tmp_path / "out"])
     assert rows(tmp_path / "out") == ALL
+
+
+@pytest.mark.parametrize("content", [OTHER + b"2", BODY])
+def test_a_file_and_a_row_of_one_name_are_one_photograph_if_their_content_is_equal(
+    classified: Path, tmp_path: Path, monkeypatch, content: bytes
+) -> None:
+    shutil.copytree(classified / "out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    image = Path("photos/hat/2.jpg")
+    image.parent.mkdir(parents=True)
+    image.write_bytes(content)
+
+    if content == BODY:
+        with pytest.raises(DataError, match="is the name of different photos"):
+            forget("2.jpg", [Path("photos"), Path("out")])
+    else:
+        forget("2.jpg", [Path("photos"), Path("out")])
+    is_left = content == BODY
+    assert (image.exists(), "y/2.jpg" in rows(Path("out"))) == (is_left, is_left)
+
+
+def test_rows_without_a_hash_are_found_by_the_path_of_the_file(
+    classified: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """As those of files that could not be read."""
+    shutil.copytree(classified / "out", tmp_path / "out")
+    for path in (tmp_path / "out").rglob("part-*.parquet"):
+        table = pq.read_table(path)
+        column = table.schema.get_field_index("sha256")
+        empty = pa.nulls(len(table), pa.string())
+        pq.write_table(table.set_column(column, table.schema.field(column), empty), path)
+
+    monkeypatch.chdir(classified)
+    forget("x/1.jpg", [tmp_path / "out"])
+    assert rows(tmp_path / "out") == ALL - {"x/1.jpg"}
 
 
 def test_rows_are_not_changed_while_a_run_writes_them(

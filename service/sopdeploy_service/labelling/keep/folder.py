@@ -98,7 +98,12 @@ class KeptFolder:
         return sum(photo.bytes for photo in self._photos.values())
 
     def _load(self) -> None:
-        """Note the complete photographs in the folder, and delete records without a photograph."""
+        """Note the complete photographs in the folder, and delete records without a photograph.
+
+        Also deletes the file in which 0.2.0 noted the ages of photographs by hashes of their content.
+        """
+        (self.path / ".ages").unlink(missing_ok=True)
+
         for path, record in read_kept(self.path):  # the oldest first
             files = path, path.with_suffix(".json")
             size = sum(_size_on_disk(file.stat().st_size) for file in files)

@@ -496,6 +496,7 @@ def test_a_start_counts_what_exists_and_deletes_only_what_is_incomplete(tmp_path
         f"{9:032x}.png.0123abcd.partial",
         f"{1:032x}.json.89abcdef.partial",
         f"{10:032x}.json",
+        ".ages",  # of 0.2.0
     ]
     later = [f"{11:032x}.jpg", f"{11:032x}.json"]  # a record of a later version
     foreign = [
