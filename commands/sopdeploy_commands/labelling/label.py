@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
+from sopdeploy.photos.files import kept_id
 from sopdeploy_service.settings import Port, load_settings
 
 if TYPE_CHECKING:
@@ -54,7 +55,12 @@ def label(
 
 
 def embed_lazily(paths: Sequence[Path]) -> "Iterator[tuple[Path, Vector]]":
-    """Compute the vectors of photographs; torch is imported by the thread that reads them."""
-    from sopdeploy.training.few_shot.default_network import embed_files
+    """Compute the vectors of photographs; torch is imported by the thread that reads them.
 
-    yield from embed_files(paths)
+    For kept photographs alone, which are only grouped, no weights are downloaded.
+    """
+    from sopdeploy.training.few_shot.default_network import embed_files, has_default_weights
+
+    are_kept = all(kept_id(path.name) for path in paths)
+    if not are_kept or has_default_weights():
+        yield from embed_files(paths)

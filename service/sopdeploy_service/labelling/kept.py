@@ -1,9 +1,9 @@
 """Photographs that a server keeps because a label for them would help.
 
 In a folder of kept photographs, `ID.jpg` or `ID.png` is a photograph without metadata except
-its orientation, and `ID.json` its `KeptRecord`. The photograph is written first, so a
-photograph without a record is not complete. Subfolders to which
-other servers write, each with its lock, are read, too.
+its orientation, and `ID.json` its `KeptRecord`. The record is written first, so a record without
+a photograph is not complete. Subfolders to which other servers write, each with its lock, are
+read, too.
 
 `label` moves photographs without changing their names. Those outside of the uniform sample are
 atypical: they were kept because the network was not sure of them. Figures about new photographs

@@ -27,7 +27,7 @@ import numpy as np
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.file_systems import flush_folder, set_mode, set_owner
-from sopdeploy.files import LOCK, atomic_write, expand_user
+from sopdeploy.files import LOCK, atomic_write, expand_user, new_folder
 from sopdeploy.images.signatures import count_suffixes, note_skipped
 from sopdeploy.names import can_be_typed, class_problem
 from sopdeploy.photos.change import CHANGE, write_change
@@ -89,10 +89,14 @@ class Waiting(NamedTuple):
 
 
 class LabelStep(NamedTuple):
-    """What `LabelFolders.undo` reverses: a photograph that was moved to `target` or, without it, skipped."""
+    """What `LabelFolders.undo` reverses: a photograph that was moved to `target` or, without it, skipped.
+
+    `made_folder` tells whether the folder of `target` was created for it.
+    """
 
     photo: Waiting
     target: Path | None = None
+    made_folder: bool = False
 
     @property
     def is_skip(self) -> bool:
@@ -329,15 +333,16 @@ class LabelFolders:
         """
         photo = self._find(identity)
         folder = self._folder_for(name, is_held_out=self._is_held_out(photo))
+        is_new_folder = not folder.is_dir()
         try:
             target = _move_into(folder, photo.path)
         except FileNotFoundError:
             del self.waiting[identity]
             raise GoneError(GONE) from None
 
-        # Note the step, and let the suggestions learn from a photograph of a heap.
+        # Note the step, and let the suggestions learn from the photograph.
         del self.waiting[identity]
-        self.steps.append(LabelStep(photo, target))
+        self.steps.append(LabelStep(photo, target, is_new_folder))
 
         if not photo.is_of_heap:
             # Its record stays under another name, so that copies are not asked for again.
@@ -455,7 +460,7 @@ class LabelFolders:
         if not self.steps:
             raise GoneError("nothing to undo in this session; move older photos yourself")
 
-        photo, target = self.steps[-1]
+        photo, target, made_folder = self.steps[-1]
         present_path = photo.path if target is None else target
         if not present_path.exists():
             self.steps.pop()
@@ -465,7 +470,7 @@ class LabelFolders:
 
         # Reverse the step.
         if target is not None:
-            self._move_back(photo, target)
+            self._move_back(photo, target, made_folder=made_folder)
         elif photo.is_of_heap:
             self._skipped_of_heap.discard(photo.identity)
         else:
@@ -474,31 +479,32 @@ class LabelFolders:
         self.steps.pop()
         self.waiting = {photo.identity: photo, **self.waiting}
 
-    def _move_back(self, photo: Waiting, target: Path) -> None:
-        """Move *photo* back from *target*, and delete the folder there if it is empty."""
-        # The record first: a server that starts deletes a photograph without one. If the
-        # process stops in between, the photograph is still labelled, and `read_kept` skips the
-        # record.
+    def _move_back(self, photo: Waiting, target: Path, *, made_folder: bool) -> None:
+        """Move *photo* back from *target*; with *made_folder*, delete the folder there if it is empty."""
+        # A server that starts deletes a record without its photograph, so the record gets its name
+        # after the photograph. It is written before: on a full disk, nothing is moved.
         if photo.record is not None:
             with atomic_write(photo.path.with_suffix(".json")) as partial:
                 # The mode and the owner that the server gave it, so that the server can read it.
                 set_mode(partial, 0o600)
                 set_owner(partial, photo.path.parent)
                 partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
+                _move(target, photo.path)
             photo.path.with_suffix(LABELLED).unlink(missing_ok=True)
         elif os.path.lexists(photo.path):
             raise GoneError(
                 f"{photo.path}: another photo has its name now; move {target} yourself"
             )
+        else:
+            _move(target, photo.path)
 
-        # Move the photograph; the folder goes if it is empty.
+        # A folder that the step made goes if it is empty.
         self.suggestions.move(target, photo.path, None)
-        _move(target, photo.path)
-
-        with suppress(OSError):  # stays if other photographs are in it
-            target.parent.rmdir()
-            if target.parent == self.unknown / SAMPLE_FOLDER:
-                self.unknown.rmdir()
+        if made_folder:
+            with suppress(OSError):  # stays if other photographs are in it
+                target.parent.rmdir()
+                if target.parent == self.unknown / SAMPLE_FOLDER:
+                    self.unknown.rmdir()
 
     def _find(self, identity: str) -> Waiting:
         """Return the photograph *identity*; raises `GoneError` if it does not wait."""
@@ -569,13 +575,8 @@ def _move_into(folder: Path, source: Path) -> Path:
     targets = (folder / numbered_name(source, number) for number in itertools.count(1))
     target = next(path for path in targets if not os.path.lexists(path))
 
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
+    with new_folder(folder):  # which is removed after a move that failed
         _move(source, target)
-    finally:
-        # This removes the folder only if it is empty, as after a move that failed.
-        with suppress(OSError):
-            folder.rmdir()
     return target
 
 

@@ -123,6 +123,39 @@ def test_undo_restores_photographs_records_and_folders_in_reverse_order(
         folders.undo()
 
 
+def test_a_class_folder_of_the_user_stays_after_an_undo_and_a_failed_move(
+    tmp_path, keep, open_folders
+) -> None:
+    one, gone = keep(1), keep(2)
+    (tmp_path / "photos" / "hat").mkdir(parents=True)
+    folders = open_folders()
+    folders.label(one, "hat")
+    folders.undo()
+    (tmp_path / "kept" / f"{gone}.jpg").unlink()
+    with pytest.raises(GoneError):
+        folders.label(gone, "hat")
+    assert (tmp_path / "photos" / "hat").is_dir()
+
+
+def test_an_undo_that_is_interrupted_leaves_no_record_without_its_photograph(
+    tmp_path, keep, open_folders, monkeypatch
+) -> None:
+    """A server that starts would delete it."""
+    one, folders = keep(1), open_folders()
+    folders.label(one, "hat")
+
+    def interrupt(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("sopdeploy_service.labelling.label.folders._move", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            folders.undo()
+    assert not (tmp_path / "kept" / f"{one}.json").exists()
+    folders.undo()
+    assert files_below(tmp_path) == {f"kept/{one}.jpg", f"kept/{one}.json"}
+
+
 @pytest.mark.parametrize(
     "stop", ["before the record is renamed", "after a copy to another file system"]
 )

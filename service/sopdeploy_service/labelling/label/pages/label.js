@@ -219,6 +219,9 @@ function chooseGrid(name) {
   Object.assign(grid, { name, chosen: new Set(), from: 0 });
   const title = { "": ["Photos with a suggested class"], [NEW_CLASS]: ["Are some of these a new class?"] };
   byId("grid-title").replaceChildren(...(title[name] ?? ["Which of these are ", make("bdi", {}, name), "?"]));
+  byId("grid-note").textContent = name === NEW_CLASS
+    ? "The network rejected these, and they look alike. Choose those that show one new class; with Shift, also those in between. Then type its name."
+    : "The surest ones first. Choose those that show it; with Shift, also those in between. Many can show something else.";
   byId("grid-name").hidden = name !== NEW_CLASS;
   byId("grid-name").value = "";
   byId("grid-work").hidden = !name;
@@ -358,8 +361,7 @@ document.addEventListener("keydown", (event) => {
   if (byId("enlarged").open) return; // which Escape closes
   if (event.key === "Escape" && !event.target.matches("input")) select([]);
   if (event.key === "Escape") {
-    byId("name").blur();
-    byId("filter").blur();
+    if (event.target.matches("input")) event.target.blur();
     byId("filter").value = "";
     filter();
   }
