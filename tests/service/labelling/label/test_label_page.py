@@ -223,7 +223,10 @@ def test_rejected_photographs_that_look_alike_get_the_name_of_a_new_class(
         cells = page.locator("#cells button")
         cells.nth(0).click()
         cells.nth(5).click(modifiers=["Shift"])
+        assert "one new class" in page.locator("#grid-note").inner_text()
         page.locator("#grid-name").fill("ant")
+        page.keyboard.press("Escape")
+        assert page.evaluate("document.activeElement.id") != "grid-name"
         page.get_by_role("button", name="Label 6 as a new class").click()
         wait_until(page, 2)
         assert len(files_below(tmp_path / "photos" / "ant")) == 6
