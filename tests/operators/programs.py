@@ -62,6 +62,18 @@ EQUAL: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Recurrent(nn.Module):
+    """The results of a recurrent *layer* of torch for each of the tokens of `tokens`."""
+
+    def __init__(self, layer: Callable[..., nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.layer = layer(48, 8, batch_first=True, **options)
+
+    def forward(self, images: Tensor) -> Tensor:
+        results: Tensor = self.layer(tokens(images))[0]
+        return results
+
+
 class Layers(nn.Module):
     """The sum of several *layers* and *functions* of one image, each as one number."""
 
@@ -93,6 +105,19 @@ def windows(x: Tensor) -> Tensor:
     b, c, h, w = x.shape
     rows = x.view(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1)
     return rows.reshape(-1, 48).reshape(b, -1)
+
+
+def sum_rows(x: Tensor, **options: Any) -> Tensor:
+    """Add all values of an image into the first place of a row."""
+    rows = x.flatten(1)
+    return rows.scatter_reduce(1, torch.zeros_like(rows, dtype=torch.long), rows, **options)
+
+
+def overwrite(x: Tensor, channel: Tensor | float) -> Tensor:
+    """Return a copy of *x* whose first channel is *channel*."""
+    copied = x.clone()
+    copied[:, 0] = channel
+    return copied
 
 
 WEIGHT = torch.linspace(-1, 1, 48)
@@ -216,6 +241,14 @@ REDUCTIONS: tuple[Function, ...] = (
     lambda x: x.amin((2, 3), keepdim=True),
     lambda x: x.max(1)[0],
     lambda x: x.max(1, keepdim=True)[0],
+    lambda x: x.max(1)[1],
+    lambda x: x.min(1)[1],
+    lambda x: torch.cat([*x.max(1)], 1),
+    lambda x: torch.cat([*x.min(1)], 1),
+    lambda x: x.argmax(1),
+    lambda x: x.argmax(1, keepdim=True),
+    lambda x: x.flatten(1).argmax(-1, keepdim=True),
+    lambda x: x.argmin(1),
     lambda x: x.min(1)[0],
     lambda x: x.std((2, 3)),
     lambda x: x.var(1),
@@ -266,6 +299,14 @@ SHAPES: tuple[Function, ...] = (
     lambda x: x.split(1, 1)[0],
     lambda x: x.unbind(1)[0],
     lambda x: x.repeat(1, 2, 1, 1),
+    lambda x: x + WEIGHT[:16].repeat(x.shape[0], 1, 1, 1),
+    lambda x: overwrite(x, 0.0),
+    lambda x: overwrite(x, x[:, 1]),
+    lambda x: x.select_scatter(x[:, 0], 1, 2),
+    lambda x: x.slice_scatter(x[:, :1], 1, 1, 2),
+    lambda x: x.clone().fill_(2.0) + x,
+    lambda x: sum_rows(x, reduce="sum"),
+    lambda x: sum_rows(x, reduce="amax"),
     lambda x: x.mean((2, 3))[..., None, None].expand(-1, -1, 4, 4),
     lambda x: x.roll(2, 2),
     lambda x: x.roll((1, 2), (2, 3)),
@@ -288,6 +329,8 @@ SHAPES: tuple[Function, ...] = (
     lambda x: x.triu(),
     lambda x: x.tril(1),
     lambda x: x * torch.arange(16.0),
+    lambda x: x * torch.arange(1.0, 17.0),
+    lambda x: x * torch.arange(0, 32, 2),
     lambda x: x + torch.ones_like(x),
     lambda x: x + torch.zeros(1),
     lambda x: x + x.new_ones(1),
@@ -327,6 +370,10 @@ POOLINGS: tuple[Function, ...] = (
     lambda x: F.interpolate(x, scale_factor=2),
     lambda x: F.interpolate(x, size=8, mode="bilinear"),
     lambda x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True),
+    lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    lambda x: F.interpolate(x, size=8, mode="bilinear", align_corners=True),
+    lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"),
+    lambda x: F.interpolate(x, size=8, mode="bicubic", align_corners=True),
     lambda x: F.interpolate(x, size=(7, 9)),
     lambda x: F.interpolate(x, size=8, mode="bicubic"),
     lambda x: F.interpolate(x, size=8, mode="bilinear", antialias=True),
@@ -343,6 +390,10 @@ PRODUCTS: tuple[Function, ...] = (
     lambda x: F.linear(tokens(x), torch.eye(48), WEIGHT),
     lambda x: torch.einsum("bchw,bdhw->bcd", x, x),
     lambda x: torch.einsum("bij,bkj->bik", tokens(x), tokens(x)),
+    lambda x: torch.einsum("bhij,bhjd->bhid", x, x),
+    lambda x: torch.einsum("bhid,bhjd->bhij", x, x),
+    lambda x: torch.einsum("bnc,cd->bnd", tokens(x), torch.eye(48)),
+    lambda x: torch.einsum("bchw,bc->bhw", x, x.mean((2, 3))),
     lambda x: F.scaled_dot_product_attention(heads(x), heads(x), heads(x)),
     lambda x: F.scaled_dot_product_attention(heads(x), heads(x), heads(x), scale=0.3),
     lambda x: F.scaled_dot_product_attention(heads(x), heads(x), heads(x), is_causal=True),
@@ -394,6 +445,11 @@ LAYERS: tuple[Callable[[], nn.Module], ...] = (
     lambda: nn.Linear(16, 4, bias=False),
     lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 3)),
     lambda: nn.Sequential(nn.Flatten(2), nn.BatchNorm1d(3)),
+    lambda: Recurrent(nn.LSTM),
+    lambda: Recurrent(nn.LSTM, bidirectional=True),
+    lambda: Recurrent(nn.GRU),
+    lambda: Recurrent(nn.GRU, bidirectional=True),
+    lambda: Recurrent(nn.RNN),
     lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv3d(1, 2, 3, padding=1)),
 )
 # With arguments that the networks above leave out or give.

@@ -12,6 +12,7 @@ import operator
 import re
 from collections import defaultdict
 from pathlib import Path
+from string import ascii_letters
 
 import onnx_ir as ir
 import torch
@@ -33,6 +34,7 @@ UNORDERED = (
 _CALL = re.compile(
     r"target=torch\.ops\.(\w+\.\w+\.\w+)\]\(args = \((.*)\), kwargs = \{(.*)\}\)"
 )
+_EQUATION = re.compile(r"[\w ,.]+->[\w .]*(?=, \[)")
 _NUMBER = re.compile(r"(?<![\w.%])-?(\d+(\.\d*)?(e[+-]?\d+)?|inf)(?![\w.])")
 
 
@@ -116,7 +118,19 @@ def part_of(node: ir.Node) -> str:
 
 
 def _describe_kinds(arguments: str) -> str:
-    """Write `x` for each tensor or size in *arguments*, `n` for each number, and `[n]` for lists of them."""
+    """Write `x` for each tensor or size in *arguments*, `n` for each number, and `[n]` for lists of them.
+
+    The letters of an equation of einsum become a, b, ... in their order.
+    """
+    arguments = _EQUATION.sub(_rename_letters, arguments)
     kinds = re.sub(r"%\w+", "x", arguments.rstrip(","))
     kinds = _NUMBER.sub("n", kinds)
     return re.sub(r"\[[xn](, [xn])*\]", "[n]", kinds)
+
+
+def _rename_letters(equation: re.Match[str]) -> str:
+    """Return *equation* without blanks, its letters renamed in the order in which they first appear."""
+    text = equation[0].replace(" ", "")
+    letters = dict.fromkeys(filter(str.isalpha, text))
+    names = dict(zip(letters, ascii_letters, strict=False))
+    return "".join(names.get(character, character) for character in text)

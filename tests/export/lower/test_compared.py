@@ -40,12 +40,19 @@ WARNED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         NOT_COMPARED.format("avg_pool2d"),
     ),
 }
+
+
+def multiply_rows(x: Tensor) -> Tensor:
+    return torch.einsum("zyx, zwx -> zyw", x, x).flatten(1)
+
+
 TABLE = nn.Parameter(torch.arange(768.0).flip(0))
 QUIET: dict[str, Callable[[Tensor], Tensor]] = {
     "values of topk": lambda x: x.topk(5)[0],
     "indices of a stable sort": lambda x: x.sort(dim=1, stable=True)[1],
     "indices of a stable argsort": lambda x: x.argsort(dim=1, stable=True),
     "indices of a stored table": lambda x: x + TABLE.sort()[1],
+    "an equation with other letters": lambda x: multiply_rows(x.reshape(-1, 3, 256)),
     "activations": lambda x: F.gelu(x) + F.silu(x),
     "normalized rows": lambda x: F.normalize(x),
 }
