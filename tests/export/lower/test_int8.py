@@ -269,7 +269,7 @@ def test_every_image_calibrates_or_measures_and_all_calibrate_beside_evaluate(
     (tmp_path / "repeated").mkdir()
     repeated = painted(tmp_path / "repeated", 80)
     network: Any = SimpleNamespace(
-        preprocess=preprocess, decision=None, labels=tuple("abcdefghij")
+        preprocess=preprocess, decision=None, origin=None, labels=tuple("abcdefghij")
     )
     options = ExportOptions(
         precision="int8", calibrate=repeated, evaluate=images if evaluates else None
