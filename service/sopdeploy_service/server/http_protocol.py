@@ -6,6 +6,7 @@ limits their number, `api.admission` the bodies.
 """
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from functools import partial
@@ -27,9 +28,11 @@ CLOSING_SECONDS = 2  # for sending the last responses after the end
 MAX_URL_BYTES = 8192  # path and query
 MAX_HEADERS = 100  # of one request
 MAX_HEADER_BYTES = 32_768  # of all headers of a request
-# For which input is read, and ignored, after the last response: closing a connection with unread
-# input resets it, and the client could not read the response.
+# For which input is read, and ignored, after a response: closing a connection with unread input
+# resets it, and the client could not read the response. Of a body that still arrives, each piece
+# gets this time, as long as the whole rest has not taken `REST_SECONDS`.
 LINGER_SECONDS = 2.0
+REST_SECONDS = 30.0
 AGE_SPREAD = 0.1  # of the age limit: connections that began together do not end together
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
 
@@ -91,6 +94,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._pending_bytes = 0
         self._ignores_input = False  # true after the last request
         self._closed = False  # whether `close` was called; the transport may still have output
+        self._rest_until = (
+            math.inf
+        )  # by the loop's clock: the rest of a body after its response
         self._kept_until: float | None = (
             None  # by the loop's clock; later responses are the last one
         )
@@ -291,6 +297,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.body_bytes += len(body)
         if not self._ignores_input:
             super().on_body(body)
+        if self.cycle.response_complete and not self._closed:
+            self._wait_for_rest()
 
     def on_message_complete(self) -> None:
         """End the request."""
@@ -326,9 +334,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
         if self._in_body:  # of this request; the app did not wait for its end
             self._unset_keepalive_if_required()
-            self._start_timer(LINGER_SECONDS, self.abort)
+            self._rest_until = self.loop.time() + REST_SECONDS
+            self._wait_for_rest()
         else:
             self._shared.idle[self] = None
+
+    def _wait_for_rest(self) -> None:
+        """Give the client time for the next piece of a body whose response is complete."""
+        left = self._rest_until - self.loop.time()
+        self._start_timer(min(LINGER_SECONDS, max(left, 0.0)), self.abort)
 
     def pause_writing(self) -> None:
         """Start the write timeout: the client does not read."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.server import connections
+from sopdeploy_service.server.http_protocol import LINGER_SECONDS, LimitedHttpProtocol
 from sopdeploy_service.server.sockets import UNSENT_BYTES, bind, raise_file_limit
 from sopdeploy_service.settings import Settings
 from tests.support.fake_runtime import FakeRuntime
@@ -312,6 +313,34 @@ def test_a_response_before_the_body_keeps_the_connection_only_if_the_body_arrive
         assert bad.recv(10) == b""
     # A request has one response.
     assert count(impatient, 'requests_total{code="400",model="",route="other"}') == 0
+
+
+def test_each_piece_of_a_body_after_its_response_gets_time_until_the_rest_took_too_long(
+    client, monkeypatch
+):
+    waits = []
+    start_timer = LimitedHttpProtocol._start_timer
+
+    def note(protocol, seconds, callback):
+        waits.append((seconds, getattr(callback, "__name__", "")))
+        start_timer(protocol, seconds, callback)
+
+    monkeypatch.setattr(LimitedHttpProtocol, "_start_timer", note)
+    with connect(client) as slow:
+        slow.sendall(NOWHERE)
+        assert read(slow, to_the_end=False).status == 404
+        wait_for(lambda: (LINGER_SECONDS, "abort") in waits)
+
+        waits.clear()
+        slow.sendall(b"he")
+        wait_for(lambda: waits == [(LINGER_SECONDS, "abort")])
+
+        # The rest has taken too long: the connection is closed at once.
+        (protocol,) = [one for one in client.app.state.connections.open if one._in_body]
+        protocol._rest_until = 0.0
+        slow.sendall(b"l")
+        with suppress(ConnectionResetError):
+            assert slow.recv(10) == b""
 
 
 def test_trailers_are_not_headers_of_the_request(wire):
