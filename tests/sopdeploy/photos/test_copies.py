@@ -628,7 +628,7 @@ def test_empty_and_mismatched_class_folders_are_listed_with_all_other_findings(p
     found = CliRunner().invoke(app, ["data", "check", str(photos)])
     assert found.exit_code == 2
     for finding in (
-        "train/cow: no images in this class folder (also in eel); add some",
+        "train/cow: no images in this class folder (also in eel); remove the folder, or convert them",
         "val: classes fox are not training classes, remove them or train on them",
         "val: training classes cow, eel are missing, add them",
         "val/fox: no images in this class folder; add some",
