@@ -226,8 +226,8 @@ def export_subject(
 
         # Convert its graph to ONNX, then to the precision.
         step("converting to ONNX")
-        found: list[str] = []
-        model = lower(trained.program, output_names(trained.network), found)
+        form_warnings: list[str] = []
+        model = lower(trained.program, output_names(trained.network), form_warnings)
         certified = Lowered(trained.network, trained.program, model)
         root = onnx_root(certified.model)
         if options.precision != "fp32":
@@ -305,7 +305,7 @@ def export_subject(
         **vars(results),
         path=path,
         manifest=manifest,
-        warnings=(*subject.warnings, *plain_runs.warnings, *found),
+        warnings=(*subject.warnings, *plain_runs.warnings, *form_warnings),
         seconds=seconds,
     )
     return replace(exported, page=write_page(exported, subject.labels))

@@ -644,7 +644,7 @@ ROUTES: dict[str, dict[tuple[str, str], Price]] = {  # by site
     },
     "label page": {  # its only user has the key
         ("GET", "/"): Price("key", 2500),
-        ("GET", "/state"): Price("key", 3200),  # 2,001, or 2,715 when it looks for new photos
+        ("GET", "/state"): Price("key", 2800),
         ("GET", "/grids"): Price("key", 2500),
         ("GET", "/images/{identity}"): Price("key", 2500),
         ("GET", "/labelled"): Price("key", 2500),

@@ -237,7 +237,7 @@ def _find_traces(photograph: str, wanted: "_Wanted", folders: Sequence[Path]) ->
     rows_by_table = _find_rows(named, tables)
     rows = {table: [*found] for table, found in rows_by_table.items() if found}
 
-    # A given name must be that of one photograph only; an id always is.
+    # A given name must belong to one photograph only; an id always does.
     if not wanted.is_file and not ids:
         contents = {id_of_file(path): str(path) for path in images}
         unread = set[str]()  # paths of rows without a hash
@@ -338,7 +338,7 @@ class _Wanted(NamedTuple):
 
 
 def _ends_with(path: Path, end: Path) -> bool:
-    """Tell whether the last parts of *path* are those of *end*, however their characters are encoded."""
+    """Tell whether *path* ends with the parts of *end*, however their characters are encoded."""
     parts = [normalize(part) for part in end.parts]
     return [normalize(part) for part in path.parts][-len(parts) :] == parts
 
@@ -362,7 +362,7 @@ class _Row(NamedTuple):
 def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, dict[int, _Row]]:
     """Find the rows of *wanted* in *tables* by their numbers; those of other programs have none.
 
-    The list of a run has no hashes: they are those of its rows with equal paths. It comes first, so
+    The list of a run has no hashes, so it takes them from the rows with equal paths. It comes first, so
     that a repeated command still finds them.
     """
     import pyarrow.parquet as pq  # of an extra

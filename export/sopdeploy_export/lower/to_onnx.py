@@ -69,20 +69,20 @@ EXACT_RULES = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in I
 
 
 def lower(
-    program: ExportedProgram, outputs: Sequence[str], found: list[str] | None = None
+    program: ExportedProgram, outputs: Sequence[str], form_warnings: list[str] | None = None
 ) -> onnx.ModelProto:
     """Convert *program* to ONNX with input `images` and, unless it is for one image, a symbolic batch dimension.
 
     *outputs* are the names of the outputs. A weight has its name in the network, unless another
     tensor has this name. The nodes keep one record of metadata, `part`: the module that each belongs
-    to. The warnings of `compared.py` are added to *found*. Raises `LoweringError` if the program
+    to. The warnings of `compared.py` are added to *form_warnings*. Raises `LoweringError` if the program
     computes in bfloat16, if an operator has no ONNX form, if a size depends on values, if the weights
     exceed 2 GB, or if the graph has what `check_onnx` refuses.
     """
     _refuse_bfloat16(program)
     program = fold_constant_parts(program)
     _refuse_sizes_of_values(program)
-    model = to_ir(program, [INPUT], outputs, found)
+    model = to_ir(program, [INPUT], outputs, form_warnings)
 
     # Of the metadata, only `part` stays: the module that a node belongs to, for messages.
     # `convert_precision` removes it, too.
@@ -166,14 +166,14 @@ def to_ir(
     program: ExportedProgram,
     inputs: Sequence[str],
     outputs: Sequence[str],
-    found: list[str] | None = None,
+    form_warnings: list[str] | None = None,
 ) -> ir.Model:
-    """Convert *program* to ONNX, with the names *inputs* and *outputs*; add warnings to *found*.
+    """Convert *program* to ONNX, with the names *inputs* and *outputs*; add warnings to *form_warnings*.
 
     Raises `LoweringError` if an operator has no ONNX form.
     """
-    if found is not None:
-        found += warn_of_order(program)
+    if form_warnings is not None:
+        form_warnings += warn_of_order(program)
 
     with garbage_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the converter warns about its own internals
@@ -181,8 +181,8 @@ def to_ir(
             program = decompose(program)
         with _described_failure(program):
             model = translate(program, inputs, outputs)
-        if found is not None:
-            found += warn_of_forms(model)
+        if form_warnings is not None:
+            form_warnings += warn_of_forms(model)
         with _described_failure(program):
             _simplify(model)
     return model
