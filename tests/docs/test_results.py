@@ -138,7 +138,7 @@ FROM_CODE: list[
     ),
     ("at most {:.0f} GB, the least recently used", feature_cache.LIMIT_BYTES / 1e9),
     ("has more than {} times the images of the smallest", description.UNEVEN),
-    ("by a margin. About {:.0f} % of the out-of-fold photos", PERCENT * scaling.TAKEN),
+    ("With this margin, it takes about {:.0f} % of the photos of the other classes", PERCENT * scaling.TAKEN),
     (
         "{} principal components ({} in the [linear classifier",
         HeadConfig().width,
