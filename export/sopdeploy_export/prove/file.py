@@ -22,7 +22,7 @@ chooses the same components as in float64.
 
 Images other than the probes are not compared.
 
-Refused: other components of a mixture (`test_another_form_than_the_dense_one_is_refused`).
+Refused: a mixture that chooses other components (`test_another_form_than_the_dense_one_is_refused`).
 """
 
 import math
@@ -63,8 +63,8 @@ from sopdeploy_export.runs import (
 )
 
 STATEMENT = (
-    "The ONNX file, loaded and run, differs from a float64 run by at most 16 times the rounding error of "
-    "float32 (4 times for reduced precision), and no class flips without this error explaining it."
+    "The outputs of the ONNX file differ from a run in float64 by at most 16 times the rounding error of "
+    "float32 (4 times for reduced precision). No predicted class changes, unless rounding explains the change."
 )
 IS_PROVED = False
 

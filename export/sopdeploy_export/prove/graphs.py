@@ -1,8 +1,8 @@
-"""Graph: the trained network's graph and that of a plain network, built independently, have one Merkle root.
+"""Graph: the trained network's graph and an independently built plain network have one graph hash.
 
-The graph is that of the network as it was given, without what its outputs do not need; it is
+The graph is captured from the network as it was given, without what its outputs do not need. It is
 what ships. What both networks share, such as a frozen buffer, is not compared with anything.
-Without a plain network, the root is that of the trained one alone.
+Without a plain network, there is only the hash of the trained network.
 
 Refused: a plain network with other operations (`OTHERS` in `tests/attacks/planted/graphs.py`).
 """
@@ -12,8 +12,8 @@ from sopdeploy_export.program_hashes import describe_difference
 from sopdeploy_export.prove.networks import Compared
 
 STATEMENT = (
-    "The graph, without what its outputs do not need, has the graph hash of a plain network that was built "
-    "independently, with these weights."
+    "The part of the graph that its outputs need has the same graph hash as a plain network that was built "
+    "independently and has the same weights."
 )
 IS_PROVED = True
 

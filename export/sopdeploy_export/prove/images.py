@@ -21,8 +21,8 @@ from sopdeploy.errors import LoweringError
 from sopdeploy_export.runs import file_outputs
 
 STATEMENT = (
-    "No bit of an output of the file changes when the other images of the batch are replaced, by ordinary or by "
-    "extreme ones. Otherwise the export names the outputs."
+    "The outputs of the file for an image do not change in any bit when the other images of the batch are "
+    "replaced by ordinary or extreme images. An export that allows it names the outputs that change."
 )
 IS_PROVED = False
 LARGEST = 4  # images of a batch

@@ -32,9 +32,9 @@ from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.runs import MOST_ROUNDINGS, without_fast_path
 
 STATEMENT = (
-    "The network, run as users run it, gives the outputs of its graph but for rounding, for batches of 1, 2, 3, "
-    "4 and 7 images, among them letterboxed, half-plain, dark and saturated ones. A repeated run, and a run "
-    "while the removed tensors hold other values, give the same bits."
+    "The network, run as PyTorch code, gives the same outputs as its graph, except for rounding. It runs on "
+    "batches of 1, 2, 3, 4 and 7 images, some of them letterboxed, half of one color, dark or saturated. A "
+    "repeated run gives the same bits, and so does a run with other values in the removed tensors."
 )
 IS_PROVED = False
 SIZES = (2, 1, 3, 4, 7)  # of batches, each of other images; the first one runs again at the end

@@ -5,7 +5,7 @@ Code that reads a number of a removed tensor leaves a constant in the graph; `pl
 that nothing changes while these tensors hold other values. It is not proved that removed tensors
 are useless in training.
 
-Refused: a branch times zero, and a weight that a kept one overlaps in memory
+Refused: a branch times zero, and a removed weight that overlaps a kept one in memory
 (`tests/attacks/planted/branches.py`).
 """
 
@@ -21,8 +21,8 @@ from sopdeploy_export.prove.constants import constants_in_use
 from sopdeploy_export.prove.networks import Compared
 
 STATEMENT = (
-    "In the graph, no tensor of a removed part and no operation captured inside one is behind the outputs, and no "
-    "memory is shared."
+    "No output of the graph depends on a tensor or an operation of a removed part. Removed and kept tensors "
+    "share no memory."
 )
 IS_PROVED = True
 
