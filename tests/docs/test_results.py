@@ -145,7 +145,7 @@ FROM_CODE: list[
         features.WIDTH,
     ),
     (
-        "if more than {:.0f} % of the images, and at least three",
+        "More than {:.0f} % of the images are unreadable, and at least three",
         PERCENT * file_checks.MAX_DAMAGED,
     ),
     (
