@@ -138,7 +138,10 @@ FROM_CODE: list[
     ),
     ("at most {:.0f} GB, the least recently used", feature_cache.LIMIT_BYTES / 1e9),
     ("has more than {} times the images of the smallest", description.UNEVEN),
-    ("With this margin, it takes about {:.0f} % of the photos of the other classes", PERCENT * scaling.TAKEN),
+    (
+        "With this margin, it takes about {:.0f} % of the photos of the other classes",
+        PERCENT * scaling.TAKEN,
+    ),
     (
         "{} principal components ({} in the [linear classifier",
         HeadConfig().width,
