@@ -137,153 +137,168 @@ class Settings(StrictModel):
 
     host: str = setting(
         "127.0.0.1",
-        "address to listen on; 0.0.0.0: every IPv4 address of this machine; *: also IPv6",
+        "address to listen on; 0.0.0.0: every IPv4 address of this machine; *: also IPv6 addresses",
     )
     port: Port = setting(8000, "port to listen on; 0: any free port")
     ssl_certfile: Path | None = setting(
         None, "PEM file of the certificate for HTTPS; not set: HTTP"
     )
     ssl_keyfile: Path | None = setting(
-        None, "PEM file of its private key; not set: it is in the certificate's file"
+        None, "PEM file of the certificate's private key; not set: the key is in ssl_certfile"
     )
 
     allowed_hosts: Hosts = setting(
         (),
-        "other names of this server: `shop.example`, `*.shop.example`; different ones get 403",
+        "host names of this server: `shop.example`, `*.shop.example`; requests to other names get 403",
     )
     allowed_origins: Origins = setting(
         (),
-        "pages of other servers that may use this one: `https://shop.example`; `*`: all, for public keys",
+        "web pages that may use this server: `https://shop.example`; `*`: all pages",
     )
     trusted_proxies: Networks = setting(
-        (), "addresses or networks whose `X-Forwarded-*` headers count"
+        (), "addresses or networks of proxies whose `X-Forwarded-*` headers are used"
     )
-    root_path: RootPath = setting("", "prefix of all paths at a proxy, such as `/ml`")
+    root_path: RootPath = setting("", "prefix of all paths behind a proxy, such as `/ml`")
 
     max_connections: Count = setting(
         1000,
-        "open connections; beyond them, or beyond a quarter for one address, an idle one is closed, else 503",
+        "open connections; a client address may have a quarter of this number",
     )
     keep_alive_seconds: Count = setting(
-        3700, "idle time; longer than the idle time of proxies in front (Envoy: 1 h)"
+        3700,
+        "an idle connection is closed after this time, which must be longer than in your proxy",
     )
     max_connection_age: Seconds | None = setting(
         None,
-        "seconds, about; then a response closes the connection, so that new servers get load",
+        "connections are closed at about this age in seconds, so that new servers get clients",
     )
     header_timeout: Seconds = setting(
-        10.0, "seconds from the first to the last byte of a request's headers"
+        10.0, "seconds in which the headers of a request must arrive"
     )
     write_timeout: Seconds = setting(
-        30.0, "seconds; a client that reads nothing for so long is disconnected"
+        30.0, "a client that reads nothing for this many seconds is disconnected"
     )
 
-    max_body_bytes: Count = setting(MAX_BYTES, "per request")
+    max_body_bytes: Count = setting(MAX_BYTES, "size of a request body")
     max_json_bytes: Count = setting(
-        16_000_000, "a JSON body, or the JSON before binary tensors"
+        16_000_000, "size of a JSON body, or of the JSON before binary tensors"
     )
     max_upload_bytes: Count = setting(
-        256_000_000, "all unfinished bodies; at most an eighth of the memory"
+        256_000_000,
+        "size of all request bodies that are arriving; at most an eighth of the memory",
     )
-    decode_seconds: Seconds = setting(20.0, "an image whose decoding takes longer gets 422")
-    formats: Formats = setting(tuple(FORMATS), "to accept; heic needs the extra heif")
+    decode_seconds: Seconds = setting(
+        20.0, "seconds of decoding, after which an image gets 422"
+    )
+    formats: Formats = setting(
+        tuple(FORMATS), "accepted image formats; heic needs the extra heif"
+    )
     min_body_rate: Count = setting(
-        10_000, "bytes per second of a request body, after body_grace_seconds"
+        10_000, "bytes per second; a slower request body gets 408 after body_grace_seconds"
     )
     body_grace_seconds: Seconds = setting(
-        10.0, "a body may be slower than min_body_rate, or pause, for this long"
+        10.0, "how long a request body may be slower than min_body_rate"
     )
     max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = setting(
-        MAX_PIXELS, "per image"
+        MAX_PIXELS, "pixels of an image"
     )
-    max_images: Count = setting(64, "per request; with explain=true, an image counts as 50")
+    max_images: Count = setting(
+        64, "images of a request; with explain=true, an image counts as 50"
+    )
     top_k: Count | None = setting(
         None,
-        "classes in a response; not set: 5, of a multi-label network all above their threshold",
+        "classes in a response; not set: 5 (multi-label network: all that reach their threshold)",
     )
 
-    queue_size: Count = setting(256, "images admitted and not finished; one more gets 429")
+    queue_size: Count = setting(256, "images in progress or waiting; further images get 429")
     request_timeout: Seconds = setting(
         30.0, "seconds from the last byte of a request to its response"
     )
     lame_duck_seconds: Delay = setting(
-        0.0, "after SIGTERM, how long to serve on while proxies notice that `/readyz` is 503"
+        0.0,
+        "seconds between SIGTERM and the drain, in which proxies notice that `/readyz` is 503",
     )
-    drain_seconds: Seconds = setting(20.0, "time after that to finish admitted requests")
+    drain_seconds: Seconds = setting(
+        20.0, "seconds of the drain, in which admitted requests are finished"
+    )
 
     decoders: Threads | Literal["auto"] = setting(
         "auto",
-        "child processes that decode; auto: 2 beside CPU inference, else one per core, up to 8",
+        "child processes that decode images; auto: 2 with a CPU runtime, else one per core, at most 8",
     )
     sandbox: Sandbox = setting(
-        "auto", "of decoder processes; auto: if supported; required: no start without seccomp"
+        "auto",
+        "sandbox of decoders; auto: if the system supports it; required: without it, do not start",
     )
     devices: Devices = setting(
-        (), "one process each: `0,1`, UUIDs, MIG ids or `cpu`; empty: one process"
+        (), "`0,1`, UUIDs, MIG ids or `cpu`, a process for each device; not set: one process"
     )
     front_ends: FrontEnds | Literal["auto"] = setting(
         "auto",
-        "HTTP processes before the processes of devices; auto: a quarter of the cores for a GPU, else 0",
+        "processes that serve HTTP for the device processes; auto: a quarter of the cores with a GPU, else 0",
     )
     require_signature: Path | None = setting(
-        None, "serve only bundles signed with this public key"
+        None, "public key file; bundles without its signature are refused"
     )
     runtime: RuntimeName = setting(
         "auto",
-        "tensorrt, onnxruntime-cuda, onnxruntime-cpu or openvino; auto: first usable, not openvino",
+        "tensorrt, onnxruntime-cuda, onnxruntime-cpu or openvino; auto: the first usable of the first three",
     )
     engine_cache: Path | None = setting(
-        None, "folder of TensorRT engines; not set: beside the bundle"
+        None, "folder of TensorRT engines; not set: next to the bundle"
     )
     threads: Threads | None = setting(None, "CPU threads of the runtime; not set: one per core")
     max_batch: Count | None = setting(
         None, "images per batch; not set: 4 on CPUs, else export's --max-batch"
     )
     load_timeout: Seconds | None = setting(
-        None, "for a bundle; not set: 120 s on a CPU, 600 s with CUDA"
+        None, "seconds to load a bundle; not set: 120 on a CPU, 600 with CUDA"
     )
     memory_budget: PositiveBytes | None = setting(
         None,
-        "of each device, such as 20GB: load bundles at first use, release those used longest ago",
+        "memory for models on each device, such as 20GB; models are then loaded at first use",
     )
-    max_queue_delay_ms: Delay = setting(0.0, "how long an idle runtime waits for more images")
+    max_queue_delay_ms: Delay = setting(
+        0.0, "how long an idle runtime waits for more images of a batch"
+    )
     batch_timeout_seconds: Seconds | None = setting(
-        None, "not set: 20 times the usual time, >= 4 s"
+        None,
+        "a batch that takes longer ends the server; not set: 20 times the usual time, at least 4 s",
     )
     follow: bool = setting(
-        False, "check each second where a BUNDLE that is a link leads, and reload it"
+        False,
+        "check each second whether a link to a bundle has changed, and then reload the bundle",
     )
-    examples: Path | None = setting(
-        None, "folder of photos that the page offers to try; not set: none"
-    )
+    examples: Path | None = setting(None, "folder of photos that the web page offers to try")
     keep: Path | None = setting(
-        None, "folder for photos that are worth a label; not set: none is kept"
+        None,
+        "folder in which photos that are worth a label are kept; not set: no photos are kept",
     )
     keep_bytes: PositiveBytes = setting(
-        1_000_000_000, "at most in that folder; the oldest make room"
+        1_000_000_000, "size of the folder `keep`; the oldest photos are deleted"
     )
     keep_days: Annotated[float, pydantic.Field(gt=0, le=36_500)] = setting(
-        30.0, "then they are deleted"
+        30.0, "days after which kept photos are deleted"
     )
     keep_sample: Fraction = setting(
-        0.01, "share of all photos to keep in addition, for unbiased figures"
+        0.01, "share of all photos that are also kept, as a random sample"
     )
 
     keys: Path | None = setting(
-        None, "API key file, see `sopdeploy key`; not set: no authentication"
+        None, "API key file of `sopdeploy key`; not set: no authentication"
     )
-    metrics_need_key: bool = setting(
-        False, "otherwise /metrics is public, like /livez and /readyz"
-    )
+    metrics_need_key: bool = setting(False, "whether /metrics needs an API key")
 
     log: LogForm | None = setting(
-        None, "json or console; not set: console on terminals, else warnings"
+        None,
+        "json or console; not set: console on terminals, elsewhere json with warnings only",
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
-        "info", "debug: also health checks"
+        "info", "least important lines that are logged; debug adds health checks"
     )
     log_sample: Fraction = setting(
-        1.0, "share of successful requests that have a log line; failed ones always have one"
+        1.0,
+        "share of successful requests that have a log line; failed requests always have one",
     )
 
     def classes_per_image(self, *, multi_label: bool) -> int | None:

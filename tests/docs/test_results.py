@@ -72,7 +72,7 @@ FROM_CODE: list[
     ("at most {:.0f} MB for other JSON files", folder.MAX_JSON_BYTES / MEGA),
     ("above {:.0f} % of the range of the reference outputs", PERCENT * verify.WIDE),
     ("doubles from {} s to {:.0f} s", client_requests.FIRST_DELAY, client_requests.MAX_DELAY),
-    ("connection takes at most {:.0f} s of the time", client_requests.CONNECT_SECONDS),
+    ("connection takes at most {:.0f} s of the `timeout`", client_requests.CONNECT_SECONDS),
     ("was idle for {:.0f} s is not used again", client_requests.IDLE_SECONDS),
     ("{:.0f} MB and {:.0f} million pixels", limits.MAX_BYTES / MEGA, limits.MAX_PIXELS / MEGA),
     ("`/livez` fails for {} s", LIVENESS["periodSeconds"] * LIVENESS["failureThreshold"]),
@@ -88,8 +88,7 @@ FROM_CODE: list[
     ("twice the limit pass in at most {:.0f} % of cases", PERCENT * permission.OLD_ALPHA),
     ("the limit is `--tolerance` ({:.0f} points)", permission.TOLERANCE),
     ("the last {:.0f} days", compare.RECENT_DAYS),
-    ("has lacked its device process for {:.0f} s", processes.LACK_SECONDS),
-    ("`load_timeout` and {:.0f} s per bundle", processes.START_SECONDS),
+    ("`load_timeout` and {:.0f} s more", processes.START_SECONDS),
     ("are killed {:.0f} s after `drain_seconds`", processes.LEAVE_SECONDS),
     (
         "{:.0f} points with 100 validation images, {:.1f} with 1,000",
