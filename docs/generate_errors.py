@@ -24,9 +24,9 @@ Look up an error code of the command line, the Python API or the client here. (G
 of the server are in [the HTTP API](http.md#errors) and on its page `/errors`, to which the `type` of an
 error response links.
 
-If you can cause an error, it is one line that says where, what is wrong, and what to do, followed by a stable code
-in brackets. The command line exits with code 2, and with `--json` it also prints
-`{"error": {"code": ..., "message": ...}}`. A traceback is a bug. Please report it with the
+An error message is one line. It says where the problem is, what is wrong, and what you can do, and ends with a stable
+code in brackets. The command line then exits with code 2. With `--json`, it also prints
+`{"error": {"code": ..., "message": ...}}`. If you see a traceback, it is a bug. Please report it with the
 output of `sopdeploy env`.
 
 The classes are in `sopdeploy.errors`. Indented classes are subclasses of the one above.
@@ -38,10 +38,10 @@ EXIT_CODES = """## Exit codes
 | exit code | meaning |
 |---|---|
 | 0 | success, or `serve` stopped after a drain |
-| 1 | `health`: not ready. Other commands: the reader of the output has closed it, as `head` does |
+| 1 | `health`: the server is not ready. Other commands: the program that reads the output has ended, such as `head` |
 | 2 | an error of the classes above, or an invalid option |
 | 70 | `serve` only: the runtime failed or hung, so a supervisor should restart the server |
-| 128 + n | stopped by signal n, 130 for Ctrl-C (`train` saves first) |
+| 128 + n | stopped by signal n. Ctrl-C is 130 (`train` saves first) |
 """
 
 PAGE = """<!doctype html>
@@ -75,8 +75,8 @@ WHAT_TO_DO = {
     "the file where the message says, or pass `--weights FILE` or `--weights none`.",
     "TrainingError": "The message names the step and what was not finite. Lower `optimizer.lr` or set "
     "`optimizer.clip_norm`, then continue with `--resume auto`.",
-    "DetachError": "Add `--detach`, which you may also give if a checkpoint has nothing to detach. With "
-    "your own network, name the parts that the message lists, or omit the option.",
+    "DetachError": "Add `--detach`. It is also accepted if there is nothing to detach. With your own network, "
+    "pass the parts that the message lists to `--training-only`, or omit this option.",
     "CertificateError": "Do not deploy this network. The message names the training-only weights that the "
     "output depends on. Change the model's code.",
     "LoweringError": "Change the part of the network or the option that the message names.",

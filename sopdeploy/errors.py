@@ -139,7 +139,7 @@ class TrainingError(SopdeployError):
 
 
 class DetachError(SopdeployError):
-    """The network still has training-only modules, or one that was named does not exist."""
+    """The network still has training-only modules, or a module that you named does not exist."""
 
     code = "wrong_detach"
 
@@ -169,7 +169,7 @@ class BundleError(SopdeployError):
 
 
 class PromotionError(SopdeployError):
-    """Photographs do not show that a bundle is as good as the live one, or there is none to go back to."""
+    """The photos do not show that a bundle is as good as the live one, or there is no bundle to go back to."""
 
     code = "not_promoted"
 

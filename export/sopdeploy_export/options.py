@@ -97,11 +97,11 @@ class NetworkOptions(Options):
     scaled:RULES is one of these for large JPEGs that are decoded at a smaller scale.
     """
     weights_key: str | None = None
-    """Key or prefix of the tensors to use, if the file has several networks, such as model_ema; `.`: none."""
+    """Key or prefix of the tensors to use, if the file has several networks, such as model_ema. `.` is no key."""
     ignore: tuple[str, ...] = ()
-    """Entry of the weight file to ignore, because the network has no place for it, or a pattern; repeatable."""
+    """Entry of the weight file to ignore, or a pattern, because the network has no such tensor; repeatable."""
     logits_key: str | None = None
-    """Attribute, key or index of the logits in the output."""
+    """Attribute, key or index of the logits, if the network returns several tensors."""
     allow_constants: bool = False
     """Accept large tensors that are neither weights nor buffers."""
     several_classes: bool = False
@@ -112,7 +112,7 @@ class NetworkExportOptions(NetworkOptions):
     """How to export a network of the user."""
 
     GROUPS: ClassVar = {
-        "A network of your own": (
+        "Your own network": (
             *(
                 "network",
                 "option",

@@ -23,7 +23,7 @@ class ClassifyOptions(Options):
     gpus_per_actor: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
     """GPUs of a copy on the Ray cluster: 1, 0.5 lets two share one, 0 uses the CPU."""
     part_images: Annotated[int | None, pydantic.Field(ge=1, le=2**31 - 1)] = None
-    """Images per parquet file; by default 512, or as many as the run had that is continued."""
+    """Images per parquet file; by default 512, or the number of the run that you continue."""
 
     @property
     def starts_cluster(self) -> bool:

@@ -79,9 +79,10 @@ def classify(
 ) -> Classified:
     """Classify any number of images into parquet files, or into one CSV file, one row per image.
 
-    Repeat the command to continue an interrupted run into a folder. A CSV file begins again. An
-    image that cannot be used gets a row with its error. The results equal the results of the service.
-    With a folder, the memory depends on `workers` and `part_images`, not on the number of images.
+    Repeat the command to continue an interrupted run into a folder. A CSV file is written
+    again from the beginning. An image that cannot be used gets a row with its error. The results
+    equal the results of the service. With a folder, the memory depends on `workers` and
+    `part_images`, not on the number of images.
 
     Args:
         bundle: A bundle written by `sopdeploy export`.

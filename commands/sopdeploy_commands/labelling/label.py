@@ -26,7 +26,7 @@ def label(
     """Sort photos into classes on a local web page, by keyboard or touch; Ctrl-C ends it.
 
     You can label the photos that a server has kept, or any images in a folder. For images that no
-    server has kept, a network suggests classes as soon as each class has two.
+    server has kept, a network suggests classes as soon as each class has two labelled images.
 
     A label moves a photo to PHOTOS/<class>/, or to PHOTOS-held-out/<class>/ if the photo is kept to
     compare the next bundle. Photos of no class move to PHOTOS-unknown/. The page reads the settings

@@ -82,7 +82,7 @@ def compare(
 
     Recent photos decide. These are the photos that a server kept in the 14 days before the newest
     one, at least the newest 100, and all photos that no server kept. During a drift alarm, which
-    `label` notes in the folder, the photos since its begin decide if there are at least 20.
+    `label` notes in the folder, the photos since it began decide, if there are at least 20.
     Training images and near-duplicates are left out. Folders that are no class of either bundle
     are also left out, with a note.
 

@@ -86,7 +86,7 @@ def promote(
 
     The new bundle is loaded before the move, which checks its hashes and outputs. After the move,
     the photos of a server in PHOTOS-held-out, which were used for this decision, move to PHOTOS,
-    but the newest 60, which decide again.
+    except the newest 60, which stay and decide again.
 
     Args:
         new: The bundle to serve.
