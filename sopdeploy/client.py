@@ -100,7 +100,7 @@ class ClassifyArguments(CallArguments, total=False):
 class AsyncClient:
     """Client of the server at *url* for programs with asyncio, such as FastAPI services.
 
-    Arguments, methods and errors are those of `Client`, but the methods are awaited. Any number
+    It has the arguments, methods and errors of `Client`, but the methods are awaited. Any number
     of tasks of one event loop may share it; a call that is cancelled ends its request. A list or
     an array is encoded in a thread. *transport* replaces the connections, for example to trust
     certificates of its own: `httpx.AsyncHTTPTransport(verify=ssl_context)`.
@@ -234,7 +234,7 @@ class Client:
         is the number of classes, *model* the model to use if the server has several.
         *threshold* replaces the thresholds of a multi-label network. *explain* requests the
         `explanation` of the first class; an image then counts as 50 for the server. *timeout*
-        replaces that of the client. Raises `ServiceError` if the server rejects the request or
+        replaces the timeout of the client. Raises `ServiceError` if the server rejects the request or
         its only image, `OverloadedError` if it is overloaded, `UnreachableError` without a
         response in time, and `DataError` for what is no image.
 
@@ -263,7 +263,7 @@ class Client:
     ) -> Embedding | list[Embedding]:
         """Compute the features of *image*, or of a list of images, in front of the classifier.
 
-        Arguments and errors are those of `classify`. The bundle must be exported with
+        It takes the arguments of `classify`, and raises the same errors. The bundle must be exported with
         `--with-features`.
 
         Example:
@@ -312,7 +312,7 @@ class Client:
             return self._loops[process]
         if self._has_transport and self._loops:
             raise ConfigError(
-                "a client with a transport of its own works in one process; make another"
+                "a client with its own transport works in one process only; make another one in this process"
             )
 
         # Of several threads, the first one wins. The loop ends with the client.

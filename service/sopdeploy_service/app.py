@@ -41,9 +41,9 @@ def create_app(
     keys: KeyRing | None = None,
     is_keeper: bool = True,
 ) -> FastAPI:
-    """Create the app that serves *models* by name, each loaded by `load_model`, or those of a registry.
+    """Create the app that serves *models* by name, each loaded by `load_model`, or a registry of models.
 
-    *keys* are those of the key file, if it was read before. If one process keeps the
+    *keys* are the content of the key file, if it was read before. If one process keeps the
     photographs of several, *is_keeper* says whether it is this one. `app.state.service` is the
     `Service`, `app.state.keeper` the `Keeper` or None, `app.state.keys` the `KeyRing` or None.
     Raises `ConfigError` if the key file or `root_path` of *settings* cannot be used, `DataError`

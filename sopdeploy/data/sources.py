@@ -59,7 +59,7 @@ class FolderConfig(HoldOut):
 
     `groups` is a regular expression for names of files without suffix. Images of a folder in
     whose names it finds the same text are never divided: `^clip[0-9]+` keeps `clip1_01.jpg` and
-    `clip1_02.jpg` together. It replaces all other groups but those of copies.
+    `clip1_02.jpg` together. It replaces all other groups except groups of copies.
 
     `classes_from` is `folders` if each folder is a class even if it seems to be none. It can also
     be `subfolders` if the innermost folders are the classes, `files` if a file beside each image

@@ -153,9 +153,9 @@ class Preprocess(StrictModel):
     def of_convention(cls, name: str, side: int = 224) -> "Preprocess":
         """Return the rules of a usual convention for inputs of *side* x *side* pixels.
 
-        "imagenet" is that of torchvision's training scripts and "timm" that of timm: the
-        shorter side becomes 8/7 of *side*, bilinear or bicubic. "clip" is that of OpenAI's
-        CLIP: the shorter side becomes *side*. "none" is "imagenet" with pixel values in [0, 1].
+        "imagenet" follows torchvision's training scripts and "timm" follows timm: the shorter side
+        becomes 8/7 of *side*, bilinear or bicubic. "clip" follows OpenAI's CLIP: the shorter side
+        becomes *side*. "none" is "imagenet" with pixel values in [0, 1].
         Raises `KeyError` for another name.
         """
         fields: dict[str, Any] = {"resize": side * 8 // 7, "crop": side}

@@ -21,7 +21,7 @@ from sopdeploy.plugins import IMPORTERS
 class WeightFile:
     """Content of a weight file; tensor names have no data-parallel prefixes.
 
-    `sha256` is that of the file, `others` are the names in its table that no tensor has. `arch`
+    `sha256` is the hash of the file, `others` are the names in its table that no tensor has. `arch`
     is the architecture name that PyTorch training scripts store, `labels` are the class names
     of its `class_to_idx`.
     """
@@ -55,8 +55,8 @@ class ConvertedWeights:
     to its number of rows, and `by_columns` is the order in the project's files: column by
     column, or else row by row. `undetermined` maps keys that the user must set, because neither
     the file nor the code determines them, to the reason. `num_classes` is 0 for a file without
-    a classifier. `class_names` are those of the project's data, if the file has as many; 1000
-    classes without names are those of ImageNet if `imagenet` is set.
+    a classifier. `class_names` are the names in the project's data, if the file has as many
+    classes. If `imagenet` is set, 1000 classes without names are ImageNet's.
     """
 
     project: str
@@ -83,7 +83,7 @@ class Importer:
         marks: `convert` is called only for files in which the name of a tensor contains one of these.
         convert: Takes a file and the catalog name that the user gave, and returns None for files of other
             projects.
-        magic: The first bytes of files of a format other than those of torch and safetensors.
+        magic: The first bytes of files of the format, if it is neither torch's nor safetensors.
         read: Takes the path and the sha256 of such a file.
 
     Examples:

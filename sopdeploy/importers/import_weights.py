@@ -236,7 +236,7 @@ def convert_weights(
         f"{file.path}: its tensors ({first_names} ..) are not from a project "
         "that `sopdeploy import --help` lists, nor the tensors of a network of "
         "timm whose name the file has; name its network as timm:NAME, or "
-        "export it as a network of your own with `sopdeploy export "
+        "export it as your own network with `sopdeploy export "
         "--network`"
     )
 

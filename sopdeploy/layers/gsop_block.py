@@ -284,7 +284,7 @@ class GSoPBlock(nn.Module):
     """Scale a feature map (B, C, H, W); the shortcut is not part of the block.
 
     Args:
-        config: Options of the block; by default those of the paper.
+        config: Options of the block; by default the paper's.
         channels: C.
         dr_stride: Stride of the dimension reduction.
 

@@ -286,7 +286,7 @@ class Description(StrictModel):
     """Output of `sopdeploy models NAME`.
 
     `representation` is the length of the vector that the exported classifier reads. `parts` are
-    those of the network in training and sum to `training`; `published` holds the figures that
+    the parts of the network in training and sum to `training`; `published` holds the figures that
     papers print for exactly this network, if any.
     """
 

@@ -42,7 +42,7 @@ class DSoPConfig(NewtonSchulzOptions):
     `aux_blocks` has a value for each stage: the number of blocks of a branch after its last block
     (0: no branch), or one such number per block of the stage, as in section V-D's pattern
     [1, 0, 2]. `aux_widths` are the target channels of the covariance, `aux_weights` the weights
-    of the losses (beta), `main_weight` that of the main loss (alpha). `aux_pooling` is
+    of the losses (beta), `main_weight` the weight of the main loss (alpha). `aux_pooling` is
     iSQRT-COV or "gap", Table VII's control. `keep_unused_branches` keeps one block and the head
     of a branch of 0 blocks, as Table X counts.
     """

@@ -282,7 +282,7 @@ def register_model(
             options. The default is "dsop" with taps, and "none", the network as it is, without.
 
     Raises:
-        ConfigError: *name* is that of a network of the catalog or of another module, or has other characters,
+        ConfigError: *name* names a network of the catalog or of another module, or has other characters,
             or the method needs taps.
 
     Examples:

@@ -104,8 +104,8 @@ class TeacherConfig(StrictModel):
     `weights` is the checkpoint of a trained teacher, which does not change. Without it, the
     network `model` starts from random weights and is trained jointly: its own loss is added,
     and the student follows the outputs of each step. `share` is the weight of the divergence
-    from the teacher's outputs in the loss of the student, 1 - share that of the student's own
-    loss. `temperature` softens both outputs, and its square scales the divergence.
+    from the teacher's outputs in the loss of the student, and 1 - share the weight of the
+    student's own loss. `temperature` softens both outputs, and its square scales the divergence.
     """
 
     weights: Path | None = None
@@ -143,7 +143,7 @@ class StepSettings(StrictModel):
 
     `batch_size` is the number of samples of a step, over all processes. A process divides its part
     into `grad_accum_steps` batches, one after the other, whose gradients are added up. It computes
-    the statistics of batch norm for each of them. `precision` is that of autocast; fp16 scales the
+    the statistics of batch norm for each of them. `precision` is the type of autocast; fp16 scales the
     loss by torch's `GradScaler`. With `compile`, torch compiles the network for training.
     """
 
@@ -155,7 +155,7 @@ class StepSettings(StrictModel):
 
 
 class LoopSettings(Augmentations, StepSettings):
-    """The settings of the training loop: those of its components, and its own."""
+    """The settings of the training loop and of its components."""
 
     epochs: Count
     optimizer: OptimizerConfig

@@ -82,7 +82,7 @@ class FewShotConfig(HeadOptions):
 class FineTuneConfig(HeadOptions):
     """Training of the last stages from the fitted classifier, if that is better on held-out images.
 
-    `FINE_TUNE_SETTINGS` replace those of the recipe in which a user selects this procedure.
+    `FINE_TUNE_SETTINGS` replace the settings of the recipe in which a user selects this procedure.
     """
 
     kind: Literal["fine_tune"] = "fine_tune"

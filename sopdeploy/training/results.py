@@ -153,7 +153,7 @@ class LoopResult(StrictModel):
         map: Mean average precision; only with several classes per image.
         selected_by: The images that select the measured epoch: none (`nothing`), `other images`, or the
             `same images`. The score is too high in the last case only.
-        mirrored: Whether the score is that of the mean logits of an image and its mirror image.
+        mirrored: Whether the mean logits of each image and its mirror image were scored.
         tuning: The comparison with the frozen network, if the loop started from it.
         left_out: The unusable images that the run left out, each with the reason.
         num_seen: Validation images that are also training images; the score is too high then.
@@ -246,7 +246,7 @@ class LoopResult(StrictModel):
 class Gain(StrictModel):
     """What more photographs of a class would give: an estimate for `more` instead of `count` of them.
 
-    These are independent ones: of the `photographs`, copies and those of one object count once.
+    Copies, and photographs of one object, count as one of the `photographs`.
     `found` and `then` are the shares of new photographs of the class that are recognized.
     """
 
@@ -289,7 +289,7 @@ class FewShotResult(StrictModel):
         two_groups: Classes of more than two images that are two groups.
         alike: Classes whose images look so much alike that only nearly equal ones are copies.
         confused: Pairs of classes that are taken for each other as by chance, so that they may be one.
-        diffuse: Classes whose images resemble each other far less than those of others, as of anything else.
+        diffuse: Classes whose images resemble each other far less than the images of other classes do.
         clip: Two files of one clip or object, by their names and likeness, if there are any such groups.
         possible_clip: Two files of which this is not certain, if there are any.
         clip_pattern: A regular expression that finds what the names of a possible clip share; empty if none.

@@ -53,7 +53,7 @@ class Evaluation:
             per image, all probabilities.
         decision: Temperature and thresholds that `fit_decision` fitted to the images; the metrics are those
             of the checkpoint before.
-        mirror: Whether the scores are those of the mean logits of an image and its mirror image.
+        mirror: Whether the mean logits of each image and its mirror image were scored.
         notes: Lines about the images that are not as expected, such as classes without images.
     """
 

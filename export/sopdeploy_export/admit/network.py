@@ -61,7 +61,7 @@ def check_backend(where: str, compiled: Any) -> None:
     """
     if compiled.get_compiler_config() is None:  # only inductor has one
         raise LoweringError(
-            f"{where} is compiled with a backend of its own; export it before it is compiled"
+            f"{where} is compiled with a custom backend; export it before it is compiled"
         )
 
 
@@ -83,7 +83,7 @@ def unwrap_and_check(
     has_hook = network._forward_hooks or network._forward_pre_hooks
     if isinstance(network, Backbone) and (has_hook or "forward" in vars(network)):
         raise LoweringError(
-            f"the {role} network has a hook or a forward of its own, which a network of the catalog does not "
+            f"the {role} network has a hook or a replaced forward, which a network of the catalog does not "
             "use for its outputs; remove it"
         )
     if isinstance(network, torch.jit.ScriptModule):

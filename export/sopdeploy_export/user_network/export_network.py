@@ -64,8 +64,8 @@ def export_network(
         rebuild: Builds *trained* again, with any weights. Without *plain*, the certificate compares with this
             network, from which the same parts are removed.
         training_only: Dotted names of the parts to remove, or patterns such as `aux*`.
-        labels: Class names, in the order of the logits. A network with one logit takes two names, of the
-            class of label 0 and of that of label 1, whose probability is the sigmoid of the logit.
+        labels: Class names, in the order of the logits. A network with one logit takes two names: first the
+            class of label 0, then the class of label 1, whose probability is the sigmoid of the logit.
         preprocess: Converts an image to the input of the network.
         destination: Folder for the bundle.
         name: Name of the network and, without `options.name`, of the project: at most 200 letters, digits,
@@ -73,13 +73,13 @@ def export_network(
         logits_key: Attribute, key or index of the logits, if the network returns more than one tensor.
         allow_constants: Accept tensors of more than 16 numbers that are neither parameters nor buffers.
             Otherwise, they are accepted only if *plain* or *rebuild* makes new ones with equal content.
-        several_classes: An image may have several classes: each logit is that of a sigmoid, and the class is
-            present from a probability of 0.5.
+        several_classes: An image may have several classes. The sigmoid of a logit is the probability of its
+            class, and the class is present from a probability of 0.5.
         rename: Maps the name of a tensor of *trained* to its name in the plain network.
         options: Batch sizes, precision and more; `detach` is set if *training_only* names a part.
         config: Description of the network in the manifest; by default its class, its logits, *training_only*.
         sha256: Hash of the weight file; by default of the tensors.
-        warnings: Put before those of the export in the result.
+        warnings: Put before the warnings of the export in the result.
         on_step: Called with a description of each step as it begins.
 
     Returns:

@@ -18,7 +18,7 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # parameters or parame
 def create_optimizer(config: OptimizerConfig, parameters: Parameters) -> Optimizer:
     """Create the optimizer of *config* for *parameters* or their groups.
 
-    `foreach` updates all parameters in a few calls. The results are bitwise those of a loop over
+    `foreach` updates all parameters in a few calls. The results are bitwise equal to a loop over
     the parameters, except for RAdam, which keeps torch's default.
     """
     options: dict[str, Any] = config.model_dump(exclude={"kind", "clip_norm", "tensorflow"})
@@ -47,7 +47,7 @@ def create_optimizer(config: OptimizerConfig, parameters: Parameters) -> Optimiz
 class AdaHessian(Optimizer):
     """Adam with the diagonal of the Hessian in its second moment.
 
-    Call `backward` instead of that of the loss, then `step`. *betas* are the decay rates of the
+    Call this `backward` instead of `loss.backward`, then `step`. *betas* are the decay rates of the
     two running means, *eps* is added to the denominator, *power* is k of Eq. (11). Weight decay
     is decoupled as in AdamW. Source: Yao et al., "AdaHessian: An Adaptive Second Order
     Optimizer for Machine Learning" (AAAI 2021).
@@ -81,8 +81,8 @@ class AdaHessian(Optimizer):
         """Set `grad` to the gradient of *loss*, and `curvatures` to the Hessian-vector product H z.
 
         z is a vector of random signs that depends on *seed*, so |H z| estimates the diagonal of
-        H. With the same seed in all processes of a step, the sum of their products is that of
-        the whole batch. The network must be twice differentiable. H z is the gradient of the
+        H. With the same seed in all processes of a step, the sum of their products is the
+        product of the whole batch. The network must be twice differentiable. H z is the gradient of the
         product of the gradient and z.
         """
         gradients: Sequence[Tensor | None] = torch.autograd.grad(

@@ -37,7 +37,7 @@ def without_branch(kind: type[Planted]) -> Callable[[], nn.Module]:
     return lambda: kind(branch=False)
 
 
-COPIED = r"compiled with a backend of its own"
+COPIED = r"compiled with a custom backend"
 
 
 class GetState(Planted):

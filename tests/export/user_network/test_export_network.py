@@ -284,7 +284,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a hook on a network of the catalog": (
         hooked_of_catalog,
         {},
-        r"the trained network has a hook or a forward of its own",
+        r"the trained network has a hook or a replaced forward",
     ),
     "a part that also holds the classifier": (
         with_shared_classifier,
