@@ -138,7 +138,7 @@ FROM_CODE: list[
     ("at most {:.0f} GB, the least recently used", feature_cache.LIMIT_BYTES / 1e9),
     ("has more than {} times the images of the smallest", description.UNEVEN),
     (
-        "With this margin, it takes about {:.0f} % of the photos of the other classes",
+        "The margin is so large that about {:.0f} % of the photos of other classes are predicted",
         PERCENT * scaling.TAKEN,
     ),
     (
