@@ -2,12 +2,14 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +289,55 @@ def test_the_schema_of_the_chart_has_exactly_the_keys_of_its_values() -> None:
     assert set(same_keys(leaves(schema), values, "")) == absent
 
 
+def values_of(command: str) -> dict[str, Any]:
+    """Return the values that Helm reads from the options `--set` of *command*."""
+    words = shlex.split(command)
+    values: dict[str, Any] = {}
+    for option, text in pairwise(words):
+        if option == "--set":
+            for assignment in text.split(","):
+                path, _, value = assignment.partition("=")
+                *folders, name = path.split(".")
+                part = values
+                for folder in folders:
+                    part = part.setdefault(folder, {})
+                is_other = value.isdigit() or value in {"true", "false"}
+                part[name] = json.loads(value) if is_other else value
+    return values
+
+
+def merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Return *values* with *others*, as `--reuse-values` does."""
+    result = {**values}
+    for name, other in others.items():
+        is_part = isinstance(other, dict)
+        result[name] = merged(values.get(name, {}), other) if is_part else other
+    return result
+
+
+@needs_helm
+def test_the_chart_accepts_the_values_of_every_command_on_a_page() -> None:
+    given: list[dict[str, Any]] = []
+    for page in PAGES:
+        values: dict[str, Any] = {}
+        text = page.read_text(encoding="utf-8")
+        for command in re.findall(r"^ {4}(helm (?:.*\\\n)*.*)$", text, re.MULTILINE):
+            values = merged(values, values_of(command))
+            given.append(values)
+
+    reports, rendered = run_helm(given)
+    assert [report["errors"] for report in reports] == [[]] * len(given)
+    assert len(rendered) == len(given) >= 5
+
+
+@needs_helm
+@pytest.mark.parametrize("share", [0.4, "0.4", ".4"])
+def test_a_number_of_the_autoscaler_may_be_a_text(share: float | str) -> None:
+    _, (texts,) = run_helm([{"autoscaling": {"enabled": True, "busy": share}}])
+    (found,) = re.findall(r'averageValue: "(.*)"', "".join(texts))
+    assert float(found) == 0.4
+
+
 @needs_helm
 def test_the_chart_refuses_values_that_it_would_ignore_or_cannot_use() -> None:
     wrong: list[dict[str, Any]] = [
@@ -301,6 +352,8 @@ def test_the_chart_refuses_values_that_it_would_ignore_or_cannot_use() -> None:
         {"autoscaling": {"enabled": True, "minReplicas": 0}},
         {"autoscaling": {"enabled": True, "minReplicas": 0, "keda": KEDA}},
         {"autoscaling": {"enabled": True, "minReplicas": 4, "maxReplicas": 3}},
+        {"autoscaling": {"enabled": True, "busy": 60}},
+        {"autoscaling": {"enabled": True, "busy": "60 %"}},
         {"maxSurge": 0},
         {"maxSurge": "0%"},
         {"preStopSeconds": 20},
