@@ -147,6 +147,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Parse *data* unless the last request has arrived."""
         if not self._ignores_input:
             self._parse(data)
+        elif self._closed:  # the rest of a body, after the last response
+            self._wait_for_rest()
 
     def _parse(self, data: bytes) -> None:
         """Parse *data*; reject a bad request, else begin the time for headers if they are due."""
@@ -334,10 +336,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
         if self._in_body:  # of this request; the app did not wait for its end
             self._unset_keepalive_if_required()
-            self._rest_until = self.loop.time() + REST_SECONDS
-            self._wait_for_rest()
+            self._begin_rest()
         else:
             self._shared.idle[self] = None
+
+    def _begin_rest(self) -> None:
+        """Begin the time for the rest of a body whose response is complete."""
+        self._rest_until = self.loop.time() + REST_SECONDS
+        self._wait_for_rest()
 
     def _wait_for_rest(self) -> None:
         """Give the client time for the next piece of a body whose response is complete."""
@@ -380,7 +386,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.flow.resume_reading()
             if self.transport.can_write_eof() and not self.transport.is_closing():
                 self.transport.write_eof()
-            self._start_timer(LINGER_SECONDS, self.abort)
+            self._begin_rest()
             self._shared.note_last_response(self)
         else:
             # It closes after the pending output, for which the client has limited time.
