@@ -4,7 +4,9 @@ import asyncio
 import math
 import os
 import random
+import socket
 import ssl
+import sys
 import time
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -24,6 +26,20 @@ REQUEST_ID = "X-Request-ID"  # a server returns that of the request
 CONNECT_SECONDS = 2.0
 # A connection that was idle for longer is not used again; httpx asks the system about younger ones.
 IDLE_SECONDS = 5.0
+# A machine that is lost acknowledges nothing. Its connections break after so long, and their requests
+# are sent again. The system asks in between whether it is there, because a response may take long.
+LOST_SECONDS = 10
+ASK_SECONDS = 5
+SOCKET_OPTIONS = (
+    [
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ASK_SECONDS),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, ASK_SECONDS),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LOST_SECONDS * 1000),
+    ]
+    if sys.platform == "linux"
+    else []
+)
 LIMITS = httpx.Limits(
     max_connections=100, max_keepalive_connections=100, keepalive_expiry=IDLE_SECONDS
 )
@@ -196,6 +212,7 @@ class Requests:
                 verify=self._url.scheme == "https",
                 proxy=None if self._proxy is None else self._proxy.url,
                 limits=LIMITS,
+                socket_options=SOCKET_OPTIONS,
             )
         except httpx.InvalidURL as error:
             raise ConfigError(f"{self._proxy}: not a URL ({error})") from error

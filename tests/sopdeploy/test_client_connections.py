@@ -1,6 +1,8 @@
 """Which connections a client uses: in threads, after a fork, after Ctrl-C and after the server ended them."""
 
 import json
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -171,6 +173,29 @@ def test_a_connection_that_was_idle_for_long_is_not_used_again(
     with Client(server.url, timeout=60) as client:
         assert connection_of(client, "third") == "1"
         assert connection_of(client, "fourth") == "2"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other options")
+def test_a_connection_to_a_machine_that_is_lost_breaks_after_some_seconds(
+    server: StubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = []
+    send = httpx.AsyncHTTPTransport.handle_async_request
+
+    async def note(
+        transport: httpx.AsyncHTTPTransport, request: httpx.Request
+    ) -> httpx.Response:
+        response = await send(transport, request)
+        used = response.extensions["network_stream"].get_extra_info("socket")
+        options = (socket.TCP_USER_TIMEOUT, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)
+        times.extend(used.getsockopt(socket.IPPROTO_TCP, option) for option in options)
+        assert used.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        return response
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", note)
+    with Client(server.url, timeout=60) as client:
+        connection_of(client, "photograph")
+    assert times == [10_000, 5, 5]
 
 
 class Blocking(httpx.BaseTransport):
