@@ -51,6 +51,7 @@ __all__ = sorted(["__version__", *_MODULES])
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
+    from inspect import isfunction
 
     from sopdeploy.environment import missing_extras
 
@@ -62,6 +63,12 @@ def __getattr__(name: str) -> Any:
 
     with missing_extras():
         value = getattr(import_module(_MODULES[name]), name)
+
+    if isfunction(value):
+        from sopdeploy.arguments import checking_arguments
+
+        value = checking_arguments(value)
+        value.__module__ = __name__  # where pickle finds it
     globals()[name] = value
     return value
 

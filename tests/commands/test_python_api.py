@@ -1,10 +1,13 @@
 """The Python API gives the results of the command line, with the same defaults."""
 
 import asyncio
+import inspect
 import json
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,16 +128,67 @@ def test_user_errors_are_sopdeploy_errors(bundle: Path) -> None:
         sopdeploy.train()
     with pytest.raises(ConfigError, match="epoch: unknown key; did you mean epochs"):
         sopdeploy.train(recipe="digits-plain", epoch=3)
-    with pytest.raises(
-        ConfigError, match=r'^data: takes a folder; .* as \*\*{"data\.kind": \'digits\'}$'
-    ):
-        sopdeploy.train(data={"kind": "digits"})
 
     async def serve_in_a_loop() -> None:
         sopdeploy.serve(bundle)
 
     with pytest.raises(ConfigError, match="an event loop runs in this thread"):
         asyncio.run(serve_in_a_loop())
+
+
+PUBLIC_FUNCTIONS = [
+    name for name in sopdeploy.__all__ if inspect.isfunction(getattr(sopdeploy, name))
+]
+PATHS = [
+    (name, parameter.name)
+    for name in PUBLIC_FUNCTIONS
+    for parameter in inspect.signature(
+        inspect.unwrap(getattr(sopdeploy, name))
+    ).parameters.values()
+    if parameter.annotation in (str | Path, str | Path | None)
+]
+
+
+@pytest.mark.parametrize(("name", "parameter"), PATHS)
+def test_what_is_no_path_is_an_error_that_names_the_argument(name: str, parameter: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{parameter}: must be a path"):
+        getattr(sopdeploy, name)(**{parameter: object()})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "error"),
+    [
+        ("train", {"data": 5}, "data: must be a path (got '5')"),
+        ("train", {"data": {"kind": "digits"}}, "data: must be a path"),
+        ("serve", {"bundles": 5}, "bundles: must be a path"),
+        ("serve", {"bundles": ["bundle", 5]}, "bundles: must be a path"),
+        ("create_model", {"name": "resnet20", "num_classes": 2.5}, "num_classes: must be"),
+        ("list_models", {"pattern": None}, "pattern: must be text"),
+    ],
+)
+def test_a_wrong_type_is_one_line(name: str, arguments: dict[str, Any], error: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        getattr(sopdeploy, name)(**arguments)
+
+    assert str(raised.value).startswith(error)
+    assert "\n" not in str(raised.value)
+
+
+def test_numbers_of_numpy_and_other_paths_are_accepted(tmp_path: Path) -> None:
+    assert sopdeploy.describe("resnet20", num_classes=np.int64(3)).num_classes == 3
+
+    class Place:
+        def __fspath__(self) -> str:
+            return str(tmp_path)
+
+    with pytest.raises(DataError, match="holds no class folders"):
+        sopdeploy.train(Place())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", PUBLIC_FUNCTIONS)
+def test_a_public_function_can_be_sent_to_another_process(name: str) -> None:
+    # Raises an error for an object that is not found under its name.
+    assert ForkingPickler.dumps(getattr(sopdeploy, name))
 
 
 def test_importing_sopdeploy_is_light_and_serving_needs_no_torch() -> None:

@@ -108,7 +108,6 @@ def train(
         >>> run.best.name, run.num_classes
         ('best.pt', 6)
     """
-    _check_is_no_table(data)
     data = None if data is None else Path(data)
     out = None if out is None else Path(out)
 
@@ -159,16 +158,6 @@ def train(
         thresholds=facts.thresholds,
         previous="" if previous is None else _describe_changes(previous, run.setup),
     )
-
-
-def _check_is_no_table(data: object) -> None:
-    """Raise `ConfigError` if *data* are the values of a recipe's table instead of a folder."""
-    if isinstance(data, Mapping):
-        values = ", ".join(f'"data.{key}": {value!r}' for key, value in data.items())
-        raise ConfigError(
-            f"takes a folder; give a recipe and values of its data as **{{{values}}}",
-            setting="data",
-        )
 
 
 def _compare_networks(

@@ -1,0 +1,77 @@
+"""Check the arguments of public functions from Python, as the command line checks its options."""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import pydantic
+
+from sopdeploy.config import reason_of, shown
+from sopdeploy.errors import ConfigError
+
+_Result = TypeVar("_Result")
+
+
+def checking_arguments(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Check texts, numbers, paths and sequences of them before *function* is called.
+
+    The returned function raises `ConfigError` for a value of another type. It does not check
+    options, which are models, and objects such as networks and callbacks.
+    """
+    # `expand_options` replaces parameters by others, which it checks.
+    parameters = inspect.signature(inspect.unwrap(function)).parameters
+    types: dict[str, pydantic.TypeAdapter[Any]] = {
+        name: pydantic.TypeAdapter(parameter.annotation)
+        for name, parameter in parameters.items()
+        if _is_plain(parameter.annotation)
+    }
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> _Result:
+        """Call *function* with values of the types of its parameters."""
+        named = [
+            _convert(types.get(name), name, value)
+            for name, value in zip(parameters, args, strict=False)
+        ]
+        others = args[len(named) :]  # too many, which Python itself reports
+        checked = {
+            name: _convert(types.get(name), name, value) for name, value in keywords.items()
+        }
+        return function(*named, *others, **checked)
+
+    return call
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Tell whether *annotation* consists of texts, numbers, paths and sequences of them."""
+    kind = get_origin(annotation) or annotation
+    if kind is Annotated:
+        return _is_plain(get_args(annotation)[0])
+    if kind in (Union, UnionType, Sequence):
+        return all(map(_is_plain, get_args(annotation)))
+    return kind in (bool, int, float, str, Path, NoneType)
+
+
+def _convert(expected: pydantic.TypeAdapter[Any] | None, name: str, value: Any) -> Any:
+    """Return *value* as the *expected* type; None is any type."""
+    if expected is None:
+        return value
+
+    # What a function accepts, but pydantic does not.
+    if isinstance(value, os.PathLike):
+        value = Path(value)
+    elif isinstance(value, Iterator):
+        value = list(value)
+
+    try:
+        return expected.validate_python(value)
+    except pydantic.ValidationError as error:
+        # Of the types of a union, a path is what a user calls it; a text would also be one.
+        problems = error.errors(include_url=False)
+        paths = [problem for problem in problems if problem["type"] == "path_type"]
+        reason = reason_of((paths or problems)[0])
+        raise ConfigError(f"{reason} (got {shown(value)})", setting=name) from error
