@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
     np.save(target, store_vectors(vectors), allow_pickle=False)
 
     outputs = open_default_network()
-    reference = embed_reference(outputs.network, outputs.recipe.preprocess)
+    reference = embed_reference(outputs.network, outputs.settings.preprocess)
     np.save(target.with_suffix(".reference.npy"), reference, allow_pickle=False)
 
 

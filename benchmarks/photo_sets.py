@@ -55,7 +55,7 @@ def read_sets(
         stored[f"{name}-vectors"] = join_vectors(network, batches, fitted)
         stored[f"{name}-classes"] = images.targets
         stored[f"{name}-labels"] = np.asarray(images.labels)
-        usual, dim = _measure(images, network.recipe.preprocess)
+        usual, dim = _measure(images, network.settings.preprocess)
         stored[f"{name}-usual"] = usual
         stored[f"{name}-dim"] = dim
 

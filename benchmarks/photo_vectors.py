@@ -20,7 +20,8 @@ from sopdeploy.training.few_shot.features import (
 )
 from sopdeploy.training.few_shot.scaling import OutOfFold, Scaling
 from sopdeploy.training.few_shot.targets import Targets
-from sopdeploy.training.recipe import FewShotConfig, read_recipe
+from sopdeploy.training.head_settings import FewShotConfig
+from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.start_weights import create_initial_model
 
 Array = NDArray[Any]

@@ -17,7 +17,7 @@ from sopdeploy.decision import ACCEPTS, Answer
 from sopdeploy.evaluation.drift import MIN_SHIFT, SIGNIFICANCE
 from sopdeploy.http_api import Classes
 from sopdeploy.layers.isqrt_cov import Prenorm
-from sopdeploy.training import loop_settings, recipe, schedules
+from sopdeploy.training import head_settings, loop_settings, recipe, schedules
 from sopdeploy.training.recipe import Recipe
 from sopdeploy_commands.bulk.classifier import COLUMNS
 from sopdeploy_commands.bulk.run import CsvRow
@@ -214,7 +214,7 @@ def test_something_reads_every_setting_of_a_training_and_of_a_key() -> None:
     }
     configs = [
         config
-        for module in (recipe, loop_settings, schedules, augment, api_keys)
+        for module in (recipe, head_settings, loop_settings, schedules, augment, api_keys)
         for config in vars(module).values()
         if isinstance(config, type)
         and issubclass(config, StrictModel)

@@ -66,10 +66,9 @@ from sopdeploy.plugins import plugin_versions
 from sopdeploy.project import RUNS, SAMPLED, Origin
 from sopdeploy.training.diagnostics import EpochRow, history_csv
 from sopdeploy.training.distributed import Strategy
+from sopdeploy.training.head_settings import FewShotConfig, HeadOptions
 from sopdeploy.training.loop_settings import SaveConfig
 from sopdeploy.training.recipe import (
-    FewShotConfig,
-    HeadOptions,
     LoopConfig,
     Recipe,
     recipe_file,

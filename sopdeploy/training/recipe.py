@@ -24,6 +24,12 @@ from sopdeploy.models.registry import CatalogModel, entry
 from sopdeploy.nearest import did_you_mean
 from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.project import Name
+from sopdeploy.training.head_settings import (
+    FeatureSettings,
+    FewShotConfig,
+    FineTuneConfig,
+    HeadOptions,
+)
 from sopdeploy.training.loop_settings import AdaHessianConfig, LoopSettings
 from sopdeploy.training.recipe_files import (
     add_fine_tune_settings,
@@ -53,39 +59,6 @@ class LoopConfig(StrictModel):
     """Train all weights, or those that `start.learn` names, for several epochs; see `LoopSettings`."""
 
     kind: Literal["loop"] = "loop"
-
-
-class HeadOptions(StrictModel):
-    """Options of the procedures that fit a linear classifier to features of a frozen network.
-
-    Attributes:
-        folds: Largest number of folds of the cross-validation (`Targets.folds`).
-        group_copies: Whether near-duplicates share a fold; exact duplicates and given groups always do.
-        head: What the classifier reads: the network's own vector, and the roots of the covariances of its
-            last two feature maps; or the vector alone.
-        margins: Whether a class of fewer than five independent photographs must exceed the others by a margin. It
-            then takes fewer of their images, and is found less often. `train --from` sets it.
-    """
-
-    folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 10
-    group_copies: bool = True
-    head: Literal["gap+isqrt", "gap"] = "gap+isqrt"
-    margins: bool = False
-
-
-class FewShotConfig(HeadOptions):
-    """Training for few images: a linear classifier on features of a frozen network."""
-
-    kind: Literal["few_shot"] = "few_shot"
-
-
-class FineTuneConfig(HeadOptions):
-    """Training of the last stages from the fitted classifier, if that is better on held-out images.
-
-    `FINE_TUNE_SETTINGS` replace the settings of the recipe in which a user selects this procedure.
-    """
-
-    kind: Literal["fine_tune"] = "fine_tune"
 
 
 class AutoConfig(StrictModel):
@@ -168,25 +141,19 @@ class RejectionConfig(StrictModel):
     unknown: Path | None = None
 
 
-class SharedSettings(StrictModel):
+class SharedSettings(FeatureSettings):
     """What every procedure reads; `few_shot` reads nothing else.
 
     `project` names the bundle and the served model; `train` sets it by the data folder, or by
     the recipe. `threads` is the number of CPU threads of torch; 0 keeps torch's default.
-    `workers` is the maximum number of data loading processes.
     """
 
     summary: str
     project: Name = None
     procedure: AnyProcedureConfig = LoopConfig()
-    seed: pydantic.NonNegativeInt = 0
-    workers: pydantic.NonNegativeInt = 0
     threads: Annotated[int, pydantic.Field(ge=0, le=1024)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    channels_last: bool = False
-    model: CatalogModel
     data: DataConfig
-    preprocess: Preprocess = Preprocess()
     start: StartWeights | None = None
     rejection: RejectionConfig = RejectionConfig()
 
@@ -243,6 +210,13 @@ class Recipe(SharedSettings, LoopSettings):
         """The folder of the images; some data sources have none."""
         folder: Path | None = getattr(self.data, "path", None)
         return folder
+
+    @property
+    def head_options(self) -> HeadOptions:
+        """The options of the procedure, which fits a classifier to features of a frozen network."""
+        if not isinstance(self.procedure, HeadOptions):
+            raise TypeError(f"the procedure {self.procedure.kind} fits no such classifier")
+        return self.procedure
 
     @property
     def starts_random(self) -> bool:

@@ -50,12 +50,10 @@ from sopdeploy.training.checkpoints import (
     read_resumed,
 )
 from sopdeploy.training.distributed import Strategy, check_batch_size
+from sopdeploy.training.head_settings import FewShotConfig, FineTuneConfig, HeadOptions
 from sopdeploy.training.recipe import (
     AnyProcedureConfig,
     AutoConfig,
-    FewShotConfig,
-    FineTuneConfig,
-    HeadOptions,
     LoopConfig,
     Recipe,
     check_same_recipe,

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ from sopdeploy.training.callback import Callback
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.cross_validation import cross_validate
 from sopdeploy.training.few_shot.features import unfitted_network
-from sopdeploy.training.recipe import HeadOptions, Recipe
+from sopdeploy.training.head_settings import FeatureSettings, HeadOptions
+from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import NetworkScore
 from sopdeploy.training.setup import (
     Given,
@@ -224,12 +225,11 @@ def measure_networks(
 
 def _export_unfitted(recipe: Recipe, num_classes: int) -> tuple[bytes, NDArray[np.uint8]]:
     """Export the network of *recipe* with random weights to ONNX; return the file and an image of noise."""
-    procedure: Any = recipe.procedure
     side = entry(recipe.model.name).image_size
     preprocess = complete_preprocess(recipe, Preprocess(resize=side, crop=side)).preprocess
 
     model = create_sized(recipe, num_classes, tensors={})  # no start weights decide its size
-    network = unfitted_network(recipe, procedure.head, model)
+    network = unfitted_network(recipe, recipe.head_options.head, model)
     program = capture_any_batch(network, preprocess, BatchRange())
     graph: bytes = lower(program, output_names(network)).SerializeToString()
     shape = (1, preprocess.crop, preprocess.crop, 3)
@@ -288,10 +288,12 @@ def score_network(
 
     model, configured, _ = create_initial_model(recipe, images.labels, strategy, weights)
     validation = cross_validate(
-        configured,
+        configured.part(FeatureSettings),
+        configured.head_options,
         move_to_device(configured, model, strategy),
         images,
         lambda step, done, total: callback.on_stage(name=step, done=done, total=total),
+        groups_by_name=configured.groups_by_name,
     )
     score = validation.score()
     if score is None:

@@ -371,7 +371,8 @@ def configure(
     """
     from sopdeploy.importers.conversion import WeightFile
     from sopdeploy.importers.import_weights import network_of_weights, open_weights
-    from sopdeploy.training.recipe import HeadOptions, change_recipe, flatten
+    from sopdeploy.training.head_settings import HeadOptions
+    from sopdeploy.training.recipe import change_recipe, flatten
     from sopdeploy.training.setup import Given
 
     # The recipe with all changes

@@ -22,7 +22,7 @@ from sopdeploy.environment import installed
 from sopdeploy.files import features_folder, read_checked, write_checked
 from sopdeploy.models.second_order_head import POOLED_HEAD, SecondOrderHead
 from sopdeploy.photos.copies import SMALL
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.head_settings import FeatureSettings
 
 Entry = list[NDArray[Any]]
 LIMIT_BYTES = 10**9  # about 6,000 photographs of EfficientNet-Lite0
@@ -39,7 +39,7 @@ class FeatureCache:
     """
 
     def __init__(
-        self, network: SecondOrderHead, recipe: Recipe, limit: int = LIMIT_BYTES
+        self, network: SecondOrderHead, settings: FeatureSettings, limit: int = LIMIT_BYTES
     ) -> None:
         self.folder = features_folder()
         self.limit = limit
@@ -52,7 +52,7 @@ class FeatureCache:
         # The XDG specification ignores relative paths.
         self.writable = self.folder.is_absolute() and not self.is_stale
         self.bytes = sum(size for _, size, _ in self._entries())
-        self.identity = hash_network(network, recipe)
+        self.identity = hash_network(network, settings)
 
     def path(self, file_hash: int) -> Path:
         """Return the path of the entry of the photograph whose file has the hash *file_hash*."""
@@ -128,7 +128,7 @@ class FeatureCache:
                     self.bytes -= size
 
 
-def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
+def hash_network(network: SecondOrderHead, settings: FeatureSettings) -> bytes:
     """Hash all that determines the features: network, decoding, preprocessing, versions, processor.
 
     The head is left out: it is computed from the features.
@@ -141,8 +141,8 @@ def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
 
     facts = [
         ENTRY_CONTENT,
-        recipe.model.model_dump_json(),
-        recipe.preprocess.model_dump_json(),
+        settings.model.model_dump_json(),
+        settings.preprocess.model_dump_json(),
         processor,
     ]
     facts += [*installed(_PACKAGES).values(), *network.maps]  # versions, and names of the taps

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ from sopdeploy.training.few_shot.targets import (
     count_groups,
     divide_groups,
 )
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.head_settings import FeatureSettings, HeadOptions
 
 # Below this number of groups, temperature and cosines come from three cross-validations: the
 # threshold is one of the lowest cosines, which other folds change.
@@ -73,7 +73,7 @@ class CrossValidation:
         seconds: The time of the features, and of the rest.
     """
 
-    recipe: Recipe
+    seed: int
     outputs: CachedNetwork
     features: Features
     problem: LinearProblem
@@ -101,39 +101,40 @@ class CrossValidation:
         num_folds = int(self.folds.max()) + 1
         logits = self.logits[self.judged]
         groups = self.groups[self.judged]
-        return estimate_score(
-            classes, targets.activation, logits, self.recipe.seed, groups, num_folds
-        )
+        return estimate_score(classes, targets.activation, logits, self.seed, groups, num_folds)
 
 
 def cross_validate(
-    recipe: Recipe,
+    settings: FeatureSettings,
+    options: HeadOptions,
     model: Classifier,
     images: LabeledImages,
     on_progress: Callable[[str, int, int], None],
+    *,
+    groups_by_name: bool = False,
 ) -> CrossValidation:
-    """Cross-validate classifiers on the features of *images* by *model*, the network of *recipe*.
+    """Cross-validate classifiers on the features of *images* by *model*, the network of *settings*.
 
-    *on_progress* receives (step, done, total). Raises `DataError` if all images are one group, such
+    *on_progress* receives (step, done, total). With *groups_by_name*, the user groups images by
+    their names, so that the names need no interpretation. Raises `DataError` if all images are one group, such
     as a clip or copies of one photograph.
     """
-    config: Any = recipe.procedure
-    name = recipe.model.name
+    name = settings.model.name
     count = len(images)
     targets = Targets.of(images)
     started = time.monotonic()
 
     # The features: half of the work, as the progress counts it.
-    outputs = CachedNetwork(full_head(recipe, model), recipe)
+    outputs = CachedNetwork(full_head(settings, model), settings)
     features = compute_features(
         outputs,
-        config.head,
+        options.head,
         images,
         lambda done, _total: on_progress(f"features of {name}", done, 2 * count),
     )
 
     # Images that are not independent, and the images that the score counts.
-    grouping = _group_images(recipe, images, features)
+    grouping = _group_images(options, images, features, groups_by_name=groups_by_name)
     copies_N = grouping.copies
     groups_N = grouping.groups
     judged = _choose_judged(images, targets, copies_N, groups_N)
@@ -144,7 +145,7 @@ def cross_validate(
     # The folds; the key of a group is the hash of its first image.
     _, first_image_G = np.unique(groups_N, return_index=True)
     keys_N = [features.hashes[image] for image in first_image_G[groups_N].tolist()]
-    folds_of_validations = make_folds(targets, keys_N, config.folds, recipe.seed)
+    folds_of_validations = make_folds(targets, keys_N, options.folds, settings.seed)
     # The folds of further validations count only in means.
     first_folds_N = folds_of_validations[0]
 
@@ -155,7 +156,7 @@ def cross_validate(
         features.space, features.reduced, features.own, targets, weights_N, groups_N
     )
     validations = [problem.cross_validate(folds_N) for folds_N in folds_of_validations]
-    scaling = Scaling.fit(validations, targets, has_margins=config.margins)
+    scaling = Scaling.fit(validations, targets, has_margins=options.margins)
 
     # The predictions that the score judges: images of larger classes are predicted by classifiers
     # that have all photographs of the small classes (`judge_few_apart`).
@@ -177,7 +178,7 @@ def cross_validate(
     seconds = {"features": features_done - started, "choice": time.monotonic() - features_done}
 
     return CrossValidation(
-        recipe=recipe,
+        seed=settings.seed,
         outputs=outputs,
         features=features,
         problem=problem,
@@ -213,19 +214,20 @@ class _Grouping(NamedTuple):
     clips: Clips
 
 
-def _group_images(recipe: Recipe, images: LabeledImages, features: Features) -> _Grouping:
+def _group_images(
+    options: HeadOptions, images: LabeledImages, features: Features, *, groups_by_name: bool
+) -> _Grouping:
     """Group *images*, with these *features*, by near-duplicates, clips and what the user groups."""
-    config: Any = recipe.procedure
     count = len(images)
     near = NearDuplicates(NO_PAIRS, np.zeros(count, np.bool_))
-    if config.group_copies:
+    if options.group_copies:
         near = find_near_duplicates(
             features.views, features.small, images.targets, features.hashes
         )
 
-    # Clips; names that the user interprets need no other interpretation.
+    # Clips; names by which the user groups need no other interpretation.
     clips = Clips(connect(count, NO_PAIRS, features.hashes, images.groups))
-    if not recipe.groups_by_name:
+    if not groups_by_name:
         clips = clips_of_images(images, features.times, near.vectors, clips.groups)
 
     # Copies, without pairs that would join two clips, and all groups together.

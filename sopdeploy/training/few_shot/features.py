@@ -30,7 +30,7 @@ from sopdeploy.training.few_shot.classifier import (
     Space,
     unit_length,
 )
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.head_settings import FeatureSettings
 
 # channels of the covariances, and number of feature maps
 WIDTH = 64
@@ -175,7 +175,7 @@ def build_fitted(
     head: HeadConfig,
     problem: LinearProblem,
     fitted: LinearHead,
-    recipe: Recipe,
+    settings: FeatureSettings,
 ) -> SecondOrderHead:
     """Copy *network*, on its device and in its mode, with a *head* of the weights *fitted* to *problem*."""
     # With one class per image, the energy of the logits is the cosine to the nearest class mean.
@@ -189,7 +189,7 @@ def build_fitted(
         pooled.means.copy_(torch.from_numpy(problem.class_means()))
     pooled.fc.weight.copy_(torch.from_numpy(fitted.weight))
     pooled.fc.bias.copy_(torch.from_numpy(fitted.bias))
-    layout = torch.channels_last if recipe.channels_last else torch.preserve_format
+    layout = torch.channels_last if settings.channels_last else torch.preserve_format
     return deployed.to(memory_format=layout)
 
 
@@ -248,15 +248,15 @@ class FeatureBatch(NamedTuple):
 
 
 class CachedNetwork:
-    """The frozen `network` of *recipe*, whose outputs for photographs are kept in the cache."""
+    """The frozen `network`, whose outputs for photographs are kept in the cache."""
 
-    def __init__(self, network: SecondOrderHead, recipe: Recipe) -> None:
+    def __init__(self, network: SecondOrderHead, settings: FeatureSettings) -> None:
         memory_format = images_format(network)
         self.device = next(network.parameters()).device
         self.network = network.eval().to(memory_format=memory_format)
-        self.recipe = recipe
-        self.normalize = Normalize(recipe.preprocess, memory_format).to(self.device)
-        self.cache = FeatureCache(network, recipe)
+        self.settings = settings
+        self.normalize = Normalize(settings.preprocess, memory_format).to(self.device)
+        self.cache = FeatureCache(network, settings)
         self.batch_size = BATCHES[self.device.type]
 
     def batches(self, images: LabeledImages, indices: list[int]) -> Iterator[FeatureBatch]:
@@ -293,8 +293,8 @@ class CachedNetwork:
         The first photograph is computed in any case: if its entry differs, something that the
         name of the entry does not contain has changed, and the cache is not read.
         """
-        photographs = _Photographs(images, self.recipe.preprocess, self.cache, batches[0][0])
-        loader = load_batches(photographs, batches, self.recipe.workers, torch.device("cpu"))
+        photographs = _Photographs(images, self.settings.preprocess, self.cache, batches[0][0])
+        loader = load_batches(photographs, batches, self.settings.workers, torch.device("cpu"))
         # Batches wait until their photographs without an entry fill batches of the network.
         waiting: list[_Loaded] = []
         for batch, (pixels, facts) in zip(batches, loader, strict=True):
@@ -313,7 +313,7 @@ class CachedNetwork:
             for position, entry in enumerate(entries):
                 # The entry is damaged, so the photograph was not decoded.
                 if entry is None and not are_decoded[position]:
-                    decoded = images.preprocess(batch[position], self.recipe.preprocess)
+                    decoded = images.preprocess(batch[position], self.settings.preprocess)
                     pixels[position] = torch.tensor(decoded)  # a copy
 
             # Compute the missing entries of several batches together.
@@ -386,14 +386,14 @@ def average_views(own_vectors: Tensor, maps: Mapping[str, Tensor]) -> list[NDArr
     return averages
 
 
-def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
+def full_head(settings: FeatureSettings, model: Classifier) -> SecondOrderHead:
     """Give *model* a random head on all statistics of its last taps, or else on its own vector."""
-    torch.manual_seed(derive_seed(recipe.seed, "head"))
+    torch.manual_seed(derive_seed(settings.seed, "head"))
     head = HeadConfig(kind="gap")
     if model.tap_channels:
         last_taps = tuple(model.tap_channels)[-TAPS:]
         head = HeadConfig(kind="gap+isqrt", taps=last_taps, width=WIDTH)
-    full = with_head(recipe.model.name, model, head).eval()
+    full = with_head(settings.model.name, model, head).eval()
     vars(full)[IMAGES_FORMAT] = images_format(model)
     return full
 
@@ -406,7 +406,9 @@ def head_to_fit(full: SecondOrderHead, kind: HeadKind) -> HeadConfig:
     return HeadConfig(kind=kind, taps=taps, width=WIDTH)
 
 
-def unfitted_network(recipe: Recipe, kind: HeadKind, model: Classifier) -> SecondOrderHead:
+def unfitted_network(
+    settings: FeatureSettings, kind: HeadKind, model: Classifier
+) -> SecondOrderHead:
     """Build the network that a run with one class per image would deploy, with a random head."""
-    full = full_head(recipe, model)
+    full = full_head(settings, model)
     return full.copy_with_head(head_to_fit(full, kind).model_copy(update={"cosine": True}))

@@ -58,6 +58,7 @@ from sopdeploy.training.few_shot.state import (
     read_few_shot_fit,
 )
 from sopdeploy.training.few_shot.targets import Array, Targets
+from sopdeploy.training.head_settings import FeatureSettings
 from sopdeploy.training.setup import LOOP_INSTEAD
 
 
@@ -96,7 +97,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
     """
     since = time.monotonic()
     recipe = setup.recipe
-
+    settings = recipe.part(FeatureSettings)
     images = setup.data.train
     with handle_signals(setup.strategy) as signals:
         expected = ExpectedTime(callback, LOOP_INSTEAD)
@@ -108,7 +109,14 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
             signals.exchange()  # raises `TrainingStoppedError` after a stop signal
 
         try:
-            validation = cross_validate(recipe, setup.model, images, on_progress)
+            validation = cross_validate(
+                settings,
+                recipe.head_options,
+                setup.model,
+                images,
+                on_progress,
+                groups_by_name=recipe.groups_by_name,
+            )
 
             # The network with the head of all images, and its score.
             problem = validation.problem
@@ -118,7 +126,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
                 head,
                 problem,
                 problem.fit_all(validation.scaling),
-                recipe,
+                settings,
             )
             logits_MK: Array | None = None
             seen: NDArray[np.bool_] | None = None
@@ -213,14 +221,13 @@ def _find_seen(
     setup: Setup, validation: CrossValidation, outputs: HeldOutOutputs, callback: Callback
 ) -> NDArray[np.bool_]:
     """Tell which held-out images (M,) training images show, too, by their *outputs*, and warn of them."""
-    config: Any = setup.recipe.procedure
     held_out = setup.data.held_out
     seen = find_shown_in_training(
         setup.data.train,
         validation.features,
         held_out,
         outputs,
-        with_copies=config.group_copies,
+        with_copies=setup.recipe.head_options.group_copies,
     )
     if seen.any():
         judged = setup.without_seen(seen).data.held_out

@@ -27,8 +27,9 @@ from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy.training.few_shot import run as few_shot
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.fine_tune import OwnVectors
+from sopdeploy.training.head_settings import FineTuneConfig
 from sopdeploy.training.loop.state import first_stages, freeze, read_frozen, set_train_mode
-from sopdeploy.training.recipe import FineTuneConfig, Recipe, StartConfig, read_recipe
+from sopdeploy.training.recipe import Recipe, StartConfig, read_recipe
 from sopdeploy.training.recipe_files import recipe_text
 from sopdeploy.training.results import Tuning
 from sopdeploy.training.train import train_recipe

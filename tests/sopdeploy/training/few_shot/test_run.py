@@ -49,7 +49,8 @@ from sopdeploy.training.few_shot.learning import estimate_gains
 from sopdeploy.training.few_shot.scaling import OutOfFold, Scaling, estimate_excess
 from sopdeploy.training.few_shot.score import estimate_score
 from sopdeploy.training.few_shot.targets import Targets, share_groups
-from sopdeploy.training.recipe import FewShotConfig, LoopConfig, Recipe, read_recipe
+from sopdeploy.training.head_settings import FewShotConfig
+from sopdeploy.training.recipe import LoopConfig, Recipe, read_recipe
 from sopdeploy.training.results import read_result
 from sopdeploy.training.setup import FEW_IMAGES, divide_images, select_procedure, set_up_run
 from sopdeploy.training.train import train_recipe
