@@ -236,7 +236,9 @@ def test_the_stub_of_the_package_has_the_lazy_names_at_their_places() -> None:
     assert typed == sopdeploy._MODULES | others
     for exported, module in sopdeploy._MODULES.items():
         public = getattr(sopdeploy, exported)  # checks arguments before it calls the other one
-        assert inspect.unwrap(public) is inspect.unwrap(getattr(import_module(module), exported))
+        assert inspect.unwrap(public) is inspect.unwrap(
+            getattr(import_module(module), exported)
+        )
 
 
 ROOTS = (
