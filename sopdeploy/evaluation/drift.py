@@ -44,7 +44,7 @@ CAUSES = {
     "score": "things that belong to none of the classes",
     "classes": "another mix of the classes, or a new one",
     "confidence": "photos that are harder or easier, perhaps of a new class",
-    "unknown": "another share of images that `known` rejects",
+    "unknown": "more or fewer unknown images than before",
 }
 
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in a gray level (ITU-R BT.601)

@@ -76,7 +76,7 @@ FROM_CODE: list[
     ("was idle for {:.0f} s is not used again", client_requests.IDLE_SECONDS),
     ("{:.0f} MB and {:.0f} million pixels", limits.MAX_BYTES / MEGA, limits.MAX_PIXELS / MEGA),
     ("`/livez` fails for {} s", LIVENESS["periodSeconds"] * LIVENESS["failureThreshold"]),
-    ("does not reject 1 at the {:.0f} % level", ALPHA),
+    ("does not differ significantly from 1 (likelihood ratio test, {:.0f} %)", ALPHA),
     (
         "significantly loses more than twice `--tolerance` ({:.0f} points) in a class",
         permission.CLASS_TOLERANCES * permission.TOLERANCE,

@@ -22,7 +22,8 @@ chooses the same components as in float64.
 
 Images other than the probes are not compared.
 
-Refused: a mixture that chooses other components (`test_another_form_than_the_dense_one_is_refused`).
+Refused: a file in which the gate of GM-SOP chooses other experts than the network
+(`test_another_form_than_the_dense_one_is_refused`).
 """
 
 import math

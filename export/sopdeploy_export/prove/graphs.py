@@ -12,8 +12,8 @@ from sopdeploy_export.program_hashes import describe_difference
 from sopdeploy_export.prove.networks import Compared
 
 STATEMENT = (
-    "The part of the graph that its outputs need has the same graph hash as a plain network that was built "
-    "independently and has the same weights."
+    "The graph of the trained network, without operators that no output needs, and the graph of the plain network "
+    "with the same weights have the same graph hash."
 )
 IS_PROVED = True
 

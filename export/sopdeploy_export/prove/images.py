@@ -21,8 +21,8 @@ from sopdeploy.errors import LoweringError
 from sopdeploy_export.runs import file_outputs
 
 STATEMENT = (
-    "The outputs of the file for an image do not change in any bit when the other images of the batch are "
-    "replaced by ordinary or extreme images. An export that allows it names the outputs that change."
+    "If the other images of a batch are replaced by ordinary or extreme images, no bit of the outputs for an "
+    "image changes. With --allow-batch-dependence, the bundle records which outputs change."
 )
 IS_PROVED = False
 LARGEST = 4  # images of a batch

@@ -33,8 +33,8 @@ from sopdeploy_export.runs import MOST_ROUNDINGS, without_fast_path
 
 STATEMENT = (
     "The network, run as PyTorch code, gives the same outputs as its graph, except for rounding. It runs on "
-    "batches of 1, 2, 3, 4 and 7 images, some of them letterboxed, half of one color, dark or saturated. A "
-    "repeated run gives the same bits, and so does a run with other values in the removed tensors."
+    "batches of 1, 2, 3, 4 and 7 images. Some images are dark, saturated or letterboxed, or have one color in one "
+    "half. A repeated run gives the same bits, and so does a run with other values in the removed tensors."
 )
 IS_PROVED = False
 SIZES = (2, 1, 3, 4, 7)  # of batches, each of other images; the first one runs again at the end
