@@ -235,7 +235,7 @@ class Settings(StrictModel):
     )
     front_ends: FrontEnds | Literal["auto"] = setting(
         "auto",
-        "processes that serve HTTP for the device processes; auto: a quarter of the cores with a GPU, else 0",
+        "processes that serve HTTP for the device processes; auto: with a GPU, one per four cores, else 0",
     )
     require_signature: Path | None = setting(
         None, "public key file; bundles without its signature are refused"
@@ -272,7 +272,7 @@ class Settings(StrictModel):
     examples: Path | None = setting(None, "folder of photos that the web page offers to try")
     keep: Path | None = setting(
         None,
-        "folder in which photos that are worth a label are kept; not set: no photos are kept",
+        "folder in which uncertain and reported photos are kept for labels; not set: no photos are kept",
     )
     keep_bytes: PositiveBytes = setting(
         1_000_000_000, "size of the folder `keep`; the oldest photos are deleted"

@@ -43,47 +43,49 @@ class Metrics:
 
         # Requests.
         self._requests = counter(
-            "requests", "Requests with a response", ("route", "code", "model")
+            "requests", "Requests that got a response", ("route", "code", "model")
         )
         self._request_seconds = seconds_of(
             "request_duration_seconds",
-            "From request to response; refusals (4xx, 5xx) are fast",
+            "Seconds from request to response; refused requests (4xx, 5xx) are fast",
             ("route", "model", "status"),
         )
         self._attempts = counter(
             "attempts",
-            "Requests of clients that number their attempts: 1 is the first, others are retries",
+            "Requests with the header X-Request-Attempt; attempts above 1 are retries",
             ("attempt",),
         )
         for attempt in (*ATTEMPTS, "other"):
             self._attempts.labels(attempt)
         self.inference_seconds = Summary(
             "inference_seconds",
-            "Requests with images: success and fail are whole requests, the others stages of successful ones",
+            "Seconds of requests with images; parts success and fail: whole requests; other parts: stages of successful requests",
             ("model", "part"),
             namespace="sopdeploy",
             registry=registry,
         )
         self.last_inference = gauge(
             "last_inference_timestamp_seconds",
-            "End of the last request with images",
+            "Time of the end of the last request with images",
             ("model",),
         )
 
         self._stage_seconds = seconds_of(
             "stage_duration_seconds",
-            "load (wait for the model), receive, decode_queue (wait for a decoder), decode, "
+            "Seconds in a stage: load (wait for the model), receive, decode_queue (wait for a decoder), decode, "
             "queue (wait for the runtime), infer",
             ("stage",),
         )
 
         # Decoding and batches.
-        self.decode_seconds = counter("decode_seconds", "Busy time, sum over all decoders")
+        self.decode_seconds = counter(
+            "decode_seconds", "Seconds of decoding, in all decoders together"
+        )
         self.decoders = gauge(
             "decoders", "Child processes that decode images of up to 3 megapixels"
         )
         self.max_decode_bytes = gauge(
-            "max_decode_bytes", "Memory of a process that decodes large images"
+            "max_decode_bytes", "Memory limit of a process that decodes large images"
         )
 
         self.batch_size = histogram(
@@ -91,17 +93,17 @@ class Metrics:
         )
         self.batch_close = counter(
             "batch_close",
-            "Why a batch closed: full, or the worker was idle",
+            "Batches, by the reason for which they were run: full, or idle (the runtime had nothing else to do)",
             ("model", "reason"),
         )
         self.decoder_ended = counter(
             "decoder_ended",
-            "Decoder processes replaced: after a limit, a wrong reply or a signal",
+            "Replaced decoder processes; reason: a limit, a wrong reply or a signal",
             ("reason",),
         )
 
         # What was refused, and what the answers were.
-        self.rejected = counter("rejected", "Images or requests rejected", ("reason",))
+        self.rejected = counter("rejected", "Rejected images or requests", ("reason",))
         self.cancelled = counter("cancelled", "Requests whose client disconnected")
         self.nonfinite_outputs = counter(
             "nonfinite_outputs", "Images whose output is not finite", ("model",)
@@ -113,30 +115,34 @@ class Metrics:
         # Kept photographs.
         self.kept_images = counter(
             "kept_images",
-            "Photos to keep: kept, near_duplicate, dropped (too many or too large), failed (disk)",
+            "Photos worth a label; result: kept, near_duplicate, dropped (too many or too large) or failed (disk)",
             ("result",),
         )
         self.kept_deleted = counter(
             "kept_deleted",
-            "Kept photos that were deleted: expired, no_room",
+            "Kept photos that were deleted; reason: expired or no_room",
             ("reason",),
         )
 
         # Models.
         self.model_memory = gauge(
-            "model_memory_bytes", "With a memory budget; 0: not loaded", ("model",)
+            "model_memory_bytes",
+            "Memory of a model, with a memory budget; 0: not loaded",
+            ("model",),
         )
-        self.model_loads = counter("model_loads", "Loads with a memory budget", ("model",))
+        self.model_loads = counter(
+            "model_loads", "Loads of a model, with a memory budget", ("model",)
+        )
         self.last_load_seconds = gauge(
-            "last_load_seconds", "Time that the last load of the bundle took", ("model",)
+            "last_load_seconds", "Seconds that the last load of the model took", ("model",)
         )
         self.last_reload = gauge(
             "last_reload_timestamp_seconds",
-            "Start of the process, or end of its last successful reload; 0: a front end",
+            "Time of the last successful reload, or else of the start; 0: a front end",
         )
         self.load_failures = counter(
             "load_failures",
-            "Reloads, and loads with a memory budget, that failed: code of the error",
+            "Failed loads and reloads, by the code of the error",
             ("code",),
         )
 
@@ -154,29 +160,29 @@ class Metrics:
         self.busy_shares = [self.device_busy]  # also those of decoders
         self.busy = gauge(
             "busy",
-            f"Busy share of the busiest of decoders and device in the last {BUSY_WINDOW} s",
+            f"Share of the last {BUSY_WINDOW} s in which the decoders or the device worked, whichever is larger",
         )
         self.busy.set_function(lambda: max(one.share() for one in self.busy_shares))
         self.images_waiting = gauge(
-            "images_waiting", "Images admitted that no decoder and no batch has yet"
+            "images_waiting", "Images that wait for a decoder or a batch"
         )
         self.images_running = gauge("images_running", "Images in a decoder or a batch")
         self.queue_depth = gauge(
             "queue_depth",
-            "Deprecated, the sum of both: images admitted, without a response yet",
+            "Deprecated: sum of sopdeploy_images_waiting and sopdeploy_images_running",
         )
         self.runtime_seconds = counter(
-            "runtime_seconds", "Busy time of the runtime", ("model",)
+            "runtime_seconds", "Seconds in which the runtime worked", ("model",)
         )
 
         self.connections = gauge("connections", "Open connections")
         self.upload_bytes = gauge(
-            "upload_bytes", "Bytes of request bodies without a response yet"
+            "upload_bytes", "Bytes of the bodies of requests without a response yet"
         )
         self.ready = gauge("ready", "1 if the process is ready for images, else 0")
         self.limit = gauge(
             "limit",
-            "Limits: images of the server, connections and upload_bytes of the process",
+            "Limits: images of the server; connections and upload_bytes of the process",
             ("of",),
         )
 
@@ -185,23 +191,25 @@ class Metrics:
         registry.register(DROPPED)
 
         ProcessCollector(registry=registry)
-        self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
+        self.loop_lag = gauge(
+            "event_loop_lag_seconds", "Largest lag of the event loop in the last 10 s"
+        )
 
         # Drift.
         self.drift_shift = gauge(
             "drift_shift",
-            "Difference of the newest predictions from earlier ones, in standard deviations",
+            "Difference between the newest and earlier predictions, in standard deviations",
             ("model", "of"),
         )
         self.drift_p_value = gauge(
             "drift_p_value",
-            "Probability of at least this difference without drift; "
-            f"below {SIGNIFICANCE}, with a shift over {MIN_SHIFT}, is an alarm",
+            "p-value of this difference; "
+            f"an alarm needs less than {SIGNIFICANCE}, and a shift over {MIN_SHIFT}",
             ("model", "of"),
         )
         self.drift_images = gauge(
             "drift_images",
-            f"Predictions in the newest window, which is compared from {NEWEST} on",
+            f"Predictions in the newest window; at least {NEWEST} are needed for a comparison",
             ("model",),
         )
 
@@ -209,7 +217,9 @@ class Metrics:
         self._child = functools.cache(lambda metric, *labels: metric.labels(*labels))
 
         self._info = gauge(
-            "bundle_info", "Always 1", ("digest", "model", "precision", "runtime")
+            "bundle_info",
+            "Always 1; the labels describe the loaded bundle",
+            ("digest", "model", "precision", "runtime"),
         )
         # How often a bundle is loaded, by the labels of `_info`.
         self._loaded: Counts[tuple[str, ...]] = Counts()

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 SHARED_SECONDS = 1.0  # at most one in this time
 _UP = (
-    b"# HELP sopdeploy_worker_up With several processes: whether this one answers",
+    b"# HELP sopdeploy_worker_up Whether the process responds, with several processes",
     b"# TYPE sopdeploy_worker_up gauge",
 )
 
