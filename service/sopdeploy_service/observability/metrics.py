@@ -59,7 +59,7 @@ class Metrics:
             self._attempts.labels(attempt)
         self.inference_seconds = Summary(
             "inference_seconds",
-            "Seconds of requests with images; parts success and fail: whole requests; other parts: stages of successful requests",
+            "Seconds of requests with images; success and fail: whole requests; other parts: stages of successes",
             ("model", "part"),
             namespace="sopdeploy",
             registry=registry,
