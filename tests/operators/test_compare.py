@@ -1,7 +1,7 @@
 """Which operators differ from ATen on unusual values, and that each is compared once."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import onnxruntime as ort
@@ -15,20 +15,8 @@ from sopdeploy.images.preprocess import Preprocess
 from tests.operators import compare
 from tests.operators.compare import check_function as check
 from tests.operators.programs import EQUAL
-from tests.support import quick_torch
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with quick_torch.one_thread():
-        yield
-
-
-@pytest.fixture(scope="session")
-def preprocess() -> Preprocess:
-    return Preprocess(resize=16, crop=16)
-
-
+PREPROCESS = Preprocess(resize=16, crop=16)
 CAN_BE_NAN = "its operand can be NaN"
 SORTED = r"because equal values have no defined order; use torch\.sort\(stable=True\)"
 
@@ -83,47 +71,43 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_an_operator_whose_onnx_form_differs_is_named_with_its_part(
-    case: str, preprocess: Preprocess
-) -> None:
+def test_an_operator_whose_onnx_form_differs_is_named_with_its_part(case: str) -> None:
     function, message = REFUSED[case]
     with pytest.raises(
         LoweringError,
         match=rf"aten\.{message.split('.*')[0]}\S* in 1: .*{message.split('.*')[1]}",
     ):
-        check(function, preprocess)
+        check(function, PREPROCESS)
 
 
-def test_a_finite_result_in_place_of_infinity_is_refused(
-    preprocess: Preprocess, monkeypatch
-) -> None:
+def test_a_finite_result_in_place_of_infinity_is_refused(monkeypatch) -> None:
     session, run = ort.InferenceSession, ort.InferenceSession.run
     monkeypatch.setattr(
         session, "run", lambda *given: [np.where(np.isposinf(x), 9, x) for x in run(*given)]
     )
     with pytest.raises(LoweringError, match=r"9 instead of inf"):
-        check(lambda x: torch.sinh(x).mean((2, 3)), preprocess)
+        check(lambda x: torch.sinh(x).mean((2, 3)), PREPROCESS)
 
 
 @pytest.mark.parametrize("case", EQUAL)
 def test_equal_operators_are_accepted_and_compared_once(
-    case: str, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+    case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(lambda x: EQUAL[case](x).flatten(1), preprocess)
+    check(lambda x: EQUAL[case](x).flatten(1), PREPROCESS)
     monkeypatch.setattr(
         compare, "_compare_group", lambda calls: pytest.fail("again") if calls else []
     )
-    check(lambda x: EQUAL[case](x).flatten(1), preprocess)
+    check(lambda x: EQUAL[case](x).flatten(1), PREPROCESS)
 
 
 def test_operators_are_compared_in_groups_as_all_at_once(
-    preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found: list[dict[str, Counter[str]]] = []
     for most in (1, 1_000):
         monkeypatch.setattr(compare, "OPERANDS", most)
         monkeypatch.setattr(compare, "_executed_operators", {})
-        check(lambda x: F.softplus(F.avg_pool2d(x.exp() + x, 2)).flatten(1), preprocess)
+        check(lambda x: F.softplus(F.avg_pool2d(x.exp() + x, 2)).flatten(1), PREPROCESS)
         found.append(compare._executed_operators)
     assert len(found[0]) > 4
     assert found[0] == found[1]

@@ -1,6 +1,5 @@
 """The operators of many programs are right in ONNX, and the list of their forms ships."""
 
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -11,16 +10,9 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.lower.compared import LIST
 from tests.operators.compare import compare_forms
 from tests.operators.programs import FUNCTIONS, OF_TIMM, OWN, Program, build_of_timm
-from tests.support import quick_torch
 
 ALONE, SEVERAL = BatchRange(optimum=1, maximum=1), BatchRange(optimum=2, maximum=4)
 FOUND: set[str] = set()  # by the tests of this file
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with quick_torch.one_thread():
-        yield
 
 
 def find(program: Program, batch: BatchRange = SEVERAL) -> set[str]:

@@ -45,10 +45,10 @@ def find_mixing(
     position = np.arange(size)
     is_even = position % 2 == 0
     is_first = position < size // 2
-    is_copied = is_first.copy()
     halves = itertools.cycle([is_even, ~is_even, is_first, ~is_first])
     num_rounds = -(-len(images) // size) - 1
-    replaced = [*itertools.islice(halves, 2 * num_rounds), is_copied, ~is_copied]
+    replaced = [*itertools.islice(halves, 2 * num_rounds), is_first, ~is_first]
+    run_of_copies = len(replaced) - 2
 
     # The first run.
     unused = itertools.cycle(images)
@@ -57,8 +57,8 @@ def find_mixing(
 
     # Each further run, compared with the run before.
     mixing: dict[str, None] = {}
-    for is_new in replaced:
-        others = itertools.cycle(batch[~is_new]) if is_new is is_copied else unused
+    for run, is_new in enumerate(replaced):
+        others = itertools.cycle(batch[~is_new]) if run == run_of_copies else unused
         batch = batch.copy()
         batch[is_new] = [*itertools.islice(others, int(is_new.sum()))]
 
