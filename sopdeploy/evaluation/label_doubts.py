@@ -30,13 +30,15 @@ class LabelDoubts(NamedTuple):
     """Which labels (N,) are `listed`, the classes `suggested` (N,), and all `probabilities` (N, C).
 
     The `support` (N,) of a label is its probability divided by the largest one of a class, both
-    relative to the averages of the classes.
+    relative to the averages of the classes. `agreement` is the share of the labels that no class
+    contradicts: the probabilities themselves favour classes of few images, which have no margin here.
     """
 
     listed: NDArray[np.bool_]
     suggested: NDArray[np.intp]
     probabilities: NDArray[np.float64]
     support: NDArray[np.float64]
+    agreement: float
 
 
 def find_label_doubts(
@@ -79,37 +81,35 @@ def find_label_doubts(
     num_listed = len(np.unique(photograph_N[is_listed_N]))
     if num_listed and bdtrc(num_listed - 1, num_errors, LISTED_BY_CHANCE) > CHANCE_LEVEL:
         is_listed_N[:] = False
-    support_N = relative_of_label_N / relative_NC.max(axis=1)
-    return LabelDoubts(is_listed_N, relative_NC.argmax(axis=1), probabilities_NC, support_N)
+    suggested_N = relative_NC.argmax(axis=1)
+    return LabelDoubts(
+        listed=is_listed_N,
+        suggested=suggested_N,
+        probabilities=probabilities_NC,
+        support=relative_of_label_N / relative_NC.max(axis=1),
+        agreement=float((suggested_N == labels).mean()),
+    )
 
 
-def find_suspects(labels: NDArray[np.int64], doubts: LabelDoubts) -> NDArray[np.intp]:
-    """Return the indices of the most contradicted *labels* (N,), the worst first, where none can be judged.
+def find_suspects(doubts: LabelDoubts) -> NDArray[np.intp]:
+    """Return the indices of the most contradicted labels, the worst first, where none can be judged.
 
     These are `SUSPECTED` of all, if *doubts* lists none and the classifier agrees with less than
     `JUDGED` of the labels.
     """
-    if doubts.listed.any() or _agreement(labels, doubts) >= JUDGED:
+    if doubts.listed.any() or doubts.agreement >= JUDGED:
         return np.zeros(0, np.intp)
-    return np.argsort(doubts.support, kind="stable")[: math.ceil(SUSPECTED * len(labels))]
+    num_suspects = math.ceil(SUSPECTED * len(doubts.support))
+    return np.argsort(doubts.support, kind="stable")[:num_suspects]
 
 
-def describe_unjudged(labels: NDArray[np.int64], doubts: LabelDoubts) -> str:
-    """Say that wrong *labels* (N,) may remain unseen if none can be judged (`find_suspects`); or ""."""
-    suspects = find_suspects(labels, doubts)
+def describe_unjudged(doubts: LabelDoubts) -> str:
+    """Say that wrong labels may remain unseen if none can be judged (`find_suspects`); or ""."""
+    suspects = find_suspects(doubts)
     if not len(suspects):
         return ""
-    agreement = 100 * _agreement(labels, doubts)
     return (
-        f"wrong labels may remain unseen: the classifier agrees with {agreement:.0f} % of the labels, "
+        f"wrong labels may remain unseen: the classifier agrees with {100 * doubts.agreement:.0f} % of the labels, "
         f"and below {100 * JUDGED:.0f} % most wrong ones look like its own errors; `sopdeploy data check "
         f"FOLDER --wrong-labels RUN` lists the {len(suspects)} labels that it contradicts most"
     )
-
-
-def _agreement(labels: NDArray[np.int64], doubts: LabelDoubts) -> float:
-    """Return the share of *labels* (N,) that no class contradicts, relative to the averages of the classes.
-
-    The probabilities themselves favour classes of few images, which have no margin here.
-    """
-    return float((doubts.suggested == labels).mean())

@@ -97,7 +97,7 @@ def list_wrong_labels(
     indices = order[found.listed[order]]
     has_suspects = with_suspects and not len(indices)
     if has_suspects:
-        indices = find_suspects(labels, found)
+        indices = find_suspects(found)
 
     doubts = []
     for index in indices.tolist():

@@ -150,7 +150,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
                 labels = images.targets.astype(np.int64)
                 doubts = find_label_doubts(label_logits, labels, validation.copies)
                 is_doubted_N = doubts.listed
-                if unjudged := describe_unjudged(labels, doubts):
+                if unjudged := describe_unjudged(doubts):
                     callback.on_warning(unjudged)
 
             signals.exchange()  # for a signal since the last progress

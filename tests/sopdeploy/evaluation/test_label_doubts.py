@@ -62,12 +62,12 @@ def test_it_is_told_that_labels_cannot_be_judged_at_a_low_accuracy(share, is_tol
     doubts = find_label_doubts(logits, labels)
     assert not doubts.listed.any()
 
-    said = describe_unjudged(labels, doubts)
+    said = describe_unjudged(doubts)
 
     assert bool(said) == is_told
     assert not is_told or f"agrees with {100 * share:.0f} % of the labels" in said
     listed = doubts._replace(listed=np.arange(100) == 3)
-    assert describe_unjudged(labels, listed) == ""
+    assert describe_unjudged(listed) == ""
 
 
 def test_a_class_of_two_images_does_not_contradict_all_others_where_labels_cannot_be_judged() -> (
@@ -81,7 +81,7 @@ def test_a_class_of_two_images_does_not_contradict_all_others_where_labels_canno
     assert not doubts.listed.any()
     assert (doubts.probabilities.argmax(axis=1) == labels).mean() == 0.02
 
-    said = describe_unjudged(labels, doubts)
+    said = describe_unjudged(doubts)
 
     assert "agrees with 70 % of the labels" in said
 
@@ -95,9 +95,9 @@ def test_the_most_contradicted_labels_are_suspects_where_none_can_be_judged() ->
         logits[wrong] = [0.0, 0.0, 0.0, 4.0]
     doubts = find_label_doubts(logits, labels)
 
-    suspects = find_suspects(labels, doubts)
+    suspects = find_suspects(doubts)
 
     assert not doubts.listed.any()
     assert {*suspects[:2].tolist()} == {7, 60}
     assert len(suspects) == 5
-    assert not len(find_suspects(labels, doubts._replace(listed=np.arange(100) == 3)))
+    assert not len(find_suspects(doubts._replace(listed=np.arange(100) == 3)))
