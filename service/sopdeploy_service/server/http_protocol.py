@@ -377,7 +377,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._closed:
             return
 
-        is_input_in_transit |= self._ignores_input or self._in_body or self._in_headers
+        is_input_in_transit |= self._ignores_input or self._in_body
         self._ignores_input = self._closed = True
 
         if is_input_in_transit:
