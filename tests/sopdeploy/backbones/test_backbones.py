@@ -6,7 +6,7 @@ import torch
 import torchvision
 
 from sopdeploy import create_model
-from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
+from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig, LiteBlock
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.layers.residual import BasicBlock, PreActBasicBlock
 
@@ -54,6 +54,17 @@ def test_drop_probability_grows_with_depth() -> None:
         getattr(block.drop_path, "drop_prob", 0) for stage in network.blocks for block in stage
     ]
     assert drops == pytest.approx([0.01 * depth for depth in range(16)])
+
+
+def test_an_inverted_bottleneck_with_a_stride_has_no_shortcut_though_it_keeps_the_channels() -> (
+    None
+):
+    assert LiteBlock(4, 4, kernel=3, stride=2, expansion=6)(torch.zeros(1, 4, 8, 8)).shape == (
+        1,
+        4,
+        4,
+        4,
+    )
 
 
 def test_a_block_with_a_stride_has_a_shortcut_though_it_keeps_the_channels() -> None:

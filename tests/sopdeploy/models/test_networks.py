@@ -100,6 +100,12 @@ def test_a_target_width_without_reduction_is_rejected() -> None:
         create_model("psdr-resnet50", depth=18, width=512)
 
 
+def test_a_chain_ends_at_the_target_width_without_a_step_that_keeps_it() -> None:
+    """512 channels are halved to 256, which is the width."""
+    chain = create_model("psdr-resnet50", depth=18, width=256).pooling.chain
+    assert len(chain) == 1
+
+
 def test_chosen_of_one_can_be_exported_but_not_trained() -> None:
     network = create_model("gmsop-16-8-resnet18", num_classes=5, chosen=1)
     images = torch.randn(4, 3, 16, 16)

@@ -99,6 +99,18 @@ def test_names_in_sequence_do_not_group_photographs_of_different_objects(
     assert len(set(found.groups.tolist())) == len(names)
 
 
+def test_frames_of_equal_numbers_that_are_alike_do_not_join_the_clips_that_names_tell():
+    objects, frames = np.divmod(np.arange(36 * 4), 4)
+    classes = objects // 12
+    vectors = np.concatenate([1.1 * np.eye(36)[objects], np.eye(4)[frames]], axis=1)
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    names = [
+        f"{label}/clip{clip}_f{frame}.jpg"
+        for label, clip, frame in zip(classes, objects, frames, strict=True)
+    ]
+    assert find(names, vectors, classes).groups.tolist() == objects.tolist()
+
+
 def test_photographs_of_two_sources_are_no_two_clips_but_the_result_names_them():
     random, count = np.random.default_rng(0), 120
     classes, sources = np.arange(count) % 3, np.arange(count) // 3 % 2

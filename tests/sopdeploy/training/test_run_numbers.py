@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -88,6 +89,17 @@ def test_a_training_that_starts_at_once_with_another_one_takes_the_next_number(
     monkeypatch.setattr(checkpoints, "lock_file", lock_unless_first)
     assert train(settings=LOOP) == Path("runs/photos-2")
     assert (Path("runs/latest")).readlink() == Path("photos-2")
+
+
+def test_a_resumed_run_that_another_process_trains_is_an_error(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings=LOOP)
+    one_attempt = Mock(side_effect=[BlockingIOError()])
+    monkeypatch.setattr(checkpoints, "lock_file", one_attempt)
+    done = CliRunner().invoke(app, ["train", "--data", "photos", "--resume", "always"])
+    assert done.exit_code == 2
+    assert "another process trains in this folder" in done.stderr
 
 
 def listed(*options: str) -> list[dict[str, Any]]:

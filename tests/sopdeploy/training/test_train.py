@@ -386,6 +386,22 @@ def history(right_EN: NDArray[np.bool_], *, recorded: bool = True) -> list[Epoch
     return rows
 
 
+def test_frames_of_a_clip_count_once_in_the_decision_of_a_run(tmp_path) -> None:
+    paint(tmp_path / "train", 4)
+    paint(tmp_path / "val", 36, seed=1)
+    for file in [*tmp_path.rglob("*.png")]:
+        number = int(file.stem)
+        file.rename(file.with_name(f"clip{number // 2}_{number % 2}.png"))
+
+    settings = [*SMALL, "procedure.kind=loop", "epochs=1"]
+    recipe = read_recipe(
+        "photos", [*settings, f"data.path={tmp_path}", "data.groups=^clip[0-9]+"]
+    )
+    decision = train_recipe(recipe, tmp_path / "run").decision
+
+    assert decision.calibration.num_images == 3 * 36 / 2
+
+
 @pytest.mark.parametrize("alike", [0.0, 0.6], ids=["independent epochs", "epochs that agree"])
 def test_the_estimate_of_the_best_of_40_epochs_is_unbiased_where_the_best_score_is_not(
     alike: float,

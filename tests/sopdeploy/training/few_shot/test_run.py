@@ -1302,6 +1302,25 @@ def test_large_classes_are_judged_by_heads_with_all_photographs_of_small_ones():
     assert numbers_of_small(with_copy) == expected
 
 
+def test_a_run_is_scored_by_heads_with_all_photographs_of_small_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cross_validate, folds_of_calls = LinearProblem.cross_validate, []
+
+    def record(problem: LinearProblem, folds: np.ndarray) -> OutOfFold:
+        folds_of_calls.append(folds)
+        return cross_validate(problem, folds)
+
+    monkeypatch.setattr(LinearProblem, "cross_validate", record)
+    root = paint(tmp_path / "photos", 12)
+    for number in range(2, 12):
+        (root / "red" / f"{number}.png").unlink()
+    train(root, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
+
+    # "red" is the last class.
+    assert set(folds_of_calls[-1][-2:]).isdisjoint(folds_of_calls[-1][:-2])
+
+
 @pytest.mark.parametrize("counts", [(3, 3, 3), (12, 12, 5)], ids=["all small", "none small"])
 def test_only_small_classes_beside_larger_ones_are_judged_apart(counts: tuple[int, ...]):
     classes = np.repeat(np.arange(3), counts)
