@@ -5,7 +5,6 @@ import io
 import os
 import shutil
 import sys
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,9 +31,7 @@ from sopdeploy.errors import BundleError, RuntimeUnavailableError, SopdeployErro
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_commands.bundles.transfer import pull, push
 from sopdeploy_commands.bundles.verify import verify
-from sopdeploy_commands.promotion.compare import compare
 from sopdeploy_commands.promotion.promote import promote
-from sopdeploy_export.triton import write_triton
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
@@ -155,21 +152,10 @@ def verified(world: World) -> Found:
     return {"id": result.id, "bytes": result.bytes, "onnx_root": result.onnx_root}
 
 
-def compared(world: World) -> Found:
-    found = compare(world.bundle, world.other, world.root / "photos")
-    return {"id": found.first.id, "log_loss": found.first.log_loss}
-
-
 def promoted(world: World) -> Found:
     link = world.bundle.with_name("live")
     promote(world.bundle, link)
     return started(world, link)
-
-
-def pushed(world: World) -> Found:
-    with tarfile.open(push(world.bundle, str(world.root / "pushed")).url) as archive:
-        files = {entry.name: archive.extractfile(entry) for entry in archive}
-        return {name: file.read() for name, file in files.items() if file is not None}
 
 
 def pulled(world: World) -> Found:
@@ -183,26 +169,14 @@ def pulled(world: World) -> Found:
     return {**found.contents, "model.onnx": found.onnx.read(), "manifest": found.manifest}
 
 
-def for_triton(world: World) -> Found:
-    written = write_triton(open_bundle(world.bundle), world.root / "models")
-    files = {path.relative_to(written): path for path in written.rglob("*") if path.is_file()}
-    return {str(name): path.read_bytes() for name, path in files.items()}
-
-
 USES: dict[str, Callable[[World], Found]] = {
     "start": lambda world: started(world, world.bundle),
-    "start with a folder": lambda world: started(world, world.bundle.parent),
-    "start with a link": lambda world: started(world, world.bundle.with_name("latest")),
     "first load in a memory budget": loaded_in_budget,
     "reload": lambda world: reloaded(world, world.bundle),
-    "reload of a link": lambda world: reloaded(world, world.bundle.with_name("latest")),
     "predict": predicted,
     "verify": verified,
-    "compare": compared,
     "promote": promoted,
-    "push": pushed,
     "pull": pulled,
-    "triton": for_triton,
 }
 NAMES = [
     "manifest.json",
@@ -313,11 +287,11 @@ def test_what_is_exchanged_after_it_was_read_is_not_used(
         found is None and use == "pull" and name != "manifest.json"
     ):  # which is read only at the end
         assert not os.path.lexists(world.root / "here" / world.name)
-    if use in {"start", "predict", "push"} and change == "in place" and name != "manifest.json":
+    if use in {"start", "predict"} and change == "in place" and name != "manifest.json":
         assert found == usual, "what was read is enough"
 
 
-@pytest.mark.parametrize("use", ["start", "reload", "verify", "start with a folder"])
+@pytest.mark.parametrize("use", ["start", "reload", "verify"])
 def test_a_signature_exchanged_after_it_was_read_has_no_effect(
     use: str, world: World, expected: Callable[[str], Found]
 ) -> None:
@@ -361,8 +335,6 @@ TIMES = {  # how often each file is opened, and the manifest
     **dict.fromkeys(USES, (1, 1)),
     "first load in a memory budget": (2, 1),  # at the start to check it, and later to load it
     "reload": (2, 2),  # with the bundle that was served before
-    "reload of a link": (2, 2),
-    "compare": (2, 2),  # of both bundles
 }
 
 

@@ -10,19 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-import sopdeploy
 from sopdeploy.client import Client
 from sopdeploy.errors import DataError, SopdeployError
 from sopdeploy.http_api import Classes
-from sopdeploy.images.decode import decode
 from sopdeploy.images.encode import encode_image
-from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.images.signatures import find_format
 from sopdeploy_commands.bundles.predict import predict
 from tests.support.pictures import encoded
 
 WIDE = np.zeros((40, 90, 3), np.uint8)  # what is cropped depends on whether it is turned
-WIDE[:, :45], WIDE[:, 45:], WIDE[:12] = (200, 30, 60), (10, 90, 220), (90, 160, 30)
 PICTURE = Image.fromarray(WIDE)
 GRAY = PICTURE.convert("L")
 
@@ -204,15 +199,6 @@ def test_what_must_be_awaited_and_a_batch_are_no_single_image() -> None:
             client.classify(value)  # type: ignore[call-overload]
 
 
-def test_predict_takes_one_image_of_any_form_and_an_array_of_several(bundle_path: Path) -> None:
-    one = encoded(PICTURE)
-    (expected,) = predict(bundle_path, [one], threads=1)
-    for value in (one, io.BytesIO(one), PICTURE, WIDE, (each for each in [WIDE])):
-        (found,) = predict(bundle_path, value, threads=1)
-        assert found.classes == expected.classes
-    assert len(sopdeploy.predict(bundle_path, np.stack([WIDE, WIDE]), threads=1)) == 2
-
-
 def test_a_picture_that_is_cut_off_is_an_error_of_that_image(
     bundle_path: Path,
 ) -> None:
@@ -226,17 +212,6 @@ def test_a_picture_that_is_cut_off_is_an_error_of_that_image(
         pytest.raises(SopdeployError, match="truncated"),
     ):
         client.classify(Image.open(io.BytesIO(cut)))
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_a_picture_is_sent_with_the_pixels_of_its_file(file: str) -> None:
-    body, rules = FILES[file], Preprocess(resize=20, crop=16)
-    opened = Image.open(io.BytesIO(body))
-    for picture in (opened, loaded(Image.open(io.BytesIO(body)))):
-        sent = encode_image(picture)
-        assert find_format(sent) == "PNG"
-        for expected, found in zip(decode(body, rules), decode(sent, rules), strict=True):
-            np.testing.assert_array_equal(found, expected)
 
 
 def test_files_are_sent_unchanged(tmp_path: Path) -> None:

@@ -15,14 +15,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import sopdeploy
-from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.errors import ConfigError, DataError, SopdeployError, command_line_option
+from sopdeploy.errors import ConfigError, SopdeployError, command_line_option
 from sopdeploy.training.recipe import change_recipe, flatten
 from sopdeploy.training.recipe_files import read_values
 from sopdeploy_commands.app import app
 from sopdeploy_commands.training.request import TrainOptions, configure, read_changes
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_service.settings import load_settings
 from tests.support.service import picture_bytes, write_bundle
 
 
@@ -99,20 +97,6 @@ def test_paths_images_and_arrays_give_the_predictions_of_the_command(
         assert [one.classes for one in sopdeploy.predict(bundle, single)] == classes[:1]
     (best,) = sopdeploy.predict(bundle, arrays[0], top_k=1)
     assert (best.image, len(best.classes)) == ("image 0", 1)
-
-
-BAD_IMAGES = {
-    "float pixels": np.zeros((8, 8, 3)),
-    "channels first": np.zeros((3, 8, 8), dtype=np.uint8),
-    "another type": [object()],
-    "a missing file": "missing.jpg",
-}
-
-
-@pytest.mark.parametrize("case", BAD_IMAGES)
-def test_what_is_no_image_is_one_error_line(case: str, bundle: Path) -> None:
-    with pytest.raises(DataError, match=r"^(image 0|missing\.jpg): [^\n]*give|cannot be read"):
-        sopdeploy.predict(bundle, BAD_IMAGES[case])
 
 
 @pytest.mark.parametrize("name", ["2024-06-01", "true", "a # b"])
@@ -202,9 +186,3 @@ def test_importing_sopdeploy_is_light_and_serving_needs_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout == "[] [] ISqrtCov\n"
-
-
-def test_bundles_and_settings_are_opened_by_text(bundle: Path, tmp_path: Path) -> None:
-    assert open_bundle(str(bundle)).manifest == open_bundle(bundle).manifest
-    (tmp_path / "s.toml").write_text("port = 9123")
-    assert load_settings(str(tmp_path / "s.toml")).port == 9123

@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.bundle.manifest import to_json
-from sopdeploy.bundle.signing import write_signature
 from sopdeploy.decision import Decision
 from sopdeploy.errors import (
     BundleError,
@@ -47,7 +46,6 @@ from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings, load_settings
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.forged import forge
-from tests.support.keys import write_key
 from tests.support.runtimes import Failing
 from tests.support.service import picture_bytes, write_bundle
 
@@ -179,17 +177,6 @@ def test_without_onnx_verify_checks_the_hashes_and_says_that_the_root_was_not_re
         verify(bundle_path, ONE_THREAD)
 
 
-def test_verify_says_so_if_onnx_cannot_be_loaded(bundle_path, tmp_path, monkeypatch):
-    (tmp_path / "onnx.py").write_text("raise ImportError('libonnx.so: file too short')")
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "onnx"]:
-        monkeypatch.delitem(sys.modules, name)
-
-    result = CliRunner().invoke(app, ["verify", str(bundle_path)])
-    assert result.exit_code == 2
-    assert "onnx is installed, but cannot be loaded" in result.stderr
-
-
 def test_verify_and_bench_reject_other_outputs_and_probes_that_prove_nothing(tmp_path):
     wrong = write_bundle(tmp_path, wrong_by=0.01)
     for command in (verify, timing.bench):
@@ -200,21 +187,6 @@ def test_verify_and_bench_reject_other_outputs_and_probes_that_prove_nothing(tmp
             BundleError, match=r"probes\.npz: lacks reference values of an output"
         ):
             verify(write_bundle(tmp_path / str(number), **options), ONE_THREAD)
-
-
-def test_a_bundle_needs_a_signature_of_the_key(tmp_path: Path) -> None:
-    bundle, key = write_bundle(tmp_path), tmp_path / "release.key"
-    write_key(key)
-    settings = Settings(threads=1, require_signature=key.with_name("release.key.pub"))
-    with pytest.raises(BundleError, match="no signature at"):
-        load_model(bundle, settings)
-    signature = write_signature(bundle, key)
-    assert load_model(bundle, settings).bundle.name == bundle.name
-    write_key(tmp_path / "other.key")
-    signature.unlink()
-    write_signature(bundle, tmp_path / "other.key")
-    with pytest.raises(BundleError, match="Key mismatch"):
-        load_model(bundle, settings)
 
 
 COLORS = {

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -20,7 +19,6 @@ from typer.testing import CliRunner
 
 from sopdeploy.bundle.archive import download
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.bundle.publication import staging
 from sopdeploy.bundle.signing import (
     check_signature,
     read_signature,
@@ -132,21 +130,6 @@ def test_archives_are_reproducible_standard_tar_files_without_owners(
         assert {name: file.read() for name, file in found.items() if file} == contents(bundle)
 
 
-def test_a_failed_push_leaves_no_folder(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("sopdeploy.bundle.archive.shutil.copyfile", fail)
-    with pytest.raises(StorageError, match="No space left on device"):
-        push(bundle, str(tmp_path / "a" / "b"))
-    (bundle / "labels.json").write_text("[]")
-    with pytest.raises(BundleError, match=r"labels\.json"):
-        push(bundle, str(tmp_path / "a"))
-    assert not (tmp_path / "a").exists()
-
-
 @pytest.mark.parametrize("store", ["a/models", "memory://models/full"])
 def test_a_download_to_a_full_disk_is_not_an_error_of_the_bundle(
     store: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -156,17 +139,6 @@ def test_a_download_to_a_full_disk_is_not_an_error_of_the_bundle(
     message = r"/dev/full: cannot be written \(No space left on device\)"
     with Path("/dev/full").open("wb", 0) as full, pytest.raises(StorageError, match=message):
         download(url, full, 10**9, Path("/dev/full"))
-
-
-def test_an_upload_to_a_full_disk_behind_a_url_is_not_an_error_of_the_bundle(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.put_file", fail)
-    with pytest.raises(StorageError, match=r"memory://.*: cannot be written \(No space left"):
-        push(bundle, "memory://models/full")
 
 
 @pytest.mark.parametrize(
@@ -396,51 +368,6 @@ def test_a_pulled_bundle_is_served_with_the_key_that_signed_it_and_with_no_other
     assert (refused.returncode, out, error.count("\n")) == (2, "", 1)
     assert f"received/{bundle.name}: its signature is not valid" in error
     assert "Key mismatch" in error
-
-
-def test_what_a_killed_pull_left_is_deleted_by_the_next_one_and_what_is_in_use_stays(
-    bundle: Path, tmp_path: Path
-) -> None:
-    url, here = push(bundle, str(tmp_path / "store")).url, tmp_path / "here"
-    kill = (
-        "import os, signal, sys; from pathlib import Path; "
-        "from sopdeploy_commands.bundles.transfer import pull; "
-        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL); pull(sys.argv[1], Path(sys.argv[2]))"
-    )
-    for _ in range(2):
-        killed = subprocess.run([sys.executable, "-c", kill, url, here], check=False)
-        assert killed.returncode == -signal.SIGKILL
-        assert [path.name[:5] for path in here.iterdir()] == [".new-"]
-    with staging(here) as in_use:
-        (in_use / "file").write_text("content")
-        pull(url, here)
-        assert {path.name for path in here.iterdir()} == {
-            bundle.name,
-            "latest",
-            in_use.parent.name,
-        }
-        assert (in_use / "file").read_text() == "content"
-    assert {path.name for path in here.iterdir()} == {bundle.name, "latest"}
-
-
-@pytest.mark.parametrize(
-    "code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE, errno.EBADF]
-)
-def test_without_locks_a_pull_works_and_deletes_nothing_of_others(
-    code: int, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr("fcntl.flock", fail)
-    other = tmp_path / "here" / ".bundle-other.partial"
-    other.mkdir(parents=True)
-    pull(push(bundle, str(tmp_path / "store")).url, tmp_path / "here")
-    assert {path.name for path in (tmp_path / "here").iterdir()} == {
-        bundle.name,
-        "latest",
-        other.name,
-    }
 
 
 IN_THE_WAY: dict[str, Callable[[Path], object]] = {

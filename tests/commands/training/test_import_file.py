@@ -15,12 +15,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
+from sopdeploy.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from sopdeploy.errors import SopdeployError
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.import_weights import open_weights
 from sopdeploy.paths import check_is_weights
 from sopdeploy_commands.app import app
-from tests.attacks.test_checkpoints import checkpoint
 from tests.sopdeploy.importers.released import prefixed, state_of
 
 
@@ -62,6 +62,14 @@ def test_the_command_reports_what_it_found_and_mapped(tmp_path: Path) -> None:
 
 
 MARKER = "pwned"
+OURS = Checkpoint(
+    model="resnet8",
+    config={},
+    weights={},
+    labels=("a", "b"),
+    preprocess=Preprocess(),
+    training={},
+)
 
 
 class RunsACommand:
@@ -107,7 +115,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "bare pickle": (written(pickle.dumps(RunsACommand())), "damaged or not a checkpoint"),
     "code in the state dict": (saved({"state_dict": CODE}), "refused"),
     "our checkpoint": (
-        lambda file: write_checkpoint(file, checkpoint()),
+        lambda file: write_checkpoint(file, OURS),
         "already a sopdeploy checkpoint",
     ),
     "unknown names": (saved({"encoder.weight": torch.zeros(2, 2)}), "encoder.weight"),
