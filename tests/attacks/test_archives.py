@@ -20,7 +20,7 @@ from sopdeploy.bundle.signing import signature_path, write_signature
 from sopdeploy.errors import BundleError
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.transfer import pull, push
-from tests.support.forged import write_hollow
+from tests.support.forged import forge, write_hollow
 from tests.support.keys import write_key
 
 ARCHIVE = "tiny.tar"
@@ -130,6 +130,21 @@ def test_malicious_archives_are_rejected(archive: bytes, attack: str) -> None:
     line = rejection(change(archive))
     assert ARCHIVE in line
     assert message in line
+
+
+@pytest.mark.parametrize("name", ["../pwned", "a\\b"])
+def test_a_manifest_with_an_unsafe_file_name_is_rejected(
+    bundle: Path, tmp_path: Path, name: str
+) -> None:
+    forged = tmp_path / "forged"
+    forged.mkdir()
+    for path in bundle.iterdir():
+        (forged / path.name).write_bytes(path.read_bytes())
+    files = json.loads((forged / "manifest.json").read_bytes())["files"]
+    files[name] = {"bytes": 0, "sha256": "0" * 64}
+    raw = (forge(forged, files=files) / "manifest.json").read_bytes()
+    body = header("manifest.json", len(raw)) + raw + padding(len(raw)) + bytes(BLOCK * 100)
+    assert f"the manifest names {name!r}, which is not a plain file name" in rejection(body)
 
 
 @settings(max_examples=30)
