@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import sopdeploy
-from sopdeploy.errors import ConfigError, SopdeployError, command_line_option
+from sopdeploy.errors import ConfigError, DataError, SopdeployError, command_line_option
 from sopdeploy.training.recipe import change_recipe, flatten
 from sopdeploy.training.recipe_files import read_values
 from sopdeploy_commands.app import app
