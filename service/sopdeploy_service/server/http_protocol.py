@@ -163,7 +163,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
         # The headers arrive with the URL.
         if self._error is None and self._pending_bytes > MAX_URL_BYTES + MAX_HEADER_BYTES:
-            self._error = LARGE_HEADERS
+            self._error = LONG_URL if len(self.url) > MAX_URL_BYTES else LARGE_HEADERS
 
         # Respond to an error, or begin the time for what is due.
         is_responding = self.cycle is not None and not self.cycle.response_complete
@@ -232,12 +232,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._in_headers = True
         self._header_bytes = 0
 
-    def on_url(self, url: bytes) -> None:
-        """Limit the length of the URL."""
-        super().on_url(url)
-        if len(self.url) > MAX_URL_BYTES:
-            self._refuse(LONG_URL)
-
     def on_header(self, name: bytes, value: bytes) -> None:
         """Limit the number and size of headers and trailers."""
         self._header_bytes += len(name) + len(value) + len(": \r\n")
@@ -255,6 +249,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._in_headers = False
         self._pending_bytes = 0
         self._stop_timer()
+
+        # Only now: a page of an allowed origin may read the response, which its header tells.
+        if len(self.url) > MAX_URL_BYTES:
+            self._refuse(LONG_URL)
 
         # Refuse what proxies and servers may read differently (request smuggling).
         num_hosts = [name for name, _ in self.headers].count(b"host")
