@@ -232,8 +232,8 @@ def describe_thresholds(metrics: ClassificationReport, scores: Sequence[ImageSco
         left = f"{row.left_to_person} ({percent(row.left_to_person / metrics.count, 0)})"
         rows.append((f"{row.confidence:g}", left, f"{row.right} of {row.kept}", share))
     table = Table(
-        caption="Images below a threshold of the confidence are left to a person",
-        columns=["threshold", "left to a person", "others right", "share"],
+        caption="If a person decides all images whose confidence is below a threshold",
+        columns=["threshold", "for a person", "others right", "share right"],
         rows=rows,
     )
 
@@ -250,7 +250,7 @@ def describe_thresholds(metrics: ClassificationReport, scores: Sequence[ImageSco
             image=plot(
                 {"errors among them": trade_off}, "predicted without a person, %", "errors, %"
             ),
-            caption="The fewer images the network decides alone, the fewer of these are wrong.",
+            caption="The more images you leave to a person, the fewer errors the network makes.",
         )
     ]
 
@@ -267,8 +267,8 @@ def describe_thresholds(metrics: ClassificationReport, scores: Sequence[ImageSco
         ]
         curves = {"this network": curve, "as it should be": [(0.0, 0.0), (100.0, 100.0)]}
         caption = (
-            f"Reliability: {num_parts} parts of the images by confidence. Below the diagonal, the "
-            "network is too sure."
+            f"Reliability: the images in {num_parts} parts, ordered by confidence. If the curve is below the "
+            "diagonal, the network is too sure."
         )
         figures.append(
             Figure(image=plot(curves, "mean confidence, %", "right, %"), caption=caption)

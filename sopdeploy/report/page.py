@@ -79,14 +79,15 @@ _JPEG_QUALITY = 75
 _DECISION = "Fitted to predictions of images that were not used for training."
 _CALIBRATION = "The export divides the last layer by the temperature."
 _REJECTION = (
-    "A photo counts as unknown if its score, a likeness to the classes, is below the threshold."
+    "A photo counts as unknown if its score is below the threshold. The score says how similar it is to "
+    "the classes."
 )
 _WORST = (
-    "The photos are the worst mistakes, by class and prediction, the most confident ones first. Check for "
+    "The photos show the worst mistakes, by class and prediction, the most confident mistakes first. Check for "
     "wrong labels before you look for a better network."
 )
 _CONFUSED = (
-    "Photos of the most frequent mistakes, and of each mistake the most confident ones first. Check for "
+    "The photos show the most frequent mistakes, and for each one the most confident predictions first. Check for "
     "wrong labels before you look for a better network."
 )
 _TRAINING_LOSSES = "Losses of the heads, the penalties, and their weighted sum."
@@ -212,12 +213,12 @@ def _show_rejected(scores: Sequence[ImageScore], images: LabeledImages) -> Secti
             captions.append((index, insert_names("{}", label)))
     number = amount(len(captions), "image")
     text = insert_names(
-        f"{number} of {len(scores)} with one of the classes, for which a server returns {{}}.",
+        f"A server returns {{}} for {number} of {len(scores)} that show one of your classes.",
         "known: false",
         tag="code",
     )
     return _show_photographs(
-        "Own images that are not known", text, images, captions[:_MAX_SHOWN]
+        "Your images that count as unknown", text, images, captions[:_MAX_SHOWN]
     )
 
 
