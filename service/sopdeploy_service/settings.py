@@ -335,7 +335,7 @@ class Settings(StrictModel):
         if self.follow and self.memory_budget is not None:
             raise ValueError("follow excludes memory_budget; remove one of them")
 
-        # Engines load all models.
+        # Device processes load all models.
         if self.front_ends not in {"auto", 0} and self.memory_budget is not None:
             raise ValueError("front_ends excludes memory_budget; remove one of them")
 

@@ -1,11 +1,11 @@
-"""The channel between a front end and an engine: short records on a stream socket, pixels in shared memory.
+"""The channel between a front end and a device process: short records on a stream socket, pixels in shared memory.
 
 A front end sends records of one size, which say which slot of the memory has the pixels of an
-image for which model. The engine answers each image once; the outputs are in the same slot,
-which is then free. The engine opens a channel with a description of its models, which stay the
+image for which model. The device process answers each image once; the outputs are in the same slot,
+which is then free. The device process opens a channel with a description of its models, which stay the
 same until the channel ends; after a reload, the front ends get new channels.
 
-The engine creates the memory. However a process ends, its streams end with it.
+The device process creates the memory. However a process ends, its streams end with it.
 """
 
 import errno
@@ -69,7 +69,7 @@ class ModelFields(TypedDict):
 
 
 class ModelFacts(NamedTuple):
-    """A model of an engine, as a front end knows it."""
+    """A model of a device process, as a front end knows it."""
 
     name: str
     bundle: Bundle
@@ -230,7 +230,7 @@ def check_size(size: int) -> None:
 def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]:
     """Wait for what `open_channel` sends.
 
-    Raises `OSError` if the engine ends or takes longer than `OPENING_SECONDS`.
+    Raises `OSError` if the device process ends or takes longer than `OPENING_SECONDS`.
     """
     # The memory, and how long the description is.
     end = time.monotonic() + OPENING_SECONDS

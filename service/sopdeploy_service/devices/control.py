@@ -33,7 +33,7 @@ RELOAD = b"reload"  # the bundles
 # To the supervisor
 STATUS = b"status"  # a `Status` follows
 METRICS = b"metrics"  # asks for a `PAGE`
-NEW_MODELS = b"models"  # of an engine, after a reload
+NEW_MODELS = b"models"  # of a device process, after a reload
 MAX_MESSAGE = 1 << 14
 BUFFER_BYTES = 1 << 16  # of a socket: few messages wait while the supervisor is stopped
 
@@ -57,7 +57,7 @@ class Message(NamedTuple):
 class Status(NamedTuple):
     """What a process reports: how many connections it has *received*, how many are *open*, and its *bundles*.
 
-    An engine has no connections; its images are *open*. A process that starts has no *bundles*.
+    A device process has no connections; its images are *open*. A process that starts has no *bundles*.
     *has* are the numbers of its open channels and of its API keys.
     """
 

@@ -1,4 +1,4 @@
-"""The engine of a device: it runs the images of all front ends with the models of one registry.
+"""The device process of a device: it runs the images of all front ends with the models of one registry.
 
 Clients reach it only through front ends, which send pixels. It serves no HTTP and decodes
 nothing. A front end that does not read its results is cut off. The supervisor replaces a front
@@ -41,7 +41,7 @@ log = logging.getLogger("sopdeploy.inference")
 
 
 class FrontEndChannel(asyncio.Protocol):
-    """The engine's end of the channel *number* to the front end *name*, which serves *models*.
+    """The device process's end of the channel *number* to the front end *name*, which serves *models*.
 
     The front end gets *opening* first. `cancel_by_slot` has a function for each image, which
     cancels it and returns whether its pixels are not read any more, so that the slot is free.
@@ -50,7 +50,7 @@ class FrontEndChannel(asyncio.Protocol):
     def __init__(
         self,
         name: str,
-        engine: "Engine",
+        device_process: "DeviceProcess",
         models: Sequence[LocalModel],
         slots: Slots,
         opening: bytes,
@@ -59,7 +59,7 @@ class FrontEndChannel(asyncio.Protocol):
         self.name = name
         self.number = number
         self.cancel_by_slot: dict[int, Callable[[], bool]] = {}
-        self._engine = engine
+        self._device_process = device_process
         self._models = models
         self._slots = slots
         self._opening = opening
@@ -76,7 +76,7 @@ class FrontEndChannel(asyncio.Protocol):
 
         self._in_use = ExitStack()  # holds the models until the end of the channel
         for model in models:
-            self._in_use.enter_context(engine.registry.use(model))
+            self._in_use.enter_context(device_process.registry.use(model))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the opening, which describes the models."""
@@ -87,7 +87,7 @@ class FrontEndChannel(asyncio.Protocol):
         """Forget the images of the front end, which has ended or was cut off."""
         self.transport = None
 
-        self._engine.front_ends.discard(self)
+        self._device_process.front_ends.discard(self)
         for cancel in list(self.cancel_by_slot.values()):
             cancel()
         self.cancel_by_slot.clear()
@@ -164,7 +164,7 @@ class FrontEndChannel(asyncio.Protocol):
                 self.cut_off("the results are not read")
 
 
-class Engine:
+class DeviceProcess:
     """Runs the images of front ends with *registry* until it may end.
 
     The bundles are at *sources*; a move of one of *links* reloads them. The *supervisor* sends
@@ -268,7 +268,7 @@ class Engine:
             if message.kind == control.SEND_METRICS:
                 page = generate_latest(self.registry.metrics.registry)
                 start_task(self._tasks, control.send_metrics(file, page))
-            else:  # `CHANNEL`: an engine gets no other files
+            else:  # `CHANNEL`: a device process gets no other files
                 number, name = control.parse_channel(message.rest)
                 connection = socket.socket(fileno=file)
                 start_task(self._tasks, self.connect(name, connection, number))

@@ -1,7 +1,7 @@
 """The process of a device, or a front end, which the template of this module forks for the supervisor.
 
 The process of a device loads the models. It then serves HTTP, with connections from the
-supervisor, or is the engine of front ends. A front end serves HTTP with the models of engines.
+supervisor, or is the device process of front ends. A front end serves HTTP with the models of device processes.
 """
 
 import asyncio
@@ -27,9 +27,9 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.channel import ChannelError
 from sopdeploy_service.devices.control import Status
-from sopdeploy_service.devices.engine import Engine
+from sopdeploy_service.devices.device_process import DeviceProcess
 from sopdeploy_service.devices.processes import ANY_DEVICE, LaunchConfig
-from sopdeploy_service.devices.remote import EngineChannel, RemoteRegistry
+from sopdeploy_service.devices.remote import DeviceChannel, RemoteRegistry
 from sopdeploy_service.devices.template import wait_for_launch
 from sopdeploy_service.http.api_keys import Key, KeyFile, KeyRing
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
@@ -44,7 +44,7 @@ from sopdeploy_service.server.process import configured_process, find_links, loa
 from sopdeploy_service.tasks import start_task
 from sopdeploy_service.templates import end_with_parent
 
-# Of a process that loads, or waits for an engine
+# Of a process that loads, or waits for a device process
 STARTING = Status(received=0, open=0, bundles=None)
 
 
@@ -118,9 +118,9 @@ class DeviceServer(DrainingServer):
             ):
                 self._page.set_result(read_memory(file))
             elif message.kind == control.CHANNEL and isinstance(registry, RemoteRegistry):
-                number, engine = control.parse_channel(message.rest)
+                number, device_process = control.parse_channel(message.rest)
                 connection = socket.socket(fileno=file)
-                start_task(self._attaching, registry.attach(engine, connection, number))
+                start_task(self._attaching, registry.attach(device_process, connection, number))
             elif message.kind == control.PHOTOS and self._keeper is not None:
                 self._keeper.connect(socket.socket(fileno=file))
             elif message.kind == control.CLIENT:
@@ -189,7 +189,7 @@ def main() -> int:
             if config.device is not None:
                 return run_device(config, supervisor)
 
-            registry, config = wait_for_engine(config, supervisor)
+            registry, config = wait_for_device(config, supervisor)
             return serve_http(config, registry, supervisor, links={})
     except SopdeployError as problem:
         if config.device is None:
@@ -220,18 +220,20 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
         reason = "no GPU can be used here; install sopdeploy[gpu], or serve with --devices cpu"
         raise ConfigError(f"devices: {config.device}: {reason}")
 
-    # Serve HTTP, or the front ends of an engine.
+    # Serve HTTP, or the front ends of a device process.
     if config.front_ends == 0:
         return serve_http(config, registry, supervisor, links)
     freeze_objects()  # of the imports, so that garbage collections do not scan them
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
-        return runner.run(Engine(registry, settings, supervisor, config.sources, links).run())
+        return runner.run(
+            DeviceProcess(registry, settings, supervisor, config.sources, links).run()
+        )
 
 
-def wait_for_engine(
+def wait_for_device(
     config: LaunchConfig, supervisor: socket.socket
 ) -> tuple[RemoteRegistry, LaunchConfig]:
-    """Return the models of the first engine, and *config* with the last keys that came before it.
+    """Return the models of the first device process, and *config* with the last keys that came before it.
 
     `DeviceServer` receives the channels and keys that follow. Reports that this process starts,
     as long as it waits. Exits if the supervisor ends.
@@ -246,10 +248,12 @@ def wait_for_engine(
             raise SystemExit(0)
 
         if message.kind == control.CHANNEL and message.files:
-            number, engine = control.parse_channel(message.rest)
+            number, device_process = control.parse_channel(message.rest)
             # After an error, this process stays without a channel; the supervisor replaces it.
             with suppress(ChannelError):
-                first = EngineChannel(engine, socket.socket(fileno=message.files[0]), number)
+                first = DeviceChannel(
+                    device_process, socket.socket(fileno=message.files[0]), number
+                )
                 # It still starts, but the supervisor knows that the channel is open.
                 STARTING._replace(has=frozenset((number,))).send(supervisor)
                 return RemoteRegistry([first], config.settings), config
@@ -302,10 +306,14 @@ def bytes_at_rest(config: LaunchConfig) -> int:
     """Return the memory of all processes of a server without any image; called in one that serves HTTP.
 
     Each process that serves HTTP, this one and others, counts as much as this one; with front
-    ends, the engines are the rest.
+    ends, the device processes are the rest.
     """
     serving = config.num_servers * resident_bytes()
-    return resident_bytes(os.getppid()) + serving + sum(map(resident_bytes, config.engines))
+    return (
+        resident_bytes(os.getppid())
+        + serving
+        + sum(map(resident_bytes, config.device_processes))
+    )
 
 
 def read_shared_keys(file: int) -> tuple[Key, ...]:

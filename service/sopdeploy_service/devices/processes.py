@@ -42,7 +42,7 @@ class LaunchConfig(pydantic.BaseModel):
 
     A front end has no *device*. *front_ends* is their number; without them, devices serve HTTP.
     *position* counts the processes of a kind; *num_servers* of them serve HTTP. *supervisor*
-    and, for a front end, *engines* are process ids.
+    and, for a front end, *device_processes* are process ids.
     """
 
     name: str
@@ -54,7 +54,7 @@ class LaunchConfig(pydantic.BaseModel):
     front_ends: int
     position: int
     num_servers: int
-    engines: tuple[int, ...]
+    device_processes: tuple[int, ...]
     control: int = -1
     shared: int = -1
     keys: int = -1
@@ -145,7 +145,7 @@ class Process:
 
     @property
     def is_front_end(self) -> bool:
-        """Whether the process serves HTTP with the models of engines."""
+        """Whether the process serves HTTP with the models of device processes."""
         return self.device is None
 
     @property

@@ -1,8 +1,8 @@
-"""The models of a front end, which engines run.
+"""The models of a front end, which device processes run.
 
 `RemoteModel` and `RemoteRegistry` take the place of `LocalModel` and `ModelRegistry`:
 admission, decoding, deadlines and answers are the same code with one process and with several.
-Each image goes to the engine with the fewest images of this front end that it has not answered.
+Each image goes to the device process with the fewest images of this front end that it has not answered.
 """
 
 import asyncio
@@ -29,15 +29,15 @@ from sopdeploy_service.tasks import start_task
 log = logging.getLogger("sopdeploy.inference")
 
 
-class EngineChannel(asyncio.Protocol):
-    """This front end's end of the channel *number* at *connection* to the engine with the name *engine*.
+class DeviceChannel(asyncio.Protocol):
+    """This front end's end of the channel *number* at *connection* to the device process *device_process*.
 
-    *models* are those of the engine, which this channel names by their position.
+    *models* are those of the device process, which this channel names by their position.
     """
 
-    def __init__(self, engine: str, connection: socket.socket, number: int = 0) -> None:
+    def __init__(self, device_process: str, connection: socket.socket, number: int = 0) -> None:
         """Wait for the description of the models; without it, close *connection*, raise `ChannelError`."""
-        self.engine = engine
+        self.device_process = device_process
         self.number = number
         self._connection = connection
 
@@ -45,8 +45,8 @@ class EngineChannel(asyncio.Protocol):
             self.models, self._slots = channel.receive_opening(connection)
         except (ChannelError, OSError, ValueError) as error:
             connection.close()
-            raise ChannelError(f"{engine}: {first_line(error)}") from error
-        self.is_open = False  # until `open`, and after the end of the engine
+            raise ChannelError(f"{device_process}: {first_line(error)}") from error
+        self.is_open = False  # until `open`, and after the end of the device process
         self.sent = 0  # images
         self._free_slots = list(range(self._slots.count))
 
@@ -79,14 +79,14 @@ class EngineChannel(asyncio.Protocol):
         self.is_open = True
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Refuse all images: the engine has ended, or this end was closed."""
+        """Refuse all images: the device process has ended, or this end was closed."""
         self.is_open = False
         for future, _ in self._images.values():
             settle(future, self._ended_with)
 
     @property
     def queue_length(self) -> int:
-        """The number of images of this front end that the engine has not answered."""
+        """The number of images of this front end that the device process has not answered."""
         return len(self._images)
 
     async def run(
@@ -161,9 +161,9 @@ class EngineChannel(asyncio.Protocol):
 
 
 class RemoteModel(Model):
-    """A model that engines run; *routes* are channels to them, each with the number of the model there."""
+    """A model that device processes run; *routes* are channels to them, each with the number of the model there."""
 
-    def __init__(self, routes: Sequence[tuple[EngineChannel, int]], settings: Settings) -> None:
+    def __init__(self, routes: Sequence[tuple[DeviceChannel, int]], settings: Settings) -> None:
         """Describe the model as the last of *routes* does, which is the newest channel; there is at least one."""
         self.routes = routes
         newest, number = routes[-1]
@@ -173,13 +173,13 @@ class RemoteModel(Model):
 
     @property
     def is_down(self) -> bool:
-        """Whether no engine runs that has the model."""
-        return not any(engine.is_open for engine, _ in self.routes)
+        """Whether no device process runs that has the model."""
+        return not any(to_device.is_open for to_device, _ in self.routes)
 
     @property
-    def num_engines(self) -> int:
-        """How many engines run that have the model; 1 while none does."""
-        return max(1, sum(engine.is_open for engine, _ in self.routes))
+    def num_devices(self) -> int:
+        """How many device processes run that have the model; 1 while none does."""
+        return max(1, sum(to_device.is_open for to_device, _ in self.routes))
 
     async def run(
         self,
@@ -188,17 +188,19 @@ class RemoteModel(Model):
         *,
         features: bool = False,
     ) -> ImageResult:
-        """Let the engine with the fewest unanswered images of this front end run it.
+        """Let the device process with the fewest unanswered images of this front end run it.
 
         Records the time of its batch.
         """
-        routes = [(engine, number) for engine, number in self.routes if engine.is_open]
+        routes = [(to_device, number) for to_device, number in self.routes if to_device.is_open]
         if not routes:
             raise RejectedError(results.RUNTIME_DEAD)
 
-        # Of equally short queues, take that of the engine that was sent the fewest images.
-        engine, number = min(routes, key=lambda route: (route[0].queue_length, route[0].sent))
-        ran = await engine.run(number, pixels, deadline, features=features)
+        # Of equally short queues, take that of the device process that was sent the fewest images.
+        to_device, number = min(
+            routes, key=lambda route: (route[0].queue_length, route[0].sent)
+        )
+        ran = await to_device.run(number, pixels, deadline, features=features)
 
         # Every image of a batch tells its size and seconds; they are recorded with the first.
         batch = ran.batch_size, ran.stage_seconds["infer"]
@@ -209,15 +211,15 @@ class RemoteModel(Model):
 
 
 class RemoteRegistry(Registry):
-    """The models of engines, which the supervisor replaces when they end."""
+    """The models of device processes, which the supervisor replaces when they end."""
 
-    def __init__(self, channels: Iterable[EngineChannel], settings: Settings) -> None:
-        """Use the models at the other ends of *channels*, one for each engine."""
+    def __init__(self, channels: Iterable[DeviceChannel], settings: Settings) -> None:
+        """Use the models at the other ends of *channels*, one for each device process."""
         self.metrics = Metrics()
         self._settings = settings
 
-        # By name of the engine; the newest last.
-        self._channels = {to_engine.engine: to_engine for to_engine in channels}
+        # By name of the device process; the newest last.
+        self._channels = {to_device.device_process: to_device for to_device in channels}
         self._by_name: dict[str, RemoteModel] = {}
         self._in_use: set[RemoteModel] = set()  # also of channels that were replaced
         self._retiring: set[asyncio.Task[None]] = set()
@@ -226,7 +228,7 @@ class RemoteRegistry(Registry):
 
     @property
     def problem(self) -> State | None:
-        """`engine_starting` while a model has no engine that runs."""
+        """`engine_starting` while a model has no device process that runs."""
         return (
             "engine_starting"
             if any(model.is_down for model in self._by_name.values())
@@ -235,17 +237,17 @@ class RemoteRegistry(Registry):
 
     async def start(self) -> None:
         """Open the channels."""
-        for to_engine in self._channels.values():
-            await to_engine.open()
+        for to_device in self._channels.values():
+            await to_device.open()
 
     async def reload(self, sources: Iterable[str | Path]) -> None:
-        """Do nothing: engines reload their bundles, and then send new channels."""
+        """Do nothing: device processes reload their bundles, and then send new channels."""
 
     def close(self, reason: HttpError) -> None:
         """Give *reason* to every image without an outcome, also in channels that were replaced."""
-        channels = {to_engine for model in self._in_use for to_engine, _ in model.routes}
-        for to_engine in channels.union(self._channels.values()):
-            to_engine.close(reason)
+        channels = {to_device for model in self._in_use for to_device, _ in model.routes}
+        for to_device in channels.union(self._channels.values()):
+            to_device.close(reason)
 
     async def stop(self) -> None:
         """Close all channels."""
@@ -268,7 +270,7 @@ class RemoteRegistry(Registry):
 
     @property
     def num_sent(self) -> int:
-        """How many images engines have."""
+        """How many images device processes have."""
         return sum(one.queue_length for one in tuple(self._channels.values()))
 
     @property
@@ -276,44 +278,46 @@ class RemoteRegistry(Registry):
         """The numbers of the channels that requests use."""
         return frozenset(one.number for one in self._channels.values() if one.is_open)
 
-    async def attach(self, engine: str, connection: socket.socket, number: int = 0) -> None:
-        """Use channel *number* at *connection* to *engine*; close the earlier one after its last request."""
+    async def attach(
+        self, device_process: str, connection: socket.socket, number: int = 0
+    ) -> None:
+        """Use channel *number* at *connection* to *device_process*; close the earlier one after its last request."""
         # Open the new channel, and use it from now on.
         async with self._attaching:
             try:
-                new = await asyncio.to_thread(EngineChannel, engine, connection, number)
+                new = await asyncio.to_thread(DeviceChannel, device_process, connection, number)
             except ChannelError as error:
                 # The supervisor misses the number in the next reports.
                 log.warning("no channel to device process %s", error)
                 return
 
             await new.open()
-            old = self._channels.pop(engine, None)
-            self._channels[engine] = new
+            old = self._channels.pop(device_process, None)
+            self._channels[device_process] = new
             self._update_models()
 
         if old is not None:
             start_task(self._retiring, self._retire(old))
 
-    async def _retire(self, old: EngineChannel) -> None:
+    async def _retire(self, old: DeviceChannel) -> None:
         """Close *old* after the last request of a model that may use it."""
         for model in list(self._in_use):
-            if any(to_engine is old for to_engine, _ in model.routes):
+            if any(to_device is old for to_device, _ in model.routes):
                 await model.unused.wait()
         old.close(results.DRAINING)
 
     def _update_models(self) -> None:
         """Serve the models of the channels, each in the version of the newest channel that has it."""
         # The channels to each version of a model, with the position of the model there.
-        routes: dict[tuple[str, str], list[tuple[EngineChannel, int]]] = {}
+        routes: dict[tuple[str, str], list[tuple[DeviceChannel, int]]] = {}
         versions: dict[str, str] = {}
 
         # `attach` keeps the newest channel last, so its version remains in `versions`.
-        for to_engine in self._channels.values():
-            for position, facts in enumerate(to_engine.models):
+        for to_device in self._channels.values():
+            for position, facts in enumerate(to_device.models):
                 version = facts.bundle.manifest.id
                 versions[facts.name] = version
-                routes.setdefault((facts.name, version), []).append((to_engine, position))
+                routes.setdefault((facts.name, version), []).append((to_device, position))
 
         self._by_name = {
             name: RemoteModel(routes[name, versions[name]], self._settings) for name in versions

@@ -1,12 +1,12 @@
 """Several processes behind one port, restarted when they die: one for each device, and front ends.
 
 A runtime belongs to one process, so several GPUs need several processes. The process of a
-device serves HTTP itself or is the engine of front ends, which serve HTTP. The supervisor
+device serves HTTP itself or is the device process of front ends, which serve HTTP. The supervisor
 accepts every connection and passes it to the process with the fewest open connections.
 Connections wait while all processes have enough of them on the way; if none is there, they get
 a 503 response at once. SIGHUP reloads the bundles of every device, and the API keys.
 
-When an engine or a front end starts, the supervisor creates the channels between it and the
+When a device process or a front end starts, the supervisor creates the channels between it and the
 others.
 
 One rule keeps the server alive: each process reports every tenth of a second what it has. One
@@ -185,7 +185,7 @@ class Supervisor:
     def _stop(self, number: signal.Signals = signal.SIGINT) -> None:
         """Let the processes that serve HTTP end as after the signal *number*; a second call ends their drain.
 
-        Engines end after them.
+        Device processes end after them.
         """
         is_first_call = not self._stopping.is_set()
         if is_first_call:
@@ -198,15 +198,15 @@ class Supervisor:
         for process in self._servers:
             if process.child is not None:
                 process.child.send_signal(number if process.is_ready else signal.SIGKILL)
-        self._end_unused_engines()
+        self._end_unused_devices()
 
-    def _end_unused_engines(self) -> None:
-        """End the engines, also those that are loading, unless a process that serves HTTP still runs."""
+    def _end_unused_devices(self) -> None:
+        """End the device processes, also those that are loading, unless a process that serves HTTP still runs."""
         if any(server.is_running for server in self._servers):
             return
 
         for process in self._devices:
-            self._close_control(process)  # this ends an engine, which ignores SIGTERM
+            self._close_control(process)  # this ends a device process, which ignores SIGTERM
             if not process.is_ready and process.child is not None:
                 process.child.kill()
 
@@ -296,7 +296,7 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
 
-        self._end_unused_engines()
+        self._end_unused_devices()
 
     def _is_last_device(self, process: Process) -> bool:
         """Tell whether *process* is a device and no other device is ready."""
@@ -336,9 +336,9 @@ class Supervisor:
 
     def _describe(self, process: Process) -> LaunchConfig:
         """Describe *process* for the template, which forks it."""
-        # A front end gets the process ids of the engines that run.
-        engines = self._devices if process.device is None else []
-        running = [engine.child for engine in engines if engine.child is not None]
+        # A front end gets the process ids of the device processes that run.
+        devices = self._devices if process.device is None else []
+        running = [device.child for device in devices if device.child is not None]
 
         return LaunchConfig(
             name=process.name,
@@ -350,11 +350,11 @@ class Supervisor:
             front_ends=len(self._front_ends),
             position=process.position,
             num_servers=len(self._servers),
-            engines=tuple(child.pid for child in running),
+            device_processes=tuple(child.pid for child in running),
         )
 
     async def _start(self, process: Process) -> None:
-        """Start a child of *process*, or raise `OSError`; connect a front end with the engines."""
+        """Start a child of *process*, or raise `OSError`; connect a front end with the device processes."""
         config = self._describe(process)
 
         # Start it, with its socket. One that serves HTTP also gets the keys, and what it shares.
@@ -370,12 +370,12 @@ class Supervisor:
         if self._stopping.is_set():  # meanwhile
             process.child.kill()
 
-        # Listen to it, and connect a front end with the engines that are ready.
+        # Listen to it, and connect a front end with the device processes that are ready.
         process.reset(ours)
         self._loop.add_reader(ours, self._receive, process)
 
         if process.is_front_end:
-            self._channels.connect_engines(process)
+            self._channels.connect_devices(process)
 
     def _lacks(self, process: Process) -> bool:
         """Tell whether *process* does not have what it needs for its work: channels, the present keys."""
@@ -414,7 +414,7 @@ class Supervisor:
         self._failures.clear()
 
     def _close_control(self, process: Process) -> None:
-        """Send nothing more to *process*; this ends an engine."""
+        """Send nothing more to *process*; this ends a device process."""
         if process.control is not None:
             self._loop.remove_reader(process.control)
             process.control.close()
@@ -446,7 +446,7 @@ class Supervisor:
     def _handle_status(self, process: Process, status: Status) -> None:
         """Record the *status* of *process*; if all are ready, open the port and print its URL.
 
-        An engine that has become ready gets channels to the front ends, a process that serves
+        A device process that has become ready gets channels to the front ends, a process that serves
         HTTP one to the keeper.
         """
         was_ready = process.is_ready
@@ -496,7 +496,7 @@ class Supervisor:
                 if process.is_ready and process.control is not None
             ]
 
-            # One that lacks an engine answers fast, with 503; without any other, clients get that.
+            # One that lacks a device process answers fast, with 503; without any other, clients get that.
             able = [process for process in serving if not process.lacking_beats]
             accepting = [process for process in able or serving if process.accepts]
 

@@ -94,7 +94,7 @@ class Model(ABC):
         """Whether no image can run now; a model whose runtime is in this process never recovers."""
 
     @property
-    def num_engines(self) -> int:
+    def num_devices(self) -> int:
         """How many devices share the images; at least 1."""
         return 1
 

@@ -274,7 +274,7 @@ class Service:
         return num_decoding + self.registry.num_running
 
     def _count_waiting(self) -> int:
-        """Count the other admitted images; those that an engine has are counted by the engine."""
+        """Count the other admitted images; a device process counts those that it has."""
         return max(0, self.admitted - self._count_running() - self.registry.num_sent)
 
     @property
@@ -384,7 +384,7 @@ class Service:
         # Engines share the images of all front ends, which have about as many each as this one.
         if self.num_front_ends:
             about = self.admitted * len(self._cells)
-            return min(about, self._count_admitted()) // model.num_engines
+            return min(about, self._count_admitted()) // model.num_devices
 
         return self.admitted  # each process has a device of its own
 

@@ -79,7 +79,7 @@ def configured_process(settings: Settings) -> Iterator[None]:
 
 def choose_front_ends(settings: Settings) -> int:
     """Return the number of front ends; 0: each device serves HTTP itself, as it should on a CPU."""
-    if settings.memory_budget is not None:  # engines load all models
+    if settings.memory_budget is not None:  # device processes load all models
         return 0
     if settings.front_ends != "auto":
         return settings.front_ends

@@ -52,7 +52,7 @@ async def start(of: template.ServerTemplate) -> tuple[Child, socket.socket, dict
     with theirs:
         config = LaunchConfig(
             name="front-0", device=None, variables={"CUDA_VISIBLE_DEVICES": "7"}, sources=(),
-            settings=Settings(), supervisor=os.getpid(), front_ends=1, position=0, num_servers=1, engines=(),
+            settings=Settings(), supervisor=os.getpid(), front_ends=1, position=0, num_servers=1, device_processes=(),
         )  # fmt: skip
         child = await of.start(config, theirs.fileno(), shared, shared, shared)
     os.close(shared)

@@ -1,4 +1,4 @@
-"""The channel between front ends and an engine, in one process: answers, cancellation, and nonsense."""
+"""The channel between front ends and a device process, in one process: answers, cancellation, and nonsense."""
 
 import asyncio
 import errno
@@ -18,8 +18,8 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING, Manifest, TensorRecord
 from sopdeploy_service.devices import channel, control
 from sopdeploy_service.devices.control import Status
-from sopdeploy_service.devices.engine import Engine
-from sopdeploy_service.devices.remote import EngineChannel, RemoteModel, RemoteRegistry
+from sopdeploy_service.devices.device_process import DeviceProcess
+from sopdeploy_service.devices.remote import DeviceChannel, RemoteModel, RemoteRegistry
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.results import DRAINING, RejectedError
@@ -35,29 +35,29 @@ FOREVER = 1e9  # a deadline
 
 
 class EngineUnderTest:
-    """An engine on the event loop of the test, and the supervisor's end of its control socket."""
+    """A device process on the event loop of the test, and the supervisor's end of its control socket."""
 
     def __init__(
         self, registry: Registry, settings: Settings = SETTINGS, name: str = "engine"
     ) -> None:
         self.supervisor, theirs = control.socket_pair()
-        self.name, self.engine = name, Engine(registry, settings, theirs, (), {})
+        self.name, self.device_process = name, DeviceProcess(registry, settings, theirs, (), {})
         self._theirs, self._numbers = theirs, itertools.count(1)
-        self.running = asyncio.get_running_loop().create_task(self.engine.run())
+        self.running = asyncio.get_running_loop().create_task(self.device_process.run())
 
     async def connect(self) -> socket.socket:
         """Return a front end's end of a new channel; they are numbered from 1."""
         theirs, ours = socket.socketpair()
-        await self.engine.connect("front-0", theirs, next(self._numbers))
+        await self.device_process.connect("front-0", theirs, next(self._numbers))
         return ours
 
-    async def open(self) -> EngineChannel:
+    async def open(self) -> DeviceChannel:
         """Return a front end's channel."""
         ours = await self.connect()
-        return await asyncio.to_thread(EngineChannel, self.name, ours)
+        return await asyncio.to_thread(DeviceChannel, self.name, ours)
 
     def messages(self) -> list[tuple[bytes, bytes]]:
-        """Return what the engine has sent to the supervisor: kinds, each with the rest."""
+        """Return what the device process has sent to the supervisor: kinds, each with the rest."""
         found = []
         while (message := control.receive_message(self.supervisor)).kind:
             found.append(message[:2])
@@ -66,11 +66,11 @@ class EngineUnderTest:
     async def reported(self) -> set[int]:
         """Return the numbers of the channels of the next report."""
         self.messages()
-        self.engine._report()
+        self.device_process._report()
         return set(Status.from_bytes(self.messages()[-1][1]).has)
 
     async def end(self) -> int:
-        """Let the supervisor leave, and return the exit code of the engine."""
+        """Let the supervisor leave, and return the exit code of the device process."""
         self.supervisor.close()
         code = await asyncio.wait_for(self.running, 60)
         self._theirs.close()
@@ -88,15 +88,15 @@ def run_with(
     bundle: Bundle,
     scenario: Callable[[EngineUnderTest, RemoteRegistry], Awaitable[None]],
 ) -> None:
-    """Run *scenario* with an engine and the models of a front end."""
+    """Run *scenario* with a device process and the models of a front end."""
 
     async def run() -> None:
-        engine = EngineUnderTest(registry_of(bundle, runtime))
-        registry = RemoteRegistry([await engine.open()], SETTINGS)
+        device_process = EngineUnderTest(registry_of(bundle, runtime))
+        registry = RemoteRegistry([await device_process.open()], SETTINGS)
         await registry.start()
-        await scenario(engine, registry)
+        await scenario(device_process, registry)
         await registry.stop()
-        assert await engine.end() == 0
+        assert await device_process.end() == 0
 
     asyncio.run(run())
 
@@ -110,7 +110,7 @@ async def until(condition: Callable[[], bool]) -> None:
 def test_the_outputs_of_an_image_are_those_of_the_runtime_whatever_slot_it_has(bundle) -> None:
     expected = FakeRuntime(num_classes=7).run(PIXELS)["logits"]
 
-    async def scenario(_engine: EngineUnderTest, registry: RemoteRegistry) -> None:
+    async def scenario(_device_process: EngineUnderTest, registry: RemoteRegistry) -> None:
         model = registry.find("tiny", bundle.manifest.id)
         for _ in range(3):
             found = await asyncio.gather(*(model.run(one, FOREVER) for one in PIXELS))
@@ -126,7 +126,7 @@ def test_the_outputs_of_an_image_are_those_of_the_runtime_whatever_slot_it_has(b
 
 
 def test_an_image_that_fails_has_the_error_of_the_engine(bundle) -> None:
-    async def scenario(_engine: EngineUnderTest, registry: RemoteRegistry) -> None:
+    async def scenario(_device_process: EngineUnderTest, registry: RemoteRegistry) -> None:
         model, codes = registry.find(), []
         for _ in range(3):
             try:
@@ -153,7 +153,7 @@ def test_the_embedding_is_sent_if_it_was_requested(bundle) -> None:
         update={"outputs": (*bundle.manifest.outputs, record)}
     )
 
-    async def scenario(_engine: EngineUnderTest, registry: RemoteRegistry) -> None:
+    async def scenario(_device_process: EngineUnderTest, registry: RemoteRegistry) -> None:
         plain, full = await asyncio.gather(
             registry.find().run(PIXELS[0], FOREVER),
             registry.find().run(PIXELS[1], FOREVER, features=True),
@@ -167,9 +167,9 @@ def test_the_embedding_is_sent_if_it_was_requested(bundle) -> None:
 def test_a_slot_is_free_when_the_engine_does_not_read_it_any_more(bundle) -> None:
     runtime = Held(largest_batch=1)
 
-    async def scenario(engine: EngineUnderTest, registry: RemoteRegistry) -> None:
+    async def scenario(device_process: EngineUnderTest, registry: RemoteRegistry) -> None:
         model = cast(RemoteModel, registry.find())
-        (front_end,), ((own_end, _),) = engine.engine.front_ends, model.routes
+        (front_end,), ((own_end, _),) = device_process.device_process.front_ends, model.routes
         in_batch = asyncio.ensure_future(model.run(PIXELS[0], FOREVER))
         await until(runtime.entered.is_set)
         queued = [asyncio.ensure_future(model.run(one, FOREVER)) for one in PIXELS[1:]]
@@ -210,11 +210,11 @@ def test_a_front_end_that_reads_no_results_is_cut_off(bundle, monkeypatch) -> No
     monkeypatch.setattr(channel, "MAX_UNSENT_BYTES", 1000)
     runtime = Counting(num_classes=7)
 
-    async def scenario(engine: EngineUnderTest, registry: RemoteRegistry) -> None:
-        bad = await engine.connect()
+    async def scenario(device_process: EngineUnderTest, registry: RemoteRegistry) -> None:
+        bad = await device_process.connect()
         await asyncio.to_thread(channel.receive_opening, bad)
         bad.setblocking(False)
-        front_ends = engine.engine.front_ends
+        front_ends = device_process.device_process.front_ends
 
         def have_answers(num_sent: int) -> bool:
             is_answered = not any(one.cancel_by_slot for one in front_ends)
@@ -229,7 +229,7 @@ def test_a_front_end_that_reads_no_results_is_cut_off(bundle, monkeypatch) -> No
                 break
 
         bad.close()
-        assert await engine.reported() == {1}
+        assert await device_process.reported() == {1}
         await registry.find().run(PIXELS[0], FOREVER)
 
     run_with(runtime, bundle, scenario)
@@ -244,14 +244,14 @@ HARMLESS = {
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_a_front_end_that_ends_at_any_moment_leaves_nothing_behind(bundle, name) -> None:
-    async def scenario(engine: EngineUnderTest, registry: RemoteRegistry) -> None:
-        other = await engine.connect()
+    async def scenario(device_process: EngineUnderTest, registry: RemoteRegistry) -> None:
+        other = await device_process.connect()
         await asyncio.to_thread(channel.receive_opening, other)
         other.sendall(HARMLESS[name])
         other.close()
-        await until(lambda: len(engine.engine.front_ends) == 1)
+        await until(lambda: len(device_process.device_process.front_ends) == 1)
         await registry.find().run(PIXELS[0], FOREVER)
-        (model,) = engine.engine.registry.models()
+        (model,) = device_process.device_process.registry.models()
         assert model.users == 1  # the channel that is left
 
     run_with(FakeRuntime(num_classes=7), bundle, scenario)
@@ -259,16 +259,16 @@ def test_a_front_end_that_ends_at_any_moment_leaves_nothing_behind(bundle, name)
 
 def test_a_dead_runtime_refuses_all_images_and_ends_the_engine(bundle) -> None:
     async def run() -> None:
-        engine = EngineUnderTest(
+        device_process = EngineUnderTest(
             registry_of(bundle, Failing({1: SystemExit("the device is gone")}))
         )
-        registry = RemoteRegistry([await engine.open()], SETTINGS)
+        registry = RemoteRegistry([await device_process.open()], SETTINGS)
         await registry.start()
         found = await asyncio.gather(
             *(registry.find().run(one, FOREVER) for one in PIXELS), return_exceptions=True
         )
         assert {error.reason.code for error in found} == {"runtime_dead"}
-        assert await engine.end() == 70
+        assert await device_process.end() == 70
         await until(lambda: registry.problem == "engine_starting")
         await registry.stop()
 
@@ -279,30 +279,30 @@ def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
     runtimes = [Held(), Held()]
 
     async def run() -> None:
-        engines = [
+        device_processes = [
             EngineUnderTest(registry_of(bundle, runtime), name=str(number))
             for number, runtime in enumerate(runtimes)
         ]
-        channels = [await engine.open() for engine in engines]
+        channels = [await device_process.open() for device_process in device_processes]
         registry = RemoteRegistry(channels, SETTINGS)
         await registry.start()
         model, images = registry.find(), []
         for pixels in PIXELS[:6]:
             images.append(asyncio.ensure_future(model.run(pixels, FOREVER)))
             await asyncio.sleep(0)
-        assert ([one.queue_length for one in channels], model.num_engines) == ([3, 3], 2)
+        assert ([one.queue_length for one in channels], model.num_devices) == ([3, 3], 2)
         runtimes[0].gate.set()
         await until(lambda: channels[0].queue_length == 0)
         images += [asyncio.ensure_future(model.run(pixels, FOREVER)) for pixels in PIXELS[6:8]]
-        await asyncio.wait(images[-2:])  # the other engine is held
+        await asyncio.wait(images[-2:])  # the other device process is held
         runtimes[1].gate.set()
         await asyncio.gather(*images)
-        assert await engines[0].end() == 0  # though a front end is left
+        assert await device_processes[0].end() == 0  # though a front end is left
         await until(lambda: not channels[0].is_open)
-        assert model.num_engines == 1
+        assert model.num_devices == 1
         await model.run(PIXELS[0], FOREVER)  # by the other one
         await registry.stop()
-        await engines[1].end()
+        await device_processes[1].end()
 
     asyncio.run(run())
 
@@ -310,7 +310,7 @@ def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
 def test_the_end_of_a_drain_also_refuses_images_in_a_channel_that_was_replaced(bundle) -> None:
     runtime = Held(largest_batch=1)
 
-    async def scenario(engine: EngineUnderTest, registry: RemoteRegistry) -> None:
+    async def scenario(device_process: EngineUnderTest, registry: RemoteRegistry) -> None:
         model = registry.find()
 
         async def request() -> None:
@@ -319,7 +319,7 @@ def test_the_end_of_a_drain_also_refuses_images_in_a_channel_that_was_replaced(b
 
         waiting = asyncio.ensure_future(request())
         await until(runtime.entered.is_set)
-        await registry.attach(engine.name, await engine.connect())
+        await registry.attach(device_process.name, await device_process.connect())
         assert registry.find() is not model
         registry.close(DRAINING)
         await until(waiting.done)
@@ -345,11 +345,11 @@ def test_an_engine_reports_no_channel_that_it_cannot_open(
     def refuse(*_given: object) -> None:
         raise error
 
-    async def scenario(engine: EngineUnderTest, _registry: RemoteRegistry) -> None:
+    async def scenario(device_process: EngineUnderTest, _registry: RemoteRegistry) -> None:
         monkeypatch.setattr(channel, "open_channel", refuse)
-        with await engine.connect() as ours:
+        with await device_process.connect() as ours:
             assert ours.recv(1) == b""
-        assert await engine.reported() == {1}
+        assert await device_process.reported() == {1}
 
     run_with(FakeRuntime(num_classes=7), bundle, scenario)
     expected = [f"front end front-0: has no channel ({reason})"] if reason else []
@@ -373,10 +373,12 @@ def test_an_engine_sends_no_models_that_a_front_end_would_not_read(bundle, monke
 def test_a_report_of_an_engine_hashes_no_manifest(bundle, monkeypatch) -> None:
     name = bundle.name
 
-    async def scenario(engine: EngineUnderTest, _registry: RemoteRegistry) -> None:
-        engine.messages()
+    async def scenario(device_process: EngineUnderTest, _registry: RemoteRegistry) -> None:
+        device_process.messages()
         monkeypatch.setattr(Manifest, "id", "computed again")
-        engine.engine._report()
-        assert [Status.from_bytes(rest).bundles for _, rest in engine.messages()] == [name]
+        device_process.device_process._report()
+        assert [Status.from_bytes(rest).bundles for _, rest in device_process.messages()] == [
+            name
+        ]
 
     run_with(FakeRuntime(num_classes=7), bundle, scenario)

@@ -13,10 +13,10 @@ from sopdeploy_service.decoding import pool
 from sopdeploy_service.devices import channel, control, processes, supervisor
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.processes import LaunchConfig, Process
-from sopdeploy_service.devices.remote import EngineChannel, RemoteRegistry
+from sopdeploy_service.devices.remote import DeviceChannel, RemoteRegistry
 from sopdeploy_service.inference.results import QUEUE_FULL, RejectedError
 from sopdeploy_service.settings import Settings, load_settings
-from tests.service.devices.test_engine import (
+from tests.service.devices.test_device_process import (
     FOREVER,
     PIXELS,
     EngineUnderTest,
@@ -27,17 +27,19 @@ from tests.support.fake_runtime import FakeRuntime
 
 
 class Server:
-    """A supervisor with an engine and two front ends, whose ends of the control sockets are *ends*."""
+    """A supervisor with a device process and two front ends, whose ends of the control sockets are *ends*."""
 
     def __init__(self, stack: ExitStack) -> None:
         settings = load_settings(front_ends=2, keep="kept")
-        engine = Process("engine", {}, settings, "", 0)
+        device_process = Process("engine", {}, settings, "", 0)
         self.front_ends = [
             Process(f"front-{number}", {}, settings, None, number) for number in range(2)
         ]
-        self.processes = {process.name: process for process in (engine, *self.front_ends)}
+        self.processes = {
+            process.name: process for process in (device_process, *self.front_ends)
+        }
         listener = stack.enter_context(socket.socket())
-        self.supervisor = supervisor.Supervisor([], settings, [engine], listener)
+        self.supervisor = supervisor.Supervisor([], settings, [device_process], listener)
         self.supervisor._front_ends = self.front_ends
         self.supervisor._channels.front_ends = self.front_ends
         self.supervisor._loop = asyncio.get_running_loop()
@@ -130,8 +132,8 @@ def test_a_front_end_keeps_its_engines_whatever_happens_to_another_one_as_it_ope
     bundle, caplog
 ) -> None:
     async def scenario() -> None:
-        engine = EngineUnderTest(registry_of(bundle, FakeRuntime(num_classes=7)))
-        registry = RemoteRegistry([await engine.open()], Settings())
+        device_process = EngineUnderTest(registry_of(bundle, FakeRuntime(num_classes=7)))
+        registry = RemoteRegistry([await device_process.open()], Settings())
         await registry.start()
 
         theirs, ours = socket.socketpair()
@@ -141,7 +143,7 @@ def test_a_front_end_keeps_its_engines_whatever_happens_to_another_one_as_it_ope
 
         await registry.find().run(PIXELS[0], FOREVER)
         await registry.stop()
-        assert await engine.end() == 0
+        assert await device_process.end() == 0
 
     asyncio.run(scenario())
     assert [record.exc_info for record in caplog.records] == [None]
@@ -154,15 +156,15 @@ def test_an_engine_that_opens_its_channel_never_delays_no_other_one(
     monkeypatch.setattr(channel, "OPENING_SECONDS", 0.1)
 
     async def scenario() -> None:
-        engine = EngineUnderTest(registry_of(bundle, FakeRuntime(num_classes=7)))
-        registry = RemoteRegistry([await engine.open()], Settings())
+        device_process = EngineUnderTest(registry_of(bundle, FakeRuntime(num_classes=7)))
+        registry = RemoteRegistry([await device_process.open()], Settings())
         await registry.start()
         theirs, ours = socket.socketpair()
         with theirs:
             await registry.attach("other", ours)
-        await registry.attach("engine", await engine.connect())
+        await registry.attach("engine", await device_process.connect())
         await registry.stop()
-        assert await engine.end() == 0
+        assert await device_process.end() == 0
 
     asyncio.run(scenario())
 
@@ -170,13 +172,13 @@ def test_an_engine_that_opens_its_channel_never_delays_no_other_one(
 async def connect_engine(
     bundle: Bundle,
 ) -> tuple[socket.socket, channel.Slots, RemoteRegistry]:
-    """Start a front end whose engine, with four slots, is the test: its socket, its slots, the front end."""
+    """Start a front end whose device process, with four slots, is the test: its socket, its slots, the front end."""
     theirs, ours = socket.socketpair()
     model = registry_of(bundle, FakeRuntime(num_classes=7)).find()
     slots, described = channel.open_channel(theirs, [channel.ModelFacts.describe(model)], 4)
     theirs.sendall(described)
-    engine = await asyncio.to_thread(EngineChannel, "engine", ours)
-    registry = RemoteRegistry([engine], Settings())
+    device_process = await asyncio.to_thread(DeviceChannel, "engine", ours)
+    registry = RemoteRegistry([device_process], Settings())
     await registry.start()
     return theirs, slots, registry
 

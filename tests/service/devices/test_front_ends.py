@@ -1,4 +1,4 @@
-"""Front ends that share an engine, as processes: failures of each kind, the queue limit, the drain."""
+"""Front ends that share a device process, as processes: failures of each kind, the queue limit, the drain."""
 
 import os
 import re
@@ -75,13 +75,13 @@ def test_an_engine_that_ends_or_hangs_refuses_its_images_and_is_replaced_behind_
         servers = {process_of(client, f"front-{number}") for number in range(2)}
         sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(8)]
         wait_for(lambda: num_admitted(client) == 8)
-        engine = process_of(client, "engine")
-        os.kill(engine, number)
+        device_process = process_of(client, "engine")
+        os.kill(device_process, number)
         for reply in sent:
             refused = reply.result()
             assert (refused.status_code, refused.json()["code"]) == (503, "runtime_dead")
             assert int(refused.headers["retry-after"]) >= 1
-        wait_for(lambda: not is_alive(engine))
+        wait_for(lambda: not is_alive(device_process))
         gate.touch()
         wait_for(
             lambda: [status_of(client, jpeg) for _ in range(8)] == [200] * 8
@@ -103,10 +103,10 @@ def test_a_front_end_is_alive_but_not_ready_while_its_engine_starts(tmp_path, jp
             *(process_of(client, f"front-{number}") for number in range(2)),
         ]
         files = [num_memories(process) for process in kept]
-        engine = process_of(client, "engine")
-        gone = bundle.rename(tmp_path / "gone")  # so that no later engine is ready
-        os.kill(engine, signal.SIGSTOP)
-        os.kill(engine, signal.SIGKILL)
+        device_process = process_of(client, "engine")
+        gone = bundle.rename(tmp_path / "gone")  # so that no later device process is ready
+        os.kill(device_process, signal.SIGSTOP)
+        os.kill(device_process, signal.SIGKILL)
         wait_for(lambda: client.get("/readyz").json()["status"] == "engine_starting")
         assert client.get("/livez").status_code == 200
         reply = client.post("/v1/classify", content=jpeg)
@@ -150,7 +150,7 @@ def test_a_front_end_that_ends_or_hangs_is_replaced_and_its_images_make_room(
         by_name = {name: num_admitted(client, name) for name in ("front-0", "front-1")}
         assert sum(by_name.values()) == len(waiting)
         name = max(by_name, key=lambda one: by_name[one])
-        victim, engine = process_of(client, name), process_of(client, "engine")
+        victim, device_process = process_of(client, name), process_of(client, "engine")
         os.kill(victim, number)
         wait_for(lambda: not is_alive(victim))
         wait_for(lambda: process_of(client, name) not in {0, victim})
@@ -164,7 +164,7 @@ def test_a_front_end_that_ends_or_hangs_is_replaced_and_its_images_make_room(
         wait_for(
             lambda: client.post("/v1/classify", files=files).status_code == 200
         )  # nothing is left
-        assert process_of(client, "engine") == engine
+        assert process_of(client, "engine") == device_process
 
 
 def test_a_signal_to_every_process_completes_the_admitted_requests(
@@ -204,7 +204,7 @@ def test_front_ends_that_both_lack_a_channel_are_replaced_one_by_one(tmp_path, j
         supervisor = client.child.pid
         soft, hard = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
 
-        # After the reload, the supervisor has no free descriptor for the channels to the engine.
+        # After the reload, the supervisor has no free descriptor for the channels to the device process.
         link.unlink()
         link.symlink_to(write_bundle(tmp_path / "second", seed=1))
         resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (3, hard))
@@ -258,13 +258,13 @@ def test_each_process_is_counted_once_in_the_memory_at_rest(monkeypatch) -> None
     monkeypatch.setattr(device_server, "resident_bytes", lambda process="self": sizes[process])
     config = LaunchConfig(
         name="front-0", device=None, variables={}, sources=(), settings=Settings(), supervisor=1,
-        front_ends=3, position=0, num_servers=3, engines=(71, 72),
+        front_ends=3, position=0, num_servers=3, device_processes=(71, 72),
     )  # fmt: skip
     assert device_server.bytes_at_rest(config) == 1 + 3 * 10 + 100 + 1_000
 
 
 def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypatch) -> None:
-    monkeypatch.setattr(device_server, "EngineChannel", lambda *arguments: arguments)
+    monkeypatch.setattr(device_server, "DeviceChannel", lambda *arguments: arguments)
     monkeypatch.setattr(device_server, "RemoteRegistry", lambda channels, _settings: channels)
     names = ("at the start", "of one reload", "of the last reload")
     first, *later = [
@@ -272,7 +272,7 @@ def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypat
     ]
     config = LaunchConfig(
         name="front-0", device=None, variables={}, sources=(), settings=Settings(), supervisor=1,
-        front_ends=1, position=0, num_servers=1, engines=(), keys=first.files[0], limits=first.files[1],
+        front_ends=1, position=0, num_servers=1, device_processes=(), keys=first.files[0], limits=first.files[1],
     )  # fmt: skip
     ours, theirs = control.socket_pair()
     with ours, theirs, socket.socket() as connection:
@@ -281,10 +281,10 @@ def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypat
             keys.close()
         assert control.send_message(ours, control.CHANNEL, b"3 engine", connection.fileno())
         num_open = num_open_files()
-        [(engine, end, number)], config = device_server.wait_for_engine(config, theirs)
+        [(device_process, end, number)], config = device_server.wait_for_device(config, theirs)
         end.close()
         assert num_open_files() == num_open  # it has closed those of the earlier keys
-    assert (engine, number, config.keys_number) == ("engine", 3, 2)
+    assert (device_process, number, config.keys_number) == ("engine", 3, 2)
     assert device_server.read_shared_keys(config.keys) == tuple(later[-1].ring.keys)
     assert device_server.map_states(config.limits).nbytes == STATE_BYTES
 

@@ -190,25 +190,25 @@ def test_a_process_that_lacks_what_it_was_sent_gets_no_connections_and_is_replac
 ) -> None:
     reported, expected = LACKS[name]
     settings, killed, order = load_settings(front_ends=0), [], []
-    engine = Process("engine", {}, settings, "", 0)
+    device_process = Process("engine", {}, settings, "", 0)
     front_ends = [Process(f"front-{number}", {}, settings, None, number) for number in range(2)]
     with socket.socket() as listener:
-        server = supervisor.Supervisor([], settings, [engine], listener)
+        server = supervisor.Supervisor([], settings, [device_process], listener)
         server._front_ends, server._announced = front_ends, True
         server._channels.front_ends = front_ends
-        for number, process in enumerate([*front_ends, engine], 1):
+        for number, process in enumerate([*front_ends, device_process], 1):
             process.reset(SimpleNamespace(close=lambda: None))
             process.child = SimpleNamespace(
                 poll=lambda: None, kill=lambda name=process.name: killed.append(name), pid=1
             )
-            if process is not engine:
+            if process is not device_process:
                 process.expected.update({"engine": number, supervisor.KEYS: 9})
 
         async def next_beat(_seconds: float) -> None:
             order.append(len(killed))
             if len(order) > 120:
                 raise asyncio.CancelledError
-            for process in (engine, *front_ends):
+            for process in (device_process, *front_ends):
                 if process.name not in killed:
                     process.record_status(Status(0, 0, "", frozenset(reported[process.name])))
             if len(order) == 3:
@@ -318,13 +318,13 @@ def test_a_front_end_for_which_no_channel_can_be_made_lacks_it(monkeypatch) -> N
         raise OSError(errno.EMFILE, "Too many open files")
 
     settings = load_settings()
-    engine, front_end = (
+    device_process, front_end = (
         Process(name, {}, settings, device, 0) for name, device in (("0", "0"), ("f", None))
     )
     with socket.socket() as listener:
-        server = supervisor.Supervisor([], settings, [engine], listener)
+        server = supervisor.Supervisor([], settings, [device_process], listener)
         monkeypatch.setattr(supervisor.socket, "socketpair", refuse)
-        server._channels.connect(engine, front_end)
+        server._channels.connect(device_process, front_end)
         front_end.record_status(Status(0, 0, ""))
         assert server._lacks(front_end)
 
@@ -361,12 +361,12 @@ def test_a_page_of_metrics_that_comes_too_late_is_closed() -> None:
 
 
 def test_a_front_end_knows_the_engines_that_were_started_before_it(monkeypatch) -> None:
-    engines: list[tuple[int, ...]] = []
+    device_processes: list[tuple[int, ...]] = []
 
     async def start(config: processes.LaunchConfig, *_files: int) -> SimpleNamespace:
-        engines.append(config.engines)
+        device_processes.append(config.device_processes)
         await asyncio.sleep(0)  # the other processes wait to be started
-        return SimpleNamespace(pid=len(engines), poll=lambda: None)
+        return SimpleNamespace(pid=len(device_processes), poll=lambda: None)
 
     async def scenario() -> None:
         settings = load_settings(front_ends=2)
@@ -386,7 +386,7 @@ def test_a_front_end_knows_the_engines_that_were_started_before_it(monkeypatch) 
                 server._close_control(process)
 
     asyncio.run(scenario())
-    assert engines == [(), (), (1, 2), (1, 2)]
+    assert device_processes == [(), (), (1, 2), (1, 2)]
 
 
 @pytest.mark.parametrize("function", ["socketpair", "merge_metrics"])

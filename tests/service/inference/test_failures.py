@@ -70,7 +70,7 @@ SHARES = {
 def test_only_images_on_the_same_device_delay_an_image(
     bundle, monkeypatch, admitted, front_ends, engines, is_in_time
 ):
-    monkeypatch.setattr(model_worker.LocalModel, "num_engines", engines)
+    monkeypatch.setattr(model_worker.LocalModel, "num_devices", engines)
     runtime = FakeRuntime(num_classes=7, largest_batch=1)
     loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 1.0),))
     registry = service.ModelRegistry({"tiny": loaded}, Settings())
