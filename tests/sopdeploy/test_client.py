@@ -358,14 +358,21 @@ def test_the_rate_limit_of_a_key_is_always_waited_for(delays):
     assert len(delays) == 30
 
 
-def test_the_server_is_told_the_remaining_time_and_the_number_of_the_attempt(delays):
+def test_the_server_is_told_the_number_of_the_attempt_and_a_time_that_ends_before_the_call(
+    delays, monkeypatch
+):
     server = Script(httpx.ConnectError("no"), SUCCESS)
     server.call("classify", b"x", timeout=10)
     assert [one.headers["X-Request-Attempt"] for one in server.requests] == ["1", "2"]
     first, second = (
         int(request.headers["X-Request-Timeout-Ms"]) for request in server.requests
     )
-    assert 0 < second <= first <= 10_000
+    assert 0 < second <= first <= 9_500
+
+    monkeypatch.setattr(module, "SERVER_SHARE", 1e-9)
+    server = Script(SUCCESS)
+    server.call("classify", b"x", timeout=10)
+    assert server.requests[0].headers["X-Request-Timeout-Ms"] == "1"
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, math.inf, math.nan, None, "30", True])
