@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +30,15 @@ MASK_VALUES = 32
 MASK_SHARE = 0.95
 PROPORTIONS = 0.02  # relative difference between those of a mask and its photograph
 MASKS_READ = 3  # of each kind; the first that is a photograph ends the search
+SIZES_READ = 6  # images of each folder whose sizes are compared
+SIZE_FACTOR = (
+    4  # between the pixels of folders that show different things, such as boards and pieces
+)
 FORMS_READ = 6  # pictures of each form: chance would match all of them in one case of 46,656
 COPIED = 0.9  # share of the files of a folder that others must have
 FORM_SIDE = 16  # pixels of the pictures that are compared
 
+T = TypeVar("T")
 Pair: TypeAlias = tuple[bytes, bytes]  # a photograph, and what may be another form of it
 
 
@@ -110,6 +115,41 @@ def find_copied_folders(root: Path, leave_out: Collection[str] = ()) -> list[str
         if {*in_others[name]} - {*left_out}:
             left_out.append(name)
     return sorted(left_out) if len(names) - len(left_out) > 1 else []
+
+
+def find_variants(root: Path, images: Mapping[str, Sequence[bytes]]) -> set[str]:
+    """Find the folders with the pictures of another one again: cleaned, cropped or segmented.
+
+    *images* are those below each folder, as for `find_leftovers`. A variant has the name of its
+    original, and is more like it than like other pictures.
+    """
+    return {
+        os.fsdecode(pairs[0][1].partition(b"/")[0])
+        for pairs in _pair_with_other_classes(images)
+        if _worse_form(root, pairs)
+    }
+
+
+def find_other_sizes(root: Path, images: Mapping[str, Sequence[bytes]]) -> set[str]:
+    """Find the folders whose images all have `SIZE_FACTOR` times more or fewer pixels than all others.
+
+    Folders of fewer than `MASKS_READ` images are not found.
+    """
+    areas = {
+        folder: [area for path in _spread(paths, SIZES_READ) if (area := _area(root, path))]
+        for folder, paths in images.items()
+    }
+    found = set[str]()
+    for folder, own in areas.items():
+        others = [
+            area for other, several in areas.items() if other != folder for area in several
+        ]
+        if others and len(own) >= MASKS_READ:
+            is_larger = min(own) >= SIZE_FACTOR * max(others)
+            is_smaller = min(others) >= SIZE_FACTOR * max(own)
+            if is_larger or is_smaller:
+                found.add(folder)
+    return found
 
 
 class Leftover(NamedTuple):
@@ -349,7 +389,17 @@ def _read(root: Path, path: bytes) -> Image.Image:
         raise DataError(f"{name}: cannot be read") from error
 
 
-def _spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """Return *count* of *pairs*, or all, spread over them."""
-    positions = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(int)
-    return [pairs[position] for position in positions.tolist()]
+def _area(root: Path, path: bytes) -> int:
+    """Return the number of pixels of an image by its header; 0 if it cannot be read."""
+    name = root / os.fsdecode(path)
+    try:
+        width, height = Photo(str(name), read_file(name, MAX_BYTES)).image.size
+    except (DataError, OSError):
+        return 0
+    return width * height
+
+
+def _spread(values: Sequence[T], count: int) -> list[T]:
+    """Return *count* of *values*, or all, spread over them."""
+    positions = np.linspace(0, len(values) - 1, min(count, len(values))).astype(int)
+    return [values[position] for position in positions.tolist()]

@@ -37,6 +37,7 @@ from sopdeploy.photos.files import (
     part_kind,
     part_of,
 )
+from sopdeploy.photos.forms import find_other_sizes, find_variants
 from sopdeploy.photos.table import OpenedParts
 from sopdeploy.photos.table_search import find_listing_tables, named_table
 
@@ -51,8 +52,11 @@ UNSPECIFIC = {
     *("backup", "bak", "copy", "copies", "example", "examples", "folder", "misc", "new", "old"),
     *("output", "outputs"),
     *("pred", "preds", "prediction", "predictions", "result", "results", "sample", "samples"),
-    *("screenshot", "screenshots", "temp", "tmp", "unlabeled", "unlabelled", "unsorted"),
+    *("screenshot", "screenshots", "temp", "tmp"),
+    *("unknown", "unlabeled", "unlabelled", "unsorted"),
 }
+# Names such as `day 1`, `ch12` and `2024-05-01`; those of WordNet have more digits
+NUMBERED = re.compile(r"\D*[^\W\d]\D*\d{1,3}|\d+\D+\d.*")
 
 
 MAY_HOLD_ALL = "may hold the images of all classes"
@@ -166,6 +170,15 @@ class Tree:
         """The folders at the top that hold images, sorted."""
         return sorted(self.counts)
 
+    def by_top(self) -> dict[str, list[bytes]]:
+        """List the images below each folder at the top."""
+        paths = {top: list[bytes]() for top in self.tops}
+        for path in self.paths:
+            top, separator, _ = path.partition(b"/")
+            if separator:
+                paths[os.fsdecode(top)].append(path)
+        return paths
+
     def may_hold_classes(self, folder: str) -> bool:
         """Tell whether the folders in *folder* differ in words, and hold several images each.
 
@@ -212,8 +225,6 @@ def propose_readings(tree: Tree, parts: Parts, num_part_classes: int) -> list[Re
     is_only_one = len(proposed) == 1 and not proposed[0].doubt and not parts.train
     if not is_only_one:
         proposed += _propose_names(tree)
-    elif proposed[0].path == root:
-        proposed += _propose_names_of_shards(tree)
     proposed += [*_propose_tables(tree), *beside]
     are_flat_parts = bool(tree.counts) and all(map(part_kind, tree.counts)) and not tree.inner
     if not proposed and not are_flat_parts:
@@ -241,7 +252,7 @@ def _propose_folders(tree: Tree) -> Iterator[Reading]:
         return
 
     # The folders at the top, also without those that may be no classes.
-    doubtful = _doubtful_folders(tree)
+    doubtful = _doubtful_together(tree) | _doubtful_folders(tree)
     doubt = ""
     inside = sorted(
         {
@@ -252,7 +263,10 @@ def _propose_folders(tree: Tree) -> Iterator[Reading]:
         }
     )
     if doubtful:
-        doubt = f"{shorten(sorted(doubtful))} {next(iter(doubtful.values()))}"
+        names_of = defaultdict[str, list[str]](list)
+        for name in sorted(doubtful):
+            names_of[doubtful[name]].append(name)
+        doubt = "; ".join(f"{shorten(names)} {reason}" for reason, names in names_of.items())
     elif inside:
         doubt = (
             f"they hold parts of the data, {shorten(inside)}; put the parts above the classes"
@@ -275,7 +289,7 @@ def _propose_folders(tree: Tree) -> Iterator[Reading]:
 
 
 def _doubtful_folders(tree: Tree) -> dict[str, str]:
-    """Return the folders at the top that may be no classes, and why."""
+    """Return the folders at the top that may be no classes by their names, and why."""
     tops = tree.tops
     doubtful = {}
     for top in tops:
@@ -296,6 +310,32 @@ def _doubtful_folders(tree: Tree) -> dict[str, str]:
         elif {name.lower() for name in tree.inner.get(top, ())} & others:
             doubtful[top] = "holds folders with the names of the others"
     return doubtful
+
+
+def _doubtful_together(tree: Tree) -> dict[str, str]:
+    """Return the folders at the top that may be no classes beside the others, and why.
+
+    Names alone tell nothing of them.
+    """
+    # Days, chapters, batches
+    tops = tree.tops
+    has_one_word = len({_without_digits(top) for top in tops}) == 1
+    is_numbered = has_one_word and all(map(NUMBERED.fullmatch, tops))
+    numbered = {*tops} if is_numbered else set[str]()
+
+    # Forms of the same pictures, and things of other sizes, such as boards and pieces
+    images = tree.by_top()
+    forms = find_variants(tree.root, images)
+    sizes = find_other_sizes(tree.root, images)
+    return {
+        **dict.fromkeys(
+            sizes, "may show other things, because no other images have such sizes"
+        ),
+        **dict.fromkeys(forms, "may hold the same pictures in several forms"),
+        **dict.fromkeys(
+            numbered, "may be parts of one class, because only their numbers differ"
+        ),
+    }
 
 
 def _without_unspecific(name: str) -> str:
@@ -324,18 +364,6 @@ def _propose_names(tree: Tree) -> Iterator[Reading]:
             how = "by the names of the files"
             yield Reading(tree.root, how, pattern, doubt=f"{how}, which may not be the classes")
             return
-
-
-def _propose_names_of_shards(tree: Tree) -> Iterator[Reading]:
-    """Yield `_propose_names` if folders that differ in a number only hold the same several words."""
-    words = {_without_digits(top) for top in tree.tops}
-    if len(words) > 1 or not re.search(r"[^\W\d_]{2}", next(iter(words), "")):
-        return
-    of_top = defaultdict[str, set[str]](set)
-    for path in tree.paths:
-        of_top[os.fsdecode(path).partition("/")[0]].add(class_in_name(path, NAME_PATTERNS[0]))
-    if len(set.intersection(*of_top.values()) - {""}) > 1:
-        yield from _propose_names(tree)
 
 
 def _propose_tables(tree: Tree) -> Iterator[Reading]:
@@ -444,7 +472,8 @@ def _suggest_sorting(root: Path, reading: Reading) -> str:
     """Say how the folder that may hold the images of all classes can be sorted; "" for other doubts."""
     if MAY_HOLD_ALL not in reading.doubt:
         return ""
-    general = reading.doubt.partition(f" {MAY_HOLD_ALL}")[0].split(", ")[0]
+    names = reading.doubt.partition(f" {MAY_HOLD_ALL}")[0].rpartition("; ")[2]
+    general = names.split(", ")[0]
     return f"; or sort {general} into one subfolder per class{suggest_sorting_by_hand(root / general)}"
 
 

@@ -714,6 +714,8 @@ ASKED = {
         "photos (cat 10, dog 10; 2 of 22 images left over)",
     ),
     "shards": ({}, "data.classes_from='^\\D+' (cat 6, dog 6)"),
+    "chapters": ({"ch1": 3, "ch12": 3}, "(ch1, ch12 may be parts of one class, because only their numbers differ)"),
+    "dates": ({"2024-05-01": 3, "2024-06-01": 3}, "because only their numbers differ"),
 }  # fmt: skip
 
 
@@ -734,8 +736,9 @@ NOT_ASKED = [
     {"cat__2025-01": 2, "cat__2025-02": 2, "dog__2025-01": 2, "dog__2025-02": 2},
     {"good__2025-01": 10, "good__2025-02": 10, "bad": 2},
     {"good__left": 3, "good__right": 2, "bad": 2},
-    {"c0": 3, "c1": 3},
-    {"class 1": 3, "class 2": 3},
+    {"0": 3, "1": 3},
+    {"n01440764": 3, "n01443537": 3},  # WordNet
+    {"10 cent": 3, "20 cent": 3},
 ]
 
 

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 from zlib import crc32
 
+import numpy as np
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
 from sopdeploy.data.sources import FolderConfig, open_data
@@ -61,6 +63,8 @@ ASKED: dict[str, tuple[dict[str, int], str, list[str]]] = {
         ["blight", "rot", "rust", "scab"],
     ),
     "unsorted": ({"a": 6, "b": 6, "unsorted": 6}, "leave_out=unsorted", ["a", "b"]),
+    "unknown": ({"a": 6, "b": 6, "unknown": 6}, "leave_out=unknown", ["a", "b"]),
+    "days": ({"day 1": 6, "day 2": 6}, "classes_from=folders", ["day 1", "day 2"]),
     "a new folder": ({"a": 6, "b": 6, "New folder": 6}, "leave_out='New folder'", ["a", "b"]),
     "a copy by its name": ({"a": 6, "b": 6, "b - Copy": 6}, "leave_out='b - Copy'", ["a", "b"]),
     "results": ({"cats": 6, "dogs": 6, "results": 3}, "leave_out=results", ["cats", "dogs"]),
@@ -93,6 +97,41 @@ def test_a_folder_with_several_readings_is_asked_about_with_commands_that_train_
         assert [label for label in checked if checked[label] > 1] == [*split.train.labels]
     (meant,) = [command for command in opened if command.endswith(option)]
     assert [*opened[meant].train.labels] == labels
+
+
+def test_folders_with_the_same_pictures_are_asked_about(tmp_path) -> None:
+    make(tmp_path, {"raw": 8, "noisy": 0})
+    for file in (tmp_path / "raw").iterdir():
+        with Image.open(file) as image:
+            noise = np.random.default_rng(0).integers(0, 30, (24, 32, 3), np.uint8)
+            noisy = Image.fromarray(np.asarray(image) // 2 + noise)
+        noisy.save(tmp_path / "noisy" / file.name)
+
+    with pytest.raises(DataError, match="noisy, raw may hold the same pictures in several"):
+        open_folder(tmp_path)
+    assert open_folder(tmp_path, "folders").train.labels == ("noisy", "raw")
+
+
+@pytest.mark.parametrize("sides", [(16, 64), (64, 16)])
+def test_folders_whose_images_have_other_sizes_are_asked_about(tmp_path, sides) -> None:
+    for folder, side in zip(("boards", "pieces"), sides, strict=True):
+        (tmp_path / folder).mkdir()
+        for number in range(4):
+            content = jpeg(crc32(f"{folder} {number}".encode()), (side + number, side))
+            (tmp_path / folder / f"{folder}{number}.jpg").write_bytes(content)
+
+    with pytest.raises(
+        DataError, match="boards, pieces may show other things, because no other"
+    ):
+        open_folder(tmp_path)
+
+
+def test_class_folders_with_one_small_image_or_two_sizes_are_taken(tmp_path) -> None:
+    make(tmp_path, {"cat": 6, "dog": 6})
+    (tmp_path / "cat" / "large.jpg").write_bytes(jpeg(1, (640, 480)))
+    (tmp_path / "dog" / "small.jpg").write_bytes(jpeg(2, (16, 12)))
+
+    assert open_folder(tmp_path).train.labels == ("cat", "dog")
 
 
 TAKEN: dict[str, tuple[dict[str, int], str]] = {
