@@ -55,8 +55,8 @@ UNSPECIFIC = {
     *("screenshot", "screenshots", "temp", "tmp"),
     *("unknown", "unlabeled", "unlabelled", "unsorted"),
 }
-# Names such as `day 1`, `ch12` and `2024-05-01`; those of WordNet have more digits
-NUMBERED = re.compile(r"\D*[^\W\d]\D*\d{1,3}|\d+\D+\d.*")
+# Names such as `day 1`, `ch12` and `2024-05-01`, but not `class 1`; WordNet's have more digits
+NUMBERED = re.compile(r"(?!class)\D*[^\W\d]\D*\d{1,3}|\d+\D+\d.*", re.IGNORECASE)
 
 
 MAY_HOLD_ALL = "may hold the images of all classes"
