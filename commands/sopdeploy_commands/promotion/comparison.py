@@ -210,8 +210,24 @@ class BundleComparison(StrictModel):
             asked = math.ceil(LABELS_PER_DECIDING * rounded)
             yield f"label about {asked:,} more to decide, two fifths of which count here"
 
+        losers = [change for change in self.classes if change.losses > change.wins]
+        if self.verdict == "worse" and losers:
+            yield self._describe_exchange(losers)
+
         if self.unknown is not None and self.unknown.is_worse:
             yield f"rejects {self.unknown.losses - self.unknown.wins} fewer unknown images"
+
+    def _describe_exchange(self, losers: Sequence[ClassChange]) -> str:
+        """Say what the class that loses most of *losers* loses, and what the others lose or gain together."""
+        loser = max(losers, key=lambda change: change.losses - change.wins)
+        others = [change for change in (*self.classes, *self.new) if change is not loser]
+        right = sum(change.second for change in others)
+        live = sum(change.first for change in others)
+        count = sum(change.num_images for change in others)
+        return (
+            f"{loser.label} loses most: {loser.second} of {loser.num_images} right, the live one "
+            f"{loser.first}, and {right} of {count} of the others, the live one {live}"
+        )
 
     @property
     def _figures(self) -> str:
