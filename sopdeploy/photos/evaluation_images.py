@@ -25,7 +25,7 @@ from sopdeploy.photos.files import (
     data_folder,
     find_parts,
     hint_at_spelling,
-    is_kept_photograph,
+    is_kept_as_unsure,
     list_images,
     list_subfolders,
     naming_all_undecodable,
@@ -299,7 +299,7 @@ def open_unknown(root: Path) -> UnknownImages:
     # A kept photograph has an ID as its name. Those in `SAMPLE_FOLDER` were drawn whatever their
     # scores.
     are_biased = [
-        path.parent.name != SAMPLE_FOLDER and is_kept_photograph(path.name) for path in paths
+        path.parent.name != SAMPLE_FOLDER and is_kept_as_unsure(path.name) for path in paths
     ]
     num_left_out = sum(are_biased)
     num_remaining = len(images) - num_left_out

@@ -44,6 +44,7 @@ HELD_OUT_SUFFIX = (
     "-held-out"  # of the folder beside that of the classes, with what decides about a bundle
 )
 ID_DIGITS = 32  # hexadecimal
+SAMPLED = "-sample"  # behind the ID, for one of the uniform sample that trains
 KEPT_NAME = re.compile(r"[0-9a-f]{32}\.(jpg|png)")  # as a server writes it
 # Also of copies: ID-2, `ID (1)`, `ID copy`
 _KEPT_STEM = re.compile(r"([0-9a-f]{32})(?:[-_ (].*)?")
@@ -89,9 +90,19 @@ def kept_id(name: str) -> str:
     return match[1] if match else ""
 
 
-def is_kept_photograph(name: str) -> bool:
-    """Tell whether the image file *name* is a photograph that a server kept, or a copy of one."""
-    return kept_id(name) != "" and PurePath(name).suffix in {".jpg", ".png"}
+def is_kept_as_unsure(name: str) -> bool:
+    """Tell whether the image file *name* is a photograph that a server kept outside of its uniform sample.
+
+    The name of one of the sample (`sampled_name`) says so. Copies are like their originals.
+    """
+    path = PurePath(name)
+    is_kept = kept_id(name) != "" and path.suffix in {".jpg", ".png"}
+    return is_kept and SAMPLED not in path.stem
+
+
+def sampled_name(path: Path) -> str:
+    """Return the name that the kept photograph *path* of the uniform sample has where it trains."""
+    return f"{path.stem}{SAMPLED}{path.suffix}"
 
 
 def numbered_name(path: Path, number: int) -> str:

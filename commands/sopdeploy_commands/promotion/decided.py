@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sopdeploy.photos.files import HELD_OUT_SUFFIX, KEPT_NAME, list_subfolders
+from sopdeploy.photos.files import HELD_OUT_SUFFIX, KEPT_NAME, list_subfolders, sampled_name
 
 KEEP_DECIDING = 60  # newest photographs, which decide again (docs/decisions.md)
 
@@ -10,8 +10,9 @@ KEEP_DECIDING = 60  # newest photographs, which decide again (docs/decisions.md)
 def train_on_decided(held_out: Path) -> int:
     """Move photographs of a server from *held_out* to the folder that is trained on; return how many.
 
-    The newest `KEEP_DECIDING` stay. `label` puts them into PHOTOS-held-out, and PHOTOS must be
-    beside it. Other photographs and folders of other names stay as they are.
+    The newest `KEEP_DECIDING` stay. The others get the name of photographs of the uniform sample.
+    `label` puts them into PHOTOS-held-out, and PHOTOS must be beside it. Other photographs and
+    folders of other names stay as they are.
     """
     name = held_out.name.removesuffix(HELD_OUT_SUFFIX)
     photos = held_out.with_name(name) if name else held_out
@@ -28,7 +29,7 @@ def train_on_decided(held_out: Path) -> int:
 
     moved = 0
     for path in kept[KEEP_DECIDING:]:
-        target = photos / path.parent.name / path.name
+        target = photos / path.parent.name / sampled_name(path)
         if not target.exists():
             target.parent.mkdir(exist_ok=True)
             path.rename(target)

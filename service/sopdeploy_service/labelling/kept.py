@@ -5,9 +5,9 @@ its orientation, and `ID.json` its `KeptRecord`. The record is written first, so
 a photograph is not complete. Subfolders to which other servers write, each with its lock, are
 read, too.
 
-`label` moves photographs without changing their names. Those outside of the uniform sample are
-atypical: they were kept because the network was not sure of them. Figures about new photographs
-must not count them.
+`label` moves photographs. Those outside of the uniform sample are atypical: they were kept because
+the network was not sure of them. Figures about new photographs must not count them, so what trains
+is called `ID-sample` if it is of the sample, and `ID` otherwise.
 """
 
 import logging

@@ -20,7 +20,7 @@ from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.models.base import Classifier
 from sopdeploy.photos.clips import Clips, clips_of_images
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates, connect, find_near_duplicates
-from sopdeploy.photos.files import is_kept_photograph
+from sopdeploy.photos.files import is_kept_as_unsure
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.classifier import LinearProblem
@@ -44,7 +44,7 @@ from sopdeploy.training.head_settings import FeatureSettings, HeadOptions
 # Below this number of groups, temperature and cosines come from three cross-validations: the
 # threshold is one of the lowest cosines, which other folds change.
 FEW_GROUPS = 200
-# Weight in the class means of photographs that a server kept. With 1, these atypical ones and
+# Weight in the class means of photographs that a server kept outside of its sample. With 1, these atypical ones and
 # their wrong labels move the means: of one set, 83 instead of 93 % of the foreign photographs
 # were rejected, with 1/8 93 % (docs/decisions.md).
 KEPT_WEIGHT = 0.125
@@ -299,21 +299,21 @@ def _choose_judged(
 
 
 def select_typical(images: LabeledImages) -> NDArray[np.bool_]:
-    """Select the images (N,) that are like new photographs: those that no server kept.
+    """Select the images (N,) that are like new photographs, those that no network was unsure of.
 
-    Photographs that a server kept are more often unknown or classified wrongly than new ones.
-    Kept photographs are selected, too:
+    Photographs that a server kept outside of its uniform sample are more often unknown or
+    classified wrongly than new ones. They are selected, too:
 
     - in a class that has no other photographs,
-    - if fewer than `MIN_COSINES` photographs are not kept, too few for a threshold,
+    - if there are fewer than `MIN_COSINES` others, too few for a threshold,
     - if images have several classes.
     """
     names = [PurePath(images.identity(index)).name for index in range(len(images))]
-    is_kept_N = np.asarray([is_kept_photograph(name) for name in names], np.bool_)
-    if images.is_multi_label or not is_kept_N.any() or (~is_kept_N).sum() < MIN_COSINES:
+    is_unsure_N = np.asarray([is_kept_as_unsure(name) for name in names], np.bool_)
+    if images.is_multi_label or not is_unsure_N.any() or (~is_unsure_N).sum() < MIN_COSINES:
         return np.ones(len(images), np.bool_)
-    classes_with_others = np.unique(images.targets[~is_kept_N])
-    return ~is_kept_N | ~np.isin(images.targets, classes_with_others)
+    classes_with_others = np.unique(images.targets[~is_unsure_N])
+    return ~is_unsure_N | ~np.isin(images.targets, classes_with_others)
 
 
 def weights_in_means(images: LabeledImages) -> NDArray[np.float64]:

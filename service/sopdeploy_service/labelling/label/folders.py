@@ -44,6 +44,7 @@ from sopdeploy.photos.files import (
     normalize,
     numbered_name,
     part_kind,
+    sampled_name,
 )
 from sopdeploy.photos.table_search import find_table
 from sopdeploy_service.inference.drift_state import read_alarms
@@ -332,10 +333,17 @@ class LabelFolders:
         if *name* cannot name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
         photo = self._find(identity)
-        folder = self._folder_for(name, is_held_out=self._is_held_out(photo))
+        is_held_out = self._is_held_out(photo)
+        folder = self._folder_for(name, is_held_out=is_held_out)
         is_new_folder = not folder.is_dir()
+
+        # What trains is of the uniform sample or not, which `train` sees by its name.
+        file_name = photo.path.name
+        if photo.record and role_of(photo.record) == "trains" and not is_held_out:
+            file_name = sampled_name(photo.path)
+
         try:
-            target = _move_into(folder, photo.path)
+            target = _move_into(folder, photo.path, file_name)
         except FileNotFoundError:
             del self.waiting[identity]
             raise GoneError(GONE) from None
@@ -386,7 +394,7 @@ class LabelFolders:
             return
 
         try:
-            target = _move_into(folder, photo.path)
+            target = _move_into(folder, photo.path, photo.path.name)
         except FileNotFoundError:
             raise GoneError(f"{photo.path}: is no longer there; read the list again") from None
         with suppress(OSError):  # the folder stays if other photographs are in it
@@ -566,13 +574,15 @@ def _find_name_problem(name: str, classes: list[str], folders: Collection[str]) 
     return ""
 
 
-def _move_into(folder: Path, source: Path) -> Path:
+def _move_into(folder: Path, source: Path, name: str) -> Path:
     """Move the photograph *source* into *folder*, which is made if it is missing; return its new path.
+
+    Its new name is *name*, with a number if there is such a file.
 
     Raises `OSError`; then the photograph is where it was.
     """
     # Photographs that no server has kept (a heap) can have equal names.
-    targets = (folder / numbered_name(source, number) for number in itertools.count(1))
+    targets = (folder / numbered_name(Path(name), number) for number in itertools.count(1))
     target = next(path for path in targets if not os.path.lexists(path))
 
     with new_folder(folder):  # which is removed after a move that failed

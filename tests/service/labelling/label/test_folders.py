@@ -45,12 +45,26 @@ def test_a_label_moves_the_photograph_to_the_folder_of_its_kind(
     assert not folders.waiting
 
 
-def test_the_half_of_the_sample_that_trains_goes_to_the_photographs(
-    tmp_path, keep, open_folders
+@pytest.mark.parametrize(("name", "folder"), [("hat", "photos/hat"), (None, "photos-unknown")])
+def test_the_half_of_the_sample_that_trains_goes_to_the_photographs_under_its_name(
+    tmp_path, keep, open_folders, name, folder
 ) -> None:
     one = keep(1, reasons=("sample",), decides=False)
-    open_folders().label(one, "hat")
-    assert files_below(tmp_path) == {f"photos/hat/{one}.jpg"}
+    kept = files_below(tmp_path)
+    folders = open_folders()
+    folders.label(one, name)
+    assert files_below(tmp_path) == {f"{folder}/{one}-sample.jpg"}
+
+    # Its label can be corrected and undone, and it is not asked for again.
+    folders.read()
+    assert not folders.waiting
+    [labelled] = folders.labelled().values()
+    folders.correct(labelled, "scarf")
+    assert files_below(tmp_path) == {f"photos/scarf/{one}-sample.jpg"}
+    [corrected] = folders.labelled().values()
+    folders.correct(corrected, name)
+    folders.undo()
+    assert files_below(tmp_path) == kept
 
 
 @pytest.mark.parametrize(

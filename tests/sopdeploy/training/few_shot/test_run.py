@@ -722,9 +722,10 @@ def test_frames_of_a_clip_share_a_fold_unless_the_user_groups_the_files(
         assert "are frames of one clip, or show one object" in "\n".join(result.lines())
 
 
-def kept_names(count: int, first: int = 0) -> list[bytes]:
+def kept_names(
+    count: int, first: int = 0, ends: tuple[str, str] = (".jpg", "-2.jpg")
+) -> list[bytes]:
     """Name *count* photographs as a server does that keeps them, and every second as a copy."""
-    ends = (".jpg", "-2.jpg")
     return [f"{first + number:032x}{ends[number % 2]}".encode() for number in range(count)]
 
 
@@ -756,6 +757,15 @@ def test_photographs_that_a_server_selected_are_not_judged(
         targets += [target] * (num_own + num_kept)
     images = ImageFiles(Path(), ("a", "b", "c"), np.asarray(paths), np.asarray(targets))
     assert select_typical(images).sum() == judged
+
+
+def test_photographs_of_the_sample_of_a_server_are_judged() -> None:
+    own = [f"a/{number}.jpg".encode() for number in range(20)]
+    sample = [b"a/" + name for name in kept_names(6, 0, ("-sample.jpg", "-sample-2.png"))]
+    unsure = [b"a/" + name for name in kept_names(4, 10)]
+    paths = np.asarray([*own, *sample, *unsure])
+    images = ImageFiles(Path(), ("a",), paths, np.zeros(len(paths), np.int64))
+    assert select_typical(images).tolist() == [True] * 26 + [False] * 4
 
 
 def test_a_photograph_of_weight_one_counts_in_class_means_as_eight_of_an_eighth():
