@@ -13,10 +13,8 @@ import yaml
 from sopdeploy.config import StrictModel
 from sopdeploy.data import augment
 from sopdeploy.data.augment import Augmentation
-from sopdeploy.decision import ACCEPTS, Answer
-from sopdeploy.evaluation.drift import MIN_SHIFT, SIGNIFICANCE
+from sopdeploy.decision import Answer
 from sopdeploy.http_api import Classes
-from sopdeploy.layers.isqrt_cov import Prenorm
 from sopdeploy.training import head_settings, loop_settings, recipe, schedules
 from sopdeploy.training.recipe import Recipe
 from sopdeploy_commands.bulk.classifier import COLUMNS
@@ -193,16 +191,6 @@ def test_the_page_of_limits_has_every_error_of_an_image_with_its_status() -> Non
     assert set(child.ERRORS) - named == set()
 
 
-def test_the_pages_have_the_limits_of_an_alarm_and_of_known() -> None:
-    monitoring = (DOCS / "howto" / "monitoring.md").read_text(encoding="utf-8")
-    p_values = re.findall(r"drift_p_value`? (?:<|below) ([0-9.]+)\b", monitoring)
-    shifts = re.findall(r"drift_shift`? (?:>|over) ([0-9.]+)\b", monitoring)
-    assert {*map(float, p_values)} == {SIGNIFICANCE}
-    assert {*map(float, shifts)} == {MIN_SHIFT}
-    assert (len(p_values), len(shifts)) == (2, 2)
-    assert f"`rejection.accepts` ({ACCEPTS})" in (DOCS / "evaluating.md").read_text("utf-8")
-
-
 def test_something_reads_every_setting_of_a_training_and_of_a_key() -> None:
     """By its name, as an attribute, in the packages; options of optimizers go to them as they are."""
     read = {
@@ -255,10 +243,3 @@ def test_a_decoder_can_reply_with_every_warning() -> None:
     assert names | {"first_frame_only"} == set(child.WARNINGS)
     documented = Classes.__doc__ or ""
     assert [name for name in child.WARNINGS if f"`{name}`" not in documented] == []
-
-
-def test_each_norm_of_a_covariance_has_its_own_gradient() -> None:
-    """That of the hand-written backward is compared with the textbook's for each in `numerics`."""
-    text = (IMAGES.parent / "layers" / "isqrt_cov.py").read_text(encoding="utf-8")
-    for norm in get_args(Prenorm):
-        assert text.count(f'config.prenorm == "{norm}"') == 2  # its value, and its derivative

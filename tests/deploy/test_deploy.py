@@ -710,54 +710,6 @@ def test_compose_mounts_existing_files() -> None:
     ] == []
 
 
-def test_a_shown_command_of_compose_sets_the_variables_that_it_requires() -> None:
-    required = set(re.findall(r"\$\{(\w+):\?", (ROOT / "compose.yaml").read_text()))
-    files = [ROOT / "compose.yaml", *(DEPLOY / "compose").glob("*.yaml"), *PAGES]
-    text = "\n".join(file.read_text(encoding="utf-8").replace("\n# ", " ") for file in files)
-    commands = re.findall(r"`([^`\n]*docker compose[^`]*)`", text)
-    assert (len(required), len(commands)) == (1, 4)
-    assert [
-        command for command in commands if not all(f"{name}=" in command for name in required)
-    ] == []
-
-
-def test_the_page_of_kubernetes_sets_values_of_the_chart() -> None:
-    page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
-    chart_values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
-    keys = re.findall(r"--set(?:-\w+)? '?([\w.]+)=", page)
-    for key in keys:
-        values = chart_values
-        for name in key.split("."):
-            values = values[name]
-    tables = {name: value for name, value in chart_values.items() if isinstance(value, dict)}
-    switches = [f"{name}.enabled" for name, table in tables.items() if "enabled" in table]
-    assert [switch for switch in switches if f"`{switch}`" not in page] == []
-    # Without labels of namespaces, the policy keeps the ingress controller and Prometheus out.
-    assert "networkPolicy.enabled" not in keys
-
-
-def test_keys_get_the_names_that_the_chart_reads() -> None:
-    template = (CHART / "templates" / "deployment.yaml").read_text(encoding="utf-8")
-    files = set(re.findall(r"/etc/sopdeploy/(\w+/[\w.]+)", template))
-    assert files == {"verify/release.pub", "keys/keys.toml"}
-    page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
-    assert "file `keys.toml`" in page
-    transfer = (ROOT / "docs" / "transfer.md").read_text(encoding="utf-8")
-    for text in (page, (CHART / "values.yaml").read_text(encoding="utf-8")):
-        ((name, key),) = re.findall(r"--from-file=(\S+)=(\S+)", text)
-        assert name == "release.pub"
-        assert f"--require-signature {key}" in transfer
-
-
-@pytest.mark.parametrize("file", ["kubernetes/sopdeploy.yaml", "helm/sopdeploy/values.yaml"])
-def test_the_page_that_a_manifest_names_has_the_rule_of_the_adapter(file: str) -> None:
-    text = (DEPLOY / file).read_text(encoding="utf-8")
-    (page,) = re.findall(r"^# .*\badapter\b.*(docs/[\w/]+\.md)", text, re.MULTILINE)
-    rule = (ROOT / page).read_text(encoding="utf-8")
-    assert "seriesQuery: 'sopdeploy_busy" in rule
-    assert "metricsQuery" in rule
-
-
 LOCKS = {"cpu": ("cpu", "openvino", "sign", "s3"), "gpu": ("gpu", "sign", "s3")}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -776,15 +728,6 @@ def test_lock_files_pin_all_server_packages_by_hash_without_an_index(name: str) 
     assert [entry for entry in entries if "--hash=sha256:" not in entry] == []
     assert "://" not in text
     assert not {"torch", "onnx", "timm", "scikit-learn"} & set(pinned)
-
-
-def test_the_image_is_built_with_locked_tools() -> None:
-    """Pip of the base image rejects extras in a file with hashes (pypa/pip#12345)."""
-    lock = (DEPLOY / "lock" / "build.txt").read_text(encoding="utf-8")
-    assert {"build", "hatchling", "pip"} <= set(re.findall(r"^([\w-]+)==", lock, re.MULTILINE))
-    first, *later = re.findall(r"tools/bin/pip .*", DOCKERFILE)
-    assert "--require-hashes --requirement lock/build.txt" in first
-    assert all("--no-index" in command for command in later)
 
 
 @needs_helm

@@ -18,7 +18,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy_service.observability.pages import merge_metrics
 from sopdeploy_service.settings import Settings
-from tests.docs.page_commands import FIRST_BUNDLE, LAST_BUNDLE
 from tests.docs.reading import PAGES, ROOT, blocks, module_at, name
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.service import LABELS, picture_bytes, running, write_bundle
@@ -54,13 +53,6 @@ def test_a_page_that_names_another_one_links_to_it(page: Path) -> None:
     }  # its pages cannot link to others
     linked = of_the_site if page in of_the_site else {*PAGES}
     assert [name(one) for one in places & linked if one != page] == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_code_in_a_sentence_is_on_one_line(page: Path) -> None:
-    """A reader of the Markdown file can copy it in one piece."""
-    code = re.findall(r"`[^`]*`", BLOCK_OR_LINK.sub("", page.read_text(encoding="utf-8")))
-    assert [one for one in code if "\n" in one] == []
 
 
 # Phrases that no native speaker writes, and words that would mean two things here: a root is a
@@ -174,12 +166,6 @@ def test_examples_of_files_and_answers_can_be_parsed(
     assert all(isinstance(example, dict) for example in examples)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_examples_have_the_same_names_of_bundles(page: Path) -> None:
-    named = re.findall(r"\bphotos-[0-9a-f]{12}\b", page.read_text(encoding="utf-8"))
-    assert set(named) <= {FIRST_BUNDLE, LAST_BUNDLE}
-
-
 README = ROOT / "README.md"
 
 
@@ -198,8 +184,6 @@ DESCRIBED = (  # where the project describes itself
     "CHANGELOG.md",
     "CITATION.cff",
 )
-FAMILIES = ("DSoP", "GSoP", "GM-SOP", "second-order", "Newton-Schulz")
-RUN_BY = ("ONNX", "TensorRT", "FastAPI", "Docker")
 
 
 @pytest.mark.parametrize("file", DESCRIBED)
@@ -207,14 +191,6 @@ def test_the_project_describes_itself_by_one_sentence_everywhere(file: str) -> N
     text = (ROOT / file).read_text(encoding="utf-8")
     without_marks = " ".join(re.sub(r"[\"']\s*[\"']", "", text).split())
     assert ABOUT.removeprefix("Train") in without_marks
-
-
-@pytest.mark.parametrize("term", [*FAMILIES, *RUN_BY])
-def test_the_first_pages_name_the_families_and_what_runs_them(term: str) -> None:
-    assert term in "\n".join(README.read_text(encoding="utf-8").splitlines()[:40]) or (
-        term in RUN_BY and term in README.read_text(encoding="utf-8")
-    )
-    assert term in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_tries_it_then_trains_a_network_with_branches_then_on_own_photos() -> None:
@@ -231,48 +207,6 @@ def test_the_readme_tries_it_then_trains_a_network_with_branches_then_on_own_pho
 
 
 FIRST = ("train", "export", "serve")
-
-
-def test_the_readme_names_the_command_of_the_tests_that_ci_runs_and_its_cpu_minutes() -> None:
-    assert re.search(r"`make test` [^`]*\b\d+ CPU minutes", README.read_text(encoding="utf-8"))
-    targets = re.findall(
-        r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
-    )
-    assert {"demo", "test"} <= set(targets)
-    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-
-
-@pytest.mark.parametrize("page", ["index", "quickstart"])
-def test_a_first_page_has_the_commands_of_the_readme(page: str) -> None:
-    commands = next(block for block in blocks(README, "sh") if "train --data" in block)
-    assert commands in "".join(blocks(ROOT / "docs" / f"{page}.md", "sh"))
-
-
-TASKS = {  # what a stranger looks for, and its page
-    "your own network": "howto/your-network.md",
-    "tables of the papers": "howto/reproduce.md",
-    "monitoring": "howto/monitoring.md",
-    "set an alarm": "howto/alerts.md",
-    "write a plug-in": "howto/plug-in.md",
-    "try the demo": "examples.md",
-    "read a report": "howto/report.md",
-    "keys": "keys.md",
-    "roll back": "howto/roll-back.md",
-    "gpu in docker": "howto/gpu.md",
-    "batch size": "howto/batch-size.md",
-    "javascript": "howto/javascript.md",
-}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_home_page_names_a_task_and_its_page(task: str) -> None:
-    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    linked = re.findall(r"\[([^\]]+)\]\(([^)#]+)\)", text)
-    assert [page for words, page in linked if words.lower() == task] == [TASKS[task]]
-    title = (ROOT / "docs" / TASKS[task]).read_text(encoding="utf-8").partition("\n")[0].lower()
-    assert set(re.findall(r"\w+", task)) <= set(
-        re.findall(r"\w+", title)
-    )  # the search ranks titles first
 
 
 # What three kinds of users want, the page that says how, and what stands there.

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import yaml
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
@@ -336,41 +335,6 @@ def test_a_prefix_that_is_a_path_of_the_server_is_refused() -> None:
     for root in ("/v1", "/docs", "/metrics/ml"):
         with pytest.raises(ConfigError, match=r"root_path: .* choose another one"):
             create_app({}, Settings(root_path=root))
-
-
-def test_the_page_leaves_bodies_that_are_too_large_to_the_server() -> None:
-    """Proxies answer in HTML."""
-    pages = (
-        PAGE,
-        (Path(__file__).parents[3] / "docs" / "kubernetes.md").read_text(encoding="utf-8"),
-    )
-    limits = re.findall(r"(?:client_max_body_size|proxy-body-size:) (\d+)m\b", "".join(pages))
-    assert len(limits) == 2
-    assert all(int(limit) << 20 > 2 * Settings().max_body_bytes for limit in limits)
-
-
-def test_the_file_for_traefik_leads_to_the_server(serve_with, jpeg) -> None:
-    """Traefik keeps `Host` and the path, and adds these headers."""
-    file = yaml.safe_load(block("yaml"))["http"]
-    router = file["routers"]["sopdeploy"]
-    assert router["rule"] == "Host(`shop.example`) && PathPrefix(`/ml`)"
-    (server,) = file["services"][router["service"]]["loadBalancer"]["servers"]
-    assert server == {"url": f"http://127.0.0.1:{Settings().port}"}
-    client = serve_with(FakeRuntime(num_classes=7), **tomllib.loads(block("toml")))
-    sent = {
-        **SHOP,
-        **{
-            "x-forwarded-host": "shop.example",
-            "x-forwarded-proto": "https",
-            "x-forwarded-port": "443",
-        },
-        **{
-            "x-forwarded-for": "192.0.2.1",
-            "x-real-ip": "192.0.2.1",
-            "origin": "https://shop.example",
-        },
-    }
-    check_prefix(client, jpeg, {**sent, "sec-fetch-site": "same-origin"})
 
 
 def nginx(folder: Path, port: int, server: str) -> list[str]:
