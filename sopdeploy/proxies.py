@@ -7,20 +7,16 @@ from collections.abc import Collection
 from contextlib import suppress
 from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import read_file
 
 HTTP_PROXIES = ("http", "https")  # the schemes of proxies that every client takes
 # Also of the hub's
 HTTPX_PROXIES = (*HTTP_PROXIES, *(("socks5", "socks5h") if find_spec("socksio") else ()))
 S3_SCHEMES = ("s3", "s3a")
-HOSTS = Path("/etc/hosts")
-MAX_HOSTS_BYTES = 1 << 24
 
 
 class Proxy(NamedTuple):
@@ -125,34 +121,15 @@ def requested_url(url: str) -> str:
 
 
 def is_this_machine(host: str) -> bool:
-    """Check for a name of this machine, or any spelling of one of its addresses; asks no name server."""
+    """Check for `localhost`, the name of this machine, or an address of a loopback; asks no name server."""
     host = host.rstrip(".").lower()
-    if not host:
-        return False
     if host == socket.gethostname().lower() or f".{host}".endswith(".localhost"):
         return True
-
-    # Names of this machine in /etc/hosts stand for their addresses.
-    with suppress(OSError, ValueError):  # ValueError: not UTF-8
-        text = read_file(HOSTS, MAX_HOSTS_BYTES).decode()
-        lines = [line.partition("#")[0].lower().split() for line in text.splitlines()]
-        host = next((address for address, *names in filter(None, lines) if host in names), host)
-
-    # An address that the machine would send from is its own.
     try:
-        addresses = socket.getaddrinfo(
-            host, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST
-        )
-        family, kind, _, _, address = addresses[0]
-        if ip_address(address[0]).is_loopback:
-            return True
-        with socket.socket(family, kind) as probe:
-            # This sends nothing: the system only chooses the address that it would send from.
-            probe.connect(address)
-            source = probe.getsockname()[0]
-    except (OSError, ValueError):  # a name, or an address without a route
+        address = ip_address(host)
+    except ValueError:  # another name
         return False
-    return source == address[0] or ip_address(source).is_loopback
+    return address.is_loopback or address.is_unspecified
 
 
 def _is_excluded(host: str, port: int | None, no_proxy: str) -> bool:

