@@ -9,7 +9,6 @@ import asyncio
 import cProfile
 import gc
 import re
-import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
@@ -231,29 +230,19 @@ VALUES: dict[str, Callable[[int], bytes]] = {
     "a text": lambda size: filled(b"A", size, b'"', b'"'),
     "a text with escapes": lambda size: filled(b"\\\\", size, b'"', b'"'),
     "a text with quotes": lambda size: filled(b'\\"', min(size, 9_000), b'"', b'"'),
-    "a text with code points": lambda size: filled(b"\\u00e9", size, b'"', b'"'),
-    "a text of emoji": lambda size: filled("\U0001f600".encode(), size, b'"', b'"'),
-    "zeros": lambda size: filled(b"0,", size, b"[", b"0]"),
     "fractions": lambda size: filled(b"1.5,", size, b"[", b"0]"),
     "texts": lambda size: filled(b'"A",', min(size, 9_000), b"[", b'"A"]'),
     "one long text among short ones": lambda size: b'["%b"%b]' % (b"A" * size, b',"A"' * 3071),
     "one long text among numbers": lambda size: b'["%b"%b]' % (b"A" * size, b",0" * 3071),
     "empty lists": lambda size: filled(b"[],", size, b"[", b"[]]"),
     "empty objects": lambda size: filled(b"{},", size, b"[", b"{}]"),
-    "nulls": lambda size: filled(b"null,", size, b"[", b"null]"),
     "keys": lambda size: (
         b"{%b}" % b",".join(b'"%d":0' % n for n in range(min(size // 10, 4_000)))
     ),
     "the same key": lambda size: filled(b'"a":0,', min(size, 14_000), b"{", b'"a":0}'),
     "levels": lambda size: b"[" * (size // 2) + b"]" * (size // 2),
-    "many times 200 levels": lambda size: filled(
-        b"[" * 200 + b"]" * 200 + b",", size, b"[", b"0]"
-    ),
     "digits": lambda size: b"1" * size,
-    "digits of a fraction": lambda size: b"0." + b"1" * size,
     "digits of an exponent": lambda size: b"1e" + b"0" * size + b"1",
-    "spaces": lambda size: b" " * size + b"1",
-    "NaN": lambda size: filled(b"NaN,", size, b"[", b"NaN]"),
 }
 INPUT = b'{"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0]%b}]%b}'
 FIELDS = {  # by model: a request with `%b` in the place of the field
@@ -459,13 +448,7 @@ V1_BODIES: dict[str, Callable[[int], tuple[dict[str, bytes], bytes]]] = {
     ),
     "an image without zeros, as curl sends it": lambda size: (CURL, b"\xff" * size),
     "a form with too many images": lambda size: (FORM, filled(PART + b"\r\n", size)),
-    "a form of returns": lambda size: (FORM, PART + b"\r" * size + END),
-    "a form of line ends": lambda size: (FORM, filled(b"\r\n", size, PART, END)),
     "a form of delimiters": lambda size: (FORM, filled(b"\r\n--X", size, PART, END)),
-    "a form before the first delimiter": lambda size: (
-        FORM,
-        filled(b"\r\n--X", size, b"", PART + END),
-    ),
     "a form after the last delimiter": lambda size: (
         FORM,
         filled(b"\r\n--XX", size, PART + END),
@@ -474,15 +457,10 @@ V1_BODIES: dict[str, Callable[[int], tuple[dict[str, bytes], bytes]]] = {
         FORM,
         filled(b"a", size, b"--XX\r\n", b": b\r\n\r\n" + END),
     ),
-    "a form with a long header": lambda size: (
-        FORM,
-        filled(b'a;"', size, b"--XX\r\nContent-Disposition: ", b"\r\n\r\n" + END),
-    ),
     "a form with many headers": lambda size: (
         FORM,
         filled(b"a: b\r\n", size, b"--XX\r\n", b"\r\n" + END),
     ),
-    "a form with a long name": lambda size: (FORM, PART.replace(b"image", b"a" * size) + END),
     "a form that is cut": lambda size: (FORM, PART + bytes(size)),
 }
 V2_BODIES: dict[str, Callable[[int], tuple[dict[str, bytes], bytes]]] = {
@@ -548,21 +526,15 @@ NOT_SENT = {"content-length", "ratelimit-limit"}
 HEADER_VALUES: dict[str, Callable[[int], bytes]] = {
     "letters": lambda size: b"a" * size,
     "labels": lambda size: filled(b"a.", size),
-    "labels that are not ASCII": lambda size: filled(b"\xe9.", size),
     "own subdomains": lambda size: filled(b"a.", size, b"", b"shop.example"),
-    "own names": lambda size: filled(b"shop.example,", size),
     "many own names": lambda size: b",".join(
         b"a%d.shop.example" % n for n in range(size // 20)
     ),
     "commas": lambda size: b"," * size,
     "semicolons": lambda size: filled(b'";', size, b'multipart/form-data; boundary="'),
-    "parameters": lambda size: filled(b"a=b;", size, b"multipart/form-data;"),
     "escapes": lambda size: filled(b'\\"', size, b'multipart/form-data; boundary="'),
     "cookies": lambda size: filled(b"a=\\141; ", size),
-    "digits": lambda size: filled(b"0", size, b"", b"9000"),
     "spaces": lambda size: b"Bearer" + b" " * size + b"a",
-    "a page": lambda size: filled(b"a.", size, b"https://", b":80"),
-    "brackets": lambda size: filled(b"[:", size),
     "addresses": lambda size: filled(b"127.0.0.1,", size),
 }
 
@@ -589,82 +561,61 @@ def test_any_header_costs_as_much_as_its_size(sites, site, path, header) -> None
         assert min(check_cost(sites[site], HEADER_SIZE, request)) >= 400
 
 
-def test_many_forwarded_names_and_schemes_cost_as_much_as_their_size(service) -> None:
-    for origin in (b"https://shop.example", b"ftp://b.shop.example", b"://,"):
-
-        def request(size: int, origin: bytes = origin) -> tuple[Any, ...]:
-            hosts, schemes = filled(b"a.shop.example,", size // 2), filled(b"http,", size // 2)
-            sent = {"x-forwarded-host": hosts, "x-forwarded-proto": schemes, "origin": origin}
-            return "GET", "/info", sent, b"", b""
-
-        check_cost(service, HEADER_SIZE, request)
-
-
-class Price(NamedTuple):
-    """Who pays for a request of a route, and the calls of functions of the smallest one, at most.
-
-    With keys, the tokens of a *key* pay, also for refused requests. What an *address* gets
-    costs about as much as `/livez`, and its share of connections limits how many there are at
-    once. So does what is *cached* for all clients: for a second, or for ever.
-    """
-
-    payer: Literal["key", "address", "cached"]
-    calls: int
-
-
-ROUTES: dict[str, dict[tuple[str, str], Price]] = {  # by site
+# Who pays for a request of a route. With keys, the tokens of a *key* pay, also for refused
+# requests. What an *address* gets costs about as much as `/livez`, and its share of connections
+# limits how many there are at once. So does what is *cached* for all clients: for a second, or
+# for ever.
+Payer = Literal["key", "address", "cached"]
+ROUTES: dict[str, dict[tuple[str, str], Payer]] = {  # by site
     "service": {
-        ("POST", "/v1/classify"): Price("key", 2000),
-        ("POST", "/invocations"): Price("key", 2000),
-        ("POST", "/v1/embed"): Price("key", 2000),
-        ("POST", INFER): Price("key", 2000),
-        ("POST", VERSIONED): Price("key", 2000),
-        ("GET", "/livez"): Price("address", 600),
-        ("GET", "/readyz"): Price("cached", 700),
-        ("GET", "/ping"): Price("cached", 1500),
-        ("GET", "/metrics"): Price("cached", 800),
-        ("GET", "/openapi.json"): Price("cached", 1300),
-        ("GET", "/info"): Price("address", 900),
-        ("GET", "/v1/status"): Price("address", 900),
-        ("GET", "/v1/card"): Price("cached", 1100),
-        ("GET", "/v2"): Price("address", 1000),
-        ("GET", "/v2/health/live"): Price("address", 900),
-        ("GET", "/v2/health/ready"): Price("address", 900),
-        ("GET", "/v2/models/{name}"): Price("address", 1400),
-        ("GET", "/v2/models/{name}/ready"): Price("address", 1400),
-        ("GET", "/v2/models/{name}/versions/{version}"): Price("address", 1400),
-        ("GET", "/v2/models/{name}/versions/{version}/ready"): Price("address", 1400),
-        ("GET", "/"): Price("cached", 1300),
-        ("GET", "/docs"): Price("cached", 1300),
-        ("GET", "/errors"): Price("cached", 1300),
-        ("GET", "/docs/swagger-ui-bundle.js"): Price("cached", 1400),
-        ("GET", "/docs/swagger-ui.css"): Price("cached", 1300),
-        ("GET", "/examples"): Price("address", 1200),
-        ("GET", "/examples/{number}"): Price("address", 1400),
+        ("POST", "/v1/classify"): "key",
+        ("POST", "/invocations"): "key",
+        ("POST", "/v1/embed"): "key",
+        ("POST", INFER): "key",
+        ("POST", VERSIONED): "key",
+        ("GET", "/livez"): "address",
+        ("GET", "/readyz"): "cached",
+        ("GET", "/ping"): "cached",
+        ("GET", "/metrics"): "cached",
+        ("GET", "/openapi.json"): "cached",
+        ("GET", "/info"): "address",
+        ("GET", "/v1/status"): "address",
+        ("GET", "/v1/card"): "cached",
+        ("GET", "/v2"): "address",
+        ("GET", "/v2/health/live"): "address",
+        ("GET", "/v2/health/ready"): "address",
+        ("GET", "/v2/models/{name}"): "address",
+        ("GET", "/v2/models/{name}/ready"): "address",
+        ("GET", "/v2/models/{name}/versions/{version}"): "address",
+        ("GET", "/v2/models/{name}/versions/{version}/ready"): "address",
+        ("GET", "/"): "cached",
+        ("GET", "/docs"): "cached",
+        ("GET", "/errors"): "cached",
+        ("GET", "/docs/swagger-ui-bundle.js"): "cached",
+        ("GET", "/docs/swagger-ui.css"): "cached",
+        ("GET", "/examples"): "address",
+        ("GET", "/examples/{number}"): "address",
     },
     "label page": {  # its only user has the key
-        ("GET", "/"): Price("key", 2500),
-        ("GET", "/state"): Price("key", 2800),
-        ("GET", "/grids"): Price("key", 2500),
-        ("GET", "/images/{identity}"): Price("key", 2500),
-        ("GET", "/labelled"): Price("key", 2500),
-        ("POST", "/label"): Price("key", 2500),
-        ("POST", "/correct"): Price("key", 2500),
-        ("POST", "/undo"): Price("key", 2500),
+        ("GET", "/"): "key",
+        ("GET", "/state"): "key",
+        ("GET", "/grids"): "key",
+        ("GET", "/images/{identity}"): "key",
+        ("GET", "/labelled"): "key",
+        ("POST", "/label"): "key",
+        ("POST", "/correct"): "key",
+        ("POST", "/undo"): "key",
     },
 }
-# Of Python 3.13: its asyncio and pathlib make 2,758 calls for `/state`, those of 3.11 2,001.
-MORE_CALLS = 1.4 if sys.version_info >= (3, 13) else 1.0
+# Calls of functions of the smallest request, at most. The largest were 2,696 for a key and 1,373 for
+# others with Python 3.11, 3,560 and 1,359 with 3.13 (2026-11-29).
+CALLS: dict[Payer, int] = {"key": 4_000, "address": 1_800, "cached": 1_800}
 QUERIES: dict[str, Callable[[int], bytes]] = {
     "many parameters": lambda size: filled(b"a&", size),
-    "the same parameter": lambda size: filled(b"model=a&", size),
     "a long name": lambda size: b"a" * size + b"=1",
     "a long value": lambda size: b"model=" + b"a" * size,
-    "digits": lambda size: b"top_k=" + b"1" * size,
     "digits of a fraction": lambda size: b"threshold=0." + b"1" * size,
     "escapes": lambda size: filled(b"%C3", size, b"model="),
-    "ampersands": lambda size: b"&" * size,
-    "a key": lambda size: b"key=" + b"a" * size,
 }
 
 
@@ -683,7 +634,7 @@ def test_every_route_is_in_the_table(sites) -> None:
     [(site, route) for site, routes in ROUTES.items() for route in routes],
     ids=str,
 )
-def test_a_request_of_a_route_costs_what_the_table_says(
+def test_a_request_of_a_route_costs_what_its_payer_may_cause(
     sites, bundle, monkeypatch, tmp_path, site, route
 ) -> None:
     monkeypatch.setattr(pages, "SHARED_SECONDS", 3600.0)
@@ -701,20 +652,10 @@ def test_a_request_of_a_route_costs_what_the_table_says(
     )
     sites[site].send(*request)  # what is cached is made now
     _, cost = sites[site].cost(*request)
-    assert cost.calls <= MORE_CALLS * ROUTES[site][route].calls
+    assert cost.calls <= CALLS[ROUTES[site][route]]
 
 
-def test_what_no_key_pays_for_costs_little_more_than_livez() -> None:
-    routes = ROUTES["service"]
-    free = {route: price.calls for route, price in routes.items() if price.payer != "key"}
-    # Half of the calls of the others are those of the router, which tries one route after the
-    # other: the time is at most twice that of `/livez` (measured: docs/decisions.md).
-    assert max(free.values()) <= 2.5 * routes["GET", "/livez"].calls
-
-
-LIMITED = [
-    route for (method, route), price in ROUTES["service"].items() if price.payer == "key"
-]
+LIMITED = [route for (_, route), payer in ROUTES["service"].items() if payer == "key"]
 
 
 @pytest.mark.parametrize("route", LIMITED)
