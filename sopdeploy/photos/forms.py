@@ -30,10 +30,11 @@ MASK_VALUES = 32
 MASK_SHARE = 0.95
 PROPORTIONS = 0.02  # relative difference between those of a mask and its photograph
 MASKS_READ = 3  # of each kind; the first that is a photograph ends the search
+# Kinds of fewer than one in so many images are not read: a large archive has thousands
+MASK_KINDS = 200
 SIZES_READ = 6  # images of each folder whose sizes are compared
-SIZE_FACTOR = (
-    4  # between the pixels of folders that show different things, such as boards and pieces
-)
+# Between the pixels of folders that show different things, such as boards and pieces
+SIZE_FACTOR = 4
 FORMS_READ = 6  # pictures of each form: chance would match all of them in one case of 46,656
 COPIED = 0.9  # share of the files of a folder that others must have
 FORM_SIDE = 16  # pixels of the pictures that are compared
@@ -186,8 +187,10 @@ def find_leftovers(root: Path, images: Mapping[str, Sequence[bytes]]) -> list[Le
 def _find_masks(root: Path, images: Mapping[str, Sequence[bytes]]) -> set[bytes]:
     """Find images with few values that are named like photographs of the same proportions."""
     masks = set[bytes]()
+    num_images = sum(map(len, images.values()))
     for pairs in _propose_masks(images):
-        if all(_is_mask(root, *pair) for pair in _spread(pairs, MASKS_READ)):
+        is_frequent = len(pairs) * MASK_KINDS >= num_images
+        if is_frequent and all(_is_mask(root, *pair) for pair in _spread(pairs, MASKS_READ)):
             masks.update(mask for _, mask in pairs)
     return masks
 
