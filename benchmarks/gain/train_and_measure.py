@@ -60,7 +60,7 @@ class Run(StrictModel):
     classifier to frozen features.
     """
 
-    revision: Literal[1] = 1
+    revision: Literal[1, 2] = 1
     task: TextureConfig | DigitsConfig | CifarConfig | PhotosConfig
     network: str
     config: dict[str, Any] = pydantic.Field(default_factory=dict)

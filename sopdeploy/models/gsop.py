@@ -160,10 +160,13 @@ class GSoPEfficientNetLiteConfig(EfficientNetLiteConfig, GSoPBlockConfig):
     """EfficientNet-Lite with GSoP blocks; `pooling` "gap" is GSoP-Net1, "isqrt" is GSoP-Net2.
 
     `block_stages` are the stages with blocks. `None` selects those whose map is tapped: all for GSoP-Net1;
-    GSoP-Net2 pools by covariance instead of its last block.
+    GSoP-Net2 pools by covariance instead of its last block. A block and its shortcut multiply a channel by
+    1 + sigmoid(z); `gate_bias` is the first bias of z. With 0, pretrained layers read maps that are 1.5
+    times as large, and with -4, 1.02 times.
     """
 
     block_stages: tuple[str, ...] | None = pydantic.Field(default=None, min_length=1)
+    gate_bias: float = 0.0
 
 
 class GSoPEfficientNetLite(Classifier, EfficientNetLite):
@@ -193,6 +196,9 @@ class GSoPEfficientNetLite(Classifier, EfficientNetLite):
             narrow = config.model_copy(update={"cov_width": min(config.cov_width, channels)})
             attention = ShortcutAround(GSoPBlock(narrow, channels, 1))
             initialize(attention)
+            for name, parameter in attention.named_parameters():
+                if name.endswith("excitation.conv.bias"):
+                    nn.init.constant_(parameter, config.gate_bias)
             self.get_submodule(stage).add_module("attention", attention)
 
 

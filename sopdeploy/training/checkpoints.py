@@ -147,6 +147,11 @@ class Setup:
         return replace(self, data=self.data.without_held_out(seen))
 
     @property
+    def new_parts(self) -> tuple[str, ...]:
+        """The parts of the network that the start weights do not have."""
+        return () if self.weights is None else self.weights.new
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The classes in output order."""
         return self.data.train.labels

@@ -94,6 +94,11 @@ class StartConfig(StartWeights):
     - "last_stages": the second half of the stages and what follows it; batch norms keep their
       statistics, except in training-only parts.
 
+    With `keep_statistics` = "loaded", "last_stages" also updates those of batch norms that the
+    weights to start from do not have, such as in a new pooling. `new_classifier` = "zero" sets new
+    classifiers to 0, also in branches, so that the first gradients of random weights do not
+    change what was loaded (Kolesnikov et al., "Big Transfer", ECCV 2020).
+
     `head_factor` multiplies the learning rate of the classifier.
 
     `classifier_epochs` of the run are a first phase that trains what "classifier" trains, at
@@ -102,6 +107,8 @@ class StartConfig(StartWeights):
     """
 
     learn: Literal["all", "branches", "classifier", "last_stages"] = "all"
+    keep_statistics: Literal["all", "loaded"] = "all"
+    new_classifier: Literal["random", "zero"] = "random"
     head_factor: PositiveRate = 1.0
     classifier_epochs: pydantic.NonNegativeInt = 0
     classifier_lr: PositiveRate | None = None

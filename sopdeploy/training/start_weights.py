@@ -203,10 +203,7 @@ def load_start_weights(
     """
     # The classifiers: linear layers with an output per class, if they have a usual name or are in a
     # branch. Others have so many outputs by chance.
-    linear = [
-        (name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)
-    ]
-    class_wide = [name for name, layer in linear if layer.out_features == model.num_classes]
+    class_wide = class_wide_layers(model)
     classifiers = {classifier_name(model), *CLASSIFIER_PARTS.intersection(class_wide)}
     branch_classifiers = [name for name in class_wide if is_in(name, *model.training_only)]
 
@@ -240,6 +237,26 @@ def load_start_weights(
         unused=tuple(sorted(unused)),
         preprocess=weights.preprocess,
     )
+
+
+def class_wide_layers(model: Classifier) -> list[str]:
+    """List the names of the linear layers of *model* with an output per class."""
+    return [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer.out_features == model.num_classes
+    ]
+
+
+def set_new_classifiers_to_zero(model: Classifier, new: Collection[str]) -> None:
+    """Set the classifier of *model* and those of its branches to 0 if they are in one of the *new* parts."""
+    of_branches = [
+        name for name in class_wide_layers(model) if is_in(name, *model.training_only)
+    ]
+    for name in (classifier_name(model), *of_branches):
+        if is_in(name, *new):
+            for parameter in model.get_submodule(name).parameters():
+                nn.init.zeros_(parameter)
 
 
 def _match_tensors(
@@ -323,6 +340,8 @@ def create_initial_model(
     if recipe.start is None:
         return InitialModel(model, recipe, None)
     start = None if weights is None else load_start_weights(weights, model, labels)
+    if start is not None and recipe.start.new_classifier == "zero":
+        set_new_classifiers_to_zero(model, start.new)
     preprocess = Preprocess() if weights is None else weights.preprocess
     return InitialModel(model, complete_preprocess(recipe, fit_crop(preprocess, model)), start)
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from pathlib import Path
@@ -314,7 +314,7 @@ class LoopState:
         start = self.recipe.start_of(self.position.epoch)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trainable)
-        set_train_mode(self.model, start)
+        set_train_mode(self.model, start, self.setup.new_parts)
 
         # Forget the cached properties, which are of an earlier model.
         for name in ("compiled", "parameters", "float_buffers"):
@@ -386,19 +386,25 @@ def naming_compiler(network: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]
     return call
 
 
-def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
-    """Put what learns of *model* into train mode, with the modules that contain it; see `StartConfig`."""
-    model.train()
-    learn = "all" if start is None else start.learn
-    if learn == "all":
-        return
+def set_train_mode(
+    model: Classifier, start: StartConfig | None, new: Collection[str] = ()
+) -> None:
+    """Put what learns of *model* into train mode, with the modules that contain it; see `StartConfig`.
 
-    # The second half of the stages; batch norms keep their statistics, except in branches.
+    *new* are the parts that the weights to start from do not have.
+    """
+    model.train()
+    if start is None or start.learn == "all":
+        return
+    learn = start.learn
+
+    # The second half of the stages; batch norms keep their statistics, except in branches, and
+    # those that have none yet if the recipe says so.
     if learn == "last_stages":
         frozen = first_stages(model)
+        updated = (*model.training_only, *(new if start.keep_statistics == "loaded" else ()))
         for name, module in model.named_modules():
-            is_branch = is_in(name, *model.training_only)
-            keeps_statistics = isinstance(module, _BatchNorm) and not is_branch
+            keeps_statistics = isinstance(module, _BatchNorm) and not is_in(name, *updated)
             is_root = name == ""  # its mode decides whether it computes the branches
             if not is_root and (name in frozen or keeps_statistics):
                 module.training = False

@@ -334,6 +334,20 @@ def test_the_first_half_of_the_stages_and_the_statistics_of_batch_norms_are_froz
     assert len(first_stages(network)) > 0
 
 
+def test_batch_norms_of_new_parts_update_their_statistics_if_the_recipe_says_so() -> None:
+    pooling = {"kind": "isqrt", "width": 8}
+    network = create_model("resnet8", num_classes=3, base_width=4, pooling=pooling)
+    new = ("fc", "pooling")
+    for kept, expected in (("all", set()), ("loaded", {"pooling.layer_reduce_bn"})):
+        start = StartConfig(learn="last_stages", keep_statistics=kept)
+        set_train_mode(network, start, new)
+        assert expected == {
+            name
+            for name, module in network.named_modules()
+            if isinstance(module, nn.BatchNorm2d) and module.training
+        }
+
+
 def test_only_the_classifier_learns_if_the_recipe_says_so() -> None:
     network = create_model("resnet8", num_classes=3)
     start = StartConfig(learn="classifier")

@@ -519,3 +519,39 @@ def test_a_network_with_and_without_branches_starts_with_the_same_backbone() -> 
         for recipe in (plain, branched)
     )
     assert all(torch.equal(with_branches[name], tensor) for name, tensor in without.items())
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_new_classifiers_start_at_zero_if_the_recipe_says_so(tmp_path: Path) -> None:
+    weights = train_recipe(short_recipe("epochs=1"), tmp_path / "run").best
+    digits, others = tuple("0123456789"), tuple("abcdefghij")
+    for labels, is_new in ((digits, False), (others, True)):
+        recipe = short_recipe(f"start.weights={weights}", "start.new_classifier=zero")
+        network = create_initial_model(recipe, labels, ONE_PROCESS).model
+        classifiers = {
+            name: bool(layer.weight.any())
+            for name, layer in network.named_modules()
+            if isinstance(layer, nn.Linear) and layer.out_features == 10
+        }
+        assert len(classifiers) == 4  # of the network and of three branches
+        assert set(classifiers.values()) == {not is_new}
+
+
+@pytest.mark.parametrize("family", ["dsop", "gsop", "isqrt"])
+def test_a_recipe_to_fine_tune_begins_with_a_guess_and_the_features_that_were_loaded(
+    family: str,
+) -> None:
+    recipe = read_recipe(f"fine-tune-{family}", ["data.path=."])
+    network = create_initial_model(recipe, ("one", "other"), ONE_PROCESS).model.eval()
+    plain = create_initial_model(
+        read_recipe("photos", ["data.path=."]), ("one", "other"), ONE_PROCESS
+    ).model.eval()
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    with torch.no_grad():
+        maps, _ = network.feature_maps(images)
+        expected, _ = plain.feature_maps(images)
+        heads = network.heads(images)
+
+    assert not any(logits.any() for logits in heads.values())
+    assert (maps - expected).norm() < 0.2 * expected.norm()
