@@ -45,13 +45,15 @@ FAILED = 0  # in place of the images in the batch: the slot has the error
 OPENING = struct.Struct("=IIII")
 ERROR_SIZE = struct.Struct("=I")
 MAX_ERROR_BYTES = 1020
+# One bundle needs up to 40 MB: its manifest, labels, card and certificate; an ordinary one 50 kB.
+MAX_MODELS_BYTES = 1 << 26
 OPENING_SECONDS = 30.0  # for the opening to arrive
 MAX_UNSENT_BYTES = 1 << 20  # of results that a front end does not read
 LINE = 64  # bytes of a cache line; outputs and pixels begin where one does
 
 
 class ChannelError(Exception):
-    """There is no channel, because the other end has ended or sends something else."""
+    """There is no channel: the other end has ended, or the models are too large."""
 
 
 class ModelFields(TypedDict):
@@ -187,7 +189,8 @@ def open_channel(
     """Create *num_slots* slots, and send their memory on the new *connection*.
 
     Each slot is large enough for an image of any of *models*. Returns the slots, and the
-    description of *models*, which the caller sends next. Raises `OSError`.
+    description of *models*, which the caller sends next. Raises `OSError`, or `ChannelError` if
+    no front end would take the description.
     """
     # A slot has outputs or an error, and pixels.
     output_bytes = MAX_ERROR_BYTES + ERROR_SIZE.size
@@ -201,6 +204,7 @@ def open_channel(
     pixel_bytes = math.ceil(pixel_bytes / LINE) * LINE
 
     description = json.dumps([model.to_fields() for model in models]).encode()
+    check_size(len(description))
 
     # The opening has a few bytes, which a new connection takes at once.
     opening = OPENING.pack(num_slots, output_bytes, pixel_bytes, len(description))
@@ -213,6 +217,14 @@ def open_channel(
         raise
 
     return Slots(map_memory(file), num_slots, output_bytes, pixel_bytes), description
+
+
+def check_size(size: int) -> None:
+    """Raise `ChannelError` for a description of *size* bytes that no front end reads."""
+    if size > MAX_MODELS_BYTES:
+        raise ChannelError(
+            f"the models need {size} bytes, more than {MAX_MODELS_BYTES}; serve fewer"
+        )
 
 
 def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]:
@@ -234,6 +246,7 @@ def receive_opening(connection: socket.socket) -> tuple[list[ModelFacts], Slots]
     memory = map_memory(files[0])
 
     # The models.
+    check_size(size)
     description = receive(connection, size, end)
     models = [ModelFacts.from_fields(fields) for fields in json.loads(description)]
     return models, Slots(memory, num_slots, output_bytes, pixel_bytes)

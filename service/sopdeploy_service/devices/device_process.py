@@ -23,7 +23,7 @@ from typing import cast
 from prometheus_client import generate_latest
 
 from sopdeploy_service.devices import channel, control
-from sopdeploy_service.devices.channel import ModelFacts, Slots
+from sopdeploy_service.devices.channel import ChannelError, ModelFacts, Slots
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.inference import results
 from sopdeploy_service.inference.daemon_threads import DaemonThreads
@@ -282,10 +282,11 @@ class DeviceProcess:
             # Slots of cancelled images are not free at once, so there are twice as many.
             num_slots = 2 * self._settings.queue_size
             slots, description = channel.open_channel(connection, facts, num_slots)
-        except OSError as error:
+        except (OSError, ChannelError) as error:
             connection.close()
             if not isinstance(error, ConnectionError):  # else the front end has ended
-                log.error("front end %s: has no channel (%s)", name, error.strerror or error)
+                reason = getattr(error, "strerror", None) or error
+                log.error("front end %s: has no channel (%s)", name, reason)
             return
 
         front_end = FrontEndChannel(name, self, models, slots, description, number)

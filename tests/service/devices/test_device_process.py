@@ -335,8 +335,9 @@ def test_the_end_of_a_drain_also_refuses_images_in_a_channel_that_was_replaced(b
     [
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "Cannot allocate memory"),
         (OSError(errno.EPIPE, os.strerror(errno.EPIPE)), None),  # the front end has ended
+        (channel.ChannelError("the models need 9 bytes"), "the models need 9 bytes"),
     ],
-    ids=["no memory", "no front end"],
+    ids=["no memory", "no front end", "too many models"],
 )
 def test_an_engine_reports_no_channel_that_it_cannot_open(
     bundle, monkeypatch, caplog, error, reason
@@ -353,6 +354,20 @@ def test_an_engine_reports_no_channel_that_it_cannot_open(
     run_with(FakeRuntime(num_classes=7), bundle, scenario)
     expected = [f"front end front-0: has no channel ({reason})"] if reason else []
     assert [line for line in caplog.messages if "has no channel" in line] == expected
+
+
+def test_an_engine_sends_no_models_that_a_front_end_would_not_read(bundle, monkeypatch) -> None:
+    facts = [
+        channel.ModelFacts.describe(registry_of(bundle, FakeRuntime(num_classes=7)).find())
+    ]
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(channel, "MAX_MODELS_BYTES", 10)
+    with (
+        ours,
+        theirs,
+        pytest.raises(channel.ChannelError, match=r"\d+ bytes, more than 10; serve"),
+    ):
+        channel.open_channel(theirs, facts, 2)
 
 
 def test_a_report_of_an_engine_hashes_no_manifest(bundle, monkeypatch) -> None:
