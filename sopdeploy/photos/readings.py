@@ -306,9 +306,11 @@ def _doubtful_folders(tree: Tree) -> dict[str, str]:
             UNSPECIFIC.issuperset(words)
             or (without != whole and lookalike_key(without) in others)
         ):
-            doubtful[top] = "says what was done with images, not what they show"
+            doubtful[top] = "may be named for what was done with images, not for what they show"
         elif {name.lower() for name in tree.inner.get(top, ())} & others:
-            doubtful[top] = "holds folders with the names of the others"
+            doubtful[top] = (
+                "may hold the classes: folders with the names of the others are inside"
+            )
     return doubtful
 
 
