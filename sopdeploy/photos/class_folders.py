@@ -336,7 +336,7 @@ def describe_class_problems(listing: ClassListing, labels: tuple[str, ...]) -> I
 
 
 def _is_near(one: str, other: str) -> bool:
-    """Tell whether two names of classes have the same words, but for plurals and for words that one adds."""
+    """Tell whether two names of classes have the same words, except for plurals and words that one adds."""
     words, other_words = ({*_words(name)} for name in (one, other))
     return bool(words & other_words) and (words <= other_words or other_words <= words)
 

@@ -175,7 +175,7 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
     )
     sizes = ", ".join(map(str, certificate.batches))
     facts["plain run"] = (
-        f"the outputs of the graph but for rounding, in batches of {sizes} images (measured)"
+        f"the outputs of the graph, except for rounding, in batches of {sizes} images (measured)"
     )
 
     facts["batch"] = "no output changed with other images (measured)"

@@ -32,7 +32,7 @@ def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Expo
     assert not re.search(r"[<>]|(?<!\\)\[|(?<!\\)https?:", card)
     assert "\u202e" not in card
     assert (
-        "plain run: the outputs of the graph but for rounding, in batches of 1, 2, 3, 4 images"
+        "plain run: the outputs of the graph, except for rounding, in batches of 1, 2, 3, 4 images"
         in card
     )
 
