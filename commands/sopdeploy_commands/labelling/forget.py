@@ -80,14 +80,13 @@ def _summarize(forgotten: Forgotten) -> dict[str, object]:
     examples=("sopdeploy forget photo.jpg kept photos photos-held-out photos-unknown",),
 )
 def forget(photograph: str, folders: list[Path]) -> Forgotten:
-    """Delete a photo, its label and its records in folders, also in the rows of `classify`.
+    """Delete a photo, its label, its records, and its rows in the output of `classify`.
 
-    It deletes every copy that has the content of the file, its name if it was kept, or the given
-    name. Rows of `classify` are found by the hash of the file, also under another name or in an
-    archive. Rows without a hash are found by the names of the photo and of its copies. All are
-    found before the first one is deleted. If it was stopped, repeat the command. It also names the
-    runs and bundles in `runs` and `bundles` of this folder that hold the photo, and the cache of
-    features, with the command that removes them.
+    The command deletes every file that has the same content or the given name. It finds rows of
+    `classify` by the hash of the file, so the file may have been renamed or in an archive. It finds
+    rows without a hash by the names of the photo and of its copies. If the command was stopped, run
+    it again. It does not delete runs and bundles that contain the photo, and the cache of features,
+    but lists them with the commands that do.
 
     Args:
         photograph: The file that was sent, or the name of a kept or labelled photo.

@@ -78,13 +78,12 @@ def compare(
     tolerance: Tolerance = TOLERANCE,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> BundleComparison:
-    """Say whether a bundle is better than another one, not worse, or worse, on the same photos.
+    """Say whether the second bundle is better than the first one, not worse, or worse, on the same photos.
 
-    Recent photos decide. These are the photos that a server kept in the 14 days before the newest
-    one, at least the newest 100, and all photos that no server kept. During a drift alarm, which
-    `label` notes in the folder, the photos since it began decide, if there are at least 20.
-    Training images and near-duplicates are left out. Folders that are no class of either bundle
-    are also left out, with a note.
+    Only recent photos count. Of the photos that a server kept, these are the last 14 days, and at
+    least the newest 100. Photos that no server kept all count. If `label` has noted a drift alarm
+    in the folder, only photos since the alarm began count, as soon as there are 20. Training
+    images, near-duplicates and folders that are not a class of either bundle are left out.
 
     Args:
         first: A bundle, such as the live one.

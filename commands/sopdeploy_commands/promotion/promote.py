@@ -76,17 +76,17 @@ def promote(
     back: Path | None = None,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Promotion:
-    """Move the link that a server follows to a bundle that loses little or nothing, and record why.
+    """Move the link that a server follows to a new bundle, unless the accuracy may drop, and record why.
 
-    A bundle is refused if it may lose more than the tolerance on recent photos. With new
-    classes, it is also refused if it may lose more than twice the tolerance on photos of the old
-    classes. It is always refused if a class certainly loses twice the tolerance, or if it lacks a
-    class. `promotions.jsonl` beside the link records the figures of each move and refusal. Each
-    further attempt to replace the same live bundle needs stronger evidence.
+    A bundle is refused if it may lose more than the tolerance on recent photos. A bundle with new
+    classes is also refused if it may lose more than twice the tolerance on photos of the old
+    classes. A bundle is always refused if it lacks a class, or if a class certainly loses twice
+    the tolerance. Each further attempt to replace the same bundle needs stronger evidence.
+    `promotions.jsonl` next to the link records each move and each refusal.
 
-    The new bundle is loaded before the move, which checks its hashes and outputs. After the move,
-    the photos of a server in PHOTOS-held-out, which were used for this decision, move to PHOTOS,
-    except the newest 60, which stay and decide again.
+    Before the move, the new bundle is loaded, and its hashes and outputs are checked. After the
+    move, photos of a server move from PHOTOS-held-out to PHOTOS, because this decision has used
+    them. Only the newest 60 stay for the next decision.
 
     Args:
         new: The bundle to serve.

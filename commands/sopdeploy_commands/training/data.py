@@ -67,8 +67,8 @@ def check(
     Args:
         path: Folder with one subfolder per class.
         near: Also list near-duplicates, such as bursts.
-        wrong_labels: Only list labels that are probably wrong, by this run of the folder, or the most
-            contradicted ones if it cannot tell (`is_suspect`).
+        wrong_labels: Only list labels that are probably wrong, as a run on this folder predicts. If the run
+            cannot tell, list the most doubtful labels (`is_suspect`).
         set: How the folder is read, as for `train`: data.classes_from=VALUE or data.leave_out=NAME,NAME;
             repeatable.
         on_image: Called with the numbers of images compared by a network, and in total.

@@ -121,13 +121,14 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a checkpoint or a bundle on a folder of images.
 
-    Classes are matched by name; classes without images are named and left out. Accuracies have
+    Classes are matched by name, and classes without images are listed and left out. Accuracies have
     Wilson 95 % intervals. If a rejection threshold was fitted, the output includes the fraction
     of accepted images. A network with several classes per image needs a folder with
-    `labels.csv`; its metrics are mAP, and F1 of each class at its threshold. --fit-decision
-    writes a copy of the checkpoint with another temperature and threshold. Use it for imported
-    checkpoints, or to fit a checkpoint to other images; a run fits both at its end. The metrics are
-    measured before the fit.
+    `labels.csv`. Its metrics are mAP, and F1 of each class at the threshold of the class.
+
+    --fit-decision writes a copy of the checkpoint with a temperature and a threshold that are fitted
+    to these images. Use it for imported checkpoints, and if new images differ from the validation
+    images. The printed metrics are measured before the fit.
 
     Args:
         source: A checkpoint or a bundle.

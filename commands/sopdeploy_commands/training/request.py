@@ -49,8 +49,8 @@ class TrainOptions(Options):
     """Options of `sopdeploy.train` and `sopdeploy train`."""
 
     from_: Text = None
-    """Start from the recipe of a run, or of a bundle whose run is in runs. Prints its accuracy, and what was
-    added since then."""
+    """Start from the recipe of a run, or of a bundle whose run is in runs. Prints the accuracy of that run, and
+    what was added since then."""
     models: Text = None
     """Networks, separated by commas: train the most accurate one by cross-validation."""
     within: Text = None

@@ -79,10 +79,10 @@ def _show(rows: list[RunRow]) -> None:
 
 @command(_show, examples=("sopdeploy runs",))
 def runs() -> list[RunRow]:
-    """List runs and bundles, the newest first, and what a server of `bundles` serves.
+    """List runs and bundles, the newest first, and say which bundles `serve bundles` would serve.
 
-    Of each project, that is the live bundle, if `promote` has recorded one, otherwise the newest
-    that was not refused.
+    Of each project, this is the bundle that was promoted last, or else the newest bundle that
+    `promote` has not refused.
     """
     from sopdeploy.bundle.listing import list_bundles
 
