@@ -130,14 +130,14 @@ _WANTED: dict[Wanted, str] = {
 _OUTPUTS: frozenset[PathKind] = frozenset({"bundle", "bundles", "run", "runs"})
 _NOT_WRITTEN = "was this folder written by `sopdeploy export`?"
 _OTHERWISE: dict[Wanted, str] = {
-    "bundle": f"a bundle is a folder with a {MANIFEST}",
+    "bundle": f"a bundle is a folder with a {MANIFEST}, as `sopdeploy export` writes it",
     "checkpoint": "use the best.pt of a training run",
     "run": "give a run of `sopdeploy train`",
     "weights": "give a weight file",
     "photographs": "give a folder with photos",
 }
 _MISSING: dict[Wanted, str] = {
-    "bundle": "no bundle here",
+    "bundle": "no such folder",
     "checkpoint": "no such file",
     "run": "no such folder",
     "weights": "no such file",
@@ -240,9 +240,8 @@ def describe_wrong(path: Path, wanted: Wanted, otherwise: str = "") -> str:
     # Nothing, or a file or folder that is none of these.
     if kind == "file" and wanted == "checkpoint":
         return "damaged or not a checkpoint; copy or train it again"
-    if wanted == "bundle":
-        is_folder = kind == "folder"
-        return f"no {MANIFEST}; {_NOT_WRITTEN}" if is_folder else f"no bundle here; {otherwise}"
+    if wanted == "bundle" and kind == "folder":
+        return f"no {MANIFEST}; {_NOT_WRITTEN}"
     if kind in {"nothing", "code"}:
         return f"{_MISSING[wanted]}; {otherwise}"
     return f"{'a folder' if kind == 'folder' else 'not a folder'}; {otherwise}"

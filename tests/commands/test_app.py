@@ -233,7 +233,7 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
         ("classify", "bundle", "x", "--out", "x"),
         "--out x: is a source; choose another",
     ),
-    "a path with markup": (("verify", "[bold]x[/]"), re.escape("[bold]x[/]: no bundle here")),
+    "a path with markup": (("verify", "[bold]x[/]"), re.escape("[bold]x[/]: no such folder")),
 }
 
 
@@ -440,8 +440,8 @@ def test_a_right_to_left_name_is_isolated_unless_it_may_be_copied(text: str) -> 
 
 
 LOOPS = {  # command with a link that leads to itself: its error
-    "promote loop --over live --force reason": "loop: no bundle here",
-    "classify loop photos --out loop": "loop: no bundle here",
+    "promote loop --over live --force reason": "loop: no such folder",
+    "classify loop photos --out loop": "loop: no such folder",
     "train --data one --out loop": "one: holds only one class (a)",
     "train --data one --unknown loop --set epochs=2": "loop: no such folder",
 }

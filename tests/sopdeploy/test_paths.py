@@ -88,6 +88,8 @@ def test_the_kind_of_a_path_is_found(name: str, place: Path) -> None:
     assert what_is(place / name) == KINDS[name]
 
 
+A_BUNDLE = "a bundle is a folder with a manifest.json, as `sopdeploy export` writes it"
+
 ADVICE: dict[tuple[Wanted, str], str] = {
     ("bundle", "bundles"): "a folder of bundles, not a bundle; choose one, such as bundles/latest",
     ("bundle", "bundles/tiny-1/golden-0.jpg"): "a file of a bundle, not a bundle; give its folder, bundles/tiny-1",
@@ -97,9 +99,9 @@ ADVICE: dict[tuple[Wanted, str], str] = {
         "weights, not a bundle; run: sopdeploy export weights.pt --network MODULE:CALLABLE"
     ),
     ("bundle", "bundle.tar"): "an archive, not a bundle; run: sopdeploy pull bundle.tar bundles",
-    ("bundle", "photos.zip"): "an archive, not a bundle; a bundle is a folder with a manifest.json",
-    ("bundle", "hat.jpg"): "a photo, not a bundle; a bundle is a folder with a manifest.json",
-    ("bundle", "notes.txt"): "no bundle here; a bundle is a folder with a manifest.json",
+    ("bundle", "photos.zip"): f"an archive, not a bundle; {A_BUNDLE}",
+    ("bundle", "hat.jpg"): f"a photo, not a bundle; {A_BUNDLE}",
+    ("bundle", "notes.txt"): f"not a folder; {A_BUNDLE}",
     ("bundle", "empty"): "no manifest.json; was this folder written by `sopdeploy export`?",
     ("checkpoint", "bundles/tiny-1"): (
         "a bundle, not a checkpoint; to serve it, run: sopdeploy serve bundles/tiny-1"

@@ -295,7 +295,7 @@ def test_sighup_serves_the_latest_bundles_and_loses_no_request(tmp_path, jpeg, w
             wait_for_refusals(client.child, way, "reference outputs")
         shutil.rmtree(folder)
         client.child.send_signal(signal.SIGHUP)
-        wait_for_refusals(client.child, way, "no bundle here")
+        wait_for_refusals(client.child, way, "no such folder")
         assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
