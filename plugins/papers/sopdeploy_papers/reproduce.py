@@ -74,7 +74,7 @@ def reproduce(
         try:
             results = run.reproduce(printed, options, callback=bars, on_run=print_run)
         except TrainingStoppedError as stopped:
-            stopped.message += " with the same command"  # it ends in "can be resumed"
+            stopped.message += "; the same command continues it"
             raise
 
     if failed := [row.printed.id for row in results.rows if row.failure]:

@@ -87,8 +87,7 @@ def fit_loop(
             folder.save_last(last_loop_record(run))
             stop.message = (
                 f"stopped in epoch {run.position.epoch + 1} of {recipe.epochs} "
-                f"after {run.position.step} steps of it; {folder.last} is saved and "
-                "can be resumed"
+                f"after {run.position.step} steps of it; {folder.last} is saved"
             )
             raise
 
