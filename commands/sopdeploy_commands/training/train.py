@@ -12,6 +12,7 @@ from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import ProgressBars, err, print_table, say
 from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError, amount
+from sopdeploy.files import LAST
 from sopdeploy.models.families import PAGE, find_family, names_of_family
 from sopdeploy.training.recipe_files import list_recipes, recipe_text
 from sopdeploy.training.results import NetworkScore, insert_folders, read_result
@@ -198,7 +199,7 @@ def _train_in_folder(
     """Train *recipe* in *out* or, without it, in the next folder `runs/NAME-N`; return the run and its folder."""
     from sopdeploy.training import tensorboard
     from sopdeploy.training.checkpoints import numbered_folder
-    from sopdeploy.training.distributed import Strategy, select_device
+    from sopdeploy.training.distributed import Strategy, TrainingStoppedError, select_device
     from sopdeploy.training.train import train_run
 
     resume = options.resumes
@@ -218,6 +219,10 @@ def _train_in_folder(
                 callback=observer,
                 strategy=strategy,
             )
+        except TrainingStoppedError as stopped:
+            if (folder / LAST).is_file():
+                stopped.message += "; the same command with --resume always continues it"
+            raise
         except ConfigError as error:
             # Another process was faster to take this number, so try the next one.
             has_lost_number = error.setting == "out" and out is None and not resume
@@ -237,11 +242,15 @@ def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
         return ""
 
     new_classes = [name for name in setup.labels if name not in before.labels]
+    lost_classes = [name for name in before.labels if name not in setup.labels]
     num_images = len(setup.data.train) if setup.origin is None else setup.origin.num_images
     added = num_images - origin.num_images
     new = f", new: {', '.join(new_classes)}" if new_classes else ""
+    lost = f", no longer a class: {', '.join(lost_classes)}" if lost_classes else ""
     accuracy = dict(result_before.rows())["accuracy"]
-    return f"before, {origin.run}: {accuracy}; since then {amount(added, 'photo', '+')}{new}"
+    return (
+        f"before, {origin.run}: {accuracy}; since then {amount(added, 'photo', '+')}{new}{lost}"
+    )
 
 
 @command(
