@@ -271,7 +271,7 @@ def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     if now.share >= MIN_RECOGNIZED and not has_fallen:
         return ""
 
-    text = f"only {now.right} of {now.count} unknown images are recognized"
+    text = f"only {now.right} of {now.count} unknown images are rejected"
     if earlier is not None:
         text += f", {earlier.right} of {earlier.count} before"
     return f"{text}; add photos of all classes and of unknown things, and compare before you promote"

@@ -87,14 +87,16 @@ class Check(StrictModel):
         """Why it does not pass."""
         images = "classes of both: " if self.of == "old" else ""
         if self.num_images < MIN_IMAGES:
-            return f"{images}{amount(self.num_images, 'photo')}, too few"
+            return f"{images}{amount(self.num_images, 'photo')}, fewer than {MIN_IMAGES}"
         loss = -100 * self.low  # the largest one that is not unlikely
         limit = -100 * self.limit
         return f"{images}may lose up to {loss:.1f} points, the limit is {limit:.1f}"
 
     @property
     def figures(self) -> str:
-        """The difference, its bound and the limit, in points."""
+        """The difference, its bound and the limit, in points; few photos give no useful bound."""
+        if self.num_images < MIN_IMAGES:
+            return f"{100 * self.difference:+.1f} points"
         return (
             f"{100 * self.difference:+.1f} points "
             f"(at least {100 * self.low:+.1f}, limit {100 * self.limit:+.1f})"

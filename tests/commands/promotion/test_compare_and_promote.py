@@ -142,7 +142,7 @@ def test_a_bundle_compared_with_itself_has_no_difference_and_asks_for_no_labels(
     )
     other = compare(first, second, labelled(second, count=6)).summary
     assert other.startswith(
-        "undecided; 6 photos, too few; label about 35 more to decide, two fifths of which"
+        "undecided; 6 photos, fewer than 20; label about 35 more to decide, two fifths of which"
     )
 
 
@@ -325,7 +325,7 @@ def test_what_is_worse_or_undecided_is_refused_unless_forced(bundles, labelled, 
         ),
         (
             labelled(bundles[1], count=3),
-            r"not promoted, undecided; 3 photos, too few; label about \d+ more to decide",
+            r"not promoted, undecided; 3 photos, fewer than 20; label about \d+ more to decide",
         ),
     ):
         with pytest.raises(PromotionError, match=message):
@@ -504,7 +504,7 @@ def test_a_refused_bundle_leaves_what_decided(bundles, labelled, shelf) -> None:
 
 def test_an_attempt_on_few_photographs_does_not_count(bundles, labelled, shelf) -> None:
     for _ in range(2):
-        with pytest.raises(PromotionError, match="too few"):
+        with pytest.raises(PromotionError, match="fewer than"):
             promote(shelf / bundles[1].name, shelf / "live", labelled(bundles[1], count=4))
     assert (
         promote(
