@@ -50,7 +50,7 @@ def label(
     num_labels = sum(not step.is_skip for step in folders.steps)
     progress = folders.progress()
     say(f"{num_labels:,} labels{progress and f': {progress}'}")
-    if folders.photos.is_dir():
+    if num_labels and folders.photos.is_dir():
         say(f"next: {training_command(folders, photos)}")
 
 
