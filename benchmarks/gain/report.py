@@ -9,34 +9,17 @@ from collections.abc import Sequence
 import numpy as np
 from measure import Result, markdown, provenance, report
 
-from gain.execution import Line, Results, run_studies
+from gain.execution import Line, run_studies
 from gain.paired import Paired, crossed, paired
 from gain.study import Study
 from gain.train_and_measure import Outcome, decode_bits
 
-CHANCE, CHANCE_TOLERANCE = 10.0, 2.0  # percent, for ten classes
 HEAD = ("arm", "accuracy", "difference", "wins", "p", "CPU s")
 
 
 def accuracies(outcomes: Sequence[Outcome]) -> list[float]:
     """List the accuracies in percent."""
     return [outcome.accuracy for outcome in outcomes]
-
-
-def checks(study: Study, arms: dict[str, list[Line]]) -> list[tuple[str, bool]]:
-    """Check the required results of *study*; return a statement and whether it holds."""
-    statements = []
-    if study.chance:
-        mean = statistics.fmean(accuracies(arms[study.chance]))
-        statement = (
-            f"{study.chance}: {mean:.1f} %, must be {CHANCE:.0f} +- {CHANCE_TOLERANCE:.0f}"
-        )
-        statements.append((statement, abs(mean - CHANCE) <= CHANCE_TOLERANCE))
-    for arm, points in study.must.items():
-        gain = compare(arms[arm], arms[study.reference])
-        statement = f"{arm} over {study.reference}: {gain.mean:+.1f} points, must be at least {points:.0f}"
-        statements.append((statement, gain.mean >= points))
-    return statements
 
 
 def compare(ours: Sequence[Outcome], other: Sequence[Outcome]) -> Paired:
@@ -106,15 +89,13 @@ def moments(arms: dict[str, list[Line]]) -> str:
     return markdown(("arm", "epoch", "main loss", "network", "branches"), rows) if rows else ""
 
 
-def run_and_report(
-    studies: Sequence[Study], given: argparse.Namespace
-) -> tuple[list[Study], Results]:
-    """Run *studies* as `run_studies` does, and print their tables and required results, or JSON."""
+def run_and_report(studies: Sequence[Study], given: argparse.Namespace) -> list[Study]:
+    """Run *studies* as `run_studies` does, and print their tables, or JSON; return them with their rates."""
     chosen, results = run_studies(studies, given)
     if given.json:
         rows = [result for study in chosen for result in results_of(study, results[study.name])]
         report(rows, as_json=True)
-        return chosen, results
+        return chosen
     print(json.dumps(provenance()))
     for study in chosen:
         arms = results[study.name]
@@ -129,9 +110,7 @@ def run_and_report(
         )
         if draws:
             print(f"{table(study, arms)}\n\n{moments(arms)}\n")
-            for statement, holds in checks(study, arms):
-                print(f"{'holds' if holds else 'FAILS'}: {statement}")
-    return chosen, results
+    return chosen
 
 
 def results_of(study: Study, arms: dict[str, list[Line]]) -> list[Result]:

@@ -12,11 +12,10 @@ class Study:
     """An experiment: `template` has the fields of `Run` for all arms, `arms` the changes of each arm.
 
     All arms run with the same `seeds`. Every arm is compared with `reference`; `pairs` lists
-    further comparisons (ours, other). `must` maps an arm to its required gain over the
-    reference in percentage points; `chance` names the arm that must be at chance. `images`
-    names what all lengths of training share. `rates` is the grid of learning rates for the arms
-    that `search` lists; `rate_of` maps an arm to one of them, whose rate it takes. Studies with the
-    same `rates_for` have the same rates, which those of them that `decides` choose together.
+    further comparisons (ours, other). `images` names what all lengths of training share. `rates` is
+    the grid of learning rates for the arms that `search` lists; `rate_of` maps an arm to one of them,
+    whose rate it takes. Studies with the same `rates_for` have the same rates, which those of them
+    that `decides` choose together.
     """
 
     name: str
@@ -27,8 +26,6 @@ class Study:
     arms: Mapping[str, Mapping[str, Any]]
     reference: str = ""
     pairs: tuple[tuple[str, str], ...] = ()
-    must: Mapping[str, float] = field(default_factory=dict)
-    chance: str = ""
     rates: tuple[float, ...] = ()
     search: tuple[str, ...] = ()
     rate_of: Mapping[str, str] = field(default_factory=dict)

@@ -12,8 +12,7 @@ from torch import Tensor
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.photos.folder import open_folder
-from sopdeploy.photos.libraries import open_digits
-from sopdeploy.photos.photo import ArrayImages, LabeledImages
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.seeds import derive_seed
 
 UNUSED = 5000  # of CIFAR's training images; only the whole set has them, no subset
@@ -22,22 +21,14 @@ UNUSED = 5000  # of CIFAR's training images; only the whole set has them, no sub
 class Task(NamedTuple):
     """Images (B, 3, H, W) float32 and labels (B,) int64 for training and test.
 
-    `pool` is the number of images from which draws take those for testing, 0 if each has its
-    own. `tested` has their positions; `None`: all draws test all of the pool.
+    All draws test the same `pool` of images.
     """
 
     train: Tensor
     labels: Tensor
     test: Tensor
     test_labels: Tensor
-    tested: Tensor | None = None
-    pool: int = 0
-
-
-class DigitsConfig(StrictModel):
-    """Number of the 1797 digits for training; all others are for testing."""
-
-    train: int = 200
+    pool: int
 
 
 class CifarConfig(StrictModel):
@@ -45,20 +36,6 @@ class CifarConfig(StrictModel):
 
     arrays: Path
     train: int = 5000
-
-
-def digits(config: DigitsConfig, seed: int) -> Task:
-    """Load the 8 x 8 digits of scikit-learn and split them by *seed*."""
-    split = open_digits()
-    parts = [part for part in (split.train, split.held_out) if isinstance(part, ArrayImages)]
-    gray = torch.from_numpy(np.concatenate([part.images for part in parts])).float() / 255.0
-    labels = torch.from_numpy(np.concatenate([part.targets for part in parts]))
-    images = ((gray - gray.mean()) / gray.std())[:, None].expand(-1, 3, -1, -1)
-    order = torch.randperm(
-        len(labels), generator=torch.Generator().manual_seed(derive_seed(seed, "subset"))
-    )
-    chosen, rest = order[: config.train], order[config.train :]
-    return Task(images[chosen], labels[chosen], images[rest], labels[rest], rest, len(labels))
 
 
 def cifar(config: CifarConfig, seed: int) -> Task:
@@ -81,7 +58,7 @@ def cifar(config: CifarConfig, seed: int) -> Task:
     )
     chosen = rest[shuffled[: config.train]]
     return Task(
-        normalize(train[chosen]), labels[chosen], normalize(test), test_labels, pool=len(test)
+        normalize(train[chosen]), labels[chosen], normalize(test), test_labels, len(test)
     )
 
 

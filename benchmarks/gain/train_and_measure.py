@@ -19,15 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from gain.networks import (
-    DSoPTextureNet,
-    DSoPTextureNetConfig,
-    PlainTextureNet,
-    TextureNetConfig,
-)
 from gain.photos import PhotosConfig, train_and_predict
-from gain.task import CifarConfig, DigitsConfig, Task, cifar, digits
-from gain.textures import TextureConfig, textures
+from gain.task import CifarConfig, Task, cifar
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.cifar_resnet import SmallResNet, SmallResNetConfig
 from sopdeploy.config import StrictModel
@@ -43,10 +36,8 @@ CLASSES = 10
 DIVERGED = 1e9  # stands for a loss that is not finite: JSON has no such numbers
 MOMENTS, SAMPLE = 4, 2000
 # Options of the part that all networks of a family share.
-TRUNK = {"filters", "hidden", "depth", "base_width", "shortcut"}
+TRUNK = {"depth", "base_width", "shortcut"}
 NETWORKS: dict[str, tuple[type[Classifier], type[StrictModel]]] = {
-    "textures": (PlainTextureNet, TextureNetConfig),
-    "dsop-textures": (DSoPTextureNet, DSoPTextureNetConfig),
     "resnet": (as_classifier(SmallResNet), SmallResNetConfig),
     "dsop-resnet": (DSoPSmallResNet, DSoPSmallResNetConfig),
 }
@@ -61,7 +52,7 @@ class Run(StrictModel):
     """
 
     revision: Literal[1, 2] = 1
-    task: TextureConfig | DigitsConfig | CifarConfig | PhotosConfig
+    task: CifarConfig | PhotosConfig
     network: str
     config: dict[str, Any] = pydantic.Field(default_factory=dict)
     strides: tuple[int, int] | None = None
@@ -119,7 +110,7 @@ def train_and_measure(run: Run) -> Outcome:
     if isinstance(run.task, PhotosConfig):
         return fine_tune(run, run.task)
 
-    task = open_task(run)
+    task = cifar(run.task, run.seed)
     network = build(run)
     history, seconds = train(network, task, run)
     logits = logits_of(exported_network(network, run), task.test)
@@ -127,7 +118,7 @@ def train_and_measure(run: Run) -> Outcome:
         seconds=round(seconds, 4),
         loss=history[-1].loss if history else 0.0,
         history=history,
-        **judge(logits, task.test_labels, task.tested, task.pool),
+        **judge(logits, task.test_labels, None, task.pool),
     )
 
 
@@ -174,18 +165,6 @@ def encode_bits(bits: np.ndarray) -> str:
 def decode_bits(text: str) -> np.ndarray:
     """Decode what `encode_bits` wrote, and up to seven zeros at the end."""
     return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8)).astype(np.bool_)
-
-
-def open_task(run: Run) -> Task:
-    """Load or generate the task's images for the run's seed."""
-    match run.task:
-        case TextureConfig():
-            return textures(run.task, run.seed)
-        case DigitsConfig():
-            return digits(run.task, run.seed)
-        case CifarConfig():
-            return cifar(run.task, run.seed)
-    raise TypeError("photographs have no task in memory")
 
 
 def build(run: Run) -> Classifier:
