@@ -4,16 +4,13 @@ import collections
 import functools
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.optim.swa_utils import AveragedModel
-from torchvision import transforms
 
 from tests.export.user_network.networks import CLASSES, Small, variant
 
@@ -68,11 +65,6 @@ def flagged(doubles: Callable[[Any], Any]) -> Callable[[], nn.Module]:
     return build
 
 
-def halved_data(features: Tensor) -> Tensor:
-    features.data.mul_(0.5)
-    return features
-
-
 def logits(net: Any, images: Tensor) -> Tensor:
     return net.fc(net.features(images))
 
@@ -81,11 +73,6 @@ def fails_if_captured(_net: Any, features: Tensor) -> Tensor:
     if type(features) is not Tensor:
         raise ValueError("1" * 150 + " 2" * 100)
     return features.mean((2, 3))
-
-
-class Exits(NamedTuple):
-    logits: Tensor
-    features: Tensor
 
 
 class ModelOutput(collections.OrderedDict[str, Tensor]):
@@ -98,11 +85,6 @@ class ModelOutput(collections.OrderedDict[str, Tensor]):
 class Head(nn.Linear):
     def forward(self, x: Tensor) -> Any:
         return ModelOutput(logits=super().forward(x))
-
-
-@dataclass
-class Output:
-    logits: Tensor
 
 
 class Metric(nn.Module):
@@ -225,17 +207,6 @@ def tokens(net: Any, x: Tensor) -> Tensor:
     return net.fc(mixed.mean(1))
 
 
-class Chooses(Small):
-    """Chooses one of its methods as `forward`, as FasterNet of timm does."""
-
-    def __init__(self) -> None:
-        super().__init__(aux=False)
-        self.forward = self.forward_sliced  # type: ignore[method-assign]
-
-    def forward_sliced(self, images: Tensor) -> Tensor:
-        return self.fc(self.features(images[:, :, 1:]))
-
-
 class SavesHead(Small):
     """Its state dict has the trained layer only, as of fine-tuning."""
 
@@ -272,11 +243,6 @@ def by_image(net: Any, x: Tensor) -> Tensor:
     return torch.stack([net.fc(features) for features in net.features(x)])
 
 
-def by_number(net: Any, x: Tensor) -> Tensor:
-    features = net.features(x)
-    return torch.cat([net.fc(features[i : i + 1]) for i in range(features.shape[0])])
-
-
 def without_autocast(net: Any, x: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         return logits(net, x.float())
@@ -285,19 +251,6 @@ def without_autocast(net: Any, x: Tensor) -> Tensor:
 def average(net: Any, x: Tensor) -> Tensor:
     windows = F.avg_pool2d(net.stem(x)[:, :, :7], (5, 2), (3, 3), (2, 1), ceil_mode=True)
     return net.fc(windows.mean((2, 3)))
-
-
-def by_buffers(net: Any, x: Tensor) -> Tensor:
-    return net.fc(net.features((x - net.mean) / net.std))
-
-
-class Normalized(Small):
-    def __init__(self) -> None:
-        super().__init__(aux=False)
-        self.register_buffer("mean", torch.rand(1, 3, 1, 1))
-        self.register_buffer("std", torch.rand(1, 3, 1, 1) + 1, persistent=False)
-
-    forward = by_buffers
 
 
 class Distances(Small):
@@ -391,14 +344,6 @@ def lists_features(net: Any, x: Tensor) -> Tensor:
     return net.fc(net.stages[-1].mean((2, 3)))
 
 
-def keeps_size(net: Any, x: Tensor) -> Tensor:
-    net.size, net.shown = x.shape[2:], {"stem": net.stem(x).detach(), "name": "stem"}
-    return net.fc(net.features(x))
-
-
-KEPT: list[Tensor] = []
-
-
 class Hooked(Small):
     """Classifies the features that a hook keeps."""
 
@@ -438,7 +383,6 @@ EXPORTED: dict[str, Case] = {
     ),
     "a condition on a buffer": (flagged(lambda net: not net.flag), {}, ONLY),
     "a parameter as a number": (flagged(lambda net: float(net.gain) > 2), {}, ONLY),
-    "a comparison of weights": (flagged(lambda net: (net.fc.weight > 9).any()), {}, ONLY),
     "a hook that scales features": (
         changed(
             lambda n: n.stem.register_forward_hook(lambda _module, _inputs, output: 2 * output)
@@ -448,7 +392,6 @@ EXPORTED: dict[str, Case] = {
     ),
     "a hook that keeps the features": (Hooked, {}, ONLY),
     "old weight norm": (changed(lambda n: weight_norm(n.fc)), {}, ONLY),
-    "old spectral norm": (changed(lambda n: spectral_norm(n.fc)), {}, ONLY),
     "pruning": (changed(lambda n: prune.l1_unstructured(n.fc, "weight", 0.5)), {}, ONLY),
     "a forward that is bound to the instance": (
         changed(
@@ -470,32 +413,12 @@ EXPORTED: dict[str, Case] = {
         {},
         ONLY,
     ),
-    "a size and a map for a picture": (forward(keeps_size), {}, ONLY),
     "view behind a convolution": (
         pooled(lambda _, f: f.view(f.size(0), 8, -1).mean(2)),
         {},
         ONLY,
     ),
-    "view of the shape": (pooled(lambda _, f: f.view(*f.shape[:2], -1).amax(2)), {}, ONLY),
-    "view of a batch and the rest": (
-        with_parts(
-            lambda net, x: net.head(net.stem(x).view(x.size(0), -1)),
-            head=lambda: nn.Linear(1152, CLASSES),
-        ),
-        {"training_only": ["fc"]},
-        DETACHED,
-    ),
     "flatten": (pooled(lambda _, f: torch.flatten(F.adaptive_avg_pool2d(f, 1), 1)), {}, ONLY),
-    "flatten of tokens": (
-        pooled(
-            lambda _, f: F.adaptive_avg_pool1d(
-                f.flatten(2).transpose(1, 2).transpose(1, 2), 1
-            ).flatten(1)
-        ),
-        {},
-        ONLY,
-    ),
-    "reshape": (pooled(lambda _, f: f.reshape(-1, 8, 144).mean(-1)), {}, ONLY),
     "a view that needs channels last": (
         lambda: variant(
             lambda net, x: net.fc(
@@ -517,18 +440,8 @@ EXPORTED: dict[str, Case] = {
         ONLY,
     ),
     "a tuple": (forward(lambda net, x: (logits(net, x), x)), {"logits_key": 0}, ONLY),
-    "a named tuple": (
-        forward(lambda net, x: Exits(logits(net, x), net.features(x))),
-        {"logits_key": "logits"},
-        ONLY,
-    ),
     "a ModelOutput": (
         forward(lambda net, x: ModelOutput(loss=x.mean(), logits=logits(net, x))),
-        {"logits_key": "logits"},
-        ONLY,
-    ),
-    "a data class": (
-        forward(lambda net, x: Output(logits(net, x))),
         {"logits_key": "logits"},
         ONLY,
     ),
@@ -550,34 +463,16 @@ EXPORTED: dict[str, Case] = {
         ONLY,
     ),
     "an averaged model": (lambda: AveragedModel(Small(aux=False)), {}, ONLY),
-    "a dict of averages": (
-        changed(
-            lambda n: setattr(n, "shadow", {k: v.clone() for k, v in n.state_dict().items()})
-        ),
-        {},
-        ONLY,
-    ),
     "weight norm as a parametrization": (
         changed(lambda n: parametrizations.weight_norm(n.fc)),
         {},
         ONLY,
     ),
-    "normalization by buffers": (Normalized, {}, ONLY),
     "normalization by constants": (
         forward(
             lambda net, x: logits(
                 net, (x - torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)) / 0.5
             )
-        ),
-        {},
-        ONLY,
-    ),
-    "normalization by torchvision": (
-        with_parts(
-            lambda net, x: logits(net, net.transform(x)),
-            transform=lambda: transforms.Compose(
-                [transforms.CenterCrop(8), transforms.Normalize([0.5] * 3, [0.2] * 3)]
-            ),
         ),
         {},
         ONLY,
@@ -621,15 +516,9 @@ EXPORTED: dict[str, Case] = {
         {},
         ONLY,
     ),
-    "forward is another method": (Chooses, {}, ONLY),
     "a state dict of its own": (SavesHead, {"plain": SavesHead}, PLAIN),
     "a lazy registry": (with_parts(logits, registry=Lazy), {}, ONLY),
     "a part that is profiled": (forward(profiled), {}, ONLY),
-    "a parallel part": (
-        changed(lambda n: setattr(n, "stem", nn.DataParallel(n.stem))),
-        {},
-        ONLY,
-    ),
     "an assignment by a mask": (pooled(clamps_by_mask), {}, ONLY),
     "stacks of rows, columns and depths": (pooled(stacked), {}, ONLY),
     "instance norm with running statistics": (
@@ -660,11 +549,6 @@ EXPORTED: dict[str, Case] = {
     "without autocast": (forward(without_autocast), {}, ONLY),
     "average pooling with ceil_mode": (forward(average), {}, ONLY),
     "no gradient": (forward(torch.no_grad()(logits)), {}, ONLY),
-    "a hook that keeps all features": (
-        changed(lambda n: n.stem.register_forward_hook(lambda *values: KEPT.append(values[2]))),
-        {},
-        ONLY,
-    ),
     "a removed part that returns a dict of its own class": (
         with_parts(
             lambda net, x: (net.head(net.features(x)), logits(net, x))[1],
@@ -696,25 +580,10 @@ REFUSED: dict[str, Case] = {
         {},
         r"in idioms\.py:\d+ \(return torch\.stack.* instead of in a loop",
     ),
-    "a loop over numbers": (
-        forward(by_number),
-        {},
-        r"in idioms\.py:\d+ \(return torch\.cat.* instead of in a loop",
-    ),
-    "squeeze of all axes": (
-        pooled(lambda _, f: f.mean((2, 3), keepdim=True).squeeze()),
-        {},
-        r"returns \(4,\) for 1 image, .* one row per image",
-    ),
     "a table for each shape": (
         with_parts(kept_by_shape, tables=dict),
         {},
         r"^cannot be captured as one graph: its code uses the batch size as a key, as in cache\[x\.shape\]",
-    ),
-    "numbers of numpy": (
-        pooled(lambda _, f: torch.as_tensor(np.tanh(f.mean((2, 3)).numpy()))),
-        {},
-        r"takes tensors out of torch, as numpy, .*, in idioms\.py:\d+ \(.*; use operators of torch$",
     ),
     "a sparse matrix": (
         pooled(lambda _, f: torch.sparse.mm(torch.eye(8).to_sparse(), f.mean((2, 3)).t()).t()),
@@ -752,11 +621,6 @@ REFUSED: dict[str, Case] = {
         {},
         r"^no ONNX form: aten\.conv2d\.default in forward; use other operators$",
     ),
-    "values that a mask selects": (
-        pooled(lambda _, f: f.mean((2, 3)) + f[f > 0.5].mean()),
-        {},
-        r"aten\.index\.Tensor in forward; its code depends on values of the image.*use torch\.where",
-    ),
     "a sum into values that a mask selects": (
         pooled(adds_by_mask),
         {},
@@ -766,11 +630,6 @@ REFUSED: dict[str, Case] = {
         flagged(lambda net: net.fc.weight.square().sum().item() < 0),
         {},
         r"or on values that it computes of weights.* in __init__",
-    ),
-    "a write through data": (
-        forward(lambda net, x: net.fc(halved_data(net.features(x)))),
-        {},
-        r"in a write through \.data",
     ),
     "a value in Python": (
         forward(lambda net, x: logits(net, x) if x.max().item() < 9 else x.mean((2, 3))),

@@ -76,25 +76,18 @@ READ: dict[str, tuple[Any, str | None, str]] = {
         "net",
     ),
     "arrays of numpy in place of tensors": ({k: v.numpy() for k, v in STATE.items()}, None, ""),
-    "arrays column by column": (
-        {"w": {k: np.asfortranarray(v.numpy()) for k, v in STATE.items()}},
-        None,
-        "w",
-    ),
     "big-endian arrays": (
         {k: v.numpy().astype(v.numpy().dtype.newbyteorder(">")) for k, v in STATE.items()},
         None,
         "",
     ),
     "dicts in dicts": ({"checkpoint": {"model": STATE}, "epoch": 3}, None, "checkpoint.model"),
-    "without counters": ({k: v for k, v in STATE.items() if "num_batches" not in k}, None, ""),
     "counts of operations": (
         STATE | {"total_ops": torch.zeros(1), "stem.0.total_params": torch.zeros(1)},
         None,
         "",
     ),
     "another attribute": (prefixed("net."), None, ""),
-    "two wrappers": (prefixed("module.student.backbone."), None, ""),
     "a wrapper inside": (
         {k.replace("stem.", "stem.module."): v for k, v in STATE.items()},
         None,
@@ -108,11 +101,6 @@ READ: dict[str, tuple[Any, str | None, str]] = {
         None,
         "state_dict",
     ),
-    "a table of a loss": (
-        {"criterion": {"weight": torch.ones(2)}, "model": STATE},
-        None,
-        "model",
-    ),
     "one of two encoders": (prefixed("encoder_q.") | prefixed("encoder_k."), "encoder_q", ""),
     "FSDP around all, and checkpoints of activations inside": (
         {
@@ -123,11 +111,6 @@ READ: dict[str, tuple[Any, str | None, str]] = {
         "",
     ),
     "values that are no tensors": (STATE | {"epoch": 3, "_extra_state": None}, None, ""),
-    "values that are no tensors, behind a prefix": (
-        prefixed("net.") | {"lr": 0.1, "optimizer": {"state": {}}},
-        None,
-        "",
-    ),
     "a tensor beside the table": ({"lr": torch.tensor(0.1), "net": STATE}, None, "net"),
 }
 
@@ -181,11 +164,7 @@ LAYOUTS: dict[
 ] = {
     "the state dict of the network": lambda own, _: own,
     "of the network that it wraps": lambda _, inner: inner,
-    "of a network that wraps it": lambda own, _: {f"net.{name}": x for name, x in own.items()},
     "data parallel": lambda own, _: {f"module.{name}": x for name, x in own.items()},
-    "data parallel in what it wraps": lambda _, inner: {
-        f"module.{name}": x for name, x in inner.items()
-    },
     "compiled": lambda own, _: {f"_orig_mod.{name}": x for name, x in own.items()},
     "Lightning": lambda own, _: {
         "state_dict": {f"model.{name}": x for name, x in own.items()}
@@ -209,13 +188,6 @@ LAYOUTS: dict[
         for part in {name.partition(".")[0]: None for name in inner}
     },
     "a head that was added": lambda own, _: {**own, "rotation.weight": torch.ones(4, 8)},
-    "a head that was added, behind a prefix": lambda own, _: {
-        f"net.{name}": x for name, x in {**own, "rotation.weight": torch.ones(4, 8)}.items()
-    },
-    "a head that was added inside": lambda own, _: {
-        **own,
-        f"{next(iter(own)).rpartition('.')[0]}.rotation.weight": torch.ones(4, 8),
-    },
 }
 
 
