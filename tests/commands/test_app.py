@@ -278,16 +278,6 @@ def test_output_to_a_full_disk_is_a_user_error(command: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("command", "expected"), [("--help", (0, 0)), ("verify nowhere", (2, 1))]
-)
-def test_output_to_a_closed_stdout_is_discarded(
-    command: str, expected: tuple[int, int]
-) -> None:
-    done = in_process(*command.split(), stdout=None, preexec_fn=lambda: os.close(1))
-    assert (done.returncode, done.stderr.count("\n")) == expected
-
-
 @pytest.mark.parametrize("closed", [(0,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
 def test_no_file_gets_the_number_of_a_standard_stream_that_was_closed(
     closed: tuple[int, ...],

@@ -13,7 +13,6 @@ from sopdeploy.images.limits import FORMATS
 from sopdeploy.photos.file_checks import count_formats
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.project import Origin
-from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_service.inference.loader import describe_refusals, load_bundle
 from sopdeploy_service.settings import Settings
 from tests.support.pictures import encoded
@@ -68,15 +67,6 @@ def test_a_server_says_which_photographs_of_a_bundle_it_refuses(
     assert [record.getMessage() for record in caplog.records] == [
         f"{trained.name}: {refusal}" for refusal in refusals
     ]
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_predict_refuses_a_format_that_the_server_would(name, bundle_path, tmp_path):
-    (tmp_path / "photo").write_bytes(encoded(PICTURE, FORMATS[name]))
-    others = tuple(other for other in FORMATS if other != name)
-    for formats, code in (((name,), None), (others, "unsupported_format")):
-        (answer,) = predict(bundle_path, tmp_path / "photo", threads=1, formats=formats)
-        assert (None if answer.error is None else answer.error.code) == code
 
 
 def test_a_manifest_without_formats_keeps_its_bytes_and_its_id(bundle):

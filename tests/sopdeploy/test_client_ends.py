@@ -206,15 +206,6 @@ def test_a_server_that_stops_in_any_phase_is_left_after_the_time_of_the_call(
 
 
 @pytest.mark.usefixtures("client_kind")
-def test_a_response_that_drips_is_left_after_the_time_of_the_call() -> None:
-    head = b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n{"
-    with stub_server(lambda _: head) as server, Client(server.url, timeout=60) as client:
-        with pytest.raises(UnreachableError, match=r"/v1/classify: .*0\.2 s") as caught:
-            client.classify(b"x", timeout=0.2)
-        assert (caught.value.code, len(server.received)) == (LATE, 1)
-
-
-@pytest.mark.usefixtures("client_kind")
 @pytest.mark.parametrize("alive", ["127.0.0.4", ""])
 def test_all_addresses_of_a_name_are_tried(monkeypatch: pytest.MonkeyPatch, alive: str) -> None:
     """A Service without its own address has one per replica, and some of these are gone."""
@@ -324,24 +315,6 @@ def test_a_call_from_a_running_event_loop_blocks_it_and_one_in_a_thread_does_not
         found = asyncio.run(calls(client))
         assert found == ["direct", *(f"number {number}" for number in range(20))]
         assert label_of(client, "after the loop") == "after the loop"
-
-
-def test_a_task_that_is_cancelled_leaves_no_response_to_the_next_one() -> None:
-    gate = Gate(named)
-
-    async def calls(client: Client) -> str:
-        first = asyncio.create_task(asyncio.to_thread(label_of, client, "first"))
-        await asyncio.to_thread(gate.asked.wait, 60)
-        first.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await first
-
-        second = await asyncio.to_thread(label_of, client, "second")
-        gate.opened.set()
-        return second
-
-    with stub_server(gate) as server, Client(server.url, timeout=60) as client:
-        assert asyncio.run(calls(client)) == "second"
 
 
 def test_a_task_that_is_cancelled_ends_its_request_and_no_other() -> None:

@@ -10,39 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from PIL import Image
 
-from sopdeploy.client import Client
 from sopdeploy.http_api import Classes
 from sopdeploy.images.decode import decode
 from tests.support.service import LABELS, picture_bytes
-
-
-@pytest.fixture
-def sdk(client):
-    with Client(str(client.base_url)) as sdk:
-        yield sdk
-
-
-def test_every_kind_of_input_gives_the_same_classes(sdk, tmp_path):
-    pixels = np.random.default_rng(3).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    body = (tmp_path / "a.png").read_bytes()
-    inputs = [
-        tmp_path / "a.png",
-        str(tmp_path / "a.png"),
-        body,
-        Image.fromarray(pixels),
-        pixels,
-    ]
-    alone = [sdk.classify(value).classes for value in inputs]
-    together = [found.classes for found in sdk.classify(inputs)]
-    assert all(classes == alone[0] for classes in alone)
-    for classes in together:
-        assert [c.probability for c in classes] == pytest.approx(
-            [c.probability for c in alone[0]]
-        )
-
 
 PAGE = Path(__file__).parents[3] / "docs" / "python.md"
 THE_CLIENT = (
