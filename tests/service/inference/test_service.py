@@ -315,6 +315,7 @@ def test_a_reload_reads_the_files_of_a_bundle_and_not_only_its_manifest(
         before = registry.models()
         copied = Path(shutil.copytree(versions[0], versions[0].parent / "copied"))
         flip(copied / "model.onnx", 20)
+        assert last_reload(registry) > 0  # of the start
         registry.metrics.last_reload.set(0)
         await registry.reload([f"tiny={copied}"])
         assert lines(caplog)[-1].startswith("not reloaded, the bundles in use stay: ")
