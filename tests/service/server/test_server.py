@@ -10,14 +10,12 @@ import subprocess
 import sys
 import termios
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from sopdeploy.errors import ConfigError
@@ -37,7 +35,6 @@ from tests.support.children import (
     serving,
     spawn,
 )
-from tests.support.forged import forge, graph
 from tests.support.raw import GET, POST, connect, post_of, read
 from tests.support.service import wait_for, write_bundle
 
@@ -321,28 +318,6 @@ def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_r
         wait_for(lambda: serves(first))
 
 
-@pytest.mark.parametrize("way", ALL_WAYS)
-def test_a_server_whose_terminal_was_closed_serves_the_promoted_bundle(
-    tmp_path, jpeg, way
-) -> None:
-    live = tmp_path / "live"
-    first, second = (write_bundle(tmp_path, seed=seed) for seed in (0, 1))
-    promote(first, live, None)
-    terminal, stderr = os.openpty()
-    with serving(str(live), "--setting", "follow=true", *WAYS[way], stderr=stderr) as client:
-        os.close(stderr)
-        os.close(terminal)
-
-        def serves(bundle: Path) -> bool:
-            reply = client.post("/v1/classify", content=jpeg)
-            assert reply.status_code == 200
-            return reply.headers["x-model-digest"] == bundle.name.rpartition("-")[2]
-
-        assert serves(first)
-        promote(second, live, None, force="newer")
-        wait_for(lambda: serves(second))
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="terminals differ")
 @pytest.mark.parametrize("redirected", [False, True], ids=["plain", "standard error in a file"])
 def test_a_server_ends_with_its_terminal(tmp_path, redirected) -> None:
@@ -362,51 +337,6 @@ def test_a_server_ends_with_its_terminal(tmp_path, redirected) -> None:
     ):
         os.close(side)
         os.close(terminal)
-        assert client.child.wait(PATIENCE) == 0
-
-
-ENDLESS = """
-tiny (uint8[n, 32, 32, 3] images) => (float[n, 7] logits)
-<float[3, 7] weights, int64[2] axes = {1, 2}, bool always = {1}, int64 forever = {9223372036854775807}>
-{
-    wide = Cast <to = 1> (images)
-    colour = ReduceMean <keepdims = 0> (wide, axes)
-    start = MatMul (colour, weights)
-    logits = Loop (forever, always, start) <body = step
-    (int64 i, bool on, float[n, 7] x) => (bool on2, float[n, 7] x2) { on2 = Identity (on)  x2 = Neg (x) }>
-}
-"""
-
-
-def endless(folder: Path) -> Path:
-    """Write a bundle whose graph never ends: `forge` allows what no export writes."""
-    path = write_bundle(folder, seed=5)
-    weights = np.zeros((3, 7), np.float32)
-    (path / "model.onnx").write_bytes(graph(ENDLESS, weights=weights).SerializeToString())
-    return forge(path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ALL_WAYS)
-def test_a_load_that_never_ends_delays_neither_a_start_nor_a_reload_nor_the_end(
-    tmp_path, way
-) -> None:
-    live, stuck = tmp_path / "live", endless(tmp_path / "stuck")
-    first, second = (write_bundle(tmp_path, seed=seed) for seed in (0, 1))
-    timeout = ("--setting", "load_timeout=3")
-    with spawn(str(stuck), *timeout, *WAYS[way]) as child:
-        assert child.wait(PATIENCE) == 2
-        assert "not loaded within 3 s" in child.communicate()[1]
-    promote(first, live, None)
-    with serving(str(live), *WAYS[way], *timeout, "--setting", "follow=true") as client:
-        live.unlink()
-        live.symlink_to(stuck)
-        wait_for_refusals(client.child, way, "not loaded within 3 s")
-        move_link(live, second.name)
-        wait_for(lambda: second.name.rpartition("-")[2] in client.get("/metrics").text)
-        move_link(live, str(stuck))
-        time.sleep(1.5)  # the load begins
-        client.child.send_signal(signal.SIGTERM)
         assert client.child.wait(PATIENCE) == 0
 
 
