@@ -76,15 +76,10 @@ REJECTED = {
         + value
         + b"\r\n\r\n0\r\n\r\n"
         for value in (
-            *(
-                b"gzip",
-                b"identity",
-                b"chunked;a=b",
-                b'"chunked"',
-                b"gzip, chunked",
-                b"identity, chunked",
-            ),
-            *(b"x\r\nTransfer-Encoding: gzip", b"x\r\nTransfer-Encoding: chunked", b",chunked"),
+            b"gzip",
+            b"chunked;a=b",
+            b"gzip, chunked",
+            b"x\r\nTransfer-Encoding: chunked",
         )
     },
     (414, "url_too_long"): {
@@ -105,17 +100,10 @@ REJECTED = {
             + value
             + b"\r\n\r\n0\r\n\r\n"
             for value in (
-                *(
-                    b"chunked, gzip",
-                    b"chunked, chunked",
-                    b"chunked,identity",
-                    b"",
-                    b"\x0bchunked",
-                ),
-                *(
-                    b"chunked\r\nTransfer-Encoding: chunked",
-                    b"chunked\r\ntransfer-encoding: identity",
-                ),
+                b"chunked, gzip",
+                b"chunked, chunked",
+                b"",
+                b"chunked\r\ntransfer-encoding: identity",
                 b"chunked\x00",
             )
         },
@@ -127,10 +115,7 @@ REJECTED = {
         + b"transfer-encoding: CHUNKED\r\nContent-Length: 0\r\n\r\n0\r\n\r\n",
         "chunks in HTTP/1.0": b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         "two lengths": POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
-        "a list of lengths": POST + b"Content-Length: 5, 5\r\n\r\nhello",
-        "a length with a sign": POST + b"Content-Length: +5\r\n\r\nhello",
         "a hexadecimal length": POST + b"Content-Length: 0x5\r\n\r\nhello",
-        "a chunk size with a sign": CHUNKED + b"+1\r\na\r\n0\r\n\r\n",
         "a chunk size over 64 bits": CHUNKED + b"1" + b"0" * 16 + b"\r\na",
         "a chunk longer than its size": CHUNKED + b"1\r\nab\r\n0\r\n\r\n",
         "a chunk without a size": CHUNKED + b"hello\r\n",
