@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import zipfile
@@ -34,7 +33,7 @@ from sopdeploy.models.registry import CATALOG, FAMILIES
 from sopdeploy.report.wrong_labels import WrongLabel
 from sopdeploy.training.recipe_files import list_recipes
 from sopdeploy_commands import env
-from sopdeploy_commands.app import QUICK_START, app
+from sopdeploy_commands.app import app
 
 ROOT = Path(sopdeploy.__file__).parents[1]
 COMMANDS: Any = get_command(app)
@@ -112,12 +111,6 @@ def test_without_a_command_and_with_help_all_commands_are_listed() -> None:
             COMMANDS.commands
         )
         assert max(map(len, result.stdout.splitlines())) <= 100
-
-
-def test_the_commands_of_the_quick_start_are_valid() -> None:
-    for line in QUICK_START:
-        _, command, *arguments = shlex.split(line)
-        assert COMMANDS.commands[command].make_context(command, arguments).args == []
 
 
 def test_shell_completion_suggests_commands(monkeypatch: pytest.MonkeyPatch) -> None:

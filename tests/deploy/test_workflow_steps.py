@@ -8,14 +8,11 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from builders import choose_builder
 
 import sopdeploy
-from tests.deploy.test_samples import NODE_MODULES, missing_tools, no_headers
-from tests.deploy.test_workflows import ROOT, WORKFLOWS, jobs
+from tests.deploy.test_workflows import ROOT, jobs
 
 TAG = f"v{sopdeploy.__version__}"
 # Programs that record their arguments instead, each with the reason. A step with a program in
@@ -47,20 +44,6 @@ esac
 """
 # Targets that the slow tests do not run, each with a function that returns the reason, or None
 # to run it.
-NEEDS: dict[str, Any] = {
-    "alerts-test": lambda: None if shutil.which("promtool") else "needs promtool",
-    "audit": lambda: "needs the advisory database",
-    "container-test": lambda: (
-        builder if isinstance(builder := choose_builder("x", Path("x")), str) else None
-    ),
-    "install-test": lambda: "hours",
-    "samples-test": lambda: (
-        "needs headers, a compiler or npm"
-        if no_headers() or not NODE_MODULES.is_dir() or missing_tools()
-        else None
-    ),
-    "tests": lambda: "all other tests",
-}
 
 
 def git(folder: Path, *arguments: str | Path) -> str:
@@ -220,19 +203,3 @@ def test_a_version_is_raised_tagged_built_and_released(
             "9.8.7",
         )
     shutil.rmtree(tmp_path / "build")  # an environment
-
-
-def made(name: str) -> set[str]:
-    steps = [step.get("run", "") for job in jobs(name).values() for step in job["steps"]]
-    return {target for step in steps if step.startswith("make ") for target in step.split()[1:]}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    "target", sorted(set().union(*map(made, WORKFLOWS)) - made("release.yml"))
-)
-def test_the_targets_of_other_workflows_succeed(target: str, repository: Path) -> None:
-    if reason := NEEDS.get(target, lambda: None)():
-        pytest.skip(reason)
-    make(repository, target)

@@ -1,4 +1,3 @@
-import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,6 @@ from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.prove import networks
 from sopdeploy_service.settings import Settings
-from tests.docs.reading import ROOT
 from tests.export.conftest import GMGAP, LABELS, save, trained
 from tests.export.once import proving_once
 from tests.support.forged import write_hollow
@@ -178,28 +176,6 @@ def test_an_export_hashes_no_tensor_three_times_and_opens_its_file_once(
     export_checkpoint(checkpoint, tmp_path, options=DETACH)
     assert max(Counter(map(id, hashed)).values()) == 2  # before and after the proof
     assert [source for source in opened if str(source).endswith("model.onnx")] == opened[-1:]
-
-
-def test_the_quick_start_shows_what_an_export_of_a_network_without_branches_prints(
-    preprocess: Preprocess, tmp_path: Path
-) -> None:
-    checkpoint = save(trained("resnet8"), "resnet8", tmp_path / "ckpt.pt", preprocess)
-    with proving_once():
-        lines = export_checkpoint(checkpoint, tmp_path / "bundles", options=DETACH).lines()
-    lines["bundle"] = lines["bundle"].replace(f"{tmp_path}/bundles/resnet8-", "bundles/photos-")
-    sample = re.search(
-        r"best.pt --detach\n(removed .+?)```",
-        (ROOT / "docs" / "quickstart.md").read_text(),
-        re.DOTALL,
-    )
-    assert sample
-    printed = "".join(f"{name:8} {text}\n" for name, text in lines.items())
-    # The page shows a network with second-order pooling, which this one lacks.
-    of_page = re.sub(r"^lowered .*\n", "", sample[1], flags=re.MULTILINE)
-    shown, expected = (
-        re.sub(r"(?<=photos-)\w+|\d[\d.]*(e-\d+)?", "0", text) for text in (of_page, printed)
-    )
-    assert shown == expected
 
 
 def test_training_only_parts_without_detach_fail_in_one_line_and_write_nothing(

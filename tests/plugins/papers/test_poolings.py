@@ -456,26 +456,6 @@ def test_the_page_shows_the_code_of_the_example() -> None:
     assert [part for part in parts if part not in code] == []
 
 
-PRINTED = {
-    "cbp": "cbp",
-    "kernel": "kp",
-    "netvlad": "netvlad",
-    "netfv": "netfv",
-    "lrbp-vgg16": "lrbp",
-}
-
-
-@pytest.mark.parametrize("name", PRINTED)
-def test_the_page_has_the_printed_accuracies_of_a_pooling(name: str) -> None:
-    tables = [load_tables()[f"slides-{data}"] for data in ("birds", "aircraft", "cars")]
-    rows = [(table, row) for table in tables for row in table.select(f"{PRINTED[name]}-vgg16")]
-    printed = ", ".join(
-        str(table.shown(row.top1)) for table, row in rows if row.top1 is not None
-    )
-    page = (ROOT / "docs" / "benchmarks" / "reproduction.md").read_text(encoding="utf-8")
-    assert f"| `{name}` | {printed} |" in page
-
-
 def test_the_core_does_not_name_it() -> None:
     words = re.compile(r"sopdeploy_papers|\b(?:cbp|netfv|dropcov|lrbp)\b", re.IGNORECASE)
     files = [
