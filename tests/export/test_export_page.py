@@ -3,8 +3,6 @@
 import base64
 import re
 
-import pytest
-
 from sopdeploy.html.report import HtmlReport, Section, render
 from sopdeploy_export.pack.drift_chart import draw_drift
 from sopdeploy_export.pack.model_card import _facts_table, _statements_table
@@ -22,28 +20,6 @@ def parity(
         runtime="onnxruntime", provider="CPU", num_images=12, outputs={name: output}, spread=1.0,
         flips={"noise": 0, "routing": 0, "error": 0}, operators={}, file_bytes=1, drift_allowed=False,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("drift", "noise_floor", "widths", "shown"),
-    [
-        ({"1": 0.8e-6, "13": 8e-6}, 1e-6, [8.5, 85.0], ["0.8", "8"]),
-        ({"1": 32e-6}, 1e-6, [187.0], ["32"]),  # beyond the limit, which was allowed
-        ({"1": 0.0}, 0.0, [1.0], ["0"]),  # an output that does not depend on the image
-        ({"1": 1e-6}, 0.0, [187.0], ["inf"]),
-    ],
-)
-def test_a_bar_is_as_long_as_its_share_of_the_limit(
-    drift: dict[str, float], noise_floor: float, widths: list[float], shown: list[str]
-) -> None:
-    figure = draw_drift(parity(drift, noise_floor=noise_floor))
-    svg = base64.b64decode(figure.image.partition("base64,")[2]).decode()
-    assert [float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)"', svg)] == widths
-    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
-    assert texts[2::2] == [f"logits, batch {size}" for size in drift]
-    assert texts[3::2] == shown
-    assert f"at most {shown[-1]}, and 16 are allowed" in figure.caption
-    assert svg.count("#a8201a") == (widths == [187.0])
 
 
 def test_the_name_of_an_output_is_text_in_the_picture() -> None:

@@ -342,32 +342,6 @@ def test_the_docs_request_the_key_show_every_operation_and_send_requests(
     assert response.value.json() == locked.get("/info", headers=headers).json()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_docs_have_named_sections_and_the_colors_of_the_screen(
-    open_page, client, scheme
-) -> None:
-    page = open_page(client.base_url, "/docs", color_scheme=scheme)
-    page.locator(".opblock").first.wait_for()
-    sections = page.locator(".opblock-tag").evaluate_all("all => all.map(e => e.dataset.tag)")
-    assert sections == ["Images", "Server", "Open Inference Protocol"]
-    background = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
-    is_dark = (
-        background.startswith("rgb(") and max(map(int, re.findall(r"\d+", background))) < 60
-    )
-    assert is_dark is (scheme == "dark")
-
-
-def test_names_from_right_to_left_and_small_shares_are_lined_up(page) -> None:
-    classes = [{"label": "hat", "probability": 0.9}, {"label": "قبعة", "probability": 0.0001}]
-    page.evaluate("body => showAnswer(body)", {"classes": classes, "warnings": []})
-    lefts = page.locator("#classes .label").evaluate_all(
-        "all => all.map(e => { const text = document.createRange(); text.selectNodeContents(e); "
-        "return Math.round(text.getBoundingClientRect().left); })"
-    )
-    assert lefts[0] == lefts[1]
-    assert shown(page) == [("hat", "90.0 %"), ("قبعة", "< 0.1 %")]
-
-
 BRIGHT, DARK = (picture_bytes((value, value, value)) for value in (250, 60))
 
 
