@@ -46,8 +46,9 @@ class ProgramRoot:
 def tensor_hash(tensor: Tensor) -> str:
     """Compute the sha256 of dtype, shape and contiguous content of *tensor*."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    header = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
-    return hashlib.sha256(header + content.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(content.data)  # in place, because a weight can be large
+    return digest.hexdigest()
 
 
 def program_root(program: ExportedProgram, hash_of: HashOf = tensor_hash) -> ProgramRoot:

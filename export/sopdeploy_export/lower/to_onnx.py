@@ -54,6 +54,9 @@ IR_VERSION = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", O
 # How the converter names the node that it cannot translate, and the operator of it.
 TRANSLATED = re.compile(r"translating node %(\w+) :.*?\[target=torch\.ops\.([\w.]+)\]")
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
+LARGEST_CHECKED = (
+    4096  # bytes of a constant that can decide a shape, such as a new shape itself
+)
 PASSES = 2  # of the converter's optimizer: the second one simplifies what the first one made
 # The optimizer's rules that can change a result; `_simplify` leaves them out. The others are
 # exact up to the rounding of `fuse_batchnorm` (folded weights are rounded once more) and
@@ -332,6 +335,24 @@ def _bypass_constant_choices(model: ir.Model) -> None:
             ir.convenience.replace_all_uses_with(result, otherwise)
 
 
+def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy *proto* with inputs in place of its large constants, of which the checker makes several copies."""
+    graph = onnx.GraphProto(name=proto.graph.name, node=proto.graph.node)
+    graph.input.extend(proto.graph.input)
+    graph.output.extend(proto.graph.output)
+
+    for tensor in proto.graph.initializer:
+        if len(tensor.raw_data) <= LARGEST_CHECKED:
+            graph.initializer.append(tensor)
+        else:
+            graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+    return onnx.ModelProto(
+        ir_version=proto.ir_version, opset_import=proto.opset_import, graph=graph
+    )
+
+
 def check_onnx(proto: onnx.ModelProto) -> None:
     """Raise `LoweringError` unless *proto* has only what the runtimes have in common.
 
@@ -339,7 +360,7 @@ def check_onnx(proto: onnx.ModelProto) -> None:
     `REJECTED`, such as control flow and `NonZero`.
     """
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        onnx.checker.check_model(_without_weights(proto), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise LoweringError(f"no ONNX form in opset {OPSET}: {reason}") from error
