@@ -8,16 +8,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle import publication
 from sopdeploy.bundle.listing import read_bundles
-from sopdeploy.bundle.manifest import EMBEDDING, PROOFS, BatchRange, Manifest
+from sopdeploy.bundle.manifest import EMBEDDING, PROOFS, BatchRange, Manifest, ProofKind
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import write_probes
 from sopdeploy.bundle.second_order import count_second_order
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.errors import CertificateError, CheckpointError, ConfigError, DetachError
+from sopdeploy.errors import (
+    CertificateError,
+    CheckpointError,
+    ConfigError,
+    DetachError,
+    LoweringError,
+)
 from sopdeploy.files import GRAPH
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
@@ -28,6 +35,7 @@ from sopdeploy_export.capture.deployed import generated_images, ordinary_images,
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.lower.accuracy import AccuracyCheck
+from sopdeploy_export.lower.compared import find_order
 from sopdeploy_export.lower.precision import (
     NO_IMAGES,
     Converted,
@@ -56,11 +64,11 @@ from sopdeploy_export.prove.file import (
     prove_file,
 )
 from sopdeploy_export.prove.graphs import prove_graph
-from sopdeploy_export.prove.images import measure_images
+from sopdeploy_export.prove.images import check_mixing, run_with_neighbors
 from sopdeploy_export.prove.networks import Compared, build_plain
-from sopdeploy_export.prove.plain_run import PlainRuns, measure_plain_run
+from sopdeploy_export.prove.plain_run import measure_plain_run
 from sopdeploy_export.prove.removed import has_tensors, list_tensors, prove_removed
-from sopdeploy_export.runs import LOGITS, ProbeOutputs, open_session
+from sopdeploy_export.runs import LOGITS, open_session, run_probes
 from sopdeploy_export.subject import Detachment, ExportSubject
 
 
@@ -198,7 +206,7 @@ def export_subject(
     destination: Path,
     options: ExportOptions,
     trained: Compared | None = None,
-    outputs: ProbeOutputs | None = None,
+    outputs: tuple[Tensor, ...] | None = None,
 ) -> Exported:
     """Export *subject* as a bundle in *destination*, as `export_checkpoint` does.
 
@@ -216,18 +224,23 @@ def export_subject(
 
     # The folder of the bundle comes first, which checks that *destination* can be written.
     with publication.staging(destination) as folder, attributes_restored(subject.network):
-        # Check the statements about the network.
+        # Prove the statements about graphs.
         checks = Checks()
         if trained is None:
             step("capturing the network")
             _change_last_layer(subject, with_features=options.with_features)
             trained = Compared.of("trained", subject.network, preprocess, options.batch)
-        plain, plain_runs = _check_network(subject, trained, options, checks)
+        kind = _prove_graphs(subject, trained, options, checks)
 
         # Convert its graph to ONNX, then to the precision.
         step("converting to ONNX")
         form_warnings: list[str] = []
-        model = lower(trained.program, output_names(trained.network), form_warnings)
+        try:
+            model = lower(trained.program, output_names(trained.network), form_warnings)
+        except LoweringError:
+            # The cause can be a graph that is not the network's.
+            measure_plain_run(trained, preprocess, options.max_batch, parts)
+            raise
         certified = Lowered(trained.network, trained.program, model)
         root = onnx_root(certified.model)
         if options.precision != "fp32":
@@ -238,25 +251,29 @@ def export_subject(
         converted = convert_precision(certified, preprocess, options, user_images)
         precision = converted.precision
 
-        # Write the file, and compare it with the network.
+        # Write the file, and measure what it and the network compute.
         (folder / GRAPH).write_bytes(converted.model.SerializeToString(deterministic=True))
         session = open_session(folder / GRAPH)
         if accuracy_check is not None:
             measured = accuracy_check.measure(certified.model, session)
             precision = precision.model_copy(update={"accuracy": measured})
             accuracy_check.check_drop(precision)
+        checks.begin("Plain run")
+        ordinary = np.stack([*ordinary_images(preprocess).values()])
+        file_runs = run_with_neighbors(session, ordinary, options.max_batch)
+        of_file = file_runs.outputs if options.precision == "fp32" else None
+        with attributes_restored(subject.network):
+            plain_runs = measure_plain_run(
+                trained, preprocess, options.max_batch, parts, of_file
+            )
         checks.begin("Images")
-        neighbors = np.stack([*ordinary_images(preprocess).values()])
-        mixes_images = measure_images(
-            session, neighbors, options.max_batch, allowed=options.allow_batch_dependence
-        )
+        check_mixing(file_runs.mixing, allowed=options.allow_batch_dependence)
         checks.begin("File")
         exact, parity = _compare_file(session, trained, converted, images, outputs, options)
         trained.check_unchanged(parts)
 
         # Collect what was proved and measured.
         shipped_root = root if options.precision == "fp32" else onnx_root(converted.model)
-        kind = kind_of_proof(plain, parts)
         certificate = Certificate(
             model=subject.name,
             proof=kind,
@@ -271,7 +288,7 @@ def export_subject(
             ),
             batches=plain_runs.batches,
             num_images=len(images),
-            mixes_images=mixes_images,
+            mixes_images=file_runs.mixing,
             precision=options.precision,
             statements=checks.evidence(),
         )
@@ -311,14 +328,10 @@ def export_subject(
     return replace(exported, page=write_page(exported, subject.labels))
 
 
-def _check_network(
+def _prove_graphs(
     subject: ExportSubject, trained: Compared, options: ExportOptions, checks: Checks
-) -> tuple[Compared | None, PlainRuns]:
-    """Check the statements about the network of *subject*, which is captured as *trained*.
-
-    Returns the plain network, or None without a builder, and what the plain runs showed. What the
-    runs leave in the network is removed afterwards.
-    """
+) -> ProofKind:
+    """Prove the statements about the graph of the network of *subject*, which is captured as *trained*."""
     parts = subject.detachment.training_only
     with attributes_restored(subject.network):
         checks.begin("Removed")
@@ -326,9 +339,7 @@ def _check_network(
         checks.begin("Graph")
         plain = _build_plain(subject.detachment, trained, subject.preprocess, options.batch)
         prove_graph(trained, plain)
-        checks.begin("Plain run")
-        plain_runs = measure_plain_run(trained, subject.preprocess, options.max_batch, parts)
-    return plain, plain_runs
+    return kind_of_proof(plain, parts)
 
 
 def _compare_file(
@@ -336,7 +347,7 @@ def _compare_file(
     trained: Compared,
     converted: Converted,
     images: NDArray[np.uint8],
-    outputs: ProbeOutputs | None,
+    outputs: tuple[Tensor, ...] | None,
     options: ExportOptions,
 ) -> tuple[ParityReference, ParityReport]:
     """Compare the file that *session* has loaded with the network *trained* on *images*, uint8 (P, H, W, 3).
@@ -346,7 +357,7 @@ def _compare_file(
     network has run on *images* already. Raises the errors of `compute_reference` and `prove_file`.
     """
     if outputs is None or options.precision != "fp32":
-        outputs = ProbeOutputs.of(converted.run, torch.from_numpy(images))
+        outputs = run_probes(converted.run, torch.from_numpy(images))
     exact = compute_reference(
         trained.deployed, images, outputs, options.precision, converted.gate
     )
@@ -357,6 +368,7 @@ def _compare_file(
         images,
         options.batch,
         allow_numerical_error=options.allow_numerical_error,
+        order=find_order(trained.program),
     )
     return exact, parity
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from types import BuiltinFunctionType
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from sopdeploy.bundle.manifest import GATES
 from sopdeploy.environment import EXACT_INT8, lacks_vnni
@@ -24,7 +24,7 @@ from sopdeploy_export.capture.deployed import INPUT, Deployed
 
 PROVIDER = "CPUExecutionProvider"
 LOGITS = "logits"
-SINGLE_PROBES = 4  # that run alone, too
+SINGLE_PROBES = 2  # that run alone
 # For larger batches, the C library takes memory from the system for each operator and gives it
 # back, which is slow.
 PROBE_BATCH = 4
@@ -41,10 +41,9 @@ REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Compute in float64 also where the code of a network names another type, as `.float()` does.
 
-    Constants that `.double()` does not reach are converted: tensors made in `forward` where they
-    are made, others where an operation combines them with float64. `ReportsFloat32` beside it
-    lets the code of the network read float32 as the `dtype` of float64, so that it takes the
-    same path.
+    Weights and constants are converted where an operation reads them, so that no second copy of
+    all weights is in memory. `ReportsFloat32` beside it lets the code of the network read float32
+    as the `dtype` of float64, so that it takes the same path.
     """
 
     def __torch_dispatch__(
@@ -52,8 +51,8 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run *func* in float64 where the code of a network names a smaller type.
 
-        A `dtype` argument becomes float64, and so does the result; so do all operands, if one of
-        them is in float64. If *func* writes to an operand, operands and result stay as they are.
+        A `dtype` argument becomes float64, and so do the operands and the result, but for an
+        operand that *func* writes to.
         """
         del types
 
@@ -61,21 +60,23 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args = tuple(map(widen_dtype, args))
         kwargs = {name: widen_dtype(value) for name, value in (kwargs or {}).items()}
 
-        # Operands. The mode `ReportsFloat32` must not change what `dtype` gives here.
+        # Operands. The mode `ReportsFloat32` must not change what `dtype` gives here. An operation
+        # that writes to an operand needs this operand itself, not a converted copy.
         with torch._C.DisableTorchFunction():
-            dtypes = {
-                value.dtype
-                for value in tree_leaves((args, kwargs))
-                if isinstance(value, Tensor)
+            is_written = {
+                argument.name: bool(argument.alias_info and argument.alias_info.is_write)
+                for argument in func._schema.arguments
             }
-
-            # An operation that writes to an operand needs this operand itself, not a converted
-            # copy.
-            if func._schema.is_mutable:
-                return func(*args, **kwargs)
-            if torch.float64 in dtypes and dtypes & set(REDUCED):
-                args, kwargs = tree_map_only(Tensor, _widen, (args, kwargs))
-            return tree_map_only(Tensor, _widen, func(*args, **kwargs))
+            args = [
+                value if written else tree_map_only(Tensor, _widen, value)
+                for value, written in zip(args, is_written.values(), strict=False)
+            ]
+            kwargs = {
+                name: value if is_written[name] else tree_map_only(Tensor, _widen, value)
+                for name, value in kwargs.items()
+            }
+            result = func(*args, **kwargs)
+            return result if func._schema.is_mutable else tree_map_only(Tensor, _widen, result)
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -83,13 +84,20 @@ def _widen(tensor: Tensor) -> Tensor:
 
 
 class ReportsFloat32(TorchFunctionMode):
-    """Returns float32 as the `dtype` of tensors in float64."""
+    """Returns float32 as the `dtype` of tensors in float64, and passes weights in float64 to functions.
+
+    Some functions, such as convolutions, compare the types of their operands before `InFloat64` sees
+    them.
+    """
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         del types
-        result = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if isinstance(function, BuiltinFunctionType):  # not a method, such as `data_ptr`
+            args, kwargs = tree_map_only(nn.Parameter, _widen, (args, kwargs))
+        result = function(*args, **kwargs)
         return torch.float32 if result is torch.float64 and function == GET_DTYPE else result
 
 
@@ -98,30 +106,19 @@ def widen_dtype(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value in REDUCED else value
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeOutputs:
-    """The outputs of a network for P probes, as one tensor for every output of the network.
+@torch.no_grad()
+def run_probes(run: BatchRun, probes: Tensor) -> tuple[Tensor, ...]:
+    """Run uint8 *probes* (P, H, W, 3) in batches of `PROBE_BATCH`, the last `SINGLE_PROBES` alone.
 
-    Attributes:
-        single: (S, ...) of the first S probes, at most `SINGLE_PROBES`, each run alone.
-        batched: (P, ...) of all probes, run in batches of at most `PROBE_BATCH`.
+    *run* computes the outputs of one batch. Returns one tensor (P, ...) for each output.
     """
-
-    single: tuple[Tensor, ...]
-    batched: tuple[Tensor, ...]
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, run: BatchRun, probes: Tensor) -> "ProbeOutputs":
-        """Run uint8 *probes* (P, H, W, 3); *run* computes the outputs of one batch."""
-        starts = range(0, len(probes), PROBE_BATCH)
-        with without_fast_path():
-            batched = [run(probes[start : start + PROBE_BATCH]) for start in starts]
-            single = [run(probes[i : i + 1]) for i in range(min(SINGLE_PROBES, len(probes)))]
-        return cls(
-            tuple(map(torch.cat, zip(*single, strict=True))),
-            tuple(map(torch.cat, zip(*batched, strict=True))),
-        )
+    batches = [
+        *torch.split(probes[:-SINGLE_PROBES], PROBE_BATCH),
+        *torch.split(probes[-SINGLE_PROBES:], 1),
+    ]
+    with without_fast_path():
+        outputs = [run(batch) for batch in batches if len(batch)]
+    return tuple(map(torch.cat, zip(*outputs, strict=True)))
 
 
 @contextmanager

@@ -41,9 +41,9 @@ from sopdeploy_export.prove.file import (
     prove_file,
 )
 from sopdeploy_export.prove.graphs import prove_graph
-from sopdeploy_export.prove.images import measure_images
+from sopdeploy_export.prove.images import run_with_neighbors
 from sopdeploy_export.prove.networks import Compared, build_plain
-from sopdeploy_export.runs import ProbeOutputs, open_session
+from sopdeploy_export.runs import open_session, run_probes
 from sopdeploy_export.subject import Detachment
 from tests.export.conftest import save
 from tests.operators.compare import check_operators
@@ -142,7 +142,9 @@ def write_file(
     found = write_graph(certified, preprocess, destination, options)
     if own:
         images = np.stack([*ordinary_images(preprocess).values()])
-        measure_images(open_session(destination), images, options.max_batch, allowed=False)
+        assert not run_with_neighbors(
+            open_session(destination), images, options.max_batch
+        ).mixing
     return found
 
 
@@ -163,7 +165,7 @@ def write_graph(
     images = generated_images(preprocess.crop)
     shipping = convert_precision(certified, preprocess, options, user_images)
     destination.write_bytes(shipping.model.SerializeToString(deterministic=True))
-    rounded = ProbeOutputs.of(shipping.run, torch.from_numpy(images))
+    rounded = run_probes(shipping.run, torch.from_numpy(images))
     deployed = Deployed(certified.network, preprocess).eval()
     expected = compute_reference(deployed, images, rounded, options.precision, shipping.gate)
     session, drift = open_session(destination), options.allow_numerical_error
@@ -190,8 +192,7 @@ def compared(checkpoint: Path) -> Prepared:
     plain = build_plain(detachment, trained, preprocess, FEW)
     prove_graph(trained, plain)
     expected, outputs = (
-        ProbeOutputs.of(each.deployed, torch.from_numpy(images)).batched
-        for each in (trained, plain)
+        run_probes(each.deployed, torch.from_numpy(images)) for each in (trained, plain)
     )
     assert all(map(torch.equal, outputs, expected))
     return Prepared(network, images, preprocess)

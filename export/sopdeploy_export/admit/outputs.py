@@ -22,7 +22,7 @@ from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.capture.failures import DEPENDS_ON_VALUES
 from sopdeploy_export.network import attributes_restored, tensors
 from sopdeploy_export.program_hashes import operator_name
-from sopdeploy_export.runs import ProbeOutputs
+from sopdeploy_export.runs import run_probes
 
 SUM_TOLERANCE = 1e-3  # of probabilities
 EQUAL = (
@@ -41,7 +41,7 @@ SUBSET_OF_VALUES = (
 )  # fmt: skip
 
 
-def run_first(deployed: Deployed, images: Tensor, classes: int | None) -> ProbeOutputs:
+def run_first(deployed: Deployed, images: Tensor, classes: int | None) -> tuple[Tensor, ...]:
     """Run the network on uint8 *images* (P, H, W, 3), and check its outputs; afterwards, it is as before.
 
     With None, any number of *classes* is accepted. Raises the errors of `run_and_check`.
@@ -51,7 +51,7 @@ def run_first(deployed: Deployed, images: Tensor, classes: int | None) -> ProbeO
         return run_and_check(deployed, pixels, classes)
 
     with attributes_restored(deployed):
-        return ProbeOutputs.of(run, images)
+        return run_probes(run, images)
 
 
 class _SeesTrained(TorchFunctionMode):

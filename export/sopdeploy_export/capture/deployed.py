@@ -24,7 +24,7 @@ EXPORT_LOGITS = "_sopdeploy_logits"
 EXPORT_TWO_CLASSES = "_sopdeploy_two_classes"  # also of such a network
 EXPORT_EMBEDDING = "_sopdeploy_embedding"  # attribute of any network, see `compute_outputs`
 _SEED = 20_240_117
-GENERATED = 12
+SCENES = (14, 20)  # cells of noise along a side, which make something like a photo
 LETTERBOX = 114  # the gray that detectors pad images with
 
 
@@ -231,7 +231,7 @@ def _describe_output(output: Any) -> str:
 
 
 def generated_images(side: int) -> NDArray[np.uint8]:
-    """Generate the images on which the file is compared, uint8 (12, side, side, 3), always the same ones.
+    """Generate the images on which the file is compared, uint8 (6, side, side, 3), always the same ones.
 
     There are fewer if *side* is at most 4, because some are equal then.
     """
@@ -242,21 +242,20 @@ def generated_images(side: int) -> NDArray[np.uint8]:
     square_of_pixel = np.arange(side) // 4  # the number of the square along either axis
     checkerboard = 255.0 * ((square_of_pixel[:, None] + square_of_pixel) % 2)
 
-    # Plain colors, the patterns, and noise. The order of the draws decides the images.
-    colors = [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    # The patterns, and noise. The order of the draws decides the images.
     images = [
-        *(np.broadcast_to(color, (side, side, 3)) for color in colors),
         np.stack([checkerboard] * 3, axis=2),
         np.stack([horizontal_ramp, horizontal_ramp.T, checkerboard], axis=2),
         random.integers(0, 256, (side, side, 3)),
     ]
 
-    # The others are enlarged noise, first the coarsest.
-    for i in range(GENERATED - len(images)):
-        size = min(side, 2 + 6 * i)
+    # Enlarged noise, like photos; and a plain color.
+    for cells in SCENES:
+        size = min(side, cells)
         noise = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
         enlarged = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
         images.append(np.asarray(enlarged))
+    images.append(np.broadcast_to((0, 255, 0), (side, side, 3)))
 
     # Each image once.
     pixels = [np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images]
@@ -271,7 +270,7 @@ def ordinary_images(preprocess: Preprocess) -> dict[str, NDArray[np.uint8]]:
     images, and the finest patterns in its own way.
     """
     side = preprocess.crop
-    scene, other = generated_images(side)[-2:]
+    scene, other = generated_images(side)[-3:-1]
     row, column = np.indices((side, side))[..., None]
     is_bar = abs(row - (side - 1) / 2) >= side / 4
     is_left = column < side / 2

@@ -56,13 +56,13 @@ def warn_of_forms(model: ir.Model) -> list[str]:
     ]
 
 
-def warn_of_order(program: ExportedProgram) -> list[str]:
-    """Write a warning of the operators in *program* whose indices are used, and can differ for equal values.
+def find_order(program: ExportedProgram) -> list[str]:
+    """List the operators in *program* whose indices are used, and can differ for equal values, with their parts.
 
     Those that no image reaches are left out: their values are the same in every run.
     """
     constant_nodes = find_constant_nodes(program)
-    places = [
+    return [
         f"{node.target} in {module_of(node)}"
         for node in program.graph.nodes
         if node.target in UNORDERED
@@ -70,6 +70,10 @@ def warn_of_order(program: ExportedProgram) -> list[str]:
         and any(user.target is not operator.getitem or user.args[1] == 1 for user in node.users)
     ]
 
+
+def warn_of_order(program: ExportedProgram) -> list[str]:
+    """Write a warning of the operators in *program* that `find_order` lists."""
+    places = find_order(program)
     if not places:
         return []
     return [

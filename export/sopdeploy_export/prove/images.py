@@ -12,13 +12,14 @@ Refused: operators that combine rows of several images (`tests/export/prove/test
 """
 
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from sopdeploy.errors import LoweringError
-from sopdeploy_export.runs import file_outputs
+from sopdeploy_export.runs import Arrays, file_outputs
 
 STATEMENT = (
     "If the other images of a batch are replaced by ordinary or extreme images, no bit of the outputs for an "
@@ -28,56 +29,72 @@ IS_PROVED = False
 LARGEST = 4  # images of a batch
 
 
-def find_mixing(
+class FileRuns(NamedTuple):
+    """The outputs (P, ...) of a file for P images by name, and the names of those that mix images."""
+
+    outputs: Arrays
+    mixing: tuple[str, ...]
+
+
+def run_with_neighbors(
     session: ort.InferenceSession, images: NDArray[np.uint8], largest: int
-) -> tuple[str, ...]:
-    """Name the outputs of the file that change with the other *images*, uint8 (P, H, W, 3), of a batch.
+) -> FileRuns:
+    """Run the file on *images*, uint8 (P, H, W, 3), with several other images beside each.
 
     *largest* is the largest batch that the file accepts.
     """
     size = min(LARGEST, largest)
     if size == 1:  # there are no other images
-        return ()
+        return FileRuns(file_outputs(session, images, 1), ())
 
-    # Which images of the batch each run replaces: in turn every other one and one half, so that a
-    # neighbour at any distance is replaced, until all images were in a batch; then the first half by
-    # copies of the others, and at last these others.
+    # The first run.
+    unused = itertools.cycle(range(len(images)))
+    numbers = np.array([*itertools.islice(unused, size)])  # of the images in the batch
+    before = file_outputs(session, images[numbers], size)
+    by_number = {name: dict(zip(numbers, rows, strict=False)) for name, rows in before.items()}
+
+    # Each further run, compared with the run before.
+    mixing: dict[str, None] = {}
+    for is_new, by_copies in _plan_replacements(size, len(images)):
+        others = itertools.cycle(numbers[~is_new]) if by_copies else unused
+        numbers = numbers.copy()
+        numbers[is_new] = [*itertools.islice(others, int(is_new.sum()))]
+
+        found = file_outputs(session, images[numbers], size)
+        for name, rows in found.items():
+            by_number[name].update(zip(numbers, rows, strict=False))
+            if len(rows) != size or rows[~is_new].tobytes() != before[name][~is_new].tobytes():
+                mixing[name] = None
+        before = found
+
+    outputs = {
+        name: np.stack([row for _, row in sorted(rows.items())])
+        for name, rows in by_number.items()
+    }
+    return FileRuns(outputs, tuple(mixing))
+
+
+def _plan_replacements(size: int, count: int) -> list[tuple[NDArray[np.bool_], bool]]:
+    """List which images of a batch of *size* each run replaces, and whether by copies of those that stay.
+
+    In turn every other one and one half, so that a neighbour at any distance is replaced, until all of
+    *count* images were in a batch; then the first half by copies of the others, and at last these
+    others.
+    """
     position = np.arange(size)
     is_even = position % 2 == 0
     is_first = position < size // 2
     halves = itertools.cycle([is_even, ~is_even, is_first, ~is_first])
-    num_rounds = -(-len(images) // size) - 1
-    replaced = [*itertools.islice(halves, 2 * num_rounds), is_first, ~is_first]
-    run_of_copies = len(replaced) - 2
+    num_rounds = -(-count // size) - 1
 
-    # The first run.
-    unused = itertools.cycle(images)
-    batch = np.stack([*itertools.islice(unused, size)])
-    before = file_outputs(session, batch, size)
-
-    # Each further run, compared with the run before.
-    mixing: dict[str, None] = {}
-    for run, is_new in enumerate(replaced):
-        others = itertools.cycle(batch[~is_new]) if run == run_of_copies else unused
-        batch = batch.copy()
-        batch[is_new] = [*itertools.islice(others, int(is_new.sum()))]
-
-        found = file_outputs(session, batch, size)
-        for name, rows in found.items():
-            if len(rows) != size or rows[~is_new].tobytes() != before[name][~is_new].tobytes():
-                mixing[name] = None
-        before = found
-    return tuple(mixing)
+    replaced = [(is_new, False) for is_new in itertools.islice(halves, 2 * num_rounds)]
+    return [*replaced, (is_first, True), (~is_first, False)]
 
 
-def measure_images(
-    session: ort.InferenceSession, images: NDArray[np.uint8], largest: int, *, allowed: bool
-) -> tuple[str, ...]:
-    """Name the outputs of the file that mix images; raise `LoweringError` unless this is *allowed*."""
-    mixing = find_mixing(session, images, largest)
+def check_mixing(mixing: tuple[str, ...], *, allowed: bool) -> None:
+    """Raise `LoweringError` if the outputs *mixing* mix images, unless this is *allowed*."""
     if mixing and not allowed:
         raise LoweringError(
             f"the network mixes images: {', '.join(mixing)} of an image change with the other images of its batch",
             remedies={"allow_batch_dependence": True},
         )
-    return mixing

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
@@ -41,7 +41,6 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.progress import step
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.prove.removed import find_shared_rests, find_unneeded, prove_removed
-from sopdeploy_export.runs import ProbeOutputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +59,7 @@ class Admitted:
     """
 
     trained: Compared
-    outputs: ProbeOutputs | None
+    outputs: tuple[Tensor, ...] | None
     parts: tuple[str, ...]
     num_classes: int
     is_completed: bool
@@ -105,7 +104,8 @@ def admit(
     generated = generated_images(preprocess.crop)
     images = torch.from_numpy(generated)
     outputs = run_first(Deployed(network, preprocess).eval(), images, classes)
-    num_classes = outputs.batched[0].shape[1]
+    logits = outputs[0]
+    num_classes = logits.shape[1]
     if classes == num_classes == 1 and not several_classes:
         raise ConfigError(
             "the trained network has one logit, whose softmax is always 1: give the names of two "
@@ -113,7 +113,6 @@ def admit(
             setting="labels",
             remedies={"several_classes": True},
         )
-    logits = outputs.batched[0]
     is_completed = EXPORT_TWO_CLASSES in vars(network) and not logits[:, 0].any()
     warnings = (
         *check_depends_on_images(network, logits, allowed=options.allow_numerical_error),
@@ -129,7 +128,7 @@ def admit(
     step("capturing the network")
     trained = Compared.of("trained", network, preprocess, options.batch)
     needed = {name: trained.tensors[name] for name in trained.needed if not is_in(name, *parts)}
-    check_finite(needed, outputs.batched[0])
+    check_finite(needed, logits)
     check_ends_in_no_sigmoid(trained.program)
     prove_removed(trained, parts)
 

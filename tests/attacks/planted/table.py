@@ -34,7 +34,7 @@ GROUPS: dict[str, dict[str, Row]] = {
 }
 TABLE = {f"{kind}: {name}": row for kind, rows in GROUPS.items() for name, row in rows.items()}
 
-UNLIKE = "code that acts differently only for images unlike all of these"
+UNLIKE = "code that acts differently only in other cases: for images unlike all of these"
 
 # These pass, and their files differ from them. The page says why, with this sentence.
 NOT_SEEN = {f"an image that no export has: {name}": UNLIKE for name in plain_runs.UNSEEN}

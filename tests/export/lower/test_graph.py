@@ -40,7 +40,7 @@ def lowered(
 @pytest.mark.parametrize("side", [1, 2, 3, 4, 5, 16])
 def test_no_two_of_the_generated_images_are_equal(side: int) -> None:
     images = generated_images(side)
-    assert len({image.tobytes() for image in images}) == len(images) >= 8
+    assert len({image.tobytes() for image in images}) == len(images) >= 3
 
 
 def test_graph_has_one_uint8_input_one_float_output_and_standard_operators(

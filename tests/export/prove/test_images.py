@@ -7,7 +7,7 @@ from onnx import parser
 
 from sopdeploy import Preprocess
 from sopdeploy_export.capture.deployed import ordinary_images
-from sopdeploy_export.prove.images import find_mixing
+from sopdeploy_export.prove.images import run_with_neighbors
 from sopdeploy_export.runs import open_session
 
 HEAD = """<ir_version: 8, opset_import: ["" : 18]>
@@ -54,7 +54,7 @@ IMAGES = np.stack([*ordinary_images(Preprocess(resize=8, crop=8)).values()])
 
 def mixing(body: str, largest: int = 8) -> tuple[str, ...]:
     model: onnx.ModelProto = parser.parse_model(HEAD + body + " }")
-    return find_mixing(open_session(model), IMAGES, largest)
+    return run_with_neighbors(open_session(model), IMAGES, largest).mixing
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)

@@ -216,7 +216,7 @@ def test_a_plain_run_that_gives_something_else_is_refused(name: str) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_plain_run_that_gives_the_outputs_of_the_graph_passes(name: str) -> None:
-    assert measure(RIGHT[name]()) == tuple(sorted(SIZES))
+    assert measure(RIGHT[name]()) == SIZES
 
 
 def test_a_batch_of_one_sees_all_kinds_of_images() -> None:
@@ -229,6 +229,26 @@ def test_a_batch_of_one_sees_all_kinds_of_images() -> None:
     assert measure(Small(logits), largest=1) == (1,)
     assert len(kinds) >= len(ordinary_images(PREPROCESS))
     assert {*kinds} == {1}
+
+
+@pytest.mark.parametrize("wrong", [(), (0,), (9,), (0, 16)])
+def test_the_graph_runs_only_where_its_file_gives_something_else(
+    wrong: tuple[int, ...],
+) -> None:
+    network = Small(of_mean(lambda n, x: n.fc(x))).eval()
+    compared = Compared.of(
+        "trained", network, PREPROCESS, BatchRange(optimum=1, maximum=max(SIZES))
+    )
+    graph_runs = []
+    compared.graph.register_forward_hook(lambda *_: graph_runs.append(1))
+
+    images = torch.from_numpy(np.stack([*ordinary_images(PREPROCESS).values()]))
+    with torch.no_grad():
+        of_file = compared.deployed(images)[0].numpy()
+    of_file[[*wrong]] += 1
+
+    measure_plain_run(compared, PREPROCESS, max(SIZES), ("aux",), {"logits": of_file})
+    assert len(graph_runs) == len(wrong)
 
 
 def test_ordinary_images_differ_and_fill_the_batches() -> None:
