@@ -142,6 +142,8 @@ def summary(studies: Sequence[Study], lines: Lines) -> str:
                     ours[seed].seconds / plain[seed].seconds
                     for seed in ours.keys() & plain.keys()
                 ]
+        if not any(cells):
+            continue
         time = f"{statistics.fmean(times):.2f}" if times else ""
         rows.append([arm, *cells, time, f"{parameters / 1e6:.2f}"])
 
