@@ -44,6 +44,7 @@ from sopdeploy_export.options import (
     NetworkExportOptions,
     NetworkOptions,
 )
+from sopdeploy_export.user_network.import_path import check_builder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -179,33 +180,37 @@ def _export_weights(
     on_step: Callable[[str], None],
 ) -> "Exported":
     """Export the network that *source* names with the weights of the file *weights*."""
+    # What the user says about the network: classes, preprocessing, name. Mistakes are found before
+    # torch is imported, which the preprocessing of timm does.
+    labels = None if source.labels is None else read_class_names(source.labels)
+    check_is_weights(weights)
+    check_builder("network", str(source.network), source.option)
+    if source.plain is not None:
+        check_builder("plain", source.plain, source.plain_option)
+    preprocess = read_preprocess(source.preprocess)
+    name = options.name or file_project(weights)
+
     from sopdeploy_export.user_network.builder import network_builder
     from sopdeploy_export.user_network.export_network import export_network
     from sopdeploy_export.user_network.loading import KeptFile, load_weights, read_weights
     from sopdeploy_export.user_network.second_process import run_elsewhere
 
-    # What the user says about the network: classes, preprocessing, name.
-    labels = None if source.labels is None else read_class_names(source.labels)
-    preprocess = read_preprocess(source.preprocess)
-    check_is_weights(weights)
-    name = options.name or file_project(weights)
+    # The class names of the option, or else those in the file.
+    file = read_weights(weights)  # before the user's code can change it
+    labels = labels or file.labels
+    if labels is None:
+        message = (
+            "missing; give a file with one class name per line, in the order of the logits"
+        )
+        raise ConfigError(message, setting="labels")
 
     # The user's code builds the networks: the one that was trained and, if given, the plain
     # one.
-    file = read_weights(weights)  # before this code can change it
     with KeptFile(weights) as kept:
         plain = None
         if source.plain is not None:
             plain = network_builder("plain", source.plain, source.plain_option)
         build = network_builder("network", str(source.network), source.option)
-
-        # The class names of the option, or else those in the file.
-        labels = labels or file.labels
-        if labels is None:
-            message = (
-                "missing; give a file with one class name per line, in the order of the logits"
-            )
-            raise ConfigError(message, setting="labels")
 
         on_step("building the network")
         network = build()
@@ -331,8 +336,9 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
             raise ConfigError(f"{file}: {problem}")
         raise ConfigError("missing; give package.module:callable", setting="network")
 
-    preprocess = read_preprocess(options.preprocess)
     check_is_weights(file)
+    check_builder("network", options.network, options.option)
+    preprocess = read_preprocess(options.preprocess)
     from sopdeploy.bundle.manifest import BatchRange
     from sopdeploy_export.admit.network import prepared
     from sopdeploy_export.admit.outputs import check_trained_are_registered

@@ -4,7 +4,6 @@
 names that the user typed: never because of a checkpoint or a bundle.
 """
 
-import ast
 import functools
 import inspect
 import pkgutil
@@ -23,13 +22,12 @@ from torch.nn.parameter import is_lazy
 
 from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.nearest import did_you_mean
+from sopdeploy_export.user_network.import_path import check_builder, parse_option
 
-WORDS = {"true": True, "false": False}  # as in TOML
 _ADVICE_OFFLINE = (
     "it loads something from the network, which the weight file replaces: switch that off by an option "
     "such as pretrained=false, or connect this machine"
 )
-NO_LITERALS = {"none", "null", "nil", "yes", "no", "on", "off", "true", "false"}
 
 
 def network_builder(
@@ -41,6 +39,7 @@ def network_builder(
     is the value of *setting*. Raises `ConfigError` if it cannot be imported or does not have such
     options; the created function raises `ConfigError` if the network cannot be built.
     """
+    check_builder(setting, import_path, option_texts)
     invalid = partial(ConfigError, setting=setting, value=import_path)
     builder = _import_callable(import_path, invalid)
     options = dict(map(parse_option, option_texts))
@@ -91,15 +90,10 @@ def _is_of_connection(error: BaseException | None) -> bool:
 def _import_callable(
     import_path: str, invalid: Callable[[str], ConfigError]
 ) -> Callable[..., Any]:
-    """Import *import_path*, `package.module:callable`, also from the current folder, as `python -m` does.
+    """Import *import_path*, which `check_builder` accepts.
 
     Raises what *invalid* makes of a message if this fails.
     """
-    if not all(import_path.partition(":")):  # the module, the colon or the callable is missing
-        raise invalid("write package.module:callable, as in torchvision.models:googlenet")
-
-    if "" not in sys.path:
-        sys.path.insert(0, "")
     try:
         with without_arguments():
             imported: Any = pkgutil.resolve_name(import_path)
@@ -147,44 +141,19 @@ def _advise_import(import_path: str, error: BaseException) -> str:
             package, _, submodule = error.name.partition(".")
             if submodule and find_spec(package) is not None:
                 return f"install a release of {package} that has {submodule}"
-            return f"install {package}"
+            return f"install {package}, or add its folder to PYTHONPATH"
 
-        # The other modules of its package, or the packages that can be imported.
+        # The other modules of its package
         wanted = error.name
         parent = error.name.rpartition(".")[0]
-        folders = (
-            getattr(sys.modules[parent], "__path__", []) if parent in sys.modules else None
-        )
-        prefix = f"{parent}." if parent else ""
-        known_names = [module.name for module in pkgutil.iter_modules(folders, prefix)]
+        folders = getattr(sys.modules.get(parent), "__path__", [])
+        known_names = [module.name for module in pkgutil.iter_modules(folders, f"{parent}.")]
     elif isinstance(error, AttributeError) and module_name in sys.modules:
         wanted = attribute
         members = vars(sys.modules[module_name])
         known_names = [name for name, value in members.items() if callable(value)]
 
     return did_you_mean(wanted, known_names, "check its name")
-
-
-def parse_option(text: str) -> tuple[str, Any]:
-    """Split `key=value` into the key and the value, a Python literal such as False, None, 3 or (8, 16).
-
-    `true` and `false` are accepted, too; any other value is text. Raises `ConfigError` for
-    another form, or for a value that is meant as a literal of another language.
-    """
-    key, equals, value = (part.strip() for part in text.partition("="))
-    if not equals or not key.isidentifier():
-        raise ConfigError(f"{text}: write key=value, for example depth=18")
-    if value in WORDS:
-        return key, WORDS[value]
-    try:
-        return key, ast.literal_eval(value)
-    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
-        if value.lower() in NO_LITERALS:
-            quoted = f"{key}=\"'{value}'\""
-            raise ConfigError(
-                f"{text}: write True, False or None, or {quoted} for a text"
-            ) from error
-    return key, value
 
 
 def _check_option_values(

@@ -598,7 +598,20 @@ def test_a_file_that_does_not_fit_is_rejected(case: str, tmp_path: Path) -> None
     ("import_path", "settings", "message"),
     [
         ("torch.nn", (), r"^network='torch\.nn': write package\.module:callable"),
-        ("no_such_module:build", (), r"cannot be imported \(ModuleNotFoundError"),
+        (
+            "no_such_module:build",
+            (),
+            r"no no_such_module\.py in .* \(nor on PYTHONPATH\); run the command in its folder$",
+        ),
+        ("jsn:loads", (), r"no jsn\.py in .*; run the command in its folder$"),
+        ("no_such.models:build", (), r"no folder no_such in .*, or install no_such$"),
+        (
+            "net.py:Small",
+            (),
+            r"write net:Small, without \.py or a path, and run the command in its",
+        ),
+        ("../a/net:Small", (), r"write net:Small, without \.py or a path"),
+        ("my-net.py:Small", (), r"'my-net' is no name of a module; rename the file"),
         ("torch.nn:NoSuch", (), r"cannot be imported \(AttributeError.*\); check its name"),
         (
             "torch.nn:Linaer",
@@ -606,7 +619,6 @@ def test_a_file_that_does_not_fit_is_rejected(case: str, tmp_path: Path) -> None
             r"cannot be imported \(AttributeError.*\); did you mean Linear\?",
         ),
         ("torch.nnn:Linear", (), r"\(ModuleNotFoundError.*\); did you mean torch\.nn\?"),
-        ("jsn:loads", (), r"\(ModuleNotFoundError.*\); did you mean json\?"),
         (f"{MODULE}:Small", ("auxx=true",), r"Small has no option auxx; did you mean aux\?"),
         ("torch.nn.functional:__name__", (), r"is a str, not a function or a class"),
         (f"{MODULE}:Small", ("width=3",), r"Small has no option width; it has aux"),
@@ -631,6 +643,15 @@ def test_a_builder_that_cannot_be_used_is_one_line(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         network_builder("network", import_path, settings)()
+
+
+def test_the_hint_for_a_wrong_module_is_a_file_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "written_for_a_hint.py").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"; did you mean written_for_a_hint\?$"):
+        network_builder("network", "writen_for_a_hint:build", ())
 
 
 def test_a_module_that_an_installed_package_lacks_is_no_package_to_install(
@@ -899,7 +920,10 @@ UNBUILDABLE = ("--network", f"{MODULE}:unbuildable")
         ),
         ((*UNBUILDABLE, "--labels", "w.pth"), "is not in UTF-8; save it"),
         (
-            (*UNBUILDABLE, "--preprocess", "imagenet", "--plain", f"{MODULE}:Smal"),
+            (
+                *(*UNBUILDABLE, "--preprocess", "imagenet", "--labels", "classes.txt"),
+                *("--plain", f"{MODULE}:Smal"),
+            ),
             "did you mean Small?",
         ),
         (("--network", f"{MODULE}:unbuildable", "--option", "x=1"), "--preprocess: missing"),
@@ -909,8 +933,9 @@ def test_options_that_do_not_fit_together_are_one_line(
     arguments: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     torch.save(STATE, tmp_path / "w.pth")
+    (tmp_path / "classes.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
     given = [
-        str(tmp_path / word) if word.endswith(".pth") else word
+        str(tmp_path / word) if (tmp_path / word).is_file() else word
         for word in ("w.pth", *arguments)
     ]
     result = CliRunner().invoke(app, ["export", *given])
