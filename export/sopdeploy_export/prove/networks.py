@@ -1,6 +1,6 @@
 """The compared networks: what is known of each is made once, and handed on."""
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -197,7 +197,7 @@ def build_plain(
         for name, tensor in weights.items()
         if name in plain_tensors or id(tensor) not in known
     }
-    _check_names(weights.keys(), plain_tensors.keys())
+    _check_names(weights.keys(), plain_tensors.keys(), parts)
 
     # A buffer that no state dict stores is compared if the outputs need it, unless the capture
     # of the trained network created it: that of the plain network creates it, too.
@@ -225,17 +225,36 @@ def build_plain(
         raise CertificateError(f"{detachment.role} network: {error}") from error
 
 
-def _check_names(weights: Set[str], plain_tensors: Set[str]) -> None:
-    """Raise `CertificateError` unless the names of *weights* and *plain_tensors* are the same."""
+def _check_names(weights: Set[str], plain_tensors: Set[str], removed: Sequence[str]) -> None:
+    """Raise `CertificateError` unless the names of *weights* and *plain_tensors* are the same.
+
+    *removed* are the parts that are removed from the trained network.
+    """
     missing = sorted(plain_tensors - weights)
+    left = [part for part in removed if any(is_in(name, part) for name in missing)]
+    if left:
+        raise CertificateError(
+            f"the plain network still has {left[0]}, which is removed from the trained one; build it without "
+            f"{left[0]}, for example with the option {left[0].partition('.')[0]}=false",
+            setting="plain",
+        )
     if missing:
         raise CertificateError(
-            f"the plain network needs {missing[0]}, which the trained one lacks"
+            f"the plain network needs {missing[0]}, which the trained one lacks; check its options"
         )
+
     extra = sorted(weights - plain_tensors)
     if extra:
+        # The outermost part that the plain network lacks as a whole
+        words = extra[0].split(".")
+        outer = [".".join(words[:depth]) for depth in range(1, len(words) + 1)]
+        part = next(
+            part for part in outer if not any(is_in(name, part) for name in plain_tensors)
+        )
         raise CertificateError(
-            f"the trained network still has {extra[0]}, which the plain one lacks"
+            f"the trained network still has {extra[0]}, which the plain one lacks; check the options of the "
+            "plain network or, if only training needs it,",
+            remedies={"training_only": part},  # completes the sentence
         )
 
 
