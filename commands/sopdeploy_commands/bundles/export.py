@@ -355,7 +355,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     with KeptFile(file) as kept:
         build = network_builder("network", options.network, options.option)
         network = build()
-        warnings = kept.restore()
+        changed = kept.restore()
         loaded = load_weights(network, weights, options.weights_key, ignore=options.ignore)
         with prepared(network, logits_key=options.logits_key) as prepared_network:
             admitted = admit(
@@ -407,7 +407,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         command=" ".join(words),
         ignored=loaded.ignored,
         labels=labels,
-        warnings=warnings,
+        warnings=(*loaded.conversions, *changed, *admitted.warnings),
     )
 
 

@@ -28,21 +28,23 @@ _MAX_PREFIXES = 1_000  # that are tried for a table
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedWeights:
-    """What `load_weights` read: the table, the sha256 of the file, unused entries, and class names if any."""
+    """What `load_weights` read: the table, the sha256 of the file, unused entries, class names, other types."""
 
     table: str
     sha256: str
     ignored: tuple[str, ...]
     labels: tuple[str, ...] | None
+    conversions: tuple[str, ...]
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Say which entries of the file the network has no place for."""
+        """Say which entries of the file the network has no place for, and which types it does not have."""
         if not self.ignored:
-            return ()
+            return self.conversions
         entries = "entry" if len(self.ignored) == 1 else "entries"
         return (
             f"ignored {len(self.ignored)} {entries} of the weight file: {shorten(self.ignored)}",
+            *self.conversions,
         )
 
 
@@ -222,10 +224,28 @@ def load_weights(
     patterns = (*ignore, *training_only)
     _check_ignored(network, path, [tensor for tensor in inside if not tensor.matches(patterns)])
 
+    conversions = _describe_conversions(expected, tensors)
     _load_and_compare(network, path, {**expected, **tensors}, extra)
     return LoadedWeights(
-        table=fit.table, sha256=weights.sha256, ignored=tuple(ignored), labels=weights.labels
+        table=fit.table,
+        sha256=weights.sha256,
+        ignored=tuple(ignored),
+        labels=weights.labels,
+        conversions=conversions,
     )
+
+
+def _describe_conversions(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """Say which types of fractions *tensors* of the file have, but not the *expected* ones of the network."""
+    others = (
+        str(tensor.dtype).removeprefix("torch.")
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.dtype != expected[name].dtype
+    )
+    types = ", ".join(sorted(set(others)))
+    return (f"converted the weights of the file from {types} to float32",) if types else ()
 
 
 def _in_shapes_of(

@@ -383,6 +383,21 @@ def test_entries_beside_the_network_are_ignored_with_a_warning(
     assert loaded.warnings[0].startswith("ignored")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float32, ()),
+        (torch.float16, ("converted the weights of the file from float16 to float32",)),
+        (torch.float64, ("converted the weights of the file from float64 to float32",)),
+    ],
+)
+def test_the_type_of_the_weights_of_a_file_is_told_if_the_network_has_another(
+    dtype: torch.dtype, expected: tuple[str, ...], tmp_path: Path
+) -> None:
+    torch.save(Small().to(dtype).state_dict(), tmp_path / "w.pth")
+    assert load_weights(Small(), tmp_path / "w.pth").warnings == expected
+
+
 def test_what_a_removed_part_has_more_in_the_file_is_ignored(tmp_path: Path) -> None:
     torch.save(plus(Small(), "aux.scale"), tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"built without aux\.scale"):
