@@ -25,11 +25,17 @@ from sopdeploy_export.program_hashes import operator_name
 from sopdeploy_export.runs import run_probes
 
 SUM_TOLERANCE = 1e-3  # of probabilities
+# A logit of a barely trained network varies less from image to image, a probability can vary more.
+MIN_SPREAD = 0.5
 EQUAL = (
     64 * torch.finfo(torch.float32).eps
 )  # of the largest logit: a spread that is rounding alone
 # What torch says of `item` and `if` on several values: code can be written for a single image.
 READS_ONE_VALUE = re.compile(r"converted to Scalar|more than one value is ambiguous")
+# And what it, or a network, says of an image of another size.
+IS_OF_SIZE = re.compile(
+    r"\b(shapes?|sizes?|dim(ension)?s?|height|width|resolution)\b", re.IGNORECASE
+)
 # Operators whose result has only values of their first operand, or of the list that it is, and
 # constants; also in another shape or type.
 SUBSET_OF_VALUES = (
@@ -158,32 +164,33 @@ def check_depends_on_images(
 def check_logits(logits: Tensor, *, several_classes: bool = False) -> tuple[str, ...]:
     """Return a warning if *logits* (P, C) have the values of something else; raise `LoweringError` for probabilities.
 
-    Logits count as probabilities if none is negative and they sum to 1 for each image. With
-    *several_classes*, the service applies a sigmoid to the logits, otherwise a softmax. Images with
-    logits that are not finite are left out of this.
+    Logits count as probabilities if none is negative and they sum to 1 for each image. The service
+    applies a sigmoid to them with *several_classes* and to a single logit, otherwise a softmax.
+    Images with logits that are not finite are left out of this.
     """
     # `check_finite` refuses the others, when it is known which tensors the network needs.
     finite = logits[torch.isfinite(logits).all(dim=1)]
     if not len(finite):
         return ()
+
+    activation = "sigmoid" if several_classes or finite.shape[1] == 1 else "softmax"
     if _sums_to(1, finite):
+        remedy = ", or the logarithms of the probabilities" if activation == "softmax" else ""
         raise LoweringError(
-            "the trained network returns probabilities, to which the service would "
-            "apply a softmax; return the logits before its softmax, or the "
-            "logarithms of the probabilities"
+            f"the trained network returns probabilities, to which the service would apply a {activation}; "
+            f"return the logits before its softmax{remedy}"
         )
 
     kind = _kind_of_values(finite)
     if kind is None:
         return ()
-    if kind.startswith("log") and not several_classes:
+    if kind.startswith("log") and activation == "softmax":
         return (
             f"the network returns {kind}; the service applies a softmax, which undoes the logarithm",
         )
-    activation = "sigmoid" if several_classes else "softmax"
     return (
-        f"the network seems to return {kind}; the service applies a {activation} to them, and "
-        "the result is no probability unless they are logits",
+        f"the network seems to return {kind}, and the service applies a {activation} to them; "
+        "unless they are logits, return the logits before the last activation of the network",
     )
 
 
@@ -195,17 +202,16 @@ def _sums_to(total: float, values: Tensor) -> bool:
 
 def _kind_of_values(outputs: Tensor) -> str | None:
     """Say what *outputs* (P, C) of a network seem to be, if their ranges are not those of logits."""
-    low = float(outputs.min())
-    high = float(outputs.max())
-
     if _sums_to(100, outputs):
         return "percentages (each row sums to 100)"
-    if high <= 0 and _sums_to(1, outputs.exp()):
+    if float(outputs.max()) <= 0 and _sums_to(1, outputs.exp()):
         return "log probabilities (the exponentials of each row sum to 1)"
-    if low >= 0 and high <= 1:
+
+    # Logits of a barely trained network can lie within 0 and 1, too, but are nearly equal.
+    is_within = float(outputs.min()) >= 0 and float(outputs.max()) <= 1
+    spread = float((outputs.amax(dim=0) - outputs.amin(dim=0)).max())
+    if is_within and spread >= MIN_SPREAD:
         return "probabilities (all values are within 0 and 1)"
-    if low >= -1 and high <= 1 and outputs.shape[1] > 1:
-        return "cosines (all values are within -1 and 1)"
     return None
 
 
@@ -227,6 +233,12 @@ def run_and_check(
         problem = f"the trained network fails for {amount(size, 'image')}: {first_line(error)}"
         if READS_ONE_VALUE.search(problem):
             problem += f"; {DEPENDS_ON_VALUES}"
+        elif IS_OF_SIZE.search(problem) and "channels" not in problem:
+            batch, height, width, _ = images.shape
+            problem += (
+                f"; the input was {batch} x 3 x {height} x {width} by preprocess: for another size, give rules "
+                "such as imagenet:SIZE or Preprocess(crop=SIZE)"
+            )
         raise LoweringError(problem) from error
 
     # The logits must be a table with a row for each image.

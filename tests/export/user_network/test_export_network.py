@@ -310,6 +310,28 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         {},
         r"fails for 4 images: .*ambiguous; its code depends on values of the image, .*; use torch\.where",
     ),
+    "images of another size than its linear layer takes": (
+        lambda: n.variant(lambda self, x: self.fc(self.stem(x).flatten(1))),
+        {},
+        r"fails for 4 images: .*shapes cannot be multiplied.*; the input was 4 x 3 x 12 x 12 by preprocess: "
+        r"for another size, give rules such as imagenet:SIZE",
+    ),
+    "a plain network with the removed part": (
+        n.Small,
+        {"plain": n.Small, "training_only": ["aux"]},
+        r"^plain: the plain network still has aux, which is removed from the trained one; build it without aux, "
+        r"for example with the option aux=false$",
+    ),
+    "a plain network with another part": (
+        plain,
+        {"plain": n.Small},
+        r"^the plain network needs aux\.bias, which the trained one lacks; check its options$",
+    ),
+    "a plain network without a part that is not removed": (
+        n.Small,
+        {"plain": plain},
+        r"still has aux\.bias, which the plain one lacks; .* if only training needs it, try training_only='aux'$",
+    ),
     "weights of inference mode": (
         n.in_inference_mode,
         {},

@@ -177,7 +177,7 @@ OTHER_VALUES: dict[str, tuple[Tensor, bool, str]] = {
     "log probabilities with sigmoids": (
         LOGITS.log_softmax(1),
         True,
-        r"log probabilities .* applies a sigmoid to them",
+        r"log probabilities .* applies a sigmoid to them; unless they are logits, return",
     ),
     "percentages": (100 * LOGITS.softmax(1), False, r"percentages .* applies a softmax"),
     "probabilities that sum to nothing": (
@@ -190,9 +190,20 @@ OTHER_VALUES: dict[str, tuple[Tensor, bool, str]] = {
         True,
         r"probabilities .* applies a sigmoid",
     ),
-    "cosines": (F.normalize(LOGITS), False, r"cosines .* applies a softmax"),
-    "one probability": (LOGITS[:, :1].sigmoid(), False, r"probabilities .* within 0 and 1"),
+    "small logits": (F.normalize(LOGITS), False, ""),
+    "nearly equal logits within 0 and 1": (0.5 + 0.03 * LOGITS, False, ""),
+    "different biases within 0 and 1": (
+        torch.tensor([0.1, 0.5, 0.9]) + 0.01 * LOGITS,
+        False,
+        "",
+    ),
+    "one probability": (
+        LOGITS[:, :1].sigmoid(),
+        False,
+        r"probabilities \(all values are within 0 and 1\), and the service applies a sigmoid",
+    ),
     "one small logit": (0.1 * LOGITS[:, :1], False, ""),
+    "one logit within 0 and 1": (0.5 + 0.05 * LOGITS[:, :1], False, ""),
 }
 
 
