@@ -65,7 +65,8 @@ from sopdeploy_export.runs import (
 
 STATEMENT = (
     "The outputs of the ONNX file differ from a run in float64 by at most 16 times the rounding error of "
-    "float32 (4 times for reduced precision). No predicted class changes, unless rounding explains the change."
+    "float32, or 4 times the rounding error of a reduced precision. No predicted class changes, unless rounding "
+    "explains the change."
 )
 IS_PROVED = False
 

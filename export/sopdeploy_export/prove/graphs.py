@@ -12,8 +12,8 @@ from sopdeploy_export.program_hashes import describe_difference
 from sopdeploy_export.prove.networks import Compared
 
 STATEMENT = (
-    "The graph of the trained network, without operators that no output needs, and the graph of the plain network "
-    "with the same weights have the same graph hash."
+    "With the same weights, the plain network has the same graph hash as the trained network without the "
+    "operators that no output needs."
 )
 IS_PROVED = True
 

@@ -22,8 +22,8 @@ from sopdeploy.errors import LoweringError
 from sopdeploy_export.runs import Arrays, file_outputs
 
 STATEMENT = (
-    "If the other images of a batch are replaced by ordinary or extreme images, no bit of the outputs for an "
-    "image changes. With --allow-batch-dependence, the bundle records which outputs change."
+    "The outputs for an image stay equal in every bit if the rest of its batch is replaced by ordinary or "
+    "extreme images. With --allow-batch-dependence, the bundle records which outputs change."
 )
 IS_PROVED = False
 LARGEST = 4  # images of a batch
