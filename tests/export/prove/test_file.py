@@ -154,6 +154,8 @@ def test_the_exported_file_stays_within_its_tolerance(measure: Measure) -> None:
     assert report.logits.tolerance == pytest.approx(FLOORS * report.logits.noise_floor)
     assert report.logits.drift_in_floors < FLOORS
     assert report.num_agreeing + report.flips["noise"] == report.num_images == 6
+    changed = report.model_copy(update={"flips": {"noise": 2, "error": 1}})
+    assert changed.num_agreeing == 3
 
 
 @pytest.mark.parametrize(
