@@ -244,6 +244,10 @@ def test_a_huge_manifest_is_rejected_without_reading_it(bundle: Path) -> None:
         read_manifest(bundle)
 
 
+def test_a_bundle_is_opened_with_its_graph(bundle: Path) -> None:
+    assert open_bundle(bundle).onnx.read() == (bundle / "model.onnx").read_bytes()
+
+
 def test_a_file_is_parsed_only_if_its_hash_matches(bundle: Path) -> None:
     flip(bundle / "labels.json", 0)
     with pytest.raises(
