@@ -73,7 +73,10 @@ DIFFERENT: dict[str, tuple[Forward, Forward]] = {
     "intermediate dtype": (chain, lambda n, x: chain(n, x.double().float())),
     "slice of everything": (chain, lambda n, x: chain(n, x)[:, :4]),
     "subtraction from the input": (chain, lambda n, x: x - chain(n, x)),
-    "assertion": (chain, lambda n, x: (torch._assert(x.amax() < 9, "large"), chain(n, x))[1]),
+    "assertion": (
+        chain,
+        lambda n, x: (torch._assert_async(x.amax() < 9, "large"), chain(n, x))[1],
+    ),
     "operand order": (
         lambda n, x: n.first(x) - n.second(x),
         lambda n, x: n.second(x) - n.first(x),
