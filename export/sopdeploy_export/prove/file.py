@@ -64,9 +64,9 @@ from sopdeploy_export.runs import (
 )
 
 STATEMENT = (
-    "The outputs of the ONNX file differ from a run in float64 by at most 16 times the rounding error of "
-    "float32, or 4 times the rounding error of a reduced precision. No predicted class changes, unless rounding "
-    "explains the change."
+    "The outputs of the ONNX file differ from the network in float64 by at most 16 times the network's own "
+    "rounding error in float32, or 4 times its error in a reduced precision. No predicted class changes, unless "
+    "rounding explains the change."
 )
 IS_PROVED = False
 

@@ -59,7 +59,7 @@ class Metrics:
             self._attempts.labels(attempt)
         self.inference_seconds = Summary(
             "inference_seconds",
-            "Seconds of requests with images; success and fail: whole requests; other parts: stages of successes",
+            "Seconds of image requests; part: success, fail (whole request) or a stage of a success",
             ("model", "part"),
             namespace="sopdeploy",
             registry=registry,
@@ -93,7 +93,7 @@ class Metrics:
         )
         self.batch_close = counter(
             "batch_close",
-            "Batches, by the reason for which they were run: full, or idle (the runtime had nothing else to do)",
+            "Batches; reason: full, or idle (the runtime had nothing else to do)",
             ("model", "reason"),
         )
         self.decoder_ended = counter(
@@ -127,18 +127,18 @@ class Metrics:
         # Models.
         self.model_memory = gauge(
             "model_memory_bytes",
-            "Memory of a model, with a memory budget; 0: not loaded",
+            "Memory of a model, if a memory budget is set; 0: not loaded",
             ("model",),
         )
         self.model_loads = counter(
-            "model_loads", "Loads of a model, with a memory budget", ("model",)
+            "model_loads", "Loads of a model, if a memory budget is set", ("model",)
         )
         self.last_load_seconds = gauge(
             "last_load_seconds", "Seconds that the last load of the model took", ("model",)
         )
         self.last_reload = gauge(
             "last_reload_timestamp_seconds",
-            "Time of the last successful reload, or else of the start; 0: a front end",
+            "Time of the last successful reload or the start; 0 in front ends",
         )
         self.load_failures = counter(
             "load_failures",
@@ -182,7 +182,7 @@ class Metrics:
         self.ready = gauge("ready", "1 if the process is ready for images, else 0")
         self.limit = gauge(
             "limit",
-            "Limits: images of the server; connections and upload_bytes of the process",
+            "Limit for images (whole server), connections or upload_bytes (process)",
             ("of",),
         )
 

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 SHARED_SECONDS = 1.0  # at most one in this time
 _UP = (
-    b"# HELP sopdeploy_worker_up Whether the process responds, with several processes",
+    b"# HELP sopdeploy_worker_up Whether the process responds, if there are several",
     b"# TYPE sopdeploy_worker_up gauge",
 )
 
