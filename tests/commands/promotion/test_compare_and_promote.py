@@ -26,9 +26,10 @@ from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_commands.bundles.scores import scores_of_bundle
 from sopdeploy_commands.promotion import decided
 from sopdeploy_commands.promotion.compare import _are_recent as are_recent_images
+from sopdeploy_commands.promotion.compare import _decide as decide
 from sopdeploy_commands.promotion.compare import _read_times as read_times
 from sopdeploy_commands.promotion.compare import compare, compare_loaded
-from sopdeploy_commands.promotion.comparison import BundleComparison
+from sopdeploy_commands.promotion.comparison import BundleComparison, Check
 from sopdeploy_commands.promotion.promote import promote
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
@@ -237,6 +238,35 @@ def test_a_new_class_counts_and_the_others_are_bounded_alone(
     assert [note for note in more.notes if "cow" in note] == [
         f"{photos}: left out, of no class: cow"
     ]
+
+
+# (of, photographs, wins, losses, lower bound, limit) of each check -> verdict
+VERDICTS: dict[str, tuple[list[tuple[Any, ...]], str]] = {
+    "old classes lose as much as a new class may cost": (
+        [("all", 100, 8, 8, -0.075, -0.05), ("old", 92, 0, 6, -0.090, -0.103)],
+        "undecided",
+    ),
+    "old classes lose more than that": (
+        [("all", 100, 8, 8, -0.075, -0.05), ("old", 92, 1, 9, -0.120, -0.103)],
+        "worse",
+    ),
+    "all lose more than the limit": ([("all", 100, 1, 9, -0.12, -0.05)], "worse"),
+    "all lose by chance": ([("all", 100, 5, 7, -0.08, -0.05)], "undecided"),
+    "all pass": ([("all", 100, 8, 8, -0.04, -0.05)], "not worse"),
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_a_loss_within_its_limit_is_no_reason_to_refuse(case: str) -> None:
+    rows, verdict = VERDICTS[case]
+    checks = [
+        Check(
+            of=of, num_images=images, wins=wins, losses=losses, low=low, limit=limit,
+            difference=(wins - losses) / images,
+        )
+        for of, images, wins, losses, low, limit in rows
+    ]  # fmt: skip
+    assert decide(checks, None) == verdict
 
 
 def test_only_unknown_photographs_of_the_sample_are_compared_and_those_that_no_server_kept(
