@@ -38,7 +38,7 @@ ARGUMENTS = {
     "runs": "",
     "reproduce": "dsop-9a --rows absent",
     "export": "ckpt.pt",
-    "inspect": "file --network absent:build --preprocess timm:resnet18",
+    "inspect": "ckpt.pt --network builtins:absent --preprocess timm:resnet18",
     "verify": "bundle",
     "engine": "bundle",
     "triton": "bundle repository",
