@@ -119,7 +119,7 @@ def test_rows_of_classify_are_emptied_and_the_table_keeps_its_parts(
 
 def test_the_page_names_files_with_the_photograph_that_remain() -> None:
     page = (Path(__file__).parents[3] / "docs" / "keep.md").read_text(encoding="utf-8")
-    remains = page.partition("It cannot reach ")[2].partition(".")[0]
+    remains = page.partition("`forget` cannot find ")[2].partition(".")[0]
     assert [file for file in ("CSV files", "backups") if file not in remains] == []
 
 
