@@ -3,10 +3,11 @@
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import pydantic
 
@@ -14,6 +15,13 @@ from sopdeploy.config import reason_of, shown
 from sopdeploy.errors import ConfigError
 
 _Result = TypeVar("_Result")
+
+
+class _Expected(NamedTuple):
+    """The type of an argument, and whether it may be a sequence."""
+
+    adapter: pydantic.TypeAdapter[Any]
+    may_be_sequence: bool
 
 
 def checking_arguments(function: Callable[..., _Result]) -> Callable[..., _Result]:
@@ -24,8 +32,11 @@ def checking_arguments(function: Callable[..., _Result]) -> Callable[..., _Resul
     """
     # `expand_options` replaces parameters by others, which it checks.
     parameters = inspect.signature(inspect.unwrap(function)).parameters
-    types: dict[str, pydantic.TypeAdapter[Any]] = {
-        name: pydantic.TypeAdapter(parameter.annotation)
+    types = {
+        name: _Expected(
+            pydantic.TypeAdapter(parameter.annotation),
+            _may_be_sequence(parameter.annotation),
+        )
         for name, parameter in parameters.items()
         if _is_plain(parameter.annotation)
     }
@@ -56,22 +67,35 @@ def _is_plain(annotation: Any) -> bool:
     return kind in (bool, int, float, str, Path, NoneType)
 
 
-def _convert(expected: pydantic.TypeAdapter[Any] | None, name: str, value: Any) -> Any:
+def _may_be_sequence(annotation: Any) -> bool:
+    """Tell whether *annotation*, of which `_is_plain` is true, is a sequence or a union with one."""
+    kind = get_origin(annotation)
+    return kind is Sequence or (
+        kind in (Union, UnionType) and any(map(_may_be_sequence, get_args(annotation)))
+    )
+
+
+def _convert(expected: _Expected | None, name: str, value: Any) -> Any:
     """Return *value* as the *expected* type; None is any type."""
     if expected is None:
         return value
 
-    # What a function accepts, but pydantic does not.
-    if isinstance(value, os.PathLike):
-        value = Path(value)
-    elif isinstance(value, Iterator):
-        value = list(value)
+    # What a function accepts, but pydantic does not: other paths, and arrays, sets and iterators.
+    if expected.may_be_sequence and not isinstance(value, str | bytes):
+        with suppress(TypeError):  # it is a single value
+            value = [_usual_path(each) for each in value]
+    value = _usual_path(value)
 
     try:
-        return expected.validate_python(value)
+        return expected.adapter.validate_python(value)
     except pydantic.ValidationError as error:
         # Of the types of a union, a path is what a user calls it; a text would also be one.
         problems = error.errors(include_url=False)
         paths = [problem for problem in problems if problem["type"] == "path_type"]
         reason = reason_of((paths or problems)[0])
         raise ConfigError(f"{reason} (got {shown(value)})", setting=name) from error
+
+
+def _usual_path(value: Any) -> Any:
+    """Return *value*, as a `Path` if it is another object that stands for a path."""
+    return Path(value) if isinstance(value, os.PathLike) else value

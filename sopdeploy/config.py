@@ -442,6 +442,8 @@ _REASONS = {
         "needs a length of at most {max_length}",
     ),
     "string_pattern_mismatch": "must match {pattern}",
+    "sequence_str": "must be a list",
+    "is_instance_of": "must be a {class}",
     **dict.fromkeys(("literal_error", "enum"), "must be {expected}"),
     "int_from_float": "must be a whole number",
     "int_parsing_size": "has too many digits",

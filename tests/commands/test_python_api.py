@@ -148,6 +148,8 @@ def test_what_is_no_path_is_an_error_that_names_the_argument(name: str, paramete
         ("serve", {"bundles": ["bundle", 5]}, "bundles: must be a path"),
         ("create_model", {"name": "resnet20", "num_classes": 2.5}, "num_classes: must be"),
         ("list_models", {"pattern": None}, "pattern: must be text"),
+        ("dsop", {"taps": "layer2"}, "taps: must be a list"),
+        ("dsop", {"taps": 5}, "taps: must be a Sequence"),
     ],
 )
 def test_a_wrong_type_is_one_line(name: str, arguments: dict[str, Any], error: str) -> None:
@@ -167,6 +169,22 @@ def test_numbers_of_numpy_and_other_paths_are_accepted(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="holds no class folders"):
         sopdeploy.train(Place())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("labels", [np.array(["a", "b"]), {"a": 0, "b": 1}.keys(), iter("ab")])
+def test_several_values_may_be_an_array_or_a_set_and_a_part_a_text(
+    tmp_path: Path, labels: Any
+) -> None:
+    # The wrong argument is read after the others.
+    with pytest.raises(ConfigError, match=r"^preprocess: is a NoneType"):
+        sopdeploy.export_network(
+            None,  # type: ignore[arg-type]
+            training_only="aux",
+            labels=labels,
+            preprocess=None,  # type: ignore[arg-type]
+            destination=tmp_path,
+            name="net",
+        )
 
 
 @pytest.mark.parametrize("name", PUBLIC_FUNCTIONS)

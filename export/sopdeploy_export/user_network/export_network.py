@@ -37,7 +37,7 @@ def export_network(
     *,
     plain: Callable[[], nn.Module] | None = None,
     rebuild: Callable[[], nn.Module] | None = None,
-    training_only: Sequence[str] = (),
+    training_only: str | Sequence[str] = (),
     labels: Sequence[str],
     preprocess: Preprocess,
     destination: str | Path,
@@ -63,7 +63,7 @@ def export_network(
             less; `docs/howto/your-network.md` says what it then cannot show.
         rebuild: Builds *trained* again, with any weights. Without *plain*, the certificate compares with this
             network, from which the same parts are removed.
-        training_only: Dotted names of the parts to remove, or patterns such as `aux*`.
+        training_only: Dotted name of the part to remove, or a pattern such as `aux*`; several in a list.
         labels: Class names, in the order of the logits. A network with one logit takes two names: first the
             class of label 0, then the class of label 1, whose probability is the sigmoid of the logit.
         preprocess: Converts an image to the input of the network.
