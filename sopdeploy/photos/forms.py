@@ -5,6 +5,7 @@ Archives hold them in folders with the same names in every class (`<class>/image
 (`1.jpg`, `1_mask.png`). Names only propose what to compare; pixels decide.
 """
 
+import heapq
 import os
 import re
 from collections import Counter, defaultdict
@@ -140,16 +141,22 @@ def find_other_sizes(root: Path, images: Mapping[str, Sequence[bytes]]) -> set[s
         folder: [area for path in _spread(paths, SIZES_READ) if (area := _area(root, path))]
         for folder, paths in images.items()
     }
+    areas = {folder: own for folder, own in areas.items() if own}
+    if len(areas) < 2:
+        return set()
+
+    # Two are enough: of a folder, the extreme of all others is the first one that is not its own.
+    smallest = heapq.nsmallest(2, ((min(own), folder) for folder, own in areas.items()))
+    largest = heapq.nlargest(2, ((max(own), folder) for folder, own in areas.items()))
+
     found = set[str]()
     for folder, own in areas.items():
-        others = [
-            area for other, several in areas.items() if other != folder for area in several
-        ]
-        if others and len(own) >= MASKS_READ:
-            is_larger = min(own) >= SIZE_FACTOR * max(others)
-            is_smaller = min(others) >= SIZE_FACTOR * max(own)
-            if is_larger or is_smaller:
-                found.add(folder)
+        smallest_other = next(area for area, other in smallest if other != folder)
+        largest_other = next(area for area, other in largest if other != folder)
+        is_larger = min(own) >= SIZE_FACTOR * largest_other
+        is_smaller = smallest_other >= SIZE_FACTOR * max(own)
+        if len(own) >= MASKS_READ and (is_larger or is_smaller):
+            found.add(folder)
     return found
 
 
