@@ -38,13 +38,16 @@ from sopdeploy.training.recipe_files import (
     set_value,
 )
 
-# The recipe keys that may change when a run is resumed
+# The recipe keys that may change when a run is resumed. The images themselves are compared, so that a
+# folder that is asked about now, but was not when the run began, can be read as it was.
 CHANGEABLE_KEYS = {
     "summary",
     "workers",
     "threads",
     "device",
     "data.path",
+    "data.classes_from",
+    "data.leave_out",
     "start.weights",
     "save.every_minutes",
     "rejection.accepts",

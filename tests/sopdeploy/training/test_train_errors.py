@@ -147,6 +147,19 @@ def test_a_run_is_resumed_with_the_same_recipe_only(stopped) -> None:
             train_recipe(recipe, stopped / "run", resume=True)
 
 
+def test_a_run_goes_on_if_its_folder_is_read_by_an_option_now(stopped) -> None:
+    make(stopped / "images", unsorted=5)  # since then, so the folder is asked about
+    recipe = short_recipe(*ONE, f"data.path={stopped / 'images'}")
+    with pytest.raises(DataError, match="unsorted may be named for what was done"):
+        train_recipe(recipe, stopped / "run", resume=True)
+
+    folders = [f"data.path={stopped / 'images'}", "data.classes_from=folders"]
+    with pytest.raises(DataError, match="the run started with the classes a, b"):
+        train_recipe(short_recipe(*ONE, *folders), stopped / "run", resume=True)
+    recipe = short_recipe(*ONE, *folders, "data.leave_out=unsorted")
+    assert train_recipe(recipe, stopped / "run", resume=True).num_epochs == 1
+
+
 def test_the_data_may_move_but_not_change(stopped) -> None:
     moved = stopped / "moved"
     (stopped / "images").rename(moved)
