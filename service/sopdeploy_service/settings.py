@@ -231,7 +231,7 @@ class Settings(StrictModel):
         "sandbox of decoders; auto: if the system supports it; required: without it, do not start",
     )
     devices: Devices = setting(
-        (), "`0,1`, UUIDs, MIG ids or `cpu`, a process for each device; not set: one process"
+        (), "devices with a process each: `0,1`, UUIDs, MIG ids or `cpu`; not set: one process"
     )
     front_ends: FrontEnds | Literal["auto"] = setting(
         "auto",
