@@ -20,6 +20,7 @@ from sopdeploy.images.pixels import TILE
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.folder import open_folder
+from sopdeploy_commands.bulk.sources import ListedImage, list_sources, read_listed
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_export.lower.accuracy import calibration_images
 from tests.support.counted import counted, record_images
@@ -159,6 +160,23 @@ def test_every_reader_of_a_folder_names_the_file(special: Path) -> None:
     assert fails(lambda: predict(root, special)).startswith(
         f"{listed}cannot be read (not a regular file)"
     )
+
+
+def test_classify_gives_the_file_a_row_with_an_error_and_rejects_it_as_a_source(
+    special: Path,
+) -> None:
+    images = list(list_sources([str(special.parents[1])]))
+    assert str(special) in [image.path for image in images]
+    message = fails(
+        lambda: read_listed(ListedImage(str(special), str(special)), 1000), ImageError
+    )
+    assert message == "cannot be read (not a regular file)"
+    for suffix in (".tar", ".txt"):
+        source = special.rename(special.with_suffix(suffix))
+        assert "not a regular file" in fails(
+            lambda source=source: list(list_sources([str(source)]))
+        )
+        source.rename(special)
 
 
 def test_an_image_may_still_come_from_a_pipe_without_an_image_suffix() -> None:

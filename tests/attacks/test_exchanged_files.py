@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import sys
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -158,6 +159,12 @@ def promoted(world: World) -> Found:
     return started(world, link)
 
 
+def pushed(world: World) -> Found:
+    with tarfile.open(push(world.bundle, str(world.root / "pushed")).url) as archive:
+        files = {entry.name: archive.extractfile(entry) for entry in archive}
+        return {name: file.read() for name, file in files.items() if file is not None}
+
+
 def pulled(world: World) -> Found:
     archive = world.root / "store" / f"{world.name}.tar"
     path = pull(
@@ -171,11 +178,13 @@ def pulled(world: World) -> Found:
 
 USES: dict[str, Callable[[World], Found]] = {
     "start": lambda world: started(world, world.bundle),
+    "start with a link": lambda world: started(world, world.bundle.with_name("latest")),
     "first load in a memory budget": loaded_in_budget,
     "reload": lambda world: reloaded(world, world.bundle),
     "predict": predicted,
     "verify": verified,
     "promote": promoted,
+    "push": pushed,
     "pull": pulled,
 }
 NAMES = [
@@ -287,7 +296,7 @@ def test_what_is_exchanged_after_it_was_read_is_not_used(
         found is None and use == "pull" and name != "manifest.json"
     ):  # which is read only at the end
         assert not os.path.lexists(world.root / "here" / world.name)
-    if use in {"start", "predict"} and change == "in place" and name != "manifest.json":
+    if use in {"start", "predict", "push"} and change == "in place" and name != "manifest.json":
         assert found == usual, "what was read is enough"
 
 

@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,6 +64,11 @@ def flagged(doubles: Callable[[Any], Any]) -> Callable[[], nn.Module]:
         return network
 
     return build
+
+
+def halved_data(features: Tensor) -> Tensor:
+    features.data.mul_(0.5)
+    return features
 
 
 def logits(net: Any, images: Tensor) -> Tensor:
@@ -585,6 +591,11 @@ REFUSED: dict[str, Case] = {
         {},
         r"^cannot be captured as one graph: its code uses the batch size as a key, as in cache\[x\.shape\]",
     ),
+    "numbers of numpy": (
+        pooled(lambda _, f: torch.as_tensor(np.tanh(f.mean((2, 3)).numpy()))),
+        {},
+        r"takes tensors out of torch, as numpy, .*, in idioms\.py:\d+ \(.*; use operators of torch$",
+    ),
     "a sparse matrix": (
         pooled(lambda _, f: torch.sparse.mm(torch.eye(8).to_sparse(), f.mean((2, 3)).t()).t()),
         {},
@@ -630,6 +641,11 @@ REFUSED: dict[str, Case] = {
         flagged(lambda net: net.fc.weight.square().sum().item() < 0),
         {},
         r"or on values that it computes of weights.* in __init__",
+    ),
+    "a write through data": (
+        forward(lambda net, x: net.fc(halved_data(net.features(x)))),
+        {},
+        r"in a write through \.data",
     ),
     "a value in Python": (
         forward(lambda net, x: logits(net, x) if x.max().item() < 9 else x.mean((2, 3))),
