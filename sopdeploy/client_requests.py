@@ -28,6 +28,7 @@ CONNECT_SECONDS = 2.0
 IDLE_SECONDS = 5.0
 # A machine that is lost acknowledges nothing. Its connections break after so long, and their requests
 # are sent again. The system asks in between whether it is there, because a response may take long.
+# Linux also breaks the connection to a server that reads nothing of a large body for so long.
 LOST_SECONDS = 10
 ASK_SECONDS = 5
 SOCKET_OPTIONS = (
