@@ -233,7 +233,7 @@ def run_and_check(
         problem = f"the trained network fails for {amount(size, 'image')}: {first_line(error)}"
         if READS_ONE_VALUE.search(problem):
             problem += f"; {DEPENDS_ON_VALUES}"
-        elif IS_OF_SIZE.search(problem) and "channels" not in problem:
+        elif IS_OF_SIZE.search(problem) and "channel" not in problem:
             batch, height, width, _ = images.shape
             problem += (
                 f"; the input was {batch} x 3 x {height} x {width} by preprocess: for another size, give rules "

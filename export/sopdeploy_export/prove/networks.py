@@ -235,7 +235,7 @@ def _check_names(weights: Set[str], plain_tensors: Set[str], removed: Sequence[s
     if left:
         raise CertificateError(
             f"the plain network still has {left[0]}, which is removed from the trained one; build it without "
-            f"{left[0]}, for example with the option {left[0].partition('.')[0]}=false",
+            f"{left[0]}, for example by an option such as aux_logits=false",
             setting="plain",
         )
     if missing:

@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from sopdeploy.checkpoint import (
@@ -238,11 +239,11 @@ def load_weights(
 def _describe_conversions(
     expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> tuple[str, ...]:
-    """Say which types of fractions *tensors* of the file have, but not the *expected* ones of the network."""
+    """Say from which floating-point types *tensors* of the file become the *expected* ones, of float32."""
     others = (
         str(tensor.dtype).removeprefix("torch.")
         for name, tensor in tensors.items()
-        if tensor.is_floating_point() and tensor.dtype != expected[name].dtype
+        if tensor.is_floating_point() and tensor.dtype != expected[name].dtype == torch.float32
     )
     types = ", ".join(sorted(set(others)))
     return (f"converted the weights of the file from {types} to float32",) if types else ()

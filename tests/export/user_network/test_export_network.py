@@ -316,11 +316,20 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         r"fails for 4 images: .*shapes cannot be multiplied.*; the input was 4 x 3 x 12 x 12 by preprocess: "
         r"for another size, give rules such as imagenet:SIZE",
     ),
+    "statistics of a batch, of which one image has none": (
+        lambda: n.variant(
+            lambda self, x: torch.nn.functional.batch_norm(
+                self.fc(self.features(x)), None, None, training=True
+            )
+        ),
+        {},
+        r"fails for 1 image: .*more than 1 value per channel when training, got input size [^;]*$",
+    ),
     "a plain network with the removed part": (
         n.Small,
         {"plain": n.Small, "training_only": ["aux"]},
         r"^plain: the plain network still has aux, which is removed from the trained one; build it without aux, "
-        r"for example with the option aux=false$",
+        r"for example by an option such as aux_logits=false$",
     ),
     "a plain network with another part": (
         plain,
