@@ -231,6 +231,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
         self._in_headers = True
         self._header_bytes = 0
+        self._rest_until = math.inf
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Limit the number and size of headers and trailers."""
@@ -339,8 +340,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._shared.idle[self] = None
 
     def _begin_rest(self) -> None:
-        """Begin the time for the rest of a body whose response is complete."""
-        self._rest_until = self.loop.time() + REST_SECONDS
+        """Begin the time for the rest of a body whose response is complete, once for each request."""
+        self._rest_until = min(self._rest_until, self.loop.time() + REST_SECONDS)
         self._wait_for_rest()
 
     def _wait_for_rest(self) -> None:

@@ -1,6 +1,7 @@
 """Connection limits on real sockets: slow, large and malformed requests."""
 
 import itertools
+import math
 import re
 import resource
 import socket
@@ -327,6 +328,20 @@ def test_each_piece_of_a_body_after_its_response_gets_time_until_the_rest_took_t
         protocol._rest_until = 0.0
         slow.sendall(b"l")
         wait_for(lambda: protocol not in open_ones)
+
+
+def test_an_invalid_rest_of_a_body_gets_no_further_time(client):
+    with connect(client) as slow:
+        slow.sendall(NOWHERE.partition(b"\r\n")[0] + b"\r\nHost: localhost\r\n")
+        slow.sendall(b"Transfer-Encoding: chunked\r\n\r\n5\r\nhel")
+        assert read(slow, to_the_end=False).status == 404
+        protocol = list(client.app.state.connections.open)[-1]
+        wait_for(lambda: protocol._rest_until < math.inf)
+        until = protocol._rest_until
+
+        slow.sendall(b"loX")  # the chunk is longer than its size
+        wait_for(lambda: protocol._closed)
+        assert protocol._rest_until == until
 
 
 def test_trailers_are_not_headers_of_the_request(wire):
