@@ -213,7 +213,8 @@ class BundleComparison(StrictModel):
             yield f"label about {asked:,} more to decide, two fifths of which count here"
 
         losers = [change for change in self.classes if change.losses > change.wins]
-        if self.verdict == "worse" and losers:
+        has_others = len(self.classes) + len(self.new) > 1
+        if self.verdict == "worse" and losers and has_others:
             yield self._describe_exchange(losers)
 
         if self.unknown is not None and self.unknown.is_worse:

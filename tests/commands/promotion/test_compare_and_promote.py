@@ -132,6 +132,12 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
     back = compare(second, first, photos)
     assert (back.verdict, back.wins, back.difference) == ("worse", 0, -found.difference)
 
+    # The class that loses most is compared with the others, if there are any.
+    assert "loses most" in back.summary
+    loser = next(change for change in back.classes if change.losses)
+    alone = back.model_copy(update={"classes": (loser,), "new": ()})
+    assert "loses most" not in alone.summary
+
 
 def test_a_bundle_compared_with_itself_has_no_difference_and_asks_for_no_labels(
     bundles, labelled
