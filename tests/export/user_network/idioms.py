@@ -554,6 +554,11 @@ EXPORTED: dict[str, Case] = {
     ),
     "without autocast": (forward(without_autocast), {}, ONLY),
     "average pooling with ceil_mode": (forward(average), {}, ONLY),
+    "a parallel part": (
+        changed(lambda n: setattr(n, "stem", nn.DataParallel(n.stem))),
+        {},
+        ONLY,
+    ),
     "no gradient": (forward(torch.no_grad()(logits)), {}, ONLY),
     "a removed part that returns a dict of its own class": (
         with_parts(

@@ -82,6 +82,7 @@ READ: dict[str, tuple[Any, str | None, str]] = {
         "",
     ),
     "dicts in dicts": ({"checkpoint": {"model": STATE}, "epoch": 3}, None, "checkpoint.model"),
+    "without counters": ({k: v for k, v in STATE.items() if "num_batches" not in k}, None, ""),
     "counts of operations": (
         STATE | {"total_ops": torch.zeros(1), "stem.0.total_params": torch.zeros(1)},
         None,
