@@ -126,6 +126,32 @@ NAME = "gmsop-16-8-resnet18"
 honest: Form = Components.gathered_sum
 
 
+def stored_otherwise(found: Any) -> None:
+    """Transpose weights, expand a buffer, and store a kept and a removed weight side by side."""
+    found.to(memory_format=torch.channels_last)
+    found.fc.weight = nn.Parameter(found.fc.weight.detach().t().contiguous().t())
+    found.bn1.running_mean = found.bn1.running_mean.new_zeros(1).expand(
+        len(found.bn1.running_mean)
+    )
+    kept, removed = found.conv1.weight, next(found.branches.parameters())
+    both = torch.cat([kept.detach().flatten(), removed.detach().flatten()])
+    kept.data, removed.data = (
+        both[: kept.numel()].view_as(kept),
+        both[kept.numel() :].view_as(removed),
+    )
+
+
+def test_memory_layout_does_not_change_the_root() -> None:
+    certified = []
+    for change in (lambda _: None, stored_otherwise):
+        trained = network()
+        trained.get_buffer("bn1.running_mean").zero_()
+        change(trained)
+        certified.append(prove(trained))
+    assert certified[0].root.sha256 == certified[1].root.sha256
+    assert certified[0].hashes["conv1.weight"] == certified[1].hashes["conv1.weight"]
+
+
 def other_components(self: Any, features: Tensor, weights: Tensor) -> Tensor:
     """Run the components after the chosen ones."""
     return honest(self, features, weights.roll(1, dims=1))

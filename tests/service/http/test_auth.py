@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 import os
+import socket
 import stat
 import threading
 import time
@@ -421,6 +422,24 @@ def test_a_disconnect_while_queued_or_running_frees_the_queue(serve_with, jpeg):
     runtime.gate.set()
     assert client.post("/v1/classify", content=jpeg).status_code == 200
     assert runtime.batches == [1, 1]
+
+
+def test_a_client_that_ends_its_side_of_the_connection_has_gone(serve_with, jpeg):
+    runtime = Held(largest_batch=1)
+    client = serve_with(runtime)
+    running = connect(client)
+    running.sendall(post_of(jpeg))
+    assert runtime.entered.wait(60)
+    with running, connect(client) as queued:
+        queued.sendall(post_of(jpeg))
+        wait_for(lambda: count(client, "queue_depth") == 2)
+        for wire in (running, queued):
+            wire.shutdown(socket.SHUT_WR)  # and reads on
+            assert wire.recv(1) == b""
+    wait_for(lambda: count(client, GONE) == 2)
+    runtime.gate.set()
+    assert client.post("/v1/classify", content=jpeg).status_code == 200
+    assert runtime.batches == [1, 1]  # not the one that was queued
 
 
 def test_a_file_that_belongs_to_the_user_of_the_container_stays_that_users(
