@@ -478,8 +478,8 @@ def prove_file(
         return report.model_copy(update={"drift_allowed": True})
     if order:
         raise ParityError(
-            f"{problem}; rounding can decide what {shorten(order)} chooses among nearly equal values, as "
-            "of an untrained network or a plain image: train longer, or accept this",
+            f"{problem}; nothing was written; rounding can decide what {shorten(order)} chooses among "
+            "nearly equal values, as of an untrained network or a plain image: train longer, or accept this",
             remedies={"allow_numerical_error": True},
         )
     raise ParityError(f"{problem}; nothing was written")

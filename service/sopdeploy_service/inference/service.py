@@ -381,7 +381,7 @@ class Service:
 
     def _count_earlier(self, model: Model) -> int:
         """Estimate how many admitted images run before the next one of *model*, on the same device."""
-        # Engines share the images of all front ends, which have about as many each as this one.
+        # Device processes share the images of all front ends, which have about as many each as this one.
         if self.num_front_ends:
             about = self.admitted * len(self._cells)
             return min(about, self._count_admitted()) // model.num_devices
