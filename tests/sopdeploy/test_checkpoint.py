@@ -103,7 +103,7 @@ HEADERS: dict[str, tuple[Change, str]] = {
     ),
     "a number among the weights": (
         lambda c: c["weights"].update(bias=3),
-        "weights.bias: not accepted",
+        "weights.bias: must be a Tensor",
     ),
 }
 

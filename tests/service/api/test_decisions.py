@@ -100,9 +100,10 @@ def test_training_export_and_predict_share_one_decision(
     assert f"{decision.calibration.temperature:.4g}" in (path / "README.md").read_text(
         encoding="utf-8"
     )
-    images = [tmp_path / f"{number}.png" for number in range(12)]
-    for image, pixels in zip(images, generated_images(manifest.preprocess.crop), strict=True):
-        Image.fromarray(pixels).save(image)
+    images = []
+    for number, pixels in enumerate(generated_images(manifest.preprocess.crop)):
+        images.append(tmp_path / f"{number}.png")
+        Image.fromarray(pixels).save(images[-1])
     arguments = ["predict", str(path), *map(str, images)]
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     logits = read_probes(open_bundle(path)).expected["logits"]
