@@ -69,13 +69,13 @@ WHAT_TO_DO = {
     "MissingPackageError": "Run the `pip install` line of the message.",
     "DataError": "Repair or remove the named image or folder. Folders have the form `DIR/<class>/*.jpg`.",
     "CheckpointError": "Use a file written by `sopdeploy train` or `sopdeploy import`.",
-    "WeightsError": "Pass the network that the message suggests as `--as`. "
+    "WeightsError": "Set `--as` to the network that the message suggests. "
     "The message names the first tensor that does not fit. If pretrained weights cannot be downloaded, put "
     "the file where the message says, or pass `--weights FILE` or `--weights none`.",
     "TrainingError": "The message names the step and what was not finite. Lower `optimizer.lr` or set "
     "`optimizer.clip_norm`, then continue with `--resume auto`.",
     "DetachError": "Add `--detach`. It is also accepted if there is nothing to detach. With your own network, "
-    "pass the parts that the message lists to `--training-only`, or omit this option.",
+    "set `--training-only` to the parts in the message, or omit this option.",
     "CertificateError": "Do not deploy this network. The message names the training-only weights that the "
     "output depends on. Change the model's code.",
     "LoweringError": "Change the part of the network or the option that the message names.",
