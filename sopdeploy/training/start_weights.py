@@ -205,7 +205,7 @@ def load_start_weights(
     # branch. Others have so many outputs by chance.
     class_wide = class_wide_layers(model)
     classifiers = {classifier_name(model), *CLASSIFIER_PARTS.intersection(class_wide)}
-    branch_classifiers = [name for name in class_wide if is_in(name, *model.training_only)]
+    branch_classifiers = classifiers_of_branches(model)
 
     # What of the network keeps its random weights, even if shapes fit, and what may keep them
     # without an error.
@@ -248,12 +248,14 @@ def class_wide_layers(model: Classifier) -> list[str]:
     ]
 
 
+def classifiers_of_branches(model: Classifier) -> list[str]:
+    """List the names of the classifiers in the auxiliary branches of *model*."""
+    return [name for name in class_wide_layers(model) if is_in(name, *model.training_only)]
+
+
 def set_new_classifiers_to_zero(model: Classifier, new: Collection[str]) -> None:
-    """Set the classifier of *model* and those of its branches to 0 if they are in one of the *new* parts."""
-    of_branches = [
-        name for name in class_wide_layers(model) if is_in(name, *model.training_only)
-    ]
-    for name in (classifier_name(model), *of_branches):
+    """Set the classifiers of *model* and of its branches to 0 if they are in one of the *new* parts."""
+    for name in (classifier_name(model), *classifiers_of_branches(model)):
         if is_in(name, *new):
             for parameter in model.get_submodule(name).parameters():
                 nn.init.zeros_(parameter)

@@ -359,7 +359,7 @@ class _Row(NamedTuple):
 
 
 def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, dict[int, _Row]]:
-    """Find the rows of *wanted* in *tables* by their numbers; those of other programs have none.
+    """Find the rows of *wanted* in *tables* by their numbers; tables of other programs are left out.
 
     The list of a run has no hashes, so it takes them from the rows with equal paths. It comes first, so
     that a repeated command still finds them.
@@ -385,7 +385,7 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, dict[int, 
             if sha256:
                 ids[_output_folder(table), path] = sha256[:ID_DIGITS]
 
-    found = dict[Path, dict[int, _Row]]()
+    rows_by_table = dict[Path, dict[int, _Row]]()
     for table, paths in (lists | hashed).items():
         folder = _output_folder(table)
         rows = {
@@ -393,8 +393,10 @@ def _find_rows(wanted: _Wanted, tables: Sequence[Path]) -> dict[Path, dict[int, 
             for number, path in enumerate(paths)
             if isinstance(path, str) and path != FORGOTTEN["path"]
         }
-        found[table] = {number: row for number, row in rows.items() if wanted.has_row(row)}
-    return found
+        rows_by_table[table] = {
+            number: row for number, row in rows.items() if wanted.has_row(row)
+        }
+    return rows_by_table
 
 
 def _output_folder(table: Path) -> Path:

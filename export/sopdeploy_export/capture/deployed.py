@@ -270,7 +270,7 @@ def ordinary_images(preprocess: Preprocess) -> dict[str, NDArray[np.uint8]]:
     images, and the finest patterns in its own way.
     """
     side = preprocess.crop
-    scene, other = generated_images(side)[-3:-1]
+    *_, scene, other, _plain = generated_images(side)
     row, column = np.indices((side, side))[..., None]
     is_bar = abs(row - (side - 1) / 2) >= side / 4
     is_left = column < side / 2

@@ -60,12 +60,12 @@ def run_with_neighbors(
         numbers = numbers.copy()
         numbers[is_new] = [*itertools.islice(others, int(is_new.sum()))]
 
-        found = file_outputs(session, images[numbers], size)
-        for name, rows in found.items():
+        after = file_outputs(session, images[numbers], size)
+        for name, rows in after.items():
             by_number[name].update(zip(numbers, rows, strict=False))
             if len(rows) != size or rows[~is_new].tobytes() != before[name][~is_new].tobytes():
                 mixing[name] = None
-        before = found
+        before = after
 
     outputs = {
         name: np.stack([row for _, row in sorted(rows.items())])
