@@ -14,8 +14,8 @@ class Study:
     All arms run with the same `seeds`. Every arm is compared with `reference`; `pairs` lists
     further comparisons (ours, other). `images` names what all lengths of training share. `rates` is
     the grid of learning rates for the arms that `search` lists; `rate_of` maps an arm to one of them,
-    whose rate it takes. Studies with the same `rates_for` have the same rates, which those of them
-    that `decides` choose together.
+    whose rate it takes. Studies with the same `rates_for` have the same rates. The studies with
+    `decides` among them choose these rates together.
     """
 
     name: str

@@ -61,7 +61,7 @@ class Strategy(ProcessGroup):
         """Add the gradient of *loss* to `grad` in *model*, and sum `grad` over the processes.
 
         Before, `grad` is None or, with `grad_accum_steps`, the gradient of this process' earlier
-        parts of the step; *loss* is that of the last part: its mean, times the part's fraction of
+        parts of the step. *loss* is the mean loss of the last part, times the part's fraction of
         the samples of the step.
         """
         loss.backward()  # type: ignore[no-untyped-call]

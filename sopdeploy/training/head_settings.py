@@ -27,9 +27,9 @@ class HeadOptions(StrictModel):
 
     Attributes:
         folds: Largest number of folds of the cross-validation (`Targets.folds`).
-        group_copies: Whether near-duplicates share a fold; exact duplicates and given groups always do.
-        head: What the classifier reads: the network's own vector, and the roots of the covariances of its
-            last two feature maps; or the vector alone.
+        group_copies: Whether near-duplicates share a fold; exact duplicates and groups of the user always do.
+        head: What the classifier reads: the network's own vector, and the matrix square roots of the covariances of
+            its last two feature maps; or the vector alone.
         margins: Whether a class of fewer than five independent photographs must exceed the others by a margin. It
             then takes fewer of their images, and is found less often. `train --from` sets it.
     """

@@ -97,8 +97,8 @@ class StartConfig(StartWeights):
     - "last_stages": the second half of the stages and what follows it; batch norms keep their
       statistics, except in training-only parts.
 
-    With `keep_statistics` = "loaded", "last_stages" also updates those of batch norms that the
-    weights to start from do not have, such as in a new pooling. `new_classifier` = "zero" sets new
+    With `keep_statistics` = "loaded", "last_stages" also updates the statistics of batch norms that
+    the weights to start from do not have, such as in a new pooling. `new_classifier` = "zero" sets new
     classifiers to 0, also in branches, so that the first gradients of random weights do not
     change what was loaded (Kolesnikov et al., "Big Transfer", ECCV 2020).
 

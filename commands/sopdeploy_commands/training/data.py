@@ -34,8 +34,8 @@ def _show(report: "DataReport | list[WrongLabel]", *, as_json: bool) -> None:
         print_table(("file", "label", "probability", "suggested", "probability"), rows)
         if any(wrong.is_suspect for wrong in report):
             say(
-                "the classifier disagrees with too many labels to tell which ones are wrong: these are "
-                "those that it contradicts most"
+                "the classifier disagrees with too many labels to tell which ones are wrong; the table has "
+                "the labels that it contradicts most"
             )
     else:
         _print_report(report)

@@ -32,7 +32,7 @@ log = logging.getLogger("sopdeploy.inference")
 class DeviceChannel(asyncio.Protocol):
     """This front end's end of the channel *number* at *connection* to the device process *device_process*.
 
-    *models* are those of the device process, which this channel names by their position.
+    *models* are the models of the device process, which this channel names by their position.
     """
 
     def __init__(self, device_process: str, connection: socket.socket, number: int = 0) -> None:
@@ -196,7 +196,7 @@ class RemoteModel(Model):
         if not routes:
             raise RejectedError(results.RUNTIME_DEAD)
 
-        # Of equally short queues, take that of the device process that was sent the fewest images.
+        # Of equally short queues, take the one whose device process was sent the fewest images.
         to_device, number = min(
             routes, key=lambda route: (route[0].queue_length, route[0].sent)
         )
