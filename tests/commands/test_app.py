@@ -589,7 +589,7 @@ def test_a_probably_wrong_label_is_a_row_with_the_probabilities_of_both_classes(
     monkeypatch.setattr(
         "sopdeploy.report.wrong_labels.find_wrong_labels", lambda *_: (suspect,)
     )
-    assert "those that it contradicts most" in CliRunner().invoke(app, command).output
+    assert "the labels that it contradicts most" in CliRunner().invoke(app, command).output
     [listed] = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     assert listed["is_suspect"]
 
