@@ -28,7 +28,7 @@ code in brackets. The command line then exits with code 2. With `--json`, it als
 `{"error": {"code": ..., "message": ...}}`. If you see a traceback, it is a bug. Please report it with the
 output of `sopdeploy env`.
 
-The classes are in `sopdeploy.errors`. An indented class is a subclass of the class above.
+The classes are in `sopdeploy.errors`. The indentation shows which class is a subclass of which.
 
 | code | class | meaning and what to do |
 |---|---|---|"""
@@ -90,7 +90,7 @@ WHAT_TO_DO = {
     "NoMemoryError": "In training, lower `batch_size`. Otherwise, end other programs, "
     "or use a machine or GPU with more memory.",
     "ImageError": "Send a complete image of an accepted format within the size limits. "
-    "The code is one of the codes of [the server](http.md#errors).",
+    "The exception has one of the codes of [the server](http.md#errors).",
     "ServiceError": "Look up the code in brackets here or among the codes of [the server](http.md#errors).",
     "OverloadedError": "Wait `retry_after` seconds, send fewer requests at once, or give the server more "
     "resources. Its [metrics](howto/monitoring.md) show which.",

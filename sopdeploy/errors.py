@@ -205,7 +205,7 @@ class ImageError(SopdeployError):
 
 
 class ServiceError(SopdeployError):
-    """Error response of a server: its problem `code` and HTTP `status` (0 without a response)."""
+    """An error of a server, with its `code` and HTTP `status` (0 if no response came)."""
 
     code = "service_error"
 

@@ -59,7 +59,7 @@ class Metrics:
             self._attempts.labels(attempt)
         self.inference_seconds = Summary(
             "inference_seconds",
-            "Seconds of image requests; part: success, fail (whole request) or a stage of a success",
+            "Seconds of image requests; part: success or fail (whole requests), or a stage of successful ones",
             ("model", "part"),
             namespace="sopdeploy",
             registry=registry,
@@ -182,7 +182,7 @@ class Metrics:
         self.ready = gauge("ready", "1 if the process is ready for images, else 0")
         self.limit = gauge(
             "limit",
-            "Limit for images (whole server), connections or upload_bytes (process)",
+            "Limit: images of the whole server, connections or upload_bytes of a process",
             ("of",),
         )
 
