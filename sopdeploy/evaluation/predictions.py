@@ -88,8 +88,8 @@ def measure_predictions(
 ) -> ClassificationReport | MultiLabelReport:
     """Compute the metrics of *predicted* for the sorted *labels*.
 
-    *score* is that of the run. If it counts as many images and right answers, it replaces the
-    accuracy, because its interval takes copies and folds into account.
+    *score* is the accuracy that the run has measured. If it has the same count of images and of
+    right predictions, it is reported, because its interval takes copies and folds into account.
     """
     if isinstance(predicted, MultiLabelPredictions):
         return predicted.report()

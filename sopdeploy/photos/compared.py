@@ -8,6 +8,7 @@ another version of the comparison, is not used.
 import hashlib
 from contextlib import suppress
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,35 +25,35 @@ def compare_new(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray[np
 
     Without a cache folder that can be read and written, all are computed.
     """
-    # The shares that are known, sorted by key.
-    key_P = _keys(small, pairs)
-    photos = files("sopdeploy.photos")
-    code = b"".join(photos.joinpath(name).read_bytes() for name in ("compared.py", "crops.py"))
-    path = features_folder() / f"{hashlib.sha256(code).hexdigest()}.pairs"
+    rows_P = np.empty(pairs.shape[1], _ROW)
+    rows_P["key"] = _keys(small, pairs)
+
+    # Shares that earlier runs computed. Their rows are sorted by key.
+    path = _pairs_file()
     known = np.frombuffer(read_checked(path, MAX_PAIRS * _ROW.itemsize + 1000) or b"", _ROW)
-    place_P = np.minimum(np.searchsorted(known["key"], key_P), max(len(known) - 1, 0))
-    is_known_P = (
-        known["key"][place_P] == key_P if len(known) else np.zeros(len(key_P), np.bool_)
-    )
+    is_known_P = np.isin(rows_P["key"], known["key"])
+    places = np.searchsorted(known["key"], rows_P["key"][is_known_P])
+    rows_P["share"][is_known_P] = known["share"][places]
+    if is_known_P.all():
+        return rows_P["share"]
 
-    shares = np.empty(len(key_P), np.float32)
-    shares[is_known_P] = known["share"][place_P[is_known_P]]
-    is_new_P = ~is_known_P
-    if not is_new_P.any():
-        return shares
-    shares[is_new_P] = compare_pixels(small, pairs[:, is_new_P])
+    rows_P["share"][~is_known_P] = compare_pixels(small, pairs[:, ~is_known_P])
 
-    # Those of this run come first: where there are too many, the others go.
-    rows = np.empty(len(key_P), _ROW)
-    rows["key"] = key_P
-    rows["share"] = shares
-    others = known[~np.isin(known["key"], key_P)]
-    kept = np.concatenate([rows, others])[:MAX_PAIRS]
+    # Keep the pairs of this run, and others as long as there is room; again sorted, each key once.
+    others = known[~np.isin(known["key"], rows_P["key"])]
+    kept = np.concatenate([rows_P, others])[:MAX_PAIRS]
     kept = kept[np.unique(kept["key"], return_index=True)[1]]
     if path.is_absolute():  # the XDG specification ignores relative paths
         with suppress(OSError):
             write_checked(path, kept.tobytes())
-    return shares
+    return rows_P["share"]
+
+
+def _pairs_file() -> Path:
+    """Return the file of compared pairs, which has the hash of the code of the comparison as its name."""
+    photos = files("sopdeploy.photos")
+    code = b"".join(photos.joinpath(name).read_bytes() for name in ("compared.py", "crops.py"))
+    return features_folder() / f"{hashlib.sha256(code).hexdigest()}.pairs"
 
 
 def _keys(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray[np.uint64]:

@@ -202,30 +202,38 @@ def _without_digits(name: str) -> str:
 def propose_readings(tree: Tree, parts: Parts, num_part_classes: int) -> list[Reading]:
     """List the readings of *tree* that names suggest, the likeliest one first; none is tried yet.
 
-    *parts* are those of its root; the training part has so many folders or, with a table, two or
-    more classes (*num_part_classes*).
+    *parts* are those of its root. *num_part_classes* is the number of folders in the training part,
+    or of classes that its table has; 0 without such a part.
     """
     root = tree.root
+
     # Most images have a file beside them.
     beside = list[Reading]()
     if 2 * len(pair_with_files(tree.images, tree.others)) > len(tree.images):
         beside.append(Reading(root, "by the files beside the images", FILES))
 
-    # The parts of a data set are certain, unless the only one may be a class.
+    # A training part of one class cannot train; perhaps its validation part is the data set.
+    by_parts = Reading(root, "by the names of its parts")
     if num_part_classes == 1:
         held_out = [Reading(root / name, f"{name} is the data set") for name in parts.held_out]
-        return [Reading(root, "by the names of its parts"), *held_out, *beside]
+        return [by_parts, *held_out, *beside]
+
+    # The parts of a data set are certain, unless `train` may be a class beside others.
     if num_part_classes:
         flat = [name for name in parts.others if name in tree.counts and name not in tree.inner]
         if parts.held_out or not flat:
-            return [Reading(root, "by the names of its parts"), *beside]
+            return [by_parts, *beside]
         parts_only = Reading(root / parts.train, f"{parts.train} is the training part")
         return [parts_only, _top_folders(tree)]
+
+    # Folders, unless only they can be meant also names, then tables.
     proposed = [*_propose_folders(tree)]
     is_only_one = len(proposed) == 1 and not proposed[0].doubt and not parts.train
     if not is_only_one:
         proposed += _propose_names(tree)
     proposed += [*_propose_tables(tree), *beside]
+
+    # Nothing is proposed: the folders at the top, unless they are parts that hold no folders.
     are_flat_parts = bool(tree.counts) and all(map(part_kind, tree.counts)) and not tree.inner
     if not proposed and not are_flat_parts:
         proposed = [Reading(root, "by the folders at its top")]

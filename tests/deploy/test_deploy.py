@@ -554,28 +554,38 @@ PROBES = {
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_containers_have_valid_arguments_and_settings_and_no_privileges(
-    container: dict[str, Any],
-) -> None:
+def test_containers_have_valid_arguments_and_settings(container: dict[str, Any]) -> None:
     command, *arguments = container["args"]
     context = COMMANDS.commands[command].make_context(command, arguments)
     assert context.args == []
     for assignment in context.params.get("setting") or ():
         assert assignment.partition("=")[0] in Settings.model_fields
+
     for variable in container.get("env") or ():
         name = variable["name"].removeprefix("SOPDEPLOY_").lower()
         assert (
             name in Settings.model_fields or variable in VALUES["with everything"]["extraEnv"]
         )
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_containers_have_no_privileges(container: dict[str, Any]) -> None:
     rules = container["securityContext"]
     assert (rules["readOnlyRootFilesystem"], rules["allowPrivilegeEscalation"]) == (True, False)
     assert rules["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_servers_have_probes_on_one_of_their_ports_and_no_other_container_has_any(
+    container: dict[str, Any],
+) -> None:
+    probes = {kind: container[kind]["httpGet"] for kind in PROBES if kind in container}
+    assert probes.keys() == (PROBES.keys() if container in SERVERS else set())
+
     ports = {port.get("name"): port["containerPort"] for port in container.get("ports", ())}
-    for kind, paths in PROBES.items():
-        assert (kind in container) == (container in SERVERS)
-        for probe in [container[kind]["httpGet"]] if kind in container else []:
-            assert probe["path"] in paths
-            assert probe["port"] in {*ports, *ports.values()}
+    for kind, probe in probes.items():
+        assert probe["path"] in PROBES[kind]
+        assert probe["port"] in {*ports, *ports.values()}
 
 
 @pytest.mark.parametrize("name", PODS)

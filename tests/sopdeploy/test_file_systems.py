@@ -234,20 +234,26 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one_but_not_before(
         assert process.stdin
         assert process.stdout
         process.stdout.readline()
-        before = set(tmp_path.rglob("*"))
+        unfinished = set(tmp_path.rglob("*"))
+        assert unfinished
+
+        # While the process lives, others leave its files alone.
         remove_leftovers(tmp_path)
         with staging(tmp_path), atomic_write(tmp_path / "b.txt"):
             pass
-        assert before
-        assert before <= set(tmp_path.rglob("*"))  # the process is still writing
+        assert unfinished <= set(tmp_path.rglob("*"))
+
+        # It is killed, and cannot remove them itself.
         process.stdin.write(b"\n")
         process.stdin.flush()
         assert process.wait() == -signal.SIGKILL
         process.stdout.close()
-    assert before <= set(tmp_path.rglob("*"))
+    assert unfinished <= set(tmp_path.rglob("*"))
+
+    # The next process that writes there removes them.
     with temporary_folder(tmp_path):
         pass
-    assert not before & set(tmp_path.rglob("*"))
+    assert not unfinished & set(tmp_path.rglob("*"))
 
 
 def test_the_first_file_that_a_process_writes_to_a_folder_removes_what_was_left(

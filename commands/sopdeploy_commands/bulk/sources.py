@@ -206,16 +206,13 @@ def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
 
             parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
 
-            # A file with holes does not have its bytes in one place. It and other entries count
-            # by their names: `bytes` reads nothing.
-            is_sparse = member.sparse is not None
-            is_whole = member.isreg() and not is_sparse
-            read = partial(_read_member_head, file, member) if is_whole else bytes
-
-            # Folders, hidden entries and files of other formats are passed over.
+            # Folders, hidden entries and files of other formats are passed over. Links and files
+            # with holes do not have their bytes in one place; their names decide.
             if not parts or any(map(is_hidden, parts)) or member.isdir():
                 continue
-            if not _is_used(parts[-1], skipped, read):
+            is_whole = member.isreg() and member.sparse is None
+            read_head_of = partial(_read_member_head, file, member if is_whole else None)
+            if not _is_used(parts[-1], skipped, read_head_of):
                 continue
             if member.islnk():
                 raise DataError(
@@ -227,8 +224,10 @@ def _list_tar(name: str, skipped: Counter[str]) -> Iterator[ListedImage]:
                 yield ListedImage(path, location, offset=member.offset_data, size=member.size)
 
 
-def _read_member_head(file: Any, member: tarfile.TarInfo) -> bytes:
-    """Read the first bytes of *member* of the archive *file*; tarfile seeks the next one itself."""
+def _read_member_head(file: Any, member: tarfile.TarInfo | None) -> bytes:
+    """Read the first bytes of *member* of the archive *file*, none without one; tarfile seeks the next one itself."""
+    if member is None:
+        return b""
     file.seek(member.offset_data)
     return bytes(file.read(min(member.size, HEAD_BYTES)))
 

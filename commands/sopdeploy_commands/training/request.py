@@ -323,11 +323,10 @@ def _check_weights(weights: str) -> WeightPath:
 
 
 def read_previous(source: Path) -> "Checkpoint":
-    """Read the best checkpoint of the run that *source* gives, or *source* if it is a checkpoint.
+    """Read the best checkpoint of a run; *source* is the run, its checkpoint, or a bundle exported from it.
 
-    Otherwise, *source* is the run, or a bundle that was exported from it. Raises `ConfigError` if
-    the run of a bundle is not there or is another one by now, or if a checkpoint is not of a
-    run, and the errors of `read_checkpoint`.
+    Raises `ConfigError` if the run of a bundle is not there or is another one by now, or if a
+    checkpoint is not of a run, and the errors of `read_checkpoint`.
     """
     from sopdeploy.bundle.folder import read_manifest
     from sopdeploy.checkpoint import read_checkpoint

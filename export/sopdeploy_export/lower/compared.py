@@ -16,6 +16,7 @@ from string import ascii_letters
 
 import onnx_ir as ir
 import torch
+from torch import fx
 from torch.export import ExportedProgram
 
 from sopdeploy.errors import shorten
@@ -67,8 +68,14 @@ def find_order(program: ExportedProgram) -> list[str]:
         for node in program.graph.nodes
         if node.target in UNORDERED
         and node not in constant_nodes
-        and any(user.target is not operator.getitem or user.args[1] == 1 for user in node.users)
+        and any(map(_may_read_indices, node.users))
     ]
+
+
+def _may_read_indices(user: fx.Node) -> bool:
+    """Check whether *user*, of an operator in `UNORDERED`, does not only take the values, its first output."""
+    takes_one_output = user.target is operator.getitem
+    return not takes_one_output or user.args[1] == 1
 
 
 def warn_of_order(program: ExportedProgram) -> list[str]:

@@ -30,7 +30,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -264,7 +264,7 @@ def compute_reference(
         exact = _run_reversed(deployed, names, images)
         exact_gate = None if gate_layer is None else gate_logits(deployed, pixels)
 
-    # In the exported precision; and which images have a route that can be compared.
+    # The gate in the exported precision, and which images have a route that can be compared.
     if rounded is None:
         rounded = run_probes(deployed, pixels)
     routing = None
@@ -292,28 +292,39 @@ def compute_reference(
         smallest = FOUR_ROUNDINGS * float(np.abs(exact[name]).max())
         noise_floor[name] = max(smallest, float(errors.max()))
 
-    # In float32, a floor of thousands of roundings is no rounding, unless the network enlarges it.
-    unstable = None
+    reference = ParityReference(
+        outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing
+    )
+    if precision == "fp32":
+        unstable = _find_unstable(deployed, reference, images)
+        reference = replace(reference, unstable=unstable)
+    return reference
+
+
+def _find_unstable(
+    deployed: Deployed, reference: ParityReference, images: NDArray[np.uint8]
+) -> str | None:
+    """Find an output whose noise floor in float32 is no rounding.
+
+    The floor is thousands of roundings, and one rounding of the weights changes the output much less.
+    """
+    exact = reference.outputs
     large = [
         name
-        for name, floor in noise_floor.items()
+        for name, floor in reference.noise_floor.items()
         if floor > MOST_ROUNDINGS * FLOAT32_EPS * float(np.abs(exact[name]).max())
     ]
-    if large and precision == "fp32":
-        with _in_float64(deployed, _changed_by_rounding):
-            changed = _run_reversed(deployed, names, images)
-        for name in large:
-            enlarged = float(np.abs(changed[name] - exact[name])[is_compared_P].max())
-            if noise_floor[name] > MOST_ENLARGED * enlarged:
-                unstable = name
+    if not large:
+        return None
 
-    return ParityReference(
-        outputs=exact,
-        noise_floor=noise_floor,
-        precision=precision,
-        routing=routing,
-        unstable=unstable,
-    )
+    with _in_float64(deployed, _changed_by_rounding):
+        changed = _run_reversed(deployed, output_names(deployed.network), images)
+    is_compared_P = compared_images(reference.routing, len(images))
+    for name in large:
+        enlarged = float(np.abs(changed[name] - exact[name])[is_compared_P].max())
+        if reference.noise_floor[name] > MOST_ENLARGED * enlarged:
+            return name
+    return None
 
 
 def _run_reversed(

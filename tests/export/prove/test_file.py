@@ -245,24 +245,34 @@ def test_a_noise_floor_as_wide_as_the_logits_stops_the_export(
     fraction: float,
     message: str | None,
 ) -> None:
-    """A file that ignores its input is wrong by half of the spread; 4 floors of an eighth would allow it."""
+    """A file may differ by four noise floors.
+
+    With floors of an eighth of the spread of the logits, it could differ by half of the spread, as a
+    file does that ignores its input.
+    """
     model, deployed = exported
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     images = probes.numpy()
     exact = compute_reference(deployed, images)
+
+    # A reference whose noise floor is a fraction of the spread.
     floor = fraction * logit_spread(exact.outputs["logits"])
     noisy = ParityReference(
         outputs=exact.outputs, noise_floor={"logits": floor}, precision=precision
     )
     arguments = (*opened(tmp_path), noisy, images, BATCH)
+
     if message is None:
         report = prove_file(*arguments)
         assert not report.drift_allowed
         assert not report.unverifiable
         return
+
     with pytest.raises(ParityError, match=f"rounding error of .* is {message}") as caught:
         prove_file(*arguments)
     assert "\n" not in str(caught.value)
+
+    # The option writes it, and the report says that nothing was verified.
     allowed = prove_file(*arguments, allow_numerical_error=True)
     assert allowed.drift_allowed
     assert allowed.unverifiable

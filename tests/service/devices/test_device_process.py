@@ -286,17 +286,24 @@ def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
         channels = [await device_process.open() for device_process in device_processes]
         registry = RemoteRegistry(channels, SETTINGS)
         await registry.start()
-        model, images = registry.find(), []
+        model = registry.find()
+
+        # Six images go to both alike, because neither finishes one.
+        images = []
         for pixels in PIXELS[:6]:
             images.append(asyncio.ensure_future(model.run(pixels, FOREVER)))
             await asyncio.sleep(0)
         assert ([one.queue_length for one in channels], model.num_devices) == ([3, 3], 2)
+
+        # The first one becomes free and gets all others.
         runtimes[0].gate.set()
         await until(lambda: channels[0].queue_length == 0)
         images += [asyncio.ensure_future(model.run(pixels, FOREVER)) for pixels in PIXELS[6:8]]
         await asyncio.wait(images[-2:])  # the other device process is held
         runtimes[1].gate.set()
         await asyncio.gather(*images)
+
+        # After it has ended, the other one gets them.
         assert await device_processes[0].end() == 0  # though a front end is left
         await until(lambda: not channels[0].is_open)
         assert model.num_devices == 1

@@ -224,8 +224,12 @@ def test_requests_waiting_for_a_parser_count_in_the_queue_and_have_a_deadline(
     serve_with, blocked, path
 ):
     client = serve_with(FakeRuntime(num_classes=7), queue_size=4, max_images=1)
+
+    # One request, whose parser is blocked until its deadline.
     reply = client.post(path, json=REQUESTS[path], headers={"X-Request-Timeout-Ms": "200"})
     assert (reply.status_code, count(client, "queue_depth")) == (504, 0)
+
+    # Four wait and fill the queue, so the fifth is refused.
     with ThreadPoolExecutor(4) as pool:
         sent = [pool.submit(client.post, path, json=REQUESTS[path]) for _ in range(4)]
         wait_for(lambda: count(client, "queue_depth") == 4)
@@ -235,6 +239,8 @@ def test_requests_waiting_for_a_parser_count_in_the_queue_and_have_a_deadline(
         statuses = {one.result().status_code for one in sent}
     assert late.status_code == 429
     assert late.headers.get("x-error-code", "queue_full") == "queue_full"
+
+    # The four are parsed: the content of "AAAA" is no image, the tensor is one.
     assert statuses == {415 if path == "/v1/classify" else 200}
     wait_for(lambda: count(client, "queue_depth") == 0)
 

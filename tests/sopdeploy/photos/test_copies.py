@@ -312,19 +312,26 @@ def test_pairs_and_equal_keys_are_connected_and_groups_count_by_their_size():
     assert effective_count(np.arange(7)) == 7
 
 
-def test_a_folder_per_object_and_the_column_group_are_never_divided(tmp_path: Path):
+def test_a_folder_per_object_is_never_divided(tmp_path: Path):
     for place, name in enumerate(("cat/tom", "cat/tim", "cat/tam", "dog/all")):
         (tmp_path / name).mkdir(parents=True)
         for number in range(4):
             scene(10 * place + number).save(tmp_path / name / f"{number}.png")
     images = list_classes(tmp_path).images
-    assert len(set(images.groups.tolist())) == 3 + 4  # the only folder of a class is no group
+    # Three cats are groups. The only folder of a class is none, so each of four dogs is its own.
+    assert len(set(images.groups.tolist())) == 3 + 4
+
     choice = choose_held_out(images, group_photographs(images).groups, 0.3, 0)
     held_out = divide(Split.undivided(images), choice).held_out
     assert len({path.split(b"/")[1] for path in held_out.paths if path.startswith(b"cat")}) == 1
+
+
+def test_rows_with_the_same_cell_in_the_column_group_are_one_group(tmp_path: Path):
+    for number in range(16):
+        scene(number).save(tmp_path / f"{number}.png")
     rows = [
-        f"{path.decode()},{path.decode()[:3]},{'burst' * (number < 4)}"
-        for number, path in enumerate(images.paths)
+        f"{number}.png,{'cat' if number < 12 else 'dog'},{'burst' if number < 4 else ''}"
+        for number in range(16)
     ]
     (tmp_path / "labels.csv").write_text(
         "\n".join(["file,classes,group", *rows]), encoding="utf-8"

@@ -48,19 +48,25 @@ def test_damaged_images_are_left_out_named_and_counted(tmp_path, names) -> None:
     result = train_recipe(recipe_for(root), tmp_path / "run", callback=heard)
     num_train, num_held_out = 7, 5 - len(names)
     assert (result.train_count, result.held_out_count) == (num_train, num_held_out)
-    found = f"{amount(len(names), 'unusable image')} left out: "
+
+    # A warning names them with their folder, and a line of the report without it.
     (warning,) = [line for line in heard.lines if "unusable" in line]
     (line,) = [line for line in result.procedure.lines() if "unusable" in line]
+    left_out = f"{amount(len(names), 'unusable image')} left out: "
+    reason = "the image is truncated; repair, convert or delete it"
     for text, places in (
         (warning, [str(root / name) for name in names]),
         (line, ["dog/2.jpg"]),
     ):
-        assert text.startswith(found)
-        reason = "the image is truncated; repair, convert or delete it"  # before many names
         assert all(place in text for place in places)
-        assert text == f"{found}{places[0]}: {reason}" or text.startswith(f"{found}{reason}: ")
+        of_one = f"{left_out}{places[0]}: {reason}"
+        of_several = f"{left_out}{reason}: "  # then the names
+        assert text == of_one or text.startswith(of_several)
+
+    # `sopdeploy check` refuses what a run leaves out.
     with pytest.raises(DataError, match="truncated"):
         check_data(root).must_be_usable()
+
     # A resumed run leaves the same images out, also if they are repaired.
     (root / names[0]).write_bytes(jpeg(1))
     resumed = train_recipe(recipe_for(root), tmp_path / "run", resume=True)

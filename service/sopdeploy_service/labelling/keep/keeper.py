@@ -161,7 +161,7 @@ class Keeper:
         # those that it takes out.
         self._bytes_in = self._bytes_out = 0
 
-        self._next = -BURST  # when another photograph outside of the sample may come
+        self._next_time = -BURST  # when another photo outside of the sample may be kept
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
     def start(self) -> None:
@@ -262,13 +262,21 @@ class Keeper:
         if worth is None:
             return None
 
-        # The sample stays uniform, however many come.
-        if "sample" not in worth.record.reasons:
-            now = time.monotonic()
-            if now < self._next:
-                return "dropped"
-            self._next = max(self._next, now - BURST) + PAUSE
+        # All photos of the sample are kept, so that it stays uniform. Others have a limited rate.
+        if "sample" not in worth.record.reasons and not self._is_in_time():
+            return "dropped"
         return self._store(worth)
+
+    def _is_in_time(self) -> bool:
+        """Check whether a photo outside of the sample may be kept now, and if so, count it.
+
+        Each takes `PAUSE` of time. Up to `BURST` of time without one is saved for later ones.
+        """
+        now = time.monotonic()
+        if now < self._next_time:
+            return False
+        self._next_time = max(self._next_time, now - BURST) + PAUSE
+        return True
 
     def _judge(self, photo: PredictedPhoto) -> WorthPhoto | None:
         """Describe *photo* if it is worth a label."""
