@@ -1,13 +1,20 @@
-"""Generate the tables of `operations.md`, `metrics.md` and `concepts.md`: settings, metrics, statements."""
+"""Generate tables of settings (`operations.md`), metrics, statements (`concepts.md`) and options of recipes."""
 
+import json
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any, get_args
 
 from prometheus_client import generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
+from sopdeploy.data.augment import Augmentation
+from sopdeploy.layers.pooling.registry import Pooling
+from sopdeploy.training.loop_settings import OptimizerConfig
+from sopdeploy.training.recipe import AnyProcedureConfig
+from sopdeploy.training.schedules import Schedule
 from sopdeploy_export.prove.certificate import STATEMENTS
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.pages import merge_metrics
@@ -91,12 +98,46 @@ def _link(file: Path) -> str:
     return f"../{file.relative_to(FOLDER.parent).as_posix()}"
 
 
+# Tables of a recipe whose options depend on their `kind`
+TABLES_WITH_KIND = {
+    "optimizer": OptimizerConfig,
+    "schedule": Schedule,
+    "augment": Augmentation,
+    "procedure": AnyProcedureConfig,
+    "model.config.pooling": Pooling,
+}
+
+
+def options_table() -> str:
+    """Build one table row per kind of a table in a recipe: its options with their defaults."""
+    rows = ["| kind | options and defaults |", "|---|---|"]
+    for table, union in TABLES_WITH_KIND.items():
+        for config in get_args(get_args(union)[0]):
+            (kind,) = get_args(config.model_fields["kind"].annotation)
+            options = [
+                f"`{name}`" if field.is_required() else f"`{name} = {_toml(field.default)}`"
+                for name, field in config.model_fields.items()
+                if name != "kind"
+            ]
+            if options:
+                rows.append(f'| `{table}.kind = "{kind}"` | {", ".join(options)} |')
+    return "\n".join(rows)
+
+
+def _toml(value: Any) -> str:
+    """Write a default as in a recipe; None is `null`, as after `--set`."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return f"{value:.5g}" if isinstance(value, float) else json.dumps(value)
+
+
 def pages() -> dict[Path, str]:
     """Read the pages and replace their tables."""
     tables = {
         "operations": ("settings", settings_table()),
         "metrics": ("metrics", metrics_table()),
         "concepts": ("statements", statements_table()),
+        "recipes": ("options", options_table()),
     }
     texts = {}
     for page, (name, table) in tables.items():

@@ -1,27 +1,30 @@
 """Lists that repeat a list: both sides are compared, so that neither can change alone."""
 
 import ast
+import functools
+import importlib
 import json
 import re
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import get_args
 
 import yaml
+from prometheus_client.metrics import MetricWrapperBase
 
 from sopdeploy.config import StrictModel
-from sopdeploy.data import augment
 from sopdeploy.data.augment import Augmentation
 from sopdeploy.decision import Answer
 from sopdeploy.http_api import Classes
-from sopdeploy.training import head_settings, loop_settings, recipe, schedules
 from sopdeploy.training.recipe import Recipe
 from sopdeploy_commands.bulk.classifier import COLUMNS
 from sopdeploy_commands.bulk.run import CsvRow
 from sopdeploy_service.decoding import child
-from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import Key
+from sopdeploy_service.observability.logs import DROPPED
+from sopdeploy_service.observability.metrics import Metrics
 from tests.docs.reading import blocks
 from tests.support.rooms import PACKAGES, ROOT
 
@@ -191,27 +194,149 @@ def test_the_page_of_limits_has_every_error_of_an_image_with_its_status() -> Non
     assert set(child.ERRORS) - named == set()
 
 
-def test_something_reads_every_setting_of_a_training_and_of_a_key() -> None:
-    """By its name, as an attribute, in the packages; options of optimizers go to them as they are."""
-    read = {
+@functools.cache
+def parse_packages() -> dict[str, ast.Module]:
+    """Parse each module of the packages."""
+    trees = {}
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            trees[".".join((package, *parts)).removesuffix(".__init__")] = tree
+    return trees
+
+
+def attributes_read(tree: ast.AST) -> set[str]:
+    return {
         node.attr
-        for folder in PACKAGES.values()
-        for path in folder.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    configs = [
-        config
-        for module in (recipe, head_settings, loop_settings, schedules, augment, api_keys)
-        for config in vars(module).values()
-        if isinstance(config, type)
-        and issubclass(config, StrictModel)
-        and config.__module__ == module.__name__
-        and not issubclass(config, loop_settings.OptimizerSettings)
+
+
+def classes_of(name: str) -> list[type]:
+    """List the classes that the module *name* defines."""
+    return [
+        one
+        for one in vars(importlib.import_module(name)).values()
+        if isinstance(one, type) and one.__module__ == name
     ]
-    fields = {f"{config.__name__}.{name}" for config in configs for name in config.model_fields}
-    assert len(fields) > 60
-    assert {field for field in fields if field.rpartition(".")[2] not in read} == set()
+
+
+UNREAD = {
+    # of files of earlier versions
+    "FewShotResult.strength",
+    "Reference.confidences",
+    # for people who open the file
+    "Certificate.statements",
+    "Choice.license",
+    "Choice.millions",
+    "EngineRecord.build_seconds",
+    # for callers from Python
+    "TrainingResult.best_epoch",
+    "TrainingResult.best_map",
+    "TrainingResult.best_top1",
+    # compared as a whole
+    "EngineKey.builder",
+}
+
+
+def test_something_reads_every_field_of_a_config_file_or_response() -> None:
+    """Code reads it, or a page of a server, or people, because a page of the documentation has it."""
+    trees = parse_packages()
+
+    # Names that code reads: as attributes, and as texts other than keys of what it writes.
+    read = set().union(*map(attributes_read, trees.values()))
+    for tree in trees.values():
+        written = {
+            key
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Dict)
+            for key in node.keys
+            if key is not None
+        }
+        read |= {
+            str(node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and node not in written
+        }
+
+    # Names in pages of servers, and in code of the documentation.
+    for folder in PACKAGES.values():
+        for path in folder.rglob("*"):
+            if path.suffix in (".html", ".js"):
+                read |= {*re.findall(r"\w+", path.read_text(encoding="utf-8"))}
+    for page in DOCS.rglob("*.md"):
+        for code in re.findall(
+            r"`[^`\n]+`|```.*?```|^    .*?$", page.read_text(encoding="utf-8"), re.S | re.M
+        ):
+            read |= {*re.findall(r"\w+", code)}
+
+    fields = {
+        f"{config.__name__}.{name}"
+        for module, tree in trees.items()
+        if any(
+            isinstance(node, ast.Name) and node.id == "StrictModel" for node in ast.walk(tree)
+        )
+        for config in classes_of(module)
+        if issubclass(config, StrictModel)
+        for name in config.model_fields
+    }
+    assert len(fields) > 500
+    assert {name for name in fields if name.rpartition(".")[2] not in read} == UNREAD
+
+
+# Arrays of all images, for Python, and a column that is read by its name
+FOR_PYTHON = {"Evaluation.labels", "Evaluation.scores", "FilePrediction.score"}
+
+
+def test_a_command_shows_every_field_of_its_result() -> None:
+    """Its module reads it, or one that imports this module."""
+    trees = parse_packages()
+    read_by_importers = defaultdict[str, set[str]](set)
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module in trees:
+                read_by_importers[node.module] |= attributes_read(tree)
+
+    hidden = set()
+    num_results = 0
+    for module, tree in trees.items():
+        is_command = any(
+            isinstance(node, ast.FunctionDef)
+            and any(ast.unparse(one).startswith("command(") for one in node.decorator_list)
+            for node in ast.walk(tree)
+        )
+        if not is_command:
+            continue
+
+        shown = attributes_read(tree) | read_by_importers[module]
+        for result in classes_of(module):
+            names = getattr(result, "model_fields", getattr(result, "__dataclass_fields__", ()))
+            num_results += bool(names)
+            hidden |= {f"{result.__name__}.{name}" for name in names if name not in shown}
+
+    assert num_results > 10
+    assert hidden == FOR_PYTHON
+
+
+def test_something_counts_every_metric() -> None:
+    created = {
+        name
+        for name, value in vars(Metrics()).items()
+        if isinstance(value, MetricWrapperBase) and value is not DROPPED  # which `logs` counts
+    }
+    assert len(created) > 30
+
+    # The constructor does not count, it creates some with their first labels.
+    trees = parse_packages()
+    own_module = Metrics.__module__
+    (own_class,) = (node for node in trees[own_module].body if isinstance(node, ast.ClassDef))
+    constructor, *methods = own_class.body[1:]  # after the docstring
+    assert ast.unparse(constructor).startswith("def __init__")
+    others = [tree for name, tree in trees.items() if name != own_module]
+    counted = set().union(*map(attributes_read, [*methods, *others]))
+    assert created - counted == set()
 
 
 def test_a_decoder_can_reply_with_every_error_of_an_image() -> None:

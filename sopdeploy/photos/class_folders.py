@@ -50,14 +50,12 @@ ARRAYS = (".lmdb", ".mat", ".npy", ".npz", ".parquet", ".tfrecord")
 class ClassListing(NamedTuple):
     """What class folders hold, with paths relative to the root of `images`.
 
-    `other_files` are, by class, the files that are no images. `nested` are the folders inside of
-    class folders that hold several, `beside` the images of no class. `notes` name what is left
-    out and what may be a mistake.
+    `other_files` are, by class, the files that are no images, `beside` the images of no class.
+    `notes` name what is left out and what may be a mistake.
     """
 
     images: ImageFiles
     other_files: dict[str, list[str]]
-    nested: list[str]
     beside: list[bytes]
     notes: list[str]
 
@@ -130,15 +128,15 @@ def list_classes(
     )
 
     # What the user may not have intended.
-    nested_folders = sorted(map(os.fsdecode, nested))
-    if nested_folders:
+    if nested:
+        names = shorten(sorted(map(os.fsdecode, nested)))
         notes.append(
             f"{root}: images of folders in a class folder count as images of that "
             "class, and each of several folders as one group: "
-            f"{shorten(nested_folders)}; add --set data.classes_from={SUBFOLDERS} if they are classes"
+            f"{names}; add --set data.classes_from={SUBFOLDERS} if they are classes"
         )
     notes += [f"{root}: {line}" for line in describe_confusable(labels)]
-    return ClassListing(images, other_files, nested_folders, [*map(os.fsencode, beside)], notes)
+    return ClassListing(images, other_files, [*map(os.fsencode, beside)], notes)
 
 
 def _without_leftovers(
@@ -257,7 +255,7 @@ def _list_by_name(
         root, labels, np.asarray(kept, np.bytes_), np.asarray(targets, np.int64)
     )
     notes += [f"{root}: {line}" for line in describe_confusable(labels)]
-    return ClassListing(images, other_files, [], without, notes)
+    return ClassListing(images, other_files, without, notes)
 
 
 def is_pattern(classes_from: str) -> bool:

@@ -75,7 +75,7 @@ def find_order(program: ExportedProgram) -> list[str]:
 def _may_read_indices(user: fx.Node) -> bool:
     """Check whether *user*, of an operator in `UNORDERED`, does not only take the values, its first output."""
     takes_one_output = user.target is operator.getitem
-    return not takes_one_output or user.args[1] == 1
+    return not takes_one_output or bool(user.args[1] == 1)
 
 
 def warn_of_order(program: ExportedProgram) -> list[str]:
