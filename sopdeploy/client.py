@@ -384,6 +384,8 @@ class _Loop:
         await asyncio.gather(*tasks, return_exceptions=True)
 
         await self._requests.close()
+        # The bodies of responses that nobody read to their end
+        await self._loop.shutdown_asyncgens()
         self._loop.stop()
 
 
