@@ -17,7 +17,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -253,9 +253,9 @@ class Fit:
 
 
 class ResumeState(TypedDict, total=False):
-    """What `last.pt` contains to resume a run; `optimizer` and what follows it are of a training loop.
+    """What `last.pt` contains of every run to resume it; the parts of a procedure add their states.
 
-    `frozen` is the content of a checkpoint.
+    `procedure` has the arrays of the few-shot fit; it is empty without one.
     """
 
     position: FieldValues
@@ -265,14 +265,9 @@ class ResumeState(TypedDict, total=False):
     warnings: list[str]
     weights: dict[str, Tensor]
     procedure: dict[str, Tensor]
-    optimizer: FieldValues
-    average: FieldValues | None
-    teacher: dict[str, Tensor]
-    scaler: FieldValues
-    frozen: FieldValues
 
 
-def run_record(setup: Setup, fit: Fit, resume: ResumeState | None = None) -> Checkpoint:
+def run_record(setup: Setup, fit: Fit, resume: Mapping[str, Any] | None = None) -> Checkpoint:
     """Build the content of `best.pt`, or with *resume* of `last.pt`.
 
     Raises `TrainingError` if a value is not finite.
@@ -417,17 +412,13 @@ class Resumed(NamedTuple):
 def read_resumed(last: Checkpoint, source: Path) -> Resumed:
     """Read the state of the run of *last*.
 
-    Raises `CheckpointError` if it has none, a damaged one, or unknown keys of a newer version.
+    Raises `CheckpointError` if it has none, or a damaged one.
     """
     state = last.resume
     if state is None:
         raise CheckpointError(
             f"{source}: has no state to resume from; start a new run in another folder"
         )
-
-    advice = version_advice(writer_of(last.training))
-    if advice and (unknown := state.keys() - ResumeState.__annotations__.keys()):
-        raise CheckpointError(f"{source}: resume.{min(unknown)}: unknown key{advice}")
 
     with state_errors(last, source):
         # These are the raw weights; those of the checkpoint may be averages.
@@ -437,6 +428,15 @@ def read_resumed(last: Checkpoint, source: Path) -> Resumed:
         report = None if report is None else StartReport.model_validate(report)
         position = Position.model_validate(state["position"])
         return Resumed(position, state.get("train_count"), state["weights"], report)
+
+
+def check_parts(last: Checkpoint, source: Path, parts: Collection[str]) -> None:
+    """Raise `CheckpointError` if another version wrote a state in *last* that none of the *parts* of its run has."""
+    state = last.resume or {}
+    known = {*ResumeState.__annotations__, *parts}
+    unknown = sorted(key for key in state.keys() - known if state[key] is not None)
+    if unknown and (advice := version_advice(writer_of(last.training))):
+        raise CheckpointError(f"{source}: resume.{unknown[0]}: unknown key{advice}")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 import pydantic
 from pydantic.fields import FieldInfo
 
-from sopdeploy.config import Count, FieldValues, PositiveRate, StrictModel, first_problem
+from sopdeploy.config import Count, FieldValues, StrictModel, first_problem
 from sopdeploy.data.augment import Augmentations
 from sopdeploy.data.sources import DataConfig, DataOptions, FolderConfig, HoldOut, OwnDataConfig
 from sopdeploy.decision import ACCEPTS
@@ -30,7 +30,12 @@ from sopdeploy.training.head_settings import (
     FineTuneConfig,
     HeadOptions,
 )
-from sopdeploy.training.loop_settings import AdaHessianConfig, LoopSettings
+from sopdeploy.training.loop_settings import (
+    AdaHessianConfig,
+    LoopSettings,
+    StartConfig,
+    StartWeights,
+)
 from sopdeploy.training.recipe_files import (
     add_fine_tune_settings,
     parse_override,
@@ -73,54 +78,6 @@ class AutoConfig(StrictModel):
 Part = TypeVar("Part", bound=StrictModel)
 ProcedureConfig = AutoConfig | LoopConfig | FewShotConfig | FineTuneConfig
 AnyProcedureConfig = Annotated[ProcedureConfig, pydantic.Field(discriminator="kind")]
-
-
-class StartWeights(StrictModel):
-    """The weights to start from.
-
-    They are a checkpoint, a weight file that `sopdeploy import` reads, "imagenet" for the
-    published weights of the backbone, or "none" for random ones (see `start_weights`).
-    """
-
-    weights: Literal["imagenet", "none"] | Path | None = None
-
-
-class StartConfig(StartWeights):
-    """The weights to start from, and which parameters are trained.
-
-    `learn` names what is trained:
-
-    - "all": everything,
-    - "branches": the training-only parts, such as branches; batch norms elsewhere keep their
-      statistics,
-    - "classifier": the same parts, and the classifier,
-    - "last_stages": the second half of the stages and what follows it; batch norms keep their
-      statistics, except in training-only parts.
-
-    With `keep_statistics` = "loaded", "last_stages" also updates the statistics of batch norms that
-    the weights to start from do not have, such as in a new pooling. `new_classifier` = "zero" sets new
-    classifiers to 0, also in branches, so that the first gradients of random weights do not
-    change what was loaded (Kolesnikov et al., "Big Transfer", ECCV 2020).
-
-    `head_factor` multiplies the learning rate of the classifier.
-
-    `classifier_epochs` of the run are a first phase that trains what "classifier" trains, at
-    the constant rate `classifier_lr`, by default the product of `optimizer.lr` and
-    `head_factor`. The schedule begins after it.
-    """
-
-    learn: Literal["all", "branches", "classifier", "last_stages"] = "all"
-    keep_statistics: Literal["all", "loaded"] = "all"
-    new_classifier: Literal["random", "zero"] = "random"
-    head_factor: PositiveRate = 1.0
-    classifier_epochs: pydantic.NonNegativeInt = 0
-    classifier_lr: PositiveRate | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _check_classifier_lr(self) -> "StartConfig":
-        if self.classifier_lr is not None and not self.classifier_epochs:
-            raise ValueError("without effect if classifier_epochs is 0; omit classifier_lr")
-        return self
 
 
 class ModelConfig(CatalogModel):
@@ -172,7 +129,7 @@ class Recipe(SharedSettings, LoopSettings):
     """A complete training run; defaults follow the papers."""
 
     model: ModelConfig
-    start: StartConfig | None = None
+    start: StartConfig | None = None  # of `UpdateSettings`; procedures read only its weights
 
     def part(self, settings: type[Part]) -> Part:
         """Return the *settings* of one component, a base class of the recipe, without all others."""
@@ -244,38 +201,6 @@ class Recipe(SharedSettings, LoopSettings):
         if isinstance(self.procedure, FewShotConfig):
             return self.preprocess.crop
         return self.part(Augmentations).crop_of(self.preprocess)
-
-    @property
-    def first_phase(self) -> int:
-        """The number of epochs, from the first one, in which the classifier alone learns."""
-        return 0 if self.start is None else self.start.classifier_epochs
-
-    def start_of(self, epoch: int) -> StartConfig | None:
-        """Return `start` with what learns in *epoch*, from 0."""
-        if self.start is None or epoch >= self.first_phase:
-            return self.start
-        return self.start.model_copy(update={"learn": "classifier"})
-
-    def learning_rate(self, time: float, factor: float = 1.0) -> float:
-        """Compute the learning rate after *time* epochs of a group of parameters with this *factor*.
-
-        In the first phase, only the classifier learns, with the constant rate of `StartConfig`.
-        """
-        if self.start is not None and time < self.first_phase:
-            rate = self.start.classifier_lr
-            return self.optimizer.lr * self.start.head_factor if rate is None else rate
-
-        second_phase = self.epochs - self.first_phase
-        return (
-            self.optimizer.lr
-            * self.schedule.factor(time - self.first_phase, second_phase)
-            * factor
-        )
-
-    @property
-    def frozen_backbone(self) -> bool:
-        """Whether only the branches learn."""
-        return self.start is not None and self.start.learn == "branches"
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Recipe":

@@ -10,7 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint
-from sopdeploy.training.checkpoints import Fit, Setup, resume_of, run_record, state_errors
+from sopdeploy.training.checkpoints import (
+    Fit,
+    Setup,
+    check_parts,
+    resume_of,
+    run_record,
+    state_errors,
+)
 from sopdeploy.training.results import read_result
 
 
@@ -63,6 +70,7 @@ def read_few_shot_fit(setup: Setup, last: Checkpoint, source: Path) -> FewShotFi
 
     Raises `CheckpointError` if the record is missing or damaged.
     """
+    check_parts(last, source, ())
     with state_errors(last, source):
         state: Any = last.resume  # None raises a TypeError
         arrays = state["procedure"]

@@ -3,13 +3,13 @@
 import math
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from sopdeploy.data.batches import Batch
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.loop.losses import Loss, sum_losses, training_loss
 from sopdeploy.training.loop.optimizer import AdaHessian
-from sopdeploy.training.loop.state import LR_FACTOR, FinishedStep, LoopState
+from sopdeploy.training.loop.state import FinishedStep, LoopState
 
 # Types of autocast by `precision`; fp32 has none
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,9 +32,7 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
         derive_seed(recipe.seed, "step", position.epoch, position.step, *rank_key)
     )
 
-    time = position.epoch + position.step / steps
-    for group in run.optimizer.param_groups:
-        group["lr"] = recipe.learning_rate(time, group.get(LR_FACTOR, 1.0))
+    run.updates.set_rates(position.epoch + position.step / steps)
 
     # The images and targets of this process, perhaps erased and mixed.
     pixels, labels = batch
@@ -49,9 +47,10 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
         ),
     )
 
-    run.optimizer.zero_grad()
+    optimizer, scaler = run.updates.optimizer, run.updates.scaler
+    optimizer.zero_grad()
     loss = compute_gradient(run, (images, targets), num_samples)
-    run.scaler.unscale_(run.optimizer)  # only fp16 has a scale
+    scaler.unscale_(optimizer)  # only fp16 has a scale
     norm = get_total_norm(
         [parameter.grad for parameter in run.parameters if parameter.grad is not None]
     )
@@ -60,21 +59,18 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
     # change. The buffers are above all the running statistics of batch norms, which include this
     # batch; their norm is the largest absolute value.
     checked = [norm, loss.total]
-    if run.scaler.is_enabled():  # a scale that is too large is no error: the step is left out
+    if scaler.is_enabled():  # a scale that is too large is no error: the step is left out
         checked = [loss.total]
     if run.float_buffers:
         checked.append(get_total_norm(run.float_buffers, math.inf))
     is_finite = torch.stack([value.double() for value in checked]).isfinite().all()
     finite_count = run.strategy.all_reduce(is_finite.double())
 
-    if recipe.optimizer.clip_norm:  # 0 disables clipping
-        clip_grads_with_norm_(run.parameters, recipe.optimizer.clip_norm, norm)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
+    run.updates.apply(run.parameters, norm)
     if run.average is not None:
         run.average.update(run.model)
 
-    if run.scaler.is_enabled():
+    if scaler.is_enabled():
         norm = norm.nan_to_num(0.0, 0.0)
     return FinishedStep(loss, norm, finite_count, num_samples)
 
@@ -96,20 +92,21 @@ def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
     )
 
     # The gradient, summed over all processes with the last part.
+    optimizer = run.updates.optimizer
     losses = []
     for number, part in enumerate(parts, 1):
         share = len(part[1]) / num_samples
         loss = compute_loss(run, part)
-        scaled = run.scaler.scale(loss.total * share)
+        scaled = run.updates.scaler.scale(loss.total * share)
 
         if number < len(parts):
             scaled.backward()  # type: ignore[no-untyped-call]
-        elif isinstance(run.optimizer, AdaHessian):  # which also needs the curvature
+        elif isinstance(optimizer, AdaHessian):  # which also needs the curvature
             seed = derive_seed(
                 run.recipe.seed, "curvature", run.position.epoch, run.position.step
             )
-            run.optimizer.backward(scaled, seed)
-            run.optimizer.all_reduce(run.strategy.sum_by_parameter)
+            optimizer.backward(scaled, seed)
+            optimizer.all_reduce(run.strategy.sum_by_parameter)
         else:
             run.strategy.backward(scaled, run.trained())
         losses.append(loss.weighted(share))

@@ -112,7 +112,7 @@ def train_epoch(
     position = run.position
     num_samples = run.augmentations.num_copies * len(training)
     batches = shuffled_batches(num_samples, recipe.batch_size, recipe.seed, epoch)
-    set_train_mode(run.model, recipe.start_of(epoch), run.setup.new_parts)
+    set_train_mode(run.model, run.updates.settings.start_of(epoch), run.setup.new_parts)
     shards = [run.strategy.shard(samples) for samples in batches[position.step :]]
 
     since = time.monotonic()

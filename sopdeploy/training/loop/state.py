@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Optimizer
 
 from sopdeploy.checkpoint import Checkpoint, parse_checkpoint, plain_content
 from sopdeploy.data.augment import Augmentations
@@ -26,6 +25,7 @@ from sopdeploy.training.checkpoints import (
     Fit,
     Position,
     Setup,
+    check_parts,
     resume_of,
     run_record,
     state_errors,
@@ -34,15 +34,14 @@ from sopdeploy.training.diagnostics import Diagnostics, EpochRow
 from sopdeploy.training.few_shot.state import FewShotFit, last_few_shot_record
 from sopdeploy.training.loop.average import ExponentialMovingAverage
 from sopdeploy.training.loop.losses import Loss, Teacher
-from sopdeploy.training.loop.optimizer import create_optimizer
-from sopdeploy.training.loop_settings import StepSettings
-from sopdeploy.training.recipe import Recipe, StartConfig
+from sopdeploy.training.loop.updates import Updates, group_parameters
+from sopdeploy.training.loop_settings import StartConfig, StepSettings, UpdateSettings
+from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.setup import find_images_format, move_to_device
 from sopdeploy.training.start_weights import classifier_name
 
-# Key of a factor on the learning rate in the optimizer's parameter groups; checkpoints contain
-# it.
-LR_FACTOR = "times"
+# Key in `last.pt` of a checkpoint: the fit of the frozen network from which the loop started.
+FROZEN = "frozen"
 
 # Steps after which their values are read, by device. Reading waits for all of its work.
 STEPS_PER_READ = {"cpu": 1, "cuda": 16}
@@ -80,18 +79,15 @@ class Stateful(Protocol):
 class LoopState:
     """A training loop in progress; raises `ConfigError` for a teacher that does not fit the images.
 
-    `optimizer`, `parameters` and `float_buffers` are made when they are first read. If
-    `start_epoch` replaces the model, or more of it learns, they are deleted and made again.
+    `parameters` and `float_buffers` are made when they are first read. If `start_epoch` replaces
+    the model, or more of it learns, they are deleted and made again, as the optimizer is.
 
     Attributes:
         frozen: What the few-shot procedure has fitted, if the loop starts from it.
         model: The network that learns; `start_epoch` may replace it.
-        groups: Groups of the optimizer's parameters.
         trainable: Names of the parameters that learn unless `start.learn` freezes them.
         unread: Finished steps whose values are not read yet; only `position.step` counts them.
     """
-
-    groups: list[dict[str, Any]]
 
     def __init__(self, setup: Setup, frozen: FewShotFit | None = None) -> None:
         recipe: Recipe = setup.recipe
@@ -103,6 +99,11 @@ class LoopState:
         self.activation: Activation = setup.activation
         self.augmentations = recipe.part(Augmentations)
         self.steps = recipe.part(StepSettings)
+        self.updates = Updates(
+            recipe.part(UpdateSettings),
+            self.strategy.device,
+            scaled=self.steps.precision == "fp16",
+        )
         self.position = setup.position
         self.unread: list[FinishedStep] = []
 
@@ -136,19 +137,10 @@ class LoopState:
             find_images_format(sides, teacher, self.strategy.device, "teacher: its network")
             teacher.train(self.teacher.learns)
 
-        # Only fp16 needs a scale of the loss; otherwise, the scaler changes nothing.
-        uses_scale = self.steps.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(self.strategy.device.type, enabled=uses_scale)
-
         # The average begins with the weights of the network.
         self.average: ExponentialMovingAverage | None = None
         if recipe.ema is not None:
             self.average = ExponentialMovingAverage(recipe.ema.decay, self.model)
-
-    @cached_property
-    def optimizer(self) -> Optimizer:
-        """The optimizer; it is created on first use, because this imports torch's compiler."""
-        return create_optimizer(self.recipe.optimizer, self.groups)
 
     @property
     def exported(self) -> Classifier:
@@ -175,16 +167,13 @@ class LoopState:
         return naming_compiler(torch.compile(self.model, dynamic=False))
 
     @property
-    def parts(self) -> dict[str, Stateful | None]:
-        """What has a state, by its key in `last.pt`; None for what this run does not have."""
-        parts: dict[str, Stateful | None] = {
-            "optimizer": self.optimizer,
-            "average": self.average,
-        }
+    def parts(self) -> dict[str, Stateful]:
+        """What has a state, by its key in `last.pt`."""
+        parts: dict[str, Stateful] = self.updates.parts
+        if self.average is not None:
+            parts["average"] = self.average
         if self.teacher is not None and self.teacher.learns:
             parts["teacher"] = self.teacher
-        if self.scaler.is_enabled():
-            parts["scaler"] = self.scaler
         return parts
 
     @cached_property
@@ -210,7 +199,8 @@ class LoopState:
         self.unread = []
 
         # A scale below 1 does not help: the gradient itself is not finite.
-        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+        scaler = self.updates.scaler
+        if scaler.is_enabled() and scaler.get_scale() < 1:
             raise TrainingError(
                 f"epoch {position.epoch + 1}: the gradient is not finite in fp16; lower "
                 "optimizer.lr, or set precision to fp32 or bf16"
@@ -264,9 +254,7 @@ class LoopState:
         train_seconds = max(position.train_seconds, 1e-9)  # a coarse clock gives 0 s
         row = EpochRow(
             epoch=position.epoch + 1,
-            # The rate of the last step. The first group never has `head_factor`, except in the
-            # first phase, in which all groups have the rate of the classifier.
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=self.updates.rate,
             losses={name: total / position.seen for name, total in position.sums.items()},
             metrics=metrics,
             gradient=position.gradient / position.seen,
@@ -307,11 +295,11 @@ class LoopState:
         )
 
     def _prepare_training(self) -> None:
-        """Set train mode, frozen parameters and `groups` of the epoch; move the teacher to the device."""
+        """Set train mode, frozen parameters and their groups in the epoch; move the teacher to the device."""
         recipe = self.recipe
 
         # All that can learn; `freeze` below excludes what does not learn in this epoch.
-        start = self.recipe.start_of(self.position.epoch)
+        start = self.updates.settings.start_of(self.position.epoch)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trainable)
         set_train_mode(self.model, start, self.setup.new_parts)
@@ -321,13 +309,13 @@ class LoopState:
             vars(self).pop(name, None)
 
         freeze(self.model, start)
-        self.groups = group_parameters(self.model, start)
+        self.updates.groups = group_parameters(self.model, start)
 
         if self.teacher is not None:
             layout = torch.channels_last if recipe.channels_last else torch.preserve_format
             self.teacher.model.to(self.strategy.device, memory_format=layout)  # type: ignore[call-overload]
             if self.teacher.learns:
-                self.groups.append({"params": list(self.teacher.model.parameters())})
+                self.updates.groups.append({"params": list(self.teacher.model.parameters())})
 
     def start_epoch(self) -> None:
         """Prepare the model if this epoch trains another one (`model.remove_branches_at`) or more of it."""
@@ -340,33 +328,19 @@ class LoopState:
         # Within an epoch, a resumed run needs nothing: `__init__` has prepared it for this epoch.
         # A new optimizer would lose the learning rate of the last step, which the history shows.
         begins = self.position.step == 0
-        is_second_phase = begins and epoch > 0 and epoch == self.recipe.first_phase
+        is_second_phase = begins and epoch > 0 and epoch == self.updates.settings.first_phase
         if model is self.model and not is_second_phase:
             return
 
         # Parameters that remain keep their state in the new optimizer.
-        states = self._pop_optimizer_states()
+        states = self.updates.take_states(dict(self.trained().named_parameters()))
         self.model = move_to_device(self.recipe, model, self.strategy)
         self.normalize.memory_format = images_format(self.model)
         self._prepare_training()
-        for name, parameter in self.trained().named_parameters():
-            if name in states:
-                self.optimizer.state[parameter] = states[name]
+        self.updates.give_states(dict(self.trained().named_parameters()), states)
 
         if self.average is not None:
             self.average.narrow(self.model)
-
-    def _pop_optimizer_states(self) -> dict[str, Any]:
-        """Delete the optimizer; return its states by the name of the parameter, none before its first step."""
-        if "optimizer" not in self.__dict__:  # the cached property has created none
-            return {}
-        states = {
-            name: self.optimizer.state[parameter]
-            for name, parameter in self.trained().named_parameters()
-            if parameter in self.optimizer.state
-        }
-        del self.optimizer  # the next access creates one for the new groups
-        return states
 
 
 def naming_compiler(network: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -464,36 +438,20 @@ def freeze(model: Classifier, start: StartConfig | None) -> None:
             parameter.requires_grad_(is_in(name, *parts))
 
 
-def group_parameters(model: Classifier, start: StartConfig | None) -> list[dict[str, Any]]:
-    """Build the optimizer's parameter groups: the classifier has its own if `head_factor` is not 1."""
-    if start is None or start.head_factor == 1:
-        return [{"params": list(model.parameters())}]
-    head = classifier_name(model)
-    named = list(model.named_parameters())
-    classifier = [parameter for name, parameter in named if is_in(name, head)]
-    others = [parameter for name, parameter in named if not is_in(name, head)]
-
-    return [
-        {"params": others, LR_FACTOR: 1.0},
-        {"params": classifier, LR_FACTOR: start.head_factor},
-    ]
-
-
 def last_loop_record(run: LoopState) -> Checkpoint:
     """Build the content of `last.pt` of a training loop, which may be between any two steps.
 
     All processes call it, because it averages the running statistics over them, in place.
     """
-    resume = resume_of(run.setup, run.position, run.model.state_dict())
-    states: Any = resume
-    for name, part in run.parts.items():
-        states[name] = None if part is None else part.state_dict()
+    resume = {
+        **resume_of(run.setup, run.position, run.model.state_dict()),
+        **{name: part.state_dict() for name, part in run.parts.items()},
+    }
 
     if run.frozen is not None:  # the run may keep this fit in the end
         frozen = last_few_shot_record(run.setup, run.frozen)
         state: Any = frozen.resume
-        resume["procedure"] = state["procedure"]
-        resume["frozen"] = plain_content(frozen)
+        resume |= {"procedure": state["procedure"], FROZEN: plain_content(frozen)}
 
     return run_record(run.setup, run.synchronized_fit(), resume)
 
@@ -502,13 +460,13 @@ def read_frozen(last: Checkpoint, source: Path) -> Checkpoint:
     """Read the fit of the frozen network from which the loop of *last* started; `CheckpointError` if none."""
     with state_errors(last, source):
         state: Any = last.resume  # None raises a TypeError
-        return parse_checkpoint(source, dict(state["frozen"]), "")
+        return parse_checkpoint(source, dict(state[FROZEN]), "")
 
 
 def restore_loop(run: LoopState, last: Checkpoint, source: Path) -> None:
     """Restore the states of the parts of *run*; raises `CheckpointError`."""
+    check_parts(last, source, [*run.parts, *([] if run.frozen is None else [FROZEN])])
     with state_errors(last, source):
         state: Any = last.resume
         for name, part in run.parts.items():
-            if part is not None:
-                part.load_state_dict(state[name])
+            part.load_state_dict(state[name])

@@ -29,7 +29,8 @@ from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.fine_tune import OwnVectors
 from sopdeploy.training.head_settings import FineTuneConfig
 from sopdeploy.training.loop.state import first_stages, freeze, read_frozen, set_train_mode
-from sopdeploy.training.recipe import Recipe, StartConfig, read_recipe
+from sopdeploy.training.loop_settings import StartConfig
+from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.recipe_files import recipe_text
 from sopdeploy.training.results import Tuning
 from sopdeploy.training.train import train_recipe

@@ -278,7 +278,7 @@ def test_no_checkpoint_with_a_non_finite_number_is_written(tmp_path, monkeypatch
 
     class Damage(RecordingCallback):
         def on_evaluation_batch(self, **progress) -> None:
-            optimizer = runs[0].optimizer
+            optimizer = runs[0].updates.optimizer
             next(iter(optimizer.state.values()))["momentum_buffer"].view(-1)[0] = float("nan")
 
     monkeypatch.setattr(

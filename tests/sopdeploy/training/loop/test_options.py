@@ -114,11 +114,11 @@ def test_second_order_layers_compute_in_float32_if_the_run_has_fp16(model: str) 
 def test_a_gradient_that_overflows_in_fp16_leaves_out_the_step() -> None:
     run, batch = one_process_run(short_recipe(*PLAIN, "precision=fp16"))
     before = {name: value.clone() for name, value in run.model.named_parameters()}
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    run.updates.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
     train_step(run, batch, num_samples=len(batch[1]), steps=6)
 
     assert all(torch.equal(value, before[name]) for name, value in run.model.named_parameters())
-    assert run.scaler.get_scale() == 2.0**119
+    assert run.updates.scaler.get_scale() == 2.0**119
     run.position.step += 1
     assert np.isfinite(run.read_steps()).all()
     assert np.isfinite(run.position.gradient)
@@ -126,7 +126,7 @@ def test_a_gradient_that_overflows_in_fp16_leaves_out_the_step() -> None:
 
 def test_a_gradient_that_is_never_finite_in_fp16_is_an_error() -> None:
     run, batch = one_process_run(short_recipe(*PLAIN, "precision=fp16"))
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
+    run.updates.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
     run.unread.append(train_step(run, batch, num_samples=len(batch[1]), steps=6))
     run.position.step += 1
     with pytest.raises(TrainingError, match=r"not finite in fp16; lower .*precision to fp32"):

@@ -301,7 +301,7 @@ def test_steps_with_different_penalties_are_read_together() -> None:
         strategy=SimpleNamespace(world=1),
         position=Position(step=2),
         unread=steps,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        updates=SimpleNamespace(scaler=torch.amp.GradScaler("cpu", enabled=False)),
     )
     assert run.read_steps() == [3, 3]
     assert run.position.sums == {"loss": 24, "main": 16, "late": 4}
