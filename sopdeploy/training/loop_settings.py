@@ -181,7 +181,8 @@ class StartConfig(StartWeights):
     classifiers to 0, also in branches, so that the first gradients of random weights do not
     change what was loaded (Kolesnikov et al., "Big Transfer", ECCV 2020).
 
-    `head_factor` multiplies the learning rate of the classifier.
+    `head_factor` multiplies the learning rate of the classifier, `new_factor` the rate of other
+    layers that the weights to start from do not have.
 
     `classifier_epochs` of the run are a first phase that trains what "classifier" trains, at
     the constant rate `classifier_lr`, by default the product of `optimizer.lr` and
@@ -192,6 +193,7 @@ class StartConfig(StartWeights):
     keep_statistics: Literal["all", "loaded"] = "all"
     new_classifier: Literal["random", "zero"] = "random"
     head_factor: PositiveRate = 1.0
+    new_factor: PositiveRate = 1.0
     classifier_epochs: pydantic.NonNegativeInt = 0
     classifier_lr: PositiveRate | None = None
 

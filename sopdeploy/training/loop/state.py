@@ -309,7 +309,7 @@ class LoopState:
             vars(self).pop(name, None)
 
         freeze(self.model, start)
-        self.updates.groups = group_parameters(self.model, start)
+        self.updates.groups = group_parameters(self.model, start, self.setup.new_parts)
 
         if self.teacher is not None:
             layout = torch.channels_last if recipe.channels_last else torch.preserve_format

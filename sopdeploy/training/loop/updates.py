@@ -1,6 +1,6 @@
 """The updates of the weights: the optimizer, the rates of its groups of parameters, and the scale of fp16."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -77,16 +77,29 @@ class Updates:
                 self.optimizer.state[parameter] = states[name]
 
 
-def group_parameters(model: Classifier, start: StartConfig | None) -> list[dict[str, Any]]:
-    """Build the optimizer's parameter groups: the classifier has its own if `head_factor` is not 1."""
-    if start is None or start.head_factor == 1:
-        return [{"params": list(model.parameters())}]
-    head = classifier_name(model)
-    named = list(model.named_parameters())
-    classifier = [parameter for name, parameter in named if is_in(name, head)]
-    others = [parameter for name, parameter in named if not is_in(name, head)]
+def group_parameters(
+    model: Classifier, start: StartConfig | None, new: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Build the optimizer's parameter groups: those with a factor on the learning rate have their own.
 
-    return [
+    *new* are the parts that the weights to start from do not have.
+    """
+    if start is None or start.head_factor == start.new_factor == 1:
+        return [{"params": list(model.parameters())}]
+
+    head = classifier_name(model)
+    faster = () if start.new_factor == 1 else (*new,)
+    others, added, classifier = [], [], []
+    for name, parameter in model.named_parameters():
+        if is_in(name, head):
+            classifier.append(parameter)
+        elif is_in(name, *faster):
+            added.append(parameter)
+        else:
+            others.append(parameter)
+
+    groups = [
         {"params": others, LR_FACTOR: 1.0},
         {"params": classifier, LR_FACTOR: start.head_factor},
     ]
+    return [*groups, {"params": added, LR_FACTOR: start.new_factor}] if added else groups

@@ -281,6 +281,27 @@ def test_a_fine_tuned_run_starts_better_and_its_classifier_learns_faster(
     assert after < before
 
 
+def test_new_layers_learn_faster_if_the_recipe_says_so_also_in_a_resumed_run(
+    plain, tmp_path
+) -> None:
+    recipe = short_recipe(
+        "model={name='resnet8', config={base_width=4, pooling={kind='isqrt', width=8}}}",
+        f"start.weights={plain}",
+        "start.head_factor=5",
+        "start.new_factor=3",
+    )
+    train_recipe(recipe, tmp_path / "whole")
+    interrupt(recipe, tmp_path / "parts", "step", 0, 2)
+    train_recipe(recipe, tmp_path / "parts", resume=True)
+    assert same_run(tmp_path / "whole", tmp_path / "parts")
+
+    # The loaded layers, the classifier, and the convolution and the norm of the pooling.
+    groups = read_checkpoint(tmp_path / "whole" / "last.pt").resume["optimizer"]["param_groups"]
+    assert [group["times"] for group in groups] == [1, 5, 3]
+    assert len(groups[1]["params"]) == 2
+    assert len(groups[2]["params"]) == 3
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
