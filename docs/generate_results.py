@@ -49,7 +49,7 @@ class Measured:
         claims = "<br>".join(text.strip("| ").replace("|", "\\|") for text in self.texts())
         command = (
             f"`{self.command}`"
-            if self.command.startswith(("python", "sopdeploy"))
+            if self.command.startswith(("python", "sopdeploy", "git"))
             else self.command
         )
         name = self.page.rpartition("/")[2].removesuffix(".md")

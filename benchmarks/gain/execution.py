@@ -83,20 +83,18 @@ class Lines:
 
 
 def choose_rates(
-    studies: Sequence[Study], lines: Lines, seeds: Sequence[int], length: int | None
+    studies: Sequence[Study], lines: Lines, seeds: Sequence[int]
 ) -> dict[str, float]:
     """Choose the learning rate of each arm that *studies* search, which is the same for all of them.
 
-    They train for *length* epochs instead of their own on *seeds*. The largest mean accuracy
-    decides, of equal ones the smallest log loss, then the smallest rate. A grid whose best rate is
-    on its edge becomes wider; with `--report`, only if those draws are finished.
+    They train on *seeds*. The largest mean accuracy decides, of equal ones the smallest log loss,
+    then the smallest rate. A grid whose best rate is on its edge becomes wider; with `--report`,
+    only if those draws are finished.
     """
     first = studies[0]
 
     def planned(study: Study, arm: str, rate: float, seed: int) -> Planned:
-        own = study.template["epochs"]
-        epochs = study.arms[arm].get("epochs", own) * (length or own) // own
-        return study.images, arm, study.run(arm, seed, learning_rate=rate, epochs=epochs)
+        return study.images, arm, study.run(arm, seed, learning_rate=rate)
 
     def best_rate(arm: str, rates: Sequence[float]) -> float:
         found: dict[float, list[Line]] = {rate: [] for rate in rates}
@@ -162,15 +160,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--lines", type=Path, help="file with a line per finished run; those are not repeated"
     )
     parser.add_argument(
-        "--draws", type=int, help="number of draws, which are the seeds 0, 1 and so on"
+        "--draws", type=int, default=3, help="number of draws, the seeds 0, 1 and so on (3)"
     )
     parser.add_argument(
-        "--epochs", type=int, nargs="+", help="lengths of training (CIFAR-10: 10, photos: 4)"
-    )
-    parser.add_argument(
-        "--search-epochs",
-        type=int,
-        help="choose the rates with this length for all (with each length)",
+        "--epochs", type=int, nargs="+", default=[4], help="lengths of training (4)"
     )
     parser.add_argument(
         "--search-draws", type=int, default=5, help="to choose rates with (5); 0: no choice"
@@ -199,9 +192,7 @@ def run_studies(
     rates: dict[str, dict[str, float]] = {}
     for group, members in groups.items():
         deciding = [one for one in members if one.decides]
-        rates[group] = (
-            choose_rates(deciding, lines, seeds, given.search_epochs) if seeds else {}
-        )
+        rates[group] = choose_rates(deciding, lines, seeds) if seeds else {}
 
     chosen = []
     for one in studies:

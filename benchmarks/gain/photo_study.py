@@ -72,7 +72,7 @@ def photo_study(name: str, folder: Path, given: argparse.Namespace, epochs: int)
         name=f"{name}, {epochs} epochs",
         images=name,
         title=f"{given.per_class} photographs of each class, {given.side} pixels",
-        seeds=tuple(range(given.draws or 3)),
+        seeds=tuple(range(given.draws)),
         template={
             "task": PhotosConfig(
                 folder=folder.resolve(), per_class=given.per_class, side=given.side
@@ -98,7 +98,7 @@ def photo_studies(given: argparse.Namespace) -> list[Study]:
     """Build the studies of all sets and lengths."""
     return [
         photo_study(name, folder, given, epochs)
-        for epochs in given.epochs or [4]
+        for epochs in given.epochs
         for name, folder in given.photos
     ]
 

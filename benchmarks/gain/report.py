@@ -10,7 +10,7 @@ import numpy as np
 from measure import Result, markdown, provenance, report
 
 from gain.execution import Line, run_studies
-from gain.paired import Paired, crossed, paired
+from gain.paired import Paired, crossed
 from gain.study import Study
 from gain.train_and_measure import Outcome, decode_bits
 
@@ -23,9 +23,7 @@ def accuracies(outcomes: Sequence[Outcome]) -> list[float]:
 
 
 def compare(ours: Sequence[Outcome], other: Sequence[Outcome]) -> Paired:
-    """Compute the paired difference; draws share test images, and the interval knows that if the lines do."""
-    if not all(one.right for one in (*ours, *other)):
-        return paired(accuracies(ours), accuracies(other))
+    """Compute the paired difference; draws share test images, and the interval knows that."""
     return crossed(
         np.stack([answers(one) for one in ours]), np.stack([answers(one) for one in other])
     )
@@ -33,9 +31,7 @@ def compare(ours: Sequence[Outcome], other: Sequence[Outcome]) -> Paired:
 
 def answers(outcome: Outcome) -> np.ndarray:
     """Return 1 for each image of the pool that is right, 0 for a wrong one, NaN for others."""
-    right = decode_bits(outcome.right)
-    tested = decode_bits(outcome.tested) if outcome.tested else np.ones_like(right)
-    return np.where(tested, right, np.nan)
+    return np.where(decode_bits(outcome.tested), decode_bits(outcome.right), np.nan)
 
 
 def difference_cells(gain: Paired) -> list[str]:
@@ -68,27 +64,6 @@ def table(study: Study, arms: dict[str, list[Line]]) -> str:
     return markdown(HEAD, rows)
 
 
-def moments(arms: dict[str, list[Line]]) -> str:
-    """Build the table of the branches: main loss and accuracies, the means over the draws."""
-    rows = []
-    for arm, outcomes in arms.items():
-        histories = [outcome.history for outcome in outcomes]
-        if histories[0] and histories[0][0].branches:
-            for at in zip(*histories, strict=True):
-                teachers = [
-                    f"{statistics.fmean(moment.branches[name] for moment in at):.1f}"
-                    for name in at[0].branches
-                ]
-                loss, main = (
-                    statistics.fmean(getattr(one, key) for one in at)
-                    for key in ("loss", "accuracy")
-                )
-                rows.append(
-                    [arm, str(at[0].epoch), f"{loss:.3f}", f"{main:.1f}", ", ".join(teachers)]
-                )
-    return markdown(("arm", "epoch", "main loss", "network", "branches"), rows) if rows else ""
-
-
 def run_and_report(studies: Sequence[Study], given: argparse.Namespace) -> list[Study]:
     """Run *studies* as `run_studies` does, and print their tables, or JSON; return them with their rates."""
     chosen, results = run_studies(studies, given)
@@ -109,7 +84,7 @@ def run_and_report(studies: Sequence[Study], given: argparse.Namespace) -> list[
             f"{study.name}: {study.title}, {draws} draws; rates {rates or study.template['learning_rate']}\n"
         )
         if draws:
-            print(f"{table(study, arms)}\n\n{moments(arms)}\n")
+            print(f"{table(study, arms)}\n")
     return chosen
 
 
