@@ -13,12 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import container_test
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from builders import HARDENING
 from prometheus_client import generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
@@ -796,21 +794,3 @@ def test_the_memory_limits_suffice_for_photographs_of_64_megapixels(
     budget = decoders.decode_budget(Settings(), LIMITED[name] * 10**6)
     measured = 290 * 10**6
     assert decoders.plan_children(budget, 2, Settings().max_pixels).large_memory >= measured
-
-
-def test_the_container_test_runs_the_documented_command_with_keys_and_kept_photographs() -> (
-    None
-):
-    (command,) = re.findall(r"^CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
-    assert json.loads(command) == container_test.COMMAND
-    words = container_test.documented_run()
-    of_docker = ("--publish=", "--volume=", "--env=", "--stop-timeout=")
-    assert [word for word in words if not word.startswith(of_docker)] == HARDENING
-    (seconds,) = container_test.values(words, "stop-timeout")
-    assert int(seconds) > Settings().drain_seconds
-    targets = {volume.split(":")[1] for volume in container_test.values(words, "volume")}
-    settings = dict(word.split("=", 1) for word in container_test.values(words, "env"))
-    assert targets == {"/models", *settings.values()}
-    assert {name.removeprefix(VARIABLE_PREFIX).lower() for name in settings} <= set(
-        Settings.model_fields
-    )

@@ -6,14 +6,11 @@ import re
 import subprocess
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from tests.docs.reading import module_at
 
 ROOT = Path(__file__).parents[2]
 LOCKS = ROOT / "deploy" / "lock"
@@ -24,8 +21,6 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
 INSTALLED = re.findall(r"^EXTRAS := (.+)$", MAKEFILE, re.MULTILINE)[0].split()
 PYTHONS = ("3.11.9", "3.12.9", "3.13.2")
 MACHINES = (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
-# Every variable of pip and uv that selects versions, and those of a `make` around the tests.
-SELECTS = re.compile(r"(?:UV|PIP)_(?:CONSTRAINT|BUILD_CONSTRAINT|RESOLUTION)=(.*)")
 OUTER = re.compile(r"UV_|PIP_|MAKE|MFLAGS|NEWEST|LOWEST")
 
 
@@ -124,29 +119,6 @@ def make(*arguments: str) -> str:
     ).stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "folder", "selected"),
-    [
-        ([], ".venv", {"deploy/lock/dev.txt"}),
-        (["NEWEST=1"], ".venv-newest", set()),
-        (["LOWEST=1"], ".venv-lowest", {"lowest-direct"}),
-    ],
-)
-def test_the_recipes_install_the_selected_versions(
-    arguments: list[str], folder: str, selected: set[str]
-) -> None:
-    printed = make("selection", *arguments).splitlines()
-    values = [found[1] for line in printed if (found := SELECTS.fullmatch(line))]
-    assert set(values) == selected
-    assert len(values) == {"deploy/lock/dev.txt": 4, "lowest-direct": 1}.get(
-        "".join(selected), 0
-    )
-    assert printed[-1] == f"environment {folder}"
-    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
-    assert {".venv/", ".venv-*/"} <= set(ignored)
-    assert folder in re.findall(r"^clean:.*\n\t(.*)", MAKEFILE, re.MULTILINE)[0].split()
-
-
 SCRIPTS = [ROOT / "Dockerfile", *sorted((ROOT / "deploy").glob("*.sh")), ROOT / ".ci" / "run"]
 
 
@@ -159,50 +131,3 @@ def test_scripts_install_python_packages_from_a_lock_only(path: Path) -> None:
         for line in found
         if not re.search(r"--(?:require-hashes|no-index|constraint)\b", line)
     ] == []
-
-
-INSTALLER = module_at(ROOT / "deploy" / "install.py")
-
-
-@pytest.mark.parametrize(
-    ("resolution", "settings", "uv_succeeds", "outcome"),
-    [
-        ("", "", True, ["uv"]),
-        ("", "", False, ["uv", "pip"]),
-        ("", "global.index-url='x'", True, ["pip"]),
-        ("lowest-direct", "", True, ["uv"]),
-        ("lowest-direct", "", False, "this needs uv, but uv failed"),
-        (
-            "lowest-direct",
-            "global.index-url='x'",
-            True,
-            "this needs uv, but pip's settings name an index",
-        ),
-    ],
-)
-def test_pip_replaces_uv_except_for_the_lowest_versions(
-    resolution: str,
-    settings: str,
-    uv_succeeds: bool,
-    outcome: list[str] | str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    programs: list[str] = []
-
-    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        if command[-2:] == ["config", "list"]:
-            return subprocess.CompletedProcess(command, 0, settings)
-        programs.append("pip" if "-m" in command else "uv")
-        return subprocess.CompletedProcess(
-            command, int(programs[-1] == "uv" and not uv_succeeds)
-        )
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(INSTALLER, "find_uv", lambda: Path("uv"))
-    monkeypatch.setenv("UV_RESOLUTION", resolution)
-    if isinstance(outcome, str):
-        with pytest.raises(SystemExit, match=outcome):
-            INSTALLER.install(Path("python"), "sopdeploy")
-    else:
-        INSTALLER.install(Path("python"), "sopdeploy")
-        assert programs == outcome

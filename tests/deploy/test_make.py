@@ -1,16 +1,20 @@
-"""`make dist` packs a commit, with a stand-in for the program that builds it; `gpu-check` needs a GPU first."""
+"""`make dist` packs a commit, with a stand-in for the program that builds it."""
 
 import os
 import re
 import subprocess
 from pathlib import Path
 
-from tests.deploy.test_workflow_steps import git
 from tests.support.rooms import ROOT
 
 COMMITTED = {"Makefile", "pyproject.toml", ".gitignore", "deploy/lock/dev.txt"}
 # Variables of a `make` around the tests.
 OUTER = re.compile(r"UV_|PIP_|MAKE|MFLAGS|NEWEST|LOWEST|VERSION$|WHEELS$|OPTIONS$")
+
+
+def git(folder: Path, *arguments: str) -> None:
+    command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *arguments]
+    subprocess.run(command, cwd=folder, check=True)
 
 
 def test_a_distribution_has_the_files_of_the_commit_and_no_others(tmp_path: Path) -> None:
@@ -36,13 +40,3 @@ def test_a_distribution_has_the_files_of_the_commit_and_no_others(tmp_path: Path
     built = tmp_path / call.split()[-1]
     packed = {str(path.relative_to(built)) for path in built.rglob("*") if path.is_file()}
     assert packed == COMMITTED
-
-
-def test_the_check_of_a_gpu_looks_for_one_before_it_installs_anything(tmp_path: Path) -> None:
-    command = ["make", "--dry-run", "gpu-check", f"GPU_VENV={tmp_path / 'venv'}"]
-    outer = {name: value for name, value in os.environ.items() if not OUTER.match(name)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=outer, capture_output=True, text=True, check=True
-    )
-    assert 0 <= done.stdout.index("nvidia-smi") < done.stdout.index("-m venv")
-    assert done.stdout.index("-m venv") < done.stdout.index("pip install")

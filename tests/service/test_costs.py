@@ -1,8 +1,9 @@
 """What requests cost, at every endpoint: a request twice as large costs at most twice as much.
 
 The costs are calls of functions and bytes of objects, counted in this process without a socket.
-Tables have a row for each route, header and field that a client can fill; tests compare them
-with the code. Inference is replaced: only what comes before it depends on a client's bytes.
+Tables have a row for each header and field that a client can fill; tests compare them with the
+code. Inference is replaced: only what comes before it depends on a client's bytes. The label page
+has one user, who has its key.
 """
 
 import asyncio
@@ -15,31 +16,20 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 from fastapi import FastAPI
 
 from sopdeploy_service.api.admission import ClassifyRequest
-from sopdeploy_service.api.v2.request import InferBody, InputTensor
+from sopdeploy_service.api.v2.request import InferBody
 from sopdeploy_service.api.v2.routes import HEADER_LENGTH
-from sopdeploy_service.api.web import Example
 from sopdeploy_service.app import create_app
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.inference.loader import LoadedModel
-from sopdeploy_service.inference.results import DAMAGED, RejectedError
-from sopdeploy_service.labelling.label.app import (
-    COOKIE,
-    Correction,
-    GivenLabel,
-    create_label_app,
-)
-from sopdeploy_service.labelling.label.folders import LabelFolders
-from sopdeploy_service.observability import pages
+from sopdeploy_service.inference.results import DAMAGED
 from sopdeploy_service.origins import parse_host
 from sopdeploy_service.settings import Settings
-from tests.service.labelling.label.conftest import KEY, identity
 from tests.support.fake_runtime import FakeRuntime
 
 SERVICE = Path(__file__).parents[2] / "service" / "sopdeploy_service"
@@ -180,6 +170,7 @@ def service(bundle, loop, tmp_path_factory) -> Iterator[Site]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sopdeploy_service.api.admission.AdmittedRequest.infer", infer)
+        patch.setattr("sopdeploy_service.observability.pages.SHARED_SECONDS", 3600.0)
         app.state.service._is_started = True
         app.state.service.parsers = InThisThread()
         own, of_limited = (
@@ -187,25 +178,6 @@ def service(bundle, loop, tmp_path_factory) -> Iterator[Site]:
             {"x-api-key": limited.encode()},
         )
         yield Site(app, loop, own, of_limited)
-
-
-@pytest.fixture(scope="module")
-def label_page(loop, tmp_path_factory) -> Site:
-    folder = tmp_path_factory.mktemp("label")
-    (folder / "kept").mkdir()
-    settings = Settings(trusted_proxies="127.0.0.1", allowed_hosts="*.shop.example")
-    app = create_label_app(LabelFolders(folder / "kept", folder / "photos"), settings, KEY)
-    own = {
-        "host": b"localhost",
-        "cookie": f"{COOKIE.format(settings.port)}={KEY}".encode(),
-        "content-type": b"application/json",
-    }
-    return Site(app, loop, own, {})
-
-
-@pytest.fixture
-def sites(service: Site, label_page: Site) -> dict[str, Site]:
-    return {"service": service, "label page": label_page}
 
 
 def check_cost(site: Site, size: int, request: Callable[[int], tuple[Any, ...]]) -> set[int]:
@@ -292,27 +264,12 @@ FIELDS = {  # by model: a request with `%b` in the place of the field
         "an unknown one": INPUT % (b"", b', "x": %b'),
         "the body": b"%b",
     },
-    GivenLabel: {
-        "id": b'{"id": %b, "kind": "skip"}',
-        "kind": b'{"id": "00000000000000000000000000000001", "kind": %b}',
-        "name": b'{"id": "00000000000000000000000000000001", "kind": "class", "name": %b}',
-        "an unknown one": b'{"x": %b}',
-        "the body": b"%b",
-    },
-    Correction: {
-        "id": b'{"id": %b, "name": "hat"}',
-        "name": b'{"id": "00000000000000000000000000000001", "name": %b}',
-        "an unknown one": b'{"x": %b}',
-        "the body": b"%b",
-    },
 }
 INFER, VERSIONED = "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"
 MODELS = {  # routes that read JSON, and their models
-    ("service", "/v1/classify"): ClassifyRequest,
-    ("service", "/invocations"): ClassifyRequest,
-    ("service", INFER): InferBody,
-    ("label page", "/label"): GivenLabel,
-    ("label page", "/correct"): Correction,
+    "/v1/classify": ClassifyRequest,
+    "/invocations": ClassifyRequest,
+    INFER: InferBody,
 }
 UNLIMITED = {  # fields without a maximum length, which the size of the body limits
     "ClassifyRequest.image", "ClassifyRequest.images",  # base64 of images
@@ -354,7 +311,7 @@ def unlimited(schema: dict[str, Any], where: str) -> Iterator[str]:
 def test_every_model_of_a_body_is_in_the_table_with_every_field_and_has_maximum_lengths() -> (
     None
 ):
-    source = "".join(path.read_text("utf-8") for path in SERVICE.rglob("*.py"))
+    source = "".join(path.read_text("utf-8") for path in SERVICE.glob("api/**/*.py"))
     assert set(re.findall(r"parse_json\((\w+),", source)) == {
         model.__name__ for model in FIELDS
     }
@@ -370,30 +327,25 @@ def test_every_model_of_a_body_is_in_the_table_with_every_field_and_has_maximum_
 
 
 def path_of(route: str, bundle_id: str) -> str:
-    return route.format(name="tiny", version=bundle_id, identity=identity(1), number=0)
+    return route.format(name="tiny", version=bundle_id, number=0)
 
 
 @pytest.mark.parametrize(
-    ("where", "field"),
-    [(where, field) for where, model in MODELS.items() for field in FIELDS[model]],
-    ids=str,
+    ("route", "field"),
+    [(route, field) for route, model in MODELS.items() for field in FIELDS[model]],
 )
 def test_any_value_in_a_field_of_json_costs_as_much_as_its_size(
-    sites, bundle, where, field
+    service, bundle, route, field
 ) -> None:
-    site, route = where
-    path, template = path_of(route, bundle.manifest.id), FIELDS[MODELS[where]][field]
+    path, template = path_of(route, bundle.manifest.id), FIELDS[MODELS[route]][field]
     statuses: set[int] = set()
-    for name, value in VALUES.items():
-        if site == "label page" and name.startswith("one long text"):
-            continue  # is larger than a label may be
+    for value in VALUES.values():
 
         def request(size: int, value: Callable[[int], bytes] = value) -> tuple[Any, ...]:
             body = template.replace(b"%b", value(size))
             return "POST", path, {"content-type": b"application/json"}, body, b""
 
-        size = LABEL_SIZE if site == "label page" else SIZE
-        statuses |= check_cost(sites[site], size, request)
+        statuses |= check_cost(service, SIZE, request)
     assert min(statuses) >= 400 or field in {
         "image",
         "images",
@@ -483,22 +435,18 @@ V2_BODIES: dict[str, Callable[[int], tuple[dict[str, bytes], bytes]]] = {
     "too many encoded images": lambda size: binary(IMAGE_OF % (size, size), bytes(size)),
 }
 BODIES = {  # routes that read other bodies than JSON
-    ("service", "/v1/classify"): V1_BODIES,
-    ("service", "/invocations"): V1_BODIES,
-    ("service", INFER): V2_BODIES,
+    "/v1/classify": V1_BODIES,
+    INFER: V2_BODIES,
 }
 
 
 @pytest.mark.parametrize(
-    ("where", "case"),
-    [(where, case) for where, cases in BODIES.items() for case in cases],
-    ids=str,
+    ("route", "case"),
+    [(route, case) for route, cases in BODIES.items() for case in cases],
 )
-def test_any_body_costs_as_much_as_its_size(sites, bundle, where, case) -> None:
-    site, route = where
-
+def test_any_body_costs_as_much_as_its_size(service, bundle, route, case) -> None:
     def request(size: int) -> tuple[Any, ...]:
-        headers, body = BODIES[where][case](size)
+        headers, body = BODIES[route][case](size)
         return (
             "POST",
             path_of(route, bundle.manifest.id),
@@ -507,7 +455,7 @@ def test_any_body_costs_as_much_as_its_size(sites, bundle, where, case) -> None:
             b"",
         )
 
-    statuses = check_cost(sites[site], SIZE, request)
+    statuses = check_cost(service, SIZE, request)
     if case.startswith("legal"):  # then `infer` has been called
         is_list = "64" in case and route != INFER
         assert statuses == {200 if is_list else DAMAGED.status}
@@ -548,68 +496,15 @@ def test_every_header_that_the_code_reads_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("header", sorted(HEADERS))
-@pytest.mark.parametrize(
-    ("site", "path"),
-    [("service", "/v2/models/tiny/infer"), ("label page", "/label")],
-)
-def test_any_header_costs_as_much_as_its_size(sites, site, path, header) -> None:
+def test_any_header_costs_as_much_as_its_size(service, header) -> None:
     for value in HEADER_VALUES.values():
 
         def request(size: int, value: Callable[[int], bytes] = value) -> tuple[Any, ...]:
-            return "POST", path, {header: value(size)}, b"{}", b""
+            return "POST", "/v2/models/tiny/infer", {header: value(size)}, b"{}", b""
 
-        assert min(check_cost(sites[site], HEADER_SIZE, request)) >= 400
+        assert min(check_cost(service, HEADER_SIZE, request)) >= 400
 
 
-# Who pays for a request of a route. With keys, the tokens of a *key* pay, also for refused
-# requests. What an *address* gets costs about as much as `/livez`, and its share of connections
-# limits how many there are at once. So does what is *cached* for all clients: for a second, or
-# for ever.
-Payer = Literal["key", "address", "cached"]
-ROUTES: dict[str, dict[tuple[str, str], Payer]] = {  # by site
-    "service": {
-        ("POST", "/v1/classify"): "key",
-        ("POST", "/invocations"): "key",
-        ("POST", "/v1/embed"): "key",
-        ("POST", INFER): "key",
-        ("POST", VERSIONED): "key",
-        ("GET", "/livez"): "address",
-        ("GET", "/readyz"): "cached",
-        ("GET", "/ping"): "cached",
-        ("GET", "/metrics"): "cached",
-        ("GET", "/openapi.json"): "cached",
-        ("GET", "/info"): "address",
-        ("GET", "/v1/status"): "address",
-        ("GET", "/v1/card"): "cached",
-        ("GET", "/v2"): "address",
-        ("GET", "/v2/health/live"): "address",
-        ("GET", "/v2/health/ready"): "address",
-        ("GET", "/v2/models/{name}"): "address",
-        ("GET", "/v2/models/{name}/ready"): "address",
-        ("GET", "/v2/models/{name}/versions/{version}"): "address",
-        ("GET", "/v2/models/{name}/versions/{version}/ready"): "address",
-        ("GET", "/"): "cached",
-        ("GET", "/docs"): "cached",
-        ("GET", "/errors"): "cached",
-        ("GET", "/docs/swagger-ui-bundle.js"): "cached",
-        ("GET", "/docs/swagger-ui.css"): "cached",
-        ("GET", "/examples"): "address",
-        ("GET", "/examples/{number}"): "address",
-    },
-    "label page": {  # its only user has the key
-        ("GET", "/"): "key",
-        ("GET", "/state"): "key",
-        ("GET", "/grids"): "key",
-        ("GET", "/images/{identity}"): "key",
-        ("GET", "/labelled"): "key",
-        ("POST", "/label"): "key",
-        ("POST", "/correct"): "key",
-        ("POST", "/undo"): "key",
-    },
-}
-# Calls of functions of the smallest request, at most. The largest were 2,696 for a key and 1,373 for
-# others with Python 3.11, 3,560 and 1,359 with 3.13 (2026-11-29).
-CALLS: dict[Payer, int] = {"key": 4_000, "address": 1_800, "cached": 1_800}
 QUERIES: dict[str, Callable[[int], bytes]] = {
     "many parameters": lambda size: filled(b"a&", size),
     "a long name": lambda size: b"a" * size + b"=1",
@@ -619,46 +514,9 @@ QUERIES: dict[str, Callable[[int], bytes]] = {
 }
 
 
-def test_every_route_is_in_the_table(sites) -> None:
-    for name, site in sites.items():
-        found = {
-            (method, route.path)
-            for route in routes_of(site.app.routes)
-            for method in route.methods - {"HEAD"}
-        }
-        assert found == ROUTES[name].keys()
-
-
 @pytest.mark.parametrize(
-    ("site", "route"),
-    [(site, route) for site, routes in ROUTES.items() for route in routes],
-    ids=str,
+    "route", ["/v1/classify", "/invocations", "/v1/embed", INFER, VERSIONED]
 )
-def test_a_request_of_a_route_costs_what_its_payer_may_cause(
-    sites, bundle, monkeypatch, tmp_path, site, route
-) -> None:
-    monkeypatch.setattr(pages, "SHARED_SECONDS", 3600.0)
-    (tmp_path / "example.jpg").write_bytes(bytes(1000))
-    monkeypatch.setitem(
-        sites["service"].app.state._state, "examples", [Example(tmp_path / "example.jpg")]
-    )
-    method, template = route
-    request = (
-        method,
-        path_of(template, bundle.manifest.id),
-        {},
-        b"{}" if method == "POST" else b"",
-        b"",
-    )
-    sites[site].send(*request)  # what is cached is made now
-    _, cost = sites[site].cost(*request)
-    assert cost.calls <= CALLS[ROUTES[site][route]]
-
-
-LIMITED = [route for (_, route), payer in ROUTES["service"].items() if payer == "key"]
-
-
-@pytest.mark.parametrize("route", LIMITED)
 def test_a_request_that_a_key_pays_for_takes_a_token_also_if_it_is_refused(
     service, bundle, route
 ) -> None:
@@ -668,6 +526,15 @@ def test_a_request_that_a_key_pays_for_takes_a_token_also_if_it_is_refused(
         int(service.send(*request).headers["ratelimit-remaining"]) for _ in range(2)
     )
     assert after == before - 1
+
+
+def paths_of(site: Site) -> set[tuple[str, str]]:
+    """Return the methods and paths of all routes."""
+    return {
+        (method, route.path)
+        for route in routes_of(site.app.routes)
+        for method in route.methods - {"HEAD"}
+    }
 
 
 def routes_of(routes: Iterable[Any]) -> Iterator[Any]:
@@ -680,64 +547,31 @@ def routes_of(routes: Iterable[Any]) -> Iterator[Any]:
             yield from routes_of(getattr(inner, "routes", inner) or ())
 
 
-@pytest.mark.parametrize(
-    ("site", "route"),
-    [(site, route) for site, routes in ROUTES.items() for route in sorted(routes)],
-    ids=str,
-)
-def test_any_url_costs_as_much_as_its_size(sites, bundle, site, route) -> None:
-    method, template = route
-    plain = path_of(template, bundle.manifest.id)
-    for query in QUERIES.values():
-        check_cost(
-            sites[site],
-            URL_SIZE,
-            lambda size, query=query: (method, plain, {}, b"", query(size)),
-        )
-    values = {"name": "tiny", "version": bundle.manifest.id, "identity": identity(1)}
-    for name in re.findall(r"\{(\w+)\}", template):
-        for text in ("a", "\u00e9", "%2e", "{}", "."):
+@pytest.mark.parametrize("query", QUERIES)
+def test_any_query_costs_as_much_as_its_size(service, bundle, query) -> None:
+    for method, template in paths_of(service):
+        path = path_of(template, bundle.manifest.id)
 
-            def request(size: int, name: str = name, text: str = text) -> tuple[Any, ...]:
-                return method, template.format(**{**values, name: text * size}), {}, b"", b""
+        def request(size: int, method: str = method, path: str = path) -> tuple[Any, ...]:
+            return method, path, {}, b"", QUERIES[query](size)
 
-            check_cost(sites[site], URL_SIZE, request)
-    check_cost(
-        sites[site], URL_SIZE, lambda size: (method, "/" + "a/" * (size // 2), {}, b"", b"")
-    )
+        check_cost(service, URL_SIZE, request)
 
 
-def encode_first(text: str, *_given: object, **_options: object) -> bool:
-    return bool(text.encode("idna"))
+@pytest.mark.parametrize("text", ["a", "\u00e9", "%2e", "{}", ".", "a/"])
+def test_any_path_costs_as_much_as_its_size(service, bundle, text) -> None:
+    values = {"name": "tiny", "version": bundle.manifest.id, "number": 0}
+    templates = [("GET", "/{name}"), *paths_of(service)]
+    for method, template, name in [
+        (*one, name) for one in templates for name in re.findall(r"\{(\w+)\}", one[1])
+    ]:
 
+        def request(
+            size: int, method: str = method, template: str = template, name: str = name
+        ) -> tuple[Any, ...]:
+            return method, template.format(**{**values, name: text * size}), {}, b"", b""
 
-def numbers_of_any_type(tensor: InputTensor, *_given: object) -> None:
-    np.array(tensor.data)
-    raise RejectedError(DAMAGED)
-
-
-FAULTS = {  # earlier faults, put back, and a request that shows them
-    "names are encoded before their length is checked": (
-        ("sopdeploy_service.origins.is_among", encode_first),
-        lambda size: ("GET", "/info", {"host": filled(b"\xe9.", size)}, b"", b""),
-    ),
-    "NumPy gives the length of a text to all elements": (
-        ("sopdeploy_service.api.v2.request._read_pixels", numbers_of_any_type),
-        lambda size: (
-            "POST", "/v2/models/tiny/infer", {},
-            INPUT.replace(b"[0]", VALUES["one long text among short ones"](size)) % (b"", b""), b"",
-        ),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_counts_find_a_reader_without_limits(service, monkeypatch, fault) -> None:
-    (name, reader), request = FAULTS[fault]
-    check_cost(service, HEADER_SIZE, request)
-    monkeypatch.setattr(name, reader)
-    with pytest.raises(AssertionError, match=r"calls|bytes"):
-        check_cost(service, HEADER_SIZE, request)
+        check_cost(service, URL_SIZE, request)
 
 
 def test_a_request_for_which_the_memory_does_not_suffice_is_503(service, monkeypatch) -> None:
