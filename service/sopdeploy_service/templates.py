@@ -13,16 +13,12 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from abc import ABC, abstractmethod
-from pathlib import Path
 
 # The id of the process that a template has forked or ended; of an ended one, its exit code, -N
 # after signal N. The id 0 and an error number if the system forks no other process.
 REPLY = struct.Struct("<Ii")
 START_SECONDS = 60.0  # for the imports; a template that takes longer is replaced
-LOOK_SECONDS = 1.0  # after which it is asked whether the template is stopped
-STOPPED = "T"  # the state of a thread
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
@@ -62,16 +58,15 @@ class TemplateProcess(ABC):
         It is a `BrokenPipeError` if the template itself has ended. `REPLY` describes the reply.
         """
         with self._lock:
-            # Replace a template that has ended, or that somebody has stopped.
-            old = self._process
-            if old is not None and (old.poll() is not None or is_stopped(old.pid)):
+            # Replace a template that has ended.
+            if self._process is not None and self._process.poll() is not None:
                 self._close()
 
             # Pass the message on, and wait for the reply.
             try:
                 end = self._socket or self._start()
                 socket.send_fds(end, [message], files)
-                reply = self._wait_for_reply(end)
+                reply = end.recv(REPLY.size, socket.MSG_WAITALL)
                 if len(reply) != REPLY.size:
                     raise ConnectionResetError
             except ConnectionError as error:
@@ -96,22 +91,9 @@ class TemplateProcess(ABC):
         with self._lock:
             self._close()
 
-    def _wait_for_reply(self, end: socket.socket) -> bytes:
-        """Return the reply at *end*; empty if the template ends or is stopped. Raises `TimeoutError`."""
-        give_up = time.monotonic() + START_SECONDS
-
-        while True:
-            try:
-                return end.recv(REPLY.size, socket.MSG_WAITALL)
-            except TimeoutError:
-                if self.process is None or is_stopped(self.process):
-                    return b""
-                if time.monotonic() > give_up:
-                    raise
-
     def _start(self) -> socket.socket:
         self._socket, theirs = socket.socketpair()
-        self._socket.settimeout(LOOK_SECONDS)
+        self._socket.settimeout(START_SECONDS)
         with theirs:
             self._process = self.run(theirs.fileno())
         return self._socket
@@ -124,19 +106,3 @@ class TemplateProcess(ABC):
             self._process.kill()
             self._process.wait()
         self._socket = self._process = None
-
-
-def is_stopped(process: int) -> bool:
-    """Tell whether a thread of *process* is stopped, as by SIGSTOP (Linux)."""
-    return STOPPED in run_states(process)
-
-
-def run_states(process: int) -> set[str]:
-    """Return the states of the threads of *process*, as `ps` shows them (Linux)."""
-    try:
-        stats = [file.read_text() for file in Path(f"/proc/{process}/task").glob("*/stat")]
-    except OSError:  # it has ended
-        return set()
-
-    # The state is the first of the fields behind the name.
-    return {stat.rpartition(")")[2].split()[0] for stat in stats}

@@ -20,12 +20,10 @@ import asyncio
 import functools
 import logging
 import math
-import os
 import signal
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
@@ -49,7 +47,6 @@ from sopdeploy_service.inference.shared_children import Group, SharedChildren
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.device_memory import memory_limit, resident_bytes
 from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
-from sopdeploy_service.templates import is_stopped
 
 _MIB = 1 << 20
 # Of an image for a light child, at most: memory, pixels, bytes of the file
@@ -77,7 +74,6 @@ SLOW_SECONDS = (
     10.0  # for which a client is slow, after an image that was too slow for a light child
 )
 MAX_SLOW_CLIENTS = 10_000
-WATCH_SECONDS = 1.0  # between two looks at the processes; one that is stopped at both is ended
 
 log = logging.getLogger("sopdeploy.service")
 
@@ -193,7 +189,6 @@ class Decoders:
 
         # Bytes of memory of the children; None: what this process may use.
         self.budget: int | None = None
-        self.are_stopped = False  # whether a child or the template is stopped, as by SIGSTOP
 
         # Clients with slow images, each until when. Their images take turns in half of the light
         # children: what is too slow for one has used much of its time.
@@ -201,7 +196,6 @@ class Decoders:
         self._light_turns = asyncio.Semaphore()
 
         self._children: list[DecoderProcess] = []
-        self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start the children; raises the errors of `DecoderProcess.start`."""
@@ -251,19 +245,12 @@ class Decoders:
             if text.startswith("no sandbox"):
                 log.warning("images are decoded without a sandbox: %s", text)
 
-        self._watching = self._loop.create_task(self._watch())
-
     async def stop(self) -> None:
         """End the children; requests that they run, and those that wait, are refused."""
         self.light.close()
         self.large.close()
         for process in self._children:
             process.close(results.DRAINING)
-
-        if self._watching is not None:
-            self._watching.cancel()
-            with suppress(asyncio.CancelledError):  # the connections are closed meanwhile
-                await self._watching
 
     async def decode(
         self,
@@ -480,27 +467,6 @@ class Decoders:
         if isinstance(outcome, HttpError):
             raise RejectedError(outcome)
         return outcome
-
-    async def _watch(self) -> None:
-        """End processes that are stopped at two looks; their images are decoded again, in new processes."""
-        template = shared_template()
-        suspects: set[int] = set()  # process ids of those that were stopped at the last look
-
-        while True:
-            # Find the processes that are stopped now.
-            await asyncio.sleep(WATCH_SECONDS)
-            ids = [template.process, *(decoder.process for decoder in self._children)]
-            stopped = {number for number in ids if number and is_stopped(number)}
-
-            self.are_stopped = bool(stopped)
-
-            # End those that were stopped at the last look, too.
-            for number in stopped & suspects:
-                log.warning("the decoder process %d is stopped; it is ended", number)
-                with suppress(ProcessLookupError):
-                    # Not by the template, which may be the one that is stopped
-                    os.kill(number, signal.SIGKILL)
-            suspects = stopped
 
 
 def is_fault_of_image(end: ChildEnded) -> bool:

@@ -17,9 +17,7 @@ from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
-State: TypeAlias = Literal[
-    "ok", "starting", "draining", "decoders_stopped", "engine_starting", "runtime_dead"
-]
+State: TypeAlias = Literal["ok", "starting", "draining", "engine_starting", "runtime_dead"]
 
 NOT_LOADED = "not loaded"  # name of the runtime of a model that a memory budget has not loaded
 

@@ -316,9 +316,7 @@ class Service:
                 return "draining"
             if not self._is_started:
                 return "starting"
-        if problem is not None:
-            return problem
-        return "decoders_stopped" if self.decoders.are_stopped else "ok"
+        return problem or "ok"
 
     async def start(self) -> None:
         """Start the threads and accept requests."""

@@ -21,7 +21,7 @@ def test_a_template_forks_processes_which_outlive_it_and_is_replaced() -> None:
             "sockets": 1,  # its own to the supervisor, not that of the template
             "threads": 1, "runtimes": [],  # a fork with threads or CUDA would not be safe
         },
-        "code after SIGKILL": -9, "code after SIGSTOP": -9, "templates": 3, "still runs": True, "code": 3,
+        "code after the end of the template": -9, "is replaced": True, "still runs": True, "code": 3,
         "error without a subreaper": "ENOSYS", "error without a template": "EPIPE",
     }  # fmt: skip
     assert "launched_nowhere" in done.stderr

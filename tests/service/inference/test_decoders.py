@@ -46,11 +46,10 @@ from sopdeploy_service.inference.shared_children import SharedChildren
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime import device_memory
 from sopdeploy_service.settings import Settings
-from sopdeploy_service.templates import run_states
 from tests.service.decoding.misbehaving import START
 from tests.service.decoding.sandboxed import TAKES_MEMORY
 from tests.support import hostile_images as hostile
-from tests.support.children import children_of
+from tests.support.children import is_alive
 from tests.support.decoding import RULES, error_of, running_child
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.pictures import encoded
@@ -266,25 +265,6 @@ def test_an_image_whose_child_is_killed_is_decoded_once_more(
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-@linux
-@pytest.mark.parametrize("stops_template", [True, False])
-def test_a_stopped_process_is_not_ready_until_it_is_replaced(
-    serve_with, jpeg, template, monkeypatch, stops_template
-) -> None:
-    monkeypatch.setattr(decoders, "WATCH_SECONDS", 0.02)
-    client = serve_with(FakeRuntime(num_classes=7), request_timeout=120)
-    assert client.get("/readyz").status_code == 200
-    for process in [template.process] if stops_template else children_of(template.process):
-        os.kill(process, signal.SIGSTOP)
-
-    # The server ends none before the test has seen that it is not ready.
-    with monkeypatch.context() as patched:
-        patched.setattr(decoders.os, "kill", lambda *_: None)
-        wait_for(lambda: client.get("/readyz").status_code == 503)
-    wait_for(lambda: client.get("/readyz").json()["status"] == "ok")
-    assert client.post("/v1/classify", content=jpeg).status_code == 200
-
-
 def test_a_system_without_room_for_a_process_is_an_error_in_one_line(monkeypatch) -> None:
     template = pool.DecoderTemplate()
     monkeypatch.setattr(template, "ask", lambda *_: (0, errno.EAGAIN))
@@ -306,32 +286,26 @@ def test_a_child_reaches_nothing_and_has_no_environment(template) -> None:
         )  # standard streams and its socket
 
 
-STOPS_ITS_PROCESSES = """
+KILLS_ITSELF = """
 import os, signal
 from sopdeploy_service.decoding.pool import shared_template
-from sopdeploy_service.templates import STOPPED, run_states
 from tests.service.inference.test_decoders import OPTIONS
 connection, child = shared_template().fork(OPTIONS)
 connection.recv(1)
-template = shared_template().process
-for process in (template, child):
-    os.kill(process, signal.SIGSTOP)
-    while run_states(process) != {STOPPED}:
-        pass
-print(template, child, flush=True)
+print(shared_template().process, child, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @linux
 @pytest.mark.parametrize("is_subreaper", [True, False])
-def test_a_stopped_template_and_child_of_decoders_end_with_their_server_whoever_gets_its_orphans(
+def test_template_and_child_of_decoders_end_with_their_server_whoever_gets_its_orphans(
     is_subreaper,
 ) -> None:
     LIBC.prctl(SET_SUBREAPER, int(is_subreaper))
     try:
         done = subprocess.run(
-            [sys.executable, "-c", STOPS_ITS_PROCESSES],
+            [sys.executable, "-c", KILLS_ITSELF],
             stdout=subprocess.PIPE,
             text=True,
             timeout=60,
@@ -342,7 +316,7 @@ def test_a_stopped_template_and_child_of_decoders_end_with_their_server_whoever_
         LIBC.prctl(SET_SUBREAPER, 0)
     assert done.returncode == -signal.SIGKILL
     for process in map(int, done.stdout.split()):
-        wait_for(lambda process=process: run_states(process) <= {"Z"})  # perhaps not reaped
+        wait_for(lambda process=process: not is_alive(process))
 
 
 @linux
