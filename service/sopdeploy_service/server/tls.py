@@ -1,9 +1,8 @@
-"""HTTPS: the certificate of a server, and the handshakes of connections, which no address can hold for all others."""
+"""HTTPS: the certificate of a server, and the handshakes of connections."""
 
 import asyncio
 import socket
 import ssl
-from collections import Counter
 from collections.abc import Callable
 
 from sopdeploy.errors import ConfigError
@@ -11,7 +10,6 @@ from sopdeploy_service.settings import Settings
 
 HANDSHAKE_SECONDS = 5.0  # also for the end of a connection
 MAX_HANDSHAKES = 512  # at once; a further connection is closed
-MAX_OF_ADDRESS = 64
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
@@ -40,7 +38,7 @@ class Acceptor:
 
     def __init__(self, settings: Settings) -> None:
         self.context = tls_context(settings)
-        self._handshakes: Counter[str] = Counter()  # in progress, by address
+        self._num_handshakes = 0  # in progress
 
     async def accept(
         self, protocol: Callable[[], asyncio.Protocol], connection: socket.socket
@@ -55,17 +53,11 @@ class Acceptor:
             return
 
         # Limit the handshakes, of which clients that say nothing have many.
-        try:
-            address = str(connection.getpeername()[0])
-        except OSError:  # it has gone
-            connection.close()
-            raise
-        is_full = self._handshakes.total() >= MAX_HANDSHAKES
-        if is_full or self._handshakes[address] >= MAX_OF_ADDRESS:
+        if self._num_handshakes >= MAX_HANDSHAKES:
             connection.close()
             return
 
-        self._handshakes[address] += 1
+        self._num_handshakes += 1
         try:
             await loop.connect_accepted_socket(
                 protocol,
@@ -75,6 +67,4 @@ class Acceptor:
                 ssl_shutdown_timeout=HANDSHAKE_SECONDS,
             )
         finally:
-            self._handshakes[address] -= 1
-            if not self._handshakes[address]:
-                del self._handshakes[address]
+            self._num_handshakes -= 1
