@@ -12,8 +12,7 @@ import pydantic
 
 from sopdeploy.class_names import read_class_names
 from sopdeploy.cli.command import command, expand_options
-from sopdeploy.cli.console import out as console
-from sopdeploy.cli.console import print_field, show_steps
+from sopdeploy.cli.console import print_field
 from sopdeploy.config import StrictModel, first_problem, parse_json
 from sopdeploy.environment import SLOW_INT8, garbage_kept, import_optional, lacks_vnni
 from sopdeploy.errors import (
@@ -63,9 +62,6 @@ EXAMPLE = (
 def show_export(exported: "Exported", *, verbose: bool = False) -> None:
     """Print what was removed, proved and measured in four lines, or all facts, and the warnings.
 
-    In a terminal, if the bundle is in float32 or in int8 for CPUs, it also measures which form
-    is fastest on this processor, and prints it.
-
     Args:
         verbose: Print one line per fact.
     """
@@ -88,15 +84,6 @@ def show_export(exported: "Exported", *, verbose: bool = False) -> None:
 
     print_field("page", str(exported.page), style="dim")
     print_field("next", f"sopdeploy serve {quote(str(exported.path))}", style="dim")
-    is_for_cpu = exported.manifest.precision == "fp32" or exported.manifest.int8_for == "cpu"
-    if console.is_terminal and is_for_cpu:
-        from sopdeploy.bundle.folder import open_bundle
-        from sopdeploy_commands.bundles.fastest_form import describe_fastest_form
-
-        with show_steps("speed") as on_step:
-            on_step("measuring float32 and int8")
-            text = describe_fastest_form(open_bundle(exported.path))
-        print_field("speed", text)
 
 
 @command(
