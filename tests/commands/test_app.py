@@ -1,7 +1,6 @@
 """The command line: help, completion, JSON output, one-line errors, and `sopdeploy env`."""
 
 import errno
-import gc
 import json
 import os
 import re
@@ -63,11 +62,6 @@ def in_process(
         check=False,
         **options,
     )
-
-
-def test_a_caller_of_a_command_that_collects_no_garbage_collects_it_afterwards() -> None:
-    assert sopdeploy_cli("export", "missing.pt").exit_code == 2
-    assert gc.isenabled()
 
 
 def as_json(*arguments: str) -> Any:
@@ -256,21 +250,6 @@ def test_output_that_nobody_reads_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
-# more than the buffer of stdout
-LONG = f"serve x --print-config --setting engine_cache={'x' * 9000}"
-
-
-@pytest.mark.parametrize("command", ["--help", LONG], ids=["short", "long"])
-def test_output_to_a_full_disk_is_a_user_error(command: str) -> None:
-    with Path("/dev/full").open("wb") as full:
-        done = in_process(*command.split(), stdout=full)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "error: a file or stdout: cannot be read or written (No space left on device); "
-        "free disk space, or choose another file or folder [no_storage]\n",
-    )
-
-
 @pytest.mark.parametrize("closed", [(0,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
 def test_no_file_gets_the_number_of_a_standard_stream_that_was_closed(
     closed: tuple[int, ...],
@@ -420,24 +399,6 @@ ISOLATED = {  # text: how it is printed; < and > stand for U+2068 and U+2069
 @pytest.mark.parametrize("text", ISOLATED)
 def test_a_right_to_left_name_is_isolated_unless_it_may_be_copied(text: str) -> None:
     assert plain_text(text).plain.translate({0x2068: "<", 0x2069: ">"}) == ISOLATED[text]
-
-
-LOOPS = {  # command with a link that leads to itself: its error
-    "promote loop --over live --force reason": "loop: no such folder",
-    "classify loop photos --out loop": "loop: no such folder",
-    "train --data one --out loop": "one: holds only one class (a)",
-    "train --data one --unknown loop --set epochs=2": "loop: no such folder",
-}
-
-
-@pytest.mark.parametrize("command", LOOPS)
-def test_a_link_that_leads_to_itself_is_one_line(command: str) -> None:
-    Path("loop").symlink_to("loop")
-    Path("one/a").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save("one/a/0.png")
-    result = sopdeploy_cli(*command.split())
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), repr(result.exception)
-    assert LOOPS[command] in result.stderr
 
 
 EARLY_MISTAKES = {  # command: its error

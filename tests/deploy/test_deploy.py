@@ -329,14 +329,6 @@ def test_the_chart_accepts_the_values_of_every_command_on_a_page() -> None:
 
 
 @needs_helm
-@pytest.mark.parametrize("share", [0.4, "0.4", ".4"])
-def test_a_number_of_the_autoscaler_may_be_a_text(share: float | str) -> None:
-    _, (texts,) = run_helm([{"autoscaling": {"enabled": True, "busy": share}}])
-    (found,) = re.findall(r'averageValue: "(.*)"', "".join(texts))
-    assert float(found) == 0.4
-
-
-@needs_helm
 def test_the_chart_refuses_values_that_it_would_ignore_or_cannot_use() -> None:
     wrong: list[dict[str, Any]] = [
         {"resourcs": {}},
@@ -394,19 +386,6 @@ def test_the_chart_knows_every_setting() -> None:
     variables = {f"{VARIABLE_PREFIX}{name}".upper() for name in Settings.model_fields}
     known = schema["definitions"]["variable"]["enum"]
     assert known == sorted(variables | {FILE_VARIABLE, VARIABLE})
-
-
-@needs_helm
-def test_every_object_of_a_release_gets_the_name_of_its_values() -> None:
-    _, ((*texts,),) = run_helm([VALUES["with everything"] | {"fullnameOverride": "flowers"}])
-    found = [each for text in texts for each in yaml.safe_load_all(text) if each]
-    assert {each["metadata"]["name"] for each in found} == {"flowers"}
-    (deployment,) = (each for each in found if each["kind"] == "Deployment")
-    labels = deployment["spec"]["selector"]["matchLabels"]
-    assert labels["app.kubernetes.io/instance"] == "shop"
-    assert "shop" not in re.sub(
-        r"instance: shop|shop\.example|: /shop|team: shop", "", "".join(texts)
-    )
 
 
 def test_the_alert_of_drift_has_the_level_of_the_tests() -> None:
@@ -665,47 +644,6 @@ def test_the_dashboard_is_generated_and_shows_every_metric() -> None:
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in metric_names()}
     families -= {"sopdeploy_queue_depth"}  # for the dashboards of 0.2.0
     assert [name for name in sorted(families) if name not in text] == []
-
-
-@needs_promtool
-def test_every_query_of_the_dashboard_is_one_of_the_chosen_releases_and_models(
-    tmp_path: Path,
-) -> None:
-    page = json.loads((DEPLOY / "dashboard.json").read_text(encoding="utf-8"))
-    queries = [target["expr"] for panel in page["panels"] for target in panel["targets"]]
-    series = [
-        one
-        for query in queries
-        for one in re.findall(r"\b((?:sopdeploy|process)_\w+)(.*?\})", query)
-    ]
-    names = {variable["name"] for variable in page["templating"]["list"]}
-    assert names == {"source", "namespace", "job", "instance", "model"}
-    for name, matchers in series:
-        assert {*re.findall(r'(\w+)=~"\$\1"', matchers)} >= {"namespace", "job", "instance"}, (
-            name
-        )
-    rules = [
-        {"record": f"q:{number}", "expr": query.replace("$__rate_interval", "1m")}
-        for number, query in enumerate(queries)
-    ]
-    (tmp_path / "rules").write_text(
-        json.dumps({"groups": [{"name": "dashboard", "rules": rules}]})
-    )
-    promtool("check", "rules", tmp_path / "rules")
-    # A series without the label `model` has no matcher of it: it would not match once a model
-    # is chosen.
-    labels = {
-        family.name: metric._labelnames
-        for metric in vars(Metrics()).values()
-        if isinstance(metric, MetricWrapperBase)
-        for family in metric.describe()
-    }
-    with_model = {
-        re.sub(r"_(total|bucket|sum|count)$", "", name)
-        for name, found in series
-        if "$model" in found
-    }
-    assert with_model == {name for name, found in labels.items() if "model" in found}
 
 
 def test_compose_mounts_existing_files() -> None:

@@ -1,4 +1,3 @@
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,11 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.project import Origin
 from sopdeploy_commands.bundles.verify import verify
-from sopdeploy_export import program_hashes, runs
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.last_layer import fold_temperature
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_export.prove import networks
 from sopdeploy_service.settings import Settings
 from tests.export.conftest import GMGAP, LABELS, save, trained
 from tests.export.once import proving_once
@@ -153,29 +150,6 @@ def test_exports_of_one_checkpoint_differ_in_their_time_only(
         update={"exported_at": "2026-01-02T03:04:05.000000Z"}
     )
     assert (again.path / "manifest.json").read_bytes() == same_time.to_bytes()
-
-
-def test_an_export_hashes_no_tensor_three_times_and_opens_its_file_once(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hashed: list[torch.Tensor] = []
-    opened: list[object] = []
-    compute, load = program_hashes.tensor_hash, runs.ort.InferenceSession
-
-    def count_hash(tensor: torch.Tensor) -> str:
-        hashed.append(tensor)
-        return compute(tensor)
-
-    def count_session(source: str | bytes, *options: Any, **named: Any) -> Any:
-        opened.append(source)
-        return load(source, *options, **named)
-
-    for module in (program_hashes, networks):
-        monkeypatch.setattr(module, "tensor_hash", count_hash)
-    monkeypatch.setattr(runs.ort, "InferenceSession", count_session)
-    export_checkpoint(checkpoint, tmp_path, options=DETACH)
-    assert max(Counter(map(id, hashed)).values()) == 2  # before and after the proof
-    assert [source for source in opened if str(source).endswith("model.onnx")] == opened[-1:]
 
 
 def test_training_only_parts_without_detach_fail_in_one_line_and_write_nothing(

@@ -26,7 +26,6 @@ from sopdeploy.bundle.signing import (
     write_signature,
 )
 from sopdeploy.errors import BundleError, ConfigError, MissingPackageError, StorageError
-from sopdeploy.files import writing
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.transfer import pull, push
 from tests.support.children import START_SECONDS, serving, spawn
@@ -139,26 +138,6 @@ def test_a_download_to_a_full_disk_is_not_an_error_of_the_bundle(
     message = r"/dev/full: cannot be written \(No space left on device\)"
     with Path("/dev/full").open("wb", 0) as full, pytest.raises(StorageError, match=message):
         download(url, full, 10**9, Path("/dev/full"))
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (
-            OSError(errno.ENOSPC, "Error writing bytes. Detail: [errno 28]"),
-            os.strerror(errno.ENOSPC),
-        ),  # PyArrow's
-        (OSError("the connection is closed\nand more"), "the connection is closed"),
-    ],
-)
-def test_the_reason_why_a_file_cannot_be_written_is_that_of_the_system(
-    error: OSError, reason: str
-) -> None:
-    with (
-        pytest.raises(StorageError, match=rf"rows: cannot be written \({reason}\); "),
-        writing("rows"),
-    ):
-        raise error
 
 
 @pytest.mark.parametrize("store", ["a/models", "memory://models/flowers"])

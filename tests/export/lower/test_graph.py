@@ -10,7 +10,6 @@ import onnxruntime as ort
 import pytest
 import timm
 import torch
-from onnxscript.values import TracedOnnxFunction
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -21,7 +20,6 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.capture.symbolic_forms import SymbolicForms
-from sopdeploy_export.lower import to_onnx
 from sopdeploy_export.lower.float16 import float32_parts
 from sopdeploy_export.lower.int8 import Int8Quantizer
 from sopdeploy_export.lower.to_onnx import OPSET, check_onnx, lower
@@ -109,15 +107,6 @@ def test_other_forms_take_the_parameters_of_torch_by_name() -> None:
     assert [part.tolist() for part in parts] == [x[:3].tolist(), x[3:].tolist()]
     assert torch.equal(second, x[:, 1:])
     assert torch.equal(row, x[1:2])
-
-
-def test_the_converters_are_collected_without_parsing_their_sources(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    parsed: list[object] = []
-    monkeypatch.setattr(TracedOnnxFunction, "function_ir", property(parsed.append))
-    assert to_onnx._converters.__wrapped__().is_registered(torch.ops.aten.add.Tensor)
-    assert not parsed
 
 
 def test_operator_without_onnx_form_is_rejected_in_one_line(preprocess: Preprocess) -> None:

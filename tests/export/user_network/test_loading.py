@@ -17,7 +17,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from typer.testing import CliRunner
 
-from sopdeploy.class_names import read_class_names
 from sopdeploy.errors import CertificateError, ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_commands.app import app
@@ -399,26 +398,6 @@ def test_the_type_of_the_weights_of_a_file_is_told_if_the_network_has_another(
     assert load_weights(Small(), tmp_path / "w.pth").warnings == expected
 
 
-def test_what_a_removed_part_has_more_in_the_file_is_ignored(tmp_path: Path) -> None:
-    torch.save(plus(Small(), "aux.scale"), tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=r"built without aux\.scale"):
-        load_weights(Small(), tmp_path / "w.pth")
-    loaded = load_weights(Small(), tmp_path / "w.pth", training_only=["aux*"])
-    assert loaded.ignored == ("aux.scale",)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [("head*", r"ignore='head\*'.*place for all but gamma"), ("gama", "did you mean gamma")],
-)
-def test_an_entry_to_ignore_that_the_file_lacks_is_one_line(
-    pattern: str, message: str, tmp_path: Path
-) -> None:
-    torch.save(plus(Richer(), "gamma"), tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=message):
-        load_weights(Richer(), tmp_path / "w.pth", ignore=[pattern])
-
-
 class HasExtraState(Small):
     temperature = 1.0
 
@@ -661,24 +640,6 @@ def test_a_builder_that_cannot_be_used_is_one_line(
         network_builder("network", import_path, settings)()
 
 
-def test_the_hint_for_a_wrong_module_is_a_file_of_the_current_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "written_for_a_hint.py").touch()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"; did you mean written_for_a_hint\?$"):
-        network_builder("network", "writen_for_a_hint:build", ())
-
-
-def test_a_module_that_an_installed_package_lacks_is_no_package_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "written_for_another_json.py").write_text("import json.lost.helpers\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match=r"install a release of json that has lost"):
-        network_builder("network", "written_for_another_json:build", ())
-
-
 def test_options_of_a_builder_are_python_literals_or_text() -> None:
     settings = (
         "aux=false",
@@ -715,29 +676,12 @@ def test_a_convention_of_preprocessing_has_a_name(text: str, expected: Preproces
     assert read_preprocess(text) == expected
 
 
-def test_the_convention_of_clip_is_that_of_its_first_release() -> None:
-    rules = read_preprocess("clip")
-    assert (rules.resize, rules.crop, rules.interpolation) == (224, 224, "bicubic")
-    assert rules.mean == pytest.approx((0.481, 0.458, 0.408), abs=1e-3)
-
-
 @pytest.mark.parametrize(
     "text", ["imagenet:", "imagenet:big", "imagenet:0", "imagenet:99999", "imagenett"]
 )
 def test_a_convention_that_does_not_exist_is_one_line(text: str) -> None:
     with pytest.raises(ConfigError):
         read_preprocess(text)
-
-
-def test_json_is_json_whatever_the_code_of_a_network_prints(tmp_path: Path, capfd: Any) -> None:
-    torch.save(STATE, tmp_path / "w.pth")
-    arguments = ["--network", f"{MODULE}:talking", "--preprocess", "imagenet:12", "--json"]
-    with pytest.raises(SystemExit) as ended:
-        app(["inspect", str(tmp_path / "w.pth"), *arguments])
-    printed = capfd.readouterr()
-    assert not ended.value.code
-    assert json.loads(printed.out)["unused"] == ["aux"]
-    assert {"from Python", "from a program"} <= {*printed.err.splitlines()}
 
 
 PUBLISHED: dict[str, tuple[Any, Preprocess]] = {
@@ -909,15 +853,6 @@ def test_a_builder_that_draws_what_the_weight_file_does_not_hold_is_refused(
         export_small(network, tmp_path / "out", rebuild=Sketch)
 
 
-@pytest.mark.parametrize("name", ["names.txt", "names.json"])
-def test_a_byte_order_mark_is_no_part_of_the_first_class_name(
-    tmp_path: Path, name: str
-) -> None:
-    text = {"names.txt": "cat\r\ndog\r\n", "names.json": '["cat", "dog"]'}[name]
-    (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
-    assert read_class_names(tmp_path / name) == ("cat", "dog")
-
-
 UNBUILDABLE = ("--network", f"{MODULE}:unbuildable")
 
 
@@ -1032,15 +967,6 @@ def test_inspect_refuses_what_export_refuses_before_its_proof(
     assert refused.startswith("error: ")
     exported = run("export", *given, "--labels", str(tmp_path / "names.txt"))
     assert exported.splitlines()[-1] == refused.splitlines()[-1]
-
-
-def test_inspect_and_export_accept_a_table_that_a_function_keeps(tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
-    given = save_weights(tmp_path, "KeepsTable")
-    n.kept_table()  # a call before the network is built
-    assert run("inspect", *given).startswith("0 ")
-    folders = ("--labels", str(tmp_path / "names.txt"), "--out", str(tmp_path))
-    assert run("export", *given, *folders).startswith("0 ")
 
 
 def test_inspect_allows_what_its_command_then_allows(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The poolings of `plugins/papers` are found, train, export with proof and are served."""
 
-import dataclasses
 import math
 import random
 import re
@@ -23,12 +22,12 @@ import sopdeploy
 from sopdeploy import describe, plugins
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.errors import CheckpointError, ConfigError
+from sopdeploy.errors import ConfigError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.published import published_network
 from sopdeploy.layers.normalize import Normalize, images_format
-from sopdeploy.layers.pooling.base import GlobalPooling, unit_signed_root
+from sopdeploy.layers.pooling.base import GlobalPooling
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.start_weights import StartWeights, load_start_weights
@@ -174,44 +173,6 @@ def test_low_rank_bilinear_pooling_starts_from_the_weights_of_vgg16() -> None:
     assert (report.new, report.unused) == (("classifier", "pooling"), ("classifier",))
     assert all(bool((value == 0.5).all()) for name, value in network.layers.named_parameters())
     assert published_network("lrbp-vgg16", network.config) == "vgg16_bn"
-
-
-def test_a_checkpoint_of_the_plug_in_that_low_rank_bilinear_pooling_came_from_is_read() -> None:
-    network = sopdeploy.create_model("lrbp-vgg16", num_classes=3, width=4)
-    renamed = {"classifier.weight": "classifier.factors.weight"}  # of sopdeploy_poolings 1.0.0
-    weights = {
-        f"network.{renamed.get(name, name)}": value
-        for name, value in network.state_dict().items()
-    }
-    earlier = Checkpoint(
-        model="lrbp-vgg16",
-        config={"width": 4},
-        weights=weights,
-        labels=("a", "b", "c"),
-        preprocess=Preprocess(),
-        training={},
-    )
-    read = build_classifier(earlier, Path("best.pt")).state_dict()
-    assert list(read) == list(network.state_dict())
-    assert all(torch.equal(value, network.state_dict()[name]) for name, value in read.items())
-    with pytest.raises(CheckpointError, match=r"the network has no other\.weight"):
-        build_classifier(
-            dataclasses.replace(
-                earlier, weights={**weights, "other.weight": read["classifier.bias"]}
-            ),
-            Path("best.pt"),
-        )
-
-
-def test_the_signed_root_of_low_rank_bilinear_pooling_is_an_option() -> None:
-    features = relu_features(2, 4, 4)
-    plain, rooted = ReducedBilinear(4, 3), ReducedBilinear(4, 3, signed_root=True)
-    rooted.load_state_dict(plain.state_dict())
-    torch.testing.assert_close(
-        rooted.float()(features.float()), unit_signed_root(plain(features.float()))
-    )
-    with pytest.raises(ConfigError, match="has its own pooling and classifier"):
-        sopdeploy.create_model("lrbp-vgg16", num_classes=3, pooling="isqrt")
 
 
 def test_gradients_of_low_rank_bilinear_pooling_are_those_of_finite_differences() -> None:

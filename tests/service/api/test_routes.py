@@ -1,30 +1,21 @@
 """`/v1/classify` and the status endpoints: responses, warnings, the card and metrics."""
 
-import asyncio
 import base64
-import errno
 import hashlib
-import os
 import re
 import shutil
 import threading
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from sopdeploy.files import read_file
 from sopdeploy.images.limits import describe_formats
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_service.api import status, web
 from sopdeploy_service.api.status import read_card
 from sopdeploy_service.api.web import DOCS, INDEX
-from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.settings import Settings
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.pictures import encoded
@@ -131,51 +122,6 @@ def test_a_server_says_that_its_bundle_was_deleted_and_serves_on(bundle_path, tm
         assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-UNREAD = "a process that starts now cannot load it"
-
-
-def test_a_bundle_whose_folder_cannot_be_read_is_named_and_served(bundle_path, tmp_path):
-    copy = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
-    loaded = load_model(copy, Settings(threads=1))
-    with running(loaded.runtime, loaded.bundle, Settings()) as client:
-        manifest = copy / "manifest.json"
-        manifest.unlink()
-        manifest.symlink_to(manifest)  # which also fails for root, unlike permissions
-        reply = client.get("/readyz")
-        reason = f"{copy}: the bundle cannot be read ({os.strerror(errno.ELOOP)}); {UNREAD}"
-        assert (reply.status_code, reply.json()) == (200, {"status": "ok", "reason": reason})
-    assert (
-        status.find_lost([Path(os.fsdecode(b"caf\xe9"))])
-        == f"caf?: the bundle was deleted; {UNREAD}"
-    )
-
-
-def test_an_example_is_read_once_and_costs_a_key_one_image(
-    serve_with, jpeg, tmp_path, monkeypatch
-):
-    content, num_reads = jpeg + bytes(2 * web.PIECE_BYTES), []
-
-    def read_once(path, limit):
-        num_reads.append(path)
-        if len(num_reads) == 1:
-            raise OSError
-        return read_file(path, limit)
-
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.jpg").write_bytes(content)
-    keys = tmp_path / "keys.toml"
-    secret = new_key(keys, "page", 0.01)
-    keys.write_text(keys.read_text().replace("burst = 64", "burst = 3"))
-    monkeypatch.setattr(web, "read_file", read_once)
-    client = serve_with(FakeRuntime(num_classes=7), examples=tmp_path / "images", keys=keys)
-    headers = {"x-api-key": secret}
-    assert client.get("/examples/1", headers=headers).status_code == 404  # of one example
-    replies = [client.get("/examples/0", headers=headers) for _ in range(4)]
-    assert [reply.status_code for reply in replies] == [404, 200, 200, 429]
-    assert [reply.content == content for reply in replies[1:3]] == [True, True]
-    assert len(num_reads) == 2
-
-
 def test_a_disk_that_hangs_delays_no_probe_and_holds_one_thread_and_no_request(
     serve_with, jpeg, tmp_path, monkeypatch
 ):
@@ -203,23 +149,6 @@ def test_a_disk_that_hangs_delays_no_probe_and_holds_one_thread_and_no_request(
     wait_for(lambda: client.app.state.service.active_requests == 0)
     released.set()
     wait_for(lambda: client.get("/readyz").json() == {"status": "ok"})
-
-
-def test_probes_of_each_turn_of_the_loop_see_the_same_check(bundle, monkeypatch):
-    monkeypatch.setattr(status, "DISK_SECONDS", 60.0)  # on a busy machine, too
-    registry = SimpleNamespace(models=lambda: [SimpleNamespace(bundle=bundle)])
-    lost_bundle = Shared(partial(status.find_lost_bundle, registry))
-    state = SimpleNamespace(service=SimpleNamespace(state="ok"), lost_bundle=lost_bundle)
-    request = SimpleNamespace(app=SimpleNamespace(state=state))
-
-    async def scenario():
-        probes = []
-        while len(probes) < 2000:
-            probes.append(asyncio.create_task(status.readyz(request)))
-            await asyncio.sleep(0)
-        return {reply.body for reply in await asyncio.gather(*probes)}
-
-    assert asyncio.run(scenario()) == {b'{"status":"ok"}'}
 
 
 def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):

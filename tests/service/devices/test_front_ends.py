@@ -253,16 +253,6 @@ def test_the_number_of_front_ends_follows_the_cores_if_a_gpu_is_used(monkeypatch
     assert choose_front_ends(Settings(**settings)) == expected
 
 
-def test_each_process_is_counted_once_in_the_memory_at_rest(monkeypatch) -> None:
-    sizes = {os.getppid(): 1, "self": 10, 71: 100, 72: 1_000}
-    monkeypatch.setattr(device_server, "resident_bytes", lambda process="self": sizes[process])
-    config = LaunchConfig(
-        name="front-0", device=None, variables={}, sources=(), settings=Settings(), supervisor=1,
-        front_ends=3, position=0, num_servers=3, device_processes=(71, 72),
-    )  # fmt: skip
-    assert device_server.bytes_at_rest(config) == 1 + 3 * 10 + 100 + 1_000
-
-
 def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypatch) -> None:
     monkeypatch.setattr(device_server, "DeviceChannel", lambda *arguments: arguments)
     monkeypatch.setattr(device_server, "RemoteRegistry", lambda channels, _settings: channels)

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from sopdeploy.bundle.sealed import create_memory, read_memory
+from sopdeploy.bundle.sealed import read_memory
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control, processes, supervisor, template
@@ -232,25 +232,6 @@ def test_several_processes_are_refused_where_the_system_lacks_what_they_share(
         supervisor.run_supervisor(["bundles"], load_settings(devices="cpu,cpu", port=0))
 
 
-def test_a_process_that_dies_early_for_days_is_still_restarted(monkeypatch) -> None:
-    monkeypatch.setattr(supervisor, "MAX_RESTART_DELAY_SECONDS", 0.0)
-    starts = itertools.count(1)
-    with socket.socket() as listener:
-        settings = load_settings()
-        process = Process("cpu", {}, settings, "cpu", 0)
-        server = supervisor.Supervisor([], settings, [process], listener)
-
-        async def start(_: Process) -> None:
-            if next(starts) == 1100:
-                server._stopping.set()
-            process.bundles = "flowers"  # it was ready
-            process.child = SimpleNamespace(poll=lambda: 1, kill=lambda: None)
-
-        monkeypatch.setattr(server, "_start", start)
-        assert asyncio.run(server.run()) == 0
-    assert next(starts) == 1101
-
-
 def test_a_system_without_room_for_a_process_is_asked_again_and_no_file_stays_open(
     monkeypatch, caplog
 ) -> None:
@@ -346,70 +327,6 @@ def test_a_connection_for_which_a_process_has_no_file_counts_as_received() -> No
         assert control.send_message(ours, control.CLIENT)  # the kernel drops the file
         server._receive()
         assert Status.from_bytes(control.receive_message(ours).rest) == (1, 0, "", {7})
-
-
-def test_a_page_of_metrics_that_comes_too_late_is_closed() -> None:
-    ours, theirs = control.socket_pair()
-    with ours, theirs:
-        server = make_device_server(theirs)
-        file = create_memory("late page", [b"page"])
-        assert control.send_message(ours, control.PAGE, b"", file)
-        os.close(file)
-        server._receive()
-        open_files = map(os.path.realpath, Path("/proc/self/fd").iterdir())
-        assert not [path for path in open_files if "late page" in path]
-
-
-def test_a_front_end_knows_the_engines_that_were_started_before_it(monkeypatch) -> None:
-    device_processes: list[tuple[int, ...]] = []
-
-    async def start(config: processes.LaunchConfig, *_files: int) -> SimpleNamespace:
-        device_processes.append(config.device_processes)
-        await asyncio.sleep(0)  # the other processes wait to be started
-        return SimpleNamespace(pid=len(device_processes), poll=lambda: None)
-
-    async def scenario() -> None:
-        settings = load_settings(front_ends=2)
-        devices = [Process(str(number), {}, settings, "cpu", number) for number in range(2)]
-        with socket.socket() as listener:
-            server = supervisor.Supervisor([], settings, devices, listener)
-            server._loop, server._shared = asyncio.get_running_loop(), -1
-            server._keys = SimpleNamespace(files=(-1, -1))
-            monkeypatch.setattr(server._template, "start", start)
-            started = [*devices, *server._front_ends]
-            tasks = [asyncio.create_task(server._supervise(process)) for process in started]
-            while not all(process.child for process in started):
-                await asyncio.sleep(0)
-                assert not any(task.done() for task in tasks)
-            for process, task in zip(started, tasks, strict=True):
-                task.cancel()
-                server._close_control(process)
-
-    asyncio.run(scenario())
-    assert device_processes == [(), (), (1, 2), (1, 2)]
-
-
-@pytest.mark.parametrize("function", ["socketpair", "merge_metrics"])
-def test_metrics_that_cannot_be_collected_leave_no_file_open(monkeypatch, function) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    async def scenario() -> bool:
-        settings = load_settings(front_ends=0)
-        process = Process("cpu", {}, settings, "cpu", 0)
-        ours, theirs = control.socket_pair()
-        with ours, theirs, socket.socket() as listener:
-            server = supervisor.Supervisor([], settings, [process], listener)
-            process.reset(ours)
-            assert control.send_message(theirs, control.METRICS)
-            before = num_open_files()
-            module = control.socket if function == "socketpair" else supervisor
-            monkeypatch.setattr(module, function, refuse)
-            server._receive(process)
-            await asyncio.wait(server._tasks)
-            return num_open_files() == before
-
-    assert asyncio.run(scenario())
 
 
 class TimelessLoop(asyncio.SelectorEventLoop):

@@ -335,33 +335,6 @@ def test_a_runtime_that_is_wrong_for_a_single_probe_is_not_served(
         loader.load_model(bundle.path, Settings(max_batch=max_batch))
 
 
-@pytest.mark.parametrize(("max_batch", "batches"), [(4, []), (12, []), (13, [13])])
-def test_a_cpu_runs_a_batch_more_only_if_it_is_larger_than_the_probes(max_batch, batches):
-    runtime = WrongFor(lambda _sizes: False, device="cpu")
-    warm_up(mean_probes(12), runtime, max_batch)
-    assert runtime.batches == batches
-
-
-def test_every_size_runs_twice_and_sizes_alternate_the_second_time():
-    runtime = WrongFor(lambda _sizes: False)
-    timings = warm_up(mean_probes(12), runtime, 24)
-    assert runtime.batches == [
-        1,
-        2,
-        4,
-        8,
-        16,
-        24,
-        1,
-        24,
-        2,
-        16,
-        4,
-        8,
-    ]  # no more runs than two per size
-    assert [size for size, _ in timings] == runtime.batches
-
-
 def test_an_image_keeps_its_pixels_until_its_batch_ended_whatever_becomes_of_its_neighbours(
     serve_with, pool
 ):

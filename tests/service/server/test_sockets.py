@@ -63,15 +63,6 @@ def test_the_addresses_of_connections_take_turns(arrived: str, served: str) -> N
     assert len(arrivals) == 0
 
 
-def test_a_later_connection_of_another_address_comes_next_but_one() -> None:
-    arrived = [Connection(name) for name in ("a-1", "a-2", "a-3", "b-1")]
-    arrivals = Arrivals(listener_with(arrived), print)
-    arrivals.accept(3)
-    assert arrivals.take().name == "a-1"
-    arrivals.accept(1)
-    assert names(arrivals) == ["a-2", "b-1", "a-3"]
-
-
 def test_of_too_many_the_oldest_of_the_busiest_address_is_closed(monkeypatch) -> None:
     monkeypatch.setattr(sockets, "MAX_PENDING", 3)
     arrived = [Connection(name) for name in ("b-1", "a-1", "a-2", "a-3", "c-1")]
@@ -113,26 +104,6 @@ def test_without_a_free_file_the_port_pauses_and_what_was_accepted_is_served(
 
     asyncio.run(accept())
     assert calls == ["pause", "arrival", "resume"]
-
-
-def test_a_port_that_closes_hands_over_all_that_the_system_has_accepted() -> None:
-    async def close() -> list[bytes]:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            arrivals = Arrivals(listener, print)
-            arrivals.open()
-            clients = [socket.create_connection(listener.getsockname()) for _ in range(3)]
-            for number, client in enumerate(clients):
-                client.sendall(b"%d" % number)
-            arrived = arrivals.close()
-            assert listener.fileno() == -1
-            received = []
-            for connection, client in zip(arrived, clients, strict=True):
-                with connection, client:
-                    received.append(connection.recv(1))
-            return received
-
-    assert asyncio.run(close()) == [b"0", b"1", b"2"]
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")

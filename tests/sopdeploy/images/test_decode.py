@@ -12,7 +12,6 @@ from PIL import Image
 from sopdeploy.bundle.golden import draw_jpegs
 from sopdeploy.data.augment import AugmentedDataset, RandomResizedCrop
 from sopdeploy.errors import DataError, ImageError
-from sopdeploy.images import decode as module
 from sopdeploy.images.decode import decode
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.images.pixels import TURNS, center_view, preprocess_image
@@ -157,19 +156,6 @@ def test_without_a_smaller_scale_the_box_has_the_pixels_of_the_whole_image(kind:
     rules = Preprocess(resize=60, crop=40)
     scaled = decode(body, rules.model_copy(update={"decoding": "scaled"})).pixels
     assert np.abs(scaled.astype(int) - decode(body, rules).pixels).max() <= 1
-
-
-def test_a_scaled_decoder_allocates_a_sixteenth(monkeypatch) -> None:
-    sizes, fit = [], module.preprocess_image
-
-    def record(image: Image.Image, *more: object) -> object:
-        sizes.append(image.size)
-        return fit(image, *more)
-
-    monkeypatch.setattr(module, "preprocess_image", record)
-    for rules in (SCALED, FULL):
-        decode(photograph(2560, 2049), rules)
-    assert sizes == [(640, 513), (2560, 2049)]
 
 
 @pytest.mark.parametrize("decoding", ["full", "scaled"])

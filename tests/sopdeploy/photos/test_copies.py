@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +30,9 @@ from sopdeploy.photos.copies import (
     shrink,
     signature,
 )
-from sopdeploy.photos.crops import compare_pixels
 from sopdeploy.photos.file_checks import describe_seen, hash_images
 from sopdeploy.photos.folder import open_folder
-from sopdeploy.photos.photo import ArrayImages, ImageFiles, Split
+from sopdeploy.photos.photo import ArrayImages, Split
 from sopdeploy.photos.split import (
     NONE,
     choose_held_out,
@@ -205,21 +203,6 @@ def test_copies_that_are_not_confirmed_do_not_make_a_class_look_alike():
             image.paste(scene(50 + number).resize((64, 68)), (48, 26))
             versions.append(image)
     assert not compare(versions, [0] * len(versions)).alike.any()
-
-
-def test_equal_images_are_compared_once():
-    images = [scene(number) for number in range(6)] * 10 + [CHANGES["darker"](scene(2))]
-    assert pairs_of(compare(images, [0, 1] * 30 + [0])) == [[2, 60]]
-
-
-def test_candidates_are_the_same_however_many_images_are_compared_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    images, found = [scene(number) for number in range(20)] + [CHANGES["darker"](scene(4))], []
-    for cosines in (21 * 21, 21 * 5, 1):
-        monkeypatch.setattr("sopdeploy.photos.copies._COSINES", cosines)
-        found.append(pairs_of(compare(images, [0] * 21)))
-    assert found == [[[4, 20]]] * 3
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -411,54 +394,6 @@ def test_the_loop_holds_out_no_copies_of_training_images(tmp_path: Path):
     parts = [set(true_groups(part.paths)) for part in (split.train, split.held_out)]
     assert not parts[0] & parts[1]
     assert len(split.train) + len(split.held_out) == 48
-
-
-def test_a_split_and_a_check_read_each_photograph_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    root, reads, read = write_scenes(tmp_path, copies=1), list[int](), ImageFiles.read
-
-    def count(images: ImageFiles, index: int) -> bytes:
-        reads.append(index)
-        return read(images, index)
-
-    monkeypatch.setattr(ImageFiles, "read", count)
-    recipe = read_recipe("photos-dsop", [f"data.path={root}"])
-    for use in (
-        lambda: divide_images(recipe, open_folder(root), None, Strategy(CPU)),
-        lambda: group_photographs(list_classes(root).images),  # as `compare` does
-        lambda: check_data(root, near=True),
-    ):
-        reads.clear()
-        use()
-        assert len(reads) == 48
-
-
-def test_train_lists_its_folder_twice_to_choose_and_to_read_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    root, listed, scandir = write_classes(tmp_path / "photos", ("a", "b"), 4), [], os.scandir
-    monkeypatch.setattr(
-        os, "scandir", lambda path: (listed.append(str(path)), scandir(path))[1]
-    )
-    weights = tmp_path / "weights.pth"
-    torch.manual_seed(0)
-    network = create_model("efficientnet-lite0", num_classes=2)
-    torch.save(network.state_dict(), weights)
-    shown = CliRunner().invoke(
-        app,
-        [
-            "train",
-            "--data",
-            str(root),
-            "--weights",
-            str(weights),
-            "--out",
-            str(tmp_path / "run"),
-        ],
-    )
-    assert shown.exit_code == 0, shown.output
-    assert [listed.count(str(root / name)) for name in "ab"] == [2, 2]
 
 
 def test_the_loop_fits_its_threshold_to_one_image_of_each_group(tmp_path: Path):
@@ -667,26 +602,3 @@ def test_plain_images_are_no_copies_of_each_other():
     scenes = [np.asarray(scene(seed).resize((32, 32))) for seed in range(6)]
     small = np.stack([shrink(Image.fromarray(one)) for one in (*plain, *scenes)])
     assert not find_turned(small).pairs.size
-
-
-def test_turned_parts_on_white_are_compared_together_with_the_other_pairs(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    small = np.full((12, 64, 64), 255, np.uint8)
-    random = np.random.default_rng(0)
-    for image in small:
-        image[24:40, 8:56] = random.integers(0, 255, (4, 6)).repeat(4, axis=0).repeat(8, axis=1)
-    small[7] = np.rot90(small[3])
-    small[9] = small[5, ::-1]
-    calls = []
-
-    def compare(small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray[np.float32]:
-        calls.append(pairs)
-        return compare_pixels(small, pairs)
-
-    monkeypatch.setattr("sopdeploy.photos.copies.compare_new", compare)
-    views = random.normal(size=(12, 1, 64))
-    found = find_near_duplicates([views], small, np.zeros(12, int), list(map(str, range(12))))
-
-    assert pairs_of(found) == [[3, 7], [5, 9]]
-    assert len(calls) == 1

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from sopdeploy.errors import ConfigError, DataError, StorageError, TrainingError
+from sopdeploy.errors import ConfigError
 from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy_commands.app import app
 from sopdeploy_papers import reproduce as reproduce_command
-from sopdeploy_papers.reproduction import run as run_module
-from sopdeploy_papers.reproduction.page import error_table
 from sopdeploy_papers.reproduction.plan import ReproducedRow, Reproduction, plan
 from sopdeploy_papers.reproduction.results import mean_error
 from sopdeploy_papers.reproduction.run import reproduce
@@ -26,7 +24,6 @@ from sopdeploy_papers.reproduction.tables import (
 )
 from tests.plugins.papers.reproduction.small import small_table
 from tests.sopdeploy.training.runs import RecordingCallback, few_digits
-from tests.support.pages import charts
 from tests.support.small_data import write_classes
 
 TABLES = load_tables()
@@ -233,24 +230,6 @@ def test_tables_that_are_not_trained_show_counts_or_only_what_is_printed(tmp_pat
         )
 
 
-def test_errors_over_an_option_of_the_networks_are_a_chart(tmp_path) -> None:
-    """Fig. 2 and Fig. 3 of GM-SOP are charts over alpha, and over K with one curve for each N."""
-    assert (TABLES["gmsop-fig2"].over, TABLES["gmsop-fig3"].over) == (
-        "balance_weight",
-        "chosen",
-    )
-    rows = [
-        PrintedRow(id=f"w{n}", name="", set=(f"model.config.main_weight={n}",))
-        for n in (1.0, 0.5)
-    ]
-    chart = {"over": "main_weight", "curve": "iterations", "rows": tuple(rows)}
-    finished = reproduce(
-        TINY.model_copy(update=chart), ReproduceOptions(out=tmp_path, set=("epochs=1",))
-    )
-    drawn = charts(finished.page.read_text(encoding="utf-8"))
-    assert ">iterations = 5<" in drawn["Top-1 error over main_weight, two networks."]
-
-
 def test_a_row_that_fails_is_recorded_and_the_next_one_runs(tmp_path) -> None:
     plain, dsop, other = TINY.rows
     broken = plain.model_copy(
@@ -270,29 +249,6 @@ def test_a_row_that_fails_is_recorded_and_the_next_one_runs(tmp_path) -> None:
     assert status[2:] == ["measured", "cited: no network"]
     assert "seed 0 failed: " in found.page.read_text(encoding="utf-8")
     assert [row["status"] for row in found.summary()["rows"]] == status
-
-
-@pytest.mark.parametrize(
-    "error", [DataError("a.jpg: not an image"), StorageError("last.pt: no space")]
-)
-def test_of_several_processes_none_begins_another_row_after_an_error_of_its_own(
-    tmp_path, monkeypatch, error
-) -> None:
-    trained = []
-
-    def fail(_recipe: Any, folder: Any, **_options: Any) -> None:
-        trained.append(folder)
-        raise (
-            error if len(trained) > 1 else TrainingError("a loss is not finite")
-        )  # in all processes
-
-    monkeypatch.setattr(run_module, "is_distributed", lambda: True)
-    monkeypatch.setattr(run_module, "train_recipe", fail)
-    with pytest.raises(type(error)):
-        reproduce(
-            TINY.model_copy(update={"rows": TINY.rows[:1] * 3}), ReproduceOptions(out=tmp_path)
-        )
-    assert len(trained) == 2
 
 
 def test_a_command_with_a_failed_row_ends_with_2_and_one_line(tmp_path, monkeypatch) -> None:
@@ -316,18 +272,6 @@ def test_the_start_weights_of_fine_grained_rows_are_published(name) -> None:
     assert row.reason.startswith(
         "not available: start.weights: no ImageNet weights are published"
     )
-
-
-def test_a_table_of_accuracies_prints_accuracies() -> None:
-    table = TABLES["slides-birds"]
-    row = next(row for row in planned("slides-birds") if row.printed.id == "netvlad-vgg16")
-    shown = error_table(table, [row])
-    assert (shown.caption, shown.rows[0][1]) == (
-        "Printed and measured accuracies in percent",
-        "81.90",
-    )
-    listed = CliRunner().invoke(app, ["reproduce", "list"]).stdout
-    assert re.search(r"netvlad-vgg16 +VGG-16, NetVLAD \(cited\) +81\.90", listed)
 
 
 @pytest.mark.parametrize("name", ["gmsop-2", "slides-birds", "dsop-3"])
@@ -355,12 +299,4 @@ def test_the_small_scale_trains_the_same_networks_on_few_small_images_and_says_s
         )
     assert small.deviations.startswith(
         "Not the conditions of the paper: --scale small (the classes of --data"
-    )
-
-
-def test_the_small_scale_needs_images() -> None:
-    shown = CliRunner().invoke(app, ["reproduce", "gmsop-2", "--scale", "small"])
-    assert (shown.exit_code, shown.output) == (
-        2,
-        "error: --scale small: give a folder of classes as --data [wrong_value]\n",
     )

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sopdeploy.errors import ConfigError, DataError
@@ -228,25 +227,6 @@ def test_labels_and_undo_work_between_file_systems(tmp_path, keep, open_folders,
     assert given == 3 * [(status.st_uid, status.st_gid)]  # two moves and the record
 
 
-def test_an_undo_on_a_full_disk_changes_nothing_and_can_follow(
-    tmp_path, keep, open_folders, monkeypatch
-):
-    one, folders = keep(1), open_folders()
-    before = files_below(tmp_path)
-    folders.label(one, "hat")
-
-    def fail(*_args: object, **_options: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as full:
-        full.setattr(Path, "write_text", fail)
-        with pytest.raises(OSError, match="No space"):
-            folders.undo()
-    assert files_below(tmp_path) == {f"photos/hat/{one}.jpg"}
-    folders.undo()
-    assert (files_below(tmp_path), list(folders.waiting)) == (before, [one])
-
-
 def test_a_photograph_that_another_process_has_labelled_or_deleted_is_refused(
     tmp_path, keep, open_folders
 ):
@@ -433,11 +413,6 @@ def test_links_and_foreign_files_in_the_kept_folder_are_not_shown(tmp_path, keep
     (tmp_path / "kept" / f"{link}.jpg").symlink_to(image)
     (tmp_path / "kept" / "notes.json").write_text("{}")
     assert list(open_folders().waiting) == [one]
-
-
-def two_classes(*probabilities: float) -> np.ndarray:
-    """Probabilities (N, 2) whose first column is given."""
-    return np.stack([probabilities, 1 - np.asarray(probabilities)], axis=1)
 
 
 def test_labels_of_earlier_sessions_are_corrected_and_the_held_out_stay_so(

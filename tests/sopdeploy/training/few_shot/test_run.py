@@ -1,9 +1,6 @@
 """The few-shot procedure: classifier, folds, choice, decision, and whole runs on painted images."""
 
-import builtins
-import io
 import json
-import shlex
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image, ImageOps
 from scipy.special import log_softmax
@@ -29,16 +25,14 @@ from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import (
     MeanPrecision,
-    average_precision,
-    resampled_precision,
 )
 from sopdeploy.html.report import percent
 from sopdeploy.models import registry
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
-from sopdeploy.photos.photo import ArrayImages, ImageFiles, Photo
+from sopdeploy.photos.photo import ArrayImages, ImageFiles
 from sopdeploy.project import FolderReading
 from sopdeploy.report.wrong_labels import find_wrong_labels, list_wrong_labels
-from sopdeploy.training.callback import Callback, ExpectedTime
+from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import LinearProblem, Space, unit_length
@@ -105,19 +99,6 @@ def scaled_inputs(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(
         [part / np.sqrt(np.square(part).sum(axis=1).mean()) for part in centered], axis=1
     )
-
-
-def test_sums_do_not_depend_on_how_many_images_are_added_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    features, classes = blobs()
-    found = []
-    for rows in (4096, 7):
-        monkeypatch.setattr("sopdeploy.training.few_shot.classifier.ROWS", rows)
-        problem = problem_of([features], softmax_targets(classes))
-        found.append((problem.cosines(np.arange(40) % 5), problem.fit_all(UNSCALED).weight))
-    for one, other in zip(*found, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [40, 12])
@@ -286,24 +267,6 @@ def test_scores_of_a_class_of_few_images_are_corrected_to_those_of_many(
     )
     assert plain < of_many - 0.08
     assert abs(corrected - of_many) < abs(plain - of_many) / 2
-
-
-def test_probabilities_of_several_classes_per_image_are_corrected_for_few_images():
-    features, classes = blobs(4000)
-    shown = np.eye(4)[classes] + np.eye(4)[(classes + 1) % 4]
-    kept = np.arange(24)
-    targets = Targets(shown[kept], classes[kept], "sigmoid")
-    problem = problem_of([features[kept]], targets)
-    scaling = Scaling.fit(
-        [problem.cross_validate(targets.folds(list(map(str, kept)), 8, 0))], targets
-    )
-    assert scaling.excess > 0
-    heads = [problem.fit_all(one) for one in (scaling, scaling._replace(excess=0.0))]
-    losses = [
-        Targets(shown, classes, "sigmoid").losses(head.logits(features)).mean()
-        for head in heads
-    ]
-    assert losses[0] <= losses[1]
 
 
 @pytest.mark.parametrize(
@@ -883,20 +846,6 @@ def test_training_warns_of_held_out_copies_of_training_images(tmp_path: Path):
     )
 
 
-def test_the_judged_copy_is_found_without_decoding_and_long_groups_name_an_image_per_class(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    photos = paint(tmp_path / "photos", 4)
-    for number in range(12):
-        shutil.copy(photos / "red" / "0.png", photos / "red" / f"copy{number}.png")
-    shutil.copy(photos / "red" / "0.png", photos / "blue" / "copy.png")
-    monkeypatch.setattr(Photo, "pixels", None)  # the features need no image of any size
-    settings = [*PLAIN, f"data.path={photos}", "procedure.group_copies=false"]
-    settings.append("data.classes_from=folders")  # no search for masks, which reads pixels
-    result = train_recipe(read_recipe("photos", settings), tmp_path / "run").procedure
-    assert result.contradictions == ("blue/copy.png = red/0.png",)
-
-
 def test_a_run_records_how_its_folder_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Recipe, "starts_random", False)  # as with a file of weights
     paint(tmp_path / "photos" / "set", 4)
@@ -964,33 +913,6 @@ def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_tho
         assert len(divided.train) + len(divided.held_out) == 120
 
 
-def test_a_head_that_reads_the_span_of_some_images_predicts_as_well():
-    features, classes = blobs(400)
-    targets = softmax_targets(classes)
-    exact, problem = problem_of([features], targets), problem_of([features], targets, 20)
-    assert problem.reduced.shape == (400, 20)
-    heads = [one.fit_all(UNSCALED) for one in (exact, problem)]
-    right = [np.mean(head.logits(features).argmax(axis=1) == classes) for head in heads]
-    assert right[1] > right[0] - 0.05
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        (0.5, []),  # the rest takes less than two minutes
-        (2.0, ["expected time: about 6 minutes; x"]),
-        (60.0, ["expected time: about 3.3 hours; x"]),
-    ],
-)
-def test_the_expected_time_of_a_long_run_is_told_once(seconds: float, expected: list[str]):
-    callback, now = RecordingCallback(), 0.0
-    told = ExpectedTime(callback, "x", clock=lambda: now)
-    for done in range(1, 201):
-        now = done * seconds
-        told.update(done, 200)
-    assert [values["message"] for _, values in callback.events] == expected
-
-
 def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeypatch):
     recipe = read_recipe(
         "photos", [*SMALL, *FEW_SHOT, f"data.path={paint(tmp_path / 'photos', 12)}"]
@@ -1015,26 +937,6 @@ def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeyp
         == features.own.shape[1]
         < network.num_features()
     )
-
-
-def test_the_interval_of_the_map_is_that_of_resampled_images():
-    random = np.random.default_rng(0)
-    true, scores = random.random(30) < 0.4, random.random(30)
-    draws = random.multinomial(30, [1 / 30] * 30, 5)
-    for shown in (
-        scores,
-        scores.round(1),
-        np.full(30, 0.5),
-    ):  # distinct scores, some equal, all equal
-        expected = [
-            average_precision(np.repeat(true, row), np.repeat(shown, row)) for row in draws
-        ]
-        assert np.allclose(resampled_precision(true, shown, draws), expected)
-    both = np.stack([true, ~true], axis=1)
-    with pytest.raises(DataError, match=r"^no image shows a class of the network"):
-        MeanPrecision.of(np.zeros_like(both), np.stack([scores, 1 - scores], axis=1), 0)
-    found = MeanPrecision.of(both, np.stack([scores, 1 - scores], axis=1), 0)
-    assert found.low < found.value < found.high
 
 
 def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
@@ -1122,32 +1024,6 @@ def test_a_photograph_is_read_once_and_two_networks_are_built(
     assert len(built) == 2
     train(photos, out=tmp_path / "again", set=settings)  # with features in the cache
     assert len(reads.read_text().splitlines()) - first <= 1.5 * 81
-
-
-NETWORKS = {
-    "a network that is named": ("model.name=timm:test_efficientnet",),
-    "the network of the file": (),
-}
-
-
-@pytest.mark.parametrize("case", NETWORKS)
-def test_a_weight_file_is_checked_once_and_read_once(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    weights, opened = tmp_path / "test_efficientnet.pth", list[str]()
-    torch.save(timm.create_model("test_efficientnet").state_dict(), weights)
-    open_file = io.open  # of `open` and of `Path.open`
-
-    def record(path: Any, *options: Any, **more: Any) -> Any:
-        opened.append(str(path))
-        return open_file(path, *options, **more)
-
-    monkeypatch.setattr(io, "open", record)
-    monkeypatch.setattr(builtins, "open", record)
-    settings = [*NETWORKS[case], "preprocess.resize=32", "preprocess.crop=32"]
-    train(paint(tmp_path / "photos", 6), out=tmp_path / "run", weights=weights, set=settings)
-    # Its first bytes twice before torch is imported, then the whole file
-    assert opened.count(str(weights)) == 3
 
 
 def write_views(root: Path, photographs: dict[str, int], views: int = 4) -> Path:
@@ -1260,16 +1136,6 @@ def test_photographs_that_are_all_in_two_classes_are_right_in_at_most_one(tmp_pa
     assert score.right <= 6
 
 
-def test_the_suggested_command_can_be_pasted(tmp_path: Path):
-    photos, out = paint(tmp_path / "photos", 6), tmp_path / "my run"
-    settings = [part for value in PLAIN for part in ("--set", value)]
-    shown = CliRunner().invoke(
-        app, ["train", "--data", str(photos), "--out", str(out), *settings]
-    )
-    (line,) = [line for line in shown.output.splitlines() if line.startswith("next: ")]
-    assert shlex.split(line)[-2] == str(out / "best.pt")
-
-
 @pytest.mark.parametrize("wrong", [0, 2])
 def test_the_result_says_how_many_labels_it_doubts_and_how_to_list_them(
     tmp_path: Path, monkeypatch, wrong
@@ -1314,25 +1180,6 @@ def test_large_classes_are_judged_by_heads_with_all_photographs_of_small_ones():
     with_copy = np.where(different == 37, 7, different)
     expected = [1.0 if image in (7, 36, 37) else 2.0 for image in range(38)]
     assert numbers_of_small(with_copy) == expected
-
-
-def test_a_run_is_scored_by_heads_with_all_photographs_of_small_classes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    cross_validate, folds_of_calls = LinearProblem.cross_validate, []
-
-    def record(problem: LinearProblem, folds: np.ndarray) -> OutOfFold:
-        folds_of_calls.append(folds)
-        return cross_validate(problem, folds)
-
-    monkeypatch.setattr(LinearProblem, "cross_validate", record)
-    root = paint(tmp_path / "photos", 12)
-    for number in range(2, 12):
-        (root / "red" / f"{number}.png").unlink()
-    train(root, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
-
-    # "red" is the last class.
-    assert set(folds_of_calls[-1][-2:]).isdisjoint(folds_of_calls[-1][:-2])
 
 
 @pytest.mark.parametrize("counts", [(3, 3, 3), (12, 12, 5)], ids=["all small", "none small"])
