@@ -290,37 +290,6 @@ def test_the_catalog_builds_the_maps_blocks_and_branches_that_a_table_prints(nam
         assert {fact: found[fact] for fact in row.facts} == row.facts, row.id
 
 
-# Rows of other papers that train with the recipe of their own paper, from its released code
-TRAINED_AS_IN_THEIR_PAPER = {
-    ("dsop-2", "isqrt"),
-    ("gsop-5", "isqrt"),
-}
-
-
-def test_most_cited_rows_train_with_the_recipe_of_the_paper_that_cites_them() -> None:
-    cited = {
-        (name, row.id): row for name, table in TABLES.items() for row in table.rows if row.cited
-    }
-    own_recipe = {place for place, row in cited.items() if not row.hosted}
-    assert own_recipe == TRAINED_AS_IN_THEIR_PAPER
-
-
-@pytest.mark.parametrize(
-    ("table", "rows", "named"),
-    [
-        ("gsop-6", None, "resnet164"),  # the other cited rows have no network
-        ("gsop-5", "mpncov,isqrt,senet", "mpncov, senet"),
-        ("dsop-9a", "sgd", ""),
-    ],
-)
-def test_a_note_names_the_cited_rows_without_the_recipe_of_their_own_paper(
-    table: str, rows: str | None, named: str
-) -> None:
-    note = plan(TABLES[table], ReproduceOptions(rows=rows)).note
-    sentences = [sentence for sentence in note.split("; ") if HOSTED in sentence]
-    assert sentences == ([f"{HOSTED}: {named}"] if named else [])
-
-
 def test_fine_tuning_starts_from_the_second_order_network_of_another_table_once_that_is_trained(
     tmp_path,
 ) -> None:
