@@ -38,6 +38,7 @@ from sopdeploy.photos.files import (
     list_subfolders,
     lookalike_key,
     normalize,
+    normalize_label,
     part_kind,
 )
 from sopdeploy.photos.forms import find_leftovers
@@ -67,7 +68,7 @@ def list_classes(
 
     The folders *leave_out* are none, and neither is a folder of programs, texts or arrays only.
 
-    Folders with one name in two encodings are one class. The images of a folder in a class
+    Folders with one name in two encodings, or with spaces around it, are one class. The images of a folder in a class
     folder are a group, unless it holds all images of the class. A link in a class folder to
     another class folder is not followed. Masks, photographs in another form (`find_leftovers`),
     and classes that hold nothing else are left out, unless *classes_from* is `FOLDERS`.
@@ -85,7 +86,7 @@ def list_classes(
     without_images = [
         label
         for label, files in other_files.items()
-        if files and not paths_of_class[label] and not any(map(_may_hold_photographs, files))
+        if not paths_of_class[label] and 2 * sum(map(_may_hold_photographs, files)) < len(files)
     ]
     for label in without_images:
         del paths_of_class[label]
@@ -179,6 +180,12 @@ def _may_hold_photographs(file: str) -> bool:
     return file.lower().endswith(ARCHIVES) or converter not in ("", *OF_DOCUMENTS)
 
 
+def is_packed(where: Path, file: str) -> bool:
+    """Tell whether *file* directly in *where* stands for others that are not there yet: an archive, or a pointer."""
+    is_archive = "/" not in file and file.lower().endswith(ARCHIVES)
+    return is_archive or is_pointer(where / file)
+
+
 def advise_on_files(where: Path, files: Sequence[str]) -> str:
     """Say what makes images of *files* in *where*, which are none; "" if it is not known."""
     # A pointer stands for any file. An archive may hold all images.
@@ -205,7 +212,7 @@ def _list_folders(
     folders = defaultdict[str, list[str]](list)  # names of folders by class
     for name in list_subfolders(root):
         if name not in leave_out:
-            folders[normalize(name)].append(name)
+            folders[normalize_label(name)].append(name)
     check_labels(root, sorted(folders))
 
     # A folder that a link leads to is listed in its own class only.
@@ -237,7 +244,7 @@ def _list_by_name(
     """
     if pattern == SUBFOLDERS:
         parents = [os.fsdecode(path).rpartition("/")[0] for path in paths]
-        label_of_path = [normalize(parent.rpartition("/")[2]) for parent in parents]
+        label_of_path = [normalize_label(parent.rpartition("/")[2]) for parent in parents]
     else:
         label_of_path = [class_in_name(path, pattern) for path in paths]  # "" without a class
     labels = tuple(sorted(filter(None, set(label_of_path))))
@@ -362,9 +369,9 @@ def no_classes_error(root: Path, part: Path | None = None, hint: str = "") -> Da
         advice = (
             f"sort the images into one subfolder per class{suggest_sorting_by_hand(unsorted)}"
         )
-    # Files of another format tell nothing about images that are there, but tables do.
-    tables = [file for file in others if is_pointer(where / file)]
-    advice = advise_on_files(where, tables if images else others) or advice
+    # Files of another format tell nothing about images that are there, but these do.
+    packed = [file for file in others if is_packed(where, file)]
+    advice = advise_on_files(where, packed if images else others) or advice
     return DataError(
         f"{where}: holds no class folders and no labels.csv ({seen}); {hint or advice}"
     )

@@ -169,6 +169,11 @@ def normalize(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def normalize_label(name: str) -> str:
+    """Return the label of the class *name*, also of a folder: `normalize`d and without spaces around it."""
+    return normalize(name).strip()
+
+
 def lookalike_key(name: str) -> str:
     """Return what names share that are easily confused: *name* without case, variants and extra spaces."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())

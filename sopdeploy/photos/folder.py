@@ -14,13 +14,13 @@ from shlex import quote
 import numpy as np
 
 from sopdeploy.errors import DataError, amount, shorten
-from sopdeploy.files import is_pointer
 from sopdeploy.images.signatures import count_suffixes, describe_skipped
 from sopdeploy.photos.cells import SPLIT
 from sopdeploy.photos.class_folders import (
     ClassListing,
     advise_on_files,
     describe_class_problems,
+    is_packed,
     is_pattern,
     list_classes,
     no_classes_error,
@@ -40,6 +40,7 @@ from sopdeploy.photos.files import (
     list_outputs,
     list_subfolders,
     naming_all_undecodable,
+    normalize_label,
     part_folder,
     part_kind,
     split_names,
@@ -125,6 +126,10 @@ def _open_parts(
     root: Path, max_held_out: int | None, classes_from: str, leave_out: tuple[str, ...]
 ) -> OpenedParts:
     """Do what `open_parts` says."""
+    # The names of folders to leave out, as a message or a person writes them
+    folders = {normalize_label(name): name for name in list_subfolders(root)}
+    leave_out = tuple(folders.get(normalize_label(name), name) for name in leave_out)
+
     # An official layout.
     if (kind := detect_kind(root)) is not None:
         train = open_part(kind, "train", root)
@@ -175,7 +180,14 @@ def _open_parts(
         if reading.classes_from in ("", FOLDERS):
             kind = "" if is_chosen else reading.classes_from
             opened = _open_class_folders(root, max_held_out, kind, names)
-            return opened._replace(reading=FolderReading(leave_out=",".join(names)))
+            notes = [*opened.notes]
+            if is_chosen and tree.differs_in_numbers:
+                notes.append(
+                    f"{root}: {shorten(tree.tops)} are read as classes, although only their "
+                    "numbers differ; sort the images if these are parts of one class, such as days"
+                )
+            recorded = FolderReading(leave_out=",".join(names))
+            return opened._replace(notes=notes, reading=recorded)
         return _open_parts(root, max_held_out, reading.classes_from, names)
 
     opened = choose(tree, proposed, open_reading)
@@ -331,11 +343,11 @@ def _check_tells_classes(root: Path, train: ClassListing) -> None:
     if len(images.labels) > 1:
         return
 
-    # A table beside the images may not have been fetched.
+    # A table beside the images may not have been fetched, or the images not be unpacked.
     _, beside = list_files(root)
-    pointers = [name for name in beside if is_pointer(root / name)]
-    if pointers:
-        raise DataError(advise_on_files(root, pointers))
+    advice = advise_on_files(root, [name for name in beside if is_packed(root, name)])
+    if advice:
+        raise DataError(f"{images.root}: holds only one class ({images.labels[0]}); {advice}")
 
     folders = {images.path(index).parent for index in range(len(images))}
     by_hand = suggest_sorting_by_hand(folders.pop()) if len(folders) == 1 else ""

@@ -37,6 +37,7 @@ SIZES_READ = 6  # images of each folder whose sizes are compared
 # Between the pixels of folders that show different things, such as boards and pieces
 SIZE_FACTOR = 4
 FORMS_READ = 6  # pictures of each form: chance would match all of them in one case of 46,656
+MAX_FORMS = 100  # folders beside each other that are compared: more are classes
 COPIED = 0.9  # share of the files of a folder that others must have
 FORM_SIDE = 16  # pixels of the pictures that are compared
 
@@ -123,8 +124,11 @@ def find_variants(root: Path, images: Mapping[str, Sequence[bytes]]) -> set[str]
     """Find the folders with the pictures of another one again: cleaned, cropped or segmented.
 
     *images* are those below each folder, as for `find_leftovers`. A variant has the name of its
-    original, and is more like it than like other pictures.
+    original, and is more like it than like other pictures. Of more than `MAX_FORMS` folders, none
+    is found.
     """
+    if len(images) > MAX_FORMS:
+        return set()
     return {
         os.fsdecode(pairs[0][1].partition(b"/")[0])
         for pairs in _pair_with_other_classes(images)
@@ -354,24 +358,25 @@ def _worse_form(root: Path, pairs: Sequence[Pair]) -> int:
     if len(pairs) < FORMS_READ:
         return 0
 
-    try:
-        forms = [
-            [_read(root, path) for path in paths]
-            for paths in zip(*_spread(pairs, FORMS_READ), strict=True)
-        ]
-    except DataError:
-        return 0
+    # Whether each picture is most like its namesake: the first pair that is not ends the reading.
+    pictures = list[tuple[Image.Image, Image.Image]]()
+    small_pictures = list[tuple[NDArray[np.float64], NDArray[np.float64]]]()
+    for one, other in _spread(pairs, FORMS_READ):
+        try:
+            pictures.append((_read(root, one), _read(root, other)))
+        except DataError:
+            return 0
+        small_pictures.append((_small(pictures[-1][0]), _small(pictures[-1][1])))
 
-    # Whether each picture is most like its namesake.
-    one, other = (np.stack([_small(pixels) for pixels in form]) for form in forms)
-    likeness = one @ other.T
-    order = np.arange(FORMS_READ)
-    if (likeness.argmax(axis=1) != order).any() or (likeness.argmax(axis=0) != order).any():
-        return 0
+        ones, others = map(np.stack, zip(*small_pictures, strict=True))
+        likeness = ones @ others.T
+        order = np.arange(len(pictures))
+        if (likeness.argmax(axis=1) != order).any() or (likeness.argmax(axis=0) != order).any():
+            return 0
 
     qualities = [
         (sum(pixels.width * pixels.height for pixels in form), sum(map(_color, form)))
-        for form in forms
+        for form in zip(*pictures, strict=True)
     ]
     return 2 if qualities[0] >= qualities[1] else 1
 

@@ -41,8 +41,9 @@ from sopdeploy.photos.forms import find_other_sizes, find_variants
 from sopdeploy.photos.table import OpenedParts
 from sopdeploy.photos.table_search import find_listing_tables, named_table
 
-# Where the class may be in a name: before the first digit, or behind the last one.
-NAME_PATTERNS = (r"^\D+", r"\D+$")
+# Where the class may be in a name: before the first digit, behind the last one, or before the
+# last number, as in `10_club_3`.
+NAME_PATTERNS = (r"^\D+", r"\D+$", r"^.*\D(?=\d+\D*$)")
 FEW_IMAGES = 3  # that names and subfolders must have per class on average
 NEARLY_ALL = 0.9  # share of the images that a reading uses if nobody is asked
 MAX_FOLDERS = 3  # that are tried as data sets of their own, those with the most images
@@ -55,11 +56,9 @@ UNSPECIFIC = {
     *("screenshot", "screenshots", "temp", "tmp"),
     *("unknown", "unlabeled", "unlabelled", "unsorted"),
 }
-# Names such as `day 1`, `ch12` and `2024-05-01`, but not `class 1`; WordNet's have more digits
-NUMBERED = re.compile(r"(?!class)\D*[^\W\d]\D*\d{1,3}|\d+\D+\d.*", re.IGNORECASE)
-
-
-MAY_HOLD_ALL = "may hold the images of all classes"
+# Names such as `day 1`, `ch12` and `c0`; WordNet's have more digits
+NUMBERED = re.compile(r"\D*[^\W\d]\D*\d{1,3}")
+DATED = re.compile(r"(19|20)\d\d\D?[01]\d\D?[0-3]\d.*")
 
 
 class Reading(NamedTuple):
@@ -170,6 +169,12 @@ class Tree:
         """The folders at the top that hold images, sorted."""
         return sorted(self.counts)
 
+    @property
+    def differs_in_numbers(self) -> bool:
+        """Whether the names of the folders at its top are the same except for a number."""
+        words = {_without_digits(top) for top in self.counts}
+        return len(words) == 1 and all(map(NUMBERED.fullmatch, self.counts))
+
     def by_top(self) -> dict[str, list[bytes]]:
         """List the images below each folder at the top."""
         paths = {top: list[bytes]() for top in self.tops}
@@ -228,8 +233,8 @@ def propose_readings(tree: Tree, parts: Parts, num_part_classes: int) -> list[Re
 
     # Folders, unless only they can be meant also names, then tables.
     proposed = [*_propose_folders(tree)]
-    is_only_one = len(proposed) == 1 and not proposed[0].doubt and not parts.train
-    if not is_only_one:
+    are_classes = len(proposed) == 1 and not proposed[0].doubt and not parts.train
+    if not are_classes or tree.differs_in_numbers:
         proposed += _propose_names(tree)
     proposed += [*_propose_tables(tree), *beside]
 
@@ -308,8 +313,8 @@ def _doubtful_folders(tree: Tree) -> dict[str, str]:
         )
         if part_kind(top) in HELD_OUT or re.split(r"[\W_]+", top.lower())[-1] in HELD_OUT:
             doubtful[top] = "may hold other photos of the classes"
-        elif is_general(top) or has_image_suffix(f"x.{top}"):
-            doubtful[top] = MAY_HOLD_ALL
+        elif _may_hold_all(top):
+            doubtful[top] = "may hold the images of all classes"
         elif words and (
             UNSPECIFIC.issuperset(words)
             or (without != whole and lookalike_key(without) in others)
@@ -327,11 +332,10 @@ def _doubtful_together(tree: Tree) -> dict[str, str]:
 
     Names alone tell nothing of them.
     """
-    # Days, chapters, batches
-    tops = tree.tops
-    has_one_word = len({_without_digits(top) for top in tops}) == 1
-    is_numbered = has_one_word and all(map(NUMBERED.fullmatch, tops))
-    numbered = {*tops} if is_numbered else set[str]()
+    # Days, and chapters: their numbers of images are those of what happened, so some have hardly any
+    has_few = min(tree.counts.values()) < FEW_IMAGES
+    is_part = (tree.differs_in_numbers and has_few) or all(map(DATED.fullmatch, tree.tops))
+    parts = {*tree.tops} if is_part else set[str]()
 
     # Forms of the same pictures, and things of other sizes, such as boards and pieces
     images = tree.by_top()
@@ -342,10 +346,13 @@ def _doubtful_together(tree: Tree) -> dict[str, str]:
             sizes, "may show other things, because no other images have such sizes"
         ),
         **dict.fromkeys(forms, "may hold the same pictures in several forms"),
-        **dict.fromkeys(
-            numbered, "may be parts of one class, because only their numbers differ"
-        ),
+        **dict.fromkeys(parts, "may be parts of one class, because only their numbers differ"),
     }
+
+
+def _may_hold_all(folder: str) -> bool:
+    """Tell whether the name of *folder* says only that it holds images, or of which format."""
+    return is_general(folder) or has_image_suffix(f"x.{folder}")
 
 
 def _without_unspecific(name: str) -> str:
@@ -370,7 +377,9 @@ def _propose_names(tree: Tree) -> Iterator[Reading]:
     for pattern in NAME_PATTERNS:
         counts = Counter(class_in_name(path, pattern) for path in paths)
         found = len(paths) - counts.pop("", 0)
-        if len(counts) > 1 and found >= max(NEARLY_ALL * len(paths), FEW_IMAGES * len(counts)):
+        num_words = len({_without_digits(label) for label in counts})
+        least = max(NEARLY_ALL * len(paths), FEW_IMAGES * len(counts))
+        if num_words > 1 and found >= least:
             how = "by the names of the files"
             yield Reading(tree.root, how, pattern, doubt=f"{how}, which may not be the classes")
             return
@@ -436,11 +445,15 @@ def choose(tree: Tree, proposed: Sequence[Reading], open_reading: "OpenReading")
         new = [line for line in dict.fromkeys(unread) if line.partition(":")[0] not in told]
         return opened._replace(notes=[*opened.notes, *new])
 
-    # Ask.
+    # Ask. Doubtful readings are the last ones, because the first one is copied.
     shown = sorted(tried, key=lambda one: one.num_used, reverse=True)[:MAX_ASKED]
-    shown.sort(key=tried.index)
+    shown.sort(key=lambda one: (one.reading.doubt != "", tried.index(one)))
     commands = [one.describe(total) for one in shown]
-    doubt = best.reading.doubt and f" ({best.reading.doubt})"
+    # The doubt about the folders at the top, or about the only reading
+    doubts = [
+        one.reading.doubt for one in tried if not others or one.reading.classes_from == FOLDERS
+    ]
+    doubt = next((f" ({doubt})" for doubt in doubts if doubt), "")
     if others:
         question = f"may be read in {len(tried)} ways{doubt}; run the one that you mean: "
     elif doubt:
@@ -450,7 +463,7 @@ def choose(tree: Tree, proposed: Sequence[Reading], open_reading: "OpenReading")
     ambiguous = AmbiguousFolderError(
         f"{root}: {question}"
         + "; or ".join(commands)
-        + _suggest_sorting(root, best.reading)
+        + _suggest_sorting(tree)
         + "".join(f"; {line}" for line in dict.fromkeys(unread)),
         lists={"readings": [one.reading.command for one in shown]},
     )
@@ -478,13 +491,13 @@ def _describe_unread(reading: Reading, error: DataError) -> str:
     )
 
 
-def _suggest_sorting(root: Path, reading: Reading) -> str:
-    """Say how the folder that may hold the images of all classes can be sorted; "" for other doubts."""
-    if MAY_HOLD_ALL not in reading.doubt:
+def _suggest_sorting(tree: Tree) -> str:
+    """Say how the first folder that may hold the images of all classes, unsorted, can be sorted."""
+    unsorted = [top for top in tree.tops if _may_hold_all(top) and top not in tree.inner]
+    if not unsorted:
         return ""
-    names = reading.doubt.partition(f" {MAY_HOLD_ALL}")[0].rpartition("; ")[2]
-    general = names.split(", ")[0]
-    return f"; or sort {general} into one subfolder per class{suggest_sorting_by_hand(root / general)}"
+    by_hand = suggest_sorting_by_hand(tree.root / unsorted[0])
+    return f"; or sort {unsorted[0]} into one subfolder per class{by_hand}"
 
 
 def _without_equal(tried: Sequence[Tried]) -> list[Tried]:

@@ -147,9 +147,16 @@ def test_the_images_of_a_split_do_not_depend_on_the_encoding_of_names(tmp_path) 
     assert held_out[0] == held_out[1]
 
 
-@pytest.mark.parametrize(
-    "other", ["Hat", "hat ", " hat", "HAT", "\N{FULLWIDTH LATIN SMALL LETTER H}at"]
-)
+def test_spaces_around_the_name_of_a_folder_are_no_part_of_its_class(tmp_path) -> None:
+    root = make(tmp_path, **{"hat ": 2, " hat": 2, "unsorted ": 2, "b": 2})
+
+    split = open_folder(root, FOLDERS, leave_out="unsorted")
+
+    assert split.train.labels == ("b", "hat")
+    assert split.train.class_counts().tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("other", ["Hat", "HAT", "\N{FULLWIDTH LATIN SMALL LETTER H}at"])
 def test_classes_that_are_easily_confused_are_named(tmp_path, other) -> None:
     one, two = sorted([other, "hat"])
     line = f"{one!r} and {two!r} are different classes; rename one if they are the same"
@@ -714,7 +721,7 @@ ASKED = {
         "photos (cat 10, dog 10; 2 of 22 images left over)",
     ),
     "shards": ({}, "data.classes_from='^\\D+' (cat 6, dog 6)"),
-    "chapters": ({"ch1": 3, "ch12": 3}, "(ch1, ch12 may be parts of one class, because only their numbers differ)"),
+    "chapters": ({"ch1": 3, "ch12": 2}, "(ch1, ch12 may be parts of one class, because only their numbers differ)"),
     "dates": ({"2024-05-01": 3, "2024-06-01": 3}, "because only their numbers differ"),
 }  # fmt: skip
 
@@ -738,6 +745,9 @@ NOT_ASKED = [
     {"good__left": 3, "good__right": 2, "bad": 2},
     {"0": 3, "1": 3},
     {"Class_1": 3, "Class_2": 3},
+    {"c0": 3, "c1": 3},
+    {"grade 1": 3, "grade 2": 3},
+    {"3-5": 3, "6-9": 3},  # ages
     {"n01440764": 3, "n01443537": 3},  # WordNet
     {"10 cent": 3, "20 cent": 3},
 ]
@@ -746,6 +756,43 @@ NOT_ASKED = [
 @pytest.mark.parametrize("folders", NOT_ASKED, ids=str)
 def test_numbered_folders_are_objects_or_classes(tmp_path, folders) -> None:
     assert len(open_folder(make(tmp_path, **folders)).train.labels) == 2
+
+
+def test_an_archive_beside_a_few_images_is_to_be_unpacked(tmp_path) -> None:
+    root = make(tmp_path, screenshots=2)
+    (root / "with_mask.part1.rar").write_bytes(b"Rar!")
+
+    with pytest.raises(
+        DataError, match=r"only one class \(screenshots\); unpack with_mask.part1"
+    ):
+        open_folder(root)
+
+
+def test_a_folder_of_logs_is_no_class_even_if_some_are_packed(tmp_path) -> None:
+    root = make(tmp_path, cat=3, dog=3, logs=0)
+    for name in ("a.pb", "b.pb", "trace.json.gz"):
+        (root / "logs" / name).write_bytes(b"x")
+
+    assert open_folder(root).train.labels == ("cat", "dog")
+
+
+def test_only_folders_that_hold_no_folders_are_to_be_sorted(tmp_path) -> None:
+    asked = make(tmp_path, data__cat=10, data__dog=10, logo=2, images=2)
+
+    with pytest.raises(DataError) as caught:
+        open_folder(asked)
+    assert "or sort images into" in str(caught.value)
+    assert "images may hold the images of all classes" in str(caught.value)
+    # The first command is the one that is copied.
+    assert caught.value.lists["readings"][0].endswith("/data")
+
+
+def test_classes_that_differ_in_numbers_only_are_named(tmp_path) -> None:
+    numbered = open_folder(make(tmp_path / "x", c0=3, c1=3))
+    named = open_folder(make(tmp_path / "y", cat=3, dog=3))
+
+    assert "c0, c1 are read as classes, although only their numbers differ" in numbered.notes[0]
+    assert not named.notes
 
 
 UNLABELLED: dict[str, tuple[dict[str, int], str]] = {

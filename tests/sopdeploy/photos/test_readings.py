@@ -64,7 +64,9 @@ ASKED: dict[str, tuple[dict[str, int], str, list[str]]] = {
     ),
     "unsorted": ({"a": 6, "b": 6, "unsorted": 6}, "leave_out=unsorted", ["a", "b"]),
     "unknown": ({"a": 6, "b": 6, "unknown": 6}, "leave_out=unknown", ["a", "b"]),
-    "days": ({"day 1": 6, "day 2": 6}, "classes_from=folders", ["day 1", "day 2"]),
+    "days": (
+        {"2024-05-01": 6, "2024-05-02": 6}, "classes_from=folders", ["2024-05-01", "2024-05-02"]
+    ),
     "a new folder": ({"a": 6, "b": 6, "New folder": 6}, "leave_out='New folder'", ["a", "b"]),
     "a copy by its name": ({"a": 6, "b": 6, "b - Copy": 6}, "leave_out='b - Copy'", ["a", "b"]),
     "results": ({"cats": 6, "dogs": 6, "results": 3}, "leave_out=results", ["cats", "dogs"]),
@@ -110,6 +112,18 @@ def test_folders_with_the_same_pictures_are_asked_about(tmp_path) -> None:
     with pytest.raises(DataError, match="noisy, raw may hold the same pictures in several"):
         open_folder(tmp_path)
     assert open_folder(tmp_path, "folders").train.labels == ("noisy", "raw")
+
+
+def test_classes_before_the_last_number_of_the_names_of_files_are_found(tmp_path) -> None:
+    for number in range(24):
+        card = f"{2 + number % 2}_{('club', 'heart')[number // 12]}_{number}_small.jpg"
+        (tmp_path / "cards").mkdir(exist_ok=True)
+        (tmp_path / "cards" / card).write_bytes(jpeg(number, (32, 24)))
+
+    with pytest.raises(DataError, match="2_club 6, 2_heart 6, 3_club 6, 3_heart 6") as caught:
+        open_folder(tmp_path)
+    (command,) = caught.value.lists["readings"]
+    assert len(open_command(command).train.labels) == 4
 
 
 @pytest.mark.parametrize("sides", [(16, 64), (64, 16)])

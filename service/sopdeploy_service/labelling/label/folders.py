@@ -41,7 +41,7 @@ from sopdeploy.photos.files import (
     list_subfolders,
     lookalike_key,
     name_id,
-    normalize,
+    normalize_label,
     numbered_name,
     part_kind,
     sampled_name,
@@ -272,7 +272,7 @@ class LabelFolders:
         path, record = self.waiting[identity]
         if record is None:
             return self.suggestions.suggest([path]).get(path, {})
-        labels = map(normalize, record.labels)
+        labels = map(normalize_label, record.labels)
         return dict(zip(labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
 
     def suggestion(self, identity: str) -> str | None:
@@ -282,7 +282,7 @@ class LabelFolders:
             return None
 
         # A class in other letters is that class.
-        suggested = normalize(record.suggested).strip()
+        suggested = normalize_label(record.suggested)
         key = lookalike_key(suggested)
         same = (name for name in self.classes() if lookalike_key(name) == key)
         return next(same, suggested)
@@ -321,7 +321,7 @@ class LabelFolders:
     def classes(self) -> list[str]:
         """List the names of classes, sorted: those of the folders, and in the records that wait."""
         records = [record for _, record in self.waiting.values() if record is not None]
-        names = {normalize(label) for record in records for label in record.labels}
+        names = {normalize_label(label) for record in records for label in record.labels}
         return sorted(names.union(_class_folders(self.photos), _class_folders(self.held_out)))
 
     def label(self, identity: str, name: str | None) -> None:
@@ -358,7 +358,7 @@ class LabelFolders:
                 photo.path.with_suffix(".json").rename(photo.path.with_suffix(LABELLED))
             self._note_change()
         self.suggestions.move(
-            photo.path, target, None if name is None else normalize(folder.name)
+            photo.path, target, None if name is None else normalize_label(folder.name)
         )
 
     def can_be_class(self, name: str) -> bool:
@@ -401,7 +401,7 @@ class LabelFolders:
             photo.path.parent.rmdir()
 
         self.suggestions.move(
-            photo.path, target, None if name is None else normalize(folder.name)
+            photo.path, target, None if name is None else normalize_label(folder.name)
         )
 
     def _is_held_out(self, photo: Waiting) -> bool:
@@ -530,7 +530,7 @@ def _kept_ids(folder: Path) -> set[str]:
 def _class_folders(parent: Path) -> dict[str, Path]:
     """Return the folders of classes in *parent*, which may not exist, by the names of the classes."""
     names = list_subfolders(parent) if parent.is_dir() else ()
-    return {normalize(name): parent / name for name in names}
+    return {normalize_label(name): parent / name for name in names}
 
 
 def check_class_name(name: str, classes: list[str], folders: Collection[str] = ()) -> str:
@@ -539,10 +539,7 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
     A new name must not be easily confused with one of *classes*. The names of the existing
     *folders* may have any length and characters.
     """
-    name = normalize(name)
-    if name not in classes:  # names that exist stay as they are
-        name = name.strip()
-
+    name = normalize_label(name)
     problem = _find_name_problem(name, classes, folders)
     if problem:
         raise ConfigError(f"class {name!r:.80}: {problem}")
