@@ -1,6 +1,6 @@
 """Write the files of a version by its own commands, into `VERSION.tar.xz` beside this module.
 
-    python tests/formats/write.py VENV/bin/sopdeploy VERSION
+    python tests/formats/write.py VENV/bin/sopdeploy
 
 The archive of a released version never changes. `tests/sopdeploy/test_formats.py` reads each.
 """
@@ -88,4 +88,6 @@ def keep(program: Path, files: Path, bundle: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.pop("PYTHONPATH", None)
-    write(Path(sys.argv[1]).absolute(), Path(__file__).with_name(f"{sys.argv[2]}.tar.xz"))
+    program = Path(sys.argv[1]).absolute()
+    _, version = subprocess.check_output([program, "--version"], text=True).split()
+    write(program, Path(__file__).with_name(f"{version}.tar.xz"))
