@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import shorten
 from sopdeploy.evaluation.permission import TOLERANCE
-from sopdeploy_commands.promotion.compare import Photographs, compare_classes
 from sopdeploy_commands.promotion.compare import _bound_losses as bound_losses
 from sopdeploy_commands.promotion.compare import _decide as decide_by
+from sopdeploy_commands.promotion.compare import compare_classes
 from sopdeploy_commands.promotion.comparison import list_worse
+from sopdeploy_commands.promotion.photographs import Photographs
 
 Array = NDArray[Any]
 

@@ -44,8 +44,9 @@ HELD_OUT_SUFFIX = (
     "-held-out"  # of the folder beside that of the classes, with what decides about a bundle
 )
 ID_DIGITS = 32  # hexadecimal
-SAMPLED = "-sample"  # behind the ID, for one of the uniform sample that trains
+SAMPLED = "-sample"  # behind the ID, for one of the uniform sample that has a label
 KEPT_NAME = re.compile(r"[0-9a-f]{32}\.(jpg|png)")  # as a server writes it
+LABELLED_NAME = re.compile(rf"[0-9a-f]{{32}}({SAMPLED})?\.(jpg|png)")  # as `label` moves it
 # Also of copies: ID-2, `ID (1)`, `ID copy`
 _KEPT_STEM = re.compile(r"([0-9a-f]{32})(?:[-_ (].*)?")
 LABELS_FILE = "labels.csv"
@@ -101,7 +102,7 @@ def is_kept_as_unsure(name: str) -> bool:
 
 
 def sampled_name(path: Path) -> str:
-    """Return the name that the kept photograph *path* of the uniform sample has where it trains."""
+    """Return the name that the kept photograph *path* of the uniform sample gets with its label."""
     return f"{path.stem}{SAMPLED}{path.suffix}"
 
 

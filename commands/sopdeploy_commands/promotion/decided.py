@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sopdeploy.photos.files import HELD_OUT_SUFFIX, KEPT_NAME, list_subfolders, sampled_name
+from sopdeploy.photos.files import HELD_OUT_SUFFIX, LABELLED_NAME, list_subfolders
 
 KEEP_DECIDING = 60  # newest photographs, which decide again (docs/decisions.md)
 
@@ -10,9 +10,8 @@ KEEP_DECIDING = 60  # newest photographs, which decide again (docs/decisions.md)
 def train_on_decided(held_out: Path) -> int:
     """Move photographs of a server from *held_out* to the folder that is trained on; return how many.
 
-    The newest `KEEP_DECIDING` stay. The others get the name of photographs of the uniform sample.
-    `label` puts them into PHOTOS-held-out, and PHOTOS must be beside it. Other photographs and
-    folders of other names stay as they are.
+    The newest `KEEP_DECIDING` stay. `label` puts them into PHOTOS-held-out, and PHOTOS must be
+    beside it. Other photographs and folders of other names stay as they are.
     """
     name = held_out.name.removesuffix(HELD_OUT_SUFFIX)
     photos = held_out.with_name(name) if name else held_out
@@ -23,13 +22,13 @@ def train_on_decided(held_out: Path) -> int:
         path
         for label in list_subfolders(held_out)
         for path in (held_out / label).iterdir()
-        if KEPT_NAME.fullmatch(path.name)
+        if LABELLED_NAME.fullmatch(path.name)
     ]
     kept.sort(key=lambda path: path.stat().st_mtime, reverse=True)
 
     moved = 0
     for path in kept[KEEP_DECIDING:]:
-        target = photos / path.parent.name / sampled_name(path)
+        target = photos / path.parent.name / path.name
         if not target.exists():
             target.parent.mkdir(exist_ok=True)
             path.rename(target)

@@ -93,7 +93,7 @@ def promote(
         over: Link that the server follows; created if absent.
         data: Folder of images that neither bundle was trained on, DIR/<class>/*.jpg.
         unknown: Folder of images of none of the classes, which test `known`.
-        tolerance: Points of accuracy that it may lose on 100 photos, and half as many points on 1,000.
+        tolerance: Points of accuracy that it may lose on 100 photos, and two thirds as many on 1,000.
         force: Reason to move the link in any case; recorded.
         back: Link to move back to the previous bundle, without other arguments. A second time undoes the first.
         on_image: Called with the numbers of predictions done and in total.

@@ -6,8 +6,8 @@ a photograph is not complete. Subfolders to which other servers write, each with
 read, too.
 
 `label` moves photographs. Those outside of the uniform sample are atypical: they were kept because
-the network was not sure of them. Figures about new photographs must not count them, so what trains
-is called `ID-sample` if it is of the sample, and `ID` otherwise.
+the network was not sure of them. Figures about new photographs must not count them, so what has a
+label is called `ID-sample` if it is of the sample, and `ID` otherwise.
 """
 
 import logging

@@ -25,11 +25,11 @@ from sopdeploy.project import Origin, utc_now
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_commands.bundles.scores import scores_of_bundle
 from sopdeploy_commands.promotion import decided
-from sopdeploy_commands.promotion.compare import _are_recent as are_recent_images
 from sopdeploy_commands.promotion.compare import _decide as decide
-from sopdeploy_commands.promotion.compare import _read_times as read_times
 from sopdeploy_commands.promotion.compare import compare, compare_loaded
 from sopdeploy_commands.promotion.comparison import BundleComparison, Check
+from sopdeploy_commands.promotion.photographs import are_recent as are_recent_images
+from sopdeploy_commands.promotion.photographs import read_times
 from sopdeploy_commands.promotion.promote import promote
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
@@ -191,7 +191,7 @@ def test_photographs_of_the_training_and_their_copies_decide_nothing(
     assert (found.trained_on, found.num_images, found.num_copies) == (13, 18, 0)
     assert not any("trained" in note for note in found.notes if "first" not in note)
     monkeypatch.setattr(
-        "sopdeploy_commands.promotion.compare.SAMPLED", 12
+        "sopdeploy_commands.promotion.photographs.SAMPLED", 12
     )  # so the record may be incomplete
     assert (
         f"{read_manifest(trained).name}: may have been trained on more of these photos than its "
@@ -483,7 +483,7 @@ def test_recent_photographs_are_those_of_the_last_days_and_those_that_no_server_
     tmp_path, monkeypatch, case
 ) -> None:
     days, needed, expected = RECENT[case]
-    monkeypatch.setattr("sopdeploy_commands.promotion.compare.MIN_RECENT", needed)
+    monkeypatch.setattr("sopdeploy_commands.promotion.photographs.MIN_RECENT", needed)
     for number, day in enumerate(days):
         kept_at(tmp_path, number, day)
     kept_at(tmp_path, 99, 0, is_kept=False)
@@ -495,10 +495,14 @@ def test_recent_photographs_are_those_of_the_last_days_and_those_that_no_server_
 
 
 def as_kept(photos: Path, *, days_ago: int = 0, newest: int = 0) -> Path:
-    """Name the photographs as a server does; *newest* of them are of 1 January 2026, the others earlier."""
+    """Name the photographs as `label` does, every second one as of the sample.
+
+    *newest* of them are of 1 January 2026, the others earlier.
+    """
     begin = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
     for number, path in enumerate(sorted(photos.rglob("*.png"))):
-        kept = path.with_name(f"{number:032x}.png")
+        end = "-sample" if number % 2 else ""
+        kept = path.with_name(f"{number:032x}{end}.png")
         path.rename(kept)
         at = begin if number < newest else begin - 86_400 * days_ago
         os.utime(kept, (at, at))
@@ -517,7 +521,8 @@ def test_what_has_decided_about_a_live_bundle_is_trained_on_but_the_newest(
         min((held_out / label).iterdir()).read_bytes() + b"\0"
     )
     (shelf / "photos").mkdir()
-    kept = sorted(held_out.rglob("?" * 32 + ".png"))
+    kept = [path for path in sorted(held_out.rglob("*.png")) if path.name != "own.png"]
+    names = {path.name for path in kept}
     for number, path in enumerate(kept):
         os.utime(path, (86_400 * (1_000 + number % 20),) * 2)
 
@@ -525,9 +530,10 @@ def test_what_has_decided_about_a_live_bundle_is_trained_on_but_the_newest(
     assert move.num_trained == len(kept) - num_newest
     left = [path.stat().st_mtime for path in held_out.rglob("*.png") if path.name != "own.png"]
     assert len(left) == num_newest
-    assert len(list((shelf / "photos").rglob("*.png"))) == len(kept) - num_newest
-    trained = [path.stat().st_mtime for path in (shelf / "photos").rglob("*.png")]
-    assert not left or min(left) >= max(trained)
+    trained = list((shelf / "photos").rglob("*.png"))
+    assert len(trained) == len(kept) - num_newest
+    assert {path.name for path in trained} <= names
+    assert not left or min(left) >= max(path.stat().st_mtime for path in trained)
 
 
 def test_a_refused_bundle_leaves_what_decided(bundles, labelled, shelf) -> None:

@@ -333,14 +333,12 @@ class LabelFolders:
         if *name* cannot name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
         photo = self._find(identity)
-        is_held_out = self._is_held_out(photo)
-        folder = self._folder_for(name, is_held_out=is_held_out)
+        folder = self._folder_for(name, is_held_out=self._is_held_out(photo))
         is_new_folder = not folder.is_dir()
 
-        # What trains is of the uniform sample or not, which `train` sees by its name.
-        file_name = photo.path.name
-        if photo.record and role_of(photo.record) == "trains" and not is_held_out:
-            file_name = sampled_name(photo.path)
+        # `train` sees by the name of a photograph that it is of the uniform sample.
+        is_sampled = photo.record is not None and role_of(photo.record) != "other"
+        file_name = sampled_name(photo.path) if is_sampled else photo.path.name
 
         try:
             target = _move_into(folder, photo.path, file_name)

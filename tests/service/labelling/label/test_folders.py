@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.photos.files import kept_id
 from sopdeploy_service.labelling.kept import read_labelled
 from sopdeploy_service.labelling.label.folders import (
     LEASE_SECONDS,
@@ -22,25 +23,25 @@ from tests.service.labelling.label.conftest import LABELS, files_below
 
 
 @pytest.mark.parametrize(
-    ("reasons", "name", "folder"),
+    ("reasons", "name", "folder", "end"),
     [
-        (("low_margin",), "hat", "photos/hat"),
-        (("unknown", "low_margin"), "scarf", "photos/scarf"),
-        (("sample",), "hat", "photos-held-out/hat"),
-        (("unknown", "sample"), "scarf", "photos-held-out/scarf"),
-        (("unknown",), None, "photos-unknown"),
-        (("sample",), None, "photos-unknown/sample"),
+        (("low_margin",), "hat", "photos/hat", ""),
+        (("unknown", "low_margin"), "scarf", "photos/scarf", ""),
+        (("sample",), "hat", "photos-held-out/hat", "-sample"),
+        (("unknown", "sample"), "scarf", "photos-held-out/scarf", "-sample"),
+        (("unknown",), None, "photos-unknown", ""),
+        (("sample",), None, "photos-unknown/sample", "-sample"),
     ],
 )
 def test_a_label_moves_the_photograph_to_the_folder_of_its_kind(
-    tmp_path, keep, open_folders, reasons, name, folder
+    tmp_path, keep, open_folders, reasons, name, folder, end
 ):
     one = keep(1, reasons=reasons)
     content = (tmp_path / "kept" / f"{one}.jpg").read_bytes()
     folders = open_folders()
     folders.label(one, name)
-    assert files_below(tmp_path) == {f"{folder}/{one}.jpg"}
-    assert (tmp_path / folder / f"{one}.jpg").read_bytes() == content
+    assert files_below(tmp_path) == {f"{folder}/{one}{end}.jpg"}
+    assert (tmp_path / folder / f"{one}{end}.jpg").read_bytes() == content
     assert not folders.waiting
 
 
@@ -95,7 +96,9 @@ def test_what_shows_the_same_as_one_that_decides_is_not_trained_on(
     for one in (deciding, copy, frame, alike):
         folders.label(one, "hat")
         folders.read()
-    held_out = {f"photos-held-out/hat/{one}.jpg" for one in (deciding, copy, frame)}
+    # Only the first one is of the sample, which its name says.
+    names = (f"{deciding}-sample", copy, frame)
+    held_out = {f"photos-held-out/hat/{name}.jpg" for name in names}
     assert files_below(tmp_path) == {*held_out, f"photos/hat/{alike}.jpg"}
 
 
@@ -423,7 +426,7 @@ def test_labels_of_earlier_sessions_are_corrected_and_the_held_out_stay_so(
     for one, name in ((trained, "hat"), (sampled, "hat"), (foreign, None)):
         first.label(one, name)
     later = open_folders()
-    names = {photo.path.stem: (one, photo) for one, photo in later.labelled().items()}
+    names = {kept_id(photo.path.name): (one, photo) for one, photo in later.labelled().items()}
     assert {one: photo.name for one, (_, photo) in names.items()} == {
         trained: "hat",
         sampled: "hat",
@@ -433,7 +436,7 @@ def test_labels_of_earlier_sessions_are_corrected_and_the_held_out_stay_so(
         later.correct(names[one][1], name)
     assert files_below(tmp_path) == {
         f"photos/t-shirt/{trained}.jpg",
-        f"photos-unknown/sample/{sampled}.jpg",
+        f"photos-unknown/sample/{sampled}-sample.jpg",
         f"photos/a scarf/{foreign}.jpg",
     }
     assert not (tmp_path / "photos" / "hat").exists()

@@ -410,7 +410,7 @@ def test_the_sample_is_marked_and_held_out_and_names_with_markup_are_text(
     assert page.locator("#decides").is_visible()
     assert page.locator("#unknown").is_hidden()
     press(page, "1", 1)
-    assert files_below(tmp_path / "photos-held-out") == {f"hat/{identity(1)}.jpg"}
+    assert files_below(tmp_path / "photos-held-out") == {f"hat/{identity(1)}-sample.jpg"}
     assert page.locator("#decides").is_hidden()
     assert page.locator("#unknown").is_visible()
     assert page.locator("#classes .name").first.text_content() == name
