@@ -505,6 +505,23 @@ def test_any_header_costs_as_much_as_its_size(service, header) -> None:
         assert min(check_cost(service, HEADER_SIZE, request)) >= 400
 
 
+def test_names_and_schemes_that_a_proxy_forwards_cost_together_as_much_as_their_size(
+    service,
+) -> None:
+    """The origin is compared with each name and each scheme, and with no pair of them."""
+
+    def request(size: int) -> tuple[Any, ...]:
+        half = size // 2
+        headers = {
+            "x-forwarded-host": HEADER_VALUES["many own names"](half),
+            "x-forwarded-proto": b",".join(b"app%d" % n for n in range(half // 8)),
+            "origin": b"https://other.example",
+        }
+        return "POST", "/v2/models/tiny/infer", headers, b"{}", b""
+
+    assert check_cost(service, HEADER_SIZE, request) == {403}
+
+
 QUERIES: dict[str, Callable[[int], bytes]] = {
     "many parameters": lambda size: filled(b"a&", size),
     "a long name": lambda size: b"a" * size + b"=1",
