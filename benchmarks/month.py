@@ -11,10 +11,12 @@ wrong predictions, which then wait for labels as what the server keeps. 30 % of 
 are a hidden test, of which the accuracy of a day's mix is computed. With --cache, the vectors and measures of
 the photographs are computed once, which takes most of the time.
 
-The operator begins with ten photographs per class and follows what is printed: after an alarm, and each
-week, 60 labels as `label` asks for them, two fifths of the sample that decides, as many of the sample that
-trains, and the others of what the server keeps, `train`, `promote`. If that asks for labels, up to 60 more follow;
-if the bundle is worse in a class, this class's labels are corrected and it is trained again; both at most twice.
+The operator begins with ten photographs per class and follows what is printed: when an alarm begins, if the
+next bundle does not end it, and each week, 60 labels as `label` asks for them, two fifths of the sample that
+decides, as many of the sample that trains, and the others of what the server keeps, `train`, `promote`. During an
+alarm, the days since it began come first, and decide alone as soon as they have 20 photographs. If `promote` asks
+for labels, up to 60 more follow; if the bundle is worse in a class, this class's labels are corrected and it is
+trained again; both at most twice.
 What has decided about a bundle that is then live trains from then on, but for the newest 60. One label in forty is
 wrong. The heads are
 those of `train` on EfficientNet-Lite0, the alarm, the order and the verdict the functions of the server, of
@@ -44,9 +46,10 @@ from verdicts import decide
 
 from sopdeploy.decision import log_sum_exp, softmax
 from sopdeploy.evaluation.drift import BLOCK, Answers, Comparison, compare_answers
-from sopdeploy.evaluation.watch import Watch
-from sopdeploy_commands.promotion.compare import MIN_RECENT, RECENT_DAYS
+from sopdeploy.evaluation.permission import MIN_IMAGES
+from sopdeploy.evaluation.watch import News, Watch
 from sopdeploy_commands.promotion.decided import KEEP_DECIDING
+from sopdeploy_commands.promotion.photographs import MIN_RECENT, RECENT_DAYS
 from sopdeploy_service.labelling.keep.keeper import LOW_MARGIN
 from sopdeploy_service.labelling.label.order import LABELS_PER_DECIDING
 
@@ -82,10 +85,11 @@ class Sent:
 
 
 class Block(NamedTuple):
-    """Consecutive answers: their vectors and measures."""
+    """Consecutive answers of a day: their vectors and measures."""
 
     vectors: Array
     measures: Array
+    day: int
 
 
 def join(bundle: Bundle, blocks: Sequence[Block]) -> Answers:
@@ -111,16 +115,22 @@ class Traffic(NamedTuple):
 
 @dataclass
 class Monitor:
-    """The watch of a server; vectors are kept, so that a new bundle can answer again."""
+    """The watch of a server; vectors are kept, so that a new bundle can answer again.
+
+    *changed* is the day since which the traffic differs, during an alarm.
+    """
 
     watch: Watch[Block] = field(default_factory=Watch)
+    changed: int | None = None
 
     def replace(self) -> None:
         """Let a new bundle answer the reference again."""
         self.watch.replace(self.watch.reference)
 
-    def add(self, bundle: Bundle, blocks: Sequence[Block]) -> list[Mapping[str, Comparison]]:
-        """Add answers, and return the comparisons of the windows that are due."""
+    def add(
+        self, bundle: Bundle, blocks: Sequence[Block]
+    ) -> tuple[list[Mapping[str, Comparison]], set[News]]:
+        """Add answers; return the comparisons of the windows that are due, and the news of an alarm."""
 
         def compare(
             reference: Sequence[Block], window: Sequence[Block]
@@ -129,7 +139,21 @@ class Monitor:
                 join(bundle, reference), join(bundle, window), len(bundle.known_classes)
             )
 
-        return [self.watch.test(compare)[0] for block in blocks if self.watch.add(block)]
+        compared = []
+        told = set[News]()
+        for block in blocks:
+            if not self.watch.add(block):
+                continue
+            of_window, news = self.watch.test(compare)
+            compared.append(of_window)
+
+            if news == "begins":
+                self.changed = self.watch.window[0].day
+            elif news == "ends":
+                self.changed = None
+            if news is not None:
+                told.add(news)
+        return compared, told
 
 
 class World:
@@ -225,11 +249,11 @@ class World:
         return float(np.dot(self.shares(day), per_class))
 
 
-def blocks_of(sent: Sent) -> list[Block]:
-    """Divide what was *sent* into the blocks of a server; the rest is left out."""
+def blocks_of(sent: Sent, day: int) -> list[Block]:
+    """Divide what was *sent* on *day* into the blocks of a server; the rest is left out."""
     starts = range(0, len(sent.vectors) - BLOCK + 1, BLOCK)
     return [
-        Block(*(array[start : start + BLOCK] for array in (sent.vectors, sent.measures)))
+        Block(sent.vectors[start : start + BLOCK], sent.measures[start : start + BLOCK], day)
         for start in starts
     ]
 
@@ -245,7 +269,7 @@ class Waiting(NamedTuple):
 
 @dataclass
 class Month:
-    """The state of the operator: labelled photographs, and what waits for a label."""
+    """The state of the operator: labelled photographs, what waits for a label, and the day of a change."""
 
     world: World
     seed: int
@@ -256,6 +280,11 @@ class Month:
     kept: list[Waiting] = field(default_factory=list)
     num_labels: int = 0
     attempt: int = 1
+    changed: int | None = None
+
+    def is_changed(self, photo: Waiting) -> bool:
+        """Tell whether *photo* was sent since the traffic has changed."""
+        return self.changed is not None and photo.day >= self.changed
 
     def give_label(self, number: int) -> int:
         """Return the class of the photograph *number*, or by mistake another one."""
@@ -272,15 +301,14 @@ class Month:
         return self.label_sample(of_sample, decides=True)
 
     def label_sample(self, count: int, *, decides: bool) -> int:
-        """Label up to *count* photographs of a sample, of each day in turn; return how many."""
-        newest_day = max((photo.day for photo in self.sample), default=0)
-        of_day: dict[int, list[Waiting]] = {}
-        for photo in self.sample:
-            if photo.number % 2 == decides:
-                of_day.setdefault(newest_day - photo.day, []).append(photo)
+        """Label up to *count* photographs of a sample, of each day in turn; return how many.
 
-        turns = itertools.zip_longest(*(of_day[day] for day in sorted(of_day)))
-        asked = [photo for turn in turns for photo in turn if photo is not None][:count]
+        Days since a change come first.
+        """
+        of_role = [photo for photo in self.sample if photo.number % 2 == decides]
+        since = [photo for photo in of_role if self.is_changed(photo)]
+        before = [photo for photo in of_role if not self.is_changed(photo)]
+        asked = [*in_turn(since), *in_turn(before)][:count]
         for photo in asked:
             if photo.is_foreign:
                 continue
@@ -323,11 +351,13 @@ class Month:
         """Return the vectors (n, D) and labels (n,) of the held-out photographs that decide in `promote`."""
         newest_first = sorted(self.held_out, key=lambda entry: -entry[0].day)
         since = newest_first[0][0].day - RECENT_DAYS
-        recent = [
-            entry
-            for number, entry in enumerate(newest_first)
-            if entry[0].day >= since or number < MIN_RECENT
-        ]
+        recent = [entry for entry in newest_first if self.is_changed(entry[0])]
+        if len(recent) < MIN_IMAGES:
+            recent = [
+                entry
+                for number, entry in enumerate(newest_first)
+                if entry[0].day >= since or number < MIN_RECENT
+            ]
         vectors = np.stack([photo.vector for photo, _ in recent])
         return vectors, np.asarray([label for _, label in recent])
 
@@ -342,6 +372,15 @@ class Month:
         chosen = np.asarray(self.chosen)
         labels = np.asarray(self.labels)
         return Bundle(self.world.photographs, chosen, labels, self.seed, is_first=is_first)
+
+
+def in_turn(photos: Sequence[Waiting]) -> list[Waiting]:
+    """Order *photos* so that each day has its turn, the newest day first."""
+    of_day: dict[int, list[Waiting]] = {}
+    for photo in photos:
+        of_day.setdefault(-photo.day, []).append(photo)
+    turns = itertools.zip_longest(*(of_day[day] for day in sorted(of_day)))
+    return [photo for turn in turns for photo in turn if photo is not None]
 
 
 def classes_of(world: World, sent: Sent) -> Array:
@@ -440,7 +479,8 @@ def run_month(world: World, seed: int, days: int = DAYS) -> tuple[list[Day], lis
         # The traffic, and what the server says about it.
         sent = world.send(day)
         keep(month, day, sent, live)
-        compared = monitor.add(live, blocks_of(sent))
+        compared, news = monitor.add(live, blocks_of(sent, day))
+        month.changed = monitor.changed
         causes = sorted(
             {name for one in compared for name, result in one.items() if result.is_alarm}
         )
@@ -450,8 +490,7 @@ def run_month(world: World, seed: int, days: int = DAYS) -> tuple[list[Day], lis
         # What the operator does.
         verdicts: list[str] = []
         new_accuracy = None
-        is_first_alarm = bool(causes) and day - 1 not in alarms
-        if is_first_alarm or day % 7 == 0:
+        if {"begins", "goes on"} & news or day % 7 == 0:
             before = live
             live, new, verdicts = promote(month, live)
             new_accuracy = 100 * world.accuracy(new, day)

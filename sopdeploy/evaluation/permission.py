@@ -83,7 +83,8 @@ class Rule(NamedTuple):
 
         The shares of wins and losses are taken to stay as they are in *counts*. None if
         `MAX_MORE_IMAGES` are not enough. For a bundle that is worse, it can be that no number is
-        enough, because the tolerance shrinks with the number of images.
+        enough, because the tolerance shrinks with the number of images. Fewer than `MIN_IMAGES` do not
+        tell this, so what is missing to that number is returned then.
         """
         # The mean square of the outcomes: 1 for a win, -1 for a loss, else 0. It is at least their
         # variance. One more image with a win or loss, and one without, keep it above 0.
@@ -99,7 +100,7 @@ class Rule(NamedTuple):
             distance = counts.difference - self.limit(images)
             if images >= MIN_IMAGES and quantiles * math.sqrt(mean_square / images) <= distance:
                 return images - counts.images
-        return None
+        return MIN_IMAGES - counts.images if counts.images < MIN_IMAGES else None
 
 
 def rule_of_all(tolerance: float, attempt: int) -> Rule:

@@ -79,6 +79,9 @@ def test_too_few_photographs_never_pass() -> None:
     assert not rule.bound(few).passes
     assert rule.labels_to_pass(few) == 1
 
+    # Also if the few seem to show that the bundle is worse.
+    assert rule.labels_to_pass(Counts(MIN_IMAGES - 2, 0, 6)) == 2
+
 
 @pytest.mark.parametrize(("wins", "losses"), [(8, 6), (12, 10)])
 def test_as_many_labels_as_stated_let_most_bundles_pass(wins: int, losses: int) -> None:
