@@ -2,6 +2,9 @@
 
     python deploy/install.py --editable '.[dev]'
 
+Without an NVIDIA GPU, uv takes PyTorch without its GPU libraries (4 GB) from PyTorch's own index,
+if that can be reached. `UV_TORCH_BACKEND` chooses another one.
+
 uv does not read pip's settings. Therefore pip installs if its settings name an index, and also
 if uv fails. The Makefile exports constraints for both; pip has no counterpart of
 `UV_RESOLUTION=lowest-direct`. This is the first program that runs in a new environment, so it
@@ -10,6 +13,7 @@ uses the standard library only.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -20,9 +24,9 @@ CUSTOM_INDEX = re.compile(r"^[\w:]+\.(?:index-url|no-index)=", re.MULTILINE)
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
-def succeeds(command: list[str]) -> bool:
-    """Run *command* with visible output; check that it exits with 0."""
-    return subprocess.run(command, check=False).returncode == 0
+def succeeds(command: list[str], **variables: str) -> bool:
+    """Run *command* with environment *variables* and visible output; check that it exits with 0."""
+    return subprocess.run(command, check=False, env={**os.environ, **variables}).returncode == 0
 
 
 def uv_requirement() -> str:
@@ -49,6 +53,18 @@ def find_uv() -> Path | None:
     return uv
 
 
+def install_with_uv(uv: Path, python: Path, *arguments: str) -> bool:
+    """Install *arguments* for *python*, first without PyTorch's GPU libraries if there is no GPU."""
+    command = [str(uv), "pip", "install", "--quiet", "--python", str(python), *arguments]
+    is_chosen = "UV_TORCH_BACKEND" in os.environ
+
+    if not is_chosen and not shutil.which("nvidia-smi"):
+        if succeeds(command, UV_TORCH_BACKEND="cpu", UV_HTTP_RETRIES="1"):
+            return True
+        sys.stdout.write("trying again, with PyTorch from the other index and for GPUs\n")
+    return succeeds(command)
+
+
 def install(python: Path, *arguments: str) -> None:
     """Install *arguments*, those of `pip install`, for *python*; exit if neither uv nor pip succeeds.
 
@@ -57,9 +73,7 @@ def install(python: Path, *arguments: str) -> None:
     # With uv, unless pip's settings name an index, which uv would not read.
     if has_custom_index():
         reason = "pip's settings name an index"
-    elif (uv := find_uv()) and succeeds(
-        [str(uv), "pip", "install", "--quiet", "--python", str(python), *arguments]
-    ):
+    elif (uv := find_uv()) and install_with_uv(uv, python, *arguments):
         return
     else:
         reason = "uv failed"
