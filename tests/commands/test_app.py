@@ -250,6 +250,11 @@ def test_output_that_nobody_reads_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def test_a_command_whose_output_is_closed_at_the_start_ends_as_usual() -> None:
+    done = in_process("recipes", preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("closed", [(0,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
 def test_no_file_gets_the_number_of_a_standard_stream_that_was_closed(
     closed: tuple[int, ...],

@@ -1,6 +1,7 @@
 """Which connections a client uses: in threads, after a fork, after Ctrl-C and after the server ended them."""
 
 import json
+import signal
 import socket
 import sys
 import threading
@@ -40,7 +41,13 @@ def connection_of(client: Client, photograph: str) -> str:
 
 
 def in_fork(run: Callable[[], object]) -> None:
-    assert not kills_itself(run)
+    """Run *run* in a forked process, which is killed if it waits for a lock that nothing releases."""
+
+    def in_time() -> None:
+        signal.alarm(60)
+        run()
+
+    assert not kills_itself(in_time)
 
 
 @FORKS
@@ -83,6 +90,20 @@ def test_a_fork_during_a_request_leaves_no_lock_and_no_connection_to_the_child()
             in_fork(child)
         gate.opened.set()
         assert slow.result() == connection_of(client, "after") == "0"
+
+
+@FORKS
+def test_a_process_made_by_fork_ends_although_the_parent_was_sending_a_request(
+    server: StubServer,
+) -> None:
+    with Client(server.url, timeout=60) as client:
+        assert connection_of(client, "parent") == "0"
+
+        # Another thread may hold the lock at the fork, and nothing releases it in the child.
+        of_parent = client._loop()
+        with of_parent._lock:
+            in_fork(of_parent.end)  # as the finalizer of the client does
+        assert connection_of(client, "after") == "0"
 
 
 @FORKS

@@ -233,6 +233,29 @@ def test_a_hanging_runtime_exits_with_70(bundle_path, jpeg) -> None:
     assert [json.loads(line)["level"] for line in err.splitlines()] == ["critical"]
 
 
+# A reload never finds its bundles, as on a hung disk.
+STUCK = """
+import threading
+from pathlib import Path
+from sopdeploy_service.inference import service
+def find(*given):
+    Path({begun!r}).touch()
+    threading.Event().wait()
+service.find_bundles = find
+"""
+
+
+def test_sigterm_ends_a_server_whose_reload_is_stuck(bundle_path, jpeg, tmp_path) -> None:
+    begun = tmp_path / "begun"
+    program = faulty(STUCK.format(begun=str(begun)))
+    with serving(str(bundle_path), program=program) as client:
+        client.child.send_signal(signal.SIGHUP)
+        wait_for(begun.exists)
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
+        client.child.send_signal(signal.SIGTERM)
+        assert client.child.wait(PATIENCE) == 0
+
+
 ALL_WAYS = [
     ONE_PROCESS,
     *(pytest.param(way, marks=pytest.mark.slow) for way in (TWO_DEVICES, FRONT_ENDS)),
