@@ -18,7 +18,7 @@ from sopdeploy.photos.files import check_takes_output
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.table import read_label_table
 from sopdeploy_commands.app import app
-from sopdeploy_commands.bulk.sources import MAX_OPENED, list_sources
+from sopdeploy_commands.bulk.sources import list_sources
 from sopdeploy_commands.labelling.forget import forget
 from sopdeploy_service.labelling.label.heap import list_heap
 from tests.support.pictures import encoded
@@ -169,26 +169,3 @@ def test_a_command_ends_with_what_it_did_not_use(
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"{classes}: 16 files skipped, not JPEG")
     assert "without an ending 8" in last
-
-
-def test_few_objects_of_a_store_are_opened_for_each_ending_of_no_image() -> None:
-    store = fsspec.filesystem("memory")
-    for number in range(2 * MAX_OPENED):
-        store.pipe(f"/many/{number:03d}.json", b"{}")
-    store.pipe("/many/last", JPEG)
-    opened: list[str] = []
-    read = store.cat_file
-
-    def cat_file(path: str, start: int, end: int) -> bytes:
-        opened.append(path)
-        return read(path, start=start, end=end)
-
-    store.cat_file = cat_file
-    try:
-        assert [image.path for image in list_sources(["memory://many"])] == [
-            "memory:///many/last"
-        ]
-    finally:
-        del store.cat_file
-        store.rm("/many", recursive=True)
-    assert len(opened) == MAX_OPENED + 1

@@ -231,18 +231,6 @@ def test_a_pull_never_changes_a_bundle_that_is_there(
         check(path, signature_path(path), public)
 
 
-def test_an_export_does_not_invalidate_a_signature(
-    bundle: Path, key: Path, tmp_path: Path
-) -> None:
-    write_signature(bundle, key)
-    assert write_hollow(bundle.parent) == bundle  # the same content and time
-    with pytest.raises(
-        BundleError, match=r"exists, signed with the time of its export; move .*\.sig"
-    ):
-        write_hollow(bundle.parent, exported_at=LATER)
-    check(bundle, signature_path(bundle), key.with_name("release.key.pub"))
-
-
 def test_a_signed_bundle_is_not_accepted_under_the_name_of_another(
     bundle: Path, key: Path, tmp_path: Path
 ) -> None:

@@ -256,16 +256,6 @@ def test_dropcov_is_the_covariance_and_drops_the_channels_of_an_image_in_trainin
         assert found.isfinite().all()
 
 
-def test_the_rate_of_dropcov_is_that_of_the_released_code() -> None:
-    layer, maps = build("dropcov", 4), relu_features(3, 4, 4).float()
-    assert isinstance(layer, DropCov)
-    weights = layer.weights(maps)
-    sums = torch.stack([torch.cov(m.flatten(1), correction=0).sum(dim=1) for m in maps])
-    cosine = (weights * sums).sum(dim=1) / weights.norm(dim=1) / sums.norm(dim=1)
-    expected = (1 - 10 / math.log2(4) * cosine.mean()).clamp(0, 1)
-    torch.testing.assert_close(layer.rate(maps, weights), expected)
-
-
 def run(*arguments: object) -> Result:
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.stderr

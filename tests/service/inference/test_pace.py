@@ -8,7 +8,7 @@ import pytest
 from sopdeploy_service.decoding.pool import Request
 from sopdeploy_service.inference import pace, results
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue
-from sopdeploy_service.inference.pace import BatchPace, Pace, retry_after
+from sopdeploy_service.inference.pace import Pace, retry_after
 from sopdeploy_service.inference.shared_children import SharedChildren
 from sopdeploy_service.observability.metrics import Metrics
 
@@ -19,60 +19,6 @@ def clock(monkeypatch):
     now = SimpleNamespace(time=1000.0)
     monkeypatch.setattr(time, "monotonic", lambda: now.time)
     return now
-
-
-# (known, taken) seconds of works, the first one oldest; the factor at the end
-WORKS = {
-    "none": ([], 1.0),
-    "twice as long": ([(1, 2)], 2.0),
-    "of any size": ([(0.1, 0.2), (5, 10), (1, 2)], 2.0),
-    "a stall after one work": ([(1, 1), (1, 180)], 1.0),
-    "four stalls at once": ([(1, 1)] * 5 + [(1, 180)] * 4, 1.0),
-    "a slower machine": ([(1, 1)] * 30 + [(1, 3)] * 8, 3.0),
-}
-
-
-@pytest.mark.parametrize(("works", "factor"), WORKS.values(), ids=WORKS)
-def test_the_pace_is_the_median_of_recent_work(works, factor):
-    recent = Pace()
-    for known, seconds in works:
-        recent.record(known, seconds)
-    assert recent.factor == factor
-
-
-def test_the_usual_pace_returns_when_work_is_old(clock):
-    recent = Pace(usual=0.5)
-    recent.record(1, 180)
-    assert (recent.factor, recent.seconds) == (180, 180)
-
-    clock.time += pace.MAX_AGE + 1
-    assert (recent.factor, recent.seconds) == (0.5, 0.0)
-
-
-BATCHES = {
-    "no warm-up": ((), 8, 0.0),
-    "measured": (((1, 0.1), (8, 0.5)), 8, 0.5),
-    "the fastest of a size": (((8, 9.0), (8, 0.5)), 8, 0.5),
-    "between two sizes": (((2, 0.2), (4, 0.4)), 3, 0.3),
-    "below the smallest": (((4, 0.4),), 1, 0.4),
-    "above the largest": (((4, 0.4),), 8, 0.8),
-}
-
-
-@pytest.mark.parametrize(("measured", "size", "seconds"), BATCHES.values(), ids=BATCHES)
-def test_a_batch_takes_as_long_as_measured(measured, size, seconds):
-    assert BatchPace(measured).batch_seconds(size) == pytest.approx(seconds)
-
-
-def test_a_slow_batch_of_any_size_slows_all_sizes_and_a_stall_none():
-    batches = BatchPace([(1, 0.1), (4, 0.4)])
-    for _ in range(pace.NUM_RECENT):
-        batches.record(1, 0.2)
-    assert batches.batch_seconds(4) == pytest.approx(0.8)
-    assert batches.total_seconds(9, 4) == pytest.approx(0.8 + 0.8 + 0.2)
-
-    batches.record(4, 180.0)
-    assert batches.batch_seconds(4) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize(("seconds", "header"), [(0.01, 1), (2.1, 3), (1e6, 60)])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.server import connections
 from sopdeploy_service.server.http_protocol import LINGER_SECONDS, LimitedHttpProtocol
-from sopdeploy_service.server.sockets import UNSENT_BYTES, bind, raise_file_limit
+from sopdeploy_service.server.sockets import raise_file_limit
 from sopdeploy_service.settings import Settings
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.raw import EXPECT, GET, POST, connect, count, post_of, read
@@ -468,16 +468,6 @@ def hold(client, wires, sent):
     wait_for(lambda: sum(one._in_body for one in connections.open) >= len(wires))
 
 
-def test_every_connection_over_the_limit_has_a_response_also_over_the_spare_ones(
-    crowded, wire, monkeypatch
-):
-    monkeypatch.setattr(connections, "SPARE", 2)
-    hold(crowded, [wire(crowded) for _ in range(4)], NO_BODY)
-    for _ in range(6):
-        reply = read(wire(crowded))
-        assert (reply.status, reply.code) == (503, "too_many_connections")
-
-
 def open_from(client, address):
     """Open a connection from a loopback *address*."""
     target = (client.base_url.host, client.base_url.port)
@@ -529,35 +519,6 @@ def test_an_address_with_more_than_its_share_loses_its_own_idle_connection(
         assert wires[0].recv(1) == b""
         get(other)
         get(wires[1])
-
-
-def test_a_silent_connection_of_a_trusted_proxy_is_an_idle_one(serve_with, wire):
-    client = serve_with(
-        FakeRuntime(num_classes=7), trusted_proxies="127.0.0.1", header_timeout=0.05
-    )
-    early = wire(client)
-    wait_for(lambda: len(client.app.state.connections.idle) >= 1)
-    time.sleep(0.2)  # longer than the headers may take
-    get(early)
-
-
-def test_connections_may_be_idle_longer_than_at_common_proxies():
-    seconds = {"Caddy": 120, "Traefik": 90, "AWS": 60, "Google Cloud": 600, "Envoy": 3600}
-    assert Settings().keep_alive_seconds > max(seconds.values())
-
-
-def test_the_kernel_takes_little_for_a_client_that_does_not_read():
-    with bind("127.0.0.1", 0) as listener, socket.socket() as bad:
-        listener.listen()
-        bad.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        bad.connect(listener.getsockname())
-        with listener.accept()[0] as accepted:
-            accepted.setblocking(False)
-            taken = 0
-            with suppress(BlockingIOError):
-                while True:
-                    taken += accepted.send(bytes(4096))
-    assert taken < 2 * UNSENT_BYTES
 
 
 @pytest.mark.parametrize(

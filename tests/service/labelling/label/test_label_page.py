@@ -336,35 +336,6 @@ def test_each_view_is_the_main_one_and_the_keyboard_keeps_its_place_in_it(
         assert page.evaluate("document.activeElement.id") == "main"  # a space labels nothing
 
 
-def test_few_photographs_load_at_once_the_shown_one_first_and_a_label_needs_none(
-    keep, open_label_page
-):
-    for number in range(9):
-        keep(number)
-    page = open_label_page()
-    held, is_open = [], []
-    page.route("**/images/*", lambda one: one.continue_() if is_open else held.append(one))
-    page.reload()
-    shown = page.wait_for_event("request", lambda request: "/images/" in request.url)
-    assert page.evaluate("loading") == 1
-    while not held:
-        page.wait_for_timeout(10)
-    held.pop().continue_()
-
-    page.locator("#next button").nth(8).wait_for()
-    assert shown.url.endswith(page.evaluate("state.photograph.id"))
-    assert page.evaluate("[loading, waiting.length]") == [3, 5]
-    with page.expect_response("**/label") as labelled:
-        page.locator("#one-by-one").click()
-        page.keyboard.press("1")
-    assert labelled.value.ok
-
-    is_open.append(True)
-    for route in held:
-        route.continue_()
-    wait_until(page, 8)
-
-
 def test_several_photographs_get_one_label_by_mouse_and_by_keyboard(
     keep, open_label_page, tmp_path
 ):

@@ -2,9 +2,8 @@
 
 import json
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +26,6 @@ from sopdeploy.evaluation.multi_label import (
     MeanPrecision,
 )
 from sopdeploy.html.report import percent
-from sopdeploy.models import registry
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
 from sopdeploy.photos.photo import ArrayImages, ImageFiles
 from sopdeploy.project import FolderReading
@@ -38,7 +36,6 @@ from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import LinearProblem, Space, unit_length
 from sopdeploy.training.few_shot.cross_validation import judge_few_apart, select_typical
 from sopdeploy.training.few_shot.discriminant import SHRINKAGE, Discriminant
-from sopdeploy.training.few_shot.features import CachedNetwork, Features, compute_features
 from sopdeploy.training.few_shot.learning import estimate_gains
 from sopdeploy.training.few_shot.scaling import OutOfFold, Scaling, estimate_excess
 from sopdeploy.training.few_shot.score import estimate_score
@@ -500,29 +497,6 @@ def test_improbable_labels_are_listed_the_least_probable_first():
     assert [one.probability for _, one in listed] == pytest.approx([0.01, 0.02, 0.03])
 
 
-def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(
-    tmp_path: Path, monkeypatch
-):
-    photos, first, calls = paint(tmp_path / "photos", 17), LinearProblem.cosines, []
-
-    def with_larger_cosines(problem: LinearProblem, folds: np.ndarray) -> np.ndarray:
-        calls.append(folds)
-        return first(problem, folds if len(calls) < 3 else calls[1]) + 3 * (len(calls) > 2)
-
-    monkeypatch.setattr(LinearProblem, "cosines", with_larger_cosines)
-    recipe = read_recipe("photos", [f"data.path={photos}", *SMALL, *FEW_SHOT])
-    found = []
-    for limit in (0, 200):
-        monkeypatch.setattr("sopdeploy.training.few_shot.cross_validation.FEW_GROUPS", limit)
-        last = train_recipe(recipe, tmp_path / str(limit)).last
-        found.append(read_checkpoint(last).resume["procedure"]["out_of_fold"].numpy())
-    once, mean = (np.logaddexp.reduce(logits, axis=1) for logits in found)
-    assert len(calls) == 1 + 3
-    assert not np.array_equal(calls[1], calls[2])
-    assert (once <= 1).all()
-    assert mean == pytest.approx(once + (0 + 3 + 3) / 3)
-
-
 def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_path: Path):
     recipe = read_recipe(
         "photos", [*SMALL, *FEW_SHOT, f"data.path={paint(tmp_path / 'photos', 17)}"]
@@ -913,32 +887,6 @@ def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_tho
         assert len(divided.train) + len(divided.held_out) == 120
 
 
-def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeypatch):
-    recipe = read_recipe(
-        "photos", [*SMALL, *FEW_SHOT, f"data.path={paint(tmp_path / 'photos', 12)}"]
-    )
-    monkeypatch.setattr("sopdeploy.training.few_shot.features.MAX_RANK", 20)
-    found = []
-
-    def compute(outputs: CachedNetwork, *arguments: Any) -> Features:
-        found.append((outputs.network, compute_features(outputs, *arguments)))
-        return found[-1][1]
-
-    monkeypatch.setattr(
-        "sopdeploy.training.few_shot.cross_validation.compute_features", compute
-    )
-    train_recipe(recipe, tmp_path / "run")
-    ((network, features),) = found
-    assert features.reduced.shape == (36, 20)
-    values = [getattr(features, field.name) for field in fields(features)]
-    arrays = [value for value in values if isinstance(value, np.ndarray) and value.ndim == 2]
-    assert (
-        max(array.shape[1] for array in arrays)
-        == features.own.shape[1]
-        < network.num_features()
-    )
-
-
 def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     random, lines = np.random.default_rng(0), ["file,classes"]
     (tmp_path / "photos").mkdir()
@@ -996,36 +944,6 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
         )
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_photograph_is_read_once_and_two_networks_are_built(
-    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    reads, built = tmp_path / "reads", list[str]()
-    read = ImageFiles.read
-
-    def record(images: ImageFiles, index: int) -> bytes:
-        with reads.open("a") as file:  # loader processes read, too
-            file.write(f"{images.identity(index)}\n")
-        return read(images, index)
-
-    build = registry.Entry.build
-
-    def count(found: registry.Entry, *arguments: Any, **options: Any) -> Any:
-        built.append(found.name)
-        return build(found, *arguments, **options)
-
-    monkeypatch.setattr(ImageFiles, "read", record)
-    monkeypatch.setattr(registry.Entry, "build", count)
-    photos = paint(tmp_path / "photos", 27)
-    settings = [*PLAIN, f"workers={workers}"]
-    train(photos, out=tmp_path / "run", set=settings)
-    first = len(reads.read_text().splitlines())
-    assert first <= 1.5 * 81
-    assert len(built) == 2
-    train(photos, out=tmp_path / "again", set=settings)  # with features in the cache
-    assert len(reads.read_text().splitlines()) - first <= 1.5 * 81
-
-
 def write_views(root: Path, photographs: dict[str, int], views: int = 4) -> Path:
     """Write folders of objects: numbers of photographed objects by class, and *views* files of each."""
     random = np.random.default_rng(0)
@@ -1059,29 +977,6 @@ def test_too_few_different_photographs_are_named(case: str, tmp_path: Path):
     assert expected or "two groups" not in lines
     assert not (has_none and result.mistakes)
     assert ("no estimate" in result.report.read_text()) == has_none
-
-
-def test_photographs_of_an_object_folder_are_a_group_and_no_copies(tmp_path: Path):
-    photos, random = (
-        write_views(tmp_path / "photos", {"a": 4, "b": 4}, views=1),
-        np.random.default_rng(1),
-    )
-    for file in list(
-        photos.rglob("0.png")
-    ):  # one more photograph of the object, and of one a copy
-        Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(
-            file.with_name("1.png")
-        )
-    shutil.copy(photos / "a" / "0" / "0.png", photos / "a" / "0" / "copy.png")
-    result = train(photos, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
-    lines = result.procedure.lines()
-    groups = (
-        "17 photos, 8 independent groups: copies and photos of one folder or object share a fold; "
-        "of copies, the largest is judged"
-    )
-    assert groups in lines
-    page = result.report.read_text()
-    assert ("group 1: a" in page, "group 2: " in page) == (True, False)
 
 
 def test_a_group_of_several_classes_is_not_called_a_wrong_label(tmp_path: Path):
