@@ -212,6 +212,7 @@ def test_invalid_missing_and_foreign_signatures_are_rejected_and_the_original_is
     archive, public = signed
     body = archive.read_bytes()
     assert "no signature beside it" in rejection(body, "--require-signature", str(public))
+
     for change, message in SIGNATURES.values():
         changed = change(signature_of(archive).read_text())
         Path(ARCHIVE + ".sig").write_text(changed, errors="surrogateescape")
@@ -220,10 +221,12 @@ def test_invalid_missing_and_foreign_signatures_are_rejected_and_the_original_is
     Path(ARCHIVE + ".sig").write_text(
         write_signature(other, tmp_path / "release.key").read_text()
     )
+
     assert "Signature mismatch" in rejection(body, "--require-signature", str(public))
     Path(ARCHIVE + ".sig").write_bytes(signature_of(archive).read_bytes())
     assert "Key mismatch" in rejection(
         body, "--require-signature", str(write_key(tmp_path / "second.key"))
     )
+
     pulled = pull(str(archive), Path("out"), require_signature=public)
     assert open_bundle(pulled.path).name == pulled.path.name

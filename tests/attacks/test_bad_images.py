@@ -170,6 +170,7 @@ def test_classify_gives_the_file_a_row_with_an_error_and_rejects_it_as_a_source(
     message = fails(
         lambda: read_listed(ListedImage(str(special), str(special)), 1000), ImageError
     )
+
     assert message == "cannot be read (not a regular file)"
     for suffix in (".tar", ".txt"):
         source = special.rename(special.with_suffix(suffix))

@@ -78,11 +78,13 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_key(root / "release.key")
     signing.write_signature(bundle, root / "release.key")
     push(bundle, str(root / "store"))
+
     for number, label in enumerate(("ant", "bee")):
         (root / "photos" / label).mkdir(parents=True)
         (root / "photos" / label / "1.png").write_bytes(
             encoded(Image.fromarray(IMAGES[number]), "PNG")
         )
+
     return World(root, bundle.name, other.name)
 
 
@@ -290,6 +292,7 @@ def test_what_is_exchanged_after_it_was_read_is_not_used(
             found = USES[use](world)
         except SopdeployError:
             found = None  # refused
+
     assert len(calls) == 1
     assert found in (None, usual)
     if (
@@ -329,6 +332,7 @@ def opened(bundle: Path) -> Iterator[Counter[str]]:
     counts: Counter[str] = Counter()
     OPENED.clear()
     _watching = True
+
     try:
         yield counts
     finally:

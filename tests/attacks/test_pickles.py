@@ -92,6 +92,7 @@ def readers(path: Path) -> set[str]:
                 "sopdeploy"
             ):
                 found.update(f"{node.module}.{a.name}" for a in node.names if a.name in LOADS)
+
     return {f"{path.relative_to(ROOT).as_posix()}: {name}" for name in found}
 
 
@@ -141,6 +142,7 @@ def as_program() -> bytes:
             "tensor_meta": None,
         }
     }
+
     with zipfile.ZipFile(saved) as program, zipfile.ZipFile(memory, "w") as changed:
         for entry in program.infolist():
             content = program.read(entry)
@@ -151,6 +153,7 @@ def as_program() -> bytes:
                 content = content.replace("True", "true").replace("None", "null").encode()
             changed.writestr(entry.filename, content)
         changed.writestr("archive/data/constants/opaque_obj_0", as_pickle())
+
     return memory.getvalue()
 
 

@@ -82,6 +82,7 @@ def largest_difference(network: nn.Module, file: Path, batch: int) -> float:
     session = ort.InferenceSession(str(file))
     differences = []
     largest = 0.0
+
     for size in range(1, min(batch, 5) + 1):
         for start in range(0, len(IMAGES) - size + 1, size):
             images = IMAGES[start : start + size]
@@ -90,6 +91,7 @@ def largest_difference(network: nn.Module, file: Path, batch: int) -> float:
             logits = session.run(["logits"], {"images": images})[0]
             differences.append(np.abs(logits - expected).max())
             largest = max(largest, float(np.abs(expected).max()))
+
     return float(np.max(differences)) / largest
 
 
@@ -103,6 +105,7 @@ def export(row: Row, destination: Path) -> Path:
     if row.parts:
         options["training_only"] = row.parts
     given = build(row.build)
+
     with row.during():
         exported = export_network(
             given,
@@ -115,6 +118,7 @@ def export(row: Row, destination: Path) -> Path:
             options=ExportOptions(max_batch=largest_batch(row)),
             **options,
         )
+
     return exported.path / "model.onnx"
 
 

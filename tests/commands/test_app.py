@@ -87,10 +87,12 @@ def test_every_command_documents_its_options_and_shows_an_example(
     result = sopdeploy_cli(command, "--help")
     assert result.exit_code == 0
     assert re.search(rf"Example:\s+sopdeploy {command}", result.stdout), result.stdout
+
     undocumented = [
         p.name for p in COMMANDS.commands[command].params if not getattr(p, "help", None)
     ]
     assert undocumented == []
+
     options = [
         name for p in COMMANDS.commands[command].params for name in p.opts if name[0] == "-"
     ]
@@ -163,11 +165,13 @@ def test_models_describes_a_network_with_a_pooling_an_image_size_and_a_number_of
         "--image-size",
         "24",
     )
+
     assert short["config"]["pooling"]["kind"] == "isqrt"
     assert (short["num_classes"], short["image_size"]) == (7, 24)
     printed = (
         CliRunner().invoke(app, ["models", "resnet20", "--option", "pooling=isqrt"]).stdout
     )
+
     assert re.search("^options: .*pooling=isqrt", printed, re.MULTILINE)
     strided = CliRunner().invoke(app, ["models", "dsop-resnet18"]).stdout
     assert "3.05 G multiply-adds deployed, with the usual stride of 2" in strided
@@ -463,6 +467,7 @@ def early_mistakes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[
         checkpoint.writestr("ckpt/data.pkl", b"")
     lines = json.dumps([command.split() for command in EARLY_MISTAKES])
     done = in_process(program=("-c", IN_FORKS), cwd=folder, input=lines)
+
     assert done.returncode == 0, done.stderr
     texts = [
         (folder / f"{number}.txt").read_text("utf-8") for number in range(len(EARLY_MISTAKES))
@@ -548,6 +553,7 @@ def test_a_probably_wrong_label_is_a_row_with_the_probabilities_of_both_classes(
     monkeypatch.setattr("sopdeploy.report.wrong_labels.find_wrong_labels", lambda *_: (wrong,))
     command = ["data", "check", str(tmp_path), "--wrong-labels", "runs/latest"]
     row = CliRunner().invoke(app, command).stdout.splitlines()[1]
+
     assert row.split() == ["hat/1.jpg", "hat", "25.0", "%", "shoe", "50.0", "%"]
 
     # Where labels cannot be judged, a line and a field say so.
@@ -555,6 +561,7 @@ def test_a_probably_wrong_label_is_a_row_with_the_probabilities_of_both_classes(
     monkeypatch.setattr(
         "sopdeploy.report.wrong_labels.find_wrong_labels", lambda *_: (suspect,)
     )
+
     assert "the labels that it contradicts most" in CliRunner().invoke(app, command).output
     [listed] = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     assert listed["is_suspect"]
@@ -609,6 +616,7 @@ def test_a_file_of_another_program_is_named_with_what_to_give(
     content, message = FOREIGN_FILES[name]
     if content is not None:
         (tmp_path / name).write_text(content, encoding="utf-8")
+
     for words in (["export", tmp_path / name], ["verify", tmp_path / name]):
         result = CliRunner().invoke(app, list(map(str, words)))
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1)

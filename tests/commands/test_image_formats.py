@@ -58,6 +58,7 @@ def test_a_server_says_which_photographs_of_a_bundle_it_refuses(
     )
     trained = replace(bundle, manifest=bundle.manifest.model_copy(update={"origin": ORIGIN}))
     refusals = list(describe_refusals(trained, accepted))
+
     assert [refusal.rpartition("; ")[2] for refusal in refusals] == remedies
     assert list(describe_refusals(bundle, accepted)) == []  # of no known formats
 

@@ -186,6 +186,7 @@ def test_every_door_says_in_one_line_what_looks_like_no_image(
             with pytest.raises(DataError, match=reason) as caught:
                 door()
             messages.append(str(caught.value))
+
     assert len(set(messages)) == 1
     assert "\n" not in messages[0]
 

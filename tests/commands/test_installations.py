@@ -51,6 +51,7 @@ def installation(*extras: str) -> set[str]:
                     for part in ("", *requirement.extras)
                 ]
                 waiting += [pair for pair in needed if pair not in found]
+
     return {name for name, _ in found}
 
 
@@ -78,10 +79,12 @@ def test_every_command_runs_or_names_the_extra_that_it_needs(
         env=os.environ | variables,
         stdin=subprocess.DEVNULL,
     )
+
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     missing = re.findall(
         r'^(\S+): 2 .*pip install "sopdeploy\[train\]"', done.stdout, re.MULTILINE
     )
+
     assert set(missing) == (set() if extra == "train" else COMMANDS | FUNCTIONS)
 
 
@@ -107,4 +110,5 @@ def test_the_tests_on_a_gpu_import_only_what_their_extra_installs(tmp_path: Path
         cwd=ROOT,
         env=os.environ | variables,
     )
+
     assert done.returncode == 0, done.stdout

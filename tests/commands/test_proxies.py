@@ -141,11 +141,13 @@ def test_a_wrong_proxy_is_one_line_with_its_variable_and_without_its_password(
         lambda: fetch_imagenet_weights("efficientnet-lite2", EfficientNetLiteConfig()),
         lambda: pull(f"{FAR}/a-0.tar", tmp_path / "pulled"),
     )
+
     for call in calls:
         with pytest.raises(ConfigError, match=r"ALL_PROXY.*NO_PROXY") as caught:
             call()  # type: ignore[no-untyped-call]
         assert "secret" not in str(caught.value)
         assert "\n" not in str(caught.value)
+
     health = CliRunner().invoke(app, ["health", "--url", FAR])
     assert (health.exit_code, health.stderr.count("\n"), "ALL_PROXY" in health.stderr) == (
         2,
@@ -172,6 +174,7 @@ def test_a_proxy_that_does_not_answer_is_named_with_its_variable(
     with pytest.raises(SopdeployError) as pulled:
         pull(f"{FAR}/a-0.tar", tmp_path / "pulled")
     health = CliRunner().invoke(app, ["health", "--url", FAR])
+
     assert health.exit_code == 1
     for message in (str(caught.value), str(pulled.value), " ".join(health.stderr.split())):
         assert named in message
@@ -188,6 +191,7 @@ def test_a_request_through_a_proxy_has_its_url_and_its_password(
         assert CliRunner().invoke(app, ["health", "--url", f"{FAR}/root/"]).exit_code == 0
         with pytest.raises(BundleError, match="not an archive"):
             pull(f"{FAR}/a-0.tar", tmp_path / "pulled")
+
     heads = [request.head.decode() for request in proxy.received]
     targets = {head.split()[1] for head in heads}
     assert targets == {f"{FAR}/v1/classify", f"{FAR}/root/readyz", f"{FAR}/a-0.tar"}

@@ -174,6 +174,7 @@ def test_manifests_match_the_kubernetes_schemas(name: str) -> None:
         f"the chart {case}" for case, given in VALUES.items() if "autoscaling" not in given
     }
     autoscaler = "ScaledObject" if "KEDA" in name else "HorizontalPodAutoscaler"
+
     assert (autoscaler in kinds) == (name not in without_autoscaler)
     assert not {"ScaledObject", "HorizontalPodAutoscaler"} <= set(kinds)
     for document in CLUSTER[name]:
@@ -196,6 +197,7 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
         "ServiceMonitor",
         "PrometheusRule",
     }
+
     assert found.keys() & optional == optional
     assert {document["kind"] for document in chart("with defaults")} & optional == set()
     pod = found["Deployment"]["spec"]["template"]
@@ -203,24 +205,29 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
     assert {"prometheus.io/port", "sidecar.istio.io/inject"} <= pod["metadata"][
         "annotations"
     ].keys()
+
     pod_ports = {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
     service_ports = {
         port["name"]: port["targetPort"] for port in found["Service"]["spec"]["ports"]
     }
+
     assert set(service_ports.values()) == pod_ports
     assert pod["spec"]["serviceAccountName"] == found["ServiceAccount"]["metadata"]["name"]
     assert found["ServiceAccount"]["automountServiceAccountToken"] is False
     (path,) = found["Ingress"]["spec"]["rules"][0]["http"]["paths"]
+
     assert path["backend"]["service"]["name"] == found["Service"]["metadata"]["name"]
     assert path["backend"]["service"]["port"]["name"] in service_ports
     policy, monitor = found["NetworkPolicy"]["spec"], found["ServiceMonitor"]["spec"]
     assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == ["http"]
     assert {*policy["ingress"][0]["from"][0]} == {"podSelector", "namespaceSelector"}
+
     # Name servers, the store of `pull`, and what the values add
     assert len(policy["egress"]) == 3
     assert [end["port"] for end in monitor["endpoints"]] == ["http"]
     (spread,) = pod["spec"]["topologySpreadConstraints"]
     labels = pod["metadata"]["labels"]
+
     assert {"app.kubernetes.io/name", "app.kubernetes.io/instance"} <= labels.keys()
     for (
         selected
@@ -232,6 +239,7 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
         found["Service"]["spec"]["selector"],
     ):
         assert selected == labels
+
     assert (
         monitor["selector"]["matchLabels"].items()
         <= found["Service"]["metadata"]["labels"].items()
@@ -244,6 +252,7 @@ def test_credentials_volumes_and_the_path_reach_the_pull_and_the_server() -> Non
     (pull,), (server,) = (
         PODS["the chart with everything"][kind] for kind in ("initContainers", "containers")
     )
+
     assert pull["args"][:3] == ["pull", "s3://models/flowers.tar", "/bundles"]
     assert server["args"][:2] == ["serve", "/bundles"]
     for container in (pull, server):
@@ -291,6 +300,7 @@ def values_of(command: str) -> dict[str, Any]:
     """Return the values that Helm reads from the options `--set` of *command*."""
     words = shlex.split(command)
     values: dict[str, Any] = {}
+
     for option, text in pairwise(words):
         if option == "--set":
             for assignment in text.split(","):
@@ -301,6 +311,7 @@ def values_of(command: str) -> dict[str, Any]:
                     part = part.setdefault(folder, {})
                 is_other = value.isdigit() or value in {"true", "false"}
                 part[name] = json.loads(value) if is_other else value
+
     return values
 
 
@@ -357,6 +368,7 @@ def test_the_chart_refuses_values_that_it_would_ignore_or_cannot_use() -> None:
         {"extraArgs": "--setting top_k=3"},
     ]
     reports, rendered = run_helm(wrong)
+
     assert [
         value for value, report in zip(wrong, reports, strict=True) if not report["errors"]
     ] == []
@@ -407,10 +419,12 @@ def test_a_counter_whose_first_event_raises_an_alert_has_its_series_before(
     )
     page = generate_latest(metrics.registry).decode()
     found = re.findall(series, (CHART / "alerts.yaml").read_text(encoding="utf-8"))
+
     assert {name for name, _ in found} >= {
         "sopdeploy_load_failures_total",
         "sopdeploy_kept_deleted_total",
     }
+
     for name, labels in found:
         assert re.search(
             rf"^{name}\{{.*{labels or BundleError.code}.*\}} 0\.0$", page, re.MULTILINE
@@ -512,6 +526,7 @@ def test_the_kserve_runtime_matches_the_schemas_and_its_service() -> None:
         service["spec"]["predictor"]["model"],
         runtime["spec"]["supportedModelFormats"],
     )
+
     assert model["runtime"] == runtime["metadata"]["name"]
     assert model["modelFormat"] in [
         {"name": f["name"], "version": f["version"]} for f in formats
@@ -575,10 +590,12 @@ def test_pods_run_as_non_root_without_service_links_and_roll_out_and_stop_cleanl
         "rollingUpdate": {"maxUnavailable": 0, "maxSurge": surge},
     }
     one_writer = name == "the chart with a claim for photographs"
+
     assert DEPLOYMENTS[name]["strategy"] == ({"type": "Recreate"} if one_writer else rolling)
     assert (pod["enableServiceLinks"], pod["automountServiceAccountToken"]) == (False, False)
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert f"USER {pod['securityContext']['runAsUser']}:" in DOCKERFILE
+
     (server,) = pod["containers"]
     variables = {each["name"]: each.get("value", "") for each in server["env"]}
     lame_duck = int(variables["SOPDEPLOY_LAME_DUCK_SECONDS"])
@@ -614,6 +631,7 @@ def metric_names() -> set[str]:
             }
             ends["summary"] = ["_sum", "_count"]
             found |= {family.name + end for end in ends[family.type]}
+
     return found
 
 
@@ -702,10 +720,12 @@ def test_further_packages_of_an_image_get_the_locked_versions_without_hashes(
         check=False,
     )
     *_, last = (tmp_path / "calls.txt").read_text().splitlines()
+
     assert last.endswith(
         "install --no-cache-dir --constraint constraints.txt sopdeploy[tensorrt]"
     )
     constraints = (tmp_path / "constraints.txt").read_text()
+
     assert constraints.count("==") >= constraints.count("\n") > 50
     assert "hash" not in constraints
 

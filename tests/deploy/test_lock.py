@@ -80,6 +80,7 @@ def test_a_lock_has_one_allowed_version_of_every_requirement(
             [version] = entry.specifier
             assert version.operator == "=="
             pinned[canonicalize_name(entry.name)] = version.version
+
     for requirement in map(Requirement, LOCKED[name]):
         if applies(requirement.marker, here):
             version_here = pinned.get(canonicalize_name(requirement.name))

@@ -37,6 +37,7 @@ def object_store(log: Path) -> Iterator[str]:
         "-p",
         "0",
     ]
+
     with (
         log.open("w") as out,
         subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as child,
@@ -84,15 +85,18 @@ def test_the_chart_pulls_from_a_store_with_static_keys_and_serves(
     bundle, models = write_bundle(tmp_path / "bundles"), tmp_path / "models"
     for name in [name for name in os.environ if name.startswith(("AWS_", "SOPDEPLOY_"))]:
         monkeypatch.delenv(name)
+
     with object_store(tmp_path / "moto.log") as endpoint:
         run("push", str(bundle), "s3://models", **KEYS, AWS_ENDPOINT_URL=endpoint)
         pull, server = containers(models, f"s3://models/{bundle.name}.tar", endpoint)
         run(*pull["args"], **variables_of(pull))
     pulled = [path.name for path in models.iterdir() if path.is_dir() and not path.is_symlink()]
+
     assert pulled == [bundle.name]
     for name, value in variables_of(server).items():
         monkeypatch.setenv(name, value)
     command, *arguments = server["args"]
+
     assert command == "serve"
     arguments[arguments.index("--host") + 1] = (
         "127.0.0.1"  # instead of all addresses; on any free port

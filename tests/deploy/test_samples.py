@@ -94,12 +94,14 @@ def run_sample(command: list[str | Path], bundle: Path, photo: Path) -> None:
     done = subprocess.run(
         [*command, bundle, "--golden"], capture_output=True, text=True, check=False
     )
+
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("same class") == 3
     photo.write_bytes(picture_bytes())
     named = subprocess.run(
         [*command, bundle, photo], capture_output=True, text=True, check=True
     )
+
     assert named.stdout.split(": ")[1].strip() in open_bundle(bundle).labels
     photo.write_bytes(b"no image")
     bad = subprocess.run([*command, bundle, photo], capture_output=True, text=True, check=False)
@@ -170,6 +172,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, st
         "--port",
         "0",
     ]
+
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as server:
         try:
             yield folder, line_of(server).split()[1].rstrip("/")
@@ -242,6 +245,7 @@ def test_a_shown_program_classifies(
         text=True,
         check=False,
     )
+
     assert done.returncode == 0, done.stderr
     assert any(label in done.stdout for label in LABELS)
 

@@ -32,6 +32,7 @@ def test_steps_call_existing_targets_and_files_and_pinned_actions(name: str) -> 
         for job in found.values()
         for need in [job.get("needs", next(iter(found)))]
     )
+
     steps = [step for job in found.values() for step in job["steps"]]
     made = [
         target
@@ -39,10 +40,12 @@ def test_steps_call_existing_targets_and_files_and_pinned_actions(name: str) -> 
         for targets in re.findall(r"^make ([\w -]+?)(?: [A-Z]+=1)*$", step.get("run", ""), re.M)
         for target in targets.split()
     ]
+
     assert made
     assert set(made) <= TARGETS
     uses = re.findall(r"uses: (.*)", WORKFLOWS[name].read_text(encoding="utf-8"))
     pinned = r"[\w.-]+/[\w.-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+"
+
     assert [action for action in uses if not re.fullmatch(pinned, action)] == []
     for step in steps:
         assert ("run" in step) != ("uses" in step)
@@ -64,6 +67,7 @@ def test_a_release_changes_every_file_with_the_version_and_they_agree() -> None:
     listed = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.split()
+
     assert {name for name in listed if not name.startswith("tests/")} <= set(files)
 
 
@@ -157,6 +161,7 @@ def test_the_wheel_installs_with(
     found = subprocess.run(find, capture_output=True, text=True, check=False)
     if found.returncode:
         pytest.skip(f"Python {python} is not installed")
+
     with TemporaryDirectory() as environment:
         checked(
             UV,
@@ -183,6 +188,7 @@ def test_the_wheel_installs_with(
         wanted = f"sopdeploy[{extra}]=={sopdeploy.__version__}"
         checked(*install, "--quiet", "--find-links", folder, wanted)
         checked(*pip, "check")
+
         assert (
             checked(of_environment.with_name("sopdeploy"), "--version").split()[-1]
             == sopdeploy.__version__

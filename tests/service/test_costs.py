@@ -315,6 +315,7 @@ def test_every_model_of_a_body_is_in_the_table_with_every_field_and_has_maximum_
     assert set(re.findall(r"parse_json\((\w+),", source)) == {
         model.__name__ for model in FIELDS
     }
+
     found: set[str] = set()
     for model, fields in FIELDS.items():
         schema = model.model_json_schema()
@@ -323,6 +324,7 @@ def test_every_model_of_a_body_is_in_the_table_with_every_field_and_has_maximum_
         for name, one in definitions.items():
             for field, described in one["properties"].items():
                 found.update(unlimited(described, f"{name}.{field}"))
+
     assert found == UNLIMITED
 
 

@@ -80,6 +80,7 @@ def test_the_result_contains_the_whole_response():
         "Server-Timing": "decode;dur=3.10, infer;dur=5",
     }
     result = Script(httpx.Response(200, json=body, headers=headers)).call("classify", b"x")
+
     assert (result.classes[0].label, result.classes[0].probability) == ("cat", 0.75)
     assert (result.warnings, result.error) == (("exif_rotated",), None)
     assert (result.model_digest, result.timing_ms) == (

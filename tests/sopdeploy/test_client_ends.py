@@ -128,10 +128,12 @@ def test_every_end_is_one_line_with_the_address_and_the_cause(
         assert (caught.value.code, len(server.received)) == (code, requests), caught.value
         assert text in str(caught.value)
         assert str(caught.value).isprintable()
+
         with pytest.raises(ServiceError):
             client.info()
         health = CliRunner().invoke(app, ["health", "--url", server.url])
         assert (health.exit_code, health.stderr.count("\n")) == (1, 1), health.stderr
+
         with pytest.raises(BundleError) as pulled:
             pull(f"{server.url}/a-0.tar", tmp_path / "bundles")
         assert str(pulled.value).startswith(f"{server.url}/a-0.tar: ")

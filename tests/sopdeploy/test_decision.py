@@ -72,6 +72,7 @@ def test_what_is_fitted_depends_on_the_number_of_images_and_classes() -> None:
         "nothing for one class": (300, 1, 0.95),
         "accepts all": (500, 10, 1.0),
     }
+
     for name, (images, classes, accepts) in fitted.items():
         found = fit_decision(
             *calibrated(images, classes), estimated_on="held-out", accepts=accepts
@@ -154,6 +155,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = torch.from_numpy(
         np.stack([preprocess_image(Image.fromarray(one), RULES) for one in pixels])
     )
+
     with torch.no_grad():
         gaps = network(Normalize(RULES, torch.contiguous_format)(images)) @ torch.tensor(
             [1.0, -1.0]
@@ -163,9 +165,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         gaps = gaps - gaps.median()
         for parameter in layer.parameters():
             parameter.mul_(4 / float(gaps.abs().mean()))
+
     record = {"model": "resnet8", "config": CONFIG, "preprocess": RULES, "training": {}}
     checkpoint = Checkpoint(**record, weights=network.state_dict(), labels=LABELS)
     write_checkpoint(home / "ckpt.pt", checkpoint)
+
     for number, gap in enumerate(gaps.tolist()):
         label = LABELS[(gap < 0) ^ (number % 4 == 0)]
         (home / "photos" / label).mkdir(parents=True, exist_ok=True)
@@ -179,6 +183,7 @@ def test_the_new_checkpoint_has_a_decision_and_the_same_network(home: Path) -> N
     found = sopdeploy.evaluate(
         home / "ckpt.pt", home / "photos", fit_decision=home / "fitted.pt"
     )
+
     assert (found.metrics, found.scores, plain.decision) == (plain.metrics, plain.scores, None)
     assert found.decision is not None
     assert found.decision.calibration is not None
@@ -187,12 +192,14 @@ def test_the_new_checkpoint_has_a_decision_and_the_same_network(home: Path) -> N
     assert found.decision.calibration.temperature > 1.5
     assert found.decision.calibration.loss_after < found.decision.calibration.loss_before
     assert (home / "ckpt.pt").read_bytes() == source
+
     before, after = read_checkpoint(home / "ckpt.pt"), read_checkpoint(home / "fitted.pt")
     assert (before.decision, after.decision) == (None, found.decision)
     pairs = zip(
         *(build_classifier(one, home).state_dict().values() for one in (before, after)),
         strict=True,
     )
+
     assert all(torch.equal(*pair) for pair in pairs)
     fitted = sopdeploy.evaluate(home / "fitted.pt", home / "photos").metrics
     assert fitted.log_loss == pytest.approx(found.decision.calibration.loss_after)
@@ -213,6 +220,7 @@ def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:
         home / "several.pt", home / "photos", fit_decision=home / "fitted-several.pt"
     ).decision
     table.unlink()
+
     assert fitted is not None
     assert fitted.thresholds is not None
     assert (len(fitted.thresholds), fitted.calibration, fitted.rejection) == (2, None, None)
@@ -252,6 +260,7 @@ def test_an_error_is_one_line_and_writes_nothing(
     arguments = {"source": "ckpt.pt", "data": "photos", "fit_decision": "new.pt", **changes}
     with pytest.raises(SopdeployError, match=message) as caught:
         sopdeploy.evaluate(**arguments)
+
     assert "\n" not in str(caught.value)
     assert {path.name: path.stat().st_mtime_ns for path in home.glob("*.pt")} == files
 
@@ -268,10 +277,12 @@ def test_images_of_no_class_test_the_threshold_and_do_not_change_it():
     plain = fit_decision(logits, targets, estimated_on="held-out").rejection
     found = fit_decision(logits, targets, estimated_on="held-out", unknown=others)
     rule = found.rejection
+
     assert rule.model_copy(update={"recognized": None}) == plain
     rejected = log_sum_exp(others / found.temperature) < rule.threshold
     assert rule.recognized == (rejected.sum(), 40)
     assert rule.recognized[0] > 30
+
     left_out = np.linspace(rule.threshold - 1, rule.threshold + 2, 200)
     tested = fit_decision(logits, targets, estimated_on="held-out", left_out=left_out)
     assert tested.rejection.new_class == (67, 200)
@@ -279,11 +290,13 @@ def test_images_of_no_class_test_the_threshold_and_do_not_change_it():
         dict(tested.rows())["a new class of this kind"]
         == "34 % rejected (95 % interval 6 to 79 %; each class left out once)"
     )
+
     of_other_things = f"{rejected.sum()} of 40 rejected"
     assert dict(found.rows())["photos of other things"] == of_other_things
     shipped = fit_decision(
         logits, targets, estimated_on="held-out", unknown=others, is_unknown_shipped=True
     )
+
     assert dict(shipped.rows())["photos of other things"] == (
         f"{of_other_things}, of ImageNet; give --unknown FOLDER to measure it with your own photos"
     )
@@ -310,11 +323,13 @@ def test_the_threshold_of_few_cosines_is_a_prediction_bound(count: int):
     quantiles = NormalDist(0.7, 0.1)
     cosines = np.asarray([quantiles.inv_cdf((k + 0.5) / count) for k in range(count)])
     threshold = choose_threshold(cosines, 0.95, are_cosines=True)
+
     # 4 % of new ones are below, on average over samples: less than in this one, which is exact
     assert 0.95 < 1 - quantiles.cdf(threshold.value) < 0.975
     low, high = threshold.accepted
     assert low < 0.96 < high
     assert threshold_rank(count, 0.95) < 5
+
     # Energies of other networks are no cosines, and many cosines have quantiles.
     ordered = choose_threshold(cosines, 0.95, are_cosines=False)
     assert ordered.value == cosines[threshold_rank(count, 0.95) - 1]
@@ -380,6 +395,7 @@ def test_train_reports_how_many_unknown_images_it_recognizes(tmp_path, procedure
     recipe = read_recipe("photos", [*settings, "epochs=1"])
     result = train_recipe(recipe, tmp_path / "run")
     count, tested = result.decision.rejection.recognized
+
     assert tested == 12
     assert 0 <= count <= tested
     assert read_checkpoint(result.best).decision == result.decision

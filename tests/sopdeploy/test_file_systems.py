@@ -132,6 +132,7 @@ def test_a_file_system_may_lack_an_operation(
     monkeypatch.setattr(owner, name, failing(code))
     action(tmp_path / "files")
     lines = {record.getMessage().split(": ", 1)[1] for record in caplog.records}
+
     assert all(found.startswith(line) and os.strerror(code) in found for found in lines)
     assert bool(lines) == bool(line)
 

@@ -150,6 +150,7 @@ def test_a_run_of_classify_is_continued_and_its_columns_are_kept(
     part.unlink()
     again()
     after = pq.read_table(part)
+
     assert [after.schema.field(field.name) for field in before.schema] == list(before.schema)
     assert [list(row) for row in after.to_pylist()] == [list(row) for row in before.to_pylist()]
     assert forget("zero.jpg", [files / "classified"]).deleted == [
@@ -198,6 +199,7 @@ def changed_at_every_depth(fields: Any) -> Iterator[tuple[str, Any]]:
         places += [
             (*place, key) for key, value in nested if isinstance(value, dict | list | tuple)
         ]
+
     yield "version", {**deepcopy(fields), "version": 2}
     for place in places:
         changed = deepcopy(fields)
@@ -222,12 +224,14 @@ def check_refusals(fields: Any, read: Callable[[Any], object], *, ignored: set[s
             read(changed)
         except SopdeployError as error:
             messages[place] = str(error)
+
     assert {place for place, message in messages.items() if not message} == ignored
     wrong = {
         place: message
         for place, message in messages.items()
         if message and ("\n" in message or f"read it with sopdeploy {LATER}" not in message)
     }
+
     assert wrong == {}
 
 

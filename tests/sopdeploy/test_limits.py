@@ -197,6 +197,7 @@ def lists_of(schema: Any) -> list[Any]:
             )
             waiting += [value for key, value in part.items() if key not in NOT_READ]
         waiting += part if isinstance(part, list) else []
+
     return found
 
 
@@ -352,6 +353,7 @@ def with_another_list(raw: bytes) -> bytes:
         first, names = archive.start_dir, archive.namelist()
     end = raw.rindex(b"PK\5\6")
     entries, position = bytearray(raw[first:end]), 0
+
     for name in names:
         (begin,) = struct.unpack_from(
             "<I", entries, position + 42
@@ -360,6 +362,7 @@ def with_another_list(raw: bytes) -> bytes:
         if name.endswith("data/0"):
             struct.pack_into("<I", entries, position + 24, 0)
         position += 46 + len(name)
+
     return raw[:end] + bytes(entries) + raw[end:]
 
 

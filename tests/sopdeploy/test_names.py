@@ -147,6 +147,7 @@ def test_a_wrong_class_is_refused_wherever_its_name_enters(
     )
     skipped |= entry == "file of names" and name in STRIPPED
     skipped |= "\udc80" in name and entry in {"bundle", "file of names"}  # JSON cannot have it
+
     assert label_problem((name, "other"))
     if not skipped:
         with pytest.raises((ValueError, DataError, ConfigError), match=r"class|label"):

@@ -66,6 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"damaged/{GRAPH}": b"\x08",  # a bundle without its manifest
         "damaged/golden-0.jpg": b"",
     }
+
     for name, content in files.items():
         path = place / name
         path.parent.mkdir(parents=True, exist_ok=True)

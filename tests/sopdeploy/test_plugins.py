@@ -93,11 +93,13 @@ def test_a_plug_in_that_cannot_be_imported_is_one_line(
     ) as caught:
         entry("unknown")
     message = str(caught.value)
+
     assert PROBLEMS[module] in message
     assert "\n" not in message
     assert entry("resnet18").image_size == 224
     with caplog.at_level(logging.WARNING):
         result = CliRunner().invoke(app, ["models"])
+
     assert (result.exit_code, result.stderr) == (0, "")
     assert [
         record.getMessage() for record in caplog.records if "acme" in record.getMessage()
@@ -142,10 +144,12 @@ def test_an_outside_package_imports_the_files_of_its_project(
     ]
     path.write_text("\n".join(["ACME-WEIGHTS", *lines]), encoding="utf-8")
     before = import_line(path)
+
     assert (before.exit_code, len(before.stderr.splitlines())) == (2, 1)
     install("weights = weights_plugin")
     result = import_line(path)
     assert (result.exit_code, result.stderr) == (0, "")
+
     found = read_checkpoint(tmp_path / "imported.pt")
     assert (found.model, len(found.labels)) == ("resnet8", 3)
     assert all(float(tensor.sum()) == 0.0 for tensor in found.weights.values())

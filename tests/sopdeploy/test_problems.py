@@ -133,11 +133,13 @@ def test_a_pooling_without_kind_or_of_an_unknown_one_names_all_with_plug_ins(
     names = "'gap', 'flatten', 'isqrt', .*'median-of-a-plug-in'"
     with pytest.raises(ConfigError, match=rf"pooling\.kind: missing; choose one of {names}"):
         read_recipe("digits-plain", ["model.config.pooling.iterations=3"])
+
     for wrong, near in (("isqr", "isqrt"), ("median-of-plug-in", "median-of-a-plug-in")):
         with pytest.raises(
             ConfigError, match=rf"pooling\.kind: '{wrong}' is none of {names}.*mean {near}\?"
         ):
             read_recipe("digits-plain", [f"model.config.pooling={wrong}"])
+
     with pytest.raises(
         ConfigError, match=r"'x' is none of .*; choose one, or install the plug-in"
     ):

@@ -44,15 +44,18 @@ def test_the_linted_graph_builds_and_the_raw_one_fails_at_its_unsigned_bytes(
     before = model.SerializeToString()
     safe = cast_images_first(model)
     assert model.SerializeToString() == before
+
     np.testing.assert_allclose(
         outputs_of(safe, images), outputs_of(model, images), rtol=1e-6, atol=1e-4
     )
     assert build(trt, safe, told.append)
     assert told
+
     with pytest.raises(
         EngineError, match=r"node 0 \(Transpose node_moved\): Invalid Node.*UInt8"
     ) as caught:
         build(trt, network(), told.append)
+
     assert "\n" not in str(caught.value)
 
 
@@ -66,12 +69,14 @@ def test_a_parser_error_names_the_operator_also_beside_another_builder(
     safe.graph.node.append(
         helper.make_node("Det", ["covariance"], ["unused"], name="determinant")
     )
+
     with pytest.raises(
         EngineError, match=r"cannot read the graph: node 13 \(Det determinant\)"
     ):
         build(trt, safe, lambda _: None)
     with pytest.raises(EngineError, match=r"cannot read the graph: .+") as caught:
         build(trt, b"no graph", lambda _: None)
+
     assert "gave no reason" not in str(caught.value)
     del other
 

@@ -258,10 +258,12 @@ def test_engines_are_built_in_the_configured_cache_and_found_next_to_the_bundle_
     plan = Path(json.loads(run(bundle.path, "--json").stdout)["plan"])
     assert plan.is_relative_to(tmp_path / "cache")
     settings = load_settings(runtime="tensorrt")
+
     assert engine_folders(bundle, settings) == [plan.parent]
     shutil.copytree(plan.parent, cache_folder(bundle))
     assert engine_folders(bundle, settings) == [plan.parent, cache_folder(bundle)]
     shutil.rmtree(plan.parent)
+
     assert engine_folders(bundle, settings) == [cache_folder(bundle)]
     other = get_engine(bundle, EngineOptions(cache=tmp_path / "mine"))
     assert other.path.is_relative_to(tmp_path / "mine")
@@ -291,6 +293,7 @@ def test_auto_chooses_an_existing_engine_and_never_falls_back_to_the_cpu(
     message = "tensorrt is set up here but does not work: no NVIDIA GPU"
     with pytest.raises(RuntimeUnavailableError, match=message):
         open_runtime(bundle, Settings(runtime="auto"))
+
     assert open_runtime(bundle, Settings(runtime="onnxruntime-cpu")).device == "cpu"
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert open_runtime(bundle, Settings(runtime="auto")).device == "cpu"

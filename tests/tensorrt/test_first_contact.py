@@ -39,6 +39,7 @@ def test_a_part_that_was_killed_is_repeated_and_those_that_succeeded_are_not(
     done = subprocess.run(
         [*command, "--resume", "--provider", "cpu"], capture_output=True, text=True, check=False
     )
+
     assert (done.returncode, done.stderr) == (1, "")
     found = results(out)
     assert (found["machine"], found["outputs"][:4], found["server"]) == (
@@ -47,6 +48,7 @@ def test_a_part_that_was_killed_is_repeated_and_those_that_succeeded_are_not(
         "",
     )
     assert found["tensorrt"].startswith("failed: tiny fp")
+
     page = (out / "gpu.md").read_text()
     assert "| device | H100 |" in page
     assert page.count("| tiny fp") == 4  # outputs, and the errors of tensorrt
@@ -66,6 +68,7 @@ def test_a_part_for_which_no_time_is_left_is_stopped_and_named(
         "outputs",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+
     assert (done.returncode, done.stderr) == (1, "")
     assert results(tmp_path / "out")["outputs"] == "failed: stopped after 0 s"
 

@@ -113,17 +113,20 @@ def test_batches_on_cuda_are_prepared_while_one_runs_and_give_their_own_outputs(
     claim_cuda(monkeypatch, session)
     runtime = open_runtime(bundle, ON_CUDA)
     assert isinstance(runtime, OverlappingRuntime)
+
     batches = [some_images(3), some_images(2)[::-1].copy()]
     expected = [reference.run(images)["logits"] for images in batches]
     ends = [runtime.begin(list(images)) for images in batches]
     for images in batches:
         images[:] = 0  # they are copied already
     (thread,) = (one for one in threading.enumerate() if one.name.startswith("onnxruntime"))
+
     assert thread.daemon, "a device that hangs must not delay the exit"
     for end, logits in zip(ends, expected, strict=True):
         np.testing.assert_allclose(end()["logits"], logits, rtol=1e-5, atol=1e-5)
     runtime.close()
     runtime.close()
+
     assert not thread.is_alive()
 
 

@@ -71,6 +71,7 @@ def test_tensorrt_has_the_methods_that_run_an_engine() -> None:
     real = methods_of("tensorrt")
     assert "ICudaEngine.device_memory_size_v2" in real
     compared = set()
+
     for name, arguments in calls_of(tensorrt_session):
         for kind in RUN:
             overloads = signatures(real.get(f"{kind}.{name}", ""))
@@ -81,6 +82,7 @@ def test_tensorrt_has_the_methods_that_run_an_engine() -> None:
                     for one in overloads
                 ]
                 assert any(1 + len(arguments) in count for count in counts), f"{kind}.{name}"
+
     assert compared == {
         "create_execution_context",
         "deserialize_cuda_engine",
@@ -113,10 +115,12 @@ def test_cuda_has_the_functions_that_the_code_calls() -> None:
     source = inspect.getsource(tensorrt_session)
     names = set(re.findall(r"\bcuda[A-Z]\w+", source))
     kinds = {"cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"}
+
     assert kinds | {"cudaMemcpyAsync", "cudaEventRecord", "cudaStreamWaitEvent"} <= names
     assert [name for name in names - kinds if not hasattr(runtime, name)] == []
     assert kinds <= set(dir(runtime.cudaMemcpyKind))
     assert {"name", "major", "minor", "totalGlobalMem"} <= set(dir(runtime.cudaDeviceProp))
+
     for name, arguments in calls_of(tensorrt_session):
         match [name, *arguments]:
             case ["call", ast.Constant(value=str(function)), *others] if not any(

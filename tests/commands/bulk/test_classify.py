@@ -53,6 +53,7 @@ def test_every_image_gets_one_row_that_equals_its_prediction(complete, photos, b
     rows, paths = rows_of(complete), sorted(photos.glob("*.jpg"))
     assert [row["path"] for row in rows] == [str(path) for path in paths]
     assert len(part_bytes(complete)) == 4
+
     for row, path, one in zip(rows, paths, predict(bundle_path, paths, threads=1), strict=True):
         assert row["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         assert row["bundle"] == bundle_path.name.rpartition("-")[2]
@@ -65,6 +66,7 @@ def test_every_image_gets_one_row_that_equals_its_prediction(complete, photos, b
             assert row["warnings"] == list(one.warnings)
             for field in set(COLUMNS) & set(Classes.model_fields) - {"classes", "warnings"}:
                 assert row[field] == pytest.approx(getattr(one, field), abs=1e-6), field
+
     assert {position for position, row in enumerate(rows) if row["error"]} == BAD.keys()
     assert pq.read_table(complete).to_pylist() == rows  # of the whole folder
 
@@ -113,6 +115,7 @@ def test_a_finished_run_is_not_repeated_and_a_damaged_part_is(
             on_image=lambda done, _, shown=shown: shown.append(done),
         )
         assert (shown[0], shown[-1]) == (done_before, COUNT)
+
     assert part_bytes(out) == part_bytes(complete)
 
 
@@ -159,18 +162,22 @@ def test_a_folder_of_a_run_with_another_state_is_rejected(
         options = OPTIONS.model_copy(update={"logits": logits})
         with pytest.raises(ConfigError, match=message):
             classify(bundle_path, [str(photos)], complete, settings, options)
+
     other = write_bundle(tmp_path, seed=1)
     with pytest.raises(ConfigError, match=r"was begun with bundle \w+, not \w+; continue"):
         classify(other, [str(photos)], complete, SETTINGS, OPTIONS)
+
     with pytest.raises(
         ConfigError, match=r"was begun with images 100 \(\w+\), not 1 \(\w+\); continue"
     ):
         classify(bundle_path, [str(photos / "001.jpg")], complete, SETTINGS, OPTIONS)
+
     with (
         pytest.raises(ConfigError, match="another run is writing"),
         OutputFolder(complete).locked(),
     ):
         classify(bundle_path, [str(photos)], complete, SETTINGS, OPTIONS)
+
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "x.parquet").touch()
     for state in ("", "{", "5"):  # none, or a damaged one
@@ -194,6 +201,7 @@ def test_logits_and_features_are_those_of_the_bundle(photos, tmp_path):
     outputs = loaded.runtime.run(pixels[None])
     np.testing.assert_allclose(first["logits"], outputs["logits"][0], rtol=1e-5)
     np.testing.assert_allclose(first["features"], outputs[EMBEDDING][0], rtol=1e-5)
+
     assert (bad["error"], bad["logits"], bad["features"]) == ("not_an_image", None, None)
 
 
@@ -213,6 +221,7 @@ def test_images_that_end_their_decoder_or_are_large_have_the_rows_of_others(
     classify(bundle_path, [str(tmp_path)], tmp_path / "out", SETTINGS, OPTIONS)
     template.close()
     errors = {Path(row["path"]).stem: row["error"] for row in rows_of(tmp_path / "out")}
+
     assert errors == dict.fromkeys(bodies) | {"bad": "decoder_crashed"}
     monkeypatch.setattr(
         decoders, "shared_template", lambda: pool.DecoderTemplate("sopdeploy_service.absent")
@@ -243,6 +252,7 @@ def test_rows_follow_the_decision_of_the_bundle(case, bundle, photos, tmp_path, 
     sources = [str(photos / f"{number:03d}.jpg") for number in range(3)]
     classify(bundle.path, sources, tmp_path / "out", Settings(threads=1, **given))
     first, second, bad = rows_of(tmp_path / "out")
+
     assert (first["classes"], second["classes"]) == classes
     assert [first["known"], second["known"]] == known
     assert (bad["error"], bad["classes"]) == ("nonfinite_output", None)
@@ -302,13 +312,16 @@ def test_a_csv_file_has_the_predictions_and_needs_no_extra(
         threads=1,
         top_k=2,
     )
+
     assert (found.rows, found.num_images, found.num_errors) == (out, COUNT, len(BAD))
     assert shown[-1] == (COUNT, COUNT)
     with out.open(encoding="utf-8-sig", newline="") as file:  # the mark is for spreadsheets
         rows = list(csv.DictReader(file))
+
     assert out.read_bytes().startswith(codecs.BOM_UTF8)
     expected = predict(bundle_path, [photos], threads=1)  # the folder
     assert len(rows) == len(expected) == COUNT
+
     for row, one in zip(rows, expected, strict=True):
         assert row["image"] == one.image
         if one.error is None:
@@ -318,6 +331,7 @@ def test_a_csv_file_has_the_predictions_and_needs_no_extra(
                 f"{first.probability:.4f}",
             )
         assert row["error"] == ("" if one.error is None else one.error.detail)
+
     assert list(out.parent.iterdir()) == [out]
 
 

@@ -60,6 +60,7 @@ def cluster() -> Iterator[Any]:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "temp_dir": folder}
         started = Cluster(initialize_head=True, head_node_args=head)
+
         try:
             yield started
         finally:
@@ -110,6 +111,7 @@ def test_a_cluster_that_the_command_starts_listens_on_loopback_only(bundle_path,
         command = [sys.executable, "-m", "sopdeploy", "classify", str(bundle_path), str(photos)]
         command += ["--out", str(tmp_path / "out"), "--ray", "local", "--part-images", "4"]
         addresses: set[str] = set()
+
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, text=True
         ) as child:
@@ -118,7 +120,9 @@ def test_a_cluster_that_the_command_starts_listens_on_loopback_only(bundle_path,
                 for process in (child.pid, *below(child.pid)):
                     with suppress(FileNotFoundError):  # it has ended
                         addresses |= set(map(str, listening(process)))
+
         assert child.returncode == 0
+
     assert addresses == {"127.0.0.1"}
     assert len(rows_of(tmp_path / "out")) == 2000
 
@@ -137,6 +141,7 @@ def test_actors_write_the_rows_of_classify_unless_theirs_would_differ(
         BatchClassifier(bundle_path, SETTINGS, OPTIONS).state,
     )
     before = (out / "rows" / "part-00000.parquet").stat().st_mtime_ns
+
     assert actor({"part": np.arange(4)}) == {"images": [32, 32, 32, 4]}
     assert part_bytes(out) == part_bytes(complete)
     assert (out / "rows" / "part-00000.parquet").stat().st_mtime_ns == before
@@ -162,6 +167,7 @@ def test_errors_of_a_cluster_are_one_line(bundle_path, photos, tmp_path):
                 tmp_path / "out",
                 options=ClassifyOptions(ray=address),
             )
+
     assert not (tmp_path / "out").exists()
     for text, kind, message in (
         ("Traceback\n  x\nsopdeploy.errors.ConfigError: a is b\n", ConfigError, "a is b"),

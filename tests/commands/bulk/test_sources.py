@@ -36,6 +36,7 @@ def sources(tmp_path: Path) -> Path:
     """The same four images as a folder, archives, lists, and in an object store."""
     folder = tmp_path / "folder"
     store = fsspec.filesystem("memory")
+
     for name, body in BODIES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(body)
@@ -44,11 +45,13 @@ def sources(tmp_path: Path) -> Path:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"no")
     (folder / "loop").symlink_to(folder)
+
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         for inside, body in {**BODIES, "notes.md": b"no"}.items():
             member = tarfile.TarInfo(inside)
             member.size = len(body)
             archive.addfile(member, io.BytesIO(body))
+
     (tmp_path / "list.txt").write_text("".join(f"folder/{name}\n\n" for name in BODIES))
     windows = "\r\n".join(f"folder/{name}" for name in BODIES)
     (tmp_path / "windows.txt").write_text(windows, encoding="utf-8-sig", newline="")
@@ -128,10 +131,12 @@ def test_a_source_without_images_is_a_one_line_error(tmp_path, monkeypatch):
     for source, message in BAD_SOURCES.items():
         with pytest.raises(DataError, match=message):
             list(list_sources([source]))
+
     with pytest.raises(
         ImageError, match=r"cannot be read \(No such file or directory\)"
     ) as raised:
         read_listed(ListedImage("x", "/nowhere/x.jpg"), 9)
+
     assert raised.value.code == "unusable_data"
 
 
@@ -167,6 +172,7 @@ def test_hostile_names_and_lines_have_rows_and_links_in_a_circle_are_not_followe
         bundle_path, [str(folder), str(listing)], tmp_path / "out", SETTINGS, OPTIONS
     )
     in_folder, in_list = errors_of(tmp_path / "out")[:3], errors_of(tmp_path / "out")[3:]
+
     assert in_folder == list(IN_FOLDER.items())
     assert (found.num_images, found.num_errors) == (8, 6)
     assert [error for _, error in in_list[:4:2]] == [MISSING, "cannot be read (Is a directory)"]
@@ -187,6 +193,7 @@ def test_members_of_an_archive_stay_below_its_name(tmp_path):
         ".hidden.jpg",
     )
     names += ("c\udce9.jpg",)
+
     with tarfile.open(archive, "w") as tar:
         for number, name in enumerate(names):
             member = tarfile.TarInfo(name)
@@ -196,13 +203,16 @@ def test_members_of_an_archive_stay_below_its_name(tmp_path):
             special = tarfile.TarInfo("special.jpg")
             special.type, special.linkname = kind, "/etc/passwd"
             tar.addfile(special)
+
     found = {entry.path: entry.size for entry in list_sources([str(archive)])}
     assert found == {f"{archive}/{name}": size for name, size in
                      {"abs.jpg": 0, "a.jpg": 4, "b.jpg": 5, "c�.jpg": 7}.items()}  # fmt: skip
+
     with tarfile.open(archive, "a") as tar:
         link = tarfile.TarInfo("twin.jpg")
         link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
         tar.addfile(link)
+
     with pytest.raises(
         DataError, match=r"twin\.jpg is a hard link; pack with `tar --hard-dereference`"
     ):
@@ -318,10 +328,12 @@ def test_a_run_that_cannot_begin_leaves_no_folder(
     before = set(tmp_path.rglob("*"))
     with pytest.raises(DataError, match=message):
         classify(bundle_path, given, tmp_path / new)
+
     assert set(tmp_path.rglob("*")) == before
     (tmp_path / "mine").mkdir()
     with pytest.raises(DataError, match=message):
         classify(bundle_path, given, tmp_path / "mine")
+
     assert list((tmp_path / "mine").iterdir()) == []
 
 
@@ -332,11 +344,13 @@ def test_what_is_not_used_is_counted_and_shown_in_one_line(tmp_path, is_packed) 
     for name in ("a.jpg", "b.CR2", "sub/c.cr2", "notes", ".hidden"):
         (folder / name).write_bytes(b"x")
     source = folder
+
     if is_packed:
         source = tmp_path / "photos.tar"
         with tarfile.open(source, "w") as archive:
             archive.add(folder, "photos")
     skipped = Counter[str]()
+
     assert len(list(list_sources([str(source)], skipped))) == 1
     assert skipped == {".cr2": 2, "without an ending": 1}
     assert describe_skipped(skipped).startswith("3 files skipped, not JPEG, PNG")

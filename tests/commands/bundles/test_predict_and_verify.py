@@ -150,6 +150,7 @@ def test_verify_and_predict_take_texts_and_the_runtime_of_serve(bundle_path, tmp
     assert predict(str(bundle_path), str(tmp_path / "a.png"), runtime="onnxruntime-cpu")[
         0
     ].classes
+
     for words in (
         ["verify", str(bundle_path)],
         ["predict", str(bundle_path), str(tmp_path / "a.png")],
@@ -168,6 +169,7 @@ def test_without_onnx_verify_checks_the_hashes_and_says_that_the_root_was_not_re
     assert "hash was not computed again, because onnx is not installed" in " ".join(
         result.stdout.split()
     )
+
     copy = Path(shutil.copytree(bundle_path, tmp_path / "copy"))
     replace_weight(copy)
     with pytest.raises(BundleError, match=r"model\.onnx"):
@@ -216,10 +218,12 @@ def test_a_bundle_and_predict_agree_exactly(bundle_path, folder) -> None:
     labels, scores, facts = scores_of_bundle(
         bundle_path, folder, settings=ONE_THREAD, on_image=lambda *done: progress.append(done)
     )
+
     assert facts["bundle"] == bundle_path.name
     assert progress == [(done, 14) for done in range(1, 15)]
     paths = [path for label in labels for path in sorted((folder / label).iterdir())]
     predictions = predict(bundle_path, paths, threads=1, top_k=7)
+
     for one, prediction in zip(scores, predictions, strict=True):
         assert one.confidence == prediction.classes[0].probability
         assert [labels[index] for index in one.top5] == [
@@ -266,6 +270,7 @@ def test_mirrored_scores_of_a_bundle_are_those_of_the_mean_logits(
     )
     paths = [path for label in labels for path in sorted((folder / label).iterdir())]
     limits = {"max_bytes": ONE_THREAD.max_body_bytes, "max_pixels": ONE_THREAD.max_pixels}
+
     for score, path in zip(scores, paths, strict=True):
         pixels = decode(path.read_bytes(), loaded.bundle.manifest.preprocess, **limits).pixels
         alone, mirrored = loaded.runtime.run(np.stack([pixels, pixels[:, ::-1]]))["logits"]

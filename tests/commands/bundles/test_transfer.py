@@ -117,6 +117,7 @@ def test_archives_are_reproducible_standard_tar_files_without_owners(
         os.utime(path, (1, 1))
     (copied / "notes.txt").write_text("not of the bundle")
     second = push(copied, str(tmp_path / "b"))
+
     assert Path(first.url).read_bytes() == Path(second.url).read_bytes()
     assert (first.sha256, first.bytes) == (second.sha256, Path(second.url).stat().st_size)
     with tarfile.open(first.url) as archive:
@@ -184,6 +185,7 @@ def test_model_signing_and_sopdeploy_accept_each_others_signatures(
     assert "Verification succeeded" in model_signing(*verify, write_signature(bundle, key))
     model_signing("sign", "key", bundle, "--private_key", key, "--signature", theirs)
     check(bundle, theirs, public)
+
     for name in sorted(path.name for path in bundle.iterdir()):
         other = Path(shutil.copytree(bundle, tmp_path / name))
         if name == "manifest.json":
@@ -197,6 +199,7 @@ def test_model_signing_and_sopdeploy_accept_each_others_signatures(
         if name == "model.onnx":
             verify_other = ("verify", "key", other, "--public_key", public, "--signature")
             assert "Verification succeeded" not in model_signing(*verify_other, theirs)
+
     check(bundle, theirs, public)
 
 
@@ -218,6 +221,7 @@ def test_a_pull_never_changes_a_bundle_that_is_there(
     before = contents(path)
     copy = another_time(bundle, tmp_path / "copied", time)
     again = pull(push(copy, str(tmp_path / "copies")).url, here)
+
     assert (again.path, again.is_new, contents(path)) == (path, False, before)
     check(path, signature_path(path), public)
     if time != FIELDS["exported_at"]:
@@ -243,6 +247,7 @@ def test_a_signed_bundle_is_not_accepted_under_the_name_of_another(
             {"project": bundle.name},
         )
     )
+
     for other in (cats, old, alias):
         write_signature(other, key)
         archive = Path(push(other, str(tmp_path / other.name)).url)
@@ -256,6 +261,7 @@ def test_a_signed_bundle_is_not_accepted_under_the_name_of_another(
             ):
                 pull(str(replaced), here, require_signature=public)
             assert not here.exists()
+
     for name, project in (("cats.tar", None), ("latest.tar", "cats")):
         for suffix in ("", ".sig"):
             shutil.copyfile(
@@ -276,6 +282,7 @@ def test_a_bundle_older_than_the_newest_of_its_project_needs_a_flag(
     pull(push(cats, store).url, here)  # of another project
     archive = push(old, store).url
     error = cli_error("pull", archive, here)
+
     for part in (
         archive,
         old.name,
@@ -285,11 +292,13 @@ def test_a_bundle_older_than_the_newest_of_its_project_needs_a_flag(
         "try --allow-older",
     ):
         assert part in error
+
     assert not (here / old.name).exists()
     assert pull(archive, here, allow_older=True).path.name == old.name
     with pytest.raises(BundleError, match="try allow_older=True"):
         pull(archive, here)
     later = push(another_time(old, tmp_path / "later", LATER), str(tmp_path / "replayed")).url
+
     with pytest.raises(
         BundleError, match="try allow_older=True"
     ):  # the bundle that is there keeps its time
@@ -327,11 +336,13 @@ def test_a_pulled_bundle_is_served_with_the_key_that_signed_it_and_with_no_other
     assert cli("sign", bundle, "--key", key).exit_code == 0
     url = json.loads(cli("push", bundle, tmp_path / "store", "--json").stdout)["url"]
     required, received = ("--require-signature", f"{key}.pub"), str(tmp_path / "received")
+
     assert cli("pull", url, received, *required).exit_code == 0
     with serving(received, *required) as client:
         assert client.post("/v1/classify", content=jpeg(0)).json()["classes"]
     with spawn(received, "--require-signature", str(other)) as refused:
         out, error = refused.communicate(timeout=START_SECONDS)
+
     assert (refused.returncode, out, error.count("\n")) == (2, "", 1)
     assert f"received/{bundle.name}: its signature is not valid" in error
     assert "Key mismatch" in error
@@ -418,6 +429,7 @@ def test_a_client_of_a_store_that_is_not_installed_is_named_with_its_extra(
     monkeypatch.setattr(import_module("fsspec.registry"), "_registry", {})
     with pytest.raises(MissingPackageError, match=re.escape(message)) as error:
         push(bundle, address) if command == "push" else pull(address, tmp_path / "pulled")
+
     assert error.value.code == "not_installed"
 
 

@@ -71,6 +71,7 @@ def test_logits_are_equal_in_float64_and_close_in_float32(tmp_path: Path, name: 
     expected: dict[str, Any] = {"conv5_stride": 1 if second_order else 2}
     if second_order:
         expected |= {"iterations": 3, "prenorm": "trace"}
+
     if "16-8" in name:
         expected |= {
             "chosen": 8,
@@ -79,6 +80,7 @@ def test_logits_are_equal_in_float64_and_close_in_float32(tmp_path: Path, name: 
             "dropout": 0.4 if wrn else 0.2,
         }
         expected |= {"gate_norm": True, "fusion_norm": True, "noise_per": "image"}
+
     assert expected.items() <= report.config.items()
 
 

@@ -170,6 +170,7 @@ def test_low_rank_bilinear_pooling_starts_from_the_weights_of_vgg16() -> None:
         preprocess=Preprocess(),
     )
     report = load_start_weights(given, network, ("a", "b", "c"))
+
     assert (report.new, report.unused) == (("classifier", "pooling"), ("classifier",))
     assert all(bool((value == 0.5).all()) for name, value in network.layers.named_parameters())
     assert published_network("lrbp-vgg16", network.config) == "vgg16_bn"
@@ -209,6 +210,7 @@ def test_sketches_are_circular_convolutions_as_in_the_papers(
     generator = random.Random(SMALL[kind]["seed"])
     x_MC = maps[0].flatten(start_dim=1).T
     parts = [torch.ones(1, dtype=torch.float64), x_MC.mean(dim=0)] if kind == "kernel" else []
+
     for order in orders:
         sketch = tensor_sketch(x_MC, [draw_sketch(generator, 5, 16) for _ in range(order)], 16)
         weight = 1.0 / math.sqrt(math.factorial(order)) if kind == "kernel" else 1.0
@@ -248,6 +250,7 @@ def test_dropcov_is_the_covariance_and_drops_the_channels_of_an_image_in_trainin
     layer.train()
     layer.rate = lambda *_: torch.tensor(0.5)  # type: ignore[method-assign]
     dropped = (layer(maps) == 0).reshape(64, -1)[:, [0, 6, 11, 15, 18, 20]]  # the diagonal
+
     assert 0.4 < dropped.float().mean() < 0.6
     for rate in (0.0, 1.0):
         layer.rate = lambda *_, rate=rate: torch.tensor(rate)  # type: ignore[method-assign]
@@ -303,10 +306,12 @@ def test_each_pooling_learns_and_is_exported_with_proof_and_served(
     assert found.training["metrics"]["top1"] > 0.3  # of ten digits
     if name in SMALL:
         assert found.config["pooling"].items() >= {"kind": name, **SMALL[name]}.items()
+
     assert "plugins" not in found.training  # it is of the same wheel
     output = run(
         "export", tmp_path / "run/best.pt", "--max-batch", 4, "--out", tmp_path / "bundles"
     ).stdout
+
     assert "trained = plain" in output
     run("verify", tmp_path / "bundles/latest")
     check_served(tmp_path / "run/best.pt", tmp_path / "bundles/latest")
@@ -322,6 +327,7 @@ def check_served(checkpoint: Path, bundle: Path) -> None:
     image = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     )
+
     with TestClient(
         create_app({"digits": load_model(bundle, settings)}, settings), "http://localhost"
     ) as client:
@@ -336,6 +342,7 @@ def check_served(checkpoint: Path, bundle: Path) -> None:
         zip(content.labels, (logits_C / temperature).softmax(dim=0).tolist(), strict=True)
     )
     served = {entry["label"]: entry["probability"] for entry in answer["classes"]}
+
     assert len(served) == min(5, len(expected))
     assert served == pytest.approx({label: expected[label] for label in served}, abs=1e-4)
 
@@ -353,6 +360,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = folder / "dropcov.toml"
     recipe.write_text(blocks(PAGE, "toml")[0], encoding="utf-8")
     (typed,) = [words for words in command_lines(PAGE) if recipe.name in words]
+
     with pytest.MonkeyPatch.context() as patch:
         as_in_a_new_process(patch)
         run(
@@ -360,6 +368,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--out",
             folder / "run",
         )
+
     return folder / "run/best.pt"
 
 
@@ -377,6 +386,7 @@ def test_the_recipe_of_the_page_is_exported_and_served_by_a_runtime_of_a_plug_in
     with TestClient(create_app({"digits": loaded}, settings), "http://localhost") as client:
         answer = client.post("/v1/classify", content=encoded(Image.fromarray(image))).json()
         (served,) = client.get("/info").json()["models"]
+
     assert {entry["label"] for entry in answer["classes"]} <= set(found.labels)
     assert served["runtime"].split()[0] == "onnx-reference"
 
@@ -418,6 +428,7 @@ def test_the_core_does_not_name_it() -> None:
         path.relative_to(ROOT).as_posix(): words.findall(path.read_text(encoding="utf-8"))
         for path in files
     }
+
     assert {path: found for path, found in named.items() if found} == {
         "commands/sopdeploy_commands/app.py": ["sopdeploy_papers"]  # the command `reproduce`
     }
@@ -466,6 +477,7 @@ def test_the_network_of_each_row_is_built(name: str) -> None:
                 sopdeploy.create_model(model.name, num_classes=10, **model.config)
         except ConfigError as error:
             problems[name, row.id] = str(error)
+
     assert problems.keys() <= NOT_BUILT.keys()
     assert [
         where for where, problem in problems.items() if NOT_BUILT[where] not in problem

@@ -390,6 +390,7 @@ def test_images_in_json_have_the_same_response_as_raw_images(client, jpeg, text)
         base64.encodebytes(jpeg).decode(),
     ):
         assert client.post("/v1/classify", json={"image": image}).json() == plain
+
     assert client.post("/v1/classify", json={"images": [text]}).json() == {"results": [plain]}
     two = client.post("/v1/classify", json={"images": [text, "aGVsbG8="]}).json()["results"]
     bad = two[1]["error"]

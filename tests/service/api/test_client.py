@@ -104,6 +104,7 @@ def test_tensors_get_the_predictions_of_v1(
         if binary_out is None
         else [http.InferRequestedOutput("logits", binary_data=binary_out)]
     )
+
     for datatype, values in (("UINT8", pixels), ("FP32", pixels.astype(np.float32))):
         sent = [infer_input("images", values, datatype, binary_in)]
         found = triton.infer("tiny", sent, outputs=outputs, request_id="r1")

@@ -41,10 +41,12 @@ def test_an_image_is_known_if_its_score_reaches_the_threshold(
         picture_bytes(color, size=(64, 64), kind="PNG")
         for color in ((250, 20, 20), (90, 90, 90))
     ]
+
     with running(onnx_runtime, rejecting(bundle, -1e9), Settings()) as client:
         scores = [
             client.post("/v1/classify", content=picture).json()["score"] for picture in pictures
         ]
+
     assert scores[0] != scores[1]
     between = rejecting(bundle, (scores[0] + scores[1]) / 2)
     with running(onnx_runtime, between, Settings()) as client:
@@ -54,6 +56,7 @@ def test_an_image_is_known_if_its_score_reaches_the_threshold(
         with Client(str(client.base_url)) as typed:
             answers = [typed.classify(picture) for picture in pictures]
         metrics = client.get("/metrics").text
+
     expected = [(one > np.mean(scores), pytest.approx(one)) for one in scores]
     assert [(one["known"], one["score"]) for one in found] == expected
     assert [(one["known"], one["score"]) for one in several] == expected
@@ -99,6 +102,7 @@ def test_training_export_and_predict_share_one_decision(
     assert f"{decision.calibration.temperature:.4g}" in (path / "README.md").read_text(
         encoding="utf-8"
     )
+
     images = []
     for number, pixels in enumerate(generated_images(manifest.preprocess.crop)):
         images.append(tmp_path / f"{number}.png")
@@ -107,10 +111,12 @@ def test_training_export_and_predict_share_one_decision(
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     logits = read_probes(open_bundle(path)).expected["logits"]
     scores = log_sum_exp(logits)
+
     assert [one["score"] for one in found] == pytest.approx(scores.tolist(), rel=1e-3)
     assert [one["known"] for one in found] == [
         one["score"] >= decision.rejection.threshold for one in found
     ]
+
     text = CliRunner().invoke(app, arguments).stdout
     assert text.count("none of these classes") == sum(not one["known"] for one in found)
 
@@ -168,6 +174,7 @@ def test_the_response_lists_the_classes_that_reach_their_threshold(
         "?threshold=1": [],
     }.items():
         assert listed == classes(many.post(f"/v1/classify{query}", content=jpeg))
+
     assert many.post("/v1/classify?threshold=1.5", content=jpeg).status_code == 422
 
 
@@ -189,6 +196,7 @@ def test_an_evaluation_with_labels_csv_has_the_probabilities_of_the_server(
     names, ours, _ = scores_of_bundle(
         multi_label_path, tmp_path, settings=settings, on_image=lambda *_: None
     )
+
     for number, row in enumerate(ours.probabilities):
         body = (tmp_path / f"{number}.jpg").read_bytes()
         listed = many.post("/v1/classify?threshold=0", content=body).json()["classes"]

@@ -28,6 +28,7 @@ def test_http_client_and_predict_return_the_same_map(
     reply = client.post(f"{URL}&top_k=2", content=jpeg)
     assert [len(row) for row in reply.json()["explanation"]] == [7] * 7
     assert "explain;dur=" in reply.headers["Server-Timing"]
+
     expected = pytest.approx(np.array(reply.json()["explanation"]), abs=1e-6)
     with Client(str(client.base_url)) as typed:
         assert np.array(typed.classify(jpeg, explain=True).explanation) == expected
@@ -35,6 +36,7 @@ def test_http_client_and_predict_return_the_same_map(
     (tmp_path / "a.jpg").write_bytes(jpeg)
     command = ["predict", str(bundle_path), str(tmp_path / "a.jpg"), "--explain"]
     (found,) = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+
     assert np.array(found["explanation"]) == expected
     row, column = np.unravel_index(np.argmax(found["explanation"]), (7, 7))
     text = CliRunner().invoke(app, command).stdout
@@ -61,9 +63,11 @@ def test_an_image_counts_as_fifty(serve_with, onnx_runtime, jpeg, tmp_path) -> N
     headers = {"Authorization": f"Bearer {key}"}
     limited = serve_with(onnx_runtime, keys=keys)
     codes = [limited.post(URL, content=jpeg, headers=headers).status_code for _ in range(2)]
+
     assert codes == [200, 429]
     runtime = Held()
     client = serve_with(runtime, queue_size=99, max_images=50)
+
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(client.post, URL, content=jpeg)
         assert runtime.entered.wait(60)
@@ -71,6 +75,7 @@ def test_an_image_counts_as_fifty(serve_with, onnx_runtime, jpeg, tmp_path) -> N
         full = client.post(URL, content=jpeg)
         runtime.gate.set()
         assert first.result().status_code == 200
+
     assert (full.status_code, full.json()["code"]) == (429, "queue_full")
     wait_for(lambda: count(client, "queue_depth") == 0)
     assert sum(runtime.batches) == IMAGES_PER_MAP

@@ -45,6 +45,7 @@ def test_no_parameter_of_a_path_may_be_null(openapi):
         for parameter in about.get("parameters", ())
         if parameter["in"] == "path"
     ]
+
     assert len(parameters) >= 9
     assert {parameter["schema"].get("type") for parameter in parameters} <= {
         "string",

@@ -30,6 +30,7 @@ def test_a_raw_image_gives_its_classes_best_first_and_bundle_request_id_and_timi
     assert (reply.status_code, reply.headers["content-type"]) == (200, "application/json")
     assert reply.headers["x-model-digest"] == bundle.manifest.id
     assert reply.headers["x-request-id"] == "abc-1"
+
     stages = [part.split(";")[0].strip() for part in reply.headers["server-timing"].split(",")]
     assert stages == ["receive", "decode_queue", "decode", "queue", "infer"]
     found = probabilities(reply.json())
@@ -158,6 +159,7 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
         client.get(f"/nothing/{number}")
     text = client.get("/metrics").text
     stages = ("receive", "decode_queue", "decode", "queue", "infer")
+
     for line in (
         'sopdeploy_requests_total{code="200",model="tiny",route="/v1/classify"}',
         'sopdeploy_attempts_total{attempt="2"} 1.0',
@@ -174,6 +176,7 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
         'route="other"',
     ):
         assert line in text, line
+
     assert "_created" not in text
     assert (
         "/nothing" not in text
@@ -194,6 +197,7 @@ def test_each_image_has_its_own_warnings(client, jpeg, bundle_path, tmp_path):
     results = client.post("/v1/classify", files=[("image", body) for body in expected]).json()[
         "results"
     ]
+
     assert [entry["warnings"] for entry in results] == list(expected.values())
     found = predict(bundle_path, paths, threads=1)
     assert [list(entry.warnings) for entry in found] == list(expected.values())
@@ -211,10 +215,12 @@ def test_the_card_has_readme_and_certificate_of_the_bundle(carded_client, carded
         "num_images": 12,
     }
     compared = ["trained", "detached", "plain"]
+
     assert card["certificate"] == {
         "proof": "three-way", "compared": compared, "detached": ["gate.noise"], "root": "4" * 64,
         "onnx_root": "6" * 64, **counts,
     }  # fmt: skip
+
     reply = carded_client.get("/v1/card?model=other")
     assert (reply.status_code, reply.json()["code"]) == (404, "unknown_model")
 
@@ -234,15 +240,18 @@ def test_the_content_security_policy_allows_exactly_the_inline_scripts(client, p
     assert reply.headers["content-type"] == "text/html; charset=utf-8"
     assert reply.headers["x-content-type-options"] == "nosniff"
     assert reply.headers["referrer-policy"] == "no-referrer"
+
     policy = reply.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; ")
     assert "unsafe" not in policy
     inline = re.findall(r"<(style|script)>(.*?)</\1>", reply.text, re.DOTALL)
     sources = re.findall(r"<(?:script|link)[^>]* (?:src|href)=\"(?!data:)([^\"]*)", reply.text)
+
     assert sources == (
         ["docs/swagger-ui.css", "docs/swagger-ui-bundle.js"] if path == "/docs" else []
     )
     assert len(inline) == reply.text.count("<style") + reply.text.count("<script>")
+
     for _, text in inline:
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert f"'sha256-{digest}'" in policy

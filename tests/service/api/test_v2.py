@@ -113,6 +113,7 @@ def test_fp32_that_is_not_pixels_is_rejected_with_what_to_send(case):
     ]
     if np.isfinite(values).all():  # JSON has no other numbers
         bodies.append((tensor(datatype="FP32", data=values.tolist()), b""))
+
     for asked, raw in bodies:
         code, status, message = rejected(asked, raw)
         assert (code, status) == ("wrong_data", 400)
@@ -303,11 +304,13 @@ def test_binary_data_with_a_wrong_header_or_size_is_rejected():
             "malformed_request",
             "wrong_data",
         }
+
     asked, right = (
         tensor(data=None, parameters={"binary_data_size": size}) for size in (12, 13)
     )
     for sent in (asked,), (asked, bytes(13)), (tensor(), b"x"):
         assert rejected(*sent)[0] == "wrong_binary_size"
+
     assert "is 12 bytes, not 13" in rejected(right, bytes(13))[2]
     floats = tensor(datatype="FP32", data=None, parameters={"binary_data_size": 12})
     assert "FP32 is 48 bytes, not 12" in rejected(floats, bytes(12))[2]

@@ -30,10 +30,12 @@ def answer(number: int, rules: bytes, image: bytes, options: child.ChildOptions)
         return [header(number, child.PIXELS, 0, 3 * child.read_rules(rules).crop ** 2), b"x"]
     if name == b"long message":
         return [header(number, child.FIRST_ERROR, 0, 65_000), bytes(65_000)]
+
     if name == b"forbidden":
         errors = {name: attempt(forbidden) for name, forbidden in FORBIDDEN.items()}
         text = json.dumps([sorted(set(errors.values())), dict(os.environ)]).encode()
         return [header(number, child.FIRST_ERROR, 0, len(text)), text]
+
     if name == b"memory":
         errors = {
             name: attempt(lambda take=take: take(2 * options.memory))  # type: ignore[misc]
@@ -41,6 +43,7 @@ def answer(number: int, rules: bytes, image: bytes, options: child.ChildOptions)
         }
         text = json.dumps(errors).encode()
         return [header(number, child.FIRST_ERROR, 0, len(text)), text]
+
     reply = decode_and_answer(number, rules, image, options)
     return [b"".join(reply) + b"more"] if image.endswith(b"too many") else reply
 

@@ -135,6 +135,7 @@ def test_a_jpeg_with_fewer_pixels_than_declared_is_truncated(variant: str) -> No
         with pytest.raises(ImageError, match="truncated") as caught:
             decode(with_size(body, *size), RULES, **LIMITS)
         assert (caught.value.code, caught.value.status) == ("truncated_image", 422)
+
     for fraction in (0.3, 0.9) if variant == "baseline" else ():  # closed by an end marker
         with pytest.raises(ImageError) as caught:
             decode(body[: int(fraction * len(body))] + END, RULES, **LIMITS)
@@ -231,12 +232,14 @@ def test_training_calibration_predict_service_and_client_see_the_same_pixels(
     monkeypatch.setattr(predict_command, "load_model", lambda *_: loaded)
     predict_command.predict(bundle.path, paths, threads=1)
     found["predict"], recorder.seen = recorder.seen, []
+
     with running(recorder, changed, settings) as client:
         shown = client.get("/info").json()["models"][0]["preprocess"]
         for path in paths:
             assert client.post("/v1/classify", content=path.read_bytes()).status_code == 200
         found["service"], recorder.seen = recorder.seen, []
         at_client = Preprocess(**shown)
+
         for path in paths:
             with Image.open(path) as image:
                 pixels = preprocess_image(image, at_client)
@@ -246,7 +249,9 @@ def test_training_calibration_predict_service_and_client_see_the_same_pixels(
                 client.post("/v2/models/tiny/infer", json={"inputs": [tensor]}).status_code
                 == 200
             )
+
         found["client"] = recorder.seen
+
     for where, pixels in found.items():
         assert len(pixels) == len(paths) == len(IMAGES), where
         for path, values in zip(paths, pixels, strict=True):

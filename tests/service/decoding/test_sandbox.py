@@ -68,7 +68,9 @@ def test_a_sandboxed_child_decodes_and_copies_every_format_as_without_a_sandbox(
                 )
             except ImageError as error:
                 errors[name] = error.code
+
         asyncio.run_coroutine_threadsafe(decoders.stop(), loop).result()
+
     assert errors == {
         "truncated": "truncated_image",
         "damaged WebP": "damaged_image",

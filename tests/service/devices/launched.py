@@ -33,6 +33,7 @@ def launched() -> int:
         }
         end.send(json.dumps(facts).encode())
         end.recv(1)
+
     return 3
 
 

@@ -68,6 +68,7 @@ def test_an_engine_that_ends_or_hangs_refuses_its_images_and_is_replaced_behind_
     gate = tmp_path / "gate"
     monkeypatch.setenv("GATE", str(gate))
     options = (*WAYS[FRONT_ENDS], "--setting", "batch_timeout_seconds=60")
+
     with (
         serving(str(bundle_path), *options, program=gated_device.SERVE) as client,
         ThreadPoolExecutor(8) as pool,
@@ -77,6 +78,7 @@ def test_an_engine_that_ends_or_hangs_refuses_its_images_and_is_replaced_behind_
         wait_for(lambda: num_admitted(client) == 8)
         device_process = process_of(client, "engine")
         os.kill(device_process, number)
+
         for reply in sent:
             refused = reply.result()
             assert (refused.status_code, refused.json()["code"]) == (503, "runtime_dead")
@@ -86,10 +88,12 @@ def test_an_engine_that_ends_or_hangs_refuses_its_images_and_is_replaced_behind_
         wait_for(
             lambda: [status_of(client, jpeg) for _ in range(8)] == [200] * 8
         )  # of both front ends
+
         assert {
             client.get(path).status_code for path in ("/livez", "/readyz") for _ in range(2)
         } == {200}
         assert {process_of(client, f"front-{number}") for number in range(2)} == servers
+
         client.child.send_signal(signal.SIGTERM)
         assert client.child.wait(START_SECONDS) == 0
 
@@ -108,6 +112,7 @@ def test_a_front_end_is_alive_but_not_ready_while_its_engine_starts(tmp_path, jp
         os.kill(device_process, signal.SIGSTOP)
         os.kill(device_process, signal.SIGKILL)
         wait_for(lambda: client.get("/readyz").json()["status"] == "engine_starting")
+
         assert client.get("/livez").status_code == 200
         reply = client.post("/v1/classify", content=jpeg)
         assert (reply.status_code, reply.json()["code"]) == (503, "runtime_dead")
@@ -130,6 +135,7 @@ def test_a_front_end_that_ends_or_hangs_is_replaced_and_its_images_make_room(
         "--setting",
         "max_images=4",
     )
+
     with (
         serving(
             str(bundle_path), *WAYS[FRONT_ENDS], *options, program=gated_device.SERVE
@@ -144,6 +150,7 @@ def test_a_front_end_that_ends_or_hangs_is_replaced_and_its_images_make_room(
             [one for one in sent if one.done()],
             [one for one in sent if not one.done()],
         )
+
         assert ({one.result() for one in refused}, 4 <= len(waiting) <= 7) == ({429}, True)
 
         # Both accept from one socket, so either may have admitted all that wait.
@@ -156,6 +163,7 @@ def test_a_front_end_that_ends_or_hangs_is_replaced_and_its_images_make_room(
         wait_for(lambda: process_of(client, name) not in {0, victim})
         gate.touch()
         statuses = [one.exception() or one.result() for one in waiting]
+
         assert (
             statuses.count(200) == len(waiting) - by_name[name]
         )  # those of the other front end
@@ -164,6 +172,7 @@ def test_a_front_end_that_ends_or_hangs_is_replaced_and_its_images_make_room(
         wait_for(
             lambda: client.post("/v1/classify", files=files).status_code == 200
         )  # nothing is left
+
         assert process_of(client, "engine") == device_process
 
 
@@ -179,6 +188,7 @@ def test_a_signal_to_every_process_completes_the_admitted_requests(
         "--setting",
         "drain_seconds=60",
     )
+
     with (
         serving(str(bundle_path), *options, program=gated_device.SERVE) as client,
         ThreadPoolExecutor(16) as pool,
@@ -190,6 +200,7 @@ def test_a_signal_to_every_process_completes_the_admitted_requests(
             os.kill(process, signal.SIGTERM)
         wait_for(lambda: client.get("/readyz").status_code == 503)
         gate.touch()
+
         assert [one.result() for one in sent] == [200] * 16
         assert client.child.wait(START_SECONDS) == 0
         assert not any(map(is_alive, processes))
@@ -265,6 +276,7 @@ def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypat
         front_ends=1, position=0, num_servers=1, device_processes=(), keys=first.files[0], limits=first.files[1],
     )  # fmt: skip
     ours, theirs = control.socket_pair()
+
     with ours, theirs, socket.socket() as connection:
         for number, keys in enumerate(later, 1):
             assert control.send_message(ours, control.KEYS, b"%d" % number, *keys.files)
@@ -274,6 +286,7 @@ def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypat
         [(device_process, end, number)], config = device_server.wait_for_device(config, theirs)
         end.close()
         assert num_open_files() == num_open  # it has closed those of the earlier keys
+
     assert (device_process, number, config.keys_number) == ("engine", 3, 2)
     assert device_server.read_shared_keys(config.keys) == tuple(later[-1].ring.keys)
     assert device_server.map_states(config.limits).nbytes == STATE_BYTES

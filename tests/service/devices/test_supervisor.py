@@ -192,10 +192,12 @@ def test_a_process_that_lacks_what_it_was_sent_gets_no_connections_and_is_replac
     settings, killed, order = load_settings(front_ends=0), [], []
     device_process = Process("engine", {}, settings, "", 0)
     front_ends = [Process(f"front-{number}", {}, settings, None, number) for number in range(2)]
+
     with socket.socket() as listener:
         server = supervisor.Supervisor([], settings, [device_process], listener)
         server._front_ends, server._announced = front_ends, True
         server._channels.front_ends = front_ends
+
         for number, process in enumerate([*front_ends, device_process], 1):
             process.reset(SimpleNamespace(close=lambda: None))
             process.child = SimpleNamespace(
@@ -220,6 +222,7 @@ def test_a_process_that_lacks_what_it_was_sent_gets_no_connections_and_is_replac
         server._loop = SimpleNamespace(remove_reader=lambda _: None, add_reader=lambda *_: None)
         with pytest.raises(asyncio.CancelledError):
             asyncio.run(server._replace_failing())
+
     # Each of them once, and no front end while another one is replaced.
     assert killed == expected.split()
 
@@ -412,6 +415,7 @@ def test_a_drain_completes_the_requests_of_both_processes(
         "--setting=batch_timeout_seconds=60",
         "--setting=drain_seconds=60",
     )
+
     with (
         serving(str(bundle_path), *options, program=gated_device.SERVE) as client,
         ExitStack() as stack,
@@ -431,6 +435,7 @@ def test_a_drain_completes_the_requests_of_both_processes(
         while num_draining < 2:  # a signal reaches one process later than the other
             event = json.loads(client.child.stderr.readline())["event"]
             num_draining += event == "draining"
+
         assert client.get("/readyz").status_code == 503
         late.append(stack.enter_context(connect(client)))
         for wire in late:
@@ -438,6 +443,7 @@ def test_a_drain_completes_the_requests_of_both_processes(
             reply = read(wire)
             assert (reply.status, reply.code) == (503, "draining")
         gate.touch()
+
         assert [reply.result().status_code for reply in sent] == [200] * 16
         assert client.child.wait(START_SECONDS) == 0
 
@@ -493,20 +499,24 @@ def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(
         f"--setting={setting}"
         for setting in (f"keep={kept}", "keep_bytes=65536", "keep_sample=1")
     ]
+
     with serving(str(bundle), "--keys", str(file), *options, *WAYS[way]) as client:
         with ExitStack() as stack:
             for body, connection in zip(
                 photos(12), open_connections(client, 12, stack), strict=True
             ):
                 assert classify_on(body, connection, **{"x-api-key": free}) == 200
+
         client.headers["x-api-key"] = free
         wait_for(lambda: results(client) == {"kept": 12})
         assert sum(4096 for file in kept.iterdir() if file.name != ".lock") == 65_536
         assert len({record.image for _, record in read_kept(kept)}) == 8
+
         client.headers["x-api-key"] = limited
         replies = [client.post("/v1/classify", content=jpeg) for _ in range(7)]
         assert [reply.status_code for reply in replies] == [200] * 5 + [429] * 2
         remaining = [reply.headers["ratelimit-remaining"] for reply in replies]
+
         assert remaining == ["4", "3", "2", "1", "0", "0", "0"]
         new = new_key(tmp_path / "new.toml", "new")
         text = file.read_text()
@@ -516,6 +526,7 @@ def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(
         )
         file.write_text(text[:begin] + text[end:] + (tmp_path / "new.toml").read_text())
         client.child.send_signal(signal.SIGHUP)
+
         for key, code in ((free, 401), (new, 200)):
             client.headers["x-api-key"] = key
             wait_for(
@@ -524,10 +535,12 @@ def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(
                     == {code}
                 )
             )
+
         client.headers["x-api-key"] = limited
         assert client.post("/v1/classify", content=jpeg).status_code == 429  # as before
         file.write_text("")
         client.child.send_signal(signal.SIGHUP)  # those in use stay
+
         # On a busy machine, a later process can be ready before the request.
         refused = client.get("/livez")
         while refused.status_code in (200, 429):
@@ -537,6 +550,7 @@ def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(
             wait_for(lambda before=before: are_replaced(client.child.pid, before))
             body = bytes(5_000_000)  # nobody is left to read it
             refused = client.post("/v1/classify", content=body)
+
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert refused.json() == describe_error(RUNTIME_DEAD).model_dump()
         wait_for(

@@ -57,16 +57,19 @@ def test_the_file_has_only_the_hash_of_a_new_key_and_keeps_what_it_had(tmp_path:
     path.write_text("# ours\n" + path.read_text())
     second = new_key(path, "ops")
     before = path.read_text()
+
     assert before.startswith("# ours\n")
     assert (first != second, first in before, list(tmp_path.iterdir())) == (True, False, [path])
     for name in ("ops", "a b", ""):
         with pytest.raises(ConfigError):
             new_key(path, name)
+
     assert path.read_text() == before
     digests = [hashlib.sha256(key.encode()).hexdigest() for key in (first, second)]
     phone, ops = read_keys(path)
     assert phone == Key(name="phone", sha256=digests[0], rate=10.0)
     assert (ops.name, ops.sha256, ops.rate) == ("ops", digests[1], None)
+
     sent = (first.encode(), second.encode(), first.encode() + b" ", b"")
     assert [find_key((phone, ops), key) for key in sent] == [phone, ops, None, None]
 
@@ -161,10 +164,12 @@ def test_requests_without_a_key_are_401_except_probes_metrics_and_pages(
         assert reply.headers["content-type"] == "application/problem+json"
         assert reply.headers["www-authenticate"].startswith("Bearer")
         assert reply.headers["x-request-id"]
+
     open_paths = ("/livez", "/readyz", "/metrics", "/", "/docs")
     assert [locked.get(path).status_code for path in open_paths] == [200] * 5
     assert 'rejected_total{reason="unauthenticated"} 4.0' in locked.get("/metrics").text
     key = keys["free"].encode()
+
     for headers, status in (
         ({b"Authorization": b"bearer  " + key}, 200),
         ({b"Authorization": b"Basic abc", b"X-API-Key": key}, 200),
@@ -189,6 +194,7 @@ def test_on_loopback_without_keys_foreign_pages_are_refused(serve_with, keys, jp
     others = serve_with(FakeRuntime(num_classes=7), host="0.0.0.0")  # noqa: S104
     with_keys = serve_with(FakeRuntime(num_classes=7), keys=keys["path"])
     own = {"origin": str(client.base_url).rstrip("/"), "sec-fetch-site": "same-origin"}
+
     assert client.post("/v1/classify", content=jpeg, headers=own).status_code == 200
     for foreign in FOREIGN.values():
         for path in ("/v1/classify", "/metrics", "/v1/card", "/info"):
@@ -288,10 +294,12 @@ def test_a_key_without_tokens_is_not_served_until_it_has_paid_for_refused_work(
     (tmp_path / "keys.toml").write_text(text.replace("burst = 64", "burst = 4"))
     client = serve_with(FakeRuntime(num_classes=7), keys=tmp_path / "keys.toml")
     two, mine = [("image", jpeg), ("image", bytes(3_500_000))], {"x-api-key": secret}
+
     assert (
         client.post(V2, content=b"{" * 5_500_000, headers=mine).headers["ratelimit-remaining"]
         == "0"
     )
+
     refused = client.post("/v1/classify", content=jpeg, headers=mine)
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")  # 2 are missing
     now += 3
@@ -299,6 +307,7 @@ def test_a_key_without_tokens_is_not_served_until_it_has_paid_for_refused_work(
         client.post("/v1/classify", files=two, headers=mine).status_code == 429
     )  # which costs 3, too
     assert client.post("/v1/classify", content=jpeg, headers=mine).headers["retry-after"] == "3"
+
     now += 4
     assert client.post("/v1/classify", files=two, headers=mine).status_code == 200
 
@@ -311,6 +320,7 @@ def test_no_sequence_of_requests_gets_more_than_burst_plus_rate_times_time(steps
         now = 1000.0
         patch.setattr(api_keys, "time", SimpleNamespace(monotonic=lambda: now))
         bucket, taken, began = TokenBucket(rate, 8, [0.0, 0.0]), 0, now
+
         for images, pause in steps:
             try:
                 bucket.spend(images)
@@ -346,10 +356,12 @@ def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, j
     }
     client = serve_with(FakeRuntime(num_classes=7), **limits)
     codes = []
+
     with ExitStack() as stack:
         uploads = [stack.enter_context(connect(client)) for _ in range(12)]
         for wire in uploads:
             wire.sendall(POST + b"Content-Length: 1900000\r\n\r\n")
+
         for _ in range(9):
             for wire in list(uploads):
                 try:
@@ -358,6 +370,7 @@ def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, j
                     uploads.remove(wire)
             assert count(client, "upload_bytes") <= 7_000_000
             assert client.post("/v1/classify", content=jpeg).status_code == 200
+
         wait_for(lambda: count(client, 'rejected_total{reason="uploads_full"}') >= 8)
         for wire in uploads:
             wire.settimeout(1)
@@ -365,6 +378,7 @@ def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, j
                 codes.append(read(wire, to_the_end=False).code)
             except TimeoutError:
                 codes.append("waiting")
+
     assert 2 <= codes.count("waiting") <= 4
     wait_for(lambda: count(client, "upload_bytes") == 0)
 
@@ -376,11 +390,13 @@ def test_an_upload_without_budget_is_429_before_the_body_is_sent(serve_with):
         "body_grace_seconds": 60,
     }
     client = serve_with(FakeRuntime(num_classes=7), **limits)
+
     with connect(client) as first, connect(client) as second:
         first.sendall(POST + b"Content-Length: 1900000\r\n\r\n" + bytes(1_800_000))
         wait_for(lambda: count(client, "upload_bytes") >= 1_800_000)
         second.sendall(POST + b"Content-Length: 1900000\r\n" + EXPECT + b"\r\n")
         reply = read(second, to_the_end=False)
+
     assert (reply.status, reply.code, reply.headers["retry-after"]) == (
         429,
         "uploads_full",
@@ -409,15 +425,18 @@ def test_a_disconnect_while_queued_or_running_frees_the_queue(serve_with, jpeg):
     client = serve_with(runtime)
     running = connect(client)
     running.sendall(post_of(jpeg))
+
     assert runtime.entered.wait(60)
     queued = [connect(client) for _ in range(6)]
     for wire in queued:
         wire.sendall(post_of(jpeg))
     wait_for(lambda: count(client, "queue_depth") == 7)
+
     assert count(client, "upload_bytes") == 7 * len(jpeg)
     for wire in [running, *queued]:
         wire.close()
     wait_for(lambda: count(client, GONE) == 7)
+
     assert count(client, "queue_depth") == count(client, "upload_bytes") == 0
     runtime.gate.set()
     assert client.post("/v1/classify", content=jpeg).status_code == 200
@@ -429,6 +448,7 @@ def test_a_client_that_ends_its_side_of_the_connection_has_gone(serve_with, jpeg
     client = serve_with(runtime)
     running = connect(client)
     running.sendall(post_of(jpeg))
+
     assert runtime.entered.wait(60)
     with running, connect(client) as queued:
         queued.sendall(post_of(jpeg))
@@ -436,6 +456,7 @@ def test_a_client_that_ends_its_side_of_the_connection_has_gone(serve_with, jpeg
         for wire in (running, queued):
             wire.shutdown(socket.SHUT_WR)  # and reads on
             assert wire.recv(1) == b""
+
     wait_for(lambda: count(client, GONE) == 2)
     runtime.gate.set()
     assert client.post("/v1/classify", content=jpeg).status_code == 200
@@ -465,10 +486,12 @@ def test_reloaded_keys_replace_those_before_and_keep_the_state_of_their_limits(
     bucket.spend(60)
     third = new_key(tmp_path / "other.toml", "third", rate=1e-6)
     ring.replace((*read_keys(tmp_path / "other.toml"), *read_keys(path)[:1]))
+
     assert ring.find(second.encode()) is None
     remaining = [
         ring.find(key.encode())[1].headers()["RateLimit-Remaining"] for key in (first, third)
     ]
+
     assert remaining == ["4", "64"]
 
 

@@ -188,6 +188,7 @@ def test_a_header_that_is_no_list_is_refused_if_it_is_repeated(
     is_chunked = name == "transfer-encoding"
     body = b'e\r\n{"inputs": []}\r\n0\r\n\r\n' if is_chunked else b'{"inputs": []}'
     codes = []
+
     for sent in (values[:1], values):
         lines = [f"{name}: {value.replace('KEY', secret)}" for value in sent]
         if not is_chunked and name != "content-length":
@@ -196,6 +197,7 @@ def test_a_header_that_is_no_list_is_refused_if_it_is_repeated(
         with connect(client) as wire:
             wire.sendall(f"{head}\r\n\r\n".encode() + body)
             codes.append(read(wire, to_the_end=False).headers["x-error-code"])
+
     assert codes == ["wrong_inputs", REPEATED[header]]
 
 
@@ -206,10 +208,12 @@ def check_prefix(
     page = client.get(f"{root}/", headers=headers)
     assert page.status_code == 200
     links = re.findall(r'(?:href|src)="([^"#]*)"', page.text)
+
     assert {link for link in links if not link.startswith("data:")} == {"docs"}  # relative
     assert client.get(f"{root}/docs", headers=headers).status_code == 200
     api = client.get(f"{root}/openapi.json", headers=headers).json()
     assert api["servers"][0] == {"url": root}
+
     posted = client.post(f"{root}/v1/classify", content=jpeg, headers=headers)
     assert (posted.status_code, len(posted.json()["classes"])) == (200, 5)
     assert client.get(f"{root}/v2/health/ready", headers=headers).status_code == 200
@@ -217,6 +221,7 @@ def check_prefix(
     second = client.post(f"{root}/v1/classify", files=files, headers=headers).json()["results"][
         1
     ]
+
     assert second["error"]["type"] == f"{root}/errors#{second['error']['code']}"
     lost = client.get(f"{root}/v1/clasify", headers=headers).json()
     assert (lost["type"], lost["status"]) == (f"{root}/errors#not_found", 404)
@@ -234,12 +239,14 @@ def test_a_prefix_is_honored_whether_the_proxy_removes_it_or_not(
     root = root.rstrip("/")
     check_prefix(client, jpeg, {}, root)
     page = client.get(root)
+
     assert (page.status_code, page.headers["location"]) == (307, f"{root}/")
     without = client.get("/nothing").json()
     assert (client.get("/").status_code, without["type"]) == (200, f"{root}/errors#not_found")
     assert client.get(f"{root}nothing").status_code == 404
     assert client.post("/v1/classify", content=jpeg).status_code == 200
     assert client.get("/v2/nothing").headers["x-error-code"] == "not_found"
+
     with connect(client) as wire:
         wire.sendall(
             POST.replace(b"/v1", f"{root}/v2".encode()) + b"Content-Length: -1\r\n\r\n"
@@ -258,6 +265,7 @@ def test_a_prefix_of_the_server_or_mount_is_honored_unless_the_setting_names_ano
     outer.mount("/ml", service)
     app, options = (outer, {}) if way == "mount" else (service, {"root_path": "/ml"})
     root = setting or "/ml"
+
     with TestClient(app, **options) as client:
         paths = ("/livez", "/", "/docs", "/docs/swagger-ui.css", "/errors", "/info", "/metrics")
         assert {client.get(f"/ml{path}").status_code for path in paths} == {200}
@@ -391,6 +399,7 @@ def test_the_files_for_real_proxies_lead_to_the_server(
     if with_keys:
         headers["authorization"] = f"Bearer {new_key(tmp_path / 'keys.toml', 'me')}"
         settings["keys"] = tmp_path / "keys.toml"
+
     with (
         running(FakeRuntime(num_classes=7), bundle, Settings(**settings)) as client,
         proxying(write, tmp_path, client) as proxied,
@@ -403,6 +412,7 @@ def test_the_files_for_real_proxies_lead_to_the_server(
         large = proxied.post(
             "/ml/v1/classify", content=jpeg + bytes(5_000_000), headers=headers
         )
+
         assert large.status_code == 200
         for size in (
             21_000_000,
@@ -411,6 +421,7 @@ def test_the_files_for_real_proxies_lead_to_the_server(
             too_large = proxied.post("/ml/v1/classify", content=bytes(size), headers=headers)
             assert (too_large.status_code, too_large.json()["code"]) == (413, "too_large")
             assert too_large.headers["content-type"] == "application/problem+json"
+
         foreign = proxied.get("/ml/info", headers={**headers, "origin": "https://evil.example"})
         assert foreign.status_code == 403
         redirected = proxied.get("/ml", headers=headers)

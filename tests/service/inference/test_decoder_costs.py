@@ -129,10 +129,12 @@ def test_pixels_and_the_bytes_of_a_jpeg_with_one_scan_limit_the_time_in_a_light_
         cost = estimate_cost(body, SCALED)
         of_short, of_long = (light_seconds(size, cost, MAX_PIXELS) for size in (0, LIGHT_BODY))
         assert of_short == of_long < 0.16
+
     phone = estimate_cost(photograph(), SCALED)
     assert light_seconds(2_000_000, phone, MAX_PIXELS) == pytest.approx(0.1, abs=0.01)
     most = phone._replace(pixels=LIGHT_PIXELS)
     assert light_seconds(PROPORTIONAL_BODY, most, MAX_PIXELS) == pytest.approx(0.27)
+
     many_scans = most._replace(is_proportional=False)
     assert light_seconds(LIGHT_BODY, many_scans, MAX_PIXELS) < 0.16
 

@@ -68,6 +68,7 @@ def test_a_format_that_is_not_in_the_settings_is_415(serve_with) -> None:
         serve_with(FakeRuntime(num_classes=7), formats="jpeg,png"),
         "use JPEG and PNG",
     )
+
     for kind in ("GIF", "BMP"):
         refused = client.post("/v1/classify", content=picture_bytes(kind=kind))
         assert (refused.status_code, refused.json()["code"]) == (415, "unsupported_format")
@@ -75,6 +76,7 @@ def test_a_format_that_is_not_in_the_settings_is_415(serve_with) -> None:
             refused.json()["detail"]
             == f"{kind} files are not accepted; {said} (the setting formats)"
         )
+
     assert "JPEG and PNG. Sent to this server only." in client.get("/").text
     assert client.get("/errors").text.count(said) == 2
 
@@ -132,6 +134,7 @@ def test_images_that_misuse_their_children_fail_alone(serve_with, jpeg) -> None:
     expected = {START + name: (422, "damaged_image") for name in misused}
     expected[START + b"bug"] = (500, "decoder_failed")
     expected[START + b"die"] = (422, "decoder_crashed")
+
     with ThreadPoolExecutor(8) as threads:
         bad = {
             body: threads.submit(client.post, "/v1/classify", content=body) for body in expected
@@ -142,6 +145,7 @@ def test_images_that_misuse_their_children_fail_alone(serve_with, jpeg) -> None:
             body: (one.status_code, one.json()["code"]) for body, one in refused.items()
         } == expected
         assert [reply.result().status_code for reply in good] == [200] * 70
+
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
@@ -156,10 +160,12 @@ def test_children_that_are_killed_or_send_too_much_are_replaced(jpeg, template) 
                 expected,
                 True,
             )
+
         before = child.process
         assert child.decode(jpeg + b"too many").data.tolist() == expected
         wait_for(lambda: child._transport is None)
         assert (child.decode(jpeg).data.tolist(), child.process != before) == (expected, True)
+
         template.close()  # which ends the child
         wait_for(lambda: child._transport is None)
         assert child.decode(jpeg).data.tolist() == expected
@@ -210,6 +216,7 @@ def test_an_image_whose_child_is_killed_is_decoded_once_more(
             wait_for(lambda number=number: caplog.text.count(" hangs\n") >= number)
             os.kill(int(re.findall(r"process (\d+) hangs", caplog.text)[-1]), signal.SIGKILL)
         reply = posted.result()
+
     assert (reply.status_code, reply.json().get("code")) == expected
     assert count(client, 'decoder_ended_total{reason="SIGKILL"}') >= num_kills
     assert (
@@ -260,6 +267,7 @@ def test_template_and_child_of_decoders_end_with_their_server_whoever_gets_its_o
         )
     finally:
         LIBC.prctl(SET_SUBREAPER, 0)
+
     assert done.returncode == -signal.SIGKILL
     for process in map(int, done.stdout.split()):
         wait_for(lambda process=process: not is_alive(process))
@@ -348,6 +356,7 @@ def test_many_photographs_that_are_decoded_in_full_wait(serve_with, monkeypatch)
     monkeypatch.setattr(decoders, "LIGHT_PIXELS", LIGHT_PIXELS // 100)
     client = serve_with(FakeRuntime(num_classes=7), request_timeout=120, max_pixels=most)
     body = picture_bytes(size=(400, 300))
+
     with ThreadPoolExecutor(32) as threads:
         with holding_large(client):
             posted = [
@@ -359,6 +368,7 @@ def test_many_photographs_that_are_decoded_in_full_wait(serve_with, monkeypatch)
                     == 32
                 )
             )
+
         assert {one.result().status_code for one in posted} == {200}
 
 
@@ -410,11 +420,13 @@ def test_clients_share_the_places_of_large_images_and_take_turns(
     for request, client in zip(requests, arrivals, strict=True):
         children.put(request, None if client == "." else (client.lower(), client.isupper()))
     ended = {number for number, request in enumerate(requests) if request.result.done()}
+
     assert ended == {int(number) for number in (refused.split() if " " in refused else refused)}
     ran: list[int] = []
     child = SimpleNamespace(run=lambda request: ran.append(requests.index(request)))
     while not children.idle:
         children.give_work(child)
+
     assert ran == [int(number) for number in (order.split() if " " in order else order)]
     loop.close()
 
@@ -512,6 +524,7 @@ def test_an_image_of_a_client_with_slow_ones_needs_room_for_a_slow_one(
         served.large.idle.clear()
         with pytest.raises(RejectedError) as refused:
             await served.decode(jpeg, RULES, client="a")
+
         assert refused.value.reason is DECODERS_BUSY
         # Another client, and the same one later, do not ask.
         waiting = [asyncio.ensure_future(served.decode(jpeg, RULES, client="e"))]
@@ -519,6 +532,7 @@ def test_an_image_of_a_client_with_slow_ones_needs_room_for_a_slow_one(
         served._note_slow("a")
         waiting.append(asyncio.ensure_future(served.decode(jpeg, RULES, client="a")))
         await asyncio.sleep(0)
+
         assert sum(map(len, served.light._groups.values())) == 2
         for one in waiting:
             one.cancel()
@@ -535,10 +549,12 @@ def test_a_required_sandbox_is_an_error_where_auto_warns(monkeypatch) -> None:
     replies = {len(header): header, len(message): message.encode()}
     monkeypatch.setattr(pool.child, "receive", lambda _end, count, _deadline: replies[count])
     required = OPTIONS._replace(sandbox="required")
+
     with (
         pytest.raises(ConfigError, match=message),
         running_child(pool.shared_template(), required),
     ):
         pass
+
     with running_child(pool.shared_template(), OPTIONS) as child:
         assert child.restrictions == f"no sandbox ({message})"

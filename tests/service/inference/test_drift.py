@@ -321,8 +321,10 @@ def test_a_server_counts_what_it_classifies_but_no_report(
         assert client.post("/v1/classify", files=files).status_code == 200
     wait_for(lambda: list((tmp_path / TRAFFIC).glob("*/*.npz")))
     [block] = (tmp_path / TRAFFIC).glob("*/*.npz")
+
     assert len(drift.read_block(block).identities) == BLOCK
     wait_for(lambda: re.search(r'drift_images{model="\w+"} 25.0', client.get("/metrics").text))
     for _ in range(5):
         client.post("/v1/classify?reported=", files=files)
+
     assert len(list((tmp_path / TRAFFIC).glob("*/*.npz"))) == 1

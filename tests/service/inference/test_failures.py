@@ -46,6 +46,7 @@ def test_a_full_queue_is_429_with_a_retry_time_and_every_image_of_a_form_counts(
     for reply in rejected:
         assert (reply.status_code, reply.json()["code"]) == (429, "queue_full")
         assert 1 <= int(reply.headers["retry-after"]) <= 60
+
     assert client.get("/readyz").status_code == 200
     runtime.gate.set()
     assert [reply.result().status_code for reply in replies] == [200] * 3
@@ -82,10 +83,12 @@ def test_only_images_on_the_same_device_delay_an_image(
     for position, count_of_process in enumerate(admitted[1:], 1):
         cells[position] = count_of_process
     is_refused = False
+
     try:
         served.check_admission(registry.find(), time.monotonic() + 10)
     except RejectedError as error:
         is_refused = error.reason.code == "deadline_unreachable"
+
     assert is_refused == (not is_in_time)
 
 
@@ -101,10 +104,12 @@ def test_an_image_that_misses_its_deadline_is_504_and_never_runs(serve_with, poo
         for headers in late[1:]
     ]
     answers = [reply.result() for reply in replies]
+
     assert [answer.status_code for answer in answers] == [504] * 3
     assert {answer.json()["code"] for answer in answers} == {"deadline"}
     assert count(client, "queue_depth") == 0
     runtime.gate.set()
+
     assert post(client, jpeg).status_code == 200
     assert runtime.batches == [1, 1]
 
@@ -134,10 +139,12 @@ def test_only_a_request_that_is_answered_with_outputs_counts_as_a_success(
             given = {"name": "IMAGE", "datatype": "BYTES", "shape": [1], "data": data}
             body = orjson.dumps({"inputs": [given]})
         statuses.append(client.post(path, content=body).status_code)
+
     assert statuses == [500, 415, 200]
     counts = (
         f'inference_seconds_count{{model="tiny",part="{part}"}}' for part in ("fail", "success")
     )
+
     assert [count(client, line) for line in counts] == [2, 1]
 
 
@@ -259,6 +266,7 @@ def test_a_batch_counts_as_hung_after_twenty_times_its_usual_time(bundle):
     loaded = LoadedModel(
         bundle=bundle, runtime=runtime, replays={}, timings=((1, 0.01), (8, 9.0), (8, 0.5))
     )
+
     for timeout, images, seconds in (
         (None, 8, 10.0),
         (None, 6, pytest.approx(7.2)),
@@ -288,6 +296,7 @@ def test_a_first_batch_that_fails_ends_every_command_in_one_line(
     (tmp_path / "image.jpg").write_bytes(jpeg)
     more = {"serve": ["--port", "0"], "predict": [str(tmp_path / "image.jpg")]}.get(command, [])
     result = CliRunner().invoke(app, [command, str(bundle_path), *more])
+
     assert result.exit_code == 2
     reason = " ".join(str(error).split())
     assert result.stderr.splitlines() == [

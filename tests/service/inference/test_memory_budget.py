@@ -161,6 +161,7 @@ def test_requests_wait_for_one_load_and_see_its_time(bundle, jpeg, monkeypatch) 
     bundles = {"a": bundle, "b": bundle}
     settings = Settings.model_validate({"memory_budget": device.budget})
     registry = BudgetedRegistry(bundles, settings)
+
     with (
         running(FakeRuntime(num_classes=7), bundle, settings, registry=registry) as client,
         ThreadPoolExecutor() as threads,
@@ -171,11 +172,13 @@ def test_requests_wait_for_one_load_and_see_its_time(bundle, jpeg, monkeypatch) 
             == 200
         )
         assert client.get("/v2/models/a").json()["outputs"][0]["shape"] == [-1, 7]
+
         device.gate.clear()
         post = partial(client.post, "/v1/classify?model=a", content=jpeg)
         answers = [threads.submit(post) for _ in range(4)]
         wait_for(lambda: client.app.state.service.admitted == 4)
         device.gate.set()
+
         assert [answer.result().status_code for answer in answers] == [200] * 4
         assert all(
             "load;dur=" in answer.result().headers["server-timing"] for answer in answers
@@ -187,6 +190,7 @@ def test_requests_wait_for_one_load_and_see_its_time(bundle, jpeg, monkeypatch) 
         models = client.get("/info").json()["models"]
         assert [model["loaded"] for model in models] == [False, True]
         metrics = client.get("/metrics").text
+
         for line in (
             'model_memory_bytes{model="a"} 0.0',
             'model_memory_bytes{model="b"} 6.4',
@@ -194,6 +198,7 @@ def test_requests_wait_for_one_load_and_see_its_time(bundle, jpeg, monkeypatch) 
             'stage_duration_seconds_count{stage="load"} 5.0',
         ):
             assert f"sopdeploy_{line}" in metrics
+
     assert device.loaded == 0
 
 
@@ -204,6 +209,7 @@ def test_a_model_that_cannot_be_loaded_fails_alone_and_is_not_tried_again(
     bundles = {"a": bundle, "b": bundle}
     settings = Settings.model_validate({"memory_budget": device.budget})
     registry = BudgetedRegistry(bundles, settings)
+
     with running(FakeRuntime(num_classes=7), bundle, settings, registry=registry) as client:
         device.errors.append(BundleError("damaged"))
         codes = [client.post("/v1/classify?model=a", content=jpeg).json()["code"]]

@@ -47,12 +47,14 @@ def test_a_full_batch_does_not_wait_for_the_delay_of_the_oldest_image() -> None:
     assert queue.take(5, only_full=True) == []
     assert queue.take(2, only_full=True) == items[:2]
     assert queue.take(2) == items[2:]
+
     items = fill(queue, 2)
     items[0].arrived -= 1000
     assert queue.take(8) == items
     fill(queue, 1)
     late = threading.Timer(0.05, fill, (queue, 2))
     late.start()
+
     assert len(queue.take(3)) == 3  # those that arrive during the delay join the batch
     late.join()
 

@@ -68,16 +68,19 @@ def test_exactly_the_bundles_of_the_last_reload_are_served(versions) -> None:
         await registry.replace(
             {"tiny": open_bundle(versions[1]), "second": open_bundle(versions[0])}
         )
+
         assert [(model.name, model.bundle.name) for model in registry.models()] == [
             ("second", versions[0].name),
             ("tiny", versions[1].name),
         ]
+
         after = registry.find("tiny")
         with pytest.raises(
             RejectedError, match=f"no version .*; the current one is {after.version}"
         ):
             registry.find("tiny", before.version)
         await registry.replace({"tiny": open_bundle(versions[1])})
+
         assert registry.find("tiny", after.version) is after  # it was not loaded again
         with pytest.raises(RejectedError, match="no model 'second'"):
             registry.find("second")
@@ -176,6 +179,7 @@ def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(
     }
     last = {"hats": made["hats", 2], "shoes": made["shoes", 3]}
     caplog.set_level("INFO")
+
     assert found([folder]) == last
     assert {record.levelname for record in caplog.records} == {"INFO"}
     assert lines(caplog) == [
@@ -184,12 +188,14 @@ def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(
         f"hats: serves {last['hats']} (exported 2026-11-22T10:00:00Z); "
         f"not {made['hats', 1].name}, exported earlier, 2026-11-21T10:00:00Z",
     ]
+
     (folder / "latest").unlink()
     os.utime(made["hats", 1] / "manifest.json")
     assert found([folder]) == last
     (folder / "latest").symlink_to(made["hats", 1].name)
     shutil.copytree(folder, tmp_path / "copied")  # like `cp -rL`: the link becomes a folder
     copied = found([tmp_path / "copied"])
+
     assert copied == {name: tmp_path / "copied" / path.name for name, path in last.items()}
     assert found([tmp_path / "copied" / "latest"]) == {"hats": tmp_path / "copied" / "latest"}
 
@@ -219,10 +225,12 @@ def test_a_damaged_bundle_is_named_and_the_others_are_served(damage, tmp_path, c
     older = write_bundle(folder, exported_at=TIMES[0])
     newer = write_bundle(folder, exported_at=TIMES[1], probes=4)
     change(newer)
+
     assert found([folder]) == {"tiny": older}
     assert [record.levelname for record in caplog.records if reason in record.getMessage()] == [
         "WARNING"
     ]
+
     shutil.rmtree(older)
     with pytest.raises(BundleError) as error:
         found([folder])
@@ -290,6 +298,7 @@ def send_every_kind_of_request(client: httpx.Client, jpeg: bytes) -> None:
         client.post("/v1/classify", files=[("image", jpeg), ("image", b"text")]).status_code
         == 200
     )
+
     for path in ("/v2/models/tiny", "/metrics", "/info"):
         assert client.get(path).status_code == 200
     for sent in (len(jpeg) // 2, len(jpeg)):
@@ -315,11 +324,13 @@ def test_a_reload_reads_the_files_of_a_bundle_and_not_only_its_manifest(
         copied = Path(shutil.copytree(versions[0], versions[0].parent / "copied"))
         flip(copied / "model.onnx", 20)
         assert last_reload(registry) > 0  # of the start
+
         registry.metrics.last_reload.set(0)
         await registry.reload([f"tiny={copied}"])
         assert lines(caplog)[-1].startswith("not reloaded, the bundles in use stay: ")
         assert metric(registry, code="unusable_bundle") == 1
         assert last_reload(registry) == 0
+
         flip(copied / "model.onnx", 20)  # as it was
         await registry.reload([f"tiny={copied}"])
         assert lines(caplog)[-1] == "reloaded"

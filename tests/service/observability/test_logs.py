@@ -47,6 +47,7 @@ def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jp
     wait_for(lambda: len(requests(stream)) == 2)
     line, rejected = requests(stream)
     expected = {"request": "trip-7", "key": "phone", "method": "POST", "route": "/v1/classify"}
+
     assert (
         line.items()
         >= {**expected, "status": 200, "code": "ok", "num_images": 2, "level": "info"}.items()
@@ -102,6 +103,7 @@ def test_client_text_in_a_traceback_starts_no_line(logged, form):
         logging.getLogger("sopdeploy.http").exception(
             "a mistake at %s", "\nforged", extra={"why": words}
         )
+
     logged.end()
     lines = stream.read_text().splitlines()
     assert "ValueError" in stream.read_text()

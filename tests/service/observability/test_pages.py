@@ -83,14 +83,17 @@ def test_the_pages_of_processes_are_merged_by_metric_with_the_label_process() ->
     merged = merge_metrics({"front-0": page_of(odd), "front-1": page_of("b")}, b"").decode()
     families = {family.name: family for family in text_string_to_metric_families(merged)}
     assert merged.count("# HELP sopdeploy_requests_total ") == 1
+
     counted = {
         tuple(one.labels[name] for name in ("process", "model")): one.value
         for one in families["sopdeploy_requests"].samples
     }
+
     assert counted == {("front-0", odd): 1.0, ("front-1", "b"): 1.0}
     plain = [
         one.labels for one in families["sopdeploy_connections"].samples
     ]  # without labels of its own
+
     assert plain == [{"process": "front-0"}, {"process": "front-1"}]
 
 

@@ -43,6 +43,7 @@ def test_a_span_of_each_request_is_sent_to_a_collector(bundle_path: Path, jpeg: 
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         }
+
         with subprocess.Popen(
             [*words, "--port", "0"], stdout=-1, text=True, env=variables
         ) as child:
@@ -61,6 +62,7 @@ def test_a_span_of_each_request_is_sent_to_a_collector(bundle_path: Path, jpeg: 
                 child.kill()
                 server.shutdown()
                 thread.join()
+
     batches = map(collected.ExportTraceServiceRequest.FromString, received)
     spans = [
         span
@@ -70,6 +72,7 @@ def test_a_span_of_each_request_is_sent_to_a_collector(bundle_path: Path, jpeg: 
         for span in two.spans
     ]
     (span,) = (span for span in spans if span.kind == span.SPAN_KIND_SERVER)
+
     assert (span.name, span.trace_id.hex(), span.parent_span_id.hex()) == (
         "POST /v1/classify",
         TRACE,

@@ -75,6 +75,7 @@ def test_opening_it_sends_nothing_and_leaves_the_home_folder_alone(
         text=True,
         check=False,
     )
+
     assert (done.returncode, done.stderr, list((tmp_path / "home").iterdir())) == (0, "", [])
 
 

@@ -278,6 +278,7 @@ def test_chunks_are_accepted_in_every_valid_spelling_and_size(wire, jpeg):
         + b"0\r\n\r\n"
         + b"\0garbage after the request"
     )
+
     assert read(good).status == 200
 
 
@@ -292,11 +293,13 @@ def test_a_response_before_the_body_keeps_the_connection_only_if_the_body_arrive
         good.sendall(b"hello" + GET + b"\r\n")
         assert read(good, to_the_end=False).status == 200
         assert bad.recv(10) == b""
+
     with connect(impatient) as bad:
         bad.sendall(CHUNKED.replace(b"/v1/classify", b"/nowhere"))
         assert read(bad, to_the_end=False).status == 404
         bad.sendall(b"no size\r\n")
         assert bad.recv(10) == b""
+
     # A request has one response.
     assert count(impatient, 'requests_total{code="400",model="",route="other"}') == 0
 
@@ -371,16 +374,19 @@ def test_a_request_that_offers_http_2_is_served_with_its_body(
     """Java's `HttpClient` and `curl --http2` offer it with every request to an http:// URL."""
     good = wire()
     length, body = b"Content-Length: %d" % len(jpeg), jpeg
+
     if chunked:
         length, body = (
             b"Transfer-Encoding: chunked",
             b"%x\r\n%s\r\n0\r\n\r\n" % (len(jpeg), jpeg),
         )
+
     request = POST + UPGRADE + length + b"\r\n\r\n" + body
     end = len(request) - kept
     good.sendall(request[:end] + (b"" if kept else following))
     if kept:
         good.sendall(request[end:] + following)
+
     assert read(good).status == 200
 
 
@@ -442,6 +448,7 @@ def test_a_connection_over_the_limit_is_503_if_none_is_idle(crowded, wire):
     wires = [wire(client) for _ in range(4)]
     wires[0].sendall(NOWHERE)
     assert read(wires[0], to_the_end=False).status == 404
+
     for each, end_of_body in zip(wires, (b"hello", b"", b"", b""), strict=True):
         each.sendall(end_of_body + GET)
     reply = read(wire(client))
@@ -450,6 +457,7 @@ def test_a_connection_over_the_limit_is_503_if_none_is_idle(crowded, wire):
         "too_many_connections",
         "1",
     )
+
     for each in wires:
         each.sendall(b"\r\n")
         assert read(each, to_the_end=False).status == 200

@@ -116,6 +116,7 @@ def test_an_idle_server_prints_ready_exits_with_0_and_logs_on_demand(
         assert client.post("/v1/classify", content=jpeg).status_code == 200
         client.child.send_signal(number)
         out, err = client.child.communicate(timeout=PATIENCE)
+
     assert (client.child.returncode, out) == (0, "")
     assert [json.loads(line)["event"] for line in err.splitlines()] == logged
 
@@ -129,6 +130,7 @@ def test_sigterm_completes_admitted_requests_unless_the_drain_ends(
     seconds = 0.5 if end == "time" else 60
     settings = f"max_batch=1 batch_timeout_seconds=60 drain_seconds={seconds}".split()
     options = [f"--setting={setting}" for setting in settings]
+
     with (
         serving(str(bundle_path), *options, program=program) as client,
         ThreadPoolExecutor(16) as pool,
@@ -140,11 +142,13 @@ def test_sigterm_completes_admitted_requests_unless_the_drain_ends(
             wait_for(lambda: client.get("/readyz").status_code == 503, PATIENCE)
         if end == "a second signal":
             client.child.send_signal(signal.SIGTERM)
+
         if end == "all complete":
             late = client.post("/v1/classify", content=jpeg)
             assert (late.status_code, late.json()["code"]) == (503, "draining")
             assert late.headers["connection"] == "close"
             gate.touch()
+
         codes = {reply.result().json().get("code") for reply in sent}
         assert codes == {None if end == "all complete" else "draining"}
         gate.touch()
@@ -205,6 +209,7 @@ def test_connections_opened_before_the_port_closes_get_a_response(bundle_path, j
         known = [
             (stack.enter_context(connect(client)), said) for said in (b"", POST[:11], POST) * 7
         ]
+
         for wire, said in known:
             wire.sendall(request)
             assert read(wire, to_the_end=False).status == 200
@@ -219,6 +224,7 @@ def test_connections_opened_before_the_port_closes_get_a_response(bundle_path, j
             wire.sendall(request.removeprefix(said))
         client.child.send_signal(signal.SIGCONT)
         replies = [read(wire) for wire in [*(wire for wire, _ in known), *pending]]
+
         assert [(reply.status, reply.code) for reply in replies] == [(503, "draining")] * 61
         assert client.child.wait(PATIENCE) == 0
 
@@ -312,6 +318,7 @@ def test_sighup_serves_the_latest_bundles_and_loses_no_request(tmp_path, jpeg, w
             write_bundle(folder, seed=2, wrong_by=1.0)
             client.child.send_signal(signal.SIGHUP)
             wait_for_refusals(client.child, way, "reference outputs")
+
         shutil.rmtree(folder)
         client.child.send_signal(signal.SIGHUP)
         wait_for_refusals(client.child, way, "no such folder")
@@ -326,6 +333,7 @@ def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_r
     first, second = (write_bundle(tmp_path, seed=seed) for seed in (0, 1))
     wrong = write_bundle(tmp_path, seed=2, wrong_by=1.0)
     promote(first, live, None)
+
     with (
         serving(str(live), *WAYS[way], "--setting", "follow=true") as client,
         traffic(client, jpeg) as serves,

@@ -107,10 +107,12 @@ def test_a_published_bundle_is_named_by_its_content_and_readable_by_everyone(
             path = publish(folder, seal(folder, FIELDS), tmp_path)
     finally:
         os.umask(before)
+
     assert (path / "model.onnx").stat().st_ino == inode
     assert stat.S_IMODE(path.stat().st_mode) == 0o755
     assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o644}
     bundle = open_bundle(path)
+
     assert path.name == bundle.name == f"tiny-{bundle.manifest.id}"
     assert (bundle.labels, set(bundle.manifest.files)) == (tuple(LABELS), set(FILES))
 
@@ -133,6 +135,7 @@ def test_equal_content_is_published_once_and_nothing_replaces_a_bundle(tmp_path:
     inode = (path / MANIFEST).stat().st_ino
     assert write_hollow(tmp_path) == path
     assert (path / MANIFEST).stat().st_ino == inode
+
     other = write_hollow(tmp_path, opset=17)
     assert {*tmp_path.iterdir()} == {path, other, tmp_path / "latest"}
     flip(path / "model.onnx", 0)
@@ -140,6 +143,7 @@ def test_equal_content_is_published_once_and_nothing_replaces_a_bundle(tmp_path:
         write_hollow(tmp_path)
     shutil.rmtree(path)
     other.rename(path)
+
     with pytest.raises(
         BundleError, match="exists with another manifest; choose another folder"
     ):
@@ -306,6 +310,7 @@ def test_the_id_is_first_and_depends_on_the_other_fields() -> None:
     assert list(json.loads(one.to_bytes()))[:4] == ["id", "sha256", "format", "version"]
     assert json.loads(one.to_bytes())["id"] == one.id
     assert len(one.id) == ID_LENGTH
+
     others = [
         manifest(model="other"),
         manifest(project="other"),
@@ -314,6 +319,7 @@ def test_the_id_is_first_and_depends_on_the_other_fields() -> None:
         manifest(files={"model.onnx": FileRecord(bytes=3, sha256="b" * 64)}),
         manifest(batch=BatchRange(maximum=65)),
     ]
+
     assert len({one.id, *(other.id for other in others)}) == 7
 
 
@@ -419,6 +425,7 @@ def test_probes_are_read_as_they_were_written_and_equal_probes_have_equal_bytes(
         contents={"probes.npz": content},
     )
     found = read_probes(of_probes)
+
     assert (found.images.dtype, found.tolerance) == (np.uint8, PROBES.tolerance)
     assert {values.dtype for values in found.expected.values()} == {np.dtype(np.float32)}
     np.testing.assert_equal((found.images, found.expected), (IMAGES, PROBES.expected))

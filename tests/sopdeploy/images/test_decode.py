@@ -159,6 +159,7 @@ def test_random_boxes_come_from_the_size_in_the_header(tmp_path, decoding) -> No
         Preprocess(crop=40, decoding=decoding),
     )
     upright = Image.open(tmp_path / "a.jpg").convert("RGB").transpose(TURNS[6])
+
     for epoch in range(3):
         data = AugmentedDataset(
             images, augmentation=augmentation, preprocess=rules, seed=0, epoch=epoch

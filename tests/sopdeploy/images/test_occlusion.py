@@ -37,10 +37,12 @@ def test_the_explanation_is_the_loss_of_the_first_listed_class(
     copies[9] = (1.0, -3.0, 0.0)  # second row, third column
     answer = decision.answer(logits, occluded=copies)
     first = 0 if thresholds is None else 1  # class 0 does not reach its threshold
+
     assert answer.ranked[0][0] == first
     assert answer.explanation is not None
     expected = np.zeros((GRID, GRID))
     expected[1, 2] = activate(logits)[first] - activate(copies[9])[first]
+
     assert np.array(answer.explanation) == pytest.approx(expected)
 
 

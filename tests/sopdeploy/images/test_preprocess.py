@@ -63,11 +63,13 @@ def test_pixels_equal_torchvision(
     rules = Preprocess(resize=crop + margin, crop=crop, interpolation=interpolation)
     image = noise(*size, seed)
     found, expected = preprocess_image(image, rules), from_torchvision(image, rules)
+
     assert (found.shape, found.dtype, found.flags.c_contiguous) == (
         (crop, crop, 3),
         np.uint8,
         True,
     )
+
     if max(size) <= 15 * min(size):
         assert np.array_equal(found, expected)
     assert np.abs(found.astype(int) - expected).max() <= OVERSHOOT[interpolation]
@@ -170,11 +172,13 @@ def few_values(kind: str, size: tuple[int, int], seed: int) -> Image.Image:
     """Make an image with few different values, so that it contains the transparent color."""
     rng = np.random.default_rng(seed)
     mode, _, extra = kind.partition(" ")
+
     if mode in SIXTEEN_BIT:
         low, high = (-70_000, 140_000) if mode == "I" else (0, 65_536)
         values = rng.integers(low, high, (size[1], size[0]))
         depth = {"I": "<i4", "I;16B": ">u2"}.get(mode, "<u2")
         return Image.frombytes(mode, size, values.astype(depth).tobytes())
+
     bands = len(Image.new(mode, (1, 1)).getbands())
     layers = list(
         map(Image.fromarray, rng.integers(0, 4, (bands, *size[::-1]), dtype=np.uint8) * 85)
@@ -184,6 +188,7 @@ def few_values(kind: str, size: tuple[int, int], seed: int) -> Image.Image:
         image = image.convert("1")
     if mode in {"P", "PA"}:
         image.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())
+
     if extra:
         partial = bytes([0] * 85 + [90] + [255] * 84 + [128])
         colors = {"index": 170, "gray": 255, "color": (85, 0, 170), "partial": partial}
@@ -219,11 +224,13 @@ def test_tiled_conversion_equals_conversion_of_the_whole_image(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pixels, "TILE", tile)
         found, changes = to_rgb(few_values(kind, size, seed), rules), list_changes(image, rules)
+
     assert (found.mode, found.size, found.tobytes()) == ("RGB", size, whole.tobytes())
     clear = (
         image.has_transparency_data
         and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
     )
+
     assert ("alpha_flattened" in changes) == clear
 
 

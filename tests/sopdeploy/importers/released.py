@@ -155,6 +155,7 @@ def tree(net: Net, dtype: str) -> dict[str, Any]:
         while array.ndim > 2 and array.shape[-1] == 1:  # MATLAB drops trailing axes of one
             array = array[..., 0]
         params.append({"name": name, "value": array, "learningRate": 1.0, "weightDecay": 1.0})
+
     layers = [
         {"name": name, "type": kind, "inputs": ("x",), "params": (), "block": block}
         for name, kind, block in net.layers

@@ -133,6 +133,7 @@ def test_timm_weights_with_and_without_hub_config(tmp_path: Path, beside: bool) 
         if beside
         else (int(side / stored.crop_pct), side, stored.interpolation)
     )
+
     assert (rules.resize, rules.crop, rules.interpolation) == expected
     assert rules.mean == ((0.5,) * 3 if beside else stored.mean)
     assert report.notes[0].startswith(
@@ -242,6 +243,7 @@ def test_the_input_size_and_the_labels_can_be_given(
     labels.write_text(content)
     given = {"resize": 448, "crop": 448, "interpolation": "bicubic"}
     rules = imported(narrow, "resnet8", labels=labels, preprocess=given)[1].preprocess
+
     assert (rules.resize, rules.crop, rules.interpolation, rules.mean) == (
         448,
         448,

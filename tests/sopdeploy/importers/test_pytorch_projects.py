@@ -82,6 +82,7 @@ def test_what_the_file_does_not_tell_must_be_set(tmp_path: Path) -> None:
             match=r"its arch does not determine the stride .*add --option conv5_stride",
         ):
             imported(file, "isqrt-resnet50", settings=DEPTH)
+
     given = {**DEPTH, "conv5_stride": 2}
     with pytest.raises(
         ConfigError, match=r"--option pooling.width=64: .* holds 12; leave the setting out"
@@ -118,6 +119,7 @@ def test_vgg_weights_give_the_same_logits(
     torch.save({"state_dict": prefixed(state_of(f"vgg {pooling}"))}, tmp_path / "a.pth.tar")
     ours, report = imported(tmp_path / "a.pth.tar", "vgg16-bn", settings={"pooling": pooling})
     assert_released_logits(ours, f"vgg {pooling}")
+
     assert report.config["classifier"] == classifier
     deeper = state_of(f"vgg {pooling}") | {"features.99.weight": torch.zeros(2, 2, 3, 3)}
     torch.save(deeper, tmp_path / "b.pth")
@@ -166,6 +168,7 @@ def test_the_order_of_the_triangle_can_be_given(
         DEPTH if released == NUMBERED else {},
         "isqrt-resnet50",
     )
+
     if released == "vgg isqrt":
         stages = [
             (width,) * len(stage)
@@ -174,6 +177,7 @@ def test_the_order_of_the_triangle_can_be_given(
         monkeypatch.setattr(alexnet_vgg, "VGG_STAGES", stages)
         monkeypatch.setattr(alexnet_vgg, "HIDDEN", VGG_HIDDEN)
         settings, network = {"pooling": "isqrt"}, "vgg16-bn"
+
     state = state_of(released)
     name = next(
         key for key in ("fc.weight", "classifier.weight", "classifier.0.weight") if key in state
@@ -205,10 +209,12 @@ def test_a_published_file_that_is_known_to_be_broken_is_refused_with_the_reason(
     assert import_weights.BROKEN.keys() == {"15991845", "ade9737a"}
     problem = import_weights.BROKEN["15991845"]
     monkeypatch.setattr(import_weights, "BROKEN", {sha256(file)[:8]: problem})
+
     with pytest.raises(
         WeightsError, match=r"renamed.pth: published before .* 0\.166 % .* --triangle columns"
     ):
         imported(file, "isqrt-resnet50")
+
     assert [path.name for path in tmp_path.iterdir()] == ["renamed.pth"]
     imported(file, "isqrt-resnet50", triangle="columns")
 

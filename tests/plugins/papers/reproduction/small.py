@@ -49,6 +49,7 @@ def small_overrides(recipe: Recipe) -> tuple[str, ...]:
     config = recipe.model.config | {
         key: small[key] for key in options if small[key] != options[key]
     }
+
     if name == "vgg16-bn":  # has no narrow form
         name, config = "resnet8", {"pooling": small["pooling"]}
     elif name.startswith("timm:"):

@@ -107,11 +107,13 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
     stop = RecordingCallback(stop_at=("step", 1, 0))
     with pytest.raises(TrainingStoppedError):
         reproduce(TINY, options, callback=stop)
+
     assert (tmp_path / "parts/tiny/plain/seed-0/last.pt").is_file()
     started: list[tuple[str, int]] = []
     resumed = reproduce(TINY, options, on_run=lambda *run: started.append(run))
     assert started == [("plain", 0), ("plain", 1), ("dsop", 0), ("dsop", 1)]
     assert results(resumed) == results(whole)
+
     again = reproduce(TINY, options, on_run=lambda *run: started.append(run))
     assert (len(started), again) == (4, resumed)
 
@@ -120,29 +122,35 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
         "Not the conditions of the paper: 47 training images instead of 50,000; 2 runs per row"
         in page
     )
+
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
     for row in resumed.rows[:2]:
         errors = [100 * (1 - run.history[-1].metrics.top1) for run in row.runs]  # type: ignore[union-attr]
         assert top1(row) == pytest.approx(sum(errors) / 2)
         assert f"{row.printed.name} {row.printed.top1:.2f} {top1(row):.2f} (" in text
+
     assert "Other (cited) 10.50 cited: no network" in text
     branches = resumed.rows[1].runs[0].heads
     assert set(branches) == {"main", "layer1_0", "layer2_0", "layer3_0"}
     assert re.search(r"With DSoP, layer2_0 45\.67 \d+\.\d\d 8\.90 \d+\.\d\d ", text)
+
     figures = resumed.rows[1].figures
     assert figures["top-1 increment"].found == pytest.approx(
         top1(resumed.rows[0]) - top1(resumed.rows[1])
     )
+
     for fact, printed in TINY.rows[1].facts.items():
         found = figures[fact].found
         shown = f"{found:,.0f}" if found >= 1000 else f"{found:.4g}"
         assert f"With DSoP {fact} {printed} {shown} " in text
+
     assert figures[SPEED].found > 0
     for error in ("top-1", "top-5"):
         assert (
             f"Heads of With DSoP on a fixed subset of 13 validation images: {error} error in %."
             in text
         )
+
     assert json.loads((resumed.page.parent / "result.json").read_text()) == resumed.summary()
 
     with pytest.raises(
@@ -171,6 +179,7 @@ def test_a_row_runs_on_the_images_that_are_given(tmp_path) -> None:
     )
     found = reproduce(TABLES["dsop-7"], options)
     (run,) = found.rows[0].runs
+
     assert (run.train_count, run.held_out_count, len(run.history)) == (24, 9, 1)
     assert "--set epochs=1; " in found.deviations
     assert "24 training images instead of 1,281,167" in found.deviations
@@ -194,12 +203,14 @@ def test_data_that_are_missing_end_the_command_before_the_first_row(tmp_path) ->
         "--data",
         str(tmp_path / "missing"),
     ]
+
     for scale in ("paper", "small"):
         ended = CliRunner().invoke(app, [*command, "--scale", scale])
         assert ended.exit_code == 2
         assert str(tmp_path / "missing") in ended.stderr
         assert "index.html" not in ended.stderr
         assert ended.stderr.count("\n") == 1
+
     assert not (tmp_path / "out").exists()
 
 
@@ -244,6 +255,7 @@ def test_a_row_that_fails_is_recorded_and_the_next_one_runs(tmp_path) -> None:
     table = TINY.model_copy(update={"rows": rows, "set": (*TINY.set, "epochs=1")})
     found = reproduce(table, ReproduceOptions(out=tmp_path))
     status = [row.status for row in found.rows]
+
     assert status[0].startswith("seed 0 failed: missing.pt: no such file")
     assert re.fullmatch(r"seed 0 failed: .*broken/seed-0/best\.pt.*", status[1])
     assert status[2:] == ["measured", "cited: no network"]
@@ -281,6 +293,7 @@ def test_the_small_scale_trains_the_same_networks_on_few_small_images_and_says_s
     small = plan(
         TABLES[name], ReproduceOptions(scale="small", data=tmp_path, set=("epochs=30",))
     )
+
     for row, paper in zip(small.rows, planned(name), strict=True):
         if row.recipe is None or paper.recipe is None:
             continue
@@ -297,6 +310,7 @@ def test_the_small_scale_trains_the_same_networks_on_few_small_images_and_says_s
             30,
             "none",
         )
+
     assert small.deviations.startswith(
         "Not the conditions of the paper: --scale small (the classes of --data"
     )

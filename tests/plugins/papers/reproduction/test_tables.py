@@ -70,6 +70,7 @@ def check_note(planned: Reproduction) -> None:
         planned.note,
     )
     rows, said = {row.printed.id: row for row in planned.rows}, set()
+
     for _name, command, counts in found:
         changes = [word for word in shlex.split(command) if word != "--set"]
         for row, parameters, macs in re.findall(r"(\S+) ([\d,]+) and ([\d.]+) G", counts):
@@ -85,6 +86,7 @@ def check_note(planned: Reproduction) -> None:
                 macs,
             )
             said.add((row, tuple(changes)))
+
     assert said == {
         (row.printed.id, changes) for row in planned.rows for _, changes in row.forms
     }
@@ -103,10 +105,12 @@ def test_each_command_of_a_note_builds_the_network_that_the_note_counts(name: st
                 break
         else:
             pytest.fail(f"no row has {form.name}")
+
     planned = plan(table, ReproduceOptions(rows=",".join(chosen)))
     assert {form for row in planned.rows for form, _ in row.forms} == {
         form.name for form in table.forms
     }
+
     check_note(planned)
     assert planned.summary()["note"] == planned.note
     assert html.unescape(render_page(planned)).count(planned.note[1:]) == 1
@@ -158,6 +162,7 @@ def test_a_table_does_not_train_another_form_than_the_text_defines_without_sayin
         differing = {f"model.config.{key}" for key in text if trained[key] != text[key]}
         forms = [form for table in FORMS for form in TABLES[table].forms if form.changes(model)]
         silent |= differing & {key for form in forms for key in keys(form)}
+
     assert silent <= {key for form in TABLES[name].forms for key in keys(form)}
 
 
@@ -215,6 +220,7 @@ def test_every_row_can_be_run_and_its_counts_are_the_printed_ones(name: str) -> 
     table = TABLES[name]
     planned = plan(table, ReproduceOptions())
     wrong, unexplained = set(), []
+
     for row in planned.rows:
         assert row.recipe is not None or row.printed.cited or table.measures != "errors", (
             row.reason
@@ -229,6 +235,7 @@ def test_every_row_can_be_run_and_its_counts_are_the_printed_ones(name: str) -> 
                 wrong.add((name, row.printed.id, figure))
             if mark and not (note or row.printed.note):
                 unexplained.append((row.printed.id, figure))
+
     assert (wrong, unexplained) == ({found for found in NOT_REACHED if found[0] == name}, [])
     check_note(planned)
     page = html.unescape(render_page(planned))
@@ -321,12 +328,14 @@ def test_a_dry_run_prints_commands_and_hours_and_writes_nothing(tmp_path, monkey
     ]
     result = CliRunner().invoke(app, [*arguments, "--json"])
     planned = json.loads(result.stdout)
+
     assert [line["printed"]["id"] for line in planned["rows"]] == ["resnet50-s1", "two-phase"]
     second = planned["rows"][1]
     assert second["commands"][1] == (
         "sopdeploy train --recipe imagenet-dsop-two-phase --set "
         "start.weights=out/dsop-3/resnet50-s1/seed-1/best.pt --set seed=1 --out out/dsop-3/two-phase/seed-1"
     )
+
     macs = describe("dsop-resnet50", aux_stride="table", conv5_stride=1).training.macs
     assert second["gpu_hours"] == pytest.approx(
         6 * macs * DATA_SETS["imagenet"].images * 15 / 20e12 / 3600, rel=0.02
@@ -334,6 +343,7 @@ def test_a_dry_run_prints_commands_and_hours_and_writes_nothing(tmp_path, monkey
     assert planned["gpu_hours"] == pytest.approx(
         2 * sum(line["gpu_hours"] for line in planned["rows"])
     )
+
     named = ["reproduce", "dsop-9a", "--rows", "sgd", "--data", "2024", "--dry-run"]
     shown = re.sub(r"\s+", " ", CliRunner().invoke(app, named).stdout)
     assert "--set 'data.path=\"2024\"' " in shown

@@ -33,10 +33,12 @@ def test_a_dropped_or_pasted_image_shows_the_classes_of_the_api(page, client, jp
     for kind, body in (("paste", other), ("drop", jpeg)):
         give(page, body, kind=kind)
         assert shown(page) == expected(client, body)
+
     assert len(shown(page)) == 5
     widths = page.locator("#classes .track > span").evaluate_all(
         "all => all.map(e => e.clientWidth)"
     )
+
     assert widths == sorted(widths, reverse=True)
     assert (
         page.locator("#preview").evaluate(
@@ -52,6 +54,7 @@ def test_the_page_works_by_keyboard_alone(page, client, jpeg):
         if page.evaluate("document.activeElement.id") == "file":
             break
     outline = page.locator("#drop").evaluate("e => getComputedStyle(e).outlineStyle")
+
     assert outline == "solid", "the focus must be visible"
     choosers: list[Any] = []
     page.on("filechooser", lambda chooser: choosers.append(chooser))
@@ -60,6 +63,7 @@ def test_the_page_works_by_keyboard_alone(page, client, jpeg):
         page.wait_for_timeout(500)
     choosers[0].set_files({"name": "a.jpg", "mimeType": "image/jpeg", "buffer": jpeg})
     done(page)
+
     assert shown(page) == expected(client, jpeg)
     for name in ("folder", "use-camera", "top-k"):
         page.keyboard.press("Tab")
@@ -67,12 +71,14 @@ def test_the_page_works_by_keyboard_alone(page, client, jpeg):
     page.keyboard.press("Control+A")
     page.keyboard.type("2")
     page.keyboard.press("Tab")
+
     assert page.evaluate("document.activeElement.id") == "explain"
     page.keyboard.press("Tab")  # the timing
     page.wait_for_selector("#classes:not(:has(li:nth-child(3))) li:nth-child(2)")
     page.keyboard.press("Tab")  # the part for developers
     page.keyboard.press("Enter")
     page.keyboard.press("Tab")
+
     assert page.evaluate("document.activeElement.id") == "tab-curl"
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement.id") == "tab-Python"
@@ -84,16 +90,19 @@ def test_the_page_is_accessible_to_screen_readers(page, client):
     turned[0x0112] = 6
     body = encoded(Image.new("RGB", (40, 50), (200, 30, 60)), "JPEG", exif=turned)
     give(page, body)
+
     assert (
         page.locator("#warnings li").text_content()
         == "The image was rotated by its EXIF orientation."
     )
+
     rows = page.locator("#waterfall li > span:first-child").all_text_contents()
     assert rows == ["receive", "wait", "decode", "queue", "infer", "connection"]
     label, percent = expected(client, body)[0]
     assert (
         page.get_by_role("status").text_content().startswith(f"Prediction: {label} {percent}, ")
     )
+
     nameless = page.locator("button, a, input, select").evaluate_all(
         "all => all.filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length)).length"
     )
@@ -114,11 +123,13 @@ def test_the_map_is_drawn_over_the_parts_on_which_the_class_depends(
         "map => [...map.getContext('2d').getImageData(0, 0, 7, 7).data].filter((_, place) => place % 4 === 3)"
     )
     largest = max(map(max, losses))
+
     assert largest > 0
     expected = [110 + 80 * max(0, loss / largest) for row in losses for loss in row]
     assert opacities == pytest.approx(expected, abs=1)
     page.locator("#map").wait_for()  # the preview is decoded
     boxes = [page.locator(name).bounding_box() for name in ("#map", "#crop")]
+
     assert boxes[0] == pytest.approx(boxes[1], abs=1)
     page.locator("#explain").uncheck()
     page.locator("#map").wait_for(state="hidden")
@@ -148,15 +159,18 @@ def test_several_images_are_classified_and_listed(page, client, jpeg):
     page.locator("#file").set_input_files(chosen)
     page.locator("#done", has_text="9 of 9").wait_for()
     results = page.locator("#list .result").all_text_contents()
+
     assert "not an image" in results.pop(1)
     answers = [expected(client, body)[0] for body in (jpeg, *others)]
     assert results == [" ".join(answer) for answer in answers]
     assert page.locator("#tag").text_content() == results[0]
+
     previews = page.locator("#list img").evaluate_all(
         "all => Promise.all(all.map(e => e.decode().then(() => true, () => false)))"
     )
     assert previews == [body != b"no picture" for body in bodies]
     assert shown(page) == expected(client, jpeg)
+
     page.locator("#list button").nth(4).click()
     assert shown(page) == expected(client, others[2])
     page.locator("#list button").nth(1).click()
@@ -170,12 +184,14 @@ def test_several_images_are_classified_and_listed(page, client, jpeg):
     assert sorted(buttons[1:]) == sorted(
         ["(error) 1", *(f"{label} {count}" for label, count in counts.items())]
     )
+
     page.get_by_role("button", name="(error) 1").click()
     assert page.locator("#list li").count() == 1
     page.get_by_role("button", name="All 9").click()
     page.get_by_label("Order").select_option("least certain first")
     ordered = page.locator("#list .result").all_text_contents()
     shares = [float(text.split()[-2]) for text in ordered[1:]]
+
     assert "not an image" in ordered[0]
     assert shares == sorted(shares)
 
@@ -231,6 +247,7 @@ def test_card_and_certificate_are_text_and_never_markup(open_page, carded_client
     assert page.locator("#proof").is_hidden()  # folded
     page.get_by_text("For developers").click()
     page.get_by_text("sopdeploy verify .").wait_for()
+
     assert page.locator("#card strong").text_content() == "linear"
     assert page.locator("#card li").all_text_contents() == [
         "one entry\n  that goes on\n",
@@ -239,6 +256,7 @@ def test_card_and_certificate_are_text_and_never_markup(open_page, carded_client
     assert "<img src=x" in page.locator("#card").text_content()
     assert page.locator("#card img").count() == 0
     assert "gate.noise (1 tensor, 8 bytes)" in page.locator("#proof").text_content()
+
     page.get_by_text("Hashes").click()
     assert page.locator("#proof details code").count() == 2
     assert page.locator("#proof details code").first.is_visible()
@@ -252,6 +270,7 @@ def test_of_several_models_one_is_chosen_and_asked(open_page, onnx_runtime, bund
         page.get_by_label("Model", exact=True).select_option("second")
         page.locator("h1", has_text="second").wait_for()
         done(page)
+
         assert shown(page) == expected(client, jpeg, "?model=second")
         assert "model=second" in page.locator("#code-curl code").text_content()
         page.route(
@@ -260,6 +279,7 @@ def test_of_several_models_one_is_chosen_and_asked(open_page, onnx_runtime, bund
         )
         page.get_by_label("Model", exact=True).select_option("first")
         page.get_by_text("Not there.").wait_for()
+
         assert page.get_by_label("Model", exact=True).input_value() == "second"  # which answers
 
 
@@ -295,26 +315,31 @@ def test_the_page_requests_a_key_which_survives_a_reload_but_not_the_tab(
     page = open_page(locked.base_url)
     alert = page.get_by_role("alert")
     alert.wait_for()
+
     assert "this server requires a key; enter it above." in alert.text_content()
     assert page.evaluate("document.activeElement.id") == "key"
     type_key(page, "sop_wrong\u00e4")
     page.get_by_text("the key is not valid").wait_for()
     type_key(page, key)
     page.locator("h1", has_text="tiny").wait_for()
+
     assert alert.is_hidden()
     page.reload()
     page.locator("h1", has_text="tiny").wait_for()
     give(page, jpeg)
     headers = {"Authorization": f"Bearer {key}"}
     classes = locked.post("/v1/classify", content=jpeg, headers=headers).json()["classes"]
+
     assert [label for label, _ in shown(page)] == [entry["label"] for entry in classes]
     assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
     assert key not in page.content()
+
     for language in ("curl", "Python", "JavaScript"):
         code = page.locator(f"#code-{language} code").text_content()
         assert run_snippet(language, code, tmp_path, {"KEY": key}).startswith(
             ("{", classes[0]["label"])
         )
+
     other = page.context.new_page()
     other.goto(str(locked.base_url))
     other.get_by_role("alert").wait_for()
@@ -327,6 +352,7 @@ def test_the_docs_request_the_key_show_every_operation_and_send_requests(
     page.get_by_text("this server requires a key").wait_for()
     type_key(page, key)
     page.locator(".opblock").first.wait_for()
+
     assert page.get_by_role("alert").text_content() == ""
     openapi = locked.get("/openapi.json", headers=headers).json()
     operations = {
@@ -336,6 +362,7 @@ def test_the_docs_request_the_key_show_every_operation_and_send_requests(
         "all => all.map(e => `${e.querySelector('.opblock-summary-method').textContent} "
         "${e.querySelector('.opblock-summary-path').dataset.path}`)"
     )
+
     assert set(shown) == operations
     with page.expect_response("**/info") as response:
         operate(page, "/info")
@@ -360,6 +387,7 @@ def test_unknown_images_have_a_banner_and_gray_bars(open_page, bundle) -> None:
         assert [one["known"] for one in found] == [True, False]
         page = open_page(client.base_url)
         banner, status = page.locator("#unknown"), page.get_by_role("status")
+
         for body, answer in ((BRIGHT, found[0]), (DARK, found[1]), (BRIGHT, found[0])):
             give(page, body)
             assert banner.is_visible() is not answer["known"]
@@ -379,6 +407,7 @@ def test_unknown_images_have_a_banner_and_gray_bars(open_page, bundle) -> None:
                 assert "%" not in "".join(
                     page.locator("#answer :is(#classes, #status)").all_text_contents()
                 )
+
         give(page, DARK)
         give(page, b"no picture", name="notes.txt", type="text/plain")
         assert banner.is_hidden()
@@ -394,6 +423,7 @@ def test_examples_and_classes_are_offered_and_a_click_works(
     client = serve_with(onnx_runtime, examples=tmp_path / "examples")
     page = open_page(client.base_url)
     page.wait_for_selector("#examples button")
+
     assert (
         page.locator("#labels li").all_text_contents()
         == client.get("/v1/card").json()["labels"]
@@ -403,6 +433,7 @@ def test_examples_and_classes_are_offered_and_a_click_works(
         == len(client.get("/examples").json()["names"])
         <= 8
     )
+
     page.locator("#examples button").nth(1).click()
     done(page)
     assert shown(page) == expected(client, client.get("/examples/1").content)
@@ -459,6 +490,7 @@ def folder(tmp_path, jpeg) -> Path:
         "a.png": b"no picture",
         "notes.txt": b"",
     }
+
     for name, body in {**files, ".hidden/3.jpg": jpeg}.items():
         path = tmp_path / "shop" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -477,12 +509,14 @@ def test_the_images_of_a_folder_are_classified_and_saved_as_the_command_would(
         page.locator("#folder").set_input_files(folder)
     page.locator("#done", has_text="4 of 4").wait_for()
     rows = rows_of(page)
+
     assert [row["image"] for row in rows] == [
         "shop/a.png",
         'shop/b/"1", ok.jpg',
         "shop/b/2.jpg",
         "shop/b/10.jpg",
     ]
+
     best = client.post("/v1/classify", content=jpeg).json()["classes"][0]
     right = {
         "class": best["label"],
@@ -490,6 +524,7 @@ def test_the_images_of_a_folder_are_classified_and_saved_as_the_command_would(
         "known": "",
         "error": "",
     }
+
     assert [{**row, "image": ""} for row in rows[1:]] == 3 * [{"image": "", **right}]
     assert [(row["class"], "not an image" in row["error"]) for row in rows[:1]] == [("", True)]
 
@@ -503,6 +538,7 @@ def test_two_models_answer_side_by_side_in_the_list_and_in_the_file(
         give(page, jpeg)
         page.locator("#other-classes li").first.wait_for()
         labels = page.locator("#other-classes .label").all_text_contents()
+
         assert labels == [label for label, _ in expected(client, jpeg, "?model=second")]
         assert page.locator("#this-model").text_content() == "first"
         answer = {"classes": [{"label": "other", "probability": 0.5}], "warnings": []}
@@ -511,6 +547,7 @@ def test_two_models_answer_side_by_side_in_the_list_and_in_the_file(
             [{"name": f"{n}.jpg", "mimeType": "image/jpeg", "buffer": jpeg} for n in range(2)]
         )
         page.locator("#done", has_text="2 of 2").wait_for()
+
         assert "· second: other 50.0 %" in page.locator("#list .result").first.text_content()
         assert [row["class second"] for row in rows_of(page)] == ["other", "other"]
         page.unroute("**/v1/classify?*model=second*")
@@ -520,6 +557,7 @@ def test_two_models_answer_side_by_side_in_the_list_and_in_the_file(
         )
         give(page, jpeg)
         page.locator("#other-note", has_text="No.").wait_for()
+
         assert shown(page) == expected(client, jpeg, "?model=first")
         page.get_by_label("Beside").select_option("")
         page.locator("#other").wait_for(state="hidden")
@@ -533,6 +571,7 @@ def test_the_answer_is_shown_while_its_explanation_is_made(
     page.route("**/v1/classify?*explain=true*", lambda route: held.append(route))
     page.locator("#explain").check()
     give(page, jpeg)
+
     assert shown(page) == expected(client, jpeg)
     page.get_by_role(
         "progressbar", name=re.compile("Finding the parts that decide, about .* s")
@@ -542,16 +581,19 @@ def test_the_answer_is_shown_while_its_explanation_is_made(
     while len(values) < 3:
         page.wait_for_timeout(200)
         values.append(page.locator("#why-bar").evaluate("bar => bar.value"))
+
     assert values == sorted(values)
     assert 0 <= values[0] < values[-1] < 1
     held[0].continue_()
     page.locator("#map").wait_for()
+
     assert page.locator("#why").is_hidden()
     give(page, picture_bytes((9, 200, 60)))
     while len(held) < 2:
         page.wait_for_timeout(10)
     held[1].fulfill(status=429, json={"detail": "too busy"})
     page.locator("#why-text", has_text="Too busy.").wait_for()
+
     assert page.locator("#classes li").count() == 5
 
 
@@ -575,11 +617,13 @@ def test_a_wrong_answer_is_reported_only_where_images_are_kept(
     while not (kept := list((tmp_path / "kept").glob("*.json"))):
         page.wait_for_timeout(20)
     record = json.loads(kept[0].read_text(encoding="utf-8"))
+
     assert ("reported" in record["reasons"], record["suggested"]) == (True, label)
     page.get_by_label("Another one").fill("a new class")
     page.get_by_role("button", name="Send").click()
     while "a new class" not in kept[0].read_text(encoding="utf-8"):
         page.wait_for_timeout(20)
+
     assert shown(page) == expected(keeping, jpeg)
 
 
