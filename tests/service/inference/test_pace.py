@@ -8,7 +8,7 @@ import pytest
 from sopdeploy_service.decoding.pool import Request
 from sopdeploy_service.inference import pace, results
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue
-from sopdeploy_service.inference.pace import Pace, retry_after
+from sopdeploy_service.inference.pace import BatchPace, Pace, retry_after
 from sopdeploy_service.inference.shared_children import SharedChildren
 from sopdeploy_service.observability.metrics import Metrics
 
@@ -19,6 +19,32 @@ def clock(monkeypatch):
     now = SimpleNamespace(time=1000.0)
     monkeypatch.setattr(time, "monotonic", lambda: now.time)
     return now
+
+
+BATCHES = {
+    "no warm-up": ((), 8, 0.0),
+    "measured": (((1, 0.1), (8, 0.5)), 8, 0.5),
+    "the fastest of a size": (((8, 9.0), (8, 0.5)), 8, 0.5),
+    "between two sizes": (((2, 0.2), (4, 0.4)), 3, 0.3),
+    "below the smallest": (((4, 0.4),), 1, 0.4),
+    "above the largest": (((4, 0.4),), 8, 0.8),
+}
+
+
+@pytest.mark.parametrize(("measured", "size", "seconds"), BATCHES.values(), ids=BATCHES)
+def test_a_batch_takes_as_long_as_measured(measured, size, seconds):
+    assert BatchPace(measured).batch_seconds(size) == pytest.approx(seconds)
+
+
+def test_a_slow_batch_of_any_size_slows_all_sizes_and_a_stall_none():
+    batches = BatchPace([(1, 0.1), (4, 0.4)])
+    for _ in range(pace.NUM_RECENT):
+        batches.record(1, 0.2)
+    assert batches.batch_seconds(4) == pytest.approx(0.8)
+    assert batches.total_seconds(9, 4) == pytest.approx(0.8 + 0.8 + 0.2)
+
+    batches.record(4, 180.0)
+    assert batches.batch_seconds(4) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize(("seconds", "header"), [(0.01, 1), (2.1, 3), (1e6, 60)])
