@@ -1,7 +1,12 @@
 """Chromium, and the actions of a user; pages must not contact other hosts or violate their policy."""
 
+import os
 import shutil
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -113,3 +118,30 @@ def expected(client: httpx.Client, body: bytes, query: str = "") -> list[tuple[s
     shares = (entry["probability"] for entry in classes)
     percents = ("< 0.1 %" if share < 0.0005 else f"{100 * share:.1f} %" for share in shares)
     return [(entry["label"], percent) for entry, percent in zip(classes, percents, strict=True)]
+
+
+def run_snippet(
+    language: str, code: str, folder: Path, variables: Mapping[str, str] = {}
+) -> str:
+    """Run the *code* that the page shows, in *folder*; return what it prints."""
+    command = {
+        "curl": ["sh", "-c", code],
+        "Python": [sys.executable, "-c", code],
+        # playwright brings its own node
+        "JavaScript": [
+            str(files("playwright") / "driver" / "node"),
+            "--input-type=module",
+            "--eval",
+            code,
+        ],
+    }[language]
+    ran = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return ran.stdout

@@ -3,13 +3,8 @@
 import csv
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +13,8 @@ import pytest
 from PIL import Image
 
 from sopdeploy.decision import Decision, Rejection
-from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.settings import Settings
-from tests.service.api.pages.conftest import done, expected, give, operate, shown
+from tests.service.api.pages.conftest import done, expected, give, run_snippet, shown
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.pictures import encoded
 from tests.support.service import deciding, picture_bytes, running
@@ -196,33 +190,6 @@ def test_several_images_are_classified_and_listed(page, client, jpeg):
     assert shares == sorted(shares)
 
 
-def run_snippet(
-    language: str, code: str, folder: Path, variables: Mapping[str, str] = {}
-) -> str:
-    """Run the *code* that the page shows, in *folder*; return what it prints."""
-    command = {
-        "curl": ["sh", "-c", code],
-        "Python": [sys.executable, "-c", code],
-        # playwright brings its own node
-        "JavaScript": [
-            str(files("playwright") / "driver" / "node"),
-            "--input-type=module",
-            "--eval",
-            code,
-        ],
-    }[language]
-    ran = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    return ran.stdout
-
-
 HARMFUL = 'it\'s "x" $(touch owned) `b` <img src=x onerror=alert(1)>.jpg'
 
 
@@ -283,90 +250,12 @@ def test_of_several_models_one_is_chosen_and_asked(open_page, onnx_runtime, bund
         assert page.get_by_label("Model", exact=True).input_value() == "second"  # which answers
 
 
-@pytest.fixture(scope="module")
-def key(tmp_path_factory):
-    return new_key(tmp_path_factory.getbasetemp() / "page-keys.toml", "person")
-
-
-@pytest.fixture(scope="module")
-def locked(bundle, onnx_runtime, key, tmp_path_factory):
-    settings = Settings(keys=tmp_path_factory.getbasetemp() / "page-keys.toml")
-    with running(onnx_runtime, bundle, settings) as client:
-        yield client
-
-
-def type_key(page, key):
-    page.get_by_label("Key", exact=True).fill(key)
-    page.get_by_role("button", name="Use", exact=True).click()
-
-
 @pytest.mark.parametrize("cell", ["=1+1.jpg", "+1", "-1", "@a", "\tx", "a,=b"])
 def test_no_cell_of_the_file_is_a_formula_for_a_spreadsheet(page, cell):
     written = page.evaluate("cell => csv([[cell]])", cell)
     (read,) = csv.reader(io.StringIO(written.removeprefix("\ufeff"), newline=""))
     assert written.startswith("\ufeff")
     assert read == [cell if cell[0] == "a" else f"'{cell}"]
-
-
-def test_the_page_requests_a_key_which_survives_a_reload_but_not_the_tab(
-    open_page, locked, key, jpeg, tmp_path
-):
-    (tmp_path / "a.jpg").write_bytes(jpeg)
-    page = open_page(locked.base_url)
-    alert = page.get_by_role("alert")
-    alert.wait_for()
-
-    assert "this server requires a key; enter it above." in alert.text_content()
-    assert page.evaluate("document.activeElement.id") == "key"
-    type_key(page, "sop_wrong\u00e4")
-    page.get_by_text("the key is not valid").wait_for()
-    type_key(page, key)
-    page.locator("h1", has_text="tiny").wait_for()
-
-    assert alert.is_hidden()
-    page.reload()
-    page.locator("h1", has_text="tiny").wait_for()
-    give(page, jpeg)
-    headers = {"Authorization": f"Bearer {key}"}
-    classes = locked.post("/v1/classify", content=jpeg, headers=headers).json()["classes"]
-
-    assert [label for label, _ in shown(page)] == [entry["label"] for entry in classes]
-    assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
-    assert key not in page.content()
-
-    for language in ("curl", "Python", "JavaScript"):
-        code = page.locator(f"#code-{language} code").text_content()
-        assert run_snippet(language, code, tmp_path, {"KEY": key}).startswith(
-            ("{", classes[0]["label"])
-        )
-
-    other = page.context.new_page()
-    other.goto(str(locked.base_url))
-    other.get_by_role("alert").wait_for()
-
-
-def test_the_docs_request_the_key_show_every_operation_and_send_requests(
-    open_page, locked, key
-):
-    page, headers = open_page(locked.base_url, "/docs"), {"x-api-key": key}
-    page.get_by_text("this server requires a key").wait_for()
-    type_key(page, key)
-    page.locator(".opblock").first.wait_for()
-
-    assert page.get_by_role("alert").text_content() == ""
-    openapi = locked.get("/openapi.json", headers=headers).json()
-    operations = {
-        f"{verb.upper()} {path}" for path, verbs in openapi["paths"].items() for verb in verbs
-    }
-    shown = page.locator(".opblock").evaluate_all(
-        "all => all.map(e => `${e.querySelector('.opblock-summary-method').textContent} "
-        "${e.querySelector('.opblock-summary-path').dataset.path}`)"
-    )
-
-    assert set(shown) == operations
-    with page.expect_response("**/info") as response:
-        operate(page, "/info")
-    assert response.value.json() == locked.get("/info", headers=headers).json()
 
 
 BRIGHT, DARK = (picture_bytes((value, value, value)) for value in (250, 60))

@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from sopdeploy_service.labelling.label.folders import LabelFolders
 from sopdeploy_service.settings import Settings
 from tests.service.labelling.label.conftest import KEY, files_below, identity, label_server
 from tests.support.forged import write_hollow
+from tests.support.raw import connect
 from tests.support.service import picture_bytes
 
 ONE = identity(1)
@@ -318,6 +320,37 @@ def test_every_address_has_a_random_key(keep, tmp_path, host, monkeypatch):
         )
     assert len({re.search(r"^http://.+:\d+/\?key=(.{22})$", url)[1] for url, _ in ready}) == 2
     assert [count for _, count in ready] == [1, 1]
+
+
+HEAD = b"POST /label HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HEAD += b"Cookie: sopdeploy-label-8000=" + KEY.encode() + b"\r\n"
+ENDLESS = {
+    "a header": (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 1_000_000, 431),
+    "headers": (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: a\r\n" * 10_000, 431),
+    "a path": (b"GET /" + b"a" * 100_000, 414),
+    "a negative length": (HEAD + b"Content-Length: -5\r\n\r\n", 400),
+    "digits of another script": (HEAD + b"Content-Length: \xd9\xa5\r\n\r\n", 400),
+    "a body that stops": (HEAD + b"Content-Length: 50\r\n\r\n{", 408),
+    "headers that stop": (b"GET / HTTP/1.1\r\nHost: ", 408),
+}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_a_client_that_is_endless_or_slow_is_refused_as_by_the_service(
+    case: str, keep, open_folders, monkeypatch
+) -> None:
+    request, status = ENDLESS[case]
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.1)
+    seconds = 0.5 if status == 408 else 60
+    keep(1)
+    with (
+        label_server(open_folders(), header_timeout=seconds) as client,
+        connect(client) as wire,
+    ):
+        with suppress(OSError):  # the server may close the connection before the last byte
+            wire.sendall(request)
+        assert wire.recv(64).startswith(b"HTTP/1.1 %d " % status)
+        assert client.get("/state").status_code == 200
 
 
 def test_a_link_to_the_folder_of_the_classes_has_its_own_siblings(
