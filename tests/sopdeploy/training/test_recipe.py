@@ -92,6 +92,7 @@ INVALID_OVERRIDES = [
         "optimizer.momentun=1",
         "optimizer.momentun: unknown key; did you mean optimizer.momentum?",
     ),
+    ("LR=1", "digits-dsop: LR: unknown key; did you mean optimizer.lr?"),
     ("zzz=1", "digits-dsop: zzz: unknown key"),
     (
         "optimizer={kind='adam', lr=1}",
