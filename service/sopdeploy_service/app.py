@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -27,7 +26,6 @@ from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import ModelRegistry, Service
 from sopdeploy_service.labelling.keep.keeper import open_keeper
-from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.settings import Settings, is_loopback
 
 ROUTERS = v1.router, status.router, v2.router, web.router, aliases.router
@@ -109,7 +107,6 @@ def create_app(
     app.state.keeper = keeper
     app.state.keys = keys
     app.state.examples = web.list_examples(settings.examples)
-    app.state.lost_bundle = Shared(partial(status.find_lost_bundle, service.registry))
 
     for router in ROUTERS:
         app.include_router(router)

@@ -1,9 +1,6 @@
 """Health, metrics and model information."""
 
 import asyncio
-import stat
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 from weakref import WeakKeyDictionary
 
@@ -13,12 +10,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sopdeploy.bundle.folder import CARD, Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, EMBEDDING
 from sopdeploy.config import StrictModel, count_parts, parse_json
-from sopdeploy.files import MANIFEST
 from sopdeploy.http_api import CardQuery, ModelInfo, ServerInfo
-from sopdeploy.names import as_utf8
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.problems import describe_statuses
-from sopdeploy_service.inference.model import Model, Registry, State
+from sopdeploy_service.inference.model import Model, State
 
 router = APIRouter(tags=["Server"])
 
@@ -27,7 +22,6 @@ class Health(StrictModel):
     """Response of `/livez` and `/readyz`."""
 
     status: State
-    reason: str | None = None
 
 
 class CertificateSummary(StrictModel):
@@ -48,8 +42,6 @@ class CertificateSummary(StrictModel):
 MAX_SHOWN_LABELS = 100
 # JSON values; a larger certificate is not summarized, because parsing it would hold up other requests.
 MAX_CERTIFICATE_PARTS = 200_000
-DISK_SECONDS = 0.5  # for `/readyz`; probes wait longer
-DISK_HANGS = "the disk of the bundles does not respond; they are served until this process ends"
 
 
 class Card(StrictModel):
@@ -80,44 +72,10 @@ async def readyz(request: Request) -> Response:
     """Return status 200 if the server accepts images, else 503; `status` says why.
 
     Without a memory budget, the probes of every bundle are replayed before the server starts to
-    listen. `reason` names a bundle whose folder was deleted or cannot be read, so that a
-    restarted process cannot load it, or says that the disk does not respond.
+    listen.
     """
-    try:
-        async with asyncio.timeout(DISK_SECONDS):
-            reason = await request.app.state.lost_bundle.get()
-    except TimeoutError:
-        reason = DISK_HANGS
-    health = Health(status=service_of(request).state, reason=reason)
-    return json_response(health, status=200 if health.status == "ok" else 503)
-
-
-async def find_lost_bundle(registry: Registry) -> str | None:
-    """Name a bundle that *registry* serves and whose folder is lost, as `find_lost` does, in a thread."""
-    return await asyncio.to_thread(
-        find_lost, [model.bundle.path for model in registry.models()]
-    )
-
-
-def find_lost(paths: Sequence[Path]) -> str | None:
-    """Name the first of the bundles at *paths* that was deleted or cannot be read; None if there is none."""
-    for path in paths:
-        if problem := find_problem(path):
-            return as_utf8(
-                f"{path}: the bundle {problem}; a process that starts now cannot load it"
-            )
-    return None
-
-
-def find_problem(bundle: Path) -> str:
-    """Say why the folder *bundle* is lost; empty if its manifest is there."""
-    try:
-        is_file = stat.S_ISREG((bundle / MANIFEST).stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return "was deleted"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return "" if is_file else "was deleted"
+    state = service_of(request).state
+    return json_response(Health(status=state), status=200 if state == "ok" else 503)
 
 
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)
