@@ -16,7 +16,8 @@ from prometheus_client.metrics import MetricWrapperBase
 from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import Augmentation
 from sopdeploy.decision import Answer
-from sopdeploy.http_api import Classes
+from sopdeploy.http_api import Classes, Query
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.recipe import Recipe
 from sopdeploy_commands.bulk.classifier import COLUMNS
 from sopdeploy_commands.bulk.run import CsvRow
@@ -310,6 +311,33 @@ def test_a_command_shows_every_field_of_its_result() -> None:
 
     assert num_results > 10
     assert hidden == FOR_PYTHON
+
+
+def test_each_parameter_of_a_request_is_read_by_its_endpoint_and_described() -> None:
+    trees = parse_packages()
+    endpoints = [
+        tree for name, tree in trees.items() if name.startswith("sopdeploy_service.api.")
+    ]
+    read = set().union(*map(attributes_read, endpoints))
+    page = (DOCS / "http.md").read_text(encoding="utf-8")
+
+    queries = [one for one in classes_of("sopdeploy.http_api") if issubclass(one, Query)]
+    parameters = {name for query in queries for name in query.model_fields}
+    assert len(parameters) > 5
+    assert parameters - read == set()
+    assert {name for name in parameters if not re.search(rf"[`?&]{name}[`=]", page)} == set()
+
+
+def test_each_rule_of_preprocessing_is_applied_and_described() -> None:
+    applying = [
+        tree for name, tree in parse_packages().items() if name.startswith("sopdeploy.images.")
+    ]
+    read = set().union(*map(attributes_read, applying))
+    assert Preprocess.model_fields.keys() - read == set()
+
+    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    described = {*re.findall(r"`preprocess\.(\w+)`", page)}
+    assert Preprocess.model_fields.keys() - described == set()
 
 
 def test_something_counts_every_metric() -> None:
