@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import get_args
@@ -311,6 +312,47 @@ def test_a_command_shows_every_field_of_its_result() -> None:
 
     assert num_results > 10
     assert hidden == FOR_PYTHON
+
+
+# Fields that another place adds, that differ by case, or that only earlier versions wrote
+NOT_AT_ONCE = {
+    "Accuracy.deviation",
+    "FewShotResult.strength",
+    "FewShotResult.tuning",
+    "FewShotResult.unknown",
+    "PrecisionReport.accuracy",
+    "Promotion.num_trained",
+    "Tuning.first",
+    "Tuning.losses",
+    "Tuning.second",
+    "Tuning.wins",
+}
+
+
+def test_a_file_or_response_that_one_place_makes_gets_each_field_there() -> None:
+    trees = parse_packages()
+    calls = defaultdict[str, list[set[str | None]]](list)
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+                calls[node.func.id].append({keyword.arg for keyword in node.keywords})
+
+    forgotten = set()
+    num_made = 0
+    for module in trees:
+        for config in classes_of(module):
+            makers = calls[config.__name__]
+            if not issubclass(config, StrictModel) or len(makers) != 1:
+                continue
+            (given,) = makers
+            if not given or None in given:  # by its defaults or, after `**`, by other names
+                continue
+            num_made += 1
+            missing = config.model_fields.keys() - given - {"kind", "version"}
+            forgotten |= {f"{config.__name__}.{name}" for name in missing}
+
+    assert num_made > 50
+    assert forgotten - NOT_AT_ONCE == set()
 
 
 def test_each_parameter_of_a_request_is_read_by_its_endpoint_and_described() -> None:
