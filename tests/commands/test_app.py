@@ -1,6 +1,7 @@
 """The command line: help, completion, JSON output, one-line errors, and `sopdeploy env`."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -14,11 +15,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import sopdeploy
 from sopdeploy.cli.console import (
+    ProgressBars,
     one_line_errors,
     plain_text,
     print_error,
@@ -250,6 +253,13 @@ def test_output_that_nobody_reads_is_no_error() -> None:
     with os.fdopen(writing, "wb") as closed:
         done = in_process("--help", stdout=closed)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_bar_shows_how_much_of_a_stage_is_done() -> None:
+    bars = ProgressBars(Console(file=io.StringIO()))
+    bars.on_stage(name="features", done=3, total=9)
+    (task,) = bars.progress.tasks
+    assert (task.completed, task.total) == (3, 9)
 
 
 def test_a_command_whose_output_is_closed_at_the_start_ends_as_usual() -> None:

@@ -114,6 +114,19 @@ def test_a_process_that_leaves_and_stays_is_killed(message, monkeypatch) -> None
     assert set(asyncio.run(scenario())) == {"front-1"}
 
 
+@pytest.mark.parametrize(("num_left", "is_ended"), [(2, False), (1, False), (0, True)])
+def test_a_device_process_ends_with_the_last_front_end(num_left: int, is_ended: bool) -> None:
+    async def scenario() -> bool:
+        with ExitStack() as stack:
+            server = Server(stack)
+            for process in server.front_ends[num_left:]:
+                process.child = None
+            server.supervisor._end_unused_devices()
+            return server.processes["engine"].control is None
+
+    assert asyncio.run(scenario()) is is_ended
+
+
 def test_a_process_that_does_not_read_gets_no_more_connections_and_others_do() -> None:
     async def scenario() -> None:
         with ExitStack() as stack:
