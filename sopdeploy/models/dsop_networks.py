@@ -140,12 +140,12 @@ class DSoPThreeStages(DSoP):
     def paper_branches(self) -> PaperBranches:
         """Return section V-D's branches, the same in every stage."""
         count = len(list(self.get_submodule("layer1").children()))
-        # Without a pattern, this is a number: the blocks of one branch, which follows the last
-        # block of the stage.
-        blocks = self.patterns[count] if count in self.patterns else min(2, count)
+        # A pattern has the blocks of several branches in a stage. Without one, a single branch of
+        # one or two blocks follows the last block of the stage.
+        of_stage = self.patterns[count] if count in self.patterns else min(2, count)
 
         return PaperBranches(
-            blocks=(blocks,) * 3,
+            blocks=(of_stage,) * 3,
             widths=(128,) * 3,
             weights=(0.1, 0.2, 0.3),
             dropout_rate=0.5,

@@ -86,14 +86,14 @@ def _as_far_as_possible(
     folder = reading.folder if os.path.isdir(root / reading.folder) else ""  # noqa: PTH112
     inner = root / folder
     classes_from = reading.classes_from
-    is_table = PurePath(classes_from.partition(":")[0]).suffix.lower() in TABLE_SUFFIXES
-    is_there = named_table(inner, classes_from) is not None
-    if (is_table or classes_from == FILES) and not is_there:
+    has_table = named_table(inner, classes_from) is not None
+    names_table = PurePath(classes_from.partition(":")[0]).suffix.lower() in TABLE_SUFFIXES
+    if (names_table or classes_from == FILES) and not has_table:
         classes_from = ""
 
     # A folder that is a class tells more than the names of files, also beside other folders.
-    is_of_names = is_pattern(classes_from) and not is_there
-    if is_of_names and not classes.isdisjoint(map(normalize_label, list_subfolders(inner))):
+    inner_folders = set(map(normalize_label, list_subfolders(inner)))
+    if is_pattern(classes_from) and not has_table and classes & inner_folders:
         classes_from = ""
 
     left_out = [

@@ -187,8 +187,9 @@ class Tree:
     def may_hold_classes(self, folder: str) -> bool:
         """Tell whether the folders in *folder* differ in words, and hold several images each.
 
-        Fewer images do if another folder holds the same ones. Folders that differ in a number only
-        are the objects of a class or the days of a camera, unless the name of *folder* is no class.
+        Fewer images suffice if another folder at the top holds folders of the same names. Folders
+        that differ in a number only are the objects of a class or the days of a camera, unless the
+        name of *folder* is no class.
         """
         inner = self.inner.get(folder, Counter[str]())
         words = {_without_digits(name) for name in inner}

@@ -295,19 +295,21 @@ def test_a_key_without_tokens_is_not_served_until_it_has_paid_for_refused_work(
     client = serve_with(FakeRuntime(num_classes=7), keys=tmp_path / "keys.toml")
     two, mine = [("image", jpeg), ("image", bytes(3_500_000))], {"x-api-key": secret}
 
+    # The key has 4 tokens. After reading 5.5 MB that are no JSON it owes 2, so it has 1 after 3 s.
     assert (
         client.post(V2, content=b"{" * 5_500_000, headers=mine).headers["ratelimit-remaining"]
         == "0"
     )
 
     refused = client.post("/v1/classify", content=jpeg, headers=mine)
-    assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")  # 2 are missing
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")
+
+    # One token is too few for a form of two images, and reading it costs 3: it owes 2 again.
     now += 3
-    assert (
-        client.post("/v1/classify", files=two, headers=mine).status_code == 429
-    )  # which costs 3, too
+    assert client.post("/v1/classify", files=two, headers=mine).status_code == 429
     assert client.post("/v1/classify", content=jpeg, headers=mine).headers["retry-after"] == "3"
 
+    # After 4 s it has 2, which pay for both images.
     now += 4
     assert client.post("/v1/classify", files=two, headers=mine).status_code == 200
 

@@ -349,9 +349,8 @@ def test_an_image_that_is_too_much_for_a_light_child_is_decoded_by_another(
 
 
 def test_many_photographs_that_are_decoded_in_full_wait(serve_with, monkeypatch) -> None:
-    most = (
-        decoders.MAX_PIXELS // 100
-    )  # a hundredth of all pixels, also of those of a photograph
+    # Limits and images have a hundredth of their usual pixels.
+    most = decoders.MAX_PIXELS // 100
     monkeypatch.setattr(decoders, "MAX_PIXELS", most)
     monkeypatch.setattr(decoders, "LIGHT_PIXELS", LIGHT_PIXELS // 100)
     client = serve_with(FakeRuntime(num_classes=7), request_timeout=120, max_pixels=most)

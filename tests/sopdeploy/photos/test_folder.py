@@ -720,6 +720,10 @@ ASKED = {
         {"photos__cat": 10, "photos__dog": 10, "logo": 2},
         "photos (cat 10, dog 10; 2 of 22 images left over)",
     ),
+    "nearly all in one folder, with a class of one image": (
+        {"photos__cat": 10, "photos__dog": 10, "photos__fox": 1, "logo": 2},
+        "photos (cat 10, dog 10; 3 of 23 images left over)",
+    ),
     "shards": ({}, "data.classes_from='^\\D+' (cat 6, dog 6)"),
     "chapters": ({"ch1": 3, "ch12": 2}, "(ch1, ch12 may be parts of one class, because only their numbers differ)"),
     "dates": ({"2024-05-01": 3, "2024-06-01": 3}, "because only their numbers differ"),
