@@ -255,11 +255,14 @@ def test_output_that_nobody_reads_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_a_bar_shows_how_much_of_a_stage_is_done() -> None:
-    bars = ProgressBars(Console(file=io.StringIO()))
+def test_a_training_shows_warnings_and_how_much_of_a_stage_is_done() -> None:
+    shown = io.StringIO()
+    bars = ProgressBars(Console(file=shown))
+    bars.on_warning("two files are equal")
     bars.on_stage(name="features", done=3, total=9)
     (task,) = bars.progress.tasks
     assert (task.completed, task.total) == (3, 9)
+    assert shown.getvalue() == "warning: two files are equal\nfeatures\n"
 
 
 def test_a_command_whose_output_is_closed_at_the_start_ends_as_usual() -> None:
