@@ -16,7 +16,6 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Collection
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -29,21 +28,18 @@ from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.file_systems import flush_folder, set_mode, set_owner
 from sopdeploy.files import LOCK, atomic_write, expand_user, new_folder
 from sopdeploy.images.signatures import count_suffixes, note_skipped
-from sopdeploy.names import can_be_typed, class_problem
 from sopdeploy.photos.change import CHANGE, write_change
 from sopdeploy.photos.files import (
     HELD_OUT_SUFFIX,
     SAMPLE_FOLDER,
     data_folder,
     find_parts,
-    is_hidden,
     kept_id,
     list_subfolders,
     lookalike_key,
     name_id,
     normalize_label,
     numbered_name,
-    part_kind,
     sampled_name,
 )
 from sopdeploy.photos.table_search import find_table
@@ -55,6 +51,7 @@ from sopdeploy_service.labelling.kept import (
     read_kept,
     read_labelled,
 )
+from sopdeploy_service.labelling.label.class_names import check_class_name, class_folders
 from sopdeploy_service.labelling.label.heap import Embed, Suggestions, list_heap
 from sopdeploy_service.labelling.label.labelled import Labelled, list_labelled
 from sopdeploy_service.labelling.label.order import Shown, order_kept, role_of
@@ -63,9 +60,7 @@ SKIPPED = ".skipped"
 DECIDING = 30  # labels with which `promote` can decide about a bundle that is clearly better
 LEASE_SECONDS = 60.0  # for which a browser's photographs are offered to no other one
 MAX_REJECTED = 200  # newest ones, of which some may be a new class
-MAX_CLASS_BYTES = 100  # of a name in UTF-8
 GONE = "that photo has a label already or is no longer kept; this is the next one"
-NOT_IN_NAMES = '/\\:*?"<>|'  # of folders on some systems
 
 
 class GoneError(DataError):
@@ -190,7 +185,7 @@ class LabelFolders:
         waiting = [Waiting(path, record) for path, record in kept]
         waiting += [Waiting(path, None) for path in heap]
         self.waiting = {photo.identity: photo for photo in waiting}
-        self.suggestions.learn(_class_folders(self.photos))
+        self.suggestions.learn(class_folders(self.photos))
         self.suggestions.compute(heap, self._rejected())
 
     def _read_kept(self) -> list[Kept]:
@@ -322,7 +317,7 @@ class LabelFolders:
         """List the names of classes, sorted: those of the folders, and in the records that wait."""
         records = [record for _, record in self.waiting.values() if record is not None]
         names = {normalize_label(label) for record in records for label in record.labels}
-        return sorted(names.union(_class_folders(self.photos), _class_folders(self.held_out)))
+        return sorted(names.union(class_folders(self.photos), class_folders(self.held_out)))
 
     def label(self, identity: str, name: str | None) -> None:
         """Move the photograph *identity* to the folder of the class *name*; None is "not one of ours".
@@ -374,8 +369,8 @@ class LabelFolders:
         """
         # The class, its folder, and whether it is held out.
         parts = [
-            *((name, path, False) for name, path in _class_folders(self.photos).items()),
-            *((name, path, True) for name, path in _class_folders(self.held_out).items()),
+            *((name, path, False) for name, path in class_folders(self.photos).items()),
+            *((name, path, True) for name, path in class_folders(self.held_out).items()),
             (None, self.unknown, False),
             (None, self.unknown / SAMPLE_FOLDER, True),
         ]
@@ -437,10 +432,10 @@ class LabelFolders:
         if name is None:
             return self.unknown / SAMPLE_FOLDER if is_held_out else self.unknown
 
-        folders = _class_folders(self.photos) | _class_folders(self.held_out)
+        folders = class_folders(self.photos) | class_folders(self.held_out)
         name = check_class_name(name, self.classes(), folders)
         parent = self.held_out if is_held_out else self.photos
-        return _class_folders(parent).get(name, parent / name)
+        return class_folders(parent).get(name, parent / name)
 
     def skip(self, identity: str) -> None:
         """Let the photograph *identity* wait no more; raises `GoneError` and `OSError`.
@@ -523,50 +518,6 @@ def _kept_ids(folder: Path) -> set[str]:
     """Return the ids of the kept photographs below *folder*, which may not exist."""
     paths = folder.rglob("*") if folder.is_dir() else ()
     return {kept_id(path.name) for path in paths} - {""}
-
-
-def _class_folders(parent: Path) -> dict[str, Path]:
-    """Return the folders of classes in *parent*, which may not exist, by the names of the classes."""
-    names = list_subfolders(parent) if parent.is_dir() else ()
-    return {normalize_label(name): parent / name for name in names}
-
-
-def check_class_name(name: str, classes: list[str], folders: Collection[str] = ()) -> str:
-    """Return the name of the class *name*; raise `ConfigError` unless it can name a class.
-
-    A new name must not be easily confused with one of *classes*. The names of the existing
-    *folders* may have any length and characters.
-    """
-    name = normalize_label(name)
-    problem = _find_name_problem(name, classes, folders)
-    if problem:
-        raise ConfigError(f"class {name!r:.80}: {problem}")
-    return name
-
-
-def _find_name_problem(name: str, classes: list[str], folders: Collection[str]) -> str:
-    """Say why *name* cannot name a class, as `check_class_name` does; empty if it can."""
-    # A name that no folder has yet must fit into one, and be typed.
-    if name not in folders:
-        if not 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES:
-            return f"write 1 to {MAX_CLASS_BYTES} bytes"
-        if not all(map(can_be_typed, name)) or set(name) & set(NOT_IN_NAMES):
-            return f"leave out control and invisible characters and {' '.join(NOT_IN_NAMES)}"
-
-    if problem := class_problem(name):  # also if the folder is there: `train` would refuse it
-        return problem
-
-    # Refuse what `train` would not take for a class.
-    if is_hidden(name) or name.endswith("."):
-        return "the folder would be hidden; do not begin or end with a dot"
-    if part_kind(name):
-        return "`train` takes such a folder for a part of the data; choose another name"
-
-    # Refuse the same name in other letters.
-    spellings = [other for other in classes if lookalike_key(other) == lookalike_key(name)]
-    if spellings and name not in spellings:
-        return f"use the class {spellings[0]!r}, which has the same name in other letters"
-    return ""
 
 
 def _move_into(folder: Path, source: Path, name: str) -> Path:

@@ -13,11 +13,11 @@ import pytest
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.photos.files import kept_id
 from sopdeploy_service.labelling.kept import read_labelled
+from sopdeploy_service.labelling.label.class_names import check_class_name
 from sopdeploy_service.labelling.label.folders import (
     LEASE_SECONDS,
     GoneError,
     LabelFolders,
-    check_class_name,
 )
 from tests.service.labelling.label.conftest import LABELS, files_below
 
