@@ -15,12 +15,9 @@ from numpy.typing import NDArray
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import DataError, amount, shorten, shorten_problems
 from sopdeploy.images.signatures import format_of
-from sopdeploy.photos.photo import LabeledImages, LeftOut, Split
+from sopdeploy.photos.photo import LabeledImages, LeftOut, Split, can_leave_out
 
 UNREADABLE = 0  # the hash of a file that cannot be read
-# A run leaves damaged images out if they are at most this share, or fewer than this number.
-MAX_DAMAGED = 0.05
-MANY_DAMAGED = 3
 CHUNK = 64  # images per task of a thread; decoding releases the GIL
 _Result = TypeVar("_Result")
 
@@ -142,7 +139,7 @@ def leave_out_unreadable(split: Split, first: DataError) -> Split:
     The result has one note, which names them; the notes of *split* were told before.
 
     Raises *first*, the error of the image that was met first, if all images can be read. Raises
-    an error that names all unusable images if they are too many (`MAX_DAMAGED`, `MANY_DAMAGED`),
+    an error that names all unusable images if they are too many (`can_leave_out`),
     or if too few images remain of a class, or no held-out ones.
     """
     unusable = list[LeftOut]()
@@ -163,7 +160,7 @@ def leave_out_unreadable(split: Split, first: DataError) -> Split:
     too_few = (remaining.train.class_counts() < least).any() or (
         len(split.held_out) and not len(remaining.held_out)
     )
-    if too_few or (len(unusable) >= MANY_DAMAGED and len(unusable) > MAX_DAMAGED * count):
+    if too_few or not can_leave_out(len(unusable), count):
         raise _name_all(first, errors)
 
     return replace(remaining, notes=(describe_left_out(errors),))

@@ -35,7 +35,14 @@ from sopdeploy.project import AS_IT_IS, FolderReading
 # How much of a photograph is decoded to compare it, or to show it
 SHOWN = Preprocess(decoding="scaled")
 SMALLEST = Preprocess(decoding="scaled", resize=1, crop=1)  # still reads every byte
+MAX_LEFT_OUT = 0.05  # share of the images that are damaged or missing
+MANY_LEFT_OUT = 3
 _Images = TypeVar("_Images", bound="LabeledImages")
+
+
+def can_leave_out(count: int, total: int) -> bool:
+    """Tell whether *count* of *total* images, which are damaged or missing, are few enough to leave out."""
+    return count < MANY_LEFT_OUT or count <= MAX_LEFT_OUT * total
 
 
 class Photo:

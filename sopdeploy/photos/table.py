@@ -41,14 +41,11 @@ from sopdeploy.photos.files import (
 )
 from sopdeploy.photos.label_tools import SEPARATOR
 from sopdeploy.photos.listed_images import ListedImages
-from sopdeploy.photos.photo import ImageFiles
+from sopdeploy.photos.photo import ImageFiles, can_leave_out
 from sopdeploy.project import AS_IT_IS, FolderReading
 
 # of classes in a cell
 SEPARATORS = re.compile(r"[|;]")
-# A table is read without its rows of missing images if these are at most this share, or few.
-MAX_MISSING = 0.05
-MANY_MISSING = 3
 UNSPLIT = "all"  # the name of the only part if the images are not split
 
 
@@ -237,7 +234,7 @@ def read_rows(
 
     # Nearly all files must exist.
     missing = [row for row in rows.values() if row.path is None]
-    if len(missing) >= MANY_MISSING and len(missing) > MAX_MISSING * len(rows):
+    if not can_leave_out(len(missing), len(rows)):
         problem = f"{missing[0].place}: {missing[0].file} does not exist"
         raise DataError(
             f"{table}: {problem}, and {len(missing) - 1} more files; add the files, or remove "
