@@ -44,6 +44,7 @@ from sopdeploy.photos.table_search import find_listing_tables, named_table
 # Where the class may be in a name: before the first digit, behind the last one, or before the
 # last number, as in `10_club_3`.
 NAME_PATTERNS = (r"^\D+", r"\D+$", r"^.*\D(?=\d+\D*$)")
+SMALL_CLASS = 10  # images that the smallest of uneven numbered classes has
 FEW_IMAGES = 3  # that names and subfolders must have per class on average
 NEARLY_ALL = 0.9  # share of the images that a reading uses if nobody is asked
 MAX_FOLDERS = 3  # that are tried as data sets of their own, those with the most images
@@ -333,9 +334,14 @@ def _doubtful_together(tree: Tree) -> dict[str, str]:
 
     Names alone tell nothing of them.
     """
-    # Days, and chapters: their numbers of images are those of what happened, so some have hardly any
-    has_few = min(tree.counts.values()) < FEW_IMAGES
-    is_part = (tree.differs_in_numbers and has_few) or all(map(DATED.fullmatch, tree.tops))
+    # Days, and chapters: nobody chose how many images each has, so some have few, or their number
+    # is missing, because they have none.
+    is_part = all(map(DATED.fullmatch, tree.tops))
+    if tree.differs_in_numbers:
+        numbers = {int(re.findall(r"\d+", top)[-1]) for top in tree.tops}
+        has_gap = max(numbers) - min(numbers) >= len(numbers)
+        counts = tree.counts.values()
+        is_part = has_gap or min(counts) < min(SMALL_CLASS, max(counts))
     parts = {*tree.tops} if is_part else set[str]()
 
     # Forms of the same pictures, and things of other sizes, such as boards and pieces
@@ -425,60 +431,66 @@ def choose(tree: Tree, proposed: Sequence[Reading], open_reading: "OpenReading")
     if tried and not usable:
         return tried[0].opened
     tried = _without_equal(usable)
-    unread = [
+    described = (
         _describe_unread(reading, error)
         for reading, error in errors.items()
         if reading.classes_from != FILES and named_table(root, reading.classes_from)
-    ]
+    )
+    unread = list(dict.fromkeys(described))
     if not tried and (unread or not errors):
-        raise no_classes_error(root, hint="; ".join(dict.fromkeys(unread)))
+        raise no_classes_error(root, hint="; ".join(unread))
     if not tried:
         of_files = [error for reading, error in errors.items() if reading.classes_from == FILES]
         raise next(iter((*of_files, *errors.values())))
 
     (best, *others) = tried
-    total = len(tree.images)
-    needed = sum(part_of(image) == TRAIN for image in tree.images) or total
+    needed = sum(part_of(image) == TRAIN for image in tree.images) or len(tree.images)
     if not others and best.num_used >= NEARLY_ALL * needed and not best.reading.doubt:
-        opened = _open_chosen(root, best.reading, open_reading)
+        opened = open_reading(best.reading, is_chosen=True)
+        # How it was read, unless its own folders are the classes or parts
+        notes = [*opened.notes]
+        if best.reading.path != root or best.reading.classes_from not in ("", FOLDERS):
+            notes.insert(0, f"{root}: read {best.reading.how}")
         # A table inside of the data set has been named by its own reading.
         told = {note.partition(":")[0] for note in opened.notes}
-        new = [line for line in dict.fromkeys(unread) if line.partition(":")[0] not in told]
-        return opened._replace(notes=[*opened.notes, *new])
+        notes += [line for line in unread if line.partition(":")[0] not in told]
+        return opened._replace(notes=notes)
 
-    # Ask. Doubtful readings are the last ones, because the first one is copied.
+    raise _ambiguous_error(tree, tried, unread)
+
+
+def _ambiguous_error(
+    tree: Tree, tried: Sequence[Tried], unread: Sequence[str]
+) -> AmbiguousFolderError:
+    """Build the error that asks which of the readings *tried* is meant; *unread* are lines about tables."""
+    # Doubtful readings are the last ones, because the first one is copied.
     shown = sorted(tried, key=lambda one: one.num_used, reverse=True)[:MAX_ASKED]
     shown.sort(key=lambda one: (one.reading.doubt != "", tried.index(one)))
-    commands = [one.describe(total) for one in shown]
+
     # The doubt about the folders at the top, or about the only reading
     doubts = [
-        one.reading.doubt for one in tried if not others or one.reading.classes_from == FOLDERS
+        one.reading.doubt
+        for one in tried
+        if len(tried) == 1 or one.reading.classes_from == FOLDERS
     ]
     doubt = next((f" ({doubt})" for doubt in doubts if doubt), "")
-    if others:
+    if len(tried) > 1:
         question = f"may be read in {len(tried)} ways{doubt}; run the one that you mean: "
     elif doubt:
         question = f"is read as it is only if you say so{doubt}; to do so, run: "
     else:
         question = "no reading uses nearly all images; for some, run: "
+
+    commands = [one.describe(len(tree.images)) for one in shown]
     ambiguous = AmbiguousFolderError(
-        f"{root}: {question}"
+        f"{tree.root}: {question}"
         + "; or ".join(commands)
         + _suggest_sorting(tree)
-        + "".join(f"; {line}" for line in dict.fromkeys(unread)),
+        + "".join(f"; {line}" for line in unread),
         lists={"readings": [one.reading.command for one in shown]},
     )
     ambiguous.readings = shown
-    raise ambiguous
-
-
-def _open_chosen(root: Path, reading: Reading, open_reading: "OpenReading") -> OpenedParts:
-    """Open *reading*; a note says how *root* was read unless its own folders are the classes or parts."""
-    opened = open_reading(reading, is_chosen=True)
-    if reading.path == root and reading.classes_from in ("", FOLDERS):
-        return opened
-    how = f"{root}: read {reading.how}"
-    return opened._replace(notes=[how, *opened.notes])
+    return ambiguous
 
 
 def _describe_unread(reading: Reading, error: DataError) -> str:
