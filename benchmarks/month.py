@@ -14,12 +14,10 @@ the photographs are computed once, which takes most of the time.
 The operator begins with ten photographs per class and follows what is printed: when an alarm begins, if the
 next bundle does not end it, and each week, 60 labels as `label` asks for them, two fifths of the sample that
 decides, as many of the sample that trains, and the others of what the server keeps, `train`, `promote`. During an
-alarm, the days since it began come first, and decide alone as soon as they have 20 photographs. If `promote` asks
-for labels, up to 60 more follow; if the bundle is worse in a class, this class's labels are corrected and it is
-trained again; both at most twice.
-What has decided about a bundle that is then live trains from then on, but for the newest 60. One label in forty is
-wrong. The heads are
-those of `train` on EfficientNet-Lite0, the alarm, the order and the verdict the functions of the server, of
+alarm, the days since it began come first. If `promote` asks for labels, up to 60 more follow; if the bundle is
+worse in a class, this class's labels are corrected and it is trained again; both at most twice. What has decided
+about a bundle that is then live trains from then on, but for the newest 60. One label in forty is wrong. The heads
+are those of `train` on EfficientNet-Lite0, the alarm, the order and the verdict the functions of the server, of
 `label` and of `promote`; there is no server. A fifth of the objects are in the uniform sample.
 Answers do not change with the lamp, as was measured; only the measures of the photographs do.
 
@@ -347,17 +345,25 @@ class Month:
             if index not in order and (photo.is_foreign or photo.number not in labelled)
         ]
 
+    def is_no_better(self, live: Bundle, candidate: Bundle) -> bool:
+        """Tell whether *candidate* is no better than *live* on enough photographs since a change."""
+        since = [entry for entry in self.held_out if self.is_changed(entry[0])]
+        if len(since) < MIN_IMAGES:
+            return False
+        vectors = np.stack([photo.vector for photo, _ in since])
+        labels = np.asarray([label for _, label in since])
+        right = [int((one.answers(vectors) == labels).sum()) for one in (live, candidate)]
+        return right[1] <= right[0]
+
     def recent(self) -> tuple[Array, Array]:
         """Return the vectors (n, D) and labels (n,) of the held-out photographs that decide in `promote`."""
         newest_first = sorted(self.held_out, key=lambda entry: -entry[0].day)
-        since = newest_first[0][0].day - RECENT_DAYS
-        recent = [entry for entry in newest_first if self.is_changed(entry[0])]
-        if len(recent) < MIN_IMAGES:
-            recent = [
-                entry
-                for number, entry in enumerate(newest_first)
-                if entry[0].day >= since or number < MIN_RECENT
-            ]
+        since = self.changed or newest_first[0][0].day - RECENT_DAYS
+        recent = [
+            entry
+            for number, entry in enumerate(newest_first)
+            if entry[0].day >= since or number < MIN_RECENT
+        ]
         vectors = np.stack([photo.vector for photo, _ in recent])
         return vectors, np.asarray([label for _, label in recent])
 
@@ -435,7 +441,7 @@ def promote(month: Month, live: Bundle) -> tuple[Bundle, Bundle, list[str]]:
             attempt=month.attempt,
         )
         verdicts.append(f"{len(labels)} photographs: {verdict.text}")
-        if verdict.passes:
+        if verdict.passes and not month.is_no_better(live, candidate):
             month.attempt = 1
             month.train_on_decided()
             return candidate, candidate, verdicts

@@ -73,10 +73,10 @@ def compare(
 ) -> BundleComparison:
     """Say whether the second bundle is better than the first one, not worse, or worse, on the same photos.
 
-    Only recent photos count. Of the photos that a server kept, these are the last 14 days, and at
-    least the newest 100. Photos that no server kept all count. If `label` has noted a drift alarm
-    in the folder, only photos since the alarm began count, as soon as there are 20. Training
-    images, near-duplicates and folders that are not a class of either bundle are left out.
+    Only recent photos count. Of the photos that a server kept, these are the last 14 days or, if
+    `label` has noted a drift alarm in the folder, the days since it began, and at least the newest
+    100. Photos that no server kept all count. Training images, near-duplicates and folders that are
+    not a class of either bundle are left out.
 
     Args:
         first: A bundle, such as the live one.

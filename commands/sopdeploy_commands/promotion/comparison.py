@@ -129,9 +129,8 @@ class BundleComparison(StrictModel):
     `checks` decide; a comparison of before 0.2 has none. `num_more_images` would probably decide
     what is undecided. `unknown` is None without unknown images; a second
     bundle that rejects significantly fewer of them is worse.
-    `changed_at` is when the traffic changed, if `label` has noted it: photographs since then decide,
-    if there are enough, and `periods` begins with these. The other periods are the newest
-    photographs and weeks.
+    `changed_at` is when the traffic changed, if `label` has noted it: `periods` begins with the
+    photographs since then. The other periods are the newest photographs and weeks.
     """
 
     first: BundleScore

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.permission import MIN_IMAGES
 from sopdeploy.photos.change import read_change
 from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
 from sopdeploy.photos.evaluation_images import open_evaluation_images, open_unknown
@@ -126,21 +125,19 @@ def are_recent(
 ) -> NDArray[np.bool_]:
     """Return the mask (N,) of recent photographs, which have *times_N*.
 
-    These are the photographs that a server kept since the traffic has changed, if at least
-    `MIN_IMAGES` are. Otherwise, they are those that a server kept in the `RECENT_DAYS` before its
-    newest one, but at least the `MIN_RECENT` newest, and all that no server kept.
+    These are the photographs that a server kept since the traffic has changed or, if that is not
+    known, in the `RECENT_DAYS` before its newest one, but at least the `MIN_RECENT` newest, and all
+    that no server kept.
     """
-    if changed_at is not None:
-        is_since_N = times_N >= changed_at.timestamp()
-        if is_since_N.sum() >= MIN_IMAGES:
-            return is_since_N
-
     is_kept_N = times_N > 0
     kept_times = np.sort(times_N[is_kept_N])[::-1]  # the newest first
     if len(kept_times) <= MIN_RECENT:
         return np.ones(len(times_N), np.bool_)
-    since = min(kept_times[0] - 86_400 * RECENT_DAYS, kept_times[MIN_RECENT - 1])
-    return ~is_kept_N | (times_N >= since)
+
+    begin = kept_times[0] - 86_400 * RECENT_DAYS
+    if changed_at is not None:
+        begin = changed_at.timestamp()
+    return ~is_kept_N | (times_N >= min(begin, kept_times[MIN_RECENT - 1]))
 
 
 def _leave_out_seen(

@@ -470,11 +470,13 @@ def kept_at(folder: Path, number: int, day: float, *, is_kept: bool = True) -> N
     os.utime(path, (86_400 * day,) * 2)
 
 
-# days of kept photographs, how many are needed: the days that count
+# days of kept photographs, how many are needed, the day of a change: the days that count
 RECENT = {
-    "the last 14 days": ([1, 20, 22, 30], 2, [20, 22, 30]),
-    "more if these are too few": ([1, 5, 9, 30], 3, [5, 9, 30]),
-    "all if there are few": ([1, 30], 2, [1, 30]),
+    "the last 14 days": ([1, 20, 22, 30], 2, None, [20, 22, 30]),
+    "more if these are too few": ([1, 5, 9, 30], 3, None, [5, 9, 30]),
+    "all if there are few": ([1, 30], 2, None, [1, 30]),
+    "since a change": ([20, 22, 28, 29, 30], 2, 28, [28, 29, 30]),
+    "more if these are too few since a change": ([20, 22, 29, 30], 3, 29, [22, 29, 30]),
 }
 
 
@@ -482,13 +484,14 @@ RECENT = {
 def test_recent_photographs_are_those_of_the_last_days_and_those_that_no_server_kept(
     tmp_path, monkeypatch, case
 ) -> None:
-    days, needed, expected = RECENT[case]
+    days, needed, changed, expected = RECENT[case]
     monkeypatch.setattr("sopdeploy_commands.promotion.photographs.MIN_RECENT", needed)
     for number, day in enumerate(days):
         kept_at(tmp_path, number, day)
     kept_at(tmp_path, 99, 0, is_kept=False)
     images = open_any_images(tmp_path)
-    are_recent = are_recent_images(read_times(images))
+    changed_at = None if changed is None else datetime.fromtimestamp(86_400 * changed, UTC)
+    are_recent = are_recent_images(read_times(images), changed_at)
     recent = [images.path(index) for index in np.flatnonzero(are_recent)]
     found = sorted(round(path.stat().st_mtime / 86_400) for path in recent)
     assert found == [0, *expected]
@@ -559,13 +562,17 @@ def test_an_attempt_on_few_photographs_does_not_count(bundles, labelled, shelf) 
 CHANGED = datetime(2025, 12, 31, 12, tzinfo=UTC)
 
 
-def test_during_an_alarm_the_photographs_since_it_began_decide(bundles, labelled) -> None:
+def test_during_an_alarm_the_photographs_since_it_began_decide_if_there_are_enough(
+    bundles, labelled, monkeypatch
+) -> None:
     photos = as_kept(labelled(bundles[1]), days_ago=3, newest=25)
-    assert compare(*bundles, photos).num_images == 40
     write_change(photos, CHANGED)
     found = compare(*bundles, photos)
-    assert (found.num_images, found.periods[0].num_images) == (25, 25)
+    assert (found.num_images, found.periods[0].num_images) == (40, 25)
     assert found.change_problem == ""
+
+    monkeypatch.setattr("sopdeploy_commands.promotion.photographs.MIN_RECENT", 25)
+    assert compare(*bundles, photos).num_images == 25
 
 
 def test_during_an_alarm_a_bundle_that_shows_no_gain_is_refused(
