@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -69,6 +70,23 @@ def test_no_file_contains_a_path_of_one_machine() -> None:
         if LOCAL_PATH.search(line)
     ]
     assert found == []
+
+
+def test_a_release_raises_the_version_in_each_file_that_states_it() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    raised = {file["filename"] for file in settings["tool"]["bumpversion"]["files"]}
+    version = re.escape(sopdeploy.__version__)
+    stated = re.compile(
+        rf'\b(?:\w*version(?:__)?|tag|sopdeploy) ?[:=] ?"?{version}\b', re.IGNORECASE
+    )
+    stating = {
+        name(path)
+        for path in TEXT_FILES
+        if "tests" not in path.relative_to(ROOT).parts
+        and stated.search(path.read_text(encoding="utf-8"))
+    }
+    assert len(stating) > 5
+    assert stating - raised == {"pyproject.toml"}  # which the release changes itself
 
 
 def test_dunder_all_names_exactly_the_lazy_exports() -> None:
