@@ -77,7 +77,7 @@ def test_a_release_raises_the_version_in_each_file_that_states_it() -> None:
     raised = {file["filename"] for file in settings["tool"]["bumpversion"]["files"]}
     version = re.escape(sopdeploy.__version__)
     stated = re.compile(
-        rf'\b(?:\w*version(?:__)?|tag|sopdeploy) ?[:=] ?"?{version}\b', re.IGNORECASE
+        rf'(?:version(?:__)? ?[:=] ?"?|\btag: |\bsopdeploy:){version}\b', re.IGNORECASE
     )
     stating = {
         name(path)
