@@ -27,14 +27,14 @@ def check_builder(setting: str, import_path: str, option_texts: Sequence[str]) -
     """
     invalid = partial(ConfigError, setting=setting, value=import_path)
     module_name, _, attribute = import_path.partition(":")
-    if not module_name or not attribute:  # or the colon is missing
+    file = _file_of_path(module_name)
+    if file == "" or not attribute:  # or the colon is missing
         raise invalid("write package.module:callable, as in torchvision.models:googlenet")
 
     # Modules are also found in the current folder, as by `python -m`.
     if "" not in sys.path:
         sys.path.insert(0, "")
 
-    file = _file_of_path(module_name)
     if file is not None:
         problem = f"write {file}:{attribute}, without .py or a path, and run the command in its folder"
         if not file.isidentifier():
@@ -53,9 +53,13 @@ def check_builder(setting: str, import_path: str, option_texts: Sequence[str]) -
 def _file_of_path(module_name: str) -> str | None:
     """Return the name of the file, without `.py`, if *module_name* is a path or ends in `.py`; otherwise None.
 
-    A module `py` of a package is no such file.
+    A module `py` of a package is no such file. The name is empty if a part of the path or of the
+    dotted name that must name a module is empty, as in `..`.
     """
     package, _, rest = module_name.partition(".")
+    is_path = "/" in module_name or "\\" in module_name
+    if not is_path and "" in module_name.removesuffix(".py").split("."):
+        return ""
     is_dotted_name = all(part.isidentifier() for part in module_name.split("."))
     if is_dotted_name:
         spec = PathFinder.find_spec(package) if rest == "py" else None

@@ -607,6 +607,10 @@ def test_a_file_that_does_not_fit_is_rejected(case: str, tmp_path: Path) -> None
         ),
         ("../a/net:Small", (), r"write net:Small, without \.py or a path"),
         ("my-net.py:Small", (), r"'my-net' is no name of a module; rename the file"),
+        *[
+            (f"{name}:Small", (), r"write package\.module:callable")
+            for name in ("..", ".", "../", "./..", "a..b", ".py")
+        ],
         ("torch.nn:NoSuch", (), r"cannot be imported \(AttributeError.*\); check its name"),
         (
             "torch.nn:Linaer",
@@ -801,7 +805,7 @@ def test_the_command_that_inspect_prints_exports_without_the_exits_that_the_outp
     Path("labels.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
     Path("rules.json").write_text('{"resize": 12, "crop": 12}', encoding="utf-8")
     given = ("w.pth", "--network", f"{MODULE}:Exits", "--preprocess", "rules.json")
-    assert "choose one as the logits: 0 (4, 4), 1.0 (4, 4), 1.1 (4, 4)" in run(
+    assert "choose one as the logits: 0 (2, 4), 1.0 (2, 4), 1.1 (2, 4)" in run(
         "inspect", *given
     )
     inspected = json.loads(
