@@ -3,12 +3,11 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from onnxruntime import InferenceSession
-from torch import Tensor
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle import publication
@@ -31,7 +30,13 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import name_network
 from sopdeploy.names import label_problem
 from sopdeploy_export.admit.network import check_exportable, check_torch_state
-from sopdeploy_export.capture.deployed import generated_images, ordinary_images, output_names
+from sopdeploy_export.admit.outputs import check_depends_on_images, run_first
+from sopdeploy_export.capture.deployed import (
+    Deployed,
+    export_images,
+    generated_images,
+    output_names,
+)
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.lower.accuracy import AccuracyCheck
@@ -40,6 +45,7 @@ from sopdeploy_export.lower.precision import (
     NO_IMAGES,
     Converted,
     Lowered,
+    PrecisionReport,
     convert_precision,
 )
 from sopdeploy_export.lower.to_onnx import lower
@@ -57,18 +63,14 @@ from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.progress import Step, reporting, step
 from sopdeploy_export.prove.certificate import Certificate, Checks, Roots, kind_of_proof
 from sopdeploy_export.prove.constants import check_constants
-from sopdeploy_export.prove.file import (
-    ParityReference,
-    ParityReport,
-    compute_reference,
-    prove_file,
-)
+from sopdeploy_export.prove.file import ParityReport, prove_file
 from sopdeploy_export.prove.graphs import prove_graph
 from sopdeploy_export.prove.images import check_mixing, run_with_neighbors
 from sopdeploy_export.prove.networks import Compared, build_plain
-from sopdeploy_export.prove.plain_run import measure_plain_run
+from sopdeploy_export.prove.plain_run import PlainRuns, measure_plain_run
+from sopdeploy_export.prove.reference import ParityReference, compute_reference
 from sopdeploy_export.prove.removed import has_tensors, list_tensors, prove_removed
-from sopdeploy_export.runs import LOGITS, open_session, run_probes
+from sopdeploy_export.runs import LOGITS, PlainOutputs, open_session, run_probes
 from sopdeploy_export.subject import Detachment, ExportSubject
 
 
@@ -96,8 +98,48 @@ def export_checkpoint(
     if options.name is None:
         refuse_other_images(destination, subject.project, checkpoint)
     _check_subject(subject, options)
+    accuracy_check = check_photos(subject, options)
     with reporting(on_step):
-        return export_subject(subject, destination, options)
+        trained, plain = _run_and_capture(subject, options)
+        return export_subject(subject, destination, options, trained, plain, accuracy_check)
+
+
+def check_photos(subject: ExportSubject, options: ExportOptions) -> AccuracyCheck | None:
+    """Check the folders of photos in *options*, before any step that takes time; None if there is none.
+
+    Raises the errors of `AccuracyCheck`.
+    """
+    has_photos = options.calibrate is not None or options.evaluate is not None
+    return AccuracyCheck(subject, options) if has_photos else None
+
+
+def _run_and_capture(
+    subject: ExportSubject, options: ExportOptions
+) -> tuple[Compared, PlainOutputs]:
+    """Run the network of *subject*, which is one of the catalog, and capture it.
+
+    Raises `LoweringError` if its logits are the same for all images, and the errors of the capture.
+    """
+    step("running the network")
+    network = subject.network
+    preprocess = subject.preprocess
+    _change_last_layer(subject, with_features=options.with_features)
+    images = np.stack([*export_images(preprocess).values()])
+    plain = run_first(
+        Deployed(network, preprocess).eval(),
+        torch.from_numpy(images),
+        len(subject.labels),
+        options.max_batch,
+    )
+    check_depends_on_images(
+        network,
+        plain.outputs[0],
+        allowed=options.allow_numerical_error,
+        advice="train longer",
+    )
+
+    step("capturing the network")
+    return Compared.of("trained", network, preprocess, options.batch), plain
 
 
 def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
@@ -201,119 +243,73 @@ def refuse_other_images(destination: Path, project: str, checkpoint: Checkpoint)
         )
 
 
+class _File(NamedTuple):
+    """The file of an export.
+
+    Attributes:
+        session: It, loaded.
+        converted: What it was made of.
+        precision: What it lost in a reduced precision, also on photos if there are some.
+        root: The graph hash of the certified float32 graph.
+        shipped_root: The graph hash of the file.
+        warnings: Findings about its operators that do not stop the export.
+    """
+
+    session: InferenceSession
+    converted: Converted
+    precision: PrecisionReport
+    root: str
+    shipped_root: str
+    warnings: tuple[str, ...]
+
+
+class _Measured(NamedTuple):
+    """What was measured: plain runs, the outputs that mix images, and the file against float64."""
+
+    plain_runs: PlainRuns
+    mixing: tuple[str, ...]
+    exact: ParityReference
+    parity: ParityReport
+
+
 def export_subject(
     subject: ExportSubject,
     destination: Path,
     options: ExportOptions,
-    trained: Compared | None = None,
-    outputs: tuple[Tensor, ...] | None = None,
+    trained: Compared,
+    plain: PlainOutputs,
+    accuracy_check: AccuracyCheck | None,
 ) -> Exported:
     """Export *subject* as a bundle in *destination*, as `export_checkpoint` does.
 
-    *trained* is its network if the caller has captured it already; then its last layer is not
-    changed any more. *outputs* are its outputs for the generated images, if it ran on them; they
-    are used only in precision fp32. Tells `progress.step` each step. Raises a `SopdeployError`
-    if a step failed.
+    *trained* is its network, captured, and *plain* are the outputs of a plain run of it.
+    *accuracy_check* is what `check_photos` returned. Tells `progress.step` each step. Raises a
+    `SopdeployError` if a step failed.
     """
     started = time.monotonic()
-    has_photos = options.calibrate is not None or options.evaluate is not None
-    accuracy_check = AccuracyCheck(subject, options) if has_photos else None
-    preprocess = subject.preprocess
-    parts = subject.detachment.training_only
-    images = generated_images(preprocess.crop)
+    images = generated_images(subject.preprocess.crop)
 
     # The folder of the bundle comes first, which checks that *destination* can be written.
     with publication.staging(destination) as folder, attributes_restored(subject.network):
-        # Prove the statements about graphs.
+        # Prove the statements about graphs, write the file, and measure the others.
         checks = Checks()
-        if trained is None:
-            step("capturing the network")
-            _change_last_layer(subject, with_features=options.with_features)
-            trained = Compared.of("trained", subject.network, preprocess, options.batch)
         kind = _prove_graphs(subject, trained, options, checks)
-
-        # Convert its graph to ONNX, then to the precision.
-        step("converting to ONNX")
-        form_warnings: list[str] = []
-        try:
-            model = lower(trained.program, output_names(trained.network), form_warnings)
-        except LoweringError:
-            # The cause can be a graph that is not the network's.
-            measure_plain_run(trained, preprocess, options.max_batch, parts)
-            raise
-        certified = Lowered(trained.network, trained.program, model)
-        root = onnx_root(certified.model)
-        if options.precision != "fp32":
-            step(f"converting the graph to {options.precision}")
-        user_images = (
-            NO_IMAGES if accuracy_check is None else accuracy_check.images_to_convert()
-        )
-        converted = convert_precision(certified, preprocess, options, user_images)
-        precision = converted.precision
-
-        # Write the file, and measure what it and the network compute.
-        (folder / GRAPH).write_bytes(converted.model.SerializeToString(deterministic=True))
-        session = open_session(folder / GRAPH)
-        if accuracy_check is not None:
-            measured = accuracy_check.measure(certified.model, session)
-            precision = precision.model_copy(update={"accuracy": measured})
-            accuracy_check.check_drop(precision)
-        checks.begin("Plain run")
-        ordinary = np.stack([*ordinary_images(preprocess).values()])
-        file_runs = run_with_neighbors(session, ordinary, options.max_batch)
-        of_file = file_runs.outputs if options.precision == "fp32" else None
-        with attributes_restored(subject.network):
-            plain_runs = measure_plain_run(
-                trained, preprocess, options.max_batch, parts, of_file
-            )
-        checks.begin("Images")
-        check_mixing(file_runs.mixing, allowed=options.allow_batch_dependence)
-        checks.begin("File")
-        exact, parity = _compare_file(session, trained, converted, images, outputs, options)
-        trained.check_unchanged(parts)
-
-        # Collect what was proved and measured.
-        shipped_root = root if options.precision == "fp32" else onnx_root(converted.model)
-        certificate = Certificate(
-            model=subject.name,
-            proof=kind,
-            compared=PROOFS[kind],
-            detached=parts,
-            **list_tensors(trained, parts),
-            roots=Roots(
-                any_batch=trained.root.sha256,
-                num_operations=len(trained.root.nodes),
-                onnx=root,
-                shipped=shipped_root,
-            ),
-            batches=plain_runs.batches,
-            num_images=len(images),
-            mixes_images=file_runs.mixing,
-            precision=options.precision,
-            statements=checks.evidence(),
-        )
-        trained_costs, shipped_costs = count_costs(subject.network, parts, preprocess.crop)
-        results = ExportResults(
-            network=name_network(subject.name, subject.network, parts),
-            certificate=certificate,
-            parity=parity,
-            precision=precision,
-            trained=trained_costs,
-            shipped=shipped_costs,
-            second_order=count_second_order(converted.model),
-            decision=subject.decision,
-        )
+        file = _write_file(subject, trained, plain, options, folder, accuracy_check)
+        measured = _measure(subject, trained, plain, file, options, checks)
+        trained.check_unchanged(subject.detachment.training_only)
 
         # Write the bundle.
+        certificate = _certify(subject, trained, kind, file, measured, options, checks)
+        results = _collect(subject, certificate, file, measured)
         step("writing the bundle")
-        probes = as_probes(images, exact, parity)
+        parity = measured.parity
+        probes = as_probes(images, measured.exact, parity)
         write_probes(folder / "probes.npz", probes)
-        write_golden_examples(
-            subject, folder, session, converted.gate, parity, probes.tolerance[LOGITS]
-        )
-        manifest = write_reports(
-            subject, folder, options, probes, results, converted.model.opset_import[0].version
-        )
+        tolerance = probes.tolerance[LOGITS]
+        gate = file.converted.gate
+        write_golden_examples(subject, folder, file.session, gate, parity, tolerance)
+        opset = file.converted.model.opset_import[0].version
+        manifest = write_reports(subject, folder, options, probes, results, opset)
         path = publication.publish(folder, manifest, destination)
         seconds = time.monotonic() - started
 
@@ -322,7 +318,7 @@ def export_subject(
         **vars(results),
         path=path,
         manifest=manifest,
-        warnings=(*subject.warnings, *plain_runs.warnings, *form_warnings),
+        warnings=(*subject.warnings, *measured.plain_runs.warnings, *file.warnings),
         seconds=seconds,
     )
     return replace(exported, page=write_page(exported, subject.labels))
@@ -342,35 +338,159 @@ def _prove_graphs(
     return kind_of_proof(plain, parts)
 
 
-def _compare_file(
-    session: InferenceSession,
+def _write_file(
+    subject: ExportSubject,
     trained: Compared,
-    converted: Converted,
-    images: NDArray[np.uint8],
-    outputs: tuple[Tensor, ...] | None,
+    plain: PlainOutputs,
     options: ExportOptions,
-) -> tuple[ParityReference, ParityReport]:
-    """Compare the file that *session* has loaded with the network *trained* on *images*, uint8 (P, H, W, 3).
+    folder: Path,
+    accuracy_check: AccuracyCheck | None,
+) -> _File:
+    """Convert the network *trained* to ONNX, then to the precision; write the file to *folder* and load it."""
+    preprocess = subject.preprocess
+    step("converting to ONNX")
+    warnings: list[str] = []
+    try:
+        model = lower(trained.program, output_names(trained.network), warnings)
+    except LoweringError:
+        # The cause can be a graph that is not the network's.
+        parts = subject.detachment.training_only
+        measure_plain_run(trained, preprocess, options.max_batch, parts, plain)
+        raise
+    root = onnx_root(model)
 
-    Returns the outputs of the network in float64 with their noise floors, and the comparison. The
-    noise floors are errors of the run in *converted* or, in precision fp32, of *outputs*, if the
-    network has run on *images* already. Raises the errors of `compute_reference` and `prove_file`.
-    """
-    if outputs is None or options.precision != "fp32":
-        outputs = run_probes(converted.run, torch.from_numpy(images))
+    # The precision.
+    if options.precision != "fp32":
+        step(f"converting the graph to {options.precision}")
+    user_images = NO_IMAGES if accuracy_check is None else accuracy_check.images_to_convert()
+    certified = Lowered(trained.network, trained.program, model)
+    converted = convert_precision(certified, preprocess, options, user_images)
+    precision = converted.precision
+
+    # The file, and its accuracy on photos.
+    (folder / GRAPH).write_bytes(converted.model.SerializeToString(deterministic=True))
+    session = open_session(folder / GRAPH)
+    if accuracy_check is not None:
+        accuracy = accuracy_check.measure(model, session)
+        precision = precision.model_copy(update={"accuracy": accuracy})
+        accuracy_check.check_drop(precision)
+
+    return _File(
+        session=session,
+        converted=converted,
+        precision=precision,
+        root=root,
+        shipped_root=root if options.precision == "fp32" else onnx_root(converted.model),
+        warnings=tuple(warnings),
+    )
+
+
+def _measure(
+    subject: ExportSubject,
+    trained: Compared,
+    plain: PlainOutputs,
+    file: _File,
+    options: ExportOptions,
+    checks: Checks,
+) -> _Measured:
+    """Measure the statements about runs: of the network *trained*, whose outputs are *plain*, and of *file*."""
+    preprocess = subject.preprocess
+    parts = subject.detachment.training_only
+    is_float32 = options.precision == "fp32"
+
+    # The file runs first, because the network is compared with it.
+    checks.begin("Plain run")
+    named_images = export_images(preprocess)
+    file_runs = run_with_neighbors(
+        file.session, np.stack([*named_images.values()]), options.max_batch
+    )
+    with attributes_restored(subject.network):
+        plain_runs = measure_plain_run(
+            trained,
+            preprocess,
+            options.max_batch,
+            parts,
+            plain,
+            file_runs.outputs if is_float32 else None,
+        )
+    checks.begin("Images")
+    check_mixing(file_runs.mixing, allowed=options.allow_batch_dependence)
+
+    # The last images are those that are compared with the network in float64.
+    checks.begin("File")
+    images = generated_images(preprocess.crop)
+    if is_float32:
+        rounded = tuple(output[-len(images) :] for output in plain.outputs)
+    else:
+        rounded = run_probes(file.converted.run, torch.from_numpy(images))
     exact = compute_reference(
-        trained.deployed, images, outputs, options.precision, converted.gate
+        trained.deployed,
+        images,
+        rounded,
+        options.precision,
+        file.converted.gate,
+        find_order(trained.program),
     )
     parity = prove_file(
-        session,
-        converted.model,
+        file.session,
+        file.converted.model,
         exact,
         images,
         options.batch,
+        ran={name: rows[-len(images) :] for name, rows in file_runs.outputs.items()},
         allow_numerical_error=options.allow_numerical_error,
-        order=find_order(trained.program),
     )
-    return exact, parity
+    return _Measured(plain_runs, file_runs.mixing, exact, parity)
+
+
+def _certify(
+    subject: ExportSubject,
+    trained: Compared,
+    kind: ProofKind,
+    file: _File,
+    measured: _Measured,
+    options: ExportOptions,
+    checks: Checks,
+) -> Certificate:
+    """Write down what was proved and measured."""
+    parts = subject.detachment.training_only
+    return Certificate(
+        model=subject.name,
+        proof=kind,
+        compared=PROOFS[kind],
+        detached=parts,
+        **list_tensors(trained, parts),
+        roots=Roots(
+            any_batch=trained.root.sha256,
+            num_operations=len(trained.root.nodes),
+            onnx=file.root,
+            shipped=file.shipped_root,
+        ),
+        batches=measured.plain_runs.batches,
+        num_images=len(generated_images(subject.preprocess.crop)),
+        mixes_images=measured.mixing,
+        precision=options.precision,
+        statements=checks.evidence(),
+    )
+
+
+def _collect(
+    subject: ExportSubject, certificate: Certificate, file: _File, measured: _Measured
+) -> ExportResults:
+    """Collect the results of the checks, and the costs of the network as it was trained and as it ships."""
+    network = subject.network
+    parts = subject.detachment.training_only
+    trained_costs, shipped_costs = count_costs(network, parts, subject.preprocess.crop)
+    return ExportResults(
+        network=name_network(subject.name, network, parts),
+        certificate=certificate,
+        parity=measured.parity,
+        precision=file.precision,
+        trained=trained_costs,
+        shipped=shipped_costs,
+        second_order=count_second_order(file.converted.model),
+        decision=subject.decision,
+    )
 
 
 def _check_subject(subject: ExportSubject, options: ExportOptions) -> None:

@@ -1,10 +1,11 @@
 """Runs of a network and of a file: in float64, in batches, in ONNX Runtime; and the gate of a mixture."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import BuiltinFunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -25,6 +26,8 @@ from sopdeploy_export.capture.deployed import INPUT, Deployed
 PROVIDER = "CPUExecutionProvider"
 LOGITS = "logits"
 SINGLE_PROBES = 2  # that run alone
+# Of the batches of a file. An odd size, because some graphs work for even ones only.
+LARGEST_BATCH = 5
 # For larger batches, the C library takes memory from the system for each operator and gives it
 # back, which is slow.
 PROBE_BATCH = 4
@@ -35,6 +38,8 @@ GateRun = Callable[[Tensor], NDArray[Any]]
 GET_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 # Rounding errors of float32, relative to the largest output, that sums in another order explain.
 MOST_ROUNDINGS = 4096
+# Of the batches in a plain run, each of other images; the first batch runs again at the end.
+SIZES = (2, 1, 1, 4, 7)
 REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -75,6 +80,9 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 name: value if is_written[name] else tree_map_only(Tensor, _widen, value)
                 for name, value in kwargs.items()
             }
+            # In another layout, such as channels last, a convolution takes several times longer.
+            if func is torch.ops.aten.convolution.default:
+                args[0] = args[0].contiguous()
             result = func(*args, **kwargs)
             return result if func._schema.is_mutable else tree_map_only(Tensor, _widen, result)
 
@@ -104,6 +112,33 @@ class ReportsFloat32(TorchFunctionMode):
 def widen_dtype(value: Any) -> Any:
     """Replace *value*, an argument of an operation, by `torch.float64` if it is a smaller `torch.dtype`."""
     return torch.float64 if isinstance(value, torch.dtype) and value in REDUCED else value
+
+
+class PlainOutputs(NamedTuple):
+    """The outputs (P, ...) of a plain run for P images, and those of its first batch, which ran again at the end."""
+
+    outputs: tuple[Tensor, ...]
+    repeated: tuple[Tensor, ...]
+
+
+def divide(count: int, largest: int) -> list[int]:
+    """Divide *count* images into batches of at most *largest*: of `SIZES`, then of the largest size."""
+    sizes: list[int] = []
+    preferred = iter(size for size in SIZES if size <= largest)
+    while (rest := count - sum(sizes)) > 0:
+        sizes.append(min(rest, next(preferred, min(largest, SIZES[-1]))))
+    return sizes
+
+
+def run_as_users_do(run: BatchRun, images: Tensor, largest: int) -> PlainOutputs:
+    """Run uint8 *images* (P, H, W, 3) in batches of at most *largest*, with torch's fast path and no gradients."""
+    batches = torch.split(images, divide(len(images), largest))
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        *runs, repeated = [
+            tuple(output.clone() for output in run(batch.clone()))
+            for batch in (*batches, batches[0])
+        ]
+    return PlainOutputs(tuple(map(torch.cat, zip(*runs, strict=True))), repeated)
 
 
 @torch.no_grad()

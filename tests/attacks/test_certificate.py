@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,12 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.mixture import Components
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
+from sopdeploy_export.capture.deployed import export_images
 from sopdeploy_export.prove.graphs import prove_graph
 from sopdeploy_export.prove.networks import Compared, build_plain
 from sopdeploy_export.prove.plain_run import measure_plain_run
 from sopdeploy_export.prove.removed import prove_removed
+from sopdeploy_export.runs import run_as_users_do
 from sopdeploy_export.subject import Detachment
 from tests.export.conftest import GMSOP, save, trained
 from tests.support import quick_torch
@@ -85,7 +88,9 @@ def prove(network: nn.Module, detachment: Detachment | None = None) -> Compared:
         trained = Compared.of("trained", network, PREPROCESS, ALONE)
         prove_removed(trained, parts)
         prove_graph(trained, build_plain(detachment, trained, PREPROCESS, ALONE))
-        measure_plain_run(trained, PREPROCESS, ALONE.maximum, parts)
+        images = torch.from_numpy(np.stack([*export_images(PREPROCESS).values()]))
+        plain = run_as_users_do(trained.deployed, images, ALONE.maximum)
+        measure_plain_run(trained, PREPROCESS, ALONE.maximum, parts, plain)
     return trained
 
 

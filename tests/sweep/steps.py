@@ -18,8 +18,8 @@ from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop.losses import training_loss
 from sopdeploy_export.capture.deployed import (
     Deployed,
+    export_images,
     generated_images,
-    ordinary_images,
     output_names,
 )
 from sopdeploy_export.capture.program import capture_any_batch
@@ -34,15 +34,11 @@ from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_export.prove.file import (
-    ParityReference,
-    ParityReport,
-    compute_reference,
-    prove_file,
-)
+from sopdeploy_export.prove.file import ParityReport, prove_file
 from sopdeploy_export.prove.graphs import prove_graph
 from sopdeploy_export.prove.images import run_with_neighbors
 from sopdeploy_export.prove.networks import Compared, build_plain
+from sopdeploy_export.prove.reference import ParityReference, compute_reference
 from sopdeploy_export.runs import open_session, run_probes
 from sopdeploy_export.subject import Detachment
 from tests.export.conftest import save
@@ -141,7 +137,7 @@ def write_file(
         )
     found = write_graph(certified, preprocess, destination, options)
     if own:
-        images = np.stack([*ordinary_images(preprocess).values()])
+        images = np.stack([*export_images(preprocess).values()])
         assert not run_with_neighbors(
             open_session(destination), images, options.max_batch
         ).mixing

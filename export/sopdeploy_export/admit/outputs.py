@@ -22,11 +22,11 @@ from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.capture.failures import DEPENDS_ON_VALUES
 from sopdeploy_export.network import attributes_restored, tensors
 from sopdeploy_export.program_hashes import operator_name
-from sopdeploy_export.runs import run_probes
+from sopdeploy_export.runs import PlainOutputs, run_as_users_do
 
 SUM_TOLERANCE = 1e-3  # of probabilities
 # A logit of a barely trained network varies less from image to image, a probability can vary more.
-MIN_SPREAD = 0.5
+MIN_SPREAD = 0.25
 EQUAL = (
     64 * torch.finfo(torch.float32).eps
 )  # of the largest logit: a spread that is rounding alone
@@ -47,17 +47,20 @@ SUBSET_OF_VALUES = (
 )  # fmt: skip
 
 
-def run_first(deployed: Deployed, images: Tensor, classes: int | None) -> tuple[Tensor, ...]:
-    """Run the network on uint8 *images* (P, H, W, 3), and check its outputs; afterwards, it is as before.
+def run_first(
+    deployed: Deployed, images: Tensor, classes: int | None, largest: int
+) -> PlainOutputs:
+    """Run the network on uint8 *images* (P, H, W, 3) in batches of at most *largest*, and check its outputs.
 
-    With None, any number of *classes* is accepted. Raises the errors of `run_and_check`.
+    Afterwards, it is as before. With None, any number of *classes* is accepted. Raises the errors
+    of `run_and_check`.
     """
 
     def run(pixels: Tensor) -> tuple[Tensor, ...]:
         return run_and_check(deployed, pixels, classes)
 
     with attributes_restored(deployed):
-        return run_probes(run, images)
+        return run_as_users_do(run, images, largest)
 
 
 class _SeesTrained(TorchFunctionMode):
@@ -137,12 +140,12 @@ def check_finite(needed: Mapping[str, Tensor], logits: Tensor) -> None:
 
 
 def check_depends_on_images(
-    network: nn.Module, logits: Tensor, *, allowed: bool
+    network: nn.Module, logits: Tensor, *, allowed: bool, advice: str
 ) -> tuple[str, ...]:
     """Raise `LoweringError` if *network* returns equal *logits* (P, C) for all images; a warning if *allowed*.
 
-    Nothing could be compared then. If a tensor of *network* is not finite, which can be the reason,
-    it is left to `check_finite`, which names this tensor.
+    Nothing could be compared then. *advice* ends the message. If a tensor of *network* is not
+    finite, which can be the reason, it is left to `check_finite`, which names this tensor.
     """
     spread = (logits.amax(dim=0) - logits.amin(dim=0)).amax()
     depends = bool(spread > EQUAL * logits.abs().amax())
@@ -156,9 +159,7 @@ def check_depends_on_images(
     problem = "the trained network returns the same logits for every reference image"
     if allowed:
         return (f"{problem}; is it trained?",)
-    raise LoweringError(
-        f"{problem}; load its trained weights, or check that the image reaches them"
-    )
+    raise LoweringError(f"{problem}; {advice}")
 
 
 def check_logits(logits: Tensor, *, several_classes: bool = False) -> tuple[str, ...]:

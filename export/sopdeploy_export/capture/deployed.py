@@ -263,42 +263,34 @@ def generated_images(side: int) -> NDArray[np.uint8]:
     return np.stack([*different.values()])
 
 
-def ordinary_images(preprocess: Preprocess) -> dict[str, NDArray[np.uint8]]:
-    """Make kinds of images that users have, and the extreme ones between them, by what each is.
+def export_images(preprocess: Preprocess) -> dict[str, NDArray[np.uint8]]:
+    """Make the images on which an export runs the network and its file, by what each is.
 
-    Each is uint8 (side, side, 3). Code of a network can treat bars, plain parts, dark or saturated
-    images, and the finest patterns in its own way.
+    Each is uint8 (side, side, 3). First come kinds of images that users have, because code of a
+    network can treat bars, plain parts, dark or saturated images, and the finest patterns in its
+    own way; then those of `generated_images`. The order decides which run together and which alone
+    (`runs.SIZES`): torch's fast path only runs if no image of a batch has bars on two sides.
     """
     side = preprocess.crop
-    *_, scene, other, _plain = generated_images(side)
+    generated = generated_images(side)
+    *_, scene, other, _plain = generated
     row, column = np.indices((side, side))[..., None]
     is_bar = abs(row - (side - 1) / 2) >= side / 4
-    is_left = column < side / 2
     contrast = 4 * (scene.astype(np.int64) - 128) + 128
 
     images = {
-        "a letterboxed image": np.where(is_bar, LETTERBOX, scene),
-        "a half-plain image": np.where(is_left, 255, scene),
         "a dark image": scene // 16,
+        "a white image": np.full(1, 255),
+        "a letterboxed image": np.where(is_bar, LETTERBOX, scene),
+        "a checkerboard of single pixels": (row + column) % 2 * 255,
+        "a half-plain image": np.where(column < side / 2, 255, scene),
         "a letterboxed image with the background of the bundle": np.where(
             is_bar, preprocess.background, other
         ),
         "a saturated image": contrast.clip(0, 255),
-        "a checkerboard of single pixels": (row + column) % 2 * 255,
-        "a photo": scene,
-        "a letterboxed image with black bars": np.where(is_bar, 0, other),
-        "an image that is black on the left": np.where(is_left, 0, other),
-        "a bright image": 255 - other // 16,
-        "stripes of single pixels": column % 2 * 255,
-        "noise of black and white pixels": np.random.default_rng(_SEED).integers(
-            0, 2, (side, side, 3)
-        )
-        * 255,
         "a black image": np.zeros(1),
-        "a white image": np.full(1, 255),
         "a gray image": np.full(1, LETTERBOX),
-        "a red image": np.array([255, 0, 0]),
-        "another photo": other,
+        **{f"reference image {number}": image for number, image in enumerate(generated)},
     }
     return {
         name: np.broadcast_to(image, (side, side, 3)).astype(np.uint8)

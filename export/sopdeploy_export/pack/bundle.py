@@ -26,11 +26,8 @@ from sopdeploy_export.network import copy_network
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.model_card import render_model_card
 from sopdeploy_export.pack.results import ExportResults
-from sopdeploy_export.prove.file import (
-    ParityReference,
-    ParityReport,
-    compared_images,
-)
+from sopdeploy_export.prove.file import ParityReport
+from sopdeploy_export.prove.reference import ParityReference, compared_images
 from sopdeploy_export.runs import LOGITS, GateRun, file_outputs, find_gate, mark_decided
 from sopdeploy_export.subject import ExportSubject
 

@@ -1,24 +1,12 @@
 """File: the file, loaded from disk, differs from the network in float64 by rounding only.
 
 The file runs in ONNX Runtime, with the graph optimizations used for serving. The reference is
-the network in float64. The noise floor is the error of the network's own run in the exported
-precision. Every output must stay within its tolerance at every tested batch size, and must not
-depend on the other images of the batch. A changed top class is an error unless the network's
-margin is so small that rounding can change it.
-
-The float32 run of the network and the float64 one are without torch's fast path. If they differ by
-more than `MOST_ROUNDINGS`, either the network enlarges rounding, as some untrained ones do, or its
-code computes something else in float32. In float64, weights that are changed by one rounding of
-float32 tell which; in the second case, the export says so.
+the network in float64, with its noise floors (`reference`). Every output must stay within its
+tolerance at every tested batch size. A changed top class is an error unless the network's margin
+is so small that rounding can change it.
 
 Tolerances are multiples of the noise floor: 16 in float32, where reordered sums and folded
 batch norms cause 1 to 4; 4 in a reduced precision, whose rounding the floor contains.
-
-The gate of a mixture that is nearly undecided may choose other components after rounding, and
-every later number then changes although nothing is wrong. Images for which the margin between
-its K-th and next logit is at most twice the tolerance of these logits are left out. If that is
-every image, those are compared for which the network's own run in the exported precision
-chooses the same components as in float64.
 
 Images other than the probes are not compared.
 
@@ -28,39 +16,32 @@ Refused: a file in which the gate of GM-SOP chooses other experts than the netwo
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ParityError, shorten
-from sopdeploy_export.capture.deployed import Deployed, output_names
-from sopdeploy_export.network import attributes_restored, tensors_converted
+from sopdeploy_export.prove.reference import (
+    FLOORS,
+    FLOORS_BY_PRECISION,
+    UNDECIDED,
+    ParityReference,
+    RoutingParity,
+    compared_images,
+)
 from sopdeploy_export.runs import (
+    LARGEST_BATCH,
     LOGITS,
-    MOST_ROUNDINGS,
     PROVIDER,
     SINGLE_PROBES,
     Arrays,
-    GateRun,
-    InFloat64,
-    ReportsFloat32,
     file_outputs,
-    find_gate,
-    gate_logits,
-    mark_decided,
-    run_in_batches,
-    run_probes,
-    without_fast_path,
 )
 
 STATEMENT = (
@@ -70,21 +51,7 @@ STATEMENT = (
 )
 IS_PROVED = False
 
-# An odd size above the number of generated images; larger ones take more time and memory.
-LARGEST_BATCH = 7
-BATCH_IN_FLOAT64 = 6  # attention in float64 takes 0.1 GB per image of 518 pixels
-UNDECIDED = "train longer"
-# Four float32 rounding errors, relative to the value.
-FLOAT32_EPS = float(np.finfo(np.float32).eps)
-FOUR_ROUNDINGS = 4 * FLOAT32_EPS
-# Errors of a float32 run, relative to the effect of weights that are changed by one rounding: a run
-# also rounds each result, and adds many.
-MOST_ENLARGED = 64
-_SEED = 20_261_129
-
 FlipCause = Literal["noise", "routing", "error"]
-FLOORS = 16.0
-FLOORS_BY_PRECISION: Mapping[Precision, float] = {"fp32": FLOORS, "fp16": 4.0, "int8": 4.0}
 
 
 class OutputParity(StrictModel):
@@ -114,21 +81,6 @@ class OutputParity(StrictModel):
         if self.noise_floor == 0:  # the output does not depend on the image
             return math.inf if drift else 0.0
         return drift / self.noise_floor
-
-
-class RoutingParity(StrictModel):
-    """How clearly the gate of a mixture chooses the components of the probe images.
-
-    The gate chooses the K components of the largest logits. It is undecided on an image if the
-    margin between the K-th and the next logit is at most twice `tolerance`, the allowed drift of
-    these logits. `num_undecided` counts these images. `left_out` lists the positions of the
-    images that are excluded from the drift and from the probes.
-    """
-
-    noise_floor: float
-    tolerance: float
-    num_undecided: int
-    left_out: tuple[int, ...] = ()
 
 
 class ParityReport(StrictModel):
@@ -189,216 +141,6 @@ class ParityReport(StrictModel):
         return self.outputs[LOGITS]
 
 
-def compare_routes(
-    exact: NDArray[Any], rounded: NDArray[Any], num_chosen: int, floors: float
-) -> RoutingParity:
-    """Find the images whose route can be compared: the *num_chosen* components of the largest gate logits.
-
-    These are the images on which the gate is decided; if there is none, those for which rounding
-    changes no chosen component. All others are `left_out`.
-
-    *exact* and *rounded* are the gate logits (P, N) of P images and N components, in float64 and
-    in the exported precision. The noise floor is their largest difference, or four roundings of
-    the largest logit to float32 if these are more. The tolerance is *floors* noise floors.
-    """
-    noise = max(
-        FOUR_ROUNDINGS * float(np.abs(exact).max()), float(np.abs(rounded - exact).max())
-    )
-    is_decided_P = mark_decided(exact, num_chosen, floors * noise)
-
-    # The decided images are compared or, if there are none, those with the same route.
-    is_compared_P = is_decided_P
-    if not is_decided_P.any():
-        is_same = _routes(exact, num_chosen) == _routes(rounded, num_chosen)
-        is_compared_P = is_same.all(axis=1)
-
-    return RoutingParity(
-        noise_floor=noise,
-        tolerance=floors * noise,
-        num_undecided=int((~is_decided_P).sum()),
-        left_out=tuple(np.flatnonzero(~is_compared_P).tolist()),
-    )
-
-
-def _routes(logits: NDArray[Any], num_chosen: int) -> NDArray[np.intp]:
-    """Return the components of the *num_chosen* largest gate *logits* (P, N), ascending (P, num_chosen)."""
-    # A stable sort resolves ties in favor of the lower index, as the gate does.
-    ranking = np.argsort(-logits, axis=1, kind="stable")
-    return np.sort(ranking[:, :num_chosen], axis=1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParityReference:
-    """The float64 outputs of the network, its noise floor per output in `precision`, and how its gate decides.
-
-    `unstable` names an output whose noise floor in float32 is more than rounding explains, if there is one.
-    """
-
-    outputs: Arrays
-    noise_floor: dict[str, float]
-    precision: Precision = "fp32"
-    routing: RoutingParity | None = None
-    unstable: str | None = None
-
-
-def compute_reference(
-    deployed: Deployed,
-    images: NDArray[np.uint8],
-    rounded: Sequence[Tensor] | None = None,
-    precision: Precision = "fp32",
-    gate: GateRun | None = None,
-) -> ParityReference:
-    """Compute the float64 outputs of *deployed* for *images* (P, H, W, 3), and the noise floor.
-
-    *rounded* are the outputs (P, ...) in *precision*, and *gate* computes the gate logits in *precision*;
-    by default, both are of *deployed* itself. The noise floor of an output is the largest error
-    of *rounded* on the images that are compared (`compare_routes`), or four roundings of the largest
-    value of all images to float32 if these are more. Raises
-    `ParityError` if outputs are not finite or the route of no image can be compared.
-    """
-    names = output_names(deployed.network)
-    pixels = torch.from_numpy(images)
-
-    gate_layer = find_gate(deployed.network)
-    with _in_float64(deployed):
-        exact = _run_reversed(deployed, names, images)
-        exact_gate = None if gate_layer is None else gate_logits(deployed, pixels)
-
-    # The gate in the exported precision, and which images have a route that can be compared.
-    if rounded is None:
-        rounded = run_probes(deployed, pixels)
-    routing = None
-    if gate_layer is not None and exact_gate is not None:
-        routing = compare_routes(
-            exact=exact_gate,
-            rounded=gate_logits(deployed, pixels) if gate is None else gate(pixels),
-            num_chosen=gate_layer.chosen,
-            floors=FLOORS_BY_PRECISION[precision],
-        )
-    is_compared_P = compared_images(routing, len(images))
-    if not is_compared_P.any():
-        raise ParityError(
-            "the gate is undecided on every reference image and rounding to "
-            f"{precision} changes every route, so no output can be compared; "
-            f"{UNDECIDED}"
-        )
-
-    # The noise floor of each output.
-    noise_floor = {}
-    for name, output in zip(names, rounded, strict=True):
-        values = output.numpy()
-        _require_finite(name, exact[name], values, precision)
-        errors = np.abs(values - exact[name])[is_compared_P]
-        smallest = FOUR_ROUNDINGS * float(np.abs(exact[name]).max())
-        noise_floor[name] = max(smallest, float(errors.max()))
-
-    reference = ParityReference(
-        outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing
-    )
-    if precision == "fp32":
-        unstable = _find_unstable(deployed, reference, images)
-        reference = replace(reference, unstable=unstable)
-    return reference
-
-
-def _find_unstable(
-    deployed: Deployed, reference: ParityReference, images: NDArray[np.uint8]
-) -> str | None:
-    """Find an output whose noise floor in float32 is no rounding.
-
-    The floor is thousands of roundings, and one rounding of the weights changes the output much less.
-    """
-    exact = reference.outputs
-    large = [
-        name
-        for name, floor in reference.noise_floor.items()
-        if floor > MOST_ROUNDINGS * FLOAT32_EPS * float(np.abs(exact[name]).max())
-    ]
-    if not large:
-        return None
-
-    with _in_float64(deployed, _changed_by_rounding):
-        changed = _run_reversed(deployed, output_names(deployed.network), images)
-    is_compared_P = compared_images(reference.routing, len(images))
-    for name in large:
-        enlarged = float(np.abs(changed[name] - exact[name])[is_compared_P].max())
-        if reference.noise_floor[name] > MOST_ENLARGED * enlarged:
-            return name
-    return None
-
-
-def _run_reversed(
-    deployed: Deployed, names: Sequence[str], images: NDArray[np.uint8]
-) -> Arrays:
-    """Run *images* (P, H, W, 3) in reverse, so that each has other neighbors than in float32.
-
-    Returns the outputs (P, ...) by name, in the order of *images*.
-    """
-    outputs = run_in_batches(deployed, names, images[::-1].copy(), BATCH_IN_FLOAT64)
-    return {name: rows[::-1] for name, rows in outputs.items()}
-
-
-@contextmanager
-def _in_float64(
-    deployed: Deployed, change: Callable[[Tensor], Tensor] = lambda tensor: tensor
-) -> Iterator[None]:
-    """Let *deployed* compute in float64 in the block, with weights and buffers that *change* makes of its own.
-
-    The modes also change the types that the network's code names, and the dtypes that it reads.
-    Buffers, which the network may write to, are in float64; a weight becomes so where it is read.
-    """
-    weights = {weight.data_ptr() for weight in deployed.parameters()}
-
-    def convert(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        changed = change(tensor)
-        return changed if tensor.data_ptr() in weights else changed.double()
-
-    with (
-        attributes_restored(deployed),
-        tensors_converted(deployed, convert),
-        without_fast_path(),
-        ReportsFloat32(),
-        InFloat64(),  # type: ignore[no-untyped-call]
-    ):
-        yield
-
-
-def _changed_by_rounding(tensor: Tensor) -> Tensor:
-    """Change each number of *tensor* by one rounding of float32, up or down."""
-    generator = torch.Generator().manual_seed(_SEED)
-    signs = 2 * torch.randint(0, 2, tensor.shape, generator=generator) - 1
-    return tensor * (1 + FLOAT32_EPS * signs)
-
-
-def _require_finite(
-    name: str, exact: NDArray[Any], rounded: NDArray[Any], precision: Precision
-) -> None:
-    """Raise `ParityError` unless output *name* is finite: *exact* in float64, *rounded* in *precision*."""
-    if not np.isfinite(exact).all():
-        raise ParityError(
-            f"the network's own {name} are not finite on the reference images; train it again"
-        )
-    if not np.isfinite(rounded).all():
-        if precision == "fp32":
-            remedy = "train it again with weight decay or a lower learning rate"
-        else:
-            remedy = "choose precision fp32"
-        raise ParityError(
-            f"the network's own {name} are not finite in {precision} on the reference images: activations "
-            f"overflow; {remedy}"
-        )
-
-
-def compared_images(routing: RoutingParity | None, count: int) -> NDArray[np.bool_]:
-    """Mark those of *count* images (P,) whose outputs are compared: *routing* does not leave them out."""
-    is_compared_P = np.ones(count, dtype=np.bool_)
-    if routing is not None:
-        is_compared_P[list(routing.left_out)] = False
-    return is_compared_P
-
-
 def prove_file(
     session: ort.InferenceSession,
     model: onnx.ModelProto,
@@ -406,13 +148,13 @@ def prove_file(
     images: NDArray[np.uint8],
     batch: BatchRange,
     *,
+    ran: Arrays | None = None,
     allow_numerical_error: bool = False,
-    order: Sequence[str] = (),
 ) -> ParityReport:
     """Compare the file that *session* has loaded with *expected* on uint8 *images* (P, H, W, 3).
 
-    *model* is the content of the file; its operators and its size are reported. *order* names the
-    operators of the network that put values in an order (`find_order`). Raises
+    *model* is the content of the file; its operators and its size are reported. *ran* are its
+    outputs (P, ...) for *images* in batches of the largest size, if it ran already. Raises
     `ParityError` if the file rejects a batch size of *batch*, or returns another shape or values
     that are not finite. Also raises it, unless *allow_numerical_error* is set, if
 
@@ -423,18 +165,15 @@ def prove_file(
 
     With *allow_numerical_error*, `drift_allowed` of the report says that one of these limits was exceeded.
     """
-    # Below the maximum, which is mostly even: an odd size detects a graph that works for even sizes
-    # only.
-    below_maximum = max(min(batch.maximum - 1, LARGEST_BATCH), 1)
-    sizes = sorted({1, min(2, batch.maximum), batch.optimum, below_maximum})
-
-    # All images run in batches of the largest size, and the last ones in batches
-    # of the others. `counts` has the number of images for each size.
-    largest_size = sizes[-1]
-    counts = {size: max(size, SINGLE_PROBES) for size in sizes} | {largest_size: len(images)}
+    # Batches of the largest size have all images, and the others the last ones.
+    largest_size = min(LARGEST_BATCH, batch.maximum)
+    sizes = sorted({1, min(2, batch.maximum), largest_size})
     by_size = {
-        size: file_outputs(session, images[-count:], size) for size, count in counts.items()
+        size: file_outputs(session, images[-SINGLE_PROBES:], size)
+        for size in sizes
+        if size != largest_size
     }
+    by_size[largest_size] = ran or file_outputs(session, images, largest_size)
 
     # The images that are compared. Left out are those on which the gate of a mixture may choose
     # other components in the file (`compare_routes`): their outputs may differ by more than
@@ -467,33 +206,45 @@ def prove_file(
     )
 
     # Refuse what exceeds a limit, unless the user allowed it.
-    violation = _first_violation(report)
-    problem = None
-    if expected.unstable is not None:
-        floor = expected.noise_floor[expected.unstable]
-        problem = (
-            f"two runs of the network differ by {floor:.3g} in {expected.unstable}, in float32 and in "
-            "float64, which is more than rounding explains; its code must not depend on the batch size, "
-            "on the place of an image in its batch, or on the type of numbers"
-        )
-    elif violation is not None:
-        problem = f"the exported file {violation}"
-        if routing is not None and routing.num_undecided == report.num_images:
-            problem += (
-                f"; the gate is undecided on every image, so rounding decides: {UNDECIDED}"
-            )
-
+    problem = _describe_problem(report, expected)
     if problem is None:
         return report
     if allow_numerical_error:
         return report.model_copy(update={"drift_allowed": True})
-    if order:
+    differing = _count_differing(logits_of_file, logits, outputs[LOGITS].tolerance)
+    if expected.order and 2 * differing <= len(images):
         raise ParityError(
-            f"{problem}; nothing was written; rounding can decide what {shorten(order)} chooses among "
-            "nearly equal values, as of an untrained network or a plain image: train longer, or accept this",
+            f"{problem}; nothing was written; {len(images) - differing} of {len(images)} images agree, so "
+            f"rounding probably decides what {shorten(expected.order)} chooses among nearly equal values, as of "
+            "an untrained network or a plain image: train longer, or accept this",
             remedies={"allow_numerical_error": True},
         )
     raise ParityError(f"{problem}; nothing was written")
+
+
+def _describe_problem(report: ParityReport, expected: ParityReference) -> str | None:
+    """Describe what exceeds a limit, in the runs of the network or in *report*; None if nothing does."""
+    if expected.unstable is not None:
+        floor = expected.noise_floor[expected.unstable]
+        return (
+            f"two runs of the network differ by {floor:.3g} in {expected.unstable}, in float32 and in "
+            "float64, which is more than rounding explains; its code must not depend on the batch size, "
+            "on the place of an image in its batch, or on the type of numbers"
+        )
+
+    violation = _first_violation(report)
+    if violation is None:
+        return None
+    problem = f"the exported file {violation}"
+    routing = report.routing
+    if routing is not None and routing.num_undecided == report.num_images:
+        problem += f"; the gate is undecided on every image, so rounding decides: {UNDECIDED}"
+    return problem
+
+
+def _count_differing(values: NDArray[Any], expected: NDArray[Any], tolerance: float) -> int:
+    """Count the images for which *values* (P, C) differ from *expected* by more than *tolerance*."""
+    return int((np.abs(values - expected) > tolerance).any(axis=1).sum())
 
 
 def _compare_output(

@@ -19,14 +19,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from sopdeploy.errors import LoweringError
-from sopdeploy_export.runs import Arrays, file_outputs
+from sopdeploy_export.runs import LARGEST_BATCH, Arrays, file_outputs
 
 STATEMENT = (
     "The outputs for an image stay equal in every bit if the rest of its batch is replaced by ordinary or "
     "extreme images. With --allow-batch-dependence, the bundle records which outputs change."
 )
 IS_PROVED = False
-LARGEST = 4  # images of a batch
 
 
 class FileRuns(NamedTuple):
@@ -43,7 +42,7 @@ def run_with_neighbors(
 
     *largest* is the largest batch that the file accepts.
     """
-    size = min(LARGEST, largest)
+    size = min(LARGEST_BATCH, largest)
     if size == 1:  # there are no other images
         return FileRuns(file_outputs(session, images, 1), ())
 
@@ -78,17 +77,20 @@ def _plan_replacements(size: int, count: int) -> list[tuple[NDArray[np.bool_], b
     """List which images of a batch of *size* each run replaces, and whether by copies of those that stay.
 
     In turn every other one and one half, so that a neighbour at any distance is replaced, until all of
-    *count* images were in a batch; then the first half by copies of the others, and at last these
-    others.
+    *count* images were in a batch; then the first half by copies of the others.
     """
     position = np.arange(size)
     is_even = position % 2 == 0
     is_first = position < size // 2
     halves = itertools.cycle([is_even, ~is_even, is_first, ~is_first])
-    num_rounds = -(-count // size) - 1
 
-    replaced = [(is_new, False) for is_new in itertools.islice(halves, 2 * num_rounds)]
-    return [*replaced, (is_first, True), (~is_first, False)]
+    replaced: list[tuple[NDArray[np.bool_], bool]] = []
+    num_run = size
+    while num_run < count:
+        is_new = next(halves)
+        replaced.append((is_new, False))
+        num_run += int(is_new.sum())
+    return [*replaced, (is_first, True)]
 
 
 def check_mixing(mixing: tuple[str, ...], *, allowed: bool) -> None:

@@ -1,11 +1,12 @@
 """Plain run: the network, run as users run it, gives the outputs of its captured graph.
 
 This is measured, not proved. The network runs in eval mode and without gradients, with torch's
-fast path, in batches of `SIZES`, on the kinds of images of `ordinary_images`. Its outputs may
-differ from its graph's by rounding, because sums can have another order. The file of the graph has
-run on these images already (`images`), so the graph itself only runs where the file gives something
-else. The first run is repeated after all others, and while the removed tensors hold other values.
-Both must give the same bits.
+fast path, in batches of `SIZES`, on the images of `export_images`, before it is captured
+(`run_as_users_do`). Its outputs may differ from its graph's by rounding, because sums can have
+another order. The file of the graph has run on these images already (`images`), so the graph itself
+only runs where the file gives something else.
+The first run is repeated after all others, after the capture, and while the removed tensors hold
+other values. All must give the same bits.
 
 Not seen: code that does something else only for images that resemble none of these, in larger
 batches, or after many more runs.
@@ -27,22 +28,28 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sopdeploy.errors import CertificateError, SopdeployError, first_line, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.capture.deployed import STATELESS, ordinary_images
+from sopdeploy_export.capture.deployed import STATELESS, export_images
 from sopdeploy_export.program_hashes import are_equal
 from sopdeploy_export.prove.networks import Compared
-from sopdeploy_export.runs import MOST_ROUNDINGS, Arrays, without_fast_path
+from sopdeploy_export.runs import (
+    MOST_ROUNDINGS,
+    Arrays,
+    PlainOutputs,
+    divide,
+    without_fast_path,
+)
 
 STATEMENT = (
     "The network, run as PyTorch code, gives the same outputs as its graph, except for rounding. It runs on "
-    "batches of 1, 2, 3, 4 and 7 images. Some images are dark, saturated or letterboxed, or have one color in one "
+    "batches of 1, 2, 4 and 7 images. Some images are dark, saturated or letterboxed, or have one color in one "
     "half. A repeated run gives the same bits, and so does a run with other values in the removed tensors."
 )
 IS_PROVED = False
-SIZES = (1, 2, 3, 4, 7)  # of batches, each of other images; the first one runs again at the end
 USE_TENSORS = (
     "its code must depend neither on the batch size, on earlier runs, or on being exported, nor on values of "
     "images, unless by operators such as torch.where"
 )
+REPEATED = f"a second run of the network gives other outputs; {STATELESS}"
 FAST_PATH = (
     "only torch's fast path of nn.TransformerEncoder does so: it sets the tokens to 0 that "
     "src_key_padding_mask leaves out; build it with enable_nested_tensor=False, or pool the other tokens only"
@@ -66,54 +73,63 @@ def measure_plain_run(
     preprocess: Preprocess,
     largest_batch: int,
     parts: tuple[str, ...],
+    plain: PlainOutputs,
     of_file: Arrays | None = None,
 ) -> PlainRuns:
     """Compare runs of the network *trained* with runs of its graph, in batches of at most *largest_batch*.
 
-    *parts* of it are removed. *of_file* are the outputs (P, ...) by name of its file in float32 for
-    the P ordinary images, if it ran. Raises `CertificateError` for the first run that differs.
+    *parts* of it are removed. *plain* are its outputs (P, ...) for the P images of an export, and
+    *of_file* those of its file in float32 by name, if it ran. Raises `CertificateError` for the
+    first run that differs.
     """
-    named_images = ordinary_images(preprocess)
+    named_images = export_images(preprocess)
     names = [*named_images]
     images = torch.from_numpy(np.stack([*named_images.values()]))
     network = trained.deployed
 
-    # Batches that divide the images.
-    batches = torch.split(images, _divide(len(images), largest_batch))
-    plain_runs: list[tuple[Tensor, ...]] = []
+    # Batch by batch; the graph itself runs only where the file gives something else.
+    sizes = divide(len(images), largest_batch)
     start = 0
-    for batch in batches:
-        plain = run_plainly(network, batch)
-        plain_runs.append(plain)
-        rows = None if of_file is None else _rows(of_file, start, len(batch))
-        if rows is None or find_difference(plain, rows) is not None:
+    for batch in torch.split(images, sizes):
+        rows = slice(start, start + len(batch))
+        outputs = [output[rows] for output in plain.outputs]
+        file_rows = None
+        if of_file is not None:
+            file_rows = [torch.from_numpy(output[rows]) for output in of_file.values()]
+        if file_rows is None or find_difference(outputs, file_rows) is not None:
             captured = run_plainly(trained.graph, batch)
-            place = find_difference(plain, captured)
+            place = find_difference(outputs, captured)
             if place is not None:
                 raise _describe_difference(names[start + place], network, batch, captured)
         start += len(batch)
 
-    # The first run again.
-    first = plain_runs[0]
-    if not all(map(are_equal, first, run_plainly(network, batches[0]))):
-        raise CertificateError(f"a second run of the network gives other outputs; {STATELESS}")
+    # The first batch, after all others; then after the capture, also with other removed tensors.
+    first = images[: sizes[0]]
+    expected = [output[: sizes[0]] for output in plain.outputs]
+    _check_equal(expected, plain.repeated, REPEATED)
+    _check_equal(expected, run_plainly(network, first), REPEATED)
     removed = [tensor for name, tensor in trained.tensors.items() if is_in(name, *parts)]
-    with other_values(removed):
-        changed = run_plainly(network, batches[0]) if removed else first
-    if not all(map(are_equal, first, changed)):
-        raise CertificateError(
+    if removed:
+        with other_values(removed):
+            changed = run_plainly(network, first)
+        problem = (
             f"while {shorten(list(parts))} has other values, the network gives other outputs; "
-            "the outputs must not depend on what is removed",
-            setting="training_only",
+            "the outputs must not depend on what is removed"
         )
+        _check_equal(expected, changed, problem, "training_only")
 
-    sizes = {len(batch) for batch in batches}
-    return PlainRuns(tuple(sorted(sizes)), _warn_of_nan(names, plain_runs))
+    return PlainRuns(tuple(sorted({*sizes})), _warn_of_nan(names, plain.outputs))
 
 
-def _rows(of_file: Arrays, start: int, count: int) -> list[Tensor]:
-    """Return *count* rows of each output in *of_file*, from row *start*."""
-    return [torch.from_numpy(rows[start : start + count]) for rows in of_file.values()]
+def _check_equal(
+    expected: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    problem: str,
+    setting: str | None = None,
+) -> None:
+    """Raise `CertificateError` with *problem* unless *outputs* have the bits of *expected*."""
+    if not all(map(are_equal, expected, outputs)):
+        raise CertificateError(problem, setting=setting)
 
 
 def _describe_difference(
@@ -134,11 +150,8 @@ def _describe_difference(
     )
 
 
-def _warn_of_nan(
-    names: Sequence[str], plain_runs: Sequence[Sequence[Tensor]]
-) -> tuple[str, ...]:
-    """Write a warning of the images, by their *names*, for which an output in *plain_runs* has NaN."""
-    outputs = [torch.cat(parts) for parts in zip(*plain_runs, strict=True)]
+def _warn_of_nan(names: Sequence[str], outputs: Sequence[Tensor]) -> tuple[str, ...]:
+    """Write a warning of the images, by their *names*, for which one of *outputs* (P, ...) has NaN."""
     undefined = [
         name
         for number, name in enumerate(names)
@@ -150,14 +163,6 @@ def _warn_of_nan(
         f"the network gives NaN for {shorten(undefined)}; its file can give numbers, because ONNX Runtime's "
         "maximum leaves out NaN",
     )
-
-
-def _divide(count: int, largest: int) -> list[int]:
-    """Divide *count* images into batches of at most *largest*: of `SIZES`, then of the largest size."""
-    sizes = [size for size in SIZES if size <= largest]
-    while (rest := count - sum(sizes)) > 0:
-        sizes.append(min(rest, largest, SIZES[-1]))
-    return sizes
 
 
 def run_plainly(run: Any, images: Tensor) -> tuple[Tensor, ...]:

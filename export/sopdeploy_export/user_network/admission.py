@@ -7,8 +7,9 @@ passes all checks here. What the proof decides is left to the proof.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
@@ -33,6 +34,7 @@ from sopdeploy_export.capture.buffers import empty_caches
 from sopdeploy_export.capture.deployed import (
     EXPORT_TWO_CLASSES,
     Deployed,
+    export_images,
     generated_images,
 )
 from sopdeploy_export.last_layer import add_embedding_output
@@ -41,6 +43,7 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.progress import step
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.prove.removed import find_shared_rests, find_unneeded, prove_removed
+from sopdeploy_export.runs import PlainOutputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +52,7 @@ class Admitted:
 
     Attributes:
         trained: It, captured.
-        outputs: Its outputs for the generated images; None if the embedding became an output later.
+        plain: Its outputs in a plain run.
         parts: The outermost parts to remove.
         num_classes: The number of its logits.
         is_completed: Whether it returns a single logit, which becomes the logits of two classes.
@@ -59,7 +62,7 @@ class Admitted:
     """
 
     trained: Compared
-    outputs: tuple[Tensor, ...] | None
+    plain: PlainOutputs
     parts: tuple[str, ...]
     num_classes: int
     is_completed: bool
@@ -102,9 +105,10 @@ def admit(
     # It runs once on the images of all later comparisons.
     step("running the network")
     generated = generated_images(preprocess.crop)
-    images = torch.from_numpy(generated)
-    outputs = run_first(Deployed(network, preprocess).eval(), images, classes)
-    logits = outputs[0]
+    images = torch.from_numpy(np.stack([*export_images(preprocess).values()]))
+    deployed = Deployed(network, preprocess).eval()
+    plain = run_first(deployed, images, classes, options.max_batch)
+    logits = plain.outputs[0]
     num_classes = logits.shape[1]
     if classes == num_classes == 1 and not several_classes:
         raise ConfigError(
@@ -115,27 +119,33 @@ def admit(
         )
     is_completed = EXPORT_TWO_CLASSES in vars(network) and not logits[:, 0].any()
     warnings = (
-        *check_depends_on_images(network, logits, allowed=options.allow_numerical_error),
+        *check_depends_on_images(
+            network,
+            logits,
+            allowed=options.allow_numerical_error,
+            advice="load its trained weights, or check that the image reaches them",
+        ),
         *check_logits(
             logits[:, 1:] if is_completed else logits, several_classes=several_classes
         ),
     )
-    if options.with_features:  # an output that `outputs` lack
+    if options.with_features:  # one more output
         add_embedding_output(network, preprocess, generated, num_classes, parts)
+        plain = run_first(deployed, images, classes, options.max_batch)
 
     # Capture it, and check what the graph shows. A tensor with broken values counts if the
     # outputs need it.
     step("capturing the network")
     trained = Compared.of("trained", network, preprocess, options.batch)
     needed = {name: trained.tensors[name] for name in trained.needed if not is_in(name, *parts)}
-    check_finite(needed, logits)
+    check_finite(needed, logits[-len(generated) :])
     check_ends_in_no_sigmoid(trained.program)
     prove_removed(trained, parts)
 
     removable = find_unneeded(trained, parts)
     return Admitted(
         trained=trained,
-        outputs=None if options.with_features else outputs,
+        plain=plain,
         parts=parts,
         num_classes=num_classes,
         is_completed=is_completed,

@@ -24,7 +24,7 @@ from sopdeploy_export.capture.deployed import EXPORT_LOGITS, EXPORT_TWO_CLASSES
 from sopdeploy_export.network import tensors
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
-from sopdeploy_export.pipeline import export_subject
+from sopdeploy_export.pipeline import check_photos, export_subject
 from sopdeploy_export.progress import reporting
 from sopdeploy_export.prove.constants import check_constants
 from sopdeploy_export.prove.networks import Compared
@@ -183,7 +183,12 @@ def export_network(
             ),
         )
         return export_subject(
-            subject, Path(destination), options, admitted.trained, admitted.outputs
+            subject,
+            Path(destination),
+            options,
+            admitted.trained,
+            admitted.plain,
+            check_photos(subject, options),
         )
 
 

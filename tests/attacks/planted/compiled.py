@@ -140,5 +140,6 @@ COMPILED: dict[str, Row] = {
     "a function of the batch": acts(
         torch.vmap(lambda column: column - column.mean(), in_dims=1, out_dims=1),
         r"torch\.vmap over another axis than the first, .*; .* move that axis to the front",
+        batch=5,
     ),
 }

@@ -534,7 +534,7 @@ OTHERS: dict[str, Row] = {  # the plain network is another one
     ),
     "a layer that stays in train mode": beside_plain(
         lambda n: setattr(n.norm, "train", lambda mode=True: n.norm),
-        "train mode|writes to norm",
+        "train mode|writes to norm|per channel when training",
     ),
 }
 

@@ -6,7 +6,7 @@ import pytest
 from onnx import parser
 
 from sopdeploy import Preprocess
-from sopdeploy_export.capture.deployed import ordinary_images
+from sopdeploy_export.capture.deployed import export_images
 from sopdeploy_export.prove.images import run_with_neighbors
 from sopdeploy_export.runs import open_session
 
@@ -49,7 +49,7 @@ MIXING = {
     "a shape that exchanges rows": "x = Reshape(v, turned)  logits = Transpose(x)",
     "a cumulative sum": "logits = CumSum(v, first)",
 }
-IMAGES = np.stack([*ordinary_images(Preprocess(resize=8, crop=8)).values()])
+IMAGES = np.stack([*export_images(Preprocess(resize=8, crop=8)).values()])
 
 
 def mixing(body: str, largest: int = 8) -> tuple[str, ...]:

@@ -274,7 +274,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a dict without a name": (
         lambda: n.variant(n.as_dict),
         {},
-        r"a dict with 'out', 'features'; choose .*: out \(4, 4\), features \(4, 8\); try logits_key",
+        r"a dict with 'out', 'features'; choose .*: out \(1, 4\), features \(1, 8\); try logits_key",
     ),
     "a part that does not exist": (
         n.Small,
@@ -308,12 +308,12 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
             )
         ),
         {},
-        r"fails for 4 images: .*ambiguous; its code depends on values of the image, .*; use torch\.where",
+        r"cannot be captured as one graph: its code depends on values of the image, .*; use torch\.where",
     ),
     "images of another size than its linear layer takes": (
         lambda: n.variant(lambda self, x: self.fc(self.stem(x).flatten(1))),
         {},
-        r"fails for 4 images: .*shapes cannot be multiplied.*; the input was 4 x 3 x 12 x 12 by preprocess: "
+        r"fails for 1 image: .*shapes cannot be multiplied.*; the input was 1 x 3 x 12 x 12 by preprocess: "
         r"for another size, give rules such as imagenet:SIZE",
     ),
     "statistics of a batch, of which one image has none": (

@@ -64,7 +64,7 @@ NAMES_OF_ONE_LOGIT: dict[str, tuple[nn.Module, dict[str, Any], str]] = {
     "a row of numbers": (
         Binary(lambda x: x.flatten()),
         {"labels": ["real", "fake"]},
-        r"returns \(4,\).*with one logit returns \(B, 1\), so omit its squeeze",
+        r"returns \(2,\).*with one logit returns \(B, 1\), so omit its squeeze",
     ),
     "a sigmoid": (Binary(torch.sigmoid), {"labels": ["real", "fake"]}, r"ends in a sigmoid"),
     "a sigmoid and its rest": (
@@ -191,7 +191,7 @@ OTHER_VALUES: dict[str, tuple[Tensor, bool, str]] = {
         r"probabilities .* applies a sigmoid",
     ),
     "small logits": (F.normalize(LOGITS), False, ""),
-    "nearly equal logits within 0 and 1": (0.5 + 0.03 * LOGITS, False, ""),
+    "nearly equal logits within 0 and 1": (0.5 + 0.02 * LOGITS, False, ""),
     "different biases within 0 and 1": (
         torch.tensor([0.1, 0.5, 0.9]) + 0.01 * LOGITS,
         False,
