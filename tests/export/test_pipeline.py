@@ -103,6 +103,22 @@ def test_folders_are_checked_before_the_first_expensive_step(
     assert steps == []
 
 
+@pytest.mark.parametrize("bias", [0.0, 1.5])
+def test_equal_logits_are_refused_before_the_network_is_captured(
+    preprocess: Preprocess, tmp_path: Path, bias: float
+) -> None:
+    network = trained()
+    with torch.no_grad():
+        network.get_parameter("fc.weight").zero_()
+        network.get_parameter("fc.bias").fill_(bias)
+    path = save(network, "dsop-resnet8", tmp_path / "ckpt.pt", preprocess)
+
+    steps: list[str] = []
+    with pytest.raises(LoweringError, match=r"same logits for every .* image; train longer"):
+        export_checkpoint(path, tmp_path / "bundles", options=DETACH, on_step=steps.append)
+    assert steps == ["running the network"]
+
+
 def test_a_bundle_of_this_name_with_other_images_stops_the_export_before_it_begins(
     checkpoint: Path, tmp_path: Path
 ) -> None:
