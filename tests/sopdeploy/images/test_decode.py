@@ -18,6 +18,7 @@ from sopdeploy.images.pixels import TURNS, center_view, preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.photo import ImageFiles, Photo
 from sopdeploy.seeds import derive_seed
+from tests.support.pictures import chunk
 from tests.support.rooms import ROOT
 
 FULL, SCALED = Preprocess(), Preprocess(decoding="scaled")
@@ -220,3 +221,64 @@ def test_a_copy_without_metadata_has_the_pixels_of_its_original() -> None:
     body = photograph(1300, 1100)
     copy, _ = copy_without_metadata(body)
     assert np.array_equal(decode(copy, SCALED).pixels, decode(body, SCALED).pixels)
+
+
+def animation(kind: str) -> bytes:
+    frames = [
+        Image.radial_gradient("L").convert("RGB"),
+        Image.linear_gradient("L").convert("RGB"),
+    ]
+    file = io.BytesIO()
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=50)
+    return file.getvalue()
+
+
+def with_chunk(name: bytes, data: bytes) -> bytes:
+    """Replace the first chunk *name* of an animated PNG."""
+    body = animation("PNG")
+    begin = body.index(name) - 4
+    return (
+        body[:begin]
+        + chunk(name, data)
+        + body[begin + 12 + int.from_bytes(body[begin : begin + 4]) :]
+    )
+
+
+def with_control(content: bytes) -> bytes:
+    """Replace the first graphic control block of an animated GIF."""
+    body = animation("GIF")
+    begin = body.index(b"!\xf9\x04")
+    return body[:begin] + b"!\xf9" + content + body[begin + 8 :]
+
+
+# what tells of frames, damaged; an intact first frame, and whether the file still has several
+FRAMES = {
+    "PNG, short control": ("PNG", lambda: with_chunk(b"acTL", b"\0\0"), False),
+    "PNG, no frames": ("PNG", lambda: with_chunk(b"acTL", bytes(8)), False),
+    "PNG, billions of frames": (
+        "PNG",
+        lambda: with_chunk(b"acTL", b"\x7f\xff\xff\xff" * 2),
+        True,
+    ),
+    "PNG, short frame": ("PNG", lambda: with_chunk(b"fcTL", bytes(4)), True),
+    "PNG, frame outside of the image": (
+        "PNG",
+        lambda: with_chunk(b"fcTL", bytes(4) + b"\xff" * 22),
+        True,
+    ),
+    "PNG, frame without data": ("PNG", lambda: with_chunk(b"fdAT", b"\0"), True),
+    "GIF, empty control": ("GIF", lambda: with_control(b"\0"), True),
+    "GIF, short control": ("GIF", lambda: with_control(b"\2\0\0\0"), True),
+    "GIF, long control": ("GIF", lambda: with_control(b"\7" + bytes(8)), True),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_damaged_control_of_frames_never_decides_whether_the_first_one_is_read(
+    name: str,
+) -> None:
+    kind, make, is_animated = FRAMES[name]
+    decoded, intact = decode(make(), FULL), decode(animation(kind), FULL)
+    assert np.array_equal(decoded.pixels, intact.pixels)
+    assert ("first_frame_only" in decoded.warnings) == is_animated
+    assert "first_frame_only" in intact.warnings
