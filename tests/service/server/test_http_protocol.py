@@ -574,3 +574,24 @@ def fuzzed(bundle):
     settings = Settings(header_timeout=0.05, body_grace_seconds=0.05)
     with running(FakeRuntime(num_classes=7), bundle, settings) as client:
         yield client
+
+
+def test_every_connection_over_the_limit_has_a_response_also_over_the_spare_ones(
+    crowded, wire, monkeypatch
+):
+    monkeypatch.setattr(connections, "SPARE", 2)
+    hold(crowded, [wire(crowded) for _ in range(4)], NO_BODY)
+    for _ in range(6):
+        reply = read(wire(crowded))
+        assert (reply.status, reply.code) == (503, "too_many_connections")
+        assert len(crowded.app.state.connections.closing) <= 2
+
+
+def test_a_silent_connection_of_a_trusted_proxy_is_an_idle_one(serve_with, wire):
+    client = serve_with(
+        FakeRuntime(num_classes=7), trusted_proxies="127.0.0.1", header_timeout=0.05
+    )
+    early = wire(client)
+    wait_for(lambda: len(client.app.state.connections.idle) >= 1)
+    time.sleep(0.2)  # longer than the headers may take
+    get(early)

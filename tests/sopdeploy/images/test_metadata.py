@@ -160,12 +160,37 @@ def test_what_cannot_be_copied_is_refused(body: bytes, code: str) -> None:
     assert refused.value.code == code
 
 
+def lossless_jpeg(marker: int = 0xC3, width: int = 24, height: int = 16) -> bytes:
+    """A lossless JPEG (ITU-T T.81, annex H; predictor 1), which libjpeg-turbo decodes since version 3."""
+    pixels = [[100 + (x // 4 + y // 2) % 50 for x in range(width)] for y in range(height)]
+    bits = ""
+    for y in range(height):
+        for x in range(width):
+            predicted = pixels[y][x - 1] if x else pixels[y - 1][0] if y else 128
+            difference = pixels[y][x] - predicted
+            size = abs(difference).bit_length()  # the category, with a code of 3 bits
+            bits += f"{size:03b}"
+            if size:
+                bits += (
+                    f"{difference if difference > 0 else difference + (1 << size) - 1:0{size}b}"
+                )
+    bits += "1" * (-len(bits) % 8)
+    data = int(bits, 2).to_bytes(len(bits) // 8).replace(b"\xff", b"\xff\0")
+    frame = struct.pack(">BHHB", 8, height, width, 1) + bytes((1, 0x11, 0))
+    table = bytes([0, 0, 0, 7] + [0] * 13) + bytes(range(7))  # 7 codes of 3 bits
+    scan = hostile.segment(0xDA, bytes((1, 1, 0, 1, 0, 0)))
+    comment = hostile.segment(0xFE, SECRET)
+    segments = hostile.segment(marker, frame) + comment + hostile.segment(0xC4, table) + scan
+    return b"\xff\xd8" + segments + data + b"\xff\xd9"
+
+
 def with_segments_of_unknown_kinds(body: bytes) -> bytes:
     """Repeat the quantization tables behind bytes that are no segment, where some decoders do not look."""
     return body[:2] + b"\xff\x02" + body[2:]
 
 
 FOREIGN = {
+    "lossless": lossless_jpeg(),
     "a marker without a length": with_segments_of_unknown_kinds(encoded(scene(), "JPEG")),
     "progressive": encoded(scene(), "JPEG", progressive=True),
     "CMYK": encoded(scene("CMYK"), "JPEG"),
