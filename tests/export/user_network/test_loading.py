@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from typer.testing import CliRunner
 
+from sopdeploy.class_names import read_class_names
 from sopdeploy.errors import CertificateError, ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_commands.app import app
@@ -985,3 +986,47 @@ def test_inspect_allows_what_its_command_then_allows(tmp_path: Path) -> None:
 def test_inspect_names_every_part_that_the_output_does_not_need(tmp_path: Path) -> None:
     given = save_weights(tmp_path, "Generates")
     assert "unused   aux, head\n" in run("inspect", *given)
+
+
+def test_what_a_removed_part_has_more_in_the_file_is_ignored(tmp_path: Path) -> None:
+    torch.save(plus(Small(), "aux.scale"), tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"built without aux\.scale"):
+        load_weights(Small(), tmp_path / "w.pth")
+    loaded = load_weights(Small(), tmp_path / "w.pth", training_only=["aux*"])
+    assert loaded.ignored == ("aux.scale",)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("head*", r"ignore='head\*'.*place for all but gamma"), ("gama", "did you mean gamma")],
+)
+def test_an_entry_to_ignore_that_the_file_lacks_is_one_line(
+    pattern: str, message: str, tmp_path: Path
+) -> None:
+    torch.save(plus(Richer(), "gamma"), tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=message):
+        load_weights(Richer(), tmp_path / "w.pth", ignore=[pattern])
+
+
+def test_the_convention_of_clip_is_that_of_its_first_release() -> None:
+    rules = read_preprocess("clip")
+    assert (rules.resize, rules.crop, rules.interpolation) == (224, 224, "bicubic")
+    assert rules.mean == pytest.approx((0.481, 0.458, 0.408), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["names.txt", "names.json"])
+def test_a_byte_order_mark_is_no_part_of_the_first_class_name(
+    tmp_path: Path, name: str
+) -> None:
+    text = {"names.txt": "cat\r\ndog\r\n", "names.json": '["cat", "dog"]'}[name]
+    (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+    assert read_class_names(tmp_path / name) == ("cat", "dog")
+
+
+def test_inspect_and_export_accept_a_table_that_a_function_keeps(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
+    given = save_weights(tmp_path, "KeepsTable")
+    n.kept_table()  # a call before the network is built
+    assert run("inspect", *given).startswith("0 ")
+    folders = ("--labels", str(tmp_path / "names.txt"), "--out", str(tmp_path))
+    assert run("export", *given, *folders).startswith("0 ")

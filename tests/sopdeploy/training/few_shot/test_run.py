@@ -24,6 +24,8 @@ from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import (
     MeanPrecision,
+    average_precision,
+    resampled_precision,
 )
 from sopdeploy.html.report import percent
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
@@ -1128,3 +1130,64 @@ def test_a_damaged_photograph_is_left_out_of_the_head(tmp_path: Path) -> None:
     assert any("1 unusable image left out: red/0.png: " in line for line in result.lines())
     assert len(find_wrong_labels(tmp_path / "run")) == result.num_doubted
     assert train_recipe(recipe, tmp_path / "run", resume=True).procedure == result
+
+
+def test_probabilities_of_several_classes_per_image_are_corrected_for_few_images():
+    features, classes = blobs(4000)
+    shown = np.eye(4)[classes] + np.eye(4)[(classes + 1) % 4]
+    kept = np.arange(24)
+    targets = Targets(shown[kept], classes[kept], "sigmoid")
+    problem = problem_of([features[kept]], targets)
+    scaling = Scaling.fit(
+        [problem.cross_validate(targets.folds(list(map(str, kept)), 8, 0))], targets
+    )
+    assert scaling.excess > 0
+    heads = [problem.fit_all(one) for one in (scaling, scaling._replace(excess=0.0))]
+    losses = [
+        Targets(shown, classes, "sigmoid").losses(head.logits(features)).mean()
+        for head in heads
+    ]
+    assert losses[0] <= losses[1]
+
+
+def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(
+    tmp_path: Path, monkeypatch
+):
+    photos, first, calls = paint(tmp_path / "photos", 17), LinearProblem.cosines, []
+
+    def with_larger_cosines(problem: LinearProblem, folds: np.ndarray) -> np.ndarray:
+        calls.append(folds)
+        return first(problem, folds if len(calls) < 3 else calls[1]) + 3 * (len(calls) > 2)
+
+    monkeypatch.setattr(LinearProblem, "cosines", with_larger_cosines)
+    recipe = read_recipe("photos", [f"data.path={photos}", *SMALL, *FEW_SHOT])
+    found = []
+    for limit in (0, 200):
+        monkeypatch.setattr("sopdeploy.training.few_shot.cross_validation.FEW_GROUPS", limit)
+        last = train_recipe(recipe, tmp_path / str(limit)).last
+        found.append(read_checkpoint(last).resume["procedure"]["out_of_fold"].numpy())
+    once, mean = (np.logaddexp.reduce(logits, axis=1) for logits in found)
+    assert len(calls) == 1 + 3
+    assert not np.array_equal(calls[1], calls[2])
+    assert (once <= 1).all()
+    assert mean == pytest.approx(once + (0 + 3 + 3) / 3)
+
+
+def test_the_interval_of_the_map_is_that_of_resampled_images():
+    random = np.random.default_rng(0)
+    true, scores = random.random(30) < 0.4, random.random(30)
+    draws = random.multinomial(30, [1 / 30] * 30, 5)
+    for shown in (
+        scores,
+        scores.round(1),
+        np.full(30, 0.5),
+    ):  # distinct scores, some equal, all equal
+        expected = [
+            average_precision(np.repeat(true, row), np.repeat(shown, row)) for row in draws
+        ]
+        assert np.allclose(resampled_precision(true, shown, draws), expected)
+    both = np.stack([true, ~true], axis=1)
+    with pytest.raises(DataError, match=r"^no image shows a class of the network"):
+        MeanPrecision.of(np.zeros_like(both), np.stack([scores, 1 - scores], axis=1), 0)
+    found = MeanPrecision.of(both, np.stack([scores, 1 - scores], axis=1), 0)
+    assert found.low < found.value < found.high
