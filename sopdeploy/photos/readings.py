@@ -41,9 +41,8 @@ from sopdeploy.photos.forms import find_other_sizes, find_variants
 from sopdeploy.photos.table import OpenedParts
 from sopdeploy.photos.table_search import find_listing_tables, named_table
 
-# Where the class may be in a name: before the first digit, behind the last one, or before the
-# last number, as in `10_club_3`.
-NAME_PATTERNS = (r"^\D+", r"\D+$", r"^.*\D(?=\d+\D*$)")
+# Where the class may be in a name: before the first digit, or behind the last one.
+NAME_PATTERNS = (r"^\D+", r"\D+$")
 SMALL_CLASS = 10  # images that the smallest of uneven numbered classes has
 FEW_IMAGES = 3  # that names and subfolders must have per class on average
 NEARLY_ALL = 0.9  # share of the images that a reading uses if nobody is asked
@@ -384,9 +383,7 @@ def _propose_names(tree: Tree) -> Iterator[Reading]:
     for pattern in NAME_PATTERNS:
         counts = Counter(class_in_name(path, pattern) for path in paths)
         found = len(paths) - counts.pop("", 0)
-        num_words = len({_without_digits(label) for label in counts})
-        least = max(NEARLY_ALL * len(paths), FEW_IMAGES * len(counts))
-        if num_words > 1 and found >= least:
+        if len(counts) > 1 and found >= max(NEARLY_ALL * len(paths), FEW_IMAGES * len(counts)):
             how = "by the names of the files"
             yield Reading(tree.root, how, pattern, doubt=f"{how}, which may not be the classes")
             return

@@ -114,18 +114,6 @@ def test_folders_with_the_same_pictures_are_asked_about(tmp_path) -> None:
     assert open_folder(tmp_path, "folders").train.labels == ("noisy", "raw")
 
 
-def test_classes_before_the_last_number_of_the_names_of_files_are_found(tmp_path) -> None:
-    for number in range(24):
-        card = f"{2 + number % 2}_{('club', 'heart')[number // 12]}_{number}_small.jpg"
-        (tmp_path / "cards").mkdir(exist_ok=True)
-        (tmp_path / "cards" / card).write_bytes(jpeg(number, (32, 24)))
-
-    with pytest.raises(DataError, match="2_club 6, 2_heart 6, 3_club 6, 3_heart 6") as caught:
-        open_folder(tmp_path)
-    (command,) = caught.value.lists["readings"]
-    assert len(open_command(command).train.labels) == 4
-
-
 @pytest.mark.parametrize("sides", [(16, 64), (64, 16)])
 def test_folders_whose_images_have_other_sizes_are_asked_about(tmp_path, sides) -> None:
     for folder, side in zip(("boards", "pieces"), sides, strict=True):
