@@ -190,6 +190,11 @@ OTHER_VALUES: dict[str, tuple[Tensor, bool, str]] = {
         True,
         r"probabilities .* applies a sigmoid",
     ),
+    "probabilities that vary little": (
+        (LOGITS / 8).sigmoid(),
+        False,
+        r"probabilities .* applies a softmax",
+    ),
     "small logits": (F.normalize(LOGITS), False, ""),
     "nearly equal logits within 0 and 1": (0.5 + 0.02 * LOGITS, False, ""),
     "different biases within 0 and 1": (
