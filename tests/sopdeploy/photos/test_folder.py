@@ -851,3 +851,10 @@ def test_what_programs_leave_beside_a_photograph_is_none(tmp_path, name) -> None
         (folder / name).write_bytes((folder / "000.jpg").read_bytes())
         (folder / "IMG_7").write_bytes((folder / "001.jpg").read_bytes())  # a photograph
     assert open_folder(tmp_path).train.class_counts().tolist() == [5, 5]
+
+
+def test_images_without_folders_are_counted_together(tmp_path) -> None:
+    for number in range(3):
+        paint(tmp_path / f"{number}.jpg", number)
+    with pytest.raises(DataError, match=r"no labels\.csv \(3 images\)"):
+        open_folder(tmp_path)
