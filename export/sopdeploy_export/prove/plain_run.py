@@ -16,7 +16,7 @@ Refused: code that does something else while it is captured
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -57,8 +57,6 @@ FAST_PATH = (
 # torch.export left a tensor without content in an object that is not restored.
 USES_EARLIER = f"the network's code uses what an earlier run computed; {STATELESS}"
 _SEED = 20_261_126
-
-Run = Callable[[Tensor], Sequence[Tensor]]
 
 
 class PlainRuns(NamedTuple):
