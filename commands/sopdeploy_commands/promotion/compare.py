@@ -73,8 +73,8 @@ def compare(
 ) -> BundleComparison:
     """Say whether the second bundle is better than the first one, not worse, or worse, on the same photos.
 
-    Only recent photos count. Of the photos that a server kept, these are the last 14 days or, if
-    `label` has noted a drift alarm in the folder, the days since it began, and at least the newest
+    Of the photos that a server kept, only recent ones count: those of the last 14 days or, if `label`
+    has noted a drift alarm in the folder, those since it began, and in both cases at least the newest
     100. Photos that no server kept all count. Training images, near-duplicates and folders that are
     not a class of either bundle are left out.
 
