@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.export.pt2_archive import _package
 
 from sopdeploy.bundle.probes import read_arrays
 from sopdeploy.checkpoint import load_plain, read_checkpoint, read_pytorch
@@ -185,3 +186,29 @@ def test_no_reader_executes_what_a_file_contains(
     with suppress(SopdeployError, ValueError, zipfile.BadZipFile):
         OPEN[opened](path)
     assert not Path(MARKER).exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "load"),
+    [
+        ("a pickle", lambda body: pickle.loads(body)),  # noqa: S301
+        ("torch.save", lambda body: torch.load(io.BytesIO(body), weights_only=False)),  # noqa: TID251
+        ("a NumPy array", lambda body: np.load(io.BytesIO(body), allow_pickle=True)),
+        pytest.param(
+            "torch.export.save",
+            lambda body: torch.export.load(io.BytesIO(body)),
+            marks=pytest.mark.skipif(
+                not hasattr(_package, "pickle"),
+                reason="this version of torch.export reads no pickle",
+            ),
+        ),
+    ],
+)
+def test_the_files_execute_code_in_readers_that_trust_them(
+    file: str, load: Callable[[bytes], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    body = FILES[file]()
+    with suppress(Exception):  # after the code has been executed
+        load(body)
+    assert Path(MARKER).exists()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner, Result
@@ -255,6 +256,21 @@ def test_output_that_nobody_reads_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
+# more than the buffer of stdout
+LONG = f"serve x --print-config --setting engine_cache={'x' * 9000}"
+
+
+@pytest.mark.parametrize("command", ["--help", LONG], ids=["short", "long"])
+def test_output_to_a_full_disk_is_a_user_error(command: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = in_process(*command.split(), stdout=full)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: a file or stdout: cannot be read or written (No space left on device); "
+        "free disk space, or choose another file or folder [no_storage]\n",
+    )
+
+
 def test_a_training_shows_warnings_and_how_much_of_a_stage_is_done() -> None:
     shown = io.StringIO()
     bars = ProgressBars(Console(file=shown))
@@ -419,6 +435,25 @@ ISOLATED = {  # text: how it is printed; < and > stand for U+2068 and U+2069
 @pytest.mark.parametrize("text", ISOLATED)
 def test_a_right_to_left_name_is_isolated_unless_it_may_be_copied(text: str) -> None:
     assert plain_text(text).plain.translate({0x2068: "<", 0x2069: ">"}) == ISOLATED[text]
+
+
+LOOPS = {  # command with a link that leads to itself: its error
+    "promote loop --over live --force reason": "loop: no such folder",
+    "classify loop photos --out loop": "loop: no such folder",
+    "train --data one --out loop": "one: holds only one class (a)",
+    "train --data one --unknown loop --set epochs=2": "loop: no such folder",
+}
+
+
+@pytest.mark.parametrize("command", LOOPS)
+def test_a_link_that_leads_to_itself_is_one_line(command: str) -> None:
+    Path("loop").symlink_to("loop")
+    Path("one/a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save("one/a/0.png")
+    result = sopdeploy_cli(*command.split())
+
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), repr(result.exception)
+    assert LOOPS[command] in result.stderr
 
 
 def test_all_sections_are_printed() -> None:

@@ -1,5 +1,6 @@
 """`promote`, `pull`, `classify` and `label` after a kill or a loss of power at any step: nothing is half done."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,15 +8,28 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from sopdeploy import files
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.live import LOG
+from sopdeploy.bundle.signing import (
+    check_signature,
+    read_signature,
+    signature_path,
+    write_signature,
+)
+from sopdeploy_commands.bulk import run
+from sopdeploy_commands.bulk.options import ClassifyOptions
+from sopdeploy_commands.bundles.transfer import pull, push
 from sopdeploy_commands.promotion.comparison import BundleComparison
 from sopdeploy_commands.promotion.promote import promote
+from sopdeploy_service.labelling.label.folders import _move as move
 from tests.support.crashes import LOSSES, end_at_each_step
+from tests.support.keys import write_key
 from tests.support.service import picture_bytes, write_bundle
 
 promotion = import_module("sopdeploy_commands.promotion.promote")
@@ -112,3 +126,120 @@ def test_a_link_leads_to_one_of_two_bundles_and_each_move_is_recorded(
         last = json.loads((folder / LOG).read_text().splitlines()[-1])
         assert is_back or last["comparison"]["attempt"] == 1, ends
     assert ends >= 5
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_bundle_is_pulled_whole_or_not_at_all(tmp_path: Path, loss: str) -> None:
+    key = tmp_path / "release.key"
+    write_key(key)
+    public = key.with_name(f"{key.name}.pub")
+    bundle = write_bundle(tmp_path / "bundles")
+    write_signature(bundle, key)
+    url = push(bundle, str(tmp_path / "store")).url
+    start, folder = tmp_path / "start", tmp_path / "here"
+    start.mkdir()
+
+    def pull_it() -> None:
+        pull(url, folder, require_signature=public)
+
+    restart(start, folder)
+    pull_it()
+
+    def check() -> None:
+        pulled = open_bundle(folder / bundle.name)
+        signature = read_signature(signature_path(pulled.path), pulled.path)
+        check_signature(pulled, signature, public)
+
+    ends = 0
+    for ends in end_at_each_step(folder, LOSSES[loss], lambda: restart(start, folder), pull_it):
+        # A bundle that has its name is complete, and signed.
+        if (folder / bundle.name).exists():
+            check()
+        pull_it()
+        check()
+        assert names(folder) == {
+            bundle.name,
+            f"{bundle.name}.sig",
+            "latest",
+            *(f"{bundle.name}/{path.name}" for path in bundle.iterdir()),
+        }, ends
+
+    assert ends >= 10
+
+
+OPTIONS = ClassifyOptions(workers=1, part_images=4)
+
+
+@pytest.mark.parametrize(
+    ("out", "loss"),  # of a folder, a kill leaves more than a loss of power
+    [("rows", "power lost"), ("rows.csv", "power lost"), ("rows.csv", "killed")],
+)
+def test_each_image_has_one_row_after_the_command_is_repeated(
+    tmp_path: Path, bundle_path: Path, loss: str, out: str
+) -> None:
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+
+    for number in range(6):
+        (photographs / f"{number}.jpg").write_bytes(picture_bytes((20 * number, 100, 50)))
+
+    start, folder = tmp_path / "start", tmp_path / "out"
+    start.mkdir()
+    options = OPTIONS if out == "rows" else ClassifyOptions()
+
+    def classify() -> None:
+        run.classify(bundle_path, [str(photographs)], folder / out, options=options, threads=1)
+
+    def rows() -> list[Any]:
+        if out.endswith(".csv"):
+            return (folder / out).read_text(encoding="utf-8-sig").splitlines()
+        return pq.read_table(folder / out).to_pylist()
+
+    restart(start, folder)
+    classify()
+    complete = rows()
+    complete_names = names(folder)
+
+    ends = 0
+    for ends in end_at_each_step(
+        folder, LOSSES[loss], lambda: restart(start, folder), classify
+    ):
+        # What has its name is complete.
+        if (folder / out).is_file():
+            assert rows() == complete, ends
+        for part in folder.rglob("part-*.parquet"):
+            assert pq.read_table(part).num_rows in {2, 4}, ends
+
+        classify()
+        assert rows() == complete, ends
+        assert names(folder) == complete_names, ends
+
+    assert ends >= 3
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_photograph_that_gets_a_label_on_another_file_system_is_on_one_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "other file system", str(source), None, str(target))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    start, folder = tmp_path / "start", tmp_path / "folder"
+
+    for name in ("kept", "photos"):
+        (start / name).mkdir(parents=True)
+
+    body = picture_bytes()
+    (start / "kept" / "1.jpg").write_bytes(body)
+    source, target = folder / "kept" / "1.jpg", folder / "photos" / "1.jpg"
+
+    ends = 0
+    for ends in end_at_each_step(
+        folder, LOSSES[loss], lambda: restart(start, folder), lambda: move(source, target)
+    ):
+        remaining = [path for path in (source, target) if path.exists()]
+        assert remaining, ends
+        assert all(path.read_bytes() == body for path in remaining), ends
+
+    assert ends >= 4

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import json
 import subprocess
 import sys
 from multiprocessing.reduction import ForkingPickler
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import sopdeploy
@@ -19,7 +21,7 @@ from sopdeploy.training.recipe_files import read_values
 from sopdeploy_commands.app import app
 from sopdeploy_commands.training.request import TrainOptions, configure, read_changes
 from sopdeploy_export.options import ExportOptions
-from tests.support.service import write_bundle
+from tests.support.service import picture_bytes, write_bundle
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,31 @@ def test_settings_can_be_lists_and_an_empty_table_enables_what_is_optional() -> 
     }
     recipe = change_recipe(read_values("photos"), list(flatten(given)), "photos")
     assert (recipe.augment.scale, recipe.ema is None) == ((0.5, 1.0), False)
+
+
+def test_paths_images_and_arrays_give_the_predictions_of_the_command(
+    bundle: Path, tmp_path: Path
+) -> None:
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path, color in zip(paths, ((200, 30, 60), (10, 90, 30)), strict=True):
+        path.write_bytes(picture_bytes(color, kind="PNG"))
+
+    images = [Image.open(path) for path in paths]
+    arrays = np.stack([np.asarray(image) for image in images])
+    shown = CliRunner().invoke(app, ["predict", str(bundle), *map(str, paths), "--json"])
+    found = sopdeploy.predict(bundle, paths)
+
+    assert [one.model_dump(mode="json") for one in found] == json.loads(shown.stdout)
+    classes = [one.classes for one in found]
+
+    for several in (map(str, paths), images, arrays, list(arrays)):
+        assert [one.classes for one in sopdeploy.predict(bundle, several)] == classes
+
+    for single in (paths[0], str(paths[0]), images[0], arrays[0]):
+        assert [one.classes for one in sopdeploy.predict(bundle, single)] == classes[:1]
+
+    (best,) = sopdeploy.predict(bundle, arrays[0], top_k=1)
+    assert (best.image, len(best.classes)) == ("image 0", 1)
 
 
 @pytest.mark.parametrize("name", ["2024-06-01", "true", "a # b"])

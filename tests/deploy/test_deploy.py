@@ -13,10 +13,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import container_test
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from builders import HARDENING
 from prometheus_client import generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
@@ -340,6 +342,14 @@ def test_the_chart_accepts_the_values_of_every_command_on_a_page() -> None:
 
 
 @needs_helm
+@pytest.mark.parametrize("share", [0.4, "0.4", ".4"])
+def test_a_number_of_the_autoscaler_may_be_a_text(share: float | str) -> None:
+    _, (texts,) = run_helm([{"autoscaling": {"enabled": True, "busy": share}}])
+    (found,) = re.findall(r'averageValue: "(.*)"', "".join(texts))
+    assert float(found) == 0.4
+
+
+@needs_helm
 def test_the_chart_refuses_values_that_it_would_ignore_or_cannot_use() -> None:
     wrong: list[dict[str, Any]] = [
         {"resourcs": {}},
@@ -398,6 +408,20 @@ def test_the_chart_knows_every_setting() -> None:
     variables = {f"{VARIABLE_PREFIX}{name}".upper() for name in Settings.model_fields}
     known = schema["definitions"]["variable"]["enum"]
     assert known == sorted(variables | {FILE_VARIABLE, VARIABLE})
+
+
+@needs_helm
+def test_every_object_of_a_release_gets_the_name_of_its_values() -> None:
+    _, ((*texts,),) = run_helm([VALUES["with everything"] | {"fullnameOverride": "flowers"}])
+    found = [each for text in texts for each in yaml.safe_load_all(text) if each]
+    assert {each["metadata"]["name"] for each in found} == {"flowers"}
+
+    (deployment,) = (each for each in found if each["kind"] == "Deployment")
+    labels = deployment["spec"]["selector"]["matchLabels"]
+    assert labels["app.kubernetes.io/instance"] == "shop"
+    assert "shop" not in re.sub(
+        r"instance: shop|shop\.example|: /shop|team: shop", "", "".join(texts)
+    )
 
 
 def test_the_alert_of_drift_has_the_level_of_the_tests() -> None:
@@ -752,3 +776,24 @@ def test_the_memory_limits_suffice_for_photographs_of_64_megapixels(
     budget = decoders.decode_budget(Settings(), LIMITED[name] * 10**6)
     measured = 290 * 10**6
     assert decoders.plan_children(budget, 2, Settings().max_pixels).large_memory >= measured
+
+
+def test_the_container_test_runs_the_documented_command_with_keys_and_kept_photographs() -> (
+    None
+):
+    (command,) = re.findall(r"^CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
+    assert json.loads(command) == container_test.COMMAND
+
+    words = container_test.documented_run()
+    of_docker = ("--publish=", "--volume=", "--env=", "--stop-timeout=")
+    assert [word for word in words if not word.startswith(of_docker)] == HARDENING
+
+    (seconds,) = container_test.values(words, "stop-timeout")
+    assert int(seconds) > Settings().drain_seconds
+
+    targets = {volume.split(":")[1] for volume in container_test.values(words, "volume")}
+    settings = dict(word.split("=", 1) for word in container_test.values(words, "env"))
+    assert targets == {"/models", *settings.values()}
+    assert {name.removeprefix(VARIABLE_PREFIX).lower() for name in settings} <= set(
+        Settings.model_fields
+    )

@@ -21,6 +21,10 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
 INSTALLED = re.findall(r"^EXTRAS := (.+)$", MAKEFILE, re.MULTILINE)[0].split()
 PYTHONS = ("3.11.9", "3.12.9", "3.13.2")
 MACHINES = (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
+
+# Every variable of pip and uv that selects versions, and those of a `make` around the tests.
+SELECTS = re.compile(r"(?:UV|PIP)_(?:CONSTRAINT|BUILD_CONSTRAINT|RESOLUTION)=(.*)")
+
 OUTER = re.compile(r"UV_|PIP_|MAKE|MFLAGS|NEWEST|LOWEST")
 
 
@@ -118,6 +122,30 @@ def make(*arguments: str) -> str:
         text=True,
         check=True,
     ).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder", "selected"),
+    [
+        ([], ".venv", {"deploy/lock/dev.txt"}),
+        (["NEWEST=1"], ".venv-newest", set()),
+        (["LOWEST=1"], ".venv-lowest", {"lowest-direct"}),
+    ],
+)
+def test_the_recipes_install_the_selected_versions(
+    arguments: list[str], folder: str, selected: set[str]
+) -> None:
+    printed = make("selection", *arguments).splitlines()
+    values = [found[1] for line in printed if (found := SELECTS.fullmatch(line))]
+    assert set(values) == selected
+    assert len(values) == {"deploy/lock/dev.txt": 4, "lowest-direct": 1}.get(
+        "".join(selected), 0
+    )
+    assert printed[-1] == f"environment {folder}"
+
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert {".venv/", ".venv-*/"} <= set(ignored)
+    assert folder in re.findall(r"^clean:.*\n\t(.*)", MAKEFILE, re.MULTILINE)[0].split()
 
 
 SCRIPTS = [ROOT / "Dockerfile", *sorted((ROOT / "deploy").glob("*.sh")), ROOT / ".ci" / "run"]

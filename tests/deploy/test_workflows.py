@@ -53,6 +53,15 @@ def test_steps_call_existing_targets_and_files_and_pinned_actions(name: str) -> 
         assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+def test_only_the_job_that_publishes_may_request_an_identity_for_the_index() -> None:
+    found = jobs("release.yml")
+    assert {name for name, job in found.items() if job.get("environment") == "pypi"} == {
+        "publish"
+    }
+    assert found["publish"]["permissions"] == {"id-token": "write"}
+    assert not re.search(r"secrets\.", WORKFLOWS["release.yml"].read_text(encoding="utf-8"))
+
+
 def test_a_release_changes_every_file_with_the_version_and_they_agree() -> None:
     bump = PROJECT["tool"]["bumpversion"]
     version = bump["current_version"]

@@ -1,5 +1,6 @@
 """Commands and servers on file systems without locks or links."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.errors import SopdeployError, StorageError
+from sopdeploy.errors import ConfigError, SopdeployError, StorageError
 from sopdeploy_commands.bulk.output import OutputFolder
 from sopdeploy_commands.promotion import promote as promoting
 from sopdeploy_commands.promotion.promote import promote
@@ -20,6 +21,10 @@ def run(folder: Path, _bundle: Path) -> None:
         (folder / "out" / "rows" / "part-00000.parquet").touch()
 
 
+def keep(folder: Path, _bundle: Path) -> None:
+    KeptFolder(folder / "kept", 100_000, 30)
+
+
 def move(folder: Path, bundle: Path) -> None:
     assert promote(bundle, folder / "live", None).reason == "first bundle"
     assert (folder / "live").resolve() == bundle.resolve()
@@ -29,6 +34,11 @@ Action = Callable[[Path, Path], None]
 NOTED: dict[Action, str] = {
     run: "start no second run with this folder before this one has ended",
     move: "promote from one place at a time",
+}
+
+HELD: dict[Action, str] = {
+    run: "another run is writing to .*out; wait for it",
+    keep: "another process keeps photos there; name another folder",
 }
 
 
@@ -55,6 +65,16 @@ def test_photographs_are_not_kept_where_another_server_could_delete_them(
     assert list(tmp_path.iterdir()) == []
     reason = f"has no locks ({os.strerror(code)}), which keep other servers out; keep photos on another"
     assert str(caught.value) == f"{tmp_path}/new/kept: its file system {reason} file system"
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.EWOULDBLOCK])
+@pytest.mark.parametrize("action", HELD)
+def test_a_lock_that_is_held_is_another_process(
+    tmp_path: Path, bundle_path, monkeypatch, action, code
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(code))
+    with pytest.raises(ConfigError, match=HELD[action]):
+        action(tmp_path, bundle_path)
 
 
 @pytest.mark.parametrize("code", NO_LINKS)

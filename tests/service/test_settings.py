@@ -116,3 +116,8 @@ def test_the_largest_batch_is_small_on_a_cpu_and_never_above_the_verified_one(
 def test_a_process_on_the_cpu_beside_one_on_a_gpu_gets_the_runtime_for_cpus() -> None:
     on_cpu, on_gpu = list_devices(Settings(devices=("cpu", "0"), runtime="auto"))
     assert (on_cpu.settings.runtime, on_gpu.settings.runtime) == ("onnxruntime-cpu", "auto")
+
+
+def test_connections_may_be_idle_longer_than_at_common_proxies():
+    seconds = {"Caddy": 120, "Traefik": 90, "AWS": 60, "Google Cloud": 600, "Envoy": 3600}
+    assert Settings().keep_alive_seconds > max(seconds.values())

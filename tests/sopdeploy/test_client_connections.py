@@ -93,6 +93,27 @@ def test_a_fork_during_a_request_leaves_no_lock_and_no_connection_to_the_child()
 
 
 @FORKS
+def test_threads_of_a_new_process_share_its_connections(server: StubServer) -> None:
+    client = Client(server.url, timeout=60)
+    connection_of(client, "parent")
+
+    def child() -> None:
+        start, loops = threading.Barrier(4), []
+
+        def ask(number: int) -> None:
+            start.wait(60)
+            loops.append(client._loop())
+            connection_of(client, f"thread {number}")
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(ask, range(4)))
+        assert len(set(map(id, loops))) == 1
+
+    in_fork(child)
+    client.close()
+
+
+@FORKS
 def test_a_process_made_by_fork_ends_although_the_parent_was_sending_a_request(
     server: StubServer,
 ) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -204,6 +205,31 @@ def test_a_server_that_stops_in_any_phase_is_left_after_the_time_of_the_call(
         client.classify(LARGE if phase == "write" else b"x", timeout=0.2)
     assert caught.value.code == LATE
     assert str(caught.value) == f"{url}/v1/classify: no response within 0.2 s"
+
+
+@pytest.mark.usefixtures("client_kind")
+@pytest.mark.parametrize("alive", ["127.0.0.4", ""])
+def test_all_addresses_of_a_name_are_tried(monkeypatch: pytest.MonkeyPatch, alive: str) -> None:
+    """A Service without its own address has one per replica, and some of these are gone."""
+    look_up = socket.getaddrinfo
+
+    with stub_server(named) as server:
+        port = int(server.url.rpartition(":")[2])
+        hosts = ["127.0.0.2", "127.0.0.3", *(["127.0.0.1"] if alive else [])]
+
+        def several(host: str | bytes, *arguments: Any, **options: Any) -> Any:
+            if host not in ("several.example", b"several.example"):
+                return look_up(host, *arguments, **options)
+            tcp = socket.AF_INET, socket.SOCK_STREAM, 6, ""
+            return [(*tcp, (one, port)) for one in hosts]
+
+        monkeypatch.setattr(socket, "getaddrinfo", several)
+        with Client(f"http://several.example:{port}", timeout=60, retries=0) as client:
+            if alive:
+                assert label_of(client, "found") == "found"
+            else:
+                with pytest.raises(UnreachableError, match="refused"):
+                    label_of(client, "lost")
 
 
 @pytest.mark.usefixtures("client_kind")

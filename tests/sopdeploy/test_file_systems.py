@@ -193,6 +193,19 @@ def test_only_a_lock_that_is_held_means_another_process(
         lock_file(tmp_path / ".lock", of_process=of_process)
 
 
+def test_a_lock_file_that_its_owner_deletes_is_created_again(
+    tmp_path: Path, monkeypatch
+) -> None:
+    path, flock = tmp_path / ".lock", fcntl.flock
+    monkeypatch.setattr(
+        fcntl, "flock", lambda *values: (path.unlink(), monkeypatch.undo(), flock(*values))
+    )
+    lock = lock_file(path)
+
+    assert os.path.samestat(os.fstat(lock.file), path.stat())
+    os.close(lock.file)
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -269,6 +282,17 @@ def test_files_of_others_stay(tmp_path: Path, name: str) -> None:
     path.mkdir() if name.endswith(".d") else path.write_text("mine")
     remove_leftovers(tmp_path)
     assert path.exists()
+
+
+def test_without_locks_nobody_knows_what_was_left_so_it_stays(
+    tmp_path: Path, monkeypatch
+) -> None:
+    left = tmp_path / "a.txt.0123abcd.partial"
+    left.write_text("half")
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
+    remove_leftovers(tmp_path)
+
+    assert left.exists()
 
 
 def test_a_folder_that_was_created_for_nothing_is_removed_with_those_above_it(

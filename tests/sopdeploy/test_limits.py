@@ -10,6 +10,7 @@ import tracemalloc
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,17 @@ from sopdeploy.checkpoint import (
 )
 from sopdeploy.class_names import read_class_names
 from sopdeploy.client import encode_images
-from sopdeploy.config import MAX_ITEMS, StrictModel, first_problem, shown
+from sopdeploy.config import MAX_ITEMS, StrictModel, first_problem, parse_toml, shown
 from sopdeploy.errors import CheckpointError, ConfigError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.timm_files import read_hub_config
+from sopdeploy.names import read_labels
 from sopdeploy.paths import check_is_checkpoint, check_is_weights
 from sopdeploy.photos.evaluation_images import open_any_images
 from sopdeploy.photos.table import read_label_table
 from sopdeploy.pickled import distinct_values
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.recipe_files import recipe_text
+from sopdeploy.training.recipe_files import parse_override, recipe_text
 from sopdeploy_commands.bundles.export import read_preprocess
 from sopdeploy_commands.promotion.history import Promotion, read_promotions
 from sopdeploy_service.http.api_keys import read_keys
@@ -181,6 +183,18 @@ def test_twice_the_json_costs_at_most_twice_as_much(
     assert many < 200 * 60_000
 
 
+@pytest.mark.parametrize("member", JSON)
+def test_class_names_in_json_cost_at_most_twice_as_much(member: str) -> None:
+    def cost(n: int) -> int:
+        raw = JSON[member](n)
+        with suppress(ValueError):
+            return peak_bytes(lambda: read_labels(raw))
+        return peak_bytes(lambda: reject(lambda: read_labels(raw)))
+
+    few, many = cost(30_000), cost(60_000)
+    assert many <= TWICE * few + 20_000
+
+
 NOT_READ = {"default", "metadata", "serialization"}  # of a core schema
 
 
@@ -272,6 +286,25 @@ def test_every_wrong_toml_file_is_refused_in_one_short_line(
         read(path)
     assert len(str(caught.value)) <= MESSAGE
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["a", " a\t", '"a"', "'a.='", '"\\"."'])
+def test_a_key_of_many_parts_takes_no_memory(part: str) -> None:
+    def refused() -> None:
+        for text in (".".join([part] * 2_000) + " = 1", "[" + ".".join([part] * 2_000) + "]"):
+            with pytest.raises(ValueError, match="more than 100 levels"):
+                parse_toml(text)
+
+    assert peak_bytes(refused) < 1_000_000
+    assert parse_toml(".".join([part] * 100) + " = 1")
+
+
+def test_a_text_of_escaped_quotes_takes_no_quadratic_time() -> None:
+    assert parse_toml('x = "' + '\\"' * 200_000 + '"') == {"x": '"' * 200_000}
+
+
+def test_an_override_with_many_levels_is_a_text() -> None:
+    assert parse_override("x=" + "[" * 100_000) == ("x", "[" * 100_000)
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +423,12 @@ def test_what_only_the_reader_of_torch_finds_in_an_archive_is_counted(tmp_path: 
         assert torch.load(io.BytesIO(raw), weights_only=True)  # noqa: TID251
         with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
             load_plain(tmp_path / "best.pt", raw)
+
+
+def test_a_list_that_is_named_twice_is_read(tmp_path: Path, content: dict[str, Any]) -> None:
+    path, twice = tmp_path / "best.pt", [1, 2]
+    torch.save({**content, "training": {"a": twice, "b": twice, "c": ({"d": twice},)}}, path)
+    assert read_checkpoint(path).training["c"] == ({"d": [1, 2]},)
 
 
 def test_a_list_that_contains_itself_is_read_once() -> None:

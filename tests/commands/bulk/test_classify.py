@@ -348,6 +348,21 @@ def test_no_cell_of_a_csv_file_is_a_formula_for_a_spreadsheet(
     assert row["image"] == f"'{name}"
 
 
+FORMULAS = ('=HYPERLINK("http://127.0.0.1")', "-x", "+1", "@a", "=1")
+
+
+def test_no_class_in_a_csv_file_is_a_formula_for_a_spreadsheet(photos, tmp_path) -> None:
+    labels = (*FORMULAS, *LABELS[len(FORMULAS) :])
+    bundle = write_bundle(tmp_path, labels=labels)
+    run.classify(bundle, photos, tmp_path / "results.csv", threads=1)
+
+    with (tmp_path / "results.csv").open(encoding="utf-8-sig", newline="") as file:
+        named = {row["class"] for row in csv.DictReader(file)} - {""}
+
+    assert named & {f"'{formula}" for formula in FORMULAS}
+    assert named <= {f"'{formula}" for formula in FORMULAS} | {*LABELS}
+
+
 def test_options_of_parquet_files_are_refused_for_a_csv_file(bundle_path, photos, tmp_path):
     for option in ({"logits": True}, {"workers": 2}, {"ray": "local"}):
         with pytest.raises(ConfigError, match="only with a folder of parquet files"):

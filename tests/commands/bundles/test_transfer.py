@@ -26,6 +26,7 @@ from sopdeploy.bundle.signing import (
     write_signature,
 )
 from sopdeploy.errors import BundleError, ConfigError, MissingPackageError, StorageError
+from sopdeploy.files import writing
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.transfer import pull, push
 from tests.support.children import START_SECONDS, serving, spawn
@@ -141,6 +142,26 @@ def test_a_download_to_a_full_disk_is_not_an_error_of_the_bundle(
         download(url, full, 10**9, Path("/dev/full"))
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            OSError(errno.ENOSPC, "Error writing bytes. Detail: [errno 28]"),
+            os.strerror(errno.ENOSPC),
+        ),  # PyArrow's
+        (OSError("the connection is closed\nand more"), "the connection is closed"),
+    ],
+)
+def test_the_reason_why_a_file_cannot_be_written_is_that_of_the_system(
+    error: OSError, reason: str
+) -> None:
+    with (
+        pytest.raises(StorageError, match=rf"rows: cannot be written \({reason}\); "),
+        writing("rows"),
+    ):
+        raise error
+
+
 @pytest.mark.parametrize("store", ["a/models", "memory://models/flowers"])
 def test_a_signature_is_pushed_with_its_bundle_and_checked_on_pull(
     store: str, bundle: Path, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -233,6 +254,18 @@ def test_a_pull_never_changes_a_bundle_that_is_there(
             pull(other, here, require_signature=public)
         assert contents(path) == before
         check(path, signature_path(path), public)
+
+
+def test_an_export_does_not_invalidate_a_signature(
+    bundle: Path, key: Path, tmp_path: Path
+) -> None:
+    write_signature(bundle, key)
+    assert write_hollow(bundle.parent) == bundle  # the same content and time
+    with pytest.raises(
+        BundleError, match=r"exists, signed with the time of its export; move .*\.sig"
+    ):
+        write_hollow(bundle.parent, exported_at=LATER)
+    check(bundle, signature_path(bundle), key.with_name("release.key.pub"))
 
 
 def test_a_signed_bundle_is_not_accepted_under_the_name_of_another(

@@ -395,6 +395,23 @@ def test_what_was_left_of_a_photograph_is_deleted(name: str, folders: list[Path]
     assert not os.path.lexists(name)
 
 
+@pytest.mark.parametrize("photograph", ["sent.jpg", ID, "photos/hat/mine.jpg"])
+def test_a_photograph_that_is_labelled_while_it_is_forgotten_is_deleted(
+    photograph: str, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def label_before(path: Path, **options: bool) -> None:
+        kept = Path(f"kept/{ID}.jpg")
+        if kept.exists():
+            kept.rename(f"photos/shoes/{ID}.jpg")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", label_before)
+    forget(photograph, folders)
+    assert not [name for name in remaining() if ID in name]
+
+
 @pytest.mark.parametrize("photograph", ["photos/hat/a.jpg", "sent.jpg"])
 def test_a_photograph_in_a_folder_is_deleted_with_its_kept_copy(
     photograph: str, folders: list[Path]

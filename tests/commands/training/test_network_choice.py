@@ -342,6 +342,17 @@ def test_weights_of_the_list_that_cannot_be_reached_are_named_and_skipped(
         fetch_weights(recipes_of(photos, NAMES), callback, may_skip=False)  # named by the user
 
 
+def test_if_no_weights_of_the_list_can_be_reached_the_error_says_what_to_do(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network_choice, "fetch_published", unreachable(*NAMES))
+    with pytest.raises(
+        WeightsError, match=r"no weights of .*like resnet8\.safetensors"
+    ) as error:
+        fetch_weights(recipes_of(photos, NAMES), Callback(), may_skip=True)
+    assert error.value.remedies == {"weights": "FOLDER"}
+
+
 def test_a_network_without_weights_is_in_the_table(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,6 +439,15 @@ def test_a_fraction_to_hold_out_is_refused_where_the_data_have_held_out_images(
             network_choice.select_procedures(configured, data)
     else:
         assert list(network_choice.select_procedures(configured, data)) == ["a"]
+
+
+def test_weights_that_cannot_be_reached_are_named_before_anything_is_measured(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network_choice, "fetch_published", unreachable(NAMES[1]))
+    monkeypatch.setattr(network_choice, "measure_networks", None)
+    with pytest.raises(WeightsError, match=f"^{NAMES[1]}: cannot be downloaded$"):
+        train(photos, models=",".join(NAMES), within="9ms", out=photos.parent / "run")
 
 
 def test_unknown_images_may_be_in_a_flat_folder_and_a_missing_one_is_named(

@@ -165,6 +165,14 @@ def test_an_error_of_the_quantizer_is_one_line(
     assert str(e.value).isprintable()
 
 
+def test_the_deviation_of_logits_is_in_standard_deviations_of_each_class() -> None:
+    before = np.array([[0, 10], [2, 14]], np.float32)  # deviations of 1 and 2
+    assert logit_deviation(before, before) == 0
+    assert logit_deviation(before, before.mean(axis=0) + np.zeros_like(before)) == 1
+    assert logit_deviation(before, before + 1) == pytest.approx((2 / 5) ** 0.5)
+    assert logit_deviation(before * 0, before * 0) == 0
+
+
 def convolution(values: NDArray[np.float32], *after: str) -> onnx.ModelProto:
     """Build a graph of one convolution of 6 channels, then the operators *after*, then the mean."""
     nodes, last = [helper.make_node("Cast", ["images"], ["pixels"], to=1)], "raw"

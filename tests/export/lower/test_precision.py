@@ -235,6 +235,55 @@ def test_sums_of_a_users_network_are_computed_in_float32(preprocess: Preprocess)
     assert not any(node.input[0] in in_half for node in reductions)
 
 
+ATEN = torch.ops.aten
+
+
+MAP = torch.ones(2, 4, 6, 6, dtype=torch.float16)
+
+
+FILTERS, SCALES = (
+    torch.ones(4, 4, 3, 3, dtype=torch.float16),
+    torch.ones(4, dtype=torch.float16),
+)
+
+
+ADDING: dict[str, tuple[Any, tuple[Any, ...], bool | None]] = {
+    "a mean": (ATEN.mean.dim, (MAP, [2, 3]), True),
+    "a mean over one position": (ATEN.mean.dim, (MAP[:, :, :1, :1], [2, 3]), None),
+    "a cumulative sum": (ATEN.cumsum.default, (MAP, 1), True),
+    "a product of elements": (ATEN.prod.dim_int, (MAP, 1), True),
+    "average pooling": (ATEN.avg_pool2d.default, (MAP, [2, 2]), True),
+    "average pooling to a size": (ATEN.adaptive_avg_pool2d.default, (MAP, [2, 2]), True),
+    "bilinear resizing": (ATEN.upsample_bilinear2d.vec, (MAP, [9, 9], False, None), True),
+    "softmax": (ATEN.softmax.int, (MAP, 1), True),
+    "group norm": (ATEN.group_norm.default, (MAP, 2, SCALES, SCALES), True),
+    "instance norm": (
+        ATEN.instance_norm.default,
+        (MAP, SCALES, SCALES, None, None, True, 0.1, 1e-5, False),
+        True,
+    ),
+    "batch norm": (
+        ATEN._native_batch_norm_legit_no_training.default,
+        (MAP, SCALES, SCALES, SCALES, SCALES, 0.1, 1e-5),
+        None,
+    ),
+    "max pooling": (ATEN.max_pool2d.default, (MAP, [2, 2]), None),
+    "a maximum": (ATEN.amax.default, (MAP, [2]), None),
+    "a transposition": (ATEN.permute.default, (MAP, [0, 2, 3, 1]), None),
+    "a position": (ATEN.argmax.default, (MAP, 1), None),
+    "a sum in float32": (ATEN.mean.dim, (MAP.float(), [2, 3]), None),
+    "a convolution": (ATEN.conv2d.default, (MAP, FILTERS), False),
+    "a product of matrices": (ATEN.matmul.default, (MAP, MAP), False),
+    "attention": (ATEN.scaled_dot_product_attention.default, (MAP, MAP, MAP), False),
+}
+
+
+@pytest.mark.parametrize("name", ADDING)
+def test_operators_that_add_are_known_by_their_derivatives(name: str) -> None:
+    operator, arguments, expected = ADDING[name]
+    assert float16.adds_elements(operator, arguments, {}) == expected
+
+
 class RunsTwice(nn.Module):
     """Convolutions and batch norms of which one runs twice, then one more pair."""
 

@@ -645,6 +645,24 @@ def test_a_builder_that_cannot_be_used_is_one_line(
         network_builder("network", import_path, settings)()
 
 
+def test_the_hint_for_a_wrong_module_is_a_file_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "written_for_a_hint.py").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"; did you mean written_for_a_hint\?$"):
+        network_builder("network", "writen_for_a_hint:build", ())
+
+
+def test_a_module_that_an_installed_package_lacks_is_no_package_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "written_for_another_json.py").write_text("import json.lost.helpers\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"install a release of json that has lost"):
+        network_builder("network", "written_for_another_json:build", ())
+
+
 def test_options_of_a_builder_are_python_literals_or_text() -> None:
     settings = (
         "aux=false",
@@ -687,6 +705,19 @@ def test_a_convention_of_preprocessing_has_a_name(text: str, expected: Preproces
 def test_a_convention_that_does_not_exist_is_one_line(text: str) -> None:
     with pytest.raises(ConfigError):
         read_preprocess(text)
+
+
+def test_json_is_json_whatever_the_code_of_a_network_prints(tmp_path: Path, capfd: Any) -> None:
+    torch.save(STATE, tmp_path / "w.pth")
+    arguments = ["--network", f"{MODULE}:talking", "--preprocess", "imagenet:12", "--json"]
+
+    with pytest.raises(SystemExit) as ended:
+        app(["inspect", str(tmp_path / "w.pth"), *arguments])
+
+    printed = capfd.readouterr()
+    assert not ended.value.code
+    assert json.loads(printed.out)["unused"] == ["aux"]
+    assert {"from Python", "from a program"} <= {*printed.err.splitlines()}
 
 
 PUBLISHED: dict[str, tuple[Any, Preprocess]] = {

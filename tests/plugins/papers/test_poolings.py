@@ -28,7 +28,7 @@ from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.published import published_network
 from sopdeploy.layers.normalize import Normalize, images_format
-from sopdeploy.layers.pooling.base import GlobalPooling
+from sopdeploy.layers.pooling.base import GlobalPooling, unit_signed_root
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.start_weights import StartWeights, load_start_weights
@@ -258,6 +258,17 @@ def test_dropcov_is_the_covariance_and_drops_the_channels_of_an_image_in_trainin
         found = layer(maps)
         assert bool((found == 0).all()) == (rate == 1.0)
         assert found.isfinite().all()
+
+
+def test_the_rate_of_dropcov_is_that_of_the_released_code() -> None:
+    layer, maps = build("dropcov", 4), relu_features(3, 4, 4).float()
+    assert isinstance(layer, DropCov)
+
+    weights = layer.weights(maps)
+    sums = torch.stack([torch.cov(m.flatten(1), correction=0).sum(dim=1) for m in maps])
+    cosine = (weights * sums).sum(dim=1) / weights.norm(dim=1) / sums.norm(dim=1)
+    expected = (1 - 10 / math.log2(4) * cosine.mean()).clamp(0, 1)
+    torch.testing.assert_close(layer.rate(maps, weights), expected)
 
 
 def run(*arguments: object) -> Result:
@@ -510,3 +521,15 @@ def test_a_checkpoint_of_the_plug_in_that_low_rank_bilinear_pooling_came_from_is
             ),
             Path("best.pt"),
         )
+
+
+def test_the_signed_root_of_low_rank_bilinear_pooling_is_an_option() -> None:
+    features = relu_features(2, 4, 4)
+    plain, rooted = ReducedBilinear(4, 3), ReducedBilinear(4, 3, signed_root=True)
+    rooted.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(
+        rooted.float()(features.float()), unit_signed_root(plain(features.float()))
+    )
+
+    with pytest.raises(ConfigError, match="has its own pooling and classifier"):
+        sopdeploy.create_model("lrbp-vgg16", num_classes=3, pooling="isqrt")

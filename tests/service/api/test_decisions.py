@@ -19,6 +19,7 @@ from sopdeploy.errors import BundleError
 from sopdeploy.images.decode import decode
 from sopdeploy.training.train import train_recipe
 from sopdeploy_commands.app import app
+from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_commands.bundles.scores import scores_of_bundle
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.options import ExportOptions
@@ -176,6 +177,20 @@ def test_the_response_lists_the_classes_that_reach_their_threshold(
         assert listed == classes(many.post(f"/v1/classify{query}", content=jpeg))
 
     assert many.post("/v1/classify?threshold=1.5", content=jpeg).status_code == 422
+
+
+def test_info_the_client_and_predict_show_the_same_decision(
+    many, multi_label_path, jpeg, expected, tmp_path
+) -> None:
+    reached = [label for label, value in expected if value >= THRESHOLDS[LABELS.index(label)]]
+    (tmp_path / "a.jpg").write_bytes(jpeg)
+    with Client(str(many.base_url)) as asking:
+        assert asking.info().models[0].thresholds == dict(zip(LABELS, THRESHOLDS, strict=True))
+        assert [one.label for one in asking.classify(jpeg).classes] == reached
+        assert len(asking.classify(jpeg, threshold=0.0).classes) == len(LABELS)
+    for top_k, listed in ((None, reached), (1, reached[:1])):
+        (found,) = predict(multi_label_path, tmp_path / "a.jpg", top_k=top_k, threads=1)
+        assert [one.label for one in found.classes] == listed
 
 
 def test_an_evaluation_with_labels_csv_has_the_probabilities_of_the_server(

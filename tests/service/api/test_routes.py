@@ -9,11 +9,13 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from sopdeploy.files import read_file
 from sopdeploy.images.limits import describe_formats
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_service.api import web
 from sopdeploy_service.api.status import read_card
 from sopdeploy_service.api.web import DOCS, INDEX
+from sopdeploy_service.http.api_keys import new_key
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.pictures import encoded
 from tests.support.service import CARD, wait_for
@@ -104,6 +106,33 @@ def test_health_and_info(client, bundle):
     )
     assert (info["num_labels"], info["device"], info["largest_batch"]) == (7, "cpu", 4)
     assert info["preprocess"]["crop"] == 32
+
+
+def test_an_example_is_read_once_and_costs_a_key_one_image(
+    serve_with, jpeg, tmp_path, monkeypatch
+):
+    content, num_reads = jpeg + bytes(2 * web.PIECE_BYTES), []
+
+    def read_once(path, limit):
+        num_reads.append(path)
+        if len(num_reads) == 1:
+            raise OSError
+        return read_file(path, limit)
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(content)
+    keys = tmp_path / "keys.toml"
+    secret = new_key(keys, "page", 0.01)
+    keys.write_text(keys.read_text().replace("burst = 64", "burst = 3"))
+    monkeypatch.setattr(web, "read_file", read_once)
+    client = serve_with(FakeRuntime(num_classes=7), examples=tmp_path / "images", keys=keys)
+    headers = {"x-api-key": secret}
+
+    assert client.get("/examples/1", headers=headers).status_code == 404  # of one example
+    replies = [client.get("/examples/0", headers=headers) for _ in range(4)]
+    assert [reply.status_code for reply in replies] == [404, 200, 200, 429]
+    assert [reply.content == content for reply in replies[1:3]] == [True, True]
+    assert len(num_reads) == 2
 
 
 def test_an_example_on_a_disk_that_hangs_holds_no_request(

@@ -1,8 +1,10 @@
 """The channel between front ends and a device process, in one process: answers, cancellation, and nonsense."""
 
 import asyncio
+import errno
 import itertools
 import math
+import os
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -333,6 +335,32 @@ def test_the_end_of_a_drain_also_refuses_images_in_a_channel_that_was_replaced(b
         runtime.gate.set()
 
     run_with(runtime, bundle, scenario)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "Cannot allocate memory"),
+        (OSError(errno.EPIPE, os.strerror(errno.EPIPE)), None),  # the front end has ended
+        (channel.ChannelError("the models need 9 bytes"), "the models need 9 bytes"),
+    ],
+    ids=["no memory", "no front end", "too many models"],
+)
+def test_a_device_process_reports_no_channel_that_it_cannot_open(
+    bundle, monkeypatch, caplog, error, reason
+) -> None:
+    def refuse(*_given: object) -> None:
+        raise error
+
+    async def scenario(device_process: EngineUnderTest, _registry: RemoteRegistry) -> None:
+        monkeypatch.setattr(channel, "open_channel", refuse)
+        with await device_process.connect() as ours:
+            assert ours.recv(1) == b""
+        assert await device_process.reported() == {1}
+
+    run_with(FakeRuntime(num_classes=7), bundle, scenario)
+    expected = [f"front end front-0: has no channel ({reason})"] if reason else []
+    assert [line for line in caplog.messages if "has no channel" in line] == expected
 
 
 def test_an_engine_sends_no_models_that_a_front_end_would_not_read(bundle, monkeypatch) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy_service.decoding import pool
 from sopdeploy_service.devices import channel, control, processes, supervisor
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.processes import LaunchConfig, Process
@@ -162,6 +163,27 @@ def test_a_front_end_keeps_its_engines_whatever_happens_to_another_one_as_it_ope
     assert caplog.messages[0].startswith("no channel to device process other: ")
 
 
+def test_a_device_process_that_never_opens_its_channel_delays_no_other_one(
+    bundle, monkeypatch
+) -> None:
+    monkeypatch.setattr(channel, "OPENING_SECONDS", 0.1)
+
+    async def scenario() -> None:
+        device_process = EngineUnderTest(registry_of(bundle, FakeRuntime(num_classes=7)))
+        registry = RemoteRegistry([await device_process.open()], Settings())
+        await registry.start()
+        theirs, ours = socket.socketpair()
+
+        with theirs:
+            await registry.attach("other", ours)
+
+        await registry.attach("engine", await device_process.connect())
+        await registry.stop()
+        assert await device_process.end() == 0
+
+    asyncio.run(scenario())
+
+
 async def connect_engine(
     bundle: Bundle,
 ) -> tuple[socket.socket, channel.Slots, RemoteRegistry]:
@@ -190,3 +212,14 @@ def test_an_engine_that_never_answers_gets_no_more_images_than_it_has_slots(bund
         await registry.stop()
 
     asyncio.run(scenario())
+
+
+def test_what_decoders_write_to_the_log_has_a_rate(monkeypatch) -> None:
+    pauses: list[float] = []
+    reading, writing = os.pipe()
+    os.write(writing, b"x" * 60_000)
+    os.close(writing)
+    monkeypatch.setattr(pool, "time", SimpleNamespace(sleep=pauses.append))
+    pool._log_stderr(SimpleNamespace(stderr=os.fdopen(reading, "rb")))
+
+    assert pauses == [pool.LOG_PAUSE_SECONDS]

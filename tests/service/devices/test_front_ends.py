@@ -1,5 +1,6 @@
 """Front ends that share a device process, as processes: failures of each kind, the queue limit, the drain."""
 
+import asyncio
 import os
 import re
 import resource
@@ -8,17 +9,18 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sopdeploy_service.devices import control, device_server
-from sopdeploy_service.devices.processes import LaunchConfig
+from sopdeploy_service.devices import control, device_server, processes, supervisor
+from sopdeploy_service.devices.processes import LaunchConfig, Process
 from sopdeploy_service.devices.shared_keys import SharedKeys
 from sopdeploy_service.http.api_keys import STATE_BYTES, Key
 from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime
 from sopdeploy_service.server.process import choose_front_ends
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import Settings, load_settings
 from tests.service.devices import gated_device
 from tests.support.children import (
     FRONT_ENDS,
@@ -264,6 +266,16 @@ def test_the_number_of_front_ends_follows_the_cores_if_a_gpu_is_used(monkeypatch
     assert choose_front_ends(Settings(**settings)) == expected
 
 
+def test_each_process_is_counted_once_in_the_memory_at_rest(monkeypatch) -> None:
+    sizes = {os.getppid(): 1, "self": 10, 71: 100, 72: 1_000}
+    monkeypatch.setattr(device_server, "resident_bytes", lambda process="self": sizes[process])
+    config = LaunchConfig(
+        name="front-0", device=None, variables={}, sources=(), settings=Settings(), supervisor=1,
+        front_ends=3, position=0, num_servers=3, device_processes=(71, 72),
+    )  # fmt: skip
+    assert device_server.bytes_at_rest(config) == 1 + 3 * 10 + 100 + 1_000
+
+
 def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypatch) -> None:
     monkeypatch.setattr(device_server, "DeviceChannel", lambda *arguments: arguments)
     monkeypatch.setattr(device_server, "RemoteRegistry", lambda channels, _settings: channels)
@@ -299,3 +311,34 @@ def test_a_gpu_that_cannot_be_used_here_is_an_error(bundle_path, monkeypatch, op
         out, err = child.communicate(timeout=START_SECONDS)
     assert (child.returncode, out) == (2, "")
     assert "error: device 0: devices: 0: no GPU can be used here" in err
+
+
+def test_a_front_end_knows_the_device_processes_that_were_started_before_it(
+    monkeypatch,
+) -> None:
+    device_processes: list[tuple[int, ...]] = []
+
+    async def start(config: processes.LaunchConfig, *_files: int) -> SimpleNamespace:
+        device_processes.append(config.device_processes)
+        await asyncio.sleep(0)  # the other processes wait to be started
+        return SimpleNamespace(pid=len(device_processes), poll=lambda: None)
+
+    async def scenario() -> None:
+        settings = load_settings(front_ends=2)
+        devices = [Process(str(number), {}, settings, "cpu", number) for number in range(2)]
+        with socket.socket() as listener:
+            server = supervisor.Supervisor([], settings, devices, listener)
+            server._loop, server._shared = asyncio.get_running_loop(), -1
+            server._keys = SimpleNamespace(files=(-1, -1))
+            monkeypatch.setattr(server._template, "start", start)
+            started = [*devices, *server._front_ends]
+            tasks = [asyncio.create_task(server._supervise(process)) for process in started]
+            while not all(process.child for process in started):
+                await asyncio.sleep(0)
+                assert not any(task.done() for task in tasks)
+            for process, task in zip(started, tasks, strict=True):
+                task.cancel()
+                server._close_control(process)
+
+    asyncio.run(scenario())
+    assert device_processes == [(), (), (1, 2), (1, 2)]

@@ -235,6 +235,25 @@ def test_several_processes_are_refused_where_the_system_lacks_what_they_share(
         supervisor.run_supervisor(["bundles"], load_settings(devices="cpu,cpu", port=0))
 
 
+def test_a_process_that_dies_early_for_days_is_still_restarted(monkeypatch) -> None:
+    monkeypatch.setattr(supervisor, "MAX_RESTART_DELAY_SECONDS", 0.0)
+    starts = itertools.count(1)
+    with socket.socket() as listener:
+        settings = load_settings()
+        process = Process("cpu", {}, settings, "cpu", 0)
+        server = supervisor.Supervisor([], settings, [process], listener)
+
+        async def start(_: Process) -> None:
+            if next(starts) == 1100:
+                server._stopping.set()
+            process.bundles = "flowers"  # it was ready
+            process.child = SimpleNamespace(poll=lambda: 1, kill=lambda: None)
+
+        monkeypatch.setattr(server, "_start", start)
+        assert asyncio.run(server.run()) == 0
+    assert next(starts) == 1101
+
+
 def test_a_system_without_room_for_a_process_is_asked_again_and_no_file_stays_open(
     monkeypatch, caplog
 ) -> None:

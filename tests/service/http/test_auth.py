@@ -465,6 +465,24 @@ def test_a_client_that_ends_its_side_of_the_connection_has_gone(serve_with, jpeg
     assert runtime.batches == [1, 1]  # not the one that was queued
 
 
+def test_a_file_that_belongs_to_the_user_of_the_container_stays_that_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, given, stat_of = tmp_path / "keys.toml", [], os.stat
+    new_key(path, "phone")
+    owner = os.stat_result((*stat_of(path)[:4], 10001, 10001, *stat_of(path)[6:]))
+    monkeypatch.setattr(Path, "stat", lambda _self, **_: owner)
+    monkeypatch.setattr(
+        os, "chown", lambda file, *ids, **_options: given.append((Path(file).name, *ids))
+    )
+    new_key(path, "tablet")
+    monkeypatch.undo()
+    ((name, *ids),) = given
+
+    assert (name.startswith("keys.toml."), ids) == (True, [10001, 10001])
+    assert [key.name for key in read_keys(path)] == ["phone", "tablet"]
+
+
 def test_a_file_of_another_user_is_one_line_that_says_whose_it_must_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

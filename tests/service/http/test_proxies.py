@@ -119,6 +119,36 @@ def test_names_are_also_checked_with_keys_or_another_address_if_they_are_set(
             assert found == statuses
 
 
+LONG_NAME = ".".join(["a" * 63] * 4)[:253]
+
+
+NO_NAMES = [
+    f"a{LONG_NAME}",
+    "é.example",
+    "é." * 15_000,
+    "a." * 15_000,
+    "xn--bcher-kva.example" * 1000,
+]
+
+
+@pytest.mark.parametrize("sent", NO_NAMES, ids=lambda name: f"{name[:12]} ({len(name)})")
+def test_a_sent_name_that_is_long_or_not_ascii_is_refused_before_it_is_encoded(
+    serve_with, sent
+) -> None:
+    client = serve_with(
+        FakeRuntime(num_classes=7), allowed_hosts=f"*.example, {LONG_NAME}, bücher.example"
+    )
+    assert client.get("/info", headers={"host": LONG_NAME}).status_code == 200
+    for name, prefix in (("host", ""), ("origin", "https://")):
+        value = f"{prefix}{sent}".encode("latin-1")
+        reply = client.get("/info", headers={name.encode(): value})
+        assert (reply.status_code, reply.json()["code"], len(reply.content) < 500) == (
+            403,
+            "foreign_request",
+            True,
+        )
+
+
 FORWARDED = {"x-forwarded-proto": "https", "x-forwarded-host": "localhost:8443"}
 PAGE_BEHIND_TLS = {**FORWARDED, "origin": "https://localhost:8443"}
 

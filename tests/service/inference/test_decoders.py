@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy.images.limits import MAX_PIXELS
 from sopdeploy_service.decoding import pool
 from sopdeploy_service.decoding.child import FAILED, ChildOptions
@@ -32,6 +32,7 @@ from sopdeploy_service.inference.decoders import (
     LARGE_MEMORY,
     LIGHT_MEMORY,
     LIGHT_PIXELS,
+    plan_children,
 )
 from sopdeploy_service.inference.results import DECODERS_BUSY, DRAINING, RejectedError
 from sopdeploy_service.inference.shared_children import SharedChildren
@@ -61,6 +62,19 @@ OPTIONS = ChildOptions(
 )
 LARGE = OPTIONS._replace(memory=LARGE_MEMORY, is_light=False)
 SMALL = OPTIONS._replace(memory=8 * MIB)
+
+
+def test_little_memory_for_large_images_is_a_warning_unless_max_pixels_needs_no_more(
+    caplog,
+) -> None:
+    for budget, max_pixels, memory, warns in (
+        (64 << 30, 50_000, LIGHT_MEMORY, False),  # a body may be larger than its pixels
+        (64 << 30, 5_000_000, 100_000_000, False),
+        (350 * MIB, 5_000_000, 100_000_000, False),
+        (350 * MIB, 70_000_000, 166 * MIB, True),
+    ):
+        assert plan_children(budget, 2, max_pixels).large_memory == memory
+        assert ("2 of 2 decoders" in caplog.text) == warns
 
 
 def test_a_format_that_is_not_in_the_settings_is_415(serve_with) -> None:
@@ -171,6 +185,15 @@ def test_children_that_are_killed_or_send_too_much_are_replaced(jpeg, template) 
         assert child.decode(jpeg).data.tolist() == expected
 
 
+def test_a_child_that_sends_too_much_is_replaced_before_the_next_image_that_waits(
+    jpeg, template
+) -> None:
+    with running_child(template, OPTIONS) as child:
+        before, replies = child.process, child.decode_all([jpeg + b"too many", jpeg, jpeg])
+        assert [error_of(reply) for reply in replies] == ["", "", ""]
+        assert child.process != before
+
+
 @pytest.mark.parametrize(
     "error", [OSError(errno.EMFILE, "too many files"), RuntimeError("no thread")]
 )
@@ -223,6 +246,13 @@ def test_an_image_whose_child_is_killed_is_decoded_once_more(
         caplog.text.count("a decoder process has ended (SIGKILL) and is replaced") >= num_kills
     )
     assert client.post("/v1/classify", content=jpeg).status_code == 200
+
+
+def test_a_system_without_room_for_a_process_is_an_error_in_one_line(monkeypatch) -> None:
+    template = pool.DecoderTemplate()
+    monkeypatch.setattr(template, "ask", lambda *_: (0, errno.EAGAIN))
+    with pytest.raises(RuntimeUnavailableError, match=r"do not start .*; allow more processes"):
+        template.fork(OPTIONS)
 
 
 @linux

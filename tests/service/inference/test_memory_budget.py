@@ -19,6 +19,7 @@ from sopdeploy.errors import BundleError, ConfigError, SopdeployError
 from sopdeploy_service.inference import memory_budget
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.memory_budget import BudgetedRegistry
+from sopdeploy_service.inference.model_worker import LocalModel
 from sopdeploy_service.inference.results import DRAINING, RejectedError
 from sopdeploy_service.settings import Settings, load_settings
 from tests.support.fake_runtime import FakeRuntime
@@ -218,6 +219,29 @@ def test_a_model_that_cannot_be_loaded_fails_alone_and_is_not_tried_again(
         assert codes == ["load_failed", "load_failed"]
         assert client.post("/v1/classify?model=b", content=jpeg).status_code == 200
         assert client.get("/readyz").status_code == 200
+
+
+def test_a_model_for_which_the_system_has_no_thread_is_not_served_and_loaded_again(
+    bundle_path, monkeypatch
+) -> None:
+    device = Device(SIZE, monkeypatch)
+    monkeypatch.setattr(memory_budget, "RETRY_SECONDS", 0.0)
+
+    def refuse(_model: LocalModel) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def scenario(registry: BudgetedRegistry) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalModel, "start", refuse)
+            with pytest.raises(RejectedError, match="cannot be loaded"):
+                await request(registry, "a")
+
+        assert (registry.find("a").is_loaded, device.loaded) == (False, 0)
+        assert "bundle_info{" not in generate_latest(registry.metrics.registry).decode()
+        assert not await request(registry, "a")
+        assert await request(registry, "a")
+
+    run_with_registry({"a": bundle_path}, device, scenario)
 
 
 @pytest.mark.parametrize("steps", [1, 5])  # of the loop: before the load has begun, and in it

@@ -19,7 +19,8 @@ import pytest
 from sopdeploy.bundle.folder import Bundle, open_bundle, read_files
 from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnavailableError
 from sopdeploy.paths import CHECKPOINT_FORMAT
-from sopdeploy_service.inference import load_time, loader
+from sopdeploy.plugins import RUNTIMES
+from sopdeploy_service.inference import load_time, loader, service
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.results import RejectedError
@@ -376,6 +377,30 @@ def test_a_load_that_hangs_ends_at_its_deadline_and_later_reloads_succeed(
     run_with_registry(versions[0], scenario)
 
 
+@pytest.mark.parametrize("function", ["find_bundles", "read_files"])
+def test_a_disk_that_hangs_does_not_block_later_reloads(
+    function: str,
+    versions: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gate = threading.Event()
+
+    async def scenario(registry: ModelRegistry) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(service, function, lambda *_, **__: gate.wait())
+            patch.setattr(load_time, "load_seconds", lambda _: 0.01)
+            await registry.reload([versions[1]])
+
+        assert metric(registry, code="load_timeout") == 1
+        await registry.reload([versions[1]])
+        assert registry.find().bundle.path == versions[1]
+
+        gate.set()
+
+    run_with_registry(versions[0], scenario)
+
+
 FIRST_READS = {  # what a start reads from the disk before it loads a bundle
     "links": (
         process,
@@ -410,6 +435,24 @@ def test_a_disk_that_hangs_ends_a_start_at_its_deadline(
     ):
         start(versions[0], Settings(threads=1, load_timeout=0.01, **values))
     gate.set()
+
+
+@pytest.mark.parametrize(
+    ("values", "cuda", "seconds"),
+    [
+        ({}, False, 120),
+        ({}, True, 600),
+        ({"runtime": "onnxruntime-cpu"}, True, 120),
+        ({"load_timeout": 7}, True, 7),
+    ],
+)
+def test_a_load_has_more_time_on_a_gpu(
+    values: dict[str, Any], cuda: bool, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for runtime in RUNTIMES.own().values():
+        if runtime.needs_gpu:
+            monkeypatch.setattr(runtime, "is_set_up", lambda: cuda)
+    assert load_time.load_seconds(Settings(**values)) == seconds
 
 
 @pytest.fixture

@@ -103,3 +103,15 @@ def test_a_process_without_a_page_is_down_and_changes_nothing_else() -> None:
     up = b'sopdeploy_worker_up{process="front-%d"} %d.0\n'
     assert merged.replace(up % (0, 0), b"") == merge_metrics({"front-1": good}, b"")
     assert up % (1, 1) in merged
+
+
+def test_a_process_that_calls_a_metric_of_others_another_type_does_not_repeat_its_head() -> (
+    None
+):
+    good = page_of("a")
+    wrong = b"# HELP sopdeploy_connections x\n# TYPE sopdeploy_connections counter\nsopdeploy_connections 1.0\n"
+    merged = merge_metrics({"front-0": good, "front-1": wrong}, b"")
+
+    assert merged.count(b"# TYPE sopdeploy_connections ") == 1
+    assert b"# TYPE sopdeploy_connections gauge\n" in merged
+    assert b'sopdeploy_connections{process="front-1"} 1.0\n' in merged

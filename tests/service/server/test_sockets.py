@@ -5,13 +5,14 @@ import errno
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 
 from sopdeploy_service.server import sockets
 from sopdeploy_service.server.http_protocol import without_mapping
-from sopdeploy_service.server.sockets import Arrivals, bind
+from sopdeploy_service.server.sockets import UNSENT_BYTES, Arrivals, bind
 
 
 class Connection:
@@ -63,6 +64,16 @@ def test_the_addresses_of_connections_take_turns(arrived: str, served: str) -> N
     assert len(arrivals) == 0
 
 
+def test_a_later_connection_of_another_address_comes_next_but_one() -> None:
+    arrived = [Connection(name) for name in ("a-1", "a-2", "a-3", "b-1")]
+    arrivals = Arrivals(listener_with(arrived), print)
+    arrivals.accept(3)
+
+    assert arrivals.take().name == "a-1"
+    arrivals.accept(1)
+    assert names(arrivals) == ["a-2", "b-1", "a-3"]
+
+
 def test_of_too_many_the_oldest_of_the_busiest_address_is_closed(monkeypatch) -> None:
     monkeypatch.setattr(sockets, "MAX_PENDING", 3)
     arrived = [Connection(name) for name in ("b-1", "a-1", "a-2", "a-3", "c-1")]
@@ -106,6 +117,26 @@ def test_without_a_free_file_the_port_pauses_and_what_was_accepted_is_served(
     assert calls == ["pause", "arrival", "resume"]
 
 
+def test_a_port_that_closes_hands_over_all_that_the_system_has_accepted() -> None:
+    async def close() -> list[bytes]:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            arrivals = Arrivals(listener, print)
+            arrivals.open()
+            clients = [socket.create_connection(listener.getsockname()) for _ in range(3)]
+            for number, client in enumerate(clients):
+                client.sendall(b"%d" % number)
+            arrived = arrivals.close()
+            assert listener.fileno() == -1
+            received = []
+            for connection, client in zip(arrived, clients, strict=True):
+                with connection, client:
+                    received.append(connection.recv(1))
+            return received
+
+    assert asyncio.run(close()) == [b"0", b"1", b"2"]
+
+
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
 @pytest.mark.parametrize("host", ["*", "::"])
 @pytest.mark.parametrize("client", ["127.0.0.1", "::1"])
@@ -125,3 +156,17 @@ def test_every_address_is_one_of_ipv4_where_there_is_no_ipv6(monkeypatch) -> Non
     monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
     with bind("*", 0) as listener:
         assert listener.getsockname()[0] == "0.0.0.0"  # noqa: S104 - bound for an instant
+
+
+def test_the_kernel_takes_little_for_a_client_that_does_not_read():
+    with bind("127.0.0.1", 0) as listener, socket.socket() as bad:
+        listener.listen()
+        bad.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        bad.connect(listener.getsockname())
+        with listener.accept()[0] as accepted:
+            accepted.setblocking(False)
+            taken = 0
+            with suppress(BlockingIOError):
+                while True:
+                    taken += accepted.send(bytes(4096))
+    assert taken < 2 * UNSENT_BYTES

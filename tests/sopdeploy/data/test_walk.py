@@ -8,6 +8,7 @@ import pytest
 
 from sopdeploy.errors import DataError
 from sopdeploy.photos import files
+from sopdeploy.photos.check import check_data
 from sopdeploy.photos.class_folders import list_classes
 from sopdeploy.photos.evaluation_images import open_any_images
 from sopdeploy.photos.files import walk
@@ -112,6 +113,18 @@ def test_each_folder_is_listed_once_in_linear_time(
         assert len({path.resolve() for path in found}) == len(found) == IMAGES
         calls[size] = count_calls(monkeypatch, lambda root=root: list(walk(root)))
         assert calls[size] == count_calls(monkeypatch, lambda root=root: open_any_images(root))
+    assert calls[30] <= 2 * calls[15]
+
+
+@pytest.mark.parametrize("build", FOLDERS)
+def test_a_check_takes_linear_time(tmp_path: Path, monkeypatch, build) -> None:
+    calls = {}
+    for size in (15, 30):  # a path may have at most 40 links
+        root = tmp_path / str(size) / "root"
+        root.mkdir(parents=True)
+        build(root, size)
+        make(root, b=2)
+        calls[size] = count_calls(monkeypatch, lambda root=root: check_data(root))
     assert calls[30] <= 2 * calls[15]
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.decode import decode
+from sopdeploy.images.formats import MAX_TEXT
 from sopdeploy.images.preprocess import Preprocess
 
 RULES = Preprocess(resize=32, crop=32)
@@ -141,6 +142,37 @@ def test_metadata_do_not_decide_whether_pixels_are_read(body, plain) -> None:
 )  # fmt: skip
 def test_an_orientation_is_still_read(body: bytes) -> None:
     assert decode(body, RULES).warnings == ("exif_rotated",)
+
+
+def test_a_file_of_bombs_unpacks_no_more_than_one_text(monkeypatch) -> None:
+    unpacked = 0
+
+    class Decoder:
+        """The decoder of zlib, which counts what it unpacks."""
+
+        def __init__(self) -> None:
+            self.inner = original()
+
+        def decompress(self, data: bytes, limit: int) -> bytes:
+            nonlocal unpacked
+            text = self.inner.decompress(data, limit)
+            unpacked += len(text)
+            return text
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+    original = zlib.decompressobj
+    monkeypatch.setattr(zlib, "decompressobj", Decoder)
+    text = zlib.compress(b"x" * 400_000)  # each is below the limit of Pillow
+    bombs = [
+        chunk(b"zTXt", b"exif\0\0" + text),
+        chunk(b"iCCP", b"name\0\0" + BOMB),
+        chunk(b"zTXt", b"a\0\0" + text),
+    ]
+    decode(png(*bombs * 20), RULES)
+
+    assert MAX_TEXT < unpacked <= 2 * MAX_TEXT  # once to count, once by Pillow
 
 
 def test_what_the_pixels_depend_on_still_decides() -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from sopdeploy.bundle.golden import draw_jpegs
 from sopdeploy.data.augment import AugmentedDataset, RandomResizedCrop
 from sopdeploy.errors import DataError, ImageError
+from sopdeploy.images import decode as module
 from sopdeploy.images.decode import decode
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.images.pixels import TURNS, center_view, preprocess_image
@@ -105,6 +106,16 @@ def test_what_one_refuses_of_a_cut_file_all_refuse(name: str, rules: Preprocess)
             assert code_of(lambda cut=cut: Photo("a", cut).pixels) == expected
 
 
+def test_a_check_changes_nothing_that_others_read() -> None:
+    photo = Photo("a", photograph(1300, 1100))
+    expected = Photo("a", photo.content)
+    photo.check()
+
+    assert photo.image.size == expected.image.size == (1300, 1100)
+    assert photo.pixels.size == expected.pixels.size == (650, 550)
+    assert np.array_equal(photo.preprocess(FULL), expected.preprocess(FULL))
+
+
 SCALES = {  # size, rules, scale
     "a phone": ((4032, 3024), SCALED, 4),
     "48 megapixels": ((8064, 6048), SCALED, 8),
@@ -147,6 +158,20 @@ def test_without_a_smaller_scale_the_box_has_the_pixels_of_the_whole_image(kind:
     rules = Preprocess(resize=60, crop=40)
     scaled = decode(body, rules.model_copy(update={"decoding": "scaled"})).pixels
     assert np.abs(scaled.astype(int) - decode(body, rules).pixels).max() <= 1
+
+
+def test_a_scaled_decoder_allocates_a_sixteenth(monkeypatch) -> None:
+    sizes, fit = [], module.preprocess_image
+
+    def record(image: Image.Image, *more: object) -> object:
+        sizes.append(image.size)
+        return fit(image, *more)
+
+    monkeypatch.setattr(module, "preprocess_image", record)
+    for rules in (SCALED, FULL):
+        decode(photograph(2560, 2049), rules)
+
+    assert sizes == [(640, 513), (2560, 2049)]
 
 
 @pytest.mark.parametrize("decoding", ["full", "scaled"])

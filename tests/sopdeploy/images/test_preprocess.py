@@ -24,6 +24,7 @@ from sopdeploy.images.pixels import SIXTEEN_BIT, TURNS, list_changes, preprocess
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.photo import Photo
 from sopdeploy_service.settings import Settings
+from tests.support.counted import record_images
 from tests.support.pictures import encoded
 
 FUZZ = settings(max_examples=25)
@@ -73,6 +74,15 @@ def test_pixels_equal_torchvision(
     if max(size) <= 15 * min(size):
         assert np.array_equal(found, expected)
     assert np.abs(found.astype(int) - expected).max() <= OVERSHOOT[interpolation]
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 15_000)])
+def test_of_a_strip_only_the_cropped_part_is_resized(
+    size: tuple[int, int], monkeypatch: Any
+) -> None:
+    strip, sizes = noise(*size), record_images(monkeypatch)
+    assert preprocess_image(strip, Preprocess()).shape == (224, 224, 3)
+    assert sizes == [(224, 224)]
 
 
 def reopened(image: Image.Image, **options: Any) -> Image.Image:

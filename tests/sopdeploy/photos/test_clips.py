@@ -11,6 +11,7 @@ from PIL import Image
 from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.images.metadata import NO_TIME, capture_time
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.clips import Clips, divides_classes, find_clips
 from sopdeploy.photos.photo import Photo
@@ -195,6 +196,25 @@ def test_the_time_of_a_photograph_is_that_of_its_camera():
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "JPEG", exif=exif)
     assert Photo("a.jpg", file.getvalue()).taken == 1768210211
+
+
+def test_the_time_of_a_photograph_does_not_depend_on_whether_its_pixels_were_decoded():
+    exif, file = Image.Exif(), io.BytesIO()
+    exif.get_ifd(0x8769)[0x9003] = "2026:01:12 09:30:11"
+    Image.new("RGB", (8, 8)).save(file, "PNG", exif=exif.tobytes())
+    start, end = file.getvalue().index(b"eXIf") - 4, file.getvalue().index(b"IDAT") - 4
+    png, chunk = file.getvalue(), file.getvalue()[start:end]
+    behind_pixels = (png[:start] + png[end:]).replace(
+        png[-12:], chunk + png[-12:]
+    )  # before the last chunk
+
+    for content, time in ((png, 1768210211), (behind_pixels, NO_TIME)):
+        decoded, preprocessed, unread = (Photo("a.png", content) for _ in range(3))
+        assert (
+            decoded.pixels.size
+            == preprocessed.preprocess(Preprocess(resize=8, crop=8)).shape[:2]
+        )
+        assert [photo.taken for photo in (decoded, preprocessed, unread)] == [time] * 3
 
 
 @pytest.mark.parametrize("text", ["yesterday", "2026:13:40 99:99:99", "", None, 7])

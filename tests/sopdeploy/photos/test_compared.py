@@ -10,6 +10,7 @@ from sopdeploy.files import features_folder
 from sopdeploy.photos import compared
 from sopdeploy.photos.compared import compare_new
 from sopdeploy.photos.crops import compare_pixels
+from tests.sopdeploy.photos.test_copies import CHANGES, compare, pairs_of, scene
 
 PAIRS = np.asarray([[0, 0, 1, 2], [1, 2, 3, 3]])
 
@@ -102,3 +103,13 @@ def test_without_a_cache_folder_all_pairs_are_compared(
     compare_new(small, PAIRS)
 
     assert num_compared == [4, 4]
+
+
+def test_candidates_are_the_same_however_many_images_are_compared_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    images, found = [scene(number) for number in range(20)] + [CHANGES["darker"](scene(4))], []
+    for cosines in (21 * 21, 21 * 5, 1):
+        monkeypatch.setattr("sopdeploy.photos.copies._COSINES", cosines)
+        found.append(pairs_of(compare(images, [0] * 21)))
+    assert found == [[[4, 20]]] * 3

@@ -193,6 +193,18 @@ def test_three_photographs_before_one_background_do_not_make_their_class_look_al
     assert not found.alike.any()
 
 
+def test_copies_that_are_not_confirmed_do_not_make_a_class_look_alike():
+    versions = []
+    for number in range(12):
+        image = scene(number)
+        versions += [image, CHANGES["darker"](image)]
+        if number < 6:  # a quarter of this version is new
+            image = image.copy()
+            image.paste(scene(50 + number).resize((64, 68)), (48, 26))
+            versions.append(image)
+    assert not compare(versions, [0] * len(versions)).alike.any()
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_folder_of_one_or_two_images_has_no_near_duplicates(count: int):
     assert not compare([scene(number) for number in range(count)], [0] * count).pairs.size

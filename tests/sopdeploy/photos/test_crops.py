@@ -51,6 +51,20 @@ def test_a_third_of_a_photograph_is_found_although_it_is_sharper():
     assert shares.min() >= MOSTLY
 
 
+def test_the_number_of_pairs_that_are_compared_at_once_changes_no_share(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    crops = [alike(0).crop((number, 0, 160, 120)) for number in range(6)]  # of one photograph
+    small = np.stack(
+        [shrink(image) for image in (*crops, *(alike(seed) for seed in range(1, 7)))]
+    )
+    found = compare_pixels(small, pairs_of(NUM_SCENES))
+
+    assert (found >= MOSTLY).sum() == 15
+    monkeypatch.setattr("sopdeploy.photos.crops._BLOCK", 7)
+    assert np.allclose(compare_pixels(small, pairs_of(NUM_SCENES)), found, atol=0.02)
+
+
 def test_photographs_that_look_alike_are_no_copies_of_each_other():
     small = np.stack([shrink(alike(seed)) for seed in range(NUM_SCENES)])
     assert not equal_pairs(small, pairs_of(NUM_SCENES))

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.photos import forms
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.copies import group_photographs
 from sopdeploy.photos.evaluation_images import open_evaluation_images
@@ -858,3 +859,31 @@ def test_images_without_folders_are_counted_together(tmp_path) -> None:
         paint(tmp_path / f"{number}.jpg", number)
     with pytest.raises(DataError, match=r"no labels\.csv \(3 images\)"):
         open_folder(tmp_path)
+
+
+def test_all_names_that_are_not_utf8_are_in_one_error(tmp_path) -> None:
+    make(tmp_path, a=2, b=2)
+    try:
+        for name in ("a/Stra\udcdfe.jpg", "b/gr\udcfcn.jpg"):
+            paint(tmp_path / name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    with pytest.raises(DataError, match=r"2 names are not UTF-8, .*a/Stra.*b/gr"):
+        open_folder(tmp_path)
+
+
+def test_of_many_ways_to_extend_names_none_is_read_for_masks(tmp_path, monkeypatch) -> None:
+    """An archive of 1,600 pictures, whose names extend each other in as many ways, took minutes."""
+    paths = [b"a/p.jpg", *(f"a/p_{chr(0x4E00 + number)}.jpg".encode() for number in range(300))]
+    read = list[bytes]()
+    monkeypatch.setattr(forms, "_is_mask", lambda _root, _photo, mask: bool(read.append(mask)))
+
+    assert forms.find_leftovers(tmp_path, {"a": paths}) == []
+    assert read == []
+
+    # A way that one in a hundred names has is tried.
+    masks = [f"a/{number}_mask.jpg".encode() for number in range(3)]
+    photos = [f"a/{number}.jpg".encode() for number in range(3)]
+    forms.find_leftovers(tmp_path, {"a": [*paths, *photos, *masks]})
+
+    assert read == masks[:1]

@@ -498,6 +498,25 @@ def test_a_missing_table_is_known_by_its_suffix_in_capitals(tmp_path) -> None:
     assert images.class_counts().tolist() == [2, 1]
 
 
+def test_what_is_too_long_for_a_name_is_no_table_and_no_folder(tmp_path) -> None:
+    make(tmp_path, {"x/a": 2, "x/b": 1})
+    long = "z" * 5000
+    reading = FolderReading(folder=long, leave_out=long)
+    images = open_evaluation_images(tmp_path, ("a", "b"), reading=reading)
+
+    assert images.class_counts().tolist() == [2, 1]
+
+    make(tmp_path / "flat", {"images": 0})
+    for name in ("a1.jpg", "a2.jpg", "b1.jpg", "b2.jpg"):
+        (tmp_path / "flat/images" / name).write_bytes(jpeg(crc32(name.encode()), (32, 24)))
+
+    pattern = f"^[a-z]|{long}"
+    split = open_folder(tmp_path / "flat", classes_from=pattern)
+    images = open_evaluation_images(tmp_path / "flat", ("b", "a"), reading=split.reading)
+
+    assert images.class_counts().tolist() == [2, 2]
+
+
 def test_a_spreadsheet_beside_folders_is_an_error_that_every_command_can_mend(tmp_path) -> None:
     make(tmp_path, {"a": 2, "b": 2})
     (tmp_path / "labels.xlsx").touch()

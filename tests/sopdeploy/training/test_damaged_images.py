@@ -104,6 +104,22 @@ def test_a_file_that_vanishes_during_a_run_is_left_out_and_named(tmp_path, monke
     assert f"1 unusable image left out: {gone}: no longer there; put it back" in heard.lines
 
 
+TOO_DAMAGED = {
+    "a class without images": [f"train/dog/{number}.jpg" for number in range(4)],
+    "no held-out images": [
+        f"val/{label}/{number}.jpg" for label in ("cat", "dog") for number in range(2)
+    ],
+    "three, more than a twentieth": ["train/cat/1.jpg", "train/dog/2.jpg", "val/dog/0.jpg"],
+}
+
+
+@pytest.mark.parametrize("names", TOO_DAMAGED.values(), ids=TOO_DAMAGED)
+def test_too_many_damaged_images_end_a_run(tmp_path, names) -> None:
+    root = damage(tmp_path / "photos", *names)
+    with pytest.raises(DataError, match=f"^{len(names)} images cannot be used"):
+        train_recipe(recipe_for(root), tmp_path / "run")
+
+
 class Damaged(ArrayImages):
     """Images of which the first `count` are damaged."""
 

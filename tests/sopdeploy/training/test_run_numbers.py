@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 import sopdeploy
 from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.decision import Calibration, Decision
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, amount
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.training import checkpoints
 from sopdeploy.training.results import LIST_WRONG_LABELS, LoopResult, insert_folders
@@ -88,6 +89,18 @@ def test_a_training_that_starts_at_once_with_another_one_takes_the_next_number(
     monkeypatch.setattr(checkpoints, "lock_file", lock_unless_first)
     assert train(settings=LOOP) == Path("runs/photos-2")
     assert (Path("runs/latest")).readlink() == Path("photos-2")
+
+
+def test_a_resumed_run_that_another_process_trains_is_an_error(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings=LOOP)
+    one_attempt = Mock(side_effect=[BlockingIOError()])
+    monkeypatch.setattr(checkpoints, "lock_file", one_attempt)
+    done = CliRunner().invoke(app, ["train", "--data", "photos", "--resume", "always"])
+
+    assert done.exit_code == 2
+    assert "another process trains in this folder" in done.stderr
 
 
 def listed(*options: str) -> list[dict[str, Any]]:
@@ -249,6 +262,19 @@ def test_the_command_that_lists_wrong_labels_has_the_folders_of_the_run() -> Non
         "list them: sopdeploy data check 'my photos' --wrong-labels runs/photos-1"
     )
     assert insert_folders("page: x", None, Path("runs/photos-1")) == "page: x"
+
+
+AMOUNTS = [
+    (1, "+1 photo"),
+    (-1, "-1 photo"),
+    (0, "+0 photos"),
+    (1200, "+1,200 photos"),
+]
+
+
+@pytest.mark.parametrize(("number", "text"), AMOUNTS)
+def test_a_noun_is_plural_unless_there_is_one(number: int, text: str) -> None:
+    assert amount(number, "photo", "+") == text
 
 
 def test_a_finished_run_prints_results_first_and_then_where_they_are_the_time_and_what_to_type(

@@ -12,9 +12,9 @@ import pytest
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.training.callback import Callback, ForwardingCallback, WarningRecord
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.summary import training_rows
+from sopdeploy.training.summary import read_summary, training_rows
 from sopdeploy.training.train import TrainingResult
-from sopdeploy_commands.training.runs import runs
+from sopdeploy_commands.training.runs import read_run, runs
 from tests.sopdeploy.training.runs import SMALL, RecordingCallback, paint, train_with_page
 
 SETTINGS = {
@@ -163,6 +163,28 @@ def test_a_finished_run_tells_its_warnings_again(tmp_path: Path) -> None:
     assert len(first.warnings) == 2
     assert (again.warnings, again.procedure.top1) == (first.warnings, first.procedure.top1)
     assert (again.held_out_count, first.held_out_count) == (9, 9)
+
+
+def test_the_list_of_runs_reads_no_checkpoint_of_runs_with_a_summary(tmp_path: Path) -> None:
+    photos = paint(tmp_path / "photos", 6)
+    result = train(photos, tmp_path / "run", "few_shot")
+    _, expected = read_run(result.best)
+
+    assert (result.out / "run.json").stat().st_size < 10_000
+
+    # Without the summary, as in runs of 0.2.0, or with a damaged one, the checkpoint is read.
+    for content in (None, b"{", b'{"project": 1}'):
+        (result.out / "run.json").unlink()
+        if content is not None:
+            (result.out / "run.json").write_bytes(content)
+        assert read_run(result.best)[1] == expected
+        (result.out / "run.json").touch()
+
+    (result.out / "run.json").unlink()
+    assert read_summary(result.out) is None
+
+    result.best.write_bytes(b"damaged")
+    assert read_run(result.best)[1].problem
 
 
 def test_a_warning_is_told_once_and_those_of_the_run_before_are_kept() -> None:

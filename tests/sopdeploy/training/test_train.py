@@ -3,6 +3,7 @@
 import csv
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -376,6 +377,18 @@ def test_every_head_is_evaluated_and_the_model_is_unchanged(branched) -> None:
     assert found.num_images == 7
 
 
+def test_a_subset_of_the_validation_images_may_show_no_class(branched, monkeypatch) -> None:
+    """The metrics of all validation images, which show some, do not stop at it."""
+    monkeypatch.setattr("sopdeploy.training.diagnostics.MAX_IMAGES", 2)
+    data = dataset()
+    targets = np.eye(3, dtype=np.float32)[data.images.targets]
+    targets[[0, 3]] = 0  # the two images of the subset
+    data = replace(data, images=data.images.replaced(targets=targets))
+    found = diagnose(branched, data, PREPROCESS, 2)
+
+    assert (found.num_images, found.heads, found.right) == (2, {}, "")
+
+
 def history(right_EN: NDArray[np.bool_], *, recorded: bool = True) -> list[EpochRow]:
     """Build the history of a run from the right predictions (epochs, images)."""
     rows = []
@@ -429,6 +442,19 @@ def test_the_estimate_of_the_best_of_40_epochs_is_unbiased_where_the_best_score_
     assert np.mean(estimates) == pytest.approx(0.3, abs=0.03)
     assert np.mean(covered) >= 0.95
     assert np.mean(best) > 0.4
+
+
+def test_an_epoch_that_is_better_on_all_images_has_its_own_score() -> None:
+    right = np.zeros((3, 20), np.bool_)
+    right[1, :15] = True
+    found = estimate_best(history(right))
+
+    assert found.top1 is not None
+    assert (found.top1.right, found.count, found.selected_by) == (15, 20, "other images")
+    assert found.describe() == (
+        "top-1 75.0 % (95 % interval 53 to 89 %) of 20 validation images, corrected for their choice of the "
+        "epoch"
+    )
 
 
 def test_frames_of_a_clip_are_no_independent_images() -> None:

@@ -13,6 +13,8 @@ from sopdeploy.errors import ConfigError, DataError, StorageError, TrainingError
 from sopdeploy.files import LOCK
 from sopdeploy.photos.file_checks import hash_images
 from sopdeploy.training import setup
+from sopdeploy.training.checkpoints import RunFolder
+from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.loop import gradient
 from sopdeploy.training.loop.losses import Loss
 from sopdeploy.training.loop.state import LoopState
@@ -80,6 +82,21 @@ def test_two_processes_never_train_in_the_same_folder(tmp_path) -> None:
         train_recipe(recipe, out, resume=True)
     assert train_recipe(recipe, out, resume=True).num_epochs == 1
     assert not (out / LOCK).exists()
+
+
+def test_a_run_that_another_process_began_meanwhile_is_not_overwritten(tmp_path) -> None:
+    ours, other = (RunFolder(tmp_path / "run", Strategy(torch.device("cpu"))) for _ in range(2))
+    assert ours.open(resume="auto") is other.open(resume="auto") is None
+
+    other.lock()
+    other.last.write_bytes(b"run")
+    other.unlock()
+
+    with pytest.raises(ConfigError, match="holds a run; continue it or choose another"):
+        ours.lock()
+
+    ours.unlock()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["last.pt"]
 
 
 @pytest.mark.parametrize(

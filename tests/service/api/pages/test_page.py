@@ -14,7 +14,7 @@ from PIL import Image
 
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy_service.settings import Settings
-from tests.service.api.pages.conftest import done, expected, give, run_snippet, shown
+from tests.service.api.pages.conftest import SEND_FILE, done, expected, give, run_snippet, shown
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.pictures import encoded
 from tests.support.service import deciding, picture_bytes, running
@@ -347,6 +347,23 @@ def test_a_phone_offers_its_camera_and_no_drop(open_page, client):
     assert desk.get_by_text("Take a photo").is_hidden()
 
 
+def test_the_prediction_for_one_image_does_not_stay_under_the_next_one(
+    open_page, serve_with, onnx_runtime
+):
+    client = serve_with(onnx_runtime)
+    page = open_page(client.base_url)
+    page.locator("#explain").check()
+    give(page, picture_bytes((30, 200, 60)))
+    page.locator("#map").wait_for()
+    page.evaluate("askAll = async () => {}")  # no prediction arrives
+    page.evaluate(
+        SEND_FILE, ["drop", list(picture_bytes((200, 30, 60))), "b.jpg", "image/jpeg"]
+    )
+
+    assert page.locator("#classes li").count() == 0
+    assert page.locator("#map").is_hidden()
+
+
 def rows_of(page) -> list[dict[str, str]]:
     """Rows of the CSV file that the page saves."""
     with page.expect_download() as download:
@@ -416,6 +433,13 @@ def test_the_images_of_a_folder_are_classified_and_saved_as_the_command_would(
 
     assert [{**row, "image": ""} for row in rows[1:]] == 3 * [{"image": "", **right}]
     assert [(row["class"], "not an image" in row["error"]) for row in rows[:1]] == [("", True)]
+
+
+def test_a_folder_without_images_is_said_to_have_none(page, tmp_path):
+    page.locator("h1", has_text="tiny").wait_for()
+    (tmp_path / "notes.txt").write_bytes(b"")
+    drop_folder(page, tmp_path)
+    page.get_by_text("There are no images in this folder.").wait_for()
 
 
 def test_two_models_answer_side_by_side_in_the_list_and_in_the_file(

@@ -371,6 +371,21 @@ def test_what_is_forgotten_or_labelled_beside_the_server_makes_place_for_others(
     assert (kept.used, numbers(folder)) == (2 * PAIR, [1, 9])
 
 
+def test_a_photograph_forgotten_while_its_record_is_replaced_leaves_none(
+    tmp_path: Path, monkeypatch
+) -> None:
+    kept, write = KeptFolder(tmp_path, 100 * PAIR, 30), kept_folder._write
+    kept.add(PHOTO, photo(0))
+
+    def forget_before(file: Path, content: bytes) -> None:
+        forget_one(tmp_path, 0)
+        write(file, content)
+
+    monkeypatch.setattr(kept_folder, "_write", forget_before)
+    assert kept.add(PHOTO, photo(0, "unknown")) == "dropped"
+    assert (kept.used, [file.name for file in tmp_path.iterdir()]) == (0, [".lock"])
+
+
 def test_a_near_duplicate_of_a_forgotten_photograph_is_kept(
     bundle, onnx_runtime, tmp_path: Path
 ) -> None:
@@ -448,6 +463,27 @@ def test_photographs_expire_while_nothing_is_sent(bundle, onnx_runtime, tmp_path
             lambda: 'kept_deleted_total{reason="expired"} 1.0' in client.get("/metrics").text
         )
     assert numbers(tmp_path) == []
+
+
+def test_a_new_reason_that_cannot_be_written_keeps_the_photograph(
+    tmp_path: Path, monkeypatch
+) -> None:
+    kept = KeptFolder(tmp_path, 100 * PAIR, 30)
+    kept.add(PHOTO, photo(0, "sample"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            kept_folder,
+            "atomic_write",
+            lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")),
+        )
+        assert kept.add(PHOTO, photo(0, "unknown")) == "failed"
+
+    assert numbers(tmp_path) == [0]
+    assert kept.add(PHOTO, photo(0, "unknown")) == "kept"
+
+    ((_, record),) = read_kept(tmp_path)
+    assert set(record.reasons) == {"sample", "unknown"}
 
 
 def test_a_start_counts_what_exists_and_deletes_only_what_is_incomplete(tmp_path: Path) -> None:

@@ -91,6 +91,18 @@ def test_the_page_answers_to_each_name_of_this_machine_and_to_its_own_origin(cli
         assert reply.status_code == 200, name
 
 
+def test_each_name_that_a_trusted_proxy_forwards_is_checked(keep, open_folders):
+    keep(1)
+    own, other = (("x-forwarded-host", name) for name in ("localhost", "evil.example"))
+    with label_server(open_folders(), trusted_proxies="127.0.0.1") as client:
+        assert [
+            client.get("/state", headers=sent).status_code for sent in ([own], [own, other])
+        ] == [
+            200,
+            403,
+        ]
+
+
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have no such names")
 def test_a_page_of_folders_whose_names_are_not_utf8_works(tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")

@@ -230,6 +230,26 @@ def test_labels_and_undo_work_between_file_systems(tmp_path, keep, open_folders,
     assert given == 3 * [(status.st_uid, status.st_gid)]  # two moves and the record
 
 
+def test_an_undo_on_a_full_disk_changes_nothing_and_can_follow(
+    tmp_path, keep, open_folders, monkeypatch
+):
+    one, folders = keep(1), open_folders()
+    before = files_below(tmp_path)
+    folders.label(one, "hat")
+
+    def fail(*_args: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", fail)
+        with pytest.raises(OSError, match="No space"):
+            folders.undo()
+
+    assert files_below(tmp_path) == {f"photos/hat/{one}.jpg"}
+    folders.undo()
+    assert (files_below(tmp_path), list(folders.waiting)) == (before, [one])
+
+
 def test_a_photograph_that_another_process_has_labelled_or_deleted_is_refused(
     tmp_path, keep, open_folders
 ):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sopdeploy.photos.files import name_id
+from sopdeploy_service.labelling.label import app
 from sopdeploy_service.labelling.label.folders import LabelFolders
 from sopdeploy_service.labelling.label.heap import Vector
 from tests.service.labelling.label.conftest import (
@@ -369,6 +370,53 @@ def test_several_photographs_get_one_label_by_mouse_and_by_keyboard(
     thumbnails.nth(0).tap()
     page.keyboard.press("Escape")
     assert not any(pressed(page))
+
+
+def test_of_several_labels_one_that_another_tab_took_leaves_the_others_selected(
+    keep, open_label_page, tmp_path
+):
+    for number in range(4):
+        keep(number)
+
+    page, other = open_label_page(), open_label_page()
+    taken = page.evaluate("state.next[1]")
+    other.locator("#next button").nth(1).click()
+    press(other, "1", 3)
+
+    for place in range(3):
+        page.locator("#next button").nth(place).click()
+
+    press(page, "2", 2)
+    assert "has a label already" in page.locator("#error").text_content()
+    assert pressed(page) == [True, False]
+
+    press(page, "2", 1)
+    assert len(files_below(tmp_path / "photos")) == 3
+    assert f"{LABELS[0]}/{taken}.jpg" in files_below(tmp_path / "photos")
+
+
+def test_a_thumbnail_is_selected_by_what_it_shows_while_the_next_photograph_arrives(
+    keep, open_label_page, monkeypatch
+):
+    monkeypatch.setattr(app, "MAX_THUMBNAILS", 1)
+    held = []
+
+    for number in range(2):
+        keep(number)
+
+    page = open_label_page()
+    page.route("**/images/*", lambda route: held.append(route))
+
+    with page.expect_request("**/images/*"):
+        page.keyboard.press("1")
+
+    page.locator("#next button").click()  # of the photograph that has a label now
+    while not held:
+        page.wait_for_timeout(10)
+
+    held[0].continue_()
+    wait_until(page, 1)
+    assert pressed(page) == [False]
 
 
 def test_the_sample_is_marked_and_held_out_and_names_with_markup_are_text(

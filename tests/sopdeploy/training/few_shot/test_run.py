@@ -1,9 +1,11 @@
 """The few-shot procedure: classifier, folds, choice, decision, and whole runs on painted images."""
 
 import json
+import shlex
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,15 +31,16 @@ from sopdeploy.evaluation.multi_label import (
 )
 from sopdeploy.html.report import percent
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates
-from sopdeploy.photos.photo import ArrayImages, ImageFiles
+from sopdeploy.photos.photo import ArrayImages, ImageFiles, Photo
 from sopdeploy.project import FolderReading
 from sopdeploy.report.wrong_labels import find_wrong_labels, list_wrong_labels
-from sopdeploy.training.callback import Callback
+from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import LinearProblem, Space, unit_length
 from sopdeploy.training.few_shot.cross_validation import judge_few_apart, select_typical
 from sopdeploy.training.few_shot.discriminant import SHRINKAGE, Discriminant
+from sopdeploy.training.few_shot.features import CachedNetwork, Features, compute_features
 from sopdeploy.training.few_shot.learning import estimate_gains
 from sopdeploy.training.few_shot.scaling import OutOfFold, Scaling, estimate_excess
 from sopdeploy.training.few_shot.score import estimate_score
@@ -98,6 +101,19 @@ def scaled_inputs(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(
         [part / np.sqrt(np.square(part).sum(axis=1).mean()) for part in centered], axis=1
     )
+
+
+def test_sums_do_not_depend_on_how_many_images_are_added_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    features, classes = blobs()
+    found = []
+    for rows in (4096, 7):
+        monkeypatch.setattr("sopdeploy.training.few_shot.classifier.ROWS", rows)
+        problem = problem_of([features], softmax_targets(classes))
+        found.append((problem.cosines(np.arange(40) % 5), problem.fit_all(UNSCALED).weight))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [40, 12])
@@ -822,6 +838,22 @@ def test_training_warns_of_held_out_copies_of_training_images(tmp_path: Path):
     )
 
 
+def test_the_judged_copy_is_found_without_decoding_and_long_groups_name_an_image_per_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    photos = paint(tmp_path / "photos", 4)
+    for number in range(12):
+        shutil.copy(photos / "red" / "0.png", photos / "red" / f"copy{number}.png")
+
+    shutil.copy(photos / "red" / "0.png", photos / "blue" / "copy.png")
+    monkeypatch.setattr(Photo, "pixels", None)  # the features need no image of any size
+    settings = [*PLAIN, f"data.path={photos}", "procedure.group_copies=false"]
+    settings.append("data.classes_from=folders")  # no search for masks, which reads pixels
+    result = train_recipe(read_recipe("photos", settings), tmp_path / "run").procedure
+
+    assert result.contradictions == ("blue/copy.png = red/0.png",)
+
+
 def test_a_run_records_how_its_folder_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Recipe, "starts_random", False)  # as with a file of weights
     paint(tmp_path / "photos" / "set", 4)
@@ -887,6 +919,63 @@ def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_tho
         assert selected.procedure == LoopConfig()
         divided = divide_images(selected, data, None, processes).data
         assert len(divided.train) + len(divided.held_out) == 120
+
+
+def test_a_head_that_reads_the_span_of_some_images_predicts_as_well():
+    features, classes = blobs(400)
+    targets = softmax_targets(classes)
+    exact, problem = problem_of([features], targets), problem_of([features], targets, 20)
+
+    assert problem.reduced.shape == (400, 20)
+    heads = [one.fit_all(UNSCALED) for one in (exact, problem)]
+    right = [np.mean(head.logits(features).argmax(axis=1) == classes) for head in heads]
+
+    assert right[1] > right[0] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0.5, []),  # the rest takes less than two minutes
+        (2.0, ["expected time: about 6 minutes; x"]),
+        (60.0, ["expected time: about 3.3 hours; x"]),
+    ],
+)
+def test_the_expected_time_of_a_long_run_is_told_once(seconds: float, expected: list[str]):
+    callback, now = RecordingCallback(), 0.0
+    told = ExpectedTime(callback, "x", clock=lambda: now)
+    for done in range(1, 201):
+        now = done * seconds
+        told.update(done, 200)
+    assert [values["message"] for _, values in callback.events] == expected
+
+
+def test_no_array_of_all_images_has_a_column_per_feature(tmp_path: Path, monkeypatch):
+    recipe = read_recipe(
+        "photos", [*SMALL, *FEW_SHOT, f"data.path={paint(tmp_path / 'photos', 12)}"]
+    )
+    monkeypatch.setattr("sopdeploy.training.few_shot.features.MAX_RANK", 20)
+    found = []
+
+    def compute(outputs: CachedNetwork, *arguments: Any) -> Features:
+        found.append((outputs.network, compute_features(outputs, *arguments)))
+        return found[-1][1]
+
+    monkeypatch.setattr(
+        "sopdeploy.training.few_shot.cross_validation.compute_features", compute
+    )
+    train_recipe(recipe, tmp_path / "run")
+    ((network, features),) = found
+
+    assert features.reduced.shape == (36, 20)
+    values = [getattr(features, field.name) for field in fields(features)]
+    arrays = [value for value in values if isinstance(value, np.ndarray) and value.ndim == 2]
+
+    assert (
+        max(array.shape[1] for array in arrays)
+        == features.own.shape[1]
+        < network.num_features()
+    )
 
 
 def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
@@ -981,6 +1070,31 @@ def test_too_few_different_photographs_are_named(case: str, tmp_path: Path):
     assert ("no estimate" in result.report.read_text()) == has_none
 
 
+def test_photographs_of_an_object_folder_are_a_group_and_no_copies(tmp_path: Path):
+    photos, random = (
+        write_views(tmp_path / "photos", {"a": 4, "b": 4}, views=1),
+        np.random.default_rng(1),
+    )
+    for file in list(
+        photos.rglob("0.png")
+    ):  # one more photograph of the object, and of one a copy
+        Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(
+            file.with_name("1.png")
+        )
+
+    shutil.copy(photos / "a" / "0" / "0.png", photos / "a" / "0" / "copy.png")
+    result = train(photos, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
+    lines = result.procedure.lines()
+    groups = (
+        "17 photos, 8 independent groups: copies and photos of one folder or object share a fold; "
+        "of copies, the largest is judged"
+    )
+
+    assert groups in lines
+    page = result.report.read_text()
+    assert ("group 1: a" in page, "group 2: " in page) == (True, False)
+
+
 def test_a_group_of_several_classes_is_not_called_a_wrong_label(tmp_path: Path):
     photos = paint(tmp_path / "photos", 6)
     rows = [
@@ -1033,6 +1147,17 @@ def test_photographs_that_are_all_in_two_classes_are_right_in_at_most_one(tmp_pa
     assert score.right <= 6
 
 
+def test_the_suggested_command_can_be_pasted(tmp_path: Path):
+    photos, out = paint(tmp_path / "photos", 6), tmp_path / "my run"
+    settings = [part for value in PLAIN for part in ("--set", value)]
+    shown = CliRunner().invoke(
+        app, ["train", "--data", str(photos), "--out", str(out), *settings]
+    )
+    (line,) = [line for line in shown.output.splitlines() if line.startswith("next: ")]
+
+    assert shlex.split(line)[-2] == str(out / "best.pt")
+
+
 @pytest.mark.parametrize("wrong", [0, 2])
 def test_the_result_says_how_many_labels_it_doubts_and_how_to_list_them(
     tmp_path: Path, monkeypatch, wrong
@@ -1077,6 +1202,27 @@ def test_large_classes_are_judged_by_heads_with_all_photographs_of_small_ones():
     with_copy = np.where(different == 37, 7, different)
     expected = [1.0 if image in (7, 36, 37) else 2.0 for image in range(38)]
     assert numbers_of_small(with_copy) == expected
+
+
+def test_a_run_is_scored_by_heads_with_all_photographs_of_small_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cross_validate, folds_of_calls = LinearProblem.cross_validate, []
+
+    def record(problem: LinearProblem, folds: np.ndarray) -> OutOfFold:
+        folds_of_calls.append(folds)
+        return cross_validate(problem, folds)
+
+    monkeypatch.setattr(LinearProblem, "cross_validate", record)
+    root = paint(tmp_path / "photos", 12)
+
+    for number in range(2, 12):
+        (root / "red" / f"{number}.png").unlink()
+
+    train(root, out=tmp_path / "run", set=[*PLAIN, "procedure.group_copies=false"])
+
+    # "red" is the last class.
+    assert set(folds_of_calls[-1][-2:]).isdisjoint(folds_of_calls[-1][:-2])
 
 
 @pytest.mark.parametrize("counts", [(3, 3, 3), (12, 12, 5)], ids=["all small", "none small"])
