@@ -469,8 +469,7 @@ UNLIMITED = {
     # The user's own weights, which are loaded whole.
     "user_network/loading.py",
     # Files of the kernel.
-    "sopdeploy/environment.py", "decoding/child.py", "sopdeploy_service/templates.py",
-    "runtime/device_memory.py",
+    "sopdeploy/environment.py", "decoding/child.py", "runtime/device_memory.py",
 }  # fmt: skip
 
 
