@@ -57,11 +57,13 @@ def install_with_uv(uv: Path, python: Path, *arguments: str) -> bool:
     """Install *arguments* for *python*, first without PyTorch's GPU libraries if there is no GPU."""
     command = [str(uv), "pip", "install", "--quiet", "--python", str(python), *arguments]
     is_chosen = "UV_TORCH_BACKEND" in os.environ
+    has_own_index = any(name.startswith("UV_") and "INDEX" in name for name in os.environ)
 
-    if not is_chosen and not shutil.which("nvidia-smi"):
+    # A backend makes uv ignore an index of the user.
+    if not is_chosen and not has_own_index and not shutil.which("nvidia-smi"):
         if succeeds(command, UV_TORCH_BACKEND="cpu", UV_HTTP_RETRIES="1"):
             return True
-        sys.stdout.write("trying again, with PyTorch from the other index and for GPUs\n")
+        sys.stdout.write("uv failed; trying again with the PyTorch for GPUs\n")
     return succeeds(command)
 
 

@@ -45,12 +45,6 @@ class TemplateProcess(ABC):
     def run(self, file: int) -> subprocess.Popen[bytes]:
         """Run the program of the template, which reads messages from the socket *file*."""
 
-    @property
-    def process(self) -> int | None:
-        """The id of the process of the template, if there is one."""
-        process = self._process
-        return None if process is None else process.pid
-
     def ask(self, message: bytes, *files: int) -> tuple[int, int]:
         """Send *message* and *files* to the template; return its reply: (process ID, exit code or error).
 

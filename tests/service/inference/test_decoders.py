@@ -275,7 +275,7 @@ from sopdeploy_service.decoding.pool import shared_template
 from tests.service.inference.test_decoders import OPTIONS
 connection, child = shared_template().fork(OPTIONS)
 connection.recv(1)
-print(shared_template().process, child, flush=True)
+print(shared_template()._process.pid, child, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
