@@ -86,7 +86,7 @@ def list_classes(
     without_images = [
         label
         for label, files in other_files.items()
-        if not paths_of_class[label] and 2 * sum(map(_may_hold_photographs, files)) < len(files)
+        if files and not paths_of_class[label] and not any(map(_may_hold_photographs, files))
     ]
     for label in without_images:
         del paths_of_class[label]

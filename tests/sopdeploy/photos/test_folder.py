@@ -775,12 +775,32 @@ def test_an_archive_beside_a_few_images_is_to_be_unpacked(tmp_path) -> None:
         open_folder(root)
 
 
-def test_a_folder_of_logs_is_no_class_even_if_some_are_packed(tmp_path) -> None:
-    root = make(tmp_path, cat=3, dog=3, logs=0)
-    for name in ("a.pb", "b.pb", "trace.json.gz"):
-        (root / "logs" / name).write_bytes(b"x")
+RAW = [f"{number}.{suffix}" for number in range(8) for suffix in ("NEF", "xmp")]
+WITHOUT_IMAGES = {
+    "raw files, their settings and a note": ([*RAW, "notes.txt"], "convert them"),
+    "an archive and texts": (["photos.zip", "readme.txt", "license.txt"], "unpack cat/photos.zip"),
+    "texts": (["readme.txt", "license.txt"], ""),
+    "arrays": (["a.npy", "b.npy"], ""),
+}  # fmt: skip
 
-    assert open_folder(root).train.labels == ("cat", "dog")
+
+@pytest.mark.parametrize(("files", "advice"), WITHOUT_IMAGES.values(), ids=WITHOUT_IMAGES)
+def test_a_folder_is_a_class_if_any_of_its_files_may_hold_photographs(
+    tmp_path, files, advice
+) -> None:
+    root = make(tmp_path, cat=0, dog=3, fox=3)
+    for name in files:
+        (root / "cat" / name).write_bytes(b"x")
+
+    if advice:
+        with pytest.raises(
+            DataError, match=f"cat: no images in this class folder.*or {advice}"
+        ):
+            open_folder(root)
+    else:
+        split = open_folder(root)
+        assert split.train.labels == ("dog", "fox")
+        assert f"{root}: left out, because they hold no images: cat" in split.notes
 
 
 def test_only_folders_that_hold_no_folders_are_to_be_sorted(tmp_path) -> None:
