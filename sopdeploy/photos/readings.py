@@ -48,6 +48,7 @@ FEW_IMAGES = 3  # that names and subfolders must have per class on average
 NEARLY_ALL = 0.9  # share of the images that a reading uses if nobody is asked
 MAX_FOLDERS = 3  # that are tried as data sets of their own, those with the most images
 MAX_ASKED = 8  # readings that are shown, those that use the most images
+PARTS_OF_ONE = "may be parts of one class"  # as folders called by days are
 # Words of folders that say what was done with images, not what they show
 UNSPECIFIC = {
     *("backup", "bak", "copy", "copies", "example", "examples", "folder", "misc", "new", "old"),
@@ -56,8 +57,8 @@ UNSPECIFIC = {
     *("screenshot", "screenshots", "temp", "tmp"),
     *("unknown", "unlabeled", "unlabelled", "unsorted"),
 }
-# Names such as `day 1`, `ch12` and `c0`; WordNet's have more digits
-NUMBERED = re.compile(r"\D*[^\W\d]\D*\d{1,3}")
+# Names such as `day 1`, `ch12` and `c0`, but not `class 1`; WordNet's have more digits
+NUMBERED = re.compile(r"(?!class)\D*[^\W\d]\D*\d{1,3}", re.IGNORECASE)
 DATED = re.compile(r"(19|20)\d\d\D?[01]\d\D?[0-3]\d.*")
 
 
@@ -333,15 +334,9 @@ def _doubtful_together(tree: Tree) -> dict[str, str]:
 
     Names alone tell nothing of them.
     """
-    # Days, and chapters: nobody chose how many images each has, so some have few, or their number
-    # is missing, because they have none.
-    is_part = all(map(DATED.fullmatch, tree.tops))
-    if tree.differs_in_numbers:
-        numbers = {int(re.findall(r"\d+", top)[-1]) for top in tree.tops}
-        has_gap = max(numbers) - min(numbers) >= len(numbers)
-        counts = tree.counts.values()
-        is_part = has_gap or min(counts) < min(SMALL_CLASS, max(counts))
-    parts = {*tree.tops} if is_part else set[str]()
+    # Days, and chapters
+    reason = _why_parts_of_one_class(tree)
+    parts = tree.tops if reason else []
 
     # Forms of the same pictures, and things of other sizes, such as boards and pieces
     images = tree.by_top()
@@ -352,8 +347,31 @@ def _doubtful_together(tree: Tree) -> dict[str, str]:
             sizes, "may show other things, because no other images have such sizes"
         ),
         **dict.fromkeys(forms, "may hold the same pictures in several forms"),
-        **dict.fromkeys(parts, "may be parts of one class, because only their numbers differ"),
+        **dict.fromkeys(parts, f"{PARTS_OF_ONE}, because {reason}"),
     }
+
+
+def _why_parts_of_one_class(tree: Tree) -> str:
+    """Say why the folders at the top may be parts of one class, by their names and counts; "" if nothing tells.
+
+    Nobody chose how many images each day or chapter has, so some have few, or their number is
+    missing, because they have none.
+    """
+    if all(map(DATED.fullmatch, tree.tops)):
+        return "their names are dates"
+    if not tree.differs_in_numbers:
+        return ""
+
+    numbers = {int(re.findall(r"\d+", top)[-1]) for top in tree.tops}
+    missing = sorted({*range(min(numbers), max(numbers))} - numbers)
+    if missing:
+        are_missing = "number {} is missing" if len(missing) == 1 else "numbers {} are missing"
+        return are_missing.format(shorten([*map(str, missing)]))
+
+    smallest = min(tree.tops, key=lambda top: tree.counts[top])
+    if tree.counts[smallest] < min(SMALL_CLASS, max(tree.counts.values())):
+        return f"{smallest} has only {amount(tree.counts[smallest], 'image')}"
+    return ""
 
 
 def _may_hold_all(folder: str) -> bool:
@@ -470,6 +488,11 @@ def _ambiguous_error(
         for one in tried
         if len(tried) == 1 or one.reading.classes_from == FOLDERS
     ]
+    if tree.differs_in_numbers and any(
+        one.reading.classes_from in NAME_PATTERNS for one in tried
+    ):
+        told = "the names of the files tell other classes"
+        doubts.append(f"{shorten(tree.tops)} {PARTS_OF_ONE}, because {told}")
     doubt = next((f" ({doubt})" for doubt in doubts if doubt), "")
     if len(tried) > 1:
         question = f"may be read in {len(tried)} ways{doubt}; run the one that you mean: "

@@ -726,9 +726,15 @@ ASKED = {
         "photos (cat 10, dog 10; 3 of 23 images left over)",
     ),
     "shards": ({}, "data.classes_from='^\\D+' (cat 6, dog 6)"),
-    "chapters": ({"ch1": 3, "ch3": 3}, "(ch1, ch3 may be parts of one class, because only their numbers differ)"),
-    "chapters with few images": ({"ch1": 12, "ch2": 9}, "(ch1, ch2 may be parts of one class"),
-    "dates": ({"2024-05-01": 3, "2024-06-01": 3}, "because only their numbers differ"),
+    "the reason for shards": (
+        {}, "(shard_1, shard_2 may be parts of one class, because the names of the files tell other classes)"
+    ),
+    "chapters": ({"ch1": 3, "ch3": 3}, "(ch1, ch3 may be parts of one class, because number 2 is missing)"),
+    "chapters with a large gap": ({"ch1": 3, "ch4": 3}, "because numbers 2, 3 are missing)"),
+    "chapters with few images": (
+        {"ch1": 12, "ch2": 9}, "(ch1, ch2 may be parts of one class, because ch2 has only 9 images)"
+    ),
+    "dates": ({"2024-05-01": 3, "2024-06-01": 3}, "because their names are dates)"),
 }  # fmt: skip
 
 
@@ -751,6 +757,8 @@ NOT_ASKED = [
     {"good__left": 3, "good__right": 2, "bad": 2},
     {"0": 3, "1": 3},
     {"Class_1": 3, "Class_2": 3},
+    {"class 1": 3, "class 3": 3},
+    {"class 1": 30, "class 2": 5},
     {"c0": 3, "c1": 3},
     {"c0": 10, "c1": 12},
     {"grade 1": 3, "grade 2": 3},
