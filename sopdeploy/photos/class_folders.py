@@ -38,7 +38,6 @@ from sopdeploy.photos.files import (
     list_subfolders,
     lookalike_key,
     normalize,
-    normalize_label,
     part_kind,
 )
 from sopdeploy.photos.forms import find_leftovers
@@ -68,7 +67,7 @@ def list_classes(
 
     The folders *leave_out* are none, and neither is a folder of programs, texts or arrays only.
 
-    Folders with one name in two encodings, or with spaces around it, are one class. The images of a folder in a class
+    Folders with one name in two encodings are one class. The images of a folder in a class
     folder are a group, unless it holds all images of the class. A link in a class folder to
     another class folder is not followed. Masks, photographs in another form (`find_leftovers`),
     and classes that hold nothing else are left out, unless *classes_from* is `FOLDERS`.
@@ -136,7 +135,7 @@ def list_classes(
             "class, and each of several folders as one group: "
             f"{names}; add --set data.classes_from={SUBFOLDERS} if they are classes"
         )
-    notes += [f"{root}: {line}" for line in describe_confusable(labels)]
+    notes += [f"{root}: {line}" for line in _describe_names(labels)]
     return ClassListing(images, other_files, [*map(os.fsencode, beside)], notes)
 
 
@@ -212,7 +211,7 @@ def _list_folders(
     folders = defaultdict[str, list[str]](list)  # names of folders by class
     for name in list_subfolders(root):
         if name not in leave_out:
-            folders[normalize_label(name)].append(name)
+            folders[normalize(name)].append(name)
     check_labels(root, sorted(folders))
 
     # A folder that a link leads to is listed in its own class only.
@@ -244,7 +243,7 @@ def _list_by_name(
     """
     if pattern == SUBFOLDERS:
         parents = [os.fsdecode(path).rpartition("/")[0] for path in paths]
-        label_of_path = [normalize_label(parent.rpartition("/")[2]) for parent in parents]
+        label_of_path = [normalize(parent.rpartition("/")[2]) for parent in parents]
     else:
         label_of_path = [class_in_name(path, pattern) for path in paths]  # "" without a class
     labels = tuple(sorted(filter(None, set(label_of_path))))
@@ -261,8 +260,18 @@ def _list_by_name(
     images = ImageFiles(
         root, labels, np.asarray(kept, np.bytes_), np.asarray(targets, np.int64)
     )
-    notes += [f"{root}: {line}" for line in describe_confusable(labels)]
+    notes += [f"{root}: {line}" for line in _describe_names(labels)]
     return ClassListing(images, other_files, without, notes)
+
+
+def _describe_names(labels: Sequence[str]) -> Iterator[str]:
+    """Describe *labels* that are easily confused, and those that a user may not see are so written."""
+    yield from describe_confusable(labels)
+    if spaced := [repr(label) for label in labels if label != label.strip()]:
+        yield (
+            f"the names of these class folders begin or end with a space: {shorten(spaced)}; "
+            "rename them, unless you want that"
+        )
 
 
 def is_pattern(classes_from: str) -> bool:

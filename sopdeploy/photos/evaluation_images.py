@@ -29,7 +29,7 @@ from sopdeploy.photos.files import (
     list_images,
     list_subfolders,
     naming_all_undecodable,
-    normalize_label,
+    normalize,
     part_folder,
     split_names,
 )
@@ -76,8 +76,8 @@ def _as_far_as_possible(
     reading: FolderReading, root: Path, labels: tuple[str, ...]
 ) -> FolderReading:
     """Return what of *reading* applies to *root*; nothing if its folders are classes of the network."""
-    classes = {*map(normalize_label, labels), *class_aliases()}
-    folders = {*map(normalize_label, list_subfolders(root))}
+    classes = {*map(normalize, labels), *class_aliases()}
+    folders = {*map(normalize, list_subfolders(root))}
     if reading == AS_IT_IS or (folders and folders <= classes):
         return AS_IT_IS
 
@@ -92,13 +92,13 @@ def _as_far_as_possible(
         classes_from = ""
 
     # A folder that is a class tells more than the names of files, also beside other folders.
-    inner_folders = set(map(normalize_label, list_subfolders(inner)))
+    inner_folders = set(map(normalize, list_subfolders(inner)))
     if is_pattern(classes_from) and not has_table and classes & inner_folders:
         classes_from = ""
 
     left_out = [
         name
-        for name in split_names(reading.leave_out)
+        for name in split_names(reading.leave_out, inner)
         if os.path.isdir(inner / name)  # noqa: PTH112
     ]
     return FolderReading(folder=folder, classes_from=classes_from, leave_out=",".join(left_out))
@@ -113,7 +113,7 @@ def _open_evaluation_images(
     log: Log,
 ) -> ImageFiles:
     """Do what `open_evaluation_images` says, in a *root* that holds what *reading* names."""
-    leave_out = split_names(reading.leave_out)
+    leave_out = split_names(reading.leave_out, root)
     named = named_table(root, reading.classes_from)
     if multi_label and named:
         table, column = named
@@ -170,16 +170,16 @@ def _held_out_folder(
 
     It is none of *leave_out*.
     """
-    names = {normalize_label(name) for name in list_subfolders(root) if name not in leave_out}
+    names = {normalize(name) for name in list_subfolders(root) if name not in leave_out}
     # A single folder of folders that is no class is the data set itself, as in training.
-    known = {normalize_label(label) for label in labels} | {*class_aliases()}
+    known = {normalize(label) for label in labels} | {*class_aliases()}
     is_wrapped = len(names) == 1 and not names & known
     if is_wrapped and not find_parts(root, leave_out).held_out and not find_table(root):
         (inner,) = (root / name for name in list_subfolders(root) if name not in leave_out)
         if list_subfolders(inner):
             return _held_out_folder(inner, labels, (), log)
     # If each subfolder is a class, none is a part, even if it is named val.
-    if names <= {normalize_label(label) for label in labels}:
+    if names <= {normalize(label) for label in labels}:
         return root
     parts = find_parts(root, leave_out)
     # Beside other folders, and without train/, val/ is a class.
@@ -225,9 +225,9 @@ def _match_classes(
     With *allow_unknown*, images of other classes are left out instead, if one class remains.
     *where* and *what* name in messages what tells the classes: a folder or a table.
     """
-    # Names of folders are in the form NFC and without spaces around them, labels perhaps not.
+    # Names of folders are in the form NFC, labels of networks perhaps not.
     aliases = class_aliases()  # of WordNet IDs
-    label_of_name = {normalize_label(label): label for label in labels}
+    label_of_name = {normalize(label): label for label in labels}
     names = tuple(label_of_name.get(name, aliases.get(name, name)) for name in images.labels)
 
     unknown = [

@@ -170,11 +170,6 @@ def normalize(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def normalize_label(name: str) -> str:
-    """Return the label of the class *name*, also of a folder: `normalize`d and without spaces around it."""
-    return normalize(name).strip()
-
-
 def lookalike_key(name: str) -> str:
     """Return what names share that are easily confused: *name* without case, variants and extra spaces."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
@@ -481,9 +476,17 @@ def find_parts(root: Path, leave_out: Collection[str] = ()) -> Parts:
     return Parts(train, tuple(held_out), others)
 
 
-def split_names(leave_out: str) -> tuple[str, ...]:
-    """Divide *leave_out*, names of folders separated by commas."""
-    return tuple(name.strip() for name in leave_out.split(",") if name.strip())
+def split_names(leave_out: str, root: Path) -> tuple[str, ...]:
+    """Divide *leave_out*, names of folders in *root* separated by commas.
+
+    Spaces around a name are part of it if *root* has such a folder.
+    """
+    # `Path.is_dir` raises for a text that is longer than a name can be.
+    return tuple(
+        name if os.path.isdir(root / name) else name.strip()  # noqa: PTH112
+        for name in leave_out.split(",")
+        if name.strip()
+    )
 
 
 def part_folder(root: Path, name: str) -> Path:

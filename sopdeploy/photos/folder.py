@@ -40,7 +40,6 @@ from sopdeploy.photos.files import (
     list_outputs,
     list_subfolders,
     naming_all_undecodable,
-    normalize_label,
     part_folder,
     part_kind,
     split_names,
@@ -119,37 +118,22 @@ def open_parts(
     default all. *classes_from* and *leave_out* are those of `open_folder`. Raises `DataError`.
     """
     with naming_all_undecodable(root):
-        return _open_parts(root, max_held_out, classes_from, split_names(leave_out))
+        return _open_parts(root, max_held_out, classes_from, split_names(leave_out, root))
 
 
 def _open_parts(
     root: Path, max_held_out: int | None, classes_from: str, leave_out: tuple[str, ...]
 ) -> OpenedParts:
     """Do what `open_parts` says."""
-    # The names of folders to leave out, as a message or a person writes them
-    folders = {normalize_label(name): name for name in list_subfolders(root)}
-    leave_out = tuple(folders.get(normalize_label(name), name) for name in leave_out)
-
     # An official layout.
     if (kind := detect_kind(root)) is not None:
         train = open_part(kind, "train", root)
         held_out = open_part(kind, "held_out", root)
         return OpenedParts({"train": train, "test": held_out})
 
-    # What the user says.
+    # What the user says, or a table that nothing contradicts.
     if classes_from:
-        # A table outside of the folder is the user's own choice, which no bundle repeats.
-        recorded = "" if leads_out(table_folder(classes_from)) else classes_from
-        reading = FolderReading(classes_from=recorded, leave_out=",".join(leave_out))
-        if named := named_table(root, classes_from):
-            opened = _open_table(root, *named)
-        elif classes_from == FILES:
-            raise no_classes_error(root)
-        else:
-            opened = _open_class_folders(root, max_held_out, classes_from, leave_out)
-        return opened._replace(reading=reading)
-
-    # A table that nothing contradicts.
+        return _open_as_said(root, max_held_out, classes_from, leave_out)
     if table := find_table(root):
         return _open_table(root, table)
 
@@ -158,7 +142,34 @@ def _open_parts(
     if missing:
         raise DataError(f"{root}: has no folder {shorten(missing)}, which is to be left out")
     copies = find_copied_folders(root, leave_out)
-    leave_out = (*leave_out, *copies)
+    opened = _open_unasked(root, max_held_out, (*leave_out, *copies))
+    if copies:
+        note = f"{root}: left out, because they hold copies of the others: {shorten(copies)}"
+        opened = opened._replace(notes=[*opened.notes, note])
+    return opened
+
+
+def _open_as_said(
+    root: Path, max_held_out: int | None, classes_from: str, leave_out: tuple[str, ...]
+) -> OpenedParts:
+    """Open the parts of *root* with the classes that *classes_from* tells, as `open_parts` says."""
+    if named := named_table(root, classes_from):
+        opened = _open_table(root, *named)
+    elif classes_from == FILES:
+        raise no_classes_error(root)
+    else:
+        opened = _open_class_folders(root, max_held_out, classes_from, leave_out)
+
+    # A table outside of the folder is the user's own choice, which no bundle repeats.
+    recorded = "" if leads_out(table_folder(classes_from)) else classes_from
+    reading = FolderReading(classes_from=recorded, leave_out=",".join(leave_out))
+    return opened._replace(reading=reading)
+
+
+def _open_unasked(
+    root: Path, max_held_out: int | None, leave_out: tuple[str, ...]
+) -> OpenedParts:
+    """Open *root* in the only way in which its names suggest to read it, as `choose` does."""
     parts = find_parts(root, leave_out)
     num_part_classes = 0
     if parts.train:
@@ -176,25 +187,22 @@ def _open_parts(
             inner = opened.reading.model_copy(update={"folder": folder})
             return opened._replace(reading=inner)
 
-        names = tuple(dict.fromkeys((*leave_out, *split_names(reading.leave_out))))
-        if reading.classes_from in ("", FOLDERS):
-            kind = "" if is_chosen else reading.classes_from
-            opened = _open_class_folders(root, max_held_out, kind, names)
-            notes = [*opened.notes]
-            if is_chosen and tree.differs_in_numbers:
-                notes.append(
-                    f"{root}: {shorten(tree.tops)} are read as classes, although only their "
-                    "numbers differ; sort the images if these are parts of one class, such as days"
-                )
-            recorded = FolderReading(leave_out=",".join(names))
-            return opened._replace(notes=notes, reading=recorded)
-        return _open_parts(root, max_held_out, reading.classes_from, names)
+        names = tuple(dict.fromkeys((*leave_out, *split_names(reading.leave_out, root))))
+        if reading.classes_from not in ("", FOLDERS):
+            return _open_parts(root, max_held_out, reading.classes_from, names)
 
-    opened = choose(tree, proposed, open_reading)
-    if copies:
-        note = f"{root}: left out, because they hold copies of the others: {shorten(copies)}"
-        opened = opened._replace(notes=[*opened.notes, note])
-    return opened
+        kind = "" if is_chosen else reading.classes_from
+        opened = _open_class_folders(root, max_held_out, kind, names)
+        notes = [*opened.notes]
+        if is_chosen and tree.differs_in_numbers:
+            notes.append(
+                f"{root}: {shorten(tree.tops)} are read as classes, although only their "
+                "numbers differ; sort the images if these are parts of one class, such as days"
+            )
+        recorded = FolderReading(leave_out=",".join(names))
+        return opened._replace(notes=notes, reading=recorded)
+
+    return choose(tree, proposed, open_reading)
 
 
 def _open_table(root: Path, table: Path, column: str = "") -> OpenedParts:

@@ -36,6 +36,7 @@ from sopdeploy.photos.files import (
     lookalike_key,
     part_kind,
     part_of,
+    split_names,
 )
 from sopdeploy.photos.forms import find_other_sizes, find_variants
 from sopdeploy.photos.table import OpenedParts
@@ -287,8 +288,9 @@ def _propose_folders(tree: Tree) -> Iterator[Reading]:
             f"they hold parts of the data, {shorten(inside)}; put the parts above the classes"
         )
     yield _top_folders(tree, doubt)
-    if doubtful and len(tops) - len(doubtful) > 1:
-        names = ",".join(filter(None, (tree.leave_out, *sorted(doubtful))))
+    names = ",".join(filter(None, (tree.leave_out, *sorted(doubtful))))
+    can_leave_out = doubtful.keys() <= {*split_names(names, tree.root)}  # no name has a comma
+    if doubtful and len(tops) - len(doubtful) > 1 and can_leave_out:
         yield Reading(tree.root, f"without {names}", FOLDERS, names)
 
     # Folders that hold classes themselves, and those of all of them together.

@@ -37,7 +37,7 @@ from sopdeploy.photos.files import (
     describe_confusable,
     hint_at_spelling,
     list_images,
-    normalize_label,
+    normalize,
 )
 from sopdeploy.photos.label_tools import SEPARATOR
 from sopdeploy.photos.listed_images import ListedImages
@@ -106,7 +106,7 @@ def read_label_table(
         raise DataError(
             f"{table}: has fewer than two classes ({names}); a network needs at least two"
         )
-    if unknown := sorted(listed - set(map(normalize_label, labels))):
+    if unknown := sorted(listed - set(map(normalize, labels))):
         hint = hint_at_spelling(unknown, labels)
         raise DataError(
             f"{table}: {shorten(unknown)} are not classes of the network; remove them{hint}"
@@ -154,7 +154,7 @@ def _build_targets(
     *multi_label* says which; with None, there are several classes unless each row has one.
     Raises `DataError` if a row must have one and has not.
     """
-    names = [normalize_label(label) for label in labels]
+    names = [normalize(label) for label in labels]
     targets = np.array(
         [[name in (row.classes or ()) for name in names] for row in rows], dtype=np.float32
     )
@@ -209,7 +209,7 @@ def read_rows(
         listed = cells.get("classes")
         classes = None if listed is None else set[str]()
         if listed:
-            classes = {normalize_label(label) for label in SEPARATORS.split(listed)}
+            classes = {normalize(label.strip()) for label in SEPARATORS.split(listed)}
         if classes and "" in classes:
             raise DataError(
                 f"{where}: {listed!r} has an empty class name; separate classes by "

@@ -148,13 +148,47 @@ def test_the_images_of_a_split_do_not_depend_on_the_encoding_of_names(tmp_path) 
     assert held_out[0] == held_out[1]
 
 
-def test_spaces_around_the_name_of_a_folder_are_no_part_of_its_class(tmp_path) -> None:
-    root = make(tmp_path, **{"hat ": 2, " hat": 2, "unsorted ": 2, "b": 2})
+def test_spaces_around_the_name_of_a_folder_are_part_of_its_class_and_told(tmp_path) -> None:
+    split = open_folder(make(tmp_path, **{"hat ": 2, "hat": 2, " b": 2, "c d": 2}))
 
-    split = open_folder(root, FOLDERS, leave_out="unsorted")
+    assert split.train.labels == (" b", "c d", "hat", "hat ")
+    alike, spaced = split.notes
+    assert "'hat' and 'hat ' are different classes" in alike
+    assert spaced == (
+        f"{tmp_path}: the names of these class folders begin or end with a space: ' b', 'hat '; "
+        "rename them, unless you want that"
+    )
 
-    assert split.train.labels == ("b", "hat")
-    assert split.train.class_counts().tolist() == [2, 4]
+
+@pytest.mark.parametrize("name", ["temp", "temp ", " temp", "temp, old"])
+def test_a_doubtful_folder_is_asked_about_whatever_its_name_ends_with(tmp_path, name) -> None:
+    root = make(tmp_path, **{"cat": 3, "dog": 3, name: 3})
+
+    with pytest.raises(DataError, match=f"{name} may be named for what was done with images"):
+        open_folder(root)
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "names", "labels"),
+    [
+        ("temp", ["temp"], ("cat", "cat ")),
+        ("temp ", ["temp "], ("cat", "cat ")),
+        (" cat , temp", ["temp", " cat "], ("cat", "cat ")),
+        ("cat ", [], ("cat",)),
+        ("cat", [], ("cat ",)),
+    ],
+)
+def test_the_folder_that_is_named_is_left_out_and_recorded_for_an_evaluation(
+    tmp_path, leave_out, names, labels
+) -> None:
+    labels = (*labels, "dog")
+    root = make(tmp_path, **dict.fromkeys(["cat", "cat ", "dog", *names], 3))
+
+    split = open_folder(root, FOLDERS, leave_out=leave_out)
+    images = open_evaluation_images(root, labels, reading=split.reading)
+
+    assert split.train.labels == labels
+    assert images.class_counts().tolist() == [3] * len(labels)
 
 
 @pytest.mark.parametrize("other", ["Hat", "HAT", "\N{FULLWIDTH LATIN SMALL LETTER H}at"])

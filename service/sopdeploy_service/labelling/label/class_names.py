@@ -9,7 +9,7 @@ from sopdeploy.photos.files import (
     is_hidden,
     list_subfolders,
     lookalike_key,
-    normalize_label,
+    normalize,
     part_kind,
 )
 
@@ -20,7 +20,7 @@ NOT_IN_NAMES = '/\\:*?"<>|'  # of folders on some systems
 def class_folders(parent: Path) -> dict[str, Path]:
     """Return the folders of classes in *parent*, which may not exist, by the names of the classes."""
     names = list_subfolders(parent) if parent.is_dir() else ()
-    return {normalize_label(name): parent / name for name in names}
+    return {normalize(name): parent / name for name in names}
 
 
 def check_class_name(name: str, classes: list[str], folders: Collection[str] = ()) -> str:
@@ -29,7 +29,10 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
     A new name must not be easily confused with one of *classes*. The names of the existing
     *folders* may have any length and characters.
     """
-    name = normalize_label(name)
+    name = normalize(name)
+    if name not in classes:  # names that exist stay as they are
+        name = name.strip()
+
     problem = _find_name_problem(name, classes, folders)
     if problem:
         raise ConfigError(f"class {name!r:.80}: {problem}")

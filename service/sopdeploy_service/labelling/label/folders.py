@@ -38,7 +38,7 @@ from sopdeploy.photos.files import (
     list_subfolders,
     lookalike_key,
     name_id,
-    normalize_label,
+    normalize,
     numbered_name,
     sampled_name,
 )
@@ -267,7 +267,7 @@ class LabelFolders:
         path, record = self.waiting[identity]
         if record is None:
             return self.suggestions.suggest([path]).get(path, {})
-        labels = map(normalize_label, record.labels)
+        labels = map(normalize, record.labels)
         return dict(zip(labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
 
     def suggestion(self, identity: str) -> str | None:
@@ -277,7 +277,7 @@ class LabelFolders:
             return None
 
         # A class in other letters is that class.
-        suggested = normalize_label(record.suggested)
+        suggested = normalize(record.suggested).strip()
         key = lookalike_key(suggested)
         same = (name for name in self.classes() if lookalike_key(name) == key)
         return next(same, suggested)
@@ -316,7 +316,7 @@ class LabelFolders:
     def classes(self) -> list[str]:
         """List the names of classes, sorted: those of the folders, and in the records that wait."""
         records = [record for _, record in self.waiting.values() if record is not None]
-        names = {normalize_label(label) for record in records for label in record.labels}
+        names = {normalize(label) for record in records for label in record.labels}
         return sorted(names.union(class_folders(self.photos), class_folders(self.held_out)))
 
     def label(self, identity: str, name: str | None) -> None:
@@ -351,7 +351,7 @@ class LabelFolders:
                 photo.path.with_suffix(".json").rename(photo.path.with_suffix(LABELLED))
             self._note_change()
         self.suggestions.move(
-            photo.path, target, None if name is None else normalize_label(folder.name)
+            photo.path, target, None if name is None else normalize(folder.name)
         )
 
     def can_be_class(self, name: str) -> bool:
@@ -394,7 +394,7 @@ class LabelFolders:
             photo.path.parent.rmdir()
 
         self.suggestions.move(
-            photo.path, target, None if name is None else normalize_label(folder.name)
+            photo.path, target, None if name is None else normalize(folder.name)
         )
 
     def _is_held_out(self, photo: Waiting) -> bool:

@@ -370,7 +370,7 @@ def test_names_that_can_name_a_class_are_normalized():
     }
     assert {name: check_class_name(name, list(LABELS)) for name in names} == names
     assert check_class_name("cafe\u0301", ["caf\u00e9"]) == "caf\u00e9"
-    existing = ['say "ok"', "x" * 200]
+    existing = ['say "ok"', "x" * 200, "hat "]
     assert [check_class_name(name, existing, existing) for name in existing] == existing
 
 
