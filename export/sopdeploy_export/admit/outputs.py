@@ -141,12 +141,13 @@ def check_finite(needed: Mapping[str, Tensor], logits: Tensor) -> None:
 
 
 def check_depends_on_images(
-    network: nn.Module, logits: Tensor, *, allowed: bool, advice: str
+    network: nn.Module, logits: Tensor, *, allowed: bool | None, advice: str
 ) -> tuple[str, ...]:
     """Raise `LoweringError` if *network* returns equal *logits* (P, C) for all images; a warning if *allowed*.
 
-    Nothing could be compared then. *advice* ends the message. If a tensor of *network* is not
-    finite, which can be the reason, it is left to `check_finite`, which names this tensor.
+    Nothing could be compared then. *allowed* is None where nothing is exported, so no option could
+    allow it. *advice* is part of the message. If a tensor of *network* is not finite, which can be the
+    reason, it is left to `check_finite`, which names this tensor.
     """
     spread = (logits.amax(dim=0) - logits.amin(dim=0)).amax()
     depends = bool(spread > EQUAL * logits.abs().amax())
@@ -160,7 +161,12 @@ def check_depends_on_images(
     problem = "the trained network returns the same logits for every reference image"
     if allowed:
         return (f"{problem}; is it trained?",)
-    raise LoweringError(f"{problem}; {advice}")
+    if allowed is None:
+        raise LoweringError(f"{problem}; {advice}")
+    raise LoweringError(
+        f"{problem}; {advice}; to export it as it is,",  # the remedy completes the sentence
+        remedies={"allow_numerical_error": True},
+    )
 
 
 def check_logits(logits: Tensor, *, several_classes: bool = False) -> tuple[str, ...]:

@@ -83,9 +83,11 @@ def admit(
     """Check and capture *network*, which is `prepared`, and find the parts that its outputs do not need.
 
     With *classes*, it must have so many logits. The other arguments are those of `export_network`.
-    Raises `ConfigError` for another number of logits, or for a single one unless *several_classes*,
-    `DetachError` for *training_only*, and `LoweringError` or `CertificateError` for *network*.
+    Without *options*, nothing is exported. Raises `ConfigError` for another number of logits, or for
+    a single one unless *several_classes*, `DetachError` for *training_only*, and `LoweringError` or
+    `CertificateError` for *network*.
     """
+    may_be_equal = None if options is None else options.allow_numerical_error
     options = ExportOptions() if options is None else options
     check_torch_state()
     parts = match_parts(network, training_only)
@@ -122,7 +124,7 @@ def admit(
         *check_depends_on_images(
             network,
             logits,
-            allowed=options.allow_numerical_error,
+            allowed=may_be_equal,
             advice="load its trained weights, or check that the image reaches them",
         ),
         *check_logits(

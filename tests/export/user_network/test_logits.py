@@ -20,7 +20,8 @@ from sopdeploy_commands.app import app
 from sopdeploy_export.admit.outputs import check_logits
 from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_export.options import ExportOptions
-from tests.export.user_network.networks import SIDE, Small, export_small, trained
+from sopdeploy_export.user_network.admission import unused_modules
+from tests.export.user_network.networks import PREPROCESS, SIDE, Small, export_small, trained
 
 MODULE = "tests.export.user_network.test_logits"
 QUICK = ExportOptions(max_batch=4)
@@ -156,11 +157,29 @@ def test_logits_that_no_image_changes_are_refused_after_the_first_run(
 ) -> None:
     steps: list[str] = []
 
-    with pytest.raises(LoweringError, match="same logits for every reference image; load"):
+    with pytest.raises(
+        LoweringError,
+        match=r"same logits for every reference image; load .*; to .* try allow_numerical_error=True$",
+    ):
         export_small(
             trained(Returns(EQUAL[case])), tmp_path, options=QUICK, on_step=steps.append
         )
     assert steps == ["running the network"]
+
+
+def test_equal_logits_are_exported_with_a_warning_if_the_option_of_the_message_is_given(
+    tmp_path: Path,
+) -> None:
+    options = QUICK.model_copy(update={"allow_numerical_error": True})
+    network = trained(Returns(EQUAL["a bias alone"]))
+    exported = export_small(network, tmp_path, options=options)
+    assert any("the same logits for every" in warning for warning in exported.warnings)
+
+
+def test_no_option_is_named_where_nothing_is_exported() -> None:
+    network = trained(Returns(EQUAL["a bias alone"]))
+    with pytest.raises(LoweringError, match=r"the image reaches them$"):
+        unused_modules(network, PREPROCESS)
 
 
 LOGITS = torch.tensor([[3.0, -1.0, 0.5], [-2.0, 0.25, 5.0], [1.0, 7.0, -6.0]])
