@@ -38,7 +38,7 @@ GateRun = Callable[[Tensor], NDArray[Any]]
 GET_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 # Rounding errors of float32, relative to the largest output, that sums in another order explain.
 MOST_ROUNDINGS = 4096
-# Of the batches in a plain run, each of other images; the first batch runs again at the end.
+# Of the batches in a plain run, together all images of an export; the first batch runs again at the end.
 SIZES = (2, 1, 1, 4, 7)
 REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 

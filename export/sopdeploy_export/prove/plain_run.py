@@ -40,9 +40,10 @@ from sopdeploy_export.runs import (
 )
 
 STATEMENT = (
-    "The network, run as PyTorch code, gives the same outputs as its graph, except for rounding. It runs on "
-    "batches of 1, 2, 4 and 7 images. Some images are dark, saturated or letterboxed, or have one color in one "
-    "half. A repeated run gives the same bits, and so does a run with other values in the removed tensors."
+    "The network, run as PyTorch code, gives the same outputs as its graph, except for rounding. It runs in "
+    "batches of the sizes that the certificate lists. Some images are dark, saturated or letterboxed, or have "
+    "one color in one half. A repeated run gives the same bits, and so does a run with other values in the "
+    "removed tensors."
 )
 IS_PROVED = False
 USE_TENSORS = (

@@ -20,11 +20,12 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import CertificateError, SopdeployError
 from sopdeploy_export.capture.deployed import Deployed, export_images
 from sopdeploy_export.network import attributes_restored
+from sopdeploy_export.prove import plain_run
 from sopdeploy_export.prove.certificate import STATEMENTS, Checks
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.prove.plain_run import find_difference, measure_plain_run, run_plainly
 from sopdeploy_export.prove.removed import prove_removed
-from sopdeploy_export.runs import SIZES, PlainOutputs, run_as_users_do
+from sopdeploy_export.runs import SIZES, PlainOutputs, divide, run_as_users_do
 from tests.export.user_network.networks import export_small, trained, variant
 
 SIDE = 32
@@ -229,6 +230,17 @@ def test_a_plain_run_that_gives_something_else_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_plain_run_that_gives_the_outputs_of_the_graph_passes(name: str) -> None:
     assert measure(RIGHT[name]()) == tuple(sorted({*SIZES}))
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"),
+    [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (4, (1, 2, 3, 4)), (64, (1, 2, 4, 7))],
+)
+def test_the_sizes_of_the_batches_follow_the_largest_one_and_the_sentence_names_none(
+    largest: int, sizes: tuple[int, ...]
+) -> None:
+    assert {*divide(sum(SIZES), largest)} == {*sizes}
+    assert not re.search(r"\d", plain_run.STATEMENT)
 
 
 def test_a_batch_of_one_sees_all_kinds_of_images() -> None:
