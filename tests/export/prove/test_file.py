@@ -1,6 +1,7 @@
 """The exported file is compared with its network: drift, noise floor, agreement, and routes of a gate."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import helper
 from torch import Tensor, nn
 
 from sopdeploy.bundle.golden import write_golden
@@ -147,7 +149,7 @@ def test_the_exported_file_stays_within_its_tolerance(measure: Measure) -> None:
     report = measure()
     assert report.passed
     assert report.outputs.keys() == {"logits"}
-    assert report.logits.drift.keys() == {"1", "2", "5"}
+    assert report.logits.drift.keys() == {"1", "2", "4", "5"}
     assert report.logits.tolerance == pytest.approx(FLOORS * report.logits.noise_floor)
     assert report.logits.drift_in_floors < FLOORS
     assert report.num_agreeing + report.flips["noise"] == report.num_images == 6
@@ -191,6 +193,94 @@ def test_a_choice_by_order_is_named_if_most_images_agree(
     )
     assert (advice in str(caught.value)) == is_named
     assert ("try allow_numerical_error" in str(caught.value)) == is_named
+
+
+def of_means(folder: Path) -> tuple[ort.InferenceSession, onnx.ModelProto]:
+    """Write and open a file whose logits are the means of the colors, and its embedding twice the logits."""
+    images = helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["n", 16, 16, 3])
+    outputs = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 3])
+        for name in ("logits", "embedding")
+    ]
+    nodes = [
+        helper.make_node("Cast", ["images"], ["pixels"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels"], ["logits"], axes=[1, 2], keepdims=0),
+        helper.make_node("Add", ["logits", "logits"], ["embedding"]),
+    ]
+    graph = helper.make_graph(nodes, "means", [images], outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / "model.onnx")
+    return opened(folder)
+
+
+# The changes of the reference, and of how many images the advice says that they agree, if it is given.
+CHANGES: dict[str, tuple[Callable[[ParityReference], ParityReference], int | None]] = {
+    "an error of the embedding": (lambda found: shifted(found, "embedding", 2), 4),
+    "an error of most embeddings": (lambda found: shifted(found, "embedding", 4), None),
+    "floors as wide as the logits": (
+        lambda found: replace(found, noise_floor=dict.fromkeys(found.outputs, 1e3)),
+        None,
+    ),
+    "code that depends on the batch": (lambda found: replace(found, unstable="logits"), None),
+}
+
+
+def shifted(found: ParityReference, name: str, count: int) -> ParityReference:
+    values = found.outputs[name].copy()
+    values[:count] += 1
+    return replace(found, outputs={**found.outputs, name: values})
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_choice_by_order_is_named_only_for_a_numerical_error_of_the_file(
+    case: str, probes: Tensor, tmp_path: Path
+) -> None:
+    change, num_agreeing = CHANGES[case]
+    means = probes.numpy().mean((1, 2))
+    expected = ParityReference(
+        outputs={"logits": means, "embedding": 2 * means},
+        noise_floor={"logits": 1e-3, "embedding": 1e-3},
+        order=("aten.topk.default",),
+    )
+    assert prove_file(*of_means(tmp_path), expected, probes.numpy(), BATCH).passed
+
+    with pytest.raises(ParityError, match="nothing was written") as caught:
+        prove_file(*opened(tmp_path), change(expected), probes.numpy(), BATCH)
+    advice = "" if num_agreeing is None else f"; {num_agreeing} of 6 images agree, so rounding"
+    assert advice in str(caught.value)
+    assert ("topk" in str(caught.value)) == bool(advice)
+    assert ("try allow_numerical_error" in str(caught.value)) == bool(advice)
+
+
+def test_an_image_that_differs_only_in_some_batches_does_not_agree(
+    probes: Tensor, tmp_path: Path
+) -> None:
+    means = probes.numpy().mean((1, 2))
+    means[-1] += 1
+    expected = ParityReference(
+        outputs={"logits": means}, noise_floor={"logits": 1e-3}, order=("aten.topk.default",)
+    )
+    with pytest.raises(ParityError, match="; 5 of 6 images agree"):
+        prove_file(*of_means(tmp_path), expected, probes.numpy(), BATCH, ran={"logits": means})
+
+
+@pytest.mark.parametrize(
+    ("optimum", "maximum", "sizes"),
+    [
+        (1, 1, ["1"]),
+        (3, 3, ["1", "2", "3"]),
+        (2, 9, ["1", "2", "5"]),
+        (8, 64, ["1", "2", "5", "8"]),
+    ],
+)
+def test_the_file_runs_in_batches_of_the_optimum(
+    optimum: int, maximum: int, sizes: list[str], probes: Tensor, tmp_path: Path
+) -> None:
+    means = probes.numpy().mean((1, 2))
+    expected = ParityReference(outputs={"logits": means}, noise_floor={"logits": 1e-3})
+    batch = BatchRange(optimum=optimum, maximum=maximum)
+    found = prove_file(*of_means(tmp_path), expected, probes.numpy(), batch)
+    assert list(found.logits.drift) == sizes
 
 
 def test_a_bundle_for_huge_batches_is_not_run_with_one(
