@@ -1,7 +1,9 @@
 """The export pipeline, from a checkpoint or any other `ExportSubject` to a bundle."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import write_probes
 from sopdeploy.bundle.second_order import count_second_order
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
+from sopdeploy.decision import Decision
 from sopdeploy.errors import (
     CertificateError,
     CheckpointError,
@@ -29,6 +32,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import name_network
 from sopdeploy.names import label_problem
+from sopdeploy.project import Origin
 from sopdeploy_export.admit.network import check_exportable, check_torch_state
 from sopdeploy_export.admit.outputs import check_depends_on_images, run_first
 from sopdeploy_export.capture.deployed import (
@@ -87,6 +91,7 @@ def export_checkpoint(
     a description of each step as it begins. Raises a `SopdeployError` if a step failed. Then
     *destination* contains nothing new, or only the bundle, if the page about it cannot be written.
     """
+    started = time.monotonic()
     if options is None:
         options = ExportOptions()
     checkpoint = read_checkpoint(path)
@@ -98,19 +103,28 @@ def export_checkpoint(
     if options.name is None:
         refuse_other_images(destination, subject.project, checkpoint)
     _check_subject(subject, options)
-    accuracy_check = check_photos(subject, options)
+    accuracy_check = check_photos(
+        options, subject.preprocess, subject.labels, subject.decision, subject.origin
+    )
     with reporting(on_step):
-        trained, plain = _run_and_capture(subject, options)
-        return export_subject(subject, destination, options, trained, plain, accuracy_check)
+        capture = partial(_run_and_capture, subject, options)
+        return export_subject(subject, destination, options, capture, accuracy_check, started)
 
 
-def check_photos(subject: ExportSubject, options: ExportOptions) -> AccuracyCheck | None:
-    """Check the folders of photos in *options*, before any step that takes time; None if there is none.
+def check_photos(
+    options: ExportOptions,
+    preprocess: Preprocess,
+    labels: tuple[str, ...],
+    decision: Decision | None,
+    origin: Origin | None = None,
+) -> AccuracyCheck | None:
+    """Check the folders of photos in *options*; None if there is none.
 
-    Raises the errors of `AccuracyCheck`.
+    The callers do this before any step that takes time. The other arguments and the errors are those
+    of `AccuracyCheck`.
     """
     has_photos = options.calibrate is not None or options.evaluate is not None
-    return AccuracyCheck(subject, options) if has_photos else None
+    return AccuracyCheck(options, preprocess, labels, decision, origin) if has_photos else None
 
 
 def _run_and_capture(
@@ -276,21 +290,22 @@ def export_subject(
     subject: ExportSubject,
     destination: Path,
     options: ExportOptions,
-    trained: Compared,
-    plain: PlainOutputs,
+    capture: Callable[[], tuple[Compared, PlainOutputs]],
     accuracy_check: AccuracyCheck | None,
+    started: float,
 ) -> Exported:
     """Export *subject* as a bundle in *destination*, as `export_checkpoint` does.
 
-    *trained* is its network, captured, and *plain* are the outputs of a plain run of it.
-    *accuracy_check* is what `check_photos` returned. Tells `progress.step` each step. Raises a
-    `SopdeployError` if a step failed.
+    *capture* returns its network, captured, and the outputs of a plain run of it. *accuracy_check*
+    is what `check_photos` returned, and the export began at *started*, in `time.monotonic`. Tells
+    `progress.step` each step. Raises a `SopdeployError` if a step failed.
     """
-    started = time.monotonic()
     images = generated_images(subject.preprocess.crop)
 
     # The folder of the bundle comes first, which checks that *destination* can be written.
     with publication.staging(destination) as folder, attributes_restored(subject.network):
+        trained, plain = capture()
+
         # Prove the statements about graphs, write the file, and measure the others.
         checks = Checks()
         kind = _prove_graphs(subject, trained, options, checks)

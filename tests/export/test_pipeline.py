@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -24,6 +25,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.project import Origin
 from sopdeploy_commands.bundles.verify import verify
+from sopdeploy_export import pipeline
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.last_layer import fold_temperature
 from sopdeploy_export.options import ExportOptions
@@ -114,9 +116,42 @@ def test_equal_logits_are_refused_before_the_network_is_captured(
     path = save(network, "dsop-resnet8", tmp_path / "ckpt.pt", preprocess)
 
     steps: list[str] = []
-    with pytest.raises(LoweringError, match=r"same logits for every .* image; train longer"):
+    with pytest.raises(
+        LoweringError,
+        match=r"same logits for every .* image; train longer; to .* try allow_numerical_error=True",
+    ):
         export_checkpoint(path, tmp_path / "bundles", options=DETACH, on_step=steps.append)
     assert steps == ["running the network"]
+
+
+def test_a_folder_that_cannot_be_written_is_reported_before_the_network_runs(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    steps: list[str] = []
+    with pytest.raises(SopdeployError, match="file"):
+        export_checkpoint(
+            checkpoint, tmp_path / "file" / "out", options=DETACH, on_step=steps.append
+        )
+    assert steps == []
+
+
+def test_the_time_of_an_export_contains_its_run_and_its_capture(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each step takes 100 s of this clock.
+    passed = [0.0]
+    monkeypatch.setattr(pipeline, "time", SimpleNamespace(monotonic=lambda: passed[0]))
+    steps: list[str] = []
+
+    def begin(step: str) -> None:
+        steps.append(step)
+        passed[0] += 100
+
+    with proving_once():
+        again = export_checkpoint(checkpoint, tmp_path, options=DETACH, on_step=begin)
+    assert steps[:2] == ["running the network", "capturing the network"]
+    assert again.seconds == 100 * len(steps)
 
 
 def test_a_bundle_of_this_name_with_other_images_stops_the_export_before_it_begins(

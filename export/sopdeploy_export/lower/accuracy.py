@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 from PIL import Image
 
+from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.copies import connect
 from sopdeploy.photos.evaluation_images import open_any_images, open_evaluation_images
 from sopdeploy.photos.photo import ImageFiles
-from sopdeploy.project import AS_IT_IS
+from sopdeploy.project import AS_IT_IS, Origin
 from sopdeploy_export.capture.deployed import INPUT, evenly_spread
 from sopdeploy_export.lower.precision import Accuracy, PrecisionReport, UserImages
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.runs import LOGITS, open_session
-from sopdeploy_export.subject import ExportSubject
 
 _BATCH = 8
 MAX_CALIBRATION_IMAGES = 340  # of `calibrate`
@@ -48,22 +48,29 @@ class AccuracyCheck:
     (P, H, W, 3); it is empty without `calibrate`.
     """
 
-    def __init__(self, subject: ExportSubject, options: ExportOptions) -> None:
-        """Open the folders of *options* for the network of *subject*.
+    def __init__(
+        self,
+        options: ExportOptions,
+        preprocess: Preprocess,
+        labels: tuple[str, ...],
+        decision: Decision | None = None,
+        origin: Origin | None = None,
+    ) -> None:
+        """Open the folders of *options* for a network; the other arguments are those of its `ExportSubject`.
 
-        Raises `DataError` if a folder has too few images or other classes than *subject*. Raises
+        Raises `DataError` if a folder has too few images or other classes than *labels*. Raises
         `ConfigError` if one folder is given twice, and for `evaluate` with a network that predicts
         several classes per image.
         """
         self.options = options
-        self._preprocess = subject.preprocess
+        self._preprocess = preprocess
         self._float32_logits: NDArray[np.float32] | None = None
 
         # The images of `calibrate`: all calibrate if `evaluate` measures, else three quarters.
         self.calibration = np.empty((0, 0, 0, 3), np.uint8)
         self._held_out: NDArray[np.uint8] | None = None
         if options.calibrate is not None:
-            self.calibration = calibration_images(options.calibrate, subject.preprocess)
+            self.calibration = calibration_images(options.calibrate, preprocess)
             # Alike images share a number; too few numbers are an error, also with `evaluate`.
             distinct_P = number_distinct(self.calibration)
             if options.evaluate is None:
@@ -76,7 +83,7 @@ class AccuracyCheck:
         # The images of `evaluate`, which measure if the folder is given.
         self._labeled: ImageFiles | None = None
         if options.evaluate is not None:
-            if subject.decision is not None and subject.decision.activation == "sigmoid":
+            if decision is not None and decision.activation == "sigmoid":
                 raise ConfigError(
                     "measures top-1, but this network predicts several classes per image; omit it and "
                     "evaluate the checkpoint and the bundle",
@@ -87,10 +94,9 @@ class AccuracyCheck:
                 raise ConfigError(
                     "is the folder that calibrates; give other images", setting="evaluate"
                 )
-            origin = subject.origin
             self._labeled = open_evaluation_images(
                 options.evaluate,
-                subject.labels,
+                labels,
                 reading=AS_IT_IS if origin is None else origin.reading,
             )
 

@@ -1,6 +1,7 @@
 """Export any PyTorch classifier, with the same proof, checks and bundle as a network of the catalog."""
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from shlex import join
@@ -109,6 +110,8 @@ def export_network(
         >>> exported.certificate.proof
         'trained-plain'
     """
+    started = time.monotonic()
+
     # Check the arguments.
     if options is None:
         options = ExportOptions()
@@ -121,6 +124,10 @@ def export_network(
     check_labels(labels)
     check_takes_output(Path(destination), "destination")
     options = options.model_copy(update={"detach": options.detach or bool(training_only)})
+    decision: Decision | None = None
+    if several_classes:
+        decision = Decision(activation="sigmoid", thresholds=(0.5,) * len(labels))
+    accuracy_check = check_photos(options, preprocess, tuple(labels), decision)
 
     with reporting(on_step), prepared(trained, training_only, logits_key) as network:
         # Check and capture the network. A single logit tells two classes apart.
@@ -161,9 +168,6 @@ def export_network(
                 "logits": logits_key,
                 "training_only": list(training_only),
             }
-        decision: Decision | None = None
-        if several_classes:
-            decision = Decision(activation="sigmoid", thresholds=(0.5,) * len(labels))
 
         subject = ExportSubject(
             name=name,
@@ -186,9 +190,9 @@ def export_network(
             subject,
             Path(destination),
             options,
-            admitted.trained,
-            admitted.plain,
-            check_photos(subject, options),
+            lambda: (admitted.trained, admitted.plain),
+            accuracy_check,
+            started,
         )
 
 

@@ -1,7 +1,6 @@
 """int8: the two quantized forms, what they cost, and trained second-order networks that classify digits."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -268,13 +267,10 @@ def test_every_image_calibrates_or_measures_and_all_calibrate_beside_evaluate(
 ) -> None:
     (tmp_path / "repeated").mkdir()
     repeated = painted(tmp_path / "repeated", 80)
-    network: Any = SimpleNamespace(
-        preprocess=preprocess, decision=None, origin=None, labels=tuple("abcdefghij")
-    )
     options = ExportOptions(
         precision="int8", calibrate=repeated, evaluate=images if evaluates else None
     )
-    check = AccuracyCheck(network, options)
+    check = AccuracyCheck(options, preprocess, labels=tuple("abcdefghij"))
     assert len(check.calibration) == 80 - measured
     if not evaluates:
         measuring = {image.tobytes() for batch in check._batches() for image in batch}

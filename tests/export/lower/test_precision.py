@@ -1,7 +1,6 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -387,8 +386,8 @@ def test_bundle_records_its_precision_and_its_noise_floor(make: Make, tmp_path: 
 def test_allowed_drift_of_numbers_does_not_allow_a_loss_of_accuracy(
     preprocess: Preprocess, drop: float, deviation: float
 ) -> None:
-    subject: Any = SimpleNamespace(preprocess=preprocess, decision=None)
-    check = AccuracyCheck(subject, ExportOptions(precision="fp16", allow_numerical_error=True))
+    options = ExportOptions(precision="fp16", allow_numerical_error=True)
+    check = AccuracyCheck(options, preprocess, labels=())
     measured = Accuracy(
         num_images=200,
         before=None,

@@ -483,6 +483,17 @@ def test_a_part_is_unused_although_code_reads_what_is_no_value_of_it(read: str) 
     assert unused_modules(network.eval(), n.PREPROCESS) == ("aux",)
 
 
+def test_folders_of_photos_are_checked_before_the_network_runs(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "no class").mkdir(parents=True)
+    options = QUICK.model_copy(update={"precision": "fp16", "evaluate": tmp_path / "photos"})
+    steps: list[str] = []
+    with pytest.raises(SopdeployError, match="photos"):
+        n.export_small(
+            n.trained(n.Small()), tmp_path / "out", options=options, on_step=steps.append
+        )
+    assert steps == []
+
+
 def test_an_unused_part_is_a_warning(tmp_path: Path) -> None:
     network = n.trained(n.Small())
     assert unused_modules(network, n.PREPROCESS) == ("aux",)
