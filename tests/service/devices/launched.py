@@ -68,14 +68,14 @@ async def supervise() -> dict[str, object]:
     found: dict[str, object] = {}
     used = template.ServerTemplate()
     first, end, found["facts"] = await start(used)
-    killed, os.environ["LIGHT"] = used.process, "1"
+    killed, os.environ["LIGHT"] = used._process.pid, "1"
     used._process.kill()
     used._process.wait()
     child, other, _ = await start(used)
     child.kill()
     other.close()
     found["code after the end of the template"] = await code_of(child)
-    found["is replaced"] = used.process != killed
+    found["is replaced"] = used._process.pid != killed
     found["still runs"] = first.poll() is None
     end.close()
     found["code"] = await code_of(first)
