@@ -16,8 +16,8 @@ next bundle does not end it, and each week, 60 labels as `label` asks for them, 
 decides, as many of the sample that trains, and the others of what the server keeps, `train`, `promote`. During an
 alarm, the days since it began come first. If `promote` asks for labels, up to 60 more follow; if the bundle is
 worse in a class, this class's labels are corrected and it is trained again; both at most twice. What has decided
-about a bundle that is then live trains from then on, but for the newest 60. One label in forty is wrong. The heads
-are those of `train` on EfficientNet-Lite0, the alarm, the order and the verdict the functions of the server, of
+about a bundle that is then live trains from then on, but for the newest 60. One label in forty is wrong. `train`
+fits the heads on EfficientNet-Lite0. The alarm, the order and the verdict are the functions of the server, of
 `label` and of `promote`; there is no server. A fifth of the objects are in the uniform sample.
 Answers do not change with the lamp, as was measured; only the measures of the photographs do.
 

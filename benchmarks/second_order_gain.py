@@ -4,7 +4,7 @@
         [--epochs 4] [--draws 3] [--search-draws 1] [--per-class 25] [--side 128] [--report] [--json]
 
 It fine-tunes EfficientNet-Lite0 by the recipes fine-tune-*, each set with --per-class photographs
-of each class (`gain.photo_study`). All sets but those of --confirm choose the learning rate of
+of each class (`gain.photo_study`). All sets that --confirm does not name choose the learning rate of
 each arm together. --latency compares one image of --side pixels in the exported networks.
 
 The rate of each arm and length is the best on --search-draws draws, which nothing else uses; a

@@ -23,7 +23,7 @@ Time = Annotated[
 # Where `train` and `export` write by default.
 RUNS = Path("runs")
 BUNDLES = Path("bundles")
-SAMPLED = 2000  # images of a data set that a bundle records, 50 KB
+MAX_RECORDED = 2000  # images of a data set that a bundle records, 50 KB
 
 
 def check_project_name(name: str | None) -> str | None:
@@ -77,7 +77,7 @@ class Origin(StrictModel):
 
     `run` and `data` are the names of the folders of the run and of its images. `num_images`
     includes the held-out ones; `sample` has the lowest hashes of training images, at most
-    `SAMPLED`. `formats` are those of the images, names of `FORMATS`; none are known of images
+    `MAX_RECORDED`. `formats` are those of the images, names of `FORMATS`; none are known of images
     that are no files, and of networks that 0.1.0 trained. `reading` is known since 0.3.0.
     """
 
@@ -87,8 +87,8 @@ class Origin(StrictModel):
     data: Text
     num_images: int
     num_classes: int
-    sample: Annotated[tuple[int, ...], pydantic.Field(max_length=SAMPLED)] = ()
-    formats: Annotated[tuple[Text, ...], pydantic.Field(max_length=SAMPLED)] = ()
+    sample: Annotated[tuple[int, ...], pydantic.Field(max_length=MAX_RECORDED)] = ()
+    formats: Annotated[tuple[Text, ...], pydantic.Field(max_length=MAX_RECORDED)] = ()
     reading: FolderReading = AS_IT_IS
 
 

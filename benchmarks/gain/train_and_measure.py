@@ -47,8 +47,8 @@ class Outcome(StrictModel):
     """Accuracy of the exported network in percent, CPU seconds of the training, main loss of the last epoch.
 
     `right` has a bit for each image that draws share (base64): the exported network is right.
-    `tested` has those of the tested images. `log_loss` is None if it is not finite. `parameters`
-    counts those of the exported network.
+    `tested` has a bit for each image, set if this draw tested it. `log_loss` is None if it is not
+    finite. `parameters` counts the parameters of the exported network.
     """
 
     accuracy: float

@@ -115,7 +115,7 @@ def widen_dtype(value: Any) -> Any:
 
 
 class PlainOutputs(NamedTuple):
-    """The outputs (P, ...) of a plain run for P images, and those of its first batch, which ran again at the end."""
+    """The outputs (P, ...) of a plain run for P images, and of its first batch, which ran again at the end."""
 
     outputs: tuple[Tensor, ...]
     repeated: tuple[Tensor, ...]
@@ -131,14 +131,18 @@ def divide(count: int, largest: int) -> list[int]:
 
 
 def run_as_users_do(run: BatchRun, images: Tensor, largest: int) -> PlainOutputs:
-    """Run uint8 *images* (P, H, W, 3) in batches of at most *largest*, with torch's fast path and no gradients."""
+    """Run uint8 *images* (P, H, W, 3) in batches of at most *largest*, with torch's fast path."""
     batches = torch.split(images, divide(len(images), largest))
-    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-        *runs, repeated = [
-            tuple(output.clone() for output in run(batch.clone()))
-            for batch in (*batches, batches[0])
-        ]
+    runs = [run_batch(run, batch) for batch in batches]
+    repeated = run_batch(run, batches[0])
     return PlainOutputs(tuple(map(torch.cat, zip(*runs, strict=True))), repeated)
+
+
+@torch.no_grad()
+def run_batch(run: BatchRun, images: Tensor) -> tuple[Tensor, ...]:
+    """Return copies of the outputs of *run* for a copy of *images*, without gradients and warnings."""
+    with warnings.catch_warnings(action="ignore"):
+        return tuple(output.clone() for output in run(images.clone()))
 
 
 @torch.no_grad()

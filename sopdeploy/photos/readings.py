@@ -210,7 +210,7 @@ def _without_digits(name: str) -> str:
 def propose_readings(tree: Tree, parts: Parts, num_part_classes: int) -> list[Reading]:
     """List the readings of *tree* that names suggest, the likeliest one first; none is tried yet.
 
-    *parts* are those of its root. *num_part_classes* is the number of folders in the training part,
+    *parts* are the parts of its root. *num_part_classes* is the number of folders in the training part,
     or of classes that its table has; 0 without such a part.
     """
     root = tree.root
@@ -289,8 +289,9 @@ def _propose_folders(tree: Tree) -> Iterator[Reading]:
         )
     yield _top_folders(tree, doubt)
     names = ",".join(filter(None, (tree.leave_out, *sorted(doubtful))))
-    can_leave_out = doubtful.keys() <= {*split_names(names, tree.root)}  # no name has a comma
-    if doubtful and len(tops) - len(doubtful) > 1 and can_leave_out:
+    # A name with a comma cannot be listed.
+    can_be_listed = doubtful.keys() <= {*split_names(names, tree.root)}
+    if doubtful and len(tops) - len(doubtful) > 1 and can_be_listed:
         yield Reading(tree.root, f"without {names}", FOLDERS, names)
 
     # Folders that hold classes themselves, and those of all of them together.

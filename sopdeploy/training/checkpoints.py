@@ -63,7 +63,7 @@ from sopdeploy.models.families import describe_options
 from sopdeploy.photos.photo import LabeledImages, LeftOut, Split
 from sopdeploy.photos.split import Record
 from sopdeploy.plugins import plugin_versions
-from sopdeploy.project import RUNS, SAMPLED, Origin
+from sopdeploy.project import MAX_RECORDED, RUNS, Origin
 from sopdeploy.training.diagnostics import EpochRow, history_csv
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.head_settings import FewShotConfig, HeadOptions
@@ -296,7 +296,7 @@ def run_record(setup: Setup, fit: Fit, resume: Mapping[str, Any] | None = None) 
     hashes = np.unique(fit.file_hashes)  # sorted
     origin = setup.origin
     if origin is not None:
-        origin = origin.model_copy(update={"sample": tuple(hashes[:SAMPLED].tolist())})
+        origin = origin.model_copy(update={"sample": tuple(hashes[:MAX_RECORDED].tolist())})
 
     return Checkpoint(
         model=fit.name,

@@ -17,7 +17,7 @@ from sopdeploy.photos.evaluation_images import open_evaluation_images
 from sopdeploy.photos.file_checks import describe_seen
 from sopdeploy.photos.files import Log
 from sopdeploy.photos.photo import ImageFiles
-from sopdeploy.project import AS_IT_IS, SAMPLED
+from sopdeploy.project import AS_IT_IS, MAX_RECORDED
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import Settings, load_settings
@@ -63,7 +63,7 @@ def scores_of_bundle(
     # Photographs that trained the network make its scores too good. A full record has the hashes
     # of some training images only.
     if origin is not None:
-        is_sample = len(origin.sample) == SAMPLED
+        is_sample = len(origin.sample) == MAX_RECORDED
         if warning := describe_seen(images, origin.sample, is_sample=is_sample):
             log(f"{data}: {warning}")
 

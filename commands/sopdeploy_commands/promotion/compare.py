@@ -73,10 +73,10 @@ def compare(
 ) -> BundleComparison:
     """Say whether the second bundle is better than the first one, not worse, or worse, on the same photos.
 
-    Of the photos that a server kept, only recent ones count: those of the last 14 days or, if `label`
-    has noted a drift alarm in the folder, those since it began, and in both cases at least the newest
-    100. Photos that no server kept all count. Training images, near-duplicates and folders that are
-    not a class of either bundle are left out.
+    Of the photos that a server kept, the last 14 days count or, if `label` has noted a drift alarm in
+    the folder, the time since it began. In both cases, at least the newest 100 photos count. Photos
+    that no server kept all count. Training images, near-duplicates and folders that are not a class of
+    either bundle are left out.
 
     Args:
         first: A bundle, such as the live one.

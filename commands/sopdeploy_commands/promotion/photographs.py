@@ -19,7 +19,7 @@ from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
 from sopdeploy.photos.evaluation_images import open_evaluation_images, open_unknown
 from sopdeploy.photos.files import LABELLED_NAME
 from sopdeploy.photos.photo import ImageFiles
-from sopdeploy.project import AS_IT_IS, SAMPLED
+from sopdeploy.project import AS_IT_IS, MAX_RECORDED
 from sopdeploy_service.inference.loader import LoadedModel
 
 RECENT_DAYS = 14  # before the newest photograph that a server kept
@@ -29,8 +29,8 @@ MIN_RECENT = 100  # photographs that decide, if there are as many
 class Photographs(NamedTuple):
     """The photographs of a comparison: `images` with N targets, and masks (N,) of them.
 
-    The `recent` ones decide. Of these, `old` are those of classes of the first bundle, `new` the
-    others, and `common` those of classes of both bundles. `times` (N,) are seconds as of
+    The `recent` ones decide. Of these, `old` show a class of the first bundle, `new` another class,
+    and `common` a class of both bundles. `times` (N,) are seconds as of
     `time.time`, 0 for a photograph that no server kept. `changed_at` is when the traffic changed,
     if that is known.
     """
@@ -112,7 +112,7 @@ def open_different_unknown(folder: Path, notes: list[str]) -> tuple[ImageFiles |
 def read_times(images: ImageFiles) -> NDArray[np.float64]:
     """Read when *images* were kept (N,), 0 for those that no server kept, whose time is not known.
 
-    The time of a kept photograph is that of its file, which does not change when it is labelled.
+    The time of a kept photograph is the time of its file, which does not change when it is labelled.
     """
     paths = [images.path(index) for index in range(len(images))]
     return np.array(
@@ -150,7 +150,7 @@ def _leave_out_seen(
     """
     grouped = group_photographs(images)
 
-    # The images whose hashes a bundle has recorded. A record has at most `SAMPLED` hashes; a full
+    # The images whose hashes a bundle has recorded. A record has at most `MAX_RECORDED` hashes; a full
     # one may lack training images.
     recorded_N = np.zeros(len(images), np.bool_)
     for model in models:
@@ -164,7 +164,7 @@ def _leave_out_seen(
 
         in_record_N = np.isin(grouped.file_hashes, origin.sample)
         recorded_N |= in_record_N
-        if in_record_N.any() and len(origin.sample) == SAMPLED:
+        if in_record_N.any() and len(origin.sample) == MAX_RECORDED:
             notes.append(
                 f"{name}: may have been trained on more of these photos than its record tells"
             )

@@ -268,7 +268,7 @@ def export_images(preprocess: Preprocess) -> dict[str, NDArray[np.uint8]]:
 
     Each is uint8 (side, side, 3). First come kinds of images that users have, because code of a
     network can treat bars, plain parts, dark or saturated images, and the finest patterns in its
-    own way; then those of `generated_images`. The order decides which run together and which alone
+    own way; then the images of `generated_images`. The order decides which run together and which alone
     (`runs.SIZES`): torch's fast path only runs if no image of a batch has bars on two sides.
     """
     side = preprocess.crop

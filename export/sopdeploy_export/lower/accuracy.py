@@ -56,7 +56,7 @@ class AccuracyCheck:
         decision: Decision | None = None,
         origin: Origin | None = None,
     ) -> None:
-        """Open the folders of *options* for a network; the other arguments are those of its `ExportSubject`.
+        """Open the folders of *options* for a network; its `ExportSubject` has the other arguments.
 
         Raises `DataError` if a folder has too few images or other classes than *labels*. Raises
         `ConfigError` if one folder is given twice, and for `evaluate` with a network that predicts

@@ -175,8 +175,8 @@ def prove_file(
 
     With *allow_numerical_error*, `drift_allowed` of the report says that one of these limits was exceeded.
     """
-    # Batches of the main size have all images, and the others the last ones, repeated in those of the
-    # optimum.
+    # Batches of the main size have all images, and the others the last ones. A batch of the optimum
+    # repeats them.
     main_size = min(LARGEST_BATCH, batch.maximum)
     others = {1, min(2, batch.maximum), batch.optimum} - {main_size}
     by_size = {
@@ -302,8 +302,8 @@ def _compare_output(
 ) -> OutputParity:
     """Measure how far output *name* of the file is from the network, and its batches from each other.
 
-    *by_size* has the outputs of the file by batch size: those of *main_size* for all P
-    images, those of the others for the last ones. Raises the errors of `max_drift`.
+    *by_size* has the outputs of the file by batch size: of *main_size* for all P
+    images, of the other sizes for the last ones. Raises the errors of `max_drift`.
     """
     # For each batch size, the drift from the network, and from the run of all images.
     exact = expected.outputs[name]

@@ -15,7 +15,6 @@ Refused: code that does something else while it is captured
 (`test_a_plain_run_that_gives_something_else_is_refused`).
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -36,6 +35,7 @@ from sopdeploy_export.runs import (
     Arrays,
     PlainOutputs,
     divide,
+    run_batch,
     without_fast_path,
 )
 
@@ -78,7 +78,7 @@ def measure_plain_run(
     """Compare runs of the network *trained* with runs of its graph, in batches of at most *largest_batch*.
 
     *parts* of it are removed. *plain* are its outputs (P, ...) for the P images of an export, and
-    *of_file* those of its file in float32 by name, if it ran. Raises `CertificateError` for the
+    *of_file* the outputs of its file in float32 by name, if it ran. Raises `CertificateError` for the
     first run that differs.
     """
     named_images = export_images(preprocess)
@@ -170,8 +170,7 @@ def run_plainly(run: Any, images: Tensor) -> tuple[Tensor, ...]:
     Raises `CertificateError` if its code fails.
     """
     try:
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-            outputs = tuple(output.clone() for output in run(images.clone()))
+        outputs = run_batch(run, images)
     except SopdeployError:
         raise
     except Exception as error:  # the network's own code

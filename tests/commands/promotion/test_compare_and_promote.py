@@ -191,7 +191,7 @@ def test_photographs_of_the_training_and_their_copies_decide_nothing(
     assert (found.trained_on, found.num_images, found.num_copies) == (13, 18, 0)
     assert not any("trained" in note for note in found.notes if "first" not in note)
     monkeypatch.setattr(
-        "sopdeploy_commands.promotion.photographs.SAMPLED", 12
+        "sopdeploy_commands.promotion.photographs.MAX_RECORDED", 12
     )  # so the record may be incomplete
     assert (
         f"{read_manifest(trained).name}: may have been trained on more of these photos than its "
