@@ -16,6 +16,7 @@ from PIL import Image, ImageFile
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images.decode import decode
 from sopdeploy.images.encode import encode_image
+from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.pixels import TILE
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.check import check_data
@@ -78,6 +79,37 @@ def test_a_pixel_bomb_is_refused_by_its_header(
 ) -> None:
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("was decoded"))
     assert attack(BOMBS[name]) in {"too_many_pixels", "damaged_image"}
+
+
+@pytest.mark.parametrize("kind", FORMATS.values())
+def test_an_image_of_exactly_the_limit_is_read_and_one_pixel_more_is_not(kind: str) -> None:
+    body = encoded(Image.new("RGB", (64, 64)), kind)  # HEIC codes sides of 64 pixels
+    assert attack(body, max_pixels=64 * 64) is None
+    assert attack(body, max_pixels=64 * 64 - 1) == "too_many_pixels"
+
+
+def test_a_side_has_a_limit_of_its_own() -> None:
+    longest, longer = (png(side, 1, data=bytes(1 + side // 8 + 1)) for side in (65_535, 65_536))
+    assert attack(longest) is None
+    assert attack(longer) == "too_many_pixels"
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0"}], ids=str)
+def test_a_webp_is_measured_before_pillow_allocates_its_pixels(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = encoded(Image.new("RGB", (40, 30)), "WEBP", **options)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("was opened"))
+    assert attack(body, max_pixels=40 * 30 - 1) == "too_many_pixels"
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_each_image_in_a_file_is_measured(kind: str) -> None:
+    body = encoded(Image.new("RGB", (64, 64)), kind)
+    for width, code in ((64, None), (65, "too_many_pixels")):
+        size = struct.pack(">I4sIII", 20, b"ispe", 0, width, 64)
+        other_image = struct.pack(">I4s", 8 + len(size), b"free") + size
+        assert attack(body + other_image, max_pixels=64 * 64) == code
 
 
 def test_a_large_transparent_image_is_converted_in_parts(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.evaluation import watch
@@ -16,6 +17,7 @@ from sopdeploy_service.inference.drift import BLOCK, DriftMonitor, ModelTraffic
 from sopdeploy_service.inference.drift_state import TRAFFIC, read_alarms
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.observability.metrics import Metrics
+from tests.support.pictures import encoded
 from tests.support.service import wait_for
 
 SIDE = 16
@@ -316,15 +318,24 @@ def test_a_server_counts_what_it_classifies_but_no_report(
     serve_with, onnx_runtime, jpeg, tmp_path
 ) -> None:
     client = serve_with(onnx_runtime, keep=tmp_path)
-    files = [("image", ("x.jpg", jpeg))] * 5
-    for _ in range(5):
-        assert client.post("/v1/classify", files=files).status_code == 200
-    wait_for(lambda: list((tmp_path / TRAFFIC).glob("*/*.npz")))
-    [block] = (tmp_path / TRAFFIC).glob("*/*.npz")
+    other = encoded(Image.new("RGB", (40, 40), (200, 30, 60)), "JPEG")
 
-    assert len(drift.read_block(block).identities) == BLOCK
+    def send(image: bytes, query: str = "") -> None:
+        for _ in range(BLOCK // 5):
+            reply = client.post(f"/v1/classify{query}", files=[("image", ("x.jpg", image))] * 5)
+            assert reply.status_code == 200
+
+    def blocks() -> list[Path]:
+        return sorted((tmp_path / TRAFFIC).glob("*/*.npz"))
+
+    send(jpeg)
+    wait_for(blocks)
     wait_for(lambda: re.search(r'drift_images{model="\w+"} 25.0', client.get("/metrics").text))
-    for _ in range(5):
-        client.post("/v1/classify?reported=", files=files)
 
-    assert len(list((tmp_path / TRAFFIC).glob("*/*.npz"))) == 1
+    # The next block is complete with as many images that nobody reports.
+    send(other, "?reported=")
+    send(jpeg)
+    wait_for(lambda: len(blocks()) == 2)
+    first, second = (drift.read_block(path).identities.tolist() for path in blocks())
+    assert first == second
+    assert len({*first}) == 1
