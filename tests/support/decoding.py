@@ -20,8 +20,9 @@ class Child(pool.DecoderProcess):
         template: pool.DecoderTemplate,
         options: child.ChildOptions,
         loop: asyncio.AbstractEventLoop,
+        limit: float = 60.0,
     ) -> None:
-        super().__init__(template, options, 60, on_idle=lambda *_: self._run_next())
+        super().__init__(template, options, limit, on_idle=lambda *_: self._run_next())
         self._waits_on = loop
         self._waiting: list[pool.Request] = []
         self.restrictions = asyncio.run_coroutine_threadsafe(self.start(), loop).result(60)
@@ -57,11 +58,11 @@ class Child(pool.DecoderProcess):
 
 @contextmanager
 def running_child(
-    template: pool.DecoderTemplate, options: child.ChildOptions
+    template: pool.DecoderTemplate, options: child.ChildOptions, limit: float = 60.0
 ) -> Iterator[Child]:
-    """Start a child with *options*; end it after the block."""
+    """Start a child with *options*, which has *limit* seconds for an image; end it after the block."""
     with running_loop() as loop:
-        one = Child(template, options, loop)
+        one = Child(template, options, loop, limit)
         yield one
 
         async def close() -> None:

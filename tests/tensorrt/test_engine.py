@@ -111,6 +111,14 @@ def test_an_engine_is_built_once_beside_the_bundle(
     assert str(tmp_path) not in written
 
 
+def test_torch_tensorrt_builds_one_profile_of_all_batch_sizes(
+    machine: Machine, bundle: Bundle
+) -> None:
+    options = EngineOptions(profiles="1,4,16", via="torch-tensorrt")
+    built = get_engine(bundle, options, build_via_torch=machine.build)
+    assert [str(profile) for profile in built.record.key.profiles] == ["1-16"]
+
+
 def test_an_engine_that_computes_something_else_is_not_kept(
     machine: Machine, bundle: Bundle, tmp_path: Path
 ) -> None:

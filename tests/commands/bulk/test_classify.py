@@ -296,6 +296,23 @@ def write_bundle_with_outputs(folder: Path) -> Path:
     return write_computed(folder, model, images, 1e-2, preprocess=RULES, labels=LABELS)
 
 
+@pytest.mark.parametrize("out", ["rows.csv", "rows"])
+def test_an_image_of_exactly_the_limit_is_classified_and_a_byte_more_is_too_large(
+    bundle_path, tmp_path, out
+):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in (0, 1):
+        (folder / f"{number}.jpg").write_bytes(BODY + bytes(number))
+    settings = {"threads": 1, "max_body_bytes": len(BODY)}
+    found = run.classify(bundle_path, [str(folder)], tmp_path / out, **settings)
+    assert (found.num_images, found.num_errors) == (2, 1)
+    assert [bool(one.error) for one in predict(bundle_path, [folder], **settings)] == [
+        False,
+        True,
+    ]
+
+
 def test_a_csv_file_has_the_predictions_and_needs_no_extra(
     bundle_path, photos, tmp_path, monkeypatch
 ):

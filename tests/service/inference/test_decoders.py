@@ -363,6 +363,19 @@ def test_a_file_that_needs_more_memory_than_a_child_has_fails_and_the_next_is_de
 
 
 @linux
+def test_a_child_has_its_time_for_each_image_and_none_runs_while_it_is_idle(jpeg) -> None:
+    with running_child(pool.shared_template(), LARGE, limit=5.0) as child:
+        process = child.process
+        assert error_of(child.decode(jpeg)) == ""
+        assert child._timer.cancelled()
+        assert error_of(child.decode(jpeg)) == ""
+        assert child.process == process
+
+    with running_child(pool.shared_template(), LARGE, limit=0.0) as child:
+        assert child.decode(jpeg) == pool.ChildEnded(pool.TIME)
+
+
+@linux
 def test_a_light_child_ends_at_its_cpu_time() -> None:
     body = hostile.jpeg(1700, 1700, sampling=0x22, scans=98)
     with running_child(pool.shared_template(), OPTIONS) as child:

@@ -305,6 +305,15 @@ def test_a_new_bundle_has_no_metrics_of_the_one_before() -> None:
     assert site.sample("p_value", "image") is None
 
 
+def test_a_block_that_is_in_no_comparison_any_more_is_deleted(tmp_path) -> None:
+    site = Site(tmp_path)
+    count = 2 * watch.NUM_BLOCKS + 3
+    site.send(count)
+    files = {*(tmp_path / TRAFFIC).glob("*/*.npz")}
+    assert files == {block.path for block in site.traffic.blocks}
+    assert len(files) < count
+
+
 def test_blocks_that_are_too_old_are_deleted(tmp_path) -> None:
     Site(tmp_path).send(3)
     again = Site()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from sopdeploy_service.observability.busy import WINDOW, BusyShare
+from sopdeploy_service.observability.metrics import Metrics
 
 
 @pytest.fixture
@@ -36,6 +37,16 @@ def test_the_busy_share_is_that_of_the_last_seconds(clock, workers, past, share)
         clock.time += seconds
     assert busy.share() == pytest.approx(share, abs=0.03)
     assert 0.0 <= busy.share() <= 1.0
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_the_gauge_shows_the_busier_of_the_decoders_and_the_device(clock, worker):
+    metrics = Metrics()
+    metrics.busy_shares.append(BusyShare())
+    metrics.busy_shares[worker].change(1)
+    clock.time += WINDOW
+    shown = metrics.registry.get_sample_value("sopdeploy_busy")
+    assert shown == pytest.approx(1.0, abs=0.03)
 
 
 def test_seconds_that_have_ended_count_as_busy(clock):

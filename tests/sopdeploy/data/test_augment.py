@@ -14,10 +14,12 @@ from sopdeploy.data.augment import (
     Augmentation,
     AugmentedDataset,
     CenterCrop,
+    ColorConfig,
     PadCrop,
     RandomResizedCrop,
     RandomSide,
 )
+from sopdeploy.data.timm_augment import RandAugment
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.photo import ArrayImages
 
@@ -28,6 +30,13 @@ CROPS = [
     RandomResizedCrop(kind="random-resized-crop", flip=0.5),
     RandomSide(kind="random-side", flip=0.5, sides=(16, 40)),
 ]
+# What is random of an image: a crop, or one of the other changes alone.
+STILL = {"augmentation": CenterCrop(kind="center", flip=0.0)}
+CHANGES = {
+    **{crop.kind: {"augmentation": crop} for crop in CROPS},
+    "color": STILL | {"color": ColorConfig(lighting=0.5)},
+    "rand augment": STILL | {"rand_augment": RandAugment(num_ops=8)},
+}
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
 
 
@@ -41,13 +50,15 @@ def test_every_augmentation_is_tested() -> None:
     assert {type(crop) for crop in CROPS} == set(get_args(union))
 
 
-@pytest.mark.parametrize("crop", CROPS, ids=str)
-def test_augmentation_depends_on_seed_epoch_and_sample_only(crop) -> None:
+@pytest.mark.parametrize("change", CHANGES)
+def test_augmentation_depends_on_seed_epoch_and_sample_only(change) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
 
     def arrays(seed: int, epoch: int, order=range(12)) -> np.ndarray:
-        view = AugmentedDataset(images(), crop, RULES, seed, epoch)
+        view = AugmentedDataset(
+            images(), preprocess=RULES, seed=seed, epoch=epoch, **CHANGES[change]
+        )
         return view.pixels(order)
 
     first = arrays(1, 2)

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,8 @@ from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.registry import create_model, make_config
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy_commands.app import app
-from sopdeploy_papers.reproduction.page import render_page
-from sopdeploy_papers.reproduction.plan import Reproduction, plan
+from sopdeploy_papers.reproduction.page import error_table, render_page
+from sopdeploy_papers.reproduction.plan import ReproducedRow, Reproduction, plan
 from sopdeploy_papers.reproduction.tables import (
     DATA_SETS,
     OtherForm,
@@ -353,6 +354,18 @@ def test_a_dry_run_prints_commands_and_hours_and_writes_nothing(tmp_path, monkey
         in shown
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_both_errors_that_are_printed_stand_beside_those_that_were_measured() -> None:
+    printed = PrintedRow(id="a", name="a", top1=20.0, top5=5.0)
+    metrics = SimpleNamespace(top1=0.75, top5=0.9)
+    run: Any = SimpleNamespace(history=[SimpleNamespace(metrics=metrics)], held_out_count=100)
+    paper = next(table for table in load_tables().values() if not table.accuracy)
+    table = error_table(paper, [ReproducedRow(printed=printed, runs=[run])])
+
+    _, *errors, status = table.rows[0]
+    assert [error.split(" ")[0] for error in errors] == ["20.00", "25.00", "5.00", "10.00"]
+    assert status == "measured"
 
 
 def test_unknown_tables_and_rows_are_named_with_their_neighbors() -> None:
