@@ -6,7 +6,7 @@ import pytest
 
 from sopdeploy.images.signatures import BRANDS, REJECTED_SIGNATURES, SIGNATURES, find_format
 
-HEADS = {signature: name for signature, name in (SIGNATURES | REJECTED_SIGNATURES).items()}
+HEADS = dict((SIGNATURES | REJECTED_SIGNATURES).items())
 HEADS |= {
     struct.pack(">I4s4s", 16, b"ftyp", brand) + bytes(4): BRANDS[brand] for brand in BRANDS
 }

@@ -45,6 +45,17 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> str:
     return "stages"
 
 
+def test_a_network_that_no_paper_covers_gets_branches_of_two_blocks_and_at_most_256_channels() -> (
+    None
+):
+    inner = Stages()
+    inner.late = nn.Sequential(nn.Conv2d(6, 300, 3))
+    inner.fc = nn.Linear(300, 5)
+    network = sopdeploy.dsop(inner, ["early", "late"], image_size=8)
+    plans = [(plan.blocks, plan.width) for plan in network.plans.values()]
+    assert plans == [(2, 6), (2, 256)]
+
+
 def test_branches_train_the_network_and_leave_its_output_alone() -> None:
     inner = Stages().train()
     inner.early[1].eval()  # a frozen batch norm keeps its mode

@@ -99,6 +99,18 @@ def test_names_in_sequence_do_not_group_photographs_of_different_objects(
     assert len(set(found.groups.tolist())) == len(names)
 
 
+def test_sequences_of_a_few_photographs_are_not_divided_into_clips():
+    classes, numbers = np.divmod(np.arange(40 * 4), 4)
+    objects = np.arange(40 * 4) // 2  # two photographs of each, one after the other
+    vectors = np.eye(80)[objects] + 0.1 * np.random.default_rng(0).normal(size=(160, 80))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    names = [
+        f"{label}/IMG_{2031 + number}.JPG"
+        for label, number in zip(classes, numbers, strict=True)
+    ]
+    assert len({*find(names, vectors, classes).groups.tolist()}) == len(names)
+
+
 def test_frames_of_equal_numbers_that_are_alike_do_not_join_the_clips_that_names_tell():
     objects, frames = np.divmod(np.arange(36 * 4), 4)
     classes = objects // 12
