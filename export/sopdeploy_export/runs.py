@@ -38,8 +38,9 @@ GateRun = Callable[[Tensor], NDArray[Any]]
 GET_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 # Rounding errors of float32, relative to the largest output, that sums in another order explain.
 MOST_ROUNDINGS = 4096
-# Of the batches in a plain run, together all images of an export; the first batch runs again at the end.
-SIZES = (2, 1, 1, 4, 7)
+# Sizes of the batches in a plain run; larger ones than the largest batch are left out. The first batch
+# runs again at the end. Two images run alone: one has bars, the other one has extreme pixels.
+SIZES = (2, 1, 1, 3, 4, 7)
 REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -121,21 +122,27 @@ class PlainOutputs(NamedTuple):
     repeated: tuple[Tensor, ...]
 
 
-def divide(count: int, largest: int) -> list[int]:
-    """Divide *count* images into batches of at most *largest*: of `SIZES`, then of the largest size."""
+def divide(images: Tensor, largest: int) -> list[Tensor]:
+    """Divide *images* (P, ...) into batches of at most *largest*: of `SIZES`, then of the largest size.
+
+    Repeated images fill the last batch.
+    """
     sizes: list[int] = []
     preferred = iter(size for size in SIZES if size <= largest)
-    while (rest := count - sum(sizes)) > 0:
-        sizes.append(min(rest, next(preferred, min(largest, SIZES[-1]))))
-    return sizes
+    while sum(sizes) < len(images):
+        sizes.append(next(preferred, min(largest, SIZES[-1])))
+
+    filled = torch.cat([images, images[: sum(sizes) - len(images)]])
+    return list(torch.split(filled, sizes))
 
 
 def run_as_users_do(run: BatchRun, images: Tensor, largest: int) -> PlainOutputs:
     """Run uint8 *images* (P, H, W, 3) in batches of at most *largest*, with torch's fast path."""
-    batches = torch.split(images, divide(len(images), largest))
+    batches = divide(images, largest)
     runs = [run_batch(run, batch) for batch in batches]
     repeated = run_batch(run, batches[0])
-    return PlainOutputs(tuple(map(torch.cat, zip(*runs, strict=True))), repeated)
+    outputs = [torch.cat(parts)[: len(images)] for parts in zip(*runs, strict=True)]
+    return PlainOutputs(tuple(outputs), repeated)
 
 
 @torch.no_grad()

@@ -87,24 +87,26 @@ def measure_plain_run(
     network = trained.deployed
 
     # Batch by batch; the graph itself runs only where the file gives something else.
-    sizes = divide(len(images), largest_batch)
+    batches = divide(images, largest_batch)
     start = 0
-    for batch in torch.split(images, sizes):
-        rows = slice(start, start + len(batch))
+    for batch in batches:
+        rows = slice(
+            start, start + len(batch)
+        )  # without the repeated images that fill the batch
         outputs = [output[rows] for output in plain.outputs]
         file_rows = None
         if of_file is not None:
             file_rows = [torch.from_numpy(output[rows]) for output in of_file.values()]
         if file_rows is None or find_difference(outputs, file_rows) is not None:
             captured = run_plainly(trained.graph, batch)
-            place = find_difference(outputs, captured)
+            place = find_difference(outputs, [output[: len(outputs[0])] for output in captured])
             if place is not None:
                 raise _describe_difference(names[start + place], network, batch, captured)
         start += len(batch)
 
     # The first batch, after all others; then after the capture, also with other removed tensors.
-    first = images[: sizes[0]]
-    expected = [output[: sizes[0]] for output in plain.outputs]
+    first = batches[0]
+    expected = [output[: len(first)] for output in plain.outputs]
     _check_equal(expected, plain.repeated, REPEATED)
     _check_equal(expected, run_plainly(network, first), REPEATED)
     removed = [tensor for name, tensor in trained.tensors.items() if is_in(name, *parts)]
@@ -117,7 +119,7 @@ def measure_plain_run(
         )
         _check_equal(expected, changed, problem, "training_only")
 
-    return PlainRuns(tuple(sorted({*sizes})), _warn_of_nan(names, plain.outputs))
+    return PlainRuns(tuple(sorted({*map(len, batches)})), _warn_of_nan(names, plain.outputs))
 
 
 def _check_equal(
