@@ -229,7 +229,6 @@ UNREAD = {
     "FewShotResult.strength",
     "Reference.confidences",
     # for people who open the file
-    "Certificate.statements",
     "Choice.license",
     "Choice.millions",
     "EngineRecord.build_seconds",

@@ -100,6 +100,28 @@ def test_a_bundle_is_verified_and_keeps_its_id(files: Path) -> None:
     assert (verified.bundle, verified.golden) == (path.name, 3)
 
 
+@pytest.mark.parametrize(
+    ("files", "proved", "measured"),
+    [
+        (
+            "0.1.0",
+            ["Tensors", "Graphs", "Batch sizes", "ONNX", "Images"],
+            ["Outputs", "Repetition", "File"],
+        ),
+        ("0.2.0", ["Removed", "Graph", "Plain run", "Images"], ["File"]),
+    ],
+    indirect=["files"],
+)
+def test_verify_says_what_the_certificate_of_an_earlier_version_proved_and_measured(
+    files: Path, proved: list[str], measured: list[str]
+) -> None:
+    statements = verify(bundle_in(files), Settings(threads=1)).statements
+    assert [title for title, evidence in statements.items() if evidence == "proved"] == proved
+    assert [
+        title for title, evidence in statements.items() if evidence == "measured"
+    ] == measured
+
+
 @each_version
 def test_a_checkpoint_is_read_with_its_decision(files: Path) -> None:
     with quick_torch.one_thread():

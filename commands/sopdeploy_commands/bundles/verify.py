@@ -9,6 +9,7 @@ from sopdeploy.bundle.folder import PROBES, Bundle
 from sopdeploy.bundle.golden import check_golden, read_golden
 from sopdeploy.bundle.probes import Probes, Replay, read_probes
 from sopdeploy.bundle.second_order import NOTHING, count_second_order
+from sopdeploy.bundle.statements import Statements, read_statements
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field
 from sopdeploy.config import StrictModel, parse_json
@@ -30,7 +31,8 @@ class Verification(StrictModel):
 
     `replays` has the deviation and the tolerance of each output by batch size, `golden` the
     number of examples. `onnx_root` was recomputed from `model.onnx`, and `second_order` says what
-    its graph computes of second order; None and "" if `onnx` is not installed.
+    its graph computes of second order; None and "" if `onnx` is not installed. `statements` says
+    which statements of the certificate the export proved, and which it measured.
     """
 
     bundle: str
@@ -38,6 +40,7 @@ class Verification(StrictModel):
     model: str
     onnx_root: str | None
     second_order: str = ""
+    statements: Statements
     num_files: int
     bytes: int
     runtime: str
@@ -59,6 +62,12 @@ def _show(result: Verification) -> None:
     print_field("graph", graph)
     if result.second_order:
         print_field("lowered", result.second_order)
+
+    # What the export did, which is not done again here.
+    for evidence in ("proved", "measured"):
+        titles = [title for title, how in result.statements.items() if how == evidence]
+        if titles:
+            print_field(evidence, f"by the export: {', '.join(titles)}")
 
     # What was computed again: the outputs for the reference images, then the exporter's JPEG examples.
     for replay in result.replays:
@@ -121,6 +130,7 @@ def verify(
         model=manifest.model,
         onnx_root=loaded.onnx_root,
         second_order=_describe_second_order(loaded),
+        statements=read_statements(loaded.bundle),
         num_files=len(manifest.files),
         bytes=sum(record.bytes for record in manifest.files.values()),
         runtime=loaded.runtime.name,

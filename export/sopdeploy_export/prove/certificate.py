@@ -12,10 +12,8 @@ says which networks were compared. Without a plain network, the proof cannot det
 both compared networks share: frozen buffers, constants and patched methods.
 """
 
-from collections.abc import Mapping
-from typing import Literal
-
 from sopdeploy.bundle.manifest import PROOFS, Precision, ProofKind
+from sopdeploy.bundle.statements import Evidence, Statements
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError
 from sopdeploy_export.progress import step
@@ -30,15 +28,6 @@ STATEMENTS = {
     "Plain run": plain_run,
     "Images": images,
     "File": file,
-}
-
-Evidence = Literal["proved", "measured"]
-BEFORE_0_3: Mapping[str, Evidence] = {
-    "Removed": "proved",
-    "Graph": "proved",
-    "Plain run": "proved",
-    "Images": "proved",
-    "File": "measured",
 }
 
 
@@ -75,8 +64,8 @@ class Certificate(StrictModel):
     of images on which the file was compared. `mixes_images` names the outputs that change with
     the other images of the batch; before version 0.3.0, operators.
 
-    `statements` says of each statement whether it was `proved` or `measured`. Before version 0.3.0,
-    it was not written: then the first four were proved, and only the file was measured.
+    `statements` says of each statement whether it was `proved` or `measured`. It is missing before
+    version 0.3.0 (`sopdeploy.bundle.statements`).
     """
 
     model: str
@@ -91,7 +80,7 @@ class Certificate(StrictModel):
     num_images: int
     mixes_images: tuple[str, ...]
     precision: Precision
-    statements: Mapping[str, Evidence] = BEFORE_0_3
+    statements: Statements
 
     @property
     def bytes_removed(self) -> int:

@@ -1,5 +1,6 @@
 """`predict`, `eval` and `verify` give the results of HTTP; `bench` and `health`."""
 
+import hashlib
 import http.server
 import json
 import shutil
@@ -120,6 +121,19 @@ def certify(any_batch: str, root: str) -> Callable[[Path], object]:
     return change
 
 
+def state(statements: Any) -> Callable[[Path], object]:
+    """Change the statements in the certificate of a bundle, and its own hash."""
+
+    def change(folder: Path) -> None:
+        fields = json.loads((folder / "certificate.json").read_bytes())
+        fields["statements"] = statements
+        del fields["sha256"]
+        fields = {"sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields}
+        (folder / "certificate.json").write_bytes(to_json(fields))
+
+    return change
+
+
 REPLACED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another weight": (replace_weight, r"model\.onnx: its graph has the hash"),
     "another certified graph": (
@@ -129,6 +143,14 @@ REPLACED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another certified program": (
         certify("9", "9"),
         r"certificate\.json: belongs to another network",
+    ),
+    "a statement that is neither proved nor measured": (
+        state({"Graph": "assumed"}),
+        r"certificate\.json: does not say what was proved",
+    ),
+    "statements of another type": (
+        state("all"),
+        r"certificate\.json: does not say what was proved",
     ),
 }
 
