@@ -217,9 +217,25 @@ def with_branch(
 
 VALUES: dict[str, Row] = {  # the output depends on a tensor of the branch, and hides that
     "times zero": case(lambda n, f, y: y + 0 * n.aux(f), NEEDED),
+    "where": case(lambda n, f, y: torch.where(n.aux(f).isnan(), y, y + 0 * n.aux(f)), NEEDED),
+    "chosen never": case(lambda n, f, y: torch.where(f.mean() > 1e9, n.aux(f), y), NEEDED),
+    "nan_to_num": case(lambda n, f, y: y + 0 * n.aux(f).nan_to_num(), NEEDED),
     "fmax, which ignores NaN": case(lambda n, f, y: torch.fmax(y, n.aux(f) - 1e9), NEEDED),
     "a comparison": case(lambda n, f, y: y + 0 * (n.aux(f) > 0), NEEDED),
+    "integers": case(lambda n, f, y: y + 0 * n.aux(f).int(), NEEDED),
+    "whether it is NaN": case(lambda n, f, y: y + n.aux(f).isnan(), NEEDED),
+    "a position": case(lambda n, f, y: y + 0 * n.aux(f).argmax(1, keepdim=True), NEEDED),
+    "a product with zero as a mask": case(
+        lambda n, f, y: y.masked_fill(n.aux(f).isinf(), 0.0), NEEDED
+    ),
     "its weight": case(lambda n, f, y: y + 0 * F.linear(f, n.aux.weight), NEEDED),
+    "all its weights": case(
+        lambda n, f, y: y + 0 * sum(p.sum() for p in n.aux.parameters()), NEEDED
+    ),
+    "a copy of its weight": case(
+        lambda n, f, y: y + 0 * n.aux.weight.detach().clone().sum(), NEEDED
+    ),
+    "a method": case(lambda n, f, y: y + 0 * n.aux.method(f), NEEDED, branch(Branch)),
     "a property": case(lambda n, f, y: y + 0 * n.aux.scale, NEEDED, branch(Branch)),
     "a bound method": case(
         lambda n, f, y: y + 0 * n.call(f),
@@ -306,18 +322,30 @@ ALIASES: dict[str, Row] = {
     "a view of its weight": case(
         lambda n, f, y: y + f @ n.alias[0].t(), DRAWN, alias(lambda n: n.aux.weight.data)
     ),
+    "a slice of its weight": case(
+        lambda n, f, y: y + n.alias[0], DRAWN, alias(lambda n: n.aux.weight.data[:, 0])
+    ),
     "an array over its weight": case(
         lambda n, f, y: y + f @ torch.from_numpy(n.alias[0]).t(),
         DRAWN,
         alias(lambda n: n.aux.weight.detach().numpy()),
     ),
     "a number of its memory, read in Python": Row(reads_memory, "", ("aux",)),
+    "a view of its weight, stored beside a kept one": case(
+        lambda n, f, y: y + f @ n.alias[0].t(),
+        DRAWN,
+        stored_beside,
+        alias(lambda n: n.aux.weight.data),
+    ),
     "a view of its weight, stored beside a kept one that is registered later": case(
         lambda n, f, y: y + f @ n.alias[0].t(),
         DRAWN,
         stored_beside,
         registered_last,
         alias(lambda n: n.aux.weight.data),
+    ),
+    "a number of its memory, stored beside a kept one": Row(
+        lambda: reads_memory(stored_beside), "", ("aux",)
     ),
     "a global variable": case(
         lambda n, f, y: y + f @ GLOBAL.weight.t(), DRAWN, shares_globally
@@ -375,6 +403,10 @@ def in_place(change: Callable[[Tensor], object]) -> Change:
     return with_effect(effect)
 
 
+def updates(norm: nn.BatchNorm1d, features: Tensor) -> None:
+    F.batch_norm(features, norm.running_mean, norm.running_var, training=True)
+
+
 def sets(built: Any, flag: str, value: Any = True) -> None:
     setattr(built, flag, value)
 
@@ -385,11 +417,13 @@ EFFECTS: dict[str, Row] = {  # the branch changes something that the classifier 
     "in place, by a method": right(
         then(lambda n, f, y: n.aux.shift(f), lambda n, f, y: n.fc(f)), branch(Shift)
     ),
+    "in place, through a view": case(first, INSIDE, in_place(lambda x: x[:, :1].mul_(1.0))),
     "in place, by a hook": case(
         first, INSIDE, hooked(lambda _part, inputs, _output: inputs[0].mul_(1.0))
     ),
     "a hook that stores the result": case(reads_stored, NEEDED, stores),
     "a list that it gets": case(appended, INSIDE, branch(Appends)),
+    "a dict that it gets": case(replaced, INSIDE, branch(Replaces)),
     "a buffer": case(
         then(calls, lambda n, f, y: y + n.norm.running_mean.sum()),
         STATE,
@@ -407,15 +441,38 @@ EFFECTS: dict[str, Row] = {  # the branch changes something that the classifier 
         then(calls, lambda n, f, y: y * (1.0 if n.ran else 2.0)),
         owned(lambda n, _x: sets(n, "ran"), ran=bool),
     ),
+    "a flag of the network that it resets": right(
+        then(calls, lambda n, f, y: y * (1.0 if vars(n).pop("ran", False) else 2.0)),
+        owned(lambda n, _x: sets(n, "ran")),
+    ),
+    "a global flag": right(
+        then(
+            lambda n, f, y: (flag(0), n.aux(f)),
+            lambda n, f, y: y * (1.0 + GLOBAL.flag),
+        ),
+        with_effect(lambda _part, _x, y: (flag(1), y)[1]),
+    ),
     "the mode of another layer": case(
         then(calls, lambda n, f, y: n.fc(n.norm(f))),
         STATE + "|fails for",
         owned(lambda n, _x: n.norm.train(), norm=lambda: nn.BatchNorm1d(WIDTH)),
     ),
+    "batch statistics of another layer": case(
+        then(
+            lambda n, f, y: n.aux(torch.cat([f, -f])),
+            lambda n, f, y: n.fc(n.norm(f)),
+        ),
+        STATE,
+        owned(lambda n, x: updates(n.norm, x), norm=lambda: nn.BatchNorm1d(WIDTH)),
+    ),
     "batch statistics of its own": case(
         then(calls, lambda n, f, y: y),
         STATE + "|Expected more than 1 value per channel",
         branch(lambda: AlwaysTrains(WIDTH)),
+    ),
+    "the number of its runs": right(
+        then(calls, lambda n, f, y: y if n.runs < 200 else -y),
+        owned(lambda n, _x: sets(n, "runs", n.runs + 1), runs=int),
     ),
 }
 
@@ -447,19 +504,27 @@ PYTHON: dict[str, Row] = {  # a value of the branch becomes a Python value
         batch=5,
     ),
     "float behind try": right(tried(lambda n, f: float(n.aux(f).mean()) > 9)),
+    "its text": right(tried(lambda n, f: "nan" in str(n.aux(f)))),
     "a branch on its result": case(tried(lambda n, f: bool((n.aux(f) > 1e9).any())), NEEDED),
+    "a branch on its NaN": case(tried(lambda n, f: bool(n.aux(f).isnan().any())), NEEDED),
     "cond": case(
         lambda n, f, y: torch.cond(
             n.aux(f).sum() > 1e9, lambda x: x * 2, lambda x: x * 1, (y,)
         ),
         "no control flow",
     ),
+    "the length of a list": right(lambda n, f, y: y * len(n.aux) + 0, several()),
     "an attribute": right(lambda n, f, y: y * n.aux.weight_of_loss, branch(Branch)),
+    "a size of a layer": right(lambda n, f, y: y * n.aux.out_features),
+    "the number of its weights": right(lambda n, f, y: y * len([*n.aux.parameters()])),
     "its mode": right(
         then(calls, lambda n, f, y: y * (2.0 if n.aux.training else 1.0)),
         branch(StaysInTrainMode),
     ),
     "its class": right(lambda n, f, y: y * (1.0 if isinstance(n.aux, nn.Linear) else 2.0)),
+    "the module of its class": right(
+        lambda n, f, y: y * (1.0 if type(n.aux).__module__.startswith("torch.") else 2.0)
+    ),
     "what its name is": case(by_name, NEEDED),
 }
 
@@ -487,26 +552,40 @@ RIGHT: dict[str, Row] = {  # the branch is not needed
     "an object": right(
         lambda n, f, y: (y, n.aux(f).logits), with_effect(lambda _part, _x, y: Bag(y, 3))
     ),
+    "a number that it returns": right(
+        lambda n, f, y: (y, n.aux(f)[0] * n.aux(f)[1]),
+        with_effect(lambda _part, _x, y: (y, 0.5)),
+    ),
+    "a result that is changed in place": right(lambda n, f, y: (y, n.aux(f).relu_())),
+    "two views": right(lambda n, f, y: (y, n.aux(torch.cat([f, -f])).chunk(2))),
     "a loss": right(
         lambda n, f, y: (
             y,
             F.kl_div(n.aux(f).log_softmax(1), y.softmax(1), reduction="batchmean"),
         )
     ),
+    "a branch with another type": right(lambda n, f, y: (y, n.aux(f).double().float().mean())),
     "a method": right(lambda n, f, y: (y, n.aux.method(f)), branch(Branch)),
     "a weight as an operand": right(lambda n, f, y: (y, F.linear(f, n.aux.weight))),
     "a removed tensor": right(lambda n, f, y: (y, y * n.gate.sum()), gate(), part="gate"),
     "dropout of the branch": right(
         lambda n, f, y: (y, F.dropout(n.aux(f), 0.5, training=True))
     ),
+    "a weight that is stored beside a kept one": right(beside, stored_beside),
     "a weight that is stored beside a kept one, which is registered later": right(
         beside, stored_beside, registered_last
     ),
     "no call": right(lambda n, f, y: y if n.aux is not None else -y),
+    "a truth value of a list": right(
+        lambda n, f, y: (y, n.aux[0](f)) if n.aux else y, several()
+    ),
     SHARED: right(
         lambda n, f, y: (n.fc(n.act(f)), n.aux(f)),
         puts(act=nn.ReLU),
         lambda n: setattr(n, "aux", nn.Sequential(n.act, nn.Linear(WIDTH, CLASSES))),
     ),
     "a generator": right(lambda n, f, y: (y, list(n.aux(f))), with_effect(yields)),
+    "a function": right(
+        lambda n, f, y: (y, n.aux(f)()), with_effect(lambda _part, _x, y: lambda: y)
+    ),
 }

@@ -214,9 +214,33 @@ def table_of(side: int) -> Tensor:
     return torch.linspace(0, side, WIDTH * CLASSES).reshape(WIDTH, CLASSES)
 
 
+def decorated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    kept = functools.lru_cache(function)
+
+    @functools.wraps(function)
+    def call(*sizes: int) -> Tensor:
+        return kept(*sizes)
+
+    return call
+
+
+class Tables:
+    """Has functions that keep what they return."""
+
+    @staticmethod
+    @decorated
+    def table_of(side: int) -> Tensor:
+        return torch.linspace(0, side, WIDTH * CLASSES).reshape(WIDTH, CLASSES)
+
+
 @functools.cache
 def global_table() -> Tensor:
     return TABLE[0]
+
+
+@functools.cache
+def drawn_table() -> Tensor:
+    return torch.rand(WIDTH, CLASSES)
 
 
 CONSTANTS: dict[str, Row] = {
@@ -235,13 +259,26 @@ CONSTANTS: dict[str, Row] = {
         adds(lambda n: n.table, lambda: torch.rand(TABLE[0].shape)), UNSTORED
     ),
     "a global tensor": rebuilt(adds(lambda _: TABLE[0]), UNSTORED),
+    "a global tensor that it finds by its name": rebuilt(
+        adds(lambda _: globals()["TABLE"][0]), UNSTORED
+    ),
     "a table that a function keeps": rebuilt(adds(lambda _: table_of(WIDTH))),
+    "a table that a decorated method keeps": rebuilt(adds(lambda _: Tables.table_of(WIDTH))),
     "a global tensor that a function keeps": rebuilt(adds(lambda _: global_table()), UNSTORED),
+    "random numbers that a function keeps": rebuilt(adds(lambda _: drawn_table()), UNSTORED),
     "a tensor that both networks hold": rebuilt(
         adds(lambda n: n.table[0], lambda: TABLE), UNSTORED
     ),
     "a parameter in a list": rebuilt(
         adds(lambda n: n.table[0], lambda: [nn.Parameter(TABLE[0].clone())]), IN_LIST
+    ),
+    "a layer in a list": rebuilt(
+        network(
+            lambda n, f, y: y + n.table[0](f),
+            lambda n: torch.manual_seed(0),
+            puts(table=lambda: [nn.Linear(WIDTH, CLASSES)]),
+        ),
+        IN_LIST,
     ),
 }
 

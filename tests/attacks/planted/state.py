@@ -1,12 +1,19 @@
 """Networks whose answer depends on the images or the calls before: what they keep, and where."""
 
+import ctypes
 import functools
+import io
 import itertools
+import queue
 import random
 import threading
+from argparse import Namespace
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -94,6 +101,17 @@ def position() -> Callable[[], int]:
     return lambda: next(generator)
 
 
+def counts_in_its_class() -> Any:
+    class Shared:
+        calls: ClassVar[deque[int]] = deque()
+
+        def __call__(self) -> int:
+            self.calls.append(0)
+            return len(self.calls)
+
+    return Shared()
+
+
 def later(count: Callable[[Any], Any], make: Callable[[], Any], *, seen: bool = False) -> Row:
     """Plant a network that doubles its logits after some calls, which *count* counts in what *make* makes.
 
@@ -151,12 +169,56 @@ def wears_out() -> Callable[[], int]:
 
 
 COUNTERS: dict[str, Row] = {
+    "a deque grows": later(in_place(lambda c: c.append(0)), deque),
+    "a deque rotates": later(
+        in_place(lambda c: c.rotate(-1), lambda c: c[0]), lambda: deque(range(700))
+    ),
+    "a bytearray grows": later(in_place(lambda c: c.append(0)), bytearray),
+    "a byte changes": later(
+        in_place(lambda c: c.__setitem__(0, c[0] + 1), lambda c: c[0]), lambda: bytearray(1)
+    ),
+    "an array grows": later(in_place(lambda c: c.append(0)), lambda: array("b")),
+    "the type of an array changes": later(
+        lambda c: (
+            c.__setitem__(0, c[0].view({"i": "u4", "u": "f4", "f": "i4"}[c[0].dtype.kind])) or 0
+        ),
+        lambda: [np.zeros(1, "i4")],
+    ),
+    "a set grows": later(in_place(lambda c: c.add(len(c))), set),
     "a list grows": later(in_place(lambda c: c.append(0)), list),
+    "itertools.count": later(next, itertools.count),
+    "an iterator": later(next, lambda: iter(range(10**9))),
+    "an enumeration of a list": later(lambda c: next(c)[0], lambda: enumerate([0] * 10**4)),
     "a generator": later(next, numbers),
+    "the position of a generator": later(lambda c: c(), position),
     "random.Random": later(lambda c: c.randrange(CALLS), lambda: random.Random(0)),
+    "a method of random.Random": later(lambda c: c(), lambda: random.Random(0).random),
+    "a generator of NumPy": later(lambda c: c.integers(CALLS), np.random.default_rng),
     "slots": later(lambda c: c(), Slotted),
     "a closure": later(lambda c: c(), closure),
+    "a class attribute": later(lambda c: c(), counts_in_its_class),
+    "a namespace": later(
+        in_place(lambda c: setattr(c, "n", c.n + 1), lambda c: c.n), lambda: Namespace(n=0)
+    ),
+    "an attribute of a number": later(
+        in_place(lambda c: setattr(c, "calls", c.calls + 1), lambda c: c.calls),
+        lambda: type("Number", (float,), {"calls": 0})(),
+    ),
+    "a partial": later(lambda c: c(), lambda: functools.partial(closure())),
+    "a property": later(lambda c: c.runs, Counts),
+    "a bound method": later(lambda c: c(), lambda: Slotted().__call__),
+    "six levels of lists": later(
+        in_place(lambda c: c[0][0][0][0][0].append(0), lambda c: len(c[0][0][0][0][0])),
+        lambda: [[[[[[]]]]]],
+    ),
+    "ctypes": later(
+        in_place(lambda c: setattr(c, "value", c.value + 1), lambda c: c.value),
+        ctypes.c_long,
+    ),
+    "BytesIO": later(in_place(lambda c: c.write(b"x"), lambda c: c.tell()), io.BytesIO),
+    "Queue": later(in_place(lambda c: c.put(1), lambda c: c.qsize()), queue.Queue),
     "threading.local": later(in_local, local),
+    "ContextVar": later(in_context, context(0)),
     "a tensor in a ContextVar": later(in_context, context(torch.zeros(1))),
     "a tensor": later(
         lambda c: c(), lambda: functools.partial(torch.zeros(1).add_, 1), seen=True
@@ -195,6 +257,12 @@ def halved(kept: Any, logits: Tensor) -> Tensor:
     return torch.where(kept > 0, 0.5 * logits, logits)
 
 
+def swallows(_network: Any, kept: Any, logits: Tensor) -> Tensor:
+    with suppress(Exception):
+        return logits if len(kept) < CALLS else 0.5 * logits
+    return logits
+
+
 def marked(kept: Any, _features: Tensor, logits: Tensor) -> Tensor:
     vars(logits)["runs"] = vars(kept)["runs"] + 1 if type(kept) is Tensor else 0
     return logits
@@ -209,14 +277,36 @@ KEPT: dict[str, Row] = {
     "the peak, if it is a tensor": keeping(
         lambda _, kept, y: halved(kept, y) if type(kept) is Tensor else y
     ),
+    "the size of the last batch": keeping(
+        lambda _, kept, y: 0.5 * y if type(kept) is Tensor and kept.shape[0] > 64 else y,
+        lambda _kept, features, _logits: features,
+        NOT_REACHED,
+    ),
     "a number of the last batch": keeping(
         lambda _, kept, y: 0.5 * y if type(kept) is int and kept > 64 else y,
         lambda _kept, features, _logits: features.shape[0],
         NOT_REACHED,
     ),
     "that there was a run": keeping(lambda _, kept, y: y if kept is None else limited(y)),
+    "a count in a new tuple": keeping(
+        lambda n, _, y: y if n.kept[0] < CALLS else 0.5 * y,
+        lambda kept, _features, _logits: (kept[0] + 1 if type(kept) is tuple else 0,),
+        NOT_REACHED,
+    ),
     "a count on a new tensor": keeping(
         lambda n, _, y: y if vars(n.kept)["runs"] < CALLS else 0.5 * y, marked, NOT_REACHED
+    ),
+    "a count in another object": keeping(
+        lambda n, _, y: y if n.kept.n < CALLS else 0.5 * y,
+        lambda kept, _features, _logits: Namespace(
+            n=kept.n + 1 if type(kept) is Namespace else 0
+        ),
+        NOT_REACHED,
+    ),
+    "a list that grows, if it can": keeping(
+        swallows,
+        lambda kept, _features, logits: [*kept, logits] if type(kept) is list else [logits],
+        NOT_REACHED,
     ),
     "its own memory, with another view": keeping(
         lambda _, kept, y: y + 0 * kept.data.view(-1)[:1] if type(kept) is Tensor else y,
@@ -265,6 +355,13 @@ def of_first_image(self: Any, _features: Tensor, logits: Tensor) -> Tensor:
     return logits + self.table
 
 
+def in_first_run(self: Any, _features: Tensor, logits: Tensor) -> Tensor:
+    if self.table is None:
+        self.table = torch.zeros(())
+        return logits
+    return limited(logits)
+
+
 def no_table(built: Any) -> None:
     built.register_buffer("table", None, persistent=False)
 
@@ -292,6 +389,14 @@ WRITTEN: dict[str, Row] = {
     "a buffer is written through .data": peaking(
         lambda n: n.peak, lambda n, peak: n.peak.data.copy_(peak), PEAK
     ),
+    "a list of buffers is written through .data": peaking(
+        lambda n: n.peak, lambda n, peak: torch._foreach_copy_([n.peak.data], [peak]), PEAK
+    ),
+    "a tensor in nested lists is replaced": peaking(
+        lambda n: n.memory[0][0],
+        lambda n, peak: n.memory[0].__setitem__(0, peak),
+        puts(memory=lambda: [[torch.zeros(())]]),
+    ),
     "a tensor of an object is replaced": peaking(
         lambda n: n.memory.peak,
         lambda n, peak: setattr(n.memory, "peak", peak),
@@ -303,6 +408,7 @@ WRITTEN: dict[str, Row] = {
     "a parameter is replaced": Row(network(replaces_parameter), STATE),
     "the first run differs": Row(network(first_run), STATE),
     "a buffer made from the first image": Row(network(of_first_image, no_table), STATE),
+    "another first run, in which a buffer is made": Row(network(in_first_run, no_table), STATE),
     "a buffer that each run replaces": Row(
         network(lambda n, f, y: (setattr(n, "table", f.mean()), y)[1], no_table)
     ),

@@ -77,8 +77,12 @@ INFINITIES: dict[str, Row] = {
     ),
     # Their siblings
     "NaN in a mask": masked(parameter(causal(torch.nan)), MASK_BROKEN),
+    "NaN in a mask that is a buffer": masked(buffer("mask", causal(torch.nan)), MASK_BROKEN),
     "a mask that leaves nothing": masked(parameter(causal(full_row=3)), MASK_BROKEN),
     "a mask of plus infinity": masked(parameter(causal(INFINITE)), MASK_BROKEN),
     "a weight of infinity": damaged("conv.weight", INFINITE),
+    "a weight of NaN": damaged("conv.weight", torch.nan),
+    "a bias of infinity": damaged("fc.bias", -INFINITE),
     "a mean of infinity, behind a relu": damaged("norm.running_mean", INFINITE),
+    "a variance of infinity": damaged("norm.running_var", INFINITE),
 }
