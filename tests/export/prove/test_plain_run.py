@@ -152,7 +152,7 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     },
     **{
         f"other logits in a batch of {size}": (
-            lambda size=size: Small(of_mean(in_a_batch_of(size))),  # type: ignore[misc]
+            lambda size=size: Small(of_mean(in_a_batch_of(size))),
             rf"{'alone' if size == 1 else f'in a batch of {size}'}, a plain run.*{OTHER}",
         )
         for size in (1, 2, 3, 4, 7)
