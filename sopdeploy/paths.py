@@ -28,7 +28,8 @@ from sopdeploy.plugins import FIRST_BYTES, IMPORTERS
 WeightFormat = Literal["torch", "safetensors"]
 TORCH_MAGIC = b"PK", b"\x80"  # of zip archives, and of the pickles before torch 1.6
 MAX_WEIGHTS_BYTES = 16 << 30  # of a checkpoint, with the state of an optimizer, or an engine
-ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
+COMPRESSED = (".gz", ".bz2", ".xz")  # one file; with `.tar` before it, several
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", *(f".tar{suffix}" for suffix in COMPRESSED))
 CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
 READ_OF_CHECKPOINT = 256  # bytes of its pickle, which begins with the format
 _CODE = "code, not weights; give the weight file, and name the network as module:callable"
@@ -165,7 +166,7 @@ def what_is(path: Path) -> PathKind:
         return "weights"
     if is_tar(path):
         return "tar"
-    if path.name.lower().endswith(ARCHIVES):
+    if path.name.lower().endswith((*ARCHIVES, *COMPRESSED)):
         return "archive"
     if describe_foreign(path):
         return "foreign"

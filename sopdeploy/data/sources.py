@@ -68,6 +68,9 @@ class FolderConfig(HoldOut):
     for `cat.1.jpg`. `leave_out` names folders at the top that are not read, separated by commas.
     """
 
+    # A folder may be called by a number, which is one in TOML.
+    model_config = pydantic.ConfigDict(coerce_numbers_to_str=True)
+
     kind: Literal["folder"]
     path: Path | None = None
     groups: str = ""

@@ -180,9 +180,12 @@ def _may_hold_photographs(file: str) -> bool:
 
 
 def is_packed(where: Path, file: str) -> bool:
-    """Tell whether *file* directly in *where* stands for others that are not there yet: an archive, or a pointer."""
-    is_archive = "/" not in file and file.lower().endswith(ARCHIVES)
-    return is_archive or is_pointer(where / file)
+    """Tell whether *file* in *where* stands for others that are not there yet: an archive, or a pointer.
+
+    A pointer counts only if it is directly in *where*; one below may be of weights.
+    """
+    is_archive = file.lower().endswith(ARCHIVES)
+    return is_archive or ("/" not in file and is_pointer(where / file))
 
 
 def advise_on_files(where: Path, files: Sequence[str]) -> str:

@@ -27,10 +27,10 @@ from sopdeploy.paths import describe_wrong, is_output
 
 Log = Callable[[str], None]
 FolderIdentity: TypeAlias = tuple[int, int] | str
-# Written by macOS, Synology, QNAP, Windows and file systems; they hold copies and thumbnails.
+# Written by macOS, Synology, QNAP, Windows, file systems and programs; they hold copies and thumbnails.
 SYSTEM_FOLDERS = {
     "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found",
-    "__pycache__",
+    "__pycache__", "node_modules",
 }  # fmt: skip
 # Where the classes are, if each folder at the top is one, or each innermost folder, or if a file
 # beside each image has them
@@ -479,14 +479,20 @@ def find_parts(root: Path, leave_out: Collection[str] = ()) -> Parts:
 def split_names(leave_out: str, root: Path) -> tuple[str, ...]:
     """Divide *leave_out*, names of folders in *root* separated by commas.
 
-    Spaces around a name are part of it if *root* has such a folder.
+    Commas in a name, and spaces around it, are part of it if *root* has such a folder.
     """
-    # `Path.is_dir` raises for a text that is longer than a name can be.
-    return tuple(
-        name if os.path.isdir(root / name) else name.strip()  # noqa: PTH112
-        for name in leave_out.split(",")
-        if name.strip()
-    )
+    names = list[str]()
+    pieces = leave_out.split(",")
+    while pieces:
+        # As many pieces as make the name of a folder, or one. `Path.is_dir` raises for a text that is
+        # longer than a name can be.
+        count = len(pieces)
+        while count > 1 and not os.path.isdir(root / ",".join(pieces[:count])):  # noqa: PTH112
+            count -= 1
+        name = ",".join(pieces[:count])
+        names.append(name if os.path.isdir(root / name) else name.strip())  # noqa: PTH112
+        pieces = pieces[count:]
+    return tuple(name for name in names if name.strip())
 
 
 def part_folder(root: Path, name: str) -> Path:

@@ -37,6 +37,7 @@ from sopdeploy.photos.files import (
     data_folder,
     find_parts,
     list_files,
+    list_images,
     list_outputs,
     list_subfolders,
     naming_all_undecodable,
@@ -351,9 +352,9 @@ def _check_tells_classes(root: Path, train: ClassListing) -> None:
     if len(images.labels) > 1:
         return
 
-    # A table beside the images may not have been fetched, or the images not be unpacked.
-    _, beside = list_files(root)
-    advice = advise_on_files(root, [name for name in beside if is_packed(root, name)])
+    # A table may not have been fetched, or the images not be unpacked.
+    _, others = list_images(root)
+    advice = advise_on_files(root, [name for name in others if is_packed(root, name)])
     if advice:
         raise DataError(f"{images.root}: holds only one class ({images.labels[0]}); {advice}")
 

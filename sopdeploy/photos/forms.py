@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -40,6 +41,7 @@ FORMS_READ = 6  # pictures of each form: chance would match all of them in one c
 MAX_FORMS = 100  # folders beside each other that are compared: more are classes
 COPIED = 0.9  # share of the files of a folder that others must have
 FORM_SIDE = 16  # pixels of the pictures that are compared
+LOOKS_KEPT = 4096  # of 2 KB
 
 T = TypeVar("T")
 Pair: TypeAlias = tuple[bytes, bytes]  # a photograph, and what may be another form of it
@@ -359,40 +361,63 @@ def _worse_form(root: Path, pairs: Sequence[Pair]) -> int:
         return 0
 
     # Whether each picture is most like its namesake: the first pair that is not ends the reading.
-    pictures = list[tuple[Image.Image, Image.Image]]()
-    small_pictures = list[tuple[NDArray[np.float64], NDArray[np.float64]]]()
+    looks = list[tuple[_Look, _Look]]()
     for one, other in _spread(pairs, FORMS_READ):
         try:
-            pictures.append((_read(root, one), _read(root, other)))
+            looks.append((_look(root, one), _look(root, other)))
         except DataError:
             return 0
-        small_pictures.append((_small(pictures[-1][0]), _small(pictures[-1][1])))
 
-        ones, others = map(np.stack, zip(*small_pictures, strict=True))
+        ones, others = (
+            np.stack([look.small for look in form]) for form in zip(*looks, strict=True)
+        )
         likeness = ones @ others.T
-        order = np.arange(len(pictures))
+        order = np.arange(len(looks))
         if (likeness.argmax(axis=1) != order).any() or (likeness.argmax(axis=0) != order).any():
             return 0
 
     qualities = [
-        (sum(pixels.width * pixels.height for pixels in form), sum(map(_color, form)))
-        for form in zip(*pictures, strict=True)
+        (sum(look.area for look in form), sum(look.color for look in form))
+        for form in zip(*looks, strict=True)
     ]
     return 2 if qualities[0] >= qualities[1] else 1
 
 
-def _small(pixels: Image.Image) -> NDArray[np.float64]:
-    """Return the gray values of a small *pixels*, normalized so that products are correlations."""
+class _Look(NamedTuple):
+    """What is compared of a picture: its number of pixels, how colored it is, and its gray values at a small size.
+
+    `small` (`FORM_SIDE` ** 2,) is normalized so that products are correlations. `color` is the mean
+    difference of the channels, 0 for gray pictures.
+    """
+
+    area: int
+    color: float
+    small: NDArray[np.float64]
+
+
+def _look(root: Path, path: bytes) -> _Look:
+    """Look at a picture; raises `DataError` if it cannot be read.
+
+    Each picture is compared with those of many folders, in several readings of the same data set.
+    """
+    file = root / os.fsdecode(path)
+    try:
+        changed = file.stat().st_mtime_ns
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read") from error
+    return _look_at(root, path, changed)
+
+
+@lru_cache(maxsize=LOOKS_KEPT)
+def _look_at(root: Path, path: bytes, changed: int) -> _Look:  # noqa: ARG001 - part of the key
+    pixels = _read(root, path)
     gray = pixels.convert("L").resize((FORM_SIDE, FORM_SIDE), Image.Resampling.BOX)
     values = np.asarray(gray, np.float64).ravel()
     values -= values.mean()
-    return values / max(float(np.linalg.norm(values)), 1e-9)
-
-
-def _color(pixels: Image.Image) -> float:
-    """Return the mean difference of the color channels of *pixels*; 0 for gray ones."""
-    small = np.asarray(pixels.resize((FORM_SIDE, FORM_SIDE)), np.float64)
-    return float(np.ptp(small, axis=2).mean())
+    small = values / max(float(np.linalg.norm(values)), 1e-9)
+    colors = np.asarray(pixels.resize((FORM_SIDE, FORM_SIDE)), np.float64)
+    color = float(np.ptp(colors, axis=2).mean())
+    return _Look(pixels.width * pixels.height, color, small)
 
 
 def _read(root: Path, path: bytes) -> Image.Image:

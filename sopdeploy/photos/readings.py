@@ -5,6 +5,7 @@ files suggest, and the caller tries each of them before it is used or printed (`
 uses nearly all images is taken. Otherwise the user is asked, with the commands to copy.
 """
 
+import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -13,12 +14,14 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple, Protocol
 
+from sopdeploy.config import parse_toml
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.signatures import has_image_suffix
 from sopdeploy.photos.cells import pair_with_files
 from sopdeploy.photos.class_folders import (
     class_in_name,
     find_leftover_paths,
+    is_packed,
     no_classes_error,
     suggest_sorting_by_hand,
 )
@@ -36,14 +39,24 @@ from sopdeploy.photos.files import (
     lookalike_key,
     part_kind,
     part_of,
-    split_names,
 )
 from sopdeploy.photos.forms import find_other_sizes, find_variants
 from sopdeploy.photos.table import OpenedParts
-from sopdeploy.photos.table_search import find_listing_tables, named_table
+from sopdeploy.photos.table_search import (
+    DOCUMENTS,
+    find_listing_tables,
+    is_word,
+    named_table,
+    read_texts,
+    sample_names,
+)
 
-# Where the class may be in a name: before the first digit, or behind the last one.
-NAME_PATTERNS = (r"^\D+", r"\D+$")
+# Where the class may be in a name: before the first digit, in the first two words if most names begin
+# with a digit (`10_club_3`), or behind the last one
+BEFORE_NUMBER = r"^\D+"
+TWO_WORDS = r"^[^\W_]+[\W_]+[^\W\d_]+"
+BEHIND_NUMBER = r"\D+$"
+SPARSE = 4  # missing numbers of numbered folders per folder; codes such as `A320` have more
 SMALL_CLASS = 10  # images that the smallest of uneven numbered classes has
 FEW_IMAGES = 3  # that names and subfolders must have per class on average
 NEARLY_ALL = 0.9  # share of the images that a reading uses if nobody is asked
@@ -80,9 +93,21 @@ class Reading(NamedTuple):
         """The command that trains on it."""
         options = {"classes_from": self.classes_from, "leave_out": self.leave_out}
         settings = [
-            f" --set data.{name}={quote(value)}" for name, value in options.items() if value
+            f" --set data.{name}={quote(_as_value(value))}"
+            for name, value in options.items()
+            if value
         ]
         return "".join([f"sopdeploy train --data {quote(str(self.path))}", *settings])
+
+
+def _as_value(text: str) -> str:
+    """Return what `--set` takes as *text*: a text of TOML if it would take it as something else."""
+    try:
+        parse_toml(f"value = {text}")
+    except ValueError:
+        if text == text.strip() and text != "null":
+            return text
+    return json.dumps(text, ensure_ascii=False)
 
 
 class Tried(NamedTuple):
@@ -254,7 +279,7 @@ def _top_folders(tree: Tree, doubt: str = "") -> Reading:
 
 def _propose_folders(tree: Tree) -> Iterator[Reading]:
     """Yield the readings in which folders are the classes."""
-    # All images in one folder: it is the data set.
+    # All images in one folder: it is the data set, unless they illustrate a text.
     tops = tree.tops
     if (
         len(tops) == 1
@@ -262,7 +287,8 @@ def _propose_folders(tree: Tree) -> Iterator[Reading]:
         and not part_kind(tops[0])
         and tree.counts[tops[0]] == len(tree.images)
     ):
-        yield Reading(tree.root / tops[0], f"{tops[0]} is the data set")
+        doubts = [f"{top} {reason}" for top, reason in _shown_in_documents(tree).items()]
+        yield Reading(tree.root / tops[0], f"{tops[0]} is the data set", doubt="".join(doubts))
         return
     if len(tops) < 2 or (all(map(part_kind, tops)) and not tree.inner):
         return
@@ -288,10 +314,8 @@ def _propose_folders(tree: Tree) -> Iterator[Reading]:
             f"they hold parts of the data, {shorten(inside)}; put the parts above the classes"
         )
     yield _top_folders(tree, doubt)
-    names = ",".join(filter(None, (tree.leave_out, *sorted(doubtful))))
-    # A name with a comma cannot be listed.
-    can_be_listed = doubtful.keys() <= {*split_names(names, tree.root)}
-    if doubtful and len(tops) - len(doubtful) > 1 and can_be_listed:
+    if doubtful and len(tops) - len(doubtful) > 1:
+        names = ",".join(filter(None, (tree.leave_out, *sorted(doubtful))))
         yield Reading(tree.root, f"without {names}", FOLDERS, names)
 
     # Folders that hold classes themselves, and those of all of them together.
@@ -337,10 +361,6 @@ def _doubtful_together(tree: Tree) -> dict[str, str]:
 
     Names alone tell nothing of them.
     """
-    # Days, and chapters
-    reason = _why_parts_of_one_class(tree)
-    parts = tree.tops if reason else []
-
     # Forms of the same pictures, and things of other sizes, such as boards and pieces
     images = tree.by_top()
     forms = find_variants(tree.root, images)
@@ -350,29 +370,58 @@ def _doubtful_together(tree: Tree) -> dict[str, str]:
             sizes, "may show other things, because no other images have such sizes"
         ),
         **dict.fromkeys(forms, "may hold the same pictures in several forms"),
-        **dict.fromkeys(parts, f"{PARTS_OF_ONE}, because {reason}"),
+        **_shown_in_documents(tree),
+        **_parts_of_one_class(tree),
     }
 
 
-def _why_parts_of_one_class(tree: Tree) -> str:
-    """Say why the folders at the top may be parts of one class, by their names and counts; "" if nothing tells.
+def _shown_in_documents(tree: Tree) -> dict[str, str]:
+    """Return the folders at the top of whose images a document shows most, such as the figures of a report."""
+    others = [tree.root / other for other in tree.others]
+    documents = [*read_texts(others, DOCUMENTS)]
+    shown = {}
+    for top, paths in tree.by_top().items():
+        names = {path.name for path in sample_names(paths)}
+        for document, text in documents:
+            num_shown = sum(is_word(name, text) for name in names)
+            if len(names) >= FEW_IMAGES and 2 * num_shown >= len(names):
+                shown[top] = f"may illustrate a text, because {document.name} shows the images"
+    return shown
 
-    Nobody chose how many images each day or chapter has, so some have few, or their number is
-    missing, because they have none.
+
+def _parts_of_one_class(tree: Tree) -> dict[str, str]:
+    """Return the folders at the top that may be parts of one class, such as days and exercises, and why.
+
+    The names of parts are dates, or differ in a number only.
     """
-    if all(map(DATED.fullmatch, tree.tops)):
-        return "their names are dates"
-    if not tree.differs_in_numbers:
-        return ""
+    dated = [top for top in tree.tops if DATED.fullmatch(top)]
+    doubtful = {}
+    if len(dated) > 1:
+        doubtful = dict.fromkeys(dated, f"{PARTS_OF_ONE}, because their names are dates")
 
-    numbers = {int(re.findall(r"\d+", top)[-1]) for top in tree.tops}
+    families = defaultdict[str, list[str]](list)
+    for top in filter(NUMBERED.fullmatch, tree.tops):
+        families[_without_digits(top)].append(top)
+    for family in families.values():
+        if len(family) > 1 and (reason := _why_parts(tree, family)):
+            doubtful |= dict.fromkeys(family, f"{PARTS_OF_ONE}, because {reason}")
+    return doubtful
+
+
+def _why_parts(tree: Tree, family: Sequence[str]) -> str:
+    """Say why the folders *family*, which differ in a number, may be parts of one class; "" if nothing tells.
+
+    Nobody chose how many images each chapter has, so some have few, or their number is missing, because
+    they have none. Of codes such as `A320` and `A380`, nearly all numbers between are missing.
+    """
+    numbers = {int(re.findall(r"\d+", top)[-1]) for top in family}
     missing = sorted({*range(min(numbers), max(numbers))} - numbers)
-    if missing:
+    if missing and len(missing) < SPARSE * len(numbers):
         are_missing = "number {} is missing" if len(missing) == 1 else "numbers {} are missing"
         return are_missing.format(shorten([*map(str, missing)]))
 
-    smallest = min(tree.tops, key=lambda top: tree.counts[top])
-    if tree.counts[smallest] < min(SMALL_CLASS, max(tree.counts.values())):
+    smallest = min(family, key=lambda top: tree.counts[top])
+    if tree.counts[smallest] < min(SMALL_CLASS, max(tree.counts[top] for top in family)):
         return f"{smallest} has only {amount(tree.counts[smallest], 'image')}"
     return ""
 
@@ -401,7 +450,9 @@ def _propose_names(tree: Tree) -> Iterator[Reading]:
         if part_kind(os.fsdecode(path).partition("/")[0]) in TRAINING
     ]
     paths = in_training if all(map(part_kind, tree.tops)) and in_training else tree.paths
-    for pattern in NAME_PATTERNS:
+    num_numbers = sum(path.rpartition(b"/")[2][:1].isdigit() for path in paths)
+    beginning = TWO_WORDS if 2 * num_numbers > len(paths) else BEFORE_NUMBER
+    for pattern in (beginning, BEHIND_NUMBER):
         counts = Counter(class_in_name(path, pattern) for path in paths)
         found = len(paths) - counts.pop("", 0)
         if len(counts) > 1 and found >= max(NEARLY_ALL * len(paths), FEW_IMAGES * len(counts)):
@@ -455,9 +506,9 @@ def choose(tree: Tree, proposed: Sequence[Reading], open_reading: "OpenReading")
         if reading.classes_from != FILES and named_table(root, reading.classes_from)
     )
     unread = list(dict.fromkeys(described))
-    if not tried and (unread or not errors):
-        raise no_classes_error(root, hint="; ".join(unread))
     if not tried:
+        if unread or not errors or any(is_packed(root, other) for other in tree.others):
+            raise no_classes_error(root, hint="; ".join(unread))
         of_files = [error for reading, error in errors.items() if reading.classes_from == FILES]
         raise next(iter((*of_files, *errors.values())))
 
@@ -481,9 +532,15 @@ def _ambiguous_error(
     tree: Tree, tried: Sequence[Tried], unread: Sequence[str]
 ) -> AmbiguousFolderError:
     """Build the error that asks which of the readings *tried* is meant; *unread* are lines about tables."""
-    # Doubtful readings are the last ones, because the first one is copied.
+
+    # Doubtful readings are the last ones, because the first one is copied, and of these the folders at
+    # the top.
+    def is_doubtful(one: Tried) -> tuple[bool, bool]:
+        doubt = one.reading.doubt != ""
+        return doubt, doubt and one.reading.classes_from == FOLDERS
+
     shown = sorted(tried, key=lambda one: one.num_used, reverse=True)[:MAX_ASKED]
-    shown.sort(key=lambda one: (one.reading.doubt != "", tried.index(one)))
+    shown.sort(key=lambda one: (is_doubtful(one), tried.index(one)))
 
     # The doubt about the folders at the top, or about the only reading
     doubts = [
@@ -492,7 +549,7 @@ def _ambiguous_error(
         if len(tried) == 1 or one.reading.classes_from == FOLDERS
     ]
     if tree.differs_in_numbers and any(
-        one.reading.classes_from in NAME_PATTERNS for one in tried
+        one.reading.classes_from in (BEFORE_NUMBER, TWO_WORDS, BEHIND_NUMBER) for one in tried
     ):
         told = "the names of the files tell other classes"
         doubts.append(f"{shorten(tree.tops)} {PARTS_OF_ONE}, because {told}")

@@ -96,6 +96,9 @@ def check(
 
 def _read_settings(settings: "Sequence[str]") -> dict[str, str]:
     """Return the *settings* `data.NAME=VALUE` that say how a folder is read; raises `ConfigError` for others."""
+    import pydantic
+
+    from sopdeploy.config import first_problem
     from sopdeploy.data.sources import FolderConfig
     from sopdeploy.training.recipe_files import parse_override
 
@@ -107,7 +110,10 @@ def _read_settings(settings: "Sequence[str]") -> dict[str, str]:
             setting="set",
         )
     given = {key.removeprefix("data."): value for key, value in values.items()}
-    config = FolderConfig.model_validate({"kind": "folder", **given})
+    try:
+        config = FolderConfig.model_validate({"kind": "folder", **given})
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"data.{first_problem(error, given)}", setting="set") from error
     return {name: getattr(config, name) for name in names}
 
 

@@ -55,6 +55,10 @@ REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
         TWO_CLASSES | {"c/1.NEF": b"MM\0*"},
         "remove the folder, or convert them with the program of the camera",
     ),
+    "an archive beside the only folder with images": (
+        {f"report/{name}.jpg": PHOTO for name in ("1", "2", "out/x/3")} | {"raw/data.zip": b"PK"},
+        "unpack raw/data.zip",
+    ),
     "a pointer to an archive": ({"data.zip": LFS}, "{root}/data.zip is " + POINTER_ADVICE),
     "pointers as a class": (TWO_CLASSES | {"c/1.tif": LFS}, "; {root}/c/1.tif is " + POINTER_ADVICE),
     "a pointer to a table": (
@@ -77,6 +81,20 @@ def test_a_folder_without_images_is_refused_with_its_cause(tmp_path, name) -> No
         open_folder(root)
 
     assert said.replace("{root}", str(root)) in str(caught.value)
+
+
+def test_a_compressed_file_that_is_no_archive_makes_no_class(tmp_path) -> None:
+    root = write(tmp_path, TWO_CLASSES | {"logs/1/trace.json.gz": b"", "logs/events": b""})
+
+    assert open_folder(root).train.labels == ("a", "b")
+
+
+def test_a_pointer_to_weights_is_no_advice_about_images(tmp_path) -> None:
+    root = write(tmp_path, {"images/1.jpg": PHOTO, "models/net.tflite": LFS})
+
+    with pytest.raises(DataError, match="only one class") as caught:
+        open_folder(root)
+    assert POINTER_ADVICE not in str(caught.value)
 
 
 # The content of an image file, and the end of what is said about it

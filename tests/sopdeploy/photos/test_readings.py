@@ -1,6 +1,7 @@
 """Readings: what may be read in several ways is asked, with commands that train what they say."""
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -13,9 +14,11 @@ from pydantic import ValidationError
 
 from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.photos import forms
 from sopdeploy.photos.evaluation_images import open_evaluation_images
 from sopdeploy.photos.files import FILES
 from sopdeploy.photos.folder import open_folder
+from sopdeploy.photos.readings import Reading
 from sopdeploy.project import AS_IT_IS, FolderReading
 from sopdeploy_commands.training.data import check
 from tests.support.small_data import jpeg
@@ -75,6 +78,20 @@ ASKED: dict[str, tuple[dict[str, int], str, list[str]]] = {
     "classes called by digits": (
         {**{f"Dataset/{digit}": 3 for digit in range(3)}, "Examples": 3}, "Dataset", ["0", "1", "2"]
     ),
+    "exercises beside others": (
+        {"lab1": 6, "lab2": 6, "lab5": 6, "notes": 6, "slides": 6},
+        "leave_out=lab1,lab2,lab5",
+        ["notes", "slides"],
+    ),
+    "exercises of two courses in one folder": (
+        {"images/lab1": 9, "images/lab4": 9, "images/mod8": 9, "images/mod10": 9, "images/end": 9},
+        "images --set data.classes_from=folders",
+        ["end", "lab1", "lab4", "mod10", "mod8"],
+    ),
+    "a name with a comma": (
+        {"a": 6, "b": 6, "old, results": 6}, "leave_out='old, results'", ["a", "b"]
+    ),
+    "a name that is a number": ({"7": 6, "8": 6, "results": 6}, "leave_out=results", ["7", "8"]),
     "training images or a class": (
         {"train/a": 6, "train/b": 6, "figures": 3}, "classes_from=folders", ["figures", "train"]
     ),
@@ -99,6 +116,80 @@ def test_a_folder_with_several_readings_is_asked_about_with_commands_that_train_
         assert [label for label in checked if checked[label] > 1] == [*split.train.labels]
     (meant,) = [command for command in opened if command.endswith(option)]
     assert [*opened[meant].train.labels] == labels
+
+
+@pytest.mark.parametrize("text", ["readme.md", "report/report.tex", "index.html"])
+def test_figures_that_a_text_shows_are_asked_about(tmp_path, text) -> None:
+    root = make(tmp_path / "x", {"cats": 6, "dogs": 6, "drawn": 0})
+    for number in range(4):
+        (root / "drawn" / f"plot{number}.png").write_bytes(jpeg(number, (32, 24), "PNG"))
+    (root / text).parent.mkdir(exist_ok=True)
+    (root / text).write_text("Accuracy: ![plot0](drawn/plot0.png), see (plot1.png), plot11.png")
+
+    with pytest.raises(
+        DataError, match=f"drawn may illustrate a text, because {Path(text).name}"
+    ):
+        open_folder(root)
+    assert open_folder(root, leave_out="drawn").train.labels == ("cats", "dogs")
+
+    # A text that shows fewer than half of them may show examples.
+    (root / text).write_text("![plot0](drawn/plot0.png), plot11.png")
+    assert open_folder(root).train.labels == ("cats", "dogs", "drawn")
+
+
+def test_a_folder_of_figures_that_a_text_shows_is_trained_on_only_if_it_is_named(
+    tmp_path,
+) -> None:
+    root = make(tmp_path, {"images/first": 4, "images/second": 4})
+    (root / "readme.md").write_text("![](images/first/000.jpg) 001.jpg 002.jpg")
+
+    with pytest.raises(
+        DataError, match=r"images may illustrate a text, because readme"
+    ) as caught:
+        open_folder(root)
+
+    (command,) = caught.value.lists["readings"]
+    assert open_command(command).train.labels == ("first", "second")
+
+
+def test_the_first_two_words_of_names_that_begin_with_a_number_may_be_the_class(
+    tmp_path,
+) -> None:
+    make(tmp_path, {"photos": 0})
+    cards = ["10_club", "2_heart", "3_spade", "ace_club"]
+    for number, card in enumerate(3 * cards):
+        name = f"{card}_{number}_rot{number % 2}.jpg"
+        (tmp_path / "photos" / name).write_bytes(jpeg(number, (32, 24)))
+
+    with pytest.raises(
+        DataError, match="by the names of the files, which may not be"
+    ) as caught:
+        open_folder(tmp_path)
+
+    (command,) = caught.value.lists["readings"]
+    assert [*open_command(command).train.labels] == cards
+
+
+def test_a_picture_is_read_once_to_compare_it_and_again_if_it_changes(
+    tmp_path, monkeypatch
+) -> None:
+    root = make(tmp_path, {f"class {letter}": 6 for letter in "abc"})
+    images = {
+        folder.name: [os.fsencode(file.relative_to(root)) for file in sorted(folder.iterdir())]
+        for folder in sorted(root.iterdir())
+    }
+    read = list[bytes]()
+    original = forms._read
+    monkeypatch.setattr(
+        forms, "_read", lambda root, path: (read.append(path), original(root, path))[1]
+    )
+
+    assert forms.find_variants(root, images) == set()
+    assert 0 < len(read) == len({*read})
+    read.clear()
+    os.utime(root / "class a" / "000.jpg", ns=(1, 1))
+    forms.find_variants(root, images)
+    assert read == [b"class a/000.jpg"]
 
 
 def test_folders_with_the_same_pictures_are_asked_about(tmp_path) -> None:
@@ -333,6 +424,31 @@ def test_a_folder_of_other_files_is_no_class_and_one_of_unread_images_is(
 def test_data_check_has_no_other_settings(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"data\.lr: not known here; set data\.classes_from"):
         check(tmp_path, set=("data.lr=1",))
+
+
+WRONG_SETTINGS = {
+    "data.leave_out=[1]": r"data\.leave_out: must be text",
+    "data.classes_from=(": r"data\.classes_from: no regular expression",
+}
+
+
+@pytest.mark.parametrize(("setting", "problem"), WRONG_SETTINGS.items())
+def test_data_check_names_a_setting_that_is_no_text_or_pattern(
+    tmp_path, setting, problem
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        check(tmp_path, set=(setting,))
+
+
+@pytest.mark.parametrize("name", ["7", "true", "null", "1979-05-27", "a,b", " a", '"a"', "[a]"])
+def test_the_command_that_leaves_out_a_folder_names_it_whatever_it_is_called(
+    tmp_path, name
+) -> None:
+    make(tmp_path, {"a": 3, "b": 3, name: 3})
+
+    command = Reading(tmp_path, "without it", "folders", leave_out=name).command
+
+    assert [*check_command(command)] == ["a", "b"]
 
 
 NEAR = [
