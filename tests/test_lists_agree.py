@@ -381,6 +381,15 @@ def test_each_rule_of_preprocessing_is_applied_and_described() -> None:
     assert Preprocess.model_fields.keys() - described == set()
 
 
+def test_each_alert_has_a_test_and_a_row_on_its_page() -> None:
+    chart = ROOT / "deploy" / "helm" / "sopdeploy" / "alerts.yaml"
+    tests = ROOT / "tests" / "deploy" / "alerts.yaml"
+    alerts = {*re.findall(r"- alert: (\w+)", chart.read_text(encoding="utf-8"))}
+    assert alerts == {*re.findall(r'alertname="(\w+)"', tests.read_text(encoding="utf-8"))}
+    page = DOCS / "howto" / "alerts.md"
+    assert alerts == first_column(page, "| alarm | urgency | meaning | what to do |")
+
+
 def test_something_counts_every_metric() -> None:
     created = {
         name

@@ -73,7 +73,8 @@ class Watch(Generic[BlockT]):
             self.alarm_blocks = 0
             self.is_replaced = False
 
-        # The first reference grows by what the newest blocks leave.
+        # The reference is incomplete at first: it gets the oldest block of the window that the next
+        # comparison does not need.
         is_complete = len(self.reference) >= FIRST_BLOCKS
         if len(self.window) > NEWEST_BLOCKS and not is_complete and not self.is_alarm:
             self.reference.append(self.window.pop(0))

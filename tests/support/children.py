@@ -177,15 +177,19 @@ def below(process: int) -> dict[int, str]:
 
 def listening(process: int) -> list[ipaddress.IPv4Address]:
     """Return the addresses on which *process* listens for TCP (Linux); `::` counts as 0.0.0.0."""
-    inodes = set()
+    # The sockets of the process, such as `socket:[1234]`
+    sockets = set()
     for file in Path(f"/proc/{process}/fd").iterdir():
         with contextlib.suppress(OSError):
-            inodes.add(str(file.readlink()))
-    tables = (Path(f"/proc/net/{name}").read_text().splitlines() for name in ("tcp", "tcp6"))
-    rows = [line.split() for lines in tables for line in lines]
-    found = (
-        row[1].partition(":")[0][-8:]
-        for row in rows
-        if f"socket:[{row[9]}]" in inodes and row[3] == "0A"
-    )
-    return [ipaddress.IPv4Address(bytes.fromhex(address)[::-1]) for address in found]
+            sockets.add(str(file.readlink()))
+
+    # The rows of all sockets: number, local address and port, remote ones, state, ..., inode.
+    addresses = []
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines():
+            _, local, _, state, *others = line.split()
+            if state == "0A" and f"socket:[{others[5]}]" in sockets:  # it listens
+                digits = local.partition(":")[0][-8:]  # the last four bytes, in reverse
+                addresses.append(ipaddress.IPv4Address(bytes.fromhex(digits)[::-1]))
+
+    return addresses

@@ -171,13 +171,17 @@ class BundleComparison(StrictModel):
     @property
     def change_note(self) -> str:
         """What is not known about a change, because there are too few photos since then; else empty."""
-        since = self.periods[0].num_images if self.changed_at and self.periods else 0
-        if self.changed_at is None or since >= MIN_IMAGES:
+        if self.changed_at is None:
             return ""
-        missing = math.ceil(LABELS_PER_DECIDING * (MIN_IMAGES - since))
+        num_since = self.periods[0].num_images if self.periods else 0
+        if num_since >= MIN_IMAGES:
+            return ""
+
+        # Only some of the labelled photos decide.
+        num_labels = math.ceil(LABELS_PER_DECIDING * (MIN_IMAGES - num_since))
         return (
-            f"only {amount(since, 'photo')} {self._since}: whether the bundle has learned it is not known; "
-            f"label about {missing} more when they have come"
+            f"only {amount(num_since, 'photo')} {self._since}: whether the bundle has learned it is not known; "
+            f"label about {num_labels} more when they have come"
         )
 
     @property

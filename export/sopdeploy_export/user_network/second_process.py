@@ -96,8 +96,9 @@ def run_elsewhere(
         def compare() -> None:
             _, errors = process.communicate()
             if process.returncode:
-                last = [*errors.strip().splitlines(), "no message"][-1 if errors.strip() else 0]
-                raise CertificateError(f"a second process cannot build the network: {last}")
+                lines = errors.strip().splitlines()
+                reason = lines[-1] if lines else "no message"
+                raise CertificateError(f"a second process cannot build the network: {reason}")
             _compare(_logits(network, preprocess), np.load(request.result, allow_pickle=False))
 
         try:

@@ -16,7 +16,7 @@ from tests.export.user_network.networks import SIDE, Small, export_small, traine
 
 QUICK = ExportOptions(max_batch=4)
 HEAD = """
-import argparse, functools, os, sys
+import argparse, functools, os, pathlib, sys
 import torch
 from torch import nn
 
@@ -113,6 +113,18 @@ def build():
     "the number of the process": (
         "def build(): return Net(torch.eye(8) * (1 + os.getpid() % 1000))",
         "a second process builds another network",
+    ),
+    "a file that only the first process may read": (
+        """
+OWNER = pathlib.Path("owner")
+if not OWNER.exists():
+    OWNER.write_text(str(os.getpid()))
+def build():
+    if OWNER.read_text() != str(os.getpid()):
+        raise RuntimeError("is locked")
+    return Net()
+""",
+        "cannot be built (RuntimeError: is locked)",
     ),
     "a list that grows": (
         """

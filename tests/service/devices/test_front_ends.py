@@ -279,9 +279,11 @@ def test_each_process_is_counted_once_in_the_memory_at_rest(monkeypatch) -> None
 def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypatch) -> None:
     monkeypatch.setattr(device_server, "DeviceChannel", lambda *arguments: arguments)
     monkeypatch.setattr(device_server, "RemoteRegistry", lambda channels, _settings: channels)
-    names = ("at the start", "of one reload", "of the last reload")
+
+    # The keys of the start, and of two reloads while the front end waits for a device process.
     first, *later = [
-        SharedKeys([Key(name=name.replace(" ", "-"), sha256="0" * 64)]) for name in names
+        SharedKeys([Key(name=name, sha256="0" * 64)])
+        for name in ("start", "reload", "last-reload")
     ]
     config = LaunchConfig(
         name="front-0", device=None, variables={}, sources=(), settings=Settings(), supervisor=1,
@@ -294,6 +296,7 @@ def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypat
             assert control.send_message(ours, control.KEYS, b"%d" % number, *keys.files)
             keys.close()
         assert control.send_message(ours, control.CHANNEL, b"3 engine", connection.fileno())
+
         num_open = num_open_files()
         [(device_process, end, number)], config = device_server.wait_for_device(config, theirs)
         end.close()

@@ -18,7 +18,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.app import create_app
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.inference.loader import LoadedModel
-from sopdeploy_service.origins import OwnOrigins
+from sopdeploy_service.origins import OwnOrigins, is_within, parse_network
 from sopdeploy_service.settings import Settings, load_settings
 from tests.support.children import free_port
 from tests.support.fake_runtime import FakeRuntime
@@ -147,6 +147,22 @@ def test_a_sent_name_that_is_long_or_not_ascii_is_refused_before_it_is_encoded(
             "foreign_request",
             True,
         )
+
+
+WITHIN = [  # an address of a connection, a network, and whether it has the address
+    ("10.1.2.3", "10.0.0.0/8", True),
+    ("11.1.2.3", "10.0.0.0/8", False),
+    ("::ffff:10.1.2.3", "10.0.0.0/8", True),  # as a socket for both versions names it
+    ("::ffff:10.1.2.3", "::ffff:0:0/96", True),
+    ("::ffff:10.1.2.3", "::/96", False),
+    ("fe80::1%eth0", "fe80::/10", True),
+    ("", "0.0.0.0/0", False),
+]
+
+
+@pytest.mark.parametrize(("address", "network", "is_in"), WITHIN)
+def test_an_address_is_in_a_network_in_each_of_its_forms(address, network, is_in) -> None:
+    assert is_within(address, (parse_network(network),)) == is_in
 
 
 FORWARDED = {"x-forwarded-proto": "https", "x-forwarded-host": "localhost:8443"}

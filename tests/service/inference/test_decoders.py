@@ -78,10 +78,8 @@ def test_little_memory_for_large_images_is_a_warning_unless_max_pixels_needs_no_
 
 
 def test_a_format_that_is_not_in_the_settings_is_415(serve_with) -> None:
-    client, said = (
-        serve_with(FakeRuntime(num_classes=7), formats="jpeg,png"),
-        "use JPEG and PNG",
-    )
+    client = serve_with(FakeRuntime(num_classes=7), formats="jpeg,png")
+    said = "use JPEG and PNG"
 
     for kind in ("GIF", "BMP"):
         refused = client.post("/v1/classify", content=picture_bytes(kind=kind))

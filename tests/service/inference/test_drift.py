@@ -305,6 +305,14 @@ def test_a_new_bundle_has_no_metrics_of_the_one_before() -> None:
     assert site.sample("p_value", "image") is None
 
 
+def test_no_answer_of_the_bundle_before_stays_in_the_window() -> None:
+    site = Site()
+    site.send(watch.NEWEST_BLOCKS + 2)
+    assert site.traffic.watch.window
+    site.send(1, model("two"), seed=1)
+    assert {block.version for block in site.traffic.watch.window} <= {"two"}
+
+
 def test_a_block_that_is_in_no_comparison_any_more_is_deleted(tmp_path) -> None:
     site = Site(tmp_path)
     count = 2 * watch.NUM_BLOCKS + 3

@@ -16,6 +16,7 @@ from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.photos import forms
 from sopdeploy.photos.check import check_data
+from sopdeploy.photos.class_folders import SUBFOLDERS, list_classes
 from sopdeploy.photos.copies import group_photographs
 from sopdeploy.photos.evaluation_images import open_evaluation_images
 from sopdeploy.photos.files import FOLDERS
@@ -329,6 +330,14 @@ LAYOUTS = [
     below("asl_alphabet_train/asl_alphabet_train", "asl_alphabet_test/asl_alphabet_test"),
     below("cars_train", "cars_test"),
 ]
+
+
+def test_an_image_beside_the_class_folders_has_no_folder_that_is_its_class(tmp_path) -> None:
+    make(tmp_path, animals__cat=2, animals__dog=2)
+    paint(tmp_path / "beside.jpg", 7)
+    listing = list_classes(tmp_path, SUBFOLDERS)
+    assert listing.images.labels == ("cat", "dog")
+    assert (listing.beside, listing.notes) == ([], [])  # whoever opens the folder names it
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

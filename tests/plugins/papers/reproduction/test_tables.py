@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from sopdeploy.models.registry import create_model, make_config
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy_commands.app import app
 from sopdeploy_papers.reproduction.page import error_table, render_page
-from sopdeploy_papers.reproduction.plan import ReproducedRow, Reproduction, plan
+from sopdeploy_papers.reproduction.plan import ReproducedRow, Reproduction, plan, scale_down
 from sopdeploy_papers.reproduction.tables import (
     DATA_SETS,
     OtherForm,
@@ -354,6 +355,14 @@ def test_a_dry_run_prints_commands_and_hours_and_writes_nothing(tmp_path, monkey
         in shown
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_small_batch_has_a_rate_in_proportion_to_that_of_the_paper() -> None:
+    paper = read_recipe("cifar10-dsop-resnet20")
+    small = read_recipe("cifar10-dsop-resnet20", scale_down(paper, Path("photos")))
+    assert small.batch_size != paper.batch_size
+    rate = paper.optimizer.lr / paper.batch_size
+    assert small.optimizer.lr / small.batch_size == pytest.approx(rate)
 
 
 def test_both_errors_that_are_printed_stand_beside_those_that_were_measured() -> None:

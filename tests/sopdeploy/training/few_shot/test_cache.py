@@ -43,13 +43,17 @@ class Folder:
         """Compute the vectors of the photographs and the hashes of their pixels."""
         recipe = read_recipe("photos", [*SMALL, f"data.path={self.photos}", *self.settings])
         images = open_data(recipe.data).train
+
+        # The weights do not depend on the number of classes, except in the last layer.
         torch.manual_seed(self.seed)
-        name, config = recipe.model.name, recipe.model.config
+        name = recipe.model.name
+        config = recipe.model.config
         state = create_model(name, num_classes=CLASSES, **config).state_dict()
         model = create_model(name, num_classes=len(images.labels), **config)
         own = model.state_dict()
         fitting = {key: value for key, value in state.items() if value.shape == own[key].shape}
         model.load_state_dict(fitting, strict=False)
+
         self.computed = 0
         outputs = features.CachedNetwork(features.full_head(recipe, model), recipe)
         found = features.compute_features(

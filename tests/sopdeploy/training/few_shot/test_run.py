@@ -783,39 +783,58 @@ def test_images_in_val_are_held_out_and_the_result_names_unequal_classes(tmp_pat
     assert any("unknown images: not recognized" in line for line in found.lines())
 
 
-def test_the_largest_class_is_that_of_the_judged_images_and_copies_in_val_are_warned_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    photos, callback = tmp_path / "photos", RecordingCallback()
+def paint_with_a_copy_in_val(photos: Path) -> Path:
+    """Paint `train/` and `val/` of *photos*; one of its six images in `val/` is a training image."""
     paint(photos / "train", 4)
     paint(photos / "val", 2, seed=1)
     shutil.copy(photos / "train" / "red" / "0.png", photos / "val" / "red" / "0.png")
+    return photos
+
+
+def warnings_of(callback: RecordingCallback) -> list[str]:
+    return [values["warning"] for name, values in callback.events if name == "warning"]
+
+
+def assert_warns_of_the_copy(callback: RecordingCallback) -> None:
+    (warning,) = warnings_of(callback)
+    assert warning.startswith("1 of 6 validation images are training images")
+    assert "so they are not judged" in warning
+
+
+def test_the_largest_class_is_that_of_the_judged_images_which_are_no_copies(tmp_path: Path):
+    photos = paint_with_a_copy_in_val(tmp_path / "photos")
+    blue = photos / "train" / "blue"
     for number in range(8):  # the largest class of the training images only
-        shutil.copy(
-            photos / "train" / "blue" / "0.png", photos / "train" / "blue" / f"copy{number}.png"
-        )
+        shutil.copy(blue / "0.png", blue / f"copy{number}.png")
+
     settings = [*PLAIN, f"data.path={photos}", "procedure.group_copies=false"]
-    result = train_recipe(
-        read_recipe("photos", settings), tmp_path / "run", callback=callback
-    ).procedure
+    callback = RecordingCallback()
+    run = train_recipe(read_recipe("photos", settings), tmp_path / "run", callback=callback)
+    assert_warns_of_the_copy(callback)
+
+    result = run.procedure
     assert result.class_counts["blue"] == 12
     assert result.judged_counts == {"blue": 2, "green": 2, "red": 1}
     unsure = result.model_copy(update={"top1": Rate.of(2, 5)})
     assert 'always predicting "blue" gives 40 %' in unsure.describe_score()
-    loop, folder = (
-        RecordingCallback(),
-        RunFolder(tmp_path / "loop", Strategy(torch.device("cpu"))),
-    )
-    settings = [*SMALL, f"data.path={photos}", "procedure.kind=loop"]
-    set_up_run(read_recipe("photos", settings), folder, None, loop)
-    for events in (callback.events, loop.events):
-        (warning,) = [values["warning"] for name, values in events if name == "warning"]
-        assert warning.startswith("1 of 6 validation images are training images")
-        assert "so they are not judged" in warning
-    monkeypatch.setattr("sopdeploy.training.setup.MAX_HASHED", 5)  # of 6 held-out images
+
+
+def test_the_loop_warns_of_training_images_in_val_unless_there_are_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    photos = paint_with_a_copy_in_val(tmp_path / "photos")
+    folder = RunFolder(tmp_path / "run", Strategy(torch.device("cpu")))
+    recipe = read_recipe("photos", [*SMALL, f"data.path={photos}", "procedure.kind=loop"])
+
+    callback = RecordingCallback()
+    set_up_run(recipe, folder, None, callback)
+    assert_warns_of_the_copy(callback)
+
+    # Many images are not compared.
+    monkeypatch.setattr("sopdeploy.training.setup.MAX_HASHED", 5)
     silent = RecordingCallback()
-    set_up_run(read_recipe("photos", settings), folder, None, silent)
-    assert [name for name, _ in silent.events if name == "warning"] == []
+    set_up_run(recipe, folder, None, silent)
+    assert warnings_of(silent) == []
 
 
 def test_training_warns_of_held_out_copies_of_training_images(tmp_path: Path):
@@ -1321,19 +1340,22 @@ def test_the_energies_of_few_images_are_mean_cosines_of_three_cross_validations(
 
 def test_the_interval_of_the_map_is_that_of_resampled_images():
     random = np.random.default_rng(0)
-    true, scores = random.random(30) < 0.4, random.random(30)
+    true = random.random(30) < 0.4
+    scores = random.random(30)
     draws = random.multinomial(30, [1 / 30] * 30, 5)
-    for shown in (
-        scores,
-        scores.round(1),
-        np.full(30, 0.5),
-    ):  # distinct scores, some equal, all equal
+
+    # Resamples have the precision of the repeated images, whether scores are distinct or equal.
+    for shown in (scores, scores.round(1), np.full(30, 0.5)):
         expected = [
             average_precision(np.repeat(true, row), np.repeat(shown, row)) for row in draws
         ]
         assert np.allclose(resampled_precision(true, shown, draws), expected)
+
+    # The interval is around the value.
     both = np.stack([true, ~true], axis=1)
-    with pytest.raises(DataError, match=r"^no image shows a class of the network"):
-        MeanPrecision.of(np.zeros_like(both), np.stack([scores, 1 - scores], axis=1), 0)
-    found = MeanPrecision.of(both, np.stack([scores, 1 - scores], axis=1), 0)
+    scores_of_both = np.stack([scores, 1 - scores], axis=1)
+    found = MeanPrecision.of(both, scores_of_both, 0)
     assert found.low < found.value < found.high
+
+    with pytest.raises(DataError, match=r"^no image shows a class of the network"):
+        MeanPrecision.of(np.zeros_like(both), scores_of_both, 0)
