@@ -181,7 +181,7 @@ def _read_files_beside(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """
     listed, others = list_images(folder)
     files = pair_with_files([os.fsdecode(path) for path in listed], others)
-    names = _read_yolo_names(folder, others)
+    names = read_yolo_names(folder, others)
 
     # The training part, and the best of the others.
     parts = set(map(part_of, files))
@@ -221,7 +221,7 @@ def _read_files_beside(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     yield from found
 
 
-def _read_yolo_names(folder: Path, others: Iterable[str]) -> tuple[str, ...]:
+def read_yolo_names(folder: Path, others: Iterable[str]) -> tuple[str, ...]:
     """Return the names of YOLO's classes in the first file of *others* in *folder* that has some."""
     for other in sorted(others, key=lambda other: other.count("/")):
         if other.lower().endswith(YOLO_NAMES):
@@ -267,7 +267,7 @@ def _read_csv(
             if column not in COLUMNS
         }
         if "classes" in columns and names:
-            others = shorten([*names.values()])
+            others = shorten([name or "one without a heading" for name in names.values()])
             notes.append(f"{table}: these columns are left out: {others}")
             names = {}
 

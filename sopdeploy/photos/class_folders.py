@@ -45,6 +45,8 @@ from sopdeploy.photos.photo import ImageFiles
 
 # Of files with many images, which no command converts; .h5 and .pkl are more often networks
 ARRAYS = (".lmdb", ".mat", ".npy", ".npz", ".parquet", ".tfrecord")
+# `buses` and `houses` are cut like `bus` and `house`
+ENDINGS = {r"(?<=\w{3})(?<!s)s$": "", r"(?<=\w{3})e$": "", r"(?<=\w{2})y$": "i"}
 
 
 class ClassListing(NamedTuple):
@@ -359,9 +361,13 @@ def _is_near(one: str, other: str) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """Return the words of *name* without numbers, in the singular."""
-    words = re.findall(r"[^\W\d_]+", lookalike_key(name))
-    return [word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words]
+    """Return the words of *name* without numbers and endings, and without those of parts, as in `cat_train`."""
+    words = [
+        word for word in re.findall(r"[^\W\d_]+", lookalike_key(name)) if not part_kind(word)
+    ]
+    for pattern, ending in ENDINGS.items():
+        words = [re.sub(pattern, ending, word) for word in words]
+    return words
 
 
 def no_classes_error(root: Path, part: Path | None = None, hint: str = "") -> DataError:

@@ -9,10 +9,10 @@ import heapq
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, TypeVar
 
@@ -38,6 +38,7 @@ SIZES_READ = 6  # images of each folder whose sizes are compared
 # Between the pixels of folders that show different things, such as boards and pieces
 SIZE_FACTOR = 4
 FORMS_READ = 6  # pictures of each form: chance would match all of them in one case of 46,656
+PAIRED = 200  # images of each folder whose names are compared
 MAX_FORMS = 100  # folders beside each other that are compared: more are classes
 COPIED = 0.9  # share of the files of a folder that others must have
 FORM_SIDE = 16  # pixels of the pictures that are compared
@@ -126,14 +127,15 @@ def find_variants(root: Path, images: Mapping[str, Sequence[bytes]]) -> set[str]
     """Find the folders with the pictures of another one again: cleaned, cropped or segmented.
 
     *images* are those below each folder, as for `find_leftovers`. A variant has the name of its
-    original, and is more like it than like other pictures. Of more than `MAX_FORMS` folders, none
-    is found.
+    original, or the numbers in it, and is more like it than like other pictures. Of more than
+    `MAX_FORMS` folders, none is found.
     """
     if len(images) > MAX_FORMS:
         return set()
     return {
         os.fsdecode(pairs[0][1].partition(b"/")[0])
-        for pairs in _pair_with_other_classes(images)
+        for key in (_stem, _numbers)
+        for pairs in _pair_folders(images, key)
         if _worse_form(root, pairs)
     }
 
@@ -239,10 +241,10 @@ def _pair_with_other_folders(files: Sequence[_File]) -> Iterator[tuple[str, Pair
     # By numbers: the first file of each folder.
     by_numbers = defaultdict[str, dict[str, _File]](dict)
     for file in files:
-        by_numbers[_numbers(file.stem) or file.stem].setdefault(file.folder, file)
+        by_numbers[_numbers(file.path) or file.stem].setdefault(file.folder, file)
 
     for file in files:
-        others = by_numbers[_numbers(file.stem) or file.stem].items()
+        others = by_numbers[_numbers(file.path) or file.stem].items()
         other = next((one for folder, one in others if folder != file.folder), None)
         if other is not None:
             yield file.below_class, (other.path, file.path)
@@ -265,17 +267,33 @@ def _pair_in_folders(files: Sequence[_File]) -> Iterator[tuple[str, Pair]]:
                     yield added or file.suffix, (photograph.path, file.path)
 
 
+def _pair_folders(
+    images: Mapping[str, Sequence[bytes]], key: Callable[[bytes], str]
+) -> Iterator[list[Pair]]:
+    """Yield the pairs of every two folders if half of the images of the second have namesakes in the first.
+
+    Namesakes have the same *key*, a part of the name. The first `PAIRED` images of each folder count.
+    """
+    by_key = {
+        label: {key(path): path for path in paths[:PAIRED]} for label, paths in images.items()
+    }
+    for (_, ones), (_, others) in permutations(by_key.items(), 2):
+        common = sorted(ones.keys() & others.keys())
+        if common and 2 * len(common) >= len(others):
+            yield [(ones[name], others[name]) for name in common]
+
+
 def _pair_with_other_classes(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]]:
     """Yield the pairs of each class folder if at least half of its images have namesakes in another one."""
     first_of_class = defaultdict[str, dict[str, bytes]](dict)  # by stem: a path of each class
     for label, paths in images.items():
         for path in paths:
-            first_of_class[_File.of(path).stem].setdefault(label, path)
+            first_of_class[_stem(path)].setdefault(label, path)
 
     for label, paths in images.items():
         pairs = []
         for path in paths:
-            namesakes = first_of_class[_File.of(path).stem]
+            namesakes = first_of_class[_stem(path)]
             elsewhere = [one for name, one in namesakes.items() if name != label]
             if elsewhere:
                 pairs.append((elsewhere[0], path))
@@ -283,9 +301,13 @@ def _pair_with_other_classes(images: Mapping[str, Sequence[bytes]]) -> Iterator[
             yield pairs
 
 
-def _numbers(stem: str) -> str:
-    """Return the digits of *stem*, which a photograph and its mask share: 7 for `img_7` and `mask_7`."""
-    return " ".join(re.findall(r"\d+", stem))
+def _stem(path: bytes) -> str:
+    return _File.of(path).stem
+
+
+def _numbers(path: bytes) -> str:
+    """Return the digits of a name, which a photograph and its mask share: 7 for `img_7` and `mask_7`."""
+    return " ".join(re.findall(r"\d+", _stem(path)))
 
 
 def _parts(stem: str) -> Iterator[str]:

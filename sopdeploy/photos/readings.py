@@ -65,11 +65,23 @@ MAX_ASKED = 8  # readings that are shown, those that use the most images
 PARTS_OF_ONE = "may be parts of one class"  # as folders called by days are
 # Words of folders that say what was done with images, not what they show
 UNSPECIFIC = {
-    *("backup", "bak", "copy", "copies", "example", "examples", "folder", "misc", "new", "old"),
-    *("output", "outputs"),
+    *(
+        "backup",
+        "bak",
+        "copy",
+        "copies",
+        "deleted",
+        "example",
+        "examples",
+        "figures",
+        "folder",
+        "misc",
+    ),
+    *("new", "old", "output", "outputs", "plots"),
     *("pred", "preds", "prediction", "predictions", "result", "results", "sample", "samples"),
     *("screenshot", "screenshots", "temp", "tmp"),
-    *("unknown", "unlabeled", "unlabelled", "unsorted"),
+    *("sort", "to", "todo", "unknown", "unlabeled", "unlabelled", "unsorted", "untitled"),
+    *("neuer", "ordner", "nouveau", "dossier", "nueva", "carpeta"),  # new folder
 }
 # Names such as `day 1`, `ch12` and `c0`, but not `class 1`; WordNet's have more digits
 NUMBERED = re.compile(r"(?!class)\D*[^\W\d]\D*\d{1,3}", re.IGNORECASE)
@@ -384,7 +396,7 @@ def _shown_in_documents(tree: Tree) -> dict[str, str]:
         names = {path.name for path in sample_names(paths)}
         for document, text in documents:
             num_shown = sum(is_word(name, text) for name in names)
-            if len(names) >= FEW_IMAGES and 2 * num_shown >= len(names):
+            if num_shown > 1 and 2 * num_shown >= len(names):
                 shown[top] = f"may illustrate a text, because {document.name} shows the images"
     return shown
 
@@ -432,10 +444,9 @@ def _may_hold_all(folder: str) -> bool:
 
 
 def _without_unspecific(name: str) -> str:
-    """Return *name* without `UNSPECIFIC` words, so `b` for `b - Copy`; *name* itself if it has none."""
-    kept = [
-        word for word in re.split(r"([\W_]+)", name) if word.lower() not in {*UNSPECIFIC, "of"}
-    ]
+    """Return *name* without `UNSPECIFIC` words, so `b` for `b - Copy` and `b (2)`; *name* itself if it has none."""
+    words = re.split(r"([\W_]+)", re.sub(r" ?\(\d+\)$", "", name))
+    kept = [word for word in words if word.lower() not in {*UNSPECIFIC, "of"}]
     return "".join(kept)
 
 

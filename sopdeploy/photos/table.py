@@ -29,7 +29,13 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.signatures import count_suffixes
-from sopdeploy.photos.cells import GROUP, SPLIT, pair_with_files, read_cells
+from sopdeploy.photos.cells import (
+    GROUP,
+    SPLIT,
+    pair_with_files,
+    read_cells,
+    read_yolo_names,
+)
 from sopdeploy.photos.files import (
     TRAIN,
     VAL,
@@ -128,6 +134,12 @@ def read_label_table(
 
     # What the user may not have intended.
     notes += [f"{table}: {line}" for line in describe_confusable(listed)]
+    names = read_yolo_names(root, other_files)
+    if "0" in listed and listed <= {str(position) for position in range(len(names))}:
+        notes.append(
+            f"{table}: its classes are numbers, perhaps the positions of {shorten(names)}, which another "
+            "file has; write the names into the table if predictions shall have them"
+        )
     if unlisted := sorted({*image_paths} - {row.path for row in all_rows}):
         files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
         notes.append(f"not listed in {table.name}: {amount(len(unlisted), 'image')}: {files}")

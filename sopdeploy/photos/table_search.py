@@ -153,9 +153,12 @@ def _class_columns(table: Path, text: str, names: Sequence[PurePosixPath]) -> li
     if "classes" in known or len(headings) <= 2:
         return [""]
     stems = {one for name in names for one in (name.name, name.stem)}
+    columns = {
+        heading: [row[position].strip() for row in rows]
+        for position, heading in enumerate(headings)
+    }
     found = []
-    for position, heading in enumerate(headings):
-        values = [row[position].strip() for row in rows]
+    for heading, values in columns.items():
         are_files = any(PurePosixPath(value).name in stems for value in values)
         count = len({*values})
         if (
@@ -165,7 +168,10 @@ def _class_columns(table: Path, text: str, names: Sequence[PurePosixPath]) -> li
             and not any(re.fullmatch(r"-?\d*\.\d+", value) for value in values)  # measured
         ):
             found.append(heading)
-    # Columns with 1 and 0 are classes themselves.
+    # Columns with 1 and 0 are classes themselves, unless other columns may have them.
+    indicators = [heading for heading, values in columns.items() if {*values} <= {"0", "1"}]
+    if len(indicators) > 1 and {*found} <= {*indicators}:
+        return [""]
     return found[:MAX_COLUMNS] or [""]
 
 

@@ -71,6 +71,9 @@ ASKED: dict[str, tuple[dict[str, int], str, list[str]]] = {
         {"2024-05-01": 6, "2024-05-02": 6}, "classes_from=folders", ["2024-05-01", "2024-05-02"]
     ),
     "a new folder": ({"a": 6, "b": 6, "New folder": 6}, "leave_out='New folder'", ["a", "b"]),
+    "a copy by its number": ({"a": 6, "b": 6, "b (2)": 6}, "leave_out='b (2)'", ["a", "b"]),
+    "to sort": ({"a": 6, "b": 6, "to_sort": 6}, "leave_out=to_sort", ["a", "b"]),
+    "a new folder in German": ({"a": 6, "b": 6, "Neuer Ordner": 6}, "leave_out='Neuer Ordner'", ["a", "b"]),
     "a copy by its name": ({"a": 6, "b": 6, "b - Copy": 6}, "leave_out='b - Copy'", ["a", "b"]),
     "results": ({"cats": 6, "dogs": 6, "results": 3}, "leave_out=results", ["cats", "dogs"]),
     "predictions": ({"yes": 6, "no": 6, "pred": 3}, "leave_out=pred", ["no", "yes"]),
@@ -205,6 +208,17 @@ def test_folders_with_the_same_pictures_are_asked_about(tmp_path) -> None:
     assert open_folder(tmp_path, "folders").train.labels == ("noisy", "raw")
 
 
+def test_pictures_in_another_form_are_found_by_the_numbers_in_their_names(tmp_path) -> None:
+    make(tmp_path, {"flowers": 8, "cut": 0, "birds": 8})
+    for file in (tmp_path / "flowers").iterdir():
+        with Image.open(file) as image:
+            image.convert("L").save(tmp_path / "cut" / f"cut_{file.name}")
+
+    with pytest.raises(DataError, match="cut, flowers may hold the same pictures in several"):
+        open_folder(tmp_path)
+    assert open_folder(tmp_path, leave_out="cut").train.labels == ("birds", "flowers")
+
+
 @pytest.mark.parametrize("sides", [(16, 64), (64, 16)])
 def test_folders_whose_images_have_other_sizes_are_asked_about(tmp_path, sides) -> None:
     for folder, side in zip(("boards", "pieces"), sides, strict=True):
@@ -285,6 +299,36 @@ def test_columns_with_unusual_headings_are_found_and_asked_about_if_there_are_se
     rows = [f"{number:03}.jpg,{'ab'[number % 2]}" for number in range(12)]
     (tmp_path / "HAM.csv").write_text("\n".join(["name,what", *rows]))
     assert open_folder(tmp_path).train.labels == ("a", "b")
+
+
+@pytest.mark.parametrize("part", ["images", "train"])
+@pytest.mark.parametrize(
+    ("heading", "first", "second"),
+    [("file,cat,dog", "1,0", "0,1"), ("id, cat, dog", " 1, 0", " 0, 1")],
+)
+def test_columns_with_1_and_0_are_the_classes(tmp_path, part, heading, first, second) -> None:
+    make(tmp_path, {part: 6})
+    lines = [f"{number:03}.jpg,{first if number < 3 else second}" for number in range(6)]
+    (tmp_path / part / "_classes.csv").write_text("\n".join([heading, *lines]))
+
+    split = open_folder(tmp_path / part)
+
+    assert split.train.labels == ("cat", "dog")
+    assert split.train.class_counts().tolist() == [3, 3]
+
+
+def test_names_that_the_numbers_of_a_table_may_stand_for_are_told(tmp_path) -> None:
+    make(tmp_path, {"images": 6})
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    notes = list[str]()
+    for first in (0, 1):
+        lines = [f"{number:03}.jpg,{first + number % 2}" for number in range(6)]
+        (tmp_path / "labels.csv").write_text("\n".join(["file,label", *lines]))
+        split = open_folder(tmp_path)
+        assert split.train.labels == (str(first), str(first + 1))
+        notes += [note for note in split.notes if "perhaps the positions of cat, dog" in note]
+
+    assert len(notes) == 1
 
 
 def test_a_table_with_a_few_missing_files_is_read_without_them_in_one_line(tmp_path) -> None:
@@ -456,6 +500,10 @@ NEAR = [
     ("cat(0)", "cat"),
     ("ants", "ants_image"),
     ("Late_blight", "Late blight"),
+    ("bus", "buses"),
+    ("house", "houses"),
+    ("cherry", "cherries"),
+    ("cat_train", "cat_test"),
 ]
 
 
