@@ -199,8 +199,11 @@ def advise_on_files(where: Path, files: Sequence[str]) -> str:
     if archives := [file for file in files if file.lower().endswith(ARCHIVES)]:
         return f"unpack {shorten(archives)}"
 
-    # Other formats, of one image each or of many.
+    # Other formats, of one image each or of many; a few documents are no photographs.
+    most = next(iter(count_suffixes(files)), "")
     for file in files:
+        if suffix_of(file) != most and find_converter(suffix_of(file)) in OF_DOCUMENTS:
+            continue
         if conversion := describe_conversion(where, file, files):
             return conversion
     for file in files:

@@ -463,6 +463,8 @@ def find_parts(root: Path, leave_out: Collection[str] = ()) -> Parts:
     if flat and any(not kinds[name] and not holds_other_files(root, name) for name in names):
         candidates = [name for name in candidates if name not in flat]
     if len(candidates) > 1:
+        candidates = [name for name in candidates if not holds_other_files(root, name)]
+    if len(candidates) > 1:
         raise DataError(
             f"{root}: {shorten(candidates)} may all hold the training images; "
             "rename all but one"

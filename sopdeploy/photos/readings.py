@@ -228,11 +228,12 @@ class Tree:
 
         Fewer images suffice if another folder at the top holds folders of the same names. Folders
         that differ in a number only are the objects of a class or the days of a camera, unless the
-        name of *folder* is no class.
+        name of *folder* is no class, such as `images` and `train_shapes`.
         """
         inner = self.inner.get(folder, Counter[str]())
         words = {_without_digits(name) for name in inner}
-        if len(inner) < 2 or (len(words) < 2 and not is_general(folder)):
+        of_training = {*re.split(r"[\W_]+", folder.lower())} & {*TRAINING}
+        if len(inner) < 2 or (len(words) < 2 and not is_general(folder) and not of_training):
             return False
         is_shared = any(
             inner.keys() == one.keys() for top, one in self.inner.items() if top != folder

@@ -134,10 +134,10 @@ def read_label_table(
 
     # What the user may not have intended.
     notes += [f"{table}: {line}" for line in describe_confusable(listed)]
-    names = read_yolo_names(root, other_files)
-    if "0" in listed and listed <= {str(position) for position in range(len(names))}:
+    class_names = read_yolo_names(root, other_files)
+    if "0" in listed and listed <= {str(position) for position in range(len(class_names))}:
         notes.append(
-            f"{table}: its classes are numbers, perhaps the positions of {shorten(names)}, which another "
+            f"{table}: its classes are numbers, perhaps the positions of {shorten(class_names)}, which another "
             "file has; write the names into the table if predictions shall have them"
         )
     if unlisted := sorted({*image_paths} - {row.path for row in all_rows}):

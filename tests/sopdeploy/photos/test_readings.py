@@ -91,6 +91,11 @@ ASKED: dict[str, tuple[dict[str, int], str, list[str]]] = {
         "images --set data.classes_from=folders",
         ["end", "lab1", "lab4", "mod10", "mod8"],
     ),
+    "numbered classes of a training folder": (
+        {"train_shapes/shape_0": 9, "train_shapes/shape_1": 9, "plots": 2},
+        "train_shapes",
+        ["shape_0", "shape_1"],
+    ),
     "a name with a comma": (
         {"a": 6, "b": 6, "old, results": 6}, "leave_out='old, results'", ["a", "b"]
     ),
