@@ -23,6 +23,7 @@ from sopdeploy.training.recipe import Recipe
 from sopdeploy_commands.bulk.classifier import COLUMNS
 from sopdeploy_commands.bulk.run import CsvRow
 from sopdeploy_service.decoding import child
+from sopdeploy_service.devices import control
 from sopdeploy_service.http.api_keys import Key
 from sopdeploy_service.observability.logs import DROPPED
 from sopdeploy_service.observability.metrics import Metrics
@@ -347,7 +348,13 @@ def test_a_file_or_response_that_one_place_makes_gets_each_field_there() -> None
             if not given or None in given:  # by its defaults or, after `**`, by other names
                 continue
             num_made += 1
-            missing = config.model_fields.keys() - given - {"kind", "version"}
+            constants = {
+                name
+                for name, field in config.model_fields.items()
+                if len(get_args(field.annotation)) == 1
+                and field.default in get_args(field.annotation)
+            }
+            missing = config.model_fields.keys() - given - constants
             forgotten |= {f"{config.__name__}.{name}" for name in missing}
 
     assert num_made > 50
@@ -379,6 +386,29 @@ def test_each_rule_of_preprocessing_is_applied_and_described() -> None:
     page = (DOCS / "recipes.md").read_text(encoding="utf-8")
     described = {*re.findall(r"`preprocess\.(\w+)`", page)}
     assert Preprocess.model_fields.keys() - described == set()
+
+
+def test_each_message_between_processes_is_sent_and_awaited() -> None:
+    kinds = {name for name, value in vars(control).items() if isinstance(value, bytes)}
+    assert len(kinds) > 5
+
+    used = set()
+    awaited = set()
+    for module, tree in parse_packages().items():
+        if not module.startswith("sopdeploy_service.devices."):
+            continue
+        comparisons = [
+            part
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Compare | ast.MatchValue)
+            for part in ast.walk(node)
+        ]
+        for node in ast.walk(tree):
+            name = getattr(node, "attr", getattr(node, "id", ""))
+            if name in kinds and isinstance(getattr(node, "ctx", None), ast.Load):
+                (awaited if node in comparisons else used).add(name)
+
+    assert (kinds - used, kinds - awaited) == (set(), set())
 
 
 def test_each_alert_has_a_test_and_a_row_on_its_page() -> None:

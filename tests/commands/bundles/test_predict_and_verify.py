@@ -64,6 +64,14 @@ def test_predict_escapes_what_a_pipe_cannot_show(bundle_path, jpeg, tmp_path, mo
     assert done.stdout.startswith(f"{tmp_path}/Gr\\xf6\\xdfe.jpg: ")
 
 
+def test_predict_names_what_decoding_changed(bundle_path, tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new("RGB", (40, 50)).save(tmp_path / "turned.jpg", exif=exif)
+    (turned,) = predict(bundle_path, [tmp_path / "turned.jpg"], threads=1)
+    assert turned.warnings == ("exif_rotated",)
+
+
 def test_predict_returns_every_path_in_order_with_its_error(bundle_path, jpeg, tmp_path):
     paths = [tmp_path / name for name in ("a.jpg", "b.txt", "c.jpg")]
     for path, body in zip(paths, (jpeg, b"text", jpeg), strict=True):

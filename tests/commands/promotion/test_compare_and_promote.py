@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,7 +135,11 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
 
     # The class that loses most is compared with the others, if there are any.
     assert "loses most" in back.summary
-    loser = next(change for change in back.classes if change.losses)
+    loser = max(back.classes, key=lambda change: change.losses - change.wins)
+    others = tuple(change for change in back.classes if change is not loser)
+    exchange = re.compile(r"; (\w+ loses most: .*?, the live one \d+): ")
+    of_new = back.model_copy(update={"classes": (loser,), "new": others})
+    assert exchange.findall(of_new.summary) == exchange.findall(back.summary) != []
     alone = back.model_copy(update={"classes": (loser,), "new": ()})
     assert "loses most" not in alone.summary
 

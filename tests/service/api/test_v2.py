@@ -91,6 +91,14 @@ def test_a_tensor_is_flat_or_nested_in_json_or_binary_after_it_and_uint8_or_fp32
             assert np.array_equal(images, WHOLE)
 
 
+def test_as_many_images_as_the_limit_are_accepted_as_a_tensor_and_as_files():
+    largest = tensor(shape=[4, 2, 2, 3], data=WHOLE.tolist() * 4)
+    assert len(read(largest, b"").images) == 4
+    assert len(read(encoded([4], 20), files(*[b"x"] * 4)).images) == 4
+    code, status, _ = rejected(tensor(shape=[5, 2, 2, 3], data=WHOLE.tolist() * 5))
+    assert (code, status) == ("too_many_images", 400)
+
+
 NO_PIXELS = {
     "scaled to 1": WHOLE / 255,
     "normalized": WHOLE - 6,

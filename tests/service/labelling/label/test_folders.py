@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.files import LOCK
 from sopdeploy.photos.files import kept_id
 from sopdeploy_service.labelling.kept import read_labelled
 from sopdeploy_service.labelling.label.class_names import check_class_name
@@ -393,6 +394,11 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "classes" / "hat").mkdir(parents=True)
     with pytest.raises(DataError, match=r"holds no kept photos, but folders \(hat\); give"):
         LabelFolders(tmp_path / "classes", tmp_path / "photos")
+
+    # A server writes to this one, which is empty so far.
+    (tmp_path / "classes" / "hat" / LOCK).touch()
+    assert not LabelFolders(tmp_path / "classes", tmp_path / "photos").waiting
+
     (tmp_path / "kept").mkdir()
     (tmp_path / "photos" / "train" / "hat").mkdir(parents=True)
     with pytest.raises(DataError, match=r"in the folder train; give .*photos/train"):
