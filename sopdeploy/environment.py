@@ -21,6 +21,7 @@ CPUINFO = Path("/proc/cpuinfo")  # Linux only
 # Linux only
 CGROUP = Path("/sys/fs/cgroup")
 PROCESS_CGROUP = Path("/proc/self/cgroup")
+MEMINFO = Path("/proc/meminfo")
 # x86 processors without VNNI add two products of uint8 and int8 in 16 bits, where the sum can
 # saturate. With this session option ONNX Runtime stores the int8 weights as uint8, which is
 # exact. With VNNI it changes no result and takes up to 2.2 times as long (ONNX Runtime 1.32).
@@ -88,6 +89,21 @@ def control_groups(controller: str) -> Iterator[tuple[Path, int]]:
                 folder = root / path.lstrip("/")
                 for group in (folder, *folder.parents):
                     yield group, version
+
+
+def memory_limit() -> int:
+    """Return the bytes that the container of this process may use, or the machine has; 2**62 if unknown."""
+    limits = [2**62]
+
+    with suppress(OSError, ValueError, KeyError):
+        lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+        limits.append(int(lines["MemTotal"].split()[0]) * 1024)
+
+    for folder, version in control_groups("memory"):
+        with suppress(OSError, ValueError):  # no such file, or `max` instead of a number
+            name = "memory.max" if version == 2 else "memory.limit_in_bytes"
+            limits.append(int((folder / name).read_text()))
+    return min(limits)
 
 
 def processor() -> str:

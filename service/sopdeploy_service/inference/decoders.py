@@ -27,6 +27,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
+from sopdeploy.environment import memory_limit
 from sopdeploy.errors import ImageError
 from sopdeploy.images.cost import Cost, estimate_cost
 from sopdeploy.images.formats import detect_format, empty_error
@@ -45,7 +46,7 @@ from sopdeploy_service.inference import results
 from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.inference.shared_children import Group, SharedChildren
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.runtime.device_memory import memory_limit, resident_bytes
+from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
 
 _MIB = 1 << 20

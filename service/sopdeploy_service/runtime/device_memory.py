@@ -3,12 +3,7 @@
 import ctypes
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-
-from sopdeploy.environment import control_groups
-
-MEMINFO = Path("/proc/meminfo")
 
 # glibc creates up to 8 heaps per core. Once a large block is freed (importing the libraries is
 # enough), it keeps blocks of up to 32 MB in these heaps and leaves up to 64 MB free at the end
@@ -46,21 +41,6 @@ def _set_heaps(values: Mapping[str, int]) -> None:
     for name, option, _ in MALLOPT:
         if mallopt is not None and name in values:
             mallopt(option, values[name])
-
-
-def memory_limit() -> int:
-    """Return the bytes that the container of this process may use, or the machine has; 2**62 if unknown."""
-    limits = [2**62]
-
-    with suppress(OSError, ValueError, KeyError):
-        lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
-        limits.append(int(lines["MemTotal"].split()[0]) * 1024)
-
-    for folder, version in control_groups("memory"):
-        with suppress(OSError, ValueError):  # no such file, or `max` instead of a number
-            name = "memory.max" if version == 2 else "memory.limit_in_bytes"
-            limits.append(int((folder / name).read_text()))
-    return min(limits)
 
 
 def resident_bytes(process: int | str = "self") -> int:

@@ -18,7 +18,6 @@ from sopdeploy_service.inference.decoders import (
     light_seconds,
     plan_children,
 )
-from sopdeploy_service.runtime import device_memory
 from tests.support import hostile_images as hostile
 from tests.support.service import picture_bytes
 
@@ -168,5 +167,5 @@ def test_the_memory_limit_is_that_of_the_container(
     (tmp_path / "meminfo").write_text("MemTotal:     1000 kB\nMemAvailable:  900 kB\n")
     monkeypatch.setattr(environment, "CGROUP", tmp_path / "fs")
     monkeypatch.setattr(environment, "PROCESS_CGROUP", tmp_path / "cgroup")
-    monkeypatch.setattr(device_memory, "MEMINFO", tmp_path / "meminfo")
-    assert device_memory.memory_limit() == expected
+    monkeypatch.setattr(environment, "MEMINFO", tmp_path / "meminfo")
+    assert environment.memory_limit() == expected
