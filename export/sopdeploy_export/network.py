@@ -30,10 +30,11 @@ def is_network_code(file: str) -> bool:
     return not is_of_python and not file.startswith(_FOREIGN)
 
 
-def copy_network(network: _Network) -> _Network:
+def copy_network(network: _Network, *, share_weights: bool = False) -> _Network:
     """Copy *network* with `copy.deepcopy`, also if its modules hold what deepcopy refuses.
 
-    Locks become new ones. A tensor that autograd has computed becomes a copy without its history.
+    Locks become new ones. A tensor that autograd has computed becomes a copy without its history. With
+    *share_weights*, each parameter of the copy has the memory of the original, so nothing may write to it.
     Raises `LoweringError` if copying fails, or if a `__deepcopy__` returns another class or shares
     modules with *network*.
     """
@@ -45,6 +46,9 @@ def copy_network(network: _Network) -> _Network:
                 memo[id(value)] = LOCKS[type(value)]()
             elif type(value) is Tensor and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+        if share_weights:
+            parameters = [value for value in module._parameters.values() if value is not None]
+            memo |= {id(each): nn.Parameter(each.detach(), False) for each in parameters}
 
     try:
         copied = copy.deepcopy(network, memo)

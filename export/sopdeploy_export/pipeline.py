@@ -1,10 +1,12 @@
 """The export pipeline, from a checkpoint or any other `ExportSubject` to a bundle."""
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +17,9 @@ from torch.export import ExportedProgram
 from sopdeploy.bundle import publication
 from sopdeploy.bundle.listing import read_bundles
 from sopdeploy.bundle.manifest import EMBEDDING, PROOFS, BatchRange, Manifest, ProofKind
-from sopdeploy.bundle.onnx_root import onnx_root
+from sopdeploy.bundle.onnx_root import NO_WEIGHTS, onnx_root
 from sopdeploy.bundle.probes import write_probes
+from sopdeploy.bundle.sealed import view_file
 from sopdeploy.bundle.second_order import count_second_order
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.decision import Decision
@@ -27,13 +30,18 @@ from sopdeploy.errors import (
     DetachError,
     LoweringError,
 )
-from sopdeploy.files import GRAPH
+from sopdeploy.files import GRAPH, GRAPH_DATA
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import name_network
 from sopdeploy.names import label_problem
 from sopdeploy.project import Origin
-from sopdeploy_export.admit.network import check_exportable, check_torch_state
+from sopdeploy_export.admit.network import (
+    check_exportable,
+    check_size,
+    check_torch_state,
+    weight_bytes,
+)
 from sopdeploy_export.admit.outputs import check_depends_on_images, run_first
 from sopdeploy_export.capture.deployed import (
     Deployed,
@@ -52,7 +60,7 @@ from sopdeploy_export.lower.precision import (
     PrecisionReport,
     convert_precision,
 )
-from sopdeploy_export.lower.to_onnx import lower
+from sopdeploy_export.lower.to_onnx import lower, without_values
 from sopdeploy_export.network import attributes_restored
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.bundle import (
@@ -77,6 +85,8 @@ from sopdeploy_export.prove.removed import has_tensors, list_tensors, prove_remo
 from sopdeploy_export.runs import LOGITS, PlainOutputs, open_session, run_probes
 from sopdeploy_export.subject import Detachment, ExportSubject
 
+MANY_BYTES = 500_000_000  # of weights, which are worth the half second of a collection
+
 
 def export_checkpoint(
     path: Path,
@@ -97,11 +107,15 @@ def export_checkpoint(
     checkpoint = read_checkpoint(path)
     subject = _as_subject(checkpoint, build_classifier(checkpoint, path), options.name)
     check_torch_state()
-    check_exportable(subject.network, subject.detachment.training_only)
+    training_only = subject.detachment.training_only
+    check_exportable(subject.network, training_only)
+    warnings = check_size(weight_bytes(subject.network, training_only), options.precision)
+    subject = replace(subject, warnings=(*subject.warnings, *warnings))
     # A server would replace a bundle of the same name, so one that was trained on other images is
     # refused; not if the user gave the name, who may want to replace it.
     if options.name is None:
         refuse_other_images(destination, subject.project, checkpoint)
+    del checkpoint  # frees its weights, of which the network has copies
     _check_subject(subject, options)
     accuracy_check = check_photos(
         options, subject.preprocess, subject.labels, subject.decision, subject.origin
@@ -262,7 +276,8 @@ class _File(NamedTuple):
 
     Attributes:
         session: It, loaded.
-        converted: What it was made of.
+        num_bytes: Its size, with the file of its weights if there is one.
+        converted: What it was made of, without the values of large weights.
         precision: What it lost in a reduced precision, also on photos if there are some.
         root: The graph hash of the certified float32 graph.
         shipped_root: The graph hash of the file.
@@ -270,6 +285,7 @@ class _File(NamedTuple):
     """
 
     session: InferenceSession
+    num_bytes: int
     converted: Converted
     precision: PrecisionReport
     root: str
@@ -309,6 +325,8 @@ def export_subject(
         # Prove the statements about graphs, write the file, and measure the others.
         checks = Checks()
         kind = _prove_graphs(subject, trained, options, checks)
+        if sum(tensor.nbytes for tensor in trained.tensors.values()) > MANY_BYTES:
+            gc.collect()  # the plain network refers to itself, so nothing else frees it
         file = _write_file(subject, trained, plain, options, folder, accuracy_check)
         measured = _measure(subject, trained, plain, file, options, checks)
         trained.check_unchanged(subject.detachment.training_only)
@@ -363,41 +381,61 @@ def _write_file(
 ) -> _File:
     """Convert the network *trained* to ONNX, then to the precision; write the file to *folder* and load it."""
     preprocess = subject.preprocess
-    step("converting to ONNX")
-    warnings: list[str] = []
-    try:
-        model = lower(trained.program, output_names(trained.network), warnings)
-    except LoweringError:
-        # The cause can be a graph that is not the network's.
-        parts = subject.detachment.training_only
-        measure_plain_run(trained, preprocess, options.max_batch, parts, plain)
-        raise
-    root = onnx_root(model)
+    with TemporaryDirectory(dir=folder.parent) as temporary:
+        # Weights that do not fit into a graph are in a file beside it: in float32 that of the bundle.
+        float32_folder = folder if options.precision == "fp32" else Path(temporary)
+        step("converting to ONNX")
+        warnings: list[str] = []
+        try:
+            model = lower(
+                trained.program, output_names(trained.network), warnings, float32_folder
+            )
+        except LoweringError:
+            # The cause can be a graph that is not the network's.
+            parts = subject.detachment.training_only
+            measure_plain_run(trained, preprocess, options.max_batch, parts, plain)
+            raise
+        root = onnx_root(model, _weights_in(float32_folder))
 
-    # The precision.
-    if options.precision != "fp32":
-        step(f"converting the graph to {options.precision}")
-    user_images = NO_IMAGES if accuracy_check is None else accuracy_check.images_to_convert()
-    certified = Lowered(trained.network, trained.program, model)
-    converted = convert_precision(certified, preprocess, options, user_images)
-    precision = converted.precision
+        # The precision.
+        if options.precision != "fp32":
+            step(f"converting the graph to {options.precision}")
+        user_images = (
+            NO_IMAGES if accuracy_check is None else accuracy_check.images_to_convert()
+        )
+        certified = Lowered(trained.network, trained.program, model)
+        converted = convert_precision(certified, preprocess, options, user_images, folder)
+        shipped_root = onnx_root(converted.model, _weights_in(folder))
+        (folder / GRAPH).write_bytes(converted.model.SerializeToString(deterministic=True))
 
-    # The file, and its accuracy on photos.
-    (folder / GRAPH).write_bytes(converted.model.SerializeToString(deterministic=True))
-    session = open_session(folder / GRAPH)
-    if accuracy_check is not None:
-        accuracy = accuracy_check.measure(model, session)
-        precision = precision.model_copy(update={"accuracy": accuracy})
-        accuracy_check.check_drop(precision)
+        # Free the weights before the runtime loads them again.
+        converted = replace(converted, model=without_values(converted.model))
+        float32 = None if accuracy_check is None else model
+        del certified, model
+
+        # The file, and its accuracy on photos.
+        precision = converted.precision
+        session = open_session(folder / GRAPH)
+        if accuracy_check is not None and float32 is not None:
+            accuracy = accuracy_check.measure(float32, session, _weights_in(float32_folder))
+            precision = precision.model_copy(update={"accuracy": accuracy})
+            accuracy_check.check_drop(precision)
 
     return _File(
         session=session,
+        num_bytes=sum(path.stat().st_size for path in folder.iterdir()),
         converted=converted,
         precision=precision,
         root=root,
-        shipped_root=root if options.precision == "fp32" else onnx_root(converted.model),
+        shipped_root=shipped_root,
         warnings=tuple(warnings),
     )
+
+
+def _weights_in(folder: Path) -> memoryview:
+    """Return the weights of the graph in *folder* that are in a file of their own."""
+    path = folder / GRAPH_DATA
+    return view_file(path) if path.exists() else NO_WEIGHTS
 
 
 def _measure(
@@ -455,6 +493,8 @@ def _measure(
         ran={name: rows[-len(images) :] for name, rows in file_runs.outputs.items()},
         allow_numerical_error=options.allow_numerical_error,
     )
+    # `file` is without its large weights, which count.
+    parity = parity.model_copy(update={"file_bytes": file.num_bytes})
     return _Measured(plain_runs, file_runs.mixing, exact, parity)
 
 

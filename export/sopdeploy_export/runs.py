@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from sopdeploy.bundle.manifest import GATES
+from sopdeploy.bundle.onnx_root import NO_WEIGHTS
 from sopdeploy.environment import EXACT_INT8, lacks_vnni
 from sopdeploy.errors import ParityError
+from sopdeploy.files import GRAPH_DATA
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy_export.capture.deployed import INPUT, Deployed
 
@@ -179,15 +181,22 @@ def without_fast_path() -> Iterator[None]:
 
 
 def open_session(
-    model: Path | onnx.ModelProto, *, optimized: bool = True
+    model: Path | onnx.ModelProto, weights: memoryview = NO_WEIGHTS, *, optimized: bool = True
 ) -> ort.InferenceSession:
-    """Load *model* on the CPU; without *optimized*, its operators are not fused."""
+    """Load *model* on the CPU; without *optimized*, its operators are not fused.
+
+    *weights* are those of a graph in memory, if they are in a file of their own.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only
     # Idle threads sleep.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if lacks_vnni():
         options.add_session_config_entry(*EXACT_INT8)
+    if weights:
+        options.add_external_initializers_from_files_in_memory(
+            [GRAPH_DATA], [weights], [len(weights)]
+        )
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -2,6 +2,8 @@
 
     REPO/<model>-<id>/config.pbtxt, labels.txt, 1/model.onnx, warmup/image
 
+A graph with weights in a file of their own has this file beside it, `1/model.onnx.data`.
+
 Triton batches requests in the sizes that the bundle was verified for, rejects requests that
 waited too long, and is ready only after warm-up batches have run.
 """
@@ -49,8 +51,9 @@ def write_triton(bundle: Bundle, repository: Path) -> Path:
     with staging(repository) as folder:
         (folder / "1").mkdir()
         (folder / "warmup").mkdir()
-        with (folder / "1" / GRAPH).open("wb") as graph:
-            graph.writelines(bundle.onnx.blocks())
+        for name in manifest.graph_files:
+            with (folder / "1" / name).open("wb") as file:
+                file.writelines(bundle.blocks(name))
         (folder / _LABELS).write_text(
             "".join(f"{label}\n" for label in bundle.labels), encoding="utf-8"
         )

@@ -23,7 +23,6 @@ from sopdeploy.environment import describe_store_error, import_optional, missing
 from sopdeploy.errors import BundleError, MissingPackageError, SopdeployError
 from sopdeploy.files import (
     BLOCK_BYTES,
-    GRAPH,
     MANIFEST,
     POINTER_ADVICE,
     STORAGE_ERRNOS,
@@ -53,9 +52,7 @@ def write_archive(bundle: Bundle, file: BinaryIO) -> None:
         if isinstance(piece, bytes):
             file.write(piece)
         else:
-            file.writelines(
-                bundle.onnx.blocks() if piece == GRAPH else [bundle.contents[piece]]
-            )
+            file.writelines(bundle.blocks(piece))
 
 
 def archive_layout(manifest: Manifest) -> Iterator[bytes | str]:

@@ -11,7 +11,7 @@ import logging
 import os
 import stat
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from sopdeploy.bundle.sealed import HashedBlocks, SealedFile
 from sopdeploy.errors import BundleError
 from sopdeploy.files import (
     GRAPH,
+    GRAPH_DATA,
     LATEST,
     MANIFEST,
     POINTER,
@@ -39,7 +40,7 @@ CARD = "README.md"
 REQUIRED = (GRAPH, "labels.json", CERTIFICATE, "parity.json", "precision.json", PROBES)
 MAX_MANIFEST_BYTES = 4_000_000
 MAX_JSON_BYTES = 16_000_000  # of any other JSON file
-MAX_CONTENT_BYTES = 512_000_000  # of all files but the graph, which are in memory
+MAX_CONTENT_BYTES = 512_000_000  # of all files but those of the graph, which are in memory
 SIGNATURE_SUFFIX = ".sig"  # of the file beside a bundle or an archive
 MAX_NAME_BYTES = 255  # limit of common file systems
 
@@ -52,7 +53,8 @@ class Bundle:
 
     `path` is where it was read, for messages and for what lies beside it; nothing reads the
     files there again. `contents` has the bytes of the files by name, except the graph.
-    `graph` is None if the graph was hashed only, or is in a runtime already.
+    `graph` is None if the graph was hashed only, or is in a runtime already. `weights` are its
+    weights if they do not fit into its file.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class Bundle:
     labels: tuple[str, ...]
     contents: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     graph: SealedFile | None = field(default=None, repr=False)
+    weights: SealedFile | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -73,12 +76,20 @@ class Bundle:
             raise ValueError(f"{self.path / GRAPH}: was hashed, but not kept")
         return self.graph
 
+    def blocks(self, name: str) -> Iterable[bytes]:
+        """Return the content of the file *name* of the bundle in parts."""
+        if name == GRAPH:
+            return self.onnx.blocks()
+        if name == GRAPH_DATA and self.weights is not None:
+            return self.weights.blocks()
+        return [self.contents[name]]
+
     def reduced(self) -> "Bundle":
         """Return the bundle with only the files that a server shows, which frees the memory of its other files."""
         shown = {
             name: self.contents[name] for name in (CARD, CERTIFICATE) if name in self.contents
         }
-        return replace(self, contents=shown, graph=None)
+        return replace(self, contents=shown, graph=None, weights=None)
 
 
 def follow_link(path: Path) -> Path:
@@ -158,7 +169,7 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
 
     # The folder is opened once, so that no other one can take its name meanwhile.
     contents: dict[str, bytes] = {}
-    graph: SealedFile | None = None
+    sealed: dict[str, SealedFile] = {}
     current = path  # for the message of an error
     try:
         with ExitStack() as stack:
@@ -175,10 +186,10 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
             for name, record in manifest.files.items():
                 current = path / name
                 with _open_hashed(folder, current, record) as blocks:
-                    if name != GRAPH:
+                    if name not in manifest.graph_files:
                         contents[name] = b"".join(blocks)
                     elif with_graph:
-                        graph = SealedFile(blocks)
+                        sealed[name] = SealedFile(blocks)
                     else:
                         deque(blocks, maxlen=0)  # hash without keeping
     except OSError as error:
@@ -188,7 +199,14 @@ def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bu
         raise BundleError(f"{current}: {problem}; copy or export the bundle again") from error
 
     labels = _parse_labels(path / "labels.json", contents["labels.json"], manifest)
-    return Bundle(path=path, manifest=manifest, labels=labels, contents=contents, graph=graph)
+    return Bundle(
+        path=path,
+        manifest=manifest,
+        labels=labels,
+        contents=contents,
+        graph=sealed.get(GRAPH),
+        weights=sealed.get(GRAPH_DATA),
+    )
 
 
 def _check_names_and_sizes(path: Path, manifest: Manifest) -> None:
@@ -206,7 +224,11 @@ def _check_names_and_sizes(path: Path, manifest: Manifest) -> None:
                 f"{path}: the manifest lists no {required}; export the bundle again"
             )
 
-    total = sum(record.bytes for name, record in manifest.files.items() if name != GRAPH)
+    total = sum(
+        record.bytes
+        for name, record in manifest.files.items()
+        if name not in manifest.graph_files
+    )
     if total > MAX_CONTENT_BYTES:
         raise BundleError(
             f"{path}: its files are larger than {MAX_CONTENT_BYTES} bytes; export it again"

@@ -15,6 +15,7 @@ from sopdeploy.config import (
     validate_format,
 )
 from sopdeploy.decision import Decision
+from sopdeploy.files import GRAPH, GRAPH_DATA
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.names import ProjectName
 from sopdeploy.project import Origin, Time
@@ -189,6 +190,11 @@ class Manifest(StrictModel):
     def rules(self) -> Decision:
         """Rules that turn logits into classes; without `decision`, the most probable classes."""
         return self.decision or Decision()
+
+    @property
+    def graph_files(self) -> dict[str, FileRecord]:
+        """The records of the file of the graph and, if it has one, of the file of its weights."""
+        return {name: self.files[name] for name in (GRAPH, GRAPH_DATA) if name in self.files}
 
     @property
     def name(self) -> str:

@@ -6,9 +6,13 @@ and content, the hash of an input its position and type. Names, documentation an
 have no effect. A file has a root only if every reader finds the same model in it: it is the
 deterministic serialization of what the `onnx` package reads, and the graph defines each name
 once. `verify` recomputes the root where `onnx` is installed.
+
+The weights of a graph above 2 GB are in a file of their own, which holds nothing else. Their
+hashes are those of constants in the graph, so the root does not depend on where they are stored.
 """
 
 import hashlib
+import math
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +23,7 @@ from sopdeploy.bundle.manifest import CERTIFICATE, PROOFS, TensorRecord, to_json
 from sopdeploy.config import parse_json, shown, version_advice
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import BundleError, CertificateError, MissingPackageError
-from sopdeploy.files import GRAPH
+from sopdeploy.files import GRAPH, GRAPH_DATA
 
 if TYPE_CHECKING:
     import onnx
@@ -34,9 +38,12 @@ CERTIFIED_ROOTS = ("any_batch", "shipped", "onnx")
 ADVICE = "export the bundle again"
 SUBGRAPHS = {"g", "graphs"}
 TENSOR_ATTRIBUTE = 4  # AttributeProto.TENSOR
+EXTERNAL = 1  # TensorProto.EXTERNAL
+ALIGNMENT = 64  # bytes, of a weight in a file of weights
+NO_WEIGHTS = memoryview(b"")
 
 
-def hash_parts(*parts: str | bytes) -> str:
+def hash_parts(*parts: str | bytes | memoryview) -> str:
     """Compute the sha256 of *parts*, each preceded by its length, so that different lists never collide.
 
     The Merkle roots of captured programs and of ONNX graphs are built from it.
@@ -49,10 +56,13 @@ def hash_parts(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
-def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
+def read_model(
+    content: bytes, weights: memoryview = NO_WEIGHTS
+) -> tuple["onnx.ModelProto", str]:
     """Read the ONNX model in *content* and compute its root, a hexadecimal sha256.
 
-    Raises `CertificateError` if *content* is no ONNX model or can be read in two ways.
+    *weights* are the content of the file of its weights, if they are in one. Raises
+    `CertificateError` if *content* is no ONNX model or can be read in two ways.
     """
     import onnx  # noqa: PLC0415 # a server runs without it
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped] # noqa: PLC0415
@@ -66,7 +76,7 @@ def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
                 "the file has unknown or repeated fields, which a runtime may "
                 "read in another way"
             )
-        return model, onnx_root(model)
+        return model, onnx_root(model, weights)
     # A `CertificateError` is none of these, so it is not converted.
     except (DecodeError, ValueError, KeyError, TypeError) as error:
         raise CertificateError(
@@ -74,8 +84,8 @@ def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
         ) from error
 
 
-def onnx_root(model: "onnx.ModelProto") -> str:
-    """Compute the root of the graph of *model*.
+def onnx_root(model: "onnx.ModelProto", weights: memoryview = NO_WEIGHTS) -> str:
+    """Compute the root of the graph of *model*, with the file of its *weights* as in `read_model`.
 
     Raises `CertificateError` if the model can be read in two ways, or has operators of its own or
     control flow. An incomplete model raises other types, such as `KeyError`.
@@ -89,10 +99,10 @@ def onnx_root(model: "onnx.ModelProto") -> str:
         )
 
     opsets = [f"{opset.domain} {opset.version}" for opset in model.opset_import]
-    return hash_parts(*sorted(opsets), *_output_hashes(model.graph))
+    return hash_parts(*sorted(opsets), *_output_hashes(model.graph, weights))
 
 
-def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
+def _output_hashes(graph: "onnx.GraphProto", weights: memoryview) -> list[str]:
     """Hash every value of *graph* in topological order; return the hashes of its outputs.
 
     Raises `CertificateError` for what can be read in two ways, such as a name that is defined
@@ -113,8 +123,9 @@ def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
             value.name,
             hash_parts(f"input {position}", value.type.SerializeToString(deterministic=True)),
         )
+    external = read_external(graph, weights)
     for tensor in graph.initializer:
-        define(tensor.name, _hash_constant(tensor))
+        define(tensor.name, _hash_constant(tensor, external.get(tensor.name)))
 
     # Nodes by their operator, attributes and operands.
     for node in graph.node:
@@ -130,6 +141,53 @@ def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
     return [hashes[value.name] for value in graph.output]
 
 
+def read_external(graph: "onnx.GraphProto", weights: memoryview) -> dict[str, memoryview]:
+    """Map the names of the constants of *graph* that are stored in *weights* to their content.
+
+    Raises `CertificateError` unless they are where `next_offset` says, and *weights* hold nothing else.
+    """
+    external: dict[str, memoryview] = {}
+    end = 0  # of those before
+
+    for tensor in graph.initializer:
+        if not (tensor.data_location or tensor.external_data):
+            continue
+        start = next_offset(end)
+        size = num_bytes_of(tensor)
+        place = [("location", GRAPH_DATA), ("offset", str(start)), ("length", str(size))]
+        is_at_place = place == [(entry.key, entry.value) for entry in tensor.external_data]
+        if size < 0 or not is_at_place or tensor.data_location != EXTERNAL:
+            raise CertificateError(f"the weight {tensor.name} is stored in another file")
+        if start + size > len(weights):
+            raise CertificateError(f"{GRAPH_DATA} ends before the weight {tensor.name}")
+        if any(weights[end:start]):
+            raise CertificateError(f"{GRAPH_DATA} has other values than weights")
+        external[tensor.name] = weights[start : start + size]
+        end = start + size
+
+    if end != len(weights):
+        raise CertificateError(
+            f"{GRAPH_DATA} has {len(weights) - end} bytes that are no weights"
+        )
+    return external
+
+
+def next_offset(end: int) -> int:
+    """Return where a weight begins in the file of weights if the one before it ends at *end*.
+
+    The weights are in the order of the graph, and zeros lie between them.
+    """
+    return -(-end // ALIGNMENT) * ALIGNMENT
+
+
+def num_bytes_of(tensor: "onnx.TensorProto") -> int:
+    """Return the bytes that the type and the shape of *tensor* need."""
+    from onnx import helper  # noqa: PLC0415 # a server runs without it
+
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return math.prod(tensor.dims) * dtype.itemsize
+
+
 def _hash_or_serialize(attribute: "onnx.AttributeProto", operator: str) -> str | bytes:
     """Return the hash of the tensor of *attribute*, or the serialized attribute without documentation."""
     fields = {field.name for field, _ in attribute.ListFields()}
@@ -139,7 +197,7 @@ def _hash_or_serialize(attribute: "onnx.AttributeProto", operator: str) -> str |
     if "t" in fields:
         if fields - {"name", "t", "type", "doc_string"} or attribute.type != TENSOR_ATTRIBUTE:
             raise CertificateError(f"an attribute of {operator} has a tensor and another value")
-        return _hash_constant(attribute.t)
+        return _hash_constant(attribute.t, None)
 
     undocumented = type(attribute)()
     undocumented.CopyFrom(attribute)
@@ -147,23 +205,26 @@ def _hash_or_serialize(attribute: "onnx.AttributeProto", operator: str) -> str |
     return undocumented.SerializeToString(deterministic=True)
 
 
-def _hash_constant(tensor: "onnx.TensorProto") -> str:
-    """Hash dtype, shape and little-endian content of *tensor*, independent of the field that stores it."""
+def _hash_constant(tensor: "onnx.TensorProto", external: memoryview | None) -> str:
+    """Hash dtype, shape and little-endian content of *tensor*, independent of where it is stored.
+
+    *external* is its content if that is in the file of the weights.
+    """
     from onnx import numpy_helper  # noqa: PLC0415 # a server runs without it
 
-    if tensor.data_location or tensor.external_data:
+    if external is None and (tensor.data_location or tensor.external_data):
         raise CertificateError(f"the weight {tensor.name} is stored in another file")
     if tensor.string_data:
         raise CertificateError(f"the constant {tensor.name} contains text instead of numbers")
 
     shape = tuple(tensor.dims)
     storing_fields = _NUMBERS.intersection(field.name for field, _ in tensor.ListFields())
-    if len(storing_fields) > 1:
+    if len(storing_fields) + (external is not None) > 1:
         raise CertificateError(f"the weight {tensor.name} is stored twice")
-    if not storing_fields and 0 not in shape:
+    if not storing_fields and external is None and 0 not in shape:
         raise CertificateError(f"the weight {tensor.name} has no values")
 
-    content = numpy_helper.to_array(tensor).tobytes()
+    content = numpy_helper.to_array(tensor).tobytes() if external is None else external
     return hash_parts(f"constant {tensor.data_type} {shape}", content)
 
 
@@ -198,7 +259,8 @@ def _check_graph(bundle: Bundle) -> str:
     import_optional("onnx", "onnx", "sopdeploy[train]", MissingPackageError)
     expected_root = bundle.manifest.lineage.onnx_root
     try:
-        model, root = read_model(bundle.onnx.read())
+        weights = NO_WEIGHTS if bundle.weights is None else bundle.weights.view()
+        model, root = read_model(bundle.onnx.read(), weights)
     except CertificateError as error:
         raise BundleError(f"{bundle.path / GRAPH}: {error}; {ADVICE}") from error
     _check_interface(bundle, model)

@@ -63,8 +63,8 @@ def read_memory(file: int, max_bytes: int = sys.maxsize) -> bytes:
 class SealedFile:
     """A copy of *blocks* in memory, which the kernel seals: no process can write to it, this one included.
 
-    `path` leads to it as long as this object exists. It lies in no folder, so a graph that
-    names a file beside it, such as one with external weights, cannot be opened. Systems that
+    `path` leads to it as long as this object exists. It lies in no folder, so a graph cannot
+    read a file beside it; runtimes get the weights of a large graph from `view`. Systems that
     cannot seal files, such as macOS, get a file that is alone in a folder that only this user
     can open.
     """
@@ -98,6 +98,18 @@ class SealedFile:
         """Return the content."""
         with open(self.path, "rb") as file:  # noqa: PTH123
             return file.read()
+
+    def view(self) -> memoryview:
+        """Return the content for reading, without a copy of it."""
+        return view_file(self.path)
+
+
+def view_file(path: str | os.PathLike[str]) -> memoryview:
+    """Return the content of the file at *path* for reading, without a copy of it; raises `OSError`."""
+    with open(path, "rb") as file:  # noqa: PTH123
+        if os.fstat(file.fileno()).st_size == 0:  # which cannot be mapped
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 class HashedBlocks:

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -97,7 +98,7 @@ def _compare_once(
 
 
 def _lower_once(
-    program: ExportedProgram, outputs: tuple[str, ...], found: list[str]
+    program: ExportedProgram, outputs: tuple[str, ...], found: list[str], _folder: Path
 ) -> onnx.ModelProto:
     key = program_root(program).sha256, outputs
     if key not in LOWERED:

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from sopdeploy_export.pack.results import Exported
 
 CLASS_NAMES_FILE = "labels.txt"
+SHOWN_MEMORY = 4_000_000_000  # bytes of memory from which `inspect` names what an export needs
 EXAMPLE = (
     f"{', '.join(CONVENTIONS)}, timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.json; "
     "imagenet:384 for images of 384 x 384"
@@ -208,6 +209,7 @@ def _export_weights(
             ignore=source.ignore,
             training_only=source.training_only,
         )
+        del file  # frees as much memory as the network takes
         changed = kept.restore()
         second_process = run_elsewhere(
             network,
@@ -264,11 +266,13 @@ class Inspection(StrictModel):
     `table` names the table of weights in the file, `ignored` its tensors that the network does
     not have; `labels` are the class names in the file, if it has one for each logit. `shared`
     says which parts are not unused as a whole, because a tensor in them is also one of the rest.
+    `memory_bytes` is an estimate of the memory that an export needs.
     """
 
     network: str
     num_classes: int
     num_tensors: int
+    memory_bytes: int
     table: str
     unused: tuple[str, ...]
     shared: Mapping[str, str]
@@ -284,6 +288,9 @@ def _show_unused(inspected: Inspection) -> None:
     print_field("weights", f"{inspected.num_tensors} tensors fit{ignored}")
     unused = ", ".join(inspected.unused) or "nothing; the output depends on every part"
     print_field("unused", unused)
+    if inspected.memory_bytes > SHOWN_MEMORY:
+        needed = f"an export needs about {inspected.memory_bytes / 1e9:.0f} GB"
+        print_field("memory", needed)
     for part, tensor in inspected.shared.items():
         print_field("", f"not all of {part}: {tensor}", style="dim")
 
@@ -327,7 +334,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     check_builder("network", options.network, options.option)
     preprocess = read_preprocess(options.preprocess)
     from sopdeploy.bundle.manifest import BatchRange
-    from sopdeploy_export.admit.network import prepared
+    from sopdeploy_export.admit.network import memory_of_export, prepared
     from sopdeploy_export.admit.outputs import check_trained_are_registered
     from sopdeploy_export.capture.buffers import make_kept_results_anew
     from sopdeploy_export.capture.program import trace
@@ -388,6 +395,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         network=options.network,
         num_classes=admitted.num_classes,
         num_tensors=len(network.state_dict()),
+        memory_bytes=memory_of_export(admitted.num_bytes),
         table=loaded.table,
         unused=unused,
         shared=admitted.shared_rests,

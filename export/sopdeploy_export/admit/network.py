@@ -15,7 +15,9 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.errors import CertificateError, LoweringError
+from sopdeploy.bundle.manifest import Precision
+from sopdeploy.environment import memory_limit
+from sopdeploy.errors import CertificateError, LoweringError, NoMemoryError
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import is_in
 from sopdeploy_export.admit.parts import match_parts
@@ -28,7 +30,11 @@ from sopdeploy_export.network import (
     tensors_converted,
 )
 
-MAX_FILE_BYTES = 2**31 - 1  # protobuf's limit
+# Of the weights in the file of a graph, which protobuf limits to 2**31 - 1 bytes with the nodes
+MAX_GRAPH_BYTES = 2**31 - 2**24
+# Memory of an export: what it takes without weights, and how many times the weights (networks.md)
+MEMORY_AT_REST = 800_000_000
+MEMORY_FACTOR = 4
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 
 
@@ -254,13 +260,45 @@ def _replaced_method(module: nn.Module) -> str | None:
     return None
 
 
-def check_file_size(num_bytes: int) -> None:
-    """Raise `LoweringError` if weights of *num_bytes* do not fit into one ONNX file."""
-    if num_bytes > MAX_FILE_BYTES:
+def weight_bytes(network: nn.Module, removed: tuple[str, ...]) -> int:
+    """Return the bytes of the tensors of *network* outside of *removed* parts, each counted once."""
+    kept = {
+        id(tensor): tensor
+        for name, tensor in tensors(network).items()
+        if not is_in(name, *removed)
+    }
+    return sum(tensor.nbytes for tensor in kept.values())
+
+
+def check_size(num_bytes: int, precision: Precision) -> tuple[str, ...]:
+    """Return a warning if the export of *num_bytes* of weights probably needs more memory than there is.
+
+    Raises `NoMemoryError` if the weights do not fit into the memory twice, in the network and in the
+    runtime, and `LoweringError` if they are too many for int8.
+    """
+    weights = f"{num_bytes / 1e9:.1f} GB of weights"
+    if precision == "int8" and num_bytes > MAX_GRAPH_BYTES:
         raise LoweringError(
-            f"the weights take {num_bytes / 1e9:.1f} GB in float32, and one ONNX file holds at most "
-            f"{MAX_FILE_BYTES / 1e9:.1f} GB; export a smaller network"
+            f"int8 is for networks of at most {MAX_GRAPH_BYTES / 1e9:.1f} GB, and this one has {weights}; "
+            "choose precision fp16"
         )
+
+    needed = memory_of_export(num_bytes)
+    limit = memory_limit()
+    if needed <= limit:
+        return ()
+    problem = (
+        f"the export of {weights} needs about {needed / 1e9:.0f} GB of memory, and this machine or its "
+        f"container has {limit / 1e9:.0f} GB"
+    )
+    if MEMORY_AT_REST + 2 * num_bytes > limit:
+        raise NoMemoryError(f"{problem}; use a machine with more memory")
+    return (problem,)
+
+
+def memory_of_export(num_bytes: int) -> int:
+    """Estimate the memory that an export of *num_bytes* of weights needs."""
+    return MEMORY_AT_REST + MEMORY_FACTOR * num_bytes
 
 
 def check_tensors(network: nn.Module, removed: tuple[str, ...] = ()) -> None:

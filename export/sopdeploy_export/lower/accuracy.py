@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 from PIL import Image
 
+from sopdeploy.bundle.onnx_root import NO_WEIGHTS
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.images.preprocess import Preprocess
@@ -100,13 +101,19 @@ class AccuracyCheck:
                 reading=AS_IT_IS if origin is None else origin.reading,
             )
 
-    def measure(self, float32: onnx.ModelProto, exported: InferenceSession) -> Accuracy:
+    def measure(
+        self,
+        float32: onnx.ModelProto,
+        exported: InferenceSession,
+        weights: memoryview = NO_WEIGHTS,
+    ) -> Accuracy:
         """Compare the file that *exported* has loaded with the graph *float32*, on the images that measure.
 
-        The logits of *float32* are computed in the first call and kept for later ones.
+        The logits of *float32* are computed in the first call and kept for later ones. *weights* are those
+        of *float32*, if they are in a file of their own.
         """
         if self._float32_logits is None:
-            self._float32_logits = self._logits(open_session(float32))
+            self._float32_logits = self._logits(open_session(float32, weights))
         before = self._float32_logits
         after = self._logits(exported)
 

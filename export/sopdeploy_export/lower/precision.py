@@ -10,6 +10,7 @@ types differ from the requested ones is rejected.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle.manifest import Int8For, Precision
+from sopdeploy.bundle.onnx_root import num_bytes_of
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
@@ -123,7 +125,7 @@ def weight_types(model: onnx.ModelProto) -> dict[str, str]:
 
     for tensor in model.graph.initializer:
         part = tensor.name.rpartition(".")[0]
-        size = len(tensor.raw_data)
+        size = num_bytes_of(tensor)
         largest_size, _ = largest.get(part, (0, ""))
         if part and tensor.data_type in TYPE_NAMES and size > largest_size:
             largest[part] = size, TYPE_NAMES[tensor.data_type]
@@ -176,11 +178,17 @@ class Converted:
     precision: PrecisionReport
 
 
-def cast_types(certified: Lowered, preprocess: Preprocess, options: ExportOptions) -> Lowered:
+def cast_types(
+    certified: Lowered,
+    preprocess: Preprocess,
+    options: ExportOptions,
+    folder: Path | None = None,
+) -> Lowered:
     """Place the casts of fp16 in a copy of the *certified* network, capture it, and convert it to ONNX.
 
-    Raises `LoweringError` if the network computes complex numbers, as Fourier transforms do, and the
-    errors of `in_float16`, `capture_any_batch` and `lower`.
+    Weights that do not fit into one file are written to *folder*, as `lower` says. Raises `LoweringError`
+    if the network computes complex numbers, as Fourier transforms do, and the errors of `in_float16`,
+    `capture_any_batch` and `lower`.
     """
     for node in certified.program.graph.nodes:
         value = node.meta.get("val")
@@ -198,7 +206,8 @@ def cast_types(certified: Lowered, preprocess: Preprocess, options: ExportOption
 
     program = capture_any_batch(network, preprocess, options.batch)
     program = sum_in_float32(program, images[: options.max_batch])
-    return Lowered(network, program, lower(program, output_names(certified.network)))
+    model = lower(program, output_names(certified.network), folder=folder)
+    return Lowered(network, program, model)
 
 
 class _Headroom(fx.Interpreter):
@@ -245,18 +254,19 @@ def convert_precision(
     preprocess: Preprocess,
     options: ExportOptions,
     images: UserImages,
+    folder: Path | None = None,
 ) -> Converted:
     """Convert the *certified* graph to the precision in *options*.
 
     int8 needs *images* that calibrate; fp16 also runs the photographs in *images*. The nodes of the
-    result have no metadata; in fp32 and int8, those of *certified* lose theirs, too. Raises
-    `LoweringError` if the types in the graph are not the requested ones, and the errors of
-    `cast_types` and `check_headroom`.
+    result have no metadata; in fp32 and int8, those of *certified* lose theirs, too. Weights in fp16 that
+    do not fit into one file are written to *folder*. Raises `LoweringError` if the types in the graph are
+    not the requested ones, and the errors of `cast_types` and `check_headroom`.
     """
     # fp32 exports the certified graph as it is, int8 quantizes it; fp16 captures another network.
     lowered = certified
     if options.precision == "fp16":
-        lowered = cast_types(certified, preprocess, options)
+        lowered = cast_types(certified, preprocess, options, folder)
         images_to_run = [*images.photographs, *generated_images(preprocess.crop)]
         check_headroom(lowered.program, images_to_run, options.max_batch)
         check_float16(lowered.model, certified.network)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -33,9 +34,11 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.fx.passes import InsertTypePromotion, type_promotion
 from torch.utils._pytree import tree_leaves
 
+from sopdeploy.bundle.onnx_root import next_offset
 from sopdeploy.environment import garbage_kept
 from sopdeploy.errors import LoweringError, first_line
-from sopdeploy_export.admit.network import check_file_size
+from sopdeploy.files import GRAPH_DATA
+from sopdeploy_export.admit.network import MAX_GRAPH_BYTES
 from sopdeploy_export.capture.deployed import INPUT
 from sopdeploy_export.capture.failures import (
     DEPENDS_ON_VALUES,
@@ -72,15 +75,19 @@ EXACT_RULES = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in I
 
 
 def lower(
-    program: ExportedProgram, outputs: Sequence[str], form_warnings: list[str] | None = None
+    program: ExportedProgram,
+    outputs: Sequence[str],
+    form_warnings: list[str] | None = None,
+    folder: Path | None = None,
 ) -> onnx.ModelProto:
     """Convert *program* to ONNX with input `images` and, unless it is for one image, a symbolic batch dimension.
 
     *outputs* are the names of the outputs. A weight has its name in the network, unless another
     tensor has this name. The nodes keep one record of metadata, `part`: the module that each belongs
-    to. The warnings of `compared.py` are added to *form_warnings*. Raises `LoweringError` if the program
-    computes in bfloat16, if an operator has no ONNX form, if a size depends on values, if the weights
-    exceed 2 GB, or if the graph has what `check_onnx` refuses.
+    to. The warnings of `compared.py` are added to *form_warnings*. Weights that do not fit into one file
+    are written to `GRAPH_DATA` in *folder*. Raises `LoweringError` if there is no folder for them, if the
+    program computes in bfloat16, if an operator has no ONNX form, if a size depends on values, or if the
+    graph has what `check_onnx` refuses.
     """
     _refuse_bfloat16(program)
     program = fold_constant_parts(program)
@@ -110,12 +117,45 @@ def lower(
         for value in model.graph.initializers.values()
         if value.const_value
     )
-    check_file_size(size)
+    if size > MAX_GRAPH_BYTES:
+        _move_weights(model, folder, size)
 
     model.ir_version = IR_VERSION
     proto: onnx.ModelProto = ir.to_proto(model)
     check_onnx(proto)
     return proto
+
+
+def _move_weights(model: ir.Model, folder: Path | None, size: int) -> None:
+    """Write the large constants of *model*, *size* bytes in all, to `GRAPH_DATA` in *folder*, which it then names.
+
+    Raises `LoweringError` without a *folder*.
+    """
+    if folder is None:
+        raise LoweringError(
+            f"the weights take {size / 1e9:.1f} GB, and one ONNX file holds at most "
+            f"{MAX_GRAPH_BYTES / 1e9:.1f} GB; choose a smaller network"
+        )
+
+    end = 0  # of the weights before
+    with (folder / GRAPH_DATA).open("xb") as file:
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes <= LARGEST_CHECKED:
+                continue
+            start = next_offset(end)
+            file.write(bytes(start - end))
+            file.write(tensor.tobytes())
+            end = start + tensor.nbytes
+            value.const_value = ir.ExternalTensor(
+                GRAPH_DATA,
+                start,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=name,
+                base_dir=folder,
+            )
 
 
 def _refuse_bfloat16(program: ExportedProgram) -> None:
@@ -342,7 +382,7 @@ def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     graph.output.extend(proto.graph.output)
 
     for tensor in proto.graph.initializer:
-        if len(tensor.raw_data) <= LARGEST_CHECKED:
+        if len(tensor.raw_data) <= LARGEST_CHECKED and not tensor.external_data:
             graph.initializer.append(tensor)
         else:
             graph.input.append(
@@ -350,6 +390,24 @@ def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
             )
     return onnx.ModelProto(
         ir_version=proto.ir_version, opset_import=proto.opset_import, graph=graph
+    )
+
+
+def without_values(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy *model* without the values of its large constants, of which types and shapes remain."""
+    graph = onnx.GraphProto(name=model.graph.name, node=model.graph.node)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) > LARGEST_CHECKED:
+            graph.initializer.add(
+                name=tensor.name, data_type=tensor.data_type, dims=tensor.dims
+            )
+        else:
+            graph.initializer.append(tensor)
+    return onnx.ModelProto(
+        ir_version=model.ir_version, opset_import=model.opset_import, graph=graph
     )
 
 

@@ -17,10 +17,11 @@ from sopdeploy.models.base import is_in
 from sopdeploy.names import label_problem
 from sopdeploy_export.admit.network import (
     check_exportable,
-    check_file_size,
+    check_size,
     check_tensors,
     check_torch_state,
     prepared,
+    weight_bytes,
 )
 from sopdeploy_export.admit.outputs import (
     check_depends_on_images,
@@ -38,7 +39,6 @@ from sopdeploy_export.capture.deployed import (
     generated_images,
 )
 from sopdeploy_export.last_layer import add_embedding_output
-from sopdeploy_export.network import tensors
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.progress import step
 from sopdeploy_export.prove.networks import Compared
@@ -55,6 +55,7 @@ class Admitted:
         plain: Its outputs in a plain run.
         parts: The outermost parts to remove.
         num_classes: The number of its logits.
+        num_bytes: The bytes of its weights without these parts.
         is_completed: Whether it returns a single logit, which becomes the logits of two classes.
         removable: Further modules and tensors that no output depends on, see `find_unneeded`.
         shared_rests: What parts around these share with the rest, as `find_shared_rests` says.
@@ -65,6 +66,7 @@ class Admitted:
     plain: PlainOutputs
     parts: tuple[str, ...]
     num_classes: int
+    num_bytes: int
     is_completed: bool
     removable: tuple[str, ...]
     shared_rests: Mapping[str, str]
@@ -94,15 +96,10 @@ def admit(
     check_exportable(network, parts)
     check_tensors(network, parts)
 
-    empty_caches(network, preprocess)  # of earlier runs, for as long as *network* is `prepared`
+    num_bytes = weight_bytes(network, parts)
+    size_warnings = check_size(num_bytes, options.precision)
 
-    # What no later step could write is refused first.
-    kept = {
-        id(tensor): tensor
-        for name, tensor in tensors(network).items()
-        if not is_in(name, *parts)
-    }
-    check_file_size(sum(tensor.nbytes for tensor in kept.values()))
+    empty_caches(network, preprocess)  # of earlier runs, for as long as *network* is `prepared`
 
     # It runs once on the images of all later comparisons.
     step("running the network")
@@ -121,6 +118,7 @@ def admit(
         )
     is_completed = EXPORT_TWO_CLASSES in vars(network) and not logits[:, 0].any()
     warnings = (
+        *size_warnings,
         *check_depends_on_images(
             network,
             logits,
@@ -150,6 +148,7 @@ def admit(
         plain=plain,
         parts=parts,
         num_classes=num_classes,
+        num_bytes=num_bytes,
         is_completed=is_completed,
         removable=removable,
         shared_rests=find_shared_rests(trained, removable),

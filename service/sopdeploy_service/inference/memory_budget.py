@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle, read_files
 from sopdeploy.errors import ConfigError, SopdeployError
-from sopdeploy.files import GRAPH
 from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.load_time import finish_in_time
 from sopdeploy_service.inference.loader import (
@@ -91,7 +90,8 @@ class BudgetedRegistry(ModelRegistry):
         for name, bundle in bundles.items():
             check_trust(bundle, settings)
 
-            size = FILE_FACTOR * bundle.manifest.files[GRAPH].bytes + ACTIVATION_BYTES
+            graph_bytes = sum(file.bytes for file in bundle.manifest.graph_files.values())
+            size = FILE_FACTOR * graph_bytes + ACTIVATION_BYTES
             if size > self._budget:
                 sizes = f"{name} needs {size / 1e9:.2f} GB, the budget is {self._budget / 1e9:.2f} GB"
                 raise ConfigError(f"memory_budget: {sizes}; raise it")

@@ -52,8 +52,9 @@ class Runtime(Protocol):
 
 
 # Opens a runtime for a bundle; raises `RuntimeUnavailableError` if it cannot run here. The
-# graph is `bundle.onnx`, a file in memory for `open` and `os.fspath`; the folder of the bundle
-# may have changed meanwhile. A class may state `needs_gpu`, as `OwnRuntime` does.
+# graph is `bundle.onnx`, a file in memory for `open` and `os.fspath`, and `bundle.weights` are its
+# weights if they are in a file of their own; the folder of the bundle may have changed meanwhile.
+# A class may state `needs_gpu`, as `OwnRuntime` does.
 OpenRuntime: TypeAlias = Callable[[Bundle, Settings], Runtime]
 
 

@@ -23,7 +23,7 @@ from sopdeploy.environment import (
     usable_cores,
 )
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy.files import GRAPH
+from sopdeploy.files import GRAPH, GRAPH_DATA
 from sopdeploy_service.runtime.base import (
     OwnRuntime,
     is_out_of_memory,
@@ -364,6 +364,11 @@ def _open_session(
 
     # Open the graph.
     options = session_options(onnxruntime, threads, provider)
+    if bundle.weights is not None:  # they must stay open until the session has its own
+        weights = bundle.weights.view()
+        options.add_external_initializers_from_files_in_memory(
+            [GRAPH_DATA], [weights], [len(weights)]
+        )
     try:
         session = open_graph(
             onnxruntime, bundle.onnx.path, options, provider, bundle.manifest.precision, like

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import import_optional, lacks_vnni, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy.files import GRAPH
+from sopdeploy.files import GRAPH, GRAPH_DATA
 from sopdeploy_service.runtime.base import OwnRuntime
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 
 TELEMETRY = "openvino_telemetry"
@@ -60,6 +61,13 @@ class OpenVINORuntime(OwnRuntime):
         version = importlib.metadata.version("openvino")
         self.name = f"openvino {version}"
         self.largest_batch = bundle.manifest.batch.maximum
+
+        if bundle.weights is not None:
+            raise RuntimeUnavailableError(
+                f"{bundle.path / GRAPH_DATA}: openvino {version} cannot read weights outside of the graph "
+                "from memory; choose another runtime",
+                remedies={"runtime": OnnxRuntime.setting},
+            )
 
         # Compile the graph.
         options = {

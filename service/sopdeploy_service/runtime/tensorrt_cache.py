@@ -24,7 +24,7 @@ from sopdeploy.bundle.manifest import BatchRange, Sha256, to_json
 from sopdeploy.bundle.probes import Replay
 from sopdeploy.config import Count, NonNegative, StrictModel, matching
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import GRAPH, MAX_TEXT_BYTES, atomic_write, read_file, writing
+from sopdeploy.files import MAX_TEXT_BYTES, atomic_write, read_file, writing
 from sopdeploy.paths import MAX_WEIGHTS_BYTES
 
 _FOLDER = "engines"
@@ -144,12 +144,20 @@ def key_fields(bundle: Bundle, tensorrt: str, gpu: Gpu) -> dict[str, str]:
     """Return the fields of a key that *bundle* and the machine decide."""
     return {
         "bundle": bundle.name,
-        "bundle_onnx": bundle.manifest.files[GRAPH].sha256,
+        "bundle_onnx": _graph_sha256(bundle),
         "tensorrt": tensorrt,
         "gpu": gpu.name,
         "architecture": gpu.architecture,
         "precision": bundle.manifest.precision,
     }
+
+
+def _graph_sha256(bundle: Bundle) -> str:
+    """Return the sha256 of `model.onnx`; if its weights are in another file, of the hashes of both."""
+    hashes = [file.sha256 for file in bundle.manifest.graph_files.values()]
+    return (
+        hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    )
 
 
 def cache_folder(bundle: Bundle, folder: Path | None = None) -> Path:

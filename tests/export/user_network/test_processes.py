@@ -333,15 +333,3 @@ def test_a_weight_that_is_tied_into_a_branch_stays_under_its_other_name(tmp_path
         plain=lambda: Tied(branch=False),
     )
     assert exported.certificate.proof == "three-way"
-
-
-def test_weights_that_no_file_can_hold_are_refused_before_the_first_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sopdeploy_export.admit.network.MAX_FILE_BYTES", 1_000)
-    steps: list[str] = []
-    with pytest.raises(
-        LoweringError, match=r"weights take .* GB in float32, and one ONNX file"
-    ):
-        export_small(trained(Small()), tmp_path, options=QUICK, on_step=steps.append)
-    assert steps == []

@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sopdeploy.bundle.onnx_root import hash_parts, read_model
 from sopdeploy.errors import CertificateError
+from sopdeploy.files import GRAPH_DATA
 
 
 def test_lists_of_parts_never_collide() -> None:
@@ -176,3 +177,79 @@ def test_file_that_is_not_the_serialization_of_its_model_has_no_root(
         CertificateError, match=r"not a complete ONNX model|unknown or repeated fields"
     ):
         read_model(content())
+
+
+def place(tensor: onnx.TensorProto, **entries: object) -> None:
+    """Move the numbers of *tensor* out of the graph, to where *entries* say."""
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def with_weights_beside() -> tuple[onnx.ModelProto, bytes]:
+    """Return the graph of `plain` with one more weight, both of them in a file, and the file."""
+    model = plain()
+    model.graph.initializer.append(OTHER)
+    model.graph.initializer[1].name = "v"
+    model.graph.node[1].input.append("v")
+    first, second = (numpy_helper.to_array(each).tobytes() for each in model.graph.initializer)
+
+    place(model.graph.initializer[0], location=GRAPH_DATA, offset=0, length=8)
+    place(model.graph.initializer[1], location=GRAPH_DATA, offset=64, length=8)
+    return model, first + bytes(56) + second
+
+
+def entry(model: onnx.ModelProto, position: int, value: str) -> None:
+    model.graph.initializer[1].external_data[position].value = value
+
+
+def test_the_root_does_not_depend_on_the_file_that_stores_the_weights() -> None:
+    model, weights = with_weights_beside()
+    whole = plain()
+    whole.graph.initializer.append(OTHER)
+    whole.graph.initializer[1].name = "v"
+    whole.graph.node[1].input.append("v")
+    content = model.SerializeToString(deterministic=True)
+    assert read_model(content, memoryview(weights))[1] == root(whole)
+
+
+WRONGLY_PLACED: dict[str, tuple[Callable[[onnx.ModelProto], object], bytes, str]] = {
+    "in another file": (lambda m: entry(m, 0, "/etc/hostname"), b"", "stored in another file"),
+    "over another weight": (lambda m: entry(m, 1, "0"), b"", "stored in another file"),
+    "with another length": (lambda m: entry(m, 2, "4"), b"", "stored in another file"),
+    "before the file": (
+        lambda m: (m.graph.initializer[1].dims.__setitem__(0, -2), entry(m, 2, "-8")),
+        b"",
+        "stored in another file",
+    ),
+    "with a checksum": (
+        lambda m: m.graph.initializer[1].external_data.add(key="checksum", value="0"),
+        b"",
+        "stored in another file",
+    ),
+    "in the graph, too": (
+        lambda m: m.graph.initializer[1].float_data.extend([1, 2]),
+        b"",
+        "is stored twice",
+    ),
+    "with bytes behind it": (lambda _: None, b"abcd", "has 4 bytes that are no weights"),
+    "with bytes before it": (lambda _: None, b"gap", "has other values than weights"),
+    "after the end": (lambda _: None, b"short", "ends before the weight v"),
+}
+
+
+@pytest.mark.parametrize("case", WRONGLY_PLACED)
+def test_weights_in_a_file_can_be_read_in_one_way_only(case: str) -> None:
+    change, changed, message = WRONGLY_PLACED[case]
+    model, weights = with_weights_beside()
+    change(model)
+    if changed == b"gap":
+        weights = weights[:8] + b"x" + weights[9:]
+    elif changed == b"short":
+        weights = weights[:-1]
+    else:
+        weights += changed
+
+    with pytest.raises(CertificateError, match=message):
+        read_model(model.SerializeToString(deterministic=True), memoryview(weights))

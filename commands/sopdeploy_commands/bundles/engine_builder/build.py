@@ -6,10 +6,11 @@ TensorRT's own parser names the operators that it does not support.
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
@@ -67,12 +68,17 @@ def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def parse_and_build(
-    trt: Any, graph: bytes, profiles: Sequence[Profile], workspace: int, report: Report
+    trt: Any,
+    graph: bytes,
+    profiles: Sequence[Profile],
+    workspace: int,
+    report: Report,
+    weights: Mapping[str, memoryview] | None = None,
 ) -> bytes:
     """Build a plan of *graph* for *profiles* in *workspace* bytes; *report* receives the progress.
 
-    Raises `EngineError` with TensorRT's own message if the graph cannot be parsed or built, and
-    `KeyboardInterrupt` after Ctrl-C.
+    *weights* are those that are not in *graph*, by their names. Raises `EngineError` with TensorRT's own
+    message if the graph cannot be parsed or built, and `KeyboardInterrupt` after Ctrl-C.
     """
     # The parser reads the graph and its weights into TensorRT's network.
     logger = reset_logger(trt)
@@ -80,7 +86,12 @@ def parse_and_build(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
 
-    if not parser.parse(graph):
+    # Weights outside of the graph must stay in memory until it is built.
+    is_parsed = parser.load_model_proto(graph)
+    for name, content in (weights or {}).items():
+        values = np.frombuffer(content, np.uint8)
+        is_parsed = is_parsed and parser.load_initializer(name, values.ctypes.data, len(values))
+    if not (is_parsed and parser.parse_model_proto()):
         reason = last_error(logger)
         if parser.num_errors:
             error = parser.get_error(0)
