@@ -5,10 +5,10 @@ socket, not by what it says. A message arrives as a whole (`SOCK_SEQPACKET`), wi
 it has a kind and, after a space, the rest. An empty one means that the other process has ended
 or left.
 
-The supervisor sends the connections of clients, the ends of channels, and new API keys. It
-numbers channels and keys. Each process reports its status ten times per second, with the
-numbers of what it has; one that does not report, or lacks what it was sent, is replaced. The
-supervisor asks for metrics, and sends processes that serve HTTP those of all.
+The supervisor sends the connections of clients, the ends of channels, and new API keys. Each
+process reports its status ten times per second; one that does not report is replaced. A front
+end without a channel asks for another one. The supervisor asks for metrics, and sends processes
+that serve HTTP those of all.
 
 Two files in shared memory have no lock: the number of images that each process has admitted,
 and the state of every bucket of a rate limit. If two processes charge a key in the same
@@ -21,12 +21,13 @@ import socket
 import struct
 from typing import NamedTuple
 
-# To a process, with a file; for `CHANNEL`, its number and the name of the process at the other
-# end follow.
+# To a process, with a file; for `CHANNEL`, the name of the process at the other end follows.
 CLIENT = b"client"
-CHANNEL = b"channel"
+CHANNEL = (
+    b"channel"  # to the supervisor, from a front end: asks for a channel to the device process
+)
 PHOTOS = b"photos"
-KEYS = b"keys"  # with two files: the keys and the state of their limits; their number follows
+KEYS = b"keys"  # with two files: the keys and the state of their limits
 SEND_METRICS = b"send-metrics"  # its metrics, to the socket that comes with it
 PAGE = b"page"  # with a file: the metrics of all processes
 RELOAD = b"reload"  # the bundles
@@ -34,12 +35,11 @@ RELOAD = b"reload"  # the bundles
 STATUS = b"status"  # a `Status` follows
 METRICS = b"metrics"  # asks for a `PAGE`
 NEW_MODELS = b"models"  # of a device process, after a reload
+NO_KEYS = b"no-keys"  # the process could open no files for new keys
 MAX_MESSAGE = 1 << 14
 BUFFER_BYTES = 1 << 16  # of a socket: few messages wait while the supervisor is stopped
 
-# Of `Status`: received; open; whether the process is ready; how many numbers follow
-COUNTS = struct.Struct("=QI?H")
-NUMBER = struct.Struct("=I")
+COUNTS = struct.Struct("=QI?")  # of `Status`: received; open; whether the process is ready
 ADMITTED_BYTES = 4096  # of the shared memory of admitted images
 # Time for the metrics of a process, which then counts as down; for those of all, it is twice as long
 METRICS_SECONDS = 1.0
@@ -58,39 +58,31 @@ class Status(NamedTuple):
     """What a process reports: how many connections it has *received*, how many are *open*, and its *bundles*.
 
     A device process has no connections; its images are *open*. A process that starts has no *bundles*.
-    *has* are the numbers of its open channels and of its API keys.
     """
 
     received: int
     open: int
     bundles: str | None
-    has: frozenset[int] = frozenset()
 
     def to_bytes(self) -> bytes:
         """Convert the status to the rest of a message."""
-        counts = COUNTS.pack(self.received, self.open, self.bundles is not None, len(self.has))
-        numbers = b"".join(map(NUMBER.pack, self.has))
-        bundles = (self.bundles or "").encode()[: MAX_MESSAGE // 2]  # of many, not all fit
-        return counts + numbers + bundles
+        counts = COUNTS.pack(self.received, self.open, self.bundles is not None)
+        return (
+            counts + (self.bundles or "").encode()[: MAX_MESSAGE // 2]
+        )  # of many, not all fit
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Status":
         """Convert what `to_bytes` returned."""
-        received, num_open, is_ready, num_numbers = COUNTS.unpack_from(data)
-        end = COUNTS.size + NUMBER.size * num_numbers
-        has = frozenset(number for (number,) in NUMBER.iter_unpack(data[COUNTS.size : end]))
-        bundles = data[end:].decode(errors="replace")  # of many, the last one may be cut
-        return cls(received, num_open, bundles if is_ready else None, has)
+        received, num_open, is_ready = COUNTS.unpack_from(data)
+        bundles = data[COUNTS.size :].decode(
+            errors="replace"
+        )  # of many, the last one may be cut
+        return cls(received, num_open, bundles if is_ready else None)
 
     def send(self, supervisor: socket.socket) -> None:
         """Report the status to the *supervisor*."""
         send_message(supervisor, STATUS, self.to_bytes())
-
-
-def parse_channel(rest: bytes) -> tuple[int, str]:
-    """Return the number of a channel and the name of the process at its other end."""
-    number, _, name = rest.partition(b" ")
-    return int(number), name.decode()
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:

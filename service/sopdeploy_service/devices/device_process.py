@@ -1,8 +1,7 @@
 """The device process of a device: it runs the images of all front ends with the models of one registry.
 
 Clients reach it only through front ends, which send pixels. It serves no HTTP and decodes
-nothing. A front end that does not read its results is cut off. The supervisor replaces a front
-end without channel.
+nothing. A front end that does not read its results is cut off.
 
 After a reload, the front ends get new channels with the new models. The models of a channel are
 in use until the front end closes it.
@@ -41,7 +40,7 @@ log = logging.getLogger("sopdeploy.inference")
 
 
 class FrontEndChannel(asyncio.Protocol):
-    """The device process's end of the channel *number* to the front end *name*, which serves *models*.
+    """The device process's end of the channel to the front end *name*, which serves *models*.
 
     The front end gets *opening* first. `cancel_by_slot` has a function for each image, which
     cancels it and returns whether its pixels are not read any more, so that the slot is free.
@@ -54,10 +53,8 @@ class FrontEndChannel(asyncio.Protocol):
         models: Sequence[LocalModel],
         slots: Slots,
         opening: bytes,
-        number: int = 0,
     ) -> None:
         self.name = name
-        self.number = number
         self.cancel_by_slot: dict[int, Callable[[], bool]] = {}
         self._device_process = device_process
         self._models = models
@@ -103,7 +100,7 @@ class FrontEndChannel(asyncio.Protocol):
             self._handle(*record)
 
     def cut_off(self, reason: str) -> None:
-        """Log *reason* and end this channel, without which the supervisor replaces the front end."""
+        """Log *reason* and end this channel; the front end asks for another one if it still runs."""
         if self.transport is not None:
             self.transport.abort()
             self.transport = None
@@ -247,8 +244,7 @@ class DeviceProcess:
     def _report(self) -> None:
         """Show the supervisor that the event loop runs."""
         bundles = " ".join(model.bundle_name for model in self.registry.models())
-        channels = frozenset(one.number for one in self.front_ends if one.transport is not None)
-        Status(0, self._count_images(), bundles, channels).send(self._supervisor)
+        Status(0, self._count_images(), bundles).send(self._supervisor)
 
     def _count_images(self) -> int:
         """Count the images of front ends that are not answered."""
@@ -269,12 +265,11 @@ class DeviceProcess:
                 page = generate_latest(self.registry.metrics.registry)
                 start_task(self._tasks, control.send_metrics(file, page))
             else:  # `CHANNEL`: a device process gets no other files
-                number, name = control.parse_channel(message.rest)
                 connection = socket.socket(fileno=file)
-                start_task(self._tasks, self.connect(name, connection, number))
+                start_task(self._tasks, self.connect(message.rest.decode(), connection))
 
-    async def connect(self, name: str, connection: socket.socket, number: int = 0) -> None:
-        """Serve the front end *name* at the other end of channel *number* with the present models."""
+    async def connect(self, name: str, connection: socket.socket) -> None:
+        """Serve the front end *name* at the other end of *connection* with the present models."""
         models = cast(Sequence[LocalModel], self.registry.models())
         facts = [ModelFacts.describe(model) for model in models]
 
@@ -289,7 +284,7 @@ class DeviceProcess:
                 log.error("front end %s: has no channel (%s)", name, reason)
             return
 
-        front_end = FrontEndChannel(name, self, models, slots, description, number)
+        front_end = FrontEndChannel(name, self, models, slots, description)
         self.front_ends.add(front_end)
         await asyncio.get_running_loop().connect_accepted_socket(lambda: front_end, connection)
 

@@ -10,6 +10,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -29,7 +30,7 @@ from sopdeploy_service.devices.channel import ChannelError
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.device_process import DeviceProcess
 from sopdeploy_service.devices.processes import ANY_DEVICE, LaunchConfig
-from sopdeploy_service.devices.remote import DeviceChannel, RemoteRegistry
+from sopdeploy_service.devices.remote import ASK_SECONDS, DeviceChannel, RemoteRegistry
 from sopdeploy_service.devices.template import wait_for_launch
 from sopdeploy_service.http.api_keys import Key, KeyFile, KeyRing
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
@@ -62,7 +63,6 @@ class DeviceServer(DrainingServer):
         self._supervisor = supervisor
 
         self._num_received = 0  # connections
-        self._keys_number = config.keys_number
         self._keeper = app.state.keeper
 
         # The page of metrics, which the supervisor will send.
@@ -80,10 +80,7 @@ class DeviceServer(DrainingServer):
         """Report the `Status` of this process to the supervisor."""
         # With connections that are being accepted, which are tasks.
         num_open = len(self.server_state.connections) + len(self._tasks)
-        registry = self._service.registry
-        channels = registry.open_channels if isinstance(registry, RemoteRegistry) else ()
-        has = frozenset((*channels, self._keys_number))
-        Status(self._num_received, num_open, self.bundles, has).send(self._supervisor)
+        Status(self._num_received, num_open, self.bundles).send(self._supervisor)
 
     def _receive(self) -> None:
         """Act on a message of the supervisor; an empty one says that it has ended or sends no more."""
@@ -101,9 +98,14 @@ class DeviceServer(DrainingServer):
         if message.kind == control.CLIENT:
             self._num_received += 1
 
+        if message.kind == control.CHANNEL and not message.files:
+            self._loop.call_later(
+                ASK_SECONDS, ask_for_channel, self._supervisor, message.rest.decode()
+            )
+
         # The keys come in two files.
-        if message.kind == control.KEYS and len(message.files) == 2:
-            self._use_keys(int(message.rest), *message.files)
+        if message.kind == control.KEYS:
+            self._use_keys(message.files)
             message.files.clear()
 
         # Messages with a file each.
@@ -118,9 +120,9 @@ class DeviceServer(DrainingServer):
             ):
                 self._page.set_result(read_memory(file))
             elif message.kind == control.CHANNEL and isinstance(registry, RemoteRegistry):
-                number, device_process = control.parse_channel(message.rest)
                 connection = socket.socket(fileno=file)
-                start_task(self._attaching, registry.attach(device_process, connection, number))
+                device_process = message.rest.decode()
+                start_task(self._attaching, registry.attach(device_process, connection))
             elif message.kind == control.PHOTOS and self._keeper is not None:
                 self._keeper.connect(socket.socket(fileno=file))
             elif message.kind == control.CLIENT:
@@ -130,10 +132,20 @@ class DeviceServer(DrainingServer):
 
         self._report()
 
-    def _use_keys(self, number: int, keys_file: int, limits_file: int) -> None:
-        """Accept the keys with *number* in *keys_file*; the states of their limits are in *limits_file*."""
+    def _use_keys(self, files: Sequence[int]) -> None:
+        """Accept the keys in the first of *files*; the states of their limits are in the second.
+
+        Without a free file for them, the supervisor replaces this process, because old keys
+        would stay in use.
+        """
+        if len(files) < 2:
+            control.send_message(self._supervisor, control.NO_KEYS)
+            for file in files:
+                os.close(file)
+            return
+
+        keys_file, limits_file = files
         self._app.state.keys.replace(read_shared_keys(keys_file), map_states(limits_file))
-        self._keys_number = number
 
     async def _reload_keys(self) -> None:
         """Do nothing: the supervisor reads the file of the keys, and sends them."""
@@ -247,28 +259,34 @@ def wait_for_device(
         if not message.kind:
             raise SystemExit(0)
 
-        if message.kind == control.CHANNEL and message.files:
-            number, device_process = control.parse_channel(message.rest)
-            # After an error, this process stays without a channel; the supervisor replaces it.
-            with suppress(ChannelError):
-                first = DeviceChannel(
-                    device_process, socket.socket(fileno=message.files[0]), number
-                )
-                # It still starts, but the supervisor knows that the channel is open.
-                STARTING._replace(has=frozenset((number,))).send(supervisor)
-                return RemoteRegistry([first], config.settings), config
+        if message.kind == control.CHANNEL:
+            device_process = message.rest.decode()
+            ask = partial(ask_for_channel, supervisor)
+            with suppress(ChannelError, IndexError):  # `IndexError`: no free file
+                first = DeviceChannel(device_process, socket.socket(fileno=message.files[0]))
+                return RemoteRegistry([first], config.settings, ask), config
+
+            time.sleep(ASK_SECONDS)
+            ask(device_process)
             continue
 
-        # New keys take the place of those before. Without a free file for them, they are missing.
+        # New keys take the place of those before.
         unused_files = message.files
-        if message.kind == control.KEYS and len(message.files) == 2:
-            keys, limits = message.files
-            unused_files = [config.keys, config.limits]
-            new_keys = {"keys": keys, "limits": limits, "keys_number": int(message.rest)}
-            config = config.model_copy(update=new_keys)
+        if message.kind == control.KEYS:
+            if len(message.files) == 2:
+                keys, limits = message.files
+                unused_files = [config.keys, config.limits]
+                config = config.model_copy(update={"keys": keys, "limits": limits})
+            else:
+                control.send_message(supervisor, control.NO_KEYS)
 
         for file in unused_files:
             os.close(file)
+
+
+def ask_for_channel(supervisor: socket.socket, device_process: str) -> None:
+    """Ask the *supervisor* for a channel to *device_process*."""
+    control.send_message(supervisor, control.CHANNEL, device_process.encode())
 
 
 def serve_http(

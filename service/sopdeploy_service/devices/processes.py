@@ -6,7 +6,7 @@ import signal
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import pydantic
@@ -24,7 +24,6 @@ MAX_ON_THE_WAY = 16  # connections that a process has not received
 START_SECONDS = 60.0  # without a report while it starts, beside the time of a load
 HANG_SECONDS = 5.0  # without a report while it serves
 LEAVE_SECONDS = 8.0  # after it has left
-LACK_SECONDS = 5.0  # while a front end lacks something; twice as long for a device
 NOT_STARTED = "does not start"
 UNKNOWN_CODE = 1  # of a process whose exit code nobody has
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -36,8 +35,7 @@ class LaunchConfig(pydantic.BaseModel):
 
     The files that come with it are its end of the socket *control* and, for a process that
     serves HTTP, the memory *shared* of admitted images, the API *keys* as the supervisor has
-    read them, and the memory of their rate *limits*. The supervisor numbers the keys that it
-    sends later, of which *keys_number* are the last. The first of the processes that serve HTTP
+    read them, and the memory of their rate *limits*. The first of the processes that serve HTTP
     keeps the photographs of all.
 
     A front end has no *device*. *front_ends* is their number; without them, devices serve HTTP.
@@ -59,7 +57,6 @@ class LaunchConfig(pydantic.BaseModel):
     shared: int = -1
     keys: int = -1
     limits: int = -1
-    keys_number: int = 0
 
 
 class Child:
@@ -128,10 +125,6 @@ class Process:
     received: int = 0  # this and the following: reported by the child
     open: int = 0
     bundles: str | None = None  # names; None: starts
-    has: frozenset[int] = frozenset()  # numbers of channels and keys
-    # Numbers that the child should report: of keys, and of the channel to each other process.
-    expected: dict[str, int] = field(default_factory=dict)
-    lacking_beats: int = 0  # in a row, in which the child lacked something
     silent_beats: int = 0  # since the last report, or since the process has left
 
     @property
@@ -176,27 +169,19 @@ class Process:
         """Reset what the previous child reported; the other end of *control_socket* is in a new child."""
         self.control = control_socket
         self.bundles = None
-        self.has = frozenset()
-
-        self.sent = self.received = self.open = self.silent_beats = self.lacking_beats = 0
-        self.expected.clear()
+        self.sent = self.received = self.open = self.silent_beats = 0
 
     def record_status(self, status: Status) -> None:
         """Record a *status* of the child."""
-        self.received, self.open, self.bundles, self.has = status
+        self.received, self.open, self.bundles = status
         self.silent_beats = 0
 
-    def count_beat(self, *, lacks: bool, load_seconds: float) -> str:
-        """Count a beat, in which the child *lacks* what it needs or not; return why it is to be replaced.
+    def count_beat(self, load_seconds: float) -> str:
+        """Count a beat; return why the child is to be replaced.
 
         The reason is empty if the child can do its work, or may be able to soon. A step of its
         start may take *load_seconds*.
         """
-        self.lacking_beats = self.lacking_beats + 1 if lacks else 0
-        # Both ends of a channel may lack it: the front end is replaced first.
-        if self.lacking_beats * BEAT_SECONDS > LACK_SECONDS * (1 if self.is_front_end else 2):
-            return "lacks a channel or keys"
-
         # Choose how long a child may be silent: while it leaves, serves or starts.
         self.silent_beats += 1
         has_left = self.control is None

@@ -8,7 +8,7 @@ Each image goes to the device process with the fewest images of this front end t
 import asyncio
 import logging
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -26,19 +26,20 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 
+ASK_SECONDS = 2.0  # before a front end asks for another channel
+
 log = logging.getLogger("sopdeploy.inference")
 
 
 class DeviceChannel(asyncio.Protocol):
-    """This front end's end of the channel *number* at *connection* to the device process *device_process*.
+    """This front end's end of the channel at *connection* to the device process *device_process*.
 
     *models* are the models of the device process, which this channel names by their position.
     """
 
-    def __init__(self, device_process: str, connection: socket.socket, number: int = 0) -> None:
+    def __init__(self, device_process: str, connection: socket.socket) -> None:
         """Wait for the description of the models; without it, close *connection*, raise `ChannelError`."""
         self.device_process = device_process
-        self.number = number
         self._connection = connection
 
         try:
@@ -62,8 +63,9 @@ class DeviceChannel(asyncio.Protocol):
         self._rest = b""  # of an incomplete record
         self._ended_with = results.RUNTIME_DEAD
 
-    async def open(self) -> None:
-        """Use the channel on the event loop."""
+    async def open(self, on_lost: Callable[["DeviceChannel"], None]) -> None:
+        """Use the channel on the event loop; call *on_lost* if the device process ends it."""
+        self._on_lost = on_lost
         self._connection.setblocking(False)
         await asyncio.get_running_loop().connect_accepted_socket(lambda: self, self._connection)
 
@@ -83,6 +85,9 @@ class DeviceChannel(asyncio.Protocol):
         self.is_open = False
         for future, _ in self._images.values():
             settle(future, self._ended_with)
+
+        if self._ended_with is results.RUNTIME_DEAD:
+            self._on_lost(self)
 
     @property
     def queue_length(self) -> int:
@@ -213,8 +218,17 @@ class RemoteModel(Model):
 class RemoteRegistry(Registry):
     """The models of device processes, which the supervisor replaces when they end."""
 
-    def __init__(self, channels: Iterable[DeviceChannel], settings: Settings) -> None:
-        """Use the models at the other ends of *channels*, one for each device process."""
+    def __init__(
+        self,
+        channels: Iterable[DeviceChannel],
+        settings: Settings,
+        ask_for_channel: Callable[[str], object],
+    ) -> None:
+        """Use the models at the other ends of *channels*, one for each device process.
+
+        *ask_for_channel* gets the name of a device process to which there is no channel any more.
+        """
+        self._ask_for_channel = ask_for_channel
         self.metrics = Metrics()
         self._settings = settings
 
@@ -238,7 +252,7 @@ class RemoteRegistry(Registry):
     async def start(self) -> None:
         """Open the channels."""
         for to_device in self._channels.values():
-            await to_device.open()
+            await to_device.open(self._lose)
 
     async def reload(self, sources: Iterable[str | Path]) -> None:
         """Do nothing: device processes reload their bundles, and then send new channels."""
@@ -273,25 +287,28 @@ class RemoteRegistry(Registry):
         """How many images device processes have."""
         return sum(one.queue_length for one in tuple(self._channels.values()))
 
-    @property
-    def open_channels(self) -> frozenset[int]:
-        """The numbers of the channels that requests use."""
-        return frozenset(one.number for one in self._channels.values() if one.is_open)
+    def _lose(self, lost: DeviceChannel) -> None:
+        """Ask for another channel later, unless a new device process has connected by then."""
 
-    async def attach(
-        self, device_process: str, connection: socket.socket, number: int = 0
-    ) -> None:
-        """Use channel *number* at *connection* to *device_process*; close the earlier one after its last request."""
+        def ask() -> None:
+            if self._channels.get(lost.device_process) is lost:
+                self._ask_for_channel(lost.device_process)
+
+        asyncio.get_running_loop().call_later(ASK_SECONDS, ask)
+
+    async def attach(self, device_process: str, connection: socket.socket) -> None:
+        """Use the channel at *connection* to *device_process*; close the earlier one after its last request."""
         # Open the new channel, and use it from now on.
         async with self._attaching:
             try:
-                new = await asyncio.to_thread(DeviceChannel, device_process, connection, number)
+                new = await asyncio.to_thread(DeviceChannel, device_process, connection)
             except ChannelError as error:
-                # The supervisor misses the number in the next reports.
                 log.warning("no channel to device process %s", error)
+                loop = asyncio.get_running_loop()
+                loop.call_later(ASK_SECONDS, self._ask_for_channel, device_process)
                 return
 
-            await new.open()
+            await new.open(self._lose)
             old = self._channels.pop(device_process, None)
             self._channels[device_process] = new
             self._update_models()

@@ -9,14 +9,12 @@ a 503 response at once. SIGHUP reloads the bundles of every device, and the API 
 When a device process or a front end starts, the supervisor creates the channels between it and the
 others.
 
-One rule keeps the server alive: each process reports every tenth of a second what it has. One
-that does not report, or lacks what the supervisor has sent it, is replaced by another fork
-(`Supervisor._replace_failing`); one that lacks something gets no connections.
+One rule keeps the server alive: each process reports every tenth of a second. One that does not
+report, or cannot receive new keys, is replaced by another fork.
 """
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 import signal
@@ -70,7 +68,7 @@ MAX_FAILED_STARTS = (
     8  # of a device, one after another; with the delays, 40 s and the time of the starts
 )
 HANGS_AT_START = f"{NOT_STARTED}; check the device and the disk"
-KEYS = "API keys"  # among the numbers that a process should report; no process has this name
+NO_KEYS = "it cannot receive the API keys"
 LINGER_SECONDS = 1.0  # for a client without a process to read its response
 
 log = logging.getLogger("sopdeploy.supervisor")
@@ -126,8 +124,7 @@ class Supervisor:
         self._failures: dict[str, list[str]] = {}  # not logged yet, with titles of processes
         self._reloads = Joined(self._reload)
         self._key_reloads = Joined(self._reload_keys)
-        self._numbers = itertools.count(1)  # of channels and keys
-        self._channels = Channels(self._devices, self._front_ends, self._numbers)
+        self._channels = Channels(self._devices, self._front_ends)
         self._tasks: set[asyncio.Task[None]] = set()
 
         self._metrics = CollectorRegistry()  # of this process
@@ -229,7 +226,7 @@ class Supervisor:
         if keys == self._keys.ring.keys:
             return
 
-        # Send the new keys; a process that lacks them is replaced.
+        # Send the new keys; a process that cannot receive them is replaced.
         async with self._starting:  # no process starts with the earlier ones
             try:
                 new = SharedKeys(keys, self._keys.ring)
@@ -240,10 +237,10 @@ class Supervisor:
             self._keys.close()
             self._keys = new
 
-            number = next(self._numbers)
             for process in self._servers:
-                process.expected[KEYS] = number
-                process.send(control.KEYS, b"%d" % number, *new.files)
+                is_sent = process.send(control.KEYS, b"", *new.files)
+                if process.control is not None and not is_sent:
+                    self._replace(process, NO_KEYS)
         log.info("keys reloaded", extra={"keys": len(keys)})
 
     async def _supervise(self, process: Process) -> None:
@@ -267,8 +264,6 @@ class Supervisor:
 
             # Its channels, and what it had admitted, have ended with it.
             self._close_control(process)
-            process.expected.clear()
-            self._channels.forget(process)
             if process in self._servers:
                 self._admitted[process.position] = 0
 
@@ -377,19 +372,6 @@ class Supervisor:
         if process.is_front_end:
             self._channels.connect_devices(process)
 
-    def _lacks(self, process: Process) -> bool:
-        """Tell whether *process* does not have what it needs for its work: channels, the present keys."""
-        if self._channels.are_missing(process):
-            return True
-        number = process.expected.get(KEYS)
-        return process.is_ready and number is not None and number not in process.has
-
-    def _others_are_ready(self, process: Process) -> bool:
-        """Tell whether all other processes of the kind of *process* are ready."""
-        kind = self._servers if process in self._servers else self._devices
-        others = (other for other in kind if other is not process)
-        return all(other.is_ready and other.control is not None for other in others)
-
     def _replace(self, process: Process, reason: str) -> None:
         """Log *reason* and kill the child of *process*, which gets nothing more; `_supervise` starts another."""
         self._report(process, f"{reason}; it is replaced")
@@ -442,6 +424,10 @@ class Supervisor:
                 start_task(self._tasks, self._send_page(process))
             case control.NEW_MODELS:
                 self._channels.connect_front_ends(process)
+            case control.CHANNEL:
+                self._channels.connect_devices(process, message.rest.decode())
+            case control.NO_KEYS:
+                self._replace(process, NO_KEYS)
 
     def _handle_status(self, process: Process, status: Status) -> None:
         """Record the *status* of *process*; if all are ready, open the port and print its URL.
@@ -496,9 +482,7 @@ class Supervisor:
                 if process.is_ready and process.control is not None
             ]
 
-            # One that lacks a device process answers fast, with 503; without any other, clients get that.
-            able = [process for process in serving if not process.lacking_beats]
-            accepting = [process for process in able or serving if process.accepts]
+            accepting = [process for process in serving if process.accepts]
 
             # They wait until there is room again: for another refusal, or in a process.
             if len(self._refusals) >= SPARE or (serving and not accepting):
@@ -546,10 +530,7 @@ class Supervisor:
                 if not process.is_running:
                     continue
 
-                # What lacks something still serves what it has, so one is replaced at a time.
-                works = process.control is not None and not self._stopping.is_set()
-                lacks = works and self._lacks(process) and self._others_are_ready(process)
-                reason = process.count_beat(lacks=lacks, load_seconds=seconds)
+                reason = process.count_beat(seconds)
                 if reason == NOT_STARTED:
                     self._fail_start(process, HANGS_AT_START)
                 if reason:

@@ -17,7 +17,6 @@ import pytest
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING, TensorRecord
 from sopdeploy_service.devices import channel, control
-from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.device_process import DeviceProcess
 from sopdeploy_service.devices.remote import DeviceChannel, RemoteModel, RemoteRegistry
 from sopdeploy_service.inference.loader import LoadedModel
@@ -42,13 +41,13 @@ class EngineUnderTest:
     ) -> None:
         self.supervisor, theirs = control.socket_pair()
         self.name, self.device_process = name, DeviceProcess(registry, settings, theirs, (), {})
-        self._theirs, self._numbers = theirs, itertools.count(1)
+        self._theirs = theirs
         self.running = asyncio.get_running_loop().create_task(self.device_process.run())
 
     async def connect(self) -> socket.socket:
-        """Return a front end's end of a new channel; they are numbered from 1."""
+        """Return a front end's end of a new channel."""
         theirs, ours = socket.socketpair()
-        await self.device_process.connect("front-0", theirs, next(self._numbers))
+        await self.device_process.connect("front-0", theirs)
         return ours
 
     async def open(self) -> DeviceChannel:
@@ -62,12 +61,6 @@ class EngineUnderTest:
         while (message := control.receive_message(self.supervisor)).kind:
             found.append(message[:2])
         return found
-
-    async def reported(self) -> set[int]:
-        """Return the numbers of the channels of the next report."""
-        self.messages()
-        self.device_process._report()
-        return set(Status.from_bytes(self.messages()[-1][1]).has)
 
     async def end(self) -> int:
         """Let the supervisor leave, and return the exit code of the device process."""
@@ -92,7 +85,7 @@ def run_with(
 
     async def run() -> None:
         device_process = EngineUnderTest(registry_of(bundle, runtime))
-        registry = RemoteRegistry([await device_process.open()], SETTINGS)
+        registry = RemoteRegistry([await device_process.open()], SETTINGS, print)
         await registry.start()
         await scenario(device_process, registry)
         await registry.stop()
@@ -229,7 +222,6 @@ def test_a_front_end_that_reads_no_results_is_cut_off(bundle, monkeypatch) -> No
                 break
 
         bad.close()
-        assert await device_process.reported() == {1}
         await registry.find().run(PIXELS[0], FOREVER)
 
     run_with(runtime, bundle, scenario)
@@ -262,7 +254,7 @@ def test_a_dead_runtime_refuses_all_images_and_ends_the_engine(bundle) -> None:
         device_process = EngineUnderTest(
             registry_of(bundle, Failing({1: SystemExit("the device is gone")}))
         )
-        registry = RemoteRegistry([await device_process.open()], SETTINGS)
+        registry = RemoteRegistry([await device_process.open()], SETTINGS, print)
         await registry.start()
         found = await asyncio.gather(
             *(registry.find().run(one, FOREVER) for one in PIXELS), return_exceptions=True
@@ -284,7 +276,7 @@ def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
             for number, runtime in enumerate(runtimes)
         ]
         channels = [await device_process.open() for device_process in device_processes]
-        registry = RemoteRegistry(channels, SETTINGS)
+        registry = RemoteRegistry(channels, SETTINGS, print)
         await registry.start()
         model = registry.find()
 
@@ -346,7 +338,7 @@ def test_the_end_of_a_drain_also_refuses_images_in_a_channel_that_was_replaced(b
     ],
     ids=["no memory", "no front end", "too many models"],
 )
-def test_a_device_process_reports_no_channel_that_it_cannot_open(
+def test_a_device_process_that_cannot_open_a_channel_ends_it(
     bundle, monkeypatch, caplog, error, reason
 ) -> None:
     def refuse(*_given: object) -> None:
@@ -356,7 +348,7 @@ def test_a_device_process_reports_no_channel_that_it_cannot_open(
         monkeypatch.setattr(channel, "open_channel", refuse)
         with await device_process.connect() as ours:
             assert ours.recv(1) == b""
-        assert await device_process.reported() == {1}
+        assert len(device_process.device_process.front_ends) == 1
 
     run_with(FakeRuntime(num_classes=7), bundle, scenario)
     expected = [f"front end front-0: has no channel ({reason})"] if reason else []

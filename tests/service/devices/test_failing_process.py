@@ -1,6 +1,7 @@
 """A process of a server that fails, hangs or does not read changes nothing for the others."""
 
 import asyncio
+import errno
 import os
 import socket
 from contextlib import ExitStack
@@ -10,11 +11,13 @@ import pytest
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy_service.decoding import pool
-from sopdeploy_service.devices import channel, control, processes, supervisor
+from sopdeploy_service.devices import channel, channels, control, processes, remote, supervisor
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.processes import LaunchConfig, Process
 from sopdeploy_service.devices.remote import DeviceChannel, RemoteRegistry
-from sopdeploy_service.inference.results import QUEUE_FULL, RejectedError
+from sopdeploy_service.devices.shared_keys import SharedKeys
+from sopdeploy_service.http.api_keys import new_key
+from sopdeploy_service.inference.results import DRAINING, QUEUE_FULL, RejectedError
 from sopdeploy_service.settings import Settings, load_settings
 from tests.service.devices.test_device_process import (
     FOREVER,
@@ -23,6 +26,7 @@ from tests.service.devices.test_device_process import (
     registry_of,
     until,
 )
+from tests.service.devices.test_supervisor import TimelessLoop
 from tests.support.fake_runtime import FakeRuntime
 
 
@@ -146,7 +150,7 @@ def test_a_front_end_keeps_its_engines_whatever_happens_to_another_one_as_it_ope
 ) -> None:
     async def scenario() -> None:
         device_process = EngineUnderTest(registry_of(bundle, FakeRuntime(num_classes=7)))
-        registry = RemoteRegistry([await device_process.open()], Settings())
+        registry = RemoteRegistry([await device_process.open()], Settings(), print)
         await registry.start()
 
         theirs, ours = socket.socketpair()
@@ -170,7 +174,7 @@ def test_a_device_process_that_never_opens_its_channel_delays_no_other_one(
 
     async def scenario() -> None:
         device_process = EngineUnderTest(registry_of(bundle, FakeRuntime(num_classes=7)))
-        registry = RemoteRegistry([await device_process.open()], Settings())
+        registry = RemoteRegistry([await device_process.open()], Settings(), print)
         await registry.start()
         theirs, ours = socket.socketpair()
 
@@ -193,7 +197,7 @@ async def connect_engine(
     slots, described = channel.open_channel(theirs, [channel.ModelFacts.describe(model)], 4)
     theirs.sendall(described)
     device_process = await asyncio.to_thread(DeviceChannel, "engine", ours)
-    registry = RemoteRegistry([device_process], Settings())
+    registry = RemoteRegistry([device_process], Settings(), print)
     await registry.start()
     return theirs, slots, registry
 
@@ -223,3 +227,137 @@ def test_what_decoders_write_to_the_log_has_a_rate(monkeypatch) -> None:
     pool._log_stderr(SimpleNamespace(stderr=os.fdopen(reading, "rb")))
 
     assert pauses == [pool.LOG_PAUSE_SECONDS]
+
+
+NOT_CONNECTED = {  # what happens to the first of two front ends -> it gets a channel at the next try
+    "the supervisor has no free file": True,
+    "it does not read its messages": True,
+    "it has left": False,
+}
+
+
+@pytest.mark.parametrize("name", NOT_CONNECTED)
+def test_a_channel_that_cannot_be_sent_is_sent_again(monkeypatch, name) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def scenario() -> list[bytes]:
+        with ExitStack() as stack:
+            server = Server(stack)
+            device_process, front_end, _ = server.processes.values()
+            end = server.ends["front-0"]
+
+            # The first try fails.
+            with monkeypatch.context() as patched:
+                if name == "the supervisor has no free file":
+                    patched.setattr(channels.socket, "socketpair", refuse)
+                elif name == "it has left":
+                    server.supervisor._close_control(front_end)
+                while name == "it does not read its messages" and front_end.send(b"other"):
+                    pass
+                server.supervisor._channels.connect(device_process, front_end)
+            while control.receive_message(end).kind == b"other":
+                pass
+
+            # The next one comes without being asked for.
+            await asyncio.sleep(1.5 * channels.RETRY_SECONDS)
+            received = control.receive_message(end)
+            assert len(received.files) == bool(received.kind)
+            for file in received.files:
+                os.close(file)
+            return [received.kind, received.rest]
+
+    with asyncio.Runner(loop_factory=TimelessLoop) as runner:
+        expected = [b"channel", b"engine"] if NOT_CONNECTED[name] else [b"", b""]
+        assert runner.run(scenario()) == expected
+
+
+@pytest.mark.parametrize("is_ready", [True, False])
+def test_a_front_end_that_asks_gets_a_channel_to_a_device_process_that_is_ready(
+    is_ready: bool,
+) -> None:
+    async def scenario() -> None:
+        with ExitStack() as stack:
+            server = Server(stack)
+            if not is_ready:
+                server.processes["engine"].bundles = None
+            control.send_message(server.ends["front-1"], control.CHANNEL, b"engine")
+            server.receive("front-1")
+
+            for name, other in (("front-1", b"engine"), ("engine", b"front-1")):
+                kind, rest, files = control.receive_message(server.ends[name])
+                assert (kind, rest) == ((control.CHANNEL, other) if is_ready else (b"", b""))
+                for file in files:
+                    os.close(file)
+            assert server.killed == []
+
+    asyncio.run(scenario())
+
+
+def test_a_process_that_cannot_receive_new_keys_is_replaced(tmp_path, monkeypatch) -> None:
+    async def scenario() -> None:
+        with ExitStack() as stack:
+            server = Server(stack)
+            one = server.supervisor
+            one._keys = SharedKeys(())
+            stack.callback(lambda: one._keys.close())
+            first, second = server.front_ends
+
+            # One does not read its messages; the other says that it has no files for the keys.
+            while first.send(b"other"):
+                pass
+            path = tmp_path / "keys.toml"
+            new_key(path, "client")
+            one._settings = one._settings.model_copy(update={"keys": path})
+            await one._reload_keys()
+            assert server.killed == ["front-0"]
+
+            control.send_message(server.ends["front-1"], control.NO_KEYS)
+            server.receive("front-1")
+            assert server.killed == ["front-0", "front-1"]
+            assert second.control is None
+
+    asyncio.run(scenario())
+
+
+LOST = {  # what happens to a channel -> whether the front end asks for another one
+    "the device process ends it": True,
+    "it cannot be opened": True,
+    "a new one has come meanwhile": False,
+    "the front end closes it": False,
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_front_end_asks_for_a_channel_that_it_has_lost(bundle, monkeypatch, name) -> None:
+    monkeypatch.setattr(remote, "ASK_SECONDS", 0.05)
+    asked: list[str] = []
+
+    async def scenario() -> None:
+        device_process = EngineUnderTest(registry_of(bundle, FakeRuntime(num_classes=7)))
+        lost = await device_process.open()
+        registry = RemoteRegistry([lost], Settings(), asked.append)
+        await registry.start()
+
+        match name:
+            case "it cannot be opened":
+                theirs, ours = socket.socketpair()
+                theirs.close()
+                await registry.attach("engine", ours)
+            case "the front end closes it":
+                lost.close(DRAINING)
+                await until(lambda: not lost.is_open)
+            case _:
+                for front_end in device_process.device_process.front_ends:
+                    front_end.cut_off("it does not read")
+                await until(lambda: not lost.is_open)
+        if name == "a new one has come meanwhile":
+            await registry.attach("engine", await device_process.connect())
+
+        assert asked == []  # not at once
+        await asyncio.sleep(1.5 * remote.ASK_SECONDS)
+        await registry.stop()
+        assert await device_process.end() == 0
+
+    asyncio.run(scenario())
+    assert asked == ["engine"] * LOST[name]

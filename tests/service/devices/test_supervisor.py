@@ -22,10 +22,10 @@ import pytest
 from sopdeploy.bundle.sealed import read_memory
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.devices import control, processes, supervisor, template
+from sopdeploy_service.devices import control, device_server, processes, supervisor, template
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.device_server import DeviceServer
-from sopdeploy_service.devices.processes import Process, visible_devices
+from sopdeploy_service.devices.processes import LaunchConfig, Process, visible_devices
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.inference.results import RUNTIME_DEAD
@@ -173,60 +173,6 @@ def test_a_silent_process_is_replaced_in_every_phase(monkeypatch, phase) -> None
     assert killed == [pytest.approx(10 * SILENT_WHILE[phase], abs=5)]
 
 
-LACKS: dict[str, tuple[dict[str, set[int]], str]] = {  # numbers that each reports -> replaced
-    "nothing": ({"engine": {1, 2}, "front-0": {1, 9}, "front-1": {2, 9}}, ""),
-    "a later channel": ({"engine": {1, 2, 3}, "front-0": {1, 3, 9}, "front-1": {2, 9}}, ""),
-    "a channel at the front end": ({"engine": {1, 2}, "front-0": {1, 9}, "front-1": {9}}, "front-1"),
-    "a channel at the engine": ({"engine": {1}, "front-0": {1, 9}, "front-1": {2, 9}}, "front-1"),
-    "the last keys": ({"engine": {1, 2}, "front-0": {1}, "front-1": {2, 9}}, "front-0"),
-    "all channels": ({"engine": set(), "front-0": {1, 9}, "front-1": {2, 9}}, "front-0 engine"),
-    "the last keys at all front ends": ({"engine": {1, 2}, "front-0": {1}, "front-1": {2}}, "front-0"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LACKS)
-def test_a_process_that_lacks_what_it_was_sent_gets_no_connections_and_is_replaced(
-    monkeypatch, name
-) -> None:
-    reported, expected = LACKS[name]
-    settings, killed, order = load_settings(front_ends=0), [], []
-    device_process = Process("engine", {}, settings, "", 0)
-    front_ends = [Process(f"front-{number}", {}, settings, None, number) for number in range(2)]
-
-    with socket.socket() as listener:
-        server = supervisor.Supervisor([], settings, [device_process], listener)
-        server._front_ends, server._announced = front_ends, True
-        server._channels.front_ends = front_ends
-
-        for number, process in enumerate([*front_ends, device_process], 1):
-            process.reset(SimpleNamespace(close=lambda: None))
-            process.child = SimpleNamespace(
-                poll=lambda: None, kill=lambda name=process.name: killed.append(name), pid=1
-            )
-            if process is not device_process:
-                process.expected.update({"engine": number, supervisor.KEYS: 9})
-
-        async def next_beat(_seconds: float) -> None:
-            order.append(len(killed))
-            if len(order) > 120:
-                raise asyncio.CancelledError
-            for process in (device_process, *front_ends):
-                if process.name not in killed:
-                    process.record_status(Status(0, 0, "", frozenset(reported[process.name])))
-            if len(order) == 3:
-                sent_to = [one.name for one in front_ends if not one.lacking_beats]
-                replaced = [name for name in expected.split() if name != "engine"]
-                assert set(sent_to).isdisjoint(replaced)
-
-        monkeypatch.setattr(supervisor.asyncio, "sleep", next_beat)
-        server._loop = SimpleNamespace(remove_reader=lambda _: None, add_reader=lambda *_: None)
-        with pytest.raises(asyncio.CancelledError):
-            asyncio.run(server._replace_failing())
-
-    # Each of them once, and no front end while another one is replaced.
-    assert killed == expected.split()
-
-
 def test_several_processes_are_refused_where_the_system_lacks_what_they_share(
     monkeypatch,
 ) -> None:
@@ -316,28 +262,11 @@ def test_a_server_ends_if_its_last_device_cannot_be_started_again(
     assert server._code == (70 if ends else 0)
 
 
-def test_a_front_end_for_which_no_channel_can_be_made_lacks_it(monkeypatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    settings = load_settings()
-    device_process, front_end = (
-        Process(name, {}, settings, device, 0) for name, device in (("0", "0"), ("f", None))
-    )
-    with socket.socket() as listener:
-        server = supervisor.Supervisor([], settings, [device_process], listener)
-        monkeypatch.setattr(supervisor.socket, "socketpair", refuse)
-        server._channels.connect(device_process, front_end)
-        front_end.record_status(Status(0, 0, ""))
-        assert server._lacks(front_end)
-
-
 def make_device_server(end: socket.socket) -> DeviceServer:
     """Build a process without an app, whose supervisor is at the other end of *end*."""
     server = DeviceServer.__new__(DeviceServer)
     server._service, server._keeper, server._page = SimpleNamespace(registry=None), None, None
     server._supervisor, server._num_received, server.bundles = end, 0, ""
-    server._keys_number = 7
     server.server_state, server._tasks = SimpleNamespace(connections=()), set()
     return server
 
@@ -348,7 +277,46 @@ def test_a_connection_for_which_a_process_has_no_file_counts_as_received() -> No
         server = make_device_server(theirs)
         assert control.send_message(ours, control.CLIENT)  # the kernel drops the file
         server._receive()
-        assert Status.from_bytes(control.receive_message(ours).rest) == (1, 0, "", {7})
+        assert Status.from_bytes(control.receive_message(ours).rest) == (1, 0, "")
+
+
+SENT_FOR = {  # a message without its files -> what the process sends the supervisor
+    "keys": (control.KEYS, b"", (control.NO_KEYS, b"")),
+    "a channel": (control.CHANNEL, b"engine", (control.CHANNEL, b"engine")),
+}
+
+
+@pytest.mark.parametrize("name", SENT_FOR)
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_process_without_a_free_file_tells_the_supervisor_what_it_needs(
+    monkeypatch, name, starts: bool
+) -> None:
+    kind, rest, expected = SENT_FOR[name]
+    config = LaunchConfig(
+        name="front-0", device=None, variables={}, sources=(), settings=load_settings(),
+        supervisor=1, front_ends=1, position=0, num_servers=1, device_processes=(),
+    )  # fmt: skip
+    monkeypatch.setattr(device_server, "ASK_SECONDS", 0.01)
+
+    async def serve(server: DeviceServer) -> None:
+        server._loop = asyncio.get_running_loop()
+        server._receive()
+        await asyncio.sleep(0.1)
+
+    ours, theirs = control.socket_pair()
+    with ours, theirs:
+        assert control.send_message(ours, kind, rest)  # the kernel drops the files
+        if starts:
+            ours.shutdown(socket.SHUT_WR)
+            with pytest.raises(SystemExit):
+                device_server.wait_for_device(config, theirs)
+        else:
+            asyncio.run(serve(make_device_server(theirs)))
+
+        sent = []
+        while (message := control.receive_message(ours)).kind:
+            sent.append((message.kind, message.rest))
+        assert [one for one in sent if one[0] != control.STATUS] == [expected]
 
 
 class TimelessLoop(asyncio.SelectorEventLoop):
