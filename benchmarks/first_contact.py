@@ -46,7 +46,6 @@ PACKAGES = (
     "sopdeploy",
 )
 CUDART = "libcudart.so.13"
-LOCKED: list[Any] = []  # arrays in page-locked memory, which must not be freed
 Bundle = dict[str, Any]  # its manifest, path, and name with the precision
 Row = dict[str, Any]
 
@@ -105,11 +104,9 @@ def speed(bundle: Bundle, provider: str) -> Iterator[Row]:
     """Median milliseconds of a batch with its copies, images/s alone and with two in flight; MiB in use.
 
     One session runs all sizes; the service has one for each size of a network with
-    convolutions. The columns `page-locked` upload from memory that the system does not move,
-    which the service does not do; two sessions have a stream each, so that the copies of one
-    may overlap with the kernels of the other.
+    convolutions.
     """
-    session, second = open_session(bundle, provider), open_session(bundle, provider)
+    session = open_session(bundle, provider)
     for batch in map(int, BATCHES.split(",")):
         calls = [bind(session, bundle, batch, provider) for _ in range(2)]
         alone, two = median_ms(calls[:1]), median_ms(calls)
@@ -118,14 +115,6 @@ def speed(bundle: Bundle, provider: str) -> Iterator[Row]:
             "images/s": f"{1e3 * batch / alone:.0f}",
             "two in flight": f"{2e3 * batch / two:.0f}",
         }
-        locked = [
-            bind(each, bundle, batch, provider, is_locked=True) for each in (session, second)
-        ]
-        row |= {"page-locked ms": f"{median_ms(locked[:1]):.3f}"}
-        row |= {"page-locked, two sessions": f"{2e3 * batch / median_ms(locked):.0f}"}
-        if batch > 1:  # cuDNN plans convolutions anew
-            other = bind(session, bundle, 1, provider)
-            row |= {"ms after a batch of 1": f"{ms_after(other, calls[0]):.3f}"}
         yield row | ({"MiB": used_mib()} if provider == "cuda" else {})
 
 
@@ -206,30 +195,17 @@ def open_session(bundle: Bundle, provider: str, profile: str = "") -> Any:
     return session
 
 
-def bind(
-    session: Any, bundle: Bundle, batch: int, provider: str, *, is_locked: bool = False
-) -> Callable[[], Any]:
-    """Bind a batch of images (batch, H, W, 3); return what uploads, runs and downloads it.
-
-    The images are uploaded into a tensor on the device or, with *is_locked*, by the session on
-    its stream, from page-locked memory.
-    """
+def bind(session: Any, bundle: Bundle, batch: int, provider: str) -> Callable[[], Any]:
+    """Bind a batch of images (batch, H, W, 3); return what uploads, runs and downloads it."""
     import numpy as np  # noqa: PLC0415
     import onnxruntime as ort  # noqa: PLC0415
 
     images = np.random.default_rng(0).integers(
         0, 256, (batch, *bundle["inputs"][0]["shape"][1:]), np.uint8
     )
-    name = session.get_inputs()[0].name
-    if is_locked:
-        if provider == "cuda":
-            lock_pages(images)
-        return lambda: session.run(None, {name: images})
-    binding, tensor = (
-        session.io_binding(),
-        ort.OrtValue.ortvalue_from_numpy(images, provider, 0),
-    )
-    binding.bind_ortvalue_input(name, tensor)
+    binding = session.io_binding()
+    tensor = ort.OrtValue.ortvalue_from_numpy(images, provider, 0)
+    binding.bind_ortvalue_input(session.get_inputs()[0].name, tensor)
     for output in session.get_outputs():
         binding.bind_output(output.name, provider, 0)
 
@@ -251,25 +227,6 @@ def median_ms(calls: list[Callable[[], Any]]) -> float:
             list(pool.map(lambda call: call(), calls))
             times.append(time.perf_counter() - begin)
     return 1e3 * statistics.median(times[WARM_UPS:])
-
-
-def ms_after(other: Callable[[], Any], call: Callable[[], Any]) -> float:
-    """Time *call* when *other* ran before it; the least of two, because each takes seconds."""
-    times: list[float] = []
-    for _ in range(2):
-        other()
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return 1e3 * min(times)
-
-
-def lock_pages(array: Any) -> None:
-    """Keep the memory of *array* where it is, as long as this process runs, so that copies need no buffer."""
-    address, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
-    if code := ctypes.CDLL(CUDART).cudaHostRegister(address, size, 0):
-        raise RuntimeError(f"cudaHostRegister: error {code}")
-    LOCKED.append(array)
 
 
 def used_mib() -> int:

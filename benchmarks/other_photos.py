@@ -179,40 +179,6 @@ def run_draw(
     }
 
 
-def measure_diffuse(
-    photos: Photographs, size: int, seed: int, unknown: list[Array]
-) -> dict[str, float]:
-    """Add a class for anything else, *size* of the *unknown* photographs; measure what passes as a class.
-
-    The figures with "without" are those of the same threshold without this class.
-    """
-    random, count = np.random.default_rng(1000 * size + seed), int(photos.classes.max()) + 1
-    drawn = draw_photographs(photos.classes, size, random)
-    order = random.permutation(len(unknown[0]))
-    own = unit_length(
-        np.concatenate([photos.train[drawn], unknown[0][order[:size]]])[:, : photos.own]
-    )
-    classes = np.concatenate([photos.classes[drawn], np.full(size, count)])
-    measured = {}
-    for text, num_classes in (("", count + 1), (" without", count)):
-        chosen = classes < num_classes
-        targets = Targets(np.eye(num_classes)[classes[chosen]], classes[chosen], "softmax")
-        problem = LinearProblem(NO_SPACE, own[chosen][:, :1], own[chosen], targets)
-        folds = make_folds(
-            targets, [str(index) for index in range(int(chosen.sum()))], FOLDS, seed
-        )
-        cosines = np.mean([problem.cosines(one) for one in folds], axis=0)
-        chosen_threshold = choose_threshold(cosines, ACCEPTS, are_cosines=True)
-        threshold = -1.0 if chosen_threshold is None else chosen_threshold.value
-        means = problem.class_means()
-        for name, vectors in (("unknown", unknown[0][order[size:]]), ("others", unknown[1])):
-            found = unit_length(vectors[:, : photos.own]) @ means.T
-            passes = (found.max(axis=1) >= threshold) & (found.argmax(axis=1) < count)
-            measured[f"{name} as a class, anything else{text}"] = 100 * float(passes.mean())
-        measured[f"named diffuse{text}"] = float(len(problem.diffuse_classes()))
-    return measured
-
-
 def interval_holds(photos: Photographs, size: int, draws: int, *, by_lot: bool) -> float:
     """Return the share of *draws*, in percent, whose interval contains the accepted share of new photographs.
 
@@ -289,9 +255,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--intervals", type=int, default=100, help="draws that check the printed interval"
     )
-    parser.add_argument(
-        "--diffuse", action="store_true", help="also with a class for anything else"
-    )
     parser.add_argument("--measure", help="names of sets, joined by commas")
     parser.add_argument("--out", type=Path, help="JSON file of the means")
     given = parser.parse_args(arguments)
@@ -315,11 +278,6 @@ def main(arguments: list[str]) -> int:
             ]
             for size in map(int, given.sizes.split(",")):
                 draws = [run_draw(photos, size, seed, foreign) for seed in range(given.draws)]
-                if given.diffuse:
-                    draws = [
-                        one | measure_diffuse(photos, size, seed, foreign)
-                        for seed, one in enumerate(draws)
-                    ]
                 means = {key: float(np.mean([one[key] for one in draws])) for key in draws[0]}
                 for key, by_lot in (
                     ("interval holds", True),
