@@ -36,7 +36,7 @@ from sopdeploy.models.second_order_head import SecondOrderHead, tuned_name
 from sopdeploy.photos.copies import Groups, group_photographs
 from sopdeploy.photos.network_inputs import PreprocessedDataset
 from sopdeploy.training.callback import Callback
-from sopdeploy.training.checkpoints import Fit, RunFolder, Setup, read_resumed, run_record
+from sopdeploy.training.checkpoints import Fit, Setup, read_resumed, run_record
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.few_shot.cross_validation import weights_in_means
 from sopdeploy.training.few_shot.run import fit_new, with_decision
@@ -44,6 +44,7 @@ from sopdeploy.training.few_shot.state import FewShotFit, read_few_shot_fit
 from sopdeploy.training.loop.run import fit_loop
 from sopdeploy.training.loop.state import LoopState, last_loop_record, read_frozen, restore_loop
 from sopdeploy.training.results import LoopResult, Tuning
+from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import move_to_device
 
 

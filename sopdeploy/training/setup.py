@@ -41,7 +41,6 @@ from sopdeploy.photos.split import (
 from sopdeploy.project import FolderReading, Origin, folder_name, utc_now
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import (
-    RunFolder,
     Setup,
     has_same_images,
     read_held_out,
@@ -58,6 +57,7 @@ from sopdeploy.training.recipe import (
     Recipe,
     check_same_recipe,
 )
+from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start_weights import (
     WeightSource,
     complete_preprocess,

@@ -20,10 +20,11 @@ from sopdeploy.evaluation.metrics import ThresholdMetrics
 from sopdeploy.files import BEST, HISTORY, LAST
 from sopdeploy.photos.file_checks import leave_out_unreadable, unreadable_images_error
 from sopdeploy.training.callback import Callback, WarningRecord
-from sopdeploy.training.checkpoints import Fit, RunFolder, Setup, read_warnings
+from sopdeploy.training.checkpoints import Fit, Setup, read_warnings
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore
+from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import NOTHING_GIVEN, Given, open_images, set_up_run
 from sopdeploy.training.start_weights import StartReport
 

@@ -23,8 +23,8 @@ from sopdeploy.files import (
     remove_leftovers,
     temporary_folder,
 )
-from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy
+from sopdeploy.training.run_folder import RunFolder
 from tests.support.forged import write_hollow
 
 # Errors of file systems without locks; others raise them for a file of a server that was

@@ -171,8 +171,8 @@ def _compare_networks(
 
     A warning names the networks that have no file in the user's folder of weights.
     """
-    from sopdeploy.training.checkpoints import RunFolder
     from sopdeploy.training.distributed import Strategy, select_device
+    from sopdeploy.training.run_folder import RunFolder
     from sopdeploy_commands.training.network_choice import choose_network
 
     # Another run in *out* is an error, which must not come after minutes of measurements.
@@ -198,8 +198,8 @@ def _train_in_folder(
 ) -> "tuple[FinishedRun, Path]":
     """Train *recipe* in *out* or, without it, in the next folder `runs/NAME-N`; return the run and its folder."""
     from sopdeploy.training import tensorboard
-    from sopdeploy.training.checkpoints import numbered_folder
     from sopdeploy.training.distributed import Strategy, TrainingStoppedError, select_device
+    from sopdeploy.training.run_folder import numbered_folder
     from sopdeploy.training.train import train_run
 
     resume = options.resumes

@@ -35,7 +35,7 @@ from sopdeploy.evaluation.prediction import (
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.file_checks import describe_contradictions
 from sopdeploy.training.callback import Callback, ExpectedTime
-from sopdeploy.training.checkpoints import Position, RunFolder, Setup, run_record
+from sopdeploy.training.checkpoints import Position, Setup, run_record
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import TrainingStoppedError, handle_signals
 from sopdeploy.training.few_shot.cross_validation import (
@@ -59,6 +59,7 @@ from sopdeploy.training.few_shot.state import (
 )
 from sopdeploy.training.few_shot.targets import Array, Targets
 from sopdeploy.training.head_settings import FeatureSettings
+from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import LOOP_INSTEAD
 
 

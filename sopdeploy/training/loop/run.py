@@ -23,7 +23,7 @@ from sopdeploy.evaluation.prediction import (
 from sopdeploy.models.base import Classifier
 from sopdeploy.photos.network_inputs import PreprocessedDataset
 from sopdeploy.training.callback import Callback, ExpectedTime
-from sopdeploy.training.checkpoints import Fit, RunFolder, run_record, with_result
+from sopdeploy.training.checkpoints import Fit, run_record, with_result
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import SignalState, TrainingStoppedError, handle_signals
 from sopdeploy.training.loop.gradient import train_step
@@ -34,6 +34,7 @@ from sopdeploy.training.loop.state import (
     set_train_mode,
 )
 from sopdeploy.training.results import LoopResult, SelectedBy
+from sopdeploy.training.run_folder import RunFolder
 
 _NUM_RESAMPLES = 1000
 Finish = Callable[

@@ -43,9 +43,9 @@ from sopdeploy.photos.split import (
 )
 from sopdeploy.photos.table import UNSPLIT, read_label_table
 from sopdeploy.training.callback import Callback
-from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import divide_images, set_up_run
 from sopdeploy.training.train import train_recipe
 from sopdeploy_commands.app import app

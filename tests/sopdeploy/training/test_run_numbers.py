@@ -21,7 +21,7 @@ from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.decision import Calibration, Decision
 from sopdeploy.errors import ConfigError, amount
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.training import checkpoints
+from sopdeploy.training import run_folder
 from sopdeploy.training.results import LIST_WRONG_LABELS, LoopResult, insert_folders
 from sopdeploy.training.summary import training_rows
 from sopdeploy_commands.app import app
@@ -78,7 +78,7 @@ def test_runs_are_numbered_and_latest_leads_to_the_newest_one(photos: Path) -> N
 def test_a_training_that_starts_at_once_with_another_one_takes_the_next_number(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock_file = checkpoints.lock_file
+    lock_file = run_folder.lock_file
 
     def lock_unless_first(path: Path, **options: Any) -> Any:
         if path.parent.name == "photos-1":  # another process has created and locked it just now
@@ -86,7 +86,7 @@ def test_a_training_that_starts_at_once_with_another_one_takes_the_next_number(
             raise BlockingIOError
         return lock_file(path, **options)
 
-    monkeypatch.setattr(checkpoints, "lock_file", lock_unless_first)
+    monkeypatch.setattr(run_folder, "lock_file", lock_unless_first)
     assert train(settings=LOOP) == Path("runs/photos-2")
     assert (Path("runs/latest")).readlink() == Path("photos-2")
 
@@ -96,7 +96,7 @@ def test_a_resumed_run_that_another_process_trains_is_an_error(
 ) -> None:
     train(settings=LOOP)
     one_attempt = Mock(side_effect=[BlockingIOError()])
-    monkeypatch.setattr(checkpoints, "lock_file", one_attempt)
+    monkeypatch.setattr(run_folder, "lock_file", one_attempt)
     done = CliRunner().invoke(app, ["train", "--data", "photos", "--resume", "always"])
 
     assert done.exit_code == 2

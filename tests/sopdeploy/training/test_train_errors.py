@@ -13,12 +13,12 @@ from sopdeploy.errors import ConfigError, DataError, StorageError, TrainingError
 from sopdeploy.files import LOCK
 from sopdeploy.photos.file_checks import hash_images
 from sopdeploy.training import setup
-from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.loop import gradient
 from sopdeploy.training.loop.losses import Loss
 from sopdeploy.training.loop.state import LoopState
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import open_division
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.photos.test_folder import make

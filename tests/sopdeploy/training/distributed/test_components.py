@@ -15,8 +15,8 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.network_inputs import PreprocessedDataset
 from sopdeploy.photos.photo import ArrayImages
-from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy, check_batch_size
+from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import check_same_step
 from tests.sopdeploy.training.distributed.cases import (
     SHORT_CASES,

@@ -35,7 +35,6 @@ from sopdeploy.photos.photo import ArrayImages, ImageFiles, Photo
 from sopdeploy.project import FolderReading
 from sopdeploy.report.wrong_labels import find_wrong_labels, list_wrong_labels
 from sopdeploy.training.callback import Callback, ExpectedTime
-from sopdeploy.training.checkpoints import RunFolder
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.few_shot.classifier import LinearProblem, Space, unit_length
 from sopdeploy.training.few_shot.cross_validation import judge_few_apart, select_typical
@@ -48,6 +47,7 @@ from sopdeploy.training.few_shot.targets import Targets, share_groups
 from sopdeploy.training.head_settings import FewShotConfig
 from sopdeploy.training.recipe import LoopConfig, Recipe, read_recipe
 from sopdeploy.training.results import read_result
+from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import FEW_IMAGES, divide_images, select_procedure, set_up_run
 from sopdeploy.training.train import train_recipe
 from sopdeploy_commands.app import app

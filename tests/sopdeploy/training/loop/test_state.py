@@ -18,7 +18,7 @@ import torch
 from sopdeploy import checkpoint as module
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, StorageError
-from sopdeploy.training import checkpoints
+from sopdeploy.training import run_folder
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import Position
 from sopdeploy.training.loop import state
@@ -144,7 +144,7 @@ def test_checkpoints_are_written_every_few_minutes(
 ) -> None:
     clock = iter(range(0, 10_000, interval))  # seconds pass between two reads of the clock
     monkeypatch.setattr(
-        checkpoints, "time", SimpleNamespace(monotonic=lambda: float(next(clock)))
+        run_folder, "time", SimpleNamespace(monotonic=lambda: float(next(clock)))
     )
     watcher = CheckpointWatcher(tmp_path / "run")
     train_recipe(
