@@ -218,7 +218,7 @@ def test_front_ends_serve_the_models_before_until_the_supervisor_can_send_channe
     def digest(client: ServerClient) -> str:
         return client.post("/v1/classify", content=jpeg).headers["x-model-digest"]
 
-    with serving(str(link), *WAYS[FRONT_ENDS]) as client:
+    with serving(str(link), *WAYS[FRONT_ENDS], "--log", "json") as client:
         first = digest(client)
         before = {name: process_of(client, name) for name in names}
         supervisor = client.child.pid
@@ -229,7 +229,7 @@ def test_front_ends_serve_the_models_before_until_the_supervisor_can_send_channe
         link.symlink_to(write_bundle(tmp_path / "second", seed=1))
         resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (3, hard))
         client.child.send_signal(signal.SIGHUP)
-        assert any("reloaded" in line for line in client.child.stderr)
+        assert any('"reloaded"' in line for line in client.child.stderr)
 
         # Later there is one, so both front ends get their channel.
         resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (soft, hard))
