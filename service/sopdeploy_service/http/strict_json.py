@@ -1,9 +1,8 @@
 """Strict parsing of untrusted JSON and base64.
 
-orjson rejects NaN, Infinity and numbers beyond float64. It keeps the last of several equal
-keys; two parsers that keep different ones see different requests, so duplicate keys are
-rejected here. orjson holds the GIL, also in a thread: limits on the size and on the number of
-values, which are counted first, keep that short.
+orjson rejects NaN, Infinity and numbers beyond float64, and keeps the last of several equal keys.
+It holds the GIL, also in a thread: limits on the size and on the number of values, which are
+counted first, keep that short.
 """
 
 import binascii
@@ -43,8 +42,8 @@ def parse_json(
 
     *max_elements* is the number of elements of its largest tensor. Every other list of
     *body_type* has a maximum length, so that a long list is one error, not one per element.
-    Raises `RejectedError` if the document is too large, malformed or invalid, has duplicate
-    keys, too many values, or more levels than can be written back.
+    Raises `RejectedError` if the document is too large, malformed or invalid, has too many
+    values, or more levels than can be written back.
     """
     # Refuse by its size and its punctuation what would take long to parse, or much memory.
     if len(raw) > limit:
@@ -64,32 +63,20 @@ def parse_json(
     ):
         raise RejectedError(TOO_COMPLEX)
 
-    # Parse it, and write it again: that shows keys that the text has twice.
+    # Parse it, and write it again: only the depth cannot be written.
     try:
         value = orjson.loads(raw)
-        written = orjson.dumps(value)
+        orjson.dumps(value)
     except orjson.JSONDecodeError as problem:
         raise bad_request("malformed_json", f"malformed JSON: {problem}") from problem
-    except orjson.JSONEncodeError as problem:  # of JSON, only the depth cannot be written
+    except orjson.JSONEncodeError as problem:
         raise RejectedError(TOO_DEEP) from problem
-
-    if count_keys(raw) != count_keys(written):  # *value* has the last of equal keys only
-        raise bad_request("duplicate_key", "an object in the JSON has the same key twice")
 
     # Check the types.
     try:
         return body_type.model_validate(value)
     except pydantic.ValidationError as problem:
         raise bad_request("malformed_request", first_problem(problem, value)) from problem
-
-
-def count_keys(text: bytes) -> int:
-    """Count the keys of all objects in the valid JSON *text*: its strings before a colon."""
-    masked = text.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in text else text
-    # Now every quote begins or ends a string: parts 1, 3 ... are inside of strings, parts 2, 4
-    # ... after one.
-    after_strings = masked.split(b'"')[2::2]
-    return sum(part.lstrip().startswith(b":") for part in after_strings)
 
 
 def decode_text(text: object, where: str) -> bytes:
