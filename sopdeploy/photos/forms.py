@@ -39,6 +39,8 @@ SIZES_READ = 6  # images of each folder whose sizes are compared
 SIZE_FACTOR = 4
 FORMS_READ = 6  # pictures of each form: chance would match all of them in one case of 46,656
 PAIRED = 200  # images of each folder whose names are compared
+FEW_FOLDERS = 4
+NEARLY_EQUAL = 0.9
 MAX_FORMS = 100  # folders beside each other that are compared: more are classes
 COPIED = 0.9  # share of the files of a folder that others must have
 FORM_SIDE = 16  # pixels of the pictures that are compared
@@ -128,7 +130,8 @@ def find_variants(root: Path, images: Mapping[str, Sequence[bytes]]) -> set[str]
 
     *images* are those below each folder, as for `find_leftovers`. A variant has the name of its
     original, or the numbers in it, and is more like it than like other pictures. Of more than
-    `MAX_FORMS` folders, none is found.
+    `MAX_FORMS` folders, none is found. Of more than `FEW_FOLDERS`, which are more often classes, the
+    pictures must be nearly equal: letters by one hand are alike, too.
     """
     if len(images) > MAX_FORMS:
         return set()
@@ -136,7 +139,7 @@ def find_variants(root: Path, images: Mapping[str, Sequence[bytes]]) -> set[str]
         os.fsdecode(pairs[0][1].partition(b"/")[0])
         for key in (_stem, _numbers)
         for pairs in _pair_folders(images, key)
-        if _worse_form(root, pairs)
+        if _worse_form(root, pairs, NEARLY_EQUAL if len(images) > FEW_FOLDERS else 0.0)
     }
 
 
@@ -372,12 +375,13 @@ def _propose_forms(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]
             yield pairs
 
 
-def _worse_form(root: Path, pairs: Sequence[Pair]) -> int:
+def _worse_form(root: Path, pairs: Sequence[Pair], least: float = 0.0) -> int:
     """Return which form of *pairs* is the worse one, 1 or 2; 0 if nothing shows that both are the same.
 
     The worse form has fewer pixels or, with as many, less color; of equal forms, it is 2. The
     pictures are the same if each is most like its namesake. Otherwise these folders hold different
-    photographs with the same numbers, such as those of two days.
+    photographs with the same numbers, such as those of two days. The likeness, a correlation, must be
+    *least* in each pair.
     """
     if len(pairs) < FORMS_READ:
         return 0
@@ -396,6 +400,8 @@ def _worse_form(root: Path, pairs: Sequence[Pair]) -> int:
         likeness = ones @ others.T
         order = np.arange(len(looks))
         if (likeness.argmax(axis=1) != order).any() or (likeness.argmax(axis=0) != order).any():
+            return 0
+        if likeness.diagonal().min() < least:
             return 0
 
     qualities = [

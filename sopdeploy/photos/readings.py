@@ -80,7 +80,7 @@ UNSPECIFIC = {
     *("new", "old", "output", "outputs", "plots"),
     *("pred", "preds", "prediction", "predictions", "result", "results", "sample", "samples"),
     *("screenshot", "screenshots", "temp", "tmp"),
-    *("sort", "to", "todo", "unknown", "unlabeled", "unlabelled", "unsorted", "untitled"),
+    *("sort", "todo", "unknown", "unlabeled", "unlabelled", "unsorted", "untitled"),
     *("neuer", "ordner", "nouveau", "dossier", "nueva", "carpeta"),  # new folder
 }
 # Names such as `day 1`, `ch12` and `c0`, but not `class 1`; WordNet's have more digits
@@ -348,7 +348,7 @@ def _doubtful_folders(tree: Tree) -> dict[str, str]:
     tops = tree.tops
     doubtful = {}
     for top in tops:
-        words = [word for word in re.split(r"[\W_\d]+", top.lower()) if word]
+        words = [word for word in re.split(r"[\W_\d]+", top.lower()) if word not in ("", "to")]
         others = {lookalike_key(other) for other in tops if other != top}
         without, whole = (
             re.sub(r"[\W_]+", " ", name).strip() for name in (_without_unspecific(top), top)

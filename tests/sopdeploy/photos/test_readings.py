@@ -224,6 +224,24 @@ def test_pictures_in_another_form_are_found_by_the_numbers_in_their_names(tmp_pa
     assert open_folder(tmp_path, leave_out="cut").train.labels == ("birds", "flowers")
 
 
+def test_of_many_folders_only_those_with_nearly_equal_pictures_are_asked_about(
+    tmp_path,
+) -> None:
+    letters = {f"letter {letter}": 8 for letter in "abcd"} | {"to": 8, "same": 0, "alike": 0}
+    make(tmp_path, letters)
+    for file in (tmp_path / "letter a").iterdir():
+        with Image.open(file) as image:
+            pixels = np.asarray(image)
+        noise = np.random.default_rng(int(file.stem)).integers(0, 256, pixels.shape, np.uint8)
+        for folder, other in (("same", pixels), ("alike", pixels // 2 + noise // 2)):
+            Image.fromarray(other).save(tmp_path / folder / file.name)
+
+    with pytest.raises(DataError, match=r"\(letter a, same may hold the same pictures"):
+        open_folder(tmp_path)
+    shutil.rmtree(tmp_path / "same")
+    assert len(open_folder(tmp_path).train.labels) == 6
+
+
 @pytest.mark.parametrize("sides", [(16, 64), (64, 16)])
 def test_folders_whose_images_have_other_sizes_are_asked_about(tmp_path, sides) -> None:
     for folder, side in zip(("boards", "pieces"), sides, strict=True):
