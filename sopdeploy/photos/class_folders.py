@@ -83,19 +83,8 @@ def list_classes(
     beside, _ = list_files(root)
     notes = list[str]()
 
-    # Folders without images that hold other files are no classes.
-    without_images = [
-        label
-        for label, files in other_files.items()
-        if files and not paths_of_class[label] and not any(map(_may_hold_photographs, files))
-    ]
-    for label in without_images:
-        del paths_of_class[label]
-    if without_images:
-        notes.append(
-            f"{root}: left out, because they hold no images: {shorten(without_images)}"
-        )
-
+    # What is no class, and no photograph of its own.
+    paths_of_class = _without_other_folders(root, paths_of_class, other_files, notes)
     if classes_from != FOLDERS:
         paths_of_class = _without_leftovers(root, paths_of_class, notes)
 
@@ -105,6 +94,15 @@ def list_classes(
         paths += map(os.fsencode, beside if is_pattern(classes_from) else ())
         return _list_by_name(root, sorted(paths), other_files, classes_from, notes)
 
+    images = _list_by_folder(root, paths_of_class, notes)
+    notes += [f"{root}: {line}" for line in _describe_names(images.labels)]
+    return ClassListing(images, other_files, [*map(os.fsencode, beside)], notes)
+
+
+def _list_by_folder(
+    root: Path, paths_of_class: dict[str, list[bytes]], notes: list[str]
+) -> ImageFiles:
+    """Return the images of the folders in *root*; *notes* names folders in those of the classes."""
     # A class folder's entry that holds each image: the folder `cat/x` for `cat/x/1.jpg` and for
     # `cat/x/y/2.jpg`, the file itself for `cat/3.jpg`.
     labels = tuple(sorted(paths_of_class))
@@ -123,12 +121,6 @@ def list_classes(
         targets += [target] * len(class_paths)
         paths += class_paths
 
-    no_two_together = len(set(groups)) == len(groups)
-    known_groups = None if no_two_together else np.asarray(groups, dtype=np.bytes_)
-    images = ImageFiles(
-        root, labels, np.asarray(paths, np.bytes_), np.asarray(targets, np.int64), known_groups
-    )
-
     # What the user may not have intended.
     if nested:
         names = shorten(sorted(map(os.fsdecode, nested)))
@@ -137,8 +129,29 @@ def list_classes(
             "class, and each of several folders as one group: "
             f"{names}; add --set data.classes_from={SUBFOLDERS} if they are classes"
         )
-    notes += [f"{root}: {line}" for line in _describe_names(labels)]
-    return ClassListing(images, other_files, [*map(os.fsencode, beside)], notes)
+
+    no_two_together = len(set(groups)) == len(groups)
+    known_groups = None if no_two_together else np.asarray(groups, dtype=np.bytes_)
+    return ImageFiles(
+        root, labels, np.asarray(paths, np.bytes_), np.asarray(targets, np.int64), known_groups
+    )
+
+
+def _without_other_folders(
+    root: Path,
+    paths_of_class: dict[str, list[bytes]],
+    other_files: dict[str, list[str]],
+    notes: list[str],
+) -> dict[str, list[bytes]]:
+    """Leave out folders that hold only *other_files*, which may be no photographs; name them in *notes*."""
+    left_out = [
+        label
+        for label, files in other_files.items()
+        if files and not paths_of_class[label] and not any(map(_may_hold_photographs, files))
+    ]
+    if left_out:
+        notes.append(f"{root}: left out, because they hold no images: {shorten(left_out)}")
+    return {label: paths for label, paths in paths_of_class.items() if label not in left_out}
 
 
 def _without_leftovers(

@@ -324,17 +324,17 @@ def _parts(stem: str) -> Iterator[str]:
 def _is_mask(root: Path, photograph: bytes, other: bytes) -> bool:
     """Tell whether *other* has few values, and *photograph* has many and the same proportions."""
     try:
-        mask = _read(root, other)
-        if not _has_few_values(mask):
+        mask = _look(root, other)
+        if not mask.has_few_values:
             return False
-        original = _read(root, photograph)
+        original = _look(root, photograph)
     except DataError:
         return False
 
     # Equal proportions: width / height of one is that of the other.
     products = (original.width * mask.height, mask.width * original.height)
     is_similar = abs(products[0] - products[1]) <= PROPORTIONS * max(products)
-    return is_similar and not _has_few_values(original)
+    return is_similar and not original.has_few_values
 
 
 def _has_few_values(pixels: Image.Image) -> bool:
@@ -405,20 +405,22 @@ def _worse_form(root: Path, pairs: Sequence[Pair], least: float = 0.0) -> int:
             return 0
 
     qualities = [
-        (sum(look.area for look in form), sum(look.color for look in form))
+        (sum(look.width * look.height for look in form), sum(look.color for look in form))
         for form in zip(*looks, strict=True)
     ]
     return 2 if qualities[0] >= qualities[1] else 1
 
 
 class _Look(NamedTuple):
-    """What is compared of a picture: its number of pixels, how colored it is, and its gray values at a small size.
+    """What is compared of a picture: its size, how colored it is, and its gray values at a small size.
 
     `small` (`FORM_SIDE` ** 2,) is normalized so that products are correlations. `color` is the mean
     difference of the channels, 0 for gray pictures.
     """
 
-    area: int
+    width: int
+    height: int
+    has_few_values: bool
     color: float
     small: NDArray[np.float64]
 
@@ -445,7 +447,7 @@ def _look_at(root: Path, path: bytes, changed: int) -> _Look:  # noqa: ARG001 - 
     small = values / max(float(np.linalg.norm(values)), 1e-9)
     colors = np.asarray(pixels.resize((FORM_SIDE, FORM_SIDE)), np.float64)
     color = float(np.ptp(colors, axis=2).mean())
-    return _Look(pixels.width * pixels.height, color, small)
+    return _Look(pixels.width, pixels.height, _has_few_values(pixels), color, small)
 
 
 def _read(root: Path, path: bytes) -> Image.Image:
