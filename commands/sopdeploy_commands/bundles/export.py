@@ -367,7 +367,6 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
                 check_constants(admitted.trained.trace.program, capture_rebuilt)
 
     # The names of the classes in the file, if it has one for each logit. Two names fit one logit.
-    unused = admitted.removable
     labels = loaded.labels
     num_names = admitted.num_classes
     if admitted.num_classes == 1 and not options.several_classes:
@@ -375,21 +374,14 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     if labels is not None and (len(labels) != num_names or label_problem(labels)):
         labels = None
 
-    # The command that exports without these parts: with the same options and, unless the file has
-    # names of these classes, with a file of names.
+    # The export needs a file of names if the weights have none of these classes.
     export_options = {
         **vars(options),
-        "training_only": unused,
+        "training_only": admitted.removable,
         "labels": CLASS_NAMES_FILE if labels is None else None,
     }
     if admitted.num_classes == 1 and labels is None:
         export_options["several_classes"] = True
-    words = ["sopdeploy export", quote(str(file))]
-    for name, value in export_options.items():
-        values = value if isinstance(value, tuple) else (value,)
-        words += [
-            command_line_option(name, each) for each in values if each not in (None, False)
-        ]
 
     return Inspection(
         network=options.network,
@@ -397,13 +389,24 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         num_tensors=len(network.state_dict()),
         memory_bytes=memory_of_export(admitted.num_bytes),
         table=loaded.table,
-        unused=unused,
+        unused=admitted.removable,
         shared=admitted.shared_rests,
-        command=" ".join(words),
+        command=_export_command(file, export_options),
         ignored=loaded.ignored,
         labels=labels,
         warnings=(*loaded.conversions, *changed, *admitted.warnings),
     )
+
+
+def _export_command(weights: Path, options: Mapping[str, Any]) -> str:
+    """Write the command that exports *weights* with *options*; those that are None or False are left out."""
+    words = ["sopdeploy export", quote(str(weights))]
+    for name, value in options.items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += [
+            command_line_option(name, each) for each in values if each not in (None, False)
+        ]
+    return " ".join(words)
 
 
 def read_preprocess(text: str | None) -> Preprocess:

@@ -34,6 +34,7 @@ from sopdeploy.evaluation.prediction import (
 )
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.file_checks import describe_contradictions
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Position, Setup, run_record
 from sopdeploy.training.diagnostics import EpochRow
@@ -138,22 +139,7 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
                 logits_MK = held_out.logits[~seen] if len(setup.data.held_out) else None
             score, metrics = _evaluate(setup, validation, logits_MK)
 
-            # `set_up_run` has warned already if it knows the files; each warning is told once.
-            contradictions = describe_contradictions(images, validation.features.file_hashes)
-            if contradictions:
-                callback.on_warning(contradictions)
-
-            # Labels are judged only with one class per image.
-            label_logits = None
-            is_doubted_N = np.zeros(len(images), np.bool_)
-            if problem.targets.activation == "softmax":
-                label_logits = _judge_labels(validation)
-                labels = images.targets.astype(np.int64)
-                doubts = find_label_doubts(label_logits, labels, validation.copies)
-                is_doubted_N = doubts.listed
-                if unjudged := describe_unjudged(doubts):
-                    callback.on_warning(unjudged)
-
+            label_logits, is_doubted_N = _doubt_labels(validation, images, callback)
             signals.exchange()  # for a signal since the last progress
         except TrainingStoppedError as stop:
             stop.message = "stopped before the first checkpoint; start the same command again"
@@ -178,6 +164,30 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
         seen=seen,
     )
     return with_decision(setup, fit)
+
+
+def _doubt_labels(
+    validation: CrossValidation, images: LabeledImages, callback: Callback
+) -> tuple[Array | None, NDArray[np.bool_]]:
+    """Return the logits that judge the labels of *images*, (N, K), and which labels are doubted, (N,).
+
+    Only labels of one class per image are judged. It warns of labels that contradict each other,
+    and of those that cannot be judged.
+    """
+    # `set_up_run` has warned already if it knows the files; each warning is told once.
+    contradictions = describe_contradictions(images, validation.features.file_hashes)
+    if contradictions:
+        callback.on_warning(contradictions)
+
+    if validation.problem.targets.activation != "softmax":
+        return None, np.zeros(len(images), np.bool_)
+
+    label_logits = _judge_labels(validation)
+    labels = images.targets.astype(np.int64)
+    doubts = find_label_doubts(label_logits, labels, validation.copies)
+    if unjudged := describe_unjudged(doubts):
+        callback.on_warning(unjudged)
+    return label_logits, doubts.listed
 
 
 def _judge_labels(validation: CrossValidation) -> Array:
