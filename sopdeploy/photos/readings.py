@@ -307,33 +307,15 @@ def _propose_folders(tree: Tree) -> Iterator[Reading]:
         return
 
     # The folders at the top, also without those that may be no classes.
+    holding = [top for top in tops if tree.may_hold_classes(top)]
+    holding.sort(key=lambda top: -tree.counts[top])
     doubtful = _doubtful_together(tree) | _doubtful_folders(tree)
-    doubt = ""
-    inside = sorted(
-        {
-            f"{top}/{path}"
-            for top in tops
-            for path in tree.inner.get(top, ())
-            if part_of(f"{path}/") == TRAIN
-        }
-    )
-    if doubtful:
-        names_of = defaultdict[str, list[str]](list)
-        for name in sorted(doubtful):
-            names_of[doubtful[name]].append(name)
-        doubt = "; ".join(f"{shorten(names)} {reason}" for reason, names in names_of.items())
-    elif inside:
-        doubt = (
-            f"they hold parts of the data, {shorten(inside)}; put the parts above the classes"
-        )
-    yield _top_folders(tree, doubt)
+    yield _top_folders(tree, _describe_doubt(tree, doubtful, holding))
     if doubtful and len(tops) - len(doubtful) > 1:
         names = ",".join(filter(None, (tree.leave_out, *sorted(doubtful))))
         yield Reading(tree.root, f"without {names}", FOLDERS, names)
 
     # Folders that hold classes themselves, and those of all of them together.
-    holding = [top for top in tops if tree.may_hold_classes(top)]
-    holding.sort(key=lambda top: -tree.counts[top])
     for top in holding[:MAX_FOLDERS]:
         yield Reading(tree.root / top, f"{top} is the data set")
     words = {
@@ -341,6 +323,39 @@ def _propose_folders(tree: Tree) -> Iterator[Reading]:
     }
     if holding and not any(map(part_kind, (*tops, *words))):
         yield Reading(tree.root, "by the innermost folders", SUBFOLDERS)
+
+
+def _describe_doubt(tree: Tree, doubtful: dict[str, str], holding: Sequence[str]) -> str:
+    """Say why the folders at the top may not be the classes; "" if nothing tells.
+
+    *doubtful* are those that may be none, and why. *holding* are those that may hold classes.
+    """
+    if doubtful:
+        names_of = defaultdict[str, list[str]](list)
+        for name in sorted(doubtful):
+            names_of[doubtful[name]].append(name)
+        return "; ".join(f"{shorten(names)} {reason}" for reason, names in names_of.items())
+
+    # Parts of the data in each class
+    inside = sorted(
+        {
+            f"{top}/{path}"
+            for top in tree.tops
+            for path in tree.inner.get(top, ())
+            if part_of(f"{path}/") == TRAIN
+        }
+    )
+    if inside:
+        return (
+            f"they hold parts of the data, {shorten(inside)}; put the parts above the classes"
+        )
+
+    # Classes beside folders that hold none, and the same classes in numbered folders
+    inner = {frozenset(tree.inner.get(top, ())) for top in tree.tops}
+    have_same = tree.differs_in_numbers and len(inner) == 1
+    if holding and (have_same or frozenset() in inner):
+        return f"the folders in {shorten(holding)} may be the classes"
+    return ""
 
 
 def _doubtful_folders(tree: Tree) -> dict[str, str]:

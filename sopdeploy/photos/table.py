@@ -142,7 +142,10 @@ def read_label_table(
         )
     if unlisted := sorted({*image_paths} - {row.path for row in all_rows}):
         files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
-        notes.append(f"not listed in {table.name}: {amount(len(unlisted), 'image')}: {files}")
+        where = f"not listed in {table.name}"
+        if table.is_dir():
+            where = f"{table}: left out, because they have no label file or are of another part"
+        notes.append(f"{where}: {amount(len(unlisted), 'image')}: {files}")
     used = {table.name}
     if table.is_dir():
         used = {

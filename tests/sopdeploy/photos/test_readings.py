@@ -126,6 +126,26 @@ def test_a_folder_with_several_readings_is_asked_about_with_commands_that_train_
     assert [*opened[meant].train.labels] == labels
 
 
+HOLDING = {
+    "beside a folder without folders": {"raw/mtb": 6, "raw/road": 6, "new_photos": 6},
+    "the same in all": {f"fold{fold}/{label}": 6 for fold in range(2) for label in "ab"},
+}
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_the_folders_at_the_top_are_proposed_last_if_others_may_be_the_classes(
+    tmp_path, name
+) -> None:
+    make(tmp_path, HOLDING[name])
+
+    with pytest.raises(DataError, match=r"\(the folders in .* may be the classes\)") as caught:
+        open_folder(tmp_path)
+
+    assert [command.split("=")[-1] for command in caught.value.lists["readings"]][
+        -1
+    ] == "folders"
+
+
 @pytest.mark.parametrize("text", ["readme.md", "report/report.tex", "index.html"])
 def test_figures_that_a_text_shows_are_asked_about(tmp_path, text) -> None:
     root = make(tmp_path / "x", {"cats": 6, "dogs": 6, "drawn": 0})
