@@ -329,7 +329,6 @@ def export_subject(
             gc.collect()  # the plain network refers to itself, so nothing else frees it
         file = _write_file(subject, trained, plain, options, folder, accuracy_check)
         measured = _measure(subject, trained, plain, file, options, checks)
-        trained.check_unchanged(subject.detachment.training_only)
 
         # Write the bundle.
         certificate = _certify(subject, trained, kind, file, measured, options, checks)

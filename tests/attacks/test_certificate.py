@@ -119,13 +119,6 @@ def test_dsop_network_whose_output_depends_on_a_branch_is_rejected() -> None:
         prove(with_forward(dsop, answer))
 
 
-def test_weight_that_changes_during_the_proof_is_rejected() -> None:
-    trained = prove(network())
-    trained.tensors["fc.weight"].data[0, 0] += 1.0
-    with pytest.raises(CertificateError, match=r"fc\.weight changed during the proof"):
-        trained.check_unchanged(())
-
-
 Form = Callable[[Any, Tensor, Tensor], Tensor]
 NAME = "gmsop-16-8-resnet18"
 honest: Form = Components.gathered_sum

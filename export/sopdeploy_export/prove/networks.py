@@ -22,7 +22,6 @@ from sopdeploy_export.program_hashes import (
     are_equal,
     fingerprint,
     program_root,
-    tensor_hash,
 )
 from sopdeploy_export.prove.constants import has_large_constants
 from sopdeploy_export.subject import Detachment
@@ -109,20 +108,6 @@ class Compared:
         names = {name.removeprefix(NETWORK_PREFIX) for name in self.root.tensors}
         ids = {id(self.tensors[name]) for name in names & self.tensors.keys()}
         return {name for name, tensor in self.tensors.items() if id(tensor) in ids}
-
-    def check_unchanged(self, removed: tuple[str, ...]) -> None:
-        """Raise `CertificateError` if a tensor outside of *removed* parts no longer has its hash.
-
-        Code outside of the graph may have written to it in a way that no other check shows.
-        """
-        current = tensors(self.network)
-
-        for name, sha256 in self.hashes.items():
-            if is_in(name, *removed):
-                continue
-            if name not in current or tensor_hash(current[name]) != sha256:
-                problem = f"{name} changed during the proof, in the {self.role} network"
-                raise CertificateError(f"{problem}; forward must not write to it")
 
 
 def rename_with_prefix(

@@ -392,6 +392,12 @@ WRITTEN: dict[str, Row] = {
     "a list of buffers is written through .data": peaking(
         lambda n: n.peak, lambda n, peak: torch._foreach_copy_([n.peak.data], [peak]), PEAK
     ),
+    "a count that nothing reads is written as an array": Row(
+        network(
+            lambda n, f, y: (n.count.numpy().__iadd__(1), y)[1] if type(f) is Tensor else y,
+            lambda n: n.register_buffer("count", torch.zeros(1)),
+        ),
+    ),
     "a tensor in nested lists is replaced": peaking(
         lambda n: n.memory[0][0],
         lambda n, peak: n.memory[0].__setitem__(0, peak),
