@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sopdeploy_export.network import tensors, unstored_buffers
 
+CDIST_ROWS = 25  # of ATen (Distance.cpp)
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 # Composite operators whose result is a new tensor.
 RETURN_NEW = {
@@ -220,8 +221,8 @@ class PythonNumbers:
 class SymbolicForms(TorchFunctionMode):
     """Replaces functions that torch.export captures for one batch size only, or not at all.
 
-    These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, `take_along_dim`
-    and `contiguous`. Instance norm with running statistics becomes a batch norm; torch would make
+    These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, `take_along_dim`,
+    `cdist` and `contiguous`. Instance norm with running statistics becomes a batch norm; torch would make
     one image of the whole batch for it. Code that reads tensors of Python numbers gets their
     values, and so does code that reads parameters or buffers of the captured *network*.
     """
@@ -304,6 +305,26 @@ def _instance_norm(*args: Any, **options: Any) -> Tensor:
     return F.batch_norm(**named)
 
 
+def _cdist(
+    x1: Tensor,
+    x2: Tensor,
+    p: float = 2.0,
+    compute_mode: str = "use_mm_for_euclid_dist_if_necessary",
+) -> Tensor:
+    """Compute distances (..., P, R) of P and R vectors from their differences.
+
+    torch multiplies matrices instead if P or R is above 25, and needs the batch size as a number for
+    this choice. Here, only a size that is no batch decides.
+    """
+    multiplies = any(
+        isinstance(x.shape[-2], int) and x.shape[-2] > CDIST_ROWS for x in (x1, x2)
+    )
+    if p == 2 and (multiplies or compute_mode == "use_mm_for_euclid_dist"):
+        return torch.cdist(x1, x2, p, "use_mm_for_euclid_dist")
+    differences = x1.unsqueeze(-2) - x2.unsqueeze(-3)
+    return torch.linalg.vector_norm(differences, ord=p, dim=-1)
+
+
 # Parameters have torch's names, by which calls can give them. torch itself gives those of `split` by
 # position, except `dim`.
 OTHER_FORMS: dict[Any, Any] = {
@@ -311,5 +332,6 @@ OTHER_FORMS: dict[Any, Any] = {
     **dict.fromkeys((torch.split, Tensor.split), _split),
     **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), _take_along),
     F.instance_norm: _instance_norm,
+    torch.cdist: _cdist,
     Tensor.contiguous: _contiguous,
 }

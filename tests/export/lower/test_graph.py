@@ -109,6 +109,22 @@ def test_other_forms_take_the_parameters_of_torch_by_name() -> None:
     assert torch.equal(row, x[1:2])
 
 
+@pytest.mark.parametrize("rows", [3, 25, 26])
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_distances_are_those_of_torch_for_any_number_of_vectors(
+    p: float, rows: int, preprocess: Preprocess
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(rows, 3, generator=generator)
+    x = torch.randn(30, 3, generator=generator)
+    with SymbolicForms():
+        distances = torch.cdist(x, centers, p=p)
+    torch.testing.assert_close(distances, torch.cdist(x, centers, p=p), rtol=0, atol=1e-4)
+
+    network = Minimal(lambda images: -torch.cdist(images.mean((2, 3)), centers, p=p))
+    capture_any_batch(network.eval(), preprocess, BatchRange(optimum=1, maximum=64))
+
+
 def test_operator_without_onnx_form_is_rejected_in_one_line(preprocess: Preprocess) -> None:
     eigenvalues = Minimal(lambda x: torch.linalg.eigvalsh(x[:, 0] @ x[:, 0].transpose(1, 2)))
     with pytest.raises(LoweringError, match=r"no ONNX form: .*aten\._linalg_eigh") as problem:
