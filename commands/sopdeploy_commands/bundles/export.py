@@ -180,7 +180,8 @@ def _export_weights(
 
     from sopdeploy_export.user_network.builder import network_builder
     from sopdeploy_export.user_network.export_network import export_network
-    from sopdeploy_export.user_network.loading import KeptFile, load_weights, read_weights
+    from sopdeploy_export.user_network.kept_file import KeptFile
+    from sopdeploy_export.user_network.loading import load_weights, read_weights
     from sopdeploy_export.user_network.second_process import run_elsewhere
 
     # The class names of the option, or else those in the file.
@@ -342,7 +343,8 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     from sopdeploy_export.user_network.admission import admit
     from sopdeploy_export.user_network.builder import network_builder
     from sopdeploy_export.user_network.export_network import checked_builder
-    from sopdeploy_export.user_network.loading import KeptFile, load_weights, read_weights
+    from sopdeploy_export.user_network.kept_file import KeptFile
+    from sopdeploy_export.user_network.loading import load_weights, read_weights
 
     # The network of the user, and what an export would refuse before its proof.
     weights = read_weights(file)  # before this code can change it

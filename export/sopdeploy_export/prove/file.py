@@ -263,7 +263,8 @@ def _describe_problem(report: ParityReport, expected: ParityReference) -> str | 
         return (
             f"two runs of the network differ by {floor:.3g} in {expected.unstable}, in float32 and in "
             "float64, which is more than rounding explains; its code must not depend on the batch size, "
-            "on the place of an image in its batch, or on the type of numbers"
+            "on the place of an image in its batch, or on the type of numbers, and must not subtract large "
+            "numbers that are nearly equal"
         )
 
     violation = _first_violation(report)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,51 +106,6 @@ def read_weights(path: Path) -> WeightContent:
     return WeightContent(path=path, content=content, sha256=digest, labels=find_labels(content))
 
 
-class KeptFile:
-    """A file that code of the user may replace when it is imported or called.
-
-    It gets the content back that it had before, by `restore` and at the end of the block. If the
-    code has not changed it until the first `restore`, the content is not kept for longer.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._state = self._read_state()
-        self._content: bytes | None = path.read_bytes()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.restore()
-
-    def _read_state(self) -> tuple[int, int, int] | None:
-        """Return what a write to the file changes; None if it is missing."""
-        try:
-            status = self._path.stat()
-        except FileNotFoundError:
-            return None
-        return status.st_ino, status.st_size, status.st_mtime_ns
-
-    def restore(self) -> tuple[str, ...]:
-        """Give the file its content back if it was changed, and return a warning of this."""
-        content = self._content
-        if content is None or self._read_state() == self._state:
-            self._content = None
-            return ()
-        is_equal = self._path.is_file() and self._path.read_bytes() == content
-        if not is_equal:
-            self._path.write_bytes(content)
-        self._state = self._read_state()
-
-        if is_equal:
-            return ()
-        return (
-            f"the code of the network changed {self._path} when it was imported or called; it has "
-            "its content back: call the code that saves it only in `if __name__ == '__main__':`",
-        )
-
-
 def load_weights(
     network: nn.Module,
     file: Path | WeightContent,
@@ -196,11 +151,7 @@ def load_weights(
         joined.add("")
     fit = _choose_fit(path, _with_key(path, fits, key), tables, expected)
     if fit.missing:
-        raise WeightsError(
-            f"{path}: {fit.missing[0]} is missing; {len(fit.sources)} of "
-            f"{len(expected)} tensors fit: check the network and its options, or "
-            "choose another table of weights"
-        )
+        raise _error_of_missing(path, fit, tables[fit.table], len(expected))
 
     # The tensors of the table, in the shapes of the network, and the extra state of layers.
     table = tables[fit.table]
@@ -233,6 +184,36 @@ def load_weights(
         ignored=tuple(ignored),
         labels=weights.labels,
         conversions=conversions,
+    )
+
+
+def _error_of_missing(
+    path: Path, fit: _TableFit, table: Mapping[str, Any], num_expected: int
+) -> WeightsError:
+    """Return the error of a *table* without some of the *num_expected* tensors of the network.
+
+    It names what the file has in the module of the first missing one, if the network has no place for
+    that: pruning, weight norm and adapters store a weight as several tensors of other names.
+    """
+    missing = fit.missing[0]
+    problem = f"{path}: {missing} is missing"
+
+    module = without_wrappers(missing.rpartition(".")[0], fit.naming.wrappers)
+    in_file = f"{fit.naming.prefix}{module.removeprefix(fit.naming.added)}."
+    used = {*fit.sources.values()}
+    others = [
+        name
+        for name in _tensors_of(table)
+        if without_wrappers(name, fit.naming.wrappers).startswith(in_file) and name not in used
+    ]
+    if module and others:
+        return WeightsError(
+            f"{problem}, and the network has no place for {shorten(others)}: build the network with what was "
+            "added in training (pruning, weight norm, adapters), or remove that before you save the weights"
+        )
+    return WeightsError(
+        f"{problem}; {len(fit.sources)} of {num_expected} tensors fit: check the network and its options, or "
+        "choose another table of weights"
     )
 
 

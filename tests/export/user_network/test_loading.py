@@ -574,6 +574,24 @@ WRONG: dict[str, tuple[Any, str | None, str]] = {
         None,
         r"fc\.bias is missing; \d+ of \d+ tensors fit",
     ),
+    "a pruned weight": (
+        without("fc.weight")
+        | {"model.fc.weight_orig": STATE["fc.weight"], "model.fc.weight_mask": torch.ones(4)},
+        None,
+        r"fc\.weight is missing; \d+ of",
+    ),
+    "a pruned weight behind a prefix": (
+        {f"model.{name}": tensor for name, tensor in without("fc.weight").items()}
+        | {"model.fc.weight_orig": STATE["fc.weight"], "model.fc.weight_mask": torch.ones(4)},
+        None,
+        r"fc\.weight is missing, and the network has no place for model\.fc\.weight_orig, model\.fc\.weight_mask: ",
+    ),
+    "an adapter around a layer": (
+        without("fc.weight")
+        | {"fc.base_layer.weight": STATE["fc.weight"], "fc.lora_A.weight": torch.ones(2, 8)},
+        None,
+        r"has no place for fc\.base_layer\.weight, fc\.lora_A\.weight: build .*adapters",
+    ),
     "another shape": (
         STATE | {"fc.bias": torch.ones(7)},
         None,
