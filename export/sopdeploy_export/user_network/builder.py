@@ -24,6 +24,7 @@ from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.nearest import did_you_mean
 from sopdeploy_export.user_network.import_path import check_builder, parse_option
 
+BELOW_MAIN = "put what the script does below `if __name__ == '__main__':`"
 _ADVICE_OFFLINE = (
     "it loads something from the network, which the weight file replaces: switch that off by an option "
     "such as pretrained=false, or connect this machine"
@@ -128,12 +129,8 @@ def _advise_import(import_path: str, error: BaseException) -> str:
     module_name, _, attribute = import_path.partition(":")
     if isinstance(error, SystemExit):
         return (
-            "it ends when it is imported, as a script does that needs arguments; put what the script does "
-            "below `if __name__ == '__main__':`"
+            f"it ends when it is imported, as a script does that needs arguments; {BELOW_MAIN}"
         )
-
-    wanted = ""
-    known_names = []
 
     if isinstance(error, ModuleNotFoundError) and error.name:
         # Not the module of the user: a package that this module imports.
@@ -152,6 +149,8 @@ def _advise_import(import_path: str, error: BaseException) -> str:
         wanted = attribute
         members = vars(sys.modules[module_name])
         known_names = [name for name, value in members.items() if callable(value)]
+    else:  # of the code in the module
+        return f"it fails while it is imported: mend that, or {BELOW_MAIN}"
 
     return did_you_mean(wanted, known_names, "check its name")
 

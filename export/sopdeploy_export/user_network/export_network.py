@@ -248,7 +248,7 @@ def checked_builder(
         check_torch_state()  # which the builder can change
         if addresses(built) & addresses(trained):
             raise CertificateError(
-                "the builder of the plain network returns tensors of the trained one, as a builder "
+                "the builder returns tensors of the trained network, as a builder "
                 "does that keeps its network in a variable; build a new network at each call"
             )
         check_tensors(built)

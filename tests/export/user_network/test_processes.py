@@ -144,6 +144,10 @@ def build(widths=[]):
         "parser = argparse.ArgumentParser(); parser.add_argument('data'); parser.parse_args()\nbuild = Net",
         "cannot be imported (SystemExit: 2); it ends when it is imported, as a script does",
     ),
+    "a script that asks for something": (
+        "name = input('name of the run? ')\nbuild = Net",
+        "; it fails while it is imported: mend that, or put what the script does below `if __name__",
+    ),
     "a download without a network": (
         """
 import urllib.request
