@@ -44,11 +44,13 @@ class Trace(NamedTuple):
 
     `program` is for any batch size; `functionalize` changes it in place. `created` names the
     buffers that a first run of the network creates or replaces. The program has them; the
-    network itself is unchanged.
+    network itself is unchanged. `read` names the parameters and buffers that code of the network read
+    as Python numbers, so that their values are in the program.
     """
 
     program: ExportedProgram
     created: tuple[str, ...]
+    read: frozenset[str]
 
 
 def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Trace:
@@ -62,20 +64,22 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Trac
         # the reason can be that its first run creates buffers.
         failure: LoweringError | None = None
         try:
-            program = export_program(network, preprocess, batch)
+            program, read = export_program(network, preprocess, batch)
             specs = program.graph_signature.output_specs
             if all(spec.kind != OutputKind.BUFFER_MUTATION for spec in specs):
-                return Trace(program, ())
+                return Trace(program, (), read)
         except LoweringError as error:
             failure = error
 
         # Create them, and capture what the network does in its second run.
         created = create_buffers(network, preprocess)
         if created:
-            return Trace(export_program(network, preprocess, batch), created)
+            program, read = export_program(network, preprocess, batch)
+            return Trace(program, created, read)
         if failure is not None:
             raise failure
-        return Trace(program, ())  # it writes to a stored buffer, which `program_root` refuses
+        # It writes to a stored buffer, which `program_root` refuses.
+        return Trace(program, (), read)
 
 
 def capture_any_batch(
@@ -90,10 +94,11 @@ def capture_any_batch(
 
 def export_program(
     network: nn.Module, preprocess: Preprocess, batch: BatchRange
-) -> ExportedProgram:
+) -> tuple[ExportedProgram, frozenset[str]]:
     """Run torch.export on *network* for all batch sizes of *batch*; *network* is unchanged afterwards.
 
-    Raises the `LoweringError` of `capturing`, which says what failed, where, and what to do.
+    Returns the program, and the names of the tensors whose values the network's code read. Raises the
+    `LoweringError` of `capturing`, which says what failed, where, and what to do.
     """
     deployed = Deployed(network, preprocess).eval()
     size = min(2, batch.maximum)  # torch.export makes a dimension of size 1 constant
@@ -105,7 +110,7 @@ def export_program(
 
     with (
         capturing(),  # raises the `LoweringError`
-        SymbolicForms(deployed),  # replaces functions that fit one batch size only
+        SymbolicForms(deployed) as forms,  # replaces functions that fit one batch size only
         as_captured(deployed),  # layers may use operators that are faster in a runtime
         answering_plain_run(),  # code that asks whether it is exported gets the answer no
         attributes_restored(deployed),  # such as caches, in which torch leaves empty tensors
@@ -113,7 +118,8 @@ def export_program(
         warnings.catch_warnings(action="ignore"),  # of torch, about caches
     ):
         try:
-            return run_export()
+            program = run_export()
+            return program, frozenset(name.removeprefix(NETWORK_PREFIX) for name in forms.read)
         except Exception as error:  # the network's own code, which can raise anything
             match = BY_SIZE.words.search(str(error))
             if match is None:

@@ -156,6 +156,8 @@ class PythonNumbers:
     def __init__(self, network: nn.Module | None) -> None:
         # The values of known tensors, which themselves have none while torch.export runs.
         self._values = WeakIdKeyDictionary()
+        self._names = WeakIdKeyDictionary()  # of those among them that the network stores
+        self.read: set[str] = set()  # the names of stored tensors whose values code has read
         self._network = network
         self._stored: dict[str, Tensor] = {}
         if network is not None:
@@ -198,6 +200,8 @@ class PythonNumbers:
                 self._values = WeakIdKeyDictionary()
             return None
 
+        self.read.update(self._names[operand] for operand in operands if operand in self._names)
+
         # Make the same call on the values; torch.export does not see this call.
         args, kwargs = tree_map_only(Tensor, self._values.__getitem__, (args, kwargs))
         with _disable_current_modes():
@@ -212,6 +216,7 @@ class PythonNumbers:
             name = names_by_id.get(id(operand))
             if name is not None and name in self._stored:
                 self._values[operand] = self._stored[name]
+                self._names[operand] = name
 
     def remember(self, result: Any, value: Tensor) -> None:
         """Note that *result* is a known tensor with *value*, which `compute` returned for its call."""
@@ -230,6 +235,11 @@ class SymbolicForms(TorchFunctionMode):
     def __init__(self, network: nn.Module | None = None) -> None:
         super().__init__()
         self._numbers = PythonNumbers(network)
+
+    @property
+    def read(self) -> frozenset[str]:
+        """The names of parameters and buffers of the network whose values code has read."""
+        return frozenset(self._numbers.read)
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

@@ -105,7 +105,17 @@ class Compared:
     @property
     def needed(self) -> set[str]:
         """The names of the tensors that the outputs depend on: all names of each, if it has several."""
-        names = {name.removeprefix(NETWORK_PREFIX) for name in self.root.tensors}
+        return self._with_other_names(
+            {name.removeprefix(NETWORK_PREFIX) for name in self.root.tensors}
+        )
+
+    @property
+    def used(self) -> set[str]:
+        """The names in `needed`, and those of tensors that code of the network reads as Python numbers."""
+        return self.needed | self._with_other_names(self.trace.read)
+
+    def _with_other_names(self, names: Set[str]) -> set[str]:
+        """Return all names of the tensors of the network that have one of *names*."""
         ids = {id(self.tensors[name]) for name in names & self.tensors.keys()}
         return {name for name, tensor in self.tensors.items() if id(tensor) in ids}
 

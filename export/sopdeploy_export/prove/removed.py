@@ -152,17 +152,17 @@ def list_tensors(
 ) -> dict[str, tuple[TensorEntry, ...]]:
     """List the tensors of *trained* under `removed`, `kept` and `unreached`, fields of `Certificate`.
 
-    Removed tensors are in *parts*. Of the other tensors, those that the outputs depend on are
-    kept.
+    Removed tensors are in *parts*. Of the other tensors, those that the outputs depend on, or
+    that code of the network reads, are kept.
     """
-    needed = trained.needed
+    used = trained.used
     listed: dict[str, list[TensorEntry]] = {"removed": [], "kept": [], "unreached": []}
 
     for name, tensor in trained.tensors.items():
         if is_in(name, *parts):
             kind = "removed"
         else:
-            kind = "kept" if name in needed else "unreached"
+            kind = "kept" if name in used else "unreached"
         entry = TensorEntry(
             name=name,
             shape=tuple(tensor.shape),
@@ -185,7 +185,7 @@ def find_unneeded(trained: Compared, parts: tuple[str, ...]) -> tuple[str, ...]:
     - counters, such as `num_batches_tracked`, of modules with a needed tensor,
     - modules that hold one of these.
     """
-    needed = trained.needed
+    needed = trained.used
     owners_of_needed = {name.rpartition(".")[0] for name in needed}
     needed_memory = {address(trained.tensors[name]) for name in needed}
 

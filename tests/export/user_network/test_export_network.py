@@ -501,3 +501,16 @@ def test_an_unused_part_is_a_warning(tmp_path: Path) -> None:
     assert exported.warnings == (
         "the output does not depend on aux; name it as training-only to prove its removal",
     )
+
+
+def test_a_tensor_that_code_reads_as_a_number_is_kept_and_no_unused_part(
+    tmp_path: Path,
+) -> None:
+    network = n.variant(
+        lambda self, images: self.fc(self.features(images)) / float(self.scale), aux=False
+    )
+    network.register_buffer("scale", torch.tensor(2.0))
+    exported = n.export_small(n.trained(network), tmp_path, options=QUICK)
+
+    assert exported.warnings == ()
+    assert "scale" in [entry.name for entry in exported.certificate.kept]
