@@ -194,12 +194,12 @@ def _open_unasked(
 
         kind = "" if is_chosen else reading.classes_from
         opened = _open_class_folders(root, max_held_out, kind, names)
-        notes = [*opened.notes]
-        if is_chosen and tree.differs_in_numbers:
-            notes.append(
-                f"{root}: {shorten(tree.tops)} are read as classes, although only their "
-                "numbers differ; sort the images if these are parts of one class, such as days"
-            )
+        told = [
+            f"{root}: {shorten(numbered)} are read as classes, although only their "
+            "numbers differ; sort the images if these are parts of one class, such as days"
+            for numbered in (tree.numbered if is_chosen else ())
+        ]
+        notes = [*opened.notes, *told]
         recorded = FolderReading(leave_out=",".join(names))
         return opened._replace(notes=notes, reading=recorded)
 

@@ -209,10 +209,17 @@ class Tree:
         return sorted(self.counts)
 
     @property
+    def numbered(self) -> list[list[str]]:
+        """The folders at its top that have a name in common with others except for a number, by this name."""
+        by_word = defaultdict[str, list[str]](list)
+        for top in filter(NUMBERED.fullmatch, self.tops):
+            by_word[_without_digits(top)].append(top)
+        return [tops for tops in by_word.values() if len(tops) > 1]
+
+    @property
     def differs_in_numbers(self) -> bool:
         """Whether the names of the folders at its top are the same except for a number."""
-        words = {_without_digits(top) for top in self.counts}
-        return len(words) == 1 and all(map(NUMBERED.fullmatch, self.counts))
+        return self.numbered == [self.tops]
 
     def by_top(self) -> dict[str, list[bytes]]:
         """List the images below each folder at the top."""
@@ -427,11 +434,8 @@ def _parts_of_one_class(tree: Tree) -> dict[str, str]:
     if len(dated) > 1:
         doubtful = dict.fromkeys(dated, f"{PARTS_OF_ONE}, because their names are dates")
 
-    families = defaultdict[str, list[str]](list)
-    for top in filter(NUMBERED.fullmatch, tree.tops):
-        families[_without_digits(top)].append(top)
-    for family in families.values():
-        if len(family) > 1 and (reason := _why_parts(tree, family)):
+    for family in tree.numbered:
+        if reason := _why_parts(tree, family):
             doubtful |= dict.fromkeys(family, f"{PARTS_OF_ONE}, because {reason}")
     return doubtful
 

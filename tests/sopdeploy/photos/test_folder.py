@@ -869,8 +869,13 @@ def test_only_folders_that_hold_no_folders_are_to_be_sorted(tmp_path) -> None:
 def test_classes_that_differ_in_numbers_only_are_named(tmp_path) -> None:
     numbered = open_folder(make(tmp_path / "x", c0=3, c1=3))
     named = open_folder(make(tmp_path / "y", cat=3, dog=3))
+    mixed = open_folder(make(tmp_path / "z", lab1=3, lab2=3, week1=3, week2=3, cat=3))
 
     assert "c0, c1 are read as classes, although only their numbers differ" in numbered.notes[0]
+    assert [note.partition(" are read")[0] for note in mixed.notes] == [
+        f"{tmp_path / 'z'}: lab1, lab2",
+        f"{tmp_path / 'z'}: week1, week2",
+    ]
     assert not named.notes
 
 
