@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
+import onnx
 import torch
 from onnxruntime import InferenceSession
 from torch.export import ExportedProgram
@@ -370,6 +371,28 @@ def _prove_graphs(
     return kind_of_proof(plain, parts)
 
 
+def _lower_trained(
+    subject: ExportSubject,
+    trained: Compared,
+    plain: PlainOutputs,
+    options: ExportOptions,
+    folder: Path,
+) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """Convert the network *trained* to ONNX in float32; return the graph, and warnings of its operators.
+
+    Weights that do not fit into the graph are written to *folder*.
+    """
+    warnings: list[str] = []
+    try:
+        model = lower(trained.program, output_names(trained.network), warnings, folder)
+    except LoweringError:
+        # The cause can be a graph that is not the network's.
+        parts = subject.detachment.training_only
+        measure_plain_run(trained, subject.preprocess, options.max_batch, parts, plain)
+        raise
+    return model, tuple(warnings)
+
+
 def _write_file(
     subject: ExportSubject,
     trained: Compared,
@@ -379,31 +402,22 @@ def _write_file(
     accuracy_check: AccuracyCheck | None,
 ) -> _File:
     """Convert the network *trained* to ONNX, then to the precision; write the file to *folder* and load it."""
-    preprocess = subject.preprocess
+    user_images = NO_IMAGES if accuracy_check is None else accuracy_check.images_to_convert()
+
     with TemporaryDirectory(dir=folder.parent) as temporary:
-        # Weights that do not fit into a graph are in a file beside it: in float32 that of the bundle.
-        float32_folder = folder if options.precision == "fp32" else Path(temporary)
+        # The graph in float32. The file of its weights, if there is one, ships only in this precision.
         step("converting to ONNX")
-        warnings: list[str] = []
-        try:
-            model = lower(
-                trained.program, output_names(trained.network), warnings, float32_folder
-            )
-        except LoweringError:
-            # The cause can be a graph that is not the network's.
-            parts = subject.detachment.training_only
-            measure_plain_run(trained, preprocess, options.max_batch, parts, plain)
-            raise
+        float32_folder = folder if options.precision == "fp32" else Path(temporary)
+        model, warnings = _lower_trained(subject, trained, plain, options, float32_folder)
         root = onnx_root(model, _weights_in(float32_folder))
 
         # The precision.
         if options.precision != "fp32":
             step(f"converting the graph to {options.precision}")
-        user_images = (
-            NO_IMAGES if accuracy_check is None else accuracy_check.images_to_convert()
-        )
         certified = Lowered(trained.network, trained.program, model)
-        converted = convert_precision(certified, preprocess, options, user_images, folder)
+        converted = convert_precision(
+            certified, subject.preprocess, options, user_images, folder
+        )
         shipped_root = onnx_root(converted.model, _weights_in(folder))
         (folder / GRAPH).write_bytes(converted.model.SerializeToString(deterministic=True))
 
@@ -427,7 +441,7 @@ def _write_file(
         precision=precision,
         root=root,
         shipped_root=shipped_root,
-        warnings=tuple(warnings),
+        warnings=warnings,
     )
 
 

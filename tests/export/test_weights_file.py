@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 from sopdeploy.bundle.archive import read_archived_manifest, unpack, write_archive
 from sopdeploy.bundle.folder import open_bundle
@@ -26,6 +27,7 @@ from sopdeploy.errors import (
     RuntimeUnavailableError,
 )
 from sopdeploy.files import GRAPH, GRAPH_DATA
+from sopdeploy_commands.app import app
 from sopdeploy_commands.bundles.engine_builder.build import cast_images_first, parse_and_build
 from sopdeploy_commands.bundles.verify import verify
 from sopdeploy_export.admit import network as admission
@@ -38,7 +40,7 @@ from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from sopdeploy_service.runtime.tensorrt_cache import Profile, key_fields
 from sopdeploy_service.runtime.tensorrt_session import Gpu
 from sopdeploy_service.settings import Settings
-from tests.export.user_network.networks import SIDE, export_small
+from tests.export.user_network.networks import PREPROCESS, SIDE, export_small
 from tests.support.gpu_graphs import ABSENT, WORKSPACE, real_tensorrt
 
 LIMIT = 10_000  # bytes of weights in a graph, instead of 2 GB
@@ -137,6 +139,38 @@ def test_an_export_tells_before_its_first_run_that_the_memory_is_too_small(
     with pytest.raises(NoMemoryError, match=r"has 1 GB; use a machine with more memory"):
         export_small(wide(), tmp_path, plain=wide, on_step=steps.append)
     assert steps == []
+
+
+def test_inspect_tells_what_an_export_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(wide().state_dict(), tmp_path / "w.pth")
+    (tmp_path / "rules.json").write_text(PREPROCESS.model_dump_json(), encoding="utf-8")
+    arguments = [
+        "inspect",
+        str(tmp_path / "w.pth"),
+        "--network",
+        f"{__name__}:wide",
+        "--preprocess",
+        str(tmp_path / "rules.json"),
+    ]
+    small = CliRunner().invoke(app, arguments)
+    assert small.exit_code == 0, small.output
+    assert "memory" not in small.stdout
+
+    # As for a network of 5 GB on a machine of 16 GB
+    monkeypatch.setattr(
+        "sopdeploy_export.user_network.admission.weight_bytes", lambda *_: 5_000_000_000
+    )
+    monkeypatch.setattr(admission, "memory_limit", lambda: 16_000_000_000)
+    large = " ".join(CliRunner().invoke(app, arguments).stdout.split())
+    assert "memory an export needs about 21 GB" in large
+    assert "warning the export of 5.0 GB of weights needs about 21 GB of memory, and" in large
+
+    monkeypatch.setattr(admission, "memory_limit", lambda: 8_000_000_000)
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2
+    assert "has 8 GB; use a machine with more memory" in " ".join(refused.stderr.split())
 
 
 def test_files_that_are_exchanged_after_they_were_read_do_not_run(path: Path) -> None:
