@@ -3,6 +3,7 @@
 import re
 import tomllib
 
+import pydantic
 import pytest
 
 from sopdeploy.errors import ConfigError
@@ -29,6 +30,26 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
 
     settings = Settings(keep=tmp_path / 'an "odd" name 😀', devices=("0", "1"))
     assert Settings(**tomllib.loads(to_toml(settings))).model_dump() == settings.model_dump()
+
+
+# Of 0.2.0. A setting that is renamed gets its former name as a `validation_alias`.
+RELEASED = """
+allowed_hosts allowed_origins batch_timeout_seconds body_grace_seconds decode_seconds
+decoders devices drain_seconds engine_cache examples follow formats front_ends
+header_timeout host keep keep_alive_seconds keep_bytes keep_days keep_sample keys
+load_timeout log log_level max_batch max_body_bytes max_connections max_images
+max_json_bytes max_pixels max_queue_delay_ms max_upload_bytes memory_budget metrics_need_key
+min_body_rate port queue_size request_timeout require_signature root_path runtime sandbox
+threads top_k trusted_proxies write_timeout
+"""
+
+
+def test_each_setting_of_the_released_version_is_accepted_by_its_name() -> None:
+    accepted = {*Settings.model_fields}
+    for field in Settings.model_fields.values():
+        if isinstance(field.validation_alias, pydantic.AliasChoices):
+            accepted |= {str(name) for name in field.validation_alias.choices}
+    assert {*RELEASED.split()} - accepted == set()
 
 
 # PORT and SOPDEPLOY_PORT -> the port, with the one of a file or without
