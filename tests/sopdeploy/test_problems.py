@@ -10,6 +10,7 @@ from pydantic_core._pydantic_core import list_all_errors
 
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.config import (
+    OtherVersionError,
     StrictModel,
     describe_problem,
     first_problem,
@@ -20,6 +21,8 @@ from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.layers.pooling.base import PoolingConfig
 from sopdeploy.plugins import POOLINGS
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.version import __version__
+from sopdeploy_service.labelling.kept import KeptRecord
 from sopdeploy_service.settings import load_settings
 from tests.support.words import OF_PYDANTIC
 
@@ -175,3 +178,15 @@ def test_every_way_in_ends_in_one_line_of_ours(tmp_path, monkeypatch) -> None:
         assert text in str(caught.value)
         assert "\n" not in str(caught.value)
         assert not OF_PYDANTIC.search(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("written_by", "is_of_another_version"), [(__version__, False), ("0.9", True), (None, True)]
+)
+def test_an_unknown_field_is_a_mistake_only_in_a_file_that_this_version_wrote(
+    written_by: str | None, is_of_another_version: bool
+) -> None:
+    fields = {"version": 1, "written_by": written_by, "no_such_field": 1}
+    with pytest.raises(ValueError, match=r"no_such_field|image: missing") as caught:
+        validate_format(KeptRecord, fields)
+    assert isinstance(caught.value, OtherVersionError) == is_of_another_version

@@ -44,6 +44,7 @@ from tests.commands.bulk.conftest import (
 from tests.service.decoding.misbehaving import START
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.forged import graph, write_computed
+from tests.support.runtimes import Failing
 from tests.support.service import LABELS, RULES, deciding, picture_bytes, write_bundle
 
 BODY = picture_bytes()
@@ -256,6 +257,23 @@ def test_rows_follow_the_decision_of_the_bundle(case, bundle, photos, tmp_path, 
     assert (first["classes"], second["classes"]) == classes
     assert [first["known"], second["known"]] == known
     assert (bad["error"], bad["classes"]) == ("nonfinite_output", None)
+
+
+@pytest.mark.parametrize(
+    "runs", [{1, 3, 5}, {1, 2, 3, 4, 5, 6, 7}], ids=["one image", "all images"]
+)
+def test_a_run_ends_if_memory_is_lacking_for_an_image_and_writes_no_row_for_it(
+    runs, bundle, photos, tmp_path, monkeypatch
+):
+    runtime = Failing(dict.fromkeys(runs, "oom"))
+    loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={})
+    monkeypatch.setattr(classifier, "load_model", lambda *_: loaded)
+    sources = [str(photos / f"{number:03d}.jpg") for number in range(4)]
+    with pytest.raises(
+        RuntimeUnavailableError, match="run again to continue, or choose a smaller"
+    ):
+        classify(bundle.path, sources, tmp_path / "out", Settings(threads=1))
+    assert not list((tmp_path / "out").glob("rows/*"))
 
 
 @pytest.mark.slow

@@ -84,6 +84,15 @@ def test_invalid_parameters_and_unknown_models_and_versions_are_rejected(client,
         assert reply.json()["detail"].startswith(f"query.{query.partition('=')[0]}: must be")
 
 
+@pytest.mark.parametrize("query", ["threshold=0.5", "reported="])
+def test_a_parameter_that_does_not_apply_is_rejected_also_as_a_field_of_a_form(
+    client, jpeg, query
+):
+    name, _, value = query.partition("=")
+    reply = client.post("/v1/classify", data={name: value}, files={"image": ("x.jpg", jpeg)})
+    assert (reply.status_code, reply.json()["code"]) == REJECTED[query]
+
+
 def test_an_invalid_request_id_is_replaced_by_a_unique_one(client):
     sent = ["", "a b", "x" * 65, "id;drop", "é".encode()]
     ids = {

@@ -76,3 +76,10 @@ def test_vnni_counts_only_if_the_system_lists_it(
         monkeypatch.setattr(environment.platform, "machine", lambda machine=machine: machine)
         monkeypatch.setattr(environment, "CPUINFO", cpuinfo)
         assert environment.lacks_vnni() == expected
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_session_has_the_threads_of_the_setting(bundle: Bundle, threads: int) -> None:
+    runtime = OnnxRuntime(bundle, Settings(threads=threads))
+    assert runtime._session.get_session_options().intra_op_num_threads == threads
+    runtime.close()

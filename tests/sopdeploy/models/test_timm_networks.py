@@ -132,6 +132,7 @@ def test_options_of_timms_resnets_give_the_networks_that_the_papers_compare_with
         ("test_resnet", {"attn_layer": "unknown"}),
         ("vgg11", {"output_stride": 8}),
         ("test_vit", {"output_stride": 16}),
+        ("vgg11", {"image_size": 64}),
     ],
 )
 def test_an_option_that_a_network_of_timm_does_not_have_is_one_line(

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.photos import forms
+from sopdeploy.photos import cells, forms
 from sopdeploy.photos.evaluation_images import open_evaluation_images
 from sopdeploy.photos.files import FILES
 from sopdeploy.photos.folder import open_folder
@@ -410,6 +410,13 @@ BESIDE = {
 }  # fmt: skip
 
 
+def test_each_kind_of_file_beside_images_and_each_name_of_yolo_has_a_case() -> None:
+    assert {f".{suffix.rpartition('.')[2]}" for suffix, _ in BESIDE.values()} == {*cells.BESIDE}
+    assert [
+        end for end in cells.YOLO_NAMES if not any(name.endswith(end) for name in YOLO)
+    ] == []
+
+
 @pytest.mark.parametrize("folder", ["images", "annotations"])
 @pytest.mark.parametrize(("suffix", "write"), BESIDE.values(), ids=BESIDE)
 def test_a_file_beside_each_image_has_its_class(tmp_path, folder, suffix, write) -> None:
@@ -430,6 +437,7 @@ YOLO = {
     "x/data.yml": ("path: .\nnames:\n  0: cat\n  1: dog\n", "images/{part}", "labels/{part}"),
     "classes.txt": ("cat\ndog\n", "{part}", "{part}"),
     "obj.names": ("cat\ndog\n", "{part}", "{part}"),
+    "x/_darknet.labels": ("cat\ndog\n", "{part}", "{part}"),
 }
 
 

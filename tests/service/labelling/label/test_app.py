@@ -435,3 +435,10 @@ def test_a_suggestion_that_names_no_class_is_told_but_not_offered(keep, open_fol
         state = client.get("/state").json()
     assert state["photograph"]["suggested"] == "../train"
     assert "../train" not in [one["name"] for one in state["classes"]]
+
+
+def test_a_grid_shows_some_photographs_and_counts_all(client, monkeypatch) -> None:
+    ids = [f"{number:032x}" for number in range(app.MAX_CELLS + 2)]
+    monkeypatch.setattr(LabelFolders, "suggested", lambda _folders: {"hat": ids})
+    [grid] = client.get("/grids").json()["grids"]
+    assert (grid["name"], grid["count"], grid["ids"]) == ("hat", len(ids), ids[:-2])
