@@ -72,7 +72,9 @@ JPEGS: dict[str, Callable[[], bytes]] = {
         hostile.segment(0xE0, b"JFIF\0\x01\x01\0\0\x01\0\x01\x02\x01" + SECRET),
         1,
     ),
-    "a table behind the end": lambda: encoded(scene(), "JPEG") + hostile.segment(0xDB, SECRET),
+    "a table behind the end": lambda: (
+        encoded(scene(), "JPEG") + b"\0\0" + hostile.segment(0xDB, SECRET)
+    ),
     "two photographs": lambda: encoded(
         scene(),
         "MPO",
