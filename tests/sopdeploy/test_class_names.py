@@ -68,6 +68,7 @@ LITERAL = {
     "grades": ("grade 0", "grade 1", "grade 2"),
     "numbers of a few names": ("3 series", "suv", "7up"),
     "colons inside": ("re:zero", "a::b"),
+    "models that repeat": ("a1 red", "a1 blue", "b2 red"),
     "hyphens": ("-cat", "dog-"),
     "marks": ("?", "!", "\N{CAT FACE}"),
 }

@@ -199,3 +199,9 @@ def test_a_recipe_keeps_its_data_source_where_its_files_are(
     options = TrainOptions(set=("data.kind=aircraft",))
     configured, _ = configure(read_changes(class_folders, "cifar10-dsop-resnet20", options))
     assert configured.data.kind == "aircraft"
+
+
+def test_as_many_classes_as_the_data_have_are_all_of_them() -> None:
+    assert digits(10).train.labels == digits(None).train.labels
+    with pytest.raises(DataError, match="the data have 10 classes"):
+        digits(11)

@@ -307,3 +307,14 @@ def test_a_damaged_control_of_frames_never_decides_whether_the_first_one_is_read
     assert np.array_equal(decoded.pixels, intact.pixels)
     assert ("first_frame_only" in decoded.warnings) == is_animated
     assert "first_frame_only" in intact.warnings
+
+
+@pytest.mark.parametrize("decoding", ["full", "scaled"])
+def test_an_image_is_turned_only_if_the_rules_say_so(decoding: str) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    turned = Preprocess(decoding=decoding)
+    as_stored = turned.model_copy(update={"exif_orientation": False})
+    plain = decode(photograph(), turned).pixels
+    assert np.array_equal(decode(photograph(exif=exif), as_stored).pixels, plain)
+    assert not np.array_equal(decode(photograph(exif=exif), turned).pixels, plain)

@@ -266,6 +266,8 @@ def test_a_photograph_that_another_process_has_labelled_or_deleted_is_refused(
             step(one)
     with pytest.raises(GoneError, match="no longer there, so the last step cannot be undone"):
         folders.undo()
+    with pytest.raises(GoneError, match="nothing to undo"):  # the step is forgotten
+        folders.undo()
     assert not (tmp_path / "photos" / "shoes").exists()
     assert list(folders.waiting) == [other]
 
