@@ -48,9 +48,10 @@ from sopdeploy.photos.files import (
 from sopdeploy.photos.forms import find_copied_folders
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, Split, select_classes
-from sopdeploy.photos.readings import Reading, Tree, choose, propose_readings
+from sopdeploy.photos.readings import Reading, choose, propose_readings
 from sopdeploy.photos.table import UNSPLIT, OpenedParts, check_has_classes, read_label_table
 from sopdeploy.photos.table_search import find_table, named_table
+from sopdeploy.photos.tree import Tree
 from sopdeploy.project import FolderReading, leads_out, table_folder
 
 

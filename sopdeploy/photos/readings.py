@@ -7,85 +7,51 @@ uses nearly all images is taken. Otherwise the user is asked, with the commands 
 
 import json
 import os
-import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple, Protocol
 
 from sopdeploy.config import parse_toml
 from sopdeploy.errors import DataError, amount, shorten
-from sopdeploy.images.signatures import has_image_suffix
 from sopdeploy.photos.cells import pair_with_files
 from sopdeploy.photos.class_folders import (
     class_in_name,
-    find_leftover_paths,
     is_packed,
     no_classes_error,
     suggest_sorting_by_hand,
 )
+from sopdeploy.photos.doubts import (
+    PARTS_OF_ONE,
+    describe_doubt,
+    find_doubtful,
+    find_shown_in_documents,
+    may_hold_all,
+)
 from sopdeploy.photos.files import (
     FILES,
     FOLDERS,
-    HELD_OUT,
     LABELS_FILE,
     SUBFOLDERS,
     TRAIN,
     TRAINING,
     Parts,
-    is_general,
-    list_images,
-    lookalike_key,
     part_kind,
     part_of,
 )
-from sopdeploy.photos.forms import find_other_sizes, find_variants
 from sopdeploy.photos.table import OpenedParts
-from sopdeploy.photos.table_search import (
-    DOCUMENTS,
-    find_listing_tables,
-    is_word,
-    named_table,
-    read_texts,
-    sample_names,
-)
+from sopdeploy.photos.table_search import find_listing_tables, named_table
+from sopdeploy.photos.tree import FEW_IMAGES, Tree
 
 # Where the class may be in a name: before the first digit, in the first two words if most names begin
 # with a digit (`10_club_3`), or behind the last one
 BEFORE_NUMBER = r"^\D+"
 TWO_WORDS = r"^[^\W_]+[\W_]+[^\W\d_]+"
 BEHIND_NUMBER = r"\D+$"
-SPARSE = 4  # missing numbers of numbered folders per folder; codes such as `A320` have more
-SMALL_CLASS = 10  # images that the smallest of uneven numbered classes has
-FEW_IMAGES = 3  # that names and subfolders must have per class on average
 NEARLY_ALL = 0.9  # share of the images that a reading uses if nobody is asked
 MAX_FOLDERS = 3  # that are tried as data sets of their own, those with the most images
 MAX_ASKED = 8  # readings that are shown, those that use the most images
-PARTS_OF_ONE = "may be parts of one class"  # as folders called by days are
-# Words of folders that say what was done with images, not what they show
-UNSPECIFIC = {
-    *(
-        "backup",
-        "bak",
-        "copy",
-        "copies",
-        "deleted",
-        "example",
-        "examples",
-        "figures",
-        "folder",
-        "misc",
-    ),
-    *("new", "old", "output", "outputs", "plots"),
-    *("pred", "preds", "prediction", "predictions", "result", "results", "sample", "samples"),
-    *("screenshot", "screenshots", "temp", "tmp"),
-    *("sort", "todo", "unknown", "unlabeled", "unlabelled", "unsorted", "untitled"),
-    *("neuer", "ordner", "nouveau", "dossier", "nueva", "carpeta"),  # new folder
-}
-# Names such as `day 1`, `ch12` and `c0`, but not `class 1`; WordNet's have more digits
-NUMBERED = re.compile(r"(?!class)\D*[^\W\d]\D*\d{1,3}", re.IGNORECASE)
-DATED = re.compile(r"(19|20)\d\d\D?[01]\d\D?[0-3]\d.*")
 
 
 class Reading(NamedTuple):
@@ -176,82 +142,6 @@ class AmbiguousFolderError(DataError):
     readings: Sequence[Tried] = ()
 
 
-class Tree:
-    """The images of a folder, as paths below it, and the folders at its top that hold some.
-
-    Those in the folders *leave_out*, and masks and the like, do not count. Raises `DataError` for a
-    folder that cannot be listed.
-    """
-
-    def __init__(self, root: Path, leave_out: Collection[str]) -> None:
-        paths, others = list_images(root)
-        self.root = root
-        leftovers = find_leftover_paths(root, paths)
-        self.paths = [
-            path
-            for path in paths
-            if os.fsdecode(path).partition("/")[0] not in leave_out and path not in leftovers
-        ]
-        self.leave_out = ",".join(leave_out)
-        self.others = others
-        self.images = [os.fsdecode(path) for path in self.paths]
-        self.counts = Counter(path.partition("/")[0] for path in self.images if "/" in path)
-        # Folders in each folder at the top, with the number of images that each holds itself.
-        self.inner = defaultdict[str, Counter[str]](Counter)
-        for path in self.images:
-            top, _, rest = path.partition("/")
-            if "/" in rest:
-                self.inner[top][rest.rpartition("/")[0]] += 1
-
-    @property
-    def tops(self) -> list[str]:
-        """The folders at the top that hold images, sorted."""
-        return sorted(self.counts)
-
-    @property
-    def numbered(self) -> list[list[str]]:
-        """The folders at its top that have a name in common with others except for a number, by this name."""
-        by_word = defaultdict[str, list[str]](list)
-        for top in filter(NUMBERED.fullmatch, self.tops):
-            by_word[_without_digits(top)].append(top)
-        return [tops for tops in by_word.values() if len(tops) > 1]
-
-    @property
-    def differs_in_numbers(self) -> bool:
-        """Whether the names of the folders at its top are the same except for a number."""
-        return self.numbered == [self.tops]
-
-    def by_top(self) -> dict[str, list[bytes]]:
-        """List the images below each folder at the top."""
-        paths = {top: list[bytes]() for top in self.tops}
-        for path in self.paths:
-            top, separator, _ = path.partition(b"/")
-            if separator:
-                paths[os.fsdecode(top)].append(path)
-        return paths
-
-    def may_hold_classes(self, folder: str) -> bool:
-        """Tell whether the folders in *folder* differ in words, and hold several images each.
-
-        Fewer images suffice if another folder at the top holds folders of the same names. Folders
-        that differ in a number only are the objects of a class or the days of a camera, unless the
-        name of *folder* is no class, such as `images` and `train_shapes`.
-        """
-        inner = self.inner.get(folder, Counter[str]())
-        words = {_without_digits(name) for name in inner}
-        of_training = {*re.split(r"[\W_]+", folder.lower())} & {*TRAINING}
-        if len(inner) < 2 or (len(words) < 2 and not is_general(folder) and not of_training):
-            return False
-        is_shared = any(
-            inner.keys() == one.keys() for top, one in self.inner.items() if top != folder
-        )
-        return is_shared or inner.total() >= FEW_IMAGES * len(inner)
-
-
-def _without_digits(name: str) -> str:
-    return re.sub(r"[\d\W_]+", "", name)
-
-
 def propose_readings(tree: Tree, parts: Parts, num_part_classes: int) -> list[Reading]:
     """List the readings of *tree* that names suggest, the likeliest one first; none is tried yet.
 
@@ -307,7 +197,7 @@ def _propose_folders(tree: Tree) -> Iterator[Reading]:
         and not part_kind(tops[0])
         and tree.counts[tops[0]] == len(tree.images)
     ):
-        doubts = [f"{top} {reason}" for top, reason in _shown_in_documents(tree).items()]
+        doubts = [f"{top} {reason}" for top, reason in find_shown_in_documents(tree).items()]
         yield Reading(tree.root / tops[0], f"{tops[0]} is the data set", doubt="".join(doubts))
         return
     if len(tops) < 2 or (all(map(part_kind, tops)) and not tree.inner):
@@ -316,8 +206,8 @@ def _propose_folders(tree: Tree) -> Iterator[Reading]:
     # The folders at the top, also without those that may be no classes.
     holding = [top for top in tops if tree.may_hold_classes(top)]
     holding.sort(key=lambda top: -tree.counts[top])
-    doubtful = _doubtful_together(tree) | _doubtful_folders(tree)
-    yield _top_folders(tree, _describe_doubt(tree, doubtful, holding))
+    doubtful = find_doubtful(tree)
+    yield _top_folders(tree, describe_doubt(tree, doubtful, holding))
     if doubtful and len(tops) - len(doubtful) > 1:
         names = ",".join(filter(None, (tree.leave_out, *sorted(doubtful))))
         yield Reading(tree.root, f"without {names}", FOLDERS, names)
@@ -330,144 +220,6 @@ def _propose_folders(tree: Tree) -> Iterator[Reading]:
     }
     if holding and not any(map(part_kind, (*tops, *words))):
         yield Reading(tree.root, "by the innermost folders", SUBFOLDERS)
-
-
-def _describe_doubt(tree: Tree, doubtful: dict[str, str], holding: Sequence[str]) -> str:
-    """Say why the folders at the top may not be the classes; "" if nothing tells.
-
-    *doubtful* are those that may be none, and why. *holding* are those that may hold classes.
-    """
-    if doubtful:
-        names_of = defaultdict[str, list[str]](list)
-        for name in sorted(doubtful):
-            names_of[doubtful[name]].append(name)
-        return "; ".join(f"{shorten(names)} {reason}" for reason, names in names_of.items())
-
-    # Parts of the data in each class
-    inside = sorted(
-        {
-            f"{top}/{path}"
-            for top in tree.tops
-            for path in tree.inner.get(top, ())
-            if part_of(f"{path}/") == TRAIN
-        }
-    )
-    if inside:
-        return (
-            f"they hold parts of the data, {shorten(inside)}; put the parts above the classes"
-        )
-
-    # Classes beside folders that hold none, and the same classes in numbered folders
-    inner = {frozenset(tree.inner.get(top, ())) for top in tree.tops}
-    have_same = tree.differs_in_numbers and len(inner) == 1
-    if holding and (have_same or frozenset() in inner):
-        return f"the folders in {shorten(holding)} may be the classes"
-    return ""
-
-
-def _doubtful_folders(tree: Tree) -> dict[str, str]:
-    """Return the folders at the top that may be no classes by their names, and why."""
-    tops = tree.tops
-    doubtful = {}
-    for top in tops:
-        words = [word for word in re.split(r"[\W_\d]+", top.lower()) if word not in ("", "to")]
-        others = {lookalike_key(other) for other in tops if other != top}
-        without, whole = (
-            re.sub(r"[\W_]+", " ", name).strip() for name in (_without_unspecific(top), top)
-        )
-        if part_kind(top) in HELD_OUT or re.split(r"[\W_]+", top.lower())[-1] in HELD_OUT:
-            doubtful[top] = "may hold other photos of the classes"
-        elif _may_hold_all(top):
-            doubtful[top] = "may hold the images of all classes"
-        elif words and (
-            UNSPECIFIC.issuperset(words)
-            or (without != whole and lookalike_key(without) in others)
-        ):
-            doubtful[top] = "may be named for what was done with images, not for what they show"
-        elif {name.lower() for name in tree.inner.get(top, ())} & others:
-            doubtful[top] = (
-                "may hold the classes: folders with the names of the others are inside"
-            )
-    return doubtful
-
-
-def _doubtful_together(tree: Tree) -> dict[str, str]:
-    """Return the folders at the top that may be no classes beside the others, and why.
-
-    Names alone tell nothing of them.
-    """
-    # Forms of the same pictures, and things of other sizes, such as boards and pieces
-    images = tree.by_top()
-    forms = find_variants(tree.root, images)
-    sizes = find_other_sizes(tree.root, images)
-    return {
-        **dict.fromkeys(
-            sizes, "may show other things, because no other images have such sizes"
-        ),
-        **dict.fromkeys(forms, "may hold the same pictures in several forms"),
-        **_shown_in_documents(tree),
-        **_parts_of_one_class(tree),
-    }
-
-
-def _shown_in_documents(tree: Tree) -> dict[str, str]:
-    """Return the folders at the top of whose images a document shows most, such as the figures of a report."""
-    others = [tree.root / other for other in tree.others]
-    documents = [*read_texts(others, DOCUMENTS)]
-    shown = {}
-    for top, paths in tree.by_top().items():
-        names = {path.name for path in sample_names(paths)}
-        for document, text in documents:
-            num_shown = sum(is_word(name, text) for name in names)
-            if num_shown > 1 and 2 * num_shown >= len(names):
-                shown[top] = f"may illustrate a text, because {document.name} shows the images"
-    return shown
-
-
-def _parts_of_one_class(tree: Tree) -> dict[str, str]:
-    """Return the folders at the top that may be parts of one class, such as days and exercises, and why.
-
-    The names of parts are dates, or differ in a number only.
-    """
-    dated = [top for top in tree.tops if DATED.fullmatch(top)]
-    doubtful = {}
-    if len(dated) > 1:
-        doubtful = dict.fromkeys(dated, f"{PARTS_OF_ONE}, because their names are dates")
-
-    for family in tree.numbered:
-        if reason := _why_parts(tree, family):
-            doubtful |= dict.fromkeys(family, f"{PARTS_OF_ONE}, because {reason}")
-    return doubtful
-
-
-def _why_parts(tree: Tree, family: Sequence[str]) -> str:
-    """Say why the folders *family*, which differ in a number, may be parts of one class; "" if nothing tells.
-
-    Nobody chose how many images each chapter has, so some have few, or their number is missing, because
-    they have none. Of codes such as `A320` and `A380`, nearly all numbers between are missing.
-    """
-    numbers = {int(re.findall(r"\d+", top)[-1]) for top in family}
-    missing = sorted({*range(min(numbers), max(numbers))} - numbers)
-    if missing and len(missing) < SPARSE * len(numbers):
-        are_missing = "number {} is missing" if len(missing) == 1 else "numbers {} are missing"
-        return are_missing.format(shorten([*map(str, missing)]))
-
-    smallest = min(family, key=lambda top: tree.counts[top])
-    if tree.counts[smallest] < min(SMALL_CLASS, max(tree.counts[top] for top in family)):
-        return f"{smallest} has only {amount(tree.counts[smallest], 'image')}"
-    return ""
-
-
-def _may_hold_all(folder: str) -> bool:
-    """Tell whether the name of *folder* says only that it holds images, or of which format."""
-    return is_general(folder) or has_image_suffix(f"x.{folder}")
-
-
-def _without_unspecific(name: str) -> str:
-    """Return *name* without `UNSPECIFIC` words, so `b` for `b - Copy` and `b (2)`; *name* itself if it has none."""
-    words = re.split(r"([\W_]+)", re.sub(r" ?\(\d+\)$", "", name))
-    kept = [word for word in words if word.lower() not in {*UNSPECIFIC, "of"}]
-    return "".join(kept)
 
 
 def _propose_names(tree: Tree) -> Iterator[Reading]:
@@ -617,7 +369,7 @@ def _describe_unread(reading: Reading, error: DataError) -> str:
 
 def _suggest_sorting(tree: Tree) -> str:
     """Say how the first folder that may hold the images of all classes, unsorted, can be sorted."""
-    unsorted = [top for top in tree.tops if _may_hold_all(top) and top not in tree.inner]
+    unsorted = [top for top in tree.tops if may_hold_all(top) and top not in tree.inner]
     if not unsorted:
         return ""
     by_hand = suggest_sorting_by_hand(tree.root / unsorted[0])
