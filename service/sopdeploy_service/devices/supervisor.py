@@ -226,22 +226,24 @@ class Supervisor:
         if keys == self._keys.ring.keys:
             return
 
-        # Send the new keys; a process that cannot receive them is replaced.
-        async with self._starting:  # no process starts with the earlier ones
-            try:
-                new = SharedKeys(keys, self._keys.ring)
-            except OSError as error:
-                log.error("keys not reloaded, those in use stay: %s", error.strerror)
-                return
+        try:
+            new = SharedKeys(keys, self._keys.ring)
+        except OSError as error:
+            log.error("keys not reloaded, those in use stay: %s", error.strerror)
+            return
 
-            self._keys.close()
-            self._keys = new
-
-            for process in self._servers:
-                is_sent = process.send(control.KEYS, b"", *new.files)
-                if process.control is not None and not is_sent:
-                    self._replace(process, NO_KEYS)
+        # A process that is starting gets them when it has started.
+        self._keys.close()
+        self._keys = new
+        for process in self._servers:
+            self._send_keys(process)
         log.info("keys reloaded", extra={"keys": len(keys)})
+
+    def _send_keys(self, process: Process) -> None:
+        """Send the keys to *process*, which is replaced if it cannot receive them."""
+        is_sent = process.send(control.KEYS, b"", *self._keys.files)
+        if process.control is not None and not is_sent:
+            self._replace(process, NO_KEYS)
 
     async def _supervise(self, process: Process) -> None:
         """Start *process* whenever it has ended, until the server stops.
@@ -354,11 +356,16 @@ class Supervisor:
 
         # Start it, with its socket. One that serves HTTP also gets the keys, and what it shares.
         ours, theirs = control.socket_pair()
-        with theirs, ExitStack() as unless_started:
+        with theirs, ExitStack() as sent, ExitStack() as unless_started:
             unless_started.enter_context(ours)
             files = [theirs.fileno()]
+            keys = self._keys
             if process in self._servers:
-                files += [self._shared, *self._keys.files]
+                # A reload closes the files of the keys, also while the template is asked.
+                key_files = [os.dup(file) for file in keys.files]
+                for file in key_files:
+                    sent.callback(os.close, file)
+                files += [self._shared, *key_files]
             process.child = await self._template.start(config, *files)
             unless_started.pop_all()
 
@@ -368,6 +375,8 @@ class Supervisor:
         # Listen to it, and connect a front end with the device processes that are ready.
         process.reset(ours)
         self._loop.add_reader(ours, self._receive, process)
+        if process in self._servers and self._keys is not keys:  # reloaded meanwhile
+            self._send_keys(process)
 
         if process.is_front_end:
             self._channels.connect_devices(process)

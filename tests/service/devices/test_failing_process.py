@@ -27,6 +27,7 @@ from tests.service.devices.test_device_process import (
     until,
 )
 from tests.service.devices.test_supervisor import TimelessLoop
+from tests.support.children import num_open_files
 from tests.support.fake_runtime import FakeRuntime
 
 
@@ -92,13 +93,16 @@ def test_only_a_process_that_serves_clients_gets_the_keys(name, has_keys, monkey
         with ExitStack() as stack:
             server = Server(stack)
             server.supervisor._shared = -1
-            server.supervisor._keys = SimpleNamespace(files=(-2, -3))
+            server.supervisor._keys = SharedKeys(())
+            stack.callback(server.supervisor._keys.close)
             monkeypatch.setattr(server.supervisor._template, "start", start)
+            num_open = num_open_files()
             with pytest.raises(BlockingIOError):
                 await server.supervisor._start(server.processes[name])
+            assert num_open_files() == num_open
 
     asyncio.run(scenario())
-    assert files == ([-1, -2, -3] if has_keys else [])
+    assert (files[:1], len(files)) == (([-1], 3) if has_keys else ([], 0))
 
 
 @pytest.mark.parametrize("message", [b"", b" "])
@@ -321,6 +325,45 @@ def test_a_process_that_cannot_receive_new_keys_is_replaced(tmp_path, monkeypatc
             server.receive("front-1")
             assert server.killed == ["front-0", "front-1"]
             assert second.control is None
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_reloaded", [True, False])
+def test_keys_are_reloaded_while_a_process_starts_which_then_gets_them(
+    tmp_path, monkeypatch, is_reloaded: bool
+) -> None:
+    path = tmp_path / "keys.toml"
+    new_key(path, "client")
+
+    async def scenario() -> None:
+        with ExitStack() as stack:
+            server = Server(stack)
+            one = server.supervisor
+            one._shared = -1
+            one._settings = one._settings.model_copy(update={"keys": path})
+            one._keys = SharedKeys(())
+            stack.callback(lambda: one._keys.close())
+            starting = server.processes["front-0"]
+            child = starting.child
+
+            async def start(_config: LaunchConfig, file: int, *_shared: int) -> object:
+                if is_reloaded:
+                    await asyncio.wait_for(one._reload_keys(), 60)
+                server.ends["new"] = stack.enter_context(socket.socket(fileno=os.dup(file)))
+                return child
+
+            monkeypatch.setattr(one._template, "start", start)
+            async with one._starting:
+                await one._start(starting)
+            one._close_control(starting)
+
+            for name in ("new", "front-1"):
+                received = [control.receive_message(server.ends[name]) for _ in range(3)]
+                kinds = [message.kind for message in received]
+                assert (control.KEYS in kinds) == is_reloaded, name
+                for file in (file for message in received for file in message.files):
+                    os.close(file)
 
     asyncio.run(scenario())
 
