@@ -220,6 +220,27 @@ def test_a_graph_without_the_file_of_its_weights_is_refused(path: Path) -> None:
         OnnxRuntime(alone, Settings(threads=1))
 
 
+PLACES = {
+    "beyond the end": {"offset": "64000000"},
+    "before the beginning": {"offset": "-64"},
+    "in another file": {"location": "../../../../etc/hostname"},
+    "in the memory of the process": {"location": "*/_ORT_MEM_ADDR_/*"},
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_a_runtime_reads_no_weight_outside_of_the_file(case: str, path: Path) -> None:
+    """A server does not compute the graph hash, so ONNX Runtime alone decides what it reads."""
+    bundle = open_bundle(path)
+    model = onnx.load_model_from_string(bundle.onnx.read())
+    weight = next(each for each in model.graph.initializer if each.external_data)
+    for entry in weight.external_data:
+        entry.value = PLACES[case].get(entry.key, entry.value)
+    changed = replace(bundle, graph=SealedFile([model.SerializeToString()]))
+    with pytest.raises(RuntimeUnavailableError, match=r"cannot load the graph"):
+        OnnxRuntime(changed, Settings(threads=1))
+
+
 def test_an_archive_has_both_files(path: Path, tmp_path: Path) -> None:
     archive = io.BytesIO()
     write_archive(open_bundle(path), archive)
