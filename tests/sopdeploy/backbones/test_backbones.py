@@ -71,3 +71,15 @@ def test_a_block_with_a_stride_has_a_shortcut_though_it_keeps_the_channels() -> 
     images = torch.zeros(1, 4, 8, 8)
     for block in (BasicBlock(4, 4, 2), BasicBlock(4, 4, 2, "pad"), PreActBasicBlock(4, 4, 2)):
         assert block(images).shape == (1, 4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [("resnet20", 32), ("resnext29-8x64d", 32), ("wrn36-2", 64)]
+)
+def test_the_last_maps_of_small_images_have_eight_by_eight_positions(
+    name: str, side: int
+) -> None:
+    with torch.device("meta"):
+        network = create_model(name, num_classes=10)
+        maps, _ = network.feature_maps(torch.empty(1, 3, side, side))
+    assert maps.shape[2:] == (8, 8)
