@@ -78,12 +78,12 @@ from sopdeploy_export.prove.certificate import Certificate, Checks, Roots, kind_
 from sopdeploy_export.prove.constants import check_constants
 from sopdeploy_export.prove.file import ParityReport, prove_file
 from sopdeploy_export.prove.graphs import prove_graph
-from sopdeploy_export.prove.images import check_mixing, run_with_neighbors
+from sopdeploy_export.prove.images import check_mixing, run_file
 from sopdeploy_export.prove.networks import Compared, build_plain
 from sopdeploy_export.prove.plain_run import PlainRuns, measure_plain_run
 from sopdeploy_export.prove.reference import ParityReference, compute_reference
 from sopdeploy_export.prove.removed import has_tensors, list_tensors, prove_removed
-from sopdeploy_export.runs import LOGITS, PlainOutputs, open_session, run_probes
+from sopdeploy_export.runs import LARGEST_BATCH, LOGITS, PlainOutputs, open_session, run_probes
 from sopdeploy_export.subject import Detachment, ExportSubject
 
 MANY_BYTES = 500_000_000  # of weights, which are worth the half second of a collection
@@ -467,9 +467,7 @@ def _measure(
     # The file runs first, because the network is compared with it.
     checks.begin("Plain run")
     named_images = export_images(preprocess)
-    file_runs = run_with_neighbors(
-        file.session, np.stack([*named_images.values()]), options.max_batch
-    )
+    file_runs = run_file(file.session, np.stack([*named_images.values()]), options.batch)
     with attributes_restored(subject.network):
         plain_runs = measure_plain_run(
             trained,
@@ -503,7 +501,12 @@ def _measure(
         exact,
         images,
         options.batch,
-        ran={name: rows[-len(images) :] for name, rows in file_runs.outputs.items()},
+        ran={
+            options.batch.optimum: file_runs.in_optimum,
+            min(LARGEST_BATCH, options.max_batch): {
+                name: rows[-len(images) :] for name, rows in file_runs.outputs.items()
+            },
+        },
         allow_numerical_error=options.allow_numerical_error,
     )
     # `file` is without its large weights, which count.

@@ -36,7 +36,7 @@ from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.prove.file import ParityReport, prove_file
 from sopdeploy_export.prove.graphs import prove_graph
-from sopdeploy_export.prove.images import run_with_neighbors
+from sopdeploy_export.prove.images import run_file
 from sopdeploy_export.prove.networks import Compared, build_plain
 from sopdeploy_export.prove.reference import ParityReference, compute_reference
 from sopdeploy_export.runs import open_session, run_probes
@@ -138,9 +138,7 @@ def write_file(
     found = write_graph(certified, preprocess, destination, options)
     if own:
         images = np.stack([*export_images(preprocess).values()])
-        assert not run_with_neighbors(
-            open_session(destination), images, options.max_batch
-        ).mixing
+        assert not run_file(open_session(destination), images, options.batch).mixing
     return found
 
 

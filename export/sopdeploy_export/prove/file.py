@@ -156,17 +156,16 @@ def prove_file(
     images: NDArray[np.uint8],
     batch: BatchRange,
     *,
-    ran: Arrays | None = None,
+    ran: Mapping[int, Arrays] | None = None,
     allow_numerical_error: bool = False,
 ) -> ParityReport:
     """Compare the file that *session* has loaded with *expected* on uint8 *images* (P, H, W, 3).
 
-    *model* is the content of the file; its operators and its size are reported. *ran* are its
-    outputs (P, ...) for *images* in batches of `LARGEST_BATCH`, if it ran already. All images run in
-    batches of this size, and the last ones in batches of 1, of 2 and of the optimum of *batch*, as far
-    as *batch* accepts these sizes. Larger batches do not run. Raises `ParityError` if the file rejects
-    one of these sizes, or returns another shape or values that are not finite. Also raises it, unless
-    *allow_numerical_error* is set, if
+    *model* is the content of the file; its operators and its size are reported. All images run in
+    batches of `LARGEST_BATCH`, and the last ones in batches of 1, of 2 and of the optimum of *batch*, as
+    far as *batch* accepts these sizes. *ran* has the outputs by batch size, as far as they are known.
+    Larger batches do not run. Raises `ParityError` if the file rejects one of these sizes, or returns
+    another shape or values that are not finite. Also raises it, unless *allow_numerical_error* is set, if
 
     - two runs of the network itself differ by more than rounding,
     - the noise floor is so large that a file which ignores its input would pass,
@@ -175,14 +174,13 @@ def prove_file(
 
     With *allow_numerical_error*, `drift_allowed` of the report says that one of these limits was exceeded.
     """
-    # Batches of the main size have all images, and the others the last ones. A batch of the optimum
-    # repeats them.
+    # Batches of the main size have all images, and the others the last ones.
     main_size = min(LARGEST_BATCH, batch.maximum)
     others = {1, min(2, batch.maximum), batch.optimum} - {main_size}
-    by_size = {
-        size: file_outputs(session, images[-SINGLE_PROBES:], size) for size in sorted(others)
-    }
-    by_size[main_size] = ran or file_outputs(session, images, main_size)
+    by_size = {} if ran is None else dict(ran)
+    for size in {*others, main_size} - by_size.keys():
+        images_of_size = images if size == main_size else images[-SINGLE_PROBES:]
+        by_size[size] = file_outputs(session, images_of_size, size)
     by_size = dict(sorted(by_size.items()))
 
     # The images that are compared. Left out are those on which the gate of a mixture may choose

@@ -18,33 +18,69 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError
-from sopdeploy_export.runs import LARGEST_BATCH, Arrays, file_outputs
+from sopdeploy_export.runs import LARGEST_BATCH, SINGLE_PROBES, Arrays, file_outputs
 
 STATEMENT = (
     "The outputs for an image stay equal in every bit if the rest of its batch is replaced by ordinary or "
     "extreme images. With --allow-batch-dependence, the bundle records which outputs change."
 )
 IS_PROVED = False
+# Of the images of an export, those that fill a batch of the optimum: dark, letterboxed, half-plain and gray
+# ones. All others run beside different images; at first these extreme ones, black, white, saturated and a
+# checkerboard of single pixels, because values that are rare can decide whether images mix.
+IN_OPTIMUM = (0, 2, 4, 5, 8)
+EXTREME = (7, 1, 6, 3)
 
 
 class FileRuns(NamedTuple):
-    """The outputs (P, ...) of a file for P images by name, and the names of those that mix images."""
+    """The outputs (P, ...) of a file for P images by name, and the names of those that mix images.
+
+    `in_optimum` are the outputs for the last `SINGLE_PROBES` images in a batch of the optimum, if it ran.
+    """
 
     outputs: Arrays
     mixing: tuple[str, ...]
+    in_optimum: Arrays
+
+
+def run_file(
+    session: ort.InferenceSession, images: NDArray[np.uint8], batch: BatchRange
+) -> FileRuns:
+    """Run the file on *images*, uint8 (P, H, W, 3), those of an export, in batches that *batch* accepts.
+
+    `IN_OPTIMUM` and the last `SINGLE_PROBES` run in batches of the optimum, and all but
+    `IN_OPTIMUM` with several other images beside each.
+    """
+    count = len(IN_OPTIMUM)
+    generated = range(count + len(EXTREME), len(images))
+    numbers = [*IN_OPTIMUM, *EXTREME, *generated]
+
+    filling_and_last = np.concatenate([images[numbers[:count]], images[-SINGLE_PROBES:]])
+    in_optimum = file_outputs(session, filling_and_last, batch.optimum)
+    outputs, mixing = run_with_neighbors(session, images[numbers[count:]], batch.maximum)
+
+    # All images, in their order.
+    order = np.argsort(numbers)
+    outputs = {
+        name: np.concatenate([in_optimum[name][:count], rows])[order]
+        for name, rows in outputs.items()
+    }
+    return FileRuns(outputs, mixing, {name: rows[count:] for name, rows in in_optimum.items()})
 
 
 def run_with_neighbors(
     session: ort.InferenceSession, images: NDArray[np.uint8], largest: int
-) -> FileRuns:
+) -> tuple[Arrays, tuple[str, ...]]:
     """Run the file on *images*, uint8 (P, H, W, 3), with several other images beside each.
 
-    *largest* is the largest batch that the file accepts.
+    *largest* is the largest batch that the file accepts. Returns the outputs (P, ...) by name, and the
+    names of those that mix images.
     """
     size = min(LARGEST_BATCH, largest)
     if size == 1:  # there are no other images
-        return FileRuns(file_outputs(session, images, 1), ())
+        return file_outputs(session, images, 1), ()
 
     # The first run.
     unused = itertools.cycle(range(len(images)))
@@ -70,7 +106,7 @@ def run_with_neighbors(
         name: np.stack([row for _, row in sorted(rows.items())])
         for name, rows in by_number.items()
     }
-    return FileRuns(outputs, tuple(mixing))
+    return outputs, tuple(mixing)
 
 
 def _plan_replacements(size: int, count: int) -> list[tuple[NDArray[np.bool_], bool]]:

@@ -6,8 +6,9 @@ import pytest
 from onnx import parser
 
 from sopdeploy import Preprocess
+from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy_export.capture.deployed import export_images
-from sopdeploy_export.prove.images import run_with_neighbors
+from sopdeploy_export.prove.images import EXTREME, IN_OPTIMUM, FileRuns, run_file
 from sopdeploy_export.runs import open_session
 
 HEAD = """<ir_version: 8, opset_import: ["" : 18]>
@@ -49,12 +50,38 @@ MIXING = {
     "a shape that exchanges rows": "x = Reshape(v, turned)  logits = Transpose(x)",
     "a cumulative sum": "logits = CumSum(v, first)",
 }
-IMAGES = np.stack([*export_images(Preprocess(resize=8, crop=8)).values()])
+NAMED = export_images(Preprocess(resize=8, crop=8))
+IMAGES = np.stack([*NAMED.values()])
+
+
+def run(body: str, largest: int = 8) -> FileRuns:
+    model: onnx.ModelProto = parser.parse_model(HEAD + body + " }")
+    batch = BatchRange(optimum=largest, maximum=largest)
+    return run_file(open_session(model), IMAGES, batch)
 
 
 def mixing(body: str, largest: int = 8) -> tuple[str, ...]:
-    model: onnx.ModelProto = parser.parse_model(HEAD + body + " }")
-    return run_with_neighbors(open_session(model), IMAGES, largest).mixing
+    return run(body, largest).mixing
+
+
+@pytest.mark.parametrize("largest", [1, 2, 5, 8])
+def test_the_outputs_of_a_file_are_in_the_order_of_the_images(largest: int) -> None:
+    runs = run("logits = Identity(v)", largest)
+    means = IMAGES.mean((1, 2))
+    assert runs.outputs["logits"] == pytest.approx(means, rel=1e-5)
+    assert runs.in_optimum["logits"] == pytest.approx(means[-2:], rel=1e-5)
+
+
+def test_extreme_images_run_beside_different_ones() -> None:
+    names = [*NAMED]
+    assert [names[number] for number in EXTREME] == [
+        "a black image",
+        "a white image",
+        "a saturated image",
+        "a checkerboard of single pixels",
+    ]
+    kinds = [name for name in names if not name.startswith("reference image")]
+    assert sorted([*IN_OPTIMUM, *EXTREME]) == [*range(len(kinds))]
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)
