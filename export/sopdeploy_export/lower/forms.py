@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 import torch._refs.fft
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -362,14 +362,23 @@ DECOMPOSED = {
 }
 
 
+def _is_changed(node: fx.Node) -> bool:
+    """Return whether `decompose` changes *node*; `_attention` leaves attention of four axes without a mask."""
+    if node.target is not ATTENTION:
+        return node.target in DECOMPOSED
+    query: Any = node.args[0]
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    return mask is not None or query.meta["val"].dim() != 4
+
+
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """Write the operators in `DECOMPOSED` in a form that the converter knows; *program* does not change.
 
-    Returns *program* itself if it has none of these operators. Their forms, and the converter's form
+    Returns *program* itself if none of its operators changes. Their forms, and the converter's form
     of attention, give results with other strides than torch does. A view of them may be impossible,
     so every view becomes a contiguous copy in another shape.
     """
-    if not any(node.target in DECOMPOSED for node in program.graph.nodes):
+    if not any(map(_is_changed, program.graph.nodes)):
         return program
     decomposed: ExportedProgram = program.run_decompositions(
         {
