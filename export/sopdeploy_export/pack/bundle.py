@@ -38,8 +38,8 @@ def count_costs(
     """Count the costs of *network* in train mode, and in eval mode without its *removed* parts.
 
     The costs are for an image of *side* x *side* pixels. Parts that only training needs may run
-    in train mode only. If *network* cannot be copied, or fails in train mode, for example without
-    targets, the first costs are those in eval mode, too.
+    in train mode only. If nothing is removed, if *network* cannot be copied, or if it fails in train
+    mode, for example without targets, the first costs are those in eval mode, too.
     """
     # What ships: the counts in eval mode, without the counts of the removed parts.
     in_eval = tally(network, side)
@@ -48,6 +48,8 @@ def count_costs(
         for counts in (in_eval.parameters, in_eval.macs)
     )
     shipped = Tally(parameters=parameters, macs=macs)
+    if not removed:
+        return in_eval.total(), shipped.total()
 
     # What was trained: the counts of a copy in train mode, in which its code can change what
     # the network holds.
