@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
@@ -91,69 +91,99 @@ def admit(
     """
     may_be_equal = None if options is None else options.allow_numerical_error
     options = ExportOptions() if options is None else options
-    check_torch_state()
-    parts = match_parts(network, training_only)
-    check_exportable(network, parts)
-    check_tensors(network, parts)
-
+    parts = _check_before_runs(network, training_only)
     num_bytes = weight_bytes(network, parts)
     size_warnings = check_size(num_bytes, options.precision)
-
     empty_caches(network, preprocess)  # of earlier runs, for as long as *network* is `prepared`
 
     # It runs once on the images of all later comparisons.
     step("running the network")
-    generated = generated_images(preprocess.crop)
     images = torch.from_numpy(np.stack([*export_images(preprocess).values()]))
     deployed = Deployed(network, preprocess).eval()
     plain = run_first(deployed, images, classes, options.max_batch)
     logits = plain.outputs[0]
-    num_classes = logits.shape[1]
-    if classes == num_classes == 1 and not several_classes:
-        raise ConfigError(
-            "the trained network has one logit, whose softmax is always 1: give the names of two "
-            "classes, first the one with label 0, or keep one name for the sigmoid of the logit",
-            setting="labels",
-            remedies={"several_classes": True},
-        )
-    is_completed = EXPORT_TWO_CLASSES in vars(network) and not logits[:, 0].any()
-    warnings = (
-        *size_warnings,
-        *check_depends_on_images(
-            network,
-            logits,
-            allowed=may_be_equal,
-            advice="load its trained weights, or check that the image reaches them",
-        ),
-        *check_logits(
-            logits[:, 1:] if is_completed else logits, several_classes=several_classes
-        ),
+    warnings = _check_values(
+        network, logits, classes, several_classes=several_classes, may_be_equal=may_be_equal
     )
+    generated = generated_images(preprocess.crop)
     if options.with_features:  # one more output
-        add_embedding_output(network, preprocess, generated, num_classes, parts)
+        add_embedding_output(network, preprocess, generated, logits.shape[1], parts)
         plain = run_first(deployed, images, classes, options.max_batch)
 
-    # Capture it, and check what the graph shows. A tensor with broken values counts if the
-    # outputs need it.
     step("capturing the network")
     trained = Compared.of("trained", network, preprocess, options.batch)
-    needed = {name: trained.tensors[name] for name in trained.needed if not is_in(name, *parts)}
-    check_finite(needed, logits[-len(generated) :])
-    check_ends_in_no_sigmoid(trained.program)
-    prove_removed(trained, parts)
+    _check_graph(trained, parts, logits[-len(generated) :])
 
     removable = find_unneeded(trained, parts)
     return Admitted(
         trained=trained,
         plain=plain,
         parts=parts,
-        num_classes=num_classes,
+        num_classes=logits.shape[1],
         num_bytes=num_bytes,
-        is_completed=is_completed,
+        is_completed=_is_completed(network, logits),
         removable=removable,
         shared_rests=find_shared_rests(trained, removable),
-        warnings=warnings,
+        warnings=(*size_warnings, *warnings),
     )
+
+
+def _check_before_runs(network: nn.Module, training_only: Sequence[str]) -> tuple[str, ...]:
+    """Check what needs no run of *network*; return its outermost parts that match *training_only*."""
+    check_torch_state()
+    parts = match_parts(network, training_only)
+    check_exportable(network, parts)
+    check_tensors(network, parts)
+    return parts
+
+
+def _check_values(
+    network: nn.Module,
+    logits: Tensor,
+    classes: int | None,
+    *,
+    several_classes: bool,
+    may_be_equal: bool | None,
+) -> tuple[str, ...]:
+    """Check the *logits* (P, C) of *network* for the images of an export; return warnings.
+
+    *may_be_equal* is `allowed` of `check_depends_on_images`. The other arguments and the errors are those
+    of `admit`.
+    """
+    if classes == logits.shape[1] == 1 and not several_classes:
+        raise ConfigError(
+            "the trained network has one logit, whose softmax is always 1: give the names of two "
+            "classes, first the one with label 0, or keep one name for the sigmoid of the logit",
+            setting="labels",
+            remedies={"several_classes": True},
+        )
+
+    own_logits = logits[:, 1:] if _is_completed(network, logits) else logits
+    return (
+        *check_depends_on_images(
+            network,
+            logits,
+            allowed=may_be_equal,
+            advice="load its trained weights, or check that the image reaches them",
+        ),
+        *check_logits(own_logits, several_classes=several_classes),
+    )
+
+
+def _is_completed(network: nn.Module, logits: Tensor) -> bool:
+    """Return whether a logit of 0 was put before the single one of *network*, which gives *logits* (P, C)."""
+    return EXPORT_TWO_CLASSES in vars(network) and not bool(logits[:, 0].any())
+
+
+def _check_graph(trained: Compared, parts: tuple[str, ...], logits: Tensor) -> None:
+    """Check what the graph of *trained* shows, if *parts* are removed; *logits* (P, C) are those of generated images.
+
+    A tensor with broken values counts if the outputs need it.
+    """
+    needed = {name: trained.tensors[name] for name in trained.needed if not is_in(name, *parts)}
+    check_finite(needed, logits)
+    check_ends_in_no_sigmoid(trained.program)
+    prove_removed(trained, parts)
 
 
 def check_labels(labels: Sequence[str]) -> None:
