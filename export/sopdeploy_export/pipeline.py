@@ -163,6 +163,7 @@ def _run_and_capture(
     check_depends_on_images(
         network,
         plain.outputs[0],
+        several_classes=subject.decision is not None and subject.decision.is_multi_label,
         allowed=options.allow_numerical_error,
         advice="train longer",
     )

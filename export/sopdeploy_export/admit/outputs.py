@@ -141,24 +141,35 @@ def check_finite(needed: Mapping[str, Tensor], logits: Tensor) -> None:
 
 
 def check_depends_on_images(
-    network: nn.Module, logits: Tensor, *, allowed: bool | None, advice: str
+    network: nn.Module,
+    logits: Tensor,
+    *,
+    several_classes: bool,
+    allowed: bool | None,
+    advice: str,
 ) -> tuple[str, ...]:
-    """Raise `LoweringError` if *network* returns equal *logits* (P, C) for all images; a warning if *allowed*.
+    """Raise `LoweringError` if *network* says the same of all images; a warning if *allowed*.
 
-    Nothing could be compared then. *allowed* is None where nothing is exported, so no option could
-    allow it. *advice* is part of the message. If a tensor of *network* is not finite, which can be the
-    reason, it is left to `check_finite`, which names this tensor.
+    Its *logits* (P, C) are then equal for all images or, without *several_classes*, differ by a number
+    that all classes have in common, which changes no probability. Nothing could be compared then.
+    *allowed* is None where nothing is exported, so no option could allow it. *advice* is part of the
+    message. If a tensor of *network* is not finite, which can be the reason, it is left to
+    `check_finite`, which names this tensor.
     """
-    spread = (logits.amax(dim=0) - logits.amin(dim=0)).amax()
-    depends = bool(spread > EQUAL * logits.abs().amax())
-    if len(logits) == 1 or depends:
+    kind = ""
+    if not _varies(logits, logits):
+        kind = "logits"
+    elif logits.shape[1] > 1 and not several_classes:
+        centered = logits - logits.mean(dim=1, keepdim=True)
+        kind = "" if _varies(centered, logits) else "probabilities"
+    if len(logits) == 1 or not kind:
         return ()
     if not all(
         bool(torch.isfinite(tensor).all()) for tensor in (logits, *tensors(network).values())
     ):
         return ()
 
-    problem = "the trained network returns the same logits for every reference image"
+    problem = f"the trained network returns the same {kind} for every reference image"
     if allowed:
         return (f"{problem}; is it trained?",)
     if allowed is None:
@@ -167,6 +178,12 @@ def check_depends_on_images(
         f"{problem}; {advice}; to export it as it is,",  # the remedy completes the sentence
         remedies={"allow_numerical_error": True},
     )
+
+
+def _varies(values: Tensor, logits: Tensor) -> bool:
+    """Return whether *values* (P, C) differ between images by more than rounding of the *logits* they are made of."""
+    spread = (values.amax(dim=0) - values.amin(dim=0)).amax()
+    return bool(spread > EQUAL * logits.abs().amax())
 
 
 def check_logits(logits: Tensor, *, several_classes: bool = False) -> tuple[str, ...]:

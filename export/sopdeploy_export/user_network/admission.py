@@ -163,6 +163,7 @@ def _check_values(
         *check_depends_on_images(
             network,
             logits,
+            several_classes=several_classes,
             allowed=may_be_equal,
             advice="load its trained weights, or check that the image reaches them",
         ),

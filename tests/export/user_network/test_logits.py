@@ -167,6 +167,31 @@ def test_logits_that_no_image_changes_are_refused_after_the_first_run(
     assert steps == ["running the network"]
 
 
+def of_first_class(x: Tensor) -> Tensor:
+    """Return the first of the logits *x* (B, C) for all classes, so that their softmax is always the same."""
+    return x[:, :1].expand(-1, x.shape[1])
+
+
+def test_probabilities_that_no_image_changes_are_refused_after_the_first_run(
+    tmp_path: Path,
+) -> None:
+    steps: list[str] = []
+
+    with pytest.raises(
+        LoweringError, match=r"same probabilities for every reference image; load .*; to .* try"
+    ):
+        export_small(
+            trained(Returns(of_first_class)), tmp_path, options=QUICK, on_step=steps.append
+        )
+    assert steps == ["running the network"]
+
+
+def test_equal_logits_of_several_classes_are_exported(tmp_path: Path) -> None:
+    network = trained(Returns(of_first_class))
+    exported = export_small(network, tmp_path, options=QUICK, several_classes=True)
+    assert exported.manifest.decision is not None
+
+
 def test_equal_logits_are_exported_with_a_warning_if_the_option_of_the_message_is_given(
     tmp_path: Path,
 ) -> None:
