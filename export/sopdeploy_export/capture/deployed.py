@@ -24,7 +24,7 @@ EXPORT_LOGITS = "_sopdeploy_logits"
 EXPORT_TWO_CLASSES = "_sopdeploy_two_classes"  # also of such a network
 EXPORT_EMBEDDING = "_sopdeploy_embedding"  # attribute of any network, see `compute_outputs`
 _SEED = 20_240_117
-SCENES = (14, 20)  # cells of noise along a side, which make something like a photo
+CELLS = 14  # of noise along a side, which make something like a photo
 LETTERBOX = 114  # the gray that detectors pad images with
 
 
@@ -231,36 +231,24 @@ def _describe_output(output: Any) -> str:
 
 
 def generated_images(side: int) -> NDArray[np.uint8]:
-    """Generate the images on which the file is compared, uint8 (6, side, side, 3), always the same ones.
-
-    There are fewer if *side* is at most 4, because some are equal then.
-    """
+    """Generate the images on which the file is compared, uint8 (4, side, side, 3), always the same ones."""
     random = np.random.default_rng(_SEED)
 
-    # A ramp from left to right, and a checkerboard with squares of 4 pixels.
+    # Ramps from left to right and from top to bottom, and a checkerboard with squares of 4 pixels.
     horizontal_ramp = np.tile(np.linspace(0, 255, side), (side, 1))
     square_of_pixel = np.arange(side) // 4  # the number of the square along either axis
     checkerboard = 255.0 * ((square_of_pixel[:, None] + square_of_pixel) % 2)
+    patterns = np.stack([horizontal_ramp, horizontal_ramp.T, checkerboard], axis=2)
 
-    # The patterns, and noise. The order of the draws decides the images.
-    images = [
-        np.stack([checkerboard] * 3, axis=2),
-        np.stack([horizontal_ramp, horizontal_ramp.T, checkerboard], axis=2),
-        random.integers(0, 256, (side, side, 3)),
-    ]
+    # Noise, and enlarged noise, like a photo. The order of the draws decides the images.
+    noise = random.integers(0, 256, (side, side, 3))
+    size = min(side, CELLS)
+    coarse = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
+    scene = np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
 
-    # Enlarged noise, like photos; and a plain color.
-    for cells in SCENES:
-        size = min(side, cells)
-        noise = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
-        enlarged = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
-        images.append(np.asarray(enlarged))
-    images.append(np.broadcast_to((0, 255, 0), (side, side, 3)))
-
-    # Each image once.
-    pixels = [np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images]
-    different = {image.tobytes(): image for image in pixels}
-    return np.stack([*different.values()])
+    plain = np.broadcast_to((0, 255, 0), (side, side, 3))
+    images = [patterns, noise, scene, plain]
+    return np.stack([np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images])
 
 
 def export_images(preprocess: Preprocess) -> dict[str, NDArray[np.uint8]]:
@@ -273,7 +261,7 @@ def export_images(preprocess: Preprocess) -> dict[str, NDArray[np.uint8]]:
     """
     side = preprocess.crop
     generated = generated_images(side)
-    *_, scene, other, _plain = generated
+    *_, scene, _plain = generated
     row, column = np.indices((side, side))[..., None]
     is_bar = abs(row - (side - 1) / 2) >= side / 4
     contrast = 4 * (scene.astype(np.int64) - 128) + 128
@@ -285,7 +273,7 @@ def export_images(preprocess: Preprocess) -> dict[str, NDArray[np.uint8]]:
         "a checkerboard of single pixels": (row + column) % 2 * 255,
         "a half-plain image": np.where(column < side / 2, 255, scene),
         "a letterboxed image with the background of the bundle": np.where(
-            is_bar, preprocess.background, other
+            is_bar, preprocess.background, scene[:, ::-1]
         ),
         "a saturated image": contrast.clip(0, 255),
         "a black image": np.zeros(1),
