@@ -69,7 +69,7 @@ def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
     }
     assert len(read_golden(bundle)) == verify(exported.path, Settings(threads=1)).golden == 3
     probes = read_probes(bundle)
-    assert probes.images.shape == (6, 16, 16, 3)
+    assert probes.images.shape == (4, 16, 16, 3)
     assert probes.tolerance["logits"] == exported.parity.logits.tolerance
     names = [
         tensor.name

@@ -19,8 +19,8 @@ from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import translating_errors
 from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
 
-# Fewer are noted; an export generates 12 and leaves out those whose route is undecided
-FEW_PROBES = 8
+# Fewer are noted; an export generates so many, and leaves out those whose route is undecided
+FEW_PROBES = 4
 WIDE = 0.1  # of the range of an output over the probes; a note says if a tolerance is above it
 ALLOWED_DRIFTS = 2  # tolerance in drifts, if `export --allow-numerical-error` allowed them
 _ROUNDING = 1 + 1e-9

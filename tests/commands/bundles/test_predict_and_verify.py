@@ -41,7 +41,8 @@ from sopdeploy_commands.bundles import scores as evaluate
 from sopdeploy_commands.bundles.bench import parse_batch_sizes
 from sopdeploy_commands.bundles.predict import FilePrediction, predict, print_prediction
 from sopdeploy_commands.bundles.scores import scores_of_bundle
-from sopdeploy_commands.bundles.verify import verify
+from sopdeploy_commands.bundles.verify import FEW_PROBES, verify
+from sopdeploy_export.capture.deployed import generated_images
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings, load_settings
@@ -105,6 +106,10 @@ def test_verify_reports_the_files_and_the_replays_at_two_batch_sizes(bundle_path
     assert [(entry.batch, entry.num_images) for entry in report.replays] == [(1, 3), (3, 3)]
     for entry in report.replays:
         assert entry.deviation["logits"] <= entry.tolerance["logits"]
+
+
+def test_verify_notes_no_lack_of_reference_images_after_an_ordinary_export() -> None:
+    assert len(generated_images(64)) >= FEW_PROBES
 
 
 def replace_weight(folder: Path) -> None:
