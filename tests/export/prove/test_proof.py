@@ -10,7 +10,13 @@ from torch.export import ExportedProgram
 
 from sopdeploy.errors import CertificateError
 from sopdeploy_export.network import copy_network
-from sopdeploy_export.program_hashes import ProgramRoot, fingerprint, program_root, tensor_hash
+from sopdeploy_export.program_hashes import (
+    ProgramRoot,
+    describe_difference,
+    fingerprint,
+    program_root,
+    tensor_hash,
+)
 
 
 def test_a_graph_module_is_copied() -> None:
@@ -148,3 +154,26 @@ def test_tensor_hash_depends_on_content_and_shape_but_not_on_strides() -> None:
     assert tensor_hash(square.t()) != tensor_hash(square)
     assert tensor_hash(square.reshape(9)) != tensor_hash(square)
     assert tensor_hash(torch.zeros(2)) != tensor_hash(torch.zeros(2) * -1.0)
+
+
+DIFFERENCES = [  # operations of a network and of the trained one by their hashes, and what is told
+    (
+        {"1": "add", "2": "mul"},
+        {"1": "add", "3": "sub"},
+        "it computes mul, the trained one sub",
+    ),
+    ({"1": "add", "2": "mul"}, {"1": "add"}, "it computes mul"),
+    ({"1": "add"}, {"1": "add", "3": "sub"}, "it lacks sub"),
+    (
+        {"2": "mul"},
+        {"3": "mul"},
+        "mul has other weights, operands or arguments than in the trained one",
+    ),
+    ({"1": "add"}, {"1": "add"}, "its inputs or outputs differ"),
+]
+
+
+@pytest.mark.parametrize(("nodes", "expected", "text"), DIFFERENCES)
+def test_a_difference_names_the_first_operation_of_each_network(nodes, expected, text) -> None:
+    found, trained = (ProgramRoot(sha256="", nodes=one) for one in (nodes, expected))
+    assert describe_difference(found, trained, "trained") == text

@@ -419,9 +419,3 @@ def test_the_largest_allowed_body_fits_into_the_memory_for_bodies(serve_with) ->
         FakeRuntime(num_classes=7), max_body_bytes=7_000_000, max_upload_bytes=8_000_000
     )
     assert client.post("/v1/classify", content=bytes(7_000_000)).status_code == 415
-
-
-def test_the_limit_of_bodies_is_also_that_of_a_smaller_body_in_json(serve_with) -> None:
-    client = serve_with(FakeRuntime(num_classes=7), max_body_bytes=1000)
-    reply = client.post("/v1/classify", json={"image": "a" * 1000})
-    assert (reply.status_code, reply.json()["code"]) == (413, "too_large")
