@@ -419,7 +419,9 @@ def _write_file(
         converted = convert_precision(
             certified, subject.preprocess, options, user_images, folder
         )
-        shipped_root = onnx_root(converted.model, _weights_in(folder))
+        shipped_root = root
+        if options.precision != "fp32":
+            shipped_root = onnx_root(converted.model, _weights_in(folder))
         (folder / GRAPH).write_bytes(converted.model.SerializeToString(deterministic=True))
 
         # Free the weights before the runtime loads them again.
