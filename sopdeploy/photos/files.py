@@ -102,8 +102,8 @@ def is_kept_as_unsure(name: str) -> bool:
 
 
 def sampled_name(path: Path) -> str:
-    """Return the name that the kept photograph *path* of the uniform sample gets with its label."""
-    return f"{path.stem}{SAMPLED}{path.suffix}"
+    """Return the name of the kept photograph *path* as one of the uniform sample that has a label."""
+    return f"{kept_id(path.name)}{SAMPLED}{path.suffix}"
 
 
 def numbered_name(path: Path, number: int) -> str:

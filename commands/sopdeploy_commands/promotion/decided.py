@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
-from sopdeploy.photos.files import HELD_OUT_SUFFIX, LABELLED_NAME, list_subfolders
+from sopdeploy.photos.files import (
+    HELD_OUT_SUFFIX,
+    LABELLED_NAME,
+    list_subfolders,
+    sampled_name,
+)
 
 KEEP_DECIDING = 60  # newest photographs, which decide again (docs/decisions.md)
 
@@ -12,6 +17,9 @@ def train_on_decided(held_out: Path) -> int:
 
     The newest `KEEP_DECIDING` stay. `label` puts them into PHOTOS-held-out, and PHOTOS must be
     beside it. Other photographs and folders of other names stay as they are.
+
+    What decides is of the uniform sample, or shows what one of the sample shows. 0.2.0 did not
+    say so in the names, and `train` would not count them as typical, so all get a name that does.
     """
     name = held_out.name.removesuffix(HELD_OUT_SUFFIX)
     photos = held_out.with_name(name) if name else held_out
@@ -28,7 +36,7 @@ def train_on_decided(held_out: Path) -> int:
 
     moved = 0
     for path in kept[KEEP_DECIDING:]:
-        target = photos / path.parent.name / path.name
+        target = photos / path.parent.name / sampled_name(path)
         if not target.exists():
             target.parent.mkdir(exist_ok=True)
             path.rename(target)
