@@ -294,7 +294,7 @@ def _list_periods(
 
     if len(kept):
         newest_first = kept[np.argsort(-times_N[kept], kind="stable")]
-        parts.append((f"newest {min(NEWEST, len(kept))}", newest_first[:NEWEST]))
+        parts.append(("newest photos", newest_first[:NEWEST]))
 
     # Weeks begin on Mondays.
     weeks: dict[str, list[int]] = {}

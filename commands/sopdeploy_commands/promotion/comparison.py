@@ -113,9 +113,11 @@ class Period(StrictModel):
 
     @property
     def line(self) -> str:
-        """The accuracies in one line."""
-        shares = [percent(right / self.num_images) for right in (self.first, self.second)]
-        return f"{self.of}: {shares[0]}, then {shares[1]} of {amount(self.num_images, 'photo')}"
+        """The figures in one line, in the words of `BundleComparison.summary`."""
+        return (
+            f"{self.of}: of {amount(self.num_images, 'photo')} {self.second:,} right, "
+            f"the live one {self.first:,}"
+        )
 
 
 class BundleComparison(StrictModel):
@@ -211,9 +213,8 @@ class BundleComparison(StrictModel):
                 yield check.problem
 
         if self.num_more_images is not None:
-            rounded = float(f"{self.num_more_images:.1e}")  # to two digits
-            asked = math.ceil(LABELS_PER_DECIDING * rounded)
-            yield f"label about {asked:,} more to decide, two fifths of which count here"
+            asked = float(f"{LABELS_PER_DECIDING * self.num_more_images:.1e}")  # two digits
+            yield f"label about {asked:,.0f} more to decide, two fifths of which count here"
 
         losers = [change for change in self.classes if change.losses > change.wins]
         has_others = len(self.classes) + len(self.new) > 1

@@ -467,7 +467,8 @@ def log_news(traffic: ModelTraffic, news: News, window: Sequence[Block]) -> None
     now = join_answers(window).newest(BLOCK * watch.alarm_blocks)
     shares = ""
     if before.has_unknown and now.has_unknown:
-        shares = f"; rejected {now.unknown.mean():.0%} of the images, before {before.unknown.mean():.0%}"
+        rejected = [100 * part.unknown.mean() for part in (now, before)]
+        shares = f"; rejected {rejected[0]:.0f} % of the images, before {rejected[1]:.0f} %"
 
     since = datetime.fromtimestamp(traffic.since, UTC)
     causes = describe_alarms(traffic.comparisons)

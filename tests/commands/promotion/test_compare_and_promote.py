@@ -606,11 +606,14 @@ def test_early_in_an_alarm_all_recent_photographs_decide_and_the_note_says_so(
 def test_accuracy_is_told_for_the_newest_photographs_and_by_week(bundles, labelled) -> None:
     found = compare(*bundles, as_kept(labelled(bundles[1]), days_ago=7, newest=10))
     assert [(one.of, one.num_images) for one in found.periods] == [
-        ("newest 30", 30),
+        ("newest photos", 30),
         ("week of 2025-12-22", 30),
         ("week of 2025-12-29", 10),
     ]
-    assert found.periods[0].line.startswith("newest 30: ")
+    newest = found.periods[0]
+    assert newest.line == (
+        f"newest photos: of 30 photos {newest.second} right, the live one {newest.first}"
+    )
 
 
 def test_a_bundle_that_lacks_a_class_or_has_another_name_is_refused(

@@ -124,7 +124,7 @@ def test_an_alarm_comes_within_two_hundred_images_and_names_the_share_that_is_re
     assert not site.traffic.watch.is_alarm
     site.send(8, model(threshold=0.0), seed=1, fall=5.0)
     assert site.traffic.watch.is_alarm
-    assert re.search(r"rejected \d\d% of the images, before \d%", caplog.text)
+    assert re.search(r"rejected \d\d % of the images, before \d %", caplog.text)
 
 
 @pytest.mark.file_times
