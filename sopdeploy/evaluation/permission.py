@@ -21,7 +21,8 @@ from sopdeploy.evaluation.statistics import ALPHA, Z_POWER, bound_difference, sc
 TOLERANCE = 5.0  # points that a bundle may lose on `TOLERANCE_IMAGES` photographs
 TOLERANCE_IMAGES = 100
 TENFOLD = 2 / 3  # of the tolerance remain with ten times as many (docs/decisions.md)
-# With fewer, the tolerance grows no more; the rule was measured from here on
+# With fewer, the tolerance grows no more, and a difference says too little about more images; the
+# rule was measured from here on
 MIN_TOLERANCE_IMAGES = 60
 MIN_IMAGES = 20  # with fewer, the score test errs more often than stated, and nothing passes
 OLD_TOLERANCES = 2  # tolerances that the old classes alone may lose
@@ -83,8 +84,9 @@ class Rule(NamedTuple):
 
         The shares of wins and losses are taken to stay as they are in *counts*. None if
         `MAX_MORE_IMAGES` are not enough. For a bundle that is worse, it can be that no number is
-        enough, because the tolerance shrinks with the number of images. Fewer than `MIN_IMAGES` do not
-        tell this, so what is missing to that number is returned then.
+        enough, because the tolerance shrinks with the number of images. Fewer than
+        `MIN_TOLERANCE_IMAGES` do not tell this: two of them more or less change the difference by
+        several points. So what is missing to that number is returned then.
         """
         # The mean square of the outcomes: 1 for a win, -1 for a loss, else 0. It is at least their
         # variance. One more image with a win or loss, and one without, keep it above 0.
@@ -100,7 +102,8 @@ class Rule(NamedTuple):
             distance = counts.difference - self.limit(images)
             if images >= MIN_IMAGES and quantiles * math.sqrt(mean_square / images) <= distance:
                 return images - counts.images
-        return MIN_IMAGES - counts.images if counts.images < MIN_IMAGES else None
+        missing = MIN_TOLERANCE_IMAGES - counts.images
+        return missing if missing > 0 else None
 
 
 def rule_of_all(tolerance: float, attempt: int) -> Rule:

@@ -170,6 +170,8 @@ def compare_loaded(
     in_all = checks[0]
     interval = difference_interval(in_all.wins, in_all.losses, in_all.num_images)
     first_labels, second_labels = (set(model.bundle.labels) for model in pair)
+    new = compare_classes(photographs, photographs.new, first.right, second.right)
+    unseen = second_labels - first_labels - {change.label for change in new}
     return BundleComparison(
         first=first.score,
         second=second.score,
@@ -188,7 +190,8 @@ def compare_loaded(
         num_more_images=_count_needed(checks) if verdict == "undecided" else None,
         unknown=rejections,
         classes=compare_classes(photographs, photographs.old, first.right, second.right),
-        new=compare_classes(photographs, photographs.new, first.right, second.right),
+        new=new,
+        unseen=sorted(unseen),
         removed=sorted(first_labels - second_labels),
         notes=notes,
         changed_at=photographs.changed_at,

@@ -8,7 +8,7 @@ import pydantic
 
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import amount
+from sopdeploy.errors import amount, shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.permission import MIN_IMAGES, Counts, proves_class_loss
 from sopdeploy.evaluation.statistics import ALPHA, Verdict
@@ -124,7 +124,8 @@ class BundleComparison(StrictModel):
     """The second bundle compared with the first on `num_images` recent photographs.
 
     Accuracies and differences are fractions. `classes` are those of the first bundle, `new` and
-    `removed` those of the second or the first bundle only. Left out were `num_copies`
+    `removed` those of the second or the first bundle only, and `unseen` new ones of which no recent
+    photograph is there. Left out were `num_copies`
     near-duplicates, also of unknown images, and `trained_on` photographs, the number of training
     images and their near-duplicates.
     `attempt` counts the comparisons of `promote` with this first bundle, and includes this one.
@@ -155,6 +156,7 @@ class BundleComparison(StrictModel):
     classes: tuple[ClassChange, ...]
     new: tuple[ClassChange, ...]
     removed: tuple[str, ...]
+    unseen: tuple[str, ...] = ()
     notes: tuple[str, ...]
     changed_at: pydantic.AwareDatetime | None = None
     periods: tuple[Period, ...] = ()
@@ -215,6 +217,13 @@ class BundleComparison(StrictModel):
         if self.num_more_images is not None:
             asked = float(f"{LABELS_PER_DECIDING * self.num_more_images:.1e}")  # two digits
             yield f"label about {asked:,.0f} more to decide, two fifths of which count here"
+
+        if self.unseen:
+            classes = "class" if len(self.unseen) == 1 else "classes"
+            yield (
+                f"no photo shows the new {classes} {shorten(self.unseen)}, "
+                "so what the new bundle gains there does not count"
+            )
 
         losers = [change for change in self.classes if change.losses > change.wins]
         has_others = len(self.classes) + len(self.new) > 1

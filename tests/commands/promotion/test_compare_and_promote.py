@@ -223,6 +223,21 @@ def relabelled(bundle: Path, destination: Path, old: str, new: str) -> Path:
     return destination
 
 
+def test_a_refusal_names_a_new_class_that_no_photograph_shows(
+    bundles, labelled, tmp_path
+) -> None:
+    first, second = bundles
+    photos = labelled(first)
+    name = min(path.name for path in photos.iterdir())
+    newer = relabelled(second, tmp_path / "newer", name, "yak")
+    shutil.rmtree(photos / name)
+
+    found = compare(first, newer, photos)
+    assert (found.unseen, found.passes) == (("yak",), False)
+    assert "; no photo shows the new class yak, so what the new bundle" in found.summary
+    assert compare(first, second, photos).unseen == ()
+
+
 def test_a_new_class_counts_and_the_others_are_bounded_alone(
     bundles, labelled, tmp_path
 ) -> None:

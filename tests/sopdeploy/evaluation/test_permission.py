@@ -6,6 +6,7 @@ from scipy import stats
 
 from sopdeploy.evaluation.permission import (
     MIN_IMAGES,
+    MIN_TOLERANCE_IMAGES,
     Counts,
     proves_class_loss,
     rule_of_all,
@@ -79,8 +80,13 @@ def test_too_few_photographs_never_pass() -> None:
     assert not rule.bound(few).passes
     assert rule.labels_to_pass(few) == 1
 
-    # Also if the few seem to show that the bundle is worse.
-    assert rule.labels_to_pass(Counts(MIN_IMAGES - 2, 0, 6)) == 2
+
+@pytest.mark.parametrize("images", [MIN_IMAGES - 2, MIN_IMAGES + 2, MIN_TOLERANCE_IMAGES - 1])
+def test_few_photographs_do_not_tell_that_no_number_is_enough(images: int) -> None:
+    rule = rule_of_all(5, 1)
+    more = rule.labels_to_pass(Counts(images, 0, 6))
+    assert more == MIN_TOLERANCE_IMAGES - images
+    assert rule.labels_to_pass(Counts(MIN_TOLERANCE_IMAGES, 0, 6)) is None
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(8, 6), (12, 10)])
