@@ -5,25 +5,25 @@
 
 --data is a folder of photographs, <class>/*.jpg, --unknown one of other things. The world sends 220
 photographs a day, two of each object, a tenth of them other things. From day 8 on, a quarter shows the class
---new, which nobody has trained; from day 12 on, a lamp is at 60 %; from day 20 on, the first class is
-missing. With --largest, one class has this share of the others. With --reports, customers report this share of
-wrong predictions, which then wait for labels as what the server keeps. 30 % of the photographs of each class
-are a hidden test, of which the accuracy of a day's mix is computed. With --cache, the vectors and measures of
-the photographs are computed once, which takes most of the time.
+--new, which nobody has trained; from day 15 on, another camera blurs and tints all photographs; from day 20 on,
+the first class is missing. With --largest, one class has this share of the others. With --reports, customers
+report this share of wrong predictions, which then wait for labels as what the server keeps. 30 % of the
+photographs of each class are a hidden test, of which the accuracy of a day's mix is computed. With --cache, the
+vectors and measures of the photographs are computed once, which takes most of the time.
 
 The operator begins with ten photographs per class and follows what is printed: when an alarm begins, if the
 next bundle does not end it, and each week, 60 labels as `label` asks for them, two fifths of the sample that
 decides, as many of the sample that trains, and the others of what the server keeps, `train`, `promote`. During an
 alarm, the days since it began come first. If `promote` asks for labels, up to 60 more follow; if the bundle is
-worse in a class, this class's labels are corrected and it is trained again; both at most twice. What has decided
-about a bundle that is then live trains from then on, but for the newest 60. One label in forty is wrong. `train`
-fits the heads on EfficientNet-Lite0. The alarm, the order and the verdict are the functions of the server, of
-`label` and of `promote`; there is no server. A fifth of the objects are in the uniform sample.
-Answers do not change with the lamp, as was measured; only the measures of the photographs do.
+worse in a class, this class's labels are corrected; in both cases it is trained again, at most twice. What has
+decided about a bundle that is then live trains from then on, but for the newest 60. One label in forty is wrong.
+`train` fits the heads on EfficientNet-Lite0. The alarm, the order and the verdict are the functions of the server, of
+`label` and of `promote`; there is no server. A fifth of the objects of a day are in the uniform sample.
 
 "new" is the accuracy of the bundle that was offered, "live" that of the one which then answers, "first" that
-of the first one. Exit status 1: no alarm on days 8 to 15, more than one alarm on days 1 to 7, or a live
-bundle that is not better on the last day than the first bundle.
+of the first one, and "all labels" that of a training with the right labels of all objects that were sent.
+Exit status 1: an alarm on days 1 to 7, a change that costs more than 10 points without an alarm within a week, a
+lost label, or a live bundle that is not better on the last day than the first bundle.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from measure import Result, existing, make_parser, markdown, one_line_errors, report
+from month_world import CAMERA_DAY, NEW_DAY, PER_DAY, Sent, Traffic, World
 from numpy.typing import NDArray
-from photo_sets import Bundle, Photographs, read_sets
-from photo_vectors import draw_photographs
+from photo_sets import Bundle, read_sets
 from verdicts import decide
 
 from sopdeploy.decision import log_sum_exp, softmax
@@ -49,37 +49,13 @@ from sopdeploy.evaluation.watch import News, Watch
 from sopdeploy_commands.promotion.decided import KEEP_DECIDING
 from sopdeploy_commands.promotion.photographs import MIN_RECENT, RECENT_DAYS
 from sopdeploy_service.labelling.keep.keeper import LOW_MARGIN
-from sopdeploy_service.labelling.label.order import LABELS_PER_DECIDING
+from sopdeploy_service.labelling.label.order import LABELS_PER_DECIDING, SAMPLE_DAYS
 
 Array = NDArray[Any]
 DAYS = 28
-NEW_DAY = 8  # when the new class comes
-DIM_DAY = 12
-GONE_DAY = 20  # when a class goes
-PER_DAY = 220
-FRAMES = 2
-JITTER = 0.1  # share of the difference of two photographs, by which a frame differs
-FOREIGN = 0.1
-NEW_SHARE = 0.25
-SAMPLE = 0.2
-HIDDEN = 0.3
+LARGE = 10.0  # points of accuracy that a large change costs
 LABELS = 60
 WRONG = 40  # one label in so many
-
-
-@dataclass
-class Sent:
-    """What a day sent: objects (n,), whether they are other things, vectors (n, D), measures, the sample, customers.
-
-    The objects are numbers of photographs.
-    """
-
-    numbers: Array
-    is_foreign: Array
-    vectors: Array
-    measures: Array
-    in_sample: Array
-    may_report: Array  # a customer would report a wrong prediction
 
 
 class Block(NamedTuple):
@@ -99,27 +75,18 @@ def join(bundle: Bundle, blocks: Sequence[Block]) -> Answers:
     return Answers.of(logits, measures.astype(np.float32), unknown)
 
 
-class Traffic(NamedTuple):
-    """Photographs *per_day*, *frames* of each object, the share of the *largest* class, 0 if all are equal.
-
-    Customers report the share *reports* of wrong predictions.
-    """
-
-    per_day: int = PER_DAY
-    frames: int = FRAMES
-    largest: float = 0.0
-    reports: float = 0.0
-
-
 @dataclass
 class Monitor:
     """The watch of a server; vectors are kept, so that a new bundle can answer again.
 
-    *changed* is the day since which the traffic differs, during an alarm.
+    *changed* is the day since which the traffic differs, during an alarm. *alarms* tells after how many
+    photographs a comparison was an alarm.
     """
 
     watch: Watch[Block] = field(default_factory=Watch)
     changed: int | None = None
+    num_photographs: int = 0
+    alarms: list[int] = field(default_factory=list)
 
     def replace(self) -> None:
         """Let a new bundle answer the reference again."""
@@ -128,7 +95,10 @@ class Monitor:
     def add(
         self, bundle: Bundle, blocks: Sequence[Block]
     ) -> tuple[list[Mapping[str, Comparison]], set[News]]:
-        """Add answers; return the comparisons of the windows that are due, and the news of an alarm."""
+        """Add answers; return the comparisons of the windows that are due, and the news of an alarm.
+
+        Also counts the photographs.
+        """
 
         def compare(
             reference: Sequence[Block], window: Sequence[Block]
@@ -140,10 +110,13 @@ class Monitor:
         compared = []
         told = set[News]()
         for block in blocks:
+            self.num_photographs += len(block.vectors)
             if not self.watch.add(block):
                 continue
             of_window, news = self.watch.test(compare)
             compared.append(of_window)
+            if any(result.is_alarm for result in of_window.values()):
+                self.alarms.append(self.num_photographs)
 
             if news == "begins":
                 self.changed = self.watch.window[0].day
@@ -152,99 +125,6 @@ class Monitor:
             if news is not None:
                 told.add(news)
         return compared, told
-
-
-class World:
-    """Photographs that are sent, and a hidden test."""
-
-    def __init__(
-        self,
-        photographs: Photographs,
-        foreign: Photographs,
-        new: int,
-        seed: int,
-        traffic: Traffic,
-    ) -> None:
-        self.photographs = photographs
-        self.foreign = foreign
-        self.new = new
-        self.traffic = traffic
-        self.frames = traffic.frames
-        self.random = np.random.default_rng(seed)
-
-        # Of each class, some are the hidden test, some the first photographs, the others are sent.
-        order = self.random.permutation(len(photographs.classes))
-        is_hidden = np.zeros(len(order), np.bool_)
-        for label in range(len(photographs.labels)):
-            of_class = order[photographs.classes[order] == label]
-            is_hidden[of_class[: round(HIDDEN * len(of_class))]] = True
-        self.hidden = np.flatnonzero(is_hidden)
-        others = np.flatnonzero(~is_hidden)
-        sizes = np.full(len(photographs.labels), 10)
-        sizes[new] = 0
-        drawn = draw_photographs(photographs.classes[others], sizes, self.random)
-        self.first = others[drawn]
-        self.pool = np.setdiff1d(others, self.first)
-
-        self.is_sampled = self.random.random(len(photographs.classes)) < SAMPLE
-        self.is_foreign_sampled = self.random.random(len(foreign.classes)) < SAMPLE
-
-    def shares(self, day: int) -> Array:
-        """Return the share of each class among the photographs of *day* that show one."""
-        shares = np.ones(len(self.photographs.labels))
-        if self.traffic.largest:
-            largest = 3 if self.new == 2 else 2  # the first or the second class goes later
-            shares[:] = (1 - self.traffic.largest) / (len(shares) - 2)
-            shares[largest] = self.traffic.largest
-        shares[self.new] = 0.0
-        if day >= GONE_DAY:
-            shares[0 if self.new else 1] = 0.0
-        shares /= shares.sum()
-        if day >= NEW_DAY:
-            shares *= 1 - NEW_SHARE
-            shares[self.new] = NEW_SHARE
-        return shares
-
-    def send(self, day: int, count: int | None = None) -> Sent:
-        """Draw *count* photographs of *day*, in their order; the frames of an object differ a little."""
-        count = count or self.traffic.per_day
-        classes = self.photographs.classes
-        per_class = np.bincount(classes[self.pool], minlength=len(self.photographs.labels))
-        weights = (self.shares(day) / per_class)[classes[self.pool]]
-        num_objects = count // self.frames
-        objects = self.random.choice(self.pool, num_objects, p=weights / weights.sum())
-        is_other = self.random.random(num_objects) < FOREIGN
-        objects[is_other] = self.random.integers(len(self.foreign.classes), size=is_other.sum())
-        numbers = np.repeat(objects, self.frames)
-        is_foreign = np.repeat(is_other, self.frames)
-
-        def choose(own: Array, others: Array) -> Array:
-            chosen = np.empty((len(numbers), *own.shape[1:]), own.dtype)
-            chosen[is_foreign] = others[numbers[is_foreign]]
-            chosen[~is_foreign] = own[numbers[~is_foreign]]
-            return chosen
-
-        light = "dim" if day >= DIM_DAY else "usual"
-        measures = choose(getattr(self.photographs, light), getattr(self.foreign, light))
-        vectors = choose(self.photographs.vectors, self.foreign.vectors)
-        # Frames differ as photographs do: noise in each number would be unlike any photograph.
-        first, second = self.random.choice(self.pool, (2, len(vectors)))
-        every = self.photographs.vectors
-        vectors = vectors + JITTER * (every[first] - every[second])
-        in_sample = choose(self.is_sampled, self.is_foreign_sampled)
-        may_report = self.random.random(len(numbers)) < self.traffic.reports
-        return Sent(
-            numbers, is_foreign, vectors.astype(np.float32), measures, in_sample, may_report
-        )
-
-    def accuracy(self, bundle: Bundle, day: int) -> float:
-        """Compute the accuracy of *bundle* on the hidden test, weighted as the traffic of *day*."""
-        targets = self.photographs.classes[self.hidden]
-        right = bundle.answers(self.photographs.vectors[self.hidden]) == targets
-        per_class = [
-            right[targets == label].mean() for label in range(len(self.photographs.labels))
-        ]
-        return float(np.dot(self.shares(day), per_class))
 
 
 def blocks_of(sent: Sent, day: int) -> list[Block]:
@@ -277,6 +157,8 @@ class Month:
     sample: list[Waiting] = field(default_factory=list)
     kept: list[Waiting] = field(default_factory=list)
     num_labels: int = 0
+    num_other: int = 0  # labels of other things
+    sent: set[int] = field(default_factory=set)
     attempt: int = 1
     changed: int | None = None
 
@@ -303,12 +185,13 @@ class Month:
 
         Days since a change come first.
         """
-        of_role = [photo for photo in self.sample if photo.number % 2 == decides]
-        since = [photo for photo in of_role if self.is_changed(photo)]
-        before = [photo for photo in of_role if not self.is_changed(photo)]
+        waiting = self.waiting_for_role(decides=decides)
+        since = [photo for photo in waiting if self.is_changed(photo)]
+        before = [photo for photo in waiting if not self.is_changed(photo)]
         asked = [*in_turn(since), *in_turn(before)][:count]
         for photo in asked:
             if photo.is_foreign:
+                self.num_other += 1
                 continue
             label = self.give_label(photo.number)
             if decides:
@@ -320,6 +203,19 @@ class Month:
         self.sample = [photo for photo in self.sample if id(photo) not in numbers]
         self.num_labels += len(asked)
         return len(asked)
+
+    def waiting_for_role(self, *, decides: bool) -> list[Waiting]:
+        """List the photographs of a sample that wait: an object has one role, a photograph one label."""
+        num_objects = self.world.photographs.count
+        trained = {number % num_objects for number in self.chosen} if decides else set()
+        labelled = {*self.chosen, *(photo.number for photo, _ in self.held_out)}
+        waiting: dict[tuple[int, bool], Waiting] = {}
+        for photo in self.sample:
+            number = photo.number % num_objects
+            is_free = photo.number not in labelled and number not in trained
+            if number % 2 == decides and (photo.is_foreign or is_free):
+                waiting.setdefault((photo.number, photo.is_foreign), photo)
+        return [*waiting.values()]
 
     def train_on_decided(self) -> None:
         """Let what has decided train from now on, but for the newest photographs."""
@@ -337,6 +233,8 @@ class Month:
             if not photo.is_foreign:
                 self.chosen.append(photo.number)
                 self.labels.append(self.give_label(photo.number))
+            else:
+                self.num_other += 1
         self.num_labels += len(order)
         labelled = {*self.chosen}
         self.kept = [
@@ -367,6 +265,12 @@ class Month:
         vectors = np.stack([photo.vector for photo, _ in recent])
         return vectors, np.asarray([label for _, label in recent])
 
+    @property
+    def num_lost(self) -> int:
+        """Labels that neither train nor decide, nor are of other things."""
+        used = len(self.chosen) - len(self.world.first) + len(self.held_out)
+        return self.num_labels - used - self.num_other
+
     def correct(self, names: Sequence[str]) -> None:
         """Correct the labels of the photographs that are trained as one of the classes *names*."""
         for place, number in enumerate(self.chosen):
@@ -379,21 +283,25 @@ class Month:
         labels = np.asarray(self.labels)
         return Bundle(self.world.photographs, chosen, labels, self.seed, is_first=is_first)
 
+    def train_on_all(self) -> Bundle:
+        """Train on all objects that were sent, with the right labels."""
+        chosen = np.asarray(sorted({*self.world.first.tolist(), *self.sent}))
+        return Bundle(
+            self.world.photographs, chosen, self.world.photographs.classes[chosen], self.seed
+        )
+
 
 def in_turn(photos: Sequence[Waiting]) -> list[Waiting]:
-    """Order *photos* so that each day has its turn, the newest day first."""
+    """Order *photos* as `label` does: each of the newest `SAMPLE_DAYS` has its turn, then the others."""
     of_day: dict[int, list[Waiting]] = {}
     for photo in photos:
         of_day.setdefault(-photo.day, []).append(photo)
-    turns = itertools.zip_longest(*(of_day[day] for day in sorted(of_day)))
-    return [photo for turn in turns for photo in turn if photo is not None]
-
-
-def classes_of(world: World, sent: Sent) -> Array:
-    """Return the classes (n,) that *sent* photographs show, -1 for other things."""
-    classes = np.full(len(sent.numbers), -1)
-    classes[~sent.is_foreign] = world.photographs.classes[sent.numbers[~sent.is_foreign]]
-    return classes
+    days = [of_day[day] for day in sorted(of_day)]
+    ordered = []
+    for part in (days[:SAMPLE_DAYS], days[SAMPLE_DAYS:]):
+        turns = itertools.zip_longest(*part)
+        ordered += [photo for turn in turns for photo in turn if photo is not None]
+    return ordered
 
 
 def keep(month: Month, day: int, sent: Sent, live: Bundle) -> None:
@@ -404,12 +312,16 @@ def keep(month: Month, day: int, sent: Sent, live: Bundle) -> None:
     largest = np.sort(probabilities, axis=1)
     is_close = largest[:, -1] - largest[:, -2] < LOW_MARGIN
     is_known = log_sum_exp(logits) >= live.threshold
-    is_wrong = (live.answers(sent.vectors) != classes_of(month.world, sent)) & ~sent.is_foreign
-    is_reported = sent.may_report & is_wrong
+    classes = month.world.photographs.classes[np.where(sent.is_foreign, 0, sent.numbers)]
+    is_wrong = live.answers(sent.vectors) != classes
+    is_reported = sent.may_report & is_wrong & ~sent.is_foreign
+    month.sent |= set(sent.numbers[~sent.is_foreign].tolist())
     kept = {(photo.number, photo.is_foreign) for photo in month.kept} | {
         (number, False) for number in month.chosen
     }
-    for place in range(0, len(logits), month.world.frames):
+    count = month.world.photographs.count
+    deciding = {photo.number % count for photo, _ in month.held_out}
+    for number, place in enumerate(range(0, len(logits), month.world.traffic.frames)):
         photo = Waiting(
             day,
             int(sent.numbers[place]),
@@ -417,10 +329,13 @@ def keep(month: Month, day: int, sent: Sent, live: Bundle) -> None:
             sent.vectors[place],
         )
         identity = photo.number, photo.is_foreign
-        if sent.in_sample[place]:
+        is_free = photo.is_foreign or photo.number % count not in deciding
+        if sent.in_sample[number]:
             month.sample.append(photo)
-        elif identity not in kept and (
-            is_close[place] or not is_known[place] or is_reported[place]
+        elif (
+            identity not in kept
+            and is_free
+            and (is_close[place] or not is_known[place] or is_reported[place])
         ):
             month.kept.append(photo)
             kept.add(identity)
@@ -454,13 +369,15 @@ def promote(month: Month, live: Bundle) -> tuple[Bundle, Bundle, list[str]]:
             min(LABELS, math.ceil(LABELS_PER_DECIDING * verdict.num_more))
         ):
             break
+        candidate = month.train()
     return live, candidate, verdicts
 
 
 class Day(NamedTuple):
     """A day with an event: its alarms, all labels so far, what `promote` said, and accuracies in percent.
 
-    That of the new bundle, which `promote` may have refused, is None on days without one.
+    That of the new bundle, which `promote` may have refused, is None on days without one, and that of a
+    training with all labels but every second week.
     """
 
     day: int
@@ -470,28 +387,56 @@ class Day(NamedTuple):
     new_accuracy: float | None
     accuracy: float
     first_accuracy: float
+    accuracy_of_all: float | None = None
 
 
-def run_month(world: World, seed: int, days: int = DAYS) -> tuple[list[Day], list[str]]:
-    """Live through the month; return the days with an event, and what failed."""
+@dataclass
+class Change:
+    """A change of the traffic: its day, what it costs in points, and the photographs that came before it.
+
+    *num_to_alarm* are the photographs until the first alarm after it, None without one. An alarm
+    that was on before is 0.
+    """
+
+    day: int
+    cost: float
+    num_before: int
+    num_to_alarm: int | None = None
+
+
+class Lived(NamedTuple):
+    """A month: its days with an event, its changes, the comparisons and alarms of quiet days, what failed."""
+
+    rows: list[Day]
+    changes: list[Change]
+    quiet: tuple[int, int]
+    failures: list[str]
+
+
+def run_month(world: World, seed: int, days: int = DAYS) -> Lived:
+    """Live through the month."""
     month = Month(world, seed)
     month.chosen = world.first.tolist()
     month.labels = world.photographs.classes[world.first].tolist()
     live = first_live = month.train(is_first=True)
     monitor = Monitor()
     rows: list[Day] = []
-    alarms: dict[int, str] = {}
+    changes: list[Change] = []
+    num_quiet = 0
     for day in range(1, days + 1):
+        if day in {NEW_DAY, CAMERA_DAY}:
+            changes.append(begin_change(world, live, monitor, day))
+
         # The traffic, and what the server says about it.
         sent = world.send(day)
         keep(month, day, sent, live)
         compared, news = monitor.add(live, blocks_of(sent, day))
         month.changed = monitor.changed
+        if day < NEW_DAY:
+            num_quiet += len(compared)
         causes = sorted(
             {name for one in compared for name, result in one.items() if result.is_alarm}
         )
-        if causes:
-            alarms[day] = ", ".join(causes)
 
         # What the operator does.
         verdicts: list[str] = []
@@ -503,27 +448,48 @@ def run_month(world: World, seed: int, days: int = DAYS) -> tuple[list[Day], lis
             if live is not before:
                 monitor.replace()
 
-        if day in {1, NEW_DAY, days} or causes or verdicts:
+        if day in {1, NEW_DAY, CAMERA_DAY, days} or causes or verdicts:
             accuracies = [100 * world.accuracy(one, day) for one in (live, first_live)]
-            rows.append(
-                Day(
-                    day,
-                    alarms.get(day, ""),
-                    month.num_labels,
-                    ". ".join(verdicts),
-                    new_accuracy,
-                    *accuracies,
-                )
-            )
+            if day % 14 == 0:
+                accuracies.append(100 * world.accuracy(month.train_on_all(), day))
+            texts = ", ".join(causes), month.num_labels, ". ".join(verdicts)
+            rows.append(Day(day, *texts, new_accuracy, *accuracies))
 
-    failures = []
-    if days > 15 and not any(NEW_DAY <= day <= 15 for day in alarms):
-        failures.append("no alarm on days 8 to 15")
-    if sum(day < NEW_DAY for day in alarms) > 1:
-        failures.append("alarms on usual days")
+    find_alarms(changes, monitor.alarms)
+    num_alarms = sum(bool(row.alarms) for row in rows if row.day < NEW_DAY)
+    return Lived(rows, changes, (num_quiet, num_alarms), find_failures(rows, changes, month))
+
+
+def begin_change(world: World, live: Bundle, monitor: Monitor, day: int) -> Change:
+    """Describe the change of *day* before its photographs come."""
+    cost = 100 * (world.accuracy(live, day - 1) - world.accuracy(live, day))
+    num_to_alarm = 0 if monitor.watch.is_alarm else None
+    return Change(day, cost, monitor.num_photographs, num_to_alarm)
+
+
+def find_alarms(changes: Sequence[Change], alarms: Sequence[int]) -> None:
+    """Find the first of *alarms*, which are numbers of photographs, after each of *changes*."""
+    for change in changes:
+        after = [number - change.num_before for number in alarms]
+        if change.num_to_alarm is None:
+            change.num_to_alarm = next((number for number in after if number > 0), None)
+
+
+def find_failures(rows: Sequence[Day], changes: Sequence[Change], month: Month) -> list[str]:
+    """List what a month should not have had."""
+    week = 7 * month.world.traffic.per_day
+    failures = [
+        f"no alarm within a week of day {change.day}"
+        for change in changes
+        if change.cost > LARGE and (change.num_to_alarm is None or change.num_to_alarm > week)
+    ]
+    if any(row.alarms for row in rows if row.day < NEW_DAY):
+        failures.append("an alarm on usual days")
+    if month.num_lost:
+        failures.append(f"{month.num_lost} labels are lost")
     if rows[-1].accuracy <= rows[-1].first_accuracy:
         failures.append("not better than the first bundle")
-    return rows, failures
+    return failures
 
 
 def sets_parser(description: str | None) -> argparse.ArgumentParser:
@@ -553,7 +519,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--new: {new} is none of {', '.join(photographs.labels)}")
     traffic = Traffic(per_day=given.per_day, largest=given.largest, reports=given.reports)
     world = World(photographs, foreign, photographs.labels.index(new), given.seed, traffic)
-    rows, failures = run_month(world, given.seed, given.days)
+    lived = run_month(world, given.seed, given.days)
 
     if given.json:
         results = [
@@ -565,19 +531,34 @@ def main(arguments: list[str]) -> int:
                 unit="%",
                 runs=1,
             )
-            for row in rows
+            for row in lived.rows
         ]
         report(results, as_json=True)
     else:
-        head = ["day", "alarm", "labels", "`promote` says", "new", "live", "first"]
+        head = [
+            "day",
+            "alarm",
+            "labels",
+            "`promote` says",
+            "new",
+            "live",
+            "first",
+            "all labels",
+        ]
         cells = [
             [*row[:4], *("" if share is None else f"{share:.1f}" for share in row[4:])]
-            for row in rows
+            for row in lived.rows
         ]
         print(markdown(head, cells))
-    for failure in failures:
+        for change in lived.changes:
+            print(
+                f"day {change.day}: costs {change.cost:.1f} points, photographs until the first alarm: "
+                f"{change.num_to_alarm}"
+            )
+        print(f"quiet days: {lived.quiet[0]} comparisons, {lived.quiet[1]} days with an alarm")
+    for failure in lived.failures:
         print(f"failed: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return 1 if lived.failures else 0
 
 
 if __name__ == "__main__":

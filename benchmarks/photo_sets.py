@@ -2,13 +2,14 @@
 
 import os
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from photo_vectors import class_folders, fit_draw, join_vectors, open_network, read_batches
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageFilter
 
 from sopdeploy.decision import log_sum_exp
 from sopdeploy.evaluation.drift import measure_image
@@ -17,19 +18,45 @@ from sopdeploy.training.few_shot.classifier import unit_length
 from sopdeploy.training.few_shot.cross_validation import make_folds
 
 Array = NDArray[Any]
-DIM = 0.6  # share of the light that a dim lamp gives
+BLUR = 0.008  # of the shorter side: the radius of the blur of the other camera
+TINT = (1.1, 1.0, 0.82)  # its factors of red, green and blue
+QUALITY = 60  # of its JPEG files
 
 
 @dataclass
 class Photographs:
-    """Vectors (N, D), their columns by part, classes (N,), and measures (N, F) in usual and in dim light."""
+    """Vectors (2N, D), their columns by part, classes (2N,), and measures (2N, F) of N photographs.
+
+    The second N are the same photographs by another camera, which blurs and tints them.
+    """
 
     vectors: Array
     columns: list[slice]
     classes: Array
-    usual: Array
-    dim: Array
+    measures: Array
     labels: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.classes) // 2
+
+
+class _OtherCamera(ImageFiles):
+    """Photographs as another camera would have taken them."""
+
+    __slots__ = ()
+
+    def read(self, index: int) -> bytes:
+        """Read a photograph, blur and tint it, and encode it again."""
+        image = Image.open(BytesIO(ImageFiles.read(self, index))).convert("RGB")
+        image = image.filter(ImageFilter.GaussianBlur(BLUR * min(image.size)))
+        pixels = np.asarray(image, np.float32) * np.asarray(TINT, np.float32)
+
+        file = BytesIO()
+        tinted = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        tinted.save(file, "JPEG", quality=QUALITY)
+        return file.getvalue()
 
 
 def read_sets(
@@ -40,7 +67,7 @@ def read_sets(
     Both are folders <class>/*.jpg. With the folder *cache*, they are computed once; its file has
     the name of *data*.
     """
-    file = None if cache is None else cache / f"{data.name}-{unknown.name}.npz"
+    file = None if cache is None else cache / f"{data.name}-{unknown.name}-cameras.npz"
     if file is not None and file.exists():
         return _load(file)
 
@@ -49,15 +76,17 @@ def read_sets(
     stored: dict[str, Array] = {"stops": np.asarray([part.stop for part in columns])}
     fitted: Any = ()
     for name, folder in (("data", data), ("unknown", unknown)):
-        images = _list_images(folder)
-        batches = read_batches(network, images)
-        fitted = fitted or batches
-        stored[f"{name}-vectors"] = join_vectors(network, batches, fitted)
-        stored[f"{name}-classes"] = images.targets
+        vectors = []
+        measures = []
+        for images in (_list_images(folder, ImageFiles), _list_images(folder, _OtherCamera)):
+            batches = read_batches(network, images)
+            fitted = fitted or batches
+            vectors.append(join_vectors(network, batches, fitted))
+            measures.append(_measure(images, network.settings.preprocess))
+        stored[f"{name}-vectors"] = np.concatenate(vectors)
+        stored[f"{name}-measures"] = np.concatenate(measures)
+        stored[f"{name}-classes"] = np.tile(images.targets, 2)
         stored[f"{name}-labels"] = np.asarray(images.labels)
-        usual, dim = _measure(images, network.settings.preprocess)
-        stored[f"{name}-usual"] = usual
-        stored[f"{name}-dim"] = dim
 
     if file is None:
         return _describe(stored)
@@ -79,8 +108,7 @@ def _describe(stored: Any) -> tuple[Photographs, Photographs]:
             stored[f"{name}-vectors"],
             columns,
             stored[f"{name}-classes"],
-            stored[f"{name}-usual"],
-            stored[f"{name}-dim"],
+            stored[f"{name}-measures"],
             tuple(stored[f"{name}-labels"].tolist()),
         )
         for name in ("data", "unknown")
@@ -88,7 +116,7 @@ def _describe(stored: Any) -> tuple[Photographs, Photographs]:
     return data, unknown
 
 
-def _list_images(folder: Path) -> ImageFiles:
+def _list_images(folder: Path, images_class: type[ImageFiles]) -> ImageFiles:
     """List the photographs below *folder*, by class."""
     labels = class_folders(folder)
     files = [
@@ -97,19 +125,17 @@ def _list_images(folder: Path) -> ImageFiles:
         for path in sorted((folder / label).iterdir())
     ]
     names = np.asarray([os.fsencode(path.relative_to(folder)) for _, path in files], np.bytes_)
-    return ImageFiles(folder, labels, names, np.asarray([number for number, _ in files]))
+    return images_class(folder, labels, names, np.asarray([number for number, _ in files]))
 
 
-def _measure(images: ImageFiles, rules: Any) -> tuple[Array, Array]:
-    """Measure *images* in usual light and under a dim lamp, both (N, F)."""
-    usual = []
-    dim = []
-    for index in range(len(images)):
-        pixels = np.asarray(images.preprocess(index, rules))
-        usual.append(measure_image(pixels))
-        darker = ImageEnhance.Brightness(Image.fromarray(pixels)).enhance(DIM)
-        dim.append(measure_image(np.asarray(darker)))
-    return np.stack(usual), np.stack(dim)
+def _measure(images: ImageFiles, rules: Any) -> Array:
+    """Measure *images* as a server does (N, F)."""
+    return np.stack(
+        [
+            measure_image(np.asarray(images.preprocess(index, rules)))
+            for index in range(len(images))
+        ]
+    )
 
 
 class Bundle:
