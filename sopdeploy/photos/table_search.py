@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -11,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from sopdeploy.errors import DataError
 from sopdeploy.photos.cells import (
+    COLUMNS,
     CSV_SEPARATORS,
     MAX_SAMPLED,
     SEPARATED,
@@ -65,7 +67,10 @@ def find_table(root: Path) -> Path | None:
     tops = {os.fsdecode(path).partition("/")[0] for path in images if b"/" in path}
     if sum(not part_kind(top) for top in tops) > 1:
         return None
-    tables = (table for table, column in find_listing_tables(images, files) if not column)
+    columns_of = defaultdict[Path, list[str]](list)
+    for table, column in find_listing_tables(images, files):
+        columns_of[table].append(column)
+    tables = (table for table, columns in columns_of.items() if columns == [""])
     return next((table for table in tables if _labels_all_images(root, table, images)), None)
 
 
@@ -136,8 +141,8 @@ def read_texts(files: Iterable[Path], suffixes: Sequence[str]) -> Iterator[tuple
 def _class_columns(table: Path, text: str, names: Sequence[PurePosixPath]) -> list[str]:
     """Return the headings of the CSV file *table* above what may be classes, or "" for a usual heading.
 
-    These repeat: each has two values or more, and three rows or more per value. *names* are those
-    of images.
+    "" also stands for all columns together, if each is a class with 1 and 0. *names* are those of
+    images.
     """
     if table.suffix.lower() not in SEPARATED or is_of_via(text):
         return [""]
@@ -153,26 +158,31 @@ def _class_columns(table: Path, text: str, names: Sequence[PurePosixPath]) -> li
     if "classes" in known or len(headings) <= 2:
         return [""]
     stems = {one for name in names for one in (name.name, name.stem)}
-    columns = {
-        heading: [row[position].strip() for row in rows]
-        for position, heading in enumerate(headings)
-    }
-    found = []
-    for heading, values in columns.items():
-        are_files = any(PurePosixPath(value).name in stems for value in values)
-        count = len({*values})
-        if (
-            not are_files
-            and count >= 2
-            and 3 * count <= len(values)
-            and not any(re.fullmatch(r"-?\d*\.\d+", value) for value in values)  # measured
-        ):
-            found.append(heading)
-    # Columns with 1 and 0 are classes themselves, unless other columns may have them.
-    indicators = [heading for heading, values in columns.items() if {*values} <= {"0", "1"}]
-    if len(indicators) > 1 and {*found} <= {*indicators}:
-        return [""]
+    columns = dict[str, list[str]]()  # those without names of images
+    for position, heading in enumerate(headings):
+        values = [row[position].strip() for row in rows]
+        if stems.isdisjoint(PurePosixPath(value).name for value in values):
+            columns[heading] = values
+    found = [heading for heading, values in columns.items() if _may_be_classes(values)]
+
+    # Columns with 1 and 0 may be the classes themselves. They are, if each image has exactly one, or
+    # the table is called by them, as that of Roboflow.
+    usual = {heading for heading, name in zip(headings, known, strict=True) if name in COLUMNS}
+    indicators = [values for heading, values in columns.items() if heading not in usual]
+    if len(indicators) > 1 and all({*values} <= {"0", "1"} for values in indicators):
+        are_single = all(row.count("1") == 1 for row in zip(*indicators, strict=True))
+        if are_single or table.stem.strip("_").lower() == "classes":
+            return [""]
+        if len(found) > 1:
+            return ["", *found[:MAX_COLUMNS]]
     return found[:MAX_COLUMNS] or [""]
+
+
+def _may_be_classes(values: Sequence[str]) -> bool:
+    """Tell whether the *values* of a column repeat: there are two or more, with three rows or more per value."""
+    count = len({*values})
+    are_measured = any(re.fullmatch(r"-?\d*\.\d+", value) for value in values)
+    return 2 <= count <= len(values) / 3 and not are_measured
 
 
 def _is_named(image: PurePosixPath, text: str) -> bool:

@@ -360,6 +360,67 @@ def test_columns_with_1_and_0_are_the_classes(tmp_path, part, heading, first, se
     assert split.train.class_counts().tolist() == [3, 3]
 
 
+# The headings of a table, its cells beside the name of an image by number, and the columns that are
+# proposed as the classes, "" for all together
+FLAGS = {
+    "a column that is always 1": ("image,defect,version", lambda n: f"{n % 2},1", [":defect"]),
+    "a column that is always 0": ("image,defect,crowd", lambda n: f"{n % 2},0", [":defect"]),
+    "a column that is 1 once": ("image,defect,blurred", lambda n: f"{n % 2},{n == 5:d}", [":defect"]),
+    "another column of 1 and 0": (
+        "image,defect,reviewed", lambda n: f"{n % 2},{n % 3 == 0:d}", ["", ":defect", ":reviewed"]
+    ),
+    "an ID beside two findings": (
+        "image,patient,edema,nodule", lambda n: f"p{n // 2},{n % 2},{n % 3 == 0:d}", [":edema", ":nodule"]
+    ),
+    "an address beside a column per class": (
+        "image,url,cat,dog", lambda n: f"http://x/{n},{n % 2},{1 - n % 2}", [":cat"]
+    ),
+    "a width beside a column per class": (
+        "image,width,cat,dog", lambda n: f"{100 + n},{n % 2},{1 - n % 2}", [":cat"]
+    ),
+    "an age beside two columns": (
+        "image,defect,age,flash", lambda n: f"{n % 2},{20 + n},{n % 3 == 0:d}", [":defect", ":flash"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("heading", "cells", "columns"), FLAGS.values(), ids=FLAGS)
+def test_columns_with_1_and_0_are_taken_one_by_one_unless_each_image_has_one_class(
+    tmp_path, heading, cells, columns
+) -> None:
+    root = make(tmp_path / "x", {"images": 12})
+    lines = [f"{number:03}.jpg,{cells(number)}" for number in range(12)]
+    (root / "data.csv").write_text("\n".join([heading, *lines]))
+    if len(columns) == 1:
+        split = open_folder(root)
+        assert split.train.labels == ("0", "1")
+        assert f"{root}: read by data.csv{columns[0]}" in split.notes
+        return
+
+    with pytest.raises(DataError, match=f"may be read in {len(columns)} ways") as caught:
+        open_folder(root)
+
+    commands = caught.value.lists["readings"]
+    assert [command.partition("data.csv")[2] for command in commands] == columns
+    labels = [open_command(command).train.labels for command in commands]
+    assert labels[-1] == ("0", "1")
+    assert labels[0] == (("0", "1") if columns[0] else ("defect", "reviewed"))
+
+
+@pytest.mark.parametrize("part", ["images", "train"])
+def test_the_columns_of_a_table_that_is_called_by_classes_are_the_classes(
+    tmp_path, part
+) -> None:
+    make(tmp_path, {part: 6})
+    lines = [f"{number:03}.jpg,{number % 2},{number % 3 == 0:d}" for number in range(6)]
+    (tmp_path / part / "_classes.csv").write_text("\n".join(["filename,cat,dog", *lines]))
+
+    split = open_folder(tmp_path)
+
+    assert split.train.labels == ("cat", "dog")
+    assert split.train.is_multi_label
+
+
 def test_names_that_the_numbers_of_a_table_may_stand_for_are_told(tmp_path) -> None:
     make(tmp_path, {"images": 6})
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
