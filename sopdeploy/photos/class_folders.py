@@ -8,7 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from shlex import quote
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from sopdeploy.images.signatures import (
     find_converter,
     suffix_of,
 )
-from sopdeploy.paths import ARCHIVES
+from sopdeploy.paths import ARCHIVES, COMPRESSED
 from sopdeploy.photos.files import (
     FOLDERS,
     SUBFOLDERS,
@@ -42,6 +42,7 @@ from sopdeploy.photos.files import (
 )
 from sopdeploy.photos.forms import find_leftovers
 from sopdeploy.photos.photo import ImageFiles
+from sopdeploy.photos.table_search import TABLE_SUFFIXES
 
 # Of files with many images, which no command converts; .h5 and .pkl are more often networks
 ARRAYS = (".lmdb", ".mat", ".npy", ".npz", ".parquet", ".tfrecord")
@@ -194,13 +195,26 @@ def _may_hold_photographs(file: str) -> bool:
     return file.lower().endswith(ARCHIVES) or converter not in ("", *OF_DOCUMENTS)
 
 
-def is_packed(where: Path, file: str) -> bool:
-    """Tell whether *file* in *where* stands for others that are not there yet: an archive, or a pointer.
+def find_packed(where: Path, images: Sequence[bytes], others: Sequence[str]) -> list[str]:
+    """List those of *others* in *where* that stand for files that are not there yet.
 
-    A pointer counts only if it is directly in *where*; one below may be of weights.
+    These are archives and, directly in *where*, compressed tables and pointers; a pointer below may be
+    of weights. A folder that holds some of the *images* has been unpacked.
     """
-    is_archive = file.lower().endswith(ARCHIVES)
-    return is_archive or ("/" not in file and is_pointer(where / file))
+    unpacked = {os.fsdecode(path).partition("/")[0] for path in images if b"/" in path}
+    return [
+        file
+        for file in others
+        if (_is_packed(file) and file.partition("/")[0] not in unpacked)
+        or ("/" not in file and is_pointer(where / file))
+    ]
+
+
+def _is_packed(file: str) -> bool:
+    """Tell whether *file* is an archive, or a compressed table that is not in a folder, as logs are."""
+    name = PurePosixPath(file.lower())
+    is_compressed = name.suffix in COMPRESSED and name.with_suffix("").suffix in TABLE_SUFFIXES
+    return name.name.endswith(ARCHIVES) or (is_compressed and "/" not in file)
 
 
 def advise_on_files(where: Path, files: Sequence[str]) -> str:
@@ -209,7 +223,7 @@ def advise_on_files(where: Path, files: Sequence[str]) -> str:
     for file in files:
         if is_pointer(where / file):
             return f"{where / file} is {POINTER_ADVICE}"
-    if archives := [file for file in files if file.lower().endswith(ARCHIVES)]:
+    if archives := [file for file in files if _is_packed(file)]:
         return f"unpack {shorten(archives)}"
 
     # Other formats, of one image each or of many; a few documents are no photographs.
@@ -404,7 +418,7 @@ def no_classes_error(root: Path, part: Path | None = None, hint: str = "") -> Da
             f"sort the images into one subfolder per class{suggest_sorting_by_hand(unsorted)}"
         )
     # Files of another format tell nothing about images that are there, but these do.
-    packed = [file for file in others if is_packed(where, file)]
+    packed = find_packed(where, images, others)
     advice = advise_on_files(where, packed if images else others) or advice
     return DataError(
         f"{where}: holds no class folders and no labels.csv ({seen}); {hint or advice}"

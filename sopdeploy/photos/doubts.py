@@ -1,7 +1,8 @@
 """Why the folders at the top of a data set may not be its classes: their names, and what they hold."""
 
+import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from sopdeploy.errors import amount, shorten
@@ -19,28 +20,27 @@ from sopdeploy.photos.table_search import DOCUMENTS, is_word, read_texts, sample
 from sopdeploy.photos.tree import Tree
 
 SPARSE = 4  # missing numbers of numbered folders per folder; codes such as `A320` have more
+# Words before a number that count parts of a collection, not kinds of things; also in the plural
+UNITS = {
+    *("assignment", "batch", "ch", "chapter", "day", "exercise", "fold", "homework", "lab"),
+    *("lecture", "lesson", "mod", "module", "part", "session", "shard", "week"),
+}
 SMALL_CLASS = 10  # images that the smallest of uneven numbered classes has
 PARTS_OF_ONE = "may be parts of one class"  # as folders called by days are
 # Words of folders that say what was done with images, not what they show
 UNSPECIFIC = {
-    *(
-        "backup",
-        "bak",
-        "copy",
-        "copies",
-        "deleted",
-        "example",
-        "examples",
-        "figures",
-        "folder",
-        "misc",
-    ),
-    *("new", "old", "output", "outputs", "plots"),
+    *("backup", "bak", "copy", "copies", "example", "examples", "folder", "misc", "new", "old"),
+    *("output", "outputs"),
     *("pred", "preds", "prediction", "predictions", "result", "results", "sample", "samples"),
     *("screenshot", "screenshots", "temp", "tmp"),
     *("sort", "todo", "unknown", "unlabeled", "unlabelled", "unsorted", "untitled"),
     *("neuer", "ordner", "nouveau", "dossier", "nueva", "carpeta"),  # new folder
 }
+# Before the path of an image in Markdown, HTML, LaTeX, reStructuredText and AsciiDoc
+SHOWN = re.compile(
+    r"""(?:!\[[^\]]*\]\(|\bsrc\s*=\s*["']?|\\includegraphics\*?(?:\[[^\]]*\])?\{|\b(?:image|figure)::?)"""
+    r"""([^"'>)}\[\n]+)"""
+)
 DATED = re.compile(r"(19|20)\d\d\D?[01]\d\D?[0-3]\d.*")
 
 
@@ -74,10 +74,12 @@ def describe_doubt(tree: Tree, doubtful: dict[str, str], holding: Sequence[str])
             f"they hold parts of the data, {shorten(inside)}; put the parts above the classes"
         )
 
-    # Classes beside folders that hold none, and the same classes in numbered folders
+    # Classes in a training folder, beside other photos only, or the same in numbered folders
     inner = {frozenset(tree.inner.get(top, ())) for top in tree.tops}
     have_same = tree.differs_in_numbers and len(inner) == 1
-    if holding and (have_same or frozenset() in inner):
+    beside = [top for top in tree.tops if top not in tree.inner]
+    are_general = bool(beside) and all(is_general(_without_unspecific(top)) for top in beside)
+    if holding and (have_same or are_general or any(map(tree.is_training, holding))):
         return f"the folders in {shorten(holding)} may be the classes"
     return ""
 
@@ -117,12 +119,15 @@ def _find_doubtful_together(tree: Tree) -> dict[str, str]:
     images = tree.by_top()
     forms = find_variants(tree.root, images)
     sizes = find_other_sizes(tree.root, images)
+    shown = find_shown_in_documents(tree)
+    if len(shown) == len(images):  # the page of a data set, which shows its classes
+        shown = {}
     return {
         **dict.fromkeys(
             sizes, "may show other things, because no other images have such sizes"
         ),
         **dict.fromkeys(forms, "may hold the same pictures in several forms"),
-        **find_shown_in_documents(tree),
+        **shown,
         **_parts_of_one_class(tree),
     }
 
@@ -130,17 +135,26 @@ def _find_doubtful_together(tree: Tree) -> dict[str, str]:
 def find_shown_in_documents(tree: Tree) -> dict[str, str]:
     """Return the folders at the top of whose images a document shows most, such as the figures of a report.
 
-    Documents of public repositories name at most 7 % of the images of a data set (27 % of one), and 38
-    to 100 % of those of a report.
+    A name in a list, such as one of licences, shows nothing. Documents of public repositories name at
+    most 7 % of the images of a data set (27 % of one), and 38 to 100 % of those of a report.
     """
     others = [tree.root / other for other in tree.others]
-    documents = [*read_texts(others, DOCUMENTS)]
+    documents = [
+        (document, "\n".join(SHOWN.findall(text)))
+        for document, text in read_texts(others, DOCUMENTS)
+    ]
+
+    # An image is known by its name, or with its folder if others have this name.
+    counts = Counter(path.rpartition(b"/")[2] for path in tree.paths)
     shown = {}
     for top, paths in tree.by_top().items():
-        names = {path.name for path in sample_names(paths)}
+        names = {
+            path.name if counts[os.fsencode(path.name)] == 1 else "/".join(path.parts[-2:])
+            for path in sample_names(paths)
+        }
         for document, text in documents:
             num_shown = sum(is_word(name, text) for name in names)
-            if num_shown > 1 and 2 * num_shown >= len(names):
+            if num_shown > 1 and 2 * num_shown > len(names):
                 shown[top] = f"may illustrate a text, because {document.name} shows the images"
     return shown
 
@@ -156,7 +170,8 @@ def _parts_of_one_class(tree: Tree) -> dict[str, str]:
         doubtful = dict.fromkeys(dated, f"{PARTS_OF_ONE}, because their names are dates")
 
     for family in tree.numbered:
-        if reason := _why_parts(tree, family):
+        are_all = tree.differs_in_numbers
+        if (are_all or _is_unit(family[0])) and (reason := _why_parts(tree, family)):
             doubtful |= dict.fromkeys(family, f"{PARTS_OF_ONE}, because {reason}")
     return doubtful
 
@@ -165,7 +180,8 @@ def _why_parts(tree: Tree, family: Sequence[str]) -> str:
     """Say why the folders *family*, which differ in a number, may be parts of one class; "" if nothing tells.
 
     Nobody chose how many images each chapter has, so some have few, or their number is missing, because
-    they have none. Of codes such as `A320` and `A380`, nearly all numbers between are missing.
+    they have none. Folders whose numbers are far apart, such as `A320` and `A380`, are none. Beside
+    other folders, few images tell nothing.
     """
     numbers = {int(re.findall(r"\d+", top)[-1]) for top in family}
     missing = sorted({*range(min(numbers), max(numbers))} - numbers)
@@ -173,10 +189,18 @@ def _why_parts(tree: Tree, family: Sequence[str]) -> str:
         are_missing = "number {} is missing" if len(missing) == 1 else "numbers {} are missing"
         return are_missing.format(shorten([*map(str, missing)]))
 
+    if not tree.differs_in_numbers:
+        return ""
     smallest = min(family, key=lambda top: tree.counts[top])
     if tree.counts[smallest] < min(SMALL_CLASS, max(tree.counts[top] for top in family)):
         return f"{smallest} has only {amount(tree.counts[smallest], 'image')}"
     return ""
+
+
+def _is_unit(folder: str) -> bool:
+    """Tell whether the word before the number of *folder* is one of `UNITS`."""
+    word = re.split(r"[\W\d_]+", folder.lower().rstrip("0123456789_- ."))[-1]
+    return word in UNITS or word.removesuffix("s") in UNITS
 
 
 def may_hold_all(folder: str) -> bool:

@@ -20,7 +20,7 @@ from sopdeploy.photos.class_folders import (
     ClassListing,
     advise_on_files,
     describe_class_problems,
-    is_packed,
+    find_packed,
     is_pattern,
     list_classes,
     no_classes_error,
@@ -354,8 +354,7 @@ def _check_tells_classes(root: Path, train: ClassListing) -> None:
         return
 
     # A table may not have been fetched, or the images not be unpacked.
-    _, others = list_images(root)
-    advice = advise_on_files(root, [name for name in others if is_packed(root, name)])
+    advice = advise_on_files(root, find_packed(root, *list_images(root)))
     if advice:
         raise DataError(f"{images.root}: holds only one class ({images.labels[0]}); {advice}")
 

@@ -7,6 +7,7 @@ uses nearly all images is taken. Otherwise the user is asked, with the commands 
 
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.photos.cells import pair_with_files
 from sopdeploy.photos.class_folders import (
     class_in_name,
-    is_packed,
+    find_packed,
     no_classes_error,
     suggest_sorting_by_hand,
 )
@@ -45,10 +46,11 @@ from sopdeploy.photos.table_search import find_listing_tables, named_table
 from sopdeploy.photos.tree import FEW_IMAGES, Tree
 
 # Where the class may be in a name: before the first digit, in the first two words if most names begin
-# with a digit (`10_club_3`), or behind the last one
+# with a number of up to two digits (`10_club_3`), or behind the last one
 BEFORE_NUMBER = r"^\D+"
 TWO_WORDS = r"^[^\W_]+[\W_]+[^\W\d_]+"
 BEHIND_NUMBER = r"\D+$"
+SHORT_NUMBER = re.compile(rb"\d{1,2}(?!\d)")  # a year is longer
 NEARLY_ALL = 0.9  # share of the images that a reading uses if nobody is asked
 MAX_FOLDERS = 3  # that are tried as data sets of their own, those with the most images
 MAX_ASKED = 8  # readings that are shown, those that use the most images
@@ -233,7 +235,7 @@ def _propose_names(tree: Tree) -> Iterator[Reading]:
         if part_kind(os.fsdecode(path).partition("/")[0]) in TRAINING
     ]
     paths = in_training if all(map(part_kind, tree.tops)) and in_training else tree.paths
-    num_numbers = sum(path.rpartition(b"/")[2][:1].isdigit() for path in paths)
+    num_numbers = sum(bool(SHORT_NUMBER.match(path.rpartition(b"/")[2])) for path in paths)
     beginning = TWO_WORDS if 2 * num_numbers > len(paths) else BEFORE_NUMBER
     for pattern in (beginning, BEHIND_NUMBER):
         counts = Counter(class_in_name(path, pattern) for path in paths)
@@ -290,7 +292,7 @@ def choose(tree: Tree, proposed: Sequence[Reading], open_reading: "OpenReading")
     )
     unread = list(dict.fromkeys(described))
     if not tried:
-        if unread or not errors or any(is_packed(root, other) for other in tree.others):
+        if unread or not errors or find_packed(root, tree.paths, tree.others):
             raise no_classes_error(root, hint="; ".join(unread))
         of_files = [error for reading, error in errors.items() if reading.classes_from == FILES]
         raise next(iter((*of_files, *errors.values())))
@@ -299,16 +301,23 @@ def choose(tree: Tree, proposed: Sequence[Reading], open_reading: "OpenReading")
     needed = sum(part_of(image) == TRAIN for image in tree.images) or len(tree.images)
     if not others and best.num_used >= NEARLY_ALL * needed and not best.reading.doubt:
         opened = open_reading(best.reading, is_chosen=True)
-        # How it was read, unless its own folders are the classes or parts
-        notes = [*opened.notes]
-        if best.reading.path != root or best.reading.classes_from not in ("", FOLDERS):
-            notes.insert(0, f"{root}: read {best.reading.how}")
-        # A table inside of the data set has been named by its own reading.
-        told = {note.partition(":")[0] for note in opened.notes}
-        notes += [line for line in unread if line.partition(":")[0] not in told]
-        return opened._replace(notes=notes)
+        return opened._replace(notes=_describe_chosen(root, best.reading, opened, unread))
 
     raise _ambiguous_error(tree, tried, unread)
+
+
+def _describe_chosen(
+    root: Path, reading: Reading, opened: OpenedParts, unread: Sequence[str]
+) -> list[str]:
+    """Return the notes of *opened*, the *reading* of *root* that was chosen, with *unread*, lines about tables."""
+    # How it was read, unless its own folders are the classes or parts
+    notes = [*opened.notes]
+    if reading.path != root or reading.classes_from not in ("", FOLDERS):
+        notes.insert(0, f"{root}: read {reading.how}")
+
+    # A table inside of the data set has been named by its own reading.
+    told = {note.partition(":")[0] for note in opened.notes}
+    return notes + [line for line in unread if line.partition(":")[0] not in told]
 
 
 def _ambiguous_error(

@@ -48,7 +48,7 @@ class Tree:
 
     @property
     def numbered(self) -> list[list[str]]:
-        """The folders at its top that have a name in common with others except for a number, by this name."""
+        """The families of folders at its top whose names are the same except for a number, sorted."""
         by_word = defaultdict[str, list[str]](list)
         for top in filter(NUMBERED.fullmatch, self.tops):
             by_word[_without_digits(top)].append(top)
@@ -73,17 +73,31 @@ class Tree:
 
         Fewer images suffice if another folder at the top holds folders of the same names. Folders
         that differ in a number only are the objects of a class or the days of a camera, unless the
-        name of *folder* is no class, such as `images` and `train_shapes`.
+        name of *folder* is no class, such as `images`, or it `is_training`.
         """
         inner = self.inner.get(folder, Counter[str]())
         words = {_without_digits(name) for name in inner}
-        of_training = {*re.split(r"[\W_]+", folder.lower())} & {*TRAINING}
-        if len(inner) < 2 or (len(words) < 2 and not is_general(folder) and not of_training):
+        is_no_class = is_general(folder) or self.is_training(folder)
+        if len(inner) < 2 or (len(words) < 2 and not is_no_class):
             return False
         is_shared = any(
             inner.keys() == one.keys() for top, one in self.inner.items() if top != folder
         )
         return is_shared or inner.total() >= FEW_IMAGES * len(inner)
+
+    def is_training(self, folder: str) -> bool:
+        """Tell whether the name of *folder* is a training part of what is in it, as `train_shapes` of `shape_0`.
+
+        It begins or ends with the word of the part. Other words say that it holds images, or are
+        those of a folder in it. A `steam train` with `day_1` is none.
+        """
+        first, *others = re.split(r"[\W_]+", folder.lower())
+        if first not in TRAINING:
+            *others, last = first, *others
+            if last not in TRAINING:
+                return False
+        inside = "\n".join(self.inner.get(folder, ())).lower()
+        return all(is_general(word) or word.removesuffix("s") in inside for word in others)
 
 
 def _without_digits(name: str) -> str:

@@ -59,6 +59,13 @@ REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
         {f"report/{name}.jpg": PHOTO for name in ("1", "2", "out/x/3")} | {"raw/data.zip": b"PK"},
         "unpack raw/data.zip",
     ),
+    "a compressed table": (
+        {"images/1.jpg": PHOTO, "images/2.jpg": PHOTO, "labels.csv.gz": b""}, "unpack labels.csv.gz"
+    ),
+    "an archive in the folder of the images": (
+        {"cats/1.jpg": PHOTO, "cats/2.jpg": PHOTO, "cats/raw/backup.zip": b"PK"},
+        "sort them into one subfolder per class, by hand or in a browser: sopdeploy label {root}/cats",
+    ),
     "a pointer to an archive": ({"data.zip": LFS}, "{root}/data.zip is " + POINTER_ADVICE),
     "pointers as a class": (TWO_CLASSES | {"c/1.tif": LFS}, "; {root}/c/1.tif is " + POINTER_ADVICE),
     "a pointer to a table": (

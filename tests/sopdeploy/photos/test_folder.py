@@ -777,6 +777,9 @@ ASKED = {
     "chapters with few images": (
         {"ch1": 12, "ch2": 9}, "(ch1, ch2 may be parts of one class, because ch2 has only 9 images)"
     ),
+    "weeks beside another folder": (
+        {"week1": 3, "week3": 3, "exam": 3}, "(week1, week3 may be parts of one class, because number 2"
+    ),
     "dates": ({"2024-05-01": 3, "2024-06-01": 3}, "because their names are dates)"),
 }  # fmt: skip
 
@@ -790,7 +793,9 @@ def test_folders_that_may_be_no_classes_are_asked_about(tmp_path, folders, probl
     with pytest.raises(DataError, match=re.escape(problem)) as caught:
         open_folder(tmp_path)
     assert "--set data.classes_from=folders (" in str(caught.value)
-    assert len(open_folder(tmp_path, FOLDERS).train.labels) == 2
+    assert len(open_folder(tmp_path, FOLDERS).train.labels) == (
+        len(folders) if "exam" in folders else 2
+    )
 
 
 NOT_ASKED = [
@@ -809,12 +814,30 @@ NOT_ASKED = [
     {"n01440764": 3, "n01443537": 3},  # WordNet
     {"A320": 3, "A380": 3},
     {"10 cent": 3, "20 cent": 3},
+    {"steam train__day1": 6, "steam train__day2": 6, "bus__day1": 6, "bus__day2": 6},
 ]
 
 
 @pytest.mark.parametrize("folders", NOT_ASKED, ids=str)
 def test_numbered_folders_are_objects_or_classes(tmp_path, folders) -> None:
     assert len(open_folder(make(tmp_path, **folders)).train.labels) == 2
+
+
+# Classes of which some differ in a number only, and folders that are no figures
+CLASSES = [
+    *(["audi a3", "audi a4", "audi a6", "golf"], ["peugeot 206", "peugeot 208", "fiat 500"]),
+    ["M3", "M4", "M5", "M6", "M8", "M10", "nut"],
+    *(["speed 25", "speed 30", "speed 35", "stop"], ["vw golf 1", "vw golf 2", "vw golf 4", "polo"]),
+    [*(f"red {number}" for number in (0, 1, 2, 3, 5)), *(f"blue {number}" for number in range(6))],
+    *(["figures", "tables", "text"], ["bar plots", "plots", "photos of cats"], ["deleted", "kept"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", CLASSES, ids=str)
+def test_words_and_numbers_of_things_are_classes(tmp_path, names) -> None:
+    assert open_folder(make(tmp_path, **dict.fromkeys(names, 3))).train.labels == tuple(
+        sorted(names)
+    )
 
 
 def test_an_archive_beside_a_few_images_is_to_be_unpacked(tmp_path) -> None:

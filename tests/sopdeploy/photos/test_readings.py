@@ -129,6 +129,8 @@ def test_a_folder_with_several_readings_is_asked_about_with_commands_that_train_
 HOLDING = {
     "beside a folder without folders": {"raw/mtb": 6, "raw/road": 6, "new_photos": 6},
     "the same in all": {f"fold{fold}/{label}": 6 for fold in range(2) for label in "ab"},
+    "in a training folder": {f"train_shapes/shape_{number}": 9 for number in range(2)}
+    | {"plots": 6},
 }
 
 
@@ -146,13 +148,35 @@ def test_the_folders_at_the_top_are_proposed_last_if_others_may_be_the_classes(
     ] == "folders"
 
 
+CLASSES_ABOVE = {
+    "views of a thing": {"dog/front": 8, "dog/side": 8, "cat": 8},
+    "colours of two things": {
+        **{f"{top}/{color}": 6 for top in ("shoes", "hats") for color in ("red", "blue")},
+        "bags": 6,
+    },
+}
+
+
+@pytest.mark.parametrize("name", CLASSES_ABOVE)
+def test_the_folders_at_the_top_are_proposed_first_if_they_are_named_for_things(
+    tmp_path, name
+) -> None:
+    make(tmp_path, CLASSES_ABOVE[name])
+
+    with pytest.raises(DataError, match=r"may be read in \d ways; run") as caught:
+        open_folder(tmp_path)
+
+    assert caught.value.lists["readings"][0].endswith("=folders")
+
+
 @pytest.mark.parametrize("text", ["readme.md", "report/report.tex", "index.html"])
 def test_figures_that_a_text_shows_are_asked_about(tmp_path, text) -> None:
     root = make(tmp_path / "x", {"cats": 6, "dogs": 6, "drawn": 0})
     for number in range(4):
         (root / "drawn" / f"plot{number}.png").write_bytes(jpeg(number, (32, 24), "PNG"))
     (root / text).parent.mkdir(exist_ok=True)
-    (root / text).write_text("Accuracy: ![plot0](drawn/plot0.png), see (plot1.png), plot11.png")
+    shown = "![plot0](drawn/plot0.png) <img src='plot1.png'> \\includegraphics[width=1in]{plot2.png}"
+    (root / text).write_text(f"Accuracy: {shown}, plot33.png")
 
     with pytest.raises(
         DataError, match=f"drawn may illustrate a text, because {Path(text).name}"
@@ -160,16 +184,37 @@ def test_figures_that_a_text_shows_are_asked_about(tmp_path, text) -> None:
         open_folder(root)
     assert open_folder(root, leave_out="drawn").train.labels == ("cats", "dogs")
 
-    # A text that shows fewer than half of them may show examples.
-    (root / text).write_text("![plot0](drawn/plot0.png), plot11.png")
-    assert open_folder(root).train.labels == ("cats", "dogs", "drawn")
+    # A text that shows half of them may show examples, and one that names all may be a list.
+    for examples in (
+        "![plot0](drawn/plot0.png) ![](plot1.png), plot11.png",
+        "drawn/plot0.png CC0, plot1.png CC0, (plot2.png) CC0, plot3.png CC-BY",
+    ):
+        (root / text).write_text(examples)
+        assert open_folder(root).train.labels == ("cats", "dogs", "drawn")
+
+
+SHOWN = {
+    "images of one class": [f"cat/{number:03}.jpg" for number in range(4)],
+    "all images": [f"{top}/{number:03}.jpg" for top in ("cat", "cow", "dog") for number in range(8)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_page_that_shows_the_images_of_classes_changes_nothing(tmp_path, name) -> None:
+    root = make(tmp_path, {"cat": 8, "cow": 8, "dog": 8})
+    (root / "README.md").write_text("\n".join(f"![example]({file})" for file in SHOWN[name]))
+
+    assert open_folder(root).train.labels == ("cat", "cow", "dog")
 
 
 def test_a_folder_of_figures_that_a_text_shows_is_trained_on_only_if_it_is_named(
     tmp_path,
 ) -> None:
     root = make(tmp_path, {"images/first": 4, "images/second": 4})
-    (root / "readme.md").write_text("![](images/first/000.jpg) 001.jpg 002.jpg")
+    shown = [
+        f"![](images/first/00{number}.jpg) ![](second/00{number}.jpg)" for number in range(3)
+    ]
+    (root / "readme.md").write_text(" ".join(shown))
 
     with pytest.raises(
         DataError, match=r"images may illustrate a text, because readme"
@@ -196,6 +241,17 @@ def test_the_first_two_words_of_names_that_begin_with_a_number_may_be_the_class(
 
     (command,) = caught.value.lists["readings"]
     assert [*open_command(command).train.labels] == cards
+
+
+def test_years_at_the_beginning_of_names_are_no_classes(tmp_path) -> None:
+    make(tmp_path, {"photos": 0})
+    for number in range(12):
+        name = f"{2023 + number % 2}_{('cat', 'dog')[number // 6]}_{number:02}.jpg"
+        (tmp_path / "photos" / name).write_bytes(jpeg(number, (32, 24)))
+
+    with pytest.raises(DataError, match="into one subfolder per class, by hand") as caught:
+        open_folder(tmp_path)
+    assert "classes_from" not in str(caught.value)
 
 
 def test_a_picture_is_read_once_to_compare_it_and_again_if_it_changes(
