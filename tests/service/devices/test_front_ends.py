@@ -336,7 +336,7 @@ def test_a_front_end_knows_the_device_processes_that_were_started_before_it(
         with socket.socket() as listener:
             server = supervisor.Supervisor([], settings, devices, listener)
             server._loop, server._shared = asyncio.get_running_loop(), -1
-            server._keys = SimpleNamespace(files=(-1, -1))
+            server._keys = SharedKeys(())
             monkeypatch.setattr(server._template, "start", start)
             started = [*devices, *server._front_ends]
             tasks = [asyncio.create_task(server._supervise(process)) for process in started]
@@ -346,6 +346,7 @@ def test_a_front_end_knows_the_device_processes_that_were_started_before_it(
             for process, task in zip(started, tasks, strict=True):
                 task.cancel()
                 server._close_control(process)
+            server._keys.close()
 
     asyncio.run(scenario())
     assert device_processes == [(), (), (1, 2), (1, 2)]
