@@ -6,9 +6,9 @@ it has a kind and, after a space, the rest. An empty one means that the other pr
 or left.
 
 The supervisor sends the connections of clients, the ends of channels, and new API keys. Each
-process reports its status ten times per second; one that does not report is replaced. A front
-end without a channel asks for another one. The supervisor asks for metrics, and sends processes
-that serve HTTP those of all.
+process reports its status ten times per second, with what it lacks, so a lost report does not
+matter. A process that does not report is replaced. The supervisor asks for metrics, and sends
+the metrics of all processes to those that serve HTTP.
 
 Two files in shared memory have no lock: the number of images that each process has admitted,
 and the state of every bucket of a rate limit. If two processes charge a key in the same
@@ -23,9 +23,7 @@ from typing import NamedTuple
 
 # To a process, with a file; for `CHANNEL`, the name of the process at the other end follows.
 CLIENT = b"client"
-CHANNEL = (
-    b"channel"  # to the supervisor, from a front end: asks for a channel to the device process
-)
+CHANNEL = b"channel"
 PHOTOS = b"photos"
 KEYS = b"keys"  # with two files: the keys and the state of their limits
 SEND_METRICS = b"send-metrics"  # its metrics, to the socket that comes with it
@@ -35,11 +33,11 @@ RELOAD = b"reload"  # the bundles
 STATUS = b"status"  # a `Status` follows
 METRICS = b"metrics"  # asks for a `PAGE`
 NEW_MODELS = b"models"  # of a device process, after a reload
-NO_KEYS = b"no-keys"  # the process could open no files for new keys
 MAX_MESSAGE = 1 << 14
 BUFFER_BYTES = 1 << 16  # of a socket: few messages wait while the supervisor is stopped
 
-COUNTS = struct.Struct("=QI?")  # of `Status`: received; open; whether the process is ready
+# Of `Status`: received; open; whether the process is ready, works, and has the keys
+COUNTS = struct.Struct("=QI???")
 ADMITTED_BYTES = 4096  # of the shared memory of admitted images
 # Time for the metrics of a process, which then counts as down; for those of all, it is twice as long
 METRICS_SECONDS = 1.0
@@ -58,27 +56,32 @@ class Status(NamedTuple):
     """What a process reports: how many connections it has *received*, how many are *open*, and its *bundles*.
 
     A device process has no connections; its images are *open*. A process that starts has no *bundles*.
+    One that does not *work* answers images with 503. *lost* are the device processes to which a
+    front end needs another channel. A process has no keys if it could not receive the new ones.
     """
 
     received: int
     open: int
     bundles: str | None
+    works: bool = True
+    has_keys: bool = True
+    lost: frozenset[str] = frozenset()
 
     def to_bytes(self) -> bytes:
         """Convert the status to the rest of a message."""
-        counts = COUNTS.pack(self.received, self.open, self.bundles is not None)
-        return (
-            counts + (self.bundles or "").encode()[: MAX_MESSAGE // 2]
-        )  # of many, not all fit
+        is_ready = self.bundles is not None
+        counts = COUNTS.pack(self.received, self.open, is_ready, self.works, self.has_keys)
+        bundles = (self.bundles or "").encode()[: MAX_MESSAGE // 2]  # of many, not all fit
+        return counts + ",".join(self.lost).encode() + b"\n" + bundles
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Status":
         """Convert what `to_bytes` returned."""
-        received, num_open, is_ready = COUNTS.unpack_from(data)
-        bundles = data[COUNTS.size :].decode(
-            errors="replace"
-        )  # of many, the last one may be cut
-        return cls(received, num_open, bundles if is_ready else None)
+        received, num_open, is_ready, works, has_keys = COUNTS.unpack_from(data)
+        names, _, bundles = data[COUNTS.size :].partition(b"\n")
+        lost = frozenset(names.decode().split(",")) if names else frozenset()
+        text = bundles.decode(errors="replace")  # of many, the last one may be cut
+        return cls(received, num_open, text if is_ready else None, works, has_keys, lost)
 
     def send(self, supervisor: socket.socket) -> None:
         """Report the status to the *supervisor*."""

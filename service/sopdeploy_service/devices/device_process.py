@@ -100,7 +100,7 @@ class FrontEndChannel(asyncio.Protocol):
             self._handle(*record)
 
     def cut_off(self, reason: str) -> None:
-        """Log *reason* and end this channel; the front end asks for another one if it still runs."""
+        """Log *reason* and end this channel; the front end gets another one if it still runs."""
         if self.transport is not None:
             self.transport.abort()
             self.transport = None
@@ -186,6 +186,7 @@ class DeviceProcess:
         self.front_ends: set[FrontEndChannel] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._reloads = Joined(self._reload)
+        self._has_new_models = False  # of which the supervisor does not know
         self._supervisor_left = False
 
         metrics = registry.metrics
@@ -242,9 +243,14 @@ class DeviceProcess:
         return EXIT_RUNTIME_DEAD if is_dead else 0
 
     def _report(self) -> None:
-        """Show the supervisor that the event loop runs."""
+        """Show the supervisor that the event loop runs, and tell it of new models."""
         bundles = " ".join(model.bundle_name for model in self.registry.models())
         Status(0, self._count_images(), bundles).send(self._supervisor)
+
+        # If this cannot be sent, the next report tries again.
+        if self._has_new_models:
+            is_sent = control.send_message(self._supervisor, control.NEW_MODELS)
+            self._has_new_models = not is_sent
 
     def _count_images(self) -> int:
         """Count the images of front ends that are not answered."""
@@ -293,4 +299,4 @@ class DeviceProcess:
         before = self.registry.models()
         await self.registry.reload(self._sources)
         if self.registry.models() != before:
-            control.send_message(self._supervisor, control.NEW_MODELS)
+            self._has_new_models = True

@@ -10,12 +10,12 @@ import select
 import signal
 import socket
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 from fastapi import FastAPI
 from prometheus_client import generate_latest
@@ -30,7 +30,7 @@ from sopdeploy_service.devices.channel import ChannelError
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.device_process import DeviceProcess
 from sopdeploy_service.devices.processes import ANY_DEVICE, LaunchConfig
-from sopdeploy_service.devices.remote import ASK_SECONDS, DeviceChannel, RemoteRegistry
+from sopdeploy_service.devices.remote import DeviceChannel, RemoteRegistry
 from sopdeploy_service.devices.template import wait_for_launch
 from sopdeploy_service.http.api_keys import Key, KeyFile, KeyRing
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
@@ -63,6 +63,7 @@ class DeviceServer(DrainingServer):
         self._supervisor = supervisor
 
         self._num_received = 0  # connections
+        self._has_keys = True
         self._keeper = app.state.keeper
 
         # The page of metrics, which the supervisor will send.
@@ -80,11 +81,19 @@ class DeviceServer(DrainingServer):
         """Report the `Status` of this process to the supervisor."""
         # With connections that are being accepted, which are tasks.
         num_open = len(self.server_state.connections) + len(self._tasks)
-        Status(self._num_received, num_open, self.bundles).send(self._supervisor)
+
+        registry = self._service.registry
+        Status(
+            self._num_received,
+            num_open,
+            self.bundles,
+            works=registry.problem is None,
+            has_keys=self._has_keys,
+            lost=frozenset(registry.lost if isinstance(registry, RemoteRegistry) else ()),
+        ).send(self._supervisor)
 
     def _receive(self) -> None:
         """Act on a message of the supervisor; an empty one says that it has ended or sends no more."""
-        registry = self._service.registry
         message = control.receive_message(self._supervisor)
 
         if not message.kind:
@@ -98,48 +107,48 @@ class DeviceServer(DrainingServer):
         if message.kind == control.CLIENT:
             self._num_received += 1
 
-        if message.kind == control.CHANNEL and not message.files:
-            self._loop.call_later(
-                ASK_SECONDS, ask_for_channel, self._supervisor, message.rest.decode()
-            )
-
-        # The keys come in two files.
+        # Messages whose files may be missing.
         if message.kind == control.KEYS:
             self._use_keys(message.files)
-            message.files.clear()
-
-        # Messages with a file each.
-        for file in message.files:
-            if message.kind == control.SEND_METRICS:
-                page = generate_latest(self._service.metrics.registry)
-                start_task(self._tasks, control.send_metrics(file, page))
-            elif (
-                message.kind == control.PAGE
-                and self._page is not None
-                and not self._page.done()
-            ):
-                self._page.set_result(read_memory(file))
-            elif message.kind == control.CHANNEL and isinstance(registry, RemoteRegistry):
-                connection = socket.socket(fileno=file)
-                device_process = message.rest.decode()
-                start_task(self._attaching, registry.attach(device_process, connection))
-            elif message.kind == control.PHOTOS and self._keeper is not None:
-                self._keeper.connect(socket.socket(fileno=file))
-            elif message.kind == control.CLIENT:
-                start_task(self._tasks, self.serve_connections([socket.socket(fileno=file)]))
-            else:  # also a page that is late
-                os.close(file)
+        elif message.kind == control.CHANNEL:
+            self._use_channel(message.rest.decode(), message.files)
+        else:
+            for file in message.files:
+                self._use_file(message.kind, file)
 
         self._report()
+
+    def _use_file(self, kind: bytes, file: int) -> None:
+        """Act on a message of the *kind* that came with a *file*."""
+        if kind == control.SEND_METRICS:
+            page = generate_latest(self._service.metrics.registry)
+            start_task(self._tasks, control.send_metrics(file, page))
+        elif kind == control.PAGE and self._page is not None and not self._page.done():
+            self._page.set_result(read_memory(file))
+        elif kind == control.PHOTOS and self._keeper is not None:
+            self._keeper.connect(socket.socket(fileno=file))
+        elif kind == control.CLIENT:
+            start_task(self._tasks, self.serve_connections([socket.socket(fileno=file)]))
+        else:  # also a page that is late
+            os.close(file)
+
+    def _use_channel(self, device_process: str, files: Sequence[int]) -> None:
+        """Use the channel to *device_process* in *files*, which are none if this process had no free file."""
+        # Only a front end gets channels.
+        registry = cast(RemoteRegistry, self._service.registry)
+        if not files:
+            registry.lost.add(device_process)
+        for file in files:
+            connection = socket.socket(fileno=file)
+            start_task(self._attaching, registry.attach(device_process, connection))
 
     def _use_keys(self, files: Sequence[int]) -> None:
         """Accept the keys in the first of *files*; the states of their limits are in the second.
 
-        Without a free file for them, the supervisor replaces this process, because old keys
-        would stay in use.
+        Without a free file for them, this process reports that it has no keys.
         """
-        if len(files) < 2:
-            control.send_message(self._supervisor, control.NO_KEYS)
+        self._has_keys = len(files) == 2
+        if not self._has_keys:
             for file in files:
                 os.close(file)
             return
@@ -247,11 +256,12 @@ def wait_for_device(
 ) -> tuple[RemoteRegistry, LaunchConfig]:
     """Return the models of the first device process, and *config* with the last keys that came before it.
 
-    `DeviceServer` receives the channels and keys that follow. Reports that this process starts,
-    as long as it waits. Exits if the supervisor ends.
+    `DeviceServer` receives the channels and keys that follow. Reports that this process starts, and
+    what it lacks, as long as it waits. Exits if the supervisor ends.
     """
+    status = STARTING
     while True:
-        STARTING.send(supervisor)
+        status.send(supervisor)
         if not select.select([supervisor], [], [], BEAT_SECONDS)[0]:
             continue
 
@@ -259,15 +269,16 @@ def wait_for_device(
         if not message.kind:
             raise SystemExit(0)
 
-        if message.kind == control.CHANNEL:
+        # Without the keys, it only waits for its end.
+        if message.kind == control.CHANNEL and status.has_keys:
             device_process = message.rest.decode()
-            ask = partial(ask_for_channel, supervisor)
             with suppress(ChannelError, IndexError):  # `IndexError`: no free file
                 first = DeviceChannel(device_process, socket.socket(fileno=message.files[0]))
-                return RemoteRegistry([first], config.settings, ask), config
+                registry = RemoteRegistry([first], config.settings)
+                registry.lost.update(status.lost - {device_process})
+                return registry, config
 
-            time.sleep(ASK_SECONDS)
-            ask(device_process)
+            status = status._replace(lost=status.lost | {device_process})
             continue
 
         # New keys take the place of those before.
@@ -278,15 +289,10 @@ def wait_for_device(
                 unused_files = [config.keys, config.limits]
                 config = config.model_copy(update={"keys": keys, "limits": limits})
             else:
-                control.send_message(supervisor, control.NO_KEYS)
+                status = status._replace(has_keys=False)
 
         for file in unused_files:
             os.close(file)
-
-
-def ask_for_channel(supervisor: socket.socket, device_process: str) -> None:
-    """Ask the *supervisor* for a channel to *device_process*."""
-    control.send_message(supervisor, control.CHANNEL, device_process.encode())
 
 
 def serve_http(

@@ -125,6 +125,10 @@ class Process:
     received: int = 0  # this and the following: reported by the child
     open: int = 0
     bundles: str | None = None  # names; None: starts
+    works: bool = True
+    lost: frozenset[str] = (
+        frozenset()
+    )  # device processes to which a front end needs another channel
     silent_beats: int = 0  # since the last report, or since the process has left
 
     @property
@@ -168,12 +172,13 @@ class Process:
     def reset(self, control_socket: socket.socket) -> None:
         """Reset what the previous child reported; the other end of *control_socket* is in a new child."""
         self.control = control_socket
-        self.bundles = None
+        self.bundles, self.works, self.lost = None, True, frozenset()
         self.sent = self.received = self.open = self.silent_beats = 0
 
     def record_status(self, status: Status) -> None:
         """Record a *status* of the child."""
-        self.received, self.open, self.bundles = status
+        self.received, self.open, self.bundles = status.received, status.open, status.bundles
+        self.works, self.lost = status.works, status.lost
         self.silent_beats = 0
 
     def count_beat(self, load_seconds: float) -> str:

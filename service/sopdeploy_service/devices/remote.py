@@ -26,8 +26,6 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 
-ASK_SECONDS = 2.0  # before a front end asks for another channel
-
 log = logging.getLogger("sopdeploy.inference")
 
 
@@ -218,17 +216,12 @@ class RemoteModel(Model):
 class RemoteRegistry(Registry):
     """The models of device processes, which the supervisor replaces when they end."""
 
-    def __init__(
-        self,
-        channels: Iterable[DeviceChannel],
-        settings: Settings,
-        ask_for_channel: Callable[[str], object],
-    ) -> None:
+    def __init__(self, channels: Iterable[DeviceChannel], settings: Settings) -> None:
         """Use the models at the other ends of *channels*, one for each device process.
 
-        *ask_for_channel* gets the name of a device process to which there is no channel any more.
+        `lost` are the device processes to which another channel is needed.
         """
-        self._ask_for_channel = ask_for_channel
+        self.lost: set[str] = set()
         self.metrics = Metrics()
         self._settings = settings
 
@@ -288,24 +281,20 @@ class RemoteRegistry(Registry):
         return sum(one.queue_length for one in tuple(self._channels.values()))
 
     def _lose(self, lost: DeviceChannel) -> None:
-        """Ask for another channel later, unless a new device process has connected by then."""
-
-        def ask() -> None:
-            if self._channels.get(lost.device_process) is lost:
-                self._ask_for_channel(lost.device_process)
-
-        asyncio.get_running_loop().call_later(ASK_SECONDS, ask)
+        """Note that another channel is needed, also if the lost one was about to be closed."""
+        self.lost.add(lost.device_process)
 
     async def attach(self, device_process: str, connection: socket.socket) -> None:
         """Use the channel at *connection* to *device_process*; close the earlier one after its last request."""
+        self.lost.discard(device_process)
+
         # Open the new channel, and use it from now on.
         async with self._attaching:
             try:
                 new = await asyncio.to_thread(DeviceChannel, device_process, connection)
             except ChannelError as error:
                 log.warning("no channel to device process %s", error)
-                loop = asyncio.get_running_loop()
-                loop.call_later(ASK_SECONDS, self._ask_for_channel, device_process)
+                self.lost.add(device_process)
                 return
 
             await new.open(self._lose)

@@ -160,8 +160,9 @@ class Supervisor:
             stack.callback(lambda: self._keys.close())
             stack.callback(self._template.close)
 
-            # Reload on changes, and replace processes that cannot work.
+            # Replace processes that cannot work, send what they lack, and reload on changes.
             start_task(self._tasks, self._replace_failing())
+            start_task(self._tasks, self._channels.send_again())
             follow_keys(self._tasks, self._settings, self._key_reloads.request)
 
             if count := len(self._front_ends):
@@ -433,17 +434,18 @@ class Supervisor:
                 start_task(self._tasks, self._send_page(process))
             case control.NEW_MODELS:
                 self._channels.connect_front_ends(process)
-            case control.CHANNEL:
-                self._channels.connect_devices(process, message.rest.decode())
-            case control.NO_KEYS:
-                self._replace(process, NO_KEYS)
 
     def _handle_status(self, process: Process, status: Status) -> None:
         """Record the *status* of *process*; if all are ready, open the port and print its URL.
 
         A device process that has become ready gets channels to the front ends, a process that serves
-        HTTP one to the keeper.
+        HTTP one to the keeper. A process that could not receive the keys is replaced, because the
+        earlier ones would stay in use.
         """
+        if not status.has_keys:
+            self._replace(process, NO_KEYS)
+            return
+
         was_ready = process.is_ready
         process.record_status(status)
 
@@ -491,7 +493,9 @@ class Supervisor:
                 if process.is_ready and process.control is not None
             ]
 
-            accepting = [process for process in serving if process.accepts]
+            # One that does not work answers fast, with 503; without any other, clients get that.
+            working = [process for process in serving if process.works]
+            accepting = [process for process in working or serving if process.accepts]
 
             # They wait until there is room again: for another refusal, or in a process.
             if len(self._refusals) >= SPARE or (serving and not accepting):

@@ -85,7 +85,7 @@ def run_with(
 
     async def run() -> None:
         device_process = EngineUnderTest(registry_of(bundle, runtime))
-        registry = RemoteRegistry([await device_process.open()], SETTINGS, print)
+        registry = RemoteRegistry([await device_process.open()], SETTINGS)
         await registry.start()
         await scenario(device_process, registry)
         await registry.stop()
@@ -254,7 +254,7 @@ def test_a_dead_runtime_refuses_all_images_and_ends_the_engine(bundle) -> None:
         device_process = EngineUnderTest(
             registry_of(bundle, Failing({1: SystemExit("the device is gone")}))
         )
-        registry = RemoteRegistry([await device_process.open()], SETTINGS, print)
+        registry = RemoteRegistry([await device_process.open()], SETTINGS)
         await registry.start()
         found = await asyncio.gather(
             *(registry.find().run(one, FOREVER) for one in PIXELS), return_exceptions=True
@@ -276,7 +276,7 @@ def test_an_image_goes_to_the_engine_with_the_shortest_queue(bundle) -> None:
             for number, runtime in enumerate(runtimes)
         ]
         channels = [await device_process.open() for device_process in device_processes]
-        registry = RemoteRegistry(channels, SETTINGS, print)
+        registry = RemoteRegistry(channels, SETTINGS)
         await registry.start()
         model = registry.find()
 
@@ -367,3 +367,31 @@ def test_an_engine_sends_no_models_that_a_front_end_would_not_read(bundle, monke
         pytest.raises(channel.ChannelError, match=r"\d+ bytes, more than 10; serve"),
     ):
         channel.open_channel(theirs, facts, 2)
+
+
+@pytest.mark.parametrize("supervisor_reads", [True, False])
+def test_the_supervisor_gets_to_know_new_models_also_if_it_reads_nothing_for_a_while(
+    bundle, monkeypatch, supervisor_reads: bool
+) -> None:
+    reloaded = registry_of(bundle, FakeRuntime(num_classes=7))
+
+    async def scenario(device_process: EngineUnderTest, _registry: RemoteRegistry) -> None:
+        tested = device_process.device_process
+        before = tested.registry
+
+        async def reload(_sources: object) -> None:
+            monkeypatch.setattr(before, "models", reloaded.models)
+
+        monkeypatch.setattr(before, "reload", reload)
+        while not supervisor_reads and control.send_message(tested._supervisor, b"other"):
+            pass
+        await tested._reload()
+        tested._report()
+
+        kinds = [kind for kind, _ in device_process.messages()]
+        assert (control.NEW_MODELS in kinds) == supervisor_reads
+        tested._report()
+        kinds = [kind for kind, _ in device_process.messages()]
+        assert (control.NEW_MODELS in kinds) != supervisor_reads
+
+    run_with(FakeRuntime(num_classes=7), bundle, scenario)

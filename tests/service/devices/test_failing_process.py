@@ -11,7 +11,7 @@ import pytest
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy_service.decoding import pool
-from sopdeploy_service.devices import channel, channels, control, processes, remote, supervisor
+from sopdeploy_service.devices import channel, channels, control, processes, supervisor
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.processes import LaunchConfig, Process
 from sopdeploy_service.devices.remote import DeviceChannel, RemoteRegistry
@@ -60,6 +60,13 @@ class Server:
     def receive(self, name: str, count: int = 1) -> None:
         for _ in range(count):
             self.supervisor._receive(self.processes[name])
+
+
+async def send_again(server: Server) -> None:
+    """Send channels again, once."""
+    again = asyncio.ensure_future(server.supervisor._channels.send_again())
+    await asyncio.sleep(1.5 * channels.RETRY_SECONDS)
+    again.cancel()
 
 
 STATUS = control.STATUS + b" "
@@ -154,7 +161,7 @@ def test_a_front_end_keeps_its_engines_whatever_happens_to_another_one_as_it_ope
 ) -> None:
     async def scenario() -> None:
         device_process = EngineUnderTest(registry_of(bundle, FakeRuntime(num_classes=7)))
-        registry = RemoteRegistry([await device_process.open()], Settings(), print)
+        registry = RemoteRegistry([await device_process.open()], Settings())
         await registry.start()
 
         theirs, ours = socket.socketpair()
@@ -178,7 +185,7 @@ def test_a_device_process_that_never_opens_its_channel_delays_no_other_one(
 
     async def scenario() -> None:
         device_process = EngineUnderTest(registry_of(bundle, FakeRuntime(num_classes=7)))
-        registry = RemoteRegistry([await device_process.open()], Settings(), print)
+        registry = RemoteRegistry([await device_process.open()], Settings())
         await registry.start()
         theirs, ours = socket.socketpair()
 
@@ -201,7 +208,7 @@ async def connect_engine(
     slots, described = channel.open_channel(theirs, [channel.ModelFacts.describe(model)], 4)
     theirs.sendall(described)
     device_process = await asyncio.to_thread(DeviceChannel, "engine", ours)
-    registry = RemoteRegistry([device_process], Settings(), print)
+    registry = RemoteRegistry([device_process], Settings())
     await registry.start()
     return theirs, slots, registry
 
@@ -259,7 +266,7 @@ def test_a_channel_that_cannot_be_sent_is_sent_again(monkeypatch, name) -> None:
                     server.supervisor._close_control(front_end)
                 while name == "it does not read its messages" and front_end.send(b"other"):
                     pass
-                server.supervisor._channels.connect(device_process, front_end)
+                server.supervisor._channels.connect_front_ends(device_process)
             while control.receive_message(end).kind == b"other":
                 pass
 
@@ -268,8 +275,8 @@ def test_a_channel_that_cannot_be_sent_is_sent_again(monkeypatch, name) -> None:
                 ours, end = map(stack.enter_context, control.socket_pair())
                 front_end.reset(ours)
 
-            # The next one comes without being asked for.
-            await asyncio.sleep(1.5 * channels.RETRY_SECONDS)
+            # The next one comes though no front end has lost a channel.
+            await send_again(server)
             received = control.receive_message(end)
             assert len(received.files) == bool(received.kind)
             for file in received.files:
@@ -281,26 +288,87 @@ def test_a_channel_that_cannot_be_sent_is_sent_again(monkeypatch, name) -> None:
         assert runner.run(scenario()) == expected
 
 
-@pytest.mark.parametrize("is_ready", [True, False])
-def test_a_front_end_that_asks_gets_a_channel_to_a_device_process_that_is_ready(
-    is_ready: bool,
+REPORTED = {  # what the first of two front ends has lost; who is ready -> it gets a channel
+    "the engine": ({"engine"}, {"engine", "front-0"}, True),
+    "the engine, before it serves": ({"engine"}, {"engine"}, True),
+    "the engine, which starts": ({"engine"}, {"front-0"}, False),
+    "another one": ({"other"}, {"engine", "front-0"}, False),
+    "nothing": (set(), {"engine", "front-0"}, False),
+}
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_a_front_end_that_has_lost_a_channel_gets_one_to_a_device_process_that_is_ready(
+    name,
 ) -> None:
+    lost, ready, is_sent = REPORTED[name]
+
     async def scenario() -> None:
         with ExitStack() as stack:
             server = Server(stack)
-            if not is_ready:
+            if "engine" not in ready:
                 server.processes["engine"].bundles = None
-            control.send_message(server.ends["front-1"], control.CHANNEL, b"engine")
-            server.receive("front-1")
+            bundles = "" if "front-0" in ready else None
+            Status(0, 0, bundles, lost=frozenset(lost)).send(server.ends["front-0"])
+            server.receive("front-0")
+            await send_again(server)
 
-            for name, other in (("front-1", b"engine"), ("engine", b"front-1")):
-                kind, rest, files = control.receive_message(server.ends[name])
-                assert (kind, rest) == ((control.CHANNEL, other) if is_ready else (b"", b""))
+            for process, other in (("front-0", b"engine"), ("engine", b"front-0")):
+                kind, rest, files = control.receive_message(server.ends[process])
+                assert (kind, rest) == ((control.CHANNEL, other) if is_sent else (b"", b""))
                 for file in files:
                     os.close(file)
+            assert control.receive_message(server.ends["front-1"]).kind == b""
             assert server.killed == []
 
-    asyncio.run(scenario())
+    with asyncio.Runner(loop_factory=TimelessLoop) as runner:
+        runner.run(scenario())
+
+
+NEXT = {  # whether each front end works, and its open connections -> which gets the next ones
+    "both work": ([True, True], [0, 5], ["front-0", "front-0"]),
+    "the one with fewer does not work": ([False, True], [0, 5], ["front-1", "front-1"]),
+    "none works": ([False, False], [0, 5], ["front-0", "front-0"]),
+    "the one that works has enough on the way": ([False, True], [0, 99], []),
+}
+
+
+@pytest.mark.parametrize("name", NEXT)
+def test_a_front_end_that_does_not_work_gets_no_connections_while_another_one_works(
+    name,
+) -> None:
+    works, num_open, expected = NEXT[name]
+
+    async def scenario() -> list[str]:
+        with ExitStack() as stack:
+            server = Server(stack)
+            for process, is_working, count in zip(
+                server.front_ends, works, num_open, strict=True
+            ):
+                process.record_status(Status(0, count, "", works=is_working))
+                process.sent = processes.MAX_ON_THE_WAY if count == 99 else 0
+
+            waiting = [socket.socket() for _ in expected or range(2)]
+            for connection in waiting:
+                stack.enter_context(connection)
+            server.supervisor._arrivals = Waiting(waiting)
+            server.supervisor._pass_on()
+
+            found = []
+            for process in server.front_ends:
+                while (message := control.receive_message(server.ends[process.name])).kind:
+                    found.append(process.name)
+                    os.close(message.files[0])
+            return found
+
+    assert asyncio.run(scenario()) == expected
+
+
+class Waiting(list[socket.socket]):
+    """Connections that wait for a process."""
+
+    def take(self) -> socket.socket:
+        return self.pop(0)
 
 
 def test_a_process_that_cannot_receive_new_keys_is_replaced(tmp_path, monkeypatch) -> None:
@@ -321,7 +389,7 @@ def test_a_process_that_cannot_receive_new_keys_is_replaced(tmp_path, monkeypatc
             await one._reload_keys()
             assert server.killed == ["front-0"]
 
-            control.send_message(server.ends["front-1"], control.NO_KEYS)
+            Status(0, 0, "", has_keys=False).send(server.ends["front-1"])
             server.receive("front-1")
             assert server.killed == ["front-0", "front-1"]
             assert second.control is None
@@ -368,23 +436,22 @@ def test_keys_are_reloaded_while_a_process_starts_which_then_gets_them(
     asyncio.run(scenario())
 
 
-LOST = {  # what happens to a channel -> whether the front end asks for another one
+LOST = {  # what happens to a channel -> whether the front end reports that it lacks one
     "the device process ends it": True,
     "it cannot be opened": True,
-    "a new one has come meanwhile": False,
+    "a new one has come": False,
     "the front end closes it": False,
 }
 
 
 @pytest.mark.parametrize("name", LOST)
-def test_a_front_end_asks_for_a_channel_that_it_has_lost(bundle, monkeypatch, name) -> None:
-    monkeypatch.setattr(remote, "ASK_SECONDS", 0.05)
-    asked: list[str] = []
-
-    async def scenario() -> None:
+def test_a_front_end_lacks_a_channel_that_it_has_lost_until_a_new_one_comes(
+    bundle, name
+) -> None:
+    async def scenario() -> set[str]:
         device_process = EngineUnderTest(registry_of(bundle, FakeRuntime(num_classes=7)))
         lost = await device_process.open()
-        registry = RemoteRegistry([lost], Settings(), asked.append)
+        registry = RemoteRegistry([lost], Settings())
         await registry.start()
 
         match name:
@@ -399,13 +466,12 @@ def test_a_front_end_asks_for_a_channel_that_it_has_lost(bundle, monkeypatch, na
                 for front_end in device_process.device_process.front_ends:
                     front_end.cut_off("it does not read")
                 await until(lambda: not lost.is_open)
-        if name == "a new one has come meanwhile":
+        if name == "a new one has come":
             await registry.attach("engine", await device_process.connect())
 
-        assert asked == []  # not at once
-        await asyncio.sleep(1.5 * remote.ASK_SECONDS)
+        found = set(registry.lost)
         await registry.stop()
         assert await device_process.end() == 0
+        return found
 
-    asyncio.run(scenario())
-    assert asked == ["engine"] * LOST[name]
+    assert asyncio.run(scenario()) == ({"engine"} if LOST[name] else set())

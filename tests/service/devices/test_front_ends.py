@@ -282,7 +282,11 @@ def test_each_process_is_counted_once_in_the_memory_at_rest(monkeypatch) -> None
 
 def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypatch) -> None:
     monkeypatch.setattr(device_server, "DeviceChannel", lambda *arguments: arguments)
-    monkeypatch.setattr(device_server, "RemoteRegistry", lambda channels, *_: channels)
+    monkeypatch.setattr(
+        device_server,
+        "RemoteRegistry",
+        lambda channels, _: SimpleNamespace(channels=channels, lost=set()),
+    )
 
     # The keys of the start, and of two reloads while the front end waits for a device process.
     first, *later = [
@@ -302,7 +306,8 @@ def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypat
         assert control.send_message(ours, control.CHANNEL, b"engine", connection.fileno())
 
         num_open = num_open_files()
-        [(device_process, end)], config = device_server.wait_for_device(config, theirs)
+        registry, config = device_server.wait_for_device(config, theirs)
+        [(device_process, end)] = registry.channels
         end.close()
         assert num_open_files() == num_open  # it has closed those of the earlier keys
 

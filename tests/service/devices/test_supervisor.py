@@ -26,6 +26,7 @@ from sopdeploy_service.devices import control, device_server, processes, supervi
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.device_server import DeviceServer
 from sopdeploy_service.devices.processes import LaunchConfig, Process, visible_devices
+from sopdeploy_service.devices.remote import RemoteRegistry
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.inference.results import RUNTIME_DEAD
@@ -265,7 +266,13 @@ def test_a_server_ends_if_its_last_device_cannot_be_started_again(
 def make_device_server(end: socket.socket) -> DeviceServer:
     """Build a process without an app, whose supervisor is at the other end of *end*."""
     server = DeviceServer.__new__(DeviceServer)
-    server._service, server._keeper, server._page = SimpleNamespace(registry=None), None, None
+    registry = RemoteRegistry([], load_settings())
+    server._service, server._keeper, server._page = (
+        SimpleNamespace(registry=registry),
+        None,
+        None,
+    )
+    server._has_keys = True
     server._supervisor, server._num_received, server.bundles = end, 0, ""
     server.server_state, server._tasks = SimpleNamespace(connections=()), set()
     return server
@@ -277,46 +284,68 @@ def test_a_connection_for_which_a_process_has_no_file_counts_as_received() -> No
         server = make_device_server(theirs)
         assert control.send_message(ours, control.CLIENT)  # the kernel drops the file
         server._receive()
-        assert Status.from_bytes(control.receive_message(ours).rest) == (1, 0, "")
+        assert Status.from_bytes(control.receive_message(ours).rest) == Status(1, 0, "")
 
 
-SENT_FOR = {  # a message without its files -> what the process sends the supervisor
-    "keys": (control.KEYS, b"", (control.NO_KEYS, b"")),
-    "a channel": (control.CHANNEL, b"engine", (control.CHANNEL, b"engine")),
+LACKS = {  # a message without its files -> what the process then lacks, in its report
+    "keys": (control.KEYS, b"", {"has_keys": False}),
+    "a channel": (control.CHANNEL, b"engine", {"lost": frozenset({"engine"})}),
 }
 
 
-@pytest.mark.parametrize("name", SENT_FOR)
-@pytest.mark.parametrize("starts", [True, False])
-def test_a_process_without_a_free_file_tells_the_supervisor_what_it_needs(
-    monkeypatch, name, starts: bool
+@pytest.mark.parametrize("name", LACKS)
+@pytest.mark.parametrize("supervisor_reads", [True, False])
+def test_a_process_without_a_free_file_reports_what_it_lacks(
+    name, supervisor_reads: bool
 ) -> None:
-    kind, rest, expected = SENT_FOR[name]
+    kind, rest, expected = LACKS[name]
+    ours, theirs = control.socket_pair()
+    with ours, theirs:
+        # Reports of the time in which the supervisor reads none are lost.
+        server = make_device_server(theirs)
+        while not supervisor_reads and control.send_message(theirs, control.STATUS):
+            pass
+        assert control.send_message(ours, kind, rest)  # the kernel drops the files
+        server._receive()
+        while control.receive_message(ours).kind:
+            pass
+
+        server._report()
+        assert Status.from_bytes(control.receive_message(ours).rest) == Status(
+            0, 0, "", **expected
+        )
+
+
+@pytest.mark.parametrize("name", LACKS)
+def test_a_front_end_that_waits_for_a_device_process_reports_what_it_lacks(
+    monkeypatch, name
+) -> None:
+    kind, rest, expected = LACKS[name]
     config = LaunchConfig(
         name="front-0", device=None, variables={}, sources=(), settings=load_settings(),
         supervisor=1, front_ends=1, position=0, num_servers=1, device_processes=(),
     )  # fmt: skip
-    monkeypatch.setattr(device_server, "ASK_SECONDS", 0.01)
+    monkeypatch.setattr(device_server, "DeviceChannel", lambda *arguments: arguments[1])
+    registry = SimpleNamespace(lost=set())
+    monkeypatch.setattr(
+        device_server, "RemoteRegistry", lambda ends, _: ends[0].close() or registry
+    )
 
-    async def serve(server: DeviceServer) -> None:
-        server._loop = asyncio.get_running_loop()
-        server._receive()
-        await asyncio.sleep(0.1)
-
+    # The message is without its files; then comes a channel to another device process.
     ours, theirs = control.socket_pair()
-    with ours, theirs:
-        assert control.send_message(ours, kind, rest)  # the kernel drops the files
-        if starts:
-            ours.shutdown(socket.SHUT_WR)
-            with pytest.raises(SystemExit):
-                device_server.wait_for_device(config, theirs)
-        else:
-            asyncio.run(serve(make_device_server(theirs)))
+    with ours, theirs, socket.socket() as connection:
+        assert control.send_message(ours, kind, rest)
+        assert control.send_message(ours, control.CHANNEL, b"other", connection.fileno())
+        ours.shutdown(socket.SHUT_WR)
+        waits = pytest.raises(SystemExit) if kind == control.KEYS else contextlib.nullcontext()
+        with waits:
+            assert device_server.wait_for_device(config, theirs) == (registry, config)
 
         sent = []
         while (message := control.receive_message(ours)).kind:
-            sent.append((message.kind, message.rest))
-        assert [one for one in sent if one[0] != control.STATUS] == [expected]
+            sent.append(Status.from_bytes(message.rest))
+    assert sent[:2] == [Status(0, 0, None), Status(0, 0, None, **expected)]
+    assert registry.lost == expected.get("lost", set())
 
 
 class TimelessLoop(asyncio.SelectorEventLoop):
