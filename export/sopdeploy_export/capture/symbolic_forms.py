@@ -324,12 +324,14 @@ def _cdist(
     """Compute distances (..., P, R) of P and R vectors from their differences.
 
     torch multiplies matrices instead if P or R is above 25, and needs the batch size as a number for
-    this choice. Here, only a size that is no batch decides.
+    this choice. Here, only a size that is no batch decides. Neither does if *compute_mode* says what to do.
     """
-    multiplies = any(
-        isinstance(x.shape[-2], int) and x.shape[-2] > CDIST_ROWS for x in (x1, x2)
-    )
-    if p == 2 and (multiplies or compute_mode == "use_mm_for_euclid_dist"):
+    multiplies = compute_mode == "use_mm_for_euclid_dist"
+    if compute_mode == "use_mm_for_euclid_dist_if_necessary":
+        multiplies = any(
+            isinstance(x.shape[-2], int) and x.shape[-2] > CDIST_ROWS for x in (x1, x2)
+        )
+    if p == 2 and multiplies:
         return torch.cdist(x1, x2, p, "use_mm_for_euclid_dist")
     differences = x1.unsqueeze(-2) - x2.unsqueeze(-3)
     return torch.linalg.vector_norm(differences, ord=p, dim=-1)

@@ -111,8 +111,30 @@ class Compared:
 
     @property
     def used(self) -> set[str]:
-        """The names in `needed`, and those of tensors that code of the network reads as Python numbers."""
-        return self.needed | self._with_other_names(self.trace.read)
+        """The names in `needed`, and those of tensors that code of the network reads as Python numbers.
+
+        A tensor does not count that code reads in a part whose results nothing needs.
+        """
+        needed = self.needed
+        read = self._with_other_names(self.trace.read)
+        outside = {name for name in read if not self._is_in_unneeded_part(name, needed, read)}
+        return needed | self._with_other_names(outside)
+
+    def _is_in_unneeded_part(self, name: str, needed: Set[str], read: Set[str]) -> bool:
+        """Return whether the tensor *name* is in a part without operations in the graph and without *needed* tensors.
+
+        The part must also have a tensor that is not *read*, which the code of another part would not have.
+        """
+        parts = name.split(".")[:-1]
+
+        for depth in range(1, len(parts) + 1):
+            part = ".".join(parts[:depth])
+            inside = {each for each in self.tensors if is_in(each, part)}
+            runs = any(is_in(module, part) for module in self.root.modules)
+            if not runs and inside.isdisjoint(needed) and not inside <= read:
+                return True
+
+        return False
 
     def _with_other_names(self, names: Set[str]) -> set[str]:
         """Return all names of the tensors of the network that have one of *names*."""

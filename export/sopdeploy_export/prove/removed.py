@@ -232,7 +232,7 @@ def find_shared_rests(trained: Compared, unneeded: tuple[str, ...]) -> dict[str,
         }
 
         # What the outputs need of the part, with the names of the same tensors outside of it.
-        needed_inside = sorted(name for name in trained.needed if is_in(name, part))
+        needed_inside = sorted(name for name in trained.used if is_in(name, part))
         outside_names = {
             name: outside_by_address.get(address(trained.tensors[name]))
             for name in needed_inside

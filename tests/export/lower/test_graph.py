@@ -125,6 +125,20 @@ def test_distances_are_those_of_torch_for_any_number_of_vectors(
     capture_any_batch(network.eval(), preprocess, BatchRange(optimum=1, maximum=64))
 
 
+@pytest.mark.parametrize("rows", [3, 30])
+@pytest.mark.parametrize("mode", ["use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist"])
+def test_distances_are_computed_in_the_mode_that_the_code_names(mode: str, rows: int) -> None:
+    """Products of matrices lose digits of vectors that are far from 0 and close to each other."""
+    generator = torch.Generator().manual_seed(0)
+    centers = 100 + torch.randn(rows, 3, generator=generator)
+    x = 100 + torch.randn(30, 3, generator=generator)
+    with SymbolicForms():
+        distances = torch.cdist(x, centers, compute_mode=mode)
+
+    error = (distances - torch.cdist(x.double(), centers.double())).abs().max()
+    assert (error > 1e-3) == (mode == "use_mm_for_euclid_dist")
+
+
 def test_operator_without_onnx_form_is_rejected_in_one_line(preprocess: Preprocess) -> None:
     eigenvalues = Minimal(lambda x: torch.linalg.eigvalsh(x[:, 0] @ x[:, 0].transpose(1, 2)))
     with pytest.raises(LoweringError, match=r"no ONNX form: .*aten\._linalg_eigh") as problem:

@@ -514,3 +514,42 @@ def test_a_tensor_that_code_reads_as_a_number_is_kept_and_no_unused_part(
 
     assert exported.warnings == ()
     assert "scale" in [entry.name for entry in exported.certificate.kept]
+
+
+class ReadsItsFlag(nn.Linear):
+    """A branch that reads a number of its own, as layers do that initialize themselves in training."""
+
+    def __init__(self) -> None:
+        super().__init__(8, n.CLASSES)
+        self.register_buffer("ready", torch.tensor(1))
+        self.state = nn.Module()
+        self.state.register_buffer("steps", torch.tensor(3))
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.ready.item() == 0 or int(self.state.steps) == 0:
+            return features
+        return super().forward(features)
+
+
+class HoldsNumber(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(2.0))
+
+
+def test_a_branch_is_unused_although_it_reads_a_number_of_its_own() -> None:
+    network = n.variant(
+        lambda self, images: (self.aux(self.features(images)), self.fc(self.features(images)))[
+            1
+        ]
+    )
+    network.aux = ReadsItsFlag()
+    assert unused_modules(network.eval(), n.PREPROCESS) == ("aux",)
+
+
+def test_a_part_whose_number_is_read_outside_of_it_is_used() -> None:
+    network = n.variant(
+        lambda self, images: self.fc(self.features(images)) / float(self.aux.scale)
+    )
+    network.aux = HoldsNumber()
+    assert unused_modules(network.eval(), n.PREPROCESS) == ()

@@ -894,7 +894,7 @@ def test_a_branch_with_a_needed_tensor_of_its_own_stays_for_no_shared_one() -> N
         (needed_by_both, {"branch": "branch.1.bias is fc.bias"}),
         (needed_by_both | {"branch.1.weight"}, {}),
     ):
-        trained: Any = SimpleNamespace(tensors=tensors, needed=needed)
+        trained: Any = SimpleNamespace(tensors=tensors, used=needed)
         assert find_shared_rests(trained, ("branch.0",)) == shared
 
 
