@@ -381,11 +381,12 @@ def _lower_trained(
 ) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """Convert the network *trained* to ONNX in float32; return the graph, and warnings of its operators.
 
-    Weights that do not fit into the graph are written to *folder*.
+    Weights that do not fit into the graph are written to *folder*, but not for int8, which must have them in it.
     """
+    weights_folder = None if options.precision == "int8" else folder
     warnings: list[str] = []
     try:
-        model = lower(trained.program, output_names(trained.network), warnings, folder)
+        model = lower(trained.program, output_names(trained.network), warnings, weights_folder)
     except LoweringError:
         # The cause can be a graph that is not the network's.
         parts = subject.detachment.training_only

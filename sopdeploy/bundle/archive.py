@@ -47,7 +47,19 @@ SIZE_FIELD = slice(124, 136)  # of a tar header, an octal number
 
 
 def write_archive(bundle: Bundle, file: BinaryIO) -> None:
-    """Write the archive of *bundle* to *file*; raise `BundleError` for a name that does not fit a header."""
+    """Write the archive of *bundle* to *file*.
+
+    Raises `BundleError` for a name that does not fit a header, and for a bundle that `pull` would refuse.
+    """
+    contents = [len(bundle.manifest.to_bytes())]
+    contents += [record.bytes for record in bundle.manifest.files.values()]
+    size = sum(BLOCK + size + len(padding(size)) for size in contents) + len(END)
+    if size > MAX_ARCHIVE_BYTES:
+        raise BundleError(
+            f"{bundle.path}: its archive would have {size} bytes, and `sopdeploy pull` accepts at most "
+            f"{MAX_ARCHIVE_BYTES}; copy the folder in place of an archive"
+        )
+
     for piece in archive_layout(bundle.manifest):
         if isinstance(piece, bytes):
             file.write(piece)

@@ -52,7 +52,7 @@ class Bundle:
     """A bundle as it was read: the bytes that have the sizes and hashes of the manifest.
 
     `path` is where it was read, for messages and for what lies beside it; nothing reads the
-    files there again. `contents` has the bytes of the files by name, except the graph.
+    files there again. `contents` has the bytes of the files by name, except the graph and its weights.
     `graph` is None if the graph was hashed only, or is in a runtime already. `weights` are its
     weights if they do not fit into its file.
     """
@@ -77,12 +77,14 @@ class Bundle:
         return self.graph
 
     def blocks(self, name: str) -> Iterable[bytes]:
-        """Return the content of the file *name* of the bundle in parts."""
+        """Return the content of the file *name* in parts; raises `ValueError` if the bundle was read without it."""
+        if name not in self.manifest.graph_files:
+            return [self.contents[name]]
         if name == GRAPH:
             return self.onnx.blocks()
-        if name == GRAPH_DATA and self.weights is not None:
-            return self.weights.blocks()
-        return [self.contents[name]]
+        if self.weights is None:
+            raise ValueError(f"{self.path / name}: was hashed, but not kept")
+        return self.weights.blocks()
 
     def reduced(self) -> "Bundle":
         """Return the bundle with only the files that a server shows, which frees the memory of its other files."""
@@ -162,7 +164,7 @@ def note_meaning(path: Path) -> Path:
 def read_files(path: Path, manifest: Manifest, *, with_graph: bool = True) -> Bundle:
     """Read the files of *manifest* in the folder *path*, each once, and compare their hashes.
 
-    Without *with_graph*, the graph is hashed and not kept. Raises `BundleError` for the first file
+    Without *with_graph*, the graph and its weights are hashed and not kept. Raises `BundleError` for the first file
     whose path, size or hash differs.
     """
     _check_names_and_sizes(path, manifest)  # before anything is opened

@@ -144,7 +144,8 @@ def _output_hashes(graph: "onnx.GraphProto", weights: memoryview) -> list[str]:
 def read_external(graph: "onnx.GraphProto", weights: memoryview) -> dict[str, memoryview]:
     """Map the names of the constants of *graph* that are stored in *weights* to their content.
 
-    Raises `CertificateError` unless they are where `next_offset` says, and *weights* hold nothing else.
+    Raises `CertificateError` unless they are where `next_offset` says, and *weights* hold nothing else,
+    and for a constant of an unknown type.
     """
     external: dict[str, memoryview] = {}
     end = 0  # of those before
@@ -152,16 +153,25 @@ def read_external(graph: "onnx.GraphProto", weights: memoryview) -> dict[str, me
     for tensor in graph.initializer:
         if not (tensor.data_location or tensor.external_data):
             continue
+        entries = [(entry.key, entry.value) for entry in tensor.external_data]
+        if ("location", GRAPH_DATA) not in entries:
+            raise CertificateError(f"the weight {tensor.name} is stored in another file")
+        if weights is NO_WEIGHTS:
+            raise CertificateError(f"the bundle has no {GRAPH_DATA}, which has {tensor.name}")
+
         start = next_offset(end)
         size = num_bytes_of(tensor)
         place = [("location", GRAPH_DATA), ("offset", str(start)), ("length", str(size))]
-        is_at_place = place == [(entry.key, entry.value) for entry in tensor.external_data]
-        if size < 0 or not is_at_place or tensor.data_location != EXTERNAL:
-            raise CertificateError(f"the weight {tensor.name} is stored in another file")
+        if size < 0 or entries != place or tensor.data_location != EXTERNAL:
+            raise CertificateError(
+                f"the weight {tensor.name} is not at its place in {GRAPH_DATA}"
+            )
         if start + size > len(weights):
             raise CertificateError(f"{GRAPH_DATA} ends before the weight {tensor.name}")
         if any(weights[end:start]):
-            raise CertificateError(f"{GRAPH_DATA} has other values than weights")
+            raise CertificateError(
+                f"{GRAPH_DATA} has other bytes than 0 before the weight {tensor.name}"
+            )
         external[tensor.name] = weights[start : start + size]
         end = start + size
 
@@ -170,6 +180,18 @@ def read_external(graph: "onnx.GraphProto", weights: memoryview) -> dict[str, me
             f"{GRAPH_DATA} has {len(weights) - end} bytes that are no weights"
         )
     return external
+
+
+def weights_beside(bundle: Bundle, graph: "onnx.GraphProto") -> dict[str, memoryview]:
+    """Map the names of the constants of *graph*, that of *bundle*, in the file of its weights to their content.
+
+    Raises `BundleError` if this file does not fit the graph.
+    """
+    weights = NO_WEIGHTS if bundle.weights is None else bundle.weights.view()
+    try:
+        return read_external(graph, weights)
+    except CertificateError as error:
+        raise BundleError(f"{bundle.path / GRAPH}: {error}; {ADVICE}") from error
 
 
 def next_offset(end: int) -> int:
@@ -181,10 +203,13 @@ def next_offset(end: int) -> int:
 
 
 def num_bytes_of(tensor: "onnx.TensorProto") -> int:
-    """Return the bytes that the type and the shape of *tensor* need."""
+    """Return the bytes that the type and the shape of *tensor* need; raise `CertificateError` for an unknown type."""
     from onnx import helper  # noqa: PLC0415 # a server runs without it
 
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    try:
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    except KeyError as error:
+        raise CertificateError(f"the weight {tensor.name} has an unknown type") from error
     return math.prod(tensor.dims) * dtype.itemsize
 
 

@@ -4,6 +4,7 @@ import io
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,11 @@ from typer.testing import CliRunner
 
 from sopdeploy.bundle.archive import read_archived_manifest, unpack, write_archive
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.bundle.onnx_root import check_graph_and_certificate, read_external
+from sopdeploy.bundle.onnx_root import (
+    check_graph_and_certificate,
+    read_external,
+    weights_beside,
+)
 from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.errors import (
     BundleError,
@@ -116,7 +121,7 @@ def test_weights_without_a_folder_for_their_file_are_refused(small_limit: None) 
 def test_int8_is_refused_above_the_limit_of_one_file() -> None:
     limit = admission.MAX_GRAPH_BYTES
     assert admission.check_size(limit, "int8") == ()
-    with pytest.raises(LoweringError, match=r"int8 is for networks of at most 2.1 GB, and"):
+    with pytest.raises(LoweringError, match=r"int8 is for networks of at most 2.13 GB, and"):
         admission.check_size(limit + 1, "int8")
 
 
@@ -130,13 +135,15 @@ def test_an_export_tells_before_its_first_run_that_the_memory_is_too_small(
     monkeypatch.setattr(admission, "memory_limit", lambda: needed - 1)
     exported = export_small(wide(), tmp_path, plain=wide)
     (warning,) = exported.warnings
-    assert re.match(r"the export of 0.0 GB of weights needs about 1 GB of memory, and", warning)
+    assert re.match(
+        r"the export of 0.0 GB of weights needs at least about 0.8 GB of memory, and", warning
+    )
 
     # It cannot.
     least = admission.MEMORY_AT_REST + 2 * weights
     monkeypatch.setattr(admission, "memory_limit", lambda: least - 1)
     steps: list[str] = []
-    with pytest.raises(NoMemoryError, match=r"has 1 GB; use a machine with more memory"):
+    with pytest.raises(NoMemoryError, match=r"has 0.8 GB; use a machine with more memory"):
         export_small(wide(), tmp_path, plain=wide, on_step=steps.append)
     assert steps == []
 
@@ -164,13 +171,17 @@ def test_inspect_tells_what_an_export_needs(
     )
     monkeypatch.setattr(admission, "memory_limit", lambda: 16_000_000_000)
     large = " ".join(CliRunner().invoke(app, arguments).stdout.split())
-    assert "memory an export needs about 21 GB" in large
-    assert "warning the export of 5.0 GB of weights needs about 21 GB of memory, and" in large
+    assert "memory an export needs at least about 20.8 GB" in large
+    warning = (
+        "warning the export of 5.0 GB of weights needs at least about 20.8 GB of memory, and"
+    )
+    assert warning in large
 
+    # People inspect on one machine and export on another.
     monkeypatch.setattr(admission, "memory_limit", lambda: 8_000_000_000)
-    refused = CliRunner().invoke(app, arguments)
-    assert refused.exit_code == 2
-    assert "has 8 GB; use a machine with more memory" in " ".join(refused.stderr.split())
+    inspected = CliRunner().invoke(app, arguments)
+    assert inspected.exit_code == 0, inspected.output
+    assert warning in " ".join(inspected.stdout.split())
 
 
 def test_files_that_are_exchanged_after_they_were_read_do_not_run(path: Path) -> None:
@@ -214,10 +225,23 @@ def test_verify_compares_the_weights_with_the_graph_hash(case: str, path: Path) 
 
 def test_a_graph_without_the_file_of_its_weights_is_refused(path: Path) -> None:
     alone = replace(open_bundle(path), weights=None)
-    with pytest.raises(BundleError, match=r"ends before the weight"):
+    problem = f"the bundle has no {GRAPH_DATA}"
+    with pytest.raises(BundleError, match=problem):
         check_graph_and_certificate(alone)
-    with pytest.raises(RuntimeUnavailableError, match=r"cannot load the graph"):
+    with pytest.raises(RuntimeUnavailableError, match=f"cannot load the graph: {problem}"):
         OnnxRuntime(alone, Settings(threads=1))
+
+
+def test_an_engine_is_not_built_of_weights_that_do_not_fit_the_graph(path: Path) -> None:
+    bundle = open_bundle(path)
+    graph = onnx.load_model_from_string(bundle.onnx.read()).graph
+    assert sum(map(len, weights_beside(bundle, graph).values())) > LIMIT
+
+    next(each for each in graph.initializer if each.external_data).data_type = 99
+    with pytest.raises(
+        BundleError, match=rf"{GRAPH}: the weight .* has an unknown type; export"
+    ):
+        weights_beside(bundle, graph)
 
 
 PLACES = {
@@ -239,6 +263,30 @@ def test_a_runtime_reads_no_weight_outside_of_the_file(case: str, path: Path) ->
     changed = replace(bundle, graph=SealedFile([model.SerializeToString()]))
     with pytest.raises(RuntimeUnavailableError, match=r"cannot load the graph"):
         OnnxRuntime(changed, Settings(threads=1))
+
+
+def test_an_archive_that_no_pull_would_accept_is_not_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = open_bundle(path)
+    archive = io.BytesIO()
+    write_archive(bundle, archive)
+    size = len(archive.getvalue())
+
+    for limit, message in ((size, None), (size - 1, f"have {size} bytes, .*; copy the folder")):
+        monkeypatch.setattr("sopdeploy.bundle.archive.MAX_ARCHIVE_BYTES", limit)
+        expected = (
+            nullcontext() if message is None else pytest.raises(BundleError, match=message)
+        )
+        with expected:
+            write_archive(bundle, io.BytesIO())
+
+
+def test_a_bundle_that_was_read_without_its_graph_has_no_file_of_it(path: Path) -> None:
+    bundle = open_bundle(path, with_graph=False)
+    for name in (GRAPH, GRAPH_DATA):
+        with pytest.raises(ValueError, match=f"{name}: was hashed, but not kept"):
+            bundle.blocks(name)
 
 
 def test_an_archive_has_both_files(path: Path, tmp_path: Path) -> None:

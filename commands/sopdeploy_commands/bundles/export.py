@@ -290,7 +290,7 @@ def _show_unused(inspected: Inspection) -> None:
     unused = ", ".join(inspected.unused) or "nothing; the output depends on every part"
     print_field("unused", unused)
     if inspected.memory_bytes > SHOWN_MEMORY:
-        needed = f"an export needs about {inspected.memory_bytes / 1e9:.0f} GB"
+        needed = f"an export needs at least about {inspected.memory_bytes / 1e9:.1f} GB"
         print_field("memory", needed)
     for part, tensor in inspected.shared.items():
         print_field("", f"not all of {part}: {tensor}", style="dim")

@@ -276,24 +276,28 @@ def check_size(num_bytes: int, precision: Precision) -> tuple[str, ...]:
     Raises `NoMemoryError` if the weights do not fit into the memory twice, in the network and in the
     runtime, and `LoweringError` if they are too many for int8.
     """
-    weights = f"{num_bytes / 1e9:.1f} GB of weights"
     if precision == "int8" and num_bytes > MAX_GRAPH_BYTES:
         raise LoweringError(
-            f"int8 is for networks of at most {MAX_GRAPH_BYTES / 1e9:.1f} GB, and this one has {weights}; "
-            "choose precision fp16"
+            f"int8 is for networks of at most {MAX_GRAPH_BYTES / 1e9:.2f} GB, and this one has "
+            f"{num_bytes / 1e9:.2f} GB of weights; choose precision fp16"
         )
 
+    problems = warn_of_memory(num_bytes)
+    if problems and MEMORY_AT_REST + 2 * num_bytes > memory_limit():
+        raise NoMemoryError(f"{problems[0]}; use a machine with more memory")
+    return problems
+
+
+def warn_of_memory(num_bytes: int) -> tuple[str, ...]:
+    """Return a warning if the export of *num_bytes* of weights probably needs more memory than there is."""
     needed = memory_of_export(num_bytes)
     limit = memory_limit()
     if needed <= limit:
         return ()
-    problem = (
-        f"the export of {weights} needs about {needed / 1e9:.0f} GB of memory, and this machine or its "
-        f"container has {limit / 1e9:.0f} GB"
+    return (
+        f"the export of {num_bytes / 1e9:.1f} GB of weights needs at least about {needed / 1e9:.1f} GB of "
+        f"memory, and this machine or its container has {limit / 1e9:.1f} GB",
     )
-    if MEMORY_AT_REST + 2 * num_bytes > limit:
-        raise NoMemoryError(f"{problem}; use a machine with more memory")
-    return (problem,)
 
 
 def memory_of_export(num_bytes: int) -> int:

@@ -133,8 +133,8 @@ def _move_weights(model: ir.Model, folder: Path | None, size: int) -> None:
     """
     if folder is None:
         raise LoweringError(
-            f"the weights take {size / 1e9:.1f} GB, and one ONNX file holds at most "
-            f"{MAX_GRAPH_BYTES / 1e9:.1f} GB; choose a smaller network"
+            f"the weights take {size / 1e9:.2f} GB, and one ONNX file holds at most "
+            f"{MAX_GRAPH_BYTES / 1e9:.2f} GB; choose precision fp16, or a smaller network"
         )
 
     end = 0  # of the weights before

@@ -161,7 +161,8 @@ def prove_file(
 ) -> ParityReport:
     """Compare the file that *session* has loaded with *expected* on uint8 *images* (P, H, W, 3).
 
-    *model* is the content of the file; its operators and its size are reported. All images run in
+    *model* is the content of the file; its operators and its size are reported. If *model* is without its
+    large weights, the caller replaces the size. All images run in
     batches of `LARGEST_BATCH`, and the last ones in batches of 1, of 2 and of the optimum of *batch*, as
     far as *batch* accepts these sizes. *ran* has the outputs by batch size, as far as they are known.
     Larger batches do not run. Raises `ParityError` if the file rejects one of these sizes, or returns
@@ -390,8 +391,8 @@ def _first_violation(report: ParityReport) -> str | None:
         too_large_share = report.smallest_unverifiable_share
         return (
             f"cannot be verified in {report.precision}: its rounding error of "
-            f"{floor:.3g} is {floor / report.spread:.0%} of the spread of the "
-            f"logits, and at {too_large_share:.1%} or more a file that ignores its "
+            f"{floor:.3g} is {100 * floor / report.spread:.0f} % of the spread of the "
+            f"logits, and at {100 * too_large_share:.1f} % or more a file that ignores its "
             f"input would pass; {advice}"
         )
 

@@ -6,7 +6,8 @@ and so the kernels and their order of operations, are the same in all runs, so n
 outputs of an image that stays may change. `file` measures that an image gives the same in another
 place, and in batches of other sizes.
 
-Not seen: an operator that combines images only for values that none of these images causes.
+Not seen: an operator that combines images only for values that none of these images causes. The dark,
+letterboxed, half-plain and gray ones run in one batch only (`IN_OPTIMUM`), so nothing is exchanged beside them.
 
 Refused: operators that combine rows of several images (`tests/export/prove/test_images.py`).
 """

@@ -21,6 +21,7 @@ from sopdeploy_export.admit.network import (
     check_tensors,
     check_torch_state,
     prepared,
+    warn_of_memory,
     weight_bytes,
 )
 from sopdeploy_export.admit.outputs import (
@@ -89,11 +90,15 @@ def admit(
     a single one unless *several_classes*, `DetachError` for *training_only*, and `LoweringError` or
     `CertificateError` for *network*.
     """
-    may_be_equal = None if options is None else options.allow_numerical_error
-    options = ExportOptions() if options is None else options
     parts = _check_before_runs(network, training_only)
     num_bytes = weight_bytes(network, parts)
-    size_warnings = check_size(num_bytes, options.precision)
+    if options is None:  # another machine may export it
+        size_warnings = warn_of_memory(num_bytes)
+        may_be_equal = None
+        options = ExportOptions()
+    else:
+        size_warnings = check_size(num_bytes, options.precision)
+        may_be_equal = options.allow_numerical_error
     empty_caches(network, preprocess)  # of earlier runs, for as long as *network* is `prepared`
 
     # It runs once on the images of all later comparisons.

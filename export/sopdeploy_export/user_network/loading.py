@@ -209,7 +209,8 @@ def _error_of_missing(
     if module and others:
         return WeightsError(
             f"{problem}, and the network has no place for {shorten(others)}: build the network with what was "
-            "added in training (pruning, weight norm, adapters), or remove that before you save the weights"
+            "added in training (pruning, weight norm, adapters), remove that before you save the weights, or "
+            "check the network and its options"
         )
     return WeightsError(
         f"{problem}; {len(fit.sources)} of {num_expected} tensors fit: check the network and its options, or "

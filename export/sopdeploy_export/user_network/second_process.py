@@ -7,6 +7,7 @@ a restart, and does not compute now what it computed in its training.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -96,9 +97,7 @@ def run_elsewhere(
         def compare() -> None:
             _, errors = process.communicate()
             if process.returncode:
-                lines = errors.strip().splitlines()
-                reason = lines[-1] if lines else "no message"
-                raise CertificateError(f"a second process cannot build the network: {reason}")
+                raise CertificateError(_describe_end(process.returncode, errors))
             _compare(_logits(network, preprocess), np.load(request.result, allow_pickle=False))
 
         try:
@@ -107,6 +106,17 @@ def run_elsewhere(
             if process.poll() is None:
                 process.kill()
                 process.communicate()
+
+
+def _describe_end(code: int, errors: str) -> str:
+    """Say why a second process ended with *code*, which is the negative of a signal, and *errors*."""
+    problem = "a second process cannot build the network"
+    if code == -signal.SIGKILL:
+        return f"{problem}: it was killed, probably because memory is short; use a machine with more memory"
+    if code < 0:
+        return f"{problem}: it was ended by signal {-code} ({signal.strsignal(-code)})"
+    lines = errors.strip().splitlines()
+    return f"{problem}: {lines[-1] if lines else 'no message'}"
 
 
 def _is_installed(network: nn.Module) -> bool:
@@ -152,6 +162,7 @@ def _main(text: str) -> None:
     weights = read_weights(request.weights)  # before the code of the network can change it
     network = network_builder("network", request.network, request.option)()
     load_weights(network, weights, request.weights_key, ignore=request.ignore)
+    del weights  # frees as much memory as the network takes, beside the first process
     with prepared(network, logits_key=request.logits_key) as ready:
         np.save(request.result, _logits(ready, request.preprocess))
 

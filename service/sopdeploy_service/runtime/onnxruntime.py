@@ -375,6 +375,8 @@ def _open_session(
         )
     except Exception as error:  # onnxruntime's errors share no base class
         reason = f"cannot load the graph: {readable_reason(error)}"
+        if bundle.weights is None and "external data" in str(error).lower():
+            reason = f"cannot load the graph: the bundle has no {GRAPH_DATA}; export it again"
         raise RuntimeUnavailableError(
             f"{bundle.path / GRAPH}: onnxruntime {version} {reason}"
         ) from error

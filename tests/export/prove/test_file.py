@@ -317,12 +317,12 @@ def test_the_spread_is_over_images_and_for_one_image_over_classes() -> None:
     ("precision", "fraction", "message"),
     [
         ("fp16", 0.124, None),
-        ("fp16", 0.126, r"13% of the spread.*at 12\.5% or more.*, or choose precision fp32"),
+        ("fp16", 0.126, r"13 % of the spread.*at 12\.5 % or more.*, or choose precision fp32"),
         ("fp32", 0.031, None),
         (
             "fp32",
             0.032,
-            r"3% of the spread.*at 3\.1% or more.*would pass; train longer; nothing was written",
+            r"3 % of the spread.*at 3\.1 % or more.*would pass; train longer; nothing was written",
         ),
         ("int8", 0.3, None),
     ],

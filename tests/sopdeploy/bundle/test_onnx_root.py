@@ -216,17 +216,30 @@ def test_the_root_does_not_depend_on_the_file_that_stores_the_weights() -> None:
 
 WRONGLY_PLACED: dict[str, tuple[Callable[[onnx.ModelProto], object], bytes, str]] = {
     "in another file": (lambda m: entry(m, 0, "/etc/hostname"), b"", "stored in another file"),
-    "over another weight": (lambda m: entry(m, 1, "0"), b"", "stored in another file"),
-    "with another length": (lambda m: entry(m, 2, "4"), b"", "stored in another file"),
+    "over another weight": (
+        lambda m: entry(m, 1, "0"),
+        b"",
+        "is not at its place in model.onnx.data",
+    ),
+    "with another length": (
+        lambda m: entry(m, 2, "4"),
+        b"",
+        "is not at its place in model.onnx.data",
+    ),
     "before the file": (
         lambda m: (m.graph.initializer[1].dims.__setitem__(0, -2), entry(m, 2, "-8")),
         b"",
-        "stored in another file",
+        "is not at its place",
+    ),
+    "of an unknown type": (
+        lambda m: setattr(m.graph.initializer[1], "data_type", 99),
+        b"",
+        "the weight v has an unknown type",
     ),
     "with a checksum": (
         lambda m: m.graph.initializer[1].external_data.add(key="checksum", value="0"),
         b"",
-        "stored in another file",
+        "is not at its place",
     ),
     "in the graph, too": (
         lambda m: m.graph.initializer[1].float_data.extend([1, 2]),
@@ -234,7 +247,11 @@ WRONGLY_PLACED: dict[str, tuple[Callable[[onnx.ModelProto], object], bytes, str]
         "is stored twice",
     ),
     "with bytes behind it": (lambda _: None, b"abcd", "has 4 bytes that are no weights"),
-    "with bytes before it": (lambda _: None, b"gap", "has other values than weights"),
+    "with bytes before it": (
+        lambda _: None,
+        b"gap",
+        "has other bytes than 0 before the weight v",
+    ),
     "after the end": (lambda _: None, b"short", "ends before the weight v"),
 }
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import onnx
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.onnx_root import read_external
+from sopdeploy.bundle.onnx_root import weights_beside
 from sopdeploy.bundle.probes import Replay, read_probes, replay_in_turn
 from sopdeploy.errors import LoweringError, ParityError
 from sopdeploy_commands.bundles.engine_builder.build import (
@@ -105,9 +105,7 @@ def get_engine(
     if build_via_torch is None:
         model = cast_images_first(onnx.load_model_from_string(bundle.onnx.read()))
         graph = model.SerializeToString(deterministic=True)
-        weights = {}
-        if bundle.weights is not None:
-            weights = read_external(model.graph, bundle.weights.view())
+        weights = weights_beside(bundle, model.graph)
         plan = parse_and_build(trt, graph, profiles, workspace, report, weights)
     else:
         plan = build_via_torch(profiles[0], workspace)  # without progress
