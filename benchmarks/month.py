@@ -28,7 +28,6 @@ lost label, or a live bundle that is not better on the last day than the first b
 
 import argparse
 import itertools
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -365,9 +364,7 @@ def promote(month: Month, live: Bundle) -> tuple[Bundle, Bundle, list[str]]:
             month.correct(verdict.worse)
             candidate = month.train()
             continue
-        if not verdict.num_more or not month.label(
-            min(LABELS, math.ceil(LABELS_PER_DECIDING * verdict.num_more))
-        ):
+        if not verdict.num_labels or not month.label(min(LABELS, verdict.num_labels)):
             break
         candidate = month.train()
     return live, candidate, verdicts

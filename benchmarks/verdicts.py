@@ -12,20 +12,20 @@ from sopdeploy.evaluation.permission import TOLERANCE
 from sopdeploy_commands.promotion.compare import _bound_losses as bound_losses
 from sopdeploy_commands.promotion.compare import _decide as decide_by
 from sopdeploy_commands.promotion.compare import compare_classes
-from sopdeploy_commands.promotion.comparison import list_worse
+from sopdeploy_commands.promotion.comparison import count_needed, list_worse
 from sopdeploy_commands.promotion.photographs import Photographs
 
 Array = NDArray[Any]
 
 
 class Verdict(NamedTuple):
-    """Whether a bundle is promoted, the labels that could decide if it is not, and what `promote` prints.
+    """Whether a bundle is promoted, the labels to add if it is not, and what `promote` prints.
 
     `worse` are classes in which it is worse.
     """
 
     passes: bool
-    num_more: int | None
+    num_labels: int | None
     text: str
     worse: list[str]
 
@@ -63,12 +63,9 @@ def decide(
     if not problems:
         return Verdict(True, None, f"passes: {checks[0].figures}", [])
 
-    num_more: int | None = None
-    if verdict == "undecided":
-        counts = [check.num_more_images for check in checks if not check.passes]
-        if None not in counts:
-            num_more = max(count for count in counts if count is not None)
-            problems.append(f"label about {float(f'{num_more:.1e}'):,.0f} more to decide")
+    needed = count_needed(checks) if verdict == "undecided" else None
+    if needed is not None:
+        problems.append(needed.line)
     parts = [*([] if verdict in {"better", "not worse"} else [verdict]), *problems]
     text = f"{'; '.join(parts)}: {checks[0].figures}"
-    return Verdict(False, num_more, text, worse)
+    return Verdict(False, needed.num_labels if needed else None, text, worse)

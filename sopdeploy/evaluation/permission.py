@@ -84,9 +84,7 @@ class Rule(NamedTuple):
 
         The shares of wins and losses are taken to stay as they are in *counts*. None if
         `MAX_MORE_IMAGES` are not enough. For a bundle that is worse, it can be that no number is
-        enough, because the tolerance shrinks with the number of images. Fewer than
-        `MIN_TOLERANCE_IMAGES` do not tell this: two of them more or less change the difference by
-        several points. So what is missing to that number is returned then.
+        enough, because the tolerance shrinks with the number of images.
         """
         # The mean square of the outcomes: 1 for a win, -1 for a loss, else 0. It is at least their
         # variance. One more image with a win or loss, and one without, keep it above 0.
@@ -102,8 +100,7 @@ class Rule(NamedTuple):
             distance = counts.difference - self.limit(images)
             if images >= MIN_IMAGES and quantiles * math.sqrt(mean_square / images) <= distance:
                 return images - counts.images
-        missing = MIN_TOLERANCE_IMAGES - counts.images
-        return missing if missing > 0 else None
+        return None
 
 
 def rule_of_all(tolerance: float, attempt: int) -> Rule:

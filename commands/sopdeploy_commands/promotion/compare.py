@@ -42,6 +42,7 @@ from sopdeploy_commands.promotion.comparison import (
     Check,
     ClassChange,
     Period,
+    count_needed,
     show_comparison,
 )
 from sopdeploy_commands.promotion.history import count_comparisons
@@ -165,6 +166,7 @@ def compare_loaded(
         counts = _count_changes(first.rejected, second.rejected)
         rejections = Change(**counts, p=mcnemar(**counts))
     verdict = _decide(checks, rejections)
+    needed = count_needed(checks) if verdict == "undecided" else None
 
     # The figures are those of all recent photographs.
     in_all = checks[0]
@@ -187,7 +189,7 @@ def compare_loaded(
         attempt=attempt,
         checks=checks,
         verdict=verdict,
-        num_more_images=_count_needed(checks) if verdict == "undecided" else None,
+        num_more_images=needed.num_images if needed and needed.decides else None,
         unknown=rejections,
         classes=compare_classes(photographs, photographs.old, first.right, second.right),
         new=new,
@@ -266,18 +268,6 @@ def _decide(checks: Sequence[Check], unknown: Change | None) -> Verdict:
         if not check.passes and loses_more and mcnemar(check.wins, check.losses) <= ALPHA:
             return "worse"
     return "undecided"
-
-
-def _count_needed(checks: Sequence[Check]) -> int | None:
-    """Estimate with how many more photographs all *checks* pass; None if no number is enough for one."""
-    needed = 0
-    for check in checks:
-        if check.passes:
-            continue
-        if check.num_more_images is None:
-            return None
-        needed = max(needed, check.num_more_images)
-    return needed
 
 
 def _list_periods(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pydantic
 
@@ -10,7 +10,12 @@ from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import amount, shorten
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.evaluation.permission import MIN_IMAGES, Counts, proves_class_loss
+from sopdeploy.evaluation.permission import (
+    MIN_IMAGES,
+    MIN_TOLERANCE_IMAGES,
+    Counts,
+    proves_class_loss,
+)
 from sopdeploy.evaluation.statistics import ALPHA, Verdict
 from sopdeploy.html.report import percent
 from sopdeploy_service.labelling.label.order import LABELS_PER_DECIDING
@@ -101,6 +106,40 @@ class Check(StrictModel):
             f"{100 * self.difference:+.1f} points "
             f"(at least {100 * self.low:+.1f}, limit {100 * self.limit:+.1f})"
         )
+
+
+class Needed(NamedTuple):
+    """Photographs that would probably decide or, without *decides*, tell whether more of them can."""
+
+    num_images: int
+    decides: bool
+
+    @property
+    def num_labels(self) -> int:
+        """How many photos to label, of which only some decide; two digits."""
+        return math.ceil(float(f"{LABELS_PER_DECIDING * self.num_images:.1e}"))
+
+    @property
+    def line(self) -> str:
+        """What to do."""
+        purpose = "to decide" if self.decides else "to see whether labels can help"
+        return f"label about {self.num_labels:,} more {purpose}, two fifths of which count here"
+
+
+def count_needed(checks: Sequence[Check]) -> Needed | None:
+    """Estimate how many more photographs all *checks* need; None if no number is enough for one.
+
+    With fewer than `MIN_TOLERANCE_IMAGES`, two wins or losses change the difference by several
+    points, so what is missing to that number is needed first.
+    """
+    failed = [check for check in checks if not check.passes]
+    missing = [
+        check.num_more_images or max(0, MIN_TOLERANCE_IMAGES - check.num_images)
+        for check in failed
+    ]
+    if not all(missing):
+        return None
+    return Needed(max(missing), decides=all(check.num_more_images for check in failed))
 
 
 class Period(StrictModel):
@@ -214,9 +253,8 @@ class BundleComparison(StrictModel):
             if not check.passes:
                 yield check.problem
 
-        if self.num_more_images is not None:
-            asked = float(f"{LABELS_PER_DECIDING * self.num_more_images:.1e}")  # two digits
-            yield f"label about {asked:,.0f} more to decide, two fifths of which count here"
+        if self.verdict == "undecided" and (needed := count_needed(self.checks)):
+            yield needed.line
 
         if self.unseen:
             classes = "class" if len(self.unseen) == 1 else "classes"

@@ -29,7 +29,7 @@ from sopdeploy_commands.bundles.scores import scores_of_bundle
 from sopdeploy_commands.promotion import decided
 from sopdeploy_commands.promotion.compare import _decide as decide
 from sopdeploy_commands.promotion.compare import compare, compare_loaded
-from sopdeploy_commands.promotion.comparison import BundleComparison, Check
+from sopdeploy_commands.promotion.comparison import BundleComparison, Check, count_needed
 from sopdeploy_commands.promotion.photographs import are_recent as are_recent_images
 from sopdeploy_commands.promotion.photographs import read_times
 from sopdeploy_commands.promotion.promote import promote
@@ -294,6 +294,43 @@ def test_a_loss_within_its_limit_is_no_reason_to_refuse(case: str) -> None:
         for of, images, wins, losses, low, limit in rows
     ]  # fmt: skip
     assert decide(checks, None) == verdict
+
+
+# (photographs, estimate of how many more) of each failed check -> what is asked for
+ASKED: dict[str, tuple[list[tuple[int, int | None]], str | None]] = {
+    "an estimate": ([(100, 30)], "label about 75 more to decide, two fifths"),
+    "the larger of two": ([(100, 30), (80, 40)], "label about 100 more to decide, two fifths"),
+    "none, of many": ([(60, None)], None),
+    "none, of few": (
+        [(40, None)],
+        "label about 50 more to see whether labels can help, two fifths",
+    ),
+    "none, of all but one": (
+        [(59, None)],
+        "label about 3 more to see whether labels can help, two fifths",
+    ),
+    "one of few, one with an estimate": (
+        [(70, 30), (50, None)],
+        "label about 75 more to see whether labels can help, two fifths",
+    ),
+    "one of few, one of many": ([(70, None), (50, None)], None),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_few_photographs_ask_for_labels_that_show_whether_others_can_decide(case: str) -> None:
+    rows, asked = ASKED[case]
+    checks = [
+        Check(
+            of="all", num_images=images, wins=0, losses=6, low=-0.2, limit=-0.05,
+            difference=-6 / images, num_more_images=more,
+        )
+        for images, more in rows
+    ]  # fmt: skip
+    passing = checks[0].model_copy(update={"num_images": 10, "low": 0.0})
+
+    needed = count_needed([*checks, passing])
+    assert (needed and needed.line.split(" of which")[0]) == asked
 
 
 def test_only_unknown_photographs_of_the_sample_are_compared_and_those_that_no_server_kept(
