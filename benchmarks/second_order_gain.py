@@ -1,6 +1,6 @@
 """Accuracy gain of second-order heads on photographs.
 
-    python benchmarks/second_order_gain.py --photos NAME=FOLDER ... --lines FILE
+    python benchmarks/second_order_gain.py --photos NAME=FOLDER ... [--lines FILE]
         [--epochs 4] [--draws 3] [--per-class 25] [--side 128] [--report] [--latency] [--json]
 
 It fine-tunes the last stages of EfficientNet-Lite0 by the recipes fine-tune-*, with the same
@@ -99,6 +99,11 @@ def run_all(given: argparse.Namespace) -> dict[str, Finished]:
                 line = lines.find(name, arm, run)
                 if line is not None:
                     finished[name][arm][seed] = line
+
+    num_finished = sum(len(runs) for of_set in finished.values() for runs in of_set.values())
+    num_all = len(given.photos) * len(arms) * given.draws
+    if num_finished < num_all:
+        print(f"{given.lines}: has {num_finished} of {num_all} runs", file=sys.stderr)
     return finished
 
 
@@ -201,7 +206,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--lines", type=Path, help="file with a line per finished run; those are not repeated")
     add("--report", action="store_true", help="print the finished draws, and run nothing")
     add("--latency", action="store_true", help="time the exported networks only")
-    return parser.parse_args(arguments)
+
+    given = parser.parse_args(arguments)
+    if given.report and given.lines is None:
+        parser.error("--report prints the runs of a file; give it with --lines FILE")
+    return given
 
 
 def main(arguments: list[str]) -> int:
