@@ -404,7 +404,8 @@ class LabelFolders:
     def progress(self) -> str:
         """Say how many labels decide and train, and from how many days those of the session are.
 
-        It is empty for a heap, without a photograph that a server kept.
+        If too few decide and no others wait, it says how the server keeps more. It is empty for a
+        heap, without a photograph that a server kept.
         """
         records = [
             step.photo.record
@@ -422,7 +423,15 @@ class LabelFolders:
         days = len({record.time.date() for record in records})
         decide = f"{deciding} of the {DECIDING}" if deciding < DECIDING else f"{deciding:,}"
         text = f"{decide} that decide, {training} that train"
-        return f"{text}, from {days} day{'' if days == 1 else 's'}"
+        text = f"{text}, from {days} day{'' if days == 1 else 's'}"
+
+        waits = any(
+            photo.record is not None and role_of(photo.record) == "decides"
+            for photo in self.waiting.values()
+        )
+        if deciding >= DECIDING or waits:
+            return text
+        return f"{text}; no photo that decides is left, and a larger keep_sample keeps more"
 
     def _folder_for(self, name: str | None, *, is_held_out: bool) -> Path:
         """Return the folder of the class *name*; None is "not one of ours".

@@ -68,21 +68,32 @@ def test_the_half_of_the_sample_that_trains_goes_to_the_photographs_under_its_na
     assert files_below(tmp_path) == kept
 
 
+MORE = "; no photo that decides is left, and a larger keep_sample keeps more"
+
+
 @pytest.mark.parametrize(
-    ("earlier", "said"), [(3, "4 of the 30 that decide"), (40, "41 that decide")]
+    ("earlier", "waiting", "said"),
+    [
+        (3, (), f"4 of the 30 that decide, 0 that train, from 1 day{MORE}"),
+        (3, ("low_margin",), f"4 of the 30 that decide, 0 that train, from 1 day{MORE}"),
+        (3, ("sample",), "4 of the 30 that decide, 0 that train, from 1 day"),
+        (40, (), "41 that decide, 0 that train, from 1 day"),
+    ],
 )
 def test_the_progress_counts_what_decides_also_of_earlier_sessions(
-    tmp_path, keep, open_folders, earlier, said
+    tmp_path, keep, open_folders, earlier, waiting, said
 ) -> None:
     for number in range(earlier):
         path = tmp_path / "photos-held-out" / "hat" / f"{number:032x}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     one = keep(100, reasons=("sample",))
+    if waiting:
+        keep(101, reasons=waiting)
 
     folders = open_folders()
     folders.label(one, "hat")
-    assert folders.progress() == f"{said}, 0 that train, from 1 day"
+    assert folders.progress() == said
 
 
 def test_what_shows_the_same_as_one_that_decides_is_not_trained_on(

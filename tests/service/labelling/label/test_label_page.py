@@ -79,7 +79,8 @@ def test_keys_label_skip_and_undo_and_a_reload_goes_on(keep, open_label_page, tm
     page.reload()
     page.wait_for_selector("#classes li")
     assert page.locator("#progress").text_content() == (
-        "1 done in this session, 5 left; 0 of the 30 that decide, 1 that train, from 1 day"
+        "1 done in this session, 5 left; 0 of the 30 that decide, 1 that train, from 1 day; "
+        "no photo that decides is left, and a larger keep_sample keeps more"
     )
     for left in range(4, -1, -1):
         press(page, "2", left)
