@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
@@ -27,6 +28,7 @@ from sopdeploy.bundle.onnx_root import (
 from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.errors import (
     BundleError,
+    ConfigError,
     LoweringError,
     NoMemoryError,
     RuntimeUnavailableError,
@@ -40,6 +42,11 @@ from sopdeploy_export.lower import to_onnx
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.triton import write_triton
+from sopdeploy_service.inference.memory_budget import (
+    ACTIVATION_BYTES,
+    FILE_FACTOR,
+    BudgetedRegistry,
+)
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from sopdeploy_service.runtime.tensorrt_cache import Profile, key_fields
@@ -57,6 +64,18 @@ def wide() -> nn.Module:
     return nn.Sequential(
         nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 63), nn.ReLU(), nn.Linear(63, 4)
     ).eval()
+
+
+def write_photos(folder: Path) -> Path:
+    """Write ten photos of each class below *folder*; return where they are."""
+    random = np.random.default_rng(1)
+    photos = folder / "photos"
+    for name in "abcd":
+        (photos / name).mkdir(parents=True)
+        for number in range(10):
+            pixels = random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(photos / name / f"{number}.png")
+    return photos
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +121,12 @@ def test_the_graph_hash_is_that_of_a_graph_with_its_weights_inside(
 def test_a_reduced_precision_has_a_file_of_its_own_weights(
     small_limit: None, exported: Exported, tmp_path: Path
 ) -> None:
-    half = export_small(wide(), tmp_path, plain=wide, options=ExportOptions(precision="fp16"))
+    options = ExportOptions(precision="fp16", evaluate=write_photos(tmp_path))
+    half = export_small(wide(), tmp_path, plain=wide, options=options)
+    accuracy = half.precision.accuracy
+    assert accuracy is not None
+    assert accuracy.num_agreeing == accuracy.num_images == 40
+
     files = half.manifest.graph_files
     assert files[GRAPH_DATA].bytes == exported.manifest.graph_files[GRAPH_DATA].bytes // 2
     assert half.certificate.roots.onnx == exported.certificate.roots.onnx
@@ -123,6 +147,15 @@ def test_int8_is_refused_above_the_limit_of_one_file() -> None:
     assert admission.check_size(limit, "int8") == ()
     with pytest.raises(LoweringError, match=r"int8 is for networks of at most 2.13 GB, and"):
         admission.check_size(limit + 1, "int8")
+
+
+def test_a_graph_that_its_constants_make_too_large_for_int8_is_refused(
+    small_limit: None, tmp_path: Path
+) -> None:
+    """The first check counts the weights of the network, here against the limit of 2 GB."""
+    options = ExportOptions(precision="int8", calibrate=write_photos(tmp_path))
+    with pytest.raises(LoweringError, match=r"the weights take .*; choose precision fp16"):
+        export_small(wide(), tmp_path, plain=wide, options=options)
 
 
 def test_an_export_tells_before_its_first_run_that_the_memory_is_too_small(
@@ -280,6 +313,18 @@ def test_an_archive_that_no_pull_would_accept_is_not_written(
         )
         with expected:
             write_archive(bundle, io.BytesIO())
+
+
+def test_a_server_counts_the_weights_of_a_bundle_and_frees_them(path: Path) -> None:
+    bundle = open_bundle(path)
+    assert bundle.reduced().weights is None
+
+    weights = bundle.manifest.files[GRAPH_DATA].bytes
+    graph = bundle.manifest.files[GRAPH].bytes
+    needed = FILE_FACTOR * (graph + weights) + ACTIVATION_BYTES
+    BudgetedRegistry({"small": bundle}, Settings(memory_budget=needed))
+    with pytest.raises(ConfigError, match="memory_budget"):
+        BudgetedRegistry({"small": bundle}, Settings(memory_budget=needed - 1))
 
 
 def test_a_bundle_that_was_read_without_its_graph_has_no_file_of_it(path: Path) -> None:

@@ -90,9 +90,8 @@ def measure_plain_run(
     batches = divide(images, largest_batch)
     start = 0
     for batch in batches:
-        rows = slice(
-            start, start + len(batch)
-        )  # without the repeated images that fill the batch
+        # Without the repeated images that fill the batch.
+        rows = slice(start, start + len(batch))
         outputs = [output[rows] for output in plain.outputs]
         file_rows = None
         if of_file is not None:

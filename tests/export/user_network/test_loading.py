@@ -590,7 +590,7 @@ WRONG: dict[str, tuple[Any, str | None, str]] = {
         without("fc.weight")
         | {"fc.base_layer.weight": STATE["fc.weight"], "fc.lora_A.weight": torch.ones(2, 8)},
         None,
-        r"has no place for fc\.base_layer\.weight, fc\.lora_A\.weight: build .*adapters",
+        r"has no place for fc\.base_layer\.weight, fc\.lora_A\.weight: build .*adapters.*, or check the network",
     ),
     "another shape": (
         STATE | {"fc.bias": torch.ones(7)},

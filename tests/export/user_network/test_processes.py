@@ -337,3 +337,29 @@ def test_a_weight_that_is_tied_into_a_branch_stays_under_its_other_name(tmp_path
         plain=lambda: Tied(branch=False),
     )
     assert exported.certificate.proof == "three-way"
+
+
+@pytest.mark.parametrize(
+    ("signal", "message"),
+    [
+        (
+            "SIGKILL",
+            "was killed, probably because memory is short; use a machine with more memory",
+        ),
+        ("SIGABRT", "was ended by signal 6 (Aborted)"),
+    ],
+)
+def test_a_second_process_that_a_signal_ends_is_told_so(
+    signal: str, message: str, folder: Path
+) -> None:
+    text = f"""
+import signal
+
+def build():
+    if "second_process" in str(sys.modules["__main__"].__spec__):
+        os.kill(os.getpid(), signal.{signal})
+    return Net()
+"""
+    code, output = export_module(folder, text)
+    assert code == 2
+    assert f"a second process cannot build the network: it {message}" in output
