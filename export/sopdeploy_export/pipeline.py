@@ -430,13 +430,11 @@ def _write_file(
         float32 = None if accuracy_check is None else model
         del certified, model
 
-        # The file, and its accuracy on photos.
-        precision = converted.precision
         session = open_session(folder / GRAPH)
+        precision = converted.precision
         if accuracy_check is not None and float32 is not None:
-            accuracy = accuracy_check.measure(float32, session, _weights_in(float32_folder))
-            precision = precision.model_copy(update={"accuracy": accuracy})
-            accuracy_check.check_drop(precision)
+            weights = _weights_in(float32_folder)
+            precision = _measure_accuracy(accuracy_check, float32, weights, session, precision)
 
     return _File(
         session=session,
@@ -447,6 +445,23 @@ def _write_file(
         shipped_root=shipped_root,
         warnings=warnings,
     )
+
+
+def _measure_accuracy(
+    accuracy_check: AccuracyCheck,
+    float32: onnx.ModelProto,
+    weights: memoryview,
+    session: InferenceSession,
+    precision: PrecisionReport,
+) -> PrecisionReport:
+    """Return *precision* with the accuracy of the file in *session*, compared with *float32* and its *weights*.
+
+    Raises `ParityError` for a loss above the limit.
+    """
+    accuracy = accuracy_check.measure(float32, session, weights)
+    report = precision.model_copy(update={"accuracy": accuracy})
+    accuracy_check.check_drop(report)
+    return report
 
 
 def _weights_in(folder: Path) -> memoryview:
