@@ -467,7 +467,7 @@ UNLIMITED = {
     "reproduction/tables.py", "training/recipe_files.py", "few_shot/cache.py",
     "lower/compared.py", "api/web.py", "label/app.py",
     # The user's own weights, which are loaded whole.
-    "user_network/loading.py",
+    "user_network/kept_file.py",
     # Files of the kernel.
     "sopdeploy/environment.py", "decoding/child.py", "runtime/device_memory.py",
 }  # fmt: skip

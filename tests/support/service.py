@@ -126,7 +126,7 @@ def carded_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> B
     )
     certificate = Certificate(
         model="tiny", detached=("gate.noise",), removed=(entry,), kept=(entry, entry), roots=roots,
-        batches=(1,), num_images=12, mixes_images=(), precision="fp32",
+        statements={"Removed": "proved"}, batches=(1,), num_images=12, mixes_images=(), precision="fp32",
     )  # fmt: skip
     (folder / "certificate.json").write_bytes(to_json(certificate.model_dump(mode="json")))
     (folder / "README.md").write_text(CARD)

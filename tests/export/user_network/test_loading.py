@@ -827,7 +827,9 @@ def test_the_key_of_the_logits_stays_text(
 
     def choose(network: nn.Module, _preprocess: object, **_options: object) -> Any:
         chosen.append(choose_output(outputs, vars(network)[EXPORT_LOGITS]))
-        return SimpleNamespace(removable=(), shared_rests={}, num_classes=4, warnings=())
+        return SimpleNamespace(
+            removable=(), shared_rests={}, num_classes=4, num_bytes=48, warnings=()
+        )
 
     monkeypatch.setattr("sopdeploy_export.user_network.admission.admit", choose)
     given = (
