@@ -78,10 +78,9 @@ def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
     assert not [name for name in names if "branch" in name]
     assert {entry.name.split(".")[0] for entry in exported.certificate.removed} == {"branches"}
     saved = exported.trained.parameters - exported.shipped.parameters
-    lines = exported.lines()
-    assert f"; {saved:,} parameters, " in lines["removed"]
+    assert f"; {saved:,} parameters, " in exported.lines()["removed"]
     num_kept = len(exported.certificate.kept) + len(exported.certificate.unreached)
-    assert lines["kept"].startswith(f"{num_kept} tensors; the outputs depend on ")
+    assert exported.facts()["kept"].startswith(f"{num_kept} tensors; the outputs depend on ")
 
 
 @pytest.mark.parametrize(
