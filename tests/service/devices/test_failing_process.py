@@ -281,6 +281,10 @@ def test_a_channel_that_cannot_be_sent_is_sent_again(monkeypatch, name) -> None:
             assert len(received.files) == bool(received.kind)
             for file in received.files:
                 os.close(file)
+
+            # It comes once.
+            await send_again(server)
+            assert control.receive_message(end).kind == b""
             return [received.kind, received.rest]
 
     with asyncio.Runner(loop_factory=TimelessLoop) as runner:

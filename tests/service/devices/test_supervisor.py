@@ -287,6 +287,16 @@ def test_a_connection_for_which_a_process_has_no_file_counts_as_received() -> No
         assert Status.from_bytes(control.receive_message(ours).rest) == Status(1, 0, "")
 
 
+@pytest.mark.parametrize(("problem", "works"), [(None, True), ("engine_starting", False)])
+def test_a_process_reports_whether_it_works(problem, works: bool) -> None:
+    ours, theirs = control.socket_pair()
+    with ours, theirs:
+        server = make_device_server(theirs)
+        server._service.registry = SimpleNamespace(problem=problem)
+        server._report()
+        assert Status.from_bytes(control.receive_message(ours).rest).works == works
+
+
 LACKS = {  # a message without its files -> what the process then lacks, in its report
     "keys": (control.KEYS, b"", {"has_keys": False}),
     "a channel": (control.CHANNEL, b"engine", {"lost": frozenset({"engine"})}),
