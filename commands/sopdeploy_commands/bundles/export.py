@@ -334,15 +334,9 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     check_is_weights(file)
     check_builder("network", options.network, options.option)
     preprocess = read_preprocess(options.preprocess)
-    from sopdeploy.bundle.manifest import BatchRange
     from sopdeploy_export.admit.network import memory_of_export, prepared
-    from sopdeploy_export.admit.outputs import check_trained_are_registered
-    from sopdeploy_export.capture.buffers import make_kept_results_anew
-    from sopdeploy_export.capture.program import trace
-    from sopdeploy_export.prove.constants import check_constants
     from sopdeploy_export.user_network.admission import admit
     from sopdeploy_export.user_network.builder import network_builder
-    from sopdeploy_export.user_network.export_network import checked_builder
     from sopdeploy_export.user_network.kept_file import KeptFile
     from sopdeploy_export.user_network.loading import load_weights, read_weights
 
@@ -358,25 +352,13 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
                 prepared_network, preprocess, several_classes=options.several_classes
             )
             if not options.allow_constants:
-                check_trained_are_registered(prepared_network, preprocess)
-                rebuild = checked_builder(build, prepared_network)
+                program = admitted.trained.trace.program
+                _check_constants(program, build, prepared_network, preprocess)
 
-                def capture_rebuilt() -> "ExportedProgram":
-                    rebuilt = rebuild()
-                    make_kept_results_anew(rebuilt, preprocess)
-                    return trace(rebuilt, preprocess, BatchRange()).program
-
-                check_constants(admitted.trained.trace.program, capture_rebuilt)
-
-    # The names of the classes in the file, if it has one for each logit. Two names fit one logit.
-    labels = loaded.labels
-    num_names = admitted.num_classes
-    if admitted.num_classes == 1 and not options.several_classes:
-        num_names = 2
-    if labels is not None and (len(labels) != num_names or label_problem(labels)):
-        labels = None
-
-    # The export needs a file of names if the weights have none of these classes.
+    # The export needs a file of names if the weights have none of these classes. Two names fit one
+    # logit.
+    takes_two = admitted.num_classes == 1 and not options.several_classes
+    labels = _fitting_labels(loaded.labels, 2 if takes_two else admitted.num_classes)
     export_options = {
         **vars(options),
         "training_only": admitted.removable,
@@ -398,6 +380,41 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         labels=labels,
         warnings=(*loaded.conversions, *changed, *admitted.warnings),
     )
+
+
+def _fitting_labels(labels: tuple[str, ...] | None, num_names: int) -> tuple[str, ...] | None:
+    """Return *labels* if they are *num_names* usable names of classes, else None."""
+    if labels is None or len(labels) != num_names or label_problem(labels):
+        return None
+    return labels
+
+
+def _check_constants(
+    program: "ExportedProgram",
+    build: "Callable[[], nn.Module]",
+    trained: "nn.Module",
+    preprocess: Preprocess,
+) -> None:
+    """Refuse large tensors of *program* that the network *trained* does not register, as an export does.
+
+    Those that *build* makes again are accepted (`check_constants`).
+    """
+    from sopdeploy.bundle.manifest import BatchRange
+    from sopdeploy_export.admit.outputs import check_trained_are_registered
+    from sopdeploy_export.capture.buffers import make_kept_results_anew
+    from sopdeploy_export.capture.program import trace
+    from sopdeploy_export.prove.constants import check_constants
+    from sopdeploy_export.user_network.export_network import checked_builder
+
+    check_trained_are_registered(trained, preprocess)
+    rebuild = checked_builder(build, trained)
+
+    def capture_rebuilt() -> "ExportedProgram":
+        rebuilt = rebuild()
+        make_kept_results_anew(rebuilt, preprocess)
+        return trace(rebuilt, preprocess, BatchRange()).program
+
+    check_constants(program, capture_rebuilt)
 
 
 def _export_command(weights: Path, options: Mapping[str, Any]) -> str:

@@ -32,13 +32,17 @@ from sopdeploy.evaluation.prediction import (
     held_out_metrics,
     predict_unknown,
 )
-from sopdeploy.models.second_order_head import head_name
+from sopdeploy.models.second_order_head import SecondOrderHead, head_name
 from sopdeploy.photos.file_checks import describe_contradictions
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Position, Setup, run_record
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.distributed import TrainingStoppedError, handle_signals
+from sopdeploy.training.distributed import (
+    SignalState,
+    TrainingStoppedError,
+    handle_signals,
+)
 from sopdeploy.training.few_shot.cross_validation import (
     CrossValidation,
     cross_validate,
@@ -98,59 +102,28 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
     used.
     """
     since = time.monotonic()
-    recipe = setup.recipe
-    settings = recipe.part(FeatureSettings)
-    images = setup.data.train
     with handle_signals(setup.strategy) as signals:
-        expected = ExpectedTime(callback, LOOP_INSTEAD)
-
-        def on_progress(step: str, done: int, total: int) -> None:
-            callback.on_stage(name=step, done=done, total=total)
-            # Only the features count for the expected time: they take most of it.
-            expected.update(min(done, len(images)), len(images))
-            signals.exchange()  # raises `TrainingStoppedError` after a stop signal
-
         try:
-            validation = cross_validate(
-                settings,
-                recipe.head_options,
-                setup.model,
-                images,
-                on_progress,
-                groups_by_name=recipe.groups_by_name,
-            )
-
             # The network with the head of all images, and its score.
-            problem = validation.problem
-            head = validation.features.head
-            network = build_fitted(
-                validation.outputs.network,
-                head,
-                problem,
-                problem.fit_all(validation.scaling),
-                settings,
-            )
-            logits_MK: Array | None = None
-            seen: NDArray[np.bool_] | None = None
-            if len(setup.data.held_out):
-                held_out = predict_held_out(validation.outputs, network, setup.data.held_out)
-                seen = _find_seen(setup, validation, held_out, callback)
-                setup = setup.without_seen(seen)
-                logits_MK = held_out.logits[~seen] if len(setup.data.held_out) else None
+            validation = _cross_validate(setup, callback, signals)
+            network = _fit_all(setup, validation)
+            logits_MK, seen = _predict_unseen(setup, validation, network, callback)
+            setup = setup.without_seen(seen)
             score, metrics = _evaluate(setup, validation, logits_MK)
 
-            label_logits, is_doubted_N = _doubt_labels(validation, images, callback)
+            label_logits, is_doubted_N = _doubt_labels(validation, setup.data.train, callback)
             signals.exchange()  # for a signal since the last progress
         except TrainingStoppedError as stop:
             stop.message = "stopped before the first checkpoint; start the same command again"
             raise
 
     seconds = time.monotonic() - since
-    losses = {"loss": float(problem.targets.losses(validation.shifted_logits).mean())}
+    targets = validation.problem.targets
+    losses = {"loss": float(targets.losses(validation.shifted_logits).mean())}
     row = EpochRow(epoch=1, lr=0.0, losses=losses, metrics=metrics, seconds=seconds)
 
     fit = FewShotFit(
-        name=head_name(recipe.model.name),
+        name=head_name(setup.recipe.model.name),
         network=network,
         position=Position(epoch=1, seconds=seconds, history=(row,)),
         file_hashes=validation.features.file_hashes,
@@ -164,6 +137,55 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
         seen=seen,
     )
     return with_decision(setup, fit)
+
+
+def _cross_validate(setup: Setup, callback: Callback, signals: SignalState) -> CrossValidation:
+    """Cross-validate on the training images; tell *callback* the progress, and raise after one of *signals*."""
+    images = setup.data.train
+    expected = ExpectedTime(callback, LOOP_INSTEAD)
+
+    def on_progress(step: str, done: int, total: int) -> None:
+        callback.on_stage(name=step, done=done, total=total)
+        # Only the features count for the expected time: they take most of it.
+        expected.update(min(done, len(images)), len(images))
+        signals.exchange()  # raises `TrainingStoppedError` after a stop signal
+
+    return cross_validate(
+        setup.recipe.part(FeatureSettings),
+        setup.recipe.head_options,
+        setup.model,
+        images,
+        on_progress,
+        groups_by_name=setup.recipe.groups_by_name,
+    )
+
+
+def _fit_all(setup: Setup, validation: CrossValidation) -> SecondOrderHead:
+    """Fit the head to all training images; return the network with it."""
+    problem = validation.problem
+    return build_fitted(
+        validation.outputs.network,
+        validation.features.head,
+        problem,
+        problem.fit_all(validation.scaling),
+        setup.recipe.part(FeatureSettings),
+    )
+
+
+def _predict_unseen(
+    setup: Setup, validation: CrossValidation, network: SecondOrderHead, callback: Callback
+) -> tuple[Array | None, NDArray[np.bool_] | None]:
+    """Return logits of the held-out images that training images do not show, and which (M,) they show.
+
+    Both are None without held-out images, and the logits also if `Setup.without_seen` leaves none.
+    """
+    if not len(setup.data.held_out):
+        return None, None
+
+    outputs = predict_held_out(validation.outputs, network, setup.data.held_out)
+    seen = _find_seen(setup, validation, outputs, callback)
+    has_others = len(setup.without_seen(seen).data.held_out) > 0
+    return outputs.logits[~seen] if has_others else None, seen
 
 
 def _doubt_labels(

@@ -86,35 +86,16 @@ def parse_and_build(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
 
-    # Weights outside of the graph must stay in memory until it is built.
-    is_parsed = parser.load_model_proto(graph)
-    for name, content in (weights or {}).items():
-        values = np.frombuffer(content, np.uint8)
-        is_parsed = is_parsed and parser.load_initializer(name, values.ctypes.data, len(values))
-    if not (is_parsed and parser.parse_model_proto()):
-        reason = last_error(logger)
-        if parser.num_errors:
-            error = parser.get_error(0)
-            node = f"node {error.node()} ({error.node_operator()} {error.node_name()})"
-            reason = f"{node}: {' '.join(error.desc().split())}"
+    if not _parse(parser, graph, weights or {}):
+        reason = _parser_error(parser) or last_error(logger)
         raise EngineError(f"TensorRT {trt.__version__} cannot read the graph: {reason}")
 
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default
 
-    # One profile for each range of batch sizes; only the first axis of an input is dynamic.
-    inputs = [network.get_input(index) for index in range(network.num_inputs)]
     for batches in profiles:
-        profile = builder.create_optimization_profile()
-        for tensor in inputs:
-            rest = tuple(tensor.shape)[1:]
-            sizes = (batches.minimum, batches.maximum, batches.maximum)  # tuned for the largest
-            profile.set_shape(tensor.name, *((size, *rest) for size in sizes))
-        if config.add_optimization_profile(profile) < 0:
-            raise EngineError(
-                f"TensorRT rejects the optimization profile for batches of {batches}"
-            )
+        _add_profile(builder, config, network, batches)
 
     # The build takes minutes: it reports its progress, and Ctrl-C ends it.
     with interrupts_recorded() as interrupt:
@@ -126,6 +107,37 @@ def parse_and_build(
             f"TensorRT {trt.__version__} cannot build the engine: {last_error(logger)}"
         )
     return bytes(plan)
+
+
+def _parse(parser: Any, graph: bytes, weights: Mapping[str, memoryview]) -> bool:
+    """Read *graph* and the *weights* outside of it, which must stay in memory until it is built; tell success."""
+    is_parsed = parser.load_model_proto(graph)
+    for name, content in weights.items():
+        values = np.frombuffer(content, np.uint8)
+        is_parsed = is_parsed and parser.load_initializer(name, values.ctypes.data, len(values))
+    return is_parsed and parser.parse_model_proto()
+
+
+def _add_profile(builder: Any, config: Any, network: Any, batches: Profile) -> None:
+    """Add a range of batch sizes to *config*; only the first axis of an input is dynamic."""
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        rest = tuple(tensor.shape)[1:]
+        sizes = (batches.minimum, batches.maximum, batches.maximum)  # tuned for the largest
+        profile.set_shape(tensor.name, *((size, *rest) for size in sizes))
+
+    if config.add_optimization_profile(profile) < 0:
+        raise EngineError(f"TensorRT rejects the optimization profile for batches of {batches}")
+
+
+def _parser_error(parser: Any) -> str:
+    """Return the first error of *parser* and its node; empty without one."""
+    if not parser.num_errors:
+        return ""
+    error = parser.get_error(0)
+    node = f"node {error.node()} ({error.node_operator()} {error.node_name()})"
+    return f"{node}: {' '.join(error.desc().split())}"
 
 
 @contextmanager
