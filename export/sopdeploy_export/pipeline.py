@@ -6,21 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
-import onnx
 import torch
-from onnxruntime import InferenceSession
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle import publication
 from sopdeploy.bundle.listing import read_bundles
 from sopdeploy.bundle.manifest import EMBEDDING, PROOFS, BatchRange, Manifest, ProofKind
-from sopdeploy.bundle.onnx_root import NO_WEIGHTS, onnx_root
 from sopdeploy.bundle.probes import write_probes
-from sopdeploy.bundle.sealed import view_file
 from sopdeploy.bundle.second_order import count_second_order
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.decision import Decision
@@ -29,9 +24,7 @@ from sopdeploy.errors import (
     CheckpointError,
     ConfigError,
     DetachError,
-    LoweringError,
 )
-from sopdeploy.files import GRAPH, GRAPH_DATA
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import name_network
@@ -48,20 +41,11 @@ from sopdeploy_export.capture.deployed import (
     Deployed,
     export_images,
     generated_images,
-    output_names,
 )
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.lower.accuracy import AccuracyCheck
 from sopdeploy_export.lower.compared import find_order
-from sopdeploy_export.lower.precision import (
-    NO_IMAGES,
-    Converted,
-    Lowered,
-    PrecisionReport,
-    convert_precision,
-)
-from sopdeploy_export.lower.to_onnx import lower, without_values
 from sopdeploy_export.network import attributes_restored
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.bundle import (
@@ -70,20 +54,21 @@ from sopdeploy_export.pack.bundle import (
     write_golden_examples,
     write_reports,
 )
+from sopdeploy_export.pack.graph_file import ExportedFile, write_file
 from sopdeploy_export.pack.model_card import write_page
 from sopdeploy_export.pack.results import Exported, ExportResults
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.progress import Step, reporting, step
 from sopdeploy_export.prove.certificate import Certificate, Checks, Roots, kind_of_proof
 from sopdeploy_export.prove.constants import check_constants
-from sopdeploy_export.prove.file import ParityReport, prove_file
+from sopdeploy_export.prove.file import FileContent, ParityReport, prove_file
 from sopdeploy_export.prove.graphs import prove_graph
 from sopdeploy_export.prove.images import check_mixing, run_file
 from sopdeploy_export.prove.networks import Compared, build_plain
 from sopdeploy_export.prove.plain_run import PlainRuns, measure_plain_run
 from sopdeploy_export.prove.reference import ParityReference, compute_reference
 from sopdeploy_export.prove.removed import has_tensors, list_tensors, prove_removed
-from sopdeploy_export.runs import LARGEST_BATCH, LOGITS, PlainOutputs, open_session, run_probes
+from sopdeploy_export.runs import LARGEST_BATCH, LOGITS, PlainOutputs, run_probes
 from sopdeploy_export.subject import Detachment, ExportSubject
 
 MANY_BYTES = 500_000_000  # of weights, which are worth the half second of a collection
@@ -273,28 +258,6 @@ def refuse_other_images(destination: Path, project: str, checkpoint: Checkpoint)
         )
 
 
-class _File(NamedTuple):
-    """The file of an export.
-
-    Attributes:
-        session: It, loaded.
-        num_bytes: Its size, with the file of its weights if there is one.
-        converted: What it was made of, without the values of large weights.
-        precision: What it lost in a reduced precision, also on photos if there are some.
-        root: The graph hash of the certified float32 graph.
-        shipped_root: The graph hash of the file.
-        warnings: Findings about its operators that do not stop the export.
-    """
-
-    session: InferenceSession
-    num_bytes: int
-    converted: Converted
-    precision: PrecisionReport
-    root: str
-    shipped_root: str
-    warnings: tuple[str, ...]
-
-
 class _Measured(NamedTuple):
     """What was measured: plain runs, the outputs that mix images, and the file against float64."""
 
@@ -329,7 +292,7 @@ def export_subject(
         kind = _prove_graphs(subject, trained, options, checks)
         if sum(tensor.nbytes for tensor in trained.tensors.values()) > MANY_BYTES:
             gc.collect()  # the plain network refers to itself, so nothing else frees it
-        file = _write_file(subject, trained, plain, options, folder, accuracy_check)
+        file = write_file(subject, trained, plain, options, folder, accuracy_check)
         measured = _measure(subject, trained, plain, file, options, checks)
 
         # Write the bundle.
@@ -372,109 +335,11 @@ def _prove_graphs(
     return kind_of_proof(plain, parts)
 
 
-def _lower_trained(
-    subject: ExportSubject,
-    trained: Compared,
-    plain: PlainOutputs,
-    options: ExportOptions,
-    folder: Path,
-) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """Convert the network *trained* to ONNX in float32; return the graph, and warnings of its operators.
-
-    Weights that do not fit into the graph are written to *folder*, but not for int8, which must have them in it.
-    """
-    weights_folder = None if options.precision == "int8" else folder
-    warnings: list[str] = []
-    try:
-        model = lower(trained.program, output_names(trained.network), warnings, weights_folder)
-    except LoweringError:
-        # The cause can be a graph that is not the network's.
-        parts = subject.detachment.training_only
-        measure_plain_run(trained, subject.preprocess, options.max_batch, parts, plain)
-        raise
-    return model, tuple(warnings)
-
-
-def _write_file(
-    subject: ExportSubject,
-    trained: Compared,
-    plain: PlainOutputs,
-    options: ExportOptions,
-    folder: Path,
-    accuracy_check: AccuracyCheck | None,
-) -> _File:
-    """Convert the network *trained* to ONNX, then to the precision; write the file to *folder* and load it."""
-    user_images = NO_IMAGES if accuracy_check is None else accuracy_check.images_to_convert()
-
-    with TemporaryDirectory(dir=folder.parent) as temporary:
-        # The graph in float32. The file of its weights, if there is one, ships only in this precision.
-        step("converting to ONNX")
-        float32_folder = folder if options.precision == "fp32" else Path(temporary)
-        model, warnings = _lower_trained(subject, trained, plain, options, float32_folder)
-        root = onnx_root(model, _weights_in(float32_folder))
-
-        # The precision.
-        if options.precision != "fp32":
-            step(f"converting the graph to {options.precision}")
-        certified = Lowered(trained.network, trained.program, model)
-        converted = convert_precision(
-            certified, subject.preprocess, options, user_images, folder
-        )
-        shipped_root = root
-        if options.precision != "fp32":
-            shipped_root = onnx_root(converted.model, _weights_in(folder))
-        (folder / GRAPH).write_bytes(converted.model.SerializeToString(deterministic=True))
-
-        # Free the weights before the runtime loads them again.
-        converted = replace(converted, model=without_values(converted.model))
-        float32 = None if accuracy_check is None else model
-        del certified, model
-
-        session = open_session(folder / GRAPH)
-        precision = converted.precision
-        if accuracy_check is not None and float32 is not None:
-            weights = _weights_in(float32_folder)
-            precision = _measure_accuracy(accuracy_check, float32, weights, session, precision)
-
-    return _File(
-        session=session,
-        num_bytes=sum(path.stat().st_size for path in folder.iterdir()),
-        converted=converted,
-        precision=precision,
-        root=root,
-        shipped_root=shipped_root,
-        warnings=warnings,
-    )
-
-
-def _measure_accuracy(
-    accuracy_check: AccuracyCheck,
-    float32: onnx.ModelProto,
-    weights: memoryview,
-    session: InferenceSession,
-    precision: PrecisionReport,
-) -> PrecisionReport:
-    """Return *precision* with the accuracy of the file in *session*, compared with *float32* and its *weights*.
-
-    Raises `ParityError` for a loss above the limit.
-    """
-    accuracy = accuracy_check.measure(float32, session, weights)
-    report = precision.model_copy(update={"accuracy": accuracy})
-    accuracy_check.check_drop(report)
-    return report
-
-
-def _weights_in(folder: Path) -> memoryview:
-    """Return the weights of the graph in *folder* that are in a file of their own."""
-    path = folder / GRAPH_DATA
-    return view_file(path) if path.exists() else NO_WEIGHTS
-
-
 def _measure(
     subject: ExportSubject,
     trained: Compared,
     plain: PlainOutputs,
-    file: _File,
+    file: ExportedFile,
     options: ExportOptions,
     checks: Checks,
 ) -> _Measured:
@@ -516,7 +381,7 @@ def _measure(
     )
     parity = prove_file(
         file.session,
-        file.converted.model,
+        FileContent.of(file.converted.model, file.num_bytes),
         exact,
         images,
         options.batch,
@@ -528,8 +393,6 @@ def _measure(
         },
         allow_numerical_error=options.allow_numerical_error,
     )
-    # `file` is without its large weights, which count.
-    parity = parity.model_copy(update={"file_bytes": file.num_bytes})
     return _Measured(plain_runs, file_runs.mixing, exact, parity)
 
 
@@ -537,7 +400,7 @@ def _certify(
     subject: ExportSubject,
     trained: Compared,
     kind: ProofKind,
-    file: _File,
+    file: ExportedFile,
     measured: _Measured,
     options: ExportOptions,
     checks: Checks,
@@ -565,7 +428,7 @@ def _certify(
 
 
 def _collect(
-    subject: ExportSubject, certificate: Certificate, file: _File, measured: _Measured
+    subject: ExportSubject, certificate: Certificate, file: ExportedFile, measured: _Measured
 ) -> ExportResults:
     """Collect the results of the checks, and the costs of the network as it was trained and as it ships."""
     network = subject.network

@@ -19,12 +19,12 @@ from torch.export import ExportedProgram
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export import pipeline
 from sopdeploy_export.capture.deployed import Deployed, output_names
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.lower.precision import Lowered
 from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.network import tensors
+from sopdeploy_export.pack import graph_file
 from sopdeploy_export.program_hashes import program_root, tensor_hash
 from sopdeploy_export.prove.networks import Compared
 from tests.support import quick_torch
@@ -71,7 +71,7 @@ def proving_once(*, alone: bool = False) -> Iterator[None]:
         if alone:
             patch.setitem(globals(), "CAPTURED", {})
         patch.setattr(Compared, "of", _compare_once)
-        patch.setattr(pipeline, "lower", _lower_once)
+        patch.setattr(graph_file, "lower", _lower_once)
         yield
 
 

@@ -34,7 +34,7 @@ from sopdeploy_export.lower.to_onnx import lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_export.prove.file import ParityReport, prove_file
+from sopdeploy_export.prove.file import FileContent, ParityReport, prove_file
 from sopdeploy_export.prove.graphs import prove_graph
 from sopdeploy_export.prove.images import run_file
 from sopdeploy_export.prove.networks import Compared, build_plain
@@ -162,9 +162,13 @@ def write_graph(
     rounded = run_probes(shipping.run, torch.from_numpy(images))
     deployed = Deployed(certified.network, preprocess).eval()
     expected = compute_reference(deployed, images, rounded, options.precision, shipping.gate)
-    session, drift = open_session(destination), options.allow_numerical_error
     return expected, prove_file(
-        session, shipping.model, expected, images, options.batch, allow_numerical_error=drift
+        open_session(destination),
+        FileContent.of(shipping.model, destination.stat().st_size),
+        expected,
+        images,
+        options.batch,
+        allow_numerical_error=options.allow_numerical_error,
     )
 
 

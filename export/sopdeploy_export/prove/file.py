@@ -17,7 +17,7 @@ Refused: a file in which the gate of GM-SOP chooses other experts than the netwo
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import onnx
@@ -149,9 +149,22 @@ class ParityReport(StrictModel):
         return self.outputs[LOGITS]
 
 
+class FileContent(NamedTuple):
+    """What a report says of a file: how often it has each operator, and its bytes with its weights."""
+
+    operators: Mapping[str, int]
+    num_bytes: int
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto, num_bytes: int) -> Self:
+        """Describe a file of *num_bytes* with the nodes of *model*."""
+        counts = Counter(node.op_type for node in model.graph.node)
+        return cls(dict(sorted(counts.items())), num_bytes)
+
+
 def prove_file(
     session: ort.InferenceSession,
-    model: onnx.ModelProto,
+    content: FileContent,
     expected: ParityReference,
     images: NDArray[np.uint8],
     batch: BatchRange,
@@ -161,12 +174,11 @@ def prove_file(
 ) -> ParityReport:
     """Compare the file that *session* has loaded with *expected* on uint8 *images* (P, H, W, 3).
 
-    *model* is the content of the file; its operators and its size are reported. If *model* is without its
-    large weights, the caller replaces the size. All images run in
-    batches of `LARGEST_BATCH`, and the last ones in batches of 1, of 2 and of the optimum of *batch*, as
-    far as *batch* accepts these sizes. *ran* has the outputs by batch size, as far as they are known.
-    Larger batches do not run. Raises `ParityError` if the file rejects one of these sizes, or returns
-    another shape or values that are not finite. Also raises it, unless *allow_numerical_error* is set, if
+    *content* is reported. All images run in batches of `LARGEST_BATCH`, and the last ones in batches of 1,
+    of 2 and of the optimum of *batch*, as far as *batch* accepts these sizes. *ran* has the outputs by
+    batch size, as far as they are known. Larger batches do not run. Raises `ParityError` if the file
+    rejects one of these sizes, or returns another shape or values that are not finite. Also raises it,
+    unless *allow_numerical_error* is set, if
 
     - two runs of the network itself differ by more than rounding,
     - the noise floor is so large that a file which ignores its input would pass,
@@ -209,8 +221,8 @@ def prove_file(
             logits_of_file, logits, outputs[LOGITS].tolerance, left_out=~is_compared_P
         ),
         routing=routing,
-        operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
-        file_bytes=model.ByteSize(),
+        operators=content.operators,
+        file_bytes=content.num_bytes,
         drift_allowed=False,
     )
 

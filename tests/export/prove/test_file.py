@@ -19,7 +19,13 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.capture.deployed import Deployed, generated_images
 from sopdeploy_export.pack.bundle import as_probes
-from sopdeploy_export.prove.file import ParityReport, count_flips, logit_spread, prove_file
+from sopdeploy_export.prove.file import (
+    FileContent,
+    ParityReport,
+    count_flips,
+    logit_spread,
+    prove_file,
+)
 from sopdeploy_export.prove.reference import (
     FLOORS,
     ParityReference,
@@ -43,8 +49,9 @@ def exported(preprocess: Preprocess) -> Exported:
     return model, Deployed(network, preprocess).eval()
 
 
-def opened(folder: Path) -> tuple[ort.InferenceSession, onnx.ModelProto]:
-    return open_session(folder / "model.onnx"), onnx.load(folder / "model.onnx")
+def opened(folder: Path) -> tuple[ort.InferenceSession, FileContent]:
+    path = folder / "model.onnx"
+    return open_session(path), FileContent.of(onnx.load(path), path.stat().st_size)
 
 
 @pytest.fixture
@@ -195,7 +202,7 @@ def test_a_choice_by_order_is_named_if_most_images_agree(
     assert ("try allow_numerical_error" in str(caught.value)) == is_named
 
 
-def of_means(folder: Path) -> tuple[ort.InferenceSession, onnx.ModelProto]:
+def of_means(folder: Path) -> tuple[ort.InferenceSession, FileContent]:
     """Write and open a file whose logits are the means of the colors, and its embedding twice the logits."""
     images = helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["n", 16, 16, 3])
     outputs = [
