@@ -20,8 +20,8 @@ decided about a bundle that is then live trains from then on, but for the newest
 `train` fits the heads on EfficientNet-Lite0. The alarm, the order and the verdict are the functions of the server, of
 `label` and of `promote`; there is no server. A fifth of the objects of a day are in the uniform sample.
 
-"new" is the accuracy of the bundle that was offered, "live" that of the one which then answers, "first" that
-of the first one, and "all labels" that of a training with the right labels of all objects that were sent.
+Accuracies: "new" is the bundle that was offered, "live" the bundle that then answers, "first" the first
+bundle, and "all labels" a training with the right labels of all objects that were sent.
 Exit status 1: an alarm on days 1 to 7, a change that costs more than 10 points without an alarm within a week, a
 lost label, or a live bundle that is not better on the last day than the first bundle.
 """
@@ -373,8 +373,8 @@ def promote(month: Month, live: Bundle) -> tuple[Bundle, Bundle, list[str]]:
 class Day(NamedTuple):
     """A day with an event: its alarms, all labels so far, what `promote` said, and accuracies in percent.
 
-    That of the new bundle, which `promote` may have refused, is None on days without one, and that of a
-    training with all labels but every second week.
+    `new_accuracy` is None on days without a new bundle, which `promote` may have refused.
+    `accuracy_of_all`, of a training with all labels, is measured every second week.
     """
 
     day: int
@@ -446,11 +446,21 @@ def run_month(world: World, seed: int, days: int = DAYS) -> Lived:
                 monitor.replace()
 
         if day in {1, NEW_DAY, CAMERA_DAY, days} or causes or verdicts:
-            accuracies = [100 * world.accuracy(one, day) for one in (live, first_live)]
+            accuracy_of_all = None
             if day % 14 == 0:
-                accuracies.append(100 * world.accuracy(month.train_on_all(), day))
-            texts = ", ".join(causes), month.num_labels, ". ".join(verdicts)
-            rows.append(Day(day, *texts, new_accuracy, *accuracies))
+                accuracy_of_all = 100 * world.accuracy(month.train_on_all(), day)
+            rows.append(
+                Day(
+                    day=day,
+                    alarms=", ".join(causes),
+                    labels=month.num_labels,
+                    verdicts=". ".join(verdicts),
+                    new_accuracy=new_accuracy,
+                    accuracy=100 * world.accuracy(live, day),
+                    first_accuracy=100 * world.accuracy(first_live, day),
+                    accuracy_of_all=accuracy_of_all,
+                )
+            )
 
     find_alarms(changes, monitor.alarms)
     num_alarms = sum(bool(row.alarms) for row in rows if row.day < NEW_DAY)

@@ -23,9 +23,7 @@ MAX_PARTIAL_BYTES = 230  # of the name of a file, as a part of the name of its t
 LOCK = ".lock"  # in a folder to which one process writes
 MANIFEST = "manifest.json"  # of a bundle
 GRAPH = "model.onnx"  # of a bundle
-GRAPH_DATA = (
-    f"{GRAPH}.data"  # of a bundle: the weights of a graph that is too large for one file
-)
+GRAPH_DATA = f"{GRAPH}.data"  # of a bundle: the weights of a graph that one file cannot hold
 BEST = "best.pt"  # of a run: the checkpoint to export
 LAST = "last.pt"  # of a run: the checkpoint to resume from
 HISTORY = "history.csv"  # of a run: its epochs

@@ -155,7 +155,7 @@ def decode_bits(text: str) -> NDArray[np.bool_]:
 def paired_gain(ours: Sequence[Line], other: Sequence[Line]) -> tuple[float, float]:
     """Compute the mean difference ours - other of the same draws in points, and half its 95 % interval.
 
-    The draws share their test images. The variance is that of draws plus that of images, each
+    The draws share their test images. The variance is the sum for draws and for images, each
     with its own effect (Cameron, Gelbach, Miller, "Robust Inference with Multiway Clustering",
     2011); the degrees of freedom are Satterthwaite's, with draws - 1 for the part of the draws.
     For a single draw, the interval is over its test images.

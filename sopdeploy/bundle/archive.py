@@ -51,12 +51,12 @@ def write_archive(bundle: Bundle, file: BinaryIO) -> None:
 
     Raises `BundleError` for a name that does not fit a header, and for a bundle that `pull` would refuse.
     """
-    contents = [len(bundle.manifest.to_bytes())]
-    contents += [record.bytes for record in bundle.manifest.files.values()]
-    size = sum(BLOCK + size + len(padding(size)) for size in contents) + len(END)
-    if size > MAX_ARCHIVE_BYTES:
+    sizes = [len(bundle.manifest.to_bytes())]
+    sizes += [record.bytes for record in bundle.manifest.files.values()]
+    total = sum(BLOCK + size + len(padding(size)) for size in sizes) + len(END)
+    if total > MAX_ARCHIVE_BYTES:
         raise BundleError(
-            f"{bundle.path}: its archive would have {size} bytes, and `sopdeploy pull` accepts at most "
+            f"{bundle.path}: its archive would have {total} bytes, and `sopdeploy pull` accepts at most "
             f"{MAX_ARCHIVE_BYTES}; copy the folder in place of an archive"
         )
 

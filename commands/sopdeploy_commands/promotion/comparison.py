@@ -162,11 +162,10 @@ class Period(StrictModel):
 class BundleComparison(StrictModel):
     """The second bundle compared with the first on `num_images` recent photographs.
 
-    Accuracies and differences are fractions. `classes` are those of the first bundle, `new` and
-    `removed` those of the second or the first bundle only, and `unseen` new ones of which no recent
-    photograph is there. Left out were `num_copies`
-    near-duplicates, also of unknown images, and `trained_on` photographs, the number of training
-    images and their near-duplicates.
+    Accuracies and differences are fractions. `classes` are the classes of the first bundle, `new` are
+    in the second bundle only, `removed` in the first one only, and `unseen` are new classes of which
+    no recent photograph is there. Left out were `num_copies` near-duplicates, also of unknown images,
+    and `trained_on` photographs, the number of training images and their near-duplicates.
     `attempt` counts the comparisons of `promote` with this first bundle, and includes this one.
     `checks` decide; a comparison of before 0.2 has none. `num_more_images` would probably decide
     what is undecided. `unknown` is None without unknown images; a second

@@ -44,13 +44,13 @@ class Trace(NamedTuple):
 
     `program` is for any batch size; `functionalize` changes it in place. `created` names the
     buffers that a first run of the network creates or replaces. The program has them; the
-    network itself is unchanged. `read` names the parameters and buffers that code of the network read
-    as Python numbers, so that their values are in the program.
+    network itself is unchanged. `read_names` are the parameters and buffers that code of the network
+    read as Python numbers, so that their values are in the program.
     """
 
     program: ExportedProgram
     created: tuple[str, ...]
-    read: frozenset[str]
+    read_names: frozenset[str]
 
 
 def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Trace:
@@ -64,22 +64,22 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Trac
         # the reason can be that its first run creates buffers.
         failure: LoweringError | None = None
         try:
-            program, read = export_program(network, preprocess, batch)
+            program, read_names = export_program(network, preprocess, batch)
             specs = program.graph_signature.output_specs
             if all(spec.kind != OutputKind.BUFFER_MUTATION for spec in specs):
-                return Trace(program, (), read)
+                return Trace(program, (), read_names)
         except LoweringError as error:
             failure = error
 
         # Create them, and capture what the network does in its second run.
         created = create_buffers(network, preprocess)
         if created:
-            program, read = export_program(network, preprocess, batch)
-            return Trace(program, created, read)
+            program, read_names = export_program(network, preprocess, batch)
+            return Trace(program, created, read_names)
         if failure is not None:
             raise failure
         # It writes to a stored buffer, which `program_root` refuses.
-        return Trace(program, (), read)
+        return Trace(program, (), read_names)
 
 
 def capture_any_batch(
@@ -119,7 +119,9 @@ def export_program(
     ):
         try:
             program = run_export()
-            return program, frozenset(name.removeprefix(NETWORK_PREFIX) for name in forms.read)
+            return program, frozenset(
+                name.removeprefix(NETWORK_PREFIX) for name in forms.read_names
+            )
         except Exception as error:  # the network's own code, which can raise anything
             match = BY_SIZE.words.search(str(error))
             if match is None:

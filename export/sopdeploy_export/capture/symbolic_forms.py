@@ -157,7 +157,7 @@ class PythonNumbers:
         # The values of known tensors, which themselves have none while torch.export runs.
         self._values = WeakIdKeyDictionary()
         self._names = WeakIdKeyDictionary()  # of those among them that the network stores
-        self.read: set[str] = set()  # the names of stored tensors whose values code has read
+        self.read_names: set[str] = set()  # of stored tensors whose values code has read
         self._network = network
         self._stored: dict[str, Tensor] = {}
         if network is not None:
@@ -200,7 +200,9 @@ class PythonNumbers:
                 self._values = WeakIdKeyDictionary()
             return None
 
-        self.read.update(self._names[operand] for operand in operands if operand in self._names)
+        self.read_names.update(
+            self._names[operand] for operand in operands if operand in self._names
+        )
 
         # Make the same call on the values; torch.export does not see this call.
         args, kwargs = tree_map_only(Tensor, self._values.__getitem__, (args, kwargs))
@@ -237,9 +239,9 @@ class SymbolicForms(TorchFunctionMode):
         self._numbers = PythonNumbers(network)
 
     @property
-    def read(self) -> frozenset[str]:
+    def read_names(self) -> frozenset[str]:
         """The names of parameters and buffers of the network whose values code has read."""
-        return frozenset(self._numbers.read)
+        return frozenset(self._numbers.read_names)
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

@@ -259,7 +259,7 @@ def convert_precision(
     """Convert the *certified* graph to the precision in *options*.
 
     int8 needs *images* that calibrate; fp16 also runs the photographs in *images*. The nodes of the
-    result have no metadata; in fp32 and int8, those of *certified* lose theirs, too. Weights in fp16 that
+    result have no metadata; in fp32 and int8, the nodes of *certified* lose theirs as well. Weights in fp16 that
     do not fit into one file are written to *folder*. Raises `LoweringError` if the types in the graph are
     not the requested ones, and the errors of `cast_types` and `check_headroom`.
     """

@@ -49,7 +49,7 @@ class FileRuns(NamedTuple):
 def run_file(
     session: ort.InferenceSession, images: NDArray[np.uint8], batch: BatchRange
 ) -> FileRuns:
-    """Run the file on *images*, uint8 (P, H, W, 3), those of an export, in batches that *batch* accepts.
+    """Run the file on the *images* of an export, uint8 (P, H, W, 3), in batches that *batch* accepts.
 
     `IN_OPTIMUM` and the last `SINGLE_PROBES` run in batches of the optimum, and all but
     `IN_OPTIMUM` with several other images beside each.

@@ -111,12 +111,12 @@ class Compared:
 
     @property
     def used(self) -> set[str]:
-        """The names in `needed`, and those of tensors that code of the network reads as Python numbers.
+        """The names in `needed`, and the names of tensors that code of the network reads as Python numbers.
 
         A tensor does not count that code reads in a part whose results nothing needs.
         """
         needed = self.needed
-        read = self._with_other_names(self.trace.read)
+        read = self._with_other_names(self.trace.read_names)
         outside = {name for name in read if not self._is_in_unneeded_part(name, needed, read)}
         return needed | self._with_other_names(outside)
 

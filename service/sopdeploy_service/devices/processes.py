@@ -126,9 +126,7 @@ class Process:
     open: int = 0
     bundles: str | None = None  # names; None: starts
     works: bool = True
-    lost: frozenset[str] = (
-        frozenset()
-    )  # device processes to which a front end needs another channel
+    lost: frozenset[str] = frozenset()  # see `Status`
     silent_beats: int = 0  # since the last report, or since the process has left
 
     @property
