@@ -23,30 +23,42 @@ from sopdeploy.checkpoint import (
 from sopdeploy.errors import WeightsError, first_line, shorten
 from sopdeploy.nearest import did_you_mean
 from sopdeploy.paths import check_is_weights
+from sopdeploy_export.network import modules
 
 _MAX_PREFIXES = 1_000  # that are tried for a table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedWeights:
-    """What `load_weights` read: the table, the sha256 of the file, unused entries, class names, other types."""
+    """What `load_weights` read: the table, the sha256 of the file, unused entries, class names, other types.
+
+    `unfilled` are tensors of the network that no weight file can hold, and that are 0 or 1 everywhere.
+    """
 
     table: str
     sha256: str
     ignored: tuple[str, ...]
     labels: tuple[str, ...] | None
     conversions: tuple[str, ...]
+    unfilled: tuple[str, ...]
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Say which entries of the file the network has no place for, and which types it does not have."""
-        if not self.ignored:
-            return self.conversions
-        entries = "entry" if len(self.ignored) == 1 else "entries"
-        return (
-            f"ignored {len(self.ignored)} {entries} of the weight file: {shorten(self.ignored)}",
-            *self.conversions,
-        )
+        """Say what of the file the network does not take, and what of the network the file cannot hold."""
+        ignored: tuple[str, ...] = ()
+        unfilled: tuple[str, ...] = ()
+        if self.ignored:
+            entries = "entry" if len(self.ignored) == 1 else "entries"
+            ignored = (
+                f"ignored {len(self.ignored)} {entries} of the weight file: {shorten(self.ignored)}",
+            )
+        if self.unfilled:
+            unfilled = (
+                f"the weight file cannot hold plain tensors, and these are 0 or 1 everywhere: "
+                f"{shorten(self.unfilled)}; "
+                "if training changes them, use register_buffer and save the weights again",
+            )
+        return (*ignored, *self.conversions, *unfilled)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,7 +196,26 @@ def load_weights(
         ignored=tuple(ignored),
         labels=weights.labels,
         conversions=conversions,
+        unfilled=_find_unfilled(network),
     )
+
+
+def _find_unfilled(network: nn.Module) -> tuple[str, ...]:
+    """List the plain tensors of *network*, neither parameters nor buffers, that are 0 or 1 everywhere.
+
+    Training probably fills such a tensor, but a state dict does not have it. Those with other values,
+    such as a mean and a standard deviation of the images, are constants.
+    """
+    return tuple(
+        f"{owner}.{name}" if owner else name
+        for owner, module in modules(network)
+        for name, value in vars(module).items()
+        if type(value) is Tensor and value.is_floating_point() and _is_zero_or_one(value)
+    )
+
+
+def _is_zero_or_one(tensor: Tensor) -> bool:
+    return bool((tensor == 0).all() or (tensor == 1).all())
 
 
 def _error_of_missing(

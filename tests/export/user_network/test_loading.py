@@ -399,6 +399,26 @@ def test_the_type_of_the_weights_of_a_file_is_told_if_the_network_has_another(
     assert load_weights(Small(), tmp_path / "w.pth").warnings == expected
 
 
+class HasPlainTensors(Small):
+    """A network with tensors that are neither parameters nor buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.tensor([0.5, 0.4, 0.3])
+        self.order = torch.zeros(3, dtype=torch.int64)
+        self.norm = nn.Module()
+        self.norm.running = torch.zeros(3)
+        self.scale = torch.tensor(1.0)
+
+
+def test_a_plain_tensor_that_training_may_fill_is_told(tmp_path: Path) -> None:
+    network = HasPlainTensors()
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    loaded = load_weights(network, tmp_path / "w.pth")
+    assert {*loaded.unfilled} == {"norm.running", "scale"}
+    assert "register_buffer" in loaded.warnings[0]
+
+
 class HasExtraState(Small):
     temperature = 1.0
 
