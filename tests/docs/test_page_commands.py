@@ -28,7 +28,7 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"sopdeploy reproduce .*--data",
     r".* (--weights|--models) |.* --mirror",  # the second follows the first
     r"sopdeploy (label|forget) |.* --unknown ",  # `tests/service/labelling` tests them
-    r".* fgvc",
+    r".* (fgvc|--data cifar10)",
     r"torchrun ",
     r"#!/bin/bash\n#SBATCH",
     r"python benchmarks/",
