@@ -23,8 +23,6 @@ from sopdeploy.images.formats import (
     image_error,
     jpeg_segments,
     open_image,
-    png_frames,
-    without_metadata,
 )
 from sopdeploy.images.limits import MAX_BYTES, MAX_PIXELS
 from sopdeploy.images.pixels import (
@@ -40,7 +38,7 @@ from sopdeploy.images.pixels import (
 )
 from sopdeploy.images.preprocess import Pixels, Preprocess
 
-ANIMATED = {"GIF", "WEBP", "AVIF"}  # besides PNG; the second image of a JPEG is a thumbnail
+ANIMATED = {"GIF", "WEBP", "AVIF", "PNG"}  # the second image of a JPEG is a thumbnail
 JPEG = {"JPEG", "MPO"}  # MPO: has further images
 FILL_COLOR = {127, 128}  # libjpeg's gray for missing data; Pillow inverts it in CMYK
 NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that changes pixels
@@ -89,7 +87,7 @@ def decode(
         pixels = preprocess_image(image, rules, own_view, size, scale)
 
         warnings = list(list_changes(image, rules))
-        if _has_more_frames(image, body):
+        if _has_more_frames(image):
             warnings.append("first_frame_only")
         return Decoded(pixels, tuple(sorted(warnings)))
 
@@ -152,7 +150,6 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
         return False
 
-    body = without_metadata(body)  # as it was opened
     scan_end = len(body)
     for (marker, _), (_, next_begin) in itertools.pairwise(jpeg_segments(body)):
         if marker == SCAN:
@@ -181,11 +178,9 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     return thumbnails[0] != thumbnails[1]
 
 
-def _has_more_frames(image: Image.Image, body: bytes) -> bool:
-    """Tell whether *image*, opened from *body*, has several frames, even damaged ones."""
+def _has_more_frames(image: Image.Image) -> bool:
+    """Tell whether *image* has several frames, even damaged ones."""
     try:
-        if image.format == "PNG":
-            return png_frames(body) > 1
         return image.format in ANIMATED and bool(getattr(image, "is_animated", False))
     except Exception:  # untrusted bytes after the first frame
         return True

@@ -9,10 +9,9 @@ import importlib
 import io
 import re
 import warnings
-import zlib
 from collections.abc import Collection, Iterator
 
-from PIL import AvifImagePlugin, Image
+from PIL import AvifImagePlugin, Image, PngImagePlugin
 
 from sopdeploy.errors import ImageError, first_line
 from sopdeploy.files import POINTER, POINTER_ADVICE
@@ -24,6 +23,9 @@ from sopdeploy.images.signatures import HEAD_BYTES, find_converter, find_format
 # used.
 warnings.filterwarnings("ignore", module="PIL")
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # as of all other decoders
+# Bytes of a text or color profile of a PNG, unpacked. Pillow's own limit, 1 MB, refuses profiles
+# of scanners.
+PngImagePlugin.MAX_TEXT_CHUNK = 8_000_000
 
 _MAX_SIDE = 65_535  # as in JPEG; Pillow needs 8 bytes for each row, and time
 # Sizes of the images in a HEIC or AVIF file
@@ -36,23 +38,7 @@ SCAN = 0xDA
 # of segments with a length, and of the end
 MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 MARKER_BYTES = 2
-COMMENT = 0xFE
 END = 0xD9
-# Of the segments of applications, those that the colors depend on, with the least length that
-# libjpeg reads.
-COLOR_SEGMENTS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}
-APPLICATIONS = range(0xE0, 0xF0)
-APPLICATION_1 = 0xE1
-EXIF = b"Exif\0\0"
-XMP = b"http://ns.adobe.com/xap/1.0/\0"
-# Of the chunks of PNG files that a decoder may ignore, texts with an orientation.
-TEXT_CHUNKS = {b"tEXt", b"zTXt", b"iTXt"}
-TEXTS = re.compile(rb"(XML:com\.adobe\.xmp|xmp|exif|Raw profile type exif)\0")
-TRANSPARENCY_BYTES = {0: 2, 2: 6}  # by color type
-# an extension of GIF
-CONTROL = 0xF9
-CONTROL_BYTES = 4
-MAX_TEXT = 1_000_000  # bytes of all such texts of a file, unpacked
 
 
 def open_image(
@@ -94,10 +80,8 @@ def open_image(
                 if marker in FRAMES or marker == SCAN:
                     break
 
-        image = Image.open(io.BytesIO(without_metadata(body)), formats=(detected,))
+        image = Image.open(io.BytesIO(body), formats=(detected,))
         _check_dimensions(image.size, max_pixels)
-        if detected == "JPEG":
-            image.info.update(_jpeg_orientation_info(body).items())
 
         if detected in {"HEIF", "AVIF"}:  # their decoders may allocate all images of the file
             for width, height in ITEM_SIZE.findall(body):
@@ -108,148 +92,6 @@ def open_image(
     except Exception as error:  # untrusted bytes: a parser may raise anything
         raise image_error(error, max_pixels) from error
     return image
-
-
-def without_metadata(body: bytes) -> bytes:
-    """Leave out what the decoder of the JPEG, PNG or GIF file *body* does not need for the first frame.
-
-    Pillow would parse it, and refuse the image if that part is damaged or large. A PNG keeps
-    what tells the orientation.
-    """
-    find_unneeded = {
-        b"\xff\xd8": _jpeg_metadata,
-        b"\x89P": _png_metadata,
-        b"GI": _gif_metadata,
-    }.get(body[:2])
-    if find_unneeded is None:
-        return body
-
-    # Join what is between the unneeded ranges.
-    needed = []
-    begin = 0
-    for start, end in find_unneeded(body):
-        needed.append(body[begin:start])
-        begin = end
-    needed.append(body[begin:])
-    return b"".join(needed)
-
-
-def _jpeg_metadata(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of the segments before the first scan that `without_metadata` leaves out."""
-    for marker, position in jpeg_segments(body):
-        length = int.from_bytes(body[position : position + 2])
-        if marker in {SCAN, END} or length < 2 or position + length > len(body):
-            return
-
-        if marker != COMMENT and marker not in APPLICATIONS:
-            continue
-
-        # The colors depend on few of these; the length counts its own two bytes.
-        is_needed = False
-        if marker in COLOR_SEGMENTS:
-            name, least = COLOR_SEGMENTS[marker]
-            is_needed = length - 2 >= least and body.startswith(name, position + 2)
-        if not is_needed:
-            yield position - MARKER_BYTES, position + length
-
-
-def _jpeg_orientation_info(body: bytes) -> dict[str, bytes]:
-    """Read EXIF and XMP of the JPEG *body*, as Pillow has them in `info`, without parsing all tags."""
-    info: dict[str, bytes] = {}
-    for start, end in _jpeg_metadata(body):
-        content = start + MARKER_BYTES + 2
-        if body[start + 1] == APPLICATION_1 and body.startswith(EXIF, content):
-            info["exif"] = info.get("exif", EXIF) + body[content + len(EXIF) : end]
-        elif body[start + 1] == APPLICATION_1 and body.startswith(XMP, content):
-            info["xmp"] = body[content + len(XMP) : end]
-    return info
-
-
-def _png_metadata(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of the chunks that `without_metadata` leaves out.
-
-    They are the ancillary chunks that are not needed, or damaged.
-    """
-    # Chunks follow the signature.
-    begin = 8
-    remaining = MAX_TEXT  # bytes of texts that may still be unpacked
-    while (end := begin + 12 + int.from_bytes(body[begin : begin + 4])) <= len(body):
-        name = body[begin + 4 : begin + 8]
-
-        content = slice(begin + 8, end - 4)
-        if name == b"IEND" or not name.isalpha():
-            return
-
-        # A chunk in lower case is ancillary. Needed are orientation, transparency and, up to
-        # `MAX_TEXT`, texts with an orientation.
-        if name[:1].islower():
-            is_needed = name == b"eXIf"
-            if name == b"tRNS":
-                color_type = body[25]  # in the first chunk
-                least = TRANSPARENCY_BYTES.get(color_type, 0)
-                is_needed = content.stop - content.start >= least
-            elif name in TEXT_CHUNKS and remaining and TEXTS.match(body, begin + 8):
-                used = _count_text(name, body[content], remaining)
-                remaining = max(0, remaining - used)
-                is_needed = remaining > 0
-
-            checksum = int.from_bytes(body[end - 4 : end])
-            if not is_needed or zlib.crc32(body[begin + 4 : end - 4]) != checksum:
-                yield begin, end
-        begin = end
-
-
-def png_frames(body: bytes) -> int:
-    """Return how many frames the animation of the PNG *body* says it has; 0 without an animation."""
-    control = body.find(b"\0\0\0\x08acTL", 0, body.find(b"IDAT"))
-    return int.from_bytes(body[control + 8 : control + 12]) if control > 0 else 0
-
-
-def _gif_metadata(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of what `without_metadata` leaves out: control blocks that are too short.
-
-    Pillow fails on them. Only those before the first image are looked for.
-    """
-    # Behind the signature and the screen, 13 bytes, is the palette if there is one.
-    has_palette = body[10] & 0x80
-    palette_size = 6 << (body[10] & 7)
-    begin = 13 + (palette_size if has_palette else 0)
-
-    while body.startswith(b"!", begin):
-        end = begin + 2
-        while length := body[end]:
-            end += 1 + length
-        end += 1
-
-        if body[begin + 1] == CONTROL and body[begin + 2] < CONTROL_BYTES:
-            yield begin, end
-        begin = end
-
-
-def _count_text(chunk: bytes, content: bytes, limit: int) -> int:
-    """Count the bytes of the text in a *chunk* of a PNG, at most *limit* (PNG specification, 11.3.3).
-
-    A text that is damaged, or compressed by an unknown method, counts as *limit*.
-    """
-    _keyword, _, text = content.partition(b"\0")
-
-    if chunk == b"iTXt":  # a flag, the method, language, keyword in this language, text
-        is_compressed = text[:1] != b"\0"
-        method = text[1:2]
-        packed = text[2:].split(b"\0", 2)[-1]
-    else:  # zTXt has the method before the text; tEXt is not compressed
-        is_compressed = chunk == b"zTXt"
-        method = text[:1]
-        packed = text[1:]
-
-    if not is_compressed:
-        return min(len(content), limit)
-    if method != b"\0":
-        return limit
-    try:
-        return len(zlib.decompressobj().decompress(packed, limit))
-    except zlib.error:
-        return limit
 
 
 def _check_dimensions(size: tuple[int, int], max_pixels: int) -> None:

@@ -127,7 +127,7 @@ def test_a_compressed_text_bomb_costs_no_memory(kind: bytes) -> None:
     squeezed = zlib.compress(bytes(100_000_000), 9)
     start = {b"zTXt": b"a\0\0", b"iTXt": b"a\0\1\0\0\0", b"iCCP": b"a\0\0"}[kind]
     bomb = png(8, 8, data=bytes(16), extra=chunk(kind, start + squeezed))
-    assert counted(lambda: attack(bomb)).bytes < 5_000_000
+    assert counted(lambda: attack(bomb)).bytes < 20_000_000  # of 100 MB
 
 
 def test_ten_thousand_frames_cost_as_much_as_the_first() -> None:
