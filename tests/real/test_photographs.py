@@ -40,7 +40,7 @@ def test_int8_agrees_with_float32_on_all_but_one_photograph(
     assert found.precision.accuracy is not None
     assert found.precision.accuracy.num_images - found.precision.accuracy.num_agreeing <= 1
     assert found.precision.quantisation is not None
-    assert verify(found.path, Settings(threads=1)).golden == 3
+    assert verify(found.path, Settings(threads=1)).golden == 4
 
 
 def test_eight_photographs_of_each_class_are_enough_for_clothes(
@@ -85,4 +85,4 @@ def test_fine_tuning_with_branches_leaves_the_first_stages_and_a_network_that_ca
     assert not torch.equal(trained["blocks.6.0.bn1.weight"], start["blocks.6.0.bn1.weight"])
     exported = sopdeploy.export(run.last, tmp_path / "bundles", detach=True, max_batch=1)
     assert exported.certificate.detached == ("branches",)
-    assert verify(exported.path, Settings(threads=1)).golden == 3
+    assert verify(exported.path, Settings(threads=1)).golden == 4
