@@ -15,36 +15,23 @@ TREES = {
     for path in sorted(folder.rglob("*.py"))
 }
 
-# What libraries call or read by its name, and the functions of Python's data model
+# What a library calls or reads by its name
 FOR_LIBRARIES = {
-    # torch, onnx and onnxruntime
-    "_graph_module",
+    # onnxruntime
     "get_next",
-    "graph_optimization_level",
-    "inter_op_num_threads",
-    "intra_op_num_threads",
-    "log_severity_level",
     # TensorRT
     "phase_finish",
     "phase_start",
-    "progress_monitor",
     "step_complete",
-    # asyncio, uvicorn, ssl, httpx
+    # asyncio, uvicorn, httpx
     "buffer_updated",
-    "check_hostname",
     "data_received",
     "expect_100_continue",
     "handle_async_request",
-    "keep_alive",
     "should_exit",
-    "total_requests",
-    "verify_mode",
-    # click, logging, reprlib, Pillow, ray, model-signing
-    "DEFAULT_MAX_THREADS",
+    # click, logging, reprlib, model-signing
     "add_ignored_paths",
-    "allow_extra_args",
     "emit",
-    "enable_progress_bars",
     "format_help",
     "format_options",
     "maxlevel",
@@ -75,7 +62,8 @@ def names_made(tree: ast.Module) -> Iterator[str]:
     """Yield what *tree* defines for others: functions, methods, classes, constants and attributes."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            yield node.attr
+            if ast.unparse(node.value) == "self":  # other objects may be of a library
+                yield node.attr
         elif isinstance(node, Function | ast.ClassDef) and not node.decorator_list:
             yield node.name
         elif (
