@@ -250,35 +250,15 @@ def _open_class_folders(
     held_out, unlabelled = _list_held_out(held_out_folders, labels, max_held_out, classes_from)
     listings = {train_name: train, **held_out}
 
-    # What is wrong with the classes, and which folders are not used. Another part may be right.
-    problems = [
-        problem
-        for listing in listings.values()
-        for problem in describe_class_problems(listing, labels)
-    ]
-    if problems and held_out and not [*describe_class_problems(train, labels)]:
-        wrong = [name for name in held_out_names if name in held_out]
-        right = [
-            name
-            for name in held_out_names
-            if name not in held_out
-            and list_classes(folders[name], classes_from).images.labels == labels
-        ]
-        if right:
-            reading = Reading(root, f"without {shorten(wrong)}", leave_out=",".join(wrong))
-            problems.append(f"{root}: {right[0]} has these classes: {reading.command}")
+    # What is wrong with the classes, and which folders are not used.
+    problems = _describe_problems(root, folders, listings, classes_from)
     used_to_train = [*listings][:2]  # the training part, and one that is held out
     notes = [*_describe_parts(root, parts, used_to_train, unlabelled)]
 
-    # Held-out images get the classes of the training images, some of which they may lack.
-    for name, listing in listings.items():
-        if not problems and listing.images.labels != labels:
-            missing = [label for label in labels if label not in listing.images.labels]
-            listings[name] = listing._replace(images=select_classes(listing.images, labels))
-            notes.append(
-                f"{listing.images.root}: no images of {shorten(missing)}, so that "
-                "the score tells nothing about them"
-            )
+    if not problems:
+        listings = {
+            name: _with_classes(listing, labels, notes) for name, listing in listings.items()
+        }
 
     # What is not used is named and counted.
     if outputs := list_outputs(root):
@@ -291,6 +271,54 @@ def _open_class_folders(
 
     opened = {name: listing.images for name, listing in listings.items()}
     return OpenedParts(opened, problems, notes, count_suffixes(other_files))
+
+
+def _describe_problems(
+    root: Path,
+    folders: Mapping[str, Path],
+    listings: Mapping[str, ClassListing],
+    classes_from: str,
+) -> list[str]:
+    """Say what is wrong with the classes of *listings*, the parts of *root* that are used.
+
+    The first one is the training part, which tells the classes. If only the held-out parts are wrong,
+    another one of *folders* may be right.
+    """
+    train, *held_out = listings.values()
+    labels = train.images.labels
+    problems = [
+        problem
+        for listing in listings.values()
+        for problem in describe_class_problems(listing, labels)
+    ]
+    if not problems or not held_out or [*describe_class_problems(train, labels)]:
+        return problems
+
+    right = [
+        name
+        for name, folder in folders.items()
+        if name not in listings and list_classes(folder, classes_from).images.labels == labels
+    ]
+    if right:
+        wrong = [*listings][1:]
+        reading = Reading(root, f"without {shorten(wrong)}", leave_out=",".join(wrong))
+        problems.append(f"{root}: {right[0]} has these classes: {reading.command}")
+    return problems
+
+
+def _with_classes(
+    listing: ClassListing, labels: tuple[str, ...], notes: list[str]
+) -> ClassListing:
+    """Give the images of *listing* the classes *labels*, those of the training images; *notes* names missing ones."""
+    if listing.images.labels == labels:
+        return listing
+
+    missing = [label for label in labels if label not in listing.images.labels]
+    notes.append(
+        f"{listing.images.root}: no images of {shorten(missing)}, so that "
+        "the score tells nothing about them"
+    )
+    return listing._replace(images=select_classes(listing.images, labels))
 
 
 def _list_other_files(

@@ -20,7 +20,7 @@ Studio. Images that these list without a class are left out.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,18 +105,8 @@ def read_label_table(
     # The classes, which a network may prescribe.
     listed = {label for row in rows for label in row.classes or ()}
     labels = tuple(sorted(listed)) if labels is None else labels
-    check_labels(table, labels)
     # A network that is trained needs two classes, one that is evaluated has them already.
-    if len(labels) < (2 if multi_label is None else 1):
-        names = shorten(labels) or "none"
-        raise DataError(
-            f"{table}: has fewer than two classes ({names}); a network needs at least two"
-        )
-    if unknown := sorted(listed - set(map(normalize, labels))):
-        hint = hint_at_spelling(unknown, labels)
-        raise DataError(
-            f"{table}: {shorten(unknown)} are not classes of the network; remove them{hint}"
-        )
+    _check_classes(table, labels, listed, least=2 if multi_label is None else 1)
 
     # The images with targets and groups, divided if there is a column `split`.
     targets = _build_targets(table, rows, labels, multi_label)
@@ -132,20 +122,10 @@ def read_label_table(
         is_training_N = np.asarray([row.part == TRAIN for row in rows])
         parts = {TRAIN: images.select(is_training_N), VAL: images.select(~is_training_N)}
 
-    # What the user may not have intended.
-    notes += [f"{table}: {line}" for line in describe_confusable(listed)]
-    class_names = read_yolo_names(root, other_files)
-    if "0" in listed and listed <= {str(position) for position in range(len(class_names))}:
-        notes.append(
-            f"{table}: its classes are numbers, perhaps the positions of {shorten(class_names)}, which another "
-            "file has; write the names into the table if predictions shall have them"
-        )
+    notes += _note_classes(table, listed, read_yolo_names(root, other_files))
     if unlisted := sorted({*image_paths} - {row.path for row in all_rows}):
-        files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
-        where = f"not listed in {table.name}"
-        if table.is_dir():
-            where = f"{table}: left out, because they have no label file or are of another part"
-        notes.append(f"{where}: {amount(len(unlisted), 'image')}: {files}")
+        notes.append(_note_unlisted(table, root, unlisted))
+
     used = {table.name}
     if table.is_dir():
         used = {
@@ -153,6 +133,41 @@ def read_label_table(
         }
     ignored = count_suffixes(file for file in other_files if file not in used)
     return OpenedParts(parts, notes=notes, ignored=ignored)
+
+
+def _check_classes(table: Path, labels: tuple[str, ...], listed: set[str], least: int) -> None:
+    """Raise `DataError` unless *labels* are *least* usable classes or more, and have all that are *listed*."""
+    check_labels(table, labels)
+    if len(labels) < least:
+        names = shorten(labels) or "none"
+        raise DataError(
+            f"{table}: has fewer than two classes ({names}); a network needs at least two"
+        )
+    if unknown := sorted(listed - set(map(normalize, labels))):
+        hint = hint_at_spelling(unknown, labels)
+        raise DataError(
+            f"{table}: {shorten(unknown)} are not classes of the network; remove them{hint}"
+        )
+
+
+def _note_classes(table: Path, listed: set[str], class_names: Sequence[str]) -> Iterator[str]:
+    """Say which of the *listed* classes the user may not have intended; *class_names* are those of YOLO."""
+    for line in describe_confusable(listed):
+        yield f"{table}: {line}"
+    if "0" in listed and listed <= {str(position) for position in range(len(class_names))}:
+        yield (
+            f"{table}: its classes are numbers, perhaps the positions of {shorten(class_names)}, which another "
+            "file has; write the names into the table if predictions shall have them"
+        )
+
+
+def _note_unlisted(table: Path, root: Path, unlisted: Sequence[bytes]) -> str:
+    """Say which images in *root* are *unlisted* in *table*, and so left out."""
+    files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
+    where = f"not listed in {table.name}"
+    if table.is_dir():
+        where = f"{table}: left out, because they have no label file or are of another part"
+    return f"{where}: {amount(len(unlisted), 'image')}: {files}"
 
 
 def check_has_classes(table: Path, name: str, images: ImageFiles) -> None:

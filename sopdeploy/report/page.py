@@ -130,31 +130,11 @@ def write_run_page(
     predicted = make_predictions(logits_NC, images, setup.labels, fit.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
 
-    # Predictions and mistakes. Without a score, they say nothing about other photographs.
+    # Without a score, predictions and mistakes say nothing about other photographs.
     sections: list[Section] = []
     is_measured = result.score is not None
     if is_measured:
-        frequent = _list_frequent(metrics)
-        mistakes = _choose_mistakes(predicted, frequent)
-        links = {cell: _name_mistake(cell) for cell in mistakes}
-        measured_on = f"{BEST} on {metrics.count} images: {description}."
-        described = describe_predictions(metrics, measured_on, links)
-        worst = _show_mistakes(mistakes, predicted, images, _CONFUSED if frequent else _WORST)
-        if isinstance(metrics, ClassificationReport) and isinstance(predicted, list):
-            # The tables stand beside the worst mistakes or, without a matrix, beside the bars of
-            # many classes, whose mistakes have the whole width.
-            bars = plot_recalls(metrics)
-            if bars:
-                sections.append(replace(described, figures=bars, divided=True))
-                sections.append(worst)
-            else:
-                text = [*described.text, *worst.text]
-                figures = worst.figures
-                sections.append(replace(described, text=text, figures=figures, divided=True))
-            sections.append(replace(describe_thresholds(metrics, predicted), divided=True))
-            sections.append(_show_rejected(predicted, images))
-        else:
-            sections.append(described)
+        sections += _describe_mistakes(predicted, metrics, images, description)
 
     # What the training images tell, how it was trained, and what it learned.
     if isinstance(fit, FewShotFit):
@@ -197,6 +177,34 @@ def write_run_page(
     if not is_measured or isinstance(metrics, MultiLabelReport):
         return PageFacts([], ())
     return PageFacts(metrics.mistakes(), metrics.thresholds)
+
+
+def _describe_mistakes(
+    predicted: Predictions,
+    metrics: ClassificationReport | MultiLabelReport,
+    images: LabeledImages,
+    description: str,
+) -> list[Section]:
+    """Describe the predictions for *images*, which *description* names, and show the worst mistakes."""
+    frequent = _list_frequent(metrics)
+    mistakes = _choose_mistakes(predicted, frequent)
+    links = {cell: _name_mistake(cell) for cell in mistakes}
+    measured_on = f"{BEST} on {metrics.count} images: {description}."
+    described = describe_predictions(metrics, measured_on, links)
+    if not isinstance(metrics, ClassificationReport) or not isinstance(predicted, list):
+        return [described]
+
+    # The tables stand beside the worst mistakes or, without a matrix, beside the bars of many
+    # classes, whose mistakes have the whole width.
+    worst = _show_mistakes(mistakes, predicted, images, _CONFUSED if frequent else _WORST)
+    if bars := plot_recalls(metrics):
+        sections = [replace(described, figures=bars, divided=True), worst]
+    else:
+        text = [*described.text, *worst.text]
+        sections = [replace(described, text=text, figures=worst.figures, divided=True)]
+    sections.append(replace(describe_thresholds(metrics, predicted), divided=True))
+    sections.append(_show_rejected(predicted, images))
+    return sections
 
 
 def _list_names(labels: Sequence[str]) -> Any:

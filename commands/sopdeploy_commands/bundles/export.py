@@ -243,22 +243,26 @@ def _export_weights(
                 allow_constants=source.allow_constants,
                 several_classes=source.several_classes,
                 options=options,
-                # The bundle records how to build this network again.
-                config={
-                    "network": source.network,
-                    "settings": list(source.option),
-                    "plain": source.plain,
-                    "plain_settings": list(source.plain_option),
-                    "training_only": list(source.training_only),
-                    "logits": source.logits_key,
-                    "allow_constants": source.allow_constants,
-                    "table": loaded.table,
-                    "ignore": list(source.ignore),
-                },
+                config=_describe_source(source, loaded.table),
                 sha256=loaded.sha256,
                 warnings=(*loaded.warnings, *changed),
                 on_step=on_step,
             )
+
+
+def _describe_source(source: NetworkExportOptions, table: str) -> dict[str, object]:
+    """Describe how to build the network of *source* again, with the weights of *table* in its file."""
+    return {
+        "network": source.network,
+        "settings": list(source.option),
+        "plain": source.plain,
+        "plain_settings": list(source.plain_option),
+        "training_only": list(source.training_only),
+        "logits": source.logits_key,
+        "allow_constants": source.allow_constants,
+        "table": table,
+        "ignore": list(source.ignore),
+    }
 
 
 class Inspection(StrictModel):

@@ -137,34 +137,13 @@ def compare_loaded(
         unknown_images, num_copies = open_different_unknown(unknown, notes)
         left_out["num_copies"] += num_copies
 
-    # Run the bundles on the same photographs; the progress counts every prediction.
-    num_unknown = 0 if unknown_images is None else len(unknown_images)
-    num_predictions = len(pair) * (len(photographs.images) + num_unknown)
-    numbers = itertools.count(1)
-
-    def answer(model: LoadedModel, images: ImageFiles) -> Answers:
-        return _answer(
-            model, images, settings, lambda: on_image(next(numbers), num_predictions)
-        )
-
-    first, second = (
-        _evaluate(
-            model.bundle,
-            photographs,
-            answer(model, photographs.images),
-            None if unknown_images is None else answer(model, unknown_images),
-        )
-        for model in pair
-    )
+    first, second = _evaluate_pair(pair, photographs, unknown_images, settings, on_image)
 
     # The verdict, by bounds on what the second bundle loses and by what changed for unknown images,
     # if both bundles recognize them.
     attempt = num_earlier + 1
     checks = _bound_losses(photographs, first, second, tolerance, attempt)
-    rejections: Change | None = None
-    if first.rejected is not None and second.rejected is not None:
-        counts = _count_changes(first.rejected, second.rejected)
-        rejections = Change(**counts, p=mcnemar(**counts))
+    rejections = _compare_rejections(first, second)
     verdict = _decide(checks, rejections)
     needed = count_needed(checks) if verdict == "undecided" else None
 
@@ -199,6 +178,45 @@ def compare_loaded(
         changed_at=photographs.changed_at,
         periods=_list_periods(photographs, first.right, second.right),
     )
+
+
+def _evaluate_pair(
+    pair: Sequence[LoadedModel],
+    photographs: Photographs,
+    unknown_images: ImageFiles | None,
+    settings: Settings,
+    on_image: Callable[[int, int], None],
+) -> list["Evaluated"]:
+    """Run both bundles on the same photographs and, if there are any, unknown images; score each.
+
+    *on_image* receives how many predictions are done, and how many there are of both bundles.
+    """
+    num_unknown = 0 if unknown_images is None else len(unknown_images)
+    num_predictions = len(pair) * (len(photographs.images) + num_unknown)
+    numbers = itertools.count(1)
+
+    def answer(model: LoadedModel, images: ImageFiles) -> Answers:
+        return _answer(
+            model, images, settings, lambda: on_image(next(numbers), num_predictions)
+        )
+
+    return [
+        _evaluate(
+            model.bundle,
+            photographs,
+            answer(model, photographs.images),
+            None if unknown_images is None else answer(model, unknown_images),
+        )
+        for model in pair
+    ]
+
+
+def _compare_rejections(first: "Evaluated", second: "Evaluated") -> Change | None:
+    """Count which unknown images only one of the bundles rejects; None unless both recognize them."""
+    if first.rejected is None or second.rejected is None:
+        return None
+    counts = _count_changes(first.rejected, second.rejected)
+    return Change(**counts, p=mcnemar(**counts))
 
 
 def _bound_losses(

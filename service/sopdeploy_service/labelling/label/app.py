@@ -178,6 +178,18 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     lock = threading.Lock()  # of *folders*; the routes run in threads
+    labelled: dict[str, Labelled] = {}  # what `/labelled` listed last
+
+    _add_labelling(app, folders, lock)
+    _add_corrections(app, folders, lock, labelled)
+    _add_images(app, folders, lock, labelled)
+    _add_error_handlers(app, folders)
+    app.add_middleware(BaseHTTPMiddleware, dispatch=partial(guard, origins, settings, key))
+    return app
+
+
+def _add_labelling(app: FastAPI, folders: LabelFolders, lock: threading.Lock) -> None:
+    """Add to *app* the page, what it shows, and the labels of photographs that wait for one."""
 
     @app.get("/")
     def page() -> Response:
@@ -204,7 +216,28 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
             )
         )
 
-    labelled: dict[str, Labelled] = {}  # what `/labelled` listed last
+    @app.post("/label")
+    def label(
+        answer: Annotated[GivenLabel, Depends(read_label)], session: Session = ""
+    ) -> LabelState:
+        with lock:
+            if answer.kind == "skip":
+                folders.skip(answer.id)
+            else:
+                folders.label(answer.id, answer.name if answer.kind == "class" else None)
+            return describe_next(folders, session)
+
+    @app.post("/undo")
+    def undo(session: Session = "") -> LabelState:
+        with lock:
+            folders.undo()
+            return describe_next(folders, session)
+
+
+def _add_corrections(
+    app: FastAPI, folders: LabelFolders, lock: threading.Lock, labelled: dict[str, Labelled]
+) -> None:
+    """Add to *app* the list of photographs that have a label, and its changes; *labelled* is the last list."""
 
     def list_labels() -> LabelledPhotographs:
         labelled.clear()
@@ -232,6 +265,12 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
             folders.correct(labelled[answer.id], answer.name)
             return list_labels()
 
+
+def _add_images(
+    app: FastAPI, folders: LabelFolders, lock: threading.Lock, labelled: dict[str, Labelled]
+) -> None:
+    """Add to *app* the files of photographs that wait for a label, or are *labelled*."""
+
     @app.get("/images/{identity}")
     def image(identity: str) -> Response:
         with lock:
@@ -249,22 +288,9 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
             content, media_type=media_type_of(content[:HEAD_BYTES]), headers=IMAGE_HEADERS
         )
 
-    @app.post("/label")
-    def label(
-        answer: Annotated[GivenLabel, Depends(read_label)], session: Session = ""
-    ) -> LabelState:
-        with lock:
-            if answer.kind == "skip":
-                folders.skip(answer.id)
-            else:
-                folders.label(answer.id, answer.name if answer.kind == "class" else None)
-            return describe_next(folders, session)
 
-    @app.post("/undo")
-    def undo(session: Session = "") -> LabelState:
-        with lock:
-            folders.undo()
-            return describe_next(folders, session)
+def _add_error_handlers(app: FastAPI, folders: LabelFolders) -> None:
+    """Let *app* respond to errors of the user, of a body, and of the disk of *folders*."""
 
     @app.exception_handler(SopdeployError)
     def refuse(_request: Request, error: SopdeployError) -> Response:
@@ -282,9 +308,6 @@ def create_label_app(folders: LabelFolders, settings: Settings, key: str) -> Fas
         path = error.filename2 or error.filename or folders.photos
         detail = f"{path}: cannot be read or written ({error.strerror}); nothing was changed"
         return JSONResponse({"detail": as_utf8(detail)}, 507)
-
-    app.add_middleware(BaseHTTPMiddleware, dispatch=partial(guard, origins, settings, key))
-    return app
 
 
 class ShownPhotograph(StrictModel):
