@@ -11,7 +11,6 @@ from sopdeploy.files import atomic_write, writing
 from sopdeploy.html.report import HtmlReport, Section, Table, insert_names, render, sanitize
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.summary import training_rows
-from sopdeploy_export.pack.drift_chart import draw_drift
 from sopdeploy_export.pack.results import Exported, ExportResults
 from sopdeploy_export.prove.certificate import STATEMENTS, evidence_of
 from sopdeploy_export.subject import ExportSubject
@@ -76,7 +75,6 @@ def write_page(exported: Exported, labels: Sequence[str]) -> Path:
             Section(title="Warnings", text=exported.warnings),
             Section(
                 title="What was proved and measured",
-                figures=[draw_drift(exported.parity)],
                 tables=[_facts_table(facts), _statements_table()],
             ),
             Section(

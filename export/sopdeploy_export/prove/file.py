@@ -73,14 +73,10 @@ class OutputParity(StrictModel):
 
     @property
     def drift_in_floors(self) -> float:
-        """The maximum drift in multiples of the noise floor."""
-        return self.in_floors(self.largest_drift)
-
-    def in_floors(self, drift: float) -> float:
-        """Return *drift* in multiples of the noise floor; if this is 0, infinity for any drift but 0."""
+        """The maximum drift in multiples of the noise floor; if this is 0, infinity for any drift but 0."""
         if self.noise_floor == 0:  # the output does not depend on the image
-            return math.inf if drift else 0.0
-        return drift / self.noise_floor
+            return math.inf if self.largest_drift else 0.0
+        return self.largest_drift / self.noise_floor
 
 
 class ParityReport(StrictModel):
