@@ -29,7 +29,8 @@ from urllib.parse import urlsplit
 from load import BOUNDARY, read_response, serving
 from measure import Result, make_parser, markdown, report
 from serving_alone import KINDS, write_images
-from soak import CLOSE, digits_bundle, largest_difference
+from soak import digits_bundle
+from soak_clients import CLOSE, largest_difference
 
 ADDRESSES, CONNECTIONS = 12, 4  # of each attack; 127.0.0.2 is the first address
 PROBE_SECONDS = 0.05
