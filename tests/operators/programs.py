@@ -337,6 +337,7 @@ SHAPES: tuple[Function, ...] = (
     lambda x: overwrite(x, x[:, 1]),
     lambda x: x.select_scatter(x[:, 0], 1, 2),
     lambda x: x.slice_scatter(x[:, :1], 1, 1, 2),
+    lambda x: x + WEIGHT[:16].slice_scatter(WEIGHT[:8], 0, 4, 12),
     lambda x: x.clone().fill_(2.0) + x,
     lambda x: sum_rows(x, reduce="sum"),
     lambda x: sum_rows(x, reduce="amax"),
