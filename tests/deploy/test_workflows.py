@@ -1,5 +1,6 @@
 """Workflows call what exists, the version is equal everywhere, and the wheel resolves with every extra."""
 
+import os
 import re
 import subprocess
 import sys
@@ -60,6 +61,20 @@ def test_only_the_job_that_publishes_may_request_an_identity_for_the_index() -> 
     }
     assert found["publish"]["permissions"] == {"id-token": "write"}
     assert not re.search(r"secrets\.", WORKFLOWS["release.yml"].read_text(encoding="utf-8"))
+
+
+def test_a_tag_of_another_version_is_not_released() -> None:
+    steps = jobs("release.yml")["build"]["steps"]
+    (check,) = [
+        step["run"] for step in steps if step.get("name", "").startswith("The tag names")
+    ]
+
+    for tag, code in ((f"v{sopdeploy.__version__}", 0), ("v0.0.1", 1)):
+        command = ["bash", "-euo", "pipefail", "-c", check]
+        environment = {**os.environ, "GITHUB_REF_NAME": tag}
+        assert (
+            subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == code
+        )
 
 
 def test_a_release_changes_every_file_with_the_version_and_they_agree() -> None:
