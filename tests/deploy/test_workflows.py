@@ -107,9 +107,8 @@ PLATFORMS = {
     "dev": (LINUX, ARM_OF_OPENVINO, MACOS),
 }
 UV = Path(sys.executable).with_name("uv")
-UNREACHABLE = (
-    r"error sending request|dns error|no longer available offline"  # in messages of uv
-)
+# In messages of uv, and of packages that download their wheel from a server of their own.
+UNREACHABLE = r"error sending request|dns error|no longer available offline|urlopen\s+error"
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +149,8 @@ def test_every_extra_resolves(
         done = subprocess.run(
             command, input=wanted, capture_output=True, text=True, check=False
         )
+        if re.search(UNREACHABLE, done.stderr):
+            pytest.skip(f"{platform}: a server of packages cannot be reached")
         assert done.returncode == 0, f"{platform}: {done.stderr}"
         resolved = {re.split(r"[=@ ;]", line)[0].lower() for line in done.stdout.splitlines()}
         direct = {
