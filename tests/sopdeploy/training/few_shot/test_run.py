@@ -1,6 +1,7 @@
 """The few-shot procedure: classifier, folds, choice, decision, and whole runs on painted images."""
 
 import json
+import re
 import shlex
 import shutil
 from dataclasses import fields, replace
@@ -59,6 +60,7 @@ from tests.sopdeploy.training.runs import (
     paint,
     train_with_page,
 )
+from tests.support.golden import check_golden
 
 pytestmark = pytest.mark.usefixtures("allow_random_features")
 FEW_SHOT = ["procedure.kind=few_shot"]
@@ -1363,3 +1365,59 @@ def test_the_interval_of_the_map_is_that_of_resampled_images():
 
     with pytest.raises(DataError, match=r"^no image shows a class of the network"):
         MeanPrecision.of(np.zeros_like(both), scores_of_both, 0)
+
+
+def draw_overlapping(root: Path, *, several: bool) -> Path:
+    """Write classes that overlap, with copies, a wrong label, a small class and, with *several*, a table."""
+    random = np.random.default_rng(7)
+    colors = {
+        "ant": (60, 70, 80),
+        "bee": (95, 80, 70),
+        "cat": (80, 110, 80),
+        "dog": (70, 80, 120),
+    }
+    for label, color in colors.items():
+        (root / label).mkdir(parents=True)
+        for number in range(5 if label == "dog" else 14):
+            pixels = random.normal(random.normal(color, 12.0, 3), 40.0, (20, 24, 3))
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            image.save(root / label / f"{label}{number:02}.png")
+            if label == "bee" and number in (3, 4):
+                image.resize((48, 40)).save(root / label / f"copy{number}.png")
+    (root / "ant" / "ant00.png").rename(root / "cat" / "wrong.png")
+
+    if several:  # every third image shows the next class, too
+        rows = ["file,classes"]
+        for number, file in enumerate(sorted(root.glob("*/*.png"))):
+            label = file.parent.name
+            following = ("bee", "cat", "dog", "ant")[sorted(colors).index(label)]
+            classes = f"{label}|{following}" if number % 3 == 0 else label
+            rows.append(f"{label}/{file.name},{classes}")
+        (root / "labels.csv").write_text("\n".join(rows), encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one class", "several classes"])
+def test_all_numbers_of_a_run_are_those_of_its_golden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config, several: bool
+) -> None:
+    monkeypatch.setattr("sopdeploy.evaluation.label_doubts.LISTED_RATIO", 1.5)  # of so few
+    random = np.random.default_rng(3)
+    others = tmp_path / "others"
+    others.mkdir()
+    for number in range(25):
+        pixels = random.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(others / f"{number}.png")
+    photos = draw_overlapping(tmp_path / "photos", several=several)
+    unknown = {} if several else {"unknown": others}
+    result = train(photos, out=tmp_path / "run", set=PLAIN, **unknown)
+
+    # Without paths, and what depends on the machine
+    paths = {"out", "data", "best", "last", "history", "report"}
+    found = result.model_dump(mode="json", exclude={*paths, "seconds"})
+    del found["procedure"]["seconds"]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    shown = re.sub(r"<(style|script).*?</\1>|<[^>]+>|\d+ s\b", " ", page, flags=re.DOTALL)
+    shown = shown.replace(str(tmp_path), "").partition("All values of the run")[0]
+    found["page"] = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", shown)]
+    check_golden(f"runs/{'several' if several else 'one'}", found, pytestconfig)
