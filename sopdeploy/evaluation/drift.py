@@ -1,22 +1,24 @@
 """Drift: whether the newest predictions come from the same traffic as earlier ones.
 
-A window of predictions is compared with a reference of earlier ones, five times: the most
-probable classes, the log-odds of the largest probability, the score of `known`, the share of
-images that `known` rejects, and measures of the image itself, which need no network and see a
-camera or a lamp that the predictions hide.
+A window of predictions is compared with a reference of earlier ones, four times: the most probable
+classes, the score of `known`, the share of images that `known` rejects, and measures of the image
+itself, which need no network and see a camera or a lamp that the predictions hide. How sure the
+predictions are is not compared: a bundle is too sure of reference images that it was trained on
+(docs/decisions.md).
 
-A large change shows in `NEWEST` predictions, a small one only in many, so both are compared: the
-newest ones and the whole window. Fewer predictions, or a reference that is not complete yet, must
-differ more (`compare_answers`).
+A large change shows in `NEWEST` predictions, a small one only in more (`sopdeploy.evaluation.watch`
+compares the newest 100, 200 and 300, and the whole window). Fewer predictions, or a reference that
+is not complete yet, must differ more clearly (`compare_answers`).
 
 Photographs that follow each other are alike: several show one object, or one hour. So a sample is
-no set of independent images but of *blocks* of consecutive ones, and the p-value comes from
-exchanging blocks between the samples (a permutation test; Good, "Permutation Tests", 2000). A
-scaled chi-square with the mean and the variance of the exchanged statistics has its tail (Box,
-Annals of Mathematical Statistics 1954). With enough answers, every difference becomes
-significant, so an alarm also needs a large one: a *shift* in standard deviations of one answer.
+no set of independent images but of *blocks* of consecutive ones. The p-value is that of an F test,
+which compares the distance of the means with the variance of blocks within the samples; the numbers
+of a statistic are not independent, so it has fewer degrees of freedom (Box, Annals of Mathematical
+Statistics 1954; Bai and Saranadasa, Statistica Sinica 1996). With enough answers, every difference
+becomes significant, so an alarm also needs a large one: a *shift* in standard deviations of one
+answer.
 
-Letters: N answers, B blocks, F numbers of a statistic, E exchanges.
+Letters: N answers, B blocks, F numbers of a statistic.
 """
 
 import math
@@ -33,17 +35,14 @@ BLOCK = 25  # consecutive answers
 WINDOW = 1000  # predictions of a full window
 NEWEST = 100  # predictions that show a large change
 REFERENCE = 300  # predictions of a complete first reference
-PART = 5  # consecutive answers that are exchanged while there are too few blocks
-NUM_EXCHANGES = 1000
-SIGNIFICANCE = 0.002  # of each statistic: of all five together 1 % (Bonferroni)
+PART = 5  # consecutive answers of a block while there are too few of `BLOCK`
+SIGNIFICANCE = 0.002  # of each statistic: of all four together 0.8 % (Bonferroni)
 MIN_SHIFT = 0.1  # standard deviations
-MAX_LOG_ODDS = 10.0  # larger ones are clipped: no difference between sure and surer
 # What a difference of each statistic probably comes from.
 CAUSES = {
     "image": "the photos look different: a camera, the light, the background",
     "score": "things that belong to none of the classes",
     "classes": "another mix of the classes, or a new one",
-    "confidence": "photos that are harder or easier, perhaps of a new class",
     "unknown": "more or fewer unknown images than before",
 }
 
@@ -53,13 +52,12 @@ _Floats = NDArray[np.float64]
 
 
 class Answers(NamedTuple):
-    """Consecutive answers: classes (N,), log-odds and scores (N,), and `measure_image` of each (N, F).
+    """Consecutive answers: classes (N,), scores (N,), and `measure_image` of each (N, F).
 
     `unknown` (N,) is 1 where `known` is false, else 0; NaN if the bundle has no threshold for it.
     """
 
     classes: NDArray[np.int64]
-    confidence: NDArray[np.float32]
     score: NDArray[np.float32]
     image: NDArray[np.float32]
     unknown: NDArray[np.float32]
@@ -75,24 +73,11 @@ class Answers(NamedTuple):
 
         *unknown_N* is None if the bundle has no threshold of `known`.
         """
-        classes = logits_NC.argmax(axis=1)
-        largest = logits_NC[np.arange(len(logits_NC)), classes]
-
-        # The log-odds of the largest probability: that logit against all others together, or, if
-        # there is only one class, against 0, as with a sigmoid.
-        others = logits_NC.copy()
-        others[np.arange(len(logits_NC)), classes] = -np.inf
-        is_only = logits_NC.shape[1] == 1
-        rest = np.zeros(len(logits_NC)) if is_only else log_sum_exp(others)
-        log_odds = np.clip(largest - rest, -MAX_LOG_ODDS, MAX_LOG_ODDS)
-
-        scores = log_sum_exp(logits_NC)
         if unknown_N is None:
             unknown_N = np.full(len(logits_NC), np.nan, np.float32)
         return cls(
-            classes,
-            log_odds.astype(np.float32),
-            scores.astype(np.float32),
+            logits_NC.argmax(axis=1),
+            log_sum_exp(logits_NC).astype(np.float32),
             image_NF,
             unknown_N.astype(np.float32),
         )
@@ -101,7 +86,6 @@ class Answers(NamedTuple):
         """Return the last *count* answers, or all if they are fewer."""
         return Answers(
             self.classes[-count:],
-            self.confidence[-count:],
             self.score[-count:],
             self.image[-count:],
             self.unknown[-count:],
@@ -117,7 +101,6 @@ class Answers(NamedTuple):
         return {
             "unknown": self.unknown[:, None].astype(np.float64),
             "classes": np.eye(num_classes)[self.classes],
-            "confidence": self.confidence[:, None].astype(np.float64),
             "score": self.score[:, None].astype(np.float64),
             "image": self.image.astype(np.float64),
         }
@@ -183,9 +166,9 @@ def compare_answers(
 ) -> dict[str, Comparison]:
     """Compare *window* with *reference*, both whole blocks, in each statistic of `CAUSES`.
 
-    The share of rejected images is compared only if both tell it. Few predictions are less certain,
-    and are compared more often. So with a part of a full window and of a complete reference, the
-    p-value is divided by this part, and the shift is reduced by its square root.
+    The share of rejected images is compared only if both tell it. Few predictions are compared more
+    often. So with a part of a full window and of a complete reference, the p-value is divided by
+    this part.
     """
     first = reference.columns(num_classes)
     second = window.columns(num_classes)
@@ -200,8 +183,8 @@ def compare_answers(
 
     compared = {}
     for name in names:
-        shift, p_value, rises = compare_samples(first[name], second[name], size)
-        compared[name] = Comparison(math.sqrt(share) * shift, min(1.0, p_value / share), rises)
+        result = compare_samples(first[name], second[name], size)
+        compared[name] = result._replace(p_value=min(1.0, result.p_value / share))
     return compared
 
 
@@ -226,38 +209,46 @@ def compare_samples(first_NF: _Floats, second_NF: _Floats, size: int = BLOCK) ->
         is_equal = bool((joined_NF == joined_NF[0]).all())
         return Comparison(0.0, 1.0) if is_equal else Comparison(math.inf, 0.0, rises)
 
-    # The squared distance of the means is a quadratic form in the weights of the blocks.
     num_first = len(first_NF) // size
     blocks_BF = joined_NF.reshape(-1, size, joined_NF.shape[1]).mean(axis=1)
-    blocks_BF -= blocks_BF.mean(axis=0)
-    gram_BB = blocks_BF @ blocks_BF.T
-    num_second = len(blocks_BF) - num_first
-    weights_B = np.repeat([1 / num_first, -1 / num_second], [num_first, num_second])
-    squared = max(0.0, float(weights_B @ gram_BB @ weights_B))
-
-    # The same distance after exchanges of blocks, which are random but always the same.
-    random = np.random.default_rng(0)
-    exchanged_EB = random.permuted(np.tile(weights_B, (NUM_EXCHANGES, 1)), axis=1)
-    squares_E = np.einsum("eb,bc,ec->e", exchanged_EB, gram_BB, exchanged_EB, optimize=True)
-    mean = float(squares_E.mean())
-    variance = float(squares_E.var())
-
-    # The distance beyond that of exchanged blocks, in standard deviations within a sample.
-    shift = math.sqrt(max(0.0, squared - mean) / (within / 2))
-    if variance == 0:  # all blocks are equal
-        return Comparison(shift, 1.0, rises)
-
-    # The squares have the distribution of c chi-square(d). The mean c d and the variance 2 c^2 d
-    # give d = 2 mean^2 / variance and, for the statistic, squared / c = 2 mean squared / variance.
-    p_value = chi_square_tail(2 * mean * squared / variance, 2 * mean**2 / variance)
-    return Comparison(shift, p_value, rises)
+    squared, p_value = compare_means(blocks_BF[:num_first], blocks_BF[num_first:])
+    return Comparison(math.sqrt(squared / (within / 2)), p_value, rises)
 
 
-def chi_square_tail(statistic: float, degrees: float) -> float:
-    """Approximate the probability of a larger *statistic* (Wilson and Hilferty, PNAS 1931)."""
-    variance = 2.0 / (9.0 * degrees)
-    # The cube root is nearly Gaussian.
-    deviation = ((statistic / degrees) ** (1 / 3) - (1.0 - variance)) / math.sqrt(variance)
+def compare_means(first_BF: _Floats, second_BF: _Floats) -> tuple[float, float]:
+    """Return the squared distance of the means beyond what chance lets expect, at least 0, and its p-value."""
+    samples = first_BF, second_BF
+    distance_F = second_BF.mean(axis=0) - first_BF.mean(axis=0)
+    squared = float(distance_F @ distance_F)
+
+    # The variance of a row, from the rows of each sample alone: so a difference of the samples does
+    # not hide itself.
+    residuals_BF = np.concatenate([sample - sample.mean(axis=0) for sample in samples])
+    freedom = len(residuals_BF) - 2
+    covariance_FF = residuals_BF.T @ residuals_BF / freedom
+    variance = float(np.trace(covariance_FF))
+    expected = variance * sum(1 / len(sample) for sample in samples)
+    excess = max(0.0, squared - expected)
+    if variance == 0:  # all rows of a sample are equal
+        return excess, 0.0 if squared else 1.0
+
+    # So many independent numbers of equal variance have the same sum of squared covariances, which
+    # few rows overestimate.
+    squares = float((covariance_FF**2).sum()) - variance**2 / freedom
+    squares *= freedom**2 / ((freedom - 1) * (freedom + 2))
+    degrees = variance**2 / max(squares, variance**2 / len(covariance_FF))
+    return excess, f_tail(squared / expected, degrees, degrees * freedom)
+
+
+def f_tail(ratio: float, first: float, second: float) -> float:
+    """Approximate the probability of a larger *ratio* of mean squares with these degrees of freedom.
+
+    The cube roots of both are nearly Gaussian (Paulson, Annals of Mathematical Statistics 1942).
+    """
+    root = ratio ** (1 / 3)
+    variances = 2 / (9 * first), 2 / (9 * second)
+    difference = (1 - variances[1]) * root - (1 - variances[0])
+    deviation = difference / math.sqrt(variances[1] * root**2 + variances[0])
     return math.erfc(deviation / math.sqrt(2.0)) / 2.0
 
 

@@ -1,15 +1,14 @@
 """Watches blocks of predictions for drift: what is compared with what, when an alarm begins and ends.
 
-The *reference* are blocks from before, the *window* the newer ones. The first reference grows to
-`FIRST_BLOCKS`, and is compared from `NEWEST_BLOCKS` on. A full window that does not seem to differ
-replaces it. So the
-reference of an alarm is from before the change, also if another bundle comes meanwhile, which then
-predicts the images of the reference again.
+The *reference* are blocks from before, the *window* the newer ones. The reference grows until it is
+as large as a full window, and is compared from `NEWEST_BLOCKS` on. A full window that does not seem
+to differ replaces it. So the reference of an alarm is from before the change, also if another
+bundle comes meanwhile, which then predicts the images of the reference again.
 
 An alarm ends with a window that does not differ any more, or if too little of its reference is
 left. The world may stay changed: with a bundle that came during the alarm, other classes and other
-light are no alarm any more, but less sure predictions and more rejected images are, because these
-are what such a bundle should mend.
+light are no alarm any more, but lower scores and more rejected images are, because these are what
+such a bundle should mend.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,8 @@ from sopdeploy.evaluation.drift import BLOCK, NEWEST, REFERENCE, WINDOW, Compari
 
 NUM_BLOCKS = WINDOW // BLOCK  # of a full window
 NEWEST_BLOCKS = NEWEST // BLOCK  # of the reference and of the window in the first comparison
+# Newest blocks that are compared besides the whole window.
+COMPARED = (NEWEST_BLOCKS, 2 * NEWEST_BLOCKS, 3 * NEWEST_BLOCKS)
 FIRST_BLOCKS = REFERENCE // BLOCK
 TEST_BLOCKS = 2  # new ones from comparison to comparison
 END_BLOCKS = 8  # without an alarm, which end it
@@ -73,10 +74,12 @@ class Watch(Generic[BlockT]):
             self.alarm_blocks = 0
             self.is_replaced = False
 
-        # The reference is incomplete at first: it gets the oldest block of the window that the next
-        # comparison does not need.
-        is_complete = len(self.reference) >= FIRST_BLOCKS
-        if len(self.window) > NEWEST_BLOCKS and not is_complete and not self.is_alarm:
+        # The reference is incomplete at first: it gets the oldest block of the window that the
+        # comparisons do not need. Soon, they need more, so that a change is seen before it is usual.
+        is_small = len(self.reference) < FIRST_BLOCKS
+        num_kept = NEWEST_BLOCKS if is_small else COMPARED[-1]
+        can_grow = len(self.reference) < NUM_BLOCKS and not self.is_alarm
+        if can_grow and len(self.window) > num_kept:
             self.reference.append(self.window.pop(0))
 
         del self.window[:-NUM_BLOCKS]
@@ -91,30 +94,36 @@ class Watch(Generic[BlockT]):
         self.is_told = False
 
     def test(self, compare: Compare[BlockT]) -> tuple[Comparisons, News | None]:
-        """Compare the newest blocks and the whole window with the reference; move what is due.
+        """Compare parts of the newest blocks and the whole window with the reference; move what is due.
 
         *compare* compares two lists of blocks. Also returns what is new about the alarm.
         """
         self.num_untested = 0
         whole = compare(self.reference, self.window)
-        newest = compare(self.reference, self.window[-NEWEST_BLOCKS:])
-        clearer = choose_clearer(whole, newest)
+        newest = {
+            count: compare(self.reference, self.window[-count:])
+            for count in COMPARED
+            if count < len(self.window)
+        }
+        clearest = choose_clearest([whole, *newest.values()])
 
         if self.is_alarm:
-            return clearer, self._continue(compare)
+            return clearest, self._continue(compare)
 
-        if not any(one.is_alarm for one in clearer.values()):
+        if not any(one.is_alarm for one in clearest.values()):
             is_usual = all(one.p_value > UNSURE for one in whole.values())
             if len(self.window) == NUM_BLOCKS and is_usual:
                 self.reference = self.window
                 self.window = []
-            return clearer, None
+            return clearest, None
 
         # A large change is in the newest blocks only.
-        if any(one.is_alarm for one in newest.values()):
-            self.window = self.window[-NEWEST_BLOCKS:]
+        for count, compared in newest.items():
+            if any(one.is_alarm for one in compared.values()):
+                self.window = self.window[-count:]
+                break
         self.alarm_blocks = len(self.window)
-        return clearer, "begins"
+        return clearest, "begins"
 
     def _continue(self, compare: Compare[BlockT]) -> News | None:
         """End the alarm if the newest blocks do not differ any more."""
@@ -138,17 +147,20 @@ class Watch(Generic[BlockT]):
         return "ends"
 
 
-def choose_clearer(whole: Comparisons, newest: Comparisons) -> Comparisons:
-    """Return the clearer comparison of each statistic: an alarm, then the smaller p-value."""
+def choose_clearest(comparisons: Sequence[Comparisons]) -> Comparisons:
+    """Return the clearest comparison of each statistic: an alarm, then the smallest p-value."""
     return {
-        name: min(whole[name], newest[name], key=lambda one: (not one.is_alarm, one.p_value))
-        for name in whole
+        name: min(
+            (compared[name] for compared in comparisons),
+            key=lambda one: (not one.is_alarm, one.p_value),
+        )
+        for name in comparisons[0]
     }
 
 
 def find_unmended(compared: Comparisons) -> Comparisons:
     """Return the comparisons that a bundle which has learned the change would mend."""
-    worse = {"confidence": False, "unknown": True}  # whether the number rises
+    worse = {"score": False, "unknown": True}  # whether the number rises
     return {
         name: one
         for name, one in compared.items()

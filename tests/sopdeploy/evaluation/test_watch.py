@@ -7,7 +7,6 @@ import pytest
 from sopdeploy.evaluation.drift import Comparison
 from sopdeploy.evaluation.watch import (
     END_BLOCKS,
-    FIRST_BLOCKS,
     NEWEST_BLOCKS,
     NUM_BLOCKS,
     UNSURE,
@@ -16,7 +15,7 @@ from sopdeploy.evaluation.watch import (
     Watch,
 )
 
-USUAL, CHANGED, MENDED = 0, 1, 2  # a mended block looks changed, but is as sure as a usual one
+USUAL, CHANGED, MENDED = 0, 1, 2  # a mended block looks changed, but scores as a usual one
 
 
 def compare(reference: Sequence[int], window: Sequence[int]) -> Comparisons:
@@ -26,7 +25,7 @@ def compare(reference: Sequence[int], window: Sequence[int]) -> Comparisons:
         share = sum(block in kinds and block not in reference for block in window) / len(window)
         return Comparison(share, 0.0 if share > 0.5 else 1.0, rises=False)
 
-    return {"image": judge({CHANGED, MENDED}), "confidence": judge({CHANGED})}
+    return {"image": judge({CHANGED, MENDED}), "score": judge({CHANGED})}
 
 
 def send(watch: Watch[int], block: int, count: int) -> list[tuple[int, News]]:
@@ -54,14 +53,39 @@ def test_the_first_comparison_comes_when_it_was_announced() -> None:
     assert [watch.add(USUAL) for _ in range(needed)].index(True) == needed - 1
 
 
-def test_the_first_reference_grows_behind_the_newest_blocks() -> None:
+# blocks sent: those of the reference and of the window, which then is as large as a full one
+GROWTH = {
+    "the first comparison": (8, (4, 4)),
+    "a small reference grows behind the newest blocks": (16, (12, 4)),
+    "then, the window grows to what is compared": (24, (12, 12)),
+    "the reference grows behind it": (42, (30, 12)),
+    "it is complete": (52, (40, 12)),
+    "the window grows": (70, (40, 30)),
+    "a full window replaces it": (80, (40, 0)),
+}
+
+
+@pytest.mark.parametrize("case", GROWTH)
+def test_the_reference_grows_behind_the_newest_blocks(case) -> None:
+    count, expected = GROWTH[case]
     watch = Watch[int]()
-    sizes = []
-    for _ in range(FIRST_BLOCKS + NEWEST_BLOCKS + 2):
-        if watch.add(USUAL):
-            watch.test(compare)
-            sizes.append((len(watch.reference), len(watch.window)))
-    assert sizes == [(4, 4), (6, 4), (8, 4), (10, 4), (12, 4), (12, 6)]
+    send(watch, USUAL, count)
+    assert (len(watch.reference), len(watch.window)) == expected
+
+
+# changed blocks among the newest: blocks of the alarm
+SEEN = {"most of the newest 100": (4, 4), "most of the newest 200 only": (5, 8)}
+
+
+@pytest.mark.parametrize("case", SEEN)
+def test_a_change_is_seen_in_the_fewest_blocks_that_show_it(case) -> None:
+    count, expected = SEEN[case]
+    window = [*[USUAL] * 30, *[CHANGED] * count]
+    if count > NEWEST_BLOCKS:  # a usual block among the newest ones hides the change there
+        window += [USUAL] * 2
+    watch = Watch([USUAL] * NUM_BLOCKS, window)
+    _, news = watch.test(compare)
+    assert (news, watch.alarm_blocks, len(watch.window)) == ("begins", expected, expected)
 
 
 def test_the_last_full_window_without_an_alarm_is_the_reference(watch) -> None:
@@ -113,7 +137,7 @@ def test_an_alarm_ends_if_too_little_of_its_reference_is_left() -> None:
     watch.replace(watch.reference[1:])
     assert send(watch, USUAL, NUM_BLOCKS) == []
     assert not watch.is_alarm
-    assert len(watch.reference) == FIRST_BLOCKS
+    assert len(watch.reference) > NEWEST_BLOCKS
 
 
 def test_a_bundle_that_comes_without_an_alarm_begins_none(watch) -> None:
