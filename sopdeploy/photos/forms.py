@@ -287,7 +287,10 @@ def _pair_folders(
 
 
 def _pair_with_other_classes(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]]:
-    """Yield the pairs of each class folder if at least half of its images have namesakes in another one."""
+    """Yield the pairs of each class folder if at least half of its images have namesakes in one other class.
+
+    Names that several other classes have only count the images of each class.
+    """
     first_of_class = defaultdict[str, dict[str, bytes]](dict)  # by stem: a path of each class
     for label, paths in images.items():
         for path in paths:
@@ -298,7 +301,7 @@ def _pair_with_other_classes(images: Mapping[str, Sequence[bytes]]) -> Iterator[
         for path in paths:
             namesakes = first_of_class[_stem(path)]
             elsewhere = [one for name, one in namesakes.items() if name != label]
-            if elsewhere:
+            if len(elsewhere) == 1:
                 pairs.append((elsewhere[0], path))
         if pairs and 2 * len(pairs) >= len(paths):
             yield pairs

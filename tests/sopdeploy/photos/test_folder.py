@@ -635,6 +635,17 @@ def test_drawings_and_equally_numbered_photographs_are_no_masks(tmp_path) -> Non
     assert open_folder(photographs).train.class_counts().tolist() == [12, 12, 6]
 
 
+def test_a_class_of_plain_objects_is_kept_if_all_classes_count_their_photographs(
+    tmp_path,
+) -> None:
+    for number in range(6):
+        mask(tmp_path / "small brick" / f"{number}.png")
+        for label in ("long brick", "plate"):
+            paint(tmp_path / label / f"{number}.png", crc32(f"{label} {number}".encode()))
+
+    assert open_folder(tmp_path).train.class_counts().tolist() == [6, 6, 6]
+
+
 def test_the_same_photographs_in_another_form_are_left_out(tmp_path) -> None:
     for label in ("cat", "dog"):
         for number in range(6):
