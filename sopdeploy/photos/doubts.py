@@ -1,8 +1,7 @@
 """Why the folders at the top of a data set may not be its classes: their names, and what they hold."""
 
-import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 
 from sopdeploy.errors import amount, shorten
@@ -15,8 +14,7 @@ from sopdeploy.photos.files import (
     part_kind,
     part_of,
 )
-from sopdeploy.photos.forms import find_other_sizes, find_variants
-from sopdeploy.photos.table_search import DOCUMENTS, is_word, read_texts, sample_names
+from sopdeploy.photos.forms import find_variants
 from sopdeploy.photos.tree import Tree
 
 SPARSE = 4  # missing numbers of numbered folders per folder; codes such as `A320` have more
@@ -36,11 +34,6 @@ UNSPECIFIC = {
     *("sort", "todo", "unknown", "unlabeled", "unlabelled", "unsorted", "untitled"),
     *("neuer", "ordner", "nouveau", "dossier", "nueva", "carpeta"),  # new folder
 }
-# Before the path of an image in Markdown, HTML, LaTeX, reStructuredText and AsciiDoc
-SHOWN = re.compile(
-    r"""(?:!\[[^\]]*\]\(|\bsrc\s*=\s*["']?|\\includegraphics\*?(?:\[[^\]]*\])?\{|\b(?:image|figure)::?)"""
-    r"""([^"'>)}\[\n]+)"""
-)
 DATED = re.compile(r"(19|20)\d\d\D?[01]\d\D?[0-3]\d.*")
 
 
@@ -115,48 +108,11 @@ def _find_doubtful_together(tree: Tree) -> dict[str, str]:
 
     Names alone tell nothing of them.
     """
-    # Forms of the same pictures, and things of other sizes, such as boards and pieces
-    images = tree.by_top()
-    forms = find_variants(tree.root, images)
-    sizes = find_other_sizes(tree.root, images)
-    shown = find_shown_in_documents(tree)
-    if len(shown) == len(images):  # the page of a data set, which shows its classes
-        shown = {}
+    forms = find_variants(tree.root, tree.by_top())
     return {
-        **dict.fromkeys(
-            sizes, "may show other things, because no other images have such sizes"
-        ),
         **dict.fromkeys(forms, "may hold the same pictures in several forms"),
-        **shown,
         **_parts_of_one_class(tree),
     }
-
-
-def find_shown_in_documents(tree: Tree) -> dict[str, str]:
-    """Return the folders at the top of whose images a document shows most, such as the figures of a report.
-
-    A name in a list, such as one of licences, shows nothing. Documents of public repositories name at
-    most 7 % of the images of a data set (27 % of one), and 38 to 100 % of those of a report.
-    """
-    others = [tree.root / other for other in tree.others]
-    documents = [
-        (document, "\n".join(SHOWN.findall(text)))
-        for document, text in read_texts(others, DOCUMENTS)
-    ]
-
-    # An image is known by its name, or with its folder if others have this name.
-    counts = Counter(path.rpartition(b"/")[2] for path in tree.paths)
-    shown = {}
-    for top, paths in tree.by_top().items():
-        names = {
-            path.name if counts[os.fsencode(path.name)] == 1 else "/".join(path.parts[-2:])
-            for path in sample_names(paths)
-        }
-        for document, text in documents:
-            num_shown = sum(is_word(name, text) for name in names)
-            if num_shown > 1 and 2 * num_shown > len(names):
-                shown[top] = f"may illustrate a text, because {document.name} shows the images"
-    return shown
 
 
 def _parts_of_one_class(tree: Tree) -> dict[str, str]:

@@ -5,7 +5,6 @@ Archives hold them in folders with the same names in every class (`<class>/image
 (`1.jpg`, `1_mask.png`). Names only propose what to compare; pixels decide.
 """
 
-import heapq
 import os
 import re
 from collections import Counter, defaultdict
@@ -34,9 +33,6 @@ PROPORTIONS = 0.02  # relative difference between those of a mask and its photog
 MASKS_READ = 3  # of each kind; the first that is a photograph ends the search
 # Kinds of fewer than one in so many images are not read: a large archive has thousands
 MASK_KINDS = 200
-SIZES_READ = 6  # images of each folder whose sizes are compared
-# Between the pixels of folders that show different things, such as boards and pieces
-SIZE_FACTOR = 4
 FORMS_READ = 6  # pictures of each form: chance would match all of them in one case of 46,656
 PAIRED = 200  # images of each folder whose names are compared
 FEW_FOLDERS = 4
@@ -141,34 +137,6 @@ def find_variants(root: Path, images: Mapping[str, Sequence[bytes]]) -> set[str]
         for pairs in _pair_folders(images, key)
         if _worse_form(root, pairs, NEARLY_EQUAL if len(images) > FEW_FOLDERS else 0.0)
     }
-
-
-def find_other_sizes(root: Path, images: Mapping[str, Sequence[bytes]]) -> set[str]:
-    """Find the folders whose images all have `SIZE_FACTOR` times more or fewer pixels than all others.
-
-    Folders of fewer than `MASKS_READ` images are not found.
-    """
-    areas = {
-        folder: [area for path in _spread(paths, SIZES_READ) if (area := _area(root, path))]
-        for folder, paths in images.items()
-    }
-    areas = {folder: own for folder, own in areas.items() if own}
-    if len(areas) < 2:
-        return set()
-
-    # Two are enough: of a folder, the extreme of all others is the first one that is not its own.
-    smallest = heapq.nsmallest(2, ((min(own), folder) for folder, own in areas.items()))
-    largest = heapq.nlargest(2, ((max(own), folder) for folder, own in areas.items()))
-
-    found = set[str]()
-    for folder, own in areas.items():
-        smallest_other = next(area for area, other in smallest if other != folder)
-        largest_other = next(area for area, other in largest if other != folder)
-        is_larger = min(own) >= SIZE_FACTOR * largest_other
-        is_smaller = smallest_other >= SIZE_FACTOR * max(own)
-        if len(own) >= MASKS_READ and (is_larger or is_smaller):
-            found.add(folder)
-    return found
 
 
 class Leftover(NamedTuple):
@@ -460,16 +428,6 @@ def _read(root: Path, path: bytes) -> Image.Image:
         return Photo(str(name), read_file(name, MAX_BYTES)).pixels
     except OSError as error:
         raise DataError(f"{name}: cannot be read") from error
-
-
-def _area(root: Path, path: bytes) -> int:
-    """Return the number of pixels of an image by its header; 0 if it cannot be read."""
-    name = root / os.fsdecode(path)
-    try:
-        width, height = Photo(str(name), read_file(name, MAX_BYTES)).image.size
-    except (DataError, OSError):
-        return 0
-    return width * height
 
 
 def _spread(values: Sequence[T], count: int) -> list[T]:

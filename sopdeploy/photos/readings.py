@@ -27,7 +27,6 @@ from sopdeploy.photos.doubts import (
     PARTS_OF_ONE,
     describe_doubt,
     find_doubtful,
-    find_shown_in_documents,
     may_hold_all,
 )
 from sopdeploy.photos.files import (
@@ -191,7 +190,7 @@ def _top_folders(tree: Tree, doubt: str = "") -> Reading:
 
 def _propose_folders(tree: Tree) -> Iterator[Reading]:
     """Yield the readings in which folders are the classes."""
-    # All images in one folder: it is the data set, unless they illustrate a text.
+    # All images in one folder: it is the data set.
     tops = tree.tops
     if (
         len(tops) == 1
@@ -199,8 +198,7 @@ def _propose_folders(tree: Tree) -> Iterator[Reading]:
         and not part_kind(tops[0])
         and tree.counts[tops[0]] == len(tree.images)
     ):
-        doubts = [f"{top} {reason}" for top, reason in find_shown_in_documents(tree).items()]
-        yield Reading(tree.root / tops[0], f"{tops[0]} is the data set", doubt="".join(doubts))
+        yield Reading(tree.root / tops[0], f"{tops[0]} is the data set")
         return
     if len(tops) < 2 or (all(map(part_kind, tops)) and not tree.inner):
         return

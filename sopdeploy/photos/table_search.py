@@ -36,8 +36,6 @@ MAX_COLUMNS = 4  # of one table that are tried
 MAX_TABLES = 20
 MAX_SEARCHED = 2**24
 SPREADSHEETS = (".numbers", ".ods", ".xls", ".xlsx")  # which nothing here reads
-# Texts that show images
-DOCUMENTS = (".adoc", ".htm", ".html", ".markdown", ".md", ".rst", ".tex")
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml")
 
 
@@ -112,26 +110,28 @@ def find_listing_tables(
     suffix. A single image is no sample: any text may have its name. The column is "" if it has a
     usual name.
     """
-    names = sample_names(images)
+    names = _sample_names(images)
     if len(names) < 2:
         return
 
     tables = (file for file in files if file.name != LABELS_FILE)
-    for table, text in read_texts(tables, TABLE_SUFFIXES):
+    for table, text in _read_texts(tables):
         if 2 * sum(_is_named(name, text) for name in names) >= len(names):
             for column in _class_columns(table, text, names):
                 yield table, column
 
 
-def sample_names(images: Sequence[bytes]) -> list[PurePosixPath]:
+def _sample_names(images: Sequence[bytes]) -> list[PurePosixPath]:
     """Return the paths of `MAX_SAMPLED` of the *images*, spread over them."""
     sample = images[:: -(-len(images) // MAX_SAMPLED)] if images else []
     return [PurePosixPath(os.fsdecode(path)) for path in sample]
 
 
-def read_texts(files: Iterable[Path], suffixes: Sequence[str]) -> Iterator[tuple[Path, str]]:
-    """Yield the first `MAX_TABLES` of *files* with one of the *suffixes*, and the beginnings of their texts."""
-    chosen = (file for file in files if file.suffix.lower() in suffixes and file.is_file())
+def _read_texts(files: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """Yield the first `MAX_TABLES` of *files* with one of `TABLE_SUFFIXES`, and the beginnings of their texts."""
+    chosen = (
+        file for file in files if file.suffix.lower() in TABLE_SUFFIXES and file.is_file()
+    )
     for file in islice(chosen, MAX_TABLES):
         with suppress(OSError), file.open("rb") as opened:
             text = opened.read(MAX_SEARCHED).decode("utf-8", "replace")
@@ -194,9 +194,9 @@ def _is_named(image: PurePosixPath, text: str) -> bool:
     if image.stem in text and re.search(first_cell, text, re.MULTILINE):
         return True
     names = [image.name, image.stem] if len(image.stem) > 3 else [image.name]
-    return any(is_word(name, text) for name in names)
+    return any(_is_word(name, text) for name in names)
 
 
-def is_word(name: str, text: str) -> bool:
+def _is_word(name: str, text: str) -> bool:
     """Tell whether *text* contains *name*, and neither a letter nor a digit beside it."""
     return name in text and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
