@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
+from random import Random
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -21,6 +24,7 @@ from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.readings import Reading
 from sopdeploy.project import AS_IT_IS, FolderReading
 from sopdeploy_commands.training.data import check
+from tests.support.golden import check_golden
 from tests.support.small_data import jpeg
 
 
@@ -797,3 +801,83 @@ def test_the_validation_part_is_not_one_that_the_run_left_out(tmp_path) -> None:
     images = open_evaluation_images(tmp_path, ("a", "b"), reading=split.reading)
     assert [image.split("/")[0] for image in map(images.identity, range(2))] == ["a", "a"]
     assert images.root == tmp_path / "test"
+
+
+# Names of folders: classes, parts, copies, and what may be neither
+NAMES = (
+    *("cat", "dog", "Dog", "bird", "cats", "bus", "fox", "1", "2", "10", "audi a3", "audi a4"),
+    *("train", "val", "test", "training", "cat_test", "train_shapes", "fold0", "fold1"),
+    *(
+        "fox (2)",
+        "cat - Copy",
+        "New folder",
+        "backup",
+        "2024-05-01",
+        "2024-05-02",
+        "lab1",
+        "lab3",
+    ),
+    *("unknown", "other", "results", "samples", "images", "raw", "masks", "figures", "data"),
+)
+
+
+def draw_folder(root: Path, random: Random) -> None:
+    """Write folders of up to seven images: parts with equal classes, or whatever comes."""
+    images = [jpeg(number, (8, 6)) for number in range(12)]
+    if random.random() < 0.4:
+        parts = ["train", *random.sample(("val", "test", "images", "unknown"), 2)]
+        classes = random.sample(NAMES[:12], random.randint(2, 3))
+        folders = [f"{part}/{name}" for part in parts for name in classes]
+        folders = [name for name in folders if random.random() < 0.9]
+    else:
+        folders = []
+        for name in random.sample(NAMES, random.randint(2, 5)):
+            inner = random.sample(NAMES, random.choice((0, 0, 0, 1, 2, 3)))
+            folders += [f"{name}/{each}" for each in inner] or [name]
+
+    for name in folders:
+        (root / name).mkdir(parents=True)
+        first = random.choice((0, 3, 5))
+        for number in range(random.choice((0, 1, 2, 3, 5, 7, 7, 7))):
+            (root / name / f"{first + number}.jpg").write_bytes(images[first + number])
+        if random.random() < 0.1:
+            (root / name / random.choice(("notes.txt", "a.py", "x.zip"))).write_text("other")
+
+
+def describe_reading(root: Path) -> dict[str, Any]:
+    """Open *root*; return the numbers of images by part and class, or the commands of an error.
+
+    Of notes and errors, the names of classes and the numbers are told, in any words.
+    """
+    told = re.compile("|".join([r"\d+", *sorted(NAMES[:12], reverse=True)]))
+    try:
+        opened = open_folder(root)
+    except DataError as error:
+        lines = [str(error).replace(str(root), "")]
+        commands = error.lists.get("readings", ())
+        found: dict[str, Any] = {
+            "asked": [line.replace(str(root), "ROOT") for line in commands]
+        }
+    else:
+        lines = [line.replace(str(root), "") for line in opened.notes]
+        found = {}
+        for part in ("train", "held_out"):
+            images = getattr(opened, part)
+            counts = images.class_counts().tolist() if len(images) else []
+            found[part] = dict(zip(images.labels, counts, strict=False))
+    return {**found, "told": [" ".join(told.findall(line)) for line in lines]}
+
+
+def test_drawn_folders_are_read_as_their_golden_says(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """Names meet here that no other test puts together, with numbers of images below and above limits."""
+    found = {}
+    for number in range(160):
+        random = Random(number)
+        root = tmp_path / str(number)
+        draw_folder(root, random)
+        folders = sorted(file.relative_to(root).as_posix() for file in root.rglob("*"))
+        named = " ".join(name for name in folders if "." not in name)
+        found[f"{number}: {named}"] = describe_reading(root)
+    check_golden("photos/readings", found, pytestconfig)
