@@ -6,10 +6,13 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from sopdeploy.photos.files import name_id
 from sopdeploy.project import Origin, utc_now
 from sopdeploy_commands.app import app as program
 from sopdeploy_service.labelling.label import app
@@ -18,6 +21,7 @@ from sopdeploy_service.labelling.label.folders import LabelFolders
 from sopdeploy_service.settings import Settings
 from tests.service.labelling.label.conftest import KEY, files_below, identity, label_server
 from tests.support.forged import write_hollow
+from tests.support.golden import check_golden
 from tests.support.raw import connect
 from tests.support.service import picture_bytes
 
@@ -442,3 +446,58 @@ def test_a_grid_shows_some_photographs_and_counts_all(client, monkeypatch) -> No
     monkeypatch.setattr(LabelFolders, "suggested", lambda _folders: {"hat": ids})
     [grid] = client.get("/grids").json()["grids"]
     assert (grid["name"], grid["count"], grid["ids"]) == ("hat", len(ids), ids[:-2])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_drawn_labels_corrections_and_steps_back_leave_what_the_golden_has(
+    keep, open_folders, tmp_path, monkeypatch, pytestconfig, seed
+) -> None:
+    """Two browsers label, skip, go back and correct; the server starts again in between."""
+    monkeypatch.setattr("sopdeploy_service.labelling.label.folders.LEASE_SECONDS", 1e6)
+    random = Random(seed)
+    for number in range(1, 15):
+        logits = [random.choice((0.0, 1.0, 2.5)) for _ in range(3)]
+        changes: dict[str, object] = {"near_hash": "f" * 16} if number in (3, 4) else {}
+        if random.random() < 0.3:
+            changes |= {
+                "reasons": ("reported",),
+                "suggested": random.choice(("hat", "cap", None)),
+            }
+        keep(number, logits, decides=random.random() < 0.5, **changes)
+
+    story = []
+    for _ in range(2):
+        with label_server(open_folders()) as client:
+            for _ in range(25):
+                session = {"x-session": random.choice("ab")}
+                shown = client.get("/state", headers=session).json()["photograph"]
+                step = random.choice(
+                    ("class", "class", "class", "unknown", "skip", "undo", "correct")
+                )
+                name = random.choice(("hat", "shoes", "t-shirt", "cap", "a/b", ""))
+                body = {"id": shown["id"] if shown else ONE, "kind": step, "name": name}
+                path = "/label"
+                if step == "undo":
+                    path, body = "/undo", {}
+                elif step == "correct":
+                    path = "/correct"
+                    story.append(told(client.get("/labelled").json()))
+                    labelled = sorted(tmp_path.glob("photos*/**/*.jpg"))
+                    corrected = name_id(labelled[0]) if labelled else ONE
+                    body = {"id": corrected, "name": name or None}
+                reply = client.post(path, json=body, headers=session)
+                story.append([path, step, name, reply.status_code, *told(reply.json())])
+        story.append(sorted(files_below(tmp_path)))
+    check_golden(f"labelling/{seed}", story, pytestconfig)
+
+
+def told(content: dict[str, Any]) -> list[Any]:
+    """Return what a response shows, without the paths and ids of this run."""
+    if "detail" in content:
+        return []
+    if "photographs" in content:
+        shown = sorted(f"{one['name']} {one['held_out']}" for one in content["photographs"])
+        return [shown, content["classes"]]
+    photo = content["photograph"] or {}
+    classes = [[one["name"], one["probability"]] for one in content["classes"]]
+    return [*photo.values(), classes, content["next"], content["done"], content["left"]]
