@@ -120,7 +120,7 @@ $(CUDA)/.built: $(STAMP) deploy/lock/cuda-stand-in.txt tests/cuda/build.py tests
 	touch $@
 
 goldens: $(STAMP)  ## rewrite tests/goldens and the list of compared operators; review the diff
-	$(BIN)/pytest --rewrite-goldens -k golden tests/sweep/test_goldens.py tests/sopdeploy
+	$(BIN)/pytest --rewrite-goldens -k golden tests/sweep/test_goldens.py tests/sopdeploy tests/service/labelling
 	$(BIN)/pytest --rewrite-goldens --slow -n 0 tests/operators/test_sweep.py
 
 elsewhere: $(STAMP)  ## the default tests in other surroundings: processors, locales, users, clocks; one hour; OPTIONS="--list"
