@@ -187,7 +187,6 @@ NOT_PASSED_ON = {
     "__init__: conv3x3.stride",
     "__init__: convolution.kernel",
     "__init__: convolution.stride",
-    "_describe_classes: Table.links",
     "_describe_problems: Reading.classes_from",
     "_mean_outputs: open_session.weights",
     "_open_evaluation_images: _held_out_of_table.labels",

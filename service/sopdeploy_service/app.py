@@ -112,6 +112,15 @@ def create_app(
         app.include_router(router)
     problems.handle_errors(app, PATHS)
 
+    guards = _list_guards(settings, keys)
+    app.add_middleware(RequestContextMiddleware, service=service, guards=guards)
+    if settings.allowed_origins:
+        app.add_middleware(AllowedOrigins, origins=settings.allowed_origins)
+    return app
+
+
+def _list_guards(settings: Settings, keys: KeyRing | None) -> list[Guard]:
+    """List what may refuse a request before its route: foreign pages and hosts, and a missing key."""
     guards: list[Guard] = []
     # Without keys, any web page could send requests to this machine, under a name that leads to
     # it (DNS rebinding). With another address, the names by which clients reach this host are
@@ -121,7 +130,4 @@ def create_app(
     if keys is not None:
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS_PATH}
         guards.append(KeyGuard(keys, open_paths))
-    app.add_middleware(RequestContextMiddleware, service=service, guards=guards)
-    if settings.allowed_origins:
-        app.add_middleware(AllowedOrigins, origins=settings.allowed_origins)
-    return app
+    return guards

@@ -183,32 +183,7 @@ def _describe_classes(
             )
         )
 
-    # A row for each class, the worst recall first.
-    rows_of_classes = []
-    for row in sorted(
-        metrics.classes, key=lambda row: math.inf if row.recall is None else row.recall.share
-    ):
-        precision = "none predicted" if row.precision is None else percent(row.precision)
-        recall = "no images"
-        interval = ""
-        if row.recall is not None:
-            recall = percent(row.recall.share)
-            interval = f"{percent(row.recall.low)} to {percent(row.recall.high)}".replace(
-                " ", NO_BREAK_SPACE
-            )
-        rows_of_classes.append(
-            (row.label, row.count, row.answered, precision, recall, interval)
-        )
-
-    columns = ["class", "images", "predicted", "precision", "recall", "95 % interval"]
-    caption = (
-        "Every class: how many of its predictions are right (precision), and how many of its "
-        "images are found (recall)"
-    )
-    is_folded = len(names) > _MAX_OPEN_CLASSES
-    tables.append(
-        Table(caption=caption, columns=columns, rows=rows_of_classes, folded=is_folded)
-    )
+    tables.append(_tabulate_classes(metrics))
 
     # The most frequent mistakes; the number of images leads to photos of this mistake.
     mistakes = metrics.mistakes()[:MAX_CONFUSIONS]
@@ -222,6 +197,31 @@ def _describe_classes(
         )
     )
     return Section(title="Predictions", text=[which_images, scores], tables=tables)
+
+
+def _tabulate_classes(metrics: ClassificationReport) -> Table:
+    """List images, predictions, precision and recall of each class, the worst recall first."""
+    rows = []
+    for row in sorted(
+        metrics.classes, key=lambda row: math.inf if row.recall is None else row.recall.share
+    ):
+        precision = "none predicted" if row.precision is None else percent(row.precision)
+        recall = "no images"
+        interval = ""
+        if row.recall is not None:
+            recall = percent(row.recall.share)
+            interval = f"{percent(row.recall.low)} to {percent(row.recall.high)}".replace(
+                " ", NO_BREAK_SPACE
+            )
+        rows.append((row.label, row.count, row.answered, precision, recall, interval))
+
+    return Table(
+        caption="Every class: how many of its predictions are right (precision), and how many of its "
+        "images are found (recall)",
+        columns=["class", "images", "predicted", "precision", "recall", "95 % interval"],
+        rows=rows,
+        folded=len(rows) > _MAX_OPEN_CLASSES,
+    )
 
 
 def describe_thresholds(metrics: ClassificationReport, scores: Sequence[ImageScore]) -> Section:
