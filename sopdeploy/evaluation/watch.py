@@ -22,7 +22,6 @@ NEWEST_BLOCKS = NEWEST // BLOCK  # of the reference and of the window in the fir
 # Newest blocks that are compared besides the whole window.
 COMPARED = (NEWEST_BLOCKS, 2 * NEWEST_BLOCKS, 3 * NEWEST_BLOCKS)
 FIRST_BLOCKS = REFERENCE // BLOCK
-TEST_BLOCKS = 2  # new ones from comparison to comparison
 END_BLOCKS = 8  # without an alarm, which end it
 UNSURE = 0.2  # p-value up to which a window may differ, so that it is no reference
 
@@ -39,7 +38,6 @@ class Watch(Generic[BlockT]):
     Attributes:
         reference: Blocks from before.
         window: Blocks after the reference; during an alarm, those since it began.
-        num_untested: Blocks of the window since the last comparison.
         alarm_blocks: Blocks that raised the alarm; 0 without one.
         is_replaced: Whether another bundle came during the alarm.
         is_told: Whether it was told that this bundle does not end the alarm.
@@ -47,7 +45,6 @@ class Watch(Generic[BlockT]):
 
     reference: list[BlockT] = field(default_factory=list)
     window: list[BlockT] = field(default_factory=list)
-    num_untested: int = 0
     alarm_blocks: int = 0
     is_replaced: bool = False
     is_told: bool = False
@@ -61,12 +58,11 @@ class Watch(Generic[BlockT]):
     def num_needed(self) -> int:
         """Blocks until the next comparison can be made."""
         missing = [max(0, NEWEST_BLOCKS - len(part)) for part in (self.reference, self.window)]
-        return max(sum(missing), TEST_BLOCKS - self.num_untested)
+        return max(1, sum(missing))
 
     def add(self, block: BlockT) -> bool:
-        """Add *block*, and return whether a comparison is due."""
+        """Add *block*, and return whether there are enough blocks for a comparison."""
         self.window.append(block)
-        self.num_untested += 1
 
         # Blocks of the reference can be lost at a restart. With too few, no comparison could end
         # the alarm.
@@ -83,13 +79,12 @@ class Watch(Generic[BlockT]):
             self.reference.append(self.window.pop(0))
 
         del self.window[:-NUM_BLOCKS]
-        return self.num_needed <= 0
+        return min(len(self.reference), len(self.window)) >= NEWEST_BLOCKS
 
     def replace(self, reference: Sequence[BlockT]) -> None:
         """Go on with another bundle, whose predictions for the images of the reference are *reference*."""
         self.reference = list(reference)
         self.window = []
-        self.num_untested = 0
         self.is_replaced = self.is_alarm
         self.is_told = False
 
@@ -98,7 +93,6 @@ class Watch(Generic[BlockT]):
 
         *compare* compares two lists of blocks. Also returns what is new about the alarm.
         """
-        self.num_untested = 0
         whole = compare(self.reference, self.window)
         newest = {
             count: compare(self.reference, self.window[-count:])

@@ -253,7 +253,7 @@ def test_an_alarm_ends_at_a_restart_without_enough_of_its_reference(tmp_path) ->
     site.send(12)
     site.send(8, seed=1, light=100, fall=5.0)
     assert read_alarms(tmp_path)
-    for block in site.traffic.watch.reference[watch.NEWEST_BLOCKS - 1 :]:
+    for block in site.traffic.watch.reference[watch.NEWEST_BLOCKS - 2 :]:
         block.path.unlink()
 
     again = Site(tmp_path)
