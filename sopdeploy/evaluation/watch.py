@@ -112,10 +112,12 @@ class Watch(Generic[BlockT]):
             return clearest, None
 
         # A large change is in the newest blocks only.
-        for count, compared in newest.items():
-            if any(one.is_alarm for one in compared.values()):
-                self.window = self.window[-count:]
-                break
+        counts = [
+            count
+            for count, compared in newest.items()
+            if any(one.is_alarm for one in compared.values())
+        ]
+        self.window = self.window[-min(counts, default=len(self.window)) :]
         self.alarm_blocks = len(self.window)
         return clearest, "begins"
 

@@ -11,6 +11,7 @@ from sopdeploy.evaluation.drift import (
     WINDOW,
     Answers,
     compare_answers,
+    compare_means,
     compare_samples,
     describe_alarms,
     f_tail,
@@ -95,6 +96,34 @@ def test_the_shift_is_in_standard_deviations_of_one_answer() -> None:
 def test_samples_without_any_variance_are_equal_or_not(other, expected) -> None:
     first = np.ones((4 * BLOCK, 2))
     assert compare_samples(first, other * first)[:2] == expected
+
+
+def test_a_change_of_few_blocks_does_not_make_the_blocks_look_different() -> None:
+    random = np.random.default_rng(0)
+    first, second = random.normal(size=(12, 1)), random.normal(10.0, size=(4, 1))
+    _, p_value = compare_means(first, second)
+    assert p_value < 1e-6
+
+
+# numbers of a statistic: how they come from as many independent ones
+NUMBERS = {
+    "one": np.eye(1),
+    "independent": np.eye(6),
+    "of unequal variance": np.diag([5.0, 1.0, 1.0, 0.1, 0.1, 0.0]),
+    "alike": np.eye(6) + np.ones((6, 6)),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_one_in_twenty_equal_samples_has_a_p_value_below_a_twentieth(case) -> None:
+    random = np.random.default_rng(0)
+    mixed_FF = NUMBERS[case]
+
+    p_values = []
+    for _ in range(600):
+        blocks_BF = random.normal(size=(16, len(mixed_FF))) @ mixed_FF
+        p_values.append(compare_means(blocks_BF[:12], blocks_BF[12:])[1])
+    assert 0.02 < np.mean(np.asarray(p_values) < 0.05) < 0.08
 
 
 def test_a_tail_of_f_agrees_with_scipy() -> None:

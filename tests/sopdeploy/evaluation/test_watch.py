@@ -73,16 +73,27 @@ def test_the_reference_grows_behind_the_newest_blocks(case) -> None:
     assert (len(watch.reference), len(watch.window)) == expected
 
 
-# changed blocks among the newest: blocks of the alarm
-SEEN = {"most of the newest 100": (4, 4), "most of the newest 200 only": (5, 8)}
+def test_the_reference_does_not_grow_during_an_alarm() -> None:
+    watch = Watch[int]()
+    send(watch, USUAL, 20)
+    [(_, news)] = send(watch, CHANGED, 30)
+    assert news == "begins"
+    assert set(watch.reference) == {USUAL}
+
+
+# changed blocks, usual ones after them: blocks of the alarm
+SEEN = {
+    "the newest 100": (4, 0, 4),
+    "the newest 100, 200 and 300": (7, 0, 4),
+    "the newest 200 only": (5, 2, 8),
+    "the newest 300 only": (7, 4, 12),
+}
 
 
 @pytest.mark.parametrize("case", SEEN)
-def test_a_change_is_seen_in_the_fewest_blocks_that_show_it(case) -> None:
-    count, expected = SEEN[case]
-    window = [*[USUAL] * 30, *[CHANGED] * count]
-    if count > NEWEST_BLOCKS:  # a usual block among the newest ones hides the change there
-        window += [USUAL] * 2
+def test_an_alarm_has_the_fewest_blocks_that_show_the_change(case) -> None:
+    num_changed, num_usual, expected = SEEN[case]
+    window = [*[USUAL] * 25, *[CHANGED] * num_changed, *[USUAL] * num_usual]
     watch = Watch([USUAL] * NUM_BLOCKS, window)
     _, news = watch.test(compare)
     assert (news, watch.alarm_blocks, len(watch.window)) == ("begins", expected, expected)
