@@ -8,9 +8,9 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +27,13 @@ from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.golden import read_golden
 from sopdeploy.bundle.onnx_root import check_graph_and_certificate
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.bundle.sealed import HashedBlocks, SealedFile
+from sopdeploy.bundle.sealed import (
+    HashedBlocks,
+    SealedFile,
+    create_memory,
+    map_memory,
+    read_memory,
+)
 from sopdeploy.errors import BundleError, RuntimeUnavailableError, SopdeployError
 from sopdeploy_commands.bundles.predict import predict
 from sopdeploy_commands.bundles.transfer import pull, push
@@ -430,3 +436,22 @@ def test_where_files_cannot_be_sealed_a_private_copy_takes_their_place(
     assert (file.read(), private.stat().st_mode & 0o777) == (b"checked bytes", 0o700)
     del file
     assert not private.exists()
+
+
+READS: dict[str, tuple[Callable[[int], Any], bytes]] = {
+    "mapped": (map_memory, b"abc"),
+    "mapped, but empty": (map_memory, b""),
+    "read": (read_memory, b"abc"),
+    "read, but too large": (partial(read_memory, max_bytes=2), b"abc"),
+}
+
+
+@pytest.mark.parametrize("case", READS)
+def test_a_file_in_memory_is_closed_by_who_reads_it(case: str) -> None:
+    read, content = READS[case]
+    file = create_memory("content", [content])
+    fails = pytest.raises((OSError, ValueError)) if "but" in case else nullcontext()
+    with fails:
+        assert bytes(read(file)[:]) == content
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(file)

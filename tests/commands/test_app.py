@@ -271,14 +271,23 @@ def test_output_to_a_full_disk_is_a_user_error(command: str) -> None:
     )
 
 
-def test_a_training_shows_warnings_and_how_much_of_a_stage_is_done() -> None:
+def test_a_training_shows_warnings_and_how_much_is_done() -> None:
     shown = io.StringIO()
     bars = ProgressBars(Console(file=shown))
+    (task,) = bars.progress.tasks
+
     bars.on_warning("two files are equal")
     bars.on_stage(name="features", done=3, total=9)
-    (task,) = bars.progress.tasks
-    assert (task.completed, task.total) == (3, 9)
+    assert (task.description, task.completed, task.total, task.fields["note"]) == ("", 3, 9, "")
     assert shown.getvalue() == "warning: two files are equal\nfeatures\n"
+
+    bars.on_step_end(epoch=1, epochs=4, step=2, steps=10, loss=0.5)
+    of_step = ("epoch 2/4", 13, 40, "loss 0.500")
+    assert (task.description, task.completed, task.total, task.fields["note"]) == of_step
+
+    bars.on_evaluation_batch(epoch=2, epochs=4, done=36)
+    after = ("epoch 3/4", 13, 40, "36 validation images")
+    assert (task.description, task.completed, task.total, task.fields["note"]) == after
 
 
 def test_a_command_whose_output_is_closed_at_the_start_ends_as_usual() -> None:

@@ -40,6 +40,13 @@ def test_the_last_linear_layer_maps_the_embedding_to_the_logits(tmp_path):
     assert np.abs(logits.numpy() - expected["logits"]).max() <= exported.parity.logits.tolerance
 
 
+def test_logits_that_no_image_changes_are_refused_though_the_features_differ(tmp_path):
+    network = trained()
+    nn.init.zeros_(network.logits_layer().weight)
+    with pytest.raises(LoweringError, match=r"the same logits for every reference image"):
+        export_once(network, "dsop-resnet8", tmp_path, max_batch=1, with_features=True)
+
+
 def test_a_temperature_changes_the_probabilities_of_a_head_and_not_the_cosine():
     torch.manual_seed(0)
     head = {"kind": "gap", "cosine": True}

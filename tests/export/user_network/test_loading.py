@@ -112,6 +112,14 @@ READ: dict[str, tuple[Any, str | None, str]] = {
         "",
     ),
     "values that are no tensors": (STATE | {"epoch": 3, "_extra_state": None}, None, ""),
+    "a network of other sizes beside it": (
+        {
+            "large": {key: torch.zeros(2, *value.shape) for key, value in STATE.items()},
+            "net": STATE,
+        },
+        None,
+        "net",
+    ),
     "a tensor beside the table": ({"lr": torch.tensor(0.1), "net": STATE}, None, "net"),
 }
 
@@ -756,52 +764,6 @@ def test_json_is_json_whatever_the_code_of_a_network_prints(tmp_path: Path, capf
     assert not ended.value.code
     assert json.loads(printed.out)["unused"] == ["aux"]
     assert {"from Python", "from a program"} <= {*printed.err.splitlines()}
-
-
-PUBLISHED: dict[str, tuple[Any, Preprocess]] = {
-    "timm": (
-        Preprocess.from_timm(
-            {"input_size": (3, 224, 224), "crop_pct": 0.9, "interpolation": "bicubic"}
-        ),
-        Preprocess(resize=248, crop=224, interpolation="bicubic"),
-    ),
-    "timm, squashed": (
-        Preprocess.from_timm(
-            {"input_size": (3, 96, 96), "crop_pct": 1.0, "crop_mode": "squash"}
-        ),
-        Preprocess(resize=96, crop=96, fit="squash"),
-    ),
-    "timm, padded with the mean color": (
-        Preprocess.from_timm(
-            {"input_size": (3, 96, 96), "crop_mode": "border", "mean": (0.5, 0.4, 0.0)}
-        ),
-        Preprocess(
-            resize=96, crop=96, fit="pad", mean=(0.5, 0.4, 0.0), background=(128, 102, 0)
-        ),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", PUBLISHED)
-def test_published_preprocessing_is_converted(case: str) -> None:
-    found, expected = PUBLISHED[case]
-    assert found == expected
-
-
-@pytest.mark.parametrize("mode", ["squash", "border"])
-def test_a_crop_after_squashing_or_padding_is_refused(mode: str) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"crop_mode '{mode}' with crop_pct 0\.9 is not supported"
-    ):
-        Preprocess.from_timm({"crop_mode": mode, "crop_pct": 0.9})
-
-
-def test_preprocessing_of_torchvision_is_converted() -> None:
-    models = pytest.importorskip("torchvision.models")
-    found = Preprocess.from_torchvision(models.ResNet50_Weights.IMAGENET1K_V2.transforms())
-    assert (found.resize, found.crop, found.interpolation) == (232, 224, "bilinear")
-    with pytest.raises(ConfigError, match=r"does not resize and crop"):
-        Preprocess.from_torchvision(nn.Identity())
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"resize": 0}', "x"])

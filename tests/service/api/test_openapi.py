@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import Phase, given, settings
 
-from sopdeploy_service.api.web import with_keys
+from sopdeploy_service.http.api_keys import new_key
+from tests.support.fake_runtime import FakeRuntime
 
 schemathesis = pytest.importorskip("schemathesis")
 
@@ -59,9 +60,12 @@ def test_an_image_may_be_sent_as_bytes_of_any_type(openapi):
         assert content["application/octet-stream"] == content["image/*"]
 
 
-def test_a_server_with_keys_describes_both_headers_for_them(openapi):
+def test_a_server_with_keys_describes_both_headers_for_them(openapi, serve_with, tmp_path):
     assert "security" not in openapi
-    described = with_keys(openapi)
+    keys = tmp_path / "keys.toml"
+    headers = {"x-api-key": new_key(keys, "free")}
+    client = serve_with(FakeRuntime(num_classes=7), keys=str(keys))
+    described = client.get("/openapi.json", headers=headers).json()
     assert set(described["components"]["securitySchemes"]) == {"bearer", "apiKey"}
     assert described["security"] == [{"bearer": []}, {"apiKey": []}]
 

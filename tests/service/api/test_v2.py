@@ -19,6 +19,7 @@ from sopdeploy_service.inference.results import (
     Prediction,
     RejectedError,
 )
+from sopdeploy_service.inference.service import Service
 from tests.support.strategies import json_bodies
 
 LIMIT = 100_000
@@ -409,6 +410,14 @@ def test_missing_resources_get_an_error_object(client):
         reply = client.request(*target)
         assert (reply.status_code, reply.headers["x-error-code"]) == expected
         assert list(reply.json()) == ["error"]
+
+
+@pytest.mark.parametrize("state", ["ok", "starting", "draining", "engine_starting"])
+def test_a_model_is_ready_unless_the_server_starts_or_ends(client, monkeypatch, state) -> None:
+    monkeypatch.setattr(Service, "state", property(lambda _: state))
+    reply = client.get("/v2/models/tiny/ready")
+    is_ready = state in {"ok", "engine_starting"}
+    assert (reply.status_code, reply.json()["ready"]) == (200 if is_ready else 503, is_ready)
 
 
 def test_the_current_version_can_also_be_named(client, bundle):

@@ -504,6 +504,11 @@ def test_an_address_with_more_than_its_share_is_503_unless_it_is_a_trusted_proxy
 
         get(stack.enter_context(open_from(client, "127.0.0.4")))
 
+    # Its connections that are closed count no more.
+    wait_for(lambda: count(client, "connections") == 1)  # the one that asks
+    with open_from(client, "127.0.0.3") as wire:
+        get(wire)
+
 
 @pytest.mark.skipif(
     sys.platform != "linux", reason="only Linux has all addresses of 127.0.0.0/8"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
-from sopdeploy.errors import DataError, ImageError
+from sopdeploy.errors import ConfigError, DataError, ImageError
 from sopdeploy.images import formats, pixels
 from sopdeploy.images.decode import decode
 from sopdeploy.images.formats import open_image
@@ -380,3 +381,49 @@ def test_the_error_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ImageError, match="needs pillow-heif") as caught:
         formats.open_image(body)
     assert (caught.value.code, caught.value.status) == ("unsupported_format", 415)
+
+
+PUBLISHED: dict[str, tuple[Any, Preprocess]] = {
+    "timm": (
+        Preprocess.from_timm(
+            {"input_size": (3, 224, 224), "crop_pct": 0.9, "interpolation": "bicubic"}
+        ),
+        Preprocess(resize=248, crop=224, interpolation="bicubic"),
+    ),
+    "timm, squashed": (
+        Preprocess.from_timm(
+            {"input_size": (3, 96, 96), "crop_pct": 1.0, "crop_mode": "squash"}
+        ),
+        Preprocess(resize=96, crop=96, fit="squash"),
+    ),
+    "timm, padded with the mean color": (
+        Preprocess.from_timm(
+            {"input_size": (3, 96, 96), "crop_mode": "border", "mean": (0.5, 0.4, 0.0)}
+        ),
+        Preprocess(
+            resize=96, crop=96, fit="pad", mean=(0.5, 0.4, 0.0), background=(128, 102, 0)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_published_preprocessing_is_converted(case: str) -> None:
+    found, expected = PUBLISHED[case]
+    assert found == expected
+
+
+@pytest.mark.parametrize("mode", ["squash", "border"])
+def test_a_crop_after_squashing_or_padding_is_refused(mode: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"crop_mode '{mode}' with crop_pct 0\.9 is not supported"
+    ):
+        Preprocess.from_timm({"crop_mode": mode, "crop_pct": 0.9})
+
+
+def test_preprocessing_of_torchvision_is_converted() -> None:
+    models = pytest.importorskip("torchvision.models")
+    found = Preprocess.from_torchvision(models.ResNet50_Weights.IMAGENET1K_V2.transforms())
+    assert (found.resize, found.crop, found.interpolation) == (232, 224, "bilinear")
+    with pytest.raises(ConfigError, match=r"does not resize and crop"):
+        Preprocess.from_torchvision(torch.nn.Identity())

@@ -12,6 +12,7 @@ from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.images.metadata import NO_TIME, capture_time
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.photos import clips
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.clips import Clips, divides_classes, find_clips
 from sopdeploy.photos.photo import Photo
@@ -136,6 +137,21 @@ def test_photographs_of_two_sources_are_no_two_clips_but_the_result_names_them()
     assert len(set(found.groups.tolist())) == count
     assert found.doubtful is not None
     assert found.pattern == r"^\D*"
+
+
+def test_of_several_relations_that_may_be_clips_the_clearest_is_told():
+    relation = clips._Relation("{}", "", np.zeros(6, np.int64))
+    measured = [
+        clips._Measured(excess, 0.9, (first, first + 1), relation)
+        for excess, first in ((0.2, 0), (0.6, 2), (0.4, 4))
+    ]
+    names, classes = [f"{number}.jpg" for number in range(6)], np.zeros(6, np.int64)
+
+    found = clips._find_doubtful(measured, np.arange(6), names, classes)
+    joined = clips._find_doubtful(measured, np.asarray([0, 1, 2, 2, 4, 5]), names, classes)
+
+    assert (found, joined) == (measured[1], measured[2])
+    assert clips._find_doubtful([], np.arange(6), names, classes) is None
 
 
 def test_a_single_clip_among_photographs_of_many_objects_is_found():

@@ -485,6 +485,20 @@ def test_a_table_above_folders_that_are_no_classes_tells_the_classes(
     assert split.train.class_counts().tolist() == [3, 3]
 
 
+def test_an_image_of_a_table_has_the_names_of_all_its_classes(tmp_path) -> None:
+    make(tmp_path, **{"2026-01": 2, "2026-02": 2})
+    rows = [
+        "2026-01/000.jpg,hat",
+        "2026-01/001.jpg,hat|tie",
+        "2026-02/000.jpg,",
+        "2026-02/001.jpg,tie",
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,classes", *rows]))
+    images = open_folder(tmp_path).train
+    named = [images.class_names(index) for index in range(len(images))]
+    assert named == [["hat"], ["hat", "tie"], [], ["tie"]]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
