@@ -52,6 +52,20 @@ def test_each_setting_of_the_released_version_is_accepted_by_its_name() -> None:
     assert {*RELEASED.split()} - accepted == set()
 
 
+def test_a_list_of_words_has_spaces_and_commas_as_people_write_them() -> None:
+    """Of every setting with words, also if the last comma is left."""
+    words = {
+        name: field
+        for name, field in Settings.model_fields.items()
+        if field.annotation == tuple[str, ...]
+    }
+    assert len(words) >= 3
+    for name, field in words.items():
+        one, other = ("png", "gif") if name == "formats" else ("a.example", "b.example")
+        settings = Settings(**{name: f" {one}, ,{other},"})
+        assert getattr(settings, name) == (one, other), field
+
+
 # PORT and SOPDEPLOY_PORT -> the port, with the one of a file or without
 PORTS = {
     "of the platform": ({"PORT": "8080"}, "", 8080),

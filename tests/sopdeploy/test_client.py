@@ -1,5 +1,7 @@
 """The client: requests, parsed responses, retries, deadlines and errors."""
 
+import base64
+import inspect
 import math
 import re
 from contextlib import suppress
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from sopdeploy import client_requests as module
-from sopdeploy.client import Client
+from sopdeploy.client import AsyncClient, Client
 from sopdeploy.errors import (
     ConfigError,
     DataError,
@@ -95,14 +97,41 @@ def test_a_long_header_takes_no_quadratic_time():
     assert server.call("classify", b"x").timing_ms == {"infer": 3.5}
 
 
-def test_one_image_is_sent_as_the_body_with_its_options():
-    server = Script(SUCCESS)
-    server.call("classify", b"bytes", top_k=3, model="a b", api_key="secret")
-    sent = server.requests[0]
-    assert (sent.method, sent.url.path, sent.content) == ("POST", "/v1/classify", b"bytes")
-    assert dict(sent.url.params) == {"top_k": "3", "model": "a b"}
-    assert sent.headers["Authorization"] == "Bearer secret"
-    assert sent.headers["Content-Type"] == "application/octet-stream"
+# Each method with its reply, its request, and the parameters that each call has
+VECTOR = base64.b64encode(np.ones(2, "<f4").tobytes()).decode()
+METHODS: dict[str, tuple[dict[str, Any], str, dict[str, str]]] = {
+    "classify": ({"classes": []}, "POST /v1/classify", {}),
+    "embed": ({"embedding": VECTOR}, "POST /v1/embed", {"encoding_format": "base64"}),
+    "info": ({"server": "1", "models": []}, "GET /info", {}),
+}
+ARGUMENTS: dict[str, tuple[Any, str]] = {
+    "model": ("a b", "a b"),
+    "top_k": (3, "3"),
+    "threshold": (0.25, "0.25"),
+    "explain": (True, "true"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_argument_of_a_method_arrives_in_its_request(method: str):
+    content, line, always = METHODS[method]
+    images = [] if method == "info" else [b"bytes"]
+    known = inspect.signature(getattr(AsyncClient, method)).parameters.keys()
+    for name in known - {"self", "image", "timeout"} | {""}:
+        value, text = ARGUMENTS.get(name, ("", ""))
+        given = {name: value} if name else {}
+        server = Script(httpx.Response(200, json=content))
+        server.call(method, *images, **given, timeout=7.0, api_key="secret")
+
+        (sent,) = server.requests
+        assert f"{sent.method} {sent.url.path}" == line
+        assert dict(sent.url.params) == always | ({name: text} if name else {})
+        assert sent.content == b"".join(images)
+        assert sent.headers["Authorization"] == "Bearer secret"
+        assert sent.headers.get("Content-Type") == (
+            "application/octet-stream" if images else None
+        )
+        assert 0 < int(sent.headers["X-Request-Timeout-Ms"]) <= 7000
 
 
 def test_a_list_is_sent_as_a_form_and_returned_in_order_with_errors():
