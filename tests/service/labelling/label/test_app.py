@@ -500,4 +500,5 @@ def told(content: dict[str, Any]) -> list[Any]:
         return [shown, content["classes"]]
     photo = content["photograph"] or {}
     classes = [[one["name"], one["probability"]] for one in content["classes"]]
-    return [*photo.values(), classes, content["next"], content["done"], content["left"]]
+    numbers = [content["done"], content["left"], *re.findall(r"\d+", content["progress"])]
+    return [*photo.values(), classes, content["next"], *numbers]
