@@ -277,6 +277,10 @@ def test_an_unusable_folder_is_named_with_advice(tmp_path, counts, message) -> N
     assert str(tmp_path) in str(problem.value)
     assert "\n" not in str(problem.value)
 
+    # `data check` says no to what `train` says no to.
+    with pytest.raises(DataError):
+        check_data(tmp_path).must_be_usable()
+
 
 def test_images_without_class_folders_can_be_labelled_in_a_browser(tmp_path) -> None:
     for number in range(3):
