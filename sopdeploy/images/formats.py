@@ -33,7 +33,6 @@ ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)
 CAMERA = "phones take JPEG with the camera setting `most compatible`"
 # Segments of JPEG files:
 FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, sequential, progressive
-ARITHMETIC_FRAMES = {0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # T.81, table B.1
 SCAN = 0xDA
 # of segments with a length, and of the end
 MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
@@ -67,18 +66,6 @@ def open_image(
             _register_heif()
         if detected == "AVIF" and not AvifImagePlugin.SUPPORTED:
             raise _unsupported_error("this installation of Pillow reads no AVIF; convert it")
-
-        if detected == "JPEG":
-            for marker, _ in jpeg_segments(body):
-                # Libjpeg does not tell whether the data of arithmetic frames are complete.
-                if marker in ARITHMETIC_FRAMES:
-                    reason = (
-                        "JPEG files with the arithmetic code are not accepted; "
-                        "use the Huffman code"
-                    )
-                    raise _unsupported_error(reason)
-                if marker in FRAMES or marker == SCAN:
-                    break
 
         image = Image.open(io.BytesIO(body), formats=(detected,))
         _check_dimensions(image.size, max_pixels)

@@ -95,7 +95,7 @@ def noise_image(size: tuple[int, int] = (160, 96)) -> Image.Image:
     )
 
 
-def test_the_arithmetic_code_is_refused_by_name_also_if_cut() -> None:
+def test_a_jpeg_with_the_arithmetic_code_is_read_unless_it_is_cut() -> None:
     body = (
         b"\xff\xd8"
         + hostile.segment(0xDB, bytes(1) + b"\1" * 64)
@@ -104,10 +104,10 @@ def test_the_arithmetic_code_is_refused_by_name_also_if_cut() -> None:
         + hostile.segment(0xDA, b"\1\1\0\0?\0")
         + b"\xff\0\xc5\xd7\xf14[\xfa+O\xcaZ\t\x96i\xcb\xff\xd9"
     )
-    for data in (body, body[:-6], body.replace(b"\xff\xc9", b"\xff\xca")):
-        with pytest.raises(ImageError, match="arithmetic code") as caught:
-            decode(data, RULES, **LIMITS)
-        assert (caught.value.code, caught.value.status) == ("unsupported_format", 415)
+    decode(body, RULES, **LIMITS)
+
+    with pytest.raises(ImageError, match="damaged"):
+        decode(body[:-6], RULES, **LIMITS)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
