@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ from sopdeploy.photos.copies import group_photographs
 from sopdeploy.photos.evaluation_images import open_evaluation_images
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.split import choose_held_out, divide
+from tests.sopdeploy.photos.test_readings import describe_reading
 from tests.support.counted import counted
+from tests.support.golden import check_golden
+from tests.support.small_data import jpeg
 from tests.support.two_objects import CLASSES, draw_scenes
 
 GOOD = "file,classes\na.png,cat|dog\nb.png,\nsub/c.png, dog \n"
@@ -635,3 +639,53 @@ def test_a_name_elsewhere_that_two_images_have_is_not_guessed(folder: Path) -> N
     shutil.copy(folder / "a.png", folder / "sub" / "a.png")
     with pytest.raises(DataError, match=r"line 2: '/x/a\.png' is not the path of an image"):
         open_folder(write(folder, "file,classes\n/x/a.png,cat\nb.png,dog\n"))
+
+
+HEADINGS = (
+    "file classes",
+    "filename label",
+    "id species",
+    "path class group",
+    "image_name y date",
+)
+
+
+def draw_table(root: Path, random: Random) -> None:
+    """Write images and a table with some of them: without suffixes, twice, or with several classes."""
+    images = [jpeg(number, (8, 6)) for number in range(16)]
+    folder = random.choice(("", "photos", "img"))
+    files = [f"{random.choice('ab')}{number}.jpg" for number in range(random.randint(6, 15))]
+    (root / folder).mkdir(parents=True)
+    for number, file in enumerate(files):
+        (root / folder / file).write_bytes(images[number])
+
+    columns = random.choice(HEADINGS).split() + random.choice(([], [], ["split"]))
+    separator = random.choice((",", ",", ";", "\t"))
+    classes = random.sample(
+        ("cat", "dog", "fox", "1", "2", "cat|dog", ""), random.randint(2, 5)
+    )
+    gone = ["gone.jpg"] if random.random() < 0.2 else []
+    has_suffix, has_folder = random.random() < 0.7, random.random() < 0.5
+    rows = [separator.join(columns)]
+    for file in random.sample([*files, *gone], random.randint(4, len(files))):
+        named = file if has_suffix else file.partition(".")[0]
+        row = [f"{folder}/{named}" if folder and has_folder else named, random.choice(classes)]
+        row += [str(random.randint(1, 3)) for _ in columns[2:]]
+        if columns[-1] == "split":
+            row[-1] = random.choice(("train", "train", "train", "val", "test"))
+        rows += [separator.join(row)] * (2 if random.random() < 0.03 else 1)
+    name = random.choice(("labels.csv", "labels.csv", "train.csv"))
+    (root / name).write_text("\n".join(rows), encoding="utf-8")
+
+
+def test_drawn_tables_are_read_as_their_golden_says(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    found = {}
+    for number in range(160):
+        root = tmp_path / str(number)
+        draw_table(root, Random(number))
+        (table,) = root.glob("*.csv")
+        heading = table.read_text(encoding="utf-8").partition("\n")[0]
+        found[f"{number}: {table.name} {heading!r}"] = describe_reading(root)
+    check_golden("photos/tables", found, pytestconfig)
