@@ -1417,7 +1417,9 @@ def test_all_numbers_of_a_run_are_those_of_its_golden(
     found = result.model_dump(mode="json", exclude={*paths, "seconds"})
     del found["procedure"]["seconds"]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    shown = re.sub(r"<(style|script).*?</\1>|<[^>]+>|\d+ s\b", " ", page, flags=re.DOTALL)
+    shown = re.sub(
+        r"<(style|script).*?</\1>|<[^>]+>|[\d.]+ (?:s|min|h)\b", " ", page, flags=re.DOTALL
+    )
     shown = shown.replace(str(tmp_path), "").partition("All values of the run")[0]
     found["page"] = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", shown)]
     check_golden(f"runs/{'several' if several else 'one'}", found, pytestconfig)
