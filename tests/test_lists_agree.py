@@ -25,6 +25,7 @@ from sopdeploy_commands.bulk.run import CsvRow
 from sopdeploy_service.decoding import child
 from sopdeploy_service.devices import control
 from sopdeploy_service.http.api_keys import Key
+from sopdeploy_service.labelling.keep.keeper import KeptResult
 from sopdeploy_service.observability.logs import DROPPED
 from sopdeploy_service.observability.metrics import Metrics
 from tests.docs.reading import blocks
@@ -437,6 +438,26 @@ def test_something_counts_every_metric() -> None:
     others = [tree for name, tree in trees.items() if name != own_module]
     counted = set().union(*map(attributes_read, [*methods, *others]))
     assert created - counted == set()
+
+
+def test_each_word_that_code_gives_as_a_label_is_described_with_its_metric() -> None:
+    """Or, of a rejected request, on the pages of errors and limits."""
+    errors = "".join((DOCS / name).read_text("utf-8") for name in ("errors.md", "limits.md"))
+    rows = re.findall(
+        r"^\| `sopdeploy_(\w+)` \|(.*)$", (DOCS / "metrics.md").read_text("utf-8"), re.MULTILINE
+    )
+    described = {name.removesuffix("_total"): text for name, text in rows}
+
+    undescribed = set()
+    for tree in parse_packages().values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "labels":
+                metric = ast.unparse(node.func).removesuffix(".labels").rpartition(".")[2]
+                given = {one.value for one in node.args if isinstance(one, ast.Constant)}
+                known = described.get(metric, "") + (errors if metric == "rejected" else "")
+                undescribed |= {f"{metric}: {word}" for word in given if str(word) not in known}
+    assert undescribed == set()
+    assert [word for word in get_args(KeptResult) if word not in described["kept_images"]] == []
 
 
 def test_a_decoder_can_reply_with_every_error_of_an_image() -> None:
