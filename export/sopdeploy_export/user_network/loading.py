@@ -25,6 +25,7 @@ from sopdeploy.nearest import did_you_mean
 from sopdeploy.paths import check_is_weights
 from sopdeploy_export.network import modules
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MAX_PREFIXES = 1_000  # that are tried for a table
 
 
@@ -204,17 +205,22 @@ def _find_unfilled(network: nn.Module) -> tuple[str, ...]:
     """List the plain tensors of *network*, neither parameters nor buffers, that are 0 or 1 everywhere.
 
     Training probably fills such a tensor, but a state dict does not have it. Those with other values,
-    such as a mean and a standard deviation of the images, are constants.
+    such as a mean and a standard deviation of the images, are constants, and those that have a graph
+    are computed from weights.
     """
     return tuple(
         f"{owner}.{name}" if owner else name
         for owner, module in modules(network)
         for name, value in vars(module).items()
-        if type(value) is Tensor and value.is_floating_point() and _is_zero_or_one(value)
+        if type(value) is Tensor and value.is_leaf and _is_zero_or_one(value)
     )
 
 
 def _is_zero_or_one(tensor: Tensor) -> bool:
+    """Check whether all values of *tensor* are 0, or all are 1; no for layouts and types without comparison."""
+    is_ordinary = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
+    if not (is_ordinary and tensor.dtype in FLOATS and tensor.numel()):
+        return False
     return bool((tensor == 0).all() or (tensor == 1).all())
 
 

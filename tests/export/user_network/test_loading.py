@@ -414,6 +414,10 @@ class HasPlainTensors(Small):
         super().__init__()
         self.mean = torch.tensor([0.5, 0.4, 0.3])
         self.order = torch.zeros(3, dtype=torch.int64)
+        self.cache = torch.empty(0)
+        self.shape_only = torch.zeros(3, device="meta")
+        self.sparse = torch.zeros(3).to_sparse()
+        self.computed = self.fc.weight * 0
         self.norm = nn.Module()
         self.norm.running = torch.zeros(3)
         self.scale = torch.tensor(1.0)
