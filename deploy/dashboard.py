@@ -174,7 +174,7 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         [("sopdeploy_drift_images", "{{model}}")],
     ),
     (
-        "Drift: p-values; below 0.0025, with a shift over 0.1, is an alarm",
+        "Drift: p-values; below 0.002, with a shift over 0.1, is an alarm",
         "none",
         [("sopdeploy_drift_p_value", "{{model}} {{of}}")],
     ),

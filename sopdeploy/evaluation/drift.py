@@ -7,14 +7,15 @@ predictions are is not compared: a bundle is too sure of reference images that i
 (docs/decisions.md).
 
 A large change shows in `NEWEST` predictions, a small one only in more (`sopdeploy.evaluation.watch`
-compares the newest 100, 200 and 300, and the whole window). Fewer predictions, or a reference that
-is not complete yet, must differ more clearly (`compare_answers`).
+compares the newest 100, 200 and 300, and the whole window). Fewer predictions, or a reference of
+fewer than `REFERENCE`, must differ more clearly (`compare_answers`).
 
 Photographs that follow each other are alike: several show one object, or one hour. So a sample is
 no set of independent images but of *blocks* of consecutive ones. The p-value is that of an F test,
 which compares the distance of the means with the variance of blocks within the samples; the numbers
 of a statistic are not independent, so it has fewer degrees of freedom (Box, Annals of Mathematical
-Statistics 1954; Bai and Saranadasa, Statistica Sinica 1996). With enough answers, every difference
+Statistics 1954; Bai and Saranadasa, Statistica Sinica 1996). The share of rejected images, which
+are often rare, must also differ by Fisher's exact test. With enough answers, every difference
 becomes significant, so an alarm also needs a large one: a *shift* in standard deviations of one
 answer.
 
@@ -34,7 +35,7 @@ from sopdeploy.images.preprocess import Pixels
 BLOCK = 25  # consecutive answers
 WINDOW = 1000  # predictions of a full window
 NEWEST = 100  # predictions that show a large change
-REFERENCE = 300  # predictions of a complete first reference
+REFERENCE = 300  # predictions from which on a reference is no longer compared more strictly
 PART = 5  # consecutive answers of a block while there are too few of `BLOCK`
 SIGNIFICANCE = 0.002  # of each statistic: of all four together 0.8 % (Bonferroni)
 MIN_SHIFT = 0.1  # standard deviations
@@ -197,8 +198,8 @@ def compare_samples(first_NF: _Floats, second_NF: _Floats, size: int = BLOCK) ->
     # Columns in standard deviations, except those of classes, which are 0 or 1.
     rises = bool(second_NF[:, 0].mean() > first_NF[:, 0].mean())
     joined_NF = np.concatenate([first_NF, second_NF])
-    is_share = bool(((joined_NF == 0) | (joined_NF == 1)).all()) and joined_NF.shape[1] > 1
-    if not is_share:
+    is_binary = bool(((joined_NF == 0) | (joined_NF == 1)).all())
+    if not is_binary or joined_NF.shape[1] == 1:
         deviations_F = joined_NF.std(axis=0)
         joined_NF = joined_NF / np.where(deviations_F > 0, deviations_F, 1.0)
     within = sum(
@@ -212,6 +213,10 @@ def compare_samples(first_NF: _Floats, second_NF: _Floats, size: int = BLOCK) ->
     num_first = len(first_NF) // size
     blocks_BF = joined_NF.reshape(-1, size, joined_NF.shape[1]).mean(axis=1)
     squared, p_value = compare_means(blocks_BF[:num_first], blocks_BF[num_first:])
+
+    # Of a rare event, blocks show too little variance, so an exact test must also see a difference.
+    if is_binary and joined_NF.shape[1] == 1:
+        p_value = max(p_value, compare_shares(first_NF[:, 0] > 0, second_NF[:, 0] > 0))
     return Comparison(math.sqrt(squared / (within / 2)), p_value, rises)
 
 
@@ -238,6 +243,23 @@ def compare_means(first_BF: _Floats, second_BF: _Floats) -> tuple[float, float]:
     squares *= freedom**2 / ((freedom - 1) * (freedom + 2))
     degrees = variance**2 / max(squares, variance**2 / len(covariance_FF))
     return excess, f_tail(squared / expected, degrees, degrees * freedom)
+
+
+def compare_shares(first_N: NDArray[np.bool_], second_N: NDArray[np.bool_]) -> float:
+    """Return the p-value of a difference of two shares of independent answers (Fisher's exact test)."""
+    found = int(second_N.sum())
+    total = found + int(first_N.sum())
+
+    # In how many ways k of all positive answers are in the second sample.
+    fewest = max(0, total - len(first_N))
+    most = min(total, len(second_N))
+    ways = [
+        math.comb(len(second_N), k) * math.comb(len(first_N), total - k)
+        for k in range(fewest, most + 1)
+    ]
+    place = found - fewest
+    tail = min(sum(ways[: place + 1]), sum(ways[place:]))
+    return min(1.0, 2 * tail / sum(ways))
 
 
 def f_tail(ratio: float, first: float, second: float) -> float:

@@ -434,12 +434,12 @@ def compare_blocks(
     traffic: ModelTraffic, reference: Sequence[Block], window: Sequence[Block]
 ) -> Comparisons:
     """Compare *window* with *reference*; with answers of another bundle, only the images."""
-    compared = compare_answers(
-        join_answers(reference), join_answers(window), traffic.num_classes
-    )
+    answers = join_answers(reference), join_answers(window)
     if any(block.version != traffic.version for block in reference):
-        return {"image": compared["image"]}
-    return compared
+        # The classes of another bundle may be more, but only the images are compared.
+        num_classes = 1 + max(int(part.classes.max()) for part in answers)
+        return {"image": compare_answers(*answers, num_classes)["image"]}
+    return compare_answers(*answers, traffic.num_classes)
 
 
 def log_when_due(traffic: ModelTraffic) -> None:

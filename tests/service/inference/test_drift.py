@@ -12,8 +12,9 @@ from PIL import Image
 
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.evaluation import watch
+from sopdeploy.evaluation.drift import Answers
 from sopdeploy_service.inference import drift
-from sopdeploy_service.inference.drift import BLOCK, DriftMonitor, ModelTraffic
+from sopdeploy_service.inference.drift import BLOCK, Block, DriftMonitor, ModelTraffic
 from sopdeploy_service.inference.drift_state import TRAFFIC, read_alarms
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.observability.metrics import Metrics
@@ -356,3 +357,14 @@ def test_a_server_counts_what_it_classifies_but_no_report(
     first, second = (drift.read_block(path).identities.tolist() for path in blocks())
     assert first == second
     assert len({*first}) == 1
+
+
+def test_of_a_reference_of_a_bundle_with_more_classes_only_the_images_are_compared() -> None:
+    def blocks(version: str, num_classes: int, count: int) -> list[Block]:
+        logits_NC = np.eye(num_classes, dtype=np.float32)[np.arange(BLOCK) % num_classes]
+        answers = Answers.of(logits_NC, np.zeros((BLOCK, 2), np.float32))
+        return [Block(version, answers, np.full(BLOCK, ""), 0.0)] * count
+
+    traffic: Any = SimpleNamespace(version="new", num_classes=5)
+    compared = drift.compare_blocks(traffic, blocks("old", 6, 12), blocks("new", 5, 4))
+    assert {*compared} == {"image"}

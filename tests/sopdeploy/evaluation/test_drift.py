@@ -47,6 +47,27 @@ def test_steady_traffic_raises_no_alarm_also_with_several_frames_of_an_object(fr
     assert sum(map(bool, raised)) <= 1
 
 
+# rejected images of the reference, its size, rejected ones of the newest: whether this is an alarm
+REJECTED = {
+    "none before, two now": (0, 1000, [7, 57], False),
+    "one before, three now": (1, 1000, [7, 32, 57], False),
+    "none before, one in each block now": (0, 300, [7, 32, 57, 82], False),
+    "many now": (1, 1000, [*range(0, 100, 6)], True),
+    "all now": (1, 1000, [*range(100)], True),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_a_few_rejected_images_raise_no_alarm(case) -> None:
+    before, size, places, expected = REJECTED[case]
+    first, second = np.zeros(size, np.float32), np.zeros(100, np.float32)
+    first[:before] = 1
+    second[places] = 1
+    reference = draw(1).newest(size)._replace(unknown=first)
+    window = draw(2).newest(100)._replace(unknown=second)
+    assert ("unknown" in alarms(reference, window)) is expected
+
+
 # what changes, by how much: the statistics that raise an alarm
 CHANGES = {
     "the photographs": ({"image": 0.3}, {"image"}),
