@@ -1,8 +1,8 @@
 """Class names in the files of other tools: lines, columns, JSON, YAML and Python dictionaries.
 
-A number beside a name is removed if all lines have one. What may be more than a name is refused,
-because the order of the logits and the names in answers depend on it; the texts of a JSON list
-are names as they are.
+A number, quotes or a bullet around a name are removed if all lines have them. What may be more
+than a name is refused, because the order of the logits and the names in answers depend on it;
+the texts of a JSON list are names as they are.
 """
 
 import ast
@@ -37,12 +37,14 @@ _KEYS = (
 )
 _LEADING = re.compile(r"(?P<index>\d+)(?:\s*[,;:)=\t]\s*|\.(?!\d)\s*|\s+)(?P<name>\S.*)")
 _TRAILING = re.compile(r"(?P<name>\S.*?)(?P<between>\s*[,;:=\t]\s*|\s+)(?P<index>\d+)")
+_BULLET = re.compile(r"[-*+\u2022\u2013]\s+")
+_QUOTED = re.compile(r"""(["'`])((?:(?!\1).)*)\1""")
 # of tables; `tench, Tinca tinca` is one name
 _CELL_ENDS = (re.compile(r"\t"), re.compile(r"[,;](?!\s)"))
 # What lines of other files are
 _NO_NAMES = {
     "begins with a quote": re.compile(r"[\"'`].*"),
-    "begins with a bullet": re.compile(r"[-*+\u2022\u2013]\s+.*"),
+    "begins with a bullet": _BULLET,
     "may be a comment": re.compile(r"(#|//).*"),
     "has a bracket and no name": re.compile(r"[\[\](){}<>,;]+|.*[\[({]"),
     "has a key": re.compile(r"[\w-]+:(\s.*)?"),
@@ -168,17 +170,33 @@ def _is_index(value: Any) -> bool:
 
 
 def _names_of_lines(lines: Sequence[str]) -> tuple[str, ...]:
-    """Return the names in *lines*, without the numbers that all lines have; raises `ValueError`."""
-    names = _without_index(lines) or tuple(lines)
-    _refuse_more_than_names(names)
-    return names
+    """Return the names in *lines*, without what all lines have beside them; raises `ValueError`.
+
+    This is a comma at the end, then a bullet, then a number, then quotes. If quotes are around
+    the whole line, only they are left out.
+    """
+    if len(lines) > 1 and all(line.endswith(",") for line in lines[:-1]):
+        lines = [line.removesuffix(",").rstrip() for line in lines]
+
+    if not all(map(_QUOTED.fullmatch, lines)):
+        if all(map(_BULLET.match, lines)):
+            lines = [_BULLET.sub("", line, count=1) for line in lines]
+        without_index = _without_index(lines)
+        lines = lines if without_index is None else without_index
+
+    quoted = [_QUOTED.fullmatch(line) for line in lines]
+    if all(quoted) and len({match[1] for match in quoted if match}) == 1:
+        return tuple(match[2].strip() for match in quoted if match)
+
+    _refuse_more_than_names(lines)
+    return tuple(lines)
 
 
 def _refuse_more_than_names(lines: Sequence[str]) -> None:
     """Raise `ValueError` if *lines* may be more than plain names: headings, columns or ids."""
     for position, line in enumerate(lines, 1):
         for problem, pattern in _NO_NAMES.items():
-            if pattern.fullmatch(line):
+            if pattern.fullmatch(line) or (pattern is _BULLET and pattern.match(line)):
                 raise ValueError(f"name {position} {problem}: {line[:40]!r}")
 
     for cell_end in _CELL_ENDS:
