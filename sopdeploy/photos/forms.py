@@ -25,6 +25,41 @@ from sopdeploy.images.limits import MAX_BYTES
 from sopdeploy.photos.files import image_id, list_images, list_subfolders, part_kind
 from sopdeploy.photos.photo import Photo
 
+# Words of folders that say that their images are masks
+MASK_WORDS = {
+    *(
+        "alpha",
+        "annotated",
+        "annotation",
+        "annotations",
+        "binary",
+        "contour",
+        "contours",
+        "edge",
+    ),
+    *(
+        "edges",
+        "foreground",
+        "ground truth",
+        "groundtruth",
+        "gt",
+        "label",
+        "labeled",
+        "labelled",
+    ),
+    *(
+        "labels",
+        "mask",
+        "masks",
+        "matte",
+        "mattes",
+        "outline",
+        "outlines",
+        "seg",
+        "segmentation",
+    ),
+    *("segmentations", "segmented", "silhouette", "silhouettes", "trimap", "trimaps", "truth"),
+}
 # Of 64 x 64 pixels of a mask, so many values make this share; of 676 photographs at most 87 %.
 SAMPLED_SIDE = 64
 MASK_VALUES = 32
@@ -255,24 +290,61 @@ def _pair_folders(
 
 
 def _pair_with_other_classes(images: Mapping[str, Sequence[bytes]]) -> Iterator[list[Pair]]:
-    """Yield the pairs of each class folder if at least half of its images have namesakes in one other class.
+    """Yield the pairs of each class folder if at least half of its images have namesakes in another one.
 
-    Names that several other classes have only count the images of each class.
+    Names that several other classes have only count the images of each class, unless the folder is
+    named as one of masks.
     """
+    named_as_masks = _find_named_as_masks(images)
     first_of_class = defaultdict[str, dict[str, bytes]](dict)  # by stem: a path of each class
     for label, paths in images.items():
         for path in paths:
             first_of_class[_stem(path)].setdefault(label, path)
 
     for label, paths in images.items():
+        photographs = named_as_masks.get(label)
         pairs = []
         for path in paths:
             namesakes = first_of_class[_stem(path)]
             elsewhere = [one for name, one in namesakes.items() if name != label]
-            if len(elsewhere) == 1:
+            if photographs in namesakes:
+                pairs.append((namesakes[photographs], path))
+            elif len(elsewhere) == 1 or (elsewhere and photographs is not None):
                 pairs.append((elsewhere[0], path))
         if pairs and 2 * len(pairs) >= len(paths):
             yield pairs
+
+
+def _find_named_as_masks(labels: Collection[str]) -> dict[str, str]:
+    """Return the folders that are named as masks, each with the folder whose name it extends, or "".
+
+    The name has a word for masks, or adds to the other name what several folders add, such as
+    `cat_bw` and `dog_bw`. Numbers and single letters that are added only count.
+    """
+    extended = {label: _extended(label, labels) for label in labels}
+    counts = Counter(added for _, added in extended.values() if len(added) > 1)
+    return {
+        label: other
+        for label, (other, added) in extended.items()
+        if not MASK_WORDS.isdisjoint({*_words(label).split(), added}) or counts[added] > 1
+    }
+
+
+def _extended(label: str, labels: Collection[str]) -> tuple[str, str]:
+    """Return the longest of *labels* that *label* begins or ends with, and the words that it adds."""
+    for length in range(len(label) - 1, 0, -1):
+        beginning, end = label[:length], label[-length:]
+        if beginning in labels:
+            return beginning, _words(label[length:])
+        if end in labels:
+            return end, _words(label[:-length])
+    return "", ""
+
+
+def _words(name: str) -> str:
+    """Return the words of *name* in small letters, with a space between them."""
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    return re.sub(r"[\W\d_]+", " ", parted).strip().lower()
 
 
 def _stem(path: bytes) -> str:

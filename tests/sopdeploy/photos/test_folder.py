@@ -604,11 +604,11 @@ def test_runs_of_a_folder_that_is_the_current_one_are_written_elsewhere(
     )
 
 
-def mask(path: Path, size: tuple[int, int] = (32, 24)) -> None:
-    """Write a mask: two values."""
+def mask(path: Path, size: tuple[int, int] = (32, 24), start: tuple[int, int] = (4, 4)) -> None:
+    """Write a mask: two values, with a white rectangle from *start*."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("L", size)
-    image.paste(255, (4, 4, 20, 16))
+    image.paste(255, (*start, 20, 16))
     image.save(path)
 
 
@@ -653,15 +653,56 @@ def test_drawings_and_equally_numbered_photographs_are_no_masks(tmp_path) -> Non
     assert open_folder(photographs).train.class_counts().tolist() == [12, 12, 6]
 
 
+# Folders of photographs and of masks whose files all have the same names
+NUMBERED_ALIKE = {
+    "a folder of masks for each class": (["cat", "dog"], ["cat_mask", "dog_mask"]),
+    "edges": (["w", "x", "y", "z"], ["w_edges", "x_edges", "y_edges", "z_edges"]),
+    "ground truth": (["a_leaf", "b_leaf"], ["a_leaf GT", "b_leaf GT"]),
+    "a word for masks": (["cat", "dog"], ["foreground"]),
+    "another word for masks": (["clean", "crack", "hole"], ["labelled"]),
+    "one folder of masks": (["apple", "pear", "plum"], ["apple segmentation"]),
+    "a word in another style": (["cat", "dog"], ["catMask"]),
+    "the same addition to several names": (["cat", "dog"], ["cat_bw", "dog_bw"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("photographs", "masks"), NUMBERED_ALIKE.values(), ids=NUMBERED_ALIKE)
+def test_folders_that_are_named_as_masks_are_left_out_if_all_folders_count_their_images(
+    tmp_path, photographs, masks
+) -> None:
+    for number in range(8):
+        for label in photographs:
+            paint(tmp_path / label / f"{number}.png", crc32(f"{label} {number}".encode()))
+        for place, folder in enumerate(masks):
+            mask(tmp_path / folder / f"{number}.png", start=(number, place))
+
+    split = open_folder(tmp_path)
+
+    assert split.train.labels == tuple(photographs)
+    left_out = f"{8 * len(masks)} images in {', '.join(masks)}"
+    assert split.notes == (
+        f"{tmp_path}: left out, because they are masks of photos: {left_out}",
+    )
+
+
+PLAIN = {
+    "a name of its own": (["long brick", "plate"], "small brick"),
+    "a name that extends another one": (["brick", "plate"], "small brick"),
+    "a number that begins with another one": (["1", "2", "11", "21"], "12"),
+    "the plural of another name": (["cat", "cats", "dog"], "dogs"),
+}
+
+
+@pytest.mark.parametrize(("others", "plain"), PLAIN.values(), ids=PLAIN)
 def test_a_class_of_plain_objects_is_kept_if_all_classes_count_their_photographs(
-    tmp_path,
+    tmp_path, others, plain
 ) -> None:
     for number in range(6):
-        mask(tmp_path / "small brick" / f"{number}.png")
-        for label in ("long brick", "plate"):
+        mask(tmp_path / plain / f"{number}.png")
+        for label in others:
             paint(tmp_path / label / f"{number}.png", crc32(f"{label} {number}".encode()))
 
-    assert open_folder(tmp_path).train.class_counts().tolist() == [6, 6, 6]
+    assert {*open_folder(tmp_path).train.labels} == {*others, plain}
 
 
 def test_the_same_photographs_in_another_form_are_left_out(tmp_path) -> None:
@@ -858,7 +899,7 @@ CLASSES = [
     ["M3", "M4", "M5", "M6", "M8", "M10", "nut"],
     *(["speed 25", "speed 30", "speed 35", "stop"], ["vw golf 1", "vw golf 2", "vw golf 4", "polo"]),
     [*(f"red {number}" for number in (0, 1, 2, 3, 5)), *(f"blue {number}" for number in range(6))],
-    *(["figures", "tables", "text"], ["bar plots", "plots", "photos of cats"], ["deleted", "kept"]),
+    *(["charts", "tables", "text"], ["bar plots", "plots", "photos of cats"], ["deleted", "kept"]),
 ]  # fmt: skip
 
 
