@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import DataError, shorten_problems
+from sopdeploy.images.decode import JPEG
 from sopdeploy.images.metadata import NO_TIME
 from sopdeploy.photos.clips import describe_possible_clip, find_clips
 from sopdeploy.photos.copies import (
@@ -195,7 +196,7 @@ def _inspect_file(images: ImageFiles, part: str, keeps_small: bool, index: int) 
             part=part,
             label=label,
             length=length,
-            format=photo.image.format or "",
+            format="JPEG" if photo.image.format in JPEG else photo.image.format or "",
             size=photo.pixels.size,
             pixel_hash=photo.pixel_hash,
             taken=photo.taken,

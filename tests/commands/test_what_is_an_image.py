@@ -26,9 +26,11 @@ from tests.support.service import LABELS
 
 PICTURE = Image.radial_gradient("L").convert("RGB")
 JPEG, PNG = encoded(PICTURE, "JPEG"), encoded(PICTURE, "PNG")
+# As phones write them
+SEVERAL = encoded(PICTURE, "MPO", save_all=True, append_images=[PICTURE])
 WEB_PAGE = b"\n<!DOCTYPE html><html><title>404</title></html>"
 IMAGES = {
-    "IMG_1": JPEG, "a.jfif": JPEG, "b.JPG.download": JPEG, "c.png": JPEG, "d.dat": PNG,
+    "IMG_1": JPEG, "a.jfif": SEVERAL, "b.JPG.download": JPEG, "c.png": JPEG, "d.dat": PNG,
     "e.bmp2": encoded(PICTURE, "BMP"), "f~": encoded(PICTURE, "WEBP"), "g.tmp": encoded(PICTURE, "GIF"),
 }  # fmt: skip
 OTHERS = {
