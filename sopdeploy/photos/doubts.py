@@ -28,7 +28,7 @@ PARTS_OF_ONE = "may be parts of one class"  # as folders called by days are
 # Words of folders that say what was done with images, not what they show
 UNSPECIFIC = {
     *("backup", "bak", "copy", "copies", "example", "examples", "folder", "misc", "new", "old"),
-    *("output", "outputs"),
+    *("assets", "doc", "docs", "figures", "output", "outputs", "static"),
     *("pred", "preds", "prediction", "predictions", "result", "results", "sample", "samples"),
     *("screenshot", "screenshots", "temp", "tmp"),
     *("sort", "todo", "unknown", "unlabeled", "unlabelled", "unsorted", "untitled"),
