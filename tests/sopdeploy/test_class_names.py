@@ -1,5 +1,6 @@
 """Files of class names as tools write them: understood, or refused with what to do."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -78,6 +79,14 @@ LITERAL = {
 def test_a_number_or_a_mark_that_belongs_to_a_name_stays(case: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n".join(LITERAL[case]), encoding="utf-8")
     assert read_class_names(tmp_path / "a.txt") == LITERAL[case]
+
+
+def test_names_with_commas_are_read_as_a_csv_writer_quotes_them(tmp_path: Path) -> None:
+    names = LITERAL["commas in names"][:2]  # each with a comma, so each is quoted
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(enumerate(names))
+
+    assert read_class_names(tmp_path / "a.csv") == names
 
 
 REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
