@@ -23,9 +23,8 @@ from sopdeploy.checkpoint import (
 from sopdeploy.errors import WeightsError, first_line, shorten
 from sopdeploy.nearest import did_you_mean
 from sopdeploy.paths import check_is_weights
-from sopdeploy_export.network import modules
+from sopdeploy_export.network import unfilled_tensors
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MAX_PREFIXES = 1_000  # that are tried for a table
 
 
@@ -46,20 +45,19 @@ class LoadedWeights:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Say what of the file the network does not take, and what of the network the file cannot hold."""
-        ignored: tuple[str, ...] = ()
-        unfilled: tuple[str, ...] = ()
+        lines = []
         if self.ignored:
             entries = "entry" if len(self.ignored) == 1 else "entries"
-            ignored = (
-                f"ignored {len(self.ignored)} {entries} of the weight file: {shorten(self.ignored)}",
-            )
+            names = shorten(self.ignored)
+            lines.append(f"ignored {len(self.ignored)} {entries} of the weight file: {names}")
+        lines += self.conversions
         if self.unfilled:
-            unfilled = (
-                f"the weight file cannot hold plain tensors, and these are 0 or 1 everywhere: "
-                f"{shorten(self.unfilled)}; "
-                "if training changes them, use register_buffer and save the weights again",
+            lines.append(
+                "the weight file cannot hold plain tensors, and these are 0 or 1 everywhere: "
+                f"{shorten(self.unfilled)}; if training changes them, use register_buffer and save the weights "
+                "again"
             )
-        return (*ignored, *self.conversions, *unfilled)
+        return tuple(lines)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,31 +195,8 @@ def load_weights(
         ignored=tuple(ignored),
         labels=weights.labels,
         conversions=conversions,
-        unfilled=_find_unfilled(network),
+        unfilled=unfilled_tensors(network),
     )
-
-
-def _find_unfilled(network: nn.Module) -> tuple[str, ...]:
-    """List the plain tensors of *network*, neither parameters nor buffers, that are 0 or 1 everywhere.
-
-    Training probably fills such a tensor, but a state dict does not have it. Those with other values,
-    such as a mean and a standard deviation of the images, are constants, and those that have a graph
-    are computed from weights.
-    """
-    return tuple(
-        f"{owner}.{name}" if owner else name
-        for owner, module in modules(network)
-        for name, value in vars(module).items()
-        if type(value) is Tensor and value.is_leaf and _is_zero_or_one(value)
-    )
-
-
-def _is_zero_or_one(tensor: Tensor) -> bool:
-    """Check whether all values of *tensor* are 0, or all are 1; no for layouts and types without comparison."""
-    is_ordinary = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
-    if not (is_ordinary and tensor.dtype in FLOATS and tensor.numel()):
-        return False
-    return bool((tensor == 0).all() or (tensor == 1).all())
 
 
 def _error_of_missing(
