@@ -111,17 +111,22 @@ UV = Path(sys.executable).with_name("uv")
 UNREACHABLE = r"error sending request|dns error|no longer available offline|urlopen\s+error"
 
 
+def checked(*command: str | Path, stdin: str = "") -> str:
+    """Run *command*, which must succeed, and return its output; skip if it needs a server that it cannot reach."""
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+    if done.returncode and re.search(UNREACHABLE, done.stderr):
+        pytest.skip("a server of packages cannot be reached")
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel into a folder; skip without uv or a package index."""
     out = tmp_path_factory.mktemp("index")
     if not UV.is_file():
         pytest.skip("uv is not installed")
-    command = [UV, "build", "--quiet", "--wheel", "--out-dir", out, ROOT]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if re.search(UNREACHABLE, done.stderr):
-        pytest.skip("no package index")
-    assert done.returncode == 0, done.stderr
+    checked(UV, "build", "--quiet", "--wheel", "--out-dir", out, ROOT)
     return out
 
 
@@ -146,13 +151,8 @@ def test_every_extra_resolves(
         ]
         command += ["--python-version", python, "--python-platform", platform, "-"]
         wanted = f"sopdeploy[{extra}]=={sopdeploy.__version__}"
-        done = subprocess.run(
-            command, input=wanted, capture_output=True, text=True, check=False
-        )
-        if re.search(UNREACHABLE, done.stderr):
-            pytest.skip(f"{platform}: a server of packages cannot be reached")
-        assert done.returncode == 0, f"{platform}: {done.stderr}"
-        resolved = {re.split(r"[=@ ;]", line)[0].lower() for line in done.stdout.splitlines()}
+        lines = checked(*command, stdin=wanted).splitlines()
+        resolved = {re.split(r"[=@ ;]", line)[0].lower() for line in lines}
         direct = {
             re.split(r"[\[<>=!~; ]", line)[0].lower()
             for line in PROJECT["project"]["dependencies"]
@@ -161,16 +161,6 @@ def test_every_extra_resolves(
 
 
 NVIDIA = {"tensorrt", "torch-tensorrt"}  # need packages of NVIDIA's index
-
-
-def checked(*command: str | Path) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode and re.search(UNREACHABLE, done.stderr):
-        pytest.skip(
-            "a package index cannot be reached"
-        )  # such as that of PyTorch's wheels for CPUs
-    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-    return done.stdout
 
 
 @pytest.mark.slow
