@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -835,8 +835,8 @@ def draw_names(names: Sequence[str], random: Random, count: int) -> list[str]:
     return [*drawn.values()]
 
 
-def draw_folder(root: Path, random: Random) -> None:
-    """Write folders of up to seven images: parts with equal classes, or whatever comes."""
+def draw_folder(root: Path, random: Random) -> str:
+    """Write folders of up to seven images: parts with equal classes, or whatever comes; list them."""
     images = [jpeg(number, (8, 6)) for number in range(12)]
     if random.random() < 0.4:
         parts = ["train", *random.sample(("val", "test", "images", "unknown"), 2)]
@@ -856,6 +856,9 @@ def draw_folder(root: Path, random: Random) -> None:
             (root / name / f"{first + number}.jpg").write_bytes(images[first + number])
         if random.random() < 0.1:
             (root / name / random.choice(("notes.txt", "a.py", "x.zip"))).write_text("other")
+
+    paths = sorted(file.relative_to(root).as_posix() for file in root.rglob("*"))
+    return " ".join(path for path in paths if "." not in path)
 
 
 def describe_reading(root: Path) -> dict[str, Any]:
@@ -882,17 +885,19 @@ def describe_reading(root: Path) -> dict[str, Any]:
     return {**found, "told": [" ".join(told.findall(line)) for line in lines]}
 
 
+def describe_drawn(draw: Callable[[Path, Random], str]) -> dict[str, Any]:
+    """Describe the readings of 160 folders that *draw* writes here; it returns what is in a folder."""
+    drawn = {}
+    for number in range(160):
+        root = Path(f"drawn{number}")
+        content = draw(root, Random(number))
+        drawn[f"{number}: {content}"] = describe_reading(root)
+    return drawn
+
+
 def test_drawn_folders_are_read_as_their_golden_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
     """Names meet here that no other test puts together, with numbers of images below and above limits."""
     monkeypatch.chdir(tmp_path)  # whose name may have to be quoted in a command
-    found = {}
-    for number in range(160):
-        random = Random(number)
-        root = Path(f"drawn{number}")
-        draw_folder(root, random)
-        folders = sorted(file.relative_to(root).as_posix() for file in root.rglob("*"))
-        named = " ".join(name for name in folders if "." not in name)
-        found[f"{number}: {named}"] = describe_reading(root)
-    check_golden("photos/readings", found, pytestconfig)
+    check_golden("photos/readings", describe_drawn(draw_folder), pytestconfig)
