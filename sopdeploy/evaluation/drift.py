@@ -10,12 +10,12 @@ A large change shows in `NEWEST` predictions, a small one only in more (`sopdepl
 compares the newest 100, 200 and 300, and the whole window). Fewer predictions, or a reference of
 fewer than `REFERENCE`, must differ more clearly (`compare_answers`).
 
-Photographs that follow each other are alike: several show one object, or one hour. So a sample is
-no set of independent images but of *blocks* of consecutive ones. The p-value is that of an F test,
-which compares the distance of the means with the variance of blocks within the samples; the numbers
-of a statistic are not independent, so it has fewer degrees of freedom (Box, Annals of Mathematical
-Statistics 1954; Bai and Saranadasa, Statistica Sinica 1996). The share of rejected images, which
-are often rare, must also differ by Fisher's exact test. With enough answers, every difference
+Photographs that follow each other are alike: several show one object, or one hour. Single images
+are not independent, so the means of *blocks* of consecutive images are compared. The p-value comes
+from an F test, which compares the distance of the means with the variance of blocks within the
+samples. The numbers of a statistic depend on each other, so the test has fewer degrees of freedom
+(Box, Annals of Mathematical Statistics 1954; Bai and Saranadasa, Statistica Sinica 1996). Rejected
+images are often rare, so their share must also differ by Fisher's exact test. With enough answers, every difference
 becomes significant, so an alarm also needs a large one: a *shift* in standard deviations of one
 answer.
 
@@ -199,7 +199,8 @@ def compare_samples(first_NF: _Floats, second_NF: _Floats, size: int = BLOCK) ->
     rises = bool(second_NF[:, 0].mean() > first_NF[:, 0].mean())
     joined_NF = np.concatenate([first_NF, second_NF])
     is_binary = bool(((joined_NF == 0) | (joined_NF == 1)).all())
-    if not is_binary or joined_NF.shape[1] == 1:
+    is_share = is_binary and joined_NF.shape[1] == 1
+    if is_share or not is_binary:
         deviations_F = joined_NF.std(axis=0)
         joined_NF = joined_NF / np.where(deviations_F > 0, deviations_F, 1.0)
     within = sum(
@@ -215,7 +216,7 @@ def compare_samples(first_NF: _Floats, second_NF: _Floats, size: int = BLOCK) ->
     squared, p_value = compare_means(blocks_BF[:num_first], blocks_BF[num_first:])
 
     # Of a rare event, blocks show too little variance, so an exact test must also see a difference.
-    if is_binary and joined_NF.shape[1] == 1:
+    if is_share:
         p_value = max(p_value, compare_shares(first_NF[:, 0] > 0, second_NF[:, 0] > 0))
     return Comparison(math.sqrt(squared / (within / 2)), p_value, rises)
 
@@ -247,17 +248,17 @@ def compare_means(first_BF: _Floats, second_BF: _Floats) -> tuple[float, float]:
 
 def compare_shares(first_N: NDArray[np.bool_], second_N: NDArray[np.bool_]) -> float:
     """Return the p-value of a difference of two shares of independent answers (Fisher's exact test)."""
-    found = int(second_N.sum())
-    total = found + int(first_N.sum())
+    num_second = int(second_N.sum())
+    total = num_second + int(first_N.sum())
 
-    # In how many ways k of all positive answers are in the second sample.
+    # The number of ways in which k of the positive answers are in the second sample, for each k.
     fewest = max(0, total - len(first_N))
     most = min(total, len(second_N))
     ways = [
         math.comb(len(second_N), k) * math.comb(len(first_N), total - k)
         for k in range(fewest, most + 1)
     ]
-    place = found - fewest
+    place = num_second - fewest
     tail = min(sum(ways[: place + 1]), sum(ways[place:]))
     return min(1.0, 2 * tail / sum(ways))
 

@@ -57,8 +57,13 @@ class Watch(Generic[BlockT]):
     @property
     def num_needed(self) -> int:
         """Blocks until the next comparison can be made."""
-        missing = [max(0, NEWEST_BLOCKS - len(part)) for part in (self.reference, self.window)]
-        return max(1, sum(missing))
+        return max(1, self._num_missing)
+
+    @property
+    def _num_missing(self) -> int:
+        """Blocks that the reference and the window lack for a comparison."""
+        parts = (self.reference, self.window)
+        return sum(max(0, NEWEST_BLOCKS - len(part)) for part in parts)
 
     def add(self, block: BlockT) -> bool:
         """Add *block*, and return whether there are enough blocks for a comparison."""
@@ -79,7 +84,7 @@ class Watch(Generic[BlockT]):
             self.reference.append(self.window.pop(0))
 
         del self.window[:-NUM_BLOCKS]
-        return min(len(self.reference), len(self.window)) >= NEWEST_BLOCKS
+        return self._num_missing == 0
 
     def replace(self, reference: Sequence[BlockT]) -> None:
         """Go on with another bundle, whose predictions for the images of the reference are *reference*."""

@@ -309,7 +309,7 @@ def _describe_problems(
 def _with_classes(
     listing: ClassListing, labels: tuple[str, ...], notes: list[str]
 ) -> ClassListing:
-    """Give the images of *listing* the classes *labels*, those of the training images; *notes* names missing ones."""
+    """Give the images of *listing* the *labels* of the training images; a note names classes without images."""
     if listing.images.labels == labels:
         return listing
 

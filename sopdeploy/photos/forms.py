@@ -27,38 +27,11 @@ from sopdeploy.photos.photo import Photo
 
 # Words of folders that say that their images are masks
 MASK_WORDS = {
-    *(
-        "alpha",
-        "annotated",
-        "annotation",
-        "annotations",
-        "binary",
-        "contour",
-        "contours",
-        "edge",
-    ),
-    *(
-        "edges",
-        "foreground",
-        "ground truth",
-        "groundtruth",
-        "gt",
-        "label",
-        "labeled",
-        "labelled",
-    ),
-    *(
-        "labels",
-        "mask",
-        "masks",
-        "matte",
-        "mattes",
-        "outline",
-        "outlines",
-        "seg",
-        "segmentation",
-    ),
-    *("segmentations", "segmented", "silhouette", "silhouettes", "trimap", "trimaps", "truth"),
+    *("alpha", "annotated", "annotation", "annotations", "binary", "contour", "contours"),
+    *("edge", "edges", "foreground", "ground truth", "groundtruth", "gt", "truth"),
+    *("label", "labels", "labeled", "labelled", "mask", "masks", "matte", "mattes"),
+    *("outline", "outlines", "seg", "segmentation", "segmentations", "segmented"),
+    *("silhouette", "silhouettes", "trimap", "trimaps"),
 }
 # Of 64 x 64 pixels of a mask, so many values make this share; of 676 photographs at most 87 %.
 SAMPLED_SIDE = 64

@@ -151,7 +151,7 @@ def _check_classes(table: Path, labels: tuple[str, ...], listed: set[str], least
 
 
 def _note_classes(table: Path, listed: set[str], class_names: Sequence[str]) -> Iterator[str]:
-    """Say which of the *listed* classes the user may not have intended; *class_names* are those of YOLO."""
+    """Say which of the *listed* classes the user may not have intended; YOLO's file has *class_names*."""
     for line in describe_confusable(listed):
         yield f"{table}: {line}"
     if "0" in listed and listed <= {str(position) for position in range(len(class_names))}:
