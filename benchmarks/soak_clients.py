@@ -80,7 +80,7 @@ class RepeatingTransport(httpx.AsyncHTTPTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send *request*, up to `RETRIES` times; a body that is sent slowly is not repeated.
 
-        Without a response, returns one like that of a server whose runtime has died.
+        If no response comes, returns the 503 of a server whose runtime has died.
         """
         for _ in range(RETRIES):
             with suppress(httpx.NetworkError, httpx.RemoteProtocolError, httpx.StreamConsumed):
