@@ -22,6 +22,8 @@ GPU_VENV := .venv-gpu
 TENSORRT := tensorrt-cu13>=11,<12
 # It measures the packages of its machine, whatever their versions are.
 GPU_INSTALL = env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(GPU_VENV)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS))
+# They are nice, as `wheel-test` is: they run while tests wait. The annotations of old libraries differ.
+TYPES := $(if $(LOWEST),,types)
 # One worker more than cores: many tests wait for servers and processes.
 WORKERS = $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 COMPILE := env -u UV_CONSTRAINT -u UV_BUILD_CONSTRAINT -u UV_RESOLUTION $(BIN)/uv pip compile --quiet --universal \
@@ -63,7 +65,7 @@ export NO_MKDOCS_2_WARNING := 1
 # uv does not compile to bytecode. Without a bytecode cache every process that a test starts compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo quick test fuzz check lint types contracts unit compile tests test-models cuda-stand-in goldens elsewhere format docs \
+.PHONY: help demo quick test test-all test-nightly fuzz check lint types contracts unit compile tests tests-all cuda-stand-in goldens elsewhere format docs \
 	pictures site gpu-bundles gpu-wheels gpu-check soak dist wheel-test samples-test alerts-test extras-test install-test container-test container-base audit sbom release lock clean
 
 help:  ## list these commands
@@ -75,10 +77,16 @@ demo: $(STAMP)  ## train on photos and on digits, export with proof, serve, and 
 quick: $(STAMP)  ## format, lint, types, import contracts and unit tests, in under 90 seconds
 	$(MAKE) --jobs=2 types lint contracts unit
 
-# `types` and `wheel-test` are nice: they run while tests wait. The annotations of old libraries differ: no types with LOWEST=1.
-test: $(STAMP)  ## format, lint, types, import contracts, the wheel, all tests that are not slow: what CI runs
+test: $(STAMP)  ## format, lint, types, import contracts and the tests of every main job: what a new installation or a change needs
+	$(MAKE) --jobs=2 compile lint contracts
+	$(MAKE) --jobs=2 tests $(TYPES)
+
+test-all: $(STAMP)  ## `test` with all tests that CI runs, also in Chromium and on a stand-in for CUDA, and the wheel
 	$(MAKE) --jobs=2 $(CUDA_STAND_IN) compile lint contracts
-	$(MAKE) --jobs=2 tests $(if $(LOWEST),,types) wheel-test
+	$(MAKE) --jobs=2 tests-all $(TYPES) wheel-test
+
+test-nightly: $(STAMP)  ## the other networks, recipes and sizes, and what needs compilers or package servers: an hour and a half
+	$(BIN)/pytest --nightly -m nightly
 
 fuzz: $(STAMP)  ## the property tests with new random examples; a failure prints how to reproduce it
 	$(BIN)/pytest -n $(WORKERS) --hypothesis-profile=fuzz -m hypothesis
@@ -103,11 +111,8 @@ unit: $(STAMP)
 compile: $(STAMP)
 	$(BIN)/pytest --collect-only -qqq > $(VENV)/tests.txt || { cat $(VENV)/tests.txt; exit 1; }
 
-tests: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --durations=30 --durations-min=5
-
-test-models: $(STAMP)  ## the slow tests: every network at full width through training, export and parity (one hour)
-	$(BIN)/pytest --slow -m slow
+tests tests-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --durations=10 --durations-min=5 $(if $(filter tests-all,$@),--slow)
 
 cuda-stand-in: $(CUDA)/.built  ## ONNX Runtime with CUDA and torch-tensorrt, on a stand-in for CUDA; needs gcc, 260 MB
 
@@ -189,16 +194,16 @@ wheel-test: $(STAMP)  ## build the wheel, install it with changing extras, train
 	cd build/wheel && $(ALONE)/python ../../deploy/no_torch.py && $(ALONE)/sopdeploy verify bundles/latest
 
 samples-test: $(STAMP)  ## run the programs of the README and of deploy/samples; needs g++ with headers, javac, go, node, and `npm ci` there
-	$(BIN)/pytest --slow --no-skips tests/deploy/test_samples.py
+	$(BIN)/pytest --nightly --no-skips tests/deploy/test_samples.py
 
 alerts-test: $(STAMP)  ## check and test the alert rules and the queries of the dashboard; needs promtool (Debian: prometheus)
 	$(BIN)/pytest --no-skips tests/deploy/test_deploy.py -k "alert_rules or dashboard"
 
 extras-test: $(STAMP)  ## resolve the wheel from a folder with every extra, Python and platform; needs a package index
-	$(BIN)/pytest --slow --no-skips tests/deploy/test_workflows.py -k extra
+	$(BIN)/pytest --nightly --no-skips tests/deploy/test_workflows.py -k extra
 
 install-test: $(STAMP)  ## install the wheel with each extra, with pip and uv, on the Pythons that exist, and run `pip check`; slow
-	$(BIN)/pytest --slow tests/deploy/test_workflows.py -k installs_with
+	$(BIN)/pytest --nightly tests/deploy/test_workflows.py -k installs_with
 
 container-test:  ## build the image with Docker, or buildah and debootstrap, then run and inspect it; TARGET=cpu or gpu
 	$(MAKE) --jobs=2 $(STAMP) container-base

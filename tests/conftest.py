@@ -3,7 +3,6 @@
 import asyncio
 import atexit
 import gc
-import importlib.util
 import os
 import shutil
 import signal
@@ -11,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Generator, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -55,31 +55,33 @@ gc.disable()
 atexit.register(gc.freeze)
 
 
-def no_cuda() -> str | None:
-    import torch
+# What a machine may lack is a fixture, which skips without it. A test that uses the fixture gets the
+# marker at collection, so nobody writes it by hand.
+MARKERS = {"chromium": "browser", "cuda_device": "gpu", "tensorrt": "tensorrt"}
 
-    return None if torch.cuda.is_available() else "no CUDA device"
-
-
-def no_browser() -> str | None:
-    if importlib.util.find_spec("playwright") is None:
-        return "playwright is not installed"
-    return None if shutil.which("chromium") else "chromium is not installed"
-
-
-def no_module(name: str) -> str | None:
-    return None if importlib.util.find_spec(name) else f"{name} is not installed"
-
-
-MISSING = {
-    "gpu": no_cuda,
-    "tensorrt": lambda: no_module("tensorrt"),
-    "browser": no_browser,
+# Groups of tests that only an option runs. Both run in `make test-nightly`.
+GROUPS = {
+    "slow": ("--slow", "`make test-all` runs them"),
+    "nightly": ("--nightly", "`make test-nightly` runs them, in an hour and a half"),
 }
 
 
+@pytest.fixture(scope="session")
+def program() -> Callable[[str], str]:
+    """`program(name)` returns the path of an installed program; without it, the test is skipped."""
+
+    def find(name: str) -> str:
+        path = shutil.which(name)
+        if path is None:
+            pytest.skip(f"{name} is not installed")
+        return path
+
+    return find
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    for group, (option, _) in GROUPS.items():
+        parser.addoption(option, action="store_true", help=f"also run the tests marked {group}")
     parser.addoption("--reverse", action="store_true", help="run the tests in reverse order")
     parser.addoption(
         "--no-skips", action="store_true", help="a test that cannot run here fails"
@@ -157,19 +159,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return GroupScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` reads the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    reasons = {
-        name: check()
-        for name, check in MISSING.items()
-        if any(i.get_closest_marker(name) for i in items)
-    }
-    reasons["slow"] = (
-        None if config.getoption("--slow") else "slow; run with --slow or `make test-models`"
-    )
     for item in items:
-        for name, reason in reasons.items():
-            if reason and item.get_closest_marker(name):
-                item.add_marker(pytest.mark.skip(reason=reason))
+        for fixture, marker in MARKERS.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)
+        for group, (option, reason) in GROUPS.items():
+            if item.get_closest_marker(group) and not config.getoption(option):
+                item.add_marker(pytest.mark.skip(reason=f"{group}: {reason}"))
+
     if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
         from tests.support.scheduling import start_position
 
@@ -186,6 +185,23 @@ def pytest_runtest_makereport(
     if report.skipped and item.config.getoption("--no-skips"):
         report.outcome = "failed"
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many tests were skipped for each reason, in at most ten lines."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    counts = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if not counts:
+        return
+
+    terminalreporter.section("tests that did not run")
+    for reason, count in counts.most_common(8):
+        terminalreporter.write_line(f"{count:4} {reason}")
+    if len(counts) > 8:
+        others = sum(count for _, count in counts.most_common()[8:])
+        terminalreporter.write_line(
+            f"{others:4} for {len(counts) - 8} other reasons: pytest -rs"
+        )
 
 
 def pytest_collection_finish() -> None:

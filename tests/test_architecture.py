@@ -150,7 +150,7 @@ def test_a_handler_of_every_exception_says_why(package: Path) -> None:
     assert {path: found for path, text in texts.items() if (found := BROAD.findall(text))} == {}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_counts_of_the_models_page_are_up_to_date() -> None:
     generate = module_at(ROOT / "docs" / "generate_models.py")
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")

@@ -120,7 +120,7 @@ def test_the_pooling_of_the_plug_in_is_found_by_its_name_and_trains_its_exponent
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_own_network_is_exported_with_proof_twice(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", FOLDER / "own_network.py"]
     for _ in range(2):
@@ -138,7 +138,7 @@ def test_the_notebook_is_committed_without_output() -> None:
     assert [cell for cell in cells if cell["outputs"] or cell["execution_count"]] == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1200)
 def test_the_notebook_runs_from_the_first_to_the_last_cell_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

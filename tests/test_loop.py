@@ -64,7 +64,7 @@ SERVE = (
     "0",
     *(f"--setting={setting}" for setting in SETTINGS),
 )
-pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
 
 def draw(label: str, number: int) -> bytes:

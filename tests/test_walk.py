@@ -184,7 +184,7 @@ def test_the_demo_detaches_branches_serves_and_classifies_digits(
     assert "Next: use your own photos" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_demo_classifies_photographs_without_a_network(tmp_path: Path) -> None:
     unreachable = dict.fromkeys(
         ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9"

@@ -65,7 +65,7 @@ def without_others(present: set[str], folder: Path) -> str:
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-@pytest.mark.parametrize("extra", ["", "cpu", pytest.param("train", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("extra", ["", "cpu", pytest.param("train", marks=pytest.mark.nightly)])
 def test_every_command_runs_or_names_the_extra_that_it_needs(
     extra: str, bundle_path: Path, tmp_path: Path
 ) -> None:

@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("names", [QUICK, pytest.param(OTHERS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", [QUICK, pytest.param(OTHERS, marks=pytest.mark.nightly)])
 def test_a_training_step_stays_on_the_gpu_in_every_precision(
     names: list[str], tmp_path: Path
 ) -> None:

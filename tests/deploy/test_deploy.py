@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -123,21 +124,21 @@ for case, report in zip(values, lint):
         report["errors"].append(str(error))
 json.dump([lint, rendered], sys.stdout)
 """
-needs_helm = pytest.mark.skipif(
-    find_spec("helm_python") is None, reason="Helm's library is not installed"
-)
+HAS_HELM = find_spec("helm_python") is not None
 
 
 @cache
 def helm() -> tuple[list[Any], list[list[str]]]:
-    """Return the report on the chart and its manifests for each case of `VALUES`; nothing without Helm."""
-    return run_helm(list(VALUES.values())) if find_spec("helm_python") else ([], [])
+    """Return the report on the chart and its manifests for each case of `VALUES`."""
+    return run_helm(list(VALUES.values()))
 
 
 def run_helm(
     values: list[dict[str, Any]], name: str = "shop", folder: Path = CHART
 ) -> tuple[list[Any], list[list[str]]]:
-    """Return a report for each of *values*, and the manifests of the release *name* without errors."""
+    """Return a report for each of *values*, and the manifests of the release *name*; skip without Helm."""
+    if not HAS_HELM:
+        pytest.skip("Helm's library is not installed")
     command = [sys.executable, "-c", HELM, str(folder), name]
     done = subprocess.run(
         command, input=json.dumps(values), capture_output=True, text=True, check=True
@@ -157,7 +158,7 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 CLUSTER = {
     "the plain manifests": documents("kubernetes/sopdeploy.yaml"),
-    **{f"the chart {case}": chart(case) for case, _ in zip(VALUES, helm()[1], strict=False)},
+    **({f"the chart {case}": chart(case) for case in VALUES} if HAS_HELM else {}),
 }
 DEPLOYMENTS = {
     name: document["spec"]
@@ -166,6 +167,12 @@ DEPLOYMENTS = {
     if document["kind"] == "Deployment"
 }
 PODS = {name: spec["template"]["spec"] for name, spec in DEPLOYMENTS.items()}
+
+
+def pod_of_chart(case: str) -> dict[str, Any]:
+    (deployment,) = [found for found in chart(case) if found["kind"] == "Deployment"]
+    pod: dict[str, Any] = deployment["spec"]["template"]["spec"]
+    return pod
 
 
 @pytest.mark.parametrize("name", CLUSTER)
@@ -189,7 +196,6 @@ def test_manifests_match_the_kubernetes_schemas(name: str) -> None:
             kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
-@needs_helm
 def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
     found = {document["kind"]: document for document in chart("with everything")}
     optional = {
@@ -248,11 +254,10 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
     )
 
 
-@needs_helm
 def test_credentials_volumes_and_the_path_reach_the_pull_and_the_server() -> None:
     given = VALUES["with everything"]
     (pull,), (server,) = (
-        PODS["the chart with everything"][kind] for kind in ("initContainers", "containers")
+        pod_of_chart("with everything")[kind] for kind in ("initContainers", "containers")
     )
 
     assert pull["args"][:3] == ["pull", "s3://models/flowers.tar", "/bundles"]
@@ -261,14 +266,13 @@ def test_credentials_volumes_and_the_path_reach_the_pull_and_the_server() -> Non
         assert given["extraEnv"][0] in container["env"]
         assert container["envFrom"] == given["envFrom"]
         assert given["extraVolumeMounts"][0] in container["volumeMounts"]
-        volumes = {volume["name"] for volume in PODS["the chart with everything"]["volumes"]}
+        volumes = {volume["name"] for volume in pod_of_chart("with everything")["volumes"]}
         assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
         assert "/bundles" in {mount["mountPath"] for mount in container["volumeMounts"]}
 
 
-@needs_helm
 def test_the_server_writes_photographs_to_the_claim() -> None:
-    pod = PODS["the chart with a claim for photographs"]
+    pod = pod_of_chart("with a claim for photographs")
     (server,) = pod["containers"]
     assert {"name": "SOPDEPLOY_KEEP", "value": "/keep"} in server["env"]
     assert {"name": "keep", "mountPath": "/keep"} in server["volumeMounts"]
@@ -326,7 +330,6 @@ def merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-@needs_helm
 def test_the_chart_accepts_the_values_of_every_command_on_a_page() -> None:
     given: list[dict[str, Any]] = []
     for page in PAGES:
@@ -341,7 +344,6 @@ def test_the_chart_accepts_the_values_of_every_command_on_a_page() -> None:
     assert len(rendered) == len(given) >= 5
 
 
-@needs_helm
 @pytest.mark.parametrize("share", [0.4, "0.4", ".4"])
 def test_a_number_of_the_autoscaler_may_be_a_text(share: float | str) -> None:
     _, (texts,) = run_helm([{"autoscaling": {"enabled": True, "busy": share}}])
@@ -349,7 +351,6 @@ def test_a_number_of_the_autoscaler_may_be_a_text(share: float | str) -> None:
     assert float(found) == 0.4
 
 
-@needs_helm
 def test_the_chart_refuses_values_that_it_would_ignore_or_cannot_use() -> None:
     wrong: list[dict[str, Any]] = [
         {"resourcs": {}},
@@ -385,7 +386,6 @@ def test_the_chart_refuses_values_that_it_would_ignore_or_cannot_use() -> None:
     assert rendered == []
 
 
-@needs_helm
 def test_other_keys_change_the_pods(tmp_path: Path) -> None:
     """Without a cluster, Helm finds no Secret, so each chart here contains one."""
     annotations: list[str] = []
@@ -410,7 +410,6 @@ def test_the_chart_knows_every_setting() -> None:
     assert known == sorted(variables | {FILE_VARIABLE, VARIABLE})
 
 
-@needs_helm
 def test_every_object_of_a_release_gets_the_name_of_its_values() -> None:
     _, ((*texts,),) = run_helm([VALUES["with everything"] | {"fullnameOverride": "flowers"}])
     found = [each for text in texts for each in yaml.safe_load_all(text) if each]
@@ -455,28 +454,31 @@ def test_a_counter_whose_first_event_raises_an_alert_has_its_series_before(
         ), name
 
 
-needs_promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="promtool not installed (Debian: prometheus)"
-)
+@pytest.fixture
+def promtool(program: Callable[[str], str]) -> Callable[..., None]:
+    """`promtool(*arguments)` runs it, and it must succeed (Debian: prometheus)."""
+    path = program("promtool")
 
+    def run(*arguments: str | Path) -> None:
+        done = subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
 
-def promtool(*arguments: str | Path) -> None:
-    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    return run
 
 
 ALERT_TESTS = ROOT / "tests" / "deploy" / "alerts.yaml"
 
 
-@needs_promtool
-def test_the_alert_rules_are_valid_and_fire_when_they_should() -> None:
+def test_the_alert_rules_are_valid_and_fire_when_they_should(
+    promtool: Callable[..., None],
+) -> None:
     promtool("check", "rules", CHART / "alerts.yaml")
     promtool("test", "rules", ALERT_TESTS)
 
 
-@needs_helm
-@needs_promtool
-def test_the_alert_rules_of_two_releases_fire_once_each(tmp_path: Path) -> None:
+def test_the_alert_rules_of_two_releases_fire_once_each(
+    promtool: Callable[..., None], tmp_path: Path
+) -> None:
     tests = yaml.safe_load(ALERT_TESTS.read_text(encoding="utf-8")) | {
         "rule_files": ["shop", "toys"]
     }
@@ -494,7 +496,6 @@ def alert_rules(values: dict[str, Any], name: str) -> dict[str, Any]:
     return yaml.safe_load(found)["spec"]
 
 
-@needs_helm
 def test_every_selector_of_the_chart_s_alert_rules_is_one_of_its_release() -> None:
     def selectors(rules: dict[str, Any]) -> list[str]:
         return [
@@ -513,7 +514,6 @@ def test_every_selector_of_the_chart_s_alert_rules_is_one_of_its_release() -> No
 SELECTOR = r"\b(?:sopdeploy[_:]|process_|up\b)\w*(?:\{.*?\})?"
 
 
-@needs_helm
 def test_a_release_that_may_have_no_pods_is_not_reported_as_down_without_them() -> None:
     keda = KEDA | {"requestsQuery": "sum(proxy)"}
     scaled = {"autoscaling": AUTOSCALING | {"minReplicas": 0, "keda": keda}}
@@ -524,8 +524,9 @@ def test_a_release_that_may_have_no_pods_is_not_reported_as_down_without_them() 
     assert ["absent" in rule["expr"] for rule in found] == [True, False]
 
 
-@needs_promtool
-def test_prometheus_of_compose_loads_the_alert_rules(tmp_path: Path) -> None:
+def test_prometheus_of_compose_loads_the_alert_rules(
+    promtool: Callable[..., None], tmp_path: Path
+) -> None:
     mounts = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["prometheus"][
         "volumes"
     ]
@@ -628,9 +629,8 @@ def test_pods_run_as_non_root_without_service_links_and_roll_out_and_stop_cleanl
     assert pod["terminationGracePeriodSeconds"] >= lame_duck + load_settings().drain_seconds + 5
 
 
-@needs_helm
 def test_pods_with_a_gpu_have_its_runtime_class_and_processes_for_their_own_cores() -> None:
-    pod = PODS["the chart on GPUs"]
+    pod = pod_of_chart("on GPUs")
     (server,) = pod["containers"]
     assert (pod["runtimeClassName"], server["resources"]["limits"]["nvidia.com/gpu"]) == (
         "nvidia",
@@ -639,7 +639,7 @@ def test_pods_with_a_gpu_have_its_runtime_class_and_processes_for_their_own_core
     # Without a limit, the decoders and front ends of each pod would be those of all cores of
     # the node.
     assert server["resources"]["limits"]["cpu"] == server["resources"]["requests"]["cpu"]
-    assert "runtimeClassName" not in PODS["the chart with defaults"]
+    assert "runtimeClassName" not in pod_of_chart("with defaults")
 
 
 def metric_names() -> set[str]:
@@ -718,7 +718,6 @@ def test_lock_files_pin_all_server_packages_by_hash_without_an_index(name: str) 
     assert not {"torch", "onnx", "timm", "scikit-learn"} & set(pinned)
 
 
-@needs_helm
 def test_helm_finds_no_fault_in_the_chart() -> None:
     for case, report in zip(VALUES, helm()[0], strict=True):
         assert [m for m in report["messages"] if m["severity"] > 1] == report["errors"] == [], (

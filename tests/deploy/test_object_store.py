@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deploy.test_deploy import needs_helm, run_helm, yaml
+from tests.deploy.test_deploy import run_helm, yaml
 from tests.support.children import serving
 from tests.support.service import picture_bytes, wait_for, write_bundle
 
@@ -77,8 +77,7 @@ def variables_of(container: dict[str, Any]) -> dict[str, str]:
     return {variable["name"]: variable["value"] for variable in container["env"]}
 
 
-@needs_helm
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_chart_pulls_from_a_store_with_static_keys_and_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

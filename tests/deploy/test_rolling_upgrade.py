@@ -8,7 +8,7 @@ import pytest
 import rolling_upgrade
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_either_version_moves_the_live_link_and_no_request_fails() -> None:
     program = Path(sys.executable).with_name("sopdeploy")
     command = [sys.executable, rolling_upgrade.__file__, program, program]

@@ -108,16 +108,13 @@ def run_sample(command: list[str | Path], bundle: Path, photo: Path) -> None:
     assert (bad.returncode, "error: " in bad.stderr) == (2, True)
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-@pytest.mark.skipif(
-    not NODE_MODULES.is_dir(), reason="run `npm ci` in deploy/samples/javascript"
-)
 def test_the_javascript_sample_reproduces_the_golden_examples(
-    bundle: Path, tmp_path: Path
+    program: Callable[[str], str], bundle: Path, tmp_path: Path
 ) -> None:
-    run_sample(
-        ["node", SAMPLES / "javascript" / "classify.mjs"], bundle, tmp_path / "photo.jpg"
-    )
+    node = program("node")
+    if not NODE_MODULES.is_dir():
+        pytest.skip("run `npm ci` in deploy/samples/javascript")
+    run_sample([node, SAMPLES / "javascript" / "classify.mjs"], bundle, tmp_path / "photo.jpg")
 
 
 def no_headers() -> bool:
@@ -151,7 +148,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_cpp_sample_reproduces_the_golden_examples(
     compiled: Path, bundle: Path, tmp_path: Path
 ) -> None:
@@ -190,7 +187,7 @@ class Language:
     marks: tuple[pytest.MarkDecorator, ...] = ()
 
 
-COMPILED = (pytest.mark.slow,)
+COMPILED = (pytest.mark.nightly,)
 LANGUAGES = {
     "sh": Language("program.sh", ("sh",), needs="curl"),
     "python": Language("program.py", (sys.executable,), needs=sys.executable),
@@ -216,21 +213,24 @@ SHOWN = [
 
 
 @pytest.mark.parametrize(
-    ("page", "language", "program"),
+    ("page", "language", "source"),
     [
         pytest.param(*shown, id=f"{shown[0].stem}-{shown[1]}", marks=LANGUAGES[shown[1]].marks)
         for shown in SHOWN
     ],
 )
 def test_a_shown_program_classifies(
-    page: Path, language: str, program: str, serving: tuple[Path, str]
+    page: Path,
+    language: str,
+    source: str,
+    serving: tuple[Path, str],
+    program: Callable[[str], str],
 ) -> None:
     how = LANGUAGES[language]
-    if shutil.which(how.needs) is None:
-        pytest.skip(f"{how.needs} is not installed")
+    program(how.needs)
     folder, url = serving
     file = folder / how.file
-    file.write_text(program.replace("http://127.0.0.1:8000", url), encoding="utf-8")
+    file.write_text(source.replace("http://127.0.0.1:8000", url), encoding="utf-8")
     environment = {
         **os.environ,
         "NO_PROXY": "127.0.0.1",

@@ -130,7 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_every_extra_resolves(
@@ -163,7 +163,7 @@ def test_every_extra_resolves(
 NVIDIA = {"tensorrt", "torch-tensorrt"}  # need packages of NVIDIA's index
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("installer", ["pip", "uv"])

@@ -114,7 +114,7 @@ pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl
 
 
 @pytest.mark.parametrize(
-    "page", [QUICK[0], *(pytest.param(page, marks=pytest.mark.slow) for page in QUICK[1:])]
+    "page", [QUICK[0], *(pytest.param(page, marks=pytest.mark.nightly) for page in QUICK[1:])]
 )
 def test_the_commands_of_pages_for_any_bundle_work(page: str, tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
@@ -134,7 +134,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return workspace
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", [page for page in WITH_STEPS if page not in QUICK])
 def test_the_commands_of_a_page_work(

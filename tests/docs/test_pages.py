@@ -284,7 +284,7 @@ LOADED = re.compile(
 LINKED = re.compile(r"""(?:src|href)="(?!\w+:|//|#)([^"?#]+)""")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(
     importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed"
 )

@@ -13,8 +13,7 @@ import pytest
 from tests.docs.reading import ROOT
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.browser,
+    pytest.mark.nightly,
     pytest.mark.skipif(
         importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed"
     ),

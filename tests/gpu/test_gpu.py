@@ -12,7 +12,7 @@ from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
 from tests.tensorrt.networks import network, outputs_of, some_images, write
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.usefixtures("cuda_device")
 
 
 def test_digits_are_learned_on_cuda(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_digits_are_learned_on_cuda(tmp_path: Path) -> None:
     assert run.best_top1 >= 0.95  # 99 % on a CPU
 
 
-@pytest.mark.tensorrt
+@pytest.mark.usefixtures("tensorrt")
 def test_an_engine_is_built_once_and_overlapping_batches_give_their_own_outputs(
     tmp_path: Path,
 ) -> None:

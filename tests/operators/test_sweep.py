@@ -30,7 +30,7 @@ def listed() -> set[str]:
 @pytest.mark.parametrize(
     "batch",
     [
-        pytest.param(ALONE, id="alone", marks=pytest.mark.slow),
+        pytest.param(ALONE, id="alone", marks=pytest.mark.nightly),
         pytest.param(SEVERAL, id="several"),
     ],
 )
@@ -50,7 +50,7 @@ def test_the_forms_of_the_catalog_are_right_and_in_the_list(
     assert pytestconfig.getoption("--rewrite-goldens") or found <= listed()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", OF_TIMM)
 def test_the_forms_of_networks_of_timm_are_right_and_in_the_list(
     name: str, pytestconfig: pytest.Config

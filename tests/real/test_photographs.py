@@ -31,7 +31,7 @@ def int8(checkpoint: Path, photos: Path, folder: Path, runtime: Int8For) -> Expo
     return export_checkpoint(checkpoint, folder, options=options)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("runtime", ["cpu", "tensorrt"])
 def test_int8_agrees_with_float32_on_all_but_one_photograph(
     checkpoint: Path, photos: Path, tmp_path: Path, runtime: Int8For
@@ -59,7 +59,7 @@ def test_eight_photographs_of_each_class_are_enough_for_clothes(
     assert checkpoint.labels == ("dress", "hat", "pants", "shoes")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_fine_tuning_with_branches_leaves_the_first_stages_and_a_network_that_can_be_served(
     photos: Path, lite0_file: Path, tmp_path: Path
 ) -> None:

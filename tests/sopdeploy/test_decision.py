@@ -377,7 +377,7 @@ def stripes(folder, count: int):
     "procedure",
     [
         "few_shot",
-        pytest.param("loop", marks=pytest.mark.slow),
+        pytest.param("loop", marks=pytest.mark.nightly),
     ],
 )
 def test_train_reports_how_many_unknown_images_it_recognizes(tmp_path, procedure):

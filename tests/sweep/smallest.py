@@ -74,7 +74,7 @@ LOWERED = (  # lowered to ONNX and compared: one for each other inference class
 TOO_LONG = (
     EfficientNet,
     SecondOrderEfficientNet,
-)  # 242 operators: lowered by `make test-models`
+)  # 242 operators: lowered by `make test-nightly`
 # compared with plain networks: their inference class is above, or takes too long for every run
 DETACHED = (
     Small("resnet18", 32, {"conv5_stride": 1}),

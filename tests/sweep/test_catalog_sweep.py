@@ -1,7 +1,7 @@
 """Every model trains a step, is saved, loaded, detached, certified and exported.
 
 The default run lowers one of every inference class, builds its fp32 and int8 graphs with a real
-TensorRT parser, and detaches one of every class of network. `make test-models` also builds the
+TensorRT parser, and detaches one of every class of network. `make test-nightly` also builds the
 half precisions, exports every class, and every name at its full width.
 """
 
@@ -65,7 +65,7 @@ def outputs_of(model: str) -> set[str]:
 @pytest.mark.parametrize(
     "small",
     [
-        pytest.param(s, marks=[pytest.mark.slow] * (s.name in COVERED))
+        pytest.param(s, marks=[pytest.mark.nightly] * (s.name in COVERED))
         for s in (*LOWERED, *WALKED)
     ],
     ids=name,
@@ -124,7 +124,7 @@ def test_a_pooling_without_an_onnx_form_trains_but_is_not_exported(
     assert not (tmp_path / "bundles").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("small", ALL, ids=name)
 def test_the_smallest_is_certified(small: Small, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_the_smallest_is_certified(small: Small, tmp_path: Path) -> None:
     assert found.certificate.roots.onnx
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "small",
     [*WALKED, *LOWERED, *OF_TIMM, Small("efficientnet-lite0", 64)],
@@ -149,9 +149,9 @@ def test_the_smallest_agrees_in_half_precision(small: Small, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "precision",
-    ["fp32", *(pytest.param(p, marks=pytest.mark.slow) for p in ("fp16", "int8"))],
+    ["fp32", *(pytest.param(p, marks=pytest.mark.nightly) for p in ("fp16", "int8"))],
 )
-@pytest.mark.parametrize("pooling", ["bcnn", pytest.param("gap", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pooling", ["bcnn", pytest.param("gap", marks=pytest.mark.nightly)])
 def test_every_other_pooling_agrees(pooling: str, precision: Precision, tmp_path: Path) -> None:
     small = Small("resnet8", 16, {"pooling": pooling})
     wanted: Precision = "fp32" if precision == "int8" else precision
@@ -175,7 +175,7 @@ def full_width(model: str) -> Small:
     return Small(model, {224: 64, 64: 32}.get(CATALOG[model].image_size, 32), options)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "model", [model for model in CATALOG if model not in NEEDS_EIGENVALUES]

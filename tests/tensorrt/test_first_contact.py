@@ -7,7 +7,7 @@ from pathlib import Path
 import first_contact
 import pytest
 
-from tests.cuda.stand_in import ABSENT, installed, start
+from tests.cuda.stand_in import start
 from tests.tensorrt.networks import network, write
 
 PROGRAM = str(Path(first_contact.__file__))
@@ -73,7 +73,6 @@ def test_a_part_for_which_no_time_is_left_is_stopped_and_named(
     assert results(tmp_path / "out")["outputs"] == "failed: stopped after 0 s"
 
 
-@pytest.mark.skipif(not installed(), reason=ABSENT)
 def test_each_part_ends_in_one_line_where_cuda_computes_nothing(
     folder: Path, tmp_path: Path
 ) -> None:

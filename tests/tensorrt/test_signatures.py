@@ -16,7 +16,7 @@ import pytest
 
 from sopdeploy_commands.bundles.engine_builder import build
 from sopdeploy_service.runtime import tensorrt_session
-from tests.cuda.stand_in import ABSENT, FOLDER, installed
+from tests.cuda.stand_in import FOLDER, require
 from tests.support.gpu_graphs import real_tensorrt
 
 RUN = ("Runtime", "ICudaEngine", "IExecutionContext")
@@ -38,7 +38,8 @@ print(json.dumps(methods))
 
 
 def methods_of(module: str) -> dict[str, str]:
-    """Return the docstring of each `Class.method` of the bindings *module*."""
+    """Return the docstring of each `Class.method` of the bindings *module*; skip without them."""
+    require()
     bindings = str(FOLDER / "bindings")
     environment = {**os.environ, "PYTHONPATH": bindings, "LD_LIBRARY_PATH": bindings}
     command = [sys.executable, "-c", READ_BINDINGS, module]
@@ -66,7 +67,6 @@ def calls_of(module: object) -> list[tuple[str, list[ast.expr]]]:
     ]
 
 
-@pytest.mark.skipif(not installed(), reason=ABSENT)
 def test_tensorrt_has_the_methods_that_run_an_engine() -> None:
     real = methods_of("tensorrt")
     assert "ICudaEngine.device_memory_size_v2" in real
@@ -94,10 +94,9 @@ def test_tensorrt_has_the_methods_that_run_an_engine() -> None:
     }
 
 
-@pytest.mark.skipif(
-    not installed() or real_tensorrt() is None, reason=f"{ABSENT}, or tensorrt-rtx-cu13"
-)
 def test_tensorrt_builds_with_the_methods_of_the_builder_that_tests_use() -> None:
+    if real_tensorrt() is None:
+        pytest.skip("tensorrt-rtx-cu13 is not installed")
     real, sibling = methods_of("tensorrt"), methods_of("tensorrt_rtx")
     compared = 0
     for name in {name for name, _ in calls_of(build)}:

@@ -276,7 +276,7 @@ def test_a_run_ends_if_memory_is_lacking_for_an_image_and_writes_no_row_for_it(
     assert not list((tmp_path / "out").glob("rows/*"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_script_without_a_main_guard_runs_once(bundle_path, photos, tmp_path):
     script = tmp_path / "script.py"
     call = f"sopdeploy.classify({str(bundle_path)!r}, {str(photos)!r}, 'out', workers=2)"

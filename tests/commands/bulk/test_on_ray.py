@@ -67,7 +67,7 @@ def cluster() -> Iterator[Any]:
             started.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_every_image_has_its_row_once_if_a_machine_is_lost(cluster, bundle_path, tmp_path):
     """The rows are those of `classify`, also if it began them, and an interrupted run continues."""
@@ -100,7 +100,7 @@ def test_every_image_has_its_row_once_if_a_machine_is_lost(cluster, bundle_path,
     assert len({row["path"] for row in rows_of(out)}) == MANY
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_a_cluster_that_the_command_starts_listens_on_loopback_only(bundle_path, tmp_path):
     photos = write_photos(tmp_path / "photos", 2000)

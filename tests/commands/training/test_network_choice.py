@@ -397,7 +397,7 @@ def test_the_list_states_what_timm_says(choice: Choice) -> None:
     assert network.tap_channels  # which reads covariances
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("choice", read_choices().networks, ids=lambda choice: choice.name)
 def test_each_network_of_the_list_trains_exports_and_serves_with_random_weights(
     choice: Choice, tmp_path: Path

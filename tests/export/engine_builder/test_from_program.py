@@ -102,7 +102,7 @@ def test_torch_tensorrt_converts_every_operator_and_keeps_the_names_of_tensors(
 
 
 @needs_converters
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "config", "outputs"),
     [

@@ -145,7 +145,7 @@ FULL: dict[
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)  # minutes on a machine with other work
 @pytest.mark.parametrize("architecture", FULL)
 def test_the_full_size_is_exported_verified_and_served(

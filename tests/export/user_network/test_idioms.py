@@ -126,7 +126,7 @@ def with_metric() -> nn.Module:
     return Module()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     ("build", "logits_key"),

@@ -60,7 +60,7 @@ def logits_of(released: str) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * ("wrn" in name)) for name in NETWORKS],
+    [pytest.param(name, marks=[pytest.mark.nightly] * ("wrn" in name)) for name in NETWORKS],
 )
 @torch.no_grad()
 def test_logits_are_equal_in_float64_and_close_in_float32(tmp_path: Path, name: str) -> None:

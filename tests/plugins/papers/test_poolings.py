@@ -306,7 +306,7 @@ TRAINED["lrbp-vgg16"].append(
 @pytest.mark.parametrize(
     "name",
     [
-        name if name == "dropcov" else pytest.param(name, marks=pytest.mark.slow)
+        name if name == "dropcov" else pytest.param(name, marks=pytest.mark.nightly)
         for name in TRAINED
     ],
 )
@@ -474,7 +474,7 @@ def test_each_row_of_each_table_has_a_network_or_a_reason() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.nightly)
         for name in load_tables()
     ],
 )

@@ -432,7 +432,7 @@ def proxying(
             process.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("with_keys", [False, True], ids=["without keys", "with keys"])
 @pytest.mark.parametrize("write", [nginx, haproxy, caddy, traefik])
 def test_the_files_for_real_proxies_lead_to_the_server(

@@ -21,7 +21,7 @@ PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_span_of_each_request_is_sent_to_a_collector(bundle_path: Path, jpeg: bytes) -> None:
     received: list[bytes] = []
 

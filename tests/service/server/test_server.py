@@ -265,7 +265,7 @@ def test_sigterm_ends_a_server_whose_reload_is_stuck(bundle_path, jpeg, tmp_path
 
 ALL_WAYS = [
     ONE_PROCESS,
-    *(pytest.param(way, marks=pytest.mark.slow) for way in (TWO_DEVICES, FRONT_ENDS)),
+    *(pytest.param(way, marks=pytest.mark.nightly) for way in (TWO_DEVICES, FRONT_ENDS)),
 ]
 
 
@@ -467,7 +467,7 @@ def test_a_port_in_use_an_unknown_host_and_a_bundle_that_is_no_link_are_errors(
                 run_server([bundle_path], Settings(**settings))
 
 
-@pytest.mark.slow  # needs an idle machine
+@pytest.mark.nightly  # needs an idle machine
 def test_eight_seconds_of_soak_meet_every_bound(bundle_path: Path, tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/soak.py", "--seconds", "8", "--warm-up", "4"]
     command += ["--bundles", str(bundle_path), str(write_bundle(tmp_path, seed=1))]

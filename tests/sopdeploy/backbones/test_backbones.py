@@ -11,7 +11,7 @@ from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.layers.residual import BasicBlock, PreActBasicBlock
 
 SLOW = [
-    pytest.param(depth, marks=pytest.mark.slow) for depth in (34, 101)
+    pytest.param(depth, marks=pytest.mark.nightly) for depth in (34, 101)
 ]  # the same blocks, more of them
 
 

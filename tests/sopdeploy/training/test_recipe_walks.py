@@ -66,7 +66,7 @@ def test_a_recipe_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch) -
     assert len(scores) == len(stored.labels)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", ["isqrt", "gsop", "gmsop"])
 def test_a_small_recipe_of_each_family_learns_a_few_images_as_it_is(
     family, tmp_path, monkeypatch

@@ -214,7 +214,7 @@ def test_data_that_are_missing_end_the_command_before_the_first_row(tmp_path) ->
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_row_of_a_table_runs_with_a_small_network(name, tmp_path) -> None:
     found = reproduce(small_table(TABLES[name]), ReproduceOptions(out=tmp_path))

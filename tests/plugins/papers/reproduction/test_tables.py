@@ -215,7 +215,10 @@ def test_gm_sop_is_trained_as_the_paper_prints_and_its_released_models_as_the_co
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TABLES],
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.nightly)
+        for name in TABLES
+    ],
 )
 def test_every_row_can_be_run_and_its_counts_are_the_printed_ones(name: str) -> None:
     """Counts of networks, epochs, and the cost beyond another row's."""

@@ -1,7 +1,6 @@
 """Chromium, and the actions of a user; pages must not contact other hosts or violate their policy."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,13 +21,13 @@ ARGUMENTS = [
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
+def chromium(program: Callable[[str], str]) -> Iterator[Any]:
     """One browser per file: while it runs, Playwright's event loop prevents `asyncio.run` in this process."""
-    from playwright.sync_api import sync_playwright
+    playwright_api = pytest.importorskip("playwright.sync_api")
 
-    with sync_playwright() as playwright:
+    with playwright_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=ARGUMENTS
+            executable_path=program("chromium"), args=ARGUMENTS
         )
         yield browser
         browser.close()

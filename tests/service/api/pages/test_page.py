@@ -19,8 +19,6 @@ from tests.support.fake_runtime import FakeRuntime
 from tests.support.pictures import encoded
 from tests.support.service import deciding, picture_bytes, running
 
-pytestmark = pytest.mark.browser
-
 
 def test_a_dropped_or_pasted_image_shows_the_classes_of_the_api(page, client, jpeg):
     other = picture_bytes((10, 200, 30))

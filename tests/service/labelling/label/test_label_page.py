@@ -20,8 +20,6 @@ from tests.service.labelling.label.conftest import (
 from tests.service.labelling.label.test_heap import embed
 from tests.support.service import picture_bytes
 
-pytestmark = pytest.mark.browser
-
 
 @pytest.fixture
 def open_label_page(open_page, open_folders):

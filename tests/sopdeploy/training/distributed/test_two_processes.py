@@ -83,7 +83,7 @@ def train_command(out: Path, *overrides: str) -> list[str]:
     return ["train", "--recipe", "digits-dsop", "--out", str(out), *settings]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_process_ends_the_other_one_with_one_line(tmp_path) -> None:
     command = train_command(tmp_path / "run", "epochs=400")
     with start_module("sopdeploy", *command, world=2) as processes:
@@ -105,7 +105,7 @@ def test_a_killed_process_ends_the_other_one_with_one_line(tmp_path) -> None:
     assert read_checkpoint(tmp_path / "run" / "last.pt").resume is not None
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_error_of_a_process_ends_both_with_one_line_each(tmp_path) -> None:
     make(tmp_path / "photos", a=8, b=8)
     (tmp_path / "photos" / "a" / "000.jpg").write_bytes(b"no image")
@@ -124,7 +124,7 @@ def test_an_error_of_a_process_ends_both_with_one_line_each(tmp_path) -> None:
     assert "Traceback" not in "".join(err for _, _, err in results)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_torchrun_restarts_a_killed_process_and_one_process_prints(tmp_path) -> None:
     command = train_command(tmp_path / "run", "epochs=12", "device=cpu")
     command = ["-m", "sopdeploy", *command, "--resume", "auto", "--json"]

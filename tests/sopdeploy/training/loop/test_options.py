@@ -53,7 +53,7 @@ def test_a_run_with_an_option_resumes_bit_by_bit(case: str, tmp_path: Path) -> N
     assert not same_run(tmp_path / "whole", tmp_path / "plain")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_compiled_run_resumes_bit_by_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -212,7 +212,7 @@ CASES = {
 RUNS = [  # case, number of kills, seed
     (REMOVED_BRANCHES, 2, 0),
     *(
-        pytest.param(case, 10, seed, marks=pytest.mark.slow)
+        pytest.param(case, 10, seed, marks=pytest.mark.nightly)
         for case in CASES
         for seed in range(1, 3)
     ),
