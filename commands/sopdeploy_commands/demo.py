@@ -55,10 +55,20 @@ def demo(*, out: Path = Path("demo")) -> None:
         digits = pool.submit(_prepare_digits, out / "digits")
         classify_photographs(out)
     show_digits(digits.result(), out / "digits")
+    say("", f"Not run: {_describe_what_did_not_run()}")
     say("Next: use your own photos, in folders photos/<class>/*.jpg:", style="bold")
     # `serve` checks a bundle and classifies, too
     optional_steps = ("sopdeploy verify", "sopdeploy predict")
     say(*(line for line in QUICK_START if not line.startswith(optional_steps)))
+
+
+def _describe_what_did_not_run() -> str:
+    """Name what the demo leaves out on this machine, and why."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "TensorRT engines (`sopdeploy engine`) and the container"
+    return "CUDA and TensorRT engines, as PyTorch finds no NVIDIA GPU here, and the container"
 
 
 def classify_photographs(out: Path) -> None:

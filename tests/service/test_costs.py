@@ -32,6 +32,7 @@ from sopdeploy_service.origins import parse_host
 from sopdeploy_service.settings import Settings
 from tests.support.fake_runtime import FakeRuntime
 
+pytestmark = pytest.mark.slow
 SERVICE = Path(__file__).parents[2] / "service" / "sopdeploy_service"
 SIZE = 15_000  # bytes of a body; the test also sends twice as many
 HEADER_SIZE, URL_SIZE, LABEL_SIZE = (

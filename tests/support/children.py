@@ -17,6 +17,8 @@ from typing import IO, Any
 
 import httpx
 
+from tests.support.groups import some_slow
+
 START_SECONDS = 90.0  # far more than a start takes on a busy machine
 SERVE = ("-m", "sopdeploy", "serve")
 
@@ -27,6 +29,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     TWO_DEVICES: ("--devices", "cpu,cpu"),
     FRONT_ENDS: ("--front-ends", "2"),
 }
+# The cases of a test with this table.
+EACH_WAY = some_slow(WAYS, quick=[ONE_PROCESS])
 
 
 def spawn(

@@ -70,6 +70,7 @@ def test_a_server_with_keys_describes_both_headers_for_them(openapi, serve_with,
     assert described["security"] == [{"bearer": []}, {"apiKey": []}]
 
 
+@pytest.mark.slow
 def test_no_valid_request_is_a_server_error(client, openapi):
     sent = 0
     for operation in schemathesis.openapi.from_dict(openapi).get_all_operations():

@@ -63,6 +63,7 @@ def status_of(client: ServerClient, jpeg: bytes) -> int:
     return client.post("/v1/classify", content=jpeg).status_code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_an_engine_that_ends_or_hangs_refuses_its_images_and_is_replaced_behind_its_front_ends(
     bundle_path, tmp_path, jpeg, monkeypatch, number
@@ -123,6 +124,7 @@ def test_a_front_end_is_alive_but_not_ready_while_its_engine_starts(tmp_path, jp
         wait_for(lambda: [num_memories(process) for process in kept] == files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_front_end_that_ends_or_hangs_is_replaced_and_its_images_make_room(
     bundle_path, tmp_path, jpeg, monkeypatch, number
@@ -208,6 +210,7 @@ def test_a_signal_to_every_process_completes_the_admitted_requests(
         assert not any(map(is_alive, processes))
 
 
+@pytest.mark.slow
 def test_front_ends_serve_the_models_before_until_the_supervisor_can_send_channels(
     tmp_path, jpeg
 ) -> None:
@@ -237,6 +240,7 @@ def test_front_ends_serve_the_models_before_until_the_supervisor_can_send_channe
         assert {name: process_of(client, name) for name in names} == before
 
 
+@pytest.mark.slow
 def test_no_process_survives_the_supervisor_also_if_it_is_stopped(bundle_path, jpeg) -> None:
     with serving(str(bundle_path), *WAYS[FRONT_ENDS]) as client:
         assert status_of(client, jpeg) == 200
@@ -316,6 +320,7 @@ def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypat
     assert device_server.map_states(config.limits).nbytes == STATE_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--front-ends", "2")])
 def test_a_gpu_that_cannot_be_used_here_is_an_error(bundle_path, monkeypatch, options) -> None:
     monkeypatch.setenv("SOPDEPLOY_RUNTIME", "auto")

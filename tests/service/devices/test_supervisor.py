@@ -88,6 +88,7 @@ def starts_of(page: str) -> set[str]:
     return set(re.findall(r"^process_start_time_seconds{.*} (\S+)$", page, re.M))
 
 
+@pytest.mark.slow
 def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(
     bundle_path: Path, jpeg
 ) -> None:
@@ -507,6 +508,7 @@ def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(
         visible_devices(device, environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [TWO_DEVICES, FRONT_ENDS])
 def test_processes_share_a_rate_limit_and_one_keeps_the_photographs_of_all(
     tmp_path, jpeg, way

@@ -12,6 +12,7 @@ from sopdeploy_service.http.middleware import request_id
 from tests.support.children import kills_itself
 
 
+@pytest.mark.slow
 def test_a_template_forks_processes_which_outlive_it_and_is_replaced() -> None:
     command = [sys.executable, "-m", "tests.service.devices.launched"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
@@ -27,6 +28,7 @@ def test_a_template_forks_processes_which_outlive_it_and_is_replaced() -> None:
     assert "launched_nowhere" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_process_that_was_reaped_before_it_was_known_has_ended() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()

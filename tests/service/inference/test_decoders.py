@@ -139,6 +139,7 @@ def template(monkeypatch) -> Iterator[pool.DecoderTemplate]:
     template.close()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("template")
 def test_images_that_misuse_their_children_fail_alone(serve_with, jpeg) -> None:
     client = serve_with(FakeRuntime(num_classes=7), decode_seconds=2, request_timeout=120)
@@ -278,6 +279,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("is_subreaper", [True, False])
 def test_template_and_child_of_decoders_end_with_their_server_whoever_gets_its_orphans(

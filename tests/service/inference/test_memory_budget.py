@@ -110,6 +110,7 @@ def test_bundles_under_a_budget_are_not_reloaded(bundle_path, monkeypatch, caplo
     assert "not reloaded: impossible with memory_budget" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_hundred_models_share_the_memory_of_ten_like_an_ideal_cache(
     bundle_path, monkeypatch
 ) -> None:

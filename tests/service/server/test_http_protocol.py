@@ -172,6 +172,7 @@ INCOMPLETE = {
 }
 
 
+@pytest.mark.slow
 def test_incomplete_requests_are_rejected_after_their_time(impatient):
     started = time.monotonic()
     with ExitStack() as stack:

@@ -27,8 +27,7 @@ from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
 from tests.support.children import (
-    FRONT_ENDS,
-    ONE_PROCESS,
+    EACH_WAY,
     TWO_DEVICES,
     WAYS,
     ServerClient,
@@ -156,7 +155,7 @@ def test_sigterm_completes_admitted_requests_unless_the_drain_ends(
         assert client.child.wait(PATIENCE) == 0
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EACH_WAY)
 def test_after_sigterm_a_lame_duck_serves_and_every_response_closes_its_connection(
     bundle_path, jpeg, way
 ) -> None:
@@ -187,13 +186,21 @@ def test_after_sigterm_a_lame_duck_serves_and_every_response_closes_its_connecti
     assert [reply.headers["connection"] for reply in replies] == ["close", "close"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_from_the_keyboard_waits_for_no_proxy(bundle_path) -> None:
     with serving(str(bundle_path), "--setting=lame_duck_seconds=3600") as client:
         client.child.send_signal(signal.SIGINT)
         assert client.child.wait(PATIENCE) == 0
 
 
-@pytest.mark.parametrize(("age", "closes"), [(None, False), (1e-300, True), (3600.0, False)])
+@pytest.mark.parametrize(
+    ("age", "closes"),
+    [
+        (1e-300, True),
+        pytest.param(None, False, marks=pytest.mark.slow),
+        pytest.param(3600.0, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_response_closes_a_connection_of_the_largest_age(bundle_path, age, closes) -> None:
     options = () if age is None else (f"--setting=max_connection_age={age}",)
     with serving(str(bundle_path), *options) as client, connect(client) as wire:
@@ -204,6 +211,7 @@ def test_a_response_closes_a_connection_of_the_largest_age(bundle_path, age, clo
     assert (reply.headers.get("connection") == "close") == closes
 
 
+@pytest.mark.slow
 def test_connections_opened_before_the_port_closes_get_a_response(bundle_path, jpeg) -> None:
     request = post_of(jpeg)
     with serving(str(bundle_path), program=faulty(HALTS)) as client, ExitStack() as stack:
@@ -230,6 +238,7 @@ def test_connections_opened_before_the_port_closes_get_a_response(bundle_path, j
         assert client.child.wait(PATIENCE) == 0
 
 
+@pytest.mark.slow
 def test_a_hanging_runtime_exits_with_70(bundle_path, jpeg) -> None:
     options = "--setting=batch_timeout_seconds=0.5"
     with serving(str(bundle_path), options, program=faulty(HANGS)) as client:
@@ -252,6 +261,7 @@ service.find_bundles = find
 """
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_server_whose_reload_is_stuck(bundle_path, jpeg, tmp_path) -> None:
     begun = tmp_path / "begun"
     program = faulty(STUCK.format(begun=str(begun)))
@@ -261,12 +271,6 @@ def test_sigterm_ends_a_server_whose_reload_is_stuck(bundle_path, jpeg, tmp_path
         assert client.post("/v1/classify", content=jpeg).status_code == 200
         client.child.send_signal(signal.SIGTERM)
         assert client.child.wait(PATIENCE) == 0
-
-
-ALL_WAYS = [
-    ONE_PROCESS,
-    *(pytest.param(way, marks=pytest.mark.nightly) for way in (TWO_DEVICES, FRONT_ENDS)),
-]
 
 
 @contextmanager
@@ -305,7 +309,7 @@ def wait_for_refusals(child: subprocess.Popen[str], way: str, reason: str) -> No
         left -= event.startswith("not reloaded, the bundles in use stay: ") and reason in event
 
 
-@pytest.mark.parametrize("way", ALL_WAYS)
+@pytest.mark.parametrize("way", EACH_WAY)
 def test_sighup_serves_the_latest_bundles_and_loses_no_request(tmp_path, jpeg, way) -> None:
     folder = tmp_path / "bundles"
     first = write_bundle(folder)
@@ -326,7 +330,7 @@ def test_sighup_serves_the_latest_bundles_and_loses_no_request(tmp_path, jpeg, w
         assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-@pytest.mark.parametrize("way", ALL_WAYS)
+@pytest.mark.parametrize("way", EACH_WAY)
 def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_request(
     tmp_path, jpeg, way
 ) -> None:
@@ -349,6 +353,7 @@ def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_r
         wait_for(lambda: serves(first))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="terminals differ")
 @pytest.mark.parametrize("redirected", [False, True], ids=["plain", "standard error in a file"])
 def test_a_server_ends_with_its_terminal(tmp_path, redirected) -> None:
@@ -436,7 +441,8 @@ def test_a_lag_of_the_event_loop_expires_after_ten_seconds_of_beats(monkeypatch)
     assert lags[-1] == pytest.approx(0)
 
 
-@pytest.mark.parametrize("way", ALL_WAYS)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", EACH_WAY)
 def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(
     bundle_path, jpeg, way
 ) -> None:

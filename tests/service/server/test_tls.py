@@ -19,7 +19,7 @@ from sopdeploy_service.server import tls
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.server.tls import tls_context
 from sopdeploy_service.settings import Settings, load_settings
-from tests.support.children import START_SECONDS, WAYS, serving
+from tests.support.children import EACH_WAY, START_SECONDS, WAYS, serving
 from tests.support.raw import connect
 
 
@@ -50,7 +50,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EACH_WAY)
 def test_a_server_with_a_certificate_speaks_https(
     way, certificate, bundle_path, jpeg, monkeypatch
 ) -> None:

@@ -98,7 +98,7 @@ def recipe(*settings: str) -> Recipe:
 @pytest.mark.parametrize(
     ("settings", "every", "verdict", "model"),
     [
-        (KEPT, 2, "better", "head:resnet8"),
+        pytest.param(KEPT, 2, "better", "head:resnet8", marks=pytest.mark.slow),
         (UNDECIDED, 14, None, "head:resnet8"),
         (HARMED, 14, "worse", ""),
     ],
@@ -216,6 +216,7 @@ def test_equal_files_with_different_labels_are_one_warning(tmp_path: Path, kind:
     assert len([warning for warning in warnings if "different labels" in warning]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [PLAIN, BRANCHES], ids=["plain", "branches"])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, network: list[str]) -> None:
     settings = recipe(*FINE_TUNE, *network, "optimizer.lr=0.01", "epochs=2")
@@ -279,6 +280,7 @@ def test_branches_of_the_network_train_it_and_are_detached_with_proof(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weight", [1.0, 0.125]
 )  # of every other image, as if a server had selected it

@@ -34,6 +34,7 @@ def curves(folder: Path) -> dict[str, list[int]]:
     }
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_curves_of_the_network_and_of_each_branch(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(recipe="digits-dsop", out=run, tensorboard=True, set=(*DSOP, "epochs=2"))
@@ -46,6 +47,7 @@ def test_tensorboard_has_the_curves_of_the_network_and_of_each_branch(tmp_path: 
     assert set(map(tuple, found.values())) == {(1, 2)}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_its_curves(tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = (*DSOP, "epochs=2")

@@ -62,6 +62,7 @@ def train(*options: str, settings: list[str]) -> Path:
     return Path(json.loads(done.stdout)["out"])
 
 
+@pytest.mark.slow
 def test_runs_are_numbered_and_latest_leads_to_the_newest_one(photos: Path) -> None:
     latest = Path("runs/latest")
     assert train(settings=LOOP) == Path("runs/photos-1")
@@ -166,6 +167,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert re.search(r"  photos-1 +12 +2 +top-1 ", table)  # images, classes, estimate
 
 
+@pytest.mark.slow
 def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     assert train("--resume", "auto", settings=LOOP) == Path("runs/photos-1")
     before = read_checkpoint(Path("runs/photos-1/last.pt")).origin

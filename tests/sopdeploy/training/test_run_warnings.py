@@ -97,6 +97,7 @@ FOLDERS: list[tuple[Callable[[Path], None], str, str, int, str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "procedure", "expected", "count", "origin"),
     FOLDERS,

@@ -151,6 +151,7 @@ AFTER_PRETRAINING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", AFTER_PRETRAINING)
 def test_parts_that_start_random_beside_pretrained_weights_are_trained(
     photos: Path, pretrained: Path, case: str

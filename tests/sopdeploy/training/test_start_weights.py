@@ -294,6 +294,7 @@ def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(
         start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", ["timm:test_resnet", "dsop-timm:test_resnet", "head:timm:test_resnet"]
 )

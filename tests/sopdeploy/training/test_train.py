@@ -37,6 +37,7 @@ from tests.sopdeploy.training.runs import (
     same_run,
     short_recipe,
 )
+from tests.support.groups import some_slow
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
@@ -177,8 +178,11 @@ IN_TWO_PHASES: dict[str, tuple[list[str], tuple[str, int, int]]] = {
 }
 
 
-@pytest.mark.parametrize(("settings", "event"), IN_TWO_PHASES.values(), ids=IN_TWO_PHASES)
-def test_a_run_of_two_phases_resumes_to_the_same_bits(plain, tmp_path, settings, event) -> None:
+@pytest.mark.parametrize(
+    "case", some_slow(IN_TWO_PHASES, quick=["at the end of the first phase"])
+)
+def test_a_run_of_two_phases_resumes_to_the_same_bits(plain, tmp_path, case) -> None:
+    settings, event = IN_TWO_PHASES[case]
     recipe = phases(plain, *settings)
     train_recipe(recipe, tmp_path / "whole")
     interrupt(recipe, tmp_path / "stopped", *event)
@@ -519,6 +523,7 @@ LOOP = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "settings"), [("digits-plain", LOOP), ("photos", SMALL)])
 def test_measuring_on_training_images_is_a_warning(
     tmp_path: Path, recipe: str, settings: list[str]

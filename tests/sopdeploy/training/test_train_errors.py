@@ -200,6 +200,7 @@ train_recipe(short_recipe(*sys.argv[2:]), Path(sys.argv[1]), resume=True)
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_on_another_processor_keeps_its_held_out_images(stopped) -> None:
     whole = train_recipe(
         short_recipe(*ONE, f"data.path={stopped / 'images'}"), stopped / "whole"

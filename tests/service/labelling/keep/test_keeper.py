@@ -580,6 +580,7 @@ def kill_at(last: int) -> None:
         setattr(Path, name, partialmethod(partial(stop, name, getattr(Path, name))))
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_any_step_leaves_no_half_photograph(tmp_path: Path) -> None:
     """It adds a second photograph, for which the first one makes room, and a reason to it."""
     limit, bodies = 20_000, {1: b"1" * 7000, 2: b"2" * 7000}

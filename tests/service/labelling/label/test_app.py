@@ -448,6 +448,7 @@ def test_a_grid_shows_some_photographs_and_counts_all(client, monkeypatch) -> No
     assert (grid["name"], grid["count"], grid["ids"]) == ("hat", len(ids), ids[:-2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_drawn_labels_corrections_and_steps_back_leave_what_the_golden_has(
     keep, open_folders, tmp_path, monkeypatch, pytestconfig, seed

@@ -118,6 +118,7 @@ def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> flo
     return max(float((left[name].double() - right[name].double()).abs().max()) for name in left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT_CASES)
 def test_two_processes_learn_the_same_as_one(name, one_process, two_processes) -> None:
     bound = 1e-6 if "float32" in name else 1e-10

@@ -896,6 +896,7 @@ def test_a_run_records_how_its_folder_was_read(tmp_path: Path, monkeypatch: pyte
     assert setup.origin.reading == FolderReading(folder="set")
 
 
+@pytest.mark.slow
 def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_thousand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -1275,6 +1276,7 @@ def test_two_classes_and_classes_of_few_images_are_not_judged_by_their_spread():
     assert not problem_of([own], softmax_targets(classes, 3)).diffuse_classes().size
 
 
+@pytest.mark.slow
 def test_two_folders_that_show_one_thing_are_named(tmp_path: Path):
     root = paint(
         tmp_path / "photos", 48

@@ -40,6 +40,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OPTIONS)
 def test_a_run_with_an_option_resumes_bit_by_bit(case: str, tmp_path: Path) -> None:
     """It also learns other weights than a run without the option."""

@@ -46,6 +46,7 @@ def uninterrupted(tmp_path_factory):
     return train_recipe(short_recipe(), tmp_path_factory.mktemp("runs") / "uninterrupted").out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("event", "workers"),
     [
@@ -75,6 +76,7 @@ def test_a_run_stopped_at_any_time_resumes_to_the_same_bits(
     assert (out / "history.csv").read_text().count("\n") == 4
 
 
+@pytest.mark.slow
 def test_a_network_that_draws_random_numbers_resumes_to_the_same_bits(tmp_path) -> None:
     sizes = "blocks_per_stage=1, conv5_stride=1, components=4, chosen=2, component_widths=[6], gate_widths=[]"
     recipe = short_recipe(
@@ -263,6 +265,7 @@ def history_without_times(out: Path) -> list[dict[str, str]]:
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "kills", "seed"), RUNS)
 def test_sigkills_do_not_change_the_result(tmp_path, case, kills, seed) -> None:
     """The kills are within three steps, also in writes; the number of loader processes alternates."""
@@ -326,6 +329,7 @@ def check_removed_branches(out: Path) -> None:
     assert branch_losses == [True] * 3 + [False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("event", [None, ("step", 1, 2), ("epoch", 1, 0)], ids=str)
 def test_steps_that_are_read_together_report_and_save_the_same(
     tmp_path, monkeypatch, uninterrupted, event
