@@ -1,8 +1,9 @@
 """The rules that turn logits into classes: activation, calibration, rejection of unknown images.
 
-Checkpoints and bundles contain a `Decision`. The export divides the last layer by the
-temperature, so logits of a bundle are already calibrated, and thresholds refer to them. This
-module does not import torch.
+Checkpoints and bundles contain a `Decision`. Probabilities and thresholds refer to calibrated
+logits, which are divided by the temperature. By default, the export divides the last layer, so
+the logits of a bundle are already calibrated. With `export --trained-logits`, the decision of the
+bundle divides them (`Decision.calibrate`). This module does not import torch.
 """
 
 import math
@@ -45,14 +46,18 @@ class Calibration(StrictModel):
     num_images: Count
     estimated_on: Estimate
 
+    @property
+    def images(self) -> str:
+        """How many images of which kind the temperature was fitted to, in words."""
+        kind = "validation" if self.estimated_on == "held-out" else "cross-validated"
+        return f"{self.num_images:,} {kind} images"
+
     def row(self) -> tuple[str, str]:
         """Describe the temperature, and what it changes in the log loss, in a (name, text) row."""
-        kind = "validation" if self.estimated_on == "held-out" else "cross-validated"
-        images = f"{self.num_images:,} {kind} images"
         if self.temperature == 1:
-            return "log loss", f"{self.loss_after:.4f} of {images}"
+            return "log loss", f"{self.loss_after:.4f} of {self.images}"
         losses = f"log loss {self.loss_before:.4f} before, {self.loss_after:.4f} after"
-        return "temperature", f"{self.temperature:.4g}, from {images}; {losses}"
+        return "temperature", f"{self.temperature:.4g}, from {self.images}; {losses}"
 
 
 class Rejection(StrictModel):
@@ -160,6 +165,8 @@ class Decision(StrictModel):
         rejection: How images of unknown classes are recognized; `None` accepts every image.
         thresholds: Smallest probability at which a class is present, one per class; only with "sigmoid".
         reference: Of bundles of before 0.2; nothing reads it.
+        divides_logits: Whether the logits must still be divided by the temperature. False if the classifier of
+            the bundle was divided, and in checkpoints (`for_trained_logits`).
     """
 
     activation: Activation = "softmax"
@@ -169,6 +176,9 @@ class Decision(StrictModel):
         Annotated[tuple[Fraction, ...], pydantic.Field(max_length=MAX_CLASSES)] | None
     ) = None
     reference: Reference | None = None
+    divides_logits: Annotated[bool, pydantic.Field(exclude_if=lambda divides: not divides)] = (
+        False
+    )
 
     @pydantic.model_validator(mode="after")
     def _check_activation(self) -> "Decision":
@@ -178,6 +188,8 @@ class Decision(StrictModel):
             )
         if self.is_multi_label and (self.rejection or self.reference):
             raise ValueError("rejection, reference: not supported with activation sigmoid")
+        if self.divides_logits and self.calibration is None:
+            raise ValueError("divides_logits: requires a calibration")
         return self
 
     @property
@@ -189,6 +201,16 @@ class Decision(StrictModel):
     def temperature(self) -> float:
         """Divisor of the network's logits; 1 if none was fitted."""
         return 1.0 if self.calibration is None else self.calibration.temperature
+
+    def for_trained_logits(self) -> "Decision":
+        """Return this decision for the logits of the trained network, which it divides by the temperature."""
+        return self.model_copy(update={"divides_logits": self.temperature != 1})
+
+    def calibrate(self, logits: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Return calibrated logits (..., C) for the *logits* (..., C) of the network that this decision is for."""
+        if not self.divides_logits:
+            return logits
+        return logits.astype(np.float64) / self.temperature
 
     def problem_with(self, classes: int) -> str | None:
         """Describe a field whose length is not the number of *classes*; None if all lengths match."""
@@ -207,7 +229,7 @@ class Decision(StrictModel):
         threshold: float | None = None,
         occluded: NDArray[np.floating] | None = None,
     ) -> Answer:
-        """Answer for one image with calibrated, finite *logits* (C,).
+        """Answer for one image with finite *logits* (C,).
 
         Lists at most *top_k* classes, by default all; with "sigmoid", only those whose
         probability reaches *threshold*, by default their own. Ties keep the order of the
@@ -215,6 +237,7 @@ class Decision(StrictModel):
         by `images.occlusion.occlude`.
         """
         activate = sigmoid if self.is_multi_label else softmax
+        logits = self.calibrate(logits)
         probabilities = activate(logits)
         indices = np.argsort(-logits, kind="stable").tolist()
 
@@ -228,7 +251,8 @@ class Decision(StrictModel):
         if occluded is not None and ranked:
             first_class, probability = ranked[0]
             n = math.isqrt(len(occluded))
-            losses = (probability - activate(occluded)[:, first_class]).reshape(n, n)
+            of_copies = activate(self.calibrate(occluded))[:, first_class]
+            losses = (probability - of_copies).reshape(n, n)
             explanation = tuple(tuple(row) for row in losses.tolist())
 
         if self.rejection is None:

@@ -7,10 +7,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sopdeploy.bundle.manifest import ScaledTensor, TemperatureScaling
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, last_linear
 from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, Deployed
+from sopdeploy_export.network import tensors
+from sopdeploy_export.program_hashes import tensor_hash
 
 ROUNDING = 16  # units in the last place, by which logits plus one number may differ
 
@@ -90,18 +93,28 @@ def fold_temperature(
     preprocess: Preprocess,
     images: NDArray[np.uint8],
     classes: int,
-) -> None:
+) -> TemperatureScaling:
     """Divide the weights and the bias of the last linear layer of *network* by *temperature*, in place.
 
     This divides the logits without any cost at inference. Heads that only training needs keep
-    their logits. Raises `LoweringError` if no linear layer computes the logits (P, *classes*) of
-    *images*, uint8 (P, H, W, 3).
+    their logits. Returns the record of the division. Raises `LoweringError` if no linear layer
+    computes the logits (P, *classes*) of *images*, uint8 (P, H, W, 3).
     """
     layer = find_last_layer(network, preprocess, images, classes)
     if layer is None:
         raise LoweringError(
-            f"temperature {temperature:.3g}: cannot be folded, no linear layer of {type(network).__name__} "
-            "computes its logits; train again"
+            f"temperature {temperature:.3g}: no linear layer of {type(network).__name__} computes its "
+            "logits, so none can be divided",
+            remedies={"trained_logits": True},
         )
-    for parameter in layer.parameters():
+
+    parameters = list(layer.parameters())
+    before = {id(parameter): tensor_hash(parameter) for parameter in parameters}
+    for parameter in parameters:
         parameter.div_(temperature)
+    divided = [
+        ScaledTensor(name=name, before=before[id(tensor)], after=tensor_hash(tensor))
+        for name, tensor in tensors(network).items()
+        if id(tensor) in before
+    ]
+    return TemperatureScaling(temperature=temperature, tensors=tuple(divided))

@@ -56,6 +56,8 @@ class ExportOptions(Options):
     """Write the bundle although its logits may depend on other images of the batch, and record it."""
     with_features: bool = False
     """Add the vector in front of the last linear layer, which the service returns for /v1/embed."""
+    trained_logits: bool = False
+    """Write the logits as trained; the prediction divides them by the temperature, instead of the classifier."""
 
     @property
     def batch(self) -> BatchRange:

@@ -14,7 +14,14 @@ from torch.export import ExportedProgram
 
 from sopdeploy.bundle import publication
 from sopdeploy.bundle.listing import read_bundles
-from sopdeploy.bundle.manifest import EMBEDDING, PROOFS, BatchRange, Manifest, ProofKind
+from sopdeploy.bundle.manifest import (
+    EMBEDDING,
+    PROOFS,
+    BatchRange,
+    Manifest,
+    ProofKind,
+    TemperatureScaling,
+)
 from sopdeploy.bundle.probes import write_probes
 from sopdeploy.bundle.second_order import count_second_order
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
@@ -74,6 +81,14 @@ from sopdeploy_export.subject import Detachment, ExportSubject
 MANY_BYTES = 500_000_000  # of weights, which are worth the half second of a collection
 
 
+class Captured(NamedTuple):
+    """A captured network, the outputs of a plain run of it, and how its classifier was divided before."""
+
+    trained: Compared
+    plain: PlainOutputs
+    scaling: TemperatureScaling | None = None
+
+
 def export_checkpoint(
     path: Path,
     destination: Path,
@@ -97,6 +112,8 @@ def export_checkpoint(
     check_exportable(subject.network, training_only)
     warnings = check_size(weight_bytes(subject.network, training_only), options.precision)
     subject = replace(subject, warnings=(*subject.warnings, *warnings))
+    if subject.decision is not None and options.trained_logits:
+        subject = replace(subject, decision=subject.decision.for_trained_logits())
     # A server would replace a bundle of the same name, so one that was trained on other images is
     # refused; not if the user gave the name, who may want to replace it.
     if options.name is None:
@@ -127,9 +144,7 @@ def check_photos(
     return AccuracyCheck(options, preprocess, labels, decision, origin) if has_photos else None
 
 
-def _run_and_capture(
-    subject: ExportSubject, options: ExportOptions
-) -> tuple[Compared, PlainOutputs]:
+def _run_and_capture(subject: ExportSubject, options: ExportOptions) -> Captured:
     """Run the network of *subject*, which is one of the catalog, and capture it.
 
     Raises `LoweringError` if its logits are the same for all images, and the errors of the capture.
@@ -137,7 +152,7 @@ def _run_and_capture(
     step("running the network")
     network = subject.network
     preprocess = subject.preprocess
-    _change_last_layer(subject, with_features=options.with_features)
+    scaling = _change_last_layer(subject, with_features=options.with_features)
     images = np.stack([*export_images(preprocess).values()])
     plain = run_first(
         Deployed(network, preprocess).eval(),
@@ -154,7 +169,7 @@ def _run_and_capture(
     )
 
     step("capturing the network")
-    return Compared.of("trained", network, preprocess, options.batch), plain
+    return Captured(Compared.of("trained", network, preprocess, options.batch), plain, scaling)
 
 
 def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
@@ -172,7 +187,9 @@ def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
         )
     subject = _as_subject(checkpoint, build_classifier(checkpoint, path))
 
-    # The changes that the export made before it captured the network.
+    # The changes that the export made before it captured the network. The decision of the bundle
+    # says whether the classifier was divided.
+    subject = replace(subject, decision=manifest.decision)
     has_embedding = EMBEDDING in [output.name for output in manifest.outputs]
     _change_last_layer(subject, with_features=has_embedding)
 
@@ -187,12 +204,14 @@ def rebuild_program(path: Path, manifest: Manifest) -> ExportedProgram:
     return program
 
 
-def _change_last_layer(subject: ExportSubject, *, with_features: bool) -> None:
+def _change_last_layer(
+    subject: ExportSubject, *, with_features: bool
+) -> TemperatureScaling | None:
     """Fold the temperature of the decision of *subject* into the last linear layer of its network, in place.
 
-    A temperature of 1 changes nothing. With *with_features*, the input of this layer becomes an
-    output. Raises `LoweringError` if one of the two is to be done and no linear layer computes the
-    logits.
+    Returns what was divided: nothing with a temperature of 1, or if the decision divides the logits
+    itself. With *with_features*, the input of this layer becomes an output. Raises `LoweringError` if
+    one of the two is to be done and no linear layer computes the logits.
     """
     network = subject.network
     preprocess = subject.preprocess
@@ -202,8 +221,9 @@ def _change_last_layer(subject: ExportSubject, *, with_features: bool) -> None:
     if with_features:
         training_only = subject.detachment.training_only
         add_embedding_output(network, preprocess, images, classes, training_only)
-    if decision is not None and decision.temperature != 1:
-        fold_temperature(network, decision.temperature, preprocess, images, classes)
+    if decision is None or decision.temperature == 1 or decision.divides_logits:
+        return None
+    return fold_temperature(network, decision.temperature, preprocess, images, classes)
 
 
 def _as_subject(
@@ -271,21 +291,22 @@ def export_subject(
     subject: ExportSubject,
     destination: Path,
     options: ExportOptions,
-    capture: Callable[[], tuple[Compared, PlainOutputs]],
+    capture: Callable[[], Captured],
     accuracy_check: AccuracyCheck | None,
     started: float,
 ) -> Exported:
     """Export *subject* as a bundle in *destination*, as `export_checkpoint` does.
 
-    *capture* returns its network, captured, and the outputs of a plain run of it. *accuracy_check*
-    is what `check_photos` returned, and the export began at *started*, in `time.monotonic`. Tells
-    `progress.step` each step. Raises a `SopdeployError` if a step failed.
+    *capture* runs and captures its network. *accuracy_check* is what `check_photos` returned, and the
+    export began at *started*, in `time.monotonic`. Tells `progress.step` each step. Raises a
+    `SopdeployError` if a step failed.
     """
     images = generated_images(subject.preprocess.crop)
 
     # The folder of the bundle comes first, which checks that *destination* can be written.
     with publication.staging(destination) as folder, attributes_restored(subject.network):
-        trained, plain = capture()
+        captured = capture()
+        trained, plain, _ = captured
 
         # Prove the statements about graphs, write the file, and measure the others.
         checks = Checks()
@@ -296,7 +317,7 @@ def export_subject(
         measured = _measure(subject, trained, plain, file, options, checks)
 
         # Write the bundle.
-        certificate = _certify(subject, trained, kind, file, measured, options, checks)
+        certificate = _certify(subject, captured, kind, file, measured, options, checks)
         results = _collect(subject, certificate, file, measured)
         step("writing the bundle")
         parity = measured.parity
@@ -398,7 +419,7 @@ def _measure(
 
 def _certify(
     subject: ExportSubject,
-    trained: Compared,
+    captured: Captured,
     kind: ProofKind,
     file: ExportedFile,
     measured: _Measured,
@@ -406,6 +427,7 @@ def _certify(
     checks: Checks,
 ) -> Certificate:
     """Write down what was proved and measured."""
+    trained = captured.trained
     parts = subject.detachment.training_only
     return Certificate(
         model=subject.name,
@@ -424,6 +446,7 @@ def _certify(
         mixes_images=measured.mixing,
         precision=options.precision,
         statements=checks.evidence(),
+        temperature_scaling=captured.scaling,
     )
 
 

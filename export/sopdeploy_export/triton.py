@@ -94,6 +94,10 @@ parameters {{ key: "sopdeploy_bundle" value {{ string_value: {name} }} }}
 parameters {{ key: "sopdeploy_precision" value {{ string_value: "{precision}" }} }}
 parameters {{ key: "sopdeploy_onnx_sha256" value {{ string_value: "{onnx_sha256}" }} }}
 """
+# Of `export --trained-logits`: Triton's clients divide the logits by it, before the softmax.
+TEMPERATURE = """\
+parameters {{ key: "sopdeploy_temperature" value {{ string_value: "{temperature}" }} }}
+"""
 WARMUP_CONFIG = """\
 model_warmup {{
   name: "batch of {size}"
@@ -139,6 +143,9 @@ def _model_config(bundle: Bundle) -> str:
         precision=manifest.precision,
         onnx_sha256=manifest.files[GRAPH].sha256,
     )
+
+    if manifest.rules.divides_logits:
+        text += TEMPERATURE.format(temperature=manifest.rules.temperature)
 
     # Warm-up batches, in which Triton repeats one probe image.
     for size in sorted({1, batch.optimum, batch.maximum}):

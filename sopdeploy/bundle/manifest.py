@@ -8,6 +8,7 @@ import pydantic
 
 from sopdeploy.config import (
     FieldValues,
+    Positive,
     StrictModel,
     Text,
     matching,
@@ -92,13 +93,37 @@ class Lineage(StrictModel):
     onnx_root: Sha256
 
 
+class ScaledTensor(StrictModel):
+    """A tensor of the classifier, with the sha256 of its content before and after the division."""
+
+    name: Text
+    before: Sha256
+    after: Sha256
+
+
+class TemperatureScaling(StrictModel):
+    """The division of the classifier, and so of the logits, by a temperature (Guo et al., ICML 2017)."""
+
+    temperature: Positive
+    tensors: Annotated[
+        tuple[ScaledTensor, ...], pydantic.Field(min_length=1, max_length=MAX_TENSORS)
+    ]
+
+
+# Missing in files of versions before 0.4.0, which divided the classifier, too.
+OptionalScaling = Annotated[
+    TemperatureScaling | None, pydantic.Field(exclude_if=lambda scaling: scaling is None)
+]
+
+
 class Manifest(StrictModel):
     """Content of `manifest.json`.
 
     `project` is the name under which the network is served, and `model` the network.
     `exported_at` is the time of the export by the clock of its machine; it is not part of the
     id. `origin` is None for a network that `train` did not train. `int8_for` is the runtime of
-    an int8 graph, and `decision` says how logits become a decision. `mixes_images` names the
+    an int8 graph, and `decision` says how logits become a decision. `temperature_scaling` says
+    by which temperature the classifier was divided; None if it was not. `mixes_images` names the
     outputs that changed with the other images of a batch; before version 0.3.0, the operators
     through which an output may depend on them.
     """
@@ -120,6 +145,7 @@ class Manifest(StrictModel):
     precision: Precision = "fp32"
     int8_for: Int8For | None = None
     decision: Decision | None = None
+    temperature_scaling: OptionalScaling = None
     batch: BatchRange
     mixes_images: Entries = ()
     opset: int
@@ -127,6 +153,20 @@ class Manifest(StrictModel):
     lineage: Lineage
     versions: Annotated[dict[Text, Text], pydantic.Field(max_length=MAX_ENTRIES)]
     files: Annotated[dict[Text, FileRecord], pydantic.Field(max_length=MAX_ENTRIES)]
+
+    @pydantic.model_validator(mode="after")
+    def _check_temperature(self) -> "Manifest":
+        scaling = self.temperature_scaling
+        if scaling is None:
+            return self
+        if self.rules.divides_logits:
+            raise ValueError("temperature_scaling: the decision divides the logits again")
+        if self.rules.temperature != scaling.temperature:
+            raise ValueError(
+                f"temperature_scaling: the decision has the temperature {self.rules.temperature}, "
+                f"not {scaling.temperature}"
+            )
+        return self
 
     @property
     def id(self) -> str:
@@ -210,3 +250,21 @@ class Manifest(StrictModel):
 def to_json(value: Any) -> bytes:
     """Serialize *value* in the JSON style of all bundle files."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def describe_temperature(decision: Decision | None, scaling: TemperatureScaling | None) -> str:
+    """Say whether the logits of a bundle are divided by the temperature; "" if there is none."""
+    if decision is None or decision.calibration is None or decision.temperature == 1:
+        return ""
+    temperature = f"{decision.temperature:.4g}"
+    fitted = f"the temperature {temperature}, fitted on {decision.calibration.images}"
+    if decision.divides_logits:
+        return f"as trained; divide them by {fitted}, before the softmax or sigmoid"
+
+    tensors = (
+        "" if scaling is None else f" ({', '.join(each.name for each in scaling.tensors)})"
+    )
+    return (
+        f"classifier{tensors} divided by {fitted}; multiply the logits by {temperature} to get the "
+        "trained ones"
+    )

@@ -262,7 +262,7 @@ def check_graph_and_certificate(bundle: Bundle) -> str | None:
 
     - `model.onnx` has the root, the opset, the inputs and the outputs in the manifest;
     - the certificate is as it was written, and names this graph, this manifest and all other files;
-    - its networks, `parity.json` and `precision.json` fit the manifest.
+    - its networks, its temperature, `parity.json` and `precision.json` fit the manifest.
 
     Raises `BundleError` naming the file that does not fit.
     """
@@ -340,6 +340,8 @@ def check_certificate(bundle: Bundle) -> None:
         problem = "certifies other files, or another precision, preprocessing or other field of the manifest"
         raise BundleError(f"{path}: {problem}; {ADVICE}")
 
+    _check_scaling(bundle, certificate)
+
     # Detached parts and the proof of their detachment come together.
     if detached_parts:  # then a network without them is compared; otherwise nothing was removed
         fits_detached = "detached" in compared
@@ -359,6 +361,29 @@ def check_certificate(bundle: Bundle) -> None:
 
     if not (is_known_proof and fits_detached and is_unchanged):
         raise BundleError(f"{path}: was changed after the export; {ADVICE}")
+
+
+def _check_scaling(bundle: Bundle, certificate: dict[str, Any]) -> None:
+    """Raise `BundleError` unless *certificate* and manifest name the same division of the classifier.
+
+    The tensors that it made must be those that *certificate* lists as kept.
+    """
+    path = bundle.path / CERTIFICATE
+    scaling = bundle.manifest.temperature_scaling
+    recorded = None if scaling is None else scaling.model_dump(mode="json")
+    if certificate.get("temperature_scaling") != recorded:
+        raise BundleError(f"{path}: names another temperature than the manifest; {ADVICE}")
+    if scaling is None:
+        return
+
+    try:
+        hashes = {entry["name"]: entry["sha256"] for entry in certificate["kept"]}
+    except (KeyError, TypeError) as error:
+        raise BundleError(f"{path}: lists no kept tensors; {ADVICE}") from error
+    for tensor in scaling.tensors:
+        if hashes.get(tensor.name) != tensor.after:
+            problem = f"{tensor.name} is not what the division by the temperature made"
+            raise BundleError(f"{path}: {problem}; {ADVICE}")
 
 
 def _read_fields(bundle: Bundle, name: str) -> dict[str, Any]:

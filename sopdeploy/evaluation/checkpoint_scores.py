@@ -92,7 +92,7 @@ def score_checkpoint(
 
     decision = Decision() if checkpoint.decision is None else checkpoint.decision
     predictions = make_predictions(
-        logits_NC / decision.temperature, images, checkpoint.labels, decision
+        logits_NC, images, checkpoint.labels, decision.for_trained_logits()
     )
 
     # A decision for these photographs, if one is asked for.

@@ -66,7 +66,7 @@ class Answers(NamedTuple):
     @classmethod
     def of(
         cls,
-        logits_NC: NDArray[np.float32],
+        logits_NC: NDArray[np.floating],
         image_NF: NDArray[np.float32],
         unknown_N: NDArray[np.float32] | None = None,
     ) -> "Answers":

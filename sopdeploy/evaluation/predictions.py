@@ -44,7 +44,7 @@ def make_predictions(
     labels: Sequence[str],
     decision: Decision | None,
 ) -> Predictions:
-    """Predict *images* by the calibrated *logits* (C,) of each of them.
+    """Predict *images* by the *logits* (C,) of each of them, which *decision* calibrates.
 
     *labels* are the classes in the order of the outputs. With one class per image,
     `images.labels` may have another order, and the classes of each `ImageScore` are indices
@@ -57,7 +57,7 @@ def make_predictions(
         return MultiLabelPredictions(
             labels=images.labels,
             targets=images.targets.astype(np.float64),
-            probabilities=np.stack([sigmoid(row) for row in logits]),
+            probabilities=np.stack([sigmoid(decision.calibrate(row)) for row in logits]),
             # With several classes per image, there are always thresholds.
             thresholds=cast(Sequence[float], decision.thresholds),
         )

@@ -77,7 +77,9 @@ _MAX_CELLS = 60  # kinds of mistakes that are shown
 _SIDE = 480  # pixels of the longer side of an opened photograph
 _JPEG_QUALITY = 75
 _DECISION = "Fitted to predictions of images that were not used for training."
-_CALIBRATION = "The export divides the last layer by the temperature."
+_CALIBRATION = (
+    "The export divides the last layer by the temperature, unless you give --trained-logits."
+)
 _REJECTION = (
     "A photo counts as unknown if its score is below the threshold. The score says how similar it is to "
     "the classes."
@@ -127,7 +129,8 @@ def write_run_page(
 
     # What the page judges: the validation images, or the predictions of cross-validation.
     images, description, logits_NC = _predict_shown_images(setup, fit, texts.held_out, on_image)
-    predicted = make_predictions(logits_NC, images, setup.labels, fit.decision)
+    decision = None if fit.decision is None else fit.decision.for_trained_logits()
+    predicted = make_predictions(logits_NC, images, setup.labels, decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
 
     # Without a score, predictions and mistakes say nothing about other photographs.
@@ -312,10 +315,10 @@ def describe_in_a_sentence(
 def _predict_shown_images(
     setup: Setup, fit: Fit, description: str, on_image: Callable[[int, int], None]
 ) -> tuple[LabeledImages, str, NDArray[np.float64]]:
-    """Return the images of the page, what they are, and their calibrated logits (N, C)."""
+    """Return the images of the page, what they are, and their logits (N, C)."""
     held_out = setup.data.held_out
     recipe = setup.recipe
-    if isinstance(fit, FewShotFit) and not len(held_out):  # `logits` of this fit are calibrated
+    if isinstance(fit, FewShotFit) and not len(held_out):
         description = (
             "the training images that the score counts, each predicted by a network that was "
             "fitted without it"
@@ -328,8 +331,7 @@ def _predict_shown_images(
     logits_NC = score_images(
         fit.network, recipe.preprocess, held_out, workers=recipe.workers, on_image=on_image
     )
-    temperature = 1.0 if fit.decision is None else fit.decision.temperature
-    return held_out, description, logits_NC / temperature
+    return held_out, description, logits_NC
 
 
 def _describe_learning(

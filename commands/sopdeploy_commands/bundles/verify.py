@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import PROBES, Bundle
 from sopdeploy.bundle.golden import check_golden, read_golden
+from sopdeploy.bundle.manifest import describe_temperature
 from sopdeploy.bundle.probes import Probes, Replay, read_probes
 from sopdeploy.bundle.second_order import NOTHING, count_second_order
 from sopdeploy.bundle.statements import Statements, read_statements
@@ -31,8 +32,9 @@ class Verification(StrictModel):
 
     `replays` has the deviation and the tolerance of each output by batch size, `golden` the
     number of examples. `onnx_root` was recomputed from `model.onnx`, and `second_order` says what
-    its graph computes of second order; None and "" if `onnx` is not installed. `statements` says
-    which statements of the certificate the export proved, and which it measured.
+    its graph computes of second order; None and "" if `onnx` is not installed. `logits` says
+    whether they are divided by the temperature; "" without one. `statements` says which statements
+    of the certificate the export proved, and which it measured.
     """
 
     bundle: str
@@ -40,6 +42,7 @@ class Verification(StrictModel):
     model: str
     onnx_root: str | None
     second_order: str = ""
+    logits: str = ""
     statements: Statements
     num_files: int
     bytes: int
@@ -62,6 +65,8 @@ def _show(result: Verification) -> None:
     print_field("graph", graph)
     if result.second_order:
         print_field("lowered", result.second_order)
+    if result.logits:
+        print_field("logits", result.logits)
 
     # What the export did, which is not done again here.
     for evidence in ("proved", "measured"):
@@ -130,6 +135,7 @@ def verify(
         model=manifest.model,
         onnx_root=loaded.onnx_root,
         second_order=_describe_second_order(loaded),
+        logits=describe_temperature(manifest.decision, manifest.temperature_scaling),
         statements=read_statements(loaded.bundle),
         num_files=len(manifest.files),
         bytes=sum(record.bytes for record in manifest.files.values()),

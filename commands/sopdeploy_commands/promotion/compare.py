@@ -327,9 +327,12 @@ def _list_periods(
 
 
 class Answers(NamedTuple):
-    """The logits (N, C) of a bundle for N images, and which images (N,) are `known`: all without a threshold."""
+    """The calibrated logits (N, C) of a bundle for N images, and which images (N,) are `known`.
 
-    logits: NDArray[np.float32]
+    Without a threshold, all are.
+    """
+
+    logits: NDArray[np.floating]
     known: NDArray[np.bool_]
 
 
@@ -346,8 +349,9 @@ def _answer(
 ) -> Answers:
     """Run a bundle on *images*."""
     logits_NC = logits_of_images(loaded, images, settings, on_image)
-    answers = [loaded.bundle.manifest.rules.answer(row, top_k=1) for row in logits_NC]
-    return Answers(logits_NC, np.array([answer.known is not False for answer in answers]))
+    rules = loaded.bundle.manifest.rules
+    known = [rules.answer(row, top_k=1).known is not False for row in logits_NC]
+    return Answers(rules.calibrate(logits_NC), np.array(known))
 
 
 def _find_right(bundle: Bundle, images: ImageFiles, answers: Answers) -> NDArray[np.bool_]:

@@ -163,6 +163,7 @@ def write_reports(
         ),
         "preprocess": subject.preprocess,
         "decision": subject.decision,
+        "temperature_scaling": certificate.temperature_scaling,
         "batch": options.batch,
         "mixes_images": certificate.mixes_images,
         "detached": certificate.detached,

@@ -160,9 +160,9 @@ def render_model_card(
     training = "\n".join(
         f"- {as_markdown(key)}: {as_markdown(str(value))}" for key, value in rows
     )
-    facts = "\n".join(
-        f"- {name}: {as_markdown(text)}" for name, text in results.facts().items()
-    )
+    described = results.facts()
+    logits = described.pop("logits", "")  # belongs to the outputs
+    facts = "\n".join(f"- {name}: {as_markdown(text)}" for name, text in described.items())
 
     resizing = _describe_resizing(preprocess)  # the template ends the sentence
     int8 = results.precision.quantisation
@@ -184,7 +184,7 @@ Classes: {labels}
 
 `{fields["inputs"][0].name}`: uint8, (batch, {preprocess.crop}, {preprocess.crop}, 3), RGB. {resizing}
 the graph subtracts the mean and divides by the standard deviation. Batches of {batch.minimum} to
-{batch.maximum} images. {outputs}
+{batch.maximum} images. {outputs}{f". Logits: {as_markdown(logits)}." if logits else ""}
 
 ## Training
 

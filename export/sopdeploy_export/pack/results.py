@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sopdeploy.bundle.manifest import Int8For, Manifest
+from sopdeploy.bundle.manifest import Int8For, Manifest, describe_temperature
 from sopdeploy.bundle.second_order import NOTHING, SecondOrder
 from sopdeploy.decision import Decision
 from sopdeploy.errors import shorten
@@ -74,11 +74,17 @@ class ExportResults:
             "numerical error": error,
             "top class": top_class,
             **_precision_facts(self.precision),
+            **self._logits_fact(),
             **dict(() if self.decision is None else self.decision.rows()),
             "costs": f"{self.shipped.parameters:,} of {self.trained.parameters:,} parameters, "
             f"{self.shipped.macs:,} of {self.trained.macs:,} multiply-adds per image",
             "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
         }
+
+    def _logits_fact(self) -> dict[str, str]:
+        """Say what the temperature divided, if there is one."""
+        described = describe_temperature(self.decision, self.certificate.temperature_scaling)
+        return {"logits": described} if described else {}
 
     def _describe_removed(self) -> str:
         """Describe the removed parts with their tensors, parameters and multiply-adds."""
@@ -105,9 +111,10 @@ class Exported(ExportResults):
     seconds: float
 
     def lines(self) -> dict[str, str]:
-        """Return the four or five lines that `sopdeploy export` prints, by their labels.
+        """Return the four to six lines that `sopdeploy export` prints, by their labels.
 
-        Each joins some of the `facts`. The fifth is about second-order parts, if there are any.
+        Each joins some of the `facts`. The fifth is about second-order parts, and the sixth about the
+        temperature, if there are any.
         """
         facts = self.facts()
         certificate = self.certificate
@@ -115,7 +122,7 @@ class Exported(ExportResults):
         # The compared networks, what their comparison lacks, and whether images are independent.
         proof_parts = []
         if len(certificate.compared) > 1:
-            proof_parts.append(f"{' = '.join(certificate.compared)}: equal graphs")
+            proof_parts.append(f"{certificate.describe_compared()}: equal graphs")
         if certificate.proof in WEAKER_PROOFS:
             proof_parts.append(WEAKER_PROOFS[certificate.proof])
         proof_parts.append(facts["batch"])
@@ -127,7 +134,13 @@ class Exported(ExportResults):
         lines = {"removed": facts["removed"]}
         if self.second_order.describe():  # a first-order network has no such line
             lines["lowered"] = facts["lowered"]
-        return {**lines, "proof": proof, "numerics": numerics, "bundle": bundle}
+        return {
+            **lines,
+            "proof": proof,
+            "numerics": numerics,
+            **self._logits_fact(),
+            "bundle": bundle,
+        }
 
     def summary(self) -> dict[str, object]:
         """Build the output of `export --json`, with a decision if there is one."""
@@ -141,7 +154,9 @@ class Exported(ExportResults):
             "project": self.manifest.project,
             "model": self.manifest.model,
             "network": self.network,
-            **self.certificate.model_dump(include={"proof", "detached", "roots"}),
+            **self.certificate.model_dump(
+                include={"proof", "detached", "roots", "temperature_scaling"}
+            ),
             "num_tensors_removed": len(self.certificate.removed),
             "bytes_removed": self.certificate.bytes_removed,
             "num_tensors_kept": len(self.certificate.kept),
@@ -169,9 +184,8 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
         facts["proof"] = f"{certificate.proof}: {WEAKER_PROOFS[certificate.proof]}"
 
     roots = certificate.roots
-    compared = " = ".join(certificate.compared)
     facts["graph"] = (
-        f"{compared}, hash {roots.any_batch[:16]} ({roots.num_operations} operations)"
+        f"{certificate.describe_compared()}, hash {roots.any_batch[:16]} ({roots.num_operations} operations)"
     )
     sizes = ", ".join(map(str, certificate.batches))
     facts["plain run"] = (

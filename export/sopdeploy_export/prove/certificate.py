@@ -12,7 +12,7 @@ says which networks were compared. Without a plain network, the proof cannot det
 both compared networks share: frozen buffers, constants and patched methods.
 """
 
-from sopdeploy.bundle.manifest import PROOFS, Precision, ProofKind
+from sopdeploy.bundle.manifest import PROOFS, OptionalScaling, Precision, ProofKind
 from sopdeploy.bundle.statements import Evidence, Statements
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError
@@ -56,7 +56,9 @@ class Certificate(StrictModel):
     - `trained-only`: no plain network was given, and there was nothing to detach,
     - with `rebuilt`: the builder of the trained network built the other one.
 
-    The detached network is the trained one without its removed parts. Its graph ships.
+    The trained network is the one of the checkpoint. If there is a `temperature_scaling`, its
+    classifier was divided by the temperature before everything else. The detached network is the
+    trained one without its removed parts. Its graph ships.
 
     Each tensor of the trained network is in `removed`, if the user or the catalog declared it as
     training-only; in `kept`, if it was not declared and the outputs depend on it; or else in
@@ -81,11 +83,20 @@ class Certificate(StrictModel):
     mixes_images: tuple[str, ...]
     precision: Precision
     statements: Statements
+    temperature_scaling: OptionalScaling = None
 
     @property
     def bytes_removed(self) -> int:
         """Total size of the removed tensors in bytes."""
         return sum(entry.bytes for entry in self.removed)
+
+    def describe_compared(self) -> str:
+        """Name the compared networks, and what was done to the trained one before: "trained = plain"."""
+        networks = " = ".join(self.compared)
+        if self.temperature_scaling is None:
+            return networks
+        factor = f"{self.temperature_scaling.temperature:.4g}"
+        return networks.replace("trained", f"trained (classifier divided by {factor})", 1)
 
 
 def kind_of_proof(plain: Compared | None, parts: tuple[str, ...]) -> ProofKind:

@@ -25,7 +25,7 @@ from sopdeploy_export.capture.deployed import EXPORT_LOGITS, EXPORT_TWO_CLASSES
 from sopdeploy_export.network import tensors
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
-from sopdeploy_export.pipeline import check_photos, export_subject
+from sopdeploy_export.pipeline import Captured, check_photos, export_subject
 from sopdeploy_export.progress import reporting
 from sopdeploy_export.prove.constants import check_constants
 from sopdeploy_export.prove.networks import Compared
@@ -190,7 +190,7 @@ def export_network(
             subject,
             Path(destination),
             options,
-            lambda: (admitted.trained, admitted.plain),
+            lambda: Captured(admitted.trained, admitted.plain),
             accuracy_check,
             started,
         )

@@ -25,7 +25,10 @@ class Health(StrictModel):
 
 
 class CertificateSummary(StrictModel):
-    """A certificate in short: what was compared, removed and kept, and the roots of the graphs."""
+    """A certificate in short: what was compared, removed and kept, and the roots of the graphs.
+
+    `divided_by` is the temperature by which the classifier of the trained network was divided.
+    """
 
     proof: str
     compared: tuple[str, ...]
@@ -37,6 +40,7 @@ class CertificateSummary(StrictModel):
     root: str
     onnx_root: str
     num_operations: int
+    divided_by: float | None = None
 
 
 MAX_SHOWN_LABELS = 100
@@ -117,6 +121,9 @@ async def info(request: Request) -> Response:
                 else dict(zip(model.labels, thresholds, strict=True)),
                 embedding_size=shapes[EMBEDDING][-1] if EMBEDDING in shapes else None,
                 known_from=None if rejection is None else rejection.threshold,
+                temperature=model.decision.temperature
+                if model.decision.divides_logits
+                else None,
                 loaded=model.is_loaded,
             )
         )
@@ -153,6 +160,7 @@ def read_card(bundle: Bundle) -> Card:
             raise ValueError("too large")
         certificate = parse_json(content)
         roots = certificate["roots"]
+        scaling = bundle.manifest.temperature_scaling
         copied = ("proof", "compared", "detached", "num_images")
         summary = CertificateSummary(
             **{name: certificate[name] for name in copied},
@@ -162,6 +170,7 @@ def read_card(bundle: Bundle) -> Card:
             root=roots["any_batch"],
             onnx_root=roots["onnx"],
             num_operations=roots["num_operations"],
+            divided_by=None if scaling is None else scaling.temperature,
         )
     except (KeyError, TypeError, ValueError):
         summary = None

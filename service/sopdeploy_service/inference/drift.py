@@ -281,7 +281,7 @@ def make_block(traffic: ModelTraffic, seen: Sequence[Seen]) -> Block:
     if None not in known:
         unknown_N = np.asarray([is_known is False for is_known in known], np.float32)
 
-    logits_NC = np.stack([answer.logits for answer in seen])
+    logits_NC = traffic.rules.calibrate(np.stack([answer.logits for answer in seen]))
     block = Block(
         version=traffic.version,
         answers=Answers.of(logits_NC, measures, unknown_N),

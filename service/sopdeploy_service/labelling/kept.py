@@ -51,7 +51,7 @@ class KeptRecord(StrictModel):
             its bytes put it into the uniform sample, or a person reported that the answer was wrong.
         labels: One or more: all classes in the bundle's order, or the `MAX_KEPT_LABELS` most probable ones,
             best first.
-        logits: The logits of `labels`, as the bundle gave them.
+        logits: The logits of `labels`, calibrated: their softmax gives the probabilities.
         known: Whether it probably shows one of the classes; None if the bundle has no threshold for this.
         score: What the threshold of `known` was applied to.
         near_hash: `near_hash` of the network's input.

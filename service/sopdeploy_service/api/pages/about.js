@@ -33,16 +33,22 @@ const counted = (count, what) => `${count.toLocaleString("en")} ${what}${count =
 const nothing = (what) => make("p", { className: "empty" }, `This bundle has no readable ${what}.`);
 
 /** What the certificate says, in a sentence. */
-const verdict = ({ num_removed: removed }) =>
-  removed ? "Verified: only auxiliary branches were removed." : "Verified: all tensors are unchanged after training.";
+const verdict = ({ num_removed: removed, divided_by: temperature }) => {
+  const classifier = temperature === null ? "" : ", except the classifier, which was divided by the temperature";
+  return removed
+    ? "Verified: only auxiliary branches were removed."
+    : `Verified: all tensors are unchanged after training${classifier}.`;
+};
 
 /** Nodes of a certificate summary. */
 function proof(certificate) {
-  const { compared, detached, num_removed: removed, bytes_removed: bytes, num_kept: kept, num_operations: operations, num_images: images } = certificate;
+  const { compared, detached, num_removed: removed, bytes_removed: bytes, num_kept: kept, num_operations: operations, num_images: images, divided_by: temperature } = certificate;
+  const divided = temperature === null ? "" : ` (classifier divided by ${Number(temperature.toPrecision(4))})`;
+  const networks = compared.join(" = ").replace("trained", `trained${divided}`);
   const rows = [
     ["Removed", removed ? `${detached.join(", ")} (${counted(removed, "tensor")}, ${bytes.toLocaleString("en")} bytes)` : "nothing; all tensors are used for inference"],
     ["Kept", counted(kept, "tensor")],
-    ["One graph", `${compared.join(" = ")}, ${operations} operations, also as ONNX`],
+    ["One graph", `${networks}, ${operations} operations, also as ONNX`],
     ["Numbers", `the file was compared with the network on ${counted(images, "reference image")}`],
   ];
   const hashes = [["Graph hash", make("code", {}, certificate.root)], ["ONNX graph hash", make("code", {}, certificate.onnx_root)]];

@@ -87,7 +87,12 @@ def reasons_to_keep(
         probabilities = [probability for _, probability in answer.ranked]
         margin = probabilities[0] - (probabilities[1] if len(probabilities) > 1 else 0.0)
     else:
-        margin = 2 * np.abs(sigmoid(logits) - manifest.rules.thresholds).min()
+        margin = (
+            2
+            * np.abs(
+                sigmoid(manifest.rules.calibrate(logits)) - manifest.rules.thresholds
+            ).min()
+        )
 
     reasons: dict[Reason, bool] = {
         "unknown": answer.known is False,  # None: the bundle does not tell
@@ -328,7 +333,7 @@ def _describe(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) ->
         time=photo.time,
         reasons=reasons,
         labels=tuple(labels[index] for index in indexes),
-        logits=tuple(photo.logits[indexes].tolist()),
+        logits=tuple(manifest.rules.calibrate(photo.logits)[indexes].tolist()),
         known=answer.known,
         score=answer.score,
         near_hash=near_hash(photo.pixels),
