@@ -12,7 +12,7 @@ from PIL import Image
 
 import sopdeploy
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
-from sopdeploy.decision import Decision, Rejection, log_sum_exp
+from sopdeploy.decision import Calibration, Decision, Rejection, log_sum_exp
 from sopdeploy.errors import SopdeployError
 from sopdeploy.evaluation.decision_fit import (
     describe_weakness,
@@ -399,3 +399,35 @@ def test_train_reports_how_many_unknown_images_it_recognizes(tmp_path, procedure
     assert tested == 12
     assert 0 <= count <= tested
     assert read_checkpoint(result.best).decision == result.decision
+
+
+SCALED = {
+    "softmax": Decision(rejection=Rejection(threshold=3.0)),
+    "sigmoid": Decision(activation="sigmoid", thresholds=(0.5, 0.9, 0.2)),
+}
+
+
+@pytest.mark.parametrize("rules", SCALED.values(), ids=SCALED)
+def test_a_decision_for_trained_logits_divides_them_before_everything_else(rules) -> None:
+    calibration = Calibration(
+        temperature=0.25, loss_before=1, loss_after=0.5, num_images=9, estimated_on="held-out"
+    )
+    rules = rules.model_copy(update={"calibration": calibration})
+    for_trained = rules.for_trained_logits()
+    logits_NC = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    for logits in logits_NC:
+        occluded = logits_NC[:4]
+        found = for_trained.answer(logits, occluded=occluded)
+        assert found == rules.answer(
+            logits.astype(float) / 0.25, occluded=occluded.astype(float) / 0.25
+        )
+    largest = np.array([3e38, -3e38, 0], np.float32)
+    assert all(
+        np.isfinite(probability) for _, probability in for_trained.answer(largest).ranked
+    )
+
+
+def test_the_key_is_written_only_if_the_decision_divides() -> None:
+    with pytest.raises(ValueError, match="divides_logits"):
+        Decision(divides_logits=True)
+    assert "divides_logits" not in Decision().for_trained_logits().model_dump()

@@ -122,9 +122,13 @@ def test_torch_tensorrt_converts_every_family(
     assert converted(exported)["tensors"] == ["images", *outputs]
 
 
-@pytest.mark.parametrize("decision", [None, CALIBRATED], ids=["logits", "temperature"])
+@pytest.mark.parametrize(
+    ("decision", "trained_logits"),
+    [(None, False), (CALIBRATED, False), (CALIBRATED, True)],
+    ids=["logits", "temperature", "trained logits"],
+)
 def test_the_program_is_built_again_from_the_checkpoint_and_gives_the_logits(
-    decision: Decision | None, tmp_path: Path
+    decision: Decision | None, trained_logits: bool, tmp_path: Path
 ) -> None:
     network = trained()
     checkpoint = Checkpoint(
@@ -137,7 +141,9 @@ def test_the_program_is_built_again_from_the_checkpoint_and_gives_the_logits(
         decision=decision,
     )
     write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
-    options = ExportOptions(detach=True, max_batch=4, with_features=True)
+    options = ExportOptions(
+        detach=True, max_batch=4, with_features=True, trained_logits=trained_logits
+    )
     with proving_once():  # the program is captured again below
         exported = export_checkpoint(tmp_path / "ckpt.pt", tmp_path / "out", options=options)
     program, probes = (
