@@ -28,6 +28,7 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.results import Exported
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.program_hashes import tensor_hash
+from sopdeploy_service.api.status import read_card
 from sopdeploy_service.inference.drift import ModelTraffic, Seen, make_block
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.labelling.keep.keeper import PredictedPhoto, _describe
@@ -140,6 +141,7 @@ def test_certificate_manifest_and_card_name_the_divided_tensors(
     for text in (card, divided.lines()["logits"], verify(divided.path, SETTINGS).logits):
         assert "divided by the temperature 0.3" in text
     assert "trained (classifier divided by 0.3) = " in divided.lines()["proof"]
+    assert read_card(open_bundle(divided.path)).certificate.divided_by == TEMPERATURE
 
 
 def test_with_the_option_nothing_was_divided_and_the_decision_divides(kept: Exported) -> None:

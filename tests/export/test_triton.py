@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.decision import Calibration, Decision
 from sopdeploy.errors import BundleError
 from sopdeploy_commands.app import app
 from sopdeploy_export.triton import write_triton
+from tests.support.service import deciding
 from tests.tensorrt.networks import CLASSES, SIDE, some_images, write
 
 
@@ -39,6 +41,19 @@ def bundle(tmp_path: Path) -> Bundle:
 def config_of(bundle: Bundle, folder: Path) -> Any:
     written = write_triton(bundle, folder / "models")
     return text_format.Parse((written / "config.pbtxt").read_text(), SCHEMA.ModelConfig())
+
+
+def test_clients_are_told_the_temperature_that_they_must_divide_by(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    calibration = Calibration(
+        temperature=0.3, loss_before=1, loss_after=0.5, num_images=9, estimated_on="held-out"
+    )
+    decision = Decision(calibration=calibration)
+    for rules, expected in ((decision, ""), (decision.for_trained_logits(), "0.3")):
+        changed = deciding(bundle, rules)
+        config = config_of(changed, tmp_path / expected)
+        assert config.parameters["sopdeploy_temperature"].string_value == expected
 
 
 def test_the_config_matches_the_manifest_and_the_files_the_bundle(

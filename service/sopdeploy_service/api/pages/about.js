@@ -34,7 +34,7 @@ const nothing = (what) => make("p", { className: "empty" }, `This bundle has no 
 
 /** What the certificate says, in a sentence. */
 const verdict = ({ num_removed: removed, divided_by: temperature }) => {
-  const classifier = temperature === null ? "" : ", except the classifier, which was divided by the temperature";
+  const classifier = temperature ? ", except the classifier, which was divided by the temperature" : "";
   return removed
     ? "Verified: only auxiliary branches were removed."
     : `Verified: all tensors are unchanged after training${classifier}.`;
@@ -43,7 +43,7 @@ const verdict = ({ num_removed: removed, divided_by: temperature }) => {
 /** Nodes of a certificate summary. */
 function proof(certificate) {
   const { compared, detached, num_removed: removed, bytes_removed: bytes, num_kept: kept, num_operations: operations, num_images: images, divided_by: temperature } = certificate;
-  const divided = temperature === null ? "" : ` (classifier divided by ${Number(temperature.toPrecision(4))})`;
+  const divided = temperature ? ` (classifier divided by ${Number(temperature.toPrecision(4))})` : "";
   const networks = compared.join(" = ").replace("trained", `trained${divided}`);
   const rows = [
     ["Removed", removed ? `${detached.join(", ")} (${counted(removed, "tensor")}, ${bytes.toLocaleString("en")} bytes)` : "nothing; all tensors are used for inference"],
