@@ -163,6 +163,7 @@ def run_here(
     return CompletedProcess(command, done.exit_code, done.output)
 
 
+@pytest.mark.slow
 def test_the_demo_detaches_branches_serves_and_classifies_digits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

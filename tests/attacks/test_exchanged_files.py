@@ -286,6 +286,7 @@ def expected(
     return find
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("use", USES)

@@ -65,6 +65,7 @@ def without_others(present: set[str], folder: Path) -> str:
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", ["", "cpu", pytest.param("train", marks=pytest.mark.nightly)])
 def test_every_command_runs_or_names_the_extra_that_it_needs(
     extra: str, bundle_path: Path, tmp_path: Path
@@ -88,6 +89,7 @@ def test_every_command_runs_or_names_the_extra_that_it_needs(
     assert set(missing) == (set() if extra == "train" else COMMANDS | FUNCTIONS)
 
 
+@pytest.mark.slow
 def test_the_tests_on_a_gpu_import_only_what_their_extra_installs(tmp_path: Path) -> None:
     present = installation("gpu-check") | {"onnxruntime"}  # like onnxruntime-gpu
     variables = {

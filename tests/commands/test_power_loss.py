@@ -32,6 +32,8 @@ from tests.support.crashes import LOSSES, end_at_each_step
 from tests.support.keys import write_key
 from tests.support.service import picture_bytes, write_bundle
 
+pytestmark = pytest.mark.slow
+
 promotion = import_module("sopdeploy_commands.promotion.promote")
 
 

@@ -194,6 +194,7 @@ def test_invalid_key_files_are_rejected(
         check(bundle, signature, tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_model_signing_and_sopdeploy_accept_each_others_signatures(
     bundle: Path, key: Path, tmp_path: Path
 ) -> None:
@@ -362,6 +363,7 @@ def test_the_commands_print_what_they_did(bundle: Path, key: Path, tmp_path: Pat
     assert "(signature and hashes checked)" in pulled.stdout
 
 
+@pytest.mark.slow
 def test_a_pulled_bundle_is_served_with_the_key_that_signed_it_and_with_no_other(
     key: Path, tmp_path: Path
 ) -> None:

@@ -344,6 +344,7 @@ def kill_at(last: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Path, name, killed(getattr(Path, name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("photograph", ["sent.jpg", "photos/hat/mine.jpg", f"{ID}.jpg"])
 def test_after_a_kill_at_any_step_the_same_command_completes(
     classified: Path, folders: list[Path], tmp_path: Path, monkeypatch, photograph: str

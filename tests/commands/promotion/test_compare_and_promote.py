@@ -159,6 +159,7 @@ def test_a_bundle_compared_with_itself_has_no_difference_and_asks_for_no_labels(
     )
 
 
+@pytest.mark.slow
 def test_copies_of_photographs_count_once(bundles, labelled) -> None:
     """A user who copies what the second bundle gets right would otherwise prove anything."""
     first, second = bundles

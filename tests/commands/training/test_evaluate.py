@@ -342,6 +342,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_scenes(tmp_path_factory.mktemp("data") / "scenes", count=60)
 
 
+@pytest.mark.slow
 def test_a_run_selects_by_map_and_stores_the_thresholds_of_its_held_out_images(
     scenes: Path, tmp_path: Path
 ) -> None:

@@ -132,6 +132,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.slow
 def test_what_expands_is_refused_before_it_does(tmp_path: Path) -> None:
     for write, message in (ATTACKS["a deflated checkpoint"], ATTACKS["a deflated MATLAB file"]):
         write(tmp_path / "weights.bin")

@@ -177,6 +177,7 @@ def test_a_run_trains_the_chosen_network_and_its_page_lists_all(
         train(photos, models=",".join(NAMES), out=photos.parent / "run")
 
 
+@pytest.mark.slow
 def test_networks_are_measured_without_weights_on_images_of_their_size(photos: Path) -> None:
     settings = ["model.name=resnet8", "model.config.base_width=2", "procedure.kind=few_shot"]
     recipe = read_recipe("photos", [f"data.path={photos}", *settings])
@@ -376,6 +377,7 @@ def test_a_network_without_weights_is_in_the_table(
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", read_choices().networks, ids=lambda choice: choice.name)
 def test_the_list_states_what_timm_says(choice: Choice) -> None:
     published = import_timm(choice.timm).get_pretrained_cfg(choice.timm)
