@@ -14,9 +14,13 @@ _REMEDIES = (
         "or device=x.device instead",
     ),
     (
-        re.compile(r"expected input\[\d+, 3, .*?\] to have (\d+) channels"),
-        r"its first convolution takes images with \1 of 3 channels; change their "
-        "number in the network, as by x.mean(1, keepdim=True) for gray images",
+        re.compile(r"expected input\[\d+, [13], .*?\] to have ([13]) channels"),
+        r"its first convolution takes images with another number of channels; set channels of preprocess to \1",
+    ),
+    (
+        re.compile(r"expected input\[\d+, [13], .*?\] to have (\d+) channels"),
+        r"its first convolution takes images with \1 channels, and preprocess makes 3 (RGB) or 1 (gray); "
+        "compute the others in the network",
     ),
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")

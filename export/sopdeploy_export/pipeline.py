@@ -456,7 +456,7 @@ def _collect(
     """Collect the results of the checks, and the costs of the network as it was trained and as it ships."""
     network = subject.network
     parts = subject.detachment.training_only
-    trained_costs, shipped_costs = count_costs(network, parts, subject.preprocess.crop)
+    trained_costs, shipped_costs = count_costs(network, parts, subject.preprocess)
     return ExportResults(
         network=name_network(subject.name, network, parts),
         certificate=certificate,

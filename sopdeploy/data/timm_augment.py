@@ -56,6 +56,7 @@ def _transform(name: str, crop: int, mean: tuple[float, ...]) -> Any:
     """Build timm's transform *name* for images of *crop* pixels."""
     timm_data = _import("timm.data")
     color = tuple(min(255, round(255 * value)) for value in mean)
+    color *= 3 // len(color)  # of gray images, the mean has one value
     options = {"translate_const": int(TRANSLATION * crop), "img_mean": color}
     return timm_data.rand_augment_transform(name, options)
 

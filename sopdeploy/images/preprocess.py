@@ -1,6 +1,7 @@
 """Rules of preprocessing, from a decoded image to network input, shared by training, export and service.
 
-`sopdeploy.images.pixels` applies them; the exported graph applies mean and standard deviation.
+`sopdeploy.images.pixels` applies them up to the resized RGB image; the exported graph makes it
+gray, if the network takes gray images, and applies mean and standard deviation.
 Checkpoint and bundle store all rules. Importing this module does not load Pillow, because a
 process that runs a network on pixels needs the rules, but no image library.
 """
@@ -21,9 +22,21 @@ Channel = Annotated[int, pydantic.Field(ge=0, le=255)]
 Pixels = NDArray[np.uint8]
 Decoding = Literal["full", "scaled"]
 Fit = Literal["crop", "pad", "squash", "squash-crop"]
+
+
+def _in_list(value: Any) -> Any:
+    """Put a single number into a list."""
+    return [value] if isinstance(value, int | float) else value
+
+
 # left, top, right, bottom in pixels of the upright image
 Box = tuple[float, float, float, float]
 
+# One value per channel of the network's input
+ChannelValues = Annotated[tuple[float, ...], pydantic.BeforeValidator(_in_list)]
+PositiveChannelValues = Annotated[tuple[Positive, ...], pydantic.BeforeValidator(_in_list)]
+# Of red, green and blue in a gray image (ITU-R BT.601), as in Pillow, torchvision and OpenCV
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)
 TIMM_CROP_MODES: dict[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
 
 
@@ -34,8 +47,12 @@ class Preprocess(StrictModel):
     and crops the center. "pad" resizes the longer side to `crop` pixels and centers the image
     on `background`. "squash" resizes both sides to `crop` pixels, "squash-crop" to `resize`
     pixels, and crops the center. `resize` is used by "crop" and "squash-crop" only; without it,
-    it follows `crop`. `mean` and `std` refer to pixel values in [0, 1]. Transparent pixels are
-    composited onto `background`.
+    it follows `crop`. Transparent pixels are composited onto `background`.
+
+    `channels` is 3, or 1 for a network that takes gray images: 0.299 R + 0.587 G + 0.114 B of the
+    resized image. `mean` and `std` refer to pixel values in [0, 1]. They have one value per
+    channel; a single value counts for all channels, and three equal values count as one in gray
+    images. `channels` is left out of what is written if it is 3.
 
     `decoding` says how many pixels of a JPEG are decoded. "full" decodes all and resizes the
     whole image. "scaled" decodes at a scale of 1/8, 1/4, 1/2 or 1, the smallest at which both
@@ -44,7 +61,8 @@ class Preprocess(StrictModel):
     versions that do not know it.
 
     Raises:
-        ConfigError: `crop` is larger than `resize`, or a value is out of its range.
+        ConfigError: `crop` is larger than `resize`, a value is out of its range, or `mean` or `std`
+            have several values for gray images.
 
     Examples:
         >>> sopdeploy.Preprocess(crop=64).resize
@@ -55,8 +73,11 @@ class Preprocess(StrictModel):
     crop: Side = 224
     fit: Fit = "crop"
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    channels: Annotated[
+        Literal[1, 3], pydantic.Field(exclude_if=lambda channels: channels == 3)
+    ] = 3
+    mean: ChannelValues = (0.485, 0.456, 0.406)
+    std: PositiveChannelValues = (0.229, 0.224, 0.225)
     background: tuple[Channel, Channel, Channel] = (255, 255, 255)
     exif_orientation: bool = True
     decoding: Annotated[
@@ -73,6 +94,22 @@ class Preprocess(StrictModel):
             raise ValueError(f"crop ({self.crop}) is larger than resize ({self.resize})")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _set_values_of_channels(self) -> "Preprocess":
+        """Give `mean` and `std` one value per channel; raise `ValueError` if they have other values."""
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            is_single = len(values) in (1, 3) and len(set(values)) == 1
+            if is_single:
+                vars(self)[name] = values[:1] * self.channels
+            elif len(values) != 3:
+                raise ValueError(f"{name} must have three values or one (got {[*values]})")
+            elif self.channels == 1:
+                raise ValueError(
+                    f"{name} must have one value, such as [0.5], if channels is 1 (got {[*values]})"
+                )
+        return self
+
     @staticmethod
     def scaled_resize(crop: int, resize: int, crop_before: int) -> int:
         """Return the value of `resize` for *crop* in the ratio of *resize* to *crop_before*."""
@@ -83,13 +120,14 @@ class Preprocess(StrictModel):
         """Convert timm's data config: `timm.data.resolve_data_config`, or the `pretrained_cfg` of a model.
 
         timm pads with the mean color, which becomes `background`. Raises `ConfigError` for an
-        input that is not square RGB, an interpolation other than bilinear and bicubic, or a
+        input that is not square, RGB or gray, an interpolation other than bilinear and bicubic, or a
         `crop_pct` below 1 where the image is squashed or padded.
         """
         channels, height, width = config.get("input_size", (3, 224, 224))
-        if channels != 3 or height != width:
+        if channels not in (1, 3) or height != width:
             raise ConfigError(
-                f"timm: input of {channels} x {height} x {width}; only 3 x S x S is supported"
+                f"timm: input of {channels} x {height} x {width}; only 3 x S x S and 1 x S x S are "
+                "supported"
             )
 
         # Timm's modes of cropping: the center, the whole image in a square, or with a border.
@@ -108,10 +146,12 @@ class Preprocess(StrictModel):
 
         colors = {name: tuple(config[name]) for name in ("mean", "std") if name in config}
         if mode == "border" and "mean" in colors:
-            colors["background"] = tuple(round(255 * value) for value in colors["mean"])
+            background = tuple(round(255 * value) for value in colors["mean"])
+            colors["background"] = background * (3 // len(background))
 
         return cls._from_published(
             "timm",
+            channels=channels,
             crop=height,
             resize=max(height, math.floor(height / crop_share)),  # not below `crop`
             fit=TIMM_CROP_MODES[mode],
@@ -148,6 +188,19 @@ class Preprocess(StrictModel):
             return cls(**fields)
         except pydantic.ValidationError as error:
             raise ConfigError(f"{source}: {first_problem(error, fields)}") from error
+
+    def in_gray(self) -> "Preprocess":
+        """Return these rules for a network that takes gray images.
+
+        Raises `ConfigError` if `mean` or `std` have several values.
+        """
+        try:
+            return Preprocess(**{**self.model_dump(), "channels": 1})
+        except pydantic.ValidationError as error:
+            raise ConfigError(
+                f"the network takes gray images; {first_problem(error)}: give mean and std of its training",
+                setting="preprocess",
+            ) from error
 
     @classmethod
     def of_convention(cls, name: str, side: int = 224) -> "Preprocess":

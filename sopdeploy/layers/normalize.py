@@ -3,17 +3,18 @@
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.preprocess import GRAY_WEIGHTS, Preprocess
 
 IMAGES_FORMAT = "images_format"  # attribute of a network
 
 
 class Normalize(nn.Module):
-    """Convert images (B, H, W, 3) uint8 to (B, 3, H, W) float32 with the mean and std of *preprocess*.
+    """Convert images (B, H, W, 3) uint8 to (B, C, H, W) float32 by the channels, mean and std of *preprocess*.
 
-    The result has the layout *memory_format*, on which depends whether a network can `view` its
-    features. Mean and standard deviation become one multiplication and one addition per
-    channel: (x / 255 - mean) / std = x * scale + offset.
+    C is 3, or 1 for gray images. The result has the layout *memory_format*, on which depends whether
+    a network can `view` its features. Mean and standard deviation become one multiplication and one addition per
+    channel: (x / 255 - mean) / std = x * scale + offset. In gray images, scale also has the weights
+    of the colors, whose products are added up. The sum is not rounded to a whole gray level.
     """
 
     scale: Tensor
@@ -24,15 +25,22 @@ class Normalize(nn.Module):
         self.memory_format = memory_format
         mean = torch.tensor(preprocess.mean, dtype=torch.float64)
         std = torch.tensor(preprocess.std, dtype=torch.float64)
-        self.register_buffer("scale", (1.0 / (255.0 * std)).float().reshape(1, 3, 1, 1))
-        self.register_buffer("offset", (-mean / std).float().reshape(1, 3, 1, 1))
+        scale = 1.0 / (255.0 * std)
+        self.is_gray = preprocess.channels == 1
+        if self.is_gray:
+            scale = scale * torch.tensor(GRAY_WEIGHTS, dtype=torch.float64)
+        self.register_buffer("scale", scale.float().reshape(1, 3, 1, 1))
+        self.register_buffer("offset", (-mean / std).float().reshape(1, -1, 1, 1))
 
     def forward(self, images_BHWC: Tensor) -> Tensor:
-        """Compute the normalized images, channels first; C is 3."""
+        """Compute the normalized images, channels first."""
         images_BCHW = images_BHWC.permute(0, 3, 1, 2).contiguous(
             memory_format=self.memory_format
         )
-        return images_BCHW.float() * self.scale + self.offset
+        scaled_BCHW = images_BCHW.float() * self.scale
+        if self.is_gray:
+            scaled_BCHW = scaled_BCHW.sum(dim=1, keepdim=True)
+        return scaled_BCHW + self.offset
 
 
 def images_format(network: nn.Module) -> torch.memory_format:

@@ -73,8 +73,11 @@ class Tally:
         return {part: Counts(parameters=n, macs=macs[part]) for part, n in parameters.items()}
 
 
-def tally(network: nn.Module, image_size: int) -> Tally:
-    """Count parameters and multiply-adds of *network*, on `meta` or the CPU, in its current mode."""
+def tally(network: nn.Module, image_size: int, channels: int = 3) -> Tally:
+    """Count parameters and multiply-adds of *network*, on `meta` or the CPU, in its current mode.
+
+    It runs on one image of *image_size* pixels with so many *channels*.
+    """
     counts = Tally(
         parameters=Counter({name: p.numel() for name, p in network.named_parameters()})
     )
@@ -102,7 +105,7 @@ def tally(network: nn.Module, image_size: int) -> Tally:
     device = next((tensor.device for tensor in tensors), torch.device("meta"))
     try:
         with torch.no_grad():
-            network(torch.zeros(1, 3, image_size, image_size, device=device))
+            network(torch.zeros(1, channels, image_size, image_size, device=device))
     finally:
         for norm in norms:
             del norm.forward

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.config import FieldValues, StrictModel
-from sopdeploy.errors import ConfigError, first_line
+from sopdeploy.errors import ConfigError, describe_known, first_line
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier, is_in
@@ -383,28 +383,34 @@ def run_tapped(
 def run_once(network: nn.Module, image_size: int) -> tuple[Any, dict[str, Any]]:
     """Run *network* in eval mode on one black image; return its output and those of its modules by name.
 
-    The outputs are in the order of computation. Raises `ConfigError` if the network cannot run.
+    The image is gray if the network fails for RGB. The outputs are in the order of computation. Raises
+    `ConfigError` if the network cannot run.
     """
     modes = {part: part.training for part in network.modules()}
     device = next((parameter.device for parameter in network.parameters()), None)
     names = [name for name, _ in network.named_modules() if name]
 
     # One black image in eval mode; afterwards, all modules get their modes back.
+    failures = []
     network.eval()
     try:
-        with torch.no_grad():
-            return run_tapped(
-                network, torch.zeros(1, 3, image_size, image_size, device=device), names
-            )
-    except Exception as error:  # the user's code
-        raise ConfigError(
-            f"taps: the network fails for an image of 3 x {image_size} x "
-            f"{image_size} ({first_line(error)}); give the image_size that it "
-            "accepts"
-        ) from error
+        for channels in (3, 1):
+            image = torch.zeros(1, channels, image_size, image_size, device=device)
+            try:
+                with torch.no_grad():
+                    return run_tapped(network, image, names)
+            except Exception as error:  # the user's code
+                failures.append(error)
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+    # If the number of channels was the first problem, the other failure has another reason.
+    failure = failures[1] if describe_known(failures[0]) else failures[0]
+    raise ConfigError(
+        f"taps: the network fails for an image of {image_size} x {image_size} "
+        f"({first_line(failure)}); give the image_size that it accepts"
+    ) from failure
 
 
 def find_taps(

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from sopdeploy.checkpoint import Checkpoint, build_classifier
 from sopdeploy.data.sources import HoldOut, open_data
 from sopdeploy.decision import Rejection
-from sopdeploy.errors import ConfigError, DataError, amount, is_memory_exhausted, shorten
+from sopdeploy.errors import (
+    ConfigError,
+    DataError,
+    amount,
+    describe_known,
+    is_memory_exhausted,
+    shorten,
+)
 from sopdeploy.evaluation.metrics import NO_IMAGES
 from sopdeploy.images.limits import EXTRAS, missing_extra
 from sopdeploy.layers.normalize import IMAGES_FORMAT
@@ -557,15 +564,23 @@ def move_to_device(recipe: Recipe, model: Classifier, strategy: Strategy) -> Cla
     placed: Classifier = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
     sides = {recipe.preprocess.crop, recipe.training_crop}
     what = f"preprocess.crop: {recipe.model.name}"
-    vars(placed)[IMAGES_FORMAT] = find_images_format(sides, placed, strategy.device, what)
+    vars(placed)[IMAGES_FORMAT] = find_images_format(
+        sides, placed, strategy.device, what, recipe.preprocess.channels
+    )
     return placed
 
 
 @torch.no_grad()
 def find_images_format(
-    sides: Collection[int], model: Classifier, device: torch.device, what: str
+    sides: Collection[int],
+    model: Classifier,
+    device: torch.device,
+    what: str,
+    channels: int = 3,
 ) -> torch.memory_format:
     """Put *model* into eval mode and run it on zeros of all *sides*; return the layout of its images.
+
+    The images have so many *channels*.
 
     This is channels-last, the faster one, unless *model* needs contiguous images, as `view`
     behind a convolution does. Raises `ConfigError` about *what* if no layout fits all sides.
@@ -574,7 +589,8 @@ def find_images_format(
     for layout in (torch.channels_last, torch.contiguous_format):
         try:
             for side in sides:
-                model(torch.zeros(1, 3, side, side, device=device).to(memory_format=layout))
+                image = torch.zeros(1, channels, side, side, device=device)
+                model(image.to(memory_format=layout))
         except RuntimeError as error:
             if is_memory_exhausted(error):
                 raise
@@ -583,6 +599,7 @@ def find_images_format(
         else:
             return layout
 
+    advice = describe_known(failure) or "choose another size"
     raise ConfigError(
-        f"{what} cannot compute images of {failed_side} pixels; choose another size"
+        f"{what} cannot compute images of {failed_side} pixels; {advice}"
     ) from failure

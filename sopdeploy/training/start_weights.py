@@ -185,9 +185,7 @@ def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
         values = {**base.model_dump(), **set_values}
         completed = Preprocess(**values)
     except pydantic.ValidationError as error:
-        raise ConfigError(
-            f"preprocess: {first_problem(error, values)}; set resize and crop"
-        ) from error
+        raise ConfigError(f"preprocess: {first_problem(error, values)}") from error
 
     return recipe.model_copy(update={"preprocess": completed})
 

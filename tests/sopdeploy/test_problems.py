@@ -32,8 +32,11 @@ FIRST_LINES = {
         "device=x.device instead"
     ),
     "Given groups=1, weight of size [8, 1, 3, 3], expected input[4, 3, 9, 9] to have 1 channels": (
-        "its first convolution takes images with 1 of 3 channels; change their number "
-        "in the network, as by x.mean(1, keepdim=True) for gray images"
+        "its first convolution takes images with another number of channels; set channels of preprocess to 1"
+    ),
+    "Given groups=1, weight of size [8, 4, 3, 3], expected input[4, 3, 9, 9] to have 4 channels": (
+        "its first convolution takes images with 4 channels, and preprocess makes 3 (RGB) or 1 (gray); "
+        "compute the others in the network"
     ),
     "no kernel for x. Please file an issue on github.\nmore": "RuntimeError: no kernel for x.",
     "\nPlease report a bug to PyTorch: https://x.org\nsizes differ": "RuntimeError: sizes differ",

@@ -357,7 +357,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
             )
             if not options.allow_constants:
                 program = admitted.trained.trace.program
-                _check_constants(program, build, prepared_network, preprocess)
+                _check_constants(program, build, prepared_network, admitted.preprocess)
 
     # The export needs a file of names if the weights have none of these classes. Two names fit one
     # logit.

@@ -259,10 +259,10 @@ def run_and_check(
         if READS_ONE_VALUE.search(problem):
             problem += f"; {DEPENDS_ON_VALUES}"
         elif IS_OF_SIZE.search(problem) and "channel" not in problem:
-            batch, height, width, _ = images.shape
+            _, height, width, _ = images.shape
             problem += (
-                f"; the input was {batch} x 3 x {height} x {width} by preprocess: for another size, give rules "
-                "such as imagenet:SIZE or Preprocess(crop=SIZE)"
+                f"; preprocess makes images of {height} x {width}: for another size, give rules such as "
+                "imagenet:SIZE or Preprocess(crop=SIZE)"
             )
         raise LoweringError(problem) from error
 

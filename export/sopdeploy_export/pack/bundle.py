@@ -17,6 +17,7 @@ from sopdeploy.bundle import publication
 from sopdeploy.bundle.golden import TOLERANCES, write_golden
 from sopdeploy.bundle.manifest import Lineage, Manifest, TensorRecord, to_json
 from sopdeploy.bundle.probes import Probes
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy.models.describe import Counts, Tally, tally
 from sopdeploy.project import utc_now
@@ -33,16 +34,17 @@ from sopdeploy_export.subject import ExportSubject
 
 
 def count_costs(
-    network: nn.Module, removed: tuple[str, ...], side: int
+    network: nn.Module, removed: tuple[str, ...], preprocess: Preprocess
 ) -> tuple[Counts, Counts]:
     """Count the costs of *network* in train mode, and in eval mode without its *removed* parts.
 
-    The costs are for an image of *side* x *side* pixels. Parts that only training needs may run
+    The costs are for an image of the size and channels of *preprocess*. Parts that only training needs may run
     in train mode only. If nothing is removed, if *network* cannot be copied, or if it fails in train
     mode, for example without targets, the first costs are those in eval mode, too.
     """
     # What ships: the counts in eval mode, without the counts of the removed parts.
-    in_eval = tally(network, side)
+    side = preprocess.crop
+    in_eval = tally(network, side, preprocess.channels)
     parameters, macs = (
         Counter({name: count for name, count in counts.items() if not is_in(name, *removed)})
         for counts in (in_eval.parameters, in_eval.macs)
@@ -55,7 +57,7 @@ def count_costs(
     # the network holds.
     with torch.random.fork_rng(devices=()):  # dropout draws random numbers
         try:
-            trained = tally(copy_network(network).train(), side)
+            trained = tally(copy_network(network).train(), side, preprocess.channels)
         except Exception:  # the network's own code, which can raise anything
             trained = in_eval
     return trained.total(), shipped.total()

@@ -4,6 +4,7 @@
 passes all checks here. What the proof decides is left to the proof.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy.names import label_problem
@@ -29,6 +30,7 @@ from sopdeploy_export.admit.outputs import (
     check_ends_in_no_sigmoid,
     check_finite,
     check_logits,
+    run_and_check,
     run_first,
 )
 from sopdeploy_export.admit.parts import match_parts
@@ -40,11 +42,15 @@ from sopdeploy_export.capture.deployed import (
     generated_images,
 )
 from sopdeploy_export.last_layer import add_embedding_output
+from sopdeploy_export.network import attributes_restored
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.progress import step
 from sopdeploy_export.prove.networks import Compared
 from sopdeploy_export.prove.removed import find_shared_rests, find_unneeded, prove_removed
 from sopdeploy_export.runs import PlainOutputs
+
+# What a convolution of torch says that takes a gray image, and gets one with three channels.
+TAKES_GRAY = re.compile(r"expected input\[\d+, 3, .*?\] to have 1 channels")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +59,7 @@ class Admitted:
 
     Attributes:
         trained: It, captured.
+        preprocess: Converts an image to its input, see `fit_channels`.
         plain: Its outputs in a plain run.
         parts: The outermost parts to remove.
         num_classes: The number of its logits.
@@ -64,6 +71,7 @@ class Admitted:
     """
 
     trained: Compared
+    preprocess: Preprocess
     plain: PlainOutputs
     parts: tuple[str, ...]
     num_classes: int
@@ -99,6 +107,9 @@ def admit(
     else:
         size_warnings = check_size(num_bytes, options.precision)
         may_be_equal = options.allow_numerical_error
+    fitted = fit_channels(network, preprocess)
+    gray_warnings = _warn_of_gray(preprocess, fitted)
+    preprocess = fitted
     empty_caches(network, preprocess)  # of earlier runs, for as long as *network* is `prepared`
 
     # It runs once on the images of all later comparisons.
@@ -122,6 +133,7 @@ def admit(
     removable = find_unneeded(trained, parts)
     return Admitted(
         trained=trained,
+        preprocess=preprocess,
         plain=plain,
         parts=parts,
         num_classes=logits.shape[1],
@@ -129,7 +141,48 @@ def admit(
         is_completed=_is_completed(network, logits),
         removable=removable,
         shared_rests=find_shared_rests(trained, removable),
-        warnings=(*size_warnings, *warnings),
+        warnings=(*size_warnings, *gray_warnings, *warnings),
+    )
+
+
+def fit_channels(network: nn.Module, preprocess: Preprocess) -> Preprocess:
+    """Return *preprocess*, with gray images if *network*, which is `prepared`, takes these alone.
+
+    These are the networks whose first convolution says so, and those that fail for an RGB image, but not for a
+    gray one. The network runs on one image, and is as before afterwards. Raises `ConfigError` if the mean or the
+    standard deviation in *preprocess* has several values, which no gray image has.
+    """
+    if preprocess.channels == 1:
+        return preprocess
+    failure = _find_failure(network, preprocess)
+    if failure is None:
+        return preprocess
+
+    # The mean and standard deviation do not matter for this run.
+    gray = preprocess.model_copy(update={"channels": 1, "mean": (0.5,), "std": (0.5,)})
+    takes_gray = TAKES_GRAY.search(str(failure.__cause__)) is not None
+    if takes_gray or _find_failure(network, gray) is None:
+        return preprocess.in_gray()
+    return preprocess  # a later run gives the message
+
+
+def _find_failure(network: nn.Module, preprocess: Preprocess) -> LoweringError | None:
+    """Return the error of a run of *network* on one image; None if it succeeds."""
+    image = torch.from_numpy(generated_images(preprocess.crop)[:1])
+    try:
+        with attributes_restored(network):
+            run_and_check(Deployed(network, preprocess).eval(), image, None)
+    except LoweringError as error:
+        return error
+    return None
+
+
+def _warn_of_gray(preprocess: Preprocess, fitted: Preprocess) -> tuple[str, ...]:
+    """Return a warning if the rules *fitted* to a network have gray images, and *preprocess* has not."""
+    if fitted.channels == preprocess.channels:
+        return ()
+    return (
+        "the network takes gray images: they are made as by Pillow's convert('L'), 0.299 R + 0.587 G + 0.114 B",
     )
 
 

@@ -56,7 +56,8 @@ def export_network(
     """Export *trained* as a bundle, and prove that the exported network is the *plain* network.
 
     The network is as before afterwards. It receives float32 images (B, 3, H, W), normalized
-    as *preprocess* says, and returns (B, classes) logits.
+    as *preprocess* says, and returns (B, classes) logits. If it takes gray images (B, 1, H, W) alone, it
+    receives these, also if *preprocess* does not say so.
 
     Args:
         trained: The network as it was trained.
@@ -141,6 +142,7 @@ def export_network(
             several_classes=several_classes,
             options=options,
         )
+        preprocess = admitted.preprocess
 
         if not allow_constants:
             check_trained_are_registered(network, preprocess)

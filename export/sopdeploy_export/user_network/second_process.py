@@ -26,6 +26,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.admit.network import prepared
 from sopdeploy_export.capture.deployed import Deployed, evenly_spread, generated_images
 from sopdeploy_export.network import NOT_OF_NETWORKS, attributes_restored, modules
+from sopdeploy_export.user_network.admission import fit_channels
 from sopdeploy_export.user_network.builder import network_builder
 from sopdeploy_export.user_network.loading import load_weights, read_weights
 
@@ -131,6 +132,7 @@ def _is_installed(network: nn.Module) -> bool:
 
 def _logits(network: nn.Module, preprocess: Preprocess) -> NDArray[np.float32]:
     """Run *network*, which is `prepared`, on some of the generated images."""
+    preprocess = fit_channels(network, preprocess)
     images = generated_images(preprocess.crop)
     chosen = torch.from_numpy(images[evenly_spread(len(images), IMAGES)])
     with attributes_restored(network), torch.no_grad():

@@ -134,7 +134,13 @@ class LoopState:
         if self.teacher is not None:
             teacher = self.teacher.model
             sides = {recipe.training_crop}
-            find_images_format(sides, teacher, self.strategy.device, "teacher: its network")
+            find_images_format(
+                sides,
+                teacher,
+                self.strategy.device,
+                "teacher: its network",
+                recipe.preprocess.channels,
+            )
             teacher.train(self.teacher.learns)
 
         # The average begins with the weights of the network.

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import create_model, entry
 from sopdeploy_export.pack.bundle import count_costs
@@ -42,7 +43,8 @@ def test_the_costs_are_those_of_describe(name: str) -> None:
     with torch.device("meta"):
         network = create_model(name, num_classes=entry(name).num_classes).eval()
     counted = describe(name)
-    assert count_costs(network, network.training_only, entry(name).image_size) == (
+    rules = Preprocess(crop=entry(name).image_size)
+    assert count_costs(network, network.training_only, rules) == (
         counted.training,
         counted.shipped,
     )

@@ -313,7 +313,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "images of another size than its linear layer takes": (
         lambda: n.variant(lambda self, x: self.fc(self.stem(x).flatten(1))),
         {},
-        r"fails for 1 image: .*shapes cannot be multiplied.*; the input was 1 x 3 x 12 x 12 by preprocess: "
+        r"fails for 1 image: .*shapes cannot be multiplied.*; preprocess makes images of 12 x 12: "
         r"for another size, give rules such as imagenet:SIZE",
     ),
     "statistics of a batch, of which one image has none": (

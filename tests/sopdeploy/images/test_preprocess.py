@@ -383,7 +383,54 @@ def test_the_error_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -
     assert (caught.value.code, caught.value.status) == ("unsupported_format", 415)
 
 
+GRAY_RULES: dict[str, dict[str, Any]] = {
+    "lists of one value": {"mean": [0.5], "std": [0.25]},
+    "numbers": {"mean": 0.5, "std": 0.25},
+    "three equal values": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+}
+
+
+@pytest.mark.parametrize("case", GRAY_RULES)
+def test_rules_have_one_mean_and_one_deviation_per_channel(case: str) -> None:
+    for channels in (1, 3):
+        rules = Preprocess(channels=channels, crop=28, **GRAY_RULES[case])
+        assert (rules.mean, rules.std) == ((0.5,) * channels, (0.25,) * channels)
+        assert Preprocess.model_validate_json(rules.model_dump_json()) == rules
+        assert rules.in_gray().channels == 1
+        assert ("channels" in rules.model_dump()) == (channels == 1)  # as before 0.4
+
+
+WRONG_COLORS: dict[str, dict[str, Any]] = {
+    "the default values of RGB for gray images": {"channels": 1},
+    "one mean, but three deviations": {"channels": 1, "mean": [0.5]},
+    "two values": {"mean": [0.5, 0.5]},
+    "no value": {"mean": []},
+    "a deviation of 0": {"std": 0},
+    "two channels": {"channels": 2},
+}
+
+
+@pytest.mark.parametrize("case", WRONG_COLORS)
+def test_values_of_other_channels_are_refused(case: str) -> None:
+    with pytest.raises(ValueError, match=r"mean|std|channels"):
+        Preprocess(**WRONG_COLORS[case])
+
+
+def test_rules_of_rgb_do_not_become_those_of_gray_images() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Preprocess().in_gray()
+    assert caught.value.setting == "preprocess"
+
+
 PUBLISHED: dict[str, tuple[Any, Preprocess]] = {
+    "timm, gray": (
+        Preprocess.from_timm(
+            {"input_size": (1, 96, 96), "crop_mode": "border", "mean": (0.5,), "std": (0.2,)}
+        ),
+        Preprocess(
+            resize=96, crop=96, fit="pad", channels=1, mean=0.5, std=0.2, background=(128,) * 3
+        ),
+    ),
     "timm": (
         Preprocess.from_timm(
             {"input_size": (3, 224, 224), "crop_pct": 0.9, "interpolation": "bicubic"}

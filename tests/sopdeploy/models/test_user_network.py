@@ -81,7 +81,7 @@ def test_branches_train_the_network_and_leave_its_output_alone() -> None:
             Stages(),
             ["late"],
             {"image_size": 1},
-            r"fails for an image of 3 x 1 x 1 .*image_size",
+            r"fails for an image of 1 x 1 .*image_size",
         ),
         (
             Stages(),
@@ -98,6 +98,15 @@ def test_a_wrong_argument_is_one_line(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         sopdeploy.dsop(network, taps, **{"image_size": 8, **config})
+
+
+def test_a_network_of_gray_images_gets_branches() -> None:
+    inner = Stages()
+    inner.early[0] = nn.Conv2d(1, 6, 3, padding=1)
+    network = sopdeploy.dsop(inner, ["late"], image_size=8)
+    assert network.eval()(torch.rand(2, 1, 8, 8)).shape == (2, 5)
+    with pytest.raises(ConfigError, match="image_size"):
+        sopdeploy.dsop(inner, ["late"], image_size=1)
 
 
 def test_auxiliary_outputs_in_train_mode_are_refused() -> None:
