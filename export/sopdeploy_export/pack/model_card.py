@@ -167,7 +167,7 @@ def render_model_card(
     resizing = _describe_resizing(preprocess)  # the template ends the sentence
     graying = ""
     if preprocess.channels == 1:
-        graying = "makes it gray with the\nITU-R BT.601 weights (0.299 R + 0.587 G + 0.114 B), "
+        graying = "the graph makes it\ngray (ITU-R BT.601: 0.299 R + 0.587 G + 0.114 B);\n"
     int8 = results.precision.quantisation
     session = INT8_SESSION if int8 is not None and int8.runtime == "cpu" else ""
     return f"""# {subject.project}
@@ -186,7 +186,7 @@ Classes: {labels}
 ## Input and output
 
 `{fields["inputs"][0].name}`: uint8, (batch, {preprocess.crop}, {preprocess.crop}, 3), RGB. {resizing}
-the graph {graying}subtracts the mean and divides by the standard deviation. Batches of {batch.minimum} to
+{graying}the graph subtracts the mean and divides by the standard deviation. Batches of {batch.minimum} to
 {batch.maximum} images. {outputs}{f". Logits: {as_markdown(logits)}." if logits else ""}
 
 ## Training

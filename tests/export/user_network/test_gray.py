@@ -126,7 +126,7 @@ def test_training_file_and_server_see_the_same_gray_image(tmp_path: Path) -> Non
     settings = Settings(threads=1)
     runtime = OnnxRuntime(open_bundle(exported.path), settings)
     file_logits = runtime.run(pixels[None])["logits"][0]
-    assert np.abs(file_logits - trained_logits).max() < 1e-5
+    assert file_logits == pytest.approx(trained_logits, rel=1e-6)
 
     app = create_app({"small": load_model(exported.path, settings)}, settings)
     with TestClient(app, "http://localhost") as client:
