@@ -4,13 +4,18 @@ No name of a network, node or value is read, so the counts describe the file.
 
 - A product of a map with its own transpose is a covariance if the map was centered, as
   Subtract(X, ReduceMean(X)) does, and else a second moment.
-- The nodes that multiply, divide, add and subtract what a covariance gives are its Newton-Schulz
-  iteration. Each of its N steps adds a multiple of the identity, a square constant. A matrix product
-  counts if both of its factors come from the covariance.
+- The nodes that multiply, divide, add, subtract and move what a covariance gives are its
+  Newton-Schulz iteration. Each of its N steps multiplies an iterate by T = (3 I - Z Y) / 2, the
+  difference of a fixed matrix and an iterate. The fixed matrix may have any form: stored, computed by
+  nodes such as `EyeLike` or a cast of truth values, or repeated for each image. A sum of a fixed
+  matrix and an iterate, as C + 0.001 I, is not a step. A matrix product counts if both of its factors
+  come from the covariance.
 - A mixture gathers the weights of K of N components by indices of `TopK`.
 """
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +25,12 @@ if TYPE_CHECKING:
     import onnx
 
 NOTHING = "no covariance and no matrix square root"
-_PASSED = {"Mul", "Div", "Add", "Sub", "Cast"}  # operators of an iteration beside its products
+# Operators of an iteration beside its products: arithmetic, and what moves iterates.
+_PASSED = {
+    *("Mul", "Div", "Add", "Sub", "Neg", "Cast"),
+    *("Reshape", "Unsqueeze", "Squeeze", "Expand", "Identity"),
+    *("Gather", "Slice", "Concat", "ScatterElements", "ScatterND"),  # iterates kept in one tensor
+}
 _MOVED = {"Reshape", "Cast", "Slice", "Unsqueeze", "Squeeze"}  # between `TopK` and `Gather`
 
 
@@ -75,7 +85,7 @@ def count_second_order(model: "onnx.ModelProto") -> SecondOrder:
     # A covariance is a product of a map with itself; what follows it may be an iteration.
     num_centered = 0
     num_moments = 0
-    roots = []
+    roots: dict[frozenset[str], Root] = {}
     for node in model.graph.node:
         factor = graph.own_factor(node)
         if factor is None:
@@ -84,12 +94,14 @@ def count_second_order(model: "onnx.ModelProto") -> SecondOrder:
             num_centered += 1
         else:
             num_moments += 1
-        root = graph.find_root(node.output[0])
-        if root.steps:
-            roots.append(root)
+        steps, num_products = graph.find_root(node.output[0])
+        if steps:  # products that are added up before the iteration have the same steps
+            roots[steps] = Root(len(steps), num_products)
 
     mixtures = {mixture for node in model.graph.node if (mixture := graph.find_mixture(node))}
-    return SecondOrder(num_centered, num_moments, tuple(roots), tuple(sorted(mixtures)))
+    return SecondOrder(
+        num_centered, num_moments, tuple(roots.values()), tuple(sorted(mixtures))
+    )
 
 
 class _Graph:
@@ -99,6 +111,12 @@ class _Graph:
         self.nodes = model.graph.node
         self.producer = {name: node for node in self.nodes for name in node.output}
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+
+        # The values that no pixel changes. Sizes do not depend on pixels.
+        self.fixed = {"", *self.constants}  # "" is an operand that is left out
+        for node in self.nodes:  # in topological order
+            if node.op_type in ("Shape", "Size") or self.fixed.issuperset(node.input):
+                self.fixed.update(node.output)
 
     def own_factor(self, node: "onnx.NodeProto") -> str | None:
         """Return the value that *node* multiplies with its own transpose; None for another node."""
@@ -120,27 +138,61 @@ class _Graph:
         mean = self.producer.get(node.input[1])
         return mean is not None and mean.op_type == "ReduceMean"
 
-    def find_root(self, covariance: str) -> Root:
-        """Count the iteration that follows *covariance*; no steps if there is none."""
-        reached = {covariance}
-        steps = 0
-        products = 0
-        for node in self.nodes:  # in topological order
-            from_covariance = [name for name in node.input if name in reached]
-            is_product = node.op_type == "MatMul" and len(from_covariance) == len(node.input)
-            if is_product and self.own_factor(node) is None:
-                products += 1
-            elif not (from_covariance and node.op_type in _PASSED):
-                continue
-            elif node.op_type in ("Add", "Sub") and any(map(self._is_square, node.input)):
-                steps += 1
-            reached.update(node.output)
-        return Root(steps, products)
+    def find_root(self, covariance: str) -> tuple[frozenset[str], int]:
+        """Find the steps of the iteration that follows *covariance*, and count its matrix products.
 
-    def _is_square(self, name: str) -> bool:
-        """Tell whether *name* is a constant square matrix."""
-        dims = list(self.constants[name].dims) if name in self.constants else []
-        return len(dims) == 2 and dims[0] == dims[1]
+        A step is named by the difference that it multiplies by. There are none without an iteration.
+        """
+        signs = {covariance: 1}  # of what the covariance gives, as a multiple of an iterate
+        differences: dict[str, frozenset[str]] = {covariance: frozenset()}  # that a value holds
+        steps = frozenset[str]()
+        num_products = 0
+        for node in self.nodes:  # in topological order
+            iterates = [name for name in node.input if name in signs]
+            others = [name for name in node.input if name not in signs]
+            if not iterates:
+                continue
+            result = node.output[0]
+            held = frozenset[str]().union(*(differences[name] for name in iterates))
+
+            # A product uses the differences that its factors hold. One factor may be the identity.
+            if node.op_type == "MatMul":
+                steps |= held
+                if self.fixed.issuperset(others) and self.own_factor(node) is None:
+                    num_products += not others
+                    signs[result] = 1
+                    differences[result] = frozenset()
+                continue
+
+            if node.op_type not in _PASSED:
+                continue
+            sign = signs[iterates[0]]
+
+            # A negative factor turns a sum into a difference, and a difference into a sum.
+            if node.op_type == "Neg":
+                sign = -sign
+            if node.op_type in ("Mul", "Div") and self._is_negative(others):
+                sign = -sign
+
+            if node.op_type in ("Add", "Sub") and self._is_matrix(others):
+                if (node.op_type == "Add") == (sign < 0):
+                    held |= {result}
+                sign = 1
+            signs[result] = sign
+            differences[result] = held
+        return steps, num_products
+
+    def _is_matrix(self, operands: Sequence[str]) -> bool:
+        """Tell whether *operands* are one fixed value of several elements."""
+        if len(operands) != 1 or operands[0] not in self.fixed:
+            return False
+        constant = self.constants.get(operands[0])
+        return constant is None or math.prod(constant.dims) > 1
+
+    def _is_negative(self, operands: Sequence[str]) -> bool:
+        """Tell whether *operands* are one negative number."""
+        number = self._number(operands[0]) if len(operands) == 1 else None
+        return number is not None and number < 0
 
     def find_mixture(self, node: "onnx.NodeProto") -> Mixture | None:
         """Return the mixture whose weights *node* gathers; None for another node."""
@@ -160,15 +212,15 @@ class _Graph:
         if chosen is None:
             chosen = self._number(before.input[1])
         components = self.constants[node.input[0]].dims[0]
-        return None if chosen is None else Mixture(chosen, components)
+        return None if chosen is None else Mixture(int(chosen), components)
 
-    def _number(self, name: str) -> int | None:
-        """Read a constant of one integer; None if it is none."""
+    def _number(self, name: str) -> float | None:
+        """Read a constant of one number; None for another value."""
         import onnx.numpy_helper  # noqa: PLC0415 # a server runs without it
 
         tensor = self.constants.get(name)
         values = [] if tensor is None else onnx.numpy_helper.to_array(tensor).flatten().tolist()
-        return int(values[0]) if len(values) == 1 else None
+        return float(values[0]) if len(values) == 1 else None
 
 
 def _transposes(node: "onnx.NodeProto") -> bool:
