@@ -29,7 +29,13 @@ NOTHING = "no covariance and no matrix square root"
 _PASSED = {
     *("Mul", "Div", "Add", "Sub", "Neg", "Cast"),
     *("Reshape", "Unsqueeze", "Squeeze", "Expand", "Identity"),
-    *("Gather", "Slice", "Concat", "ScatterElements", "ScatterND"),  # iterates kept in one tensor
+    *(
+        "Gather",
+        "Slice",
+        "Concat",
+        "ScatterElements",
+        "ScatterND",
+    ),  # iterates kept in one tensor
 }
 _MOVED = {"Reshape", "Cast", "Slice", "Unsqueeze", "Squeeze"}  # between `TopK` and `Gather`
 
@@ -219,8 +225,9 @@ class _Graph:
         import onnx.numpy_helper  # noqa: PLC0415 # a server runs without it
 
         tensor = self.constants.get(name)
-        values = [] if tensor is None else onnx.numpy_helper.to_array(tensor).flatten().tolist()
-        return float(values[0]) if len(values) == 1 else None
+        if tensor is None or math.prod(tensor.dims) != 1:  # a graph may lack its large values
+            return None
+        return float(onnx.numpy_helper.to_array(tensor).item())
 
 
 def _transposes(node: "onnx.NodeProto") -> bool:

@@ -5,7 +5,6 @@ it. `OPSET` is the lowest that torch writes and the most widely supported.
 """
 
 import copy
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy.bundle.onnx_root import next_offset
 from sopdeploy.environment import garbage_kept
-from sopdeploy.errors import LoweringError, first_line
+from sopdeploy.errors import LoweringError
 from sopdeploy.files import GRAPH_DATA
 from sopdeploy_export.admit.network import MAX_GRAPH_BYTES
 from sopdeploy_export.capture.deployed import INPUT
@@ -47,6 +46,7 @@ from sopdeploy_export.capture.failures import (
 from sopdeploy_export.capture.program import NETWORK_PREFIX
 from sopdeploy_export.lower.compared import part_of, warn_of_forms, warn_of_order
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
+from sopdeploy_export.lower.failures import describe_failure
 from sopdeploy_export.lower.forms import decompose
 from sopdeploy_export.program_hashes import module_of
 
@@ -54,8 +54,6 @@ OPSET = 18
 # The lowest that may import the opset: ONNX Runtime 1.17 refuses 10, which onnx writes by
 # default.
 IR_VERSION = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", OPSET)])
-# How the converter names the node that it cannot translate, and the operator of it.
-TRANSLATED = re.compile(r"translating node %(\w+) :.*?\[target=torch\.ops\.([\w.]+)\]")
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 LARGEST_CHECKED = (
     4096  # bytes of a constant that can decide a shape, such as a new shape itself
@@ -222,8 +220,7 @@ def to_ir(
         warnings.simplefilter("ignore")  # the converter warns about its own internals
         with _described_failure(program):
             program = decompose(program)
-        with _described_failure(program):
-            model = translate(program, inputs, outputs)
+        model = translate(program, inputs, outputs)
         if form_warnings is not None:
             form_warnings += warn_of_forms(model)
         with _described_failure(program):
@@ -237,7 +234,7 @@ def _described_failure(program: ExportedProgram) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the converter does not limit what its passes raise
-        raise LoweringError(f"no ONNX form: {_describe_failure(error, program)}") from error
+        raise LoweringError(f"no ONNX form: {describe_failure(error, program)}") from error
 
 
 @_flags.set_onnx_exporting_flag
@@ -247,11 +244,20 @@ def translate(
     """Convert *program* as `torch.onnx.export` does, without its optimizer.
 
     torch's own pass that promotes types computes all values again; here, it takes those of the
-    capture (`_Promotion`).
+    capture (`_Promotion`). Raises `LoweringError` if an operator has no ONNX form.
     """
+    with _described_failure(program):
+        decomposed = _decompose_others(program)
+    with _described_failure(decomposed):  # an error names one of its nodes
+        return _convert(decomposed, inputs, outputs)
+
+
+def _convert(
+    decomposed: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]
+) -> ir.Model:
+    """Convert *decomposed*, whose operators have converters; changes it."""
     registry = _converters()
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        decomposed = _decompose_others(program)
         for module in decomposed.graph_module.modules():
             promotion = InsertTypePromotion(module)
             promotion.interpreter = _Promotion(module, type_promotion.TypePromotionTable())
@@ -275,7 +281,8 @@ def _decompose_others(program: ExportedProgram) -> ExportedProgram:
     """
     table = _decompositions()
     if any(node.target in table for node in program.graph.nodes):
-        decomposed: ExportedProgram = program.run_decompositions(table)
+        with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            decomposed: ExportedProgram = program.run_decompositions(table)
         return decomposed
     copied = copy.copy(program)
     copied._graph_module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
@@ -314,31 +321,6 @@ def _converters() -> ONNXRegistry:
         TracedOnnxFunction, "function_ir", SimpleNamespace(domain=""), create=True
     ):
         return ONNXRegistry.from_torchlib()
-
-
-def _describe_failure(error: BaseException, program: ExportedProgram) -> str:
-    """Name the operator of *program* that the converter cannot translate, or else describe the first cause.
-
-    *error* is the last error of a chain, in which the `__cause__` of each is the one before.
-    """
-    causes = [error]
-    while (cause := causes[-1].__cause__) is not None:
-        causes.append(cause)
-    problems = [first_line(cause) for cause in causes]
-
-    # The operator that an error names, with its module if its node is still in the program.
-    for problem in problems:
-        match = TRANSLATED.search(problem)
-        if match is not None:
-            node_name, operator = match.groups()
-            places = [
-                f" in {module_of(node)}"
-                for node in program.graph.nodes
-                if node.name == node_name
-            ]
-            return f"{operator}{''.join(places)}; use other operators"
-
-    return problems[-1]
 
 
 def _simplify(model: ir.Model) -> None:

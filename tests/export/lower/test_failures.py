@@ -1,0 +1,99 @@
+"""An operator without ONNX form is refused in one line with its place in the network and what to do."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.errors import LoweringError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.capture.program import capture_any_batch
+from sopdeploy_export.lower.to_onnx import lower
+from tests.export.once import ALONE
+
+linalg = torch.linalg
+ROOT = "sopdeploy.layers.ISqrtCov"
+CONSTANT = "__init__"
+OTHER = "use other operators"
+
+
+def eigen_root(matrix: Tensor) -> Tensor:
+    values, vectors = linalg.eigh(matrix)
+    return (vectors * values.sqrt().unsqueeze(1)) @ vectors.mT
+
+
+def eigen_logarithm(matrix: Tensor) -> Tensor:
+    values, vectors = linalg.eigh(matrix)
+    return (vectors * values.log().unsqueeze(1)) @ vectors.mT
+
+
+def singular_root(matrix: Tensor) -> Tensor:
+    u, values, v = torch.svd(matrix)
+    return (u * values.sqrt().unsqueeze(1)) @ v.mT
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
+    "a root by eigh": (eigen_root, "linalg_eigh", ROOT),
+    "a logarithm by eigh": (eigen_logarithm, "linalg_eigh", "logarithm"),
+    "a root by svd": (singular_root, "linalg_svd", ROOT),
+    "the largest singular value": (lambda m: m / linalg.svdvals(m)[:, :1, None], "svd", ROOT),
+    "eigenvalues": (lambda m: linalg.eigvalsh(m)[:, :, None], "linalg_eigh", ROOT),
+    "an inverse": (linalg.inv, "linalg_inv", CONSTANT),
+    "a negative power": (lambda m: linalg.matrix_power(m, -1), "linalg_inv", CONSTANT),
+    "equations": (lambda m: linalg.solve(m, m), "linalg_solve", CONSTANT),
+    "triangular equations": (
+        lambda m: linalg.solve_triangular(m, m, upper=True),
+        "solve_triangular",
+        CONSTANT,
+    ),
+    "a Cholesky factor": (linalg.cholesky, "cholesky", CONSTANT),
+    "orthogonal factors": (lambda m: linalg.qr(m)[0], "linalg_qr", CONSTANT),
+    "an exponential": (linalg.matrix_exp, "matrix_exp", OTHER),
+}
+
+
+class SecondMoments(nn.Module):
+    """A network whose logits are a function of the second moments of colors."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        matrix = images.flatten(2) @ images.flatten(2).mT + torch.eye(3)
+        return self.function(matrix).mean(2)
+
+
+LINE = SecondMoments.forward.__code__.co_firstlineno + 2  # of the call of `function`
+
+
+def captured(network: nn.Module) -> torch.export.ExportedProgram:
+    return capture_any_batch(network.eval(), Preprocess(resize=4, crop=4), ALONE)
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_refused_operators_name_their_line_and_what_to_do(form: str) -> None:
+    function, operator, remedy = REFUSED[form]
+    program = captured(SecondMoments(function))
+    with pytest.raises(LoweringError) as refused:
+        lower(program, ("logits",))
+
+    message = str(refused.value)
+    assert message.isprintable()
+    problem, _, advice = message.partition("; ")
+    assert operator in problem
+    assert f"test_failures.py:{LINE} " in problem
+    assert remedy in advice
+
+
+@pytest.mark.parametrize("power", [1, 3])
+def test_powers_of_matrices_are_lowered(power: int) -> None:
+    program = captured(SecondMoments(lambda matrix: linalg.matrix_power(matrix, power)))
+    assert lower(program, ("logits",)).graph.output[0].name == "logits"
+
+
+def test_without_code_of_the_network_the_module_is_the_place() -> None:
+    program = captured(nn.Sequential(nn.AdaptiveMaxPool2d(3), nn.Flatten()))
+    with pytest.raises(LoweringError, match=r"adaptive_max_pool2d\.default in 0; "):
+        lower(program, ("logits",))
