@@ -25,18 +25,11 @@ if TYPE_CHECKING:
     import onnx
 
 NOTHING = "no covariance and no matrix square root"
-# Operators of an iteration beside its products: arithmetic, and what moves iterates.
-_PASSED = {
-    *("Mul", "Div", "Add", "Sub", "Neg", "Cast"),
-    *("Reshape", "Unsqueeze", "Squeeze", "Expand", "Identity"),
-    *(
-        "Gather",
-        "Slice",
-        "Concat",
-        "ScatterElements",
-        "ScatterND",
-    ),  # iterates kept in one tensor
-}
+# Operators of an iteration beside its products: arithmetic, what changes shapes, and what keeps
+# iterates in one tensor.
+_PASSED = {"Mul", "Div", "Add", "Sub", "Neg", "Cast"}
+_PASSED |= {"Reshape", "Unsqueeze", "Squeeze", "Expand", "Identity"}
+_PASSED |= {"Gather", "Slice", "Concat", "ScatterElements", "ScatterND"}
 _MOVED = {"Reshape", "Cast", "Slice", "Unsqueeze", "Squeeze"}  # between `TopK` and `Gather`
 
 

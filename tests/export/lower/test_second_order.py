@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.bundle.second_order import NOTHING, Root, SecondOrder, count_second_order
+from sopdeploy.bundle.second_order import (
+    NOTHING,
+    Mixture,
+    Root,
+    SecondOrder,
+    count_second_order,
+)
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers import ISqrtCov, NewtonSchulzConfig
 from sopdeploy.models.registry import create_model
@@ -98,7 +104,7 @@ def test_roots_of_every_size_are_counted(channels: int, positions: int) -> None:
     assert counted == SecondOrder(1, 0, (Root(5, 12),), ())
 
 
-@pytest.mark.parametrize("steps, products", [(1, 1), (3, 6), (7, 18), (12, 33)])
+@pytest.mark.parametrize(("steps", "products"), [(1, 1), (3, 6), (7, 18), (12, 33)])
 def test_every_number_of_steps_is_counted(steps: int, products: int) -> None:
     assert count_second_order(lowered_root(96, 196, steps)).roots == (Root(steps, products),)
 
@@ -109,7 +115,7 @@ PAPERS: dict[str, tuple[int, dict[str, Any], SecondOrder]] = {
     "gmsop-16-8-resnet18": (
         64,
         {"gate_widths": (256, 128)},
-        SecondOrder(8, 0, (Root(3, 6),) * 8, ()),
+        SecondOrder(2, 0, (Root(5, 12),) * 2, (Mixture(8, 16),)),
     ),
 }
 
