@@ -31,7 +31,8 @@ LOGARITHM_EPS = 1e-3
 TOO_CLOSE = 1e-5  # eigenvalues are equal up to this fraction of the largest one (float32)
 NO_EIGEN_FORM = (
     "an eigendecomposition has no ONNX or TensorRT form; train with pooling "
-    "isqrt, which takes the square root by matrix products"
+    "isqrt, which takes the square root by matrix products; it can start from the weights of "
+    "mpncov (docs/second-order.md)"
 )
 NO_SECOND_GRADIENT = (
     "the gradient through eigenvalues cannot be differentiated again; train with "

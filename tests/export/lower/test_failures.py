@@ -1,17 +1,22 @@
 """An operator without ONNX form is refused in one line with its place in the network and what to do."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sopdeploy.bundle.second_order import Root, count_second_order
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.lower.to_onnx import lower
 from tests.export.once import ALONE
 
+DOCS = Path(__file__).parents[3] / "docs"
 linalg = torch.linalg
 ROOT = "sopdeploy.layers.ISqrtCov"
 CONSTANT = "__init__"
@@ -97,3 +102,24 @@ def test_without_code_of_the_network_the_module_is_the_place() -> None:
     program = captured(nn.Sequential(nn.AdaptiveMaxPool2d(3), nn.Flatten()))
     with pytest.raises(LoweringError, match=r"adaptive_max_pool2d\.default in 0; "):
         lower(program, ("logits",))
+
+
+def test_the_root_of_the_page_replaces_an_exact_root() -> None:
+    page = (DOCS / "second-order.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(import torch\n.*?def matrix_root.*?)```", page, re.DOTALL)
+    assert code is not None
+    namespace: dict[str, Any] = {}
+    exec(code[1], namespace)  # noqa: S102 # the page of this repository
+
+    # Also for a singular matrix, as of fewer positions than channels.
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(2, 8, 8, generator=generator)
+    factors[1, :, 3:] = 0
+    matrices = factors @ factors.mT
+    values, vectors = linalg.eigh(matrices.double())
+    exact = (vectors * values.clamp_min(0).sqrt().unsqueeze(1)) @ vectors.mT
+    root = namespace["matrix_root"](matrices)
+    torch.testing.assert_close(root, exact.float(), rtol=0, atol=1e-3 * float(exact.max()))
+
+    model = lower(captured(SecondMoments(namespace["matrix_root"])), ("logits",))
+    assert count_second_order(model).roots == (Root(15, 42),)
