@@ -84,7 +84,7 @@ def count_second_order(model: "onnx.ModelProto") -> SecondOrder:
     # A covariance is a product of a map with itself; what follows it may be an iteration.
     num_centered = 0
     num_moments = 0
-    roots: dict[frozenset[str], Root] = {}
+    roots: dict[str, Root] = {}
     for node in model.graph.node:
         factor = graph.own_factor(node)
         if factor is None:
@@ -93,9 +93,8 @@ def count_second_order(model: "onnx.ModelProto") -> SecondOrder:
             num_centered += 1
         else:
             num_moments += 1
-        steps, num_products = graph.find_root(node.output[0])
-        if steps:  # products that are added up before the iteration have the same steps
-            roots[steps] = Root(len(steps), num_products)
+        # Products that are added up before an iteration have the same roots.
+        roots |= graph.find_roots(node.output[0])
 
     mixtures = {mixture for node in model.graph.node if (mixture := graph.find_mixture(node))}
     return SecondOrder(
@@ -137,30 +136,33 @@ class _Graph:
         mean = self.producer.get(node.input[1])
         return mean is not None and mean.op_type == "ReduceMean"
 
-    def find_root(self, covariance: str) -> tuple[frozenset[str], int]:
-        """Find the steps of the iteration that follows *covariance*, and count its matrix products.
-
-        A step is named by the difference that it multiplies by. There are none without an iteration.
-        """
+    def find_roots(self, covariance: str) -> dict[str, Root]:
+        """Count the iterations that follow *covariance*, each by the name of its first difference T."""
         signs = {covariance: 1}  # of what the covariance gives, as a multiple of an iterate
-        differences: dict[str, frozenset[str]] = {covariance: frozenset()}  # that a value holds
-        steps = frozenset[str]()
-        num_products = 0
+        unused: dict[str, set[str]] = {covariance: set()}  # differences that a value holds
+        used: dict[str, set[str]] = {covariance: set()}  # those that products before it used
+        first: dict[str, str] = {}  # of each difference: the first one of its iteration
+        steps = set[str]()
+        products: Counter[str] = Counter()
         for node in self.nodes:  # in topological order
             iterates = [name for name in node.input if name in signs]
             others = [name for name in node.input if name not in signs]
             if not iterates:
                 continue
             result = node.output[0]
-            held = frozenset[str]().union(*(differences[name] for name in iterates))
+            held = set[str]().union(*(unused[name] for name in iterates))
+            before = set[str]().union(*(used[name] for name in iterates))
 
             # A product uses the differences that its factors hold. One factor may be the identity.
             if node.op_type == "MatMul":
                 steps |= held
                 if self.fixed.issuperset(others) and self.own_factor(node) is None:
-                    num_products += not others
+                    before |= {first[difference] for difference in held}
+                    if not others:
+                        products.update(before)
                     signs[result] = 1
-                    differences[result] = frozenset()
+                    unused[result] = set()
+                    used[result] = before
                 continue
 
             if node.op_type not in _PASSED:
@@ -175,11 +177,15 @@ class _Graph:
 
             if node.op_type in ("Add", "Sub") and self._is_matrix(others):
                 if (node.op_type == "Add") == (sign < 0):
-                    held |= {result}
+                    first[result] = min(before, default=result)
+                    held.add(result)
                 sign = 1
             signs[result] = sign
-            differences[result] = held
-        return steps, num_products
+            unused[result] = held
+            used[result] = before
+
+        counts = Counter(first[step] for step in steps)
+        return {name: Root(count, products[name]) for name, count in counts.items()}
 
     def _is_matrix(self, operands: Sequence[str]) -> bool:
         """Tell whether *operands* are one fixed value of several elements."""

@@ -181,6 +181,13 @@ OWN: dict[str, tuple[Callable[[Tensor], Tensor], tuple[Root, ...]]] = {
         lambda a: iterate(a + 1e-3 * torch.eye(a.shape[1]), torch.eye(a.shape[1]), halves),
         (Root(3, 6),),
     ),
+    "two roots of one covariance": (
+        lambda a: (
+            iterate(a, torch.eye(a.shape[1]), halves)
+            + iterate(2 * a, 2 * torch.eye(a.shape[1]), halves)
+        ),
+        (Root(3, 6), Root(3, 6)),
+    ),
     "iterates kept in tensors": (stored_iterates, (Root(3, 6),)),
     "no root, but a small multiple of the identity": (
         lambda a: a + 1e-3 * torch.eye(a.shape[1]),
