@@ -30,7 +30,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     sh install_image.sh cpu
 
 FROM build AS gpu-build
-# Further requirements, without hashes: --build-arg REQUIREMENTS="sopdeploy[tensorrt]" if the index has its libraries.
+# Further requirements, without hashes: --build-arg REQUIREMENTS="sopdeploy[tensorrt]", for example, which downloads
+# TensorRT from NVIDIA's own package index.
 ARG REQUIREMENTS=
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \

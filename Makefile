@@ -18,7 +18,7 @@ TARGET ?= cpu
 WHEELS ?=
 CARRY ?= build/gpu
 GPU_VENV := .venv-gpu
-# A source package that downloads its libraries from NVIDIA's index, with build tools that only isolation gives it.
+# Placeholders that download NVIDIA's wheels from NVIDIA's index, with build tools that only isolation gives them.
 TENSORRT := tensorrt-cu13>=11,<12
 # It measures the packages of its machine, whatever their versions are.
 GPU_INSTALL = env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(GPU_VENV)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS))
