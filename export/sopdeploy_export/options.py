@@ -159,6 +159,8 @@ class NetworkExportOptions(NetworkOptions):
 class EngineOptions(Options):
     """Options of `sopdeploy engine`."""
 
+    allow_numerical_error: bool = False
+    """Store the engine although the numerical error of an output exceeds its tolerance, and record it."""
     via: Literal["onnx", "torch-tensorrt"] = "onnx"
     """Converter: TensorRT's ONNX parser, or torch-tensorrt, which needs the checkpoint."""
     checkpoint: Path | None = None

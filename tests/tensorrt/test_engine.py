@@ -61,16 +61,26 @@ class Machine:
         self.gpu = H200
         self.plans = 0  # that were built
         self.outcomes: list[Exception] = []  # of the next replays; then they succeed
+        self.deviation = 0.25  # of the logits, whose tolerance is 0.5
 
     def build(self, *_: object) -> bytes:
         self.plans += 1
         return b"plan %d" % self.plans
 
-    def replay(self, *_: object) -> tuple[Replay, ...]:
+    def replay(self, *arguments: Any) -> tuple[Replay, ...]:
         if self.outcomes:
             raise self.outcomes.pop(0)
-        deviation = {"logits": 0.25}
-        return (Replay(batch=16, num_images=3, deviation=deviation, tolerance={"logits": 0.5}),)
+        accepted = arguments[5] if len(arguments) > 5 else {}
+        return tuple(
+            Replay(
+                batch=batch,
+                num_images=3,
+                deviation={"logits": deviation},
+                tolerance={"logits": max(0.5, accepted.get("logits", 0.0))},
+                num_changed=int(deviation > 0.5),
+            )
+            for batch, deviation in ((1, self.deviation / 2), (16, self.deviation))
+        )
 
 
 @pytest.fixture
@@ -137,6 +147,51 @@ def test_a_cached_engine_that_computes_something_else_is_built_again(
         again.reason == "the cached engine is wrong, reference outputs: 'logits' deviates by 1"
     )
     assert (again.path, again.path.read_bytes()) == (built.path, b"plan 2")
+
+
+def test_an_engine_beyond_the_tolerance_is_stored_only_if_it_is_allowed_and_says_so(
+    machine: Machine, bundle: Bundle, tmp_path: Path
+) -> None:
+    machine.deviation = 0.75
+    refused = run(bundle.path)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    for text in ("0.75", "0.5", "1 of 3 images", "--allow-numerical-error"):
+        assert text in refused.stderr.splitlines()[-1]
+    assert not list(tmp_path.rglob("*.plan"))
+
+    allowed = run(bundle.path, "--allow-numerical-error")
+    assert allowed.exit_code == 0, allowed.stderr
+    assert "accepted" in allowed.stdout
+    (path,) = tmp_path.rglob("*.plan")
+    record = EngineRecord.model_validate_json(path.with_suffix(".json").read_text())
+    assert record.accepted_errors == {"logits": 1.5}
+    assert [each.deviation["logits"] for each in record.replays] == [0.375, 0.75]
+    assert [each.tolerance["logits"] for each in record.replays] == [0.5, 0.5]
+    assert record.replays[1].num_changed == 1
+
+    # In the cache, it may have this error, but not a larger one.
+    assert get_engine(bundle, EngineOptions()).reason is None
+    machine.deviation = 1.75
+    with pytest.raises(ParityError, match=r"1\.75"):
+        get_engine(bundle, EngineOptions())
+
+
+def test_an_engine_within_the_tolerance_records_no_accepted_error(
+    machine: Machine, bundle: Bundle
+) -> None:
+    built = get_engine(bundle, EngineOptions(allow_numerical_error=True))
+    written = built.path.with_suffix(".json").read_text()
+    assert "accepted_errors" not in written
+    assert "num_changed" not in written
+
+
+def test_outputs_that_are_not_finite_are_refused_even_if_an_error_is_allowed(
+    machine: Machine, bundle: Bundle, tmp_path: Path
+) -> None:
+    machine.outcomes = [WRONG]
+    with pytest.raises(ParityError):
+        get_engine(bundle, EngineOptions(allow_numerical_error=True))
+    assert not list(tmp_path.rglob("*.plan"))
 
 
 def test_a_bundle_that_is_quantized_for_cpus_is_refused(bundle: Bundle) -> None:

@@ -486,6 +486,13 @@ def _show_engine(engine: "EngineFile") -> None:
     for replay in record.replays:
         for text in replay.lines():
             print_field("outputs", text)
+    if record.accepted_errors:
+        changed = max(replay.num_changed for replay in record.replays)
+        print_field(
+            "accepted",
+            f"a numerical error beyond the tolerance, which changes the class of {changed} reference images",
+            style="bold yellow",
+        )
     print_field("ready", f"{engine.path} ({record.plan_bytes:,} bytes)", style="bold green")
 
 

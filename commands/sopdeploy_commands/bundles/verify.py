@@ -1,5 +1,6 @@
 """`sopdeploy verify`: check a bundle's files and its outputs on this machine."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,8 +118,11 @@ def verify(
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         return loaded.runtime.run(pixels[None])[output][0]
 
-    # Each JPEG example must give the exporter's pixels, and with them its logits.
+    # Each JPEG example must give the exporter's pixels, and with them its logits. An engine whose
+    # larger error was allowed has this error here, too.
+    tolerance = loaded.replays[1].tolerance[output]
     for example in examples:
+        example = replace(example, tolerance=max(example.tolerance, tolerance))
         jpeg = example.jpeg
         decoded = decode(
             jpeg, manifest.preprocess, max_bytes=len(jpeg), max_pixels=PILLOW_PIXELS

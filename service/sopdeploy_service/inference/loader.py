@@ -26,6 +26,7 @@ from sopdeploy.bundle.probes import (
     Outputs,
     Probes,
     Replay,
+    check_replays,
     compare_outputs,
     read_probes,
     replay,
@@ -37,6 +38,7 @@ from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.inference import daemon_threads
 from sopdeploy_service.inference.load_time import finish_in_time, wait_in_time
 from sopdeploy_service.runtime.base import (
+    InexactRuntime,
     OpenRuntime,
     OverlappingRuntime,
     OwnRuntime,
@@ -120,6 +122,13 @@ def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
         with translating_errors(runtime):
             max_batch = largest_batch(runtime, settings)
             probes = read_probes(bundle)
+            if isinstance(runtime, InexactRuntime) and runtime.accepted_errors:
+                probes = probes.accepting(runtime.accepted_errors)
+                log.warning(
+                    "%s: the numerical error of its engine exceeds the tolerance of the bundle, "
+                    "which was allowed when it was built",
+                    bundle.name,
+                )
             timings = warm_up(probes, runtime, max_batch)
             replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
         stack.pop_all()
@@ -243,7 +252,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
             )
             largest_to_try = size - 1
         else:
-            compare_outputs(batch, outputs, size)
+            check_replays([compare_outputs(batch, outputs, size)])
 
     return timings
 

@@ -115,6 +115,13 @@ def register_runtime(name: str, open_runtime: OpenRuntime) -> None:
 
 
 @runtime_checkable
+class InexactRuntime(Runtime, Protocol):
+    """A runtime whose numerical error, by output, may exceed the tolerance of the bundle; the user allowed it."""
+
+    accepted_errors: dict[str, float]
+
+
+@runtime_checkable
 class OverlappingRuntime(Runtime, Protocol):
     """A runtime that accepts a batch while another one runs."""
 

@@ -44,6 +44,7 @@ class TensorRTRuntime(EngineSession, OwnRuntime):
             if isinstance(engine, str):  # the reason why there is none
                 reasons.append(engine)
                 continue
+            self.accepted_errors = engine.record.accepted_errors
             super().__init__(trt, cuda, engine.plan, bundle.manifest, engine.record.key)
             return
 

@@ -122,7 +122,11 @@ class EngineKey(StrictModel):
 
 
 class EngineRecord(StrictModel):
-    """Content of `<name>.json`."""
+    """Content of `<name>.json`.
+
+    `accepted_errors` has the numerical error that the engine may have, by output, if it exceeds
+    the tolerance of the bundle and the user allowed it. `replays` has what was measured.
+    """
 
     format: Literal["sopdeploy-engine"] = "sopdeploy-engine"
     version: Literal[1] = 1
@@ -131,6 +135,9 @@ class EngineRecord(StrictModel):
     plan_bytes: Count
     build_seconds: NonNegative
     replays: tuple[Replay, ...]
+    accepted_errors: Annotated[
+        dict[str, NonNegative], pydantic.Field(exclude_if=lambda errors: not errors)
+    ] = pydantic.Field(default_factory=dict)
 
 
 class StoredEngine(NamedTuple):

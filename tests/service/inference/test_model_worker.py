@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -335,6 +336,18 @@ def test_a_runtime_that_is_wrong_for_a_single_probe_is_not_served(
     monkeypatch.setattr(loader, "open_runtime", lambda *_: runtime)
     with pytest.raises(ParityError, match="deviates by 1"):
         loader.load_model(bundle.path, Settings(max_batch=max_batch))
+
+
+@pytest.mark.parametrize(("accepted", "passes"), [(1.5, True), (0.5, False), (None, False)])
+def test_an_engine_whose_larger_error_was_allowed_is_served_up_to_this_error(
+    bundle, onnx_runtime, monkeypatch, accepted, passes
+):
+    runtime = WrongForOneImage(onnx_runtime, read_probes(bundle).images[0])
+    if accepted is not None:
+        runtime.accepted_errors = {"logits": accepted}
+    monkeypatch.setattr(loader, "open_runtime", lambda *_: runtime)
+    with nullcontext() if passes else pytest.raises(ParityError):
+        loader.load_model(bundle.path, Settings())
 
 
 def test_an_image_keeps_its_pixels_until_its_batch_ended_whatever_becomes_of_its_neighbours(

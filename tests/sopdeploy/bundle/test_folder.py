@@ -33,7 +33,14 @@ from sopdeploy.bundle.manifest import (
     TensorRecord,
     to_json,
 )
-from sopdeploy.bundle.probes import Probes, read_probes, replay, replay_in_turn, write_probes
+from sopdeploy.bundle.probes import (
+    Probes,
+    check_replays,
+    read_probes,
+    replay,
+    replay_in_turn,
+    write_probes,
+)
 from sopdeploy.bundle.publication import publish, seal, staging
 from sopdeploy.errors import BundleError, ParityError, StorageError
 from sopdeploy.images.preprocess import Preprocess
@@ -451,6 +458,18 @@ def test_probes_of_several_sizes_run_in_turn() -> None:
     assert [(one.batch, one.num_images) for one in found] == [(1, 5), (2, 6), (4, 8)]
 
 
+def test_a_replay_counts_the_images_whose_most_probable_class_changes() -> None:
+    def run(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        changes = (images == IMAGES[1]).all(axis=(1, 2, 3))[:, None]
+        logits = network(images)["logits"]
+        return {**network(images), "logits": np.where(changes, -logits, logits)}
+
+    replays = replay_in_turn(dict.fromkeys((1, 2), PROBES), run)
+    assert [(one.num_changed, one.num_images) for one in replays] == [(1, 5), (1, 5)]
+    with pytest.raises(ParityError, match="1 of 5 images"):
+        check_replays(replays)
+
+
 Wrong = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 
 
@@ -482,7 +501,7 @@ def test_other_outputs_are_rejected(case: str, batch: int) -> None:
 
 def test_probes_with_nan_never_pass() -> None:
     nan = np.full((5, 3), np.nan, np.float32)
-    with pytest.raises(ParityError, match="'logits' deviates by nan"):
+    with pytest.raises(ParityError, match="is not finite"):
         replay(
             Probes(images=IMAGES, expected={"logits": nan}, tolerance={"logits": 1.0}), network
         )

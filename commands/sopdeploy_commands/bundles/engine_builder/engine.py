@@ -5,17 +5,18 @@ An engine is kept only if it reproduces the bundle's probes.
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import onnx
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.onnx_root import weights_beside
-from sopdeploy.bundle.probes import Replay, read_probes, replay_in_turn
+from sopdeploy.bundle.probes import Replay, check_replays, read_probes, replay_in_turn
 from sopdeploy.errors import LoweringError, ParityError
 from sopdeploy_commands.bundles.engine_builder.build import (
     Report,
@@ -56,7 +57,8 @@ def get_engine(
     *report* receives the progress. *build_via_torch* builds the plan instead of TensorRT's
     parser; it is given if, and only if, *options* name torch-tensorrt. Raises
     `RuntimeUnavailableError` without TensorRT or a GPU, `LoweringError` or `EngineError` if no
-    engine can be built, and `ParityError` if the outputs of a new one deviate from the probes.
+    engine can be built, and `ParityError` if the outputs of a new one deviate from the probes
+    and *options* do not allow it.
     """
     is_via_torch = options.via == "torch-tensorrt"
     if is_via_torch != (build_via_torch is not None):
@@ -88,7 +90,8 @@ def get_engine(
     if isinstance(cached, cache.StoredEngine):
         report("checking the reference outputs on the cached engine")
         try:
-            replay_probes(trt, cuda, bundle, cached.plan, key)
+            errors = cached.record.accepted_errors
+            check_replays(replay_probes(trt, cuda, bundle, cached.plan, key, errors))
             return EngineFile(
                 path=folder / f"{key.name}.plan", record=cached.record, reason=None
             )
@@ -112,15 +115,31 @@ def get_engine(
 
     seconds = round(time.monotonic() - begin, 3)
 
-    # Only an engine that passes the probes gets into the cache.
+    # Only an engine that passes the probes gets into the cache, or one whose error is allowed. The
+    # server runs other batch sizes, too, so the limit is twice the error, as in an export.
     report("checking outputs")
-    replays = replay_probes(trt, cuda, bundle, plan, key)  # raises `ParityError`
+    replays = replay_probes(trt, cuda, bundle, plan, key)
+    accepted_errors: dict[str, float] = {}
+    try:
+        check_replays(replays)
+    except ParityError as error:
+        if not options.allow_numerical_error:
+            raise ParityError(
+                f"{error.message}; nothing was stored; to accept this error,",
+                remedies={"allow_numerical_error": True},
+            ) from error
+        accepted_errors = {
+            name: 2 * max(each.deviation[name] for each in replays)
+            for name, tolerance in replays[0].tolerance.items()
+            if any(each.deviation[name] > tolerance for each in replays)
+        }
     record = cache.EngineRecord(
         key=key,
         plan_sha256=hashlib.sha256(plan).hexdigest(),
         plan_bytes=len(plan),
         build_seconds=seconds,
         replays=replays,
+        accepted_errors=accepted_errors,
     )
 
     return EngineFile(
@@ -129,15 +148,21 @@ def get_engine(
 
 
 def replay_probes(
-    trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: EngineKey
+    trt: Any,
+    cuda: Cuda,
+    bundle: Bundle,
+    plan: bytes,
+    key: EngineKey,
+    accepted_errors: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Replay, ...]:
     """Run the bundle's probes on the engine in *plan*, at the smallest and largest batch of every profile.
 
-    Batches of different profiles alternate: a context must not disturb another one. Raises
-    `ParityError` if an output deviates by more than the bundle's tolerance, and `BundleError`
-    if an output has no probes.
+    Batches of different profiles alternate: a context must not disturb another one. The
+    tolerances of the replays are those of the bundle, or *accepted_errors* if these are larger.
+    Raises `ParityError` if an output has another shape or is not finite, and `BundleError` if an
+    output has no probes.
     """
-    probes = read_probes(bundle)
+    probes = read_probes(bundle).accepting(accepted_errors)
     sizes = sorted(
         {size for profile in key.profiles for size in (profile.minimum, profile.maximum)}
     )
