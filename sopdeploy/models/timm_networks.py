@@ -35,8 +35,8 @@ class TimmConfig(StrictModel):
     """`backbone` is the network's name in timm, such as `convnext_tiny` or `resnet18.a1_in1k`.
 
     Two options of timm's ResNets: `attn_layer` is timm's name of an attention in every block,
-    such as "se", "cbam" or "ge" (Gather-Excite); `output_stride` 8 or 16 dilates the last
-    stages instead of striding. `image_size` is the side of the images of a network with
+    such as "se" or "cbam"; `output_stride` 8 or 16 dilates the last stages instead of
+    striding. `image_size` is the side of the images of a network with
     position embeddings, by default that of timm's weights.
     """
 
@@ -72,8 +72,8 @@ class TimmConfig(StrictModel):
             if not options:  # timm cannot build its own network
                 raise
             raise ConfigError(
-                f"timm:{self.backbone}: {', '.join(set_options)}: "
-                f"{first_line(error)}; leave them out"
+                f"timm:{self.backbone}: timm cannot build it with {', '.join(set_options)} "
+                f"({first_line(error)}); choose other values"
             ) from error
 
         return network
