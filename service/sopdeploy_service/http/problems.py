@@ -118,8 +118,8 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
         path = request.scope["state"]["context"].path
         root = request.scope["root_path"]
 
-        # Tell what to do: the nearest path, or the methods that the path has.
-        if status == HTTPStatus.NOT_FOUND:
+        # Tell what to do, unless the route has: the nearest path, or the methods that the path has.
+        if status == HTTPStatus.NOT_FOUND and detail == status.phrase:
             # Where another server classifies, such as TorchServe at `/predictions/NAME`, tell where
             # this one does. Paths below `/v2/` are those of this server itself.
             parts = re.split("[/:]", path[:100])

@@ -21,6 +21,8 @@ from sopdeploy_service.inference.results import (
     RejectedError,
 )
 from sopdeploy_service.inference.service import Service
+from sopdeploy_service.settings import Settings
+from tests.support.service import running
 from tests.support.strategies import json_bodies
 
 LIMIT = 100_000
@@ -403,7 +405,24 @@ MISSING = {
     ("POST", "/v2/models/..%2ftiny/infer"): (404, "not_found"),
     ("GET", "/v2/models/tiny/infer"): (405, "method_not_allowed"),
     ("GET", "/v2/logging"): (404, "not_found"),
+    **{
+        ("GET", f"/v2/models/{path}stats"): (404, "not_found")
+        for path in ("", "tiny/", "tiny/versions/1/")
+    },
 }
+
+
+def test_the_server_is_described_at_the_path_with_a_slash_too(client):
+    assert client.get("/v2/").json() == client.get("/v2").json()
+
+
+def test_statistics_are_refused_with_the_place_of_the_figures(client):
+    assert "/metrics" in client.get("/v2/models/stats").json()["error"]
+
+
+def test_a_model_may_be_called_stats(onnx_runtime, bundle):
+    with running(onnx_runtime, bundle, Settings(), names=["stats"]) as client:
+        assert client.get("/v2/models/stats").json()["name"] == "stats"
 
 
 def test_missing_resources_get_an_error_object(client):

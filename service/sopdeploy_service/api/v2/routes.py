@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 import orjson
 import pydantic
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, HTTPException, Request, Response
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import EMBEDDING
@@ -43,6 +43,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(_STATUSES, _ERROR)
 MODEL = "/v2/models/{name}"
 VERSION = "/v2/models/{name}/versions/{version}"
 _VERSION = package_version("sopdeploy")
+NO_STATISTICS = HTTPException(
+    404, "the statistics extension is not offered; GET /metrics has these figures"
+)
 router = APIRouter(tags=["Open Inference Protocol"], responses=_ERRORS)
 INFER_BODY = {
     "requestBody": {
@@ -66,6 +69,7 @@ JsonLengthHeader = Annotated[
 
 
 @router.get("/v2")
+@router.get("/v2/", include_in_schema=False)  # the path in the OpenAPI document of the protocol
 async def server() -> Response:
     """Name the server and the extensions it supports."""
     return json_response(
@@ -101,7 +105,14 @@ async def model_ready(request: Request, name: str, version: Version = None) -> R
 @router.get(VERSION)
 async def model_metadata(request: Request, name: str, version: Version = None) -> Response:
     """Return the inputs and outputs of the model."""
-    model = find_and_record_model(request, name, version)
+    try:
+        model = find_and_record_model(request, name, version)
+    except RejectedError as error:
+        if (
+            name == "stats" and version is None
+        ):  # Triton's path for the statistics of all models
+            raise NO_STATISTICS from error
+        raise
     manifest = model.bundle.manifest
     is_engine = model.runtime.name.startswith("tensorrt ")  # the version follows
     pixels = manifest.inputs[0]
@@ -124,6 +135,14 @@ async def model_metadata(request: Request, name: str, version: Version = None) -
             ],
         }
     )
+
+
+@router.get(MODEL + "/stats", include_in_schema=False)
+@router.get(VERSION + "/stats", include_in_schema=False)
+async def model_statistics(name: str, version: Version = None) -> Response:
+    """Refuse the request: the statistics extension is not offered."""
+    del name, version
+    raise NO_STATISTICS
 
 
 @router.post(MODEL + "/infer", openapi_extra=INFER_BODY)
