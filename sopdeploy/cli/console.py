@@ -35,6 +35,9 @@ out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 MAX_ROW = 100_000  # columns of a row in a file
+# White space other than spaces, and spaces around it
+_BREAKS = re.compile(r" *[^\S ]\s*")
+_BREAKS_AT_ENDS = "\t\n\v\f\r"
 # Paths and commands, which may become input
 _COPIED = re.compile(r"\S*[/\\]\S*|`[^`]*`|\bsopdeploy .*")
 # Bidirectional classes: letters of a right-to-left script, what continues a word of them, and a
@@ -46,9 +49,12 @@ _RIGHT_TO_LEFT = re.compile(r"R[Rw]*(?: R[Rw]*)*")
 def plain_text(text: str) -> Text:
     """Build one line of rich text from *text*, without markup; `?` replaces control characters.
 
+    Spaces stay, because they align columns and are a part of names. Line breaks, tabs and other
+    white space become one space.
+
     Names in right-to-left scripts do not change the order of the text around them.
     """
-    line = " ".join(text.split())
+    line = _BREAKS.sub(" ", text.strip(_BREAKS_AT_ENDS)).rstrip()
     printable = "".join(character if character.isprintable() else "?" for character in line)
     return Text(_isolate_right_to_left(printable))
 

@@ -428,7 +428,21 @@ def test_markup_in_external_text_is_printed_literally(
 @given(st.text(st.characters(categories=["L", "N", "P", "S", "Zs", "Cc"]), max_size=30))
 def test_external_text_is_one_line_without_control_characters(text: str) -> None:
     expected = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-    assert plain_text(text).plain.translate(dict.fromkeys(map(ord, "\u2068\u2069"))) == expected
+    printed = plain_text(text).plain.translate(dict.fromkeys(map(ord, "\u2068\u2069")))
+    assert " ".join(printed.split()) == expected
+    assert printed.isprintable()
+
+
+SPACED = {  # text: how it is printed
+    "removed  branches (45": "removed  branches (45",
+    "  a  b.jpg  ": "  a  b.jpg",
+    "one\n    two\t three\n": "one two three",
+}
+
+
+@pytest.mark.parametrize("text", SPACED)
+def test_spaces_that_align_columns_stay_in_one_line(text: str) -> None:
+    assert plain_text(text).plain == SPACED[text]
 
 
 ISOLATED = {  # text: how it is printed; < and > stand for U+2068 and U+2069
