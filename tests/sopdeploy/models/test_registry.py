@@ -30,6 +30,14 @@ def test_every_entry_is_complete_and_its_config_survives_a_checkpoint(name: str)
     assert line.num_classes >= 2
 
 
+@pytest.mark.parametrize("name", list_models())
+def test_every_entry_is_built_also_without_what_only_training_uses(name: str) -> None:
+    with torch.device("meta"):
+        network = create_model(name, num_classes=3)
+        inference = network.inference_model()
+    assert all(parameter.is_meta for parameter in inference.parameters())
+
+
 @pytest.mark.parametrize(
     ("wrong", "near"),
     [
