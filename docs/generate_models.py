@@ -33,6 +33,10 @@ has no auxiliary branches. The last column is the length of the vector that the 
 |---|---|---|---|---|---|---|---|
 {networks}
 
+Without options, the branches of DSoP are those of the paper's text. The recipes of the paper have the branches of its
+Table I. With them, `dsop-resnet50` has {dsop} M weights in training, as printed: `sopdeploy models dsop-resnet50
+--option aux_stride=table`.
+
 ## Networks that `within` tries
 
 `sopdeploy train --data photos --within 20ms` measures the time of these networks on one thread of your machine. It
@@ -107,6 +111,7 @@ def models_page() -> str:
     return PAGE.format(
         poolings=", ".join(f"`{kind}`" for kind in kinds),
         networks="\n".join(network_row(name, item) for name, item in CATALOG.items()),
+        dsop=f"{describe('dsop-resnet50', aux_stride='table').training.parameters / 1e6:.1f}",
         source=read_choices().source,
         choices="\n".join(map(choice_row, read_choices().networks)),
         differing="\n".join(dict.fromkeys(differing_rows())),
