@@ -124,9 +124,8 @@ $(CUDA)/.built: $(STAMP) deploy/lock/cuda-stand-in.txt tests/cuda/build.py tests
 	$(BIN)/python tests/cuda/build.py $(CUDA)
 	touch $@
 
-goldens: $(STAMP)  ## rewrite tests/goldens and the list of compared operators; review the diff
+goldens: $(STAMP)  ## rewrite tests/goldens; review the diff
 	$(BIN)/pytest --rewrite-goldens -k golden tests/sweep/test_goldens.py tests/sopdeploy tests/service/labelling
-	$(BIN)/pytest --rewrite-goldens --slow -n 0 tests/operators/test_sweep.py
 
 elsewhere: $(STAMP)  ## the default tests in other surroundings: processors, locales, users, clocks; one hour; OPTIONS="--list"
 	$(BIN)/python deploy/elsewhere.py $(OPTIONS)

@@ -52,7 +52,7 @@ from sopdeploy_export.capture.deployed import (
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.lower.accuracy import AccuracyCheck
-from sopdeploy_export.lower.compared import find_order
+from sopdeploy_export.lower.order import find_order, warn_of_order
 from sopdeploy_export.network import attributes_restored
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pack.bundle import (
@@ -336,7 +336,11 @@ def export_subject(
         **vars(results),
         path=path,
         manifest=manifest,
-        warnings=(*subject.warnings, *measured.plain_runs.warnings, *file.warnings),
+        warnings=(
+            *subject.warnings,
+            *measured.plain_runs.warnings,
+            *warn_of_order(measured.exact.order),
+        ),
         seconds=seconds,
     )
     return replace(exported, page=write_page(exported, subject.labels))

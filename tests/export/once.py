@@ -32,7 +32,7 @@ from tests.support import quick_torch
 CAPTURED: dict[str, Compared] = {}
 of = Compared.of
 GRAPHS: dict[str, Lowered] = {}
-LOWERED: dict[tuple[str, tuple[str, ...]], tuple[onnx.ModelProto, list[str]]] = {}
+LOWERED: dict[tuple[str, tuple[str, ...]], onnx.ModelProto] = {}
 BATCH = BatchRange(
     optimum=4, maximum=9
 )  # one range for all, because each range needs a capture
@@ -98,16 +98,12 @@ def _compare_once(
 
 
 def _lower_once(
-    program: ExportedProgram, outputs: tuple[str, ...], found: list[str], _folder: Path
+    program: ExportedProgram, outputs: tuple[str, ...], _folder: Path
 ) -> onnx.ModelProto:
     key = program_root(program).sha256, outputs
     if key not in LOWERED:
-        warnings: list[str] = []
-        LOWERED[key] = lower(program, outputs, warnings), warnings
-
-    model, warnings = LOWERED[key]
-    found += warnings
-    return _copy(model)
+        LOWERED[key] = lower(program, outputs)
+    return _copy(LOWERED[key])
 
 
 def digest(text: str, network: nn.Module, without: tuple[str, ...] = ()) -> str:

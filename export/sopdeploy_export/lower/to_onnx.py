@@ -4,6 +4,7 @@ Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT re
 it. `OPSET` is the lowest that torch writes and the most widely supported.
 """
 
+import ast
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +45,6 @@ from sopdeploy_export.capture.failures import (
     NO_CONTROL_FLOW,
 )
 from sopdeploy_export.capture.program import NETWORK_PREFIX
-from sopdeploy_export.lower.compared import part_of, warn_of_forms, warn_of_order
 from sopdeploy_export.lower.constant_parts import fold_constant_parts
 from sopdeploy_export.lower.failures import describe_failure
 from sopdeploy_export.lower.forms import decompose
@@ -75,22 +75,20 @@ EXACT_RULES = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in I
 def lower(
     program: ExportedProgram,
     outputs: Sequence[str],
-    form_warnings: list[str] | None = None,
     folder: Path | None = None,
 ) -> onnx.ModelProto:
     """Convert *program* to ONNX with input `images` and, unless it is for one image, a symbolic batch dimension.
 
     *outputs* are the names of the outputs. A weight has its name in the network, unless another
     tensor has this name. The nodes keep one record of metadata, `part`: the module that each belongs
-    to. The warnings of `compared.py` are added to *form_warnings*. Weights that do not fit into one file
-    are written to `GRAPH_DATA` in *folder*. Raises `LoweringError` if there is no folder for them, if the
-    program computes in bfloat16, if an operator has no ONNX form, if a size depends on values, or if the
-    graph has what `check_onnx` refuses.
+    to. Weights that do not fit into one file are written to `GRAPH_DATA` in *folder*. Raises
+    `LoweringError` if there is no folder for them, if the program computes in bfloat16, if an operator has
+    no ONNX form, if a size depends on values, or if the graph has what `check_onnx` refuses.
     """
     _refuse_bfloat16(program)
     program = fold_constant_parts(program)
     _refuse_sizes_of_values(program)
-    model = to_ir(program, [INPUT], outputs, form_warnings)
+    model = to_ir(program, [INPUT], outputs)
 
     # Of the metadata, only `part` stays: the module that a node belongs to, for messages.
     # `convert_precision` removes it, too.
@@ -203,26 +201,31 @@ def _clear_metadata_and_inner_shapes(model: ir.Model) -> None:
                 output.type = None
 
 
-def to_ir(
-    program: ExportedProgram,
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    form_warnings: list[str] | None = None,
-) -> ir.Model:
-    """Convert *program* to ONNX, with the names *inputs* and *outputs*; add warnings to *form_warnings*.
+def part_of(node: ir.Node) -> str:
+    """Name the innermost module of the network that *node* is in; "forward" is the whole network.
+
+    Returns "" if torch has not written where *node* was captured.
+    """
+    text = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    if text is None:
+        return ""
+
+    # From the outermost module to the innermost, then the operation.
+    *modules, _ = ast.literal_eval(text)
+    name: str = modules[-1].removeprefix("network").removeprefix(".") if modules else ""
+    return name or "forward"
+
+
+def to_ir(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+    """Convert *program* to ONNX, with the names *inputs* and *outputs*.
 
     Raises `LoweringError` if an operator has no ONNX form.
     """
-    if form_warnings is not None:
-        form_warnings += warn_of_order(program)
-
     with garbage_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the converter warns about its own internals
         with _described_failure(program):
             program = decompose(program)
-        model = translate(program, inputs, outputs)
-        if form_warnings is not None:
-            form_warnings += warn_of_forms(model)
+        model = _translate(program, inputs, outputs)
         with _described_failure(program):
             _simplify(model)
     return model
@@ -238,7 +241,7 @@ def _described_failure(program: ExportedProgram) -> Iterator[None]:
 
 
 @_flags.set_onnx_exporting_flag
-def translate(
+def _translate(
     program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]
 ) -> ir.Model:
     """Convert *program* as `torch.onnx.export` does, without its optimizer.

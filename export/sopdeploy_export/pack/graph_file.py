@@ -40,7 +40,6 @@ class ExportedFile(NamedTuple):
         precision: What it lost in a reduced precision, also on photos if there are some.
         root: The graph hash of the certified float32 graph.
         shipped_root: The graph hash of the file.
-        warnings: Findings about its operators that do not stop the export.
     """
 
     session: InferenceSession
@@ -49,7 +48,6 @@ class ExportedFile(NamedTuple):
     precision: PrecisionReport
     root: str
     shipped_root: str
-    warnings: tuple[str, ...]
 
 
 def _lower_trained(
@@ -58,21 +56,19 @@ def _lower_trained(
     plain: PlainOutputs,
     options: ExportOptions,
     folder: Path,
-) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """Convert the network *trained* to ONNX in float32; return the graph, and warnings of its operators.
+) -> onnx.ModelProto:
+    """Convert the network *trained* to ONNX in float32.
 
     Weights that do not fit into the graph are written to *folder*, but not for int8, which must have them in it.
     """
     weights_folder = None if options.precision == "int8" else folder
-    warnings: list[str] = []
     try:
-        model = lower(trained.program, output_names(trained.network), warnings, weights_folder)
+        return lower(trained.program, output_names(trained.network), weights_folder)
     except LoweringError:
         # The cause can be a graph that is not the network's.
         parts = subject.detachment.training_only
         measure_plain_run(trained, subject.preprocess, options.max_batch, parts, plain)
         raise
-    return model, tuple(warnings)
 
 
 def write_file(
@@ -90,7 +86,7 @@ def write_file(
         # The graph in float32. The file of its weights, if there is one, ships only in this precision.
         step("converting to ONNX")
         float32_folder = folder if options.precision == "fp32" else Path(temporary)
-        model, warnings = _lower_trained(subject, trained, plain, options, float32_folder)
+        model = _lower_trained(subject, trained, plain, options, float32_folder)
         root = onnx_root(model, _weights_in(float32_folder))
 
         # The precision.
@@ -124,7 +120,6 @@ def write_file(
         precision=precision,
         root=root,
         shipped_root=shipped_root,
-        warnings=warnings,
     )
 
 
