@@ -21,9 +21,10 @@ from sopdeploy import Preprocess, export_network
 from sopdeploy.errors import SopdeployError
 from sopdeploy_export.options import ExportOptions
 from tests.attacks.planted.network import LIMIT, SIDE, Planted, Row, rare, trained
-from tests.attacks.planted.table import NOT_SEEN, TABLE
+from tests.attacks.planted.table import NOT_SEEN, PLAIN, TABLE
 from tests.docs.reading import ROOT
 from tests.support import quick_torch
+from tests.support.slow import mostly_slow
 
 PAGE = ROOT / "docs" / "concepts.md"
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
@@ -114,7 +115,6 @@ def export(row: Row, destination: Path) -> Path:
             destination=destination,
             name="planted",
             logits_key=0,
-            allow_constants=row.allow_constants,
             options=ExportOptions(max_batch=largest_batch(row)),
             **options,
         )
@@ -146,7 +146,7 @@ def try_to_export(row: Row, destination: Path) -> Result:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", mostly_slow(TABLE, *PLAIN))
 def test_a_planted_network_is_refused_or_its_file_is_the_network(
     name: str, tmp_path: Path
 ) -> None:

@@ -33,8 +33,6 @@ class Row(NamedTuple):
     """The largest batch; by default 5, or 1 if it is refused, because that takes less time."""
     during: Callable[[], AbstractContextManager[object]] = nullcontext
     """What is active while it is exported."""
-    allow_constants: bool = False
-    """Whether tensors in no weight file are accepted."""
 
 
 class Planted(nn.Module):
