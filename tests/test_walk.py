@@ -26,6 +26,7 @@ from tests.export.once import proving_once
 from tests.support import quick_torch
 from tests.support.children import serving
 from tests.support.service import write_bundle
+from tests.support.slow import mostly_slow
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"blue": (40, 60, 210), "green": (30, 190, 60), "red": (215, 40, 50)}
@@ -235,7 +236,11 @@ SESSION = "onnxruntime.InferenceSession(sys.argv[1] + '/model.onnx', providers=[
 
 
 @pytest.mark.parametrize(
-    "module", ["sopdeploy_service.runtime.onnxruntime", "sopdeploy_export"]
+    "module",
+    mostly_slow(
+        ["sopdeploy_service.runtime.onnxruntime", "sopdeploy_export"],
+        "sopdeploy_service.runtime.onnxruntime",
+    ),
 )
 def test_running_a_network_writes_nothing_to_the_home_folder(
     module: str, tmp_path: Path

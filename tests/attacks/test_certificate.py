@@ -180,6 +180,7 @@ def another_order(self: Any, features: Tensor, weights: Tensor) -> Tensor:
     return honest(self, features, torch.zeros_like(weights).scatter(1, index, ordered.flip(1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form", [other_components, one_component_less, stale_weights, another_order]
 )

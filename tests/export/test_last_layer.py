@@ -28,6 +28,7 @@ from tests.support.service import picture_bytes, running
 SETTINGS = Settings(threads=1)
 
 
+@pytest.mark.slow
 def test_the_last_linear_layer_maps_the_embedding_to_the_logits(tmp_path):
     network = trained()
     exported = export_once(

@@ -118,6 +118,7 @@ def test_the_graph_hash_is_that_of_a_graph_with_its_weights_inside(
     assert whole.certificate.roots == exported.certificate.roots
 
 
+@pytest.mark.slow
 def test_a_reduced_precision_has_a_file_of_its_own_weights(
     small_limit: None, exported: Exported, tmp_path: Path
 ) -> None:
@@ -181,6 +182,7 @@ def test_an_export_tells_before_its_first_run_that_the_memory_is_too_small(
     assert steps == []
 
 
+@pytest.mark.slow
 def test_inspect_tells_what_an_export_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

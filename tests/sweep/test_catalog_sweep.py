@@ -1,11 +1,14 @@
 """Every model trains a step, is saved, loaded, detached, certified and exported.
 
-The default run lowers one of every inference class, builds its fp32 and int8 graphs with a real
-TensorRT parser, and detaches one of every class of network. `make test-nightly` also builds the
-half precisions, exports every class, and every name at its full width.
+The default run lowers and detaches one network. With `--slow`, it lowers one of every inference
+class, builds its fp32 and int8 graphs with a real TensorRT parser, and detaches one of every class
+of network. `make test-nightly` also builds the half precisions, exports every class, and every name
+at its full width.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -21,6 +24,7 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 from tests.sopdeploy.training.small_recipes import few_blocks
 from tests.support.gpu_graphs import accepted
+from tests.support.slow import mostly_slow
 from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED
 from tests.sweep.steps import Small, agreed, compared, exported
 
@@ -41,12 +45,23 @@ COVERED = (
     "gsop-net1-resnet26",
     "resnext29-8x64d",
 )
+QUICK = ("dsop-preact-resnet110", "dsop-resnet8")  # without `--slow`
 OF_TIMM = (Small("timm:efficientnet_lite0", 64), Small("timm:vit_tiny_patch16_224", 224))
 NEEDS_EIGENVALUES = {name for name in CATALOG if name.startswith(BY_EIGENVALUES)}
 
 
 def name(small: Small) -> str:
     return small.name
+
+
+def as_parameters(networks: Iterable[Small]) -> list[Any]:
+    """Mark the networks in `COVERED` as nightly, and the others that are not `QUICK` as slow."""
+    parameters = []
+    for small in networks:
+        mark = pytest.mark.nightly if small.name in COVERED else pytest.mark.slow
+        marks = [] if small.name in QUICK else [mark]
+        parameters.append(pytest.param(small, id=small.name, marks=marks))
+    return parameters
 
 
 def narrow(small: Small) -> Small:
@@ -62,14 +77,7 @@ def outputs_of(model: str) -> set[str]:
     return OUTPUTS.get(model.partition("-")[0], {"logits"})
 
 
-@pytest.mark.parametrize(
-    "small",
-    [
-        pytest.param(s, marks=[pytest.mark.nightly] * (s.name in COVERED))
-        for s in (*LOWERED, *WALKED)
-    ],
-    ids=name,
-)
+@pytest.mark.parametrize("small", as_parameters((*LOWERED, *WALKED)))
 def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +95,7 @@ def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     accepted(quantizer.quantize(), "int8")
 
 
-@pytest.mark.parametrize("small", DETACHED, ids=name)
+@pytest.mark.parametrize("small", as_parameters(DETACHED))
 def test_the_smallest_equals_the_plain_network_after_a_step(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +120,9 @@ def test_every_inference_class_is_lowered() -> None:
     assert {shipped_class(small) for small in DETACHED} - lowered == set(TOO_LONG)
 
 
-@pytest.mark.parametrize("pooling", ["mpncov", "deepo2p", "improved-bcnn", "g2denet"])
+@pytest.mark.parametrize(
+    "pooling", mostly_slow(["mpncov", "deepo2p", "improved-bcnn", "g2denet"], "mpncov")
+)
 def test_a_pooling_without_an_onnx_form_trains_but_is_not_exported(
     pooling: str, tmp_path: Path
 ) -> None:
@@ -148,10 +158,16 @@ def test_the_smallest_agrees_in_half_precision(small: Small, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "precision",
-    ["fp32", *(pytest.param(p, marks=pytest.mark.nightly) for p in ("fp16", "int8"))],
+    ("pooling", "precision"),
+    [
+        pytest.param("bcnn", "fp32", marks=pytest.mark.slow),
+        pytest.param("bcnn", "fp16", marks=pytest.mark.nightly),
+        pytest.param("bcnn", "int8", marks=pytest.mark.nightly),
+        pytest.param("gap", "fp32", marks=pytest.mark.nightly),
+        pytest.param("gap", "fp16", marks=pytest.mark.nightly),
+        pytest.param("gap", "int8", marks=pytest.mark.nightly),
+    ],
 )
-@pytest.mark.parametrize("pooling", ["bcnn", pytest.param("gap", marks=pytest.mark.nightly)])
 def test_every_other_pooling_agrees(pooling: str, precision: Precision, tmp_path: Path) -> None:
     small = Small("resnet8", 16, {"pooling": pooling})
     wanted: Precision = "fp32" if precision == "int8" else precision

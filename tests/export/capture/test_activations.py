@@ -54,10 +54,10 @@ class Net(nn.Module):
     ("function", "in_place"),
     [
         (alone, 0),
-        (seen_through_an_earlier_view, 1),
-        (seen_through_dropout, 1),
+        pytest.param(seen_through_an_earlier_view, 1, marks=pytest.mark.slow),
+        pytest.param(seen_through_dropout, 1, marks=pytest.mark.slow),
         (seen_through_a_view, 1),
-        (seen_through_einsum, 1),
+        pytest.param(seen_through_einsum, 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_program_has_the_root_that_torch_alone_gives_it(

@@ -124,8 +124,11 @@ def test_torch_tensorrt_converts_every_family(
 
 @pytest.mark.parametrize(
     ("decision", "trained_logits"),
-    [(None, False), (CALIBRATED, False), (CALIBRATED, True)],
-    ids=["logits", "temperature", "trained logits"],
+    [
+        pytest.param(None, False, id="logits"),
+        pytest.param(CALIBRATED, False, id="temperature", marks=pytest.mark.slow),
+        pytest.param(CALIBRATED, True, id="trained logits", marks=pytest.mark.slow),
+    ],
 )
 def test_the_program_is_built_again_from_the_checkpoint_and_gives_the_logits(
     decision: Decision | None, trained_logits: bool, tmp_path: Path
@@ -156,6 +159,7 @@ def test_the_program_is_built_again_from_the_checkpoint_and_gives_the_logits(
         assert difference <= probes.tolerance[name]
 
 
+@pytest.mark.slow
 def test_the_program_of_another_checkpoint_or_torch_is_refused(
     branched: Exported, tmp_path: Path
 ) -> None:

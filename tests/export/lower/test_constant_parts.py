@@ -13,6 +13,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.prove.file import ParityReport
 from sopdeploy_export.user_network.export_network import export_network
+from tests.support.slow import mostly_slow
 from tests.sweep.steps import write_file
 
 DIM = 96  # from 91 on, the converter's optimizer leaves a constant of this size as it is
@@ -63,6 +64,7 @@ def write(choose: Callable[[Any, Tensor], Tensor], folder: Path) -> ParityReport
     return write_file(network, preprocess, folder / "model.onnx", ExportOptions(), own=True)[1]
 
 
+@pytest.mark.slow
 def test_a_constant_choice_of_elements_is_exported_with_proof(tmp_path: Path) -> None:
     labels, preprocess = ["a", "b", "c"], Preprocess(resize=8, crop=8)
     options = {
@@ -75,7 +77,9 @@ def test_a_constant_choice_of_elements_is_exported_with_proof(tmp_path: Path) ->
     assert exported.parity.passed
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "nonzero"])
+@pytest.mark.parametrize(
+    "form", mostly_slow([form for form in FORMS if form != "nonzero"], "a mask in a buffer")
+)
 def test_a_constant_choice_of_elements_is_lowered(form: str, tmp_path: Path) -> None:
     assert write(FORMS[form], tmp_path).passed
 

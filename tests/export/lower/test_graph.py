@@ -28,7 +28,6 @@ from tests.export.conftest import Minimal
 from tests.export.once import BATCH, graph_of
 from tests.export.user_network.networks import export_small, trained, variant
 from tests.support.gpu_graphs import accepted
-from tests.support.slow import mostly_slow
 from tests.sweep.steps import Small, agreed
 
 
@@ -171,7 +170,7 @@ def assert_same_logits(network: nn.Module, preprocess: Preprocess) -> None:
     np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_attention_on_any_number_of_dimensions_is_exported(
     masked: bool, preprocess: Preprocess
 ) -> None:
@@ -272,7 +271,8 @@ NETWORKS_OF_OTHERS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, int]
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(NETWORKS_OF_OTHERS, "torchvision"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS_OF_OTHERS)
 def test_pooling_to_one_position_adds_no_operators_on_shapes(name: str) -> None:
     build, side, expected = NETWORKS_OF_OTHERS[name]
     model = lowered(build().eval(), Preprocess(resize=side, crop=side))

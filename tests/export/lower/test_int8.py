@@ -34,6 +34,7 @@ from sopdeploy_export.runs import file_outputs, open_session
 from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import ALONE, graph_of
 from tests.support.gpu_graphs import accepted, with_a_runtime
+from tests.support.slow import mostly_slow
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("runtime", ["cpu", "tensorrt"])
-@pytest.mark.parametrize("factor", [1.0, 1e-6])
+@pytest.mark.parametrize("factor", [pytest.param(1.0, marks=pytest.mark.slow), 1e-6])
 def test_a_convolution_that_is_applied_twice_is_quantized_for_each_input(
     factor: float, runtime: Int8For, preprocess: Preprocess, images: Path
 ) -> None:
@@ -313,7 +314,7 @@ BETWEEN = {  # operators that may read a quantized value
 }
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=mostly_slow(NETWORKS, "resnet8"))
 def graphs(request: pytest.FixtureRequest, preprocess: Preprocess) -> Graph:
     """Quantize a network of each family in both forms; list the parts that stay in float32."""
     made = {
@@ -371,6 +372,7 @@ def test_gpu_runtimes_accept_the_form_for_tensorrt(
     accepted(graphs[0]["tensorrt"], "int8")
 
 
+@pytest.mark.slow
 def test_tensorrt_form_quantizes_convolutions_in_shortcuts(preprocess: Preprocess) -> None:
     plain = graph_of("resnet8", preprocess, shortcut="projection").model
     model = Int8Quantizer(plain, generated_images(16)[:4], (), "tensorrt").quantize()

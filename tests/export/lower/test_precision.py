@@ -35,6 +35,7 @@ from tests.export.conftest import GMSOP, export_once
 from tests.export.lower.test_int8 import painted
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.support.gpu_graphs import accepted
+from tests.support.slow import mostly_slow
 from tests.sweep.steps import write_graph
 
 Make = Callable[..., Classifier]
@@ -113,7 +114,7 @@ CASTS: dict[str, tuple[str, dict[str, Any], dict[str, set[str]]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASTS)
+@pytest.mark.parametrize("case", mostly_slow(CASTS, "fp16 keeps only the root"))
 def test_second_order_parts_keep_float32_in_a_copy(
     preprocess: Preprocess, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +206,7 @@ def test_a_layer_may_get_its_input_by_name_or_have_none(preprocess: Preprocess) 
     torch.testing.assert_close(logits.float(), network(pixels), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_sums_of_a_users_network_are_computed_in_float32(preprocess: Preprocess) -> None:
     network = Sums().eval()
     program = capture_any_batch(network, preprocess, ALONE)
@@ -402,6 +404,7 @@ def test_allowed_drift_of_numbers_does_not_allow_a_loss_of_accuracy(
         check.check_drop(PrecisionReport(precision="fp16", parts={}, accuracy=measured))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_mixture_that_gathers_its_components_agrees_in_every_precision(
     tmp_path: Path, precision: Precision, preprocess: Preprocess
@@ -421,7 +424,14 @@ def test_a_mixture_that_gathers_its_components_agrees_in_every_precision(
     accepted(onnx.load(tmp_path / "model.onnx"), precision)
 
 
-@pytest.mark.parametrize(("scale", "refused"), [(2, False), (1e4, True), (1e6, True)])
+@pytest.mark.parametrize(
+    ("scale", "refused"),
+    [
+        pytest.param(2, False, marks=pytest.mark.slow),
+        (1e4, True),
+        pytest.param(1e6, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_part_without_headroom_in_float16_is_named_with_advice(
     make: Make, preprocess: Preprocess, scale: float, refused: bool
 ) -> None:

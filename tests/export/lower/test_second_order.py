@@ -22,8 +22,9 @@ from sopdeploy.layers import ISqrtCov, NewtonSchulzConfig
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.capture.program import capture_any_batch
 from sopdeploy_export.lower.to_onnx import lower, to_ir
+from tests.export.conftest import Minimal
 from tests.export.once import ALONE, BATCH, graph_of
-from tests.operators.compare import Minimal
+from tests.support.slow import mostly_slow
 from tests.sweep.smallest import GSOP, TWO_OF_FOUR
 
 SMALL = Preprocess(resize=16, crop=16)
@@ -64,7 +65,7 @@ COUNTED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", COUNTED)
+@pytest.mark.parametrize("case", mostly_slow(COUNTED, "iSQRT-COV"))
 def test_the_parts_of_a_graph_are_counted_from_its_nodes(case: str) -> None:
     name, config, described = COUNTED[case]
     graph = graph_of(name, SMALL, **config)

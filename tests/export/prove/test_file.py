@@ -478,6 +478,7 @@ def test_undecided_images_are_left_out(
     assert (found.num_undecided, found.left_out) == (undecided, left_out)
 
 
+@pytest.mark.slow
 def test_a_correct_file_with_underflowing_gate_weights_passes(tmp_path: Path) -> None:
     network = trained("gmgap-16-8-resnet18", **GMGAP)
     torch.nn.init.normal_(network.gate.weight, std=300)

@@ -34,6 +34,7 @@ from sopdeploy_service.settings import Settings
 from tests.export.once import proving_once
 from tests.export.user_network import networks as n
 from tests.export.user_network.networks import CLASSES
+from tests.support.slow import mostly_slow
 
 LABELS = tuple("abcd")
 Build = Callable[[], nn.Module]
@@ -114,7 +115,9 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
 QUICK, RANGE = ExportOptions(max_batch=1), ExportOptions()
 
 
-@pytest.mark.parametrize("case", ACCEPTED)
+@pytest.mark.parametrize(
+    "case", mostly_slow(ACCEPTED, "an auxiliary head", "without a plain network")
+)
 def test_it_is_exported_verified_and_served_with_the_strength_of_its_proof(
     case: str, tmp_path: Path
 ) -> None:
@@ -205,7 +208,7 @@ FEATURES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("case", FEATURES)
+@pytest.mark.parametrize("case", mostly_slow(FEATURES, "a mean of views"))
 def test_a_network_that_keeps_images_apart_is_exported(case: str, tmp_path: Path) -> None:
     network = n.variant(lambda net, images: net.fc(FEATURES[case](net, images)), aux=False)
     exported = n.export_small(n.trained(network), tmp_path)
@@ -473,7 +476,7 @@ READS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("read", mostly_slow(READS, "the type of its weights"))
 def test_a_part_is_unused_although_code_reads_what_is_no_value_of_it(read: str) -> None:
     network = n.variant(
         lambda self, images: (READS[read](self.aux), self.fc(self.features(images)))[1]
@@ -537,6 +540,7 @@ class HoldsNumber(nn.Module):
         self.register_buffer("scale", torch.tensor(2.0))
 
 
+@pytest.mark.slow
 def test_a_branch_is_unused_although_it_reads_a_number_of_its_own() -> None:
     network = n.variant(
         lambda self, images: (self.aux(self.features(images)), self.fc(self.features(images)))[
@@ -547,6 +551,7 @@ def test_a_branch_is_unused_although_it_reads_a_number_of_its_own() -> None:
     assert unused_modules(network.eval(), n.PREPROCESS) == ("aux",)
 
 
+@pytest.mark.slow
 def test_a_part_whose_number_is_read_outside_of_it_is_used() -> None:
     network = n.variant(
         lambda self, images: self.fc(self.features(images)) / float(self.aux.scale)

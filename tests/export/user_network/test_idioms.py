@@ -13,6 +13,7 @@ from sopdeploy.errors import ConfigError, LoweringError, SopdeployError
 from sopdeploy_export.options import ExportOptions
 from tests.export.once import proving_once
 from tests.export.user_network import idioms, networks
+from tests.support.slow import mostly_slow
 
 QUICK, RANGE = ExportOptions(max_batch=1), ExportOptions()
 ANEW = "average pooling with ceil_mode"  # without a cache of graphs
@@ -37,7 +38,15 @@ BY_SIZE = (  # whose operators can depend on the number of images
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("case", idioms.EXPORTED)
+@pytest.mark.parametrize(
+    "case",
+    mostly_slow(
+        idioms.EXPORTED,
+        "a dict",
+        "a hook that scales features",
+        "a table that the first run makes",
+    ),
+)
 def test_it_is_exported_with_proof(case: str, tmp_path: Path) -> None:
     build, options, proof = idioms.EXPORTED[case]
     network = networks.trained(build())
@@ -49,7 +58,9 @@ def test_it_is_exported_with_proof(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("case", idioms.REFUSED)
+@pytest.mark.parametrize(
+    "case", mostly_slow(idioms.REFUSED, "len of a batch", "statistics that diverged")
+)
 def test_it_is_refused_in_one_line_that_names_the_remedy(case: str, tmp_path: Path) -> None:
     build, options, message = idioms.REFUSED[case]
     network: nn.Module = build().eval()
@@ -59,6 +70,7 @@ def test_it_is_refused_in_one_line_that_names_the_remedy(case: str, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_plain_network_that_never_ran_makes_its_table(tmp_path: Path) -> None:
     network = idioms.Distances().eval()
     network(torch.zeros(1, 3, networks.SIDE, networks.SIDE))
@@ -66,6 +78,7 @@ def test_a_plain_network_that_never_ran_makes_its_table(tmp_path: Path) -> None:
     assert exported.certificate.proof == idioms.PLAIN
 
 
+@pytest.mark.slow
 def test_a_table_of_weights_that_an_earlier_run_kept_is_made_again(tmp_path: Path) -> None:
     network: Any = networks.trained(idioms.KeepsTable())
     with torch.no_grad():

@@ -35,6 +35,7 @@ from tests.export.user_network.networks import (
     export_small,
     trained,
 )
+from tests.support.slow import mostly_slow
 
 MODULE = "tests.export.user_network.networks"
 STATE = trained(Small()).state_dict()
@@ -835,6 +836,7 @@ def run(*arguments: str) -> str:
     return f"{result.exit_code} {result.output}"
 
 
+@pytest.mark.slow
 def test_the_command_that_inspect_prints_exports_without_the_exits_that_the_output_does_not_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -979,6 +981,7 @@ def test_a_file_that_ends_in_tar_is_known_by_its_content(
     assert ("sopdeploy pull" in printed) == ("pull" in message)
 
 
+@pytest.mark.slow
 def test_inspect_asks_for_class_names_only_if_the_file_has_none(tmp_path: Path) -> None:
     given = ("--network", f"{MODULE}:Small", "--preprocess", "imagenet:12")
     for names, asks in (("", True), ("abcd", False), ("abc", True)):
@@ -999,7 +1002,7 @@ def save_weights(folder: Path, builder: str) -> tuple[str, ...]:
     return str(weights), "--network", f"{MODULE}:{builder}", "--preprocess", "imagenet:12"
 
 
-@pytest.mark.parametrize("builder", ["Sigmoid", "Shares"])
+@pytest.mark.parametrize("builder", mostly_slow(["Sigmoid", "Shares"], "Sigmoid"))
 def test_inspect_refuses_what_export_refuses_before_its_proof(
     builder: str, tmp_path: Path
 ) -> None:
@@ -1060,6 +1063,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_class_name(
     assert read_class_names(tmp_path / name) == ("cat", "dog")
 
 
+@pytest.mark.slow
 def test_inspect_and_export_accept_a_table_that_a_function_keeps(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
     given = save_weights(tmp_path, "KeepsTable")

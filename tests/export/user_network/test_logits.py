@@ -106,6 +106,7 @@ def test_two_names_of_one_logit_have_its_sigmoid_and_the_rest(tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
 def test_one_name_of_one_logit_has_its_sigmoid(tmp_path: Path) -> None:
     exported = export_small(
         trained(Binary()), tmp_path, options=QUICK, labels=["fake"], several_classes=True
@@ -120,6 +121,7 @@ def one_logit() -> nn.Module:
     return Binary()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["fake"], ["real", "fake"]])
 def test_what_inspect_prints_of_one_logit_exports_it(names: list[str], tmp_path: Path) -> None:
     weights = tmp_path / "w.pth"
@@ -186,6 +188,7 @@ def test_probabilities_that_no_image_changes_are_refused_after_the_first_run(
     assert steps == ["running the network"]
 
 
+@pytest.mark.slow
 def test_equal_logits_of_several_classes_are_exported(tmp_path: Path) -> None:
     network = trained(Returns(of_first_class))
     exported = export_small(network, tmp_path, options=QUICK, several_classes=True)

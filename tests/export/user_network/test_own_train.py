@@ -14,6 +14,7 @@ from sopdeploy.errors import SopdeployError
 from sopdeploy_export.network import tensors
 from sopdeploy_export.options import ExportOptions
 from tests.export.user_network import networks
+from tests.support.slow import mostly_slow
 
 ONE = ExportOptions(max_batch=1)
 
@@ -89,7 +90,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("mode", [True, False])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", mostly_slow(LAYERS, "an adapter"))
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_export_leaves_every_weight_and_mode_as_it_was(
     layer: str, mode: bool, fails: bool, tmp_path: Path

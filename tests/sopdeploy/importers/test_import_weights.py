@@ -65,7 +65,11 @@ SAVE_FILE = safetensors.torch.save_file
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize(
-    ("save", "dtype"), [(torch.save, torch.float32), (SAVE_FILE, torch.float16)]
+    ("save", "dtype"),
+    [
+        pytest.param(torch.save, torch.float32, marks=pytest.mark.slow),
+        (SAVE_FILE, torch.float16),
+    ],
 )
 def test_torchvision_weights_give_the_same_logits(
     tmp_path: Path, save: Callable[..., None], dtype: torch.dtype
@@ -114,7 +118,7 @@ def test_a_thousand_classes_get_the_imagenet_names_and_unknown_depths_are_refuse
         imported(tmp_path / "a.pth", "resnet101")
 
 
-@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("beside", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_timm_weights_with_and_without_hub_config(tmp_path: Path, beside: bool) -> None:
     network, file = (
         settled(timm.create_model("test_resnet", num_classes=5)),

@@ -18,6 +18,7 @@ from tests.sopdeploy.importers.released import (
     prefixed,
     state_of,
 )
+from tests.support.slow import mostly_slow
 
 NUMBERED = "mpncov-resnet18 numbered"
 DEPTH = {"depth": 18}
@@ -52,14 +53,13 @@ def training_file(path: Path, released: str, arch: str | None) -> Path:
     ("model", "arch", "stride", "released"),
     [
         ("isqrt-resnet50", "mpncovresnet18", 1, NUMBERED),
-        ("isqrt-resnet50", "resnet18", 2, f"{NUMBERED}, stride 2"),
-        (
-            "isqrt-resnet50",
-            None,
-            1,
-            "mpncov-resnet18 fine-tuned",
-        ),  # the reduction is among the features
-        ("resnet18", "resnet18", 2, "resnet18 numbered"),
+        pytest.param(
+            "isqrt-resnet50", "resnet18", 2, f"{NUMBERED}, stride 2", marks=pytest.mark.slow
+        ),
+        pytest.param(  # the reduction is among the features
+            "isqrt-resnet50", None, 1, "mpncov-resnet18 fine-tuned", marks=pytest.mark.slow
+        ),
+        pytest.param("resnet18", "resnet18", 2, "resnet18 numbered", marks=pytest.mark.slow),
     ],
 )
 def test_training_checkpoints_give_the_same_logits(
@@ -105,7 +105,10 @@ def test_batch_norm_counters_can_be_absent(tmp_path: Path) -> None:
     assert report.num_tensors == len(old) + 15
 
 
-@pytest.mark.parametrize(("pooling", "classifier"), [("isqrt", "mlp"), ("bcnn", "linear")])
+@pytest.mark.parametrize(
+    ("pooling", "classifier"),
+    [("isqrt", "mlp"), pytest.param("bcnn", "linear", marks=pytest.mark.slow)],
+)
 def test_vgg_weights_give_the_same_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pooling: str, classifier: str
 ) -> None:
@@ -158,7 +161,9 @@ def by_columns(length: int) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("released", ["mpncov-resnet50", NUMBERED, "vgg isqrt"])
+@pytest.mark.parametrize(
+    "released", mostly_slow(["mpncov-resnet50", NUMBERED, "vgg isqrt"], "mpncov-resnet50")
+)
 def test_the_order_of_the_triangle_can_be_given(
     tmp_path: Path, monkeypatch: Any, released: str
 ) -> None:
@@ -226,7 +231,8 @@ def gsop(path: Path, released: str) -> Path:
 
 @pytest.mark.usefixtures("short26")
 @pytest.mark.parametrize(
-    "attention", ["channel", "position", "sum", "maximum", "concatenation"]
+    "attention",
+    mostly_slow(["channel", "position", "sum", "maximum", "concatenation"], "channel", "sum"),
 )
 def test_gsop_net1_gives_the_same_logits_with_each_block(
     tmp_path: Path, attention: str
