@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import httpx
 
-from tests.support.groups import some_slow
+from tests.support.slow import mostly_slow
 
 START_SECONDS = 90.0  # far more than a start takes on a busy machine
 SERVE = ("-m", "sopdeploy", "serve")
@@ -30,7 +30,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     FRONT_ENDS: ("--front-ends", "2"),
 }
 # The cases of a test with this table.
-EACH_WAY = some_slow(WAYS, quick=[ONE_PROCESS])
+EACH_WAY = mostly_slow(WAYS, ONE_PROCESS)
 
 
 def spawn(

@@ -14,7 +14,7 @@ from sopdeploy.training.recipe_files import list_recipes
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import interrupt
 from tests.sopdeploy.training.small_recipes import SMALL, few_blocks
-from tests.support.groups import some_slow
+from tests.support.slow import mostly_slow
 from tests.support.small_data import write_cifar, write_classes, write_photos, write_places
 
 
@@ -47,7 +47,7 @@ BEFORE = {
 
 
 @pytest.mark.usefixtures("few_digits")
-@pytest.mark.parametrize("name", some_slow(list_recipes(), QUICK))
+@pytest.mark.parametrize("name", mostly_slow(list_recipes(), *QUICK))
 def test_a_recipe_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch) -> None:
     few_blocks(monkeypatch)
     short = [*write_data(name, tmp_path / "data", monkeypatch), "epochs=1", "workers=0"]

@@ -37,7 +37,7 @@ from tests.sopdeploy.training.runs import (
     same_run,
     short_recipe,
 )
-from tests.support.groups import some_slow
+from tests.support.slow import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
@@ -178,9 +178,7 @@ IN_TWO_PHASES: dict[str, tuple[list[str], tuple[str, int, int]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", some_slow(IN_TWO_PHASES, quick=["at the end of the first phase"])
-)
+@pytest.mark.parametrize("case", mostly_slow(IN_TWO_PHASES, "at the end of the first phase"))
 def test_a_run_of_two_phases_resumes_to_the_same_bits(plain, tmp_path, case) -> None:
     settings, event = IN_TWO_PHASES[case]
     recipe = phases(plain, *settings)
