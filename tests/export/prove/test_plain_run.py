@@ -309,6 +309,25 @@ def test_the_graph_runs_only_where_its_file_gives_something_else(
     assert len(graph_runs) == len(wrong)
 
 
+def test_a_repeated_run_must_give_the_same_bits() -> None:
+    network = Small(of_mean(lambda n, x: n.fc(x))).eval()
+    compared = Compared.of("trained", network, PREPROCESS, BatchRange(optimum=1, maximum=1))
+    plain = run(network, 1)
+    repeated = (torch.nextafter(plain.repeated[0], torch.tensor(torch.inf)),)
+    with pytest.raises(CertificateError, match="second run"):
+        measure_plain_run(compared, PREPROCESS, 1, ("aux",), plain._replace(repeated=repeated))
+
+
+def test_code_that_reads_the_memory_of_a_removed_tensor_is_refused() -> None:
+    network = Small(
+        of_mean(lambda n, x: n.fc(x) if (n.memory == n.before).all() else 2 * n.fc(x))
+    )
+    network.memory = network.aux.weight.detach().numpy()
+    network.before = network.memory.copy()
+    with pytest.raises(CertificateError, match="other values"):
+        measure(network, 1)
+
+
 def test_the_images_of_an_export_differ_and_fill_the_batches() -> None:
     for side in (8, 16, 32):
         images = [*export_images(Preprocess(resize=side, crop=side)).values()]
