@@ -4,6 +4,8 @@ OPTIONS ?=
 # The versions of packages: those of the commit; with NEWEST=1 the newest; with LOWEST=1 the lowest of pyproject.toml.
 NEWEST ?=
 LOWEST ?=
+# SLOW=1 also runs the tests that only `test-all` needs.
+SLOW ?=
 $(if $(and $(NEWEST),$(LOWEST)),$(error choose NEWEST=1 or LOWEST=1))
 VENV := .venv$(if $(NEWEST),-newest)$(if $(LOWEST),-lowest)
 LOCK := $(if $(NEWEST)$(LOWEST),,deploy/lock/dev.txt)
@@ -65,7 +67,7 @@ export NO_MKDOCS_2_WARNING := 1
 # uv does not compile to bytecode. Without a bytecode cache every process that a test starts compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo quick test test-all test-nightly fuzz check lint types contracts unit compile tests tests-all cuda-stand-in goldens elsewhere format docs \
+.PHONY: help demo quick test test-all test-nightly fuzz check lint types contracts unit compile tests cuda-stand-in goldens elsewhere format docs \
 	pictures site gpu-bundles gpu-wheels gpu-check soak dist wheel-test samples-test alerts-test extras-test install-test container-test container-base audit sbom release lock clean
 
 help:  ## list these commands
@@ -83,7 +85,7 @@ test: $(STAMP)  ## format, lint, types, import contracts and the tests of every 
 
 test-all: $(STAMP)  ## `test` with all tests that CI runs, also in Chromium and on a stand-in for CUDA, and the wheel
 	$(MAKE) --jobs=2 $(CUDA_STAND_IN) compile lint contracts
-	$(MAKE) --jobs=2 tests-all $(TYPES) wheel-test
+	$(MAKE) --jobs=2 tests $(TYPES) wheel-test SLOW=1
 
 test-nightly: $(STAMP)  ## the other networks, recipes and sizes, and what needs compilers or package servers: an hour and a half
 	$(BIN)/pytest --nightly -m nightly
@@ -111,8 +113,8 @@ unit: $(STAMP)
 compile: $(STAMP)
 	$(BIN)/pytest --collect-only -qqq > $(VENV)/tests.txt || { cat $(VENV)/tests.txt; exit 1; }
 
-tests tests-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --durations=10 --durations-min=5 $(if $(filter tests-all,$@),--slow)
+tests: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --durations=10 --durations-min=5 $(if $(SLOW),--slow)
 
 cuda-stand-in: $(CUDA)/.built  ## ONNX Runtime with CUDA and torch-tensorrt, on a stand-in for CUDA; needs gcc, 260 MB
 

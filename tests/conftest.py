@@ -59,10 +59,10 @@ atexit.register(gc.freeze)
 # marker at collection, so nobody writes it by hand.
 MARKERS = {"chromium": "browser", "cuda_device": "gpu", "tensorrt": "tensorrt"}
 
-# Groups of tests that only an option runs. Both run in `make test-nightly`.
+# Groups of tests that one of these options runs, and what else runs them.
 GROUPS = {
-    "slow": ("--slow", "`make test-all` runs them"),
-    "nightly": ("--nightly", "`make test-nightly` runs them, in an hour and a half"),
+    "slow": (("--slow", "--nightly"), "`make test-all` runs them"),
+    "nightly": (("--nightly",), "`make test-nightly` runs them, in an hour and a half"),
 }
 
 
@@ -80,8 +80,10 @@ def program() -> Callable[[str], str]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    for group, (option, _) in GROUPS.items():
-        parser.addoption(option, action="store_true", help=f"also run the tests marked {group}")
+    for group in GROUPS:
+        parser.addoption(
+            f"--{group}", action="store_true", help=f"also run the tests marked {group}"
+        )
     parser.addoption("--reverse", action="store_true", help="run the tests in reverse order")
     parser.addoption(
         "--no-skips", action="store_true", help="a test that cannot run here fails"
@@ -165,8 +167,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for fixture, marker in MARKERS.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(marker)
-        for group, (option, reason) in GROUPS.items():
-            if item.get_closest_marker(group) and not config.getoption(option):
+        for group, (options, reason) in GROUPS.items():
+            if item.get_closest_marker(group) and not any(map(config.getoption, options)):
                 item.add_marker(pytest.mark.skip(reason=f"{group}: {reason}"))
 
     if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):

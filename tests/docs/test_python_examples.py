@@ -74,6 +74,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     return problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_examples_of_a_public_name_work(name: str, results: Mapping[str, str]) -> None:
     assert not results[name], results[name]

@@ -108,6 +108,7 @@ def served() -> Iterator[Callable[..., str]]:
         listener.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_response_that_is_too_much_is_an_error(served: Any, case: str) -> None:
     with Client(served(REFUSED[case]), retries=0, timeout=60) as client:

@@ -132,6 +132,7 @@ def test_a_checkpoint_is_read_with_its_decision(files: Path) -> None:
     assert checkpoint.origin is not None
 
 
+@pytest.mark.slow
 @each_version
 def test_a_stopped_training_run_is_resumed(files: Path) -> None:
     with quick_torch.one_thread():
@@ -290,6 +291,7 @@ def test_a_checkpoint_of_a_later_version_names_who_reads_it(files: Path) -> None
     check_refusals(fields, read, ignored=described - {"version", "top", "training"})
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_a_later_version_names_who_resumes_it(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

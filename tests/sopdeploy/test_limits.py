@@ -163,6 +163,7 @@ def reject(run: Callable[[], object]) -> None:
 MAX_ERRORS = 1_100  # those of missing fields and of a thousand unknown keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", JSON)
 @pytest.mark.parametrize("model", FIELDS, ids=lambda model: model.__name__)
 def test_twice_the_json_costs_at_most_twice_as_much(

@@ -24,7 +24,7 @@ _REMEDIES = (
     ),
     (
         re.compile(r"linalg_(inv|pinv|solve|cholesky|lu|ldl|qr|lstsq|householder)|cholesky"),
-        "ONNX has no inverses and factorizations of matrices; compute those of weights in __init__, and "
+        "ONNX has no inverses and factorizations of matrices; compute what depends on weights alone in __init__, and "
         "write others as matrix products (docs/second-order.md)",
     ),
 )

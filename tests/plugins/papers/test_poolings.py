@@ -303,6 +303,7 @@ TRAINED["lrbp-vgg16"].append(
 )  # it diverges with the rate of the recipe, 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -384,6 +385,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run/best.pt"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("reference")
 def test_the_recipe_of_the_page_is_exported_and_served_by_a_runtime_of_a_plug_in(
     checkpoint: Path, tmp_path: Path
@@ -472,6 +474,7 @@ def test_each_row_of_each_table_has_a_network_or_a_reason() -> None:
 BUILT: set[str] = set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", load_tables())
 def test_the_network_of_each_row_is_built(name: str) -> None:
     table = load_tables()[name]

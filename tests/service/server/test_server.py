@@ -36,6 +36,7 @@ from tests.support.children import (
 )
 from tests.support.raw import GET, POST, connect, post_of, read
 from tests.support.service import wait_for, write_bundle
+from tests.support.slow import mostly_slow
 
 PATIENCE = 90  # seconds; usually a few are enough
 
@@ -121,7 +122,9 @@ def test_an_idle_server_prints_ready_exits_with_0_and_logs_on_demand(
     assert [json.loads(line)["event"] for line in err.splitlines()] == logged
 
 
-@pytest.mark.parametrize("end", ["all complete", "time", "a second signal"])
+@pytest.mark.parametrize(
+    "end", mostly_slow(["all complete", "time", "a second signal"], "all complete")
+)
 def test_sigterm_completes_admitted_requests_unless_the_drain_ends(
     bundle_path, jpeg, tmp_path, end
 ) -> None:

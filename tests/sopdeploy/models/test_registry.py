@@ -12,8 +12,8 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.models.registry import create_model, entry, list_models, make_config
 from tests.sopdeploy.training.small_recipes import few_blocks
+from tests.support.slow import mostly_slow
 from tests.sweep.smallest import ALL, VARIANTS
-from tests.sweep.steps import Small
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -93,15 +93,15 @@ def test_an_invalid_value_is_a_one_line_error(name: str, config: dict, says: str
     assert "\n" not in str(caught.value)
 
 
-NETWORKS = [*ALL, *VARIANTS]
+NETWORKS = {f"{small.name}-{n}": small for n, small in enumerate([*ALL, *VARIANTS])}
+QUICK = ("resnet8-14", "dsop-resnet8-24", "gsop-net1-resnet26-6", "gmsop-16-8-resnet18-16")
 
 
-@pytest.mark.parametrize(
-    "small", NETWORKS, ids=[f"{s.name}-{n}" for n, s in enumerate(NETWORKS)]
-)
+@pytest.mark.parametrize("case", mostly_slow(NETWORKS, *QUICK))
 def test_a_step_reaches_every_parameter_and_the_inference_model_equals_eval_mode_bit_for_bit(
-    monkeypatch: pytest.MonkeyPatch, small: Small
+    monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
+    small = NETWORKS[case]
     few_blocks(monkeypatch)
     monkeypatch.setitem(resnet.BLOCKS, 50, (2, 1, 1, 1))
     network, images = small.build().double(), torch.randn(3, 3, small.side, small.side).double()

@@ -138,10 +138,10 @@ def test_options_of_timms_resnets_give_the_networks_that_the_papers_compare_with
 def test_an_option_that_a_network_of_timm_does_not_have_is_one_line(
     name: str, config: dict[str, Any]
 ) -> None:
-    with pytest.raises(
-        ConfigError, match=f"timm:{name}: {next(iter(config))}: [^\n]*; leave them out"
-    ):
+    (option,) = config
+    with pytest.raises(ConfigError, match=option) as refused:
         create_model(f"timm:{name}", num_classes=3, **config)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["densenet121", "vgg11"])

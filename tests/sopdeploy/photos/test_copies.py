@@ -101,6 +101,7 @@ def true_groups(paths: np.ndarray) -> list[str]:
     return [path.decode().split(".")[0].split("-")[0] for path in paths]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copies", [0, 1, 2])
 def test_copies_are_grouped_and_different_scenes_are_not(tmp_path: Path, copies: int):
     images = list_classes(write_scenes(tmp_path, copies=copies)).images
@@ -412,6 +413,7 @@ def test_the_loop_fits_its_threshold_to_one_image_of_each_group(tmp_path: Path):
     assert result.decision.calibration.num_images == 60
 
 
+@pytest.mark.slow
 def test_data_check_names_copies_across_parts_and_classes(tmp_path: Path):
     write_scenes(tmp_path / "train", each=6, copies=1)
     write_scenes(tmp_path / "val", each=1)
@@ -461,6 +463,7 @@ def near_by_command(root: Path) -> tuple[list[set[str]], list[str]]:
     ]
 
 
+@pytest.mark.slow
 def test_data_check_compares_features_of_the_default_network_once_its_weights_are_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

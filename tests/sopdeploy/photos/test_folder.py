@@ -138,6 +138,7 @@ def test_folders_whose_names_differ_only_in_their_encoding_are_one_class(tmp_pat
     assert images.class_counts().tolist() == [5, 2]
 
 
+@pytest.mark.slow
 def test_the_images_of_a_split_do_not_depend_on_the_encoding_of_names(tmp_path) -> None:
     held_out = [
         {

@@ -895,6 +895,7 @@ def describe_drawn(draw: Callable[[Path, Random], str]) -> dict[str, Any]:
     return drawn
 
 
+@pytest.mark.slow
 def test_drawn_folders_are_read_as_their_golden_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:

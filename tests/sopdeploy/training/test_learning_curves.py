@@ -69,6 +69,7 @@ def test_the_file_of_a_recipe_is_read_back_as_the_same_recipe(
     assert read_recipe(path) == recipe
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_by_the_recipe_in_its_folder(tmp_path: Path) -> None:
     first = train(recipe="digits-plain", out=tmp_path / "first", set=(*DSOP, "epochs=1"))
     again = train(recipe=tmp_path / "first" / "recipe.toml", out=tmp_path / "again")

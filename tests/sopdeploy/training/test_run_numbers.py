@@ -214,6 +214,7 @@ def test_an_option_that_the_procedure_does_not_read_is_an_error(
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(
     photos: Path,
 ) -> None:

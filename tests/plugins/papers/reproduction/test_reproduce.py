@@ -99,6 +99,7 @@ def top1(row: ReproducedRow) -> float:
     return error.mean
 
 
+@pytest.mark.slow
 def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
     tmp_path,
 ) -> None:
@@ -275,6 +276,7 @@ def test_a_command_with_a_failed_row_ends_with_2_and_one_line(tmp_path, monkeypa
     assert "plain: cannot be trained; " in shown.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["slides-birds", "slides-aircraft", "slides-cars"])
 def test_the_start_weights_of_fine_grained_rows_are_published(name) -> None:
     for row in planned(name):

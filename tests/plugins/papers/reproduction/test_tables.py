@@ -94,6 +94,7 @@ def check_note(planned: Reproduction) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_each_command_of_a_note_builds_the_network_that_the_note_counts(name: str) -> None:
     table, chosen = TABLES[name], set()
