@@ -24,7 +24,7 @@ GPU_VENV := .venv-gpu
 TENSORRT := tensorrt-cu13>=11,<12
 # It measures the packages of its machine, whatever their versions are.
 GPU_INSTALL = env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(GPU_VENV)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS))
-# They are nice, as `wheel-test` is: they run while tests wait. The annotations of old libraries differ.
+# Nice, as `wheel-test` is: it runs while tests wait. The annotations of old libraries differ.
 TYPES := $(if $(LOWEST),,types)
 # One worker more than cores: many tests wait for servers and processes.
 WORKERS = $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
@@ -67,7 +67,7 @@ export NO_MKDOCS_2_WARNING := 1
 # uv does not compile to bytecode. Without a bytecode cache every process that a test starts compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo quick test test-all test-nightly fuzz check lint types contracts unit compile tests cuda-stand-in goldens elsewhere format docs \
+.PHONY: help demo quick test test-all test-nightly fuzz check lint types contracts unit tests cuda-stand-in goldens elsewhere format docs \
 	pictures site gpu-bundles gpu-wheels gpu-check soak dist wheel-test samples-test alerts-test extras-test install-test container-test container-base audit sbom release lock clean
 
 help:  ## list these commands
@@ -79,12 +79,12 @@ demo: $(STAMP)  ## train on photos and on digits, export with proof, serve, and 
 quick: $(STAMP)  ## format, lint, types, import contracts and unit tests, in under 90 seconds
 	$(MAKE) --jobs=2 types lint contracts unit
 
-test: $(STAMP)  ## format, lint, types, import contracts and the tests of every main job: what a new installation or a change needs
-	$(MAKE) --jobs=2 compile lint contracts
-	$(MAKE) --jobs=2 tests $(TYPES)
+test: $(STAMP)  ## format, lint, import contracts and the tests of every main job: whether an installation or a change works
+	$(MAKE) lint contracts
+	$(MAKE) tests
 
-test-all: $(STAMP)  ## `test` with all tests that CI runs, also in Chromium and on a stand-in for CUDA, and the wheel
-	$(MAKE) --jobs=2 $(CUDA_STAND_IN) compile lint contracts
+test-all: $(STAMP)  ## `test` with all tests that CI runs, also in Chromium and on a stand-in for CUDA, types, and the wheel
+	$(MAKE) --jobs=2 $(CUDA_STAND_IN) lint contracts
 	$(MAKE) --jobs=2 tests $(TYPES) wheel-test SLOW=1
 
 test-nightly: $(STAMP)  ## the other networks, recipes and sizes, and what needs compilers or package servers: an hour and a half
@@ -107,11 +107,6 @@ contracts: $(STAMP)
 
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet -n auto --dist loadfile $(UNIT)
-
-# Otherwise all test workers compile the same modules, also those of the libraries, at the same time. The list of
-# tests is printed only if a module cannot be imported.
-compile: $(STAMP)
-	$(BIN)/pytest --collect-only -qqq > $(VENV)/tests.txt || { cat $(VENV)/tests.txt; exit 1; }
 
 tests: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --durations=10 --durations-min=5 $(if $(SLOW),--slow)

@@ -43,6 +43,7 @@ def test_int8_agrees_with_float32_on_all_but_one_photograph(
     assert verify(found.path, Settings(threads=1)).golden == 4
 
 
+@pytest.mark.slow
 def test_eight_photographs_of_each_class_are_enough_for_clothes(
     photos: Path, lite0_file: Path, tmp_path: Path
 ) -> None:

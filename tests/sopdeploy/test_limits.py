@@ -366,6 +366,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_a_wrong_checkpoint_is_refused_in_one_short_line(
     tmp_path: Path, content: dict[str, Any], case: str

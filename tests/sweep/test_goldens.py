@@ -54,6 +54,7 @@ def test_structures_match_the_golden(pytestconfig: pytest.Config) -> None:
     assert found == json.loads(path_of("structures").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_counts_of_full_networks_match_the_golden(pytestconfig: pytest.Config) -> None:
     """In training; `test_counts` compares with printed figures, which have fewer digits."""
     found = {name: describe(name).training.model_dump() for name in CATALOG}

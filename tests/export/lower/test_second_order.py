@@ -199,7 +199,9 @@ OWN: dict[str, tuple[Callable[[Tensor], Tensor], tuple[Root, ...]]] = {
 
 
 @pytest.mark.parametrize("channels", [4, 96])
-@pytest.mark.parametrize("form", OWN)
+@pytest.mark.parametrize(
+    "form", mostly_slow(OWN, "an identity for each image", "no root, but a difference")
+)
 def test_roots_in_code_of_users_are_counted(form: str, channels: int) -> None:
     function, roots = OWN[form]
     network = Minimal(lambda x: function(covariance_of(x, channels)).mean(2)).eval()

@@ -152,6 +152,7 @@ def test_a_changed_photograph_is_found_in_either_class_and_others_are_not(change
     assert pairs_of(compare(images + copies, [0, 1] * 11)) == [[3, 20], [8, 21]]
 
 
+@pytest.mark.slow
 def test_all_copies_of_a_photograph_are_its_group():
     names = ("encoded", "darker", "turned by 3 degrees", "mirrored")
     changes = [CHANGES[name] for name in names]
@@ -387,6 +388,7 @@ def test_the_loop_does_not_start_if_every_class_is_one_group(tmp_path: Path, kin
         assert any(line.startswith(problem) for line in warnings.lines)
 
 
+@pytest.mark.slow
 def test_the_loop_holds_out_no_copies_of_training_images(tmp_path: Path):
     root = write_scenes(tmp_path, copies=1)
     recipe = read_recipe("photos-dsop", [f"data.path={root}"])

@@ -260,6 +260,7 @@ def test_a_table_of_other_columns_next_to_class_folders_is_an_error(folder: Path
         open_folder(write(folder, "name,breed\nx,y\n"))
 
 
+@pytest.mark.slow
 def test_every_class_is_split_and_a_column_chooses_the_split(tmp_path: Path) -> None:
     scenes = draw_scenes(tmp_path / "scenes", count=60)
     opened = open_folder(scenes)

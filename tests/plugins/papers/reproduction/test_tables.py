@@ -145,6 +145,7 @@ def keys(form: OtherForm) -> set[str]:
     return {change.partition("=")[0] for change in (*form.set, *form.default)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_does_not_train_another_form_than_the_text_defines_without_saying_so(
     name: str,

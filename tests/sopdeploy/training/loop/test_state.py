@@ -164,6 +164,7 @@ FULL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", FULL)
 def test_a_full_disk_leaves_the_checkpoints_before(
     reason, tmp_path, monkeypatch, uninterrupted
