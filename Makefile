@@ -26,8 +26,8 @@ TENSORRT := tensorrt-cu13>=11,<12
 GPU_INSTALL = env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(GPU_VENV)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS))
 # Nice, as `wheel-test` is: it runs while tests wait. The annotations of old libraries differ.
 TYPES := $(if $(LOWEST),,types)
-# One worker more than cores: many tests wait for servers and processes.
-WORKERS = $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
+# As many workers as cores, because most tests compute.
+WORKERS = $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 1)')
 COMPILE := env -u UV_CONSTRAINT -u UV_BUILD_CONSTRAINT -u UV_RESOLUTION $(BIN)/uv pip compile --quiet --universal \
 	--python-version 3.11 --upgrade --no-header --no-annotate --no-emit-index-url --no-emit-find-links $(OPTIONS)
 HASHED := $(COMPILE) --generate-hashes

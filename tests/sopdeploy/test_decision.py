@@ -373,6 +373,7 @@ def stripes(folder, count: int):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "procedure",
     [

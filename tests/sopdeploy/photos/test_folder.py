@@ -224,6 +224,7 @@ def test_classes_that_are_easily_confused_are_named(tmp_path, other) -> None:
     assert line in lines[0]
 
 
+@pytest.mark.slow
 def test_a_split_depends_on_the_names_and_its_own_seed_only(tmp_path) -> None:
     split = open_at(make(tmp_path / "x", a=20, b=20))
     held = names(split.held_out)

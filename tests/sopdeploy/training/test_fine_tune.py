@@ -181,6 +181,7 @@ def test_a_line_says_what_the_held_out_photographs_decide(
     assert Tuning(**counts).describe() == f"fine-tuning: {text}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [1, 3], ids=["images", "clips"])
 def test_with_too_few_held_out_photographs_nothing_is_trained(
     tmp_path: Path, frames: int
