@@ -189,6 +189,7 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.hookimpl(trylast=True)  # below the slowest tests
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print how many tests were skipped for each reason, in at most ten lines."""
     skipped = terminalreporter.stats.get("skipped", [])

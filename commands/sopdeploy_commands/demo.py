@@ -68,7 +68,7 @@ def _describe_what_did_not_run() -> str:
 
     if torch.cuda.is_available():
         return "TensorRT engines (`sopdeploy engine`) and the container"
-    return "CUDA and TensorRT engines, as PyTorch finds no NVIDIA GPU here, and the container"
+    return "CUDA and TensorRT engines (PyTorch finds no NVIDIA GPU), and the container"
 
 
 def classify_photographs(out: Path) -> None:
