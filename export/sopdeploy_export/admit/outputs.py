@@ -19,7 +19,7 @@ from sopdeploy.errors import (
 )
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.capture.deployed import Deployed, generated_images
-from sopdeploy_export.capture.failures import DEPENDS_ON_VALUES
+from sopdeploy_export.capture.failures import DEPENDS_ON_VALUES, failing_line
 from sopdeploy_export.network import attributes_restored, tensors
 from sopdeploy_export.program_hashes import operator_name
 from sopdeploy_export.runs import PlainOutputs, run_as_users_do
@@ -255,7 +255,8 @@ def run_and_check(
     except SopdeployError:
         raise
     except Exception as error:  # the user's code
-        problem = f"the trained network fails for {amount(size, 'image')}: {first_line(error)}"
+        where = f"{amount(size, 'image')}{failing_line(error)}"
+        problem = f"the trained network fails for {where}: {first_line(error)}"
         if READS_ONE_VALUE.search(problem):
             problem += f"; {DEPENDS_ON_VALUES}"
         elif IS_OF_SIZE.search(problem) and "channel" not in problem:

@@ -7,7 +7,6 @@ of any other one, torch's first sentence stays, shortened, beside the line of th
 import linecache
 import re
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,7 +114,7 @@ def describe_failure(error: BaseException) -> str:
         cause for cause in (error, error.__cause__, error.__context__) if cause is not None
     ]
     text = "\n".join(f"{type(cause).__name__}: {cause}" for cause in causes)
-    place = next((place for cause in causes for place in _places(cause)), "")
+    place = next(filter(None, map(failing_line, causes)), "")
 
     for known in _CAUSES:
         if match := known.words.search(text):
@@ -143,8 +142,9 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]} ..."
 
 
-def _places(error: BaseException) -> Iterator[str]:
-    """Yield the lines of the network's code that *error* passed, the innermost first."""
+def failing_line(error: BaseException) -> str:
+    """Write the innermost line of the network's code that *error* passed, as `at_line` does; "" without one."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if frame.lineno and is_network_code(frame.filename):
-            yield at_line(frame.filename, frame.lineno)
+            return at_line(frame.filename, frame.lineno)
+    return ""

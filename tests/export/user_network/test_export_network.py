@@ -248,6 +248,14 @@ def with_fake_quantization() -> nn.Module:
     return network
 
 
+def asserts(network: Any, images: Tensor) -> Tensor:
+    assert images.shape[-1] % 5 == 0
+    raise NotImplementedError
+
+
+# The file, the line below its `def`, and the code.
+ASSERTED = rf"test_export_network\.py:{asserts.__code__.co_firstlineno + 1} \(assert "
+
 REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "NumPy": (lambda: n.variant(n.uses_numpy), {}, r"numpy|captured"),
     "NaN": (lambda: n.with_nan(n.Small()), {}, r"^stem\.0\.weight holds NaN"),
@@ -316,7 +324,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "images of another size than its linear layer takes": (
         lambda: n.variant(lambda self, x: self.fc(self.stem(x).flatten(1))),
         {},
-        r"fails for 1 image: .*shapes cannot be multiplied.*; preprocess makes images of 12 x 12: "
+        r"fails for 1 image in .*shapes cannot be multiplied.*; preprocess makes images of 12 x 12: "
         r"for another size, give rules such as imagenet:SIZE",
     ),
     "statistics of a batch, of which one image has none": (
@@ -326,8 +334,9 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
             )
         ),
         {},
-        r"fails for 1 image: .*more than 1 value per channel when training, got input size [^;]*$",
+        r"fails for 1 image in .*more than 1 value per channel when training, got input size [^;]*$",
     ),
+    "an assertion of its own": (lambda: n.variant(asserts), {}, ASSERTED),
     "a plain network with the removed part": (
         n.Small,
         {"plain": n.Small, "training_only": ["aux"]},
