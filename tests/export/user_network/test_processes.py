@@ -81,7 +81,8 @@ def build():
 }
 
 
-@pytest.mark.parametrize("case", mostly_slow(EXPORTED, "one after the other"))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EXPORTED)
 def test_a_builder_that_a_second_process_can_repeat_is_exported(
     case: str, folder: Path
 ) -> None:

@@ -180,6 +180,7 @@ def evaluate_shard(_folder: Path) -> dict[str, float]:
     return evaluate_fixed_network(Strategy(torch.device("cpu")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.nightly), 3])
 def test_any_number_of_processes_evaluates_103_images_equally(tmp_path, world) -> None:
     single = evaluate_fixed_network(ProcessGroup())
