@@ -33,8 +33,8 @@ has no auxiliary branches. The last column is the length of the vector that the 
 |---|---|---|---|---|---|---|---|
 {networks}
 
-Without options, the branches of DSoP are those of the paper's text. The recipes of the paper have the branches of its
-Table I. With them, `dsop-resnet50` has {dsop} M weights in training, as printed: `sopdeploy models dsop-resnet50
+Without options, DSoP has the branches that the paper's text describes. The recipes of the paper have the branches of
+its Table I. With them, `dsop-resnet50` has {dsop} M weights in training, as printed: `sopdeploy models dsop-resnet50
 --option aux_stride=table`.
 
 ## Networks that `within` tries

@@ -100,7 +100,7 @@ def lowered_root(channels: int, positions: int, iterations: int = 5) -> onnx.Mod
 @pytest.mark.parametrize("positions", [16, 49, 196, 784])
 @pytest.mark.parametrize("channels", [64, 96, 128, 256])
 def test_roots_of_every_size_are_counted(channels: int, positions: int) -> None:
-    """The identity of many rows is another node than that of few."""
+    """torch's converter writes a large identity as other nodes than a small one."""
     counted = count_second_order(lowered_root(channels, positions))
     assert counted == SecondOrder(1, 0, (Root(5, 12),), ())
 

@@ -157,8 +157,8 @@ def replay_probes(
 ) -> tuple[Replay, ...]:
     """Run the bundle's probes on the engine in *plan*, at the smallest and largest batch of every profile.
 
-    Batches of different profiles alternate: a context must not disturb another one. The
-    tolerances of the replays are those of the bundle, or *accepted_errors* if these are larger.
+    Batches of different profiles alternate: a context must not disturb another one. The replays
+    have the bundle's tolerances, or *accepted_errors* if these are larger.
     Raises `ParityError` if an output has another shape or is not finite, and `BundleError` if an
     output has no probes.
     """
