@@ -40,9 +40,10 @@ GateRun = Callable[[Tensor], NDArray[Any]]
 GET_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 # Rounding errors of float32, relative to the largest output, that sums in another order explain.
 MOST_ROUNDINGS = 4096
-# Sizes of the batches in a plain run; larger ones than the largest batch are left out. The first batch
-# runs again at the end. Two images run alone: one has bars, the other one has extreme pixels.
-SIZES = (2, 1, 1, 3, 4, 7)
+# Sizes of the batches in a plain run, together the number of the images of an export; larger ones than the
+# largest batch are left out. The first batch runs again at the end. Two images run alone: one has bars, the
+# other one has extreme pixels.
+SIZES = (2, 1, 1, 3, 6)
 REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -107,16 +107,22 @@ def admit(
     else:
         size_warnings = check_size(num_bytes, options.precision)
         may_be_equal = options.allow_numerical_error
-    fitted = fit_channels(network, preprocess)
-    gray_warnings = _warn_of_gray(preprocess, fitted)
-    preprocess = fitted
     empty_caches(network, preprocess)  # of earlier runs, for as long as *network* is `prepared`
 
-    # It runs once on the images of all later comparisons.
+    # It runs once on the images of all later comparisons. If it fails, it may take gray images.
     step("running the network")
     images = torch.from_numpy(np.stack([*export_images(preprocess).values()]))
+    given = preprocess
     deployed = Deployed(network, preprocess).eval()
-    plain = run_first(deployed, images, classes, options.max_batch)
+    try:
+        plain = run_first(deployed, images, classes, options.max_batch)
+    except LoweringError:
+        preprocess = fit_channels(network, given)
+        if preprocess == given:
+            raise
+        deployed = Deployed(network, preprocess).eval()
+        plain = run_first(deployed, images, classes, options.max_batch)
+    gray_warnings = _warn_of_gray(given, preprocess)
     logits = plain.outputs[0]
     warnings = _check_values(
         network, logits, classes, several_classes=several_classes, may_be_equal=may_be_equal
