@@ -336,9 +336,29 @@ def _simplify(model: ir.Model) -> None:
     # Constants once, each as an initializer; equal computations once; names without conflicts.
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass()(model)
+    _forbid_sizes_of_zero(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.OutputFixPass()(model)
     common.NameFixPass()(model)
+
+
+def _forbid_sizes_of_zero(model: ir.Model) -> None:
+    """Remove `allowzero` from each `Reshape` in *model* whose result has no size of 0, for any batch.
+
+    Other readers of ONNX, such as onnx2torch and those of embedded chips, refuse the attribute.
+    """
+    for node in model.graph:
+        shape = node.outputs[0].shape
+        if node.op_type != "Reshape" or shape is None:
+            continue
+
+        # A symbol alone is a size of the batch, which is at least 1. A term of it, such as s // 2, can be 0.
+        has_no_zero = all(
+            size != 0 if isinstance(size, int) else str(size.value).isidentifier()
+            for size in shape
+        )
+        if has_no_zero:
+            node.attributes.pop("allowzero", None)
 
 
 def _bypass_constant_choices(model: ir.Model) -> None:

@@ -98,6 +98,15 @@ def test_network_that_restricts_the_batch_size_is_rejected(
         capture_any_batch(Minimal(function).eval(), preprocess, BATCH)
 
 
+def test_no_reshape_allows_sizes_of_zero_where_there_are_none(preprocess: Preprocess) -> None:
+    network = Minimal(lambda x: x.reshape(x.shape[0], 3, -1).mean(2)).eval()
+    model = lowered(network, preprocess)
+
+    reshapes = [node for node in model.graph.node if node.op_type == "Reshape"]
+    assert len(reshapes) > 0
+    assert [name.name for node in reshapes for name in node.attribute] == []
+
+
 def test_other_forms_take_the_parameters_of_torch_by_name() -> None:
     x, indices = torch.arange(8.0).reshape(4, 2), torch.tensor([[1]])
     with SymbolicForms():
