@@ -90,7 +90,7 @@ def export_case(case: Case, target: Path) -> None:
             config=network.config.model_dump(mode="json"),
             weights=network.state_dict(),
             labels=case.labels,
-            preprocess=Preprocess(resize=case.side, crop=case.side, decoding="scaled"),
+            preprocess=Preprocess(resize=case.side, crop=case.side, decoding="fast"),
             training={},
         )
         write_checkpoint(source, random)

@@ -86,7 +86,7 @@ def send_burst(url: str, folder: Path) -> Result:
 
 def decoded_per_second(folder: Path, seconds: float) -> float:
     """Decode the photographs of *folder* on one core, as the server does for networks that `train` makes."""
-    bodies, rules = read_files(folder), Preprocess(decoding="scaled")
+    bodies, rules = read_files(folder), Preprocess(decoding="fast")
     return repeat(
         lambda done: decode_image(bodies[done % len(bodies)], rules), 1, seconds
     ).images_per_s

@@ -9,7 +9,7 @@ time; in each round they are put under load one after the other for each kind of
 32 connections. A value is the median of the rounds. CPU time is that of the server's process
 tree, divided by all images that it answered.
 
-sopdeploy decodes as recipes for photographs do, `scaled`. The other servers decode with Pillow
+sopdeploy decodes as recipes for photographs do, `fast`. The other servers decode with Pillow
 in full, as their users write it, and do not turn photographs by EXIF; CHECKOUT is another
 commit of this project, with its own benchmark. `refused` counts responses other than 200.
 """
@@ -45,7 +45,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> list[Rounds]:
     }
     rows: dict[tuple[str, str], Rounds] = {}
     with ExitStack() as stack:
-        ours = running_ours(CASE, CHECKOUT, "--decoding", "scaled")
+        ours = running_ours(CASE, CHECKOUT, "--decoding", "fast")
         servers = {"sopdeploy": stack.enter_context(ours)}
         if arguments.against is not None:
             servers[commit(arguments.against)] = stack.enter_context(

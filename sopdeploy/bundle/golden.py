@@ -2,9 +2,10 @@
 
 `golden.json` lists the examples; `golden-0.jpg` is a file as a client sends it, and
 `golden-0.rgb` has its pixels after preprocessing, (crop, crop, 3) uint8 in row-major order. A
-program that decodes and resizes as `Preprocess` does gets these pixels within one gray level,
-and from these pixels the logits within `tolerance`. `versions.pillow` of the manifest is the
-version of Pillow that computed the pixels. The folder deploy/samples has such programs.
+program that decodes and resizes as `Preprocess` does gets these pixels within one gray level
+(`fast_resize.MAX_LEVELS` with the decoding "fast"), and from these pixels the logits within
+`tolerance`. `versions.pillow` of the manifest is the version of Pillow that computed the pixels.
+The folder deploy/samples has such programs.
 """
 
 import io
@@ -24,9 +25,10 @@ from sopdeploy.bundle.manifest import GATES, to_json
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.config import StrictModel, Text, version_advice
 from sopdeploy.errors import BundleError, ParityError
+from sopdeploy.images import fast_resize
 from sopdeploy.images.decode import decode
 from sopdeploy.images.pixels import ORIENTATION
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.preprocess import Decoding, Preprocess
 from sopdeploy.names import MAX_CLASSES
 
 GOLDEN = "golden.json"
@@ -34,7 +36,7 @@ MAX_EXAMPLES = 4
 # Limit in tolerances of the probes: an example compares two runtimes, and each may be one off
 # the network.
 TOLERANCES = 2
-_MAX_LEVELS = 1  # gray levels between decoders
+MAX_LEVELS = 1  # gray levels between decoders
 _SEED = 11
 # pixels per random color
 CELL = 8
@@ -75,7 +77,7 @@ class Golden:
 
 def count_examples(preprocess: Preprocess) -> int:
     """Return the number of examples of an export; a mixture may leave out some of them."""
-    return 4 if preprocess.decoding == "scaled" and preprocess.resize <= MAX_LARGE_RESIZE else 3
+    return 4 if preprocess.decoding != "full" and preprocess.resize <= MAX_LARGE_RESIZE else 3
 
 
 def draw_jpegs(preprocess: Preprocess) -> list[bytes]:
@@ -195,13 +197,18 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
 
 
 def check_golden(
-    example: Golden, pixels: NDArray[np.uint8], run: RunOne, exporter: str | None
+    example: Golden,
+    pixels: NDArray[np.uint8],
+    run: RunOne,
+    exporter: str | None,
+    decoding: Decoding = "full",
 ) -> None:
     """Compare *pixels* that were decoded here with those of *example*, and its logits with those of *run*.
 
     *run* gets the pixels of the example. *exporter* is the version of Pillow that the export
-    used, if it is known. Raises `ParityError` for pixels that differ by more than `_MAX_LEVELS`,
-    as another version may compute them, and for logits outside of the tolerance.
+    used, if it is known. Raises `ParityError` for logits outside of the tolerance, and for pixels that
+    differ by more than `MAX_LEVELS`, as another version may compute them. With the *decoding* "fast",
+    they may differ as Pillow and fast_image_resize do, because one of the two machines may lack the latter.
     """
     deviation = float(np.abs(run(example.pixels) - example.logits).max())
     if not deviation <= example.tolerance:  # larger, or NaN
@@ -212,7 +219,8 @@ def check_golden(
         )
 
     levels = np.abs(pixels.astype(np.int16) - example.pixels).max()
-    if levels > _MAX_LEVELS:
+    limit = fast_resize.MAX_LEVELS if decoding == "fast" else MAX_LEVELS
+    if levels > limit:
         raise ParityError(
             f"{example.name}: its pixels differ by {levels} gray levels: Pillow "
             f"{PIL.__version__} decodes or resizes differently than "

@@ -51,7 +51,7 @@ def estimate_cost(body: bytes, rules: Preprocess | None) -> Cost | None:
 
     # A JPEG can be decoded at a smaller scale.
     pixels = encoded
-    if num_scans and rules is not None and rules.decoding == "scaled":
+    if num_scans and rules is not None and rules.decoding != "full":
         scale = center_view((width, height), rules).scale
         pixels = math.ceil(width / scale) * math.ceil(height / scale)
 

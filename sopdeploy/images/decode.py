@@ -70,7 +70,7 @@ def decode(
         _loaded(image, rules, max_pixels, choose_view) as (size, scale, view),
     ):
         # With full decoding, the whole image is resized, unless a view was chosen.
-        has_own_view = choose_view is not None or rules.decoding == "scaled"
+        has_own_view = choose_view is not None or rules.decoding != "full"
         own_view = view if has_own_view else None
         pixels = preprocess_image(image, rules, own_view, size, scale)
 
@@ -114,7 +114,7 @@ def _loaded(
         view = center_view(size, rules) if choose_view is None else choose_view(size)
 
         if image.format in JPEG:
-            if rules.decoding == "scaled" and view.scale > 1:
+            if rules.decoding != "full" and view.scale > 1:
                 scale = view.scale
                 image.draft(None, (image.width // scale, image.height // scale))
             image.load()

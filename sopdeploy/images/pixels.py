@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sopdeploy.images.fast_resize import fast_resize
 from sopdeploy.images.preprocess import Box, Pixels, Preprocess
 
 ORIENTATION = 0x0112
@@ -121,7 +122,7 @@ def preprocess_image(
     the whole image, upright; *rules* with the decoding "full" do not allow it.
     """
     resampling = RESAMPLING[rules.interpolation]
-    if rules.decoding == "scaled":
+    if rules.decoding != "full":
         fitted = _resize_box(image, rules, view, size, scale)
     else:
         rgb = to_rgb(image, rules)
@@ -169,9 +170,11 @@ def _resize_box(
     )
 
     rgb = to_rgb(image, rules, UPRIGHT)
-    fitted = rgb.resize(
-        turned_size(new_size, orientation), RESAMPLING[rules.interpolation], box
-    )
+    stored_size = turned_size(new_size, orientation)
+    if rules.decoding == "fast":
+        fitted = fast_resize(rgb, stored_size, rules.interpolation, box)
+    else:
+        fitted = rgb.resize(stored_size, RESAMPLING[rules.interpolation], box)
     return fitted.transpose(TURNS[orientation]) if orientation != UPRIGHT else fitted
 
 

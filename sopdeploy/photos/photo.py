@@ -33,8 +33,8 @@ from sopdeploy.photos.files import normalize
 from sopdeploy.project import AS_IT_IS, FolderReading
 
 # How much of a photograph is decoded to compare it, or to show it
-SHOWN = Preprocess(decoding="scaled")
-SMALLEST = Preprocess(decoding="scaled", resize=1, crop=1)  # still reads every byte
+SHOWN = Preprocess(decoding="fast")
+SMALLEST = Preprocess(decoding="fast", resize=1, crop=1)  # still reads every byte
 MAX_LEFT_OUT = 0.05  # share of the images that are damaged or missing
 MANY_LEFT_OUT = 3
 _Images = TypeVar("_Images", bound="LabeledImages")

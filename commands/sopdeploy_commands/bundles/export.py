@@ -436,16 +436,16 @@ def read_preprocess(text: str | None) -> Preprocess:
     """Read the preprocessing rules that *text* names.
 
     It is a convention such as `imagenet`, or `imagenet:SIDE`, `timm:NAME`,
-    `torchvision:WEIGHTS`, or a file. After `scaled:`, the decoding of these rules becomes
-    "scaled".
+    `torchvision:WEIGHTS`, or a file. After `fast:` or `scaled:`, the decoding of these rules becomes
+    "fast" or "scaled".
 
     Raises `ConfigError` for an unknown name and for a file that is not a `Preprocess`.
     """
     if not text:
         raise ConfigError(f"missing; give {EXAMPLE}", setting="preprocess")
     prefix, _, name = text.partition(":")
-    if prefix == "scaled":
-        return read_preprocess(name).model_copy(update={"decoding": "scaled"})
+    if prefix in ("fast", "scaled"):
+        return read_preprocess(name).model_copy(update={"decoding": prefix})
 
     values: Any = None  # of a file, for the message of an error
     try:

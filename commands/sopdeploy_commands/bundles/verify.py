@@ -128,7 +128,13 @@ def verify(
             jpeg, manifest.preprocess, max_bytes=len(jpeg), max_pixels=PILLOW_PIXELS
         )
         with translating_errors(loaded.runtime):
-            check_golden(example, decoded.pixels, run, manifest.versions.get("pillow"))
+            check_golden(
+                example,
+                decoded.pixels,
+                run,
+                manifest.versions.get("pillow"),
+                manifest.preprocess.decoding,
+            )
 
     probes = read_probes(loaded.bundle)
     _check_tolerances(loaded.bundle, probes)

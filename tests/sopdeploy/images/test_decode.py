@@ -22,7 +22,7 @@ from sopdeploy.seeds import derive_seed
 from tests.support.pictures import chunk
 from tests.support.rooms import ROOT
 
-FULL, SCALED = Preprocess(), Preprocess(decoding="scaled")
+FULL, SCALED, FAST = (Preprocess(decoding=name) for name in ("full", "scaled", "fast"))
 OPENS = {"open_image", "load_pixels", "draft"}  # and `Image.open`
 # What opens a file, and why: for a network, only `decode` does.
 ALLOWED = {
@@ -91,7 +91,7 @@ BODIES |= {kind: photograph(kind=kind) for kind in ("PNG", "WEBP", "BMP")}
 
 
 @pytest.mark.parametrize(
-    "rules", [FULL, SCALED, Preprocess(crop=32, decoding="scaled")], ids=str
+    "rules", [FULL, SCALED, FAST, Preprocess(crop=32, decoding="fast")], ids=str
 )
 @pytest.mark.parametrize("name", BODIES)
 def test_what_one_refuses_of_a_cut_file_all_refuse(name: str, rules: Preprocess) -> None:
@@ -137,14 +137,15 @@ def test_the_smallest_scale_keeps_twice_the_resized_sides(size, rules, scale) ->
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("fit", ["crop", "pad", "squash", "squash-crop"])
+@pytest.mark.parametrize("decoding", ["scaled", "fast"])
 def test_a_scaled_photograph_of_any_orientation_shows_what_the_full_one_does(
-    fit, orientation
+    fit, orientation, decoding
 ) -> None:
     exif = Image.Exif()
     exif[0x112] = orientation
     body = photograph(643, 487, exif=exif, quality=95)
     rules = Preprocess(resize=50, crop=40, fit=fit)
-    scaled = decode(body, rules.model_copy(update={"decoding": "scaled"}))
+    scaled = decode(body, rules.model_copy(update={"decoding": decoding}))
     full = decode(body, rules)
     assert scaled.warnings == full.warnings
     difference = np.abs(scaled.pixels.astype(int) - full.pixels)
@@ -174,7 +175,7 @@ def test_a_scaled_decoder_allocates_a_sixteenth(monkeypatch) -> None:
     assert sizes == [(640, 513), (2560, 2049)]
 
 
-@pytest.mark.parametrize("decoding", ["full", "scaled"])
+@pytest.mark.parametrize("decoding", ["full", "scaled", "fast"])
 def test_random_boxes_come_from_the_size_in_the_header(tmp_path, decoding) -> None:
     exif = Image.Exif()
     exif[0x112] = 6
@@ -207,23 +208,27 @@ def test_rules_that_are_full_are_written_as_before() -> None:
     assert Preprocess.model_validate_json(SCALED.model_dump_json()) == SCALED
 
 
-OLD_PIXELS = {  # sha256 of the golden examples of 9d5a1106
-    "crop": "98d60c00fe3ad5a9",
-    "pad": "f69f33c477dfdc20",
-    "squash": "1f8854cdf12524d0",
-    "squash-crop": "42a9afed6f83c494",
+# sha256 of the pixels of golden examples: of 9d5a1106 for "full", of 0.3.0 for "scaled"
+OLD_PIXELS = {
+    ("full", "crop"): "98d60c00fe3ad5a9",
+    ("full", "pad"): "f69f33c477dfdc20",
+    ("full", "squash"): "1f8854cdf12524d0",
+    ("full", "squash-crop"): "42a9afed6f83c494",
+    ("scaled", "crop"): "1cae6fd6ee613e61",
+    ("scaled", "pad"): "1a639ec40c22b36b",
+    ("scaled", "squash"): "602c0dcfdacab7d5",
+    ("scaled", "squash-crop"): "0131646d64caaf02",
 }
 
 
-@pytest.mark.parametrize("fit", OLD_PIXELS)
-def test_old_rules_keep_every_pixel(fit: str) -> None:
-    rules = Preprocess(resize=36, crop=32, fit=fit)
+@pytest.mark.parametrize(("decoding", "fit"), OLD_PIXELS)
+def test_old_rules_keep_every_pixel(decoding: str, fit: str) -> None:
+    rules = Preprocess(resize=36, crop=32, fit=fit, decoding=decoding)
     bodies = draw_jpegs(rules)
-    assert len(bodies) == 3
     digest = hashlib.sha256(
         b"".join(decode(body, rules).pixels.tobytes() for body in bodies)
     ).hexdigest()
-    assert digest[:16] == OLD_PIXELS[fit]
+    assert digest[:16] == OLD_PIXELS[decoding, fit]
 
 
 def test_a_golden_example_notices_a_wrong_scale() -> None:

@@ -32,7 +32,7 @@ def network() -> SecondOrderHead:
     return open_default_network().network
 
 
-@pytest.mark.parametrize("decoding", ["full", "scaled"])
+@pytest.mark.parametrize("decoding", ["full", "fast"])
 def test_the_default_network_has_a_hundred_vectors(network, decoding):
     preprocess = DEFAULT.model_copy(update={"decoding": decoding})
 
