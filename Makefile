@@ -224,8 +224,8 @@ release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS="--dry-run --verbose"]
 
 # `make lock OPTIONS='--constraint FILE'` keeps versions.
 lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions, for images with the hashes of their files
-	$(HASHED) pyproject.toml --extra cpu --extra openvino --extra sign --extra s3 --output-file deploy/lock/cpu.txt
-	$(HASHED) pyproject.toml --extra gpu --extra sign --extra s3 --output-file deploy/lock/gpu.txt
+	$(HASHED) pyproject.toml --extra cpu --extra openvino --extra sign --output-file deploy/lock/cpu.txt
+	$(HASHED) pyproject.toml --extra gpu --extra sign --output-file deploy/lock/gpu.txt
 	$(HASHED) --group build --output-file deploy/lock/build.txt
 	$(COMPILE) pyproject.toml $(addprefix --extra ,$(EXTRAS)) --group build --group tools --output-file deploy/lock/dev.txt
 	$(COMPILE) --group cuda-stand-in --no-deps --constraint deploy/lock/gpu.txt --output-file deploy/lock/cuda-stand-in.txt

@@ -62,7 +62,6 @@ PathKind = Literal[
     "bundle_file",
     "checkpoint",
     "weights",
-    "tar",
     "archive",
     "foreign",
     "photograph",
@@ -78,7 +77,6 @@ _WORDS: dict[PathKind, str] = {
     "bundle_file": "a file of a bundle",
     "checkpoint": "a checkpoint",
     "weights": "weights",
-    "tar": "an archive",
     "archive": "an archive",
     "photograph": "a photo",
     "bundle": "a bundle",
@@ -98,7 +96,6 @@ _NEXT: dict[Wanted, dict[PathKind, str]] = {
         "bundle_file": "give its folder, {folder}",
         "checkpoint": "run: sopdeploy export {path} --detach",
         "weights": "run: sopdeploy export {path} --network MODULE:CALLABLE",
-        "tar": "run: sopdeploy pull {path} bundles",
         "run": _EXPORT,
         "runs": _EXPORT,
         "bundles": _CHOOSE,
@@ -119,7 +116,7 @@ _NEXT: dict[Wanted, dict[PathKind, str]] = {
         "photographs": _TRAIN,
     },
     "weights": {"run": "use {best}", "runs": "use {best}"},
-    "photographs": {"tar": _UNPACK, "archive": _UNPACK},
+    "photographs": {"archive": _UNPACK},
 }
 _WANTED: dict[Wanted, str] = {
     "bundle": "a bundle",
@@ -164,9 +161,7 @@ def what_is(path: Path) -> PathKind:
         return "checkpoint"
     if holds_weights(path):
         return "weights"
-    if is_tar(path):
-        return "tar"
-    if path.name.lower().endswith((*ARCHIVES, *COMPRESSED)):
+    if is_tar(path) or path.name.lower().endswith((*ARCHIVES, *COMPRESSED)):
         return "archive"
     if describe_foreign(path):
         return "foreign"

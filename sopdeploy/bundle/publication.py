@@ -9,9 +9,8 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, open_bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, FileRecord, Manifest, to_json
@@ -93,12 +92,12 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     is signed. Then `destination/latest` is linked to the bundle. Raises `BundleError` if a
     different, damaged or signed bundle has the name.
     """
-    existing = give_final_name(folder, manifest, destination).manifest
+    target = destination / manifest.name
+    existing = _give_final_name(folder, manifest, target)
 
     # If the bundle was here before, with another time, the new manifest replaces its manifest.
-    target = destination / manifest.name
     if existing != manifest:
-        signature = _signature_of(target)
+        signature = target.with_name(target.name + SIGNATURE_SUFFIX)
         if signature.exists():  # it would no longer be valid
             raise BundleError(
                 f"{target} exists, signed with the time of its export; move "
@@ -115,66 +114,27 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     return target
 
 
-class PlacedBundle(NamedTuple):
-    """The manifest of the bundle that has the final name, and whether it was written by this process."""
+def _give_final_name(folder: Path, manifest: Manifest, target: Path) -> Manifest:
+    """Rename a sealed *folder* to *target* unless an identical bundle is there.
 
-    manifest: Manifest
-    is_new: bool
-
-
-def give_final_name(
-    folder: Path, manifest: Manifest, destination: Path, signature: bytes | None = None
-) -> PlacedBundle:
-    """Rename a sealed *folder* to `destination/<project>-<id>` unless an identical bundle has the name.
-
-    A *signature* of *manifest* is written, too: before the new name, so that a new bundle is never
-    there without it, or beside the identical bundle. The manifest of the bundle that has the name
-    at the end is read again: it equals *manifest*, or without a *signature* may have another
-    time. Raises `BundleError` if a different or damaged bundle has the name; it stays as it is.
+    Returns the manifest of the bundle at *target*, read again: it may have another time than
+    *manifest*. Raises `BundleError` if a different or damaged bundle is there; it stays as it is.
     """
-    target = destination / manifest.name
-    signature_file = _signature_of(target)
-    read_same = partial(_read_same_bundle, target, manifest, is_signed=signature is not None)
-
-    # The bundle may be here already; then only its signature is written.
     if os.path.lexists(target):
         if not target.is_dir():
             raise BundleError(
-                f"{target}: has the name of the bundle, but is no folder; move it away"
+                f"{target}: has the name of the bundle, but is not a folder; move it away"
             )
-        manifest_here = read_same()
-        if signature is not None:
-            with writing(target):
-                _write_signature(signature_file, signature)
-        return PlacedBundle(manifest_here, is_new=False)
+        return _read_same_bundle(target, manifest)
 
-    # The signature comes first: nobody sees a bundle without it. After an error, a new one is
-    # deleted again.
-    with writing(target), ExitStack() as on_error:
-        if signature is not None:
-            if not os.path.lexists(signature_file):
-                on_error.callback(signature_file.unlink, missing_ok=True)
-            _write_signature(signature_file, signature)
-
+    with writing(target):
         is_new = _publish(folder, target)  # false if another process was faster
         try:
-            manifest_here = read_same()
+            return _read_same_bundle(target, manifest)
         except BundleError:
             if is_new:  # somebody exchanged a file between the check and the new name
                 target.rename(folder)  # the caller deletes it
             raise
-
-        on_error.pop_all()
-    return PlacedBundle(manifest_here, is_new)
-
-
-def _signature_of(target: Path) -> Path:
-    return target.with_name(target.name + SIGNATURE_SUFFIX)
-
-
-def _write_signature(path: Path, signature: bytes) -> None:
-    with atomic_write(path, durable=True) as partial_file:
-        partial_file.write_bytes(signature)
 
 
 def _publish(folder: Path, target: Path) -> bool:
@@ -198,22 +158,12 @@ def _publish(folder: Path, target: Path) -> bool:
     return True
 
 
-def _read_same_bundle(target: Path, manifest: Manifest, *, is_signed: bool) -> Manifest:
-    """Read the bundle *target* and return its manifest; raise `BundleError` unless it is *manifest*.
-
-    Unless it *is_signed*, the time of the export may differ.
-    """
+def _read_same_bundle(target: Path, manifest: Manifest) -> Manifest:
+    """Read the bundle *target* and return its manifest; raise `BundleError` for another content than *manifest*."""
     manifest_here = open_bundle(target, with_graph=False).manifest
 
     if not manifest_here.has_content_of(manifest):
         raise BundleError(
             f"{target} exists with another manifest; choose another folder", setting="out"
-        )
-
-    if is_signed and manifest_here != manifest:
-        raise BundleError(
-            f"{target}: exported at {manifest_here.exported_at}, but the "
-            f"signed copy at {manifest.exported_at}; move this folder away "
-            "and pull again"
         )
     return manifest_here

@@ -1,9 +1,9 @@
-"""Signatures of bundles in the format of OpenSSF Model Signing, by the `model-signing` package.
+"""Check signatures of bundles, which the command `model_signing sign key` of the `model-signing` package writes.
 
-A signature is a Sigstore bundle beside the folder: a signed in-toto statement with the hashes
-of all files. It is compared with the hashes of the bytes that were read, so that it covers
-exactly what runs. Keys are elliptic curve keys (P-256) in PEM files. `model_signing verify key`
-accepts signatures of `sign`, and `check_signature` accepts those of `model_signing sign key`.
+A signature is a file beside the folder in the format of OpenSSF Model Signing: a Sigstore bundle
+with a signed in-toto statement of the hashes of all files. It is compared with the hashes of the
+bytes that were read, so that it covers exactly what runs. Keys are elliptic curve keys (P-256) in
+PEM files.
 """
 
 import hashlib
@@ -12,17 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, Bundle, open_bundle
+from sopdeploy.bundle.folder import SIGNATURE_SUFFIX, Bundle
 from sopdeploy.bundle.sealed import SealedFile
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import BundleError, ConfigError, MissingPackageError
 from sopdeploy.files import (
     MANIFEST,
-    atomic_write,
     open_regular,
     read_at_most,
     read_file,
-    writing,
 )
 
 MAX_FILE_BYTES = 1_000_000  # of a signature
@@ -34,22 +32,6 @@ def signature_path(bundle: Path) -> Path:
     return resolved.with_name(resolved.name + SIGNATURE_SUFFIX)
 
 
-def write_signature(path: Path, key: Path) -> Path:
-    """Sign the files of the bundle at *path* with the private key file *key*; return the signature path.
-
-    Raises `BundleError` for a damaged bundle and `ConfigError` for an invalid key.
-    """
-    signing = _import("signing")
-    bundle = open_bundle(path, with_graph=False)
-    file = signature_path(bundle.path)
-
-    with _reading(key, "private elliptic curve key, as `openssl genpkey -algorithm EC` writes"):
-        config = signing.Config().use_elliptic_key_signer(private_key=key)
-    with writing(file), atomic_write(file, durable=True) as partial:
-        config.set_hashing_config(_HashesOf(bundle)).sign(bundle.path, partial)
-    return file
-
-
 def read_signature(file: Path, bundle: object) -> bytes:
     """Read the signature *file* of *bundle*, which the error names; raises `BundleError`."""
     try:
@@ -57,7 +39,8 @@ def read_signature(file: Path, bundle: object) -> bytes:
             content = read_at_most(stream, MAX_FILE_BYTES + 1)
     except OSError as error:
         raise BundleError(
-            f"{bundle}: no signature at {file.name} ({error.strerror}); see `sopdeploy sign`"
+            f"{bundle}: no signature at {file.name} ({error.strerror}); "
+            "write it with `model_signing sign key`"
         ) from error
 
     if len(content) > MAX_FILE_BYTES:

@@ -1,11 +1,9 @@
 """Files of a bundle that somebody exchanges between check and use, and how often each of them is read."""
 
 import asyncio
-import io
 import os
 import shutil
 import sys
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +20,6 @@ from onnx import TensorProto
 from PIL import Image
 
 from sopdeploy.bundle import folder, signing
-from sopdeploy.bundle.archive import write_archive
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.golden import read_golden
 from sopdeploy.bundle.onnx_root import check_graph_and_certificate
@@ -36,7 +33,6 @@ from sopdeploy.bundle.sealed import (
 )
 from sopdeploy.errors import BundleError, RuntimeUnavailableError, SopdeployError
 from sopdeploy_commands.bundles.predict import predict
-from sopdeploy_commands.bundles.transfer import pull, push
 from sopdeploy_commands.bundles.verify import verify
 from sopdeploy_commands.promotion.promote import promote
 from sopdeploy_service.inference.loader import load_model
@@ -45,7 +41,7 @@ from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from sopdeploy_service.server.process import load_registry
 from sopdeploy_service.settings import Settings
-from tests.support.keys import write_key
+from tests.support.keys import sign, write_key
 from tests.support.pictures import encoded
 from tests.support.service import write_bundle
 
@@ -56,7 +52,7 @@ Found = dict[str, Any]  # the digest, answers or contents that a use of a bundle
 
 @dataclass(frozen=True)
 class World:
-    """A signed *bundle*, one of another network that nobody signed, and an archive of the first."""
+    """A signed *bundle*, and one of another network that nobody signed."""
 
     root: Path
     name: str
@@ -82,8 +78,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> World:
     other = write_bundle(root / "others", seed=1, exported_at=LATER)
     write_bundle(root / "served", seed=2).rename(root / "first")
     write_key(root / "release.key")
-    signing.write_signature(bundle, root / "release.key")
-    push(bundle, str(root / "store"))
+    sign(bundle, root / "release.key")
 
     for number, label in enumerate(("ant", "bee")):
         (root / "photos" / label).mkdir(parents=True)
@@ -167,23 +162,6 @@ def promoted(world: World) -> Found:
     return started(world, link)
 
 
-def pushed(world: World) -> Found:
-    with tarfile.open(push(world.bundle, str(world.root / "pushed")).url) as archive:
-        files = {entry.name: archive.extractfile(entry) for entry in archive}
-        return {name: file.read() for name, file in files.items() if file is not None}
-
-
-def pulled(world: World) -> Found:
-    archive = world.root / "store" / f"{world.name}.tar"
-    path = pull(
-        str(archive), world.root / "here", require_signature=world.settings.require_signature
-    ).path
-    found = open_bundle(
-        path
-    )  # as a server does; what changed after the command is refused here
-    return {**found.contents, "model.onnx": found.onnx.read(), "manifest": found.manifest}
-
-
 USES: dict[str, Callable[[World], Found]] = {
     "start": lambda world: started(world, world.bundle),
     "start with a link": lambda world: started(world, world.bundle.with_name("latest")),
@@ -192,8 +170,6 @@ USES: dict[str, Callable[[World], Found]] = {
     "predict": predicted,
     "verify": verified,
     "promote": promoted,
-    "push": pushed,
-    "pull": pulled,
 }
 NAMES = [
     "manifest.json",
@@ -302,11 +278,7 @@ def test_what_is_exchanged_after_it_was_read_is_not_used(
 
     assert len(calls) == 1
     assert found in (None, usual)
-    if (
-        found is None and use == "pull" and name != "manifest.json"
-    ):  # which is read only at the end
-        assert not os.path.lexists(world.root / "here" / world.name)
-    if use in {"start", "predict", "push"} and change == "in place" and name != "manifest.json":
+    if use in {"start", "predict"} and change == "in place" and name != "manifest.json":
         assert found == usual, "what was read is enough"
 
 
@@ -360,7 +332,7 @@ TIMES = {  # how often each file is opened, and the manifest
 
 @pytest.mark.parametrize(
     ("use", "times", "manifests"),
-    [(use, *TIMES[use]) for use in USES if use not in {"promote", "pull"}],
+    [(use, *TIMES[use]) for use in USES if use != "promote"],
 )
 def test_each_file_of_a_bundle_is_opened_once(
     use: str, times: int, manifests: int, world: World
@@ -374,15 +346,15 @@ def test_each_file_of_a_bundle_is_opened_once(
 
 
 def test_all_that_is_made_from_a_bundle_needs_no_folder_any_more(world: World) -> None:
-    usual, archive = open_bundle(world.bundle), io.BytesIO()
+    usual = open_bundle(world.bundle)
     logits = OnnxRuntime(usual, Settings(threads=1)).run(IMAGES)["logits"]
     shutil.rmtree(world.root)
     assert np.array_equal(OnnxRuntime(usual, Settings(threads=1)).run(IMAGES)["logits"], logits)
     assert check_graph_and_certificate(usual) == usual.manifest.lineage.onnx_root
     assert len(read_golden(usual)) == 3
     assert len(read_probes(usual).images) == 3
-    write_archive(usual, archive)
-    assert usual.onnx.read() in archive.getvalue()
+    content = b"".join(usual.blocks("model.onnx"))
+    assert content == usual.onnx.read()
 
 
 def with_external_weights(bundle: Bundle, location: str) -> Bundle:

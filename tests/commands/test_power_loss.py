@@ -1,4 +1,4 @@
-"""`promote`, `pull`, `classify` and `label` after a kill or a loss of power at any step: nothing is half done."""
+"""`promote`, `classify` and `label` after a kill or a loss of power at any step: nothing is half done."""
 
 import errno
 import json
@@ -16,20 +16,12 @@ import pytest
 from sopdeploy import files
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.live import LOG
-from sopdeploy.bundle.signing import (
-    check_signature,
-    read_signature,
-    signature_path,
-    write_signature,
-)
 from sopdeploy_commands.bulk import run
 from sopdeploy_commands.bulk.options import ClassifyOptions
-from sopdeploy_commands.bundles.transfer import pull, push
 from sopdeploy_commands.promotion.comparison import BundleComparison
 from sopdeploy_commands.promotion.promote import promote
 from sopdeploy_service.labelling.label.folders import _move as move
 from tests.support.crashes import LOSSES, end_at_each_step
-from tests.support.keys import write_key
 from tests.support.service import picture_bytes, write_bundle
 
 pytestmark = pytest.mark.slow
@@ -128,45 +120,6 @@ def test_a_link_leads_to_one_of_two_bundles_and_each_move_is_recorded(
         last = json.loads((folder / LOG).read_text().splitlines()[-1])
         assert is_back or last["comparison"]["attempt"] == 1, ends
     assert ends >= 5
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_bundle_is_pulled_whole_or_not_at_all(tmp_path: Path, loss: str) -> None:
-    key = tmp_path / "release.key"
-    write_key(key)
-    public = key.with_name(f"{key.name}.pub")
-    bundle = write_bundle(tmp_path / "bundles")
-    write_signature(bundle, key)
-    url = push(bundle, str(tmp_path / "store")).url
-    start, folder = tmp_path / "start", tmp_path / "here"
-    start.mkdir()
-
-    def pull_it() -> None:
-        pull(url, folder, require_signature=public)
-
-    restart(start, folder)
-    pull_it()
-
-    def check() -> None:
-        pulled = open_bundle(folder / bundle.name)
-        signature = read_signature(signature_path(pulled.path), pulled.path)
-        check_signature(pulled, signature, public)
-
-    ends = 0
-    for ends in end_at_each_step(folder, LOSSES[loss], lambda: restart(start, folder), pull_it):
-        # A bundle that has its name is complete, and signed.
-        if (folder / bundle.name).exists():
-            check()
-        pull_it()
-        check()
-        assert names(folder) == {
-            bundle.name,
-            f"{bundle.name}.sig",
-            "latest",
-            *(f"{bundle.name}/{path.name}" for path in bundle.iterdir()),
-        }, ends
-
-    assert ends >= 10
 
 
 OPTIONS = ClassifyOptions(workers=1, part_images=4)

@@ -1,4 +1,4 @@
-"""Which requests go through a proxy: one rule for the client, `health`, `pull` and `classify`."""
+"""Which requests go through a proxy: one rule for the client, `health` and `classify`."""
 
 import os
 import socket
@@ -10,11 +10,10 @@ from typer.testing import CliRunner
 
 from sopdeploy.backbones.efficientnet import EfficientNetLiteConfig
 from sopdeploy.client import Client
-from sopdeploy.errors import BundleError, ConfigError, SopdeployError, UnreachableError
+from sopdeploy.errors import ConfigError, UnreachableError
 from sopdeploy.importers.published import fetch_imagenet_weights
 from sopdeploy.proxies import find_proxy, is_this_machine, requested_url, store_options
 from sopdeploy_commands.app import app
-from sopdeploy_commands.bundles.transfer import pull
 from tests.support.stub_server import reply, stub_server
 
 FAR = "http://server.example:8000"
@@ -137,9 +136,8 @@ def test_a_wrong_proxy_is_one_line_with_its_variable_and_without_its_password(
     calls = (
         lambda: Client(FAR),
         lambda: store_options(FAR),
-        lambda: store_options("hf://owner/name/a-0.tar"),
+        lambda: store_options("hf://owner/name/photos"),
         lambda: fetch_imagenet_weights("efficientnet-lite2", EfficientNetLiteConfig()),
-        lambda: pull(f"{FAR}/a-0.tar", tmp_path / "pulled"),
     )
 
     for call in calls:
@@ -171,12 +169,10 @@ def test_a_proxy_that_does_not_answer_is_named_with_its_variable(
     named = f"through the proxy http://{closed} (HTTP_PROXY)"
     with Client(FAR, retries=0) as client, pytest.raises(UnreachableError) as caught:
         client.classify(b"x")
-    with pytest.raises(SopdeployError) as pulled:
-        pull(f"{FAR}/a-0.tar", tmp_path / "pulled")
     health = CliRunner().invoke(app, ["health", "--url", FAR])
 
     assert health.exit_code == 1
-    for message in (str(caught.value), str(pulled.value), " ".join(health.stderr.split())):
+    for message in (str(caught.value), " ".join(health.stderr.split())):
         assert named in message
         assert "secret" not in message
 
@@ -189,12 +185,10 @@ def test_a_request_through_a_proxy_has_its_url_and_its_password(
         with Client(FAR) as client:
             assert client.classify(b"x").classes == ()
         assert CliRunner().invoke(app, ["health", "--url", f"{FAR}/root/"]).exit_code == 0
-        with pytest.raises(BundleError, match="not an archive"):
-            pull(f"{FAR}/a-0.tar", tmp_path / "pulled")
 
     heads = [request.head.decode() for request in proxy.received]
     targets = {head.split()[1] for head in heads}
-    assert targets == {f"{FAR}/v1/classify", f"{FAR}/root/readyz", f"{FAR}/a-0.tar"}
+    assert targets == {f"{FAR}/v1/classify", f"{FAR}/root/readyz"}
     assert all("proxy-authorization: basic dtpzzwnyzxq=" in head.lower() for head in heads)
 
 
@@ -208,11 +202,11 @@ def test_a_store_on_this_machine_is_requested_directly(
     monkeypatch.setenv("HTTP_PROXY", PROXY)
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-    assert store_options("s3://bucket/a-0.tar") == (
+    assert store_options("s3://bucket/photos") == (
         {"config_kwargs": {"proxies": {}}} if is_direct else {}
     )
-    assert requested_url("s3://bucket/a-0.tar") == (
+    assert requested_url("s3://bucket/photos") == (
         endpoint or "https://s3.amazonaws.com"
     )  # for messages
-    assert store_options("http://localhost/a-0.tar") == store_options("hf://owner/name") == {}
-    assert store_options(f"{FAR}/a-0.tar") == {"proxy": PROXY}
+    assert store_options("http://localhost/photos") == store_options("hf://owner/name") == {}
+    assert store_options(f"{FAR}/photos") == {"proxy": PROXY}

@@ -50,6 +50,12 @@ AUTOSCALING: dict[str, Any] = {
     "maxReplicas": 3,
     "busy": "0.6",
 }
+FILL = {
+    "name": "fill",
+    "image": "amazon/aws-cli",
+    "args": ["s3", "cp", "--recursive", "s3://models/flowers", "/models"],
+    "volumeMounts": [{"name": "models", "mountPath": "/models"}],
+}
 VALUES: dict[str, dict[str, Any]] = {
     "with defaults": {},
     "on GPUs": yaml.safe_load((CHART / "values-gpu.yaml").read_text()),
@@ -57,7 +63,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "models": {
             "path": "/bundles",
             "claim": "",
-            "pull": {"source": "s3://models/flowers.tar", "sha256": "0" * 64},
+            "initContainers": [FILL],
         },
         "extraEnv": [{"name": "AWS_ENDPOINT_URL", "value": "http://minio:9000"}],
         "envFrom": [{"secretRef": {"name": "minio"}}],
@@ -230,7 +236,7 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
     assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == ["http"]
     assert {*policy["ingress"][0]["from"][0]} == {"podSelector", "namespaceSelector"}
 
-    # Name servers, the store of `pull`, and what the values add
+    # Name servers, the store of the init container, and what the values add
     assert len(policy["egress"]) == 3
     assert [end["port"] for end in monitor["endpoints"]] == ["http"]
     (spread,) = pod["spec"]["topologySpreadConstraints"]
@@ -254,21 +260,21 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
     )
 
 
-def test_credentials_volumes_and_the_path_reach_the_pull_and_the_server() -> None:
-    given = VALUES["with everything"]
-    (pull,), (server,) = (
-        pod_of_chart("with everything")[kind] for kind in ("initContainers", "containers")
-    )
+def test_an_init_container_fills_the_folder_that_the_server_reads() -> None:
+    given, pod = VALUES["with everything"], pod_of_chart("with everything")
+    (server,) = pod["containers"]
+    assert pod["initContainers"] == [FILL]
+    assert {"name": "models", "emptyDir": {}} in pod["volumes"]
+    assert {"name": "models", "mountPath": "/bundles", "readOnly": True} in server[
+        "volumeMounts"
+    ]
 
-    assert pull["args"][:3] == ["pull", "s3://models/flowers.tar", "/bundles"]
     assert server["args"][:2] == ["serve", "/bundles"]
-    for container in (pull, server):
-        assert given["extraEnv"][0] in container["env"]
-        assert container["envFrom"] == given["envFrom"]
-        assert given["extraVolumeMounts"][0] in container["volumeMounts"]
-        volumes = {volume["name"] for volume in pod_of_chart("with everything")["volumes"]}
-        assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
-        assert "/bundles" in {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert given["extraEnv"][0] in server["env"]
+    assert server["envFrom"] == given["envFrom"]
+    assert given["extraVolumeMounts"][0] in server["volumeMounts"]
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in server["volumeMounts"]} <= volumes
 
 
 def test_the_server_writes_photographs_to_the_claim() -> None:
@@ -355,7 +361,7 @@ def test_the_chart_refuses_values_that_it_would_ignore_or_cannot_use() -> None:
     wrong: list[dict[str, Any]] = [
         {"resourcs": {}},
         {"replicas": "two"},
-        {"models": {"pull": {"sha256": "12"}}},
+        {"models": {"initContainers": [{"name": "fill"}]}},
         {"settings": {"MAX_BATCH": "8"}},
         {"settings": {"SOPDEPLOY_MAX_BATCH": 8}},
         {"keep": {"claim": "kept"}},
@@ -698,7 +704,7 @@ def test_compose_mounts_existing_files() -> None:
     ] == []
 
 
-LOCKS = {"cpu": ("cpu", "openvino", "sign", "s3"), "gpu": ("gpu", "sign", "s3")}
+LOCKS = {"cpu": ("cpu", "openvino", "sign"), "gpu": ("gpu", "sign")}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 

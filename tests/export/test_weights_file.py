@@ -1,10 +1,7 @@
 """A graph whose weights do not fit into its file: they are in a second file, which every reader checks."""
 
-import io
 import re
-import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +15,6 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from sopdeploy.bundle.archive import read_archived_manifest, unpack, write_archive
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.onnx_root import (
     check_graph_and_certificate,
@@ -300,23 +296,6 @@ def test_a_runtime_reads_no_weight_outside_of_the_file(case: str, path: Path) ->
         OnnxRuntime(changed, Settings(threads=1))
 
 
-def test_an_archive_that_no_pull_would_accept_is_not_written(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle = open_bundle(path)
-    archive = io.BytesIO()
-    write_archive(bundle, archive)
-    size = len(archive.getvalue())
-
-    for limit, message in ((size, None), (size - 1, f"have {size} bytes, .*; copy the folder")):
-        monkeypatch.setattr("sopdeploy.bundle.archive.MAX_ARCHIVE_BYTES", limit)
-        expected = (
-            nullcontext() if message is None else pytest.raises(BundleError, match=message)
-        )
-        with expected:
-            write_archive(bundle, io.BytesIO())
-
-
 def test_a_server_counts_the_weights_of_a_bundle_and_frees_them(path: Path) -> None:
     bundle = open_bundle(path)
     assert bundle.reduced().weights is None
@@ -334,19 +313,6 @@ def test_a_bundle_that_was_read_without_its_graph_has_no_file_of_it(path: Path) 
     for name in (GRAPH, GRAPH_DATA):
         with pytest.raises(ValueError, match=f"{name}: was hashed, but not kept"):
             bundle.blocks(name)
-
-
-def test_an_archive_has_both_files(path: Path, tmp_path: Path) -> None:
-    archive = io.BytesIO()
-    write_archive(open_bundle(path), archive)
-    manifest = read_archived_manifest(archive, "archive")
-    (tmp_path / "unpacked").mkdir()
-    unpack(archive, "archive", manifest, tmp_path / "unpacked")
-    assert (tmp_path / "unpacked" / GRAPH_DATA).read_bytes() == (path / GRAPH_DATA).read_bytes()
-
-    archive.seek(0)
-    with tarfile.open(fileobj=archive) as entries:
-        assert {GRAPH, GRAPH_DATA} < set(entries.getnames())
 
 
 def test_a_repository_of_triton_has_the_weights_beside_the_graph(

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.bundle.archive import upload
 from sopdeploy.bundle.publication import staging
 from sopdeploy.checkpoint import write_plain
 from sopdeploy.errors import ConfigError, StorageError
@@ -22,6 +22,7 @@ from sopdeploy.files import (
     new_folder,
     remove_leftovers,
     temporary_folder,
+    writing,
 )
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.run_folder import RunFolder
@@ -76,12 +77,6 @@ def write_bundle(folder: Path) -> None:
     )
 
 
-def write_archive(folder: Path) -> None:
-    (folder.parent / "a.tar").write_bytes(b"archive")
-    upload(folder.parent / "a.tar", str(folder / "store"), "a.tar")
-    assert (folder / "store" / "a.tar").read_bytes() == b"archive"
-
-
 def begin_run(folder: Path) -> None:
     run = RunFolder(folder / "run", Strategy("cpu"))
     run.lock()
@@ -93,7 +88,7 @@ def make_latest(folder: Path) -> None:
     link_latest(folder / "first")
 
 
-WRITERS = [write_file, write_checkpoint, write_bundle, write_archive]
+WRITERS = [write_file, write_checkpoint, write_bundle]
 # The operation that fails, its errors, what is done, and the line that tells of it; "" if
 # nothing is missing.
 SURVIVED: list[tuple[object, str, list[int], list[Callable[[Path], None]], str]] = [
@@ -147,13 +142,13 @@ FAILED_CASES = [
             Path,
             "replace",
             [errno.EBUSY, errno.ESTALE, errno.EXDEV, errno.EIO],
-            [write_checkpoint, write_archive],
+            [write_checkpoint],
         ),
         (
             Path,
             "mkdir",
             [errno.EROFS, errno.EACCES, errno.ENOSPC],
-            [write_checkpoint, write_archive, begin_run],
+            [write_checkpoint, begin_run],
         ),
     ]
     for code in codes
@@ -171,6 +166,23 @@ def test_a_disk_that_fails_is_one_line_and_leaves_nothing(
         action(tmp_path / "files")
     is_written = name == "fsync" and action is write_checkpoint
     assert is_written or list((tmp_path / "files").rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            OSError(errno.ENOSPC, "Error writing bytes. Detail: [errno 28]"),
+            os.strerror(errno.ENOSPC),
+        ),  # PyArrow's
+        (OSError("the connection is closed\nand more"), "the connection is closed"),
+    ],
+)
+def test_the_reason_why_a_file_cannot_be_written_is_that_of_the_system(
+    error: OSError, reason: str
+) -> None:
+    with pytest.raises(StorageError, match=re.escape(reason)), writing("rows"):
+        raise error
 
 
 def test_an_answer_of_a_server_that_was_lost_is_no_error(tmp_path: Path, monkeypatch) -> None:

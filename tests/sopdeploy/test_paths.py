@@ -25,7 +25,7 @@ KINDS: dict[str, PathKind] = {
     "bundles/tiny-1/golden-0.jpg": "bundle_file",
     "runs/tiny-1/best.pt": "checkpoint",
     "weights.pt": "weights",
-    "bundle.tar": "tar",
+    "bundle.tar": "archive",
     "photos.zip": "archive",
     "net.onnx": "foreign",
     "hat.jpg": "photograph",
@@ -99,7 +99,7 @@ ADVICE: dict[tuple[Wanted, str], str] = {
     ("bundle", "weights.pt"): (
         "weights, not a bundle; run: sopdeploy export weights.pt --network MODULE:CALLABLE"
     ),
-    ("bundle", "bundle.tar"): "an archive, not a bundle; run: sopdeploy pull bundle.tar bundles",
+    ("bundle", "bundle.tar"): f"an archive, not a bundle; {A_BUNDLE}",
     ("bundle", "photos.zip"): f"an archive, not a bundle; {A_BUNDLE}",
     ("bundle", "hat.jpg"): f"a photo, not a bundle; {A_BUNDLE}",
     ("bundle", "notes.txt"): f"not a folder; {A_BUNDLE}",

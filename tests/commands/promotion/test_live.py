@@ -12,7 +12,6 @@ from sopdeploy.bundle.listing import list_bundles
 from sopdeploy.bundle.live import LOG
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy_commands.bundles.predict import predict
-from sopdeploy_commands.bundles.transfer import push
 from sopdeploy_commands.bundles.verify import verify
 from sopdeploy_commands.training.runs import RunRow, runs
 from sopdeploy_service.inference.bundle_store import find_bundles, links_among
@@ -107,12 +106,6 @@ def named_by_serve(folder: Path) -> str:
     return found["tiny"].path.name
 
 
-def named_by_push(folder: Path) -> str:
-    return Path(push(folder / "latest", str(folder.parent / "store")).url).name.removesuffix(
-        ".tar"
-    )
-
-
 def named_by_predict(folder: Path) -> str:
     with pytest.raises(BundleError) as error:  # it names the bundle
         predict(folder / "latest", b"x", require_signature=folder / "no.pub")
@@ -123,7 +116,6 @@ COMMANDS = {
     "open_bundle": lambda folder: open_bundle(folder / "latest").path.name,
     "serve": named_by_serve,
     "follow": lambda folder: links_among([folder / "latest"])[folder / "latest"].name,
-    "push": named_by_push,
     "predict": named_by_predict,
     "verify": lambda folder: verify(folder / "latest", SETTINGS).bundle,
     "runs": lambda _: next(row.bundle for row in runs() if row.live),
