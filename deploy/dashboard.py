@@ -198,20 +198,9 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         ],
     ),
     (
-        "Memory of loaded models",
-        "bytes",
-        [("sopdeploy_model_memory_bytes", "{{model}}")],
-    ),
-    (
-        "Loads of models",
+        "Failed loads of models",
         "ops",
-        [
-            (f"sum by (model) (rate(sopdeploy_model_loads_total{RATE}))", "{{model}}"),
-            (
-                f"sum by (code) (rate(sopdeploy_load_failures_total{RATE})) > 0",
-                "failed {{code}}",
-            ),
-        ],
+        [(f"sum by (code) (rate(sopdeploy_load_failures_total{RATE})) > 0", "failed {{code}}")],
     ),
     (
         "Request bodies in memory; memory that one image may need to be decoded",

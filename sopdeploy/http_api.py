@@ -135,8 +135,7 @@ class ModelInfo(StrictModel):
     `thresholds` (by class) is set for a multi-label network. `embedding_size`, the length of a
     vector of `/v1/embed`, is set if the bundle has features. `known_from`, the smallest score of
     a known image, is set if the bundle has a threshold for known images. `temperature` is set if the
-    probabilities are the softmax of the logits of `/v2` divided by it. `loaded` is false for a
-    network that a memory budget keeps out.
+    probabilities are the softmax of the logits of `/v2` divided by it.
     """
 
     name: str
@@ -154,7 +153,6 @@ class ModelInfo(StrictModel):
     embedding_size: int | None = None
     known_from: float | None = None
     temperature: float | None = None
-    loaded: bool = True
 
 
 class ServerInfo(StrictModel):

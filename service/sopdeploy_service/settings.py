@@ -254,10 +254,6 @@ class Settings(StrictModel):
     load_timeout: Seconds | None = setting(
         None, "seconds to load a bundle; not set: 120 on a CPU, 600 with CUDA"
     )
-    memory_budget: PositiveBytes | None = setting(
-        None,
-        "memory for models on each device, such as 20GB; models are then loaded at first use",
-    )
     max_queue_delay_ms: Delay = setting(
         0.0, "how long an idle runtime waits for more images of a batch"
     )
@@ -330,14 +326,6 @@ class Settings(StrictModel):
 
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ValueError("ssl_keyfile needs ssl_certfile; add it")
-
-        # Bundles under a budget are not reloaded.
-        if self.follow and self.memory_budget is not None:
-            raise ValueError("follow excludes memory_budget; remove one of them")
-
-        # Device processes load all models.
-        if self.front_ends not in {"auto", 0} and self.memory_budget is not None:
-            raise ValueError("front_ends excludes memory_budget; remove one of them")
 
         # Otherwise, a request of so many images would never be admitted.
         if self.max_images > self.queue_size:

@@ -108,27 +108,6 @@ def started(world: World, source: Path, **settings: Any) -> Found:
     return answers(model.bundle, model._runtime.run)
 
 
-def loaded_in_budget(world: World) -> Found:
-    registry = load_registry(
-        [world.bundle], world.settings.model_copy(update={"memory_budget": 10**9})
-    )
-
-    async def run() -> Found:
-        model = registry.find()
-        with registry.use(model):
-            loaded = await registry.wait_until_loaded(model)
-            found = answers(loaded.bundle, loaded._runtime.run)
-        await registry.stop()
-        return found
-
-    try:
-        return asyncio.run(run())
-    except folder.BundleError:
-        raise
-    except Exception as error:  # `RejectedError`: the bundle was not loaded
-        raise BundleError(str(error)) from error
-
-
 def reloaded(world: World, source: Path) -> Found:
     async def run() -> Found:
         first = load_model(world.root / "first", Settings(threads=1))
@@ -165,7 +144,6 @@ def promoted(world: World) -> Found:
 USES: dict[str, Callable[[World], Found]] = {
     "start": lambda world: started(world, world.bundle),
     "start with a link": lambda world: started(world, world.bundle.with_name("latest")),
-    "first load in a memory budget": loaded_in_budget,
     "reload": lambda world: reloaded(world, world.bundle),
     "predict": predicted,
     "verify": verified,
@@ -325,7 +303,6 @@ def opened(bundle: Path) -> Iterator[Counter[str]]:
 
 TIMES = {  # how often each file is opened, and the manifest
     **dict.fromkeys(USES, (1, 1)),
-    "first load in a memory budget": (2, 1),  # at the start to check it, and later to load it
     "reload": (2, 2),  # with the bundle that was served before
 }
 

@@ -38,7 +38,7 @@ allowed_hosts allowed_origins batch_timeout_seconds body_grace_seconds decode_se
 decoders devices drain_seconds engine_cache examples follow formats front_ends
 header_timeout host keep keep_alive_seconds keep_bytes keep_days keep_sample keys
 load_timeout log log_level max_batch max_body_bytes max_connections max_images
-max_json_bytes max_pixels max_queue_delay_ms max_upload_bytes memory_budget metrics_need_key
+max_json_bytes max_pixels max_queue_delay_ms max_upload_bytes metrics_need_key
 min_body_rate port queue_size request_timeout require_signature root_path runtime sandbox
 threads top_k trusted_proxies write_timeout
 """
@@ -98,14 +98,6 @@ def test_a_port_that_nothing_sets_is_the_one_of_the_platform(
         (
             {"max_body_bytes": 900, "max_upload_bytes": 1000},
             "is larger than 87.5 % of max_upload_bytes",
-        ),
-        (
-            {"follow": True, "memory_budget": "1GB"},
-            "follow excludes memory_budget; remove one of them",
-        ),
-        (
-            {"front_ends": 2, "memory_budget": "1GB"},
-            "front_ends excludes memory_budget; remove one of them",
         ),
     ],
 )

@@ -113,31 +113,26 @@ class AdmittedRequest:
         self.received = time.monotonic()
         self.deadline = self.received + self.timeout
 
-    @asynccontextmanager
-    async def preparing(self) -> AsyncIterator[None]:
-        """Count a request as an image while its model loads or its body is parsed.
+    async def parse(
+        self, parse_body: Callable[[*_Values], _Value], *values: *_Values
+    ) -> _Value:
+        """Call *parse_body* with *values* in one of the threads that parse.
 
-        Raises `RejectedError` if the queue is full, or if the deadline passes.
+        Meanwhile, the request counts as an image. Raises `RejectedError` if the queue is full, or
+        if the deadline passes.
         """
         self.service.check_queue(self.model, 1, self.deadline)
         self.service.admitted += 1
 
         try:
             async with asyncio.timeout(self.deadline - time.monotonic()):
-                yield
+                return await asyncio.get_running_loop().run_in_executor(
+                    self.service.parsers, parse_body, *values
+                )
         except TimeoutError as problem:
             raise RejectedError(results.DEADLINE) from problem
         finally:
             self.service.admitted -= 1
-
-    async def parse(
-        self, parse_body: Callable[[*_Values], _Value], *values: *_Values
-    ) -> _Value:
-        """Call *parse_body* with *values* in one of the threads that parse."""
-        async with self.preparing():
-            return await asyncio.get_running_loop().run_in_executor(
-                self.service.parsers, parse_body, *values
-            )
 
     async def infer(
         self,
@@ -169,8 +164,7 @@ class AdmittedRequest:
         context.num_images += num_images
 
         stages = context.stage_seconds
-        # All that came before, without the load of the model
-        stages["receive"] = time.monotonic() - self.started - stages.get("load", 0.0)
+        stages["receive"] = time.monotonic() - self.started  # all that came before
 
         # Run them, unless the client leaves.
         client = self.client
@@ -202,11 +196,11 @@ async def admit(
 ) -> AsyncIterator[AdmittedRequest]:
     """Admit *request* to the model with *name* and *version*.
 
-    With a memory budget, the request may wait until the model is loaded. Raises `RejectedError`
-    if the header of the timeout is invalid, the model does not exist or cannot run, the deadline
-    cannot be met, or the queue or the rate limit is full. After the model is found, a refusal
-    here or in the block costs the key one token, and another per `SMALL_BODY` bytes read, unless
-    the client should send the request again or the tokens of its images are spent already.
+    Raises `RejectedError` if the header of the timeout is invalid, the model does not exist or
+    cannot run, the deadline cannot be met, or the queue or the rate limit is full. After the
+    model is found, a refusal here or in the block costs the key one token, and another per
+    `SMALL_BODY` bytes read, unless the client should send the request again or the tokens of its
+    images are spent already.
     """
     # This deadline holds until the body has arrived, which begins the time for the answer.
     started = time.monotonic()
@@ -220,7 +214,7 @@ async def admit(
     model = find_and_record_model(request, name, version)
     result: Literal["success", "fail"] = "fail"
 
-    # Refuse before the body is read, then load the model if that is needed.
+    # Refuse before the body is read.
     try:
         service.check_admission(model, deadline)
         if context.rate_limit is not None:  # `infer` takes the tokens of the images
@@ -239,13 +233,6 @@ async def admit(
                 received=started,  # until `end_upload`
                 deadline=deadline,
             )
-
-            if not model.is_loaded:
-                began = time.monotonic()
-                async with admitted.preparing():
-                    admitted.model = await service.registry.wait_until_loaded(model)
-                context.stage_seconds["load"] = time.monotonic() - began
-
             yield admitted
         result = "success"
     except RejectedError as error:

@@ -75,8 +75,7 @@ async def livez(request: Request) -> Response:
 async def readyz(request: Request) -> Response:
     """Return status 200 if the server accepts images, else 503; `status` says why.
 
-    Without a memory budget, the probes of every bundle are replayed before the server starts to
-    listen.
+    The probes of every bundle are replayed before the server starts to listen.
     """
     state = service_of(request).state
     return json_response(Health(status=state), status=200 if state == "ok" else 503)
@@ -93,7 +92,7 @@ async def metrics(request: Request) -> Response:
 @router.get("/info", summary="Served models", response_model=ServerInfo)
 @router.get("/v1/status", summary="Served models, as `/info`", response_model=ServerInfo)
 async def info(request: Request) -> Response:
-    """Describe each model, loaded or not, and its runtime; tell the number of front ends."""
+    """Describe each model and its runtime; tell the number of front ends."""
     service = service_of(request)
     models: list[ModelInfo] = []
     for model in service.registry.models():
@@ -124,7 +123,6 @@ async def info(request: Request) -> Response:
                 temperature=model.decision.temperature
                 if model.decision.divides_logits
                 else None,
-                loaded=model.is_loaded,
             )
         )
 

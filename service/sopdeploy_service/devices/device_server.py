@@ -37,7 +37,6 @@ from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.pages import Shared
-from sopdeploy_service.runtime.choice import may_use_gpu
 from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.server.draining_server import DrainingServer, freeze_objects
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, USER_ERROR
@@ -232,11 +231,7 @@ def run_device(config: LaunchConfig, supervisor: socket.socket) -> int:
     )
 
     # A device that is meant to be a GPU must be one.
-    if settings.memory_budget is None:
-        runs_on_cpu = any(model.runtime.device == "cpu" for model in registry.models())
-    else:  # bundles are loaded at their first use, so no model tells its device yet
-        runs_on_cpu = not may_use_gpu(settings)
-
+    runs_on_cpu = any(model.runtime.device == "cpu" for model in registry.models())
     if config.device not in {"cpu", ANY_DEVICE} and runs_on_cpu:
         reason = "no GPU can be used here; install sopdeploy[gpu], or serve with --devices cpu"
         raise ConfigError(f"devices: {config.device}: {reason}")

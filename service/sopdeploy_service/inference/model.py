@@ -19,8 +19,6 @@ from sopdeploy_service.settings import Settings
 
 State: TypeAlias = Literal["ok", "starting", "draining", "engine_starting", "runtime_dead"]
 
-NOT_LOADED = "not loaded"  # name of the runtime of a model that a memory budget has not loaded
-
 
 class RuntimeFacts(NamedTuple):
     """What requests may know of a runtime; *largest_batch* is that of the server."""
@@ -28,11 +26,6 @@ class RuntimeFacts(NamedTuple):
     name: str
     device: str
     largest_batch: int
-
-    @property
-    def is_loaded(self) -> bool:
-        """False only with a memory budget."""
-        return self.name != NOT_LOADED
 
 
 class ImageResult(NamedTuple):
@@ -78,7 +71,6 @@ class Model(ABC):
         self.bundle_name = bundle.name  # kept, as the version: each look-up hashes the manifest
 
         self.runtime = runtime
-        self.is_loaded = runtime.is_loaded
         self.largest_batch = runtime.largest_batch
         self.pace = BatchPace(timings)
 
@@ -172,10 +164,6 @@ class Registry(ABC):
             model.users -= 1
             if not model.users:
                 model.unused.set()
-
-    async def wait_until_loaded(self, model: Model) -> Model:
-        """Return *model*, which is loaded already."""
-        return model
 
     @property
     @abstractmethod

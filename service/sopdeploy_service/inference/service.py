@@ -81,10 +81,9 @@ class ModelRegistry(Registry):
         self.metrics.last_reload.set_to_current_time()
 
     async def start(self) -> None:
-        """Start the worker threads of the models that are loaded."""
+        """Start the worker threads of the models."""
         for model in self._by_name.values():
-            if model.is_loaded:
-                model.start()
+            model.start()
 
     @property
     def problem(self) -> State | None:
@@ -495,9 +494,8 @@ class Service:
             if self._draining or pixels.shape != served.bundle.manifest.image_shape:
                 return None
             with self.registry.use(served):
-                ready = await self.registry.wait_until_loaded(served)
                 deadline = time.monotonic() + self.settings.request_timeout
-                outcomes = await self.infer(ready, pixels[None], deadline)
+                outcomes = await self.infer(served, pixels[None], deadline)
         except RejectedError:
             return None
         outcome = outcomes[0]

@@ -125,14 +125,6 @@ class Metrics:
         )
 
         # Models.
-        self.model_memory = gauge(
-            "model_memory_bytes",
-            "Memory of a model, if a memory budget is set; 0: not loaded",
-            ("model",),
-        )
-        self.model_loads = counter(
-            "model_loads", "Loads of a model, if a memory budget is set", ("model",)
-        )
         self.last_load_seconds = gauge(
             "last_load_seconds", "Seconds that the last load of the model took", ("model",)
         )
@@ -280,7 +272,7 @@ class Metrics:
         self._child(self._request_seconds, route, model_name, status).observe(seconds)
 
     def observe_stage(self, stage: str, seconds: float) -> None:
-        """Count *seconds* spent in `load`, `receive` or one of `REQUEST_STAGES`."""
+        """Count *seconds* spent in `receive` or one of `REQUEST_STAGES`."""
         self._child(self._stage_seconds, stage).observe(seconds)
 
     def count_inference(
@@ -292,8 +284,8 @@ class Metrics:
     ) -> None:
         """Count a request with images that ended after *seconds*; *stages* has those spent in each stage."""
         # The other stages are counted per image and batch.
-        for stage in stages.keys() & {"load", "receive"}:
-            self.observe_stage(stage, stages[stage])
+        if "receive" in stages:
+            self.observe_stage("receive", stages["receive"])
 
         self._child(self.last_inference, model_name).set_to_current_time()
         self._child(self.inference_seconds, model_name, result).observe(seconds)

@@ -79,8 +79,6 @@ def configured_process(settings: Settings) -> Iterator[None]:
 
 def choose_front_ends(settings: Settings) -> int:
     """Return the number of front ends; 0: each device serves HTTP itself, as it should on a CPU."""
-    if settings.memory_budget is not None:  # device processes load all models
-        return 0
     if settings.front_ends != "auto":
         return settings.front_ends
     if "cpu" in settings.devices or not may_use_gpu(settings):
@@ -105,24 +103,16 @@ def load_registry(
     settings: Settings,
     on_progress: Callable[[], object] = lambda: None,
 ) -> "ModelRegistry":
-    """Load the bundles at *sources* in the time that *settings* allow; *on_progress* is called before each.
-
-    With a memory budget, they are only read and checked.
-    """
+    """Load the bundles at *sources* in the time that *settings* allow; *on_progress* is called before each."""
 
     def read(_name: str, path: Path, manifest: Manifest) -> Bundle:
-        # With a memory budget, the graphs are hashed only, and read again when they are loaded.
-        return read_files(path, manifest, with_graph=settings.memory_budget is None)
+        return read_files(path, manifest)
 
     # This begins before the slow imports.
     finding = daemon_threads.start(partial(find_bundles, sources, read))
 
     bundles = wait_in_time(finding, "the bundles", settings)
-    from sopdeploy_service.inference.memory_budget import BudgetedRegistry  # noqa: PLC0415
     from sopdeploy_service.inference.service import ModelRegistry  # noqa: PLC0415
-
-    if settings.memory_budget is not None:
-        return BudgetedRegistry(bundles, settings)
 
     loaded = {}
     for name in list(bundles):

@@ -262,7 +262,6 @@ NUMBERS: dict[
     "a device that is a CPU": ({"devices": ("0", "cpu")}, 16, True, 0),
     "a number": ({"front_ends": 3}, 16, False, 3),
     "one process": ({"front_ends": 0}, 16, True, 0),
-    "models that are loaded at their first use": ({"memory_budget": 70_000_000}, 16, True, 0),
 }
 
 

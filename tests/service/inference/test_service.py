@@ -414,12 +414,6 @@ FIRST_READS = {  # what a start reads from the disk before it loads a bundle
         lambda path, settings: process.load_registry([path], settings),
         {},
     ),
-    "budget": (
-        process,
-        "read_files",
-        lambda path, settings: process.load_registry([path], settings),
-        {"memory_budget": "1GB"},
-    ),
 }
 
 
