@@ -14,11 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import LoweringError, first_line
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DEPTH = 4  # levels of nested lists, dicts and sets that are restored
 LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
-# Packages whose code is no network of a user
-NOT_OF_NETWORKS = frozenset({"torch", "sopdeploy", "sopdeploy_export"})
 # Code whose lines tell a user nothing; packages of others can lie within that of Python.
 _FOREIGN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
 _OF_PYTHON = sysconfig.get_path("stdlib")
@@ -104,29 +101,6 @@ def unstored_buffers(network: nn.Module) -> dict[str, Tensor | None]:
         for owner, module in modules(network)
         for name in module._non_persistent_buffers_set
     }
-
-
-def unfilled_tensors(network: nn.Module) -> tuple[str, ...]:
-    """List the plain tensors of *network*, neither parameters nor buffers, that are 0 or 1 everywhere.
-
-    Training probably fills such a tensor, but a state dict does not have it. Those with other values,
-    such as a mean and a standard deviation of the images, are constants, and those that have a graph
-    are computed from weights.
-    """
-    return tuple(
-        f"{owner}.{name}" if owner else name
-        for owner, module in modules(network)
-        for name, value in vars(module).items()
-        if type(value) is Tensor and value.is_leaf and _is_zero_or_one(value)
-    )
-
-
-def _is_zero_or_one(tensor: Tensor) -> bool:
-    """Check whether all values of *tensor* are 0, or all are 1; no for layouts and types without comparison."""
-    is_ordinary = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
-    if not (is_ordinary and tensor.dtype in FLOATS and tensor.numel()):
-        return False
-    return bool((tensor == 0).all() or (tensor == 1).all())
 
 
 @contextmanager

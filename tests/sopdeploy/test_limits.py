@@ -468,8 +468,6 @@ UNLIMITED = {
     "html/report.py", "models/choices.py", "models/describe.py", "photos/compared.py", "photos/evaluation_images.py",
     "reproduction/tables.py", "training/recipe_files.py", "few_shot/cache.py",
     "api/web.py", "label/app.py",
-    # The user's own weights, which are loaded whole.
-    "user_network/kept_file.py",
     # Files of the kernel.
     "sopdeploy/environment.py", "decoding/child.py", "runtime/device_memory.py",
 }  # fmt: skip

@@ -180,9 +180,7 @@ def _export_weights(
 
     from sopdeploy_export.user_network.builder import network_builder
     from sopdeploy_export.user_network.export_network import export_network
-    from sopdeploy_export.user_network.kept_file import KeptFile
     from sopdeploy_export.user_network.loading import load_weights, read_weights
-    from sopdeploy_export.user_network.second_process import run_elsewhere
 
     # The class names of the option, or else those in the file.
     file = read_weights(weights)  # before the user's code can change it
@@ -195,59 +193,40 @@ def _export_weights(
 
     # The user's code builds the networks: the one that was trained and, if given, the plain
     # one.
-    with KeptFile(weights) as kept:
-        plain = None
-        if source.plain is not None:
-            plain = network_builder("plain", source.plain, source.plain_option)
-        build = network_builder("network", str(source.network), source.option)
+    plain = None
+    if source.plain is not None:
+        plain = network_builder("plain", source.plain, source.plain_option)
+    build = network_builder("network", str(source.network), source.option)
 
-        on_step("building the network")
-        network = build()
-        loaded = load_weights(
-            network,
-            file,
-            source.weights_key,
-            ignore=source.ignore,
-            training_only=source.training_only,
-        )
-        del file  # frees as much memory as the network takes
-        changed = kept.restore()
-        second_process = run_elsewhere(
-            network,
-            builder=str(source.network),
-            option=source.option,
-            weights=weights,
-            weights_key=source.weights_key,
-            logits_key=source.logits_key,
-            ignore=loaded.ignored,
-            preprocess=preprocess,
-        )
+    on_step("building the network")
+    network = build()
+    loaded = load_weights(
+        network,
+        file,
+        source.weights_key,
+        ignore=source.ignore,
+        training_only=source.training_only,
+    )
+    del file  # frees as much memory as the network takes
 
-        with second_process as compare:
-
-            def build_again() -> "nn.Module":
-                """Build the network to compare with, after a second process has built the trained one."""
-                compare()
-                return build() if plain is None else plain()
-
-            return export_network(
-                network,
-                plain=None if plain is None else build_again,
-                rebuild=build_again,
-                training_only=source.training_only,
-                labels=labels,
-                preprocess=preprocess,
-                destination=out,
-                name=name,
-                logits_key=source.logits_key,
-                allow_constants=source.allow_constants,
-                several_classes=source.several_classes,
-                options=options,
-                config=_describe_source(source, loaded.table),
-                sha256=loaded.sha256,
-                warnings=(*loaded.warnings, *changed),
-                on_step=on_step,
-            )
+    return export_network(
+        network,
+        plain=plain,
+        rebuild=build if plain is None else plain,
+        training_only=source.training_only,
+        labels=labels,
+        preprocess=preprocess,
+        destination=out,
+        name=name,
+        logits_key=source.logits_key,
+        allow_constants=source.allow_constants,
+        several_classes=source.several_classes,
+        options=options,
+        config=_describe_source(source, loaded.table),
+        sha256=loaded.sha256,
+        warnings=loaded.warnings,
+        on_step=on_step,
+    )
 
 
 def _describe_source(source: NetworkExportOptions, table: str) -> dict[str, object]:
@@ -341,23 +320,18 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
     from sopdeploy_export.admit.network import memory_of_export, prepared
     from sopdeploy_export.user_network.admission import admit
     from sopdeploy_export.user_network.builder import network_builder
-    from sopdeploy_export.user_network.kept_file import KeptFile
     from sopdeploy_export.user_network.loading import load_weights, read_weights
 
     # The network of the user, and what an export would refuse before its proof.
     weights = read_weights(file)  # before this code can change it
-    with KeptFile(file) as kept:
-        build = network_builder("network", options.network, options.option)
-        network = build()
-        changed = kept.restore()
-        loaded = load_weights(network, weights, options.weights_key, ignore=options.ignore)
-        with prepared(network, logits_key=options.logits_key) as prepared_network:
-            admitted = admit(
-                prepared_network, preprocess, several_classes=options.several_classes
-            )
-            if not options.allow_constants:
-                program = admitted.trained.trace.program
-                _check_constants(program, build, prepared_network, admitted.preprocess)
+    build = network_builder("network", options.network, options.option)
+    network = build()
+    loaded = load_weights(network, weights, options.weights_key, ignore=options.ignore)
+    with prepared(network, logits_key=options.logits_key) as prepared_network:
+        admitted = admit(prepared_network, preprocess, several_classes=options.several_classes)
+        if not options.allow_constants:
+            program = admitted.trained.trace.program
+            _check_constants(program, build, prepared_network, admitted.preprocess)
 
     # The export needs a file of names if the weights have none of these classes. Two names fit one
     # logit.
@@ -382,7 +356,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> Inspection:
         command=_export_command(file, export_options),
         ignored=loaded.ignored,
         labels=labels,
-        warnings=(*loaded.conversions, *changed, *admitted.warnings),
+        warnings=(*loaded.conversions, *admitted.warnings),
     )
 
 
@@ -405,7 +379,6 @@ def _check_constants(
     """
     from sopdeploy.bundle.manifest import BatchRange
     from sopdeploy_export.admit.outputs import check_trained_are_registered
-    from sopdeploy_export.capture.buffers import make_kept_results_anew
     from sopdeploy_export.capture.program import trace
     from sopdeploy_export.prove.constants import check_constants
     from sopdeploy_export.user_network.export_network import checked_builder
@@ -414,9 +387,7 @@ def _check_constants(
     rebuild = checked_builder(build, trained)
 
     def capture_rebuilt() -> "ExportedProgram":
-        rebuilt = rebuild()
-        make_kept_results_anew(rebuilt, preprocess)
-        return trace(rebuilt, preprocess, BatchRange()).program
+        return trace(rebuild(), preprocess, BatchRange()).program
 
     check_constants(program, capture_rebuilt)
 

@@ -23,8 +23,7 @@ def check_constants(
     Such a tensor may be trained, and is in no weight file. It is accepted if it is a view of a
     parameter or buffer, or if code makes it: then the program that *rebuild* returns, of a network
     that a builder made anew, has an equal tensor in memory of its own. What both programs share, such
-    as a global variable, is not accepted. Results that functions keep are not shared: they are made
-    anew for the builder's network (`make_kept_results_anew`).
+    as a global variable, is not accepted.
     """
     constants = _large_constants(program)
     if not constants:
@@ -54,11 +53,6 @@ def check_constants(
                 "buffer, so no weight file contains it; use ModuleList, ModuleDict or register_buffer",
                 remedies={"allow_constants": True},
             )
-
-
-def has_large_constants(program: ExportedProgram) -> bool:
-    """Return whether *program* contains a large tensor that its network does not register."""
-    return bool(_large_constants(program))
 
 
 def _storage_addresses(tensors: Iterable[Tensor | None]) -> set[int]:

@@ -12,7 +12,7 @@ from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy.models.base import is_in
-from sopdeploy_export.capture.buffers import create_buffers, make_kept_results_anew
+from sopdeploy_export.capture.buffers import create_buffers
 from sopdeploy_export.capture.deployed import EXPORT_EMBEDDING, Deployed
 from sopdeploy_export.capture.program import NETWORK_PREFIX, Trace, functionalize, trace
 from sopdeploy_export.network import tensors, unstored_buffers
@@ -23,7 +23,6 @@ from sopdeploy_export.program_hashes import (
     fingerprint,
     program_root,
 )
-from sopdeploy_export.prove.constants import has_large_constants
 from sopdeploy_export.subject import Detachment
 
 
@@ -232,10 +231,6 @@ def build_plain(
 
     _load(plain, plain_tensors, weights)
     plain.eval()
-
-    # A constant that a function keeps for later calls is not taken from the trained network.
-    if has_large_constants(trained.trace.program):
-        make_kept_results_anew(plain, preprocess)
     try:
         return Compared.of(detachment.role, plain, preprocess, batch, trained)
     except LoweringError as error:

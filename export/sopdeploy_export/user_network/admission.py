@@ -34,7 +34,6 @@ from sopdeploy_export.admit.outputs import (
     run_first,
 )
 from sopdeploy_export.admit.parts import match_parts
-from sopdeploy_export.capture.buffers import empty_caches
 from sopdeploy_export.capture.deployed import (
     EXPORT_TWO_CLASSES,
     Deployed,
@@ -107,7 +106,6 @@ def admit(
     else:
         size_warnings = check_size(num_bytes, options.precision)
         may_be_equal = options.allow_numerical_error
-    empty_caches(network, preprocess)  # of earlier runs, for as long as *network* is `prepared`
 
     # It runs once on the images of all later comparisons. If it fails, it may take gray images.
     step("running the network")

@@ -4,16 +4,13 @@
 names that the user typed: never because of a checkpoint or a bundle.
 """
 
-import functools
-import inspect
 import pkgutil
 import socket
 import sys
 import urllib.error
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -21,10 +18,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from sopdeploy.errors import ConfigError, first_line
-from sopdeploy.nearest import did_you_mean
 from sopdeploy_export.user_network.import_path import check_builder, parse_option
 
-BELOW_MAIN = "put what the script does below `if __name__ == '__main__':`"
+_ADVICE_IMPORT = (
+    "mend or install that, and put what a script does below `if __name__ == '__main__':`"
+)
 _ADVICE_OFFLINE = (
     "it loads something from the network, which the weight file replaces: switch that off by an option "
     "such as pretrained=false, or connect this machine"
@@ -37,14 +35,13 @@ def network_builder(
     """Create a function that builds the network *import_path*, `package.module:callable`.
 
     *option_texts* are its options, as `parse_option` reads them. Messages say that *import_path*
-    is the value of *setting*. Raises `ConfigError` if it cannot be imported or does not have such
-    options; the created function raises `ConfigError` if the network cannot be built.
+    is the value of *setting*. Raises `ConfigError` if it cannot be imported; the created function
+    raises it if the network cannot be built.
     """
     check_builder(setting, import_path, option_texts)
     invalid = partial(ConfigError, setting=setting, value=import_path)
     builder = _import_callable(import_path, invalid)
     options = dict(map(parse_option, option_texts))
-    _check_option_values(builder, options, import_path)
     first_names = list[str]()  # of the tensors of the network that the first call builds
 
     def build() -> nn.Module:
@@ -100,17 +97,12 @@ def _import_callable(
             imported: Any = pkgutil.resolve_name(import_path)
     except (Exception, SystemExit) as error:  # importing runs the user's code
         reason = first_line(error)
-        raise invalid(
-            f"cannot be imported ({reason}); {_advise_import(import_path, error)}"
-        ) from error
+        raise invalid(f"cannot be imported ({reason}); {_ADVICE_IMPORT}") from error
     if not callable(imported):
         raise invalid(
             f"is a {type(imported).__name__}, not a function or a class; name one of these"
         )
-    # Each call must build a network, also that of a function that keeps its result.
-    return (
-        imported.__wrapped__ if isinstance(imported, functools._lru_cache_wrapper) else imported
-    )
+    return imported
 
 
 @contextmanager
@@ -122,66 +114,3 @@ def without_arguments() -> Iterator[None]:
         yield
     finally:
         sys.argv = arguments
-
-
-def _advise_import(import_path: str, error: BaseException) -> str:
-    """Say what to do after *error*, which the import of *import_path*, `package.module:callable`, raised."""
-    module_name, _, attribute = import_path.partition(":")
-    if isinstance(error, SystemExit):
-        return (
-            f"it ends when it is imported, as a script does that needs arguments; {BELOW_MAIN}"
-        )
-
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        # Not the module of the user: a package that this module imports.
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            package, _, submodule = error.name.partition(".")
-            if submodule and find_spec(package) is not None:
-                return f"install a release of {package} that has {submodule}"
-            return f"install {package}, or add its folder to PYTHONPATH"
-
-        # The other modules of its package
-        wanted = error.name
-        parent = error.name.rpartition(".")[0]
-        folders = getattr(sys.modules.get(parent), "__path__", [])
-        known_names = [module.name for module in pkgutil.iter_modules(folders, f"{parent}.")]
-    elif isinstance(error, AttributeError) and module_name in sys.modules:
-        wanted = attribute
-        members = vars(sys.modules[module_name])
-        known_names = [name for name, value in members.items() if callable(value)]
-    else:  # of the code in the module
-        return f"it fails while it is imported: mend that, or {BELOW_MAIN}"
-
-    return did_you_mean(wanted, known_names, "check its name")
-
-
-def _check_option_values(
-    builder: Callable[..., Any], options: Mapping[str, Any], import_path: str
-) -> None:
-    """Raise `ConfigError` for an option that *builder* lacks, and for a text if the default is a number.
-
-    A truth value counts as a number. A builder that does not tell its options, such as a function
-    in C, may have any.
-    """
-    # The options that it has, with their defaults.
-    try:
-        parameters = inspect.signature(builder).parameters.values()
-    except (TypeError, ValueError):  # as of some functions that are written in C
-        return
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    defaults = {
-        parameter.name: parameter.default for parameter in parameters if parameter.kind in kinds
-    }
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-
-    for name, value in options.items():
-        if name not in defaults and not takes_any:
-            known = f"it has {', '.join(defaults) or 'none'}"
-            hint = did_you_mean(name, defaults.keys(), known)
-            raise ConfigError(f"{import_path} has no option {name}; {hint}")
-        default = defaults.get(name)
-        if isinstance(value, str) and isinstance(default, bool | int | float):
-            raise ConfigError(
-                f"{name}={value!r} is text, but its default is {default!r}; write a "
-                "value of this type"
-            )

@@ -4,17 +4,12 @@
 """
 
 import ast
-import pkgutil
 import sys
 from collections.abc import Sequence
-from functools import partial
-from importlib.machinery import PathFinder
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.nearest import did_you_mean
 
 WORDS = {"true": True, "false": False}  # as in TOML
 NO_LITERALS = {"none", "null", "nil", "yes", "no", "on", "off", "true", "false"}
@@ -25,67 +20,27 @@ def check_builder(setting: str, import_path: str, option_texts: Sequence[str]) -
 
     It runs no code of the user and does not import torch. Raises `ConfigError`.
     """
-    invalid = partial(ConfigError, setting=setting, value=import_path)
     module_name, _, attribute = import_path.partition(":")
-    file = _file_of_path(module_name)
-    if file == "" or not attribute:  # or the colon is missing
-        raise invalid("write package.module:callable, as in torchvision.models:googlenet")
+    names = module_name.split(".")
+    if not attribute or not all(name.isidentifier() for name in names):
+        raise ConfigError(
+            "write package.module:callable, as in torchvision.models:googlenet",
+            setting=setting,
+            value=import_path,
+        )
 
     # Modules are also found in the current folder, as by `python -m`.
     if "" not in sys.path:
         sys.path.insert(0, "")
-
-    if file is not None:
-        problem = f"write {file}:{attribute}, without .py or a path, and run the command in its folder"
-        if not file.isidentifier():
-            problem = (
-                f"{file!r} is no name of a module; rename the file, with letters, digits and _"
-            )
-        raise invalid(problem)
-    missing = _describe_missing(module_name)
-    if missing is not None:
-        raise invalid(missing)
+    if names[0] not in sys.modules and find_spec(names[0]) is None:
+        raise ConfigError(
+            f"no module named {names[0]}; run the command in its folder, or install it",
+            setting=setting,
+            value=import_path,
+        )
 
     for text in option_texts:
         parse_option(text)
-
-
-def _file_of_path(module_name: str) -> str | None:
-    """Return the name of the file, without `.py`, if *module_name* is a path or ends in `.py`; otherwise None.
-
-    A module `py` of a package is no such file. The name is empty if a part of the path or of the
-    dotted name that must name a module is empty, as in `..`.
-    """
-    package, _, rest = module_name.partition(".")
-    is_path = "/" in module_name or "\\" in module_name
-    if not is_path and "" in module_name.removesuffix(".py").split("."):
-        return ""
-    is_dotted_name = all(part.isidentifier() for part in module_name.split("."))
-    if is_dotted_name:
-        spec = PathFinder.find_spec(package) if rest == "py" else None
-        is_package = (
-            spec is not None and spec.origin is not None and spec.submodule_search_locations
-        )
-        if rest != "py" or is_package:
-            return None
-
-    return Path(module_name.replace("\\", "/").removesuffix(".py")).name.lstrip(".")
-
-
-def _describe_missing(module_name: str) -> str | None:
-    """Say that the first module in the dotted *module_name* cannot be found, and what to do; None if it can."""
-    package, _, rest = module_name.partition(".")
-    if package in sys.modules or find_spec(package) is not None:
-        return None
-
-    missing, advice = f"{package}.py", "run the command in its folder"
-    if rest:
-        missing, advice = f"folder {package}", f"{advice}, or install {package}"
-    here = Path.cwd()
-    nearby = [module.name for module in pkgutil.iter_modules([str(here)])]
-    return (
-        f"no {missing} in {here} (nor on PYTHONPATH); {did_you_mean(package, nearby, advice)}"
-    )
 
 
 def parse_option(text: str) -> tuple[str, Any]:

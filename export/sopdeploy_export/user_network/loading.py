@@ -23,40 +23,29 @@ from sopdeploy.checkpoint import (
 from sopdeploy.errors import WeightsError, first_line, shorten
 from sopdeploy.nearest import did_you_mean
 from sopdeploy.paths import check_is_weights
-from sopdeploy_export.network import unfilled_tensors
 
 _MAX_PREFIXES = 1_000  # that are tried for a table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedWeights:
-    """What `load_weights` read: the table, the sha256 of the file, unused entries, class names, other types.
-
-    `unfilled` are tensors of the network that no weight file can hold, and that are 0 or 1 everywhere.
-    """
+    """What `load_weights` read: the table, the sha256 of the file, unused entries, class names, other types."""
 
     table: str
     sha256: str
     ignored: tuple[str, ...]
     labels: tuple[str, ...] | None
     conversions: tuple[str, ...]
-    unfilled: tuple[str, ...]
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Say what of the file the network does not take, and what of the network the file cannot hold."""
+        """Say what of the file the network does not take, and what it converts."""
         lines = []
         if self.ignored:
             entries = "entry" if len(self.ignored) == 1 else "entries"
             names = shorten(self.ignored)
             lines.append(f"ignored {len(self.ignored)} {entries} of the weight file: {names}")
         lines += self.conversions
-        if self.unfilled:
-            lines.append(
-                "the weight file cannot hold plain tensors, and these are 0 or 1 everywhere: "
-                f"{shorten(self.unfilled)}; if training changes them, use register_buffer and save the weights "
-                "again"
-            )
         return tuple(lines)
 
 
@@ -195,7 +184,6 @@ def load_weights(
         ignored=tuple(ignored),
         labels=weights.labels,
         conversions=conversions,
-        unfilled=unfilled_tensors(network),
     )
 
 

@@ -1,6 +1,5 @@
 """Small networks outside of the catalog, as users write them: some to export, some to reject."""
 
-import functools
 import subprocess
 import sys
 from collections import OrderedDict
@@ -68,19 +67,6 @@ class Hides(Small):
 
 
 TABLE = torch.linspace(0, 1, 8 * CLASSES).reshape(8, CLASSES)
-
-
-@functools.cache
-def kept_table() -> Tensor:
-    return torch.linspace(0, 1, 8 * CLASSES).reshape(8, CLASSES)
-
-
-class KeepsTable(Small):
-    """Reads a tensor that a function makes once for all networks."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.features(images)
-        return self.fc(features) + features @ kept_table()
 
 
 class Shares(Small):

@@ -78,18 +78,6 @@ def test_a_plain_network_that_never_ran_makes_its_table(tmp_path: Path) -> None:
     assert exported.certificate.proof == idioms.PLAIN
 
 
-@pytest.mark.slow
-def test_a_table_of_weights_that_an_earlier_run_kept_is_made_again(tmp_path: Path) -> None:
-    network: Any = networks.trained(idioms.KeepsTable())
-    with torch.no_grad():
-        network(torch.zeros(1, 3, networks.SIDE, networks.SIDE))
-    kept = dict(network.kept)
-
-    exported = networks.export_small(network, tmp_path, plain=idioms.KeepsTable, options=QUICK)
-    assert exported.certificate.proof == idioms.PLAIN
-    assert network.kept == kept
-
-
 def test_a_table_that_was_kept_of_other_weights_is_refused(tmp_path: Path) -> None:
     network: Any = networks.trained(idioms.KeepsTable())
     with torch.no_grad():

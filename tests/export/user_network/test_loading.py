@@ -408,30 +408,6 @@ def test_the_type_of_the_weights_of_a_file_is_told_if_the_network_has_another(
     assert load_weights(Small(), tmp_path / "w.pth").warnings == expected
 
 
-class HasPlainTensors(Small):
-    """A network with tensors that are neither parameters nor buffers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mean = torch.tensor([0.5, 0.4, 0.3])
-        self.order = torch.zeros(3, dtype=torch.int64)
-        self.cache = torch.empty(0)
-        self.shape_only = torch.zeros(3, device="meta")
-        self.sparse = torch.zeros(3).to_sparse()
-        self.computed = self.fc.weight * 0
-        self.norm = nn.Module()
-        self.norm.running = torch.zeros(3)
-        self.scale = torch.tensor(1.0)
-
-
-def test_a_plain_tensor_that_training_may_fill_is_told(tmp_path: Path) -> None:
-    network = HasPlainTensors()
-    torch.save(network.state_dict(), tmp_path / "w.pth")
-    loaded = load_weights(network, tmp_path / "w.pth")
-    assert {*loaded.unfilled} == {"norm.running", "scale"}
-    assert "register_buffer" in loaded.warnings[0]
-
-
 class HasExtraState(Small):
     temperature = 1.0
 
@@ -642,76 +618,37 @@ def test_a_file_that_does_not_fit_is_rejected(case: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("import_path", "settings", "message"),
+    ("import_path", "settings"),
     [
-        ("torch.nn", (), r"^network='torch\.nn': write package\.module:callable"),
-        (
-            "no_such_module:build",
-            (),
-            r"no no_such_module\.py in .* \(nor on PYTHONPATH\); run the command in its folder$",
-        ),
-        ("jsn:loads", (), r"no jsn\.py in .*; run the command in its folder$"),
-        ("no_such.models:build", (), r"no folder no_such in .*, or install no_such$"),
-        (
-            "net.py:Small",
-            (),
-            r"write net:Small, without \.py or a path, and run the command in its",
-        ),
-        ("../a/net:Small", (), r"write net:Small, without \.py or a path"),
-        ("my-net.py:Small", (), r"'my-net' is no name of a module; rename the file"),
         *[
-            (f"{name}:Small", (), r"write package\.module:callable")
-            for name in ("..", ".", "../", "./..", "a..b", ".py")
+            (f"{name}:Small", ())
+            for name in ("../a/net", "my-net.py", "..", ".", "../", "./..", "a..b", ".py")
         ],
-        ("torch.nn:NoSuch", (), r"cannot be imported \(AttributeError.*\); check its name"),
-        (
-            "torch.nn:Linaer",
-            (),
-            r"cannot be imported \(AttributeError.*\); did you mean Linear\?",
-        ),
-        ("torch.nnn:Linear", (), r"\(ModuleNotFoundError.*\); did you mean torch\.nn\?"),
-        (f"{MODULE}:Small", ("auxx=true",), r"Small has no option auxx; did you mean aux\?"),
-        ("torch.nn.functional:__name__", (), r"is a str, not a function or a class"),
-        (f"{MODULE}:Small", ("width=3",), r"Small has no option width; it has aux"),
-        (
-            f"{MODULE}:Small",
-            ("aux=off",),
-            r"write True, False or None, or aux=\"'off'\" for a text",
-        ),
-        (f"{MODULE}:Small", ("aux=sharp",), r"aux='sharp' is text, but its default is True"),
-        (f"{MODULE}:Keeps", ("x=null",), r"write True, False or None"),
-        ("builtins:dict", (), r"returned a dict, not a torch\.nn\.Module"),
-        (
-            "torch.nn:LazyLinear",
-            ("out_features=3",),
-            r"returned lazy layers without weights; run them once",
-        ),
-        (f"{MODULE}:Small", ("aux",), r"^aux: write key=value"),
+        ("torch.nn", ()),
+        ("no_such_module:build", ()),
+        ("no_such.models:build", ()),
+        ("torch.nnn:Linear", ()),
+        ("torch.nn:NoSuch", ()),
+        (f"{MODULE}.py:Small", ()),
+        (f"{MODULE}:Small", ("auxx=true",)),
+        ("torch.nn.functional:__name__", ()),
+        ("builtins:dict", ()),
+        ("torch.nn:LazyLinear", ("out_features=3",)),
     ],
 )
-def test_a_builder_that_cannot_be_used_is_one_line(
-    import_path: str, settings: tuple[str, ...], message: str
+def test_a_builder_that_cannot_be_used_is_one_line_with_its_name(
+    import_path: str, settings: tuple[str, ...]
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as caught:
         network_builder("network", import_path, settings)()
+    assert import_path in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_the_hint_for_a_wrong_module_is_a_file_of_the_current_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "written_for_a_hint.py").touch()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"; did you mean written_for_a_hint\?$"):
-        network_builder("network", "writen_for_a_hint:build", ())
-
-
-def test_a_module_that_an_installed_package_lacks_is_no_package_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "written_for_another_json.py").write_text("import json.lost.helpers\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match=r"install a release of json that has lost"):
-        network_builder("network", "written_for_another_json:build", ())
+@pytest.mark.parametrize("option", ["aux", "aux=off", "x=null"])
+def test_an_option_that_is_neither_a_literal_nor_a_text_is_named(option: str) -> None:
+    with pytest.raises(ConfigError, match=option):
+        network_builder("network", f"{MODULE}:Keeps", (option,))
 
 
 def test_options_of_a_builder_are_python_literals_or_text() -> None:
@@ -1063,13 +1000,3 @@ def test_a_byte_order_mark_is_no_part_of_the_first_class_name(
     text = {"names.txt": "cat\r\ndog\r\n", "names.json": '["cat", "dog"]'}[name]
     (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
     assert read_class_names(tmp_path / name) == ("cat", "dog")
-
-
-@pytest.mark.slow
-def test_inspect_and_export_accept_a_table_that_a_function_keeps(tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
-    given = save_weights(tmp_path, "KeepsTable")
-    n.kept_table()  # a call before the network is built
-    assert run("inspect", *given).startswith("0 ")
-    folders = ("--labels", str(tmp_path / "names.txt"), "--out", str(tmp_path))
-    assert run("export", *given, *folders).startswith("0 ")
