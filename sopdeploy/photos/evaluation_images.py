@@ -20,12 +20,10 @@ from sopdeploy.photos.files import (
     FILES,
     FOLDERS,
     LABELS_FILE,
-    SAMPLE_FOLDER,
     Log,
     data_folder,
     find_parts,
     hint_at_spelling,
-    is_kept_as_unsure,
     list_images,
     list_subfolders,
     naming_all_undecodable,
@@ -33,6 +31,7 @@ from sopdeploy.photos.files import (
     part_folder,
     split_names,
 )
+from sopdeploy.photos.kept import SAMPLE_FOLDER, is_kept_as_unsure
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, select_classes
 from sopdeploy.photos.table import check_has_classes, read_label_table

@@ -91,16 +91,6 @@ def kept_id(name: str) -> str:
     return match[1] if match else ""
 
 
-def is_kept_as_unsure(name: str) -> bool:
-    """Tell whether the image file *name* is a photograph that a server kept outside of its uniform sample.
-
-    The name of one of the sample (`sampled_name`) says so. Copies are like their originals.
-    """
-    path = PurePath(name)
-    is_kept = kept_id(name) != "" and path.suffix in {".jpg", ".png"}
-    return is_kept and SAMPLED not in path.stem
-
-
 def sampled_name(path: Path) -> str:
     """Return the name of the kept photograph *path* as one of the uniform sample that has a label."""
     return f"{kept_id(path.name)}{SAMPLED}{path.suffix}"

@@ -46,6 +46,7 @@ from sopdeploy.photos.files import (
     split_names,
 )
 from sopdeploy.photos.forms import find_copied_folders
+from sopdeploy.photos.kept import check_is_labelled, decides
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, Split, select_classes
 from sopdeploy.photos.readings import Reading, choose, propose_readings
@@ -64,10 +65,13 @@ def open_folder(path: Path, classes_from: str = "", leave_out: str = "") -> Spli
     class in the name of a file (`list_classes`). With "", the `readings` of the folder decide.
     *leave_out* are folders at the top that are not read, separated by commas.
     If `labels.csv` lists images with no class or several ones, targets are (N, C) instead of
-    class indices. Without held-out images, classes of a single image are left out.
-    Raises `DataError`.
+    class indices. Photos that decide in `compare` are left out (`kept.decides`). Without held-out
+    images, classes of a single image are left out. Raises `DataError`, also for the folder in which a
+    server keeps photos, unless *classes_from* says where their labels are.
     """
     root = data_folder(path)
+    if not classes_from:
+        check_is_labelled(root)
     opened = open_parts(root, max_held_out=1, classes_from=classes_from, leave_out=leave_out)
     notes = [*opened.notes]
     if opened.ignored:
@@ -82,6 +86,7 @@ def open_folder(path: Path, classes_from: str = "", leave_out: str = "") -> Spli
         problems = [*opened.problems, *unreadable]
         raise DataError(shorten(problems, "; "), lists={"problems": problems})
     train, *held_out = opened.parts.values()
+    train = _leave_out_deciding(root, train, notes)
     if held_out:
         return Split(
             train=train,
@@ -106,6 +111,20 @@ def open_folder(path: Path, classes_from: str = "", leave_out: str = "") -> Spli
             "add some"
         )
     return replace(Split.undivided(train, notes), reading=opened.reading)
+
+
+def _leave_out_deciding(root: Path, train: ImageFiles, notes: list[str]) -> ImageFiles:
+    """Leave the photos that decide in `compare` out of *train*; *notes* gets a line with their number."""
+    names = [Path(train.identity(index)).name for index in range(len(train))]
+    decides_N = np.asarray([decides(name) for name in names], np.bool_)
+    if not decides_N.any():
+        return train
+
+    count = amount(int(decides_N.sum()), "photo")
+    notes.append(
+        f"{root}: {count} of a server's sample left out, because they decide in `compare`"
+    )
+    return train.select(~decides_N)
 
 
 def open_parts(

@@ -20,7 +20,7 @@ from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.models.base import Classifier
 from sopdeploy.photos.clips import Clips, clips_of_images
 from sopdeploy.photos.copies import NO_PAIRS, NearDuplicates, connect, find_near_duplicates
-from sopdeploy.photos.files import is_kept_as_unsure
+from sopdeploy.photos.kept import is_kept_as_unsure
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.few_shot.classifier import LinearProblem
