@@ -122,7 +122,7 @@ $(CUDA)/.built: $(STAMP) deploy/lock/cuda-stand-in.txt tests/cuda/build.py tests
 	touch $@
 
 goldens: $(STAMP)  ## rewrite tests/goldens; review the diff
-	$(BIN)/pytest --rewrite-goldens -k golden tests/sweep/test_goldens.py tests/sopdeploy tests/service/labelling
+	$(BIN)/pytest --rewrite-goldens -k golden tests/sweep/test_goldens.py tests/sopdeploy
 
 elsewhere: $(STAMP)  ## the default tests in other surroundings: processors, locales, users, clocks; one hour; OPTIONS="--list"
 	$(BIN)/python deploy/elsewhere.py $(OPTIONS)

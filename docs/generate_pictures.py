@@ -24,7 +24,6 @@ from matplotlib.figure import Figure
 from playwright.sync_api import sync_playwright
 
 import sopdeploy
-from sopdeploy.photos.files import name_id
 
 FOLDER = Path(__file__).parent
 PHOTOS = FOLDER.parent / "examples" / "photos"
@@ -42,11 +41,6 @@ ENGINES = {
     "simulated: 20 + 2 n ms for n images, batches of 32": (7, 4),
     "ResNet-18 in ONNX Runtime, one CPU thread": (3, 1),
 }
-
-
-# Whether the label page has a grid of each class, and suggests the class of its photograph.
-SUGGESTED = """Promise.all([ask("grids"), ask("state")]).then(([{ grids }, { classes }]) =>
-  grids.length === 5 && classes[0].probability !== null)"""
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sopdeploy",
@@ -78,41 +72,6 @@ def photograph_pages(work: Path, folder: Path) -> None:
         for name, path in {"report": run.out / "report.html", "export": exported.page}.items():
             page.goto((work / path).as_uri())
             photograph(page, folder / f"{name}.png", "header, section:nth-of-type(-n+2)")
-        photos, heap = sort_some(work)
-        with printed_address("label", str(heap), "--photos", str(photos), "--port", "0") as url:
-            page.goto(url)
-            while not page.evaluate(SUGGESTED):
-                page.wait_for_timeout(500)  # the network computes the suggestions
-            page.evaluate("send('state')")
-            page.click("#as-grid")
-            page.wait_for_selector("#cells img[src]")
-            choose_right_ones(page)
-            photograph(page, folder / "label-grid.png", "#grid")
-            page.click("#one-by-one")
-            photograph(page, folder / "label.png", "main > .panel")
-
-
-def choose_right_ones(page: Any) -> None:
-    """Choose the photographs of the grid on *page* that show its class, as a person would."""
-    name, ids = page.evaluate("[grid.name, cells()]")
-    right = {name_id(file.name) for file in (PHOTOS / "clothing" / name).iterdir()}
-    for place, one in enumerate(ids):
-        if one in right:
-            page.locator("#cells button").nth(place).click()
-
-
-def sort_some(work: Path) -> tuple[Path, Path]:
-    """Copy five photographs of each class to a folder of classes, and the others to one heap."""
-    photos, heap = work / "photos", work / "camera"
-    heap.mkdir()
-    for of_class in sorted((PHOTOS / "clothing").iterdir()):
-        files = sorted(of_class.iterdir())
-        (photos / of_class.name).mkdir(parents=True)
-        for file in files[:5]:
-            shutil.copy(file, photos / of_class.name)
-        for file in files[5:]:
-            shutil.copy(file, heap)
-    return photos, heap
 
 
 @contextmanager

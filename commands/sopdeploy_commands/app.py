@@ -61,10 +61,12 @@ TOPICS = {
         "runs": (".training.runs:runs", "list runs and bundles"),
         "data": (".training.data:check", "inspect images before training"),
         "eval": (".training.evaluate:evaluate", "evaluate a checkpoint or a bundle"),
-        "label": (".labelling.label:label", "label kept images on a local web page"),
+        "label": (
+            ".training.label:label",
+            "move images that Label Studio has labelled to their classes",
+        ),
         "compare": (".promotion.compare:compare", "compare two bundles on images"),
         "promote": (".promotion.promote:promote", "make a bundle live if it is not worse"),
-        "forget": (".labelling.forget:forget", "delete an image that was kept"),
     },
     "Operate": {
         "classify": (
