@@ -6,7 +6,6 @@ What writes the files, and what changes them, reads it here.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from sopdeploy.config import check_format
 from sopdeploy.version import __version__
 
 ROWS_FOLDER = "rows"
@@ -23,12 +22,3 @@ def make_schema(columns: Mapping[str, Any]) -> Any:
     import pyarrow as pa  # of an extra
 
     return pa.schema(columns, metadata={VERSION_KEY: str(VERSION), _WRITER_KEY: __version__})
-
-
-def check_schema(schema: Any) -> None:
-    """Raise `ValueError` if *schema* is that of a later format; files of other programs have no version."""
-    version = (schema.metadata or {}).get(VERSION_KEY)
-    if version is not None:
-        check_format(
-            int(version), VERSION, schema.metadata.get(_WRITER_KEY, b"").decode() or None
-        )

@@ -19,8 +19,6 @@ from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.table import read_label_table
 from sopdeploy_commands.app import app
 from sopdeploy_commands.bulk.sources import list_sources
-from sopdeploy_commands.labelling.forget import forget
-from sopdeploy_service.labelling.label.heap import list_heap
 from tests.support.pictures import encoded
 from tests.support.service import LABELS
 
@@ -88,7 +86,6 @@ READERS: dict[str, Callable[[Path], list[str]]] = {
     "train": lambda root: of_first_class(open_folder(root).train),
     "eval": lambda root: of_first_class(open_evaluation_images(root, tuple(LABELS[:2]))),
     "predict, calibrate, unknown": lambda root: of_first_class(open_any_images(root)),
-    "label": lambda root: [path.name for path in list_heap(root / LABELS[0]).images],
     "classify, folder": lambda root: [
         Path(one.path).name for one in list_sources([str(root / LABELS[0])])
     ],
@@ -136,17 +133,6 @@ def test_a_table_may_not_list_a_file_that_is_no_image(
     (classes / "labels.csv").write_text(f"file,classes\n{LABELS[0]}/{name},a\n")
     with pytest.raises(DataError, match=f"line 2: .*{problem}"):
         read_label_table(classes / "labels.csv")
-
-
-def test_photographs_without_an_ending_are_forgotten(tmp_path: Path) -> None:
-    folder = fill(tmp_path / "photos")
-    (folder / "waits").unlink()
-    sent = tmp_path / "sent.jpg"
-    sent.write_bytes(PNG)
-    assert forget(str(sent), [folder]).deleted == [folder / "d.dat"]
-    assert forget("IMG_1", [folder]).deleted == [folder / "IMG_1"]
-    with pytest.raises(DataError, match="nothing of it is in"):
-        forget("notes.txt", [folder])
 
 
 def test_a_web_page_with_the_ending_of_an_image_is_named_as_such(tmp_path: Path) -> None:
