@@ -25,7 +25,7 @@ from sopdeploy_commands.bulk.run import CsvRow
 from sopdeploy_service.decoding import child
 from sopdeploy_service.devices import control
 from sopdeploy_service.http.api_keys import Key
-from sopdeploy_service.labelling.keep.keeper import KeptResult
+from sopdeploy_service.keep import KeptResult
 from sopdeploy_service.observability.logs import DROPPED
 from sopdeploy_service.observability.metrics import Metrics
 from tests.docs.reading import blocks

@@ -1,7 +1,6 @@
 """`sopdeploy serve` and `key`: a server, and the keys of its clients."""
 
 import asyncio
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,6 @@ from sopdeploy_service.settings import (
     to_toml,
     unused_variables,
 )
-
-COMPARED = 30  # photographs that decide, for a first comparison of two networks
 
 
 def setting_flags(*names: str) -> dict[str, tuple[Any, str]]:
@@ -110,14 +107,6 @@ def serve(
         sys.stdout.write(to_toml(loaded))
         return 0
     from sopdeploy_service.server.process import run_server
-
-    # A server that keeps photographs says when they suffice for a first comparison.
-    if loaded.keep is not None and loaded.keep_sample > 0:
-        rate = loaded.keep_sample
-        sample = f"about {1000 * rate:.4g} of 1,000 photos are the uniform sample (keep_sample={rate:g})"
-        # Half of the sample decides, the other half trains.
-        needed = f"about {COMPARED} of the half that decides, from {math.ceil(2 * COMPARED / rate):,} photos"
-        err.print(plain_text(f"keep: {sample}; compare needs {needed}"))
 
     # The server runs an event loop of its own in this thread, which must not have one.
     try:

@@ -25,7 +25,7 @@ from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Registry
 from sopdeploy_service.inference.service import ModelRegistry, Service
-from sopdeploy_service.labelling.keep.keeper import open_keeper
+from sopdeploy_service.keep import Keeper
 from sopdeploy_service.settings import Settings, is_loopback
 
 ROUTERS = v1.router, status.router, v2.router, web.router, aliases.router
@@ -37,15 +37,13 @@ def create_app(
     settings: Settings,
     *,
     keys: KeyRing | None = None,
-    is_keeper: bool = True,
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`, or a registry of models.
 
-    *keys* are the content of the key file, if it was read before. If one process keeps the
-    photographs of several, *is_keeper* says whether it is this one. `app.state.service` is the
-    `Service`, `app.state.keeper` the `Keeper` or None, `app.state.keys` the `KeyRing` or None.
-    Raises `ConfigError` if the key file or `root_path` of *settings* cannot be used, `DataError`
-    for `examples`, and for the folder `keep` as `KeptFolder` does.
+    *keys* are the content of the key file, if it was read before. `app.state.service` is the
+    `Service`, `app.state.keys` the `KeyRing` or None. Raises `ConfigError` if the key file or
+    `root_path` of *settings* cannot be used, `DataError` for `examples`, and `StorageError` if the
+    folder `keep` cannot be written.
     """
     # Read the keys, if the settings name a file and no other process has read it.
     if settings.keys is None:
@@ -59,20 +57,21 @@ def create_app(
         reason = "begins like a path of the server itself, so a proxy could not remove it; choose another one"
         raise ConfigError(f"root_path: {settings.root_path} {reason}")
 
-    # Build the service and, if the settings name a folder, the keeper of its photographs.
+    # Build the service and, if the settings name a folder, what keeps photos in it.
     registry = models if isinstance(models, Registry) else ModelRegistry(models, settings)
     service = Service(registry, settings)
     decoders = service.decoders
-    keeper = open_keeper(
-        settings,
-        service.metrics,
-        copy=lambda image: decoders.wait_for(decoders.copy(image)),  # in the keeper's thread
-        is_keeper=is_keeper,
-    )
-    if keeper is not None:
+    keeper = None
+    if settings.keep is not None:
+        keeper = Keeper(
+            settings.keep,
+            settings,
+            service.metrics,
+            copy=lambda image: decoders.wait_for(
+                decoders.copy(image)
+            ),  # in the keeper's thread
+        )
         service.keep = keeper.offer
-        if settings.keep is not None and is_keeper:  # one process writes to the folder
-            service.drift.keep_in(settings.keep, settings.keep_days)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -104,7 +103,6 @@ def create_app(
 
     # What the routes read.
     app.state.service = service
-    app.state.keeper = keeper
     app.state.keys = keys
     app.state.examples = web.list_examples(settings.examples)
 

@@ -9,21 +9,21 @@ names. Any case is accepted, and the usual affixes: `Training/`, `Val/`, `seg_tr
 `test_set/`.
 """
 
-import hashlib
 import os
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from sopdeploy.errors import ConfigError, DataError, shorten
-from sopdeploy.files import expand_user, has_manifest, holds_output, sha256
+from sopdeploy.files import expand_user, has_manifest, holds_output
 from sopdeploy.images.signatures import has_image_suffix, is_image
 from sopdeploy.names import label_problem
 from sopdeploy.paths import describe_wrong, is_output
+from sopdeploy.photos.kept import SAMPLED, kept_id
 
 Log = Callable[[str], None]
 FolderIdentity: TypeAlias = tuple[int, int] | str
@@ -37,18 +37,10 @@ SYSTEM_FOLDERS = {
 FOLDERS = "folders"
 SUBFOLDERS = "subfolders"
 FILES = "files"
-# A photograph that a server kept, in any folder into which its label moved it, and the folder
-# of those of its uniform sample among photographs that show no class.
-SAMPLE_FOLDER = "sample"
 HELD_OUT_SUFFIX = (
     "-held-out"  # of the folder beside that of the classes, with what decides about a bundle
 )
-ID_DIGITS = 32  # hexadecimal
-SAMPLED = "-sample"  # behind the ID, for one of the uniform sample that has a label
-KEPT_NAME = re.compile(r"[0-9a-f]{32}\.(jpg|png)")  # as a server writes it
-LABELLED_NAME = re.compile(rf"[0-9a-f]{{32}}({SAMPLED})?\.(jpg|png)")  # as `label` moves it
-# Also of copies: ID-2, `ID (1)`, `ID copy`
-_KEPT_STEM = re.compile(r"([0-9a-f]{32})(?:[-_ (].*)?")
+LABELLED_NAME = re.compile(rf"[0-9a-f]{{32}}({SAMPLED})?\.(jpg|png)")  # as 0.3.0 moved it
 LABELS_FILE = "labels.csv"
 TRAIN = "train"
 VAL = "val"
@@ -67,38 +59,9 @@ HELD_OUT = (
 AFFIXES = {"set", "seg", "data", "images", "photos", "split"}
 
 
-def image_id(content: bytes) -> str:
-    """Return the ID of an image by the *content* of its file, which names it in the folder of a server.
-
-    Checkpoints and bundles record `Photo.file_hash` instead, as 0.1.0 did.
-    """
-    return hashlib.sha256(content).hexdigest()[:ID_DIGITS]
-
-
-def id_of_file(path: Path) -> str:
-    """Return the `image_id` of the file at *path*, which is read in blocks."""
-    return sha256(path)[:ID_DIGITS]
-
-
-def name_id(name: str | Path) -> str:
-    """Return the ID of a photograph that no server has kept by its *name* or path."""
-    return hashlib.sha256(os.fsencode(name)).hexdigest()[:ID_DIGITS]
-
-
-def kept_id(name: str) -> str:
-    """Return the id of the kept photograph, its copy or its record in the file *name*; "" for others."""
-    match = _KEPT_STEM.fullmatch(PurePath(name).stem)
-    return match[1] if match else ""
-
-
 def sampled_name(path: Path) -> str:
     """Return the name of the kept photograph *path* as one of the uniform sample that has a label."""
     return f"{kept_id(path.name)}{SAMPLED}{path.suffix}"
-
-
-def numbered_name(path: Path, number: int) -> str:
-    """Return the name of *path*, or that of its copy with *number*, if there are several: `ID-2.jpg`."""
-    return path.name if number == 1 else f"{path.stem}-{number}{path.suffix}"
 
 
 def is_hidden(name: str) -> bool:

@@ -22,7 +22,8 @@ from PIL import Image
 from sopdeploy.errors import DataError
 from sopdeploy.files import read_file
 from sopdeploy.images.limits import MAX_BYTES
-from sopdeploy.photos.files import image_id, list_images, list_subfolders, part_kind
+from sopdeploy.photos.files import list_images, list_subfolders, part_kind
+from sopdeploy.photos.kept import image_id
 from sopdeploy.photos.photo import Photo
 
 # Words of folders that say that their images are masks

@@ -236,18 +236,6 @@ def test_invalid_input_is_one_error_line(case: str) -> None:
     assert re.search(message, error_line(*arguments))
 
 
-def test_serve_says_from_how_many_photographs_the_sample_suffices_to_compare(
-    tmp_path: Path,
-) -> None:
-    settings = ("--setting", f"keep={tmp_path / 'kept'}", "--setting", "keep_sample=0.2")
-    shown = CliRunner().invoke(app, ["serve", str(tmp_path), *settings])
-    assert (
-        "keep: about 200 of 1,000 photos are the uniform sample (keep_sample=0.2)"
-        in shown.stderr
-    )
-    assert "compare needs about 30 of the half that decides, from 300 photos" in shown.stderr
-
-
 def test_output_that_nobody_reads_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)

@@ -1,6 +1,5 @@
-"""`promote`, `classify` and `label` after a kill or a loss of power at any step: nothing is half done."""
+"""`promote` and `classify` after a kill or a loss of power at any step: nothing is half done."""
 
-import errno
 import json
 import os
 import shutil
@@ -20,7 +19,6 @@ from sopdeploy_commands.bulk import run
 from sopdeploy_commands.bulk.options import ClassifyOptions
 from sopdeploy_commands.promotion.comparison import BundleComparison
 from sopdeploy_commands.promotion.promote import promote
-from sopdeploy_service.labelling.label.folders import _move as move
 from tests.support.crashes import LOSSES, end_at_each_step
 from tests.support.service import picture_bytes, write_bundle
 
@@ -170,31 +168,3 @@ def test_each_image_has_one_row_after_the_command_is_repeated(
         assert names(folder) == complete_names, ends
 
     assert ends >= 3
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_photograph_that_gets_a_label_on_another_file_system_is_on_one_of_both(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
-) -> None:
-    def refuse(source: Path, target: Path) -> None:
-        raise OSError(errno.EXDEV, "other file system", str(source), None, str(target))
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    start, folder = tmp_path / "start", tmp_path / "folder"
-
-    for name in ("kept", "photos"):
-        (start / name).mkdir(parents=True)
-
-    body = picture_bytes()
-    (start / "kept" / "1.jpg").write_bytes(body)
-    source, target = folder / "kept" / "1.jpg", folder / "photos" / "1.jpg"
-
-    ends = 0
-    for ends in end_at_each_step(
-        folder, LOSSES[loss], lambda: restart(start, folder), lambda: move(source, target)
-    ):
-        remaining = [path for path in (source, target) if path.exists()]
-        assert remaining, ends
-        assert all(path.read_bytes() == body for path in remaining), ends
-
-    assert ends >= 4

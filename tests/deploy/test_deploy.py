@@ -29,7 +29,7 @@ from sopdeploy.evaluation.drift import MIN_SHIFT, SIGNIFICANCE
 from sopdeploy.plugins import VARIABLE
 from sopdeploy_commands.app import app
 from sopdeploy_service.inference import decoders
-from sopdeploy_service.labelling.keep.keeper import open_keeper
+from sopdeploy_service.keep import Keeper
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import FILE_VARIABLE, VARIABLE_PREFIX, Settings, load_settings
 from tests.docs.reading import PAGES, module_at
@@ -108,6 +108,7 @@ VALUES: dict[str, dict[str, Any]] = {
         },
     },
     "with a claim for photographs": {"replicas": 1, "keep": {"claim": "kept"}},
+    "with a claim that pods share": {"replicas": 2, "keep": {"claim": "kept"}},
     "with KEDA": {"autoscaling": AUTOSCALING | {"keda": KEDA}},
     "with KEDA and a proxy's requests": {
         "autoscaling": AUTOSCALING
@@ -364,8 +365,6 @@ def test_the_chart_refuses_values_that_it_would_ignore_or_cannot_use() -> None:
         {"models": {"initContainers": [{"name": "fill"}]}},
         {"settings": {"MAX_BATCH": "8"}},
         {"settings": {"SOPDEPLOY_MAX_BATCH": 8}},
-        {"keep": {"claim": "kept"}},
-        {"replicas": 1, "keep": {"claim": "kept"}, "autoscaling": {"enabled": True}},
         {"settings": {"SOPDEPLOY_PORT": "9000"}},
         {"autoscaling": {"enabled": True, "minReplicas": 0}},
         {"autoscaling": {"enabled": True, "minReplicas": 0, "keda": KEDA}},
@@ -443,9 +442,7 @@ def test_a_counter_whose_first_event_raises_an_alert_has_its_series_before(
 ) -> None:
     """Prometheus sees no increase in a series that begins at 1."""
     metrics, series = Metrics(), r"increase\((\w+)\{(.*?)\}\[\w+\]\)+ > 0"
-    open_keeper(
-        Settings(keep=tmp_path / "kept"), metrics, lambda image: (image, ""), is_keeper=True
-    )
+    Keeper(tmp_path / "kept", Settings(), metrics, lambda image: (image, ""))
     page = generate_latest(metrics.registry).decode()
     found = re.findall(series, (CHART / "alerts.yaml").read_text(encoding="utf-8"))
 

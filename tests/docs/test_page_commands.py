@@ -27,7 +27,7 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"sopdeploy promote ",  # needs two networks; `tests/test_loop.py` runs it
     r"sopdeploy reproduce .*--data",
     r".* (--weights|--models) |.* --mirror",  # the second follows the first
-    r"sopdeploy (label|forget) |.* --unknown ",  # `tests/service/labelling` tests them
+    r"sopdeploy label |.* --unknown ",  # `tests/commands/training/test_label.py`
     r".* (fgvc|--data cifar10)",
     r"torchrun ",
     r"#!/bin/bash\n#SBATCH",

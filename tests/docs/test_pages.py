@@ -214,7 +214,10 @@ WANTED = {
     # Sixty photographs, and no knowledge of machine learning.
     "see it without photographs": ("README.md", "make demo"),
     "train on one folder per class": ("README.md", "sopdeploy train --data photos"),
-    "sort photographs": ("docs/howto/second-week.md", "sopdeploy label camera --photos photos"),
+    "label photographs": (
+        "docs/howto/keep-compare-promote.md",
+        "sopdeploy label project-1.csv",
+    ),
     "know how good it is": ("docs/howto/report.md", "95 % interval"),
     "use photographs of a phone": ("docs/data.md", "sopdeploy[train,cpu,heif]"),
     "open the page on another machine": ("docs/keys.md", "--host 0.0.0.0"),

@@ -31,7 +31,7 @@ from sopdeploy_export.program_hashes import tensor_hash
 from sopdeploy_service.api.status import read_card
 from sopdeploy_service.inference.drift import ModelTraffic, Seen, make_block
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.labelling.keep.keeper import PredictedPhoto, _describe
+from sopdeploy_service.keep import QueuedPhoto, describe
 from sopdeploy_service.settings import Settings
 from tests.export.conftest import LABELS, PREPROCESS, trained
 from tests.export.once import proving_once
@@ -196,10 +196,11 @@ def kept_and_watched(path: Path, _photos: Path) -> Iterator[Values]:
     traffic = ModelTraffic("tiny", "", len(LABELS), bundle.manifest.rules, None)
     images = read_probes(bundle).images
     for pixels, logits in zip(images, logits_of(path), strict=True):
-        photo = PredictedPhoto(b"", pixels, logits, bundle, "tiny", datetime.now(UTC))
-        record = _describe(photo, ("sample",), f"{'0' * 32}.jpg")
+        photo = QueuedPhoto(b"", logits, bundle, "tiny", datetime.now(UTC), None)
+        record = describe(photo, ["sample"])
         answers = make_block(traffic, [Seen(pixels, logits)]).answers
-        yield [record.known], [record.score, *record.logits, *answers.score]
+        probabilities = record["probabilities"].values()
+        yield [record["known"]], [record["score"], *probabilities, *answers.score]
 
 
 @pytest.mark.parametrize("consume", [predicted, served, evaluated, kept_and_watched])

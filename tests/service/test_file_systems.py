@@ -8,21 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.errors import ConfigError, SopdeployError, StorageError
+from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_commands.bulk.output import OutputFolder
 from sopdeploy_commands.promotion import promote as promoting
 from sopdeploy_commands.promotion.promote import promote
-from sopdeploy_service.labelling.keep.folder import KeptFolder
 from tests.sopdeploy.test_file_systems import NO_LINKS, NO_LOCKS, failing
 
 
 def run(folder: Path, _bundle: Path) -> None:
     with OutputFolder(folder / "out").locked():
         (folder / "out" / "rows" / "part-00000.parquet").touch()
-
-
-def keep(folder: Path, _bundle: Path) -> None:
-    KeptFolder(folder / "kept", 100_000, 30)
 
 
 def move(folder: Path, bundle: Path) -> None:
@@ -38,7 +33,6 @@ NOTED: dict[Action, str] = {
 
 HELD: dict[Action, str] = {
     run: "another run is writing to .*out; wait for it",
-    keep: "another process keeps photos there; name another folder",
 }
 
 
@@ -53,18 +47,6 @@ def test_what_is_safe_without_locks_is_done_with_a_note(
     assert line.endswith(
         f": this file system has no locks ({os.strerror(code)}); {NOTED[action]}"
     )
-
-
-@pytest.mark.parametrize("code", NO_LOCKS)
-def test_photographs_are_not_kept_where_another_server_could_delete_them(
-    tmp_path: Path, monkeypatch, code: int
-) -> None:
-    monkeypatch.setattr(fcntl, "flock", failing(code))
-    with pytest.raises(StorageError) as caught:
-        KeptFolder(tmp_path / "new" / "kept", 100_000, 30)
-    assert list(tmp_path.iterdir()) == []
-    reason = f"has no locks ({os.strerror(code)}), which keep other servers out; keep photos on another"
-    assert str(caught.value) == f"{tmp_path}/new/kept: its file system {reason} file system"
 
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EWOULDBLOCK])

@@ -5,16 +5,21 @@ changes.
 """
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,7 +29,7 @@ import sopdeploy
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import ID_LENGTH, Manifest, to_json
 from sopdeploy.checkpoint import build_classifier, load_plain, read_checkpoint
-from sopdeploy.errors import ConfigError, DataError, SopdeployError
+from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy.files import MANIFEST
 from sopdeploy.training.loop import run as loop_run
 from sopdeploy.training.recipe import read_recipe
@@ -33,9 +38,8 @@ from sopdeploy_commands.bulk import classifier, output
 from sopdeploy_commands.bulk.options import ClassifyOptions
 from sopdeploy_commands.bulk.run import Classified, classify
 from sopdeploy_commands.bundles.verify import verify
-from sopdeploy_commands.labelling.forget import forget
-from sopdeploy_service.labelling.kept import KeptRecord, read_kept
 from sopdeploy_service.settings import Settings
+from tests.docs.reading import blocks
 from tests.formats.write import OVERRIDES
 from tests.support import quick_torch
 
@@ -46,6 +50,7 @@ ARCHIVES = {
 NEWEST = sopdeploy.__version__  # `make release` writes its archive
 STOPPED = read_recipe("digits-dsop", [*OVERRIDES, "epochs=3", "project=digits-dsop"])
 LATER = "9.8"
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "keep-compare-promote.md"
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +146,6 @@ def test_a_stopped_training_run_is_resumed(files: Path) -> None:
     assert read_checkpoint(files / "stopped" / "best.pt").training["epoch"] in {1, 2, 3}
 
 
-@each_version
-def test_kept_photographs_are_read(files: Path) -> None:
-    ((path, record),) = read_kept(files / "kept")
-    assert (path.name, record.bundle) == (record.image, bundle_in(files).name[-ID_LENGTH:])
-
-
 def classify_again(files: Path, runtime: str, patch: pytest.MonkeyPatch) -> Classified:
     """Repeat the command that wrote `classified`, with its *runtime*: another one does not continue a run."""
     name, version, *_ = runtime.split()
@@ -176,10 +175,6 @@ def test_a_run_of_classify_is_continued_and_its_columns_are_kept(
 
     assert [after.schema.field(field.name) for field in before.schema] == list(before.schema)
     assert [list(row) for row in after.to_pylist()] == [list(row) for row in before.to_pylist()]
-    assert forget("zero.jpg", [files / "classified"]).deleted == [
-        files / "classified" / "_list.parquet",
-        part,
-    ]
 
 
 def test_a_later_version_may_add_fields_and_columns_to_a_run(
@@ -205,12 +200,6 @@ def test_a_later_version_may_add_optional_fields(files: Path) -> None:
         Manifest.from_bytes(raw).id,
         raw,
     )
-
-    class LaterRecord(KeptRecord):
-        camera: str = ""
-
-    (record,) = files.glob("kept/*.json")
-    assert LaterRecord.model_validate_json(record.read_bytes()).camera == ""
 
 
 def changed_at_every_depth(fields: Any) -> Iterator[tuple[str, Any]]:
@@ -334,33 +323,30 @@ def test_a_run_of_classify_of_a_later_version_names_who_reads_it(
         read({**later, "part_images": {"rows": 1}})
 
 
-def test_rows_of_a_later_version_are_not_rewritten(files: Path) -> None:
-    part = files / "classified" / "rows" / "part-00000.parquet"
-    later = {b"sopdeploy.version": b"2", b"sopdeploy.written_by": LATER.encode()}
-    pq.write_table(pq.read_table(part).replace_schema_metadata(later), part)
-    content = [path.read_bytes() for path in sorted(files.rglob("*.parquet"))]
-    with pytest.raises(
-        DataError, match=r"part-00000\.parquet: version: 2, .* read it with sopdeploy 9\.8"
-    ):
-        forget("zero.jpg", [files / "classified"])
-    assert [path.read_bytes() for path in sorted(files.rglob("*.parquet"))] == content
+@each_version
+def test_kept_photos_move_below_their_predicted_classes(files: Path) -> None:
+    """By the program on the page, with the photos that 0.3.0 labelled."""
+    (record,) = (files / "kept").glob("*.json")
+    labels, logits, name = itemgetter("labels", "logits", "image")(
+        json.loads(record.read_text())
+    )
+    for digit, suffix in itertools.product("67", ("-sample", "")):
+        photo = files / "photos-held-out" / "one" / f"{'0' * 15}{digit}{'0' * 16}{suffix}.jpg"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        photo.write_bytes(b"image")
+    (files / "kept" / f"{'1' * 32}.labelled").touch()
 
+    (program,) = blocks(PAGE, "python")
+    command = [sys.executable, "-c", program, "kept", "photos"]
+    for _ in range(2):  # a second run changes nothing
+        subprocess.run(command, cwd=files, check=True)
 
-def test_a_kept_record_of_a_later_version_is_skipped_and_a_warning_names_who_reads_it(
-    files: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (file,) = files.glob("kept/*.json")
-
-    def read(fields: Any) -> None:
-        file.write_text(json.dumps(fields))
-        caplog.clear()
-        if not read_kept(files / "kept"):
-            raise DataError(caplog.messages[-1])
-
-    later = {**json.loads(file.read_text()), "written_by": LATER}
-    check_refusals(later, read, ignored={"top"})
-    with pytest.raises(
-        DataError, match=rf"1 records are skipped, such as {file.name}: reasons.*{LATER}"
-    ):
-        read({**later, "reasons": ["drift"]})
-    assert {path.suffix for path in files.glob("kept/*")} == {".jpg", ".json"}
+    moved = files / "kept" / labels[np.argmax(logits)] / f"{name[:32]}-sample{name[32:]}"
+    kept = {path for path in (files / "kept").rglob("*") if path.is_file()}
+    assert kept == {moved, moved.with_suffix(".json")}
+    assert {"sample", "reported"} >= {
+        *json.loads(moved.with_suffix(".json").read_text())["data"]["reasons"].split(", ")
+    } - {"low_margin", "unknown"}
+    deciding = f"{'0' * 15}6{'0' * 16}-sample.jpg"
+    assert [path.name for path in (files / "photos" / "one").iterdir()] == [deciding]
+    assert len([*(files / "photos-held-out" / "one").iterdir()]) == 3

@@ -43,7 +43,6 @@ from sopdeploy.training.recipe_files import parse_override, recipe_text
 from sopdeploy_commands.bundles.export import read_preprocess
 from sopdeploy_commands.promotion.history import Promotion, read_promotions
 from sopdeploy_service.http.api_keys import read_keys
-from sopdeploy_service.labelling.kept import KeptRecord, read_kept
 from sopdeploy_service.runtime.tensorrt_cache import EngineRecord, read_records
 from sopdeploy_service.settings import load_settings
 from tests.support.rooms import PACKAGES
@@ -76,7 +75,6 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     ),
 }
 SKIPPING: dict[str, tuple[str, Callable[[Path], object]]] = {  # these take the file as missing
-    "a kept record": (f"{'0' * 32}.json", lambda path: read_kept(path.parent)),
     "the record of an engine": ("engine.json", lambda path: read_records(path.parent)),
     "the config of a hub": (
         "config.json",
@@ -145,7 +143,7 @@ JSON: dict[str, Callable[[int], bytes]] = {
     "equal texts": lambda n: b"[" + b'"a",' * (n // 4) + b'"a"]',
     "spaces": lambda n: b" " * n,
 }
-FIELDS = {Manifest: "outputs", KeptRecord: "labels", GoldenIndex: "examples", Promotion: "comparison",
+FIELDS = {Manifest: "outputs", GoldenIndex: "examples", Promotion: "comparison",
           EngineRecord: "key", Preprocess: "mean"}  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""One rule for names: what training accepts, a checkpoint, a bundle and a kept record accept, too."""
+"""One rule for names: what training accepts, a checkpoint, a bundle accept, too."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,6 @@ from sopdeploy.photos.check import check_data
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.photo import ArrayImages, Split
 from sopdeploy.project import check_project_name
-from sopdeploy_service.labelling.kept import KeptRecord
 
 ACCEPTED = (
     "hat", "red hat", "Schuhé 👟", "e\u0301toile", "人", "\u0645\u06cc\u200c\u062e", "👩\u200d🔧", "❤\ufe0f",
@@ -98,13 +97,6 @@ def checkpoint(_tmp_path: Path, name: str) -> object:
     )
 
 
-def kept(_tmp_path: Path, name: str) -> object:
-    return KeptRecord(
-        image=f"{'0' * 32}.jpg", bundle="b", model="m", time="2026-11-26T00:00:00Z", reasons=("sample",),
-        labels=(name,), logits=(0.0,), near_hash="0" * 16,
-    )  # fmt: skip
-
-
 def names_file(tmp_path: Path, name: str) -> object:
     (tmp_path / "names.json").write_bytes(json_of(name))
     return read_class_names(tmp_path / "names.json")
@@ -124,7 +116,6 @@ def data_source(_tmp_path: Path, name: str) -> object:
 ENTRIES: dict[str, Callable[[Path, str], object]] = {
     "bundle": lambda _tmp_path, name: read_labels(json_of(name)),
     "checkpoint": checkpoint,
-    "kept record": kept,
     "file of names": names_file,
     "data source": data_source,
     "folder": lambda tmp_path, name: open_folder(folder_of(tmp_path, name)),

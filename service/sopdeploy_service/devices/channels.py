@@ -73,21 +73,3 @@ class Channels:
         is_ready = device_process.is_ready and device_process.control is not None
         if is_ready and front_end.control is not None:
             self.connect(device_process, front_end)
-
-
-def connect_keeper(servers: Sequence[Process], process: Process) -> None:
-    """Connect *process* to the keeper of photographs, the first of *servers*, by a channel.
-
-    If *process* is the keeper, connect all others to it. No process is connected before both it
-    and the keeper are ready.
-    """
-    keeper, *others = servers
-    senders = others if process is keeper else [process]
-    for sender in senders:
-        if not keeper.is_ready or not sender.is_ready:
-            continue
-
-        with suppress(OSError):  # too many files: no photograph is kept
-            for end, receiver in zip(control.socket_pair(), (keeper, sender), strict=True):
-                with end:
-                    receiver.send(control.PHOTOS, b"", end.fileno())

@@ -24,7 +24,6 @@ from typing import NamedTuple
 # To a process, with a file; for `CHANNEL`, the name of the process at the other end follows.
 CLIENT = b"client"
 CHANNEL = b"channel"
-PHOTOS = b"photos"
 KEYS = b"keys"  # with two files: the keys and the state of their limits
 SEND_METRICS = b"send-metrics"  # its metrics, to the socket that comes with it
 PAGE = b"page"  # with a file: the metrics of all processes

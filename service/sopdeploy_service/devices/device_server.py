@@ -63,7 +63,6 @@ class DeviceServer(DrainingServer):
 
         self._num_received = 0  # connections
         self._has_keys = True
-        self._keeper = app.state.keeper
 
         # The page of metrics, which the supervisor will send.
         self._page: asyncio.Future[bytes] | None = None
@@ -124,8 +123,6 @@ class DeviceServer(DrainingServer):
             start_task(self._tasks, control.send_metrics(file, page))
         elif kind == control.PAGE and self._page is not None and not self._page.done():
             self._page.set_result(read_memory(file))
-        elif kind == control.PHOTOS and self._keeper is not None:
-            self._keeper.connect(socket.socket(fileno=file))
         elif kind == control.CLIENT:
             start_task(self._tasks, self.serve_connections([socket.socket(fileno=file)]))
         else:  # also a page that is late
@@ -305,7 +302,6 @@ def serve_http(
         registry,
         settings,
         keys=KeyRing(read_shared_keys(config.keys), map_states(config.limits)),
-        is_keeper=config.position == 0,
     )
 
     # Share the memory, and the number of admitted images, with the other processes.

@@ -30,7 +30,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from sopdeploy.bundle.sealed import create_memory, map_memory
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError
 from sopdeploy_service.devices import control
-from sopdeploy_service.devices.channels import Channels, connect_keeper
+from sopdeploy_service.devices.channels import Channels
 from sopdeploy_service.devices.control import Status
 from sopdeploy_service.devices.processes import (
     LEAVE_SECONDS,
@@ -438,9 +438,8 @@ class Supervisor:
     def _handle_status(self, process: Process, status: Status) -> None:
         """Record the *status* of *process*; if all are ready, open the port and print its URL.
 
-        A device process that has become ready gets channels to the front ends, a process that serves
-        HTTP one to the keeper. A process that could not receive the keys is replaced, because the
-        earlier ones would stay in use.
+        A device process that has become ready gets channels to the front ends. A process that could
+        not receive the keys is replaced, because the earlier ones would stay in use.
         """
         if not status.has_keys:
             self._replace(process, NO_KEYS)
@@ -453,8 +452,6 @@ class Supervisor:
             log.info("%s: ready", process.title)
             if process not in self._servers:
                 self._channels.connect_front_ends(process)
-            elif self._settings.keep is not None:
-                connect_keeper(self._servers, process)
 
         # Open the port when all processes are ready.
         expected = (*self._devices, *self._front_ends)

@@ -40,7 +40,7 @@ from sopdeploy.evaluation.drift import (
 from sopdeploy.evaluation.watch import NEWEST_BLOCKS, NUM_BLOCKS, Comparisons, News, Watch
 from sopdeploy.file_systems import set_mode
 from sopdeploy.files import MAX_IMAGE_BYTES, atomic_write, read_file, remove_leftovers
-from sopdeploy.photos.files import image_id
+from sopdeploy.photos.kept import image_id
 from sopdeploy_service.inference.drift_state import (
     STATE,
     TRAFFIC,

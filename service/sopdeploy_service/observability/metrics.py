@@ -115,7 +115,7 @@ class Metrics:
         # Kept photographs.
         self.kept_images = counter(
             "kept_images",
-            "Photos worth a label; result: kept, near_duplicate, dropped (too many or too large) or failed (disk)",
+            "Photos worth a label; result: kept, dropped (too many or too large) or failed (disk)",
             ("result",),
         )
         self.kept_deleted = counter(

@@ -525,9 +525,9 @@ def test_a_wrong_answer_is_reported_only_where_images_are_kept(
     label = keeping.get("/v1/card").json()["labels"][2]
     page.locator("#right-classes").get_by_role("button", name=label, exact=True).click()
     page.get_by_text("Sent. If there is room, it waits for a label.").wait_for()
-    while not (kept := list((tmp_path / "kept").glob("*.json"))):
+    while not (kept := list((tmp_path / "kept").glob("*/*.json"))):
         page.wait_for_timeout(20)
-    record = json.loads(kept[0].read_text(encoding="utf-8"))
+    record = json.loads(kept[0].read_text(encoding="utf-8"))["data"]
 
     assert ("reported" in record["reasons"], record["suggested"]) == (True, label)
     page.get_by_label("Another one").fill("a new class")

@@ -1,1 +1,0 @@
-"""Keep photographs that are worth a label, and label them on a page."""

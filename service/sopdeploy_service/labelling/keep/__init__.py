@@ -1,1 +1,0 @@
-"""Photographs that are worth a label: which to keep, and the folder that holds them."""
