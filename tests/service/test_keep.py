@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import stat
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ import pytest
 from PIL import Image
 
 from sopdeploy import files
-from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import StorageError
 from sopdeploy.images.metadata import copy_without_metadata
@@ -40,9 +41,10 @@ from sopdeploy_service.keep import (
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
+from tests.support.children import serving
 from tests.support.crashes import LOSSES, end_at_each_step
 from tests.support.pictures import encoded
-from tests.support.service import LABELS, deciding, running, wait_for
+from tests.support.service import LABELS, deciding, running, wait_for, write_bundle
 
 UNSAMPLED = Settings(keep_sample=0.0)
 NEVER = "f" * 64  # a hash outside of every sample below 1
@@ -640,3 +642,44 @@ def test_a_process_killed_at_any_step_leaves_no_half_photo_and_loses_none(
         remaining = [file for file in folder.rglob("*") if file.is_file()]
         assert len(remaining) == 2 * len(read_records(folder)), ends
     assert ends > 15
+
+
+@pytest.mark.slow
+def test_two_servers_share_a_folder_while_a_bundle_is_replaced_and_one_server_is_killed(
+    tmp_path: Path,
+) -> None:
+    kept, live = tmp_path / "kept", tmp_path / "live"
+    bundles = [write_bundle(tmp_path / f"bundle-{seed}", seed=seed) for seed in (0, 1)]
+    live.symlink_to(bundles[0])
+    options = (str(live), f"--setting=keep={kept}", "--setting=keep_sample=1")
+    bodies = photos(40)
+
+    with serving(*options) as first, serving(*options) as second:
+        for number, body in enumerate(bodies[:30]):
+            client = (first, second)[number % 2]
+            assert client.post("/v1/classify", content=body).status_code == 200
+
+        # What the first server has counted as kept is there, and stays there.
+        counted = results(first)["kept"]
+        first.child.kill()
+        assert len(read_records(kept)) >= counted
+        wait_for(lambda: results(second) == {"kept": 15})
+
+        live.unlink()
+        live.symlink_to(bundles[1])
+        second.child.send_signal(signal.SIGHUP)
+        new = open_bundle(bundles[1]).manifest.id
+        wait_for(lambda: new in second.get("/info").text)
+        for body in bodies[20:]:
+            assert second.post("/v1/classify", content=body).status_code == 200
+        wait_for(lambda: results(second) == {"kept": 35})
+
+    records = read_records(kept)
+    assert len(records) >= counted + 15 + 10
+    assert {path.name[:32] for path in records} <= {id_of(body) for body in bodies}
+    by_name = {path.name[:32]: (path, record) for path, record in records.items()}
+    assert len(by_name) == len(records)  # a photo that both bundles predict is kept once
+    assert {by_name[id_of(body)][1]["bundle"] for body in bodies[20:]} == {new}
+    for path in records:
+        with Image.open(path) as image:
+            image.load()
