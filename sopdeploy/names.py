@@ -17,8 +17,6 @@ MAX_LINK = 4_096  # characters of a path in a link
 _PROJECT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 # Before the id of a bundle, which ends its name
 _BUNDLE_END = re.compile(r"-(?=[0-9a-f]{12}$)")
-# In words of some scripts, and in emojis
-_JOINERS = "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
 # The ends of the Unicode names of characters that are letters or symbols by category, but have
 # no glyph.
 _BLANKS = ("FILLER", "BLANK", "NULL NOTEHEAD")
@@ -45,14 +43,6 @@ def is_visible(character: str) -> bool:
     """Tell whether *character* shows something on its own: no space, mark, control or blank letter."""
     blank = unicodedata.name(character, "").endswith(_BLANKS)
     return unicodedata.category(character)[0] in "LNPS" and not blank
-
-
-def can_be_typed(character: str) -> bool:
-    """Tell whether *character* may be in a new name: visible ones, spaces, marks and joiners."""
-    category = unicodedata.category(character)
-    return (
-        is_visible(character) or category in {"Zs", "Mn", "Mc", "Me"} or character in _JOINERS
-    )
 
 
 def as_utf8(text: object) -> str:

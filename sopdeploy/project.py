@@ -20,9 +20,7 @@ Time = Annotated[
         r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z", "time in UTC"
     ),
 ]
-# Where `train` and `export` write by default.
-RUNS = Path("runs")
-BUNDLES = Path("bundles")
+RUNS = Path("runs")  # where `train` writes by default
 MAX_RECORDED = 2000  # images of a data set that a bundle records, 50 KB
 
 

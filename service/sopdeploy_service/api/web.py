@@ -10,6 +10,7 @@ import asyncio
 import base64
 import hashlib
 import math
+import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -24,10 +25,11 @@ from fastapi.responses import RedirectResponse
 from starlette.types import Receive, Scope, Send
 
 from sopdeploy.config import StrictModel
+from sopdeploy.errors import DataError
 from sopdeploy.files import read_file
 from sopdeploy.images.limits import MAX_BYTES, describe_formats, missing_extra
 from sopdeploy.images.signatures import HEAD_BYTES, SUFFIXES, media_type_of
-from sopdeploy.photos.evaluation_images import open_any_images
+from sopdeploy.photos.files import data_folder, list_images, naming_all_undecodable
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.middleware import PAGE_FILES, RequestContext
 
@@ -207,13 +209,18 @@ class Example:
         return reading.done() and (reading.cancelled() or reading.exception() is not None)
 
 
-def list_examples(folder: Path | None) -> list[Example]:
-    """List at most `MAX_EXAMPLES` photographs below *folder*, spread over it; raises `DataError`."""
-    if folder is None:
+def list_examples(path: Path | None) -> list[Example]:
+    """List at most `MAX_EXAMPLES` photographs below *path*, spread over it; raises `DataError`."""
+    if path is None:
         return []
-    images = open_any_images(folder)
-    step = math.ceil(len(images) / MAX_EXAMPLES)
-    return [Example(images.path(index)) for index in range(0, len(images), step)]
+    root = data_folder(path, "photos that visitors can try")
+    with naming_all_undecodable(root):
+        names, _ = list_images(root)
+    if not names:
+        raise DataError(f"{root}: holds no images; give a folder with photos")
+
+    step = math.ceil(len(names) / MAX_EXAMPLES)
+    return [Example(root / os.fsdecode(name)) for name in names[::step]]
 
 
 @router.get("/examples")
