@@ -10,6 +10,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 from xml.etree import ElementTree
 
@@ -185,7 +186,13 @@ def read_via_csv(text: str) -> Iterator[dict[str, str]]:
 
 
 def without_brackets(classes: str) -> str:
-    """Separate *classes* like `[cat,dog]`, as makesense and Python write a list; others stay."""
+    """Separate *classes* like `[cat,dog]`, as makesense and Python write a list; others stay.
+
+    Several classes of Label Studio are `{"choices": ["cat", "dog"]}`.
+    """
+    if classes.startswith('{"choices"'):
+        with suppress(ValueError, TypeError, KeyError):  # the name of a class, after all
+            return SEPARATOR.join(json.loads(classes)["choices"])
     if not (classes.startswith("[") and classes.endswith("]")):
         return classes
     return SEPARATOR.join(name.strip(" '\"") for name in classes[1:-1].split(","))

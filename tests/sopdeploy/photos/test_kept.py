@@ -86,3 +86,17 @@ def test_the_folder_of_a_server_is_no_training_data_without_labels(tmp_path: Pat
     assert split.train.labels == ("eel", "fox")
     assert len(split.train) == 4
     assert kept_id(split.train.identity(0)) == kept_id(photos[0])
+
+    # With several classes per image, Label Studio exports a cell of JSON.
+    table.write_text(
+        "\n".join(
+            [
+                "image,class",
+                *rows[1:],
+                rows[0].replace("eel", '"{""choices"":[""eel"",""fox""]}"'),
+            ]
+        )
+    )
+    split = open_folder(tmp_path, classes_from=str(table))
+    assert split.train.labels == ("eel", "fox")
+    assert split.train.targets.sum(axis=1).tolist() == [1, 1, 1, 2]
