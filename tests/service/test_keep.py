@@ -30,14 +30,8 @@ from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.photos.kept import LABEL_CONFIG, NOT_OURS, SAMPLED
 from sopdeploy_service import keep
 from sopdeploy_service.inference.results import Prediction
-from sopdeploy_service.keep import (
-    FILE_BLOCK,
-    Keeper,
-    KeptFolder,
-    KeptResult,
-    folder_name,
-    reasons_to_keep,
-)
+from sopdeploy_service.keep import Keeper, KeptResult, reasons_to_keep
+from sopdeploy_service.kept_folder import FILE_BLOCK, SPARE, KeptFolder, folder_name
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
@@ -418,7 +412,7 @@ def kept_folder(
     path: Path, num_photos: float = 1000, days: float = 30, on_delete: Any = lambda _: None
 ) -> KeptFolder:
     """A folder that has room for *num_photos* beside the share that stays free."""
-    limit = int(num_photos * PAIR / (1 - keep.SPARE)) + 1
+    limit = int(num_photos * PAIR / (1 - SPARE)) + 1
     return KeptFolder(path, limit, 86_400 * days, on_delete)
 
 
