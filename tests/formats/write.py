@@ -79,7 +79,7 @@ def keep(program: Path, files: Path, bundle: Path) -> None:
                 f"{url}/v1/classify?reported=0", data=photo, timeout=60
             ).close()
             deadline = time.monotonic() + 60
-            while not list(files.glob("kept/*.json")):
+            while not list(files.glob("kept/**/*.jpg")):
                 assert time.monotonic() < deadline, "the server kept no photograph"
                 time.sleep(0.1)
         finally:
