@@ -2,8 +2,7 @@
 
 The costs are calls of functions and bytes of objects, counted in this process without a socket.
 Tables have a row for each header and field that a client can fill; tests compare them with the
-code. Inference is replaced: only what comes before it depends on a client's bytes. The label page
-has one user, who has its key.
+code. Inference is replaced: only what comes before it depends on a client's bytes.
 """
 
 import asyncio
