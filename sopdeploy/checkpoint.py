@@ -27,6 +27,7 @@ from sopdeploy.config import (
     FieldValues,
     Text,
     check_format,
+    check_is_readable,
     first_problem,
     version_advice,
     writer_of,
@@ -230,6 +231,7 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
 
     is_of_other_version = isinstance(written_by, str) and written_by != __version__
     try:
+        check_is_readable(written_by, "train or import it again")
         check_format(version, _VERSION, written_by, unknown if is_of_other_version else ())
         return pydantic.TypeAdapter(Checkpoint).validate_python({**content, "sha256": digest})
     except pydantic.ValidationError as error:
@@ -508,9 +510,7 @@ def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
         reason = f"{checkpoint.model} cannot be built with its config ({first_line(error)})"
         raise CheckpointError(f"{path}: {reason}; train or import it again") from error
 
-    weights = {
-        network.current_name(name): tensor for name, tensor in checkpoint.weights.items()
-    }
+    weights = dict(checkpoint.weights)
     problem = first_difference(network.state_dict(), weights)
     if problem:
         advice = version_advice(writer_of(checkpoint.training)) or "; train or import it again"

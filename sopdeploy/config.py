@@ -37,6 +37,7 @@ MAX_TEXT = 10_000_000  # characters
 ModelT = TypeVar("ModelT", bound=pydantic.BaseModel)
 _NO_SCHEMAS = {"default", "metadata", "serialization"}  # parts of a core schema
 MAX_SHOWN = 80  # characters of a value in a message
+OLDEST = (0, 3)  # the minor version before this one: what it wrote is read
 # A key of TOML with more than `MAX_LEVELS` parts, for which tomllib takes quadratic time and
 # memory. No key begins at an escaped quote; a search from each of them would itself take
 # quadratic time.
@@ -230,12 +231,10 @@ def with_registered(
 class Options(StrictModel):
     """Options of a command and of its Python function; the text below a field describes it for both.
 
-    `GROUPS` has the fields that the help lists below a heading of their own. `FORMER` has the
-    fields that have another name today, which both the command and the function still take.
+    `GROUPS` has the fields that the help lists below a heading of their own.
     """
 
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    FORMER: ClassVar[Mapping[str, str]] = {}
 
     model_config = pydantic.ConfigDict(
         use_attribute_docstrings=True, coerce_numbers_to_str=True
@@ -245,8 +244,6 @@ class Options(StrictModel):
     @classmethod
     def _raise_config_error(cls, values: Any, validate: Callable[[Any], Self]) -> Self:
         """Raise `ConfigError` for the first invalid value."""
-        if isinstance(values, Mapping):
-            values = {cls.FORMER.get(name, name): value for name, value in values.items()}
         try:
             return validate(values)
         except pydantic.ValidationError as error:
@@ -278,6 +275,20 @@ def check_format(
     if names := sorted(unknown):
         raise OtherVersionError(
             f"{names[0][:MAX_SHOWN]}: unknown here; read it with {reader}, which wrote it"
+        )
+
+
+def check_is_readable(written_by: Any, advice: str) -> None:
+    """Raise `OtherVersionError` with *advice* if a version before `OLDEST` wrote a file.
+
+    *written_by* is the version that wrote it, if the file says so.
+    """
+    number = re.match(r"(\d+)[.](\d+)", written_by) if isinstance(written_by, str) else None
+    if number is not None and (int(number[1]), int(number[2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise OtherVersionError(
+            f"sopdeploy {written_by[:MAX_SHOWN]} wrote it, and this version reads what {oldest} and "
+            f"later wrote; {advice}"
         )
 
 

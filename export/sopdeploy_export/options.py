@@ -32,7 +32,6 @@ class ExportOptions(Options):
             *("allow_numerical_error", "allow_batch_dependence"),
         )
     }
-    FORMER: ClassVar = {"allow_drift": "allow_numerical_error"}
 
     name: Name = None
     """Name of the project; by default the name of the checkpoint or, for your own network, of its weight file."""

@@ -69,10 +69,6 @@ class Backbone(nn.Module):
         """Compute the exported outputs in eval mode, one tensor per name in `outputs`."""
         return (self(images),)
 
-    def current_name(self, tensor: str) -> str:
-        """Return today's name of a *tensor* in a checkpoint, which an earlier version may have written."""
-        return tensor
-
     def num_features(self) -> int:
         """Return the length of the vector that the classifier reads."""
         classifier = self.get_submodule(self.classifier_parts[-1])

@@ -11,9 +11,11 @@ from sopdeploy.config import (
     Positive,
     StrictModel,
     Text,
+    check_is_readable,
     matching,
     parse_json,
     validate_format,
+    writer_of,
 )
 from sopdeploy.decision import Decision
 from sopdeploy.files import GRAPH, GRAPH_DATA
@@ -205,7 +207,7 @@ class Manifest(StrictModel):
     def from_bytes(cls, raw: bytes) -> "Manifest":
         """Parse a manifest file.
 
-        Raises `ValueError` if *raw* is not JSON, is of a later version, has another schema, or
+        Raises `ValueError` if *raw* is not JSON, is of another version, has another schema, or
         differs by any byte from `to_bytes`.
         """
         fields = parse_json(raw)
@@ -217,6 +219,7 @@ class Manifest(StrictModel):
         for name in ("id", "sha256"):
             fields.pop(name, None)
 
+        check_is_readable(writer_of(fields), "export the bundle again")
         manifest = validate_format(cls, fields)
         if manifest.to_bytes() != raw:
             raise ValueError("was edited or damaged after the export")

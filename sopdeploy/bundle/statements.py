@@ -1,6 +1,6 @@
 """What the certificate of a bundle says: which statements an export proved, and which it measured.
 
-Does not import torch. Certificates of versions 0.1.0 and 0.2.0 do not list their statements.
+Does not import torch.
 """
 
 from typing import Literal
@@ -14,23 +14,6 @@ from sopdeploy.errors import BundleError
 
 Evidence = Literal["proved", "measured"]
 Statements = dict[Text, Evidence]  # by title, in the order of the export
-OF_0_1_0: Statements = {
-    "Tensors": "proved",
-    "Graphs": "proved",
-    "Batch sizes": "proved",
-    "Outputs": "measured",
-    "Repetition": "measured",
-    "ONNX": "proved",
-    "Images": "proved",
-    "File": "measured",
-}
-OF_0_2_0: Statements = {
-    "Removed": "proved",
-    "Graph": "proved",
-    "Plain run": "proved",
-    "Images": "proved",
-    "File": "measured",
-}
 _STATEMENTS = pydantic.TypeAdapter(Statements)
 
 
@@ -40,10 +23,9 @@ def read_statements(bundle: Bundle) -> Statements:
     Raises `BundleError` if the certificate says something else.
     """
     try:
-        certificate = parse_json(bundle.contents[CERTIFICATE])
-        # Only version 0.1.0 captured a second graph.
-        earlier = OF_0_1_0 if "batch_of_one" in certificate["roots"] else OF_0_2_0
-        return _STATEMENTS.validate_python(certificate.get("statements", earlier))
+        return _STATEMENTS.validate_python(
+            parse_json(bundle.contents[CERTIFICATE])["statements"]
+        )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(
             f"{bundle.path / CERTIFICATE}: does not say what was proved and what was measured; export the "

@@ -95,7 +95,7 @@ def command(
             parameters += _declare_settings(settings)
         if show is not None:
             text = "Print JSON for scripts."
-            json_option = _option("as_json", bool, default=False, text=text, flags=["--json"])
+            json_option = _option("as_json", bool, default=False, text=text, flag="--json")
             parameters.append(json_option)
 
         def run(**values: Any) -> None:
@@ -154,7 +154,6 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     option_classes: dict[str, type[Options]] = {}  # by parameter
     option_lines: list[str] = []
     headings: dict[str, str] = {}  # of groups of options in the help, by option
-    former: dict[str, str] = {}  # names of options, by today's
 
     for parameter in inspect.signature(function).parameters.values():
         options_class = parameter.annotation
@@ -174,7 +173,6 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
             option_lines.append(f"    {name}: {text}")
         for heading, names in options_class.GROUPS.items():
             headings |= dict.fromkeys(names, heading)
-        former |= {today: name for name, today in options_class.FORMER.items()}
 
     parameters.sort(key=lambda parameter: parameter.kind)  # `**settings` stays last
 
@@ -186,7 +184,7 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
                 continue  # the caller gives the model itself
             fields = {
                 field: keywords.pop(field)
-                for field in (*options_class.model_fields, *options_class.FORMER)
+                for field in options_class.model_fields
                 if field in keywords
             }
             keywords[name] = options_class(**fields)
@@ -197,7 +195,6 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     vars(call)["headings"] = headings
-    vars(call)["former"] = former
     return call
 
 
@@ -279,7 +276,6 @@ def _declare_parameters(
     """
     texts = dict(_PARAMETER.findall(inspect.getdoc(function) or ""))
     headings = getattr(function, "headings", {})  # of options in the help, by parameter
-    former = getattr(function, "former", {})  # names of options, by parameter
     declared = []
 
     for name, parameter in inspect.signature(function).parameters.items():
@@ -296,7 +292,6 @@ def _declare_parameters(
                 default=parameter.default,
                 text=text,
                 limits=_limits(parameter.annotation),
-                flags=[_flag(spelling) for spelling in (name, former.get(name)) if spelling],
                 group=headings.get(name),
             )
             declared.append(option)
@@ -311,21 +306,21 @@ def _option(
     value_type: Any,
     default: Any,
     text: str,
-    flags: Sequence[str] = (),
+    flag: str = "",
     limits: Mapping[str, Any] = {},
     group: str | None = None,
 ) -> inspect.Parameter:
     """Declare the option of the parameter *name*, such as `from_`, whose underscore avoids a keyword.
 
-    *flags* are by default made of the name; the first one is today's. *text* is the help, below
-    the heading *group*; *limits* are `min` and `max`.
+    *flag* is by default made of the name. *text* is the help, below the heading *group*; *limits*
+    are `min` and `max`.
     """
-    flag, *former = flags or [_flag(name)]
+    flag = flag or _flag(name)
     if default is True:  # the flag itself would change nothing, so its negation is added
         flag = f"{flag}/--no-{flag[2:]}"
 
     annotation = Annotated[
-        value_type, typer.Option(flag, *former, help=text, rich_help_panel=group, **limits)
+        value_type, typer.Option(flag, help=text, rich_help_panel=group, **limits)
     ]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation

@@ -5,9 +5,8 @@ papers. `clip_norm` limits the norm of the whole gradient; 0 disables clipping. 
 torch.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 
@@ -252,11 +251,3 @@ class LoopSettings(Augmentations, StepSettings, UpdateSettings):
     teacher: TeacherConfig | None = None
     validation: ValidationConfig = ValidationConfig()
     save: SaveConfig = SaveConfig()
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _leave_out_former(cls, values: Any) -> Any:
-        """Leave out `swa`, which recipes of runs of 0.1.0 have without a value."""
-        if isinstance(values, Mapping) and values.get("swa", ...) is None:
-            return {key: value for key, value in values.items() if key != "swa"}
-        return values

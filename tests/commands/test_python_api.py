@@ -15,12 +15,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import sopdeploy
-from sopdeploy.errors import ConfigError, DataError, SopdeployError, command_line_option
+from sopdeploy.errors import ConfigError, DataError, command_line_option
 from sopdeploy.training.recipe import change_recipe, flatten
 from sopdeploy.training.recipe_files import read_values
 from sopdeploy_commands.app import app
 from sopdeploy_commands.training.request import TrainOptions, configure, read_changes
-from sopdeploy_export.options import ExportOptions
 from tests.support.service import picture_bytes, write_bundle
 
 
@@ -35,18 +34,6 @@ def test_the_same_error_names_arguments_in_python_and_options_on_the_command_lin
     error = CliRunner().invoke(app, ["export", "ckpt.pt", "--max-batch", "0"])
     assert (error.exit_code, error.stdout, error.stderr.count("\n")) == (2, "", 1)
     assert "--max-batch: must be at least 1" in error.stderr
-
-
-def test_an_option_that_was_renamed_is_still_taken_by_its_former_name(tmp_path: Path) -> None:
-    assert ExportOptions.model_validate({"allow_drift": True}).allow_numerical_error
-
-    missing = str(tmp_path / "missing.pt")
-    with pytest.raises(SopdeployError, match=r"missing\.pt: ") as in_python:
-        sopdeploy.export(missing, allow_drift=True)
-    error = CliRunner().invoke(app, ["export", missing, "--allow-drift"])
-
-    assert error.exit_code == 2
-    assert str(in_python.value) in error.stderr
 
 
 ERRORS = {

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from sopdeploy.config import Options
 from tests.docs.reading import COMMANDS, PAGES, blocks, command_lines, name
 
 ROOT_OPTIONS = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
@@ -41,21 +40,6 @@ def test_a_shown_command_line_parses(page: Path, words: list[str]) -> None:
         return
     command, rest = resolve(words)
     assert command.make_context(command, rest).args == []
-
-
-def test_no_page_shows_an_option_by_its_former_name() -> None:
-    former = {
-        f"--{name.replace('_', '-')}" for options in all_options() for name in options.FORMER
-    }
-    assert former
-    assert [(page.name, words) for page, words in SHOWN if former & {*words}] == []
-
-
-def all_options() -> set[type[Options]]:
-    """Collect the options of all commands, by importing them."""
-    for command in COMMANDS.commands.values():
-        command.get_params(command.make_context("", [], resilient_parsing=True))
-    return set(Options.__subclasses__())
 
 
 def test_each_training_of_a_page_can_be_typed_again() -> None:

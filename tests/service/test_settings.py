@@ -32,7 +32,7 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
     assert Settings(**tomllib.loads(to_toml(settings))).model_dump() == settings.model_dump()
 
 
-# Of 0.2.0. A setting that is renamed gets its former name as a `validation_alias`.
+# Of 0.3.0 or before. A setting that is renamed gets its former name as a `validation_alias`.
 RELEASED = """
 allowed_hosts allowed_origins batch_timeout_seconds body_grace_seconds decode_seconds
 decoders devices drain_seconds engine_cache examples follow formats front_ends

@@ -23,7 +23,14 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sopdeploy.config import OtherVersionError, StrictModel, parse_json, validate_format
+from sopdeploy.config import (
+    OtherVersionError,
+    StrictModel,
+    check_is_readable,
+    parse_json,
+    validate_format,
+    writer_of,
+)
 from sopdeploy.errors import ConfigError
 from sopdeploy.file_systems import lock_file
 from sopdeploy.files import (
@@ -173,10 +180,12 @@ class OutputFolder:
             partial.write_text(now.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     def _read_state(self) -> RunState | None:
-        """Read `_run.json`; None if it is missing or damaged; raises `ConfigError` for a later format."""
+        """Read `_run.json`; None if it is missing or damaged; raises `ConfigError` for another format."""
         path = self.path / STATE
         try:
-            return validate_format(RunState, parse_json(read_file(path, MAX_TEXT_BYTES)))
+            fields = parse_json(read_file(path, MAX_TEXT_BYTES))
+            check_is_readable(writer_of(fields), "choose another folder")
+            return validate_format(RunState, fields)
         except OtherVersionError as error:
             raise ConfigError(f"{path}: {error}", setting="out") from error
         except (OSError, ValueError):

@@ -66,8 +66,7 @@ class Certificate(StrictModel):
     of images on which the file was compared. `mixes_images` names the outputs that change with
     the other images of the batch; before version 0.3.0, operators.
 
-    `statements` says of each statement whether it was `proved` or `measured`. It is missing before
-    version 0.3.0 (`sopdeploy.bundle.statements`).
+    `statements` says of each statement whether it was `proved` or `measured`.
     """
 
     model: str

@@ -63,7 +63,6 @@ OVERRIDES = [
     (["data={kind='folder'}", "data.path=my photos/2024"], "data.path", Path("my photos/2024")),
     (["procedure.kind=fine_tune", "ema.decay=0.5"], "ema.decay", 0.5),
     (["ema.decay=0.5", "ema=null"], "ema", None),
-    (["swa=null"], "epochs", 5),  # as in runs of 0.1.0
 ]
 
 

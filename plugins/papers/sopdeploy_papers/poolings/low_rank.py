@@ -94,9 +94,5 @@ class LowRankVGG(VGG):
         self.pooling = ReducedBilinear(channels, config.width, signed_root=config.signed_root)
         self.classifier = LowRankClassifier(config.width, config.rank, num_classes)
 
-    def current_name(self, tensor: str) -> str:
-        """Return today's name of a *tensor* in a checkpoint of the plug-in `sopdeploy_poolings` 1.0.0."""
-        return tensor.removeprefix("network.").replace("classifier.factors.", "classifier.")
-
     def logits_layer(self) -> None:
         """Return none: no linear layer computes the logits."""
