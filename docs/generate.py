@@ -1,4 +1,4 @@
-"""Generate the pages `cli`, `errors`, `models`, `benchmarks/other_photos`, and tables of other pages.
+"""Generate the pages `cli`, `errors`, `models`, and tables of other pages.
 
 Tests check that the pages are up to date.
 """
@@ -92,10 +92,6 @@ if __name__ == "__main__":
     from generate_floors import architecture_page
     from generate_models import models_page
     from generate_operations import pages
-    from generate_other_photos import PAGE as OTHER_PHOTOS
-    from generate_other_photos import other_photos_page
-    from generate_results import PAGE as RESULTS
-    from generate_results import measured_on_pages, page_with_tables, results_page
 
     (FOLDER / "cli.md").write_text(cli_page(), encoding="utf-8")
     (FOLDER / "errors.md").write_text(errors_page(), encoding="utf-8")
@@ -104,7 +100,3 @@ if __name__ == "__main__":
     ARCHITECTURE.write_text(architecture_page(), encoding="utf-8")
     for operations, text in pages().items():
         operations.write_text(text, encoding="utf-8")
-    RESULTS.write_text(results_page(), encoding="utf-8")
-    OTHER_PHOTOS.write_text(other_photos_page(), encoding="utf-8")
-    for page in sorted({(RESULTS.parent / one.page).resolve() for one in measured_on_pages()}):
-        page.write_text(page_with_tables(page), encoding="utf-8")

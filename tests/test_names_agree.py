@@ -43,7 +43,7 @@ FOR_LIBRARIES = {
     "_replacing",
     # The registry of metrics has it.
     "dropped_log_lines",
-    # benchmarks/other_things.py writes a file with it.
+    # The program that wrote the file of other things used it (its docstring).
     "store_vectors",
 }
 

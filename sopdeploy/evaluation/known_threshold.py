@@ -18,7 +18,7 @@ from sopdeploy.evaluation.statistics import LEVEL
 # threshold is a prediction bound
 MIN_RANK = 5
 # Share of new images below this bound, of those that may be rejected: known images have more low
-# cosines than a normal distribution (docs/benchmarks/other_photos.md).
+# cosines than a normal distribution (docs/benchmarks/other_photos.md of commit 2753e7ecf).
 BOUND_SHARE = 0.8
 GRID = 60  # quantiles of each estimate over which probabilities are averaged
 

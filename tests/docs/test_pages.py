@@ -31,13 +31,6 @@ def test_the_errors_pages_of_the_documentation_and_the_server_are_up_to_date() -
     assert ERRORS.SERVED.read_text(encoding="utf-8") == ERRORS.served_page(), "run `make docs`"
 
 
-def test_the_page_of_other_photographs_has_the_measured_values() -> None:
-    photos = module_at(ROOT / "docs" / "generate_other_photos.py")
-    assert photos.PAGE.read_text(encoding="utf-8") == photos.other_photos_page(), (
-        "run `make docs`"
-    )
-
-
 BLOCK_OR_LINK = re.compile(r"^( *)```.*?^\1```|\[[^\]]*\]\([^)]*\)", re.DOTALL | re.MULTILINE)
 CODE_OR_WORD = re.compile(r"`[^`]*`|[^\s`]+")
 NAME = re.compile(r"`?([\w./-]+\.md)`?[.,;:)]*")

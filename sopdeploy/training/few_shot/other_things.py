@@ -4,7 +4,8 @@ Only their vectors are stored, `other_things/SHA.npy` (M, D_0) int8 for the netw
 file has the SHA-256 SHA: the vectors of 100 photos of ImageNet, one per class
 (github.com/EliSchwartz/imagenet-sample-images). `SHA.reference.npy` (D_0,) float32 is the vector
 of a generated image: a network that computes another one, for example with another pooling,
-computes other vectors of the photos as well. `benchmarks/other_things.py` writes both files.
+computes other vectors of the photos as well. `benchmarks/other_things.py` of commit
+2753e7ecf writes both files.
 """
 
 from importlib.resources import as_file, files
