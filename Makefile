@@ -67,7 +67,7 @@ export NO_MKDOCS_2_WARNING := 1
 # uv does not compile to bytecode. Without a bytecode cache every process that a test starts compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo quick test test-all test-nightly fuzz check lint types contracts unit tests cuda-stand-in goldens elsewhere format docs \
+.PHONY: help demo quick test test-all test-nightly fuzz check lint types contracts unit tests cuda-stand-in goldens format docs \
 	pictures site gpu-bundles gpu-wheels gpu-check soak dist wheel-test samples-test alerts-test extras-test install-test container-test container-base audit sbom release lock clean
 
 help:  ## list these commands
@@ -123,9 +123,6 @@ $(CUDA)/.built: $(STAMP) deploy/lock/cuda-stand-in.txt tests/cuda/build.py tests
 
 goldens: $(STAMP)  ## rewrite tests/goldens; review the diff
 	$(BIN)/pytest --rewrite-goldens -k golden tests/sweep/test_goldens.py tests/sopdeploy
-
-elsewhere: $(STAMP)  ## the default tests in other surroundings: processors, locales, users, clocks; one hour; OPTIONS="--list"
-	$(BIN)/python deploy/elsewhere.py $(OPTIONS)
 
 format: $(STAMP)  ## format the code and apply ruff's automatic fixes
 	$(BIN)/ruff format .

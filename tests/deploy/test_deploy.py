@@ -32,7 +32,7 @@ from sopdeploy_service.inference import decoders
 from sopdeploy_service.keep import Keeper
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import FILE_VARIABLE, VARIABLE_PREFIX, Settings, load_settings
-from tests.docs.reading import PAGES, module_at
+from tests.docs.reading import PAGES
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -677,16 +677,6 @@ def test_every_metric_in_deployment_files_exists(file: str) -> None:
     }
     assert used
     assert used <= metric_names()
-
-
-def test_the_dashboard_is_generated_and_shows_every_metric() -> None:
-    text = (DEPLOY / "dashboard.json").read_text(encoding="utf-8")
-    assert text == module_at(DEPLOY / "dashboard.py").rendered(), (
-        "run `python deploy/dashboard.py`"
-    )
-    families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in metric_names()}
-    families -= {"sopdeploy_queue_depth"}  # for the dashboards of 0.2.0
-    assert [name for name in sorted(families) if name not in text] == []
 
 
 def test_compose_mounts_existing_files() -> None:

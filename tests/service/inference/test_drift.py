@@ -128,7 +128,6 @@ def test_an_alarm_comes_within_two_hundred_images_and_names_the_share_that_is_re
     assert re.search(r"rejected \d\d % of the images, before \d %", caplog.text)
 
 
-@pytest.mark.file_times
 def test_an_alarm_outlives_a_new_bundle_that_is_as_unsure_and_a_restart(
     tmp_path, caplog
 ) -> None:
@@ -149,7 +148,6 @@ def test_an_alarm_outlives_a_new_bundle_that_is_as_unsure_and_a_restart(
     assert list(read_alarms(tmp_path).values()) == [since]
 
 
-@pytest.mark.file_times
 def test_an_alarm_ends_with_a_bundle_that_has_learned_the_change(tmp_path, caplog) -> None:
     """The images stay darker, which is the world's and no alarm any more."""
     caplog.set_level("INFO", "sopdeploy.drift")
@@ -178,7 +176,6 @@ def test_no_image_is_kept_without_a_folder_and_photographs_are_compared_across_b
     assert site.traffic.comparisons["image"].is_alarm
 
 
-@pytest.mark.file_times
 def test_blocks_survive_a_restart_and_only_their_owner_can_read_them(tmp_path) -> None:
     site = Site(tmp_path)
     site.send(12)
@@ -197,7 +194,6 @@ def test_blocks_survive_a_restart_and_only_their_owner_can_read_them(tmp_path) -
     assert last.path == files[-1].with_name("00000012.npz")
 
 
-@pytest.mark.file_times
 def test_blocks_of_an_earlier_version_are_divided_by_their_age(tmp_path) -> None:
     """They have no state, no time and no share of rejected images."""
     Site(tmp_path).send(12)
@@ -214,7 +210,6 @@ def test_blocks_of_an_earlier_version_are_divided_by_their_age(tmp_path) -> None
     assert len(again.traffic.blocks) == 13
 
 
-@pytest.mark.file_times
 def test_a_new_bundle_runs_on_the_images_of_the_reference(tmp_path) -> None:
     site = Site(tmp_path)
     site.send(14)
@@ -234,7 +229,6 @@ def test_a_new_bundle_runs_on_the_images_of_the_reference(tmp_path) -> None:
     assert set((tmp_path / TRAFFIC / "tiny").glob("*.npz")) == paths
 
 
-@pytest.mark.file_times
 def test_an_alarm_keeps_its_reference_if_few_of_its_images_remain(tmp_path) -> None:
     site = Site(tmp_path)
     site.send(12)
@@ -248,7 +242,6 @@ def test_an_alarm_keeps_its_reference_if_few_of_its_images_remain(tmp_path) -> N
     assert site.traffic.watch.reference == reference
 
 
-@pytest.mark.file_times
 def test_an_alarm_ends_at_a_restart_without_enough_of_its_reference(tmp_path) -> None:
     site = Site(tmp_path)
     site.send(12)
@@ -270,7 +263,6 @@ DAMAGES = {
 }
 
 
-@pytest.mark.file_times
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_block_is_skipped_with_a_warning(tmp_path, damage, caplog) -> None:
     Site(tmp_path).send(3)
@@ -331,7 +323,6 @@ def test_blocks_that_are_too_old_are_deleted(tmp_path) -> None:
     assert len(again.traffic.blocks) == 1
 
 
-@pytest.mark.file_times
 def test_a_server_counts_what_it_classifies_but_no_report(
     serve_with, onnx_runtime, jpeg, tmp_path
 ) -> None:
