@@ -25,9 +25,11 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
  && tools/bin/pip wheel --no-cache-dir --no-index --no-deps --no-build-isolation --wheel-dir dist .
 
 FROM build AS cpu-build
+# Further requirements, without hashes: --build-arg REQUIREMENTS="sopdeploy[openvino]", for example.
+ARG REQUIREMENTS=
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
-    sh install_image.sh cpu
+    sh install_image.sh cpu ${REQUIREMENTS}
 
 FROM build AS gpu-build
 # Further requirements, without hashes: --build-arg REQUIREMENTS="sopdeploy[tensorrt]", for example, which downloads

@@ -221,7 +221,7 @@ release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS="--dry-run --verbose"]
 
 # `make lock OPTIONS='--constraint FILE'` keeps versions.
 lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions, for images with the hashes of their files
-	$(HASHED) pyproject.toml --extra cpu --extra openvino --extra sign --output-file deploy/lock/cpu.txt
+	$(HASHED) pyproject.toml --extra cpu --extra sign --output-file deploy/lock/cpu.txt
 	$(HASHED) pyproject.toml --extra gpu --extra sign --output-file deploy/lock/gpu.txt
 	$(HASHED) --group build --output-file deploy/lock/build.txt
 	$(COMPILE) pyproject.toml $(addprefix --extra ,$(EXTRAS)) --group build --group tools --output-file deploy/lock/dev.txt

@@ -689,7 +689,7 @@ def test_compose_mounts_existing_files() -> None:
     ] == []
 
 
-LOCKS = {"cpu": ("cpu", "openvino", "sign"), "gpu": ("gpu", "sign")}
+LOCKS = {"cpu": ("cpu", "sign"), "gpu": ("gpu", "sign")}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
