@@ -513,7 +513,6 @@ def test_only_old_records_without_a_photo_and_no_other_files_are_deleted(
     assert (tmp_path.parent / "outside" / old[2]).exists()
 
 
-@pytest.mark.file_times
 def test_photos_expire_while_nothing_is_sent(bundle, onnx_runtime, tmp_path: Path) -> None:
     settings = Settings(keep=tmp_path, keep_sample=1, keep_days=0.5 / 86_400)
     with running(onnx_runtime, bundle, settings) as client:
