@@ -57,6 +57,8 @@ def encode_image(
     """
     check_is_image(image)
     if isinstance(image, np.ndarray):
+        if _has_file_shape(image):
+            return _read(image.tobytes(), limit)
         return _to_png(Image.fromarray(np.ascontiguousarray(image)), compress_level)
 
     if isinstance(image, Image.Image):
@@ -195,8 +197,8 @@ def _problem_of_array(array: NDArray[Any]) -> str:
         return "has no pixels; give another"
     if array.ndim == 4:
         return "looks like a batch; give list(array)"
-    if array.ndim == 1:
-        return "looks like the bytes of a file; give array.tobytes()"
+    if array.dtype == np.uint8 and _has_file_shape(array):
+        return ""
 
     if array.ndim == 3 and shape[2] not in COLORS:
         if shape[0] in (1, *COLORS):
@@ -209,6 +211,11 @@ def _problem_of_array(array: NDArray[Any]) -> str:
     if array.dtype == np.uint8:
         return ""
     return _problem_of_values(array)
+
+
+def _has_file_shape(array: NDArray[Any]) -> bool:
+    """Tell whether *array* is the bytes of a file, (N,) or (N, 1), as OpenCV's `imencode` returns them."""
+    return array.ndim == 1 or (array.ndim == 2 and array.shape[1] == 1)
 
 
 def _problem_of_values(array: NDArray[Any]) -> str:

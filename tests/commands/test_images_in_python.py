@@ -64,6 +64,8 @@ FILES: dict[str, bytes] = {
 FORMS: dict[str, Callable[[Path], Any]] = {
     "bytes": Path.read_bytes,
     "a bytearray": lambda path: bytearray(path.read_bytes()),
+    "an array of bytes": lambda path: np.fromfile(path, np.uint8),
+    "a column of bytes, as OpenCV encodes": lambda path: np.fromfile(path, np.uint8)[:, None],
     "a view": lambda path: memoryview(path.read_bytes()),
     "a path": lambda path: path,
     "text": str,
@@ -159,7 +161,7 @@ NO_IMAGES: dict[str, tuple[Any, str]] = {
     "channels first": (WIDE.transpose(2, 0, 1), r"\(3, 40, 90\): looks like channels first"),
     "an axis more": (np.asarray(GRAY)[..., None], "gray with an axis more"),
     "two channels": (WIDE[..., :2], "looks like no image"),
-    "bytes as an array": (np.frombuffer(FILES["BMP"], np.uint8), "the bytes of a file"),
+    "numbers as an array": (np.zeros(9), "looks like no image"),
     "0 to 1": (WIDE / 255, r"float64 array \(40, 90, 3\): looks like colors from 0 to 1"),
     "0 to 255": (WIDE.astype(np.int64), "colors from 0 to 255"),
     "normalized": (WIDE / 100 - 1, "looks normalized"),
