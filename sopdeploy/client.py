@@ -1,40 +1,40 @@
 """Clients of `sopdeploy serve`, which import neither torch nor the server.
 
-`AsyncClient` is for programs with asyncio, `Client` for all others. Both run the same
-coroutines. Keys of newer servers are ignored in responses.
+`Client` is a thin face of `httpx.Client`, and `AsyncClient` of `httpx.AsyncClient`. Both repeat
+requests as `client_requests.Attempts` says. Keys of newer servers are ignored in responses.
 """
 
 import asyncio
 import base64
-import os
 import re
-import threading
-import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import CancelledError
-from functools import partial
-from typing import Any, Self, TypedDict, TypeVar, Unpack, cast, overload
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack, overload
 
 import httpx
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from sopdeploy.client_requests import CLOSED, Requests, foreign_answer_error
+from sopdeploy.client_requests import (
+    Attempts,
+    check_timeout,
+    configuring,
+    foreign_answer_error,
+    http_options,
+)
 from sopdeploy.config import StrictModel, parse_json
-from sopdeploy.errors import ConfigError, DataError, ImageError, ServiceError
+from sopdeploy.errors import DataError, ImageError
 from sopdeploy.http_api import Classes, ClassProbability, Problem, ServerInfo
 from sopdeploy.images.encode import AnyImage, encode_image, name_image, naming
 
-Value = TypeVar("Value")
 Result = TypeVar("Result", bound="ImageResult")
 
 # The server detects the format; a wrong type causes a warning
 CONTENT_TYPE = "application/octet-stream"
 # linear, whatever a server sends
 DURATION = re.compile(r"(?<![a-z])([a-z]+);dur=(\d+(?:\.\d+)?)")
-TOO_LARGE = 413  # also of a proxy
-TOO_MANY_IMAGES = "too_many_images"
 
 
 class ImageResult(StrictModel):
@@ -97,94 +97,19 @@ class ClassifyArguments(CallArguments, total=False):
     explain: bool
 
 
-class AsyncClient:
-    """Client of the server at *url* for programs with asyncio, such as FastAPI services.
-
-    It has the arguments, methods and errors of `Client`, but the methods are awaited. Any number
-    of tasks of one event loop may share it; a call that is cancelled ends its request. A list or
-    an array is encoded in a thread. *transport* replaces the connections, for example to trust
-    certificates of its own: `httpx.AsyncHTTPTransport(verify=ssl_context)`.
-
-        async with AsyncClient("http://127.0.0.1:8000") as client:
-            print((await client.classify("photo.jpg")).classes[0].label)
-    """
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        api_key: str | None = None,
-        timeout: float = 30.0,
-        retries: int = 4,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        self._requests = Requests(url, api_key, timeout, retries, transport)
-
-    @overload
-    async def classify(
-        self, image: list[Any] | tuple[Any, ...], **options: Unpack[ClassifyArguments]
-    ) -> list[Classification]: ...
-    @overload
-    async def classify(
-        self, image: AnyImage, **options: Unpack[ClassifyArguments]
-    ) -> Classification: ...
-    async def classify(
-        self,
-        image: AnyImage | Sequence[AnyImage],
-        *,
-        model: str | None = None,
-        timeout: float | None = None,
-        top_k: int | None = None,
-        threshold: float | None = None,
-        explain: bool = False,
-    ) -> Classification | list[Classification]:
-        """Do what `Client.classify` does, without blocking the event loop."""
-        return await self._run(_classify, image, model, timeout, top_k, threshold, explain)
-
-    @overload
-    async def embed(
-        self, image: list[Any] | tuple[Any, ...], **options: Unpack[CallArguments]
-    ) -> list[Embedding]: ...
-    @overload
-    async def embed(self, image: AnyImage, **options: Unpack[CallArguments]) -> Embedding: ...
-    async def embed(
-        self,
-        image: AnyImage | Sequence[AnyImage],
-        *,
-        model: str | None = None,
-        timeout: float | None = None,
-    ) -> Embedding | list[Embedding]:
-        """Do what `Client.embed` does, without blocking the event loop."""
-        return await self._run(_embed, image, model, timeout)
-
-    async def info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Request the server version and its models."""
-        return await self._run(_get_info, timeout)
-
-    async def close(self) -> None:
-        """Close the connections; later calls are errors."""
-        await self._requests.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def _run(
-        self, call: Callable[..., Coroutine[Any, Any, Value]], *arguments: Any
-    ) -> Value:
-        return await call(self._requests, *arguments)
-
-
 class Client:
-    """Blocking client of the server at *url*, for any number of threads and, after a fork, processes.
+    """Blocking client of the server at *url*, for any number of threads.
 
-    Connections stay open until `close`. *timeout* is the total time of a call in seconds,
-    including retries and the whole response. *retries* is how often a request is repeated after
-    429, 503 or a connection that broke before a response. A server on another machine is
-    requested through the proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names, unless NO_PROXY
-    excludes it. Raises `ConfigError` for a URL, key, timeout or proxy that cannot be used.
+    *timeout* is the time of a call in seconds. Until it is over, a request is repeated after a
+    connection that was refused or broken, and after the status 408, 429, 502, 503 or 504. The
+    pauses are random and double from 0.1 to 2 s, and `Retry-After` is added to them. Each attempt
+    has the timeouts of httpx: the time that is left for each wait, and at most 2 s to open a
+    connection. *retries* limits the repetitions; 0 turns them off.
+
+    Other *options* are those of `httpx.Client`, such as `transport`, `proxy`, `verify`, `limits`
+    and `trust_env`, and have its defaults. Make a client in each process, because two
+    processes must not share connections. Raises `ConfigError` for a URL, key, timeout, proxy or
+    certificate file that cannot be used.
 
         with Client("http://127.0.0.1:8000") as client:
             print(client.classify("photo.jpg").classes[0].label)
@@ -196,18 +121,13 @@ class Client:
         *,
         api_key: str | None = None,
         timeout: float = 30.0,
-        retries: int = 4,
-        transport: httpx.BaseTransport | httpx.AsyncBaseTransport | None = None,
+        retries: int | None = None,
+        **options: Any,
     ) -> None:
-        own = _InThread(transport) if isinstance(transport, httpx.BaseTransport) else transport
-        if isinstance(transport, httpx.AsyncBaseTransport):  # also of both kinds
-            own = transport
-        self._make = partial(Requests, url, api_key, timeout, retries, own)
-        self._make()  # raises `ConfigError`
-
-        self._loops: dict[int, _Loop] = {}  # by process
-        self._has_transport = transport is not None
-        self._is_closed = False
+        self._timeout = check_timeout(timeout)
+        self._retries = retries
+        with configuring():
+            self._http = httpx.Client(**http_options(url, api_key, options))
 
     @overload
     def classify(
@@ -217,36 +137,26 @@ class Client:
     def classify(
         self, image: AnyImage, **options: Unpack[ClassifyArguments]
     ) -> Classification: ...
-    def classify(
-        self,
-        image: AnyImage | Sequence[AnyImage],
-        *,
-        model: str | None = None,
-        timeout: float | None = None,
-        top_k: int | None = None,
-        threshold: float | None = None,
-        explain: bool = False,
-    ) -> Classification | list[Classification]:
+    def classify(self, image: Any, **options: Unpack[ClassifyArguments]) -> Any:
         """Classify *image*: a path, bytes, a file, a PIL image, a uint8 array, or a list of them.
 
-        A list is sent as one request, or as several if its images are together more than the
-        server takes. If one of several images cannot be classified, its result has `error` set. *top_k*
-        is the number of classes, *model* the model to use if the server has several.
-        *threshold* replaces the thresholds of a multi-label network. *explain* requests the
-        `explanation` of the first class; an image then counts as 50 for the server. *timeout*
-        replaces the timeout of the client. Raises `ServiceError` if the server rejects the request or
-        its only image, `OverloadedError` if it is overloaded, `UnreachableError` without a
-        response in time, and `DataError` for what is no image.
+        A list is sent as one request. If one of its images cannot be classified, its result has
+        `error` set. *top_k* is the number of classes, *model* the model to use if the server has
+        several. *threshold* replaces the thresholds of a multi-label network. *explain* requests
+        the `explanation` of the first class; an image then counts as 50 for the server. *timeout*
+        replaces the timeout of the client. Raises `ServiceError` if the server rejects the request
+        or its only image, `OverloadedError` if it refuses until the time is over,
+        `UnreachableError` without a response in time, and `DataError` for what is not an image.
 
-        Arrays are (H, W, 3), (H, W, 4) or (H, W); a PIL image is turned by its EXIF tag, as its
-        file is.
+        Arrays are (H, W, 3), (H, W, 4) or (H, W), or the bytes of a file, (N,) or (N, 1), as
+        OpenCV encodes one. A PIL image is turned by its EXIF tag, as its file is.
 
         Example:
             best = client.classify(np.asarray(frame), top_k=3, timeout=2.0).classes[0]
             for result in client.classify(["a.jpg", "b.jpg"], model="flowers"):
                 print(result.error.detail if result.error else result.classes[0].label)
         """
-        return self._run(_classify, image, model, timeout, top_k, threshold, explain)
+        return self._run(_classification(image, **options))
 
     @overload
     def embed(
@@ -254,23 +164,17 @@ class Client:
     ) -> list[Embedding]: ...
     @overload
     def embed(self, image: AnyImage, **options: Unpack[CallArguments]) -> Embedding: ...
-    def embed(
-        self,
-        image: AnyImage | Sequence[AnyImage],
-        *,
-        model: str | None = None,
-        timeout: float | None = None,
-    ) -> Embedding | list[Embedding]:
+    def embed(self, image: Any, **options: Unpack[CallArguments]) -> Any:
         """Compute the features of *image*, or of a list of images, in front of the classifier.
 
-        It takes the arguments of `classify`, and raises the same errors. The bundle must be exported with
-        `--with-features`.
+        It takes the arguments *model* and *timeout* of `classify`, and raises the same errors. The
+        bundle must be exported with `--with-features`.
 
         Example:
             first, second = (result.values for result in client.embed(["a.jpg", "b.jpg"]))
             cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
         """
-        return self._run(_embed, image, model, timeout)
+        return self._run(_embedding(image, **options))
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Request the server version and its models.
@@ -278,17 +182,11 @@ class Client:
         Example:
             print([model.name for model in client.info().models])
         """
-        return self._run(_get_info, timeout)
+        return _parse_info(self._send(timeout, "GET", "/info"))
 
     def close(self) -> None:
-        """Close the connections of this process; later calls are errors."""
-        self._is_closed = True
-        if (loop := self._loops.get(os.getpid())) is not None:
-            loop.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a pickle has: everything but the connections, which belong to this process."""
-        return {**self.__dict__, "_loops": {}}
+        """Close the connections; later calls are errors of httpx."""
+        self._http.close()
 
     def __enter__(self) -> Self:
         return self
@@ -296,217 +194,181 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, call: Callable[..., Coroutine[Any, Any, Value]], *arguments: Any) -> Value:
-        if self._is_closed:
-            raise ConfigError(CLOSED)
-        return self._loop().run(call, *arguments)
+    def _run(self, call: "_Call[Result]") -> Result | list[Result]:
+        bodies = encode_images(call.images)
+        if not bodies:
+            return []
+        response = self._send(call.timeout, "POST", call.path, **call.content(bodies))
+        return call.parse(response)
 
-    def _loop(self) -> "_Loop":
-        """Return the loop of this process; the one of the process that it was forked from stays unused.
+    def _send(
+        self, timeout: float | None, method: str, path: str, **content: Any
+    ) -> httpx.Response:
+        seconds = self._timeout if timeout is None else check_timeout(timeout)
+        attempts = Attempts(self._http, seconds, self._retries, method, path, content)
 
-        Two processes on one connection would read each other's responses, and a thread does not
-        survive a fork.
-        """
-        process = os.getpid()
-        if process in self._loops:
-            return self._loops[process]
-        if self._has_transport and self._loops:
-            raise ConfigError(
-                "a client with its own transport works in one process only; make another one in this process"
-            )
+        while True:
+            try:
+                response = self._http.send(attempts.next_request())
+            except httpx.RequestError as failure:
+                pause = attempts.pause_after_failure(failure)
+            else:
+                if attempts.are_answered_by(response):
+                    return response
+                pause = attempts.pause_after(response)
+            time.sleep(pause)
 
-        # Of several threads, the first one wins. The loop ends with the client.
-        made = _Loop(self._make())
-        loop = self._loops.setdefault(process, made)
-        if loop is made:
-            weakref.finalize(self, made.end)
+
+class AsyncClient:
+    """Client of the server at *url* for programs with asyncio, such as FastAPI services.
+
+    It has the arguments, methods and errors of `Client`, but the methods are awaited, and other
+    *options* are those of `httpx.AsyncClient`. Any number of tasks of one event loop may share it;
+    a call that is cancelled ends its request. Files are read and arrays encoded in a thread.
+
+        async with AsyncClient("http://127.0.0.1:8000") as client:
+            print((await client.classify("photo.jpg")).classes[0].label)
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 30.0,
+        retries: int | None = None,
+        **options: Any,
+    ) -> None:
+        self._timeout = check_timeout(timeout)
+        self._retries = retries
+        with configuring():
+            self._http = httpx.AsyncClient(**http_options(url, api_key, options))
+
+    @overload
+    async def classify(
+        self, image: list[Any] | tuple[Any, ...], **options: Unpack[ClassifyArguments]
+    ) -> list[Classification]: ...
+    @overload
+    async def classify(
+        self, image: AnyImage, **options: Unpack[ClassifyArguments]
+    ) -> Classification: ...
+    async def classify(self, image: Any, **options: Unpack[ClassifyArguments]) -> Any:
+        """Do what `Client.classify` does, without blocking the event loop."""
+        return await self._run(_classification(image, **options))
+
+    @overload
+    async def embed(
+        self, image: list[Any] | tuple[Any, ...], **options: Unpack[CallArguments]
+    ) -> list[Embedding]: ...
+    @overload
+    async def embed(self, image: AnyImage, **options: Unpack[CallArguments]) -> Embedding: ...
+    async def embed(self, image: Any, **options: Unpack[CallArguments]) -> Any:
+        """Do what `Client.embed` does, without blocking the event loop."""
+        return await self._run(_embedding(image, **options))
+
+    async def info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Request the server version and its models."""
+        return _parse_info(await self._send(timeout, "GET", "/info"))
+
+    async def close(self) -> None:
+        """Close the connections; later calls are errors of httpx."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _run(self, call: "_Call[Result]") -> Result | list[Result]:
+        # Files are read, and arrays become PNGs, beside the event loop.
+        if all(isinstance(image, bytes) for image in call.images):
+            bodies = encode_images(call.images)
         else:
-            made.close()
-        return loop
+            bodies = await asyncio.to_thread(encode_images, call.images)
+        if not bodies:
+            return []
+        response = await self._send(call.timeout, "POST", call.path, **call.content(bodies))
+        return call.parse(response)
+
+    async def _send(
+        self, timeout: float | None, method: str, path: str, **content: Any
+    ) -> httpx.Response:
+        seconds = self._timeout if timeout is None else check_timeout(timeout)
+        attempts = Attempts(self._http, seconds, self._retries, method, path, content)
+
+        while True:
+            try:
+                response = await self._http.send(attempts.next_request())
+            except httpx.RequestError as failure:
+                pause = attempts.pause_after_failure(failure)
+            else:
+                if attempts.are_answered_by(response):
+                    return response
+                pause = attempts.pause_after(response)
+            await asyncio.sleep(pause)
 
 
-class _Loop:
-    """An event loop in a thread, which sends *requests* for the threads that wait for them."""
+@dataclass(frozen=True)
+class _Call(Generic[Result]):
+    """A call with *images*: what it sends to *path*, and how its response is read."""
 
-    def __init__(self, requests: Requests) -> None:
-        self._requests = requests
-        self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._has_ended = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._serve, name="sopdeploy client", daemon=True
-        )
-        self._thread.start()
+    path: str
+    images: Sequence[object]
+    is_list: bool
+    result_type: type[Result]
+    params: Mapping[str, str | float | None]
+    timeout: float | None
 
-    def run(self, call: Callable[..., Coroutine[Any, Any, Value]], *arguments: Any) -> Value:
-        """Run *call* with the requests and *arguments*, and wait for its result."""
-        with self._lock:
-            if self._has_ended:
-                raise ConfigError(CLOSED)
-            task = asyncio.run_coroutine_threadsafe(
-                call(self._requests, *arguments), self._loop
-            )
+    def content(self, bodies: Sequence[bytes]) -> dict[str, Any]:
+        """Return what a request has: one image as its body, a list of images as a form."""
+        query = {name: value for name, value in self.params.items() if value is not None}
+        if self.is_list:
+            parts = [("image", ("image", body, CONTENT_TYPE)) for body in bodies]
+            return {"params": query, "files": parts}
+        headers = {"Content-Type": CONTENT_TYPE}
+        return {"params": query, "content": bodies[0], "headers": headers}
 
-        try:
-            return task.result()
-        except CancelledError:  # by `end`
-            raise ConfigError(CLOSED) from None
-        except KeyboardInterrupt:
-            task.cancel()
-            raise
-
-    def end(self) -> None:
-        """Cancel all calls and end the thread, without waiting for it."""
-        if os.getpid() != self._process:  # at the end of a process made by fork
-            return
-        with self._lock:
-            if not self._has_ended:
-                self._has_ended = True
-                self._loop.call_soon_threadsafe(self._start_end)
-
-    def close(self) -> None:
-        """End the thread and wait for it."""
-        self.end()
-        self._thread.join()
-
-    def _serve(self) -> None:
-        self._loop.run_forever()
-        self._loop.close()
-
-    def _start_end(self) -> None:
-        self._last = self._loop.create_task(self._end())
-
-    async def _end(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-        await self._requests.close()
-        # The bodies of responses that nobody read to their end
-        await self._loop.shutdown_asyncgens()
-        self._loop.stop()
+    def parse(self, response: httpx.Response) -> Result | list[Result]:
+        """Return the result for the only image, or a list of the results in order."""
+        results = _parse_results(response, self.result_type, len(self.images))
+        return results if self.is_list else results[0]
 
 
-class _InThread(httpx.AsyncBaseTransport):
-    """A blocking *transport* of a user, which sends each request in a thread."""
-
-    def __init__(self, transport: httpx.BaseTransport) -> None:
-        self._transport = transport
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        return await asyncio.to_thread(self._exchange, request)
-
-    def _exchange(self, request: httpx.Request) -> httpx.Response:
-        response = self._transport.handle_request(request)
-        try:
-            content = httpx.ByteStream(b"".join(cast(httpx.SyncByteStream, response.stream)))
-        finally:
-            response.close()
-        return httpx.Response(response.status_code, headers=response.headers, stream=content)
-
-    async def aclose(self) -> None:
-        await asyncio.to_thread(self._transport.close)
-
-
-async def _get_info(requests: Requests, timeout: float | None) -> ServerInfo:
-    response = await requests.send("GET", "/info", requests.limit(timeout))
-    try:
-        return ServerInfo.model_validate_json(response.content, extra="ignore")
-    except pydantic.ValidationError as error:
-        raise foreign_answer_error(response) from error
-
-
-async def _classify(
-    requests: Requests,
-    image: AnyImage | Sequence[AnyImage],
-    model: str | None,
-    timeout: float | None,
-    top_k: int | None,
-    threshold: float | None,
-    explain: bool,
-) -> Classification | list[Classification]:
+def _classification(
+    image: Any,
+    *,
+    model: str | None = None,
+    timeout: float | None = None,
+    top_k: int | None = None,
+    threshold: float | None = None,
+    explain: bool = False,
+) -> _Call[Classification]:
+    is_list = isinstance(image, list | tuple)
     params = {
         "model": model,
         "top_k": top_k,
         "threshold": threshold,
         "explain": explain or None,
     }
-    return await _post(requests, "/v1/classify", image, Classification, params, timeout)
+    images = image if is_list else [image]
+    return _Call("/v1/classify", images, is_list, Classification, params, timeout)
 
 
-async def _embed(
-    requests: Requests,
-    image: AnyImage | Sequence[AnyImage],
-    model: str | None,
-    timeout: float | None,
-) -> Embedding | list[Embedding]:
-    params = {"model": model, "encoding_format": "base64"}
-    return await _post(requests, "/v1/embed", image, Embedding, params, timeout)
-
-
-async def _post(
-    requests: Requests,
-    path: str,
-    image: AnyImage | Sequence[AnyImage],
-    result_type: type[Result],
-    params: Mapping[str, str | float | None],
-    timeout: float | None,
-) -> Result | list[Result]:
-    """Send one *image* as the body, or a list of images as a form; return a result, or a list of them."""
+def _embedding(
+    image: Any, *, model: str | None = None, timeout: float | None = None
+) -> _Call[Embedding]:
     is_list = isinstance(image, list | tuple)
-    images: Any = image if is_list else [image]
-    # Files are read, and arrays become PNGs, beside the event loop.
-    if all(isinstance(one, bytes) for one in images):
-        bodies = encode_images(images)
-    else:
-        bodies = await asyncio.to_thread(encode_images, images)
-    if not bodies:
-        return []
-
-    query = {name: value for name, value in params.items() if value is not None}
-    send = partial(requests.send, "POST", path, requests.limit(timeout), params=query)
-
-    if is_list:
-        return await _send_list(send, bodies, result_type)
-    response = await send(content=bodies[0], headers={"Content-Type": CONTENT_TYPE})
-    return _parse_results(response, result_type, 1)[0]
+    params = {"model": model, "encoding_format": "base64"}
+    images = image if is_list else [image]
+    return _Call("/v1/embed", images, is_list, Embedding, params, timeout)
 
 
-async def _send_list(
-    send: Callable[..., Awaitable[httpx.Response]],
-    bodies: Sequence[bytes],
-    result_type: type[Result],
-) -> list[Result]:
-    """Send *bodies* as a form, or as several where they are together too much; return all results in order."""
-    parts = [("image", ("image", body, CONTENT_TYPE)) for body in bodies]
+def _parse_info(response: httpx.Response) -> ServerInfo:
     try:
-        response = await send(files=parts)
-    except ServiceError as error:
-        if len(bodies) == 1 or not _is_too_much(error):
-            raise
-    else:
-        return _parse_results(response, result_type, len(bodies))
-
-    # Send each half again. An image that is too large alone gets an error as its result, and the
-    # others get theirs.
-    results: list[Result] = []
-    middle = len(bodies) // 2
-    for half in (bodies[:middle], bodies[middle:]):
-        try:
-            results += await _send_list(send, half, result_type)
-        except ServiceError as error:
-            if not _is_too_much(error):
-                raise
-            problem = Problem(code=error.code, status=error.status, detail=str(error))
-            results.append(result_type(error=problem))
-    return results
-
-
-def _is_too_much(error: ServiceError) -> bool:
-    """Tell whether the server takes fewer images or bytes in one request."""
-    return error.status == TOO_LARGE or error.code == TOO_MANY_IMAGES
+        return ServerInfo.model_validate_json(response.content, extra="ignore")
+    except pydantic.ValidationError as error:
+        raise foreign_answer_error(response) from error
 
 
 def encode_images(images: Sequence[object]) -> list[bytes]:

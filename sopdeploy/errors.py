@@ -215,7 +215,7 @@ class ServiceError(SopdeployError):
 
 
 class OverloadedError(ServiceError):
-    """The server rejected every attempt because of overload or a rate limit (429, 503).
+    """The server, or a proxy before it, refused every attempt in the time of the call (408, 429, 502, 503, 504).
 
     *retry_after* is the delay in seconds that the last response requested, 0 if none.
     """

@@ -27,7 +27,6 @@ FOR_LIBRARIES = {
     "buffer_updated",
     "data_received",
     "expect_100_continue",
-    "handle_async_request",
     "should_exit",
     # click, logging, reprlib, model-signing
     "add_ignored_paths",
@@ -39,7 +38,6 @@ FOR_LIBRARIES = {
     "maxstring",
     "repr_int",
     # Of asyncio's tasks, one without a reference may be collected while it runs.
-    "_last",
     "_replacing",
     # The registry of metrics has it.
     "dropped_log_lines",

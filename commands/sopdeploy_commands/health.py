@@ -11,7 +11,6 @@ from rich.text import Text
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text
 from sopdeploy.errors import ConfigError
-from sopdeploy.proxies import describe_route, find_proxy
 from sopdeploy_service.settings import load_settings
 
 TIMEOUT = 3  # seconds for each step of the request
@@ -58,19 +57,15 @@ def _find_problem(url: str, *, is_this_machine: bool) -> str | None:
     """Return why the server at *url* is not ready, None if it is.
 
     A server on this machine may have any certificate: it has the name by which clients reach it.
-    Raises `ConfigError` for an invalid URL, also of a proxy.
+    Others are requested through the proxy of the environment. Raises `ConfigError` for an invalid URL.
     """
     try:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError("it has no scheme or no host")
-        proxy = None if is_this_machine else find_proxy(url, ("http",))
-        route = describe_route(url, proxy)
-        proxies = urllib.request.ProxyHandler(
-            {} if proxy is None else {parts.scheme: proxy.url}
-        )
-        handlers: list[urllib.request.BaseHandler] = [proxies, _NoRedirects()]
+        handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
         if is_this_machine:
+            handlers.append(urllib.request.ProxyHandler({}))
             context = ssl.create_default_context()
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
@@ -81,22 +76,21 @@ def _find_problem(url: str, *, is_this_machine: bool) -> str | None:
         )
         with urllib.request.build_opener(*handlers).open(ready, timeout=TIMEOUT) as response:
             if response.status != http.HTTPStatus.OK:
-                return f"{route}: {response.status}"
+                return f"{url}: {response.status}"
 
             if response.read(len(START)) != START:
-                return f"{route}: 200, but not a sopdeploy response; check the URL"
+                return f"{url}: 200, but not a sopdeploy response; check the URL"
             return None
 
-    # A reason begins with `route`: the address that was asked, and the proxy on the way.
     except HTTPError as response:
-        return f"{route}: {response.code} {response.read(200).decode(errors='replace')}"
+        return f"{url}: {response.code} {response.read(200).decode(errors='replace')}"
     # This comes before `ValueError`, because the error of an invalid certificate is both.
     except OSError as error:
         reason = getattr(error, "reason", error)
-        return f"{route}: {str(reason) or type(reason).__name__}"
+        return f"{url}: {str(reason) or type(reason).__name__}"
     except (ValueError, http.client.InvalidURL) as error:
         raise ConfigError(
             f"{url}: invalid URL ({error}); write it as http://HOST:PORT"
         ) from error
     except http.client.HTTPException as error:
-        return f"{route}: {str(error) or type(error).__name__}"
+        return f"{url}: {str(error) or type(error).__name__}"

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,6 @@ from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import sha256
 from sopdeploy.models.registry import entry
 from sopdeploy.models.timm_networks import import_timm
-from sopdeploy.proxies import HTTP_PROXIES, HTTPX_PROXIES, describe_route, find_proxy
 
 # Fine-tunes better than V2, which is trained with label smoothing
 TORCHVISION_VERSION = "IMAGENET1K_V1"
@@ -166,7 +165,7 @@ def _fetch_url(url: str, download: bool) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
 
     if not path.is_file():
-        with _download_error(name, url, HTTP_PROXIES, f"get {url} and put it at {path}"):
+        with _download_error(name, f"get {url} and put it at {path}"):
             if not download:
                 hub = importlib.import_module("torch.hub")
                 hub.urlopen(url, timeout=UNREACHABLE_SECONDS).close()
@@ -198,7 +197,7 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
     cache = Path(hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     path = cache / "snapshots" / location["revision"] / HUB_FILE
     advice = f"get {url} on another machine and put it at {path}"
-    with _download_error(file, url, HTTPX_PROXIES, advice, **OWN_FILE):
+    with _download_error(file, advice, **OWN_FILE):
         # This ends soon without an answer; the download would retry for longer.
         hub.get_hf_file_metadata(url, timeout=UNREACHABLE_SECONDS)
         if not download:
@@ -220,20 +219,14 @@ def _check_hash_in_hub_cache(path: Path) -> None:
 
 
 @contextmanager
-def _download_error(
-    name: str, url: str, schemes: Sequence[str], advice: str, **remedies: str
-) -> Iterator[None]:
-    """Convert any error of the block to a `WeightsError` that ends in *advice*.
-
-    Raises `ConfigError` before the block for a proxy without a URL of one of *schemes*.
-    """
-    where = describe_route(name, find_proxy(url, schemes))
+def _download_error(name: str, advice: str, **remedies: str) -> Iterator[None]:
+    """Convert any error of the block to a `WeightsError` that ends in *advice*."""
     try:
         yield
     except Exception as error:  # torch, the hub and its client have no common class
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise WeightsError(
-            f"{where}: cannot be downloaded ({reason}); {advice}", remedies=remedies
+            f"{name}: cannot be downloaded ({reason}); {advice}", remedies=remedies
         ) from error
 
 

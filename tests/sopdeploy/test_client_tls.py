@@ -1,4 +1,4 @@
-"""Why no encrypted connection is possible, and what to do: private authorities, other names, no TLS at all."""
+"""Encrypted connections: private authorities, and names that a certificate does not have."""
 
 import socket
 import ssl
@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -68,25 +67,23 @@ def tls_server(certificate: Path) -> Iterator[int]:
         listener.shutdown(socket.SHUT_RDWR)
 
 
-def test_the_error_of_a_private_authority_says_how_to_trust_it_and_that_works(
+def test_a_certificate_of_a_private_authority_is_refused_at_once_until_it_is_trusted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     certificate = write_certificate(tmp_path / "authority.pem")
 
     with tls_server(certificate) as port:
         url = f"https://localhost:{port}"
-        with Client(url, retries=0) as client, pytest.raises(UnreachableError) as caught:
+        with Client(url, timeout=600) as client, pytest.raises(UnreachableError):
             client.classify(b"x")
-        assert "certificate is refused (self-signed certificate)" in str(caught.value)
-        assert str(caught.value).endswith("set SSL_CERT_FILE to its PEM file")
 
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        with Client(url, retries=0) as client:
+        with Client(url) as client:
             assert client.classify(b"x").classes == ()
 
         with (
-            Client(f"https://127.0.0.1:{port}", retries=0) as client,
-            pytest.raises(UnreachableError, match="by a name in the certificate"),
+            Client(f"https://127.0.0.1:{port}", timeout=600) as client,
+            pytest.raises(UnreachableError),
         ):
             client.classify(b"x")
 
@@ -95,24 +92,8 @@ def test_a_context_of_the_user_is_used(tmp_path: Path) -> None:
     certificate = write_certificate(tmp_path / "authority.pem")
     trusting = ssl.create_default_context(cafile=certificate)
 
-    with tls_server(certificate) as port:
-        transport = httpx.AsyncHTTPTransport(verify=trusting)
-        with Client(f"https://localhost:{port}", transport=transport, retries=0) as client:
-            assert client.classify(b"x").classes == ()
-
-
-def test_a_server_without_tls_is_one_line_that_asks_for_http() -> None:
-    def answer(listener: socket.socket) -> None:
-        connection, _ = listener.accept()
-        with connection:
-            connection.recv(1 << 16)
-            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=answer, args=(listener,), daemon=True).start()
-        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
-        with (
-            Client(url, retries=0) as client,
-            pytest.raises(UnreachableError, match="does the server expect http://"),
-        ):
-            client.classify(b"x")
+    with (
+        tls_server(certificate) as port,
+        Client(f"https://localhost:{port}", verify=trusting) as client,
+    ):
+        assert client.classify(b"x").classes == ()

@@ -50,9 +50,11 @@ def reply(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
 
 
 @contextmanager
-def stub_server(answer: Callable[[Received], bytes | None]) -> Iterator[StubServer]:
-    """Serve on any port of this machine; a connection ends after None and `Connection: close`."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+def stub_server(
+    answer: Callable[[Received], bytes | None], port: int = 0
+) -> Iterator[StubServer]:
+    """Serve on *port*, or on any; a connection ends after None and `Connection: close`."""
+    with socket.create_server(("127.0.0.1", port)) as listener:
         server = StubServer(f"http://127.0.0.1:{listener.getsockname()[1]}")
 
         def serve(connection: socket.socket, number: int) -> None:

@@ -27,7 +27,6 @@ from sopdeploy.images.signatures import (
 )
 from sopdeploy.paths import describe_wrong, is_output
 from sopdeploy.photos.files import is_hidden, walk
-from sopdeploy.proxies import store_options
 
 _TAR_SUFFIX = ".tar"
 _LIST_SUFFIX = ".txt"
@@ -285,7 +284,9 @@ def _open_store(address: str) -> tuple[Any, str]:
     scheme = address.partition("://")[0].rpartition("::")[2]
     if scheme not in fsspec.available_protocols():
         raise ValueError(f"{scheme}:// is no kind of address that fsspec opens")
-    store, path = fsspec.core.url_to_fs(address, **store_options(address))
+    # The clients of other stores read the proxy of the environment by themselves.
+    options = {"client_kwargs": {"trust_env": True}} if scheme in {"http", "https"} else {}
+    store, path = fsspec.core.url_to_fs(address, **options)
     return store, path
 
 
