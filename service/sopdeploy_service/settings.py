@@ -162,7 +162,7 @@ class Settings(StrictModel):
 
     max_connections: Count = setting(
         1000,
-        "open connections; a client address may have a quarter of this number",
+        "open connections; a further one gets 503",
     )
     keep_alive_seconds: Count = setting(
         3700,

@@ -58,7 +58,7 @@ from sopdeploy_service.server.lifetime import (
     terminal_is_closed,
 )
 from sopdeploy_service.server.sockets import SPARE, Arrivals, bind, raise_file_limit, url
-from sopdeploy_service.server.tls import Acceptor
+from sopdeploy_service.server.tls import accept, tls_context
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 
@@ -111,7 +111,7 @@ class Supervisor:
         self._settings = settings
         self._devices = devices
         self._listener = listener
-        self._acceptor = Acceptor(settings)
+        self._tls_context = tls_context(settings)
         self._arrivals = Arrivals(listener, self._pass_on)
         self._front_ends = list_front_ends(settings)
 
@@ -517,7 +517,7 @@ class Supervisor:
         """Answer *connection* with 503, and ignore what its client still sends until it closes."""
         refusal = Refusal(refusal_response(self._settings.root_path))
         with contextlib.suppress(OSError):  # its handshake fails, or it does not close in time
-            await self._acceptor.accept(lambda: refusal, connection)
+            await accept(lambda: refusal, connection, self._tls_context)
             await asyncio.wait_for(refusal.ended.wait(), LINGER_SECONDS)
 
         if refusal.transport is not None:

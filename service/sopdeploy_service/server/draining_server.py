@@ -32,15 +32,14 @@ from sopdeploy_service.server.lifetime import (
     follow_keys,
     terminal_is_closed,
 )
-from sopdeploy_service.server.sockets import Arrivals, url
-from sopdeploy_service.server.tls import Acceptor
+from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, url
+from sopdeploy_service.server.tls import accept, handshake, tls_context
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 
 LAST_SECONDS = 1.0  # for connections that are open without a request when the port closes
 _POLL_SECONDS = 0.02
 BEATS = 100  # of the last ten seconds
-BEGUN_AT_ONCE = 16  # connections; one from another address waits for these, not for all
 # Threshold of the youngest generation of the garbage collector; Python's default is 700
 _YOUNG_OBJECTS = 10_000
 
@@ -130,9 +129,8 @@ class DrainingServer(uvicorn.Server):
         self._bundle_reload = Joined(self._reload_bundles)
         self._key_reload = Joined(self._reload_keys)
 
-        self._acceptor = Acceptor(settings)
-        self._arrivals: Arrivals | None = None  # of the own port
-        self._beginning: asyncio.Task[None] | None = None  # serves them
+        self._tls_context = tls_context(settings)
+        self._listeners: Sequence[socket.socket] = ()
 
         # After a signal: when the port closes, if it stays open, and when unfinished requests get 503.
         self._open_until: float | None = None
@@ -163,9 +161,10 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the app, serve the connections of *sockets*, if there are any, and call `on_open`."""
         self.lifespan = AppLifespan(self._app)  # instead of uvicorn's own
-        await super().startup([])  # `Arrivals` accept connections, not uvicorn
-        for listener in sockets or ():
-            self._open_port(listener)
+        await super().startup([])  # uvicorn would give a handshake a minute
+        self._listeners = sockets or ()
+        for listener in self._listeners:
+            await self._open_port(listener)
 
         # Follow the signals, the links and the key file that lead to reloads.
         if threading.current_thread() is threading.main_thread():
@@ -176,30 +175,27 @@ class DrainingServer(uvicorn.Server):
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 
-    def _open_port(self, listener: socket.socket) -> None:
+    async def _open_port(self, listener: socket.socket) -> None:
         """Serve the connections of *listener*; raises `ConfigError`."""
-        self._arrivals = Arrivals(listener, self._on_arrival)
+        loop = asyncio.get_running_loop()
+        tls = handshake(self._tls_context)
         try:
-            self._arrivals.open()
+            server = await loop.create_server(
+                self._create_protocol, sock=listener, backlog=MAX_PENDING, **tls
+            )
         except OSError as problem:
             raise ConfigError(
                 f"cannot listen ({problem.strerror}); choose another port"
             ) from problem
+        self.servers.append(server)
 
-    def _on_arrival(self) -> None:
-        if self._beginning is None or self._beginning.done():
-            self._beginning = start_task(self._background, self._begin_all())
-
-    async def _begin_all(self) -> None:
-        """Begin to serve all that have arrived: a few at once, between which others arrive."""
-        while self._arrivals:
-            count = min(BEGUN_AT_ONCE, len(self._arrivals))
-            serving = self.serve_connections([self._arrivals.take() for _ in range(count)])
-            if self._acceptor.context is None:
-                await serving
-            else:  # others do not wait for the handshake of a client
-                start_task(self._background, serving)
-                await asyncio.sleep(0)
+    def _create_protocol(self) -> asyncio.Protocol:
+        create = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
+        return create(
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
 
     def on_open(self, sockets: Sequence[socket.socket]) -> None:
         """Print that the server is ready on *sockets*."""
@@ -209,15 +205,8 @@ class DrainingServer(uvicorn.Server):
 
     async def serve_connections(self, connections: Sequence[socket.socket]) -> None:
         """Serve accepted *connections*."""
-        create_protocol = partial(
-            cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class),
-            config=self.config,
-            server_state=self.server_state,
-            app_state=self.lifespan.state,
-        )
-
         await asyncio.gather(
-            *(self._acceptor.accept(create_protocol, one) for one in connections),
+            *(accept(self._create_protocol, one, self._tls_context) for one in connections),
             return_exceptions=True,  # one that cannot be served does not concern the others
         )
 
@@ -301,18 +290,22 @@ class DrainingServer(uvicorn.Server):
 
     def _stop_accepting(self) -> None:
         """Close the port after the lame duck; serve what has arrived by then, and what is on open connections."""
-        if self._arrivals is not None and not self._is_closed:
-            self._is_closed = True
-            pending = self._arrivals.close()
-            start_task(self._background, self.serve_connections(pending))
+        start_task(self._background, self.serve_connections(self._close_port()))
+
+    def _close_port(self) -> list[socket.socket]:
+        """Close the port; return the connections that wait in the system's queue."""
+        if self._is_closed:
+            return []
+        self._is_closed = True
+        pending = [one for listener in self._listeners for one in accept_pending(listener)]
+        for server in self.servers:
+            server.close()
+        return pending
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port, respond to the connections that were pending, and end."""
-        # Close the port. Serve what has arrived unless a runtime has died: then the process ends
-        # at once.
-        pending: list[socket.socket] = []
-        if self._arrivals is not None and not self._is_closed:
-            pending = self._arrivals.close()
+        # Serve what has arrived unless a runtime has died: then the process ends at once.
+        pending = self._close_port()
         if self._service.state != "runtime_dead":
             await self.serve_connections(pending)
 

@@ -227,7 +227,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
         super().on_message_begin()
         self._unset_keepalive_if_required()  # stops the timer of the idle time
-        self._shared.idle.pop(self, None)
 
         self._in_headers = True
         self._header_bytes = 0
@@ -321,7 +320,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(
             self.timeout_keep_alive, self.timeout_keep_alive_handler
         )
-        self._shared.idle[self] = None
 
     def on_response_complete(self) -> None:
         """Continue with the next request, after the rest of this request's body."""
@@ -336,8 +334,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._in_body:  # of this request; the app did not wait for its end
             self._unset_keepalive_if_required()
             self._begin_rest()
-        else:
-            self._shared.idle[self] = None
 
     def _begin_rest(self) -> None:
         """Begin the time for the rest of a body whose response is complete, once for each request."""

@@ -1,7 +1,6 @@
-"""Listening sockets, the order in which their connections are served, and the limit of open files."""
+"""Listening sockets, the connections that wait at them, and the limit of open files."""
 
 import asyncio
-import contextlib
 import resource
 import socket
 from collections import deque
@@ -11,7 +10,6 @@ from sopdeploy.errors import ConfigError
 
 SPARE = 64  # connections over the limit that get a 503 response; further ones are aborted
 MAX_PENDING = 4096  # connections that nobody serves yet; the Linux default
-ACCEPTED_AT_ONCE = 64  # so that other events are handled in between
 FILE_SECONDS = 0.1  # without a free file for a connection, until the next attempt
 OTHER_FILES = 64  # bundles, libraries
 # Hosts that stand for every address
@@ -76,23 +74,31 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-class Arrivals:
-    """The connections of *listener* that nobody serves yet; the addresses that they come from take turns.
+def accept_pending(listener: socket.socket) -> list[socket.socket]:
+    """Accept the connections that wait in the system's queue, before *listener* is closed.
 
-    The system has one queue. In it, an address that opens connections faster than they are
-    served lets all others wait, probes too; here it lets its own wait. *on_arrival* is called
-    after some were accepted.
+    The system resets those that nobody accepts. Without a free file, the rest is left.
     """
+    connections = []
+    while True:
+        try:
+            connections.append(listener.accept()[0])
+        except ConnectionError:  # this client has gone
+            continue
+        except OSError:  # no further one, or no free file
+            return connections
+
+
+class Arrivals:
+    """The connections of *listener* that nobody serves yet; *on_arrival* is called after some were accepted."""
 
     def __init__(self, listener: socket.socket, on_arrival: Callable[[], None]) -> None:
         self._listener = listener
         self._on_arrival = on_arrival
-        self._num_waiting = 0
-        # By address; the first one has the next turn. No queue is empty.
-        self._queues: dict[str, deque[socket.socket]] = {}
+        self._waiting: deque[socket.socket] = deque()
 
     def __len__(self) -> int:
-        return self._num_waiting
+        return len(self._waiting)
 
     def open(self) -> None:
         """Listen, and accept connections on the running event loop; raises `OSError`."""
@@ -100,66 +106,34 @@ class Arrivals:
         self._listener.listen(MAX_PENDING)
         self._resume()
 
+    def take(self) -> socket.socket:
+        """Take the connection that has waited longest; one must wait."""
+        return self._waiting.popleft()
+
+    def close(self) -> list[socket.socket]:
+        """Close the port; return all connections that wait."""
+        asyncio.get_running_loop().remove_reader(self._listener)
+        pending = [*self._waiting, *accept_pending(self._listener)]
+        self._waiting.clear()
+        self._listener.close()
+        return pending
+
     def _resume(self) -> None:
         if self._listener.fileno() != -1:  # it was not closed
             asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
         try:
-            self.accept(ACCEPTED_AT_ONCE)
+            self._waiting.append(self._listener.accept()[0])
+        except (BlockingIOError, ConnectionError):  # this client has gone
+            return
         except OSError:  # no free file: further ones wait in the system's queue
             loop = asyncio.get_running_loop()
             loop.remove_reader(self._listener)
             loop.call_later(FILE_SECONDS, self._resume)
+        if len(self) > MAX_PENDING:
+            self.take().close()
         self._on_arrival()
-
-    def accept(self, limit: int) -> None:
-        """Accept up to *limit* pending connections.
-
-        Of more than `MAX_PENDING` that wait, the oldest one of the address with most of them is
-        closed. Raises `OSError` without a free file.
-        """
-        for _ in range(limit):
-            try:
-                connection, address = self._listener.accept()
-            except BlockingIOError:  # no pending connection is left
-                return
-            except ConnectionError:  # this client has gone
-                continue
-
-            self._queues.setdefault(str(address[0]), deque()).append(connection)
-            self._num_waiting += 1
-            if self._num_waiting > MAX_PENDING:
-                self._take_of(max(self._queues, key=lambda one: len(self._queues[one]))).close()
-
-    def take(self) -> socket.socket:
-        """Take the oldest connection of the address whose turn it is; one must wait."""
-        address = next(iter(self._queues))
-        connection = self._take_of(address)
-
-        # If it has further ones, its next turn comes after those of all others.
-        if address in self._queues:
-            self._queues[address] = self._queues.pop(address)
-        return connection
-
-    def close(self) -> list[socket.socket]:
-        """Close the port; return all connections that wait, or that the system has accepted.
-
-        The kernel would reset the latter.
-        """
-        asyncio.get_running_loop().remove_reader(self._listener)
-        with contextlib.suppress(OSError):  # no free file
-            self.accept(MAX_PENDING)
-        self._listener.close()
-
-        return [self.take() for _ in range(len(self))]
-
-    def _take_of(self, address: str) -> socket.socket:
-        connection = self._queues[address].popleft()
-        self._num_waiting -= 1
-        if not self._queues[address]:
-            del self._queues[address]
-        return connection
 
 
 def url(listener: socket.socket, scheme: str = "http") -> str:

@@ -4,12 +4,12 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable
+from typing import Any
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.settings import Settings
 
 HANDSHAKE_SECONDS = 5.0  # also for the end of a connection
-MAX_HANDSHAKES = 512  # at once; a further connection is closed
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
@@ -33,38 +33,25 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-class Acceptor:
-    """Begins to serve accepted connections, with HTTPS if *settings* name a certificate; raises `ConfigError`."""
+async def accept(
+    protocol: Callable[[], asyncio.Protocol],
+    connection: socket.socket,
+    context: ssl.SSLContext | None,
+) -> None:
+    """Serve the accepted *connection* by a new *protocol*; raises `OSError` if its handshake fails.
 
-    def __init__(self, settings: Settings) -> None:
-        self.context = tls_context(settings)
-        self._num_handshakes = 0  # in progress
+    With HTTPS, this takes until the end of the handshake.
+    """
+    loop = asyncio.get_running_loop()
+    await loop.connect_accepted_socket(protocol, connection, **handshake(context))
 
-    async def accept(
-        self, protocol: Callable[[], asyncio.Protocol], connection: socket.socket
-    ) -> None:
-        """Serve *connection* by a new *protocol*; raises `OSError` if its handshake fails.
 
-        With HTTPS, this takes until the end of the handshake.
-        """
-        loop = asyncio.get_running_loop()
-        if self.context is None:
-            await loop.connect_accepted_socket(protocol, connection)
-            return
-
-        # Limit the handshakes, of which clients that say nothing have many.
-        if self._num_handshakes >= MAX_HANDSHAKES:
-            connection.close()
-            return
-
-        self._num_handshakes += 1
-        try:
-            await loop.connect_accepted_socket(
-                protocol,
-                connection,
-                ssl=self.context,
-                ssl_handshake_timeout=HANDSHAKE_SECONDS,
-                ssl_shutdown_timeout=HANDSHAKE_SECONDS,
-            )
-        finally:
-            self._num_handshakes -= 1
+def handshake(context: ssl.SSLContext | None) -> dict[str, Any]:
+    """Return the arguments for a connection or a port of HTTPS with *context*; none for HTTP."""
+    if context is None:
+        return {}
+    return {
+        "ssl": context,
+        "ssl_handshake_timeout": HANDSHAKE_SECONDS,
+        "ssl_shutdown_timeout": HANDSHAKE_SECONDS,
+    }

@@ -1,12 +1,10 @@
-"""The order in which connections that wait are served, and what happens to too many."""
+"""Listening sockets, and the connections that wait at them."""
 
 import asyncio
 import errno
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from types import SimpleNamespace
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -15,106 +13,50 @@ from sopdeploy_service.server.http_protocol import without_mapping
 from sopdeploy_service.server.sockets import UNSENT_BYTES, Arrivals, bind
 
 
-class Connection:
-    """An accepted connection of an address."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.is_open = True
-
-    def setblocking(self, is_blocking: bool) -> None:
-        assert not is_blocking
-
-    def close(self) -> None:
-        self.is_open = False
-
-
-def listener_with(events: Sequence[Connection | OSError]) -> SimpleNamespace:
-    """Create a listener that accepts the connections among *events*, from the address before `-`, in turn."""
-    remaining: Iterator[Connection | OSError] = iter(events)
-
-    def accept() -> tuple[Connection, tuple[str, int]]:
-        event = next(remaining, BlockingIOError())
-        if isinstance(event, OSError):
-            raise event
-        return event, (event.name.partition("-")[0], 0)
-
-    return SimpleNamespace(accept=accept)
-
-
-def names(arrivals: Arrivals) -> list[str]:
-    """Take all connections; return their names."""
-    return [arrivals.take().name for _ in range(len(arrivals))]
-
-
-@pytest.mark.parametrize(
-    ("arrived", "served"),
-    [
-        ("", ""),
-        ("a-1 a-2 a-3", "a-1 a-2 a-3"),
-        ("a-1 a-2 a-3 a-4 b-1", "a-1 b-1 a-2 a-3 a-4"),
-        ("a-1 a-2 b-1 b-2 c-1", "a-1 b-1 c-1 a-2 b-2"),
-    ],
-)
-def test_the_addresses_of_connections_take_turns(arrived: str, served: str) -> None:
-    arrivals = Arrivals(listener_with([Connection(name) for name in arrived.split()]), print)
-    arrivals.accept(100)
-    assert len(arrivals) == len(arrived.split())
-    assert names(arrivals) == served.split()
-    assert len(arrivals) == 0
-
-
-def test_a_later_connection_of_another_address_comes_next_but_one() -> None:
-    arrived = [Connection(name) for name in ("a-1", "a-2", "a-3", "b-1")]
-    arrivals = Arrivals(listener_with(arrived), print)
-    arrivals.accept(3)
-
-    assert arrivals.take().name == "a-1"
-    arrivals.accept(1)
-    assert names(arrivals) == ["a-2", "b-1", "a-3"]
-
-
-def test_of_too_many_the_oldest_of_the_busiest_address_is_closed(monkeypatch) -> None:
-    monkeypatch.setattr(sockets, "MAX_PENDING", 3)
-    arrived = [Connection(name) for name in ("b-1", "a-1", "a-2", "a-3", "c-1")]
-    arrivals = Arrivals(listener_with(arrived), print)
-    arrivals.accept(100)
-    assert [one.name for one in arrived if not one.is_open] == ["a-1", "a-2"]
-    assert names(arrivals) == ["b-1", "a-3", "c-1"]
-
-
-def test_a_client_that_has_gone_does_not_end_the_others() -> None:
-    arrived = [Connection("a-1"), ConnectionAbortedError(), Connection("b-1")]
-    arrivals = Arrivals(listener_with(arrived), print)
-    arrivals.accept(100)
-    assert names(arrivals) == ["a-1", "b-1"]
-
-
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-def test_without_a_free_file_the_port_pauses_and_what_was_accepted_is_served(
-    monkeypatch, number: int
-) -> None:
+def test_without_a_free_file_a_port_pauses(monkeypatch, number: int) -> None:
     monkeypatch.setattr(sockets, "FILE_SECONDS", 0)
-    calls: list[str] = []
+    failures = [OSError(number, os.strerror(number))]
 
-    async def accept() -> None:
-        with socket.socket() as listener:
+    class Listener(socket.socket):
+        def accept(self) -> tuple[socket.socket, object]:
+            if failures:
+                raise failures.pop()
+            return super().accept()
+
+    async def serve() -> None:
+        arrived = asyncio.Event()
+        with Listener() as listener:
             listener.bind(("127.0.0.1", 0))
-            arrivals = Arrivals(listener, lambda: calls.append("arrival"))
+            arrivals = Arrivals(listener, lambda: arrived.set() if arrivals else None)
             arrivals.open()
+            with socket.create_connection(listener.getsockname()):
+                await asyncio.wait_for(arrived.wait(), 60)
+                arrivals.take().close()
+            assert (len(arrivals), failures) == (0, [])
 
-            loop = asyncio.get_running_loop()
-            monkeypatch.setattr(loop, "remove_reader", lambda _: calls.append("pause"))
-            monkeypatch.setattr(loop, "add_reader", lambda *_: calls.append("resume"))
-            fake = listener_with([Connection("a-1"), OSError(number, os.strerror(number))])
-            fake.fileno = lambda: 1
-            arrivals._listener = fake
-            arrivals._accept()
-            await asyncio.sleep(0.01)
-            assert names(arrivals) == ["a-1"]
+    asyncio.run(serve())
 
-    asyncio.run(accept())
-    assert calls == ["pause", "arrival", "resume"]
+
+def test_of_too_many_connections_that_wait_the_oldest_is_closed(monkeypatch) -> None:
+    monkeypatch.setattr(sockets, "MAX_PENDING", 2)
+
+    async def serve() -> None:
+        waiting = asyncio.Semaphore(0)
+        with ExitStack() as stack:
+            listener = stack.enter_context(bind("127.0.0.1", 0))
+            arrivals = Arrivals(listener, waiting.release)
+            arrivals.open()
+            clients = []
+            for _ in range(3):
+                client = socket.create_connection(listener.getsockname(), timeout=60)
+                clients.append(stack.enter_context(client))
+                await asyncio.wait_for(waiting.acquire(), 60)
+            assert (clients[0].recv(1), len(arrivals)) == (b"", 2)
+            for connection in arrivals.close():
+                connection.close()
+
+    asyncio.run(serve())
 
 
 def test_a_port_that_closes_hands_over_all_that_the_system_has_accepted() -> None:

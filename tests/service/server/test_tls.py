@@ -1,8 +1,6 @@
 """HTTPS with a certificate of the settings, in each way to run a server."""
 
-import asyncio
 import datetime
-import socket
 import ssl
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,8 +13,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_commands.health import health
-from sopdeploy_service.server import tls
-from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.server.tls import tls_context
 from sopdeploy_service.settings import Settings, load_settings
 from tests.support.children import EACH_WAY, START_SECONDS, WAYS, serving
@@ -78,37 +74,6 @@ def test_a_server_with_a_certificate_speaks_https(
             # The kept connection gets its last response.
             child.child.terminate()
             assert child.child.wait(START_SECONDS) == 0
-
-
-def test_a_server_has_few_handshakes_at_once(certificate, monkeypatch) -> None:
-    monkeypatch.setattr(tls, "MAX_HANDSHAKES", 2)
-
-    async def scenario() -> None:
-        acceptor = tls.Acceptor(Settings(ssl_certfile=certificate))
-        with ExitStack() as stack:
-            listener = stack.enter_context(bind("127.0.0.1", 0))
-            listener.listen()
-            clients: list[socket.socket] = []
-            handshakes: list[asyncio.Task[None]] = []
-            for _ in range(3):
-                client = socket.create_connection(listener.getsockname(), timeout=60)
-                clients.append(stack.enter_context(client))
-                work = acceptor.accept(asyncio.Protocol, listener.accept()[0])
-                handshakes.append(asyncio.create_task(work))
-
-            # The third one is closed; those before it wait for their clients.
-            await handshakes[2]
-            assert clients[2].recv(1) == b""
-            assert [one.done() for one in handshakes] == [False, False, True]
-
-            # They make room when their clients leave.
-            for client in clients:
-                client.close()
-            ended = await asyncio.gather(*handshakes, return_exceptions=True)
-            assert [isinstance(one, OSError) for one in ended] == [True, True, False]
-            assert acceptor._num_handshakes == 0
-
-    asyncio.run(scenario())
 
 
 WRONG = {
