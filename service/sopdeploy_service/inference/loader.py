@@ -64,7 +64,7 @@ class LoadedModel:
 
     After a thorough load, the bundle has all its contents; otherwise it is `reduced`. `replays`
     maps batch sizes to replays of the probes. `timings` has (images, seconds) of each run.
-    `onnx_root` is the root of the graph, if it was recomputed. The load took so many `seconds`.
+    `onnx_root` is the root of the graph, if it was recomputed.
     """
 
     bundle: Bundle
@@ -72,7 +72,6 @@ class LoadedModel:
     replays: dict[int, Replay]
     timings: tuple[tuple[int, float], ...] = ()
     onnx_root: str | None = None
-    seconds: float = 0.0
 
 
 def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> LoadedModel:
@@ -110,7 +109,6 @@ def _begin_load(
 
 def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
     """Load *bundle* as `load_model` does, in this thread and without a limit of time."""
-    began = time.monotonic()
     check_trust(bundle, settings)
     for refusal in describe_refusals(bundle, settings.formats):
         log.warning("%s: %s", bundle.name, refusal)
@@ -136,7 +134,6 @@ def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
     return LoadedModel(
         bundle=bundle if thorough else bundle.reduced(),
         runtime=runtime, replays=replays, timings=tuple(timings), onnx_root=root,
-        seconds=time.monotonic() - began,
     )  # fmt: skip
 
 

@@ -457,7 +457,7 @@ class LocalModel(Model):
         share = len(images) / self.largest_batch
         full_seconds = share * self.pace.batch_seconds(self.largest_batch)
         self._metrics.device_busy.add(min(ended - started, full_seconds))
-        self._metrics.count_batch(self.name, waited, self.largest_batch, started, ended)
+        self._metrics.count_batch(self.name, waited, started, ended)
         if nonfinite := sum(row is results.NONFINITE for row in rows):
             self._metrics.nonfinite_outputs.labels(self.name).inc(nonfinite)
 

@@ -185,7 +185,6 @@ class ModelRegistry(Registry):
 
     def _count_loaded(self, name: str, loaded: LoadedModel) -> None:
         self.metrics.count_bundle(name, loaded.bundle, loaded.runtime.name, 1)
-        self.metrics.last_load_seconds.labels(name).set(loaded.seconds)
 
     def _retire(self, model: LocalModel) -> None:
         """Stop *model*, which is not served any more, in the background when no request uses it."""

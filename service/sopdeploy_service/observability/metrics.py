@@ -64,11 +64,6 @@ class Metrics:
             namespace="sopdeploy",
             registry=registry,
         )
-        self.last_inference = gauge(
-            "last_inference_timestamp_seconds",
-            "Time of the end of the last request with images",
-            ("model",),
-        )
 
         self._stage_seconds = seconds_of(
             "stage_duration_seconds",
@@ -90,11 +85,6 @@ class Metrics:
 
         self.batch_size = histogram(
             "batch_size", "Images in a batch", ("model",), buckets=BATCH_BUCKETS
-        )
-        self.batch_close = counter(
-            "batch_close",
-            "Batches; reason: full, or idle (the runtime had nothing else to do)",
-            ("model", "reason"),
         )
         self.decoder_ended = counter(
             "decoder_ended",
@@ -125,9 +115,6 @@ class Metrics:
         )
 
         # Models.
-        self.last_load_seconds = gauge(
-            "last_load_seconds", "Seconds that the last load of the model took", ("model",)
-        )
         self.last_reload = gauge(
             "last_reload_timestamp_seconds",
             "Time of the last successful reload or the start; 0 in front ends",
@@ -222,7 +209,6 @@ class Metrics:
             self.batch_size,
             self.nonfinite_outputs,
             self.runtime_seconds,
-            self.last_inference,
         ):
             metric.labels(model_name)
 
@@ -287,7 +273,6 @@ class Metrics:
         if "receive" in stages:
             self.observe_stage("receive", stages["receive"])
 
-        self._child(self.last_inference, model_name).set_to_current_time()
         self._child(self.inference_seconds, model_name, result).observe(seconds)
 
         if result == "success":
@@ -300,16 +285,11 @@ class Metrics:
         self,
         model_name: str,
         waited: Sequence[float],
-        max_batch: int,
         started: float,
         ended: float,
     ) -> None:
         """Count a batch of *model_name* from *started* to *ended*; its images *waited* so many seconds."""
         self._child(self.batch_size, model_name).observe(len(waited))
-        self._child(
-            self.batch_close, model_name, "full" if len(waited) == max_batch else "idle"
-        ).inc()
-
         self._child(self.runtime_seconds, model_name).inc(ended - started)
         self.observe_stage("infer", ended - started)
 
