@@ -8,21 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import DataError, shorten_problems
 from sopdeploy.images.decode import JPEG
-from sopdeploy.images.metadata import NO_TIME
-from sopdeploy.photos.clips import describe_possible_clip, find_clips
-from sopdeploy.photos.copies import (
-    MAX_SIGNATURES,
-    Groups,
-    fit_and_whiten,
-    group_by_edges,
-    shrink,
-    signature,
-)
+from sopdeploy.photos.copies import Groups
 from sopdeploy.photos.file_checks import map_threaded
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import describe_single_images, open_parts
@@ -31,9 +21,9 @@ from sopdeploy.photos.photo import ImageFiles
 
 # Images whose features are computed, which takes about four minutes on a CPU
 MAX_FEATURES = 10_000
-EDGES_MISS = (
-    "near-duplicates were found by edges, which miss some of the strong crops; up "
-    f"to {MAX_FEATURES:,} images are compared by a network if sopdeploy[train] is "
+NOT_COMPARED = (
+    "near-duplicates were not searched; up to "
+    f"{MAX_FEATURES:,} images are compared by a network if sopdeploy[train] is "
     "installed and a `train` has downloaded its weights"
 )
 
@@ -110,8 +100,6 @@ class _FileInfo:
     format: str = ""
     size: tuple[int, int] = (0, 0)
     pixel_hash: str = ""
-    taken: int = NO_TIME
-    small: NDArray[np.uint8] | None = None
 
 
 def check_data(
@@ -124,26 +112,23 @@ def check_data(
 ) -> DataReport:
     """Decode every image below *path* that `open_parts` lists, and report contents and problems.
 
-    With *near*, near-duplicates are searched, too. Up to `MAX_FEATURES` images are compared by
-    *group_by_features*, which returns a group number (N,) per image; more images, or all without
-    this function, are compared by edges. *classes_from* and *leave_out* are those of `open_folder`.
+    With *near*, near-duplicates are searched, too, among at most `MAX_FEATURES` images, by
+    *group_by_features*, which returns a group number (N,) per image. Without it, a note says so.
+    *classes_from* and *leave_out* are those of `open_folder`.
     Raises `DataError` for fewer than two classes.
     """
     opened = open_parts(data_folder(path), classes_from=classes_from, leave_out=leave_out)
     num_images = sum(len(images) for images in opened.parts.values())
 
-    # Small gray images are kept of all files if they tell near-duplicates by edges. They also
-    # tell clips, which alone are not worth the memory of more than `MAX_SIGNATURES` images.
-    if num_images > MAX_FEATURES:
+    # Without a network, or for many images, only identical files are found.
+    if not near or num_images > MAX_FEATURES:
         group_by_features = None
-    near_by_edges = near and group_by_features is None
-    keeps_small = near_by_edges or num_images <= MAX_SIGNATURES
 
     # Decode all images.
     infos: list[_FileInfo] = []
     parts = []
     for name, images in opened.parts.items():
-        inspect = partial(_inspect_file, images, name, keeps_small)
+        inspect = partial(_inspect_file, images, name)
         infos_of_part = list(map_threaded(inspect, len(images)))
         infos += infos_of_part
         counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
@@ -152,10 +137,11 @@ def check_data(
 
     readable = [info for info in infos if not info.error]
     notes = [*opened.notes]
-    if near_by_edges:
-        notes.append(EDGES_MISS)
-    if keeps_small and (possible_clip := _describe_clip(readable)):
-        notes.append(possible_clip)
+    near_groups = None
+    if group_by_features is not None:
+        near_groups = tuple(_find_near(readable, group_by_features, parts[0].name))
+    elif near:
+        notes.append(NOT_COMPARED)
 
     # The two sides of each image, the shorter one first.
     shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T
@@ -177,14 +163,14 @@ def check_data(
         duplicates=tuple(
             _describe_groups(readable, [info.pixel_hash for info in readable], parts[0].name)
         ),
-        near=tuple(_find_near(readable, group_by_features, parts[0].name)) if near else None,
+        near=near_groups,
         passed_over=dict(opened.ignored),
         notes=tuple(notes),
     )
 
 
-def _inspect_file(images: ImageFiles, part: str, keeps_small: bool, index: int) -> _FileInfo:
-    """Describe the file of an image, with its small image if *keeps_small*; or its length and error."""
+def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:
+    """Describe the file of an image, or its length and error."""
     file = str(images.path(index))
     label = SEPARATOR.join(images.class_names(index))
     length = 0  # if it cannot be read
@@ -199,39 +185,14 @@ def _inspect_file(images: ImageFiles, part: str, keeps_small: bool, index: int) 
             format="JPEG" if photo.image.format in JPEG else photo.image.format or "",
             size=photo.pixels.size,
             pixel_hash=photo.pixel_hash,
-            taken=photo.taken,
-            small=shrink(photo.pixels) if keeps_small else None,
         )
     except DataError as error:
         return _FileInfo(file=file, part=part, label=label, length=length, error=str(error))
 
 
-def _describe_clip(infos: Sequence[_FileInfo]) -> str:
-    """Describe two files that may be frames of one clip, by names, times and edges; "" without any."""
-    if len(infos) < 2:
-        return ""
-
-    names = [info.file for info in infos]
-    times = np.asarray([info.taken for info in infos], np.int64)
-    vectors = fit_and_whiten(
-        [np.stack([signature(info.small) for info in infos if info.small is not None])]
-    )
-    class_N = np.unique([f"{info.part} {info.label}" for info in infos], return_inverse=True)[1]
-    # Files with equal pixels are a group already.
-    group_N = np.unique([info.pixel_hash for info in infos], return_inverse=True)[1]
-    clips = find_clips(
-        names, times, class_N.astype(np.int64), vectors, group_N.astype(np.int64)
-    )
-
-    pair = clips.doubtful if clips.certain is None else clips.certain
-    if pair is None:
-        return ""
-    return describe_possible_clip([names[index] for index in pair], clips.pattern)
-
-
 def _find_near(
     infos: Sequence[_FileInfo],
-    group_by_features: Callable[[ImageFiles], Groups] | None,
+    group_by_features: Callable[[ImageFiles], Groups],
     train: str,
 ) -> Iterator[Duplicates]:
     """Yield the groups of near-duplicates, except those of exact duplicates alone.
@@ -244,12 +205,7 @@ def _find_near(
     _, label_N = np.unique([info.label for info in infos], return_inverse=True)
     paths = np.asarray([os.fsencode(info.file) for info in infos], dtype=np.bytes_)
     images = ImageFiles(Path(), ("",), paths, label_N.astype(np.int64))  # without class names
-    if group_by_features is not None:
-        groups = group_by_features(images)
-    else:
-        # All have one: without features, `check_data` keeps them.
-        small = [info.small for info in infos if info.small is not None]
-        groups, _ = group_by_edges(images, [info.pixel_hash for info in infos], small)
+    groups = group_by_features(images)
 
     # Groups of exact duplicates alone are listed elsewhere.
     hashes = {info.file: info.pixel_hash for info in infos}

@@ -491,7 +491,7 @@ def _show_copies(images: LabeledImages, fit: FewShotFit) -> Section:
             names = ", ".join(images.class_names(index))
             captions.append((index, insert_names(f"group {number}: {{}}", names)))
 
-    text = "Training images that look alike (at least 60 % of equal parts), the largest groups, never divided."
+    text = "Training images that look like copies, the largest groups, never divided."
     return _show_photographs("Copies", text, images, captions)
 
 

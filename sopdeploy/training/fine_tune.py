@@ -33,12 +33,13 @@ from sopdeploy.evaluation.statistics import TESTABLE
 from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy.models.registry import create_model
 from sopdeploy.models.second_order_head import SecondOrderHead, tuned_name
-from sopdeploy.photos.copies import Groups, group_photographs
+from sopdeploy.photos.copies import Groups
 from sopdeploy.photos.network_inputs import PreprocessedDataset
 from sopdeploy.training.callback import Callback
 from sopdeploy.training.checkpoints import Fit, Setup, read_resumed, run_record
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.few_shot.cross_validation import weights_in_means
+from sopdeploy.training.few_shot.groups import group_by_network
 from sopdeploy.training.few_shot.run import fit_new, with_decision
 from sopdeploy.training.few_shot.state import FewShotFit, read_few_shot_fit
 from sopdeploy.training.loop.run import fit_loop
@@ -71,7 +72,7 @@ def fit_fine_tune(
     held_out = setup.data.held_out
     groups = np.arange(len(held_out))
     if len(held_out) >= TESTABLE:  # fewer need no search
-        groups = group_photographs(held_out).groups
+        groups = group_by_network(setup.recipe, frozen.network, held_out).groups
     if len(np.unique(groups)) < TESTABLE:
         run.position.epoch = setup.recipe.epochs
 

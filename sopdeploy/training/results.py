@@ -287,7 +287,7 @@ class FewShotResult(StrictModel):
         num_photographs: Number of different photographs; 0 in older runs, whose `num_groups` counts them.
         one_group: Classes whose images are one group, so that one fold holds all of them.
         two_groups: Classes of more than two images that are two groups.
-        alike: Classes whose images look so much alike that only nearly equal ones are copies.
+        alike: Classes whose images look so much alike that no copies are found.
         confused: Pairs of classes that are taken for each other as by chance, so that they may be one.
         diffuse: Classes whose images resemble each other far less than the images of other classes do.
         clip: Two files of one clip or object, by their names and likeness, if there are any such groups.
@@ -461,10 +461,8 @@ class FewShotResult(StrictModel):
             )
         if self.alike:
             yield (
-                f"the images of {shorten(self.alike)} look too much alike to find "
-                "copies: only those with 85 % of equal parts share a fold, and "
-                "none of a class that would be one group; with other copies, or "
-                "fewer than three objects in a class, the accuracy is too high: "
+                f"the images of {shorten(self.alike)} look too much alike to find copies; "
+                "if there are several of one object, the accuracy is too high: "
                 "give each object a folder"
             )
 
@@ -496,9 +494,8 @@ class FewShotResult(StrictModel):
 
         if self.contradictions:
             yield (
-                "these have different labels, but look alike (at least 60 % of "
-                "their parts are equal); look at them before you correct or "
-                f"delete one: {shorten(self.contradictions, '; ')}"
+                "these have different labels, but look like copies; look at them before "
+                f"you correct or delete one: {shorten(self.contradictions, '; ')}"
             )
 
     def describe_images(self) -> str:

@@ -1,6 +1,6 @@
 """The start of a run: what it was given, after all checks, before a file is written."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
@@ -28,7 +28,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.photos.clips import clips_of_images
-from sopdeploy.photos.copies import NO_PAIRS, Groups, connect, group_photographs
+from sopdeploy.photos.copies import NO_PAIRS, Grouped, Groups, connect, group_photographs
 from sopdeploy.photos.evaluation_images import UnknownImages, open_unknown
 from sopdeploy.photos.file_checks import (
     count_formats,
@@ -82,6 +82,9 @@ LOOP_INSTEAD = "procedure.kind=loop trains the whole network"
 FEW_SHOT_INSTEAD = "procedure.kind=few_shot fits a linear classifier to the frozen network"
 
 
+GroupCopies = Callable[[LabeledImages], Grouped]
+
+
 class Division(NamedTuple):
     """The images of a run; arrays are empty for what it does not hold out or hash.
 
@@ -106,13 +109,15 @@ class RunImages(NamedTuple):
 class Given(NamedTuple):
     """What the caller of a run knows: recipe `keys` that the user has set, and what is opened already.
 
-    `rule_before` is that of the run to start from, which rejects unknown images.
+    `rule_before` is that of the run to start from, which rejects unknown images. `group_copies`
+    finds the copies among images of which the run holds some out.
     """
 
     keys: Sequence[str] = ()
     weights: WeightSource | None = None
     images: RunImages | None = None
     rule_before: Rejection | None = None
+    group_copies: GroupCopies = group_photographs
 
 
 NOTHING_GIVEN = Given()
@@ -208,7 +213,7 @@ def _divide_and_check(
 ) -> Division:
     """Divide the images *opened* for the procedure of *selected*; raises `DataError` if they do not suffice."""
     strategy = folder.strategy
-    division = divide_images(selected, opened, last, strategy)
+    division = divide_images(selected, opened, last, strategy, given.group_copies)
     _check_data(selected, opened, division, given.keys, callback)
     if isinstance(selected.procedure, LoopConfig):
         division = _leave_out_seen(division, len(opened.held_out), strategy, callback)
@@ -338,7 +343,7 @@ def select_procedure(
             f"training loop, because {shorten(parts)} of {recipe.model.name} must be trained; "
             "procedure.kind=few_shot leaves them out"
         )
-    elif not _has_head(recipe):
+    elif not has_head(recipe):
         reason = f"training loop, because {recipe.model.name} has no linear classifier for frozen features"
     elif num_images > FEW_IMAGES:
         reason = f"training loop, for more than {FEW_IMAGES:,} images; {FEW_SHOT_INSTEAD}"
@@ -361,7 +366,7 @@ def select_procedure(
     return Selected(recipe.model_copy(update={"procedure": config}), reason)
 
 
-def _has_head(recipe: Recipe) -> bool:
+def has_head(recipe: Recipe) -> bool:
     """Check whether the few-shot procedure has a head for the network."""
     try:
         entry(head_name(recipe.model.name))
@@ -371,13 +376,17 @@ def _has_head(recipe: Recipe) -> bool:
 
 
 def divide_images(
-    recipe: Recipe, opened: Split, last: Checkpoint | None, strategy: Strategy
+    recipe: Recipe,
+    opened: Split,
+    last: Checkpoint | None,
+    strategy: Strategy,
+    group_copies: GroupCopies = group_photographs,
 ) -> Division:
     """Hold out images of *opened* if the procedure of *recipe* needs them and the source has none.
 
     A new run chooses them. The run of *last* has recorded its choice; for more than `MAX_HASHED`
     images, it chooses again, with the same result. The first process decides for all, and alone
-    reads the files, each once.
+    reads the files, each once, and calls *group_copies*.
     """
     images = opened.train
     config = recipe.data
@@ -401,7 +410,7 @@ def divide_images(
         else:
             groups = connect(len(images), NO_PAIRS, images.groups)
             if reads_files:
-                groups, hashes = _group_and_hash(recipe, images)
+                groups, hashes = _group_and_hash(recipe, images, group_copies)
             choice = choose_held_out(images, groups, config.hold_out, config.hold_out_seed)
         record = record_choice(choice, hashes)
 
@@ -411,9 +420,11 @@ def divide_images(
     return Division(divide(opened, choice), of_training_files, record)
 
 
-def _group_and_hash(recipe: Recipe, images: LabeledImages) -> tuple[Groups, NDArray[np.int64]]:
-    """Read the files of *images* once; return the groups (N,) of copies and clips, and the hashes (N,)."""
-    copies = group_photographs(images)
+def _group_and_hash(
+    recipe: Recipe, images: LabeledImages, group_copies: GroupCopies
+) -> tuple[Groups, NDArray[np.int64]]:
+    """Read the files of *images*; return the groups (N,) of copies and clips, and the hashes (N,)."""
+    copies = group_copies(images)
     if recipe.groups_by_name:
         return copies.groups, copies.file_hashes
     clips = clips_of_images(images, copies.times, copies.vectors, copies.groups)

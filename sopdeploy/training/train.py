@@ -151,6 +151,10 @@ def _set_up(
     given: Given,
 ) -> Setup:
     """Set the run up; its *record* of warnings grows while it trains."""
+    from sopdeploy.training.few_shot.groups import group_by_start  # noqa: PLC0415
+
+    group_copies = partial(group_by_start, recipe, folder.strategy, given.weights)
+    given = given._replace(group_copies=group_copies)
     setup = set_up_run(recipe, folder, last, record, given)
     return replace(setup, warnings=record.warnings)
 

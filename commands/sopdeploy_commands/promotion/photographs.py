@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError
 from sopdeploy.photos.change import read_change
-from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
+from sopdeploy.photos.copies import MAX_COMPARED, group_photographs
 from sopdeploy.photos.evaluation_images import open_evaluation_images, open_unknown
 from sopdeploy.photos.files import LABELLED_NAME
 from sopdeploy.photos.photo import ImageFiles
@@ -171,9 +171,9 @@ def _leave_out_seen(
 
     # Near-duplicates share a group. The whole group of a recorded image is left out; of another
     # one, the first photograph counts.
-    if len(images) > MAX_SIGNATURES:
+    if len(images) > MAX_COMPARED:
         notes.append(
-            f"{images.root}: over {MAX_SIGNATURES:,} images; only equal files are left out"
+            f"{images.root}: over {MAX_COMPARED:,} images; only equal files are left out"
         )
     group_N = grouped.groups
     trained_on_N = np.isin(group_N, group_N[recorded_N])

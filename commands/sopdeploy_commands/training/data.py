@@ -84,9 +84,7 @@ def check(
             from sopdeploy.training.few_shot import default_network
 
             if default_network.has_default_weights():
-                group_by_features = partial(
-                    default_network.group_by_features, on_image=on_image
-                )
+                group_by_features = partial(default_network.group_images, on_image=on_image)
         return check_data(path, near=near, group_by_features=group_by_features, **reading)
     data_folder(path)  # before the import, which takes seconds
     from sopdeploy.report.wrong_labels import find_wrong_labels
@@ -146,9 +144,7 @@ def _print_report(report: "DataReport") -> None:
             lines.append(f"{name} side: {low} to {high} pixels, median {median}")
         lines += _duplicate_lines("duplicates", "equal pixels", report.duplicates)
         if report.near is not None:
-            lines += _duplicate_lines(
-                "near-duplicates", "at least 60 % of equal parts", report.near
-            )
+            lines += _duplicate_lines("near-duplicates", "by a network", report.near)
 
     # What was not counted, and what the user should know.
     if report.passed_over:

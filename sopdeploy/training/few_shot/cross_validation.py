@@ -58,7 +58,7 @@ class CrossValidation:
         outputs: The frozen network that computed the features, with a head on all statistics.
         problem: The linear problem of the features that the head reads, with the targets.
         groups: The group (N,) of each image: copies, clips, and images that the user groups.
-        alike: Classes whose images look so much alike that only nearly equal ones are copies.
+        alike: Classes whose images look so much alike that no copies are found.
         clips: What was found about clips.
         copies: The photograph (N,) that each image shows; copies have the same.
         judged: The indices of the images that the score counts.

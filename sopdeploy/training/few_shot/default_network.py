@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError
 from sopdeploy.importers.published import find_lite_weights
-from sopdeploy.photos.copies import Groups, connect, find_near_duplicates
+from sopdeploy.photos.copies import Groups
 from sopdeploy.photos.photo import ImageFiles, LabeledImages
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.few_shot.classifier import unit_length
-from sopdeploy.training.few_shot.features import CachedNetwork, compute_features, full_head
+from sopdeploy.training.few_shot.features import CachedNetwork, full_head
+from sopdeploy.training.few_shot.groups import group_by_features
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.start_weights import create_initial_model
 
@@ -25,15 +26,12 @@ def has_default_weights() -> bool:
     return find_lite_weights(_default_recipe().model.name) is not None
 
 
-def group_by_features(images: LabeledImages, on_image: Callable[[int, int], None]) -> Groups:
-    """Group *images* (N,) by near-duplicates, found by the features of the default network, and known groups.
+def group_images(images: LabeledImages, on_image: Callable[[int, int], None]) -> Groups:
+    """Group *images* (N,) as `group_by_features` does, by the default network.
 
-    Unlike `train`, it finds no clips. The weights are downloaded if they are not on this machine.
+    Its weights are downloaded if they are not on this machine.
     """
-    outputs = open_default_network()
-    features = compute_features(outputs, "gap", images, on_image)
-    near = find_near_duplicates(features.views, features.small, images.targets, features.hashes)
-    return connect(len(images), near.pairs, features.hashes, images.groups)
+    return group_by_features(open_default_network(), images, on_image).groups
 
 
 @torch.no_grad()

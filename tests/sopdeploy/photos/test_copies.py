@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from huggingface_hub import constants
 from numpy.typing import NDArray
@@ -15,20 +14,16 @@ from typer.testing import CliRunner
 
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import Rate, effective_count
-from sopdeploy.models.registry import create_model
-from sopdeploy.photos.check import EDGES_MISS, check_data
+from sopdeploy.photos.check import NOT_COMPARED, check_data
 from sopdeploy.photos.class_folders import list_classes
 from sopdeploy.photos.copies import (
-    BY_FEATURES,
     NO_PAIRS,
     NearDuplicates,
-    Nearest,
     connect,
     find_near_duplicates,
     find_turned,
     group_photographs,
     shrink,
-    signature,
 )
 from sopdeploy.photos.file_checks import describe_seen, hash_images
 from sopdeploy.photos.folder import open_folder
@@ -101,21 +96,24 @@ def true_groups(paths: np.ndarray) -> list[str]:
     return [path.decode().split(".")[0].split("-")[0] for path in paths]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("copies", [0, 1, 2])
-def test_copies_are_grouped_and_different_scenes_are_not(tmp_path: Path, copies: int):
+def test_smaller_darker_copies_are_grouped_without_a_network(tmp_path: Path, copies: int):
     images = list_classes(write_scenes(tmp_path, copies=copies)).images
     groups = group_photographs(images).groups
     scenes = true_groups(images.paths)
     assert groups.tolist() == [list(dict.fromkeys(scenes)).index(one) for one in scenes]
 
 
-def compare(images: list[Image.Image], classes: list[int]) -> NearDuplicates:
-    """Find the near-duplicates among *images*, by their edges as vectors."""
-    small = np.stack([shrink(image) for image in images])
-    views = np.stack([signature(one) for one in small])[:, None]
-    hashes = [image.tobytes().hex() for image in images]
-    return find_near_duplicates([views], small, np.asarray(classes), hashes, Nearest(8))
+def compare(
+    views: NDArray[np.float64],
+    classes: NDArray[np.int64],
+    parts: NDArray[np.intp] | None = None,
+) -> NearDuplicates:
+    """Find the near-duplicates among images of different scenes with *views* (N, V, D)."""
+    small = np.stack([shrink(scene(number)) for number in range(len(views))])
+    return find_near_duplicates(
+        [views.astype(np.float32)], small, classes, list(map(str, range(len(views)))), parts
+    )
 
 
 def pairs_of(found: NearDuplicates) -> list[list[int]]:
@@ -123,130 +121,47 @@ def pairs_of(found: NearDuplicates) -> list[list[int]]:
     return np.unique(np.sort(found.pairs, axis=0), axis=1).T.tolist()
 
 
-def captioned(image: Image.Image) -> Image.Image:
-    """Cover the lowest part of *image*."""
-    covered = image.copy()
-    covered.paste("white", (0, 102, 160, 120))
-    return covered
+def random_views(count: int, num_views: int = 1) -> NDArray[np.float64]:
+    """Return views (count, num_views, 64) of images that have a direction in common."""
+    return 3.0 + np.random.default_rng(0).normal(size=(count, num_views, 64))
 
 
-CHANGES = {
-    "encoded": lambda image: Image.open(io.BytesIO(encoded(image))),
-    "darker": lambda image: ImageEnhance.Brightness(image).enhance(0.8),
-    "cropped": lambda image: image.crop((8, 6, 144, 108)),
-    "turned by 3 degrees": lambda image: image.rotate(3, Image.Resampling.BICUBIC).crop(
-        (10, 10, 150, 110)
-    ),
-    "captioned": captioned,
-    "mirrored": ImageOps.mirror,
-    "turned by 15 degrees": lambda image: image.rotate(15, Image.Resampling.BICUBIC),
-    "squashed": lambda image: image.crop((20, 0, 140, 120)).resize((160, 120)),
-    "padded": lambda image: ImageOps.pad(image, (160, 160), color="black"),
-}
+@pytest.mark.parametrize(
+    ("noise", "expected"),
+    [(0.3, [[3, 8], [3, 20], [8, 20]]), (3.0, [])],
+    ids=["copies", "others"],
+)
+def test_images_of_one_direction_beside_what_all_have_in_common_are_copies(
+    noise: float, expected: list[list[int]]
+):
+    views = random_views(24)
+    views[[8, 20]] = views[3] + noise * np.random.default_rng(1).normal(size=(2, 1, 64))
+    assert pairs_of(compare(views, np.arange(24) % 2)) == expected
+
+    # Of two parts, only pairs of both.
+    is_between = [[one, other] for one, other in expected if one < 12 <= other]
+    assert pairs_of(compare(views, np.arange(24) % 2, np.repeat([0, 1], 12))) == is_between
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_photograph_is_found_in_either_class_and_others_are_not(change: str):
-    images = [scene(number) for number in range(20)]
-    copies = [CHANGES[change](images[number]) for number in (3, 8)]
-    assert pairs_of(compare(images + copies, [0, 1] * 11)) == [[3, 20], [8, 21]]
+def test_an_image_that_resembles_a_corner_of_another_one_is_its_copy():
+    views = random_views(60, num_views=5)
+    views[24, 0] = views[3, 4] + 0.3 * np.random.default_rng(1).normal(size=64)
+    assert pairs_of(compare(views, np.arange(60) % 4)) == [[3, 24]]
 
 
-@pytest.mark.slow
-def test_all_copies_of_a_photograph_are_its_group():
-    names = ("encoded", "darker", "turned by 3 degrees", "mirrored")
-    changes = [CHANGES[name] for name in names]
-    images = [scene(number) for number in range(12)]
-    copies = [change(image).resize((160, 120)) for image in images for change in changes]
-    groups = connect(60, compare(images + copies, [number % 2 for number in range(60)]).pairs)
-    assert groups.tolist() == [*range(12), *np.repeat(np.arange(12), 4)]
-
-
-def test_objects_before_one_background_are_not_grouped_and_their_class_is_named():
-    scenes, objects = [scene(number) for number in range(12)], [scene(50) for _ in range(12)]
-    for number, image in enumerate(objects):
-        image.paste((250, 10, 10), (10 * number, 50, 10 * number + 14, 64))
-    found = compare(scenes + objects, [0] * 12 + [1] * 12)
-    assert not found.pairs.size
-    assert found.alike.tolist() == [False] * 12 + [True] * 12
-
-
-def test_where_images_look_alike_only_nearly_equal_ones_are_copies():
-    images = [scene(50) for _ in range(12)]
-    for number, image in enumerate(images):  # two fifths of each image are its own
-        image.paste(scene(number).resize((88, 87)), (36, 16))
-    copies = [
-        ImageEnhance.Brightness(images[0]).enhance(0.9),
-        captioned(captioned(images[1]).rotate(180)),
-    ]
-    found = compare(images + copies, [0] * 14)
-    assert pairs_of(found) == [[0, 12]]
-    assert found.alike.all()
-
-
-def test_three_photographs_before_one_background_do_not_make_their_class_look_alike():
-    alike = [scene(50) for _ in range(3)]
-    for number, image in enumerate(alike):  # a bit less than half of each image is its own
-        image.paste(scene(number).resize((100, 96)), (30, 12))
-    others = [scene(number) for number in range(20, 47)]
-    versions = [version for image in alike for version in (image, CHANGES["darker"](image))]
-    found = compare(others + versions, [0] * 20 + [1] * 13)
-    assert pairs_of(found) == [[27, 28], [29, 30], [31, 32]]
-    assert not found.alike.any()
-
-
-def test_copies_that_are_not_confirmed_do_not_make_a_class_look_alike():
-    versions = []
-    for number in range(12):
-        image = scene(number)
-        versions += [image, CHANGES["darker"](image)]
-        if number < 6:  # a quarter of this version is new
-            image = image.copy()
-            image.paste(scene(50 + number).resize((64, 68)), (48, 26))
-            versions.append(image)
-    assert not compare(versions, [0] * len(versions)).alike.any()
+def test_a_class_of_which_nearly_all_would_be_one_group_has_no_copies_and_is_named():
+    views = random_views(44)
+    views[30:] = views[30] + 0.2 * np.random.default_rng(1).normal(size=(14, 1, 64))
+    views[1] = views[0]
+    classes = np.repeat([0, 1], [30, 14])
+    found = compare(views, classes)
+    assert pairs_of(found) == [[0, 1]]
+    assert found.alike.tolist() == [False] * 30 + [True] * 14
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_folder_of_one_or_two_images_has_no_near_duplicates(count: int):
-    assert not compare([scene(number) for number in range(count)], [0] * count).pairs.size
-
-
-def test_an_image_that_resembles_a_corner_of_another_one_is_its_candidate():
-    random = np.random.default_rng(0)
-    views = random.normal(size=(60, 5, 64))
-    views[24, 0] = views[3, 4] + 0.3 * random.normal(size=64)
-    small = np.stack([shrink(scene(number)) for number in range(60)])
-    small[24] = shrink(scene(3).crop((60, 45, 160, 120)))
-    nearest = BY_FEATURES._replace(num_others=1)
-    found = find_near_duplicates(
-        [views], small, np.arange(60) % 4, list(map(str, range(60))), nearest
-    )
-    assert pairs_of(found) == [[3, 24]]
-
-
-def test_pixels_are_compared_of_near_vectors_and_if_asked_for_of_two_parts_only(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    random = np.random.default_rng(0)
-    views = random.normal(size=(24, 1, 64))
-    views[[8, 20]] = views[3] + 0.3 * random.normal(size=(2, 1, 64))
-    small = np.stack([shrink(scene(number)) for number in range(24)])
-    compared = []
-
-    def compare_none(_small: NDArray[np.uint8], pairs: NDArray[np.intp]) -> NDArray[np.float32]:
-        compared.append({*map(tuple, pairs.T.tolist())})
-        return np.zeros(pairs.shape[1], np.float32)
-
-    monkeypatch.setattr("sopdeploy.photos.copies.compare_new", compare_none)
-    arguments = ([views], small, np.arange(24) % 2, list(map(str, range(24))))
-    find_near_duplicates(*arguments)
-    find_near_duplicates(*arguments, parts=np.repeat([0, 1], 12))
-    find_near_duplicates(*arguments, nearest=Nearest(8))
-    of_copies = {(3, 8), (3, 20), (8, 20)}
-    assert compared[0] >= of_copies
-    assert len(compared[0]) < len(compared[2]) / 2
-    assert compared[1] == {(one, other) for one, other in compared[0] if one < 12 <= other}
+    assert not compare(random_views(count), np.zeros(count, np.int64)).pairs.size
 
 
 @pytest.mark.parametrize("choice", [[NONE, 0, NONE, 3, 0], [NONE] * 5])
@@ -258,7 +173,6 @@ def test_a_recorded_choice_is_found_again_in_another_order(choice: list[int]):
 
 
 BROKEN = "an image that cannot be read"
-NO_DUPLICATES = NearDuplicates(NO_PAIRS, np.zeros(0, np.bool_))
 
 
 @pytest.mark.parametrize("case", ["other bytes", "many images", BROKEN])
@@ -275,10 +189,8 @@ def test_equal_images_are_on_one_side_whatever_the_measure_finds(
     if case == BROKEN:
         (tmp_path / "cat" / "broken.png").write_bytes(b"no image")
     if case == "many images":
-        monkeypatch.setattr("sopdeploy.photos.copies.MAX_SIGNATURES", 10)
-    monkeypatch.setattr(
-        "sopdeploy.photos.copies.find_near_duplicates", lambda *_: NO_DUPLICATES
-    )
+        monkeypatch.setattr("sopdeploy.photos.copies.MAX_COMPARED", 10)
+    monkeypatch.setattr("sopdeploy.photos.copies.find_turned", lambda *_: NO_PAIRS)
     images = list_classes(tmp_path).images
     choice = choose_held_out(images, group_photographs(images).groups, 0.3, 0)
     sides: dict[str, set[bool]] = {}
@@ -415,26 +327,6 @@ def test_the_loop_fits_its_threshold_to_one_image_of_each_group(tmp_path: Path):
     assert result.decision.calibration.num_images == 60
 
 
-@pytest.mark.slow
-def test_data_check_names_copies_across_parts_and_classes(tmp_path: Path):
-    write_scenes(tmp_path / "train", each=6, copies=1)
-    write_scenes(tmp_path / "val", each=1)
-    for label, number in (("cat", 5), ("dog", 5)):
-        (tmp_path / "val" / label / "leak.jpg").write_bytes(encoded(scene(number)))
-    found = check_data(tmp_path, near=True)
-    assert check_data(tmp_path).near is None
-    across = [group for group in found.near if group.across]
-    assert any(group.labels_differ for group in across)
-    leaked = next(
-        group.files for group in across if any("leak" in file for file in group.files)
-    )
-    assert {Path(file).name for file in leaked} == {"5.png", "5-0.jpg", "leak.jpg"}
-    shown = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--near"])
-    assert "with at least 60 % of equal parts" in shown.stdout
-    listed = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--near", "--json"])
-    assert len(json.loads(listed.stdout)["near"]) == len(found.near)
-
-
 @pytest.mark.parametrize(("is_sample", "count"), [(False, "2 of 3"), (True, "at least 2 of 3")])
 def test_images_of_a_bundle_that_records_a_sample_are_at_least_so_many(
     is_sample: bool, count: str
@@ -456,47 +348,40 @@ def test_copies_in_two_held_out_parts_are_not_in_the_training_data(tmp_path: Pat
     assert [(len(group.files), group.across) for group in found] == [(2, False)] * 2
 
 
-def near_by_command(root: Path) -> tuple[list[set[str]], list[str]]:
-    """Run `data check --near` on *root*; return the names of the files of each group, and the notes."""
-    shown = CliRunner().invoke(app, ["data", "check", str(root), "--near", "--json"])
-    report = json.loads(shown.stdout)
-    return [{Path(file).name for file in group["files"]} for group in report["near"]], report[
-        "notes"
-    ]
-
-
 @pytest.mark.slow
-def test_data_check_compares_features_of_the_default_network_once_its_weights_are_here(
+def test_near_duplicates_are_listed_once_weights_of_the_default_network_are_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    root, cache = write_scenes(tmp_path / "photos"), tmp_path / "hub"
-    ImageOps.mirror(scene(3)).save(root / "cat" / "mirror.png")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr("sopdeploy.importers.published.PACKAGES", {})
-    assert near_by_command(root) == ([{"3.png", "mirror.png"}], [EDGES_MISS])
-    repository = cache / "models--timm--tf_efficientnet_lite0.in1k"
-    weights = repository / "snapshots" / ("0" * 40) / "model.safetensors"
-    for folder in (repository / "refs", weights.parent):
-        folder.mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    torch.manual_seed(0)
-    network = create_model("efficientnet-lite0", num_classes=1000)
-    safetensors.torch.save_file(network.state_dict(), weights)
+    root = write_scenes(tmp_path / "photos")
+    for part in ("train", "val"):
+        (root / part).mkdir()
+    for label in ("cat", "dog"):
+        (root / label).rename(root / "train" / label)
+        (root / "val" / label).mkdir()
+        scene(200 + len(label)).save(root / "val" / label / "own.png")
+    ImageOps.mirror(scene(3)).save(root / "val" / "dog" / "mirror.png")
 
-    def compare_features(views: list[np.ndarray], *_: np.ndarray) -> NearDuplicates:
-        assert [view.shape[:2] for view in views] == [
-            (25, 5)
-        ] * 2  # of two maps: whole, corners
-        assert all(np.ptp(part, axis=0).max() > 0 for part in views)
-        # Features of random weights do not show which images are similar.
-        return NearDuplicates(np.asarray([[0], [1]]), np.zeros(25, np.bool_))
+    def near() -> tuple[list[tuple[set[str], bool, bool]] | None, list[str]]:
+        shown = CliRunner().invoke(app, ["data", "check", str(root), "--near", "--json"])
+        report = json.loads(shown.stdout)
+        groups = report["near"] and [
+            (
+                {Path(file).name for file in group["files"]},
+                group["across"],
+                group["labels_differ"],
+            )
+            for group in report["near"]
+        ]
+        return groups, report["notes"]
 
-    monkeypatch.setattr(
-        "sopdeploy.training.few_shot.default_network.find_near_duplicates", compare_features
-    )
-    assert near_by_command(root) == ([{"0.png", "1.png"}], [])
+    assert near() == ([({"3.png", "mirror.png"}, True, True)], [])
+
     monkeypatch.setattr("sopdeploy.photos.check.MAX_FEATURES", 24)
-    assert near_by_command(root) == ([{"3.png", "mirror.png"}], [EDGES_MISS])
+    assert near() == (None, [NOT_COMPARED])
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("sopdeploy.importers.published.PACKAGES", {})
+    assert near() == (None, [NOT_COMPARED])
 
 
 @pytest.fixture
@@ -599,4 +484,11 @@ def test_copies_in_eight_orientations_are_found_and_other_scenes_are_not(
     small = np.stack(
         [shrink(Image.fromarray(np.ascontiguousarray(one))) for one in (*scenes, darker)]
     )
-    assert find_turned(small).pairs.T.tolist() == [[7, 20]]
+    assert find_turned(small).T.tolist() == [[7, 20]]
+
+
+def test_plain_images_are_no_copies_of_each_other():
+    plain = [np.full((32, 32, 3), level, np.uint8) for level in (0, 90, 91, 255)]
+    scenes = [np.asarray(scene(seed).resize((32, 32))) for seed in range(6)]
+    small = np.stack([shrink(Image.fromarray(one)) for one in (*plain, *scenes)])
+    assert not find_turned(small).size

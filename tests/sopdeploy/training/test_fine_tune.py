@@ -1,7 +1,6 @@
 """The procedure `fine_tune`: what learns, which network is kept, resumed runs, and exports."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.models.base import TrainingOutput, is_in
 from sopdeploy.models.registry import create_model
-from sopdeploy.photos.copies import Grouped, group_photographs
 from sopdeploy.photos.libraries import open_digits
 from sopdeploy.photos.network_inputs import PreprocessedDataset
 from sopdeploy.photos.photo import LabeledImages
@@ -72,22 +70,6 @@ KEPT = [
 ]  # random features are weak, so learning helps
 UNDECIDED = [*FINE_TUNE, *PLAIN, "optimizer.lr=1e-6", "epochs=1"]  # hardly a weight changes
 HARMED = [*FINE_TUNE, *PLAIN, "optimizer.lr=3.0", "epochs=1"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _copies_are_searched_once() -> Iterator[None]:
-    """Search the held-out digits for near-duplicates once, which takes half of the time of a run."""
-    found: dict[bytes, Grouped] = {}
-
-    def group(images: LabeledImages) -> Grouped:
-        key = b"".join(images.read(index) for index in range(len(images)))
-        if key not in found:
-            found[key] = group_photographs(images)
-        return found[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sopdeploy.training.fine_tune.group_photographs", group)
-        yield
 
 
 def recipe(*settings: str) -> Recipe:
