@@ -26,6 +26,8 @@ CONFIDENCE_BOUNDS = (
     0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999,
 )  # fmt: skip
 ACCEPTS = 0.95  # of new known images, unless a recipe or a user says another fraction
+# Width of the interval of the share of a new class that is rejected, above which it says nothing
+MAX_WIDTH = 0.5
 _MAX_LISTED = 20  # with more classes, a report shows only the range of the thresholds
 
 
@@ -86,13 +88,16 @@ class Rejection(StrictModel):
     new_class_share: tuple[Fraction, Fraction] | None = None
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return (name, text) rows on the known images accepted and unknown ones rejected."""
+        """Return (name, text) rows on the known images accepted and unknown ones rejected.
+
+        The rejected share of a new class is listed if its interval is at most `MAX_WIDTH` wide.
+        """
         # The rule, and which known images it accepts.
         accepted = f"accepts about {100 * self.accepts:g} % of new images like these"
         if self.accepted is not None:
             low, high = (100 * share for share in self.accepted)
             accepted += f" (95 % interval {low:.0f} to {high:.0f} %)"
-        rows = [("unknown images", f"score below {self.threshold:.4g}; {accepted}")]
+        rows = [("rejection", f"score below {self.threshold:.4g}, {accepted}")]
 
         # Photographs of other things. Only images of such things measure how many are rejected;
         # the rate of a left-out class says nothing about them.
@@ -100,25 +105,25 @@ class Rejection(StrictModel):
         if self.recognized is not None:
             others = "{} of {} rejected".format(*self.recognized)
             if self.is_unknown_shipped:
-                others += (
-                    ", of ImageNet; give --unknown FOLDER to measure it with your own photos"
-                )
+                others += " (of ImageNet; --unknown FOLDER measures your own)"
         elif self.new_class is not None:
-            others = "not measured; give --unknown FOLDER"
+            others = "not measured (give --unknown FOLDER)"
         if others:
             rows.append(("photos of other things", others))
 
         # A new class like the known ones: how images of a known class fare if it is left out.
-        if self.new_class is not None:
+        if self.new_class is not None and self.new_class_share is not None:
             rejected, count = self.new_class
-            interval = ""
-            if self.new_class_share is not None:
-                low, high = (100 * share for share in self.new_class_share)
-                interval = f"95 % interval {low:.0f} to {high:.0f} %; "
-            share = f"{100 * rejected / max(1, count):.0f} % rejected"
-            rows.append(
-                ("a new class of this kind", f"{share} ({interval}each class left out once)")
-            )
+            low, high = self.new_class_share
+            if high - low <= MAX_WIDTH:
+                share = f"{100 * rejected / max(1, count):.0f} % rejected"
+                interval = f"95 % interval {100 * low:.0f} to {100 * high:.0f} %"
+                rows.append(
+                    (
+                        "a new class of this kind",
+                        f"{share} ({interval}; each class left out once)",
+                    )
+                )
         return rows
 
 

@@ -130,10 +130,14 @@ def process_state() -> dict[str, Any]:
 
 @pytest.fixture
 def allow_random_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the few-shot procedure read random features, which need no file; a user gets an error."""
+    """Let the few-shot procedure read random features, which need no file; a user gets an error.
+
+    They do not tell copies: only nearly equal images are copies then.
+    """
     monkeypatch.setattr(
         "sopdeploy.training.checkpoints.Setup.name_random_frozen_parts", lambda _: ""
     )
+    monkeypatch.setattr("sopdeploy.photos.copies.COPY", 2.0)
 
 
 @pytest.fixture(scope="module", autouse=True)

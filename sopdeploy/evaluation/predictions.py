@@ -31,9 +31,9 @@ from sopdeploy.photos.photo import LabeledImages
 MAX_MATRIX_CLASSES = 30
 MAX_CONFUSIONS = 15
 _MAX_OPEN_CLASSES = 20  # more are folded
+MIN_CURVE = 200  # images from which on curves say something
 _MAX_POINTS = 60  # of a curve
-_MAX_PARTS = 8  # of the images by confidence, with at least so many
-_MIN_PART = 12
+_NUM_PARTS = 8  # of the images by confidence
 
 Predictions = list[ImageScore] | MultiLabelPredictions
 
@@ -102,17 +102,14 @@ def measure_predictions(
 
 
 def describe_predictions(
-    metrics: ClassificationReport | MultiLabelReport,
-    which_images: str,
-    links: Mapping[tuple[int, int], str] = MappingProxyType({}),
+    metrics: ClassificationReport | MultiLabelReport, which_images: str
 ) -> Section:
     """Describe *metrics* by a sentence, the scores, and tables, the worst classes first.
 
-    The sentence *which_images* says which images they are of. *links* are those of the confusion
-    matrix (`Table.links`).
+    The sentence *which_images* says which images they are of.
     """
     if isinstance(metrics, ClassificationReport):
-        return _describe_classes(metrics, which_images, links)
+        return _describe_classes(metrics, which_images)
 
     values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
     scores = ", ".join(f"{name} {percent(value, 2)}" for name, value in values.items())
@@ -149,13 +146,10 @@ def describe_predictions(
     return Section(title="Predictions", text=[which_images, explained], tables=tables)
 
 
-def _describe_classes(
-    metrics: ClassificationReport, which_images: str, links: Mapping[tuple[int, int], str]
-) -> Section:
+def _describe_classes(metrics: ClassificationReport, which_images: str) -> Section:
     """Describe accuracies, mistakes, and precision and recall by class; those without images are last.
 
-    More than `MAX_MATRIX_CLASSES` have no confusion matrix, only the `MAX_CONFUSIONS` most frequent
-    mistakes.
+    More than `MAX_MATRIX_CLASSES` have no confusion matrix.
     """
     # Accuracies and loss in one paragraph of text.
     top5 = f", top-5 {_with_interval(metrics.top5)}" if len(metrics.classes) > TOP_K else ""
@@ -168,39 +162,46 @@ def _describe_classes(
 
     if metrics.accepted is not None:
         scores += f" {_with_interval(metrics.accepted)} accepted as known."
-    names = [row.label for row in metrics.classes]
-
-    # The matrix of small sets of classes.
-    tables = []
-    if len(names) <= MAX_MATRIX_CLASSES:
-        rows = [(name, *counts) for name, counts in zip(names, metrics.confusion, strict=True)]
-        caption = "Confusion matrix: a row for each class, a column for each prediction"
-        if links:
-            caption += "; a number leads to its photos"
-        tables.append(
-            Table(
-                caption=caption, columns=["class", *names], rows=rows, matrix=True, links=links
-            )
-        )
-
-    tables.append(_tabulate_classes(metrics))
-
-    # The most frequent mistakes; the number of images leads to photos of this mistake.
-    mistakes = metrics.mistakes()[:MAX_CONFUSIONS]
-    cells = [(names.index(true), names.index(predicted)) for true, predicted, _ in mistakes]
-    tables.append(
-        Table(
-            caption="Most frequent mistakes",
-            columns=["true", "predicted", "images"],
-            rows=mistakes,
-            links={(row, 1): links[cell] for row, cell in enumerate(cells) if cell in links},
-        )
-    )
+    tables = [
+        *tabulate_matrix(metrics),
+        tabulate_classes(metrics),
+        tabulate_mistakes(metrics),
+    ]
     return Section(title="Predictions", text=[which_images, scores], tables=tables)
 
 
-def _tabulate_classes(metrics: ClassificationReport) -> Table:
-    """List images, predictions, precision and recall of each class, the worst recall first."""
+def tabulate_matrix(
+    metrics: ClassificationReport, links: Mapping[tuple[int, int], str] = MappingProxyType({})
+) -> list[Table]:
+    """Return the confusion matrix, whose cells have *links*; of more than `MAX_MATRIX_CLASSES`, none."""
+    names = [row.label for row in metrics.classes]
+    if len(names) > MAX_MATRIX_CLASSES:
+        return []
+    rows = [(name, *counts) for name, counts in zip(names, metrics.confusion, strict=True)]
+    caption = "Confusion matrix: a row for each class, a column for each prediction"
+    if links:
+        caption += "; a number leads to its photos"
+    columns = ["class", *names]
+    return [Table(caption=caption, columns=columns, rows=rows, matrix=True, links=links)]
+
+
+def tabulate_mistakes(
+    metrics: ClassificationReport, links: Mapping[tuple[int, int], str] = MappingProxyType({})
+) -> Table:
+    """List the `MAX_CONFUSIONS` most frequent mistakes; the numbers of images have the *links* of a matrix."""
+    names = [row.label for row in metrics.classes]
+    mistakes = metrics.mistakes()[:MAX_CONFUSIONS]
+    cells = [(names.index(true), names.index(predicted)) for true, predicted, _ in mistakes]
+    return Table(
+        caption="Most frequent mistakes",
+        columns=["true", "predicted", "images"],
+        rows=mistakes,
+        links={(row, 1): links[cell] for row, cell in enumerate(cells) if cell in links},
+    )
+
+
+def tabulate_classes(metrics: ClassificationReport) -> Table:
+    """List precision, recall with its interval, and support of each class, the worst recall first."""
     rows = []
     for row in sorted(
         metrics.classes, key=lambda row: math.inf if row.recall is None else row.recall.share
@@ -213,19 +214,19 @@ def _tabulate_classes(metrics: ClassificationReport) -> Table:
             interval = f"{percent(row.recall.low)} to {percent(row.recall.high)}".replace(
                 " ", NO_BREAK_SPACE
             )
-        rows.append((row.label, row.count, row.answered, precision, recall, interval))
+        rows.append((row.label, precision, recall, interval, row.count))
 
     return Table(
-        caption="Every class: how many of its predictions are right (precision), and how many of its "
-        "images are found (recall)",
-        columns=["class", "images", "predicted", "precision", "recall", "95 % interval"],
+        caption="Every class: how many of its predictions are right (precision), how many of its images "
+        "are found (recall), and how many images it has (support)",
+        columns=["class", "precision", "recall", "95 % interval of recall", "support"],
         rows=rows,
         folded=len(rows) > _MAX_OPEN_CLASSES,
     )
 
 
 def describe_thresholds(metrics: ClassificationReport, scores: Sequence[ImageScore]) -> Section:
-    """Show what a threshold on the confidence does, and whether confidences are right (calibration)."""
+    """Show what a threshold on the confidence does; from `MIN_CURVE` images on, also as curves."""
     rows = []
     for row in metrics.thresholds:
         share = percent(row.right / row.kept) if row.kept else "-"
@@ -237,6 +238,12 @@ def describe_thresholds(metrics: ClassificationReport, scores: Sequence[ImageSco
         rows=rows,
     )
 
+    figures = _plot_confidence(scores) if len(scores) >= MIN_CURVE else []
+    return Section(title="Confidence", figures=figures, tables=[table])
+
+
+def _plot_confidence(scores: Sequence[ImageScore]) -> list[Figure]:
+    """Plot the errors by the share that the network decides, and the reliability of *scores*."""
     # The most confident images first: the share that is right among the first ones.
     ranked = sorted(scores, key=lambda score: -score.confidence)
     right_N = np.cumsum([score.correct for score in ranked])
@@ -245,35 +252,29 @@ def describe_thresholds(metrics: ClassificationReport, scores: Sequence[ImageSco
         (100 * place / len(ranked), 100 * (1 - right_N[place - 1] / place))
         for place in places.tolist()
     ]
-    figures = [
-        Figure(
-            image=plot(
-                {"errors among them": trade_off}, "predicted without a person, %", "errors, %"
-            ),
-            caption="The more images you leave to a person, the fewer errors the network makes.",
-        )
-    ]
+    errors = Figure(
+        image=plot(
+            {"errors among them": trade_off}, "predicted without a person, %", "errors, %"
+        ),
+        caption="The more images you leave to a person, the fewer errors the network makes.",
+    )
 
-    # Parts of equal size by confidence; a part of fewer images says little.
-    num_parts = min(_MAX_PARTS, len(ranked) // _MIN_PART)
-    if num_parts > 1:
-        parts = np.array_split(np.arange(len(ranked)), num_parts)
-        curve = [
-            (
-                100 * float(np.mean([ranked[index].confidence for index in part])),
-                100 * float(np.mean([ranked[index].correct for index in part])),
-            )
-            for part in reversed(parts)
-        ]
-        curves = {"this network": curve, "as it should be": [(0.0, 0.0), (100.0, 100.0)]}
-        caption = (
-            f"Reliability: the images in {num_parts} parts, ordered by confidence. If the curve is below the "
-            "diagonal, the network is too sure."
+    # Parts of equal size by confidence.
+    parts = np.array_split(np.arange(len(ranked)), _NUM_PARTS)
+    curve = [
+        (
+            100 * float(np.mean([ranked[index].confidence for index in part])),
+            100 * float(np.mean([ranked[index].correct for index in part])),
         )
-        figures.append(
-            Figure(image=plot(curves, "mean confidence, %", "right, %"), caption=caption)
-        )
-    return Section(title="Confidence", figures=figures, tables=[table])
+        for part in reversed(parts)
+    ]
+    curves = {"this network": curve, "as it should be": [(0.0, 0.0), (100.0, 100.0)]}
+    caption = (
+        f"Reliability: the images in {_NUM_PARTS} parts, ordered by confidence. If the curve is below the "
+        "diagonal, the network is too sure."
+    )
+    reliability = Figure(image=plot(curves, "mean confidence, %", "right, %"), caption=caption)
+    return [errors, reliability]
 
 
 def plot_recalls(metrics: ClassificationReport) -> list[Figure]:

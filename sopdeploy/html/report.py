@@ -47,7 +47,8 @@ class Figure:
 class Section:
     """A heading with paragraphs, figures and tables in this order; without content it is not shown.
 
-    Where the window is wide, the figures are beside the tables of a section that is `divided`.
+    Where the window is wide, the figures are beside the tables of a section that is `divided`. A
+    `folded` section is opened by its heading.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Section:
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
     divided: bool = False
+    folded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,6 @@ Letters: N images, C classes.
 
 import base64
 import io
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,6 @@ from sopdeploy.evaluation.metrics import (
     ThresholdMetrics,
 )
 from sopdeploy.evaluation.multi_label import (
-    MeanPrecision,
     MultiLabelMetrics,
     MultiLabelPredictions,
     MultiLabelReport,
@@ -40,6 +38,9 @@ from sopdeploy.evaluation.predictions import (
     make_predictions,
     measure_predictions,
     plot_recalls,
+    tabulate_classes,
+    tabulate_matrix,
+    tabulate_mistakes,
 )
 from sopdeploy.files import BEST, atomic_write, writing
 from sopdeploy.html.plots import component_chart, plot
@@ -61,10 +62,11 @@ from sopdeploy.training.recipe import flatten
 from sopdeploy.training.results import (
     LIST_WRONG_LABELS,
     AnyProcedureResult,
+    ClassScore,
     LoopResult,
     NetworkScore,
     describe_for_page,
-    describe_gains,
+    describe_notes,
     insert_folders,
 )
 from sopdeploy.training.train import FinishedRun
@@ -100,11 +102,12 @@ class PageFacts(NamedTuple):
 
     `mistakes` are true class, predicted class and number of images, the most frequent one first;
     `thresholds` are what thresholds on the confidence do. Both are empty if images have several
-    classes.
+    classes. `classes` are the precision and the recall of each class.
     """
 
     mistakes: list[tuple[str, str, int]]
     thresholds: tuple[ThresholdMetrics, ...]
+    classes: tuple[ClassScore, ...]
 
 
 def write_run_page(
@@ -155,9 +158,9 @@ def write_run_page(
         sections.append(_describe_decision(fit.decision, setup.labels))
     sections += _describe_run(setup, fit, run.record)
 
-    # The page begins with what is to be expected, the classes, and what comes next.
-    is_too_high = isinstance(result, LoopResult) and result.is_too_high
-    gains = [gain[0].upper() + gain[1:] for gain in describe_gains(result)]
+    # The page begins with the accuracy, what the images tell, and what comes next.
+    score = result.describe_score()
+    notes = describe_notes(result)
     next_command = f"sopdeploy export {quote(str(folder / BEST))} --detach"
     content = HtmlReport(
         title=setup.recipe.project or fit.name,
@@ -165,21 +168,41 @@ def write_run_page(
             insert_folders(line, data_folder, folder) for line in run.record.get("warnings", ())
         ],
         text=[
-            describe_in_a_sentence(result.score, is_too_high=is_too_high),
-            *gains,
+            f"{score[0].upper()}{score[1:]}.",
+            *(
+                insert_folders(f"{line[0].upper()}{line[1:]}.", data_folder, folder)
+                for line in notes
+            ),
             insert_names("Next: {}", next_command, tag="code"),
         ],
         folded={f"{len(setup.labels)} classes": _list_names(setup.labels)},
-        tiles={**texts.tiles, "time": f"{fit.position.seconds:.0f} s"},
         sections=sections,
     )
 
     page = folder / PAGE
     with writing(page), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
-    if not is_measured or isinstance(metrics, MultiLabelReport):
-        return PageFacts([], ())
-    return PageFacts(metrics.mistakes(), metrics.thresholds)
+    if not is_measured:
+        return PageFacts([], (), ())
+    if isinstance(metrics, MultiLabelReport):
+        return PageFacts([], (), _score_classes(setup.data.train, metrics))
+    classes = _score_classes(setup.data.train, metrics)
+    return PageFacts(metrics.mistakes(), metrics.thresholds, classes)
+
+
+def _score_classes(
+    train: LabeledImages, metrics: ClassificationReport | MultiLabelReport
+) -> tuple[ClassScore, ...]:
+    """List precision and recall of each class with its number of images in *train*."""
+    counts = dict(zip(train.labels, train.class_counts().tolist(), strict=True))
+    scores = []
+    for row in metrics.classes:
+        recall = row.recall.share if isinstance(row.recall, Rate) else row.recall
+        images = counts.get(row.label, 0)
+        scores.append(
+            ClassScore(label=row.label, images=images, precision=row.precision, recall=recall)
+        )
+    return tuple(scores)
 
 
 def _describe_mistakes(
@@ -189,22 +212,34 @@ def _describe_mistakes(
     description: str,
 ) -> list[Section]:
     """Describe the predictions for *images*, which *description* names, and show the worst mistakes."""
+    measured_on = f"{BEST} on {metrics.count} images: {description}."
+    if not isinstance(metrics, ClassificationReport) or not isinstance(predicted, list):
+        return [describe_predictions(metrics, measured_on)]
+
+    # The confusion matrix and the classes stand beside the worst mistakes. Without a matrix, the bars of many classes
+    # stand beside the frequent mistakes, and the photos have the whole width.
     frequent = _list_frequent(metrics)
     mistakes = _choose_mistakes(predicted, frequent)
     links = {cell: _name_mistake(cell) for cell in mistakes}
-    measured_on = f"{BEST} on {metrics.count} images: {description}."
-    described = describe_predictions(metrics, measured_on, links)
-    if not isinstance(metrics, ClassificationReport) or not isinstance(predicted, list):
-        return [described]
-
-    # The tables stand beside the worst mistakes or, without a matrix, beside the bars of many
-    # classes, whose mistakes have the whole width.
     worst = _show_mistakes(mistakes, predicted, images, _CONFUSED if frequent else _WORST)
     if bars := plot_recalls(metrics):
-        sections = [replace(described, figures=bars, divided=True), worst]
+        tables = [tabulate_mistakes(metrics, links)]
+        sections = [
+            Section(
+                title="Mistakes", text=[measured_on], figures=bars, tables=tables, divided=True
+            ),
+            worst,
+            Section(title="Classes", tables=[tabulate_classes(metrics)]),
+        ]
     else:
-        text = [*described.text, *worst.text]
-        sections = [replace(described, text=text, figures=worst.figures, divided=True)]
+        text = [measured_on, *worst.text]
+        tables = [*tabulate_matrix(metrics, links), tabulate_classes(metrics)]
+        sections = [
+            Section(
+                title="Mistakes", text=text, figures=worst.figures, tables=tables, divided=True
+            )
+        ]
+
     sections.append(replace(describe_thresholds(metrics, predicted), divided=True))
     sections.append(_show_rejected(predicted, images))
     return sections
@@ -242,7 +277,8 @@ def _describe_training(setup: Setup, fit: Fit, procedure: str) -> Section:
     num_images = len(setup.data.train)
     side = setup.recipe.preprocess.crop
     text = f"{fit.name}, trained from {weights} on {num_images} images, scaled to {side} x {side} pixels"
-    return Section(title="Training", text=[f"{text}, {procedure}."])
+    seconds = f"{fit.position.seconds:.0f} s"
+    return Section(title="Training", text=[f"{text}, {procedure}, in {seconds}."], folded=True)
 
 
 def _list_networks(networks: Sequence[NetworkScore]) -> Section:
@@ -274,42 +310,7 @@ def _describe_decision(decision: Decision, labels: Sequence[str]) -> Section:
         sentences.append(_REJECTION)
 
     table = Table(caption="Fitted values", columns=["", ""], rows=decision.rows(labels))
-    return Section(title="Decision", text=[" ".join(sentences)], tables=[table])
-
-
-def describe_in_a_sentence(
-    score: Rate | MeanPrecision | float | None, *, is_too_high: bool = False
-) -> str:
-    """Say what *score* means for new photographs.
-
-    If it *is_too_high*, its images have also selected the epoch, or trained.
-    """
-    qualifier = "at most " if is_too_high else ""
-    if score is None:
-        return "There are too few different photos to say how many new ones will be right."
-    if not isinstance(score, Rate):
-        precision = percent(score if isinstance(score, float) else score.value, 0)
-        return f"On new photos like these, the mean average precision will be {qualifier}{precision}."
-
-    value = score.value
-    of_ten = round(10 * value)
-    of_hundred = math.floor(100 * value)
-
-    # Ten are easier to imagine; a high accuracy needs two digits.
-    if of_ten < 10:
-        share = f"{of_ten} of 10"
-    elif of_hundred < 100:
-        share = f"{of_hundred} of 100"
-        qualifier = qualifier or "about "  # two digits look more certain than one
-    else:
-        share = "nearly all"
-
-    # The sentence, with the interval if the score is not too high.
-    sentence = f"{qualifier}{share} new photos like these will be right"
-    sentence += (
-        "." if is_too_high else f"; likely {100 * score.low:.0f} to {100 * score.high:.0f} %."
-    )
-    return f"{sentence[0].upper()}{sentence[1:]}"
+    return Section(title="Decision", text=[" ".join(sentences)], tables=[table], folded=True)
 
 
 def _predict_shown_images(
@@ -325,7 +326,7 @@ def _predict_shown_images(
         )
         grouped = setup.data.train.replaced(groups=fit.groups)
         is_judged_N = np.zeros(len(grouped), np.bool_)
-        is_judged_N[fit.judged] = True
+        is_judged_N[fit.judged if len(fit.judged) else slice(None)] = True
         return grouped.select(is_judged_N), description, fit.logits[is_judged_N]
 
     logits_NC = score_images(
@@ -339,7 +340,7 @@ def _describe_learning(
 ) -> Section:
     """Show the *text* of a result and, of a training loop, plots of losses and scores of all heads by epoch."""
     if not isinstance(result, LoopResult):
-        return Section(title="Learning", text=text)
+        return Section(title="Learning", text=text, folded=True)
     last = history[-1]
     score_name = last.metrics.score_name
     score_column = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1"
@@ -536,9 +537,7 @@ def _describe_run(setup: Setup, fit: Fit, record: Mapping[str, Any]) -> list[Sec
             values.append((key, value))
     values += flatten(fit.network.config.model_dump(mode="json"), "network.")
 
-    recipe = Table(
-        caption="All values of the run", columns=["key", "value"], rows=values, folded=True
-    )
+    recipe = Table(caption="All values of the run", columns=["key", "value"], rows=values)
 
     versions = {f"{name} version": version for name, version in record["versions"].items()}
     facts = versions | record["machine"]
@@ -549,6 +548,6 @@ def _describe_run(setup: Setup, fit: Fit, record: Mapping[str, Any]) -> list[Sec
         caption="Versions and machine", columns=["what", "value"], rows=list(facts.items())
     )
     return [
-        Section(title="Recipe", tables=[recipe]),
-        Section(title="Environment", tables=[machine]),
+        Section(title="Recipe", tables=[recipe], folded=True),
+        Section(title="Environment", tables=[machine], folded=True),
     ]

@@ -22,7 +22,6 @@ from sopdeploy.evaluation.statistics import (
     mcnemar,
     smallest_difference,
 )
-from sopdeploy.html.report import NO_BREAK_SPACE, percent
 from sopdeploy.photos.clips import describe_clip, describe_possible_clip
 from sopdeploy.photos.file_checks import describe_left_out
 
@@ -234,9 +233,13 @@ class LoopResult(StrictModel):
             f"{network}, not corrected"
         )
 
-    def describe_time(self) -> str:
-        """Return nothing: the epochs show their times."""
-        return ""
+    def describe_score(self) -> str:
+        """Describe the score, as the few-shot result does."""
+        return self.describe()
+
+    def summary(self) -> tuple[str, ...]:
+        """Describe the best epoch and its score."""
+        return self.lines()
 
     def rows(self) -> list[tuple[str, str]]:
         """Describe the score."""
@@ -258,16 +261,24 @@ class Gain(StrictModel):
     then: Fraction
 
     def describe(self) -> str:
-        """Say what is found now, and with more photographs."""
-        number = f"{self.count} of {self.label}"
-        kind = ""
-        if self.photographs > self.count:  # 0 in older runs
-            number = f"{self.photographs} of {self.label}, {self.count} of them independent"
-            kind = " independent ones"
+        """Say which recall is expected now, and with more photographs."""
+        kind = "independent photos" if self.photographs > self.count else "photos"
         return (
-            f"{number}: about {100 * self.found:.0f} % of new ones are found; "
-            f"with {self.more}{kind}, {100 * self.then:.0f} %"
+            f"{self.label}: {self.count} {kind}, recall about {100 * self.found:.0f} %; "
+            f"with {self.more} about {100 * self.then:.0f} %"
         )
+
+
+class ClassScore(StrictModel):
+    """Precision and recall of a class with so many training `images`.
+
+    The precision is None without a prediction of the class, the recall without a judged image.
+    """
+
+    label: str
+    images: int
+    precision: Fraction | None
+    recall: Fraction | None
 
 
 class FewShotResult(StrictModel):
@@ -369,11 +380,17 @@ class FewShotResult(StrictModel):
         if self.unknown:
             lines.append(f"unknown images: {self.unknown}")
         tuning = () if self.tuning is None else (self.tuning.describe(),)
-        return (*lines, *describe_gains(self), self.describe_score(), *tuning)
+        gains = (gain.describe() for gain in self.gains[:10])
+        return (*lines, *gains, self.describe_score(), *tuning)
 
-    def describe_time(self) -> str:
-        """Describe the time of each step."""
-        return ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
+    def summary(self) -> tuple[str, ...]:
+        """Describe in at most three lines the score, what was left out, and which class needs more images.
+
+        The network that was fine-tuned from this one has a line, too.
+        """
+        tuning = () if self.tuning is None else (self.tuning.describe(),)
+        gains = () if self.left_out else (gain.describe() for gain in self.gains[:1])
+        return (self.describe_score(), *_list_left_out(self), *gains, *tuning)
 
     def describe_score(self) -> str:
         """Describe the score; if always naming the largest class may be as good, add its accuracy."""
@@ -383,11 +400,12 @@ class FewShotResult(StrictModel):
                 "no estimate of the accuracy, which needs two different "
                 "photos of two classes or more"
             )
-        origin = (
-            "cross-validated"
-            if self.estimated_on == "cross-validation"
-            else "validation images"
-        )
+        name = "accuracy" if self.map is None else "mAP"
+        origin = "cross-validated on"
+        images = "images"
+        if self.estimated_on == "held-out":
+            origin = "measured on"
+            images = "validation images"
         counts = self.judged_counts or self.class_counts
 
         # An accuracy that the largest class alone reaches may show nothing.
@@ -399,9 +417,8 @@ class FewShotResult(StrictModel):
             comparison = f'; always predicting "{label}" gives {100 * majority:.0f} %'
 
         return (
-            f"{self.score_name} {100 * score.value:.1f} % ({origin}, 95 % interval "
-            f"{_interval(score)} %{comparison}) of {score.count} "
-            f"images{self._describe_without_doubted()}"
+            f"{name} {100 * score.value:.1f} % (95 % interval {_interval(score)} %{comparison}), "
+            f"{origin} {score.count} {images}{self._describe_without_doubted()}"
         )
 
     def _describe_without_doubted(self) -> str:
@@ -525,39 +542,30 @@ class FewShotResult(StrictModel):
         return text
 
 
-def describe_gains(result: LoopResult | FewShotResult) -> Iterator[str]:
-    """Yield a line for each of the classes of which more photographs would help, at most ten."""
-    gains = result.gains if isinstance(result, FewShotResult) else ()
-    for number, gain in enumerate(gains[:10]):
-        yield f"{'and' if number else 'more photos would help:'} {gain.describe()}"
+def describe_notes(result: LoopResult | FewShotResult) -> list[str]:
+    """List what the owner of the images should know: related and doubtful images, and classes that need more.
+
+    There are at most ten lines of classes.
+    """
+    if isinstance(result, LoopResult):
+        return []
+    return [*result.describe_groups(), *(gain.describe() for gain in result.gains[:10])]
 
 
 class PageTexts(NamedTuple):
-    """What the page says about a result: how was trained, what the validation images are, and key figures."""
+    """What the page says about a result: how was trained, and what the validation images are."""
 
     procedure: str
     held_out: str
-    tiles: dict[str, str]
 
 
 def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
     """Build the texts of the page; for a training loop, they say why scores are too high."""
-    # The key figure: the score, with its interval if it has one.
-    score = result.score
-    shown = "no estimate"
-    if isinstance(score, float):
-        shown = percent(score)
-    elif score is not None:
-        shown = f"{percent(score.value)} ({_interval(score).replace(' ', NO_BREAK_SPACE)})"
-
-    tiles = {result.score_name: shown}
+    held_out = "the validation images"
     if isinstance(result, FewShotResult):
-        return PageTexts(
-            "as a linear classifier on frozen features", "the validation images", tiles
-        )
+        return PageTexts("as a linear classifier on frozen features", held_out)
 
     # A loop's scores are too high if its validation images have also selected the epoch.
-    held_out = "the validation images"
     if result.selected_by != "nothing":
         selection = "the epoch" if result.tuning is None else "fine-tuning"
         held_out += (
@@ -568,8 +576,8 @@ def describe_for_page(result: LoopResult | FewShotResult) -> PageTexts:
         held_out += f"; {result.num_seen} are training images, so all scores are too high"
     if result.mirrored:
         held_out += "; without their mirror images, as a server computes them"
-    tiles = {"epoch": f"{result.epoch} of {result.num_epochs}", **tiles}
-    return PageTexts(f"for {amount(result.num_epochs, 'epoch')}", held_out, tiles)
+    number = amount(result.num_epochs, "epoch")
+    return PageTexts(f"for {number}, of which the {result.epoch}. counts", held_out)
 
 
 AnyProcedureResult = Annotated[LoopResult | FewShotResult, pydantic.Field(discriminator="kind")]

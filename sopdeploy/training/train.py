@@ -23,7 +23,7 @@ from sopdeploy.training.callback import Callback, WarningRecord
 from sopdeploy.training.checkpoints import Fit, Setup, read_warnings
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore
+from sopdeploy.training.results import AnyProcedureResult, ClassScore, LoopResult, NetworkScore
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import NOTHING_GIVEN, Given, open_images, set_up_run
 from sopdeploy.training.start_weights import StartReport
@@ -46,6 +46,7 @@ class TrainingResult(StrictModel):
         previous: The run that it started from, and what was added since.
         mistakes: The two most frequent ones: true class, predicted class, number of images.
         thresholds: What thresholds on the confidence do to the images that the score counts.
+        classes: Precision and recall of each class on these images.
         networks: Those that were compared, if there was a choice.
     """
 
@@ -71,6 +72,7 @@ class TrainingResult(StrictModel):
     previous: str = ""
     mistakes: tuple[tuple[str, str, int], ...] = ()
     thresholds: tuple[ThresholdMetrics, ...] = ()
+    classes: tuple[ClassScore, ...] = ()
     networks: tuple[NetworkScore, ...] = ()
 
 
@@ -192,7 +194,7 @@ def _fit(
 def summarize_run(
     run: FinishedRun, out_dir: Path, networks: Sequence[NetworkScore] = (), **page: Any
 ) -> TrainingResult:
-    """Describe a finished run; *page* has `report`, `previous`, `mistakes` and `thresholds` of a page."""
+    """Describe a finished run; *page* has what the page tells, such as `report` and `classes`."""
     setup = run.setup
     fit = run.fit
     epoch = fit.result.epoch if isinstance(fit.result, LoopResult) else 1

@@ -15,44 +15,73 @@ from sopdeploy.errors import ConfigError, amount
 from sopdeploy.files import LAST
 from sopdeploy.models.families import PAGE, find_family, names_of_family
 from sopdeploy.training.recipe_files import list_recipes, recipe_text
-from sopdeploy.training.results import NetworkScore, insert_folders, read_result
+from sopdeploy.training.results import NetworkScore, describe_notes, insert_folders, read_result
 from sopdeploy_commands.training.request import RECIPE_NETWORK, TrainOptions, read_request
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sopdeploy.checkpoint import Checkpoint
+    from sopdeploy.decision import Decision
     from sopdeploy.training.callback import Callback, WarningRecord
     from sopdeploy.training.checkpoints import Setup
     from sopdeploy.training.recipe import Recipe
+    from sopdeploy.training.results import ClassScore
     from sopdeploy.training.setup import Given
     from sopdeploy.training.train import FinishedRun, TrainingResult
 
+MAX_CLASSES = 30  # that are printed; the report has all
+
 
 def print_result(result: "TrainingResult") -> None:
-    """Print the results, the page about them, the time and the next command."""
+    """Print a table of the classes, the score, the decision, the report and the next command."""
     if result.networks:
         print_table(NetworkScore.COLUMNS, (network.row() for network in result.networks))
-    lines = result.procedure.lines()
-    say(*(insert_folders(line, result.data, result.out) for line in lines))
+    _print_classes(result.classes)
 
-    if result.mistakes:
-        texts = [
-            f"{count} x {true} predicted as {predicted}"
-            for true, predicted, count in result.mistakes
-        ]
-        say(f"most frequent mistakes: {', '.join(texts)}")
-
+    # The score, what was left out, calibration and rejection.
+    lines = [
+        insert_folders(line, result.data, result.out) for line in result.procedure.summary()
+    ]
     if result.decision is not None:
-        say(*(f"{name}: {text}" for name, text in result.decision.rows()))
+        lines += _join_decision(result.decision)
     if result.previous:  # a text: which run it started from, and what was added since
-        say(result.previous)
+        lines.append(result.previous)
 
-    steps = result.procedure.describe_time()
-    time = f"{result.seconds:.0f} s in total" + (f" ({steps})" if steps else "")
-    say(
-        f"page: {result.report}",
-        time,
-        f"next: sopdeploy export {quote(str(result.best))} --detach",
-    )
+    notes = len(describe_notes(result.procedure))
+    report = f"report: {result.report}"
+    if notes:
+        report += f", with {amount(notes, 'note')} on your images"
+    say(*lines, report, f"next: sopdeploy export {quote(str(result.best))} --detach")
+
+
+def _print_classes(classes: "Sequence[ClassScore]") -> None:
+    """Print precision and recall of *classes*; of more than `MAX_CLASSES`, those with the lowest recall."""
+    shown = classes
+    if len(classes) > MAX_CLASSES:
+        with_recall = [row for row in classes if row.recall is not None]
+        shown = sorted(with_recall, key=lambda row: row.recall or 0.0)[:MAX_CLASSES]
+    rows = []
+    for row in shown:
+        shares = (
+            "-" if share is None else f"{100 * share:.0f} %"
+            for share in (row.precision, row.recall)
+        )
+        rows.append((row.label, str(row.images), *shares))
+    if rows:
+        print_table(("class", "images", "precision", "recall"), rows)
+
+
+def _join_decision(decision: "Decision") -> list[str]:
+    """Describe calibration and rejection in a line each, or the thresholds of several classes per image."""
+    if decision.thresholds is not None:
+        return [f"{name}: {text}" for name, text in decision.rows()]
+    lines = []
+    if decision.calibration is not None:
+        lines.append("calibration: {} {}".format(*decision.calibration.row()))
+    if decision.rejection is not None:
+        lines.append("; ".join(f"{name}: {text}" for name, text in decision.rejection.rows()))
+    return lines
 
 
 @command(
@@ -157,6 +186,7 @@ def train(
         report=folder / PAGE,
         mistakes=tuple(facts.mistakes[:2]),  # the most frequent ones
         thresholds=facts.thresholds,
+        classes=facts.classes,
         previous="" if previous is None else _describe_changes(previous, run.setup),
     )
 

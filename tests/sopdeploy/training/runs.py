@@ -82,7 +82,11 @@ def train_with_page(recipe: Recipe, folder: Path, **options: Any) -> TrainingRes
     run = train_run(recipe, folder, **options)
     facts = write_run_page(run, folder)
     return summarize_run(
-        run, folder, mistakes=tuple(facts.mistakes), thresholds=facts.thresholds
+        run,
+        folder,
+        mistakes=tuple(facts.mistakes),
+        thresholds=facts.thresholds,
+        classes=facts.classes,
     )
 
 

