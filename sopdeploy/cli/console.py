@@ -226,6 +226,7 @@ class ProgressBars:
         self.console = console
         self.stage = ""
         self.epochs = 0
+        self.has_header = False
 
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -246,8 +247,7 @@ class ProgressBars:
         self.progress.stop()
 
     def on_message(self, message: str) -> None:
-        """Print the message, and show the bar."""
-        self.progress.update(self.task, visible=True)
+        """Print the message."""
         self.console.print(plain_text(message))
 
     def on_warning(self, warning: str) -> None:
@@ -259,7 +259,9 @@ class ProgressBars:
         if name != self.stage:
             self.stage = name
             self.console.print(name)
-        self.progress.update(self.task, description="", completed=done, total=total, note="")
+        self.progress.update(
+            self.task, description="", completed=done, total=total, note="", visible=True
+        )
 
     def on_step_end(
         self, *, epoch: int, epochs: int, step: int, steps: int, loss: float
@@ -272,6 +274,7 @@ class ProgressBars:
             completed=epoch * steps + step + 1,
             total=epochs * steps,
             note=f"loss {loss:.3f}",
+            visible=True,  # not before the first step, whose run has no known end
         )
 
     def on_evaluation_batch(self, *, epoch: int, epochs: int, done: int) -> None:
@@ -281,14 +284,24 @@ class ProgressBars:
         self.progress.update(self.task, description=description, note=note)
 
     def on_epoch_end(self, row: Any) -> None:
-        """Print top-1 or mAP and loss on validation images, training loss and time, within 80 columns."""
+        """Print scores, losses, learning rate, images/s and the time of the run, within 80 columns.
+
+        Before the first row, it prints the names of the columns.
+        """
         if self.stage:  # a procedure without epochs; its result is printed at the end
             return
 
+        if not self.has_header:
+            self.has_header = True
+            name = row.metrics.score_name
+            self.console.print(
+                f"{'epoch':>9} {name:>9} {'loss':>8} {'training loss':>14} {'lr':>9} "
+                f"{'images/s':>9} {'s':>8}"
+            )
         loss = row.losses.get("loss", 0.0)
-        name = row.metrics.score_name
+        epoch = f"{row.epoch}/{self.epochs}"
+        speed = row.images_per_second or 0.0
         self.console.print(
-            f"epoch {row.epoch:>3}/{self.epochs}  {name} "
-            f"[bold]{100 * row.metrics.score:6.2f} %[/]  loss "
-            f"{row.metrics.loss:.3f} (training {loss:.3f})  {row.seconds:.1f} s"
+            f"{epoch:>9} [bold]{100 * row.metrics.score:>7.2f} %[/] {row.metrics.loss:>8.3f} "
+            f"{loss:>14.3f} {row.lr:>9.2e} {speed:>9.0f} {row.seconds:>8.1f}"
         )

@@ -69,7 +69,7 @@ from sopdeploy.training.results import (
     describe_notes,
     insert_folders,
 )
-from sopdeploy.training.train import FinishedRun
+from sopdeploy.training.train import FinishedRun, describe_problem
 
 PAGE = "report.html"
 _MAX_SHOWN = 24  # photographs of a section
@@ -161,7 +161,11 @@ def write_run_page(
     # The page begins with the accuracy, what the images tell, and what comes next.
     score = result.describe_score()
     notes = describe_notes(result)
+    problem = describe_problem(setup, fit)
     next_command = f"sopdeploy export {quote(str(folder / BEST))} --detach"
+    next_step = insert_names("Next: {}", next_command, tag="code")
+    if problem:
+        next_step = f"{problem[0].upper()}{problem[1:]}."
     content = HtmlReport(
         title=setup.recipe.project or fit.name,
         warnings=[
@@ -173,7 +177,7 @@ def write_run_page(
                 insert_folders(f"{line[0].upper()}{line[1:]}.", data_folder, folder)
                 for line in notes
             ),
-            insert_names("Next: {}", next_command, tag="code"),
+            next_step,
         ],
         folded={f"{len(setup.labels)} classes": _list_names(setup.labels)},
         sections=sections,

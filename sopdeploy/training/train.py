@@ -4,6 +4,7 @@ A run that is stopped or killed at any time and then resumed on the same machine
 weights of an uninterrupted one: bit for bit on a CPU with the same number of threads.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -47,6 +48,7 @@ class TrainingResult(StrictModel):
         mistakes: The two most frequent ones: true class, predicted class, number of images.
         thresholds: What thresholds on the confidence do to the images that the score counts.
         classes: Precision and recall of each class on these images.
+        problem: Why the network is of no use, such as an accuracy at chance; empty if nothing is known.
         networks: Those that were compared, if there was a choice.
     """
 
@@ -73,6 +75,7 @@ class TrainingResult(StrictModel):
     mistakes: tuple[tuple[str, str, int], ...] = ()
     thresholds: tuple[ThresholdMetrics, ...] = ()
     classes: tuple[ClassScore, ...] = ()
+    problem: str = ""
     networks: tuple[NetworkScore, ...] = ()
 
 
@@ -221,5 +224,28 @@ def summarize_run(
         decision=fit.decision,
         networks=tuple(networks),
         warnings=tuple(run.record.get("warnings", ())),
+        problem=describe_problem(setup, fit),
         **page,
+    )
+
+
+def describe_problem(setup: Setup, fit: Fit) -> str:
+    """Say why the network of a training loop is of no use: its loss, or its accuracy; empty if it may be of use.
+
+    At chance is an accuracy that always predicting the largest class reaches, too.
+    """
+    if not isinstance(fit.result, LoopResult):
+        return ""
+    last = fit.position.history[-1]
+    if not all(map(math.isfinite, (last.metrics.loss, *last.losses.values()))):
+        return f"the loss of epoch {last.epoch} is not finite; lower optimizer.lr"
+
+    top1 = fit.result.top1
+    counts = setup.data.held_out.class_counts()
+    if top1 is None or top1.count == 0 or top1.share > counts.max() / counts.sum():
+        return ""
+    label = setup.data.held_out.labels[int(counts.argmax())]
+    return (
+        f"the accuracy is at chance: always predicting {label} is right for "
+        f"{100 * counts.max() / counts.sum():.0f} %; train longer, or change optimizer.lr"
     )

@@ -52,7 +52,10 @@ def print_result(result: "TrainingResult") -> None:
     report = f"report: {result.report}"
     if notes:
         report += f", with {amount(notes, 'note')} on your images"
-    say(*lines, report, f"next: sopdeploy export {quote(str(result.best))} --detach")
+    next_step = f"next: sopdeploy export {quote(str(result.best))} --detach"
+    if result.problem:  # exporting the network would be of no use
+        next_step = f"problem: {result.problem}"
+    say(*lines, report, next_step)
 
 
 def _print_classes(classes: "Sequence[ClassScore]") -> None:

@@ -280,8 +280,9 @@ def test_a_noun_is_plural_unless_there_is_one(number: int, text: str) -> None:
     assert amount(number, "photo", "+") == text
 
 
+@pytest.mark.parametrize(("problem", "last"), [("", "next"), ("chance", "problem")])
 def test_a_finished_run_prints_classes_results_where_they_are_and_what_to_type(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], problem: str, last: str
 ) -> None:
     calibration = Calibration(
         temperature=2.0, loss_before=0.5, loss_after=0.4, num_images=9, estimated_on="held-out"
@@ -295,6 +296,7 @@ def test_a_finished_run_prints_classes_results_where_they_are_and_what_to_type(
             ),
             decision=Decision(calibration=calibration),
             previous="",
+            problem=problem,
             report="report.html",
             best=tmp_path / "best.pt",
             data=None,
@@ -306,4 +308,4 @@ def test_a_finished_run_prints_classes_results_where_they_are_and_what_to_type(
         ["class", "images", "precision", "recall"],
         ["cat", "4", "-", "50", "%"],
     ]
-    assert begins[2:] == ["epoch 1 of 1", "calibration", "report", "next"]
+    assert begins[2:] == ["epoch 1 of 1", "calibration", "report", last]
