@@ -57,18 +57,20 @@ def test_the_page_works_by_keyboard_alone(page, client, jpeg):
     done(page)
 
     assert shown(page) == expected(client, jpeg)
-    for name in ("folder", "use-camera", "top-k"):
+    for name in ("folder", "use-camera"):
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.id") == name
+    page.keyboard.press("Tab")  # the timing
+    page.keyboard.press("Tab")  # the part for developers
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "top-k"
     page.keyboard.press("Control+A")
     page.keyboard.type("2")
     page.keyboard.press("Tab")
 
     assert page.evaluate("document.activeElement.id") == "explain"
-    page.keyboard.press("Tab")  # the timing
     page.wait_for_selector("#classes:not(:has(li:nth-child(3))) li:nth-child(2)")
-    page.keyboard.press("Tab")  # the part for developers
-    page.keyboard.press("Enter")
     page.keyboard.press("Tab")
 
     assert page.evaluate("document.activeElement.id") == "tab-curl"
@@ -107,6 +109,7 @@ def test_the_map_is_drawn_over_the_parts_on_which_the_class_depends(
 ):
     client, picture = serve_with(onnx_runtime), picture_bytes((30, 200, 60))
     page = open_page(client.base_url)
+    page.locator("#developers > summary").click()
     page.locator("#explain").check()
     give(page, picture)
     page.locator("#map").wait_for()
@@ -345,11 +348,23 @@ def test_a_phone_offers_its_camera_and_no_drop(open_page, client):
     assert desk.get_by_text("Take a photo").is_hidden()
 
 
+@pytest.mark.parametrize(("width", "is_phone"), [(390, True), (1280, False)])
+def test_on_a_phone_the_prediction_stands_above_the_other_ways_to_choose_images(
+    open_page, client, jpeg, width: int, is_phone: bool
+):
+    page = open_page(client.base_url, viewport={"width": width, "height": 844})
+    give(page, jpeg)
+    answer, choices = (page.locator(name).bounding_box() for name in ("#answer", ".choices"))
+    assert (answer["y"] + answer["height"] <= choices["y"]) == is_phone
+    assert page.locator("#top-k").is_hidden()
+
+
 def test_the_prediction_for_one_image_does_not_stay_under_the_next_one(
     open_page, serve_with, onnx_runtime
 ):
     client = serve_with(onnx_runtime)
     page = open_page(client.base_url)
+    page.locator("#developers > summary").click()
     page.locator("#explain").check()
     give(page, picture_bytes((30, 200, 60)))
     page.locator("#map").wait_for()
@@ -480,6 +495,7 @@ def test_the_answer_is_shown_while_its_explanation_is_made(
     client, held = serve_with(onnx_runtime), list[Any]()
     page = open_page(client.base_url)
     page.route("**/v1/classify?*explain=true*", lambda route: held.append(route))
+    page.locator("#developers > summary").click()
     page.locator("#explain").check()
     give(page, jpeg)
 
