@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import get_args
 
 from sopdeploy.layers.pooling.registry import AnyPoolingConfig
-from sopdeploy.models.choices import Choice, read_choices
 from sopdeploy.models.describe import PUBLISHED_ROWS, describe
 from sopdeploy.models.registry import CATALOG, Entry
 
@@ -36,16 +35,6 @@ has no auxiliary branches. The last column is the length of the vector that the 
 Without options, DSoP has the branches that the paper's text describes. The recipes of the paper have the branches of
 its Table I. With them, `dsop-resnet50` has {dsop} M weights in training, as printed: `sopdeploy models dsop-resnet50
 --option aux_stride=table`.
-
-## Networks that `within` tries
-
-`sopdeploy train --data photos --within 20ms` measures the time of these networks on one thread of your machine. It
-downloads and cross-validates only networks that are fast enough. The licenses of the weights allow any use. We have
-tested only `efficientnet-lite0` with photos. The last three columns are from [timm's results]({source}).
-
-| name | weights in timm | license | px | weights, M | ImageNet, top-1 % |
-|---|---|---|---|---|---|
-{choices}
 
 ## Printed figures that no variant reproduces
 
@@ -77,16 +66,6 @@ def network_row(name: str, item: Entry) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def choice_row(choice: Choice) -> str:
-    """Build the row of a network that `train --within` tries."""
-    size, top1 = (
-        f"{choice.millions:.2f}",
-        "no labels" if choice.top1 is None else f"{choice.top1:.1f}",
-    )
-    cells = (f"`{choice.name}`", f"`{choice.timm}`", choice.license, choice.pixels, size, top1)
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
 def differing_rows() -> Iterator[str]:
     """Yield a row for each printed figure that no variant of the network reproduces."""
     for row in PUBLISHED_ROWS:
@@ -112,7 +91,5 @@ def models_page() -> str:
         poolings=", ".join(f"`{kind}`" for kind in kinds),
         networks="\n".join(network_row(name, item) for name, item in CATALOG.items()),
         dsop=f"{describe('dsop-resnet50', aux_stride='table').training.parameters / 1e6:.1f}",
-        source=read_choices().source,
-        choices="\n".join(map(choice_row, read_choices().networks)),
         differing="\n".join(dict.fromkeys(differing_rows())),
     )

@@ -53,19 +53,16 @@ _ADVICE = "or train from scratch with the weights none"
 OWN_FILE = {"weights": "FILE"}  # of the option that takes a file which the user has
 
 
-def fetch_imagenet_weights(
-    model: str, config: StrictModel, *, download: bool = True
-) -> tuple[Path, str]:
+def fetch_imagenet_weights(model: str, config: StrictModel) -> tuple[Path, str]:
     """Find the ImageNet weights for the backbone of catalog *model* with *config*, and fetch them if needed.
 
-    Returns the file, and the catalog name under which the importers read it. Without
-    *download*, it only asks whether a missing file can be fetched, and returns a path that does
-    not exist. Raises `ConfigError` if none are published, `WeightsError` if the file cannot be
-    downloaded or has another hash; a downloaded file is then removed.
+    Returns the file, and the catalog name under which the importers read it. Raises `ConfigError`
+    if none are published, `WeightsError` if the file cannot be downloaded or has another hash; a
+    downloaded file is then removed.
     """
     if issubclass(entry(model).network, EfficientNetLite):  # without the import of timm
         lite = _lite_name(model)
-        return _fetch_from_hub(_lite_repository(lite), download), lite
+        return _fetch_from_hub(_lite_repository(lite)), lite
 
     # Such as "timm:resnet26", or torchvision's name "vgg16_bn".
     published = published_network(model, config)
@@ -78,12 +75,12 @@ def fetch_imagenet_weights(
                 f"start.weights: timm's hub has no weights for {name}; choose another, {_ADVICE}",
                 remedies=OWN_FILE,
             )
-        return _fetch_from_hub(repository, download), published
+        return _fetch_from_hub(repository), published
 
     torchvision_models = importlib.import_module("torchvision.models")
     weights = torchvision_models.get_model_weights(name)[TORCHVISION_VERSION]
     # The catalog writes vgg16-bn for torchvision's vgg16_bn.
-    return _fetch_url(weights.url, download), name.replace("_", "-")
+    return _fetch_url(weights.url), name.replace("_", "-")
 
 
 def find_lite_weights(model: str) -> Path | None:
@@ -156,11 +153,8 @@ def published_network(model: str, config: StrictModel) -> str:
     )
 
 
-def _fetch_url(url: str, download: bool) -> Path:
-    """Download *url* of torchvision to torch.hub's cache unless it is there, and check its hash.
-
-    Without *download*, it only asks whether the file can be fetched.
-    """
+def _fetch_url(url: str) -> Path:
+    """Download *url* of torchvision to torch.hub's cache unless it is there, and check its hash."""
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
 
@@ -170,6 +164,8 @@ def _fetch_url(url: str, download: bool) -> Path:
                 hub = importlib.import_module("torch.hub")
                 hub.urlopen(url, timeout=UNREACHABLE_SECONDS).close()
                 return path
+=======
+        with _download_error(name, url, HTTP_PROXIES, f"get {url} and put it at {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
 
@@ -177,12 +173,8 @@ def _fetch_url(url: str, download: bool) -> Path:
     return path
 
 
-def _fetch_from_hub(repository: str, download: bool) -> Path:
-    """Fetch the weights of the hub's *repository*, with @REVISION if any, unless they are on this machine.
-
-    Without *download*, it only asks whether they can be fetched, and returns a path that does not
-    exist.
-    """
+def _fetch_from_hub(repository: str) -> Path:
+    """Fetch the weights of the hub's *repository*, with @REVISION if any, unless they are on this machine."""
     found = _find_on_this_machine(repository)
     if found is not None:
         return found
@@ -200,8 +192,6 @@ def _fetch_from_hub(repository: str, download: bool) -> Path:
     with _download_error(file, advice, **OWN_FILE):
         # This ends soon without an answer; the download would retry for longer.
         hub.get_hf_file_metadata(url, timeout=UNREACHABLE_SECONDS)
-        if not download:
-            return Path(HUB_FILE)
         fetched = Path(hub.hf_hub_download(**location))
 
     _check_hash_in_hub_cache(fetched)

@@ -64,7 +64,6 @@ from sopdeploy.training.results import (
     AnyProcedureResult,
     ClassScore,
     LoopResult,
-    NetworkScore,
     describe_for_page,
     describe_notes,
     insert_folders,
@@ -114,15 +113,13 @@ def write_run_page(
     run: FinishedRun,
     folder: Path,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
-    networks: Sequence[NetworkScore] = (),
     before: Sequence[tuple[object, ...]] = (),
 ) -> PageFacts:
     """Write `report.html` about the finished *run* to *folder*.
 
     It shows validation images, or else the out-of-fold predictions of the training images.
-    *on_image* receives the numbers of images evaluated and in total. *networks* are those that
-    were compared, *before* earlier runs: date, run, numbers of images and classes, and
-    accuracy.
+    *on_image* receives the numbers of images evaluated and in total. *before* are earlier runs:
+    date, run, numbers of images and classes, and accuracy.
     """
     setup = run.setup
     fit = run.fit
@@ -148,8 +145,6 @@ def write_run_page(
         sections.append(_show_wrong_labels(setup.data.train, fit, command))
         sections.append(_show_copies(setup.data.train, fit))
     sections.append(_describe_training(setup, fit, texts.procedure))
-    if networks:
-        sections.append(_list_networks(networks))
     if before:
         sections.append(_list_runs_before(before))
     lines = [insert_folders(line, data_folder, folder) for line in result.lines()]
@@ -283,16 +278,6 @@ def _describe_training(setup: Setup, fit: Fit, procedure: str) -> Section:
     text = f"{fit.name}, trained from {weights} on {num_images} images, scaled to {side} x {side} pixels"
     seconds = f"{fit.position.seconds:.0f} s"
     return Section(title="Training", text=[f"{text}, {procedure}, in {seconds}."], folded=True)
-
-
-def _list_networks(networks: Sequence[NetworkScore]) -> Section:
-    """List the *networks* that were compared."""
-    table = Table(
-        caption="Cross-validated score, and time of an image with ONNX Runtime on one thread",
-        columns=NetworkScore.COLUMNS,
-        rows=[network.row() for network in networks],
-    )
-    return Section(title="Choice of the network", tables=[table])
 
 
 def _list_runs_before(rows: Sequence[tuple[object, ...]]) -> Section:

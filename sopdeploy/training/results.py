@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -37,34 +37,6 @@ def insert_folders(text: str, data: Path | None, run: Path) -> str:
     folder = "DIR" if data is None else str(data)
     command = f"sopdeploy data check {quote(folder)} --wrong-labels {quote(str(run))}"
     return text.replace(LIST_WRONG_LABELS, command)
-
-
-class NetworkScore(StrictModel):
-    """A network that `train --models` or `train --within` compares.
-
-    Attributes:
-        milliseconds: Processor time of an image with ONNX Runtime on one thread.
-        megabytes: Size of the exported graph.
-        score: Cross-validated accuracy or mAP; None if the network takes too long or lacks weights.
-        has_weights: Whether its start weights could be reached, if it is fast enough.
-    """
-
-    COLUMNS: ClassVar = ("network", "accuracy", "ms", "MB", "")  # of `row`
-    name: str
-    milliseconds: float
-    megabytes: float
-    score: Rate | MeanPrecision | None = None
-    has_weights: bool = True
-    chosen: bool = False
-
-    def row(self) -> tuple[str, ...]:
-        """Return the cells of a table."""
-        if self.score is not None:
-            score = f"{100 * self.score.value:.1f} % ({_interval(self.score)})"
-        else:
-            score = "too slow" if self.has_weights else "no weights"
-        mark = "chosen" if self.chosen else ""
-        return (self.name, score, f"{self.milliseconds:.1f}", f"{self.megabytes:.1f}", mark)
 
 
 def _interval(score: Rate | MeanPrecision) -> str:

@@ -104,19 +104,18 @@ def read_start_weights(
     return read_weights_file(recipe.model, file, source) if weights is None else weights
 
 
-def fetch_published(model: CatalogModel, *, download: bool = True) -> tuple[Path, str]:
+def fetch_published(model: CatalogModel) -> tuple[Path, str]:
     """Find the ImageNet weights of the network *model*, or download them.
 
-    Returns the file, and the catalog name under which the importers read it. Without *download*,
-    a missing file is not downloaded: it only checks that this is possible, and the returned
-    path does not exist. Raises the errors of `fetch_imagenet_weights`.
+    Returns the file, and the catalog name under which the importers read it. Raises the errors of
+    `fetch_imagenet_weights`.
     """
     from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
 
     config = make_config(model.name, model.config)
     # `head:NAME` starts with the weights of NAME.
     name = model.name.removeprefix("head:")
-    return fetch_imagenet_weights(name, config, download=download)
+    return fetch_imagenet_weights(name, config)
 
 
 def read_weights_file(

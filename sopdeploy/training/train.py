@@ -5,7 +5,7 @@ weights of an uninterrupted one: bit for bit on a CPU with the same number of th
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from sopdeploy.training.callback import Callback, WarningRecord
 from sopdeploy.training.checkpoints import Fit, Setup, read_warnings
 from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.results import AnyProcedureResult, ClassScore, LoopResult, NetworkScore
+from sopdeploy.training.results import AnyProcedureResult, ClassScore, LoopResult
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import NOTHING_GIVEN, Given, open_images, set_up_run
 from sopdeploy.training.start_weights import StartReport
@@ -49,7 +49,6 @@ class TrainingResult(StrictModel):
         thresholds: What thresholds on the confidence do to the images that the score counts.
         classes: Precision and recall of each class on these images.
         problem: Why the network is of no use, such as an accuracy at chance; empty if nothing is known.
-        networks: Those that were compared, if there was a choice.
     """
 
     out: Path
@@ -76,7 +75,6 @@ class TrainingResult(StrictModel):
     thresholds: tuple[ThresholdMetrics, ...] = ()
     classes: tuple[ClassScore, ...] = ()
     problem: str = ""
-    networks: tuple[NetworkScore, ...] = ()
 
 
 class FinishedRun(NamedTuple):
@@ -194,9 +192,7 @@ def _fit(
     return FinishedRun(setup.without_seen(fitted.seen), fitted, training)
 
 
-def summarize_run(
-    run: FinishedRun, out_dir: Path, networks: Sequence[NetworkScore] = (), **page: Any
-) -> TrainingResult:
+def summarize_run(run: FinishedRun, out_dir: Path, **page: Any) -> TrainingResult:
     """Describe a finished run; *page* has what the page tells, such as `report` and `classes`."""
     setup = run.setup
     fit = run.fit
@@ -222,7 +218,6 @@ def summarize_run(
         best_top1=None if is_map else best.metrics.score,
         best_map=best.metrics.score if is_map else None,
         decision=fit.decision,
-        networks=tuple(networks),
         warnings=tuple(run.record.get("warnings", ())),
         problem=describe_problem(setup, fit),
         **page,

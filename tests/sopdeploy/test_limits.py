@@ -463,7 +463,7 @@ def read_bytes_calls(file: Path) -> list[str]:
 
 UNLIMITED = {
     # Files of a package.
-    "html/report.py", "models/choices.py", "models/describe.py", "photos/compared.py", "photos/evaluation_images.py",
+    "html/report.py", "models/describe.py", "photos/evaluation_images.py",
     "reproduction/tables.py", "training/recipe_files.py", "few_shot/cache.py",
     "api/web.py", "label/app.py",
     # Files of the kernel.

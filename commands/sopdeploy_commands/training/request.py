@@ -3,7 +3,6 @@
 What needs no torch is checked first, so that a wrong path is an error at once.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -11,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import pydantic
 
 from sopdeploy.config import FieldValues, Options
-from sopdeploy.errors import ConfigError, WeightsError, shorten
+from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import BEST, expand_user
-from sopdeploy.models.choices import file_stem, read_choices
 from sopdeploy.paths import WeightPath, check_is_weights, describe_wrong, what_is
 from sopdeploy.photos.evaluation_images import ANY_IMAGES, open_unknown
 from sopdeploy.photos.files import check_takes_output, data_folder
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
     from sopdeploy.training.start_weights import WeightSource
 
 FOLDER_RECIPE = "photos"
-# Stands for the name of the network if only one is trained, that of the recipe
-RECIPE_NETWORK = ""
 NO_FILES = ("imagenet", "none")  # start weights that are no file
 Changes = Sequence[tuple[str, Any]]  # of a recipe: keys and values
 
@@ -51,16 +47,9 @@ class TrainOptions(Options):
     from_: Text = None
     """Start from the recipe of a run, or of a bundle whose run is in runs. Prints the accuracy of that run, and
     what was added since then."""
-    models: Text = None
-    """Networks, separated by commas: train the most accurate one by cross-validation."""
-    within: Text = None
-    """Compare only networks that need at most this time for an image on one thread here, such as 20ms.
-    They are the networks of `--models`, or of a built-in list. Networks whose weights cannot be
-    reached are skipped."""
     weights: Text = None
     """Pretrained weights: imagenet, none (random), a checkpoint or a weight file; sets `start.weights`. By
-    default imagenet for a folder of images without a recipe. With several networks, give one for
-    each, separated by commas, or a folder of files that are named like the networks."""
+    default imagenet for a folder of images without a recipe."""
     name: Name = None
     """Name of the project, by default the name of the data folder or of the recipe; sets `project`."""
     unknown: Text = None
@@ -75,106 +64,10 @@ class TrainOptions(Options):
     set: tuple[str, ...] = ()
     """Override a value of the recipe, KEY=VALUE; repeatable."""
 
-    def networks_to_train(
-        self, changes: Changes, settings: Mapping[str, Any]
-    ) -> "dict[str, NetworkChanges]":
-        """Return the start weights of each network to train, and the *changes* of its recipe, by its name.
-
-        The networks are those of `models`, or with `within` alone those of the built-in list;
-        without both, the network of the recipe has the name `RECIPE_NETWORK`. *settings*,
-        further values of the recipe, are only checked: they may not name a network. If
-        `weights` is a folder, networks of the built-in list without a file in it are left out.
-        Raises `ConfigError` for another number of `weights` than of networks, and for options
-        that do not fit together, and `WeightsError` if a network of `models`, or each of the
-        built-in list, has no file in the folder.
-        """
-        if not self.compares:
-            return {RECIPE_NETWORK: NetworkChanges(self.weights, changes)}
-
-        # The network is what is compared, so nothing else may choose it.
-        setting = "within" if self.models is None else "models"
-        if self.resume != "never":
-            raise ConfigError(
-                "not with resume, which continues the network of a run", setting=setting
-            )
-        for key, value in [*changes, *settings.items()]:
-            is_named_in_table = (
-                key == "model" and isinstance(value, Mapping) and "name" in value
-            )
-            if key == "model.name" or is_named_in_table:
-                message = "not with model.name, the name of one network"
-                raise ConfigError(message, setting=setting)
-
-        # The list gives some networks another image size than that of their weights; *changes*
-        # come after it, so they win.
-        networks = {}
-        resized = {one.name: one.pixels for one in read_choices().networks if one.resized}
-        for name, weights in self._weights_by_network().items():
-            size = [("preprocess.crop", resized[name])] if name in resized else []
-            of_network = [*size, *changes, ("model.name", name)]
-            networks[name] = NetworkChanges(weights, of_network)
-        return networks
-
-    @property
-    def milliseconds(self) -> float | None:
-        """The time that a network may need for an image; raises `ConfigError` for an invalid `within`."""
-        if self.within is None:
-            return None
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?ms", self.within)
-        if match is None:
-            raise ConfigError(
-                f"{self.within!r} is no time; give milliseconds, such as 20ms", setting="within"
-            )
-        return float(match[1])
-
     @property
     def resumes(self) -> bool | Literal["auto"]:
         """Whether the run continues; "auto": if there is one."""
         return "auto" if self.resume == "auto" else self.resume == "always"
-
-    @property
-    def compares(self) -> bool:
-        """Whether several networks are compared."""
-        return self.models is not None or self.within is not None
-
-    def networks(self) -> list[str]:
-        """Return the names of the networks to compare: `models`, or those of the list."""
-        if self.models is not None:
-            return [name.strip() for name in self.models.split(",")]
-        return [choice.name for choice in read_choices().networks]
-
-    def _weights_by_network(self) -> dict[str, str | None]:
-        """Divide `weights` among the networks; those of the built-in list without a file are left out."""
-        names = self.networks()
-        if self.weights is None or self.weights in NO_FILES:  # the same for every network
-            return dict.fromkeys(names, self.weights)
-
-        # The files in a folder are named like the networks; those of a list are in the order of the
-        # networks.
-        if (folder := expand_user(self.weights)).is_dir():
-            by_stem = {path.stem: str(path) for path in sorted(folder.iterdir())}
-            by_network = {name: by_stem.get(file_stem(name)) for name in names}
-            missing = [name for name, file in by_network.items() if file is None]
-
-            # The user wants each network of `models`; of the built-in list, those with a file.
-            if missing and (self.models is not None or len(missing) == len(names)):
-                advice = f"name files like {file_stem(missing[0])}.safetensors"
-                problem = f"there are no weights of {shorten(missing)}; {advice}"
-                raise WeightsError(f"{folder}: {problem}", setting="weights")
-            return {name: file for name, file in by_network.items() if file is not None}
-
-        files = [file.strip() for file in self.weights.split(",")]
-        if len(files) != len(names):
-            message = f"{len(files)} for {len(names)} networks; give a folder, or one for each with commas"
-            raise ConfigError(message, setting="weights")
-        return dict(zip(names, files, strict=True))
-
-
-class NetworkChanges(NamedTuple):
-    """What the user says about a network to train: its start weights, and changes of the recipe."""
-
-    weights: str | None
-    changes: Changes
 
 
 class RecipeChanges(NamedTuple):
@@ -184,7 +77,8 @@ class RecipeChanges(NamedTuple):
         source: The recipe, a name or a file; by default that for photos.
         values: Its values; None for those of the run to start from.
         is_named: Whether the user named the recipe.
-        networks: The networks to train by name, with their start weights and the values of `--set`.
+        weights: The start weights that an option names.
+        changes: The values of `--set`.
         settings: Values of the recipe, also as nested tables, that a Python program gives.
         options: Values of the recipe that other options set, by dotted key.
     """
@@ -192,15 +86,15 @@ class RecipeChanges(NamedTuple):
     source: str | Path
     values: FieldValues | None
     is_named: bool
-    networks: Mapping[str, NetworkChanges]
+    weights: str | None
+    changes: Changes
     settings: Mapping[str, Any]
     options: Mapping[str, Any]
 
     @property
     def changes_data(self) -> bool:
         """Whether a change selects images, other than by the folder."""
-        changes = [change for one in self.networks.values() for change in one.changes]
-        keys = [key for key, _ in changes] + list(self.settings)
+        keys = [key for key, _ in self.changes] + list(self.settings)
         return any(key.partition(".")[0] == "data" for key in keys)
 
 
@@ -210,10 +104,7 @@ def read_changes(
     options: TrainOptions,
     settings: Mapping[str, Any] = {},
 ) -> RecipeChanges:
-    """Read *recipe* and parse its changes; raises `ConfigError` if they cannot be combined.
-
-    Raises `WeightsError`, too, for a folder of weights that lacks those of a network.
-    """
+    """Read *recipe* and parse its changes; raises `ConfigError` if they cannot be combined."""
     if recipe is None and data is None:
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
 
@@ -236,16 +127,18 @@ def read_changes(
         source=source,
         values=None if options.from_ is not None else read_values(source),
         is_named=recipe is not None,
-        networks=options.networks_to_train([*map(parse_override, options.set)], settings),
+        weights=options.weights,
+        changes=[*map(parse_override, options.set)],
         settings=settings,
         options={key: value for key, value in set_by_options.items() if value is not None},
     )
 
 
 class TrainRequest(NamedTuple):
-    """The recipe of each network to train, with what is known of its run, and the run to start from."""
+    """The recipe to train, with what is known of its run, and the run to start from."""
 
-    networks: "dict[str, tuple[Recipe, Given]]"
+    recipe: "Recipe"
+    given: "Given"
     previous: "Checkpoint | None"
 
 
@@ -256,13 +149,12 @@ def read_request(
     options: TrainOptions,
     settings: Mapping[str, Any],
 ) -> TrainRequest:
-    """Read the recipe of each network, the run to start from, and the images; writes no file.
+    """Read the recipe, the run to start from, and the images; writes no file.
 
     Raises `ConfigError`, `DataError`, `WeightsError` and `CheckpointError` for what the user gave.
     """
     # What a user may have mistyped, before torch is imported
     changes = read_changes(data, recipe, options, settings)
-    options.milliseconds  # noqa: B018 - raises the error of an invalid time
 
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
@@ -276,31 +168,22 @@ def read_request(
     if options.from_ is not None:
         _check_starts(Path(options.from_))
 
-    start_files = {}  # by network
-    for name, network in changes.networks.items():
-        if network.weights is not None and network.weights not in NO_FILES:
-            start_files[name] = _check_weights(network.weights)
+    start_file = None
+    if options.weights is not None and options.weights not in NO_FILES:
+        start_file = _check_weights(options.weights)
 
     # The images. Those of the folder are opened later if the recipe may say what is read of it.
     unknown = None if unknown_folder is None else open_unknown(unknown_folder)
     recipe_may_say = changes.values is None or changes.is_named or changes.changes_data
     data_of_folder = None if data is None or recipe_may_say else open_folder(data)
 
-    # The recipes; from here on, torch is imported.
+    # The recipe; from here on, torch is imported.
     from sopdeploy.training.setup import open_images
 
     previous = None if options.from_ is None else read_previous(Path(options.from_))
-    networks = {
-        name: configure(changes, name, previous, start_files.get(name))
-        for name in changes.networks
-    }
-    shared, _ = next(iter(networks.values()))  # the recipes differ in the network only
-    run_images = open_images(shared, data_of_folder, unknown)
-    with_images = {
-        name: (recipe_of_network, given._replace(images=run_images))
-        for name, (recipe_of_network, given) in networks.items()
-    }
-    return TrainRequest(with_images, previous)
+    configured, given = configure(changes, previous, start_file)
+    run_images = open_images(configured, data_of_folder, unknown)
+    return TrainRequest(configured, given._replace(images=run_images), previous)
 
 
 def _check_starts(source: Path) -> None:
@@ -357,11 +240,10 @@ def read_previous(source: Path) -> "Checkpoint":
 
 def configure(
     recipe_changes: RecipeChanges,
-    network: str = RECIPE_NETWORK,
     previous: "Checkpoint | None" = None,
     start_file: WeightPath | None = None,
 ) -> "tuple[Recipe, Given]":
-    """Apply *recipe_changes* for *network* to their recipe or that of the *previous* run; name the project.
+    """Apply *recipe_changes* to their recipe or that of the *previous* run; name the project.
 
     Without a recipe and a network, a weight file determines the network. *start_file* is the
     file of the start weights that an option gave, which is checked. Returns the recipe and what
@@ -376,10 +258,13 @@ def configure(
 
     # The recipe with all changes
     values = recipe_changes.values if previous is None else previous.training["recipe"]
-    weights_of_network, of_network = recipe_changes.networks[network]
-    changes = [*of_network, *flatten(recipe_changes.settings), *recipe_changes.options.items()]
-    if weights_of_network is not None:
-        changes.append(("start.weights", weights_of_network))
+    changes = [
+        *recipe_changes.changes,
+        *flatten(recipe_changes.settings),
+        *recipe_changes.options.items(),
+    ]
+    if recipe_changes.weights is not None:
+        changes.append(("start.weights", recipe_changes.weights))
     source = str(recipe_changes.source)
     keys = [key for key, _ in flatten(dict(changes))]
     changes += _choose_data_kind(values or {}, dict(flatten(dict(changes))))

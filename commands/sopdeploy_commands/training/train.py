@@ -2,7 +2,6 @@
 
 import sys
 import tomllib
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from shlex import quote
@@ -15,8 +14,8 @@ from sopdeploy.errors import ConfigError, amount
 from sopdeploy.files import LAST
 from sopdeploy.models.families import PAGE, find_family, names_of_family
 from sopdeploy.training.recipe_files import list_recipes, recipe_text
-from sopdeploy.training.results import NetworkScore, describe_notes, insert_folders, read_result
-from sopdeploy_commands.training.request import RECIPE_NETWORK, TrainOptions, read_request
+from sopdeploy.training.results import describe_notes, insert_folders, read_result
+from sopdeploy_commands.training.request import TrainOptions, read_request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,8 +34,6 @@ MAX_CLASSES = 30  # that are printed; the report has all
 
 def print_result(result: "TrainingResult") -> None:
     """Print a table of the classes, the score, the decision, the report and the next command."""
-    if result.networks:
-        print_table(NetworkScore.COLUMNS, (network.row() for network in result.networks))
     _print_classes(result.classes)
 
     # The score, what was left out, calibration and rejection.
@@ -95,7 +92,6 @@ def _join_decision(decision: "Decision") -> list[str]:
         "sopdeploy train --data photos/",
         "sopdeploy train --data photos/ --from bundles/live",
         "sopdeploy train --data photos/ --weights model.safetensors",
-        "sopdeploy train --data photos/ --within 20ms",
         "sopdeploy train --recipe digits-dsop --set epochs=10",
         "sopdeploy train --recipe digits-plain --set model.config.pooling=isqrt",
     ),
@@ -144,7 +140,7 @@ def train(
     data = None if data is None else Path(data)
     out = None if out is None else Path(out)
 
-    networks_to_train, previous = read_request(data, recipe, out, options, settings)
+    request = read_request(data, recipe, out, options, settings)
 
     from sopdeploy.report.page import PAGE, write_run_page
     from sopdeploy.training.callback import Callback, WarningRecord
@@ -163,62 +159,27 @@ def train(
             observer = stack.enter_context(ProgressBars(err))
         observer = WarningRecord(observer)
 
-        # Of several networks, the fastest of those with the best cross-validated score.
-        networks: tuple[NetworkScore, ...] = ()
-        name = RECIPE_NETWORK
-        if options.compares:
-            networks = _compare_networks(networks_to_train, options, out, observer)
-            name = next(network.name for network in networks if network.chosen)
-
         # The run. Of several processes, the first one alone writes the page.
-        recipe_of_run, given = networks_to_train[name]
-        run, folder = _train_in_folder(recipe_of_run, given, out, options, observer)
+        run, folder = _train_in_folder(request.recipe, request.given, out, options, observer)
         if not is_main_process():
             return summarize_run(run, folder)
 
         def on_image(done: int, total: int) -> None:
             observer.on_stage(name="report", done=done, total=total)
 
-        runs_before = list_runs_before(folder, recipe_of_run.project)
-        facts = write_run_page(run, folder, on_image, networks, runs_before)
+        runs_before = list_runs_before(folder, request.recipe.project)
+        facts = write_run_page(run, folder, on_image, runs_before)
 
     return summarize_run(
         run,
         folder,
-        networks,
         report=folder / PAGE,
         mistakes=tuple(facts.mistakes[:2]),  # the most frequent ones
         thresholds=facts.thresholds,
         classes=facts.classes,
-        previous="" if previous is None else _describe_changes(previous, run.setup),
-    )
-
-
-def _compare_networks(
-    networks_to_train: "Mapping[str, tuple[Recipe, Given]]",
-    options: TrainOptions,
-    out: Path | None,
-    observer: "Callback",
-) -> tuple[NetworkScore, ...]:
-    """Measure and cross-validate the networks of *options*; one of the result is `chosen`.
-
-    A warning names the networks that have no file in the user's folder of weights.
-    """
-    from sopdeploy.training.distributed import Strategy, select_device
-    from sopdeploy.training.run_folder import RunFolder
-    from sopdeploy_commands.training.network_choice import choose_network
-
-    # Another run in *out* is an error, which must not come after minutes of measurements.
-    if out is not None:
-        RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
-
-    skipped = [name for name in options.networks() if name not in networks_to_train]
-    if skipped:
-        observer.on_warning(
-            f"skipped, because {options.weights} lacks them: {', '.join(skipped)}"
-        )
-    return choose_network(
-        networks_to_train, options.milliseconds, observer, may_skip=options.models is None
+        previous=""
+        if request.previous is None
+        else _describe_changes(request.previous, run.setup),
     )
 
 

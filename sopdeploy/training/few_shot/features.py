@@ -404,11 +404,3 @@ def head_to_fit(full: SecondOrderHead, kind: HeadKind) -> HeadConfig:
     if not taps or kind == "gap":
         return HeadConfig(kind="gap")
     return HeadConfig(kind=kind, taps=taps, width=WIDTH)
-
-
-def unfitted_network(
-    settings: FeatureSettings, kind: HeadKind, model: Classifier
-) -> SecondOrderHead:
-    """Build the network that a run with one class per image would deploy, with a random head."""
-    full = full_head(settings, model)
-    return full.copy_with_head(head_to_fit(full, kind).model_copy(update={"cosine": True}))
