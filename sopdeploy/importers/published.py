@@ -160,12 +160,6 @@ def _fetch_url(url: str) -> Path:
 
     if not path.is_file():
         with _download_error(name, f"get {url} and put it at {path}"):
-            if not download:
-                hub = importlib.import_module("torch.hub")
-                hub.urlopen(url, timeout=UNREACHABLE_SECONDS).close()
-                return path
-=======
-        with _download_error(name, url, HTTP_PROXIES, f"get {url} and put it at {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
 
