@@ -72,6 +72,7 @@ def proof_files(root: str, tolerance: float = 0.0, **fields: Any) -> dict[str, b
         "roots": roots,
         "precision": precision,
         "mixes_images": [],
+        "statements": {"Removed": "proved", "Graph": "proved", "File": "measured"},
     }
     types = {"precision": precision, "parts": {}}
     reports = {"certificate": certificate, "parity": parity, "precision": types}
