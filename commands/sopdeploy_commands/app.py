@@ -66,7 +66,7 @@ TOPICS = {
             "move images that Label Studio has labelled to their classes",
         ),
         "compare": (".promotion.compare:compare", "compare two bundles on images"),
-        "promote": (".promotion.promote:promote", "make a bundle live if it is not worse"),
+        "promote": (".promotion.promote:promote", "make a bundle live, or go back"),
     },
     "Operate": {
         "classify": (

@@ -26,6 +26,7 @@ def student(values: Sequence[float]) -> Interval:
 
 
 ALPHA = 0.05
+Z_90 = 1.644854  # 95 % quantile of the normal distribution, for a 90 % interval
 # With this quantile (4 % for many images), a classifier that is worse by the tolerance is "not
 # worse" with a probability of at most 5 % for any number of images: the tests enumerate it.
 Z_NOT_WORSE = 1.75
@@ -75,10 +76,12 @@ def score_statistic(wins: int, losses: int, images: int, difference: float) -> f
     return (wins - losses - images * difference) / math.sqrt(max(variance, 1e-12))
 
 
-def difference_interval(wins: int, losses: int, images: int) -> Interval:
-    """Compute the 95 % interval of the difference: the values that `score_statistic` does not reject."""
-    low = bound_difference(wins, losses, images, -1.0, Z_95)
-    high = bound_difference(wins, losses, images, 1.0, Z_95)
+def difference_interval(
+    wins: int, losses: int, images: int, quantile: float = Z_95
+) -> Interval:
+    """Compute the interval of the difference, of 95 %: the values that `score_statistic` does not reject."""
+    low = bound_difference(wins, losses, images, -1.0, quantile)
+    high = bound_difference(wins, losses, images, 1.0, quantile)
     return Interval(low, high)
 
 

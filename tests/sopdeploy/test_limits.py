@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from sopdeploy.bundle.golden import GoldenIndex
+from sopdeploy.bundle.live import read_log
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.checkpoint import (
     Checkpoint,
@@ -41,7 +42,7 @@ from sopdeploy.pickled import distinct_values
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.recipe_files import parse_override, recipe_text
 from sopdeploy_commands.bundles.export import read_preprocess
-from sopdeploy_commands.promotion.history import Promotion, read_promotions
+from sopdeploy_commands.promotion.promote import Promotion
 from sopdeploy_service.http.api_keys import read_keys
 from sopdeploy_service.runtime.tensorrt_cache import EngineRecord, read_records
 from sopdeploy_service.settings import load_settings
@@ -71,7 +72,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "an image of the client": ("one.jpg", lambda path: encode_images([path])),
     "the log of promotions": (
         "promotions.jsonl",
-        lambda path: read_promotions(path.with_name("live")),
+        lambda path: list(read_log(path.parent)),
     ),
 }
 SKIPPING: dict[str, tuple[str, Callable[[Path], object]]] = {  # these take the file as missing

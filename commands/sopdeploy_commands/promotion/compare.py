@@ -1,96 +1,165 @@
-"""`sopdeploy compare`: compare two bundles on the same photographs, with the server's code.
+"""`sopdeploy compare`: compare two bundles on the same labelled images, with the server's code.
 
-What decides is the uniform sample of the recent traffic. A class that only the second bundle
-has counts as the sample has it; the other classes are then tested alone
-(`sopdeploy.evaluation.permission`). Letters: N photographs, C classes.
+Letter: N images.
 """
 
 import itertools
+import math
 import os
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from statistics import median
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import Bundle
 from sopdeploy.cli.command import command
-from sopdeploy.errors import ConfigError
-from sopdeploy.evaluation.metrics import Rate, log_loss
-from sopdeploy.evaluation.permission import (
-    TOLERANCE,
-    Counts,
-    Rule,
-    rule_of_all,
-    rule_of_old,
-)
-from sopdeploy.evaluation.statistics import (
-    ALPHA,
-    Verdict,
-    difference_interval,
-    mcnemar,
-)
+from sopdeploy.cli.console import err, plain_text, print_table, say
+from sopdeploy.config import StrictModel
+from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.evaluation.statistics import Z_90, difference_interval, mcnemar
+from sopdeploy.html.report import percent
+from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
+from sopdeploy.photos.evaluation_images import open_evaluation_images
+from sopdeploy.photos.kept import decides, kept_id
 from sopdeploy.photos.photo import ImageFiles
+from sopdeploy.project import AS_IT_IS, MAX_RECORDED
 from sopdeploy_commands.bundles.scores import logits_of_images
-from sopdeploy_commands.promotion.comparison import (
-    BundleComparison,
-    BundleScore,
-    Change,
-    Check,
-    ClassChange,
-    Period,
-    count_needed,
-    show_comparison,
-)
-from sopdeploy_commands.promotion.history import count_comparisons
-from sopdeploy_commands.promotion.photographs import (
-    Photographs,
-    open_different_unknown,
-    select_photographs,
-)
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings, load_settings
 
+TOLERANCE = 5.0  # points that a bundle may lose on up to `TOLERANCE_IMAGES` images
+TOLERANCE_IMAGES = 100
+MIN_IMAGES = 20  # with fewer, the interval is wrong more often than stated, and nothing passes
 Tolerance = Annotated[float, pydantic.Field(ge=0, le=50)]  # percentage points
-NEWEST = 30  # photographs whose accuracy is told
+
+
+class BundleScore(StrictModel):
+    """The accuracy of one bundle, and the median of the seconds per image, from file to prediction."""
+
+    bundle: str
+    top1: Rate
+    seconds: float
+
+
+class ClassRecall(StrictModel):
+    """How many of the `num_images` of a class the first and the second bundle classify correctly."""
+
+    label: str
+    num_images: int
+    first: int
+    second: int
+
+
+class BundleComparison(StrictModel):
+    """The second bundle compared with the first on `num_images` images, with fractions of them.
+
+    Only the second bundle is right on `wins` images, only the first on `losses`. `low` and `high`
+    are Tango's 90 % interval of the `difference` of the accuracies, `p` is McNemar's exact
+    p-value. A `low` below minus the `tolerance` does not pass, nor do fewer than 20 images.
+    Training images of the bundles and their copies (`num_trained_on`), other copies
+    (`num_copies`), and photos that a server kept for training (`num_for_training`) were left out.
+    `removed` are classes that only the first bundle has.
+    """
+
+    first: BundleScore
+    second: BundleScore
+    num_images: int
+    num_trained_on: int
+    num_copies: int
+    num_for_training: int
+    wins: int
+    losses: int
+    difference: float
+    low: float
+    high: float
+    p: float
+    tolerance: float
+    classes: tuple[ClassRecall, ...]
+    removed: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def passes(self) -> bool:
+        """Whether a loss of more than the tolerance is unlikely."""
+        return self.num_images >= MIN_IMAGES and self.low >= -self.tolerance
+
+    @property
+    def summary(self) -> str:
+        """The result and its figures, in one line."""
+        verdict = "passes" if self.passes else "may lose too much"
+        if self.num_images < MIN_IMAGES:
+            verdict = f"fewer than {MIN_IMAGES} images"
+        return (
+            f"{verdict}: of {self.num_images:,} images {self.second.top1.right:,} right, before "
+            f"{self.first.top1.right:,}: {100 * self.difference:+.1f} points "
+            f"({100 * self.low:+.1f} to {100 * self.high:+.1f}, at least {-100 * self.tolerance:.1f})"
+        )
+
+
+def show_comparison(result: BundleComparison) -> None:
+    """Print both bundles, the recall of each class, and the difference."""
+    for note in result.notes:
+        err.print(plain_text(f"warning: {note}"))
+
+    scores = (result.first, result.second)
+    rows = []
+    for score in scores:
+        interval = f"{percent(score.top1.low)} to {percent(score.top1.high)}"
+        seconds = f"{1000 * score.seconds:.1f}"
+        rows.append((score.bundle, percent(score.top1.share), interval, seconds))
+    print_table(("bundle", "accuracy", "95 %", "ms per image"), rows)
+
+    rows = []
+    for one in result.classes:
+        recalls = [percent(right / one.num_images) for right in (one.first, one.second)]
+        rows.append((one.label, str(one.num_images), *recalls))
+    print_table(("class", "images", "recall, first", "recall, second"), rows)
+
+    if result.removed:
+        say(f"only in the first bundle: {', '.join(result.removed)}")
+    say(
+        f"left out: {result.num_trained_on} training images and copies of them, "
+        f"{result.num_copies} other copies, {result.num_for_training} kept for training",
+        f"only the second is right on {result.wins}, only the first on {result.losses}, "
+        f"McNemar p {result.p:.2g}",
+    )
+    say(result.summary, style="bold")
 
 
 @command(
     show_comparison,
     options={"data"},
-    examples=("sopdeploy compare bundles/photos-3f6c01d2a4b7 bundles/latest --data held-out",),
+    examples=("sopdeploy compare bundles/live bundles/latest --data photos",),
 )
 def compare(
     first: Path,
     second: Path,
     data: Path,
     *,
-    unknown: Path | None = None,
     tolerance: Tolerance = TOLERANCE,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> BundleComparison:
-    """Say whether the second bundle is better than the first one, not worse, or worse, on the same photos.
+    """Compare the accuracy of two bundles on the same labelled images.
 
-    Of the photos that a server kept, the last 14 days count or, if `label` has noted a drift alarm in
-    the folder, the time since it began. In both cases, at least the newest 100 photos count. Photos
-    that no server kept all count. Training images, near-duplicates and folders that are not a class of
-    either bundle are left out.
+    Training images of either bundle, copies, and folders that are not a class of either bundle are
+    left out. Of the photos that a server kept, only those that are held out count: half of its random
+    sample, which `train` does not use.
 
     Args:
         first: A bundle, such as the live one.
         second: The bundle to compare with it.
         data: Folder of images that neither bundle was trained on, DIR/<class>/*.jpg.
-        unknown: Folder of images of none of the classes, which test `known`. Of images that a server kept,
-            only the uniform sample counts.
-        tolerance: Points of accuracy that the second bundle may lose on 100 photos, and two thirds as many on 1,000.
+        tolerance: Points of accuracy that the second bundle may lose on up to 100 images, and half
+            as many on 1,000.
         on_image: Called with the numbers of predictions done and in total.
 
     Raises:
-        DataError: An image that cannot be decoded within the limits of a server, or no photo of a common
-            class remains.
+        DataError: An image that cannot be decoded within the limits of a server, or no image remains.
         ConfigError: A bundle predicts several classes per image.
         BundleError: A bundle is damaged.
     """
@@ -100,344 +169,181 @@ def compare(
     # live bundle of the project, which is what new bundles are compared with.
     pair = [load_model(Path(os.path.realpath(path)), settings) for path in (first, second)]
 
-    return compare_loaded(
-        pair,
-        data,
-        count_comparisons(first),
-        settings,
-        unknown=unknown,
-        tolerance=tolerance,
-        on_image=on_image,
-    )
+    return compare_loaded(pair, data, settings, tolerance=tolerance, on_image=on_image)
 
 
 def compare_loaded(
     pair: Sequence[LoadedModel],
     data: Path,
-    num_earlier: int,
     settings: Settings,
     *,
-    unknown: Path | None,
     tolerance: float,
     on_image: Callable[[int, int], None],
 ) -> BundleComparison:
-    """Compare the two bundles of *pair* as `compare` does, after *num_earlier* comparisons with the first one."""
-    # Both bundles must answer with one class per photograph.
+    """Compare the two bundles of *pair* as `compare` does."""
     for model in pair:
         if model.bundle.manifest.rules.is_multi_label:
             raise ConfigError(
                 f"{model.bundle.name}: predicts several classes per image; use `sopdeploy eval`"
             )
 
-    # The photographs, and unknown images.
     notes: list[str] = []
-    photographs, left_out = select_photographs(data, pair, notes)
-    unknown_images: ImageFiles | None = None
-    if unknown is not None:
-        unknown_images, num_copies = open_different_unknown(unknown, notes)
-        left_out["num_copies"] += num_copies
+    images, left_out = _select_images(data, pair, notes)
 
-    first, second = _evaluate_pair(pair, photographs, unknown_images, settings, on_image)
+    done = itertools.count(1)
+    first, second = (
+        _run(model, images, settings, lambda: on_image(next(done), 2 * len(images)))
+        for model in pair
+    )
 
-    # The verdict, by bounds on what the second bundle loses and by what changed for unknown images,
-    # if both bundles recognize them.
-    attempt = num_earlier + 1
-    checks = _bound_losses(photographs, first, second, tolerance, attempt)
-    rejections = _compare_rejections(first, second)
-    verdict = _decide(checks, rejections)
-    needed = count_needed(checks) if verdict == "undecided" else None
-
-    # The figures are those of all recent photographs.
-    in_all = checks[0]
-    interval = difference_interval(in_all.wins, in_all.losses, in_all.num_images)
-    first_labels, second_labels = (set(model.bundle.labels) for model in pair)
-    new = compare_classes(photographs, photographs.new, first.right, second.right)
-    unseen = second_labels - first_labels - {change.label for change in new}
+    wins = int((second.right & ~first.right).sum())
+    losses = int((first.right & ~second.right).sum())
+    interval = difference_interval(wins, losses, len(images), Z_90)
+    first_labels, second_labels = (model.bundle.labels for model in pair)
     return BundleComparison(
         first=first.score,
         second=second.score,
-        num_images=in_all.num_images,
-        **left_out,
-        wins=in_all.wins,
-        losses=in_all.losses,
-        difference=in_all.difference,
+        num_images=len(images),
+        num_trained_on=left_out.num_trained_on,
+        num_copies=left_out.num_copies,
+        num_for_training=left_out.num_for_training,
+        wins=wins,
+        losses=losses,
+        difference=(wins - losses) / len(images),
         low=interval.low,
         high=interval.high,
-        p=mcnemar(in_all.wins, in_all.losses),
-        tolerance=tolerance / 100,
-        attempt=attempt,
-        checks=checks,
-        verdict=verdict,
-        num_more_images=needed.num_images if needed and needed.decides else None,
-        unknown=rejections,
-        classes=compare_classes(photographs, photographs.old, first.right, second.right),
-        new=new,
-        unseen=sorted(unseen),
-        removed=sorted(first_labels - second_labels),
-        notes=notes,
-        changed_at=photographs.changed_at,
-        periods=_list_periods(photographs, first.right, second.right),
+        p=mcnemar(wins, losses),
+        tolerance=narrow_tolerance(tolerance, len(images)) / 100,
+        classes=tuple(_count_recalls(images, first.right, second.right)),
+        removed=tuple(sorted(set(first_labels) - set(second_labels))),
+        notes=tuple(notes),
     )
 
 
-def _evaluate_pair(
-    pair: Sequence[LoadedModel],
-    photographs: Photographs,
-    unknown_images: ImageFiles | None,
-    settings: Settings,
-    on_image: Callable[[int, int], None],
-) -> list["Evaluated"]:
-    """Run both bundles on the same photographs and, if there are any, unknown images; score each.
+def narrow_tolerance(tolerance: float, num_images: int) -> float:
+    """Return how much of *tolerance* remains with *num_images*: all up to 100, half with 1,000.
 
-    *on_image* receives how many predictions are done, and how many there are of both bundles.
+    Few images cannot show a small loss, and many can.
     """
-    num_unknown = 0 if unknown_images is None else len(unknown_images)
-    num_predictions = len(pair) * (len(photographs.images) + num_unknown)
-    numbers = itertools.count(1)
-
-    def answer(model: LoadedModel, images: ImageFiles) -> Answers:
-        return _answer(
-            model, images, settings, lambda: on_image(next(numbers), num_predictions)
-        )
-
-    return [
-        _evaluate(
-            model.bundle,
-            photographs,
-            answer(model, photographs.images),
-            None if unknown_images is None else answer(model, unknown_images),
-        )
-        for model in pair
-    ]
+    tenfolds = math.log10(max(1.0, num_images / TOLERANCE_IMAGES))
+    return tolerance * 0.5**tenfolds
 
 
-def _compare_rejections(first: "Evaluated", second: "Evaluated") -> Change | None:
-    """Count which unknown images only one of the bundles rejects; None unless both recognize them."""
-    if first.rejected is None or second.rejected is None:
-        return None
-    counts = _count_changes(first.rejected, second.rejected)
-    return Change(**counts, p=mcnemar(**counts))
+class LeftOut(NamedTuple):
+    """How many images are not compared, as in `BundleComparison`."""
+
+    num_trained_on: int
+    num_copies: int
+    num_for_training: int
 
 
-def _bound_losses(
-    photographs: Photographs,
-    first: "Evaluated",
-    second: "Evaluated",
-    tolerance: float,
-    attempt: int,
-) -> list[Check]:
-    """Bound what the *second* bundle loses to the *first* one on all recent photographs.
+def _select_images(
+    data: Path, pair: Sequence[LoadedModel], notes: list[str]
+) -> tuple[ImageFiles, LeftOut]:
+    """Open the images in *data* of the classes of *pair*, one of each group of copies.
 
-    With new classes, the old ones are also checked alone.
+    Groups with a training image are left out, and photos that a server kept for training. *notes*
+    receives lines about the folder. Raises `DataError` if no image remains.
     """
-    # What is labelled now is counted by the next attempt, whose rule is stricter.
-    rule, next_rule = (rule_of_all(tolerance, number) for number in (attempt, attempt + 1))
-    recent_N = photographs.recent
-    checks = [_check("all", rule, next_rule, first.right, second.right, recent_N)]
-
-    if photographs.new.any():
-        rule = rule_of_old(tolerance)
-        checks.append(_check("old", rule, rule, first.right, second.right, photographs.old))
-    return checks
-
-
-def _check(
-    of: Literal["all", "old"],
-    rule: Rule,
-    next_rule: Rule,
-    first_N: NDArray[np.bool_],
-    second_N: NDArray[np.bool_],
-    counted_N: NDArray[np.bool_],
-) -> Check:
-    """Bound by *rule* what the second bundle loses on the photographs that *counted_N* marks.
-
-    *first_N* and *second_N* mark those that the bundles classify correctly. By *next_rule*, more
-    photographs would be counted.
-    """
-    changes = _count_changes(first_N[counted_N], second_N[counted_N])
-    counts = Counts(int(counted_N.sum()), changes["wins"], changes["losses"])
-    bound = rule.bound(counts)
-
-    return Check(
-        of=of,
-        num_images=counts.images,
-        **changes,
-        difference=bound.difference,
-        low=bound.low,
-        limit=bound.limit,
-        num_more_images=next_rule.labels_to_pass(counts),
+    labels = {label for model in pair for label in model.bundle.labels}
+    origin = pair[1].bundle.manifest.origin  # of the newer bundle
+    images = open_evaluation_images(
+        data,
+        tuple(sorted(labels)),
+        other_classes=True,
+        reading=AS_IT_IS if origin is None else origin.reading,
+        log=notes.append,
     )
+    if len(images) > MAX_SIGNATURES:
+        notes.append(f"{data}: over {MAX_SIGNATURES:,} images; only equal files are left out")
+
+    # Copies share a group. No image of a group counts if a bundle was trained on one of them.
+    grouped = group_photographs(images)
+    recorded_N = _find_recorded(grouped.file_hashes, pair, notes)
+    trained_on_N = np.isin(grouped.groups, grouped.groups[recorded_N])
+
+    # Of the photos that a server kept, those that decide count, and all that no server kept.
+    names = [images.path(index).name for index in range(len(images))]
+    may_decide_N = np.array([decides(name) or not kept_id(name) for name in names])
+    remains_N = may_decide_N & ~trained_on_N
+    if not remains_N.any():
+        raise DataError(f"{data}: all of these images are for training; give others")
+
+    # The first of each group counts.
+    counts_N = np.zeros(len(images), np.bool_)
+    remaining = np.flatnonzero(remains_N)
+    counts_N[remaining[np.unique(grouped.groups[remaining], return_index=True)[1]]] = True
+    left_out = LeftOut(
+        num_trained_on=int(trained_on_N.sum()),
+        num_copies=int((remains_N & ~counts_N).sum()),
+        num_for_training=int((~may_decide_N & ~trained_on_N).sum()),
+    )
+    return images.select(counts_N), left_out
 
 
-def _decide(checks: Sequence[Check], unknown: Change | None) -> Verdict:
-    """Decide by *checks*, of which the first is that of all photographs, and *unknown* images."""
-    if unknown is not None and unknown.is_worse:  # even if it is better on the photographs
-        return "worse"
+def _find_recorded(
+    file_hashes: NDArray[np.str_], pair: Sequence[LoadedModel], notes: list[str]
+) -> NDArray[np.bool_]:
+    """Find the images, by their *file_hashes* (N,), that a bundle of *pair* records as training images (N,).
 
-    if all(check.passes for check in checks):
-        in_all = checks[0]
-        wins_more = in_all.wins > in_all.losses
-        is_better = wins_more and mcnemar(in_all.wins, in_all.losses) <= ALPHA
-        return "better" if is_better else "not worse"
-
-    # Old classes may lose a little beside a new one: what passes its own limit is no reason.
-    for check in checks:
-        loses_more = check.losses > check.wins
-        if not check.passes and loses_more and mcnemar(check.wins, check.losses) <= ALPHA:
-            return "worse"
-    return "undecided"
-
-
-def _list_periods(
-    photographs: Photographs, first_N: NDArray[np.bool_], second_N: NDArray[np.bool_]
-) -> list[Period]:
-    """Count what both bundles get right since a change, among the newest photographs, and by week.
-
-    *first_N* and *second_N* mark the photographs that they classify correctly. Without a
-    photograph that a server kept, there are no periods, except that of a change.
+    *notes* receives lines about records that are missing or not complete.
     """
-    times_N = photographs.times
-    kept = np.flatnonzero(times_N > 0)
-    parts: list[tuple[str, NDArray[np.intp]]] = []
-    if photographs.changed_at is not None:
-        is_since = times_N[kept] >= photographs.changed_at.timestamp()
-        parts.append(("since the traffic changed", kept[is_since]))
+    recorded_N = np.zeros(len(file_hashes), np.bool_)
+    for model in pair:
+        name = model.bundle.name
+        origin = model.bundle.manifest.origin
+        if origin is None or not origin.sample:
+            notes.append(
+                f"{name}: its training images are not recorded; leave them out yourself"
+            )
+            continue
 
-    if len(kept):
-        newest_first = kept[np.argsort(-times_N[kept], kind="stable")]
-        parts.append(("newest photos", newest_first[:NEWEST]))
-
-    # Weeks begin on Mondays.
-    weeks: dict[str, list[int]] = {}
-    for index in kept[np.argsort(times_N[kept], kind="stable")].tolist():
-        day = datetime.fromtimestamp(times_N[index], UTC).date()
-        monday = day - timedelta(days=day.weekday())
-        weeks.setdefault(f"week of {monday}", []).append(index)
-    parts += [(name, np.asarray(indexes)) for name, indexes in weeks.items()]
-
-    return [
-        Period(
-            of=name,
-            num_images=len(part),
-            first=int(first_N[part].sum()),
-            second=int(second_N[part].sum()),
-        )
-        for name, part in parts
-    ]
+        in_record_N = np.isin(file_hashes, origin.sample)
+        recorded_N |= in_record_N
+        if in_record_N.any() and len(origin.sample) == MAX_RECORDED:
+            notes.append(
+                f"{name}: may have been trained on more of these images than its record tells"
+            )
+    return recorded_N
 
 
-class Answers(NamedTuple):
-    """The calibrated logits (N, C) of a bundle for N images, and which images (N,) are `known`.
-
-    Without a threshold, all are.
-    """
-
-    logits: NDArray[np.floating]
-    known: NDArray[np.bool_]
-
-
-class Evaluated(NamedTuple):
-    """A bundle's score, which photographs (N,) are `right`, and which unknown images (U,) are `rejected`."""
+class Run(NamedTuple):
+    """The score of a bundle, and on which images (N,) it is `right`."""
 
     score: BundleScore
     right: NDArray[np.bool_]
-    rejected: NDArray[np.bool_] | None
 
 
-def _answer(
-    loaded: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
-) -> Answers:
-    """Run a bundle on *images*."""
-    logits_NC = logits_of_images(loaded, images, settings, on_image)
-    rules = loaded.bundle.manifest.rules
-    known = [rules.answer(row, top_k=1).known is not False for row in logits_NC]
-    return Answers(rules.calibrate(logits_NC), np.array(known))
+def _run(
+    model: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
+) -> Run:
+    """Let *model* classify *images*; classes are compared by name."""
+    times = [time.perf_counter()]
 
+    def count_image() -> None:
+        times.append(time.perf_counter())
+        on_image()
 
-def _find_right(bundle: Bundle, images: ImageFiles, answers: Answers) -> NDArray[np.bool_]:
-    """Find out which of *images* (N,) have the class that *bundle* answers.
-
-    Classes are compared by name: the index of one in the bundle differs from that in the labels
-    of the images.
-    """
-    answers_N = [bundle.labels[output] for output in answers.logits.argmax(axis=1)]
-    labels_N = [images.labels[target] for target in images.targets]
-    return np.array(
-        [answer == label for answer, label in zip(answers_N, labels_N, strict=True)]
-    )
-
-
-def _evaluate(
-    bundle: Bundle, photographs: Photographs, answers: Answers, for_unknown: Answers | None
-) -> Evaluated:
-    """Score a bundle of the pair by its *answers* for *photographs* and, if there are any, for unknown images.
-
-    Log loss and the share of known images are those of the recent photographs whose class both
-    bundles have.
-    """
-    right_N = _find_right(bundle, photographs.images, answers)
-
-    # The log loss, of the `common` photographs.
-    output_of_label = {label: output for output, label in enumerate(bundle.labels)}
-    labels_N = [photographs.images.labels[target] for target in photographs.images.targets]
-    common = photographs.common
-    outputs = np.array([output_of_label[labels_N[index]] for index in np.flatnonzero(common)])
-    loss = log_loss(answers.logits[common].astype(np.float64), outputs)
-
-    # What the rejection does with known and with unknown images, if there is a rule.
-    rejected_U = None if for_unknown is None else ~for_unknown.known
-    accepted: Rate | None = None
-    rejected: Rate | None = None
-    if bundle.manifest.rules.rejection is not None:
-        accepted = _share(answers.known[common])
-        if rejected_U is not None:
-            rejected = _share(rejected_U)
-
+    logits_NC = logits_of_images(model, images, settings, count_image)
+    predicted_N = np.array(model.bundle.labels)[logits_NC.argmax(axis=1)]
+    right_N = predicted_N == np.array(images.labels)[images.targets]
     score = BundleScore(
-        bundle=bundle.name,
-        id=bundle.manifest.id,
-        top1=_share(right_N[photographs.recent]),
-        log_loss=loss,
-        accepted=accepted,
-        rejected=rejected,
+        bundle=model.bundle.name,
+        top1=Rate.of(int(right_N.sum()), len(images)),
+        seconds=median(np.diff(times).tolist()),
     )
-    return Evaluated(score, right_N, rejected_U)
+    return Run(score, right_N)
 
 
-def _share(mask: NDArray[np.bool_]) -> Rate:
-    """Return how many of the images of *mask* (N,) it marks, as a rate."""
-    return Rate.of(int(mask.sum()), len(mask))
-
-
-def _count_changes(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> dict[str, int]:
-    """Count the images that only the *second* bundle answers correctly, `wins`, or the *first*, `losses`."""
-    return {"wins": int((second & ~first).sum()), "losses": int((first & ~second).sum())}
-
-
-def compare_classes(
-    photographs: Photographs,
-    counted_N: NDArray[np.bool_],
-    first_N: NDArray[np.bool_],
-    second_N: NDArray[np.bool_],
-) -> list[ClassChange]:
-    """Compare the two bundles in each class of the photographs *counted_N*.
-
-    *first_N* and *second_N* mark the photographs that they classify correctly.
-    """
-    targets_N = photographs.images.targets
-    changes = []
-    for target in np.unique(targets_N[counted_N]).tolist():
-        of_class_N = counted_N & (targets_N == target)
-        first = first_N[of_class_N]
-        second = second_N[of_class_N]
-        counts = _count_changes(first, second)
-        change = ClassChange(
-            label=photographs.images.labels[target],
-            num_images=len(first),
-            first=int(first.sum()),
-            second=int(second.sum()),
-            **counts,
-            p=mcnemar(**counts),
+def _count_recalls(
+    images: ImageFiles, first_N: NDArray[np.bool_], second_N: NDArray[np.bool_]
+) -> Iterator[ClassRecall]:
+    """Count the images of each class, and how many of them are right by *first_N* and *second_N*."""
+    for target in np.unique(images.targets).tolist():
+        of_class_N = images.targets == target
+        yield ClassRecall(
+            label=images.labels[target],
+            num_images=int(of_class_N.sum()),
+            first=int(first_N[of_class_N].sum()),
+            second=int(second_N[of_class_N].sum()),
         )
-        changes.append(change)
-    return changes
