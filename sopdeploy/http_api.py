@@ -129,13 +129,23 @@ class EncodedEmbedding(StrictModel):
     warnings: tuple[str, ...] = ()
 
 
+class PredictedShares(StrictModel):
+    """Shares of the images of a time: by their most probable class (`labels`), and `unknown` ones."""
+
+    num_images: int
+    labels: dict[str, float]
+    unknown: float
+
+
 class ModelInfo(StrictModel):
     """A served network and its runtime; `id` is its bundle ID.
 
     `thresholds` (by class) is set for a multi-label network. `embedding_size`, the length of a
     vector of `/v1/embed`, is set if the bundle has features. `known_from`, the smallest score of
     a known image, is set if the bundle has a threshold for known images. `temperature` is set if the
-    probabilities are the softmax of the logits of `/v2` divided by it.
+    probabilities are the softmax of the logits of `/v2` divided by it. `last_day` and `days_before` are what
+    the process that responds has predicted in the last 24 hours and in the seven days before; not set if it
+    has several classes per image.
     """
 
     name: str
@@ -153,6 +163,8 @@ class ModelInfo(StrictModel):
     embedding_size: int | None = None
     known_from: float | None = None
     temperature: float | None = None
+    last_day: PredictedShares | None = None
+    days_before: PredictedShares | None = None
 
 
 class ServerInfo(StrictModel):

@@ -57,7 +57,6 @@ READERS = {
     # with allow_pickle=False
     "sopdeploy/bundle/probes.py: np.load",
     "sopdeploy/training/few_shot/other_things.py: np.load",
-    "service/sopdeploy_service/inference/drift.py: np.load",
     "sopdeploy/checkpoint.py: import pickle",  # the type of an exception
     "sopdeploy/checkpoint.py: safetensors.load",  # JSON and numbers
     "sopdeploy/checkpoint.py: torch.load",  # with weights_only=True

@@ -101,6 +101,9 @@ async def info(request: Request) -> Response:
         thresholds = model.decision.thresholds
         rejection = model.decision.rejection
         shapes = {output.name: output.shape for output in manifest.outputs}
+        last_day, days_before = service.metrics.shares.describe(model.name)
+        if model.decision.is_multi_label:
+            last_day = days_before = None
 
         models.append(
             ModelInfo(
@@ -123,6 +126,8 @@ async def info(request: Request) -> Response:
                 temperature=model.decision.temperature
                 if model.decision.divides_logits
                 else None,
+                last_day=last_day,
+                days_before=days_before,
             )
         )
 

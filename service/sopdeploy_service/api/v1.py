@@ -89,7 +89,6 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
     """
     # Read the images; the fields of a form are parameters, too.
     async with admit(request, query.model, query.version) as admitted:
-        service = admitted.service
         model = admitted.model
         check_query(admitted, query)  # before the body is read
         upload = await read_upload(admitted)
@@ -108,8 +107,6 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
             logits = prediction.outputs[model.logits_name]
 
             answer = model.decision.answer(logits, top_k, query.threshold, prediction.occluded)
-            if answer.known is False:  # None: the bundle does not tell
-                service.metrics.unknown_images.labels(model.name).inc()
             named = Classes.of(answer, model.labels, prediction.warnings)
             return named.model_dump(exclude_none=True)
 

@@ -203,7 +203,7 @@ class LocalModel(Model):
         self.queue = RequestQueue(
             max_delay=settings.max_queue_delay_ms / 1000, batch_seconds=self.pace.batch_seconds
         )
-        metrics.create_series(name, rejects=self.decision.rejection is not None)
+        metrics.create_series(name)
         self._metrics = metrics
         self._timeout = settings.batch_timeout_seconds
 

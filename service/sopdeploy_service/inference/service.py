@@ -27,7 +27,6 @@ from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy_service.inference import daemon_threads, results
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.decoders import DecodedImage, Decoders, upload_budget
-from sopdeploy_service.inference.drift import DriftMonitor
 from sopdeploy_service.inference.load_time import finish_in_time
 from sopdeploy_service.inference.loader import (
     LoadedModel,
@@ -47,9 +46,6 @@ from sopdeploy_service.settings import (
     decoders_per_process,
 )
 
-# For an image that a new bundle runs for the drift
-IDLE_SECONDS = 1.0  # its longest wait for a moment without requests
-IDLE_STEP = 0.02  # between two looks
 # A request none of whose images has another outcome is refused as a whole.
 UNANSWERED = {one.code for one in (results.DEADLINE, results.TOO_LATE, results.DECODERS_BUSY)}
 PARSERS = 2  # threads; a JSON parser holds the interpreter lock
@@ -203,11 +199,11 @@ class ModelRegistry(Registry):
 
 
 class Traffic(NamedTuple):
-    """Marks images of clients, which may be kept and count for the drift.
+    """Marks images of clients, which may be kept, and whose predictions are counted.
 
     *reported* is the class that a person suggests after a wrong answer, or "" without a
     suggestion; None if no answer is reported. A reported image was sent before, so it does not
-    count for the drift again.
+    count again.
     """
 
     reported: str | None = None
@@ -230,7 +226,6 @@ class Service:
         self.metrics_page = Shared(self.make_metrics)
         self.num_front_ends = 0  # set if the server has several processes
         self.keep: KeepImage | None = None  # set by the app if it keeps photographs
-        self.drift = DriftMonitor(self.metrics, self._run_for_drift)
 
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
         # The number of images without an outcome. A request that is not parsed yet counts as
@@ -262,7 +257,11 @@ class Service:
 
     async def make_metrics(self) -> bytes:
         """Return the page with the metrics of this process, which a thread makes."""
-        self.drift.keep_only(model.name for model in self.registry.models())
+        for model in self.registry.models():
+            if not model.decision.is_multi_label:
+                self.metrics.create_predictions(
+                    model.name, model.labels, rejects=model.decision.rejection is not None
+                )
         return await asyncio.to_thread(generate_latest, self.metrics.registry)
 
     def _count_running(self) -> int:
@@ -398,7 +397,7 @@ class Service:
 
         Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`,
         *client* the key or address that shares the decoders for large images; *features*
-        requests the embedding. Only with *traffic*, images may be kept and count for the drift.
+        requests the embedding. Only with *traffic*, images may be kept and predictions are counted.
         Cancelling the call removes its images from the queue; call `check_queue` before.
         Raises `RejectedError` if all images miss the deadline or find too many others waiting
         for a decoder.
@@ -432,15 +431,21 @@ class Service:
         if traffic is None:
             return outcomes
 
-        # Answers count for the drift, and images that clients have sent encoded may be kept.
+        # Predictions are counted, and images that clients have sent encoded may be kept.
         for image, outcome in zip(images, outcomes, strict=True):
             if not isinstance(outcome, Prediction):
                 continue
             if traffic.reported is None:
-                self.drift.offer(model, image, outcome)
+                self._count_prediction(model, outcome)
             if self.keep is not None and isinstance(image, bytes):
                 self.keep(model, image, outcome, traffic.reported)
         return outcomes
+
+    def _count_prediction(self, model: Model, prediction: Prediction) -> None:
+        """Count what *model* predicts; a network with several classes per image has no most probable one."""
+        if not model.decision.is_multi_label:
+            answer = model.decision.answer(prediction.outputs[model.logits_name], top_k=1)
+            self.metrics.count_prediction(model.name, model.labels, answer)
 
     async def _predict(
         self,
@@ -475,30 +480,6 @@ class Service:
             return HttpError.from_image_error(error)
         except RejectedError as error:
             return error.reason
-
-    async def _run_for_drift(
-        self, model: Model, pixels: NDArray[np.uint8]
-    ) -> NDArray[np.float32] | None:
-        """Run *pixels* (H, W, 3) when no request waits, or after `IDLE_SECONDS`; return the logits (C,).
-
-        None if *model* cannot run them.
-        """
-        end = time.monotonic() + IDLE_SECONDS
-        await asyncio.sleep(IDLE_STEP)
-        while self.admitted and time.monotonic() < end:
-            await asyncio.sleep(IDLE_STEP)
-
-        try:
-            served = self.registry.find(model.name, model.version)
-            if self._draining or pixels.shape != served.bundle.manifest.image_shape:
-                return None
-            with self.registry.use(served):
-                deadline = time.monotonic() + self.settings.request_timeout
-                outcomes = await self.infer(served, pixels[None], deadline)
-        except RejectedError:
-            return None
-        outcome = outcomes[0]
-        return outcome.outputs[model.logits_name] if isinstance(outcome, Prediction) else None
 
     async def explain(
         self, model: Model, images: Images, deadline: float, client: str = ""

@@ -16,16 +16,21 @@ from prometheus_client import (
 )
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.decision import Answer
 from sopdeploy.errors import SopdeployError
-from sopdeploy.evaluation.drift import MIN_SHIFT, NEWEST, SIGNIFICANCE
 from sopdeploy_service.observability.busy import WINDOW as BUSY_WINDOW
 from sopdeploy_service.observability.busy import BusyShare
 from sopdeploy_service.observability.logs import DROPPED
+from sopdeploy_service.observability.predictions import DailyShares
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 REQUEST_RESULTS = ("success", "fail")
 REQUEST_STAGES = ("decode_queue", "decode", "queue", "infer")
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+# Classes that are counted one by one, the first ones of a bundle: each is a series.
+MAX_COUNTED_CLASSES = 100
+OTHER = "other"  # all further classes
+CONFIDENCE_BUCKETS = tuple(tenth / 10 for tenth in range(1, 11))
 ATTEMPTS = ("1", "2", "3", "4", "5")  # others are counted together
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # nothing reads these series
@@ -101,6 +106,18 @@ class Metrics:
         self.unknown_images = counter(
             "unknown_images", "Images whose score is below the rejection threshold", ("model",)
         )
+        self._predictions = counter(
+            "predictions",
+            f"Images by their most probable class; after the first {MAX_COUNTED_CLASSES} classes: {OTHER}",
+            ("model", "label"),
+        )
+        self._confidence = histogram(
+            "confidence",
+            "Probability of the most probable class",
+            ("model",),
+            buckets=CONFIDENCE_BUCKETS,
+        )
+        self.shares = DailyShares()
 
         # Kept photographs.
         self.kept_images = counter(
@@ -174,24 +191,6 @@ class Metrics:
             "event_loop_lag_seconds", "Largest lag of the event loop in the last 10 s"
         )
 
-        # Drift.
-        self.drift_shift = gauge(
-            "drift_shift",
-            "Difference between the newest and earlier predictions, in standard deviations",
-            ("model", "of"),
-        )
-        self.drift_p_value = gauge(
-            "drift_p_value",
-            "p-value of this difference; "
-            f"an alarm needs less than {SIGNIFICANCE}, and a shift over {MIN_SHIFT}",
-            ("model", "of"),
-        )
-        self.drift_images = gauge(
-            "drift_images",
-            f"Predictions in the newest window; at least {NEWEST} are needed for a comparison",
-            ("model",),
-        )
-
         # Looking up a child by its labels takes longer than counting.
         self._child = functools.cache(lambda metric, *labels: metric.labels(*labels))
 
@@ -203,8 +202,8 @@ class Metrics:
         # How often a bundle is loaded, by the labels of `_info`.
         self._loaded: Counts[tuple[str, ...]] = Counts()
 
-    def create_series(self, model_name: str, *, rejects: bool) -> None:
-        """Create the series of a model, at 0; *rejects* tells whether it may find an image unknown."""
+    def create_series(self, model_name: str) -> None:
+        """Create the series of a model, at 0."""
         for metric in (
             self.batch_size,
             self.nonfinite_outputs,
@@ -215,8 +214,35 @@ class Metrics:
         for part in REQUEST_RESULTS + REQUEST_STAGES:
             self.inference_seconds.labels(model_name, part)
 
+    def create_predictions(
+        self, model_name: str, labels: Sequence[str], *, rejects: bool
+    ) -> None:
+        """Create the series of the predictions of a model with *labels*, at 0.
+
+        Prometheus sees no increase in a series that begins at 1. *rejects* tells whether the model
+        may find an image unknown.
+        """
+        counted = [
+            *labels[:MAX_COUNTED_CLASSES],
+            *([OTHER] if len(labels) > MAX_COUNTED_CLASSES else []),
+        ]
+        for label in counted:
+            self._child(self._predictions, model_name, label)
+        self._child(self._confidence, model_name)
         if rejects:
-            self.unknown_images.labels(model_name)
+            self._child(self.unknown_images, model_name)
+
+    def count_prediction(self, model_name: str, labels: Sequence[str], answer: Answer) -> None:
+        """Count the *answer* of a model with *labels*, one of which every image has, for one image."""
+        index, confidence = answer.ranked[0]
+        label = labels[index] if index < MAX_COUNTED_CLASSES else OTHER
+        self._child(self._predictions, model_name, label).inc()
+        self._child(self._confidence, model_name).observe(confidence)
+
+        is_unknown = answer.known is False  # None: the bundle does not tell
+        if is_unknown:
+            self._child(self.unknown_images, model_name).inc()
+        self.shares.count(model_name, label, is_unknown=is_unknown)
 
     def count_bundle(self, name: str, bundle: Bundle, runtime: str, change: int) -> None:
         """Count *bundle* as loaded under *name* on *runtime* (*change* 1) or as unloaded (-1).

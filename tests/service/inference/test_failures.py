@@ -1,6 +1,5 @@
 """Full queues, missed deadlines, runtimes that fail or hang, JSON that waits, and answers."""
 
-import asyncio
 import base64
 import threading
 import time
@@ -18,7 +17,7 @@ from sopdeploy_service.api import admission
 from sopdeploy_service.api.v2 import routes
 from sopdeploy_service.inference import model_worker, service
 from sopdeploy_service.inference.loader import LoadedModel
-from sopdeploy_service.inference.results import Prediction, RejectedError
+from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 from sopdeploy_service.settings import Settings
@@ -91,30 +90,6 @@ def test_only_images_on_the_same_device_delay_an_image(
         is_refused = error.reason.code == "deadline_unreachable"
 
     assert is_refused == (not is_in_time)
-
-
-def test_images_of_another_size_or_while_the_server_ends_are_not_run_for_a_comparison(
-    bundle, monkeypatch
-) -> None:
-    loaded = LoadedModel(
-        bundle=bundle, runtime=FakeRuntime(num_classes=7), replays={}, timings=((1, 1.0),)
-    )
-    served = service.Service(service.ModelRegistry({"tiny": loaded}, Settings()), Settings())
-    model = served.registry.find()
-    logits = np.arange(7, dtype=np.float32)
-
-    async def infer(_ready, images, _deadline):
-        return [Prediction({model.logits_name: logits}, {}, images[0], ())]
-
-    monkeypatch.setattr(served, "infer", infer)
-
-    def run(*shape: int):
-        return asyncio.run(served._run_for_drift(model, np.zeros(shape, np.uint8)))
-
-    assert run(*bundle.manifest.image_shape) is logits
-    assert run(8, 8, 3) is None
-    served.drain()
-    assert run(*bundle.manifest.image_shape) is None
 
 
 def test_an_image_that_misses_its_deadline_is_504_and_never_runs(serve_with, pool, jpeg):

@@ -96,7 +96,6 @@ PATIENT = ("keep_alive_seconds", "header_timeout", "drain_seconds", "request_tim
             (),
             [
                 "started",
-                "tiny: drift is compared for the first time after 200 images",
                 "request",
                 "draining",
                 "stopped",
