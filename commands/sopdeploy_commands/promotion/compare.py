@@ -114,11 +114,11 @@ def show_comparison(result: BundleComparison) -> None:
         rows.append((score.bundle, percent(score.top1.share), interval, seconds))
     print_table(("bundle", "accuracy", "95 %", "ms per image"), rows)
 
-    rows = []
+    recalls = []
     for one in result.classes:
-        recalls = [percent(right / one.num_images) for right in (one.first, one.second)]
-        rows.append((one.label, str(one.num_images), *recalls))
-    print_table(("class", "images", "recall, first", "recall, second"), rows)
+        first, second = (percent(right / one.num_images) for right in (one.first, one.second))
+        recalls.append((one.label, str(one.num_images), first, second))
+    print_table(("class", "images", "recall, first", "recall, second"), recalls)
 
     if result.removed:
         say(f"only in the first bundle: {', '.join(result.removed)}")
@@ -282,7 +282,7 @@ def _select_images(
 
 
 def _find_recorded(
-    file_hashes: NDArray[np.str_], pair: Sequence[LoadedModel], notes: list[str]
+    file_hashes: NDArray[np.int64], pair: Sequence[LoadedModel], notes: list[str]
 ) -> NDArray[np.bool_]:
     """Find the images, by their *file_hashes* (N,), that a bundle of *pair* records as training images (N,).
 
