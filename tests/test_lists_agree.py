@@ -289,7 +289,14 @@ def test_something_reads_every_field_of_a_config_file_or_response() -> None:
 
 
 # Arrays of all images, for Python, and a column that is read by its name
-FOR_PYTHON = {"Evaluation.labels", "Evaluation.scores", "FilePrediction.score"}
+FOR_PYTHON = {
+    "Evaluation.labels",
+    "Evaluation.scores",
+    "FilePrediction.score",
+    "Promotion.time",
+    "Promotion.user",
+    "Promotion.refused",
+}
 
 
 def test_a_command_shows_every_field_of_its_result() -> None:
@@ -322,7 +329,6 @@ NOT_AT_ONCE = {
     "FewShotResult.tuning",
     "FewShotResult.unknown",
     "PrecisionReport.accuracy",
-    "Promotion.num_trained",
     "Tuning.first",
     "Tuning.losses",
     "Tuning.second",
@@ -414,9 +420,11 @@ def test_each_message_between_processes_is_sent_and_awaited() -> None:
 
 def test_each_alert_has_a_test_and_a_row_on_its_page() -> None:
     chart = ROOT / "deploy" / "helm" / "sopdeploy" / "alerts.yaml"
-    tests = ROOT / "tests" / "deploy" / "alerts.yaml"
+    tests = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "deploy").glob("*.yaml")
+    )
     alerts = {*re.findall(r"- alert: (\w+)", chart.read_text(encoding="utf-8"))}
-    assert alerts == {*re.findall(r'alertname="(\w+)"', tests.read_text(encoding="utf-8"))}
+    assert alerts == {*re.findall(r'alertname="(\w+)"', tests)}
     page = DOCS / "howto" / "alerts.md"
     assert alerts == first_column(page, "| alarm | meaning | what to do |")
 

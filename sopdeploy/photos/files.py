@@ -23,7 +23,6 @@ from sopdeploy.files import expand_user, has_manifest, holds_output
 from sopdeploy.images.signatures import has_image_suffix, is_image
 from sopdeploy.names import label_problem
 from sopdeploy.paths import describe_wrong, is_output
-from sopdeploy.photos.kept import SAMPLED, kept_id
 
 Log = Callable[[str], None]
 FolderIdentity: TypeAlias = tuple[int, int] | str
@@ -37,10 +36,6 @@ SYSTEM_FOLDERS = {
 FOLDERS = "folders"
 SUBFOLDERS = "subfolders"
 FILES = "files"
-HELD_OUT_SUFFIX = (
-    "-held-out"  # of the folder beside that of the classes, with what decides about a bundle
-)
-LABELLED_NAME = re.compile(rf"[0-9a-f]{{32}}({SAMPLED})?\.(jpg|png)")  # as 0.3.0 moved it
 LABELS_FILE = "labels.csv"
 TRAIN = "train"
 VAL = "val"
@@ -57,11 +52,6 @@ HELD_OUT = (
     "testing",
 )
 AFFIXES = {"set", "seg", "data", "images", "photos", "split"}
-
-
-def sampled_name(path: Path) -> str:
-    """Return the name of the kept photograph *path* as one of the uniform sample that has a label."""
-    return f"{kept_id(path.name)}{SAMPLED}{path.suffix}"
 
 
 def is_hidden(name: str) -> bool:

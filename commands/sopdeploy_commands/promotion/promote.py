@@ -198,7 +198,9 @@ def _read_target(link: Path) -> str | None:
 
     # A link to a link, such as `latest`, counts as a link to the bundle.
     target = str(link.readlink())
-    return target_of(link, link) if (link.parent / target).is_symlink() else target
+    return (
+        target_of(link, link.parent / target) if (link.parent / target).is_symlink() else target
+    )
 
 
 def _record_and_move(
