@@ -23,7 +23,7 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.statistics import Z_90, difference_interval, mcnemar
 from sopdeploy.html.report import percent
-from sopdeploy.photos.copies import MAX_SIGNATURES, group_photographs
+from sopdeploy.photos.copies import MAX_COMPARED, group_photographs
 from sopdeploy.photos.evaluation_images import open_evaluation_images
 from sopdeploy.photos.kept import decides, kept_id
 from sopdeploy.photos.photo import ImageFiles
@@ -254,8 +254,8 @@ def _select_images(
         reading=AS_IT_IS if origin is None else origin.reading,
         log=notes.append,
     )
-    if len(images) > MAX_SIGNATURES:
-        notes.append(f"{data}: over {MAX_SIGNATURES:,} images; only equal files are left out")
+    if len(images) > MAX_COMPARED:
+        notes.append(f"{data}: over {MAX_COMPARED:,} images; only equal files are left out")
 
     # Copies share a group. No image of a group counts if a bundle was trained on one of them.
     grouped = group_photographs(images)

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sopdeploy.bundle.folder import CARD, Bundle
 from sopdeploy.bundle.manifest import CERTIFICATE, EMBEDDING
 from sopdeploy.config import StrictModel, count_parts, parse_json
-from sopdeploy.http_api import CardQuery, ModelInfo, ServerInfo
+from sopdeploy.http_api import CardQuery, ModelInfo, PredictedShares, ServerInfo
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.problems import describe_statuses
 from sopdeploy_service.inference.model import Model, State
@@ -101,9 +101,10 @@ async def info(request: Request) -> Response:
         thresholds = model.decision.thresholds
         rejection = model.decision.rejection
         shapes = {output.name: output.shape for output in manifest.outputs}
-        last_day, days_before = service.metrics.shares.describe(model.name)
-        if model.decision.is_multi_label:
-            last_day = days_before = None
+        last_day: PredictedShares | None = None
+        days_before: PredictedShares | None = None
+        if not model.decision.is_multi_label:
+            last_day, days_before = service.metrics.shares.describe(model.name)
 
         models.append(
             ModelInfo(
