@@ -1,4 +1,4 @@
-"""From the file of a table, or files beside images, to the cells of each image.
+"""From a CSV file to the cells of each image.
 
 The cells of a table are texts by column: `file`, `classes` and, optionally, `split` and `group`.
 Whether they are right is checked by `sopdeploy.photos.table`.
@@ -7,44 +7,27 @@ Whether they are right is checked by `sopdeploy.photos.table`.
 import codecs
 import csv
 import io
-import json
-import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
 
-from sopdeploy.class_names import read_class_names
-from sopdeploy.errors import ConfigError, DataError, shorten
-from sopdeploy.files import advise_on, read_file, read_text
+from sopdeploy.errors import DataError, shorten
+from sopdeploy.files import advise_on, read_file
 from sopdeploy.images.signatures import has_image_suffix
-from sopdeploy.photos.files import (
-    HELD_OUT,
-    LABELS_FILE,
-    TRAIN,
-    VAL,
-    list_images,
-    lookalike_key,
-    normalize,
-    part_of,
-)
-from sopdeploy.photos.label_tools import (
-    REQUIRED,
-    SEPARATOR,
-    is_of_via,
-    read_cvat,
-    read_entry,
-    read_file_beside,
-    read_json,
-    read_via_csv,
-    rename,
-    without_brackets,
-)
+from sopdeploy.photos.files import lookalike_key
 from sopdeploy.photos.listed_images import ListedImages, find_by_name
 
+SEPARATOR = "|"  # of classes
+REQUIRED = ("file", "classes")  # columns
+# Of the required columns, also in tables of other programs; of several, the first counts.
+_NAMES = {
+    "file": (
+        *("file", "filename", "file name", "file_name", "image", "image_name", "path"),
+        *("image_id", "id"),
+    ),
+    "classes": ("classes", "class", "labels", "label", "choices", "choice", "annotations"),
+}
 MAX_TABLE_BYTES = 1 << 28
 # By the bytes with which a file begins; that of UTF-16 is the beginning of that of UTF-32.
 _ENCODINGS = {
@@ -56,17 +39,13 @@ CSV_SEPARATORS = ",;\t"
 SPLIT = "split"
 GROUP = "group"
 COLUMNS = (*REQUIRED, SPLIT, GROUP)
-# Files with separated columns: one of these may have the classes under any name
-SEPARATED = (".csv", ".tsv", ".txt")
-MAX_SAMPLED = 30  # images or rows that tell what a table lists
-# What the readers of label tools raise for other content than they expect.
-_UNEXPECTED_CONTENT = (
-    AttributeError, KeyError, RecursionError, TypeError, ValueError,
-    csv.Error, ElementTree.ParseError,
-)  # fmt: skip
-# Of files beside images, and of those with the names of YOLO's classes
-BESIDE = (".json", ".txt", ".xml")
-YOLO_NAMES = (".yaml", ".yml", "classes.txt", ".names", "_darknet.labels")
+SEPARATED = (".csv", ".tsv")
+MAX_SAMPLED = 30  # rows that tell what a column lists
+
+
+def is_table(name: str) -> bool:
+    """Tell whether the file *name* may be a table."""
+    return name.lower().endswith(SEPARATED)
 
 
 def read_table_text(table: Path) -> str:
@@ -115,130 +94,13 @@ def read_table_text(table: Path) -> str:
 def read_cells(
     table: Path, notes: list[str], images: ListedImages, column: str
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the place and the cells by column of each image; raises `DataError` at the first invalid one.
-
-    The place is "line 3" of a file with a line per image. In JSON, in XML and in VIA's CSV, it is
-    "image 3", counted from 1. *notes* gets a line about the columns of a CSV file that are left
-    out. *images* tell which column of an unusual CSV file has their names, and *column* has the
-    classes there.
-    """
-    if table.is_dir():
-        yield from _read_files_beside(table)
-        return
-    text = read_table_text(table)
-    if table.suffix.lower() in SEPARATED and not is_of_via(text):
-        yield from _read_csv(table, text, notes, images, column)
-        return
-
-    unit = "image"
-    try:
-        cells_of_images: Iterable[dict[str, str]]
-        if table.suffix.lower() in SEPARATED:
-            cells_of_images = read_via_csv(text)
-        elif table.suffix == ".xml":
-            cells_of_images = read_cvat(text)
-        elif table.suffix == ".json":
-            cells_of_images = read_json(json.loads(text))
-        else:
-            cells_of_images = (read_entry(json.loads(line)) for line in text.splitlines())
-            unit = "line"
-        for number, cells in enumerate(cells_of_images, 1):
-            yield f"{unit} {number}", cells
-    except _UNEXPECTED_CONTENT as error:
-        reason = f" ({error})" if isinstance(error, ValueError) else ""
-        raise DataError(
-            f"{table}: does not give each image its classes{reason}; write {LABELS_FILE}"
-        ) from error
-
-
-def pair_with_files(images: Sequence[str], others: Iterable[str]) -> dict[str, str]:
-    """Return for each of *images* that one of *others* has its name, the path of this file.
-
-    It has the name with another suffix, or with one more. Of several, it is in the folder with the
-    most words of the path of the image, as `train/labels/1.txt` for `train/images/1.jpg`.
-    """
-    by_stem = defaultdict[str, list[PurePosixPath]](list)
-    for other in others:
-        if other.lower().endswith(BESIDE):
-            file = PurePosixPath(normalize(other))
-            by_stem[file.stem].append(file)
-
-    paired = dict[str, str]()
-    for image in images:
-        file = PurePosixPath(normalize(image))
-        found = by_stem.get(file.stem) or by_stem.get(file.name)
-        if found:
-            nearest = max(found, key=lambda other: len({*other.parts} & {*file.parts}))
-            paired[image] = str(nearest)
-    return paired
-
-
-def _read_files_beside(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the name and the cells of each image in *folder* of which another file has the classes.
-
-    Folders with the names of parts divide the images: the training images, and those of the best
-    held-out part. Others are left out.
-    """
-    listed, others = list_images(folder)
-    files = pair_with_files([os.fsdecode(path) for path in listed], others)
-    names = read_yolo_names(folder, others)
-
-    # The training part, and the best of the others.
-    parts = set(map(part_of, files))
-    held_out = next((part for part in HELD_OUT if part in parts), "")
-    is_divided = held_out and TRAIN in parts
-
-    texts = set[str]()
-    found = list[tuple[str, dict[str, str]]]()
-    for file, other in files.items():
-        suffix = PurePosixPath(other).suffix.lower()
-        try:
-            text = read_text(folder / other, MAX_TABLE_BYTES)
-            classes = read_file_beside(text, suffix, names)
-        except OSError as error:
-            raise DataError(f"{folder / other}: {advise_on(error, 'remove it')}") from error
-        except _UNEXPECTED_CONTENT as error:
-            reason = f" ({error})" if isinstance(error, ValueError) else ""
-            raise DataError(
-                f"{folder / other}: does not give its image a class{reason}; write {LABELS_FILE}"
-            ) from error
-
-        cells = {"file": file}
-        if classes:
-            cells["classes"] = SEPARATOR.join(sorted(classes))
-        if is_divided:
-            cells[SPLIT] = TRAIN if part_of(file) == TRAIN else VAL
-        if not is_divided or part_of(file) in (TRAIN, held_out):
-            found.append((other, cells))
-        if suffix == ".txt":
-            texts.add(text)
-
-    # Texts that are nearly all different, such as captions, are no classes.
-    if 2 * len(texts) > len(found) and not names:
-        raise DataError(
-            f"{folder}: the texts beside the images are no classes, because most differ; write {LABELS_FILE}"
-        )
-    yield from found
-
-
-def read_yolo_names(folder: Path, others: Iterable[str]) -> tuple[str, ...]:
-    """Return the names of YOLO's classes in the first file of *others* in *folder* that has some."""
-    for other in sorted(others, key=lambda other: other.count("/")):
-        if other.lower().endswith(YOLO_NAMES):
-            with suppress(ConfigError):
-                return read_class_names(folder / other)
-    return ()
-
-
-def _read_csv(
-    table: Path, text: str, notes: list[str], images: ListedImages, column: str
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the place and the cells of each line of the CSV file *table*, which contains *text*.
+    """Yield the place, such as "line 3", and the cells by column of each image of the CSV file *table*.
 
     Without a column `classes`, other columns are classes with 1 and 0. *notes* gets a line about
     the columns that are left out. *column* is the heading of `classes`, "" for a usual one; if no
     column has a usual name for files, it is the first one with names of *images*.
     """
+    text = read_table_text(table)
     try:
         # The columns, under the names that are known here.
         start = start_csv(text)
@@ -354,3 +216,24 @@ def start_csv(text: str) -> CsvStart:
         text = f"{separator.join(REQUIRED)}\n{text}"
         lines_before -= 1  # the heading is no line of the file
     return CsvStart(text, separator, lines_before)
+
+
+def rename(headings: Sequence[str], classes: str = "") -> list[str]:
+    """Name the columns with *headings* of a file and its classes as `REQUIRED`; the others stay.
+
+    *classes* is the heading of the classes, if it is none of the usual ones.
+    """
+    columns = [*headings]
+    usual = _NAMES | ({"classes": (lookalike_key(classes),)} if classes else {})
+    for column, names in usual.items():
+        name = next((name for name in names if name in headings), None)
+        if name is not None:
+            columns[headings.index(name)] = column
+    return columns
+
+
+def without_brackets(classes: str) -> str:
+    """Separate *classes* like `[cat,dog]`, as makesense and Python write a list; others stay."""
+    if not (classes.startswith("[") and classes.endswith("]")):
+        return classes
+    return SEPARATOR.join(name.strip(" '\"") for name in classes[1:-1].split(","))

@@ -12,11 +12,11 @@ import numpy as np
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import DataError, shorten_problems
 from sopdeploy.images.decode import JPEG
+from sopdeploy.photos.cells import SEPARATOR
 from sopdeploy.photos.copies import Groups
 from sopdeploy.photos.file_checks import map_threaded
 from sopdeploy.photos.files import data_folder
 from sopdeploy.photos.folder import describe_single_images, open_parts
-from sopdeploy.photos.label_tools import SEPARATOR
 from sopdeploy.photos.photo import ImageFiles
 
 # Images whose features are computed, which takes about four minutes on a CPU

@@ -4,10 +4,8 @@ Letter: N images.
 """
 
 import os
-from collections.abc import Collection
 from functools import cache
 from importlib import resources
-from itertools import chain
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -15,30 +13,30 @@ import numpy as np
 
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.signatures import count_suffixes, note_skipped
-from sopdeploy.photos.class_folders import is_pattern, list_classes, no_classes_error
+from sopdeploy.photos.causes import no_classes_error
+from sopdeploy.photos.class_folders import is_pattern, list_classes
 from sopdeploy.photos.files import (
-    FILES,
-    FOLDERS,
     LABELS_FILE,
     Log,
     data_folder,
-    find_parts,
     hint_at_spelling,
     list_images,
     list_subfolders,
     naming_all_undecodable,
     normalize,
-    part_folder,
     split_names,
 )
 from sopdeploy.photos.kept import SAMPLE_FOLDER, is_kept_as_unsure
+from sopdeploy.photos.layout import Layout, find_layout
 from sopdeploy.photos.libraries import detect_kind, open_part
 from sopdeploy.photos.photo import ImageFiles, select_classes
 from sopdeploy.photos.table import check_has_classes, read_label_table
-from sopdeploy.photos.table_search import TABLE_SUFFIXES, find_table, named_table
 from sopdeploy.project import AS_IT_IS, FolderReading
 
 ANY_IMAGES = "JPEG or PNG files, with or without subfolders"
+# What runs of 0.3.0 recorded that is not read any more: tables that are no CSV files, and files beside images
+FORMER_TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml")
+FORMER_FILES = "files"
 
 
 def open_evaluation_images(
@@ -53,7 +51,7 @@ def open_evaluation_images(
     """Open the labeled images below *root* for a network with the classes *labels*, in their order.
 
     It opens only the held-out images if the data are split. Classes are matched by name;
-    WordNet IDs match the names of ImageNet's classes. With *multi_label*, `labels.csv` lists
+    WordNet IDs match the names of ImageNet's classes. With *multi_label*, a table lists
     several classes per image. *log* receives a line about classes without images, about classes
     that are left out, and about the part that is opened. Raises `DataError` if there are no
     images, and for folders that are no class of the network; with *other_classes* or in an
@@ -66,9 +64,37 @@ def open_evaluation_images(
         root /= reading.folder
         if reading != AS_IT_IS:
             log(f"{root}: read as the training images were")
-        if not reading.classes_from and not holds_classes(root):
-            raise no_classes_error(root)
-        return _open_evaluation_images(root, labels, multi_label, other_classes, reading, log)
+        leave_out = split_names(reading.leave_out, root)
+        known = (*labels, *class_aliases())
+        layout = find_layout(root, reading.classes_from, leave_out, known)
+
+        # What tells the classes, and the images
+        where, what = layout.contents.root, "the folders"
+        labels_of_table = labels if multi_label else None
+        if layout.kind in ("table", "part tables"):
+            where, what = _table_of(layout), "these classes"
+            images = _held_out_of_table(layout, labels_of_table)
+        elif multi_label:
+            raise DataError(
+                f"{root}: has no {LABELS_FILE}, but the network predicts "
+                "several classes per image; list the images and their "
+                "classes in this file"
+            )
+        elif layout.kind == "official":
+            images = open_part(layout.official, "held_out", root)
+        else:
+            images = _held_out_of_folders(layout, log)
+        if multi_label:  # the images of the table have exactly these classes
+            return images
+
+        # Other classes of an official layout are no mistakes of the user.
+        allow_unknown = other_classes or layout.kind == "official"
+        images = _match_classes(where, what, images, labels, allow_unknown, log)
+
+    empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
+    if empty:
+        log(f"{root}: no images of {len(empty)} of {len(labels)} classes: {shorten(empty)}")
+    return images
 
 
 def _as_far_as_possible(
@@ -80,132 +106,58 @@ def _as_far_as_possible(
     if reading == AS_IT_IS or (folders and folders <= classes):
         return AS_IT_IS
 
-    # The data set, and what it names: a table, a file beside each image, folders. `Path.is_dir`
-    # raises for a text that is longer than a name can be.
+    # `os.path.isdir` and not `Path.is_dir`, which raises for a text that is longer than a name can be
     folder = reading.folder if os.path.isdir(root / reading.folder) else ""  # noqa: PTH112
     inner = root / folder
     classes_from = reading.classes_from
-    has_table = named_table(inner, classes_from) is not None
-    names_table = PurePath(classes_from.partition(":")[0]).suffix.lower() in TABLE_SUFFIXES
-    if (names_table or classes_from == FILES) and not has_table:
+    table = classes_from.partition(":")[0]
+    folders_of_table = (inner, *(inner / name for name in list_subfolders(inner)))
+    has_table = any(os.path.isfile(one / table) for one in folders_of_table)  # noqa: PTH113
+    names_table = PurePath(table).suffix.lower() in FORMER_TABLES
+    if (names_table or classes_from == FORMER_FILES) and not has_table:
         classes_from = ""
 
     # A folder that is a class tells more than the names of files, also beside other folders.
     inner_folders = set(map(normalize, list_subfolders(inner)))
     if is_pattern(classes_from) and not has_table and classes & inner_folders:
         classes_from = ""
-
-    left_out = [
-        name
-        for name in split_names(reading.leave_out, inner)
-        if os.path.isdir(inner / name)  # noqa: PTH112
-    ]
-    return FolderReading(folder=folder, classes_from=classes_from, leave_out=",".join(left_out))
+    return FolderReading(folder=folder, classes_from=classes_from, leave_out=reading.leave_out)
 
 
-def _open_evaluation_images(
-    root: Path,
-    labels: tuple[str, ...],
-    multi_label: bool,
-    other_classes: bool,
-    reading: FolderReading,
-    log: Log,
-) -> ImageFiles:
-    """Do what `open_evaluation_images` says, in a *root* that holds what *reading* names."""
-    leave_out = split_names(reading.leave_out, root)
-    named = named_table(root, reading.classes_from)
-    if multi_label and named:
-        table, column = named
-        return _held_out_of_table(table, labels, root=root, column=column)
-    if multi_label:
-        folder = _held_out_folder(root, labels, leave_out, log)
-        found = find_table(root) or find_table(folder)
-        if found is None:
-            raise DataError(
-                f"{root}: has no {LABELS_FILE}, but the network predicts "
-                "several classes per image; list the images and their "
-                "classes in this file"
-            )
-        # With *labels*, the images of the table have exactly these classes.
-        return _held_out_of_table(found, labels)
-
-    # One class per image: the official layout of a public data set, a table, or class folders.
-    layout = None if named else detect_kind(root)  # None for a folder of the user
-    where, what = root, "the folders"
-    if named:
-        where, column = named
-        what = "these classes"
-        images = _held_out_of_table(where, root=root, column=column)
-    elif layout is not None:
-        images = open_part(layout, "held_out", root)
-    else:
-        folder = root
-        if reading.classes_from != FOLDERS:
-            folder = _held_out_folder(root, labels, leave_out, log)
-        own_table = None if reading.classes_from else find_table(folder)
-        if own_table is not None:
-            where, what = own_table, "these classes"
-            images = _held_out_of_table(own_table)
-        else:
-            listing = list_classes(folder, reading.classes_from, leave_out)
-            images = listing.images
-            note_skipped(
-                root, count_suffixes(chain.from_iterable(listing.other_files.values()))
-            )
-
-    # Other classes of an official layout are no mistakes of the user.
-    allow_unknown = other_classes or layout is not None
-    images = _match_classes(where, what, images, labels, allow_unknown, log)
-    empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
-    if empty:
-        log(f"{root}: no images of {len(empty)} of {len(labels)} classes: {shorten(empty)}")
-    return images
+def _held_out_of_folders(layout: Layout, log: Log) -> ImageFiles:
+    """Open the held-out part that is to be evaluated, or all images without one."""
+    training, *held_out = layout.parts.values()
+    contents = next((part for part in held_out if part.images), training)
+    if contents is not layout.contents:
+        log(f"{contents.root}: the images in this folder are used")
+    listing = list_classes(contents, layout.classes_from)
+    if not listing.images.labels:
+        raise no_classes_error(contents)
+    note_skipped(contents.root, count_suffixes(listing.other_files))
+    return listing.images
 
 
-def _held_out_folder(
-    root: Path, labels: tuple[str, ...], leave_out: Collection[str], log: Log
-) -> Path:
-    """Return the folder in *root* that has the held-out images, such as val/; without one, *root* itself.
-
-    It is none of *leave_out*.
-    """
-    names = {normalize(name) for name in list_subfolders(root) if name not in leave_out}
-    # A single folder of folders that is no class is the data set itself, as in training.
-    known = {normalize(label) for label in labels} | {*class_aliases()}
-    is_wrapped = len(names) == 1 and not names & known
-    if is_wrapped and not find_parts(root, leave_out).held_out and not find_table(root):
-        (inner,) = (root / name for name in list_subfolders(root) if name not in leave_out)
-        if list_subfolders(inner):
-            return _held_out_folder(inner, labels, (), log)
-    # If each subfolder is a class, none is a part, even if it is named val.
-    if names <= {normalize(label) for label in labels}:
-        return root
-    parts = find_parts(root, leave_out)
-    # Beside other folders, and without train/, val/ is a class.
-    val_is_a_class = parts.others and not parts.train
-    if val_is_a_class or not parts.held_out:
-        return root
-    folder = part_folder(root, parts.held_out[0])
-    log(f"{folder}: the images in this folder are used")
-    return folder
+def _table_of(layout: Layout) -> Path:
+    """Return the table of the images to be evaluated: that of the first held-out part, if there are some."""
+    if layout.kind == "table":
+        return layout.table
+    _, *held_out = layout.parts.values()
+    contents = next(iter(held_out), next(iter(layout.parts.values())))
+    return contents.root / layout.table
 
 
-def _held_out_of_table(
-    table: Path,
-    labels: tuple[str, ...] | None = None,
-    *,
-    root: Path | None = None,
-    column: str = "",
-) -> ImageFiles:
-    """Open the held-out images of *table*, or all if it does not divide them (`read_label_table`).
+def _held_out_of_table(layout: Layout, labels: tuple[str, ...] | None) -> ImageFiles:
+    """Open the held-out images of a table, or all if it does not divide them (`read_label_table`).
 
     With *labels*, they have several of these classes each, otherwise one, whatever it is.
     """
+    table = _table_of(layout)
+    root = layout.contents.root if layout.kind == "table" else table.parent
     # The last part: `val` after `train`, or the only one.
     opened = read_label_table(
-        table, labels, multi_label=labels is not None, root=root, column=column
+        table, labels, multi_label=labels is not None, root=root, column=layout.column
     )
-    note_skipped(root or table.parent, opened.ignored)
+    note_skipped(root, opened.ignored)
     *_, (name, images) = opened.parts.items()
     check_has_classes(table, name, images)
     return images
@@ -253,7 +205,8 @@ def _match_classes(
 
 def holds_classes(root: Path) -> bool:
     """Tell whether the folder *root* has subfolders, a file with labels, or an official layout."""
-    return bool(list_subfolders(root) or find_table(root) or detect_kind(root) is not None)
+    has_table = (root / LABELS_FILE).is_file()
+    return bool(list_subfolders(root)) or has_table or detect_kind(root) is not None
 
 
 @cache

@@ -31,11 +31,9 @@ SYSTEM_FOLDERS = {
     "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found",
     "__pycache__", "node_modules",
 }  # fmt: skip
-# Where the classes are, if each folder at the top is one, or each innermost folder, or if a file
-# beside each image has them
+# Where the classes are, if each folder at the top is one, or each innermost folder
 FOLDERS = "folders"
 SUBFOLDERS = "subfolders"
-FILES = "files"
 LABELS_FILE = "labels.csv"
 TRAIN = "train"
 VAL = "val"
@@ -86,13 +84,6 @@ def _read_part(name: str) -> tuple[str, str]:
     kinds = [stem for stem in stems if stem in TRAINING or stem in HELD_OUT]
     others = [word for word, stem in zip(words, stems, strict=True) if stem not in kinds]
     return (kinds[0] if len(kinds) == 1 else ""), " ".join(others)
-
-
-def part_of(path: str) -> str:
-    """Return the kind of the part in whose folder *path* is, `train` for `images/Train/1.jpg`; "" in none."""
-    kinds = map(part_kind, path.split("/")[:-1])
-    kind = next(filter(None, kinds), "")
-    return TRAIN if kind in TRAINING else kind
 
 
 def part_kinds(names: Iterable[str]) -> dict[str, str]:
@@ -258,13 +249,6 @@ def holds_other_files(root: Path, name: str) -> bool:
     return bool(others) and not images
 
 
-def list_files(folder: Path) -> tuple[list[str], list[str]]:
-    """List the names of the images and of the other files in *folder* itself; raises `DataError`."""
-    names = [entry.name for entry in list_folder(folder) if entry.is_file()]
-    images = [name for name in names if is_image(folder / name)]
-    return images, [name for name in names if name not in {*images}]
-
-
 def list_images(
     root: Path, folder: str = "", visited: set[FolderIdentity] | None = None
 ) -> tuple[list[bytes], list[str]]:
@@ -391,12 +375,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     )
 
 
-def find_parts(root: Path, leave_out: Collection[str] = ()) -> Parts:
-    """Find the parts of the data set in *root*, without *leave_out*.
+def find_parts(root: Path, names: Sequence[str]) -> Parts:
+    """Find the parts of the data set in *root* among the folders *names* in it.
 
     Raises `DataError` for two folders of training images.
     """
-    names = [name for name in list_subfolders(root) if name not in leave_out]
     kinds = part_kinds(names)
 
     # The training part contains folders. One without any may be a class, beside a folder that

@@ -1,6 +1,7 @@
 """The images of a folder, found by the names that a table has for them."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -8,7 +9,8 @@ from urllib.parse import unquote
 from sopdeploy.errors import DataError
 from sopdeploy.images.signatures import has_image_suffix, is_image
 from sopdeploy.photos.files import normalize
-from sopdeploy.photos.label_tools import UPLOADED
+
+UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # what Label Studio makes of a name
 
 
 class ListedImages:

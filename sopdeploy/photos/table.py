@@ -12,15 +12,12 @@ its suffix, with another folder or in an address, is enough. Instead of `classes
 have a column with 1 and 0. Beside `file` and `classes`, other columns are left out, and two
 columns need no heading.
 
-Without `labels.csv`, another table counts that lists the images, whatever its name: such a
-table, JSON lines with `file_name` and `label`, a COCO file whose images have annotations of one category
-each, or the classes of images, or else of their regions, in files of CVAT, VIA and Label
-Studio. Images that these list without a class are left out.
+`layout` says which table is read.
 """
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +26,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import DataError, amount, shorten
 from sopdeploy.images.signatures import count_suffixes
-from sopdeploy.photos.cells import (
-    GROUP,
-    SPLIT,
-    pair_with_files,
-    read_cells,
-    read_yolo_names,
-)
+from sopdeploy.photos.cells import GROUP, SEPARATOR, SPLIT, read_cells
 from sopdeploy.photos.files import (
     TRAIN,
     VAL,
@@ -45,7 +36,6 @@ from sopdeploy.photos.files import (
     list_images,
     normalize,
 )
-from sopdeploy.photos.label_tools import SEPARATOR
 from sopdeploy.photos.listed_images import ListedImages
 from sopdeploy.photos.photo import ImageFiles, can_leave_out
 from sopdeploy.project import AS_IT_IS, FolderReading
@@ -63,6 +53,7 @@ class OpenedParts(NamedTuple):
         notes: What the user may not have intended.
         ignored: Number of files that are no images, by suffix.
         reading: How the folder was read.
+        commands: Commands that train without what is wrong.
     """
 
     parts: dict[str, ImageFiles]
@@ -70,6 +61,7 @@ class OpenedParts(NamedTuple):
     notes: Sequence[str] = ()
     ignored: Mapping[str, int] = {}
     reading: FolderReading = AS_IT_IS
+    commands: Sequence[str] = ()
 
 
 def read_label_table(
@@ -82,8 +74,8 @@ def read_label_table(
 ) -> OpenedParts:
     """Read *table*, whose classes must be among *labels*; by default, these are its classes, sorted.
 
-    It lists images in *root*, by default its folder. If it is a folder, the files beside its images
-    have the classes. *column* is the heading above the classes, if it is no usual one.
+    It lists images in *root*, by default its folder. *column* is the heading above the classes, if it is not a
+    usual one.
 
     The parts are `train` and `val`, or `UNSPLIT` without a column `split`. Their targets are
     (N, C) float32, 1 for the classes of an image, or class indices (N,). *multi_label* is by
@@ -122,16 +114,11 @@ def read_label_table(
         is_training_N = np.asarray([row.part == TRAIN for row in rows])
         parts = {TRAIN: images.select(is_training_N), VAL: images.select(~is_training_N)}
 
-    notes += _note_classes(table, listed, read_yolo_names(root, other_files))
+    notes += [f"{table}: {line}" for line in describe_confusable(listed)]
     if unlisted := sorted({*image_paths} - {row.path for row in all_rows}):
         notes.append(_note_unlisted(table, root, unlisted))
 
-    used = {table.name}
-    if table.is_dir():
-        used = {
-            *pair_with_files([os.fsdecode(path) for path in image_paths], other_files).values()
-        }
-    ignored = count_suffixes(file for file in other_files if file not in used)
+    ignored = count_suffixes(file for file in other_files if file != table.name)
     return OpenedParts(parts, notes=notes, ignored=ignored)
 
 
@@ -150,24 +137,10 @@ def _check_classes(table: Path, labels: tuple[str, ...], listed: set[str], least
         )
 
 
-def _note_classes(table: Path, listed: set[str], class_names: Sequence[str]) -> Iterator[str]:
-    """Say which of the *listed* classes the user may not have intended; YOLO's file has *class_names*."""
-    for line in describe_confusable(listed):
-        yield f"{table}: {line}"
-    if "0" in listed and listed <= {str(position) for position in range(len(class_names))}:
-        yield (
-            f"{table}: its classes are numbers, perhaps the positions of {shorten(class_names)}, which another "
-            "file has; write the names into the table if predictions shall have them"
-        )
-
-
 def _note_unlisted(table: Path, root: Path, unlisted: Sequence[bytes]) -> str:
     """Say which images in *root* are *unlisted* in *table*, and so left out."""
     files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
-    where = f"not listed in {table.name}"
-    if table.is_dir():
-        where = f"{table}: left out, because they have no label file or are of another part"
-    return f"{where}: {amount(len(unlisted), 'image')}: {files}"
+    return f"not listed in {table.name}: {amount(len(unlisted), 'image')}: {files}"
 
 
 def check_has_classes(table: Path, name: str, images: ImageFiles) -> None:

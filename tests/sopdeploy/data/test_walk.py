@@ -10,6 +10,7 @@ from sopdeploy.errors import DataError
 from sopdeploy.photos import files
 from sopdeploy.photos.check import check_data
 from sopdeploy.photos.class_folders import list_classes
+from sopdeploy.photos.contents import list_contents
 from sopdeploy.photos.evaluation_images import open_any_images
 from sopdeploy.photos.files import walk
 from sopdeploy.photos.folder import open_folder
@@ -124,7 +125,9 @@ def test_a_check_takes_linear_time(tmp_path: Path, monkeypatch, build) -> None:
         root.mkdir(parents=True)
         build(root, size)
         make(root, b=2)
-        calls[size] = count_calls(monkeypatch, lambda root=root: check_data(root))
+        calls[size] = count_calls(
+            monkeypatch, lambda root=root: check_data(root, classes_from="folders")
+        )
     assert calls[30] <= 2 * calls[15]
 
 
@@ -170,13 +173,13 @@ def test_a_folder_of_two_classes_counts_for_the_first_and_a_class_for_itself(
     (root / "b" / "more").symlink_to(tmp_path / "more")
     (root / "a" / "other").symlink_to("../b")
     (root / "c").symlink_to(make(tmp_path / "elsewhere", c=2) / "c")
-    images = list_classes(root).images
+    images = list_classes(list_contents(root)).images
     assert dict(zip(images.labels, images.class_counts().tolist(), strict=True)) == {
         "a": 5,
         "b": 2,
         "c": 2,
     }
-    assert len(open_folder(root).train) == 9
+    assert len(open_folder(root, "folders").train) == 9
 
 
 def test_hidden_files_are_listed_on_request(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
     ),
     "an archive in the folder of the images": (
         {"cats/1.jpg": PHOTO, "cats/2.jpg": PHOTO, "cats/raw/backup.zip": b"PK"},
-        "sort them into one subfolder per class, by hand or in a browser: sopdeploy label {root}/cats",
+        "sort the images into one subfolder per class",
     ),
     "a pointer to an archive": ({"data.zip": LFS}, "{root}/data.zip is " + POINTER_ADVICE),
     "pointers as a class": (TWO_CLASSES | {"c/1.tif": LFS}, "; {root}/c/1.tif is " + POINTER_ADVICE),
@@ -113,7 +113,7 @@ def test_a_compressed_file_that_is_no_archive_makes_no_class(tmp_path) -> None:
 def test_a_pointer_to_weights_is_no_advice_about_images(tmp_path) -> None:
     root = write(tmp_path, {"images/1.jpg": PHOTO, "models/net.tflite": LFS})
 
-    with pytest.raises(DataError, match="only one class") as caught:
+    with pytest.raises(DataError, match="sort the images into one subfolder") as caught:
         open_folder(root)
     assert POINTER_ADVICE not in str(caught.value)
 
