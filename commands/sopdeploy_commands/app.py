@@ -59,7 +59,6 @@ TOPICS = {
     },
     "Improve": {
         "runs": (".training.runs:runs", "list runs and bundles"),
-        "data": (".training.data:check", "inspect images before training"),
         "eval": (".training.evaluate:evaluate", "evaluate a checkpoint or a bundle"),
         "label": (
             ".training.label:label",
@@ -81,8 +80,6 @@ TOPICS = {
     },
 }
 COMMANDS = {name: command for commands in TOPICS.values() for name, command in commands.items()}
-# `sopdeploy data check`; the group has no other command
-ONLY_COMMAND_OF_GROUP = {"data": "check"}
 QUICK_START = (
     "sopdeploy train --data photos",
     "sopdeploy export runs/latest/best.pt --detach",
@@ -148,10 +145,7 @@ class Commands(Mapping[str, Any]):
         # `command` has set this attribute.
         run = getattr(import_module(module, __package__), function).run_command
         app = typer.Typer(add_completion=False, cls=Group, **SETTINGS)
-        app.command(ONLY_COMMAND_OF_GROUP.get(name, name), cls=CommandLine)(run)
-        # Typer replaces a group of a single command by the command, unless it has a callback.
-        if name in ONLY_COMMAND_OF_GROUP:
-            app.callback(help=run.__doc__)(lambda: None)
+        app.command(name, cls=CommandLine)(run)
 
         return typer.main.get_command(app)
 

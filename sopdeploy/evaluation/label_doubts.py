@@ -110,6 +110,6 @@ def describe_unjudged(doubts: LabelDoubts) -> str:
         return ""
     return (
         f"wrong labels may remain unseen: the classifier agrees with {100 * doubts.agreement:.0f} % of the labels, "
-        f"and below {100 * JUDGED:.0f} % most wrong ones look like its own errors; `sopdeploy data check "
-        f"FOLDER --wrong-labels RUN` lists the {len(suspects)} labels that it contradicts most"
+        f"and below {100 * JUDGED:.0f} % most wrong ones look like its own errors; `sopdeploy train "
+        f"--data FOLDER --dry-run --wrong-labels RUN` lists the {len(suspects)} labels that it contradicts most"
     )

@@ -1,4 +1,4 @@
-"""`sopdeploy data check`: the content and the problems of a folder of images."""
+"""`sopdeploy train --dry-run`: the content and the problems of a folder of images."""
 
 import os
 from collections import Counter, defaultdict

@@ -127,7 +127,7 @@ def _name_all(first: DataError, errors: Sequence[str]) -> DataError:
     if len(errors) < 2:
         return first
     return DataError(
-        f"{len(errors)} images cannot be used (`sopdeploy data check --json` lists all): "
+        f"{len(errors)} images cannot be used (`sopdeploy train --data FOLDER --dry-run --json` lists all): "
         f"{shorten_problems(errors)}",
         lists={"images": errors},
     )

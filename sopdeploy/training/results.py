@@ -28,14 +28,16 @@ from sopdeploy.photos.file_checks import describe_left_out
 # The result names classes with fewer images, because each fold tests hardly any of them
 _FEW_IMAGES = 5
 # With the folders of a run, `insert_folders` makes it a command
-LIST_WRONG_LABELS = "sopdeploy data check DIR --wrong-labels RUN"
+LIST_WRONG_LABELS = "sopdeploy train --data DIR --dry-run --wrong-labels RUN"
 SelectedBy = Literal["nothing", "other images", "same images"]
 
 
 def insert_folders(text: str, data: Path | None, run: Path) -> str:
     """Insert the folders of the *data*, if there is one, and of the *run* into commands in *text*."""
     folder = "DIR" if data is None else str(data)
-    command = f"sopdeploy data check {quote(folder)} --wrong-labels {quote(str(run))}"
+    command = (
+        f"sopdeploy train --data {quote(folder)} --dry-run --wrong-labels {quote(str(run))}"
+    )
     return text.replace(LIST_WRONG_LABELS, command)
 
 

@@ -513,7 +513,7 @@ def _leave_out_seen(
 
     rest = division.data.without_held_out(is_seen)
     number = f"{int(is_seen.sum())} of {len(held_out)} validation images are training images"
-    listed = "`sopdeploy data check` lists them"
+    listed = "`sopdeploy train --data FOLDER --dry-run` lists them"
     if not len(rest.held_out):
         callback.on_warning(f"{number}, so that the score is too high for new images; {listed}")
         return division._replace(num_seen=int(is_seen.sum()))

@@ -204,7 +204,6 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
         r"sopdeploy models: .*--json.*; see sopdeploy models --help",
     ),
     "a mistyped option of the program": (("--verison",), "--version"),
-    "no command of a group": (("data",), "sopdeploy data: Missing command"),
     "a missing argument": (("export",), "sopdeploy export: Missing argument 'checkpoint'"),
     "photographs as an argument": (("train", "photos"), "did you mean --data photos?"),
     "an empty folder name": (
@@ -451,7 +450,7 @@ def test_a_right_to_left_name_is_isolated_unless_it_may_be_copied(text: str) -> 
 LOOPS = {  # command with a link that leads to itself: its error
     "promote loop --over live --force reason": "loop: no such folder",
     "classify loop photos --out loop": "loop: no such folder",
-    "train --data one --out loop": "one: holds only one class (a)",
+    "train --data one --out loop": "one: holds no class folders and no labels.csv (a/ 1 image)",
     "train --data one --unknown loop --set epochs=2": "loop: no such folder",
 }
 
@@ -531,7 +530,7 @@ def test_a_probably_wrong_label_is_a_row_with_the_probabilities_of_both_classes(
         probability_suggested=0.5,
     )
     monkeypatch.setattr("sopdeploy.report.wrong_labels.find_wrong_labels", lambda *_: (wrong,))
-    command = ["data", "check", str(tmp_path), "--wrong-labels", "runs/latest"]
+    command = ["train", "--dry-run", "--data", str(tmp_path), "--wrong-labels", "runs/latest"]
     row = CliRunner().invoke(app, command).stdout.splitlines()[1]
 
     assert row.split() == ["hat/1.jpg", "hat", "25.0", "%", "shoe", "50.0", "%"]

@@ -12,7 +12,7 @@ from sopdeploy_commands.app import app
 from tests.commands.test_app import in_process
 
 EARLY_MISTAKES = {  # command: its error
-    "train --data one": "one: holds only one class (a)",
+    "train --data one": "one: holds no class folders and no labels.csv (a/ 1 image)",
     "train --data photos.zip": "photos.zip: an archive, not a folder of photos; unpack it, and give a folder",
     "train --data nowhere": "nowhere: no such folder",
     "eval nothing.pt --data one": "nothing.pt: no such file",

@@ -58,6 +58,12 @@ class TrainOptions(Options):
     resume: Literal["never", "always", "auto"] = "never"
     """Continue the run in the folder, by default the newest of the project; auto starts a new one if there is
     none."""
+    dry_run: bool = False
+    """Decode the images of the folder, report sizes, formats, classes, duplicates and unreadable files, and train
+    nothing. Exit code 2 means that a training could not use the images."""
+    wrong_labels: Text = None
+    """With a dry run, only list labels that are probably wrong, as this run on the folder predicts. If the run
+    cannot tell, list the most doubtful labels."""
     tensorboard: bool = False
     """Also write the learning curves of the network and of each branch for TensorBoard, to the folder
     tensorboard of the run. Needs the package tensorboard."""

@@ -7,14 +7,15 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from sopdeploy.cli.command import command, expand_options
-from sopdeploy.cli.console import ProgressBars, err, print_table, say
+from sopdeploy.cli.command import as_data, command, expand_options
+from sopdeploy.cli.console import ProgressBars, err, print_json, print_table, say
 from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError, amount
 from sopdeploy.files import LAST
 from sopdeploy.models.families import PAGE, find_family, names_of_family
 from sopdeploy.training.recipe_files import list_recipes, recipe_text
 from sopdeploy.training.results import describe_notes, insert_folders, read_result
+from sopdeploy_commands.training.dry_run import check_images, print_report, print_wrong_labels
 from sopdeploy_commands.training.request import TrainOptions, read_request
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from sopdeploy.checkpoint import Checkpoint
     from sopdeploy.decision import Decision
+    from sopdeploy.photos.check import DataReport
+    from sopdeploy.report.wrong_labels import WrongLabel
     from sopdeploy.training.callback import Callback, WarningRecord
     from sopdeploy.training.checkpoints import Setup
     from sopdeploy.training.recipe import Recipe
@@ -30,6 +33,22 @@ if TYPE_CHECKING:
     from sopdeploy.training.train import FinishedRun, TrainingResult
 
 MAX_CLASSES = 30  # that are printed; the report has all
+
+
+def _show(result: "TrainingResult | DataReport | list[WrongLabel]", *, as_json: bool) -> None:
+    """Print the result of a training or, of a dry run, what it would read; then raise what is wrong with it."""
+    from sopdeploy.photos.check import DataReport
+
+    if as_json:
+        print_json(as_data(result))
+    elif isinstance(result, DataReport):
+        print_report(result)
+    elif isinstance(result, list):
+        print_wrong_labels(result)
+    else:
+        print_result(result)
+    if isinstance(result, DataReport):
+        result.must_be_usable()
 
 
 def print_result(result: "TrainingResult") -> None:
@@ -85,11 +104,12 @@ def _join_decision(decision: "Decision") -> list[str]:
 
 
 @command(
-    print_result,
+    _show,
     options={"data", "recipe", "out"},
     distributed=True,
     examples=(
         "sopdeploy train --data photos/",
+        "sopdeploy train --data photos/ --dry-run",
         "sopdeploy train --data photos/ --from bundles/live",
         "sopdeploy train --data photos/ --weights model.safetensors",
         "sopdeploy train --recipe digits-dsop --set epochs=10",
@@ -106,7 +126,7 @@ def train(
     progress: bool | None = None,
     callback: "Callback | None" = None,
     **settings: Any,
-) -> "TrainingResult":
+) -> "TrainingResult | DataReport | list[WrongLabel]":
     """Train an image classifier on a folder of images with one subfolder per class.
 
     It prints the accuracy to expect on new images, and writes best.pt, which `sopdeploy export`
@@ -123,7 +143,7 @@ def train(
             `**{"optimizer.lr": 0.1}`. An empty dict adds an optional table with its defaults: `ema={}`.
 
     Returns:
-        The files and metrics of the run.
+        The files and metrics of the run; with `dry_run`, the content of the folder or the wrong labels.
 
     Raises:
         ConfigError: Unknown recipe or setting, an invalid value, or *out* holds another run.
@@ -139,6 +159,14 @@ def train(
     """
     data = None if data is None else Path(data)
     out = None if out is None else Path(out)
+    if options.wrong_labels is not None and not options.dry_run:
+        raise ConfigError("only with dry_run", setting="wrong_labels")
+    if options.dry_run and options.wrong_labels is not None:
+        from sopdeploy.report.wrong_labels import find_wrong_labels
+
+        return list(find_wrong_labels(Path(options.wrong_labels), data))
+    if options.dry_run:
+        return check_images(data, options.set, settings, lambda _done, _total: None)
 
     request = read_request(data, recipe, out, options, settings)
 

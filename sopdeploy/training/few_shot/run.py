@@ -269,7 +269,7 @@ def _find_seen(
             consequence = "the accuracy is cross-validated on the training images"
         callback.on_warning(
             f"{int(seen.sum())} of {len(held_out)} validation images are training images or copies "
-            f"of them, so {consequence}; `sopdeploy data check --near` lists them"
+            f"of them, so {consequence}; `sopdeploy train --data FOLDER --dry-run` lists them"
         )
     return seen
 

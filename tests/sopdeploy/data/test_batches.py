@@ -157,7 +157,7 @@ def test_a_run_stops_and_names_all_unreadable_images(spoilt, tmp_path, workers) 
         train_recipe(recipe_for(spoilt, f"workers={workers}"), tmp_path / "run")
     text = str(problem.value)
     assert text.startswith(
-        "3 images cannot be used (`sopdeploy data check --json` lists all): "
+        "3 images cannot be used (`sopdeploy train --data FOLDER --dry-run --json` lists all): "
     )
     assert re.search("val/dog/0.jpg: this is not an image: it is empty", text)
     assert re.search("train/cat/1.jpg: this is not.*; .*train/dog/2.jpg: the image", text)

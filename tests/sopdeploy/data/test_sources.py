@@ -78,7 +78,7 @@ def test_an_official_layout_is_read_and_recognized(tmp_path, monkeypatch, kind) 
     assert all(split.train.photo(index).image.size == size for index in range(len(split.train)))
     held_out = open_evaluation_images(tmp_path, labels[::-1])
     assert (held_out.labels, held_out.targets.tolist()) == (labels[::-1], [2, 1, 0])
-    checked = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--json"])
+    checked = CliRunner().invoke(app, ["train", "--dry-run", "--data", str(tmp_path), "--json"])
     assert checked.exit_code == 0, checked.stderr
     assert [part["count"] for part in json.loads(checked.stdout)["parts"]] == [3 * each, 3]
     assert open_at("folder", tmp_path).held_out.targets.tolist() == [0, 1, 2]

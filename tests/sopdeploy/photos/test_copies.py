@@ -1,4 +1,4 @@
-"""Groups of near-duplicates, their use in splits, and `sopdeploy data check`."""
+"""Groups of near-duplicates, their use in splits, and `train --dry-run`."""
 
 import io
 import json
@@ -364,7 +364,7 @@ def test_near_duplicates_are_listed_once_weights_of_the_default_network_are_here
     ImageOps.mirror(scene(3)).save(root / "val" / "dog" / "mirror.png")
 
     def near() -> tuple[list[tuple[set[str], bool, bool]] | None, list[str]]:
-        shown = CliRunner().invoke(app, ["data", "check", str(root), "--near", "--json"])
+        shown = CliRunner().invoke(app, ["train", "--dry-run", "--data", str(root), "--json"])
         report = json.loads(shown.stdout)
         groups = report["near"] and [
             (
@@ -459,7 +459,7 @@ def test_empty_and_mismatched_class_folders_are_listed_with_all_other_findings(p
     (photos / "train" / "eel" / "scan.tif").write_bytes(b"text")
     (photos / "val" / "fox").mkdir()
     (photos / "train" / "cat" / "2.jpg").write_bytes(b"text")
-    found = CliRunner().invoke(app, ["data", "check", str(photos)])
+    found = CliRunner().invoke(app, ["train", "--dry-run", "--data", str(photos)])
     assert found.exit_code == 2
     for finding in (
         "train/eel: no images in this class folder, only other files (.tif 1); remove the folder, or convert",

@@ -261,7 +261,7 @@ def test_an_unusable_folder_is_named_with_advice(tmp_path, counts, message) -> N
     assert str(tmp_path) in str(problem.value)
     assert "\n" not in str(problem.value)
 
-    # `data check` says no to what `train` says no to.
+    # A dry run says no to what `train` says no to.
     with pytest.raises(DataError):
         check_data(tmp_path).must_be_usable()
 
@@ -390,7 +390,7 @@ def test_forty_broken_files_are_ten_and_a_number_and_one_reason(tmp_path) -> Non
     advice, *_, more = re.split(r": |, | and ", shown.stderr.partition("lists all): ")[2])
     assert (advice[:20], more[:7]) == ("this is not an image", "30 more")  # before the names
     assert len(json.loads(shown.stdout)["error"]["lists"]["images"]) == 40
-    checked = CliRunner().invoke(app, ["data", "check", str(folder)])
+    checked = CliRunner().invoke(app, ["train", "--dry-run", "--data", str(folder)])
     assert (checked.stderr.count(".jpg"), checked.stderr.count("not an image")) == (10, 1)
     assert "and 30 more" in checked.stderr.partition("this is not an image")[2]
 

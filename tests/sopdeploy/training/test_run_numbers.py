@@ -262,7 +262,7 @@ def test_the_page_of_a_run_lists_those_of_its_project_before_it(photos: Path) ->
 def test_the_command_that_lists_wrong_labels_has_the_folders_of_the_run() -> None:
     line = f"2 labels of 36 probably wrong; list them: {LIST_WRONG_LABELS}"
     assert insert_folders(line, Path("my photos"), Path("runs/photos-1")).endswith(
-        "list them: sopdeploy data check 'my photos' --wrong-labels runs/photos-1"
+        "list them: sopdeploy train --data 'my photos' --dry-run --wrong-labels runs/photos-1"
     )
     assert insert_folders("page: x", None, Path("runs/photos-1")) == "page: x"
 

@@ -1200,7 +1200,7 @@ def test_the_result_says_how_many_labels_it_doubts_and_how_to_list_them(
     lines = "\n".join(result.procedure.lines())
     assert result.procedure.num_doubted == wrong
     assert (
-        "2 labels of 36 probably wrong; list them: sopdeploy data check DIR" in lines
+        "2 labels of 36 probably wrong; list them: sopdeploy train --data DIR" in lines
     ) == bool(wrong)
     assert ("% if the 2 doubtful labels are wrong" in lines) == bool(wrong)
 
