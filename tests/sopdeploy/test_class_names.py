@@ -1,6 +1,5 @@
 """Files of class names as tools write them: understood, or refused with what to do."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -20,6 +19,20 @@ UNDERSTOOD: dict[str, tuple[str, str]] = {
     "lines of Windows": ("a.txt", "cat\r\ndog\r\nbird\r\n"),
     "lines of an old Macintosh": ("a.txt", "cat\rdog\rbird\r"),
     "a mark of the byte order": ("a.txt", "\ufeffcat\ndog\nbird"),
+    "JSON": ("a.json", '["cat", "dog", "bird"]'),
+    "JSON in a text file": ("a.txt", '[\n"cat",\n"dog",\n"bird"\n]'),
+    "numbers as keys, in another order": ("a.json", '{"2": "bird", "0": "cat", "1": "dog"}'),
+    "class_to_idx": ("a.json", '{"bird": 2, "cat": 0, "dog": 1}'),
+    "config.json of a network": ("config.json", json.dumps(CONFIG)),
+    "metadata.json of Teachable Machine": (
+        "a.json",
+        json.dumps({"imageSize": 224, "labels": NAMES}),
+    ),
+}
+
+
+# Numbers, bullets, quotes, columns, Python and YAML beside or around the names
+LEFT: dict[str, tuple[str, str]] = {
     "numbers of Teachable Machine": ("a.txt", "0 cat\n1 dog\n2 bird\n"),
     "numbers from 1": ("a.txt", "1. cat\n2. dog\n3. bird\n"),
     "numbers with colons": ("a.txt", "0: cat\n1: dog\n2: bird\n"),
@@ -38,21 +51,22 @@ UNDERSTOOD: dict[str, tuple[str, str]] = {
     "commas": ("a.txt", "cat,\ndog,\nbird,\n"),
     "bullets": ("a.md", "- cat\n- dog\n- bird\n"),
     "bullets and numbers": ("a.md", "* 0 cat\n* 1 dog\n* 2 bird\n"),
-    "JSON": ("a.json", '["cat", "dog", "bird"]'),
-    "JSON in a text file": ("a.txt", '[\n"cat",\n"dog",\n"bird"\n]'),
     "lines of JSON": ("a.jsonl", '"cat"\n"dog"\n"bird"\n'),
-    "numbers as keys, in another order": ("a.json", '{"2": "bird", "0": "cat", "1": "dog"}'),
-    "class_to_idx": ("a.json", '{"bird": 2, "cat": 0, "dog": 1}'),
-    "config.json of a network": ("config.json", json.dumps(CONFIG)),
-    "metadata.json of Teachable Machine": (
-        "a.json",
-        json.dumps({"imageSize": 224, "labels": NAMES}),
-    ),
     "a Python dictionary": ("a.txt", "{2: 'bird',\n 0: 'cat',\n 1: 'dog'}"),
     "a Python list": ("a.txt", "['cat', 'dog', 'bird']"),
     "data.yaml": ("data.yaml", "nc: 3\nnames: [cat, dog, bird]\n"),
     "data.yaml with numbers": ("data.yml", "names:\n  0: cat\n  1: dog\n  2: bird\n"),
 }
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_what_is_beside_a_name_is_refused_and_never_part_of_it(
+    case: str, tmp_path: Path
+) -> None:
+    name, text = LEFT[case]
+    (tmp_path / name).write_bytes(text.encode())
+    with pytest.raises(ConfigError, match="write one name per line"):
+        read_class_names(tmp_path / name)
 
 
 @pytest.mark.parametrize("case", UNDERSTOOD)
@@ -81,14 +95,6 @@ def test_a_number_or_a_mark_that_belongs_to_a_name_stays(case: str, tmp_path: Pa
     assert read_class_names(tmp_path / "a.txt") == LITERAL[case]
 
 
-def test_names_with_commas_are_read_as_a_csv_writer_quotes_them(tmp_path: Path) -> None:
-    names = LITERAL["commas in names"][:2]  # each with a comma, so each is quoted
-    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(enumerate(names))
-
-    assert read_class_names(tmp_path / "a.csv") == names
-
-
 REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
     "nothing": ("a.txt", b"\n \n", "holds no name"),
     "another encoding": (
@@ -99,20 +105,20 @@ REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
     "numbers in another order": (
         "a.txt",
         b"1 cat\n10 dog\n2 bird",
-        "each line begins with a number",
+        "the names have numbers",
     ),
-    "numbers that lack some": ("a.txt", b"0 cat\n2 dog", "each line begins with a number"),
-    "lines in another order": ("a.csv", b"cat,1\ndog,0", "each line ends with a number"),
-    "numbers of one name": ("a.txt", b"1 euro\n2 euro", "each line begins with a number"),
+    "numbers that lack some": ("a.txt", b"0 cat\n2 dog", "the names have numbers"),
+    "lines in another order": ("a.csv", b"cat,1\ndog,0", "a table of 2 columns"),
+    "numbers of one name": ("a.txt", b"1 euro\n2 euro", "the names have numbers"),
     "a name without a number": (
         "a.txt",
         b"0 cat\n1 dog\nbird",
-        "2 of 3 lines begin with a number",
+        "the names have numbers|has a key",
     ),
     "a heading without columns": (
         "a.txt",
         b"names:\n 0: cat\n 1: dog",
-        "2 of 3 lines begin with a number",
+        "the names have numbers|has a key",
     ),
     "ids of WordNet": (
         "a.txt",
@@ -122,12 +128,12 @@ REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
     "numbers and ids": (
         "a.txt",
         b"0 n01440764 tench\n1 n01443537 goldfish",
-        "an id such as n01440764",
+        "the names have numbers",
     ),
     "more columns": (
         "a.csv",
         b"0,cat,pet\n1,dog,pet",
-        "each line begins with a number|a table of 3 columns",
+        "a table of 3 columns",
     ),
     "columns without numbers": ("a.csv", b"cat,pet\ndog,pet", "a table of 2 columns"),
     "one line": ("a.csv", b"cat, dog, bird", "all names stand in one line"),
@@ -138,8 +144,8 @@ REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
         "name 2 begins with a bullet",
     ),
     "some quotes": ("a.txt", b"'cat'\ndog", "name 1 begins with a quote"),
-    "numbers and some quotes": ("a.txt", b"0 'cat'\n1 dog", "name 1 begins with a quote"),
-    "numbers and bullets": ("a.txt", b"0 - cat\n1 - dog", "name 1 begins with a bullet"),
+    "numbers and some quotes": ("a.txt", b"0 'cat'\n1 dog", "the names have numbers"),
+    "numbers and bullets": ("a.txt", b"0 - cat\n1 - dog", "the names have numbers"),
     "columns in quotes": ("a.csv", b'"0","cat"\n"1","dog"', "name 1 begins with a quote"),
     "a key": ("a.txt", b"nc: 3\nnames: [cat, dog]", "name 1 has a key"),
     "a label map of TensorFlow": (
@@ -150,14 +156,9 @@ REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
     "a bracket that is not closed": (
         "a.txt",
         b"['cat',\n'dog'",
-        "neither JSON nor another list",
+        "not JSON",
     ),
-    "code": ("a.txt", b"[__import__('os').getcwd()]", "neither JSON nor another list"),
-    "an object of YAML": (
-        "a.yaml",
-        b"names: !!python/object/apply:os.getcwd []",
-        "neither JSON nor another",
-    ),
+    "code": ("a.txt", b"[__import__('os').getcwd()]", "not JSON"),
     "JSON that is cut off": ("a.json", b'["cat", "dog', "not JSON"),
     "numbers of a dictionary from 1": (
         "a.json",
