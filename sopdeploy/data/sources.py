@@ -11,7 +11,7 @@ import pydantic
 from sopdeploy.config import StrictModel, with_registered
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import expand_user
-from sopdeploy.photos.evaluation_images import holds_classes
+from sopdeploy.photos.evaluation_images import FORMER_FILES, holds_classes
 from sopdeploy.photos.files import Log
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.photos.libraries import has_files_of, open_cifar, open_digits, open_part
@@ -62,10 +62,10 @@ class FolderConfig(HoldOut):
     `clip1_02.jpg` together. It replaces all other groups except groups of copies.
 
     `classes_from` is `folders` if each folder is a class even if it seems to be none. It can also
-    be `subfolders` if the innermost folders are the classes, `files` if a file beside each image
-    has its class (LabelMe, Pascal VOC), the path of a table, with `:COLUMN` if its heading is
-    unusual, or a regular expression that finds the class in the names of files, such as `^\\D+`
-    for `cat.1.jpg`. `leave_out` names folders at the top that are not read, separated by commas.
+    be `subfolders` if the innermost folders are the classes, the path of a CSV file, with `:COLUMN`
+    if its heading is unusual, or a regular expression that finds the class in the names of files,
+    such as `^\\D+` for `cat.1.jpg`. `leave_out` names folders and files that are not read, also
+    with `*`, separated by commas.
     """
 
     # A folder may be called by a number, which is one in TOML.
@@ -84,6 +84,8 @@ class FolderConfig(HoldOut):
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"no regular expression ({error}), such as ^clip[0-9]+") from error
+        if pattern == FORMER_FILES:
+            raise ValueError("a file beside each image is not read any more; see the page Data")
         return pattern
 
 

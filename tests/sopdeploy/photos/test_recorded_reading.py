@@ -6,6 +6,7 @@ from zlib import crc32
 import pytest
 from pydantic import ValidationError
 
+from sopdeploy.data.sources import FolderConfig
 from sopdeploy.errors import DataError
 from sopdeploy.photos.evaluation_images import open_evaluation_images
 from sopdeploy.photos.folder import open_folder
@@ -175,3 +176,14 @@ def test_the_validation_part_is_not_one_that_the_run_left_out(tmp_path) -> None:
     images = open_evaluation_images(tmp_path, ("a", "b"), reading=split.reading)
     assert [image.split("/")[0] for image in map(images.identity, range(2))] == ["a", "a"]
     assert images.root == tmp_path / "test"
+
+
+def test_what_0_3_recorded_and_nothing_reads_any_more_is_one_line_or_left_out(tmp_path) -> None:
+    root = make(tmp_path, {"a": 2, "b": 1})
+    with pytest.raises(ValidationError, match="is not read any more"):
+        FolderConfig(kind="folder", path=root, classes_from="files")
+
+    for classes_from in ("files", "annotations.json"):
+        reading = FolderReading(classes_from=classes_from)
+        images = open_evaluation_images(root, ("a", "b", "c"), reading=reading)
+        assert images.class_counts().tolist() == [2, 1, 0]
