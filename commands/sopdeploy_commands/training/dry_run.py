@@ -111,9 +111,7 @@ def print_report(report: "DataReport") -> None:
             lines.append(f"{name} side: {low} to {high} pixels, median {median}")
         lines += _duplicate_lines("duplicates", "equal pixels", report.duplicates)
         if report.near is not None:
-            lines += _duplicate_lines(
-                "near-duplicates", "by a network", report.near
-            )
+            lines += _duplicate_lines("near-duplicates", "by a network", report.near)
 
     # What was not counted, and what the user should know.
     if report.passed_over:

@@ -177,7 +177,7 @@ def test_predictions_of_a_server_are_not_labels(tmp_path) -> None:
     root = make(tmp_path, four("cat", "dog"))
     (root / "label-config.xml").write_text("<View/>")
 
-    with pytest.raises(DataError, match="are predictions of a server"):
+    with pytest.raises(DataError, match="predictions, not labels"):
         open_folder(root)
     assert open_folder(root, "folders").train.labels == ("cat", "dog")
 
