@@ -25,6 +25,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import sha256
 from sopdeploy.models.registry import entry
+from sopdeploy.models.second_order_head import without_head
 from sopdeploy.models.timm_networks import import_timm
 
 # Fine-tunes better than V2, which is trained with label smoothing
@@ -132,7 +133,7 @@ def published_network(model: str, config: StrictModel) -> str:
 
     Fetches nothing. Raises `ConfigError` if none are published.
     """
-    family, _, name = model.removeprefix("head:").rpartition(":")
+    family, _, name = without_head(model).rpartition(":")
     if issubclass(entry(model).network, EfficientNetLite):
         return f"timm:tf_{_lite_name(model).replace('-', '_')}"
     if family:  # timm or dsop-timm

@@ -335,6 +335,7 @@ OWN = CATALOG  # of the registry `MODELS`
 # Functions (prefix, name) that build the entry of PREFIX:NAME
 PREFIXES = {
     "head": "sopdeploy.models.second_order_head:head_entry",
+    "dsop-head": "sopdeploy.models.second_order_head:head_entry",
     "timm": "sopdeploy.models.timm_networks:timm_entry",
     "dsop-timm": "sopdeploy.models.timm_networks:timm_entry",
 }

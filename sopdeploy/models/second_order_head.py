@@ -1,5 +1,8 @@
 """Networks with a head on first-order and second-order statistics: `head:NAME` for every network NAME.
 
+`dsop-head:NAME` has a head on averages, and this head as an auxiliary branch, which is detached: DSoP on a
+network whose second-order head is known from a closed form.
+
 The head replaces the classifier. Its input are, one after the other:
 
 - `gap`: the vector that the network's own classifier reads, such as the average of the last feature map, or
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, log_softmax
 
-from sopdeploy.config import Count
+from sopdeploy.config import Count, NonNegative
 from sopdeploy.errors import ConfigError, DataError, first_line
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
@@ -267,23 +270,62 @@ class SecondOrderHead(Classifier):
         return self.pooled_head(*self.head_inputs(images))
 
 
-def head_entry(_prefix: str, name: str) -> Entry:
-    """Build the entry of `head:NAME` for the network *name*: its options, and `head`.
+class DetachableHead(SecondOrderHead):
+    """Mixin that adds an auxiliary head, `config.branch`, to a network whose own head is `config.head`.
 
-    Of `dsop-NAME`, the branches remain, and are detached before export. Raises `ConfigError`
+    Both heads read the maps of one run of the network. The exported network has no auxiliary head.
+    """
+
+    training_only = ("branch",)
+
+    def __init__(self, config: Any, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        head: HeadConfig = config.branch
+        self.branch_maps = self.channels_of_maps(head.taps)
+        self.branch = PooledHead(
+            head, self.pooled_head.own_length, self.branch_maps, num_classes
+        )
+
+    def heads(self, images: Tensor) -> dict[str, Tensor]:
+        """Compute the logits of both heads in one run: `branch` and `main`."""
+        if not self.has_training_heads:
+            return super().heads(images)
+
+        taps = [tap for tap in self.tap_channels if tap in self.branch_maps or tap in self.maps]
+        last, tapped = self.feature_maps(images, taps)
+        own = Classifier.classify(self, last)  # the identity has replaced the classifier
+        maps = dict(zip(taps, tapped, strict=True))
+        return {
+            "branch": self.branch(own, {tap: maps[tap] for tap in self.branch_maps}),
+            "main": self.pooled_head(own, {tap: maps[tap] for tap in self.maps}),
+        }
+
+    def loss_weights(self) -> dict[str, float]:
+        """Return the weights of the losses of both heads."""
+        return {"main": 1.0, "branch": self.config.branch_weight}
+
+
+def head_entry(prefix: str, name: str) -> Entry:
+    """Build the entry of `head:NAME` or `dsop-head:NAME` for the network *name*: its options, and `head`.
+
+    Of `head:dsop-NAME`, the branches remain, and are detached before export. Raises `ConfigError`
     for a network with a head or other training-only parts.
     """
     base = entry(name)
     if issubclass(base.network, SecondOrderHead):
-        raise ConfigError(f"head:{name}: {name} has this head already; omit one head:")
-    if base.network.training_only and not name.startswith("dsop-"):
+        raise ConfigError(f"{prefix}:{name}: {name} has this head already; omit one head:")
+    keeps_branches = prefix == "head" and name.startswith("dsop-")
+    if base.network.training_only and not keeps_branches:
         raise ConfigError(
-            f"head:{name}: {name} has training-only parts; use a network without them"
+            f"{prefix}:{name}: {name} has training-only parts; use a network without them"
         )
 
     classes: Any = base.network, base.config  # mypy takes their type for one without a hash
     network, config = _derive_head_classes(*classes)
     summary = f"{base.summary}, first-order and second-order head"
+    if prefix == "dsop-head":
+        network, config = _derive_detachable_classes(network, config)
+        summary = f"{base.summary}, with a second-order head that is detached before export"
     return replace(base, network_source=network, config_source=config, summary=summary)
 
 
@@ -302,14 +344,35 @@ def _derive_head_classes(network: Any, config: Any) -> tuple[Any, Any]:
     return type(f"Head{network.__name__}", (SecondOrderHead, network), parts), with_option
 
 
+@cache
+def _derive_detachable_classes(network: Any, config: Any) -> tuple[Any, Any]:
+    """Derive the classes of *network*, which has a head, with a branch that is another one, and of its config.
+
+    `branch` configures the auxiliary head, and `branch_weight` is the weight of its loss (beta).
+    """
+    options: Any = {
+        "head": (HeadConfig, HeadConfig(kind="gap")),
+        "branch": (HeadConfig, HeadConfig()),
+        "branch_weight": (NonNegative, 1.0),
+    }
+    with_branch = pydantic.create_model(f"DSoP{config.__name__}", __base__=config, **options)
+    parts = {"inference_class": network}
+    return type(f"DSoP{network.__name__}", (DetachableHead, network), parts), with_branch
+
+
+def without_head(name: str) -> str:
+    """Return NAME of `head:NAME` and of `dsop-head:NAME`, and other names as they are."""
+    return name.removeprefix("dsop-").removeprefix("head:") if "head:" in name else name
+
+
 def head_name(name: str) -> str:
     """Return the name of the network *name*, without the branches of `dsop-NAME`, with a head."""
-    return f"head:{name.removeprefix('head:').removeprefix('dsop-')}"
+    return f"head:{without_head(name).removeprefix('dsop-')}"
 
 
 def tuned_name(name: str) -> str:
     """Return the name of the network *name*, with its branches if it has any, with a head."""
-    return f"head:{name.removeprefix('head:')}"
+    return name if name.startswith("dsop-head:") else f"head:{without_head(name)}"
 
 
 def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead:

@@ -1,7 +1,8 @@
 """The procedure `fine_tune`: the training loop, started from the few-shot procedure's network.
 
 1. Fit a head to the frozen network, as the few-shot procedure does, without the held-out photographs.
-2. Train the last stages from there, with branches if the network has them. The last epoch counts.
+2. Train the last stages from there, with branches if the network has them. The branch of `dsop-head:NAME` is
+   fitted in the same way. The last epoch counts.
 3. Fit the class means and the temperature again, and compare both networks on the held-out photographs by the
    rule of `sopdeploy compare`. The fine-tuned network is kept only if it is better.
 
@@ -32,7 +33,7 @@ from sopdeploy.evaluation.prediction import predict_logits, predict_unknown
 from sopdeploy.evaluation.statistics import TESTABLE
 from sopdeploy.layers.normalize import IMAGES_FORMAT, images_format
 from sopdeploy.models.registry import create_model
-from sopdeploy.models.second_order_head import SecondOrderHead, tuned_name
+from sopdeploy.models.second_order_head import DetachableHead, SecondOrderHead, tuned_name
 from sopdeploy.photos.copies import Groups
 from sopdeploy.photos.network_inputs import PreprocessedDataset
 from sopdeploy.training.callback import Callback
@@ -40,7 +41,7 @@ from sopdeploy.training.checkpoints import Fit, Setup, read_resumed, run_record
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.few_shot.cross_validation import weights_in_means
 from sopdeploy.training.few_shot.groups import group_by_network
-from sopdeploy.training.few_shot.run import fit_new, with_decision
+from sopdeploy.training.few_shot.run import fit_branch, fit_new, with_decision
 from sopdeploy.training.few_shot.state import FewShotFit, read_few_shot_fit
 from sopdeploy.training.loop.run import fit_loop
 from sopdeploy.training.loop.state import LoopState, last_loop_record, read_frozen, restore_loop
@@ -89,11 +90,21 @@ def _start(setup: Setup, folder: RunFolder, callback: Callback) -> tuple[LoopSta
     options = setup.model.config.model_dump()
     options["head"] = frozen.network.config.model_dump()["head"]
     name = tuned_name(setup.recipe.model.name)
-    network = create_model(name, num_classes=len(setup.labels), **options)
-    tensors = setup.model.state_dict()
 
-    # The branches of DSoP, if there are any, start with the weights of *setup*.
+    # The branches of DSoP, if there are any, start with the weights of *setup*; a branch that is a
+    # head starts from its own closed form.
+    tensors = setup.model.state_dict()
     branches = {key: tensor for key, tensor in tensors.items() if key.startswith("branches.")}
+    if isinstance(setup.model, DetachableHead):
+        branch = fit_branch(setup, callback)
+        options["branch"] = branch.config.model_copy(update={"cosine": False}).model_dump()
+        branches = {
+            f"branch.{key}": tensor
+            for key, tensor in branch.state_dict().items()
+            if key != "means"  # of the cosine
+        }
+
+    network = create_model(name, num_classes=len(setup.labels), **options)
     network.load_state_dict({**branches, **frozen.network.state_dict()})
 
     network = move_to_device(setup.recipe, network, setup.strategy)

@@ -26,7 +26,7 @@ from sopdeploy.importers.conversion import WeightFile
 from sopdeploy.importers.import_weights import convert_weights, open_weights
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import CatalogModel, create_model, entry, make_config
-from sopdeploy.models.second_order_head import POOLED_HEAD
+from sopdeploy.models.second_order_head import POOLED_HEAD, without_head
 from sopdeploy.models.timm_networks import TimmBackbone
 from sopdeploy.paths import WeightPath, check_is_file, check_is_weights
 from sopdeploy.seeds import derive_seed
@@ -114,7 +114,7 @@ def fetch_published(model: CatalogModel) -> tuple[Path, str]:
 
     config = make_config(model.name, model.config)
     # `head:NAME` starts with the weights of NAME.
-    name = model.name.removeprefix("head:")
+    name = without_head(model.name)
     return fetch_imagenet_weights(name, config)
 
 
@@ -126,7 +126,7 @@ def read_weights_file(
     *source* is this file, if it was checked or opened before.
     """
     # `head:resnet50` reads the file of `resnet50`.
-    name = model.name.removeprefix("head:")
+    name = without_head(model.name)
 
     if isinstance(file, Path):
         path = expand_user(file)

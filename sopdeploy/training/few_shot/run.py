@@ -10,7 +10,8 @@ other things, D length of the network's own vector.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,7 @@ from sopdeploy.evaluation.prediction import (
     held_out_metrics,
     predict_unknown,
 )
-from sopdeploy.models.second_order_head import SecondOrderHead, head_name
+from sopdeploy.models.second_order_head import PooledHead, SecondOrderHead, head_name
 from sopdeploy.photos.file_checks import describe_contradictions
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.callback import Callback, ExpectedTime
@@ -63,7 +64,7 @@ from sopdeploy.training.few_shot.state import (
     read_few_shot_fit,
 )
 from sopdeploy.training.few_shot.targets import Array, Targets
-from sopdeploy.training.head_settings import FeatureSettings
+from sopdeploy.training.head_settings import FeatureSettings, HeadOptions
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.setup import LOOP_INSTEAD
 
@@ -102,20 +103,17 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
     used.
     """
     since = time.monotonic()
-    with handle_signals(setup.strategy) as signals:
-        try:
-            # The network with the head of all images, and its score.
-            validation = _cross_validate(setup, callback, signals)
-            network = _fit_all(setup, validation)
-            logits_MK, seen = _predict_unseen(setup, validation, network, callback)
-            setup = setup.without_seen(seen)
-            score, metrics = _evaluate(setup, validation, logits_MK)
+    with _before_first_checkpoint(setup) as signals:
+        # The network with the head of all images, and its score.
+        options = setup.recipe.head_options
+        validation = _cross_validate(setup, callback, signals, options)
+        network = _fit_all(setup, validation)
+        logits_MK, seen = _predict_unseen(setup, validation, network, callback)
+        setup = setup.without_seen(seen)
+        score, metrics = _evaluate(setup, validation, logits_MK)
 
-            label_logits, is_doubted_N = _doubt_labels(validation, setup.data.train, callback)
-            signals.exchange()  # for a signal since the last progress
-        except TrainingStoppedError as stop:
-            stop.message = "stopped before the first checkpoint; start the same command again"
-            raise
+        label_logits, is_doubted_N = _doubt_labels(validation, setup.data.train, callback)
+        signals.exchange()  # for a signal since the last progress
 
     seconds = time.monotonic() - since
     targets = validation.problem.targets
@@ -139,8 +137,36 @@ def fit_new(setup: Setup, callback: Callback) -> FewShotFit:
     return with_decision(setup, fit)
 
 
-def _cross_validate(setup: Setup, callback: Callback, signals: SignalState) -> CrossValidation:
-    """Cross-validate on the training images; tell *callback* the progress, and raise after one of *signals*."""
+def fit_branch(setup: Setup, callback: Callback) -> PooledHead:
+    """Fit the second-order head that is to train the network of *setup* as an auxiliary branch.
+
+    Its features are those that `fit_new` has put into the cache. Raises `TrainingStoppedError`
+    after a stop signal.
+    """
+    options = setup.recipe.head_options.model_copy(update={"head": "gap+isqrt"})
+    with _before_first_checkpoint(setup) as signals:
+        validation = _cross_validate(setup, callback, signals, options)
+        return _fit_all(setup, validation).pooled_head
+
+
+@contextmanager
+def _before_first_checkpoint(setup: Setup) -> Iterator[SignalState]:
+    """Handle stop signals; the error of one says that there is no checkpoint yet."""
+    with handle_signals(setup.strategy) as signals:
+        try:
+            yield signals
+        except TrainingStoppedError as stop:
+            stop.message = "stopped before the first checkpoint; start the same command again"
+            raise
+
+
+def _cross_validate(
+    setup: Setup, callback: Callback, signals: SignalState, options: HeadOptions
+) -> CrossValidation:
+    """Cross-validate heads of *options* on the training images.
+
+    Tells *callback* the progress, and raises after one of *signals*.
+    """
     images = setup.data.train
     expected = ExpectedTime(callback, LOOP_INSTEAD)
 
@@ -152,7 +178,7 @@ def _cross_validate(setup: Setup, callback: Callback, signals: SignalState) -> C
 
     return cross_validate(
         setup.recipe.part(FeatureSettings),
-        setup.recipe.head_options,
+        options,
         setup.model,
         images,
         on_progress,

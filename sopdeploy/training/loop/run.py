@@ -1,7 +1,7 @@
 """The training loop: epochs of steps on augmented images, each with an evaluation on held-out images."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from sopdeploy.evaluation.prediction import (
 )
 from sopdeploy.models.base import Classifier
 from sopdeploy.photos.network_inputs import PreprocessedDataset
+from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.training.callback import Callback, ExpectedTime
 from sopdeploy.training.checkpoints import Fit, run_record, with_result
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
@@ -81,6 +82,8 @@ def fit_loop(
                 save_derived_files(run, folder)
                 callback.on_epoch_end(run.position.history[-1])
 
+            for branch in idle_branches(run.position.history[-1:], data.held_out):
+                callback.on_warning(branch)
             # A first signal does not stop what follows.
             finish_run = fit_best if finish is None else finish
             return finish_run(run, held_out, folder, callback)
@@ -91,6 +94,27 @@ def fit_loop(
                 f"after {run.position.step} steps of it; {folder.last} is saved"
             )
             raise
+
+
+def idle_branches(last: Sequence[EpochRow], held_out: LabeledImages) -> Iterator[str]:
+    """Describe each auxiliary branch that is not better than the most frequent class of the *held_out* images.
+
+    *last* has the row of the last epoch, if an epoch was trained. Such a branch had nothing to
+    teach. An accuracy less than two standard errors above the share of this class counts as no
+    better.
+    """
+    if not last or last[0].diagnostics is None or held_out.is_multi_label:
+        return
+    diagnostics = last[0].diagnostics
+    chance = float(held_out.class_counts().max()) / max(1, len(held_out))
+    limit = chance + 2 * (chance * (1 - chance) / max(1, diagnostics.num_images)) ** 0.5
+    for name, metrics in diagnostics.heads.items():
+        if name != "main" and metrics.score <= limit:
+            yield (
+                f"the auxiliary branch {name} has an accuracy of {100 * metrics.score:.1f} % on "
+                f"{diagnostics.num_images} validation images, where the most frequent class has "
+                f"{100 * chance:.1f} %; it taught the network nothing, so compare with a plain network"
+            )
 
 
 def train_epoch(

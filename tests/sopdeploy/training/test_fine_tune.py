@@ -13,7 +13,7 @@ from torch import nn
 import sopdeploy
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.errors import ConfigError
-from sopdeploy.evaluation.prediction import predict_logits
+from sopdeploy.evaluation.prediction import held_out_metrics, predict_logits
 from sopdeploy.models.base import TrainingOutput, is_in
 from sopdeploy.models.registry import create_model
 from sopdeploy.photos.libraries import open_digits
@@ -21,11 +21,13 @@ from sopdeploy.photos.network_inputs import PreprocessedDataset
 from sopdeploy.photos.photo import LabeledImages
 from sopdeploy.report.wrong_labels import find_wrong_labels
 from sopdeploy.training.checkpoints import read_resumed
+from sopdeploy.training.diagnostics import Diagnostics, EpochRow
 from sopdeploy.training.distributed import TrainingStoppedError
 from sopdeploy.training.few_shot import run as few_shot
 from sopdeploy.training.few_shot.classifier import mean_vectors, unit_length
 from sopdeploy.training.fine_tune import OwnVectors
 from sopdeploy.training.head_settings import FineTuneConfig
+from sopdeploy.training.loop.run import idle_branches
 from sopdeploy.training.loop.state import first_stages, freeze, read_frozen, set_train_mode
 from sopdeploy.training.loop_settings import StartConfig
 from sopdeploy.training.recipe import Recipe, read_recipe
@@ -62,6 +64,7 @@ BRANCHES = [
     "model.name=dsop-resnet8",
     "model.config={base_width=4, aux_widths=[8,8,8], iterations=2}",
 ]
+DETACHABLE = ["model.name=dsop-head:resnet8", "model.config={base_width=4}"]
 KEPT = [
     *FINE_TUNE,
     *PLAIN,
@@ -200,7 +203,9 @@ def test_equal_files_with_different_labels_are_one_warning(tmp_path: Path, kind:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", [PLAIN, BRANCHES], ids=["plain", "branches"])
+@pytest.mark.parametrize(
+    "network", [PLAIN, BRANCHES, DETACHABLE], ids=["plain", "branches", "a head as branch"]
+)
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, network: list[str]) -> None:
     settings = recipe(*FINE_TUNE, *network, "optimizer.lr=0.01", "epochs=2")
     with few_digits(14):
@@ -247,20 +252,62 @@ def test_a_signal_after_the_cross_validation_stops_the_run(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("network", "name", "column", "part"),
+    [
+        (BRANCHES, "head:dsop-resnet8", "train_layer1_0", "branches"),
+        (DETACHABLE, "dsop-head:resnet8", "train_branch", "branch"),
+    ],
+    ids=["branches", "a head as branch"],
+)
 def test_branches_of_the_network_train_it_and_are_detached_with_proof(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    network: list[str],
+    name: str,
+    column: str,
+    part: str,
 ) -> None:
     monkeypatch.setattr(Tuning, "is_better", True)  # whatever the figures are
     with few_digits(14):
-        result = train_with_page(recipe(*FINE_TUNE, *BRANCHES, "epochs=1"), tmp_path / "run")
-    assert result.model == "head:dsop-resnet8"
-    assert "train_layer1_0" in (tmp_path / "run" / "history.csv").read_text()
+        result = train_with_page(recipe(*FINE_TUNE, *network, "epochs=1"), tmp_path / "run")
+    assert result.model == name
+    assert column in (tmp_path / "run" / "history.csv").read_text()
     with proving_once():
         exported = sopdeploy.export(result.best, tmp_path / "bundles", detach=True, max_batch=1)
     assert (exported.certificate.proof, exported.certificate.detached) == (
         "three-way",
-        ("branches",),
+        (part,),
     )
+
+
+def test_a_head_that_is_detached_starts_from_its_own_closed_form(tmp_path: Path) -> None:
+    gentle = ["epochs=1", "optimizer.lr=1e-12", "optimizer.weight_decay=0"]
+    with few_digits(14):
+        detachable = train_recipe(recipe(*FINE_TUNE, *DETACHABLE, *gentle), tmp_path / "branch")
+        second_order = [*FINE_TUNE, *PLAIN, *gentle, "procedure.head=gap+isqrt"]
+        alone = train_recipe(recipe(*second_order), tmp_path / "alone")
+    branch = read_checkpoint(detachable.last).weights
+    head = read_checkpoint(alone.last).weights
+    for name in ("fc.weight", "fc.bias"):
+        assert torch.allclose(branch[f"branch.{name}"], head[f"pooled_head.{name}"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_right", "is_idle"), [(50, True), (58, True), (80, False)], ids=["none", "few", "many"]
+)
+def test_a_branch_that_is_no_better_than_chance_is_named(num_right: int, is_idle: bool) -> None:
+    images = open_digits().held_out.select(np.arange(len(open_digits().held_out)) < 100)
+    targets = np.arange(100) % 2
+    predicted = np.where(np.arange(100) < num_right, targets, 1 - targets)
+    metrics = held_out_metrics(images.labels, np.eye(10)[predicted], targets)
+    diagnostics = Diagnostics(num_images=100, heads={"main": metrics, "branch": metrics})
+    row = EpochRow(
+        epoch=1, lr=0.1, losses={}, metrics=metrics, seconds=1.0, diagnostics=diagnostics
+    )
+    told = [*idle_branches([row], images.replaced(targets=targets))]
+    assert len(told) == is_idle
+    assert not [*idle_branches([], images)]  # of a run that has trained no epoch
 
 
 @pytest.mark.slow
