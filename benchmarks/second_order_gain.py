@@ -1,191 +1,324 @@
-"""Accuracy gain of second-order heads on photographs.
+"""Does second order pay? Accuracy of second-order heads on folders of images, frozen and fine-tuned.
 
-    python benchmarks/second_order_gain.py --photos NAME=FOLDER ... [--lines FILE]
-        [--epochs 4] [--draws 3] [--per-class 25] [--side 128] [--report] [--latency] [--json]
+    python benchmarks/second_order_gain.py --weights FILE --data NAME=DIR ... --out FILE
+        [--cache DIR] [--side 224] [--seeds 3] [--epochs 20] [--stage NAME ...] [--arms NAME ...]
+        [--report] [--tables FILE ...]
 
-It fine-tunes the last stages of EfficientNet-Lite0 by the recipes fine-tune-*, with the same
-images and augmentation: for the same number of epochs, and for the CPU time in which average pooling
-trains for twice as many. --latency compares one image of --side pixels in the exported networks.
+DIR has train/<class>/ and test/<class>/, FILE the ImageNet weights of timm's `tf_efficientnet_lite0`. All
+arms read the maps of the same frozen early stages (cached in --cache) and start from their closed form.
 
-Draws of the same seed are paired; intervals are 95 % intervals of the paired difference, which
-know that draws share their test images, without correction for multiple comparisons. The last
-epoch counts. One thread, processor seconds of the training with its preparation. --lines receives
-a line of JSON for each run; finished ones are not repeated, and all sets have a draw before the
-next one starts.
+frozen: the closed form, with all training images and with ten per class in three draws.
+rates: of each arm three learning rates on the first half of the classes of the first set.
+tuned: the last stages and all heads are trained on the second half of the classes of every set, at the
+rate that was chosen, for --epochs or until the validation loss has not fallen for four epochs. A fifth of
+the training images is for validation. The early stages are frozen, and mirrored copies are the only
+augmentation. The first set decided on the rates with other classes; the other sets confirm.
+
+probes: Moment Probing and its control are trained on frozen features, with rates and classes as above.
+
+A line of --out is written after each run, and finished runs are not repeated. The first seed of all arms
+and sets comes first. --report prints the tables of finished runs, and --tables FILE ... replaces them in
+files. Intervals are 95 % intervals of the difference, paired over test images and seeds. One thread; times
+are CPU seconds of the training.
 """
 
 import argparse
 import os
-import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from time import process_time
 from typing import Any
 
+import numpy as np
 import torch
-from gain.photos import PhotosConfig, recipe_of
-from gain.runs import Line, Lines, Run, paired_gain
-from lowering import session_of
-from measure import Result, existing, make_parser, markdown, one_line_errors, report
-from measure import compare as compare_times
+from gain.arms import ARMS, AVERAGES, TWICE, Arm, build, start_from_closed_form
+from gain.frozen import FROZEN, frozen_answers
+from gain.maps import ImageSet, Part, open_set
+from gain.moment_probing import PROBES, probe
+from gain.report import build_tables, update_file
+from gain.runs import Case, Line, Lines, encode_bits
+from gain.tune import predict, tune
+from measure import existing, make_parser, one_line_errors
+from numpy.typing import NDArray
 
-from sopdeploy.models.registry import create_model
+from sopdeploy.models.registry import CatalogModel
+from sopdeploy.seeds import derive_seed
+from sopdeploy.training.start_weights import read_weights_file
 
-FROZEN, FROZEN_HEAD = "frozen, averages", "frozen, second-order statistics"
-PLAIN = "average pooling"
-ISQRT, GSOP, GMSOP, DSOP = "iSQRT-COV", "GSoP", "GM-SOP", "DSoP, detached"
-# The recipes of second-order heads train the last stages; so does average pooling here.
-TRAINED: Mapping[str, Mapping[str, Any]] = {
-    PLAIN: {
-        "network": "photos",
-        "config": {"start.learn": "last_stages", "procedure.kind": "loop"},
-    },
-    # Revision 2: recipes whose new layers change pretrained ones less, or learn faster than these.
-    ISQRT: {"network": "fine-tune-isqrt", "revision": 2},
-    GSOP: {"network": "fine-tune-gsop", "revision": 2},
-    GMSOP: {"network": "fine-tune-gmsop", "revision": 2},
-    DSOP: {"network": "fine-tune-dsop", "revision": 2},
-}
-LEARNING_RATE = 3e-3  # chosen for average pooling, GSoP and DSoP on flowers and fruit
-# So many times the epochs take about the same CPU time.
-EQUAL_TIME = {PLAIN: 2.0, ISQRT: 2.0, GSOP: 1.75, GMSOP: 1.5, DSOP: 1.25}
-Finished = dict[str, dict[int, Line]]  # by arm and seed
+NETWORK = CatalogModel(name="efficientnet-lite0")
+RATES = (3e-5, 1e-4, 3e-4)
+RATE_EPOCHS = 5
+RATE_PER_CLASS = 10  # training images, for the choice of the rates
+FEW = 10  # training images per class of the second frozen table
+DRAWS = 3
+PROBE_RATES = (1e-3, 3e-3)
+PROBE_EPOCHS = 40
+VALIDATION = 0.2  # of the training images of each class
+STAGES = ("frozen", "rates", "tuned", "probes")
+Indices = NDArray[np.int64]
 
 
-def longer(arm: str) -> str:
-    """Name *arm* with the training that takes as long as twice the epochs of average pooling."""
-    return f"{arm}, equal time"
+def main(arguments: list[str]) -> int:
+    """Run what is missing, and print the tables."""
+    given = parse_arguments(arguments)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    lines = Lines(given.out)
+    names = [name for name, _ in given.data]
+    if not given.report:
+        weights = read_weights_file(NETWORK, given.weights).tensors
+        sets = [
+            open_set(name, folder, weights, given.side, given.cache)
+            for name, folder in given.data
+        ]
+        if "frozen" in given.stage:
+            for images in sets:
+                run_frozen(lines, images, weights, given.side)
+        if "rates" in given.stage:
+            run_rates(lines, sets[0], weights, given.side, given.arms)
+        if "tuned" in given.stage:
+            run_tuned(lines, sets, weights, given)
+        if "probes" in given.stage:
+            run_probes(lines, sets, weights, given)
+
+    tables = build_tables(lines, names, given.side)
+    print("\n\n".join(tables))
+    for path in given.tables:
+        update_file(path, tables)
+    return 0
 
 
-# With what an arm is compared.
-OTHERS = (
-    {FROZEN_HEAD: FROZEN}
-    | {arm: PLAIN for arm in TRAINED if arm != PLAIN}
-    | {longer(arm): longer(PLAIN) for arm in TRAINED if arm != PLAIN}
-    | {longer(PLAIN): PLAIN}
-)
+def run_frozen(lines: Lines, images: ImageSet, weights: Mapping[str, Any], side: int) -> None:
+    """Fit all closed forms to *images*: with all training images, and with few of each class in some draws."""
+    cases = [
+        Case(stage="frozen", images=images.name, side=side, arm=arm, seed=seed, per_class=count)
+        for count, draws in ((0, 1), (FEW, DRAWS))
+        for seed in range(draws)
+        for arm in FROZEN
+    ]
+    missing = [case for case in cases if lines.find(case) is None]
+    if not missing:
+        return
 
-
-def list_arms(epochs: int) -> dict[str, dict[str, Any]]:
-    """List all classifiers, each with the fields of its `Run`; trained ones train for *epochs*."""
-    arms: dict[str, dict[str, Any]] = {}
-    for arm, head in ((FROZEN, "gap"), (FROZEN_HEAD, "gap+isqrt")):
-        config = {"procedure.kind": "few_shot", "procedure.head": head}
-        arms[arm] = {"network": "photos", "config": config, "epochs": 0, "learning_rate": 1e-2}
-
-    for arm, values in TRAINED.items():
-        arms[arm] = {**values, "epochs": epochs, "learning_rate": LEARNING_RATE}
-    for arm in TRAINED:
-        arms[longer(arm)] = {**arms[arm], "epochs": round(EQUAL_TIME[arm] * epochs)}
-    return arms
-
-
-def run_all(given: argparse.Namespace) -> dict[str, Finished]:
-    """Run all arms on all sets, draw by draw; return the finished runs of each set."""
-    lines = Lines(given.lines, may_run=not given.report)
-    arms = list_arms(given.epochs)
-    finished: dict[str, Finished] = {
-        name: {arm: {} for arm in arms} for name, _ in given.photos
+    draws = sorted({(case.per_class, case.seed) for case in missing})
+    members = {
+        draw: draw_per_class(images.train.targets, count, seed)
+        for draw in draws
+        for count, seed in [draw]
     }
-
-    for seed in range(given.draws):
-        for name, folder in given.photos:
-            task = PhotosConfig(
-                folder=folder.resolve(), per_class=given.per_class, side=given.side
-            )
-            for arm, values in arms.items():
-                run = Run(task=task, seed=seed, **values)
-                line = lines.find(name, arm, run)
-                if line is not None:
-                    finished[name][arm][seed] = line
-
-    num_finished = sum(len(runs) for of_set in finished.values() for runs in of_set.values())
-    num_all = len(given.photos) * len(arms) * given.draws
-    if num_finished < num_all:
-        print(f"{given.lines}: has {num_finished} of {num_all} runs", file=sys.stderr)
-    return finished
-
-
-def mean_accuracy(runs: Mapping[int, Line]) -> float:
-    """Return the mean accuracy of *runs* in percent."""
-    return statistics.fmean(line.accuracy for line in runs.values())
-
-
-def build_table(finished: Mapping[str, Finished], arms: Mapping[str, Any]) -> str:
-    """Build the table of all sets: mean accuracy, number of draws, and difference from another arm.
-
-    Draws count that are finished for both. The time is relative to average pooling, as the mean of
-    all draws.
-    """
-    rows = []
-    for arm, values in arms.items():
-        cells = []
-        times: list[float] = []
-        parameters = 0
-        for runs in finished.values():
-            ours = runs[arm]
-            if not ours:
-                cells.append("")
-                continue
-            parameters = next(iter(ours.values())).parameters
-            cell = f"{mean_accuracy(ours):.1f} ({len(ours)})"
-
-            other = runs[OTHERS[arm]] if arm in OTHERS else {}
-            if common := sorted(ours.keys() & other.keys()):
-                mean, half = paired_gain([ours[i] for i in common], [other[i] for i in common])
-                cell += f", {mean:+.1f} +- {half:.1f}"
-            cells.append(cell)
-
-            plain = runs[PLAIN]
-            if values["epochs"]:
-                times += [
-                    ours[i].seconds / plain[i].seconds for i in ours.keys() & plain.keys()
-                ]
-
-        if any(cells):
-            time = f"{statistics.fmean(times):.2f}" if times else ""
-            rows.append([arm, *cells, time, f"{parameters / 1e6:.2f}"])
-
-    columns = ("classifier", *finished, "training time", "million parameters")
-    return markdown(columns, rows)
-
-
-def list_results(finished: Mapping[str, Finished]) -> list[Result]:
-    """List the mean accuracy of each arm on each set, beside the arm that it is compared with."""
-    return [
-        Result(
-            case=f"{name}: {arm}",
-            against=OTHERS.get(arm, ""),
-            ours=mean_accuracy(ours),
-            other=mean_accuracy(runs[OTHERS[arm]]) if runs.get(OTHERS.get(arm, "")) else None,
-            unit="% accuracy",
-            runs=len(ours),
+    for draw, arm, right in frozen_answers(images, weights, members):
+        count, seed = draw
+        case = Case(
+            stage="frozen", images=images.name, side=side, arm=arm, seed=seed, per_class=count
         )
-        for name, runs in finished.items()
-        for arm, ours in runs.items()
-        if ours
+        add(lines, case, right)
+
+
+def run_rates(
+    lines: Lines, images: ImageSet, weights: Mapping[str, Any], side: int, arms: Sequence[str]
+) -> None:
+    """Train each of *arms* at each of `RATES` on some images of the first half of the classes of *images*."""
+    half = select_classes(images, np.arange(len(images.labels) // 2))
+    for name in arms:
+        arm = ARMS[name]
+        if arm.times > 1:
+            continue
+        for rate in RATES:
+            case = Case(
+                stage="rates",
+                images=images.name,
+                side=side,
+                arm=name,
+                rate=rate,
+                epochs=RATE_EPOCHS,
+                per_class=RATE_PER_CLASS,
+            )
+            if lines.find(case) is None:
+                train_and_add(lines, case, arm, half, weights)
+
+
+def run_tuned(
+    lines: Lines,
+    sets: Sequence[ImageSet],
+    weights: Mapping[str, Any],
+    given: argparse.Namespace,
+) -> None:
+    """Train each of the given arms on the second half of the classes of all *sets*, seed by seed."""
+    rates = chosen_rates(lines, sets[0].name, given.side)
+    for seed in range(given.seeds):
+        for images in sets:
+            count = len(images.labels)
+            half = select_classes(images, np.arange(count // 2, count))
+            for name in given.arms:
+                arm = ARMS[name]
+                rate = rates.get(AVERAGES if name == TWICE else name)
+                if rate is None:
+                    continue
+                case = Case(
+                    stage="tuned",
+                    images=images.name,
+                    side=given.side,
+                    arm=name,
+                    seed=seed,
+                    rate=rate,
+                    epochs=arm.times * given.epochs,
+                )
+                if lines.find(case) is None:
+                    train_and_add(lines, case, arm, half, weights)
+
+
+def run_probes(
+    lines: Lines,
+    sets: Sequence[ImageSet],
+    weights: Mapping[str, Any],
+    given: argparse.Namespace,
+) -> None:
+    """Train the probes at each rate on half of the classes of the first set, at the best on the other halves."""
+    middle = len(sets[0].labels) // 2
+    first = select_classes(sets[0], np.arange(middle))
+    for arm in PROBES:
+        for rate in PROBE_RATES:
+            case = Case(
+                stage="probe rates",
+                images=first.name,
+                side=given.side,
+                arm=arm,
+                rate=rate,
+                epochs=PROBE_EPOCHS // 2,
+            )
+            if lines.find(case) is None:
+                probe_and_add(lines, case, first, weights)
+
+    for seed in range(given.seeds):
+        for images in sets:
+            count = len(images.labels)
+            half = select_classes(images, np.arange(count // 2, count))
+            for arm in PROBES:
+                runs = lines.select("probe rates", first.name, arm, given.side)
+                case = Case(
+                    stage="probes",
+                    images=images.name,
+                    side=given.side,
+                    arm=arm,
+                    seed=seed,
+                    rate=max(runs, key=lambda line: line.accuracy).rate,
+                    epochs=PROBE_EPOCHS,
+                )
+                if lines.find(case) is None:
+                    probe_and_add(lines, case, half, weights)
+
+
+def probe_and_add(
+    lines: Lines, case: Case, images: ImageSet, weights: Mapping[str, Any]
+) -> None:
+    """Train the probe of *case* on *images*, and add the outcome to *lines*."""
+    everything = np.arange(len(images.train.targets))
+    learned, validation = hold_out(images.train.targets, everything, case.seed)
+    right, seconds = probe(case, images, weights, learned, validation)
+    add(lines, case, right, seconds=seconds)
+
+
+def chosen_rates(lines: Lines, images: str, side: int) -> dict[str, float]:
+    """Choose for each arm the rate of the highest accuracy; an arm whose rates have not all run is left out."""
+    rates = {}
+    for arm in ARMS:
+        runs = lines.select("rates", images, arm, side)
+        if len(runs) == len(RATES):
+            rates[arm] = max(runs, key=lambda line: line.accuracy).rate
+    return rates
+
+
+def train_and_add(
+    lines: Lines, case: Case, arm: Arm, images: ImageSet, weights: Mapping[str, Any]
+) -> None:
+    """Train *arm* on *images* from its closed form, and add the outcome to *lines*."""
+    members = draw_per_class(images.train.targets, case.per_class, case.seed)
+    learned, validation = hold_out(images.train.targets, members, case.seed)
+    network = build(arm, weights, len(images.labels), case.seed)
+    start_from_closed_form(network, images.train, learned, case.seed)
+
+    everything = np.arange(len(images.test.targets))
+    start = (
+        predict(network, images.test, everything).argmax(dim=1).numpy() == images.test.targets
+    )
+    tuned = tune(
+        network,
+        images.train,
+        learned,
+        validation,
+        rate=case.rate,
+        epochs=case.epochs,
+        seed=case.seed,
+    )
+    right = (
+        predict(network, images.test, everything).argmax(dim=1).numpy() == images.test.targets
+    )
+    add(
+        lines,
+        case,
+        right,
+        frozen_accuracy=round(100 * float(start.mean()), 3),
+        frozen_right=encode_bits(start),
+        losses=tuned.losses,
+        seconds=tuned.seconds,
+        branch=tuned.branch_accuracy,
+    )
+
+
+def add(lines: Lines, case: Case, right: NDArray[np.bool_], **values: Any) -> None:
+    """Add the outcome of *case*, of which the test images *right* are right, and say so."""
+    line = Line(
+        **case.model_dump(),
+        accuracy=round(100 * float(right.mean()), 3),
+        right=encode_bits(right),
+        count=len(right),
+        date=datetime.now(UTC).date().isoformat(),
+        **values,
+    )
+    lines.add(line)
+    start = "" if line.frozen_accuracy is None else f" from {line.frozen_accuracy:.2f} %"
+    print(
+        f"{case.stage} {case.images} {case.arm} seed {case.seed} rate {case.rate:g}: "
+        f"{line.accuracy:.2f} %{start}, {len(line.losses)} validations, {line.seconds:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def draw_per_class(targets: Indices, count: int, seed: int) -> Indices:
+    """Draw *count* images of each class, all if it is 0; return their indices, sorted."""
+    if not count:
+        return np.arange(len(targets))
+    random = np.random.default_rng(derive_seed(seed, "subset"))
+    drawn = [
+        random.permutation(np.flatnonzero(targets == k))[:count] for k in np.unique(targets)
     ]
+    return np.sort(np.concatenate(drawn))
 
 
-def latencies(given: argparse.Namespace) -> list[Result]:
-    """Compare the exported network of each arm with average pooling: one image, one thread of ONNX Runtime."""
-    config = PhotosConfig(folder=Path("photos"), side=given.side)
-    images = torch.rand(1, 3, given.side, given.side)
-    sides = {}
-    for arm, values in TRAINED.items():
-        model = recipe_of(config, values["network"], values.get("config", {})).model
-        torch.manual_seed(0)
-        network = create_model(model.name, num_classes=10, **model.config).inference_model()
-        session = session_of(network, (images.expand(2, -1, -1, -1),))
-        pixels = {session.get_inputs()[0].name: images.numpy()}
-        sides[arm] = lambda session=session, pixels=pixels: session.run(None, pixels)
+def hold_out(targets: Indices, members: Indices, seed: int) -> tuple[Indices, Indices]:
+    """Divide *members* into those to learn from and a fifth of each class for validation, both sorted."""
+    random = np.random.default_rng(derive_seed(seed, "validation"))
+    held_out = []
+    for label in np.unique(targets[members]):
+        of_class = random.permutation(members[targets[members] == label])
+        held_out.append(of_class[: max(1, round(VALIDATION * len(of_class)))])
+    validation = np.sort(np.concatenate(held_out))
+    return np.setdiff1d(members, validation), validation
 
-    return [
-        compare_times(arm, PLAIN, side, sides[PLAIN], runs=41, warmups=3, clock=process_time)
-        for arm, side in sides.items()
-        if arm != PLAIN
-    ]
+
+def select_classes(images: ImageSet, classes: Indices) -> ImageSet:
+    """Select the *classes* of *images*, and number them from 0."""
+
+    def select(part: Part) -> Part:
+        members = np.flatnonzero(np.isin(part.targets, classes))
+        mirrored = None if part.mirrored is None else part.mirrored[members]
+        targets = np.searchsorted(classes, part.targets[members])
+        return Part(part.maps[members], mirrored, targets)
+
+    labels = tuple(images.labels[index] for index in classes)
+    return ImageSet(images.name, labels, select(images.train), select(images.test))
 
 
 def named_folder(text: str) -> tuple[str, Path]:
@@ -197,36 +330,24 @@ def named_folder(text: str) -> tuple[str, Path]:
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--photos", type=named_folder, action="append", required=True, help="NAME=FOLDER")
-    add("--per-class", type=int, default=25, help="photographs for training (25)")
-    add("--side", type=int, default=128, help="of the images in pixels (128)")
-    add("--draws", type=int, default=3, help="number of draws, the seeds 0, 1 and so on (3)")
-    add("--epochs", type=int, default=4, help="length of training (4)")
-    add("--lines", type=Path, help="file with a line per finished run; those are not repeated")
-    add("--report", action="store_true", help="print the finished draws, and run nothing")
-    add("--latency", action="store_true", help="time the exported networks only")
-
+    add_option = parser.add_argument
+    add_option("--weights", type=existing, help="ImageNet weights of tf_efficientnet_lite0")
+    add_option("--data", type=named_folder, action="append", required=True, help="NAME=FOLDER")
+    add_option("--out", type=Path, required=True, help="file with a line per finished run")
+    add_option("--cache", type=Path, default=Path("build/maps"), help="folder of the maps")
+    add_option("--side", type=int, default=224, help="of the images in pixels (224)")
+    add_option("--seeds", type=int, default=3, help="number of seeds (3)")
+    add_option("--epochs", type=int, default=20, help="at most so many (20)")
+    add_option("--stage", choices=STAGES, nargs="+", default=STAGES, help="what to run (all)")
+    add_option("--arms", choices=ARMS, nargs="+", default=[*ARMS], help="to train (all)")
+    add_option(
+        "--tables", type=existing, nargs="+", default=[], help="files to bring up to date"
+    )
+    add_option("--report", action="store_true", help="print the finished runs, and run nothing")
     given = parser.parse_args(arguments)
-    if given.report and given.lines is None:
-        parser.error("--report prints the runs of a file; give it with --lines FILE")
+    if not given.report and given.weights is None:
+        parser.error("--weights is missing; give the weights of tf_efficientnet_lite0")
     return given
-
-
-def main(arguments: list[str]) -> int:
-    """Run the study and print it."""
-    given = parse_arguments(arguments)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    if given.latency:
-        report(latencies(given), as_json=given.json)
-        return 0
-
-    finished = run_all(given)
-    if given.json:
-        report(list_results(finished), as_json=True)
-    else:
-        print(build_table(finished, list_arms(given.epochs)))
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Modules of `second_order_gain.py`: tasks, networks, one run, many runs, statistics, tables."""
+"""Modules of `second_order_gain.py`: cached maps, arms and their closed form, fine-tuning, runs in a file, tables."""
