@@ -20,7 +20,7 @@ are also possible:
 - `timm:NAME`: a network of timm.
 - `dsop-timm:NAME`: a network of timm with the auxiliary branches of [DSoP](second-order.md).
 - `head:NAME`: the network NAME with a linear classifier on first-order and second-order statistics of its features.
-- `dsop-head:NAME`: the network NAME with a linear classifier on averages, and the classifier of `head:NAME` as an auxiliary branch that is detached.
+- `dsop-head:NAME`: the network NAME that classifies averages, with the classifier of `head:NAME` as auxiliary branch.
 
 `sopdeploy models NAME` prints the parts of a network, its options and their values. `--set model.config.KEY=VALUE`
 sets an option. The option `pooling` chooses the pooling layer of a plain network: {poolings}.

@@ -302,7 +302,8 @@ class DetachableHead(SecondOrderHead):
 
     def loss_weights(self) -> dict[str, float]:
         """Return the weights of the losses of both heads."""
-        return {"main": 1.0, "branch": self.config.branch_weight}
+        config: Any = self.config
+        return {"main": 1.0, "branch": config.branch_weight}
 
 
 def head_entry(prefix: str, name: str) -> Entry:

@@ -538,8 +538,8 @@ def test_new_classifiers_start_at_zero_if_the_recipe_says_so(tmp_path: Path) -> 
         assert set(classifiers.values()) == {not is_new}
 
 
-@pytest.mark.parametrize("family", ["dsop", "gsop", "isqrt"])
-def test_a_recipe_to_fine_tune_begins_with_a_guess_and_the_features_that_were_loaded(
+@pytest.mark.parametrize("family", ["dsop", "gsop", "isqrt", "gmsop"])
+def test_a_recipe_to_fine_tune_begins_with_the_features_that_were_loaded(
     family: str,
 ) -> None:
     recipe = read_recipe(f"fine-tune-{family}", ["data.path=."])
@@ -552,7 +552,8 @@ def test_a_recipe_to_fine_tune_begins_with_a_guess_and_the_features_that_were_lo
     with torch.no_grad():
         maps, _ = network.feature_maps(images)
         expected, _ = plain.feature_maps(images)
-        heads = network.heads(images)
+        logits = network(images)
 
-    assert not any(logits.any() for logits in heads.values())
+    if recipe.procedure.kind == "loop":  # the others begin with the closed form of their heads
+        assert not logits.any()
     assert (maps - expected).norm() < 0.2 * expected.norm()
