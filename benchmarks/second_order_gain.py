@@ -47,7 +47,7 @@ from sopdeploy.seeds import derive_seed
 from sopdeploy.training.start_weights import read_weights_file
 
 NETWORK = CatalogModel(name="efficientnet-lite0")
-RATES = (3e-5, 1e-4, 3e-4)
+RATES = (1e-3, 3e-3, 1e-2)
 RATE_EPOCHS = 5
 RATE_PER_CLASS = 10  # training images, for the choice of the rates
 FEW = 10  # training images per class of the second frozen table
@@ -68,8 +68,9 @@ def main(arguments: list[str]) -> int:
     names = [name for name, _ in given.data]
     if not given.report:
         weights = read_weights_file(NETWORK, given.weights).tensors
+        trains = given.stage != ["frozen"]  # mirrored copies are for training only
         sets = [
-            open_set(name, folder, weights, given.side, given.cache)
+            open_set(name, folder, weights, given.side, given.cache, with_mirrored=trains)
             for name, folder in given.data
         ]
         if "frozen" in given.stage:

@@ -29,7 +29,7 @@ Weights = Mapping[str, Tensor]
 
 
 class Part(NamedTuple):
-    """The maps (N, 112, h, w) float16 of images and their targets (N,), with mirrored copies of training images."""
+    """The maps (N, 112, h, w) float16 of images and their targets (N,), and the maps of mirrored copies or None."""
 
     maps: NDArray[np.float16]
     mirrored: NDArray[np.float16] | None
@@ -56,10 +56,12 @@ def rules_of(side: int) -> Preprocess:
     )
 
 
-def open_set(name: str, folder: Path, weights: Weights, side: int, cache: Path) -> ImageSet:
+def open_set(
+    name: str, folder: Path, weights: Weights, side: int, cache: Path, *, with_mirrored: bool
+) -> ImageSet:
     """Read the maps of the set *name* in *folder*, which has train/ and test/; compute those that are missing.
 
-    Raises `DataError` without test images.
+    Mirrored copies are left out unless *with_mirrored*. Raises `DataError` without test images.
     """
     split = open_folder(folder)
     if not len(split.held_out):
@@ -72,7 +74,9 @@ def open_set(name: str, folder: Path, weights: Weights, side: int, cache: Path) 
     early = early_stages(weights)
     rules = rules_of(side)
     train = _maps(kept / "train.npy", split.train, early, rules, is_mirrored=False)
-    mirrored = _maps(kept / "mirrored.npy", split.train, early, rules, is_mirrored=True)
+    mirrored = None
+    if with_mirrored:
+        mirrored = _maps(kept / "mirrored.npy", split.train, early, rules, is_mirrored=True)
     test = _maps(kept / "test.npy", split.held_out, early, rules, is_mirrored=False)
 
     return ImageSet(

@@ -17,9 +17,9 @@ from sopdeploy.evaluation.decision_fit import fit_temperature
 from sopdeploy.models.base import TrainingOutput
 from sopdeploy.models.second_order_head import SecondOrderHead
 
-SMOOTHING = 0.1
 CLIP = 5.0
-WEIGHT_DECAY = 0.01
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
 WARMUP_EPOCHS = 0.5
 NEW_FACTOR = 10.0  # layers that start at random learn ten times as fast
 NEW_PARTS = ("attention", "gate", "noise")
@@ -56,8 +56,14 @@ def tune(
     new = [p for name, p in network.named_parameters() if _is_new(name)]
     old = [p for name, p in network.named_parameters() if not _is_new(name)]
     groups = [{"params": old, "factor": 1.0}, {"params": new, "factor": NEW_FACTOR}]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=rate, weight_decay=WEIGHT_DECAY
+    # Without label smoothing, which changes a closed form at once: on 16 species, its first epoch raised the
+    # validation loss from 0.27 to 1.20.
+    optimizer = torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=rate,
+        momentum=MOMENTUM,
+        nesterov=True,
+        weight_decay=WEIGHT_DECAY,
     )
     num_steps = len(members) // BATCH
     torch.manual_seed(seed)
@@ -136,9 +142,9 @@ def _loss(network: SecondOrderHead, maps: Tensor, targets: Tensor) -> Tensor:
     if not isinstance(output, TrainingOutput):
         output = TrainingOutput(output, branches={}, penalties={})
     weights = network.loss_weights()
-    loss = cross_entropy(output.logits, targets, label_smoothing=SMOOTHING)
+    loss = cross_entropy(output.logits, targets)
     for name, logits in output.branches.items():
-        loss = loss + weights[name] * cross_entropy(logits, targets, label_smoothing=SMOOTHING)
+        loss = loss + weights[name] * cross_entropy(logits, targets)
     for module in network.modules():
         if isinstance(module, GatedRoots):
             loss = loss + module.balance
