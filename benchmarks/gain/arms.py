@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gain.maps import ENTRY_TAP, LAST_CACHED, LATE_TAP, Part, Weights
 from sopdeploy.layers import Components, ISqrtCov, NewtonSchulzConfig, SparseGate
 from sopdeploy.layers.mixture import GateNoise, balance_loss, softmax_of_largest
+from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.models.second_order_head import PooledHead, SecondOrderHead, principal_components
 from sopdeploy.training.few_shot.classifier import MAX_RANK, LinearProblem, Space
@@ -195,7 +196,7 @@ def vectors_of(
         last, tapped = network.feature_maps(
             part.select(members[start : start + BATCH]), head.channels
         )
-        own = network.dropout(network.pooling(last))
+        own = Classifier.classify(network, last)  # the identity has replaced the classifier
         rows.append(head.vector(own, dict(zip(head.channels, tapped, strict=True))).numpy())
     return np.concatenate(rows)
 

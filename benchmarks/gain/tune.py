@@ -120,9 +120,11 @@ def _set_train_mode(network: SecondOrderHead) -> None:
     """Put *network* into train mode, but keep the statistics of the loaded batch norms, and no dropout."""
     network.train()
     for name, module in network.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not _is_new(name):
+        keeps_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) and not _is_new(
+            name
+        )
+        if keeps_statistics or isinstance(module, nn.Dropout):
             module.eval()
-    network.dropout.eval()
 
 
 def _augmented(
