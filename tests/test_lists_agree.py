@@ -231,8 +231,6 @@ UNREAD = {
     "FewShotResult.strength",
     "Reference.confidences",
     # for people who open the file
-    "Choice.license",
-    "Choice.millions",
     "EngineRecord.build_seconds",
     # for callers from Python
     "TrainingResult.best_epoch",

@@ -148,6 +148,7 @@ def calls(function: Function) -> Iterator[tuple[str, list[ast.expr], list[ast.ke
 
 # Parameters that get an argument with the name of another one: `place = former`
 OTHERWISE_NAMED = {
+    "group_by_features.outputs = images",
     "Cost.encoded = pixels",
     "FeatureBatch.file_hashes = hashes",
     "_check.next_rule = rule",
@@ -182,7 +183,6 @@ NOT_PASSED_ON = {
     "__init__: convolution.stride",
     "_mean_outputs: open_session.weights",
     "close: _end_child.reason",
-    "describe_predictions: Table.links",
     "export_network: check_constants.rebuild",
     "open_graph: _count_operators.provider",
     "plot: plot.logarithmic",

@@ -10,6 +10,8 @@ from sopdeploy.training.callback import Callback
 from sopdeploy_commands.training.train import train
 from tests.sopdeploy.training.runs import paint
 
+pytestmark = pytest.mark.usefixtures("allow_random_features")
+
 
 def test_unknown_images_may_be_in_a_flat_folder_and_a_missing_one_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
