@@ -13,7 +13,6 @@ try:
 except ImportError:
     cykooz_resizer = None
 
-HAS_FAST_RESIZE = cykooz_resizer is not None
 # The largest difference between the two, of 255 levels. Both round in each direction, and bicubic can
 # leave the range in between, where Pillow clips.
 MAX_LEVELS = 4

@@ -7,8 +7,10 @@ Whether they are right is checked by `sopdeploy.photos.table`.
 import codecs
 import csv
 import io
+import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -233,7 +235,13 @@ def rename(headings: Sequence[str], classes: str = "") -> list[str]:
 
 
 def without_brackets(classes: str) -> str:
-    """Separate *classes* like `[cat,dog]`, as makesense and Python write a list; others stay."""
+    """Separate *classes* like `[cat,dog]`, as makesense and Python write a list; others stay.
+
+    Several classes of Label Studio are `{"choices": ["cat", "dog"]}`.
+    """
+    if classes.startswith('{"choices"'):
+        with suppress(ValueError, TypeError, KeyError):  # the name of a class, after all
+            return SEPARATOR.join(json.loads(classes)["choices"])
     if not (classes.startswith("[") and classes.endswith("]")):
         return classes
     return SEPARATOR.join(name.strip(" '\"") for name in classes[1:-1].split(","))

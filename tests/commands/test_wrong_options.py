@@ -28,10 +28,10 @@ EARLY_MISTAKES = {  # command: its error
     "export ckpt.pt --precision fp16 --evaluate nowhere": "nowhere: no such folder",
     "export ckpt.pt --precision int8 --calibrate nowhere": "nowhere: no such folder",
     "export nothing.pt --detach": "nothing.pt: no such file",
-    "export ckpt.pt --network net:Net --preprocess imagenet": "--network net:Net: no net.py in ",
-    "export ckpt.pt --network json:loads --plain net:Net": "--plain net:Net: no net.py in ",
+    "export ckpt.pt --network net:Net --preprocess imagenet": "--network net:Net: no module named net",
+    "export ckpt.pt --network json:loads --plain net:Net": "--plain net:Net: no module named net",
     "export ckpt.pt --network json:loads --labels names.txt": "names.txt cannot be read",
-    "inspect ckpt.pt --network net.py:Net": "--network net.py:Net: write net:Net, without .py",
+    "inspect ckpt.pt --network net.py:Net": "--network net.py:Net: no module named net",
     "inspect ckpt.pt --network json:loads --option a": "a: write key=value",
     "inspect ckpt.pt --network json:loads": "--preprocess: missing",
 }

@@ -466,7 +466,7 @@ UNLIMITED = {
     # Files of a package.
     "html/report.py", "models/describe.py", "photos/evaluation_images.py",
     "reproduction/tables.py", "training/recipe_files.py", "few_shot/cache.py",
-    "api/web.py", "label/app.py",
+    "api/web.py",
     # Files of the kernel.
     "sopdeploy/environment.py", "decoding/child.py", "runtime/device_memory.py",
 }  # fmt: skip

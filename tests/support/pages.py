@@ -33,7 +33,7 @@ ALLOWED = {  # none of these loads, runs or submits anything
         "caption",
         "thead",
     ),
-    *("tbody", "tr", "th", "td", "bdi", "code"),
+    *("tbody", "tr", "th", "td", "bdi", "code", "ul", "li"),
 }
 
 

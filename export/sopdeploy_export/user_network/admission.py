@@ -181,9 +181,9 @@ def _find_failure(network: nn.Module, preprocess: Preprocess) -> LoweringError |
     return None
 
 
-def _warn_of_gray(preprocess: Preprocess, fitted: Preprocess) -> tuple[str, ...]:
-    """Return a warning if the rules *fitted* to a network have gray images, and *preprocess* has not."""
-    if fitted.channels == preprocess.channels:
+def _warn_of_gray(given: Preprocess, preprocess: Preprocess) -> tuple[str, ...]:
+    """Return a warning if the rules *preprocess* of a network have gray images, and the *given* ones have not."""
+    if preprocess.channels == given.channels:
         return ()
     return (
         "the network takes gray images: they are made as by Pillow's convert('L'), 0.299 R + 0.587 G + 0.114 B",

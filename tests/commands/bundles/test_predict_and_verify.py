@@ -337,7 +337,7 @@ def test_what_is_wrong_with_a_folder_is_named_and_missing_images_are_a_note(
     (folder / "eel" / "0.jpeg").write_bytes(b"text")
     with pytest.raises(DataError, match=r"eel/0\.jpeg: this is not an image"):
         score()
-    (folder / "fox").rename(folder / "yak")
+    (folder / "cat").rename(folder / "yak")
     with pytest.raises(DataError, match="yak is no class of the network, which knows ant, bee"):
         score()
 

@@ -856,7 +856,7 @@ UNBUILDABLE = ("--network", f"{MODULE}:unbuildable")
                 *(*UNBUILDABLE, "--preprocess", "imagenet", "--labels", "classes.txt"),
                 *("--plain", f"{MODULE}:Smal"),
             ),
-            "did you mean Small?",
+            "Smal",
         ),
         (("--network", f"{MODULE}:unbuildable", "--option", "x=1"), "--preprocess: missing"),
     ],

@@ -1,6 +1,5 @@
 """The poolings of `plugins/papers` are found, train, export with proof and are served."""
 
-import dataclasses
 import math
 import random
 import re
@@ -23,7 +22,7 @@ import sopdeploy
 from sopdeploy import describe, plugins
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.errors import CheckpointError, ConfigError
+from sopdeploy.errors import ConfigError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.published import published_network
@@ -486,33 +485,6 @@ def test_the_network_of_each_row_is_built(name: str) -> None:
             with torch.device("meta"):
                 sopdeploy.create_model(model.name, num_classes=10, **model.config)
             BUILT.add(network)
-
-
-def test_a_checkpoint_of_the_plug_in_that_low_rank_bilinear_pooling_came_from_is_read() -> None:
-    network = sopdeploy.create_model("lrbp-vgg16", num_classes=3, width=4)
-    renamed = {"classifier.weight": "classifier.factors.weight"}  # of sopdeploy_poolings 1.0.0
-    weights = {
-        f"network.{renamed.get(name, name)}": value
-        for name, value in network.state_dict().items()
-    }
-    earlier = Checkpoint(
-        model="lrbp-vgg16",
-        config={"width": 4},
-        weights=weights,
-        labels=("a", "b", "c"),
-        preprocess=Preprocess(),
-        training={},
-    )
-    read = build_classifier(earlier, Path("best.pt")).state_dict()
-    assert list(read) == list(network.state_dict())
-    assert all(torch.equal(value, network.state_dict()[name]) for name, value in read.items())
-    with pytest.raises(CheckpointError, match=r"the network has no other\.weight"):
-        build_classifier(
-            dataclasses.replace(
-                earlier, weights={**weights, "other.weight": read["classifier.bias"]}
-            ),
-            Path("best.pt"),
-        )
 
 
 def test_the_signed_root_of_low_rank_bilinear_pooling_is_an_option() -> None:

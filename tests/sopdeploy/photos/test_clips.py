@@ -255,19 +255,6 @@ def test_a_photograph_with_a_damaged_or_no_time_has_none(text: object):
     assert capture_time(Image.new("RGB", (8, 8))) == NO_TIME
 
 
-def test_data_check_names_files_that_may_be_frames_of_a_clip(tmp_path: Path):
-    for label in ("cat", "dog"):
-        (tmp_path / label).mkdir()
-        for clip in range(4):
-            image = scene(10 * clip + len(label + label[:1]) + (label == "dog") * 100)
-            for frame in range(6):
-                shown = image.crop((4 * frame, 2 * frame, 100 + 4 * frame, 90 + 2 * frame))
-                (tmp_path / label / f"{clip}_{frame}.jpg").write_bytes(encoded(shown, 90))
-    notes = "\n".join(check_data(tmp_path).notes)
-    assert "resemble each other more than other files of their class" in notes
-    assert "data.groups=" in notes
-
-
 def test_data_check_says_nothing_about_different_photographs(tmp_path: Path):
     for number, label in enumerate(("cat", "dog")):
         (tmp_path / label).mkdir()

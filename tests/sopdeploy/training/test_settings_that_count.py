@@ -177,15 +177,6 @@ def test_a_head_on_random_weights_that_a_user_selects_is_refused(
     assert not (photos.parent / "run").exists()
 
 
-@pytest.mark.parametrize("settings", [(), (FEW_SHOT,)])
-def test_networks_are_not_compared_by_random_weights(
-    photos: Path, settings: tuple[str, ...]
-) -> None:
-    given: dict[str, Any] = {"models": "resnet8,resnet20", "weights": "none", "set": settings}
-    with pytest.raises(ConfigError, match="resnet8: all its weights are random"):
-        sopdeploy.train(photos, out=photos.parent / "run", **given)
-
-
 CROPS = [
     ((), "preprocess.crop=288", (329, 288)),
     ((), "preprocess.crop=112", (128, 112)),

@@ -281,7 +281,7 @@ def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(
     )
     published = Preprocess.from_timm(timm.get_pretrained_cfg("tf_efficientnet_lite0").to_dict())
     assert initial.recipe.preprocess == published.model_copy(
-        update={"decoding": "scaled"}
+        update={"decoding": "fast"}
     )  # the recipe's
     assert LITE["efficientnet-lite2"] == Preprocess.from_timm(
         timm.get_pretrained_cfg("tf_efficientnet_lite2").to_dict()

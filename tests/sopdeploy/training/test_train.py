@@ -95,7 +95,8 @@ def test_the_history_has_every_loss_and_the_callback_receives_every_event(finish
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     events = finished[2].events
     epoch = ["step"] * 6 + ["evaluation"] * 2 + ["epoch"]
-    assert [name for name, _ in events] == [
+    # After three epochs, a branch can be at chance, which is a warning.
+    assert [name for name, _ in events if name != "warning"] == [
         *["message"] * 2,
         *epoch * 3,
         *["evaluation"] * 2,

@@ -165,7 +165,7 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
 def test_a_row_runs_on_the_images_that_are_given(tmp_path) -> None:
     data = tmp_path / "imagenet"
     for part, each in (("train", 8), ("val", 3)):
-        write_classes(data / part, [f"n{number:08}" for number in range(3)], each)
+        write_classes(data / part, ["n01440764", "n01491361", "n01530575"], each)
     changes = (
         "epochs=1",
         "model.config.depth=18",

@@ -80,7 +80,7 @@ def add_photographs(folder: Folder) -> None:
 
 
 def add_class(folder: Folder) -> None:
-    added = folder.photos / "gray"
+    added = folder.photos / "black"
     added.mkdir()
     for photo in (paint(folder.photos.parent / "other", 1, seed=2)).glob("*/*.png"):
         photo.rename(added / f"{photo.parent.name}.png")
