@@ -2,7 +2,7 @@
 
 `AllHeads` computes every head of a network, as in DSoP's Table III and Figure 5. The heads are
 the network's own classifier, `main`, and the training-only ones: the branches of DSoP, the
-auxiliary heads of PSDR. Export removes the training-only heads, so only a checkpoint has them.
+auxiliary heads. Export removes the training-only heads, so only a checkpoint has them.
 """
 
 import math

@@ -198,20 +198,6 @@ DSOP = {
         for n in (8, 16)
     },
 }
-PSDR = {
-    "psdr-resnet50": Entry(
-        "sopdeploy.models.psdr:SupervisedPSDRResNet",
-        "sopdeploy.models.psdr:PSDRConfig",
-        {"depth": 50},
-        "ResNet-50 before PSDR and iSQRT-COV; its auxiliary heads are detached",
-    ),
-    "psdr-resnet50-no-aux": Entry(
-        "sopdeploy.models.psdr:PSDRResNet",
-        "sopdeploy.models.psdr:PSDRConfig",
-        {"depth": 50},
-        "ResNet-50 before progressive reduction and iSQRT-COV, without auxiliary heads",
-    ),
-}
 # Options of the released code; `models/gsop.py` explains them
 GSOP_RELEASED = {
     "pre_relu": True,
@@ -321,7 +307,6 @@ FAMILIES = (
         "DSoP: detachable second-order pooling. Branches train a first-order network and are then removed",
         DSOP,
     ),
-    ("PSDR: progressive supervised dimensionality reduction before second-order pooling", PSDR),
     ("GSoP-Net: second-order blocks that scale maps; GSoP-Net2 also pools by covariance", GSOP),
     (
         "GM-SOP: a gate selects K of N second-order poolings for each image, and their weights",

@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parents[1] / "goldens"
 HEADS = "second_order_head"
 GOLDENS = dict(
     zip(
-        ("pooled", "dsop", "psdr", "gsop", "gmsop"),
+        ("pooled", "dsop", "gsop", "gmsop"),
         (entries for _, entries in FAMILIES),
         strict=True,
     )
@@ -79,7 +79,7 @@ def golden(small: Small) -> dict[str, Any]:
 
 
 def structure(small: Small) -> Any:
-    """Describe the branches, the blocks with attention, or the steps of PSDR of one model in full size."""
+    """Describe the branches or the blocks with attention of one model in full size."""
     with torch.device("meta"):
         network: Any = create_model(small.name, num_classes=small.classes, **small.config)
     if isinstance(network, DSoP):
@@ -90,9 +90,9 @@ def structure(small: Small) -> Any:
         return [f"main weight {network.loss_weights()['main']}", *branches]
     if isinstance(network, GSoP):
         return network.attended_taps()
-    if isinstance(network, GSoPEfficientNetLite):
-        return [name for name, part in network.named_modules() if isinstance(part, GSoPBlock)]
-    return network.pooling.widths
+    if not isinstance(network, GSoPEfficientNetLite):
+        raise TypeError(f"{small.name} has neither branches nor blocks")
+    return [name for name, part in network.named_modules() if isinstance(part, GSoPBlock)]
 
 
 def rounded(values: Tensor) -> list[list[float]]:

@@ -49,7 +49,6 @@ LOWERED = (  # lowered to ONNX and compared: one for each other inference class
     Small("vgg16-bn", 32, {"pooling": "gap", "classifier": "linear"}),
     Small("efficientnet-lite0", 32, LITE),
     Small("alexnet", 64, {"pooling": {"kind": "flatten", "side": 1}, "classifier": "linear"}),
-    Small("psdr-resnet50", 32, {"depth": 18, **NARROW}),
     Small("gsop-net1-resnet26", 32, {"cov_width": 32, "block_stages": ("layer4",)}),
     Small("gsop-net1-efficientnet-lite0", 32, {**LITE, "cov_width": 32}),
     Small(
@@ -87,7 +86,6 @@ DETACHED = (
     Small("dsop-efficientnet-b0", 32, {"iterations": 2}),
     Small("dsop-resnet8", 8, HEADS),
     Small("dsop-resnext29-8x64d", 8, {**FEW_GROUPS, **HEADS}),
-    Small("psdr-resnet50-no-aux", 32, {"depth": 18, **NARROW}),
     Small("sgmoe-16-8-resnet18", 8, TWO_OF_FOUR),
     Small("timm:resnet18", 32),
     Small("timm:convnext_atto", 32),
@@ -142,8 +140,8 @@ VARIANTS = (  # other forms of the same classes, whose counts and outputs have g
     Small("gmsop-16-8-resnet18", 8, {**TWO_OF_FOUR, **RELEASED_MIXTURE}),
     Small("resnet18-64px", 8, ONE_EACH),
 )
-STRUCTURES = (  # in full size, whose branches, blocks with attention or steps have a golden
-    *(Small(name, 224) for name in CATALOG if name.startswith(("dsop-", "gsop-", "psdr-"))),
+STRUCTURES = (  # in full size, whose branches or blocks with attention have a golden
+    *(Small(name, 224) for name in CATALOG if name.startswith(("dsop-", "gsop-"))),
     Small("dsop-resnet18", 224, {"aux_blocks": (0, 1, (2, 0), (0, 3))}),
     Small("dsop-resnet18", 224, {"aux_widths": (128,) * 4}),
     Small("dsop-resnet50", 224, {"aux_stride": "table"}),
@@ -158,15 +156,4 @@ STRUCTURES = (  # in full size, whose branches, blocks with attention or steps h
     Small("gsop-net2-resnet26", 224, {"block_stages": ("layer4",)}),
     Small("gsop-net2-preact-resnet164", 32, {"blocks": 3}),
     Small("gsop-net1-preact-resnet164", 32, {"blocks": 1}),
-    *(
-        Small("psdr-resnet50", 224, {"width": width, "decay": decay})
-        for width, decay in (
-            (128, 0.25),
-            (64, 0.5),
-            (128, 0.5),
-            (256, 0.5),
-            (100, 0.3),
-            (1024, 0.5),
-        )
-    ),
 )

@@ -43,7 +43,7 @@ def test_counts_and_outputs_match_the_golden(family: str, pytestconfig: pytest.C
 
 
 def test_structures_match_the_golden(pytestconfig: pytest.Config) -> None:
-    """Sections III to V of DSoP, 4 of GSoP and Eq. (4) of PSDR."""
+    """Sections III to V of DSoP and section 4 of GSoP."""
     full_size = {
         f"{small.name} {json.dumps(dict(small.config))}": structure(small)
         for small in STRUCTURES

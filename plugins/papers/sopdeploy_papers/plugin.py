@@ -11,6 +11,16 @@ _POOLINGS = {
     "dropcov": "dropcov:DropCovConfig",
 }
 _GMSOP = "sopdeploy_papers.gmsop_weights:IMPORTER"
+_PSDR = {
+    "psdr-resnet50": (
+        "SupervisedPSDRResNet",
+        "ResNet-50 before PSDR and iSQRT-COV; its auxiliary heads are detached",
+    ),
+    "psdr-resnet50-no-aux": (
+        "PSDRResNet",
+        "ResNet-50 before progressive reduction and iSQRT-COV, without auxiliary heads",
+    ),
+}
 _LOW_RANK_VGG = Entry(
     "sopdeploy_papers.poolings.low_rank:LowRankVGG",
     "sopdeploy_papers.poolings.low_rank:LowRankConfig",
@@ -20,9 +30,13 @@ _LOW_RANK_VGG = Entry(
 
 
 def register() -> None:
-    """Register the poolings, the network and the importer of this package."""
+    """Register the poolings, the networks and the importer of this package."""
     for name, config in _POOLINGS.items():
         POOLINGS.register(name, f"sopdeploy_papers.poolings.{config}", __name__)
+    for name, (network, summary) in _PSDR.items():
+        source = f"sopdeploy_papers.psdr:{network}"
+        config = "sopdeploy_papers.psdr:PSDRConfig"
+        MODELS.register(name, Entry(source, config, {"depth": 50}, summary), __name__)
     MODELS.register("lrbp-vgg16", _LOW_RANK_VGG, __name__)
     IMPORTERS.register("gmsop", _GMSOP, __name__)
     FIRST_BYTES[_GMSOP] = b"MATLAB "

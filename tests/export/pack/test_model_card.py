@@ -38,7 +38,7 @@ def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Expo
     )
 
 
-@pytest.mark.parametrize("name", ["dsop-resnet8", "psdr-resnet50", "gsop-net1-resnet26"])
+@pytest.mark.parametrize("name", ["dsop-resnet8", "gsop-net1-resnet26"])
 def test_the_costs_are_those_of_describe(name: str) -> None:
     with torch.device("meta"):
         network = create_model(name, num_classes=entry(name).num_classes).eval()

@@ -210,7 +210,7 @@ def test_published_figures_are_reached_to_the_last_digit_or_marked_with_the_reas
 
 
 @pytest.mark.parametrize(
-    "name", ["dsop-resnet18", "psdr-resnet50", "efficientnet-b0", "wrn-22-10"]
+    "name", ["dsop-resnet18", "gsop-net2-resnet26", "efficientnet-b0", "wrn-22-10"]
 )
 def test_parts_sum_to_the_whole(name: str) -> None:
     found = describe(name)

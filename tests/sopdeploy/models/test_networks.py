@@ -69,7 +69,7 @@ def places(network: nn.Module) -> list[str]:
         ),
         *(
             (name, {"pooling": pooling}, "own pooling, so `pooling` can only be gap")
-            for name in (SMALL, "gsop-net2-resnet50", "psdr-resnet50", "isqrt-efficientnet-b0")
+            for name in (SMALL, "gsop-net2-resnet50", "isqrt-efficientnet-b0")
             for pooling in ("isqrt", {"kind": "bcnn"})
         ),
         (
@@ -93,17 +93,6 @@ def test_convolutions_start_with_kaimings_deviation() -> None:
     ).attention.channel.reduction[0]
     assert conv.weight.std().item() == pytest.approx((2 / conv.out_channels) ** 0.5, rel=0.1)
     assert conv.bias.abs().max() == 0
-
-
-def test_a_target_width_without_reduction_is_rejected() -> None:
-    with pytest.raises(ConfigError, match="width: 512 is not smaller than 512 channels"):
-        create_model("psdr-resnet50", depth=18, width=512)
-
-
-def test_a_chain_ends_at_the_target_width_without_a_step_that_keeps_it() -> None:
-    """512 channels are halved to 256, which is the width."""
-    chain = create_model("psdr-resnet50", depth=18, width=256).pooling.chain
-    assert len(chain) == 1
 
 
 def test_chosen_of_one_can_be_exported_but_not_trained() -> None:

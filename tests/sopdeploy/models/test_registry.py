@@ -94,7 +94,7 @@ def test_an_invalid_value_is_a_one_line_error(name: str, config: dict, says: str
 
 
 NETWORKS = {f"{small.name}-{n}": small for n, small in enumerate([*ALL, *VARIANTS])}
-QUICK = ("resnet8-14", "dsop-resnet8-24", "gsop-net1-resnet26-6", "gmsop-16-8-resnet18-16")
+QUICK = ("resnet8-13", "dsop-resnet8-23", "gsop-net1-resnet26-5", "gmsop-16-8-resnet18-15")
 
 
 @pytest.mark.parametrize("case", mostly_slow(NETWORKS, *QUICK))

@@ -283,7 +283,7 @@ def test_the_tensors_of_the_network_keep_their_names_and_its_classifier_is_gone(
 
 def test_branches_are_not_part_of_a_network_with_a_head() -> None:
     for name, message in (
-        ("psdr-resnet50", "a network without them$"),
+        ("gmsop-16-8-resnet18", "a network without them$"),
         ("head:resnet8", "has this head"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -931,7 +931,7 @@ def test_every_image_trains_the_network_unless_there_are_more_than_a_hundred_tho
         "/".join(joined.train.path(index).parts[-2:]) for index in range(120)
     ) == sorted(expected)
     loop = read_recipe("photos", [*settings, "procedure.kind=loop"])
-    other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
+    other = read_recipe("photos", [*settings, "model.name=gmsop-16-8-resnet18"])
     assert (
         select_procedure(read_recipe("photos", settings), FEW_IMAGES + 1).recipe.procedure
         == LoopConfig()
