@@ -47,8 +47,8 @@ operations. x means times a ResNet-50 (25.5 M, 3.86 G).
 {differing}
 
 The papers also compare with other methods. timm has SE-Net, CBAM (`timm:resnet50` with `attn_layer=cbam`) and DRN-A
-(`output_stride=8`). `plugins/papers` has PSDR (`psdr-resnet50`), compact, kernel and low-rank bilinear pooling, NetVLAD and
-NetFV. Some methods are [not built](papers.md#not-built).
+(`output_stride=8`). `plugins/papers` has PSDR (`psdr-resnet50`), compact, kernel and low-rank bilinear pooling,
+NetVLAD and NetFV. Some methods are [not built](papers.md#not-built).
 """
 
 

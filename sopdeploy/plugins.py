@@ -1,4 +1,4 @@
-"""Plug-ins: installed packages that register networks, poolings, data sources, runtimes and importers.
+"""Plug-ins: installed packages that register networks, poolings, optimizers, data sources, runtimes, importers.
 
 A package names a module in its `pyproject.toml`:
 
@@ -150,6 +150,7 @@ IMPORTERS: PluginRegistry[Any] = PluginRegistry("importer")
 # of the files of an importer that is registered as `module:name`
 FIRST_BYTES: dict[str, bytes] = {}
 MODELS: PluginRegistry[Any] = PluginRegistry("model", "sopdeploy.models.registry")
+OPTIMIZERS: PluginRegistry[Any] = PluginRegistry("optimizer")
 POOLINGS: PluginRegistry[Any] = PluginRegistry("pooling")
 RUNTIMES: PluginRegistry[Any] = PluginRegistry("runtime", "sopdeploy_service.runtime.own")
 

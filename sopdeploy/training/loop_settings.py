@@ -5,8 +5,9 @@ papers. `clip_norm` limits the norm of the whole gradient; 0 disables clipping. 
 torch.
 """
 
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
@@ -17,20 +18,28 @@ from sopdeploy.config import (
     Positive,
     PositiveRate,
     StrictModel,
+    with_registered,
 )
 from sopdeploy.data.augment import Augmentations
 from sopdeploy.models.registry import CatalogModel
+from sopdeploy.plugins import OPTIMIZERS
 from sopdeploy.training.schedules import Schedule
 
 Betas = tuple[FractionBelowOne, FractionBelowOne]
 
 
 class OptimizerSettings(StrictModel):
-    """Common settings; subclasses add the other arguments of their optimizer."""
+    """Common settings; subclasses add the other arguments of their optimizer.
 
+    One with `needs_whole_step` cannot add up the gradients of parts of a step, and is not used
+    in fp16 or on a compiled network.
+    """
+
+    needs_whole_step: ClassVar[bool] = False
     lr: PositiveRate
     weight_decay: Annotated[float, pydantic.Field(ge=0, le=1e6)] = 0.0
     clip_norm: NonNegative = 0.0
+    kind: str
 
 
 class Sgd(OptimizerSettings):
@@ -79,18 +88,19 @@ class RMSProp(OptimizerSettings):
     tensorflow: bool = False
 
 
-class AdaHessianConfig(OptimizerSettings):
-    """AdaHessian, with the defaults of its paper."""
+class RegisteredOptimizer(OptimizerSettings, ABC):
+    """The settings of an optimizer that a plug-in registers in `OPTIMIZERS`."""
 
-    kind: Literal["adahessian"]
-    betas: Betas = (0.9, 0.999)
-    eps: Positive = 1e-4
-    power: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
+    @abstractmethod
+    def create(self, parameters: Any) -> Any:
+        """Create the `torch.optim.Optimizer` for *parameters*, an iterable of them or of their groups."""
 
 
 OptimizerConfig = Annotated[
-    Sgd | AdamW | RAdam | RMSProp | AdaHessianConfig,
+    Sgd | AdamW | RAdam | RMSProp,
     pydantic.Field(discriminator="kind"),
+    with_registered(OPTIMIZERS, RegisteredOptimizer),
+    pydantic.SerializeAsAny(),
     pydantic.BeforeValidator(
         lambda value: {"kind": "sgd", **value} if isinstance(value, dict) else value
     ),

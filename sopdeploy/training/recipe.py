@@ -31,7 +31,6 @@ from sopdeploy.training.head_settings import (
     HeadOptions,
 )
 from sopdeploy.training.loop_settings import (
-    AdaHessianConfig,
     LoopSettings,
     StartConfig,
     StartWeights,
@@ -205,7 +204,7 @@ class Recipe(SharedSettings, LoopSettings):
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Recipe":
         """Check settings of different components against each other."""
-        if isinstance(self.optimizer, AdaHessianConfig):
+        if self.optimizer.needs_whole_step:
             other = {
                 "grad_accum_steps": self.grad_accum_steps > 1,
                 "precision": self.precision == "fp16",
@@ -213,8 +212,8 @@ class Recipe(SharedSettings, LoopSettings):
             }
             for name in (name for name, is_set in other.items() if is_set):
                 raise ValueError(
-                    f"{name}: adahessian needs second derivatives of a whole step; omit it, or "
-                    "choose another optimizer.kind"
+                    f"{name}: {self.optimizer.kind} needs second derivatives of a whole step; omit "
+                    "it, or choose another optimizer.kind"
                 )
 
         removal = self.model.remove_branches_at

@@ -34,8 +34,9 @@ OUTPUTS = {
     "sgmoe": {"logits", "gates"},
 }
 BY_EIGENVALUES = ("mpncov-", "deepo2p-", "improved-bcnn-", "g2denet-")
-# Their operators are those of others here: `gsop-net2` contains the root of the first, and `export/lower/test_int8.py` builds both graphs of `gmsop`, whose mixture the
-# next two have, for GPUs. `gsop-net1` has the block of `gsop-net2`.
+# Their operators are those of others here: `gsop-net2` contains the root of the first, and
+# `export/lower/test_int8.py` builds both graphs of `gmsop`, whose mixture the next two have, for
+# GPUs. `gsop-net1` has the block of `gsop-net2`.
 COVERED = (
     "resnet8",
     "gmsop-16-8-resnet18",

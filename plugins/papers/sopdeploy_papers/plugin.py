@@ -1,7 +1,7 @@
 """The names that this package adds to sopdeploy; what they stand for is imported when it is used."""
 
 from sopdeploy.models.registry import Entry
-from sopdeploy.plugins import FIRST_BYTES, IMPORTERS, MODELS, POOLINGS
+from sopdeploy.plugins import FIRST_BYTES, IMPORTERS, MODELS, OPTIMIZERS, POOLINGS
 
 _POOLINGS = {
     "cbp": "sketch:CompactBilinearConfig",
@@ -10,6 +10,7 @@ _POOLINGS = {
     "netfv": "codebook:NetFVConfig",
     "dropcov": "dropcov:DropCovConfig",
 }
+_ADAHESSIAN = "sopdeploy_papers.adahessian:AdaHessianConfig"
 _GMSOP = "sopdeploy_papers.gmsop_weights:IMPORTER"
 _PSDR = {
     "psdr-resnet50": (
@@ -30,7 +31,7 @@ _LOW_RANK_VGG = Entry(
 
 
 def register() -> None:
-    """Register the poolings, the networks and the importer of this package."""
+    """Register the poolings, the networks, the optimizer and the importer of this package."""
     for name, config in _POOLINGS.items():
         POOLINGS.register(name, f"sopdeploy_papers.poolings.{config}", __name__)
     for name, (network, summary) in _PSDR.items():
@@ -38,5 +39,6 @@ def register() -> None:
         config = "sopdeploy_papers.psdr:PSDRConfig"
         MODELS.register(name, Entry(source, config, {"depth": 50}, summary), __name__)
     MODELS.register("lrbp-vgg16", _LOW_RANK_VGG, __name__)
+    OPTIMIZERS.register("adahessian", _ADAHESSIAN, __name__)
     IMPORTERS.register("gmsop", _GMSOP, __name__)
     FIRST_BYTES[_GMSOP] = b"MATLAB "

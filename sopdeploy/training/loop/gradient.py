@@ -8,7 +8,7 @@ from torch.nn.utils import get_total_norm
 from sopdeploy.data.batches import Batch
 from sopdeploy.seeds import derive_seed
 from sopdeploy.training.loop.losses import Loss, sum_losses, training_loss
-from sopdeploy.training.loop.optimizer import AdaHessian
+from sopdeploy.training.loop.optimizer import CurvatureOptimizer
 from sopdeploy.training.loop.state import FinishedStep, LoopState
 
 # Types of autocast by `precision`; fp32 has none
@@ -101,7 +101,7 @@ def compute_gradient(run: LoopState, batch: Batch, num_samples: int) -> Loss:
 
         if number < len(parts):
             scaled.backward()  # type: ignore[no-untyped-call]
-        elif isinstance(optimizer, AdaHessian):  # which also needs the curvature
+        elif isinstance(optimizer, CurvatureOptimizer):
             seed = derive_seed(
                 run.recipe.seed, "curvature", run.position.epoch, run.position.step
             )

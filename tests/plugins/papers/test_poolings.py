@@ -64,6 +64,7 @@ def as_in_a_new_process(patch: pytest.MonkeyPatch) -> None:
         plugins.DATA_SOURCES,
         plugins.IMPORTERS,
         plugins.MODELS,
+        plugins.OPTIMIZERS,
         plugins.POOLINGS,
         plugins.RUNTIMES,
     ):

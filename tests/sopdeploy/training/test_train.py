@@ -166,7 +166,6 @@ def phases(plain: Path, *more: str) -> Recipe:
     return short_recipe(*settings, "start.classifier_lr=0.02", "start.head_factor=3")
 
 
-ADAHESSIAN = "optimizer={kind='adahessian', lr=0.01}"
 IN_TWO_PHASES: dict[str, tuple[list[str], tuple[str, int, int]]] = {
     "in the first phase": ([], ("step", 1, 2)),
     "at the end of the first phase": ([], ("epoch", 1, 0)),
@@ -174,8 +173,6 @@ IN_TWO_PHASES: dict[str, tuple[list[str], tuple[str, int, int]]] = {
     "in an evaluation, after all steps of an epoch": ([], ("evaluation", 2, 36)),
     "an average, in the first phase": (["ema={decay=0.5}"], ("step", 0, 3)),
     "an average, at the end of the first phase": (["ema={decay=0.5}"], ("step", 1, 5)),
-    "curvatures, in the first phase": ([ADAHESSIAN], ("step", 1, 2)),
-    "curvatures, in the second phase": ([ADAHESSIAN], ("step", 2, 3)),
 }
 
 

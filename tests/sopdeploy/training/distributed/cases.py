@@ -33,7 +33,6 @@ OPTIMIZERS = {
     # GM-SOP's stem has a bias before a batch norm. Its gradient is rounding, which eps=1e-8
     # would amplify.
     "adamw": ["optimizer={kind='adamw', lr=1e-3, eps=1e-6}"],
-    "adahessian": ["optimizer={kind='adahessian', lr=1e-2}"],
 }
 SAMPLES, CLASSES, SIDE = 52, 4, 8  # four steps of 13 samples: two processes compute 6 and 7
 
@@ -141,8 +140,6 @@ for _network in NETWORKS:
         f"{_network} with an average, float64 3 steps": partial(learn, _averaged, 3),
     }
 
-_adahessian = build_recipe("dsop", "adahessian")
-SHORT_CASES["dsop adahessian float64 2 steps"] = partial(learn, _adahessian, 2)
 SHORT_CASES["gmsop several classes per image, float64 3 steps"] = partial(
     learn, build_recipe("gmsop", "sgd", "ema={}"), 3, multi_label=True
 )

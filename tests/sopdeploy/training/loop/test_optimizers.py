@@ -1,4 +1,4 @@
-"""Optimizers, AdaHessian against its formulas, moving averages, and learning rate schedules."""
+"""Optimizers, moving averages, and learning rate schedules."""
 
 import copy
 from functools import partial
@@ -8,78 +8,17 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from sopdeploy import create_model
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.augment import Augmentations
 from sopdeploy.data.sources import open_data
 from sopdeploy.training.loop.average import ExponentialMovingAverage
-from sopdeploy.training.loop.losses import training_loss
-from sopdeploy.training.loop.optimizer import AdaHessian, create_optimizer, random_signs
-from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.loop.optimizer import create_optimizer
+from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.schedules import Cosine, Milestones, OneCycle
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import same_bits, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
-
-
-@pytest.mark.parametrize("uses_first", [False, True])
-def test_the_signs_of_a_parameter_do_not_depend_on_what_else_a_process_uses(
-    uses_first: bool,
-) -> None:
-    """A component of a gated network may receive no image in one process, and some in another."""
-    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(8))
-    optimizer = AdaHessian([first, second], lr=0.1)
-    used = [second, first] if uses_first else [second]
-    optimizer.backward(sum((parameter**2 / 2).sum() for parameter in used), seed=3)
-    assert torch.equal(optimizer.curvatures[second], random_signs(3, 1, second))
-
-
-def test_hessian_vector_products_match_finite_differences() -> None:
-    torch.manual_seed(0)
-    config = {"base_width": 4, "prenorm": "frobenius"}
-    model = create_model("dsop-resnet8", num_classes=3, **config).double().train()
-    images, labels = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 3
-    optimizer = AdaHessian(model.parameters(), lr=0.1)
-    parameters = list(model.parameters())
-
-    def loss() -> torch.Tensor:
-        torch.manual_seed(1)
-        return training_loss(model(images), labels, model.loss_weights()).total
-
-    def gradients_at(distance: float) -> tuple[torch.Tensor, ...]:
-        with torch.no_grad():
-            for number, parameter in enumerate(parameters):
-                parameter.add_(random_signs(7, number, parameter), alpha=distance)
-        return torch.autograd.grad(loss(), parameters)
-
-    optimizer.backward(loss(), seed=7)
-    step = 1e-6
-    after, before = gradients_at(step), gradients_at(-2 * step)
-    for parameter, plus, minus in zip(parameters, after, before, strict=True):
-        expected = (plus - minus) / (2 * step)
-        scale = float(expected.abs().max()) + 1e-3
-        assert float((optimizer.curvatures[parameter] - expected).abs().max()) < 1e-3 * scale
-
-
-def test_a_step_on_a_quadratic_function_is_exact_and_averages_over_kernels() -> None:
-    start, curvature = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([1.0, 4.0, 0.5])
-    weights = nn.Parameter(start.clone())
-    optimizer = AdaHessian([weights], lr=0.1, eps=1e-4, weight_decay=0.5)
-    optimizer.backward((0.5 * curvature * weights**2).sum(), seed=0)
-    optimizer.step()
-    expected = start * (1 - 0.1 * 0.5) - 0.1 * curvature * start / (curvature + 1e-4)
-    torch.testing.assert_close(weights.detach(), expected)
-    # The curvature of a convolution is averaged over its kernel.
-    torch.manual_seed(0)
-    kernel = nn.Parameter(torch.randn(2, 3, 3, 3))
-    optimizer = AdaHessian([kernel], lr=0.1)
-    optimizer.backward(
-        nn.functional.conv2d(torch.randn(4, 3, 6, 6), kernel).pow(2).mean(), seed=0
-    )
-    optimizer.step()
-    curvature = optimizer.state[kernel]["curvature"]
-    assert torch.equal(curvature, curvature[:, :, :1, :1].expand_as(curvature))
 
 
 @pytest.mark.parametrize(
@@ -98,13 +37,6 @@ def test_rmsprop_adds_eps_after_the_root_and_as_tensorflow_inside_of_it(settings
     weight.grad = torch.full_like(weight, 1e-3)
     create_optimizer(config, [weight]).step()
     assert -float(weight.detach()) == pytest.approx(step)
-
-
-def test_recipes_have_the_forms_of_the_optimizers_that_their_sources_have() -> None:
-    assert read_recipe("imagenet-dsop-efficientnet-b0").optimizer.tensorflow
-    for name, decay in (("cifar10-dsop-resnet20", 5e-4), ("imagenet-dsop-resnet18", 1e-4)):
-        adahessian = read_recipe(f"{name}-adahessian").optimizer
-        assert adahessian.lr * adahessian.weight_decay == pytest.approx(decay, rel=1e-4)
 
 
 @pytest.fixture

@@ -166,18 +166,6 @@ def test_losses_of_parts_add_up_also_if_some_have_other_penalties() -> None:
 
 
 REFUSED = {
-    "adahessian with fp16": (
-        ["optimizer={kind='adahessian', lr=0.1}", "precision=fp16"],
-        "precision",
-    ),
-    "adahessian, compiled": (
-        ["optimizer={kind='adahessian', lr=0.1}", "compile=true"],
-        "compile",
-    ),
-    "adahessian in parts": (
-        ["optimizer={kind='adahessian', lr=0.1}", "grad_accum_steps=2"],
-        "grad_accum_steps",
-    ),
     "nothing to mix by": (["mixing={mixup=0, cutmix=0}"], "mixing: mixup and cutmix are 0"),
 }
 
