@@ -13,7 +13,7 @@ import pydantic_core
 
 from sopdeploy.errors import ConfigError, with_hint
 from sopdeploy.nearest import did_you_mean
-from sopdeploy.plugins import PluginRegistry
+from sopdeploy.plugins import OF_PAPERS, PluginRegistry
 from sopdeploy.version import __version__
 
 Count = Annotated[int, pydantic.Field(ge=1)]
@@ -219,7 +219,9 @@ def with_registered(
             registered = registry.find(context["tag"])  # the `kind` as text, whatever its type
             if registered is None:
                 names = ", ".join([context["expected_tags"], *map(repr, registry.names())])
-                if context["tag"]:
+                if context["tag"] in OF_PAPERS:
+                    names += f"; {registry.suggest(context['tag'])}"
+                elif context["tag"]:
                     names += "; choose one, or install the plug-in that has it"
                 known = {**context, "expected_tags": names}
                 raise pydantic_core.PydanticKnownError("union_tag_invalid", known) from error

@@ -1,4 +1,4 @@
-"""Plug-ins: installed packages that register networks, poolings, optimizers, data sources, runtimes, importers.
+"""Plug-ins: installed packages that register networks, poolings, data sources, runtimes and importers.
 
 A package names a module in its `pyproject.toml`:
 
@@ -8,7 +8,8 @@ A package names a module in its `pyproject.toml`:
 The module calls `register_model`, `register_pooling`, `register_data_source`,
 `register_runtime` or `register_importer` of `sopdeploy`. It is imported when a name is used
 that sopdeploy does not have, and where names are listed, as by `sopdeploy models`.
-`SOPDEPLOY_PLUGINS=off` switches plug-ins off. Names of this project come first.
+`SOPDEPLOY_PLUGINS=off` switches plug-ins off. Names of this project come first. Optimizers and
+teachers are added to `OPTIMIZERS` and `TEACHERS` directly.
 
 Packages of the wheel itself, such as that of the papers, name a function that registers their
 names. It is always called, and imports no torch: it registers `module:name` in place of an
@@ -32,6 +33,10 @@ _GROUP = "sopdeploy.plugins"
 RECIPES = "sopdeploy.recipes"
 _THIS_PROJECT = "sopdeploy"
 VARIABLE = "SOPDEPLOY_PLUGINS"
+# of the teacher that is trained with its student
+JOINT = "joint"
+# Names of `plugins/papers`, which an error tells to install where the package is missing.
+OF_PAPERS = {"adahessian", JOINT, "psdr-resnet50", "psdr-resnet50-no-aux"}
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _Item = TypeVar("_Item")
 
@@ -134,6 +139,8 @@ class PluginRegistry(Generic[_Item]):
 
     def suggest(self, name: str, otherwise: str = "") -> str:
         """Ask "did you mean NAMES?" with the known names nearest to *name*; *otherwise* if none is near."""
+        if name in OF_PAPERS:
+            return f"the {self.kind} {name} is part of plugins/papers; install this package"
         return did_you_mean(name, [*self.own(), *self.registered], otherwise)
 
 
@@ -152,6 +159,7 @@ FIRST_BYTES: dict[str, bytes] = {}
 MODELS: PluginRegistry[Any] = PluginRegistry("model", "sopdeploy.models.registry")
 OPTIMIZERS: PluginRegistry[Any] = PluginRegistry("optimizer")
 POOLINGS: PluginRegistry[Any] = PluginRegistry("pooling")
+TEACHERS: PluginRegistry[Any] = PluginRegistry("teacher")
 RUNTIMES: PluginRegistry[Any] = PluginRegistry("runtime", "sopdeploy_service.runtime.own")
 
 

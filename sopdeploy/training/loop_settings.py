@@ -111,10 +111,11 @@ class TeacherConfig(StrictModel):
     """The teacher of knowledge distillation.
 
     `weights` is the checkpoint of a trained teacher, which does not change. Without it, the
-    network `model` starts from random weights and is trained jointly: its own loss is added,
-    and the student follows the outputs of each step. `share` is the weight of the divergence
-    from the teacher's outputs in the loss of the student, and 1 - share the weight of the
-    student's own loss. `temperature` softens both outputs, and its square scales the divergence.
+    network `model` starts from random weights and is trained jointly, which needs
+    `plugins/papers`: its own loss is added, and the student follows the outputs of each step.
+    `share` is the weight of the divergence from the teacher's outputs in the loss of the student,
+    and 1 - share the weight of the student's own loss. `temperature` softens both outputs, and
+    its square scales the divergence.
     """
 
     weights: Path | None = None

@@ -1,7 +1,15 @@
 """The names that this package adds to sopdeploy; what they stand for is imported when it is used."""
 
 from sopdeploy.models.registry import Entry
-from sopdeploy.plugins import FIRST_BYTES, IMPORTERS, MODELS, OPTIMIZERS, POOLINGS
+from sopdeploy.plugins import (
+    FIRST_BYTES,
+    IMPORTERS,
+    JOINT,
+    MODELS,
+    OPTIMIZERS,
+    POOLINGS,
+    TEACHERS,
+)
 
 _POOLINGS = {
     "cbp": "sketch:CompactBilinearConfig",
@@ -11,6 +19,7 @@ _POOLINGS = {
     "dropcov": "dropcov:DropCovConfig",
 }
 _ADAHESSIAN = "sopdeploy_papers.adahessian:AdaHessianConfig"
+_JOINT_TEACHER = "sopdeploy_papers.joint_teacher:JointTeacher"
 _GMSOP = "sopdeploy_papers.gmsop_weights:IMPORTER"
 _PSDR = {
     "psdr-resnet50": (
@@ -31,7 +40,7 @@ _LOW_RANK_VGG = Entry(
 
 
 def register() -> None:
-    """Register the poolings, the networks, the optimizer and the importer of this package."""
+    """Register the poolings, the networks, the optimizer, the teacher and the importer of this package."""
     for name, config in _POOLINGS.items():
         POOLINGS.register(name, f"sopdeploy_papers.poolings.{config}", __name__)
     for name, (network, summary) in _PSDR.items():
@@ -40,5 +49,6 @@ def register() -> None:
         MODELS.register(name, Entry(source, config, {"depth": 50}, summary), __name__)
     MODELS.register("lrbp-vgg16", _LOW_RANK_VGG, __name__)
     OPTIMIZERS.register("adahessian", _ADAHESSIAN, __name__)
+    TEACHERS.register(JOINT, _JOINT_TEACHER, __name__)
     IMPORTERS.register("gmsop", _GMSOP, __name__)
     FIRST_BYTES[_GMSOP] = b"MATLAB "

@@ -1,12 +1,13 @@
 """The training loss: weighted heads and penalties of the model, and knowledge distillation.
 
-A teacher is trained before, or jointly with its student. Sources: Hinton et al., "Distilling
-the Knowledge in a Neural Network" (2015); Mishra and Marr, "Apprentice" (ICLR 2018), schemes A
-(joint) and B (teacher first). DSoP's Table II trains both jointly.
+A teacher is trained before its student. `plugins/papers` has one that is trained jointly. Sources:
+Hinton et al., "Distilling the Knowledge in a Neural Network" (2015); Mishra and Marr, "Apprentice"
+(ICLR 2018), scheme B.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +20,8 @@ from sopdeploy.evaluation.prediction import classification_loss
 from sopdeploy.files import expand_user
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import images_format
-from sopdeploy.models.base import TrainingOutput
-from sopdeploy.models.registry import create_model
-from sopdeploy.seeds import derive_seed
+from sopdeploy.models.base import Classifier, TrainingOutput
+from sopdeploy.plugins import JOINT, TEACHERS
 from sopdeploy.training.loop_settings import TeacherConfig
 
 
@@ -84,57 +84,17 @@ def _main_logits(output: Tensor | TrainingOutput) -> Tensor:
 
 
 class Teacher:
-    """A teacher network; with `learns` it is trained jointly, and its weights are part of the run.
+    """A trained network that teaches, and does not change.
 
-    Raises `ConfigError` for one that does not fit the classes, the colors or the joint
-    training.
+    `learns` tells whether the teacher of a plug-in is trained in the same run: its weights are
+    then part of `last.pt`, and `own_loss` adds its loss.
     """
 
-    def __init__(
-        self,
-        config: TeacherConfig,
-        labels: tuple[str, ...],
-        preprocess: Preprocess,
-        label_smoothing: float,
-        seed: int,
-    ) -> None:
+    learns: ClassVar[bool] = False
+
+    def __init__(self, config: TeacherConfig, model: Classifier) -> None:
         self.config = config
-        self.label_smoothing = label_smoothing
-        self.learns = config.weights is None
-
-        # A fixed teacher from a checkpoint, or one with random weights that learns jointly.
-        if config.weights is not None:
-            path = expand_user(config.weights)
-            stored = read_checkpoint(path)
-            if stored.labels != labels:
-                raise ConfigError(
-                    f"teacher.weights: {path} has other classes than the data; "
-                    "train the teacher on the same classes"
-                )
-            stored_colors = (stored.preprocess.mean, stored.preprocess.std)
-            if stored_colors != (preprocess.mean, preprocess.std):
-                raise ConfigError(
-                    f"teacher.weights: {path} normalizes colors differently; set "
-                    "the same preprocess.mean and std"
-                )
-            self.model = build_classifier(stored, path).eval().requires_grad_(False)
-        elif config.model is not None:
-            torch.manual_seed(derive_seed(seed, "teacher weights"))
-            self.model = create_model(
-                config.model.name, num_classes=len(labels), **config.model.config
-            )
-        else:
-            raise ConfigError(
-                "teacher.weights: not set; give the checkpoint of the teacher, or "
-                "teacher.model to train it"
-            )
-
-        # Only networks with a gate have this option.
-        if self.learns and hasattr(self.model.config, "balance_weight"):
-            raise ConfigError(
-                "teacher.model: a network with a gate cannot be trained jointly; "
-                "train it first and set teacher.weights"
-            )
+        self.model = model
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights of a teacher that learns."""
@@ -143,6 +103,10 @@ class Teacher:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore *state*; raises the same errors as `torch.nn.Module.load_state_dict`."""
         self.model.load_state_dict(state)
+
+    def own_loss(self, _output: Tensor | TrainingOutput, _labels: Tensor) -> Tensor | None:
+        """Compute the loss, a scalar, of a teacher that learns by its *output* for the images of *labels*."""
+        return None
 
     def distillation_loss(
         self, loss: Loss, images: Tensor, labels: Tensor, output: Tensor | TrainingOutput
@@ -174,13 +138,55 @@ class Teacher:
         total = (1 - share) * loss.total + share * divergence
         parts = {**loss.parts, "teacher": divergence.detach()}
 
-        # A teacher that learns has a loss of its own.
-        if self.learns:
-            weights = self.model.loss_weights()
-            teacher_loss = training_loss(
-                teacher_output, labels, weights, self.label_smoothing
-            ).total
+        teacher_loss = self.own_loss(teacher_output, labels)
+        if teacher_loss is not None:
             total = total + teacher_loss
             parts["teacher_loss"] = teacher_loss.detach()
 
         return Loss(total, parts, loss.component_counts)
+
+
+def create_teacher(
+    config: TeacherConfig,
+    labels: tuple[str, ...],
+    preprocess: Preprocess,
+    label_smoothing: float,
+    seed: int,
+) -> Teacher:
+    """Load the teacher of *config*, or create one that learns if a plug-in registers such teachers.
+
+    Raises `ConfigError` for one that does not fit the classes, the colors or the joint training.
+    """
+    if config.weights is not None:
+        return Teacher(config, _load_teacher(config.weights, labels, preprocess))
+
+    if config.model is None:
+        raise ConfigError(
+            "teacher.weights: not set; give the checkpoint of the teacher, or "
+            "teacher.model to train it"
+        )
+
+    create = TEACHERS.find(JOINT)
+    if create is None:
+        raise ConfigError(f"teacher.model: {TEACHERS.suggest(JOINT)}")
+    teacher: Teacher = create(config, labels, label_smoothing, seed)
+    return teacher
+
+
+def _load_teacher(weights: Path, labels: tuple[str, ...], preprocess: Preprocess) -> Classifier:
+    """Load the trained network of the checkpoint *weights*, which must fit *labels* and *preprocess*."""
+    path = expand_user(weights)
+    stored = read_checkpoint(path)
+    if stored.labels != labels:
+        raise ConfigError(
+            f"teacher.weights: {path} has other classes than the data; "
+            "train the teacher on the same classes"
+        )
+
+    stored_colors = (stored.preprocess.mean, stored.preprocess.std)
+    if stored_colors != (preprocess.mean, preprocess.std):
+        raise ConfigError(
+            f"teacher.weights: {path} normalizes colors differently; set "
+            "the same preprocess.mean and std"
+        )
+    return build_classifier(stored, path).eval().requires_grad_(False)

@@ -33,7 +33,7 @@ from sopdeploy.training.checkpoints import (
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
 from sopdeploy.training.few_shot.state import FewShotFit, last_few_shot_record
 from sopdeploy.training.loop.average import ExponentialMovingAverage
-from sopdeploy.training.loop.losses import Loss, Teacher
+from sopdeploy.training.loop.losses import Loss, Teacher, create_teacher
 from sopdeploy.training.loop.updates import Updates, group_parameters
 from sopdeploy.training.loop_settings import StartConfig, StepSettings, UpdateSettings
 from sopdeploy.training.recipe import Recipe
@@ -115,7 +115,7 @@ class LoopState:
         normalize = Normalize(recipe.preprocess, images_format(self.model))
         self.normalize = normalize.to(self.strategy.device)
 
-        # The teacher: a stored network, or one with new weights that learns, too.
+        # The teacher: a stored network, or that of a plug-in, which may learn, too.
         self.teacher: Teacher | None = None
         if recipe.teacher is not None:
             if self.activation == "sigmoid":
@@ -123,7 +123,7 @@ class LoopState:
                     "teacher: distillation needs one class per image; remove the table"
                 )
             smoothing = recipe.loss.label_smoothing
-            self.teacher = Teacher(
+            self.teacher = create_teacher(
                 recipe.teacher, setup.labels, recipe.preprocess, smoothing, recipe.seed
             )
 

@@ -67,6 +67,7 @@ def as_in_a_new_process(patch: pytest.MonkeyPatch) -> None:
         plugins.OPTIMIZERS,
         plugins.POOLINGS,
         plugins.RUNTIMES,
+        plugins.TEACHERS,
     ):
         patch.setattr(registry, "registered", {})
 

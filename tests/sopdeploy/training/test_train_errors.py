@@ -111,11 +111,6 @@ def test_a_run_that_another_process_began_meanwhile_is_not_overwritten(tmp_path)
             {},
             "cannot compute images of 16 pixels",
         ),
-        (
-            lambda: read_recipe("digits-plain", ["teacher.model={name='alexnet'}"]),
-            {},
-            "teacher: its network cannot compute images of 16 pixels",
-        ),
     ],
 )
 def test_a_run_that_cannot_start_writes_nothing(

@@ -143,12 +143,11 @@ for _network in NETWORKS:
 SHORT_CASES["gmsop several classes per image, float64 3 steps"] = partial(
     learn, build_recipe("gmsop", "sgd", "ema={}"), 3, multi_label=True
 )
-SHORT_CASES["distilled, doubled, colored, float64 3 steps"] = partial(
+SHORT_CASES["doubled, colored, float64 3 steps"] = partial(
     learn,
     build_recipe(
         "dsop",
         "sgd",
-        "teacher.model={name='resnet8', config={base_width=4}}",
         "augment={kind='pad-crop', pad=4, doubled=true}",
         "color={lighting=0.1}",
     ),
