@@ -342,7 +342,7 @@ def check_is_weights(path: Path) -> WeightPath:
 
     if weight_format(first) is None and not first.startswith(_magic_of_importers()):
         raise WeightsError(
-            f"{path}: not a weight file of PyTorch, safetensors or MATLAB; save a state_dict()"
+            f"{path}: not a weight file of PyTorch, safetensors or a plug-in; save a state_dict()"
         )
     return WeightPath(path, first)
 

@@ -1,5 +1,8 @@
 """Imports of GM-SOP's MatConvNet files; released networks computed the logits."""
 
+import struct
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,6 +184,33 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="damaged MATLAB file") as error:
         open_weights(check_is_weights(tmp_path / "a.mat"))
     assert "\n" not in str(error.value)
+
+
+def deflated_matlab(file: Path) -> None:
+    """A MATLAB file with an element of 256 MB of zeros."""
+    compressor = zlib.compressobj()
+    content = (
+        b"".join(compressor.compress(bytes(1 << 20)) for _ in range(256)) + compressor.flush()
+    )
+    header = b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM"
+    file.write_bytes(header + struct.pack("<II", 15, len(content)) + content)
+
+
+@pytest.mark.slow
+def test_what_expands_is_refused_before_it_does(tmp_path: Path) -> None:
+    deflated_matlab(tmp_path / "weights.bin")
+    tracemalloc.start()
+    with pytest.raises(WeightsError, match="expands"):
+        open_weights(check_is_weights(tmp_path / "weights.bin"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 32_000_000
+
+
+def test_version_73_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"MATLAB 7.3 MAT-file".ljust(512))
+    with pytest.raises(WeightsError, match="-v7"):
+        open_weights(check_is_weights(tmp_path / "weights.bin"))
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3), (1, 1, 3), (2, 2, 3)])
