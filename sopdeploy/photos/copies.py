@@ -279,12 +279,14 @@ class _Inspected(NamedTuple):
     small: NDArray[np.uint8] | None = None
 
 
-def group_photographs(images: LabeledImages) -> Grouped:
+def group_photographs(
+    images: LabeledImages, features: NDArray[np.float32] | None = None
+) -> Grouped:
     """Group *images* by their known groups and by near-duplicates; each image is read once.
 
-    Without a network, near-duplicates are nearly equal (`find_turned`): re-encoded, of another size, or
-    turned by quarters. If any image cannot be decoded, or there are more than `MAX_COMPARED`, only
-    equal files are near-duplicates.
+    With *features* (N, D) of a network, near-duplicates are found by them (`find_near_duplicates`). Without,
+    they are nearly equal (`find_turned`): re-encoded, of another size, or turned by quarters. If any
+    image cannot be decoded, or there are more than `MAX_COMPARED`, only equal files are near-duplicates.
     """
     by_pixels = len(images) <= MAX_COMPARED
 
@@ -304,8 +306,14 @@ def group_photographs(images: LabeledImages) -> Grouped:
     times = np.asarray([one.taken for one in inspected], np.int64)
     small = [one.small for one in inspected if one.small is not None]
     if by_pixels and len(small) == len(images):
-        pairs = find_turned(np.stack(small))
         pixel_hashes = [one.pixel_hash for one in inspected]
+        if features is None:
+            pairs = find_turned(np.stack(small))
+        else:
+            views = [features[:, None]]  # of each image, only the whole one
+            pairs = find_near_duplicates(
+                views, np.stack(small), images.targets, pixel_hashes
+            ).pairs
         rows = np.stack(small).reshape(len(small), -1).astype(np.float32)
         groups = connect(len(images), pairs, pixel_hashes, images.groups)
         return Grouped(groups, file_hashes, times, fit_and_whiten([rows]))

@@ -68,8 +68,13 @@ def scores_of_bundle(
             log(f"{data}: {warning}")
 
     done = itertools.count(1)
-    logits = logits_of_images(
-        loaded, images, settings, lambda: on_image(next(done), len(images)), mirror=mirror
+    logits = outputs_of_images(
+        loaded,
+        loaded.bundle.manifest.outputs[0].name,
+        images,
+        settings,
+        lambda: on_image(next(done), len(images)),
+        mirror=mirror,
     )
 
     facts = {
@@ -80,18 +85,19 @@ def scores_of_bundle(
     return sorted_labels, make_predictions(logits, images, labels, decision), facts
 
 
-def logits_of_images(
+def outputs_of_images(
     loaded: LoadedModel,
+    name: str,
     images: ImageFiles,
     settings: Settings,
     on_image: Callable[[], None],
     *,
     mirror: bool = False,
 ) -> NDArray[np.float32]:
-    """Compute the logits (N, C) of *images*, with *mirror* means over them and their mirror images.
+    """Compute the output *name* (N, C) of *images*, with *mirror* means over them and their mirror images.
 
     Raises `DataError` for an image that cannot be decoded within the limits of *settings*, and
-    for one whose logits are not finite.
+    for one whose output is not finite.
     """
     manifest = loaded.bundle.manifest
     max_bytes = settings.max_body_bytes
@@ -110,16 +116,14 @@ def logits_of_images(
         except ImageError as error:
             raise DataError(f"{path}: {error}; repair or remove it") from error
 
-        # The image and, with *mirror*, its mirror image, of whose logits the mean counts.
+        # The image and, with *mirror*, its mirror image, of whose outputs the mean counts.
         views = [decoded.pixels]
         if mirror:
             views.append(np.ascontiguousarray(decoded.pixels[:, ::-1]))
         with translating_errors(loaded.runtime):
-            logits = [
-                loaded.runtime.run(view[None])[manifest.outputs[0].name][0] for view in views
-            ]
+            outputs = [loaded.runtime.run(view[None])[name][0] for view in views]
 
-        rows.append(np.mean(logits, axis=0, dtype=np.float32))
+        rows.append(np.mean(outputs, axis=0, dtype=np.float32))
         if not np.isfinite(rows[-1]).all():
             raise DataError(f"{path}: the network's output is not finite; verify the bundle")
         on_image()

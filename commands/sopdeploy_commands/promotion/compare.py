@@ -16,6 +16,7 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
+from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import StrictModel
@@ -28,7 +29,7 @@ from sopdeploy.photos.evaluation_images import open_evaluation_images
 from sopdeploy.photos.kept import decides, kept_id
 from sopdeploy.photos.photo import ImageFiles
 from sopdeploy.project import AS_IT_IS, MAX_RECORDED
-from sopdeploy_commands.bundles.scores import logits_of_images
+from sopdeploy_commands.bundles.scores import outputs_of_images
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings, load_settings
 
@@ -147,8 +148,9 @@ def compare(
     """Compare the accuracy of two bundles on the same labelled images.
 
     Training images of either bundle, copies, and folders that are not a class of either bundle are
-    left out. Of the photos that a server kept, only those that are held out count: half of its random
-    sample, which `train` does not use.
+    left out. Edited copies are found only if a bundle was exported with `--with-features`. Of the photos
+    that a server kept, only those that are held out count: half of its random sample, which `train` does
+    not use.
 
     Args:
         first: A bundle, such as the live one.
@@ -188,7 +190,7 @@ def compare_loaded(
             )
 
     notes: list[str] = []
-    images, left_out = _select_images(data, pair, notes)
+    images, left_out = _select_images(data, pair, settings, notes)
 
     done = itertools.count(1)
     first, second = (
@@ -238,7 +240,7 @@ class LeftOut(NamedTuple):
 
 
 def _select_images(
-    data: Path, pair: Sequence[LoadedModel], notes: list[str]
+    data: Path, pair: Sequence[LoadedModel], settings: Settings, notes: list[str]
 ) -> tuple[ImageFiles, LeftOut]:
     """Open the images in *data* of the classes of *pair*, one of each group of copies.
 
@@ -258,7 +260,7 @@ def _select_images(
         notes.append(f"{data}: over {MAX_COMPARED:,} images; only equal files are left out")
 
     # Copies share a group. No image of a group counts if a bundle was trained on one of them.
-    grouped = group_photographs(images)
+    grouped = group_photographs(images, _compute_features(images, pair, settings))
     recorded_N = _find_recorded(grouped.file_hashes, pair, notes)
     trained_on_N = np.isin(grouped.groups, grouped.groups[recorded_N])
 
@@ -279,6 +281,17 @@ def _select_images(
         num_for_training=int((~may_decide_N & ~trained_on_N).sum()),
     )
     return images.select(counts_N), left_out
+
+
+def _compute_features(
+    images: ImageFiles, pair: Sequence[LoadedModel], settings: Settings
+) -> NDArray[np.float32] | None:
+    """Compute the features (N, D) of *images* by the newer bundle of *pair* that has this output; None without."""
+    for model in reversed(pair):
+        names = [output.name for output in model.bundle.manifest.outputs]
+        if EMBEDDING in names and len(images) <= MAX_COMPARED:
+            return outputs_of_images(model, EMBEDDING, images, settings, lambda: None)
+    return None
 
 
 def _find_recorded(
@@ -324,7 +337,8 @@ def _run(
         times.append(time.perf_counter())
         on_image()
 
-    logits_NC = logits_of_images(model, images, settings, count_image)
+    logits = model.bundle.manifest.outputs[0].name
+    logits_NC = outputs_of_images(model, logits, images, settings, count_image)
     predicted_N = np.array(model.bundle.labels)[logits_NC.argmax(axis=1)]
     right_N = predicted_N == np.array(images.labels)[images.targets]
     score = BundleScore(

@@ -26,6 +26,7 @@ from sopdeploy.errors import (
 )
 from sopdeploy.evaluation.statistics import Z_90, bound_difference, mcnemar
 from sopdeploy.files import sha256
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.photos.evaluation_images import open_any_images
 from sopdeploy.photos.file_checks import hash_images
 from sopdeploy.project import Origin, utc_now
@@ -35,7 +36,8 @@ from sopdeploy_commands.promotion.compare import compare, narrow_tolerance
 from sopdeploy_commands.promotion.promote import promote
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
-from tests.support.service import write_bundle
+from tests.support.forged import graph, write_computed
+from tests.support.service import LABELS, write_bundle
 
 PROMOTE = "sopdeploy_commands.promotion.promote"
 
@@ -170,6 +172,44 @@ def test_copies_of_photographs_count_once(bundles, labelled) -> None:
         before.high,
         before.p,
     )
+
+
+# The features are the sums of both halves of an image, which do not change if they change places.
+WITH_FEATURES = """
+halves (uint8[n, 32, 32, 3] images) => (float[n, 7] logits, float[n, 1536] embedding)
+<float[1536, 7] weights, int64[2] flat = {0, 1536}>
+{
+    wide = Cast <to = 1> (images)
+    left, right = Split <axis = 2, num_outputs = 2> (wide)
+    sums = Add (left, right)
+    embedding = Reshape (sums, flat)
+    logits = MatMul (embedding, weights)
+}
+"""
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_edited_copies_count_once_if_a_bundle_has_features(
+    bundles, labelled, tmp_path, newer: bool
+) -> None:
+    rng = np.random.default_rng(2)
+    with_features = write_computed(
+        tmp_path / "with-features",
+        graph(WITH_FEATURES, weights=rng.normal(size=(1536, 7)).astype(np.float32) / 6400),
+        rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8),
+        1e-2,
+        preprocess=Preprocess(resize=32, crop=32),
+        labels=LABELS,
+    )
+    photos = labelled(bundles[1], count=24)
+    for path in sorted(photos.rglob("*.png"))[::2]:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.crop((5, 0, 55, 50)))
+        Image.fromarray(np.roll(pixels, 25, axis=1)).save(path.with_name(f"{path.stem}-2.png"))
+
+    others = (bundles[0], bundles[1])
+    pair = (bundles[0], with_features) if newer else (with_features, bundles[1])
+    assert (compare(*others, photos).num_copies, compare(*pair, photos).num_copies) == (0, 12)
 
 
 def test_photographs_of_the_training_and_their_copies_are_left_out(
