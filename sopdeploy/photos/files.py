@@ -23,6 +23,7 @@ from sopdeploy.files import expand_user, has_manifest, holds_output
 from sopdeploy.images.signatures import has_image_suffix, is_image
 from sopdeploy.names import label_problem
 from sopdeploy.paths import describe_wrong, is_output
+from sopdeploy.photos.kept import is_record
 
 Log = Callable[[str], None]
 FolderIdentity: TypeAlias = tuple[int, int] | str
@@ -256,8 +257,9 @@ def list_images(
 
     All paths are relative to *root*. Those of images are bytes, as `ImageFiles` has them in an
     array; the others are text for messages. A copy that a program left beside an image is one
-    of the others (`_is_copy_beside`). Folders in *visited* are left out, and those that are listed
-    are added to it (`walk`). Raises `DataError` for a folder that cannot be listed.
+    of the others (`_is_copy_beside`). The record of a kept photo, which moves with it, is none of
+    them. Folders in *visited* are left out, and those that are listed are added to it (`walk`).
+    Raises `DataError` for a folder that cannot be listed.
     """
     images = set[str]()
     unsuffixed = list[str]()
@@ -265,6 +267,8 @@ def list_images(
 
     for path in walk(root / folder, visited):
         relative = str(path.relative_to(root))
+        if is_record(path.name):
+            continue
         if not is_image(path):
             others.append(relative)
         elif has_image_suffix(path.name):

@@ -38,6 +38,11 @@ def kept_id(name: str) -> str:
     return match[1] if match else ""
 
 
+def is_record(name: str) -> bool:
+    """Tell whether *name* is the name of the record that a server writes beside a photo."""
+    return kept_id(name) != "" and PurePath(name).suffix == ".json"
+
+
 def is_sampled(name: str) -> bool:
     """Tell whether *name* is the name of a photo of the random sample."""
     return kept_id(name) != "" and SAMPLED in PurePath(name).stem
