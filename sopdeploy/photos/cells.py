@@ -237,10 +237,10 @@ def rename(headings: Sequence[str], classes: str = "") -> list[str]:
 def without_brackets(classes: str) -> str:
     """Separate *classes* like `[cat,dog]`, as makesense and Python write a list; others stay.
 
-    Several classes of Label Studio are `{"choices": ["cat", "dog"]}`.
+    Several choices of Label Studio, `{"choices":["cat","dog"]}`, are also separated.
     """
     if classes.startswith('{"choices"'):
-        with suppress(ValueError, TypeError, KeyError):  # the name of a class, after all
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             return SEPARATOR.join(json.loads(classes)["choices"])
     if not (classes.startswith("[") and classes.endswith("]")):
         return classes
