@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_ori
 
 import pydantic
 
-from sopdeploy.config import reason_of, shown
+from sopdeploy.config import reason_of
 from sopdeploy.errors import ConfigError
 
 _Result = TypeVar("_Result")
@@ -89,11 +89,8 @@ def _convert(expected: _Expected | None, name: str, value: Any) -> Any:
     try:
         return expected.adapter.validate_python(value)
     except pydantic.ValidationError as error:
-        # Of the types of a union, a path is what a user calls it; a text would also be one.
-        problems = error.errors(include_url=False)
-        paths = [problem for problem in problems if problem["type"] == "path_type"]
-        reason = reason_of((paths or problems)[0])
-        raise ConfigError(f"{reason} (got {shown(value)})", setting=name) from error
+        reason = reason_of(error.errors(include_url=False)[0])
+        raise ConfigError(reason, setting=name) from error
 
 
 def _usual_path(value: Any) -> Any:

@@ -5,14 +5,14 @@ import re
 import reprlib
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from itertools import chain, islice
 from typing import Annotated, Any, ClassVar, Self, TypeAlias, TypeVar
 
 import pydantic
 import pydantic_core
 
-from sopdeploy.errors import ConfigError, with_hint
-from sopdeploy.nearest import did_you_mean
+from sopdeploy.errors import ConfigError
 from sopdeploy.plugins import OF_PAPERS, PluginRegistry
 from sopdeploy.version import __version__
 
@@ -175,12 +175,12 @@ class StrictModel(pydantic.BaseModel):
 
 
 def matching(pattern: str, noun: str) -> pydantic.AfterValidator:
-    """Require that a text matches *pattern* as a whole; the error says that it "is no *noun*"."""
+    """Require that a text matches *pattern* as a whole; the error says that it is "not *noun*"."""
     compiled = re.compile(pattern)
 
     def check(text: str) -> str:
         if compiled.fullmatch(text) is None:
-            raise ValueError(f"is no {noun}")
+            raise ValueError(f"not {noun}")
         return text
 
     return pydantic.AfterValidator(check)
@@ -251,8 +251,7 @@ class Options(StrictModel):
         except pydantic.ValidationError as error:
             problem = error.errors(include_url=False)[0]
             name = str(problem["loc"][0]) if problem["loc"] else None
-            reason = f"{reason_of(problem)} (got {shown(problem['input'])})"
-            raise ConfigError(reason, setting=name) from error
+            raise ConfigError(reason_of(problem), setting=name) from error
 
 
 def check_format(
@@ -374,7 +373,7 @@ def shown(value: Any) -> str:
 
 
 def first_problem(error: pydantic.ValidationError, values: Any = None) -> str:
-    """Describe the first problem in *error* as `key: reason (got value)` on one line, in our own words.
+    """Describe the first problem in *error* as `key: reason (got value)` on one line.
 
     *values* are what was validated, if known. Then the key has only parts that occur in them.
     """
@@ -385,147 +384,37 @@ def describe_problem(
     problem: Mapping[str, Any] | pydantic_core.ErrorDetails, values: Any = None
 ) -> str:
     """Describe *problem*, an entry of `pydantic.ValidationError.errors`, for the validated *values*."""
-    kind = problem["type"]
-    context = problem.get("ctx", {})
-    where = _name_key(problem["loc"], values, is_missing=kind.startswith("missing"))
+    key = _dotted_key(problem, values)
     reason = reason_of(problem)
-
-    if kind.startswith("union_tag_"):
-        where = ".".join(filter(None, (where, str(context["discriminator"]).strip("'"))))
-    if kind.startswith(("missing", "union_tag_", *_UNKNOWN_KEY)):
-        return f"{where or 'value'}: {reason}"
-
-    checked_whole_model = not where or isinstance(problem["input"], dict)
-    if kind in _OF_VALIDATOR and checked_whole_model:  # the message names the wrong values
-        return f"{where}: {reason}" if where else reason
-    message = f"{where or 'value'}: {reason} (got {shown(problem['input'])})"
-    return with_hint(message, _suggest(problem))
+    return f"{key}: {reason}" if key else reason
 
 
 def reason_of(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
-    """Say what is wrong with the value of *problem*; a kind of error without words here is "not accepted"."""
-    kind = problem["type"]
-    context = problem.get("ctx", {})
-    if kind in _OF_VALIDATOR and "error" in context:
-        return str(context["error"])[: 10 * MAX_SHOWN]
+    """Return pydantic's message, or the message of a validator, with the wrong value unless it is a table."""
+    message = str(problem.get("ctx", {}).get("error", problem["msg"]))[: 10 * MAX_SHOWN]
+    line = "".join(letter if letter.isprintable() else " " for letter in message)
 
-    if kind.startswith("missing"):
-        return "missing"
-    if kind in _UNKNOWN_KEY:
-        return "unknown key"
-
-    if kind == "union_tag_not_found":
-        return "missing"
-    if kind == "union_tag_invalid":
-        tag = str(context["tag"])[:MAX_SHOWN]
-        known = context["expected_tags"]
-        if not tag:
-            return f"missing; choose one of {known}"
-        return with_hint(f"{tag!r} is none of {known}", _suggest(problem))
-
-    # A limit of 1.0 is written as 1.
-    if kind in _REASONS:
-        whole = {
-            name: int(n)
-            for name, n in context.items()
-            if isinstance(n, float) and n.is_integer()
-        }
-        return _REASONS[kind].format(**{**context, **whole})[: 10 * MAX_SHOWN]
-
-    noun = _NOUNS.get(kind.removesuffix("_type").removesuffix("_parsing"))
-    return f"must be {noun}" if noun else "not accepted"
+    value = problem["input"]
+    is_table = isinstance(value, Mapping | pydantic.BaseModel)
+    return line if is_table else f"{line} (got {shown(value)})"
 
 
-_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
-# a validator of this package or a plug-in raised it
-_OF_VALIDATOR = ("value_error", "assertion_error")
-_REASONS = {
-    "greater_than": "must be greater than {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than": "must be less than {lt}",
-    "less_than_equal": "must be at most {le}",
-    "multiple_of": "must be a multiple of {multiple_of}",
-    "finite_number": "must be a finite number",
-    **dict.fromkeys(
-        ("too_short", "string_too_short", "bytes_too_short"),
-        "needs a length of {min_length} or more",
-    ),
-    **dict.fromkeys(
-        ("too_long", "string_too_long", "bytes_too_long", "url_too_long"),
-        "needs a length of at most {max_length}",
-    ),
-    "string_pattern_mismatch": "must match {pattern}",
-    "sequence_str": "must be a list",
-    "is_instance_of": "must be a {class}",
-    **dict.fromkeys(("literal_error", "enum"), "must be {expected}"),
-    "int_from_float": "must be a whole number",
-    "int_parsing_size": "has too many digits",
-    "string_unicode": "must be text in UTF-8",
-    "json_invalid": "{error}",
-    "invalid_key": "has a key that is no text",
-    "recursion_loop": "contains itself",
-    "frozen_field": "cannot be changed",
-    "frozen_instance": "cannot be changed",
-}
-# of the types `NOUN_type` and `NOUN_parsing`
-_NOUNS = {
-    "bool": "true or false",
-    "int": "a whole number",
-    **dict.fromkeys(("float", "decimal", "fraction"), "a number"),
-    "string": "text",
-    "path": "a path",
-    **dict.fromkeys(("list", "tuple", "set", "frozen_set", "iterable"), "a list"),
-    **dict.fromkeys(
-        ("dict", "mapping", "model", "model_attributes", "dataclass"),
-        "a table of keys and values",
-    ),
-    "date": "a date, such as 2026-01-31",
-    "datetime": "a date and time, such as 2026-01-31T12:00:00Z",
-}
+def _dotted_key(problem: Mapping[str, Any] | pydantic_core.ErrorDetails, values: Any) -> str:
+    """Return the place of *problem* in *values*, without the names of types that pydantic inserts.
 
-
-def _suggest(problem: Mapping[str, Any] | pydantic_core.ErrorDetails) -> str:
-    """Ask for the accepted name that is most like the text of *problem*; "" if none is like it."""
-    context = problem.get("ctx", {})
-    wanted = context.get("tag", problem["input"])
-    expected = str(context.get("expected_tags", context.get("expected", "")))
-    names = re.findall(r"'([^']+)'", expected)
-
-    return did_you_mean(wanted, names) if isinstance(wanted, str) else ""
-
-
-def _name_key(path: Iterable[str | int], values: Any, *, is_missing: bool) -> str:
-    """Return the dotted key of *path* in *values*, without what pydantic inserts for unions.
-
-    The key of ("optimizer", "adamw", "lr") is `optimizer.lr`, that of ("data", "folder",
-    "path", "str") `data.path`. If the error *is_missing*, the last part is a key that *values* do
-    not have.
+    The place ("optimizer", "adamw", "lr") is the key `optimizer.lr`.
     """
-    parts = list(path)
+    place = problem["loc"]
+    if values is None:
+        keys = [part for part in place if "[" not in str(part)]
+        return ".".join(str(key)[:MAX_SHOWN] for key in keys)
+
     keys = []
-    is_known = values is not None
     value = values
-
-    for index, part in enumerate(parts):
-        if isinstance(value, pydantic.BaseModel):
-            value = dict(value)
-
-        # Pydantic inserts names of types between the keys; only keys lead to a part of the
-        # value.
-        if not is_known:
-            is_key = not re.search(r"[\[(]", str(part))
-        elif isinstance(value, Mapping):
-            is_key = part in value or (is_missing and index == len(parts) - 1)
-        else:
-            is_key = isinstance(value, list | tuple) and isinstance(part, int)
-
-        if not is_key:
-            continue
-        keys.append(str(part)[:MAX_SHOWN])
-
-        if isinstance(value, Mapping):
-            value = value.get(part)
-        elif isinstance(value, list | tuple) and isinstance(part, int):
-            value = value[part] if part < len(value) else None
-
-    return ".".join(keys)
+    for part in place:
+        with suppress(LookupError, TypeError):  # a name of a type leads to no value
+            value = value[part]
+            keys.append(part)
+    if problem["type"].startswith("missing"):
+        keys.append(place[-1])
+    return ".".join(str(key)[:MAX_SHOWN] for key in keys)

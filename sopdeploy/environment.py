@@ -5,7 +5,6 @@ import importlib
 import os
 import platform
 import re
-import socket
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -193,56 +192,6 @@ def missing_store_error(address: str, error: ImportError) -> MissingPackageError
     known = importlib.import_module("fsspec.registry").known_implementations
     package = known.get(scheme, {}).get("class", scheme).partition(".")[0]
     return MissingPackageError(f"{address}: {describe_failed_import(error, package, package)}")
-
-
-def describe_store_error(error: BaseException) -> str:
-    """Say in our words why the client of an object store has raised *error*, with its type."""
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-
-    reasons = filter(None, map(_reason_of_store, causes))
-    return next(reasons, "its client fails") + f" ({type(causes[0]).__name__})"
-
-
-def _reason_of_store(error: BaseException) -> str:
-    """Describe *error* by its HTTP status or type; empty if neither says anything."""
-    response = getattr(error, "response", None)
-    status: Any = getattr(error, "status", None) or getattr(response, "status_code", None)
-    if isinstance(response, dict):  # botocore
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-
-    if isinstance(status, int):
-        known = {401: "needs credentials", 403: "access is denied", 404: "not found"}
-        return known.get(status, f"responds with status {status}")
-
-    for kind, reason in _STORE_ERRORS.items():
-        if isinstance(error, kind):
-            return reason
-    for word, reason in _STORE_WORDS.items():
-        if word in type(error).__name__:
-            return reason
-
-    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
-
-
-_STORE_ERRORS: dict[type[BaseException], str] = {
-    FileNotFoundError: "not found",
-    PermissionError: "access is denied",
-    TimeoutError: "does not respond in time",
-    ConnectionError: "cannot be reached",
-    socket.gaierror: "its host is not known",
-}
-# In the names of types of other packages; the certificate first, which is also a failed
-# connection.
-_STORE_WORDS = {
-    "Certificate": "its certificate is not accepted",
-    "SSL": "its certificate is not accepted",
-    "Credential": "needs credentials",
-    "Connect": "cannot be reached",
-}
 
 
 @contextmanager

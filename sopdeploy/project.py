@@ -17,7 +17,7 @@ from sopdeploy.names import as_utf8, is_bundle_name, project_problem, without_bu
 Time = Annotated[
     str,
     matching(
-        r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z", "time in UTC"
+        r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z", "a time in UTC"
     ),
 ]
 RUNS = Path("runs")  # where `train` writes by default

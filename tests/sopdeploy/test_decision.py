@@ -230,18 +230,18 @@ def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:
 PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
     "the checkpoint itself": (
         {"fit_decision": "ckpt.pt"},
-        "is the evaluated checkpoint; give another file",
+        "fit_decision",
     ),
-    "no images to accept": ({"accepts": 0.0}, "accepts: must be greater than 0"),
+    "no images to accept": ({"accepts": 0.0}, "accepts"),
     "mirror images": (
         {"mirror": True},
-        "fit_decision: decides about the image alone, as a server does; omit",
+        "fit_decision",
     ),
-    "few images": ({"data": "few"}, "fit_decision: only 2 images; give at least 50"),
+    "few images": ({"data": "few"}, "fit_decision: only 2 images"),
     "no checkpoint": ({"source": "x.pt"}, "x.pt: no such file"),
     "a bundle": (
         {"source": "bundle"},
-        "fit_decision: only for a checkpoint, this is a bundle; omit it",
+        "fit_decision: .*bundle",
     ),
 }
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
-from sopdeploy.environment import describe_store_error, import_optional, missing_store_error
+from sopdeploy.environment import import_optional, missing_store_error
 from sopdeploy.errors import DataError, ImageError, MissingPackageError, SopdeployError
 from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.images.limits import describe_formats
@@ -34,6 +34,7 @@ MAX_HEADER_BYTES = 1 << 20  # of an entry of an archive, such as a long name
 MAX_LINE = 65_536  # characters of a list
 # Objects of a store, with the same suffix, that may turn out to be no images by their first bytes
 MAX_OPENED = 100
+MAX_REASON = 500  # characters of an error of a store
 UNKNOWN = -1  # size of an image that is not known before it is read
 
 
@@ -283,7 +284,7 @@ def _open_store(address: str) -> tuple[Any, str]:
     fsspec = import_optional("fsspec", "fsspec", "sopdeploy[batch]", MissingPackageError)
     scheme = address.partition("://")[0].rpartition("::")[2]
     if scheme not in fsspec.available_protocols():
-        raise ValueError(f"{scheme}:// is no kind of address that fsspec opens")
+        raise ValueError(f"{scheme}:// is not a kind of address that fsspec opens")
     # The clients of other stores read the proxy of the environment by themselves.
     options = {"client_kwargs": {"trust_env": True}} if scheme in {"http", "https"} else {}
     store, path = fsspec.core.url_to_fs(address, **options)
@@ -295,8 +296,9 @@ def _is_address(name: str) -> bool:
 
 
 def _reason(error: Exception, source: str) -> str:
-    """Describe *error* about *source* in one line; that of a store in our words."""
+    """Describe *error* about *source* in one line, for a store with its type: its text may be only a name."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    line = " ".join(text.split())[:MAX_REASON]
     if _is_address(source) and not isinstance(error, ValueError | tarfile.TarError):
-        return describe_store_error(error)
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(reason.split()) or type(error).__name__
+        return f"{type(error).__name__}: {line}"
+    return line or type(error).__name__

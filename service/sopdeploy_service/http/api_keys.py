@@ -41,7 +41,8 @@ _FILLED = 1
 STATE_BYTES = 16  # of a key
 RATE_HEADERS = "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"
 KeyName = Annotated[
-    str, matching(r"[A-Za-z0-9._-]{1,64}", "name of 1 to 64 letters, digits, dots, `_` and `-`")
+    str,
+    matching(r"[A-Za-z0-9._-]{1,64}", "a name of 1 to 64 letters, digits, dots, `_` and `-`"),
 ]
 
 log = logging.getLogger("sopdeploy.http")
@@ -51,7 +52,7 @@ class Key(StrictModel):
     """One key, without the secret; *rate* is in images per second, None means unlimited."""
 
     name: KeyName
-    sha256: Annotated[str, matching(r"[0-9a-f]{64}", "SHA-256 of 64 hexadecimal digits")]
+    sha256: Annotated[str, matching(r"[0-9a-f]{64}", "a SHA-256 of 64 hexadecimal digits")]
     rate: Annotated[float, pydantic.Field(gt=0, le=1e6)] | None = None
     burst: Annotated[int, pydantic.Field(ge=1, le=1_000_000)] = 64
 

@@ -103,7 +103,7 @@ class EngineKey(StrictModel):
     bundle_onnx: Sha256
     tensorrt: str
     gpu: str
-    architecture: Annotated[str, matching(r"sm_[0-9]+", "GPU architecture such as sm_90")]
+    architecture: Annotated[str, matching(r"sm_[0-9]+", "a GPU architecture such as sm_90")]
     precision: str
     profiles: Annotated[tuple[Profile, ...], pydantic.Field(min_length=1)]
     via: Literal["onnx", "torch-tensorrt"] = "onnx"  # TensorRT's ONNX parser, or torch-tensorrt

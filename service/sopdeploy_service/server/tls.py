@@ -25,11 +25,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
             settings.ssl_certfile, settings.ssl_keyfile, password=lambda: b""
         )
     except OSError as problem:  # `ssl.SSLError` is one
-        reason = problem.strerror or type(problem).__name__
-        raise ConfigError(
-            f"ssl_certfile, ssl_keyfile: cannot be used ({reason}); give PEM files of a certificate and its "
-            "private key without a password"
-        ) from problem
+        raise ConfigError(f"ssl_certfile, ssl_keyfile: {problem}") from problem
     return context
 
 

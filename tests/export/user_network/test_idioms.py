@@ -141,7 +141,7 @@ def test_networks_of_other_libraries_are_exported(
 
 
 def test_an_invalid_option_is_named_as_by_the_command_line() -> None:
-    with pytest.raises(ConfigError, match=r"max_drop: must be a finite number \(got 'inf'\)"):
+    with pytest.raises(ConfigError, match=r"max_drop: .*'inf'"):
         ExportOptions(max_drop=float("inf"))
     with pytest.raises(
         ConfigError, match=r"max_drop: needs images to measure on; try evaluate"

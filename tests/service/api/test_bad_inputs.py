@@ -21,7 +21,6 @@ from tests.support.fake_runtime import FakeRuntime
 from tests.support.pictures import encoded, png
 from tests.support.raw import connect, read
 from tests.support.service import RULES, picture_bytes
-from tests.support.words import OF_PYDANTIC
 
 JPEG_IMAGE = picture_bytes()
 
@@ -366,7 +365,7 @@ def test_an_invalid_body_is_rejected(value, status, code):
     with pytest.raises(RejectedError) as caught:
         parse_upload(value if isinstance(value, bytes) else orjson.dumps(value), 10_000, 3)
     assert (caught.value.reason.status, caught.value.reason.code) == (status, code)
-    assert code != "malformed_request" or not OF_PYDANTIC.search(caught.value.reason.message)
+    assert "\n" not in caught.value.reason.message
 
 
 def test_as_many_images_as_the_limit_are_accepted_in_json_and_in_forms():

@@ -198,7 +198,7 @@ BAD_FIELDS: list[tuple[str, Any, str, str]] = [
     ),
     *(("datatype", name, "wrong_datatype", "must be UINT8") for name in BAD_DATATYPES),
     *(
-        (field, value, "malformed_request", "needs a length of at most")
+        (field, value, "malformed_request", rf"inputs\.0\.{field}")
         for field, value in LONG_FIELDS
     ),
 ]

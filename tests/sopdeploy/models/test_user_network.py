@@ -75,22 +75,22 @@ def test_branches_train_the_network_and_leave_its_output_alone() -> None:
 @pytest.mark.parametrize(
     ("network", "taps", "config", "message"),
     [
-        (Stages(), ["middle"], {}, r"no module 'middle'; it has early, late, fc"),
-        (Stages(), ["fc"], {}, r"^taps: fc gives \(1, 5\), not a feature map"),
+        (Stages(), ["middle"], {}, "'middle'.* early, late, fc"),
+        (Stages(), ["fc"], {}, r"^taps: fc gives \(1, 5\)"),
         (
             Stages(),
             ["late"],
             {"image_size": 1},
-            r"fails for an image of 1 x 1 .*image_size",
+            "1 x 1 .*image_size",
         ),
         (
             Stages(),
             ["late"],
             {"aux_width": 3},
-            r"^dsop: aux_width: unknown key; its keys are .*aux_widths",
+            r"^dsop: aux_width: .*aux_widths",
         ),
-        (Stages(), ["late"], THIN, r"^aux_blocks: 2 values for 1 stages"),
-        (nn.Sequential(nn.Conv2d(3, 4, 1)), ["0"], {}, r"returns \(1, 4, 8, 8\) for one image"),
+        (Stages(), ["late"], THIN, "^aux_blocks: 2 values"),
+        (nn.Sequential(nn.Conv2d(3, 4, 1)), ["0"], {}, r"returns \(1, 4, 8, 8\)"),
     ],
 )
 def test_a_wrong_argument_is_one_line(
@@ -111,7 +111,7 @@ def test_a_network_of_gray_images_gets_branches() -> None:
 
 def test_auxiliary_outputs_in_train_mode_are_refused() -> None:
     network = sopdeploy.dsop(Stages(tuples=True), ["late"], image_size=8)
-    with pytest.raises(ConfigError, match=r"returns a tuple in train mode, not logits"):
+    with pytest.raises(ConfigError, match="returns a tuple"):
         network(torch.rand(2, 3, 8, 8))
 
 
@@ -352,7 +352,7 @@ def test_a_network_of_the_user_has_a_head_on_its_last_map_or_on_named_ones(regis
         ),
         (Small, {"taps": ("middle",)}, "no module 'middle'"),
         (Small, {"taps": ("hidden",)}, r"hidden gives \(1, 9\), not a feature map"),
-        (Small, {"taps": ()}, "length of 1 or more"),
+        (Small, {"taps": ()}, "head.taps: "),
         (
             lambda n: nn.Sequential(nn.Flatten(), nn.Linear(3072, n)),
             {},

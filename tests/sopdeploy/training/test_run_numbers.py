@@ -196,13 +196,13 @@ def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     [
         (
             ["procedure.kind=few_shot", "epochs=50", "optimizer.lr=5"],
-            r"epochs, optimizer\.lr: without effect in the procedure few_shot",
+            r"epochs, optimizer\.lr: without effect",
         ),
         (
             ["procedure.kind=few_shot", 'schedule={kind="one-cycle"}'],
-            r"schedule\.kind: without effect .* choose another one with procedure.kind",
+            r"schedule\.kind: without effect",
         ),
-        ([*LOOP, "procedure.folds=3"], r"procedure\.folds: unknown key of this kind"),
+        ([*LOOP, "procedure.folds=3"], r"procedure\.folds: "),
     ],
     ids=["options of the loop", "a table of the loop", "options of the few-shot procedure"],
 )

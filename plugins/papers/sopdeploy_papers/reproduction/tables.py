@@ -68,7 +68,7 @@ class PrintedRow(StrictModel):
 
     id: Annotated[
         str,
-        matching(r"[a-z0-9][a-z0-9.-]*", "id of a row: small letters, digits, dots and `-`"),
+        matching(r"[a-z0-9][a-z0-9.-]*", "an id of a row: small letters, digits, dots and `-`"),
     ]
     name: str
     recipe: str | None = None
