@@ -309,7 +309,7 @@ def _to_config_error(error: Any) -> Exception:
         hint = _suggest_option(name, parameters)
         message = with_hint(f"No such option: {name}", hint)
     elif name is not None:  # an option without a value, or one that takes none
-        # Empty for `--help`, which is no parameter of the command
+        # Empty for `--help`, which is not a parameter of the command
         named = [parameter for parameter in parameters if name in parameter.opts]
         # The choices, if the parameter is a `Literal`
         choices = get_args(named[0].type_descriptor.annotation) if named else ()
@@ -358,7 +358,7 @@ def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
 
 
 def _print_user_error(error: Exception, as_json: bool = False) -> int:
-    """Print *error* as a command does, and return the exit code; raises it again if it is no user error."""
+    """Print *error* as a command does, and return the exit code; raises it again if it is not a user error."""
     from sopdeploy.cli.console import one_line_errors
 
     try:

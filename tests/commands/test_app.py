@@ -219,7 +219,7 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "a link in no folder": (
         ("promote", "x", "--over", "a/live", "--force", "y"),
-        "a/live: a is no folder",
+        "a/live: a is not a folder",
     ),
     "no source to classify": (
         ("classify", "bundle", "x", "--out", "x"),
@@ -235,7 +235,7 @@ def test_invalid_input_is_one_error_line(case: str) -> None:
     assert re.search(message, error_line(*arguments))
 
 
-def test_output_that_nobody_reads_is_no_error() -> None:
+def test_output_that_nobody_reads_is_not_an_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as closed:

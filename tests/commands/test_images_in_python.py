@@ -193,7 +193,7 @@ def test_every_door_says_in_one_line_what_looks_like_no_image(
     assert "\n" not in messages[0]
 
 
-def test_what_must_be_awaited_and_a_batch_are_no_single_image() -> None:
+def test_what_must_be_awaited_and_a_batch_are_not_a_single_image() -> None:
     class Upload:
         async def read(self) -> bytes:
             return await asyncio.sleep(0, b"")

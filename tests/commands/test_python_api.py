@@ -126,7 +126,9 @@ PATHS = [
 
 
 @pytest.mark.parametrize(("name", "parameter"), PATHS)
-def test_what_is_no_path_is_an_error_that_names_the_argument(name: str, parameter: str) -> None:
+def test_what_is_not_a_path_is_an_error_that_names_the_argument(
+    name: str, parameter: str
+) -> None:
     with pytest.raises(ConfigError, match=f"^{parameter}: "):
         getattr(sopdeploy, name)(**{parameter: object()})
 

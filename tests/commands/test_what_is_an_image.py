@@ -127,7 +127,7 @@ def test_bundles_are_not_written_beside_photographs_without_an_ending(
 @pytest.mark.parametrize(
     ("name", "problem"), [("notes.txt", "not the path of an image"), ("scan", "not the path")]
 )
-def test_a_table_may_not_list_a_file_that_is_no_image(
+def test_a_table_may_not_list_a_file_that_is_not_an_image(
     name: str, problem: str, classes: Path
 ) -> None:
     (classes / "labels.csv").write_text(f"file,classes\n{LABELS[0]}/{name},a\n")

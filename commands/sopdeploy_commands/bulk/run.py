@@ -38,7 +38,7 @@ class Classified(StrictModel):
         rows: The folder of the parquet files, or the CSV file.
         num_images: Number of images and of rows.
         num_errors: Number of images that have an error and no prediction.
-        skipped: Number of files of the sources that are no images, by suffix.
+        skipped: Number of files of the sources that are not images, by suffix.
     """
 
     rows: Path

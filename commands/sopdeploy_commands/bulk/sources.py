@@ -166,7 +166,7 @@ def _is_used(name: str, skipped: Counter[str], read: Callable[[], bytes]) -> boo
 
 
 def _read_object_head(store: Any, name: str, skipped: Counter[str]) -> bytes:
-    """Read the first bytes of an object; none, if `MAX_OPENED` objects with its suffix were no images."""
+    """Read the first bytes of an object; none, if `MAX_OPENED` objects with its suffix were not images."""
     return (
         b""
         if skipped[suffix_of(name)] >= MAX_OPENED
@@ -175,7 +175,7 @@ def _read_object_head(store: Any, name: str, skipped: Counter[str]) -> bytes:
 
 
 def _describe_file(path: str) -> ListedImage:
-    """Look up size and location of the image file *path*; a missing one is no error yet."""
+    """Look up size and location of the image file *path*; a missing one is not an error yet."""
     size = UNKNOWN
     # The file may not exist, and a line of a list may have null bytes.
     with suppress(OSError, ValueError):

@@ -166,10 +166,10 @@ def predict(
         **settings: Settings of the server that apply to predictions, for example `threads=1`.
 
     Returns:
-        One prediction per image. A file that is no valid image gets an `error`.
+        One prediction per image. A file that is not a valid image gets an `error`.
 
     Raises:
-        DataError: A file cannot be read, or an array is no image.
+        DataError: A file cannot be read, or an array is not an image.
         BundleError: The bundle is damaged.
         ConfigError: Unknown or invalid settings.
 
@@ -203,7 +203,7 @@ def predict(
 
 
 def _are_several(images: Any) -> TypeGuard[Iterable[Any]]:
-    """Tell whether *images* is no single image, but an iterable or an array (N, H, W, 3) of them."""
+    """Tell whether *images* is not a single image, but an iterable or an array (N, H, W, 3) of them."""
     if hasattr(images, "shape"):
         return len(images.shape) == 4
     is_file = isinstance(images, str | os.PathLike | Buffer) or hasattr(images, "read")

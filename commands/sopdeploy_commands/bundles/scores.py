@@ -36,7 +36,7 @@ def scores_of_bundle(
 
     Returns the sorted class names, one score per image (all predictions of a multi-label
     network), and the names of bundle, runtime and device. *log* receives lines about the
-    folder. Raises `DataError` for folders that are no class of the network and for images that
+    folder. Raises `DataError` for folders that are not classes of the network and for images that
     cannot be decoded within the limits of *settings*.
     """
     settings = settings or load_settings()

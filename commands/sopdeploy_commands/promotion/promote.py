@@ -97,7 +97,7 @@ def promote(
 
     Raises:
         PromotionError: The objections, or there is no bundle to go back to.
-        ConfigError: *over* or *back* is no link, or arguments that do not fit together.
+        ConfigError: *over* or *back* is not a link, or arguments that do not fit together.
     """
     # Back to an earlier bundle, or to a new one: each with its own options.
     if back is not None and all(other is None for other in (new, over, data, force)):
@@ -188,7 +188,7 @@ def _read_target(link: Path) -> str | None:
     Raises `ConfigError` for a file or folder.
     """
     if not link.parent.is_dir():
-        raise ConfigError(f"{link}: {link.parent} is no folder; create it")
+        raise ConfigError(f"{link}: {link.parent} is not a folder; create it")
     if not link.is_symlink():
         if link.exists():
             raise ConfigError(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sopdeploy.training.start_weights import WeightSource
 
 FOLDER_RECIPE = "photos"
-NO_FILES = ("imagenet", "none")  # start weights that are no file
+NO_FILES = ("imagenet", "none")  # start weights that are not files
 Changes = Sequence[tuple[str, Any]]  # of a recipe: keys and values
 
 

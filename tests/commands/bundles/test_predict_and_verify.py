@@ -338,7 +338,9 @@ def test_what_is_wrong_with_a_folder_is_named_and_missing_images_are_a_note(
     with pytest.raises(DataError, match=r"eel/0\.jpeg: this is not an image"):
         score()
     (folder / "cat").rename(folder / "yak")
-    with pytest.raises(DataError, match="yak is no class of the network, which knows ant, bee"):
+    with pytest.raises(
+        DataError, match="yak is not a class of the network, which knows ant, bee"
+    ):
         score()
 
 

@@ -361,7 +361,9 @@ def test_a_damaged_bundle_never_becomes_live(bundles, shelf) -> None:
     )
 
 
-def test_arguments_that_do_not_fit_and_what_is_no_link_change_nothing(bundles, shelf) -> None:
+def test_arguments_that_do_not_fit_and_what_is_not_a_link_change_nothing(
+    bundles, shelf
+) -> None:
     first, second, live = (*(shelf / bundle.name for bundle in bundles), shelf / "live")
     cases: list[dict[str, Any]] = [
         {"back": live, "force": "not recorded"},
