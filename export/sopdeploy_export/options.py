@@ -99,7 +99,7 @@ class NetworkOptions(Options):
     the time.
     """
     weights_key: str | None = None
-    """Key or prefix of the tensors to use, if the file has several networks, such as model_ema. `.` is no key."""
+    """Key or prefix of the tensors to use, if the file has several networks, such as model_ema. `.` is not a key."""
     ignore: tuple[str, ...] = ()
     """Entry of the weight file to ignore, or a pattern, because the network has no such tensor; repeatable."""
     logits_key: str | None = None

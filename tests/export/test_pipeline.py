@@ -86,7 +86,10 @@ def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("evaluate", r"dog is no class of the network, which knows a, b.* j; remove or rename"),
+        (
+            "evaluate",
+            r"dog is not a class of the network, which knows a, b.* j; remove or rename",
+        ),
         ("calibrate", "holds no images; give a folder with JPEG"),
     ],
 )

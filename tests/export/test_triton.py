@@ -131,7 +131,7 @@ def test_a_bundle_that_triton_cannot_serve_is_rejected(bundle: Bundle, tmp_path:
     assert not (tmp_path / "models").exists()
 
 
-def test_runs_and_bundles_are_no_repository(bundle: Bundle, tmp_path: Path) -> None:
+def test_runs_and_bundles_are_not_a_repository(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "runs" / "hats-1").mkdir(parents=True)
     (tmp_path / "runs" / "hats-1" / "best.pt").write_bytes(b"")
     for folder in ("runs", "runs/hats-1"):

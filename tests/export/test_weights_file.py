@@ -234,7 +234,10 @@ def change_a_weight(content: bytes) -> bytes:
 DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "another weight": (change_a_weight, "the graph was replaced after the export"),
     "too short": (lambda content: content[:-64], f"{GRAPH_DATA} ends before the weight"),
-    "too long": (lambda content: content + bytes(64), f"{GRAPH_DATA} has 64 bytes that are no"),
+    "too long": (
+        lambda content: content + bytes(64),
+        f"{GRAPH_DATA} has 64 bytes that are not",
+    ),
     "empty": (lambda _: b"", f"{GRAPH_DATA} ends before the weight"),
 }
 

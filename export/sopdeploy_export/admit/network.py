@@ -122,7 +122,7 @@ def prepared(
     """Unwrap *network*, and prepare it for the block: on the CPU, in eval mode, uncompiled.
 
     Afterwards, the network is as before. *logits_key* says which of its outputs to export. A hook, a
-    replaced method or a part in train mode is no reason to refuse a network, except a hook or a
+    replaced method or a part in train mode is not a reason to refuse a network, except a hook or a
     `forward` on a whole network of the catalog. But if the block raises `CertificateError` or
     `LoweringError`, the message also names such an oddity, which can be the cause. Raises
     `LoweringError` for modules that are not accepted, and `DetachError` for *training_only*.

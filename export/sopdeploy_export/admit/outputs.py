@@ -65,7 +65,7 @@ def run_first(
 
 
 class _SeesTrained(TorchFunctionMode):
-    """Notes an operand of a call that requires a gradient, is no result, and is not in *registered* memory."""
+    """Notes an operand of a call that requires a gradient, is not a result, and is not in *registered* memory."""
 
     def __init__(self, registered: Container[int]) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def check_trained_are_registered(network: nn.Module, preprocess: Preprocess) -> 
 
     if seen.found is not None:
         raise LoweringError(
-            f"the output depends on a trainable tensor of shape {tuple(seen.found.shape)} that is no registered "
+            f"the output depends on a trainable tensor of shape {tuple(seen.found.shape)} that is not a registered "
             "parameter, so no weight file contains it; use ModuleList, ParameterList or register_parameter",
             remedies={"allow_constants": True},
         )

@@ -187,7 +187,7 @@ def recording_calls(record: Callable[[FrameType, str, Any], None]) -> Iterator[N
     finally:
         if callable(previous) or previous is None:
             sys.setprofile(previous)
-        else:  # cProfile's object, which is no function
+        else:  # cProfile's object, which is not a function
             sys.setprofile(None)
             previous.enable()
 

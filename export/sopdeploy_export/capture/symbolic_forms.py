@@ -326,7 +326,7 @@ def _cdist(
     """Compute distances (..., P, R) of P and R vectors from their differences.
 
     torch multiplies matrices instead if P or R is above 25, and needs the batch size as a number for
-    this choice. Here, only a size that is no batch decides. Neither does if *compute_mode* says what to do.
+    this choice. Here, only a size that is not a batch decides. Neither does if *compute_mode* says what to do.
     """
     multiplies = compute_mode == "use_mm_for_euclid_dist"
     if compute_mode == "use_mm_for_euclid_dist_if_necessary":

@@ -242,7 +242,7 @@ class Int8Quantizer:
 
             # A bias of its own, unless the graph computes it.
             bias = np.zeros(weight.dims[0], np.float32)
-            if len(node.input) > 2 and node.input[2]:  # "" is no bias
+            if len(node.input) > 2 and node.input[2]:  # "" means that there is no bias
                 if node.input[2] not in tensors:
                     continue
                 bias = numpy_helper.to_array(tensors[node.input[2]])

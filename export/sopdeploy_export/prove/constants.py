@@ -10,7 +10,7 @@ from sopdeploy.errors import LoweringError
 from sopdeploy_export.capture.program import NETWORK_PREFIX
 from sopdeploy_export.program_hashes import are_equal
 
-# The most numbers of an accepted tensor that is no parameter or buffer, such as a mean and a
+# The most numbers of an accepted tensor that is not a parameter or buffer, such as a mean and a
 # deviation.
 MAX_CONSTANT = 16
 
@@ -49,7 +49,7 @@ def check_constants(
             has_name = "lifted_tensor" not in str(spec.target)  # torch's name for those without
             name = str(spec.target).removeprefix(NETWORK_PREFIX) if has_name else "a tensor"
             raise LoweringError(
-                f"the output depends on {name} of shape {tuple(constant.shape)}, which is no parameter or "
+                f"the output depends on {name} of shape {tuple(constant.shape)}, which is not a parameter or "
                 "buffer, so no weight file contains it; use ModuleList, ModuleDict or register_buffer",
                 remedies={"allow_constants": True},
             )

@@ -192,7 +192,7 @@ def compute_reference(
 def _find_unstable(
     deployed: Deployed, reference: ParityReference, images: NDArray[np.uint8]
 ) -> str | None:
-    """Find an output whose noise floor in float32 is no rounding.
+    """Find an output whose noise floor in float32 is not rounding.
 
     The floor is thousands of roundings, and one rounding of the weights changes the output much less.
     """

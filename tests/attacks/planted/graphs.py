@@ -124,8 +124,8 @@ class Nested(Planted):
 
 
 TABLE = torch.linspace(0, 1, 2 * WIDTH * CLASSES).reshape(2, WIDTH, CLASSES)
-UNSTORED = "is no parameter or buffer"
-IN_LIST = r"trainable tensor .* that is no registered parameter"
+UNSTORED = "is not a parameter or buffer"
+IN_LIST = r"trainable tensor .* that is not a registered parameter"
 
 
 def adds(
@@ -192,7 +192,7 @@ def part(make: Callable[[], nn.Module]) -> Change:
     return lambda built: built.add_module("part", make())
 
 
-# Hooks and layers in train mode are no reason to refuse; what they do here is.
+# Hooks and layers in train mode are not a reason to refuse; what they do here is.
 ODD: dict[str, Row] = {
     "a hook that counts its calls": Row(hooked(counting_hook)),
     "a hook that reads the branch": Row(

@@ -426,7 +426,7 @@ def test_a_tensor_that_is_not_accepted_is_refused_with_what_keeps_its_values(
         check_tensor("fc.weight", tensor)
 
 
-def test_nan_in_a_part_that_no_output_needs_is_no_reason_to_refuse(tmp_path: Path) -> None:
+def test_nan_in_a_part_that_no_output_needs_is_not_a_reason_to_refuse(tmp_path: Path) -> None:
     network = n.trained(n.Small())
     network.get_parameter("aux.weight").data[0] = float("nan")
     with proving_once(alone=True):
@@ -435,7 +435,7 @@ def test_nan_in_a_part_that_no_output_needs_is_no_reason_to_refuse(tmp_path: Pat
     assert "aux.weight" in {entry.name for entry in exported.certificate.unreached}
 
 
-def test_a_network_is_no_unused_part_of_itself() -> None:
+def test_a_network_is_not_an_unused_part_of_itself() -> None:
     network = n.variant(lambda _, images: images.mean((2, 3))).eval()
     assert unused_modules(network, n.PREPROCESS) == ("stem", "aux", "fc")
 
@@ -486,7 +486,7 @@ READS: dict[str, Callable[[nn.Module], object]] = {
 
 
 @pytest.mark.parametrize("read", mostly_slow(READS, "the type of its weights"))
-def test_a_part_is_unused_although_code_reads_what_is_no_value_of_it(read: str) -> None:
+def test_a_part_is_unused_although_code_reads_what_is_not_a_value_of_it(read: str) -> None:
     network = n.variant(
         lambda self, images: (READS[read](self.aux), self.fc(self.features(images)))[1]
     )

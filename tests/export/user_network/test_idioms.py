@@ -83,7 +83,7 @@ def test_a_table_that_was_kept_of_other_weights_is_refused(tmp_path: Path) -> No
     with torch.no_grad():
         network(torch.zeros(1, 3, networks.SIDE, networks.SIDE))
     network.fc.weight.data += 1
-    with pytest.raises(LoweringError, match=r"which is no parameter or buffer"):
+    with pytest.raises(LoweringError, match=r"which is not a parameter or buffer"):
         networks.export_small(network, tmp_path, plain=idioms.KeepsTable, options=QUICK)
 
 

@@ -112,7 +112,7 @@ READ: dict[str, tuple[Any, str | None, str]] = {
         None,
         "",
     ),
-    "values that are no tensors": (STATE | {"epoch": 3, "_extra_state": None}, None, ""),
+    "values that are not tensors": (STATE | {"epoch": 3, "_extra_state": None}, None, ""),
     "a network of other sizes beside it": (
         {
             "large": {key: torch.zeros(2, *value.shape) for key, value in STATE.items()},
@@ -130,8 +130,8 @@ IGNORED = {
     "counts of operations": ("total_ops", "stem.0.total_params"),
     "a loss and a metric beside it": ("criterion.weight", "acc.tp"),
     "one of two encoders": tuple(prefixed("encoder_k.")),
-    "values that are no tensors": ("epoch", "_extra_state"),
-    "values that are no tensors, behind a prefix": ("lr", "optimizer"),
+    "values that are not tensors": ("epoch", "_extra_state"),
+    "values that are not tensors, behind a prefix": ("lr", "optimizer"),
 }
 
 
@@ -994,7 +994,7 @@ def test_the_convention_of_clip_is_that_of_its_first_release() -> None:
 
 
 @pytest.mark.parametrize("name", ["names.txt", "names.json"])
-def test_a_byte_order_mark_is_no_part_of_the_first_class_name(
+def test_a_byte_order_mark_is_not_a_part_of_the_first_class_name(
     tmp_path: Path, name: str
 ) -> None:
     text = {"names.txt": "cat\r\ndog\r\n", "names.json": '["cat", "dog"]'}[name]
