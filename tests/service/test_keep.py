@@ -452,7 +452,7 @@ def test_the_limit_holds_for_several_processes_that_see_nothing_of_each_other(
     assert folders[0].add(name_of(1000), PHOTO * 1000, fields()) == "dropped"  # larger than all
 
 
-def test_photos_expire_and_what_others_deleted_is_no_error(tmp_path: Path) -> None:
+def test_photos_expire_and_what_others_deleted_is_not_an_error(tmp_path: Path) -> None:
     deleted: list[str] = []
     kept = kept_folder(tmp_path, days=15, on_delete=deleted.append)
     for number in range(4):

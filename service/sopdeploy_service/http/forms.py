@@ -18,7 +18,7 @@ from sopdeploy.images.signatures import HEAD_BYTES, find_format
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
 MAX_TEXTS = 200
-MAX_TEXT_BYTES = 1000  # longer texts are no options
+MAX_TEXT_BYTES = 1000  # longer texts are not options
 MAX_TYPE_CHARS = 1000  # of the content type, whose parser takes quadratic time
 
 _MALFORMED = HttpError(

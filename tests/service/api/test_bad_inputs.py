@@ -151,7 +151,7 @@ BAD_FORMS = {
         422,
         "no_image",
     ),
-    "a parameter that is no number": (
+    "a parameter that is not a number": (
         text_part("top_k", "many") + PART + b"x\r\n--XX--\r\n",
         422,
         "invalid_parameter",

@@ -281,7 +281,7 @@ BAD_JSON = {
     "objects 10000 deep": (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, "json_too_complex"),
     "not UTF-8": (b'{"id": "\xff"}', "malformed_json"),
     "two documents": (b"{}{}", "malformed_json"),
-    "numbers that are no data": (b'{"a": [' + b"1," * 49_900 + b"1]}", "malformed_request"),
+    "numbers that are not data": (b'{"a": [' + b"1," * 49_900 + b"1]}", "malformed_request"),
     "a million lists": (b"[" + b"[]," * 1_000_000 + b"[]]", "json_too_complex"),
     "a million escapes": (b'["' + b"\\\\" * 500_001 + b'"]', "json_too_complex"),
     "a million numbers": (b"[" + b"1," * 1_010_000 + b"1]", "json_too_complex"),

@@ -295,7 +295,7 @@ def test_a_key_without_tokens_is_not_served_until_it_has_paid_for_refused_work(
     client = serve_with(FakeRuntime(num_classes=7), keys=tmp_path / "keys.toml")
     two, mine = [("image", jpeg), ("image", bytes(3_500_000))], {"x-api-key": secret}
 
-    # The key has 4 tokens. After reading 5.5 MB that are no JSON it owes 2, so it has 1 after 3 s.
+    # The key has 4 tokens. After reading 5.5 MB that are not JSON it owes 2, so it has 1 after 3 s.
     assert (
         client.post(V2, content=b"{" * 5_500_000, headers=mine).headers["ratelimit-remaining"]
         == "0"

@@ -118,7 +118,7 @@ def test_an_allowed_origin_does_not_make_its_host_a_name_of_this_server(serve_wi
     "text",
     ["a b", "https://", "shop.example/ml", "https://*", "https://.", "app://*.*", "1://a"],
 )
-def test_a_text_that_is_no_origin_is_refused(text: str) -> None:
+def test_a_text_that_is_not_an_origin_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"allowed_origins: .*(is not a host such as|has no)"):
         load_settings(allowed_origins=text)
 

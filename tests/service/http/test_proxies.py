@@ -224,7 +224,7 @@ REPEATED = {  # header, and two values of which the first one alone is accepted:
 
 
 @pytest.mark.parametrize("header", REPEATED, ids=lambda header: header[0])
-def test_a_header_that_is_no_list_is_refused_if_it_is_repeated(
+def test_a_header_that_is_not_a_list_is_refused_if_it_is_repeated(
     serve_with, tmp_path, header
 ) -> None:
     name, *values = header

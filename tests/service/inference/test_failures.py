@@ -247,7 +247,7 @@ def test_requests_waiting_for_a_parser_count_in_the_queue_and_have_a_deadline(
     assert late.status_code == 429
     assert late.headers.get("x-error-code", "queue_full") == "queue_full"
 
-    # The four are parsed: the content of "AAAA" is no image, the tensor is one.
+    # The four are parsed: the content of "AAAA" is not an image, the tensor is one.
     assert statuses == {415 if path == "/v1/classify" else 200}
     wait_for(lambda: count(client, "queue_depth") == 0)
 

@@ -275,7 +275,7 @@ NO_BUNDLES = {
 
 
 @pytest.mark.parametrize("name", NO_BUNDLES)
-def test_what_is_no_bundle_is_named_with_the_next_command(name, tmp_path) -> None:
+def test_what_is_not_a_bundle_is_named_with_the_next_command(name, tmp_path) -> None:
     (tmp_path / "runs" / "photos-1").mkdir(parents=True)
     (tmp_path / "photos" / "hat").mkdir(parents=True)
     (tmp_path / "photos" / "hat" / "1.jpg").touch()

@@ -457,7 +457,7 @@ def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(
         assert client.child.wait(60) == 0
 
 
-def test_a_port_in_use_an_unknown_host_and_a_bundle_that_is_no_link_are_errors(
+def test_a_port_in_use_an_unknown_host_and_a_bundle_that_is_not_a_link_are_errors(
     bundle_path: Path,
 ) -> None:
     no_link = "no BUNDLE is a link; name one, such as bundles/live"
