@@ -193,7 +193,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
     """Build the checkpoint of the *content* of the file at *path*, which has the sha256 *digest*.
 
-    Removes format and version from *content*. Raises `CheckpointError` if it is no checkpoint
+    Removes format and version from *content*. Raises `CheckpointError` if it is not a checkpoint
     or is invalid.
     """
     if not isinstance(content, dict) or content.pop("format", None) != CHECKPOINT_FORMAT:

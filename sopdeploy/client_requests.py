@@ -165,7 +165,7 @@ class Attempts:
         """Return *asked* seconds and a random part of a pause that doubles; raise *error* if that is too late."""
         # The exponent is limited, because many attempts would overflow.
         longest = min(MAX_PAUSE, FIRST_PAUSE * 2.0 ** min(self._number - 1, 10))
-        pause = asked + random.uniform(0.5, 1.0) * longest  # noqa: S311 - jitter is no secret
+        pause = asked + random.uniform(0.5, 1.0) * longest  # noqa: S311 - jitter is not a secret
 
         is_last = self._retries is not None and self._number > self._retries
         if is_last or pause >= self._end - time.monotonic():

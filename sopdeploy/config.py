@@ -87,7 +87,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
     try:
         values = tomllib.loads(text)
-    # A long number is a ValueError that is no TOMLDecodeError.
+    # A long number is a ValueError that is not a TOMLDecodeError.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not TOML: {error}") from error
 
@@ -130,7 +130,7 @@ class StrictModel(pydantic.BaseModel):
         while waiting:
             part = waiting.pop()
             if isinstance(part, dict):
-                # In a table of fields, `type` may be the name of one, whose value is no text.
+                # In a table of fields, `type` may be the name of one, whose value is not text.
                 if part.get("type") in ("list", "tuple", "set", "frozenset", "dict"):
                     part["fail_fast"] = True
                     part.setdefault("max_length", MAX_ITEMS)
@@ -166,7 +166,7 @@ class StrictModel(pydantic.BaseModel):
     ) -> Self:
         """Copy the model with the fields in *update*, which are not validated.
 
-        Raises `TypeError` for a name that is no field: pydantic would store it, and nothing
+        Raises `TypeError` for a name that is not a field: pydantic would store it, and nothing
         would read it.
         """
         if unknown := sorted(set(update or ()) - type(self).model_fields.keys()):

@@ -259,7 +259,7 @@ def check_is_file(path: Path) -> None:
 
 
 def names_code(path: Path) -> bool:
-    """Tell whether *path* is no file, but a name such as `net.py:Net` or `package.module:Net`."""
+    """Tell whether *path* is not a file, but a name such as `net.py:Net` or `package.module:Net`."""
     return bool(re.fullmatch(r"[\w.]+(?:\.py)?:[\w.]+", path.name)) and not path.exists()
 
 

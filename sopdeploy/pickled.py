@@ -80,7 +80,7 @@ class StoredArray:
 
 
 def _read_scalar(kind: Any, raw: Any = None) -> Any:
-    """Read a scalar of numpy as a number of Python; None if it is no number."""
+    """Read a scalar of numpy as a number of Python; None if it is not a number."""
     values = kind.read(raw, ()) if isinstance(kind, StoredKind) else None
     return None if values is None else values.item()
 
@@ -196,7 +196,7 @@ def distinct_values(content: Any) -> list[Any]:
     extents: dict[int, _Extent | None] = {}  # by the id of an object; None: being measured
 
     def measure(value: Any, outer_levels: int) -> _Extent:
-        """Measure *value*, once for each object; add it to *leaves* if it is no container."""
+        """Measure *value*, once for each object; add it to *leaves* if it is not a container."""
         if id(value) in extents:
             known = extents[id(value)]
             if known is None:

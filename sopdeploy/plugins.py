@@ -89,13 +89,13 @@ class PluginRegistry(Generic[_Item]):
     def register_config(self, config: Any, base: type[Any]) -> None:
         """Register *config*, a subclass of the pydantic model *base*, under the value of its field `kind`.
 
-        Raises `ConfigError` if it is no such class, or if its name is missing, and as `register`
+        Raises `ConfigError` if it is not such a class, or if its name is missing, and as `register`
         does.
         """
         is_subclass = isinstance(config, type) and issubclass(config, base)
         if not is_subclass:
             raise ConfigError(
-                f"{self.kind}: {config!r} is no subclass of {base.__module__}.{base.__name__}"
+                f"{self.kind}: {config!r} is not a subclass of {base.__module__}.{base.__name__}"
             )
 
         kind = config.model_fields.get("kind")

@@ -76,7 +76,7 @@ class Origin(StrictModel):
     `run` and `data` are the names of the folders of the run and of its images. `num_images`
     includes the held-out ones; `sample` has the lowest hashes of training images, at most
     `MAX_RECORDED`. `formats` are those of the images, names of `FORMATS`; none are known of images
-    that are no files, and of networks that 0.1.0 trained. `reading` is known since 0.3.0.
+    that are not files, and of networks that 0.1.0 trained. `reading` is known since 0.3.0.
     """
 
     run: Text

@@ -260,7 +260,7 @@ def _open_hashed(folder: int, file: Path, record: FileRecord) -> Iterator[Hashed
 
 
 def _check_type_and_size(file: Path, status: os.stat_result, record: FileRecord) -> None:
-    """Raise `BundleError` if *file* is no plain file of the size in *record*, or JSON that is too large."""
+    """Raise `BundleError` if *file* is not a plain file of the size in *record*, or JSON that is too large."""
     if not stat.S_ISREG(status.st_mode):
         kind = "a pipe or a device"
         if stat.S_ISLNK(status.st_mode):

@@ -26,7 +26,7 @@ class Live(NamedTuple):
 def read_log(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number and the fields of each line of the log in *folder*, the oldest first.
 
-    A line that is no JSON object is skipped: it may have been cut off when the machine stopped.
+    A line that is not a JSON object is skipped: it may have been cut off when the machine stopped.
     Raises `ConfigError` for a log that cannot be read.
     """
     log = folder / LOG

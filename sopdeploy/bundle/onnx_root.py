@@ -62,7 +62,7 @@ def read_model(
     """Read the ONNX model in *content* and compute its root, a hexadecimal sha256.
 
     *weights* are the content of the file of its weights, if they are in one. Raises
-    `CertificateError` if *content* is no ONNX model or can be read in two ways.
+    `CertificateError` if *content* is not an ONNX model or can be read in two ways.
     """
     import onnx  # noqa: PLC0415 # a server runs without it
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped] # noqa: PLC0415
@@ -177,7 +177,7 @@ def read_external(graph: "onnx.GraphProto", weights: memoryview) -> dict[str, me
 
     if end != len(weights):
         raise CertificateError(
-            f"{GRAPH_DATA} has {len(weights) - end} bytes that are no weights"
+            f"{GRAPH_DATA} has {len(weights) - end} bytes that are not weights"
         )
     return external
 

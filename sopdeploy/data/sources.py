@@ -125,7 +125,7 @@ def register_data_source(config: type[DataSource]) -> None:
         config: A subclass of `DataSource`.
 
     Raises:
-        ConfigError: *config* is no such class, or its name is invalid or in use.
+        ConfigError: *config* is not such a class, or its name is invalid or in use.
 
     Examples:
         >>> from typing import Literal

@@ -36,7 +36,7 @@ def choose_threshold(
     """Choose the threshold of known images' *energies_N* that accepts the share *accepts* of new ones.
 
     It is one of the energies, by rank. If *are_cosines* and there are too few for a rank of
-    `MIN_RANK`, it is a prediction bound. None if *accepts* is 1 or, for energies that are no
+    `MIN_RANK`, it is a prediction bound. None if *accepts* is 1 or, for energies that are not
     cosines, too large for so few images.
     """
     count = len(energies_N)

@@ -190,7 +190,7 @@ def _problem_of_picture(image: Image.Image) -> str:
 
 
 def _problem_of_array(array: NDArray[Any]) -> str:
-    """Say what *array* looks like if it is no uint8 array (H, W, 3), (H, W, 4) or (H, W); else nothing."""
+    """Say what *array* looks like if it is not a uint8 array (H, W, 3), (H, W, 4) or (H, W); else nothing."""
     shape = array.shape
 
     if 0 in shape:
@@ -237,7 +237,7 @@ def _problem_of_values(array: NDArray[Any]) -> str:
 
 
 def _describe(image: object) -> str:
-    """Say what *image*, which is no image, looks like, and what to do."""
+    """Say what *image*, which is not an image, looks like, and what to do."""
     if isinstance(image, list | tuple):
         return f"a {type(image).__name__} in a list; put all images into one list"
     if isinstance(image, TextIOBase):

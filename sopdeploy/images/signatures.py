@@ -179,7 +179,7 @@ def describe_skipped(counts: Mapping[str, int]) -> str:
 
 
 def note_skipped(root: Path, counts: Mapping[str, int]) -> None:
-    """Note the numbers of files in *root* that are no images, by suffix, for the end of a command."""
+    """Note the numbers of files in *root* that are not images, by suffix, for the end of a command."""
     if (skipped := _skipped.get()) is not None and counts:
         skipped[root] = counts
 

@@ -139,7 +139,7 @@ def published_network(model: str, config: StrictModel) -> str:
     if family:  # timm or dsop-timm
         return f"timm:{name}"
 
-    # This is b0 alone: the Lite networks are no subclasses.
+    # This is b0 alone: the Lite networks are not subclasses.
     if issubclass(entry(model).network, EfficientNet):
         return "timm:efficientnet_b0"
     if isinstance(config, VGGConfig):

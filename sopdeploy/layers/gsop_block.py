@@ -289,7 +289,7 @@ class GSoPBlock(nn.Module):
         dr_stride: Stride of the dimension reduction.
 
     Raises:
-        ConfigError: `attention` is "concatenation", and C is no multiple of 64.
+        ConfigError: `attention` is "concatenation", and C is not a multiple of 64.
 
     Examples:
         >>> block = sopdeploy.layers.GSoPBlock(channels=256)

@@ -66,7 +66,7 @@ class ResidualBlock(nn.Module):
         pre_activation: Batch norm and ReLU precede the residual and the shortcut's convolution; an identity
             shortcut reads the input itself, and no activation follows the addition.
         downsample: The shortcut where the shape changes.
-        attention: Scales the residual before the addition; `None` is no attention.
+        attention: Scales the residual before the addition; `None` means no attention.
         attention_after: The attention follows the addition instead, with its own shortcut:
             out + attention(out).
     """

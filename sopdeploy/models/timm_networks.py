@@ -208,7 +208,7 @@ class TimmBackbone(Backbone):
         return side if math.isqrt(count) ** 2 == count else None
 
     def _num_prefix_positions(self) -> int:
-        """Return the number of position embeddings of tokens that are no patches."""
+        """Return the number of position embeddings of tokens that are not patches."""
         network = self.timm_network
         return (
             0

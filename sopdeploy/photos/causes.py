@@ -52,7 +52,7 @@ def advise_on_files(where: Path, files: Sequence[str]) -> str:
     if archives := [file for file in files if _is_packed(file)]:
         return f"unpack {shorten(archives)}"
 
-    # Other formats, of one image each or of many; a few documents are no photographs.
+    # Other formats, of one image each or of many; a few documents are not photographs.
     most = next(iter(count_suffixes(files)), "")
     for file in files:
         if suffix_of(file) != most and find_converter(suffix_of(file)) in OF_DOCUMENTS:

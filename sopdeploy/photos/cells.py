@@ -216,7 +216,7 @@ def start_csv(text: str) -> CsvStart:
     first_cells = next(csv.reader([text.partition("\n")[0]], delimiter=separator), [])
     if len(first_cells) == 2 and has_image_suffix(first_cells[0].strip()):
         text = f"{separator.join(REQUIRED)}\n{text}"
-        lines_before -= 1  # the heading is no line of the file
+        lines_before -= 1  # the heading is not a line of the file
     return CsvStart(text, separator, lines_before)
 
 

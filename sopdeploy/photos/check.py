@@ -54,8 +54,8 @@ class DataReport(StrictModel):
             classes differ from the training classes.
         unreadable: Errors of the files that cannot be decoded.
         too_few: Classes with a single image, which training leaves out if no images are held out by folder.
-        near: Groups of near-duplicates, each with a file that is no exact duplicate; `None` if not searched.
-        passed_over: Number of files that are no images, by suffix.
+        near: Groups of near-duplicates, each with a file that is not an exact duplicate; `None` if not searched.
+        passed_over: Number of files that are not images, by suffix.
         notes: What the user may not have intended, such as folders that are not used.
     """
 

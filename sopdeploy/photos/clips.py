@@ -61,7 +61,7 @@ class Clips(NamedTuple):
     """The `groups` (N,) of images of one clip or object, and pairs of images; None without such ones.
 
     `certain` are two images of a group that its copies do not explain, `doubtful` two that may
-    show one object, but are no group. `pattern` is a regular expression that groups the
+    show one object, but are not a group. `pattern` is a regular expression that groups the
     doubtful ones by name, or empty.
     """
 

@@ -33,7 +33,7 @@ class Contents(NamedTuple):
 
     @property
     def files(self) -> list[str]:
-        """The files in *root* itself that are no images."""
+        """The files in *root* itself that are not images."""
         return [file for file in self.others if "/" not in file]
 
     @property

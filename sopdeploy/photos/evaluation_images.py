@@ -34,7 +34,7 @@ from sopdeploy.photos.table import check_has_classes, read_label_table
 from sopdeploy.project import AS_IT_IS, FolderReading
 
 ANY_IMAGES = "JPEG or PNG files, with or without subfolders"
-# What runs of 0.3.0 recorded that is not read any more: tables that are no CSV files, and files beside images
+# What runs of 0.3.0 recorded that is not read any more: tables that are not CSV files, and files beside images
 FORMER_TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml")
 FORMER_FILES = "files"
 
@@ -54,7 +54,7 @@ def open_evaluation_images(
     WordNet IDs match the names of ImageNet's classes. With *multi_label*, a table lists
     several classes per image. *log* receives a line about classes without images, about classes
     that are left out, and about the part that is opened. Raises `DataError` if there are no
-    images, and for folders that are no class of the network; with *other_classes* or in an
+    images, and for folders that are not classes of the network; with *other_classes* or in an
     official layout, these are left out if a class remains. *reading* says how the training images
     were read. What it names may be missing here, and other images may have class folders instead.
     """
@@ -87,7 +87,7 @@ def open_evaluation_images(
         if multi_label:  # the images of the table have exactly these classes
             return images
 
-        # Other classes of an official layout are no mistakes of the user.
+        # Other classes of an official layout are not mistakes of the user.
         allow_unknown = other_classes or layout.kind == "official"
         images = _match_classes(where, what, images, labels, allow_unknown, log)
 
@@ -188,7 +188,7 @@ def _match_classes(
     hint = hint_at_spelling(unknown, labels)
 
     if unknown and not are_allowed:
-        verb = "are not classes" if len(unknown) > 1 else "is no class"
+        verb = "are not classes" if len(unknown) > 1 else "is not a class"
         raise DataError(
             f"{where}: {shorten(unknown)} {verb} of the network, which knows "
             f"{shorten(labels)}; remove or rename {what}{hint}",

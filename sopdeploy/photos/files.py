@@ -184,7 +184,7 @@ class Parts(NamedTuple):
 def data_folder(path: Path, content: str = "one subfolder of images per class") -> Path:
     """Return *path* with `~` replaced; raise `DataError`, which names *content*, if it holds no photographs.
 
-    It does not if it is no folder, or one of bundles or runs.
+    It does not if it is not a folder, or one of bundles or runs.
     """
     folder = expand_user(path)
     if not folder.is_dir() or is_output(folder):

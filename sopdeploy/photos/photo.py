@@ -65,7 +65,7 @@ class Photo:
 
     @cached_property
     def image(self) -> Image.Image:
-        """The image; only its header is read. Raises `DataError` if the file is no image."""
+        """The image; only its header is read. Raises `DataError` if the file is not an image."""
         with image_errors(self.name):
             return open_image(self.content)
 
@@ -214,7 +214,7 @@ class ArrayImages(LabeledImages):
         return file.getvalue()
 
     def read_head(self, index: int) -> bytes:  # noqa: ARG002
-        """Return nothing: pixels in memory are no file."""
+        """Return nothing: pixels in memory are not a file."""
         return b""
 
     def identity(self, index: int) -> str:

@@ -263,7 +263,7 @@ def _name_no_classes(names: Iterable[str]) -> list[str]:
         mine = words[name]
         added = [mine - other for other in words.values() if other and mine > other]
         adds = any(more <= NO_CLASSES or all(map(str.isdigit, more)) for more in added)
-        return _is_no_class(name) or adds or (len(mine) > 1 and not mine.isdisjoint(PARTS))
+        return _is_not_a_class(name) or adds or (len(mine) > 1 and not mine.isdisjoint(PARTS))
 
     return sorted(filter(is_doubtful, words))
 
@@ -288,7 +288,7 @@ def _name_repeated(names: Iterable[str]) -> list[str]:
     )
 
 
-def _is_no_class(name: str) -> bool:
+def _is_not_a_class(name: str) -> bool:
     """Tell whether *name* is that of a part, says only that it holds images, or has `NO_CLASSES` only."""
     words = {word for word in _words(name) if not word.isdigit()}
     says_nothing = words <= NO_CLASSES or re.sub(r"[\W\d_]+", "", name.lower()) in NO_CLASSES
@@ -322,7 +322,7 @@ def _propose(
         return ",".join(filter(None, [leave_out, *names]))
 
     folders = {name for path in images for name in os.fsdecode(path).split("/")[1:-1]}
-    forms = [name for name in sorted(folders) if _is_no_class(name) and not is_general(name)]
+    forms = [name for name in sorted(folders) if _is_not_a_class(name) and not is_general(name)]
     if masks := _find_masks(training):
         words = sorted({match[1] for mask in masks if (match := MASK_OF.search(mask))})
         yield Reading(base, FOLDERS, without(*(f"*{word}*" for word in words)))
@@ -338,12 +338,12 @@ def _propose(
     if "" not in counts and len(images) >= PER_CLASS * len(counts):
         yield Reading(root, BEFORE_NUMBER, leave_out)
     innermost = {path.rpartition(b"/")[0].rpartition(b"/")[2] for path in images}
-    if not all(_is_no_class(os.fsdecode(name)) for name in innermost):
+    if not all(_is_not_a_class(os.fsdecode(name)) for name in innermost):
         yield Reading(root, SUBFOLDERS, leave_out)
-    if is_divided and not all(map(_is_no_class, training.tops)):
+    if is_divided and not all(map(_is_not_a_class, training.tops)):
         yield Reading(root, FOLDERS, leave_out)
     for one in (training, contents):
-        if not all(map(_is_no_class, one.tops)):
+        if not all(map(_is_not_a_class, one.tops)):
             yield Reading(one.root, FOLDERS, leave_out)
 
 
@@ -370,7 +370,7 @@ def _find_data_sets(contents: Contents) -> list[str]:
         children[parent][name] += 1
     sizes = Counter[str]()
     for parent, names in children.items():
-        if len(names) > 1 and not all(map(_is_no_class, names)):
+        if len(names) > 1 and not all(map(_is_not_a_class, names)):
             above, _, name = parent.rpartition("/")
             sizes[above if part_kind(name) else parent] += names.total()
     return [folder for folder, _ in sizes.most_common() if folder][:MAX_DATA_SETS]

@@ -51,7 +51,7 @@ class OpenedParts(NamedTuple):
     Attributes:
         problems: Why a network cannot be trained on them.
         notes: What the user may not have intended.
-        ignored: Number of files that are no images, by suffix.
+        ignored: Number of files that are not images, by suffix.
         reading: How the folder was read.
         commands: Commands that train without what is wrong.
     """

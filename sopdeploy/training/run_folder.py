@@ -135,7 +135,7 @@ class RunFolder:
     def check_new(self) -> None:
         """Check that a new run can begin in the folder, which may be empty or not exist.
 
-        Raises `ConfigError` if it has files or the path is no folder, `StorageError` if nothing
+        Raises `ConfigError` if it has files or the path is not a folder, `StorageError` if nothing
         can be written there.
         """
         if self.last.exists():

@@ -194,7 +194,7 @@ def test_an_error_names_the_address_without_its_password(reply):
     assert "secret" not in str(caught.value)
 
 
-def test_a_key_that_is_no_header_and_options_that_do_not_exist_are_rejected():
+def test_a_key_that_is_not_a_header_and_options_that_do_not_exist_are_rejected():
     with pytest.raises(ConfigError, match="API key"):
         Client("http://server", api_key="a\r\nX: y")
     for url in ("http://server:port", "127.0.0.1:8000", "ftp://server", ""):
@@ -320,7 +320,7 @@ def test_each_attempt_has_the_time_that_is_left_and_tells_the_server(pauses):
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, math.inf, math.nan, None, "30", True])
-def test_a_timeout_that_is_no_positive_number_is_one_error_line(timeout: Any) -> None:
+def test_a_timeout_that_is_not_a_positive_number_is_one_error_line(timeout: Any) -> None:
     with pytest.raises(ConfigError, match=r"timeout.*give a positive number of seconds"):
         Client("http://127.0.0.1:1", timeout=timeout)
 

@@ -329,7 +329,7 @@ def test_the_threshold_of_few_cosines_is_a_prediction_bound(count: int):
     assert low < 0.96 < high
     assert threshold_rank(count, 0.95) < 5
 
-    # Energies of other networks are no cosines, and many cosines have quantiles.
+    # Energies of other networks are not cosines, and many cosines have quantiles.
     ordered = choose_threshold(cosines, 0.95, are_cosines=False)
     assert ordered.value == cosines[threshold_rank(count, 0.95) - 1]
     many = np.repeat(cosines, 5)

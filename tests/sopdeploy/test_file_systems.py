@@ -185,7 +185,9 @@ def test_the_reason_why_a_file_cannot_be_written_is_that_of_the_system(
         raise error
 
 
-def test_an_answer_of_a_server_that_was_lost_is_no_error(tmp_path: Path, monkeypatch) -> None:
+def test_an_answer_of_a_server_that_was_lost_is_not_an_error(
+    tmp_path: Path, monkeypatch
+) -> None:
     def replace_twice(source: Path, target: Path) -> None:
         os.rename(source, target)  # noqa: PTH104 - the server has done it
         raise FileNotFoundError(errno.ENOENT, "No such file or directory")  # and is asked again

@@ -141,7 +141,7 @@ def test_what_is_not_wanted_is_named_with_what_to_do(
 
 
 @pytest.mark.parametrize("name", ["fetched.pt", "fetched.onnx", "fetched.safetensors"])
-def test_a_pointer_of_git_lfs_is_no_damaged_file(name: str, place: Path) -> None:
+def test_a_pointer_of_git_lfs_is_not_a_damaged_file(name: str, place: Path) -> None:
     path = place / name
     path.write_bytes(POINTER + b"v1\n")
 
@@ -153,7 +153,7 @@ def test_a_pointer_of_git_lfs_is_no_damaged_file(name: str, place: Path) -> None
         read_text(path)
 
 
-def test_a_bundle_of_pointers_is_no_damaged_bundle(tmp_path: Path) -> None:
+def test_a_bundle_of_pointers_is_not_a_damaged_bundle(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_bytes(POINTER)
 
     with pytest.raises(BundleError, match="git lfs pull"):

@@ -77,7 +77,7 @@ PROBLEMS = {  # module of a plug-in: what the error says
     "missing_plugin": "ModuleNotFoundError: No module named 'missing_plugin'",
     "raises_plugin": "RuntimeError: first line",
     "exits_plugin": "SystemExit: 3",
-    "wrong_plugin": "pooling: 1 is no subclass of sopdeploy.layers.pooling.base.PoolingConfig",
+    "wrong_plugin": "pooling: 1 is not a subclass of sopdeploy.layers.pooling.base.PoolingConfig",
     "unnamed_plugin": "pooling PoolingConfig: add a field such as kind: Literal",
     "two_names_plugin": "pooling Two: add a field such as kind: Literal",
 }
@@ -172,7 +172,9 @@ def test_plug_ins_that_are_switched_off_are_not_found(
     monkeypatch.setenv(plugins.VARIABLE, "off")
     with pytest.raises(ConfigError, match=r"runtime: .*choose from"):
         load_settings(runtime="acme")
-    assert plugins.MODELS.find("lrbp-vgg16") is not None  # of this wheel, so it is no plug-in
+    assert (
+        plugins.MODELS.find("lrbp-vgg16") is not None
+    )  # of this wheel, so it is not a plug-in
 
 
 def test_an_outside_package_adds_a_runtime_in_one_file(

@@ -81,7 +81,7 @@ def proof_files(root: str, tolerance: float = 0.0, **fields: Any) -> dict[str, b
 
 def bind(folder: Path, manifest: Manifest) -> Manifest:
     """Write the certificate in *folder* again, for the files and *manifest* there; return the manifest."""
-    with suppress(ValueError):  # a certificate that is no JSON object stays
+    with suppress(ValueError):  # a certificate that is not a JSON object stays
         certificate = json.loads((folder / CERTIFICATE).read_bytes())
         (folder / CERTIFICATE).unlink()
         (folder / MANIFEST).unlink(missing_ok=True)

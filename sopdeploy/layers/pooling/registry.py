@@ -51,7 +51,7 @@ def register_pooling(config: type[PoolingConfig]) -> None:
         config: A subclass of `PoolingConfig`, whose `layer` is the module.
 
     Raises:
-        ConfigError: *config* is no such class, or its name is invalid or in use.
+        ConfigError: *config* is not such a class, or its name is invalid or in use.
 
     Examples:
         >>> from typing import Literal

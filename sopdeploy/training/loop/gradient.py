@@ -59,7 +59,7 @@ def train_step(run: LoopState, batch: Batch, *, num_samples: int, steps: int) ->
     # change. The buffers are above all the running statistics of batch norms, which include this
     # batch; their norm is the largest absolute value.
     checked = [norm, loss.total]
-    if scaler.is_enabled():  # a scale that is too large is no error: the step is left out
+    if scaler.is_enabled():  # a scale that is too large is not an error: the step is left out
         checked = [loss.total]
     if run.float_buffers:
         checked.append(get_total_norm(run.float_buffers, math.inf))

@@ -356,7 +356,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         edited(version=2),
         rf"^version: 2, .*{re.escape(__version__)}",
     ),
-    "a version that is no number": (
+    "a version that is not a number": (
         edited(version=None),
         "^version: None",
     ),

@@ -246,7 +246,7 @@ WRONGLY_PLACED: dict[str, tuple[Callable[[onnx.ModelProto], object], bytes, str]
         b"",
         "is stored twice",
     ),
-    "with bytes behind it": (lambda _: None, b"abcd", "has 4 bytes that are no weights"),
+    "with bytes behind it": (lambda _: None, b"abcd", "has 4 bytes that are not weights"),
     "with bytes before it": (
         lambda _: None,
         b"gap",

@@ -74,7 +74,7 @@ def test_a_seed_is_the_same_on_every_machine_and_in_every_version() -> None:
     assert derive_seed(0, "order", 1) == 4739946833832999988
     assert len({derive_seed(a, b) for a in range(30) for b in range(30)}) == 900
     assert derive_seed(1, 23) != derive_seed(12, 3)
-    assert derive_seed("\udcff") >= 0  # a file name that is no UTF-8
+    assert derive_seed("\udcff") >= 0  # a file name that is not UTF-8
 
 
 def test_one_fifth_of_the_digits_of_every_class_is_held_out_and_preprocessed() -> None:

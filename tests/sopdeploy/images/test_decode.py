@@ -34,7 +34,7 @@ ALLOWED = {
 FITS = {"preprocess_image"}
 FITS_ALLOWED = {
     "sopdeploy/images/decode.py": "the one way",
-    "sopdeploy/photos/photo.py": "arrays, which are no files",
+    "sopdeploy/photos/photo.py": "arrays, which are not files",
 }
 
 

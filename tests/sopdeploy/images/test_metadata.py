@@ -188,7 +188,7 @@ def lossless_jpeg(marker: int = 0xC3, width: int = 24, height: int = 16) -> byte
 
 
 def with_segments_of_unknown_kinds(body: bytes) -> bytes:
-    """Repeat the quantization tables behind bytes that are no segment, where some decoders do not look."""
+    """Repeat the quantization tables behind bytes that are not a segment, where some decoders do not look."""
     return body[:2] + b"\xff\x02" + body[2:]
 
 

@@ -1,4 +1,4 @@
-"""What is said of files that are no images: each cause has its own advice."""
+"""What is said of files that are not images: each cause has its own advice."""
 
 import os
 from pathlib import Path
@@ -90,27 +90,27 @@ def test_a_folder_without_images_is_refused_with_its_cause(tmp_path, name) -> No
     assert said.replace("{root}", str(root)) in str(caught.value)
 
 
-def test_a_report_beside_programs_is_no_photo_to_convert(tmp_path) -> None:
+def test_a_report_beside_programs_is_not_a_photo_to_convert(tmp_path) -> None:
     root = write(tmp_path, {"a.py": b"", "b.py": b"", "report.pdf": b"%PDF"})
 
     with pytest.raises(DataError, match=r"put images into it, in one subfolder per class$"):
         open_folder(root)
 
 
-def test_folders_of_programs_are_no_training_parts(tmp_path) -> None:
+def test_folders_of_programs_are_not_training_parts(tmp_path) -> None:
     programs = {"training/fit.py": b"", "training/x/net.py": b""}
     parts = {f"train/{name}": content for name, content in TWO_CLASSES.items()}
 
     assert open_folder(write(tmp_path, programs | parts)).train.labels == ("a", "b")
 
 
-def test_a_compressed_file_that_is_no_archive_makes_no_class(tmp_path) -> None:
+def test_a_compressed_file_that_is_not_an_archive_makes_no_class(tmp_path) -> None:
     root = write(tmp_path, TWO_CLASSES | {"logs/1/trace.json.gz": b"", "logs/events": b""})
 
     assert open_folder(root).train.labels == ("a", "b")
 
 
-def test_a_pointer_to_weights_is_no_advice_about_images(tmp_path) -> None:
+def test_a_pointer_to_weights_is_not_advice_about_images(tmp_path) -> None:
     root = write(tmp_path, {"images/1.jpg": PHOTO, "models/net.tflite": LFS})
 
     with pytest.raises(DataError, match="sort the images into one subfolder") as caught:

@@ -124,7 +124,7 @@ def test_frames_of_equal_numbers_that_are_alike_do_not_join_the_clips_that_names
     assert find(names, vectors, classes).groups.tolist() == objects.tolist()
 
 
-def test_photographs_of_two_sources_are_no_two_clips_but_the_result_names_them():
+def test_photographs_of_two_sources_are_not_two_clips_but_the_result_names_them():
     random, count = np.random.default_rng(0), 120
     classes, sources = np.arange(count) % 3, np.arange(count) // 3 % 2
     vectors = random.normal(size=(count, 400)) + 8 * np.eye(2, 400)[sources]
@@ -210,7 +210,7 @@ def test_images_are_grouped_by_the_part_of_the_name_that_a_pattern_finds(tmp_pat
         ("(", ConfigError, "no regular expression"),
     ],
 )
-def test_a_pattern_that_finds_nothing_or_is_no_pattern_is_an_error(
+def test_a_pattern_that_finds_nothing_or_is_not_a_pattern_is_an_error(
     tmp_path: Path, pattern: str, error: type[Exception], problem: str
 ):
     root = write_classes(tmp_path, ("cat", "dog"))

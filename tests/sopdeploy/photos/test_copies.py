@@ -486,7 +486,7 @@ def test_copies_in_eight_orientations_are_found_and_other_scenes_are_not(
     assert find_turned(small).T.tolist() == [[7, 20]]
 
 
-def test_plain_images_are_no_copies_of_each_other():
+def test_plain_images_are_not_copies_of_each_other():
     plain = [np.full((32, 32, 3), level, np.uint8) for level in (0, 90, 91, 255)]
     scenes = [np.asarray(scene(seed).resize((32, 32))) for seed in range(6)]
     small = np.stack([shrink(Image.fromarray(one)) for one in (*plain, *scenes)])

@@ -404,7 +404,7 @@ TABLES = {
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize(("heading", "separator"), TABLES.items())
-def test_a_table_above_folders_that_are_no_classes_tells_the_classes(
+def test_a_table_above_folders_that_are_not_classes_tells_the_classes(
     tmp_path, heading: str, separator: str, encoding: str
 ) -> None:
     make(tmp_path, **{"2026-01": 3, "2026-02": 3})

@@ -67,7 +67,7 @@ def test_a_folder_trains_on_all_photos_but_those_that_decide(tmp_path: Path) -> 
     assert "decide in `compare`" in note
 
 
-def test_the_folder_of_a_server_is_no_training_data_without_labels(tmp_path: Path) -> None:
+def test_the_folder_of_a_server_is_not_training_data_without_labels(tmp_path: Path) -> None:
     photos = [f"{image_id(label.encode() * 2)}.jpg" for label in ("cat", "dog", "eel", "fox")]
     write_photos(tmp_path, "cat", photos[:2])
     write_photos(tmp_path, "dog", photos[2:])

@@ -84,7 +84,7 @@ def test_a_recorded_reading_that_leads_out_of_the_folder_is_refused(values) -> N
 
 
 @pytest.mark.parametrize("classes_from", ["..", r"^\D+", "tables/a.csv:b/../c"])
-def test_a_pattern_is_recorded_and_a_column_is_no_path(classes_from) -> None:
+def test_a_pattern_is_recorded_and_a_column_is_not_a_path(classes_from) -> None:
     assert FolderReading(classes_from=classes_from).classes_from == classes_from
 
 
@@ -122,7 +122,7 @@ def test_classes_of_a_table_are_matched_like_those_of_folders(tmp_path, name, re
     assert f"{tmp_path}: no images of 1 of 3 classes: b" in lines
     assert f"{tmp_path / name}: left out, of no class: other" in lines
 
-    with pytest.raises(DataError, match=r"other is no class .* rename these classes"):
+    with pytest.raises(DataError, match=r"other is not a class .* rename these classes"):
         open_evaluation_images(tmp_path, ("tench", "b", "a"), reading=reading)
 
     # One class is enough.
@@ -148,7 +148,7 @@ def test_a_missing_table_is_known_by_its_suffix_in_capitals(tmp_path) -> None:
     assert images.class_counts().tolist() == [2, 1]
 
 
-def test_what_is_too_long_for_a_name_is_no_table_and_no_folder(tmp_path) -> None:
+def test_what_is_too_long_for_a_name_is_not_a_table_or_a_folder(tmp_path) -> None:
     make(tmp_path, {"x/a": 2, "x/b": 1})
     long = "z" * 5000
     reading = FolderReading(folder=long, leave_out=long)

@@ -373,7 +373,7 @@ def test_tensors_that_do_not_fit_are_named_unless_they_belong_to_a_classifier() 
     assert load_start_weights(of_others, distilled, ("dog", "cat")).new == ("head", "head_dist")
     container = torch.nn.ModuleDict(
         {"net": model}
-    )  # which is no classifier, though it contains `fc`
+    )  # which is not a classifier, though it contains `fc`
     container.training_only, container.num_classes = (), 2
     narrow = torch.nn.ModuleDict({"net": create_model("resnet8", num_classes=2, base_width=4)})
     with pytest.raises(
@@ -420,7 +420,7 @@ def test_weights_of_a_network_that_classifies_by_a_convolution_start_a_run(tmp_p
 
 
 @pytest.mark.parametrize("affine", [False, True])
-def test_a_norm_behind_the_last_convolution_is_no_classifier(affine: bool) -> None:
+def test_a_norm_behind_the_last_convolution_is_not_a_classifier(affine: bool) -> None:
     network: Any = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2, affine=affine)
     )

@@ -462,7 +462,7 @@ def test_an_epoch_that_is_better_on_all_images_has_its_own_score() -> None:
     )
 
 
-def test_frames_of_a_clip_are_no_independent_images() -> None:
+def test_frames_of_a_clip_are_not_independent_images() -> None:
     clips = np.repeat(["one", "two"], 20)
     right = np.ones((1, 40), np.bool_)
     found = estimate_best(history(right), clips).top1

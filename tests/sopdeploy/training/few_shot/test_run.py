@@ -807,7 +807,7 @@ def assert_warns_of_the_copy(callback: RecordingCallback) -> None:
     assert "so they are not judged" in warning
 
 
-def test_the_largest_class_is_that_of_the_judged_images_which_are_no_copies(tmp_path: Path):
+def test_the_largest_class_is_that_of_the_judged_images_which_are_not_copies(tmp_path: Path):
     photos = paint_with_a_copy_in_val(tmp_path / "photos")
     blue = photos / "train" / "blue"
     for number in range(8):  # the largest class of the training images only
