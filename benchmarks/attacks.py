@@ -73,7 +73,7 @@ def build_list(images: Sequence[bytes]) -> Body:
 
 
 def list_undecodable(photograph: bytes) -> list[bytes]:
-    """List files that are no images that a server decodes: text, HEIC, PDF, empty, cut."""
+    """List files that are not images that a server decodes: text, HEIC, PDF, empty, cut."""
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(20_000)
     return [b"text" * 5000, heic, b"%PDF-1.7\n" + bytes(20_000), b"", photograph[:2000]]
 
@@ -94,10 +94,10 @@ def build_requests(name: str, folder: Path) -> list[bytes]:
         "photographs of 12 MP": lambda: [build_request(classify, "image/jpeg", large[0])],
         "progressive, 12 MP": lambda: [build_request(classify, "image/jpeg", progressive)],
         "lists of 8 of 12 MP": lambda: [build_request(classify, *build_list(large[:1] * 8))],
-        "files that are no images": lambda: [
+        "files that are not images": lambda: [
             build_request(classify, "image/jpeg", body) for body in undecodable
         ],
-        "forms of 11 that are no images": lambda: [
+        "forms of 11 that are not images": lambda: [
             build_request(classify, *build_form([*(undecodable * 3)[:11], photograph]))
         ],
         "brackets in JSON": lambda: [build_request(classify, "application/json", nested)],
@@ -347,7 +347,7 @@ def format_table(watches: Mapping[str, Watch]) -> str:
 
 ATTACKS = (
     IDLE, BASE, "flood of pages", "flood of photographs", "photographs of 12 MP", "progressive, 12 MP",
-    "lists of 8 of 12 MP", "files that are no images", "forms of 11 that are no images",
+    "lists of 8 of 12 MP", "files that are not images", "forms of 11 that are not images",
     "brackets in JSON", "no HTTP", "slow bodies", "unread answers",
     "connections without a request", LEAVING,
 )  # fmt: skip

@@ -73,7 +73,7 @@ def ask_all(entries: Iterable[str]) -> dict[str, dict[str, Any]]:
 def main() -> None:
     """Print what was found and how many entries were audited; exit with 1 unless all are without fault.
 
-    With `--allow-no-database`, a database that knows no vulnerability is no failure.
+    With `--allow-no-database`, a database that knows no vulnerability is not a failure.
     """
     # See whether the database knows the vulnerabilities of the control.
     entries = locked()

@@ -90,7 +90,7 @@ def test_pixels_of_a_decoder_that_differs_fail(tmp_path: Path) -> None:
 
 
 def run_sample(command: list[str | Path], bundle: Path, photo: Path) -> None:
-    """Reproduce the golden examples of *bundle*, classify *photo*, and reject what is no JPEG."""
+    """Reproduce the golden examples of *bundle*, classify *photo*, and reject what is not a JPEG."""
     done = subprocess.run(
         [*command, bundle, "--golden"], capture_output=True, text=True, check=False
     )

@@ -138,7 +138,7 @@ def _read_result(path: Path, recipe: Recipe) -> SeedResult | None:
         raise ConfigError(
             f"{path}: not a result ({first_problem(error, values)}); remove this file"
         ) from error
-    except ValueError as error:  # it is no JSON
+    except ValueError as error:  # it is not JSON
         raise ConfigError(f"{path}: not a result ({error}); remove this file") from error
 
     if stored.recipe != recipe.model_dump(mode="json"):
