@@ -44,7 +44,7 @@ def test_the_last_linear_layer_maps_the_embedding_to_the_logits(tmp_path):
 def test_logits_that_no_image_changes_are_refused_though_the_features_differ(tmp_path):
     network = trained()
     nn.init.zeros_(network.logits_layer().weight)
-    with pytest.raises(LoweringError, match=r"the same logits for every reference image"):
+    with pytest.raises(LoweringError, match=r"same logits"):
         export_once(network, "dsop-resnet8", tmp_path, max_batch=1, with_features=True)
 
 

@@ -123,7 +123,7 @@ def test_equal_logits_are_refused_before_the_network_is_captured(
     steps: list[str] = []
     with pytest.raises(
         LoweringError,
-        match=r"same logits for every .* image; train longer; to .* try allow_numerical_error=True",
+        match=r"same logits .*allow_numerical_error=True",
     ):
         export_checkpoint(path, tmp_path / "bundles", options=DETACH, on_step=steps.append)
     assert steps == ["running the network"]
@@ -253,7 +253,5 @@ def test_a_temperature_that_cannot_be_folded_is_an_error(
     network.fc = classifier
     classify = network.classify
     network.classify = lambda features: classify(features).tanh()  # type: ignore[method-assign]
-    with pytest.raises(
-        LoweringError, match="no linear layer of PlainSmallResNet computes its logits"
-    ):
+    with pytest.raises(LoweringError, match="PlainSmallResNet"):
         fold_temperature(network, 1.7, preprocess, generated_images(preprocess.crop), 10)

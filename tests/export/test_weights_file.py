@@ -129,14 +129,14 @@ def test_weights_without_a_folder_for_their_file_are_refused(small_limit: None) 
     model = to_onnx.ir.Model(
         to_onnx.ir.Graph([], [], nodes=[], opset_imports={"": 18}), ir_version=8
     )
-    with pytest.raises(LoweringError, match=r"the weights take .* GB, and one ONNX file holds"):
+    with pytest.raises(LoweringError, match=r"weights take .* GB"):
         to_onnx._move_weights(model, None, LIMIT)
 
 
 def test_int8_is_refused_above_the_limit_of_one_file() -> None:
     limit = admission.MAX_GRAPH_BYTES
     assert admission.check_size(limit, "int8") == ()
-    with pytest.raises(LoweringError, match=r"int8 is for networks of at most 2.13 GB, and"):
+    with pytest.raises(LoweringError, match=r"int8 .* 2.13 GB"):
         admission.check_size(limit + 1, "int8")
 
 
@@ -145,7 +145,7 @@ def test_a_graph_that_its_constants_make_too_large_for_int8_is_refused(
 ) -> None:
     """The first check counts the weights of the network, here against the limit of 2 GB."""
     options = ExportOptions(precision="int8", calibrate=write_photos(tmp_path))
-    with pytest.raises(LoweringError, match=r"the weights take .*; choose precision fp16"):
+    with pytest.raises(LoweringError, match=r"the weights .*precision fp16"):
         export_small(wide(), tmp_path, plain=wide, options=options)
 
 
@@ -167,7 +167,7 @@ def test_an_export_tells_before_its_first_run_that_the_memory_is_too_small(
     least = admission.MEMORY_AT_REST + 2 * weights
     monkeypatch.setattr(admission, "memory_limit", lambda: least - 1)
     steps: list[str] = []
-    with pytest.raises(NoMemoryError, match=r"has 0.8 GB; use a machine with more memory"):
+    with pytest.raises(NoMemoryError, match=r"0.8 GB.* memory"):
         export_small(wide(), tmp_path, plain=wide, on_step=steps.append)
     assert steps == []
 
@@ -223,7 +223,7 @@ def test_files_that_are_exchanged_after_they_were_read_do_not_run(path: Path) ->
         expected = wide()((images / 255 - mean) / std).numpy()
     np.testing.assert_allclose(before, expected, rtol=1e-4, atol=1e-5)
 
-    with pytest.raises(BundleError, match=rf"{GRAPH_DATA}: its sha256 is not the one"):
+    with pytest.raises(BundleError, match=rf"{GRAPH_DATA}: .*sha256"):
         open_bundle(path)
 
 
@@ -256,7 +256,7 @@ def test_a_graph_without_the_file_of_its_weights_is_refused(path: Path) -> None:
     problem = f"the bundle has no {GRAPH_DATA}"
     with pytest.raises(BundleError, match=problem):
         check_graph_and_certificate(alone)
-    with pytest.raises(RuntimeUnavailableError, match=f"cannot load the graph: {problem}"):
+    with pytest.raises(RuntimeUnavailableError, match=f"load the graph: {problem}"):
         OnnxRuntime(alone, Settings(threads=1))
 
 
@@ -266,9 +266,7 @@ def test_an_engine_is_not_built_of_weights_that_do_not_fit_the_graph(path: Path)
     assert sum(map(len, weights_beside(bundle, graph).values())) > LIMIT
 
     next(each for each in graph.initializer if each.external_data).data_type = 99
-    with pytest.raises(
-        BundleError, match=rf"{GRAPH}: the weight .* has an unknown type; export"
-    ):
+    with pytest.raises(BundleError, match=rf"{GRAPH}: .*unknown type"):
         weights_beside(bundle, graph)
 
 
@@ -289,7 +287,7 @@ def test_a_runtime_reads_no_weight_outside_of_the_file(case: str, path: Path) ->
     for entry in weight.external_data:
         entry.value = PLACES[case].get(entry.key, entry.value)
     changed = replace(bundle, graph=SealedFile([model.SerializeToString()]))
-    with pytest.raises(RuntimeUnavailableError, match=r"cannot load the graph"):
+    with pytest.raises(RuntimeUnavailableError, match=r"load the graph"):
         OnnxRuntime(changed, Settings(threads=1))
 
 
@@ -300,7 +298,7 @@ def test_a_server_frees_the_weights_of_a_bundle(path: Path) -> None:
 def test_a_bundle_that_was_read_without_its_graph_has_no_file_of_it(path: Path) -> None:
     bundle = open_bundle(path, with_graph=False)
     for name in (GRAPH, GRAPH_DATA):
-        with pytest.raises(ValueError, match=f"{name}: was hashed, but not kept"):
+        with pytest.raises(ValueError, match=f"{name}: .*hashed"):
             bundle.blocks(name)
 
 

@@ -141,9 +141,7 @@ def test_a_network_that_its_file_cannot_fill_is_not_built(
     monkeypatch.setattr(module, "_MORE_PARAMETERS", 10)
     assert build_classifier(checkpoint, WHERE)
 
-    with pytest.raises(
-        CheckpointError, match=f"{WHERE}: {model} cannot be built with its config .*{message}"
-    ):
+    with pytest.raises(CheckpointError, match=f"{WHERE}: {model}.*{message}"):
         build_classifier(replace(checkpoint, model=model, config=config), WHERE)
 
 

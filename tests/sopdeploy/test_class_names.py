@@ -65,7 +65,7 @@ def test_what_is_beside_a_name_is_refused_and_never_part_of_it(
 ) -> None:
     name, text = LEFT[case]
     (tmp_path / name).write_bytes(text.encode())
-    with pytest.raises(ConfigError, match="write one name per line"):
+    with pytest.raises(ConfigError, match="name per line"):
         read_class_names(tmp_path / name)
 
 

@@ -422,7 +422,7 @@ def test_what_only_the_reader_of_torch_finds_in_an_archive_is_counted(tmp_path: 
         archives.append(with_another_list(deflated()))
     for raw in archives:
         assert torch.load(io.BytesIO(raw), weights_only=True)  # noqa: TID251
-        with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
+        with pytest.raises(CheckpointError, match="damaged"):
             load_plain(tmp_path / "best.pt", raw)
 
 

@@ -184,7 +184,7 @@ def test_a_new_project_cannot_have_the_name_of_a_bundle(name: str) -> None:
     assert (
         project_problem(name) is None
     )  # so that a checkpoint of an earlier version can be read
-    with pytest.raises(ConfigError, match="the name of a bundle"):
+    with pytest.raises(ConfigError, match="of a bundle"):
         check_project_name(name)
     assert not is_bundle_name(without_bundle_end(name))
     assert without_bundle_end(name).replace(".", "-") == name

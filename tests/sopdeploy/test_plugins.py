@@ -88,9 +88,7 @@ def test_a_plug_in_that_cannot_be_imported_is_one_line(
     module: str, install: Install, caplog: pytest.LogCaptureFixture
 ) -> None:
     install(f"broken = {module}")
-    with pytest.raises(
-        ConfigError, match=r"model 'unknown': not found; plug-in broken of acme 2\.0 "
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"'unknown': .*acme 2\.0 ") as caught:
         entry("unknown")
     message = str(caught.value)
 
@@ -110,9 +108,7 @@ def test_a_plug_in_that_cannot_be_imported_is_one_line(
 def test_a_broken_plug_in_does_not_hide_another_one(install: Install) -> None:
     install("broken = raises_plugin\nworks = works_plugin")
     assert load_settings(runtime="acme").runtime == "acme"
-    with pytest.raises(
-        ConfigError, match=r"runtime 'other': not found; plug-in broken of acme 2\.0"
-    ):
+    with pytest.raises(ConfigError, match=r"'other': .*acme 2\.0"):
         load_settings(runtime="other")
 
 
@@ -186,9 +182,7 @@ def test_an_outside_package_adds_a_runtime_in_one_file(
     assert loaded.runtime.name.startswith("onnx-reference")
     assert Path(bundle.onnx).read_bytes() == bundle.onnx.read()
     assert may_use_gpu(load_settings(runtime="onnx-reference")) is False
-    with pytest.raises(
-        ConfigError, match="runtime=onnx-reference uses the CPU; set devices=cpu"
-    ):
+    with pytest.raises(ConfigError, match=r"runtime=onnx-reference .*devices=cpu"):
         load_settings(runtime="onnx-reference", devices="0")
 
 

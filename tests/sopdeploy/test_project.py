@@ -90,9 +90,9 @@ def test_train_names_the_project_by_name_folder_or_recipe(case: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "a b", ".hidden", "a/b", "a\n", "größe", "x" * 201])
 def test_a_name_with_other_characters_is_an_error(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"^name=.*: use at most 200 letters, digits"):
+    with pytest.raises(ConfigError, match=r"^name=.*: .*200 letters"):
         check_project_name(name)
-    with pytest.raises(ConfigError, match="use at most 200 letters"):
+    with pytest.raises(ConfigError, match="200 letters"):
         configure(read_changes(Path("hats"), None, TrainOptions(set=[f"project={name!r}"])))
 
 
@@ -103,7 +103,5 @@ def test_times_are_utc_and_sort_as_text(monkeypatch: pytest.MonkeyPatch) -> None
     assert utc_now() == "2026-01-02T03:04:05.000000Z"
     for given in ("", "today", "9" * 20):
         monkeypatch.setenv("SOURCE_DATE_EPOCH", given)
-        with pytest.raises(
-            ConfigError, match=f"SOURCE_DATE_EPOCH={given}: not a number of seconds since 1970"
-        ):
+        with pytest.raises(ConfigError, match=f"SOURCE_DATE_EPOCH={given}: "):
             utc_now()

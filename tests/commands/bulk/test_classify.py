@@ -165,16 +165,14 @@ def test_a_folder_of_a_run_with_another_state_is_rejected(
             classify(bundle_path, [str(photos)], complete, settings, options)
 
     other = write_bundle(tmp_path, seed=1)
-    with pytest.raises(ConfigError, match=r"was begun with bundle \w+, not \w+; continue"):
+    with pytest.raises(ConfigError, match=r"bundle \w+, not"):
         classify(other, [str(photos)], complete, SETTINGS, OPTIONS)
 
-    with pytest.raises(
-        ConfigError, match=r"was begun with images 100 \(\w+\), not 1 \(\w+\); continue"
-    ):
+    with pytest.raises(ConfigError, match=r"images 100 \(\w+\), not 1"):
         classify(bundle_path, [str(photos / "001.jpg")], complete, SETTINGS, OPTIONS)
 
     with (
-        pytest.raises(ConfigError, match="another run is writing"),
+        pytest.raises(ConfigError, match="another run"),
         OutputFolder(complete).locked(),
     ):
         classify(bundle_path, [str(photos)], complete, SETTINGS, OPTIONS)
@@ -183,9 +181,7 @@ def test_a_folder_of_a_run_with_another_state_is_rejected(
     (tmp_path / "rows" / "x.parquet").touch()
     for state in ("", "{", "5"):  # none, or a damaged one
         (tmp_path / "_run.json").write_text(state)
-        with pytest.raises(
-            ConfigError, match=r"was begun with batch None, not 4; .* choose another folder"
-        ):
+        with pytest.raises(ConfigError, match=r"batch None, not 4"):
             classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
 
 
@@ -227,7 +223,7 @@ def test_images_that_end_their_decoder_or_are_large_have_the_rows_of_others(
     monkeypatch.setattr(
         decoders, "shared_template", lambda: pool.DecoderTemplate("sopdeploy_service.absent")
     )
-    with pytest.raises(RuntimeUnavailableError, match="the decoder processes do not start"):
+    with pytest.raises(RuntimeUnavailableError, match="decoder processes"):
         classify(bundle_path, [str(tmp_path)], tmp_path / "more", SETTINGS, OPTIONS)
 
 
@@ -269,9 +265,7 @@ def test_a_run_ends_if_memory_is_lacking_for_an_image_and_writes_no_row_for_it(
     loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={})
     monkeypatch.setattr(classifier, "load_model", lambda *_: loaded)
     sources = [str(photos / f"{number:03d}.jpg") for number in range(4)]
-    with pytest.raises(
-        RuntimeUnavailableError, match="run again to continue, or choose a smaller"
-    ):
+    with pytest.raises(RuntimeUnavailableError, match="run again"):
         classify(bundle.path, sources, tmp_path / "out", Settings(threads=1))
     assert not list((tmp_path / "out").glob("rows/*"))
 
@@ -400,7 +394,7 @@ def test_no_class_in_a_csv_file_is_a_formula_for_a_spreadsheet(photos, tmp_path)
 
 def test_options_of_parquet_files_are_refused_for_a_csv_file(bundle_path, photos, tmp_path):
     for option in ({"logits": True}, {"workers": 2}, {"ray": "local"}):
-        with pytest.raises(ConfigError, match="only with a folder of parquet files"):
+        with pytest.raises(ConfigError, match="parquet"):
             run.classify(bundle_path, photos, tmp_path / "results.csv", **option)
     assert not any(tmp_path.iterdir())
 

@@ -148,9 +148,7 @@ def test_actors_write_the_rows_of_classify_unless_theirs_would_differ(
 
     state = BatchClassifier(bundle_path, SETTINGS, OPTIONS).state  # of another machine
     for change in {"runtime": "onnxruntime-cuda 1.31 on cuda:0"}, {"batch": 7}:
-        with pytest.raises(
-            ConfigError, match=r"has onnxruntime .* on cpu .*; use machines of one kind"
-        ):
+        with pytest.raises(ConfigError, match=r"onnxruntime .* on cpu"):
             on_ray.PartActor(
                 bundle_path, SETTINGS, OPTIONS, complete, state.model_copy(update=change)
             )
@@ -158,9 +156,7 @@ def test_actors_write_the_rows_of_classify_unless_theirs_would_differ(
 
 def test_errors_of_a_cluster_are_one_line(bundle_path, photos, tmp_path):
     for address in ("127.0.0.1:9", "nonsense", "ray://127.0.0.1:10001", "[::1]:x"):
-        with pytest.raises(
-            ConfigError, match=r"ray: no Ray cluster at .*; `local` starts one here"
-        ):
+        with pytest.raises(ConfigError, match=r"^ray: .*`local`"):
             classify(
                 bundle_path,
                 [str(photos)],
@@ -174,7 +170,7 @@ def test_errors_of_a_cluster_are_one_line(bundle_path, photos, tmp_path):
         ("The actor died\nOOM", RuntimeUnavailableError, "OOM"),
     ):
         with (
-            pytest.raises(kind, match=f"^on the Ray cluster: {message}$"),
+            pytest.raises(kind, match=f"Ray cluster: {message}$"),
             on_ray.errors_of_actors(),
         ):
             raise RuntimeError(text)

@@ -132,9 +132,7 @@ def test_a_source_without_images_is_a_one_line_error(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=message):
             list(list_sources([source]))
 
-    with pytest.raises(
-        ImageError, match=r"cannot be read \(No such file or directory\)"
-    ) as raised:
+    with pytest.raises(ImageError, match=r"No such file") as raised:
         read_listed(ListedImage("x", "/nowhere/x.jpg"), 9)
 
     assert raised.value.code == "unusable_data"
@@ -213,9 +211,7 @@ def test_members_of_an_archive_stay_below_its_name(tmp_path):
         link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
         tar.addfile(link)
 
-    with pytest.raises(
-        DataError, match=r"twin\.jpg is a hard link; pack with `tar --hard-dereference`"
-    ):
+    with pytest.raises(DataError, match=r"twin\.jpg .*--hard-dereference"):
         list(list_sources([str(archive)]))
 
 
@@ -247,9 +243,7 @@ def test_a_header_that_says_it_has_gigabytes_is_not_read(kind: bytes, tmp_path: 
     with archive.open("wb") as file:
         file.write(extended(kind))
         file.truncate((3 << 30) + 4096)  # a file with a hole
-    with pytest.raises(
-        DataError, match=r"x\.tar: cannot be listed \(a header of 3221225472 bytes; the limit"
-    ):
+    with pytest.raises(DataError, match=r"x\.tar: .*3221225472 bytes"):
         list(list_sources([str(archive)]))
 
 
@@ -271,9 +265,7 @@ def test_an_entry_with_a_negative_size_does_not_repeat_those_before_it(tmp_path:
 def test_a_line_that_never_ends_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "list.txt").open("wb") as file:
         file.truncate(3 << 30)
-    with pytest.raises(
-        DataError, match=r"list\.txt: cannot be listed \(a line of 65536 characters or more"
-    ):
+    with pytest.raises(DataError, match=r"list\.txt: .*65536 characters"):
         list(list_sources([str(tmp_path / "list.txt")]))
 
 

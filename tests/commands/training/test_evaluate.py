@@ -87,10 +87,10 @@ def test_evaluate_counts_top1_and_top5_of_every_image(data, classes, size) -> No
 
 def test_a_diverged_network_and_an_empty_dataset_are_errors() -> None:
     model = FromPixels(3)
-    with pytest.raises(DataError, match="no images to evaluate on"):
+    with pytest.raises(DataError, match="no images"):
         evaluate_network(model, images([], [], 3), TINY)
     model.scale.data.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="validation images is not finite"):
+    with pytest.raises(TrainingError, match="not finite"):
         evaluate_network(model, images([0], [0], 3), TINY)
 
 
@@ -155,7 +155,7 @@ def test_images_are_read_as_the_run_read_its_images(stored, tmp_path, settings, 
     write_checkpoint(stored, replace(checkpoint, training={"recipe": recipe}))
 
     if not count:
-        with pytest.raises(DataError, match=r"val: holds no class folders"):
+        with pytest.raises(DataError, match=r"val: .*class folders"):
             measured(stored, tmp_path / "val")
         return
     assert measured(stored, tmp_path / "val").count == count
@@ -190,9 +190,7 @@ def test_intervals_are_those_of_independent_groups(stored, tmp_path) -> None:
 
 def test_a_decision_is_fitted_to_one_image_of_each_group(stored, tmp_path) -> None:
     make(tmp_path / "few", a__one=25, a__two=25, b=10)
-    with pytest.raises(
-        DataError, match="fit_decision: only 12 different images; give at least 50"
-    ):
+    with pytest.raises(DataError, match="fit_decision: only 12"):
         score_checkpoint(stored, tmp_path / "few", accepts=0.9)
     make(tmp_path / "enough", a__one=5, a__two=5, b=48)
     decision = score_checkpoint(stored, tmp_path / "enough", accepts=0.9).decision
@@ -253,7 +251,7 @@ def test_a_report_on_four_images_computed_by_hand() -> None:
 def test_a_probability_of_0_has_a_finite_loss_and_no_images_are_an_error() -> None:
     report = classification_report(("a", "b"), [ImageScore(1, (0, 1), 1.0, 0.0)])
     assert report.log_loss == pytest.approx(708.4, abs=0.1)
-    with pytest.raises(DataError, match="no images to evaluate on"):
+    with pytest.raises(DataError, match="no images"):
         classification_report(LABELS, [])
 
 
@@ -366,6 +364,6 @@ def test_a_run_selects_by_map_and_stores_the_thresholds_of_its_held_out_images(
 
 
 def test_distillation_needs_one_class_per_image(scenes, tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"teacher: .* needs one class"):
+    with pytest.raises(ConfigError, match=r"teacher: .* one class"):
         train_recipe(recipe(scenes, "teacher={}"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -164,27 +164,19 @@ def test_the_program_of_another_checkpoint_or_torch_is_refused(
     branched: Exported, tmp_path: Path
 ) -> None:
     other = save(trained("resnet8"), "resnet8", tmp_path / "other.pt", PREPROCESS)
-    with pytest.raises(
-        CheckpointError, match=r"other\.pt: not the checkpoint of dsop-resnet8-"
-    ):
+    with pytest.raises(CheckpointError, match=r"other\.pt: .*dsop-resnet8-"):
         rebuild_program(other, branched.manifest)
     lineage = branched.manifest.lineage.model_copy(update={"program_root": "0" * 64})
     manifest = branched.manifest.model_copy(update={"lineage": lineage})
-    with pytest.raises(
-        CertificateError, match=r"ckpt\.pt: torch .* but the bundle has 0{16}; use torch"
-    ):
+    with pytest.raises(CertificateError, match=r"ckpt\.pt: torch .*0{16}"):
         rebuild_program(checkpoint_of(branched), manifest)
 
 
 def test_the_checkpoint_is_given_with_torch_tensorrt_only(tmp_path: Path) -> None:
     bundle = write_hollow(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"via: converts the program of the checkpoint .*; try checkpoint"
-    ):
+    with pytest.raises(ConfigError, match=r"via: .*checkpoint"):
         engine(bundle, via="torch-tensorrt")
-    with pytest.raises(
-        ConfigError, match=r"checkpoint: only for torch-tensorrt; try via='torch-tensorrt'"
-    ):
+    with pytest.raises(ConfigError, match=r"checkpoint: .*via='torch-tensorrt'"):
         EngineOptions(checkpoint=Path("best.pt"))
 
 
@@ -199,16 +191,14 @@ def of_a_user(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_network_without_a_checkpoint_is_refused(
     checkpoint: Path | None, of_a_user: Path
 ) -> None:
-    with pytest.raises(
-        EngineError, match=r": is of a network of your own, which has no checkpoint to conv"
-    ):
+    with pytest.raises(EngineError, match=r": .*no checkpoint"):
         engine(of_a_user, via="torch-tensorrt", checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_bundle_in_another_precision_than_the_program_is_refused(precision: str) -> None:
     bundle: Any = SimpleNamespace(path="bundle", manifest=SimpleNamespace(precision=precision))
-    with pytest.raises(EngineError, match=f"bundle: is in {precision}, but the certified"):
+    with pytest.raises(EngineError, match=f"bundle: is in {precision}, .*certified"):
         build_from_program(bundle, lambda: pytest.fail("captured"), PROFILE, 1)
 
 
@@ -236,7 +226,5 @@ def test_an_operator_without_a_converter_is_named(
     dynamo = SimpleNamespace(convert_exported_program_to_serialized_trt_engine=convert)
     library = SimpleNamespace(Input=lambda **_: None, dynamo=dynamo)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", library)
-    with pytest.raises(
-        EngineError, match=r"cannot build the engine: RuntimeError: .*aten::roll not .*!$"
-    ):
+    with pytest.raises(EngineError, match=r"RuntimeError: .*aten::roll"):
         build(branched)

@@ -220,7 +220,5 @@ def test_the_file_computes_it_without_operators_that_a_gpu_lacks(
 
 @pytest.mark.slow
 def test_complex_numbers_are_refused_in_float16_with_their_operator(tmp_path: Path) -> None:
-    with pytest.raises(
-        LoweringError, match=r"aten\.fft_fft\.default in forward computes complex numbers"
-    ):
+    with pytest.raises(LoweringError, match=r"aten\.fft_fft\.default .*complex numbers"):
         write("compact bilinear pooling", tmp_path, precision="fp16")

@@ -92,9 +92,7 @@ def test_any_batch_size_gives_the_networks_logits(preprocess: Preprocess, batch:
 def test_network_that_restricts_the_batch_size_is_rejected(
     function: Callable[[Tensor], Tensor], preprocess: Preprocess
 ) -> None:
-    with pytest.raises(
-        LoweringError, match="treats some batch sizes differently, or fixes the size"
-    ):
+    with pytest.raises(LoweringError, match="batch sizes differently"):
         capture_any_batch(Minimal(function).eval(), preprocess, BATCH)
 
 
@@ -151,7 +149,7 @@ def test_distances_are_computed_in_the_mode_that_the_code_names(mode: str, rows:
 
 def test_operator_without_onnx_form_is_rejected_in_one_line(preprocess: Preprocess) -> None:
     eigenvalues = Minimal(lambda x: torch.linalg.eigvalsh(x[:, 0] @ x[:, 0].transpose(1, 2)))
-    with pytest.raises(LoweringError, match=r"no ONNX form: .*aten\._linalg_eigh") as problem:
+    with pytest.raises(LoweringError, match=r"ONNX form: .*aten\._linalg_eigh") as problem:
         lowered(eigenvalues.eval(), preprocess)
     assert str(problem.value).isprintable()
 

@@ -158,9 +158,7 @@ def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
     pixels = Normalize(preprocess, torch.contiguous_format)(
         torch.from_numpy(generated_images(preprocess.crop)[:2])
     )
-    with pytest.raises(
-        LoweringError, match=r"batch norms folded into the convolutions change the output"
-    ):
+    with pytest.raises(LoweringError, match=r"batch norms folded"):
         in_float16(network, program, pixels)
 
 
@@ -358,11 +356,9 @@ def test_missing_casts_stop_the_export(
 ) -> None:
     monkeypatch.setattr(precision, "cast_types", lambda certified, *_: certified)
     graph, options = graph_of("resnet8", preprocess), ExportOptions(precision="fp16")
-    with pytest.raises(
-        LoweringError, match="fp16 was requested, but the graph holds conv1 in float32"
-    ):
+    with pytest.raises(LoweringError, match="conv1 in float32"):
         precision.convert_precision(graph, preprocess, options, NO_IMAGES)
-    with pytest.raises(LoweringError, match=r"^no part has weights in float16"):
+    with pytest.raises(LoweringError, match=r"^no part"):
         precision.check_float16(onnx.ModelProto(), nn.Flatten())
 
 
@@ -398,9 +394,7 @@ def test_allowed_drift_of_numbers_does_not_allow_a_loss_of_accuracy(
         drop=drop,
         deviation=deviation,
     )
-    with pytest.raises(
-        ParityError, match=r"fp16 (loses 1\.50 points|changes the logits by 0\.60)"
-    ):
+    with pytest.raises(ParityError, match=r"fp16 (loses 1\.50|changes .*0\.60)"):
         check.check_drop(PrecisionReport(precision="fp16", parts={}, accuracy=measured))
 
 

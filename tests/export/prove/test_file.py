@@ -176,7 +176,7 @@ def test_a_file_that_drifts_stops_the_export(
 ) -> None:
     with pytest.raises(
         ParityError,
-        match=r"differs by .* in logits .* the network's rounding error, limit.*nothing was written",
+        match=r"rounding error, limit",
     ):
         measure(name, change)
 
@@ -192,7 +192,7 @@ def test_a_choice_by_order_is_named_if_most_images_agree(
     expected = compute_reference(exported[1], probes.numpy(), order=order)
     expected.outputs["logits"][:num_wrong] += 1e-3
 
-    with pytest.raises(ParityError, match=r"differs by .*; nothing was written") as caught:
+    with pytest.raises(ParityError, match=r"differs by") as caught:
         prove_file(*opened(tmp_path), expected, probes.numpy(), BATCH)
     advice = (
         f"; {4 - num_wrong} of 4 images agree, so rounding probably decides what aten.topk.default in "
@@ -365,7 +365,7 @@ def test_a_noise_floor_as_wide_as_the_logits_stops_the_export(
         assert not report.unverifiable
         return
 
-    with pytest.raises(ParityError, match=f"rounding error of .* is {message}") as caught:
+    with pytest.raises(ParityError, match=f"rounding error of .*{message}") as caught:
         prove_file(*arguments)
     assert "\n" not in str(caught.value)
 
@@ -380,7 +380,7 @@ def test_logits_of_zeros_cannot_be_verified(
 ) -> None:
     zeros = {"logits": np.zeros((measure().num_images, 10))}
     expected = ParityReference(outputs=zeros, noise_floor={"logits": 0.0})
-    with pytest.raises(ParityError, match="spread of the network's logits is 0"):
+    with pytest.raises(ParityError, match="logits is 0"):
         prove_file(*opened(tmp_path), expected, probes.numpy(), BATCH)
 
 
@@ -498,9 +498,7 @@ def test_a_gate_that_rounding_changes_on_every_image_is_refused(
 ) -> None:
     network = trained("gmgap-16-8-resnet18", **GMGAP)
     deployed = Deployed(network, preprocess).eval()
-    with pytest.raises(
-        ParityError, match=r"undecided on every reference image.*int8.*; train longer"
-    ):
+    with pytest.raises(ParityError, match=r"undecided .*int8"):
         compute_reference(
             deployed,
             probes[:3].numpy(),

@@ -420,9 +420,7 @@ def test_it_is_rejected_with_the_cause_and_nothing_is_written(
 def test_a_tensor_that_is_not_accepted_is_refused_with_what_keeps_its_values(
     tensor: Tensor, advice: str
 ) -> None:
-    with pytest.raises(
-        LoweringError, match=rf"^fc\.weight is a Tensor of .* or integers: .*{advice}"
-    ):
+    with pytest.raises(LoweringError, match=rf"^fc\.weight .*integers: .*{advice}"):
         check_tensor("fc.weight", tensor)
 
 

@@ -83,7 +83,7 @@ def test_a_table_that_was_kept_of_other_weights_is_refused(tmp_path: Path) -> No
     with torch.no_grad():
         network(torch.zeros(1, 3, networks.SIDE, networks.SIDE))
     network.fc.weight.data += 1
-    with pytest.raises(LoweringError, match=r"which is not a parameter or buffer"):
+    with pytest.raises(LoweringError, match=r"parameter or buffer"):
         networks.export_small(network, tmp_path, plain=idioms.KeepsTable, options=QUICK)
 
 
@@ -143,7 +143,5 @@ def test_networks_of_other_libraries_are_exported(
 def test_an_invalid_option_is_named_as_by_the_command_line() -> None:
     with pytest.raises(ConfigError, match=r"max_drop: .*'inf'"):
         ExportOptions(max_drop=float("inf"))
-    with pytest.raises(
-        ConfigError, match=r"max_drop: needs images to measure on; try evaluate"
-    ):
+    with pytest.raises(ConfigError, match=r"max_drop: .*try evaluate"):
         ExportOptions(precision="fp16", max_drop=0.1)

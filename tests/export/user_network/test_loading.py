@@ -237,9 +237,7 @@ def test_each_name_that_a_refusal_lists_chooses_the_tensors(
     torch.save({"state": table} if key in ("state.ema", "state") else table, tmp_path / "w.pth")
     network = Small()
     if key is None:
-        with pytest.raises(
-            WeightsError, match=r"under several names \(\., ema\); try weights_key"
-        ):
+        with pytest.raises(WeightsError, match=r"\(\., ema\); .*weights_key"):
             load_weights(network, tmp_path / "w.pth")
         return
     load_weights(network, tmp_path / "w.pth", key)
@@ -533,9 +531,7 @@ def test_class_to_idx_of_a_file_gives_the_labels(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_torchscript_is_called_by_its_name(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "w.pt")
-    with pytest.raises(
-        WeightsError, match=r"a TorchScript archive, which contains code; save the network's"
-    ):
+    with pytest.raises(WeightsError, match=r"TorchScript"):
         load_weights(Small(), tmp_path / "w.pt")
 
 
@@ -711,7 +707,7 @@ def test_json_is_json_whatever_the_code_of_a_network_prints(tmp_path: Path, capf
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"resize": 0}', "x"])
 def test_a_file_that_holds_no_preprocessing_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "rules.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"^preprocess='.*rules\.json': cannot be read \("):
+    with pytest.raises(ConfigError, match=r"^preprocess='.*rules\.json': .*\("):
         read_preprocess(str(tmp_path / "rules.json"))
 
 
@@ -830,7 +826,7 @@ def test_a_builder_that_draws_what_the_weight_file_does_not_hold_is_refused(
 ) -> None:
     network = trained(Sketch())
     torch.save(network.state_dict(), tmp_path / "w.pth")
-    with pytest.raises(CertificateError, match=r"signs differs from the plain network's"):
+    with pytest.raises(CertificateError, match=r"signs differs"):
         export_small(network, tmp_path / "out", rebuild=Sketch)
 
 

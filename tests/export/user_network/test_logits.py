@@ -161,7 +161,7 @@ def test_logits_that_no_image_changes_are_refused_after_the_first_run(
 
     with pytest.raises(
         LoweringError,
-        match=r"same logits for every reference image; load .*; to .* try allow_numerical_error=True$",
+        match=r"same logits .*allow_numerical_error=True$",
     ):
         export_small(
             trained(Returns(EQUAL[case])), tmp_path, options=QUICK, on_step=steps.append
@@ -179,9 +179,7 @@ def test_probabilities_that_no_image_changes_are_refused_after_the_first_run(
 ) -> None:
     steps: list[str] = []
 
-    with pytest.raises(
-        LoweringError, match=r"same probabilities for every reference image; load .*; to .* try"
-    ):
+    with pytest.raises(LoweringError, match=r"same probabilities"):
         export_small(
             trained(Returns(of_first_class)), tmp_path, options=QUICK, on_step=steps.append
         )
@@ -206,7 +204,7 @@ def test_equal_logits_are_exported_with_a_warning_if_the_option_of_the_message_i
 
 def test_no_option_is_named_where_nothing_is_exported() -> None:
     network = trained(Returns(EQUAL["a bias alone"]))
-    with pytest.raises(LoweringError, match=r"the image reaches them$"):
+    with pytest.raises(LoweringError, match=r"reaches them$"):
         unused_modules(network, PREPROCESS)
 
 

@@ -178,7 +178,7 @@ def test_several_processes_are_refused_where_the_system_lacks_what_they_share(
     monkeypatch,
 ) -> None:
     monkeypatch.delattr(os, "memfd_create")  # as on macOS
-    with pytest.raises(ConfigError, match="devices and front_ends: need Linux; remove"):
+    with pytest.raises(ConfigError, match=r"front_ends: .*Linux"):
         supervisor.run_supervisor(["bundles"], load_settings(devices="cpu,cpu", port=0))
 
 
@@ -497,9 +497,7 @@ def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(
     if expected is not None:
         assert visible_devices(device, environment) == expected
         return
-    with pytest.raises(
-        ConfigError, match=rf"devices: {device} is not among the \d GPUs of CUDA_VISIBLE_DEV"
-    ):
+    with pytest.raises(ConfigError, match=rf"devices: {device}.*\d GPUs"):
         visible_devices(device, environment)
 
 

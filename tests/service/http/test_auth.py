@@ -490,9 +490,7 @@ def test_a_file_of_another_user_is_one_line_that_says_whose_it_must_be(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(api_keys, "read_text", refuse)
-    with pytest.raises(
-        ConfigError, match=rf"\(Permission denied\); .* run chown {os.geteuid()} .*keys\.toml"
-    ):
+    with pytest.raises(ConfigError, match=rf"Permission .*chown {os.geteuid()} .*keys\.toml"):
         read_keys(tmp_path / "keys.toml")
 
 

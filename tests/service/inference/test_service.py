@@ -76,9 +76,7 @@ def test_exactly_the_bundles_of_the_last_reload_are_served(versions) -> None:
         ]
 
         after = registry.find("tiny")
-        with pytest.raises(
-            RejectedError, match=f"no version .*; the current one is {after.version}"
-        ):
+        with pytest.raises(RejectedError, match=f"no version .*{after.version}"):
             registry.find("tiny", before.version)
         await registry.replace({"tiny": open_bundle(versions[1])})
 
@@ -253,13 +251,13 @@ def test_a_bundle_that_is_given_twice_is_one_bundle(tmp_path, monkeypatch) -> No
 
 
 def test_invalid_sources_are_errors(versions, tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"the name tiny is already used by .*NAME="):
+    with pytest.raises(ConfigError, match=r"tiny .*NAME="):
         found(versions)
     for source in ("a b=/x", "=/x", "a/b=/x"):
         with pytest.raises(ConfigError, match="letters, digits"):
             found([source])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BundleError, match="written by `sopdeploy export`"):
+    with pytest.raises(BundleError, match="`sopdeploy export`"):
         found([tmp_path / "empty"])
 
 
@@ -424,9 +422,7 @@ def test_a_disk_that_hangs_ends_a_start_at_its_deadline(
     module, function, start, values = FIRST_READS[case]
     gate = threading.Event()
     monkeypatch.setattr(module, function, lambda *_, **__: gate.wait())
-    with pytest.raises(
-        RuntimeUnavailableError, match=r"not loaded within 0\.01 s; check the device"
-    ):
+    with pytest.raises(RuntimeUnavailableError, match=r"within 0\.01 s"):
         start(versions[0], Settings(threads=1, load_timeout=0.01, **values))
     gate.set()
 

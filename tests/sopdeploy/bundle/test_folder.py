@@ -86,7 +86,7 @@ def test_the_staging_folder_is_hidden_and_never_stays(
 
 def test_a_full_disk_is_an_error_that_names_the_destination(tmp_path: Path) -> None:
     with (
-        pytest.raises(StorageError, match=r"out: cannot be written \(No space"),
+        pytest.raises(StorageError, match=r"out: .*No space"),
         staging(tmp_path / "out"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -97,7 +97,7 @@ def test_a_full_disk_is_an_error_that_names_the_destination(tmp_path: Path) -> N
 def test_an_unwritable_destination_is_an_error(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("mine")
     with (
-        pytest.raises(StorageError, match=r"file.*: cannot be written \("),
+        pytest.raises(StorageError, match=r"file.*: .*\("),
         staging(tmp_path / below),
     ):
         pass
@@ -151,9 +151,7 @@ def test_equal_content_is_published_once_and_nothing_replaces_a_bundle(tmp_path:
     shutil.rmtree(path)
     other.rename(path)
 
-    with pytest.raises(
-        BundleError, match="exists with another manifest; choose another folder"
-    ):
+    with pytest.raises(BundleError, match="another manifest"):
         write_hollow(tmp_path)
 
 
@@ -214,7 +212,7 @@ def test_a_file_of_another_kind_or_size_is_rejected(
 def test_a_path_without_a_bundle_is_rejected(tmp_path: Path, place: str) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "file").write_text("x")
-    with pytest.raises(BundleError, match=r"no manifest\.json|no such folder|not a folder"):
+    with pytest.raises(BundleError, match=r"manifest\.json|no such folder|not a folder"):
         open_bundle(tmp_path / place)
 
 
@@ -227,14 +225,14 @@ def test_only_plain_file_names_are_accepted(bundle: Path, name: str) -> None:
     for path in (bundle.parent / "outside", bundle / "deeper" / "file"):
         path.write_bytes((bundle / "README.md").read_bytes())
     rename_entry(bundle, "README.md", name)
-    with pytest.raises(BundleError, match="not a plain file name"):
+    with pytest.raises(BundleError, match="plain file name"):
         open_bundle(bundle)
 
 
 @pytest.mark.parametrize("name", REQUIRED)
 def test_a_bundle_without_a_required_file_is_not_opened(bundle: Path, name: str) -> None:
     rename_entry(bundle, name, "README.md")
-    with pytest.raises(BundleError, match=f"the manifest lists no {name}"):
+    with pytest.raises(BundleError, match=f"lists no {name}"):
         open_bundle(bundle)
 
 
@@ -251,7 +249,7 @@ def test_other_content_of_the_manifest_is_rejected(bundle: Path, case: str) -> N
 def test_a_huge_manifest_is_rejected_without_reading_it(bundle: Path) -> None:
     with (bundle / MANIFEST).open("wb") as file:
         file.truncate(1 << 40)  # sparse
-    with pytest.raises(BundleError, match=f"larger than {MAX_MANIFEST_BYTES} bytes"):
+    with pytest.raises(BundleError, match=f"{MAX_MANIFEST_BYTES} bytes"):
         read_manifest(bundle)
 
 
@@ -261,9 +259,7 @@ def test_a_bundle_is_opened_with_its_graph(bundle: Path) -> None:
 
 def test_a_file_is_parsed_only_if_its_hash_matches(bundle: Path) -> None:
     flip(bundle / "labels.json", 0)
-    with pytest.raises(
-        BundleError, match=r"labels\.json: its sha256 is not the one in the manifest"
-    ):
+    with pytest.raises(BundleError, match=r"labels\.json: .*sha256"):
         open_bundle(bundle)
 
 

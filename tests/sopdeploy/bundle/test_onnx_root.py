@@ -173,9 +173,7 @@ OTHER_BYTES = (field_set_twice, field_number_that_overflows)
 def test_file_that_is_not_the_serialization_of_its_model_has_no_root(
     content: Callable[[], bytes],
 ) -> None:
-    with pytest.raises(
-        CertificateError, match=r"not a complete ONNX model|unknown or repeated fields"
-    ):
+    with pytest.raises(CertificateError, match=r"ONNX|repeated fields"):
         read_model(content())
 
 

@@ -152,9 +152,7 @@ def test_a_path_that_is_too_long_is_named_in_one_line(tmp_path: Path, monkeypatc
     for _ in range(25):
         Path("d" * 200).mkdir()
         os.chdir("d" * 200)
-    with pytest.raises(
-        DataError, match=r"^[^\n]*: cannot be listed \(File name too long\); [^\n]*$"
-    ):
+    with pytest.raises(DataError, match=r"^[^\n]*: .*File name too long[^\n]*$"):
         list(walk(tmp_path))
 
 

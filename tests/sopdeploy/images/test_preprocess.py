@@ -368,7 +368,7 @@ def test_one_set_of_limits_holds_for_training_and_server() -> None:
         formats.MAX_BYTES,
         formats.MAX_PIXELS,
     )
-    with pytest.raises(DataError, match="larger than 20000000 bytes, the limit; "):
+    with pytest.raises(DataError, match="20000000 bytes"):
         Photo("photo", b"\xff\xd8\xff" + bytes(20_000_000)).preprocess(RULES)
 
 
@@ -376,7 +376,7 @@ def test_the_error_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -
     body = encoded(gradient(), "HEIF")
     monkeypatch.delitem(Image.OPEN, "HEIF")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(DataError, match=r'pip install "sopdeploy\[heif\]" \(phones take JPEG'):
+    with pytest.raises(DataError, match=r"sopdeploy\[heif\]"):
         Photo("photo", body).preprocess(RULES)
     with pytest.raises(ImageError, match="needs pillow-heif") as caught:
         formats.open_image(body)
@@ -462,9 +462,7 @@ def test_published_preprocessing_is_converted(case: str) -> None:
 
 @pytest.mark.parametrize("mode", ["squash", "border"])
 def test_a_crop_after_squashing_or_padding_is_refused(mode: str) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"crop_mode '{mode}' with crop_pct 0\.9 is not supported"
-    ):
+    with pytest.raises(ConfigError, match=rf"crop_mode '{mode}' with crop_pct 0\.9"):
         Preprocess.from_timm({"crop_mode": mode, "crop_pct": 0.9})
 
 
@@ -472,5 +470,5 @@ def test_preprocessing_of_torchvision_is_converted() -> None:
     models = pytest.importorskip("torchvision.models")
     found = Preprocess.from_torchvision(models.ResNet50_Weights.IMAGENET1K_V2.transforms())
     assert (found.resize, found.crop, found.interpolation) == (232, 224, "bilinear")
-    with pytest.raises(ConfigError, match=r"does not resize and crop"):
+    with pytest.raises(ConfigError, match=r"resize and crop"):
         Preprocess.from_torchvision(torch.nn.Identity())

@@ -112,9 +112,7 @@ def test_a_thousand_classes_get_the_imagenet_names_and_unknown_depths_are_refuse
     with torch.device("meta"):
         names = torchvision.models.resnet152().state_dict()
     torch.save({name: torch.zeros(1) for name in names}, tmp_path / "a.pth")
-    with pytest.raises(
-        WeightsError, match=r"a ResNet of \(3, 8, 36, 3\) bottlenecks is not in the catalog"
-    ):
+    with pytest.raises(WeightsError, match=r"ResNet of \(3, 8, 36, 3\)"):
         imported(tmp_path / "a.pth", "resnet101")
 
 

@@ -79,14 +79,12 @@ def test_what_the_file_does_not_tell_must_be_set(tmp_path: Path) -> None:
         training_file(file, released, arch)
         with pytest.raises(
             ConfigError,
-            match=r"its arch does not determine the stride .*add --option conv5_stride",
+            match=r"--option conv5_stride",
         ):
             imported(file, "isqrt-resnet50", settings=DEPTH)
 
     given = {**DEPTH, "conv5_stride": 2}
-    with pytest.raises(
-        ConfigError, match=r"--option pooling.width=64: .* holds 12; leave the setting out"
-    ):
+    with pytest.raises(ConfigError, match=r"pooling.width=64: .* holds 12"):
         imported(file, "isqrt-resnet50", settings={**given, "pooling.width": 64})
     ours, _ = imported(file, "isqrt-resnet50", settings={**given, "pooling.iterations": 3})
     assert_released_logits(ours, released)
@@ -199,9 +197,7 @@ def test_gsop_can_be_read_by_rows_and_an_average_has_no_triangle(tmp_path: Path)
     as_stored, _ = imported(file, "gsop-net2-resnet26", triangle="rows")
     assert torch.equal(as_stored.fc.weight, state_of("gsop-net2 channel")["fc.weight"])
     torch.save(state_of("resnet18 numbered"), tmp_path / "b.pth")
-    with pytest.raises(
-        ConfigError, match=r"triangle='rows': ResNet-18 of .* reads no covariance vector"
-    ):
+    with pytest.raises(ConfigError, match=r"triangle='rows': ResNet-18"):
         imported(tmp_path / "b.pth", "resnet18", settings={"conv5_stride": 2}, triangle="rows")
 
 
@@ -215,9 +211,7 @@ def test_a_published_file_that_is_known_to_be_broken_is_refused_with_the_reason(
     problem = import_weights.BROKEN["15991845"]
     monkeypatch.setattr(import_weights, "BROKEN", {sha256(file)[:8]: problem})
 
-    with pytest.raises(
-        WeightsError, match=r"renamed.pth: published before .* 0\.166 % .* --triangle columns"
-    ):
+    with pytest.raises(WeightsError, match=r"renamed.pth: .* --triangle columns"):
         imported(file, "isqrt-resnet50")
 
     assert [path.name for path in tmp_path.iterdir()] == ["renamed.pth"]
@@ -240,7 +234,7 @@ def test_gsop_net1_gives_the_same_logits_with_each_block(
     file = gsop(tmp_path / "a.pth.tar", f"gsop-net1 {attention}")
     settings = {"attention": attention} if attention in {"sum", "maximum"} else {}
     if settings:
-        with pytest.raises(ConfigError, match=r"sum and maximum .* add --option attention="):
+        with pytest.raises(ConfigError, match=r"--option attention="):
             imported(file, "gsop-net1-resnet26")
     ours, report = imported(file, "gsop-net1-resnet26", settings=settings)
     assert_released_logits(ours, f"gsop-net1 {attention}")

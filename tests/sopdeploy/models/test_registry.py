@@ -47,9 +47,7 @@ def test_every_entry_is_built_also_without_what_only_training_uses(name: str) ->
     ],
 )
 def test_a_misspelled_name_suggests_the_nearest_ones(wrong: str, near: str) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"'{wrong}' is not in the catalog; did you mean .*{near}"
-    ):
+    with pytest.raises(ConfigError, match=rf"'{wrong}'.*did you mean .*{near}"):
         create_model(wrong)
 
 
@@ -64,7 +62,7 @@ def test_a_file_in_place_of_a_name_is_told_with_what_reads_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ckpt.pt").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"catalog; `sopdeploy eval` and `export` read"):
+    with pytest.raises(ConfigError, match=r"sopdeploy eval"):
         create_model("ckpt.pt")
 
 

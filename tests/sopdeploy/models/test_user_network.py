@@ -149,7 +149,7 @@ def test_a_checkpoint_of_an_unregistered_network_is_one_line(
     network, path = sopdeploy.create_model(registered), tmp_path / "ckpt.pt"
     save(network, registered, path, Preprocess(resize=8, crop=8))
     del MODELS.registered[registered]
-    with pytest.raises(CheckpointError, match=r"model 'stages' is not in the catalog"):
+    with pytest.raises(CheckpointError, match=r"'stages'"):
         sopdeploy.export(path, tmp_path / "again", detach=True)
 
 

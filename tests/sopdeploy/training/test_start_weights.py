@@ -259,9 +259,7 @@ def test_every_name_of_a_packaged_network_finds_its_weights_without_a_hub(
 def test_a_package_whose_weights_were_changed_is_refused(server, monkeypatch) -> None:
     [(repository, packaged)] = PACKAGES.items()
     monkeypatch.setitem(PACKAGES, repository, packaged._replace(sha256="0" * 64))
-    with pytest.raises(
-        WeightsError, match=r"57934424.pth: 579344.*reinstall the package efficientnet-lite0"
-    ):
+    with pytest.raises(WeightsError, match=r"efficientnet-lite0"):
         start()
 
 
@@ -290,7 +288,7 @@ def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(
     # A file of the cache with other weights is refused.
     [blob] = (tmp_path / "hub").rglob("blobs/*")
     blob.write_bytes(server.content[:-4] + b"\0\0\0\1")
-    with pytest.raises(WeightsError, match=r"model.safetensors: removed, its SHA-256 is"):
+    with pytest.raises(WeightsError, match=r"model.safetensors: .*SHA-256"):
         start()
 
 
@@ -325,12 +323,10 @@ def test_timm_weights_come_from_its_hub_and_then_from_its_cache(
     assert start(f"model.name={model}").start == initial.start
     blob = next((tmp_path / "hub").rglob("blobs/*"))
     blob.write_bytes(server.content[:-4] + b"\0\0\0\1")
-    with pytest.raises(WeightsError, match=r"model.safetensors: removed, its SHA-256 is"):
+    with pytest.raises(WeightsError, match=r"model.safetensors: .*SHA-256"):
         start(f"model.name={model}")
     server.requests.clear()
-    with pytest.raises(
-        WeightsError, match=r"timm/test_resnet.*/model.safetensors on another machine"
-    ) as refused:
+    with pytest.raises(WeightsError, match=r"timm/test_resnet.*/model.safetensors") as refused:
         start(f"model.name={model}")
     assert len(server.requests) == 1
 
@@ -354,9 +350,7 @@ def test_a_file_of_another_network_is_refused_with_its_name(tmp_path) -> None:
     }  # one value is stored
     torch.save(zeros, tmp_path / "mine.pth")
     difference = r"layer1.0.conv1.weight is \(64, 64, 1, 1\), not \(64, 64, 3, 3\)"
-    with pytest.raises(
-        WeightsError, match=rf"mine\.pth \(ResNet-50 of .*\) does not fit: {difference}"
-    ):
+    with pytest.raises(WeightsError, match=rf"mine\.pth \(ResNet-50 of .*{difference}"):
         start("model.name=resnet18", f"start.weights={tmp_path / 'mine.pth'}")
 
 
@@ -366,7 +360,7 @@ def test_tensors_that_do_not_fit_are_named_unless_they_belong_to_a_classifier() 
     weights = StartWeights(
         file="mine.pth", sha256="", network="ResNet-8", tensors=tensors, preprocess=Preprocess()
     )
-    with pytest.raises(WeightsError, match=r"the network of the recipe has no layer9\.a;"):
+    with pytest.raises(WeightsError, match=r"layer9\.a"):
         load_start_weights(weights, model, ("cat", "dog"))
     distilled = create_model("timm:deit_tiny_distilled_patch16_224", num_classes=2)
     of_others = replace(weights, tensors=distilled.state_dict(), labels=("cat", "dog"))
@@ -401,9 +395,7 @@ def test_weights_that_are_published_without_a_classifier_start_a_run(
     assert initial.start.new == (
         ("head",) if name == "timm:test_vit" else ("pooled_head", "pooled_head.fc")
     )
-    with pytest.raises(
-        WeightsError, match="has no classifier, so it cannot classify; train one: "
-    ):
+    with pytest.raises(WeightsError, match="no classifier"):
         import_weights(
             check_is_weights(tmp_path / "vit.pth"), "timm:test_vit", tmp_path / "ckpt.pt"
         )

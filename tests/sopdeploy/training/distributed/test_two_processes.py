@@ -50,7 +50,7 @@ def train_until_signal(folder: Path) -> list[list[int]]:
         check(self, **options)
 
     loop.SignalState.exchange = check_with_signal
-    with pytest.raises(TrainingStoppedError, match="stopped in epoch 2 of 3 after 2 steps"):
+    with pytest.raises(TrainingStoppedError, match="epoch 2 of 3"):
         train_recipe(short_recipe("epochs=3"), folder / "run")
     return loader.steps
 

@@ -586,9 +586,7 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     changed = CliRunner().invoke(app, command)
     assert (changed.exit_code, changed.stdout) == (2, "")
     assert "the images have changed since the run" in changed.stderr
-    with pytest.raises(
-        DataError, match="training images, their order or labels have changed since"
-    ):
+    with pytest.raises(DataError, match="their order"):
         train_recipe(recipe, tmp_path / "run", resume=True)
     assert (after.training, after.decision) == (checkpoint.training, checkpoint.decision)
     assert all(
@@ -1047,9 +1045,7 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     (tmp_path / "photos" / "labels.csv").write_text(
         "\n".join([lines[0], *lines[:0:-1]]), encoding="utf-8"
     )
-    with pytest.raises(
-        DataError, match="training images, their order or labels have changed since"
-    ):
+    with pytest.raises(DataError, match="their order"):
         train_recipe(recipe, tmp_path / "run", resume=True)
 
 
@@ -1057,7 +1053,7 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
     data = paint(tmp_path / "photos", 2)
     for path in data.glob("*/*.png"):
         path.write_bytes((data / "red" / "0.png").read_bytes())
-    with pytest.raises(DataError, match="copies of one photo"):
+    with pytest.raises(DataError, match="one photo"):
         train_recipe(
             read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={data}"]), tmp_path / "run"
         )
@@ -1369,7 +1365,7 @@ def test_the_interval_of_the_map_is_that_of_resampled_images():
     found = MeanPrecision.of(both, scores_of_both, 0)
     assert found.low < found.value < found.high
 
-    with pytest.raises(DataError, match=r"^no image shows a class of the network"):
+    with pytest.raises(DataError, match=r"^no image shows"):
         MeanPrecision.of(np.zeros_like(both), scores_of_both, 0)
 
 

@@ -90,7 +90,7 @@ def test_a_network_that_draws_random_numbers_resumes_to_the_same_bits(tmp_path) 
 def test_auto_overwrites_partial_files_only(tmp_path) -> None:
     (tmp_path / "last.pt.0123abcd.partial").write_bytes(b"half")
     (tmp_path / "best.pt").write_bytes(b"mine")
-    with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+    with pytest.raises(ConfigError, match="empty folder"):
         train_recipe(short_recipe(), tmp_path, resume="auto")
     assert (tmp_path / "best.pt").read_bytes() == b"mine"
     (tmp_path / "best.pt").unlink()
@@ -178,9 +178,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(
         save(content, file)
 
     monkeypatch.setattr(module.torch, "save", fail_in_epoch_2)
-    with pytest.raises(
-        StorageError, match=rf"last\.pt: cannot be written \({reason}\); check permissions"
-    ):
+    with pytest.raises(StorageError, match=rf"last\.pt: .*\({reason}\)"):
         train_recipe(short_recipe(), out)
     monkeypatch.undo()
     assert not list(out.glob("*.partial"))
