@@ -60,7 +60,7 @@ def _parse_and_warn(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:
     ),
     examples=(
         "sopdeploy serve bundles/photos-3f6c01d2a4b7 --port 8000",
-        "sopdeploy serve bundles/live --examples held-out --setting keep=kept --setting follow=true",
+        "sopdeploy serve bundles/live --setting keep=kept --setting follow=true",
         "sopdeploy serve flowers=bundles/photos-3f6c01d2a4b7 birds=other/bundle",
     ),
 )
