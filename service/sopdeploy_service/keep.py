@@ -28,7 +28,7 @@ from sopdeploy.photos.kept import SAMPLED, image_id
 from sopdeploy.version import __version__
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction, RejectedError
-from sopdeploy_service.kept_folder import Deletion, KeptFolder
+from sopdeploy_service.kept_folder import KeptFolder
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
@@ -111,15 +111,12 @@ class Keeper:
             folder,
             settings.keep_bytes,
             86_400 * settings.keep_days,
-            on_delete=lambda reason: metrics.kept_deleted.labels(reason).inc(),
         )
 
         # Counters begin with 0, so that their first increase is seen.
         self._counts = {
             result: metrics.kept_images.labels(result) for result in get_args(KeptResult)
         }
-        for reason in get_args(Deletion):
-            metrics.kept_deleted.labels(reason)
 
         # Two totals of bytes instead of one: each is written by one thread only, so no lock is needed.
         self._photos: queue.SimpleQueue[QueuedPhoto | None] = queue.SimpleQueue()

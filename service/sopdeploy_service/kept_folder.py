@@ -16,7 +16,7 @@ import re
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -98,13 +98,11 @@ class KeptFolder:
         path: Path,
         max_bytes: int,
         max_seconds: float,
-        on_delete: Callable[[Deletion], None],
     ) -> None:
-        """Create *path*; *on_delete* is called for each deleted photo. Raises `StorageError`."""
+        """Create *path*; raises `StorageError`."""
         self.path = path
         self._max_bytes = max_bytes
         self._max_seconds = max_seconds
-        self._on_delete = on_delete
 
         self._unseen = 0  # bytes written since the last look through the folder
         self._listed: set[str] = set()  # bundles whose classes are in `LABEL_CONFIG`
@@ -187,7 +185,6 @@ class KeptFolder:
                 errors.append(error)
             else:
                 if is_deleted:
-                    self._on_delete(reason)
                     log.info("deleted a photo", extra={"reason": reason})
         if errors:
             raise errors[0]

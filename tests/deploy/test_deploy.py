@@ -438,7 +438,7 @@ def test_a_counter_whose_first_event_raises_an_alert_has_its_series_before(
 
     assert {name for name, _ in found} >= {
         "sopdeploy_load_failures_total",
-        "sopdeploy_kept_deleted_total",
+        "sopdeploy_kept_images_total",
     }
 
     for name, labels in found:
@@ -470,10 +470,11 @@ def test_the_alert_rules_are_valid_and_fire_when_they_should(
 
 
 @pytest.mark.slow
-def test_drift_is_noticed_with_much_and_with_little_traffic(
-    promtool: Callable[..., None],
+@pytest.mark.parametrize("days", ["calm.yaml", "drift.yaml"])
+def test_calm_days_raise_no_alarm_and_drift_is_noticed(
+    promtool: Callable[..., None], days: str
 ) -> None:
-    promtool("test", "rules", ALERT_TESTS.with_name("drift.yaml"))
+    promtool("test", "rules", ALERT_TESTS.with_name(days))
 
 
 def test_the_alert_rules_of_two_releases_fire_once_each(
@@ -518,11 +519,12 @@ SELECTOR = r"\b(?:sopdeploy[_:]|process_|up\b)\w*(?:\{.*?\})?"
 def test_a_release_that_may_have_no_pods_is_not_reported_as_down_without_them() -> None:
     keda = KEDA | {"requestsQuery": "sum(proxy)"}
     scaled = {"autoscaling": AUTOSCALING | {"minReplicas": 0, "keda": keda}}
-    found = [
-        rules["groups"][0]["rules"][1]
-        for rules in (alert_rules({}, "a"), alert_rules(scaled, "a"))
-    ]
-    assert ["absent" in rule["expr"] for rule in found] == [True, False]
+    for values, reports in (({}, True), (scaled, False)):
+        rules = alert_rules(values, "a")["groups"][0]["rules"]
+        found = {rule["alert"]: rule["expr"] for rule in rules if "alert" in rule}
+        assert ("absent" in found["SopdeployNotServing"]) == reports
+        assert ("SopdeployNoTarget" in found) == reports
+        assert {"SopdeployServerDown", "SopdeployProcessDown"} <= found.keys()
 
 
 def test_prometheus_of_compose_loads_the_alert_rules(

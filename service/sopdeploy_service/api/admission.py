@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, TypeVarTuple, cast
+from typing import Annotated, Any, NamedTuple, TypeVar, TypeVarTuple, cast
 
 import orjson
 import pydantic
@@ -212,7 +212,6 @@ async def admit(
     proxies = service.settings.trusted_proxies
     client = context.key_name or client_address(context.headers, context.peer, proxies)
     model = find_and_record_model(request, name, version)
-    result: Literal["success", "fail"] = "fail"
 
     # Refuse before the body is read.
     try:
@@ -234,7 +233,6 @@ async def admit(
                 deadline=deadline,
             )
             yield admitted
-        result = "success"
     except RejectedError as error:
         is_own_fault = error.reason.retry_after is None  # else the client should send it again
         # A request with images has spent their tokens already.
@@ -242,9 +240,9 @@ async def admit(
             context.rate_limit.charge(1 + context.bytes // SMALL_BODY)
         raise
     finally:
-        service.metrics.count_inference(
-            model.name, result, time.monotonic() - started, context.stage_seconds
-        )
+        # The other stages are counted per image and batch.
+        if "receive" in context.stage_seconds:
+            service.metrics.observe_stage("receive", context.stage_seconds["receive"])
 
 
 def timeout_of(headers: Mapping[str, str], longest: float) -> float:

@@ -29,6 +29,7 @@ from sopdeploy_service.inference.daemon_threads import DaemonThreads
 from sopdeploy_service.inference.model import ImageResult, Registry
 from sopdeploy_service.inference.model_worker import LocalModel, QueuedImage
 from sopdeploy_service.inference.results import HttpError
+from sopdeploy_service.observability.busy import measure_loop
 from sopdeploy_service.server.draining_server import follow_links
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, EXIT_RUNTIME_DEAD, Joined
 from sopdeploy_service.settings import Settings
@@ -212,6 +213,7 @@ class DeviceProcess:
 
         # Start the models, and serve until the supervisor leaves.
         await self.registry.start()
+        start_task(self._tasks, measure_loop(self.registry.metrics.loop_busy))
         loop.add_reader(self._supervisor, self._receive)
         follow_links(self._tasks, self._links, self._reloads.request)
 

@@ -46,7 +46,7 @@ from sopdeploy_service.devices.template import ServerTemplate
 from sopdeploy_service.http.api_keys import keys_of_server, read_again
 from sopdeploy_service.inference.load_time import load_seconds
 from sopdeploy_service.observability import logs
-from sopdeploy_service.observability.pages import Shared, merge_metrics
+from sopdeploy_service.observability.pages import Shared, keys_gauge, merge_metrics
 from sopdeploy_service.server.lifetime import (
     BEAT_SECONDS,
     EXIT_RUNTIME_DEAD,
@@ -129,6 +129,7 @@ class Supervisor:
 
         self._metrics = CollectorRegistry()  # of this process
         ProcessCollector(registry=self._metrics)
+        self._keys_unreadable = keys_gauge(self._metrics)
         self._metrics_page = Shared(self._collect_metrics)
 
         self._refusals: set[asyncio.Task[None]] = set()
@@ -223,7 +224,7 @@ class Supervisor:
 
     async def _reload_keys(self) -> None:
         """Send the keys of the file to the processes that serve HTTP, if they have changed."""
-        keys = await read_again(self._settings, self._keys.ring.keys)
+        keys = await read_again(self._settings, self._keys.ring.keys, self._keys_unreadable)
         if keys == self._keys.ring.keys:
             return
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import pydantic
+from prometheus_client import Gauge
 
 from sopdeploy.config import StrictModel, first_problem, matching, parse_toml
 from sopdeploy.errors import ConfigError, SopdeployError
@@ -106,26 +107,35 @@ def keys_of_server(path: Path) -> tuple[Key, ...]:
     return keys
 
 
-async def read_again(settings: Settings, in_use: Sequence[Key]) -> tuple[Key, ...]:
-    """Read the keys of a server again; if this is not possible, log why and return those *in_use*."""
+async def read_again(
+    settings: Settings, in_use: Sequence[Key], unreadable: Gauge
+) -> tuple[Key, ...]:
+    """Read the keys of a server again; if this is not possible, log why and return those *in_use*.
+
+    Sets the gauge *unreadable* to 1 if it is not possible, else to 0.
+    """
     if settings.keys is None:
         return ()
 
     try:
         reading = daemon_threads.start(partial(keys_of_server, settings.keys))
-        return await finish_in_time(reading, settings.keys, settings)
+        keys = await finish_in_time(reading, settings.keys, settings)
     except (SopdeployError, OSError) as error:
+        unreadable.set(1)
         log.error("keys not reloaded, those in use stay: %s", error)
         return tuple(in_use)
 
+    unreadable.set(0)
+    return keys
+
 
 def file_identity(path: Path) -> tuple[int, int, int]:
-    """Return what changes if the file at *path* is written or replaced; (0, 0, 0) without a file."""
+    """Return what changes if the file at *path*, or who may read it, changes; (0, 0, 0) without a file."""
     try:
         facts = path.stat()
     except OSError:
         return 0, 0, 0
-    return facts.st_ino, facts.st_mtime_ns, facts.st_size
+    return facts.st_ino, facts.st_ctime_ns, facts.st_size
 
 
 def new_key(path: Path, name: str, rate: float | None = None) -> str:

@@ -188,9 +188,7 @@ class RequestContextMiddleware:
             log.exception("internal error in %s", getattr(scope.get("route"), "path", "other"))
             return INTERNAL
 
-        if error.reason is CLIENT_GONE:
-            self.service.metrics.cancelled.inc()
-        else:
+        if error.reason is not CLIENT_GONE:
             self.service.metrics.rejected.labels(error.reason.code).inc()
         return error.reason
 
@@ -201,7 +199,14 @@ class RequestContextMiddleware:
         # The template of the path has few values, whatever clients send.
         path = getattr(route, "path", "other")
         attempt = context.headers.get(ATTEMPT_HEADER)
-        self.service.metrics.count_request(path, status, seconds, context.model_name, attempt)
+        self.service.metrics.count_request(
+            path,
+            status,
+            seconds,
+            context.model_name,
+            attempt,
+            "" if context.code == "ok" else context.code,
+        )
 
         sample = self.service.settings.log_sample
         log_request(context, method, path, status, seconds, sample)
@@ -220,7 +225,9 @@ def record_refusal(
     read it.
     """
     attempt = context.headers.get(ATTEMPT_HEADER)
-    service_metrics.count_request("other", reason.status, 0.0, attempt=attempt)
+    service_metrics.count_request(
+        "other", reason.status, 0.0, attempt=attempt, reason=reason.code
+    )
     context.code = reason.code
     log_request(context, method, "other", reason.status, 0.0)
 

@@ -458,8 +458,6 @@ class LocalModel(Model):
         full_seconds = share * self.pace.batch_seconds(self.largest_batch)
         self._metrics.device_busy.add(min(ended - started, full_seconds))
         self._metrics.count_batch(self.name, waited, started, ended)
-        if nonfinite := sum(row is results.NONFINITE for row in rows):
-            self._metrics.nonfinite_outputs.labels(self.name).inc(nonfinite)
 
 
 def check_device(runtime: Runtime, image_shape: tuple[int, ...]) -> None:

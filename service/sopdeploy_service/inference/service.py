@@ -38,6 +38,7 @@ from sopdeploy_service.inference.model_worker import LocalModel
 from sopdeploy_service.inference.pace import check_time, retry_after
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.inference.uploads import Uploads
+from sopdeploy_service.observability.busy import measure_loop
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.pages import Shared
 from sopdeploy_service.settings import (
@@ -74,7 +75,6 @@ class ModelRegistry(Registry):
         for name, model in loaded.items():
             self._by_name[name] = LocalModel(name, model, settings, self.metrics)
             self._count_loaded(name, model)
-        self.metrics.last_reload.set_to_current_time()
 
     async def start(self) -> None:
         """Start the worker threads of the models."""
@@ -141,7 +141,6 @@ class ModelRegistry(Registry):
             )
             return
 
-        self.metrics.last_reload.set_to_current_time()
         models_log.info(
             "reloaded",
             extra={"bundles": " ".join(model.bundle.name for model in self.models())},
@@ -252,6 +251,7 @@ class Service:
             self.metrics.limit.labels(name).set(limit)
 
         self._is_started = False
+        self._measuring: asyncio.Task[None] | None = None  # the event loop
         self._is_leaving = False  # not ready any more, but serves
         self._draining = False
 
@@ -319,6 +319,7 @@ class Service:
         """Start the threads and accept requests."""
         await self.registry.start()
         await self.decoders.start()
+        self._measuring = asyncio.create_task(measure_loop(self.metrics.loop_busy))
         self._is_started = True
 
     def leave(self) -> None:
@@ -334,6 +335,8 @@ class Service:
     async def stop(self) -> None:
         """End the threads."""
         self.drain(abort=True)
+        if self._measuring is not None:
+            self._measuring.cancel()
         await self.decoders.stop()
         self.parsers.shutdown(wait=False, cancel_futures=True)
         await self.registry.stop()

@@ -1,10 +1,16 @@
 """Which share of the last seconds workers were busy, for the gauge that an autoscaler reads."""
 
+import asyncio
 import threading
 import time
 from collections import deque
+from pathlib import Path
 
 WINDOW = 15  # seconds
+LOOP_SECONDS = 0.25  # between measurements of an event loop
+SCHEDULED = Path(
+    "/proc/thread-self/schedstat"
+)  # nanoseconds on a core and in its queue, and runs
 
 
 class BusyShare:
@@ -53,3 +59,28 @@ class BusyShare:
             self._until = end
             if end % 1.0 == 0.0:
                 self._seconds.append(0.0)
+
+
+async def measure_loop(busy: BusyShare) -> None:
+    """Count the time for which the thread of the running event loop works as *busy*, until it is cancelled.
+
+    An event loop that works all the time is full, whatever the decoders and the device do.
+    """
+    before = thread_seconds()
+    while True:
+        await asyncio.sleep(LOOP_SECONDS)
+        now = thread_seconds()
+        busy.add(now - before)
+        before = now
+
+
+def thread_seconds() -> float:
+    """Return the seconds for which this thread has computed and, on Linux, has waited for a core.
+
+    Without the waits, a server whose cores are busy with something else would seem to have time.
+    """
+    try:
+        computed, waited, _ = map(int, SCHEDULED.read_text().split())
+    except (OSError, ValueError):  # not Linux, or a kernel without these figures
+        return time.thread_time()
+    return (computed + waited) / 1e9

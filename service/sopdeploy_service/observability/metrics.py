@@ -2,8 +2,7 @@
 
 import functools
 from collections import Counter as Counts
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -11,7 +10,6 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
-    Summary,
     disable_created_metrics,
 )
 
@@ -21,11 +19,10 @@ from sopdeploy.errors import SopdeployError
 from sopdeploy_service.observability.busy import WINDOW as BUSY_WINDOW
 from sopdeploy_service.observability.busy import BusyShare
 from sopdeploy_service.observability.logs import DROPPED
+from sopdeploy_service.observability.pages import keys_gauge
 from sopdeploy_service.observability.predictions import DailyShares
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-REQUEST_RESULTS = ("success", "fail")
-REQUEST_STAGES = ("decode_queue", "decode", "queue", "infer")
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 # Classes that are counted one by one, the first ones of a bundle: each is a series.
 MAX_COUNTED_CLASSES = 100
@@ -48,7 +45,9 @@ class Metrics:
 
         # Requests.
         self._requests = counter(
-            "requests", "Requests that got a response", ("route", "code", "model")
+            "requests",
+            "Requests that got a response; reason: code of the error, empty without one",
+            ("route", "code", "model", "reason"),
         )
         self._request_seconds = seconds_of(
             "request_duration_seconds",
@@ -62,13 +61,6 @@ class Metrics:
         )
         for attempt in (*ATTEMPTS, "other"):
             self._attempts.labels(attempt)
-        self.inference_seconds = Summary(
-            "inference_seconds",
-            "Seconds of image requests; part: success or fail (whole requests), or a stage of successful ones",
-            ("model", "part"),
-            namespace="sopdeploy",
-            registry=registry,
-        )
 
         self._stage_seconds = seconds_of(
             "stage_duration_seconds",
@@ -99,10 +91,6 @@ class Metrics:
 
         # What was refused, and what the answers were.
         self.rejected = counter("rejected", "Rejected images or requests", ("reason",))
-        self.cancelled = counter("cancelled", "Requests whose client disconnected")
-        self.nonfinite_outputs = counter(
-            "nonfinite_outputs", "Images whose output is not finite", ("model",)
-        )
         self.unknown_images = counter(
             "unknown_images", "Images whose score is below the rejection threshold", ("model",)
         )
@@ -125,17 +113,8 @@ class Metrics:
             "Photos worth a label; result: kept, dropped (too many or too large) or failed (disk)",
             ("result",),
         )
-        self.kept_deleted = counter(
-            "kept_deleted",
-            "Kept photos that were deleted; reason: expired or no_room",
-            ("reason",),
-        )
 
         # Models.
-        self.last_reload = gauge(
-            "last_reload_timestamp_seconds",
-            "Time of the last successful reload or the start; 0 in front ends",
-        )
         self.load_failures = counter(
             "load_failures",
             "Failed loads and reloads, by the code of the error",
@@ -153,10 +132,12 @@ class Metrics:
 
         # What the server has to do now, and how busy it is.
         self.device_busy = BusyShare()
-        self.busy_shares = [self.device_busy]  # also those of decoders
+        self.loop_busy = BusyShare()
+        self.busy_shares = [self.device_busy, self.loop_busy]  # also those of decoders
         self.busy = gauge(
             "busy",
-            f"Share of the last {BUSY_WINDOW} s in which the decoders or the device worked, whichever is larger",
+            f"Share of the last {BUSY_WINDOW} s in which the decoders, the device or the event loop "
+            "worked, whichever is largest",
         )
         self.busy.set_function(lambda: max(one.share() for one in self.busy_shares))
         self.images_waiting = gauge(
@@ -182,14 +163,18 @@ class Metrics:
             ("of",),
         )
 
+        # What a person must renew or repair.
+        self.keys_unreadable = keys_gauge(registry)
+        self.certificate_expiry = gauge(
+            "certificate_expiry_timestamp_seconds",
+            "Time at which the certificate of ssl_certfile expires; 0 without HTTPS",
+        )
+
         # A global counter, which is an attribute because the documentation lists attributes.
         self.dropped_log_lines = DROPPED
         registry.register(DROPPED)
 
         ProcessCollector(registry=registry)
-        self.loop_lag = gauge(
-            "event_loop_lag_seconds", "Largest lag of the event loop in the last 10 s"
-        )
 
         # Looking up a child by its labels takes longer than counting.
         self._child = functools.cache(lambda metric, *labels: metric.labels(*labels))
@@ -206,13 +191,9 @@ class Metrics:
         """Create the series of a model, at 0."""
         for metric in (
             self.batch_size,
-            self.nonfinite_outputs,
             self.runtime_seconds,
         ):
             metric.labels(model_name)
-
-        for part in REQUEST_RESULTS + REQUEST_STAGES:
-            self.inference_seconds.labels(model_name, part)
 
     def create_predictions(
         self, model_name: str, labels: Sequence[str], *, rejects: bool
@@ -272,40 +253,22 @@ class Metrics:
         seconds: float,
         model_name: str = "",
         attempt: str | None = None,
+        reason: str = "",
     ) -> None:
         """Count a response with the status *code*, from *model_name* if the request chose one.
 
-        *attempt* is the number that the client has sent, whatever it is.
+        *attempt* is the number that the client has sent, whatever it is. *reason* is the code of
+        the error, if the response is one.
         """
         if attempt is not None:
             self._child(self._attempts, attempt if attempt in ATTEMPTS else "other").inc()
-        self._child(self._requests, route, str(code), model_name).inc()
+        self._child(self._requests, route, str(code), model_name, reason).inc()
         status = f"{code // 100}xx"
         self._child(self._request_seconds, route, model_name, status).observe(seconds)
 
     def observe_stage(self, stage: str, seconds: float) -> None:
-        """Count *seconds* spent in `receive` or one of `REQUEST_STAGES`."""
+        """Count *seconds* spent in *stage*."""
         self._child(self._stage_seconds, stage).observe(seconds)
-
-    def count_inference(
-        self,
-        model_name: str,
-        result: Literal["success", "fail"],
-        seconds: float,
-        stages: Mapping[str, float],
-    ) -> None:
-        """Count a request with images that ended after *seconds*; *stages* has those spent in each stage."""
-        # The other stages are counted per image and batch.
-        if "receive" in stages:
-            self.observe_stage("receive", stages["receive"])
-
-        self._child(self.inference_seconds, model_name, result).observe(seconds)
-
-        if result == "success":
-            for stage in REQUEST_STAGES:  # 0 s of those that a request does not have
-                self._child(self.inference_seconds, model_name, stage).observe(
-                    stages.get(stage, 0.0)
-                )
 
     def count_batch(
         self,

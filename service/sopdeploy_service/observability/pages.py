@@ -5,6 +5,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Generic, TypeVar
 
+from prometheus_client import CollectorRegistry, Gauge
+
 SHARED_SECONDS = 1.0  # at most one in this time
 _UP = (
     b"# HELP sopdeploy_worker_up Whether the process responds, if there are several",
@@ -34,6 +36,15 @@ class Shared(Generic[_Value]):
 
         # One who leaves does not cancel it for the others
         return await asyncio.shield(self._made)
+
+
+def keys_gauge(registry: CollectorRegistry) -> Gauge:
+    """Create the gauge of the key file in *registry*: of a server process, or of the supervisor."""
+    return Gauge(
+        "sopdeploy_keys_unreadable",
+        "1 if the key file could not be read the last time, so that the keys before stay in use",
+        registry=registry,
+    )
 
 
 def merge_metrics(pages: Mapping[str, bytes], supervisor: bytes) -> bytes:

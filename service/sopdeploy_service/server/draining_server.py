@@ -8,7 +8,6 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,6 @@ from sopdeploy_service.inference.service import Service
 from sopdeploy_service.server.connections import Connections
 from sopdeploy_service.server.http_protocol import LimitedHttpProtocol, limited_config
 from sopdeploy_service.server.lifetime import (
-    BEAT_SECONDS,
     EXIT_RUNTIME_DEAD,
     Joined,
     follow,
@@ -33,13 +31,12 @@ from sopdeploy_service.server.lifetime import (
     terminal_is_closed,
 )
 from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, url
-from sopdeploy_service.server.tls import accept, handshake, tls_context
+from sopdeploy_service.server.tls import accept, expiry, handshake, tls_context
 from sopdeploy_service.settings import Settings
 from sopdeploy_service.tasks import start_task
 
 LAST_SECONDS = 1.0  # for connections that are open without a request when the port closes
 _POLL_SECONDS = 0.02
-BEATS = 100  # of the last ten seconds
 # Threshold of the youngest generation of the garbage collector; Python's default is 700
 _YOUNG_OBJECTS = 10_000
 
@@ -130,17 +127,14 @@ class DrainingServer(uvicorn.Server):
         self._key_reload = Joined(self._reload_keys)
 
         self._tls_context = tls_context(settings)
+        if settings.ssl_certfile is not None:
+            self._service.metrics.certificate_expiry.set(expiry(settings.ssl_certfile))
         self._listeners: Sequence[socket.socket] = ()
 
         # After a signal: when the port closes, if it stays open, and when unfinished requests get 503.
         self._open_until: float | None = None
         self._drain_until: float | None = None
         self._has_logged_drain = self._is_closed = False  # the port is closed
-
-        self._last_beat = time.monotonic()
-        # Seconds by which ticks of uvicorn were late
-        self._lags: deque[float] = deque([0.0], maxlen=BEATS)
-        self._service.metrics.loop_lag.set_function(lambda: max(self._lags))
 
     @property
     def _drains(self) -> bool:
@@ -230,7 +224,9 @@ class DrainingServer(uvicorn.Server):
         """Accept the keys that the file has now."""
         ring = cast(KeyRing | None, self._app.state.keys)
         if ring is not None:
-            keys = await read_again(self._service.settings, ring.keys)
+            keys = await read_again(
+                self._service.settings, ring.keys, self._service.metrics.keys_unreadable
+            )
             if keys != ring.keys:
                 ring.replace(keys)
                 log.info("keys reloaded", extra={"keys": len(keys)})
@@ -254,12 +250,8 @@ class DrainingServer(uvicorn.Server):
             self._service.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Measure the lag, log the begin of a drain, abort one that is late; return whether to shut down."""
-        # Measure by how much the loop is late.
+        """Log the begin of a drain, abort one that is late; return whether to shut down."""
         now = time.monotonic()
-        self._lags.append(max(0.0, now - self._last_beat - BEAT_SECONDS))
-        self._last_beat = now
-
         if self._service.state == "runtime_dead":
             return True
 

@@ -3,7 +3,9 @@
 import asyncio
 import socket
 import ssl
+from _ssl import _test_decode_cert  # what `ssl` has for it needs a connection
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sopdeploy.errors import ConfigError
@@ -27,6 +29,11 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     except OSError as problem:  # `ssl.SSLError` is one
         raise ConfigError(f"ssl_certfile, ssl_keyfile: {problem}") from problem
     return context
+
+
+def expiry(certificate: Path) -> float:
+    """Return the time, in seconds since 1970, at which the *certificate* that `tls_context` has read expires."""
+    return float(ssl.cert_time_to_seconds(_test_decode_cert(certificate)["notAfter"]))
 
 
 async def accept(

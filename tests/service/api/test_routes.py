@@ -172,17 +172,16 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
     stages = ("receive", "decode_queue", "decode", "queue", "infer")
 
     for line in (
-        'sopdeploy_requests_total{code="200",model="tiny",route="/v1/classify"}',
+        'sopdeploy_requests_total{code="200",model="tiny",reason="",route="/v1/classify"}',
+        'sopdeploy_requests_total{code="415",model="tiny",reason="not_an_image",route="/v1/classify"}',
         'sopdeploy_attempts_total{attempt="2"} 1.0',
         'sopdeploy_rejected_total{reason="not_an_image"}',
         'sopdeploy_request_duration_seconds_count{model="tiny",route="/v1/classify",status="2xx"}',
         'sopdeploy_request_duration_seconds_count{model="",route="other",status="4xx"}',
-        'sopdeploy_inference_seconds_count{model="tiny",part="fail"}',
         *(f'sopdeploy_stage_duration_seconds_count{{stage="{stage}"}}' for stage in stages),
         'sopdeploy_batch_size_count{model="tiny"}',
         "sopdeploy_queue_depth 0.0",
         'sopdeploy_runtime_seconds_total{model="tiny"}',
-        'sopdeploy_nonfinite_outputs_total{model="tiny"} 0.0',
         f'sopdeploy_bundle_info{{digest="{bundle.manifest.id}"',
         'route="other"',
     ):

@@ -1,11 +1,13 @@
 """The gauge that an autoscaler reads: the share of the last seconds for which workers were busy."""
 
+import asyncio
 import time
 from types import SimpleNamespace
 
 import pytest
 
-from sopdeploy_service.observability.busy import WINDOW, BusyShare
+from sopdeploy_service.observability import busy as module
+from sopdeploy_service.observability.busy import WINDOW, BusyShare, measure_loop, thread_seconds
 from sopdeploy_service.observability.metrics import Metrics
 
 
@@ -39,8 +41,10 @@ def test_the_busy_share_is_that_of_the_last_seconds(clock, workers, past, share)
     assert 0.0 <= busy.share() <= 1.0
 
 
-@pytest.mark.parametrize("worker", [0, 1])
-def test_the_gauge_shows_the_busier_of_the_decoders_and_the_device(clock, worker):
+@pytest.mark.parametrize("worker", [0, 1, 2])
+def test_the_gauge_shows_the_busiest_of_the_decoders_the_device_and_the_event_loop(
+    clock, worker
+):
     metrics = Metrics()
     metrics.busy_shares.append(BusyShare())
     metrics.busy_shares[worker].change(1)
@@ -55,3 +59,30 @@ def test_seconds_that_have_ended_count_as_busy(clock):
         clock.time += 0.5
         busy.add(0.1)
     assert busy.share() == pytest.approx(0.2, abs=0.02)
+
+
+def test_an_event_loop_is_busy_while_it_computes_and_not_while_it_waits(monkeypatch) -> None:
+    seconds = [10.0, 10.2, 10.2, 10.25]
+    counted: list[float] = []
+    monkeypatch.setattr(module, "thread_seconds", lambda: seconds.pop(0))
+    monkeypatch.setattr(module, "LOOP_SECONDS", 0)
+
+    async def scenario() -> None:
+        measuring = asyncio.create_task(measure_loop(SimpleNamespace(add=counted.append)))
+        while seconds:
+            await asyncio.sleep(0)
+        measuring.cancel()
+
+    asyncio.run(scenario())
+    assert counted == pytest.approx([0.2, 0.0, 0.05])
+
+
+@pytest.mark.parametrize("content", [None, "", "300000000 200000000 7"])
+def test_the_seconds_of_a_thread_have_its_waits_for_a_core_where_the_system_tells_them(
+    monkeypatch, tmp_path, content
+) -> None:
+    monkeypatch.setattr(module, "SCHEDULED", tmp_path / "schedstat")
+    monkeypatch.setattr(time, "thread_time", lambda: 0.4)
+    if content is not None:
+        (tmp_path / "schedstat").write_text(content)
+    assert thread_seconds() == pytest.approx(0.5 if content else 0.4)

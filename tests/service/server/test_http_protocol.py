@@ -224,7 +224,7 @@ def test_a_silent_or_idle_connection_is_closed_after_its_time(impatient):
     assert time.monotonic() > started + 1
 
 
-ANSWERED = 'requests_total{code="200",model="",route="/openapi.json"}'
+ANSWERED = 'requests_total{code="200",model="",reason="",route="/openapi.json"}'
 SLOW_READERS = 'rejected_total{reason="slow_reader"}'
 
 
@@ -301,7 +301,13 @@ def test_a_response_before_the_body_keeps_the_connection_only_if_the_body_arrive
         assert bad.recv(10) == b""
 
     # A request has one response.
-    assert count(impatient, 'requests_total{code="400",model="",route="other"}') == 0
+    assert (
+        count(
+            impatient,
+            'requests_total{code="400",model="",reason="malformed_request",route="other"}',
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize("header", [b"", b"Connection: close\r\n"])

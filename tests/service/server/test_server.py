@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -422,25 +421,6 @@ def test_a_signal_during_the_start_begins_a_drain_that_stays(
     monkeypatch.setattr(service.decoders, "start", start)
     asyncio.run(service.start())
     assert service.state == state
-
-
-def test_a_lag_of_the_event_loop_expires_after_ten_seconds_of_beats(monkeypatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(draining_server, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    app = create_app({}, Settings())
-    server, lags = draining_server.DrainingServer(app, Settings()), []
-
-    for seconds in (0.3, *[0.1] * 99, 0.1):
-        now[0] += seconds
-        assert not asyncio.run(server.on_tick(1))
-        lags.append(
-            app.state.service.metrics.registry.get_sample_value(
-                "sopdeploy_event_loop_lag_seconds"
-            )
-        )
-
-    assert lags[0] == lags[-2] == pytest.approx(0.2)
-    assert lags[-1] == pytest.approx(0)
 
 
 @pytest.mark.slow

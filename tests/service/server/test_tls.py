@@ -1,6 +1,7 @@
 """HTTPS with a certificate of the settings, in each way to run a server."""
 
 import datetime
+import re
 import ssl
 from contextlib import ExitStack
 from pathlib import Path
@@ -60,6 +61,13 @@ def test_a_server_with_a_certificate_speaks_https(
             stack.enter_context(connect(child))
         context = ssl.create_default_context(cafile=certificate)
         with httpx.Client(base_url=f"https://localhost:{port}", verify=context) as client:
+            expires = x509.load_pem_x509_certificate(
+                certificate.read_bytes()
+            ).not_valid_after_utc
+            shown = r"^sopdeploy_certificate_expiry_timestamp_seconds(?:{.*})? (\S+)"
+            seen = {*map(float, re.findall(shown, client.get("/metrics").text, re.M))}
+            assert seen - {0.0} == {expires.timestamp()}
+
             reply = client.post("/v1/classify", content=jpeg)
             assert (reply.status_code, reply.http_version) == (200, "HTTP/1.1")
             origin = {"Origin": f"https://localhost:{port}"}
