@@ -54,12 +54,14 @@ ENV PATH=/opt/sopdeploy/bin:/usr/local/bin:/usr/bin:/bin \
     SOPDEPLOY_ENGINE_CACHE=/var/cache/sopdeploy/engines \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
+COPY deploy/health.py /usr/local/lib/sopdeploy_health.py
 USER 10001:10001
 WORKDIR /
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 # A GPU server prepares every batch size before it is ready.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["sopdeploy", "health"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["python3", "-I", "-S", "/usr/local/lib/sopdeploy_health.py"]
 ENTRYPOINT ["sopdeploy"]
 # /models is a bundle or a folder of bundles: of every project in it, the bundle exported last is served.
 CMD ["serve", "/models", "--host", "*"]

@@ -35,6 +35,7 @@ CACHE = "/var/cache/sopdeploy"
 ENGINE_CACHE = f"{CACHE}/engines"
 WRITABLE = (f"{CACHE}/", "/kept/", "/proc/", "/sys/", "/dev/")
 ENTRYPOINT = ["sopdeploy"]
+HEALTH = ["CMD", "python3", "-I", "-S", "/usr/local/lib/sopdeploy_health.py"]
 COMMAND = ["serve", "/models", "--host", "*"]  # the container's port is published separately
 NO_GPU = "no NVIDIA driver is usable here (libcuda.so.1 cannot be loaded); start a container with `--gpus all`"
 ON_CPU = {"SOPDEPLOY_RUNTIME": "onnxruntime-cpu"}
@@ -117,7 +118,7 @@ def wait_until_ready(builder: Builder) -> None:
     """Run the image's health check until it succeeds; print the server's logs if it does not."""
     deadline = time.monotonic() + READY_SECONDS
     while True:
-        code, output = builder.execute("sopdeploy", "health")
+        code, output = builder.execute(*HEALTH[1:])
         if code == 0 or time.monotonic() > deadline:
             sys.stdout.write("" if code == 0 else builder.logs())
             check(f"the health check succeeds: {output.strip()}", holds=code == 0)
@@ -138,7 +139,7 @@ def check_image(builder: Builder, target: str) -> None:
     stop = config.get("StopSignal", "SIGTERM")  # the default may be omitted
     check(f"stop signal {stop}", holds=stop in {"SIGTERM", "15"})
     health = config["Healthcheck"]["Test"]
-    check(f"health check {health}", holds=health == ["CMD", "sopdeploy", "health"])
+    check(f"health check {health}", holds=health == HEALTH)
 
     # Its size.
     size = builder.added_bytes()

@@ -773,6 +773,8 @@ def test_the_container_test_runs_the_documented_command_with_keys_and_kept_photo
 ):
     (command,) = re.findall(r"^CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
     assert json.loads(command) == container_test.COMMAND
+    (health,) = re.findall(r"^ +CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
+    assert json.loads(health) == container_test.HEALTH[1:]
 
     words = container_test.documented_run()
     of_docker = ("--publish=", "--volume=", "--env=", "--stop-timeout=")

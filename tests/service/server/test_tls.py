@@ -3,6 +3,8 @@
 import datetime
 import re
 import ssl
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from sopdeploy_service.server.tls import tls_context
 from sopdeploy_service.settings import Settings, load_settings
 from tests.support.children import EACH_WAY, START_SECONDS, WAYS, serving
 from tests.support.raw import connect
+
+HEALTH_CHECK = Path(__file__).parents[3] / "deploy" / "health.py"
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,8 @@ def test_a_server_with_a_certificate_speaks_https(
             monkeypatch.setenv("SOPDEPLOY_PORT", str(port))
             monkeypatch.setenv("SOPDEPLOY_SSL_CERTFILE", str(certificate))
             assert health() == 0
+            check = [sys.executable, "-I", "-S", str(HEALTH_CHECK)]  # that of the images
+            assert subprocess.run(check, check=False).returncode == 0
 
             # The kept connection gets its last response.
             child.child.terminate()
