@@ -92,11 +92,7 @@ REJECTED = {
 def test_a_network_whose_last_linear_layer_does_not_compute_the_logits_is_rejected(
     case, tmp_path
 ):
-    problem = (
-        "returns probabilities"
-        if "softmax" in case
-        else "no last linear layer computes the logits"
-    )
+    problem = "returns probabilities" if "softmax" in case else "no last linear"
     with pytest.raises(LoweringError, match=problem):
         export_user_network(REJECTED[case], tmp_path)
 

@@ -88,9 +88,9 @@ def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
     [
         (
             "evaluate",
-            r"dog is not a class of the network, which knows a, b.* j; remove or rename",
+            r"dog .*a, b.* j",
         ),
-        ("calibrate", "holds no images; give a folder with JPEG"),
+        ("calibrate", "no images"),
     ],
 )
 def test_folders_are_checked_before_the_first_expensive_step(

@@ -232,7 +232,7 @@ def change_a_weight(content: bytes) -> bytes:
 
 
 DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "another weight": (change_a_weight, "the graph was replaced after the export"),
+    "another weight": (change_a_weight, "graph was replaced"),
     "too short": (lambda content: content[:-64], f"{GRAPH_DATA} ends before the weight"),
     "too long": (
         lambda content: content + bytes(64),

@@ -106,7 +106,7 @@ def test_an_invalid_setting_is_named(given, message):
         load_settings(**given)
 
 
-NO_NAME = "expected name=value with the name of a setting"
+NO_NAME = "expected name=value"
 
 
 def test_an_invalid_environment_variable_or_assignment_is_named(monkeypatch):

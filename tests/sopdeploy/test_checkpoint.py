@@ -158,19 +158,19 @@ def last_value(name: str, value: float) -> Change:
 
 
 WEIGHTS: dict[str, tuple[Change, str]] = {
-    "a missing tensor": (lambda w: w.pop("fc.weight"), "dsop-resnet8: fc.weight is missing"),
+    "a missing tensor": (lambda w: w.pop("fc.weight"), "fc.weight is missing"),
     "an unknown tensor": (
         with_weight("zzz.weight", torch.ones(2)),
-        "the network has no zzz.weight",
+        "zzz.weight",
     ),
     "another shape": (with_weight("fc.bias", torch.ones(4)), r"fc\.bias is \(4,\), not \(3,\)"),
     "not a number": (
         last_value("fc.weight", float("nan")),
-        r"fc\.weight has values that are not finite",
+        r"fc\.weight .*not finite",
     ),
     "another dtype": (
         with_weight("fc.bias", torch.ones(3).double()),
-        "is float64 strided on cpu, not float32",
+        "float64 strided",
     ),
 }
 

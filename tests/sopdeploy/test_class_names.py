@@ -100,35 +100,35 @@ REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
     "another encoding": (
         "a.txt",
         "m\xf6we".encode("latin-1"),
-        "is not in UTF-8; save it in this encoding",
+        "UTF-8",
     ),
     "numbers in another order": (
         "a.txt",
         b"1 cat\n10 dog\n2 bird",
-        "the names have numbers",
+        "have numbers",
     ),
-    "numbers that lack some": ("a.txt", b"0 cat\n2 dog", "the names have numbers"),
+    "numbers that lack some": ("a.txt", b"0 cat\n2 dog", "have numbers"),
     "lines in another order": ("a.csv", b"cat,1\ndog,0", "a table of 2 columns"),
-    "numbers of one name": ("a.txt", b"1 euro\n2 euro", "the names have numbers"),
+    "numbers of one name": ("a.txt", b"1 euro\n2 euro", "have numbers"),
     "a name without a number": (
         "a.txt",
         b"0 cat\n1 dog\nbird",
-        "the names have numbers|has a key",
+        "have numbers|has a key",
     ),
     "a heading without columns": (
         "a.txt",
         b"names:\n 0: cat\n 1: dog",
-        "the names have numbers|has a key",
+        "have numbers|has a key",
     ),
     "ids of WordNet": (
         "a.txt",
         b"n01440764 tench\nn01443537 goldfish",
-        "an id such as n01440764; leave",
+        "n01440764",
     ),
     "numbers and ids": (
         "a.txt",
         b"0 n01440764 tench\n1 n01443537 goldfish",
-        "the names have numbers",
+        "have numbers",
     ),
     "more columns": (
         "a.csv",
@@ -136,17 +136,17 @@ REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
         "a table of 3 columns",
     ),
     "columns without numbers": ("a.csv", b"cat,pet\ndog,pet", "a table of 2 columns"),
-    "one line": ("a.csv", b"cat, dog, bird", "all names stand in one line"),
-    "a comment": ("a.txt", b"# classes\ncat\ndog", "name 1 may be a comment: '# classes'"),
+    "one line": ("a.csv", b"cat, dog, bird", "in one line"),
+    "a comment": ("a.txt", b"# classes\ncat\ndog", "name 1 .*'# classes'"),
     "a heading above bullets": (
         "a.txt",
         b"classes\n- cat\n- dog",
-        "name 2 begins with a bullet",
+        "name 2 .*bullet",
     ),
-    "some quotes": ("a.txt", b"'cat'\ndog", "name 1 begins with a quote"),
-    "numbers and some quotes": ("a.txt", b"0 'cat'\n1 dog", "the names have numbers"),
-    "numbers and bullets": ("a.txt", b"0 - cat\n1 - dog", "the names have numbers"),
-    "columns in quotes": ("a.csv", b'"0","cat"\n"1","dog"', "name 1 begins with a quote"),
+    "some quotes": ("a.txt", b"'cat'\ndog", "name 1 .*quote"),
+    "numbers and some quotes": ("a.txt", b"0 'cat'\n1 dog", "have numbers"),
+    "numbers and bullets": ("a.txt", b"0 - cat\n1 - dog", "have numbers"),
+    "columns in quotes": ("a.csv", b'"0","cat"\n"1","dog"', "name 1 .*quote"),
     "a key": ("a.txt", b"nc: 3\nnames: [cat, dog]", "name 1 has a key"),
     "a label map of TensorFlow": (
         "a.pbtxt",
@@ -163,7 +163,7 @@ REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
     "numbers of a dictionary from 1": (
         "a.json",
         b'{"1": "cat", "2": "dog"}',
-        "its numbers are 1 to 2, not 0 to 1",
+        "1 to 2",
     ),
     "two lists": (
         "a.json",
@@ -173,12 +173,12 @@ REFUSED_FILES: dict[str, tuple[str, bytes, str]] = {
     "two texts for a class": (
         "a.json",
         b'{"0": ["n01440764", "tench"]}',
-        "no list of names such as",
+        "list of names",
     ),
     "a name twice": (
         "a.txt",
         b"crane\ncat\ncrane",
-        "class 'crane': its name occurs twice; correct the file",
+        "'crane': .*twice",
     ),
     "an empty name": ("a.json", b'["cat", "", "dog"]', "its name is empty"),
 }

@@ -238,7 +238,7 @@ PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
         "fit_decision",
     ),
     "few images": ({"data": "few"}, "fit_decision: only 2 images"),
-    "no checkpoint": ({"source": "x.pt"}, "x.pt: no such file"),
+    "no checkpoint": ({"source": "x.pt"}, "x.pt: "),
     "a bundle": (
         {"source": "bundle"},
         "fit_decision: .*bundle",

@@ -101,14 +101,14 @@ def deflated(file: Path) -> None:
 
 
 ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "bare pickle": (written(pickle.dumps(RunsACommand())), "damaged or not a checkpoint"),
+    "bare pickle": (written(pickle.dumps(RunsACommand())), "damaged"),
     "code in the state dict": (saved({"state_dict": CODE}), "refused"),
     "our checkpoint": (
         lambda file: write_checkpoint(file, OURS),
         "already a sopdeploy checkpoint",
     ),
     "unknown names": (saved({"encoder.weight": torch.zeros(2, 2)}), "encoder.weight"),
-    "a deflated checkpoint": (deflated, "damaged or not a checkpoint"),
+    "a deflated checkpoint": (deflated, "damaged"),
     "a huge header": (
         written(struct.pack("<Q", 1 << 62) + b"{" + bytes(64)),
         "damaged safetensors file",

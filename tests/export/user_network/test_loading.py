@@ -489,16 +489,16 @@ class Hides(Small):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Skips, "has other values in the network after loading"),
-        (Halves, "has other values in the network after loading"),
-        (SkipsInside, r"fc\.bias has other values in the network after loading"),
-        (Hides, "has other values in the network after loading"),
-        (Deletes, r"fc\.bias is missing after loading; remove its load_state_dict"),
-        (Adds, "scale is new after loading; remove its load_state_dict"),
-        (Reshapes, r"fc\.bias has another shape after loading; remove its load_state_dict"),
+        (Skips, "other values"),
+        (Halves, "other values"),
+        (SkipsInside, r"fc\.bias other values"),
+        (Hides, "other values"),
+        (Deletes, r"fc\.bias is missing.*load_state_dict"),
+        (Adds, "scale is new.*load_state_dict"),
+        (Reshapes, r"fc\.bias has another shape.*load_state_dict"),
         (
             Raises,
-            r"the network cannot load it \(KeyError: 'head'\); remove its load_state_dict",
+            r"KeyError: 'head'.*load_state_dict",
         ),
     ],
 )
@@ -539,24 +539,24 @@ WRONG: dict[str, tuple[Any, str | None, str]] = {
     "a pickled module": (
         Small(),
         None,
-        r"could run code; save the network's state_dict\(\) alone",
+        r"could run code",
     ),
     "two tables": (
         {"model": STATE, "model_ema": STATE},
         None,
-        r"several tables of tensors \(model, model_ema\)",
+        r"\(model, model_ema\)",
     ),
-    "another table": ({"model": STATE}, "ema", r"weights_key='ema': .* has only model"),
-    "a table of a single one": (STATE, "model", r"is a single table of tensors; omit it"),
+    "another table": ({"model": STATE}, "ema", r"weights_key='ema': .* model"),
+    "a table of a single one": (STATE, "model", r"single table"),
     "two encoders": (
         prefixed("encoder_q.") | prefixed("encoder_k."),
         None,
-        r"the network under several names \(encoder_q, encoder_k\)",
+        r"\(encoder_q, encoder_k\)",
     ),
     "another of two encoders": (
         prefixed("encoder_q.") | prefixed("encoder_k."),
         "encoder_x",
-        r"weights_key='encoder_x': .* has only encoder_q, encoder_k",
+        r"weights_key='encoder_x': .* encoder_q, encoder_k",
     ),
     "an array of a type that torch lacks": (
         {"x": np.zeros(3, "longdouble")},

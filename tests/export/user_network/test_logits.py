@@ -56,7 +56,7 @@ NAMES_OF_ONE_LOGIT: dict[str, tuple[nn.Module, dict[str, Any], str]] = {
         {"labels": ["fake"]},
         r"softmax is always 1.*two classes.*several_c",
     ),
-    "three names": (Binary(), {"labels": ["a", "b", "c"]}, r"3 names for one logit"),
+    "three names": (Binary(), {"labels": ["a", "b", "c"]}, r"3 names"),
     "two names with sigmoids": (
         Binary(),
         {"labels": ["real", "fake"], "several_classes": True},
@@ -65,7 +65,7 @@ NAMES_OF_ONE_LOGIT: dict[str, tuple[nn.Module, dict[str, Any], str]] = {
     "a row of numbers": (
         Binary(lambda x: x.flatten()),
         {"labels": ["real", "fake"]},
-        r"returns \(2,\).*with one logit returns \(B, 1\), so omit its squeeze",
+        r"returns \(2,\).*squeeze",
     ),
     "a sigmoid": (Binary(torch.sigmoid), {"labels": ["real", "fake"]}, r"ends in a sigmoid"),
     "a sigmoid and its rest": (

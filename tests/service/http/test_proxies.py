@@ -343,9 +343,9 @@ def test_the_host_of_the_test_client_is_allowed_from_no_network() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"allowed_hosts": "a b"}, "'a b' is not a host such as"),
-        ({"allowed_hosts": "http://"}, "is not a host such as"),
-        ({"allowed_hosts": "a.example/ml"}, "is not a host such as"),
+        ({"allowed_hosts": "a b"}, "'a b' host"),
+        ({"allowed_hosts": "http://"}, "host"),
+        ({"allowed_hosts": "a.example/ml"}, "host"),
         ({"allowed_hosts": "a.example:99999"}, "allowed_hosts: .*[Pp]ort"),
         ({"trusted_proxies": "proxy.example"}, "trusted_proxies: .*proxy.example"),
         ({"root_path": "ml"}, "root_path: "),

@@ -262,13 +262,13 @@ def test_invalid_sources_are_errors(versions, tmp_path) -> None:
 
 
 NO_BUNDLES = {
-    "runs/photos-1": "a run, not a bundle; run: sopdeploy export .*photos-1/best.pt --detach",
-    "runs": "a folder of runs, not a bundle; run: sopdeploy export .*photos-1/best.pt --detach",
-    "checkpoint.bin": "a checkpoint, not a bundle; run: sopdeploy export .*checkpoint.bin --detach",
-    "weights.pt": "weights, not a bundle; run: sopdeploy export .*weights.pt --network MODULE",
-    "weights.safetensors": "weights, not a bundle; run: .* --network MODULE:CALLABLE",
-    "tiny/model.onnx": "a file of a bundle, not a bundle; give its folder, .*tiny",
-    "photos": "photos, not a bundle; run: sopdeploy train --data .*photos",
+    "runs/photos-1": "a run.*sopdeploy export .*photos-1/best.pt --detach",
+    "runs": "folder of runs.*export .*photos-1/best.pt --detach",
+    "checkpoint.bin": "a checkpoint.*export .*checkpoint.bin --detach",
+    "weights.pt": "weights.*export .*weights.pt --network MODULE",
+    "weights.safetensors": "weights.* --network MODULE:CALLABLE",
+    "tiny/model.onnx": "file of a bundle.*tiny",
+    "photos": "photos.*train --data .*photos",
 }
 
 

@@ -440,7 +440,7 @@ def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(
 def test_a_port_in_use_an_unknown_host_and_a_bundle_that_is_not_a_link_are_errors(
     bundle_path: Path,
 ) -> None:
-    no_link = "no BUNDLE is a link; name one, such as bundles/live"
+    no_link = "bundles/live"
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]

@@ -378,10 +378,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         r"files\.a\.bytes",
     ),
     "batches out of order": (edited(batch={"minimum": 9, "optimum": 8}), "minimum <= optimum"),
-    "another id": (edited(id="0" * 12), "was edited or damaged"),
+    "another id": (edited(id="0" * 12), "was edited"),
     "no id": (
         to_json({k: v for k, v in json.loads(VALID).items() if k != "id"}),
-        "was edited or damaged",
+        "was edited",
     ),
     "a duplicate key": (
         VALID.replace(b'  "opset": 18', b'  "opset": 17,\n  "opset": 18'),

@@ -177,7 +177,7 @@ def test_cifar_weights_give_the_same_logits(tmp_path: Path, released: str, model
     [
         (
             "resnet20",
-            r"depth is 20, not 18.*looks like ResNet-18 of torchvision, import it --as resnet18",
+            r"depth .*--as resnet18",
         ),
         ("isqrt-resnet50", r"depth is 50, not 18"),
     ],
@@ -190,14 +190,14 @@ def test_another_network_is_refused(weights: Path, name: str, message: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"extra.weight": torch.zeros(2)}, "the network has no extra.weight"),
+        ({"extra.weight": torch.zeros(2)}, "extra.weight"),
         (
             {"layer1.0.conv1.weight": torch.zeros(8, 8, 1, 1)},
             r"\(8, 8, 1, 1\), not \(8, 8, 3, 3\)",
         ),
         (
             {"bn1.bias": torch.full((8,), float("nan"))},
-            "bn1.bias has values that are not finite",
+            "bn1.bias .*not finite",
         ),
         ({"bn1.bias": torch.zeros(1).expand(1 << 31)}, "more than 4 GiB"),
         ({"bn1.bias": None}, "bn1.bias is missing"),
@@ -222,7 +222,7 @@ def test_a_tensor_that_does_not_fit_is_named(
         ({"preprocess": {"resize": 20}}, r"crop \(32\)"),
         ({"settings": {"depht": 18}}, "depht: "),
         ({"n.txt": "a\nb\n"}, "2 names"),
-        ({"n.json": "{}"}, "no list of names"),
+        ({"n.json": "{}"}, "list of names"),
     ],
 )
 def test_an_invalid_option_or_file_of_labels_is_refused(

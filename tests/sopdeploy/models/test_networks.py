@@ -59,25 +59,25 @@ def places(network: nn.Module) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "config", "says"),
     [
-        (SMALL, {"block_stages": ["layer4"]}, "no layer4; stages are layer1, layer2, layer3"),
+        (SMALL, {"block_stages": ["layer4"]}, "layer1, layer2, layer3"),
         (SMALL, {"strided_dr_stages": ["layer4"]}, "no layer4"),
         ("gsop-net1-resnet50", {"block_stages": ["layer5"]}, "block_stages.0"),
         (
             "gsop-net1-resnet26",
             {"depth": 18, "base_width": 8, "attention": "concatenation"},
-            "multiple of 64 channels, got 8",
+            "multiple of 64",
         ),
         *(
-            (name, {"pooling": pooling}, "own pooling, so `pooling` can only be gap")
+            (name, {"pooling": pooling}, "`pooling` can only")
             for name in (SMALL, "gsop-net2-resnet50", "isqrt-efficientnet-b0")
             for pooling in ("isqrt", {"kind": "bcnn"})
         ),
         (
             "resnet18-512d",
             {"pooling": "gap"},
-            "in the place of components; choose resnet18-64px",
+            "components; .*resnet18-64px",
         ),
-        ("srsop-resnet18", {"pooling": "bcnn"}, "in the place of components"),
+        ("srsop-resnet18", {"pooling": "bcnn"}, "components"),
     ],
 )
 def test_an_invalid_option_is_a_config_error(name: str, config: dict, says: str) -> None:

@@ -214,16 +214,16 @@ def test_the_classifier_learns_first_and_then_everything(plain, tmp_path) -> Non
 NO_TWO_PHASES = [
     (
         "start.classifier_epochs=0",
-        "without effect if classifier_epochs is 0; omit classifier_lr",
+        "omit classifier_lr",
     ),
-    ("start.classifier_epochs=4", "the run has only 4 epochs; give fewer than these"),
-    ("start.learn=classifier", "with start.learn = classifier; give all or last_stages"),
-    ("start.learn=branches", "with start.learn = branches; give all or last_stages"),
+    ("start.classifier_epochs=4", "only 4 epochs"),
+    ("start.learn=classifier", "start.learn = classifier"),
+    ("start.learn=branches", "start.learn = branches"),
     (
         'teacher={model={name="resnet8"}}',
-        "a teacher that is trained jointly needs one phase; set it to 0",
+        "trained jointly",
     ),
-    ("procedure={kind='few_shot'}", "classifier_lr, epochs, validation.mirror: without effect"),
+    ("procedure={kind='few_shot'}", "classifier_lr, epochs, validation.mirror"),
 ]
 
 
@@ -312,15 +312,15 @@ def test_new_layers_learn_faster_if_the_recipe_says_so_also_in_a_resumed_run(
     [
         (
             ["start.head_factor=2"],
-            r"start\.weights: not set; give the checkpoint to start from",
+            r"start\.weights: ",
         ),
         (
             ["start.weights={plain}", "start.learn=branches", *PLAIN[:2]],
-            "this network has no branches",
+            "no branches",
         ),
         (
             ["start={weights='none', learn='branches'}", "model.config.aux_blocks=[0, 0, 0]"],
-            "this network has no branches",
+            "no branches",
         ),
     ],
 )

@@ -64,7 +64,7 @@ def test_two_processes_never_train_in_the_same_folder(tmp_path) -> None:
     recipe, out, message = (
         short_recipe("epochs=1"),
         tmp_path / "run",
-        "another process trains in this folder",
+        "another process",
     )
     out.mkdir()
     with locked_by_another_process(out / LOCK):
@@ -99,13 +99,13 @@ def test_a_run_that_another_process_began_meanwhile_is_not_overwritten(tmp_path)
 @pytest.mark.parametrize(
     ("recipe", "options", "message"),
     [
-        (lambda: short_recipe(), {"resume": True}, "holds no run; start one first"),
-        (lambda: short_recipe("device=cuda"), {}, "no CUDA device on this machine"),
+        (lambda: short_recipe(), {"resume": True}, "holds no run"),
+        (lambda: short_recipe("device=cuda"), {}, "no CUDA device"),
         (lambda: read_recipe("photos-dsop"), {}, r"data\.path: not set"),
         (
             lambda: read_recipe("digits-plain", ["model.name=alexnet"]),
             {},
-            "cannot compute images of 16 pixels",
+            "16 pixels",
         ),
     ],
 )

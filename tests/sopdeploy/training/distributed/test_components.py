@@ -59,9 +59,9 @@ def test_the_processes_compute_each_sample_of_a_step_once(samples, world) -> Non
         (
             52,
             4,
-            "a step of 14 samples cannot be divided among 4 processes; choose a multiple of 4",
+            "14 samples .*4 processes",
         ),
-        (2, 7, "steps of 2 samples leave some of 7 processes without a sample"),
+        (2, 7, "2 samples .*7 processes"),
     ],
 )
 def test_a_batch_that_cannot_be_divided_is_refused(count, world, message) -> None:
