@@ -63,7 +63,7 @@ def test_a_folder_trains_on_all_photos_but_those_that_decide(tmp_path: Path) -> 
     split = open_folder(tmp_path)
     names = {Path(split.train.identity(index)).name for index in range(len(split.train))}
     assert names == {"1.jpg", "2.jpg", *kept[1:]}
-    [note] = split.notes  # none says that the record is no image
+    [note] = split.notes  # none says that the record is not an image
     assert "decide in `compare`" in note
 
 
