@@ -6,6 +6,7 @@ it. `OPSET` is the lowest that torch writes and the most widely supported.
 
 import ast
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"
 LARGEST_CHECKED = (
     4096  # bytes of a constant that can decide a shape, such as a new shape itself
 )
+MULTIPLE = re.compile(r"\w+(\s*\*\s*\w+)*")  # a size that is a symbol or a multiple of one
 PASSES = 2  # of the converter's optimizer: the second one simplifies what the first one made
 # The optimizer's rules that can change a result; `_simplify` leaves them out. The others are
 # exact up to the rounding of `fuse_batchnorm` (folded weights are rounded once more) and
@@ -352,9 +354,10 @@ def _forbid_sizes_of_zero(model: ir.Model) -> None:
         if node.op_type != "Reshape" or shape is None:
             continue
 
-        # A symbol alone is a size of the batch, which is at least 1. A term of it, such as s // 2, can be 0.
+        # A symbol is a size of the batch, which is at least 1, and so are its multiples, such as 64*s. Other
+        # terms, such as s // 2, can be 0.
         has_no_zero = all(
-            size != 0 if isinstance(size, int) else str(size.value).isidentifier()
+            size != 0 if isinstance(size, int) else MULTIPLE.fullmatch(str(size.value))
             for size in shape
         )
         if has_no_zero:
