@@ -132,7 +132,7 @@ def process_state() -> dict[str, Any]:
 def allow_random_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the few-shot procedure read random features, which need no file; a user gets an error.
 
-    They do not tell copies: only nearly equal images are copies then.
+    They do not tell copies, so that only nearly equal images are copies; `few_shot/test_groups.py` tests the cosine.
     """
     monkeypatch.setattr(
         "sopdeploy.training.checkpoints.Setup.name_random_frozen_parts", lambda _: ""

@@ -4,7 +4,6 @@ A run that is stopped or killed at any time and then resumed on the same machine
 weights of an uninterrupted one: bit for bit on a CPU with the same number of threads.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -225,16 +224,13 @@ def summarize_run(run: FinishedRun, out_dir: Path, **page: Any) -> TrainingResul
 
 
 def describe_problem(setup: Setup, fit: Fit) -> str:
-    """Say why the network of a training loop is of no use: its loss, or its accuracy; empty if it may be of use.
+    """Say why the network of a training loop is of no use: its accuracy is at chance; empty if it may be of use.
 
-    At chance is an accuracy that always predicting the largest class reaches, too.
+    At chance is an accuracy that always predicting the largest class reaches, too. A loss that is not
+    finite has ended the run with a `TrainingError`.
     """
     if not isinstance(fit.result, LoopResult):
         return ""
-    last = fit.position.history[-1]
-    if not all(map(math.isfinite, (last.metrics.loss, *last.losses.values()))):
-        return f"the loss of epoch {last.epoch} is not finite; lower optimizer.lr"
-
     top1 = fit.result.top1
     counts = setup.data.held_out.class_counts()
     if top1 is None or top1.count == 0 or top1.share > counts.max() / counts.sum():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.metrics import ImageScore, Rate
 from sopdeploy.html.plots import plot
@@ -61,9 +62,14 @@ def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(
     run: Path, page: str
 ) -> None:
     texts = [text for _, text in Reader(page).texts]
+    stored = read_checkpoint(run / "best.pt").training
+    top1 = stored["procedure"]["top1"]
     (shown,) = (text for text in texts if text.startswith("Top-1 "))
-    assert "95 % interval" in shown
-    assert sum("95 % interval" in text and "%" in text for text in texts) >= 1
+    numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", shown)]
+    expected = [100 * top1["share"], 95, 100 * top1["low"], 100 * top1["high"]]
+    assert numbers[1:5] == pytest.approx(expected, abs=0.5)
+    assert numbers[1] == round(expected[0], 1)
+    assert numbers[5] == top1["count"]
     assert {"optimizer.lr", "0.1", "network.base_width", "torch version", "processor"} <= set(
         texts
     )

@@ -21,9 +21,11 @@ from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.decision import Calibration, Decision
 from sopdeploy.errors import ConfigError, amount
 from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training import run_folder
 from sopdeploy.training.results import LIST_WRONG_LABELS, ClassScore, LoopResult, insert_folders
 from sopdeploy.training.summary import training_rows
+from sopdeploy.training.train import describe_problem
 from sopdeploy_commands.app import app
 from sopdeploy_commands.training.runs import MAX_BEFORE
 from sopdeploy_commands.training.train import print_result
@@ -278,6 +280,23 @@ def test_a_noun_is_plural_unless_there_is_one(number: int, text: str) -> None:
     assert amount(number, "photo", "+") == text
 
 
+# Of ten images, always predicting the largest class is right for seven
+@pytest.mark.parametrize(("right", "is_useless"), [(8, False), (7, True), (2, True)])
+def test_a_loop_has_a_problem_if_its_accuracy_is_at_chance(
+    right: int, is_useless: bool
+) -> None:
+    images = ArrayImages(
+        ("cat", "dog"), np.zeros((10, 4, 4, 3), np.uint8), np.repeat([0, 1], [3, 7])
+    )
+    result = LoopResult(
+        epoch=1, num_epochs=1, top1=Rate.of(right, 10), count=10, selected_by="nothing"
+    )
+
+    setup: Any = SimpleNamespace(data=SimpleNamespace(held_out=images))
+    fit: Any = SimpleNamespace(result=result)
+    assert bool(describe_problem(setup, fit)) == is_useless
+
+
 @pytest.mark.parametrize(("problem", "last"), [("", "next"), ("chance", "problem")])
 def test_a_finished_run_prints_classes_results_where_they_are_and_what_to_type(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], problem: str, last: str
@@ -287,7 +306,6 @@ def test_a_finished_run_prints_classes_results_where_they_are_and_what_to_type(
     )
     print_result(
         SimpleNamespace(
-            networks=(),
             classes=(ClassScore(label="cat", images=4, precision=None, recall=0.5),),
             procedure=LoopResult(
                 epoch=1, num_epochs=1, top1=Rate.of(7, 9), count=9, selected_by="nothing"
@@ -301,7 +319,9 @@ def test_a_finished_run_prints_classes_results_where_they_are_and_what_to_type(
             out=tmp_path,
         )
     )
-    begins = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr().out
+    assert ("sopdeploy export" in printed) == (not problem)
+    begins = [line.partition(":")[0] for line in printed.splitlines()]
     assert [line.split() for line in begins[:2]] == [
         ["class", "images", "precision", "recall"],
         ["cat", "4", "-", "50", "%"],

@@ -1,17 +1,21 @@
 """Copies by the features of a network: changed, turned and cropped ones beside different images."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from sopdeploy.photos.photo import ArrayImages
+from sopdeploy.photos.copies import shrink
+from sopdeploy.photos.photo import ArrayImages, LabeledImages
 from sopdeploy.training.few_shot.default_network import (
     has_default_weights,
     open_default_network,
 )
+from sopdeploy.training.few_shot.features import FeatureBatch
 from sopdeploy.training.few_shot.groups import group_by_features
 from tests.sopdeploy.photos.test_copies import encoded, scene
 
@@ -37,3 +41,49 @@ def test_changed_copies_are_grouped_with_their_image_and_different_ones_are_not(
         open_default_network(), ArrayImages(("a", "b"), pixels, classes)
     ).groups
     assert groups.tolist() == [*range(40), *range(len(CHANGES))]
+
+
+class PlannedOutputs(NamedTuple):
+    """Stands for a network: its maps (N, C, H, W) are `maps`, in batches of four."""
+
+    maps: torch.Tensor
+
+    def batches(self, _images: LabeledImages, indices: list[int]) -> Iterator[FeatureBatch]:
+        small = np.stack([shrink(scene(number)) for number in indices])
+        for start in range(0, len(indices), 4):
+            chosen = indices[start : start + 4]
+            yield FeatureBatch(
+                chosen,
+                np.asarray(chosen, np.int64),
+                np.zeros(len(chosen), np.int64),
+                small[chosen],
+                list(map(str, chosen)),
+                self.maps[chosen].mean(dim=(2, 3)),
+                {"last": self.maps[chosen]},
+            )
+
+
+@pytest.mark.parametrize("known", [None, [0, 1, 2, 0, *range(4, 24)]])
+def test_images_with_similar_feature_maps_and_those_of_a_known_group_are_one_group(
+    known: list[int] | None,
+):
+    random = torch.Generator().manual_seed(0)
+    vectors = 3.0 + torch.randn(24, 64, generator=random)
+    vectors[20] = vectors[3] + 0.3 * torch.randn(64, generator=random)
+    maps = vectors[:, :, None, None] + torch.randn(24, 64, 5, 5, generator=random)
+    images = ArrayImages(
+        ("a", "b"),
+        np.zeros((24, 4, 4, 3), np.uint8),
+        np.arange(24) % 2,
+        groups=None if known is None else np.asarray(known),
+    )
+
+    outputs: Any = PlannedOutputs(maps)
+    groups = group_by_features(outputs, images).groups
+    same = {
+        (one, other)
+        for one in range(24)
+        for other in range(one)
+        if groups[one] == groups[other]
+    }
+    assert same == ({(20, 3)} if known is None else {(20, 3), (3, 0), (20, 0)})
