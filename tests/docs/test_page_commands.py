@@ -24,7 +24,7 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"sopdeploy classify .*--ray ",  # `tests/commands/bulk/test_on_ray.py` runs it
     r".*(--profiles|--runtime tensorrt)",
     r"sopdeploy (import|\w+ ckpt\.pt)",
-    r"sopdeploy promote ",  # needs two networks; `tests/test_loop.py` runs it
+    r"sopdeploy promote ",  # needs two networks; `tests/commands/promotion`
     r"sopdeploy reproduce .*--data",
     r".* (--weights|--models) |.* --mirror",  # the second follows the first
     r"sopdeploy label |.* --unknown ",  # `tests/commands/training/test_label.py`
@@ -35,7 +35,11 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"tensorboard |import mlflow|import sopdeploy\nimport wandb",  # trackers of others
 )
 
-NOT_RUN_PAGES = ("docs/cli.md", "docs/data.md")  # the last one needs official files
+NOT_RUN_PAGES = (
+    "docs/cli.md",
+    "docs/data.md",  # needs official files
+    "docs/howto/keep-compare-promote.md",  # needs a person who looks at kept photos
+)
 BEGINS = re.compile(  # trains a network
     r"sopdeploy train (--recipe photos-dsop )?--data photos|data scenes|sopdeploy\.train\(data="
 )
