@@ -71,7 +71,7 @@ WHAT_TO_DO = {
     "CheckpointError": "Use a file written by `sopdeploy train` or `sopdeploy import`.",
     "WeightsError": "Set `--as` to the network that the message suggests. "
     "The message names the first tensor that does not fit. If pretrained weights cannot be downloaded, put "
-    "the file where the message says, or pass `--weights FILE` or `--weights none`.",
+    "the file where the message says, or pass `--pretrained FILE` or `--pretrained none`.",
     "TrainingError": "The message names the step and what was not finite. Lower `optimizer.lr` or set "
     "`optimizer.clip_norm`, then continue with `--resume auto`.",
     "DetachError": "Add `--detach`. It is also accepted if there is nothing to detach. With your own network, "
@@ -105,10 +105,10 @@ COMPOSED = {
     "invalid_parameter": "query.top_k: must be at least 1",
     "malformed_json": "malformed JSON: unexpected end of data: line 1 column 10 (char 9)",
     "method_not_allowed": "/v1/classify does not accept GET; use POST (/docs has examples)",
-    "not_an_image": "this is not an image; use {formats} (the setting formats)",
+    "not_an_image": "this is not an image; use {formats}",
     "not_found": "no such path; did you mean /v1/classify? /docs lists all",
     "too_much_memory": "decoding needs more than ... MB, the memory for an image; send it smaller",
-    "unsupported_format": "PDF files are not accepted; use {formats} (the setting formats)",
+    "unsupported_format": "PDF files are not accepted; use {formats}",
     "unknown_output": "no output 'logit'; available: logits",
     "wrong_inputs": "give one of the inputs 'images' (UINT8 [n, 224, 224, 3]) and 'IMAGE' (BYTES [n], "
     "encoded images)",

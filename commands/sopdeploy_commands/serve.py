@@ -47,7 +47,6 @@ def _parse_and_warn(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:
             "host",
             "port",
             "ssl_certfile",
-            "ssl_keyfile",
             "examples",
             "runtime",
             "devices",

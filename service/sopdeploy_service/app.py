@@ -126,6 +126,5 @@ def _list_guards(settings: Settings, keys: KeyRing | None) -> list[Guard]:
     if settings.allowed_hosts or (keys is None and is_loopback(settings.host)):
         guards.append(OriginGuard(settings))
     if keys is not None:
-        open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS_PATH}
-        guards.append(KeyGuard(keys, open_paths))
+        guards.append(KeyGuard(keys, OPEN | {METRICS_PATH}))
     return guards

@@ -27,7 +27,7 @@ from sopdeploy.config import (
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import read_text
-from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS
+from sopdeploy.images.limits import MAX_BYTES, MAX_PIXELS
 from sopdeploy.nearest import did_you_mean
 from sopdeploy.plugins import RUNTIMES, VARIABLE
 from sopdeploy_service.origins import Network, parse_host, parse_network
@@ -37,13 +37,6 @@ def _split_commas(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return tuple(part.strip() for part in value.split(",") if part.strip())
-
-
-def _check_formats(value: tuple[str, ...]) -> tuple[str, ...]:
-    unknown = [name for name in value if name.lower() not in FORMATS]
-    if unknown or not value:
-        raise ValueError(f"{', '.join(unknown) or 'empty'}: choose from {', '.join(FORMATS)}")
-    return tuple(name.lower() for name in value)
 
 
 def _check_hosts(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -89,11 +82,6 @@ Device = Annotated[
         "a device: cpu, a number, or an id GPU-... or MIG-...",
     ),
 ]
-Formats = Annotated[
-    tuple[str, ...],
-    pydantic.BeforeValidator(_split_commas),
-    pydantic.AfterValidator(_check_formats),
-]
 PositiveBytes = Annotated[pydantic.ByteSize, pydantic.Field(gt=0)]
 Devices = Annotated[tuple[Device, ...], pydantic.BeforeValidator(_split_commas)]
 Hosts = Annotated[
@@ -121,7 +109,10 @@ RootPath = Annotated[
 DECODERS_BESIDE_CPU_INFERENCE = 2
 MAX_DECODERS = 8  # of one process
 
-LARGE_BODY_SHARE = 7 / 8  # of max_upload_bytes; the rest is reserved for small bodies
+# Bytes of all request bodies that are arriving; a machine with little memory has less (`upload_budget`)
+MAX_UPLOAD_BYTES = 256_000_000
+LARGE_BODY_SHARE = 7 / 8  # of these bytes; the rest is reserved for small bodies
+LARGEST_BODY = int(MAX_UPLOAD_BYTES * LARGE_BODY_SHARE)  # that is ever admitted
 VARIABLE_PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
 PORT_VARIABLE = "PORT"  # of Cloud Run, Heroku and others
@@ -142,10 +133,7 @@ class Settings(StrictModel):
     )
     port: Port = setting(8000, "port to listen on; 0: any free port")
     ssl_certfile: Path | None = setting(
-        None, "PEM file of the certificate for HTTPS; not set: HTTP"
-    )
-    ssl_keyfile: Path | None = setting(
-        None, "PEM file of the certificate's private key; not set: the key is in ssl_certfile"
+        None, "PEM file of the certificate and its private key, for HTTPS; not set: HTTP"
     )
 
     allowed_hosts: Hosts = setting(
@@ -165,40 +153,13 @@ class Settings(StrictModel):
         1000,
         "open connections; a further one gets 503",
     )
-    keep_alive_seconds: Count = setting(
-        3700,
-        "an idle connection is closed after this time, which must be longer than in your proxy",
-    )
     max_connection_age: Seconds | None = setting(
         None,
         "connections are closed at about this age in seconds, so that new servers get clients",
     )
-    header_timeout: Seconds = setting(
-        10.0, "seconds in which the headers of a request must arrive"
-    )
-    write_timeout: Seconds = setting(
-        30.0, "a client that reads nothing for this many seconds is disconnected"
-    )
 
-    max_body_bytes: Count = setting(MAX_BYTES, "size of a request body")
-    max_json_bytes: Count = setting(
-        16_000_000, "size of a JSON body, or of the JSON before binary tensors"
-    )
-    max_upload_bytes: Count = setting(
-        256_000_000,
-        "size of all request bodies that are arriving; at most an eighth of the memory",
-    )
-    decode_seconds: Seconds = setting(
-        20.0, "seconds of decoding, after which an image gets 422"
-    )
-    formats: Formats = setting(
-        tuple(FORMATS), "accepted image formats; heic needs the extra heif"
-    )
-    min_body_rate: Count = setting(
-        10_000, "bytes per second; a slower request body gets 408 after body_grace_seconds"
-    )
-    body_grace_seconds: Seconds = setting(
-        10.0, "how long a request body may be slower than min_body_rate"
+    max_body_bytes: Annotated[int, pydantic.Field(ge=1, le=LARGEST_BODY)] = setting(
+        MAX_BYTES, "size of a request body"
     )
     max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = setting(
         MAX_PIXELS, "pixels of an image"
@@ -252,16 +213,6 @@ class Settings(StrictModel):
     max_batch: Count | None = setting(
         None, "images per batch; not set: 4 on CPUs, else export's --max-batch"
     )
-    load_timeout: Seconds | None = setting(
-        None, "seconds to load a bundle; not set: 120 on a CPU, 600 with CUDA"
-    )
-    max_queue_delay_ms: Delay = setting(
-        0.0, "how long an idle runtime waits for more images of a batch"
-    )
-    batch_timeout_seconds: Seconds | None = setting(
-        None,
-        "a batch that takes longer ends the server; not set: 20 times the usual time, at least 4 s",
-    )
     follow: bool = setting(
         False,
         "check each second whether a link to a bundle has changed, and then reload the bundle",
@@ -284,7 +235,6 @@ class Settings(StrictModel):
     keys: Path | None = setting(
         None, "API key file of `sopdeploy key`; not set: no authentication"
     )
-    metrics_need_key: bool = setting(False, "whether /metrics needs an API key")
 
     log: LogForm | None = setting(
         None,
@@ -292,10 +242,6 @@ class Settings(StrictModel):
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "least important lines that are logged; debug adds health checks"
-    )
-    log_sample: Fraction = setting(
-        1.0,
-        "share of successful requests that have a log line; failed requests always have one",
     )
 
     def classes_per_image(self, *, multi_label: bool) -> int | None:
@@ -325,24 +271,12 @@ class Settings(StrictModel):
                 f"runtime={self.runtime} uses the CPU; set devices=cpu, or remove it"
             )
 
-        if self.ssl_keyfile is not None and self.ssl_certfile is None:
-            raise ValueError("ssl_keyfile needs ssl_certfile; add it")
-
         # Otherwise, a request of so many images would never be admitted.
         if self.max_images > self.queue_size:
             sizes = (
                 f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size})"
             )
             raise ValueError(f"{sizes}; lower it")
-
-        # Such a body would never be admitted.
-        if self.max_body_bytes > self.max_upload_bytes * LARGE_BODY_SHARE:
-            limit = (
-                f"{100 * LARGE_BODY_SHARE:.1f} % of max_upload_bytes ({self.max_upload_bytes})"
-            )
-            raise ValueError(
-                f"max_body_bytes ({self.max_body_bytes}) is larger than {limit}; lower it"
-            )
 
         return self
 

@@ -6,7 +6,7 @@ server gives it. Each step is cheaper than the next and may reject the image: op
 Invalid bytes raise only `ImageError`.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -56,7 +56,6 @@ def decode(
     *,
     max_bytes: int = MAX_BYTES,
     max_pixels: int = MAX_PIXELS,
-    formats: Collection[str] | None = None,
     choose_view: ChooseView | None = None,
 ) -> Decoded:
     """Decode the file *body* to the pixels that a network with *rules* reads; raises `ImageError`.
@@ -66,7 +65,7 @@ def decode(
     """
     limits = {"max_bytes": max_bytes, "max_pixels": max_pixels}
     with (
-        open_image(body, **limits, formats=formats) as image,
+        open_image(body, **limits) as image,
         _loaded(image, rules, max_pixels, choose_view) as (size, scale, view),
     ):
         # With full decoding, the whole image is resized, unless a view was chosen.

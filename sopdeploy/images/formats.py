@@ -9,7 +9,7 @@ import importlib
 import io
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 from PIL import AvifImagePlugin, Image, PngImagePlugin
 
@@ -45,11 +45,10 @@ def open_image(
     *,
     max_bytes: int = MAX_BYTES,
     max_pixels: int = MAX_PIXELS,
-    formats: Collection[str] | None = None,
 ) -> Image.Image:
     """Open the image file *body* and read its header; `load` of the result decodes the pixels.
 
-    Raises `ImageError` for a file that is not one of *formats* (names of `FORMATS`), too large
+    Raises `ImageError` for a file of a format that is not one of `FORMATS`, too large
     or damaged.
     """
     if not body:
@@ -58,7 +57,7 @@ def open_image(
         raise too_large_error(max_bytes)
 
     # Headers are read within limits; the pixels are not decoded yet.
-    detected = detect_format(body, formats)
+    detected = detect_format(body)
     try:
         # Before `Image.open`, which allocates the pixels of a WebP:
         _check_dimensions(webp_size(body), max_pixels)
@@ -126,16 +125,13 @@ def too_large_error(max_bytes: int) -> ImageError:
     return ImageError(f"larger than {max_bytes} bytes, the limit", code="too_large", status=413)
 
 
-def detect_format(body: bytes, formats: Collection[str] | None = None) -> str:
-    """Detect the format of *body*, as Pillow names it; raises `ImageError` if it is not one of *formats*."""
+def detect_format(body: bytes) -> str:
+    """Detect the format of *body*, as Pillow names it; raises `ImageError` if it is not one of `FORMATS`."""
     detected = find_format(body[:HEAD_BYTES])
-    accepted = FORMATS if formats is None else formats
-    if any(FORMATS[name] == detected for name in accepted):
+    if detected in FORMATS.values():
         return detected
 
-    advice = f"use {describe_formats(accepted)}"
-    if len(set(accepted)) < len(FORMATS):
-        advice += " (the setting formats)"
+    advice = f"use {describe_formats()}"
 
     if not detected:
         raise ImageError(f"this is not an image; {advice}", code="not_an_image", status=415)

@@ -22,7 +22,6 @@ from PIL import Image
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.manifest import FileRecord, to_json
 from sopdeploy.decision import Decision
-from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import utc_now
 from sopdeploy_service.app import create_app
@@ -253,8 +252,6 @@ def serve_with(bundle: Bundle) -> Iterator[Callable[..., httpx.Client]]:
 @pytest.fixture(scope="module")
 def client(bundle: Bundle, onnx_runtime: OnnxRuntime) -> Iterator[httpx.Client]:
     """A client of one server with the real runtime and low limits, shared by a test module."""
-    settings = Settings(
-        max_body_bytes=1_000_000, max_images=8, request_timeout=10, formats=tuple(FORMATS)
-    )
+    settings = Settings(max_body_bytes=1_000_000, max_images=8, request_timeout=10)
     with running(onnx_runtime, bundle, settings) as client:
         yield client

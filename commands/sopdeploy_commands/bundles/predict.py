@@ -73,7 +73,6 @@ def predict_one(
             manifest.preprocess,
             max_bytes=len(body),
             max_pixels=settings.max_pixels,
-            formats=settings.formats,
         )
     except ImageError as error:
         return FilePrediction(

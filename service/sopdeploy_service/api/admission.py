@@ -40,6 +40,11 @@ BAD_TIMEOUT = HttpError(
     "invalid_timeout", 400, "X-Request-Timeout-Ms: must be an integer of at least 1 (ms)"
 )
 
+MAX_JSON_BYTES = 16_000_000  # of a JSON body, or of the JSON before binary tensors
+# A body may be slower than this rate, in bytes per second, for the seconds of grace. The slowest
+# mobile networks (EDGE) are faster.
+MIN_BODY_RATE = 10_000
+BODY_GRACE_SECONDS = 10.0
 # A body that was faster may pause for so long: a phone that changes its network needs some seconds
 MAX_CREDIT_SECONDS = 30.0
 
@@ -353,7 +358,7 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
     content_type = admitted.context.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type == "application/json":
-        limit = min(settings.max_body_bytes, settings.max_json_bytes)
+        limit = min(settings.max_body_bytes, MAX_JSON_BYTES)
 
         body = await read_body(admitted, limit)
         if body.startswith(FIRST_BYTES):  # an image file, which some clients label as JSON
@@ -408,7 +413,6 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     """
     service = admitted.service
     context = admitted.context
-    settings = admitted.service.settings
     body = admitted.body
 
     if context.headers.get("content-encoding", "").strip().lower() not in NO_CODING:
@@ -418,7 +422,7 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
 
     pieces: list[bytes] = []
     # Seconds by which the body may still fall behind the minimum rate
-    grace = settings.body_grace_seconds
+    grace = BODY_GRACE_SECONDS
 
     while True:
         # Already before the first byte: a client that waits for `100 Continue` must not send a
@@ -438,9 +442,8 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
 
         piece = message.get("body", b"")
         # A negative delay says that the piece came sooner.
-        delay = time.monotonic() - began - len(piece) / settings.min_body_rate
-        longest = max(MAX_CREDIT_SECONDS, settings.body_grace_seconds)
-        grace = min(longest, grace - delay)
+        delay = time.monotonic() - began - len(piece) / MIN_BODY_RATE
+        grace = min(MAX_CREDIT_SECONDS, grace - delay)
 
         # Count the piece, within the limits of all bodies and of this one.
         service.uploads.add(body, len(piece))

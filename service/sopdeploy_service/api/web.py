@@ -27,10 +27,10 @@ from starlette.types import Receive, Scope, Send
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import DataError
 from sopdeploy.files import read_file
-from sopdeploy.images.limits import MAX_BYTES, describe_formats, missing_extra
+from sopdeploy.images.limits import FORMATS, MAX_BYTES, describe_formats, missing_extra
 from sopdeploy.images.signatures import HEAD_BYTES, SUFFIXES, media_type_of
 from sopdeploy.photos.files import data_folder, list_images, naming_all_undecodable
-from sopdeploy_service.api.admission import json_response, service_of
+from sopdeploy_service.api.admission import json_response
 from sopdeploy_service.http.middleware import PAGE_FILES, RequestContext
 
 _FOLDER = files("sopdeploy_service.api") / "pages"
@@ -131,14 +131,14 @@ async def _show_page(page: Page, request: Request) -> Response:
     root = request.scope["root_path"]
     if root and request.scope.get("raw_path") == root.encode():
         return RedirectResponse(f"{root}/")  # the links of the page are relative to it
-    content = _fill(page, service_of(request).settings.formats)
+    content = _fill(page)
     return Response(content, media_type="text/html", headers=page.headers)
 
 
 @lru_cache
-def _fill(page: Page, formats: tuple[str, ...]) -> bytes:
-    """Return the bytes of *page* with the *formats* that the server accepts, made once."""
-    decodable = [name for name in formats if not missing_extra(name)]
+def _fill(page: Page) -> bytes:
+    """Return the bytes of *page* with the formats that the server accepts, made once."""
+    decodable = [name for name in FORMATS if not missing_extra(name)]
     return page.html.replace("{formats}", describe_formats(decodable)).encode()
 
 

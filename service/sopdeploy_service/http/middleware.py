@@ -208,8 +208,7 @@ class RequestContextMiddleware:
             "" if context.code == "ok" else context.code,
         )
 
-        sample = self.service.settings.log_sample
-        log_request(context, method, path, status, seconds, sample)
+        log_request(context, method, path, status, seconds)
 
 
 def record_refusal(
@@ -244,17 +243,11 @@ def log_request(
     path: str,
     status: int,
     seconds: float,
-    sample: float = 1.0,
 ) -> None:
-    """Write a request to the access log; *path* is the template of its route.
-
-    *sample* is the share of the successful requests that are written.
-    """
+    """Write a request to the access log; *path* is the template of its route."""
     is_success = 200 <= status < 400
     level = logging.DEBUG if path in MONITORING and is_success else logging.INFO
     if not access_log.isEnabledFor(level):
-        return
-    if is_success and random.random() >= sample:  # noqa: S311 - no secret
         return
 
     # Describe the request; what it does not have is left out.

@@ -47,7 +47,7 @@ from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.inference.shared_children import Group, SharedChildren
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.device_memory import resident_bytes
-from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
+from sopdeploy_service.settings import LARGE_BODY_SHARE, MAX_UPLOAD_BYTES, Settings
 
 _MIB = 1 << 20
 # Of an image for a light child, at most: memory, pixels, bytes of the file
@@ -65,6 +65,7 @@ PROPORTIONAL_BODY = 6_000_000
 PROPORTIONAL_PIXELS = 25_000_000
 OWN_MEMORY = 8 * _MIB  # of an idle child, beside the pages that it shares with its template
 LARGE_MEMORY = 384 * _MIB  # for each child for large images, if there are several
+DECODE_SECONDS = 20.0  # after which an image gets 422
 NICENESS = 10  # of children for large images
 # Of the memory, for all that is planned; the rest is for batches, JSON, and pages that the allocator
 # keeps
@@ -103,7 +104,7 @@ def upload_budget(settings: Settings, num_processes: int = 1) -> int:
     least = math.ceil(settings.max_body_bytes / LARGE_BODY_SHARE)
 
     return min(
-        settings.max_upload_bytes,
+        MAX_UPLOAD_BYTES,
         max(least, int(memory_limit() * UPLOAD_SHARE / num_processes)),
     )
 
@@ -233,7 +234,7 @@ class Decoders:
             process = DecoderProcess(
                 shared_template(),
                 options,
-                settings.decode_seconds,
+                DECODE_SECONDS,
                 on_idle=children.finish,
                 on_end=lambda reason: self._metrics.decoder_ended.labels(reason).inc(),
             )
@@ -271,7 +272,7 @@ class Decoders:
         # Refuse by the first bytes what no decoder accepts.
         if not image:
             raise empty_error()
-        detect_format(image, self._settings.formats)
+        detect_format(image)
 
         # Decode. The seconds that no child had the image count as time in the queue.
         shape = (preprocess.crop, preprocess.crop, 3)

@@ -44,14 +44,11 @@ async def finish_in_time(work: Future[Result], what: object, settings: Settings)
 
 def load_seconds(settings: Settings) -> float:
     """Return how long a load may take: on a GPU, libraries are loaded and kernels chosen, too."""
-    if settings.load_timeout is not None:
-        return settings.load_timeout
-
     return LOAD_SECONDS_ON_GPU if may_use_gpu(settings) else LOAD_SECONDS_ON_CPU
 
 
 def _too_slow(what: object, seconds: float) -> RuntimeUnavailableError:
     return RuntimeUnavailableError(
-        f"{what}: not loaded within {seconds:g} s; check the device and the disk, or raise load_timeout",
+        f"{what}: not loaded within {seconds:g} s; check the device and the disk",
         code=LOAD_TIMEOUT,
     )

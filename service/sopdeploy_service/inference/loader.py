@@ -9,7 +9,7 @@ silently using the CPU.
 import itertools
 import logging
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -110,7 +110,7 @@ def _begin_load(
 def _load(bundle: Bundle, settings: Settings, *, thorough: bool) -> LoadedModel:
     """Load *bundle* as `load_model` does, in this thread and without a limit of time."""
     check_trust(bundle, settings)
-    for refusal in describe_refusals(bundle, settings.formats):
+    for refusal in describe_refusals(bundle):
         log.warning("%s: %s", bundle.name, refusal)
     root = check_graph_and_certificate(bundle) if thorough else None
 
@@ -144,7 +144,7 @@ def check_trust(bundle: Bundle, settings: Settings) -> None:
         check_signature(bundle, signature, settings.require_signature)
 
 
-def describe_refusals(bundle: Bundle, formats: Collection[str]) -> Iterator[str]:
+def describe_refusals(bundle: Bundle) -> Iterator[str]:
     """Say which formats of the photographs of *bundle* a server that accepts *formats* refuses."""
     origin = bundle.manifest.origin
     if origin is None:  # it does not say what the network has learned from
@@ -152,12 +152,8 @@ def describe_refusals(bundle: Bundle, formats: Collection[str]) -> Iterator[str]
 
     for name in origin.formats:
         extra = missing_extra(name)
-        remedy = ""
-        if name not in formats:
-            remedy = f"add {name} to the setting formats"
-        elif extra:
+        if extra:
             remedy = f'run: pip install "sopdeploy[{extra}]"'
-        if remedy:
             yield f"photos in {describe_formats([name])}, as it learned from, are refused; {remedy}"
 
 

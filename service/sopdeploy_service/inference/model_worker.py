@@ -1,8 +1,7 @@
 """A model that is served: its queue, and the thread that owns its runtime, forms batches and runs them.
 
-The queue is work-conserving: an idle worker takes the images that are queued, and waits for
-more images only up to `max_delay` seconds after the arrival of the oldest one. Images that
-arrive while a batch runs join the next batch. Images whose request has ended or whose deadline
+The queue is work-conserving: an idle worker takes the images that are queued, and does not wait
+for more. Images that arrive while a batch runs join the next batch. Images whose request has ended or whose deadline
 has passed are removed and do not run.
 
 Some runtimes can have two batches in flight. If a full batch is queued, the worker then begins
@@ -86,7 +85,6 @@ class QueuedImage:
 class RequestQueue:
     """Images in order of arrival; thread-safe. The limit of admitted images limits its length, too."""
 
-    max_delay: float = 0.0
     batch_seconds: Callable[[int], float] = lambda _: 0.0  # of a batch, by its number of images
     closed_with: HttpError | None = None
     _images: deque[QueuedImage] = field(default_factory=deque)
@@ -114,7 +112,7 @@ class RequestQueue:
             return True
 
     def take(self, max_size: int, *, only_full: bool = False) -> list[QueuedImage]:
-        """Wait for *max_size* images, or until the oldest has waited for `max_delay`; return them.
+        """Wait for the first image, and return those that are queued, at most *max_size*.
 
         The result is empty if the queue is closed. With *only_full*, never wait: take exactly
         *max_size* images, or none if fewer are queued. Images that are over or late are
@@ -142,14 +140,9 @@ class RequestQueue:
                 if only_full or self.closed_with is not None:  # a closed queue is empty
                     return []
 
-                # Wait for the first image; then until the oldest one has waited for
-                # `max_delay`.
-                seconds = None  # waits without a limit for the first image
                 if self._images:
-                    seconds = self._images[0].arrived + self.max_delay - now
-                    if seconds <= 0:
-                        return self._pop(len(self._images))
-                self._changed.wait(seconds)
+                    return self._pop(len(self._images))
+                self._changed.wait()
 
     def _pop(self, count: int) -> list[QueuedImage]:
         """Remove the *count* oldest images, now in a batch, and return them."""
@@ -200,12 +193,9 @@ class LocalModel(Model):
         self._is_dead = False
 
         # What requests meet: the queue, the metrics.
-        self.queue = RequestQueue(
-            max_delay=settings.max_queue_delay_ms / 1000, batch_seconds=self.pace.batch_seconds
-        )
+        self.queue = RequestQueue(batch_seconds=self.pace.batch_seconds)
         metrics.create_series(name)
         self._metrics = metrics
-        self._timeout = settings.batch_timeout_seconds
 
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None
@@ -300,7 +290,7 @@ class LocalModel(Model):
     def hang_seconds(self, num_images: int) -> float:
         """Compute after how many seconds a batch of *num_images* counts as hung."""
         usual = self.pace.batch_seconds(num_images)
-        return self._timeout or max(MIN_HANG_SECONDS, HANG_FACTOR * usual)
+        return max(MIN_HANG_SECONDS, HANG_FACTOR * usual)
 
     async def _watch(self) -> None:
         """Declare the model dead if a batch hangs; look again when the oldest counts as hung, or sooner."""

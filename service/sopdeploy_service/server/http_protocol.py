@@ -24,6 +24,11 @@ from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.origins import is_within, join_headers, without_prefix
 from sopdeploy_service.server.connections import Connections
 
+HEADER_SECONDS = 10.0  # in which the headers of a request must arrive
+WRITE_SECONDS = 30.0  # after which a client that reads nothing is disconnected
+# After which an idle connection is closed: longer than in every usual proxy, of which Envoy waits
+# longest (1 h), because a request on a connection that closes is lost.
+KEEP_ALIVE_SECONDS = 3700
 CLOSING_SECONDS = 2  # for sending the last responses after the end
 MAX_URL_BYTES = 8192  # path and query
 MAX_HEADERS = 100  # of one request
@@ -67,7 +72,7 @@ def limited_config(app: ASGIApp, connections: Connections) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,  # `client_address` reads them
-        timeout_keep_alive=connections.settings.keep_alive_seconds,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
 
@@ -349,7 +354,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Start the write timeout: the client does not read."""
         super().pause_writing()
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self._limits.write_timeout, self.abort)
+            self._write_timer = self.loop.call_later(WRITE_SECONDS, self.abort)
 
     def resume_writing(self) -> None:
         """Stop the write timeout."""
@@ -386,7 +391,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         else:
             # It closes after the pending output, for which the client has limited time.
             self.transport.close()
-            self._start_timer(self._limits.write_timeout, self.abort)
+            self._start_timer(WRITE_SECONDS, self.abort)
 
     timeout_keep_alive_handler = close
 
@@ -461,7 +466,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _start_header_timeout(self) -> None:
         """Reject the request if its headers do not arrive in time."""
-        self._start_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
+        self._start_timer(HEADER_SECONDS, partial(self._reject, SLOW_HEADERS))
 
     def _start_timer(self, seconds: float, callback: Callable[[], None]) -> None:
         """Call *callback* after *seconds*, instead of what the timer would call."""

@@ -23,11 +23,9 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     context.set_alpn_protocols(["http/1.1"])
     try:
         # A key with a password fails, because OpenSSL would ask for it on a terminal.
-        context.load_cert_chain(
-            settings.ssl_certfile, settings.ssl_keyfile, password=lambda: b""
-        )
+        context.load_cert_chain(settings.ssl_certfile, password=lambda: b"")
     except OSError as problem:  # `ssl.SSLError` is one
-        raise ConfigError(f"ssl_certfile, ssl_keyfile: {problem}") from problem
+        raise ConfigError(f"ssl_certfile: {problem}") from problem
     return context
 
 

@@ -15,6 +15,7 @@ from sopdeploy.images.limits import FORMATS
 from sopdeploy_service.api.admission import parse_upload
 from sopdeploy_service.http.forms import parse_form
 from sopdeploy_service.http.strict_json import decode_text
+from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.settings import Settings
 from tests.support.fake_runtime import FakeRuntime
@@ -412,9 +413,10 @@ def test_an_unknown_parameter_is_400_with_the_known_ones(client, jpeg, path, kno
     assert reply.json()["detail"] == f"{given!r}: unknown parameter; known are {known}"
 
 
-def test_the_largest_allowed_body_fits_into_the_memory_for_bodies(serve_with) -> None:
+def test_the_largest_allowed_body_fits_into_the_memory_for_bodies(
+    serve_with, monkeypatch
+) -> None:
     """It is counted once: what has arrived is no longer announced."""
-    client = serve_with(
-        FakeRuntime(num_classes=7), max_body_bytes=7_000_000, max_upload_bytes=8_000_000
-    )
+    monkeypatch.setattr(decoders, "MAX_UPLOAD_BYTES", 8_000_000)
+    client = serve_with(FakeRuntime(num_classes=7), max_body_bytes=7_000_000)
     assert client.post("/v1/classify", content=bytes(7_000_000)).status_code == 415

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sopdeploy.bundle.manifest import Manifest, TensorRecord
+from sopdeploy_service.api.v2 import routes
 from sopdeploy_service.api.v2.request import InferRequest, parse_body
 from sopdeploy_service.api.v2.routes import stack_outputs
 from sopdeploy_service.inference.model import State
@@ -464,8 +465,9 @@ def test_a_response_has_timings_and_echoes_any_id_and_the_timeout_is_a_deadline(
     assert (reply.status_code, reply.headers["x-error-code"]) == (504, "deadline")
 
 
-def test_json_has_its_own_size_limit(serve_with, onnx_runtime):
-    client = serve_with(onnx_runtime, max_json_bytes=1000)
+def test_json_has_its_own_size_limit(serve_with, onnx_runtime, monkeypatch):
+    monkeypatch.setattr(routes, "MAX_JSON_BYTES", 1000)
+    client = serve_with(onnx_runtime)
     assert post(client, GOOD_REQUEST).headers["x-error-code"] == "json_too_large"
     binary = {key: value for key, value in ZEROS.items() if key != "data"}
     text = orjson.dumps({"inputs": [{**binary, "parameters": {"binary_data_size": 3072}}]})

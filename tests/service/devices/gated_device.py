@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy_service.devices.device_server import main
+from sopdeploy_service.inference import model_worker
 from sopdeploy_service.inference.loader import LoadedModel, load_bundle
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.server import process
@@ -50,4 +51,5 @@ def load_gated(bundle: Bundle, settings: Settings) -> LoadedModel:
 
 if __name__ == "__main__":
     process.load_bundle = load_gated
+    model_worker.MIN_HANG_SECONDS = 60.0
     sys.exit(main())

@@ -70,7 +70,7 @@ def test_an_engine_that_ends_or_hangs_refuses_its_images_and_is_replaced_behind_
 ) -> None:
     gate = tmp_path / "gate"
     monkeypatch.setenv("GATE", str(gate))
-    options = (*WAYS[FRONT_ENDS], "--setting", "batch_timeout_seconds=60")
+    options = WAYS[FRONT_ENDS]
 
     with (
         serving(str(bundle_path), *options, program=gated_device.SERVE) as client,
@@ -133,8 +133,6 @@ def test_a_front_end_that_ends_or_hangs_is_replaced_and_its_images_make_room(
     monkeypatch.setenv("GATE", str(gate))
     options = (
         "--setting",
-        "batch_timeout_seconds=60",
-        "--setting",
         "queue_size=4",
         "--setting",
         "max_images=4",
@@ -187,8 +185,6 @@ def test_a_signal_to_every_process_completes_the_admitted_requests(
     monkeypatch.setenv("GATE", str(gate))
     options = (
         *WAYS[FRONT_ENDS],
-        "--setting",
-        "batch_timeout_seconds=60",
         "--setting",
         "drain_seconds=60",
     )

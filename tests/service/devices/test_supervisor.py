@@ -29,6 +29,7 @@ from sopdeploy_service.devices.processes import LaunchConfig, Process, visible_d
 from sopdeploy_service.devices.remote import RemoteRegistry
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.http.problems import describe_error
+from sopdeploy_service.inference import load_time
 from sopdeploy_service.inference.results import RUNTIME_DEAD
 from sopdeploy_service.settings import load_settings
 from sopdeploy_service.tasks import start_task
@@ -149,7 +150,8 @@ def test_a_silent_process_is_replaced_in_every_phase(monkeypatch, phase) -> None
 
     now: list[int] = []
     monkeypatch.setattr(processes, "START_SECONDS", 6.0)
-    settings = load_settings(front_ends=0, load_timeout=1.0)
+    monkeypatch.setattr(load_time, "LOAD_SECONDS_ON_CPU", 1.0)
+    settings = load_settings(front_ends=0)
     process = Process("cpu", {}, settings, "cpu", 0)
     process.child = SimpleNamespace(
         pid=1,
@@ -434,7 +436,6 @@ def test_a_drain_completes_the_requests_of_both_processes(
     options = (
         *WAYS[TWO_DEVICES],
         "--log=json",
-        "--setting=batch_timeout_seconds=60",
         "--setting=drain_seconds=60",
     )
 

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_commands.app import app as cli
+from sopdeploy_service.api import admission
 from sopdeploy_service.app import create_app
 from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import (
@@ -34,6 +35,7 @@ from sopdeploy_service.http.api_keys import (
     read_again,
     read_keys,
 )
+from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.draining_server import DrainingServer
@@ -208,13 +210,6 @@ def test_on_loopback_without_keys_foreign_pages_are_refused(serve_with, keys, jp
             assert server.post("/v1/classify", content=jpeg, headers=headers).status_code == 200
 
 
-def test_metrics_can_require_a_key(serve_with, keys) -> None:
-    client = serve_with(FakeRuntime(num_classes=7), keys=keys["path"], metrics_need_key=True)
-    assert client.get("/metrics").status_code == 401
-    assert client.get("/metrics", headers={"x-api-key": keys["free"]}).status_code == 200
-    assert client.get("/readyz").status_code == 200
-
-
 def test_the_rate_limit_counts_every_image_and_tells_when_to_retry(
     locked, keys, jpeg, monkeypatch
 ) -> None:
@@ -351,13 +346,12 @@ def test_as_many_images_as_a_response_announces_are_accepted_at_once_and_no_more
     bucket.spend(remaining)
 
 
-def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, jpeg):
-    limits = {
-        "max_body_bytes": 2_000_000,
-        "max_upload_bytes": 8_000_000,
-        "body_grace_seconds": 60,
-    }
-    client = serve_with(FakeRuntime(num_classes=7), **limits)
+def test_many_slow_and_large_uploads_leave_budget_for_small_images(
+    serve_with, jpeg, monkeypatch
+):
+    monkeypatch.setattr(decoders, "MAX_UPLOAD_BYTES", 8_000_000)
+    monkeypatch.setattr(admission, "BODY_GRACE_SECONDS", 60)
+    client = serve_with(FakeRuntime(num_classes=7), max_body_bytes=2_000_000)
     codes = []
 
     with ExitStack() as stack:
@@ -386,13 +380,10 @@ def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, j
     wait_for(lambda: count(client, "upload_bytes") == 0)
 
 
-def test_an_upload_without_budget_is_429_before_the_body_is_sent(serve_with):
-    limits = {
-        "max_body_bytes": 2_000_000,
-        "max_upload_bytes": 2_300_000,
-        "body_grace_seconds": 60,
-    }
-    client = serve_with(FakeRuntime(num_classes=7), **limits)
+def test_an_upload_without_budget_is_429_before_the_body_is_sent(serve_with, monkeypatch):
+    monkeypatch.setattr(decoders, "MAX_UPLOAD_BYTES", 2_300_000)
+    monkeypatch.setattr(admission, "BODY_GRACE_SECONDS", 60)
+    client = serve_with(FakeRuntime(num_classes=7), max_body_bytes=2_000_000)
 
     with connect(client) as first, connect(client) as second:
         first.sendall(POST + b"Content-Length: 1900000\r\n\r\n" + bytes(1_800_000))

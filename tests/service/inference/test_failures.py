@@ -113,11 +113,12 @@ def test_an_image_that_misses_its_deadline_is_504_and_never_runs(serve_with, poo
 
 
 def test_a_dead_or_hung_runtime_rejects_everything_and_fails_the_health_checks(
-    serve_with, pool, jpeg
+    serve_with, pool, jpeg, monkeypatch
 ):
+    monkeypatch.setattr(model_worker, "MIN_HANG_SECONDS", 0.4)
     hung = Held(largest_batch=1)
     for runtime in (Failing({1: SystemExit("the device is gone")}), hung):
-        client = serve_with(runtime, batch_timeout_seconds=0.4)
+        client = serve_with(runtime)
         replies = pool.map(lambda _, client=client: post(client, jpeg), range(3))
         assert [reply.json()["code"] for reply in replies] == ["runtime_dead"] * 3
         assert [client.get(path).status_code for path in ("/readyz", "/livez")] == [503, 503]
@@ -228,9 +229,19 @@ def test_requests_waiting_for_a_parser_count_in_the_queue_and_have_a_deadline(
     wait_for(lambda: count(client, "queue_depth") == 0)
 
 
-def test_a_batch_that_is_out_of_memory_is_halved_until_one_image_fails(serve_with, jpeg):
+def test_a_batch_that_is_out_of_memory_is_halved_until_one_image_fails(
+    serve_with, jpeg, monkeypatch
+):
+    take = model_worker.RequestQueue.take
+
+    def take_all(queue, max_size, *, only_full=False):
+        """Take the eight images at once, whenever each of them is decoded."""
+        wait_for(lambda: len(queue._images) == 8 or queue.closed_with is not None)
+        return take(queue, max_size, only_full=only_full)
+
+    monkeypatch.setattr(model_worker.RequestQueue, "take", take_all)
     runtime = Failing({1: "oom", 2: "oom", 3: "oom", 4: "oom"})
-    client = serve_with(runtime, max_batch=8, max_queue_delay_ms=5000)
+    client = serve_with(runtime, max_batch=8)
     results = client.post("/v1/classify", files=[("image", jpeg)] * 8).json()["results"]
     (failed,) = (result["error"] for result in results if "error" in result)
     assert (failed["code"], failed["status"]) == ("out_of_memory", 503)
@@ -243,15 +254,8 @@ def test_a_batch_counts_as_hung_after_twenty_times_its_usual_time(bundle):
         bundle=bundle, runtime=runtime, replays={}, timings=((1, 0.01), (8, 9.0), (8, 0.5))
     )
 
-    for timeout, images, seconds in (
-        (None, 8, 10.0),
-        (None, 6, pytest.approx(7.2)),
-        (None, 1, 4.0),
-        (2.5, 3, 2.5),
-    ):
-        served = model_worker.LocalModel(
-            "tiny", loaded, Settings(batch_timeout_seconds=timeout), Metrics()
-        )
+    served = model_worker.LocalModel("tiny", loaded, Settings(), Metrics())
+    for images, seconds in ((8, 10.0), (6, pytest.approx(7.2)), (1, 4.0)):
         assert served.hang_seconds(images) == seconds
 
 

@@ -41,22 +41,18 @@ def fill(queue: RequestQueue, count: int) -> list[QueuedImage]:
     return items
 
 
-def test_a_full_batch_does_not_wait_for_the_delay_of_the_oldest_image() -> None:
-    queue = RequestQueue(max_delay=1000)
+def test_a_batch_has_the_images_that_are_queued() -> None:
+    queue = RequestQueue()
     assert queue.take(4, only_full=True) == []
     items = fill(queue, 4)
     assert queue.take(5, only_full=True) == []
     assert queue.take(2, only_full=True) == items[:2]
     assert queue.take(2) == items[2:]
 
-    items = fill(queue, 2)
-    items[0].arrived -= 1000
-    assert queue.take(8) == items
-    fill(queue, 1)
-    late = threading.Timer(0.05, fill, (queue, 2))
+    assert queue.take(8) == fill(queue, 2)
+    late = threading.Timer(0.05, fill, (queue, 1))
     late.start()
-
-    assert len(queue.take(3)) == 3  # those that arrive during the delay join the batch
+    assert len(queue.take(3)) == 1  # an empty queue waits for the first one
     late.join()
 
 

@@ -66,16 +66,6 @@ def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jp
     assert all(secret not in stream.read_text() for secret in (key, "guess"))
 
 
-def test_a_sample_of_successes_is_logged_and_every_failure(logged, serve_with, jpeg):
-    stream = logged(log="json")
-    client = serve_with(FakeRuntime(num_classes=7), log_sample=0)
-    for body in (jpeg, b"x", jpeg, b"x"):
-        client.post("/v1/classify", content=body)
-    client.get("/nothing")
-    wait_for(lambda: len(requests(stream)) == 3)
-    assert [line["status"] for line in requests(stream)] == [415, 415, 404]
-
-
 FORGED = {  # path: headers
     "/nothing%0a%7B%22event%22:%22request%22%7D": {},
     "/nothing": {"x-request-id": 'a" "status": 200'},

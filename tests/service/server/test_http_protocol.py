@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.server import connections
+from sopdeploy_service.api import admission
+from sopdeploy_service.server import connections, http_protocol
 from sopdeploy_service.server.http_protocol import LINGER_SECONDS, LimitedHttpProtocol
 from sopdeploy_service.server.sockets import raise_file_limit
 from sopdeploy_service.settings import Settings
@@ -22,12 +23,12 @@ from tests.support.raw import EXPECT, GET, POST, connect, count, post_of, read
 from tests.support.service import running, wait_for
 from tests.support.strategies import damaged
 
-SHORT = {
-    "header_timeout": 1,
-    "body_grace_seconds": 1,
-    "write_timeout": 1,
-    "keep_alive_seconds": 1,
-}
+SHORT = (
+    (http_protocol, "HEADER_SECONDS"),
+    (http_protocol, "WRITE_SECONDS"),
+    (http_protocol, "KEEP_ALIVE_SECONDS"),
+    (admission, "BODY_GRACE_SECONDS"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +39,12 @@ def client(bundle):
         yield client
 
 
-@pytest.fixture(scope="module")
-def impatient(bundle):
+@pytest.fixture
+def impatient(bundle, monkeypatch):
     """A client of a server with short timeouts, which requests of a paused process would also exceed."""
-    with running(FakeRuntime(num_classes=7), bundle, Settings(**SHORT)) as client:
+    for module, name in SHORT:
+        monkeypatch.setattr(module, name, 1)
+    with running(FakeRuntime(num_classes=7), bundle, Settings()) as client:
         yield client
 
 
@@ -205,7 +208,7 @@ def test_slow_bytes_do_not_extend_the_timeout(impatient, start, code):
 
 
 def test_the_time_for_the_answer_begins_when_the_body_has_arrived(serve_with, jpeg):
-    client = serve_with(FakeRuntime(num_classes=7), min_body_rate=1, request_timeout=1.5)
+    client = serve_with(FakeRuntime(num_classes=7), request_timeout=1.5)
     request, half = post_of(jpeg), len(jpeg) // 2
     with connect(client) as slow:
         slow.sendall(request[:-half])
@@ -228,7 +231,8 @@ ANSWERED = 'requests_total{code="200",model="",reason="",route="/openapi.json"}'
 SLOW_READERS = 'rejected_total{reason="slow_reader"}'
 
 
-def test_a_client_that_does_not_read_is_disconnected_after_its_own_time(bundle):
+def test_a_client_that_does_not_read_is_disconnected_after_its_own_time(bundle, monkeypatch):
+    monkeypatch.setattr(http_protocol, "WRITE_SECONDS", 1)
     requests = 0
 
     def is_disconnected() -> bool:
@@ -239,9 +243,8 @@ def test_a_client_that_does_not_read_is_disconnected_after_its_own_time(bundle):
             requests += 1
         return count(client, SLOW_READERS) == 1
 
-    settings = Settings(**SHORT | {"header_timeout": 600})
     with (
-        running(FakeRuntime(num_classes=7), bundle, settings) as client,
+        running(FakeRuntime(num_classes=7), bundle, Settings()) as client,
         connect(client) as bad,
     ):
         bad.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -496,9 +499,11 @@ VALID = (
 @settings(max_examples=60)
 @given(request=damaged(VALID), cuts=st.lists(st.integers(1, len(VALID)), max_size=3))
 def test_any_bytes_get_a_response_or_a_closed_connection(
-    fuzzed, request: bytes, cuts: list[int]
+    client, request: bytes, cuts: list[int]
 ) -> None:
-    with connect(fuzzed) as wire:
+    with pytest.MonkeyPatch.context() as patch, connect(client) as wire:
+        patch.setattr(http_protocol, "HEADER_SECONDS", 0.05)
+        patch.setattr(admission, "BODY_GRACE_SECONDS", 0.05)
         for start, end in itertools.pairwise([0, *sorted(cuts), len(request)]):
             with suppress(ConnectionError):
                 wire.sendall(request[start:end])
@@ -507,14 +512,7 @@ def test_any_bytes_get_a_response_or_a_closed_connection(
         except ConnectionError:
             reply = b""
     assert re.match(rb"HTTP/1\.1 [24]\d\d ", reply) or not reply
-    assert fuzzed.get("/livez").status_code == 200
-
-
-@pytest.fixture(scope="module")
-def fuzzed(bundle):
-    settings = Settings(header_timeout=0.05, body_grace_seconds=0.05)
-    with running(FakeRuntime(num_classes=7), bundle, settings) as client:
-        yield client
+    assert client.get("/livez").status_code == 200
 
 
 def test_every_connection_over_the_limit_has_a_response_also_over_the_spare_ones(
@@ -528,10 +526,9 @@ def test_every_connection_over_the_limit_has_a_response_also_over_the_spare_ones
         assert len(crowded.app.state.connections.closing) <= 2
 
 
-def test_a_silent_connection_of_a_trusted_proxy_is_an_idle_one(serve_with, wire):
-    client = serve_with(
-        FakeRuntime(num_classes=7), trusted_proxies="127.0.0.1", header_timeout=0.05
-    )
+def test_a_silent_connection_of_a_trusted_proxy_is_an_idle_one(serve_with, wire, monkeypatch):
+    monkeypatch.setattr(http_protocol, "HEADER_SECONDS", 0.05)
+    client = serve_with(FakeRuntime(num_classes=7), trusted_proxies="127.0.0.1")
     early = wire(client)
     time.sleep(0.2)  # longer than the headers may take
     get(early)

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from sopdeploy.errors import ConfigError
 from sopdeploy_commands.health import health
 from sopdeploy_service.server.tls import tls_context
-from sopdeploy_service.settings import Settings, load_settings
+from sopdeploy_service.settings import Settings
 from tests.support.children import EACH_WAY, START_SECONDS, WAYS, serving
 from tests.support.raw import connect
 
@@ -106,8 +106,3 @@ def test_a_certificate_that_cannot_be_used_is_one_line(tmp_path, certificate, na
     with pytest.raises(ConfigError, match=r"^ssl_certfile") as caught:
         tls_context(Settings(ssl_certfile=tmp_path / name))
     assert "\n" not in str(caught.value)
-
-
-def test_a_key_without_a_certificate_is_refused() -> None:
-    with pytest.raises(ConfigError, match="ssl_keyfile"):
-        load_settings(ssl_keyfile="key.pem")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy_service.api.admission import (
+    MAX_JSON_BYTES,
     admit,
     find_and_record_model,
     json_response,
@@ -161,7 +162,7 @@ async def model_infer(
         body = await read_body(admitted, settings.max_body_bytes)
         parsed = await admitted.parse(
             parse_body, body, json_length_header, model.bundle.manifest, settings.max_images,
-            settings.max_json_bytes,
+            MAX_JSON_BYTES,
         )  # fmt: skip
 
         if parsed.timeout_seconds is not None:
