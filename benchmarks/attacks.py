@@ -361,7 +361,7 @@ def measure(
     requests = [
         build_request("/v1/classify", "image/jpeg", one.read_bytes()) for one in photographs
     ]
-    arguments = [str(bundle), "--threads", "1", "--front-ends", str(options.front_ends)]
+    arguments = [str(bundle), "--set", "threads=1", "--set", f"front_ends={options.front_ends}"]
     watches = {}
     with serving(*arguments) as (_, url):
         expected = {one: read_classes(asyncio.run(ask(url, one))[1]) for one in requests}

@@ -125,7 +125,9 @@ def server(bundle: Bundle, provider: str) -> Iterator[Row]:
     """
     runtime, folder = f"onnxruntime-{provider}", bundle["path"].parents[1]
     for front_ends in FRONT_ENDS:
-        with serving(str(bundle["path"]), "--runtime", runtime, "--front-ends", front_ends) as (
+        with serving(
+            str(bundle["path"]), "--runtime", runtime, "--set", f"front_ends={front_ends}"
+        ) as (
             _,
             url,
         ):

@@ -105,7 +105,7 @@ def measure(
 ) -> Iterator[Result]:
     """Measure a server for *bundle* with so many *front_ends*."""
     started = time.perf_counter()
-    options = ("--front-ends", front_ends, "--setting", f"queue_size={QUEUE}")
+    options = ("--set", f"front_ends={front_ends}", "--set", f"queue_size={QUEUE}")
     with serving(bundle, *options) as (process, address):
         ready = time.perf_counter() - started
         number = httpx.get(f"{address}/v1/status", timeout=30).json()["front_ends"]

@@ -229,14 +229,14 @@ def soak(
     options = [
         "--keys",
         str(keys),
-        "--setting",
+        "--set",
         "queue_size=64",
-        "--threads",
-        "1",
-        "--setting",
+        "--set",
+        "threads=1",
+        "--set",
         "follow=true",
     ]
-    options += ["--front-ends", str(front_ends)]
+    options += ["--set", f"front_ends={front_ends}"]
     with serving(f"{NAME}={link}", *options) as (process, url):
 
         def scenario(tally: Tally) -> Scenario:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from typer.main import get_command
 
+from sopdeploy.cli.command import COMMON
 from sopdeploy_commands.app import app
 
 FOLDER = Path(__file__).parent
@@ -63,10 +64,15 @@ def command_section(name: str, command: Any) -> str:
     ]
     examples = [f"    {example}" for example in examples if example != f"sopdeploy {name}"]
     options = [
-        option_row(parameter) for parameter in command.params if parameter.name != "help"
+        option_row(parameter)
+        for parameter in command.params
+        if getattr(parameter, "rich_help_panel", None) != COMMON and parameter.name != "help"
     ]
     lines += ["", *examples] if examples else []
     lines += ["", "| option | meaning |", "|---|---|", *options] if options else []
+    if command.keys:
+        keys = [f"| `{key}` | {prose(text)} |" for key, text in command.keys.items()]
+        lines += ["", "| key of `--set` | meaning |", "|---|---|", *keys]
     return "\n".join(lines)
 
 
@@ -81,8 +87,25 @@ def cli_page() -> str:
             if inside
             else {name: command}
         )
+    common = {
+        parameter.name: option_row(parameter)
+        for command in commands.values()
+        for parameter in command.params
+        if getattr(parameter, "rich_help_panel", None) == COMMON
+    }
+    rest = [
+        name
+        for name, command in commands.items()
+        if all(parameter.name != "as_json" for parameter in command.params)
+    ]
+    head = [
+        HEAD,
+        "## Options of every command",
+        f"`--json` is an option of all commands but {', '.join(rest)}.",
+        "\n".join(["| option | meaning |", "|---|---|", *common.values()]),
+    ]
     sections = [command_section(name, command) for name, command in commands.items()]
-    return "\n\n".join([HEAD, *sections]) + "\n"
+    return "\n\n".join([*head, *sections]) + "\n"
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ WHAT_TO_DO = {
     "output depends on. Change the model's code.",
     "LoweringError": "Change the part of the network or the option that the message names.",
     "ParityError": "The message says what exceeds which limit. If the numerical error is too large, "
-    "`--allow-numerical-error` writes the bundle anyway and records it.",
+    "`--set allow_numerical_error=true` writes the bundle anyway and records it.",
     "BundleError": "Copy or export the bundle again. Never edit files of a bundle.",
     "PromotionError": "Give more labelled images, or `--force REASON`, which is recorded.",
     "EngineError": "Correct what the message names.",

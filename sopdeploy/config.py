@@ -233,10 +233,15 @@ def with_registered(
 class Options(StrictModel):
     """Options of a command and of its Python function; the text below a field describes it for both.
 
-    `GROUPS` has the fields that the help lists below a heading of their own.
+    `GROUPS` has the fields that the help lists below a heading of their own, `KEYS` those that few people need:
+    the command line takes them as `--set KEY=VALUE`. `FORMER` has names of 0.3.0, by the present name.
+    `ASSIGNED` has the key, the type and the help of options that stand for `--set KEY=VALUE`.
     """
 
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    KEYS: ClassVar[tuple[str, ...]] = ()
+    FORMER: ClassVar[Mapping[str, str]] = {}
+    ASSIGNED: ClassVar[Mapping[str, tuple[str, type, str]]] = {}
 
     model_config = pydantic.ConfigDict(
         use_attribute_docstrings=True, coerce_numbers_to_str=True

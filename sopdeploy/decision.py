@@ -2,7 +2,7 @@
 
 Checkpoints and bundles contain a `Decision`. Probabilities and thresholds refer to calibrated
 logits, which are divided by the temperature. By default, the export divides the last layer, so
-the logits of a bundle are already calibrated. With `export --trained-logits`, the decision of the
+the logits of a bundle are already calibrated. With `export --set trained_logits=true`, the decision of the
 bundle divides them (`Decision.calibrate`). This module does not import torch.
 """
 

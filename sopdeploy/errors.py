@@ -1,7 +1,7 @@
 """All errors that sopdeploy raises for users. Exit codes, codes and HTTP statuses: docs/errors.md."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import PurePath
 from shlex import quote
 from typing import Any
@@ -38,8 +38,16 @@ def python_argument(setting: str, value: object = None) -> str:
     return setting if value is None else f"{setting}={shown!r}"
 
 
-def command_line_option(setting: str, value: object = None) -> str:
-    """Write *setting* as an option of the command line, `--max-batch 64` or `--no-detach`."""
+def command_line_option(setting: str, value: object = None, keys: Collection[str] = ()) -> str:
+    """Write *setting* as an option of the command line, `--max-batch 64` or `--no-detach`.
+
+    One of *keys* is written as `--set int8_for=tensorrt`, without a value as `--set int8_for=VALUE`.
+    """
+    if setting in keys:
+        if isinstance(value, bool):
+            value = str(value).lower()
+        return f"--set {setting}={'VALUE' if value is None else quote(str(value))}"
+
     flag = setting.replace("_", "-")
     if value is None or value is True:
         return f"--{flag}"

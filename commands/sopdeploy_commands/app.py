@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Annotated, Any, get_args
 
@@ -17,6 +17,7 @@ ABOUT = (
     "Train second-order image classifiers (DSoP, GSoP, GM-SOP), detach their auxiliary branches with proof, "
     "lower them to ONNX and TensorRT, and serve them with FastAPI."
 )
+FORMER = {"--setting": "--set", "--weights": "--pretrained"}  # names of options in 0.3.0
 OUTPUT_CLOSED = 1  # the exit code of Typer and Rich if stdout is closed
 INTERRUPTED = 130  # the exit code after Ctrl-C, as in a shell
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Typer does not export it
@@ -90,11 +91,19 @@ QUICK_START = (
 
 
 class CommandLine(TyperCommand):
-    """A command that rejects empty values, and explains arguments that it does not have."""
+    """A command that rejects empty values, and explains arguments that it does not have.
+
+    `keys` are the names that its `--set` takes, with their help; with `takes_settings`, it also takes settings of
+    the service.
+    """
+
+    keys: Mapping[str, str] = {}
+    takes_settings = False
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse *args*; raises the usage errors of Typer."""
         previous = "the first argument"
+        args = [self._present_name(arg) for arg in args]
 
         # An empty value is probably a variable of the shell that is not set.
         for arg in args:
@@ -121,6 +130,13 @@ class CommandLine(TyperCommand):
 
         return rest
 
+    def _present_name(self, arg: str) -> str:
+        """Replace a `FORMER` name at the beginning of *arg* if this command has the present one."""
+        name, equals, value = arg.partition("=")
+        present = FORMER.get(name, name)
+        is_known = any(present in parameter.opts for parameter in self.params)
+        return f"{present}{equals}{value}" if is_known else arg
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options, each group of options below its heading."""
         sections: dict[str, list[Any]] = {"Arguments": [], "Options": []}
@@ -128,8 +144,12 @@ class CommandLine(TyperCommand):
             usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
             title = getattr(parameter, "rich_help_panel", None) or usual
             if record := parameter.get_help_record(ctx):
+                if title == "Arguments":  # without their type
+                    record = (record[0].partition(" <")[0], record[1])
                 sections.setdefault(title, []).append(record)
 
+        if self.keys:
+            sections["Keys of --set"] = list(self.keys.items())
         for title, records in sections.items():
             if records:
                 with formatter.section(title):
@@ -147,7 +167,10 @@ class Commands(Mapping[str, Any]):
         app = typer.Typer(add_completion=False, cls=Group, **SETTINGS)
         app.command(name, cls=CommandLine)(run)
 
-        return typer.main.get_command(app)
+        command: Any = typer.main.get_command(app)
+        command.keys = run.keys
+        command.takes_settings = run.takes_settings
+        return command
 
     def __iter__(self) -> Iterator[str]:
         return iter(COMMANDS)
@@ -306,7 +329,7 @@ def _to_config_error(error: Any) -> Exception:
 
     # The command does not have the option.
     if hasattr(error, "possibilities") and name is not None:
-        hint = _suggest_option(name, parameters)
+        hint = _suggest_option(name, error.ctx.command)
         message = with_hint(f"No such option: {name}", hint)
     elif name is not None:  # an option without a value, or one that takes none
         # Empty for `--help`, which is not a parameter of the command
@@ -319,32 +342,33 @@ def _to_config_error(error: Any) -> Exception:
     return ConfigError(f"{command}: {message}; see {command} --help")
 
 
-def _suggest_option(name: str, parameters: Sequence[Any]) -> str:
+def _suggest_option(name: str, command: Any) -> str:
     """Say which option, or which setting that an option takes, the unknown option *name* may mean; or ""."""
     options = {
         option.lstrip("-").replace("-", "_"): option
-        for parameter in parameters
+        for parameter in command.params
         for option in parameter.opts
         if option.startswith("--")
     }
 
     # An option of the command may take more names: settings of a server, or values of a recipe.
     assignments: dict[str, str] = {}
-    assign = ""
     on_gpu = ""
     otherwise = ""
-    if "setting" in options:
+    keys = getattr(command, "keys", {})  # not of the group of all commands
+    assign = "--set"
+    if getattr(command, "takes_settings", False):
         from sopdeploy_service.settings import Settings
 
-        assign = "--setting"
-        assignments = {key: f"{assign} {key}=VALUE" for key in Settings.model_fields}
+        assignments = {key: f"{assign} {key}=VALUE" for key in [*Settings.model_fields, *keys]}
         on_gpu = "runtime=onnxruntime-cuda"
         otherwise = "--print-config lists all settings"
+    elif keys:
+        assignments = {key: f"{assign} {key}=VALUE" for key in keys}
     elif "set" in options:
         from sopdeploy.training.recipe import recipe_keys
         from sopdeploy.training.recipe_files import SELECTORS
 
-        assign = "--set"
         assignments = {
             key: f"{assign} {SELECTORS.get(key, key)}=VALUE" for key in recipe_keys()
         }

@@ -46,20 +46,16 @@ def _parse_and_warn(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:
         setting_flags(
             "host",
             "port",
-            "ssl_certfile",
-            "examples",
+            "max_batch",
             "runtime",
             "devices",
-            "front_ends",
-            "threads",
             "keys",
-            "require_signature",
             "log",
         ),
     ),
     examples=(
         "sopdeploy serve bundles/photos-3f6c01d2a4b7 --port 8000",
-        "sopdeploy serve bundles/live --setting keep=kept --setting follow=true",
+        "sopdeploy serve bundles/live --set keep=kept --set follow=true",
         "sopdeploy serve flowers=bundles/photos-3f6c01d2a4b7 birds=other/bundle",
     ),
 )
@@ -73,9 +69,9 @@ def serve(
     """Serve bundles over HTTP: POST an image to /v1/classify.
 
     Settings come from options or keywords, from environment variables such as SOPDEPLOY_PORT,
-    and from the file *config*, in this order of priority. The most frequent ones of --setting are:
+    and from the file *config*, in this order of priority. The most frequent ones of --set are:
     `keep=FOLDER` keeps photos to label, `follow=true` reloads a bundle when its link
-    moves, `max_batch=16` is the largest batch, and `allowed_origins=https://shop.example` lets
+    moves, `examples=FOLDER` has photos that the web page offers, and `allowed_origins=https://shop.example` lets
     pages of another server use this one.
 
     Args:

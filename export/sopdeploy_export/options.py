@@ -26,12 +26,11 @@ class ExportOptions(Options):
         'fp32'
     """
 
-    GROUPS: ClassVar = {
-        "Precision and limits": (
-            *("precision", "calibrate", "int8_for", "evaluate", "max_drop"),
-            *("allow_numerical_error", "allow_batch_dependence"),
-        )
-    }
+    GROUPS: ClassVar = {"Precision and limits": (*("precision", "calibrate", "evaluate"),)}
+    KEYS: ClassVar = (
+        *("int8_for", "max_drop", "trained_logits"),
+        *("allow_numerical_error", "allow_batch_dependence"),
+    )
 
     name: Name = None
     """Name of the project; by default the name of the checkpoint or, for your own network, of its weight file."""
@@ -88,6 +87,8 @@ class ExportOptions(Options):
 class NetworkOptions(Options):
     """How to build a network of the user and to read its weights from a file."""
 
+    KEYS: ClassVar[tuple[str, ...]] = ("logits_key", "ignore", "allow_constants")
+
     network: str | None = None
     """Builder of the network, package.module:callable."""
     option: tuple[str, ...] = ()
@@ -123,8 +124,8 @@ class NetworkExportOptions(NetworkOptions):
                 "training_only",
                 "plain",
                 "plain_option",
+                "weights_key",
             ),
-            *("weights_key", "ignore", "logits_key", "allow_constants"),
         )
     }
 
@@ -158,6 +159,8 @@ class NetworkExportOptions(NetworkOptions):
 
 class EngineOptions(Options):
     """Options of `sopdeploy engine`."""
+
+    KEYS: ClassVar = ("allow_numerical_error", "via", "checkpoint", "cache")
 
     allow_numerical_error: bool = False
     """Store the engine although the numerical error of an output exceeds its tolerance, and record it."""

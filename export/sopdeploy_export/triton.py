@@ -94,7 +94,7 @@ parameters {{ key: "sopdeploy_bundle" value {{ string_value: {name} }} }}
 parameters {{ key: "sopdeploy_precision" value {{ string_value: "{precision}" }} }}
 parameters {{ key: "sopdeploy_onnx_sha256" value {{ string_value: "{onnx_sha256}" }} }}
 """
-# Of `export --trained-logits`: Triton's clients divide the logits by it, before the softmax.
+# Of `export --set trained_logits=true`: Triton's clients divide the logits by it, before the softmax.
 TEMPERATURE = """\
 parameters {{ key: "sopdeploy_temperature" value {{ string_value: "{temperature}" }} }}
 """

@@ -20,6 +20,7 @@ from typing import (
     get_origin,
 )
 
+import pydantic
 import typer
 
 from sopdeploy.cli.console import (
@@ -29,11 +30,14 @@ from sopdeploy.cli.console import (
     plain_text,
     print_json,
     show_steps,
+    showing_causes,
     stdout_to_stderr,
 )
-from sopdeploy.config import Options
+from sopdeploy.config import Options, reason_of, shown
 from sopdeploy.environment import is_main_process
+from sopdeploy.errors import ConfigError
 from sopdeploy.images.signatures import describe_skipped, noting_skipped
+from sopdeploy.nearest import did_you_mean
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Result = TypeVar("_Result")
@@ -44,12 +48,50 @@ _SCALARS = {bool, int, float, str, Path}
 _SEQUENCES = {Iterable, Sequence, list, tuple}
 # Parameters that a command sets, to show its progress
 _PROGRESS = {"on_image", "on_step", "progress"}
+COMMON = "Options of every command"
+VERBOSITY = {
+    "quiet": "Print the result and errors, but no progress and no notes.",
+    "verbose": "Print more details, log lines, and where an error comes from.",
+}
+SET = "set"  # the option that takes what has no option of its own
+# What the help shows as the value of an option or argument. Other values have the name of their type.
+METAVARS = {
+    "set": "KEY=VALUE",
+    "option": "KEY=VALUE",
+    "plain": "MODULE:NAME",
+    "plain_option": "KEY=VALUE",
+    "log": "FORM",
+    "max_batch": "N",
+    "pretrained": "WEIGHTS",
+    "network": "MODULE:NAME",
+    "preprocess": "RULES",
+    "labels": "FILE",
+    "config": "FILE",
+    "keys": "FILE",
+    "fit_decision": "FILE",
+    "out_file": "FILE",
+    "ignore": "PATTERN",
+    "training_only": "PATTERN",
+    "profiles": "SIZES",
+    "batch": "SIZES",
+    "rows": "IDS",
+    "devices": "DEVICES",
+    "host": "ADDRESS",
+    "url": "URL",
+    "force": "REASON",
+    "ray": "HOST:PORT",
+    "from_": "RUN",
+    "wrong_labels": "RUN",
+    "over": "LINK",
+    "back": "LINK",
+}
+FOLDERS = {"data", "unknown", "calibrate", "evaluate", "photos", "kept", "repository"}
 
 
 class SettingOptions(NamedTuple):
-    """The options for `**settings`: `--setting NAME=VALUE`, and *flags*: the type and the help by name.
+    """The options for `**settings`: `--set NAME=VALUE`, and *flags*: the type and the help by name.
 
-    *parse* converts the texts of `--setting` and the flags to keyword arguments.
+    *parse* converts the texts of `--set` and the flags to keyword arguments.
     """
 
     parse: Callable[..., Mapping[str, Any]]
@@ -64,6 +106,7 @@ def command(
     settings: SettingOptions | None = None,
     distributed: bool = False,
     examples: Sequence[str] = (),
+    keys: Collection[str] = (),
 ) -> Callable[[_Function], _Function]:
     """Make a function a command, and leave it as it is for Python.
 
@@ -72,6 +115,8 @@ def command(
     - the positional parameters of the function as arguments, except those in *options*,
     - its keyword parameters as options; those that no option can express, such as callbacks, are
       for Python only,
+    - those in *keys* and in `Options.KEYS`, which few people need, as `--set KEY=VALUE`,
+    - `Options.ASSIGNED`, values that are typed so often that `--epochs 5` stands for `--set epochs=5`,
     - *settings* as options, which become keyword arguments of the function,
     - the parameters of *show*, besides the result, as options.
 
@@ -87,37 +132,32 @@ def command(
 
     def decorate(function: _Function) -> _Function:
         """Set `function.run_command`, which Typer calls with the values of arguments and options."""
-        # The parameters of the function, of the result's printer, and of the service; --json.
-        parameters = _declare_parameters(function, options)
-        show_parameters = [] if show is None else _declare_show_parameters(show)
-        parameters += show_parameters
-        if settings is not None:
-            parameters += _declare_settings(settings)
-        if show is not None:
-            text = "Print JSON for scripts."
-            json_option = _option("as_json", bool, default=False, text=text, flag="--json")
-            parameters.append(json_option)
+        rare = {
+            name: inspect.signature(function).parameters[name].annotation
+            for name in (*keys, *getattr(function, "keys", ()))
+        }
+        assigned = getattr(function, "assigned", {})
+        parameters = _declare_parameters(function, options, hidden=rare)
+        parameters += _declare_assignments(settings, rare, assigned)
+        parameters += _declare_common(has_json=show is not None)
 
         def run(**values: Any) -> None:
-            """Call *function* and show its result; Typer gives the *values* of all `parameters` by name.
-
-            Those of --json, *show* and the settings are taken out of *values*; the others are
-            for *function*.
-            """
-            as_json = values.pop("as_json", False)
-            show_values = {
-                parameter.name: values.pop(parameter.name) for parameter in show_parameters
-            }
+            """Call *function* and show its result; Typer gives the *values* of all `parameters` by name."""
+            common = {name: values.pop(name, False) for name in (*VERBOSITY, "as_json")}
+            as_json = common["as_json"]
 
             # Run the function, with errors as one line.
-            with one_line_errors(as_json), ExitStack() as stack:
-                if settings is not None:
-                    flag_values = {flag: values.pop(flag) for flag in settings.flags}
-                    assignments = values.pop("setting") or ()  # None without --setting
-                    values |= settings.parse(assignments, **flag_values)
+            with one_line_errors(as_json, rare), ExitStack() as stack:
+                values = _assign(values, settings, rare, assigned)
+                if settings is not None and (common["quiet"] or common["verbose"]):
+                    values.setdefault("log_level", "warning" if common["quiet"] else "debug")
 
                 if as_json:
                     stack.enter_context(_keeping_stdout())
+                if common["quiet"]:
+                    stack.enter_context(_without_progress())
+                if common["verbose"]:
+                    stack.enter_context(showing_causes())
                 skipped = stack.enter_context(noting_skipped())
                 result = function(**values, **_start_progress(function, as_json, stack))
 
@@ -126,9 +166,10 @@ def command(
             if distributed and not is_main_process():
                 return
             with one_line_errors():
-                exit_code = _show_result(result, show, summarize, show_values, as_json=as_json)
-                for folder, counts in skipped.items():
-                    err.print(plain_text(f"{folder}: {describe_skipped(counts)}"))
+                exit_code = _show_result(result, show, summarize, common)
+                if not common["quiet"]:
+                    for folder, counts in skipped.items():
+                        err.print(plain_text(f"{folder}: {describe_skipped(counts)}"))
             if exit_code:
                 raise typer.Exit(exit_code)
 
@@ -137,6 +178,9 @@ def command(
         run.__doc__ = "\n\n".join([about, *(f"Example: {line}" for line in examples)])
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        texts = _texts_of(function)
+        run.keys = {name: texts[name] for name in rare}  # type: ignore[attr-defined]
+        run.takes_settings = settings is not None  # type: ignore[attr-defined]
         function.run_command = run  # type: ignore[attr-defined]
         return function
 
@@ -154,6 +198,8 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     option_classes: dict[str, type[Options]] = {}  # by parameter
     option_lines: list[str] = []
     headings: dict[str, str] = {}  # of groups of options in the help, by option
+    keys: list[str] = []
+    assigned: dict[str, tuple[str, type, str]] = {}
 
     for parameter in inspect.signature(function).parameters.values():
         options_class = parameter.annotation
@@ -173,6 +219,8 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
             option_lines.append(f"    {name}: {text}")
         for heading, names in options_class.GROUPS.items():
             headings |= dict.fromkeys(names, heading)
+        keys += options_class.KEYS
+        assigned |= options_class.ASSIGNED
 
     parameters.sort(key=lambda parameter: parameter.kind)  # `**settings` stays last
 
@@ -182,6 +230,9 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
         for name, options_class in option_classes.items():
             if isinstance(keywords.get(name), options_class):
                 continue  # the caller gives the model itself
+            for present, former in options_class.FORMER.items():
+                if former in keywords:
+                    keywords[present] = keywords.pop(former)
             fields = {
                 field: keywords.pop(field)
                 for field in options_class.model_fields
@@ -194,7 +245,7 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *option_lines])
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    vars(call)["headings"] = headings
+    vars(call).update(headings=headings, keys=keys, assigned=assigned)
     return call
 
 
@@ -202,13 +253,11 @@ def _show_result(
     result: Any,
     show: Callable[..., int | None] | None,
     summarize: Callable[[Any], Any] | None,
-    show_values: Mapping[str, Any],
-    *,
-    as_json: bool,
+    common: Mapping[str, bool],
 ) -> int | None:
     """Print *result*, unless the function has printed it; return the exit code, None for success.
 
-    *show* and *summarize* are those of `command`; *show_values* are the options of *show*.
+    *show* and *summarize* are those of `command`, which get `verbose` of the *common* options if they have it.
     """
     # The function has printed its result, and returned the code; there is no --json.
     if show is None:
@@ -216,12 +265,13 @@ def _show_result(
         return exit_code
 
     # *show* prints text or, if it can, also JSON.
-    if "as_json" in inspect.signature(show).parameters:
-        return show(result, **show_values, as_json=as_json)
-    if as_json:
+    parameters = inspect.signature(show).parameters
+    if common["as_json"] and "as_json" not in parameters:
         print_json(as_data(result if summarize is None else summarize(result)))
         return None
-    return show(result, **show_values)
+    return show(
+        result, **{name: common[name] for name in ("as_json", "verbose") if name in parameters}
+    )
 
 
 def _start_progress(
@@ -242,29 +292,74 @@ def _start_progress(
 @contextmanager
 def _keeping_stdout() -> Iterator[None]:
     """Keep stdout for JSON: what the block prints goes to stderr, without progress."""
+    with _without_progress(), stdout_to_stderr():
+        yield
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """Print no progress and no notes on stderr."""
     was_quiet = err.quiet
     err.quiet = True
     try:
-        with stdout_to_stderr():
-            yield
+        yield
     finally:
         err.quiet = was_quiet
 
 
-def _declare_show_parameters(show: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Declare the parameters of *show* that are options: all but the result, which is the first, and `as_json`."""
-    result_name = next(iter(inspect.signature(show).parameters))
-    return _declare_parameters(show, options=(), hidden={result_name, "as_json"})
+def _declare_assignments(
+    settings: SettingOptions | None,
+    rare: Mapping[str, Any],
+    assigned: Mapping[str, tuple[str, type, str]],
+) -> list[inspect.Parameter]:
+    """Declare the flags of *settings*, `--set` for all others or for *rare* parameters, and what is *assigned*."""
+    declared = []
+    if settings is not None:
+        for name, (value_type, text) in settings.flags.items():
+            declared.append(_option(name, value_type, default=None, text=text))
+        text = "Any other setting of the service; repeatable."
+        declared.append(_option(SET, list[str] | None, default=None, text=text))
+    elif rare:
+        text = "Another option, listed below; repeatable."
+        declared.append(_option(SET, list[str] | None, default=None, text=text))
+
+    for name, (_key, scalar, text) in assigned.items():
+        declared.append(_option(name, scalar | None, default=None, text=text))
+    return declared
 
 
-def _declare_settings(settings: SettingOptions) -> list[inspect.Parameter]:
-    """Declare the flags of *settings*, and `--setting` for all others."""
-    declared = [
-        _option(name, value_type, default=None, text=text)
-        for name, (value_type, text) in settings.flags.items()
+def _declare_common(*, has_json: bool) -> list[inspect.Parameter]:
+    """Declare the options of every command, and `--json` of a command with a result."""
+    flags = {"as_json": ("--json", "Print JSON for scripts.")} if has_json else {}
+    flags |= {name: (_flag(name), text) for name, text in VERBOSITY.items()}
+    return [
+        _option(name, bool, default=False, text=text, flag=flag, group=COMMON)
+        for name, (flag, text) in flags.items()
     ]
-    text = "Any other setting of the service, NAME=VALUE; repeatable."
-    return [*declared, _option("setting", list[str] | None, default=None, text=text)]
+
+
+def _assign(
+    values: dict[str, Any],
+    settings: SettingOptions | None,
+    rare: Mapping[str, Any],
+    assigned: Mapping[str, tuple[str, type, str]],
+) -> dict[str, Any]:
+    """Return *values* with what `--set` gives to *rare* parameters and *settings*, and with what is *assigned*.
+
+    Raises `ConfigError` for a name that `--set` does not have, and for a value of another type.
+    """
+    for name, (key, _type, _text) in assigned.items():
+        if (value := values.pop(name)) is not None:
+            values[SET] = [*(values[SET] or ()), f"{key}={value}"]
+    if not rare and settings is None:
+        return values
+
+    assignments, rare_values = _split_keys(values.pop(SET) or (), rare, settings)
+    values |= rare_values
+    if settings is not None:
+        flags = {flag: values.pop(flag) for flag in settings.flags}
+        values |= settings.parse(assignments, **flags)
+    return values
 
 
 def _declare_parameters(
@@ -274,7 +369,7 @@ def _declare_parameters(
 
     Keyword parameters, and those in *options*, become options, others arguments.
     """
-    texts = dict(_PARAMETER.findall(inspect.getdoc(function) or ""))
+    texts = _texts_of(function)
     headings = getattr(function, "headings", {})  # of options in the help, by parameter
     declared = []
 
@@ -284,7 +379,7 @@ def _declare_parameters(
         if value_type is None or is_hidden:
             continue
 
-        text = " ".join(texts.get(name, "").split())
+        text = texts.get(name, "")
         if parameter.kind is parameter.KEYWORD_ONLY or name in options:
             option = _option(
                 name,
@@ -296,9 +391,48 @@ def _declare_parameters(
             )
             declared.append(option)
         else:
-            argument: Any = Annotated[value_type, typer.Argument(help=text)]
+            argument: Any = Annotated[
+                value_type, typer.Argument(help=text, metavar=name.upper())
+            ]
             declared.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=argument))
     return declared
+
+
+def _texts_of(function: Callable[..., Any]) -> dict[str, str]:
+    """Return what the docstring of *function* says about each of its parameters."""
+    texts = _PARAMETER.findall(inspect.getdoc(function) or "")
+    return {name: " ".join(text.split()) for name, text in texts}
+
+
+def _split_keys(
+    assignments: Sequence[str], rare: Mapping[str, Any], settings: SettingOptions | None
+) -> tuple[list[str], dict[str, Any]]:
+    """Return the *assignments* of *settings*, and the values of the others by the name of their parameter.
+
+    *rare* has the types of the parameters. Raises `ConfigError` for an unknown name without *settings*, and for
+    a value of another type.
+    """
+    others: list[str] = []
+    texts: dict[str, list[str]] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if name in rare and equals:
+            texts.setdefault(name, []).append(text)
+        elif settings is not None:
+            others.append(assignment)
+        else:
+            hint = did_you_mean(name, [*rare], f"the names are {', '.join(rare)}")
+            raise ConfigError(f"{assignment}: expected KEY=VALUE; {hint}", setting=SET)
+
+    values: dict[str, Any] = {}
+    for name, given in texts.items():
+        value = given if get_origin(_without_metadata(rare[name])) in _SEQUENCES else given[-1]
+        try:
+            values[name] = pydantic.TypeAdapter(rare[name]).validate_python(value)
+        except pydantic.ValidationError as error:
+            reason = reason_of(error.errors(include_url=False)[0])
+            raise ConfigError(f"{reason} (got {shown(value)})", setting=name) from error
+    return others, values
 
 
 def _option(
@@ -319,12 +453,28 @@ def _option(
     if default is True:  # the flag itself would change nothing, so its negation is added
         flag = f"{flag}/--no-{flag[2:]}"
 
+    metavar = _metavar(name, value_type)
     annotation = Annotated[
-        value_type, typer.Option(flag, help=text, rich_help_panel=group, **limits)
+        value_type,
+        typer.Option(flag, help=text, rich_help_panel=group, metavar=metavar, **limits),
     ]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
+
+
+def _metavar(name: str, value_type: Any) -> str | None:
+    """Return what the help shows as the value of the option *name*; None lets Typer show the type."""
+    if name in METAVARS:
+        return METAVARS[name]
+    types = set(get_args(value_type)) or {value_type}
+    if name in FOLDERS:
+        return "FOLDER"
+    if Path in types:
+        return "PATH"
+    if types & {int, float}:
+        return "N" if int in types else "NUMBER"
+    return "NAME" if str in types else None
 
 
 def _flag(name: str) -> str:

@@ -6,12 +6,15 @@ it as markup.
 
 import ctypes
 import json
+import logging
 import os
 import re
 import sys
+import traceback
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from functools import partial
 from typing import Any
 
 import typer
@@ -83,8 +86,8 @@ def _isolate_right_to_left(line: str) -> str:
 
 
 @contextmanager
-def one_line_errors(as_json: bool = False) -> Iterator[None]:
-    """Print a user error as one line on stderr and exit with code 2.
+def one_line_errors(as_json: bool = False, keys: Collection[str] = ()) -> Iterator[None]:
+    """Print a user error as one line on stderr and exit with code 2; *keys* are those of `--set`.
 
     With *as_json*, also print its code, message and complete lists as JSON on stdout. If a
     signal has stopped a run, the exit code is another one, and only the first process prints
@@ -94,7 +97,7 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
         with _system_errors_as_user_errors(), missing_extras():
             yield
     except SopdeployError as error:
-        message = error.describe(command_line_option)
+        message = error.describe(partial(command_line_option, keys=keys))
         is_stop = error.exit_code != SopdeployError.exit_code  # by a signal
         if is_stop:
             if is_main_process():
@@ -135,6 +138,19 @@ def _system_errors_as_user_errors() -> Iterator[None]:
             "smaller batches or images, or use a machine or GPU with more "
             "memory"
         ) from error
+
+
+@contextmanager
+def showing_causes() -> Iterator[None]:
+    """Log to stderr what the block does, and print the traceback of its user error."""
+    logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
+    logging.getLogger().setLevel(logging.WARNING)  # of other packages, warnings are enough
+    logging.getLogger("sopdeploy").setLevel(logging.DEBUG)
+    try:
+        yield
+    except SopdeployError:
+        err.print(Text(traceback.format_exc()))
+        raise
 
 
 def say(*lines: str, style: str | None = None) -> None:

@@ -76,7 +76,7 @@ BROKEN = dict.fromkeys(
     ("15991845", "ade9737a"),
     "published before January 2020 with another order of the triangle than the released code has, with "
     "which mpncovresnet50 classifies 0.166 % correctly (fast-MPN-COV, issue 20); import the later file, or "
-    "add --triangle columns and measure the accuracy",
+    "add --set triangle=columns and measure the accuracy",
 )
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
 
@@ -135,7 +135,7 @@ def import_weights(
         raise WeightsError(
             f"{source}: has no classifier, so it cannot classify; train one: "
             "sopdeploy train "
-            f"{join(['--weights', str(source), '--set', f'model.name={model}'])}"
+            f"{join(['--pretrained', str(source), '--set', f'model.name={model}'])}"
         )
 
     # The file decides what it can; *settings* and *labels* add the rest.

@@ -345,7 +345,7 @@ def entry(name: str) -> Entry:
 
     # A file in place of a name, or a name of timm without its prefix, such as resnet18.a1_in1k.
     if os.path.isfile(name):  # noqa: PTH113 - `Path.is_file` raises `OSError` for a long name
-        hint = "`sopdeploy eval` and `export` read a checkpoint, `import` and `train --weights` weights"
+        hint = "`sopdeploy eval` and `export` read a checkpoint, `import` and `train --pretrained` weights"
     elif "." in name:
         hint = ask_for(f"timm:{name}")
     else:

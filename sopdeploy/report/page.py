@@ -78,9 +78,7 @@ _MAX_CELLS = 60  # kinds of mistakes that are shown
 _SIDE = 480  # pixels of the longer side of an opened photograph
 _JPEG_QUALITY = 75
 _DECISION = "Fitted to predictions of images that were not used for training."
-_CALIBRATION = (
-    "The export divides the last layer by the temperature, unless you give --trained-logits."
-)
+_CALIBRATION = "The export divides the last layer by the temperature, unless you give --set trained_logits=true."
 _REJECTION = (
     "A photo counts as unknown if its score is below the threshold. The score says how similar it is to "
     "the classes."

@@ -162,7 +162,7 @@ class Recipe(SharedSettings, LoopSettings):
             raise ConfigError(
                 f"{', '.join(ignored)}: without effect in the procedure "
                 f"{self.procedure.kind}; remove them, or choose another one with "
-                "procedure.kind"
+                "procedure.kind, for example procedure.kind=loop, which trains all weights"
             )
 
         if not holds_out and (ignored := [key for key in given if key in HOLD_OUT_KEYS]):

@@ -93,7 +93,7 @@ def test_paths_images_and_arrays_give_the_predictions_of_the_command(
 
 @pytest.mark.parametrize("name", ["2024-06-01", "true", "a # b"])
 def test_a_folder_or_weight_file_is_a_name_and_never_a_toml_value(name: str) -> None:
-    recipe = configure(read_changes(Path(name), None, TrainOptions(weights=name)))[0]
+    recipe = configure(read_changes(Path(name), None, TrainOptions(pretrained=name)))[0]
     assert str(getattr(recipe.data, "path", None)) == name
     assert recipe.start is not None
     assert str(recipe.start.weights) == name

@@ -17,7 +17,7 @@ EARLY_MISTAKES = {  # command: its error
     "train --data nowhere": "nowhere: no such folder",
     "eval nothing.pt --data one": "nothing.pt: no such file",
     "train --recipe digits-plian": "did you mean digits-plain",
-    "train --data one --set epochs=2 --weights imagnet": "imagnet: no such file; give a weight file, or",
+    "train --data one --set epochs=2 --pretrained imagnet": "imagnet: no such file; give a weight file, or",
     "train --data one --set epochs=2 --from runs/1": "--from: runs/1: no such run or bundle",
     "train --data one --set epochs=2 --unknown nowhere": "nowhere: no such folder",
     "train --data one --set epochs=2 --out photos.zip": "--out: photos.zip is a file; choose a folder",

@@ -50,7 +50,7 @@ SERVE = re.compile(r"(?:[A-Z_]+=\S+ )*sopdeploy serve ")
 TINY = "--set epochs=1 --set threads=1 --set preprocess.resize=18 --set preprocess.crop=16"
 TINY_PYTHON = 'recipe="photos-dsop", epochs=1, threads=1, preprocess={"resize": 18, "crop": 16}'
 QUICKER = {
-    "train --data photos": f"train --data photos --weights none --set procedure.kind=loop {TINY}",
+    "train --data photos": f"train --data photos --pretrained none --set procedure.kind=loop {TINY}",
     "--recipe photos-dsop --data photos": f"--recipe photos-dsop --data photos {TINY}",
     'train(data="photos")': f'train(data="photos", {TINY_PYTHON})',
     "--seconds 20": "--seconds 2",

@@ -26,7 +26,7 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"sopdeploy (import|\w+ ckpt\.pt)",
     r"sopdeploy promote ",  # needs two networks; `tests/commands/promotion`
     r"sopdeploy reproduce .*--data",
-    r".* (--weights|--models) |.* --mirror",  # the second follows the first
+    r".* (--pretrained|--models) |.* --set mirror=true",  # the second follows the first
     r"sopdeploy label |.* --unknown ",  # `tests/commands/training/test_label.py`
     r".* (fgvc|--data cifar10)",
     r"torchrun ",

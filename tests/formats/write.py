@@ -47,7 +47,14 @@ def write(program: Path, archive: Path) -> None:
         (bundle,) = files.glob("bundles/*-*/")
         (files / "photos").mkdir()
         shutil.copy(bundle / "golden-0.jpg", files / "photos" / "zero.jpg")
-        run("classify", bundle.relative_to(files), "photos", "--logits", "--out=classified")
+        run(
+            "classify",
+            bundle.relative_to(files),
+            "photos",
+            "--set",
+            "logits=true",
+            "--out=classified",
+        )
         keep(program, files, bundle)
         for pattern in NOT_KEPT:
             for path in files.glob(pattern):

@@ -27,7 +27,7 @@ ONE_PROCESS, TWO_DEVICES, FRONT_ENDS = "one process", "two devices", "front ends
 WAYS: dict[str, tuple[str, ...]] = {
     ONE_PROCESS: (),
     TWO_DEVICES: ("--devices", "cpu,cpu"),
-    FRONT_ENDS: ("--front-ends", "2"),
+    FRONT_ENDS: ("--set", "front_ends=2"),
 }
 # The cases of a test with this table.
 EACH_WAY = mostly_slow(WAYS, ONE_PROCESS)
@@ -61,7 +61,7 @@ class ServerClient(httpx.Client):
 @contextmanager
 def serving(*arguments: str, **options: Any) -> Iterator[ServerClient]:
     """Start a server, as `spawn` does, and wait until it is ready; kill it at the end."""
-    with spawn(*arguments, "--threads", "1", **options) as child:
+    with spawn(*arguments, "--set", "threads=1", **options) as child:
         try:
             ready = re.match(r"ready: (\S+)  ", line_of(child))
             assert ready, child.communicate(timeout=20)

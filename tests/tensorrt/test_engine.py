@@ -155,11 +155,11 @@ def test_an_engine_beyond_the_tolerance_is_stored_only_if_it_is_allowed_and_says
     machine.deviation = 0.75
     refused = run(bundle.path)
     assert (refused.exit_code, refused.stdout) == (2, "")
-    for text in ("0.75", "0.5", "1 of 3 images", "--allow-numerical-error"):
+    for text in ("0.75", "0.5", "1 of 3 images", "--set allow_numerical_error=true"):
         assert text in refused.stderr.splitlines()[-1]
     assert not list(tmp_path.rglob("*.plan"))
 
-    allowed = run(bundle.path, "--allow-numerical-error")
+    allowed = run(bundle.path, "--set", "allow_numerical_error=true")
     assert allowed.exit_code == 0, allowed.stderr
     assert "accepted" in allowed.stdout
     (path,) = tmp_path.rglob("*.plan")
@@ -196,7 +196,7 @@ def test_outputs_that_are_not_finite_are_refused_even_if_an_error_is_allowed(
 
 def test_a_bundle_that_is_quantized_for_cpus_is_refused(bundle: Bundle) -> None:
     other = replace(bundle, manifest=bundle.manifest.model_copy(update={"int8_for": "cpu"}))
-    with pytest.raises(LoweringError, match=r"--int8-for tensorrt"):
+    with pytest.raises(LoweringError, match=r"--set int8_for=tensorrt"):
         get_engine(other, OPTIONS)
 
 

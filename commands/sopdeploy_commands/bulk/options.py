@@ -1,6 +1,6 @@
 """Options of `sopdeploy classify`."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import pydantic
 
@@ -9,6 +9,8 @@ from sopdeploy.config import Count, Options
 
 class ClassifyOptions(Options):
     """What a run writes, and how."""
+
+    KEYS: ClassVar = ("logits", "workers", "actors", "gpus_per_actor", "part_images")
 
     logits: bool = False
     """Add a column with the logits."""

@@ -398,7 +398,9 @@ def _export_command(weights: Path, options: Mapping[str, Any]) -> str:
     for name, value in options.items():
         values = value if isinstance(value, tuple) else (value,)
         words += [
-            command_line_option(name, each) for each in values if each not in (None, False)
+            command_line_option(name, each, NetworkExportOptions.KEYS)
+            for each in values
+            if each not in (None, False)
         ]
     return " ".join(words)
 
@@ -497,7 +499,7 @@ def engine(
 
     # The converter of torch-tensorrt starts from the checkpoint, which not every bundle has.
     if options.via == "torch-tensorrt" and "network" in opened_bundle.manifest.config:
-        message = f"{bundle}: is of a network of your own, which has no checkpoint to convert; omit --via"
+        message = f"{bundle}: is of a network of your own, which has no checkpoint to convert; omit via"
         raise EngineError(message)
     if options.via == "torch-tensorrt" and options.checkpoint is None:
         problem = "converts the program of the checkpoint that was exported"

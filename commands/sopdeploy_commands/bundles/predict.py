@@ -143,6 +143,7 @@ def _show(predictions: Sequence[FilePrediction], *, as_json: bool) -> int:
         "sopdeploy predict bundles/photos-3f6c01d2a4b7 photo.jpg",
         "sopdeploy predict bundles/photos-3f6c01d2a4b7 folder/",
     ),
+    keys=("explain", "runtime"),
 )
 def predict(
     bundle: str | Path,

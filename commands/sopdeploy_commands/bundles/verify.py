@@ -24,7 +24,9 @@ from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
 # Fewer are noted; an export generates so many, and leaves out those whose route is undecided
 FEW_PROBES = 4
 WIDE = 0.1  # of the range of an output over the probes; a note says if a tolerance is above it
-ALLOWED_DRIFTS = 2  # tolerance in drifts, if `export --allow-numerical-error` allowed them
+ALLOWED_DRIFTS = (
+    2  # tolerance in drifts, if `export --set allow_numerical_error=true` allowed them
+)
 _ROUNDING = 1 + 1e-9
 
 
@@ -89,7 +91,7 @@ def _show(result: Verification) -> None:
     print_field("verified", str(result.bundle), style="bold green")
 
 
-@command(_show, examples=("sopdeploy verify bundles/photos-3f6c01d2a4b7",))
+@command(_show, examples=("sopdeploy verify bundles/photos-3f6c01d2a4b7",), keys=("runtime",))
 def verify(
     bundle: str | Path, settings: Settings | None = None, *, runtime: str | None = None
 ) -> Verification:

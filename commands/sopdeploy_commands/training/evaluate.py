@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
@@ -24,6 +24,8 @@ MAX_COLUMNS = 13  # with more, the terminal shows no confusion matrix
 
 class EvaluateOptions(Options):
     """Options of `sopdeploy.evaluate` and `sopdeploy eval`."""
+
+    KEYS: ClassVar = ("runtime", "accepts", "mirror", "workers")
 
     runtime: str | None = None
     """Runtime of a bundle, as for `serve`; tensorrt uses the engine."""
@@ -108,7 +110,7 @@ def _show(evaluation: Evaluation) -> None:
     examples=(
         "sopdeploy eval runs/latest/best.pt --data test-photos",
         "sopdeploy eval ckpt.pt --data test-photos --fit-decision fitted.pt",
-        "sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos --mirror",
+        "sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos --set mirror=true",
     ),
 )
 @expand_options

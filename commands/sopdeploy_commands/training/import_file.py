@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import pydantic
 
@@ -20,6 +20,8 @@ ImageSide = Annotated[int | None, pydantic.Field(ge=1)]
 
 class ImportOptions(Options):
     """Class names, input size and order of the covariance vector, which a weight file does not contain."""
+
+    KEYS: ClassVar = ("resize", "crop", "interpolation", "triangle")
 
     labels: Path | None = None
     """Class names in the order of the outputs: a .json list or text lines."""

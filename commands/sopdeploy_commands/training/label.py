@@ -45,7 +45,7 @@ def label(export: Path, kept: Path, *, photos: Path = Path("photos")) -> Labelle
 
     Args:
         export: CSV file that Label Studio has exported.
-        kept: Folder of the photos, which `serve --setting keep=KEPT` has written.
+        kept: Folder of the photos, which `serve --set keep=KEPT` has written.
         photos: Folder of the classes.
 
     Raises:

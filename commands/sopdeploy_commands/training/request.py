@@ -5,7 +5,7 @@ What needs no torch is checked first, so that a wrong path is an error at once.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pydantic
 
@@ -44,10 +44,22 @@ Text = Annotated[str | None, pydantic.BeforeValidator(_as_text)]
 class TrainOptions(Options):
     """Options of `sopdeploy.train` and `sopdeploy train`."""
 
+    FORMER: ClassVar = {"pretrained": "weights"}
+    ASSIGNED: ClassVar = {
+        "model": (
+            "model.name",
+            str,
+            "Network: a name of `sopdeploy models`, or timm:NAME; sets `model.name`.",
+        ),
+        "epochs": ("epochs", int, "Number of epochs."),
+        "batch_size": ("batch_size", int, "Images of a training step."),
+        "lr": ("optimizer.lr", float, "Learning rate; sets `optimizer.lr`."),
+    }
+
     from_: Text = None
     """Start from the recipe of a run, or of a bundle whose run is in runs. Prints the accuracy of that run, and
     what was added since then."""
-    weights: Text = None
+    pretrained: Text = None
     """Pretrained weights: imagenet, none (random), a checkpoint or a weight file; sets `start.weights`. By
     default imagenet for a folder of images without a recipe."""
     name: Name = None
@@ -133,7 +145,7 @@ def read_changes(
         source=source,
         values=None if options.from_ is not None else read_values(source),
         is_named=recipe is not None,
-        weights=options.weights,
+        weights=options.pretrained,
         changes=[*map(parse_override, options.set)],
         settings=settings,
         options={key: value for key, value in set_by_options.items() if value is not None},
@@ -175,8 +187,8 @@ def read_request(
         _check_starts(Path(options.from_))
 
     start_file = None
-    if options.weights is not None and options.weights not in NO_FILES:
-        start_file = _check_weights(options.weights)
+    if options.pretrained is not None and options.pretrained not in NO_FILES:
+        start_file = _check_weights(options.pretrained)
 
     # The images. Those of the folder are opened later if the recipe may say what is read of it.
     unknown = None if unknown_folder is None else open_unknown(unknown_folder)
@@ -208,7 +220,9 @@ def _check_weights(weights: str) -> WeightPath:
     try:
         return check_is_weights(expand_user(weights))
     except WeightsError as error:
-        raise WeightsError(f"{error}, or {' or '.join(NO_FILES)}", setting="weights") from error
+        raise WeightsError(
+            f"{error}, or {' or '.join(NO_FILES)}", setting="pretrained"
+        ) from error
 
 
 def read_previous(source: Path) -> "Checkpoint":

@@ -111,8 +111,8 @@ def _join_decision(decision: "Decision") -> list[str]:
         "sopdeploy train --data photos/",
         "sopdeploy train --data photos/ --dry-run",
         "sopdeploy train --data photos/ --from bundles/live",
-        "sopdeploy train --data photos/ --weights model.safetensors",
-        "sopdeploy train --recipe digits-dsop --set epochs=10",
+        "sopdeploy train --data photos/ --pretrained model.safetensors",
+        "sopdeploy train --recipe digits-dsop --epochs 10",
         "sopdeploy train --recipe digits-plain --set model.config.pooling=isqrt",
     ),
 )

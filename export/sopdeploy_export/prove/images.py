@@ -25,7 +25,7 @@ from sopdeploy_export.runs import LARGEST_BATCH, SINGLE_PROBES, Arrays, file_out
 
 STATEMENT = (
     "The outputs for an image stay equal in every bit if the rest of its batch is replaced by ordinary or "
-    "extreme images. With --allow-batch-dependence, the bundle records which outputs change."
+    "extreme images. With --set allow_batch_dependence=true, the bundle records which outputs change."
 )
 IS_PROVED = False
 # Of the images of an export, those that fill a batch of the optimum: dark, letterboxed, half-plain and gray

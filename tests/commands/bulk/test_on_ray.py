@@ -109,7 +109,7 @@ def test_a_cluster_that_the_command_starts_listens_on_loopback_only(bundle_path,
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         environment.pop("RAY_ADDRESS", None)
         command = [sys.executable, "-m", "sopdeploy", "classify", str(bundle_path), str(photos)]
-        command += ["--out", str(tmp_path / "out"), "--ray", "local", "--part-images", "4"]
+        command += ["--out", str(tmp_path / "out"), "--ray", "local", "--set", "part_images=4"]
         addresses: set[str] = set()
 
         with subprocess.Popen(

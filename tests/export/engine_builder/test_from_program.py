@@ -1,4 +1,4 @@
-"""`sopdeploy engine --via torch-tensorrt`: real converters and a real build; loading a plan needs a GPU."""
+"""`sopdeploy engine --set via=torch-tensorrt`: real converters and a real build; loading a plan needs a GPU."""
 
 import json
 import os

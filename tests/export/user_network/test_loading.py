@@ -759,8 +759,11 @@ def test_the_key_of_the_logits_stays_text(
         "--preprocess",
         "imagenet",
     )
-    allowed = ("--allow-constants",)
-    assert run("inspect", *given, "--logits-key", "1", *allowed).startswith("0 ")
+    allowed = (
+        "--set",
+        "allow_constants=true",
+    )
+    assert run("inspect", *given, "--set", "logits_key=1", *allowed).startswith("0 ")
     assert chosen == [outputs["1"]]
 
 
@@ -782,10 +785,12 @@ def test_the_command_that_inspect_prints_exports_without_the_exits_that_the_outp
         "inspect", *given
     )
     inspected = json.loads(
-        CliRunner().invoke(app, ["inspect", *given, "--logits-key", "0", "--json"]).stdout
+        CliRunner().invoke(app, ["inspect", *given, "--set", "logits_key=0", "--json"]).stdout
     )
     assert inspected["unused"] == ["heads"]
-    proposed = run("export", *given, "--logits-key", "0", "--detach", "--labels", "labels.txt")
+    proposed = run(
+        "export", *given, "--set", "logits_key=0", "--detach", "--labels", "labels.txt"
+    )
     assert "add --training-only heads" in proposed
     exported = run(*shlex.split(inspected["command"])[1:])
     assert exported.startswith("0 ")
@@ -951,10 +956,11 @@ def test_inspect_refuses_what_export_refuses_before_its_proof(
 
 def test_inspect_allows_what_its_command_then_allows(tmp_path: Path) -> None:
     given = save_weights(tmp_path, "Hides")
-    printed = run("inspect", *given, "--allow-constants", "--several-classes")
+    printed = run("inspect", *given, "--set", "allow_constants=true", "--several-classes")
     assert printed.startswith("0 ")
     assert (
-        "--allow-constants --several-classes --training-only aux --labels labels.txt" in printed
+        "--set allow_constants=true --several-classes --training-only aux --labels labels.txt"
+        in printed
     )
 
 

@@ -33,7 +33,7 @@ def test_http_client_and_predict_return_the_same_map(
         assert np.array(typed.classify(jpeg, explain=True).explanation) == expected
         assert typed.classify(jpeg).explanation is None
     (tmp_path / "a.jpg").write_bytes(jpeg)
-    command = ["predict", str(bundle_path), str(tmp_path / "a.jpg"), "--explain"]
+    command = ["predict", str(bundle_path), str(tmp_path / "a.jpg"), "--set", "explain=true"]
     (found,) = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
 
     assert np.array(found["explanation"]) == expected

@@ -316,7 +316,7 @@ def test_a_front_end_keeps_the_keys_that_come_before_its_first_channel(monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--front-ends", "2")])
+@pytest.mark.parametrize("options", [(), ("--set", "front_ends=2")])
 def test_a_gpu_that_cannot_be_used_here_is_an_error(bundle_path, monkeypatch, options) -> None:
     monkeypatch.setenv("SOPDEPLOY_RUNTIME", "auto")
     with spawn(str(bundle_path), "--devices", "0", *options) as child:

@@ -55,7 +55,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_server_with_a_certificate_speaks_https(
     way, certificate, bundle_path, jpeg, monkeypatch
 ) -> None:
-    options = (*WAYS[way], "--ssl-certfile", str(certificate))
+    options = (*WAYS[way], "--set", f"ssl_certfile={certificate}")
     with serving(str(bundle_path), *options) as child, ExitStack() as stack:
         assert child.base_url.scheme == "https"
         port = child.base_url.port

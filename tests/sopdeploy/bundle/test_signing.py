@@ -62,11 +62,11 @@ def test_a_server_takes_what_the_command_of_the_package_signs_and_no_other_key(
 
     # The folder with its signature, on another machine
     received = shutil.copytree(tmp_path / "bundles", tmp_path / "received", symlinks=True)
-    with serving(str(received), "--require-signature", str(public)) as client:
+    with serving(str(received), "--set", f"require_signature={public}") as client:
         assert client.post("/v1/classify", content=jpeg(0)).json()["classes"]
 
     other = write_key(tmp_path / "other.key")
-    with spawn(str(received), "--require-signature", str(other)) as refused:
+    with spawn(str(received), "--set", f"require_signature={other}") as refused:
         out, error = refused.communicate(timeout=START_SECONDS)
     assert (refused.returncode, out, error.count("\n")) == (2, "", 1)
     assert written.name in error

@@ -228,7 +228,7 @@ def test_a_weight_file_determines_the_network_that_is_not_named(tmp_path, name, 
         ((), "timm:test_efficientnet"),
         (("model.name=resnet18",), "resnet18"),
     ):
-        options = TrainOptions(weights=str(tmp_path / name), set=settings)
+        options = TrainOptions(pretrained=str(tmp_path / name), set=settings)
         assert configure(read_changes(Path("photos"), None, options))[0].model.name == network
 
 

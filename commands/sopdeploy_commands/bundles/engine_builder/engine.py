@@ -69,7 +69,7 @@ def get_engine(
     if bundle.manifest.int8_for == "cpu":
         raise LoweringError(
             f"{bundle.path}: is quantized for CPUs, but TensorRT needs int8 with zero point 0: export again "
-            "with --precision int8 --int8-for tensorrt"
+            "with --precision int8 --set int8_for=tensorrt"
         )
 
     profiles = cache.parse_profiles(options.profiles, bundle.manifest.batch)

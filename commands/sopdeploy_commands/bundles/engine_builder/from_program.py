@@ -34,7 +34,7 @@ def build_from_program(
     if manifest.precision != "fp32":
         raise EngineError(
             f"{bundle.path}: is in {manifest.precision}, but the certified program is in float32; omit "
-            "--via, or export in precision fp32"
+            "via, or export in precision fp32"
         )
 
     try:
