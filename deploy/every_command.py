@@ -35,7 +35,6 @@ ARGUMENTS = {
     "import": "ckpt.pt --as resnet18 --out-file imported.pt",
     "train": "--data photos --set procedure.absent=1",
     "eval": "bundle --data photos",
-    "runs": "",
     "reproduce": "dsop-9a --rows absent",
     "export": "ckpt.pt",
     "inspect": "ckpt.pt --network builtins:absent --preprocess timm:resnet18",

@@ -110,8 +110,8 @@ _NEXT: dict[Wanted, dict[PathKind, str]] = {
     },
     "run": {
         "checkpoint": "give the folder of its run",
-        "bundle": "give the run that it was exported from; `sopdeploy runs` lists both",
-        "bundles": "give a run; `sopdeploy runs` lists both",
+        "bundle": "give the run that it was exported from; runs/index.html lists both",
+        "bundles": "give a run; runs/index.html lists both",
         "runs": _CHOOSE,
         "photographs": _TRAIN,
     },

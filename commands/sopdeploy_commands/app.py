@@ -59,7 +59,6 @@ TOPICS = {
         ),
     },
     "Improve": {
-        "runs": (".training.runs:runs", "list runs and bundles"),
         "eval": (".training.evaluate:evaluate", "evaluate a checkpoint or a bundle"),
         "label": (
             ".training.label:label",

@@ -113,7 +113,7 @@ ADVICE: dict[tuple[Wanted, str], str] = {
     ("checkpoint", "nowhere"): "no such file; use the best.pt of a training run",
     ("run", "runs"): "a folder of runs, not a run; choose one, such as runs/tiny-1",
     ("run", "bundles/tiny-1"): (
-        "a bundle, not a run; give the run that it was exported from; `sopdeploy runs` lists both"
+        "a bundle, not a run; give the run that it was exported from; runs/index.html lists both"
     ),
     ("run", "runs/tiny-1/best.pt"): "a checkpoint, not a run; give the folder of its run",
     ("run", "empty"): "a folder; give a run of `sopdeploy train`",

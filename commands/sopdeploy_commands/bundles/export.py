@@ -36,7 +36,7 @@ from sopdeploy.paths import (
 )
 from sopdeploy.photos.evaluation_images import ANY_IMAGES
 from sopdeploy.photos.files import check_takes_output, data_folder
-from sopdeploy.project import file_project
+from sopdeploy.project import RUNS, file_project
 from sopdeploy_export.options import (
     EngineOptions,
     ExportOptions,
@@ -155,9 +155,13 @@ def export(
     # A network of the user, or one of the catalog.
     if source.network is not None:
         return _export_weights(path, out, source, options, on_step)
+    from sopdeploy_commands.bundles.runs_page import write_runs_page
     from sopdeploy_export.pipeline import export_checkpoint
 
-    return export_checkpoint(path, out, options=options, on_step=on_step)
+    exported = export_checkpoint(path, out, options=options, on_step=on_step)
+    if RUNS.is_dir():
+        write_runs_page()
+    return exported
 
 
 def _export_weights(

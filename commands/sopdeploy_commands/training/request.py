@@ -207,7 +207,7 @@ def read_request(
 def _check_starts(source: Path) -> None:
     """Raise `ConfigError` unless *source* is a run, its checkpoint, or a bundle."""
     if not source.exists():
-        problem = "no such run or bundle; `sopdeploy runs` lists them"
+        problem = "no such run or bundle; runs/index.html lists them"
     elif what_is(source) in {"run", "checkpoint", "bundle"}:
         return
     else:

@@ -13,6 +13,7 @@ from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError, amount
 from sopdeploy.files import LAST
 from sopdeploy.models.families import PAGE, find_family, names_of_family
+from sopdeploy.project import RUNS
 from sopdeploy.training.recipe_files import list_recipes, recipe_text
 from sopdeploy.training.results import describe_notes, insert_folders, read_result
 from sopdeploy_commands.training.dry_run import check_images, print_report, print_wrong_labels
@@ -174,7 +175,7 @@ def train(
     from sopdeploy.training.callback import Callback, WarningRecord
     from sopdeploy.training.distributed import join_processes
     from sopdeploy.training.train import summarize_run
-    from sopdeploy_commands.training.runs import list_runs_before
+    from sopdeploy_commands.bundles.runs_page import list_runs_before, write_runs_page
 
     with ExitStack() as stack:
         stack.enter_context(join_processes())
@@ -197,6 +198,8 @@ def train(
 
         runs_before = list_runs_before(folder, request.recipe.project)
         facts = write_run_page(run, folder, on_image, runs_before)
+        if folder.parent.resolve() == RUNS.resolve():
+            write_runs_page()
 
     return summarize_run(
         run,

@@ -12,8 +12,8 @@ from sopdeploy.bundle.listing import list_bundles
 from sopdeploy.bundle.live import LOG
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy_commands.bundles.predict import predict
+from sopdeploy_commands.bundles.runs_page import RunRow, list_runs, write_runs_page
 from sopdeploy_commands.bundles.verify import verify
-from sopdeploy_commands.training.runs import RunRow, runs
 from sopdeploy_service.inference.bundle_store import find_bundles, links_among
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.service import ModelRegistry
@@ -118,7 +118,7 @@ COMMANDS = {
     "follow": lambda folder: links_among([folder / "latest"])[folder / "latest"].name,
     "predict": named_by_predict,
     "verify": lambda folder: verify(folder / "latest", SETTINGS).bundle,
-    "runs": lambda _: next(row.bundle for row in runs() if row.live),
+    "the page of runs": lambda _: next(row.bundle for row in list_runs() if row.live),
 }
 
 
@@ -155,7 +155,7 @@ def test_latest_of_a_project_without_a_live_bundle_is_where_it_leads(
 
 def test_runs_show_what_is_live_refused_and_newest(folder: Path, versions: list[Path]) -> None:
     def states() -> dict[str, RunRow]:
-        return {row.bundle: row for row in runs()}
+        return {row.bundle: row for row in list_runs()}
 
     record(folder, versions[0])
     record(folder, versions[2], refused=True)
@@ -163,6 +163,13 @@ def test_runs_show_what_is_live_refused_and_newest(folder: Path, versions: list[
     assert [rows[path.name].live for path in versions] == [True, False, False]
     assert [rows[path.name].newest for path in versions] == [False, False, True]
     assert rows[versions[2].name].problem == "refused by promote"
+
+
+def test_the_page_of_runs_lists_every_bundle(folder: Path, versions: list[Path]) -> None:
+    Path("runs").mkdir()
+    write_runs_page()
+    page = Path("runs/index.html").read_text("utf-8")
+    assert all(path.name in page for path in versions)
 
 
 def test_a_reload_never_changes_the_project(

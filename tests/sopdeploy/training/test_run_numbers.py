@@ -27,7 +27,7 @@ from sopdeploy.training.results import LIST_WRONG_LABELS, ClassScore, LoopResult
 from sopdeploy.training.summary import training_rows
 from sopdeploy.training.train import describe_problem
 from sopdeploy_commands.app import app
-from sopdeploy_commands.training.runs import MAX_BEFORE
+from sopdeploy_commands.bundles.runs_page import MAX_BEFORE
 from sopdeploy_commands.training.train import print_result
 from tests.support.forged import write_hollow
 

@@ -14,7 +14,7 @@ from sopdeploy.training.callback import Callback, ForwardingCallback, WarningRec
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.summary import read_summary, training_rows
 from sopdeploy.training.train import TrainingResult
-from sopdeploy_commands.training.runs import read_run, runs
+from sopdeploy_commands.bundles.runs_page import list_runs, read_run
 from tests.sopdeploy.training.runs import SMALL, RecordingCallback, paint, train_with_page
 
 SETTINGS = {
@@ -133,7 +133,7 @@ def test_page_list_card_and_result_have_the_same_warnings_and_scores(
     assert ('<ul class="warnings">' in header) == bool(told)
     best = read_checkpoint(result.best)
     assert best.training.get("warnings", []) == told
-    (row,) = runs()
+    (row,) = list_runs()
     assert row.warnings == result.warnings
     rows = training_rows(best.training)
     assert [text for name, text in rows if name == "warning"] == told

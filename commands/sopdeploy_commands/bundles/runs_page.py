@@ -1,16 +1,13 @@
-"""`sopdeploy runs`: list runs and bundles."""
+"""The page `runs/index.html`, which lists runs and bundles."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.cells import cell_len, set_cell_size
-from rich.text import Text
-
-from sopdeploy.cli.command import command
-from sopdeploy.cli.console import out, plain_text, say
 from sopdeploy.errors import CheckpointError, amount
-from sopdeploy.project import Origin
+from sopdeploy.files import atomic_write, writing
+from sopdeploy.project import RUNS, Origin
 
+PAGE = "index.html"  # of the folder `runs`
 MAX_BEFORE = 5  # runs that a page lists
 
 
@@ -45,43 +42,43 @@ def _describe_origin(origin: Origin | None) -> RunRow:
     )
 
 
-def _show(rows: list[RunRow]) -> None:
-    """Print a line for each row; it is not wrapped."""
-    if not rows:
-        say("no runs and no bundles here; start with: sopdeploy train --data photos")
-        return
+def write_runs_page() -> None:
+    """Write `runs/index.html`, which lists the runs in `runs` and the bundles in `bundles`."""
+    from sopdeploy.html.report import HtmlReport, Section, Table, render
 
-    # One row each, with the states that a server and `export` care about.
-    table = [["date (UTC)", "run", "images", "classes", "estimate", "bundle", ""]]
-    for row in rows:
-        estimate = row.estimate.partition(" (")[0]  # without its interval
-        states = (
-            "live" if row.live else "",
-            "newest" if row.newest else "",
-            amount(len(row.warnings), "warning") if row.warnings else "",
-            row.problem,
-        )
-        cells = (
-            row.date[:19],
-            row.run,
-            row.num_images,
-            row.num_classes,
-            estimate,
-            row.bundle,
-            ", ".join(filter(None, states)),
-        )
-        table.append(["" if cell is None else plain_text(str(cell)).plain for cell in cells])
-
-    widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        out.print(Text("  ".join(map(set_cell_size, line, widths)).rstrip()))
+    columns = ["date (UTC)", "run", "images", "classes", "accuracy", "bundle", ""]
+    table = Table(
+        caption="Runs in this folder and bundles, the newest first",
+        columns=columns,
+        rows=[_cells(row) for row in list_runs()],
+    )
+    text = "report.html in the folder of a run has its details. The page is written after each training and export."
+    page = HtmlReport(
+        title="Runs", text=[text], sections=[Section(title="Runs", tables=[table])]
+    )
+    with writing(RUNS), atomic_write(RUNS / PAGE) as partial:
+        partial.write_text(render(page), encoding="utf-8")
 
 
-@command(_show, examples=("sopdeploy runs",))
-def runs() -> list[RunRow]:
-    """List runs and bundles, the newest first, and say which bundles `serve bundles` would serve.
+def _cells(row: RunRow) -> list[str]:
+    """Return the cells of *row*, with the states that a server and `export` care about."""
+    states = (
+        "live" if row.live else "",
+        "newest" if row.newest else "",
+        amount(len(row.warnings), "warning") if row.warnings else "",
+        row.problem,
+    )
+    cells = (row.date[:19], row.run, row.num_images, row.num_classes, row.estimate, row.bundle)
+    return [
+        *("" if cell is None else str(cell) for cell in cells),
+        ", ".join(filter(None, states)),
+    ]
 
-    Of each project, this is the bundle that was promoted last, or else the newest bundle that
+
+def list_runs() -> list[RunRow]:
+    """List the runs in `runs` and the bundles in `bundles`, the newest first.
+
+    Of each project, `serve bundles` serves the bundle that was promoted last, or else the newest one that
     `promote` has not refused.
     """
     from sopdeploy.bundle.listing import list_bundles
@@ -124,7 +121,7 @@ def runs() -> list[RunRow]:
 def _read_runs() -> dict[str, RunRow]:
     """Return the rows of the runs in `runs` by id, as `read_run` returns them."""
     rows = {}
-    for best in sorted(Path("runs").glob("*/best.pt")):
+    for best in sorted(RUNS.glob("*/best.pt")):
         if best.parent.is_symlink():  # `runs/latest`
             continue
         run_id, row = read_run(best)
