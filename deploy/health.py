@@ -44,7 +44,7 @@ def read_settings() -> dict[str, str]:
         settings["port"] = os.environ["PORT"]
 
     if file := os.environ.get("SOPDEPLOY_CONFIG"):
-        import tomllib
+        import tomllib  # noqa: PLC0415 - takes time
 
         with open(file, "rb") as stream:  # noqa: PTH123 - pathlib takes longer to import
             settings |= tomllib.load(stream)
@@ -57,7 +57,7 @@ def read_settings() -> dict[str, str]:
 
 def encrypted(connection: socket.socket) -> socket.socket:
     """Begin HTTPS; any certificate will do, because it has the name by which clients reach the server."""
-    import ssl
+    import ssl  # noqa: PLC0415 - takes time
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False

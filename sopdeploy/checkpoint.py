@@ -156,7 +156,7 @@ def plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
         "weights": {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()},
         "preprocess": checkpoint.preprocess.model_dump(mode="json"),
         "decision": None if decision is None else decision.model_dump(mode="json"),
-        "origin": None if origin is None else origin.model_dump(mode="json"),
+        "origin": None if origin is None else origin.written_fields(),
     }
 
     del content["sha256"]  # a file cannot contain its own

@@ -4,7 +4,7 @@ import os
 import re
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import pydantic
 
@@ -88,6 +88,13 @@ class Origin(StrictModel):
     sample: Annotated[tuple[int, ...], pydantic.Field(max_length=MAX_RECORDED)] = ()
     formats: Annotated[tuple[Text, ...], pydantic.Field(max_length=MAX_RECORDED)] = ()
     reading: FolderReading = AS_IT_IS
+
+    def written_fields(self) -> dict[str, Any]:
+        """Return the fields for a file: `reading`, which 0.2.0 does not know, only if it has content."""
+        fields = self.model_dump(mode="json")
+        if self.reading == AS_IT_IS:
+            del fields["reading"]
+        return fields
 
 
 def folder_name(folder: str | Path) -> str:

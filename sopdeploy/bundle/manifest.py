@@ -227,7 +227,10 @@ class Manifest(StrictModel):
 
     def with_written_defaults(self) -> "Manifest":
         """Copy the manifest with its default values as given ones, so that they are written."""
-        return Manifest.model_validate(self.model_dump(mode="json"))
+        fields = self.model_dump(mode="json")
+        if self.origin is not None:
+            fields["origin"] = self.origin.written_fields()
+        return Manifest.model_validate(fields)
 
     @property
     def rules(self) -> Decision:

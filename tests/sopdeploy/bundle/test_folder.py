@@ -44,6 +44,7 @@ from sopdeploy.bundle.probes import (
 from sopdeploy.bundle.publication import publish, seal, staging
 from sopdeploy.errors import BundleError, ParityError, StorageError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.project import Origin
 from sopdeploy.version import __version__
 from tests.support.forged import FIELDS, LABELS, fill, flip, forge, write_hollow
 from tests.support.strategies import json_values, texts
@@ -305,6 +306,22 @@ def test_a_manifest_is_read_as_it_was_written(
 ) -> None:
     written = manifest(model=model, config=config, detached=tuple(detached))
     assert Manifest.from_bytes(written.to_bytes()) == written
+
+
+@pytest.mark.parametrize(("reading", "is_written"), [({}, False), ({"leave_out": "a"}, True)])
+def test_how_a_folder_was_read_is_written_if_it_says_something(
+    reading: dict[str, str], is_written: bool
+) -> None:
+    run = {"run": "a", "run_id": "b", "started": FIELDS["exported_at"], "data": "c"}
+    origin = Origin(**run, num_images=2, num_classes=3, reading=reading)
+    written = manifest(origin=origin)
+    assert ("reading" in json.loads(written.to_bytes())["origin"]) == is_written
+
+    # A file that has the empty one, as 0.3.0 wrote it, keeps its bytes.
+    fields = written.model_dump(mode="json") | {"origin": origin.model_dump(mode="json")}
+    earlier = Manifest.model_validate(fields)
+    assert "reading" in json.loads(earlier.to_bytes())["origin"]
+    assert Manifest.from_bytes(earlier.to_bytes()) == earlier == written
 
 
 def test_the_id_is_first_and_depends_on_the_other_fields() -> None:
