@@ -15,7 +15,14 @@ from PIL import AvifImagePlugin, Image, PngImagePlugin
 
 from sopdeploy.errors import ImageError, first_line
 from sopdeploy.files import POINTER, POINTER_ADVICE
-from sopdeploy.images.limits import EXTRAS, FORMATS, MAX_BYTES, MAX_PIXELS, describe_formats
+from sopdeploy.images.limits import (
+    EXTRAS,
+    FORMATS,
+    MAX_BYTES,
+    MAX_PIXELS,
+    describe_formats,
+    missing_extra,
+)
 from sopdeploy.images.pixels import correct_transparency_info
 from sopdeploy.images.signatures import HEAD_BYTES, find_converter, find_format
 
@@ -131,7 +138,7 @@ def detect_format(body: bytes) -> str:
     if detected in FORMATS.values():
         return detected
 
-    advice = f"use {describe_formats()}"
+    advice = f"use {describe_formats(name for name in FORMATS if not missing_extra(name))}"
 
     if not detected:
         raise ImageError(f"this is not an image; {advice}", code="not_an_image", status=415)
@@ -150,6 +157,8 @@ def _unsupported_error(message: str) -> ImageError:
 
 def prepare_decoders() -> None:
     """Import the decoder of HEIC, if it is installed, before the process may no longer open files."""
+    for name in EXTRAS:
+        missing_extra(name)  # which messages tell
     with contextlib.suppress(ImageError):
         _register_heif()
 

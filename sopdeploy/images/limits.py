@@ -3,6 +3,7 @@
 Importing this module does not load Pillow; `formats` enforces the limits.
 """
 
+import functools
 from collections.abc import Iterable
 from importlib.util import find_spec
 
@@ -21,6 +22,7 @@ def describe_formats(names: Iterable[str] = FORMATS) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
+@functools.cache  # a decoder may no longer look for packages
 def missing_extra(name: str) -> str:
     """Return the extra of sopdeploy without which this Python cannot decode the format *name*, or ""."""
     extra, package = EXTRAS.get(name, ("", "sopdeploy"))

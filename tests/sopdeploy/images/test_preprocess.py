@@ -383,6 +383,18 @@ def test_the_error_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -
     assert (caught.value.code, caught.value.status) == ("unsupported_format", 415)
 
 
+def test_a_format_without_its_decoder_is_not_recommended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for extra, is_named in (("", True), ("heif", False)):
+        monkeypatch.setattr(
+            formats, "missing_extra", lambda name, extra=extra: extra if name == "heic" else ""
+        )
+        with pytest.raises(ImageError) as caught:
+            formats.open_image(b"text")
+        assert ("HEIC" in str(caught.value)) == is_named
+
+
 GRAY_RULES: dict[str, dict[str, Any]] = {
     "lists of one value": {"mean": [0.5], "std": [0.25]},
     "numbers": {"mean": 0.5, "std": 0.25},
