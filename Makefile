@@ -208,6 +208,7 @@ container-base:
 audit: $(STAMP)  ## check deploy/lock/ for known vulnerabilities; fails if an entry was not audited
 	$(BIN)/python deploy/audit.py $(OPTIONS)
 
+# BASE_IMAGE=NAME@sha256:DIGEST adds the base image.
 sbom: $(STAMP)  ## software bill of materials of the images (CycloneDX): dist/sbom-cpu.json and dist/sbom-gpu.json
 	mkdir -p dist build
 	sed "s/^dynamic = .*/version = \"$$($(BIN)/sopdeploy --version | cut -d ' ' -f 2)\"/" pyproject.toml > build/pyproject.toml
@@ -215,6 +216,7 @@ sbom: $(STAMP)  ## software bill of materials of the images (CycloneDX): dist/sb
 		$(BIN)/uv tool run --from cyclonedx-bom cyclonedx-py requirements --output-reproducible \
 			--spec-version 1.6 --pyproject build/pyproject.toml --output-file dist/sbom-$$lock.json deploy/lock/$$lock.txt || exit 1; \
 	done
+	$(if $(BASE_IMAGE),$(BIN)/python deploy/base_image.py '$(BASE_IMAGE)' dist/sbom-cpu.json dist/sbom-gpu.json)
 
 release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS="--dry-run --verbose"]: commit and tag; docs/releasing.md
 	$(BIN)/uv tool run bump-my-version bump --new-version $(or $(VERSION),$(error release: add VERSION=1.2.3)) $(OPTIONS)
