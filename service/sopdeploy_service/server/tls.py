@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import ssl
-from _ssl import _test_decode_cert  # what `ssl` has for it needs a connection
+from _ssl import _test_decode_cert  # type: ignore[attr-defined]  # `ssl` needs a connection for it
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
