@@ -21,6 +21,7 @@ from sopdeploy_commands.promotion.compare import BundleComparison
 from sopdeploy_commands.promotion.promote import promote
 from tests.support.crashes import LOSSES, end_at_each_step
 from tests.support.service import picture_bytes, write_bundle
+from tests.support.small_data import jpeg
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +67,7 @@ def test_a_link_leads_to_one_of_two_bundles_and_each_move_is_recorded(
     for number in range(20):
         path = photographs / "cat" / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture_bytes((8 * number, 100, 200 - 5 * number)))
+        path.write_bytes(jpeg(number))
     if is_back:
         promote(start / second, start / "live", force="a test")
     before, after = (second, first) if is_back else (first, second)
