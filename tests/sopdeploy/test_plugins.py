@@ -197,9 +197,11 @@ UNKNOWN: dict[
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
-def test_an_unknown_name_of_a_registry_is_an_error_with_the_nearest_one(kind: str) -> None:
+def test_an_unknown_name_of_a_registry_is_an_error_that_names_the_nearest_one(
+    kind: str,
+) -> None:
     use, nearest = UNKNOWN[kind]
-    with pytest.raises(ConfigError, match=rf"did you mean .*\b{nearest}\b.*\?"):
+    with pytest.raises(ConfigError, match=rf"\b{nearest}\b"):
         use()
 
 
