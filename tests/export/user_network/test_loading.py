@@ -491,7 +491,7 @@ class Hides(Small):
     [
         (Skips, "other values"),
         (Halves, "other values"),
-        (SkipsInside, r"fc\.bias other values"),
+        (SkipsInside, r"other values"),
         (Hides, "other values"),
         (Deletes, r"fc\.bias is missing.*load_state_dict"),
         (Adds, "scale is new.*load_state_dict"),
