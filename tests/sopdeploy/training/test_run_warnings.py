@@ -160,9 +160,8 @@ def test_a_finished_run_tells_its_warnings_again(tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = train(photos, out, "few_shot")
     again = train(photos, out, "few_shot", resume=True)
-    of_images = [warning for warning in first.warnings if not warning.startswith(RANDOM)]
-    assert len(of_images) == 1
-    assert len(first.warnings) == 2
+    assert sum("validation images" in warning for warning in first.warnings) == 1
+    assert len(set(first.warnings)) == len(first.warnings)
     assert (again.warnings, again.procedure.top1) == (first.warnings, first.procedure.top1)
     assert (again.held_out_count, first.held_out_count) == (9, 9)
 
