@@ -131,7 +131,7 @@ def test_a_client_finds_the_end_of_its_response(case: str) -> None:
 def test_a_connection_that_the_server_closes_first_is_replaced_before_the_photograph_is_sent_again() -> (
     None
 ):
-    """As after `keep_alive_seconds`: the server ends it between two photographs."""
+    """As after the time for idle connections: the server ends it between two photographs."""
 
     closed = threading.Event()
 
