@@ -26,9 +26,10 @@ from sopdeploy_service.server.connections import Connections
 
 HEADER_SECONDS = 10.0  # in which the headers of a request must arrive
 WRITE_SECONDS = 30.0  # after which a client that reads nothing is disconnected
-# After which an idle connection is closed: longer than in every usual proxy, of which Envoy waits
-# longest (1 h), because a request on a connection that closes is lost.
-KEEP_ALIVE_SECONDS = 3700
+# After which an idle connection is closed. One of a trusted proxy is kept longer than by every usual
+# proxy, of which Envoy waits longest (1 h), because a request on a connection that closes is lost.
+KEEP_ALIVE_SECONDS = 75
+PROXY_IDLE_SECONDS = 3700
 CLOSING_SECONDS = 2  # for sending the last responses after the end
 MAX_URL_BYTES = 8192  # path and query
 MAX_HEADERS = 100  # of one request
@@ -121,6 +122,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.client = (without_mapping(self.client[0]), self.client[1])
         self.address = self.client[0] if self.client else ""
         self.is_trusted = is_within(self.address, self._limits.trusted_proxies)
+        if self.is_trusted:
+            self.timeout_keep_alive = PROXY_IDLE_SECONDS
 
         age = self._limits.max_connection_age
         if age is not None:

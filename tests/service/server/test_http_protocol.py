@@ -526,9 +526,12 @@ def test_every_connection_over_the_limit_has_a_response_also_over_the_spare_ones
         assert len(crowded.app.state.connections.closing) <= 2
 
 
-def test_a_silent_connection_of_a_trusted_proxy_is_an_idle_one(serve_with, wire, monkeypatch):
+def test_a_silent_connection_of_a_trusted_proxy_is_kept_as_long_as_proxies_keep_it(
+    serve_with, wire, monkeypatch
+):
     monkeypatch.setattr(http_protocol, "HEADER_SECONDS", 0.05)
+    monkeypatch.setattr(http_protocol, "KEEP_ALIVE_SECONDS", 0.1)
     client = serve_with(FakeRuntime(num_classes=7), trusted_proxies="127.0.0.1")
     early = wire(client)
-    time.sleep(0.2)  # longer than the headers may take
+    time.sleep(0.3)  # longer than the headers may take, and than others may be idle
     get(early)
