@@ -145,7 +145,8 @@ def test_the_program_restarts_once_in_utf_8_mode(monkeypatch: pytest.MonkeyPatch
 
 def test_models_lists_the_catalog_by_family() -> None:
     result = as_json("models")
-    assert [row["name"] for row in result] == [*CATALOG, "lrbp-vgg16"]  # of the papers' package
+    of_papers = ["psdr-resnet50", "psdr-resnet50-no-aux", "lrbp-vgg16"]
+    assert [row["name"] for row in result] == [*CATALOG, *of_papers]
     assert all(row["summary"] for row in result)
     lines = sopdeploy_cli("models").stdout.splitlines()
     assert max(map(len, lines)) <= 160

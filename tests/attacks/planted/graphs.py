@@ -152,7 +152,7 @@ def drawn_table() -> Tensor:
 
 CONSTANTS: dict[str, Row] = {
     "layers in nested lists": Row(Nested, IN_LIST),
-    "a table that a function keeps": rebuilt(adds(lambda _: table_of(WIDTH))),
+    "a table that a function keeps": rebuilt(adds(lambda _: table_of(WIDTH)), UNSTORED),
     "random numbers that a function keeps": rebuilt(adds(lambda _: drawn_table()), UNSTORED),
     "a tensor that both networks hold": rebuilt(
         adds(lambda n: n.table[0], lambda: TABLE), UNSTORED

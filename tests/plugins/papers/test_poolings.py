@@ -408,7 +408,7 @@ def test_the_recipe_of_the_page_is_exported_and_served_by_a_runtime_of_a_plug_in
 
 def test_models_lists_its_network_and_env_no_plug_in() -> None:
     lines = run("models").stdout.splitlines()
-    assert lines[lines.index("Networks of other packages") + 1].startswith("lrbp-vgg16 ")
+    assert lines[lines.index("Networks of other packages") + 1].startswith("psdr-resnet50 ")
     assert "papers" not in run("env").stdout
 
 

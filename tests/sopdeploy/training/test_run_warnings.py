@@ -27,8 +27,8 @@ SETTINGS = {
     "loop": [*SMALL, "procedure.kind=loop", "epochs=2"],
 }
 
-RANDOM = (
-    "all weights of the frozen network would stay random"  # of a small network without weights
+OF_FOLDERS = (
+    r"are training images|different labels|without a class"  # what warnings about them say
 )
 
 
@@ -122,7 +122,8 @@ def test_page_list_card_and_result_have_the_same_warnings_and_scores(
     result = train(photos, Path("runs/photos-1"), procedure, callback=callback)
     told = [values["warning"] for kind, values in callback.events if kind == "warning"]
     assert result.warnings == tuple(told)
-    of_images = [warning for warning in told if not warning.startswith(RANDOM)]
+    # A network of random weights also causes warnings that have nothing to do with the folder.
+    of_images = [warning for warning in told if re.search(OF_FOLDERS, warning)]
     assert len(of_images) == bool(expected)
     assert all(re.search(expected, warning) for warning in of_images)
 

@@ -156,10 +156,8 @@ def test_parts_that_start_random_beside_pretrained_weights_are_trained(
 ) -> None:
     changes, kind = AFTER_PRETRAINING[case]
     settings = (*TINY, *changes)
-
-    result = sopdeploy.train(
-        photos, weights=pretrained, out=photos.parent / "run", set=settings
-    )
+    many = paint(photos.parent / "many", 9)  # so many that look alike are not copies
+    result = sopdeploy.train(many, weights=pretrained, out=photos.parent / "run", set=settings)
 
     assert isinstance(result.procedure, LoopResult) is (kind == "loop")
 
