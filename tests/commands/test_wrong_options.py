@@ -99,7 +99,7 @@ USAGE = {
     "serve b --queue-size 3": "No such option: --queue-size; did you mean --set queue_size=VALUE?;",
     "predict b c --explain": "No such option: --explain; did you mean --set explain=VALUE?;",
     "predict b c --set explan=true": "expected KEY=VALUE; did you mean explain?",
-    "eval b --data c --set mirror=perhaps": "--set mirror=VALUE: must be true or false",
+    "eval b --data c --set mirror=perhaps": "--set mirror=VALUE: ",
     "serve b --device cpu": "No such option: --device; did you mean --devices?;",
     "serve b --zebra": "No such option: --zebra; --print-config lists all settings;",
     "train --threads 3": "No such option: --threads; did you mean --set threads=VALUE?;",

@@ -18,7 +18,6 @@ from sopdeploy.photos.files import check_takes_output, data_folder
 from sopdeploy.photos.folder import open_folder
 from sopdeploy.project import RUNS, Name, folder_project
 from sopdeploy.training.recipe_files import parse_override, read_values, select_by_name
-from sopdeploy.training.results import read_result
 
 if TYPE_CHECKING:
     from sopdeploy.checkpoint import Checkpoint
@@ -233,6 +232,7 @@ def read_previous(source: Path) -> "Checkpoint":
     """
     from sopdeploy.bundle.folder import read_manifest
     from sopdeploy.checkpoint import read_checkpoint
+    from sopdeploy.training.results import read_result
 
     run = source
     run_id = None

@@ -15,7 +15,6 @@ from sopdeploy.files import LAST
 from sopdeploy.models.families import PAGE, find_family, names_of_family
 from sopdeploy.project import RUNS
 from sopdeploy.training.recipe_files import list_recipes, recipe_text
-from sopdeploy.training.results import describe_notes, insert_folders, read_result
 from sopdeploy_commands.training.dry_run import check_images, print_report, print_wrong_labels
 from sopdeploy_commands.training.request import TrainOptions, read_request
 
@@ -54,6 +53,8 @@ def _show(result: "TrainingResult | DataReport | list[WrongLabel]", *, as_json: 
 
 def print_result(result: "TrainingResult") -> None:
     """Print a table of the classes, the score, the decision, the report and the next command."""
+    from sopdeploy.training.results import describe_notes, insert_folders  # imports numpy
+
     _print_classes(result.classes)
 
     # The score, what was left out, calibration and rejection.
@@ -261,6 +262,8 @@ def _train_in_folder(
 
 def _describe_changes(before: "Checkpoint", setup: "Setup") -> str:
     """Say what the run *before* reached, and what *setup* adds; empty if it is not known."""
+    from sopdeploy.training.results import read_result  # imports numpy
+
     result_before = read_result(before.training)
     origin = before.origin
     if result_before is None or origin is None:
