@@ -103,7 +103,7 @@ USAGE = {
     "serve b --device cpu": "No such option: --device; did you mean --devices?;",
     "serve b --zebra": "No such option: --zebra; --print-config lists all settings;",
     "train --threads 3": "No such option: --threads; did you mean --set threads=VALUE?;",
-    "train --recipe digits-dsop --epochs 0": "epochs: must be at least 1",
+    "train --recipe digits-dsop --epochs 0": "digits-dsop: epochs: ",
     "train --recipe digits-dsop --lr x": "Invalid value for '--lr'",
     "train --recipe digits-dsop --model resnet18x": "'resnet18x' is not in the catalog",
     "train --cuda": "No such option: --cuda; use --set device=cuda;",

@@ -10,7 +10,6 @@ import pydantic
 
 from sopdeploy.cli.console import print_table, say
 from sopdeploy.config import first_problem
-from sopdeploy.data.sources import FolderConfig
 from sopdeploy.errors import ConfigError, amount, shorten
 from sopdeploy.training.recipe_files import parse_override
 
@@ -33,6 +32,7 @@ def check_images(
     `data.leave_out` count. *on_image* is called with the numbers of images compared by a network, and in
     total. Raises `ConfigError` for an invalid setting, and `DataError` if the images cannot be used.
     """
+    from sopdeploy.data.sources import FolderConfig  # imports numpy
     from sopdeploy.photos.check import check_data
 
     if data is None:
