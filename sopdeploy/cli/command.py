@@ -33,7 +33,7 @@ from sopdeploy.cli.console import (
     showing_causes,
     stdout_to_stderr,
 )
-from sopdeploy.config import Options, reason_of, shown
+from sopdeploy.config import Options, reason_of
 from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.signatures import describe_skipped, noting_skipped
@@ -431,7 +431,7 @@ def _split_keys(
             values[name] = pydantic.TypeAdapter(rare[name]).validate_python(value)
         except pydantic.ValidationError as error:
             reason = reason_of(error.errors(include_url=False)[0])
-            raise ConfigError(f"{reason} (got {shown(value)})", setting=name) from error
+            raise ConfigError(reason, setting=name) from error
     return others, values
 
 
