@@ -98,6 +98,7 @@ FOLDERS: list[tuple[Callable[[Path], None], str, str, int, str]] = [
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("allow_random_features")
 @pytest.mark.parametrize(
     ("change", "procedure", "expected", "count", "origin"),
     FOLDERS,
