@@ -177,6 +177,7 @@ OTHERWISE_NAMED = {
 }
 # Options that a function with a parameter of this name leaves as they are
 NOT_PASSED_ON = {
+    "command: one_line_errors.keys",
     "__init__: conv1x1.stride",
     "__init__: conv3x3.stride",
     "__init__: convolution.kernel",

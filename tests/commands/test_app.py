@@ -205,7 +205,7 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
         r"sopdeploy models: .*--json.*; see sopdeploy models --help",
     ),
     "a mistyped option of the program": (("--verison",), "--version"),
-    "a missing argument": (("export",), "sopdeploy export: Missing argument 'checkpoint'"),
+    "a missing argument": (("export",), "sopdeploy export: Missing argument 'CHECKPOINT'"),
     "photographs as an argument": (("train", "photos"), "did you mean --data photos?"),
     "an empty folder name": (
         ("train", "--data", ""),

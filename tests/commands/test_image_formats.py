@@ -37,8 +37,10 @@ def test_the_formats_of_photographs_are_those_of_their_bytes(tmp_path: Path) -> 
     [(True, []), (False, ['run: pip install "sopdeploy[heif]"'])],
 )
 def test_a_server_says_which_photographs_of_a_bundle_it_refuses(
-    is_installed, remedies, bundle, monkeypatch, caplog
+    is_installed, remedies, bundle, monkeypatch, caplog, request
 ):
+    limits.missing_extra.cache_clear()  # that looks once for a decoder
+    request.addfinalizer(limits.missing_extra.cache_clear)
     find_spec = limits.find_spec
     monkeypatch.setattr(
         limits,

@@ -468,7 +468,7 @@ UNLIMITED = {
     "reproduction/tables.py", "training/recipe_files.py", "few_shot/cache.py",
     "api/web.py",
     # Files of the kernel.
-    "sopdeploy/environment.py", "decoding/child.py", "runtime/device_memory.py",
+    "sopdeploy/environment.py", "decoding/child.py", "runtime/device_memory.py", "observability/busy.py",
 }  # fmt: skip
 
 

@@ -190,8 +190,10 @@ def test_verify_and_predict_take_texts_and_the_runtime_of_serve(bundle_path, tmp
         ["verify", str(bundle_path)],
         ["predict", str(bundle_path), str(tmp_path / "a.png")],
     ):
-        assert CliRunner().invoke(app, [*words, "--runtime", "onnxruntime-cpu"]).exit_code == 0
-        assert "runtime" in CliRunner().invoke(app, [*words, "--runtime", "none"]).stderr
+        assert (
+            CliRunner().invoke(app, [*words, "--set", "runtime=onnxruntime-cpu"]).exit_code == 0
+        )
+        assert "runtime" in CliRunner().invoke(app, [*words, "--set", "runtime=none"]).stderr
 
 
 def test_without_onnx_verify_checks_the_hashes_and_says_that_the_root_was_not_recomputed(

@@ -49,7 +49,8 @@ def test_a_batch_has_the_images_that_are_queued() -> None:
     assert queue.take(2, only_full=True) == items[:2]
     assert queue.take(2) == items[2:]
 
-    assert queue.take(8) == fill(queue, 2)
+    items = fill(queue, 2)
+    assert queue.take(8) == items
     late = threading.Timer(0.05, fill, (queue, 1))
     late.start()
     assert len(queue.take(3)) == 1  # an empty queue waits for the first one

@@ -27,7 +27,7 @@ from sopdeploy.training.results import LIST_WRONG_LABELS, ClassScore, LoopResult
 from sopdeploy.training.summary import training_rows
 from sopdeploy.training.train import describe_problem
 from sopdeploy_commands.app import app
-from sopdeploy_commands.bundles.runs_page import MAX_BEFORE
+from sopdeploy_commands.bundles.runs_page import MAX_BEFORE, list_runs, write_runs_page
 from sopdeploy_commands.training.train import print_result
 from tests.support.forged import write_hollow
 
@@ -106,15 +106,8 @@ def test_a_resumed_run_that_another_process_trains_is_an_error(
     assert "another process trains in this folder" in done.stderr
 
 
-def listed(*options: str) -> list[dict[str, Any]]:
-    done = CliRunner().invoke(app, ["runs", *options, "--json"])
-    assert done.exit_code == 0, done.output
-    rows: list[dict[str, Any]] = json.loads(done.stdout)
-    return rows
-
-
 def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> None:
-    assert listed() == []
+    assert list_runs() == []
     outs = [train(settings=LOOP), train("--name", "lights", settings=LOOP)]
     assert outs == [Path("runs/photos-1"), Path("runs/lights-1")]
     checkpoints = [read_checkpoint(out / "best.pt") for out in outs]
@@ -145,8 +138,8 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     write_checkpoint(
         Path("runs/older/best.pt"), replace(checkpoints[0], training={"procedure": {}})
     )
-    rows = {(row["run"], row["bundle"]): row for row in listed()}
-    assert [key for key, row in rows.items() if row["newest"]] == [
+    rows = {(row.run, row.bundle): row for row in list_runs()}
+    assert [key for key, row in rows.items() if row.newest] == [
         ("", pulled.name),
         ("photos-1", new.name),
     ]
@@ -155,18 +148,17 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
         ("", pulled.name), ("broken", ""), ("older", ""),
     }  # fmt: skip
     of_old = rows["photos-1", old.name]
-    assert (of_old["num_images"], of_old["num_classes"], of_old["date"]) == (12, 2, days[0])
-    assert of_old["estimate"].startswith("top-1 ")
-    assert "exported earlier" in of_old["problem"]
-    assert rows["photos-1", "broken"]["problem"] == f"a copy of {new.name}"
-    assert "damaged or not a checkpoint" in rows["broken", ""]["problem"]
-    assert "no valid result" in rows["older", ""]["problem"]
-    table = CliRunner().invoke(app, ["runs"]).stdout
-    assert all(
-        text in table
-        for text in ("photos-1", "lights-1", new.name, "newest", "2026-01-02T10:00:00")
-    )
-    assert re.search(r"  photos-1 +12 +2 +top-1 ", table)  # images, classes, estimate
+    assert (of_old.num_images, of_old.num_classes, of_old.date) == (12, 2, days[0])
+    assert of_old.estimate.startswith("top-1 ")
+    assert "exported earlier" in of_old.problem
+    assert rows["photos-1", "broken"].problem == f"a copy of {new.name}"
+    assert "damaged or not a checkpoint" in rows["broken", ""].problem
+    assert "no valid result" in rows["older", ""].problem
+
+    write_runs_page()
+    page = Path("runs/index.html").read_text(encoding="utf-8")
+    for text in ("photos-1", "lights-1", new.name, "newest", "2026-01-02T10:00:00"):
+        assert text in page
 
 
 @pytest.mark.slow
