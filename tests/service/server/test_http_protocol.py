@@ -185,7 +185,7 @@ def test_incomplete_requests_are_rejected_after_their_time(impatient):
         for name, wire in wires.items():
             reply = read(wire)
             assert reply.status == 408
-            assert time.monotonic() > started + min(SHORT.values())
+            assert time.monotonic() > started + 1
             found[name] = reply.code
     assert found == {name: code for name, (_, code) in INCOMPLETE.items()}
 
