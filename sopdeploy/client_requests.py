@@ -87,18 +87,8 @@ def check_timeout(timeout: float) -> float:
 class Attempts:
     """The attempts of one call, which end *seconds* after it began, or after *retries* repetitions.
 
-    Both clients send the requests that `next_request` builds and hand over what came of them:
-
-        while True:
-            try:
-                response = http.send(attempts.next_request())
-            except httpx.RequestError as failure:
-                pause = attempts.pause_after_failure(failure)
-            else:
-                if attempts.are_answered_by(response):
-                    return response
-                pause = attempts.pause_after(response)
-            time.sleep(pause)
+    Both clients send the requests that `next_request` builds, and hand over the response or the failure. They
+    wait for the pause that this returns, and try again.
     """
 
     def __init__(

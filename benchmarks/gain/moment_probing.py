@@ -2,7 +2,7 @@
 
 Paper: Gao et al., "Tuning Pre-trained Model via Moment Probing" (ICCV 2023), section 3: the features are
 reduced and divided into heads. The cross-covariances of neighboring heads are normalized, go through two
-convolutions with stride, and a linear layer; its scores are averaged with those of the linear layer of the
+convolutions with stride, and a linear layer; its scores are averaged with the scores of the linear layer of the
 means. A logistic regression on the means alone is the control. Both are trained by AdamW, as in the paper,
 with mirrored copies.
 """

@@ -37,8 +37,8 @@ class Case(StrictModel):
 class Line(Case):
     """The outcome of a run.
 
-    `accuracy` in percent and `right`, a bit for each test image (base64), are those of the final
-    network; those with `frozen_` those of the closed form that it started from. `losses` are the
+    `accuracy` in percent and `right`, a bit for each test image (base64), describe the final
+    network. Fields with `frozen_` describe the closed form that it started from. `losses` are the
     validation losses of the epochs from 0, `seconds` CPU seconds of the training without its
     evaluation, `branch` the accuracy of the auxiliary branch on the validation images.
     """

@@ -21,9 +21,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import sigmoid, softmax
 from sopdeploy.errors import ImageError
-from sopdeploy.files import (
-    os_reason,
-)
+from sopdeploy.files import os_reason
 from sopdeploy.photos.kept import SAMPLED, image_id
 from sopdeploy.version import __version__
 from sopdeploy_service.inference.model import Model
@@ -107,11 +105,7 @@ class Keeper:
         """Create *folder*, which only its owner can read; raises `StorageError` if it cannot be written."""
         self._share = settings.keep_sample
         self._copy = copy
-        self._folder = KeptFolder(
-            folder,
-            settings.keep_bytes,
-            86_400 * settings.keep_days,
-        )
+        self._folder = KeptFolder(folder, settings.keep_bytes, 86_400 * settings.keep_days)
 
         # Counters begin with 0, so that their first increase is seen.
         self._counts = {

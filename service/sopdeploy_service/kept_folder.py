@@ -93,12 +93,7 @@ class _Kept(NamedTuple):
 class KeptFolder:
     """A folder of kept photos with limits in bytes and in seconds, which other processes use as well."""
 
-    def __init__(
-        self,
-        path: Path,
-        max_bytes: int,
-        max_seconds: float,
-    ) -> None:
+    def __init__(self, path: Path, max_bytes: int, max_seconds: float) -> None:
         """Create *path*; raises `StorageError`."""
         self.path = path
         self._max_bytes = max_bytes

@@ -28,7 +28,7 @@ def check_images(
 ) -> "DataReport":
     """Decode every image of the folder *data* that a training would read, and report what it holds.
 
-    *overrides* are those of `--set`, and *settings* those of Python; only `data.classes_from` and
+    *overrides* come from `--set`, and *settings* from Python; only `data.classes_from` and
     `data.leave_out` count. *on_image* is called with the numbers of images compared by a network, and in
     total. Raises `ConfigError` for an invalid setting, and `DataError` if the images cannot be used.
     """

@@ -19,7 +19,7 @@ from sopdeploy.photos.kept import NOT_OURS, kept_id
 # Columns of the export: the image of a task, and the choice, as the server's records name them
 IMAGE = "image"
 CLASS = "class"
-UNKNOWN_SUFFIX = "-unknown"  # of the folder beside that of the classes
+UNKNOWN_SUFFIX = "-unknown"  # of the folder for photos that show none of the classes
 
 
 class Labelled(NamedTuple):
