@@ -159,7 +159,7 @@ gpu-wheels:  ## download to WHEELS=FOLDER what gpu-check needs beside the packag
 	$(PYTHON) deploy/gpu_wheels.py $(or $(WHEELS),$(error gpu-wheels: add WHEELS=FOLDER))
 
 # What gpu_bundles.py writes last is `load.py`.
-gpu-check: $(GPU_VENV)/.installed  ## check and measure this machine's GPU, then run tests/gpu; see docs/howto/gpu-check.md
+gpu-check: $(GPU_VENV)/.installed  ## check and measure this machine's GPU, then run tests/gpu; see docs/gpu.md
 	test -f $(CARRY)/load.py || $(GPU_VENV)/bin/python benchmarks/gpu_bundles.py $(CARRY)
 	$(GPU_VENV)/bin/python benchmarks/first_contact.py $(CARRY) --resume $(OPTIONS); parts=$$?; \
 		$(GPU_VENV)/bin/python -m pytest -q tests/gpu && exit $$parts

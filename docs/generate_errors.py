@@ -93,7 +93,7 @@ WHAT_TO_DO = {
     "The exception has one of the codes of [the server](http.md#errors).",
     "ServiceError": "Look up the code in brackets here or among the codes of [the server](http.md#errors).",
     "OverloadedError": "Wait `retry_after` seconds, see whether a server is running behind the proxy (502), send "
-    "fewer requests at once, or give the server more resources. Its [metrics](howto/monitoring.md) show which.",
+    "fewer requests at once, or give the server more resources. Its [metrics](monitoring.md) show which.",
     "UnreachableError": "Check address and port, and whether `/readyz` responds, or increase `timeout`.",
 }
 

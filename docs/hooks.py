@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-LAST = "Research notes"  # a tab of mkdocs.yml
+LAST = "Measured"  # a tab of mkdocs.yml
 LINK = re.compile(
     r"(?<=\]\()\.\./([\w./-]+)(?=\))"
 )  # to a folder above, perhaps to the checkout

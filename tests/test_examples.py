@@ -21,7 +21,7 @@ from sopdeploy import plugins
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import OverloadedError, ServiceError, SopdeployError, UnreachableError
 from sopdeploy_service.settings import Settings
-from tests.docs.reading import ROOT, module_at
+from tests.docs.reading import ROOT, module_at, text_of
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.service import LABELS, picture_bytes, running, write_bundle
 
@@ -37,7 +37,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_the_page_and_the_readme_lead_to_every_example() -> None:
-    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    page = text_of("docs/index.md")
     files = [path for path in FOLDER.rglob("*") if path.suffix in {".py", ".ipynb"}]
     assert len(files) >= 5
     assert [
@@ -45,7 +45,7 @@ def test_the_page_and_the_readme_lead_to_every_example() -> None:
         for path in files
         if f"../examples/{path.relative_to(FOLDER).as_posix()})" not in page
     ] == []
-    assert "(docs/examples.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "(docs/index.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_client_writes_a_line_for_every_image_of_a_folder(

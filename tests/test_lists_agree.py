@@ -8,7 +8,6 @@ import re
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import get_args
 
 import yaml
@@ -28,7 +27,7 @@ from sopdeploy_service.http.api_keys import Key
 from sopdeploy_service.keep import KeptResult
 from sopdeploy_service.observability.logs import DROPPED
 from sopdeploy_service.observability.metrics import Metrics
-from tests.docs.reading import blocks
+from tests.docs.reading import blocks_of, text_of
 from tests.support.rooms import PACKAGES, ROOT
 
 IMAGES = PACKAGES["sopdeploy"] / "images"
@@ -134,13 +133,13 @@ def test_an_answer_and_its_row_are_described_with_all_fields() -> None:
     http_page = (DOCS / "http.md").read_text(encoding="utf-8")
     assert {name for name in fields if f"`{name}`" not in described} == set()
     assert {name for name in fields if f'"{name}"' not in http_page} - ON_REQUEST == set()
-    columns = first_column(DOCS / "batch.md", "| column | content |")
+    columns = first_column("docs/batch.md", "| column | content |")
     assert columns == {*COLUMNS, "logits", "features"}
 
 
-def first_column(page: Path, heading: str) -> set[str]:
+def first_column(page: str, heading: str) -> set[str]:
     """Return the code in the first column of the table of *page* with the line *heading*."""
-    table = page.read_text(encoding="utf-8").partition(heading)[2].partition("\n\n")[0]
+    table = text_of(page).partition(heading)[2].partition("\n\n")[0]
     return {
         code
         for row in table.splitlines()
@@ -184,12 +183,12 @@ def all_fields(config: type[StrictModel], prefix: str = "") -> Iterator[tuple[st
 
 
 def test_the_page_of_keys_has_every_field_of_a_key() -> None:
-    (example,) = blocks(DOCS / "keys.md", "toml")
+    (example,) = blocks_of(text_of("docs/operations.md"), "toml")
     assert tomllib.loads(example)["key"][0].keys() == Key.model_fields.keys()
 
 
 def test_the_page_of_limits_has_every_error_of_an_image_with_its_status() -> None:
-    page = (DOCS / "limits.md").read_text(encoding="utf-8")
+    page = text_of("docs/settings.md")
     rows = re.findall(r"^\|.*?\| .*?(\d{3}).*? \| (.*?) \|", page, re.MULTILINE)
     named = {
         (code, int(status)) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)
@@ -423,8 +422,7 @@ def test_each_alert_has_a_test_and_a_row_on_its_page() -> None:
     )
     alerts = {*re.findall(r"- alert: (\w+)", chart.read_text(encoding="utf-8"))}
     assert alerts == {*re.findall(r'alertname="(\w+)"', tests)}
-    page = DOCS / "howto" / "alerts.md"
-    assert alerts == first_column(page, "| alarm | meaning | what to do |")
+    assert alerts == first_column("docs/monitoring.md", "| alarm | meaning | what to do |")
 
 
 def test_something_counts_every_metric() -> None:
@@ -447,10 +445,10 @@ def test_something_counts_every_metric() -> None:
 
 
 def test_each_word_that_code_gives_as_a_label_is_described_with_its_metric() -> None:
-    """Or, of a rejected request, on the pages of errors and limits."""
-    errors = "".join((DOCS / name).read_text("utf-8") for name in ("errors.md", "limits.md"))
+    """Or, of a rejected request, on the pages of errors and settings."""
+    errors = text_of("docs/errors.md") + text_of("docs/settings.md")
     rows = re.findall(
-        r"^\| `sopdeploy_(\w+)` \|(.*)$", (DOCS / "metrics.md").read_text("utf-8"), re.MULTILINE
+        r"^\| `sopdeploy_(\w+)` \|(.*)$", text_of("docs/settings.md"), re.MULTILINE
     )
     described = {name.removesuffix("_total"): text for name, text in rows}
 

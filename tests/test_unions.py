@@ -21,7 +21,7 @@ from sopdeploy.photos.photo import ArrayImages
 from sopdeploy.training.loop.optimizer import create_optimizer
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.setup import select_procedure
-from tests.docs.reading import module_at
+from tests.docs.reading import module_at, text_of
 from tests.support.rooms import PACKAGES, ROOT
 from tests.sweep.smallest import POOLINGS
 
@@ -131,13 +131,13 @@ def test_each_kind_of_a_union_does_what_it_is_for(name: str, kind: str, tmp_path
 
 def test_the_page_of_recipes_has_a_table_of_the_options_of_each_union() -> None:
     tables = module_at(ROOT / "docs" / "generate_operations.py").TABLES_WITH_KIND
-    described_as_formats = {"DataConfig"}  # in `data.md`
+    described_as_formats = {"DataConfig"}  # in `photos.md`
     of_recipes = {*USES, "Pooling"} - described_as_formats
     assert [UNIONS[name] for name in of_recipes if UNIONS[name] not in tables.values()] == []
 
 
 @pytest.mark.parametrize("name", USES)
 def test_the_page_of_recipes_or_data_names_each_kind(name: str) -> None:
-    pages = [(ROOT / "docs" / f"{page}.md").read_text("utf-8") for page in ("recipes", "data")]
+    pages = [text_of(f"docs/{page}.md") for page in ("recipes", "photos")]
     named = {code for page in pages for code in re.findall(r"`([^`]+)`", page)}
     assert set(kinds_of(UNIONS[name])) - named == set()

@@ -22,7 +22,7 @@ The gate computes H = Wg f + gamma softplus(Wn f), gamma from N(0, 1) in trainin
 afterwards; the weights are the softmax of the K largest H. Eq. (2) defines H_i for one
 component and takes its noise from SG-MoE, which draws it for each component:
 `noise_per="component"`. The released code draws one number per image (`"image"`), with which
-Figure 2 is not reproduced (docs/papers.md).
+Figure 2 is not reproduced (docs/second-order.md).
 
 The released code gives a kept component whose H is exactly 0 no weight; Eq. (3) and this module
 give it the softmax weight. Where H ties, the lower index is kept; the released code draws at

@@ -31,7 +31,7 @@ from sopdeploy_service.inference import decoders
 from sopdeploy_service.keep import Keeper
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import FILE_VARIABLE, VARIABLE_PREFIX, Settings, load_settings
-from tests.docs.reading import PAGES
+from tests.docs.reading import PAGES, text_of
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -663,7 +663,7 @@ def metric_names() -> set[str]:
 USERS = [
     "deploy/dashboard.json",
     "deploy/kubernetes/sopdeploy.yaml",
-    "docs/howto/autoscale.md",
+    "docs/deploy.md",
     f"{CHART}/templates/autoscaler.yaml",
     f"{CHART}/alerts.yaml",
 ]
@@ -671,7 +671,7 @@ USERS = [
 
 @pytest.mark.parametrize("file", USERS)
 def test_every_metric_in_deployment_files_exists(file: str) -> None:
-    used = set(re.findall(r"\bsopdeploy_[a-z_]+[a-z]\b", (ROOT / file).read_text())) - {
+    used = set(re.findall(r"\bsopdeploy_[a-z_]+[a-z]\b", text_of(file))) - {
         "sopdeploy_service",
         "sopdeploy_worker_up",  # of several processes
     }
@@ -744,7 +744,7 @@ def test_further_packages_of_an_image_get_the_locked_versions_without_hashes(
     assert "hash" not in constraints
 
 
-# Megabytes of the server at rest, as docs/limits.md gives them; with a GPU, CUDA and its
+# Megabytes of the server at rest, as docs/settings.md gives them; with a GPU, CUDA and its
 # libraries.
 LIMITED = {
     "kubernetes/sopdeploy.yaml": 150,

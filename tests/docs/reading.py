@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import yaml
 from typer.main import get_command
 
 from sopdeploy_commands.app import app
@@ -19,13 +20,44 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+class SiteLoader(yaml.SafeLoader):
+    """Reads mkdocs.yml, whose Python objects become None."""
+
+
+SiteLoader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+
+
+def site() -> dict[str, Any]:
+    """Read the settings of the site."""
+    settings: dict[str, Any] = SiteLoader((ROOT / "mkdocs.yml").read_bytes()).get_data()
+    return settings
+
+
+def redirects() -> dict[str, str]:
+    """Map the pages that left to the pages where their text is."""
+    (plugin,) = (one["redirects"] for one in site()["plugins"] if "redirects" in one)
+    old_to_new: dict[str, str] = plugin["redirect_maps"]
+    return old_to_new
+
+
+def text_of(file: str) -> str:
+    """Read *file* of the checkout, and after a page the pages that are not merged into it yet."""
+    texts = [(ROOT / file).read_text(encoding="utf-8")]
+    for old, new in redirects().items():
+        path = ROOT / "docs" / old
+        if file == f"docs/{new}" and path.exists():
+            texts.append(path.read_text(encoding="utf-8"))
+    return "\n".join(texts)
+
+
 def blocks(page: Path, language: str) -> list[str]:
-    """List the contents of fenced blocks of *language*, dedented."""
-    found = re.findall(
-        rf"^( *)```{language}\n(.*?)^\1```",
-        page.read_text(encoding="utf-8"),
-        re.MULTILINE | re.DOTALL,
-    )
+    """List the contents of fenced blocks of *language* on *page*, dedented."""
+    return blocks_of(page.read_text(encoding="utf-8"), language)
+
+
+def blocks_of(text: str, language: str) -> list[str]:
+    """List the contents of fenced blocks of *language* in *text*, dedented."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL)
     return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
 
 

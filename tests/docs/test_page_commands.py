@@ -38,30 +38,32 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
 NOT_RUN_PAGES = (
     "docs/cli.md",
     "docs/data.md",  # needs official files
-    "docs/howto/keep-compare-promote.md",  # needs a person who looks at kept photos
+    "docs/keep.md",  # needs a person who looks at kept photos
 )
 BEGINS = re.compile(  # trains a network
     r"sopdeploy train (--recipe photos-dsop )?--data photos|data scenes|sopdeploy\.train\(data="
 )
-QUICK = (  # work with any bundle, so no network is trained
+ANY_BUNDLE = (  # so no network is trained
     "docs/http.md",
     "docs/transfer.md",
     "docs/batch.md",
     "docs/keys.md",
     "docs/howto/autoscale.md",
     "docs/howto/batch-size.md",
-    "docs/howto/monitoring.md",
+    "docs/monitoring.md",
     "docs/howto/night.md",
     "docs/howto/roll-back.md",
     "docs/howto/roll-out.md",
 )
 TWICE = (
     "README.md",
+    "docs/index.md",
     "docs/quickstart.md",
     "docs/examples.md",
     "docs/python.md",
 )  # of each reader
 RUNNABLE = {name(page): page for page in PAGES if name(page) not in NOT_RUN_PAGES}
+QUICK = [page for page in ANY_BUNDLE if page in RUNNABLE]
 
 
 def is_run(step: str) -> bool:

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy_service.observability.pages import merge_metrics
 from sopdeploy_service.settings import Settings
-from tests.docs.reading import PAGES, ROOT, blocks, module_at, name
+from tests.docs.reading import PAGES, ROOT, blocks, module_at, name, text_of
 from tests.support.fake_runtime import FakeRuntime
 from tests.support.service import LABELS, picture_bytes, running, write_bundle
 
@@ -69,12 +69,12 @@ OURS = {  # words of ours, and the pages that explain them beside the glossary
     r"[Rr]ecipes?": ("recipes.md",),
     r"[Aa]uxiliary (?:branch|head)(?:es|s)?": (
         "second-order.md",
-        "concepts.md",
-        "your-network.md",
+        "proof.md",
+        "own-network.md",
     ),
     r"noise floors?": (),
-    r"graph hash(?:es)?": ("concepts.md",),
-    r"(?:TensorRT )?engines?": ("tensorrt.md", "bundle.md"),
+    r"graph hash(?:es)?": ("proof.md",),
+    r"(?:TensorRT )?engines?": ("tensorrt.md", "gpu.md", "bundle.md"),
 }
 LISTS = (
     "cli",
@@ -114,18 +114,15 @@ FIELD = {  # what a reader searches for, by the page that describes it
         "second-order pooling, covariance pooling, detachable second-order pooling, matrix square root, "
         "global second-order pooling, gated mixture of second-order pooling, iSQRT-COV, Newton-Schulz"
     ),
-    "howto/your-network.md": "auxiliary branch, auxiliary head, training-only",
-    "training.md": "pretrained weights, fine-tune, transfer learning, early stopping",
-    "data.md": "validation set",
-    "photos.md": "linear classifier on frozen features, LDA, fine-tuning, cross-validated",
+    "own-network.md": "auxiliary branch, auxiliary head, training-only",
+    "train.md": "pretrained weights, fine-tune, transfer learning, early stopping, "
+    "multi-GPU, DDP, TensorBoard, learning curves",
+    "photos.md": "validation set, linear classifier on frozen features, LDA, fine-tuning, cross-validated",
     "recipes.md": "mixed precision, autocast, data augmentation, learning-rate schedule, distillation",
-    "distributed.md": "multi-GPU, DDP",
-    "howto/log-training.md": "TensorBoard, learning curves",
-    "evaluating.md": "out-of-distribution (OOD) detection, open-set rejection, calibration",
-    "howto/batch-size.md": "throughput, latency, dynamic batching",
-    "howto/monitoring.md": "p99, distribution shift, data drift",
+    "evaluate.md": "out-of-distribution (OOD) detection, open-set rejection, calibration",
+    "monitoring.md": "p99, distribution shift, data drift",
     "bundle.md": "dynamic batch axis, ONNX opset, numerical error, tolerance, reference inputs, test vectors",
-    "howto/int8.md": "post-training static INT8 quantization, half precision",
+    "gpu.md": "throughput, latency, dynamic batching, post-training static INT8 quantization, half precision",
     "operations.md": "worker processes",
     "glossary.md": "linear probe, LDA, Merkle hash, backend",
 }
@@ -133,7 +130,7 @@ FIELD = {  # what a reader searches for, by the page that describes it
 
 @pytest.mark.parametrize("page", FIELD)
 def test_a_page_has_the_words_of_the_field_for_what_it_describes(page: str) -> None:
-    text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split()).lower()
+    text = " ".join(text_of(f"docs/{page}").split()).lower()
     assert [word for word in FIELD[page].split(", ") if word.lower() not in text] == []
 
 
@@ -207,26 +204,26 @@ WANTED = {
     "see it without photographs": ("README.md", "make demo"),
     "train on one folder per class": ("README.md", "sopdeploy train --data photos"),
     "label photographs": (
-        "docs/howto/keep-compare-promote.md",
+        "docs/keep.md",
         "sopdeploy label project-1.csv",
     ),
-    "know how good it is": ("docs/howto/report.md", "95 % interval"),
-    "use photographs of a phone": ("docs/data.md", "sopdeploy[train,cpu,heif]"),
-    "open the page on another machine": ("docs/keys.md", "--host 0.0.0.0"),
+    "know how good it is": ("docs/evaluate.md", "95 % interval"),
+    "use photographs of a phone": ("docs/photos.md", "sopdeploy[train,cpu,heif]"),
+    "open the page on another machine": ("docs/operations.md", "--host 0.0.0.0"),
     # A PyTorch network with two auxiliary heads.
-    "export without the heads": ("docs/howto/your-network.md", "--training-only 'aux*'"),
-    "know what is proved": ("docs/concepts.md", "refused"),
-    "give my preprocessing": ("docs/howto/your-network.md", "--preprocess FILE"),
+    "export without the heads": ("docs/own-network.md", "--training-only 'aux*'"),
+    "know what is proved": ("docs/proof.md", "refused"),
+    "give my preprocessing": ("docs/own-network.md", "--preprocess FILE"),
     "run the file in C++": ("deploy/samples/README.md", "cpp/classify.cpp"),
     "compute known in my program": ("docs/bundle.md", "log-sum-exp"),
-    "make it smaller": ("docs/howto/int8.md", "--precision int8"),
+    "make it smaller": ("docs/gpu.md", "--precision int8"),
     # Kubernetes behind nginx.
-    "install the chart": ("docs/kubernetes.md", "helm install shop"),
-    "serve a path behind nginx": ("docs/howto/proxies.md", "location /ml"),
-    "give keys to pods": ("docs/kubernetes.md", "`keys.secret`"),
-    "limit memory": ("docs/limits.md", "resources.limits.memory"),
-    "alert": ("docs/howto/alerts.md", "SopdeployRestarts"),
-    "undo a release": ("docs/howto/roll-back.md", "helm rollback shop"),
+    "install the chart": ("docs/deploy.md", "helm install shop"),
+    "serve a path behind nginx": ("docs/proxies.md", "location /ml"),
+    "give keys to pods": ("docs/deploy.md", "`keys.secret`"),
+    "limit memory": ("docs/settings.md", "resources.limits.memory"),
+    "alert": ("docs/monitoring.md", "SopdeployRestarts"),
+    "undo a release": ("docs/operations.md", "helm rollback shop"),
     "serve two versions": ("docs/http.md", "serve old=A new=B"),
 }
 CLICK = re.compile(r"\]\(([^)#:]+\.md)(?:#[^)]*)?\)")
@@ -244,7 +241,7 @@ def test_each_task_of_three_kinds_of_users_is_two_clicks_from_the_readme(task: s
     first = clicks(README)
     near = {README, *first}.union(*map(clicks, first))
     assert ROOT / page in near
-    assert words in (ROOT / page).read_text(encoding="utf-8")
+    assert words in text_of(page)
 
 
 def test_the_page_of_alerts_has_every_rule_with_its_severity() -> None:
@@ -252,7 +249,7 @@ def test_the_page_of_alerts_has_every_rule_with_its_severity() -> None:
         (ROOT / "deploy" / "helm" / "sopdeploy" / "alerts.yaml").read_text(encoding="utf-8")
     )
     rules = [rule for group in chart["groups"] for rule in group["rules"] if "alert" in rule]
-    page = (ROOT / "docs" / "howto" / "alerts.md").read_text(encoding="utf-8")
+    page = text_of("docs/monitoring.md")
     rows = re.findall(r"^\| `(\w+)` (\w+) \|", page, re.MULTILINE)
     assert rows == [(rule["alert"], rule["labels"]["severity"]) for rule in rules]
 
@@ -267,7 +264,7 @@ def test_the_page_of_metrics_has_each_metric_that_a_server_exports_and_no_other(
     exported = text_string_to_metric_families(merge_metrics({"0": of_process}, b"").decode())
     names = {re.sub("^process_.*", "process_...", family.name) for family in exported}
 
-    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    page = text_of("docs/settings.md")
     described = re.findall(r"^\| `([\w.]+?)(?:_total)?` \|", page, re.MULTILINE)
     assert names | {"process_..."} == {*described}  # which only Linux has
     assert len(described) == len({*described})

@@ -56,7 +56,7 @@ ARCHIVES = {
 NEWEST = sopdeploy.__version__  # `make release` writes its archive
 STOPPED = read_recipe("digits-dsop", [*OVERRIDES, "epochs=3", "project=digits-dsop"])
 LATER = "9.8"
-PAGE = Path(__file__).parents[2] / "docs" / "howto" / "keep-compare-promote.md"
+PAGE = Path(__file__).parents[2] / "docs" / "keep.md"
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ MAX_CALIBRATION_IMAGES = 340  # of `calibrate`
 PHOTOGRAPHS = 16  # of `evaluate`, whose values must fit float16
 MIN_DISTINCT = 32
 # Standard deviations: a quarter of the logits' variance. Trained networks measure 0.03 to 0.07
-# in int8 (docs/howto/int8.md), a file that returns the mean logits of all images 1.
+# in int8 (docs/gpu.md), a file that returns the mean logits of all images 1.
 MAX_DEVIATION = 0.5
 # Without `evaluate`, every fourth of the distinct images of `calibrate` is held out to measure
 HELD_OUT_EVERY = 4

@@ -2,7 +2,7 @@
 
 `STATEMENTS` lists what `pipeline.export_subject` checks, in this order. Statements about graphs
 are proved; those about runs are measured. An export stops at the first statement that does not
-hold; `Certificate` is created when all of them do. `make docs` lists them in docs/concepts.md.
+hold; `Certificate` is created when all of them do. `make docs` lists them in docs/proof.md.
 
 A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs
 does, and it names the weights that the output still depends on.

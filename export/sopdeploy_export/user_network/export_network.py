@@ -62,7 +62,7 @@ def export_network(
     Args:
         trained: The network as it was trained.
         plain: Builds the network that must remain, with any weights. With `None` the certificate compares
-            less; `docs/howto/your-network.md` says what it then cannot show.
+            less; `docs/own-network.md` says what it then cannot show.
         rebuild: Builds *trained* again, with any weights. Without *plain*, the certificate compares with this
             network, from which the same parts are removed.
         training_only: Dotted name of the part to remove, or a pattern such as `aux*`; several in a list.

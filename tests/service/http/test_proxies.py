@@ -25,7 +25,7 @@ from tests.support.fake_runtime import FakeRuntime
 from tests.support.raw import POST, connect, read
 from tests.support.service import running, wait_for
 
-PAGE = (Path(__file__).parents[3] / "docs" / "howto" / "proxies.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "proxies.md").read_text(encoding="utf-8")
 PROGRAMS = f"{os.defpath}:/usr/sbin:{os.environ['PATH']}"  # where proxies are installed
 TRUSTED = {"trusted_proxies": "127.0.0.0/8"}
 SHOP = {"host": "shop.example"}
