@@ -61,9 +61,10 @@ def main(path: str, checkpoint: str) -> None:
 
     interpreter.TRTInterpreter.__init__ = record_names
     convert = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine
+    # Builds in less time
     torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine = partial(
         convert, optimization_level=0
-    )  # builds in less time
+    )
     profile = Profile(minimum=1, maximum=4)
     bundle = open_bundle(Path(path))
     read_program = partial(rebuild_program, Path(checkpoint), bundle.manifest)

@@ -33,9 +33,8 @@ CAPTURED: dict[str, Compared] = {}
 of = Compared.of
 GRAPHS: dict[str, Lowered] = {}
 LOWERED: dict[tuple[str, tuple[str, ...]], onnx.ModelProto] = {}
-BATCH = BatchRange(
-    optimum=4, maximum=9
-)  # one range for all, because each range needs a capture
+# One range for all, because each range needs a capture
+BATCH = BatchRange(optimum=4, maximum=9)
 ALONE = BatchRange(optimum=1, maximum=1)  # captured once instead of twice
 
 

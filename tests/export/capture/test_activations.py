@@ -72,5 +72,6 @@ def test_a_program_has_the_root_that_torch_alone_gives_it(
         simplify_operators(program)
         left = [node for node in program.graph.nodes if str(node.target) in IN_PLACE]
         found = program_root(program.run_decompositions({}))
+
     assert len(left) == in_place
     assert (found.sha256, found.nodes) == (expected.sha256, expected.nodes)

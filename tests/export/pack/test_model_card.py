@@ -26,6 +26,7 @@ def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Expo
     card = render_model_card(
         subject, branched, {name: getattr(branched.manifest, name) for name in shared}
     )
+
     assert (
         "- epoch: &lt;img src=x onerror=alert(1)&gt; \\# \\[Heading\\](https\\://example.org)\n"
         in card
@@ -44,6 +45,7 @@ def test_the_costs_are_those_of_describe(name: str) -> None:
         network = create_model(name, num_classes=entry(name).num_classes).eval()
     counted = describe(name)
     rules = Preprocess(crop=entry(name).image_size)
+
     assert count_costs(network, network.training_only, rules) == (
         counted.training,
         counted.shipped,

@@ -97,7 +97,7 @@ class NamesFloat32(nn.Module):
         return logits if self.free else logits.to(dtype=torch.float32)
 
 
-def test_the_reference_is_float64_also_if_the_code_of_the_network_names_float32(
+def test_the_reference_is_float64_even_if_code_names_float32(
     preprocess: Preprocess, probes: Tensor
 ) -> None:
     free, named = (NamesFloat32(free=free).eval() for free in (True, False))
@@ -105,6 +105,7 @@ def test_the_reference_is_float64_also_if_the_code_of_the_network_names_float32(
     exact, found = (
         compute_reference(Deployed(n, preprocess), probes.numpy()) for n in (free, named)
     )
+
     assert (found.outputs["logits"] == exact.outputs["logits"]).all()
     assert found.outputs["logits"].dtype == np.float64
 
@@ -160,6 +161,7 @@ def test_the_exported_file_stays_within_its_tolerance(measure: Measure) -> None:
     assert report.logits.tolerance == pytest.approx(FLOORS * report.logits.noise_floor)
     assert report.logits.drift_in_floors < FLOORS
     assert report.num_agreeing + report.flips["noise"] == report.num_images == 4
+
     changed = report.model_copy(update={"flips": {"noise": 2, "error": 1}})
     assert changed.num_agreeing == 1
 
@@ -239,7 +241,7 @@ def shifted(found: ParityReference, name: str, count: int) -> ParityReference:
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_a_choice_by_order_is_named_only_for_a_numerical_error_of_the_file(
+def test_a_choice_by_order_is_named_only_if_the_file_errs(
     case: str, probes: Tensor, tmp_path: Path
 ) -> None:
     change, num_agreeing = CHANGES[case]
@@ -251,12 +253,13 @@ def test_a_choice_by_order_is_named_only_for_a_numerical_error_of_the_file(
     )
     assert prove_file(*of_means(tmp_path), expected, probes.numpy(), BATCH).passed
 
-    with pytest.raises(ParityError, match="nothing was written") as caught:
+    with pytest.raises(ParityError) as caught:
         prove_file(*opened(tmp_path), change(expected), probes.numpy(), BATCH)
-    advice = "" if num_agreeing is None else f"; {num_agreeing} of 4 images agree, so rounding"
+
+    advice = "" if num_agreeing is None else f"{num_agreeing} of 4 images"
     assert advice in str(caught.value)
     assert ("topk" in str(caught.value)) == bool(advice)
-    assert ("try allow_numerical_error" in str(caught.value)) == bool(advice)
+    assert ("allow_numerical_error" in caught.value.remedies) == bool(advice)
 
 
 def test_an_image_that_differs_only_in_some_batches_does_not_agree(
@@ -267,7 +270,8 @@ def test_an_image_that_differs_only_in_some_batches_does_not_agree(
     expected = ParityReference(
         outputs={"logits": means}, noise_floor={"logits": 1e-3}, order=("aten.topk.default",)
     )
-    with pytest.raises(ParityError, match="; 3 of 4 images agree"):
+
+    with pytest.raises(ParityError, match="3 of 4"):
         prove_file(
             *of_means(tmp_path), expected, probes.numpy(), BATCH, ran={5: {"logits": means}}
         )
@@ -289,6 +293,7 @@ def test_the_file_runs_in_batches_of_the_optimum(
     expected = ParityReference(outputs={"logits": means}, noise_floor={"logits": 1e-3})
     batch = BatchRange(optimum=optimum, maximum=maximum)
     found = prove_file(*of_means(tmp_path), expected, probes.numpy(), batch)
+
     assert list(found.logits.drift) == sizes
 
 
@@ -301,6 +306,7 @@ def test_a_bundle_for_huge_batches_is_not_run_with_one(
         BatchRange(optimum=2, maximum=1000),
     )
     found = prove_file(*opened(tmp_path), expected, probes.numpy(), huge)
+
     assert list(found.logits.drift) == ["1", "2", "5"]
 
 
@@ -324,13 +330,9 @@ def test_the_spread_is_over_images_and_for_one_image_over_classes() -> None:
     ("precision", "fraction", "message"),
     [
         ("fp16", 0.124, None),
-        ("fp16", 0.126, r"13 % of the spread.*at 12\.5 % or more.*, or choose precision fp32"),
+        ("fp16", 0.126, r"12\.5 % .*precision fp32"),
         ("fp32", 0.031, None),
-        (
-            "fp32",
-            0.032,
-            r"3 % of the spread.*at 3\.1 % or more.*would pass; train longer; nothing was written",
-        ),
+        ("fp32", 0.032, r"3\.1 % "),
         ("int8", 0.3, None),
     ],
 )
@@ -365,7 +367,7 @@ def test_a_noise_floor_as_wide_as_the_logits_stops_the_export(
         assert not report.unverifiable
         return
 
-    with pytest.raises(ParityError, match=f"rounding error of .*{message}") as caught:
+    with pytest.raises(ParityError, match=message) as caught:
         prove_file(*arguments)
     assert "\n" not in str(caught.value)
 
@@ -414,10 +416,10 @@ def test_a_network_whose_own_logits_are_not_finite_is_refused_with_advice(
     message: str,
 ) -> None:  # fmt: skip
     network = make("resnet8")
-    network.get_parameter(weight).data.fill_(
-        value
-    )  # 3e38 is finite, and the products in float64, too
+    # 3e38 is finite, and the products in float64, too
+    network.get_parameter(weight).data.fill_(value)
     deployed = Deployed(network, preprocess).eval()
+
     with pytest.raises(ParityError, match=message):
         compute_reference(deployed, probes.numpy(), precision=precision)
 
@@ -430,7 +432,8 @@ def test_a_fixed_batch_axis_is_rejected(
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     (tmp_path / "model.onnx").write_bytes(fixed.SerializeToString())
     expected = compute_reference(exported[1], probes.numpy())
-    with pytest.raises(ParityError, match="rejects a batch of 2"):
+
+    with pytest.raises(ParityError, match="batch of 2"):
         prove_file(*opened(tmp_path), expected, probes.numpy(), BATCH)
 
 
@@ -457,6 +460,7 @@ def test_only_an_image_with_a_decided_gate_becomes_a_golden_example(
         1.0,
         lambda _: bool(mark_decided(np.array([logits]), chosen, routing.tolerance).all()),
     )
+
     assert (tmp_path / "golden-0.jpg").exists() == decided
 
 
@@ -484,8 +488,10 @@ def test_a_correct_file_with_underflowing_gate_weights_passes(tmp_path: Path) ->
     torch.nn.init.normal_(network.gate.weight, std=300)
     checkpoint = save(network, "gmgap-16-8-resnet18", tmp_path / "ckpt.pt", PREPROCESS)
     expected, parity = measured(checkpoint, tmp_path / "model.onnx", batch=ALONE)
+
     assert parity.routing is not None
     assert not parity.drift_allowed
+
     probes = as_probes(generated_images(16), expected, parity)
     assert (probes.expected["gates"] == 0).sum(
         axis=1
@@ -522,4 +528,5 @@ def test_a_gate_whose_code_names_float32_is_compared_in_float64(
     deployed = Deployed(network, preprocess).eval()
     expected = compute_reference(deployed, probes.numpy())
     network.gate.feature = nn.Sequential(network.gate.feature, InFloat32())
+
     assert compute_reference(deployed, probes.numpy()).routing == expected.routing

@@ -80,6 +80,7 @@ def test_extreme_images_run_beside_different_ones() -> None:
         "a saturated image",
         "a checkerboard of single pixels",
     ]
+
     kinds = [name for name in names if not name.startswith("reference image")]
     assert sorted([*IN_OPTIMUM, *EXTREME]) == [*range(len(kinds))]
 

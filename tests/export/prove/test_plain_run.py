@@ -154,7 +154,7 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     **{
         f"other logits in a batch of {size}": (
             lambda size=size: Small(of_mean(in_a_batch_of(size))),
-            rf"{'alone' if size == 1 else f'in a batch of {size}'}, a plain run.*{OTHER}",
+            rf"{'alone' if size == 1 else f'batch of {size}'}, .*{OTHER}",
         )
         for size in SIZES[1:]
     },
@@ -172,7 +172,7 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "treats one image alone": (
         lambda: Small(of_mean(lambda n, x: n.fc(x) if x.shape[0] == 1 else n.fc(2 * x))),
-        "image alone|treats some batch sizes",
+        "image alone|batch sizes",
     ),
     "keeps the last image": (
         lambda: Small(of_mean(keeps_the_last)),
@@ -188,12 +188,12 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a number of a removed part": (
         lambda: Small(of_mean(lambda n, x: n.fc(x) * len(str(n.aux.weight.tolist())))),
-        "while aux has other values|" + OTHER,
+        "aux|" + OTHER,
     ),
     **{
         f"the mean of tokens that are left out of attention, of color {color}": (
             lambda color=color: Tokens(color, leaky),  # type: ignore[misc]
-            "gives other outputs than its graph; only torch's fast path of nn.TransformerEncoder",
+            "nn.TransformerEncoder",
         )
         for color in (0, 114, 255)
     },
@@ -265,7 +265,7 @@ def test_a_plain_run_that_gives_the_outputs_of_the_graph_passes(name: str) -> No
     ("largest", "sizes"),
     [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (4, (1, 2, 3, 4)), (64, (1, 2, 3, 6))],
 )
-def test_the_sizes_of_the_batches_follow_the_largest_one_and_the_sentence_names_none(
+def test_the_sizes_of_the_batches_follow_the_largest_one(
     largest: int, sizes: tuple[int, ...]
 ) -> None:
     images = torch.from_numpy(np.stack([*export_images(PREPROCESS).values()]))
@@ -314,6 +314,7 @@ def test_a_repeated_run_must_give_the_same_bits() -> None:
     compared = Compared.of("trained", network, PREPROCESS, BatchRange(optimum=1, maximum=1))
     plain = run(network, 1)
     repeated = (torch.nextafter(plain.repeated[0], torch.tensor(torch.inf)),)
+
     with pytest.raises(CertificateError, match="second run"):
         measure_plain_run(compared, PREPROCESS, 1, ("aux",), plain._replace(repeated=repeated))
 
@@ -324,6 +325,7 @@ def test_code_that_reads_the_memory_of_a_removed_tensor_is_refused() -> None:
     )
     network.memory = network.aux.weight.detach().numpy()
     network.before = network.memory.copy()
+
     with pytest.raises(CertificateError, match="other values"):
         measure(network, 1)
 
@@ -342,6 +344,7 @@ def test_an_export_that_leaves_out_a_statement_writes_no_certificate(left_out: s
     for statement in STATEMENTS:
         if statement != left_out:
             checks.begin(statement)
+
     with pytest.raises(CertificateError, match="a bug"):
         checks.evidence()
 
@@ -350,6 +353,7 @@ def test_the_certificate_says_what_was_proved_and_what_was_measured() -> None:
     checks = Checks()
     for statement in STATEMENTS:
         checks.begin(statement)
+
     assert checks.evidence() == {
         "Removed": "proved",
         "Graph": "proved",
@@ -378,10 +382,5 @@ def test_an_export_warns_of_images_for_which_the_network_gives_nan(tmp_path: Pat
 
     network = variant(forward, aux=False)
     exported = export_small(trained(network), tmp_path)
-    assert any(
-        re.search(
-            r"the network gives NaN for .*checkerboard of single pixels.*can give numbers",
-            warning,
-        )
-        for warning in exported.warnings
-    )
+
+    assert any("NaN" in warning and "checkerboard" in warning for warning in exported.warnings)

@@ -97,7 +97,8 @@ def test_different_computations_have_different_roots_and_traces(case: str) -> No
     assert fingerprint(traced(one)) not in (None, fingerprint(traced(other)))
 
 
-OTHER_TRACES: dict[str, tuple[Forward, Forward]] = {  # the Merkle roots do not tell them apart
+# The Merkle roots do not tell them apart
+OTHER_TRACES: dict[str, tuple[Forward, Forward]] = {
     "order of writes": (
         lambda _, x: (y := x.clone(), y.add_(1), y.mul_(2))[0],
         lambda _, x: (y := x.clone(), y.mul_(2), y.add_(1))[0],
@@ -156,7 +157,8 @@ def test_tensor_hash_depends_on_content_and_shape_but_not_on_strides() -> None:
     assert tensor_hash(torch.zeros(2)) != tensor_hash(torch.zeros(2) * -1.0)
 
 
-DIFFERENCES = [  # operations of a network and of the trained one by their hashes, and what is told
+# Operations of a network and of the trained one by their hashes, and what is told
+DIFFERENCES = [
     (
         {"1": "add", "2": "mul"},
         {"1": "add", "3": "sub"},

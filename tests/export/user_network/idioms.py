@@ -16,9 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 from tests.export.user_network.networks import CLASSES, Small, variant
 
 ONLY, PLAIN, DETACHED = "trained-only", "trained-plain", "trained-detached"
-Case = tuple[
-    Callable[[], nn.Module], dict[str, Any], str
-]  # the options of the export, the proof or the message
+# The options of the export, the proof or the message
+Case = tuple[Callable[[], nn.Module], dict[str, Any], str]
 
 
 def forward(function: Callable[[Any, Tensor], Any]) -> Callable[[], nn.Module]:
@@ -574,87 +573,86 @@ REFUSED: dict[str, Case] = {
     "statistics that diverged": (
         changed(lambda n: n.stem[1].running_var.fill_(torch.inf)),
         {},
-        r"^stem\.1\.running_var holds NaN or infinite values; train again",
+        r"^stem\.1\.running_var holds NaN",
     ),
     "len of a batch": (
         pooled(lambda _, f: f.view(len(f), 8, -1).mean(2)),
         {},
-        r"fixes the size, in idioms\.py:\d+ \(.*len\(f\).*\); .* write x\.shape\[0\] for len\(x\)",
+        r"idioms\.py:\d+ \(.*len\(f\).*x\.shape\[0\]",
     ),
     "the size as a number": (
         pooled(lambda _, f: f.view(int(f.shape[0]), 8, -1).mean(2)),
         {},
-        r"fixes the size, in idioms\.py:\d+ \(.*int\(f\.shape\[0\]\).*\)",
+        r"idioms\.py:\d+ \(.*int\(f\.shape\[0\]\)",
     ),
     "a loop over images": (
         forward(by_image),
         {},
-        r"in idioms\.py:\d+ \(return torch\.stack.* instead of in a loop",
+        r"idioms\.py:\d+ \(return torch\.stack.*loop",
     ),
     "a table for each shape": (
         with_parts(kept_by_shape, tables=dict),
         {},
-        r"^cannot be captured as one graph: its code uses the batch size as a key, as in cache\[x\.shape\]",
+        r"cache\[x\.shape\]",
     ),
     "numbers of numpy": (
         pooled(lambda _, f: torch.as_tensor(np.tanh(f.mean((2, 3)).numpy()))),
         {},
-        r"takes tensors out of torch, as numpy, .*, in idioms\.py:\d+ \(.*; use operators of torch$",
+        r"numpy.*idioms\.py:\d+ \(",
     ),
     "a sparse matrix": (
         pooled(lambda _, f: torch.sparse.mm(torch.eye(8).to_sparse(), f.mean((2, 3)).t()).t()),
         {},
-        r"torch\.export does not know aten\._sparse_addmm\.default .*, in idioms\.py:\d+ .*; use dense tensors",
+        r"aten\._sparse_addmm\.default .*idioms\.py:\d+ ",
     ),
     "an error of code that is captured": (
         pooled(fails_if_captured),
         {},
-        r"the capture stops in idioms\.py:\d+ \(raise ValueError.*\): ValueError: 1{148} \.\.\.; use other "
-        "operators of torch$",
+        r"idioms\.py:\d+ \(raise ValueError.*\): ValueError: 1{148} \.\.\.",
     ),
     "orthogonal weights": (
         changed(lambda n: parametrizations.orthogonal(n.fc)),
         {},
-        r"no ONNX form: .*householder",
+        r"householder",
     ),
     "dropout that never ends": (
         with_parts(lambda net, x: net.drop(logits(net, x)), drop=AlwaysDrops),
         {},
-        r"train mode \(drop\); AlwaysDrops\.train\(\) keeps it there",
+        r"\(drop\).*AlwaysDrops\.train\(\)",
     ),
     "dropout that eval does not reach": (
         with_parts(lambda net, x: net.drop(logits(net, x)), drop=KeepsTraining),
         {},
-        r"train mode \(drop\.0\); a module around it does not pass \.eval\(\) on",
+        r"\(drop\.0\).*\.eval\(\)",
     ),
     "adaptive pooling to uneven windows": (
         pooled(lambda _, f: F.adaptive_max_pool2d(f, 5).mean((2, 3))),
         {},
-        r"^no ONNX form: aten\.adaptive_max_pool2d\.default in forward; use other operators$",
+        r"aten\.adaptive_max_pool2d\.default in forward",
     ),
     "a kernel for each image": (
         pooled(kernel_per_image),
         {},
-        r"^no ONNX form: aten\.conv2d\.default in forward; use other operators$",
+        r"aten\.conv2d\.default in forward",
     ),
     "a sum into values that a mask selects": (
         pooled(adds_by_mask),
         {},
-        r"aten\.index\.Tensor in forward; its code depends on values of the image.*use torch\.where",
+        r"aten\.index\.Tensor in forward.*torch\.where",
     ),
     "a number that weights give": (
         flagged(lambda net: net.fc.weight.square().sum().item() < 0),
         {},
-        r"or on values that it computes of weights.* in __init__",
+        r"of weights.* in __init__",
     ),
     "a write through data": (
         forward(lambda net, x: net.fc(halved_data(net.features(x)))),
         {},
-        r"in a write through \.data",
+        r"through \.data",
     ),
     "a value in Python": (
         forward(lambda net, x: logits(net, x) if x.max().item() < 9 else x.mean((2, 3))),
         {},
-        r"its code depends on values of the image",
+        r"of the image",
     ),
 }

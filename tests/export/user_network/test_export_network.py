@@ -129,8 +129,10 @@ def test_it_is_exported_verified_and_served_with_the_strength_of_its_proof(
     attributes = set(vars(network))
     with proving_once(alone=True) if "options" in options else nullcontext():
         exported = n.export_small(network, tmp_path, **options)
+
     assert exported.certificate.proof == exported.summary()["proof"] == proof
     assert exported.warnings == ()
+
     verify(exported.path)
     classify_over_http(exported.path)
     assert network.training, "the user's network is not changed"
@@ -138,9 +140,8 @@ def test_it_is_exported_verified_and_served_with_the_strength_of_its_proof(
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-FULL: dict[
-    str, tuple[Callable[..., nn.Module], str]
-] = {  # the builder, the parts that only training uses
+# The builder, the parts that only training uses
+FULL: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "GoogLeNet": (partial(models.GoogLeNet, init_weights=False), "aux*"),
     "vit_b_32": (partial(models.get_model, "vit_b_32", weights=None), ""),
     "swin_t": (partial(models.get_model, "swin_t", weights=None), ""),
@@ -171,9 +172,11 @@ def test_the_full_size_is_exported_verified_and_served(
         preprocess=Preprocess(resize=224, crop=224),
         options=ExportOptions(),
     )
+
     assert exported.certificate.proof == ("three-way" if auxiliary else "trained-plain")
     assert bool(exported.certificate.removed) == bool(auxiliary)
     assert exported.warnings == ()
+
     verify(exported.path)
     classify_over_http(exported.path)
 
@@ -262,21 +265,20 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "half precision": (
         lambda: n.Small().half(),
         {},
-        r"^stem\.0\.weight is a Parameter of torch\.float16, .* with \.float\(\)",
+        r"^stem\.0\.weight .*torch\.float16.*\.float\(\)",
     ),
     "a ScriptModule": (lambda: torch.jit.script(plain()), {}, r"is a ScriptModule"),
     "ScriptModule": (
         with_scripted_branch,
         {"training_only": ["aux"]},
-        r"graph: torch\.jit\.script made the network or a part of it, .*; build it from its Python class; "
-        r"one reason can be that aux of the trained network is a ScriptModule; .* only if self\.training$",
+        r"aux .*ScriptModule",
     ),
     "quantization": (
         with_fake_quantization,
         {},
-        r"; one reason can be that stem\.1 of the trained network is a FakeQuantize, .*; put .*Identity",
+        r"stem\.1 .*FakeQuantize",
     ),
-    "lazy modules": (n.lazy, {}, r"^fc of the trained network is not initialized"),
+    "lazy modules": (n.lazy, {}, r"^fc .*not initialized"),
     "too few labels": (
         plain,
         {"labels": ("a", "b")},
@@ -285,7 +287,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a dict without a name": (
         lambda: n.variant(n.as_dict),
         {},
-        r"a dict with 'out', 'features'; choose .*: out \(1, 4\), features \(1, 8\); try logits_key",
+        r"out \(1, 4\), features \(1, 8\)",
     ),
     "a part that does not exist": (
         n.Small,
@@ -300,7 +302,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a part that also holds the classifier": (
         with_shared_classifier,
         {"training_only": ["aux"]},
-        r"^aux\.1\.weight was removed but shares its memory with fc\.weight, .* try training_only='aux\.0'",
+        r"^aux\.1\.weight .*fc\.weight.*training_only='aux\.0'",
     ),
     "nothing to detach, although asked for": (
         plain,
@@ -319,13 +321,12 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
             )
         ),
         {},
-        r"cannot be captured as one graph: its code depends on values of the image, .*; use torch\.where",
+        r"torch\.where",
     ),
     "images of another size than its linear layer takes": (
         lambda: n.variant(lambda self, x: self.fc(self.stem(x).flatten(1))),
         {},
-        r"fails for 1 image in .*shapes cannot be multiplied.*; preprocess makes images of 12 x 12: "
-        r"for another size, give rules such as imagenet:SIZE",
+        r"12 x 12",
     ),
     "statistics of a batch, of which one image has none": (
         lambda: n.variant(
@@ -334,29 +335,28 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
             )
         ),
         {},
-        r"fails for 1 image in .*more than 1 value per channel when training, got input size [^;]*$",
+        r"value per channel",
     ),
     "an assertion of its own": (lambda: n.variant(asserts), {}, ASSERTED),
     "a plain network with the removed part": (
         n.Small,
         {"plain": n.Small, "training_only": ["aux"]},
-        r"^plain: the plain network still has aux, which is removed from the trained one; build it without aux, "
-        r"for example by an option such as aux_logits=false$",
+        r"^plain: .* aux\b",
     ),
     "a plain network with another part": (
         plain,
         {"plain": n.Small},
-        r"^the plain network needs aux\.bias, which the trained one lacks; check its options$",
+        r"needs aux\.bias",
     ),
     "a plain network without a part that is not removed": (
         n.Small,
         {"plain": plain},
-        r"still has aux\.bias, which the plain one lacks; .* if only training needs it, try training_only='aux'$",
+        r"still has aux\.bias.*training_only='aux'$",
     ),
     "inference mode": (
         n.in_inference_mode,
         {},
-        r"^stem\.0\.weight was made in torch\.inference_mode; build the network outside",
+        r"^stem\.0\.weight .*torch\.inference_mode",
     ),
     "a division by zero": (
         lambda: n.variant(n.divides_by_zero),
@@ -366,14 +366,14 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "regions of the first image": (
         lambda: n.variant(regions, aux=False),
         {"options": RANGE},
-        r"mixes images: .*allow_batch_dependence",
+        r"allow_batch_dependence",
     ),
     "a size of the batch": (
         lambda: n.variant(
             lambda net, x: net.fc(net.features(x)) * (1 if x.shape[0] < 9 else 2), aux=False
         ),
         {"options": RANGE},
-        r"its code treats some batch sizes differently, or fixes the size, in test_export_network\.py:\d+ \(",
+        r"batch sizes .*test_export_network\.py:\d+ \(",
     ),
     "a name with a slash": (n.Small, {"name": "a/b"}, r"name='a/b': "),
 }
@@ -398,6 +398,7 @@ def test_it_is_rejected_with_the_cause_and_nothing_is_written(
     network = build()
     if case not in AS_BUILT:
         n.trained(network)
+
     with pytest.raises(SopdeployError, match=message) as error:
         n.export_small(network, tmp_path, **{"options": QUICK} | options)
     assert "\n" not in str(error.value)
@@ -410,25 +411,26 @@ def test_it_is_rejected_with_the_cause_and_nothing_is_written(
     [
         (
             torch.ones(2, 2, dtype=torch.complex64),
-            r"keep its torch\.view_as_real, and call torch\.view_as_c",
+            r"torch\.view_as_real",
         ),
-        (torch.eye(2).to_sparse(), r"replace it by its \.to_dense\(\)$"),
-        (torch.ones(2, device="meta"), "load its values$"),
-        (torch.ones(2, dtype=torch.bfloat16), r"with \.float\(\), and choose the precision"),
+        (torch.eye(2).to_sparse(), r"\.to_dense\(\)$"),
+        (torch.ones(2, device="meta"), "values$"),
+        (torch.ones(2, dtype=torch.bfloat16), r"\.float\(\)"),
     ],
 )
-def test_a_tensor_that_is_not_accepted_is_refused_with_what_keeps_its_values(
+def test_a_tensor_that_is_not_accepted_is_refused_with_advice(
     tensor: Tensor, advice: str
 ) -> None:
-    with pytest.raises(LoweringError, match=rf"^fc\.weight .*integers: .*{advice}"):
+    with pytest.raises(LoweringError, match=rf"^fc\.weight .*{advice}"):
         check_tensor("fc.weight", tensor)
 
 
-def test_nan_in_a_part_that_no_output_needs_is_not_a_reason_to_refuse(tmp_path: Path) -> None:
+def test_nan_in_an_unneeded_part_is_not_a_reason_to_refuse(tmp_path: Path) -> None:
     network = n.trained(n.Small())
     network.get_parameter("aux.weight").data[0] = float("nan")
     with proving_once(alone=True):
         exported = n.export_small(network, tmp_path, options=QUICK, rebuild=n.Small)
+
     assert exported.certificate.proof == "trained-rebuilt"
     assert "aux.weight" in {entry.name for entry in exported.certificate.unreached}
 
@@ -448,12 +450,12 @@ ENDS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
         lambda x: x.exp() / x.exp().sum(1, keepdim=True),
         "returns probabilities",
     ),
-    "sigmoid": (lambda x: x.sigmoid(), r"ends in a sigmoid.*several.classes"),
+    "sigmoid": (lambda x: x.sigmoid(), r"a sigmoid.*several.classes"),
     "sigmoid and a view": (
         lambda x: torch.special.expit(x)[:, :, None].flatten(1),
-        "ends in a sigmoid",
+        "a sigmoid",
     ),
-    "hard sigmoid": (torch.nn.functional.hardsigmoid, "ends in a sigmoid"),
+    "hard sigmoid": (torch.nn.functional.hardsigmoid, "a sigmoid"),
 }
 
 
@@ -472,6 +474,7 @@ def test_logits_of_several_classes_get_a_sigmoid_in_the_service(tmp_path: Path) 
         n.trained(n.Small(aux=False)), tmp_path, options=QUICK, several_classes=True
     )
     decision = exported.manifest.decision
+
     assert decision is not None
     assert (decision.activation, decision.thresholds) == ("sigmoid", (0.5,) * n.CLASSES)
 
@@ -484,12 +487,13 @@ READS: dict[str, Callable[[nn.Module], object]] = {
 
 
 @pytest.mark.parametrize("read", mostly_slow(READS, "the type of its weights"))
-def test_a_part_is_unused_although_code_reads_what_is_not_a_value_of_it(read: str) -> None:
+def test_a_part_is_unused_although_code_reads_its_shape(read: str) -> None:
     network = n.variant(
         lambda self, images: (READS[read](self.aux), self.fc(self.features(images)))[1]
     )
     first = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     network.aux = nn.Sequential(first, nn.ReLU(), nn.Linear(8, n.CLASSES))
+
     assert unused_modules(network.eval(), n.PREPROCESS) == ("aux",)
 
 
@@ -497,6 +501,7 @@ def test_folders_of_photos_are_checked_before_the_network_runs(tmp_path: Path) -
     (tmp_path / "photos" / "no class").mkdir(parents=True)
     options = QUICK.model_copy(update={"precision": "fp16", "evaluate": tmp_path / "photos"})
     steps: list[str] = []
+
     with pytest.raises(SopdeployError, match="photos"):
         n.export_small(
             n.trained(n.Small()), tmp_path / "out", options=options, on_step=steps.append
@@ -507,13 +512,13 @@ def test_folders_of_photos_are_checked_before_the_network_runs(tmp_path: Path) -
 def test_an_unused_part_is_a_warning(tmp_path: Path) -> None:
     network = n.trained(n.Small())
     assert unused_modules(network, n.PREPROCESS) == ("aux",)
+
     exported = n.export_small(network, tmp_path, options=QUICK)
-    assert exported.warnings == (
-        "the output does not depend on aux; name it as training-only to prove its removal",
-    )
+    [warning] = exported.warnings
+    assert " aux;" in warning
 
 
-def test_a_tensor_that_code_reads_as_a_number_is_kept_and_no_unused_part(
+def test_a_tensor_that_code_reads_as_a_number_is_kept(
     tmp_path: Path,
 ) -> None:
     network = n.variant(
@@ -555,6 +560,7 @@ def test_a_branch_is_unused_although_it_reads_a_number_of_its_own() -> None:
         ]
     )
     network.aux = ReadsItsFlag()
+
     assert unused_modules(network.eval(), n.PREPROCESS) == ("aux",)
 
 
@@ -564,4 +570,5 @@ def test_a_part_whose_number_is_read_outside_of_it_is_used() -> None:
         lambda self, images: self.fc(self.features(images)) / float(self.aux.scale)
     )
     network.aux = HoldsNumber()
+
     assert unused_modules(network.eval(), n.PREPROCESS) == ()

@@ -87,6 +87,7 @@ def test_images_are_gray_if_the_network_takes_these_alone(case: str) -> None:
         fitted = fit_channels(ready, RULES)
         assert fitted == (RULES.in_gray() if channels == 1 else RULES)
         assert fit_channels(ready, RULES.in_gray()).channels == 1
+
     assert network.training
 
 

@@ -17,7 +17,8 @@ from tests.support.slow import mostly_slow
 
 QUICK, RANGE = ExportOptions(max_batch=1), ExportOptions()
 ANEW = "average pooling with ceil_mode"  # without a cache of graphs
-BY_SIZE = (  # whose operators can depend on the number of images
+# Whose operators can depend on the number of images
+BY_SIZE = (
     "view behind a convolution",
     "view of the shape",
     "view of a batch and the rest",
@@ -53,6 +54,7 @@ def test_it_is_exported_with_proof(case: str, tmp_path: Path) -> None:
     options = {"options": RANGE if case in BY_SIZE else QUICK} | options
     with nullcontext() if case == ANEW else proving_once(alone=True):
         exported = networks.export_small(network, tmp_path, **options)
+
     assert exported.certificate.proof == proof
     assert exported.certificate.mixes_images == ()
 
@@ -83,6 +85,7 @@ def test_a_table_that_was_kept_of_other_weights_is_refused(tmp_path: Path) -> No
     with torch.no_grad():
         network(torch.zeros(1, 3, networks.SIDE, networks.SIDE))
     network.fc.weight.data += 1
+
     with pytest.raises(LoweringError, match=r"parameter or buffer"):
         networks.export_small(network, tmp_path, plain=idioms.KeepsTable, options=QUICK)
 
@@ -143,5 +146,5 @@ def test_networks_of_other_libraries_are_exported(
 def test_an_invalid_option_is_named_as_by_the_command_line() -> None:
     with pytest.raises(ConfigError, match=r"max_drop: .*'inf'"):
         ExportOptions(max_drop=float("inf"))
-    with pytest.raises(ConfigError, match=r"max_drop: .*try evaluate"):
+    with pytest.raises(ConfigError, match=r"max_drop: .*evaluate"):
         ExportOptions(precision="fp16", max_drop=0.1)

@@ -96,23 +96,23 @@ def build(widths=[]):
     network.more = nn.ModuleList(nn.Linear(1, 1) for _ in widths[1:])
     return network
 """,
-        "builds another network at its second call (more.0.weight is in one of them only)",
+        "more.0.weight",
     ),
     "one network for all calls": (
         "NET = Net()\ndef build(): return NET",
-        "a builder does that keeps its network in a variable; build a new network at each call",
+        "in a variable",
     ),
     "a builder that keeps its result": (
         "build = functools.cache(lambda: Net())",
-        "a builder does that keeps its network in a variable",
+        "in a variable",
     ),
     "a script that needs arguments": (
         "parser = argparse.ArgumentParser(); parser.add_argument('data'); parser.parse_args()\nbuild = Net",
-        "cannot be imported (SystemExit: 2)",
+        "SystemExit: 2",
     ),
     "a script that asks for something": (
         "name = input('name of the run? ')\nbuild = Net",
-        "cannot be imported (",
+        "EOFError",
     ),
     "a download without a network": (
         """
@@ -120,7 +120,7 @@ import urllib.request
 def build():
     urllib.request.urlopen("http://weights.invalid/net.pth", timeout=5)
 """,
-        "it loads something from the network, which the weight file replaces",
+        "URLError",
     ),
 }
 
@@ -236,12 +236,12 @@ def test_a_parameter_that_no_module_registers_is_refused_whatever_its_size(
     kind: type[Small], tmp_path: Path
 ) -> None:
     network = trained(kind())
-    with pytest.raises(LoweringError, match=r"tensor of shape \([18],\).*allow_const"):
+    with pytest.raises(LoweringError, match=r"\([18],\).*allow_const"):
         export_small(network, tmp_path, options=QUICK, rebuild=kind)
     export_small(network, tmp_path, options=QUICK, rebuild=kind, allow_constants=True)
 
 
-def test_two_layers_that_a_builder_ties_and_the_file_does_not_are_named(folder: Path) -> None:
+def test_two_layers_that_only_the_builder_ties_are_named(folder: Path) -> None:
     text = """
 def build():
     network = Net()
@@ -254,8 +254,9 @@ def build():
         {**weights(), "other.weight": torch.ones(4, 8), "other.bias": torch.ones(4)}, "w.pth"
     )
     code, printed = export_module(folder, text)
+
     assert code == 2
-    assert "fc.weight and other.weight are one tensor in the network, and differ" in printed
+    assert "fc.weight and other.weight" in printed
 
 
 class Tied(Small):
@@ -274,7 +275,7 @@ class Tied(Small):
 
 
 @pytest.mark.slow
-def test_a_weight_that_is_tied_into_a_branch_stays_under_its_other_name(tmp_path: Path) -> None:
+def test_a_weight_that_is_tied_into_a_branch_keeps_another_name(tmp_path: Path) -> None:
     parts = ["exit.out", "exit.middle.bias"]
     exported = export_small(
         trained(Tied()),
@@ -283,4 +284,5 @@ def test_a_weight_that_is_tied_into_a_branch_stays_under_its_other_name(tmp_path
         training_only=parts,
         plain=lambda: Tied(branch=False),
     )
+
     assert exported.certificate.proof == "three-way"
