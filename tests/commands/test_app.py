@@ -122,6 +122,7 @@ def test_shell_completion_suggests_commands(monkeypatch: pytest.MonkeyPatch) -> 
     suggestions = in_process(
         program=("-c", "from sopdeploy_commands.app import main; main()")
     ).stdout
+
     assert "export" in suggestions
     assert not any(text in suggestions for text in ("train", "\x1b", "[bold]"))
 
@@ -148,6 +149,7 @@ def test_models_lists_the_catalog_by_family() -> None:
     of_papers = ["psdr-resnet50", "psdr-resnet50-no-aux", "lrbp-vgg16"]
     assert [row["name"] for row in result] == [*CATALOG, *of_papers]
     assert all(row["summary"] for row in result)
+
     lines = sopdeploy_cli("models").stdout.splitlines()
     assert max(map(len, lines)) <= 160
     assert set(CATALOG) <= {line.split()[0] for line in lines if line}
@@ -155,9 +157,7 @@ def test_models_lists_the_catalog_by_family() -> None:
         assert lines[lines.index(title) + 1].split()[0] == next(iter(entries))
 
 
-def test_models_describes_a_network_with_a_pooling_an_image_size_and_a_number_of_classes() -> (
-    None
-):
+def test_models_describes_a_network_with_given_options() -> None:
     short = as_json(
         "models",
         "resnet20",
@@ -177,7 +177,7 @@ def test_models_describes_a_network_with_a_pooling_an_image_size_and_a_number_of
 
     assert re.search("^options: .*pooling=isqrt", printed, re.MULTILINE)
     strided = CliRunner().invoke(app, ["models", "dsop-resnet18"]).stdout
-    assert "3.05 G multiply-adds deployed, with the usual stride of 2" in strided
+    assert "3.05 G" in strided
 
 
 def test_recipes_lists_every_recipe() -> None:
@@ -188,9 +188,9 @@ def test_recipes_lists_every_recipe() -> None:
 INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "options of no model": (
         ("models", "--num-classes", "7"),
-        "no network to describe; give a name",
+        "no network",
     ),
-    "train without data or recipe": (("train",), "no training data; try --data or --recipe"),
+    "train without data or recipe": (("train",), "--data or --recipe"),
     "batch size zero": (
         ("export", "c.pt", "--max-batch", "0"),
         "--max-batch: ",
@@ -198,35 +198,35 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "a port out of range": (("serve", "bundle", "--port", "99999"), "port"),
     "a mistyped command": (
         ("exprt",),
-        r"sopdeploy: No such command 'exprt'; did you mean export\?;",
+        r"'exprt'; .* export\?;",
     ),
     "a mistyped option": (
         ("models", "--jsn"),
-        r"sopdeploy models: .*--json.*; see sopdeploy models --help",
+        "sopdeploy models: .*--json",
     ),
     "a mistyped option of the program": (("--verison",), "--version"),
-    "a missing argument": (("export",), "sopdeploy export: Missing argument 'CHECKPOINT'"),
-    "photographs as an argument": (("train", "photos"), "did you mean --data photos?"),
+    "a missing argument": (("export",), "'CHECKPOINT'"),
+    "photographs as an argument": (("train", "photos"), "--data photos"),
     "an empty folder name": (
         ("train", "--data", ""),
-        "--data: an empty value; see sopdeploy train --help",
+        "--data: ",
     ),
-    "an empty value of an option": (("train", "--data="), "--data: an empty value;"),
-    "an empty argument": (("label", ""), "the first argument: an empty value"),
-    "a recipe as an argument": (("train", "a.toml"), "did you mean --recipe a.toml?"),
+    "an empty value of an option": (("train", "--data="), "--data: "),
+    "an empty argument": (("label", ""), "first argument: "),
+    "a recipe as an argument": (("train", "a.toml"), "--recipe a.toml"),
     "a mistyped setting": (
         ("serve", "bundle", "--setting", "prot=1"),
-        "prot: .*did you mean port?",
+        "prot: .* port",
     ),
     "a link in no folder": (
         ("promote", "x", "--over", "a/live", "--force", "y"),
-        "a/live: a is not a folder",
+        "a/live: ",
     ),
     "no source to classify": (
         ("classify", "bundle", "x", "--out", "x"),
-        "--out x: is a source; choose another",
+        "--out x: ",
     ),
-    "a path with markup": (("verify", "[bold]x[/]"), re.escape("[bold]x[/]: no such folder")),
+    "a path with markup": (("verify", "[bold]x[/]"), re.escape("[bold]x[/]: ")),
 }
 
 
@@ -241,6 +241,7 @@ def test_output_that_nobody_reads_is_not_an_error() -> None:
     os.close(reading)
     with os.fdopen(writing, "wb") as closed:
         done = in_process("--help", stdout=closed)
+
     assert (done.returncode, done.stderr) == (1, "")
 
 
@@ -252,11 +253,10 @@ LONG = f"serve x --print-config --setting engine_cache={'x' * 9000}"
 def test_output_to_a_full_disk_is_a_user_error(command: str) -> None:
     with Path("/dev/full").open("wb") as full:
         done = in_process(*command.split(), stdout=full)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "error: a file or stdout: cannot be read or written (No space left on device); "
-        "free disk space, or choose another file or folder [no_storage]\n",
-    )
+
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "No space left" in done.stderr
+    assert done.stderr.endswith("[no_storage]\n")
 
 
 def test_a_training_shows_warnings_and_how_much_is_done() -> None:
@@ -267,7 +267,7 @@ def test_a_training_shows_warnings_and_how_much_is_done() -> None:
     bars.on_warning("two files are equal")
     bars.on_stage(name="features", done=3, total=9)
     assert (task.description, task.completed, task.total, task.fields["note"]) == ("", 3, 9, "")
-    assert shown.getvalue() == "warning: two files are equal\nfeatures\n"
+    assert shown.getvalue().splitlines() == ["warning: two files are equal", "features"]
 
     bars.on_step_end(epoch=1, epochs=4, step=2, steps=10, loss=0.5)
     of_step = ("epoch 2/4", 13, 40, "loss 0.500")
@@ -295,6 +295,7 @@ def test_no_file_gets_the_number_of_a_standard_stream_that_was_closed(
     done = in_process(
         program=("-c", program), preexec_fn=lambda: [os.close(number) for number in closed]
     )
+
     assert done.returncode > 2
 
 
@@ -342,6 +343,7 @@ def test_an_output_that_cannot_be_written_has_one_code_for_all_commands(command:
 def test_errors_print_their_code_and_return_it_as_json() -> None:
     result = sopdeploy_cli("verify", "nowhere", "--json")
     assert (result.exit_code, result.stderr[-19:]) == (2, " [unusable_bundle]\n")
+
     error = json.loads(result.stdout)["error"]
     assert error["code"] == "unusable_bundle"
     assert error["message"] in result.stderr
@@ -395,8 +397,10 @@ def test_exhausted_memory_is_one_line(
 ) -> None:
     with pytest.raises(BaseException, match="2"), one_line_errors():
         raise error
+
     line = capsys.readouterr().err
-    assert line.startswith(f"error: out of memory ({type(error).__name__}")
+    assert line.startswith("error: ")
+    assert type(error).__name__ in line
     assert line.endswith("[no_memory]\n")
 
 
@@ -421,7 +425,8 @@ def test_external_text_is_one_line_without_control_characters(text: str) -> None
     assert printed.isprintable()
 
 
-SPACED = {  # text: how it is printed
+# Text: how it is printed
+SPACED = {
     "removed  branches (45": "removed  branches (45",
     "  a  b.jpg  ": "  a  b.jpg",
     "one\n    two\t three\n": "one two three",
@@ -433,7 +438,8 @@ def test_spaces_that_align_columns_stay_in_one_line(text: str) -> None:
     assert plain_text(text).plain == SPACED[text]
 
 
-ISOLATED = {  # text: how it is printed; < and > stand for U+2068 and U+2069
+# Text: how it is printed; < and > stand for U+2068 and U+2069
+ISOLATED = {
     "images: dress 10, قبعة 10": "images: dress 10, <قبعة> 10",
     "حذاء رياضي 3, כובע 2, قبعة_2 4": "<حذاء رياضي> 3, <כובע> 2, <قبعة_2> 4",
     "photos/قبعة/1.jpg: قبعة 0.9": "photos/قبعة/1.jpg: <قبعة> 0.9",
@@ -448,11 +454,12 @@ def test_a_right_to_left_name_is_isolated_unless_it_may_be_copied(text: str) -> 
     assert plain_text(text).plain.translate({0x2068: "<", 0x2069: ">"}) == ISOLATED[text]
 
 
-LOOPS = {  # command with a link that leads to itself: its error
-    "promote loop --over live --force reason": "loop: no such folder",
-    "classify loop photos --out loop": "loop: no such folder",
-    "train --data one --out loop": "one: holds no class folders and no labels.csv (a/ 1 image)",
-    "train --data one --unknown loop --set epochs=2": "loop: no such folder",
+# Command with a link that leads to itself: its error
+LOOPS = {
+    "promote loop --over live --force reason": "loop: ",
+    "classify loop photos --out loop": "loop: ",
+    "train --data one --out loop": "one: ",
+    "train --data one --unknown loop --set epochs=2": "loop: ",
 }
 
 
@@ -470,9 +477,11 @@ def test_a_link_that_leads_to_itself_is_one_line(command: str) -> None:
 def test_all_sections_are_printed() -> None:
     found = CliRunner().invoke(app, ["env"])
     assert (found.exit_code, found.stderr) == (0, "")
+
     lines = found.stdout.splitlines()
     sections = [line for line in lines if line[0] != " "]
     assert sections == ["versions", "machine", "accelerators", "plug-ins"]
+
     values = dict(line.split(maxsplit=1) for line in lines if line[0] == " ")
     assert values["sopdeploy"] == sopdeploy.__version__
     assert {"python", "numpy", "pydantic", "processor", "cores", "system", "release"} <= set(
@@ -504,13 +513,14 @@ def test_a_command_whose_output_is_redirected_prints_a_line_for_each_step(
     with show_steps("export") as on_step:
         on_step("converting to ONNX")
         on_step("writing [the] bundle")
+
     assert capsys.readouterr() == (
         "",
         "export: converting to ONNX\nexport: writing [the] bundle\n",
     )
 
 
-def test_a_row_of_a_table_is_one_line_in_a_pipe_and_not_cut(
+def test_a_row_of_a_table_is_one_line_in_a_pipe(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     names = ["photographs-of-the-second-week-3f6c01d2a4b7" * 5, "b"]
@@ -520,7 +530,7 @@ def test_a_row_of_a_table_is_one_line_in_a_pipe_and_not_cut(
     ]
 
 
-def test_a_probably_wrong_label_is_a_row_with_the_probabilities_of_both_classes(
+def test_a_probably_wrong_label_is_a_row_with_both_probabilities(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = WrongLabel(
@@ -542,6 +552,6 @@ def test_a_probably_wrong_label_is_a_row_with_the_probabilities_of_both_classes(
         "sopdeploy.report.wrong_labels.find_wrong_labels", lambda *_: (suspect,)
     )
 
-    assert "the labels that it contradicts most" in CliRunner().invoke(app, command).output
+    assert "contradicts most" in CliRunner().invoke(app, command).output
     [listed] = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     assert listed["is_suspect"]

@@ -29,15 +29,16 @@ def test_the_formats_of_photographs_are_those_of_their_bytes(tmp_path: Path) -> 
         (tmp_path / label).mkdir()
         for name, kind in names.items():
             (tmp_path / label / name).write_bytes(encoded(PICTURE, kind))
+
     assert count_formats(open_folder(tmp_path).train) == {"heic": 2, "jpeg": 2, "png": 4}
 
 
 @pytest.mark.parametrize(
-    ("is_installed", "remedies"),
-    [(True, []), (False, ['run: pip install "sopdeploy[heif]"'])],
+    ("is_installed", "extras"),
+    [(True, []), (False, ["sopdeploy[heif]"])],
 )
 def test_a_server_says_which_photographs_of_a_bundle_it_refuses(
-    is_installed, remedies, bundle, monkeypatch, caplog, request
+    is_installed, extras, bundle, monkeypatch, caplog, request
 ):
     limits.missing_extra.cache_clear()  # that looks once for a decoder
     request.addfinalizer(limits.missing_extra.cache_clear)
@@ -50,7 +51,8 @@ def test_a_server_says_which_photographs_of_a_bundle_it_refuses(
     trained = replace(bundle, manifest=bundle.manifest.model_copy(update={"origin": ORIGIN}))
     refusals = list(describe_refusals(trained))
 
-    assert [refusal.rpartition("; ")[2] for refusal in refusals] == remedies
+    assert len(refusals) == len(extras)
+    assert all(extra in refusal for extra, refusal in zip(extras, refusals, strict=True))
     assert list(describe_refusals(bundle)) == []  # of no known formats
 
     settings = Settings(threads=1, runtime="onnxruntime-cpu")
@@ -65,5 +67,6 @@ def test_a_manifest_without_formats_keeps_its_bytes_and_its_id(bundle):
     known = {key: value for key, value in ORIGIN.model_dump().items() if key != "formats"}
     fields = bundle.manifest.model_dump(mode="json", exclude_unset=True)
     earlier = Manifest.model_validate({**fields, "origin": known})
+
     assert b"formats" not in earlier.to_bytes()
     assert Manifest.from_bytes(earlier.to_bytes()).id == earlier.id

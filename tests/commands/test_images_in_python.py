@@ -124,7 +124,7 @@ def answers(client: Any, bundle_path: Path) -> Iterator[Callable[[list[Any]], li
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_an_image_has_the_answer_of_its_file_in_every_form_at_every_door(
+def test_an_image_has_the_answer_of_its_file_in_every_form(
     file: str, answers: Any, tmp_path: Path
 ) -> None:
     path = tmp_path / "photo.img"
@@ -132,15 +132,14 @@ def test_an_image_has_the_answer_of_its_file_in_every_form_at_every_door(
     with path.open("rb") as opened:
         images = [form(path) for form in FORMS.values()]
         (expected, *others), *doors = answers([*images, opened])
+
     assert expected[0]
     for found in (others, *doors):
         assert dict.fromkeys(found) == {expected: None}
 
 
 @pytest.mark.parametrize("row", VALUES)
-def test_a_picture_in_memory_has_the_answer_of_its_file_at_every_door(
-    row: str, answers: Any
-) -> None:
+def test_a_picture_in_memory_has_the_answer_of_its_file(row: str, answers: Any) -> None:
     doors = answers(list(VALUES[row]))
     assert len({found for door in doors for found in door}) == 1
 
@@ -210,6 +209,7 @@ def test_a_picture_that_is_cut_off_is_an_error_of_that_image(
     cut = encoded(Image.fromarray(noise), "JPEG")[:2000]
     answers = predict(bundle_path, [cut, Image.open(io.BytesIO(cut)), WIDE], threads=1)
     codes = [None if each.error is None else each.error.code for each in answers]
+
     assert codes == ["truncated_image", "truncated_image", None]
     with (
         Client("http://127.0.0.1:1") as client,

@@ -56,7 +56,7 @@ def moves_of(folder: Path) -> list[tuple[str | None, str, bool]]:
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("is_back", [False, True], ids=["to another bundle", "back"])
-def test_a_link_leads_to_one_of_two_bundles_and_each_move_is_recorded(
+def test_a_link_leads_to_one_of_two_bundles_and_moves_are_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, is_back: bool
 ) -> None:
     start, folder = tmp_path / "start", tmp_path / "bundles"

@@ -28,9 +28,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bundle(tmp_path_factory.mktemp("bundles"))
 
 
-def test_the_same_error_names_arguments_in_python_and_options_on_the_command_line() -> None:
+def test_an_error_names_arguments_in_python_and_options_in_a_shell() -> None:
     with pytest.raises(ConfigError, match=r"^max_batch: "):
         sopdeploy.export("ckpt.pt", max_batch=0)
+
     error = CliRunner().invoke(app, ["export", "ckpt.pt", "--max-batch", "0"])
     assert (error.exit_code, error.stdout, error.stderr.count("\n")) == (2, "", 1)
     assert "--max-batch: " in error.stderr
@@ -63,6 +64,7 @@ def test_settings_can_be_lists_and_an_empty_table_enables_what_is_optional() -> 
         "model": {"config": {}},
     }
     recipe = change_recipe(read_values("photos"), list(flatten(given)), "photos")
+
     assert (recipe.augment.scale, recipe.ema is None) == ((0.5, 1.0), False)
 
 
@@ -92,7 +94,7 @@ def test_paths_images_and_arrays_give_the_predictions_of_the_command(
 
 
 @pytest.mark.parametrize("name", ["2024-06-01", "true", "a # b"])
-def test_a_folder_or_weight_file_is_a_name_and_never_a_toml_value(name: str) -> None:
+def test_a_folder_or_weight_file_is_never_a_toml_value(name: str) -> None:
     recipe = configure(read_changes(Path(name), None, TrainOptions(pretrained=name)))[0]
     assert str(getattr(recipe.data, "path", None)) == name
     assert recipe.start is not None
@@ -166,9 +168,7 @@ def test_numbers_of_numpy_and_other_paths_are_accepted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [np.array(["a", "b"]), {"a": 0, "b": 1}.keys(), iter("ab")])
-def test_several_values_may_be_an_array_or_a_set_and_a_part_a_text(
-    tmp_path: Path, labels: Any
-) -> None:
+def test_several_values_may_be_an_array_or_a_set(tmp_path: Path, labels: Any) -> None:
     # The wrong argument is read after the others.
     with pytest.raises(ConfigError, match=r"^preprocess: is a NoneType"):
         sopdeploy.export_network(
@@ -197,4 +197,5 @@ def test_importing_sopdeploy_is_light_and_serving_needs_no_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
+
     assert done.stdout == "[] [] ISqrtCov\n"

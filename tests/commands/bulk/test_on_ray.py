@@ -50,13 +50,11 @@ def cluster() -> Iterator[Any]:
         tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder,
     ):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv(
-            "RAY_TMPDIR", folder
-        )  # `Cluster` writes its address to a folder `ray` there
+        # `Cluster` writes its address to a folder `ray` there
+        patch.setenv("RAY_TMPDIR", folder)
         (Path(folder) / "ray").mkdir()
-        patch.setenv(
-            "RAY_AUTH_MODE", "disabled"
-        )  # otherwise Ray writes a token to the home directory
+        # Otherwise Ray writes a token to the home directory
+        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "temp_dir": folder}
         started = Cluster(initialize_head=True, head_node_args=head)
@@ -165,6 +163,7 @@ def test_errors_of_a_cluster_are_one_line(bundle_path, photos, tmp_path):
             )
 
     assert not (tmp_path / "out").exists()
+
     for text, kind, message in (
         ("Traceback\n  x\nsopdeploy.errors.ConfigError: a is b\n", ConfigError, "a is b"),
         ("The actor died\nOOM", RuntimeUnavailableError, "OOM"),

@@ -70,6 +70,7 @@ def test_predict_names_what_decoding_changed(bundle_path, tmp_path):
     exif[0x112] = 6
     Image.new("RGB", (40, 50)).save(tmp_path / "turned.jpg", exif=exif)
     (turned,) = predict(bundle_path, [tmp_path / "turned.jpg"], threads=1)
+
     assert turned.warnings == ("exif_rotated",)
 
 
@@ -78,12 +79,14 @@ def test_predict_returns_every_path_in_order_with_its_error(bundle_path, jpeg, t
     for path, body in zip(paths, (jpeg, b"text", jpeg), strict=True):
         path.write_bytes(body)
     first, bad, last = predict(bundle_path, paths, threads=1, top_k=2)
+
     assert [entry.image for entry in (first, bad, last)] == [str(path) for path in paths]
     assert first.classes == last.classes
     assert len(first.classes) == 2
     assert (bad.error.code, bad.classes) == ("not_an_image", ())
     with pytest.raises(DataError, match=r"nothing\.jpg: "):
         predict(bundle_path, tmp_path / "nothing.jpg", threads=1)
+
     (large,) = predict(bundle_path, paths[0], threads=1, max_body_bytes=len(jpeg) - 1)
     assert large.error.code == "too_large"
 
@@ -173,6 +176,7 @@ def test_verify_rejects_another_graph_than_the_certified_one(bundle_path, tmp_pa
     change, message = REPLACED[case]
     copy = Path(shutil.copytree(bundle_path, tmp_path / "copy"))
     change(copy)
+
     with pytest.raises(BundleError, match=message):
         verify(forge(copy), ONE_THREAD)
 
@@ -196,23 +200,21 @@ def test_verify_and_predict_take_texts_and_the_runtime_of_serve(bundle_path, tmp
         assert "runtime" in CliRunner().invoke(app, [*words, "--set", "runtime=none"]).stderr
 
 
-def test_without_onnx_verify_checks_the_hashes_and_says_that_the_root_was_not_recomputed(
+def test_without_onnx_verify_says_that_the_root_was_not_recomputed(
     bundle_path, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "onnx", None)
     result = CliRunner().invoke(app, ["verify", str(bundle_path)])
     assert result.exit_code == 0, result.output
     assert "sha256 equal" in result.stdout
-    assert "hash was not computed again, because onnx is not installed" in " ".join(
-        result.stdout.split()
-    )
+    assert "onnx is not installed" in " ".join(result.stdout.split())
 
     copy = Path(shutil.copytree(bundle_path, tmp_path / "copy"))
     replace_weight(copy)
     with pytest.raises(BundleError, match=r"model\.onnx"):
         verify(copy, ONE_THREAD)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(RuntimeUnavailableError, match=r"pip install \"sopdeploy\[cpu\]\""):
+    with pytest.raises(RuntimeUnavailableError, match=r"sopdeploy\[cpu\]"):
         verify(bundle_path, ONE_THREAD)
 
 
@@ -314,9 +316,7 @@ def test_mirrored_scores_of_a_bundle_are_those_of_the_mean_logits(
         assert score.confidence == pytest.approx(probability, abs=1e-6)
 
 
-def test_what_is_wrong_with_a_folder_is_named_and_missing_images_are_a_note(
-    bundle_path, folder
-) -> None:
+def test_what_is_wrong_with_a_folder_is_named(bundle_path, folder) -> None:
     notes: list[str] = []
 
     def score() -> Any:
@@ -327,7 +327,9 @@ def test_what_is_wrong_with_a_folder_is_named_and_missing_images_are_a_note(
         path.unlink()
     shutil.rmtree(folder / "gnu")
     labels, scores, _ = score()
-    assert notes == [f"{folder}: no images of 2 of 7 classes: fox, gnu"]
+    [note] = notes
+    assert note.startswith(f"{folder}: ")
+    assert note.endswith(": fox, gnu")
     counts = {
         one.label: one.count
         for one in classification_report(labels, scores).classes
@@ -365,14 +367,14 @@ def test_a_runtime_that_fails_is_one_line(bundle_path, folder, monkeypatch, modu
         else ["eval", str(bundle_path), "--data", str(folder)]
     )
     result = CliRunner().invoke(app, words)
+
     assert (result.exit_code, result.stdout) == (2, "")
-    assert (
-        "error: fake cannot run a batch on fake: OutOfMemoryError: no memory" in result.stderr
-    )
+    assert "OutOfMemoryError" in result.stderr
 
 
 def test_unsupported_batch_sizes_are_errors(bundle_path: Path) -> None:
     assert parse_batch_sizes("1, 8,8") == (1, 8)
+
     for text, message in (
         ("", "sizes"),
         ("1;8", "sizes"),
@@ -413,7 +415,7 @@ def health(*words: str) -> tuple[int, int, str]:
     return found.exit_code, found.stderr.count("\n"), found.stderr
 
 
-def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
+def test_the_exit_code_is_0_only_for_a_ready_server(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert health("--url", f"http://127.0.0.1:{port}/") == (0, 0, "")
@@ -438,23 +440,18 @@ def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
     assert health("--url", "https://127.0.0.1:8000")[:2] == (1, 1)
 
 
-@pytest.mark.parametrize(
-    ("known", "end"),
-    [
-        (None, "ant 0.9000"),
-        (True, "ant 0.9000"),
-        (False, "looks unlike the training photos; closest: ant 0.9000"),
-    ],
-)
-def test_a_line_of_predict_has_no_number_without_a_meaning_to_its_reader(
-    known, end, capsys
-) -> None:
+@pytest.mark.parametrize(("known", "is_bare"), [(None, True), (True, True), (False, False)])
+def test_a_line_of_predict_has_no_number_without_a_meaning(known, is_bare, capsys) -> None:
     classes = (ClassProbability(label="ant", probability=0.9),)
     score = None if known is None else 0.2367
     print_prediction(
         FilePrediction(image="a.jpg", classes=classes, warnings=(), known=known, score=score)
     )
-    assert capsys.readouterr().out == f"a.jpg: {end}\n"
+
+    printed = capsys.readouterr().out
+    assert printed.endswith("ant 0.9000\n")
+    assert (printed == "a.jpg: ant 0.9000\n") is is_bare
+    assert "0.2367" not in printed
 
 
 def test_the_cell_that_a_class_depends_on_is_counted_from_one(capsys) -> None:
@@ -475,4 +472,4 @@ def test_the_cell_that_a_class_depends_on_is_counted_from_one(capsys) -> None:
 def test_inspect_of_a_bundle_says_what_to_read_instead(bundle_path: Path) -> None:
     done = CliRunner().invoke(app, ["inspect", str(bundle_path)])
     assert done.exit_code == 2
-    assert "a bundle, not weights; its README.md describes it" in " ".join(done.stderr.split())
+    assert "README.md" in done.stderr

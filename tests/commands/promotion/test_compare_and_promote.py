@@ -106,6 +106,7 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
     paths = sorted(photos.rglob("*.png"))
     answers = [one.classes[0].label for one in predict(first, paths, threads=1)]
     right = sum(one == path.parent.name for one, path in zip(answers, paths, strict=True))
+
     assert (found.num_images, found.first.top1.right, found.second.top1.right) == (
         40,
         right,
@@ -163,6 +164,7 @@ def test_copies_of_photographs_count_once(bundles, labelled) -> None:
                 path.with_name(f"{path.stem}-{number}.jpg"), quality=quality
             )
     after = compare(first, second, photos)
+
     assert (before.num_copies, after.num_copies) == (0, 36)
     assert (after.num_images, after.wins, after.losses, after.low, after.high, after.p) == (
         before.num_images,
@@ -225,10 +227,11 @@ def test_photographs_of_the_training_and_their_copies_are_left_out(
     (one, *_) = sorted(seen.rglob("*.png"))
     Image.open(one).save((photos / one.relative_to(seen)).with_name("copy.jpg"), quality=70)
     found = compare(first, trained, photos)
+
     assert (found.num_trained_on, found.num_images, found.num_copies) == (13, 18, 0)
-    monkeypatch.setattr(
-        "sopdeploy_commands.promotion.compare.MAX_RECORDED", 12
-    )  # so the record may be incomplete
+
+    # So the record may be incomplete
+    monkeypatch.setattr("sopdeploy_commands.promotion.compare.MAX_RECORDED", 12)
     assert len(compare(first, trained, photos).notes) == len(found.notes) + 1
     with pytest.raises(DataError):
         compare(first, trained, seen)
@@ -237,12 +240,15 @@ def test_photographs_of_the_training_and_their_copies_are_left_out(
 def test_of_kept_photographs_those_that_decide_count(bundles, labelled) -> None:
     """Half of the random sample, by the digits 9 to 16 of the hash in the name."""
     photos = labelled(bundles[1], count=8)
+
+    # Four photographs of the sample, two of them with even digits, two others, two not kept
     names = [f"{number:08x}{number % 4:08x}{number:016x}" for number in range(6)]
     for number, (name, path) in enumerate(
         zip(names, sorted(photos.rglob("*.png")), strict=False)
     ):
         path.rename(path.with_name(f"{name}{'-sample' if number < 4 else ''}.png"))
     found = compare(*bundles, photos)
+
     assert (found.num_images, found.num_for_training) == (2 + 2, 4)
 
 
@@ -273,7 +279,9 @@ def test_a_class_that_only_the_second_bundle_has_counts(bundles, labelled, tmp_p
     (photos / "cow").mkdir()
     photograph(0).save(photos / "cow" / "0.png")
     found = compare(first, newer, photos)
+
     assert (found.num_images, found.removed) == (40, (name,))
+
     of_yak = [one for one in found.classes if one.label == "yak"]
     assert [(one.num_images, one.first, one.second) for one in of_yak] == [
         (classes[name], 0, classes[name])
@@ -305,6 +313,7 @@ def test_a_better_bundle_is_promoted_and_taken_back(bundles, labelled, shelf) ->
         first,
         second,
     )
+
     created, moved = log_of(shelf)
     assert (created["reason"], created["before"]) == ("first bundle", None)
     assert (moved["reason"], moved["refused"]) == (move.comparison.summary, False)
@@ -340,6 +349,7 @@ def test_a_missing_class_and_another_name_are_refused(bundles, shelf, tmp_path) 
     name = read_labels(bundles[1])[0]
     narrower = relabelled(bundles[1], shelf / "narrower", name, "yak")
     renamed = with_manifest(bundles[1], shelf / "renamed", project="other")
+
     for bundle in (narrower, renamed):
         with pytest.raises(PromotionError):
             promote(bundle, shelf / "live")
@@ -355,15 +365,14 @@ def test_a_damaged_bundle_never_becomes_live(bundles, shelf) -> None:
     for force in (None, "urgent"):
         with pytest.raises(SopdeployError, match=r"model\.onnx"):
             promote(second, shelf / ("live" if force else "new"), None, force=force)
+
     assert ((shelf / "live").readlink().name, (shelf / "new").is_symlink()) == (
         bundles[0].name,
         False,
     )
 
 
-def test_arguments_that_do_not_fit_and_what_is_not_a_link_change_nothing(
-    bundles, shelf
-) -> None:
+def test_arguments_that_do_not_fit_change_nothing(bundles, shelf) -> None:
     first, second, live = (*(shelf / bundle.name for bundle in bundles), shelf / "live")
     cases: list[dict[str, Any]] = [
         {"back": live, "force": "not recorded"},
@@ -375,6 +384,7 @@ def test_arguments_that_do_not_fit_and_what_is_not_a_link_change_nothing(
     for arguments in cases:
         with pytest.raises(ConfigError):
             promote(**arguments)
+
     assert (len(log_of(shelf)), live.readlink().name) == (1, first.name)
     assert promote(second, live, force="x" * 10_001).reason == "x" * 10_000
 
@@ -428,6 +438,7 @@ def test_a_move_that_fails_leaves_the_log_and_the_link(
         patched.setattr(f"{PROMOTE}.{name}", broken)
         with pytest.raises(StorageError):
             promote(shelf / bundles[1].name, shelf / "live")
+
     assert (shelf / LOG).read_bytes() == before
     assert (shelf / "live").readlink().name == bundles[0].name
     assert promote(shelf / bundles[1].name, shelf / "live").after == bundles[1].name
@@ -467,23 +478,20 @@ def test_of_two_promotions_at_once_one_moves_the_link(bundles, shelf, monkeypatc
     assert [line["after"] for line in log_of(shelf)] == [bundles[0].name, moved]
 
 
-def test_a_move_that_was_recorded_and_not_made_is_made_by_the_same_command(
-    bundles, shelf
-) -> None:
+def test_a_recorded_move_that_was_not_made_is_made_again(bundles, shelf) -> None:
     """As if the process had been killed between both."""
     first, second = (bundle.name for bundle in bundles)
     promote(shelf / second, shelf / "live")
     (shelf / "live").unlink()
     (shelf / "live").symlink_to(first)
+
     with pytest.raises(PromotionError):  # nothing was live before the first bundle
         promote(back=shelf / "live")
     assert promote(shelf / second, shelf / "live").before == first
     assert promote(back=shelf / "live").after == first
 
 
-def test_a_live_link_to_a_link_that_moves_is_moved_back_to_the_bundle_that_was_live(
-    bundles, shelf
-) -> None:
+def test_a_live_link_to_a_link_moves_back_to_the_live_bundle(bundles, shelf) -> None:
     """`latest` leads to the newer bundle when somebody rolls back."""
     first, second = (bundle.name for bundle in bundles)
     live, latest = shelf / "live", shelf / "latest"
@@ -493,6 +501,7 @@ def test_a_live_link_to_a_link_that_moves_is_moved_back_to_the_bundle_that_was_l
     promote(shelf / second, live)
     latest.unlink()
     latest.symlink_to(second)
+
     assert promote(back=live).after == first
     assert live.resolve().name == first
 
@@ -506,12 +515,11 @@ def test_a_live_link_to_a_link_that_moves_is_moved_back_to_the_bundle_that_was_l
         '{"link": "live", "before": "a", "after": "b", "version": 2, "votes": 3}',
     ],
 )
-def test_a_line_of_another_link_or_version_and_a_torn_one_do_not_stop_the_way_back(
-    bundles, shelf, line: str
-) -> None:
+def test_a_line_that_does_not_fit_does_not_stop_the_way_back(bundles, shelf, line: str) -> None:
     promote(shelf / bundles[1].name, shelf / "live")
     with (shelf / LOG).open("a") as log:
         log.write(line)
+
     assert promote(back=shelf / "live").after == bundles[0].name
     assert promote(back=shelf / "live").after == bundles[1].name
 
@@ -536,7 +544,7 @@ def test_the_way_back_reads_lines_of_other_versions(
     assert promote(back=shelf / "live").after == bundles[0].name
 
 
-def test_the_evaluation_of_a_bundle_tells_how_many_images_it_was_trained_on(
+def test_the_evaluation_of_a_bundle_tells_its_number_of_training_images(
     bundles, labelled, tmp_path
 ) -> None:
     photos = labelled(bundles[0])
@@ -545,6 +553,7 @@ def test_the_evaluation_of_a_bundle_tells_how_many_images_it_was_trained_on(
     for bundle in (trained, bundles[0]):
         scores_of_bundle(bundle, photos, on_image=lambda *_: None, log=notes.append)
     warnings = [note for note in notes if "training images" in note]
+
     assert [note.partition(" are ")[0] for note in warnings] == [
         f"{photos}: {count} of {count} images"
     ]
