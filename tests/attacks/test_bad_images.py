@@ -82,7 +82,7 @@ def test_a_pixel_bomb_is_refused_by_its_header(
 
 
 @pytest.mark.parametrize("kind", FORMATS.values())
-def test_an_image_of_exactly_the_limit_is_read_and_one_pixel_more_is_not(kind: str) -> None:
+def test_an_image_of_exactly_the_limit_is_read(kind: str) -> None:
     body = encoded(Image.new("RGB", (64, 64)), kind)  # HEIC codes sides of 64 pixels
     assert attack(body, max_pixels=64 * 64) is None
     assert attack(body, max_pixels=64 * 64 - 1) == "too_many_pixels"
@@ -119,6 +119,7 @@ def test_a_large_transparent_image_is_converted_in_parts(
     sizes = record_images(monkeypatch)
     decode(rgba, Preprocess(), max_bytes=10**6, max_pixels=10**8)
     large = [size for size in sizes if size[0] * size[1] > TILE]
+
     assert large == [(4000, 4000)]  # the RGB image
 
 
@@ -136,6 +137,7 @@ def test_ten_thousand_frames_cost_as_much_as_the_first() -> None:
     one, many = (
         counted(lambda count=count: attack(head + body * count + b";")) for count in (1, 10_000)
     )
+
     assert many.calls < one.calls + 50
     assert many.bytes < 1_000_000
 
@@ -180,6 +182,7 @@ def test_every_reader_of_a_folder_names_the_file(special: Path) -> None:
     root, listed = special.parents[1], f"{special}: "
     split = open_folder(root)
     parts = split.train, split.held_out
+
     assert f"{listed}cannot be read" in fails(
         lambda: [
             part.preprocess(index, Preprocess()) for part in parts for index in range(len(part))
@@ -189,12 +192,10 @@ def test_every_reader_of_a_folder_names_the_file(special: Path) -> None:
     assert fails(lambda: calibration_images(root, SMALL_RULES)).startswith(
         f"{listed}cannot be read"
     )
-    assert fails(lambda: predict(root, special)).startswith(
-        f"{listed}cannot be read (not a regular file)"
-    )
+    assert fails(lambda: predict(root, special)).startswith(f"{listed}cannot be read")
 
 
-def test_classify_gives_the_file_a_row_with_an_error_and_rejects_it_as_a_source(
+def test_classify_gives_a_special_file_a_row_with_an_error(
     special: Path,
 ) -> None:
     images = list(list_sources([str(special.parents[1])]))
@@ -203,7 +204,7 @@ def test_classify_gives_the_file_a_row_with_an_error_and_rejects_it_as_a_source(
         lambda: read_listed(ListedImage(str(special), str(special)), 1000), ImageError
     )
 
-    assert message == "cannot be read (not a regular file)"
+    assert "not a regular file" in message
     for suffix in (".tar", ".txt"):
         source = special.rename(special.with_suffix(suffix))
         assert "not a regular file" in fails(
@@ -216,5 +217,7 @@ def test_an_image_may_still_come_from_a_pipe_without_an_image_suffix() -> None:
     reading, writing = os.pipe()
     with os.fdopen(writing, "wb") as file:
         file.write(jpeg(0))
+
     assert encode_image(Path(f"/dev/fd/{reading}")) == jpeg(0)
+
     os.close(reading)

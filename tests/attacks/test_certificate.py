@@ -35,9 +35,8 @@ from tests.sweep.steps import agreed
 
 SIDE = 16
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
-ALONE = BatchRange(
-    optimum=1, maximum=1
-)  # the graph does not depend on the batch, so one is enough
+# The graph does not depend on the batch, so one is enough
+ALONE = BatchRange(optimum=1, maximum=1)
 
 
 class Plain(Backbone):
@@ -113,9 +112,7 @@ def test_dsop_network_whose_output_depends_on_a_branch_is_rejected() -> None:
     dsop = create_model(
         "dsop-resnet8", num_classes=10, aux_widths=(8, 8, 8), iterations=2
     ).eval()
-    with pytest.raises(
-        CertificateError, match=r"outputs .*branches\.layer\d_0\.\S+ and \d+ more"
-    ):
+    with pytest.raises(CertificateError, match=r"branches\.layer\d_0\."):
         prove(with_forward(dsop, answer))
 
 
@@ -146,6 +143,7 @@ def test_memory_layout_does_not_change_the_root() -> None:
         trained.get_buffer("bn1.running_mean").zero_()
         change(trained)
         certified.append(prove(trained))
+
     assert certified[0].root.sha256 == certified[1].root.sha256
     assert certified[0].hashes["conv1.weight"] == certified[1].hashes["conv1.weight"]
 
@@ -190,7 +188,7 @@ def test_another_form_than_the_dense_one_is_refused(
     network = trained(NAME, **GMSOP)
     monkeypatch.setattr(Components, "gathered_sum", form)
     checkpoint = save(network, NAME, tmp_path / "ckpt.pt", PREPROCESS)
+
     with pytest.raises(ParityError, match=r"file (differs|changes)"):
-        agreed(
-            checkpoint, tmp_path / "model.onnx", batch=ALONE
-        )  # the proof of the network sees no form
+        # The proof of the network sees no form
+        agreed(checkpoint, tmp_path / "model.onnx", batch=ALONE)

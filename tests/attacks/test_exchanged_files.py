@@ -301,7 +301,8 @@ def opened(bundle: Path) -> Iterator[Counter[str]]:
         )
 
 
-TIMES = {  # how often each file is opened, and the manifest
+# How often each file is opened, and the manifest
+TIMES = {
     **dict.fromkeys(USES, (1, 1)),
     "reload": (2, 2),  # with the bundle that was served before
 }
@@ -317,6 +318,7 @@ def test_each_file_of_a_bundle_is_opened_once(
     files = open_bundle(world.bundle).manifest.files
     with opened(world.bundle) as counts:
         USES[use](world)
+
     assert counts == dict.fromkeys((*files, "manifest.json"), times) | {
         "manifest.json": manifests
     }
@@ -326,10 +328,12 @@ def test_all_that_is_made_from_a_bundle_needs_no_folder_any_more(world: World) -
     usual = open_bundle(world.bundle)
     logits = OnnxRuntime(usual, Settings(threads=1)).run(IMAGES)["logits"]
     shutil.rmtree(world.root)
+
     assert np.array_equal(OnnxRuntime(usual, Settings(threads=1)).run(IMAGES)["logits"], logits)
     assert check_graph_and_certificate(usual) == usual.manifest.lineage.onnx_root
     assert len(read_golden(usual)) == 3
     assert len(read_probes(usual).images) == 3
+
     content = b"".join(usual.blocks("model.onnx"))
     assert content == usual.onnx.read()
 
@@ -360,6 +364,7 @@ def test_weights_outside_of_the_graph_are_not_read(
     Path("weights.bin").write_bytes(bytes(3 * 7 * 4))
     Path("../weights.bin").write_bytes(bytes(3 * 7 * 4))
     bundle = with_external_weights(open_bundle(world.bundle), location.format(cwd=world.bundle))
+
     with pytest.raises(RuntimeUnavailableError, match=r"model\.onnx"):
         runtime(bundle, Settings(threads=1))
 
@@ -374,6 +379,7 @@ def test_nobody_can_write_to_a_sealed_file() -> None:
         with pytest.raises(PermissionError):
             os.write(descriptor, b"x")
         os.close(descriptor)
+
     assert file.read() == b"checked bytes"
 
 
@@ -383,7 +389,9 @@ def test_where_files_cannot_be_sealed_a_private_copy_takes_their_place(
     monkeypatch.delattr(os, "memfd_create", raising=False)
     file = SealedFile([b"checked", b" bytes"])
     private = Path(file.path).parent
+
     assert (file.read(), private.stat().st_mode & 0o777) == (b"checked bytes", 0o700)
+
     del file
     assert not private.exists()
 
@@ -403,5 +411,6 @@ def test_a_file_in_memory_is_closed_by_who_reads_it(case: str) -> None:
     fails = pytest.raises((OSError, ValueError)) if "but" in case else nullcontext()
     with fails:
         assert bytes(read(file)[:]) == content
+
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(file)

@@ -45,13 +45,8 @@ PICKLING = {
     "shelve",
     "skops",
 }
-HARMLESS = {
-    "json",
-    "orjson",
-    "tomllib",
-    "image",
-    "point",
-}  # text, an image of Pillow, an entry point
+# Text, an image of Pillow, an entry point
+HARMLESS = {"json", "orjson", "tomllib", "image", "point"}
 READERS = {
     "sopdeploy/training/few_shot/cache.py: safetensors.numpy.load",
     # with allow_pickle=False
@@ -183,6 +178,7 @@ def test_no_reader_executes_what_a_file_contains(
     path.write_bytes(FILES[file]())
     with suppress(SopdeployError, ValueError, zipfile.BadZipFile):
         OPEN[opened](path)
+
     assert not Path(MARKER).exists()
 
 
@@ -209,4 +205,5 @@ def test_the_files_execute_code_in_readers_that_trust_them(
     body = FILES[file]()
     with suppress(Exception):  # after the code has been executed
         load(body)
+
     assert Path(MARKER).exists()

@@ -23,8 +23,8 @@ from tests.attacks.planted.network import (
     trained,
 )
 
-NEEDED = r"^training_only: the outputs depend on aux"
-INSIDE = r"^training_only: the outputs depend on operations of aux"
+NEEDED = r"^training_only: .* aux"
+INSIDE = r"^training_only: .*operations of aux"
 
 
 def case(answer: Answer, refused: str, *changes: Change, batch: int | None = None) -> Row:
@@ -108,7 +108,8 @@ def by_value(built: Any, features: Tensor, logits: Tensor) -> Tensor:
     return logits
 
 
-VALUES: dict[str, Row] = {  # the output depends on a tensor of the branch, and hides that
+# The output depends on a tensor of the branch, and hides that
+VALUES: dict[str, Row] = {
     "times zero": case(lambda n, f, y: y + 0 * n.aux(f), NEEDED),
     "what it returns unchanged": right(
         lambda n, f, y: n.fc(n.aux(f)), with_effect(lambda _part, x, _y: x)
@@ -199,7 +200,8 @@ def normed(built: Any, features: Tensor, _logits: Tensor) -> Tensor:
     return logits
 
 
-EFFECTS: dict[str, Row] = {  # the branch changes something that the classifier reads
+# The branch changes something that the classifier reads
+EFFECTS: dict[str, Row] = {
     "in place": case(first, INSIDE, with_effect(in_place)),
     "in place, without tensors of its own": case(first, INSIDE, branch(Shift)),
     "a flag of the network that it resets": right(
@@ -213,7 +215,8 @@ EFFECTS: dict[str, Row] = {  # the branch changes something that the classifier 
 }
 
 
-PYTHON: dict[str, Row] = {  # a value of the branch becomes a Python value
+# A value of the branch becomes a Python value
+PYTHON: dict[str, Row] = {
     "item": right(lambda n, f, y: y * (1 + 0 * n.aux(f).sum().item())),
     "tolist": case(
         lambda n, f, y: y * (1 + 0 * n.aux(f).tolist()[0][0]), "fixes the size", batch=5
@@ -221,7 +224,8 @@ PYTHON: dict[str, Row] = {  # a value of the branch becomes a Python value
 }
 
 
-RIGHT: dict[str, Row] = {  # the branch is not needed
+# The branch is not needed
+RIGHT: dict[str, Row] = {
     "a pair": right(beside),
     "a weight that is stored beside a kept one, which is registered later": right(
         beside, stored_beside, registered_last

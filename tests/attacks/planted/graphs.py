@@ -29,7 +29,7 @@ def without_branch(kind: type[Planted]) -> Callable[[], nn.Module]:
     return lambda: kind(branch=False)
 
 
-COPIED = "compiled with a custom backend"
+COPIED = "custom backend"
 
 
 class SetState(Planted):
@@ -124,7 +124,7 @@ class Nested(Planted):
 
 
 TABLE = torch.linspace(0, 1, 2 * WIDTH * CLASSES).reshape(2, WIDTH, CLASSES)
-UNSTORED = "is not a parameter or buffer"
+UNSTORED = "parameter or buffer"
 IN_LIST = r"trainable tensor .* that is not a registered parameter"
 
 
@@ -273,8 +273,9 @@ def beside_plain(change: Change, refused: str) -> Row:
     return Row(build, refused, ("aux",), plain=without_branch(Normed))
 
 
-PLAIN = r"network is not the plain"
-OTHERS: dict[str, Row] = {  # the plain network is another one
+PLAIN = r"not the plain"
+# The plain network is another one
+OTHERS: dict[str, Row] = {
     "another eps": beside_plain(lambda n: setattr(n.norm, "eps", 1e-4), PLAIN),
     "a module nobody declared": beside_plain(
         lambda n: n.add_module("spy", nn.Linear(1, 1)), "has spy"

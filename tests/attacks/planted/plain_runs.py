@@ -13,7 +13,7 @@ from torch.utils import _python_dispatch
 
 from tests.attacks.planted.network import Planted, Row, logits_of, of_images, rare
 
-REFUSED = "a plain run of the network gives other outputs"
+REFUSED = "gives other outputs"
 
 
 def asks(is_plain: Callable[[Tensor], Any], refused: str = REFUSED) -> Row:
@@ -90,22 +90,26 @@ def is_large(surplus: Tensor) -> bool:
     return surplus.max().item() > 0
 
 
-FLAGS: dict[str, Row] = {  # code asks whether it is captured
+# Code asks whether it is captured
+FLAGS: dict[str, Row] = {
     "is_exporting, imported by its name": asks(lambda _: not imported_by_name()),
     "torch.compiler.is_exporting": asks(lambda _: not torch.compiler.is_exporting(), ""),
 }
 
-KINDS: dict[str, Row] = {  # code asks what the tensor is
+# Code asks what the tensor is
+KINDS: dict[str, Row] = {
     "type": asks(lambda x: type(x) is Tensor),
     "is_meta": asks(lambda x: not x.is_meta, ""),
 }
 
-AROUND: dict[str, Row] = {  # code asks what runs it
+# Code asks what runs it
+AROUND: dict[str, Row] = {
     "the frames of torch.export": asks(lambda _: not in_capture("torch/export")),
     "a dispatch mode": asks(lambda _: _python_dispatch._get_current_dispatch_mode() is None),
 }
 
-READS: dict[str, Row] = {  # a value of the images reaches Python, behind `except`
+# A value of the images reaches Python, behind `except`
+READS: dict[str, Row] = {
     "item": reads(is_large),
     "equal": reads(lambda s: not torch.equal(s, torch.zeros_like(s)), "cannot be captured"),
     "numpy in another thread": reads(in_thread(lambda s: s.numpy().max() > 0)),
@@ -116,7 +120,8 @@ def set_data(features: Tensor, clamped: Tensor) -> None:
     features.data = clamped
 
 
-WRITES: dict[str, Row] = {  # the features get other values where no operator is seen
+# The features get other values where no operator is seen
+WRITES: dict[str, Row] = {
     "data": changes(set_data),
     "set_": changes(lambda x, y: x.set_(y), ""),
 }
@@ -143,7 +148,8 @@ def reads_cyan(built: Any, images: Tensor) -> Tensor:
     return logits
 
 
-UNSEEN: dict[str, Row] = {  # other outputs only for images that resemble none of an export
+# Other outputs only for images that resemble none of an export
+UNSEEN: dict[str, Row] = {
     "is_exporting": Row(
         of_images(lambda n, x: logits_of(n, x) + (0 if imported_by_name() else cyan(x)))
     ),
